@@ -1,0 +1,238 @@
+"""One typed, frozen configuration: TOML files merged left to right, then overrides; it imports nothing heavy and is never mutated."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from stillhouse.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and closed to names that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class ModelSection(Section):
+    """What teacher and student share: a causal language model, where it comes from and how it is placed."""
+
+    model: str = Field(description="a Hugging Face hub name, or a local directory")
+    revision: str | None = Field(None, description="a branch, tag or commit of a hub model; resolved to a commit once, at the start")
+    trust_remote_code: bool = Field(False, description="run Python code that the model repository ships")
+    dtype: Dtype = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    num_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each process; below one core, processes share it")
+    num_gpus: Annotated[float, Field(ge=0.0)] | None = Field(None, description="GPUs for each process; None: 1 on cuda, 0 on cpu")
+    resources: dict[str, PositiveFloat] = Field({}, description="custom Ray resources for each process, such as {spot = 1}")
+    block_tokens: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
+
+
+class CorpusSection(Section):
+    """Documents, and how they become sequences of fixed length."""
+
+    dataset: str = Field(description="a hub data set, a local text, json, jsonl, parquet or arrow file (or glob, or directory), or 'stdlib'")
+    subset: str | None = Field(None, description="the hub data set's configuration name")
+    split: str = "train"
+    revision: str | None = None
+    format: Literal["text", "chat"] = Field("text", description="text: plain documents; chat: lists of {role, content} messages")
+    column: str | None = Field(None, description="the column to read; None: 'text' for text, 'messages' for chat")
+    packing: bool = Field(True, description="pack documents end to end; False pads each conversation to its own sequence (chat only)")
+    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    max_documents: PositiveInt | None = Field(None, description="read no more than this many documents, after the shuffle")
+    heldout_sequences: PositiveInt = Field(64, description="sequences set apart for evaluation, from documents that are never trained on")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _padding_is_for_chat(self) -> "CorpusSection":
+        if self.format == "text" and not self.packing:
+            raise ValueError("packing = false pads conversations, but format is 'text'; set format = \"chat\" or leave packing on")
+        return self
+
+    @property
+    def text_column(self) -> str:
+        return self.column or ("text" if self.format == "text" else "messages")
+
+
+class TeacherSection(ModelSection):
+    """The pool of teacher actors."""
+
+    min_replicas: PositiveInt = Field(1, description="actors that must be up before the run begins")
+    max_replicas: PositiveInt = Field(1, description="actors to ask Ray for")
+    batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass")
+    max_failures: PositiveInt = Field(3, description="failed attempts at one chunk after which the run stops and names it")
+
+    @model_validator(mode="after")
+    def _replicas_are_a_range(self) -> "TeacherSection":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas is {self.min_replicas}, above max_replicas, which is {self.max_replicas}")
+        return self
+
+
+class TargetSection(Section):
+    """What of the teacher's distribution is kept for each token."""
+
+    k: Annotated[int, Field(ge=0, le=4096)] = Field(64, description="exact head entries")
+    value_bits: Literal[6, 8] = Field(8, description="bits for each kept log-probability")
+    temperature: PositiveFloat = Field(1.0, description="targets are of softmax(logits / temperature)")
+
+
+class StoreSection(Section):
+    """Where chunks live."""
+
+    url: str = Field("runs/store", description="a directory, or s3://, gs:// or az:// with bucket and prefix")
+    chunk_sequences: PositiveInt = Field(64, description="sequences in one chunk")
+    window_bytes: PositiveInt = Field(4 << 30, description="how many bytes of chunks teachers may run ahead of the slowest reader")
+
+
+class StudentSection(ModelSection):
+    """The student, its loss and its optimiser."""
+
+    init: Literal["weights", "config"] = Field("weights", description="start from the model's weights, or from its config with random ones")
+    tokenizer: str | None = Field(None, description="None: the tokenizer beside the model")
+    num_workers: PositiveInt = Field(1, description="ranks, one to a device")
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: bool = False
+    global_batch_sequences: PositiveInt = Field(64, description="sequences in one optimiser step, over all ranks")
+    micro_batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass of one rank")
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps, wherever in the epochs that is")
+    learning_rate: PositiveFloat = 1e-4
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(0.0, description="where the cosine ends")
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    gradient_clip: PositiveFloat = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = "forward_kl"
+    divergence_weight: Fraction = Field(1.0, description="0 trains on the text alone")
+    mix: Fraction = Field(0.5, description="beta of jsd, alpha of the skewed divergences; unused by the others")
+    ce_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="weight of the cross-entropy to the text's next token")
+    seed: int = 0
+    shuffle_window_chunks: PositiveInt = Field(4, description="neighbouring chunks among which sequences are mixed")
+    checkpoint_every_steps: PositiveInt = 200
+    keep_checkpoints: PositiveInt = 2
+    prefetch_batches: PositiveInt = Field(4, description="batches that the loader reads ahead")
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> "StudentSection":
+        if self.divergence_weight == 0.0 and self.ce_weight == 0.0:
+            raise ValueError("divergence_weight and ce_weight are both 0: the student would learn nothing; set one of them above 0")
+        return self
+
+
+class EvaluateSection(Section):
+    """The exact, dense comparison at the end."""
+
+    control: bool = Field(False, description="also train a control student on the text alone: same tokens, same seed")
+    batch_sequences: PositiveInt = 4
+    block_tokens: PositiveInt = Field(512, description="tokens whose two dense distributions exist at one time")
+
+
+class TrackingSection(Section):
+    """Weights & Biases, a view of the journal."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online with a key at hand, else offline")
+    project: str = "stillhouse"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    run_id: str | None = Field(None, description="None: derived from the run directory's first start, and kept on resume")
+
+
+class ClusterSection(Section):
+    """Which Ray cluster to use."""
+
+    address: str | None = Field(None, description="a running cluster ('auto' or host:port); None starts one on this machine")
+    num_cpus: PositiveInt | None = Field(None, description="CPUs of the cluster started here; None: every core")
+    threads: PositiveInt = Field(1, description="torch threads in each teacher and student process on the CPU")
+
+
+class Config(Section):
+    """A whole run."""
+
+    corpus: CorpusSection
+    teacher: TeacherSection
+    student: StudentSection
+    target: TargetSection = TargetSection()
+    store: StoreSection = StoreSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    tracking: TrackingSection = TrackingSection()
+    cluster: ClusterSection = ClusterSection()
+
+
+def load_config(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
+    """Read TOML files, merged left to right, then `section.key = value` overrides, each a line of TOML.
+
+    Raises ConfigError naming the file, the field and, for an unknown name, the nearest right one.
+    """
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged = _merge(merged, _read(Path(path)))
+    for override in overrides:
+        merged = _merge(merged, _parse(override, where=f"--set '{override}'"))
+    return parse_config(merged)
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Validate plain values, such as those of a resolved config. Raises ConfigError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError("the configuration is not usable:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def resolved_json(config: Config) -> str:
+    """Every value, defaults included, as indented JSON that `parse_config` reads back."""
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return _parse(path.read_text(encoding="utf-8"), where=str(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; give the path of a TOML file") from None
+
+
+def _parse(text: str, *, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        hint = '; write it as \'section.key = value\', with quotes round text: \'student.dtype = "float32"\'' if where.startswith("--set") else ""
+        raise ConfigError(f"{where} is not TOML: {error}{hint}") from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both_tables else value
+    return merged
+
+
+def _explain(detail: Mapping[str, Any]) -> str:
+    *sections, name = detail["loc"] or ("config",)
+    where = ".".join(str(part) for part in detail["loc"]) or "config"
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(name), _names_in(sections), n=1, cutoff=0.5)
+        return f"{where}: no such setting; " + (f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(_names_in(sections))}")
+    if detail["type"] == "missing":
+        return f"{where}: missing; it has no default"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message}" + ("" if detail["type"] == "value_error" else f"; found {detail['input']!r}")
+
+
+def _names_in(sections: list[Any]) -> list[str]:
+    model: type[BaseModel] = Config
+    for section in sections:
+        annotation = model.model_fields[str(section)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

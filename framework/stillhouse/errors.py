@@ -1,0 +1,53 @@
+"""The error tree: a `UserError` is a mistake that its reader can mend (exit code 2), a `RunError` is a run that failed (exit code 1).
+
+Every message says what was found, what was wanted and what to do. No class here has an `__init__` of its own: such exceptions fail
+to unpickle on their way out of a Ray actor.
+"""
+
+
+class StillhouseError(Exception):
+    """Root of every error that Stillhouse raises on purpose."""
+
+
+class UserError(StillhouseError):
+    """Something the user wrote or chose has to change before the run can go on."""
+
+
+class ConfigError(UserError):
+    """A config file or an override is wrong."""
+
+
+class CorpusError(UserError):
+    """The documents cannot become sequences: empty, streamed, mis-columned, without a single target."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer cannot be used as asked: absent, unreadable, or of another vocabulary."""
+
+
+class RecipeError(UserError):
+    """A store or run directory belongs to another recipe."""
+
+
+class StoreError(UserError):
+    """The store cannot be reached or written: wrong URL, missing permission, full disk."""
+
+
+class RunError(StillhouseError):
+    """The run failed although its configuration was right."""
+
+
+class ChunkError(RunError):
+    """A chunk's bytes are not what was published: flipped, cut short, or of another recipe."""
+
+
+class TeacherError(RunError):
+    """A teacher failed its start-up check, or failed too often at one chunk."""
+
+
+class StudentError(RunError):
+    """A student rank failed, or met a loss or gradient that is not finite."""
+
+
+class CheckpointError(RunError):
+    """No commit of a checkpoint directory verifies, or a commit could not be written."""
