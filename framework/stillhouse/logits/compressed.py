@@ -4,7 +4,7 @@ Shapes: T tokens, K exact head entries, N draws from the tail, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,13 @@ class CompressedLogits:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "CompressedLogits":
         """The same target with `change` applied to each of its four tensors: a slice, a device, a pin."""
-        tensors = (self.token_ids_TK, self.logprobs_TK, self.tail_logmass_T, self.tail_ids_TN)
-        return CompressedLogits(*map(change, tensors), vocab_size=self.vocab_size, temperature=self.temperature)
+        return replace(
+            self,
+            token_ids_TK=change(self.token_ids_TK),
+            logprobs_TK=change(self.logprobs_TK),
+            tail_logmass_T=change(self.tail_logmass_T),
+            tail_ids_TN=change(self.tail_ids_TN),
+        )
 
 
 def concatenate(parts: Sequence[CompressedLogits]) -> CompressedLogits:
