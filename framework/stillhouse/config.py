@@ -38,9 +38,7 @@ class ModelSection(Section):
 class CorpusSection(Section):
     """Documents, and how they become sequences of fixed length."""
 
-    dataset: str = Field(
-        description="a hub data set, a local text, json, jsonl, parquet or arrow file (or glob, or directory), or 'stdlib'"
-    )
+    dataset: str = Field(description="a hub data set; local text, json(l), parquet or arrow files, a glob or a directory; or 'stdlib'")
     subset: str | None = Field(None, description="the hub data set's configuration name")
     split: str = "train"
     revision: str | None = None
@@ -206,11 +204,7 @@ def _parse(text: str, *, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        hint = (
-            "; write it as 'section.key = value', with quotes round text: 'student.dtype = \"float32\"'"
-            if where.startswith("--set")
-            else ""
-        )
+        hint = "; quote text, as in 'student.dtype = \"float32\"'" if where.startswith("--set") else ""
         raise ConfigError(f"{where} is not TOML: {error}{hint}") from None
 
 
