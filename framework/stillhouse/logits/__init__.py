@@ -1,8 +1,21 @@
 """Targets as values and as bytes: what a teacher's logits become, and what a student reads back."""
 
-from stillhouse.logits.codec import Codec as Codec
-from stillhouse.logits.codec import decode as decode
-from stillhouse.logits.codec import encode as encode
-from stillhouse.logits.compressed import CompressedLogits as CompressedLogits
-from stillhouse.logits.compressed import concatenate as concatenate
-from stillhouse.logits.head import Head as Head
+from stillhouse.logits.codec import CODEC_VERSION, Codec, decode, encode
+from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity
+from stillhouse.logits.head import Head
+from stillhouse.logits.topk import compress, compress_hidden
+
+__all__ = [
+    "CODEC_VERSION",
+    "Codec",
+    "CompressedLogits",
+    "Fidelity",
+    "Head",
+    "compress",
+    "compress_hidden",
+    "concatenate",
+    "decode",
+    "densify",
+    "encode",
+    "fidelity",
+]

@@ -183,7 +183,7 @@ def _decode_ids(section: Bytes, m: int, *, vocab_size: int, first_row: int, what
     high_bits = np.unpackbits(section[:, low_bytes:], axis=1, bitorder="little")
     ones_T = high_bits.sum(axis=1, dtype=np.int64)
     _refuse(ones_T != m, first_row, f"has another number of {what} ids than {m}")
-    ones_TM = np.flatnonzero(high_bits).reshape(-1, m) % high_bits.shape[1]
+    ones_TM = high_bits.view(np.bool_).nonzero()[1].reshape(-1, m)
     ids_TM = ((ones_TM - np.arange(m)) << low) | _unpack(section[:, :low_bytes], m, width=low, first_row=first_row, what=f"{what} ids")
     _check_ids(ids_TM, vocab_size=vocab_size, first_row=first_row, what=what)
     return ids_TM
@@ -192,9 +192,9 @@ def _decode_ids(section: Bytes, m: int, *, vocab_size: int, first_row: int, what
 def _check_ids(ids_TM: Ints, *, vocab_size: int, first_row: int, what: str) -> None:
     _refuse((ids_TM[:, 0] < 0) | (ids_TM[:, -1] >= vocab_size), first_row, f"has {what} ids outside 0..{vocab_size - 1}")
     if what == "kept":
-        _refuse((ids_TM[:, 1:] <= ids_TM[:, :-1]).any(axis=1), first_row, "has kept ids that are not strictly ascending")
+        _refuse(ids_TM[:, 1:] <= ids_TM[:, :-1], first_row, "has kept ids that are not strictly ascending")
     else:
-        _refuse((ids_TM[:, 1:] < ids_TM[:, :-1]).any(axis=1), first_row, "has drawn ids that are not ascending")
+        _refuse(ids_TM[:, 1:] < ids_TM[:, :-1], first_row, "has drawn ids that are not ascending")
 
 
 # Bit streams --------------------------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def _unpack(section: Bytes, m: int, *, width: int, first_row: int, what: str) ->
     if width == 8:
         return section.astype(np.int64)
     bits = np.unpackbits(section, axis=1, bitorder="little")
-    _refuse(bits[:, m * width :].any(axis=1), first_row, f"has bits set after its last {what}")
+    _refuse(bits[:, m * width :] != 0, first_row, f"has bits set after its last {what}")
     words = np.zeros((num_rows, m, 32), np.uint8)
     words[:, :, :width] = bits[:, : m * width].reshape(num_rows, m, width)
     return np.packbits(words.reshape(num_rows, m * 32), axis=1, bitorder="little").view("<u4").astype(np.int64)
@@ -279,6 +279,8 @@ def _sort_pairs(first_TM: Ints, second_TM: Ints) -> tuple[Ints, Ints]:
     return pairs_TM >> 32, pairs_TM & 0xFFFFFFFF
 
 
-def _refuse(wrong_T: npt.NDArray[np.bool_], first_row: int, complaint: str) -> None:
-    if wrong_T.any():
-        raise ChunkError(f"the record of row {first_row + int(wrong_T.argmax())} {complaint}; it was damaged, or is of another codec")
+def _refuse(wrong: npt.NDArray[np.bool_], first_row: int, complaint: str) -> None:
+    """Raise ChunkError for the first row where `wrong` ([T] or [T, anything]) is true."""
+    if wrong.any():
+        row = first_row + int(wrong.nonzero()[0][0])
+        raise ChunkError(f"the record of row {row} {complaint}; it was damaged, or is of another codec")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stillhouse.errors import ChunkError
+
 
 @dataclass(frozen=True, slots=True)
 class CompressedLogits:
@@ -57,3 +59,51 @@ def concatenate(parts: Sequence[CompressedLogits]) -> CompressedLogits:
         vocab_size=parts[0].vocab_size,
         temperature=parts[0].temperature,
     )
+
+
+def densify(c: CompressedLogits) -> Tensor:
+    """float32 [T, V] log-probabilities: the kept entries as they are, the tail's mass spread evenly over the other ids, or over its draws.
+
+    For tests and small vocabularies: its size is that of the logits.
+    """
+    kept_TK, draws_TN = c.token_ids_TK.long(), c.tail_ids_TN.long()
+    shape = (c.num_tokens, c.vocab_size)
+    if c.num_draws:
+        shares_TV = c.logprobs_TK.new_zeros(shape).scatter_add_(1, draws_TN, c.logprobs_TK.new_ones(draws_TN.shape))
+    else:
+        shares_TV = c.logprobs_TK.new_ones(shape).scatter_(1, kept_TK, 0.0)
+    spread_TV = shares_TV.log() - shares_TV.sum(dim=1, keepdim=True).log()
+    return (c.tail_logmass_T[:, None] + spread_TV).scatter(1, kept_TK, c.logprobs_TK)
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """What a target keeps of its distribution, and what its bytes lose of that."""
+
+    kept_mass: float  # mean over tokens of the probability of the kept entries
+    codec_kl: float  # mean over tokens of KL(exact || decoded), in nats
+    worst_kl: float  # the largest of them
+
+
+def fidelity(exact: CompressedLogits, decoded: CompressedLogits) -> Fidelity:
+    """Compare two targets of the same tokens over their K + 1 buckets (the kept entries and the tail), in float64.
+
+    Of no tokens, nothing is lost: (1, 0, 0). Raises ChunkError naming the first token for which the two keep different ids.
+    """
+    if exact.num_tokens == 0:
+        return Fidelity(kept_mass=1.0, codec_kl=0.0, worst_kl=0.0)
+    ids_TK, p_TX = _buckets(exact)
+    decoded_ids_TK, q_TX = _buckets(decoded)
+    other_T = (ids_TK != decoded_ids_TK).any(dim=1)
+    if other_T.any():
+        raise ChunkError(f"the decoded target keeps other ids than the exact one at token {int(other_T.int().argmax())}; encode it anew")
+    kl_T = torch.where(p_TX == -torch.inf, 0.0, p_TX.exp() * (p_TX - q_TX)).sum(dim=1)
+    kept_T = p_TX[:, :-1].exp().sum(dim=1)
+    return Fidelity(kept_mass=float(kept_T.mean()), codec_kl=float(kl_T.mean()), worst_kl=float(kl_T.max()))
+
+
+def _buckets(c: CompressedLogits) -> tuple[Tensor, Tensor]:
+    """The kept ids, ascending, and the float64 log-probabilities [T, K + 1] of these and of the tail, on the CPU."""
+    ids_TK, order_TK = c.token_ids_TK.cpu().sort(dim=1)
+    logprobs_TK = c.logprobs_TK.cpu().double().gather(1, order_TK)
+    return ids_TK, torch.cat([logprobs_TK, c.tail_logmass_T.cpu().double()[:, None]], dim=1)
