@@ -1,0 +1,1 @@
+"""The student: the order in which it reads, the loss that it learns from, and the engine that trains it."""

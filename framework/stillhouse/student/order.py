@@ -1,0 +1,121 @@
+"""The order of training as a pure function of (seed, epoch, step): any machine and any world size reads the same global batches.
+
+An epoch permutes the chunks, takes them in groups of neighbours, and permutes the sequences within each group: so only a few chunks are
+open at one time, and every sequence is read exactly once. Memory is O(chunks), never O(sequences).
+
+Permutations sort the raw words of a bit generator: numpy promises those streams for good, unlike the methods of `Generator` (NEP 19).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CHUNK_ORDER = 0
+_SEQUENCE_ORDER = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which sequences each optimiser step reads, over all ranks together. The last step of an epoch is shorter where it must be."""
+
+    num_sequences: int
+    chunk_sequences: int
+    global_batch_sequences: int
+    seed: int
+    window_chunks: int  # neighbouring chunks whose sequences are mixed
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_sequences // self.chunk_sequences)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_sequences // self.global_batch_sequences)
+
+    def sequences(self, step: int) -> NDArray[np.int64]:
+        """The sequence numbers of one global step, counted from 0 over all epochs."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self.global_batch_sequences
+        stop = min(start + self.global_batch_sequences, self.num_sequences)
+        starts = self._plan(epoch).group_starts
+        first, last = np.searchsorted(starts, (start, stop - 1), side="right") - 1
+        groups = [self._group(epoch, group) for group in range(int(first), int(last) + 1)]
+        return np.concatenate(groups)[start - starts[first] : stop - starts[first]]
+
+    def chunks_in_reading_order(self, num_steps: int) -> list[int]:
+        """The chunks that the first `num_steps` steps read, each once, by first use. More steps only append to the list.
+
+        The first epoch reads every chunk, so later ones add none. Takes time in proportion to the sequences read.
+        """
+        num_read = min(num_steps * self.global_batch_sequences, self.num_sequences)
+        chunks: dict[int, None] = {}
+        for group, start in enumerate(self._plan(0).group_starts[:-1].tolist()):
+            if start >= num_read:
+                break
+            sequences = self._group(0, group)[: num_read - start]
+            chunks.update(dict.fromkeys((sequences // self.chunk_sequences).tolist()))
+        return list(chunks)
+
+    def chunks_finished(self, step: int) -> int:
+        """How many chunks at the front of the reading order are read to the end once `step` steps of the first epoch are done.
+
+        A lower bound: a chunk counts when its whole group is read. Every chunk counts after the first epoch.
+        """
+        if step >= self.steps_per_epoch:
+            return self.num_chunks
+        num_read = step * self.global_batch_sequences
+        groups_read = int(np.searchsorted(self._plan(0).group_starts, num_read, side="right")) - 1
+        return min(groups_read * self.window_chunks, self.num_chunks)
+
+    def _plan(self, epoch: int) -> "_EpochPlan":
+        return _epoch_plan(self.num_sequences, self.chunk_sequences, self.window_chunks, self.seed, epoch)
+
+    def _group(self, epoch: int, group: int) -> NDArray[np.int64]:
+        return _group_sequences(self.num_sequences, self.chunk_sequences, self.window_chunks, self.seed, epoch, group)
+
+
+def rank_rows(sequences: NDArray[np.int64], *, rank: int, world_size: int, micro_batch: int) -> NDArray[np.int64]:
+    """One rank's share of a global batch, int64 [num_micro_batches, micro_batch], where -1 stands for a masked row.
+
+    Every rank has the same number of micro batches; together the ranks hold each sequence once, their shares differing by one at most.
+    """
+    num_micro_batches = -(-len(sequences) // (world_size * micro_batch))
+    rows = np.full(num_micro_batches * micro_batch * world_size, -1, dtype=np.int64)
+    rows[: len(sequences)] = sequences
+    return np.ascontiguousarray(rows.reshape(-1, world_size)[:, rank]).reshape(num_micro_batches, micro_batch)
+
+
+@dataclass(frozen=True, slots=True)
+class _EpochPlan:
+    chunks: NDArray[np.int64]  # every chunk, in this epoch's order
+    group_starts: NDArray[np.int64]  # how many sequences come before each group; the last entry counts them all
+
+
+@lru_cache(maxsize=4)
+def _epoch_plan(num_sequences: int, chunk_sequences: int, window_chunks: int, seed: int, epoch: int) -> _EpochPlan:
+    num_chunks = -(-num_sequences // chunk_sequences)
+    chunks = _permutation(num_chunks, seed, _CHUNK_ORDER, epoch, 0)
+    sizes = np.minimum(chunk_sequences, num_sequences - chunks * chunk_sequences)
+    group_sizes = np.add.reduceat(sizes, np.arange(0, num_chunks, window_chunks))
+    return _EpochPlan(_frozen(chunks), _frozen(np.concatenate(([0], np.cumsum(group_sizes)))))
+
+
+@lru_cache(maxsize=16)
+def _group_sequences(num_sequences: int, chunk_sequences: int, window_chunks: int, seed: int, epoch: int, group: int) -> NDArray[np.int64]:
+    plan = _epoch_plan(num_sequences, chunk_sequences, window_chunks, seed, epoch)
+    chunks = plan.chunks[group * window_chunks : (group + 1) * window_chunks]
+    sequences = (chunks[:, None] * chunk_sequences + np.arange(chunk_sequences)).ravel()
+    sequences = sequences[sequences < num_sequences]
+    return _frozen(sequences[_permutation(len(sequences), seed, _SEQUENCE_ORDER, epoch, group)])
+
+
+def _permutation(length: int, seed: int, purpose: int, epoch: int, group: int) -> NDArray[np.int64]:
+    source = np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=(purpose, epoch, group)))
+    return np.argsort(source.random_raw(length), kind="stable").astype(np.int64, copy=False)
+
+
+def _frozen(array: NDArray[np.int64]) -> NDArray[np.int64]:
+    array.setflags(write=False)
+    return array
