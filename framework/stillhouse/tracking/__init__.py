@@ -1,0 +1,41 @@
+"""What happened in a run, row by row: `journal.jsonl` is the record; W&B and the progress bars are views of it."""
+
+from stillhouse.tracking.journal import Journal, JournalReader, read_journal
+from stillhouse.tracking.redaction import scrub
+from stillhouse.tracking.rows import (
+    CheckpointRow,
+    ChunkRow,
+    EndRow,
+    EvalRow,
+    PoolRow,
+    Role,
+    Row,
+    StartRow,
+    TeacherRow,
+    Tracker,
+    TrainRow,
+    latest_train_rows,
+)
+from stillhouse.tracking.views import ProgressView, WandbView, wandb_run_id
+
+__all__ = [
+    "CheckpointRow",
+    "ChunkRow",
+    "EndRow",
+    "EvalRow",
+    "Journal",
+    "JournalReader",
+    "PoolRow",
+    "ProgressView",
+    "Role",
+    "Row",
+    "StartRow",
+    "TeacherRow",
+    "Tracker",
+    "TrainRow",
+    "WandbView",
+    "latest_train_rows",
+    "read_journal",
+    "scrub",
+    "wandb_run_id",
+]

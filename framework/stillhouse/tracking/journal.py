@@ -1,0 +1,106 @@
+"""`journal.jsonl`, the record of a run.
+
+Invariant: a row for which `Journal.record` has returned is on disk, whole, behind everything that was there before. Several processes
+append to one journal; what a killed one left half-written is cut off by whoever appends next, and never read.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import RunError, StoreError, UserError
+from stillhouse.tracking.redaction import scrub
+from stillhouse.tracking.rows import ROW_TYPES, Row
+
+_FLOAT_TYPES = (float, float | None)
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The record of a run: a Tracker. It opens its file anew for each row, so it can be pickled and sent to another process."""
+
+    path: Path
+    clock: Callable[[], float] = time.time
+
+    def record(self, row: Row) -> None:
+        """Append one row and return when it is on disk, scrubbed of secrets. Raises StoreError where it cannot be written."""
+        stamped = row if row.time else replace(row, time=self.clock())
+        values = {"kind": row.kind, "time": stamped.time} | scrub(asdict(stamped))
+        line = json.dumps({name: _finite_or_text(value) for name, value in values.items()}, allow_nan=False).encode() + b"\n"
+        try:
+            self._append(line)
+        except OSError as error:
+            raise StoreError(f"cannot append to {self.path}: {error.strerror}; make room or give write access, then resume") from error
+
+    def _append(self, line: bytes) -> None:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _cut_torn_line(descriptor)
+            if os.write(descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.ftruncate(descriptor, os.pread(descriptor, size, 0).rfind(b"\n") + 1)
+
+
+def _finite_or_text(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class JournalReader:
+    """Reads a journal while others write it: each call hands out the rows that have become whole since the last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_rows = 0  # handed out so far
+        self._offset = 0
+
+    def new_rows(self) -> list[Row]:
+        """Rows in the order of the file; none while it does not exist. Raises RunError at a line that is whole but is no row."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        rows = [_parse(line, f"line {self.num_rows + i} of {self.path}") for i, line in enumerate(whole.splitlines(), 1)]
+        self._offset += len(whole)
+        self.num_rows += len(rows)
+        return rows
+
+
+def read_journal(path: Path) -> list[Row]:
+    """Every whole row; a torn last line is left out. Raises UserError where there is no journal, RunError at a broken line."""
+    if not path.is_file():
+        raise UserError(f"there is no journal at {path}; give the directory of a run that has begun")
+    return JournalReader(path).new_rows()
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        values = json.loads(line)
+        row_type = ROW_TYPES[values.pop("kind")]
+        for column in fields(row_type):
+            if column.type in _FLOAT_TYPES and isinstance(values[column.name], str):
+                values[column.name] = float(values[column.name])
+        return row_type(**values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{where} is not a row of this version's journal ({type(error).__name__}: {error}); "
+            "restore the file, or take that line out, then go on"
+        ) from error

@@ -1,0 +1,154 @@
+"""The rows of the journal: everything that is worth knowing about a run after it, each with its units.
+
+A row is plain values only, so that its line of JSON reads the same in any language.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+Role = Literal["student", "control"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the journal. `time` is in unix seconds; 0 lets the journal fill it in."""
+
+    kind: ClassVar[str]
+    time: float = field(default=0.0, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StartRow(Row):
+    """An attempt begins: the first row of a run, and again after each resume."""
+
+    kind: ClassVar[str] = "start"
+    attempt: int  # counts from 1
+    command: str  # as the user typed it
+    versions: dict[str, str]  # package -> version
+    teacher: str
+    student: str
+    recipe_fingerprint: str  # 64 hex digits
+    num_chunks: int
+    num_sequences: int
+    sequence_length: int  # tokens
+    num_targets: int  # target tokens in one epoch
+    bytes_per_token: int  # of a packed record
+    vocab_size: int
+    k: int
+    world_size: int  # student ranks
+    zero_stage: int
+    num_teachers: int  # replicas asked for
+    total_steps: int  # optimiser steps of the student
+    control: bool  # whether a control student is trained too
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRow(Row):
+    """A teacher replica has passed its start-up check."""
+
+    kind: ClassVar[str] = "teacher"
+    replica: int
+    seconds_to_ready: float
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRow(Row):
+    """A chunk came out of a teacher. The fidelity figures are of its decoded records against the exact targets."""
+
+    kind: ClassVar[str] = "chunk"
+    chunk: int
+    num_tokens: int  # target tokens
+    num_bytes: int
+    seconds: float  # from the work item to the published chunk
+    replica: int
+    kept_mass: float  # mean over tokens, 0..1
+    codec_kl: float  # mean, nats
+    worst_kl: float  # of one token, nats
+    duplicate: bool  # another publisher was there first
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRow(Row):
+    """The teacher pool at one moment."""
+
+    kind: ClassVar[str] = "pool"
+    published: int  # chunks
+    needed: int  # chunks
+    in_flight: int  # chunks leased to teachers
+    window_chunks: int  # how far teachers may run ahead of the slowest reader
+    tokens_per_s: float  # target tokens, all replicas, since the last such row
+    window_wait_s: float  # seconds in which the window held teachers back, since the attempt began
+    failures: int  # since the attempt began
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow(Row):
+    """One optimiser step. Losses are means over the step's target tokens, in nats."""
+
+    kind: ClassVar[str] = "train"
+    role: Role
+    step: int  # steps taken, this one included
+    loss: float  # what was minimised: the weighted sum
+    divergence: float | None  # from the teacher's targets; None where not computed
+    cross_entropy: float | None  # to the text; None where not computed
+    grad_norm: float  # before clipping
+    learning_rate: float
+    num_tokens: int  # target tokens, all ranks
+    seconds: float  # the whole step, waiting included
+    data_wait_s: float  # of these, spent waiting for chunks
+    tokens_per_s: float  # num_tokens / seconds
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow(Row):
+    """A checkpoint was committed."""
+
+    kind: ClassVar[str] = "checkpoint"
+    role: Role
+    step: int
+    seconds: float
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRow(Row):
+    """The exact, dense comparison on held-out text. Entropies and divergences are means over target tokens, in nats."""
+
+    kind: ClassVar[str] = "eval"
+    model: Literal["teacher", "student", "control"]
+    step: int
+    num_tokens: int  # target tokens
+    cross_entropy: float
+    kl: float | None  # KL(teacher || model); None for the teacher
+    agreement: float | None  # share of tokens with the teacher's top-1, 0..1
+    calibration_error: float | None  # expected calibration error of the top-1, 0..1
+    acceptance: float | None  # speculative acceptance, the mean of sum_v min(p_v, q_v), 0..1
+
+
+@dataclass(frozen=True, slots=True)
+class EndRow(Row):
+    """An attempt ended by itself; a killed one has no such row."""
+
+    kind: ClassVar[str] = "end"
+    outcome: Literal["done", "interrupted", "failed"]
+    seconds: float  # of this attempt
+    message: str
+
+
+ROW_TYPES: dict[str, type[Row]] = {
+    row.kind: row for row in (StartRow, TeacherRow, ChunkRow, PoolRow, TrainRow, CheckpointRow, EvalRow, EndRow)
+}
+
+
+class Tracker(Protocol):
+    """Anything that takes rows."""
+
+    def record(self, row: Row) -> None: ...
+
+
+def latest_train_rows(rows: Iterable[Row], role: Role) -> list[TrainRow]:
+    """The last row for each step, in step order: after a resume, steps since the last checkpoint are taken again."""
+    latest = {row.step: row for row in rows if isinstance(row, TrainRow) and row.role == role}
+    return [latest[step] for step in sorted(latest)]

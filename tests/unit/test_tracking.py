@@ -1,0 +1,425 @@
+"""Promises of the journal and its views."""
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from wandb.proto import wandb_internal_pb2
+
+from stillhouse.config import TrackingSection
+from stillhouse.errors import RunError, StoreError, UserError
+from stillhouse.tracking import (
+    CheckpointRow,
+    ChunkRow,
+    EndRow,
+    EvalRow,
+    Journal,
+    JournalReader,
+    PoolRow,
+    ProgressView,
+    StartRow,
+    TeacherRow,
+    TrainRow,
+    WandbView,
+    latest_train_rows,
+    read_journal,
+    scrub,
+    wandb_run_id,
+)
+
+START = StartRow(
+    attempt=1,
+    command="stillhouse run configs/demo.toml",
+    versions={"torch": "2.13.0"},
+    teacher="acme/teacher",
+    student="acme/student",
+    recipe_fingerprint="0f" * 32,
+    num_chunks=8,
+    num_sequences=32,
+    sequence_length=64,
+    num_targets=2000,
+    bytes_per_token=176,
+    vocab_size=151_936,
+    k=64,
+    world_size=2,
+    zero_stage=2,
+    num_teachers=2,
+    total_steps=10,
+    control=True,
+    time=1000.0,
+)
+TRAIN = TrainRow("student", 1, 2.5, 2.0, None, 0.7, 1e-4, 500, 2.0, 0.5, 250.0, time=1010.0)
+POOL = PoolRow(published=2, needed=8, in_flight=3, window_chunks=4, tokens_per_s=1234.5, window_wait_s=0.5, failures=0, time=1011.0)
+ROWS = [
+    START,
+    TeacherRow(0, 12.5, "cuda:0", time=1001.0),
+    ChunkRow(3, 250, 44_000, 1.5, 0, 0.97, 3e-6, 4e-4, False, time=1002.0),
+    POOL,
+    TRAIN,
+    replace(TRAIN, role="control", loss=float("nan"), divergence=None, cross_entropy=3.5, grad_norm=float("inf")),
+    CheckpointRow("student", 5, 0.8, 123_456, time=1020.0),
+    EvalRow("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1030.0),
+    EvalRow("student", 10, 4096, 3.41, 0.31, 0.71, 0.03, 0.78, time=1031.0),
+    EndRow("done", 31.0, "", time=1032.0),
+]
+SECRET = "s3cr3t-do-not-print-this-0123456789"
+
+
+def test_every_row_comes_back_as_it_went_in_non_finite_numbers_included(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for row in ROWS:
+        journal.record(row)
+    assert [repr(row) for row in read_journal(journal.path)] == [repr(row) for row in ROWS]  # repr: nan is not equal to itself
+
+
+def test_each_line_is_strict_json_with_its_kind_and_time_first(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", clock=lambda: 77.0)
+    for row in [*ROWS, replace(TRAIN, time=0.0)]:
+        journal.record(row)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in journal.path.read_text().splitlines()]
+    assert all(list(line)[:2] == ["kind", "time"] for line in lines)
+    assert lines[-1]["time"] == 77.0
+
+
+def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    program = (
+        "import dataclasses, pathlib, sys\n"
+        "from stillhouse.tracking import Journal, PoolRow\n"
+        "journal, n = Journal(pathlib.Path(sys.argv[1])), 0\n"
+        "while True:\n"
+        "    journal.record(PoolRow(n, 8, 3, 4, 1.0, 0.0, 0)); n += 1\n"
+        "    print(n, flush=True)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    while int(writer.stdout.readline()) < 50:
+        pass
+    writer.send_signal(signal.SIGKILL)
+    acknowledged = max([50, *(int(line) for line in writer.stdout.read().splitlines() if line.strip())])
+    writer.wait()
+    rows = read_journal(path)
+    assert [row.published for row in rows if isinstance(row, PoolRow)] == list(range(len(rows)))
+    assert len(rows) in (acknowledged, acknowledged + 1)
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"kind": "pool", "time": 1011.0, "publi', b"\x00" * 40])
+def test_a_torn_last_line_is_not_read_and_the_next_row_takes_its_place(tmp_path, torn):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.record(START)
+    with journal.path.open("ab") as file:
+        file.write(torn)
+    assert read_journal(journal.path) == [START]
+    journal.record(TRAIN)
+    assert read_journal(journal.path) == [START, TRAIN]
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", "7", '{"kind": "song"}', '{"kind": "pool", "published": 3}', "\x00\x00"])
+def test_a_broken_line_elsewhere_is_refused_with_its_number(tmp_path, broken):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.record(START)
+    with journal.path.open("a") as file:
+        file.write(broken + "\n")
+    journal.record(TRAIN)
+    with pytest.raises(RunError, match="line 2 of "):
+        read_journal(journal.path)
+
+
+def test_a_reader_that_follows_names_the_line_of_the_whole_file(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    reader = JournalReader(journal.path)
+    for row in ROWS:
+        journal.record(row)
+    reader.new_rows()
+    with journal.path.open("a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(RunError, match=f"line {len(ROWS) + 1} of "):
+        reader.new_rows()
+
+
+def test_a_reader_hands_out_each_row_once_as_soon_as_it_is_whole(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    reader = JournalReader(journal.path)
+    assert reader.new_rows() == []
+    journal.record(START)
+    assert reader.new_rows() == [START]
+    line = json.dumps({"kind": "pool", **asdict(POOL)}) + "\n"
+    with journal.path.open("a") as file:
+        file.write(line[:30])
+        file.flush()
+        assert reader.new_rows() == []
+        file.write(line[30:])
+    assert reader.new_rows() == [POOL]
+    assert reader.new_rows() == []
+    assert reader.num_rows == 2
+
+
+def _append_many(path: Path, role: str, num_rows: int) -> None:
+    journal = Journal(path)
+    for step in range(num_rows):
+        journal.record(replace(TRAIN, role=role, step=step))
+
+
+def test_processes_append_to_one_journal_without_mixing_their_lines(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    spawn = multiprocessing.get_context("fork")
+    writers = [spawn.Process(target=_append_many, args=(path, role, 150)) for role in ("student", "control")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    rows = read_journal(path)
+    assert len(rows) == 300
+    for role in ("student", "control"):
+        assert [row.step for row in rows if isinstance(row, TrainRow) and row.role == role] == list(range(150))
+
+
+def test_a_journal_that_cannot_be_written_says_so(tmp_path):
+    with pytest.raises(StoreError, match="cannot append"):
+        Journal(tmp_path / "absent" / "journal.jsonl").record(START)
+
+
+def test_a_run_without_a_journal_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no journal"):
+        read_journal(tmp_path / "journal.jsonl")
+
+
+def test_of_steps_taken_again_the_last_one_counts():
+    steps = [1, 2, 3, 4, 3, 4, 5]
+    rows = [replace(TRAIN, step=step, loss=float(i)) for i, step in enumerate(steps)]
+    control = replace(TRAIN, role="control", step=2, loss=99.0)
+    latest = latest_train_rows([START, *rows[:2], control, *rows[2:]], "student")
+    assert [(row.step, row.loss) for row in latest] == [(1, 0.0), (2, 1.0), (3, 4.0), (4, 5.0), (5, 6.0)]
+    assert latest_train_rows([START, *rows, control], "control") == [control]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"api_key": SECRET},
+        {"hf_token": SECRET},
+        {"resources": {"dbPassword": [SECRET]}},
+        {"url": f"s3://me:{SECRET}@bucket/prefix"},
+        {"url": f"az://container/x?sv=2024&sig={SECRET}&se=1"},
+        {"command": f"HF_TOKEN={SECRET} stillhouse run x.toml"},
+        {"command": f"stillhouse run --set 'x.secret = \"{SECRET}\"'"},
+        {"message": f"401 for Authorization: Bearer {SECRET}"},
+        {"message": f"cannot log in with hf_{SECRET.replace('-', '')}"},
+    ],
+)
+def test_secrets_are_scrubbed_by_name_and_by_look(values):
+    assert "s3cr3t" not in json.dumps(scrub(values))
+
+
+def test_scrubbing_leaves_what_only_sounds_secret():
+    values = {
+        "block_tokens": 512,
+        "bytes_per_token": 176,
+        "tokenizer": "acme/tokenizer",
+        "tokens_per_s": 1.5,
+        "url": "s3://bucket/prefix",
+        "command": "stillhouse run --set 'student.tokenizer = \"acme/small\"' --set 'student.block_tokens = 3'",
+        "recipe_fingerprint": "0f" * 32,
+        "revision": "a1" * 20,
+    }
+    assert scrub(values) == values
+
+
+def test_no_secret_reaches_the_journal(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.record(replace(START, command=f"HF_TOKEN={SECRET} stillhouse run x.toml"))
+    journal.record(EndRow("failed", 1.0, f"GET https://me:{SECRET}@host: 403"))
+    assert b"s3cr3t" not in journal.path.read_bytes()
+
+
+def _wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
+    """A .wandb file: 7 bytes of header, then LevelDB's log framing in blocks of 32 KiB, crc32 over type and data."""
+    data, at, whole, records = path.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while at < len(data):
+        left = 32_768 - at % 32_768
+        if left < 7:
+            at += left
+            continue
+        crc, length, part = struct.unpack_from("<IHB", data, at)
+        body = data[at + 7 : at + 7 + length]
+        assert crc == zlib.crc32(bytes([part]) + body)
+        at += 7 + length
+        whole = body if part in (1, 2) else whole + body
+        if part in (1, 4):
+            records.append(wandb_internal_pb2.Record.FromString(whole))
+    return records
+
+
+def _history(records: list[wandb_internal_pb2.Record]) -> list[dict[str, object]]:
+    rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]
+
+
+def _summary(records: list[wandb_internal_pb2.Record]) -> dict[str, object]:
+    updates = [update for record in records for update in record.summary.update]
+    return {update.key or "/".join(update.nested_key): json.loads(update.value_json) for update in updates}
+
+
+OFFLINE = TrackingSection(wandb="offline")
+
+
+def _mirror(run_dir: Path, rows, *, first_row: int = 0, config=None, section: TrackingSection = OFFLINE) -> list[Path]:
+    """Feed rows to a view as a driver does; the .wandb files of the run directory, oldest first."""
+    with WandbView(section, run_dir, config=config or {}, run_id=wandb_run_id(START), first_row=first_row) as view:
+        for row in rows:
+            view.record(row)
+        assert view.url is None
+    return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_the_wandb_file_holds_what_the_journal_holds(tmp_path):
+    more = [replace(TRAIN, step=step, loss=1.0 / step) for step in range(2, 40)]
+    pools = [replace(POOL, published=n) for n in range(3, 8)]
+    [path] = _mirror(tmp_path, [*ROWS[:-1], *more, *pools, ROWS[-1]])
+    records = _wandb_records(path)
+    history = _history(records)
+    assert [row["student/loss"] for row in history if "student/loss" in row] == [2.5, *(1.0 / step for step in range(2, 40))]
+    assert [row["pool/published"] for row in history if "pool/tokens_per_s" in row] == [2, 3, 4, 5, 6, 7]
+    [chunk] = [row for row in history if "chunk/kept_mass" in row]
+    assert (chunk["chunk/kept_mass"], chunk["chunk/codec_kl"], chunk["chunk/duplicate"]) == (0.97, 3e-6, False)
+    [control] = [row for row in history if "control/cross_entropy" in row]
+    assert control["control/cross_entropy"] == 3.5
+    assert {"teacher/seconds_to_ready", "student_checkpoint/num_bytes", "attempt"} <= {name for row in history for name in row}
+    summary = _summary(records)
+    assert summary["eval/student/cross_entropy"] == 3.41
+    assert summary["eval/teacher/cross_entropy"] == 3.05
+    assert summary["outcome"] == "done"
+    axes = {record.metric.glob_name: record.metric.step_metric for record in records if record.metric.glob_name}
+    assert axes["student/*"] == "student/step"
+    assert axes["chunk/*"] == "pool/published"
+
+
+def test_a_resumed_run_goes_on_under_its_id_and_its_steps_never_fall(tmp_path):
+    _mirror(tmp_path, ROWS[:5])
+    again = [replace(START, attempt=2), replace(TRAIN, step=1), replace(TRAIN, step=2)]
+    paths = _mirror(tmp_path, again, first_row=5)
+    assert len(paths) == 2
+    runs = [record.run for path in paths for record in _wandb_records(path) if record.WhichOneof("record_type") == "run"]
+    assert {run.run_id for run in runs} == {wandb_run_id(START)}
+    steps = [row["_step"] for path in paths for row in _history(_wandb_records(path))]
+    assert steps == sorted(set(steps))
+    assert [row["attempt"] for path in paths for row in _history(_wandb_records(path)) if "attempt" in row] == [1, 2]
+
+
+def test_no_secret_reaches_any_file_of_wandb(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "5ec7e7" * 7)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setattr(sys, "argv", ["stillhouse", f"--token={SECRET}"])
+    config = {"store": {"url": f"s3://me:{SECRET}@bucket"}, "api_key": SECRET, "student": {"block_tokens": 64}}
+    rows = [replace(START, command=f"HF_TOKEN={SECRET} stillhouse"), EndRow("failed", 1.0, f"token={SECRET}", time=1.0)]
+    [path] = _mirror(tmp_path, rows, config=config)
+    print(SECRET)
+    written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert path.read_bytes() in written
+    assert b"s3cr3t" not in written
+    assert b"5ec7e7" not in written
+    assert b"block_tokens" in written
+    assert "s3cr3t" in capsys.readouterr().out
+
+
+def test_auto_without_a_key_is_offline(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    assert len(_mirror(tmp_path, [START], section=TrackingSection(wandb="auto"))) == 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_an_unreachable_server_means_offline_for_auto_and_a_refusal_for_online(tmp_path, mode):
+    program = (
+        "import pathlib, sys\n"
+        "from stillhouse.config import TrackingSection\n"
+        "from stillhouse.tracking import WandbView\n"
+        "WandbView(TrackingSection(wandb=sys.argv[1]), pathlib.Path(sys.argv[2]), config={}, run_id='abc', init_timeout_s=1.0).close()\n"
+    )
+    environment = {
+        "WANDB_API_KEY": "0123456789" * 4,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", program, mode, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60)
+    offline = list(tmp_path.glob("wandb/offline-run-*-abc"))
+    if mode == "auto":
+        assert done.returncode == 0, done.stderr
+        assert len(offline) == 1
+    else:
+        assert "UserError: W&B cannot be reached" in done.stderr
+        assert not offline
+
+
+def test_a_broken_wandb_never_breaks_the_run(tmp_path):
+    program = (
+        "import pathlib, sys, wandb\n"
+        "from stillhouse.config import TrackingSection\n"
+        "from stillhouse.tracking import EndRow, PoolRow, WandbView\n"
+        "view = WandbView(TrackingSection(wandb='offline'), pathlib.Path(sys.argv[1]), config={}, run_id='abc')\n"
+        "wandb.teardown()\n"
+        "view.record(PoolRow(1, 8, 3, 4, 1.0, 0.0, 0)); view.record(EndRow('done', 1.0, '')); view.close()\n"
+        "print('the run goes on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert "the run goes on" in done.stdout, done.stderr
+    assert "the journal goes on" in done.stderr
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_progress_off_a_terminal_is_one_plain_line_in_ten_seconds_and_a_last_one():
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text, width=60), clock=clock) as view:
+        view.record(START)
+        for step in range(1, 26):
+            clock.now = float(step)
+            view.record(replace(POOL, published=step // 4, time=clock.now))
+            view.record(replace(TRAIN, step=step, time=clock.now))
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 4  # at 0, 10 and 20 s, and at the end
+    assert "\x1b" not in text.getvalue()
+    assert "teachers 6/8 chunks" in lines[-1]
+    assert "student 25/10 steps" in lines[-1]
+
+
+def test_progress_tells_pace_and_waiting():
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text), clock=clock) as view:
+        view.record(START)
+        for i in range(3):
+            view.record(replace(POOL, published=2 * i, time=1000.0 + 60 * i))
+            view.record(replace(TRAIN, step=1 + i, seconds=4.0, data_wait_s=1.0, time=1000.0 + 10 * i))
+    last = text.getvalue().splitlines()[-1]
+    assert "1,234 tokens/s, ETA 2:00" in last  # 4 of 8 chunks in 120 s
+    assert "waiting 25%, ETA 1:10" in last  # 7 steps of 10 s
+
+
+def test_progress_on_a_terminal_shows_both_bars_side_by_side():
+    text = io.StringIO()
+    with ProgressView(Console(file=text, force_terminal=True, width=140), clock=_Clock()) as view:
+        for row in ROWS:
+            view.record(row)
+    assert any("teachers 2/8 chunks" in line and "control 1/10 steps" in line for line in text.getvalue().splitlines())
