@@ -422,4 +422,6 @@ def test_progress_on_a_terminal_shows_both_bars_side_by_side():
     with ProgressView(Console(file=text, force_terminal=True, width=140), clock=_Clock()) as view:
         for row in ROWS:
             view.record(row)
-    assert any("teachers 2/8 chunks" in line and "control 1/10 steps" in line for line in text.getvalue().splitlines())
+    lines = text.getvalue().splitlines()
+    assert any("teachers 2/8 chunks" in line and "control 1/10 steps" in line for line in lines)
+    assert any("3 in flight, window 4" in line and "waiting 25%" in line for line in lines)

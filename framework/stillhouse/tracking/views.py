@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -196,7 +196,9 @@ class ProgressView:
         sides = Table.grid(padding=(0, 3), expand=True)
         sides.add_column(ratio=1)
         sides.add_column(ratio=1)
-        sides.add_row(*(Group(Text(side.title), side.bar, Text(side.details.removeprefix(", "))) for side in (teachers, student)))
+        sides.add_row(Text(teachers.title), Text(student.title))
+        sides.add_row(teachers.bar, student.bar)
+        sides.add_row(Text(teachers.details.removeprefix(", ")), Text(student.details.removeprefix(", ")))
         self._live.start()
         self._live.update(sides, refresh=True)
 
