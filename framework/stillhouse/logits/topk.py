@@ -115,6 +115,6 @@ def _refuse_what_is_no_distribution(lse_T: Tensor, scaled_TV: Tensor, first_toke
     num_nan, num_infinite = int(scaled_TV[row].isnan().sum()), int((scaled_TV[row] == torch.inf).sum())
     found = f"{num_nan} NaN and {num_infinite} +inf" if num_nan + num_infinite else "no logit above -inf"
     raise TeacherError(
-        f"the logits of token {first_token + row} are no distribution: {found} among {scaled_TV.shape[1]}; wanted finite numbers, or -inf for "
-        "ids that are ruled out. Check the teacher's weights and its dtype (float16 overflows where bfloat16 does not)"
+        f"the logits of token {first_token + row} are no distribution: {found} among {scaled_TV.shape[1]}; wanted finite numbers, or -inf "
+        "for ids that are ruled out. Check the teacher's weights, its dtype (float16 overflows where bfloat16 does not) and the temperature"
     )
