@@ -17,7 +17,7 @@ from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
 from stillhouse.config import TrackingSection
-from stillhouse.errors import RunError, StoreError, UserError
+from stillhouse.errors import RunError, StoreError
 from stillhouse.tracking import (
     CheckpointRow,
     ChunkRow,
@@ -193,9 +193,8 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path):
         Journal(tmp_path / "absent" / "journal.jsonl").record(START)
 
 
-def test_a_run_without_a_journal_is_a_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="no journal"):
-        read_journal(tmp_path / "journal.jsonl")
+def test_a_run_that_has_not_begun_has_no_rows(tmp_path):
+    assert read_journal(tmp_path / "journal.jsonl") == []
 
 
 def test_of_steps_taken_again_the_last_one_counts():
@@ -278,9 +277,9 @@ def _summary(records: list[wandb_internal_pb2.Record]) -> dict[str, object]:
 OFFLINE = TrackingSection(wandb="offline")
 
 
-def _mirror(run_dir: Path, rows, *, first_row: int = 0, config=None, section: TrackingSection = OFFLINE) -> list[Path]:
+def _mirror(run_dir: Path, rows, *, config=None, section: TrackingSection = OFFLINE) -> list[Path]:
     """Feed rows to a view as a driver does; the .wandb files of the run directory, oldest first."""
-    with WandbView(section, run_dir, config=config or {}, run_id=wandb_run_id(START), first_row=first_row) as view:
+    with WandbView(section, run_dir, config=config or {}, run_id=wandb_run_id(START)) as view:
         for row in rows:
             view.record(row)
         assert view.url is None
@@ -309,16 +308,17 @@ def test_the_wandb_file_holds_what_the_journal_holds(tmp_path):
     assert axes["chunk/*"] == "pool/published"
 
 
-def test_a_resumed_run_goes_on_under_its_id_and_its_steps_never_fall(tmp_path):
-    _mirror(tmp_path, ROWS[:5])
-    again = [replace(START, attempt=2), replace(TRAIN, step=1), replace(TRAIN, step=2)]
-    paths = _mirror(tmp_path, again, first_row=5)
-    assert len(paths) == 2
-    runs = [record.run for path in paths for record in _wandb_records(path) if record.WhichOneof("record_type") == "run"]
-    assert {run.run_id for run in runs} == {wandb_run_id(START)}
-    steps = [row["_step"] for path in paths for row in _history(_wandb_records(path))]
-    assert steps == sorted(set(steps))
-    assert [row["attempt"] for path in paths for row in _history(_wandb_records(path)) if "attempt" in row] == [1, 2]
+def test_a_resumed_run_keeps_its_wandb_id_and_its_rows_keep_their_numbers(tmp_path):
+    before = ROWS[:5]
+    after = [replace(START, attempt=2), replace(TRAIN, step=1), replace(TRAIN, step=2)]
+    _mirror(tmp_path, before)
+    first, second = (_wandb_records(path) for path in _mirror(tmp_path, [*before, *after]))
+    runs = [record.run for records in (first, second) for record in records if record.WhichOneof("record_type") == "run"]
+    assert [run.run_id for run in runs] == [wandb_run_id(START)] * 2
+    assert all(run.resume for run in runs)
+    assert [row["_step"] for row in _history(first)] == list(range(5))
+    assert [row["_step"] for row in _history(second)] == list(range(8))
+    assert [row["attempt"] for row in _history(second) if "attempt" in row] == [1, 2]
 
 
 def test_no_secret_reaches_any_file_of_wandb(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.errors import RunError, StoreError, UserError
+from stillhouse.errors import RunError, StoreError
 from stillhouse.tracking.redaction import scrub
 from stillhouse.tracking.rows import ROW_TYPES, Row
 
@@ -85,9 +85,7 @@ class JournalReader:
 
 
 def read_journal(path: Path) -> list[Row]:
-    """Every whole row; a torn last line is left out. Raises UserError where there is no journal, RunError at a broken line."""
-    if not path.is_file():
-        raise UserError(f"there is no journal at {path}; give the directory of a run that has begun")
+    """Every whole row so far: none where there is no journal yet; a torn last line is left out. Raises RunError at a broken line."""
     return JournalReader(path).new_rows()
 
 

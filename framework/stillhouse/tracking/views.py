@@ -32,10 +32,10 @@ def wandb_run_id(first_start: StartRow) -> str:
 
 
 class WandbView:
-    """Mirrors rows, as a reader of the journal hands them out, to Weights & Biases. W&B's step is the row's number in the journal: it
-    grows over resumes too, and no row is dropped.
+    """Mirrors the rows of a journal, handed over from its first one on, to Weights & Biases.
 
-    A view is not the record: once it is open, its failures end the mirroring and never the run.
+    W&B's step is the number of the row, so a journal that is fed again after a resume adds nothing twice, and fills in what W&B had not
+    yet written when it was killed. A view is not the record: once it is open, its failures end the mirroring and never the run.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class WandbView:
         *,
         config: Mapping[str, Any],
         run_id: str,
-        first_row: int = 0,
         init_timeout_s: float = 60.0,
     ) -> None:
-        """Open the run `run_id` (again). `config` is the resolved configuration; `first_row` counts the journal's rows before the first
-        that `record` will get. Raises UserError where mode online cannot be had.
+        """Open the run `run_id`, or open it again; `config` is the resolved configuration.
+
+        Raises UserError where mode online cannot be had.
         """
         self._run: Any = _open_run(section, run_dir, config=scrub(dict(config)), run_id=run_id, init_timeout_s=init_timeout_s)
         self.url: str | None = None if self._run.offline else self._run.url
-        self._next_row = first_row
+        self._next_row = 0
         self._exit_code = 1
         for axis, names in _WANDB_AXES.items():
             self._run.define_metric(axis)
@@ -159,7 +159,8 @@ class ProgressView:
     def record(self, row: Row) -> None:
         match row:
             case StartRow():
-                self._start, self._pool_pace, self._train_pace = row, _Pace(), _Pace()
+                self._start, self._pool, self._train = row, None, None
+                self._pool_pace, self._train_pace = _Pace(), _Pace()
             case PoolRow():
                 self._pool = row
                 self._pool_pace.add(row.time, row.published)
