@@ -79,7 +79,7 @@ class TeacherSection(ModelSection):
 class TargetSection(Section):
     """What of the teacher's distribution is kept for each token."""
 
-    k: Annotated[int, Field(ge=0, le=4096)] = Field(64, description="exact head entries")
+    k: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="exact head entries")
     value_bits: Literal[6, 8] = Field(8, description="bits for each kept log-probability")
     temperature: PositiveFloat = Field(1.0, description="targets are of softmax(logits / temperature)")
 
@@ -95,9 +95,11 @@ class StoreSection(Section):
 class StudentSection(ModelSection):
     """The student, its loss and its optimiser."""
 
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     init: Literal["weights", "config"] = Field("weights", description="start from the model's weights, or from its config with random ones")
     tokenizer: str | None = Field(None, description="None: the tokenizer beside the model")
     num_workers: PositiveInt = Field(1, description="ranks, one to a device")
+    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="times that lost ranks are started again from the last commit")
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
     global_batch_sequences: PositiveInt = Field(64, description="sequences in one optimiser step, over all ranks")

@@ -1,0 +1,194 @@
+"""The Ray cluster: attach to one or start one, know what it has, and hand processes what they need to run on it.
+
+What travels between processes here is small: cursors, chunk numbers, secrets. No tensor does.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from stillhouse.config import ClusterSection, ModelSection, StudentSection, TeacherSection
+from stillhouse.errors import ConfigError
+
+_NAMESPACE = "stillhouse"
+_OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one process asks of Ray, and the device that its tensors will live on."""
+
+    num_cpus: float
+    num_gpus: float
+    resources: Mapping[str, float]
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.num_gpus > 0 else "cpu"
+
+    def times(self, count: int) -> dict[str, float]:
+        """The total of `count` such processes, by resource name."""
+        return {name: count * amount for name, amount in {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}.items() if amount}
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """What a process needs to reach gated models; its repr shows nothing, and it travels as an argument, never in a config."""
+
+    hub_token: str | None = field(repr=False)
+
+    def adopt(self) -> None:
+        """Make the secrets this process's own, where Hugging Face looks for them."""
+        if self.hub_token is not None:
+            os.environ["HF_TOKEN"] = self.hub_token
+
+
+def local_secrets() -> Secrets:
+    """The hub token of the person who starts the run: HF_TOKEN, or what `hf auth login` stored."""
+    from huggingface_hub import get_token
+
+    return Secrets(hub_token=get_token())
+
+
+def prepare_process(device: str, threads: int) -> None:
+    """Settle a worker process before its first tensor: torch threads, DeepSpeed's accelerator, and no pickle in any checkpoint."""
+    import torch
+
+    torch.set_num_threads(threads)
+    os.environ["DS_ACCELERATOR"] = device
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@contextmanager
+def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
+    """Attach to the cluster that the section names, or start one on this machine; yields its resources by name.
+
+    A cluster that this started ends with the block. Inside an already attached process (a test session) it is used as it is.
+    """
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    _connect(section)
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def placement(section: ModelSection, available: Mapping[str, float]) -> Placement:
+    """Where a process of this section goes: a GPU where `device` says so or the cluster has one, else the CPU."""
+    on_gpu = section.device == "cuda" or (section.device == "auto" and available.get("GPU", 0.0) > 0)
+    default_gpus = 1.0 if on_gpu else 0.0
+    num_gpus = default_gpus if section.num_gpus is None else section.num_gpus
+    if section.device == "cuda" and num_gpus == 0:
+        raise ConfigError("device is 'cuda' but num_gpus is 0; ask for at least a fraction of a GPU, or set device = \"cpu\"")
+    return Placement(section.num_cpus, num_gpus, dict(section.resources))
+
+
+def shortages(teacher: TeacherSection, student: StudentSection, available: Mapping[str, float]) -> list[str]:
+    """What `run` would wait for in vain: each resource that the fewest teachers and all student ranks need beyond the cluster's."""
+    needed: dict[str, float] = {}
+    for section, count in ((teacher, teacher.min_replicas), (student, student.num_workers)):
+        for name, amount in placement(section, available).times(count).items():
+            needed[name] = needed.get(name, 0.0) + amount
+    return [
+        f"{name}: {amount:g} needed ({teacher.min_replicas} teachers and {student.num_workers} student ranks), "
+        f"{available.get(name, 0.0):g} in the cluster"
+        for name, amount in needed.items()
+        if amount > available.get(name, 0.0) + 1e-9
+    ]
+
+
+def require_room(teacher: TeacherSection, student: StudentSection, available: Mapping[str, float]) -> None:
+    """Raise ConfigError where `shortages` finds any: Ray itself would wait for ever without a word."""
+    missing = shortages(teacher, student, available)
+    if missing:
+        raise ConfigError(
+            "the cluster is too small for this run:\n"
+            + "\n".join(f"  - {line}" for line in missing)
+            + "\nLower min_replicas, num_workers, num_cpus or num_gpus (fractions share a core), or attach to a larger cluster."
+        )
+
+
+class _Board:
+    """Cursors and bad-chunk numbers on their way from students to the teacher pool."""
+
+    def __init__(self) -> None:
+        self._cursors: dict[str, int] = {}
+        self._bad_chunks: set[int] = set()
+
+    def move_cursor(self, reader: str, num_chunks: int) -> None:
+        self._cursors[reader] = num_chunks
+
+    def report_bad_chunk(self, number: int) -> None:
+        self._bad_chunks.add(number)
+
+    def read(self) -> tuple[dict[str, int], set[int]]:
+        """Every reader's cursor, and the chunks reported since the last read."""
+        bad_chunks, self._bad_chunks = self._bad_chunks, set()
+        return dict(self._cursors), bad_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A handle to the one small actor through which students answer the pool; it can be passed to any process."""
+
+    _actor: Any
+
+    @classmethod
+    def create(cls) -> "Board":
+        return cls(ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote())
+
+    def move_cursor(self, reader: str, num_chunks: int) -> None:
+        """`reader` will never again need the first `num_chunks` chunks of the reading order. Returns at once."""
+        self._actor.move_cursor.remote(reader, num_chunks)
+
+    def report_bad_chunk(self, number: int) -> None:
+        """A reader found chunk `number` damaged. Returns at once."""
+        self._actor.report_bad_chunk.remote(number)
+
+    def read(self) -> tuple[dict[str, int], set[int]]:
+        return ray.get(self._actor.read.remote())
+
+
+def call_remotely(function: Callable[..., Any], *arguments: object, where: Placement) -> Any:
+    """Run a function in a process of its own on the cluster, wait for it, and return its (small) answer.
+
+    An error of ours that it raises arrives as itself.
+    """
+    remote = ray.remote(function).options(
+        num_cpus=where.num_cpus, num_gpus=where.num_gpus, resources=dict(where.resources) or None, max_retries=1
+    )
+    try:
+        return ray.get(remote.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise cause_of(error) from None
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that a remote process raised, out of the one that Ray wrapped it in."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _connect(section: ClusterSection) -> None:
+    local = section.address is None
+    options: dict[str, Any] = {"address": "local", "num_cpus": section.num_cpus, "include_dashboard": False} if local else {"address": section.address}
+    if local:
+        options["object_store_memory"] = _OBJECT_STORE_BYTES
+    try:
+        ray.init(
+            **options,
+            namespace=_NAMESPACE,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {section.address!r} ({error}); start one with `ray start --head`, or leave cluster.address out"
+        ) from None

@@ -1,0 +1,141 @@
+"""The exact comparison: teacher and student side by side on held-out text, both distributions dense, in token blocks.
+
+Nothing here comes from compressed targets, so nothing here can inherit their error. Shapes: B sequences, L positions, T tokens, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stillhouse.cluster import Secrets, prepare_process
+from stillhouse.config import EvaluateSection, ModelSection
+from stillhouse.corpus import Rows
+from stillhouse.logits import Head
+from stillhouse.models import final_hidden, head_of, load_model
+
+_NUM_BINS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one model does on the held-out tokens. Means per target token; nats."""
+
+    num_tokens: int
+    cross_entropy: float
+    kl: float  # KL(teacher || model); 0 for the teacher itself
+    agreement: float  # share of tokens where the model's first choice is the teacher's
+    calibration_error: float  # expected calibration error of the first choice, 15 equal-width bins (Guo et al. 2017, arXiv 1706.04599)
+    acceptance: float  # mean of sum_v min(p, q): the share of drafts that speculative decoding would accept (arXiv 2211.17192)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationJob:
+    """Which models to score on which sequences. All are compared with `teacher`, which is scored as well."""
+
+    teacher: ModelSection
+    models: Mapping[str, ModelSection]
+    vocab_size: int
+    section: EvaluateSection
+    device: str
+    threads: int
+    secrets: Secrets
+
+
+def evaluate(job: EvaluationJob, heldout: Rows) -> dict[str, Scores]:
+    """Scores of the teacher and each model, by name, on the masked-in tokens of `heldout`. Runs in the calling process."""
+    prepare_process(job.device, job.threads)
+    job.secrets.adopt()
+    scorers = {"teacher": _scorer(job.teacher, job)} | {name: _scorer(section, job) for name, section in job.models.items()}
+    tallies = {name: _Tally() for name in scorers}
+    with torch.inference_mode():
+        for start in range(0, len(heldout.token_ids_SL), job.section.batch_sequences):
+            rows = slice(start, start + job.section.batch_sequences)
+            batch = _Batch.of(heldout, rows)
+            hidden = {name: scorer.hidden(batch) for name, scorer in scorers.items()}
+            for first in range(0, len(batch.labels_T), job.section.block_tokens):
+                block = slice(first, first + job.section.block_tokens)
+                logprobs = {name: scorer.logprobs(hidden[name][block]) for name, scorer in scorers.items()}
+                for name, tally in tallies.items():
+                    tally.add(logprobs["teacher"], logprobs[name], batch.labels_T[block])
+    return {name: tally.scores() for name, tally in tallies.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    token_ids_BL: Tensor
+    positions_BL: Tensor
+    target_positions_T: Tensor
+    labels_T: Tensor
+
+    @classmethod
+    def of(cls, corpus: Rows, rows: slice) -> "_Batch":
+        token_ids_BL = corpus.token_ids_SL[rows].astype(np.int64)
+        mask_BL = corpus.loss_mask_SL[rows] == 1
+        labels_BL = np.roll(token_ids_BL, -1, axis=1)
+        return cls(
+            torch.from_numpy(token_ids_BL),
+            torch.from_numpy(corpus.positions_SL[rows].astype(np.int64)),
+            torch.from_numpy(np.flatnonzero(mask_BL)),
+            torch.from_numpy(labels_BL[mask_BL]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Scorer:
+    model: PreTrainedModel
+    head: Head
+
+    def hidden(self, batch: _Batch) -> Tensor:
+        device = self.model.get_input_embeddings().weight.device
+        hidden_BLH = final_hidden(self.model, batch.token_ids_BL.to(device), batch.positions_BL.to(device))
+        return hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T.to(hidden_BLH.device))
+
+    def logprobs(self, hidden_TH: Tensor) -> Tensor:
+        logits_TV = self.head.logits(hidden_TH.to(self.head.weight_VH.device))
+        return torch.log_softmax(logits_TV.float(), dim=-1).cpu()
+
+
+def _scorer(section: ModelSection, job: EvaluationJob) -> _Scorer:
+    many_gpus = job.device == "cuda" and torch.cuda.device_count() > 1
+    model = load_model(section, device_map="auto" if many_gpus else job.device)
+    return _Scorer(model, head_of(model, vocab_size=job.vocab_size))
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over tokens; float64, so that their order does not matter."""
+
+    num_tokens: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    bins: Tensor = field(default_factory=lambda: torch.zeros(3, _NUM_BINS, dtype=torch.float64))  # count, confidence, correct
+
+    def add(self, teacher_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> None:
+        p_TV = teacher_TV.exp()
+        confidence_T, choice_T = model_TV.max(dim=-1)
+        confidence_T = confidence_T.exp()
+        cross_entropy = -model_TV.gather(1, labels_T[:, None]).sum(dtype=torch.float64)
+        kl = torch.where(p_TV > 0, p_TV * (teacher_TV - model_TV), 0.0).sum(dtype=torch.float64)
+        agreement = (choice_T == teacher_TV.argmax(dim=-1)).sum(dtype=torch.float64)
+        acceptance = torch.minimum(p_TV, model_TV.exp()).sum(dtype=torch.float64)
+        self.num_tokens += len(labels_T)
+        self.sums += torch.stack([cross_entropy, kl, agreement, acceptance])
+        bins_T = (confidence_T * _NUM_BINS).long().clamp_max(_NUM_BINS - 1)
+        correct_T = (choice_T == labels_T).double()
+        for row, values_T in enumerate((torch.ones_like(correct_T), confidence_T.double(), correct_T)):
+            self.bins[row].index_add_(0, bins_T, values_T)
+
+    def scores(self) -> Scores:
+        cross_entropy, kl, agreement, acceptance = (self.sums / max(1, self.num_tokens)).tolist()
+        _, confidence_B, correct_B = self.bins
+        calibration_error = float((confidence_B - correct_B).abs().sum()) / max(1, self.num_tokens)
+        return Scores(self.num_tokens, cross_entropy, kl, agreement, calibration_error, acceptance)
+
+
+def exported(section: ModelSection, folder: Path) -> ModelSection:
+    """The section of a model that `export` wrote to `folder`: same dtype and device, its own weights."""
+    return section.model_copy(update={"model": str(folder), "revision": None, "trust_remote_code": False})

@@ -1,0 +1,6 @@
+"""The steps of a run as functions: plan, produce, train, run, evaluate, export. Each reads what is on disk and can be done again."""
+
+from stillhouse.pipeline.plan import Plan, plan
+from stillhouse.pipeline.steps import evaluate_run, export_run, open_run, produce, run, train
+
+__all__ = ["Plan", "evaluate_run", "export_run", "open_run", "plan", "produce", "run", "train"]

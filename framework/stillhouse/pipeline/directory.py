@@ -1,0 +1,192 @@
+"""The run directory: whose it is, what may change when it is used again, and an attempt's start and end in its journal.
+
+    config.json  recipe.json  run.json     what was asked, under which name
+    journal.jsonl                          what happened
+    checkpoints/  export/  report.html     what came of it
+"""
+
+import json
+import secrets
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+
+from stillhouse.config import Config, parse_config, resolved_json
+from stillhouse.errors import RecipeError
+from stillhouse.pipeline.plan import Plan
+from stillhouse.store import ChunkStore, differences, parse_recipe
+from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView
+
+_FOLLOW_EVERY_S = 0.5
+_VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
+
+# What may differ when a run directory is used again. Everything else decides a target, a batch or a gradient.
+_MAY_CHANGE: Mapping[str, frozenset[str]] = {
+    "student": frozenset(
+        "learning_rate min_learning_rate warmup_steps epochs max_steps checkpoint_every_steps keep_checkpoints prefetch_batches "
+        "device num_cpus num_gpus resources max_failures block_tokens activation_checkpointing".split()
+    ),
+    "teacher": frozenset("min_replicas max_replicas device num_cpus num_gpus resources max_failures batch_sequences block_tokens".split()),
+    "store": frozenset({"url", "window_bytes"}),
+}
+_MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})
+
+
+def config_of(run_dir: Path) -> Config:
+    """The resolved config that a run directory was last used with. Raises RecipeError where it is no run directory."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise RecipeError(f"{run_dir} is not a run directory: it has no config.json; name the --run-dir of an earlier run")
+    return parse_config(json.loads(path.read_text()))
+
+
+def changes_that_matter(before: Config, after: Config) -> list[str]:
+    """What differs beyond what a resumed run may change, each as 'section.key: before -> after'."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    return [
+        f"{section}.{key}: {old[section][key]!r} -> {new[section][key]!r}"
+        for section in old
+        if section not in _MAY_CHANGE_WHOLLY
+        for key in old[section]
+        if key not in _MAY_CHANGE.get(section, frozenset()) and old[section][key] != new[section][key]
+    ]
+
+
+@contextmanager
+def attempt(plan: Plan, command: str) -> Iterator[Journal]:
+    """One use of the run directory: claims it, journals start and end, and shows the journal while the block lasts.
+
+    Raises RecipeError where the directory belongs to another run.
+    """
+    began = monotonic()
+    run_id = _claim(plan)
+    journal = Journal(plan.run_dir / "journal.jsonl")
+    earlier = JournalReader(journal.path).new_rows()
+    number = 1 + sum(isinstance(row, StartRow) for row in earlier)
+    ChunkStore.create(plan.config.store.url, plan.recipe)
+    views: list[ProgressView | WandbView] = [ProgressView()]
+    if plan.config.tracking.wandb != "off":
+        values = plan.config.model_dump(mode="json")
+        views.append(WandbView(plan.config.tracking, plan.run_dir, config=values, run_id=run_id, first_row=len(earlier)))
+    with _shown(journal.path, views):
+        journal.record(_start_row(plan, command, number))
+        try:
+            yield journal
+        except KeyboardInterrupt:
+            journal.record(EndRow("interrupted", monotonic() - began, "Ctrl-C; the same command goes on from here"))
+            raise
+        except BaseException as error:
+            journal.record(EndRow("failed", monotonic() - began, str(error)))
+            raise
+        journal.record(EndRow("done", monotonic() - began, ""))
+
+
+def _claim(plan: Plan) -> str:
+    """Make the directory this plan's, or check that it is; returns the run's id, which never changes."""
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    recipe_path, config_path, run_path = (plan.run_dir / name for name in ("recipe.json", "config.json", "run.json"))
+    if config_path.exists():
+        changes = changes_that_matter(config_of(plan.run_dir), plan.config)
+        if recipe_path.exists():
+            changes += differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), plan.recipe)
+        if changes:
+            raise RecipeError(
+                f"{plan.run_dir} belongs to another run; these differ:\n"
+                + "\n".join(f"  - {change}" for change in changes)
+                + "\nSet them back to go on with it, or name another --run-dir."
+            )
+    if not run_path.exists():
+        run_path.write_text(json.dumps({"id": plan.config.tracking.run_id or secrets.token_hex(4)}) + "\n")
+    config_path.write_text(resolved_json(plan.config))
+    recipe_path.write_bytes(plan.recipe.canonical_json())
+    return str(json.loads(run_path.read_text())["id"])
+
+
+def _start_row(plan: Plan, command: str, number: int) -> StartRow:
+    config, corpus = plan.config, plan.split.train
+    return StartRow(
+        attempt=number,
+        command=command,
+        versions={name: version(name) for name in _VERSIONED},
+        teacher=config.teacher.model,
+        student=config.student.model,
+        recipe_fingerprint=plan.recipe.fingerprint,
+        num_chunks=len(plan.chunks),
+        num_sequences=corpus.num_sequences,
+        sequence_length=corpus.sequence_length,
+        num_targets=corpus.num_targets,
+        bytes_per_token=plan.recipe.codec.bytes_per_token,
+        vocab_size=plan.recipe.vocab_size,
+        k=plan.recipe.k,
+        world_size=config.student.num_workers,
+        zero_stage=config.student.zero_stage,
+        num_teachers=config.teacher.max_replicas,
+        total_steps=plan.total_steps,
+        control=config.evaluate.control,
+    )
+
+
+def model_card(plan: Plan, role: str) -> str:
+    """The README of an exported model: what it learned from, and how well, as far as the journal knows."""
+    rows = [row for row in JournalReader(plan.run_dir / "journal.jsonl").new_rows() if isinstance(row, EvalRow)]
+    scores = {row.model: row for row in rows}
+    config, recipe = plan.config, plan.recipe
+    lesson = "the text alone" if role == "control" else f"the top {recipe.k} log-probabilities of {config.teacher.model} and the mass of the rest"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [distillation, stillhouse]",
+        "---",
+        f"# {Path(config.student.model).name}, distilled from {Path(config.teacher.model).name}",
+        "",
+        f"Trained by Stillhouse {version('stillhouse')} on {lesson}.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| student | {config.student.model} (from {config.student.init}) |",
+        f"| teacher | {config.teacher.model}, {config.teacher.dtype} |",
+        f"| data | {config.corpus.dataset}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
+        f"| divergence | {config.student.divergence}, temperature {recipe.temperature:g}, cross-entropy weight {config.student.ce_weight:g} |",
+        f"| optimiser steps | {plan.total_steps:,} of {config.student.global_batch_sequences} sequences |",
+        f"| recipe | `{recipe.fingerprint}` |",
+    ]
+    if scores:
+        lines += ["", "Held-out text, exact and dense:", "", "| model | cross-entropy | KL from the teacher | top-1 agreement | acceptance |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        lines += [f"| {name} | {row.cross_entropy:.4f} | " + " | ".join(map(_figure, (row.kl, row.agreement, row.acceptance))) + " |" for name, row in scores.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+@contextmanager
+def _shown(journal: Path, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
+    """Feed new journal rows to the views from a thread: whatever writes the journal, on whichever machine, is seen."""
+    reader = JournalReader(journal)
+    reader.new_rows()  # of earlier attempts: the views saw them
+    stopped = threading.Event()
+
+    def feed() -> None:
+        while True:
+            last = stopped.wait(_FOLLOW_EVERY_S)
+            for row in reader.new_rows():
+                for view in views:
+                    view.record(row)
+            if last:
+                return
+
+    thread = threading.Thread(target=feed, name="journal-views", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        for view in views:
+            view.close()

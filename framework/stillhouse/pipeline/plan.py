@@ -1,0 +1,117 @@
+"""All that follows from a config before anything runs: the sequences, the recipe, which chunks to make and how many steps to take."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from stillhouse.config import Config, StudentSection
+from stillhouse.corpus import Split, prepare_corpus
+from stillhouse.errors import ConfigError
+from stillhouse.models import check_same_ids, load_tokenizer, model_identity, tokenizer_digest, vocab_size_of
+from stillhouse.store import Recipe
+from stillhouse.student.order import Order
+from stillhouse.student.train import TrainJob, order_of
+from stillhouse.teacher.model import WorkItem
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, decided: `config` has its model revisions pinned, and everything else is a function of these fields."""
+
+    config: Config
+    run_dir: Path
+    tokenizer: PreTrainedTokenizerBase
+    split: Split
+    recipe: Recipe
+
+    @cached_property
+    def order(self) -> Order:
+        return order_of(self.config.student, self.recipe)
+
+    @cached_property
+    def total_steps(self) -> int:
+        section = self.config.student
+        steps = self.order.steps_per_epoch * section.epochs
+        return min(steps, section.max_steps) if section.max_steps else steps
+
+    @cached_property
+    def chunks(self) -> list[int]:
+        """The chunks that the students will read, in the order in which they first do."""
+        return self.order.chunks_in_reading_order(self.total_steps)
+
+    @property
+    def bytes_per_chunk(self) -> float:
+        """The mean size of a full chunk: ids, positions and mask of every token, a record for every target, the header not counted."""
+        corpus = self.split.train
+        targets_per_sequence = corpus.num_targets / corpus.num_sequences
+        per_sequence = 9 * corpus.sequence_length + targets_per_sequence * self.recipe.codec.bytes_per_token
+        return per_sequence * min(self.recipe.chunk_sequences, corpus.num_sequences)
+
+    @property
+    def window_chunks(self) -> int:
+        """How far teachers may run ahead: what `window_bytes` affords, but never less than two windows of the shuffle, since a student
+        needs one whole to take its first step."""
+        affordable = int(self.config.store.window_bytes / self.bytes_per_chunk)
+        return max(affordable, 2 * self.config.student.shuffle_window_chunks)
+
+    def item(self, number: int) -> WorkItem:
+        """What a teacher needs to make chunk `number`."""
+        sequences = self.recipe.chunk_rows(number)
+        rows = self.split.train.rows(sequences.start, sequences.stop)
+        return WorkItem(number, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL)
+
+    def jobs(self) -> list[TrainJob]:
+        """The student, then, where the config asks for it, its control: the same in everything but what it learns from."""
+        student = self.config.student
+        sections: dict[Literal["student", "control"], StudentSection] = {"student": student}
+        if self.config.evaluate.control:
+            sections["control"] = student.model_copy(update={"divergence_weight": 0.0, "ce_weight": 1.0})
+        return [
+            TrainJob(role, section, self.recipe, self.config.store.url, self.run_dir, self.total_steps) for role, section in sections.items()
+        ]
+
+
+def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
+    """Resolve revisions, compare the tokenizers, tokenise the corpus (once, into `cache_dir`) and name the recipe.
+
+    Raises ModelError, CorpusError or ConfigError for what cannot be used, before anything heavy starts.
+    """
+    teacher, student = model_identity(config.teacher), model_identity(config.student)
+    config = config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update={"revision": teacher.revision}),
+            "student": config.student.model_copy(update={"revision": student.revision}),
+        }
+    )
+    tokenizer = load_tokenizer(config.teacher.model, revision=teacher.revision, trust_remote_code=config.teacher.trust_remote_code)
+    check_same_ids(tokenizer, _student_tokenizer(config.student))
+    vocab_size = vocab_size_of(tokenizer)
+    if config.target.k > vocab_size:
+        raise ConfigError(f"target.k is {config.target.k}, but the vocabulary has {vocab_size} tokens; set target.k to {vocab_size} or less")
+    digest = tokenizer_digest(tokenizer)
+    split = prepare_corpus(config.corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir)
+    recipe = Recipe(
+        corpus_digest=split.train.digest,
+        num_sequences=split.train.num_sequences,
+        sequence_length=config.corpus.sequence_length,
+        packing=config.corpus.packing,
+        chunk_sequences=config.store.chunk_sequences,
+        tokenizer_digest=digest,
+        vocab_size=vocab_size,
+        teacher_digest=teacher.digest,
+        teacher_dtype=config.teacher.dtype,
+        k=config.target.k,
+        num_draws=0,
+        temperature=config.target.temperature,
+        value_bits=config.target.value_bits,
+    )
+    return Plan(config, run_dir, tokenizer, split, recipe)
+
+
+def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerBase:
+    if section.tokenizer is not None:
+        return load_tokenizer(section.tokenizer)
+    return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)

@@ -1,0 +1,216 @@
+"""The one door to DeepSpeed: a student as a plain module whose forward holds the whole loss, wrapped in a ZeRO engine.
+
+Gradients are normalised by the GLOBAL number of target tokens of the step, so that they do not depend on how the batch was cut into
+ranks and micro-batches. Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stillhouse.config import StudentSection
+from stillhouse.errors import CheckpointError, StudentError
+from stillhouse.logits import Head
+from stillhouse.models import final_hidden, head_of
+from stillhouse.student.checkpoint import tag_of
+from stillhouse.student.loader import MicroBatch
+from stillhouse.student.loss import Divergence, LossTerms, distillation_loss, divergence_named
+
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that DeepSpeed's checkpoints hold beside tensors
+
+
+@dataclass(frozen=True, slots=True)
+class StepTerms:
+    """One optimiser step, over all ranks: means per target token, in nats."""
+
+    loss: float
+    divergence: float
+    cross_entropy: float | None
+    num_tokens: int
+    grad_norm: float
+
+
+class DistillationHead(nn.Module):
+    """The LM head and the loss as one submodule that owns the shared weight: under ZeRO-3 it is gathered once, here."""
+
+    def __init__(self, head: Head, weight: nn.Parameter, bias: nn.Parameter | None, section: StudentSection):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._shape = replace(head, weight_VH=torch.empty(0), bias_V=None)
+        self._vocab_size = head.vocab_size
+        self._divergence: Divergence = divergence_named(section.divergence, section.mix)
+        self._section = section
+
+    def forward(self, hidden_TH: Tensor, batch: MicroBatch) -> LossTerms:
+        head = replace(
+            self._shape,
+            weight_VH=self.weight[: self._vocab_size],
+            bias_V=None if self.bias is None else self.bias[: self._vocab_size],
+        )
+        return distillation_loss(
+            hidden_TH,
+            head,
+            batch.target,
+            divergence=self._divergence,
+            labels_T=batch.labels_T,
+            ce_weight=self._section.ce_weight,
+            divergence_weight=self._section.divergence_weight,
+            block_tokens=self._section.block_tokens,
+        )
+
+
+class StudentModule(nn.Module):
+    """A causal LM from token ids to loss terms; only positions that have a target reach the head."""
+
+    def __init__(self, lm: PreTrainedModel, *, section: StudentSection, vocab_size: int):
+        super().__init__()
+        self.lm = lm
+        output = lm.get_output_embeddings()
+        self.head = DistillationHead(head_of(lm, vocab_size=vocab_size), output.weight, getattr(output, "bias", None), section)
+
+    def forward(self, batch: MicroBatch) -> LossTerms:
+        hidden_BLH = final_hidden(self.lm, batch.token_ids_BL, batch.positions_BL)
+        hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T)
+        return self.head(hidden_TH, batch)
+
+
+class StudentEngine:
+    """A student under ZeRO. The process group must exist; every rank calls every method in the same order."""
+
+    def __init__(self, lm: PreTrainedModel, *, section: StudentSection, vocab_size: int, num_micro_batches: int, device: torch.device):
+        self.section = section
+        self.device = device
+        self.num_micro_batches = num_micro_batches
+        self._world_size = dist.get_world_size()
+        if section.activation_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.train()
+        module = StudentModule(lm, section=section, vocab_size=vocab_size)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else the first CPU engine compiles for a minute
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=_parameter_groups(module, section.weight_decay),
+            config=_deepspeed_config(section, num_micro_batches),
+            dist_init_required=False,
+        )
+
+    def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepTerms:
+        """Forward, backward and step over this rank's micro-batches; every rank has `num_micro_batches` of them.
+
+        Raises StudentError on every rank when a loss or gradient is not finite: the weights are then as before the step, or unusable.
+        """
+        num_tokens = self._sum_over_ranks([float(sum(batch.num_tokens for batch in batches))])[0]
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            terms: LossTerms = self._engine(batch.to(self.device))
+            sums += torch.stack([terms.total, terms.divergence, terms.cross_entropy]).detach().double()
+            self._engine.backward(terms.total * (self._world_size / max(num_tokens, 1.0)), scale_wrt_gas=False)
+            if batch is not batches[-1]:
+                self._engine.step()
+        total, divergence, cross_entropy = (value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums.tolist()))
+        _require_finite("loss", total)
+        grad_norm = self._optimiser_step(learning_rate)
+        has_ce = self.section.ce_weight > 0
+        return StepTerms(total, divergence, cross_entropy if has_ce else None, int(num_tokens), grad_norm)
+
+    def save(self, root: Path, *, step: int) -> None:
+        """Write this rank's part of a checkpoint; it is no commit yet."""
+        self._engine.save_checkpoint(str(root), tag=tag_of(step), client_state={"step": step}, save_latest=False)
+
+    def load(self, root: Path, *, step: int) -> None:
+        """Load weights and optimiser of a verified commit made by the same number of ranks at the same stage."""
+        path, _ = self._engine.load_checkpoint(str(root), tag=tag_of(step))
+        if path is None:
+            raise CheckpointError(
+                f"DeepSpeed found nothing to load in {root / tag_of(step)}; remove that checkpoint's manifest to use an older one"
+            )
+
+    def close(self) -> None:
+        """Free hooks and buffers, so that the process can build another engine."""
+        self._engine.destroy()
+
+    def _optimiser_step(self, learning_rate: float) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        plain = self.section.zero_stage == 0 and self.section.dtype == "float32"
+        if plain:  # plain DDP clips without telling the norm, and writes NaN into the weights: look before the step
+            norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in self._engine.module.parameters() if p.grad is not None))
+            _require_finite("gradient", norm)
+        skipped = self._engine.skipped_steps
+        self._engine.step()
+        if not plain:
+            norm = float(self._engine.get_global_grad_norm())
+            _require_finite("gradient", norm)
+        if self._engine.skipped_steps != skipped:
+            raise StudentError("DeepSpeed skipped an optimiser step because a gradient overflowed")
+        return norm
+
+    def _sum_over_ranks(self, values: list[float]) -> list[float]:
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+
+def learning_rate_at(step: int, *, section: StudentSection, total_steps: int) -> float:
+    """Linear warm-up over `warmup_steps`, then a cosine from `learning_rate` to `min_learning_rate` at `total_steps`."""
+    if step < section.warmup_steps:
+        return section.learning_rate * (step + 1) / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return section.min_learning_rate + (section.learning_rate - section.min_learning_rate) * cosine
+
+
+def consolidated_weights(root: Path, *, step: int, zero_stage: int) -> dict[str, Tensor]:
+    """The plain state dict of the language model in a committed checkpoint: fp32 under ZeRO >= 1, names as Hugging Face has them."""
+    if zero_stage == 0:
+        saved: dict[str, Any] = torch.load(root / tag_of(step) / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        weights = saved["module"]
+    else:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag_of(step))
+    return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; gains and biases do not."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_config(section: StudentSection, num_micro_batches: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": section.micro_batch_sequences,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": section.gradient_clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": section.learning_rate, "betas": list(section.betas), "torch_adam": True},
+        },
+        "zero_optimization": {"stage": section.zero_stage},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    if section.dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # 64 bf16 accumulations lose 25 times the precision
+    return config
+
+
+def _require_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise StudentError(f"the {what} is {value}")

@@ -1,0 +1,37 @@
+"""A committed checkpoint as a plain Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from stillhouse.config import StudentSection
+from stillhouse.errors import CheckpointError
+from stillhouse.models import load_model
+from stillhouse.student import checkpoint
+from stillhouse.student.engine import consolidated_weights
+
+
+def export(checkpoints: Path, out: Path, *, section: StudentSection, tokenizer: PreTrainedTokenizerBase, card: str) -> int:
+    """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype, config, tokenizer and model card.
+
+    Returns the number of optimiser steps behind the weights. Raises CheckpointError where there is no commit, or where its weights
+    do not fit the model.
+    """
+    found = checkpoint.newest(checkpoints)
+    if found is None:
+        raise CheckpointError(f"there is no checkpoint under {checkpoints} to export; train first, with `stillhouse run` or `stillhouse train`")
+    weights = consolidated_weights(checkpoints, step=found.step, zero_stage=found.zero_stage)
+    model = load_model(section, random_init_seed=0)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if unexpected or set(missing) - tied:
+        raise CheckpointError(
+            f"the checkpoint of step {found.step} does not fit {section.model}: "
+            f"missing {sorted(set(missing) - tied)[:4]}, unexpected {list(unexpected)[:4]}; was student.model changed?"
+        )
+    model.tie_weights()
+    model.to(getattr(torch, section.dtype)).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return found.step

@@ -1,0 +1,209 @@
+"""From chunks to micro-batches: a rank reads only its own rows, verifies them, and decodes them ahead of the step that needs them.
+
+The loader has no state but the step: what it yields is a pure function of (order, step, rank, world size). A chunk that is not in
+the store yet is waited for; a chunk that is damaged is reported and waited for until it has been replaced.
+
+Shapes: B sequences, L positions, T target tokens.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.errors import ChunkError, StudentError
+from stillhouse.logits import CompressedLogits, decode
+from stillhouse.store import Chunk, ChunkMissing, ChunkStore
+from stillhouse.student.order import Order, rank_rows
+
+_FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
+_PADDING = -1
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward pass of one rank."""
+
+    token_ids_BL: Tensor  # int64
+    positions_BL: Tensor  # int64
+    target_positions_T: Tensor  # int64, into the flattened [B * L] positions
+    labels_T: Tensor  # int64
+    target: CompressedLogits
+
+    @property
+    def num_tokens(self) -> int:
+        return self.labels_T.shape[0]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return MicroBatch(
+            move(self.token_ids_BL), move(self.positions_BL), move(self.target_positions_T), move(self.labels_T), self.target.map(move)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderState:
+    """All that a checkpoint needs to find the next batch again."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one rank trains on in one optimiser step."""
+
+    state: LoaderState
+    micro_batches: tuple[MicroBatch, ...]
+    sequences: tuple[int, ...]  # of all ranks, to name them when the step goes wrong
+
+
+class BatchReader:
+    """Reads the batches of steps [start, stop) in a background thread, `prefetch` of them ahead. Use it as a context manager."""
+
+    def __init__(
+        self,
+        store: ChunkStore,
+        order: Order,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        start: int,
+        stop: int,
+        prefetch: int,
+        on_bad_chunk: Callable[[int], None],
+    ):
+        self._store, self._order = store, order
+        self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
+        self._start, self._stop = start, stop
+        self._on_bad_chunk = on_bad_chunk
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, name="batch-reader", daemon=True)
+
+    def __enter__(self) -> "BatchReader":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        while self._thread.is_alive():
+            self._drain()
+            self._thread.join(timeout=0.05)
+
+    def next(self) -> tuple[Batch, float]:
+        """The next batch, and the seconds for which the caller waited for it. Raises what the reading thread met."""
+        began = time.monotonic()
+        found = self._queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found, time.monotonic() - began
+
+    def _read_ahead(self) -> None:
+        try:
+            for batch in self._batches():
+                self._put(batch)
+        except _ClosedError:
+            return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, found: Batch | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(found, timeout=0.2)
+            except queue.Full:
+                continue
+        return None
+
+    def _drain(self) -> None:
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    def _batches(self) -> Iterator[Batch]:
+        """Rows are fetched a stretch of steps at a time: the steps that share one window of chunks."""
+        window_sequences = self._order.window_chunks * self._order.chunk_sequences
+        stretch = max(1, window_sequences // self._order.global_batch_sequences)
+        for first in range(self._start, self._stop, stretch):
+            steps = range(first, min(first + stretch, self._stop))
+            rows_by_step = [self._rows_of(step) for step in steps]
+            rows = self._fetch(np.unique(np.concatenate([rows.ravel() for rows in rows_by_step])))
+            for step, rows_AB in zip(steps, rows_by_step, strict=True):
+                micro_batches = tuple(self._decode(rows_B, rows) for rows_B in rows_AB)
+                yield Batch(LoaderState(step), micro_batches, tuple(self._order.sequences(step).tolist()))
+
+    def _rows_of(self, step: int) -> np.ndarray:
+        """[A, B] sequence numbers of this rank's A micro-batches, padded; A is the same for every step and rank."""
+        sequences = self._order.sequences(step)
+        whole = np.full(self._order.global_batch_sequences, _PADDING, dtype=np.int64)
+        whole[: len(sequences)] = sequences
+        return rank_rows(whole, rank=self._rank, world_size=self._world_size, micro_batch=self._micro_batch)
+
+    def _fetch(self, sequences: np.ndarray) -> dict[int, Chunk]:
+        """Each wanted sequence as a chunk of one row."""
+        sequences = sequences[sequences != _PADDING]
+        numbers, rows = np.divmod(sequences, self._order.chunk_sequences)
+        found: dict[int, Chunk] = {}
+        for number in np.unique(numbers):
+            wanted = rows[numbers == number]
+            chunk = self._fetch_when_there(int(number), wanted)
+            for index, row in enumerate(wanted):
+                found[int(number) * self._order.chunk_sequences + int(row)] = chunk.row(index)
+        return found
+
+    def _fetch_when_there(self, number: int, rows: np.ndarray) -> Chunk:
+        pause_s = _FIRST_POLL_S
+        reported = False
+        while not self._closed.wait(0):
+            try:
+                return self._store.fetch_rows(number, rows)
+            except ChunkMissing:
+                pass
+            except ChunkError:
+                if not reported:
+                    self._on_bad_chunk(number)
+                    reported = True
+            self._closed.wait(pause_s)
+            pause_s = min(2 * pause_s, _LAST_POLL_S)
+        raise _ClosedError
+
+    def _decode(self, sequences_B: np.ndarray, rows: dict[int, Chunk]) -> MicroBatch:
+        length, codec = self._store.recipe.sequence_length, self._store.recipe.codec
+        token_ids_BL = np.zeros((len(sequences_B), length), dtype=np.int64)
+        positions_BL = np.tile(np.arange(length, dtype=np.int64), (len(sequences_B), 1))
+        mask_BL = np.zeros((len(sequences_B), length), dtype=bool)
+        records = [np.empty((0, codec.bytes_per_token), dtype=np.uint8)]
+        for index, sequence in enumerate(sequences_B):
+            if sequence == _PADDING:
+                continue
+            row = rows[int(sequence)]
+            token_ids_BL[index], positions_BL[index] = row.token_ids_SL[0], row.positions_SL[0]
+            mask_BL[index] = row.loss_mask_SL[0] == 1
+            records.append(row.targets_NB)
+        labels_BL = np.roll(token_ids_BL, -1, axis=1)
+        return MicroBatch(
+            token_ids_BL=torch.from_numpy(token_ids_BL),
+            positions_BL=torch.from_numpy(positions_BL),
+            target_positions_T=torch.from_numpy(np.flatnonzero(mask_BL)),
+            labels_T=torch.from_numpy(labels_BL[mask_BL]),
+            target=decode(torch.from_numpy(np.concatenate(records)), codec),
+        )
+
+
+def refuse_bad_chunk(number: int) -> None:
+    """For readers without a teacher pool behind them: a damaged chunk ends the run, since nobody will replace it."""
+    raise StudentError(
+        f"chunk {number} in the store is damaged, and no teacher is running that could replace it; "
+        "`stillhouse store verify URL --quarantine` moves damaged chunks away, then `stillhouse produce` makes them again"
+    )
+
+
+class _ClosedError(Exception):
+    """The consumer went away while the thread was waiting."""

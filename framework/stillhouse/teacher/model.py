@@ -1,0 +1,104 @@
+"""What a teacher is: token ids in, compressed targets out. One method, and a Hugging Face causal LM that implements it.
+
+Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from stillhouse.config import TeacherSection
+from stillhouse.errors import TeacherError
+from stillhouse.logits import CompressedLogits, compress_hidden, concatenate
+from stillhouse.models import check_head, check_packing, final_hidden, head_of, load_model
+from stillhouse.store import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """One chunk's sequences, as a teacher receives them."""
+
+    number: int
+    token_ids_SL: np.ndarray  # int32
+    positions_SL: np.ndarray  # int32
+    loss_mask_SL: np.ndarray  # uint8
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.loss_mask_SL.sum())
+
+
+class Teacher(Protocol):
+    """Anything that knows the next-token distribution after each masked-in token."""
+
+    def compress(self, item: WorkItem) -> CompressedLogits:
+        """The targets of the item's masked-in positions, in row-major order."""
+        ...
+
+
+class HuggingFaceTeacher:
+    """A causal LM in this process. Construction loads it and proves its head and its packing on a probe batch."""
+
+    def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str):
+        self._section, self._recipe = section, recipe
+        many_gpus = device == "cuda" and torch.cuda.device_count() > 1
+        self._model = load_model(section, device_map="auto" if many_gpus else device)
+        check_head(self._model, vocab_size=recipe.vocab_size)
+        check_packing(self._model, vocab_size=recipe.vocab_size)
+        self._head = head_of(self._model, vocab_size=recipe.vocab_size)
+        self._input_device = self._model.get_input_embeddings().weight.device
+
+    @torch.inference_mode()
+    def compress(self, item: WorkItem) -> CompressedLogits:
+        parts = []
+        for start in range(0, len(item.token_ids_SL), self._section.batch_sequences):
+            rows = slice(start, start + self._section.batch_sequences)
+            hidden_BLH = final_hidden(self._model, self._tensor(item.token_ids_SL[rows]), self._tensor(item.positions_SL[rows]))
+            masked_in = torch.from_numpy(np.flatnonzero(item.loss_mask_SL[rows])).to(hidden_BLH.device)
+            hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, masked_in).to(self._head.weight_VH.device)
+            targets = compress_hidden(
+                hidden_TH,
+                self._head,
+                k=self._recipe.k,
+                temperature=self._recipe.temperature,
+                block_tokens=self._section.block_tokens,
+            )
+            parts.append(targets.map(torch.Tensor.cpu))
+        return concatenate(parts)
+
+    def _tensor(self, ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(ids.astype(np.int64)).to(self._input_device)
+
+
+def probe_item(recipe: Recipe, *, num_tokens: int = 64) -> WorkItem:
+    """The same short pseudo-random sequence for every replica of a recipe."""
+    length = min(num_tokens, recipe.sequence_length)
+    token_ids = np.random.default_rng(0).integers(0, recipe.vocab_size, size=(1, length), dtype=np.int32)
+    mask = np.ones((1, length), dtype=np.uint8)
+    mask[:, -1] = 0
+    return WorkItem(-1, token_ids, np.arange(length, dtype=np.int32)[None], mask)
+
+
+def require_same_teacher(first: CompressedLogits, other: CompressedLogits, *, replica: int, limit: float = 1e-4) -> None:
+    """Raise TeacherError unless two replicas answer the same probe alike: mean KL over the kept entries and the tail <= `limit` nats."""
+    divergence = float(_bucket_kl(first, other).mean())
+    if not divergence <= limit:
+        raise TeacherError(
+            f"teacher replica {replica} disagrees with replica 0 on the same tokens: mean KL {divergence:.2e} nats, at most {limit:.0e} wanted; "
+            "do both load the same weights, dtype and library versions?"
+        )
+
+
+def _bucket_kl(first: CompressedLogits, other: CompressedLogits) -> torch.Tensor:
+    """KL(first || other) for each token over first's kept entries and one bucket for the rest. An entry that only `first` kept is
+    compared with the least that `other` kept: its true value there is at most that."""
+    same_TKK = first.token_ids_TK[:, :, None] == other.token_ids_TK[:, None, :]
+    floor_T1 = other.logprobs_TK.min(dim=1, keepdim=True).values
+    matched_TK = torch.where(same_TKK, other.logprobs_TK[:, None, :], -torch.inf).amax(dim=2)
+    matched_TK = torch.where(same_TKK.any(dim=2), matched_TK, floor_T1)
+    tail_T = torch.log((1 - matched_TK.double().exp().sum(dim=1)).clamp_min(1e-12))
+    head_T = (first.logprobs_TK.double().exp() * (first.logprobs_TK - matched_TK)).nan_to_num(0.0).sum(dim=1)
+    p_tail_T = first.tail_logmass_T.double().exp()
+    return head_T + torch.where(p_tail_T > 1e-12, p_tail_T * (first.tail_logmass_T - tail_T), 0.0)
