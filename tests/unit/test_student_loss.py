@@ -1,0 +1,181 @@
+"""The divergences against their textbook definitions, and the sums that training is told."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from stillhouse.errors import ConfigError, ModelError
+from stillhouse.logits import CompressedLogits, Head, compress
+from stillhouse.student.loss import Divergence, LossTerms, distillation_loss, divergence_named, forward_kl, jsd, reverse_kl
+
+NAMES = ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
+MIX = 0.3
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a * (a / b).log()).sum(-1)
+
+
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": kl,
+    "reverse_kl": lambda p, q: kl(q, p),
+    "jsd": lambda p, q: MIX * kl(p, MIX * p + (1 - MIX) * q) + (1 - MIX) * kl(q, MIX * p + (1 - MIX) * q),
+    "skew_forward_kl": lambda p, q: kl(p, MIX * p + (1 - MIX) * q),
+    "skew_reverse_kl": lambda p, q: kl(q, (1 - MIX) * p + MIX * q),
+    "tvd": lambda p, q: (p - q).abs().sum(-1) / 2,
+}
+
+
+def distributions(*, seed: int = 0, size: int = 9) -> tuple[Tensor, Tensor]:
+    logits = 3 * torch.randn(2, 20, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    p, q = logits.softmax(-1)
+    return p, q
+
+
+def loss(hidden_TH: Tensor, head: Head, target: CompressedLogits | None, **options: object) -> LossTerms:
+    return distillation_loss(hidden_TH, head, target, **{"divergence": forward_kl, **options})
+
+
+@pytest.fixture
+def head() -> Head:
+    return Head(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture
+def hidden() -> Tensor:
+    return torch.randn(11, 6, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def target() -> CompressedLogits:
+    return compress(2 * torch.randn(11, 30, generator=torch.Generator().manual_seed(3)), k=5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_divergence_is_what_its_paper_says(name: str) -> None:
+    p, q = distributions()
+    torch.testing.assert_close(divergence_named(name, MIX)(p.log(), q.log()), DEFINITIONS[name](p, q), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_divergence_is_zero_only_between_equals(name: str) -> None:
+    p, q = distributions()
+    divergence = divergence_named(name, MIX)
+    assert (divergence(p.log(), q.log()) > 1e-4).all()
+    assert divergence(p.log(), p.log()).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_entries_into_a_tail_never_raises_a_divergence(name: str) -> None:
+    p, q = distributions(size=40)
+    merged_p, merged_q = (torch.cat([x[:, :6], x[:, 6:].sum(-1, keepdim=True)], -1) for x in (p, q))
+    divergence = divergence_named(name, MIX)
+    assert (divergence(merged_p.log(), merged_q.log()) <= divergence(p.log(), q.log()) + 1e-14).all()
+
+
+def test_the_jensen_shannon_divergence_turns_into_both_kls_at_its_ends() -> None:
+    p, q = distributions()
+    torch.testing.assert_close(jsd(1e-7)(p.log(), q.log()) / 1e-7, forward_kl(p.log(), q.log()), rtol=1e-2, atol=0)
+    torch.testing.assert_close(jsd(1 - 1e-7)(p.log(), q.log()) / 1e-7, reverse_kl(p.log(), q.log()), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("mix", [0.0, 1.0, -0.1, math.nan])
+def test_a_mix_at_an_end_is_refused(name: str, mix: float) -> None:
+    with pytest.raises(ConfigError, match=f"mix is {mix}.*{name}"):
+        divergence_named(name, mix)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "tvd"])
+def test_mix_is_unused_by_the_plain_divergences(name: str) -> None:
+    p, q = distributions()
+    assert torch.equal(divergence_named(name, 0.0)(p.log(), q.log()), divergence_named(name, 1.0)(p.log(), q.log()))
+
+
+def test_an_unknown_divergence_is_refused_with_the_known_names() -> None:
+    with pytest.raises(ConfigError, match=r"no divergence 'kld'; known: forward_kl, .*tvd"):
+        divergence_named("kld", 0.5)
+
+
+def test_terms_are_sums_over_tokens(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+    whole = loss(hidden, head, target)
+    parts = [loss(hidden[t : t + 1], head, target.map(lambda tensor, t=t: tensor[t : t + 1])) for t in range(11)]
+    torch.testing.assert_close(whole.divergence, torch.stack([part.divergence for part in parts]).sum())
+    assert whole.num_tokens.item() == 11
+    assert sum(part.num_tokens.item() for part in parts) == 11
+    assert all(term.ndim == 0 for term in whole)
+
+
+def test_the_total_weighs_the_divergence_by_the_square_of_its_temperature(hidden: Tensor, head: Head) -> None:
+    target = compress(torch.randn(11, 30, generator=torch.Generator().manual_seed(3)), k=5, temperature=3.0)
+    labels_T = torch.arange(11)
+    terms = loss(hidden, head, target, labels_T=labels_T, ce_weight=0.25, divergence_weight=0.5)
+    torch.testing.assert_close(terms.total, 0.5 * 9.0 * terms.divergence + 0.25 * terms.cross_entropy)
+    reference = torch.nn.functional.cross_entropy(head.logits(hidden), labels_T, reduction="sum")
+    torch.testing.assert_close(terms.cross_entropy, reference)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(hidden: Tensor, head: Head) -> None:
+    hidden.requires_grad_()
+    target = compress(head.logits(hidden.detach()), k=5)
+    for name in NAMES:
+        terms = loss(hidden, head, target, divergence=divergence_named(name, MIX))
+        (gradient,) = torch.autograd.grad(terms.total, hidden)
+        assert abs(terms.divergence.item()) < 1e-4
+        if name != "tvd":  # its gradient is a sign, even of a rounding error
+            assert gradient.abs().max() < 1e-4
+
+
+def test_the_text_alone_needs_no_target(hidden: Tensor, head: Head) -> None:
+    labels_T = torch.arange(11)
+    terms = loss(hidden, head, None, labels_T=labels_T, ce_weight=1.0, divergence_weight=0.0)
+    reference = torch.nn.functional.cross_entropy(head.logits(hidden), labels_T, reduction="sum")
+    torch.testing.assert_close(terms.total, reference)
+    assert terms.divergence.item() == 0.0
+
+
+def test_an_unused_target_is_not_touched(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+    broken = target.map(lambda tensor: tensor[:0])
+    terms = loss(hidden, head, broken, labels_T=torch.arange(11), ce_weight=1.0, divergence_weight=0.0)
+    assert math.isfinite(terms.total.item())
+
+
+def test_without_weight_the_text_is_not_measured(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+    assert loss(hidden, head, target, labels_T=torch.arange(11)).cross_entropy.item() == 0.0
+
+
+def test_only_the_total_carries_a_gradient(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+    terms = loss(hidden.requires_grad_(), head, target, labels_T=torch.arange(11), ce_weight=1.0)
+    assert [term.requires_grad for term in terms] == [True, False, False, False]
+
+
+def test_missing_inputs_are_refused(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+    with pytest.raises(ConfigError, match=r"ce_weight is 0\.5, but there are no labels"):
+        loss(hidden, head, target, ce_weight=0.5)
+    with pytest.raises(ConfigError, match=r"divergence_weight is 1\.0, but there is no target"):
+        loss(hidden, head, None)
+
+
+def test_a_target_of_another_vocabulary_is_refused(hidden: Tensor, target: CompressedLogits) -> None:
+    with pytest.raises(ModelError, match="over 30 tokens, the student's head over 32"):
+        loss(hidden, Head(torch.zeros(32, 6)), target)
+
+
+def test_a_target_with_tail_draws_is_refused(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+    drawn = CompressedLogits(
+        target.token_ids_TK, target.logprobs_TK, target.tail_logmass_T, torch.zeros(11, 4, dtype=torch.int32), vocab_size=30
+    )
+    with pytest.raises(ConfigError, match="4 draws"):
+        loss(hidden, head, drawn)
+
+
+def test_a_divergence_is_any_function_on_buckets(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+    def jeffreys(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
+        return ((logp_TK1.exp() - logq_TK1.exp()) * (logp_TK1 - logq_TK1)).sum(-1)
+
+    custom: Divergence = jeffreys
+    both = [loss(hidden, head, target, divergence=divergence).total for divergence in (forward_kl, reverse_kl)]
+    torch.testing.assert_close(loss(hidden, head, target, divergence=custom).total, sum(both))
