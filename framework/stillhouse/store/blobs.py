@@ -1,0 +1,212 @@
+"""Bytes under keys, in a directory or an object store: what is there is whole, what is created stays, and every failure is a StoreError."""
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
+
+from stillhouse.errors import StoreError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+_REMOTE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+_CREATE_ATTEMPTS = 5
+_MERGE_BYTES = 256 << 10  # reading on over a gap of this size costs less than asking once more
+
+# An unreachable store is reported after about half a minute, a silent one after a minute; a busy one (503) is asked again until then.
+_CLIENT: "ClientConfig" = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}
+_RETRY: "RetryConfig" = {
+    "max_retries": 8,
+    "retry_timeout": timedelta(seconds=30),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached, is busy, or is full: the same call may succeed on another try."""
+
+
+class Blob(NamedTuple):
+    key: str
+    num_bytes: int
+    modified: datetime
+
+
+class Blobs:
+    """The objects under one root. Safe to use from several threads; opened at the first use, so it costs nothing to make."""
+
+    def __init__(self, url: str) -> None:
+        """`url`: a directory, file://, s3://, gs://, az:// or memory:// (one process only). Raises StoreError on any other."""
+        self.url = _absolute(url)
+        self.directory = None if "://" in self.url else Path(self.url)
+
+    @functools.cached_property
+    def _store(self) -> ObjectStore:
+        with self._in_words("open the store"):
+            if self.directory is not None:
+                return LocalStore(self.directory, mkdir=True)
+            if self.url.startswith("memory:"):
+                return _process_memory(self.url)
+            return from_url(self.url, client_options=_CLIENT, retry_config=_RETRY)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Put a new object, whole or not at all. False if there is one already, which stays as it is."""
+        for _ in range(_CREATE_ATTEMPTS):
+            try:
+                with self._in_words(f"write {key}"):
+                    obstore.put(self._store, key, data, mode="create", use_multipart=False)
+                return True
+            except AlreadyExistsError:
+                if self.stat(key) is not None:  # a 409 of S3 also arrives here: two writers at once, and perhaps neither has won
+                    return False
+        raise StoreUnavailable(f"cannot write {key} in {self.url}: the store says that it exists, and that it does not; try again")
+
+    def stat(self, key: str) -> Blob | None:
+        """Size and time of an object; None if there is none."""
+        try:
+            with self._in_words(f"look for {key}"):
+                meta = obstore.head(self._store, key)
+        except FileNotFoundError:
+            return None
+        return Blob(key, meta["size"], meta["last_modified"])
+
+    def read(self, key: str) -> memoryview:
+        """A whole object. Raises FileNotFoundError if there is none."""
+        with self._in_words(f"read {key}"):
+            return memoryview(obstore.get(self._store, key).bytes())
+
+    def read_start(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
+        """The first `num_bytes` of an object, or all that it has, and its size: one request. Raises FileNotFoundError if there is none."""
+        with self._in_words(f"read the start of {key}"):
+            try:
+                answer = obstore.get(self._store, key, options={"range": (0, num_bytes)})
+                return memoryview(answer.bytes()), answer.meta["size"]
+            except BaseError as error:
+                if _is_past_the_end(error):  # even the first byte is
+                    return memoryview(b""), 0
+                raise
+
+    def read_extents(self, key: str, extents: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """The bytes start .. end of each extent, in the order asked; shorter where the object ends first. Near ones share a request.
+
+        Raises FileNotFoundError if there is no such object.
+        """
+        spans = _merge(extents)
+        with self._in_words(f"read {len(spans)} ranges of {key}"):
+            try:
+                starts, ends = [start for start, _ in spans], [end for _, end in spans]
+                found = obstore.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0) if spans else []
+            except BaseError as error:
+                if not _is_past_the_end(error):
+                    raise
+                found = []
+        pieces = {span: memoryview(piece) for span, piece in zip(spans, found, strict=False)}
+        return [_cut(pieces, start, end) for start, end in extents]
+
+    def under(self, prefix: str) -> Iterator[Blob]:
+        """The objects whose keys begin with `prefix` and a slash, in the order of their keys."""
+        with self._in_words(f"list {prefix}"):
+            batches = list(obstore.list(self._store, prefix, chunk_size=1000))
+        blobs = (Blob(meta["path"], meta["size"], meta["last_modified"]) for batch in batches for meta in batch)
+        return iter(sorted(blobs))
+
+    def folders(self) -> list[str]:
+        """The first parts of all keys, sorted. A directory that does not exist has none, and is not made."""
+        if self.directory is not None and not self.directory.is_dir():
+            return []
+        with self._in_words("list the store"):
+            return sorted(obstore.list_with_delimiter(self._store)["common_prefixes"])
+
+    def move(self, source: str, destination: str) -> None:
+        """Give an object another key. Raises FileNotFoundError if there is none."""
+        with self._in_words(f"move {source} to {destination}"):
+            obstore.rename(self._store, source, destination)
+
+    @contextmanager
+    def _in_words(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except AlreadyExistsError:
+            raise
+        except (BaseError, OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
+                raise
+            raise explain(error, doing=doing, url=self.url) from error
+
+
+def explain(error: Exception, *, doing: str, url: str) -> StoreError:
+    """A library's or the system's error as one that says what to do."""
+    text = str(error)
+    advice = "see the cause below"
+    kind: type[StoreError] = StoreError
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or re.search(r"os error (1|13|30)\)", text):
+        advice = "permission denied: check the credentials and their rights to list, read, create and delete here"
+    elif re.search(r"os error (27|28|122)\)", text):
+        advice, kind = "the disk is full, or the quota spent: free some space", StoreUnavailable
+    elif "NoSuchBucket" in text or "bucket does not exist" in text:
+        advice = "there is no such bucket: create it, or correct the name in store.url"
+    elif re.search(r"169\.254\.169\.254|metadata\.google|credential", text, re.IGNORECASE):
+        advice = "no credentials were found: set those of the store's provider in the environment, such as AWS_ACCESS_KEY_ID"
+    elif re.search(r"error sending request|connect|dns|timed? ?out|\b(408|429|5\d\d) |SlowDown", text, re.IGNORECASE):
+        advice, kind = "it cannot be reached, or is too busy: check the network and, where one is set, the endpoint", StoreUnavailable
+    return kind(f"cannot {doing} in {url}: {advice} ({_first_line(text)})")
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no detail"])[0][:300]
+
+
+def _absolute(url: str) -> str:
+    """A directory as an absolute path, so that it means the same in every process; any other URL without a slash at its end."""
+    if "://" not in url:
+        if not url:
+            raise StoreError("the store's URL is empty; set store.url to a directory, or to s3://, gs:// or az:// with bucket and prefix")
+        return str(Path(url).absolute())
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise StoreError(f"the store's URL is {url}: write file:/// with an absolute path, or the path alone")
+        return str(Path(unquote(parts.path)))
+    if parts.scheme not in (*_REMOTE, "memory") or ".." in parts.path.split("/"):
+        raise StoreError(f"the store's URL is {url}: wanted a directory, or s3://, gs:// or az:// with bucket and prefix")
+    return url.rstrip("/") if parts.scheme != "memory" else url
+
+
+@functools.cache
+def _process_memory(_url: str) -> MemoryStore:
+    """What memory:// means: the same URL is the same store, within one process."""
+    return MemoryStore()
+
+
+def _is_past_the_end(error: BaseError) -> bool:
+    return "range was invalid" in str(error) or "416 Range Not Satisfiable" in str(error)
+
+
+def _merge(extents: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that cover all extents that are not empty, in order and apart from one another.
+
+    Merged here, not by obstore: its own merging panics when the object is shorter than the reader believes.
+    """
+    spans: list[tuple[int, int]] = []
+    for start, end in sorted(extent for extent in extents if extent[0] < extent[1]):
+        if spans and start <= spans[-1][1] + _MERGE_BYTES:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def _cut(pieces: dict[tuple[int, int], memoryview], start: int, end: int) -> memoryview:
+    for (first, last), piece in pieces.items():
+        if first <= start and end <= last:
+            return piece[start - first : end - first]
+    return memoryview(b"")

@@ -1,0 +1,267 @@
+"""The chunks of one recipe, in a store that many machines share: existence is the commit, so publishing twice is harmless.
+
+<root>/<first 16 digits of the fingerprint>/recipe.json
+<root>/<the same>/chunks/0000000012.safetensors         created once, never changed
+<root>/<the same>/quarantine/                           chunks that were found bad, out of the readers' sight
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from stillhouse.errors import ChunkError, RecipeError, StoreError
+from stillhouse.logits.codec import decode
+from stillhouse.store.blobs import Blob, Blobs
+from stillhouse.store.chunk import Chunk, ChunkIndex, checksum_of, index_bytes, pack_chunk, parse_index, unpack_chunk, unpack_rows
+from stillhouse.store.recipe import Recipe, differences, parse_recipe
+
+_CHUNK_KEY = re.compile(r"[0-9a-f]{16}/chunks/(\d{10})\.safetensors")
+_FINGERPRINT16 = re.compile(r"[0-9a-f]{16}")
+_STAGING_FILE = re.compile(r".+#\d+")  # what a killed writer leaves in a directory
+_MOST_INDEXES = 1024
+
+
+class ChunkMissing(StoreError):
+    """The chunk has not been published yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRef:
+    """What a publisher tells the others about a chunk: no tensor."""
+
+    name: str  # the key of the chunk under the root
+    number: int
+    num_tokens: int  # tokens that have a target
+    num_bytes: int
+    checksum: str  # of the bytes offered; if `duplicate`, another publisher's are in the store
+    duplicate: bool
+
+
+class StoredRecipe(NamedTuple):
+    fingerprint16: str
+    recipe: Recipe
+    num_chunks: int
+    num_bytes: int
+
+
+class Finding(NamedTuple):
+    """What `verify_store` found of one object: `problem` is None where all is well."""
+
+    key: str
+    number: int | None  # of the chunk, where it is one
+    problem: str | None
+
+
+class Swept(NamedTuple):
+    removed: list[str]  # leftovers of killed writers, as paths
+    quarantined: list[str]  # keys, for a person to look at
+
+
+class ChunkStore:
+    """One recipe's chunks under a root. Made without touching the store, safe to share among threads and to send to other processes."""
+
+    def __init__(self, url: str, recipe: Recipe) -> None:
+        self._blobs = Blobs(url)
+        self.recipe = recipe
+        self._folder = recipe.fingerprint[:16]
+        self._indexes: dict[int, ChunkIndex] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def create(cls, url: str, recipe: Recipe) -> "ChunkStore":
+        """The store of this recipe, its recipe.json published. Raises RecipeError if another recipe is there, StoreError if it cannot."""
+        store = cls(url, recipe)
+        key = f"{store._folder}/recipe.json"
+        if not store._blobs.create(key, recipe.canonical_json()):
+            found = parse_recipe(bytes(store._blobs.read(key)), where=f"{store.url}/{key}")
+            if found != recipe:
+                raise RecipeError(f"{store.url}/{key} is of another recipe: " + "; ".join(differences(recipe, found)))
+        return store
+
+    @property
+    def url(self) -> str:
+        return self._blobs.url
+
+    def __reduce__(self) -> tuple[Callable[..., "ChunkStore"], tuple[str, Recipe]]:
+        if self.url.startswith("memory:"):
+            raise StoreError(f"{self.url} lives in one process and cannot be sent to another; set store.url to a directory or a bucket")
+        return ChunkStore, (self.url, self.recipe)
+
+    def publish(self, chunk: Chunk) -> ChunkRef:
+        """Pack and put a chunk: one create-only put, so it is there whole or not at all, and the first publisher wins.
+
+        Raises ChunkError on a chunk that is not of the recipe, StoreUnavailable if another try may help, StoreError if it cannot.
+        """
+        data, key = pack_chunk(chunk, self.recipe), self.key(chunk.number)
+        created = self._blobs.create(key, data)
+        return ChunkRef(key, chunk.number, len(chunk.targets_NB), len(data), checksum_of(data), duplicate=not created)
+
+    def exists(self, number: int) -> bool:
+        return self._blobs.stat(self.key(number)) is not None
+
+    def published(self) -> set[int]:
+        """The numbers of the chunks that are there."""
+        blobs = self._blobs.under(f"{self._folder}/chunks")
+        return {number for blob in blobs if (number := _number_of(blob.key)) is not None}
+
+    def fetch(self, number: int) -> Chunk:
+        """A whole chunk, verified. Raises ChunkMissing if it is not there yet, ChunkError if it is bad."""
+        try:
+            data = self._blobs.read(self.key(number))
+        except FileNotFoundError:
+            raise self._missing(number) from None
+        return unpack_chunk(data, self.recipe, number)
+
+    def fetch_rows(self, number: int, rows: Sequence[int]) -> Chunk:
+        """These rows of a chunk (0 .. S - 1, in the order asked), read by byte range and verified by their hashes.
+
+        Raises ChunkMissing if the chunk is not there yet, ChunkError if what was read of it is bad.
+        """
+        with self._lock:
+            known = self._indexes.get(number)
+        if known is not None:
+            try:
+                return self._read_rows(known, rows)
+            except (ChunkError, ChunkMissing):
+                pass  # it may have been repaired since its index was read, by other bytes: see with a new index
+        index = self._read_index(number)
+        chunk = self._read_rows(index, rows)
+        with self._lock:
+            self._indexes.pop(number, None)
+            self._indexes[number] = index
+            if len(self._indexes) > _MOST_INDEXES:
+                del self._indexes[next(iter(self._indexes))]
+        return chunk
+
+    def verify(self, number: int) -> None:
+        """Read a whole chunk and decode every record. Raises ChunkMissing or ChunkError."""
+        chunk = self.fetch(number)
+        try:
+            decode(torch.from_numpy(chunk.targets_NB), self.recipe.codec)
+        except ChunkError as error:
+            raise ChunkError(f"chunk {number} is as it was published, but {error}") from None
+
+    def quarantine(self, number: int) -> bool:
+        """Move a chunk out of the readers' sight, unless it verifies. True if it must be published anew; False if it is good after all."""
+        try:
+            self.verify(number)
+        except ChunkMissing:
+            return True
+        except ChunkError:
+            self._move_aside(number)
+            return True
+        return False
+
+    def key(self, number: int) -> str:
+        self.recipe.chunk_rows(number)
+        return f"{self._folder}/chunks/{number:010d}.safetensors"
+
+    def _move_aside(self, number: int) -> None:
+        blob = self._blobs.stat(self.key(number))
+        if blob is None:
+            return
+        published = blob.modified.strftime("%Y%m%dT%H%M%S.%f")
+        try:
+            self._blobs.move(blob.key, f"{self._folder}/quarantine/{number:010d}-{published}.safetensors")
+        except FileNotFoundError:
+            return  # somebody else did
+
+    def _read_index(self, number: int) -> ChunkIndex:
+        try:
+            head, num_bytes = self._blobs.read_start(self.key(number), index_bytes(self.recipe, number))
+        except FileNotFoundError:
+            raise self._missing(number) from None
+        return parse_index(head, self.recipe, number, num_bytes=num_bytes)
+
+    def _read_rows(self, index: ChunkIndex, rows: Sequence[int]) -> Chunk:
+        extents = [extent for row in rows for extent in index.row_extents(row)]
+        try:
+            pieces = self._blobs.read_extents(self.key(index.number), extents)
+        except FileNotFoundError:
+            raise self._missing(index.number) from None
+        return unpack_rows(index, rows, [pieces[i : i + 4] for i in range(0, len(pieces), 4)])
+
+    def _missing(self, number: int) -> ChunkMissing:
+        return ChunkMissing(f"chunk {number} is not in {self.url}/{self._folder}: it has not been published yet")
+
+
+def list_recipes(url: str) -> list[StoredRecipe]:
+    """Every recipe under a root, with the number and bytes of its chunks. An unreadable recipe is left out: `verify_store` names it."""
+    blobs, found = Blobs(url), []
+    for folder in _recipe_folders(blobs):
+        try:
+            recipe = _recipe_in(blobs, folder)
+        except RecipeError:
+            continue
+        sizes = [blob.num_bytes for blob in blobs.under(f"{folder}/chunks") if _number_of(blob.key) is not None]
+        found.append(StoredRecipe(folder, recipe, len(sizes), sum(sizes)))
+    return found
+
+
+def verify_store(url: str) -> Iterator[Finding]:
+    """Read everything under a root and say of each object whether it is good, or why not. Changes nothing."""
+    blobs = Blobs(url)
+    for folder in _recipe_folders(blobs):
+        try:
+            store = ChunkStore(url, _recipe_in(blobs, folder))
+        except RecipeError as error:
+            yield Finding(f"{folder}/recipe.json", None, str(error))
+            continue
+        yield Finding(f"{folder}/recipe.json", None, None)
+        for blob in blobs.under(f"{folder}/chunks"):
+            yield Finding(blob.key, _number_of(blob.key), _problem_with(store, blob))
+
+
+def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
+    """Remove what killed writers left in a local store, and list the quarantine.
+
+    A leftover is removed once it is `older_than_s` at `now` (seconds since 1970): a writer that still lives may own a younger one.
+    """
+    blobs, removed = Blobs(url), []
+    for folder in _recipe_folders(blobs):
+        for path in _staging_files(blobs.directory / folder) if blobs.directory is not None else []:
+            if path.stat().st_mtime <= now - older_than_s:
+                path.unlink(missing_ok=True)
+                removed.append(str(path))
+    quarantined = [blob.key for folder in _recipe_folders(blobs) for blob in blobs.under(f"{folder}/quarantine")]
+    return Swept(removed, quarantined)
+
+
+def _number_of(key: str) -> int | None:
+    match = _CHUNK_KEY.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def _recipe_folders(blobs: Blobs) -> list[str]:
+    return [folder for folder in blobs.folders() if _FINGERPRINT16.fullmatch(folder)]
+
+
+def _recipe_in(blobs: Blobs, folder: str) -> Recipe:
+    where = f"{blobs.url}/{folder}/recipe.json"
+    try:
+        recipe = parse_recipe(bytes(blobs.read(f"{folder}/recipe.json")), where=where)
+    except FileNotFoundError:
+        raise RecipeError(f"{where} is missing: nobody can tell what its chunks are of") from None
+    if recipe.fingerprint[:16] != folder:
+        raise RecipeError(f"{where} has the fingerprint {recipe.fingerprint[:16]}, its directory is named {folder}: it was moved or edited")
+    return recipe
+
+
+def _problem_with(store: ChunkStore, blob: Blob) -> str | None:
+    number = _number_of(blob.key)
+    if number is None:
+        return "this is not the name of a chunk: nobody reads it"
+    try:
+        store.verify(number)
+    except (ChunkError, RecipeError, ChunkMissing) as error:
+        return str(error)
+    return None
+
+
+def _staging_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if _STAGING_FILE.fullmatch(path.name) and path.is_file())

@@ -1,0 +1,152 @@
+"""What a chunk is of: every choice that decides a target, in clear, and its fingerprint. Only equal recipes share chunks."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from stillhouse.errors import RecipeError
+from stillhouse.logits.codec import CODEC_VERSION, Codec
+
+FORMAT_VERSION = 1
+
+_IN_WORDS = {
+    "corpus_digest": "the corpus: its texts, their order and masks",
+    "num_sequences": "sequences in the corpus",
+    "sequence_length": "tokens in a sequence",
+    "packing": "how documents fill sequences",
+    "chunk_sequences": "sequences in a chunk",
+    "tokenizer_digest": "the tokenizer",
+    "vocab_size": "the vocabulary",
+    "teacher_digest": "the teacher's weights",
+    "teacher_dtype": "the teacher's number format",
+    "k": "exact entries a token",
+    "num_draws": "draws from the tail a token",
+    "temperature": "the softmax temperature",
+    "value_bits": "bits a log-probability",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides a target. Raises RecipeError on a value that no store can have."""
+
+    corpus_digest: str
+    num_sequences: int
+    sequence_length: int
+    packing: str
+    chunk_sequences: int
+    tokenizer_digest: str
+    vocab_size: int
+    teacher_digest: str
+    teacher_dtype: str
+    k: int
+    num_draws: int = 0
+    temperature: float = 1.0
+    value_bits: int = 8
+
+    def __post_init__(self) -> None:
+        problems = [*_wrong_types(self)] or [*_wrong_values(self)]
+        if problems:
+            raise RecipeError("this recipe cannot be used: " + "; ".join(problems))
+
+    @property
+    def codec(self) -> Codec:
+        return Codec(self.vocab_size, self.k, num_draws=self.num_draws, value_bits=self.value_bits, temperature=self.temperature)
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_sequences // self.chunk_sequences)
+
+    def chunk_rows(self, number: int) -> range:
+        """The sequences of chunk `number`; the last chunk may be short. Raises RecipeError outside 0 .. num_chunks - 1."""
+        if not 0 <= number < self.num_chunks:
+            raise RecipeError(f"there is no chunk {number}: this recipe has {self.num_chunks} chunks, counted from 0")
+        start = number * self.chunk_sequences
+        return range(start, min(start + self.chunk_sequences, self.num_sequences))
+
+    def canonical_json(self) -> bytes:
+        """ASCII JSON of every field and of the versions: sorted keys, no spaces. These are the bytes of recipe.json."""
+        versions = {"format": FORMAT_VERSION, "codec": self.codec.name, "codec_version": CODEC_VERSION}
+        return canonical_json({**asdict(self), "temperature": float(self.temperature), **versions})
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits: sha256 of the canonical JSON."""
+        return hashlib.sha256(self.canonical_json()).hexdigest()
+
+
+def canonical_json(values: dict[str, Any]) -> bytes:
+    """The one way in which this store writes JSON, so that equal values are equal bytes."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def parse_recipe(data: bytes, *, where: str) -> Recipe:
+    """Read recipe.json back. Raises RecipeError, naming `where`, unless `data` is exactly what `canonical_json` writes."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{where} is not JSON ({error}); it is damaged: move its directory away") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} holds a JSON {type(values).__name__}, wanted an object; it is damaged: move its directory away")
+    for key, wanted in (("format", FORMAT_VERSION), ("codec_version", CODEC_VERSION)):
+        if values.get(key) != wanted:
+            raise RecipeError(f"{where} has {key} {values.get(key)!r}, this Stillhouse reads {wanted}; use the version that wrote it")
+    names = [field.name for field in fields(Recipe)]
+    strange = sorted(set(values) ^ {*names, "format", "codec", "codec_version"})
+    if strange:
+        raise RecipeError(f"{where} does not have the fields of a recipe: missing or unknown are {', '.join(strange)}")
+    try:
+        recipe = Recipe(**{name: values[name] for name in names})
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    if recipe.canonical_json() != data:
+        raise RecipeError(f"{where} is not in canonical form, so its fingerprint means nothing; it was edited: restore or move it away")
+    return recipe
+
+
+def differences(recipe: Recipe, other: Recipe) -> list[str]:
+    """The fields in which two recipes differ, in words: the value of the first against that of the second."""
+    pairs = [(field.name, getattr(recipe, field.name), getattr(other, field.name)) for field in fields(Recipe)]
+    return [f"{name} ({_IN_WORDS[name]}): {mine!r} against {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+
+def nearest(recipes: Iterable[Recipe], recipe: Recipe) -> Recipe | None:
+    """The one that differs from `recipe` in the fewest fields (of several, the lowest fingerprint); None if there are none."""
+    return min(recipes, key=lambda other: (len(differences(recipe, other)), other.fingerprint), default=None)
+
+
+def _wrong_types(recipe: Recipe) -> Iterable[str]:
+    for field in fields(Recipe):
+        value = getattr(recipe, field.name)
+        wanted = (float, int) if field.type is float else (field.type,)
+        if type(value) not in wanted:
+            yield f"{field.name} is {value!r}, wanted {' or '.join(kind.__name__ for kind in wanted if isinstance(kind, type))}"
+
+
+def _wrong_values(recipe: Recipe) -> Iterable[str]:
+    for name in ("corpus_digest", "tokenizer_digest", "teacher_digest", "teacher_dtype"):
+        if not getattr(recipe, name):
+            yield f"{name} is empty"
+    for name, least in (
+        ("num_sequences", 1),
+        ("sequence_length", 2),
+        ("chunk_sequences", 1),
+        ("vocab_size", 1),
+        ("k", 0),
+        ("num_draws", 0),
+    ):
+        if getattr(recipe, name) < least:
+            yield f"{name} is {getattr(recipe, name)}, wanted at least {least}"
+    if recipe.k > recipe.vocab_size:
+        yield f"k is {recipe.k}, more than the {recipe.vocab_size} tokens of the vocabulary"
+    if recipe.k == recipe.num_draws == 0:
+        yield "k and num_draws are both 0: nothing of the teacher would be kept"
+    if recipe.packing not in ("packed", "padded"):
+        yield f"packing is {recipe.packing!r}, wanted 'packed' or 'padded'"
+    if recipe.value_bits not in (6, 8):
+        yield f"value_bits is {recipe.value_bits}, wanted 6 or 8"
+    if not (math.isfinite(recipe.temperature) and recipe.temperature > 0):
+        yield f"temperature is {recipe.temperature}, wanted a positive number"

@@ -1,0 +1,255 @@
+"""A chunk is read back exactly or refused: no flipped bit, no missing byte and no value that means nothing gets through."""
+
+import json
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import xxhash
+
+from helpers.chunks import make_chunk, small_recipe
+from stillhouse.errors import ChunkError
+from stillhouse.store import Chunk, Recipe, pack_chunk, unpack_chunk
+from stillhouse.store.chunk import MAX_HEADER_BYTES, checksum_of
+
+FIELDS = ("token_ids_SL", "positions_SL", "loss_mask_SL", "targets_NB")
+RECIPE = small_recipe()
+CHUNK = make_chunk(RECIPE, 1)
+DATA = pack_chunk(CHUNK, RECIPE)
+
+
+def assert_same(found: Chunk, wanted: Chunk) -> None:
+    assert found.number == wanted.number
+    for field in FIELDS:
+        mine, theirs = getattr(found, field), getattr(wanted, field)
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def header_of(data: bytes) -> dict:
+    return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+
+
+def regions(data: bytes) -> dict[str, int]:
+    """The middle of every region of the file: its length field, header and checksum, and each tensor."""
+    header = header_of(data)
+    base = 8 + struct.unpack("<Q", data[:8])[0]
+    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    places = {name: base + (first + last) // 2 for name, (first, last) in offsets.items()}
+    places |= {f"first byte of {name}": base + first for name, (first, last) in offsets.items()}
+    places |= {f"last byte of {name}": base + last - 1 for name, (first, last) in offsets.items()}
+    return places | {
+        "header length": 0,
+        "header length, high": 7,
+        "header": 40,
+        "header padding": base - 1,
+        "fingerprint": data.index(b"fingerprint") + 20,
+        "chunk number": data.index(b'chunk\\":') + 8,
+        "checksum": data.index(b"xxh3\\") + 10,
+        "an offset": data.index(b"data_offsets") + 15,
+    }
+
+
+def sealed(data: bytes) -> bytes:
+    """The file with a checksum that fits, as a writer with a defect would publish it."""
+    header_bytes = struct.unpack("<Q", data[:8])[0]
+    rows = header_of(data)["row_xxh3"]["shape"][0]
+    at = data.index(b'\\"xxh3\\":\\"') + 11
+    blank = data[:at] + b"0" * 16 + data[at + 16 :]
+    return data[:at] + xxhash.xxh3_64_hexdigest(blank[: 8 + header_bytes + 16 * rows + 8]).encode() + data[at + 16 :]
+
+
+def with_header(header: dict, data: bytes = DATA) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [RECIPE, small_recipe(num_draws=3, value_bits=6), small_recipe(k=0, num_draws=5, temperature=0.5), small_recipe(chunk_sequences=1)],
+)
+def test_a_chunk_is_read_back_exactly(recipe: Recipe):
+    chunk = make_chunk(recipe, recipe.num_chunks - 1)
+    assert_same(unpack_chunk(pack_chunk(chunk, recipe), recipe, chunk.number), chunk)
+
+
+def test_a_chunk_without_a_single_target_is_read_back():
+    chunk = replace(CHUNK, loss_mask_SL=np.zeros_like(CHUNK.loss_mask_SL), targets_NB=CHUNK.targets_NB[:0])
+    assert_same(unpack_chunk(pack_chunk(chunk, RECIPE), RECIPE, 1), chunk)
+
+
+def test_the_same_values_are_the_same_bytes():
+    strided = replace(CHUNK, token_ids_SL=np.asfortranarray(CHUNK.token_ids_SL), targets_NB=np.repeat(CHUNK.targets_NB, 2, axis=0)[::2])
+    assert pack_chunk(strided, RECIPE) == DATA
+
+
+def test_any_safetensors_reader_opens_a_chunk():
+    tensors = safetensors.numpy.load(DATA)
+    np.testing.assert_array_equal(tensors["token_ids"], CHUNK.token_ids_SL)
+    np.testing.assert_array_equal(tensors["row_starts"], CHUNK.row_starts)
+    np.testing.assert_array_equal(tensors["targets"], CHUNK.targets_NB)
+
+
+def test_arrays_that_were_read_can_be_written_to():
+    chunk = unpack_chunk(DATA, RECIPE, 1)
+    assert all(getattr(chunk, field).flags.writeable for field in FIELDS)
+
+
+def test_a_row_of_a_chunk_is_a_chunk_of_one_row():
+    row = CHUNK.row(2)
+    np.testing.assert_array_equal(row.token_ids_SL, CHUNK.token_ids_SL[2:3])
+    np.testing.assert_array_equal(row.targets_NB, CHUNK.targets_NB[CHUNK.row_starts[2] : CHUNK.row_starts[3]])
+    assert row.row_starts.tolist() == [0, len(row.targets_NB)]
+
+
+@pytest.mark.parametrize("region", regions(DATA))
+def test_a_flipped_bit_is_found_in_every_region(region: str):
+    place = regions(DATA)[region]
+    for bit in range(8):
+        damaged = bytearray(DATA)
+        damaged[place] ^= 1 << bit
+        with pytest.raises(ChunkError, match="chunk 1"):
+            unpack_chunk(bytes(damaged), RECIPE, 1)
+
+
+def test_a_flipped_bit_is_found_in_every_byte():
+    for place in range(len(DATA)):
+        damaged = bytearray(DATA)
+        damaged[place] ^= 1 << (place % 8)
+        with pytest.raises(ChunkError):
+            unpack_chunk(bytes(damaged), RECIPE, 1)
+
+
+def test_every_truncation_and_every_addition_is_found():
+    for length in range(len(DATA)):
+        with pytest.raises(ChunkError, match="chunk 1"):
+            unpack_chunk(DATA[:length], RECIPE, 1)
+    with pytest.raises(ChunkError, match="cut short or added to"):
+        unpack_chunk(DATA + b"\0", RECIPE, 1)
+
+
+@pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 1 << 40, (1 << 64) - 1])
+def test_an_absurd_header_length_is_refused_before_anything_is_allocated(length: int):
+    with pytest.raises(ChunkError, match=f"claims a header of {length} bytes"):
+        unpack_chunk(struct.pack("<Q", length) + DATA[8:], RECIPE, 1)
+
+
+@pytest.mark.parametrize("text", [b"[" * 8000, b"null", b"{" + b" " * 40, b'{"__metadata__":7}', b"\xff" * 64, b"1" * 8000])
+def test_a_header_that_is_not_one_is_refused(text: bytes):
+    with pytest.raises(ChunkError, match="chunk 1"):
+        unpack_chunk(struct.pack("<Q", len(text)) + text + DATA, RECIPE, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("chunk", 2, "chunk 2, wanted 1"),
+        ("codec", "zip", "codec 'zip', wanted 'ef-sqrt8'"),
+        ("codec_version", 2, "codec_version 2, wanted 1"),
+        ("fingerprint", "0" * 64, "fingerprint '0000"),
+        ("format", 2, "format 2, wanted 1"),
+        ("k", 5, "k 5, wanted 4"),
+        ("vocab_size", None, "vocab_size None, wanted 300"),
+        ("surprise", 1, "surprise 1, wanted None"),
+    ],
+)
+def test_metadata_of_another_recipe_is_refused_saying_which_field(key: str, value: object, complaint: str):
+    header = header_of(DATA)
+    metadata = json.loads(header["__metadata__"]["stillhouse"])
+    header["__metadata__"]["stillhouse"] = json.dumps({**metadata, key: value}, sort_keys=True, separators=(",", ":"))
+    with pytest.raises(ChunkError, match=complaint):
+        unpack_chunk(sealed(with_header(header)), RECIPE, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("token_ids", {"dtype": "I64"}, "the tensor token_ids"),
+        ("positions", {"shape": [4, 11]}, "the tensor positions"),
+        ("loss_mask", {"data_offsets": [0, 48]}, "the tensor loss_mask"),
+        ("targets", {"shape": [10**9, 13]}, "wanted a shape of 0 to 44 records"),
+        ("targets", {"shape": [-1, 13]}, "wanted a shape of 0 to 44 records"),
+        ("targets", {"shape": "many"}, "wanted a shape"),
+        ("extra", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "the tensor extra"),
+    ],
+)
+def test_a_tensor_out_of_its_place_is_refused(name: str, change: dict, complaint: str):
+    header = header_of(DATA)
+    header[name] = {**header.get(name, {}), **change}
+    with pytest.raises(ChunkError, match=complaint):
+        unpack_chunk(sealed(with_header(header)), RECIPE, 1)
+
+
+def test_a_second_metadata_key_or_checksum_is_refused():
+    header = header_of(DATA)
+    header["__metadata__"]["another"] = "key"
+    with pytest.raises(ChunkError, match="wanted one key"):
+        unpack_chunk(sealed(with_header(header)), RECIPE, 1)
+    doubled = DATA.replace(b'{\\"chunk\\"', b'{\\"xxh3\\":\\"0000000000000000\\",\\"chunk\\"')
+    doubled = struct.pack("<Q", struct.unpack("<Q", DATA[:8])[0] + len(doubled) - len(DATA)) + doubled[8:]
+    with pytest.raises(ChunkError, match="2 checksums"):
+        unpack_chunk(doubled, RECIPE, 1)
+
+
+def test_a_chunk_under_another_number_or_recipe_is_refused():
+    with pytest.raises(ChunkError, match="chunk 0 has chunk 1, wanted 0"):
+        unpack_chunk(DATA, RECIPE, 0)
+    with pytest.raises(ChunkError, match="of another recipe"):
+        unpack_chunk(DATA, small_recipe(teacher_digest="sha256:other"), 1)
+
+
+def test_row_starts_that_divide_the_records_wrongly_are_refused():
+    place = 8 + struct.unpack("<Q", DATA[:8])[0] + 8 * 4
+    for starts in ([1, 2, 3, 4, len(CHUNK.targets_NB)], [0, 9, 8, 20, len(CHUNK.targets_NB)], [0, 1, 2, 3, 4], [0, 0, 0, 0, 44]):
+        damaged = DATA[:place] + np.array(starts, "<i8").tobytes() + DATA[place + 8 * 5 :]
+        with pytest.raises(ChunkError, match="row_starts"):
+            unpack_chunk(sealed(damaged), RECIPE, 1)
+
+
+def changed(field: str, place: tuple[int, int], value: int) -> Chunk:
+    array = getattr(CHUNK, field).copy()
+    array[place] = value
+    return replace(CHUNK, **{field: array})
+
+
+@pytest.mark.parametrize(
+    ("chunk", "complaint"),
+    [
+        (changed("token_ids_SL", (0, 0), 300), "token ids from .* to 300, wanted 0 to 299"),
+        (changed("token_ids_SL", (3, 5), -1), "token ids from -1"),
+        (changed("positions_SL", (1, 0), 1), "positions that neither count up nor restart"),
+        (changed("positions_SL", (1, 5), 11), "positions that neither count up nor restart"),
+        (replace(CHUNK, token_ids_SL=CHUNK.token_ids_SL.astype(np.int64)), "token_ids of int64 .4, 12., wanted int32 .4, 12."),
+        (replace(CHUNK, token_ids_SL=CHUNK.token_ids_SL[:3]), "token_ids of int32 .3, 12., wanted int32 .4, 12."),
+        (replace(CHUNK, targets_NB=CHUNK.targets_NB[:-1]), "targets of uint8"),
+        (replace(CHUNK, targets_NB=CHUNK.targets_NB[:, :-1]), "targets of uint8"),
+        (replace(CHUNK, number=2), "wanted int32 .2, 12."),
+    ],
+)
+def test_a_chunk_that_is_not_of_the_recipe_is_not_packed(chunk: Chunk, complaint: str):
+    with pytest.raises(ChunkError, match=complaint):
+        pack_chunk(chunk, RECIPE)
+
+
+def test_a_mask_at_the_last_column_or_across_documents_is_not_packed():
+    mask = np.zeros_like(CHUNK.loss_mask_SL)
+    mask[0, -1] = 1
+    with pytest.raises(ChunkError, match="last column"):
+        pack_chunk(replace(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:1]), RECIPE)
+    mask = np.zeros_like(CHUNK.loss_mask_SL)
+    mask[0, 0] = 2
+    with pytest.raises(ChunkError, match="not 0 or 1"):
+        pack_chunk(replace(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:2]), RECIPE)
+    row, column = np.argwhere(CHUNK.positions_SL[:, 1:] == 0)[0]
+    mask = np.zeros_like(CHUNK.loss_mask_SL)
+    mask[row, column] = 1
+    with pytest.raises(ChunkError, match="last token of a document"):
+        pack_chunk(replace(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:1]), RECIPE)
+
+
+def test_the_checksum_is_the_one_in_the_file():
+    assert checksum_of(DATA) == json.loads(header_of(DATA)["__metadata__"]["stillhouse"])["xxh3"]
+    assert len(checksum_of(DATA)) == 16

@@ -1,0 +1,135 @@
+"""A recipe is an identity: equal recipes share a fingerprint, unequal ones never do, and a damaged one is refused."""
+
+import hashlib
+import json
+import pickle
+from dataclasses import fields, replace
+
+import pytest
+
+from helpers.chunks import small_recipe
+from stillhouse.errors import RecipeError
+from stillhouse.logits import Codec
+from stillhouse.store import Recipe, differences, nearest
+from stillhouse.store.recipe import parse_recipe
+
+OTHER_VALUES = {
+    "corpus_digest": "xxh3:another",
+    "num_sequences": 11,
+    "sequence_length": 13,
+    "packing": "padded",
+    "chunk_sequences": 5,
+    "tokenizer_digest": "sha256:another",
+    "vocab_size": 301,
+    "teacher_digest": "sha256:another",
+    "teacher_dtype": "bfloat16",
+    "k": 5,
+    "num_draws": 1,
+    "temperature": 2.0,
+    "value_bits": 6,
+}
+
+
+def test_the_fingerprint_is_the_sha256_of_the_bytes_of_recipe_json():
+    data = small_recipe().canonical_json()
+    assert small_recipe().fingerprint == hashlib.sha256(data).hexdigest()
+    assert data.isascii()
+    assert data == json.dumps(json.loads(data), sort_keys=True, separators=(",", ":")).encode()
+
+
+def test_the_fingerprint_of_a_recipe_does_not_change_from_release_to_release():
+    assert small_recipe().fingerprint == "bc790acc40d8b6ba9892ad8c1b625b35339fb8d879fbca52e2ff9883b2be1a7f"
+
+
+def test_every_field_of_a_recipe_is_in_its_fingerprint():
+    assert set(OTHER_VALUES) == {field.name for field in fields(Recipe)}
+    others = {replace(small_recipe(), **{name: value}).fingerprint for name, value in OTHER_VALUES.items()}
+    assert len(others | {small_recipe().fingerprint}) == len(OTHER_VALUES) + 1
+
+
+def test_a_whole_number_as_temperature_is_the_same_recipe():
+    assert small_recipe(temperature=2).fingerprint == small_recipe(temperature=2.0).fingerprint
+
+
+def test_a_recipe_survives_its_json_and_a_pickle():
+    recipe = small_recipe(temperature=0.7, num_draws=3, teacher_digest="tête")
+    assert parse_recipe(recipe.canonical_json(), where="here") == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+def test_chunks_cover_every_sequence_once():
+    recipe = small_recipe()
+    assert recipe.num_chunks == 3
+    assert [row for number in range(3) for row in recipe.chunk_rows(number)] == list(range(10))
+    assert small_recipe(num_sequences=8).num_chunks == 2
+    for number in (-1, 3):
+        with pytest.raises(RecipeError, match=f"no chunk {number}.*3 chunks"):
+            recipe.chunk_rows(number)
+
+
+def test_the_codec_is_the_recipes():
+    recipe = small_recipe(k=7, num_draws=2, value_bits=6, temperature=0.5)
+    assert recipe.codec == Codec(300, 7, num_draws=2, value_bits=6, temperature=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"corpus_digest": ""}, "corpus_digest is empty"),
+        ({"teacher_digest": None}, "teacher_digest is None, wanted str"),
+        ({"num_sequences": 0}, "num_sequences is 0, wanted at least 1"),
+        ({"sequence_length": 1}, "sequence_length is 1, wanted at least 2"),
+        ({"chunk_sequences": True}, "chunk_sequences is True, wanted int"),
+        ({"k": 301}, "k is 301, more than the 300 tokens"),
+        ({"k": 0}, "k and num_draws are both 0"),
+        ({"k": -1}, "k is -1"),
+        ({"value_bits": 7}, "value_bits is 7, wanted 6 or 8"),
+        ({"packing": True}, "packing is True, wanted str"),
+        ({"packing": "loose"}, "packing is 'loose', wanted 'packed' or 'padded'"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": "1"}, "temperature is '1', wanted float or int"),
+    ],
+)
+def test_a_value_that_no_store_can_have_is_refused(change, complaint):
+    with pytest.raises(RecipeError, match=complaint):
+        small_recipe(**change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda text: text[:-5], "not JSON"),
+        (lambda text: b"\xff" + text, "not JSON"),
+        (lambda _: b"[" * 100_000, "not JSON"),
+        (lambda _: b"[]", "JSON list, wanted an object"),
+        (lambda text: text.replace(b'"format":1', b'"format":2'), "format 2, this Stillhouse reads 1"),
+        (lambda text: text.replace(b'"codec_version":1', b'"codec_version":9'), "codec_version 9"),
+        (lambda text: text.replace(b'"k":4,', b""), "missing or unknown are k"),
+        (lambda text: text.replace(b'"k":4,', b'"k":4,"kk":4,'), "missing or unknown are kk"),
+        (lambda text: text.replace(b'"k":4,', b'"k":-4,'), "k is -4"),
+        (lambda text: text.replace(b"ef-sqrt8", b"ef-sqrt6"), "not in canonical form"),
+        (lambda text: text.replace(b'"k":4,', b'"k": 4,'), "not in canonical form"),
+        (lambda text: text + b"\n", "not in canonical form"),
+    ],
+)
+def test_a_damaged_recipe_json_is_refused_by_name(damage, complaint):
+    with pytest.raises(RecipeError, match=complaint) as caught:
+        parse_recipe(damage(small_recipe().canonical_json()), where="s3://bucket/recipe.json")
+    assert "s3://bucket/recipe.json" in str(caught.value)
+
+
+def test_differences_are_told_in_words_with_both_values():
+    assert differences(small_recipe(), small_recipe()) == []
+    assert differences(small_recipe(), small_recipe(k=5, teacher_dtype="bfloat16")) == [
+        "teacher_dtype (the teacher's number format): 'float32' against 'bfloat16'",
+        "k (exact entries a token): 4 against 5",
+    ]
+
+
+def test_the_nearest_recipe_differs_in_the_fewest_fields():
+    one, two = small_recipe(k=5), small_recipe(k=6, vocab_size=400)
+    assert nearest([two, one], small_recipe()) == one
+    assert nearest([], small_recipe()) is None
+    ties = [small_recipe(k=8), small_recipe(k=9)]
+    assert nearest(ties, small_recipe()) == nearest(ties[::-1], small_recipe())
