@@ -1,11 +1,44 @@
-"""Shared by every test: one torch thread, and no way to a model hub."""
+"""Shared by every test: one torch thread, no way to a model hub, one Ray cluster, one tiny world to train in."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "offline")
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),  # for Ray's workers
+}
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[dict[str, float]]:
+    """One Ray cluster for the whole session; what the code under test attaches to."""
+    from stillhouse.cluster import attached
+    from stillhouse.config import ClusterSection
+
+    with attached(ClusterSection(num_cpus=4)) as resources:
+        yield resources
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> "TinyWorld":
+    """Two tiny models, a corpus and the store that the teacher filled."""
+    from helpers.world import TinyWorld
+
+    return TinyWorld.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def rank_groups(ray_cluster: dict[str, float]) -> "dict[int, RankGroup]":
+    """Gloo groups of one and of two long-lived processes, by world size."""
+    from helpers.ranks import RankGroup
+
+    return {world_size: RankGroup.start(world_size) for world_size in (1, 2)}

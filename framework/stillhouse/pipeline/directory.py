@@ -1,12 +1,12 @@
 """The run directory: whose it is, what may change when it is used again, and an attempt's start and end in its journal.
 
-    config.json  recipe.json  run.json     what was asked, under which name
-    journal.jsonl                          what happened
-    checkpoints/  export/  report.html     what came of it
+    config.json  recipe.json     what was asked
+    journal.jsonl                what happened
+    checkpoints/  export/        what came of it
+    wandb/  report.html          how it looks
 """
 
 import json
-import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from stillhouse.config import Config, parse_config, resolved_json
 from stillhouse.errors import RecipeError
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore, differences, parse_recipe
-from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView
+from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView, wandb_run_id
 
 _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
@@ -62,17 +62,12 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     Raises RecipeError where the directory belongs to another run.
     """
     began = monotonic()
-    run_id = _claim(plan)
-    journal = Journal(plan.run_dir / "journal.jsonl")
-    earlier = JournalReader(journal.path).new_rows()
-    number = 1 + sum(isinstance(row, StartRow) for row in earlier)
+    _claim(plan)
     ChunkStore.create(plan.config.store.url, plan.recipe)
-    views: list[ProgressView | WandbView] = [ProgressView()]
-    if plan.config.tracking.wandb != "off":
-        values = plan.config.model_dump(mode="json")
-        views.append(WandbView(plan.config.tracking, plan.run_dir, config=values, run_id=run_id, first_row=len(earlier)))
-    with _shown(journal.path, views):
-        journal.record(_start_row(plan, command, number))
+    journal = Journal(plan.run_dir / "journal.jsonl")
+    num_earlier = sum(isinstance(row, StartRow) for row in JournalReader(journal.path).new_rows())
+    journal.record(_start_row(plan, command, num_earlier + 1))
+    with _shown(journal.path, _views(plan)):
         try:
             yield journal
         except KeyboardInterrupt:
@@ -84,10 +79,10 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
         journal.record(EndRow("done", monotonic() - began, ""))
 
 
-def _claim(plan: Plan) -> str:
-    """Make the directory this plan's, or check that it is; returns the run's id, which never changes."""
+def _claim(plan: Plan) -> None:
+    """Make the directory this plan's, or check that it is."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    recipe_path, config_path, run_path = (plan.run_dir / name for name in ("recipe.json", "config.json", "run.json"))
+    recipe_path, config_path = plan.run_dir / "recipe.json", plan.run_dir / "config.json"
     if config_path.exists():
         changes = changes_that_matter(config_of(plan.run_dir), plan.config)
         if recipe_path.exists():
@@ -98,11 +93,17 @@ def _claim(plan: Plan) -> str:
                 + "\n".join(f"  - {change}" for change in changes)
                 + "\nSet them back to go on with it, or name another --run-dir."
             )
-    if not run_path.exists():
-        run_path.write_text(json.dumps({"id": plan.config.tracking.run_id or secrets.token_hex(4)}) + "\n")
     config_path.write_text(resolved_json(plan.config))
     recipe_path.write_bytes(plan.recipe.canonical_json())
-    return str(json.loads(run_path.read_text())["id"])
+
+
+def _views(plan: Plan) -> list[ProgressView | WandbView]:
+    section = plan.config.tracking
+    if section.wandb == "off":
+        return [ProgressView()]
+    first = next(row for row in JournalReader(plan.run_dir / "journal.jsonl").new_rows() if isinstance(row, StartRow))
+    values = plan.config.model_dump(mode="json")
+    return [ProgressView(), WandbView(section, plan.run_dir, config=values, run_id=section.run_id or wandb_run_id(first))]
 
 
 def _start_row(plan: Plan, command: str, number: int) -> StartRow:
@@ -169,7 +170,6 @@ def _figure(value: float | None) -> str:
 def _shown(journal: Path, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
     """Feed new journal rows to the views from a thread: whatever writes the journal, on whichever machine, is seen."""
     reader = JournalReader(journal)
-    reader.new_rows()  # of earlier attempts: the views saw them
     stopped = threading.Event()
 
     def feed() -> None:

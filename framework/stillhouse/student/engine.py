@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -111,19 +112,24 @@ class StudentEngine:
 
         Raises StudentError on every rank when a loss or gradient is not finite: the weights are then as before the step, or unusable.
         """
-        num_tokens = self._sum_over_ranks([float(sum(batch.num_tokens for batch in batches))])[0]
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            terms: LossTerms = self._engine(batch.to(self.device))
-            sums += torch.stack([terms.total, terms.divergence, terms.cross_entropy]).detach().double()
-            self._engine.backward(terms.total * (self._world_size / max(num_tokens, 1.0)), scale_wrt_gas=False)
-            if batch is not batches[-1]:
-                self._engine.step()
-        total, divergence, cross_entropy = (value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums.tolist()))
+        total, divergence, cross_entropy, num_tokens = self.accumulate(batches)
         _require_finite("loss", total)
         grad_norm = self._optimiser_step(learning_rate)
-        has_ce = self.section.ce_weight > 0
-        return StepTerms(total, divergence, cross_entropy if has_ce else None, int(num_tokens), grad_norm)
+        return StepTerms(total, divergence, cross_entropy if self.section.ce_weight > 0 else None, num_tokens, grad_norm)
+
+    def accumulate(self, batches: Sequence[MicroBatch]) -> tuple[float, float, float, int]:
+        """Forward and backward over the micro-batches, up to the step: (total, divergence, cross-entropy) a token, and tokens, of all ranks."""
+        num_tokens = self._sum_over_ranks([float(sum(batch.num_tokens for batch in batches))])[0]
+        share = self._world_size / max(num_tokens, 1.0)  # DeepSpeed averages over ranks; this makes it the mean over all tokens
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            if index > 0:
+                self._engine.step()
+            terms: LossTerms = self._engine(batch.to(self.device))
+            sums += torch.stack([terms.total, terms.divergence, terms.cross_entropy]).detach().double()
+            self._engine.backward(terms.total * share, scale_wrt_gas=False)
+        total, divergence, cross_entropy = (value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums.tolist()))
+        return total, divergence, cross_entropy, int(num_tokens)
 
     def save(self, root: Path, *, step: int) -> None:
         """Write this rank's part of a checkpoint; it is no commit yet."""
@@ -136,6 +142,10 @@ class StudentEngine:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {root / tag_of(step)}; remove that checkpoint's manifest to use an older one"
             )
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """The whole gradient of each parameter of the language model as the next step will see it, by name; after `accumulate`."""
+        return {name: safe_get_full_grad(parameter).clone() for name, parameter in self._engine.module.lm.named_parameters()}
 
     def close(self) -> None:
         """Free hooks and buffers, so that the process can build another engine."""

@@ -1,0 +1,112 @@
+"""Training is the same training however it is cut: ZeRO stage, ranks, micro-batches, stops and starts. All on real DeepSpeed engines."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.ranks import RankGroup
+from helpers.training import first_gradients, train_and_tell, with_student
+from helpers.world import TinyWorld
+
+from stillhouse.errors import CheckpointError, StudentError
+from stillhouse.student.train import TrainJob
+from stillhouse.tracking import TrainRow
+
+Ranks = dict[int, RankGroup]
+CUTS = list(itertools.product((0, 1, 2, 3), (1, 2), (2, 3)))  # ZeRO stage, ranks, micro-batch; 3 does not divide the batch of 8
+
+
+@pytest.fixture(scope="module")
+def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
+    made = tiny_world.plan(tmp_path_factory.mktemp("run"), student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
+    tiny_world.fill_store(made)
+    return made.jobs()[0]
+
+
+@pytest.fixture(scope="module")
+def reference(job: TrainJob, rank_groups: Ranks) -> list[TrainRow]:
+    return rank_groups[1].call(train_and_tell, with_student(job, zero_stage=0, micro_batch_sequences=8))[0]
+
+
+def relative_gap(ours: list[TrainRow], theirs: list[TrainRow]) -> float:
+    assert [row.step for row in ours] == [row.step for row in theirs]
+    return max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_student_learns(reference: list[TrainRow]) -> None:
+    assert len(reference) == 50
+    assert reference[-1].loss < 0.9 * reference[0].loss
+
+
+@pytest.mark.parametrize(("stage", "ranks", "micro_batch"), CUTS)
+def test_fifty_steps_lose_the_same_however_they_are_cut(
+    job: TrainJob, reference: list[TrainRow], rank_groups: Ranks, stage: int, ranks: int, micro_batch: int
+) -> None:
+    cut = with_student(job, zero_stage=stage, micro_batch_sequences=micro_batch)
+    cut = replace(cut, run_dir=cut.run_dir / str(ranks))
+    rows = rank_groups[ranks].call(train_and_tell, cut)[0]
+    assert relative_gap(rows, reference) <= 1e-6
+
+
+@pytest.mark.parametrize(("stage", "ranks", "micro_batch"), CUTS)
+def test_gradients_are_the_same_however_they_are_cut(
+    job: TrainJob, whole_gradients: dict[str, torch.Tensor], rank_groups: Ranks, stage: int, ranks: int, micro_batch: int
+) -> None:
+    """Adam hides a wrong constant in the gradient from every loss curve: so look at the gradients themselves."""
+    gradients = rank_groups[ranks].call(first_gradients, with_student(job, zero_stage=stage, micro_batch_sequences=micro_batch))[0]
+    assert gradients.keys() == whole_gradients.keys()
+    for name, expected in whole_gradients.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item(), msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole_gradients(job: TrainJob, rank_groups: Ranks) -> dict[str, torch.Tensor]:
+    gradients = rank_groups[1].call(first_gradients, with_student(job, zero_stage=0, micro_batch_sequences=8))[0]
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    return gradients
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (2, 2), (3, 2)])
+def test_a_resumed_run_is_bit_identical(job: TrainJob, rank_groups: Ranks, stage: int, ranks: int, tmp_path: Path) -> None:
+    steady = replace(with_student(job, zero_stage=stage, min_learning_rate=job.section.learning_rate), total_steps=12)
+    whole = rank_groups[ranks].call(train_and_tell, replace(steady, run_dir=tmp_path / "whole"))[0]
+    stopped = replace(steady, run_dir=tmp_path / "stopped")
+    first = rank_groups[ranks].call(train_and_tell, replace(stopped, total_steps=7))[0]
+    second = rank_groups[ranks].call(train_and_tell, stopped)[0]
+    assert [row.step for row in second] == [8, 9, 10, 11, 12]
+    assert [(row.loss, row.grad_norm) for row in first + second] == [(row.loss, row.grad_norm) for row in whole]
+
+
+def test_a_flipped_bit_in_a_checkpoint_means_the_commit_before_it(job: TrainJob, rank_groups: Ranks, tmp_path: Path) -> None:
+    steady = replace(with_student(job, min_learning_rate=job.section.learning_rate), run_dir=tmp_path, total_steps=8)
+    steady = replace(steady, section=steady.section.model_copy(update={"checkpoint_every_steps": 4}))
+    whole = rank_groups[1].call(train_and_tell, steady)[0]
+    newest = max((steady.checkpoints / "step-00000008").rglob("*optim*"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    again = rank_groups[1].call(train_and_tell, replace(steady, total_steps=8))[0]
+    assert [(row.step, row.loss) for row in again] == [(row.step, row.loss) for row in whole[4:]]
+
+
+def test_other_ranks_than_the_checkpoints_are_refused(job: TrainJob, rank_groups: Ranks, tmp_path: Path) -> None:
+    short = replace(job, run_dir=tmp_path, total_steps=1)
+    rank_groups[1].call(train_and_tell, short)
+    with pytest.raises(CheckpointError, match=r"written by 1 ranks .* this run has 2"):
+        rank_groups[2].call(train_and_tell, replace(short, total_steps=2))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_sequences(
+    job: TrainJob, rank_groups: Ranks, stage: int, tmp_path: Path
+) -> None:
+    wild = with_student(job, zero_stage=stage, learning_rate=1e30, min_learning_rate=1e30, warmup_steps=0, gradient_clip=1e30)
+    with pytest.raises(StudentError, match=r"step \d+: the (loss|gradient) is (nan|inf); its sequences were \d+"):
+        rank_groups[2].call(train_and_tell, replace(wild, run_dir=tmp_path))
+
+
+def test_bfloat16_trains_within_its_rounding(job: TrainJob, reference: list[TrainRow], rank_groups: Ranks) -> None:
+    rows = rank_groups[2].call(train_and_tell, with_student(job, zero_stage=2, dtype="bfloat16"))[0]
+    assert relative_gap(rows, reference) <= 0.02
