@@ -1,0 +1,39 @@
+# Every target builds .venv when it is missing, and uses it as it is when it is not. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test check format bench clean
+
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
+	$(BIN)/stillhouse demo
+
+test: $(INSTALLED)  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
+	$(BIN)/pytest
+
+check: $(INSTALLED)  ## format, lint, types and the floors of the design
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## format, and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## the pipeline against one process doing the same work
+	$(BIN)/stillhouse bench pipeline
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+
+# torch comes first and alone, so that a CPU build that is at hand satisfies everything after it.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Stillhouse needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check 'torch>=2.9,<2.14'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
