@@ -14,7 +14,7 @@ from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.head import Head
 
-_BLOCK_LOGITS = 1 << 22  # logits worked on at one time: a few float32 copies of these are the memory beyond the logits themselves
+_BLOCK_LOGITS = 1 << 20  # logits worked on at one time: a few float32 copies of these are the memory beyond the logits themselves
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def _compress_from(logits_TV: Tensor, first_token: int, *, k: int, temperature: 
     step = max(1, _BLOCK_LOGITS // vocab_size)
     return concatenate(
         [
-            _compress_block(logits_TV[start : start + step].float(), first_token + start, k=k, temperature=temperature)
+            _compress_block(logits_TV[start : start + step].float().contiguous(), first_token + start, k=k, temperature=temperature)
             for start in range(0, max(1, num_tokens), step)
         ]
     )
@@ -70,7 +70,7 @@ def _compress_block(logits_TV: Tensor, first_token: int, *, k: int, temperature:
     ids_TK = _exact_topk(logits_TV, k)
     logprobs_TK = shifted_TV.gather(1, ids_TK) - lse_T[:, None]
     kept_mass_T = logprobs_TK.exp().sum(dim=1)
-    others_T = shifted_TV.scatter(1, ids_TK, -torch.inf).logsumexp(dim=1) - lse_T
+    others_T = shifted_TV.scatter_(1, ids_TK, -torch.inf).logsumexp(dim=1) - lse_T
     return CompressedLogits(
         ids_TK.int(),
         logprobs_TK,
@@ -103,7 +103,7 @@ def _lowest_ids_at_threshold(logits_TV: Tensor, threshold_T1: Tensor, k: int) ->
     """int64 [T, k] ids, ascending, of all entries above the threshold and of the first ones that equal it."""
     above_TV, level_TV = logits_TV > threshold_T1, logits_TV == threshold_T1
     room_T1 = k - above_TV.sum(dim=1, keepdim=True)
-    taken_TV = above_TV | (level_TV & (level_TV.cumsum(dim=1) <= room_T1))
+    taken_TV = above_TV | (level_TV & (level_TV.cumsum(dim=1, dtype=torch.int32) <= room_T1))
     return taken_TV.nonzero()[:, 1].view(-1, k)
 
 

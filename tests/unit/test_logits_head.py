@@ -1,0 +1,42 @@
+"""A `Head` is its formula, term by term: softcap * tanh(scale * (hidden @ weight^T + bias) / softcap)."""
+
+import pytest
+import torch
+
+from stillhouse.logits import Head
+
+GENERATOR = torch.Generator().manual_seed(0)
+HIDDEN = torch.randn(5, 8, generator=GENERATOR, dtype=torch.float64)
+WEIGHT = 3.0 * torch.randn(30, 8, generator=GENERATOR, dtype=torch.float64)
+BIAS = torch.randn(30, generator=GENERATOR, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("scale", [1.0, 0.0625, 4.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_follow_the_formula(bias: torch.Tensor | None, scale: float, softcap: float | None) -> None:
+    wanted = torch.einsum("th,vh->tv", HIDDEN, WEIGHT)
+    wanted = scale * (wanted if bias is None else wanted + bias)
+    wanted = wanted if softcap is None else softcap * (wanted / softcap).tanh()
+    torch.testing.assert_close(Head(WEIGHT, bias, scale=scale, softcap=softcap).logits(HIDDEN), wanted)
+
+
+def test_the_cap_bites_and_is_never_passed() -> None:
+    capped = Head(100.0 * WEIGHT, softcap=3.0).logits(HIDDEN)
+    assert capped.abs().max() <= 3.0
+    assert capped.abs().median() > 2.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_hidden_states_of_another_dtype_are_met_in_that_of_the_weight(dtype: torch.dtype) -> None:
+    head = Head(WEIGHT.to(dtype), softcap=30.0)
+    logits = head.logits(HIDDEN.float())
+    assert logits.dtype == dtype
+    assert torch.equal(logits, head.logits(HIDDEN.float().to(dtype)))
+
+
+def test_a_padded_weight_is_sliced_without_a_copy() -> None:
+    head = Head(WEIGHT[:23], BIAS[:23])
+    assert head.vocab_size == 23
+    assert head.weight_VH.data_ptr() == WEIGHT.data_ptr()
+    torch.testing.assert_close(head.logits(HIDDEN), Head(WEIGHT, BIAS).logits(HIDDEN)[:, :23])
