@@ -83,7 +83,7 @@ class _HeadLoss(torch.autograd.Function):
             torch.zeros_like(weight_VH, dtype=dtype) if needed_weight else None,
             torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and needed_bias else None,
         )
-        sums = _run_blocks(hidden_TH, work, grads, dtype)
+        sums = _run_blocks(hidden_TH, work, grads=grads, dtype=dtype)
         ctx.save_for_backward(*grads)
         ctx.dtypes = (hidden_TH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         ctx.mark_non_differentiable(sums.divergence, sums.cross_entropy)
@@ -104,20 +104,20 @@ class _Gradients(NamedTuple):
     bias_V: Tensor | None
 
 
-def _run_blocks(hidden_TH: Tensor, work: _Work, grads: _Gradients, dtype: torch.dtype) -> Sums:
+def _run_blocks(hidden_TH: Tensor, work: _Work, *, grads: _Gradients, dtype: torch.dtype) -> Sums:
     head, objective = work.head, work.objective
     needed = any(grad is not None for grad in grads)
     sums_2 = torch.zeros(2, dtype=dtype, device=hidden_TH.device)
     for start in range(0, hidden_TH.shape[0], work.block_tokens):
         block = slice(start, start + work.block_tokens)
         hidden_CH = hidden_TH[block].to(head.weight_VH.dtype)
-        logits_CV, slope_CV = _logits(hidden_CH, head, dtype)
+        logits_CV, slope_CV = _logits(hidden_CH, head, dtype=dtype)
         target = None if work.target is None else _rows(work.target, block)
         labels_C = None if work.labels_T is None else work.labels_T[block].long()
-        sums_2 += _losses_(logits_CV, target, labels_C, objective, slope=head.scale, needed=needed)
+        sums_2 += _losses_(logits_CV, target, labels_C=labels_C, objective=objective, slope=head.scale, needed=needed)
         if needed:
             gradient_CV = logits_CV if slope_CV is None else logits_CV.mul_(slope_CV)
-            _add_gradients_(grads, gradient_CV.to(head.weight_VH.dtype), hidden_CH, head, block)
+            _add_gradients_(grads, gradient_CV.to(head.weight_VH.dtype), hidden_CH=hidden_CH, weight_VH=head.weight_VH, block=block)
     temperature = 1.0 if work.target is None else work.target.temperature
     total = objective.divergence_weight * temperature**2 * sums_2[0] + objective.ce_weight * sums_2[1]
     return Sums(total, sums_2[0].clone(), sums_2[1].clone())
@@ -127,7 +127,7 @@ def _rows(target: CompressedLogits, block: slice) -> CompressedLogits:
     return target.map(lambda tensor: tensor[block])
 
 
-def _logits(hidden_CH: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _logits(hidden_CH: Tensor, head: Head, *, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The logits, and the slope of the soft-capping at each of them; the scale's slope is left to the caller."""
     logits_CV = torch.nn.functional.linear(hidden_CH, head.weight_VH, head.bias_V).to(dtype)
     if head.scale != 1.0:
@@ -142,9 +142,9 @@ def _logits(hidden_CH: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, 
 def _losses_(
     logits_CV: Tensor,
     target: CompressedLogits | None,
+    *,
     labels_C: Tensor | None,
     objective: Objective,
-    *,
     slope: float,
     needed: bool,
 ) -> Tensor:
@@ -152,10 +152,11 @@ def _losses_(
     temperature = 1.0 if target is None else target.temperature
     if temperature == 1.0 or labels_C is None:
         scaled_CV = logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
-        return _losses_of_one_temperature_(scaled_CV, target, labels_C, objective, slope=slope, needed=needed)
+        return _losses_of_one_temperature_(scaled_CV, target, labels_C=labels_C, objective=objective, slope=slope, needed=needed)
     text_CV = logits_CV.clone()
-    sums_2 = _losses_of_one_temperature_(text_CV, None, labels_C, objective, slope=slope, needed=needed)
-    sums_2 += _losses_of_one_temperature_(logits_CV.div_(temperature), target, None, objective, slope=slope, needed=needed)
+    sums_2 = _losses_of_one_temperature_(text_CV, None, labels_C=labels_C, objective=objective, slope=slope, needed=needed)
+    logits_CV.div_(temperature)
+    sums_2 += _losses_of_one_temperature_(logits_CV, target, labels_C=None, objective=objective, slope=slope, needed=needed)
     if needed:
         logits_CV.add_(text_CV)
     return sums_2
@@ -164,9 +165,9 @@ def _losses_(
 def _losses_of_one_temperature_(
     logits_CV: Tensor,
     target: CompressedLogits | None,
+    *,
     labels_C: Tensor | None,
     objective: Objective,
-    *,
     slope: float,
     needed: bool,
 ) -> Tensor:
@@ -177,11 +178,18 @@ def _losses_of_one_temperature_(
     buckets = _buckets_(logits_CV, ids_CK)
     gradient_CK1 = torch.zeros_like(buckets.logq_CK1)
     if target is not None:
-        sums_2[0], gradient_CK1 = _divergence(target, buckets.logq_CK1, objective, needed=needed)
+        sums_2[0], gradient_CK1 = _divergence(target, buckets.logq_CK1, objective=objective, needed=needed)
     if label_logits_C1 is not None:
         sums_2[1] = (buckets.log_total_C1 - label_logits_C1).sum()
     if needed:
-        _spread_(logits_CV, ids_CK, labels_C, buckets, gradient_CK1 * slope, ce_weight=objective.ce_weight * slope)
+        _spread_(
+            logits_CV,
+            gradient_CK1 * slope,
+            ids_CK=ids_CK,
+            labels_C=labels_C,
+            buckets=buckets,
+            ce_weight=objective.ce_weight * slope,
+        )
     return sums_2
 
 
@@ -205,7 +213,7 @@ def _buckets_(logits_CV: Tensor, ids_CK: Tensor) -> _Buckets:
     return _Buckets(logq_CK1, log_total_C1, tail_sum_C1)
 
 
-def _divergence(target: CompressedLogits, logq_CK1: Tensor, objective: Objective, *, needed: bool) -> tuple[Tensor, Tensor]:
+def _divergence(target: CompressedLogits, logq_CK1: Tensor, *, objective: Objective, needed: bool) -> tuple[Tensor, Tensor]:
     """The unweighted sum over tokens, and the weighted gradient in log q, up to the slope of the logits (zeros where not needed)."""
     logp_CK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1).to(logq_CK1.dtype).clamp(min=LOG_FLOOR)
     if not needed:
@@ -219,7 +227,7 @@ def _divergence(target: CompressedLogits, logq_CK1: Tensor, objective: Objective
 
 
 def _spread_(
-    masses_CV: Tensor, ids_CK: Tensor, labels_C: Tensor | None, buckets: _Buckets, gradient_CK1: Tensor, *, ce_weight: float
+    masses_CV: Tensor, gradient_CK1: Tensor, *, ids_CK: Tensor, labels_C: Tensor | None, buckets: _Buckets, ce_weight: float
 ) -> None:
     """From a gradient in log q to one in the logits, written over `masses_CV`, which holds what `_buckets_` left in it.
 
@@ -237,10 +245,10 @@ def _spread_(
     masses_CV.scatter_(1, ids_CK, gradient_CK1[:, :-1])
 
 
-def _add_gradients_(grads: _Gradients, gradient_CV: Tensor, hidden_CH: Tensor, head: Head, block: slice) -> None:
+def _add_gradients_(grads: _Gradients, gradient_CV: Tensor, *, hidden_CH: Tensor, weight_VH: Tensor, block: slice) -> None:
     """Carry a block's gradient in h W^T + b on to the hidden states, the weight and the bias."""
     if grads.hidden_TH is not None:
-        grads.hidden_TH[block] = gradient_CV @ head.weight_VH
+        grads.hidden_TH[block] = gradient_CV @ weight_VH
     if grads.weight_VH is not None and grads.weight_VH.dtype == gradient_CV.dtype:
         grads.weight_VH.addmm_(gradient_CV.T, hidden_CH)
     elif grads.weight_VH is not None:

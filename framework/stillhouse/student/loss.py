@@ -48,7 +48,7 @@ def distillation_loss(
     if ce_weight > 0.0 and labels_T is None:
         raise ConfigError(f"ce_weight is {ce_weight}, but there are no labels; pass labels_T, or set ce_weight = 0")
     if divergence_weight > 0.0:
-        _require_target(target, head, divergence_weight)
+        _require_target(target, head, divergence_weight=divergence_weight)
     objective = Objective(divergence, divergence_weight=divergence_weight, ce_weight=ce_weight)
     total, divergence_sum, ce_sum = head_loss(
         hidden_TH,
@@ -102,7 +102,7 @@ def jsd(beta: float) -> Divergence:
     _require_proper_mix("jsd", beta)
 
     def divergence(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
-        logm_TK1 = _log_mixture(logp_TK1, logq_TK1, beta)
+        logm_TK1 = _log_mixture(logp_TK1, logq_TK1, weight_of_a=beta)
         return beta * _kl(logp_TK1, logm_TK1) + (1.0 - beta) * _kl(logq_TK1, logm_TK1)
 
     return divergence
@@ -111,20 +111,20 @@ def jsd(beta: float) -> Divergence:
 def skew_forward_kl(alpha: float) -> Divergence:
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898). Raises ConfigError unless 0 < alpha < 1."""
     _require_proper_mix("skew_forward_kl", alpha)
-    return lambda logp_TK1, logq_TK1: _kl(logp_TK1, _log_mixture(logp_TK1, logq_TK1, alpha))
+    return lambda logp_TK1, logq_TK1: _kl(logp_TK1, _log_mixture(logp_TK1, logq_TK1, weight_of_a=alpha))
 
 
 def skew_reverse_kl(alpha: float) -> Divergence:
     """KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv 2402.03898). Raises ConfigError unless 0 < alpha < 1."""
     _require_proper_mix("skew_reverse_kl", alpha)
-    return lambda logp_TK1, logq_TK1: _kl(logq_TK1, _log_mixture(logq_TK1, logp_TK1, alpha))
+    return lambda logp_TK1, logq_TK1: _kl(logq_TK1, _log_mixture(logq_TK1, logp_TK1, weight_of_a=alpha))
 
 
 def _kl(loga_TK1: Tensor, logb_TK1: Tensor) -> Tensor:
     return (loga_TK1.exp() * (loga_TK1 - logb_TK1)).sum(dim=-1)
 
 
-def _log_mixture(loga_TK1: Tensor, logb_TK1: Tensor, weight_of_a: float) -> Tensor:
+def _log_mixture(loga_TK1: Tensor, logb_TK1: Tensor, *, weight_of_a: float) -> Tensor:
     return torch.logaddexp(loga_TK1 + math.log(weight_of_a), logb_TK1 + math.log1p(-weight_of_a))
 
 
@@ -135,7 +135,7 @@ def _require_proper_mix(name: str, mix: float) -> None:
         )
 
 
-def _require_target(target: CompressedLogits | None, head: Head, divergence_weight: float) -> None:
+def _require_target(target: CompressedLogits | None, head: Head, *, divergence_weight: float) -> None:
     if target is None:
         raise ConfigError(f"divergence_weight is {divergence_weight}, but there is no target; pass one, or set divergence_weight = 0")
     if target.num_draws > 0:

@@ -96,7 +96,7 @@ class _EpochPlan:
 @lru_cache(maxsize=4)
 def _epoch_plan(num_sequences: int, chunk_sequences: int, window_chunks: int, seed: int, epoch: int) -> _EpochPlan:
     num_chunks = -(-num_sequences // chunk_sequences)
-    chunks = _permutation(num_chunks, seed, _CHUNK_ORDER, epoch, 0)
+    chunks = _permutation(num_chunks, _CHUNK_ORDER, seed=seed, epoch=epoch, group=0)
     sizes = np.minimum(chunk_sequences, num_sequences - chunks * chunk_sequences)
     group_sizes = np.add.reduceat(sizes, np.arange(0, num_chunks, window_chunks))
     return _EpochPlan(_frozen(chunks), _frozen(np.concatenate(([0], np.cumsum(group_sizes)))))
@@ -108,10 +108,10 @@ def _group_sequences(num_sequences: int, chunk_sequences: int, window_chunks: in
     chunks = plan.chunks[group * window_chunks : (group + 1) * window_chunks]
     sequences = (chunks[:, None] * chunk_sequences + np.arange(chunk_sequences)).ravel()
     sequences = sequences[sequences < num_sequences]
-    return _frozen(sequences[_permutation(len(sequences), seed, _SEQUENCE_ORDER, epoch, group)])
+    return _frozen(sequences[_permutation(len(sequences), _SEQUENCE_ORDER, seed=seed, epoch=epoch, group=group)])
 
 
-def _permutation(length: int, seed: int, purpose: int, epoch: int, group: int) -> NDArray[np.int64]:
+def _permutation(length: int, purpose: int, *, seed: int, epoch: int, group: int) -> NDArray[np.int64]:
     source = np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=(purpose, epoch, group)))
     return np.argsort(source.random_raw(length), kind="stable").astype(np.int64, copy=False)
 
