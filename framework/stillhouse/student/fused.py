@@ -58,6 +58,8 @@ def head_loss(
     float32 buffer, one more under a softcap, one more for cross-entropy beside a target of another temperature than 1, a copy in
     the weight's dtype where that is narrower; and the gradients.
     """
+    assert target is None or target.num_tokens == hidden_TH.shape[0], "one target for each hidden state"
+    assert labels_T is None or labels_T.shape == hidden_TH.shape[:1], "one label for each hidden state"
     work = _Work(head, target, labels_T, objective, block_tokens)
     return Sums(*_HeadLoss.apply(hidden_TH, head.weight_VH, head.bias_V, work, torch.is_grad_enabled()))
 
