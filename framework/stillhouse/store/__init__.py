@@ -16,3 +16,4 @@ from stillhouse.store.chunks import verify_store as verify_store
 from stillhouse.store.recipe import Recipe as Recipe
 from stillhouse.store.recipe import differences as differences
 from stillhouse.store.recipe import nearest as nearest
+from stillhouse.store.recipe import parse_recipe as parse_recipe

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -16,19 +17,12 @@ from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 from stillhouse.errors import StoreError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import BackoffConfig, ClientConfig, RetryConfig
 
 _REMOTE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CREATE_ATTEMPTS = 5
+_FIRST_PAUSE_S = 0.05
 _MERGE_BYTES = 256 << 10  # reading on over a gap of this size costs less than asking once more
-
-# An unreachable store is reported after about half a minute, a silent one after a minute; a busy one (503) is asked again until then.
-_CLIENT: "ClientConfig" = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}
-_RETRY: "RetryConfig" = {
-    "max_retries": 8,
-    "retry_timeout": timedelta(seconds=30),
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
-}
 
 
 class StoreUnavailable(StoreError):
@@ -44,9 +38,13 @@ class Blob(NamedTuple):
 class Blobs:
     """The objects under one root. Safe to use from several threads; opened at the first use, so it costs nothing to make."""
 
-    def __init__(self, url: str) -> None:
-        """`url`: a directory, file://, s3://, gs://, az:// or memory:// (one process only). Raises StoreError on any other."""
+    def __init__(self, url: str, *, patience_s: float = 30.0) -> None:
+        """`url`: a directory, file://, s3://, gs://, az:// or memory:// (one process only). Raises StoreError on any other.
+
+        A store that refuses or is busy is asked again for `patience_s`; one that falls silent may take twice as long over one answer.
+        """
         self.url = _absolute(url)
+        self._patience_s = patience_s
         self.directory = None if "://" in self.url else Path(self.url)
 
     @functools.cached_property
@@ -56,18 +54,22 @@ class Blobs:
                 return LocalStore(self.directory, mkdir=True)
             if self.url.startswith("memory:"):
                 return _process_memory(self.url)
-            return from_url(self.url, client_options=_CLIENT, retry_config=_RETRY)
+            return from_url(self.url, client_options=self._client_config(), retry_config=self._retry_config())
 
     def create(self, key: str, data: bytes) -> bool:
         """Put a new object, whole or not at all. False if there is one already, which stays as it is."""
-        for _ in range(_CREATE_ATTEMPTS):
-            try:
-                with self._in_words(f"write {key}"):
+        if key.startswith("/") or ".." in key.split("/"):
+            raise StoreError(f"the key {key} leads out of {self.url}; wanted a relative one, without '..'")
+        for attempt in range(_CREATE_ATTEMPTS):
+            with self._in_words(f"write {key}"):
+                try:
                     obstore.put(self._store, key, data, mode="create", use_multipart=False)
-                return True
-            except AlreadyExistsError:
-                if self.stat(key) is not None:  # a 409 of S3 also arrives here: two writers at once, and perhaps neither has won
-                    return False
+                    return True
+                except AlreadyExistsError:
+                    pass
+            if self.stat(key) is not None:
+                return False
+            sleep(_FIRST_PAUSE_S * 2**attempt)  # S3 answered 409: two writers at once, of whom perhaps neither has won
         raise StoreUnavailable(f"cannot write {key} in {self.url}: the store says that it exists, and that it does not; try again")
 
     def stat(self, key: str) -> Blob | None:
@@ -98,7 +100,7 @@ class Blobs:
     def read_extents(self, key: str, extents: Sequence[tuple[int, int]]) -> list[memoryview]:
         """The bytes start .. end of each extent, in the order asked; shorter where the object ends first. Near ones share a request.
 
-        Raises FileNotFoundError if there is no such object.
+        All are empty if one begins after the object's end. Raises FileNotFoundError if there is no such object.
         """
         spans = _merge(extents)
         with self._in_words(f"read {len(spans)} ranges of {key}"):
@@ -131,12 +133,18 @@ class Blobs:
         with self._in_words(f"move {source} to {destination}"):
             obstore.rename(self._store, source, destination)
 
+    def _client_config(self) -> "ClientConfig":
+        # These replace all client options of the environment, AWS_ALLOW_HTTP among them; an endpoint says http or https itself.
+        return {"connect_timeout": "5s", "timeout": timedelta(seconds=2 * self._patience_s), "allow_http": True}
+
+    def _retry_config(self) -> "RetryConfig":
+        backoff: BackoffConfig = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2}
+        return {"max_retries": 1000, "retry_timeout": timedelta(seconds=self._patience_s), "backoff": backoff}
+
     @contextmanager
     def _in_words(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except AlreadyExistsError:
-            raise
         except (BaseError, OSError, ValueError) as error:
             if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
                 raise

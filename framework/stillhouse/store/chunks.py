@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from stillhouse.errors import ChunkError, RecipeError, StoreError
@@ -117,11 +119,15 @@ class ChunkStore:
             raise self._missing(number) from None
         return unpack_chunk(data, self.recipe, number)
 
-    def fetch_rows(self, number: int, rows: Sequence[int]) -> Chunk:
+    def fetch_rows(self, number: int, rows: Sequence[int] | npt.NDArray[np.int64]) -> Chunk:
         """These rows of a chunk (0 .. S - 1, in the order asked), read by byte range and verified by their hashes.
 
-        Raises ChunkMissing if the chunk is not there yet, ChunkError if what was read of it is bad.
+        Raises ChunkMissing if the chunk is not there yet, ChunkError if what was read of it is bad, IndexError on a row it cannot have.
         """
+        rows, num_rows = [int(row) for row in rows], len(self.recipe.chunk_rows(number))
+        for row in rows:
+            if not 0 <= row < num_rows:
+                raise IndexError(f"chunk {number} has rows 0 to {num_rows - 1}, not {row}")
         with self._lock:
             known = self._indexes.get(number)
         if known is not None:
