@@ -1,0 +1,58 @@
+"""Weights on a device, in a dtype that is always said; weights that a checkpoint lacks are refused, never invented."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stillhouse.config import ModelSection
+from stillhouse.errors import ConfigError, ModelError
+from stillhouse.models.sources import from_hub, source_of
+
+
+def resolve_device(device: str) -> torch.device:
+    """'auto' is cuda where there is one. Raises ConfigError where cuda is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU here; set it to 'auto' or 'cpu', or install a CUDA build of torch")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    section: ModelSection,
+    *,
+    device_map: str | torch.device | Mapping[str, Any] | None = None,
+    random_init_seed: int | None = None,
+) -> PreTrainedModel:
+    """A model in the section's dtype and eval mode: its weights, placed by `device_map` (None: CPU), or random ones on the CPU, by seed.
+
+    Raises ModelError: absent, gated, of an unknown architecture, or with weights that its files lack.
+    """
+    dtype = getattr(torch, section.dtype)
+    source, pinned = source_of(section.model), {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    if random_init_seed is None:
+        model, report = from_hub(
+            lambda: AutoModelForCausalLM.from_pretrained(source, **pinned, dtype=dtype, device_map=device_map, output_loading_info=True),
+            "model",
+            section.model,
+        )
+        _check_loading(section.model, report)
+        return model.eval()
+    config = from_hub(lambda: AutoConfig.from_pretrained(source, **pinned), "config", section.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(random_init_seed)
+        model = from_hub(
+            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code),
+            "model",
+            section.model,
+        )
+    return model.eval()
+
+
+def _check_loading(name: str, report: Mapping[str, Any]) -> None:
+    wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    if wrong:
+        raise ModelError(
+            f"the files of {name} lack {len(wrong)} of the model's weights, or have them in another shape: {', '.join(wrong[:4])}."
+            " They would be random: fetch the whole model, or use the architecture that it was saved from"
+        )
