@@ -3,6 +3,7 @@
 What travels between processes here is small: cursors, chunk numbers, secrets. No tensor does.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -178,7 +179,9 @@ def cause_of(error: BaseException) -> BaseException:
 
 def _connect(section: ClusterSection) -> None:
     local = section.address is None
-    options: dict[str, Any] = {"address": "local", "num_cpus": section.num_cpus, "include_dashboard": False} if local else {"address": section.address}
+    options: dict[str, Any] = (
+        {"address": "local", "num_cpus": section.num_cpus, "include_dashboard": False} if local else {"address": section.address}
+    )
     if local:
         options["object_store_memory"] = _OBJECT_STORE_BYTES
     try:
@@ -186,7 +189,7 @@ def _connect(section: ClusterSection) -> None:
             **options,
             namespace=_NAMESPACE,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     except ConnectionError as error:
         raise ConfigError(

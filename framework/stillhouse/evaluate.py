@@ -6,6 +6,7 @@ Nothing here comes from compressed targets, so nothing here can inherit their er
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from stillhouse.config import EvaluateSection, ModelSection
 from stillhouse.corpus import Rows
 from stillhouse.logits import Head
 from stillhouse.models import final_hidden, head_of, load_model
+
+ModelName = Literal["teacher", "student", "control"]
 
 _NUM_BINS = 15
 
@@ -38,7 +41,7 @@ class EvaluationJob:
     """Which models to score on which sequences. All are compared with `teacher`, which is scored as well."""
 
     teacher: ModelSection
-    models: Mapping[str, ModelSection]
+    models: Mapping[ModelName, ModelSection]
     vocab_size: int
     section: EvaluateSection
     device: str
@@ -46,11 +49,12 @@ class EvaluationJob:
     secrets: Secrets
 
 
-def evaluate(job: EvaluationJob, heldout: Rows) -> dict[str, Scores]:
+def evaluate(job: EvaluationJob, heldout: Rows) -> dict[ModelName, Scores]:
     """Scores of the teacher and each model, by name, on the masked-in tokens of `heldout`. Runs in the calling process."""
     prepare_process(job.device, job.threads)
     job.secrets.adopt()
-    scorers = {"teacher": _scorer(job.teacher, job)} | {name: _scorer(section, job) for name, section in job.models.items()}
+    sections: dict[ModelName, ModelSection] = {"teacher": job.teacher, **job.models}
+    scorers = {name: _scorer(section, job) for name, section in sections.items()}
     tallies = {name: _Tally() for name in scorers}
     with torch.inference_mode():
         for start in range(0, len(heldout.token_ids_SL), job.section.batch_sequences):
@@ -91,7 +95,7 @@ class _Scorer:
     head: Head
 
     def hidden(self, batch: _Batch) -> Tensor:
-        device = self.model.get_input_embeddings().weight.device
+        device = next(self.model.parameters()).device
         hidden_BLH = final_hidden(self.model, batch.token_ids_BL.to(device), batch.positions_BL.to(device))
         return hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T.to(hidden_BLH.device))
 

@@ -1,5 +1,6 @@
 """Long-lived rank processes: gloo groups of one and of two, in which tests build and drop as many engines as they like."""
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ class _Rank:
         from stillhouse.cluster import prepare_process
 
         prepare_process("cpu", 1)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}  # as Ray Train does
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
         )

@@ -1,9 +1,9 @@
 """The run directory: whose it is, what may change when it is used again, and an attempt's start and end in its journal.
 
-    config.json  recipe.json     what was asked
-    journal.jsonl                what happened
-    checkpoints/  export/        what came of it
-    wandb/  report.html          how it looks
+config.json  recipe.json     what was asked
+journal.jsonl                what happened
+checkpoints/  export/        what came of it
+wandb/  report.html          how it looks
 """
 
 import json
@@ -18,7 +18,7 @@ from stillhouse.config import Config, parse_config, resolved_json
 from stillhouse.errors import RecipeError
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore, differences, parse_recipe
-from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView, wandb_run_id
+from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView
 
 _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
@@ -103,7 +103,7 @@ def _views(plan: Plan) -> list[ProgressView | WandbView]:
         return [ProgressView()]
     first = next(row for row in JournalReader(plan.run_dir / "journal.jsonl").new_rows() if isinstance(row, StartRow))
     values = plan.config.model_dump(mode="json")
-    return [ProgressView(), WandbView(section, plan.run_dir, config=values, run_id=section.run_id or wandb_run_id(first))]
+    return [ProgressView(), WandbView(section, plan.run_dir, config=values, run_id=section.run_id or _run_id(first))]
 
 
 def _start_row(plan: Plan, command: str, number: int) -> StartRow:
@@ -135,7 +135,11 @@ def model_card(plan: Plan, role: str) -> str:
     rows = [row for row in JournalReader(plan.run_dir / "journal.jsonl").new_rows() if isinstance(row, EvalRow)]
     scores = {row.model: row for row in rows}
     config, recipe = plan.config, plan.recipe
-    lesson = "the text alone" if role == "control" else f"the top {recipe.k} log-probabilities of {config.teacher.model} and the mass of the rest"
+    lesson = (
+        "the text alone"
+        if role == "control"
+        else f"the top {recipe.k} log-probabilities of {config.teacher.model} and the mass of the rest"
+    )
     lines = [
         "---",
         "library_name: transformers",
@@ -156,14 +160,27 @@ def model_card(plan: Plan, role: str) -> str:
         f"| recipe | `{recipe.fingerprint}` |",
     ]
     if scores:
-        lines += ["", "Held-out text, exact and dense:", "", "| model | cross-entropy | KL from the teacher | top-1 agreement | acceptance |"]
+        lines += [
+            "",
+            "Held-out text, exact and dense:",
+            "",
+            "| model | cross-entropy | KL from the teacher | top-1 agreement | acceptance |",
+        ]
         lines += ["| --- | --- | --- | --- | --- |"]
-        lines += [f"| {name} | {row.cross_entropy:.4f} | " + " | ".join(map(_figure, (row.kl, row.agreement, row.acceptance))) + " |" for name, row in scores.items()]
+        lines += [
+            f"| {name} | {row.cross_entropy:.4f} | " + " | ".join(map(_figure, (row.kl, row.agreement, row.acceptance))) + " |"
+            for name, row in scores.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _run_id(first: StartRow) -> str:
+    """The W&B id of a run that was given none: the same for as long as its journal keeps its first row."""
+    return f"{first.recipe_fingerprint[:8]}-{round(first.time * 1000):x}"
 
 
 @contextmanager

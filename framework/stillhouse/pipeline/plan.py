@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from stillhouse.config import Config, StudentSection
 from stillhouse.corpus import Split, prepare_corpus
@@ -23,7 +23,7 @@ class Plan:
 
     config: Config
     run_dir: Path
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     split: Split
     recipe: Recipe
 
@@ -70,7 +70,8 @@ class Plan:
         if self.config.evaluate.control:
             sections["control"] = student.model_copy(update={"divergence_weight": 0.0, "ce_weight": 1.0})
         return [
-            TrainJob(role, section, self.recipe, self.config.store.url, self.run_dir, self.total_steps) for role, section in sections.items()
+            TrainJob(role, section, self.recipe, self.config.store.url, self.run_dir, self.total_steps)
+            for role, section in sections.items()
         ]
 
 
@@ -90,14 +91,16 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     check_same_ids(tokenizer, _student_tokenizer(config.student))
     vocab_size = vocab_size_of(tokenizer)
     if config.target.k > vocab_size:
-        raise ConfigError(f"target.k is {config.target.k}, but the vocabulary has {vocab_size} tokens; set target.k to {vocab_size} or less")
+        raise ConfigError(
+            f"target.k is {config.target.k}, but the vocabulary has {vocab_size} tokens; set target.k to {vocab_size} or less"
+        )
     digest = tokenizer_digest(tokenizer)
     split = prepare_corpus(config.corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir)
     recipe = Recipe(
         corpus_digest=split.train.digest,
         num_sequences=split.train.num_sequences,
         sequence_length=config.corpus.sequence_length,
-        packing=config.corpus.packing,
+        packing="packed" if config.corpus.packing else "padded",
         chunk_sequences=config.store.chunk_sequences,
         tokenizer_digest=digest,
         vocab_size=vocab_size,
@@ -111,7 +114,7 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     return Plan(config, run_dir, tokenizer, split, recipe)
 
 
-def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerBase:
+def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerFast:
     if section.tokenizer is not None:
         return load_tokenizer(section.tokenizer)
     return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)

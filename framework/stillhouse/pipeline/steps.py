@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.cluster import Board, attached, call_remotely, local_secrets, placement, require_room
+from stillhouse.config import ModelSection
 from stillhouse.errors import CheckpointError, StoreError
-from stillhouse.evaluate import EvaluationJob, Scores, evaluate, exported
+from stillhouse.evaluate import EvaluationJob, ModelName, Scores, evaluate, exported
 from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
@@ -52,7 +53,7 @@ def run(made: Plan) -> None:
     write_report(made.run_dir)
 
 
-def evaluate_run(made: Plan) -> dict[str, Scores]:
+def evaluate_run(made: Plan) -> dict[ModelName, Scores]:
     """Score teacher, student and control on the held-out split, and journal the scores."""
     with attached(made.config.cluster) as available:
         return _evaluate(made, Journal(made.run_dir / "journal.jsonl"), available=available)
@@ -106,15 +107,16 @@ def _learn(made: Plan, *, available: Mapping[str, float], board: Board | None) -
     )
 
 
-def _evaluate(made: Plan, journal: Journal, *, available: Mapping[str, float]) -> dict[str, Scores]:
+def _evaluate(made: Plan, journal: Journal, *, available: Mapping[str, float]) -> dict[ModelName, Scores]:
     config = made.config
     where = placement(config.teacher, available)
-    steps, models = {"teacher": 0}, {}
+    steps: dict[ModelName, int] = {"teacher": 0}
+    models: dict[ModelName, ModelSection] = {}
     for job in made.jobs():
         folder = (made.run_dir / "export" / job.role).resolve()
         steps[job.role] = export_run(made, folder, role=job.role)
         models[job.role] = exported(config.student, folder)
-    job = EvaluationJob(
+    comparison = EvaluationJob(
         teacher=config.teacher,
         models=models,
         vocab_size=made.recipe.vocab_size,
@@ -124,7 +126,7 @@ def _evaluate(made: Plan, journal: Journal, *, available: Mapping[str, float]) -
         secrets=local_secrets(),
     )
     heldout = made.split.heldout
-    scores: dict[str, Scores] = call_remotely(evaluate, job, heldout.rows(0, heldout.num_sequences), where=where)
+    scores: dict[ModelName, Scores] = call_remotely(evaluate, comparison, heldout.rows(0, heldout.num_sequences), where=where)
     for name, found in scores.items():
         own = name == "teacher"
         journal.record(

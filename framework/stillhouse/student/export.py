@@ -20,7 +20,9 @@ def export(checkpoints: Path, out: Path, *, section: StudentSection, tokenizer: 
     """
     found = checkpoint.newest(checkpoints)
     if found is None:
-        raise CheckpointError(f"there is no checkpoint under {checkpoints} to export; train first, with `stillhouse run` or `stillhouse train`")
+        raise CheckpointError(
+            f"there is no checkpoint under {checkpoints} to export; train first, with `stillhouse run` or `stillhouse train`"
+        )
     weights = consolidated_weights(checkpoints, step=found.step, zero_stage=found.zero_stage)
     model = load_model(section, random_init_seed=0)
     missing, unexpected = model.load_state_dict(weights, strict=False)

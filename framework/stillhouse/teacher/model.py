@@ -48,7 +48,7 @@ class HuggingFaceTeacher:
         check_head(self._model, vocab_size=recipe.vocab_size)
         check_packing(self._model, vocab_size=recipe.vocab_size)
         self._head = head_of(self._model, vocab_size=recipe.vocab_size)
-        self._input_device = self._model.get_input_embeddings().weight.device
+        self._input_device = next(self._model.parameters()).device
 
     @torch.inference_mode()
     def compress(self, item: WorkItem) -> CompressedLogits:

@@ -13,7 +13,7 @@ import ray
 from stillhouse.cluster import Board, Placement, Secrets, cause_of
 from stillhouse.errors import ChunkError, StillhouseError, TeacherError, UserError
 from stillhouse.logits import CompressedLogits
-from stillhouse.store import ChunkMissing, ChunkStore
+from stillhouse.store import ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import Produced, Ready, TeacherJob, spawn
 from stillhouse.teacher.leases import LeaseTable
 from stillhouse.teacher.model import WorkItem, require_same_teacher
@@ -157,8 +157,8 @@ class TeacherPool:
         """The teacher lives, but raised."""
         if call.chunk is None:
             raise cause if isinstance(cause, StillhouseError) else TeacherError(f"a teacher could not start: {cause!r}") from cause
-        if isinstance(cause, UserError):  # a store without room or permission: every other attempt would meet it too
-            raise cause
+        if isinstance(cause, UserError) and not isinstance(cause, StoreUnavailable):
+            raise cause  # a store without room or permission: every other attempt would meet it too
         call.replica.num_items -= 1
         self._table.fail(call.chunk, f"{type(cause).__name__}: {cause}")
 
