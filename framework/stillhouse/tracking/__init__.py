@@ -16,7 +16,7 @@ from stillhouse.tracking.rows import (
     TrainRow,
     latest_train_rows,
 )
-from stillhouse.tracking.views import ProgressView, WandbView, wandb_run_id
+from stillhouse.tracking.views import ProgressView, WandbView
 
 __all__ = [
     "CheckpointRow",
@@ -37,5 +37,4 @@ __all__ = [
     "latest_train_rows",
     "read_journal",
     "scrub",
-    "wandb_run_id",
 ]

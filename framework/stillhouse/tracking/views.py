@@ -26,11 +26,6 @@ _WANDB_AXES = {
 }
 
 
-def wandb_run_id(first_start: StartRow) -> str:
-    """The W&B id of a run that was given none: the same for as long as its journal keeps its first row."""
-    return f"{first_start.recipe_fingerprint[:8]}-{round(first_start.time * 1000):x}"
-
-
 class WandbView:
     """Mirrors the rows of a journal, handed over from its first one on, to Weights & Biases.
 

@@ -1,0 +1,262 @@
+"""The page: verdict, tiles, tables and figures as one HTML file that asks nothing of the network.
+
+Invariant: every text that came from outside passes `escape`, which also scrubs it of secrets.
+"""
+
+import html
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import UserError
+from stillhouse.report import summary as numbers
+from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, training_panels
+from stillhouse.report.summary import Summary, summarise, verdict
+from stillhouse.report.words import date, duration, large, num_bytes, percent, small, times
+from stillhouse.tracking import EvalRow, read_journal, scrub
+
+_ABSENT = "–"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html into the run directory, from its journal.jsonl and config.json, and return its path.
+
+    Works on a run that still goes on, was interrupted, failed, or used cached chunks only. Raises UserError where no attempt has begun.
+    """
+    summary = summarise(read_journal(run_dir / "journal.jsonl"))
+    if summary is None:
+        raise UserError(f"{run_dir} has no run to report: its journal.jsonl is absent or empty; give the directory of a run that has begun")
+    path, draft = run_dir / "report.html", run_dir / "report.html.partial"
+    draft.write_text(_page(summary, _config(run_dir / "config.json")), encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def escape(value: object) -> str:
+    """A text from outside, fit for HTML and free of secrets."""
+    return html.escape(scrub(str(value)))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The resolved configuration, scrubbed; empty where it is absent or unreadable, for the journal is enough for a report."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return scrub(values) if isinstance(values, dict) else {}
+
+
+def _page(summary: Summary, config: Mapping[str, Any]) -> str:
+    start = summary.start
+    style = (files("stillhouse.report") / "report.css").read_text(encoding="utf-8")
+    no_pace = "Nothing was produced and nothing trained in this run, so there is no pace to show."
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(start.student)} from {escape(start.teacher)} · Stillhouse report</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kicker">Stillhouse report · {_status(summary)}</p>
+<h1>{escape(verdict(summary))}</h1>
+<p class="models">Teacher <b>{escape(start.teacher)}</b> → student <b>{escape(start.student)}</b> · begun {date(summary.first_time)}</p>
+{_last_words(summary)}
+</header>
+{_tiles(summary)}
+<h2>Held-out evaluation</h2>
+{_evaluation(summary)}
+<h2>Training</h2>
+{_panels(training_panels(summary), "No step was taken in this run.")}
+<h2>Fidelity of the targets</h2>
+{_panels(fidelity_panels(summary) if summary.chunks else [], "No chunk was computed in this run: every target came from the store.")}
+<h2>Pace</h2>
+{_panels(pace_panels(summary), no_pace)}
+<h2>What a target token costs</h2>
+{_costs(summary)}
+<h2>Facts of the run</h2>
+{_facts(summary, config)}
+<h2>Run it again</h2>
+<pre class="command">{escape(chr(10).join(summary.commands))}</pre>
+{_resolved(config)}
+<footer>Written by Stillhouse from journal.jsonl and config.json. Entropies and divergences are in nats, means over target tokens.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def _status(summary: Summary) -> str:
+    if summary.end is None:
+        return f'<span class="status-open">attempt {summary.num_attempts} has no end: running, or killed</span>'
+    return f'<span class="status-{escape(summary.end.outcome)}">{escape(summary.end.outcome)}</span>'
+
+
+def _last_words(summary: Summary) -> str:
+    if summary.end is None or not summary.end.message:
+        return ""
+    return f'<p class="note">The last attempt ended with: {escape(summary.end.message)}</p>'
+
+
+def _tiles(summary: Summary) -> str:
+    start, chunks = summary.start, summary.chunks
+    tokens = sum(row.num_tokens for row in chunks)
+    kept = codec_kl = teacher_rate = student_rate = _ABSENT
+    kept_detail = kl_detail = "no chunk was computed"
+    if tokens:
+        kept = percent(sum(row.kept_mass * row.num_tokens for row in chunks) / tokens)
+        codec_kl = small(sum(row.codec_kl * row.num_tokens for row in chunks) / tokens)
+        kept_detail = f"mean of {large(tokens)} tokens"
+        kl_detail = f"nats; worst token {small(max(row.worst_kl for row in chunks))}"
+        teacher_rate = large(numbers.mean_rate(numbers.teacher_tokens(summary)))
+    if summary.student:
+        steps = numbers.train_tokens(summary, "student")
+        student_rate = large(sum(each.amount for each in steps) / max(sum(each.end - each.begin for each in steps), 1e-9))
+    idle = f", {duration(summary.idle_s)} between" if summary.idle_s > 1 else ""
+    tiles = [
+        ("Bytes a target token", f"{start.bytes_per_token:,}", f"k = {start.k} of {start.vocab_size:,}"),
+        ("Kept mass", kept, kept_detail),
+        ("Codec KL", codec_kl, kl_detail),
+        ("Teachers, tokens/s", teacher_rate, f"{_count(start.num_teachers, 'replica')} asked for" if tokens else kept_detail),
+        ("Student, tokens/s", student_rate, f"{_count(start.world_size, 'rank')}, ZeRO {start.zero_stage}"),
+        ("Run time", duration(summary.run_s), _count(summary.num_attempts, "attempt") + idle),
+    ]
+    cells = (
+        f'<div class="tile"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="detail">{escape(detail)}</div></div>'
+        for label, value, detail in tiles
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+_COLUMNS: list[tuple[str, Callable[[EvalRow], float | None], Callable[[float], str]]] = [
+    ("Cross-entropy", lambda row: row.cross_entropy, lambda value: f"{value:.3f}"),
+    ("Perplexity", lambda row: math.exp(min(row.cross_entropy, 700.0)), lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2g}"),
+    ("KL(teacher ‖ model)", lambda row: row.kl if row.model != "teacher" else None, lambda value: f"{value:.3f}"),
+    ("Top-1 agreement", lambda row: row.agreement if row.model != "teacher" else None, percent),
+    ("Calibration error", lambda row: row.calibration_error, percent),
+    ("Speculative acceptance", lambda row: row.acceptance if row.model != "teacher" else None, percent),
+]
+_MODEL_WORDS = {"teacher": "Teacher", "student": "Student, distilled", "control": "Control, text alone"}
+
+
+def _evaluation(summary: Summary) -> str:
+    rows = [summary.evals[model] for model in ("teacher", "student", "control") if model in summary.evals]
+    if not rows:
+        return "<p>Nothing was evaluated yet.</p>"
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("Model", "Step", *(name for name, _, _ in _COLUMNS)))
+    body = "".join(_evaluation_row(row) for row in rows)
+    sizes = sorted({row.num_tokens for row in rows})
+    words = f"On {' or '.join(f'{size:,}' for size in sizes)} held-out target tokens, both distributions exact over the whole vocabulary."
+    if "control" not in summary.evals:
+        words += " No control was evaluated."
+    return (
+        f'<div class="scroll"><table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="note">{escape(words)} Calibration is of the top-1 choice against the text. Acceptance is the share of the '
+        "model’s drafts that the teacher would take in speculative decoding.</p>"
+    )
+
+
+def _evaluation_row(row: EvalRow) -> str:
+    values = [(read(row), show) for _, read, show in _COLUMNS]
+    cells = "".join(f"<td>{escape(_ABSENT if value is None else show(value))}</td>" for value, show in values)
+    step = _ABSENT if row.model == "teacher" else f"{row.step:,}"
+    key = f'<span class="key" style="background:var(--{escape(row.model)})"></span>'
+    strong = ' class="strong"' if row.model == "student" else ""
+    return f"<tr{strong}><th>{key}{_MODEL_WORDS[row.model]}</th><td>{step}</td>{cells}</tr>"
+
+
+def _panels(panels: Sequence[Panel], otherwise: str) -> str:
+    if not panels:
+        return f"<p>{escape(otherwise)}</p>"
+    return f'<div class="panels">{"".join(map(_panel, panels))}</div>'
+
+
+def _panel(panel: Panel) -> str:
+    keys = "".join(
+        f'<span><span class="key" style="background:var({variable})"></span>{escape(label)}</span>' for label, variable in panel.legend
+    )
+    title = f'<div class="title">{escape(panel.title)}<span class="legend">{keys}</span></div>'
+    svg = panel.svg.replace("<svg ", f'<svg aria-label="{escape(panel.title)}" ', 1)
+    return f"<figure>{title}{svg}<figcaption>{escape(panel.caption)}</figcaption></figure>"
+
+
+def _costs(summary: Summary) -> str:
+    start = summary.start
+    ways = [
+        (f"Stillhouse record, k = {start.k} and the tail", start.bytes_per_token),
+        (f"int32 ids and float16 values, k = {start.k}", 6 * start.k),
+        ("float16 over the whole vocabulary", 2 * start.vocab_size),
+    ]
+    largest = math.log10(max(size for _, size in ways) + 1)
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{size:,}</td>"
+        f'<td class="bar"><i style="width:{100 * math.log10(size + 1) / largest:.1f}%"></i></td>'
+        f"<td>{num_bytes(size * start.num_targets)}</td><td>{times(size / max(start.bytes_per_token, 1))}</td></tr>"
+        for name, size in ways
+    )
+    return (
+        '<div class="scroll"><table class="costs"><thead><tr><th>Encoding</th><th>Bytes a token</th><th></th>'
+        f"<th>All {large(start.num_targets)} targets</th><th>Relative</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        '<p class="note">Bars are logarithmic.</p>'
+    )
+
+
+def _facts(summary: Summary, config: Mapping[str, Any]) -> str:
+    start = summary.start
+
+    def setting(section: str, name: str) -> Any:
+        values = config.get(section)
+        return values.get(name) if isinstance(values, dict) else None
+
+    def together(*parts: tuple[str, Any]) -> str:
+        return ", ".join(f"{name} {value}".strip() for name, value in parts if value is not None)
+
+    terms = [
+        (setting("student", "divergence_weight"), setting("student", "divergence")),
+        (setting("student", "ce_weight"), "cross-entropy"),
+    ]
+    loss = " + ".join(f"{weight} × {name}" for weight, name in terms if weight)
+    facts = [
+        ("Teacher", start.teacher),
+        ("Student", start.student),
+        ("Corpus", together(("", setting("corpus", "dataset")), ("", setting("corpus", "subset")), ("split", setting("corpus", "split")))),
+        ("Sequences", f"{start.num_sequences:,} of {start.sequence_length:,} tokens, {start.num_targets:,} target tokens"),
+        ("Chunks", f"{start.num_chunks:,}, of which this run computed {len(summary.chunks):,}"),
+        ("Targets", together(("k", start.k), ("bits", setting("target", "value_bits")), ("temperature", setting("target", "temperature")))),
+        ("Loss", loss),
+        (
+            "Optimiser",
+            together(
+                ("AdamW, learning rate", setting("student", "learning_rate")),
+                ("warm-up steps", setting("student", "warmup_steps")),
+                ("sequences a step", setting("student", "global_batch_sequences")),
+                ("epochs", setting("student", "epochs")),
+            ),
+        ),
+        ("Steps", f"{start.total_steps:,}" + (", and as many of a control on the text alone" if start.control else "")),
+        ("Ranks", f"{start.world_size}, DeepSpeed ZeRO stage {start.zero_stage}"),
+        ("Attempts", f"{summary.num_attempts}, the first begun {date(summary.first_time)}"),
+        ("Versions", together(*sorted(start.versions.items()))),
+    ]
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts if value)
+    recipe = f"<tr><th>Recipe</th><td><code>{escape(start.recipe_fingerprint)}</code></td></tr>"
+    return f'<table class="facts"><tbody>{rows}{recipe}</tbody></table>'
+
+
+def _resolved(config: Mapping[str, Any]) -> str:
+    if not config:
+        return "<p>The run directory has no readable config.json.</p>"
+    return f"<details><summary>Resolved configuration</summary><pre>{escape(json.dumps(config, indent=2))}</pre></details>"

@@ -1,0 +1,295 @@
+"""Promises of the report: an honest verdict, one self-contained page, and nothing unescaped."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stillhouse.errors import UserError
+from stillhouse.report import write_report
+from stillhouse.report.figures import training_panels
+from stillhouse.report.summary import Interval, Summary, data_waits, per_second, summarise, teacher_tokens, verdict, window_waits
+from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Journal, PoolRow, Row, StartRow, TrainRow
+
+START = StartRow(
+    attempt=1,
+    command="stillhouse run configs/demo.toml",
+    versions={"torch": "2.13.0", "ray": "2.60.0"},
+    teacher="acme/teacher-8b",
+    student="acme/student-1b",
+    recipe_fingerprint="0f" * 32,
+    num_chunks=8,
+    num_sequences=32,
+    sequence_length=64,
+    num_targets=2000,
+    bytes_per_token=176,
+    vocab_size=151_936,
+    k=64,
+    world_size=2,
+    zero_stage=2,
+    num_teachers=3,
+    total_steps=10,
+    control=True,
+    time=1000.0,
+)
+TEACHER = EvalRow("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1300.0)
+STUDENT = EvalRow("student", 10, 4096, 3.41, 0.31, 0.712, 0.03, 0.785, time=1301.0)
+CONTROL = EvalRow("control", 10, 4096, 3.78, 0.62, 0.601, 0.05, 0.644, time=1302.0)
+
+
+def _training(role: str, steps: range, begin: float, *, num_tokens: int = 200) -> list[Row]:
+    return [
+        TrainRow(role, s, 2.0 / s, 1.5 / s, 3.0 + 1 / s, 0.7, 1e-4, num_tokens, 4.0, 1.0, 50.0, time=begin + 4.0 * (i + 1))
+        for i, s in enumerate(steps)
+    ]
+
+
+def _chunk(number: int, at: float, *, duplicate: bool = False) -> ChunkRow:
+    return ChunkRow(number, 250, 44_000, 5.0, 0, 0.97, 3e-6, 4e-4, duplicate, time=at)
+
+
+def _pool(published: int, at: float, wait_s: float) -> PoolRow:
+    return PoolRow(published, 8, 3, 4, 50.0, wait_s, 0, time=at)
+
+
+CHUNKS: list[Row] = [_chunk(i, 1005.0 + 5 * i) for i in range(8)]
+POOL: list[Row] = [_pool(i, 1005.0 + 5 * i, 2.0 * i) for i in range(8)]
+TRAINED = [*_training("student", range(1, 11), 1050.0), *_training("control", range(1, 11), 1100.0)]
+WHOLE = [START, *CHUNKS, *POOL, *TRAINED, TEACHER, STUDENT, CONTROL, EndRow("done", 305.0, "", time=1305.0)]
+
+
+def _summary(*rows: Row) -> Summary:
+    summary = summarise(list(rows))
+    assert summary is not None
+    return summary
+
+
+def _run_dir(path: Path, rows: list[Row], config: dict[str, object] | None = None) -> Path:
+    for row in rows:
+        Journal(path / "journal.jsonl").record(row)
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+class _Text(HTMLParser):
+    """The words of a page as a reader sees them, and its tags and attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            [*TRAINED, TEACHER, STUDENT, CONTROL],
+            "The distilled student reaches a held-out cross-entropy of 3.41 nats a token, against 3.78 for the same student trained on "
+            "the text alone (teacher: 3.05): 51\N{NARROW NO-BREAK SPACE}% of the gap closed, at equal tokens.",
+        ),
+        (
+            [*TRAINED, TEACHER, replace(STUDENT, cross_entropy=3.81), CONTROL],
+            "The distilled student did worse than the same student trained on the text alone (teacher: 3.05): "
+            "a held-out cross-entropy of 3.81 against 3.78 nats a token, at equal tokens.",
+        ),
+        (
+            [*TRAINED, TEACHER, replace(STUDENT, cross_entropy=3.782), CONTROL],
+            "Distillation made no difference: the student and the same student trained on the text alone (teacher: 3.05) "
+            "both reach 3.78 nats a token held out, at equal tokens.",
+        ),
+        (
+            [*TRAINED, replace(STUDENT, cross_entropy=3.772), CONTROL],
+            "The distilled student reaches a held-out cross-entropy of 3.772 nats a token, against 3.780 for the same student trained "
+            "on the text alone, at equal tokens.",
+        ),
+        (
+            [*TRAINED, TEACHER, STUDENT],
+            "The distilled student reaches a held-out cross-entropy of 3.41 nats a token (teacher: 3.05), and KL(teacher ‖ student) is "
+            "0.31. No control was evaluated, so this does not show what distillation gained over training on the text alone.",
+        ),
+        (
+            TRAINED[:4],
+            "Training stands at step 4 of 10 (divergence from the teacher 0.38 nats a token), and nothing was evaluated yet.",
+        ),
+        (
+            TRAINED,
+            "The student was trained for all of its 10 steps (divergence from the teacher 0.15 nats a token at the last), "
+            "and not evaluated yet.",
+        ),
+        (CHUNKS[:3], "No step was taken yet; 3 of 8 chunks came out of this run's teachers."),
+    ],
+    ids=["better", "worse", "equal", "nearly equal, no teacher", "no control", "halfway", "no evaluation", "no step"],
+)
+def test_the_verdict_says_what_the_rows_show(rows, says):
+    assert verdict(_summary(START, *rows)) == says
+
+
+def test_the_verdict_never_calls_unequal_tokens_equal():
+    unequal = [*_training("student", range(1, 11), 1050.0), *_training("control", range(1, 11), 1100.0, num_tokens=260)]
+    assert "at unequal tokens: 2,000 for the student, 2,600 for the control" in verdict(_summary(START, *unequal, STUDENT, CONTROL))
+    assert "does not hold" in verdict(_summary(START, STUDENT, CONTROL))
+
+
+def test_the_verdict_knows_a_student_that_passed_its_teacher_and_a_teacher_with_nothing_to_teach():
+    past = replace(STUDENT, cross_entropy=3.01)
+    assert "the whole gap closed, and no worse than its teacher" in verdict(_summary(START, *TRAINED, TEACHER, past, CONTROL))
+    weak = replace(TEACHER, cross_entropy=3.9)
+    assert "% of the gap" not in verdict(_summary(START, *TRAINED, weak, STUDENT, CONTROL))
+
+
+def test_an_evaluation_halfway_is_called_that():
+    assert "The distilled student after 6 of 10 steps reaches" in verdict(_summary(START, *TRAINED, replace(STUDENT, step=6)))
+
+
+def test_a_resumed_run_counts_steps_and_chunks_once_and_stops_its_clock_between_attempts():
+    again = replace(START, attempt=2, time=9000.0, command="stillhouse train runs/x")
+    rows = [
+        START,
+        _chunk(0, 1005.0),
+        *_training("student", range(1, 6), 1010.0),
+        again,
+        _chunk(0, 9003.0, duplicate=True),
+        _chunk(1, 9004.0),
+        *_training("student", range(4, 11), 9010.0),
+    ]
+    summary = _summary(*rows)
+    assert [row.step for row in summary.student] == list(range(1, 11))
+    assert [row.chunk for row in summary.chunks] == [0, 1]
+    assert summary.run_s == pytest.approx(30.0 + 38.0)
+    assert summary.idle_s == pytest.approx(9000.0 - 1030.0)
+    assert summary.resumed_at == [pytest.approx(30.0)]
+    assert summary.commands == ["stillhouse run configs/demo.toml", "stillhouse train runs/x"]
+    assert summary.end is None
+
+
+def test_rates_spread_each_amount_over_its_time_and_lose_nothing():
+    intervals = [Interval(0.0, 4.0, 8.0), Interval(3.0, 5.0, 2.0), Interval(9.0, 9.0, 5.0)]
+    assert per_second(intervals, np.array([0.0, 2.0, 4.0, 10.0])).tolist() == pytest.approx([2.0, 2.5, 1.0])
+
+
+def test_waiting_is_read_off_what_grew_in_each_attempt():
+    again = replace(START, attempt=2, time=2000.0)
+    summary = _summary(
+        START, _pool(1, 1010.0, 3.0), _pool(2, 1020.0, 8.0), again, _pool(3, 2010.0, 4.0), *_training("student", range(1, 3), 2010.0)
+    )
+    assert window_waits(summary) == [Interval(0.0, 10.0, 3.0), Interval(10.0, 20.0, 5.0), Interval(20.0, 30.0, 4.0)]
+    assert data_waits(summary) == [Interval(30.0, 34.0, 1.0), Interval(34.0, 38.0, 1.0)]
+    assert teacher_tokens(summary) == []
+
+
+def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
+    path = write_report(_run_dir(tmp_path, WHOLE, {"corpus": {"dataset": "acme/text"}}))
+    assert path == tmp_path / "report.html"
+    page = _Text(path.read_text(encoding="utf-8"))
+    references = [value for name, value in page.attributes if name.split(":")[-1] in {"src", "href", "srcset", "data", "action"}]
+    assert all(value is not None and value.startswith("#") for value in references)
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
+    assert not re.search(r"@import|url\((?!#)", path.read_text(encoding="utf-8"))
+    assert page.tags.count("svg") == 8
+    assert not [each for each in tmp_path.iterdir() if each.suffix == ".partial"]
+
+
+def test_the_page_tells_the_runs_figures(tmp_path):
+    config = {"corpus": {"dataset": "acme/text", "split": "train"}, "student": {"divergence": "forward_kl", "divergence_weight": 1.0}}
+    text = _Text(write_report(_run_dir(tmp_path, WHOLE, config)).read_text(encoding="utf-8")).text.replace("\N{NARROW NO-BREAK SPACE}", " ")
+    assert verdict(_summary(*WHOLE)).replace("\N{NARROW NO-BREAK SPACE}", " ") in text
+    assert "Student, distilled 10 3.410 30.27 0.310 71.2 % 3.0 % 78.5 %" in text
+    assert "Kept mass 97.0 % mean of 2,000 tokens" in text
+    assert "Codec KL 3·10⁻⁶ nats; worst token 4·10⁻⁴" in text
+    assert "Student, tokens/s 50 2 ranks, ZeRO 2" in text
+    assert "int32 ids and float16 values, k = 64 384 768 kB 2.2 ×" in text
+    assert "float16 over the whole vocabulary 303,872 608 MB 1,727 ×" in text
+    assert "1.0 × forward_kl" in text
+    assert "ray 2.60.0, torch 2.13.0" in text
+    assert "0f" * 32 in text
+    assert "stillhouse run configs/demo.toml" in text
+
+
+def test_the_page_follows_the_readers_light_or_dark(tmp_path):
+    page = write_report(_run_dir(tmp_path, WHOLE)).read_text(encoding="utf-8")
+    svgs = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert "prefers-color-scheme: dark" in page
+    assert all("var(--ink-soft)" in svg for svg in svgs)
+    assert not [colour for svg in svgs for colour in re.findall(r"#[0-9a-f]{6}\b", svg)]
+
+
+def test_names_and_messages_are_escaped(tmp_path):
+    evil = "<script>alert('x')</script>"
+    start = replace(START, student=evil, teacher=f'"{evil}', command=f"run {evil}", versions={evil: evil})
+    rows = [start, *CHUNKS, EndRow("failed", 1.0, f"cannot load {evil}", time=1060.0)]
+    page = _Text(write_report(_run_dir(tmp_path, rows, {"corpus": {"dataset": evil}})).read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert page.text.count(evil) >= 7
+
+
+def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path):
+    config = {"store": {"url": "s3://me:s3cr3t-0123456789@bucket"}, "api_key": "s3cr3t-0123456789"}
+    page = write_report(_run_dir(tmp_path, [START, EndRow("failed", 1.0, "token=s3cr3t-0123456789", time=1001.0)], config)).read_text()
+    assert "(redacted)" in page
+    assert "s3cr3t" not in page
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            [START, *CHUNKS[:4], *POOL[:4], *TRAINED[:3], EndRow("interrupted", 70.0, "notice of preemption", time=1070.0)],
+            "notice of preemption",
+        ),
+        ([START, *CHUNKS[:4], *TRAINED[:3]], "attempt 1 has no end: running, or killed"),
+        ([START, *TRAINED, TEACHER, STUDENT, CONTROL], "No chunk was computed in this run: every target came from the store."),
+        ([START, *CHUNKS, *POOL], "No step was taken in this run."),
+        ([START, EndRow("failed", 1.0, "the teacher failed its check", time=1001.0)], "the teacher failed its check"),
+        ([START], "there is no pace to show"),
+    ],
+    ids=["interrupted", "killed", "cached", "produced only", "failed at once", "just begun"],
+)
+def test_a_run_that_lacks_something_is_reported_all_the_same(tmp_path, rows, says):
+    text = _Text(write_report(_run_dir(tmp_path, rows)).read_text(encoding="utf-8")).text
+    assert says in text
+    assert "no readable config.json" in text
+
+
+def test_a_journal_cut_off_in_a_line_is_reported(tmp_path):
+    _run_dir(tmp_path, [START, *TRAINED[:3]])
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"kind": "train", "ti')
+    assert "Training stands at step 3 of 10" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no run to report"):
+        write_report(tmp_path)
+
+
+def test_the_size_of_a_figure_does_not_grow_with_the_run():
+    long = _summary(replace(START, total_steps=20_000), *_training("student", range(1, 20_001), 1000.0))
+    panels = training_panels(long)
+    assert all(len(panel.svg) < 40_000 for panel in panels)
+    assert all("Each point is the mean of 67 steps." in panel.caption for panel in panels)
+
+
+def test_a_loss_that_is_not_finite_does_not_spoil_the_figures(tmp_path):
+    broken = replace(TRAINED[3], loss=float("nan"), divergence=float("nan"), grad_norm=float("inf"))
+    text = write_report(_run_dir(tmp_path, [START, *TRAINED[:3], broken])).read_text(encoding="utf-8")
+    assert not [path for path in re.findall(r' d="([^"]*)"', text) if "nan" in path or "inf" in path]
+    assert text.count("<svg") == 6
