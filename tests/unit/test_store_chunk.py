@@ -1,19 +1,25 @@
 """A chunk is read back exactly or refused: no flipped bit, no missing byte and no value that means nothing gets through."""
 
 import json
+import math
+import re
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 import xxhash
 
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError
+from stillhouse.logits import Codec, CompressedLogits, decode, encode
 from stillhouse.store import Chunk, Recipe, pack_chunk, unpack_chunk
 from stillhouse.store.chunk import MAX_HEADER_BYTES, checksum_of
 
+ROOT = Path(__file__).parents[2]
 FIELDS = ("token_ids_SL", "positions_SL", "loss_mask_SL", "targets_NB")
 RECIPE = small_recipe()
 CHUNK = make_chunk(RECIPE, 1)
@@ -253,3 +259,43 @@ def test_a_mask_at_the_last_column_or_across_documents_is_not_packed():
 def test_the_checksum_is_the_one_in_the_file():
     assert checksum_of(DATA) == json.loads(header_of(DATA)["__metadata__"]["stillhouse"])["xxh3"]
     assert len(checksum_of(DATA)) == 16
+
+
+@pytest.mark.parametrize("name", ["chunk_v1_top3", "chunk_v1_draws"])
+def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: str):
+    golden = json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
+    data = (ROOT / "tests" / "golden" / f"{name}.safetensors").read_bytes()
+    recipe, targets = Recipe(**golden["recipe"]), golden["targets"]
+    tails = [-math.inf if target["tail_logmass"] is None else target["tail_logmass"] for target in targets]
+    wanted = CompressedLogits(
+        torch.tensor([target["ids"] for target in targets], dtype=torch.int32),
+        torch.tensor([target["logprobs"] for target in targets], dtype=torch.float32),
+        torch.tensor(tails, dtype=torch.float32),
+        torch.tensor([target["draws"] for target in targets], dtype=torch.int32).reshape(len(targets), recipe.num_draws),
+        vocab_size=recipe.vocab_size,
+        temperature=recipe.temperature,
+    )
+    chunk = Chunk(
+        golden["number"],
+        np.array(golden["token_ids"], np.int32),
+        np.array(golden["positions"], np.int32),
+        np.array(golden["loss_mask"], np.uint8),
+        encode(wanted, recipe.codec).numpy(),
+    )
+    assert pack_chunk(chunk, recipe) == data
+    found = unpack_chunk(data, recipe, golden["number"])
+    assert_same(found, chunk)
+    decoded = decode(torch.from_numpy(found.targets_NB), recipe.codec)
+    assert torch.equal(decoded.token_ids_TK, wanted.token_ids_TK)
+    assert torch.equal(decoded.tail_ids_TN, wanted.tail_ids_TN)
+    torch.testing.assert_close(decoded.logprobs_TK, wanted.logprobs_TK, rtol=0, atol=1e-6)
+
+
+def test_the_sizes_on_the_format_page_are_the_codecs():
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (\d+) \| (\d+) \| ([68]) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(lines) == 10
+    for line in lines:
+        k, num_draws, value_bits, *sizes = (int(number) for number in line)
+        codecs = [Codec(v, k, num_draws=num_draws, value_bits=value_bits) for v in (32_000, 128_256, 151_936, 262_144)]
+        assert [codec.bytes_per_token for codec in codecs] == sizes
