@@ -108,6 +108,9 @@ def fidelity_panels(summary: Summary) -> list[Panel]:
     mean = _thin([(i, row.codec_kl) for i, row in enumerate(summary.chunks, 1)])
     worst = _thin([(i, row.worst_kl) for i, row in enumerate(summary.chunks, 1)], reduce=np.max)
 
+    per_point = -(-len(summary.chunks) // _MAX_POINTS)
+    merged = f" Each point stands for {per_point} chunks." if per_point > 1 else ""
+
     def draw_kept(axes: Axes) -> None:
         _dots(axes, kept, TEACHER)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
@@ -118,11 +121,11 @@ def fidelity_panels(summary: Summary) -> list[Panel]:
         _log_scale(axes, np.concatenate([mean[1], worst[1]]))
 
     return [
-        Panel("Kept mass", _render(draw_kept), "Mean share of the teacher's probability that lies on the kept entries."),
+        Panel("Kept mass", _render(draw_kept), "Mean share of the teacher's probability that lies on the kept entries." + merged),
         Panel(
             "Codec KL, nats",
             _render(draw_kl),
-            "KL(exact ‖ decoded) of the records as stored.",
+            "KL(exact ‖ decoded) of the records as stored." + merged,
             [("mean over tokens", _CSS_VARIABLES[TEACHER]), ("worst token", _CSS_VARIABLES[CONTROL])],
         ),
     ]
