@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CACHE_VERSION = 1  # of this file's semantics: a change to tokenising, packing, masks or layout raises it
-BLOCK_TOKENS = 1 << 20  # tokens in one Arrow record batch; bounds memory
+BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
 
 
 @dataclass(frozen=True, slots=True)

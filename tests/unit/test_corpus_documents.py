@@ -1,0 +1,136 @@
+"""Documents: every source, one order, and errors that say what to do."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stillhouse.config import CorpusSection
+from stillhouse.corpus.documents import from_dataset, load_documents, looks_like_path, shuffled_order
+from stillhouse.errors import CorpusError
+
+TEXTS = [f"document number {number}" for number in range(20)]
+
+
+def read_all(cache_dir: Path, dataset: str | Path, **settings: object) -> list[object]:
+    documents = load_documents(CorpusSection.model_validate({"dataset": str(dataset), **settings}), cache_dir=cache_dir)
+    return [document for _, batch in documents.batches(7) for document in batch]
+
+
+def write_table(directory: Path, suffix: str) -> Path:
+    file = directory / f"table{suffix}"
+    if suffix == ".jsonl":
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    elif suffix == ".json":
+        file.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    elif suffix == ".parquet":
+        pq.write_table(pa.table({"text": TEXTS}), file)
+    else:
+        table = pa.table({"text": TEXTS})
+        with pa.ipc.new_stream(str(file), table.schema) as writer:
+            writer.write_table(table)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow"])
+def test_every_kind_of_table_gives_the_same_documents_in_the_same_order(tmp_path: Path, suffix: str) -> None:
+    expected = [TEXTS[number] for number in shuffled_order(len(TEXTS), seed=3)]
+    assert read_all(tmp_path, write_table(tmp_path, suffix), seed=3) == expected
+
+
+def test_text_files_are_one_document_each_whether_named_by_directory_or_glob(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for number, name in enumerate(["a.txt", "b.md", "c.py", "deep/d.text"]):
+        (tmp_path / name).write_text(f"first line {number}\nsecond line\n")
+    (tmp_path / "picture.png").write_bytes(b"\xff\xd8")
+    from_directory = read_all(tmp_path / "cache", tmp_path)
+    assert sorted(from_directory) == [f"first line {number}\nsecond line\n" for number in range(4)]
+    assert read_all(tmp_path / "cache", tmp_path / "*.md") == ["first line 1\nsecond line\n"]
+    assert read_all(tmp_path / "cache", f"{tmp_path}/**/*.text") == ["first line 3\nsecond line\n"]
+
+
+def test_the_order_is_a_function_of_number_and_seed_that_never_changes() -> None:
+    assert shuffled_order(8, seed=0).tolist() == [1, 5, 6, 4, 2, 7, 3, 0]
+    assert sorted(shuffled_order(1000, seed=1).tolist()) == list(range(1000))
+    assert shuffled_order(1000, seed=1).tolist() != shuffled_order(1000, seed=2).tolist()
+
+
+def test_max_documents_is_taken_after_the_shuffle(tmp_path: Path) -> None:
+    file = write_table(tmp_path, ".jsonl")
+    assert read_all(tmp_path, file, seed=5, max_documents=4) == read_all(tmp_path, file, seed=5)[:4]
+
+
+def test_the_standard_library_is_source_files_without_their_tests(tmp_path: Path) -> None:
+    documents = read_all(tmp_path, "stdlib")
+    assert len(documents) > 300
+    assert any("class JSONDecoder" in str(document) for document in documents)
+    assert not any("class TestJson" in str(document) or "import pytest" in str(document) for document in documents)
+
+
+def test_the_identity_follows_contents_and_not_the_seed_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    section = CorpusSection(dataset=str(tmp_path))
+    before = load_documents(section, cache_dir=tmp_path).identity
+    assert load_documents(section, cache_dir=tmp_path).identity == before
+    (tmp_path / "a.txt").write_text("other")
+    assert load_documents(section, cache_dir=tmp_path).identity != before
+
+
+def test_a_missing_column_is_answered_with_the_columns_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"no column 'body'.*has text.*corpus\.column"):
+        read_all(tmp_path, write_table(tmp_path, ".jsonl"), column="body")
+
+
+def test_streamed_and_empty_data_sets_are_refused() -> None:
+    section = CorpusSection(dataset="somewhere")
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    with pytest.raises(CorpusError, match=r"IterableDataset.*without streaming"):
+        from_dataset(rows.to_iterable_dataset(), section)
+    with pytest.raises(CorpusError, match="somewhere is empty"):
+        from_dataset(rows.select([]), section)
+
+
+def test_a_path_is_told_from_a_hub_name() -> None:
+    assert all(looks_like_path(name) for name in ["/data", "./data", "~/data", "data/*.bin", "corpus.jsonl", "tests"])
+    assert not any(looks_like_path(name) for name in ["wikitext", "owner/name", "owner/name-v1.5"])
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        ("nothing", {"dataset": "absent/*.txt"}, "does not exist"),
+        ("nothing", {"dataset": "./absent"}, "does not exist.*hub name"),
+        ("nothing", {"dataset": "."}, "no file that can be read"),
+        ("mixed", {"dataset": "."}, "several kinds.*glob"),
+        ("zip", {"dataset": "./a.zip"}, "'.zip', which is not read"),
+        ("latin", {"dataset": "a.txt"}, "not UTF-8.*byte 3"),
+        ("text", {"dataset": "a.txt", "format": "chat"}, "no conversations"),
+        ("text", {"dataset": "a.txt", "split": "test"}, "no split 'test'"),
+        ("text", {"dataset": "a.txt", "column": "body"}, "one column is 'text'"),
+        ("text", {"dataset": "a.txt", "subset": "en"}, r"corpus\.subset mean nothing"),
+        ("nothing", {"dataset": "stdlib", "revision": "main"}, r"corpus\.revision mean nothing"),
+        ("broken", {"dataset": "a.jsonl"}, "cannot be loaded"),
+        ("table", {"dataset": "a.jsonl", "split": "test"}, "cannot be loaded.*test"),
+        ("nothing", {"dataset": "owner/absent"}, "owner/absent cannot be loaded.*hf auth login"),
+    ],
+)
+def test_a_source_that_cannot_be_read_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str, settings: dict[str, object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    contents: dict[str, dict[str, bytes]] = {
+        "nothing": {},
+        "mixed": {"a.txt": b"text", "b.jsonl": b"{}"},
+        "zip": {"a.zip": b"PK"},
+        "latin": {"a.txt": b"caf\xe9"},
+        "text": {"a.txt": b"text"},
+        "broken": {"a.jsonl": b'{"text": "a"}\n{bad'},
+        "table": {"a.jsonl": b'{"text": "a"}\n'},
+    }
+    for name, data in contents[make].items():
+        Path(name).write_bytes(data)
+    with pytest.raises(CorpusError, match=f"(?s){message}"):
+        load_documents(CorpusSection.model_validate(settings), cache_dir=tmp_path / "cache").read([0])
