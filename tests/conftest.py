@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -29,16 +30,17 @@ def ray_cluster() -> Iterator[dict[str, float]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> "TinyWorld":
-    """Two tiny models, a corpus and the store that the teacher filled."""
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two tiny models, a corpus and a config: a helpers.world.TinyWorld."""
     from helpers.world import TinyWorld
 
     return TinyWorld.make(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")
-def rank_groups(ray_cluster: dict[str, float]) -> "dict[int, RankGroup]":
-    """Gloo groups of one and of two long-lived processes, by world size."""
+def rank_groups(ray_cluster: dict[str, float]) -> Any:
+    """Gloo groups of one and of two long-lived processes: a dict of helpers.ranks.RankGroup by world size."""
     from helpers.ranks import RankGroup
 
+    assert ray_cluster["CPU"] >= 1
     return {world_size: RankGroup.start(world_size) for world_size in (1, 2)}

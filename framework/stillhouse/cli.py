@@ -1,21 +1,41 @@
-"""The command `stillhouse`: parse first, import what is heavy afterwards, turn errors into one readable message and an exit code.
+"""The command `stillhouse`: parse first, import what is heavy afterwards, turn what is raised into one readable message and an exit code.
 
 Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted (run the same command again to go on).
 """
 
+import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from stillhouse.errors import ConfigError, StillhouseError, UserError
 
 if TYPE_CHECKING:
+    from stillhouse.evaluate import ModelName, Scores
     from stillhouse.pipeline import Plan
 
+
+class Verbs(TyperGroup):
+    """The verbs, and what becomes of the errors that they raise. A bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except StillhouseError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+
+
 app = typer.Typer(
+    cls=Verbs,
     help="Distil large language models through exact compressed top-k logits.",
     no_args_is_help=True,
     add_completion=False,
@@ -24,11 +44,20 @@ app = typer.Typer(
 store_app = typer.Typer(help="Look at, verify and tidy a chunk store.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 
-Configs = Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="TOML files, merged left to right.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="'SECTION.KEY = VALUE'", help="Override one value, as a line of TOML.")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run lives; default: runs/ and the last config's name.")]
+Configs = Annotated[list[Path], typer.Argument(metavar="CONFIG", help="TOML files, merged left to right.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="'SECTION.KEY = VALUE'", help="Override one value: a line of TOML.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run lives. Default: runs/ and the last config's name.")]
 ExistingRun = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run.")]
 StoreUrl = Annotated[str, typer.Argument(metavar="URL", help="A directory, or s3://, gs:// or az:// with bucket and prefix.")]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _show_version(wanted), help="Show it.")
+    ] = False,
+) -> None:
+    """Distil large language models through exact compressed top-k logits."""
 
 
 @app.command()
@@ -39,14 +68,16 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("distil.toml"),
 ) -> None:
     """Write a ten-line config for two models and a data set."""
-    from stillhouse.config import starter_toml
+    from stillhouse.starter import starter_toml
 
     text = starter_toml(teacher=teacher, student=student, dataset=dataset)
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{out} exists already; name another file with --out") from None
+        raise ConfigError(f"{out} exists already and stays as it is; name another file with --out") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
     print(text, end="")
     print(f"\nWritten to {out}. Next: `stillhouse check {out}`, then `stillhouse run {out}`.")
 
@@ -54,43 +85,46 @@ def init(
 @app.command()
 def demo(run_dir: Annotated[Path, typer.Option("--run-dir", help="Where everything goes.")] = Path("runs/demo")) -> None:
     """Make a small teacher from Python's own standard library, distil it, and write the report."""
+    _quieten()
     from stillhouse import demo
 
     demo.run_demo(run_dir, cache_dir=_cache_dir())
 
 
 @app.command()
-def check(configs: Configs, overrides: Overrides = [], run_dir: RunDir = None) -> None:  # noqa: B006
+def check(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Validate everything that can be validated without a GPU, and say what a run would need."""
+    made = _plan(configs, overrides, run_dir)
     from stillhouse.check import describe
 
-    describe(_plan(configs, overrides, run_dir))
+    describe(made)
 
 
 @app.command()
-def run(configs: Configs, overrides: Overrides = [], run_dir: RunDir = None) -> None:  # noqa: B006
+def run(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Produce and train at the same time, evaluate, report. Run it again to go on where it stopped."""
+    made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    made = _plan(configs, overrides, run_dir)
     pipeline.run(made)
     _announce(made.run_dir)
 
 
 @app.command()
-def produce(configs: Configs, overrides: Overrides = [], run_dir: RunDir = None) -> None:  # noqa: B006
+def produce(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Fill the store with the teacher's targets; no student."""
+    made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.produce(_plan(configs, overrides, run_dir))
+    pipeline.produce(made)
 
 
 @app.command()
-def train(configs: Configs, overrides: Overrides = [], run_dir: RunDir = None) -> None:  # noqa: B006
+def train(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Train on a store that `produce` has filled, evaluate, report; no teacher pool."""
+    made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    made = _plan(configs, overrides, run_dir)
     pipeline.train(made)
     _announce(made.run_dir)
 
@@ -98,11 +132,10 @@ def train(configs: Configs, overrides: Overrides = [], run_dir: RunDir = None) -
 @app.command(name="eval")
 def evaluate(run_dir: ExistingRun) -> None:
     """Score teacher, student and control on the held-out split again."""
+    made = _existing(run_dir)
     from stillhouse import pipeline
-    from stillhouse.report import score_table
 
-    scores = pipeline.evaluate_run(pipeline.open_run(run_dir, cache_dir=_cache_dir()))
-    print(score_table(scores))
+    _print_scores(pipeline.evaluate_run(made))
 
 
 @app.command()
@@ -116,31 +149,116 @@ def report(run_dir: ExistingRun) -> None:
 @app.command()
 def export(run_dir: ExistingRun, out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]) -> None:
     """Write the student as a plain Hugging Face directory."""
+    made = _existing(run_dir)
     from stillhouse import pipeline
 
-    steps = pipeline.export_run(pipeline.open_run(run_dir, cache_dir=_cache_dir()), out)
+    steps = pipeline.export_run(made, out)
     print(f"{out}: the student after {steps} steps; AutoModelForCausalLM.from_pretrained('{out}') opens it")
 
 
+@store_app.command(name="ls")
+def store_ls(url: StoreUrl) -> None:
+    """The recipes in a store, and how much of each is there."""
+    from stillhouse import inventory
+
+    inventory.list_store(url)
+
+
+@store_app.command(name="stat")
+def store_stat(
+    url: StoreUrl,
+    fingerprint: Annotated[str, typer.Argument(metavar="[FINGERPRINT]", help="Its first digits; default: every recipe.")] = "",
+) -> None:
+    """Every field of a recipe, and which of its chunks are missing."""
+    from stillhouse import inventory
+
+    inventory.show_recipes(url, fingerprint)
+
+
+@store_app.command(name="verify")
+def store_verify(
+    url: StoreUrl,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Move damaged chunks away: `produce` then makes them again.")] = False,
+) -> None:
+    """Read every chunk and check every bit of it; exit code 1 where any is damaged."""
+    from stillhouse import inventory
+
+    inventory.verify(url, quarantine=quarantine)
+
+
+@store_app.command(name="sweep")
+def store_sweep(
+    url: StoreUrl,
+    older_than_hours: Annotated[float, typer.Option("--older-than-hours", min=0.0, help="A younger one may still be written.")] = 24.0,
+) -> None:
+    """Remove what killed writers left behind, and name what lies in quarantine."""
+    from stillhouse import inventory
+
+    inventory.tidy(url, older_than_s=older_than_hours * 3600)
+
+
 def main() -> None:
-    """The entry point: run a verb, and turn what it raises into one message and an exit code."""
-    try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except typer.TyperException as error:
-        sys.exit(error)
-    except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    """The entry point."""
+    app(prog_name="stillhouse")
 
 
-def _plan(configs: list[Path], overrides: list[str], run_dir: Path | None) -> "Plan":
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"stillhouse {version('stillhouse')}")
+        raise typer.Exit
+
+
+def _plan(configs: list[Path], overrides: list[str] | None, run_dir: Path | None) -> "Plan":
     from stillhouse.config import load_config
 
-    config = load_config(configs, overrides)
+    config = load_config(configs, overrides or [])
     _quieten()
     from stillhouse import pipeline
 
     return pipeline.plan(config, run_dir=run_dir or Path("runs") / configs[-1].stem, cache_dir=_cache_dir())
+
+
+def _existing(run_dir: Path) -> "Plan":
+    _quieten()
+    from stillhouse import pipeline
+
+    return pipeline.open_run(run_dir, cache_dir=_cache_dir())
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
+
+
+def _quieten() -> None:
+    """Settle the libraries' chatter before they are imported: what is said here is ours to say. The user's own settings win."""
+    settings = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "true",  # unset, it warns at every fork after a tokenizer was used
+        "WANDB_SILENT": "true",
+    }
+    if not sys.stderr.isatty():
+        settings |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be set back by its import
+
+
+def _announce(run_dir: Path) -> None:
+    print(f"{run_dir / 'report.html'} tells the whole run; `stillhouse export {run_dir} OUT` writes the student as a Hugging Face model")
+
+
+def _print_scores(scores: "Mapping[ModelName, Scores]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{max(score.num_tokens for score in scores.values()):,} held-out tokens")
+    table.add_column("model")
+    for heading in ("cross-entropy", "KL from the teacher", "agreement", "acceptance", "calibration error"):
+        table.add_column(heading, justify="right")
+    for name, score in scores.items():
+        compared = [f"{value:.4f}" if name != "teacher" else "" for value in (score.kl, score.agreement, score.acceptance)]
+        table.add_row(name, f"{score.cross_entropy:.4f}", *compared, f"{score.calibration_error:.4f}")
+    Console().print(table)

@@ -126,6 +126,8 @@ class StudentSection(ModelSection):
     def _something_is_learned(self) -> "StudentSection":
         if self.divergence_weight == 0.0 and self.ce_weight == 0.0:
             raise ValueError("divergence_weight and ce_weight are both 0: the student would learn nothing; set one of them above 0")
+        if self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl") and not 0.0 < self.mix < 1.0:
+            raise ValueError(f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1")
         return self
 
 

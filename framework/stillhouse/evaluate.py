@@ -1,6 +1,8 @@
 """The exact comparison: teacher and student side by side on held-out text, both distributions dense, in token blocks.
 
-Nothing here comes from compressed targets, so nothing here can inherit their error. Shapes: B sequences, L positions, T tokens, V vocabulary.
+Nothing here comes from compressed targets, so nothing here can inherit their error.
+
+Shapes: B sequences, L positions, T tokens, V vocabulary.
 """
 
 from collections.abc import Mapping

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from helpers.models import make_model
-
 from stillhouse.config import Config, parse_config
 from stillhouse.logits import encode
 from stillhouse.pipeline import Plan, plan

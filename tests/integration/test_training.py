@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from helpers.ranks import RankGroup
 from helpers.training import first_gradients, train_and_tell, with_student
 from helpers.world import TinyWorld
-
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.student.train import TrainJob
 from stillhouse.tracking import TrainRow

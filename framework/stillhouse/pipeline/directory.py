@@ -24,13 +24,13 @@ _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
 
 # What may differ when a run directory is used again. Everything else decides a target, a batch or a gradient.
-_MAY_CHANGE: Mapping[str, frozenset[str]] = {
-    "student": frozenset(
-        "learning_rate min_learning_rate warmup_steps epochs max_steps checkpoint_every_steps keep_checkpoints prefetch_batches "
-        "device num_cpus num_gpus resources max_failures block_tokens activation_checkpointing".split()
-    ),
-    "teacher": frozenset("min_replicas max_replicas device num_cpus num_gpus resources max_failures batch_sequences block_tokens".split()),
-    "store": frozenset({"url", "window_bytes"}),
+_PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "block_tokens"}
+_MAY_CHANGE: Mapping[str, set[str]] = {
+    "student": _PLACEMENT
+    | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
+    | {"checkpoint_every_steps", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
+    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences"},
+    "store": {"url", "window_bytes"},
 }
 _MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})
 
@@ -51,7 +51,7 @@ def changes_that_matter(before: Config, after: Config) -> list[str]:
         for section in old
         if section not in _MAY_CHANGE_WHOLLY
         for key in old[section]
-        if key not in _MAY_CHANGE.get(section, frozenset()) and old[section][key] != new[section][key]
+        if key not in _MAY_CHANGE.get(section, set()) and old[section][key] != new[section][key]
     ]
 
 
@@ -79,22 +79,29 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
         journal.record(EndRow("done", monotonic() - began, ""))
 
 
+def changes_since(plan: Plan) -> list[str]:
+    """Why the plan's run directory cannot be its own: what differs, beyond what may, from the run that lives there; [] where none does."""
+    recipe_path = plan.run_dir / "recipe.json"
+    if not (plan.run_dir / "config.json").exists():
+        return []
+    changes = changes_that_matter(config_of(plan.run_dir), plan.config)
+    if recipe_path.exists():
+        changes += differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), plan.recipe)
+    return changes
+
+
 def _claim(plan: Plan) -> None:
     """Make the directory this plan's, or check that it is."""
+    changes = changes_since(plan)
+    if changes:
+        raise RecipeError(
+            f"{plan.run_dir} belongs to another run; these differ:\n"
+            + "\n".join(f"  - {change}" for change in changes)
+            + "\nSet them back to go on with it, or name another --run-dir."
+        )
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    recipe_path, config_path = plan.run_dir / "recipe.json", plan.run_dir / "config.json"
-    if config_path.exists():
-        changes = changes_that_matter(config_of(plan.run_dir), plan.config)
-        if recipe_path.exists():
-            changes += differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), plan.recipe)
-        if changes:
-            raise RecipeError(
-                f"{plan.run_dir} belongs to another run; these differ:\n"
-                + "\n".join(f"  - {change}" for change in changes)
-                + "\nSet them back to go on with it, or name another --run-dir."
-            )
-    config_path.write_text(resolved_json(plan.config))
-    recipe_path.write_bytes(plan.recipe.canonical_json())
+    (plan.run_dir / "config.json").write_text(resolved_json(plan.config))
+    (plan.run_dir / "recipe.json").write_bytes(plan.recipe.canonical_json())
 
 
 def _views(plan: Plan) -> list[ProgressView | WandbView]:
@@ -155,7 +162,7 @@ def model_card(plan: Plan, role: str) -> str:
         f"| student | {config.student.model} (from {config.student.init}) |",
         f"| teacher | {config.teacher.model}, {config.teacher.dtype} |",
         f"| data | {config.corpus.dataset}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
-        f"| divergence | {config.student.divergence}, temperature {recipe.temperature:g}, cross-entropy weight {config.student.ce_weight:g} |",
+        f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, cross-entropy weighted {config.student.ce_weight:g} |",
         f"| optimiser steps | {plan.total_steps:,} of {config.student.global_batch_sequences} sequences |",
         f"| recipe | `{recipe.fingerprint}` |",
     ]

@@ -72,6 +72,13 @@ def newest(root: Path) -> Commit | None:
     return None
 
 
+def set_aside_after(root: Path, step: int) -> None:
+    """Rename the manifests of later steps than `step`, the newest that verifies: they are damaged, and their names are needed again."""
+    for manifest in root.glob("step-*.json"):
+        if manifest.stem > tag_of(step):
+            manifest.rename(manifest.with_suffix(".damaged"))
+
+
 def retain(root: Path, keep: int) -> None:
     """Delete all but the `keep` newest commits, and directories that no commit ever named. Manifests go first: never half a commit."""
     kept = {manifest.stem for manifest in sorted(root.glob("step-*.json"))[-keep:]}

@@ -4,8 +4,10 @@ Gradients are normalised by the GLOBAL number of target tokens of the step, so t
 ranks and micro-batches. Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
 """
 
+import io
 import math
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,8 @@ class StepTerms:
     """One optimiser step, over all ranks: means per target token, in nats."""
 
     loss: float
-    divergence: float
-    cross_entropy: float | None
+    divergence: float | None  # None where it has no weight
+    cross_entropy: float | None  # likewise
     num_tokens: int
     grad_norm: float
 
@@ -115,10 +117,18 @@ class StudentEngine:
         total, divergence, cross_entropy, num_tokens = self.accumulate(batches)
         _require_finite("loss", total)
         grad_norm = self._optimiser_step(learning_rate)
-        return StepTerms(total, divergence, cross_entropy if self.section.ce_weight > 0 else None, num_tokens, grad_norm)
+        return StepTerms(
+            total,
+            divergence if self.section.divergence_weight > 0 else None,
+            cross_entropy if self.section.ce_weight > 0 else None,
+            num_tokens,
+            grad_norm,
+        )
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> tuple[float, float, float, int]:
-        """Forward and backward over the micro-batches, up to the step: (total, divergence, cross-entropy) a token, and tokens, of all ranks."""
+        """Forward and backward over the micro-batches, up to the step.
+
+        Returns (total, divergence, cross-entropy) for each target token of all ranks, and their number."""
         num_tokens = self._sum_over_ranks([float(sum(batch.num_tokens for batch in batches))])[0]
         share = self._world_size / max(num_tokens, 1.0)  # DeepSpeed averages over ranks; this makes it the mean over all tokens
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -188,7 +198,8 @@ def consolidated_weights(root: Path, *, step: int, zero_stage: int) -> dict[str,
         saved: dict[str, Any] = torch.load(root / tag_of(step) / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
         weights = saved["module"]
     else:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag_of(step))
+        with redirect_stdout(io.StringIO()):  # it reports each of its steps
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag_of(step))
     return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
 
 

@@ -152,7 +152,9 @@ def _restorable_step(job: TrainJob, *, world_size: int) -> int:
     answer: list[tuple[checkpoint.Commit | None, str]] = [(None, "")]
     if dist.get_rank() == 0:
         try:
-            answer = [(checkpoint.newest(job.checkpoints), "")]
+            chosen = checkpoint.newest(job.checkpoints)
+            checkpoint.set_aside_after(job.checkpoints, chosen.step if chosen else 0)
+            answer = [(chosen, "")]
         except CheckpointError as error:
             answer = [(None, str(error))]
     dist.broadcast_object_list(answer)
@@ -223,7 +225,7 @@ def fit(
             scaling_config=ray.train.ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=where.num_gpus > 0,
-                resources_per_worker={name: amount for name, amount in where.times(1).items()},
+                resources_per_worker=where.times(1),
             ),
             run_config=ray.train.RunConfig(name="train", storage_path=str((jobs[0].run_dir / "ray").resolve())),
         )

@@ -62,8 +62,8 @@ class TeacherPool:
         self._begun = False  # once `min_replicas` have been ready together, it stays begun
         self._num_spawned = 0
         self._num_lost_starting = 0
-        self._tokens, self._window_wait_s = 0, 0.0
-        self._began = self._last_row = self._last_look = monotonic()
+        self._tokens_since_row, self._window_wait_s = 0, 0.0
+        self._last_row = self._last_look = monotonic()
 
     def run(self, *, readers: Collection[str], board: Board, finished: Callable[[], bool]) -> None:
         """Produce until every wanted chunk is published and `finished()`; `readers` are the students that move cursors on the board.
@@ -80,7 +80,6 @@ class TeacherPool:
                 slowest = min((cursors.get(reader, 0) for reader in readers), default=self._table.num_wanted)
                 self._advance(limit=slowest + self._window_chunks)
         finally:
-            self._record(force=True)
             self._release()
 
     def _advance(self, *, limit: int) -> None:
@@ -138,7 +137,7 @@ class TeacherPool:
             return
         call.replica.num_items -= 1
         self._table.publish(answer.ref.number)
-        self._tokens += answer.ref.num_tokens
+        self._tokens_since_row += answer.ref.num_tokens
         self._journal.record(
             ChunkRow(
                 chunk=answer.ref.number,
@@ -152,6 +151,8 @@ class TeacherPool:
                 duplicate=answer.ref.duplicate,
             )
         )
+        if self._table.done:
+            self._record(force=True)
 
     def _fail(self, call: _Call, cause: BaseException) -> None:
         """The teacher lives, but raised."""
@@ -183,20 +184,21 @@ class TeacherPool:
 
     def _record(self, *, force: bool = False) -> None:
         now = monotonic()
-        if not force and now - self._last_row < _ROW_EVERY_S:
+        seconds = now - self._last_row
+        if not force and (seconds < _ROW_EVERY_S or self._table.done):
             return
-        self._last_row = now
         self._journal.record(
             PoolRow(
                 published=self._table.num_published,
                 needed=self._table.num_wanted,
                 in_flight=self._table.num_leased,
                 window_chunks=self._window_chunks,
-                tokens_per_s=self._tokens / (now - self._began),
+                tokens_per_s=self._tokens_since_row / max(seconds, 1e-9),
                 window_wait_s=self._window_wait_s,
                 failures=self._table.num_failures,
             )
         )
+        self._last_row, self._tokens_since_row = now, 0
 
     def _release(self) -> None:
         for replica in self._replicas:

@@ -1,0 +1,240 @@
+"""What `stillhouse check` says: all that follows from a plan, and what would stop its run; no weight is loaded and nothing is written.
+
+Notes are worth knowing; obstacles would stop `stillhouse run`, and make `check` fail.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from stillhouse.cluster import attached, placement, shortages
+from stillhouse.config import ClusterSection, ModelSection, StudentSection
+from stillhouse.errors import ConfigError, ModelError, StoreError
+from stillhouse.models import head_of, load_model
+from stillhouse.pipeline import Plan
+from stillhouse.pipeline.directory import changes_since
+from stillhouse.store import ChunkStore, StoredRecipe, differences, list_recipes, nearest
+
+_NEARLY = 4  # differing fields up to which another recipe is a near one
+_STATE_BYTES = 16  # a parameter's weight, gradient and Adam states in mixed precision or in float32 (ZeRO, arXiv 1910.02054, section 3.1)
+_SPLIT_BYTES = {0: 0, 1: 12, 2: 14, 3: 16}  # how many of them a ZeRO stage divides among the ranks
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What there is to say, as it is found."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
+
+
+def describe(made: Plan) -> None:
+    """Print what a run of this plan makes, reads and needs. Raises ConfigError naming everything that would stop it."""
+    found = _Findings()
+    _models(made, found)
+    _corpus(made, found)
+    _store(made, found)
+    _training(made, found)
+    _cluster(made, found)
+    _run_directory(made, found)
+    _print(found)
+    if found.obstacles:
+        raise ConfigError("this run would stop:\n" + "\n".join(f"  - {obstacle}" for obstacle in found.obstacles))
+
+
+def _models(made: Plan, found: _Findings) -> None:
+    for role, section in (("teacher", made.config.teacher), ("student", made.config.student)):
+        commit = f" at {section.revision[:12]}" if section.revision else ""
+        try:
+            with torch.device("meta"):
+                model = load_model(section, random_init_seed=0)
+            head_of(model, vocab_size=made.recipe.vocab_size)
+        except ModelError as error:
+            found.obstacles.append(f"{role}: {error}")
+            found.rows.append((role, f"{section.model}{commit}"))
+            continue
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_bytes = num_parameters * getattr(torch, section.dtype).itemsize
+        padding = model.get_output_embeddings().weight.shape[0] - made.recipe.vocab_size
+        shape = f"{_count(num_parameters)} parameters, {decimal(num_bytes)} in {section.dtype}"
+        head = f"its head is padded by {padding:,}, which is cut off" if padding else "its head has a row for each id"
+        found.rows.append((role, f"{section.model}{commit}: {shape}; {head}"))
+        if isinstance(section, StudentSection):
+            found.rows.append(("", _student_memory(section, num_parameters)))
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and limit < made.recipe.sequence_length:
+            found.notes.append(
+                f"corpus.sequence_length is {made.recipe.sequence_length:,}; the {role} is made for {limit:,} positions at most"
+            )
+    found.rows.append(("tokenizer", f"the same {made.recipe.vocab_size:,} ids in teacher and student"))
+
+
+def _student_memory(section: StudentSection, num_parameters: int) -> str:
+    split = _SPLIT_BYTES[section.zero_stage]
+    num_bytes = num_parameters * (_STATE_BYTES - split + split / section.num_workers)
+    start = "from its weights" if section.init == "weights" else "from random weights"
+    return (
+        f"{start}; weights, gradients and Adam take {decimal(round(num_bytes))} a rank"
+        f" ({section.num_workers} with ZeRO stage {section.zero_stage}), activations not counted"
+    )
+
+
+def _corpus(made: Plan, found: _Findings) -> None:
+    corpus, heldout = made.split.train, made.split.heldout
+    found.rows.append(
+        (
+            "corpus",
+            f"{made.config.corpus.dataset}: {corpus.num_sequences:,} sequences of {corpus.sequence_length:,} tokens,"
+            f" {_count(corpus.num_targets)} of them with a target; {heldout.num_sequences:,} more are held out",
+        )
+    )
+
+
+def _store(made: Plan, found: _Findings) -> None:
+    recipe, url, num_chunks = made.recipe, made.config.store.url, len(made.chunks)
+    stored = _stored(made, found)
+    is_there = any(other.recipe == recipe for other in stored)
+    present = ChunkStore(url, recipe).published() & set(made.chunks) if is_there else set()
+    per_chunk, window_bytes = made.bytes_per_chunk, made.window_chunks * made.bytes_per_chunk
+    ahead = min(made.window_chunks, num_chunks)
+    found.rows += [
+        ("targets", f"k = {recipe.k}, {recipe.codec.name}: {recipe.codec.bytes_per_token:,} bytes each"),
+        ("store", f"{url}/{recipe.fingerprint[:16]}"),
+        (
+            "",
+            f"{num_chunks:,} chunks of {recipe.chunk_sequences:,} sequences, {_size(per_chunk)} each, {_size(num_chunks * per_chunk)} in all",
+        ),
+        ("", f"{len(present):,} of them are there already"),
+        ("window", f"teachers run up to {ahead:,} chunks ahead of the student: {_size(ahead * per_chunk)}"),
+    ]
+    if ahead < num_chunks and window_bytes > made.config.store.window_bytes:
+        found.notes.append(
+            f"store.window_bytes is {_size(made.config.store.window_bytes)}, less than two windows of the shuffle take; lower"
+            " store.chunk_sequences or student.shuffle_window_chunks to come within it"
+        )
+    near = nearest([other.recipe for other in stored], recipe)
+    if near is not None and not is_there and len(differences(recipe, near)) <= _NEARLY:
+        found.notes.append(
+            f"the store has {near.fingerprint[:16]}, which would serve but for these (this run's value first):\n    "
+            + "\n    ".join(differences(recipe, near))
+        )
+
+
+def _stored(made: Plan, found: _Findings) -> list[StoredRecipe]:
+    """The recipes in the store; what keeps it from being read or written becomes an obstacle. It is not written to."""
+    try:
+        where = ChunkStore(made.config.store.url, made.recipe).url
+        if where.startswith("memory:"):
+            raise StoreError(f"{where} cannot be shared between processes; give a directory or a bucket")
+        if "://" not in where:
+            _require_writable(Path(where))
+        return list_recipes(where)
+    except StoreError as error:
+        found.obstacles.append(f"store.url: {error}")
+        return []
+
+
+def _require_writable(path: Path) -> None:
+    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    if not there.is_dir():
+        raise StoreError(f"{there} is a file, so {path} cannot be a directory; name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(f"no permission to write in {there}; have its rights changed, or name another place")
+
+
+def _training(made: Plan, found: _Findings) -> None:
+    student, corpus, steps = made.config.student, made.split.train, made.total_steps
+    batch, ranks = student.global_batch_sequences, student.num_workers
+    epochs, more_steps = divmod(steps, made.order.steps_per_epoch)
+    num_sequences = epochs * corpus.num_sequences + min(more_steps * batch, corpus.num_sequences)
+    num_tokens = num_sequences * corpus.sequence_length
+    found.rows.append(
+        (
+            "training",
+            f"{steps:,} steps of {batch:,} sequences: {_count(num_tokens)} tokens, {num_sequences / corpus.num_sequences:.3g} epochs;"
+            f" {student.divergence}, learning rate {student.learning_rate:g}",
+        )
+    )
+    if made.config.evaluate.control:
+        found.rows.append(("", "and the same again for the control, on the text alone"))
+    if student.warmup_steps >= steps:
+        found.notes.append(f"student.warmup_steps is {student.warmup_steps:,} of {steps:,} steps: the learning rate never reaches its peak")
+    in_one_pass = student.micro_batch_sequences * ranks
+    if batch % in_one_pass:
+        found.notes.append(
+            f"student.global_batch_sequences is {batch:,}, no multiple of the {in_one_pass:,} sequences of one pass over all ranks: every"
+            " step is filled up with masked rows, which cost time and teach nothing"
+        )
+
+
+def _cluster(made: Plan, found: _Findings) -> None:
+    section, teacher, student = made.config.cluster, made.config.teacher, made.config.student
+    available = _available(section)
+    replicas = f"{teacher.min_replicas:,}" + (f" to {teacher.max_replicas:,}" if teacher.max_replicas > teacher.min_replicas else "")
+    found.rows += [
+        ("cluster", f"{section.address or 'this machine'}: {available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs"),
+        ("", f"teachers: {replicas}, each with {_needs(teacher, available)}"),
+        ("", f"student ranks: {student.num_workers:,}, each with {_needs(student, available)}"),
+    ]
+    cure = "name a larger cluster in cluster.address" if section.address is None else "add machines to the cluster"
+    found.obstacles += [
+        f"{line}; {cure}, or lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
+        for line in shortages(teacher, student, available)
+    ]
+
+
+def _available(section: ClusterSection) -> Mapping[str, float]:
+    if section.address is not None:
+        with attached(section) as resources:
+            return dict(resources)
+    return {"CPU": float(section.num_cpus or os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
+def _needs(section: ModelSection, available: Mapping[str, float]) -> str:
+    asked = placement(section, available)
+    return f"{', '.join(f'{amount:g} {name}' for name, amount in asked.times(1).items())} (on {asked.device})"
+
+
+def _run_directory(made: Plan, found: _Findings) -> None:
+    changes = changes_since(made)
+    state = "a run to go on with" if (made.run_dir / "config.json").exists() else "new"
+    found.rows.append(("run", f"{made.run_dir}: {state}"))
+    if changes:
+        found.obstacles.append(
+            f"{made.run_dir} belongs to another run; these differ:\n"
+            + "\n".join(f"      {change}" for change in changes)
+            + "\n    set them back to go on with it, or name another --run-dir"
+        )
+
+
+def _print(found: _Findings) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, text in found.rows:
+        table.add_row(label, text)
+    console = Console(highlight=False)
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
+    if not found.obstacles:
+        console.print("\nNothing stands in the way of this run.", style="green")
+
+
+def _count(number: float) -> str:
+    """A number of things, to three digits: 950, 25.3 M, 32.8 B."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,.0f}"
+
+
+def _size(num_bytes: float) -> str:
+    return decimal(round(num_bytes))

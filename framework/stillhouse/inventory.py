@@ -1,0 +1,124 @@
+"""What lies in a store, for a person to read: the verbs `stillhouse store ls | stat | verify | sweep`.
+
+Nothing in a store changes here but for what `verify --quarantine` moves aside and what `sweep` removes.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import track
+from rich.table import Table
+
+from stillhouse.errors import ChunkError, RecipeError, StoreError
+from stillhouse.store import ChunkStore, Finding, StoredRecipe, list_recipes, sweep, verify_store
+
+_DIGEST_DIGITS = 12
+_MOST_RANGES = 12
+
+
+def list_store(url: str) -> None:
+    """Print a line for each recipe. Raises StoreError where there is none."""
+    table = Table("recipe", "teacher", "codec")
+    for heading in ("k", "bytes a target", "sequences", "chunks", "bytes"):
+        table.add_column(heading, justify="right")
+    for fingerprint16, recipe, num_chunks, num_bytes in _recipes(url):
+        table.add_row(
+            fingerprint16,
+            recipe.teacher_digest[:_DIGEST_DIGITS],
+            recipe.codec.name,
+            str(recipe.k),
+            str(recipe.codec.bytes_per_token),
+            f"{recipe.num_sequences:,} x {recipe.sequence_length:,}",
+            f"{num_chunks:,} of {recipe.num_chunks:,}",
+            decimal(num_bytes),
+        )
+    Console().print(table)
+
+
+def show_recipes(url: str, fingerprint: str) -> None:
+    """Print every field of the recipes whose fingerprint begins with `fingerprint`. Raises StoreError where none does."""
+    recipes = _recipes(url)
+    chosen = [stored for stored in recipes if stored.recipe.fingerprint.startswith(fingerprint.lower())]
+    if not chosen:
+        raise StoreError(f"no recipe in {url} begins with {fingerprint}; there are {', '.join(stored.fingerprint16 for stored in recipes)}")
+    for stored in chosen:
+        recipe = stored.recipe
+        missing = sorted(set(range(recipe.num_chunks)) - ChunkStore(url, recipe).published())
+        figures = {"codec": recipe.codec.name, "bytes a target": recipe.codec.bytes_per_token}
+        figures |= {"chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}", "bytes": decimal(stored.num_bytes)}
+        figures |= {"missing": _ranges(missing)} if missing else {}
+        table = Table("fingerprint", recipe.fingerprint, title=f"{url}/{stored.fingerprint16}", title_justify="left")
+        for name, value in (asdict(recipe) | figures).items():
+            table.add_row(name, str(value))
+        Console().print(table)
+
+
+def verify(url: str, *, quarantine: bool) -> None:
+    """Check every object, and name the damaged. Raises ChunkError where any is; with `quarantine` damaged chunks are moved aside first."""
+    recipes = {stored.fingerprint16: stored for stored in list_recipes(url)}
+    total = len(recipes) + sum(stored.num_chunks for stored in recipes.values())
+    findings = track(verify_store(url), "verifying", total=total, console=Console(stderr=True), transient=True)
+    num_objects, damaged = 0, []
+    for finding in findings:
+        num_objects += 1
+        if finding.problem is not None:
+            damaged.append(finding)
+            print(f"{finding.key}: {finding.problem}")
+    if not num_objects:
+        raise _nothing_at(url)
+    if not damaged:
+        print(f"{num_objects} objects in {url}: all are good")
+        return
+    moved = sum(_moved_aside(url, finding, recipes) for finding in damaged) if quarantine else 0
+    cure = (
+        f"{moved} chunks were moved to quarantine/: `stillhouse produce` makes them again"
+        if quarantine
+        else "`--quarantine` moves damaged chunks aside, so that `stillhouse produce` makes them again"
+    )
+    raise ChunkError(f"{len(damaged)} of {num_objects} objects in {url} are damaged; {cure}")
+
+
+def tidy(url: str, *, older_than_s: float) -> None:
+    """Remove the leftovers of killed writers that are `older_than_s` old, and name what lies in quarantine."""
+    swept = sweep(url, older_than_s=older_than_s, now=time.time())
+    for path in swept.removed:
+        print(f"removed {path}")
+    for key in swept.quarantined:
+        print(f"in quarantine: {key}")
+    print(f"{len(swept.removed)} leftovers removed, {len(swept.quarantined)} chunks in quarantine")
+
+
+def _recipes(url: str) -> list[StoredRecipe]:
+    recipes = list_recipes(url)
+    if not recipes:
+        raise _nothing_at(url)
+    return recipes
+
+
+def _nothing_at(url: str) -> StoreError:
+    return StoreError(f"there is no recipe in {url}; give the store.url of a config whose chunks have been produced")
+
+
+def _moved_aside(url: str, finding: Finding, recipes: dict[str, StoredRecipe]) -> bool:
+    stored = recipes.get(finding.key.partition("/")[0])
+    if stored is None or finding.number is None:
+        return False
+    try:
+        return ChunkStore(url, stored.recipe).quarantine(finding.number)
+    except RecipeError:  # a number that the recipe does not have: nobody reads it
+        return False
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as '3, 7-9', cut where that grows long."""
+    runs = [_run(group) for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(runs[:_MOST_RANGES]) + (f" and more: {len(numbers):,} in all" if len(runs) > _MOST_RANGES else "")
+
+
+def _run(group: Iterable[tuple[int, int]]) -> str:
+    numbers = [number for _, number in group]
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
