@@ -138,13 +138,16 @@ def check_packing(model: PreTrainedModel, *, vocab_size: int) -> None:
             changed_BL[row, part] = other_BL[row, part]
         return _relative_difference(final_hidden(model, changed_BL, positions_BL), packed_BLH)
 
+    noise = max(float(after_changing((row, slice(None)))[1 - row].max()) for row in (0, 1))
     moved = [(after_changing(*enumerate(first)), second), (after_changing(*enumerate(second)), first)]
-    leak = max(float(moved_BL[row, part].median()) for moved_BL, parts in moved for row, part in enumerate(parts))
+    moves = [moved_BL[row, part] for moved_BL, parts in moved for row, part in enumerate(parts)]
+    # Without noise the furthest token tells. With it a few tokens may have gone to other experts: then the middle one does.
+    leak = max(float(move_L.median() if noise else move_L.max()) for move_L in moves)
     alone = 0.0
     for row, part in (*enumerate(first), *enumerate(second)):
         alone_LH = final_hidden(model, ids_BL[row : row + 1, part], positions_BL[row : row + 1, part])[0]
         alone = max(alone, float(_relative_difference(packed_BLH[row, part], alone_LH).median()))
-    rounding = 4 * float(after_changing((1, slice(None)))[0].max()) + LEAK_FLOOR[model.dtype]
+    rounding = 4 * noise + LEAK_FLOOR[model.dtype]
     if not (leak <= rounding and alone <= PACKING_TOLERANCE[model.dtype]):
         raise ModelError(
             f"{type(model).__name__} lets documents packed in one row see each other: a document's hidden states move by {leak:.2g} of"
