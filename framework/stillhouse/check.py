@@ -107,11 +107,8 @@ def _store(made: Plan, found: _Findings) -> None:
     found.rows += [
         ("targets", f"k = {recipe.k}, {recipe.codec.name}: {recipe.codec.bytes_per_token:,} bytes each"),
         ("store", f"{url}/{recipe.fingerprint[:16]}"),
-        (
-            "",
-            f"{num_chunks:,} chunks of {recipe.chunk_sequences:,} sequences, {_size(per_chunk)} each, {_size(num_chunks * per_chunk)} in all",
-        ),
-        ("", f"{len(present):,} of them are there already"),
+        ("", f"{num_chunks:,} chunks of {recipe.chunk_sequences:,} sequences, {_size(per_chunk)} each; {len(present):,} are there already"),
+        ("", f"{_size(num_chunks * per_chunk)} in all"),
         ("window", f"teachers run up to {ahead:,} chunks ahead of the student: {_size(ahead * per_chunk)}"),
     ]
     if ahead < num_chunks and window_bytes > made.config.store.window_bytes:

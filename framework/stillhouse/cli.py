@@ -240,7 +240,7 @@ def _quieten() -> None:
         "WANDB_SILENT": "true",
     }
     if not sys.stderr.isatty():
-        settings |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        settings |= dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1")
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be set back by its import

@@ -3,18 +3,20 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from stillhouse.config import Config, StudentSection
+from stillhouse.config import Config, ModelSection, StudentSection
 from stillhouse.corpus import Split, prepare_corpus
 from stillhouse.errors import ConfigError
-from stillhouse.models import check_same_ids, load_tokenizer, model_identity, tokenizer_digest, vocab_size_of
-from stillhouse.store import Recipe
+from stillhouse.models import ModelIdentity, check_same_ids, load_tokenizer, model_identity, tokenizer_digest, vocab_size_of
+from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.order import Order
 from stillhouse.student.train import TrainJob, order_of
 from stillhouse.teacher.model import WorkItem
+
+_Section = TypeVar("_Section", bound=ModelSection)
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,7 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     Raises ModelError, CorpusError or ConfigError for what cannot be used, before anything heavy starts.
     """
     teacher, student = model_identity(config.teacher), model_identity(config.student)
-    config = config.model_copy(
-        update={
-            "teacher": config.teacher.model_copy(update={"revision": teacher.revision}),
-            "student": config.student.model_copy(update={"revision": student.revision}),
-        }
-    )
+    config = config.model_copy(update={"teacher": _pinned(config.teacher, teacher), "student": _pinned(config.student, student)})
     tokenizer = load_tokenizer(config.teacher.model, revision=teacher.revision, trust_remote_code=config.teacher.trust_remote_code)
     check_same_ids(tokenizer, _student_tokenizer(config.student))
     vocab_size = vocab_size_of(tokenizer)
@@ -111,7 +108,15 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         temperature=config.target.temperature,
         value_bits=config.target.value_bits,
     )
-    return Plan(config, run_dir, tokenizer, split, recipe)
+    store = config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url})
+    return Plan(config.model_copy(update={"store": store}), run_dir.absolute(), tokenizer, split, recipe)
+
+
+def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
+    """The section with its revision resolved and a local directory spelt out: a worker's own directory is another one."""
+    path = Path(section.model).expanduser()
+    model = str(path.resolve()) if path.is_dir() else section.model
+    return section.model_copy(update={"model": model, "revision": identity.revision})
 
 
 def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerFast:
