@@ -38,6 +38,8 @@ def speak_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
         monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     return choose
 
@@ -129,7 +131,7 @@ def test_a_missing_permission_and_a_missing_bucket_say_what_to_do(store: ChunkSt
 
 
 class Wayward(ThreadingHTTPServer):
-    """An object server that obeys conditional puts and ranges, and does first whatever is in `script`: a status, or silence."""
+    """It obeys conditional puts and ranges, and does first what its `script` says: answer a status, nothing, or half of an object."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), WaywardHandler)
@@ -178,13 +180,18 @@ class WaywardHandler(BaseHTTPRequestHandler):
         match self.server.script.pop(0):
             case int(status):
                 self.answer(status)
-            case _:
+            case "silence":
                 self.server.released.wait(20)
+            case "half":
+                data = self.server.objects[self.path]
+                self.answer(200, data[: len(data) // 2], length=len(data), ETag='"1"')
+                self.close_connection = True
         return True
 
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def answer(self, status: int, body: bytes = b"", *, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body)), "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}.items():
+        length = len(body) if length is None else length
+        for name, value in {**headers, "Content-Length": str(length), "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -223,6 +230,13 @@ def test_a_store_that_always_contradicts_itself_is_given_up(wayward: Wayward):
 def test_a_busy_store_is_asked_again(wayward: Wayward):
     wayward.script = [503, 503, 500]
     assert not ChunkStore("s3://bucket", RECIPE).publish(make_chunk(RECIPE, 0)).duplicate
+
+
+def test_an_answer_that_breaks_off_is_read_to_its_end(wayward: Wayward):
+    store = ChunkStore("s3://bucket", RECIPE)
+    store.publish(make_chunk(RECIPE, 0))
+    wayward.script = ["half"]
+    np.testing.assert_array_equal(store.fetch(0).targets_NB, make_chunk(RECIPE, 0).targets_NB)
 
 
 def test_a_silent_store_is_given_up_in_time(wayward: Wayward):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from obstore.exceptions import GenericError, PermissionDeniedError
+from obstore.exceptions import GenericError, PermissionDeniedError, PreconditionError
 
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError, RecipeError, StoreError
@@ -368,8 +368,11 @@ def test_a_full_store_says_so_and_keeps_no_part_of_the_chunk(store: ChunkStore):
         (OSError("Read-only file system (os error 30)"), StoreError, "permission denied"),
         (PermissionDeniedError("403 Forbidden"), StoreError, "credentials and their rights"),
         (FileNotFoundError("<Code>NoSuchBucket</Code>"), StoreError, "no such bucket"),
+        (GenericError("Received redirect without LOCATION"), StoreError, "set AWS_REGION"),
         (GenericError("Error performing PUT http://169.254.169.254/latest/api/token"), StoreError, "no credentials were found"),
         (GenericError("HTTP error: error sending request"), StoreUnavailable, "cannot be reached"),
+        (GenericError("HTTP error: request or response body error"), StoreUnavailable, "cannot be reached"),
+        (PreconditionError("412 Precondition Failed"), StoreUnavailable, "replaced while it was read"),
         (GenericError("Server returned non-2xx status code: 503 Slow Down"), StoreUnavailable, "too busy"),
         (GenericError("an oddity\n\nDebug source: many lines"), StoreError, r"\(an oddity\)$"),
     ],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
 from stillhouse.errors import StoreError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _REMOTE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CREATE_ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.05
+_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
 _MERGE_BYTES = 256 << 10  # reading on over a gap of this size costs less than asking once more
 
 
@@ -67,6 +68,8 @@ class Blobs:
                     return True
                 except AlreadyExistsError:
                     pass
+                except FileNotFoundError as error:
+                    raise explain(error, doing=f"write {key}", url=self.url) from error
             if self.stat(key) is not None:
                 return False
             sleep(_FIRST_PAUSE_S * 2**attempt)  # S3 answered 409: two writers at once, of whom perhaps neither has won
@@ -146,7 +149,7 @@ class Blobs:
         try:
             yield
         except (BaseError, OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
+            if isinstance(error, FileNotFoundError) and not _NO_BUCKET.search(str(error)):
                 raise
             raise explain(error, doing=doing, url=self.url) from error
 
@@ -154,17 +157,21 @@ class Blobs:
 def explain(error: Exception, *, doing: str, url: str) -> StoreError:
     """A library's or the system's error as one that says what to do."""
     text = str(error)
-    advice = "see the cause below"
+    advice = "check store.url, and what its provider wants in the environment"
     kind: type[StoreError] = StoreError
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or re.search(r"os error (1|13|30)\)", text):
         advice = "permission denied: check the credentials and their rights to list, read, create and delete here"
     elif re.search(r"os error (27|28|122)\)", text):
         advice, kind = "the disk is full, or the quota spent: free some space", StoreUnavailable
-    elif "NoSuchBucket" in text or "bucket does not exist" in text:
+    elif _NO_BUCKET.search(text):
         advice = "there is no such bucket: create it, or correct the name in store.url"
     elif re.search(r"169\.254\.169\.254|metadata\.google|credential", text, re.IGNORECASE):
         advice = "no credentials were found: set those of the store's provider in the environment, such as AWS_ACCESS_KEY_ID"
-    elif re.search(r"error sending request|connect|dns|timed? ?out|\b(408|429|5\d\d) |SlowDown", text, re.IGNORECASE):
+    elif re.search(r"redirect|AuthorizationHeaderMalformed", text, re.IGNORECASE):
+        advice = "the bucket is elsewhere: set AWS_REGION to its region"
+    elif isinstance(error, PreconditionError):
+        advice, kind = "it was replaced while it was read: read it again", StoreUnavailable
+    elif re.search(r"error sending request|connect|dns|timed? ?out|response body|\b(408|429|5\d\d) |SlowDown", text, re.IGNORECASE):
         advice, kind = "it cannot be reached, or is too busy: check the network and, where one is set, the endpoint", StoreUnavailable
     return kind(f"cannot {doing} in {url}: {advice} ({_first_line(text)})")
 
