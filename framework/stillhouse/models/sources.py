@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError
+from safetensors import SafetensorError
 
 from stillhouse.errors import ModelError
 
@@ -23,7 +24,7 @@ def source_of(model: str) -> str:
 def from_hub(load: Callable[[], Any], what: str, model: str) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise unusable(what, model, error) from error
 
 

@@ -32,7 +32,14 @@ def load_model(
     source, pinned = source_of(section.model), {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     if random_init_seed is None:
         model, report = from_hub(
-            lambda: AutoModelForCausalLM.from_pretrained(source, **pinned, dtype=dtype, device_map=device_map, output_loading_info=True),
+            lambda: AutoModelForCausalLM.from_pretrained(
+                source,
+                **pinned,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below by name
+            ),
             "model",
             section.model,
         )
