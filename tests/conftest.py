@@ -20,11 +20,32 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[dict[str, float]]:
+def s3_endpoint() -> Iterator[str]:
+    """A server that speaks S3, which every process started after this one finds in its environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    os.environ |= {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "an-id",
+        "AWS_SECRET_ACCESS_KEY": "a-secret",
+        "AWS_REGION": "us-east-1",
+    }
+    yield endpoint
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_endpoint: str) -> Iterator[dict[str, float]]:
     """One Ray cluster for the whole session; what the code under test attaches to."""
     from stillhouse.cluster import attached
     from stillhouse.config import ClusterSection
 
+    assert s3_endpoint == os.environ["AWS_ENDPOINT_URL"]
     with attached(ClusterSection(num_cpus=4)) as resources:
         yield resources
 

@@ -254,10 +254,11 @@ def _print_scores(scores: "Mapping[ModelName, Scores]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{max(score.num_tokens for score in scores.values()):,} held-out tokens")
+    num_tokens = max(score.num_tokens for score in scores.values())
+    table = Table(box=None, header_style="bold", caption=f"means over {num_tokens:,} held-out tokens, both models dense; nats")
     table.add_column("model")
-    for heading in ("cross-entropy", "KL from the teacher", "agreement", "acceptance", "calibration error"):
-        table.add_column(heading, justify="right")
+    for heading in ("cross-entropy", "KL from teacher", "agreement", "acceptance", "calibration"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, score in scores.items():
         compared = [f"{value:.4f}" if name != "teacher" else "" for value in (score.kl, score.agreement, score.acceptance)]
         table.add_row(name, f"{score.cross_entropy:.4f}", *compared, f"{score.calibration_error:.4f}")

@@ -3,6 +3,7 @@
 Nothing in a store changes here but for what `verify --quarantine` moves aside and what `sweep` removes.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -18,12 +19,15 @@ from stillhouse.store import ChunkStore, Finding, StoredRecipe, list_recipes, sw
 
 _DIGEST_DIGITS = 12
 _MOST_RANGES = 12
+_PIPE_WIDTH = 160  # rich would cut what a pipe receives at 80 columns
 
 
 def list_store(url: str) -> None:
     """Print a line for each recipe. Raises StoreError where there is none."""
-    table = Table("recipe", "teacher", "codec")
-    for heading in ("k", "bytes a target", "sequences", "chunks", "bytes"):
+    table = Table(box=None, header_style="bold")
+    for heading in ("recipe", "teacher", "codec"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("k", "sequences", "chunks", "bytes"):
         table.add_column(heading, justify="right")
     for fingerprint16, recipe, num_chunks, num_bytes in _recipes(url):
         table.add_row(
@@ -31,12 +35,11 @@ def list_store(url: str) -> None:
             recipe.teacher_digest[:_DIGEST_DIGITS],
             recipe.codec.name,
             str(recipe.k),
-            str(recipe.codec.bytes_per_token),
             f"{recipe.num_sequences:,} x {recipe.sequence_length:,}",
             f"{num_chunks:,} of {recipe.num_chunks:,}",
             decimal(num_bytes),
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
 def show_recipes(url: str, fingerprint: str) -> None:
@@ -48,13 +51,12 @@ def show_recipes(url: str, fingerprint: str) -> None:
     for stored in chosen:
         recipe = stored.recipe
         missing = sorted(set(range(recipe.num_chunks)) - ChunkStore(url, recipe).published())
-        figures = {"codec": recipe.codec.name, "bytes a target": recipe.codec.bytes_per_token}
-        figures |= {"chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}", "bytes": decimal(stored.num_bytes)}
-        figures |= {"missing": _ranges(missing)} if missing else {}
-        table = Table("fingerprint", recipe.fingerprint, title=f"{url}/{stored.fingerprint16}", title_justify="left")
-        for name, value in (asdict(recipe) | figures).items():
-            table.add_row(name, str(value))
-        Console().print(table)
+        figures: dict[str, object] = {"fingerprint": recipe.fingerprint, **asdict(recipe), "codec": recipe.codec.name}
+        figures |= {"bytes a target": recipe.codec.bytes_per_token, "chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}"}
+        figures |= {"missing chunks": _ranges(missing) or "none", "bytes": f"{stored.num_bytes:,}"}
+        print(f"{url}/{stored.fingerprint16}")
+        for name, value in figures.items():
+            print(f"  {name:<16}  {value}")
 
 
 def verify(url: str, *, quarantine: bool) -> None:

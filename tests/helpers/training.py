@@ -9,8 +9,9 @@ from torch import Tensor
 from stillhouse.models import load_model
 from stillhouse.store import ChunkStore
 from stillhouse.student.engine import StudentEngine
+from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
-from stillhouse.student.train import TrainJob, train
+from stillhouse.student.train import train
 from stillhouse.tracking import Row, TrainRow
 
 CPU = torch.device("cpu")

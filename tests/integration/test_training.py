@@ -11,7 +11,7 @@ from helpers.ranks import RankGroup
 from helpers.training import first_gradients, train_and_tell, with_student
 from helpers.world import TinyWorld
 from stillhouse.errors import CheckpointError, StudentError
-from stillhouse.student.train import TrainJob
+from stillhouse.student.job import TrainJob
 from stillhouse.tracking import TrainRow
 
 Ranks = dict[int, RankGroup]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
+from typing import Literal
 
 from stillhouse.config import Config, parse_config, resolved_json
 from stillhouse.errors import RecipeError
@@ -55,6 +56,15 @@ def changes_that_matter(before: Config, after: Config) -> list[str]:
     ]
 
 
+def changes_since(plan: Plan) -> list[str]:
+    """What keeps this plan from going on with its run directory; empty where nothing does, or where there is no run yet."""
+    config_path, recipe_path = plan.run_dir / "config.json", plan.run_dir / "recipe.json"
+    changes = changes_that_matter(config_of(plan.run_dir), plan.config) if config_path.exists() else []
+    if recipe_path.exists():
+        changes += differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), plan.recipe)
+    return changes
+
+
 @contextmanager
 def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     """One use of the run directory: claims it, journals start and end, and shows the journal while the block lasts.
@@ -67,27 +77,25 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     journal = Journal(plan.run_dir / "journal.jsonl")
     num_earlier = sum(isinstance(row, StartRow) for row in JournalReader(journal.path).new_rows())
     journal.record(_start_row(plan, command, num_earlier + 1))
-    with _shown(journal.path, _views(plan)):
-        try:
-            yield journal
-        except KeyboardInterrupt:
-            journal.record(EndRow("interrupted", monotonic() - began, "Ctrl-C; the same command goes on from here"))
-            raise
-        except BaseException as error:
-            journal.record(EndRow("failed", monotonic() - began, str(error)))
-            raise
-        journal.record(EndRow("done", monotonic() - began, ""))
+    with _ended(journal, began):
+        views = _views(plan)
+    with _shown(journal.path, views), _ended(journal, began, outcome="done"):
+        yield journal
 
 
-def changes_since(plan: Plan) -> list[str]:
-    """Why the plan's run directory cannot be its own: what differs, beyond what may, from the run that lives there; [] where none does."""
-    recipe_path = plan.run_dir / "recipe.json"
-    if not (plan.run_dir / "config.json").exists():
-        return []
-    changes = changes_that_matter(config_of(plan.run_dir), plan.config)
-    if recipe_path.exists():
-        changes += differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), plan.recipe)
-    return changes
+@contextmanager
+def _ended(journal: Journal, began: float, *, outcome: Literal["done"] | None = None) -> Iterator[None]:
+    """Journal how the block ended: with `outcome` where it went well and one is given, always where it raised."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        journal.record(EndRow("interrupted", monotonic() - began, "Ctrl-C; the same command goes on from here"))
+        raise
+    except BaseException as error:
+        journal.record(EndRow("failed", monotonic() - began, str(error)))
+        raise
+    if outcome is not None:
+        journal.record(EndRow(outcome, monotonic() - began, ""))
 
 
 def _claim(plan: Plan) -> None:
@@ -162,7 +170,7 @@ def model_card(plan: Plan, role: str) -> str:
         f"| student | {config.student.model} (from {config.student.init}) |",
         f"| teacher | {config.teacher.model}, {config.teacher.dtype} |",
         f"| data | {config.corpus.dataset}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
-        f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, cross-entropy weighted {config.student.ce_weight:g} |",
+        f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, plus {config.student.ce_weight:g} of cross-entropy |",
         f"| optimiser steps | {plan.total_steps:,} of {config.student.global_batch_sequences} sequences |",
         f"| recipe | `{recipe.fingerprint}` |",
     ]

@@ -12,8 +12,8 @@ from stillhouse.corpus import Split, prepare_corpus
 from stillhouse.errors import ConfigError
 from stillhouse.models import ModelIdentity, check_same_ids, load_tokenizer, model_identity, tokenizer_digest, vocab_size_of
 from stillhouse.store import ChunkStore, Recipe
+from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.order import Order
-from stillhouse.student.train import TrainJob, order_of
 from stillhouse.teacher.model import WorkItem
 
 _Section = TypeVar("_Section", bound=ModelSection)

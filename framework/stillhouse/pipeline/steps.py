@@ -13,8 +13,7 @@ from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore
-from stillhouse.student.export import export
-from stillhouse.student.train import fit
+from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.tracking import EvalRow, Journal
@@ -66,6 +65,8 @@ def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
 
 def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "student") -> int:
     """Write a trained model as a plain Hugging Face directory; returns the optimiser steps behind it."""
+    from stillhouse.student.export import export  # DeepSpeed, which only this needs here, takes seconds to import
+
     job = next((job for job in made.jobs() if job.role == role), None)
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")

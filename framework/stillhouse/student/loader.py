@@ -1,7 +1,7 @@
 """From chunks to micro-batches: a rank reads only its own rows, verifies them, and decodes them ahead of the step that needs them.
 
 The loader has no state but the step: what it yields is a pure function of (order, step, rank, world size). A chunk that is not in
-the store yet is waited for; a chunk that is damaged is reported and waited for until it has been replaced.
+the store yet is waited for, as is a store that does not answer; a chunk that is damaged is reported and waited for until it has been replaced.
 
 Shapes: B sequences, L positions, T target tokens.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stillhouse.errors import ChunkError, StudentError
 from stillhouse.logits import CompressedLogits, decode
-from stillhouse.store import Chunk, ChunkMissing, ChunkStore
+from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
@@ -164,7 +164,7 @@ class BatchReader:
         while not self._closed.wait(0):
             try:
                 return self._store.fetch_rows(number, rows)
-            except ChunkMissing:
+            except (ChunkMissing, StoreUnavailable):
                 pass
             except ChunkError:
                 if not reported:

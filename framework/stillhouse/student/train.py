@@ -1,69 +1,23 @@
-"""The training loop of a student, and the Ray Train workers that run it: read, step, journal, commit.
+"""The training loop of a student: read, step, journal, commit.
 
-The loop is a plain function of a job and an existing process group; Ray Train only starts it, once on each rank. It resumes by itself:
-where the job's directory holds a commit that verifies, it goes on from there.
+A plain function of a job and an existing process group. It resumes by itself: where the job's directory holds a commit that verifies,
+it goes on from there.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from time import monotonic
-from typing import Literal
 
-import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import TorchConfig, TorchTrainer
-from torch.distributed import distributed_c10d
 
-from stillhouse.cluster import Board, Placement, Secrets, cause_of, prepare_process
-from stillhouse.config import StudentSection
-from stillhouse.errors import CheckpointError, StillhouseError, StudentError
+from stillhouse.cluster import Board
+from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_model
-from stillhouse.store import ChunkStore, Recipe
+from stillhouse.store import ChunkStore
 from stillhouse.student import checkpoint
 from stillhouse.student.engine import StudentEngine, learning_rate_at
+from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import Batch, BatchReader, refuse_bad_chunk
-from stillhouse.student.order import Order
-from stillhouse.tracking import CheckpointRow, Journal, Tracker, TrainRow
-
-_PEER_TIMEOUT = timedelta(minutes=10)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainJob:
-    """One student's training, as every rank of it receives it."""
-
-    role: Literal["student", "control"]
-    section: StudentSection
-    recipe: Recipe
-    store_url: str
-    run_dir: Path
-    total_steps: int
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints" / self.role
-
-    @property
-    def journal(self) -> Path:
-        return self.run_dir / "journal.jsonl"
-
-    @property
-    def order(self) -> Order:
-        return order_of(self.section, self.recipe)
-
-
-def order_of(section: StudentSection, recipe: Recipe) -> Order:
-    """The order in which a student of this section reads the recipe's sequences."""
-    return Order(
-        num_sequences=recipe.num_sequences,
-        chunk_sequences=recipe.chunk_sequences,
-        global_batch_sequences=section.global_batch_sequences,
-        seed=section.seed,
-        window_chunks=section.shuffle_window_chunks,
-    )
+from stillhouse.tracking import CheckpointRow, Tracker, TrainRow
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, board: Board | None) -> None:
@@ -190,64 +144,3 @@ def _commit(engine: StudentEngine, job: TrainJob, step: int, journal: Tracker | 
         checkpoint.retain(job.checkpoints, job.section.keep_checkpoints)
         journal.record(CheckpointRow(role=job.role, step=step, seconds=monotonic() - began, num_bytes=made.num_bytes))
     dist.barrier()
-
-
-@dataclass(frozen=True, slots=True)
-class _WorkerArguments:
-    jobs: Sequence[TrainJob]
-    device: str
-    threads: int
-    secrets: Secrets
-    board: Board | None
-
-
-def fit(
-    jobs: Sequence[TrainJob],
-    *,
-    where: Placement,
-    num_workers: int,
-    threads: int,
-    secrets: Secrets,
-    board: Board | None,
-    max_failures: int,
-) -> None:
-    """Train the jobs one after the other on a Ray Train worker group; blocks until they are done.
-
-    A rank that dies takes the group with it, and the group starts again from the last commit, `max_failures` times. An error of
-    ours (a diverged loss, a damaged checkpoint) would only come again: it is raised at once.
-    """
-    arguments = _WorkerArguments(jobs, where.device, threads, secrets, board)
-    for attempt in range(max_failures + 1):
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"arguments": arguments},
-            torch_config=TorchConfig(backend="nccl" if where.device == "cuda" else "gloo", timeout_s=int(_PEER_TIMEOUT.total_seconds())),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=num_workers,
-                use_gpu=where.num_gpus > 0,
-                resources_per_worker=where.times(1),
-            ),
-            run_config=ray.train.RunConfig(name="train", storage_path=str((jobs[0].run_dir / "ray").resolve())),
-        )
-        try:
-            trainer.fit()
-            return
-        except ray.train.WorkerGroupError as error:
-            failures = [cause_of(failure) for failure in error.worker_failures.values()]
-            ours = next((failure for failure in failures if isinstance(failure, StillhouseError)), None)
-            if ours is not None:
-                raise ours from None
-            if attempt == max_failures:
-                raise StudentError(f"the student's ranks failed {attempt + 1} times, last with: {failures[0]!r}") from error
-
-
-def _worker(config: dict[str, _WorkerArguments]) -> None:
-    arguments = config["arguments"]
-    prepare_process(arguments.device, arguments.threads)
-    arguments.secrets.adopt()
-    distributed_c10d.default_pg_timeout = _PEER_TIMEOUT  # ZeRO makes groups of its own, which would wait for ever
-    device = torch.device("cpu")
-    if arguments.device == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    for job in arguments.jobs:
-        train(job, device=device, journal=Journal(job.journal), board=arguments.board)

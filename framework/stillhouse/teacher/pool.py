@@ -11,9 +11,9 @@ from typing import Any
 import ray
 
 from stillhouse.cluster import Board, Placement, Secrets, cause_of
-from stillhouse.errors import ChunkError, StillhouseError, TeacherError, UserError
+from stillhouse.errors import StillhouseError, TeacherError, UserError
 from stillhouse.logits import CompressedLogits
-from stillhouse.store import ChunkMissing, ChunkStore, StoreUnavailable
+from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import Produced, Ready, TeacherJob, spawn
 from stillhouse.teacher.leases import LeaseTable
 from stillhouse.teacher.model import WorkItem, require_same_teacher
@@ -175,12 +175,9 @@ class TeacherPool:
                     raise TeacherError(f"{self._num_lost_starting} teachers died while they started, the last with: {reason}")
 
     def _replace(self, number: int) -> None:
-        """A reader found the chunk damaged. Look before believing it: two readers may report the same chunk."""
-        try:
-            self._store.fetch(number)
-        except (ChunkError, ChunkMissing):
-            if self._table.reopen(number):
-                self._store.quarantine(number)
+        """A reader found the chunk damaged. The store looks before it believes: readers may err, and two may report the same chunk."""
+        if self._store.quarantine(number):
+            self._table.reopen(number)
 
     def _record(self, *, force: bool = False) -> None:
         now = monotonic()

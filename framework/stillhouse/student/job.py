@@ -1,0 +1,44 @@
+"""A training job as a value: what every rank of one student receives."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stillhouse.config import StudentSection
+from stillhouse.store import Recipe
+from stillhouse.student.order import Order
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """One student's training, as every rank of it receives it."""
+
+    role: Literal["student", "control"]
+    section: StudentSection
+    recipe: Recipe
+    store_url: str
+    run_dir: Path
+    total_steps: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints" / self.role
+
+    @property
+    def journal(self) -> Path:
+        return self.run_dir / "journal.jsonl"
+
+    @property
+    def order(self) -> Order:
+        return order_of(self.section, self.recipe)
+
+
+def order_of(section: StudentSection, recipe: Recipe) -> Order:
+    """The order in which a student of this section reads the recipe's sequences."""
+    return Order(
+        num_sequences=recipe.num_sequences,
+        chunk_sequences=recipe.chunk_sequences,
+        global_batch_sequences=section.global_batch_sequences,
+        seed=section.seed,
+        window_chunks=section.shuffle_window_chunks,
+    )
