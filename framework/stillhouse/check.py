@@ -200,9 +200,13 @@ def _needs(section: ModelSection, available: Mapping[str, float]) -> str:
 
 
 def _run_directory(made: Plan, found: _Findings) -> None:
+    is_there = (made.run_dir / "config.json").exists()
+    found.rows.append(("run", f"{made.run_dir}: {'a run to go on with' if is_there else 'new'}"))
+    try:
+        _require_writable(made.run_dir)
+    except StoreError as error:
+        found.obstacles.append(f"--run-dir: {error}")
     changes = changes_since(made)
-    state = "a run to go on with" if (made.run_dir / "config.json").exists() else "new"
-    found.rows.append(("run", f"{made.run_dir}: {state}"))
     if changes:
         found.obstacles.append(
             f"{made.run_dir} belongs to another run; these differ:\n"

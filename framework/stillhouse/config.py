@@ -18,7 +18,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A part of the configuration: frozen, and closed to names that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -200,6 +200,8 @@ def resolved_json(config: Config) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return _parse(path.read_text(encoding="utf-8"), where=str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: it is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}; give the path of a TOML file") from None
 

@@ -23,12 +23,12 @@ from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_that_matter
 from stillhouse.store import ChunkStore
 from stillhouse.student import checkpoint
-from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, latest_train_rows, read_journal
+from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 TEACHERS = {"min_replicas": 2, "max_replicas": 2}
-STUDENT = {"zero_stage": 2, "max_steps": 40}
+STUDENT = {"zero_stage": 2, "max_steps": 60}
 
 
 def journal(made: Plan) -> list[Row]:
@@ -57,7 +57,7 @@ def test_a_run_ends_with_every_chunk_every_step_and_a_report(undisturbed: Plan) 
     assert ChunkStore(undisturbed.config.store.url, undisturbed.recipe).published() == set(undisturbed.chunks)
     assert {row.replica for row in rows if isinstance(row, TeacherRow)} == {0, 1}
     for role in ("student", "control"):
-        assert [step for step, *_ in curve(undisturbed, role)] == list(range(1, 41))
+        assert [step for step, *_ in curve(undisturbed, role)] == list(range(1, 61))
     assert isinstance(rows[-1], EndRow)
     assert rows[-1].outcome == "done"
     assert (undisturbed.run_dir / "report.html").stat().st_size > 10_000
@@ -100,17 +100,24 @@ def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callab
         return process.wait(timeout=60)
 
 
+def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
+    """Whether the journal shows that the attempt is a few steps past a checkpoint."""
+
+    def reached(rows: list[Row]) -> bool:
+        starts = [index for index, row in enumerate(rows) if isinstance(row, StartRow)]
+        return len(starts) == number and sum(isinstance(row, TrainRow) for row in rows[starts[-1] :]) >= 6
+
+    return reached
+
+
 def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(undisturbed: Plan, tiny_world: TinyWorld, tmp_path: Path) -> None:
     settings = {"store": {"url": str(tmp_path / "store")}, "teacher": TEACHERS, "cluster": {"num_cpus": 4}}
     made = tiny_world.plan(tmp_path / "run", **settings, student=STUDENT | {"checkpoint_every_steps": 4})
     config = tmp_path / "run.toml"
     config.write_text(as_toml(made))
 
-    def student_is_past(step: int) -> Callable[[list[Row]], bool]:
-        return lambda rows: len(latest_train_rows(rows, "student")) > step
-
-    assert run_until(made, config, signal.SIGKILL, reached=student_is_past(5)) == -signal.SIGKILL
-    assert run_until(made, config, signal.SIGINT, reached=student_is_past(14)) == 130
+    assert run_until(made, config, signal.SIGKILL, reached=attempt_has_trained(1)) == -signal.SIGKILL
+    assert run_until(made, config, signal.SIGINT, reached=attempt_has_trained(2)) == 130
     pipeline.run(tiny_world.plan(made.run_dir, **settings, student=STUDENT | {"checkpoint_every_steps": 100, "prefetch_batches": 1}))
     rows = journal(made)
     assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]

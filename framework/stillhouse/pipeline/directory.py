@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Literal
 
 from stillhouse.config import Config, parse_config, resolved_json
-from stillhouse.errors import RecipeError
+from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore, differences, parse_recipe
 from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView
@@ -107,7 +107,10 @@ def _claim(plan: Plan) -> None:
             + "\n".join(f"  - {change}" for change in changes)
             + "\nSet them back to go on with it, or name another --run-dir."
         )
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the run directory {plan.run_dir}: {error.strerror}; name another --run-dir") from None
     (plan.run_dir / "config.json").write_text(resolved_json(plan.config))
     (plan.run_dir / "recipe.json").write_bytes(plan.recipe.canonical_json())
 

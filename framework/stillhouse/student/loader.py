@@ -1,7 +1,7 @@
 """From chunks to micro-batches: a rank reads only its own rows, verifies them, and decodes them ahead of the step that needs them.
 
-The loader has no state but the step: what it yields is a pure function of (order, step, rank, world size). A chunk that is not in
-the store yet is waited for, as is a store that does not answer; a chunk that is damaged is reported and waited for until it has been replaced.
+The loader has no state but the step: what it yields is a pure function of (order, step, rank, world size). A chunk that is not there
+yet is waited for, as is a store that does not answer; a damaged chunk is reported, and waited for until it has been replaced.
 
 Shapes: B sequences, L positions, T target tokens.
 """

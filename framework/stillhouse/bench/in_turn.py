@@ -1,0 +1,148 @@
+"""What the pipeline has to beat: teacher and student in turn in one process, in plain PyTorch, with no store, codec, Ray or DeepSpeed.
+
+Two forms: "compressed" has the library's own kernels, so that only the machinery around them is compared; "dense" is what people write
+first, the full logits of both models and torch's KL. Batches, micro-batches, loss and optimiser are those of the pipeline.
+
+Shapes: S sequences of one step, B of one micro-batch, L positions, T target tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import itemgetter
+from time import monotonic
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from stillhouse.config import StudentSection, TeacherSection
+from stillhouse.corpus import Rows
+from stillhouse.logits import CompressedLogits
+from stillhouse.models import final_hidden, head_of, load_model
+from stillhouse.store import Recipe
+from stillhouse.student.loss import distillation_loss, divergence_named
+from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
+
+Form = Literal["compressed", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Everything that the process needs; it travels to a fresh one."""
+
+    form: Form
+    teacher: TeacherSection
+    student: StudentSection
+    recipe: Recipe
+    rows: Rows  # in training order, a whole number of global batches
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """One optimiser step: teacher, forward, backward, update."""
+
+    loss: float  # mean over its target tokens, nats
+    num_tokens: int  # target tokens
+    teacher_s: float
+    seconds: float  # the whole step, the teacher included
+
+
+@dataclass(frozen=True, slots=True)
+class _MicroBatch:
+    token_ids_BL: Tensor
+    positions_BL: Tensor
+    target_positions_T: Tensor  # into the flattened [B * L] positions
+
+    @classmethod
+    def of(cls, rows: Rows) -> "_MicroBatch":
+        ids_BL, positions_BL = (torch.from_numpy(array.astype(np.int64)) for array in (rows.token_ids_SL, rows.positions_SL))
+        return cls(ids_BL, positions_BL, torch.from_numpy(np.flatnonzero(rows.loss_mask_SL)))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.target_positions_T.shape[0]
+
+
+class _Lean:
+    """Top-k targets straight from the head, and the fused sparse loss."""
+
+    def __init__(self, lesson: Lesson):
+        self._section, self._recipe = lesson.student, lesson.recipe
+        self._teacher = HuggingFaceTeacher(lesson.teacher, lesson.recipe, device="cpu")
+        self._divergence = divergence_named(lesson.student.divergence, lesson.student.mix)
+
+    def targets(self, rows: Rows) -> list[CompressedLogits]:
+        whole = self._teacher.compress(WorkItem(0, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL))
+        ends = np.cumsum([part.loss_mask_SL.sum() for part in _split(rows, self._section.micro_batch_sequences)]).tolist()
+        spans = [slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+        return [whole.map(itemgetter(span)) for span in spans]
+
+    def loss(self, student: PreTrainedModel, batch: _MicroBatch, target: CompressedLogits) -> Tensor:
+        hidden_BLH = final_hidden(student, batch.token_ids_BL, batch.positions_BL)
+        hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T)
+        head = head_of(student, vocab_size=self._recipe.vocab_size)
+        return distillation_loss(hidden_TH, head, target, divergence=self._divergence, block_tokens=self._section.block_tokens).total
+
+
+class _Dense:
+    """Both models' full logits, and torch's own KL."""
+
+    def __init__(self, lesson: Lesson):
+        self._section, self._vocab_size = lesson.student, lesson.recipe.vocab_size
+        self._teacher = load_model(lesson.teacher)
+
+    @torch.no_grad()
+    def targets(self, rows: Rows) -> list[Tensor]:
+        return [self._logprobs(self._teacher, _MicroBatch.of(part)) for part in _split(rows, self._section.micro_batch_sequences)]
+
+    def loss(self, student: PreTrainedModel, batch: _MicroBatch, target_TV: Tensor) -> Tensor:
+        return F.kl_div(self._logprobs(student, batch), target_TV, reduction="sum", log_target=True)
+
+    def _logprobs(self, model: PreTrainedModel, batch: _MicroBatch) -> Tensor:
+        logits_BLV = model(input_ids=batch.token_ids_BL, position_ids=batch.positions_BL, use_cache=False).logits
+        logits_TV = logits_BLV.flatten(0, 1)[batch.target_positions_T, : self._vocab_size]
+        return F.log_softmax(logits_TV.float(), dim=-1)
+
+
+def train_in_turn(lesson: Lesson) -> list[TimedStep]:
+    """Train on the lesson's batches, in this process, with `threads` torch threads; the learning rate is constant."""
+    torch.set_num_threads(lesson.threads)
+    section = lesson.student
+    student = load_model(section, random_init_seed=section.seed if section.init == "config" else None).train()
+    form = _Lean(lesson) if lesson.form == "compressed" else _Dense(lesson)
+    optimizer = _adamw(student, section)
+    return [_step(rows, form, student, optimizer, section) for rows in _split(lesson.rows, section.global_batch_sequences)]
+
+
+def _step(
+    rows: Rows, form: _Lean | _Dense, student: PreTrainedModel, optimizer: torch.optim.Optimizer, section: StudentSection
+) -> TimedStep:
+    began = monotonic()
+    targets: list[Any] = form.targets(rows)
+    taught = monotonic()
+    num_tokens, total = int(rows.loss_mask_SL.sum()), 0.0
+    for part, target in zip(_split(rows, section.micro_batch_sequences), targets, strict=True):
+        loss = form.loss(student, _MicroBatch.of(part), target)
+        (loss / num_tokens).backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), section.gradient_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return TimedStep(total / num_tokens, num_tokens, taught - began, monotonic() - began)
+
+
+def _split(rows: Rows, num_sequences: int) -> Iterator[Rows]:
+    return (rows.select(slice(start, start + num_sequences)) for start in range(0, len(rows), num_sequences))
+
+
+def _adamw(model: PreTrainedModel, section: StudentSection) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas)

@@ -1,0 +1,151 @@
+"""`check` says what a run makes and needs, and what would stop it; it loads no weights and writes nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from helpers.command import Outcome, as_toml, stillhouse
+from helpers.models import make_model
+from helpers.world import TinyWorld, merged
+from stillhouse.pipeline import Plan
+from stillhouse.store import ChunkStore
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def filled(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan whose chunks are all in its store."""
+    made = tiny_world.plan(Path("run"), store={"url": str(tmp_path_factory.mktemp("filled") / "store")})
+    tiny_world.fill_store(made)
+    return made
+
+
+@pytest.fixture
+def check(tiny_world: TinyWorld, tmp_path: Path, cache: Path):
+    """Runs `stillhouse check` on the tiny world, with changes, in a run directory and a store that do not exist."""
+
+    def run(**changes: dict[str, object]) -> Outcome:
+        config = tmp_path / "config.toml"
+        values = merged(tiny_world.values, {"store": {"url": str(tmp_path / "store")}})
+        config.write_text(as_toml(merged(values, changes)))
+        return stillhouse("check", config, "--run-dir", tmp_path / "run", cache=cache)
+
+    return run
+
+
+def rows_of(outcome: Outcome) -> dict[str, str]:
+    """What stands beside each label; lines without one belong to the label before."""
+    rows: dict[str, str] = {}
+    label = ""
+    for line in outcome.out.splitlines():
+        label = line[:11].strip() or label
+        rows[label] = f"{rows.get(label, '')} {line[11:].strip()}".strip()
+    return rows
+
+
+def test_it_says_what_follows_from_the_config(check, filled: Plan):
+    outcome = check()
+    assert outcome.code == 0, outcome
+    rows, corpus, recipe = rows_of(outcome), filled.split.train, filled.recipe
+    assert f"the same {recipe.vocab_size} ids" in rows["tokenizer"]
+    assert f"{corpus.num_sequences:,} sequences of 32 tokens" in rows["corpus"]
+    assert f"{corpus.num_targets:,} of them with a target; 8 more are held out" in rows["corpus"]
+    assert f"k = 8, {recipe.codec.name}: {recipe.codec.bytes_per_token} bytes each" in rows["targets"]
+    assert recipe.fingerprint[:16] in rows["store"]
+    assert f"{len(filled.chunks)} chunks of 8 sequences" in rows["store"]
+    assert "0 are there already" in rows["store"]
+    assert "50 steps of 8 sequences: 12,800 tokens" in rows["training"]
+    assert "0.25 CPU (on cpu)" in rows["cluster"]
+    assert "Nothing stands in the way" in outcome.out
+
+
+def test_the_bytes_that_it_promises_are_those_that_the_store_takes(filled: Plan):
+    sizes = [path.stat().st_size for path in Path(filled.config.store.url).rglob("*.safetensors")]
+    promised = filled.bytes_per_chunk * len(filled.chunks)
+    assert promised <= sum(sizes) <= promised + 2048 * len(sizes)
+
+
+def test_it_writes_nothing(check, tmp_path: Path):
+    check()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml"]
+
+
+def test_it_counts_the_chunks_that_are_there_already(check, filled: Plan):
+    outcome = check(store={"url": filled.config.store.url})
+    assert f"{len(filled.chunks)} are there already" in rows_of(outcome)["store"]
+
+
+def test_a_store_that_nearly_matches_is_named_with_the_fields_that_differ(check, filled: Plan):
+    outcome = check(store={"url": filled.config.store.url}, target={"k": 5})
+    assert outcome.code == 0, outcome
+    assert f"the store has {filled.recipe.fingerprint[:16]}" in outcome.out
+    assert "k (exact entries a token): 5 against 8" in outcome.out
+
+
+def test_no_weight_is_read(check, tmp_path: Path):
+    make_model(tmp_path / "hollow", vocab_size=300)
+    (tmp_path / "hollow" / "model.safetensors").write_bytes(b"")
+    outcome = check(teacher={"model": str(tmp_path / "hollow")}, student={"model": str(tmp_path / "hollow")})
+    assert outcome.code == 0, outcome
+    assert "parameters" in rows_of(outcome)["teacher"]
+
+
+def test_a_padded_head_is_fine_and_a_narrow_one_is_not(check, tmp_path: Path):
+    make_model(tmp_path / "padded", vocab_size=384, tokenizer_vocab_size=300)
+    make_model(tmp_path / "narrow", vocab_size=299, tokenizer_vocab_size=300)
+    padded = check(student={"model": str(tmp_path / "padded")})
+    assert padded.code == 0, padded
+    assert "padded by 84" in rows_of(padded)["student"]
+    narrow = check(student={"model": str(tmp_path / "narrow")})
+    assert narrow.code == 2
+    assert "299 rows, fewer than the tokenizer's 300 ids" in narrow.err
+
+
+def test_the_run_directory_of_another_run_is_refused_by_check_and_by_run(check, filled: Plan, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(filled.config.model_dump_json())
+    (run_dir / "recipe.json").write_bytes(filled.recipe.canonical_json())
+    same = check()
+    assert same.code == 0, same
+    assert "a run to go on with" in rows_of(same)["run"]
+    other = check(target={"k": 5})
+    assert other.code == 2
+    assert f"{run_dir} belongs to another run" in other.err
+    assert "target.k: 8 -> 5" in other.err
+    assert "name another --run-dir" in other.err
+    refused = stillhouse("run", tmp_path / "config.toml", "--run-dir", run_dir)
+    assert refused.code == 2
+    assert "target.k: 8 -> 5" in refused.err
+
+
+def test_what_is_unwise_is_noted_and_stops_nothing(check):
+    outcome = check(student={"warmup_steps": 50, "global_batch_sequences": 6}, store={"window_bytes": 100}, corpus={"sequence_length": 513})
+    assert outcome.code == 0, outcome
+    notes = [line for line in outcome.out.splitlines() if line.startswith("note: ")]
+    for words in ("never reaches its peak", "masked rows", "made for 512 positions"):
+        assert any(words in note for note in notes), words
+
+
+def test_a_store_of_which_nothing_is_known_stays_as_it_was(check, tmp_path: Path):
+    (tmp_path / "store").mkdir()
+    check()
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_every_obstacle_is_named_at_once(check, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    outcome = check(student={"num_cpus": 1000}, store={"url": str(tmp_path / "file" / "store")})
+    assert outcome.code == 2
+    assert "CPU: 1000.25 needed" in outcome.err
+    assert "is a file" in outcome.err
+
+
+def test_a_window_smaller_than_the_shuffle_needs_is_noted(check, filled: Plan):
+    outcome = check(store={"window_bytes": 100}, student={"max_steps": 1000})
+    assert "less than two windows of the shuffle take" in outcome.out
+    assert ChunkStore(filled.config.store.url, filled.recipe).published() == set(filled.chunks)

@@ -1,0 +1,115 @@
+"""What lies in a store is shown in full; damage is named, moved aside on request, and never taken for health."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from helpers.chunks import make_chunk, small_recipe
+from helpers.command import stillhouse
+from stillhouse.store import ChunkStore
+
+RECIPE = small_recipe()
+OTHER = small_recipe(k=6)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Two chunks of three of one recipe, none of another."""
+    url = str(tmp_path / "store")
+    store = ChunkStore.create(url, RECIPE)
+    for number in (0, 2):
+        store.publish(make_chunk(RECIPE, number))
+    ChunkStore.create(url, OTHER)
+    return url
+
+
+@pytest.fixture
+def damaged(url: str) -> str:
+    path = Path(url) / ChunkStore(url, RECIPE).key(2)
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    return url
+
+
+def test_ls_has_a_line_for_each_recipe_with_chunks_present_and_bytes(url: str):
+    outcome = stillhouse("store", "ls", url)
+    assert outcome.code == 0
+    lines = {line.split()[0]: line for line in outcome.out.splitlines()[1:]}
+    assert set(lines) == {RECIPE.fingerprint[:16], OTHER.fingerprint[:16]}
+    assert "2 of 3" in lines[RECIPE.fingerprint[:16]]
+    assert "10 x 12" in lines[RECIPE.fingerprint[:16]]
+    assert "0 of 3" in lines[OTHER.fingerprint[:16]]
+
+
+def test_stat_shows_every_field_and_the_missing_chunks(url: str):
+    outcome = stillhouse("store", "stat", url, RECIPE.fingerprint[:6])
+    shown = dict(line.strip().split(maxsplit=1) for line in outcome.out.splitlines()[1:])
+    assert shown["fingerprint"] == RECIPE.fingerprint
+    for name in ("corpus_digest", "num_sequences", "tokenizer_digest", "teacher_digest", "teacher_dtype", "k", "temperature", "value_bits"):
+        assert shown[name] == str(getattr(RECIPE, name))
+    assert "missing chunks    1\n" in outcome.out
+    assert "chunks            2 of 3\n" in outcome.out
+
+
+def test_stat_without_a_fingerprint_shows_all_and_a_wrong_one_names_them(url: str):
+    outcome = stillhouse("store", "stat", url)
+    assert RECIPE.fingerprint in outcome.out
+    assert OTHER.fingerprint in outcome.out
+    wrong = stillhouse("store", "stat", url, "zz")
+    assert wrong.code == 2
+    assert RECIPE.fingerprint[:16] in wrong.err
+
+
+def test_verify_says_when_all_is_well(url: str):
+    outcome = stillhouse("store", "verify", url)
+    assert outcome.code == 0
+    assert "4 objects" in outcome.out
+
+
+def test_verify_names_a_damaged_chunk_and_leaves_it(damaged: str):
+    outcome = stillhouse("store", "verify", damaged)
+    assert outcome.code == 1
+    assert "0000000002.safetensors" in outcome.out
+    assert "0000000000.safetensors" not in outcome.out
+    assert "--quarantine" in outcome.err
+    assert ChunkStore(damaged, RECIPE).published() == {0, 2}
+
+
+def test_quarantine_moves_damaged_chunks_so_that_they_are_made_again(damaged: str):
+    outcome = stillhouse("store", "verify", damaged, "--quarantine")
+    assert outcome.code == 1
+    assert "1 chunks were moved" in outcome.err
+    assert ChunkStore(damaged, RECIPE).published() == {0}
+    assert stillhouse("store", "verify", damaged).code == 0
+    assert "0000000002" in stillhouse("store", "sweep", damaged).out
+
+
+def test_verify_names_a_damaged_recipe(url: str):
+    (Path(url) / OTHER.fingerprint[:16] / "recipe.json").write_text("{}")
+    outcome = stillhouse("store", "verify", url, "--quarantine")
+    assert outcome.code == 1
+    assert f"{OTHER.fingerprint[:16]}/recipe.json" in outcome.out
+
+
+def test_sweep_removes_old_leftovers_only(url: str):
+    chunks = Path(url) / RECIPE.fingerprint[:16] / "chunks"
+    old, young = chunks / "0000000001.safetensors#1", chunks / "0000000001.safetensors#2"
+    for path in (old, young):
+        path.write_bytes(b"half a chunk")
+    two_days_ago = path.stat().st_mtime - 2 * 86_400
+    os.utime(old, (two_days_ago, two_days_ago))
+    outcome = stillhouse("store", "sweep", url)
+    assert outcome.code == 0
+    assert "1 leftovers removed" in outcome.out
+    assert (old.exists(), young.exists()) == (False, True)
+    assert ChunkStore(url, RECIPE).published() == {0, 2}
+
+
+@pytest.mark.parametrize("verb", ["ls", "stat", "verify"])
+def test_a_mistyped_url_is_no_empty_store(verb: str, tmp_path: Path):
+    outcome = stillhouse("store", verb, str(tmp_path / "absent"))
+    assert outcome.code == 2
+    assert "there is no recipe in" in outcome.err
+    assert not (tmp_path / "absent").exists()
