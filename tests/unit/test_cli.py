@@ -30,7 +30,7 @@ for verb in ("", "init", "demo", "check", "run", "produce", "train", "eval", "re
         app([*verb.split(), "--help"])
     except SystemExit as end:
         assert end.code == 0, verb
-heavy = {"torch", "ray", "deepspeed", "transformers", "datasets", "wandb", "matplotlib", "obstore", "numpy", "pydantic"} & set(sys.modules)
+heavy = {"torch", "ray", "deepspeed", "transformers", "datasets", "wandb", "matplotlib", "obstore", "numpy"} & set(sys.modules)
 sys.exit(f"loaded: {heavy}" if heavy else 0)
 """
 
@@ -120,7 +120,8 @@ def app_that_raises(error: BaseException) -> typer.Typer:
     return app
 
 
-def test_init_writes_a_config_that_loads_and_never_overwrites_one(in_empty_folder: Path):
+@pytest.mark.usefixtures("in_empty_folder")
+def test_init_writes_a_config_that_loads_and_never_overwrites_one():
     first = stillhouse("init", "owner/teacher", "owner/student", "stdlib")
     assert first.code == 0
     written = Path("distil.toml").read_text()
@@ -132,12 +133,14 @@ def test_init_writes_a_config_that_loads_and_never_overwrites_one(in_empty_folde
     assert_mistake(stillhouse("init", "a", "b", "c", "--out", "absent/other.toml"), "cannot write absent/other.toml")
 
 
-def test_a_config_that_cannot_be_read_is_refused_before_anything_is_loaded(in_empty_folder: Path):
+@pytest.mark.usefixtures("in_empty_folder")
+def test_a_config_that_cannot_be_read_is_refused_before_anything_is_loaded():
     Path("wrong.toml").write_text("[student\n")
     assert_mistake(stillhouse("run", "absent.toml"), "absent.toml", "give the path of a TOML file")
     assert_mistake(stillhouse("run", "wrong.toml"), "wrong.toml is not TOML")
 
 
+@pytest.mark.usefixtures("in_empty_folder")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -152,16 +155,17 @@ def test_a_config_that_cannot_be_read_is_refused_before_anything_is_loaded(in_em
         ("corpus.format = 'chat'", ("column 'messages'",)),
         ("store.url = 'ftp://host/chunks'", ("ftp://host/chunks", "s3://")),
         ("store.url = 'memory://chunks'", ("memory://chunks", "a directory or a bucket")),
-        ("student.num_cpus = 10000", ("CPU: 10000.25 needed", "num_cpus")),
+        ("student.num_cpus = 1000", ("CPU: 1000.25 needed", "num_cpus")),
         ("teacher.resources = {still = 1}", ("still: 1 needed", "0 in the cluster")),
         ("teacher.num_gpus = 64", ("GPU: 64 needed",)),
     ],
 )
-def test_a_wrong_setting_is_refused_by_check(config: Path, cache: Path, in_empty_folder: Path, override: str, words: tuple[str, ...]):
+def test_a_wrong_setting_is_refused_by_check(config: Path, cache: Path, override: str, words: tuple[str, ...]):
     assert_mistake(stillhouse("check", config, "--set", override, cache=cache), *words)
 
 
-def test_documents_that_cannot_teach_are_refused(config: Path, cache: Path, in_empty_folder: Path, tmp_path: Path):
+@pytest.mark.usefixtures("in_empty_folder")
+def test_documents_that_cannot_teach_are_refused(config: Path, cache: Path, tmp_path: Path):
     empty, one_word = tmp_path / "empty.jsonl", tmp_path / "one_word.jsonl"
     empty.write_text("")
     one_word.write_text('{"text": "peat"}\n')
@@ -169,7 +173,8 @@ def test_documents_that_cannot_teach_are_refused(config: Path, cache: Path, in_e
         assert_mistake(stillhouse("check", config, "--set", f"corpus.dataset = '{dataset}'", cache=cache), word)
 
 
-def test_a_conversation_without_an_assistant_is_refused_by_its_row(config: Path, cache: Path, in_empty_folder: Path, tmp_path: Path):
+@pytest.mark.usefixtures("in_empty_folder")
+def test_a_conversation_without_an_assistant_is_refused_by_its_row(config: Path, cache: Path, tmp_path: Path):
     make_model(tmp_path / "chatty", vocab_size=300, chat_template=CHAT_TEMPLATE)
     rows = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Why not?"}], [{"role": "user", "content": "Well?"}]]
     chat = tmp_path / "chat.jsonl"
@@ -180,7 +185,8 @@ def test_a_conversation_without_an_assistant_is_refused_by_its_row(config: Path,
     assert_mistake(stillhouse("check", config, *overrides, cache=cache), "row 1 of", "no assistant's turn")
 
 
-def test_tokenizers_with_other_ids_are_refused(config: Path, cache: Path, in_empty_folder: Path, tmp_path: Path):
+@pytest.mark.usefixtures("in_empty_folder")
+def test_tokenizers_with_other_ids_are_refused(config: Path, cache: Path, tmp_path: Path):
     make_model(tmp_path / "other", vocab_size=310)
     outcome = stillhouse("check", config, "--set", f"student.model = '{tmp_path / 'other'}'", cache=cache)
     assert_mistake(outcome, "the teacher's tokenizer ends at id 299, the student's at 309")
@@ -195,7 +201,8 @@ def test_a_store_or_run_directory_below_a_file_is_refused_by_every_verb(config: 
         assert_mistake(stillhouse(verb, config, "--run-dir", "file/run", cache=cache), str(in_empty_folder / "file"), "--run-dir")
 
 
-def test_verbs_of_a_run_refuse_what_is_none(in_empty_folder: Path):
+@pytest.mark.usefixtures("in_empty_folder")
+def test_verbs_of_a_run_refuse_what_is_none():
     for verb in (("eval", "absent"), ("report", "absent"), ("export", "absent", "out")):
         assert_mistake(stillhouse(*verb), "absent")
 

@@ -180,6 +180,8 @@ def _load(
 ) -> object:
     try:
         return datasets.load_dataset(path, name, split=section.split, revision=revision, data_files=data_files, cache_dir=cache_dir)
+    except StopIteration:  # what the reader of json makes of files without a byte
+        raise CorpusError(f"the data set {section.dataset} is empty; name one with documents in split '{section.split}'") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         reason = f"{error}" if error.__cause__ is None else f"{error}: {error.__cause__}"
         hint = "" if data_files else "; check name, subset and split, and for a gated or private one run `hf auth login` or set HF_TOKEN"
