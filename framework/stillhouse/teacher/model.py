@@ -86,7 +86,7 @@ def require_same_teacher(first: CompressedLogits, other: CompressedLogits, *, re
     divergence = float(_bucket_kl(first, other).mean())
     if not divergence <= limit:
         raise TeacherError(
-            f"teacher replica {replica} disagrees with the first on equal tokens: mean KL {divergence:.2e} nats, at most {limit:.0e} wanted;"
+            f"teacher replica {replica} disagrees with the first on equal tokens: mean KL {divergence:.2e} nats, wanted {limit:.0e} at most;"
             " do both load the same weights, dtype and library versions?"
         )
 
