@@ -113,7 +113,7 @@ def _store(made: Plan, found: _Findings) -> None:
     ]
     if ahead < num_chunks and window_bytes > made.config.store.window_bytes:
         found.notes.append(
-            f"store.window_bytes is {_size(made.config.store.window_bytes)}, less than two windows of the shuffle take; lower"
+            f"store.window_bytes is {_size(made.config.store.window_bytes)}, less than a student may need for one step; lower"
             " store.chunk_sequences or student.shuffle_window_chunks to come within it"
         )
     near = nearest([other.recipe for other in stored], recipe)

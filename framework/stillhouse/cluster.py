@@ -5,18 +5,21 @@ What travels between processes here is small: cursors, chunk numbers, secrets. N
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.config import ClusterSection, ModelSection, StudentSection, TeacherSection
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, RunError, StillhouseError
 
 _NAMESPACE = "stillhouse"
 _OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
+_REACH_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,34 +89,46 @@ def placement(section: ModelSection, available: Mapping[str, float]) -> Placemen
     on_gpu = section.device == "cuda" or (section.device == "auto" and available.get("GPU", 0.0) > 0)
     default_gpus = 1.0 if on_gpu else 0.0
     num_gpus = default_gpus if section.num_gpus is None else section.num_gpus
+    if section.device == "cpu" and num_gpus > 0:
+        raise ConfigError(f"device is 'cpu' but num_gpus is {num_gpus:g}; set num_gpus to 0 or leave it out, or set device = \"cuda\"")
     if section.device == "cuda" and num_gpus == 0:
         raise ConfigError("device is 'cuda' but num_gpus is 0; ask for at least a fraction of a GPU, or set device = \"cpu\"")
     return Placement(section.num_cpus, num_gpus, dict(section.resources))
 
 
-def shortages(teacher: TeacherSection, student: StudentSection, available: Mapping[str, float]) -> list[str]:
-    """What `run` would wait for in vain: each resource that the fewest teachers and all student ranks need beyond the cluster's."""
+def shortages(crews: Mapping[str, tuple[ModelSection, int]], available: Mapping[str, float]) -> list[str]:
+    """What would be waited for in vain: each resource of which the crews, by name, together need more than the cluster has."""
     needed: dict[str, float] = {}
-    for section, count in ((teacher, teacher.min_replicas), (student, student.num_workers)):
+    for section, count in crews.values():
         for name, amount in placement(section, available).times(count).items():
             needed[name] = needed.get(name, 0.0) + amount
+    of_whom = " and ".join(f"{count} {crew}" for crew, (_, count) in crews.items())
     return [
-        f"{name}: {amount:g} needed ({teacher.min_replicas} teachers and {student.num_workers} student ranks), "
-        f"{available.get(name, 0.0):g} in the cluster"
+        f"{name}: {amount:g} needed ({of_whom}), {available.get(name, 0.0):g} in the cluster"
         for name, amount in needed.items()
         if amount > available.get(name, 0.0) + 1e-9
     ]
 
 
-def require_room(teacher: TeacherSection, student: StudentSection, available: Mapping[str, float]) -> None:
+def require_room(crews: Mapping[str, tuple[ModelSection, int]], available: Mapping[str, float]) -> None:
     """Raise ConfigError where `shortages` finds any: Ray itself would wait for ever without a word."""
-    missing = shortages(teacher, student, available)
+    missing = shortages(crews, available)
     if missing:
         raise ConfigError(
             "the cluster is too small for this run:\n"
             + "\n".join(f"  - {line}" for line in missing)
             + "\nLower min_replicas, num_workers, num_cpus or num_gpus (fractions share a core), or attach to a larger cluster."
         )
+
+
+def teachers(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]:
+    """The fewest teachers with which a run begins, as a crew."""
+    return {"teachers": (section, section.min_replicas)}
+
+
+def students(section: StudentSection) -> dict[str, tuple[ModelSection, int]]:
+    """All ranks of the student, as a crew."""
+    return {"student ranks": (section, section.num_workers)}
 
 
 class _Board:
@@ -137,13 +152,18 @@ class _Board:
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """A handle to the one small actor through which students answer the pool; it can be passed to any process."""
+    """A handle to the one small actor through which students answer the pool; it can be passed to any process.
+
+    It lives on the node of the process that made it, and not on one that may be taken away from a run that goes on.
+    """
 
     _actor: Any
 
     @classmethod
     def create(cls) -> "Board":
-        return cls(ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote())
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        return cls(ray.remote(_Board).options(**options).remote())
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         """`reader` will never again need the first `num_chunks` chunks of the reading order. Returns at once."""
@@ -160,7 +180,7 @@ class Board:
 def call_remotely(function: Callable[..., Any], *arguments: object, where: Placement) -> Any:
     """Run a function in a process of its own on the cluster, wait for it, and return its (small) answer.
 
-    An error of ours that it raises arrives as itself.
+    An error that it raises arrives as itself. Raises RunError where its process died, and died again.
     """
     remote = ray.remote(function).options(
         num_cpus=where.num_cpus, num_gpus=where.num_gpus, resources=dict(where.resources) or None, max_retries=1
@@ -168,7 +188,12 @@ def call_remotely(function: Callable[..., Any], *arguments: object, where: Place
     try:
         return ray.get(remote.remote(*arguments))
     except ray.exceptions.RayTaskError as error:
-        raise cause_of(error) from None
+        cause = cause_of(error)
+        raise cause from None if isinstance(cause, StillhouseError) else error
+    except ray.exceptions.RayError as error:
+        raise RunError(
+            f"the process of `{function.__name__}` was lost ({error}); if its memory ran out, give it a larger machine, or smaller batches"
+        ) from error
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -178,20 +203,27 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def _connect(section: ClusterSection) -> None:
-    local = section.address is None
-    options: dict[str, Any] = (
-        {"address": "local", "num_cpus": section.num_cpus, "include_dashboard": False} if local else {"address": section.address}
-    )
-    if local:
-        options["object_store_memory"] = _OBJECT_STORE_BYTES
+    options: dict[str, Any] = {"address": section.address}
+    if section.address is None:
+        options = {
+            "address": "local",
+            "num_cpus": section.num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
     try:
-        ray.init(
-            **options,
-            namespace=_NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except ConnectionError as error:
+        if section.address is not None:
+            _reach(section.address)
+        ray.init(**options, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {section.address!r} ({error}); start one with `ray start --head`, or leave cluster.address out"
         ) from None
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nobody listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S):
+            pass

@@ -123,9 +123,11 @@ class StudentSection(ModelSection):
     prefetch_batches: PositiveInt = Field(4, description="batches that the loader reads ahead")
 
     @model_validator(mode="after")
-    def _something_is_learned(self) -> "StudentSection":
+    def _settings_go_together(self) -> "StudentSection":
         if self.divergence_weight == 0.0 and self.ce_weight == 0.0:
             raise ValueError("divergence_weight and ce_weight are both 0: the student would learn nothing; set one of them above 0")
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError('DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"')
         if self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl") and not 0.0 < self.mix < 1.0:
             raise ValueError(f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1")
         return self

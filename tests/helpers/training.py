@@ -1,16 +1,18 @@
 """What runs on the ranks of the training tests: the real training loop and the real engine, with the journal kept in memory."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stillhouse.models import load_model
+from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.store import ChunkStore
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
+from stillhouse.student.loss import distillation_loss, divergence_named
 from stillhouse.student.train import train
 from stillhouse.tracking import Row, TrainRow
 
@@ -62,6 +64,30 @@ def first_gradients(job: TrainJob) -> dict[str, Tensor]:
     gradients = engine.full_gradients()
     engine.close()
     return gradients
+
+
+def loss_of_step(job: TrainJob, step: int, *, model: Path) -> float:
+    """The mean loss that a plain Hugging Face model has on the batch of one step, in this process, without an engine."""
+    section = job.section.model_copy(update={"model": str(model), "init": "weights"})
+    store = ChunkStore(job.store_url, job.recipe)
+    reader = BatchReader(
+        store, job.order, rank=0, world_size=1, micro_batch=64, start=step, stop=step + 1, prefetch=1, on_bad_chunk=refuse_bad_chunk
+    )
+    with reader:
+        batch, _ = reader.next()
+    (whole,) = batch.micro_batches
+    lm = load_model(section)
+    with torch.no_grad():
+        hidden_TH = final_hidden(lm, whole.token_ids_BL, whole.positions_BL).flatten(0, 1)[whole.target_positions_T]
+        terms = distillation_loss(
+            hidden_TH,
+            head_of(lm, vocab_size=job.recipe.vocab_size),
+            whole.target,
+            divergence=divergence_named(section.divergence, section.mix),
+            labels_T=whole.labels_T,
+            ce_weight=section.ce_weight,
+        )
+    return terms.total.item() / whole.num_tokens
 
 
 def with_student(job: TrainJob, **changes: object) -> TrainJob:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from helpers.ranks import RankGroup
-from helpers.training import first_gradients, train_and_tell, with_student
+from helpers.training import first_gradients, loss_of_step, train_and_tell, with_student
 from helpers.world import TinyWorld
 from stillhouse.errors import CheckpointError, StudentError
+from stillhouse.models import load_tokenizer
+from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
 from stillhouse.tracking import TrainRow
 
@@ -110,3 +112,23 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_sequences(
 def test_bfloat16_trains_within_its_rounding(job: TrainJob, reference: list[TrainRow], rank_groups: Ranks) -> None:
     rows = rank_groups[2].call(train_and_tell, with_student(job, zero_stage=2, dtype="bfloat16"))[0]
     assert relative_gap(rows, reference) <= 0.02
+
+
+EXPORTS = [
+    *((stage, "float32", 1e-5) for stage in (0, 1, 2, 3)),
+    *((stage, "bfloat16", 1e-2) for stage in (1, 2, 3)),  # at stage 1 bfloat16 has an optimiser and checkpoint form of its own
+]
+
+
+@pytest.mark.parametrize(("stage", "dtype", "tolerance"), EXPORTS)
+def test_an_export_is_the_model_that_takes_the_next_step(
+    job: TrainJob, rank_groups: Ranks, stage: int, dtype: str, tolerance: float, tmp_path: Path
+) -> None:
+    steady = with_student(job, zero_stage=stage, dtype=dtype, min_learning_rate=job.section.learning_rate, warmup_steps=0)
+    steady = replace(steady, run_dir=tmp_path / "run", total_steps=3)
+    rank_groups[2].call(train_and_tell, steady)
+    out = tmp_path / "export"
+    assert export(steady.checkpoints, out, section=steady.section, tokenizer=load_tokenizer(steady.section.model), card="") == 3
+    following = rank_groups[2].call(train_and_tell, replace(steady, total_steps=4))[0]
+    assert [row.step for row in following] == [4]
+    assert loss_of_step(steady, 3, model=out) == pytest.approx(following[0].loss, rel=tolerance)

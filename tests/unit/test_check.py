@@ -147,5 +147,5 @@ def test_every_obstacle_is_named_at_once(check, tmp_path: Path):
 
 def test_a_window_smaller_than_the_shuffle_needs_is_noted(check, filled: Plan):
     outcome = check(store={"window_bytes": 100}, student={"max_steps": 1000})
-    assert "less than two windows of the shuffle take" in outcome.out
+    assert "less than a student may need for one step" in outcome.out
     assert ChunkStore(filled.config.store.url, filled.recipe).published() == set(filled.chunks)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stillhouse.config import StudentSection, TeacherSection
@@ -100,12 +100,12 @@ class _Dense:
         return [self._logprobs(self._teacher, _MicroBatch.of(part)) for part in _split(rows, self._section.micro_batch_sequences)]
 
     def loss(self, student: PreTrainedModel, batch: _MicroBatch, target_TV: Tensor) -> Tensor:
-        return F.kl_div(self._logprobs(student, batch), target_TV, reduction="sum", log_target=True)
+        return functional.kl_div(self._logprobs(student, batch), target_TV, reduction="sum", log_target=True)
 
     def _logprobs(self, model: PreTrainedModel, batch: _MicroBatch) -> Tensor:
         logits_BLV = model(input_ids=batch.token_ids_BL, position_ids=batch.positions_BL, use_cache=False).logits
         logits_TV = logits_BLV.flatten(0, 1)[batch.target_positions_T, : self._vocab_size]
-        return F.log_softmax(logits_TV.float(), dim=-1)
+        return functional.log_softmax(logits_TV.float(), dim=-1)
 
 
 def train_in_turn(lesson: Lesson) -> list[TimedStep]:

@@ -13,6 +13,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.models import ModelIdentity, check_same_ids, load_tokenizer, model_identity, tokenizer_digest, vocab_size_of
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.job import TrainJob, order_of
+from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
 from stillhouse.teacher.model import WorkItem
 
@@ -54,10 +55,9 @@ class Plan:
 
     @property
     def window_chunks(self) -> int:
-        """How far teachers may run ahead: what `window_bytes` affords, but never less than two windows of the shuffle, since a student
-        needs one whole to take its first step."""
+        """How far teachers may run ahead: what `window_bytes` affords, but never less than a student may need for its next step."""
         affordable = int(self.config.store.window_bytes / self.bytes_per_chunk)
-        return max(affordable, 2 * self.config.student.shuffle_window_chunks)
+        return max(affordable, chunks_read_ahead(self.order))
 
     def item(self, number: int) -> WorkItem:
         """What a teacher needs to make chunk `number`."""

@@ -1,7 +1,7 @@
 """Checkpoints in two steps: every rank writes its files, then ONE create-only manifest makes them a commit.
 
     <root>/step-00000120/...        what DeepSpeed wrote
-    <root>/step-00000120.json       the commit: every file's size and xxh3, and what the checkpoint is of
+    <root>/step-00000120.json       {"commit": every file's size and xxh3, and what the checkpoint is of, "xxh3": of that}
 
 DeepSpeed publishes its own `latest` before every rank has written, and loads flipped bits without a word; so nothing here trusts a
 directory that has no manifest, or a manifest whose files do not hash to what it says.
@@ -12,6 +12,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -47,7 +48,8 @@ def commit(root: Path, *, step: int, world_size: int, zero_stage: int, fingerpri
     if not files:
         raise CheckpointError(f"{folder} is empty: no rank wrote its part of the checkpoint; is it on a file system that all ranks share?")
     made = Commit(step, world_size, zero_stage, fingerprint, files)
-    _publish(root / f"{tag_of(step)}.json", json.dumps(asdict(made), indent=1))
+    values = asdict(made)
+    _publish(root / f"{tag_of(step)}.json", json.dumps({"commit": values, "xxh3": _digest_of(values)}, indent=1))
     return made
 
 
@@ -91,24 +93,46 @@ def retain(root: Path, keep: int) -> None:
 
 
 def _verified(root: Path, manifest: Path) -> tuple[Commit | None, str]:
+    """The commit of a manifest, or why it cannot be had."""
     try:
-        values = json.loads(manifest.read_text())
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in values.pop("files").items()}
-        found = Commit(**values, files=files)
+        found = _parsed(manifest)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return None, f"the manifest cannot be read ({error})"
-    folder = (root / manifest.stem).resolve()
     if manifest.stem != tag_of(found.step):
         return None, f"the manifest is of step {found.step}"
+    folder = (root / manifest.stem).resolve()
     for name, expected in found.files.items():
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
-            return None, f"the manifest names {name}, which is outside of the checkpoint"
-        if not path.is_file():
-            return None, f"{name} is missing"
-        if _digest(path) != expected:
-            return None, f"{name} is not what was committed (size or checksum differs)"
+        try:
+            problem = _problem_with(folder, name, expected)
+        except (OSError, ValueError) as error:
+            problem = f"{name} cannot be read ({error})"
+        if problem:
+            return None, problem
     return found, ""
+
+
+def _parsed(manifest: Path) -> Commit:
+    whole = json.loads(manifest.read_text(encoding="utf-8"))
+    values = whole["commit"]
+    if whole["xxh3"] != _digest_of(values):
+        raise ValueError("its checksum differs")
+    files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
+    return Commit(int(values["step"]), int(values["world_size"]), int(values["zero_stage"]), str(values["fingerprint"]), files)
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode("ascii"))
+
+
+def _problem_with(folder: Path, name: str, expected: tuple[int, str]) -> str:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder):
+        return f"the manifest names {name}, which is outside of the checkpoint"
+    if not path.is_file():
+        return f"{name} is missing"
+    if _digest(path) != expected:
+        return f"{name} is not what was committed (size or checksum differs)"
+    return ""
 
 
 def _digest(path: Path) -> tuple[int, str]:

@@ -164,7 +164,7 @@ class StudentEngine:
     def _optimiser_step(self, learning_rate: float) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        plain = self.section.zero_stage == 0 and self.section.dtype == "float32"
+        plain = self.section.zero_stage == 0
         if plain:  # plain DDP clips without telling the norm, and writes NaN into the weights: look before the step
             norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in self._engine.module.parameters() if p.grad is not None))
             _require_finite("gradient", norm)
@@ -193,13 +193,13 @@ def learning_rate_at(step: int, *, section: StudentSection, total_steps: int) ->
 
 
 def consolidated_weights(root: Path, *, step: int, zero_stage: int) -> dict[str, Tensor]:
-    """The plain state dict of the language model in a committed checkpoint: fp32 under ZeRO >= 1, names as Hugging Face has them."""
-    if zero_stage == 0:
-        saved: dict[str, Any] = torch.load(root / tag_of(step) / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
-        weights = saved["module"]
-    else:
+    """The plain state dict of the language model in a committed checkpoint, in its training dtype or float32; Hugging Face's names."""
+    if zero_stage == 3:
         with redirect_stdout(io.StringIO()):  # it reports each of its steps
             weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag_of(step))
+    else:  # up to stage 2 rank 0 saves the whole module
+        saved: dict[str, Any] = torch.load(root / tag_of(step) / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        weights = saved["module"]
     return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
 
 

@@ -129,14 +129,17 @@ class BatchReader:
 
     def _batches(self) -> Iterator[Batch]:
         """Rows are fetched a stretch of steps at a time: the steps that share one window of chunks."""
-        window_sequences = self._order.window_chunks * self._order.chunk_sequences
-        stretch = max(1, window_sequences // self._order.global_batch_sequences)
+        stretch = steps_in_a_stretch(self._order)
         for first in range(self._start, self._stop, stretch):
             steps = range(first, min(first + stretch, self._stop))
             rows_by_step = [self._rows_of(step) for step in steps]
             rows = self._fetch(np.unique(np.concatenate([rows.ravel() for rows in rows_by_step])))
             for step, rows_AB in zip(steps, rows_by_step, strict=True):
-                micro_batches = tuple(self._decode(rows_B, rows) for rows_B in rows_AB)
+                try:
+                    micro_batches = tuple(self._decode(rows_B, rows) for rows_B in rows_AB)
+                except ChunkError:  # as it was published, but published wrong
+                    rows |= self._fetch(rows_AB.ravel(), decoding=True)
+                    micro_batches = tuple(self._decode(rows_B, rows) for rows_B in rows_AB)
                 yield Batch(LoaderState(step), micro_batches, tuple(self._order.sequences(step).tolist()))
 
     def _rows_of(self, step: int) -> np.ndarray:
@@ -146,25 +149,30 @@ class BatchReader:
         whole[: len(sequences)] = sequences
         return rank_rows(whole, rank=self._rank, world_size=self._world_size, micro_batch=self._micro_batch)
 
-    def _fetch(self, sequences: np.ndarray) -> dict[int, Chunk]:
-        """Each wanted sequence as a chunk of one row."""
+    def _fetch(self, sequences: np.ndarray, *, decoding: bool = False) -> dict[int, Chunk]:
+        """Each wanted sequence as a chunk of one row. `decoding` its records as well makes sure of a chunk before it is believed."""
         sequences = sequences[sequences != _PADDING]
         numbers, rows = np.divmod(sequences, self._order.chunk_sequences)
         found: dict[int, Chunk] = {}
         for number in np.unique(numbers):
             wanted = rows[numbers == number]
-            chunk = self._fetch_when_there(int(number), wanted)
+            chunk = self._fetch_when_there(int(number), wanted, decoding=decoding)
             for index, row in enumerate(wanted):
                 found[int(number) * self._order.chunk_sequences + int(row)] = chunk.row(index)
         return found
 
-    def _fetch_when_there(self, number: int, rows: np.ndarray) -> Chunk:
+    def _fetch_when_there(self, number: int, rows: np.ndarray, *, decoding: bool) -> Chunk:
         pause_s = _FIRST_POLL_S
         reported = False
         while not self._closed.wait(0):
             try:
-                return self._store.fetch_rows(number, rows)
-            except (ChunkMissing, StoreUnavailable):
+                chunk = self._store.fetch_rows(number, rows)
+                if decoding:
+                    decode(torch.from_numpy(chunk.targets_NB), self._store.recipe.codec)
+                return chunk
+            except ChunkMissing:
+                reported = False  # taken away: what comes in its place is another chunk
+            except StoreUnavailable:
                 pass
             except ChunkError:
                 if not reported:
@@ -195,6 +203,20 @@ class BatchReader:
             labels_T=torch.from_numpy(labels_BL[mask_BL]),
             target=decode(torch.from_numpy(np.concatenate(records)), codec),
         )
+
+
+def steps_in_a_stretch(order: Order) -> int:
+    """How many steps' rows a reader fetches together."""
+    return max(1, order.window_chunks * order.chunk_sequences // order.global_batch_sequences)
+
+
+def chunks_read_ahead(order: Order) -> int:
+    """How far into the reading order a reader may have to see, beyond the cursor, before it can yield its next batch.
+
+    A stretch begins within a group of neighbouring chunks, and among those that it runs through may be the group of the short chunk.
+    """
+    window_sequences = order.window_chunks * order.chunk_sequences
+    return (-(-order.global_batch_sequences // window_sequences) + 2) * order.window_chunks
 
 
 def refuse_bad_chunk(number: int) -> None:

@@ -1,7 +1,7 @@
 """A teacher actor: it takes a work item, compresses it and publishes the chunk. It keeps no state that anybody would miss."""
 
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import ray
@@ -10,10 +10,12 @@ import torch
 from stillhouse.cluster import Placement, Secrets, prepare_process
 from stillhouse.config import TeacherSection
 from stillhouse.logits import CompressedLogits, Fidelity, decode, encode, fidelity
-from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
+from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe, StoreUnavailable
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem, probe_item
 
 _FIDELITY_TOKENS = 512  # of each chunk, to measure what compression and codec cost
+_STORE_PATIENCE_S = 1800.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,26 @@ class _TeacherActor:
         codec = self._job.recipe.codec
         targets = self._teacher.compress(item)
         records = encode(targets, codec)
-        ref = self._store.publish(Chunk(item.number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records.numpy()))
         sample = targets.map(lambda tensor: tensor[:_FIDELITY_TOKENS])
-        return Produced(ref, fidelity(sample, decode(records[:_FIDELITY_TOKENS], codec)), monotonic() - began)
+        measured = fidelity(sample, decode(records[:_FIDELITY_TOKENS], codec))  # first: what cannot be read back is not published
+        chunk = Chunk(item.number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records.numpy())
+        return Produced(publish_when_possible(self._store, chunk, patience_s=_STORE_PATIENCE_S), measured, monotonic() - began)
+
+
+def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience_s: float) -> ChunkRef:
+    """Publish; while the store is full or does not answer, wait with the chunk in hand, so that nothing is dropped or made twice.
+
+    Raises what the store raised once `patience_s` are over, or at once where waiting cannot help.
+    """
+    deadline, pause_s = monotonic() + patience_s, _FIRST_PAUSE_S
+    while True:
+        try:
+            return store.publish(chunk)
+        except StoreUnavailable:
+            if monotonic() + pause_s > deadline:
+                raise
+        sleep(pause_s)
+        pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
 
 def spawn(job: TeacherJob, *, where: Placement, secrets: Secrets) -> Any:

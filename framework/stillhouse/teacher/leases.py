@@ -10,6 +10,8 @@ from collections.abc import Collection, Sequence
 
 from stillhouse.errors import TeacherError
 
+_LOSSES_PER_FAILURE = 3  # a lost machine is seldom the chunk's fault, so it weighs less than an attempt that raised
+
 
 class LeaseTable:
     """`order` names the wanted chunks in reading order; `published` those that the store already has."""
@@ -20,6 +22,7 @@ class LeaseTable:
         self._waiting = [position for position, number in enumerate(order) if number not in published]
         self._leased: set[int] = set()
         self._failures: Counter[int] = Counter()
+        self._losses: Counter[int] = Counter()
         self._max_failures = max_failures
 
     @property
@@ -59,9 +62,22 @@ class LeaseTable:
         self._leased.remove(number)
 
     def hand_back(self, number: int) -> None:
-        """The lease ended through no fault of the chunk's: its teacher was lost."""
+        """The lease ended because whoever held it was sent away."""
         self._leased.remove(number)
         heapq.heappush(self._waiting, self._position[number])
+
+    def lose(self, number: int, reason: str) -> None:
+        """The lease ended because its teacher died; of one chunk, 3 x `max_failures` such ends raise TeacherError.
+
+        Teachers may die for ever, on machines that come and go. But one and the same chunk dies with them so often only if it kills them.
+        """
+        self._losses[number] += 1
+        if self._losses[number] >= _LOSSES_PER_FAILURE * self._max_failures:
+            raise TeacherError(
+                f"chunk {number} was lost with its teacher {self._losses[number]} times, last with: {reason}. Every other published chunk is "
+                "kept: see whether this one exhausts the teacher's memory (teacher.batch_sequences, teacher.block_tokens), and run again."
+            )
+        self.hand_back(number)
 
     def fail(self, number: int, reason: str) -> None:
         """An attempt at the chunk raised; after `max_failures` of them raises TeacherError."""

@@ -68,11 +68,12 @@ class TeacherPool:
     def run(self, *, readers: Collection[str], board: Board, finished: Callable[[], bool]) -> None:
         """Produce until every wanted chunk is published and `finished()`; `readers` are the students that move cursors on the board.
 
-        Without readers nothing holds the teachers back. Raises TeacherError where a chunk or a start-up check fails too often.
+        Without readers nothing holds the teachers back. Raises TeacherError where a chunk or a start-up check fails too often, and what
+        `finished` raises as soon as it does: behind a closed window a student that has failed would be waited for without end.
         """
         cursors: dict[str, int] = {}
         try:
-            while not (self._table.done and finished()):
+            while not (finished() and self._table.done):
                 moved, bad_chunks = board.read()
                 cursors.update(moved)
                 for number in bad_chunks:
@@ -120,10 +121,10 @@ class TeacherPool:
             call = self._calls.pop(reference)
             try:
                 answer = ray.get(reference)
-            except ray.exceptions.RayActorError as error:
-                self._lose(call, str(error))
             except ray.exceptions.RayTaskError as error:
                 self._fail(call, cause_of(error))
+            except ray.exceptions.RayError as error:  # the actor died, or its node, or its answer, or memory ran out there
+                self._lose(call, str(error))
             else:
                 self._accept(call, answer)
 
@@ -133,6 +134,7 @@ class TeacherPool:
                 self._probe = answer.probe
             require_same_teacher(self._probe, answer.probe, replica=call.replica.number)
             call.replica.ready = True
+            self._num_lost_starting = 0
             self._journal.record(TeacherRow(call.replica.number, answer.seconds, answer.device))
             return
         call.replica.num_items -= 1
@@ -157,22 +159,36 @@ class TeacherPool:
     def _fail(self, call: _Call, cause: BaseException) -> None:
         """The teacher lives, but raised."""
         if call.chunk is None:
-            raise cause if isinstance(cause, StillhouseError) else TeacherError(f"a teacher could not start: {cause!r}") from cause
+            if not self._begun:  # every other teacher would most likely meet the same
+                raise cause if isinstance(cause, StillhouseError) else TeacherError(f"a teacher could not start: {cause!r}") from cause
+            self._lose(call, repr(cause))
+            return
         if isinstance(cause, UserError) and not isinstance(cause, StoreUnavailable):
-            raise cause  # a store without room or permission: every other attempt would meet it too
+            raise cause  # a store without permission: every other attempt would meet it too
         call.replica.num_items -= 1
+        if not isinstance(cause, StillhouseError):
+            self._retire(call.replica)  # after an error on the GPU nothing works in that process any more
         self._table.fail(call.chunk, f"{type(cause).__name__}: {cause}")
 
     def _lose(self, call: _Call, reason: str) -> None:
         """The teacher is gone, with all that it held; whoever staffs the pool next replaces it."""
+        self._retire(call.replica)
         if call.chunk is not None:
-            self._table.hand_back(call.chunk)
-        if call.replica in self._replicas:
-            self._replicas.remove(call.replica)
-            if call.chunk is None:
-                self._num_lost_starting += 1
-                if self._num_lost_starting >= self._job.section.max_failures:
-                    raise TeacherError(f"{self._num_lost_starting} teachers died while they started, the last with: {reason}")
+            self._table.lose(call.chunk, reason)
+            return
+        self._num_lost_starting += 1
+        section = self._job.section
+        if self._num_lost_starting >= section.max_failures * section.max_replicas and not any(other.ready for other in self._replicas):
+            raise TeacherError(
+                f"{self._num_lost_starting} teachers died one after the other while they started, the last with: {reason}; "
+                "does the model fit into the memory of their machines?"
+            )
+
+    def _retire(self, replica: _Replica) -> None:
+        """Give up on a teacher: what else it held comes back as lost."""
+        if replica in self._replicas:
+            self._replicas.remove(replica)
+            ray.kill(replica.actor)
 
     def _replace(self, number: int) -> None:
         """A reader found the chunk damaged. The store looks before it believes: readers may err, and two may report the same chunk."""

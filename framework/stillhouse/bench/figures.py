@@ -1,0 +1,83 @@
+"""From the rows of a journal to the pace of a run: target tokens a second of wall clock, over a stretch in which nothing starts or ends.
+
+The stretch begins when a quarter of the steps is done and, where teachers were at work, ends before their last chunk. Both ends are
+moved inwards to the end of a shuffle window: a student reads a window's steps in one go and may then wait for the next window, so a
+stretch that began or ended elsewhere would count waits without their steps, or steps without their waits.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from stillhouse.errors import RunError
+from stillhouse.tracking import CheckpointRow, ChunkRow, Row, StartRow, latest_train_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The steady stretch of one attempt, and where its time went. Seconds are of wall clock."""
+
+    first_step: int  # the stretch begins when this step is done
+    last_step: int  # and ends when this one is
+    num_tokens: int  # target tokens trained on between the two
+    seconds: float
+    data_wait_s: float  # the student waited for chunks
+    checkpoint_s: float  # the student wrote checkpoints
+    teacher_busy_s: float  # of all teachers together, on the chunks that they finished in the stretch
+    chunks_ahead: tuple[float, float]  # published chunks less those that the student had read, at either end of the stretch
+    start_up_s: float  # before the stretch: from the start of the attempt to the end of the first step
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The same thing measured several times."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        found = list(values)
+        return cls(median(found), min(found), max(found))
+
+
+def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: float) -> Pace:
+    """The pace of the last attempt in a journal that has steps.
+
+    `window_steps` optimiser steps read one shuffle window of chunks, `chunks_per_step` chunks are read by one step. Raises RunError where
+    less than one window lies between the first quarter and the teachers' last chunk: the run is too short to have had a steady state.
+    """
+    start = max(index for index, row in enumerate(rows) if isinstance(row, StartRow))
+    attempt, began = rows[start:], rows[start].time
+    steps = latest_train_rows(attempt, "student")
+    chunks = [row for row in attempt if isinstance(row, ChunkRow)]
+    until = chunks[-1].time if chunks else steps[-1].time
+    first = -(-len(steps) // (4 * window_steps)) * window_steps
+    last = sum(row.time <= until for row in steps) // window_steps * window_steps
+    if last <= first:
+        raise RunError(
+            f"the teachers were done when the student had taken {last} of its {len(steps)} steps, so less than one shuffle window "
+            f"({window_steps} steps) lies between the first quarter and the teachers' end; take more steps, or narrow store.window_bytes"
+        )
+    begin, end = (steps[step - 1].time for step in (first, last))
+    stretch = steps[first:last]
+
+    def ahead(step: int, now: float) -> float:
+        return sum(row.time <= now for row in chunks) - step * chunks_per_step if chunks else 0.0
+
+    return Pace(
+        first_step=first,
+        last_step=last,
+        num_tokens=sum(row.num_tokens for row in stretch),
+        seconds=end - begin,
+        data_wait_s=sum(row.data_wait_s for row in stretch),
+        checkpoint_s=sum(row.seconds for row in attempt if isinstance(row, CheckpointRow) and begin < row.time <= end),
+        teacher_busy_s=sum(row.seconds for row in chunks if begin < row.time <= end),
+        chunks_ahead=(ahead(first, begin), ahead(last, end)),
+        start_up_s=steps[0].time - began,
+    )

@@ -1,0 +1,157 @@
+"""`stillhouse bench pipeline`: teachers and student at the same time, against one process that does the same work in turn.
+
+Each round measures every way once, one after the other, and ratios are taken within a round: a machine that is slow for a while is slow
+for all of them. The ways are the same training: the same sequences in the same batches, the same models, loss and optimiser.
+"""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stillhouse import pipeline
+from stillhouse.bench.figures import Pace, Spread, steady_pace
+from stillhouse.bench.in_turn import Lesson, TimedStep, train_in_turn
+from stillhouse.bench.provenance import Provenance
+from stillhouse.bench.setting import NUM_CORES, cached, lesson, on_two_cores, prepare, streaming
+from stillhouse.errors import ConfigError
+from stillhouse.pipeline import Plan
+from stillhouse.tracking import read_journal
+
+_WARM_UP_STEPS = 4  # of the process that works in turn: its first steps allocate
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """One process doing teacher and student in turn, once it is warm."""
+
+    num_tokens: int
+    seconds: float
+    teacher_s: float  # of these
+
+    @classmethod
+    def of(cls, steps: Sequence[TimedStep]) -> "InTurn":
+        warm = steps[_WARM_UP_STEPS:]
+        return cls(sum(step.num_tokens for step in warm), sum(step.seconds for step in warm), sum(step.teacher_s for step in warm))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Every way once, one after the other."""
+
+    run: Pace
+    in_turn: InTurn
+    in_turn_dense: InTurn
+    cached: Pace
+
+
+def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: str, out: Path | None) -> None:
+    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where there is too little to measure."""
+    if num_rounds < 1 or num_steps <= 2 * _WARM_UP_STEPS:
+        raise ConfigError(
+            f"{num_rounds} rounds of {num_steps} steps measure nothing; ask for one round or more of {4 * _WARM_UP_STEPS} steps or more"
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    with on_two_cores():
+        provenance = Provenance.of(command)
+        config = prepare(work_dir, num_steps=num_steps, console=console)
+        plans = [streaming(config, work_dir, f"round-{number}") for number in range(1, num_rounds + 1)]
+        rounds = [_round(made, number, console) for number, made in enumerate(plans, 1)]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record(provenance, plans[0], rounds), indent=2) + "\n")
+    console.print(table(rounds))
+
+
+def record(provenance: Provenance, made: Plan, rounds: Sequence[Round]) -> dict[str, Any]:
+    """All that was measured and all that it depends on, as plain values."""
+    return {
+        "benchmark": "pipeline",
+        "provenance": asdict(provenance),
+        "config": made.config.model_dump(mode="json"),
+        "rounds": [asdict(found) for found in rounds],
+        "tokens_per_s": {way: asdict(spread) for way, spread in paces(rounds).items()},
+        "ratios": {ratio: asdict(spread) for ratio, spread in ratios(rounds).items()},
+    }
+
+
+def paces(rounds: Sequence[Round]) -> dict[str, Spread]:
+    """Target tokens a second of each way."""
+    return {way: Spread.of([getattr(found, way).tokens_per_s for found in rounds]) for way in Round.__slots__}
+
+
+def ratios(rounds: Sequence[Round]) -> dict[str, Spread]:
+    """Tokens a second of the pipeline over those of a process that works in turn, taken within each round."""
+    return {
+        f"{ours} / {theirs}": Spread.of([getattr(found, ours).tokens_per_s / getattr(found, theirs).tokens_per_s for found in rounds])
+        for ours in ("run", "cached")
+        for theirs in ("in_turn", "in_turn_dense")
+    }
+
+
+def table(rounds: Sequence[Round]) -> Table:
+    """What a person wants to know."""
+    found = Table(title=f"Target tokens a second on {NUM_CORES} cores, {len(rounds)} rounds: median (least to most)")
+    found.add_column("way")
+    for heading in ("tokens/s", "over in turn", "over in turn, dense", "student waits", "teachers work", "start-up"):
+        found.add_column(heading, justify="right")
+    speeds, shares = paces(rounds), ratios(rounds)
+    names = {"run": "run, 2 teachers and 1 student", "cached": "train, on the store that run filled"}
+    for way, name in names.items():
+        stretches: list[Pace] = [getattr(one, way) for one in rounds]
+        found.add_row(
+            name,
+            _spread(speeds[way], ",.0f"),
+            _spread(shares[f"{way} / in_turn"], ".2f"),
+            _spread(shares[f"{way} / in_turn_dense"], ".2f"),
+            f"{Spread.of([one.data_wait_s / one.seconds for one in stretches]).median:.0%}",
+            f"{Spread.of([one.teacher_busy_s / one.seconds for one in stretches]).median:.2f}" if way == "run" else "",
+            f"{Spread.of([one.start_up_s for one in stretches]).median:.0f} s",
+        )
+    for way, name in {"in_turn": "in turn, top-k targets", "in_turn_dense": "in turn, dense"}.items():
+        busy = Spread.of([getattr(one, way).teacher_s / getattr(one, way).seconds for one in rounds])
+        found.add_row(name, _spread(speeds[way], ",.0f"), "", "", "", f"{busy.median:.2f}", "")
+    return found
+
+
+def _round(made: Plan, number: int, console: Console) -> Round:
+    console.print(f"\nRound {number}: a run, one process in turn twice (top-k targets, dense), a run on what is stored")
+    num_steps = max(2 * _WARM_UP_STEPS, made.total_steps // 3)
+    pipeline.run(made)
+    in_turn = _in_a_fresh_process(lesson(made, "compressed", num_steps=num_steps))
+    in_turn_dense = _in_a_fresh_process(lesson(made, "dense", num_steps=num_steps))
+    again = cached(made)
+    pipeline.train(again)
+    found = Round(run=_pace(made), in_turn=in_turn, in_turn_dense=in_turn_dense, cached=_pace(again))
+    console.print("  ".join(f"{way} {getattr(found, way).tokens_per_s:,.0f} tokens/s" for way in Round.__slots__))
+    return found
+
+
+def _pace(made: Plan) -> Pace:
+    order = made.order
+    sequences_per_window = order.window_chunks * order.chunk_sequences
+    return steady_pace(
+        read_journal(made.run_dir / "journal.jsonl"),
+        window_steps=max(1, sequences_per_window // order.global_batch_sequences),
+        chunks_per_step=order.global_batch_sequences / order.chunk_sequences,
+    )
+
+
+def _in_a_fresh_process(work: Lesson) -> InTurn:
+    """In a process of its own, so that neither this one's threads and memory nor the other way's are in the way."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return InTurn.of(pool.submit(train_in_turn, work).result())
+
+
+def _spread(spread: Spread, style: str) -> str:
+    return f"{spread.median:{style}} ({spread.least:{style}} to {spread.most:{style}})"

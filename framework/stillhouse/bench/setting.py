@@ -1,0 +1,83 @@
+"""What the pipeline benchmark times: the demo's run with a teacher that never learned, since random weights are as fast as any.
+
+Two teachers and one student rank with one thread each share two cores; what they are compared with has two threads on the same cores.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from stillhouse.bench.in_turn import Form, Lesson
+from stillhouse.config import Config
+from stillhouse.corpus import Rows
+from stillhouse.demo import Sizes, demo_config, make_models, whole_directory
+from stillhouse.errors import ConfigError
+from stillhouse.pipeline import Plan, plan
+
+NUM_CORES = 2
+_WINDOWS_AHEAD = 3  # shuffle windows that teachers may be ahead: all but unlimited would let them finish before the student has begun
+_DOCUMENTS_PER_STEP = 4  # of the standard library's files: two or three give the 16 sequences of a step
+
+
+@contextmanager
+def on_two_cores() -> Iterator[None]:
+    """Hold this process, and all that it starts, to two cores: on a larger machine one thread more would be one core more."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    if len(before) < NUM_CORES:
+        raise ConfigError(f"this process may use {len(before)} core(s), but the benchmark is of {NUM_CORES}; run it where there are more")
+    os.sched_setaffinity(0, sorted(before)[:NUM_CORES])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def prepare(work_dir: Path, *, num_steps: int, console: Console) -> Config:
+    """The demo's config for so many steps, its models made in `work_dir` unless they are there."""
+    config = demo_config(work_dir)
+    corpus = config.corpus.model_copy(update={"max_documents": _DOCUMENTS_PER_STEP * num_steps, "heldout_sequences": 8})
+    if not (work_dir / "models").exists():
+        with whole_directory(work_dir / "models") as draft:
+            make_models(draft, corpus, replace(Sizes(), num_steps=0), cache_dir=work_dir / "cache", console=console)
+    return config.model_copy(
+        update={
+            "corpus": corpus,
+            "student": config.student.model_copy(update={"max_steps": num_steps}),
+            "teacher": config.teacher.model_copy(update={"min_replicas": config.teacher.max_replicas}),
+            "evaluate": config.evaluate.model_copy(update={"control": False}),
+        }
+    )
+
+
+def streaming(config: Config, work_dir: Path, name: str) -> Plan:
+    """A run on a store of its own, which is empty, with teachers held closely ahead of the student."""
+    store = config.store.model_copy(update={"url": str(work_dir / name / "store")})
+    made = plan(config.model_copy(update={"store": store}), run_dir=work_dir / name / "run", cache_dir=work_dir / "cache")
+    if made.total_steps > made.order.steps_per_epoch:
+        raise ConfigError(f"{made.total_steps} steps are more than the {made.order.steps_per_epoch} of one epoch; ask for fewer --steps")
+    window_bytes = math.ceil(_WINDOWS_AHEAD * made.config.student.shuffle_window_chunks * made.bytes_per_chunk)
+    store = made.config.store.model_copy(update={"window_bytes": window_bytes})
+    return replace(made, config=made.config.model_copy(update={"store": store}))
+
+
+def cached(run: Plan) -> Plan:
+    """The same training on the store that `run` has filled, in a run directory of its own: no teachers, so the student has both threads."""
+    cluster = run.config.cluster.model_copy(update={"threads": NUM_CORES})
+    return replace(run, config=run.config.model_copy(update={"cluster": cluster}), run_dir=run.run_dir.with_name("cached"))
+
+
+def lesson(made: Plan, form: Form, *, num_steps: int) -> Lesson:
+    """The first steps of the same training, for one process that does teacher and student in turn."""
+    sequences = np.concatenate([made.order.sequences(step) for step in range(num_steps)])
+    corpus = made.split.train.rows(0, made.split.train.num_sequences)
+    rows = Rows(corpus.token_ids_SL[sequences], corpus.positions_SL[sequences], corpus.loss_mask_SL[sequences])
+    return Lesson(form, made.config.teacher, made.config.student, made.recipe, rows, threads=NUM_CORES)
