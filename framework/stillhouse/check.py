@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from stillhouse.cluster import attached, placement, shortages
+from stillhouse.cluster import attached, placement, shortages, student_crew, teacher_crew
 from stillhouse.config import ClusterSection, ModelSection, StudentSection
 from stillhouse.errors import ConfigError, ModelError, StoreError
 from stillhouse.models import head_of, load_model
@@ -173,18 +173,21 @@ def _training(made: Plan, found: _Findings) -> None:
 
 def _cluster(made: Plan, found: _Findings) -> None:
     section, teacher, student = made.config.cluster, made.config.teacher, made.config.student
-    available = _available(section)
-    replicas = f"{teacher.min_replicas:,}" + (f" to {teacher.max_replicas:,}" if teacher.max_replicas > teacher.min_replicas else "")
-    found.rows += [
-        ("cluster", f"{section.address or 'this machine'}: {available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs"),
-        ("", f"teachers: {replicas}, each with {_needs(teacher, available)}"),
-        ("", f"student ranks: {student.num_workers:,}, each with {_needs(student, available)}"),
-    ]
+    try:
+        available = _available(section)
+        replicas = f"{teacher.min_replicas:,}" + (f" to {teacher.max_replicas:,}" if teacher.max_replicas > teacher.min_replicas else "")
+        found.rows += [
+            ("cluster", f"{section.address or 'this machine'}: {available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs"),
+            ("", f"teachers: {replicas}, each with {_needs(teacher, available)}"),
+            ("", f"student ranks: {student.num_workers:,}, each with {_needs(student, available)}"),
+        ]
+        missing = shortages(teacher_crew(teacher) | student_crew(student), available)
+    except ConfigError as error:
+        found.obstacles.append(str(error))
+        return
     cure = "name a larger cluster in cluster.address" if section.address is None else "add machines to the cluster"
-    found.obstacles += [
-        f"{line}; {cure}, or lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
-        for line in shortages(teacher, student, available)
-    ]
+    lower = "lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
+    found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
 
 
 def _available(section: ClusterSection) -> Mapping[str, float]:

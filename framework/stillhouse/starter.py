@@ -8,6 +8,7 @@ def starter_toml(*, teacher: str, student: str, dataset: str) -> str:
     return f"""\
 [corpus]
 dataset = {_quoted(dataset)}
+# subset, split, revision and max_documents choose a part of it
 format = "text"  # or "chat", for rows of {{role, content}} messages
 sequence_length = 2048
 

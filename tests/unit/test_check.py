@@ -149,3 +149,10 @@ def test_a_window_smaller_than_the_shuffle_needs_is_noted(check, filled: Plan):
     outcome = check(store={"window_bytes": 100}, student={"max_steps": 1000})
     assert "less than a student may need for one step" in outcome.out
     assert ChunkStore(filled.config.store.url, filled.recipe).published() == set(filled.chunks)
+
+
+def test_a_placement_that_contradicts_itself_is_an_obstacle_like_any_other(check):
+    outcome = check(teacher={"device": "cpu", "num_gpus": 1})
+    assert outcome.code == 2
+    assert "num_gpus is 1" in outcome.err
+    assert "sequences of 32 tokens" in outcome.out

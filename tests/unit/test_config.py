@@ -121,4 +121,9 @@ def test_the_starter_config_holds_what_it_was_given_and_defaults(tmp_path: Path,
 
 def test_the_starter_config_is_about_ten_lines():
     lines = starter_toml(teacher="a", student="b", dataset="c").splitlines()
-    assert len([line for line in lines if line]) <= 11
+    assert len([line for line in lines if line]) <= 12
+
+
+def test_the_readme_shows_what_init_writes():
+    readme = Path(__file__).parents[2] / "README.md"
+    assert starter_toml(teacher="Qwen/Qwen3-32B", student="Qwen/Qwen3-4B", dataset="HuggingFaceFW/fineweb-edu") in readme.read_text()
