@@ -121,12 +121,12 @@ def require_room(crews: Mapping[str, tuple[ModelSection, int]], available: Mappi
         )
 
 
-def teachers(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]:
+def teacher_crew(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]:
     """The fewest teachers with which a run begins, as a crew."""
     return {"teachers": (section, section.min_replicas)}
 
 
-def students(section: StudentSection) -> dict[str, tuple[ModelSection, int]]:
+def student_crew(section: StudentSection) -> dict[str, tuple[ModelSection, int]]:
     """All ranks of the student, as a crew."""
     return {"student ranks": (section, section.num_workers)}
 

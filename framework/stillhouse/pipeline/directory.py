@@ -111,8 +111,15 @@ def _claim(plan: Plan) -> None:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {plan.run_dir}: {error.strerror}; name another --run-dir") from None
-    (plan.run_dir / "config.json").write_text(resolved_json(plan.config))
-    (plan.run_dir / "recipe.json").write_bytes(plan.recipe.canonical_json())
+    _replace(plan.run_dir / "recipe.json", plan.recipe.canonical_json())
+    _replace(plan.run_dir / "config.json", resolved_json(plan.config).encode())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that a kill leaves the old one or the new one, and never half of it."""
+    draft = path.with_suffix(".draft")
+    draft.write_bytes(data)
+    draft.rename(path)
 
 
 def _views(plan: Plan) -> list[ProgressView | WandbView]:

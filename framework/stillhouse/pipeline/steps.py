@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
-from stillhouse.cluster import Board, attached, call_remotely, local_secrets, placement, require_room
+from stillhouse.cluster import Board, attached, call_remotely, local_secrets, placement, require_room, student_crew, teacher_crew
 from stillhouse.config import ModelSection
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, evaluate, exported
@@ -21,7 +21,9 @@ from stillhouse.tracking import EvalRow, Journal
 
 def produce(made: Plan) -> None:
     """Fill the store with every chunk that training will read."""
+    _require_shared_store(made)
     with attempt(made, "produce") as journal, attached(made.config.cluster) as available:
+        require_room(teacher_crew(made.config.teacher), available)
         _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True)
 
 
@@ -34,6 +36,7 @@ def train(made: Plan) -> None:
             "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
         )
     with attempt(made, "train") as journal, attached(made.config.cluster) as available:
+        require_room(student_crew(made.config.student), available)
         _learn(made, available=available, board=None)
         _evaluate(made, journal, available=available)
     write_report(made.run_dir)
@@ -41,10 +44,9 @@ def train(made: Plan) -> None:
 
 def run(made: Plan) -> None:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it goes on where it stopped."""
-    if made.config.store.url.startswith("memory:"):
-        raise StoreError("a memory:// store cannot be shared between processes; give store.url a directory or a bucket")
+    _require_shared_store(made)
     with attempt(made, "run") as journal, attached(made.config.cluster) as available:
-        require_room(made.config.teacher, made.config.student, available)
+        require_room(teacher_crew(made.config.teacher) | student_crew(made.config.student), available)
         board = Board.create()
         students = _Background(lambda: _learn(made, available=available, board=board))
         _teach(made, journal, available=available, board=board, readers=("student",), finished=students.finished)
@@ -71,6 +73,11 @@ def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
     return export(job.checkpoints, out, section=job.section, tokenizer=made.tokenizer, card=model_card(made, role))
+
+
+def _require_shared_store(made: Plan) -> None:
+    if made.config.store.url.startswith("memory:"):
+        raise StoreError("a memory:// store cannot be shared between processes; give store.url a directory or a bucket")
 
 
 def _teach(
