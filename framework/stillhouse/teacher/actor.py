@@ -11,7 +11,7 @@ from stillhouse.cluster import Placement, Secrets, prepare_process
 from stillhouse.config import TeacherSection
 from stillhouse.logits import CompressedLogits, Fidelity, decode, encode, fidelity
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe, StoreUnavailable
-from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem, probe_item
+from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
 
 _FIDELITY_TOKENS = 512  # of each chunk, to measure what compression and codec cost
 _STORE_PATIENCE_S = 1800.0
@@ -56,7 +56,7 @@ class _TeacherActor:
         began = monotonic()
         self._teacher = HuggingFaceTeacher(self._job.section, self._job.recipe, device=self._device)
         self._store = ChunkStore(self._job.store_url, self._job.recipe)
-        probe = self._teacher.compress(probe_item(self._job.recipe))
+        probe = self._teacher.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         return Ready(probe, name, monotonic() - began)
 

@@ -15,6 +15,8 @@ from stillhouse.logits import CompressedLogits, compress_hidden, concatenate
 from stillhouse.models import check_head, check_packing, final_hidden, head_of, load_model
 from stillhouse.store import Recipe
 
+_PROBE_ENTRIES = 128  # whatever the recipe keeps: few entries of a flat distribution are alike in models that are not
+
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
@@ -50,8 +52,15 @@ class HuggingFaceTeacher:
         self._head = head_of(self._model, vocab_size=recipe.vocab_size)
         self._input_device = next(self._model.parameters()).device
 
-    @torch.inference_mode()
     def compress(self, item: WorkItem) -> CompressedLogits:
+        return self._compress(item, k=self._recipe.k)
+
+    def probe(self) -> CompressedLogits:
+        """What this replica says to `probe_item`, to be compared with its fellows' answers."""
+        return self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size))
+
+    @torch.inference_mode()
+    def _compress(self, item: WorkItem, *, k: int) -> CompressedLogits:
         parts = []
         for start in range(0, len(item.token_ids_SL), self._section.batch_sequences):
             rows = slice(start, start + self._section.batch_sequences)
@@ -61,7 +70,7 @@ class HuggingFaceTeacher:
             targets = compress_hidden(
                 hidden_TH,
                 self._head,
-                k=self._recipe.k,
+                k=k,
                 temperature=self._recipe.temperature,
                 block_tokens=self._section.block_tokens,
             )
@@ -86,8 +95,8 @@ def require_same_teacher(first: CompressedLogits, other: CompressedLogits, *, re
     divergence = float(_bucket_kl(first, other).mean())
     if not divergence <= limit:
         raise TeacherError(
-            f"teacher replica {replica} disagrees with the first on equal tokens: mean KL {divergence:.2e} nats, wanted {limit:.0e} at most;"
-            " do both load the same weights, dtype and library versions?"
+            f"teacher replica {replica} disagrees with the first on equal tokens: mean KL {divergence:.2e} nats, "
+            f"wanted at most {limit:.0e}; do both load the same weights, dtype and library versions?"
         )
 
 
@@ -99,6 +108,6 @@ def _bucket_kl(first: CompressedLogits, other: CompressedLogits) -> torch.Tensor
     matched_TK = torch.where(same_TKK, other.logprobs_TK[:, None, :], -torch.inf).amax(dim=2)
     matched_TK = torch.where(same_TKK.any(dim=2), matched_TK, floor_T1)
     tail_T = torch.log((1 - matched_TK.double().exp().sum(dim=1)).clamp_min(1e-12))
-    head_T = (first.logprobs_TK.double().exp() * (first.logprobs_TK - matched_TK)).nan_to_num(0.0).sum(dim=1)
-    p_tail_T = first.tail_logmass_T.double().exp()
-    return head_T + torch.where(p_tail_T > 1e-12, p_tail_T * (first.tail_logmass_T - tail_T), 0.0)
+    p_TK, p_tail_T = first.logprobs_TK.double().exp(), first.tail_logmass_T.double().exp()
+    head_T = torch.where(p_TK == 0, 0.0, p_TK * (first.logprobs_TK - matched_TK)).sum(dim=1)
+    return head_T + torch.where(p_tail_T <= 1e-12, 0.0, p_tail_T * (first.tail_logmass_T - tail_T))

@@ -1,0 +1,155 @@
+"""A teacher's targets are those of its model's own logits, document by document, however the work is cut; and replicas must agree.
+
+Shapes: S sequences, L positions, T target tokens, V vocabulary.
+"""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from helpers.chunks import make_chunk, small_recipe
+from helpers.models import make_model
+from stillhouse.config import TeacherSection
+from stillhouse.errors import ModelError, TeacherError
+from stillhouse.logits import CompressedLogits, compress, concatenate
+from stillhouse.store import Recipe
+from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem, probe_item, require_same_teacher
+
+RECIPE = small_recipe(num_sequences=5, sequence_length=24, chunk_sequences=5, temperature=1.5, k=6)
+CAP = 2.0
+ARCHITECTURES = {"llama": {}, "gemma2": {"final_logit_softcapping": CAP, "sliding_window": 8, "query_pre_attn_scalar": 16}}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def section(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TeacherSection:
+    """A tied model whose head is 20 rows wider than the tokenizer; the weights are large enough for gemma's cap to bite."""
+    folder = make_model(
+        tmp_path_factory.mktemp(request.param),
+        architecture=request.param,
+        vocab_size=RECIPE.vocab_size + 20,
+        tokenizer_vocab_size=RECIPE.vocab_size,
+        weight_std=0.4,
+        config=ARCHITECTURES[request.param],
+    )
+    return TeacherSection(model=str(folder), dtype="float32", batch_sequences=2, block_tokens=16)
+
+
+def packed_item() -> WorkItem:
+    chunk = make_chunk(RECIPE)
+    assert (chunk.positions_SL[:, 1:] == 0).sum() > 5  # documents start within the rows
+    return WorkItem(0, chunk.token_ids_SL, chunk.positions_SL, chunk.loss_mask_SL)
+
+
+@torch.inference_mode()
+def each_document_alone(section: TeacherSection, item: WorkItem) -> CompressedLogits:
+    """The model's own logits of one document after the other, each in a call of its own, at the masked-in positions."""
+    model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
+    parts = []
+    for ids_L, positions_L, mask_L in zip(item.token_ids_SL, item.positions_SL, item.loss_mask_SL, strict=True):
+        starts = [*np.flatnonzero(positions_L == 0), len(ids_L)]
+        for start, stop in itertools.pairwise(starts):
+            logits_LV = model(torch.from_numpy(ids_L[start:stop].astype(np.int64))[None]).logits[0, :, : RECIPE.vocab_size]
+            wanted = torch.from_numpy(mask_L[start:stop] == 1)
+            parts.append(compress(logits_LV[wanted], k=RECIPE.k, temperature=RECIPE.temperature))
+    return concatenate(parts)
+
+
+def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
+    assert found.num_tokens == wanted.num_tokens > 0
+    assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)
+    torch.testing.assert_close(found.logprobs_TK, wanted.logprobs_TK, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.tail_logmass_T, wanted.tail_logmass_T, rtol=0, atol=2e-4)
+
+
+def test_targets_are_those_of_each_document_alone(section: TeacherSection):
+    item = packed_item()
+    alone = each_document_alone(section, item)
+    assert alone.num_tokens == item.num_tokens
+    found = HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item)
+    assert (found.vocab_size, found.temperature, found.k, found.num_draws) == (300, 1.5, 6, 0)
+    assert_same(found, alone)
+
+
+def test_the_soft_cap_of_gemma_bites(section: TeacherSection):
+    """Or the tests here would not see it forgotten. Logits that differ by 2 CAP at most leave no token a large probability."""
+    found = HuggingFaceTeacher(section, RECIPE, device="cpu").compress(packed_item())
+    capped = float(found.logprobs_TK.max()) <= -np.log(RECIPE.vocab_size) + 2 * CAP / RECIPE.temperature
+    assert capped == ("gemma2" in section.model)
+
+
+@pytest.mark.parametrize(("batch_sequences", "block_tokens"), [(1, 1), (3, 7), (8, 1024)])
+def test_batches_and_blocks_change_nothing(section: TeacherSection, batch_sequences: int, block_tokens: int):
+    cut = section.model_copy(update={"batch_sequences": batch_sequences, "block_tokens": block_tokens})
+    whole = section.model_copy(update={"batch_sequences": 5, "block_tokens": 4096})
+    item = packed_item()
+    assert_same(
+        HuggingFaceTeacher(cut, RECIPE, device="cpu").compress(item), HuggingFaceTeacher(whole, RECIPE, device="cpu").compress(item)
+    )
+
+
+def test_an_item_without_a_target_has_no_targets(section: TeacherSection):
+    item = replace(packed_item(), loss_mask_SL=np.zeros((5, 24), np.uint8))
+    assert HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item).num_tokens == 0
+
+
+def test_a_head_with_too_few_rows_is_refused_before_any_work(section: TeacherSection):
+    with pytest.raises(ModelError, match="320 rows, fewer than the tokenizer's 400 ids"):
+        HuggingFaceTeacher(section, replace(RECIPE, vocab_size=400), device="cpu")
+
+
+@pytest.mark.parametrize("length", [2, 24, 500])
+def test_the_probe_is_the_same_for_every_replica_and_fits_the_recipe(length: int):
+    recipe = replace(RECIPE, sequence_length=length)
+    item, again = probe_item(recipe), probe_item(recipe)
+    assert item.token_ids_SL.shape == (1, min(length, 64))
+    assert item.num_tokens == min(length, 64) - 1
+    assert 0 <= item.token_ids_SL.min() <= item.token_ids_SL.max() < recipe.vocab_size
+    for field in ("token_ids_SL", "positions_SL", "loss_mask_SL"):
+        assert np.array_equal(getattr(item, field), getattr(again, field))
+
+
+def probe_answer(section: TeacherSection, recipe: Recipe = RECIPE) -> CompressedLogits:
+    return HuggingFaceTeacher(section, recipe, device="cpu").probe()
+
+
+def changed(section: TeacherSection, folder: Path, *, noise: float) -> TeacherSection:
+    """The same model with noise of this relative size on the weights of one MLP."""
+    model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32)
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] += noise * weights[name].std() * torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(0))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return section.model_copy(update={"model": str(folder)})
+
+
+def test_replicas_of_the_same_weights_agree(section: TeacherSection, tmp_path: Path):
+    first = probe_answer(section)
+    require_same_teacher(first, probe_answer(section), replica=1)
+    cut_otherwise = section.model_copy(update={"block_tokens": 5})
+    require_same_teacher(first, probe_answer(cut_otherwise), replica=1)
+    require_same_teacher(first, probe_answer(changed(section, tmp_path, noise=1e-4)), replica=1)
+
+
+@pytest.mark.parametrize("k", [1, 6, 300])
+def test_a_replica_of_other_weights_is_named_whatever_the_recipe_keeps(section: TeacherSection, tmp_path: Path, k: int):
+    recipe = replace(RECIPE, k=k)
+    other = probe_answer(changed(section, tmp_path, noise=0.3), recipe)
+    with pytest.raises(
+        TeacherError, match=r"teacher replica 7 disagrees with the first .* mean KL \d\.\d\de[-+]\d\d nats, wanted at most 1e-04"
+    ):
+        require_same_teacher(probe_answer(section, recipe), other, replica=7)
+
+
+def test_a_replica_that_answers_with_not_a_number_is_refused(section: TeacherSection):
+    first = probe_answer(section)
+    broken = replace(first, tail_logmass_T=first.tail_logmass_T * torch.nan, logprobs_TK=first.logprobs_TK * torch.nan)
+    for one, other in ((first, broken), (broken, first)):
+        with pytest.raises(TeacherError, match="teacher replica 2 disagrees"):
+            require_same_teacher(one, other, replica=2)
