@@ -74,8 +74,9 @@ class LeaseTable:
         self._losses[number] += 1
         if self._losses[number] >= _LOSSES_PER_FAILURE * self._max_failures:
             raise TeacherError(
-                f"chunk {number} was lost with its teacher {self._losses[number]} times, last with: {reason}. Every other published chunk is "
-                "kept: see whether this one exhausts the teacher's memory (teacher.batch_sequences, teacher.block_tokens), and run again."
+                f"chunk {number} was lost with its teacher {self._losses[number]} times, last with: {reason}. "
+                "Every other published chunk is kept: see whether this one exhausts the memory of its teacher "
+                "(teacher.batch_sequences, teacher.block_tokens), and run again to go on from here."
             )
         self.hand_back(number)
 
