@@ -103,7 +103,7 @@ class _Scorer:
 
     def logprobs(self, hidden_TH: Tensor) -> Tensor:
         logits_TV = self.head.logits(hidden_TH.to(self.head.weight_VH.device))
-        return torch.log_softmax(logits_TV.float(), dim=-1).cpu()
+        return torch.log_softmax(logits_TV.float(), dim=-1)
 
 
 def _scorer(section: ModelSection, job: EvaluationJob) -> _Scorer:
@@ -121,6 +121,8 @@ class _Tally:
     bins: Tensor = field(default_factory=lambda: torch.zeros(3, _NUM_BINS, dtype=torch.float64))  # count, confidence, correct
 
     def add(self, teacher_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> None:
+        """One block of tokens. The work is done where the teacher's values are, and 32 numbers come back."""
+        model_TV, labels_T = model_TV.to(teacher_TV.device), labels_T.to(teacher_TV.device)
         p_TV = teacher_TV.exp()
         confidence_T, choice_T = model_TV.max(dim=-1)
         confidence_T = confidence_T.exp()
@@ -129,11 +131,12 @@ class _Tally:
         agreement = (choice_T == teacher_TV.argmax(dim=-1)).sum(dtype=torch.float64)
         acceptance = torch.minimum(p_TV, model_TV.exp()).sum(dtype=torch.float64)
         self.num_tokens += len(labels_T)
-        self.sums += torch.stack([cross_entropy, kl, agreement, acceptance])
+        self.sums += torch.stack([cross_entropy, kl, agreement, acceptance]).cpu()
         bins_T = (confidence_T * _NUM_BINS).long().clamp_max(_NUM_BINS - 1)
         correct_T = (choice_T == labels_T).double()
-        for row, values_T in enumerate((torch.ones_like(correct_T), confidence_T.double(), correct_T)):
-            self.bins[row].index_add_(0, bins_T, values_T)
+        found = torch.zeros(3, _NUM_BINS, dtype=torch.float64, device=bins_T.device)
+        found.index_add_(1, bins_T, torch.stack([torch.ones_like(correct_T), confidence_T.double(), correct_T]))
+        self.bins += found.cpu()
 
     def scores(self) -> Scores:
         cross_entropy, kl, agreement, acceptance = (self.sums / max(1, self.num_tokens)).tolist()
