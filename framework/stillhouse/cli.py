@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted (run
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 store_app = typer.Typer(help="Look at, verify and tidy a chunk store.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure Stillhouse against what one would do without it.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+app.add_typer(bench_app, name="bench")
 
 Configs = Annotated[list[Path], typer.Argument(metavar="CONFIG", help="TOML files, merged left to right.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="'SECTION.KEY = VALUE'", help="Override one value: a line of TOML.")]
@@ -195,6 +198,20 @@ def store_sweep(
     from stillhouse import inventory
 
     inventory.tidy(url, older_than_s=older_than_hours * 3600)
+
+
+@bench_app.command(name="pipeline")
+def bench_pipeline(
+    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models, stores and runs go.")] = Path("runs/bench"),
+    num_steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of each way.")] = 160,
+    num_rounds: Annotated[int, typer.Option("--rounds", help="Times that every way is measured.")] = 3,
+    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")] = None,
+) -> None:
+    """`run`, and the same once cached, against one process that is teacher and student in turn, on two cores."""
+    _quieten()
+    from stillhouse.bench.pipeline import bench_pipeline
+
+    bench_pipeline(work_dir, num_steps=num_steps, num_rounds=num_rounds, command=f"stillhouse {shlex.join(sys.argv[1:])}", out=out)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import stillhouse
 from stillhouse.cli import app
 
 for verb in ("", "init", "demo", "check", "run", "produce", "train", "eval", "report", "export", "store",
-             "store ls", "store stat", "store verify", "store sweep"):
+             "store ls", "store stat", "store verify", "store sweep", "bench", "bench pipeline"):
     try:
         app([*verb.split(), "--help"])
     except SystemExit as end:
@@ -73,7 +73,7 @@ def test_help_takes_less_than_a_second():
     answer = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-    for verb in ("init", "demo", "check", "run", "produce", "train", "eval", "report", "export", "store"):
+    for verb in ("init", "demo", "check", "run", "produce", "train", "eval", "report", "export", "store", "bench"):
         assert f" {verb} " in answer.stdout
 
 
@@ -81,7 +81,9 @@ def test_the_version_is_shown():
     assert stillhouse("--version").out.startswith("stillhouse 0.")
 
 
-@pytest.mark.parametrize("arguments", [("brew",), ("check",), ("check", "--quickly"), ("store", "verify"), ("init", "a", "b")])
+@pytest.mark.parametrize(
+    "arguments", [("brew",), ("check",), ("check", "--quickly"), ("store", "verify"), ("init", "a", "b"), ("bench", "tub")]
+)
 def test_wrong_usage_ends_with_2_and_points_to_the_help(arguments: tuple[str, ...]):
     outcome = stillhouse(*arguments)
     assert outcome.code == 2
