@@ -143,8 +143,8 @@ def llama_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, sequence_leng
     )
 
 
-def train_teacher(model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[int, float], None]) -> None:
-    """Next-token prediction over the corpus in its own order, which is shuffled already; `show(steps done, loss)` after each step."""
+def train_teacher(model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[float], None]) -> None:
+    """Next-token prediction over the corpus in its own order, which is shuffled already; `show(loss)` after each step."""
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     model.train()
     for step in range(sizes.num_steps):
@@ -165,7 +165,7 @@ def train_teacher(model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimiser.step()
         optimiser.zero_grad()
-        show(step + 1, loss.item())
+        show(loss.item())
     model.eval()
 
 
@@ -187,7 +187,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _progress(console: Console, num_steps: int) -> Iterator[Callable[[int, float], None]]:
+def _progress(console: Console, num_steps: int) -> Iterator[Callable[[float], None]]:
     """A bar on a terminal, a line at every tenth elsewhere."""
     columns = (
         TextColumn("   step {task.completed:,} of {task.total:,}"),
@@ -199,8 +199,9 @@ def _progress(console: Console, num_steps: int) -> Iterator[Callable[[int, float
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=num_steps, loss=math.nan)
 
-        def show(step: int, loss: float) -> None:
-            bar.update(task, completed=step, loss=loss)
+        def show(loss: float) -> None:
+            bar.update(task, advance=1, loss=loss)
+            step = int(bar.tasks[task].completed)
             if bar.disable and step % line_every == 0:
                 console.print(f"   step {step:,} of {num_steps:,}, loss {loss:.2f}")
 
@@ -209,10 +210,8 @@ def _progress(console: Console, num_steps: int) -> Iterator[Callable[[int, float
 
 def _next_steps(config: Config) -> str:
     """What the pipeline is about to do, in plain words."""
-    teacher, student = config.teacher, config.student
-    lines = [
-        f"3. {teacher.max_replicas} teachers on Ray write their {config.target.k} likeliest next tokens, and the mass of the rest, to a store;",
-        "   a student with random weights learns from the store as it fills. A control, the same",
-        "   student from the same weights, then learns from the text alone, and both are scored on held-out text.",
-    ]
-    return "\n".join(lines)
+    return (
+        f"\n3. {config.teacher.max_replicas} teachers on Ray write the {config.target.k} likeliest next tokens at each place to a store;"
+        " a student that knows nothing learns from it as it fills. Then a control, the same student, learns from the text alone."
+        " All are scored on text that none of them has seen.\n"
+    )
