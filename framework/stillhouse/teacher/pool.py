@@ -205,7 +205,7 @@ class TeacherPool:
                 published=self._table.num_published,
                 needed=self._table.num_wanted,
                 in_flight=self._table.num_leased,
-                window_chunks=self._window_chunks,
+                window_chunks=min(self._window_chunks, self._table.num_wanted),
                 tokens_per_s=self._tokens_since_row / max(seconds, 1e-9),
                 window_wait_s=self._window_wait_s,
                 failures=self._table.num_failures,
