@@ -188,6 +188,14 @@ def _cluster(made: Plan, found: _Findings) -> None:
     cure = "name a larger cluster in cluster.address" if section.address is None else "add machines to the cluster"
     lower = "lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
     found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
+    beside = student_crew(student)
+    room = [count for count in range(teacher.max_replicas + 1) if not shortages({"teachers": (teacher, count)} | beside, available)]
+    if not missing and room[-1] < teacher.max_replicas:
+        found.notes.append(
+            f"teacher.max_replicas is {teacher.max_replicas:,}: {room[-1]:,} fit beside the student now, the others join when there is room"
+        )
+    if section.address is not None and "://" not in made.config.store.url:
+        found.notes.append(f"store.url is a directory, {made.config.store.url}: every machine of the cluster has to see the same one")
 
 
 def _available(section: ClusterSection) -> Mapping[str, float]:

@@ -124,10 +124,11 @@ def test_the_run_directory_of_another_run_is_refused_by_check_and_by_run(check, 
 
 
 def test_what_is_unwise_is_noted_and_stops_nothing(check):
-    outcome = check(student={"warmup_steps": 50, "global_batch_sequences": 6}, store={"window_bytes": 100}, corpus={"sequence_length": 513})
+    student, teacher = {"warmup_steps": 50, "global_batch_sequences": 6}, {"max_replicas": 20}
+    outcome = check(student=student, teacher=teacher, corpus={"sequence_length": 513}, cluster={"num_cpus": 3})
     assert outcome.code == 0, outcome
     notes = [line for line in outcome.out.splitlines() if line.startswith("note: ")]
-    for words in ("never reaches its peak", "masked rows", "made for 512 positions"):
+    for words in ("never reaches its peak", "masked rows", "made for 512 positions", "10 fit beside the student"):
         assert any(words in note for note in notes), words
 
 
