@@ -117,6 +117,8 @@ def _parsed(manifest: Path) -> Commit:
     if whole["xxh3"] != _digest_of(values):
         raise ValueError("its checksum differs")
     files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
+    if not files:
+        raise ValueError("it names no file")
     return Commit(int(values["step"]), int(values["world_size"]), int(values["zero_stage"]), str(values["fingerprint"]), files)
 
 
