@@ -81,7 +81,7 @@ def _student_memory(section: StudentSection, num_parameters: int) -> str:
     num_bytes = num_parameters * (_STATE_BYTES - split + split / section.num_workers)
     start = "from its weights" if section.init == "weights" else "from random weights"
     return (
-        f"{start}; weights, gradients and Adam take {decimal(round(num_bytes))} a rank"
+        f"{start}; weights, gradients and Adam take at least {decimal(round(num_bytes))} a rank"
         f" ({section.num_workers} with ZeRO stage {section.zero_stage}), activations not counted"
     )
 
