@@ -109,7 +109,7 @@ def run(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -
     made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.run(made)
+    pipeline.run(made, command=_typed())
     _announce(made.run_dir)
 
 
@@ -119,7 +119,7 @@ def produce(configs: Configs, overrides: Overrides = None, run_dir: RunDir = Non
     made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.produce(made)
+    pipeline.produce(made, command=_typed())
 
 
 @app.command()
@@ -128,7 +128,7 @@ def train(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None)
     made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.train(made)
+    pipeline.train(made, command=_typed())
     _announce(made.run_dir)
 
 
@@ -261,6 +261,10 @@ def _quieten() -> None:
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be set back by its import
+
+
+def _typed() -> str:
+    return shlex.join(["stillhouse", *sys.argv[1:]])
 
 
 def _announce(run_dir: Path) -> None:

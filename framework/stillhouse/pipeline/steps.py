@@ -1,4 +1,7 @@
-"""The verbs of a run as functions of its plan. Each reads what is on disk, so each can be stopped anywhere and done again."""
+"""The verbs of a run as functions of its plan. Each reads what is on disk, so each can be stopped anywhere and done again.
+
+`command` is what the user typed, for the journal.
+"""
 
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -19,15 +22,15 @@ from stillhouse.teacher.pool import TeacherPool
 from stillhouse.tracking import EvalRow, Journal
 
 
-def produce(made: Plan) -> None:
+def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
     """Fill the store with every chunk that training will read."""
     _require_shared_store(made)
-    with attempt(made, "produce") as journal, attached(made.config.cluster) as available:
+    with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(teacher_crew(made.config.teacher), available)
         _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True)
 
 
-def train(made: Plan) -> None:
+def train(made: Plan, *, command: str = "stillhouse train") -> None:
     """Train on a store that already holds what is needed, then evaluate and report. Raises StoreError where chunks are missing."""
     missing = set(made.chunks) - ChunkStore.create(made.config.store.url, made.recipe).published()
     if missing:
@@ -35,17 +38,17 @@ def train(made: Plan) -> None:
             f"{len(missing)} of {len(made.chunks)} chunks are not in {made.config.store.url}; "
             "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
         )
-    with attempt(made, "train") as journal, attached(made.config.cluster) as available:
+    with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(student_crew(made.config.student), available)
         _learn(made, available=available, board=None)
         _evaluate(made, journal, available=available)
     write_report(made.run_dir)
 
 
-def run(made: Plan) -> None:
+def run(made: Plan, *, command: str = "stillhouse run") -> None:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it goes on where it stopped."""
     _require_shared_store(made)
-    with attempt(made, "run") as journal, attached(made.config.cluster) as available:
+    with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(teacher_crew(made.config.teacher) | student_crew(made.config.student), available)
         board = Board.create()
         students = _Background(lambda: _learn(made, available=available, board=board))
