@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from statistics import median
 
 from stillhouse.errors import RunError
-from stillhouse.tracking import CheckpointRow, ChunkRow, Row, StartRow, latest_train_rows
+from stillhouse.tracking import CheckpointRow, ChunkRow, Row, latest_train_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """The steady stretch of one attempt, and where its time went. Seconds are of wall clock."""
+    """The steady stretch of a run, and where its time went. Seconds are of wall clock."""
 
     first_step: int  # the stretch begins when this step is done
     last_step: int  # and ends when this one is
@@ -25,7 +25,7 @@ class Pace:
     checkpoint_s: float  # the student wrote checkpoints
     teacher_busy_s: float  # of all teachers together, on the chunks that they finished in the stretch
     chunks_ahead: tuple[float, float]  # published chunks less those that the student had read, at either end of the stretch
-    start_up_s: float  # before the stretch: from the start of the attempt to the end of the first step
+    start_up_s: float  # before the stretch: from the start of the run to the end of the first step
 
     @property
     def tokens_per_s(self) -> float:
@@ -47,15 +47,13 @@ class Spread:
 
 
 def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: float) -> Pace:
-    """The pace of the last attempt in a journal that has steps.
+    """The pace of a run that began with nothing done and was not interrupted, from its whole journal.
 
     `window_steps` optimiser steps read one shuffle window of chunks, `chunks_per_step` chunks are read by one step. Raises RunError where
     less than one window lies between the first quarter and the teachers' last chunk: the run is too short to have had a steady state.
     """
-    start = max(index for index, row in enumerate(rows) if isinstance(row, StartRow))
-    attempt, began = rows[start:], rows[start].time
-    steps = latest_train_rows(attempt, "student")
-    chunks = [row for row in attempt if isinstance(row, ChunkRow)]
+    steps = latest_train_rows(rows, "student")
+    chunks = [row for row in rows if isinstance(row, ChunkRow)]
     until = chunks[-1].time if chunks else steps[-1].time
     first = -(-len(steps) // (4 * window_steps)) * window_steps
     last = sum(row.time <= until for row in steps) // window_steps * window_steps
@@ -76,8 +74,8 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
         num_tokens=sum(row.num_tokens for row in stretch),
         seconds=end - begin,
         data_wait_s=sum(row.data_wait_s for row in stretch),
-        checkpoint_s=sum(row.seconds for row in attempt if isinstance(row, CheckpointRow) and begin < row.time <= end),
+        checkpoint_s=sum(row.seconds for row in rows if isinstance(row, CheckpointRow) and begin < row.time <= end),
         teacher_busy_s=sum(row.seconds for row in chunks if begin < row.time <= end),
         chunks_ahead=(ahead(first, begin), ahead(last, end)),
-        start_up_s=steps[0].time - began,
+        start_up_s=steps[0].time - rows[0].time,
     )

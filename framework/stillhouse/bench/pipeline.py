@@ -56,7 +56,10 @@ class Round:
 
 
 def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: str, out: Path | None) -> None:
-    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where there is too little to measure."""
+    """Measure in a new directory under `work_dir`, print the table, and write all that was measured to `out`.
+
+    Raises ConfigError where there is too little to measure.
+    """
     if num_rounds < 1 or num_steps <= 2 * _WARM_UP_STEPS:
         raise ConfigError(
             f"{num_rounds} rounds of {num_steps} steps measure nothing; ask for one round or more of {4 * _WARM_UP_STEPS} steps or more"
@@ -64,8 +67,10 @@ def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: 
     console = Console(highlight=False, soft_wrap=True)
     with on_two_cores():
         provenance = Provenance.of(command)
-        config = prepare(work_dir, num_steps=num_steps, console=console)
-        plans = [streaming(config, work_dir, f"round-{number}") for number in range(1, num_rounds + 1)]
+        folder = work_dir / provenance.started.replace(":", "")
+        folder.mkdir(parents=True)
+        config = prepare(folder, num_steps=num_steps, console=console)
+        plans = [streaming(config, folder, f"round-{number}") for number in range(1, num_rounds + 1)]
         rounds = [_round(made, number, console) for number, made in enumerate(plans, 1)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 from stillhouse.bench.in_turn import Form, Lesson
 from stillhouse.config import Config
 from stillhouse.corpus import Rows
-from stillhouse.demo import Sizes, demo_config, make_models, whole_directory
+from stillhouse.demo import Sizes, demo_config, make_models
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan, plan
 
@@ -42,12 +42,11 @@ def on_two_cores() -> Iterator[None]:
 
 
 def prepare(work_dir: Path, *, num_steps: int, console: Console) -> Config:
-    """The demo's config for so many steps, its models made in `work_dir` unless they are there."""
+    """The demo's config for so many steps, and its models, made in the empty directory `work_dir`."""
     config = demo_config(work_dir)
     corpus = config.corpus.model_copy(update={"max_documents": _DOCUMENTS_PER_STEP * num_steps, "heldout_sequences": 8})
-    if not (work_dir / "models").exists():
-        with whole_directory(work_dir / "models") as draft:
-            make_models(draft, corpus, replace(Sizes(), num_steps=0), cache_dir=work_dir / "cache", console=console)
+    (work_dir / "models").mkdir()
+    make_models(work_dir / "models", corpus, replace(Sizes(), num_steps=0), cache_dir=work_dir / "cache", console=console)
     return config.model_copy(
         update={
             "corpus": corpus,
