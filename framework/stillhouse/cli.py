@@ -152,6 +152,8 @@ def report(run_dir: ExistingRun) -> None:
 @app.command()
 def export(run_dir: ExistingRun, out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]) -> None:
     """Write the student as a plain Hugging Face directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already and is not empty; name a new directory")
     made = _existing(run_dir)
     from stillhouse import pipeline
 

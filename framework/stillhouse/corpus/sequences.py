@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,8 +82,17 @@ class _Tally:
     tokens: int = 0
 
 
-def prepare_corpus(section: CorpusSection, tokenizer: "PreTrainedTokenizerFast", *, tokenizer_digest: str, cache_dir: str | Path) -> Split:
+def prepare_corpus(
+    section: CorpusSection,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    tokenizer_digest: str,
+    cache_dir: str | Path,
+    on_progress: Callable[[int, int], None] = lambda num_documents, num_tokens: None,
+) -> Split:
     """Tokenise and pack a corpus, or find it in `cache_dir` as made before from the same documents, section and tokenizer.
+
+    `on_progress` is told, after each document, how many documents and tokens there were so far.
 
     The first documents of the shuffle fill the held-out sequences; what is left of the last of them is not used. Sequences without a
     single target are left out, and so is the last, partial one of packed documents. Raises CorpusError.
@@ -102,7 +111,7 @@ def prepare_corpus(section: CorpusSection, tokenizer: "PreTrainedTokenizerFast",
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix="building-", dir=directory.parent))
     try:
-        _build(building, documents, section, tokenizer)
+        _build(building, documents, section, tokenizer, on_progress)
         _move_into_place(building, directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -111,9 +120,15 @@ def prepare_corpus(section: CorpusSection, tokenizer: "PreTrainedTokenizerFast",
     return split
 
 
-def _build(directory: Path, documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast") -> None:
+def _build(
+    directory: Path,
+    documents: Documents,
+    section: CorpusSection,
+    tokenizer: "PreTrainedTokenizerFast",
+    on_progress: Callable[[int, int], None],
+) -> None:
     tally = _Tally()
-    tokens = _counted(tokenise(documents, section, tokenizer), tally)
+    tokens = _counted(tokenise(documents, section, tokenizer), tally, on_progress)
     length = section.sequence_length
 
     def sequences(limit: int) -> Iterator[Rows]:
@@ -138,10 +153,11 @@ def _build(directory: Path, documents: Documents, section: CorpusSection, tokeni
     (directory / "corpus.json").write_text(json.dumps({"corpora": written, "num_bytes": sizes}))
 
 
-def _counted(documents: Iterable[Tokens], tally: _Tally) -> Iterator[Tokens]:
+def _counted(documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]) -> Iterator[Tokens]:
     for document in documents:
         tally.documents += 1
         tally.tokens += len(document)
+        on_progress(tally.documents, tally.tokens)
         yield document
 
 

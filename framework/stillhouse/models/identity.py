@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ class ModelIdentity:
     revision: str | None
 
 
-def model_identity(section: ModelSection, *, cache_dir: str | Path | None = None) -> ModelIdentity:
-    """Identify weights without reading terabytes twice: file hashes are kept in `cache_dir` (None: `default_cache_dir()`).
+def model_identity(section: ModelSection, *, cache_dir: Path) -> ModelIdentity:
+    """Identify weights without reading terabytes twice: file hashes are kept in `cache_dir`.
 
     Raises ModelError: no such model or revision, or neither network nor a cached copy to tell its commit.
     """
@@ -39,14 +38,8 @@ def model_identity(section: ModelSection, *, cache_dir: str | Path | None = None
     files = sorted(file for pattern in patterns for file in Path(source).glob(pattern))
     if not any(file.name == "config.json" for file in files):
         raise ModelError(f"{section.model} has no config.json; give the directory of a saved model (an adapter has to be merged first)")
-    directory = Path(cache_dir or default_cache_dir()) / "weights"
-    listing = [(file.name, _file_digest(file, directory)) for file in files]
+    listing = [(file.name, _file_digest(file, cache_dir / "weights")) for file in files]
     return ModelIdentity(hashlib.sha256(json.dumps(listing).encode()).hexdigest(), revision=None)
-
-
-def default_cache_dir() -> Path:
-    """Where a user's caches belong, by the XDG base directory specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
 
 
 def _file_digest(file: Path, cache_dir: Path) -> str:

@@ -60,8 +60,8 @@ def changes_since(plan: Plan) -> list[str]:
     """What keeps this plan from going on with its run directory; empty where nothing does, or where there is no run yet."""
     config_path, recipe_path = plan.run_dir / "config.json", plan.run_dir / "recipe.json"
     changes = changes_that_matter(config_of(plan.run_dir), plan.config) if config_path.exists() else []
-    if recipe_path.exists():
-        changes += differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), plan.recipe)
+    if not changes and recipe_path.exists():
+        changes = differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), plan.recipe)
     return changes
 
 

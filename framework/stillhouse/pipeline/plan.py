@@ -1,10 +1,13 @@
 """All that follows from a config before anything runs: the sequences, the recipe, which chunks to make and how many steps to take."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.config import Config, ModelSection, StudentSection
@@ -18,6 +21,8 @@ from stillhouse.student.order import Order
 from stillhouse.teacher.model import WorkItem
 
 _Section = TypeVar("_Section", bound=ModelSection)
+
+_TELL_EVERY_DOCUMENTS = 100
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
 
     Raises ModelError, CorpusError or ConfigError for what cannot be used, before anything heavy starts.
     """
-    teacher, student = model_identity(config.teacher), model_identity(config.student)
+    teacher, student = (model_identity(section, cache_dir=cache_dir) for section in (config.teacher, config.student))
     config = config.model_copy(update={"teacher": _pinned(config.teacher, teacher), "student": _pinned(config.student, student)})
     tokenizer = load_tokenizer(config.teacher.model, revision=teacher.revision, trust_remote_code=config.teacher.trust_remote_code)
     check_same_ids(tokenizer, _student_tokenizer(config.student))
@@ -92,7 +97,8 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
             f"target.k is {config.target.k}, but the vocabulary has {vocab_size} tokens; set target.k to {vocab_size} or less"
         )
     digest = tokenizer_digest(tokenizer)
-    split = prepare_corpus(config.corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir)
+    with _tokenising(config.corpus.dataset) as on_progress:
+        split = prepare_corpus(config.corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir, on_progress=on_progress)
     recipe = Recipe(
         corpus_digest=split.train.digest,
         num_sequences=split.train.num_sequences,
@@ -123,3 +129,16 @@ def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerFast:
     if section.tokenizer is not None:
         return load_tokenizer(section.tokenizer)
     return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+@contextmanager
+def _tokenising(dataset: str) -> Iterator[Callable[[int, int], None]]:
+    """Say on the terminal how far tokenising has come; a corpus that was tokenised before passes in silence."""
+    console = Console(stderr=True)
+    with console.status(f"reading {dataset}") as status:
+
+        def on_progress(num_documents: int, num_tokens: int) -> None:
+            if num_documents % _TELL_EVERY_DOCUMENTS == 0:
+                status.update(f"tokenising {dataset}: {num_documents:,} documents, {num_tokens:,} tokens")
+
+        yield on_progress
