@@ -52,7 +52,7 @@ class Sizes:
     vocab_size: int = 4096
     teacher: Shape = Shape(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=4)
     student: Shape = Shape(hidden_size=96, intermediate_size=256, num_layers=2, num_heads=4)
-    num_steps: int = 1200
+    num_steps: int = 1100
     batch_sequences: int = 8
     learning_rate: float = 3e-3
     warmup_steps: int = 50
