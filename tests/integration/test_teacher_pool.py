@@ -3,18 +3,16 @@
 Actors take seconds to start. So one pool lives through most of it, and the tests look at what it left.
 """
 
-import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 import pytest
 
+from helpers.processes import kill_one
 from helpers.world import TinyWorld
 from stillhouse.cluster import Board, Secrets, placement
 from stillhouse.errors import ModelError, StoreError, StudentError, TeacherError
@@ -83,16 +81,6 @@ def poisoned(item: WorkItem) -> WorkItem:
     token_ids_SL = item.token_ids_SL.copy()
     token_ids_SL[0, 0] = 1_000_000
     return replace(item, token_ids_SL=token_ids_SL)
-
-
-def kill_a_teacher() -> None:
-    """SIGKILL one of this session's teacher processes."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if "".join(process.cmdline()[:1]).startswith("ray::_TeacherActor"):
-                process.send_signal(signal.SIGKILL)
-                return
-    raise AssertionError("no teacher is running")
 
 
 @dataclass
@@ -165,7 +153,7 @@ def story(tiny_world: TinyWorld, board: Board, tmp_path_factory: pytest.TempPath
     def item_of(number: int) -> WorkItem:
         asked.append(number)
         if len(asked) == WINDOW:
-            kill_a_teacher()  # one has two chunks in work, the other is about to get this one
+            kill_one("ray::_TeacherActor")  # one has two chunks in work, the other is about to get this one
         return made.item(number)
 
     pool = pool_of(made, order=story.order, journal=story.journal, item_of=item_of, min_replicas=2, max_replicas=2)
