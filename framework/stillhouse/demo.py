@@ -64,8 +64,8 @@ def run_demo(run_dir: Path, *, cache_dir: Path) -> None:
     All but the tokenised corpus lands in `run_dir`. Raises what `pipeline.plan` and `pipeline.run` raise.
     """
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"A teacher, a student and a control, on this machine alone; everything lands in {run_dir}.")
-    console.print("On two idle cores it takes five minutes. Stop it when you like: the same command goes on.")
+    console.print(f"A teacher, a student and a control on this machine alone; everything lands in {run_dir}.")
+    console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
     config = demo_config(run_dir)
     if not (run_dir / "models").exists():
         torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
@@ -93,9 +93,8 @@ def make_models(directory: Path, corpus: CorpusSection, sizes: Sizes, *, cache_d
     """Write `teacher`, weights and all, and `student`, a config alone, both with one tokenizer, into an existing directory."""
     texts = [text for _, batch in load_documents(corpus, cache_dir=cache_dir).batches(256) for text in batch]
     num_megabytes = sum(map(len, texts)) / 1e6
-    console.print(
-        f"\n1. A tokenizer of {sizes.vocab_size:,} tokens, learnt from {len(texts)} files of Python's standard library ({num_megabytes:.1f} MB)"
-    )
+    console.print(f"\n1. A tokenizer of {sizes.vocab_size:,} tokens, learnt from {len(texts)} files of Python's standard library", end="")
+    console.print(f" ({num_megabytes:.1f} MB), which are then tokenised")
     tokenizer = train_tokenizer(texts, vocab_size=sizes.vocab_size)
     split = prepare_corpus(corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir)
 
@@ -217,6 +216,6 @@ def _next_steps(config: Config) -> str:
     """What the pipeline is about to do, in plain words."""
     return (
         f"\n3. {config.teacher.max_replicas} teachers on Ray write the {config.target.k} likeliest next tokens at each place to a store;"
-        " a student that knows\n   nothing learns from it as it fills. Then a control, the same student, learns from the text alone."
-        "\n   All are scored on text that none of them has seen.\n"
+        " a student that knows nothing learns from it as it fills. Then a control, the same student, learns from the text alone."
+        " All are scored on text that none of them has seen.\n"
     )
