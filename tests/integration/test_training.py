@@ -109,15 +109,13 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_sequences(
         rank_groups[2].call(train_and_tell, replace(wild, run_dir=tmp_path))
 
 
-@pytest.mark.parametrize("target", [{"k": 4, "tail_draws": 6}, {"k": 0, "tail_draws": 9}], ids=["head and draws", "draws alone"])
-def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(
-    tiny_world: TinyWorld, rank_groups: Ranks, target: dict[str, int], tmp_path: Path
-) -> None:
-    made = tiny_world.plan(tmp_path, target=target, student={"checkpoint_every_steps": 100, "init": "config"})
+def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path) -> None:
+    target, student = {"k": 4, "tail_draws": 6}, {"checkpoint_every_steps": 100, "init": "config", "max_steps": 20}
+    made = tiny_world.plan(tmp_path, target=target, student=student)
     tiny_world.fill_store(made)
     job = made.jobs()[0]
     alone = rank_groups[1].call(train_and_tell, with_student(job, zero_stage=0, micro_batch_sequences=8))[0]
-    assert alone[-1].loss < alone[0].loss - 0.1
+    assert alone[-1].loss < alone[0].loss - 0.03
     assert relative_gap(rank_groups[2].call(train_and_tell, with_student(job, zero_stage=3, micro_batch_sequences=3))[0], alone) <= 1e-6
 
 
