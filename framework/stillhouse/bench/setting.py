@@ -1,4 +1,4 @@
-"""What the pipeline benchmark times: the demo's run with a teacher that never learned, since random weights are as fast as any.
+"""What the pipeline benchmark times: the demo's two models with random weights, which are as fast as any, on a corpus that all have.
 
 Two teachers and one student rank with one thread each share two cores; what they are compared with has two threads on the same cores.
 """
@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 
 from stillhouse.bench.in_turn import Form, Lesson
-from stillhouse.config import Config
+from stillhouse.config import Config, parse_config
 from stillhouse.corpus import Rows
-from stillhouse.demo import Sizes, demo_config, make_models
+from stillhouse.demo import Sizes, make_models
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan, plan
 
@@ -41,26 +41,51 @@ def on_two_cores() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def prepare(work_dir: Path, *, num_steps: int, console: Console) -> Config:
-    """The demo's config for so many steps, and its models, made in the empty directory `work_dir`."""
-    config = demo_config(work_dir)
-    corpus = config.corpus.model_copy(update={"max_documents": _DOCUMENTS_PER_STEP * num_steps, "heldout_sequences": 8})
-    (work_dir / "models").mkdir()
-    make_models(work_dir / "models", corpus, replace(Sizes(), num_steps=0), cache_dir=work_dir / "cache", console=console)
-    return config.model_copy(
-        update={
-            "corpus": corpus,
-            "student": config.student.model_copy(update={"max_steps": num_steps}),
-            "teacher": config.teacher.model_copy(update={"min_replicas": config.teacher.max_replicas}),
-            "evaluate": config.evaluate.model_copy(update={"control": False}),
+def prepare(folder: Path, *, num_steps: int) -> Config:
+    """The config of so many steps, and its two models, made in the existing directory `folder`."""
+    models = folder / "models"
+    config = parse_config(
+        {
+            "corpus": {
+                "dataset": "stdlib",
+                "sequence_length": 256,
+                "max_documents": _DOCUMENTS_PER_STEP * num_steps,
+                "heldout_sequences": 8,
+            },
+            "teacher": {
+                "model": str(models / "teacher"),
+                "dtype": "float32",
+                "device": "cpu",
+                "num_cpus": 0.5,
+                "min_replicas": 2,
+                "max_replicas": 2,
+                "batch_sequences": 8,
+            },
+            "target": {"k": 64},
+            "store": {"chunk_sequences": 32},
+            "student": {
+                "model": str(models / "student"),
+                "init": "config",
+                "dtype": "float32",
+                "device": "cpu",
+                "num_cpus": 0.5,
+                "global_batch_sequences": 16,
+                "micro_batch_sequences": 8,
+                "max_steps": num_steps,
+                "checkpoint_every_steps": 100,
+            },
+            "tracking": {"wandb": "off"},
         }
     )
+    models.mkdir()
+    make_models(models, config.corpus, replace(Sizes(), num_steps=0), cache_dir=folder / "cache", console=Console(quiet=True))
+    return config
 
 
-def streaming(config: Config, work_dir: Path, name: str) -> Plan:
+def streaming(config: Config, folder: Path) -> Plan:
     """A run on a store of its own, which is empty, with teachers held closely ahead of the student."""
-    store = config.store.model_copy(update={"url": str(work_dir / name / "store")})
-    made = plan(config.model_copy(update={"store": store}), run_dir=work_dir / name / "run", cache_dir=work_dir / "cache")
+    store = config.store.model_copy(update={"url": str(folder / "store")})
+    made = plan(config.model_copy(update={"store": store}), run_dir=folder / "run", cache_dir=folder.parent / "cache")
     if made.total_steps > made.order.steps_per_epoch:
         raise ConfigError(f"{made.total_steps} steps are more than the {made.order.steps_per_epoch} of one epoch; ask for fewer --steps")
     window_bytes = math.ceil(_WINDOWS_AHEAD * made.config.student.shuffle_window_chunks * made.bytes_per_chunk)

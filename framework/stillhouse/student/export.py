@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError
@@ -33,7 +33,18 @@ def export(checkpoints: Path, out: Path, *, section: StudentSection, tokenizer: 
             f"missing {sorted(set(missing) - tied)[:4]}, unexpected {list(unexpected)[:4]}; was student.model changed?"
         )
     model.tie_weights()
+    model.generation_config = generation_config_of(section) or model.generation_config
     model.to(getattr(torch, section.dtype)).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "README.md").write_text(card, encoding="utf-8")
     return found.step
+
+
+def generation_config_of(section: StudentSection) -> GenerationConfig | None:
+    """What the student came with: a chat model's list of end tokens stands there alone. None where it came with none that can be saved."""
+    try:
+        found = GenerationConfig.from_pretrained(section.model, revision=section.revision or "main")
+        found.validate(strict=True)
+    except (OSError, ValueError):
+        return None
+    return found

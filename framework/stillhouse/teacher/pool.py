@@ -101,8 +101,10 @@ class TeacherPool:
         self._record()
 
     def _staff(self) -> None:
-        missing = self._job.section.max_replicas - len(self._replicas)
-        for _ in range(missing):
+        """Fill the pool up, but not with more teachers than there are chunks to make."""
+        fewest = 1 if self._begun else self._job.section.min_replicas
+        wanted = min(self._job.section.max_replicas, max(fewest, self._table.num_wanted - self._table.num_published))
+        for _ in range(wanted - len(self._replicas)):
             replica = _Replica(self._num_spawned, spawn(self._job, where=self._where, secrets=self._secrets))
             self._num_spawned += 1
             self._replicas.append(replica)

@@ -78,7 +78,7 @@ class PoolRow(Row):
     needed: int  # chunks
     in_flight: int  # chunks leased to teachers
     window_chunks: int  # how far teachers may run ahead of the slowest reader
-    tokens_per_s: float  # target tokens, all replicas, mean since the attempt began
+    tokens_per_s: float  # target tokens, all replicas, mean since the row before
     window_wait_s: float  # seconds in which the window held teachers back, since the attempt began
     failures: int  # since the attempt began
 

@@ -1,0 +1,256 @@
+"""The teacher pool on real actors: teachers die, chunks rot, a reader stands still, and each chunk is still made once, in reading order.
+
+Actors take seconds to start. So one pool lives through most of it, and the tests look at what it left.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from helpers.processes import kill_one
+from helpers.world import TinyWorld
+from stillhouse.cluster import Board, Secrets, placement
+from stillhouse.errors import ModelError, StoreError, StudentError, TeacherError
+from stillhouse.pipeline import Plan
+from stillhouse.store import ChunkStore
+from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.model import WorkItem
+from stillhouse.teacher.pool import TeacherPool
+from stillhouse.tracking import ChunkRow, PoolRow, Row, TeacherRow
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUM_CHUNKS = 8  # of the plan's, so that a test takes seconds
+WINDOW = 3
+PATIENCE_S = 120
+
+
+@dataclass
+class WatchedTracker:
+    """A tracker that keeps its rows, and tells whoever waits for one."""
+
+    rows: list[Row] = field(default_factory=list)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def record(self, row: Row) -> None:
+        with self._changed:
+            self.rows.append(row)
+            self._changed.notify_all()
+
+    def wait_for(self, condition: Callable[[list[Row]], bool], *, unless: Callable[[], bool]) -> None:
+        """Until the rows meet the condition; no longer once `unless`, since then nobody writes any."""
+        with self._changed:
+            while not condition(self.rows):
+                assert not unless()
+                assert self._changed.wait(timeout=PATIENCE_S)
+
+    def wake(self, _finished: object) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def made(self) -> Counter[int]:
+        return Counter(row.chunk for row in self.rows if isinstance(row, ChunkRow))
+
+
+def pool_of(made: Plan, *, order: list[int], journal: WatchedTracker, item_of: Callable[[int], WorkItem], **teacher: object) -> TeacherPool:
+    section = made.config.teacher.model_copy(update=teacher)
+    return TeacherPool(
+        TeacherJob(section, made.recipe, made.config.store.url, threads=1),
+        where=placement(section, {"CPU": 4.0}),
+        secrets=Secrets(None),
+        order=order,
+        item_of=item_of,
+        window_chunks=WINDOW,
+        journal=journal,
+    )
+
+
+def new_plan(tiny_world: TinyWorld, folder: Path) -> Plan:
+    made = tiny_world.plan(folder / "run", store={"url": str(folder / "store")})
+    ChunkStore.create(made.config.store.url, made.recipe)
+    return made
+
+
+def poisoned(item: WorkItem) -> WorkItem:
+    """A token that no embedding has: looking it up raises in the teacher."""
+    token_ids_SL = item.token_ids_SL.copy()
+    token_ids_SL[0, 0] = 1_000_000
+    return replace(item, token_ids_SL=token_ids_SL)
+
+
+@dataclass
+class Story:
+    """What is left of a pool of two teachers that lived through a kill, a closed window and reports of bad chunks."""
+
+    plan: Plan
+    order: list[int]
+    journal: WatchedTracker
+    published_by_cursor: list[set[int]] = field(default_factory=list)
+    row_behind_the_window: PoolRow | None = None
+    bytes_before: dict[int, bytes] = field(default_factory=dict)
+    quarantined: list[str] = field(default_factory=list)
+
+    @property
+    def store(self) -> ChunkStore:
+        return ChunkStore(self.plan.config.store.url, self.plan.recipe)
+
+    def path_of(self, number: int) -> Path:
+        return Path(self.store.url) / self.store.key(number)
+
+
+def live_through_it(story: Story, pool: TeacherPool, board: Board) -> None:
+    order, journal = story.order, story.journal
+    unwanted = story.plan.chunks[NUM_CHUNKS]
+    students_are_done = threading.Event()
+
+    def window_is_closed(rows: list[Row]) -> bool:
+        return any(isinstance(row, PoolRow) and row.window_wait_s > 0 for row in rows)
+
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(pool.run, readers=["student"], board=board, finished=students_are_done.is_set)
+        running.add_done_callback(journal.wake)
+        try:
+            journal.wait_for(window_is_closed, unless=running.done)
+            story.published_by_cursor.append(story.store.published())
+            story.row_behind_the_window = next(row for row in reversed(journal.rows) if isinstance(row, PoolRow))
+
+            story.bytes_before = {number: story.path_of(number).read_bytes() for number in order[:WINDOW]}
+            damaged = bytearray(story.bytes_before[order[0]])
+            damaged[-1] ^= 1
+            story.path_of(order[0]).write_bytes(damaged)
+            for number in (order[0], order[0], order[1], order[-1], unwanted):  # bad, again, sound, not there yet, for nobody
+                board.report_bad_chunk(number)
+            journal.wait_for(lambda _rows: journal.made()[order[0]] == 2, unless=running.done)
+            story.quarantined = sorted(path.name for path in Path(story.store.url).rglob("quarantine/*"))
+
+            journal.wait_for(lambda rows: any(isinstance(row, TeacherRow) and row.replica == 2 for row in rows), unless=running.done)
+            for cursor in range(1, NUM_CHUNKS - WINDOW + 1):
+                board.move_cursor("student", cursor)
+                journal.wait_for(lambda _rows, end=cursor + WINDOW: journal.made().keys() >= set(order[:end]), unless=running.done)
+                story.published_by_cursor.append(story.store.published())
+        finally:
+            students_are_done.set()
+        running.result(timeout=PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def board(ray_cluster: dict[str, float]) -> Board:
+    assert ray_cluster["CPU"] >= 1
+    return Board.create()
+
+
+@pytest.fixture(scope="module")
+def story(tiny_world: TinyWorld, board: Board, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    made = new_plan(tiny_world, tmp_path_factory.mktemp("pool"))
+    story = Story(made, made.chunks[:NUM_CHUNKS], WatchedTracker())
+    asked: list[int] = []
+
+    def item_of(number: int) -> WorkItem:
+        asked.append(number)
+        if len(asked) == WINDOW:
+            kill_one("ray::_TeacherActor")  # one has two chunks in work, the other is about to get this one
+        return made.item(number)
+
+    pool = pool_of(made, order=story.order, journal=story.journal, item_of=item_of, min_replicas=2, max_replicas=2)
+    board.move_cursor("a stranger", 1000)
+    live_through_it(story, pool, board)
+    return story
+
+
+def test_work_begins_when_the_fewest_teachers_are_ready(story: Story):
+    rows = [row for row in story.journal.rows if isinstance(row, ChunkRow | TeacherRow)]
+    assert {row.replica for row in rows[:2] if isinstance(row, TeacherRow)} == {0, 1}
+
+
+def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story):
+    assert [row.replica for row in story.journal.rows if isinstance(row, TeacherRow)][2:] == [2]
+    assert story.journal.made() == Counter([*story.order, story.order[0]])  # the first was damaged, and made anew
+    assert story.store.published() == set(story.order)
+    for number in story.order:
+        story.store.verify(number)
+
+
+def test_behind_a_closed_window_nothing_is_made(story: Story):
+    assert story.published_by_cursor == [set(story.order[: WINDOW + cursor]) for cursor in range(NUM_CHUNKS - WINDOW + 1)]
+    assert story.order != sorted(story.order)  # or the reading order would prove nothing
+    row = story.row_behind_the_window
+    assert row is not None
+    assert (row.published, row.needed, row.in_flight, row.window_chunks, row.failures) == (WINDOW, NUM_CHUNKS, 0, WINDOW, 0)
+
+
+def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(story: Story):
+    number = story.order[0]
+    assert len(story.quarantined) == 1
+    assert story.quarantined[0].startswith(f"{number:010d}-")
+    assert story.path_of(number).read_bytes() == story.bytes_before[number]
+
+
+def test_a_false_report_changes_nothing(story: Story):
+    number = story.order[1]
+    assert story.path_of(number).read_bytes() == story.bytes_before[number]
+    assert story.journal.made()[number] == 1
+
+
+def test_what_is_published_is_never_made_again(story: Story, board: Board):
+    journal = WatchedTracker()
+    pool = pool_of(story.plan, order=story.order, journal=journal, item_of=story.plan.item)
+    pool.run(readers=["student"], board=board, finished=lambda: True)
+    assert journal.rows == []
+
+
+def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(story: Story, board: Board):
+    def finished() -> bool:
+        raise StudentError("the loss is nan")
+
+    pool = pool_of(story.plan, order=story.plan.chunks, journal=WatchedTracker(), item_of=story.plan.item)
+    with pytest.raises(StudentError, match="the loss is nan"):
+        pool.run(readers=["student"], board=board, finished=finished)
+
+
+def test_a_chunk_that_raises_ends_the_run_by_name_and_a_teacher_that_raised_is_replaced(
+    tiny_world: TinyWorld, board: Board, tmp_path: Path
+):
+    """After an error on a GPU nothing works any more in that process: it would fail chunk after chunk."""
+    made = new_plan(tiny_world, tmp_path)
+    sound, bad = made.chunks[:2]
+    journal = WatchedTracker()
+    pool = pool_of(
+        made,
+        order=[sound, bad],
+        journal=journal,
+        item_of=lambda number: poisoned(made.item(number)) if number == bad else made.item(number),
+        max_failures=2,
+    )
+    with pytest.raises(TeacherError, match=f"chunk {bad} failed 2 times, last with: IndexError: index out of range"):
+        pool.run(readers=[], board=board, finished=lambda: True)
+    assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [0, 1]
+    assert journal.made() == Counter([sound])
+    assert ChunkStore(made.config.store.url, made.recipe).published() == {sound}
+
+
+def test_a_model_that_is_not_there_is_said_as_it_is(tiny_world: TinyWorld, board: Board, tmp_path: Path):
+    made = new_plan(tiny_world, tmp_path)
+    pool = pool_of(made, order=made.chunks, journal=WatchedTracker(), item_of=made.item, model=str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match="nowhere"):
+        pool.run(readers=[], board=board, finished=lambda: True)
+
+
+def test_a_store_that_cannot_be_written_ends_the_run_at_once(tiny_world: TinyWorld, board: Board, tmp_path: Path):
+    made = new_plan(tiny_world, tmp_path)
+    asked: list[int] = []
+
+    def item_of(number: int) -> WorkItem:
+        asked.append(number)
+        return made.item(number)
+
+    pool = pool_of(made, order=made.chunks, journal=WatchedTracker(), item_of=item_of)
+    store = ChunkStore(made.config.store.url, made.recipe)
+    (Path(store.url) / store.key(0)).parent.write_text("where the chunks should go")
+    with pytest.raises(StoreError, match="cannot write"):
+        pool.run(readers=[], board=board, finished=lambda: True)
+    assert asked == made.chunks[:2]  # what one teacher is given, and no second try
