@@ -220,7 +220,7 @@ def bench_pipeline(
 def bench_targets(
     teacher: Annotated[Path | None, typer.Option("--teacher", help="Its directory. Default: the demo's, made where there is none.")] = None,
     work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models go that are made.")] = Path("runs/bench"),
-    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each student.")] = 400,
+    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each student.")] = 420,
     num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students of each kind.")] = 3,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of one seed: whether it runs, not what comes of it.")] = False,

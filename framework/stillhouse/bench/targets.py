@@ -23,16 +23,15 @@ from stillhouse.bench.provenance import Provenance
 from stillhouse.cluster import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.corpus import Split, prepare_corpus
-from stillhouse.demo import Shape, Sizes, demo_config, make_models, whole_directory
+from stillhouse.demo import Sizes, demo_config, make_models, whole_directory
 from stillhouse.errors import ConfigError
 from stillhouse.evaluate import EvaluationJob, Scores, evaluate
 from stillhouse.logits import Codec
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 
-BUDGETS = (32, 64)  # bytes a record
+BUDGETS = (48, 128)  # bytes a record
 SHARES = (0.5, 0.25, 0.0)  # exact entries, of as many as a budget affords without draws
 _DEMO_TEACHER = Path("runs/demo/models/teacher")
-_STUDENT = Shape(hidden_size=64, intermediate_size=176, num_layers=2, num_heads=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ QUICK = Effort(num_steps=20, num_seeds=1, batch_sequences=4, heldout_sequences=8
 
 def thorough(*, num_steps: int, num_seeds: int) -> Effort:
     """As much as the findings need."""
-    return Effort(num_steps, num_seeds, batch_sequences=4, heldout_sequences=64, teacher_steps=Sizes().num_steps)
+    return Effort(num_steps, num_seeds, batch_sequences=8, heldout_sequences=256, teacher_steps=Sizes().num_steps)
 
 
 def bench_targets(
@@ -73,7 +72,7 @@ def bench_targets(
     corpus = demo_config(work_dir).corpus.model_copy(update={"heldout_sequences": effort.heldout_sequences})
     split = prepare_corpus(corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir)
     forms = forms_of(vocab_size_of(tokenizer))
-    lessons = Lessons(effort.num_steps, effort.batch_sequences, _STUDENT, learning_rate=3e-3, warmup_steps=20)
+    lessons = Lessons(effort.num_steps, effort.batch_sequences, Sizes().student, learning_rate=4e-3, warmup_steps=20)
     rounds: list[Mapping[str, Scores]] = []
     for seed in range(effort.num_seeds):
         with Progress(console=console, disable=not console.is_terminal) as bar:
