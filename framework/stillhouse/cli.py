@@ -213,7 +213,18 @@ def bench_pipeline(
     _quieten()
     from stillhouse.bench.pipeline import bench_pipeline
 
-    bench_pipeline(work_dir, num_steps=num_steps, num_rounds=num_rounds, command=f"stillhouse {shlex.join(sys.argv[1:])}", out=out)
+    bench_pipeline(work_dir, num_steps=num_steps, num_rounds=num_rounds, command=_typed(), out=out)
+
+
+@bench_app.command(name="codec")
+def bench_codec(
+    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")] = None,
+) -> None:
+    """What a target takes in bytes, what they lose, and how fast one thread packs and unpacks them."""
+    _quieten()
+    from stillhouse.bench.codec import bench_codec
+
+    bench_codec(command=_typed(), out=out)
 
 
 @bench_app.command(name="targets")

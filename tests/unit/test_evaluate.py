@@ -53,9 +53,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @pytest.fixture(scope="module")
-def heldout() -> Rows:
+def heldout(models: Models) -> Rows:
+    """Packed rows of random tokens, which no model foresees, and three rows that the student wrote: it is too sure of the first and not
+    sure enough of the others, so that a calibration error depends on its bins."""
     chunk = make_chunk(RECIPE)
-    return Rows(chunk.token_ids_SL, chunk.positions_SL, chunk.loss_mask_SL)
+    rows = Rows(chunk.token_ids_SL.copy(), chunk.positions_SL.copy(), chunk.loss_mask_SL.copy())
+    rows.token_ids_SL[:3] = written_by(models.student, first_tokens=[5, 50, 250], length=RECIPE.sequence_length)
+    rows.positions_SL[:3] = np.arange(RECIPE.sequence_length)
+    rows.loss_mask_SL[:3, :-1] = 1
+    return rows
+
+
+@torch.inference_mode()
+def written_by(section: ModelSection, *, first_tokens: list[int], length: int) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
+    ids_SL = torch.tensor(first_tokens)[:, None]
+    while ids_SL.shape[1] < length:
+        next_S = model(ids_SL, use_cache=False).logits[:, -1, :V].argmax(dim=-1)
+        ids_SL = torch.cat([ids_SL, next_S[:, None]], dim=1)
+    return ids_SL.numpy().astype(np.int32)
 
 
 @torch.inference_mode()
@@ -140,9 +156,9 @@ def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(models: Models,
 def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Rows):
     """What stands behind the mask decides nothing: not the last token of a document, nor a row without a target."""
     silent = Rows(heldout.token_ids_SL.copy(), heldout.positions_SL, heldout.loss_mask_SL.copy())
-    silent.loss_mask_SL[3:] = 0
-    silent.token_ids_SL[4:] = 7
-    kept = heldout.select(slice(0, 3))
+    silent.loss_mask_SL[5:] = 0
+    silent.token_ids_SL[5:] = 7
+    kept = heldout.select(slice(0, 5))
     for name, scores in evaluate(models.job(), silent).items():
         assert_close(scores, evaluate(models.job(), kept)[name])
 

@@ -22,6 +22,7 @@ from stillhouse.bench.figures import Pace, Spread, steady_pace
 from stillhouse.bench.in_turn import Lesson, TimedStep, train_in_turn
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import NUM_CORES, cached, lesson, on_two_cores, prepare, streaming
+from stillhouse.cluster import attached
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan
 from stillhouse.tracking import read_journal
@@ -53,13 +54,13 @@ class Round:
     """Every way once, one after the other."""
 
     run: Pace
+    cached: Pace
     in_turn: InTurn
     in_turn_dense: InTurn
-    cached: Pace
 
 
 def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: str, out: Path | None) -> None:
-    """Measure in a new directory under `work_dir`, print the table, and write all that was measured to `out`.
+    """Measure in a new directory under `work_dir`, print the table; after each round, write all that was measured to `out`.
 
     Raises ConfigError where there is too little to measure.
     """
@@ -76,10 +77,12 @@ def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: 
         folder.mkdir(parents=True)
         config = prepare(folder, num_steps=num_steps)
         plans = [streaming(config, folder / f"round-{number}") for number in range(1, num_rounds + 1)]
-        rounds = [_round(made, number, console) for number, made in enumerate(plans, 1)]
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record(provenance, plans[0], rounds), indent=2) + "\n")
+        rounds: list[Round] = []
+        for number, made in enumerate(plans, 1):
+            rounds.append(_round(made, number, console))
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(record(provenance, plans[0], rounds), indent=2) + "\n")
     console.print(table(rounds))
 
 
@@ -111,7 +114,9 @@ def ratios(rounds: Sequence[Round]) -> dict[str, Spread]:
 
 def table(rounds: Sequence[Round]) -> Table:
     """What a person wants to know."""
-    found = Table(title=f"{NUM_CORES} cores, {len(rounds)} rounds: median, and least to most", box=box.SIMPLE)
+    found = Table(
+        title=f"{NUM_CORES} cores, {len(rounds)} rounds: median, and least to most", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
+    )
     found.add_column("", no_wrap=True)
     for heading in ("tokens/s", "over\nin turn", "over\ndense", "student\nwaits", "teachers\nbusy", "start-up"):
         found.add_column(heading, justify="right", no_wrap=True)
@@ -134,14 +139,18 @@ def table(rounds: Sequence[Round]) -> Table:
 
 
 def _round(made: Plan, number: int, console: Console) -> Round:
-    console.print(f"\nRound {number}: a run, one process in turn twice (top-k targets, dense), a run on what is stored")
-    num_steps = max(2 * _WARM_UP_STEPS, made.total_steps // 3)
-    pipeline.run(made)
-    in_turn = _in_a_fresh_process(lesson(made, "compressed", num_steps=num_steps))
-    in_turn_dense = _in_a_fresh_process(lesson(made, "dense", num_steps=num_steps))
+    console.print(f"\nRound {number}: run, the same from the store that it filled, one process in turn, the same with dense targets")
     again = cached(made)
-    pipeline.train(again)
-    found = Round(run=_pace(made), in_turn=in_turn, in_turn_dense=in_turn_dense, cached=_pace(again))
+    with attached(made.config.cluster):
+        pipeline.run(made)
+        pipeline.train(again)
+    num_steps = _WARM_UP_STEPS + max(_WARM_UP_STEPS, made.total_steps // 4)
+    found = Round(
+        run=_pace(made),
+        cached=_pace(again),
+        in_turn=_in_a_fresh_process(lesson(made, "compressed", num_steps=num_steps)),
+        in_turn_dense=_in_a_fresh_process(lesson(made, "dense", num_steps=num_steps)),
+    )
     console.print("  ".join(f"{way} {getattr(found, way).tokens_per_s:,.0f} tokens/s" for way in Round.__slots__))
     return found
 

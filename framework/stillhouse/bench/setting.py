@@ -62,7 +62,7 @@ def prepare(folder: Path, *, num_steps: int) -> Config:
                 "batch_sequences": 8,
             },
             "target": {"k": 64},
-            "store": {"chunk_sequences": 32},
+            "store": {"chunk_sequences": 16},
             "student": {
                 "model": str(models / "student"),
                 "init": "config",

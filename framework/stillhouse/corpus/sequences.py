@@ -88,7 +88,7 @@ def prepare_corpus(
     *,
     tokenizer_digest: str,
     cache_dir: str | Path,
-    on_progress: Callable[[int, int], None] = lambda num_documents, num_tokens: None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Split:
     """Tokenise and pack a corpus, or find it in `cache_dir` as made before from the same documents, section and tokenizer.
 
