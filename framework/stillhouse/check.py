@@ -19,7 +19,7 @@ from stillhouse.errors import ConfigError, ModelError, StoreError
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since
-from stillhouse.store import ChunkStore, StoredRecipe, differences, list_recipes, nearest
+from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
 
 _NEARLY = 4  # differing fields up to which another recipe is a near one
 _STATE_BYTES = 16  # a parameter's weight, gradient and Adam states in mixed precision or in float32 (ZeRO, arXiv 1910.02054, section 3.1)
@@ -105,7 +105,7 @@ def _store(made: Plan, found: _Findings) -> None:
     per_chunk, window_bytes = made.bytes_per_chunk, made.window_chunks * made.bytes_per_chunk
     ahead = min(made.window_chunks, num_chunks)
     found.rows += [
-        ("targets", f"k = {recipe.k}, {recipe.codec.name}: {recipe.codec.bytes_per_token:,} bytes each"),
+        ("targets", f"k = {recipe.k}{_draws(recipe)}, {recipe.codec.name}: {recipe.codec.bytes_per_token:,} bytes each"),
         ("store", f"{url}/{recipe.fingerprint[:16]}"),
         ("", f"{num_chunks:,} chunks of {recipe.chunk_sequences:,} sequences, {_size(per_chunk)} each; {len(present):,} are there already"),
         ("", f"{_size(num_chunks * per_chunk)} in all"),
@@ -122,6 +122,10 @@ def _store(made: Plan, found: _Findings) -> None:
             f"the store has {near.fingerprint[:16]}, which would serve but for these (this run's value first):\n    "
             + "\n    ".join(differences(recipe, near))
         )
+
+
+def _draws(recipe: Recipe) -> str:
+    return f", {recipe.num_draws} draws from the tail" if recipe.num_draws else ""
 
 
 def _stored(made: Plan, found: _Findings) -> list[StoredRecipe]:

@@ -227,6 +227,25 @@ def bench_codec(
     bench_codec(command=_typed(), out=out)
 
 
+@bench_app.command(name="targets")
+def bench_targets(
+    teacher: Annotated[Path | None, typer.Option("--teacher", help="Its directory. Default: the demo's, made where there is none.")] = None,
+    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models go that are made.")] = Path("runs/bench"),
+    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each student.")] = 420,
+    num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students of each kind.")] = 3,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of one seed: whether it runs, not what comes of it.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured; the figure goes beside it.")] = None,
+) -> None:
+    """The forms of a target at equal bytes: exact entries, draws from the tail, or both, between the text alone and the whole teacher."""
+    _quieten()
+    from stillhouse.bench.targets import QUICK, bench_targets, thorough
+
+    effort = QUICK if quick else thorough(num_steps=num_steps, num_seeds=num_seeds)
+    command = f"stillhouse {shlex.join(sys.argv[1:])}"
+    bench_targets(work_dir, teacher, effort=effort, threads=threads, cache_dir=_cache_dir(), command=command, out=out)
+
+
 def main() -> None:
     """The entry point."""
     app(prog_name="stillhouse")

@@ -79,9 +79,16 @@ class TeacherSection(ModelSection):
 class TargetSection(Section):
     """What of the teacher's distribution is kept for each token."""
 
-    k: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="exact head entries")
+    k: Annotated[int, Field(ge=0, le=4096)] = Field(64, description="exact head entries")
+    tail_draws: Annotated[int, Field(ge=0, le=4096)] = Field(0, description="draws from the tail; forward_kl alone learns from them")
     value_bits: Literal[6, 8] = Field(8, description="bits for each kept log-probability")
     temperature: PositiveFloat = Field(1.0, description="targets are of softmax(logits / temperature)")
+
+    @model_validator(mode="after")
+    def _something_is_kept(self) -> "TargetSection":
+        if self.k == 0 and self.tail_draws == 0:
+            raise ValueError("k and tail_draws are both 0: nothing of the teacher would be kept; set one of them above 0")
+        return self
 
 
 class StoreSection(Section):
@@ -170,6 +177,16 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     tracking: TrackingSection = TrackingSection()
     cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _the_divergence_can_use_the_target(self) -> "Config":
+        student = self.student
+        if self.target.k == 0 and student.divergence != "forward_kl" and student.divergence_weight > 0.0:
+            raise ValueError(
+                f'target.k is 0, and student.divergence is "{student.divergence}", which learns nothing from draws;'
+                ' set student.divergence = "forward_kl", or keep entries'
+            )
+        return self
 
 
 def load_config(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:

@@ -214,8 +214,10 @@ def _progress(console: Console, num_steps: int) -> Iterator[Callable[[float], No
 
 def _next_steps(config: Config) -> str:
     """What the pipeline is about to do, in plain words."""
+    draws = f" and {config.target.tail_draws} draws from the rest" if config.target.tail_draws else ""
     return (
-        f"\n3. {config.teacher.max_replicas} teachers on Ray write the {config.target.k} likeliest next tokens at each place to a store;"
+        f"\n3. {config.teacher.max_replicas} teachers on Ray write the {config.target.k} likeliest next tokens{draws} at each place"
+        " to a store;"
         " a student that knows nothing learns from it as it fills. Then a control, the same student, learns from the text alone."
         " All are scored on text that none of them has seen.\n"
     )

@@ -34,7 +34,7 @@ def list_store(url: str) -> None:
             fingerprint16,
             recipe.teacher_digest[:_DIGEST_DIGITS],
             recipe.codec.name,
-            str(recipe.k),
+            f"{recipe.k} + {recipe.num_draws} draws" if recipe.num_draws else str(recipe.k),
             f"{recipe.num_sequences:,} x {recipe.sequence_length:,}",
             f"{num_chunks:,} of {recipe.num_chunks:,}",
             decimal(num_bytes),

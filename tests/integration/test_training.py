@@ -109,6 +109,16 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_sequences(
         rank_groups[2].call(train_and_tell, replace(wild, run_dir=tmp_path))
 
 
+def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path) -> None:
+    target, student = {"k": 4, "tail_draws": 6}, {"checkpoint_every_steps": 100, "init": "config", "max_steps": 20}
+    made = tiny_world.plan(tmp_path, target=target, student=student)
+    tiny_world.fill_store(made)
+    job = made.jobs()[0]
+    alone = rank_groups[1].call(train_and_tell, with_student(job, zero_stage=0, micro_batch_sequences=8))[0]
+    assert alone[-1].loss < alone[0].loss - 0.03
+    assert relative_gap(rank_groups[2].call(train_and_tell, with_student(job, zero_stage=3, micro_batch_sequences=3))[0], alone) <= 1e-6
+
+
 def test_bfloat16_trains_within_its_rounding(job: TrainJob, reference: list[TrainRow], rank_groups: Ranks) -> None:
     rows = rank_groups[2].call(train_and_tell, with_student(job, zero_stage=2, dtype="bfloat16"))[0]
     assert relative_gap(rows, reference) <= 0.02

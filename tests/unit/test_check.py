@@ -63,6 +63,11 @@ def test_it_says_what_follows_from_the_config(check, filled: Plan):
     assert "Nothing stands in the way" in outcome.out
 
 
+def test_it_says_how_many_draws_a_target_has(check):
+    rows = rows_of(check(target={"k": 0, "tail_draws": 5}))
+    assert "k = 0, 5 draws from the tail, ef-sqrt8: 6 bytes each" in rows["targets"]
+
+
 def test_the_bytes_that_it_promises_are_those_that_the_store_takes(filled: Plan):
     sizes = [path.stat().st_size for path in Path(filled.config.store.url).rglob("*.safetensors")]
     promised = filled.bytes_per_chunk * len(filled.chunks)

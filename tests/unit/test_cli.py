@@ -149,6 +149,7 @@ def test_a_config_that_cannot_be_read_is_refused_before_anything_is_loaded():
         ("student.learning_rte = 1e-3", ("student.learning_rte", "did you mean 'learning_rate'?")),
         ("student.dtype = float32", ("is not TOML", "quote text")),
         ("target.k = 301", ("target.k is 301", "300")),
+        ("target = {k = 300, tail_draws = 2}", ("no tail to draw from", "target.tail_draws = 0")),
         ("teacher.model = '/nowhere/teacher'", ("no directory /nowhere/teacher",)),
         ("teacher.model = 'owner/absent'", ("owner/absent", "check the name and the revision")),
         ("corpus.dataset = '/nowhere/*.txt'", ("/nowhere/*.txt does not exist",)),

@@ -51,8 +51,10 @@ def test_overrides_are_toml_and_win_over_files(least: Path):
     [
         ("student.learning_rte = 1e-4", "student.learning_rte", "did you mean 'learning_rate'?"),
         ("studnet.seed = 1", "studnet", "did you mean 'student'?"),
-        ("target.zebra = 1", "target.zebra", "known here: k, value_bits, temperature"),
-        ("target.k = 0", "target.k", "greater than or equal to 1; found 0"),
+        ("target.zebra = 1", "target.zebra", "known here: k, tail_draws, value_bits, temperature"),
+        ("target.k = -1", "target.k", "greater than or equal to 0; found -1"),
+        ("target.k = 0", "target", "k and tail_draws are both 0"),
+        ("target.tail_draws = -1", "target.tail_draws", "greater than or equal to 0; found -1"),
         ("student.epochs = 'many'", "student.epochs", "found 'many'"),
         ("student.zero_stage = 4", "student.zero_stage", "0, 1, 2 or 3; found 4"),
         ("student.learning_rate = inf", "student.learning_rate", "finite number; found inf"),
@@ -70,8 +72,17 @@ def test_a_wrong_value_is_named_with_what_was_found_and_what_is_wanted(least: Pa
 
 
 def test_every_mistake_is_named_at_once(least: Path):
-    message = refusal(least, overrides=("target.k = 0", "student.seeed = 1", "store.window_bytes = -1"))
+    message = refusal(least, overrides=("target.k = -1", "student.seeed = 1", "store.window_bytes = -1"))
     assert [line.split(":")[0] for line in message.splitlines()[1:]] == ["  - student.seeed", "  - target.k", "  - store.window_bytes"]
+
+
+def test_draws_alone_need_the_divergence_that_learns_from_them(least: Path):
+    draws = ("target.k = 0", "target.tail_draws = 50")
+    assert load_config([least], draws).target.tail_draws == 50
+    message = refusal(least, overrides=(*draws, "student.divergence = 'jsd'"))
+    assert 'student.divergence is "jsd", which learns nothing from draws; set student.divergence = "forward_kl"' in message
+    unused = ("student.divergence = 'jsd'", "student.divergence_weight = 0", "student.ce_weight = 1")
+    assert load_config([least], (*draws, *unused)).target.k == 0
 
 
 def test_what_has_no_default_is_asked_for():

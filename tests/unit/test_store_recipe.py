@@ -41,6 +41,11 @@ def test_the_fingerprint_of_a_recipe_does_not_change_from_release_to_release():
     assert small_recipe().fingerprint == "bc790acc40d8b6ba9892ad8c1b625b35339fb8d879fbca52e2ff9883b2be1a7f"
 
 
+def test_draws_are_seeded_by_all_that_decides_a_target():
+    assert small_recipe().draw_seed == int("bc790acc40d8b6ba", 16) - 2**64
+    assert small_recipe(num_draws=1).draw_seed != small_recipe(num_draws=2).draw_seed
+
+
 def test_every_field_of_a_recipe_is_in_its_fingerprint():
     assert set(OTHER_VALUES) == {field.name for field in fields(Recipe)}
     others = {replace(small_recipe(), **{name: value}).fingerprint for name, value in OTHER_VALUES.items()}
@@ -83,6 +88,8 @@ def test_the_codec_is_the_recipes():
         ({"k": 301}, "k is 301, more than the 300 tokens"),
         ({"k": 0}, "k and num_draws are both 0"),
         ({"k": -1}, "k is -1"),
+        ({"num_draws": -1}, "num_draws is -1"),
+        ({"k": 300, "num_draws": 2}, "num_draws is 2, but with k = 300 the whole vocabulary is kept"),
         ({"value_bits": 7}, "value_bits is 7, wanted 6 or 8"),
         ({"packing": True}, "packing is True, wanted str"),
         ({"packing": "loose"}, "packing is 'loose', wanted 'packed' or 'padded'"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stillhouse.logits import CompressedLogits, Head
+from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
 from stillhouse.student.loss import LossTerms, distillation_loss, divergence_named
 
 T, H, V, K = 13, 7, 37, 5
@@ -28,6 +28,7 @@ class Case:
     softcap: float | None = None
     temperature: float = 1.0
     k: int = K
+    num_draws: int = 0
     ce_weight: float = 0.0
     divergence_weight: float = 1.0
 
@@ -59,16 +60,22 @@ CASES = {
     "everything": Case(bias=True, scale=1.3, softcap=2.0, temperature=1.7, ce_weight=0.4, divergence_weight=0.3),
     "all kept": Case(k=V, ce_weight=0.4),
     "none kept": Case(k=0, ce_weight=0.4),
+    "draws": Case(num_draws=6),
+    "draws and everything": Case(bias=True, scale=1.3, softcap=2.0, temperature=1.7, num_draws=9, ce_weight=0.4, divergence_weight=0.3),
 }
+DRAWS_ALONE = Case(k=0, num_draws=7, temperature=1.7, ce_weight=0.4)
 
 
-def make_target(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> CompressedLogits:
+def make_target(logits_TV: Tensor, *, k: int, num_draws: int = 0, temperature: float = 1.0) -> CompressedLogits:
+    """The k likeliest, and any of the other ids as draws, with repeats."""
     logp_TV, ids_TV = (logits_TV.double() / temperature).log_softmax(-1).sort(dim=-1, descending=True, stable=True)
+    places_TN = torch.randint(k, max(k + 1, logits_TV.shape[1]), (len(logits_TV), num_draws), generator=torch.Generator().manual_seed(k))
+    draws_TN = ids_TV.gather(1, places_TN)
     return CompressedLogits(
         ids_TV[:, :k].int(),
         logp_TV[:, :k].float(),
         logp_TV[:, k:].logsumexp(-1).float(),
-        torch.zeros(len(logits_TV), 0, dtype=torch.int32),
+        draws_TN.sort(dim=1).values.int(),
         vocab_size=logits_TV.shape[1],
         temperature=temperature,
     )
@@ -79,7 +86,7 @@ def make_inputs(case: Case, *, num_tokens: int = T, seed: int = 0) -> Inputs:
     hidden_TH = torch.randn(num_tokens, H, dtype=torch.float64, generator=random)
     weight_VH = torch.randn(V, H, dtype=torch.float64, generator=random)
     bias_V = torch.randn(V, dtype=torch.float64, generator=random) if case.bias else None
-    target = make_target(3 * torch.randn(num_tokens, V, generator=random), k=case.k, temperature=case.temperature)
+    target = make_target(3 * torch.randn(num_tokens, V, generator=random), k=case.k, num_draws=case.num_draws, temperature=case.temperature)
     labels_T = torch.randint(V, (num_tokens,), generator=random)
     labels_T[: num_tokens // 2] = target.token_ids_TK[: num_tokens // 2, 0] if case.k else 0  # some labels are kept, some are not
     return Inputs(hidden_TH, weight_VH, bias_V, target, labels_T).to(torch.float64)
@@ -115,6 +122,10 @@ def dense_total(inputs: Inputs, case: Case, name: str) -> Tensor:
         q_TK1 = torch.cat([q_TK1, (q_TV * is_tail_TV).sum(1, keepdim=True)], 1)
         p_TK1 = torch.cat([p_TK1, inputs.target.tail_logmass_T.to(q_TV.dtype).exp()[:, None]], 1)
     total = case.divergence_weight * case.temperature**2 * DENSE[name](p_TK1, q_TK1).sum()
+    if case.num_draws and name == "forward_kl":
+        tail_TV = (q_TV * is_tail_TV) / (q_TV * is_tail_TV).sum(1, keepdim=True)
+        surprise_T = -tail_TV.gather(1, inputs.target.tail_ids_TN.long()).log().mean(1)
+        total = total + case.divergence_weight * case.temperature**2 * (p_TK1[:, -1] * surprise_T).sum()
     if case.ce_weight:
         total = total + case.ce_weight * torch.nn.functional.cross_entropy(logits_TV.to(q_TV.dtype), inputs.labels_T, reduction="sum")
     return total
@@ -156,13 +167,58 @@ def test_loss_and_gradients_are_those_of_the_dense_form(name: str, case: Case) -
     assert worst_error(with_gradients(fused(single, case, name).total, single), reference) < 5e-6
 
 
+def test_draws_alone_are_the_cross_entropy_to_them() -> None:
+    inputs = make_inputs(DRAWS_ALONE)
+    reference = with_gradients(dense_total(inputs, DRAWS_ALONE, "forward_kl"), inputs)
+    assert worst_error(with_gradients(fused(inputs, DRAWS_ALONE).total, inputs), reference) < 1e-12
+    logq_TV = (inputs.hidden_TH @ inputs.weight_VH.T / DRAWS_ALONE.temperature).log_softmax(-1)
+    mean_T = -logq_TV.gather(1, inputs.target.tail_ids_TN.long()).mean(1)
+    torch.testing.assert_close(fused(inputs, DRAWS_ALONE).divergence, mean_T.sum().detach())
+
+
+@pytest.mark.parametrize(("k", "num_draws", "temperature"), [(0, 6, 1.0), (3, 4, 1.0), (3, 1, 1.0), (5, 8, 1.7)])
+def test_over_the_draws_the_mean_gradient_is_that_of_the_dense_forward_kl(k: int, num_draws: int, temperature: float) -> None:
+    """20,000 students of one teacher's token, with their logits for hidden states: each has draws of its own, in the teacher's real way."""
+    num_seeds, vocab_size = 20_000, 24
+    teacher_V, student_V = 2 * torch.randn(2, vocab_size, generator=torch.Generator().manual_seed(5))
+    seeds_T = token_seeds(11, torch.arange(num_seeds), torch.zeros(num_seeds))
+    target = compress(teacher_V.expand(num_seeds, -1), k=k, tail_draws=num_draws, temperature=temperature, seeds_T=seeds_T)
+    hidden_TH = student_V.double().expand(num_seeds, -1).clone().requires_grad_()
+    head = Head(torch.eye(vocab_size, dtype=torch.float64))
+    terms = distillation_loss(hidden_TH, head, target, divergence=divergence_named("forward_kl", MIX))
+    (gradient_TV,) = torch.autograd.grad(terms.total, hidden_TH)
+
+    p_V, q_V = ((x_V.double() / temperature).softmax(0) for x_V in (teacher_V, student_V))
+    error_V = gradient_TV.mean(0) - temperature * (q_V - p_V)
+    standard_error_V = gradient_TV.std(0) / num_seeds**0.5
+    assert (error_V.abs() <= 4.5 * standard_error_V + 1e-6).all()
+    assert (standard_error_V < 2e-2 * (q_V - p_V).abs().max()).all()  # or this test could not tell
+
+    tail_V = p_V.clone()
+    tail_V[target.token_ids_TK[0].long()] = 0
+    entropy_of_the_tail = float(tail_V.sum() * torch.special.entr(tail_V / tail_V.sum()).sum())
+    surprise_TN = -(q_V.log()[target.tail_ids_TN.long()])
+    spread = float(tail_V.sum() * surprise_TN.mean(1).std()) / num_seeds**0.5
+    assert terms.divergence.item() / num_seeds == pytest.approx(float(kl(p_V, q_V)) + entropy_of_the_tail, abs=4.5 * spread + 1e-6)
+
+
+def test_a_tail_without_mass_gives_its_draws_no_weight() -> None:
+    case = Case(k=3, num_draws=4)
+    inputs = make_inputs(case)
+    kept_TK = inputs.target.logprobs_TK - inputs.target.logprobs_TK.logsumexp(1, keepdim=True)
+    target = replace(inputs.target, logprobs_TK=kept_TK, tail_logmass_T=torch.full((T,), -torch.inf))
+    drawn = with_gradients(fused(replace(inputs, target=target), case).total, inputs)
+    bare = with_gradients(fused(replace(inputs, target=target.without_draws()), case).total, inputs)
+    assert worst_error(drawn, bare) < 1e-13
+
+
 @pytest.mark.parametrize("block_tokens", [1, 2, 5, T, 1000])
 def test_blocks_of_any_size_give_the_same(block_tokens: int) -> None:
-    case = CASES["everything"]
-    inputs = make_inputs(case)
-    one_block = with_gradients(fused(inputs, case, "jsd", block_tokens=T).total, inputs)
-    blocks = with_gradients(fused(inputs, case, "jsd", block_tokens=block_tokens).total, inputs)
-    assert worst_error(blocks, one_block) < 1e-13
+    for case, name in ((CASES["everything"], "jsd"), (CASES["draws and everything"], "forward_kl")):
+        inputs = make_inputs(case)
+        one_block = with_gradients(fused(inputs, case, name, block_tokens=T).total, inputs)
+        blocks = with_gradients(fused(inputs, case, name, block_tokens=block_tokens).total, inputs)
+        assert worst_error(blocks, one_block) < 1e-13
 
 
 def test_a_teacher_entry_without_mass_adds_nothing_to_forward_kl() -> None:
@@ -296,7 +352,8 @@ def test_nothing_becomes_nan_or_infinite(data: st.DataObject, name: str, k: int,
     extreme = st.one_of(st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, -1e4, 1e4]))
     student_VH = torch.tensor(data.draw(st.lists(extreme, min_size=6, max_size=6)))[:, None].requires_grad_()
     teacher_TV = torch.tensor([[*data.draw(st.lists(st.one_of(extreme, st.just(-torch.inf)), min_size=5, max_size=5)), 0.0]])
-    target = make_target(teacher_TV, k=k, temperature=temperature)
+    num_draws = data.draw(st.integers(0, 3)) if 0 < k < 6 or (k == 0 and name == "forward_kl") else 0
+    target = make_target(teacher_TV, k=k, num_draws=num_draws, temperature=temperature)
     hidden_TH = torch.ones(1, 1, requires_grad=True)
     terms = distillation_loss(
         hidden_TH,

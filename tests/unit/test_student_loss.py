@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.logits import CompressedLogits, Head, compress
+from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
 from stillhouse.student.loss import Divergence, LossTerms, distillation_loss, divergence_named, forward_kl, jsd, reverse_kl
 
 NAMES = ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
@@ -164,12 +164,28 @@ def test_a_target_of_another_vocabulary_is_refused(hidden: Tensor, target: Compr
         loss(hidden, Head(torch.zeros(32, 6)), target)
 
 
-def test_a_target_with_tail_draws_is_refused(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
-    drawn = CompressedLogits(
-        target.token_ids_TK, target.logprobs_TK, target.tail_logmass_T, torch.zeros(11, 4, dtype=torch.int32), vocab_size=30
-    )
-    with pytest.raises(ConfigError, match="4 draws"):
-        loss(hidden, head, drawn)
+def drawn_target(k: int) -> CompressedLogits:
+    logits_TV = 2 * torch.randn(11, 30, generator=torch.Generator().manual_seed(3))
+    return compress(logits_TV, k=k, tail_draws=4, seeds_T=token_seeds(1, torch.arange(11), torch.zeros(11)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_serve_forward_kl_alone(name: str, hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+    bare = loss(hidden, head, target, divergence=divergence_named(name, MIX))
+    drawn = loss(hidden, head, drawn_target(5), divergence=divergence_named(name, MIX))
+    if name == "forward_kl":
+        assert drawn.divergence > bare.divergence  # by the cross-entropy within the tail
+    else:
+        assert torch.equal(drawn.total, bare.total)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "forward_kl"])
+def test_draws_alone_are_refused_by_a_divergence_that_cannot_use_them(name: str, hidden: Tensor, head: Head) -> None:
+    with pytest.raises(ConfigError, match="4 draws and no exact entries, which only forward_kl can learn from"):
+        loss(hidden, head, drawn_target(0), divergence=divergence_named(name, MIX))
+    labels_T = torch.arange(11)
+    text = loss(hidden, head, drawn_target(0), divergence=divergence_named(name, MIX), labels_T=labels_T, ce_weight=1, divergence_weight=0)
+    assert text.divergence.item() == 0.0
 
 
 def test_a_divergence_is_any_function_on_buckets(hidden: Tensor, head: Head, target: CompressedLogits) -> None:

@@ -19,7 +19,7 @@ from stillhouse.config import TeacherSection
 from stillhouse.errors import ModelError, TeacherError
 from stillhouse.logits import CompressedLogits, compress, concatenate
 from stillhouse.store import Recipe
-from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem, probe_item, require_same_teacher
+from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem, draw_seeds, probe_item, require_same_teacher
 
 RECIPE = small_recipe(num_sequences=5, sequence_length=24, chunk_sequences=5, temperature=1.5, k=6)
 CAP = 2.0
@@ -91,6 +91,34 @@ def test_batches_and_blocks_change_nothing(section: TeacherSection, batch_sequen
     assert_same(
         HuggingFaceTeacher(cut, RECIPE, device="cpu").compress(item), HuggingFaceTeacher(whole, RECIPE, device="cpu").compress(item)
     )
+
+
+DRAWN = replace(RECIPE, num_draws=9)
+
+
+def test_draws_belong_to_the_place_in_the_corpus_whatever_the_batches_and_blocks(section: TeacherSection):
+    item = packed_item()
+    teacher = HuggingFaceTeacher(section, DRAWN, device="cpu")
+    found = teacher.compress(item)
+    assert (found.k, found.num_draws, found.num_tokens) == (6, 9, item.num_tokens)
+    assert torch.equal(teacher.compress(item).tail_ids_TN, found.tail_ids_TN)
+    cut = section.model_copy(update={"batch_sequences": 3, "block_tokens": 7})
+    again = HuggingFaceTeacher(cut, DRAWN, device="cpu").compress(item)
+    assert (again.tail_ids_TN != found.tail_ids_TN).float().mean() < 0.01  # a rounding of the logits may move a draw by an id
+    assert_same(found, HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item))
+    assert teacher.probe().num_draws == 0
+
+
+def test_no_two_places_of_a_corpus_and_no_two_recipes_share_their_draws(section: TeacherSection):
+    item = packed_item()
+    found = HuggingFaceTeacher(section, DRAWN, device="cpu").compress(item).tail_ids_TN
+    for number, recipe in ((1, DRAWN), (0, replace(DRAWN, corpus_digest="sha256:another"))):
+        other = HuggingFaceTeacher(section, recipe, device="cpu").compress(replace(item, number=number)).tail_ids_TN
+        assert (other != found).float().mean() > 0.5
+    seeds = [draw_seeds(replace(item, number=number), replace(DRAWN, num_sequences=10)) for number in (0, 1)]
+    assert torch.cat(seeds).unique().numel() == 10 * 24
+    longer = replace(DRAWN, chunk_sequences=10, num_sequences=10)
+    assert not torch.equal(draw_seeds(item, longer), seeds[0])  # another recipe
 
 
 def test_an_item_without_a_target_has_no_targets(section: TeacherSection):

@@ -2,6 +2,7 @@
 
 from stillhouse.logits.codec import CODEC_VERSION, Codec, decode, encode
 from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity
+from stillhouse.logits.draws import token_seeds
 from stillhouse.logits.head import Head
 from stillhouse.logits.topk import compress, compress_hidden
 
@@ -18,4 +19,5 @@ __all__ = [
     "densify",
     "encode",
     "fidelity",
+    "token_seeds",
 ]

@@ -48,6 +48,10 @@ class CompressedLogits:
             tail_ids_TN=change(self.tail_ids_TN),
         )
 
+    def without_draws(self) -> "CompressedLogits":
+        """The same target with its tail as one bucket."""
+        return replace(self, tail_ids_TN=self.tail_ids_TN[:, :0])
+
 
 def concatenate(parts: Sequence[CompressedLogits]) -> CompressedLogits:
     """One target of all the parts' tokens in order. The parts agree on K, N, vocabulary and temperature; there is at least one."""

@@ -1,6 +1,6 @@
 """Logits to targets, exactly: the definition that every faster path is held to.
 
-Shapes: T tokens, H hidden, V vocabulary, K kept entries.
+Shapes: T tokens, H hidden, V vocabulary, K kept entries, N draws from the tail.
 
 The kept entries are the K greatest logits, ties to the lowest ids, whatever library found them. Which entries are kept, and in which
 order, is decided on the logits as they came (as float32), before temperature and normalisation, which both round: so two correct
@@ -12,52 +12,94 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits, concatenate
+from stillhouse.logits.draws import draw
 from stillhouse.logits.head import Head
 
 _BLOCK_LOGITS = 1 << 20  # logits worked on at one time: a few float32 copies of these are the memory beyond the logits themselves
 
 
 @torch.no_grad()
-def compress(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> CompressedLogits:
-    """The target of each row of float16, bfloat16 or float32 logits [T, V], any strides, without tail draws.
+def compress(
+    logits_TV: Tensor, *, k: int, tail_draws: int = 0, temperature: float = 1.0, seeds_T: Tensor | None = None
+) -> CompressedLogits:
+    """The target of each row of float16, bfloat16 or float32 logits [T, V], any strides: k exact entries and `tail_draws` draws.
 
-    A logit of -inf is a probability of 0. Raises ConfigError for an impossible k or temperature, and TeacherError naming the first token
-    whose logits hold NaN or +inf, or nothing above -inf.
+    A logit of -inf is a probability of 0. Draws need `seeds_T` (int64, see `token_seeds`), which with the logits decide them; where the
+    tail has no mass, and so its draws no weight, they are the lowest id that is not kept. Raises ConfigError for an impossible k, number
+    of draws or temperature, and TeacherError naming the first token whose logits hold NaN or +inf, or nothing above -inf.
     """
-    _check(k, vocab_size=logits_TV.shape[1], temperature=temperature)
-    return _compress_from(logits_TV, 0, k=k, temperature=temperature)
+    seeds_T = _checked(seeds_T, logits_TV, k=k, tail_draws=tail_draws, vocab_size=logits_TV.shape[1], temperature=temperature)
+    return _compress_from(logits_TV, 0, seeds_T, k=k, tail_draws=tail_draws, temperature=temperature)
 
 
 @torch.no_grad()
-def compress_hidden(hidden_TH: Tensor, head: Head, *, k: int, temperature: float = 1.0, block_tokens: int = 1024) -> CompressedLogits:
+def compress_hidden(
+    hidden_TH: Tensor,
+    head: Head,
+    *,
+    k: int,
+    tail_draws: int = 0,
+    temperature: float = 1.0,
+    seeds_T: Tensor | None = None,
+    block_tokens: int = 1024,
+) -> CompressedLogits:
     """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V] logits never exist at once."""
-    _check(k, vocab_size=head.vocab_size, temperature=temperature)
+    seeds_T = _checked(seeds_T, hidden_TH, k=k, tail_draws=tail_draws, vocab_size=head.vocab_size, temperature=temperature)
     starts = range(0, max(1, hidden_TH.shape[0]), block_tokens)
-    return concatenate(
-        [_compress_from(head.logits(hidden_TH[start : start + block_tokens]), start, k=k, temperature=temperature) for start in starts]
-    )
-
-
-def _check(k: int, *, vocab_size: int, temperature: float) -> None:
-    if not 0 <= k <= vocab_size:
-        raise ConfigError(f"k is {k}, but the vocabulary has {vocab_size} ids; set k between 0 and {vocab_size}")
-    if not 0.0 < temperature < float("inf"):
-        raise ConfigError(f"the temperature is {temperature}; set a finite number above 0")
-
-
-def _compress_from(logits_TV: Tensor, first_token: int, *, k: int, temperature: float) -> CompressedLogits:
-    """`compress` of rows that are the tokens from `first_token` on."""
-    num_tokens, vocab_size = logits_TV.shape
-    step = max(1, _BLOCK_LOGITS // vocab_size)
+    blocks = [slice(start, start + block_tokens) for start in starts]
     return concatenate(
         [
-            _compress_block(logits_TV[start : start + step].float().contiguous(), first_token + start, k=k, temperature=temperature)
-            for start in range(0, max(1, num_tokens), step)
+            _compress_from(head.logits(hidden_TH[at]), at.start, seeds_T[at], k=k, tail_draws=tail_draws, temperature=temperature)
+            for at in blocks
         ]
     )
 
 
-def _compress_block(logits_TV: Tensor, first_token: int, *, k: int, temperature: float) -> CompressedLogits:
+def _checked(seeds_T: Tensor | None, rows_TX: Tensor, *, k: int, tail_draws: int, vocab_size: int, temperature: float) -> Tensor:
+    """The seeds, one for each row, on its device; any where nothing is drawn."""
+    if not 0 <= k <= vocab_size:
+        raise ConfigError(f"k is {k}, but the vocabulary has {vocab_size} ids; set k between 0 and {vocab_size}")
+    if tail_draws < 0 or (tail_draws > 0 and k == vocab_size):
+        raise ConfigError(
+            f"{tail_draws} draws are asked for from a tail of {vocab_size - k} ids (k is {k} of {vocab_size}); draw none, or keep fewer"
+        )
+    if not 0.0 < temperature < float("inf"):
+        raise ConfigError(f"the temperature is {temperature}; set a finite number above 0")
+    if tail_draws == 0:
+        return torch.zeros(rows_TX.shape[0], dtype=torch.int64, device=rows_TX.device)
+    if seeds_T is None or seeds_T.shape != rows_TX.shape[:1]:
+        found = "no seeds" if seeds_T is None else f"seeds of shape {list(seeds_T.shape)}"
+        raise ConfigError(
+            f"{tail_draws} draws are asked for with {found} for {rows_TX.shape[0]} tokens; pass one for each, from token_seeds"
+        )
+    return seeds_T.to(rows_TX.device)
+
+
+def _compress_from(
+    logits_TV: Tensor, first_token: int, seeds_T: Tensor, *, k: int, tail_draws: int, temperature: float
+) -> CompressedLogits:
+    """`compress` of rows that are the tokens from `first_token` on."""
+    num_tokens, vocab_size = logits_TV.shape
+    step = max(1, _BLOCK_LOGITS // vocab_size)
+    blocks = [slice(start, start + step) for start in range(0, max(1, num_tokens), step)]
+    return concatenate(
+        [
+            _compress_block(
+                logits_TV[at].float().contiguous(),
+                first_token + at.start,
+                seeds_T[at],
+                k=k,
+                tail_draws=tail_draws,
+                temperature=temperature,
+            )
+            for at in blocks
+        ]
+    )
+
+
+def _compress_block(
+    logits_TV: Tensor, first_token: int, seeds_T: Tensor, *, k: int, tail_draws: int, temperature: float
+) -> CompressedLogits:
     """The reference itself, on float32 logits.
 
     With m the row's maximum, log p_i = (z_i - m) - log sum exp(z - m): no positive result, and no cancellation of two large numbers. The
@@ -75,10 +117,20 @@ def _compress_block(logits_TV: Tensor, first_token: int, *, k: int, temperature:
         ids_TK.int(),
         logprobs_TK,
         torch.where(kept_mass_T < 0.5, torch.log1p(-kept_mass_T), others_T),
-        torch.empty((logits_TV.shape[0], 0), dtype=torch.int32, device=logits_TV.device),
+        _draw_outside_(ids_TK, scaled_TV, seeds_T, num_draws=tail_draws),
         vocab_size=logits_TV.shape[1],
         temperature=temperature,
     )
+
+
+def _draw_outside_(ids_TK: Tensor, scaled_TV: Tensor, seeds_T: Tensor, *, num_draws: int) -> Tensor:
+    """int32 [T, N] draws from the distribution without these ids, which are struck out of it; the lowest other id where no mass is left."""
+    if num_draws == 0:
+        return torch.empty((ids_TK.shape[0], 0), dtype=torch.int32, device=ids_TK.device)
+    draws_TN = draw(scaled_TV.scatter_(1, ids_TK, -torch.inf), seeds_T, num_draws=num_draws)
+    kept_from_0_TK = ids_TK.sort(dim=1).values == torch.arange(ids_TK.shape[1], device=ids_TK.device)
+    lowest_T1 = kept_from_0_TK.int().cumprod(dim=1).sum(dim=1, keepdim=True, dtype=torch.int32)
+    return torch.where(draws_TN < scaled_TV.shape[1], draws_TN, lowest_T1)
 
 
 def _exact_topk(logits_TV: Tensor, k: int) -> Tensor:

@@ -155,6 +155,10 @@ def _start_row(plan: Plan, command: str, number: int) -> StartRow:
     )
 
 
+def _rest(num_draws: int) -> str:
+    return f"{num_draws} draws from the rest" if num_draws else "the mass of the rest"
+
+
 def model_card(plan: Plan, role: str) -> str:
     """The README of an exported model: what it learned from, and how well, as far as the journal knows."""
     rows = [row for row in JournalReader(plan.run_dir / "journal.jsonl").new_rows() if isinstance(row, EvalRow)]
@@ -163,7 +167,7 @@ def model_card(plan: Plan, role: str) -> str:
     lesson = (
         "the text alone"
         if role == "control"
-        else f"the top {recipe.k} log-probabilities of {config.teacher.model} and the mass of the rest"
+        else f"the top {recipe.k} log-probabilities of {config.teacher.model} and {_rest(recipe.num_draws)}"
     )
     lines = [
         "---",

@@ -96,6 +96,10 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         raise ConfigError(
             f"target.k is {config.target.k}, but the vocabulary has {vocab_size} tokens; set target.k to {vocab_size} or less"
         )
+    if config.target.k == vocab_size and config.target.tail_draws > 0:
+        raise ConfigError(
+            f"target.k keeps the whole vocabulary of {vocab_size} tokens, so there is no tail to draw from; set target.tail_draws = 0"
+        )
     digest = tokenizer_digest(tokenizer)
     with _tokenising(config.corpus.dataset) as on_progress:
         split = prepare_corpus(config.corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir, on_progress=on_progress)
@@ -110,7 +114,7 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         teacher_digest=teacher.digest,
         teacher_dtype=config.teacher.dtype,
         k=config.target.k,
-        num_draws=0,
+        num_draws=config.target.tail_draws,
         temperature=config.target.temperature,
         value_bits=config.target.value_bits,
     )

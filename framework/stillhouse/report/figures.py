@@ -94,7 +94,12 @@ def training_panels(summary: Summary) -> list[Panel]:
         return Panel(f"{title}, {unit}" if unit else title, _render(draw), words + mean, legend)
 
     panels = [
-        panel("Divergence from the teacher", "divergence", "nats a token", "Between the stored targets and the student, in training."),
+        panel(
+            "Divergence from the teacher",
+            "divergence",
+            "nats a token",
+            "Between the stored targets and the student, in training; with draws, the entropy of the teacher's tail comes on top.",
+        ),
         panel("Cross-entropy to the text", "cross_entropy", "nats a token", "On the training batches; held-out values are in the table."),
         panel("Gradient norm", "grad_norm", "", "Before clipping.", log=True),
         panel("Learning rate", "learning_rate", "", "As the schedule set it."),

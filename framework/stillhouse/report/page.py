@@ -235,7 +235,15 @@ def _facts(summary: Summary, config: Mapping[str, Any]) -> str:
         ("Corpus", together(("", setting("corpus", "dataset")), ("", setting("corpus", "subset")), ("split", setting("corpus", "split")))),
         ("Sequences", f"{start.num_sequences:,} of {start.sequence_length:,} tokens, {start.num_targets:,} target tokens"),
         ("Chunks", f"{start.num_chunks:,}, of which this run computed {len(summary.chunks):,}"),
-        ("Targets", together(("k", start.k), ("bits", setting("target", "value_bits")), ("temperature", setting("target", "temperature")))),
+        (
+            "Targets",
+            together(
+                ("k", start.k),
+                ("draws", setting("target", "tail_draws")),
+                ("bits", setting("target", "value_bits")),
+                ("temperature", setting("target", "temperature")),
+            ),
+        ),
         ("Loss", loss),
         (
             "Optimiser",

@@ -77,6 +77,11 @@ class Recipe:
         """64 hexadecimal digits: sha256 of the canonical JSON."""
         return hashlib.sha256(self.canonical_json()).hexdigest()
 
+    @property
+    def draw_seed(self) -> int:
+        """What seeds the draws from the tail: the fingerprint's first 64 bits, as a signed number. A chunk made again is the same chunk."""
+        return int.from_bytes(bytes.fromhex(self.fingerprint[:16]), "big", signed=True)
+
 
 def canonical_json(values: dict[str, Any]) -> bytes:
     """The one way in which this store writes JSON, so that equal values are equal bytes."""
@@ -142,6 +147,8 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
             yield f"{name} is {getattr(recipe, name)}, wanted at least {least}"
     if recipe.k > recipe.vocab_size:
         yield f"k is {recipe.k}, more than the {recipe.vocab_size} tokens of the vocabulary"
+    if recipe.k == recipe.vocab_size and recipe.num_draws > 0:
+        yield f"num_draws is {recipe.num_draws}, but with k = {recipe.k} the whole vocabulary is kept, and there is no tail to draw from"
     if recipe.k == recipe.num_draws == 0:
         yield "k and num_draws are both 0: nothing of the teacher would be kept"
     if recipe.packing not in ("packed", "padded"):

@@ -6,7 +6,10 @@ tensors, so a divergence is five lines of torch. Gradients are made in the forwa
 
 The tail is summed over its own logits, not taken as 1 minus the kept mass: it is exact however small it is.
 
-Shapes: T tokens, C tokens of one block, K kept entries, K1 = K + 1 buckets with the tail last, V vocabulary, H hidden.
+Draws from the teacher's tail add the cross-entropy within it: p_tail times the mean of -log(q(draw) / q_tail). In expectation, that is
+what forward KL over the whole vocabulary has beyond its buckets, but for the entropy of the teacher's tail, which no student changes.
+
+Shapes: T tokens, C tokens of one block, K kept entries, K1 = K + 1 buckets with the tail last, N draws, V vocabulary, H hidden.
 """
 
 from collections.abc import Callable
@@ -27,7 +30,8 @@ LOG_FLOOR = -100.0  # nats; stands for no mass at all: exp(-100) is below every 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is summed over tokens: divergence_weight * temperature^2 * D(p || q) + ce_weight * CE."""
+    """What is summed over tokens: divergence_weight * temperature^2 * D + ce_weight * CE, D being the divergence of the buckets and, where
+    the target has draws, the cross-entropy within the tail."""
 
     divergence: Divergence
     divergence_weight: float
@@ -175,19 +179,24 @@ def _losses_of_one_temperature_(
 ) -> Tensor:
     """As `_losses_`, where the logits are already divided by the target's temperature."""
     sums_2 = logits_CV.new_zeros(2)
-    ids_CK = logits_CV.new_empty((logits_CV.shape[0], 0), dtype=torch.int64) if target is None else target.token_ids_TK.long()
+    ids_CK, draws = _entries(target, logits_CV)
     label_logits_C1 = None if labels_C is None else logits_CV.gather(1, labels_C[:, None])
+    drawn_logits_CN = logits_CV.gather(1, draws.ids_CN)
     buckets = _buckets_(logits_CV, ids_CK)
     gradient_CK1 = torch.zeros_like(buckets.logq_CK1)
+    weight = 0.0
     if target is not None:
         sums_2[0], gradient_CK1 = _divergence(target, buckets.logq_CK1, objective=objective, needed=needed)
+        sums_2[0] += (draws.mass_C1 * (buckets.log_tail_C1 - drawn_logits_CN)).sum()
+        weight = objective.divergence_weight * target.temperature * slope  # temperature^2, and the chain rule's 1 / temperature
     if label_logits_C1 is not None:
         sums_2[1] = (buckets.log_total_C1 - label_logits_C1).sum()
     if needed:
         _spread_(
             logits_CV,
-            gradient_CK1 * slope,
+            gradient_CK1 * weight,
             ids_CK=ids_CK,
+            draws=draws._replace(mass_C1=draws.mass_C1 * weight),
             labels_C=labels_C,
             buckets=buckets,
             ce_weight=objective.ce_weight * slope,
@@ -195,9 +204,26 @@ def _losses_of_one_temperature_(
     return sums_2
 
 
+class _Draws(NamedTuple):
+    """From the teacher's tail; of a target without draws, none."""
+
+    ids_CN: Tensor
+    mass_C1: Tensor  # that each of them stands for: p_tail / N
+
+
+def _entries(target: CompressedLogits | None, logits_CV: Tensor) -> tuple[Tensor, _Draws]:
+    """The kept ids and the draws of a target; none of either without one."""
+    if target is None:
+        none_C0 = logits_CV.new_empty((logits_CV.shape[0], 0), dtype=torch.int64)
+        return none_C0, _Draws(none_C0, logits_CV.new_zeros((logits_CV.shape[0], 1)))
+    mass_C1 = target.tail_logmass_T[:, None].to(logits_CV.dtype).exp() / max(1, target.num_draws)
+    return target.token_ids_TK.long(), _Draws(target.tail_ids_TN.long(), mass_C1)
+
+
 class _Buckets(NamedTuple):
     logq_CK1: Tensor  # the student's log-masses
     log_total_C1: Tensor  # logsumexp of all the logits
+    log_tail_C1: Tensor  # and of the tail's
     tail_sum_C1: Tensor  # sum of exp(logit - peak) over the tail's logits, peak being the highest of them
 
 
@@ -212,11 +238,11 @@ def _buckets_(logits_CV: Tensor, ids_CK: Tensor) -> _Buckets:
     logq_CK1 = logits_CK1 - log_total_C1
     if ids_CK.shape[1] == logits_CV.shape[1]:
         logq_CK1[:, -1] = LOG_FLOOR
-    return _Buckets(logq_CK1, log_total_C1, tail_sum_C1)
+    return _Buckets(logq_CK1, log_total_C1, logits_CK1[:, -1:], tail_sum_C1)
 
 
 def _divergence(target: CompressedLogits, logq_CK1: Tensor, *, objective: Objective, needed: bool) -> tuple[Tensor, Tensor]:
-    """The unweighted sum over tokens, and the weighted gradient in log q, up to the slope of the logits (zeros where not needed)."""
+    """The sum over tokens, and its gradient in log q (zeros where not needed)."""
     logp_CK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1).to(logq_CK1.dtype).clamp(min=LOG_FLOOR)
     if not needed:
         return objective.divergence(logp_CK1, logq_CK1).sum(), torch.zeros_like(logq_CK1)
@@ -224,24 +250,32 @@ def _divergence(target: CompressedLogits, logq_CK1: Tensor, *, objective: Object
         leaf_CK1 = logq_CK1.detach().requires_grad_()
         sum_0 = objective.divergence(logp_CK1, leaf_CK1).sum()
         (gradient_CK1,) = torch.autograd.grad(sum_0, leaf_CK1)
-    weight = objective.divergence_weight * target.temperature  # temperature^2, and the chain rule's 1 / temperature
-    return sum_0.detach(), gradient_CK1 * weight
+    return sum_0.detach(), gradient_CK1
 
 
 def _spread_(
-    masses_CV: Tensor, gradient_CK1: Tensor, *, ids_CK: Tensor, labels_C: Tensor | None, buckets: _Buckets, ce_weight: float
+    masses_CV: Tensor,
+    gradient_CK1: Tensor,
+    *,
+    ids_CK: Tensor,
+    draws: _Draws,
+    labels_C: Tensor | None,
+    buckets: _Buckets,
+    ce_weight: float,
 ) -> None:
     """From a gradient in log q to one in the logits, written over `masses_CV`, which holds what `_buckets_` left in it.
 
-    A kept logit gets its own bucket's gradient through the softmax; the tail's is shared out by the softmax within the tail.
+    A kept logit gets its own bucket's gradient through the softmax; the tail's is shared out by the softmax within the tail. Draws add
+    the gradient of the cross-entropy within the tail: their mass, shared out in the same way, less each draw's at its own id.
     """
     q_CK1 = buckets.logq_CK1.exp()
     gradient_CK1 = gradient_CK1 - q_CK1 * gradient_CK1.sum(dim=1, keepdim=True)
     if labels_C is not None:
         gradient_CK1 += ce_weight * q_CK1
         gradient_CK1[:, :-1] -= ce_weight * (ids_CK == labels_C[:, None]).to(q_CK1.dtype)
-    share_C1 = gradient_CK1[:, -1:] / buckets.tail_sum_C1
+    share_C1 = (gradient_CK1[:, -1:] + draws.mass_C1 * draws.ids_CN.shape[1]) / buckets.tail_sum_C1
     masses_CV.mul_(share_C1)
+    masses_CV.scatter_add_(1, draws.ids_CN, -draws.mass_C1.expand_as(draws.ids_CN))
     if labels_C is not None:
         masses_CV.scatter_add_(1, labels_C[:, None], torch.full_like(share_C1, -ce_weight))
     masses_CV.scatter_(1, ids_CK, gradient_CK1[:, :-1])

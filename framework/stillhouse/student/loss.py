@@ -3,6 +3,11 @@
 A divergence sees, for each token, the K kept entries and one bucket of all the others, never renormalised: so every divergence here is a
 lower bound of the same divergence of the full distributions, and is 0 only where the buckets agree.
 
+Forward KL falls into that of the buckets and p_tail times that within the tail. Where the target has draws from the teacher's tail, it
+uses them for the second part, with p_tail times the entropy of the teacher's tail on top, which is not stored. So its gradient is that of
+the full distributions in expectation; its value is too, but for that constant: it does not fall to 0, and with K = 0 it is the
+cross-entropy of the whole teacher (RS-KD, arXiv 2503.16870).
+
 Shapes: T tokens, K kept entries, K1 = K + 1 buckets with the tail last, H hidden.
 """
 
@@ -39,16 +44,19 @@ def distillation_loss(
 ) -> LossTerms:
     """SUMS over T of `divergence_weight * temperature^2 * D(teacher || student) + ce_weight * CE(labels)`, through the LM head.
 
+    Draws from the tail serve `forward_kl` alone; every other divergence takes the tail as one bucket.
+
     The student's distribution is taken at the target's temperature, and temperature^2 is applied so that gradients keep their size
     (Hinton et al. 2015, arXiv 1503.02531, section 2). Cross-entropy is at temperature 1. T = 0 is fine: all is zero, gradients too.
     `target` may be None where `divergence_weight` is 0, `labels_T` (integers) where `ce_weight` is 0. Memory: see `head_loss`.
 
-    Raises ConfigError where the target or the labels lack, or the target has tail draws; ModelError where the vocabularies differ.
+    Raises ConfigError where the target or the labels lack, or the target has draws alone and `divergence` cannot use them; ModelError
+    where the vocabularies differ.
     """
     if ce_weight > 0.0 and labels_T is None:
         raise ConfigError(f"ce_weight is {ce_weight}, but there are no labels; pass labels_T, or set ce_weight = 0")
     if divergence_weight > 0.0:
-        _require_target(target, head, divergence_weight=divergence_weight)
+        target = _usable(target, head, divergence, divergence_weight=divergence_weight)
     objective = Objective(divergence, divergence_weight=divergence_weight, ce_weight=ce_weight)
     total, divergence_sum, ce_sum = head_loss(
         hidden_TH,
@@ -135,13 +143,19 @@ def _require_proper_mix(name: str, mix: float) -> None:
         )
 
 
-def _require_target(target: CompressedLogits | None, head: Head, *, divergence_weight: float) -> None:
+def _usable(target: CompressedLogits | None, head: Head, divergence: Divergence, *, divergence_weight: float) -> CompressedLogits:
+    """The target, without its draws where the divergence cannot use them."""
     if target is None:
         raise ConfigError(f"divergence_weight is {divergence_weight}, but there is no target; pass one, or set divergence_weight = 0")
-    if target.num_draws > 0:
-        raise ConfigError(f"the target has {target.num_draws} draws from its tail, but this loss takes the tail as one bucket; store none")
     if target.vocab_size != head.vocab_size:
         raise ModelError(
             f"the target is over {target.vocab_size} tokens, the student's head over {head.vocab_size}; "
             "slice the head to the tokenizer's highest id + 1, or use targets of the same vocabulary"
         )
+    if divergence is forward_kl or target.num_draws == 0:
+        return target
+    if target.k == 0:
+        raise ConfigError(
+            f"the target is {target.num_draws} draws and no exact entries, which only forward_kl can learn from; use it, or keep entries"
+        )
+    return target.without_draws()

@@ -11,7 +11,7 @@ import torch
 
 from stillhouse.config import TeacherSection
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, compress_hidden, concatenate
+from stillhouse.logits import CompressedLogits, compress_hidden, concatenate, token_seeds
 from stillhouse.models import check_head, check_packing, final_hidden, head_of, load_model
 from stillhouse.store import Recipe
 
@@ -53,25 +53,28 @@ class HuggingFaceTeacher:
         self._input_device = next(self._model.parameters()).device
 
     def compress(self, item: WorkItem) -> CompressedLogits:
-        return self._compress(item, k=self._recipe.k)
+        return self._compress(item, k=self._recipe.k, tail_draws=self._recipe.num_draws)
 
     def probe(self) -> CompressedLogits:
         """What this replica says to `probe_item`, to be compared with its fellows' answers."""
-        return self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size))
+        return self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0)
 
     @torch.inference_mode()
-    def _compress(self, item: WorkItem, *, k: int) -> CompressedLogits:
+    def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> CompressedLogits:
         parts = []
+        seeds_SL = draw_seeds(item, self._recipe)
         for start in range(0, len(item.token_ids_SL), self._section.batch_sequences):
             rows = slice(start, start + self._section.batch_sequences)
             hidden_BLH = final_hidden(self._model, self._tensor(item.token_ids_SL[rows]), self._tensor(item.positions_SL[rows]))
-            masked_in = torch.from_numpy(np.flatnonzero(item.loss_mask_SL[rows])).to(hidden_BLH.device)
-            hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, masked_in).to(self._head.weight_VH.device)
+            masked_in = torch.from_numpy(np.flatnonzero(item.loss_mask_SL[rows]))
+            hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, masked_in.to(hidden_BLH.device)).to(self._head.weight_VH.device)
             targets = compress_hidden(
                 hidden_TH,
                 self._head,
                 k=k,
+                tail_draws=tail_draws,
                 temperature=self._recipe.temperature,
+                seeds_T=seeds_SL[rows].flatten()[masked_in],
                 block_tokens=self._section.block_tokens,
             )
             parts.append(targets.map(torch.Tensor.cpu))
@@ -79,6 +82,14 @@ class HuggingFaceTeacher:
 
     def _tensor(self, ids: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(ids.astype(np.int64)).to(self._input_device)
+
+
+def draw_seeds(item: WorkItem, recipe: Recipe) -> torch.Tensor:
+    """int64 [S, L]: the seed of each position's draws, a function of the recipe and the position's place in the corpus alone."""
+    num_sequences, length = item.token_ids_SL.shape
+    sequences_S = item.number * recipe.chunk_sequences + torch.arange(num_sequences)
+    seeds = token_seeds(recipe.draw_seed, sequences_S.repeat_interleave(length), torch.arange(length).repeat(num_sequences))
+    return seeds.view(num_sequences, length)
 
 
 def probe_item(recipe: Recipe, *, num_tokens: int = 64) -> WorkItem:

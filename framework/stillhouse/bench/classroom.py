@@ -1,0 +1,162 @@
+"""Students side by side in one process: the same beginnings, the same batches and one teacher; they differ in what they learn from alone.
+
+The targets are the real ones: compressed, encoded, decoded and met by the fused loss. Only the store, Ray and DeepSpeed are left out.
+
+Shapes: S sequences, B of one step, L positions, T target tokens, H hidden, V vocabulary, N draws.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from stillhouse.corpus import Corpus
+from stillhouse.demo import Shape, Sizes, learning_rate_share, llama_config
+from stillhouse.logits import Codec, CompressedLogits, Head, compress, decode, encode, token_seeds
+from stillhouse.models import final_hidden, head_of
+from stillhouse.student.loss import distillation_loss, forward_kl
+
+Kind = Literal["text", "everything", "stored", "independent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a student learns from: the text, the teacher's whole distribution, or a record; "independent" draws are those of RS-KD."""
+
+    name: str
+    kind: Kind
+    codec: Codec
+    ce_weight: float = 0.0  # of the text, beside a record
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        return self.codec.bytes_per_token if self.kind in ("stored", "independent") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """How long, and in which steps, every student learns."""
+
+    num_steps: int
+    batch_sequences: int
+    shape: Shape
+    learning_rate: float
+    warmup_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    token_ids_BL: Tensor
+    positions_BL: Tensor
+    target_positions_T: Tensor  # into the flattened [B * L] positions
+    labels_T: Tensor
+    seeds_T: Tensor  # of the draws
+
+
+def teach(
+    forms: list[Form],
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    lessons: Lessons,
+    *,
+    seed: int,
+    on_step: Callable[[], None],
+) -> Mapping[str, PreTrainedModel]:
+    """A trained student for each form, by name. `seed` decides the students' weights, the order of the sequences and all draws."""
+    students = {form.name: _student(tokenizer, corpus, lessons, seed=seed) for form in forms}
+    optimisers = {name: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1) for name, model in students.items()}
+    teacher_head = head_of(teacher, vocab_size=len(tokenizer))
+    pace = replace(Sizes(), num_steps=lessons.num_steps, warmup_steps=lessons.warmup_steps)
+    for step, batch in enumerate(_batches(corpus, lessons, seed=seed)):
+        with torch.no_grad():
+            teacher_TV = teacher_head.logits(_hidden(teacher, batch))
+        for form in forms:
+            student, optimiser = students[form.name], optimisers[form.name]
+            for group in optimiser.param_groups:
+                group["lr"] = lessons.learning_rate * learning_rate_share(step, pace)
+            loss = _loss(form, teacher_TV, student, batch, step_seed=seed * lessons.num_steps + step) / len(batch.labels_T)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+        on_step()
+    return {name: student.eval() for name, student in students.items()}
+
+
+def target_of(form: Form, teacher_TV: Tensor, seeds_T: Tensor, *, step_seed: int) -> CompressedLogits:
+    """What a reader of the form's records gets."""
+    codec = form.codec
+    target = compress(teacher_TV, k=codec.k, tail_draws=codec.num_draws, seeds_T=seeds_T)
+    if form.kind == "independent":
+        assert codec.k == 0
+        generator = torch.Generator().manual_seed(step_seed)
+        draws_TN = torch.multinomial(teacher_TV.softmax(dim=1), codec.num_draws, replacement=True, generator=generator)
+        target = replace(target, tail_ids_TN=draws_TN.sort(dim=1).values.int())
+    return decode(encode(target, codec), codec)
+
+
+def _loss(form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batch, *, step_seed: int) -> Tensor:
+    """The sum over the batch's tokens."""
+    hidden_TH, head = _hidden(student, batch), head_of(student, vocab_size=form.codec.vocab_size)
+    match form.kind:
+        case "text":
+            return distillation_loss(
+                hidden_TH, head, None, divergence=forward_kl, labels_T=batch.labels_T, ce_weight=1.0, divergence_weight=0.0
+            ).total
+        case "everything":
+            return _dense(hidden_TH, head, teacher_TV)
+        case "stored" | "independent":
+            target = target_of(form, teacher_TV, batch.seeds_T, step_seed=step_seed)
+            return distillation_loss(
+                hidden_TH, head, target, divergence=forward_kl, labels_T=batch.labels_T, ce_weight=form.ce_weight
+            ).total
+
+
+def _dense(hidden_TH: Tensor, head: Head, teacher_TV: Tensor) -> Tensor:
+    p_TV, q_TV = (functional.log_softmax(logits_TV, dim=-1) for logits_TV in (teacher_TV, head.logits(hidden_TH)))
+    return functional.kl_div(q_TV, p_TV, reduction="sum", log_target=True)
+
+
+def _student(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, lessons: Lessons, *, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(llama_config(lessons.shape, tokenizer, corpus.sequence_length)).train()
+
+
+def _batches(corpus: Corpus, lessons: Lessons, *, seed: int) -> Iterator[_Batch]:
+    """The corpus's sequences in an order by seed, as often as it takes; a sequence that comes again has the same draws."""
+    size, random = lessons.batch_sequences, np.random.default_rng(seed)
+    order: list[int] = []
+    for _ in range(lessons.num_steps):
+        if len(order) < size:
+            order += random.permutation(corpus.num_sequences).tolist()
+        sequences, order = order[:size], order[size:]
+        yield _batch(corpus, sequences, seed=seed)
+
+
+def _batch(corpus: Corpus, sequences: list[int], *, seed: int) -> _Batch:
+    rows = [corpus.rows(sequence, sequence + 1) for sequence in sequences]
+    ids_BL, positions_BL, mask_BL = (
+        torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]).astype(np.int64))
+        for name in ("token_ids_SL", "positions_SL", "loss_mask_SL")
+    )
+    masked_in_T = mask_BL.flatten().nonzero()[:, 0]
+    row_T, columns_T = masked_in_T // corpus.sequence_length, masked_in_T % corpus.sequence_length
+    return _Batch(
+        ids_BL,
+        positions_BL,
+        masked_in_T,
+        labels_T=ids_BL.roll(-1, dims=1).flatten()[masked_in_T],
+        seeds_T=token_seeds(seed, torch.tensor(sequences)[row_T], columns_T),
+    )
+
+
+def _hidden(model: PreTrainedModel, batch: _Batch) -> Tensor:
+    hidden_BLH = final_hidden(model, batch.token_ids_BL, batch.positions_BL)
+    return hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T)

@@ -1,0 +1,81 @@
+"""Two ways to write the same draws: a multiset in Elias-Fano form, as the codec does, or the distinct ids and how often each was drawn.
+
+Shapes: T tokens, N draws, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stillhouse.bench.codec import power_law_logits
+from stillhouse.corpus import Corpus
+from stillhouse.logits import Codec, compress, token_seeds
+from stillhouse.models import final_hidden, head_of
+
+_NUM_DRAWS = 50
+_REAL_VOCABULARY = 151_936
+_EXPONENTS = (1.0, 1.5, 2.0, 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """Bytes of the draws alone, on the same rows: each id as often as drawn, or the distinct ones with counts."""
+
+    rows: str
+    num_draws: int
+    mean_distinct: float
+    multiset_bytes: int  # of every record
+    mean_counted_bytes: float  # of records whose size varies
+    worst_counted_bytes: int  # of records of one size: all draws distinct
+
+
+def codings_of(teacher: PreTrainedModel, heldout: Corpus, vocab_size: int) -> list[Coding]:
+    """Of draws from what a trained teacher says to a held-out sequence, and from synthetic rows over a vocabulary of today's models."""
+    with torch.no_grad():
+        first = heldout.rows(0, 1)
+        hidden_BLH = final_hidden(teacher, torch.tensor(first.token_ids_SL), torch.tensor(first.positions_SL))
+        teacher_TV = head_of(teacher, vocab_size=vocab_size).logits(hidden_BLH[0])
+    rows_of = {f"the teacher's, {vocab_size:,} ids": teacher_TV} | {
+        f"a power law of exponent {exponent}, {_REAL_VOCABULARY:,} ids": power_law_logits(32, _REAL_VOCABULARY, exponent=exponent)
+        for exponent in _EXPONENTS
+    }
+    return [coding(rows, logits_TV, num_draws=_NUM_DRAWS) for rows, logits_TV in rows_of.items()]
+
+
+def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
+    """What draws from these rows cost as a multiset in Elias-Fano form, and what their distinct ids would with counts.
+
+    That is an Elias-Fano set, the number of its ids, and N - 1 bits that say where one id's draws end and the next one's begin.
+    """
+    num_tokens, vocab_size = logits_TV.shape
+    seeds_T = token_seeds(0, torch.zeros(num_tokens), torch.arange(num_tokens))
+    draws_TN = compress(logits_TV, k=0, tail_draws=num_draws, seeds_T=seeds_T).tail_ids_TN
+    num_distinct_T = (draws_TN[:, 1:] != draws_TN[:, :-1]).sum(dim=1) + 1
+
+    def counted(num_distinct: int) -> int:
+        return Codec(vocab_size, 0, num_draws=num_distinct).bytes_per_token + -(-num_draws.bit_length() // 8) + -(-(num_draws - 1) // 8)
+
+    counted_bytes = [counted(int(number)) for number in num_distinct_T]
+    return Coding(
+        rows=rows,
+        num_draws=num_draws,
+        mean_distinct=float(num_distinct_T.double().mean()),
+        multiset_bytes=Codec(vocab_size, 0, num_draws=num_draws).bytes_per_token,
+        mean_counted_bytes=sum(counted_bytes) / len(counted_bytes),
+        worst_counted_bytes=counted(num_draws),
+    )
+
+
+def coding_table(codings: Sequence[Coding]) -> Table:
+    """Draws in bytes: the multiset has one size; counts make it vary, or cost more where one size is wanted."""
+    found = Table(title="Draws alone in bytes")
+    for heading in ("rows", "draws", "distinct", "multiset", "distinct + counts, mean", "the same in one size"):
+        found.add_column(heading, justify="right")
+    for one in codings:
+        sizes = (f"{one.multiset_bytes}", f"{one.mean_counted_bytes:.1f}", f"{one.worst_counted_bytes}")
+        found.add_row(one.rows, str(one.num_draws), f"{one.mean_distinct:.1f}", *sizes)
+    return found

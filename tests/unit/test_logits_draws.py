@@ -1,0 +1,239 @@
+"""Draws are of the tail, without bias, by a seed for each token: the same again on any machine, in any batch and any block."""
+
+import math
+from bisect import bisect_right
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillhouse.errors import ConfigError
+from stillhouse.logits import Codec, Head, compress, compress_hidden, decode, densify, encode, token_seeds
+from stillhouse.logits.draws import draw
+
+MASK = (1 << 64) - 1
+
+
+def splitmix64(x: int) -> int:
+    """The published output function, on Python's own integers."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def stepped(x: int, index: int) -> int:
+    """The index-th number, from 1, of the splitmix64 stream that x starts."""
+    return splitmix64((x + 0x9E3779B97F4A7C15 * index) & MASK)
+
+
+def signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def seeds(num_tokens: int, *, seed: int = 7) -> torch.Tensor:
+    return token_seeds(seed, torch.zeros(num_tokens, dtype=torch.int64), torch.arange(num_tokens))
+
+
+def random_logits(num_tokens: int, vocab_size: int, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return scale * torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_seed_is_a_hash_of_the_recipe_the_sequence_and_the_column() -> None:
+    places = [(0, 0), (0, 1), (1, 0), (3, 2047), (123_456_789_012, 17)]
+    sequences, columns = torch.tensor(places).T
+    for seed in (0, 1, -1, 2**63 - 1, -(2**63)):
+        wanted = [signed(stepped(stepped(seed & MASK, sequence + 1), column + 1)) for sequence, column in places]
+        assert token_seeds(seed, sequences, columns).tolist() == wanted
+
+
+def test_no_two_places_of_a_corpus_share_a_seed() -> None:
+    sequences, columns = torch.meshgrid(torch.arange(500), torch.arange(500), indexing="ij")
+    every = torch.cat([token_seeds(seed, sequences.flatten(), columns.flatten()) for seed in (0, 1)])
+    assert every.unique().numel() == 500_000
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_each_draw_is_where_its_number_falls_in_the_sums_of_whole_masses(data: st.DataObject) -> None:
+    vocab_size, num_draws = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 9))
+    levels = st.one_of(st.floats(-30, 30, width=32), st.just(-math.inf))
+    logits = torch.tensor([data.draw(st.lists(levels, min_size=vocab_size, max_size=vocab_size))])
+    logits[0, data.draw(st.integers(0, vocab_size - 1))] = 1.0
+    seed = data.draw(st.integers(-(2**63), 2**63 - 1))
+    masses = [int(mass) for mass in (logits - logits.max()).exp()[0].double() * 2.0**40]
+    uniforms = [(stepped(seed & MASK, index + 1) >> 11) * 2.0**-53 for index in range(num_draws)]
+    places = [int((index + uniform) / num_draws * sum(masses)) for index, uniform in enumerate(uniforms)]
+    wanted = [bisect_right(list(accumulate(masses)), place) for place in places]
+    found = draw(logits, torch.tensor([seed]), num_draws=num_draws)
+    assert (found.dtype, found[0].tolist()) == (torch.int32, wanted)
+    assert all(logits[0, i] > -math.inf for i in wanted)
+
+
+def test_the_greatest_random_number_still_draws_an_id_with_mass() -> None:
+    """A fraction of 1 - 2^-53 on top of a whole share would round up to all of the mass."""
+
+    def unmixed(x: int) -> int:
+        """The inverse of splitmix64's output function."""
+        x ^= (x >> 31) ^ (x >> 62)
+        x = (x * pow(0x94D049BB133111EB, -1, 1 << 64)) & MASK
+        x ^= (x >> 27) ^ (x >> 54)
+        x = (x * pow(0xBF58476D1CE4E5B9, -1, 1 << 64)) & MASK
+        return x ^ (x >> 30) ^ (x >> 60)
+
+    num_draws = 3
+    seed = (unmixed(MASK) - 0x9E3779B97F4A7C15 * num_draws) & MASK
+    assert stepped(seed, num_draws) == MASK
+    logits = torch.tensor([[0.0, 0.0, -math.inf], [-math.inf, 50.0, -math.inf]])
+    found = draw(logits, torch.tensor([signed(seed)] * 2), num_draws=num_draws)
+    assert found[:, -1].tolist() == [1, 1]
+
+
+def chi_square(counts: torch.Tensor, shares: torch.Tensor) -> float:
+    expected = shares * counts.sum()
+    return float(((counts - expected).square() / expected).sum())
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_draws_follow_the_tail_of_the_teacher(k: int) -> None:
+    """Of 31 - k ids, each expected 20 times or more among 60,000 draws: 66 is the chi-square's 99.99th percentile at 30 degrees."""
+    logits = random_logits(1, 31, scale=1.5)
+    c = compress(logits.expand(60_000, 31), k=k, tail_draws=1, seeds_T=seeds(60_000))
+    tail = logits[0].double().softmax(0)
+    tail[c.token_ids_TK[0].long()] = 0
+    tail /= tail.sum()
+    counts = torch.bincount(c.tail_ids_TN.flatten(), minlength=31).double()
+    assert (counts[tail == 0] == 0).all()
+    assert tail[tail > 0].min() * 60_000 > 20
+    assert chi_square(counts[tail > 0], tail[tail > 0]) < 66
+
+
+def test_several_draws_mean_the_tail_and_vary_less_than_independent_ones() -> None:
+    num_tokens, num_draws = 20_000, 8
+    logits = random_logits(1, 25, scale=1.5)
+    c = compress(logits.expand(num_tokens, 25), k=2, tail_draws=num_draws, seeds_T=seeds(num_tokens))
+    tail = logits[0].double().softmax(0)
+    tail[c.token_ids_TK[0].long()] = 0
+    tail /= tail.sum()
+    counts_TV = torch.zeros(num_tokens, 25, dtype=torch.float64).scatter_add_(
+        1, c.tail_ids_TN.long(), torch.ones(num_tokens, num_draws, dtype=torch.float64)
+    )
+    deviation = counts_TV.mean(0) - num_draws * tail
+    assert (deviation.abs() <= 5 * counts_TV.std(0) / math.sqrt(num_tokens) + 1e-9).all()
+    independent = num_draws * tail * (1 - tail)
+    assert (counts_TV.var(0) <= 1.05 * independent).all()
+    assert counts_TV.var(0).sum() < 0.7 * independent.sum()
+    assert (((counts_TV - num_draws * tail).abs() < 2) | (tail == 0)).all()  # an id's share touches two equal shares in part
+
+
+def test_draws_of_one_token_and_of_neighbours_are_not_correlated() -> None:
+    """Where the draws fall within their shares: 4 of each token, 4 of the next one, and 4 of the same column in the next sequence."""
+    flat, columns = torch.zeros(2000, 4096), torch.arange(2000)
+    places = [draw(flat, token_seeds(3, torch.full_like(columns, sequence), columns), num_draws=4).double() % 1024 for sequence in (0, 1)]
+    features = torch.cat([places[0][:-1], places[0][1:], places[1][:-1]], dim=1)
+    correlations = torch.corrcoef(features.T) - torch.eye(12, dtype=torch.float64)
+    assert correlations.abs().max() < 5 / math.sqrt(2000)
+
+
+def test_a_flat_vocabulary_of_a_real_size_is_drawn_evenly_to_its_end() -> None:
+    vocab_size, num_draws = 151_936, 1000
+    (ids,) = draw(torch.zeros(1, vocab_size), seeds(1), num_draws=num_draws).double()
+    share = vocab_size / num_draws
+    assert ((ids / share).floor() - torch.arange(num_draws)).abs().max() <= 1
+    assert ((ids % share) / share).mean() == pytest.approx(0.5, abs=5 / math.sqrt(12 * num_draws))
+
+
+def test_many_ids_too_small_for_a_float32_sum_are_drawn_for_what_they_are_together() -> None:
+    logits = torch.full((1, 151_936), -17.0)
+    logits[0, 0] = 0.0
+    share = 151_935 * math.exp(-17) / (1 + 151_935 * math.exp(-17))
+    (ids,) = draw(logits, seeds(1), num_draws=4000)
+    assert abs(int((ids > 0).sum()) - 4000 * share) < 1  # 25 of them; each alone would vanish beside the first
+    assert ids[ids > 0].double().mean() == pytest.approx(151_936 / 2, rel=0.02)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_draws_ascend_and_are_never_kept_and_never_impossible(data: st.DataObject) -> None:
+    vocab_size = data.draw(st.integers(2, 60))
+    k, num_draws = data.draw(st.integers(0, vocab_size - 1)), data.draw(st.integers(1, 20))
+    logits = random_logits(4, vocab_size, seed=data.draw(st.integers(0, 10**6))).round()
+    logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < 0.6] = -math.inf
+    logits[:, vocab_size // 2] = 0.0
+    c = compress(logits, k=k, tail_draws=num_draws, temperature=data.draw(st.sampled_from([0.5, 1.0, 3.0])), seeds_T=seeds(4))
+    ids = c.tail_ids_TN.long()
+    assert (ids[:, 1:] >= ids[:, :-1]).all()
+    assert not (ids[:, :, None] == c.token_ids_TK.long()[:, None, :]).any()
+    has_tail = c.tail_logmass_T > -math.inf
+    assert (logits.gather(1, ids) > -math.inf)[has_tail].all()
+    lowest = [min(set(range(vocab_size)) - set(kept)) for kept in c.token_ids_TK.tolist()]
+    assert (ids == torch.tensor(lowest)[:, None])[~has_tail].all()
+
+
+def test_a_tail_far_below_the_kept_entries_is_drawn_as_finely_as_any() -> None:
+    tail = random_logits(1, 40)
+    logits = torch.cat([tail - 80.0, torch.tensor([[30.0]])], dim=1)
+    found = compress(logits, k=1, tail_draws=50, seeds_T=seeds(1)).tail_ids_TN
+    assert torch.equal(found, compress(tail - 80.0, k=0, tail_draws=50, seeds_T=seeds(1)).tail_ids_TN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_made_again_has_the_same_draws_whatever_comes_with_it(dtype: torch.dtype) -> None:
+    logits = random_logits(40, 3001).to(dtype)
+    options = {"k": 5, "tail_draws": 9, "temperature": 1.3}
+    whole = compress(logits, seeds_T=seeds(40), **options).tail_ids_TN
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(compress(logits[order], seeds_T=seeds(40)[order], **options).tail_ids_TN, whole[order])
+    for size in (1, 3, 17):
+        parts = zip(logits.split(size), seeds(40).split(size), strict=True)
+        assert torch.equal(torch.cat([compress(rows, seeds_T=of_rows, **options).tail_ids_TN for rows, of_rows in parts]), whole)
+    assert not torch.equal(compress(logits, seeds_T=seeds(40, seed=8), **options).tail_ids_TN, whole)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 4, 9, 1024])
+def test_blocks_of_hidden_states_have_the_draws_of_their_logits(block_tokens: int) -> None:
+    hidden, weight = random_logits(9, 6), random_logits(120, 6, seed=1)
+    head = Head(weight.round())
+    hidden = hidden.round()  # so that every matrix product is exact, however it is cut
+    found = compress_hidden(hidden, head, k=4, tail_draws=7, seeds_T=seeds(9), block_tokens=block_tokens)
+    assert torch.equal(found.tail_ids_TN, compress(head.logits(hidden), k=4, tail_draws=7, seeds_T=seeds(9)).tail_ids_TN)
+
+
+def test_these_draws_are_the_same_in_every_version() -> None:
+    logits = torch.linspace(4, -4, 1000).repeat(2, 1)
+    c = compress(logits, k=2, tail_draws=6, temperature=2.0, seeds_T=token_seeds(42, torch.tensor([5, 5]), torch.tensor([0, 1])))
+    assert c.tail_ids_TN.tolist() == [[22, 81, 115, 228, 327, 478], [8, 70, 124, 196, 326, 669]]
+
+
+@pytest.mark.parametrize(("k", "num_draws", "most_bytes"), [(12, 12, 66), (0, 50, 90)])
+def test_draws_at_a_real_vocabulary_come_back_from_few_bytes(k: int, num_draws: int, most_bytes: int) -> None:
+    codec = Codec(151_936, k, num_draws=num_draws)
+    assert codec.bytes_per_token <= most_bytes
+    c = compress(random_logits(3, 151_936), k=k, tail_draws=num_draws, seeds_T=seeds(3))
+    back = decode(encode(c, codec), codec)
+    assert torch.equal(back.tail_ids_TN, c.tail_ids_TN)
+    assert torch.equal(back.token_ids_TK, c.token_ids_TK)
+    torch.testing.assert_close(densify(back).exp().sum(1), torch.ones(3), rtol=0, atol=1e-3)
+
+
+def test_nothing_is_drawn_unless_asked_for() -> None:
+    assert compress(random_logits(3, 20), k=4).tail_ids_TN.shape == (3, 0)
+    assert compress(torch.empty(0, 20), k=4, tail_draws=5, seeds_T=seeds(0)).tail_ids_TN.shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("k", "tail_draws", "seeds_T", "complaint"),
+    [
+        (4, -1, None, "-1 draws"),
+        (20, 3, seeds(2), r"3 draws are asked for from a tail of 0 ids \(k is 20 of 20\); draw none, or keep fewer"),
+        (4, 3, None, "3 draws are asked for with no seeds for 2 tokens; pass one for each"),
+        (4, 3, seeds(3), r"with seeds of shape \[3\] for 2 tokens"),
+    ],
+    ids=["negative", "no tail", "no seeds", "other seeds"],
+)
+def test_impossible_draws_are_refused(k: int, tail_draws: int, seeds_T: torch.Tensor | None, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        compress(torch.zeros(2, 20), k=k, tail_draws=tail_draws, seeds_T=seeds_T)
+    with pytest.raises(ConfigError, match=complaint):
+        compress_hidden(torch.zeros(2, 4), Head(torch.zeros(20, 4)), k=k, tail_draws=tail_draws, seeds_T=seeds_T)
