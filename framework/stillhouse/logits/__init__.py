@@ -2,8 +2,9 @@
 
 from stillhouse.logits.codec import CODEC_VERSION, Codec, decode, encode
 from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity
+from stillhouse.logits.dispatch import Path, compress, compress_hidden, path_for
 from stillhouse.logits.head import Head
-from stillhouse.logits.topk import compress, compress_hidden
+from stillhouse.logits.topk import compress_reference
 
 __all__ = [
     "CODEC_VERSION",
@@ -11,11 +12,14 @@ __all__ = [
     "CompressedLogits",
     "Fidelity",
     "Head",
+    "Path",
     "compress",
     "compress_hidden",
+    "compress_reference",
     "concatenate",
     "decode",
     "densify",
     "encode",
     "fidelity",
+    "path_for",
 ]

@@ -1,6 +1,6 @@
 """Logits to targets, exactly: the definition that every faster path is held to.
 
-Shapes: T tokens, H hidden, V vocabulary, K kept entries.
+Shapes: T tokens, V vocabulary, K kept entries.
 
 The kept entries are the K greatest logits, ties to the lowest ids, whatever library found them. Which entries are kept, and in which
 order, is decided on the logits as they came (as float32), before temperature and normalisation, which both round: so two correct
@@ -12,49 +12,34 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.head import Head
 
 _BLOCK_LOGITS = 1 << 20  # logits worked on at one time: a few float32 copies of these are the memory beyond the logits themselves
 
 
 @torch.no_grad()
-def compress(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> CompressedLogits:
+def compress_reference(logits_TV: Tensor, *, k: int, temperature: float = 1.0, first_token: int = 0) -> CompressedLogits:
     """The target of each row of float16, bfloat16 or float32 logits [T, V], any strides, without tail draws.
 
     A logit of -inf is a probability of 0. Raises ConfigError for an impossible k or temperature, and TeacherError naming the first token
-    whose logits hold NaN or +inf, or nothing above -inf.
+    (row 0 is `first_token`) whose logits hold NaN or +inf, or nothing above -inf.
     """
-    _check(k, vocab_size=logits_TV.shape[1], temperature=temperature)
-    return _compress_from(logits_TV, 0, k=k, temperature=temperature)
-
-
-@torch.no_grad()
-def compress_hidden(hidden_TH: Tensor, head: Head, *, k: int, temperature: float = 1.0, block_tokens: int = 1024) -> CompressedLogits:
-    """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V] logits never exist at once."""
-    _check(k, vocab_size=head.vocab_size, temperature=temperature)
-    starts = range(0, max(1, hidden_TH.shape[0]), block_tokens)
-    return concatenate(
-        [_compress_from(head.logits(hidden_TH[start : start + block_tokens]), start, k=k, temperature=temperature) for start in starts]
-    )
-
-
-def _check(k: int, *, vocab_size: int, temperature: float) -> None:
-    if not 0 <= k <= vocab_size:
-        raise ConfigError(f"k is {k}, but the vocabulary has {vocab_size} ids; set k between 0 and {vocab_size}")
-    if not 0.0 < temperature < float("inf"):
-        raise ConfigError(f"the temperature is {temperature}; set a finite number above 0")
-
-
-def _compress_from(logits_TV: Tensor, first_token: int, *, k: int, temperature: float) -> CompressedLogits:
-    """`compress` of rows that are the tokens from `first_token` on."""
     num_tokens, vocab_size = logits_TV.shape
-    step = max(1, _BLOCK_LOGITS // vocab_size)
+    check_request(k, vocab_size=vocab_size, temperature=temperature)
+    step = max(1, _BLOCK_LOGITS // max(1, vocab_size))
     return concatenate(
         [
             _compress_block(logits_TV[start : start + step].float().contiguous(), first_token + start, k=k, temperature=temperature)
             for start in range(0, max(1, num_tokens), step)
         ]
     )
+
+
+def check_request(k: int, *, vocab_size: int, temperature: float) -> None:
+    """Raises ConfigError for a k or a temperature that no target has."""
+    if not 0 <= k <= vocab_size:
+        raise ConfigError(f"k is {k}, but the vocabulary has {vocab_size} ids; set k between 0 and {vocab_size}")
+    if not 0.0 < temperature < float("inf"):
+        raise ConfigError(f"the temperature is {temperature}; set a finite number above 0")
 
 
 def _compress_block(logits_TV: Tensor, first_token: int, *, k: int, temperature: float) -> CompressedLogits:
@@ -66,7 +51,7 @@ def _compress_block(logits_TV: Tensor, first_token: int, *, k: int, temperature:
     scaled_TV = logits_TV / temperature
     shifted_TV = scaled_TV - scaled_TV.amax(dim=1, keepdim=True)
     lse_T = shifted_TV.logsumexp(dim=1)
-    _refuse_what_is_no_distribution(lse_T, scaled_TV, first_token)
+    refuse_what_is_no_distribution(lse_T, logits_TV, first_token, temperature=temperature)
     ids_TK = _exact_topk(logits_TV, k)
     logprobs_TK = shifted_TV.gather(1, ids_TK) - lse_T[:, None]
     kept_mass_T = logprobs_TK.exp().sum(dim=1)
@@ -107,14 +92,16 @@ def _lowest_ids_at_threshold(logits_TV: Tensor, threshold_T1: Tensor, k: int) ->
     return taken_TV.nonzero()[:, 1].view(-1, k)
 
 
-def _refuse_what_is_no_distribution(lse_T: Tensor, scaled_TV: Tensor, first_token: int) -> None:
+def refuse_what_is_no_distribution(lse_T: Tensor, logits_TV: Tensor, first_token: int, *, temperature: float) -> None:
+    """Raises TeacherError naming the first row whose log-sum-exp is not finite, and what is wrong with its logits."""
     wrong_T = ~lse_T.isfinite()
     if not wrong_T.any():
         return
     row = int(wrong_T.int().argmax())
-    num_nan, num_infinite = int(scaled_TV[row].isnan().sum()), int((scaled_TV[row] == torch.inf).sum())
+    scaled_V = logits_TV[row].float() / temperature
+    num_nan, num_infinite = int(scaled_V.isnan().sum()), int((scaled_V == torch.inf).sum())
     found = f"{num_nan} NaN and {num_infinite} +inf" if num_nan + num_infinite else "no logit above -inf"
     raise TeacherError(
-        f"the logits of token {first_token + row} are no distribution: {found} among {scaled_TV.shape[1]}; wanted finite numbers, or -inf "
+        f"the logits of token {first_token + row} are no distribution: {found} among {len(scaled_V)}; wanted finite numbers, or -inf "
         "for ids that are ruled out. Check the teacher's weights, its dtype (float16 overflows where bfloat16 does not) and the temperature"
     )
