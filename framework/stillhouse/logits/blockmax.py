@@ -1,11 +1,10 @@
 """The exact block-max filter in plain torch: the top-k out of the few blocks that hold it.
 
-Shapes: T tokens, V vocabulary, K kept entries, M entries of a row, B a block's width, N = M // B blocks, F entries of the found blocks.
+Shapes: T tokens, V vocabulary, K kept entries, B a block's width, N whole blocks of a row, F entries of the found blocks.
 
 The K blocks with the greatest maxima, equal ones in the order of their ids, hold the K greatest entries with ties to the lowest ids: no
-kept entry is below the K-th maximum, and of the entries that equal it, the first K blocks have the first ones. So the same exact top-k,
-taken first over maxima and then over the blocks found, never overflows, however many entries tie. (For the filter: Gaihre et al. 2021,
-"Dr. Top-k".)
+kept entry is below the K-th maximum, and of the entries that equal it, the first K blocks have the first ones. So nothing overflows,
+however many entries tie. (For the filter: Gaihre et al. 2021, "Dr. Top-k".)
 
 Memory is the slow part: a row is read once, and its maxima and sums are taken while it and its exponentials lie in the cache.
 """
@@ -17,18 +16,11 @@ from torch import Tensor
 
 from stillhouse.logits.rawtopk import RawTopK
 
-_WIDTH, _INNER_WIDTH = 128, 8  # of blocks, and of blocks within the blocks found
+_WIDTH = 128  # of a block
 _CACHED_LOGITS = 1 << 17  # whose two float32 copies stay in a core's cache
 _GROUP_LOGITS = 1 << 22  # whose rows are selected from together: it saves calls
 _LEAST_SUM = 1e-30  # of exponentials relative to a row's maximum: below, float32 loses their digits
 _LEAST = torch.finfo(torch.float32).min
-
-
-def split(logits_TV: Tensor, *, k: int, temperature: float) -> RawTopK:
-    """The top-k of logits in any floating dtype, strides and device. T and V are at least 1."""
-    group_rows = max(1, _GROUP_LOGITS // logits_TV.shape[1])
-    groups = [_split_group(rows_TV, k=k, temperature=temperature) for rows_TV in logits_TV.split(group_rows)]
-    return RawTopK(*(torch.cat(columns) for columns in zip(*groups, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +32,26 @@ class _Blocks:
     top_T1: Tensor
 
 
+def split(logits_TV: Tensor, *, k: int, temperature: float) -> RawTopK:
+    """The top-k of logits in any floating dtype, strides and device. T and V are at least 1."""
+    group_rows = max(1, _GROUP_LOGITS // logits_TV.shape[1])
+    groups = [_split_group(rows_TV, k=k, temperature=temperature) for rows_TV in logits_TV.split(group_rows)]
+    return RawTopK(*(torch.cat(columns) for columns in zip(*groups, strict=True)))
+
+
 def _split_group(logits_TV: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of a RawTopK."""
     logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
     blocks = _read_once(logits_TV, temperature=temperature)
     found_TK = first_greatest(blocks.maxima_TN, min(k, blocks.maxima_TN.shape[1])).sort(dim=1).values
-    values_TF = entries_of(logits_TV, found_TK, width=_WIDTH).float()
-    places_TK = _top_places(values_TF, k)
+    values_TF = _entries_of(logits_TV, found_TK).float()
+    places_TK = _top_places(values_TF, k, maxima_TK=blocks.maxima_TN.gather(1, found_TK))
     kept_TK = values_TF.gather(1, places_TK)
-    outside_T1 = blocks.sums_TN.scatter(1, found_TK, 0.0).sum(dim=1, keepdim=True)
+    ids_TK = _ids_of(places_TK, found_TK, vocab_size=logits_TV.shape[1])
     left_TF = (values_TF - blocks.top_T1.clamp(min=_LEAST)).scatter_(1, places_TK, -torch.inf)
-    rest_T1 = outside_T1 + left_TF.div_(temperature).exp_().sum(dim=1, keepdim=True)
-    ids_TK = ids_of(places_TK, found_TK, width=_WIDTH, num_entries=logits_TV.shape[1])
-    base_T1 = blocks.top_T1.clone()
+    left_TF = left_TF.div_(temperature) if temperature != 1.0 else left_TF
+    outside_T1 = blocks.sums_TN.scatter(1, found_TK, 0.0).sum(dim=1, keepdim=True)
+    base_T1, rest_T1 = blocks.top_T1, outside_T1 + left_TF.exp_().sum(dim=1, keepdim=True)
     faint_T = (rest_T1 < _LEAST_SUM)[:, 0]
     if faint_T.any():
         base_T1[faint_T], rest_T1[faint_T] = _rest_alone(logits_TV[faint_T], ids_TK[faint_T], temperature=temperature)
@@ -65,20 +64,44 @@ def _read_once(logits_TV: Tensor, *, temperature: float) -> _Blocks:
     covered, rows = num_blocks * _WIDTH, max(1, min(num_tokens, _CACHED_LOGITS // vocab_size))
     (maxima_TN, sums_TN), top_T1 = _empty(logits_TV, 2, num_tokens, num_blocks), _empty(logits_TV, num_tokens, 1)
     scratch_RV, float_RV = _empty(logits_TV, 2, rows, vocab_size)
-    for start in range(0, num_tokens, rows):
-        rows_RV, here = logits_TV[start : start + rows], slice(start, start + rows)
+    together = (whole.split(rows) for whole in (logits_TV, maxima_TN, sums_TN, top_T1))
+    for rows_RV, maxima_RN, sums_RN, top_R1 in zip(*together, strict=True):
         num_rows = len(rows_RV)
         rows_RV = rows_RV if rows_RV.dtype == torch.float32 else float_RV[:num_rows].copy_(rows_RV)
-        torch.amax(rows_RV[:, :covered].unflatten(1, (num_blocks, _WIDTH)), dim=2, out=maxima_TN[here])
-        top_T1[here] = torch.cat([maxima_TN[here], rows_RV[:, covered:]], dim=1).amax(dim=1, keepdim=True)
-        shifted_RV = torch.sub(rows_RV, top_T1[here].clamp(min=_LEAST), out=scratch_RV[:num_rows])
+        torch.amax(rows_RV[:, :covered].unflatten(1, (num_blocks, _WIDTH)), dim=2, out=maxima_RN)
+        greatest_RX = torch.cat([maxima_RN, rows_RV[:, covered:]], dim=1) if covered < vocab_size else maxima_RN
+        torch.amax(greatest_RX, dim=1, keepdim=True, out=top_R1)
+        shifted_RV = torch.sub(rows_RV, top_R1.clamp(min=_LEAST), out=scratch_RV[:num_rows])
         shifted_RV = shifted_RV.div_(temperature) if temperature != 1.0 else shifted_RV
-        torch.sum(shifted_RV.exp_()[:, :covered].unflatten(1, (num_blocks, _WIDTH)), dim=2, out=sums_TN[here])
+        torch.sum(shifted_RV.exp_()[:, :covered].unflatten(1, (num_blocks, _WIDTH)), dim=2, out=sums_RN)
     return _Blocks(maxima_TN, sums_TN, top_T1)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _entries_of(logits_TV: Tensor, found_TK: Tensor) -> Tensor:
+    """[T, F]: the entries of the found blocks (ascending), then those after the last whole block. A row's entries lie side by side."""
+    num_tokens, vocab_size = logits_TV.shape
+    last_TR = logits_TV[:, vocab_size // _WIDTH * _WIDTH :]
+    if found_TK.shape[1] == 0:
+        return last_TR
+    stride = logits_TV.stride(0)
+    windows_XB = logits_TV.as_strided(((num_tokens - 1) * stride + vocab_size - _WIDTH + 1, _WIDTH), (1, 1))
+    starts_TK = found_TK * _WIDTH + stride * torch.arange(num_tokens, device=logits_TV.device)[:, None]
+    found_TF = windows_XB.index_select(0, starts_TK.flatten()).view(num_tokens, -1)  # which copies each window whole; gather would not
+    return torch.cat([found_TF, last_TR], dim=1) if last_TR.shape[1] else found_TF
+
+
+def _ids_of(places_TK: Tensor, found_TK: Tensor, *, vocab_size: int) -> Tensor:
+    """The ids of places among `_entries_of`."""
+    num_found = found_TK.shape[1]
+    last_TK = places_TK + (vocab_size // _WIDTH - num_found) * _WIDTH
+    if num_found == 0:
+        return last_TK
+    block_TK = found_TK.gather(1, (places_TK // _WIDTH).clamp(max=num_found - 1))
+    return torch.where(places_TK < num_found * _WIDTH, block_TK * _WIDTH + places_TK % _WIDTH, last_TK)
 
 
 def _rest_alone(logits_TV: Tensor, ids_TK: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -88,47 +111,26 @@ def _rest_alone(logits_TV: Tensor, ids_TK: Tensor, *, temperature: float) -> tup
     return base_T1, ((rest_TV - base_T1.clamp(min=_LEAST)) / temperature).exp().sum(dim=1, keepdim=True)
 
 
-def _top_places(values_TM: Tensor, k: int) -> Tensor:
-    """`first_greatest`, by way of narrow blocks where the row is long enough to gain by it."""
-    num_entries, width = values_TM.shape[1], _INNER_WIDTH
-    if num_entries < 4 * k * width:
-        return first_greatest(values_TM, k)
-    maxima_TN = values_TM[:, : num_entries // width * width].unflatten(1, (-1, width)).amax(dim=2)
-    found_TK = first_greatest(maxima_TN, k).sort(dim=1).values
-    places_TK = first_greatest(entries_of(values_TM, found_TK, width=width), k)
-    return ids_of(places_TK, found_TK, width=width, num_entries=num_entries)
+def _top_places(values_TF: Tensor, k: int, *, maxima_TK: Tensor) -> Tensor:
+    """`first_greatest`, of entries that include the found blocks' maxima: where these are k, few others reach the least of them."""
+    if not 0 < k <= maxima_TK.shape[1]:
+        return first_greatest(values_TF, k)
+    reach_TF = values_TF >= maxima_TK.amin(dim=1, keepdim=True)
+    counts_T = reach_TF.sum(dim=1)
+    rows_C, places_C = reach_TF.nonzero().unbind(1)  # by row, then by place
+    nth_C = torch.arange(len(rows_C), device=rows_C.device) - (counts_T.cumsum(0) - counts_T)[rows_C]
+    shape = (len(values_TF), max(k, int(counts_T.max())))
+    few_TC = values_TF.new_full(shape, -torch.inf).index_put_((rows_C, nth_C), values_TF[rows_C, places_C])
+    return places_C.new_zeros(shape).index_put_((rows_C, nth_C), places_C).gather(1, first_greatest(few_TC, k))
 
 
-def first_greatest(values_TM: Tensor, k: int) -> Tensor:
+def first_greatest(values_TF: Tensor, k: int) -> Tensor:
     """int64 [T, k], the places of the k greatest of float32 values, by value descending, ties by place ascending; -0 equals +0.
 
     A value's bits, made to order as integers, above its place counted from the end are one key, so that no two are equal.
     """
-    last = values_TM.shape[1] - 1
-    bits_TM = (values_TM + 0.0).view(torch.int32)  # -0 becomes +0
-    ordered_TM = bits_TM ^ ((bits_TM >> 31) & 0x7FFFFFFF)
-    keys_TM = (ordered_TM.long() << 32) | torch.arange(last, -1, -1, device=values_TM.device)
-    return last - (keys_TM.topk(k, dim=1).values & 0xFFFFFFFF)
-
-
-def entries_of(values_TM: Tensor, found_TK: Tensor, *, width: int) -> Tensor:
-    """[T, F]: the entries of the found blocks (ascending), then those after the last whole block. Entries of a row lie side by side."""
-    num_rows, num_entries = values_TM.shape
-    last_TR = values_TM[:, num_entries // width * width :]
-    if found_TK.shape[1] == 0:
-        return last_TR
-    stride = values_TM.stride(0)
-    windows_XB = values_TM.as_strided(((num_rows - 1) * stride + num_entries - width + 1, width), (1, 1))
-    starts_TK = found_TK * width + stride * torch.arange(num_rows, device=values_TM.device)[:, None]
-    found_TF = windows_XB.index_select(0, starts_TK.flatten()).view(num_rows, -1)  # which copies each window whole; gather would not
-    return torch.cat([found_TF, last_TR], dim=1) if last_TR.shape[1] else found_TF
-
-
-def ids_of(places_TK: Tensor, found_TK: Tensor, *, width: int, num_entries: int) -> Tensor:
-    """The places in the row of places among its `entries_of`."""
-    num_found = found_TK.shape[1]
-    last_TK = places_TK + (num_entries // width - num_found) * width
-    if num_found == 0:
-        return last_TK
-    block_TK = found_TK.gather(1, (places_TK // width).clamp(max=num_found - 1))
-    return torch.where(places_TK < num_found * width, block_TK * width + places_TK % width, last_TK)
+    last = values_TF.shape[1] - 1
+    bits_TF = (values_TF + 0.0).view(torch.int32)  # -0 becomes +0
+    ordered_TF = bits_TF ^ ((bits_TF >> 31) & 0x7FFFFFFF)
+    keys_TF = (ordered_TF.long() << 32) | torch.arange(last, -1, -1, device=values_TF.device)
+    return last - (keys_TF.topk(k, dim=1).values & 0xFFFFFFFF)

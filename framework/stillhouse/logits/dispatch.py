@@ -12,7 +12,7 @@ from torch import Tensor
 from stillhouse.logits import blockmax, native
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.head import Head
-from stillhouse.logits.rawtopk import normalise
+from stillhouse.logits.rawtopk import RawTopK, normalise
 from stillhouse.logits.topk import check_request, compress_reference, refuse_what_is_no_distribution
 
 _GENTLE_TEMPERATURES = (1e-30, 1e30)  # between these, neither they nor their reciprocals overflow a product with a logit's difference
@@ -32,7 +32,7 @@ def path_for(logits_TV: Tensor, *, temperature: float = 1.0) -> Path:
     if logits_TV.numel() == 0:
         return Path("reference", "there are no logits")
     if not least <= temperature <= most:
-        return Path("reference", f"a temperature of {temperature} overflows float32")
+        return Path("reference", f"at a temperature of {temperature}, float32 overflows on the way")
     if logits_TV.device.type != "cpu":
         return Path("blockmax", f"plain torch on {logits_TV.device.type}")
     compiled = native.compiled()
@@ -59,18 +59,20 @@ def compress_hidden(hidden_TH: Tensor, head: Head, *, k: int, temperature: float
     )
 
 
+def raw_topk(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
+    """The top-k by the path for these logits, at least one, where that is not the reference. Checks nothing."""
+    split_rows = native.compiled().split_rows if path_for(logits_TV).name == "native" else None
+    if split_rows:
+        return native.split(split_rows, logits_TV, k=k, temperature=temperature)
+    return blockmax.split(logits_TV, k=k, temperature=temperature)
+
+
 def _compress_from(logits_TV: Tensor, first_token: int, *, k: int, temperature: float) -> CompressedLogits:
     """`compress` of rows that are the tokens from `first_token` on."""
     vocab_size = logits_TV.shape[1]
     check_request(k, vocab_size=vocab_size, temperature=temperature)
-    path = path_for(logits_TV, temperature=temperature)
-    if path.name == "reference":
+    if path_for(logits_TV, temperature=temperature).name == "reference":
         return compress_reference(logits_TV, k=k, temperature=temperature, first_token=first_token)
-    split_rows = native.compiled().split_rows if path.name == "native" else None
-    if split_rows:
-        raw = native.split(split_rows, logits_TV, k=k, temperature=temperature)
-    else:
-        raw = blockmax.split(logits_TV, k=k, temperature=temperature)
-    target, lse_T = normalise(raw, vocab_size=vocab_size, temperature=temperature)
+    target, lse_T = normalise(raw_topk(logits_TV, k=k, temperature=temperature), vocab_size=vocab_size, temperature=temperature)
     refuse_what_is_no_distribution(lse_T, logits_TV, first_token, temperature=temperature)
     return target

@@ -1,6 +1,6 @@
 """What every fast path finds, and the one place where it becomes a target: so that all of them round alike.
 
-Shapes: T tokens, K kept entries, V vocabulary.
+Shapes: T tokens, K kept entries.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class RawTopK:
 
     token_ids_TK: Tensor  # int32, by logit descending, ties by id ascending
     logits_TK: Tensor  # float32, before temperature
-    rest_base_T: Tensor  # float32, the row's greatest logit, or the greatest that is not kept
+    rest_base_T: Tensor  # float32, a logit that keeps rest_sum in range: the greatest of the others, or of all
     rest_sum_T: Tensor  # float32, the sum over the ids that are not kept of exp((logit - rest_base) / temperature)
 
 
