@@ -18,63 +18,76 @@ from stillhouse.logits.rawtopk import RawTopK
 
 _WIDTH = 128  # of a block
 _CACHED_LOGITS = 1 << 17  # whose two float32 copies stay in a core's cache
-_GROUP_LOGITS = 1 << 22  # whose rows are selected from together: it saves calls
+_GROUP_LOGITS = 1 << 23  # whose rows are selected from together: it saves calls
+_UNSHIFTED = (-10.0, 60.0)  # between which a row's greatest logit may be: 2^32 times e^60 is in range, and what e^-10 loses is nothing
 _LEAST_SUM = 1e-30  # of exponentials relative to a row's maximum: below, float32 loses their digits
 _LEAST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """Of each row, its whole blocks' maxima, the sums of exp((z - top) / temperature) over them, and the row's greatest logit."""
+    """Of each row, its whole blocks' maxima, and the sums of exp((z - base) / temperature) over them."""
 
     maxima_TN: Tensor
     sums_TN: Tensor
-    top_T1: Tensor
+    base_T1: Tensor
 
 
 def split(logits_TV: Tensor, *, k: int, temperature: float) -> RawTopK:
     """The top-k of logits in any floating dtype, strides and device. T and V are at least 1."""
-    group_rows = max(1, _GROUP_LOGITS // logits_TV.shape[1])
-    groups = [_split_group(rows_TV, k=k, temperature=temperature) for rows_TV in logits_TV.split(group_rows)]
+    num_tokens, vocab_size = logits_TV.shape
+    scratch_2RV = _empty(logits_TV, 2, max(1, min(num_tokens, _CACHED_LOGITS // vocab_size)), vocab_size)
+    group_TV = logits_TV.split(max(1, _GROUP_LOGITS // vocab_size))
+    groups = [_split_group(rows_TV, scratch_2RV, k=k, temperature=temperature) for rows_TV in group_TV]
     return RawTopK(*(torch.cat(columns) for columns in zip(*groups, strict=True)))
 
 
-def _split_group(logits_TV: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _split_group(logits_TV: Tensor, scratch_2RV: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of a RawTopK."""
     logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
-    blocks = _read_once(logits_TV, temperature=temperature)
+    blocks = _read_once(logits_TV, scratch_2RV, temperature=temperature)
     found_TK = first_greatest(blocks.maxima_TN, min(k, blocks.maxima_TN.shape[1])).sort(dim=1).values
     values_TF = _entries_of(logits_TV, found_TK).float()
     places_TK = _top_places(values_TF, k, maxima_TK=blocks.maxima_TN.gather(1, found_TK))
     kept_TK = values_TF.gather(1, places_TK)
     ids_TK = _ids_of(places_TK, found_TK, vocab_size=logits_TV.shape[1])
-    left_TF = (values_TF - blocks.top_T1.clamp(min=_LEAST)).scatter_(1, places_TK, -torch.inf)
+    left_TF = (values_TF - blocks.base_T1).scatter_(1, places_TK, -torch.inf)
     left_TF = left_TF.div_(temperature) if temperature != 1.0 else left_TF
     outside_T1 = blocks.sums_TN.scatter(1, found_TK, 0.0).sum(dim=1, keepdim=True)
-    base_T1, rest_T1 = blocks.top_T1, outside_T1 + left_TF.exp_().sum(dim=1, keepdim=True)
+    base_T1, rest_T1 = blocks.base_T1, outside_T1 + left_TF.exp_().sum(dim=1, keepdim=True)
     faint_T = (rest_T1 < _LEAST_SUM)[:, 0]
     if faint_T.any():
         base_T1[faint_T], rest_T1[faint_T] = _rest_alone(logits_TV[faint_T], ids_TK[faint_T], temperature=temperature)
     return ids_TK.int(), kept_TK, base_T1[:, 0], rest_T1[:, 0]
 
 
-def _read_once(logits_TV: Tensor, *, temperature: float) -> _Blocks:
+def _read_once(logits_TV: Tensor, scratch_2RV: Tensor, *, temperature: float) -> _Blocks:
     num_tokens, vocab_size = logits_TV.shape
     num_blocks = vocab_size // _WIDTH
-    covered, rows = num_blocks * _WIDTH, max(1, min(num_tokens, _CACHED_LOGITS // vocab_size))
-    (maxima_TN, sums_TN), top_T1 = _empty(logits_TV, 2, num_tokens, num_blocks), _empty(logits_TV, num_tokens, 1)
-    scratch_RV, float_RV = _empty(logits_TV, 2, rows, vocab_size)
-    together = (whole.split(rows) for whole in (logits_TV, maxima_TN, sums_TN, top_T1))
-    for rows_RV, maxima_RN, sums_RN, top_R1 in zip(*together, strict=True):
+    covered, rows = num_blocks * _WIDTH, scratch_2RV.shape[1]
+    (maxima_TN, sums_TN), base_T1 = _empty(logits_TV, 2, num_tokens, num_blocks), _empty(logits_TV, num_tokens, 1)
+    together = (whole.split(rows) for whole in (logits_TV, maxima_TN, sums_TN, base_T1))
+    for rows_RV, maxima_RN, sums_RN, base_R1 in zip(*together, strict=True):
         num_rows = len(rows_RV)
-        rows_RV = rows_RV if rows_RV.dtype == torch.float32 else float_RV[:num_rows].copy_(rows_RV)
+        rows_RV = rows_RV if rows_RV.dtype == torch.float32 else scratch_2RV[0, :num_rows].copy_(rows_RV)
         torch.amax(rows_RV[:, :covered].unflatten(1, (num_blocks, _WIDTH)), dim=2, out=maxima_RN)
         greatest_RX = torch.cat([maxima_RN, rows_RV[:, covered:]], dim=1) if covered < vocab_size else maxima_RN
-        torch.amax(greatest_RX, dim=1, keepdim=True, out=top_R1)
-        shifted_RV = torch.sub(rows_RV, top_R1.clamp(min=_LEAST), out=scratch_RV[:num_rows])
-        shifted_RV = shifted_RV.div_(temperature) if temperature != 1.0 else shifted_RV
-        torch.sum(shifted_RV.exp_()[:, :covered].unflatten(1, (num_blocks, _WIDTH)), dim=2, out=sums_RN)
-    return _Blocks(maxima_TN, sums_TN, top_T1)
+        torch.amax(greatest_RX, dim=1, keepdim=True, out=base_R1).clamp_(min=_LEAST)
+        weights_RV = scratch_2RV[1, :num_rows]
+        if temperature == 1.0 and _needs_no_base(base_R1):
+            base_R1.zero_()
+            torch.exp(rows_RV, out=weights_RV)
+        else:
+            torch.sub(rows_RV, base_R1, out=weights_RV)
+            (weights_RV.div_(temperature) if temperature != 1.0 else weights_RV).exp_()
+        torch.sum(weights_RV[:, :covered].unflatten(1, (num_blocks, _WIDTH)), dim=2, out=sums_RN)
+    return _Blocks(maxima_TN, sums_TN, base_T1)
+
+
+def _needs_no_base(greatest_R1: Tensor) -> bool:
+    """Whether exp(z) itself is in float32's range, as the logits of language models are: to subtract costs as much as to exponentiate."""
+    least, most = greatest_R1.aminmax()
+    return _UNSHIFTED[0] <= float(least) and float(most) <= _UNSHIFTED[1]
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -116,8 +129,8 @@ def _top_places(values_TF: Tensor, k: int, *, maxima_TK: Tensor) -> Tensor:
     if not 0 < k <= maxima_TK.shape[1]:
         return first_greatest(values_TF, k)
     reach_TF = values_TF >= maxima_TK.amin(dim=1, keepdim=True)
-    counts_T = reach_TF.sum(dim=1)
     rows_C, places_C = reach_TF.nonzero().unbind(1)  # by row, then by place
+    counts_T = rows_C.bincount(minlength=len(values_TF))
     nth_C = torch.arange(len(rows_C), device=rows_C.device) - (counts_T.cumsum(0) - counts_T)[rows_C]
     shape = (len(values_TF), max(k, int(counts_T.max())))
     few_TC = values_TF.new_full(shape, -torch.inf).index_put_((rows_C, nth_C), values_TF[rows_C, places_C])
