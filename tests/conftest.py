@@ -10,6 +10,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
+    "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "1"),  # kernels run on the CPU; set it to 0 on a machine with a GPU
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),  # for Ray's workers
 }
 

@@ -1,10 +1,11 @@
-"""Targets as values and as bytes: what a teacher's logits become, and what a student reads back."""
+"""Compressed logits: the target as a value, the kernels that make it, and the bytes that carry it."""
 
 from stillhouse.logits.codec import CODEC_VERSION, Codec, decode, encode
 from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity
+from stillhouse.logits.dispatch import Path, compress, compress_hidden, path_for
 from stillhouse.logits.draws import token_seeds
 from stillhouse.logits.head import Head
-from stillhouse.logits.topk import compress, compress_hidden
+from stillhouse.logits.topk import compress_reference
 
 __all__ = [
     "CODEC_VERSION",
@@ -12,12 +13,15 @@ __all__ = [
     "CompressedLogits",
     "Fidelity",
     "Head",
+    "Path",
     "compress",
     "compress_hidden",
+    "compress_reference",
     "concatenate",
     "decode",
     "densify",
     "encode",
     "fidelity",
+    "path_for",
     "token_seeds",
 ]

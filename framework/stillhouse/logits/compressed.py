@@ -48,6 +48,16 @@ class CompressedLogits:
             tail_ids_TN=change(self.tail_ids_TN),
         )
 
+    def with_rows(self, rows_R: Tensor, other: "CompressedLogits") -> "CompressedLogits":
+        """The same target with the tokens of these numbers (int64 [R]) taken from another one, which has only them."""
+        return replace(
+            self,
+            token_ids_TK=self.token_ids_TK.index_copy(0, rows_R, other.token_ids_TK),
+            logprobs_TK=self.logprobs_TK.index_copy(0, rows_R, other.logprobs_TK),
+            tail_logmass_T=self.tail_logmass_T.index_copy(0, rows_R, other.tail_logmass_T),
+            tail_ids_TN=self.tail_ids_TN.index_copy(0, rows_R, other.tail_ids_TN),
+        )
+
     def without_draws(self) -> "CompressedLogits":
         """The same target with its tail as one bucket."""
         return replace(self, tail_ids_TN=self.tail_ids_TN[:, :0])

@@ -1,18 +1,22 @@
 """Draws from what is not kept of a distribution: ids whose mean is the tail itself, and the same ids whoever draws them again.
 
-Shapes: T tokens, N draws, V vocabulary.
+Shapes: T tokens, N draws, K kept entries, V vocabulary, M blocks of a row, B ids of a block.
 
 One id is drawn in each of N equal shares of the tail's mass, laid out in the order of ids. So the expected number of draws of an id is N
 times its probability within the tail, as with N independent draws, and the variance of whatever is averaged over them is never larger
 (stratified sampling; Cochran 1977, "Sampling Techniques", chapter 5). With no kept entries that is what RS-KD asks of its draws (arXiv
 2503.16870, section 4): an unbiased target.
 
-Masses are whole numbers, so their sums are exact in any order: how the work is cut into blocks, or into the lanes of a device, decides
-nothing. Randomness is a hash of a seed for each token, which the teacher derives from the recipe and the token's place in the corpus.
+Randomness is a hash of a seed for each token, which the teacher derives from the recipe and the token's place in the corpus. `draw` looks
+at every id; `draw_in_blocks` first finds the block in which a draw falls, from sums that are there already, and then looks at that block
+alone. The two agree but for draws that fall within the rounding of float32 of the border between two ids.
 """
 
 import torch
 from torch import Tensor
+
+from stillhouse.logits.blockmax import windows
+from stillhouse.logits.rawtopk import RawTopK
 
 _ONE = 2.0**40  # the whole number that stands for the tail's greatest mass; 2^22 of these still fit into an int64
 _BELOW_ONE = 1.0 - 2.0**-53  # the double before 1: times a number, and rounded, it is still less than that number
@@ -31,13 +35,56 @@ def token_seeds(seed: int, sequences_T: Tensor, columns_T: Tensor) -> Tensor:
 def draw(logits_TV: Tensor, seeds_T: Tensor, *, num_draws: int) -> Tensor:
     """int32 [T, N] ids of softmax(logits), ascending, with repeats. An id whose logit is -inf, as that of a kept one, is never drawn.
 
-    Mass below 2^-40 of the greatest in its row counts as none. A row of nothing but -inf gets N times V, which is no id.
+    Masses are whole numbers, so their sums are exact in any order; what is below 2^-40 of the greatest in its row counts as none. A row of
+    nothing but -inf gets N times V, which is no id.
     """
+    if num_draws == 0:
+        return seeds_T.new_empty((len(seeds_T), 0), dtype=torch.int32)
     peak_T1 = logits_TV.amax(dim=1, keepdim=True).clamp(min=torch.finfo(logits_TV.dtype).min)
     up_to_TV = (logits_TV - peak_T1).exp_().mul_(_ONE).long().cumsum_(dim=1)
-    shares_TN = (torch.arange(num_draws, device=logits_TV.device) + _uniforms(seeds_T, num_draws)) / num_draws
-    places_TN = (shares_TN.clamp_(max=_BELOW_ONE) * up_to_TV[:, -1:]).long()
+    places_TN = (_shares(seeds_T, num_draws) * up_to_TV[:, -1:]).long()
     return torch.searchsorted(up_to_TV, places_TN, right=True, out_int32=True)
+
+
+def draw_in_blocks(logits_TV: Tensor, raw: RawTopK, seeds_T: Tensor, *, num_draws: int, temperature: float) -> Tensor:
+    """int32 [T, N] draws from the ids that `raw` does not keep, as those of `draw`; V where these have no mass. V is at least B.
+
+    A draw falls in the same share of its block's mass by either sum, that of `raw` and the one over the block's own ids.
+    """
+    vocab_size, width = logits_TV.shape[1], raw.block_ids
+    up_to_TM = raw.rest_sums_TM.double().cumsum(dim=1)
+    places_TN = _shares(seeds_T, num_draws) * up_to_TM[:, -1:]
+    blocks_TN = torch.searchsorted(up_to_TM, places_TN, right=True)
+    within_TN = blocks_TN.clamp(max=up_to_TM.shape[1] - 1)
+    masses_TN = raw.rest_sums_TM.double().gather(1, within_TN)
+    fractions_TN = 1.0 - (up_to_TM.gather(1, within_TN) - places_TN) / masses_TN
+
+    first_ids_TN = (within_TN * width).clamp(max=vocab_size - width)  # the last block reaches back into the one before
+    entries_TNB = windows(logits_TV, first_ids_TN, width=width).float()
+    ids_TNB = first_ids_TN[:, :, None] + torch.arange(width, device=logits_TV.device)
+    excluded_TNB = ids_TNB < within_TN[:, :, None] * width
+    if raw.token_ids_TK.shape[1]:
+        least_T11, last_T11 = raw.logits_TK[:, -1:, None], raw.token_ids_TK[:, -1:, None]
+        excluded_TNB |= (entries_TNB > least_T11) | ((entries_TNB == least_T11) & (ids_TNB <= last_T11))
+    entries_TNB = entries_TNB.masked_fill(excluded_TNB, -torch.inf)
+    peaks_TN1 = entries_TNB.amax(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    within_TNB = ((entries_TNB - peaks_TN1) / temperature).exp().double().cumsum(dim=2)
+    places_TN1 = fractions_TN.clamp(0.0, _BELOW_ONE)[:, :, None] * within_TNB[:, :, -1:]
+    found_TN = first_ids_TN + torch.searchsorted(within_TNB, places_TN1, right=True)[:, :, 0]
+    return torch.where(blocks_TN < up_to_TM.shape[1], found_TN, vocab_size).int()
+
+
+def or_lowest(draws_TN: Tensor, kept_ids_TK: Tensor, *, vocab_size: int) -> Tensor:
+    """The draws; where they are V, which is no id, the lowest id that is not kept."""
+    kept_from_0_TK = kept_ids_TK.sort(dim=1).values == torch.arange(kept_ids_TK.shape[1], device=kept_ids_TK.device)
+    lowest_T1 = kept_from_0_TK.int().cumprod(dim=1).sum(dim=1, keepdim=True, dtype=torch.int32)
+    return torch.where(draws_TN < vocab_size, draws_TN, lowest_T1)
+
+
+def _shares(seeds_T: Tensor, num_draws: int) -> Tensor:
+    """float64 [T, N], ascending: a random place in each of N equal shares of [0, 1), which times any mass is less than that mass."""
+    shares_TN = (torch.arange(num_draws, device=seeds_T.device) + _uniforms(seeds_T, num_draws)) / num_draws
+    return shares_TN.clamp_(max=_BELOW_ONE)
 
 
 def _uniforms(seeds_T: Tensor, num_draws: int) -> Tensor:

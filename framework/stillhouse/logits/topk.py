@@ -1,6 +1,6 @@
 """Logits to targets, exactly: the definition that every faster path is held to.
 
-Shapes: T tokens, H hidden, V vocabulary, K kept entries, N draws from the tail.
+Shapes: T tokens, V vocabulary, K kept entries, N draws from the tail.
 
 The kept entries are the K greatest logits, ties to the lowest ids, whatever library found them. Which entries are kept, and in which
 order, is decided on the logits as they came (as float32), before temperature and normalisation, which both round: so two correct
@@ -12,51 +12,45 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.draws import draw
-from stillhouse.logits.head import Head
+from stillhouse.logits.draws import draw, or_lowest
 
 _BLOCK_LOGITS = 1 << 20  # logits worked on at one time: a few float32 copies of these are the memory beyond the logits themselves
 
 
 @torch.no_grad()
-def compress(
-    logits_TV: Tensor, *, k: int, tail_draws: int = 0, temperature: float = 1.0, seeds_T: Tensor | None = None
-) -> CompressedLogits:
-    """The target of each row of float16, bfloat16 or float32 logits [T, V], any strides: k exact entries and `tail_draws` draws.
-
-    A logit of -inf is a probability of 0. Draws need `seeds_T` (int64, see `token_seeds`), which with the logits decide them; where the
-    tail has no mass, and so its draws no weight, they are the lowest id that is not kept. Raises ConfigError for an impossible k, number
-    of draws or temperature, and TeacherError naming the first token whose logits hold NaN or +inf, or nothing above -inf.
-    """
-    seeds_T = _checked(seeds_T, logits_TV, k=k, tail_draws=tail_draws, vocab_size=logits_TV.shape[1], temperature=temperature)
-    return _compress_from(logits_TV, 0, seeds_T, k=k, tail_draws=tail_draws, temperature=temperature)
-
-
-@torch.no_grad()
-def compress_hidden(
-    hidden_TH: Tensor,
-    head: Head,
+def compress_reference(
+    logits_TV: Tensor,
     *,
     k: int,
     tail_draws: int = 0,
     temperature: float = 1.0,
     seeds_T: Tensor | None = None,
-    block_tokens: int = 1024,
+    tokens_T: Tensor | None = None,
 ) -> CompressedLogits:
-    """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V] logits never exist at once."""
-    seeds_T = _checked(seeds_T, hidden_TH, k=k, tail_draws=tail_draws, vocab_size=head.vocab_size, temperature=temperature)
-    starts = range(0, max(1, hidden_TH.shape[0]), block_tokens)
-    blocks = [slice(start, start + block_tokens) for start in starts]
+    """The target of each row of float16, bfloat16 or float32 logits [T, V], any strides: k exact entries and `tail_draws` draws.
+
+    A logit of -inf is a probability of 0. Draws need `seeds_T` (int64, see `token_seeds`), which with the logits decide them; where the
+    tail has no mass, and so its draws no weight, they are the lowest id that is not kept. Raises ConfigError for an impossible k, number
+    of draws or temperature, and TeacherError naming the first token whose logits hold NaN or +inf, or nothing above -inf. Row t is token
+    t for people, or tokens_T[t].
+    """
+    num_tokens, vocab_size = logits_TV.shape
+    seeds_T = checked_seeds(seeds_T, logits_TV, k=k, tail_draws=tail_draws, vocab_size=vocab_size, temperature=temperature)
+    tokens_T = torch.arange(num_tokens) if tokens_T is None else tokens_T
+    step = max(1, _BLOCK_LOGITS // max(1, vocab_size))
+    blocks = [slice(start, start + step) for start in range(0, max(1, num_tokens), step)]
     return concatenate(
         [
-            _compress_from(head.logits(hidden_TH[at]), at.start, seeds_T[at], k=k, tail_draws=tail_draws, temperature=temperature)
+            _compress_block(
+                logits_TV[at].float().contiguous(), tokens_T[at], seeds_T[at], k=k, tail_draws=tail_draws, temperature=temperature
+            )
             for at in blocks
         ]
     )
 
 
-def _checked(seeds_T: Tensor | None, rows_TX: Tensor, *, k: int, tail_draws: int, vocab_size: int, temperature: float) -> Tensor:
-    """The seeds, one for each row, on its device; any where nothing is drawn."""
+def checked_seeds(seeds_T: Tensor | None, rows_TX: Tensor, *, k: int, tail_draws: int, vocab_size: int, temperature: float) -> Tensor:
+    """The seeds, one for each row, on its device; any where nothing is drawn. Raises ConfigError for what no target has."""
     if not 0 <= k <= vocab_size:
         raise ConfigError(f"k is {k}, but the vocabulary has {vocab_size} ids; set k between 0 and {vocab_size}")
     if tail_draws < 0 or (tail_draws > 0 and k == vocab_size):
@@ -75,30 +69,8 @@ def _checked(seeds_T: Tensor | None, rows_TX: Tensor, *, k: int, tail_draws: int
     return seeds_T.to(rows_TX.device)
 
 
-def _compress_from(
-    logits_TV: Tensor, first_token: int, seeds_T: Tensor, *, k: int, tail_draws: int, temperature: float
-) -> CompressedLogits:
-    """`compress` of rows that are the tokens from `first_token` on."""
-    num_tokens, vocab_size = logits_TV.shape
-    step = max(1, _BLOCK_LOGITS // vocab_size)
-    blocks = [slice(start, start + step) for start in range(0, max(1, num_tokens), step)]
-    return concatenate(
-        [
-            _compress_block(
-                logits_TV[at].float().contiguous(),
-                first_token + at.start,
-                seeds_T[at],
-                k=k,
-                tail_draws=tail_draws,
-                temperature=temperature,
-            )
-            for at in blocks
-        ]
-    )
-
-
 def _compress_block(
-    logits_TV: Tensor, first_token: int, seeds_T: Tensor, *, k: int, tail_draws: int, temperature: float
+    logits_TV: Tensor, tokens_T: Tensor, seeds_T: Tensor, *, k: int, tail_draws: int, temperature: float
 ) -> CompressedLogits:
     """The reference itself, on float32 logits.
 
@@ -108,7 +80,7 @@ def _compress_block(
     scaled_TV = logits_TV / temperature
     shifted_TV = scaled_TV - scaled_TV.amax(dim=1, keepdim=True)
     lse_T = shifted_TV.logsumexp(dim=1)
-    _refuse_what_is_no_distribution(lse_T, scaled_TV, first_token)
+    _refuse_what_is_no_distribution(lse_T, scaled_TV, tokens_T)
     ids_TK = _exact_topk(logits_TV, k)
     logprobs_TK = shifted_TV.gather(1, ids_TK) - lse_T[:, None]
     kept_mass_T = logprobs_TK.exp().sum(dim=1)
@@ -117,20 +89,10 @@ def _compress_block(
         ids_TK.int(),
         logprobs_TK,
         torch.where(kept_mass_T < 0.5, torch.log1p(-kept_mass_T), others_T),
-        _draw_outside_(ids_TK, scaled_TV, seeds_T, num_draws=tail_draws),
+        or_lowest(draw(scaled_TV.scatter_(1, ids_TK, -torch.inf), seeds_T, num_draws=tail_draws), ids_TK, vocab_size=logits_TV.shape[1]),
         vocab_size=logits_TV.shape[1],
         temperature=temperature,
     )
-
-
-def _draw_outside_(ids_TK: Tensor, scaled_TV: Tensor, seeds_T: Tensor, *, num_draws: int) -> Tensor:
-    """int32 [T, N] draws from the distribution without these ids, which are struck out of it; the lowest other id where no mass is left."""
-    if num_draws == 0:
-        return torch.empty((ids_TK.shape[0], 0), dtype=torch.int32, device=ids_TK.device)
-    draws_TN = draw(scaled_TV.scatter_(1, ids_TK, -torch.inf), seeds_T, num_draws=num_draws)
-    kept_from_0_TK = ids_TK.sort(dim=1).values == torch.arange(ids_TK.shape[1], device=ids_TK.device)
-    lowest_T1 = kept_from_0_TK.int().cumprod(dim=1).sum(dim=1, keepdim=True, dtype=torch.int32)
-    return torch.where(draws_TN < scaled_TV.shape[1], draws_TN, lowest_T1)
 
 
 def _exact_topk(logits_TV: Tensor, k: int) -> Tensor:
@@ -159,7 +121,7 @@ def _lowest_ids_at_threshold(logits_TV: Tensor, threshold_T1: Tensor, k: int) ->
     return taken_TV.nonzero()[:, 1].view(-1, k)
 
 
-def _refuse_what_is_no_distribution(lse_T: Tensor, scaled_TV: Tensor, first_token: int) -> None:
+def _refuse_what_is_no_distribution(lse_T: Tensor, scaled_TV: Tensor, tokens_T: Tensor) -> None:
     wrong_T = ~lse_T.isfinite()
     if not wrong_T.any():
         return
@@ -167,6 +129,6 @@ def _refuse_what_is_no_distribution(lse_T: Tensor, scaled_TV: Tensor, first_toke
     num_nan, num_infinite = int(scaled_TV[row].isnan().sum()), int((scaled_TV[row] == torch.inf).sum())
     found = f"{num_nan} NaN and {num_infinite} +inf" if num_nan + num_infinite else "no logit above -inf"
     raise TeacherError(
-        f"the logits of token {first_token + row} are no distribution: {found} among {scaled_TV.shape[1]}; wanted finite numbers, or -inf "
+        f"the logits of token {int(tokens_T[row])} are no distribution: {found} among {scaled_TV.shape[1]}; wanted finite numbers, or -inf "
         "for ids that are ruled out. Check the teacher's weights, its dtype (float16 overflows where bfloat16 does not) and the temperature"
     )

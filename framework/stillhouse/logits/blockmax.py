@@ -1,0 +1,160 @@
+"""The exact block-max filter in plain torch: the top-k out of the few blocks that hold it.
+
+Shapes: T tokens, V vocabulary, K kept entries, B a block's width, N whole blocks of a row, M blocks of a row, the last one perhaps with
+fewer ids, F entries of the found blocks.
+
+The K blocks with the greatest maxima, equal ones in the order of their ids, hold the K greatest entries with ties to the lowest ids: no
+kept entry is below the K-th maximum, and of the entries that equal it, the first K blocks have the first ones. So nothing overflows,
+however many entries tie. (For the filter: Gaihre et al. 2021, "Dr. Top-k".)
+
+Memory is the slow part: a row is read once, and its maxima and sums are taken while it and its exponentials lie in the cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.logits.rawtopk import RawTopK
+
+BLOCK_IDS = 128
+_CACHED_LOGITS = 1 << 17  # whose two float32 copies stay in a core's cache
+_GROUP_LOGITS = 1 << 23  # whose rows are selected from together: it saves calls
+_UNSHIFTED = (-10.0, 60.0)  # between which a row's greatest logit may be: 2^32 times e^60 is in range, and what e^-10 loses is nothing
+_LEAST_SUM = 1e-30  # of exponentials relative to a row's maximum: below, float32 loses their digits
+_LEAST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Of each row, its whole blocks' maxima, and the sums of exp((z - base) / temperature) over them."""
+
+    maxima_TN: Tensor
+    sums_TN: Tensor
+    base_T1: Tensor
+
+
+def split(logits_TV: Tensor, *, k: int, temperature: float) -> RawTopK:
+    """The top-k of logits in any floating dtype, strides and device. T and V are at least 1."""
+    num_tokens, vocab_size = logits_TV.shape
+    scratch_2RV = _empty(logits_TV, 2, max(1, min(num_tokens, _CACHED_LOGITS // vocab_size)), vocab_size)
+    group_TV = logits_TV.split(max(1, _GROUP_LOGITS // vocab_size))
+    groups = [_split_group(rows_TV, scratch_2RV, k=k, temperature=temperature) for rows_TV in group_TV]
+    ids_TK, logits_TK, base_T, sums_TM = (torch.cat(columns) for columns in zip(*groups, strict=True))
+    return RawTopK(ids_TK, logits_TK, base_T, sums_TM, BLOCK_IDS)
+
+
+def _split_group(logits_TV: Tensor, scratch_2RV: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of a RawTopK."""
+    logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
+    blocks = _read_once(logits_TV, scratch_2RV, temperature=temperature)
+    found_TK = first_greatest(blocks.maxima_TN, min(k, blocks.maxima_TN.shape[1])).sort(dim=1).values
+    values_TF = _entries_of(logits_TV, found_TK).float()
+    places_TK = _top_places(values_TF, k, maxima_TK=blocks.maxima_TN.gather(1, found_TK))
+    kept_TK = values_TF.gather(1, places_TK)
+    ids_TK = _ids_of(places_TK, found_TK, vocab_size=logits_TV.shape[1])
+    left_TF = (values_TF - blocks.base_T1).scatter_(1, places_TK, -torch.inf)
+    left_TF = (left_TF.div_(temperature) if temperature != 1.0 else left_TF).exp_()
+    num_found = found_TK.shape[1]
+    found_sums_TK = left_TF[:, : num_found * BLOCK_IDS].unflatten(1, (num_found, BLOCK_IDS)).sum(dim=2)
+    last_sum_TX = left_TF[:, num_found * BLOCK_IDS :].sum(dim=1, keepdim=True)[:, : logits_TV.shape[1] % BLOCK_IDS]
+    base_T1, sums_TM = blocks.base_T1, torch.cat([blocks.sums_TN.scatter(1, found_TK, found_sums_TK), last_sum_TX], dim=1)
+    faint_T = sums_TM.sum(dim=1) < _LEAST_SUM
+    if faint_T.any():
+        base_T1[faint_T], sums_TM[faint_T] = _rest_alone(logits_TV[faint_T], ids_TK[faint_T], temperature=temperature)
+    return ids_TK.int(), kept_TK, base_T1[:, 0], sums_TM
+
+
+def _read_once(logits_TV: Tensor, scratch_2RV: Tensor, *, temperature: float) -> _Blocks:
+    num_tokens, vocab_size = logits_TV.shape
+    num_blocks = vocab_size // BLOCK_IDS
+    covered, rows = num_blocks * BLOCK_IDS, scratch_2RV.shape[1]
+    (maxima_TN, sums_TN), base_T1 = _empty(logits_TV, 2, num_tokens, num_blocks), _empty(logits_TV, num_tokens, 1)
+    together = (whole.split(rows) for whole in (logits_TV, maxima_TN, sums_TN, base_T1))
+    for rows_RV, maxima_RN, sums_RN, base_R1 in zip(*together, strict=True):
+        num_rows = len(rows_RV)
+        rows_RV = rows_RV if rows_RV.dtype == torch.float32 else scratch_2RV[0, :num_rows].copy_(rows_RV)
+        torch.amax(rows_RV[:, :covered].unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=maxima_RN)
+        greatest_RX = torch.cat([maxima_RN, rows_RV[:, covered:]], dim=1) if covered < vocab_size else maxima_RN
+        torch.amax(greatest_RX, dim=1, keepdim=True, out=base_R1).clamp_(min=_LEAST)
+        base_R1.masked_fill_(_needs_no_base(base_R1, temperature), 0.0)
+        weights_RV = scratch_2RV[1, :num_rows]
+        if base_R1.any():
+            torch.sub(rows_RV, base_R1, out=weights_RV)
+            (weights_RV.div_(temperature) if temperature != 1.0 else weights_RV).exp_()
+        else:
+            torch.exp(rows_RV if temperature == 1.0 else torch.div(rows_RV, temperature, out=weights_RV), out=weights_RV)
+        torch.sum(weights_RV[:, :covered].unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=sums_RN)
+    return _Blocks(maxima_TN, sums_TN, base_T1)
+
+
+def _needs_no_base(greatest_R1: Tensor, temperature: float) -> Tensor:
+    """Of which rows exp(z) itself is in float32's range, as in language models' logits: to subtract costs as much as to exponentiate."""
+    least, most = _UNSHIFTED
+    return (greatest_R1 >= least * temperature) & (greatest_R1 <= most * temperature)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _entries_of(logits_TV: Tensor, found_TK: Tensor) -> Tensor:
+    """[T, F]: the entries of the found blocks (ascending), then those after the last whole block. A row's entries lie side by side."""
+    vocab_size = logits_TV.shape[1]
+    last_TR = logits_TV[:, vocab_size // BLOCK_IDS * BLOCK_IDS :]
+    if found_TK.shape[1] == 0:
+        return last_TR
+    found_TF = windows(logits_TV, found_TK * BLOCK_IDS, width=BLOCK_IDS).flatten(1)
+    return torch.cat([found_TF, last_TR], dim=1) if last_TR.shape[1] else found_TF
+
+
+def windows(logits_TV: Tensor, first_ids_TX: Tensor, *, width: int) -> Tensor:
+    """[T, X, width] runs of each row, whose entries lie side by side, from these ids on. Copied whole, which torch.gather would not do."""
+    num_tokens, vocab_size = logits_TV.shape
+    stride = logits_TV.stride(0)
+    runs_XB = logits_TV.as_strided(((num_tokens - 1) * stride + vocab_size - width + 1, width), (1, 1))
+    starts_TX = first_ids_TX + stride * torch.arange(num_tokens, device=logits_TV.device)[:, None]
+    return runs_XB.index_select(0, starts_TX.flatten()).view(*first_ids_TX.shape, width)
+
+
+def _ids_of(places_TK: Tensor, found_TK: Tensor, *, vocab_size: int) -> Tensor:
+    """The ids of places among `_entries_of`."""
+    num_found = found_TK.shape[1]
+    last_TK = places_TK + (vocab_size // BLOCK_IDS - num_found) * BLOCK_IDS
+    if num_found == 0:
+        return last_TK
+    block_TK = found_TK.gather(1, (places_TK // BLOCK_IDS).clamp(max=num_found - 1))
+    return torch.where(places_TK < num_found * BLOCK_IDS, block_TK * BLOCK_IDS + places_TK % BLOCK_IDS, last_TK)
+
+
+def _rest_alone(logits_TV: Tensor, ids_TK: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """float32 [T, 1] and [T, M]: the greatest logit that is not kept, and each block's sum of exponentials relative to it."""
+    rest_TV = logits_TV.float().scatter(1, ids_TK, -torch.inf)
+    base_T1 = rest_TV.amax(dim=1, keepdim=True)
+    weights_TV = ((rest_TV - base_T1.clamp(min=_LEAST)) / temperature).exp()
+    return base_T1, torch.nn.functional.pad(weights_TV, (0, -weights_TV.shape[1] % BLOCK_IDS)).unflatten(1, (-1, BLOCK_IDS)).sum(dim=2)
+
+
+def _top_places(values_TF: Tensor, k: int, *, maxima_TK: Tensor) -> Tensor:
+    """`first_greatest`, of entries that include the found blocks' maxima: where these are k, few others reach the least of them."""
+    if not 0 < k <= maxima_TK.shape[1]:
+        return first_greatest(values_TF, k)
+    reach_TF = values_TF >= maxima_TK.amin(dim=1, keepdim=True)
+    rows_C, places_C = reach_TF.nonzero().unbind(1)  # by row, then by place
+    counts_T = rows_C.bincount(minlength=len(values_TF))
+    nth_C = torch.arange(len(rows_C), device=rows_C.device) - (counts_T.cumsum(0) - counts_T)[rows_C]
+    shape = (len(values_TF), max(k, int(counts_T.max())))
+    few_TC = values_TF.new_full(shape, -torch.inf).index_put_((rows_C, nth_C), values_TF[rows_C, places_C])
+    return places_C.new_zeros(shape).index_put_((rows_C, nth_C), places_C).gather(1, first_greatest(few_TC, k))
+
+
+def first_greatest(values_TF: Tensor, k: int) -> Tensor:
+    """int64 [T, k], the places of the k greatest of float32 values, by value descending, ties by place ascending; -0 equals +0.
+
+    A value's bits, made to order as integers, above its place counted from the end are one key, so that no two are equal.
+    """
+    last = values_TF.shape[1] - 1
+    bits_TF = (values_TF + 0.0).view(torch.int32)  # -0 becomes +0
+    ordered_TF = bits_TF ^ ((bits_TF >> 31) & 0x7FFFFFFF)
+    keys_TF = (ordered_TF.long() << 32) | torch.arange(last, -1, -1, device=values_TF.device)
+    return last - (keys_TF.topk(k, dim=1).values & 0xFFFFFFFF)

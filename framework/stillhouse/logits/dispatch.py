@@ -1,0 +1,156 @@
+"""`compress`: the reference's answer by the fastest way there is on this machine, and which way that is.
+
+Shapes: T tokens, H hidden, V vocabulary, K kept entries, N draws.
+
+Ids never depend on the path; values agree to the rounding of float32, and so do the places of draws. A path may doubt a row: because it
+had no room for its ties, or because the row is no distribution. Those rows, and no others, take the reference's way, which is exact for
+every row or says what is wrong with it. So nothing waits for a device before all of its work is queued.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stillhouse.logits import blockmax, native
+from stillhouse.logits.compressed import CompressedLogits, concatenate
+from stillhouse.logits.draws import draw_in_blocks, or_lowest
+from stillhouse.logits.head import Head
+from stillhouse.logits.rawtopk import RawTopK, normalise
+from stillhouse.logits.topk import checked_seeds, compress_reference
+
+_GENTLE_TEMPERATURES = (1e-30, 1e30)  # between these, neither they nor their reciprocals overflow a product with a logit's difference
+
+LogitsOf = Callable[[slice | Tensor], Tensor]
+"""The logits of some tokens: a stretch of them, or those of these numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The way that some logits take to their target, and the reason for it, for people to read."""
+
+    name: Literal["reference", "native", "triton", "blockmax"]
+    why: str
+
+
+def path_for(logits_TV: Tensor, *, k: int, tail_draws: int = 0, temperature: float = 1.0) -> Path:
+    """The path that `compress` takes with such logits. The first call on a device compiles: in C for a third of a second."""
+    least, most = _GENTLE_TEMPERATURES
+    vocab_size, device = logits_TV.shape[1], logits_TV.device
+    if logits_TV.numel() == 0:
+        return Path("reference", "there are no logits")
+    if not least <= temperature <= most:
+        return Path("reference", f"at a temperature of {temperature}, float32 overflows on the way")
+    if tail_draws and vocab_size < blockmax.BLOCK_IDS:
+        return Path("reference", f"{vocab_size} ids are less than a block to draw from")
+    if device.type == "cpu":
+        compiled = native.compiled()
+        return Path("native" if compiled.split_rows else "blockmax", compiled.why)
+    why_not = _why_not_triton(device, vocab_size=vocab_size, k=k)
+    return Path("blockmax", why_not) if why_not else Path("triton", f"its kernels passed their test on {device}")
+
+
+def _why_not_triton(device: torch.device, *, vocab_size: int, k: int) -> str | None:
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from stillhouse.logits import kernels
+
+    return kernels.too_small(vocab_size, k) or kernels.defect(device)
+
+
+@torch.no_grad()
+def compress(
+    logits_TV: Tensor, *, k: int, tail_draws: int = 0, temperature: float = 1.0, seeds_T: Tensor | None = None
+) -> CompressedLogits:
+    """The target of each row of float16, bfloat16 or float32 logits [T, V], any strides: k exact entries and `tail_draws` draws.
+
+    A logit of -inf is a probability of 0. Draws need `seeds_T` (int64, see `token_seeds`), which with the logits decide them; where the
+    tail has no mass, and so its draws no weight, they are the lowest id that is not kept. Raises ConfigError for an impossible k, number
+    of draws or temperature, and TeacherError naming the first token whose logits hold NaN or +inf, or nothing above -inf.
+    """
+    seeds_T = checked_seeds(seeds_T, logits_TV, k=k, tail_draws=tail_draws, vocab_size=logits_TV.shape[1], temperature=temperature)
+    return _in_blocks(
+        lambda tokens: logits_TV[tokens], seeds_T, block_tokens=len(logits_TV), k=k, tail_draws=tail_draws, temperature=temperature
+    )
+
+
+@torch.no_grad()
+def compress_hidden(
+    hidden_TH: Tensor,
+    head: Head,
+    *,
+    k: int,
+    tail_draws: int = 0,
+    temperature: float = 1.0,
+    seeds_T: Tensor | None = None,
+    block_tokens: int = 1024,
+) -> CompressedLogits:
+    """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V] logits never exist at once."""
+    seeds_T = checked_seeds(seeds_T, hidden_TH, k=k, tail_draws=tail_draws, vocab_size=head.vocab_size, temperature=temperature)
+    return _in_blocks(
+        lambda tokens: head.logits(hidden_TH[tokens]),
+        seeds_T,
+        block_tokens=block_tokens,
+        k=k,
+        tail_draws=tail_draws,
+        temperature=temperature,
+    )
+
+
+def _in_blocks(logits_of: LogitsOf, seeds_T: Tensor, *, block_tokens: int, k: int, tail_draws: int, temperature: float) -> CompressedLogits:
+    numbers_T = torch.arange(len(seeds_T), device=seeds_T.device)
+    blocks = [slice(start, start + block_tokens) for start in range(0, max(1, len(seeds_T)), max(1, block_tokens))]
+    parts, doubts = zip(
+        *(_compress_block(logits_of(at), seeds_T[at], numbers_T[at], k=k, tail_draws=tail_draws, temperature=temperature) for at in blocks),
+        strict=True,
+    )
+    target, doubtful_T = concatenate(parts), torch.cat(doubts)
+    if not doubtful_T.any():
+        return target
+    rows_T = numbers_T[doubtful_T]
+    again = compress_reference(
+        logits_of(rows_T), k=k, tail_draws=tail_draws, temperature=temperature, seeds_T=seeds_T[rows_T], tokens_T=rows_T
+    )
+    return target.with_rows(rows_T, again)
+
+
+def _compress_block(
+    logits_TV: Tensor, seeds_T: Tensor, numbers_T: Tensor, *, k: int, tail_draws: int, temperature: float
+) -> tuple[CompressedLogits, Tensor]:
+    """The target of the tokens of these numbers, and bool [T]: the rows of which it is not certain to be right."""
+    path = path_for(logits_TV, k=k, tail_draws=tail_draws, temperature=temperature)
+    if path.name == "reference":
+        target = compress_reference(logits_TV, k=k, tail_draws=tail_draws, temperature=temperature, seeds_T=seeds_T, tokens_T=numbers_T)
+        return target, torch.zeros_like(numbers_T, dtype=torch.bool)
+    logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
+    raw, doubtful_T = _by_path(path, logits_TV, k=k, temperature=temperature)
+    target, lse_T = normalise(raw, vocab_size=logits_TV.shape[1], temperature=temperature)
+    if tail_draws:
+        draws_TN = draw_in_blocks(logits_TV, raw, seeds_T, num_draws=tail_draws, temperature=temperature)
+        target = replace(target, tail_ids_TN=or_lowest(draws_TN, raw.token_ids_TK, vocab_size=logits_TV.shape[1]))
+    return target, doubtful_T | ~lse_T.isfinite()
+
+
+def raw_topk(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
+    """The top-k by the path for these logits, at least one, where that is not the reference. Checks nothing."""
+    raw, doubtful_T = _by_path(path_for(logits_TV, k=k), logits_TV, k=k, temperature=temperature)
+    return blockmax.split(logits_TV, k=k, temperature=temperature) if doubtful_T.any() else raw
+
+
+def _by_path(path: Path, logits_TV: Tensor, *, k: int, temperature: float) -> tuple[RawTopK, Tensor]:
+    """The top-k, and bool [T]: the rows for which the path had no room."""
+    if path.name == "triton":
+        from stillhouse.logits import kernels
+
+        return kernels.launch(logits_TV, k=k, temperature=temperature)
+    split_rows = native.compiled().split_rows if path.name == "native" else None
+    if split_rows:
+        raw = native.split(split_rows, logits_TV, k=k, temperature=temperature)
+    else:
+        raw = blockmax.split(logits_TV, k=k, temperature=temperature)
+    return raw, torch.zeros(len(logits_TV), dtype=torch.bool, device=logits_TV.device)

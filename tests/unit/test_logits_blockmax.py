@@ -1,0 +1,230 @@
+"""The block-max filter, in C and in torch, is the reference: the same ids bit for bit, values as near to float64 as the reference's."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillhouse.errors import TeacherError
+from stillhouse.logits import CompressedLogits, blockmax, compress, compress_reference, native, path_for
+from stillhouse.logits.rawtopk import RawTopK, normalise
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def by_torch(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
+    return blockmax.split(logits, k=k, temperature=temperature)
+
+
+def by_c(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
+    split_rows = native.compiled().split_rows
+    assert split_rows is not None
+    return native.split(split_rows, logits, k=k, temperature=temperature)
+
+
+SPLITS = [by_torch, by_c] if native.compiled().split_rows else [by_torch]
+either_way = pytest.mark.parametrize("split", SPLITS)
+Split = Callable[..., RawTopK]
+
+
+def random_logits(num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0, scale: float = 4.0) -> torch.Tensor:
+    logits = scale * torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed))
+    return (logits / step).round() * step if step else logits
+
+
+def strided(logits: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers otherwise laid out in memory."""
+    num_tokens, vocab_size = logits.shape
+    if layout == "transposed":
+        return logits.T.contiguous().T
+    wide = torch.full((2 * num_tokens, 2 * vocab_size + 3), math.nan, dtype=logits.dtype)
+    view = wide[::2, 3 : 3 + vocab_size] if layout == "rows apart" else wide[::2, 3 : 3 + 2 * vocab_size : 2]
+    view.copy_(logits)
+    return logits if layout == "plain" else view
+
+
+def assert_equals_the_reference(split: Split, logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> None:
+    """Ids and kept logits exactly; log-probabilities and tail within 1e-6 of how near to float64 the reference comes."""
+    raw = split(logits, k=k, temperature=temperature)
+    target, lse = normalise(raw, vocab_size=logits.shape[1], temperature=temperature)
+    wanted = compress_reference(logits, k=k, temperature=temperature)
+    assert torch.equal(target.token_ids_TK, wanted.token_ids_TK)
+    ids = wanted.token_ids_TK.long()
+    assert torch.equal(raw.logits_TK, logits.float().gather(1, ids))
+    scaled = logits.double() / temperature
+    logprobs = scaled.log_softmax(dim=1)
+    assert_as_near(target.logprobs_TK, wanted.logprobs_TK, logprobs.gather(1, ids))
+    assert_as_near(target.tail_logmass_T, wanted.tail_logmass_T, logprobs.scatter(1, ids, -math.inf).logsumexp(dim=1))
+    exact = scaled.logsumexp(dim=1)
+    assert ((lse - exact).abs() <= 2e-6 * exact.abs().clamp(min=1)).all()
+    assert (target.logprobs_TK <= 0).all()
+    assert (target.tail_logmass_T <= 0).all()
+
+
+def assert_as_near(ours: torch.Tensor, references: torch.Tensor, exact: torch.Tensor) -> None:
+    ours_off, references_off = ((found.double() - exact).abs().where(found.double() != exact, 0.0) for found in (ours, references))
+    assert (ours_off <= references_off + 1e-6 * (1 + exact.abs())).all()
+
+
+@either_way
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_every_shape_dtype_tie_and_layout_equals_the_reference(split: Split, data: st.DataObject) -> None:
+    num_tokens = data.draw(st.integers(1, 5))
+    vocab_size = data.draw(st.one_of(st.integers(1, 150), st.sampled_from([255, 256, 257, 383, 640, 1500, 4097])))
+    k = data.draw(st.one_of(st.integers(0, min(vocab_size, 20)), st.integers(0, vocab_size)))
+    step, scale = data.draw(st.sampled_from([0.0, 0.5, 8.0])), data.draw(st.sampled_from([0.1, 4.0, 30.0]))
+    logits = random_logits(num_tokens, vocab_size, seed=data.draw(st.integers(0, 10**6)), step=step, scale=scale)
+    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(st.sampled_from([0.0, 0.5, 0.99]))
+    excluded[:, vocab_size // 2] = False
+    logits = logits.masked_fill(excluded, -math.inf).to(data.draw(st.sampled_from(DTYPES)))
+    logits = strided(logits, data.draw(st.sampled_from(["plain", "transposed", "rows apart", "both apart"])))
+    assert_equals_the_reference(split, logits, k=k, temperature=data.draw(st.sampled_from([1.0, 0.7, 3.0])))
+
+
+@either_way
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab_size", "k"), [(151_936, 64), (151_665, 512), (32_000, 300)])
+def test_real_vocabularies_equal_the_reference(split: Split, dtype: torch.dtype, vocab_size: int, k: int) -> None:
+    assert_equals_the_reference(split, random_logits(3, vocab_size, seed=1).to(dtype), k=k)
+
+
+@either_way
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_massive_ties_sorted_rows_and_single_blocks_equal_the_reference(split: Split, dtype: torch.dtype) -> None:
+    place = torch.arange(5000)
+    rows = [
+        torch.full((5000,), 2.5),
+        place / 500,
+        -place / 500,
+        torch.where((place >= 128) & (place < 256), 9.0, -9.0),
+        torch.where(place % 2 == 0, -0.0, 0.0),
+        torch.where(place % 130 == 129, 1.0, 0.0),
+        torch.where(place > 4990, 1.0, -math.inf),
+        torch.where(place == 77, 3.0, -math.inf),
+    ]
+    logits = torch.stack(rows).to(dtype)
+    for k in (0, 1, 8, 64, 127, 128, 129, 1000, 4999, 5000):
+        assert_equals_the_reference(split, logits, k=k)
+
+
+@either_way
+def test_a_tail_below_what_float32_can_hold_keeps_its_digits(split: Split) -> None:
+    logits = torch.zeros(2, 1001)
+    logits[0, 500], logits[1, 3] = 100.0, 250.0
+    target, _ = normalise(split(logits, k=1), vocab_size=1001, temperature=1.0)
+    assert target.tail_logmass_T.tolist() == pytest.approx([math.log(1000) - 100, math.log(1000) - 250], rel=1e-6)
+
+
+@either_way
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000 - 2**32, 0x7FFFFFFF, 0x7F800001, -1])
+@pytest.mark.parametrize("place", [0, 127, 640, 700])
+def test_no_kind_of_nan_gets_through(split: Split, bits: int, place: int) -> None:
+    logits = random_logits(3, 701, seed=5)
+    logits[:, 650:] = -math.inf
+    logits[1, place] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for k in (0, 1, 5, 701):
+        _, lse = normalise(split(logits, k=k), vocab_size=701, temperature=1.0)
+        assert lse.isfinite().tolist() == [True, False, True]
+
+
+@either_way
+@pytest.mark.parametrize("logits", [torch.full((1, 300), -math.inf), torch.tensor([[0.0] * 200 + [math.inf]]), torch.full((1, 5), 3e38)])
+def test_what_is_no_distribution_has_no_finite_log_sum_exp(split: Split, logits: torch.Tensor) -> None:
+    for k in (0, 1, 5):
+        _, lse = normalise(split(logits, k=k, temperature=0.1), vocab_size=logits.shape[1], temperature=0.1)
+        assert not lse.isfinite().any()
+
+
+@either_way
+@pytest.mark.parametrize("vocab_size", [5, 100, 1000])
+def test_the_logits_are_left_as_they_were(split: Split, vocab_size: int) -> None:
+    logits = random_logits(3, vocab_size, seed=5)
+    before = logits.clone()
+    split(logits, k=4)
+    assert torch.equal(logits, before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@either_way
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 37])
+def test_two_threads_give_what_one_gives(split: Split, dtype: torch.dtype, num_tokens: int) -> None:
+    logits = random_logits(num_tokens, 30_000, seed=6).to(dtype)
+    assert_equals_the_reference(split, logits, k=16)
+
+
+def executable(path: FilePath, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("echo no target for these instructions >&2; exit 1", "does not compile blockmax.c: no target for these instructions"),
+        ("exit 3", "does not compile blockmax.c: exit status 3"),
+        ('for last; do :; done; echo junk > "$last"', "makes nothing that can be loaded"),
+        ("exit 0", "makes nothing that can be loaded"),
+    ],
+)
+def test_a_broken_compiler_is_a_reason_and_not_an_error(tmp_path: FilePath, script: str, why: str) -> None:
+    found = native.compile_with(executable(tmp_path / "cc", script))
+    assert found.split_rows is None
+    assert why in found.why
+
+
+def test_a_missing_compiler_is_a_reason(tmp_path: FilePath) -> None:
+    assert "no C compiler" in native.compile_with(None).why
+    assert "makes nothing that can be loaded" in native.compile_with(str(tmp_path / "gone")).why
+
+
+def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: FilePath) -> None:
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := find(name))), None)
+    if compiler is None:
+        assert native.compiled().split_rows is None
+        return
+    (tmp_path / "wrong.c").write_text("int split_rows(void) { return 0; }\n")
+    script = f'for last; do :; done; {compiler} -shared -fPIC {tmp_path / "wrong.c"} -o "$last"'
+    assert "answers wrongly" in native.compile_with(executable(tmp_path / "cc", script)).why
+
+
+def find(name: str) -> str | None:
+    return next((str(path) for part in os.get_exec_path() if (path := FilePath(part) / name).exists()), None)
+
+
+def test_the_path_says_which_and_why() -> None:
+    logits = torch.zeros(2, 9)
+    assert path_for(logits, k=3).name == ("native" if native.compiled().split_rows else "blockmax")
+    assert path_for(logits, k=3).why == native.compiled().why
+    assert path_for(logits[:0], k=3).why == "there are no logits"
+    assert path_for(logits, k=3, temperature=1e-35).name == "reference"
+    assert path_for(logits.to("meta"), k=3).why == "there are no kernels for meta"
+
+
+def test_an_extreme_temperature_is_the_references_affair() -> None:
+    logits = torch.tensor([[0.0, -1e-36, 2e-36]])
+    for way in (compress, compress_reference):
+        c: CompressedLogits = way(logits, k=2, temperature=1e-36)
+        assert c.token_ids_TK.tolist() == [[2, 0]]
+        assert c.logprobs_TK[0].tolist() == pytest.approx([-0.1698, -2.1698], abs=1e-3)
+
+
+def test_a_bad_row_in_a_later_block_of_rows_is_named() -> None:
+    logits = torch.zeros(70, 131_073, dtype=torch.bfloat16)
+    logits[69, 131_072] = math.nan
+    with pytest.raises(TeacherError, match=r"token 69 .*1 NaN and 0"):
+        compress(logits, k=3)
