@@ -144,19 +144,15 @@ def llama_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, sequence_leng
 
 
 def train_teacher(model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[float], None]) -> None:
-    """Next-token prediction over the corpus, shuffled: neighbouring sequences are of one document, and a batch of them teaches little.
-
-    `show(loss)` after each step.
-    """
-    order = np.random.default_rng(0).permutation(corpus.num_sequences)
+    """Next-token prediction over the corpus. `show(loss)` after each step."""
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model.train()
     for step in range(sizes.num_steps):
         for group in optimiser.param_groups:
             group["lr"] = sizes.learning_rate * learning_rate_share(step, sizes)
 
-        drawn = order.take(range(step * sizes.batch_sequences, (step + 1) * sizes.batch_sequences), mode="wrap")
-        rows = [corpus.rows(sequence, sequence + 1) for sequence in drawn.tolist()]
+        numbers = range(step * sizes.batch_sequences, (step + 1) * sizes.batch_sequences)
+        rows = [corpus.rows(number % corpus.num_sequences, number % corpus.num_sequences + 1) for number in numbers]
         token_ids_BL = torch.from_numpy(np.concatenate([row.token_ids_SL for row in rows]).astype(np.int64))
         positions_BL = torch.from_numpy(np.concatenate([row.positions_SL for row in rows]).astype(np.int64))
         has_target_BL = torch.from_numpy(np.concatenate([row.loss_mask_SL for row in rows]) == 1)

@@ -37,7 +37,7 @@ def write_table(directory: Path, suffix: str) -> Path:
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow"])
 def test_every_kind_of_table_gives_the_same_documents_in_the_same_order(tmp_path: Path, suffix: str) -> None:
-    expected = [TEXTS[number] for number in shuffled_order(len(TEXTS), seed=3)]
+    expected = [TEXTS[number] for number in shuffled_order(len(TEXTS), "corpus", seed=3)]
     assert read_all(tmp_path, write_table(tmp_path, suffix), seed=3) == expected
 
 
@@ -53,9 +53,9 @@ def test_text_files_are_one_document_each_whether_named_by_directory_or_glob(tmp
 
 
 def test_the_order_is_a_function_of_number_and_seed_that_never_changes() -> None:
-    assert shuffled_order(8, seed=0).tolist() == [1, 5, 6, 4, 2, 7, 3, 0]
-    assert sorted(shuffled_order(1000, seed=1).tolist()) == list(range(1000))
-    assert shuffled_order(1000, seed=1).tolist() != shuffled_order(1000, seed=2).tolist()
+    assert shuffled_order(8, "corpus", seed=0).tolist() == [1, 5, 6, 4, 2, 7, 3, 0]
+    assert sorted(shuffled_order(1000, "sequence", seed=1).tolist()) == list(range(1000))
+    assert shuffled_order(1000, "sequence", seed=1).tolist() != shuffled_order(1000, "sequence", seed=2).tolist()
 
 
 def test_max_documents_is_taken_after_the_shuffle(tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def columns(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL
 
 
+def as_packed(corpus: Corpus) -> Corpus:
+    """The same sequences in the order of their packing."""
+    return dataclasses.replace(corpus, order_path=None)
+
+
 def documents_in(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [name for ids in columns(corpus)[0] for name in re.findall(r"doc\d{4}", tokenizer.decode(ids))]
 
@@ -64,7 +69,7 @@ def test_packed_text_is_documents_end_to_end_with_positions_and_labels_of_their_
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     split = prepare(tmp_path, make_texts(200), tokenizer)
-    for corpus in (split.heldout, split.train):
+    for corpus in (split.heldout, as_packed(split.train)):
         assert corpus.num_targets == int(columns(corpus)[2].sum())
         for ids, positions, mask in zip(*columns(corpus), strict=True):
             position = 0
@@ -78,13 +83,29 @@ def test_packed_text_is_documents_end_to_end_with_positions_and_labels_of_their_
 def test_every_token_is_used_once_in_the_order_of_the_shuffle(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = make_texts(60)
     split = prepare(tmp_path, texts, tokenizer, heldout_sequences=1)
-    whole = tokenizer.decode(columns(split.train)[0].ravel())
+    whole = tokenizer.decode(columns(as_packed(split.train))[0].ravel())
     documents = whole.split(EOS)
     assert documents[0] in texts  # training starts with a whole document: the held-out one's rest is not used
     assert set(documents[:-1]) <= set(texts)
     found = [name for document in documents for name in dict.fromkeys(re.findall(r"doc\d{4}", document))]
     assert len(found) == len(set(found)) >= 50
     assert found != sorted(found)
+
+
+def test_the_sequences_to_train_on_are_shuffled_by_the_seed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A stretch of them is a sample of all documents, though the parts of one were packed side by side."""
+    texts = [f"doc{number:04d} " * 200 for number in range(40)]
+    corpora = [prepare(tmp_path, texts, tokenizer, seed=seed).train for seed in (0, 1)]
+    for corpus in corpora:
+        lying = [tuple(ids) for ids in columns(as_packed(corpus))[0].tolist()]
+        shuffled = [tuple(ids) for ids in columns(corpus)[0].tolist()]
+        assert sorted(lying) == sorted(shuffled)
+        stretch = dataclasses.replace(corpus, num_sequences=corpus.num_sequences // 5)
+        assert len(set(documents_in(as_packed(stretch), tokenizer))) <= 10
+        assert len(set(documents_in(stretch, tokenizer))) >= 35
+    orders = [np.load(str(corpus.order_path)).tolist() for corpus in corpora]
+    assert orders[0][:100] != orders[1][:100]
+    assert prepare(tmp_path, texts, tokenizer, seed=0).train == corpora[0]
 
 
 def test_heldout_documents_are_never_trained_on(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -107,7 +128,7 @@ def test_a_tokenizer_that_begins_texts_with_a_token_keeps_it_and_it_is_never_a_l
 
 def test_a_text_that_spells_the_end_token_ends_once(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     split = prepare(tmp_path, ["a" + EOS] * 40, tokenizer)
-    text = tokenizer.decode(columns(split.train)[0].ravel())
+    text = tokenizer.decode(columns(as_packed(split.train))[0].ravel())
     assert EOS + EOS not in text
 
 
@@ -243,11 +264,11 @@ def test_a_corpus_is_prepared_once_and_then_found_without_its_tokenizer(tmp_path
 def test_a_cache_that_was_cut_short_is_made_again(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = make_texts(80)
     split = prepare(tmp_path, texts, tokenizer)
-    train = Path(split.train.path)
-    whole = train.read_bytes()
-    train.write_bytes(whole[:-100])
-    assert prepare(tmp_path, texts, tokenizer) == split
-    assert train.read_bytes() == whole
+    for file in map(Path, (split.train.path, str(split.train.order_path))):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-100])
+        assert prepare(tmp_path, texts, tokenizer) == split
+        assert file.read_bytes() == whole
 
 
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -260,6 +281,7 @@ def test_a_corpus_is_a_value_that_travels(tmp_path: Path, tokenizer: PreTrainedT
     corpus = prepare(tmp_path, make_texts(80), tokenizer).train
     twin = pickle.loads(pickle.dumps(corpus))
     assert twin == corpus
+    assert Path(str(corpus.order_path)).is_absolute()
     assert (twin.rows(1, 3).token_ids_SL == columns(corpus)[0][1:3]).all()
     assert Path(corpus.path).is_absolute()
 
@@ -267,7 +289,7 @@ def test_a_corpus_is_a_value_that_travels(tmp_path: Path, tokenizer: PreTrainedT
 def test_rows_are_views_of_the_map_and_any_range_reads_the_same(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     letters = tokenizer.decode(range(100, 300)) * 15
     split = prepare(tmp_path, [letters[number:] for number in range(140)], tokenizer, sequence_length=512)
-    corpus = split.train
+    corpus = as_packed(split.train)
     border = (1 << 18) // 512  # the first sequence of the second record batch
     assert corpus.num_sequences > border + 4
     across = corpus.rows(border - 2, border + 2)

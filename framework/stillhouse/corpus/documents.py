@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -83,13 +83,13 @@ def looks_like_path(name: str) -> bool:
     return is_explicit or Path(name).suffix in TEXT_SUFFIXES | TABLE_READERS.keys() or Path(name).exists()
 
 
-def shuffled_order(num_documents: int, *, seed: int) -> NDArray[np.int64]:
-    """A permutation that is a function of its two arguments alone: NumPy's own may change between versions.
+def shuffled_order(num_items: int, purpose: Literal["corpus", "sequence"], *, seed: int) -> NDArray[np.int64]:
+    """A permutation of a corpus's documents or sequences, a function of these arguments alone: NumPy's own may change between versions.
 
-    Documents are sorted by splitmix64 (Steele, Lea and Flood, 2014) of their number and the seed.
+    Items are sorted by splitmix64 (Steele, Lea and Flood, 2014) of their number and the seed.
     """
-    start = int.from_bytes(hashlib.sha256(f"stillhouse corpus order {seed}".encode()).digest()[:8], "little")
-    mixed = np.arange(1, num_documents + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+    start = int.from_bytes(hashlib.sha256(f"stillhouse {purpose} order {seed}".encode()).digest()[:8], "little")
+    mixed = np.arange(1, num_items + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable").astype(np.int64)
@@ -98,7 +98,7 @@ def shuffled_order(num_documents: int, *, seed: int) -> NDArray[np.int64]:
 def _shuffled(num_documents: int, read: Callable[[Sequence[int]], list[Any]], identity: str, section: CorpusSection) -> Documents:
     if num_documents == 0:
         raise CorpusError(f"the data set {section.dataset} is empty; name one with documents in split '{section.split}'")
-    order = shuffled_order(num_documents, seed=section.seed)
+    order = shuffled_order(num_documents, "corpus", seed=section.seed)
     return Documents(identity, order[: section.max_documents], read)
 
 

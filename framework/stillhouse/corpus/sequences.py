@@ -1,5 +1,8 @@
 """Documents become sequences of one fixed length, written once to memory-mapped Arrow; a corpus is the digest of its ids, positions, masks.
 
+Packing leaves the parts of a document side by side. So the sequences to train on are shuffled once more: any stretch of them, and so any
+chunk, is a random sample of the corpus.
+
 Shapes: S sequences, L tokens in a sequence. loss_mask[s, t] = 1 iff token t+1 exists, belongs to the same document and is a label.
 """
 
@@ -10,23 +13,23 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from stillhouse.config import CorpusSection
-from stillhouse.corpus.documents import Documents, load_documents
+from stillhouse.corpus.documents import Documents, load_documents, shuffled_order
 from stillhouse.corpus.tokens import Tokens, tokenise
 from stillhouse.errors import CorpusError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CACHE_VERSION = 1  # of this file's semantics: a change to tokenising, packing, masks or layout raises it
+CACHE_VERSION = 2  # of this file's semantics: a change to tokenising, packing, masks or layout raises it
 BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
 
 
@@ -50,15 +53,23 @@ class Corpus:
     """A file of sequences as a plain value: it holds nothing open, and pickles."""
 
     path: str
-    digest: str  # sha256 over ids, positions, masks and shape
+    order_path: str | None  # of the places in the file, int64 [S] in the corpus's order; None: as they lie
+    digest: str  # sha256 over ids, positions, masks, shape and order
     num_sequences: int
     sequence_length: int
     num_targets: int  # ones of the loss mask
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Sequences start <= s < stop: views of the memory map where they lie in one record batch. Raises IndexError out of range."""
+        """Sequences start <= s < stop: views of the memory map where they lie together in it. Raises IndexError out of range."""
         if not 0 <= start < stop <= self.num_sequences:
             raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
+        if self.order_path is None:
+            return self._together(start, stop)
+        places = np.load(self.order_path, mmap_mode="r")[start:stop]
+        return _joined([self._together(place, place + 1) for place in places.tolist()])
+
+    def _together(self, start: int, stop: int) -> Rows:
+        """The sequences at these places of the file."""
         size = _rows_per_batch(self.sequence_length)
         reader = pa.ipc.open_file(pa.memory_map(self.path))
         parts = [_rows_of(reader.get_batch(number), self.sequence_length) for number in range(start // size, (stop - 1) // size + 1)]
@@ -100,6 +111,7 @@ def prepare_corpus(
     documents = load_documents(section, cache_dir=Path(cache_dir) / "tables")
     key = {
         "version": CACHE_VERSION,
+        "block_tokens": BLOCK_TOKENS,
         "section": section.model_dump(mode="json"),
         "tokenizer": tokenizer_digest,
         "documents": documents.identity,
@@ -139,7 +151,7 @@ def _build(
 
     corpora = {
         "heldout": _write(directory / "heldout.arrow", sequences(section.heldout_sequences), length),
-        "train": _write(directory / "train.arrow", sequences(sys.maxsize), length),
+        "train": _shuffled(_write(directory / "train.arrow", sequences(sys.maxsize), length), seed=section.seed),
     }
     found = corpora["heldout"].num_sequences + corpora["train"].num_sequences
     if corpora["train"].num_sequences == 0:
@@ -148,8 +160,8 @@ def _build(
             f" sequences of {length} with a target in them; wanted: {section.heldout_sequences} held-out ones and at least 1 to train on."
             " Give more documents, or lower corpus.sequence_length or corpus.heldout_sequences"
         )
-    written = {name: asdict(corpus) | {"path": Path(corpus.path).name} for name, corpus in corpora.items()}
-    sizes = {name: Path(corpus.path).stat().st_size for name, corpus in corpora.items()}
+    sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
+    written = {name: _with_paths(asdict(corpus), lambda file: Path(file).name) for name, corpus in corpora.items()}
     (directory / "corpus.json").write_text(json.dumps({"corpora": written, "num_bytes": sizes}))
 
 
@@ -251,7 +263,16 @@ def _write(path: Path, blocks: Iterable[Rows], length: int) -> Corpus:
             num_sequences += len(rows)
             num_targets += int(rows.loss_mask_SL.sum(dtype=np.int64))
     parts = [f"stillhouse corpus {CACHE_VERSION}", num_sequences, length, *(digest.hexdigest() for digest in hashes)]
-    return Corpus(str(path), hashlib.sha256(json.dumps(parts).encode()).hexdigest(), num_sequences, length, num_targets)
+    return Corpus(str(path), None, hashlib.sha256(json.dumps(parts).encode()).hexdigest(), num_sequences, length, num_targets)
+
+
+def _shuffled(corpus: Corpus, *, seed: int) -> Corpus:
+    """The same sequences in an order by seed, which is written beside them."""
+    order_S = shuffled_order(corpus.num_sequences, "sequence", seed=seed)
+    order_path = Path(corpus.path).with_suffix(".order.npy")
+    np.save(order_path, order_S)
+    parts = [corpus.digest, hashlib.sha256(order_S.data).hexdigest()]
+    return replace(corpus, order_path=str(order_path), digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
 def _in_batches(blocks: Iterable[Rows], size: int) -> Iterator[Rows]:
@@ -291,11 +312,15 @@ def _read_split(directory: Path) -> Split | None:
     """The two corpora of a directory that was prepared before; None where there is none, or its files were cut short."""
     try:
         written = json.loads((directory / "corpus.json").read_text())
-        corpora = {name: Corpus(**(values | {"path": str(directory / values["path"])})) for name, values in written["corpora"].items()}
-        is_whole = all(Path(corpora[name].path).stat().st_size == size for name, size in written["num_bytes"].items())
+        corpora = {name: Corpus(**_with_paths(values, lambda file: str(directory / file))) for name, values in written["corpora"].items()}
+        is_whole = all((directory / name).stat().st_size == size for name, size in written["num_bytes"].items())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return Split(train=corpora["train"], heldout=corpora["heldout"]) if is_whole else None
+
+
+def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    return corpus | {field: change(corpus[field]) for field in ("path", "order_path") if corpus[field] is not None}
 
 
 def _move_into_place(building: Path, directory: Path) -> None:
