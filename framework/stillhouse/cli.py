@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -52,6 +52,11 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="'SECTION.
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run lives. Default: runs/ and the last config's name.")]
 ExistingRun = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run.")]
 StoreUrl = Annotated[str, typer.Argument(metavar="URL", help="A directory, or s3://, gs:// or az:// with bucket and prefix.")]
+
+Device = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to measure; on the CPU, one thread.")]
+VocabSize = Annotated[int, typer.Option("--vocab", min=2, help="Ids of the vocabulary.")]
+DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the logits.")]
+Out = Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")]
 
 
 @app.callback()
@@ -207,7 +212,7 @@ def bench_pipeline(
     work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models, stores and runs go.")] = Path("runs/bench"),
     num_steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of each way.")] = 160,
     num_rounds: Annotated[int, typer.Option("--rounds", help="Times that every way is measured.")] = 3,
-    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")] = None,
+    out: Out = None,
 ) -> None:
     """`run`, and the same once cached, against one process that is teacher and student in turn, on two cores."""
     _quieten()
@@ -218,13 +223,31 @@ def bench_pipeline(
 
 @bench_app.command(name="codec")
 def bench_codec(
-    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")] = None,
+    out: Out = None,
 ) -> None:
     """What a target takes in bytes, what they lose, and how fast one thread packs and unpacks them."""
     _quieten()
     from stillhouse.bench.codec import bench_codec
 
     bench_codec(command=_typed(), out=out)
+
+
+@bench_app.command(name="topk")
+def bench_topk(
+    device: Device = "cpu",
+    vocab_size: VocabSize = 151_936,
+    k: Annotated[int, typer.Option("--k", min=0, help="Entries to keep.")] = 64,
+    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Rows of logits.")] = 64,
+    dtype: DtypeName = "float32",
+    out: Out = None,
+) -> None:
+    """From logits to their greatest and their log-sum-exp: every path of ours beside torch, eager and compiled."""
+    _quieten()
+    import torch
+
+    from stillhouse.bench.topk import bench_topk
+
+    bench_topk(device=device, vocab_size=vocab_size, k=k, num_tokens=num_tokens, dtype=getattr(torch, dtype), command=_typed(), out=out)
 
 
 @bench_app.command(name="targets")

@@ -20,7 +20,7 @@ from stillhouse.logits.rawtopk import RawTopK
 BLOCK_IDS = 128
 _CACHED_LOGITS = 1 << 17  # whose two float32 copies stay in a core's cache
 _GROUP_LOGITS = 1 << 23  # whose rows are selected from together: it saves calls
-_UNSHIFTED = (-10.0, 60.0)  # between which a row's greatest logit may be: 2^32 times e^60 is in range, and what e^-10 loses is nothing
+_UNSHIFTED = (-10.0, 60.0)  # between which a row's greatest logit / T may be: 2^32 times e^60 is in range, and what e^-10 loses is nothing
 _LEAST_SUM = 1e-30  # of exponentials relative to a row's maximum: below, float32 loses their digits
 _LEAST = torch.finfo(torch.float32).min
 
@@ -66,32 +66,33 @@ def _split_group(logits_TV: Tensor, scratch_2RV: Tensor, *, k: int, temperature:
 
 
 def _read_once(logits_TV: Tensor, scratch_2RV: Tensor, *, temperature: float) -> _Blocks:
-    num_tokens, vocab_size = logits_TV.shape
-    num_blocks = vocab_size // BLOCK_IDS
-    covered, rows = num_blocks * BLOCK_IDS, scratch_2RV.shape[1]
-    (maxima_TN, sums_TN), base_T1 = _empty(logits_TV, 2, num_tokens, num_blocks), _empty(logits_TV, num_tokens, 1)
-    together = (whole.split(rows) for whole in (logits_TV, maxima_TN, sums_TN, base_T1))
-    for rows_RV, maxima_RN, sums_RN, base_R1 in zip(*together, strict=True):
-        num_rows = len(rows_RV)
-        rows_RV = rows_RV if rows_RV.dtype == torch.float32 else scratch_2RV[0, :num_rows].copy_(rows_RV)
-        torch.amax(rows_RV[:, :covered].unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=maxima_RN)
-        greatest_RX = torch.cat([maxima_RN, rows_RV[:, covered:]], dim=1) if covered < vocab_size else maxima_RN
-        torch.amax(greatest_RX, dim=1, keepdim=True, out=base_R1).clamp_(min=_LEAST)
-        base_R1.masked_fill_(_needs_no_base(base_R1, temperature), 0.0)
-        weights_RV = scratch_2RV[1, :num_rows]
-        if base_R1.any():
-            torch.sub(rows_RV, base_R1, out=weights_RV)
-            (weights_RV.div_(temperature) if temperature != 1.0 else weights_RV).exp_()
-        else:
-            torch.exp(rows_RV if temperature == 1.0 else torch.div(rows_RV, temperature, out=weights_RV), out=weights_RV)
-        torch.sum(weights_RV[:, :covered].unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=sums_RN)
+    """Relative to 0, which language models' logits allow: to subtract a base takes half as long again. Other rows are read twice."""
+    maxima_TN, sums_TN = _maxima_and_sums(logits_TV, None, scratch_2RV, temperature=temperature)
+    last_TR = logits_TV[:, maxima_TN.shape[1] * BLOCK_IDS :]
+    greatest_T1 = torch.cat([maxima_TN, last_TR.float()], dim=1).amax(dim=1, keepdim=True)
+    least, most = (bound * temperature for bound in _UNSHIFTED)
+    high_T = ((greatest_T1 < least) | (greatest_T1 > most) | greatest_T1.isnan())[:, 0]
+    base_T1 = greatest_T1.clamp_(min=_LEAST).masked_fill_(~high_T[:, None], 0.0)
+    if high_T.any():
+        sums_TN[high_T] = _maxima_and_sums(logits_TV[high_T], base_T1[high_T], scratch_2RV, temperature=temperature)[1]
     return _Blocks(maxima_TN, sums_TN, base_T1)
 
 
-def _needs_no_base(greatest_R1: Tensor, temperature: float) -> Tensor:
-    """Of which rows exp(z) itself is in float32's range, as in language models' logits: to subtract costs as much as to exponentiate."""
-    least, most = _UNSHIFTED
-    return (greatest_R1 >= least * temperature) & (greatest_R1 <= most * temperature)
+def _maxima_and_sums(logits_TV: Tensor, base_T1: Tensor | None, scratch_2RV: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of the whole blocks, relative to the base, or to 0. While a row and its exponentials lie in the cache."""
+    num_tokens, num_blocks = logits_TV.shape[0], logits_TV.shape[1] // BLOCK_IDS
+    covered, at_once = num_blocks * BLOCK_IDS, scratch_2RV.shape[1]
+    maxima_TN, sums_TN = _empty(logits_TV, 2, num_tokens, num_blocks)
+    for start in range(0, num_tokens, at_once):
+        rows = slice(start, start + at_once)
+        rows_RV = logits_TV[rows, :covered]
+        float_RV, weights_RV = scratch_2RV[:, : len(rows_RV), :covered]
+        rows_RV = rows_RV if rows_RV.dtype == torch.float32 else float_RV.copy_(rows_RV)
+        torch.amax(rows_RV.unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=maxima_TN[rows])
+        shifted_RV = rows_RV if base_T1 is None else torch.sub(rows_RV, base_T1[rows], out=weights_RV)
+        torch.exp(shifted_RV if temperature == 1.0 else torch.div(shifted_RV, temperature, out=weights_RV), out=weights_RV)
+        torch.sum(weights_RV.unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=sums_TN[rows])
+    return maxima_TN, sums_TN
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
