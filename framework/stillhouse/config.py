@@ -67,6 +67,10 @@ class TeacherSection(ModelSection):
     min_replicas: PositiveInt = Field(1, description="actors that must be up before the run begins")
     max_replicas: PositiveInt = Field(1, description="actors to ask Ray for")
     batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass")
+    logits: Literal["exact", "fast"] = Field(
+        "exact",
+        description="float32, or in the teacher's own dtype: faster at the head alone, and rounding bfloat16 loses more than the codec",
+    )
     max_failures: PositiveInt = Field(3, description="failed attempts at one chunk after which the run stops and names it")
 
     @model_validator(mode="after")

@@ -162,3 +162,11 @@ def test_a_placement_that_contradicts_itself_is_an_obstacle_like_any_other(check
     assert outcome.code == 2
     assert "num_gpus is 1" in outcome.err
     assert "sequences of 32 tokens" in outcome.out
+
+
+def test_exact_and_fast_logits_of_a_narrow_teacher_are_different_targets(tiny_world: TinyWorld, tmp_path: Path):
+    def fingerprint(**teacher: str) -> str:
+        return tiny_world.plan(tmp_path / "run", teacher=teacher).recipe.fingerprint
+
+    assert fingerprint(dtype="bfloat16") == fingerprint(dtype="bfloat16", logits="exact") != fingerprint(dtype="bfloat16", logits="fast")
+    assert fingerprint(dtype="float32", logits="exact") == fingerprint(dtype="float32", logits="fast")

@@ -40,3 +40,22 @@ def test_a_padded_weight_is_sliced_without_a_copy() -> None:
     assert head.vocab_size == 23
     assert head.weight_VH.data_ptr() == WEIGHT.data_ptr()
     torch.testing.assert_close(head.logits(HIDDEN), Head(WEIGHT, BIAS).logits(HIDDEN)[:, :23])
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_logits_of_narrow_weights_are_not_rounded(dtype: torch.dtype, bias: torch.Tensor | None) -> None:
+    narrow_bias = None if bias is None else bias.to(dtype)
+    rounded, exact = (Head(WEIGHT.to(dtype), narrow_bias, scale=2.0, softcap=9.0, float32_logits=exact) for exact in (False, True))
+    hidden = HIDDEN.to(dtype)
+    wanted = Head(WEIGHT.to(dtype).double(), None if narrow_bias is None else narrow_bias.double(), scale=2.0, softcap=9.0).logits(hidden)
+    assert exact.logits(hidden).dtype == torch.float32
+    torch.testing.assert_close(exact.logits(hidden).double(), wanted, rtol=1e-5, atol=1e-5)
+    assert rounded.logits(hidden).dtype == dtype
+    assert (rounded.logits(hidden).double() - wanted).abs().max() > 1e-3
+
+
+def test_float32_logits_of_many_ids_are_made_some_at_a_time() -> None:
+    weight = torch.randn(40_000, 4, generator=GENERATOR).bfloat16()
+    hidden = torch.randn(3, 4, generator=GENERATOR).bfloat16()
+    torch.testing.assert_close(Head(weight, float32_logits=True).logits(hidden), hidden.float() @ weight.float().T, rtol=1e-6, atol=1e-6)

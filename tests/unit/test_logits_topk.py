@@ -178,7 +178,7 @@ def test_hidden_states_give_the_target_of_their_logits(block_tokens: int, dtype:
 class RecordingHead:
     """A head that notes how many tokens it was asked for at once."""
 
-    vocab_size = 20
+    vocab_size, weight_VH = 20, torch.zeros(20, 3)
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -199,3 +199,8 @@ def test_a_bad_token_is_named_by_its_place_among_all_the_hidden_states() -> None
     hidden[9] = math.nan
     with pytest.raises(TeacherError, match="token 9 "):
         compress_hidden(hidden, Head(torch.ones(20, 3)), k=2, block_tokens=4)
+
+
+def test_hidden_states_and_a_head_on_different_devices_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"hidden states are on meta, the head's weight on cpu; move one"):
+        compress_hidden(torch.zeros(2, 4, device="meta"), Head(torch.zeros(20, 4)), k=2)

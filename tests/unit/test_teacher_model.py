@@ -83,6 +83,14 @@ def test_the_soft_cap_of_gemma_bites(section: TeacherSection):
     assert capped == ("gemma2" in section.model)
 
 
+def test_a_bfloat16_teachers_exact_logits_are_not_rounded_and_its_fast_ones_are(section: TeacherSection):
+    def distinct_values(logits: str) -> int:
+        narrow = section.model_copy(update={"dtype": "bfloat16", "logits": logits})
+        return HuggingFaceTeacher(narrow, RECIPE, device="cpu").compress(packed_item()).logprobs_TK.diff(dim=1).unique().numel()
+
+    assert distinct_values("exact") > 2 * distinct_values("fast")
+
+
 @pytest.mark.parametrize(("batch_sequences", "block_tokens"), [(1, 1), (3, 7), (8, 1024)])
 def test_batches_and_blocks_change_nothing(section: TeacherSection, batch_sequences: int, block_tokens: int):
     cut = section.model_copy(update={"batch_sequences": batch_sequences, "block_tokens": block_tokens})

@@ -5,6 +5,7 @@ from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate
 from stillhouse.logits.dispatch import Path, compress, compress_hidden, path_for
 from stillhouse.logits.draws import token_seeds
 from stillhouse.logits.head import Head
+from stillhouse.logits.shards import compress_shard
 from stillhouse.logits.topk import compress_reference
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "compress",
     "compress_hidden",
     "compress_reference",
+    "compress_shard",
     "concatenate",
     "decode",
     "densify",

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stillhouse.errors import ConfigError
 from stillhouse.logits import blockmax, native
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.draws import draw_in_blocks, or_lowest
@@ -90,7 +91,14 @@ def compress_hidden(
     seeds_T: Tensor | None = None,
     block_tokens: int = 1024,
 ) -> CompressedLogits:
-    """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V] logits never exist at once."""
+    """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V] logits never exist at once.
+
+    Raises what `compress` does, and ConfigError where the hidden states and the head are on different devices.
+    """
+    if hidden_TH.device != head.weight_VH.device:
+        raise ConfigError(
+            f"the hidden states are on {hidden_TH.device}, the head's weight on {head.weight_VH.device}; move one to the other"
+        )
     seeds_T = checked_seeds(seeds_T, hidden_TH, k=k, tail_draws=tail_draws, vocab_size=head.vocab_size, temperature=temperature)
     return _in_blocks(
         lambda tokens: head.logits(hidden_TH[tokens]),

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from stillhouse.config import Config, ModelSection, StudentSection
+from stillhouse.config import Config, ModelSection, StudentSection, TeacherSection
 from stillhouse.corpus import Split, prepare_corpus
 from stillhouse.errors import ConfigError
 from stillhouse.models import ModelIdentity, check_same_ids, load_tokenizer, model_identity, tokenizer_digest, vocab_size_of
@@ -112,7 +112,7 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         tokenizer_digest=digest,
         vocab_size=vocab_size,
         teacher_digest=teacher.digest,
-        teacher_dtype=config.teacher.dtype,
+        teacher_dtype=_number_format(config.teacher),
         k=config.target.k,
         num_draws=config.target.tail_draws,
         temperature=config.target.temperature,
@@ -146,3 +146,8 @@ def _tokenising(dataset: str) -> Iterator[Callable[[int, int], None]]:
                 status.update(f"tokenising {dataset}: {num_documents:,} documents, {num_tokens:,} tokens")
 
         yield on_progress
+
+
+def _number_format(teacher: TeacherSection) -> str:
+    """Of the teacher, and of its logits where that is another."""
+    return teacher.dtype if teacher.logits == "fast" or teacher.dtype == "float32" else f"{teacher.dtype}+float32"

@@ -3,7 +3,7 @@
 Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -49,7 +49,7 @@ class HuggingFaceTeacher:
         self._model = load_model(section, device_map="auto" if many_gpus else device)
         check_head(self._model, vocab_size=recipe.vocab_size)
         check_packing(self._model, vocab_size=recipe.vocab_size)
-        self._head = head_of(self._model, vocab_size=recipe.vocab_size)
+        self._head = replace(head_of(self._model, vocab_size=recipe.vocab_size), float32_logits=section.logits == "exact")
         self._input_device = next(self._model.parameters()).device
 
     def compress(self, item: WorkItem) -> CompressedLogits:
