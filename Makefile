@@ -3,16 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-gpu check format bench clean
 
 help:  ## what can be made
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
 test: $(INSTALLED)  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
 	$(BIN)/pytest
+
+test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU, against the reference
+	TRITON_INTERPRET=0 $(BIN)/pytest tests/gpu
 
 check: $(INSTALLED)  ## format, lint, types and the floors of the design
 	$(BIN)/ruff format --check .

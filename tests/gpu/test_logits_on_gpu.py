@@ -1,0 +1,87 @@
+"""On a GPU, `compress` takes the kernels by itself and answers as the reference does on the CPU, whatever the logits."""
+
+import math
+
+import pytest
+import torch
+
+from stillhouse.errors import TeacherError
+from stillhouse.logits import CompressedLogits, Head, compress, compress_hidden, compress_reference, kernels, path_for, token_seeds
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(151_936, 64), (151_936, 512), (128_256, 16), (32_000, 128), (262_144, 64), (151_665, 1), (151_936, 0), (4_097, 16)]
+
+
+def random_logits(num_tokens: int, vocab_size: int, *, step: float = 0.0) -> torch.Tensor:
+    logits = 4 * torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    return (logits / step).round() * step if step else logits
+
+
+def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
+    assert torch.equal(found.token_ids_TK.cpu(), wanted.token_ids_TK)
+    torch.testing.assert_close(found.logprobs_TK.cpu(), wanted.logprobs_TK, rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(found.tail_logmass_T.cpu(), wanted.tail_logmass_T, rtol=2e-6, atol=4e-6)
+
+
+def test_the_kernels_pass_their_own_test(gpu: torch.device) -> None:
+    assert kernels.defect(gpu) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab_size", "k"), SHAPES)
+def test_real_shapes_take_the_kernels_and_equal_the_reference(gpu: torch.device, vocab_size: int, k: int, dtype: torch.dtype) -> None:
+    logits = random_logits(37, vocab_size).to(dtype)
+    assert path_for(logits.to(gpu), k=k).name == "triton"
+    for temperature in (1.0, 0.7):
+        assert_same(compress(logits.to(gpu), k=k, temperature=temperature), compress_reference(logits, k=k, temperature=temperature))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_sorted_rows_and_rows_of_one_value_equal_the_reference(gpu: torch.device, dtype: torch.dtype) -> None:
+    place = torch.arange(20_000)
+    faint = torch.zeros(20_000)
+    faint[7] = 90.0
+    rows = [
+        torch.zeros(20_000),
+        place / 500,
+        -place / 500,
+        torch.where(place % 130 == 129, 1.0, 0.0),
+        torch.where(place == 77, 3.0, -math.inf),
+    ]
+    logits = torch.stack([*rows, faint, random_logits(1, 20_000, step=2.0)[0]]).to(dtype)
+    for k in (1, 8, 64):
+        assert_same(compress(logits.to(gpu), k=k), compress_reference(logits, k=k))
+
+
+def test_strided_and_transposed_logits_equal_the_reference(gpu: torch.device) -> None:
+    logits = random_logits(16, 30_000)
+    for view in (logits.T.contiguous().T, logits[::2], logits[:, 1:29_001]):
+        assert_same(compress(view.to(gpu), k=32), compress_reference(view, k=32))
+
+
+def test_no_tokens_and_bad_tokens(gpu: torch.device) -> None:
+    assert compress(torch.empty(0, 30_000, device=gpu), k=4).num_tokens == 0
+    logits = random_logits(9, 30_000).to(gpu)
+    for wrong in (math.nan, math.inf):
+        logits[7, 29_999] = wrong
+        with pytest.raises(TeacherError, match="token 7 "):
+            compress(logits, k=4)
+
+
+def test_draws_are_those_of_the_cpu_but_for_the_rounding_of_borders(gpu: torch.device) -> None:
+    logits, seeds = random_logits(200, 30_000), token_seeds(0, torch.zeros(200), torch.arange(200))
+    found = compress(logits.to(gpu), k=12, tail_draws=12, seeds_T=seeds).tail_ids_TN.cpu()
+    wanted = compress_reference(logits, k=12, tail_draws=12, seeds_T=seeds).tail_ids_TN
+    assert (found == wanted).float().mean() > 0.99
+
+
+def test_exact_logits_are_float32_sums_and_blocks_change_nothing(gpu: torch.device) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = (torch.randn(30_000, 256, generator=random) / 4).bfloat16()
+    hidden = torch.randn(300, 256, generator=random).bfloat16()
+    wanted = compress_reference(hidden.float() @ weight.float().T, k=32)
+    head = Head(weight.to(gpu), float32_logits=True)
+    for block_tokens in (64, 1024):
+        found = compress_hidden(hidden.to(gpu), head, k=32, block_tokens=block_tokens)
+        assert (found.token_ids_TK.cpu() == wanted.token_ids_TK).float().mean() > 0.999  # products are summed in another order
+        torch.testing.assert_close(found.logprobs_TK.cpu(), wanted.logprobs_TK, rtol=0, atol=1e-4)
