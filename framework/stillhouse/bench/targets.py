@@ -29,7 +29,8 @@ from stillhouse.evaluate import EvaluationJob, Scores, evaluate
 from stillhouse.logits import Codec
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 
-BUDGETS = (48, 128)  # bytes a record
+BUDGETS = (24, 48, 128)  # bytes a record
+_BESIDE_TEXT = 48  # the budget of which two forms are tried beside the text too
 SHARES = (0.5, 0.25, 0.0)  # exact entries, of as many as a budget affords without draws
 _DEMO_TEACHER = Path("runs/demo/models/teacher")
 
@@ -72,7 +73,7 @@ def bench_targets(
     corpus = demo_config(work_dir).corpus.model_copy(update={"heldout_sequences": effort.heldout_sequences})
     split = prepare_corpus(corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir)
     forms = forms_of(vocab_size_of(tokenizer))
-    lessons = Lessons(effort.num_steps, effort.batch_sequences, Sizes().student, learning_rate=4e-3, warmup_steps=20)
+    lessons = Lessons(effort.num_steps, effort.batch_sequences, Sizes().student, learning_rate=2e-3, warmup_steps=20)
     rounds: list[Mapping[str, Scores]] = []
     for seed in range(effort.num_seeds):
         with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -94,7 +95,7 @@ def bench_targets(
 
 
 def forms_of(vocab_size: int) -> list[Form]:
-    """The two bounds, then every split of every budget; for each budget the independent draws of RS-KD, and two splits beside the text."""
+    """The two bounds, then every split of every budget, and the independent draws of RS-KD; of one budget two splits beside the text."""
     whole = Codec(vocab_size, vocab_size)
     forms = [Form("text", "text", whole), Form("everything", "everything", whole)]
     for budget in BUDGETS:
@@ -103,7 +104,8 @@ def forms_of(vocab_size: int) -> list[Form]:
         splits = [codec_within(budget, vocab_size, k) for k in dict.fromkeys(round(share * most) for share in SHARES)]
         forms += [Form(f"{codec.k}+{codec.num_draws}", "stored", codec) for codec in (bucket, *splits)]
         forms.append(Form(f"rs-{splits[-1].num_draws}", "independent", splits[-1]))
-        forms += [Form(f"{codec.k}+{codec.num_draws}+text", "stored", codec, ce_weight=1.0) for codec in (bucket, splits[0])]
+        if budget == _BESIDE_TEXT:
+            forms += [Form(f"{codec.k}+{codec.num_draws}+text", "stored", codec, ce_weight=1.0) for codec in (bucket, splits[0])]
     return forms
 
 
