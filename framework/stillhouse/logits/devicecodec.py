@@ -104,13 +104,14 @@ def _pack(values_TM: Tensor, width: int) -> Tensor:
     num_rows, m = values_TM.shape
     if width == 0:
         return values_TM.new_empty((num_rows, 0), dtype=torch.uint8)
-    return _recut(values_TM, -(-m * width // 8), width=width, as_width=8).to(torch.uint8)
+    bytes_TB = values_TM if width == 8 else _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
+    return bytes_TB.to(torch.uint8)
 
 
 def _unpack(section: Tensor, m: int, width: int, complaints: Complaints) -> Tensor:
     """The inverse of `_pack`, int64 [T, M]."""
     complaints += record.wrong_end(section, m * width)
-    return _recut(section.long(), m, width=8, as_width=width)
+    return section.long() if width == 8 else _recut(section.long(), m, width=8, as_width=width)
 
 
 def _recut(fields_TM: Tensor, count: int, *, width: int, as_width: int) -> Tensor:
