@@ -10,7 +10,7 @@ from typing import Any
 
 from helpers.models import make_model
 from stillhouse.config import Config, parse_config
-from stillhouse.logits import encode
+from stillhouse.logits import concatenate, encode
 from stillhouse.pipeline import Plan, plan
 from stillhouse.store import Chunk, ChunkStore
 from stillhouse.teacher.model import HuggingFaceTeacher
@@ -77,5 +77,5 @@ class TinyWorld:
         teacher = HuggingFaceTeacher(made.config.teacher, made.recipe, device="cpu")
         for number in sorted(missing):
             item = made.item(number)
-            records = encode(teacher.compress(item), made.recipe.codec).numpy()
+            records = encode(concatenate(teacher.compress(item)), made.recipe.codec).numpy()
             store.publish(Chunk(number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records))

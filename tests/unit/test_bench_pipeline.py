@@ -18,6 +18,7 @@ from stillhouse.bench.provenance import Provenance
 from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.corpus import Rows
 from stillhouse.errors import RunError
+from stillhouse.logits import concatenate
 from stillhouse.models import load_model
 from stillhouse.store import Recipe
 from stillhouse.student.engine import StudentEngine
@@ -160,7 +161,7 @@ def test_in_turn_takes_the_steps_that_the_engine_takes(lesson: Lesson) -> None:
             positions_BL=torch.from_numpy(rows.positions_SL).long(),
             target_positions_T=mask_BL.flatten().nonzero()[:, 0],
             labels_T=ids_BL.roll(-1, dims=1)[mask_BL],
-            target=teacher.compress(WorkItem(0, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL)),
+            target=concatenate(teacher.compress(WorkItem(0, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL))),
         )
 
     batches = [micro_batch(lesson.rows.select(slice(start, start + 2))) for start in range(0, 12, 2)]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.errors import ChunkError, ConfigError
-from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, encode, fidelity
+from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, devicecodec, encode, fidelity, hostcodec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codec_v1.hex"
+in_both_libraries = pytest.mark.parametrize("library", [hostcodec, devicecodec], ids=["numpy", "torch"])
 
 
 def target_of(logits: torch.Tensor, codec: Codec, *, seed: int = 0) -> CompressedLogits:
@@ -227,12 +229,13 @@ GOLDEN_CASES = {
 }
 
 
+@in_both_libraries
 @pytest.mark.parametrize("name", GOLDEN_CASES)
-def test_golden_bytes_are_written_and_read_for_ever(name: str) -> None:
+def test_golden_bytes_are_written_and_read_for_ever(name: str, library: ModuleType) -> None:
     codec, exact, wanted = GOLDEN_CASES[name]
     golden = golden_records()[name]
-    assert encode(exact, codec).numpy().tobytes() == golden
-    decoded = decode(torch.tensor([list(golden)], dtype=torch.uint8), codec)
+    assert library.encode(exact, codec).numpy().tobytes() == golden
+    decoded = library.decode(torch.tensor([list(golden)], dtype=torch.uint8), codec)
     assert torch.equal(decoded.token_ids_TK, wanted.token_ids_TK)
     assert torch.equal(decoded.tail_ids_TN, wanted.tail_ids_TN)
     torch.testing.assert_close(decoded.logprobs_TK, wanted.logprobs_TK, rtol=0.0, atol=2e-6)
@@ -305,6 +308,7 @@ def half(value: float) -> list[int]:
     return list(np.float16(value).tobytes())
 
 
+@in_both_libraries
 @pytest.mark.parametrize(
     ("place", "values", "complaint"),
     [
@@ -329,12 +333,12 @@ def half(value: float) -> list[int]:
         (13, [0b10000000], "bits set after the last value"),
     ],
 )
-def test_an_impossible_record_is_refused_by_its_row(place: int, values: list[int], complaint: str) -> None:
+def test_an_impossible_record_is_refused_by_its_row(place: int, values: list[int], complaint: str, library: ModuleType) -> None:
     records = small_records()
     assert records.shape == (20, 15)
     records[17, place : place + len(values)] = torch.tensor(values, dtype=torch.uint8)
     with pytest.raises(ChunkError, match=f"row 17 .*{complaint}"):
-        decode(records, SMALL)
+        library.decode(records, SMALL)
 
 
 def test_a_bad_row_is_named_by_its_place_among_all_rows() -> None:
@@ -362,6 +366,7 @@ def test_records_of_another_shape_or_type_are_refused(records: torch.Tensor) -> 
         decode(records, SMALL)
 
 
+@in_both_libraries
 @pytest.mark.parametrize(
     "bad",
     [
@@ -375,16 +380,17 @@ def test_records_of_another_shape_or_type_are_refused(records: torch.Tensor) -> 
         row_of([3, 4], [-1.0, -2.0], 0.5, vocab_size=100),
     ],
 )
-def test_a_target_that_is_no_distribution_over_the_vocabulary_is_not_written(bad: CompressedLogits) -> None:
+def test_a_target_that_is_no_distribution_over_the_vocabulary_is_not_written(bad: CompressedLogits, library: ModuleType) -> None:
     good = row_of([3, 4], [-1.0, -2.0], -1.0, vocab_size=100)
     with pytest.raises(ChunkError, match="row 1 "):
-        encode(concatenate([good, bad]), Codec(100, 2))
+        library.encode(concatenate([good, bad]), Codec(100, 2))
 
 
+@in_both_libraries
 @pytest.mark.parametrize("draws", [(3, 100), (-1, 3), (4, 3)])
-def test_draws_out_of_order_or_vocabulary_are_not_written(draws: tuple[int, ...]) -> None:
+def test_draws_out_of_order_or_vocabulary_are_not_written(draws: tuple[int, ...], library: ModuleType) -> None:
     with pytest.raises(ChunkError, match="row 0 "):
-        encode(row_of([], [], 0.0, vocab_size=100, draws=draws), Codec(100, 0, num_draws=2))
+        library.encode(row_of([], [], 0.0, vocab_size=100, draws=draws), Codec(100, 0, num_draws=2))
 
 
 @pytest.mark.parametrize(

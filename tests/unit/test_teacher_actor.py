@@ -1,14 +1,16 @@
-"""A teacher keeps the chunk that it has made while the store cannot take it: nothing is dropped, and nothing is made twice."""
+"""A teacher's chunk holds the records of all its targets, measured; it is kept while the store cannot take it, and never made twice."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.chunks import make_chunk, small_recipe
-from stillhouse.errors import StoreError
+from stillhouse.errors import ChunkError, StoreError
+from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, encode, fidelity
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, StoreUnavailable
-from stillhouse.teacher.actor import publish_when_possible
+from stillhouse.teacher.actor import publish_when_possible, records_of
 
 RECIPE = small_recipe()
 
@@ -48,3 +50,34 @@ def test_a_store_that_forbids_is_not_waited_for(store: RefusingStore):
     store.refusals = iter([StoreError("permission denied")])
     with pytest.raises(StoreError, match="permission denied"):
         publish_when_possible(store, make_chunk(RECIPE, 1), patience_s=60)
+
+
+CODEC = Codec(300, 7)
+
+
+def parts_of(*num_tokens: int) -> list[CompressedLogits]:
+    """As so many forward passes give them."""
+    logits = torch.randn(sum(num_tokens), 300, generator=torch.Generator().manual_seed(0))
+    return [compress(rows, k=7) for rows in logits.split(num_tokens)]
+
+
+def test_records_are_those_of_all_parts_in_order():
+    parts = parts_of(40, 0, 3, 100)
+    records, measured = records_of(iter(parts), CODEC)
+    whole = concatenate(parts)
+    assert torch.equal(records, encode(whole, CODEC))
+    assert 0 < measured.codec_kl < measured.worst_kl < 1e-4
+
+
+def test_what_the_records_lose_is_measured_on_tokens_of_every_part():
+    parts = parts_of(1, 2, 64)
+    _, measured = records_of(parts, CODEC)
+    whole = concatenate(parts)
+    assert measured == fidelity(whole, decode(encode(whole, CODEC), CODEC))
+
+
+def test_targets_that_cannot_be_written_have_no_records():
+    parts = parts_of(5, 5)
+    parts[1].logprobs_TK[3] = torch.nan
+    with pytest.raises(ChunkError, match="row 3 would hold log-probabilities of no distribution"):
+        records_of(parts, CODEC)

@@ -46,6 +46,10 @@ def packed_item() -> WorkItem:
     return WorkItem(0, chunk.token_ids_SL, chunk.positions_SL, chunk.loss_mask_SL)
 
 
+def targets_of(section: TeacherSection, recipe: Recipe, item: WorkItem) -> CompressedLogits:
+    return concatenate(HuggingFaceTeacher(section, recipe, device="cpu").compress(item))
+
+
 @torch.inference_mode()
 def each_document_alone(section: TeacherSection, item: WorkItem) -> CompressedLogits:
     """The model's own logits of one document after the other, each in a call of its own, at the masked-in positions."""
@@ -71,14 +75,14 @@ def test_targets_are_those_of_each_document_alone(section: TeacherSection):
     item = packed_item()
     alone = each_document_alone(section, item)
     assert alone.num_tokens == item.num_tokens
-    found = HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item)
+    found = targets_of(section, RECIPE, item)
     assert (found.vocab_size, found.temperature, found.k, found.num_draws) == (300, 1.5, 6, 0)
     assert_same(found, alone)
 
 
 def test_the_soft_cap_of_gemma_bites(section: TeacherSection):
     """Or the tests here would not see it forgotten. Logits that differ by 2 CAP at most leave no token a large probability."""
-    found = HuggingFaceTeacher(section, RECIPE, device="cpu").compress(packed_item())
+    found = targets_of(section, RECIPE, packed_item())
     capped = float(found.logprobs_TK.max()) <= -np.log(RECIPE.vocab_size) + 2 * CAP / RECIPE.temperature
     assert capped == ("gemma2" in section.model)
 
@@ -86,7 +90,7 @@ def test_the_soft_cap_of_gemma_bites(section: TeacherSection):
 def test_a_bfloat16_teachers_exact_logits_are_not_rounded_and_its_fast_ones_are(section: TeacherSection):
     def distinct_values(logits: str) -> int:
         narrow = section.model_copy(update={"dtype": "bfloat16", "logits": logits})
-        return HuggingFaceTeacher(narrow, RECIPE, device="cpu").compress(packed_item()).logprobs_TK.diff(dim=1).unique().numel()
+        return targets_of(narrow, RECIPE, packed_item()).logprobs_TK.diff(dim=1).unique().numel()
 
     assert distinct_values("exact") > 2 * distinct_values("fast")
 
@@ -96,9 +100,7 @@ def test_batches_and_blocks_change_nothing(section: TeacherSection, batch_sequen
     cut = section.model_copy(update={"batch_sequences": batch_sequences, "block_tokens": block_tokens})
     whole = section.model_copy(update={"batch_sequences": 5, "block_tokens": 4096})
     item = packed_item()
-    assert_same(
-        HuggingFaceTeacher(cut, RECIPE, device="cpu").compress(item), HuggingFaceTeacher(whole, RECIPE, device="cpu").compress(item)
-    )
+    assert_same(targets_of(cut, RECIPE, item), targets_of(whole, RECIPE, item))
 
 
 DRAWN = replace(RECIPE, num_draws=9)
@@ -107,21 +109,21 @@ DRAWN = replace(RECIPE, num_draws=9)
 def test_draws_belong_to_the_place_in_the_corpus_whatever_the_batches_and_blocks(section: TeacherSection):
     item = packed_item()
     teacher = HuggingFaceTeacher(section, DRAWN, device="cpu")
-    found = teacher.compress(item)
+    found = concatenate(teacher.compress(item))
     assert (found.k, found.num_draws, found.num_tokens) == (6, 9, item.num_tokens)
-    assert torch.equal(teacher.compress(item).tail_ids_TN, found.tail_ids_TN)
+    assert torch.equal(concatenate(teacher.compress(item)).tail_ids_TN, found.tail_ids_TN)
     cut = section.model_copy(update={"batch_sequences": 3, "block_tokens": 7})
-    again = HuggingFaceTeacher(cut, DRAWN, device="cpu").compress(item)
+    again = targets_of(cut, DRAWN, item)
     assert (again.tail_ids_TN != found.tail_ids_TN).float().mean() < 0.01  # a rounding of the logits may move a draw by an id
-    assert_same(found, HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item))
+    assert_same(found, targets_of(section, RECIPE, item))
     assert teacher.probe().num_draws == 0
 
 
 def test_no_two_places_of_a_corpus_and_no_two_recipes_share_their_draws(section: TeacherSection):
     item = packed_item()
-    found = HuggingFaceTeacher(section, DRAWN, device="cpu").compress(item).tail_ids_TN
+    found = targets_of(section, DRAWN, item).tail_ids_TN
     for number, recipe in ((1, DRAWN), (0, replace(DRAWN, corpus_digest="sha256:another"))):
-        other = HuggingFaceTeacher(section, recipe, device="cpu").compress(replace(item, number=number)).tail_ids_TN
+        other = targets_of(section, recipe, replace(item, number=number)).tail_ids_TN
         assert (other != found).float().mean() > 0.5
     seeds = [draw_seeds(replace(item, number=number), replace(DRAWN, num_sequences=10)) for number in (0, 1)]
     assert torch.cat(seeds).unique().numel() == 10 * 24
@@ -129,9 +131,18 @@ def test_no_two_places_of_a_corpus_and_no_two_recipes_share_their_draws(section:
     assert not torch.equal(draw_seeds(item, longer), seeds[0])  # another recipe
 
 
+def test_each_forward_pass_gives_its_own_targets_before_the_next_one_begins(section: TeacherSection):
+    item = packed_item()
+    parts = HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item)
+    item.token_ids_SL[2:] = RECIPE.vocab_size + 1_000_000  # ids that no forward pass survives
+    assert next(parts).num_tokens == item.loss_mask_SL[:2].sum()
+    with pytest.raises(IndexError):
+        next(parts)
+
+
 def test_an_item_without_a_target_has_no_targets(section: TeacherSection):
     item = replace(packed_item(), loss_mask_SL=np.zeros((5, 24), np.uint8))
-    assert HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item).num_tokens == 0
+    assert targets_of(section, RECIPE, item).num_tokens == 0
 
 
 def test_a_head_with_too_few_rows_is_refused_before_any_work(section: TeacherSection):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.corpus import Rows
-from stillhouse.logits import CompressedLogits
+from stillhouse.logits import CompressedLogits, concatenate
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.store import Recipe
 from stillhouse.student.loss import distillation_loss, divergence_named
@@ -76,7 +76,7 @@ class _Lean:
         self._divergence = divergence_named(lesson.student.divergence, lesson.student.mix)
 
     def targets(self, rows: Rows) -> list[CompressedLogits]:
-        whole = self._teacher.compress(WorkItem(0, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL))
+        whole = concatenate(self._teacher.compress(WorkItem(0, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL)))
         ends = np.cumsum([part.loss_mask_SL.sum() for part in _split(rows, self._section.micro_batch_sequences)]).tolist()
         spans = [slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
         return [whole.map(itemgetter(span)) for span in spans]

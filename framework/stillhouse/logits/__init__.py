@@ -1,10 +1,11 @@
-"""Compressed logits: the target as a value, the kernels that make it, and the bytes that carry it."""
+"""Targets as values and as bytes: what a teacher's logits become, and what a student reads back."""
 
-from stillhouse.logits.codec import CODEC_VERSION, Codec, decode, encode
+from stillhouse.logits.codec import decode, encode
 from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity
 from stillhouse.logits.dispatch import Path, compress, compress_hidden, path_for
 from stillhouse.logits.draws import token_seeds
 from stillhouse.logits.head import Head
+from stillhouse.logits.record import CODEC_VERSION, Codec
 from stillhouse.logits.shards import compress_shard
 from stillhouse.logits.topk import compress_reference
 

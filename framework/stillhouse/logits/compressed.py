@@ -3,7 +3,7 @@
 Shapes: T tokens, K exact head entries, N draws from the tail, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,8 +63,9 @@ class CompressedLogits:
         return replace(self, tail_ids_TN=self.tail_ids_TN[:, :0])
 
 
-def concatenate(parts: Sequence[CompressedLogits]) -> CompressedLogits:
+def concatenate(parts: Iterable[CompressedLogits]) -> CompressedLogits:
     """One target of all the parts' tokens in order. The parts agree on K, N, vocabulary and temperature; there is at least one."""
+    parts = list(parts)
     return CompressedLogits(
         torch.cat([part.token_ids_TK for part in parts]),
         torch.cat([part.logprobs_TK for part in parts]),
@@ -100,7 +101,7 @@ class Fidelity:
 
 
 def fidelity(exact: CompressedLogits, decoded: CompressedLogits) -> Fidelity:
-    """Compare two targets of the same tokens over their K + 1 buckets (the kept entries and the tail), in float64.
+    """Compare two targets of the same tokens, on one device, over their K + 1 buckets (the kept entries and the tail), in float64.
 
     Of no tokens, nothing is lost: (1, 0, 0). Raises ChunkError naming the first token for which the two keep different ids.
     """
@@ -117,7 +118,7 @@ def fidelity(exact: CompressedLogits, decoded: CompressedLogits) -> Fidelity:
 
 
 def _buckets(c: CompressedLogits) -> tuple[Tensor, Tensor]:
-    """The kept ids, ascending, and the float64 log-probabilities [T, K + 1] of these and of the tail, on the CPU."""
-    ids_TK, order_TK = c.token_ids_TK.cpu().sort(dim=1)
-    logprobs_TK = c.logprobs_TK.cpu().double().gather(1, order_TK)
-    return ids_TK, torch.cat([logprobs_TK, c.tail_logmass_T.cpu().double()[:, None]], dim=1)
+    """The kept ids, ascending, and the float64 log-probabilities [T, K + 1] of these and of the tail."""
+    ids_TK, order_TK = c.token_ids_TK.sort(dim=1)
+    logprobs_TK = c.logprobs_TK.double().gather(1, order_TK)
+    return ids_TK, torch.cat([logprobs_TK, c.tail_logmass_T.double()[:, None]], dim=1)

@@ -18,7 +18,7 @@ import safetensors.numpy
 import xxhash
 
 from stillhouse.errors import ChunkError
-from stillhouse.logits.codec import CODEC_VERSION
+from stillhouse.logits.record import CODEC_VERSION
 from stillhouse.store.recipe import FORMAT_VERSION, Recipe, canonical_json
 
 MAX_HEADER_BYTES = 8192

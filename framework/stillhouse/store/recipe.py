@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from stillhouse.errors import RecipeError
-from stillhouse.logits.codec import CODEC_VERSION, Codec
+from stillhouse.logits.record import CODEC_VERSION, Codec
 
 FORMAT_VERSION = 1
 

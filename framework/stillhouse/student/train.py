@@ -53,6 +53,7 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, board: Board
         stop=job.total_steps,
         prefetch=section.prefetch_batches,
         on_bad_chunk=refuse_bad_chunk if board is None else board.report_bad_chunk,
+        pin_memory=device.type == "cuda",
     )
     try:
         with reader:

@@ -1,19 +1,21 @@
 """A teacher actor: it takes a work item, compresses it and publishes the chunk. It keeps no state that anybody would miss."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any
 
 import ray
 import torch
+from torch import Tensor
 
 from stillhouse.cluster import Placement, Secrets, prepare_process
 from stillhouse.config import TeacherSection
-from stillhouse.logits import CompressedLogits, Fidelity, decode, encode, fidelity
+from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe, StoreUnavailable
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
 
-_FIDELITY_TOKENS = 512  # of each chunk, to measure what compression and codec cost
+_FIDELITY_TOKENS = 64  # of each forward pass, to measure what compression and codec cost
 _STORE_PATIENCE_S = 1800.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 30.0
 
@@ -62,13 +64,32 @@ class _TeacherActor:
 
     def produce(self, item: WorkItem) -> Produced:
         began = monotonic()
-        codec = self._job.recipe.codec
-        targets = self._teacher.compress(item)
-        records = encode(targets, codec)
-        sample = targets.map(lambda tensor: tensor[:_FIDELITY_TOKENS])
-        measured = fidelity(sample, decode(records[:_FIDELITY_TOKENS], codec))  # first: what cannot be read back is not published
-        chunk = Chunk(item.number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records.numpy())
+        records_NB, measured = records_of(self._teacher.compress(item), self._job.recipe.codec)
+        chunk = Chunk(item.number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records_NB.numpy())
         return Produced(publish_when_possible(self._store, chunk, patience_s=_STORE_PATIENCE_S), measured, monotonic() - began)
+
+
+def records_of(parts: Iterable[CompressedLogits], codec: Codec) -> tuple[Tensor, Fidelity]:
+    """The records of a chunk's N targets, uint8 [N, B] in this process's memory, and what they lose, measured on some of every part.
+
+    Targets stay where they were made. Only records leave a GPU, through pinned memory, those of one part while it computes the next; all
+    have arrived when this returns. Raises ChunkError for what cannot be written, or not read back: it must not be published.
+    """
+    arriving, exact, written = [], [], []
+    for targets in parts:
+        records_TB = encode(targets, codec)
+        landing_TB = torch.empty_like(records_TB, device="cpu", pin_memory=records_TB.is_cuda)
+        arriving.append(landing_TB.copy_(records_TB, non_blocking=True))
+        exact.append(targets.map(_sample))
+        written.append(_sample(records_TB))
+    measured = fidelity(concatenate(exact), decode(torch.cat(written), codec))
+    if records_TB.is_cuda:
+        torch.cuda.synchronize(records_TB.device)
+    return torch.cat(arriving), measured
+
+
+def _sample(rows: Tensor) -> Tensor:
+    return rows[:_FIDELITY_TOKENS].clone()  # a view would keep all of them alive
 
 
 def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience_s: float) -> ChunkRef:

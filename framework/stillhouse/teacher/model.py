@@ -3,6 +3,7 @@
 Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -35,8 +36,8 @@ class WorkItem:
 class Teacher(Protocol):
     """Anything that knows the next-token distribution after each masked-in token."""
 
-    def compress(self, item: WorkItem) -> CompressedLogits:
-        """The targets of the item's masked-in positions, in row-major order."""
+    def compress(self, item: WorkItem) -> Iterator[CompressedLogits]:
+        """The targets of the item's masked-in positions, in row-major order: a part for each forward pass, on the teacher's device."""
         ...
 
 
@@ -52,23 +53,23 @@ class HuggingFaceTeacher:
         self._head = replace(head_of(self._model, vocab_size=recipe.vocab_size), float32_logits=section.logits == "exact")
         self._input_device = next(self._model.parameters()).device
 
-    def compress(self, item: WorkItem) -> CompressedLogits:
+    def compress(self, item: WorkItem) -> Iterator[CompressedLogits]:
         return self._compress(item, k=self._recipe.k, tail_draws=self._recipe.num_draws)
 
     def probe(self) -> CompressedLogits:
         """What this replica says to `probe_item`, to be compared with its fellows' answers."""
-        return self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0)
+        parts = self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0)
+        return concatenate(parts).map(torch.Tensor.cpu)
 
     @torch.inference_mode()
-    def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> CompressedLogits:
-        parts = []
+    def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> Iterator[CompressedLogits]:
         seeds_SL = draw_seeds(item, self._recipe)
         for start in range(0, len(item.token_ids_SL), self._section.batch_sequences):
             rows = slice(start, start + self._section.batch_sequences)
             hidden_BLH = final_hidden(self._model, self._tensor(item.token_ids_SL[rows]), self._tensor(item.positions_SL[rows]))
             masked_in = torch.from_numpy(np.flatnonzero(item.loss_mask_SL[rows]))
             hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, masked_in.to(hidden_BLH.device)).to(self._head.weight_VH.device)
-            targets = compress_hidden(
+            yield compress_hidden(
                 hidden_TH,
                 self._head,
                 k=k,
@@ -77,8 +78,6 @@ class HuggingFaceTeacher:
                 seeds_T=seeds_SL[rows].flatten()[masked_in],
                 block_tokens=self._section.block_tokens,
             )
-            parts.append(targets.map(torch.Tensor.cpu))
-        return concatenate(parts)
 
     def _tensor(self, ids: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(ids.astype(np.int64)).to(self._input_device)

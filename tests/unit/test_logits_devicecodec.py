@@ -1,0 +1,205 @@
+"""On a device records are what they are on the processor: the same bytes, ids and refusals, in torch alone, and one wait for the device.
+
+The processor's own are held to the layout by the tests of the codec. Here torch's run on the processor too, called by their name.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stillhouse.errors import ChunkError
+from stillhouse.logits import Codec, CompressedLogits, compress, decode, devicecodec, encode, hostcodec
+
+TENSORS = ("token_ids_TK", "logprobs_TK", "tail_logmass_T", "tail_ids_TN")
+
+
+def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
+    for name in TENSORS:
+        ours, theirs = getattr(found, name), getattr(wanted, name)
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+    for name in ("token_ids_TK", "tail_logmass_T", "tail_ids_TN"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    torch.testing.assert_close(found.logprobs_TK, wanted.logprobs_TK, rtol=4 * torch.finfo(torch.float32).eps, atol=1e-12)
+    assert (found.vocab_size, found.temperature) == (wanted.vocab_size, wanted.temperature)
+
+
+def target_of(codec: Codec, num_tokens: int, *, seed: int, spread: float = 5.0, rounded: bool = False, ruled_out: float = 0.0):
+    """Distinct ids from anywhere with log-probabilities below their best, in no order; a part of them impossible. Draws with repeats."""
+    random = np.random.default_rng(seed)
+    ids = [random.choice(codec.vocab_size, codec.k, replace=False) for _ in range(num_tokens)]
+    drops = np.abs(random.normal(0, spread, (num_tokens, codec.k)))
+    drops = drops.round() if rounded else drops
+    drops[random.random(drops.shape) < ruled_out] = math.inf
+    drops[:, :1] = 0.0
+    tail = np.full(num_tokens, -math.inf) if codec.k == codec.vocab_size else -random.exponential(4.0, num_tokens)
+    return CompressedLogits(
+        torch.from_numpy(np.array(ids, np.int32).reshape(num_tokens, codec.k)),
+        torch.from_numpy((-0.3 - drops).astype(np.float32)),
+        torch.from_numpy(tail.astype(np.float32)),
+        torch.from_numpy(np.sort(random.integers(codec.vocab_size, size=(num_tokens, codec.num_draws), dtype=np.int32))),
+        vocab_size=codec.vocab_size,
+        temperature=codec.temperature,
+    )
+
+
+@st.composite
+def codecs(draw: st.DrawFn) -> Codec:
+    powers_of_two = st.integers(0, 18).map(lambda power: 2**power)
+    vocab_size = draw(st.one_of(st.integers(1, 40), powers_of_two, st.sampled_from([50_257, 151_936, 262_143, 262_145])))
+    k = draw(st.one_of(st.integers(0, min(vocab_size, 130)), st.just(min(vocab_size, 130))))
+    return Codec(
+        vocab_size,
+        k,
+        num_draws=draw(st.integers(0 if k else 1, 60)),
+        value_bits=draw(st.sampled_from([6, 8])),
+        temperature=draw(st.sampled_from([1.0, 2.5])),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, least_tokens: int = 0) -> tuple[CompressedLogits, Codec]:
+    codec = draw(codecs())
+    c = target_of(
+        codec,
+        draw(st.integers(least_tokens, 5)),
+        seed=draw(st.integers(0, 10**6)),
+        spread=draw(st.sampled_from([0.0, 0.01, 1.0, 5.0, 30.0])),
+        rounded=draw(st.booleans()),
+        ruled_out=draw(st.sampled_from([0.0, 0.5, 1.0])),
+    )
+    return c, codec
+
+
+@given(case=cases())
+@example(case=(target_of(Codec(1, 1, num_draws=1), 2, seed=0), Codec(1, 1, num_draws=1)))
+@example(case=(target_of(Codec(262_144, 0, num_draws=50), 3, seed=0), Codec(262_144, 0, num_draws=50)))
+@example(case=(target_of(Codec(262_144, 64, value_bits=6), 3, seed=0), Codec(262_144, 64, value_bits=6)))
+@settings(max_examples=300, deadline=None)
+def test_records_and_what_they_hold_are_the_processors(case: tuple[CompressedLogits, Codec]) -> None:
+    c, codec = case
+    records = devicecodec.encode(c, codec)
+    assert (records.dtype, records.shape) == (torch.uint8, (c.num_tokens, codec.bytes_per_token))
+    assert torch.equal(records, hostcodec.encode(c, codec))
+    assert_same(devicecodec.decode(records, codec), hostcodec.decode(records, codec))
+
+
+@pytest.mark.parametrize(("k", "num_draws"), [(0, 50), (1, 0), (12, 12), (64, 0), (300, 0)])
+def test_targets_straight_from_logits_have_the_processors_records(k: int, num_draws: int) -> None:
+    logits = 3 * torch.randn(200, 300, generator=torch.Generator().manual_seed(k))
+    codec = Codec(300, k, num_draws=num_draws, temperature=1.5)
+    c = compress(logits, k=k, tail_draws=num_draws, temperature=1.5, seeds_T=torch.arange(200))
+    records = devicecodec.encode(c, codec)
+    assert torch.equal(records, hostcodec.encode(c, codec))
+    assert_same(devicecodec.decode(records, codec), hostcodec.decode(records, codec))
+
+
+def outcome(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except ChunkError as error:
+        return str(error)
+
+
+DAMAGES = st.lists(st.tuples(st.integers(0, 10**6), st.one_of(st.integers(0, 3), st.integers(0, 10**6)), st.integers(1, 255)), min_size=1)
+
+
+@given(case=cases(least_tokens=1), damages=DAMAGES)
+@settings(max_examples=400, deadline=None)
+def test_damaged_records_are_refused_by_the_same_row_for_the_same_reason(
+    case: tuple[CompressedLogits, Codec], damages: list[tuple[int, int, int]]
+) -> None:
+    c, codec = case
+    records = hostcodec.encode(c, codec)
+    for row, place, flip in damages:
+        records[row % len(records), place % codec.bytes_per_token] ^= flip
+    found, wanted = (outcome(lambda library=library: library.decode(records, codec)) for library in (devicecodec, hostcodec))
+    if isinstance(wanted, str):
+        assert found == wanted
+    else:
+        assert_same(found, wanted)
+
+
+NONSENSE = {
+    "token_ids_TK": [-1, 0, 1, 262_146, 2**31 - 1, -(2**31)],
+    "logprobs_TK": [math.nan, math.inf, -math.inf, 0.0, 3e38],
+    "tail_logmass_T": [math.nan, math.inf, -math.inf, 0.0, 5e-4, 0.5, -1e-9, -1e6],
+    "tail_ids_TN": [-1, 0, 262_146, 2**31 - 1],
+}
+MISTAKES = st.lists(
+    st.sampled_from([(name, value) for name, values in NONSENSE.items() for value in values]).flatmap(
+        lambda mistake: st.tuples(st.just(mistake), st.integers(0, 10**6))
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(case=cases(least_tokens=1), mistakes=MISTAKES)
+@settings(max_examples=400, deadline=None)
+def test_targets_that_cannot_be_written_are_refused_by_the_same_row_for_the_same_reason(
+    case: tuple[CompressedLogits, Codec], mistakes: list[tuple[tuple[str, float], int]]
+) -> None:
+    c, codec = case
+    for (name, value), place in mistakes:
+        values = getattr(c, name).view(-1)
+        if len(values):
+            values[place % len(values)] = value
+    found, wanted = (outcome(lambda library=library: library.encode(c, codec)) for library in (devicecodec, hostcodec))
+    assert found == wanted if isinstance(wanted, str) else torch.equal(found, wanted)
+
+
+SEVERAL_BLOCKS = Codec(4096, 2048, num_draws=64), 1100
+
+
+def test_rows_of_several_blocks_are_the_processors_and_a_bad_one_is_named_among_them_all() -> None:
+    codec, num_tokens = SEVERAL_BLOCKS
+    assert num_tokens * (codec.k + codec.num_draws) > devicecodec._BLOCK_ENTRIES
+    records = torch.cat([hostcodec.encode(target_of(codec, 50, seed=seed), codec) for seed in range(num_tokens // 50)])
+    target = devicecodec.decode(records, codec)
+    assert_same(target, hostcodec.decode(records, codec))
+    assert torch.equal(devicecodec.encode(target, codec), records)
+    records[num_tokens - 7, :2] = 255
+    records[num_tokens - 3, 4] ^= 1
+    with pytest.raises(ChunkError, match=f"row {num_tokens - 7} has a range outside"):
+        devicecodec.decode(records, codec)
+
+
+class Answers(TorchDispatchMode):
+    """Counts what makes the processor wait for the device: numbers that it asks for, shapes that depend on them, and copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_waits = 0
+
+    def __torch_dispatch__(self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique"}
+        moves = "device" in (kwargs or {}) and operation.overloadpacket.__name__ == "_to_copy"
+        self.num_waits += moves or operation.overloadpacket.__name__ in waits
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("codec", "num_tokens"), [(Codec(500, 8, num_draws=3, value_bits=6), 64), SEVERAL_BLOCKS])
+def test_the_device_is_waited_for_once(codec: Codec, num_tokens: int) -> None:
+    c = target_of(codec, num_tokens, seed=0)
+    with Answers() as encoding:
+        records = devicecodec.encode(c, codec)
+    with Answers() as decoding:
+        devicecodec.decode(records, codec)
+    assert (encoding.num_waits, decoding.num_waits) == (1, 1)
+
+
+def test_what_is_not_on_the_processor_is_coded_where_it_lies() -> None:
+    """A device without numbers shows it: all is computed there, up to the question of what to refuse."""
+    codec = Codec(500, 8, num_draws=3)
+    c = target_of(codec, 4, seed=0).map(lambda tensor: tensor.to("meta"))
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        encode(c, codec)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        decode(torch.empty((4, codec.bytes_per_token), dtype=torch.uint8, device="meta"), codec)
