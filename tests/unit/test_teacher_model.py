@@ -17,7 +17,7 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ModelError, TeacherError
-from stillhouse.logits import CompressedLogits, compress, concatenate
+from stillhouse.logits import CompressedLogits, compress, concatenate, path_for
 from stillhouse.store import Recipe
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem, draw_seeds, probe_item, require_same_teacher
 
@@ -200,3 +200,7 @@ def test_a_replica_that_answers_with_not_a_number_is_refused(section: TeacherSec
     for one, other in ((first, broken), (broken, first)):
         with pytest.raises(TeacherError, match="teacher replica 2 disagrees"):
             require_same_teacher(one, other, replica=2)
+
+
+def test_a_teacher_names_the_path_of_its_logits(section: TeacherSection):
+    assert HuggingFaceTeacher(section, RECIPE, device="cpu").path() == path_for(torch.zeros(1, RECIPE.vocab_size), k=RECIPE.k)

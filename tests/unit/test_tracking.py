@@ -61,7 +61,7 @@ TRAIN = TrainRow("student", 1, 2.5, 2.0, None, 0.7, 1e-4, 500, 2.0, 0.5, 250.0, 
 POOL = PoolRow(published=2, needed=8, in_flight=3, window_chunks=4, tokens_per_s=1234.5, window_wait_s=0.5, failures=0, time=1011.0)
 ROWS = [
     START,
-    TeacherRow(0, 12.5, "cuda:0", time=1001.0),
+    TeacherRow(0, 12.5, "cuda:0", "triton: its kernels passed", time=1001.0),
     ChunkRow(3, 250, 44_000, 1.5, 0, 0.97, 3e-6, 4e-4, False, time=1002.0),
     POOL,
     TRAIN,

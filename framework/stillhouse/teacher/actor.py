@@ -36,6 +36,7 @@ class Ready:
 
     probe: CompressedLogits
     device: str
+    topk: str  # the path that its logits take to targets, and why
     seconds: float
 
 
@@ -60,7 +61,8 @@ class _TeacherActor:
         self._store = ChunkStore(self._job.store_url, self._job.recipe)
         probe = self._teacher.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
-        return Ready(probe, name, monotonic() - began)
+        path = self._teacher.path()
+        return Ready(probe, name, f"{path.name}: {path.why}", monotonic() - began)
 
     def produce(self, item: WorkItem) -> Produced:
         began = monotonic()

@@ -12,7 +12,7 @@ import torch
 
 from stillhouse.config import TeacherSection
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, compress_hidden, concatenate, token_seeds
+from stillhouse.logits import CompressedLogits, Path, compress_hidden, concatenate, path_for, token_seeds
 from stillhouse.models import check_head, check_packing, final_hidden, head_of, load_model
 from stillhouse.store import Recipe
 
@@ -60,6 +60,11 @@ class HuggingFaceTeacher:
         """What this replica says to `probe_item`, to be compared with its fellows' answers."""
         parts = self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0)
         return concatenate(parts).map(torch.Tensor.cpu)
+
+    def path(self) -> Path:
+        """The way that its logits take to targets."""
+        recipe, logits_1V = self._recipe, self._head.logits(self._head.weight_VH[:1])
+        return path_for(logits_1V, k=recipe.k, tail_draws=recipe.num_draws, temperature=recipe.temperature)
 
     @torch.inference_mode()
     def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> Iterator[CompressedLogits]:

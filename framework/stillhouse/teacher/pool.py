@@ -137,7 +137,7 @@ class TeacherPool:
             require_same_teacher(self._probe, answer.probe, replica=call.replica.number)
             call.replica.ready = True
             self._num_lost_starting = 0
-            self._journal.record(TeacherRow(call.replica.number, answer.seconds, answer.device))
+            self._journal.record(TeacherRow(call.replica.number, answer.seconds, answer.device, answer.topk))
             return
         call.replica.num_items -= 1
         self._table.publish(answer.ref.number)

@@ -51,6 +51,7 @@ class TeacherRow(Row):
     replica: int
     seconds_to_ready: float
     device: str
+    topk: str  # the path that its logits take to targets, and why
 
 
 @dataclass(frozen=True, slots=True)
