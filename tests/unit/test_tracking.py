@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -245,16 +246,29 @@ def test_no_secret_reaches_the_journal(tmp_path):
 
 
 def _wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
-    """A .wandb file: 7 bytes of header, then LevelDB's log framing in blocks of 32 KiB, crc32 over type and data."""
-    data, at, whole, records = path.read_bytes(), 7, b"", []
+    """All of a finished run's. W&B's service writes the last of them after `finish` has returned."""
+    deadline = time.monotonic() + 30
+    while (records := _records_so_far(path.read_bytes()))[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, "the file has no end"
+        time.sleep(0.02)
+    return records
+
+
+def _records_so_far(data: bytes) -> list[wandb_internal_pb2.Record]:
+    """Of a .wandb file: 7 bytes of header, then LevelDB's log framing in blocks of 32 KiB, crc32 over type and data."""
+    at, whole, records = 7, b"", []
     assert data[:4] == b":W&B"
     while at < len(data):
         left = 32_768 - at % 32_768
         if left < 7:
             at += left
             continue
+        if len(data) - at < 7:
+            break
         crc, length, part = struct.unpack_from("<IHB", data, at)
         body = data[at + 7 : at + 7 + length]
+        if len(body) < length:
+            break
         assert crc == zlib.crc32(bytes([part]) + body)
         at += 7 + length
         whole = body if part in (1, 2) else whole + body
