@@ -7,6 +7,7 @@ copied.
 Shapes: T tokens, C tokens of one block, K kept entries, X ids that a loss names beside the kept ones, V vocabulary, H hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
@@ -39,11 +40,12 @@ def head_loss(
     labels_T: Tensor | None,
     objective: Objective,
     block_tokens: int | None,
+    make_passes: Callable[..., Passes] = passes_for,
 ) -> Sums:
     """The objective's sums over T; `total` is differentiable in the hidden states and in the head's weight and bias, once.
 
     `target` None leaves the divergence out, `labels_T` None the cross-entropy. Gradients that nobody needs are not computed. `block_tokens`
-    None is chosen for the device.
+    None is chosen for the device, as the passes are that `make_passes` makes.
 
     The products with the weight run in its dtype; all else is in float32, or in float64 where the weight is, the sum of the weight's
     gradient over blocks included. Extra memory: [block_tokens, V] logits in the weight's dtype, and the gradients; on the CPU, and
@@ -54,7 +56,8 @@ def head_loss(
     """
     assert target is None or target.num_tokens == hidden_TH.shape[0], "one target for each hidden state"
     assert labels_T is None or labels_T.shape == hidden_TH.shape[:1], "one label for each hidden state"
-    work = _Work(head, target, labels_T, objective, block_tokens or block_tokens_for(hidden_TH.device, head.vocab_size))
+    block_tokens = block_tokens or block_tokens_for(hidden_TH.device, head.vocab_size)
+    work = _Work(head, target, labels_T, objective, block_tokens, make_passes)
     return Sums(*_HeadLoss.apply(hidden_TH, head.weight_VH, head.bias_V, work, torch.is_grad_enabled()))
 
 
@@ -65,6 +68,7 @@ class _Work:
     labels_T: Tensor | None
     objective: Objective
     block_tokens: int
+    make_passes: Callable[..., Passes]
 
     def rows(self, hidden_TH: Tensor, block: slice) -> tuple[Tensor, CompressedLogits | None, Tensor | None]:
         """A block's hidden states in the weight's dtype, its target and its labels."""
@@ -127,7 +131,7 @@ def _run_blocks(hidden_TH: Tensor, work: _Work, *, gradients: _Gradients, dtype:
     head, objective = work.head, work.objective
     num_blocks = max(1, -(-hidden_TH.shape[0] // work.block_tokens))
     block_tokens = -(-hidden_TH.shape[0] // num_blocks)  # all alike: a last block of one token would cost a pass over the weight's gradient
-    passes = passes_for(head, block_tokens, temperature=work.temperature, text=work.reads_text)
+    passes = work.make_passes(head, block_tokens, temperature=work.temperature, text=work.reads_text)
     sums_3 = torch.zeros(3, dtype=dtype, device=hidden_TH.device)
     for start in range(0, hidden_TH.shape[0], max(1, block_tokens)):
         block = slice(start, start + block_tokens)
