@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -52,6 +52,14 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="'SECTION.
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run lives. Default: runs/ and the last config's name.")]
 ExistingRun = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run.")]
 StoreUrl = Annotated[str, typer.Argument(metavar="URL", help="A directory, or s3://, gs:// or az:// with bucket and prefix.")]
+
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="In the batch.")]
+VocabSize = Annotated[int, typer.Option("--vocab", min=2)]
+HiddenSize = Annotated[int, typer.Option("--hidden", min=1)]
+Kept = Annotated[int, typer.Option("--k", min=1, help="Exact entries of a target.")]
+TorchDtype = Annotated[Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of hidden states and weight.")]
+TorchDevice = Annotated[Literal["cpu", "cuda"], typer.Option("--device")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Times that each way is measured, on fresh data.")]
 
 
 @app.callback()
@@ -225,6 +233,45 @@ def bench_codec(
     from stillhouse.bench.codec import bench_codec
 
     bench_codec(command=_typed(), out=out)
+
+
+@bench_app.command(name="loss")
+def bench_loss(
+    num_tokens: Tokens = 1024,
+    vocab_size: VocabSize = 32_000,
+    hidden_size: HiddenSize = 256,
+    k: Kept = 64,
+    dtype: TorchDtype = "float32",
+    device: TorchDevice = "cpu",
+    repeats: Repeats = 5,
+    with_compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Also autograd through torch.compile.")] = True,
+    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")] = None,
+) -> None:
+    """The student's head and loss against autograd on all the logits, and each divergence; one thread, or one GPU."""
+    _quieten()
+    from stillhouse.bench.loss import Setting, bench_loss
+
+    setting = Setting(num_tokens, vocab_size, hidden_size, k, dtype, device)
+    bench_loss(setting, repeats=repeats, with_compile=with_compile, command=_typed(), out=out)
+
+
+@bench_app.command(name="head")
+def bench_head(
+    num_tokens: Tokens = 1024,
+    vocab_size: VocabSize = 32_000,
+    hidden_size: HiddenSize = 256,
+    k: Kept = 64,
+    dtype: TorchDtype = "float32",
+    device: TorchDevice = "cpu",
+    repeats: Repeats = 5,
+    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")] = None,
+) -> None:
+    """A teacher's head, from hidden states to packed records, against the bare matrix product and eager torch; one thread, or one GPU."""
+    _quieten()
+    from stillhouse.bench.head import bench_head
+    from stillhouse.bench.loss import Setting
+
+    bench_head(Setting(num_tokens, vocab_size, hidden_size, k, dtype, device), repeats=repeats, command=_typed(), out=out)
 
 
 @bench_app.command(name="targets")
