@@ -53,9 +53,14 @@ RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run li
 ExistingRun = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run.")]
 StoreUrl = Annotated[str, typer.Argument(metavar="URL", help="A directory, or s3://, gs:// or az:// with bucket and prefix.")]
 
-Device = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to measure; on the CPU, one thread.")]
-VocabSize = Annotated[int, typer.Option("--vocab", min=2, help="Ids of the vocabulary.")]
-DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the logits.")]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="In the batch.")]
+VocabSize = Annotated[int, typer.Option("--vocab", min=2)]
+HiddenSize = Annotated[int, typer.Option("--hidden", min=1)]
+Kept = Annotated[int, typer.Option("--k", min=1, help="Exact entries of a target.")]
+TorchDtype = Annotated[Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the logits, or of hidden states and weight.")]
+TorchDevice = Annotated[Literal["cpu", "cuda"], typer.Option("--device")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Times that each way is measured, on fresh data.")]
+WithCompile = Annotated[bool, typer.Option("--compile/--no-compile", help="Also what torch.compile makes of torch's ways.")]
 Out = Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")]
 
 
@@ -234,20 +239,60 @@ def bench_codec(
 
 @bench_app.command(name="topk")
 def bench_topk(
-    device: Device = "cpu",
+    num_tokens: Tokens = 64,
     vocab_size: VocabSize = 151_936,
-    k: Annotated[int, typer.Option("--k", min=0, help="Entries to keep.")] = 64,
-    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Rows of logits.")] = 64,
-    dtype: DtypeName = "float32",
+    k: Kept = 64,
+    dtype: TorchDtype = "float32",
+    device: TorchDevice = "cpu",
+    repeats: Repeats = 7,
+    with_compile: WithCompile = True,
     out: Out = None,
 ) -> None:
-    """From logits to their greatest and their log-sum-exp: every path of ours beside torch, eager and compiled."""
+    """From logits to their greatest and their log-sum-exp: every path of ours beside torch, eager and compiled; one thread, or one GPU."""
     _quieten()
-    import torch
+    from stillhouse.bench.topk import Setting, bench_topk
 
-    from stillhouse.bench.topk import bench_topk
+    setting = Setting(num_tokens, vocab_size, k, dtype, device)
+    bench_topk(setting, repeats=repeats, with_compile=with_compile, command=_typed(), out=out)
 
-    bench_topk(device=device, vocab_size=vocab_size, k=k, num_tokens=num_tokens, dtype=getattr(torch, dtype), command=_typed(), out=out)
+
+@bench_app.command(name="loss")
+def bench_loss(
+    num_tokens: Tokens = 1024,
+    vocab_size: VocabSize = 32_000,
+    hidden_size: HiddenSize = 256,
+    k: Kept = 64,
+    dtype: TorchDtype = "float32",
+    device: TorchDevice = "cpu",
+    repeats: Repeats = 5,
+    with_compile: WithCompile = True,
+    out: Out = None,
+) -> None:
+    """The student's head and loss against autograd on all the logits, and each divergence; one thread, or one GPU."""
+    _quieten()
+    from stillhouse.bench.loss import Setting, bench_loss
+
+    setting = Setting(num_tokens, vocab_size, hidden_size, k, dtype, device)
+    bench_loss(setting, repeats=repeats, with_compile=with_compile, command=_typed(), out=out)
+
+
+@bench_app.command(name="head")
+def bench_head(
+    num_tokens: Tokens = 1024,
+    vocab_size: VocabSize = 32_000,
+    hidden_size: HiddenSize = 256,
+    k: Kept = 64,
+    dtype: TorchDtype = "float32",
+    device: TorchDevice = "cpu",
+    repeats: Repeats = 5,
+    out: Out = None,
+) -> None:
+    """A teacher's head, from hidden states to packed records, against the bare matrix product and eager torch; one thread, or one GPU."""
+    _quieten()
+    from stillhouse.bench.head import bench_head
+    from stillhouse.bench.loss import Setting
+
+    bench_head(Setting(num_tokens, vocab_size, hidden_size, k, dtype, device), repeats=repeats, command=_typed(), out=out)
 
 
 @bench_app.command(name="targets")

@@ -32,7 +32,6 @@ class ModelSection(Section):
     num_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each process; below one core, processes share it")
     num_gpus: Annotated[float, Field(ge=0.0)] | None = Field(None, description="GPUs for each process; None: 1 on cuda, 0 on cpu")
     resources: dict[str, PositiveFloat] = Field({}, description="custom Ray resources for each process, such as {spot = 1}")
-    block_tokens: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
 
 
 class CorpusSection(Section):
@@ -67,6 +66,7 @@ class TeacherSection(ModelSection):
     min_replicas: PositiveInt = Field(1, description="actors that must be up before the run begins")
     max_replicas: PositiveInt = Field(1, description="actors to ask Ray for")
     batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass")
+    block_tokens: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
     logits: Literal["exact", "fast"] = Field(
         "exact",
         description="float32, or in the teacher's own dtype: faster at the head alone, and rounding bfloat16 loses more than the codec",
@@ -115,6 +115,7 @@ class StudentSection(ModelSection):
     activation_checkpointing: bool = False
     global_batch_sequences: PositiveInt = Field(64, description="sequences in one optimiser step, over all ranks")
     micro_batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass of one rank")
+    block_tokens: PositiveInt | None = Field(None, description="tokens whose logits exist at one time; None: chosen for the device")
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps, wherever in the epochs that is")
     learning_rate: PositiveFloat = 1e-4
@@ -127,6 +128,9 @@ class StudentSection(ModelSection):
     divergence_weight: Fraction = Field(1.0, description="0 trains on the text alone")
     mix: Fraction = Field(0.5, description="beta of jsd, alpha of the skewed divergences; unused by the others")
     ce_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="weight of the cross-entropy to the text's next token")
+    z_loss_weight: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="weight of the squared log-sum-exp of the logits, which keeps them from drifting; PaLM took 1e-4"
+    )
     seed: int = 0
     shuffle_window_chunks: PositiveInt = Field(4, description="neighbouring chunks among which sequences are mixed")
     checkpoint_every_steps: PositiveInt = 200

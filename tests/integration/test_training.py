@@ -119,6 +119,17 @@ def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(tiny_world: Ti
     assert relative_gap(rank_groups[2].call(train_and_tell, with_student(job, zero_stage=3, micro_batch_sequences=3))[0], alone) <= 1e-6
 
 
+def test_the_z_loss_is_part_of_the_loss_and_has_a_figure_of_its_own(
+    job: TrainJob, reference: list[TrainRow], rank_groups: Ranks, tmp_path: Path
+) -> None:
+    short = replace(with_student(job, z_loss_weight=0.01, ce_weight=0.25), run_dir=tmp_path, total_steps=3)
+    rows = rank_groups[2].call(train_and_tell, short)[0]
+    for row in rows:
+        assert row.loss == pytest.approx(row.divergence + 0.25 * row.cross_entropy + 0.01 * row.z_loss, rel=1e-6)
+    assert rows[0].z_loss > 1.0  # the square of about log V at first
+    assert {row.z_loss for row in reference} == {None}
+
+
 def test_bfloat16_trains_within_its_rounding(job: TrainJob, reference: list[TrainRow], rank_groups: Ranks) -> None:
     rows = rank_groups[2].call(train_and_tell, with_student(job, zero_stage=2, dtype="bfloat16"))[0]
     assert relative_gap(rows, reference) <= 0.02

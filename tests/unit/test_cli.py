@@ -25,7 +25,7 @@ import stillhouse
 from stillhouse.cli import app
 
 for verb in ("", "init", "demo", "check", "run", "produce", "train", "eval", "report", "export", "store",
-             "store ls", "store stat", "store verify", "store sweep", "bench", "bench pipeline"):
+             "store ls", "store stat", "store verify", "store sweep", "bench", "bench pipeline", "bench loss", "bench head"):
     try:
         app([*verb.split(), "--help"])
     except SystemExit as end:

@@ -4,12 +4,14 @@ The interpreter is slow, its sorts slower still: so shapes are small here.
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.compiling import Kernel, machine_code_sizes
 from stillhouse.logits import compress_reference, kernels, token_seeds
 from stillhouse.logits.draws import draw_in_blocks
 from stillhouse.logits.rawtopk import normalise
@@ -107,3 +109,15 @@ def test_a_block_is_about_as_wide_as_the_square_root_of_ids_an_entry(vocab_size:
 
 def test_a_small_vocabulary_is_no_work_for_blocks() -> None:
     assert kernels.too_small(300, 20) == "300 logits are too few blocks to filter for 20"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path, dtype: str) -> None:
+    """At the shapes of K = 64 over 151,936 ids."""
+    floats = dict.fromkeys(("maxima", "sums", "rest_sums", "tops", "values_out"), "*fp32")
+    wholes = dict.fromkeys(("found", "least", "counts", "ids_out"), "*i32") | {"keys": "*i64"}
+    types = floats | wholes | {"logits": f"*{dtype}", "inverse": "fp32"} | dict.fromkeys(("row_stride", "vocab_size", "num_blocks"), "i32")
+    width, chunk = kernels.block_width(151_936, 64), {"K": 64, "C": 256, "B": 64, "CHUNK": 32}
+    constants = {"_read": {"B": width, "TILE": 64}, "_pick": {"K": 64, "M": 4096}, "_gather": chunk, "_rank": chunk}
+    wanted = [Kernel("stillhouse.logits.kernels", name, types, constants[name]) for name in constants]
+    assert all(size > 0 for size in machine_code_sizes(wanted, cache=tmp_path))

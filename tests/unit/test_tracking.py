@@ -128,6 +128,14 @@ def test_a_torn_last_line_is_not_read_and_the_next_row_takes_its_place(tmp_path,
     assert read_journal(journal.path) == [START, TRAIN]
 
 
+def test_a_figure_that_a_row_may_lack_may_be_missing_from_its_line(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).record(replace(TRAIN, z_loss=7.0))
+    assert read_journal(path) == [replace(TRAIN, z_loss=7.0)]
+    path.write_text(path.read_text().replace(', "z_loss": 7.0', ""))
+    assert read_journal(path) == [TRAIN]
+
+
 @pytest.mark.parametrize("broken", ["{", "[]", "7", '{"kind": "song"}', '{"kind": "pool", "published": 3}', "\x00\x00"])
 def test_a_broken_line_elsewhere_is_refused_with_its_number(tmp_path, broken):
     journal = Journal(tmp_path / "journal.jsonl")

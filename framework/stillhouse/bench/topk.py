@@ -1,87 +1,152 @@
-"""`stillhouse bench topk`: from logits to (ids, log-probabilities, log-sum-exp), every path of ours beside what one would write without it.
+"""`stillhouse bench topk`: from logits to (ids, log-probabilities, log-sum-exp), every path of ours beside what one writes without it.
 
-Logits are normal, scaled by 4: some tens of ids above the rest, as language models have them. Fresh ones in every round.
+Logits are normal, scaled by 4: some tens of ids above the rest, as language models have them.
 
 Shapes: T tokens, V vocabulary, K kept entries.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from stillhouse.bench.contest import Way, contest, contest_table
+from stillhouse.bench.cost import Timings, Work, extra_bytes, shown, time_in_turn
 from stillhouse.bench.provenance import Provenance
+from stillhouse.errors import ConfigError
 from stillhouse.logits import blockmax, compress, native, path_for, token_seeds
 from stillhouse.logits.rawtopk import RawTopK, normalise
 
-EAGER = "torch: topk and logsumexp"
-_NUM_ROUNDS = 7
+EAGER = "torch: topk, logsumexp"
 _SCALE = 4.0
 _NUM_DRAWS = 12
 
 
-def bench_topk(*, device: str, vocab_size: int, k: int, num_tokens: int, dtype: torch.dtype, command: str, out: Path | None) -> None:
-    """Measure, print the table, and write all that was measured to `out`. On the CPU, one thread."""
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How many logits, of which kind and where, and how many of them are kept."""
+
+    num_tokens: int
+    vocab_size: int
+    k: int
+    dtype: str
+    device: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.num_tokens:,} x {self.vocab_size:,} logits, k = {self.k}, {self.dtype}, {self.device}"
+
+    def check(self) -> None:
+        """Raises ConfigError where this cannot be measured here."""
+        if self.k >= self.vocab_size:
+            raise ConfigError(f"--k is {self.k}, but --vocab is {self.vocab_size}; keep fewer entries than there are")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device is cuda, but torch finds no such device; choose cpu, or run where nvidia-smi shows a GPU")
+
+    def logits(self, seed: int) -> Tensor:
+        """Fresh for each seed."""
+        random = torch.Generator(self.device).manual_seed(seed)
+        logits_TV = _SCALE * torch.randn(self.num_tokens, self.vocab_size, generator=random, device=self.device)
+        return logits_TV.to(getattr(torch, self.dtype))
+
+
+def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: str, out: Path | None) -> None:
+    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where the setting cannot be measured."""
+    setting.check()
     torch.set_num_threads(1)
-    provenance = Provenance.of(command)
-    where = torch.device(device)
-
-    def fresh(number: int) -> Tensor:
-        random = torch.Generator(where).manual_seed(number + 1)
-        return (_SCALE * torch.randn(num_tokens, vocab_size, generator=random, device=where)).to(dtype)
-
-    path = path_for(fresh(0)[:1], k=k)
-    found = contest(_ways(where, vocab_size=vocab_size, k=k, num_tokens=num_tokens), fresh, device=where, num_rounds=_NUM_ROUNDS)
+    provenance, device = Provenance.of(command), torch.device(setting.device)
+    path = path_for(setting.logits(0)[:1], k=setting.k)
+    timings = time_in_turn(partial(_works, setting, with_compile=with_compile), repeats=repeats, device=device)
+    memory = extra_bytes(work_of, setting, list(timings.seconds), device=device)
     if out is not None:
-        shape = {"device": device, "vocab_size": vocab_size, "k": k, "num_tokens": num_tokens, "dtype": str(dtype)}
-        values = {"benchmark": "topk", "provenance": asdict(provenance), "shape": shape, "path": asdict(path)}
+        values = {
+            "benchmark": "topk",
+            "provenance": asdict(provenance),
+            "setting": asdict(setting),
+            "path": asdict(path),
+            "seconds": {way: asdict(timings.of(way)) for way in timings.seconds},
+            "times_eager": {way: asdict(timings.ratio(EAGER, way)) for way in timings.seconds},
+            "extra_bytes": memory,
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(values | {"ways": [asdict(one) for one in found]}, indent=2) + "\n")
-    console = Console(highlight=False)
-    title = f"{num_tokens} x {vocab_size:,} logits, {str(dtype).removeprefix('torch.')}, k = {k}, {device}"
-    console.print(contest_table(title, found, num_tokens=num_tokens, baseline=EAGER))
-    console.print(f"compress takes the path '{path.name}': {path.why}")
+        out.write_text(json.dumps(values, indent=2) + "\n")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table(setting, timings, memory))
+    console.print(f"compress takes the path {path.name}: {path.why}. Load average at the start: {provenance.load_average}.")
 
 
-def _ways(device: torch.device, *, vocab_size: int, k: int, num_tokens: int) -> list[Way[Tensor]]:
-    compiled = torch.compile(torch.logsumexp)
-    seeds_T = token_seeds(0, torch.zeros(num_tokens), torch.arange(num_tokens))
-    compiled_pass = torch.compile(_pass)
-    ways: list[Way[Tensor]] = [
-        Way(EAGER, lambda logits_TV: (logits_TV.topk(k, dim=1), logits_TV.float().logsumexp(dim=1))),
-        Way("torch: topk and compiled logsumexp", lambda logits_TV: (logits_TV.topk(k, dim=1), compiled(logits_TV.float(), dim=1))),
-        Way("compress", lambda logits_TV: compress(logits_TV, k=k)),
-        Way(f"compress, with {_NUM_DRAWS} draws", lambda logits_TV: compress(logits_TV, k=k, tail_draws=_NUM_DRAWS, seeds_T=seeds_T)),
-        Way("our filter in torch", _normalised(lambda logits_TV: blockmax.split(logits_TV, k=k, temperature=1.0), vocab_size)),
-    ]
-    ways.append(Way("the filter's pass alone, by torch.compile", compiled_pass))
+def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
+    """Medians (least to most)."""
+    found = Table(title=f"From logits to the greatest and their log-sum-exp\n{setting.title}", box=box.SIMPLE)
+    for heading in ("", "µs a token", "times eager\ntorch's speed", "extra MB"):
+        found.add_column(heading, justify="right" if heading else "left")
+    for way in timings.seconds:
+        times, speed = shown(timings.of(way), ".1f", unit=1e-6 * setting.num_tokens), shown(timings.ratio(EAGER, way), ".2f")
+        found.add_row(way, times, speed, f"{memory[way] / 1e6:,.0f}")
+    return found
+
+
+def work_of(setting: Setting, way: str) -> Work:
+    """One way on logits of its own; it can travel to another process."""
+    return _works(setting, 0, with_compile=True)[way]
+
+
+def _works(setting: Setting, repeat: int, *, with_compile: bool) -> dict[str, Work]:
+    logits_TV, k = setting.logits(repeat), setting.k
+
+    def in_raw(split: Callable[[Tensor], RawTopK]) -> Sequence[Tensor]:
+        target, lse_T = normalise(split(logits_TV), vocab_size=setting.vocab_size, temperature=1.0)
+        return [target.token_ids_TK, target.logprobs_TK, lse_T]
+
+    works: dict[str, Work] = {
+        EAGER: lambda: [*logits_TV.topk(k, dim=1), logits_TV.float().logsumexp(dim=1)],
+        "stillhouse": lambda: _tensors(logits_TV, k=k, num_draws=0),
+        f"stillhouse, and {_NUM_DRAWS} draws": lambda: _tensors(logits_TV, k=k, num_draws=_NUM_DRAWS),
+        "the filter in torch": lambda: in_raw(partial(blockmax.split, k=k, temperature=1.0)),
+    }
+    if with_compile:
+        works["torch: topk, compiled logsumexp"] = lambda: [*logits_TV.topk(k, dim=1), _compiled_logsumexp()(logits_TV.float(), dim=1)]
+        works["torch.compile: the filter's pass alone"] = lambda: _compiled_pass()(logits_TV)
     split_rows = native.compiled().split_rows
-    if device.type == "cpu" and split_rows is not None:
-        in_c = _normalised(lambda logits_TV: native.split(split_rows, logits_TV, k=k, temperature=1.0), vocab_size)
-        ways.append(Way("our filter in C", in_c))
-    if device.type == "cuda" and find_spec("triton"):
+    if setting.device == "cpu" and split_rows is not None:
+        works["the filter in C"] = lambda: in_raw(partial(native.split, split_rows, k=k, temperature=1.0))
+    if setting.device == "cuda" and find_spec("triton"):
         from stillhouse.logits import kernels
 
-        ways.append(Way("our filter in Triton", _normalised(lambda z: kernels.launch(z, k=k, temperature=1.0)[0], vocab_size)))
-    if device.type == "cuda" and find_spec("flashinfer"):
+        works["the filter in Triton"] = lambda: in_raw(lambda logits_TV: kernels.launch(logits_TV, k=k, temperature=1.0)[0])
+    if setting.device == "cuda" and find_spec("flashinfer"):
         import flashinfer
 
-        ways.append(Way("FlashInfer top_k, torch logsumexp", lambda z: (flashinfer.top_k(z, k), z.float().logsumexp(dim=1))))
-    return ways
+        works["FlashInfer top_k, torch's logsumexp"] = lambda: [*flashinfer.top_k(logits_TV, k), logits_TV.float().logsumexp(dim=1)]
+    return works
 
 
-def _pass(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+def _tensors(logits_TV: Tensor, *, k: int, num_draws: int) -> Sequence[Tensor]:
+    seeds_T = token_seeds(0, torch.zeros(len(logits_TV)), torch.arange(len(logits_TV)))
+    target = compress(logits_TV, k=k, tail_draws=num_draws, seeds_T=seeds_T)
+    return [target.token_ids_TK, target.logprobs_TK, target.tail_logmass_T, target.tail_ids_TN]
+
+
+def _pass(logits_TV: Tensor) -> Sequence[Tensor]:
     """Block maxima and sums of exponentials: all of the filter that reads every logit."""
-    whole_TMB = logits_TV[:, : logits_TV.shape[1] // blockmax.BLOCK_IDS * blockmax.BLOCK_IDS].float().unflatten(1, (-1, blockmax.BLOCK_IDS))
-    maxima_TM = whole_TMB.amax(dim=2)
-    return maxima_TM, (whole_TMB - maxima_TM[:, :, None]).exp().sum(dim=2)
+    num_blocks = logits_TV.shape[1] // blockmax.BLOCK_IDS
+    blocks_TMB = logits_TV[:, : num_blocks * blockmax.BLOCK_IDS].float().unflatten(1, (num_blocks, blockmax.BLOCK_IDS))
+    maxima_TM = blocks_TMB.amax(dim=2)
+    return [maxima_TM, (blocks_TMB - maxima_TM[:, :, None]).exp().sum(dim=2)]
 
 
-def _normalised(split: Callable[[Tensor], RawTopK], vocab_size: int) -> Callable[[Tensor], object]:
-    return lambda logits_TV: normalise(split(logits_TV), vocab_size=vocab_size, temperature=1.0)
+@cache
+def _compiled_pass() -> Callable[[Tensor], Sequence[Tensor]]:
+    return torch.compile(_pass, dynamic=False)
+
+
+@cache
+def _compiled_logsumexp() -> Callable[..., Tensor]:
+    return torch.compile(torch.logsumexp, dynamic=False)

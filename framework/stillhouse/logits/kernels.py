@@ -13,7 +13,6 @@ beside its maximum, has to be done again another way; nothing else ever has. Eve
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -93,7 +92,7 @@ def defect(device: torch.device) -> str | None:
 
 
 @triton.jit
-def _ordered(z: Any) -> Any:
+def _ordered(z: tl.tensor) -> tl.tensor:
     """int64 that order as the float32 do; -0 as +0."""
     bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
@@ -101,8 +100,16 @@ def _ordered(z: Any) -> Any:
 
 @triton.jit
 def _entries(
-    logits: Any, row: Any, row_stride: Any, vocab_size: Any, found: Any, start: Any, K: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr
-) -> Any:
+    logits: tl.tensor,
+    row: tl.tensor,
+    row_stride: tl.tensor,
+    vocab_size: tl.tensor,
+    found: tl.tensor,
+    start: tl.tensor,
+    K: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> tl.tensor:
     """The logits [CHUNK * B] of the row's found blocks from number `start` on, their ids, and which of them exist."""
     which = start + tl.arange(0, CHUNK)
     blocks = tl.load(found + row * K + which, mask=which < K, other=0)
@@ -114,13 +121,13 @@ def _entries(
 
 @triton.jit
 def _read(
-    logits: Any,
-    row_stride: Any,
-    vocab_size: Any,
-    maxima: Any,
-    sums: Any,
-    num_blocks: Any,
-    inverse: Any,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    vocab_size: tl.tensor,
+    maxima: tl.tensor,
+    sums: tl.tensor,
+    num_blocks: tl.tensor,
+    inverse: tl.tensor,
     B: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -137,14 +144,14 @@ def _read(
 
 @triton.jit
 def _pick(
-    maxima: Any,
-    sums: Any,
-    num_blocks: Any,
-    inverse: Any,
-    found: Any,
-    least: Any,
-    tops: Any,
-    rest_sums: Any,
+    maxima: tl.tensor,
+    sums: tl.tensor,
+    num_blocks: tl.tensor,
+    inverse: tl.tensor,
+    found: tl.tensor,
+    least: tl.tensor,
+    tops: tl.tensor,
+    rest_sums: tl.tensor,
     K: tl.constexpr,
     M: tl.constexpr,
 ) -> None:
@@ -171,13 +178,13 @@ def _pick(
 
 @triton.jit
 def _gather(
-    logits: Any,
-    row_stride: Any,
-    vocab_size: Any,
-    found: Any,
-    least: Any,
-    keys: Any,
-    counts: Any,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    vocab_size: tl.tensor,
+    found: tl.tensor,
+    least: tl.tensor,
+    keys: tl.tensor,
+    counts: tl.tensor,
     K: tl.constexpr,
     C: tl.constexpr,
     B: tl.constexpr,
@@ -198,18 +205,18 @@ def _gather(
 
 @triton.jit
 def _rank(
-    logits: Any,
-    row_stride: Any,
-    vocab_size: Any,
-    num_blocks: Any,
-    inverse: Any,
-    found: Any,
-    keys: Any,
-    counts: Any,
-    tops: Any,
-    ids_out: Any,
-    values_out: Any,
-    rest_sums: Any,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    vocab_size: tl.tensor,
+    num_blocks: tl.tensor,
+    inverse: tl.tensor,
+    found: tl.tensor,
+    keys: tl.tensor,
+    counts: tl.tensor,
+    tops: tl.tensor,
+    ids_out: tl.tensor,
+    values_out: tl.tensor,
+    rest_sums: tl.tensor,
     K: tl.constexpr,
     C: tl.constexpr,
     B: tl.constexpr,

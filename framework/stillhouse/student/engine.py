@@ -41,8 +41,20 @@ class StepTerms:
     loss: float
     divergence: float | None  # None where it has no weight
     cross_entropy: float | None  # likewise
+    z_loss: float | None  # likewise; nats squared
     num_tokens: int
     grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What the micro-batches of all ranks come to: means per target token, in nats, and the number of tokens."""
+
+    total: float
+    divergence: float
+    cross_entropy: float
+    z_loss: float
+    num_tokens: int
 
 
 class DistillationHead(nn.Module):
@@ -57,11 +69,8 @@ class DistillationHead(nn.Module):
         self._section = section
 
     def forward(self, hidden_TH: Tensor, batch: MicroBatch) -> LossTerms:
-        head = replace(
-            self._shape,
-            weight_VH=self.weight[: self._vocab_size],
-            bias_V=None if self.bias is None else self.bias[: self._vocab_size],
-        )
+        bias_V = None if self.bias is None else _first_rows(self.bias, self._vocab_size)
+        head = replace(self._shape, weight_VH=_first_rows(self.weight, self._vocab_size), bias_V=bias_V)
         return distillation_loss(
             hidden_TH,
             head,
@@ -70,6 +79,7 @@ class DistillationHead(nn.Module):
             labels_T=batch.labels_T,
             ce_weight=self._section.ce_weight,
             divergence_weight=self._section.divergence_weight,
+            z_loss_weight=self._section.z_loss_weight,
             block_tokens=self._section.block_tokens,
         )
 
@@ -114,32 +124,30 @@ class StudentEngine:
 
         Raises StudentError on every rank when a loss or gradient is not finite: the weights are then as before the step, or unusable.
         """
-        total, divergence, cross_entropy, num_tokens = self.accumulate(batches)
-        _require_finite("loss", total)
-        grad_norm = self._optimiser_step(learning_rate)
+        means = self.accumulate(batches)
+        _require_finite("loss", means.total)
         return StepTerms(
-            total,
-            divergence if self.section.divergence_weight > 0 else None,
-            cross_entropy if self.section.ce_weight > 0 else None,
-            num_tokens,
-            grad_norm,
+            means.total,
+            means.divergence if self.section.divergence_weight > 0 else None,
+            means.cross_entropy if self.section.ce_weight > 0 else None,
+            means.z_loss if self.section.z_loss_weight > 0 else None,
+            means.num_tokens,
+            self._optimiser_step(learning_rate),
         )
 
-    def accumulate(self, batches: Sequence[MicroBatch]) -> tuple[float, float, float, int]:
-        """Forward and backward over the micro-batches, up to the step.
-
-        Returns (total, divergence, cross-entropy) for each target token of all ranks, and their number."""
+    def accumulate(self, batches: Sequence[MicroBatch]) -> Means:
+        """Forward and backward over the micro-batches, up to the step."""
         num_tokens = self._sum_over_ranks([float(sum(batch.num_tokens for batch in batches))])[0]
         share = self._world_size / max(num_tokens, 1.0)  # DeepSpeed averages over ranks; this makes it the mean over all tokens
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             if index > 0:
                 self._engine.step()
             terms: LossTerms = self._engine(batch.to(self.device))
-            sums += torch.stack([terms.total, terms.divergence, terms.cross_entropy]).detach().double()
+            sums += torch.stack([terms.total, terms.divergence, terms.cross_entropy, terms.z_loss]).detach().double()
             self._engine.backward(terms.total * share, scale_wrt_gas=False)
-        total, divergence, cross_entropy = (value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums.tolist()))
-        return total, divergence, cross_entropy, int(num_tokens)
+        total, divergence, cross_entropy, z_loss = (value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums.tolist()))
+        return Means(total, divergence, cross_entropy, z_loss, int(num_tokens))
 
     def save(self, root: Path, *, step: int) -> None:
         """Write this rank's part of a checkpoint; it is no commit yet."""
@@ -201,6 +209,11 @@ def consolidated_weights(root: Path, *, step: int, zero_stage: int) -> dict[str,
         saved: dict[str, Any] = torch.load(root / tag_of(step) / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
         weights = saved["module"]
     return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
+
+
+def _first_rows(parameter: nn.Parameter, num_rows: int) -> Tensor:
+    """The parameter itself where it has no more: the gradient of a slice would be copied into one of the whole."""
+    return parameter if parameter.shape[0] == num_rows else parameter[:num_rows]
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

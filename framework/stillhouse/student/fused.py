@@ -1,41 +1,26 @@
 """An LM head and a loss over its logits as one differentiable operation, in token blocks: the T x V logits never exist.
 
-One gradient serves every divergence. A loss of the K kept entries and of the tail's mass changes the K kept logits one by one, and all
-other logits of a token through ONE number, shared out by the softmax within the tail. That number comes from autograd on [C, K + 1]
-tensors, so a divergence is five lines of torch. Gradients are made in the forward pass and scaled in the backward.
+A block is multiplied out, read once and written once at full width (`passes`), with all else on [C, K + 1] tensors in between (`buckets`),
+and multiplied into the gradients. So gradients are made in the forward pass, and scaled in the backward, once: they are handed out, not
+copied.
 
-The tail is summed over its own logits, not taken as 1 minus the kept mass: it is exact however small it is.
-
-Draws from the teacher's tail add the cross-entropy within it: p_tail times the mean of -log(q(draw) / q_tail). In expectation, that is
-what forward KL over the whole vocabulary has beyond its buckets, but for the entropy of the teacher's tail, which no student changes.
-
-Shapes: T tokens, C tokens of one block, K kept entries, K1 = K + 1 buckets with the tail last, N draws, V vocabulary, H hidden.
+Shapes: T tokens, C tokens of one block, K kept entries, X ids that a loss names beside the kept ones, V vocabulary, H hidden.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stillhouse.errors import StudentError
 from stillhouse.logits import CompressedLogits, Head
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
-"""(logp_TK1, logq_TK1) -> loss_T: teacher's and student's log-masses of the same buckets; no log p is below LOG_FLOOR, so none is -inf."""
-
-LOG_FLOOR = -100.0  # nats; stands for no mass at all: exp(-100) is below every float32 that is not subnormal
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What is summed over tokens: divergence_weight * temperature^2 * D + ce_weight * CE, D being the divergence of the buckets and, where
-    the target has draws, the cross-entropy within the tail."""
-
-    divergence: Divergence
-    divergence_weight: float
-    ce_weight: float
+from stillhouse.student.buckets import Objective, loss_and_gradient, named_ids
+from stillhouse.student.passes import Passes, block_tokens_for, capped, passes_for
 
 
 class Sums(NamedTuple):
@@ -44,6 +29,7 @@ class Sums(NamedTuple):
     total: Tensor
     divergence: Tensor
     cross_entropy: Tensor
+    z_loss: Tensor
 
 
 def head_loss(
@@ -53,18 +39,25 @@ def head_loss(
     target: CompressedLogits | None,
     labels_T: Tensor | None,
     objective: Objective,
-    block_tokens: int,
+    block_tokens: int | None,
+    make_passes: Callable[..., Passes] = passes_for,
 ) -> Sums:
-    """The objective's sums over T; `total` is differentiable in the hidden states and in the head's weight and bias.
+    """The objective's sums over T; `total` is differentiable in the hidden states and in the head's weight and bias, once.
 
-    `target` None leaves the divergence out, `labels_T` None the cross-entropy. Gradients that nobody needs are not computed. The matrix
-    products run in the weight's dtype, all else in float32, or in float64 where the weight is. Extra memory: one [block_tokens, V]
-    float32 buffer, one more under a softcap, one more for cross-entropy beside a target of another temperature than 1, a copy in
-    the weight's dtype where that is narrower; and the gradients.
+    `target` None leaves the divergence out, `labels_T` None the cross-entropy. Gradients that nobody needs are not computed. `block_tokens`
+    None is chosen for the device, as the passes are that `make_passes` makes.
+
+    The products with the weight run in its dtype; all else is in float32, or in float64 where the weight is, the sum of the weight's
+    gradient over blocks included. Extra memory: [block_tokens, V] logits in the weight's dtype, and the gradients; on the CPU, and
+    wherever torch takes the place of the kernels, the same again in float32 where the weight is narrower, once more under a softcap, and
+    once more for cross-entropy or the z-loss beside a target of another temperature than 1.
+
+    Its backward raises StudentError when it runs for a second time.
     """
     assert target is None or target.num_tokens == hidden_TH.shape[0], "one target for each hidden state"
     assert labels_T is None or labels_T.shape == hidden_TH.shape[:1], "one label for each hidden state"
-    work = _Work(head, target, labels_T, objective, block_tokens)
+    block_tokens = block_tokens or block_tokens_for(hidden_TH.device, head.vocab_size)
+    work = _Work(head, target, labels_T, objective, block_tokens, make_passes)
     return Sums(*_HeadLoss.apply(hidden_TH, head.weight_VH, head.bias_V, work, torch.is_grad_enabled()))
 
 
@@ -75,31 +68,49 @@ class _Work:
     labels_T: Tensor | None
     objective: Objective
     block_tokens: int
+    make_passes: Callable[..., Passes]
+
+    def rows(self, hidden_TH: Tensor, block: slice) -> tuple[Tensor, CompressedLogits | None, Tensor | None]:
+        """A block's hidden states in the weight's dtype, its target and its labels."""
+        target = None if self.target is None else self.target.map(itemgetter(block))
+        labels_C = None if self.labels_T is None else self.labels_T[block]
+        return hidden_TH[block].to(self.head.weight_VH.dtype), target, labels_C
+
+    @property
+    def temperature(self) -> float:
+        return 1.0 if self.target is None else self.target.temperature
+
+    @property
+    def reads_text(self) -> bool:
+        return self.labels_T is not None or self.objective.z_loss_weight > 0.0
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, work: _Work, grad_enabled: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         dtype = torch.promote_types(weight_VH.dtype, torch.float32)
         needed_hidden, needed_weight, needed_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        grads = _Gradients(
+        empty_or_zeros_like = torch.empty_like if hidden_TH.shape[0] else torch.zeros_like  # the first block overwrites what is there
+        ctx.gradients = _Gradients(
             torch.empty_like(hidden_TH) if needed_hidden else None,
-            torch.zeros_like(weight_VH, dtype=dtype) if needed_weight else None,
+            empty_or_zeros_like(weight_VH, dtype=dtype) if needed_weight else None,
             torch.zeros_like(bias_V, dtype=dtype) if bias_V is not None and needed_bias else None,
         )
-        sums = _run_blocks(hidden_TH, work, grads=grads, dtype=dtype)
-        ctx.save_for_backward(*grads)
+        sums = _run_blocks(hidden_TH, work, gradients=ctx.gradients, dtype=dtype)
         ctx.dtypes = (hidden_TH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.mark_non_differentiable(sums.divergence, sums.cross_entropy)
-        return sums.total, sums.divergence, sums.cross_entropy
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if grad is None else (grad * grad_total).to(dtype) for grad, dtype in pairs), None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise StudentError("the loss's gradients were handed out by its first backward; compute the loss again for a second one")
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        return *(None if gradient is None else _scaled_(gradient, grad_total, dtype=dtype) for gradient, dtype in pairs), None, None
 
 
 class _Gradients(NamedTuple):
@@ -110,184 +121,85 @@ class _Gradients(NamedTuple):
     bias_V: Tensor | None
 
 
-def _run_blocks(hidden_TH: Tensor, work: _Work, *, grads: _Gradients, dtype: torch.dtype) -> Sums:
+def _scaled_(gradient: Tensor, factor: Tensor, *, dtype: torch.dtype) -> Tensor:
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _run_blocks(hidden_TH: Tensor, work: _Work, *, gradients: _Gradients, dtype: torch.dtype) -> Sums:
     head, objective = work.head, work.objective
-    needed = any(grad is not None for grad in grads)
-    sums_2 = torch.zeros(2, dtype=dtype, device=hidden_TH.device)
-    for start in range(0, hidden_TH.shape[0], work.block_tokens):
-        block = slice(start, start + work.block_tokens)
-        hidden_CH = hidden_TH[block].to(head.weight_VH.dtype)
-        logits_CV, slope_CV = _logits(hidden_CH, head, dtype=dtype)
-        target = None if work.target is None else _rows(work.target, block)
-        labels_C = None if work.labels_T is None else work.labels_T[block].long()
-        sums_2 += _losses_(logits_CV, target, labels_C=labels_C, objective=objective, slope=head.scale, needed=needed)
-        if needed:
-            gradient_CV = logits_CV if slope_CV is None else logits_CV.mul_(slope_CV)
-            _add_gradients_(grads, gradient_CV.to(head.weight_VH.dtype), hidden_CH=hidden_CH, weight_VH=head.weight_VH, block=block)
-    temperature = 1.0 if work.target is None else work.target.temperature
-    total = objective.divergence_weight * temperature**2 * sums_2[0] + objective.ce_weight * sums_2[1]
-    return Sums(total, sums_2[0].clone(), sums_2[1].clone())
+    num_blocks = max(1, -(-hidden_TH.shape[0] // work.block_tokens))
+    block_tokens = -(-hidden_TH.shape[0] // num_blocks)  # all alike: a last block of one token would cost a pass over the weight's gradient
+    passes = work.make_passes(head, block_tokens, temperature=work.temperature, text=work.reads_text)
+    sums_3 = torch.zeros(3, dtype=dtype, device=hidden_TH.device)
+    for start in range(0, hidden_TH.shape[0], max(1, block_tokens)):
+        block = slice(start, start + block_tokens)
+        sums_3 += _run_block(hidden_TH, work, block, passes, gradients=gradients, dtype=dtype)
+    divergence, cross_entropy, z_loss = (sums_3[i].clone() for i in range(3))
+    total = objective.divergence_weight * work.temperature**2 * divergence
+    return Sums(total + objective.ce_weight * cross_entropy + objective.z_loss_weight * z_loss, divergence, cross_entropy, z_loss)
 
 
-def _rows(target: CompressedLogits, block: slice) -> CompressedLogits:
-    return target.map(lambda tensor: tensor[block])
+def _run_block(hidden_TH: Tensor, work: _Work, block: slice, passes: Passes, *, gradients: _Gradients, dtype: torch.dtype) -> Tensor:
+    head, needed = work.head, any(gradient is not None for gradient in gradients)
+    hidden_CH, target, labels_C = work.rows(hidden_TH, block)
+    products_CV = _multiply(hidden_CH, head, out=passes.products_CV[: hidden_CH.shape[0]])
+    ids = named_ids(target, labels_C, num_tokens=hidden_CH.shape[0], device=hidden_CH.device)
+    logits_CX, slope_CX = capped(head, products_CV.gather(1, ids.every).to(dtype))
+    tail = passes.read_(products_CV, ids.kept_CK)
+    sums_3, gradient = loss_and_gradient(ids, ids.split(logits_CX), tail, target, objective=work.objective, needed=needed)
+    if gradient is not None:
+        gradient_CV = passes.write_(products_CV, gradient.shares)
+        named = ids.split((gradient.named_CX * slope_CX).to(gradient_CV.dtype))
+        gradient_CV.scatter_(1, ids.others, named.others).scatter_(1, ids.kept_CK, named.kept_CK)
+        _add_to_(gradients, gradient_CV, products_CV, hidden_CH=hidden_CH, weight_VH=head.weight_VH, block=block)
+    return sums_3
 
 
-def _logits(hidden_CH: Tensor, head: Head, *, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The logits, and the slope of the soft-capping at each of them; the scale's slope is left to the caller."""
-    logits_CV = torch.nn.functional.linear(hidden_CH, head.weight_VH, head.bias_V).to(dtype)
-    if head.scale != 1.0:
-        logits_CV.mul_(head.scale)
-    if head.softcap is None:
-        return logits_CV, None
-    logits_CV.div_(head.softcap).tanh_()
-    slope_CV = logits_CV.square().neg_().add_(1.0)
-    return logits_CV.mul_(head.softcap), slope_CV
+def _multiply(hidden_CH: Tensor, head: Head, *, out: Tensor) -> Tensor:
+    if head.bias_V is None:
+        return torch.mm(hidden_CH, head.weight_VH.T, out=out)
+    return torch.addmm(head.bias_V, hidden_CH, head.weight_VH.T, out=out)
 
 
-def _losses_(
-    logits_CV: Tensor,
-    target: CompressedLogits | None,
-    *,
-    labels_C: Tensor | None,
-    objective: Objective,
-    slope: float,
-    needed: bool,
-) -> Tensor:
-    """Sums of (divergence, cross-entropy). Turns the logits into slope * d total / d logits, where needed."""
-    temperature = 1.0 if target is None else target.temperature
-    if temperature == 1.0 or labels_C is None:
-        scaled_CV = logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
-        return _losses_of_one_temperature_(scaled_CV, target, labels_C=labels_C, objective=objective, slope=slope, needed=needed)
-    text_CV = logits_CV.clone()
-    sums_2 = _losses_of_one_temperature_(text_CV, None, labels_C=labels_C, objective=objective, slope=slope, needed=needed)
-    logits_CV.div_(temperature)
-    sums_2 += _losses_of_one_temperature_(logits_CV, target, labels_C=None, objective=objective, slope=slope, needed=needed)
-    if needed:
-        logits_CV.add_(text_CV)
-    return sums_2
-
-
-def _losses_of_one_temperature_(
-    logits_CV: Tensor,
-    target: CompressedLogits | None,
-    *,
-    labels_C: Tensor | None,
-    objective: Objective,
-    slope: float,
-    needed: bool,
-) -> Tensor:
-    """As `_losses_`, where the logits are already divided by the target's temperature."""
-    sums_2 = logits_CV.new_zeros(2)
-    ids_CK, draws = _entries(target, logits_CV)
-    label_logits_C1 = None if labels_C is None else logits_CV.gather(1, labels_C[:, None])
-    drawn_logits_CN = logits_CV.gather(1, draws.ids_CN)
-    buckets = _buckets_(logits_CV, ids_CK)
-    gradient_CK1 = torch.zeros_like(buckets.logq_CK1)
-    weight = 0.0
-    if target is not None:
-        sums_2[0], gradient_CK1 = _divergence(target, buckets.logq_CK1, objective=objective, needed=needed)
-        sums_2[0] += (draws.mass_C1 * (buckets.log_tail_C1 - drawn_logits_CN)).sum()
-        weight = objective.divergence_weight * target.temperature * slope  # temperature^2, and the chain rule's 1 / temperature
-    if label_logits_C1 is not None:
-        sums_2[1] = (buckets.log_total_C1 - label_logits_C1).sum()
-    if needed:
-        _spread_(
-            logits_CV,
-            gradient_CK1 * weight,
-            ids_CK=ids_CK,
-            draws=draws._replace(mass_C1=draws.mass_C1 * weight),
-            labels_C=labels_C,
-            buckets=buckets,
-            ce_weight=objective.ce_weight * slope,
-        )
-    return sums_2
-
-
-class _Draws(NamedTuple):
-    """From the teacher's tail; of a target without draws, none."""
-
-    ids_CN: Tensor
-    mass_C1: Tensor  # that each of them stands for: p_tail / N
-
-
-def _entries(target: CompressedLogits | None, logits_CV: Tensor) -> tuple[Tensor, _Draws]:
-    """The kept ids and the draws of a target; none of either without one."""
-    if target is None:
-        none_C0 = logits_CV.new_empty((logits_CV.shape[0], 0), dtype=torch.int64)
-        return none_C0, _Draws(none_C0, logits_CV.new_zeros((logits_CV.shape[0], 1)))
-    mass_C1 = target.tail_logmass_T[:, None].to(logits_CV.dtype).exp() / max(1, target.num_draws)
-    return target.token_ids_TK.long(), _Draws(target.tail_ids_TN.long(), mass_C1)
-
-
-class _Buckets(NamedTuple):
-    logq_CK1: Tensor  # the student's log-masses
-    log_total_C1: Tensor  # logsumexp of all the logits
-    log_tail_C1: Tensor  # and of the tail's
-    tail_sum_C1: Tensor  # sum of exp(logit - peak) over the tail's logits, peak being the highest of them
-
-
-def _buckets_(logits_CV: Tensor, ids_CK: Tensor) -> _Buckets:
-    """The student's buckets. Turns the logits into exp(logit - peak), with 0 at the kept ids."""
-    kept_CK = logits_CV.gather(1, ids_CK)
-    logits_CV.scatter_(1, ids_CK, torch.finfo(logits_CV.dtype).min)  # not -inf, which would make NaN of an empty tail
-    peak_C1 = logits_CV.amax(dim=1, keepdim=True)
-    tail_sum_C1 = logits_CV.sub_(peak_C1).exp_().sum(dim=1, keepdim=True)
-    logits_CK1 = torch.cat([kept_CK, peak_C1 + tail_sum_C1.log()], dim=1)
-    log_total_C1 = logits_CK1.logsumexp(dim=1, keepdim=True)
-    logq_CK1 = logits_CK1 - log_total_C1
-    if ids_CK.shape[1] == logits_CV.shape[1]:
-        logq_CK1[:, -1] = LOG_FLOOR
-    return _Buckets(logq_CK1, log_total_C1, logits_CK1[:, -1:], tail_sum_C1)
-
-
-def _divergence(target: CompressedLogits, logq_CK1: Tensor, *, objective: Objective, needed: bool) -> tuple[Tensor, Tensor]:
-    """The sum over tokens, and its gradient in log q (zeros where not needed)."""
-    logp_CK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1).to(logq_CK1.dtype).clamp(min=LOG_FLOOR)
-    if not needed:
-        return objective.divergence(logp_CK1, logq_CK1).sum(), torch.zeros_like(logq_CK1)
-    with torch.enable_grad():
-        leaf_CK1 = logq_CK1.detach().requires_grad_()
-        sum_0 = objective.divergence(logp_CK1, leaf_CK1).sum()
-        (gradient_CK1,) = torch.autograd.grad(sum_0, leaf_CK1)
-    return sum_0.detach(), gradient_CK1
-
-
-def _spread_(
-    masses_CV: Tensor,
-    gradient_CK1: Tensor,
-    *,
-    ids_CK: Tensor,
-    draws: _Draws,
-    labels_C: Tensor | None,
-    buckets: _Buckets,
-    ce_weight: float,
+def _add_to_(
+    gradients: _Gradients, gradient_CV: Tensor, products_CV: Tensor, *, hidden_CH: Tensor, weight_VH: Tensor, block: slice
 ) -> None:
-    """From a gradient in log q to one in the logits, written over `masses_CV`, which holds what `_buckets_` left in it.
+    """Carry a block's gradient in its products on to the hidden states, the weight and the bias. The products are lost."""
+    narrow_CV = gradient_CV
+    if gradient_CV.dtype != weight_VH.dtype and (gradients.hidden_TH is not None or gradient_CV.is_cuda):
+        narrow_CV = products_CV.copy_(gradient_CV)
+    if gradients.hidden_TH is not None:
+        gradients.hidden_TH[block] = narrow_CV @ weight_VH
+    if gradients.weight_VH is not None:
+        add_product_(gradients.weight_VH, narrow_CV if gradient_CV.is_cuda else gradient_CV, hidden_CH, first=block.start == 0)
+    if gradients.bias_V is not None:
+        gradients.bias_V.add_(gradient_CV.sum(dim=0, dtype=gradients.bias_V.dtype))
 
-    A kept logit gets its own bucket's gradient through the softmax; the tail's is shared out by the softmax within the tail. Draws add
-    the gradient of the cross-entropy within the tail: their mass, shared out in the same way, less each draw's at its own id.
+
+def add_product_(sum_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor, *, first: bool) -> None:
+    """sum += gradient^T hidden, or = where it is the `first` one, without rounding the product to a narrower dtype than the sum's.
+
+    On CUDA, narrower operands are multiplied as they are. Elsewhere torch has no such product, so they are widened; where the processor
+    multiplies bfloat16 faster, torch may be told to do that instead: `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`.
     """
-    q_CK1 = buckets.logq_CK1.exp()
-    gradient_CK1 = gradient_CK1 - q_CK1 * gradient_CK1.sum(dim=1, keepdim=True)
-    if labels_C is not None:
-        gradient_CK1 += ce_weight * q_CK1
-        gradient_CK1[:, :-1] -= ce_weight * (ids_CK == labels_C[:, None]).to(q_CK1.dtype)
-    share_C1 = (gradient_CK1[:, -1:] + draws.mass_C1 * draws.ids_CN.shape[1]) / buckets.tail_sum_C1
-    masses_CV.mul_(share_C1)
-    masses_CV.scatter_add_(1, draws.ids_CN, -draws.mass_C1.expand_as(draws.ids_CN))
-    if labels_C is not None:
-        masses_CV.scatter_add_(1, labels_C[:, None], torch.full_like(share_C1, -ce_weight))
-    masses_CV.scatter_(1, ids_CK, gradient_CK1[:, :-1])
+    if not gradient_CV.is_cuda or gradient_CV.dtype == sum_VH.dtype:
+        sum_VH.addmm_(gradient_CV.T.to(sum_VH.dtype), hidden_CH.to(sum_VH.dtype), beta=0.0 if first else 1.0)
+    elif first:
+        torch.mm(gradient_CV.T, hidden_CH, out_dtype=sum_VH.dtype, out=sum_VH)
+    elif _adds_to_float32(gradient_CV.device):
+        torch.addmm(sum_VH, gradient_CV.T, hidden_CH, out_dtype=sum_VH.dtype, out=sum_VH)
+    else:
+        sum_VH.add_(torch.mm(gradient_CV.T, hidden_CH, out_dtype=sum_VH.dtype))
 
 
-def _add_gradients_(grads: _Gradients, gradient_CV: Tensor, *, hidden_CH: Tensor, weight_VH: Tensor, block: slice) -> None:
-    """Carry a block's gradient in h W^T + b on to the hidden states, the weight and the bias."""
-    if grads.hidden_TH is not None:
-        grads.hidden_TH[block] = gradient_CV @ weight_VH
-    if grads.weight_VH is not None and grads.weight_VH.dtype == gradient_CV.dtype:
-        grads.weight_VH.addmm_(gradient_CV.T, hidden_CH)
-    elif grads.weight_VH is not None:
-        grads.weight_VH.add_(gradient_CV.T @ hidden_CH)
-    if grads.bias_V is not None:
-        grads.bias_V.add_(gradient_CV.sum(dim=0, dtype=grads.bias_V.dtype))
+@cache
+def _adds_to_float32(device: torch.device) -> bool:
+    """Whether addmm takes a float32 sum beside narrower operands; before torch 2.10 it wanted all of one dtype."""
+    ones_22 = torch.ones((2, 2), dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(torch.zeros((2, 2), device=device), ones_22, ones_22, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True

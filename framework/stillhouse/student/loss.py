@@ -19,15 +19,17 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.logits import CompressedLogits, Head
-from stillhouse.student.fused import Divergence, Objective, head_loss
+from stillhouse.student.buckets import Divergence, Objective
+from stillhouse.student.fused import head_loss
 
 
 class LossTerms(NamedTuple):
     """Sums over tokens, each a tensor without dimensions; only `total` carries a gradient."""
 
-    total: Tensor  # divergence_weight * temperature^2 * divergence + ce_weight * cross_entropy
+    total: Tensor  # divergence_weight * temperature^2 * divergence + ce_weight * cross_entropy + z_loss_weight * z_loss
     divergence: Tensor  # nats at the target's temperature, unweighted; 0 where divergence_weight is 0
     cross_entropy: Tensor  # nats at temperature 1, unweighted; 0 where ce_weight is 0
+    z_loss: Tensor  # log-sum-exp of the student's logits at temperature 1, squared, unweighted; 0 where z_loss_weight is 0
     num_tokens: Tensor  # int64
 
 
@@ -40,15 +42,17 @@ def distillation_loss(
     labels_T: Tensor | None = None,
     ce_weight: float = 0.0,
     divergence_weight: float = 1.0,
-    block_tokens: int = 1024,
+    z_loss_weight: float = 0.0,
+    block_tokens: int | None = None,
 ) -> LossTerms:
-    """SUMS over T of `divergence_weight * temperature^2 * D(teacher || student) + ce_weight * CE(labels)`, through the LM head.
+    """SUMS over T of `divergence_weight * temperature^2 * D(teacher || student) + ce_weight * CE(labels) + z_loss_weight * lse^2`.
 
     Draws from the tail serve `forward_kl` alone; every other divergence takes the tail as one bucket.
 
     The student's distribution is taken at the target's temperature, and temperature^2 is applied so that gradients keep their size
-    (Hinton et al. 2015, arXiv 1503.02531, section 2). Cross-entropy is at temperature 1. T = 0 is fine: all is zero, gradients too.
-    `target` may be None where `divergence_weight` is 0, `labels_T` (integers) where `ce_weight` is 0. Memory: see `head_loss`.
+    (Hinton et al. 2015, arXiv 1503.02531, section 2). Cross-entropy and lse, the log-sum-exp of the student's logits, which the z-loss
+    keeps near 0 (PaLM, arXiv 2204.02311, section 5: weight 1e-4), are at temperature 1. T = 0 is fine: all is zero, gradients too.
+    `target` may be None where `divergence_weight` is 0, `labels_T` (integers) where `ce_weight` is 0. Blocks and memory: see `head_loss`.
 
     Raises ConfigError where the target or the labels lack, or the target has draws alone and `divergence` cannot use them; ModelError
     where the vocabularies differ.
@@ -57,8 +61,8 @@ def distillation_loss(
         raise ConfigError(f"ce_weight is {ce_weight}, but there are no labels; pass labels_T, or set ce_weight = 0")
     if divergence_weight > 0.0:
         target = _usable(target, head, divergence, divergence_weight=divergence_weight)
-    objective = Objective(divergence, divergence_weight=divergence_weight, ce_weight=ce_weight)
-    total, divergence_sum, ce_sum = head_loss(
+    objective = Objective(divergence, divergence_weight=divergence_weight, ce_weight=ce_weight, z_loss_weight=z_loss_weight)
+    sums = head_loss(
         hidden_TH,
         head,
         target=target if divergence_weight > 0.0 else None,
@@ -66,7 +70,7 @@ def distillation_loss(
         objective=objective,
         block_tokens=block_tokens,
     )
-    return LossTerms(total, divergence_sum, ce_sum, torch.tensor(hidden_TH.shape[0], device=hidden_TH.device))
+    return LossTerms(*sums, num_tokens=torch.tensor(hidden_TH.shape[0], device=hidden_TH.device))
 
 
 def divergence_named(name: str, mix: float) -> Divergence:

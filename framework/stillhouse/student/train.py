@@ -85,6 +85,7 @@ def _train_one(engine: StudentEngine, reader: BatchReader, job: TrainJob, step: 
         loss=terms.loss,
         divergence=terms.divergence,
         cross_entropy=terms.cross_entropy,
+        z_loss=terms.z_loss,
         grad_norm=terms.grad_norm,
         learning_rate=learning_rate,
         num_tokens=terms.num_tokens,

@@ -94,7 +94,7 @@ def _parse(line: bytes, where: str) -> Row:
         values = json.loads(line)
         row_type = ROW_TYPES[values.pop("kind")]
         for column in fields(row_type):
-            if column.type in _FLOAT_TYPES and isinstance(values[column.name], str):
+            if column.type in _FLOAT_TYPES and isinstance(values.get(column.name), str):
                 values[column.name] = float(values[column.name])
         return row_type(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

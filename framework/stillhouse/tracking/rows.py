@@ -100,6 +100,7 @@ class TrainRow(Row):
     seconds: float  # the whole step, waiting included
     data_wait_s: float  # of these, spent waiting for chunks
     tokens_per_s: float  # num_tokens / seconds
+    z_loss: float | None = None  # squared log-sum-exp of the student's logits; None where not computed
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,118 @@
+"""What a piece of work costs: time of its processor, and memory beyond what it is given and what it returns.
+
+Ways to do the same work are timed in turn, on the same inputs, with fresh ones for every repeat: what slows the machine for a while slows
+them all, so a ratio is taken within a repeat. Memory is measured in a fresh process, where little else has left room to use.
+"""
+
+import ctypes
+import gc
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.bench.figures import Spread
+
+Work = Callable[[], Sequence[Tensor]]
+"""Does the work, and returns what comes of it."""
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of each way, repeat by repeat: of the process on the CPU, of the device's own clock on CUDA."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def of(self, way: str) -> Spread:
+        return Spread.of(self.seconds[way])
+
+    def ratio(self, way: str, other: str) -> Spread:
+        """Of the seconds of two ways, repeat by repeat."""
+        return Spread.of(ours / theirs for ours, theirs in zip(self.seconds[way], self.seconds[other], strict=True))
+
+
+def shown(spread: Spread, style: str, *, unit: float = 1.0) -> str:
+    """The median, and from least to most below it, in units of `unit`."""
+    median, least, most = (value / unit for value in (spread.median, spread.least, spread.most))
+    return f"{median:{style}}\n{least:{style}}–{most:{style}}"
+
+
+def time_in_turn(works_of: Callable[[int], Mapping[str, Work]], *, repeats: int, device: torch.device) -> Timings:
+    """Time all of `works_of(repeat)` for each repeat from 1 on, after a first round, number 0, that nobody times."""
+    for work in works_of(0).values():
+        work()
+    rounds = [{way: _seconds(work, device) for way, work in works_of(repeat).items()} for repeat in range(1, repeats + 1)]
+    return Timings({way: [one[way] for one in rounds] for way in rounds[0]})
+
+
+def extra_bytes(make: Callable[[Any, str], Work], given: Any, ways: Sequence[str], *, device: torch.device) -> dict[str, int]:
+    """The most memory that each way takes at any time, beyond its inputs and what it returns, one after the other in a fresh process.
+
+    `make(given, way)` is called there, and its work done twice: once for what libraries load, compile and keep, once to be measured. On
+    the CPU that is the peak of the process's resident memory, on CUDA the peak of torch's allocator.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return {way: pool.submit(_measure, make, given, way, device).result() for way in ways}
+
+
+def _measure(make: Callable[[Any, str], Work], given: Any, way: str, device: torch.device) -> int:
+    torch.set_num_threads(1)
+    work = make(given, way)
+    work()
+    before = _start_of_peak(device)
+    returned = work()
+    return _peak(device) - before - sum(tensor.numel() * tensor.element_size() for tensor in returned)
+
+
+def _seconds(work: Work, device: torch.device) -> float:
+    if device.type != "cuda":
+        began = process_time()
+        work()
+        return process_time() - began
+    began_event, ended_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    began_event.record()
+    work()
+    ended_event.record()
+    torch.cuda.synchronize(device)
+    return began_event.elapsed_time(ended_event) / 1000
+
+
+def _start_of_peak(device: torch.device) -> int:
+    """Bytes in use now; the peak is counted from here on."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if not _STATUS.is_file():
+        return _peak(device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # what was freed goes back to the system, so that taking it again counts
+    _RESET.write_text("5")  # the peak of resident memory begins anew
+    return _resident("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.is_file():
+        return _resident("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _resident(field: str) -> int:
+    (kib,) = (line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(kib) * 1024

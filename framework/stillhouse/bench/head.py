@@ -1,0 +1,111 @@
+"""`stillhouse bench head`: from a teacher's last hidden states to packed records, beside the bare matrix product and eager torch.
+
+The product alone is what no way can do without. Eager torch is what people write first: all the logits in float32, their log-sum-exp, and
+torch.topk; it packs nothing.
+
+Shapes: T tokens, V vocabulary, H hidden.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from stillhouse.bench.cost import Timings, Work, extra_bytes, shown, time_in_turn
+from stillhouse.bench.figures import Spread
+from stillhouse.bench.loss import Setting
+from stillhouse.bench.provenance import Provenance
+from stillhouse.logits import Codec, Head, compress_hidden, encode
+
+PRODUCT, OURS, EAGER = "matrix product", "stillhouse, packed", "eager torch, not packed"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A teacher's last hidden states and head, and the codec of its targets."""
+
+    hidden_TH: Tensor
+    head: Head
+    codec: Codec
+
+    @classmethod
+    def of(cls, setting: Setting, seed: int) -> "Inputs":
+        random = torch.Generator().manual_seed(seed)
+        dtype, device = getattr(torch, setting.dtype), setting.torch_device
+        hidden_TH = torch.randn(setting.num_tokens, setting.hidden_size, generator=random)
+        weight_VH = torch.randn(setting.vocab_size, setting.hidden_size, generator=random) * (3.0 / setting.hidden_size**0.5)
+        return cls(hidden_TH.to(device, dtype), Head(weight_VH.to(device, dtype)), Codec(setting.vocab_size, setting.k))
+
+
+def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None) -> None:
+    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where the setting cannot be measured."""
+    setting.check()
+    torch.set_num_threads(1)
+    provenance = Provenance.of(command)
+    timings = time_in_turn(partial(_works, setting), repeats=repeats, device=setting.torch_device)
+    memory = extra_bytes(work_of, setting, list(_WAYS), device=setting.torch_device)
+    codec = Codec(setting.vocab_size, setting.k)
+    if out is not None:
+        values = {
+            "benchmark": "head",
+            "provenance": asdict(provenance),
+            "setting": asdict(setting),
+            "bytes_per_token": codec.bytes_per_token,
+            "tokens_per_s": {way: asdict(tokens_per_s(setting, timings, way)) for way in _WAYS},
+            "seconds_over_product": {way: asdict(timings.ratio(way, PRODUCT)) for way in _WAYS},
+            "extra_bytes": memory,
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(values, indent=2) + "\n")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table(setting, timings, memory))
+    console.print(f"A record takes {codec.bytes_per_token} bytes. Load average at the start: {provenance.load_average}.")
+
+
+def tokens_per_s(setting: Setting, timings: Timings, way: str) -> Spread:
+    return Spread.of(setting.num_tokens / seconds for seconds in timings.seconds[way])
+
+
+def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
+    """Medians (least to most)."""
+    found = Table(title=f"From hidden states to targets\n{setting.title}", box=box.SIMPLE)
+    for heading in ("", "tokens/s", "over the\nproduct's", "extra MB"):
+        found.add_column(heading, justify="right" if heading else "left")
+    for way in _WAYS:
+        speed, share = tokens_per_s(setting, timings, way), timings.ratio(PRODUCT, way)
+        found.add_row(way, shown(speed, ",.0f"), shown(share, ".2f"), f"{memory[way] / 1e6:,.0f}")
+    return found
+
+
+def product(inputs: Inputs) -> Sequence[Tensor]:
+    return [inputs.hidden_TH @ inputs.head.weight_VH.T]
+
+
+def ours(inputs: Inputs) -> Sequence[Tensor]:
+    return [encode(compress_hidden(inputs.hidden_TH, inputs.head, k=inputs.codec.k), inputs.codec)]
+
+
+def eager(inputs: Inputs) -> Sequence[Tensor]:
+    logits_TV = (inputs.hidden_TH @ inputs.head.weight_VH.T).float()
+    kept = logits_TV.topk(inputs.codec.k, dim=1)
+    return [kept.values - logits_TV.logsumexp(dim=1, keepdim=True), kept.indices]
+
+
+_WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {PRODUCT: product, OURS: ours, EAGER: eager}
+
+
+def work_of(setting: Setting, way: str) -> Work:
+    """One way on inputs of its own; it can travel to another process."""
+    return partial(_WAYS[way], Inputs.of(setting, 0))
+
+
+def _works(setting: Setting, repeat: int) -> dict[str, Work]:
+    inputs = Inputs.of(setting, repeat)
+    return {way: partial(do, inputs) for way, do in _WAYS.items()}
