@@ -75,9 +75,9 @@ def tokens_per_s(setting: Setting, timings: Timings, way: str) -> Spread:
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
     """Medians (least to most)."""
-    found = Table(title=f"From hidden states to targets\n{setting.title}", box=box.SIMPLE)
+    found = Table(title=f"From hidden states to targets\n{setting.title}", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("", "tokens/s", "over the\nproduct's", "extra MB"):
-        found.add_column(heading, justify="right" if heading else "left")
+        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for way in _WAYS:
         speed, share = tokens_per_s(setting, timings, way), timings.ratio(PRODUCT, way)
         found.add_row(way, shown(speed, ",.0f"), shown(share, ".2f"), f"{memory[way] / 1e6:,.0f}")

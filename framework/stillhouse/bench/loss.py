@@ -139,9 +139,9 @@ def bench_loss(setting: Setting, *, repeats: int, with_compile: bool, command: s
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
     """Whole operations, forward and backward; medians (least to most)."""
-    found = Table(title=f"Head and loss, forward and backward\n{setting.title}", box=box.SIMPLE)
+    found = Table(title=f"Head and loss, forward and backward\n{setting.title}", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("", "ms", "over the\nproducts", "extra MB"):
-        found.add_column(heading, justify="right" if heading else "left")
+        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for way in timings.seconds:
         extra = f"{memory[way] / 1e6:,.0f}" if way in memory else ""
         found.add_row(way, shown(timings.of(way), ".1f", unit=1e-3), shown(timings.ratio(way, PRODUCTS), ".2f"), extra)
@@ -150,9 +150,9 @@ def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
 
 def divergences_table(timings: Timings) -> Table:
     """Each divergence, forward and backward; medians (least to most)."""
-    found = Table(title="Each divergence, ms", box=box.SIMPLE)
-    for heading in ("", "its buckets alone", OURS, NAIVE, f"{NAIVE} / {OURS}"):
-        found.add_column(heading, justify="right" if heading else "left")
+    found = Table(title="Each divergence, ms", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("", "its buckets\nalone", OURS, NAIVE, f"{NAIVE} over\n{OURS}"):
+        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name in DIVERGENCES:
         cells = [shown(timings.of(f"{name}: {way}"), ".1f", unit=1e-3) for way in ("buckets", OURS, NAIVE)]
         found.add_row(name, *cells, shown(timings.ratio(f"{name}: {NAIVE}", f"{name}: {OURS}"), ".2f"))

@@ -42,7 +42,8 @@ class TritonPasses:
         products_CV.scatter_(1, ids_CK, -torch.inf)
         num_tokens, width = products_CV.shape[0], products_CV.stride(0)
         peak_C1, sum_C1, text_sum_C1 = (torch.empty((num_tokens, 1), device=products_CV.device) for _ in range(3))
-        _read[(num_tokens,)](products_CV, width, peak_C1, sum_C1, text_sum_C1, *self._bend, **self._options, num_warps=_NUM_WARPS)
+        with torch.cuda.device_of(products_CV):
+            _read[(num_tokens,)](products_CV, width, peak_C1, sum_C1, text_sum_C1, *self._bend, **self._options, num_warps=_NUM_WARPS)
         return Tail(
             peak_C1.clamp_(min=_NO_LOGIT),
             sum_C1.clamp_(min=_NO_SUM),
@@ -52,7 +53,8 @@ class TritonPasses:
     def write_(self, products_CV: Tensor, shares: Shares) -> Tensor:
         (num_tokens, vocab_size), width = products_CV.shape, products_CV.stride(0)
         tiles = (num_tokens, triton.cdiv(width, _TILE_LOGITS))
-        _write[tiles](products_CV, width, vocab_size, *shares, *self._bend, **self._options, num_warps=_NUM_WARPS)
+        with torch.cuda.device_of(products_CV):
+            _write[tiles](products_CV, width, vocab_size, *shares, *self._bend, **self._options, num_warps=_NUM_WARPS)
         return products_CV
 
 

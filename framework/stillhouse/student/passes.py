@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stillhouse.logits import Head
 
-_CPU_TOKENS = 256  # twice to half as many take the same time; the buffer stays near the cache
+_CPU_TOKENS = 256  # from half to twice as many take the same time
 _CPU_LOGITS = 1 << 26
 _TOKENS = 4096  # below 2,048, reading and writing the sum of the weight's gradient shows beside the matrix product
 _LOGITS = 1 << 30  # 2 GiB of 16 bits each
@@ -33,7 +33,7 @@ class Shares(NamedTuple):
 
     peak_C1: Tensor
     share_C1: Tensor
-    text_share_C1: Tensor | None  # None where it would be 0
+    text_share_C1: Tensor  # without effect where the text is not asked for, or the temperature is 1
 
 
 class Passes(Protocol):
@@ -135,6 +135,6 @@ class TorchPasses:
         num_tokens = products_CV.shape[0]
         gradient_CV = products_CV if self._wide_CV is None else self._wide_CV[:num_tokens]
         gradient_CV.mul_(shares.share_C1 * self._head.scale)
-        if self._text_CV is not None and shares.text_share_C1 is not None:
+        if self._text_CV is not None:
             gradient_CV.addcmul_(self._text_CV[:num_tokens], shares.text_share_C1 * self._head.scale)
         return gradient_CV if self._slope_CV is None else gradient_CV.mul_(self._slope_CV[:num_tokens])
