@@ -23,7 +23,7 @@ from stillhouse.logits import (
     native,
     token_seeds,
 )
-from stillhouse.logits.draws import draw, draw_in_blocks, or_lowest
+from stillhouse.logits.draws import draw, draw_in_blocks, draw_rest, or_lowest
 
 MASK = (1 << 64) - 1
 
@@ -83,7 +83,7 @@ def test_each_draw_is_where_its_number_falls_in_the_sums_of_whole_masses(data: s
     assert all(logits[0, i] > -math.inf for i in wanted)
 
 
-SPLITS = ["torch", "c"] if native.compiled().split_rows else ["torch"]
+SPLITS = ["torch", "torch, at once", *(["c"] if native.compiled().split_rows else [])]
 
 
 @pytest.mark.parametrize("path", ["reference", *SPLITS])
@@ -123,6 +123,8 @@ def by_path(path: str, logits: torch.Tensor, *, k: int, num_draws: int, temperat
         raw = native.split(split_rows, logits, k=k, temperature=temperature)
     else:
         raw = blockmax.split(logits, k=k, temperature=temperature)
+    if path.endswith("at once"):
+        return draw_rest(logits, raw, seeds(len(logits)), num_draws=num_draws, temperature=temperature)
     draws = draw_in_blocks(logits, raw, seeds(len(logits)), num_draws=num_draws, temperature=temperature)
     return or_lowest(draws, raw.token_ids_TK, vocab_size=logits.shape[1])
 

@@ -74,6 +74,7 @@ def bench_targets(
     split = prepare_corpus(corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir)
     forms = forms_of(vocab_size_of(tokenizer))
     lessons = Lessons(effort.num_steps, effort.batch_sequences, Sizes().student, learning_rate=2e-3, warmup_steps=20)
+    codings = codings_of(teacher, split.heldout, vocab_size_of(tokenizer))
     rounds: list[Mapping[str, Scores]] = []
     for seed in range(effort.num_seeds):
         with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -85,11 +86,10 @@ def bench_targets(
         rounds.append({name: _scores(work_dir / "students" / name, section, split, threads) for name in students})
         kls = (f"{name} {scores.kl:.3f}" for name, scores in rounds[-1].items())
         console.print(f"seed {seed}, KL from the teacher: {', '.join(kls)}")
-    codings = codings_of(teacher, split.heldout, vocab_size_of(tokenizer))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record(provenance, effort, lessons, forms, rounds, codings), indent=2) + "\n")
-        figure(forms, rounds).savefig(out.with_suffix(".svg"))
+        if out is not None:  # before the next seed begins
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record(provenance, effort, lessons, forms, rounds, codings), indent=2) + "\n")
+            figure(forms, rounds).savefig(out.with_suffix(".svg"))
     console.print(table(forms, rounds))
     console.print(coding_table(codings))
 

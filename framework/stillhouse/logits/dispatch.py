@@ -18,7 +18,7 @@ from torch import Tensor
 from stillhouse.errors import ConfigError
 from stillhouse.logits import blockmax, native
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.draws import draw_in_blocks, or_lowest
+from stillhouse.logits.draws import draw_rest
 from stillhouse.logits.head import Head
 from stillhouse.logits.rawtopk import RawTopK, normalise
 from stillhouse.logits.topk import checked_seeds, compress_reference
@@ -37,7 +37,7 @@ class Path:
     why: str
 
 
-def path_for(logits_TV: Tensor, *, k: int, tail_draws: int = 0, temperature: float = 1.0) -> Path:
+def path_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Path:
     """The path that `compress` takes with such logits. The first call on a device compiles: in C for a third of a second."""
     least, most = _GENTLE_TEMPERATURES
     vocab_size, device = logits_TV.shape[1], logits_TV.device
@@ -45,8 +45,6 @@ def path_for(logits_TV: Tensor, *, k: int, tail_draws: int = 0, temperature: flo
         return Path("reference", "there are no logits")
     if not least <= temperature <= most:
         return Path("reference", f"at a temperature of {temperature}, float32 overflows on the way")
-    if tail_draws and vocab_size < blockmax.BLOCK_IDS:
-        return Path("reference", f"{vocab_size} ids are less than a block to draw from")
     if device.type == "cpu":
         compiled = native.compiled()
         return Path("native" if compiled.split_rows else "blockmax", compiled.why)
@@ -131,7 +129,7 @@ def _compress_block(
     logits_TV: Tensor, seeds_T: Tensor, numbers_T: Tensor, *, k: int, tail_draws: int, temperature: float
 ) -> tuple[CompressedLogits, Tensor]:
     """The target of the tokens of these numbers, and bool [T]: the rows of which it is not certain to be right."""
-    path = path_for(logits_TV, k=k, tail_draws=tail_draws, temperature=temperature)
+    path = path_for(logits_TV, k=k, temperature=temperature)
     if path.name == "reference":
         target = compress_reference(logits_TV, k=k, tail_draws=tail_draws, temperature=temperature, seeds_T=seeds_T, tokens_T=numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
@@ -139,8 +137,8 @@ def _compress_block(
     raw, doubtful_T = _by_path(path, logits_TV, k=k, temperature=temperature)
     target, lse_T = normalise(raw, vocab_size=logits_TV.shape[1], temperature=temperature)
     if tail_draws:
-        draws_TN = draw_in_blocks(logits_TV, raw, seeds_T, num_draws=tail_draws, temperature=temperature)
-        target = replace(target, tail_ids_TN=or_lowest(draws_TN, raw.token_ids_TK, vocab_size=logits_TV.shape[1]))
+        draws_TN = draw_rest(logits_TV, raw, seeds_T, num_draws=tail_draws, temperature=temperature)
+        target = replace(target, tail_ids_TN=draws_TN)
     return target, doubtful_T | ~lse_T.isfinite()
 
 

@@ -8,8 +8,8 @@ times its probability within the tail, as with N independent draws, and the vari
 2503.16870, section 4): an unbiased target.
 
 Randomness is a hash of a seed for each token, which the teacher derives from the recipe and the token's place in the corpus. `draw` looks
-at every id; `draw_in_blocks` first finds the block in which a draw falls, from sums that are there already, and then looks at that block
-alone. The two agree but for draws that fall within the rounding of float32 of the border between two ids.
+at every id. `draw_in_blocks` finds the block in which a draw falls, from sums that are there already, and looks at that block alone, which
+is less work where draws are few. The two agree but for draws within the rounding of float32 of the border between two ids.
 """
 
 import torch
@@ -20,6 +20,7 @@ from stillhouse.logits.rawtopk import RawTopK
 
 _ONE = 2.0**40  # the whole number that stands for the tail's greatest mass; 2^22 of these still fit into an int64
 _BELOW_ONE = 1.0 - 2.0**-53  # the double before 1: times a number, and rounded, it is still less than that number
+_LOGITS_AT_ONCE = 1 << 20  # with an int64 of mass for each
 _GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as an int64, like the two below
 _FIRST_FACTOR = -0x40A7B892E31B1A47
 _SECOND_FACTOR = -0x6B2FB644ECCEEE15
@@ -44,6 +45,18 @@ def draw(logits_TV: Tensor, seeds_T: Tensor, *, num_draws: int) -> Tensor:
     up_to_TV = (logits_TV - peak_T1).exp_().mul_(_ONE).long().cumsum_(dim=1)
     places_TN = (_shares(seeds_T, num_draws) * up_to_TV[:, -1:]).long()
     return torch.searchsorted(up_to_TV, places_TN, right=True, out_int32=True)
+
+
+def draw_rest(logits_TV: Tensor, raw: RawTopK, seeds_T: Tensor, *, num_draws: int, temperature: float) -> Tensor:
+    """int32 [T, N] draws from the ids that `raw` does not keep; the lowest of them where these have no mass."""
+    vocab_size = logits_TV.shape[1]
+    if 2 * num_draws * raw.block_ids <= vocab_size:
+        draws_TN = draw_in_blocks(logits_TV, raw, seeds_T, num_draws=num_draws, temperature=temperature)
+        return or_lowest(draws_TN, raw.token_ids_TK, vocab_size=vocab_size)
+    at_once = max(1, _LOGITS_AT_ONCE // vocab_size)
+    whole = zip(logits_TV.split(at_once), raw.token_ids_TK.split(at_once), seeds_T.split(at_once), strict=True)
+    draws = [draw(_struck_out(rows_TV, ids_TK) / temperature, rows_T, num_draws=num_draws) for rows_TV, ids_TK, rows_T in whole]
+    return or_lowest(torch.cat(draws), raw.token_ids_TK, vocab_size=vocab_size)
 
 
 def draw_in_blocks(logits_TV: Tensor, raw: RawTopK, seeds_T: Tensor, *, num_draws: int, temperature: float) -> Tensor:
@@ -79,6 +92,10 @@ def or_lowest(draws_TN: Tensor, kept_ids_TK: Tensor, *, vocab_size: int) -> Tens
     kept_from_0_TK = kept_ids_TK.sort(dim=1).values == torch.arange(kept_ids_TK.shape[1], device=kept_ids_TK.device)
     lowest_T1 = kept_from_0_TK.int().cumprod(dim=1).sum(dim=1, keepdim=True, dtype=torch.int32)
     return torch.where(draws_TN < vocab_size, draws_TN, lowest_T1)
+
+
+def _struck_out(logits_TV: Tensor, ids_TK: Tensor) -> Tensor:
+    return logits_TV.float().scatter(1, ids_TK.long(), -torch.inf)
 
 
 def _shares(seeds_T: Tensor, num_draws: int) -> Tensor:

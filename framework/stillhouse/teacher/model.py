@@ -63,8 +63,7 @@ class HuggingFaceTeacher:
 
     def path(self) -> Path:
         """The way that its logits take to targets."""
-        recipe, logits_1V = self._recipe, self._head.logits(self._head.weight_VH[:1])
-        return path_for(logits_1V, k=recipe.k, tail_draws=recipe.num_draws, temperature=recipe.temperature)
+        return path_for(self._head.logits(self._head.weight_VH[:1]), k=self._recipe.k, temperature=self._recipe.temperature)
 
     @torch.inference_mode()
     def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> Iterator[CompressedLogits]:
