@@ -49,6 +49,7 @@ START = StartRow(
     sequence_length=64,
     num_targets=2000,
     bytes_per_token=176,
+    num_draws=0,
     vocab_size=151_936,
     k=64,
     world_size=2,

@@ -145,6 +145,7 @@ def _start_row(plan: Plan, command: str, number: int) -> StartRow:
         sequence_length=corpus.sequence_length,
         num_targets=corpus.num_targets,
         bytes_per_token=plan.recipe.codec.bytes_per_token,
+        num_draws=plan.recipe.num_draws,
         vocab_size=plan.recipe.vocab_size,
         k=plan.recipe.k,
         world_size=config.student.num_workers,

@@ -17,7 +17,7 @@ from stillhouse.report import summary as numbers
 from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, training_panels
 from stillhouse.report.summary import Summary, summarise, verdict
 from stillhouse.report.words import date, duration, large, num_bytes, percent, small, times
-from stillhouse.tracking import EvalRow, read_journal, scrub
+from stillhouse.tracking import EvalRow, StartRow, read_journal, scrub
 
 _ABSENT = "–"
 
@@ -122,7 +122,7 @@ def _tiles(summary: Summary) -> str:
         student_rate = large(sum(each.amount for each in steps) / max(sum(each.end - each.begin for each in steps), 1e-9))
     idle = f", {duration(summary.idle_s)} between" if summary.idle_s > 1 else ""
     tiles = [
-        ("Bytes a target token", f"{start.bytes_per_token:,}", f"k = {start.k} of {start.vocab_size:,}"),
+        ("Bytes a target token", f"{start.bytes_per_token:,}", f"{_kept(start)} of {start.vocab_size:,}"),
         ("Kept mass", kept, kept_detail),
         ("Codec KL", codec_kl, kl_detail),
         ("Teachers, tokens/s", teacher_rate, f"{_count(start.num_teachers, 'replica')} asked for" if tokens else kept_detail),
@@ -193,11 +193,15 @@ def _panel(panel: Panel) -> str:
     return f"<figure>{title}{svg}<figcaption>{escape(panel.caption)}</figcaption></figure>"
 
 
+def _kept(start: StartRow) -> str:
+    return f"k = {start.k}" + (f" and {start.num_draws} draws" if start.num_draws else "")
+
+
 def _costs(summary: Summary) -> str:
     start = summary.start
     ways = [
-        (f"Stillhouse record, k = {start.k} and the tail", start.bytes_per_token),
-        (f"int32 ids and float16 values, k = {start.k}", 6 * start.k),
+        (f"Stillhouse record, {_kept(start)} and the tail's mass", start.bytes_per_token),
+        (f"int32 ids and float16 values, {_kept(start)}", 6 * start.k + 4 * start.num_draws),
         ("float16 over the whole vocabulary", 2 * start.vocab_size),
     ]
     largest = math.log10(max(size for _, size in ways) + 1)

@@ -34,6 +34,7 @@ class StartRow(Row):
     sequence_length: int  # tokens
     num_targets: int  # target tokens in one epoch
     bytes_per_token: int  # of a packed record
+    num_draws: int  # from the tail, a token
     vocab_size: int
     k: int
     world_size: int  # student ranks
