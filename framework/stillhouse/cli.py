@@ -228,13 +228,20 @@ def bench_pipeline(
 
 @bench_app.command(name="codec")
 def bench_codec(
+    num_tokens: Tokens = 192,
+    vocab_size: VocabSize = 151_936,
+    ks: Annotated[list[int] | None, typer.Option("--k", min=1, help="Exact entries; may be said again. Default: 32, 64, 128.")] = None,
+    teacher: Annotated[Path | None, typer.Option("--teacher", help="A model's directory. Default: the demo's, if it is there.")] = None,
+    device: TorchDevice = "cpu",
+    repeats: Repeats = 5,
     out: Out = None,
 ) -> None:
-    """What a target takes in bytes, what they lose, and how fast one thread packs and unpacks them."""
+    """What a target takes in bytes, what they lose, and how fast it is packed and unpacked; one thread, or one GPU."""
     _quieten()
-    from stillhouse.bench.codec import bench_codec
+    from stillhouse.bench.codec import Setting, bench_codec
 
-    bench_codec(command=_typed(), out=out)
+    setting = Setting(num_tokens, vocab_size, tuple(ks or (32, 64, 128)), device)
+    bench_codec(setting, teacher, repeats=repeats, cache_dir=_cache_dir(), command=_typed(), out=out)
 
 
 @bench_app.command(name="topk")

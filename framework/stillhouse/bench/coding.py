@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillhouse.bench.codec import power_law_logits
+from stillhouse.bench.trained import heldout_logits
 from stillhouse.corpus import Corpus
 from stillhouse.logits import Codec, compress, token_seeds
-from stillhouse.models import final_hidden, head_of
 
+_NUM_TOKENS = 128
 _NUM_DRAWS = 50
 _REAL_VOCABULARY = 151_936
 _EXPONENTS = (1.0, 1.5, 2.0, 3.0)
@@ -35,10 +36,7 @@ class Coding:
 
 def codings_of(teacher: PreTrainedModel, heldout: Corpus, vocab_size: int) -> list[Coding]:
     """Of draws from what a trained teacher says to a held-out sequence, and from synthetic rows over a vocabulary of today's models."""
-    with torch.no_grad():
-        first = heldout.rows(0, 1)
-        hidden_BLH = final_hidden(teacher, torch.tensor(first.token_ids_SL), torch.tensor(first.positions_SL))
-        teacher_TV = head_of(teacher, vocab_size=vocab_size).logits(hidden_BLH[0])
+    teacher_TV = heldout_logits(teacher, heldout, vocab_size=vocab_size, num_tokens=_NUM_TOKENS)
     rows_of = {f"the teacher's, {vocab_size:,} ids": teacher_TV} | {
         f"a power law of exponent {exponent}, {_REAL_VOCABULARY:,} ids": power_law_logits(32, _REAL_VOCABULARY, exponent=exponent)
         for exponent in _EXPONENTS

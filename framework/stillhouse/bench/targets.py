@@ -20,6 +20,7 @@ from stillhouse.bench.classroom import Form, Lessons, teach
 from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.provenance import Provenance
+from stillhouse.bench.trained import DEMO_TEACHER
 from stillhouse.cluster import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.corpus import Split, prepare_corpus
@@ -32,7 +33,6 @@ from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, voca
 BUDGETS = (24, 48, 128)  # bytes a record
 _BESIDE_TEXT = 48  # the budget of which two forms are tried beside the text too
 SHARES = (0.5, 0.25, 0.0)  # exact entries, of as many as a budget affords without draws
-_DEMO_TEACHER = Path("runs/demo/models/teacher")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def bench_targets(
     torch.set_num_threads(threads)
     provenance = Provenance.of(command)
     if teacher_dir is None:
-        teacher_dir = _DEMO_TEACHER if _DEMO_TEACHER.exists() else _made(work_dir, effort, cache_dir, console)
+        teacher_dir = DEMO_TEACHER if DEMO_TEACHER.exists() else _made(work_dir, effort, cache_dir, console)
     if not (teacher_dir / "config.json").is_file():
         raise ConfigError(f"there is no model in {teacher_dir}; name the directory of a teacher, or leave --teacher out to have one made")
     section = TeacherSection(model=str(teacher_dir), dtype="float32", device="cpu")
