@@ -116,6 +116,12 @@ def _store(made: Plan, found: _Findings) -> None:
             f"store.window_bytes is {_size(made.config.store.window_bytes)}, less than a student may need for one step; lower"
             " store.chunk_sequences or student.shuffle_window_chunks to come within it"
         )
+    divergence = made.config.student.divergence
+    if recipe.num_draws and divergence != "forward_kl":
+        found.notes.append(
+            f"student.divergence is {divergence}, which learns nothing from the {recipe.num_draws} draws a token; unless another student"
+            " reads this store, spend their bytes on entries: target.k = 64, target.tail_draws = 0"
+        )
     near = nearest([other.recipe for other in stored], recipe)
     if near is not None and not is_there and len(differences(recipe, near)) <= _NEARLY:
         found.notes.append(

@@ -56,7 +56,7 @@ class TinyWorld:
                 "shuffle_window_chunks": 2,
                 "checkpoint_every_steps": 10,
             },
-            "target": {"k": 8},
+            "target": {"k": 8, "tail_draws": 12},
             "store": {"url": str(folder / "store"), "chunk_sequences": 8},
             "tracking": {"wandb": "off"},
         }

@@ -32,7 +32,7 @@ TOKENS = 1000  # of a step
 
 
 def start_row(time: float, *, attempt: int = 1) -> StartRow:
-    return StartRow(attempt, "run", {}, "t", "s", "f" * 64, 8, 64, 32, 2048, 40, 300, 8, 1, 1, 2, 16, False, time=time)
+    return StartRow(attempt, "run", {}, "t", "s", "f" * 64, 8, 64, 32, 2048, 40, 0, 300, 8, 1, 1, 2, 16, False, time=time)
 
 
 def train_row(step: int, time: float, *, wait: float = 0.0, tokens: int = TOKENS) -> TrainRow:

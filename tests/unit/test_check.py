@@ -54,7 +54,7 @@ def test_it_says_what_follows_from_the_config(check, filled: Plan):
     assert f"the same {recipe.vocab_size} ids" in rows["tokenizer"]
     assert f"{corpus.num_sequences:,} sequences of 32 tokens" in rows["corpus"]
     assert f"{corpus.num_targets:,} of them with a target; 8 more are held out" in rows["corpus"]
-    assert f"k = 8, {recipe.codec.name}: {recipe.codec.bytes_per_token} bytes each" in rows["targets"]
+    assert f"k = 8, 12 draws from the tail, {recipe.codec.name}: {recipe.codec.bytes_per_token} bytes each" in rows["targets"]
     assert recipe.fingerprint[:16] in rows["store"]
     assert f"{len(filled.chunks)} chunks of 8 sequences" in rows["store"]
     assert "0 are there already" in rows["store"]
@@ -66,6 +66,11 @@ def test_it_says_what_follows_from_the_config(check, filled: Plan):
 def test_it_says_how_many_draws_a_target_has(check):
     rows = rows_of(check(target={"k": 0, "tail_draws": 5}))
     assert "k = 0, 5 draws from the tail, ef-sqrt8: 6 bytes each" in rows["targets"]
+
+
+def test_it_says_where_draws_are_of_no_use(check):
+    assert "jsd, which learns nothing from the 12 draws a token" in check(student={"divergence": "jsd"}).out
+    assert "learns nothing from" not in check().out
 
 
 def test_the_bytes_that_it_promises_are_those_that_the_store_takes(filled: Plan):

@@ -61,7 +61,6 @@ def prepare(folder: Path, *, num_steps: int) -> Config:
                 "max_replicas": 2,
                 "batch_sequences": 8,
             },
-            "target": {"k": 64},
             "store": {"chunk_sequences": 16},
             "student": {
                 "model": str(models / "student"),
