@@ -1,7 +1,7 @@
 """Records on any device, in torch: nothing leaves it, and it is waited for once, at the end, to learn what to refuse.
 
-The bytes are those of `hostcodec`: whole numbers, sorting, and single IEEE operations (+, -, *, /, square root, rounding) decide them.
-Exponentials and logarithms, which differ between libraries, come after them: decoded values agree to a bit or two of float32.
+The bytes are those of `hostcodec`: whole numbers, sorting, and operations that round to nearest (+, -, *, /, square root) decide them.
+Exponentials and logarithms, which differ between libraries, come after them, in float64: decoded values agree to a bit of float32.
 
 Shapes: T tokens, K exact head entries, N tail draws, B bytes of a record or section, M = K or N.
 """
@@ -142,7 +142,7 @@ def _encode_kept(c: CompressedLogits, codec: Codec, complaints: Complaints) -> l
     stored_tail_T1 = torch.where(log_tail_T1 == -math.inf, log_tail_T1, limited_T1).half()
     header = torch.cat([range_T1, stored_tail_T1], dim=1).view(torch.uint8)
     ids_TK, order_TK = c.token_ids_TK.long().sort(dim=1)
-    codes_TK = record.codes_of(drops_TK, range_T1.float(), codec).long().gather(1, order_TK)
+    codes_TK = record.codes_of(_root(drops_TK), _root(range_T1.float()), codec).long().gather(1, order_TK)
     return [header, *_encode_ids(ids_TK, codec, complaints, distinct=True), _pack(codes_TK, codec.value_bits)]
 
 
@@ -158,10 +158,14 @@ def _decode_kept(header: Tensor, ids: Tensor, values: Tensor, codec: Codec, comp
 
 
 def _logprobs(codes_TK: Tensor, range_T1: Tensor, log_tail_T1: Tensor, codec: Codec) -> Tensor:
-    drops_TK = record.drops_of(codes_TK.float(), range_T1, codec)
-    kept_T1 = (-drops_TK.double()).exp().sum(dim=1, keepdim=True)
-    best_T1 = _log_one_minus_exp(log_tail_T1.double()) - kept_T1.log()
-    return best_T1.float() - drops_TK
+    drops_TK = record.drops_of(codes_TK.double(), (1 + range_T1.double()).sqrt() - 1, codec)
+    best_T1 = _log_one_minus_exp(log_tail_T1.double()) - (-drops_TK).exp().sum(dim=1, keepdim=True).log()
+    return (best_T1 - drops_TK).float()
+
+
+def _root(drops: Tensor) -> Tensor:
+    """Through float64, which rounds to the nearest float32; torch's own square root of float32 on a processor is not always that."""
+    return (1 + drops).double().sqrt().float() - 1
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:

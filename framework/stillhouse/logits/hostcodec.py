@@ -158,7 +158,8 @@ def _encode_kept(ids_TK: Ints, logprobs_TK: Floats, log_tail_T: Floats, codec: C
     _require(record.wrong_target(best_T, log_tail_T, codec), first_row)
     drops_TK = np.minimum(best_T[:, None] - logprobs_TK, np.float32(record.MOST_RANGE))
     range_T = np.maximum(drops_TK.max(axis=1), np.float32(record.LEAST_RANGE)).astype(_HALF)
-    codes_TK = record.codes_of(drops_TK, range_T.astype(np.float32)[:, None], codec).astype(np.int64)
+    roots_TK, range_root_T1 = np.sqrt(1 + drops_TK) - 1, np.sqrt(1 + range_T.astype(np.float32)[:, None]) - 1
+    codes_TK = record.codes_of(roots_TK, range_root_T1, codec).astype(np.int64)
     limited_T = log_tail_T.clip(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)
     stored_tail_T = np.where(log_tail_T == -np.inf, log_tail_T, limited_T).astype(_HALF)
     header = np.stack([range_T, stored_tail_T], axis=1).view(np.uint8)
@@ -167,10 +168,9 @@ def _encode_kept(ids_TK: Ints, logprobs_TK: Floats, log_tail_T: Floats, codec: C
 
 
 def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, codec: Codec) -> Floats:
-    drops_TK = record.drops_of(codes_TK.astype(np.float32), range_T[:, None], codec)
-    kept_T = np.exp(-drops_TK, dtype=np.float64).sum(axis=1)
-    best_T = _log_one_minus_exp(log_tail_T.astype(np.float64)) - np.log(kept_T)
-    return best_T.astype(np.float32)[:, None] - drops_TK
+    drops_TK = record.drops_of(codes_TK.astype(np.float64), np.sqrt(1 + range_T[:, None].astype(np.float64)) - 1, codec)
+    best_T = _log_one_minus_exp(log_tail_T.astype(np.float64)) - np.log(np.exp(-drops_TK).sum(axis=1))
+    return (best_T[:, None] - drops_TK).astype(np.float32)
 
 
 def _log_one_minus_exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

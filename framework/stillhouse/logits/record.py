@@ -116,19 +116,14 @@ def elias_fano_bytes(m: int, vocab_size: int) -> tuple[int, int]:
 # Values -------------------------------------------------------------------------------------------------------------------------------
 
 
-def root(drops: Array) -> Array:
-    """r(d), the scale on which the codes are evenly spaced."""
-    return (1 + drops) ** 0.5 - 1
+def codes_of(roots_TK: Array, range_root_T1: Array, codec: Codec) -> Array:
+    """The codes, as whole numbers in float32, of drops d below R: of r(d) and r(R), which come as the float32 nearest to them."""
+    return ((roots_TK / range_root_T1).clip(max=1) * codec.most_code).round()
 
 
-def codes_of(drops_TK: Array, range_T1: Array, codec: Codec) -> Array:
-    """The codes, as whole floating-point numbers, of drops below the best entry; `range_T1` is R after its rounding."""
-    return ((root(drops_TK) / root(range_T1)).clip(max=1) * codec.most_code).round()
-
-
-def drops_of(codes_TK: Array, range_T1: Array, codec: Codec) -> Array:
-    """What the codes, as floating-point numbers, stand for."""
-    roots_TK = root(range_T1) * (codes_TK / codec.most_code)
+def drops_of(codes_TK: Array, range_root_T1: Array, codec: Codec) -> Array:
+    """The drops that codes stand for, in float64 as they and r(R) come."""
+    roots_TK = range_root_T1 * (codes_TK / codec.most_code)
     return roots_TK * (2 + roots_TK)
 
 
