@@ -9,6 +9,7 @@ import torch
 from helpers.command import stillhouse
 from helpers.models import make_model
 from stillhouse.bench.trained import enlarged
+from stillhouse.errors import ConfigError
 from stillhouse.logits import Codec
 
 
@@ -54,6 +55,10 @@ def test_an_enlarged_vocabulary_leaves_the_likely_ids_their_odds_and_doubles_the
     assert torch.equal(large.topk(20, dim=1).values, logits.topk(20, dim=1).values)
 
 
-def test_a_vocabulary_that_is_large_enough_stays_as_it_is() -> None:
+def test_a_vocabulary_grows_to_any_size_and_never_shrinks() -> None:
     logits = torch.randn(2, 400)
-    assert enlarged(logits, 700) is logits
+    assert enlarged(logits, 400) is logits
+    assert enlarged(logits, 700).shape == (2, 700)
+    assert torch.equal(enlarged(logits, 700)[:, :400], logits)
+    with pytest.raises(ConfigError, match="--vocab is 300, less than the 400 ids of the teacher"):
+        enlarged(logits, 300)

@@ -48,9 +48,11 @@ def enlarged(logits_TV: Tensor, vocab_size: int) -> Tensor:
     half itself: a larger vocabulary divides what is unlikely, and leaves what is likely alone.
     """
     num_tokens, num_ids = logits_TV.shape
-    stretch = vocab_size // num_ids
-    if stretch < 2:
+    if vocab_size < num_ids:
+        raise ConfigError(f"--vocab is {vocab_size}, less than the {num_ids} ids of the teacher; set it to {num_ids} or more")
+    if vocab_size == num_ids:
         return logits_TV
+    stretch = vocab_size // num_ids
     random = torch.Generator().manual_seed(0)
     lower_TU = logits_TV.sort(dim=1).values[:, : num_ids // 2]
     picks_TW = torch.randint(lower_TU.shape[1], (num_tokens, vocab_size), generator=random)
