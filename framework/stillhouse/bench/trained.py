@@ -45,7 +45,7 @@ def enlarged(logits_TV: Tensor, vocab_size: int) -> Tensor:
     """The same distributions over W >= V ids: the V are spread evenly among them, and every added id is like one of the row's lower half.
 
     An added id has the logit of such a one, less the log of how many there are to each, so that together they weigh as much as the lower
-    half itself: a larger vocabulary divides what is unlikely, and leaves what is likely alone.
+    half itself: a larger vocabulary divides what is unlikely, and leaves what is likely alone. Raises ConfigError where W is below V.
     """
     num_tokens, num_ids = logits_TV.shape
     if vocab_size < num_ids:
