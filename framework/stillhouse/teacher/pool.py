@@ -72,6 +72,8 @@ class TeacherPool:
         `finished` raises as soon as it does: behind a closed window a student that has failed would be waited for without end.
         """
         cursors: dict[str, int] = {}
+        if self._table.done:
+            self._record(force=True)  # that there is nothing to make
         try:
             while not (finished() and self._table.done):
                 moved, bad_chunks = board.read()
