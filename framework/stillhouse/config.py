@@ -83,8 +83,8 @@ class TeacherSection(ModelSection):
 class TargetSection(Section):
     """What of the teacher's distribution is kept for each token."""
 
-    k: Annotated[int, Field(ge=0, le=4096)] = Field(16, description="exact head entries")
-    tail_draws: Annotated[int, Field(ge=0, le=4096)] = Field(32, description="draws from the tail; forward_kl alone learns from them")
+    k: Annotated[int, Field(ge=0, le=4096)] = Field(8, description="exact head entries")
+    tail_draws: Annotated[int, Field(ge=0, le=4096)] = Field(40, description="draws from the tail; forward_kl alone learns from them")
     value_bits: Literal[6, 8] = Field(8, description="bits for each kept log-probability")
     temperature: PositiveFloat = Field(1.0, description="targets are of softmax(logits / temperature)")
 

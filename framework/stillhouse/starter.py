@@ -16,8 +16,8 @@ sequence_length = 2048
 model = {_quoted(teacher)}
 
 [target]
-k = 16  # log-probabilities kept for each token
-tail_draws = 32  # and ids drawn from the rest, which keep the loss unbiased
+k = 8  # log-probabilities kept for each token
+tail_draws = 40  # and ids drawn from the rest, which keep the loss unbiased
 
 [student]
 model = {_quoted(student)}

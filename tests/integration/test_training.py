@@ -39,7 +39,7 @@ def relative_gap(ours: list[TrainRow], theirs: list[TrainRow]) -> float:
 
 def test_the_student_learns(reference: list[TrainRow]) -> None:
     assert len(reference) == 50
-    assert reference[-1].loss < 0.9 * reference[0].loss
+    assert reference[-1].loss < reference[0].loss - 0.15  # the draws' part of it does not fall to 0: it has the tail's own entropy
 
 
 @pytest.mark.parametrize(("stage", "ranks", "micro_batch"), CUTS)
@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_sequences(
 
 
 def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path) -> None:
-    target, student = {"k": 4, "tail_draws": 6}, {"checkpoint_every_steps": 100, "init": "config", "max_steps": 20}
+    target, student = {"k": 4, "tail_draws": 6}, {"checkpoint_every_steps": 100, "init": "config", "max_steps": 20, "learning_rate": 2e-2}
     made = tiny_world.plan(tmp_path, target=target, student=student)
     tiny_world.fill_store(made)
     job = made.jobs()[0]

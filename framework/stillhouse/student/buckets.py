@@ -107,21 +107,24 @@ def loss_and_gradient(
 
 
 class _Student(NamedTuple):
-    """The student's distribution at one temperature, in buckets."""
+    """The student's distribution at one temperature, in buckets. Sums are relative to `top`, so that large logits cost no digits."""
 
     logq_CK1: Tensor
-    log_total_C1: Tensor  # logsumexp of all logits / temperature
+    top_C1: Tensor  # the greatest logit, before temperature
+    log_total_C1: Tensor  # logsumexp of all (logits - top) / temperature
     log_tail_C1: Tensor  # and of the tail's
 
 
 def _student(logits: Named, peak_C1: Tensor, sum_C1: Tensor, target: CompressedLogits | None, *, temperature: float) -> _Student:
-    logits_CK1 = torch.cat([logits.kept_CK, peak_C1], dim=1) / temperature
+    logits_CK1 = torch.cat([logits.kept_CK, peak_C1], dim=1)
+    top_C1 = logits_CK1.amax(dim=1, keepdim=True)
+    logits_CK1 = (logits_CK1 - top_C1) / temperature
     logits_CK1[:, -1:] += sum_C1.log()
     log_total_C1 = logits_CK1.logsumexp(dim=1, keepdim=True)
     logq_CK1 = logits_CK1 - log_total_C1
     if target is not None and target.k == target.vocab_size:
         logq_CK1[:, -1] = LOG_FLOOR
-    return _Student(logq_CK1, log_total_C1, logits_CK1[:, -1:])
+    return _Student(logq_CK1, top_C1, log_total_C1, logits_CK1[:, -1:])
 
 
 def _from_teacher(
@@ -132,7 +135,7 @@ def _from_teacher(
     logp_CK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1).to(student.logq_CK1.dtype)
     sum_0, gradient_CK1 = _divergence(logp_CK1.clamp(min=LOG_FLOOR), student.logq_CK1, objective.divergence, needed=needed)
     mass_C1 = logp_CK1[:, -1:].exp() / max(1, target.num_draws)
-    sum_0 = sum_0 + (mass_C1 * (student.log_tail_C1 - logits.drawn_CN / target.temperature)).sum()
+    sum_0 = sum_0 + (mass_C1 * (student.log_tail_C1 - (logits.drawn_CN - student.top_C1) / target.temperature)).sum()
     pull_CK1 = gradient_CK1 - student.logq_CK1.exp() * gradient_CK1.sum(dim=1, keepdim=True)
     pull_CK1[:, -1:] += mass_C1 * target.num_draws
     weight = objective.divergence_weight * target.temperature  # temperature^2, and the chain rule's 1 / temperature
@@ -153,9 +156,10 @@ def _divergence(logp_CK1: Tensor, logq_CK1: Tensor, divergence: Divergence, *, n
 def _from_text(ids: Named, logits: Named, tail: Tail, target: CompressedLogits | None, *, objective: Objective) -> tuple[Tensor, Tensor]:
     """Sums over tokens of (cross-entropy, lse^2); their weighted gradient in the kept logits and, but for the label's own, the tail's."""
     student = _student(logits, tail.peak_C1, tail.text_sum_C1, target, temperature=1.0)
-    cross_entropy = (student.log_total_C1 - logits.label_CL).sum()
-    squares = student.log_total_C1.square().sum() if objective.z_loss_weight > 0.0 else torch.zeros_like(cross_entropy)
-    weight_C1 = objective.ce_weight * ids.label_CL.shape[1] + 2.0 * objective.z_loss_weight * student.log_total_C1
+    cross_entropy = (student.log_total_C1 - (logits.label_CL - student.top_C1)).sum()
+    lse_C1 = student.top_C1 + student.log_total_C1
+    squares = lse_C1.square().sum() if objective.z_loss_weight > 0.0 else torch.zeros_like(cross_entropy)
+    weight_C1 = objective.ce_weight * ids.label_CL.shape[1] + 2.0 * objective.z_loss_weight * lse_C1
     pull_CK1 = weight_C1 * student.logq_CK1.exp()
     pull_CK1[:, :-1] -= objective.ce_weight * _is_label(ids.kept_CK, ids.label_CL).to(pull_CK1.dtype)
     return torch.stack([cross_entropy, squares]), pull_CK1
