@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -70,8 +71,8 @@ def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
 
 def coding_table(codings: Sequence[Coding]) -> Table:
     """Draws in bytes: the multiset has one size; counts make it vary, or cost more where one size is wanted."""
-    found = Table(title="Draws alone in bytes")
-    for heading in ("rows", "draws", "distinct", "multiset", "distinct + counts, mean", "the same in one size"):
+    found = Table(title="Draws alone in bytes", box=box.SIMPLE)
+    for heading in ("rows", "draws", "distinct", "multiset", "distinct +\ncounts, mean", "the same at\none size"):
         found.add_column(heading, justify="right")
     for one in codings:
         sizes = (f"{one.multiset_bytes}", f"{one.mean_counted_bytes:.1f}", f"{one.worst_counted_bytes}")

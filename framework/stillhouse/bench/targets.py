@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -143,10 +144,10 @@ def record(
 
 def table(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Table:
     """What a person wants to know: medians over the seeds, and for the share of the gap the least and the most."""
-    found = Table(title=f"What a student learns from, {len(rounds)} seeds: held-out medians")
-    found.add_column("target")
-    for heading in ("bytes", "loss on text", "KL from the teacher", "of the gap", "agreement", "acceptance", "ECE"):
-        found.add_column(heading, justify="right")
+    found = Table(title=f"What a student learns from, {len(rounds)} seeds: held-out medians", box=box.SIMPLE, padding=0)
+    found.add_column("target", no_wrap=True)
+    for heading in ("bytes", "loss", "KL", "of the gap, %", "top-1", "accepted", "ECE"):
+        found.add_column(heading, justify="right", no_wrap=True)
     for form in forms:
         spread = {field.name: Spread.of(getattr(one[form.name], field.name) for one in rounds).median for field in fields(Scores)}
         gap = Spread.of(share_of_the_gap(one, form.name) for one in rounds)
@@ -155,7 +156,7 @@ def table(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Tabl
             "" if form.bytes_per_token is None else str(form.bytes_per_token),
             f"{spread['cross_entropy']:.3f}",
             f"{spread['kl']:.3f}",
-            f"{gap.median:.1%} ({gap.least:.1%} to {gap.most:.1%})",
+            f"{100 * gap.median:.0f} ({100 * gap.least:.0f}..{100 * gap.most:.0f})",
             f"{spread['agreement']:.1%}",
             f"{spread['acceptance']:.3f}",
             f"{spread['calibration_error']:.3f}",
@@ -173,7 +174,7 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
 
     text, everything, *others = forms
     axes.axhline(spread(everything).median, color="0.5", linestyle="--", linewidth=1, label=_in_words(everything))
-    axes.set_title(f"{_in_words(text)}: {spread(text).median:.2f}", fontsize=9)
+    axes.axhline(spread(text).median, color="0.5", linestyle=":", linewidth=1, label=_in_words(text))
     for budget in BUDGETS:
         within = [form for form in others if min(each for each in BUDGETS if form.codec.bytes_per_token <= each) == budget]
         split = [form for form in within if form.kind == "stored" and form.ce_weight == 0.0]
@@ -198,11 +199,10 @@ def _in_words(form: Form) -> str:
         case "everything":
             return "the whole distribution"
         case "independent":
-            return f"{form.codec.num_draws} independent draws (RS-KD)"
+            return f"{form.codec.num_draws} independent (RS-KD)"
         case "stored":
-            tail = f"{form.codec.num_draws} draws" if form.codec.num_draws else "the tail's mass"
-            text = ", and the text" if form.ce_weight else ""
-            return (f"top {form.codec.k} + {tail}" if form.codec.k else tail) + text
+            tail = f"{form.codec.num_draws} draws" if form.codec.num_draws else "tail"
+            return (f"{form.codec.k} + {tail}" if form.codec.k else tail) + (" + text" if form.ce_weight else "")
 
 
 def _most(size: Callable[[int], int], budget: int) -> int:
