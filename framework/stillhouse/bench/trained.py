@@ -16,6 +16,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.models import final_hidden, head_of, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 
 DEMO_TEACHER = Path("runs/demo/models/teacher")
+_DOCUMENTS = 100  # the held-out text is in the first of them
 
 
 def trained_logits(teacher_dir: Path, *, num_tokens: int, cache_dir: Path) -> Tensor:
@@ -24,7 +25,7 @@ def trained_logits(teacher_dir: Path, *, num_tokens: int, cache_dir: Path) -> Te
         raise ConfigError(f"there is no model in {teacher_dir}; name the directory of one with --teacher")
     section = TeacherSection(model=str(teacher_dir), dtype="float32", device="cpu")
     teacher, tokenizer = load_model(section), load_tokenizer(section.model)
-    corpus = demo_config(Path("runs/demo")).corpus
+    corpus = demo_config(Path("runs/demo")).corpus.model_copy(update={"max_documents": _DOCUMENTS})
     split = prepare_corpus(corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir)
     return heldout_logits(teacher, split.heldout, vocab_size=vocab_size_of(tokenizer), num_tokens=num_tokens)
 
