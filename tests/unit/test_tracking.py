@@ -427,6 +427,16 @@ def test_progress_off_a_terminal_is_one_plain_line_in_ten_seconds_and_a_last_one
     assert "student 25/10 steps" in lines[-1]
 
 
+def test_a_student_that_reads_a_full_store_has_no_teachers_at_work():
+    text = io.StringIO()
+    with ProgressView(Console(file=text), clock=_Clock()) as view:
+        view.record(START)
+        view.record(TRAIN)
+    lines = text.getvalue().splitlines()
+    assert lines[0].startswith("teachers: starting | student: waiting for its first step")
+    assert lines[-1].startswith("no teachers at work | student 1/10 steps")
+
+
 def test_progress_tells_pace_and_waiting():
     clock, text = _Clock(), io.StringIO()
     with ProgressView(Console(file=text), clock=clock) as view:

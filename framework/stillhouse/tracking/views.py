@@ -200,7 +200,8 @@ class ProgressView:
 
     def _teachers(self) -> "_Side":
         if (row := self._pool) is None:
-            return _Side("teachers: starting", "", ProgressBar(total=1, completed=0))
+            title = "teachers: starting" if self._train is None else "no teachers at work"
+            return _Side(title, "", ProgressBar(total=1, completed=0))
         details = f", {row.in_flight} in flight, window {row.window_chunks}, {row.tokens_per_s:,.0f} tokens/s"
         eta = _clock_text(self._pool_pace.seconds_to(row.needed))
         bar = ProgressBar(total=max(row.needed, 1), completed=row.published)
