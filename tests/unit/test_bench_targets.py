@@ -92,6 +92,20 @@ def test_corpora_shorter_than_the_lessons_are_read_again(school: tuple) -> None:
     teach([Form("text", "text", WHOLE)], teacher, tokenizer, corpus, long, seed=0, on_step=lambda: None)
 
 
+@pytest.mark.parametrize("power", [0.8, 1.0, 1.25])
+def test_weights_make_up_for_the_proposal(school: tuple, power: float) -> None:
+    """With many draws, a student of the weighted ones learns what the whole distribution teaches."""
+    whole = weights_of(Form("everything", "everything", WHOLE), school)
+    text = weights_of(Form("text", "text", WHOLE), school)
+    weighted = weights_of(Form("many", "weighted", Codec(V, 0, num_draws=4000), proposal=power), school)
+    assert (whole - weighted).norm() < 0.3 * (whole - text).norm()
+
+
+def test_a_weight_takes_a_byte() -> None:
+    codec = Codec(V, 0, num_draws=9)
+    assert Form("", "weighted", codec).bytes_per_token == codec.bytes_per_token + 9
+
+
 def test_independent_draws_vary_more_than_ours_and_mean_the_same() -> None:
     logits = random_logits(1, 20).expand(5000, 20)
     codec = Codec(20, 0, num_draws=10)

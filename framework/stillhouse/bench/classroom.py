@@ -21,21 +21,31 @@ from stillhouse.logits import Codec, CompressedLogits, Head, compress, decode, e
 from stillhouse.models import final_hidden, head_of
 from stillhouse.student.loss import distillation_loss, forward_kl
 
-Kind = Literal["text", "everything", "stored", "independent"]
+Kind = Literal["text", "everything", "stored", "independent", "weighted"]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a student learns from: the text, the teacher's whole distribution, or a record; "independent" draws are those of RS-KD."""
+    """What a student learns from: the text, the teacher's whole distribution, or a record.
+
+    "independent" draws are those of RS-KD; "weighted" ones are of the teacher's distribution to the power `proposal`, each with a weight
+    of a byte that makes up for it (arXiv 2503.16870, section 4.2, has such proposals).
+    """
 
     name: str
     kind: Kind
     codec: Codec
     ce_weight: float = 0.0  # of the text, beside a record
+    proposal: float = 1.0
 
     @property
     def bytes_per_token(self) -> int | None:
-        return self.codec.bytes_per_token if self.kind in ("stored", "independent") else None
+        match self.kind:
+            case "stored" | "independent":
+                return self.codec.bytes_per_token
+            case "weighted":
+                return self.codec.bytes_per_token + self.codec.num_draws
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +121,8 @@ def _loss(form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batc
             ).total
         case "everything":
             return _dense(hidden_TH, head, teacher_TV)
+        case "weighted":
+            return _weighted(form, hidden_TH, head, teacher_TV, step_seed=step_seed)
         case "stored" | "independent":
             target = target_of(form, teacher_TV, batch.seeds_T, step_seed=step_seed)
             return distillation_loss(
@@ -121,6 +133,16 @@ def _loss(form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batc
 def _dense(hidden_TH: Tensor, head: Head, teacher_TV: Tensor) -> Tensor:
     p_TV, q_TV = (functional.log_softmax(logits_TV, dim=-1) for logits_TV in (teacher_TV, head.logits(hidden_TH)))
     return functional.kl_div(q_TV, p_TV, reduction="sum", log_target=True)
+
+
+def _weighted(form: Form, hidden_TH: Tensor, head: Head, teacher_TV: Tensor, *, step_seed: int) -> Tensor:
+    """Cross-entropy to independent draws of the proposal, each weighted by how much likelier the teacher finds it. Weights are exact."""
+    logp_TV, logr_TV = (functional.log_softmax(power * teacher_TV, dim=-1) for power in (1.0, form.proposal))
+    generator = torch.Generator().manual_seed(step_seed)
+    draws_TN = torch.multinomial(logr_TV.exp(), form.codec.num_draws, replacement=True, generator=generator)
+    weights_TN = (logp_TV - logr_TV).gather(1, draws_TN).exp() / form.codec.num_draws
+    logq_TN = functional.log_softmax(head.logits(hidden_TH), dim=-1).gather(1, draws_TN)
+    return -(weights_TN * logq_TN).sum()
 
 
 def _student(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, lessons: Lessons, *, seed: int) -> PreTrainedModel:

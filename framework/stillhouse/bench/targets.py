@@ -32,6 +32,7 @@ from stillhouse.logits import Codec
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 
 BUDGETS = (24, 48, 128)  # bytes a record
+_PROPOSALS = (0.8, 1.25)  # powers of the teacher's distribution
 _BESIDE_TEXT = 48  # the budget of which two forms are tried beside the text too
 SHARES = (0.5, 0.25, 0.0)  # exact entries, of as many as a budget affords without draws
 
@@ -107,6 +108,8 @@ def forms_of(vocab_size: int) -> list[Form]:
         forms.append(Form(f"rs-{splits[-1].num_draws}", "independent", splits[-1]))
         if budget == _BESIDE_TEXT:
             forms += [Form(f"{codec.k}+{codec.num_draws}+text", "stored", codec, ce_weight=1.0) for codec in (bucket, splits[0])]
+            weighted = Codec(vocab_size, 0, num_draws=_most(lambda n: Codec(vocab_size, 0, num_draws=n).bytes_per_token + n, budget))
+            forms += [Form(f"rs-{weighted.num_draws}^{power}", "weighted", weighted, proposal=power) for power in _PROPOSALS]
     return forms
 
 
@@ -200,6 +203,8 @@ def _in_words(form: Form) -> str:
             return "the whole distribution"
         case "independent":
             return f"{form.codec.num_draws} independent (RS-KD)"
+        case "weighted":
+            return f"{form.codec.num_draws} weighted, p^{form.proposal}"
         case "stored":
             tail = f"{form.codec.num_draws} draws" if form.codec.num_draws else "tail"
             return (f"{form.codec.k} + {tail}" if form.codec.k else tail) + (" + text" if form.ce_weight else "")
