@@ -144,18 +144,18 @@ def llama_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, sequence_leng
 
 
 def train_teacher(model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[float], None]) -> None:
-    """Next-token prediction over the corpus. `show(loss)` after each step."""
+    """Next-token prediction over the corpus in its own order, which is shuffled already; `show(loss)` after each step."""
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model.train()
     for step in range(sizes.num_steps):
         for group in optimiser.param_groups:
             group["lr"] = sizes.learning_rate * learning_rate_share(step, sizes)
 
-        numbers = range(step * sizes.batch_sequences, (step + 1) * sizes.batch_sequences)
-        rows = [corpus.rows(number % corpus.num_sequences, number % corpus.num_sequences + 1) for number in numbers]
-        token_ids_BL = torch.from_numpy(np.concatenate([row.token_ids_SL for row in rows]).astype(np.int64))
-        positions_BL = torch.from_numpy(np.concatenate([row.positions_SL for row in rows]).astype(np.int64))
-        has_target_BL = torch.from_numpy(np.concatenate([row.loss_mask_SL for row in rows]) == 1)
+        start = step * sizes.batch_sequences % max(1, corpus.num_sequences - sizes.batch_sequences + 1)
+        rows = corpus.rows(start, min(start + sizes.batch_sequences, corpus.num_sequences))
+        token_ids_BL = torch.from_numpy(rows.token_ids_SL.astype(np.int64))
+        positions_BL = torch.from_numpy(rows.positions_SL.astype(np.int64))
+        has_target_BL = torch.from_numpy(rows.loss_mask_SL == 1)
         labels_T = token_ids_BL.roll(-1, dims=1)[has_target_BL]
 
         hidden_BLH = final_hidden(model, token_ids_BL, positions_BL)

@@ -63,16 +63,16 @@ class Corpus:
         """Sequences start <= s < stop: views of the memory map where they lie together in it. Raises IndexError out of range."""
         if not 0 <= start < stop <= self.num_sequences:
             raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
+        file = pa.ipc.open_file(pa.memory_map(self.path))
         if self.order_path is None:
-            return self._together(start, stop)
+            return self._together(file, start, stop)
         places = np.load(self.order_path, mmap_mode="r")[start:stop]
-        return _joined([self._together(place, place + 1) for place in places.tolist()])
+        return _joined([self._together(file, place, place + 1) for place in places.tolist()])
 
-    def _together(self, start: int, stop: int) -> Rows:
+    def _together(self, file: pa.ipc.RecordBatchFileReader, start: int, stop: int) -> Rows:
         """The sequences at these places of the file."""
         size = _rows_per_batch(self.sequence_length)
-        reader = pa.ipc.open_file(pa.memory_map(self.path))
-        parts = [_rows_of(reader.get_batch(number), self.sequence_length) for number in range(start // size, (stop - 1) // size + 1)]
+        parts = [_rows_of(file.get_batch(number), self.sequence_length) for number in range(start // size, (stop - 1) // size + 1)]
         first = start // size * size
         return _joined(parts).select(slice(start - first, stop - first))
 

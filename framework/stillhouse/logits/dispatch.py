@@ -9,6 +9,7 @@ every row or says what is wrong with it. So nothing waits for a device before al
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -52,6 +53,7 @@ def path_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Path:
     return Path("blockmax", why_not) if why_not else Path("triton", f"its kernels passed their test on {device}")
 
 
+@cache  # a search of the path for every block would show
 def _why_not_triton(device: torch.device, *, vocab_size: int, k: int) -> str | None:
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
@@ -133,7 +135,6 @@ def _compress_block(
     if path.name == "reference":
         target = compress_reference(logits_TV, k=k, tail_draws=tail_draws, temperature=temperature, seeds_T=seeds_T, tokens_T=numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
-    logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
     raw, doubtful_T = _by_path(path, logits_TV, k=k, temperature=temperature)
     target, lse_T = normalise(raw, vocab_size=logits_TV.shape[1], temperature=temperature)
     if tail_draws:

@@ -64,6 +64,7 @@ def draw_in_blocks(logits_TV: Tensor, raw: RawTopK, seeds_T: Tensor, *, num_draw
 
     A draw falls in the same share of its block's mass by either sum, that of `raw` and the one over the block's own ids.
     """
+    logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
     vocab_size, width = logits_TV.shape[1], raw.block_ids
     up_to_TM = raw.rest_sums_TM.double().cumsum(dim=1)
     places_TN = _shares(seeds_T, num_draws) * up_to_TM[:, -1:]

@@ -126,13 +126,14 @@ class StudentEngine:
         """
         means = self.accumulate(batches)
         _require_finite("loss", means.total)
+        grad_norm = self._optimiser_step(learning_rate)
         return StepTerms(
             means.total,
             means.divergence if self.section.divergence_weight > 0 else None,
             means.cross_entropy if self.section.ce_weight > 0 else None,
             means.z_loss if self.section.z_loss_weight > 0 else None,
             means.num_tokens,
-            self._optimiser_step(learning_rate),
+            grad_norm,
         )
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Means:
