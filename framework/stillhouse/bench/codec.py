@@ -139,9 +139,9 @@ def measure(logits_TV: Tensor, codec: Codec, *, repeats: int) -> CodecFigures:
 
 
 def table(kind: str, figures: Sequence[CodecFigures]) -> Table:
-    """Speeds in millions of tokens a second; medians."""
+    """Kept mass, and speeds in millions of tokens a second; medians."""
     found = Table(title=f"A target in bytes: {kind}", box=box.SIMPLE)
-    for heading in ("k", "draws", "bits", "bytes", "kept mass", "mean KL", "worst KL", "encode,\nM tokens/s", "decode,\nM tokens/s"):
+    for heading in ("k", "draws", "bits", "bytes", "kept", "mean KL", "worst KL", "encode,\nM/s", "decode,\nM/s"):
         found.add_column(heading, justify="right")
     for one in figures:
         sizes = (str(one.k), str(one.num_draws), str(one.value_bits), str(one.bytes_per_token), f"{one.kept_mass:.3f}")
