@@ -33,7 +33,8 @@ def test_every_repeat_has_logits_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("change", "complaint"), [(("--k", "9"), "--k is 9, but --vocab is 9"), (("--device", "cuda"), "no such device")])
-def test_what_cannot_be_measured_is_refused(change: tuple[str, str], complaint: str) -> None:
+def test_what_cannot_be_measured_is_refused(change: tuple[str, str], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = stillhouse("bench", "topk", "--vocab", "9", "--k", "3", *change)
     assert done.code == 2
     assert complaint in done.err

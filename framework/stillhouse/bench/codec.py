@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stillhouse.bench.cost import Work, time_in_turn
+from stillhouse.bench.cost import Work, require_device, time_in_turn
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER, enlarged, trained_logits
@@ -42,8 +42,7 @@ class Setting:
         """Raises ConfigError where this cannot be measured here."""
         if max(self.ks) > self.vocab_size:
             raise ConfigError(f"--k is {max(self.ks)}, above --vocab, which is {self.vocab_size}; keep no more entries than there are")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device is cuda, but torch finds no such device; choose cpu, or run where nvidia-smi shows a GPU")
+        require_device(self.device)
 
     @property
     def codecs(self) -> list[Codec]:

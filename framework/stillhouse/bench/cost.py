@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.bench.figures import Spread
+from stillhouse.errors import ConfigError
 
 Work = Callable[[], Sequence[Tensor]]
 """Does the work, and returns what comes of it."""
@@ -45,6 +46,12 @@ def shown(spread: Spread, style: str, *, unit: float = 1.0) -> str:
     """The median, and from least to most below it, in units of `unit`."""
     median, least, most = (value / unit for value in (spread.median, spread.least, spread.most))
     return f"{median:{style}}\n{least:{style}}–{most:{style}}"
+
+
+def require_device(name: str) -> None:
+    """Raises ConfigError where torch does not find the device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but torch finds no such device; choose cpu, or run where nvidia-smi shows a GPU")
 
 
 def time_in_turn(works_of: Callable[[int], Mapping[str, Work]], *, repeats: int, device: torch.device) -> Timings:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stillhouse.bench.cost import Timings, Work, extra_bytes, shown, time_in_turn
+from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, shown, time_in_turn
 from stillhouse.bench.provenance import Provenance
 from stillhouse.errors import ConfigError
 from stillhouse.logits import CompressedLogits, Head
@@ -60,8 +60,7 @@ class Setting:
         """Raises ConfigError where this cannot be measured here."""
         if self.k > self.vocab_size:
             raise ConfigError(f"--k is {self.k}, above --vocab, which is {self.vocab_size}; keep no more entries than there are")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device is cuda, but torch finds no such device; choose cpu, or run where nvidia-smi shows a GPU")
+        require_device(self.device)
 
 
 @dataclass(frozen=True, slots=True)
