@@ -9,13 +9,17 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from time import time
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.config import ClusterSection, ModelSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError, RunError, StillhouseError
+from stillhouse.notices import Notice
+
+Phase = Literal["start", "data", "step", "snapshot"]
 
 _NAMESPACE = "stillhouse"
 _OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
@@ -131,12 +135,32 @@ def student_crew(section: StudentSection) -> dict[str, tuple[ModelSection, int]]
     return {"student ranks": (section, section.num_workers)}
 
 
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A rank's last sign of life."""
+
+    step: int  # that it is in, counted from 1
+    phase: Phase
+    time: float  # unix seconds, by the board's clock
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has come in on a board."""
+
+    cursors: Mapping[str, int]  # reader -> chunks at the front of the reading order that it will never need again
+    bad_chunks: frozenset[int]  # reported since the last look
+    notices: Mapping[str, Notice]  # node id -> the end that it announced
+
+
 class _Board:
-    """Cursors and bad-chunk numbers on their way from students to the teacher pool."""
+    """Small answers on their way back: cursors, bad chunks, notices and signs of life."""
 
     def __init__(self) -> None:
         self._cursors: dict[str, int] = {}
         self._bad_chunks: set[int] = set()
+        self._notices: dict[str, Notice] = {}
+        self._beats: dict[str, dict[int, Beat]] = {}
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         self._cursors[reader] = num_chunks
@@ -144,10 +168,21 @@ class _Board:
     def report_bad_chunk(self, number: int) -> None:
         self._bad_chunks.add(number)
 
-    def read(self) -> tuple[dict[str, int], set[int]]:
-        """Every reader's cursor, and the chunks reported since the last read."""
+    def announce(self, node: str, notice: Notice) -> None:
+        self._notices.setdefault(node, notice)
+
+    def beat(self, group: str, rank: int, step: int, phase: Phase) -> None:
+        self._beats.setdefault(group, {})[rank] = Beat(step, phase, time())
+
+    def beats(self, group: str) -> tuple[dict[int, Beat], float]:
+        return dict(self._beats.get(group, {})), time()
+
+    def notices(self) -> dict[str, Notice]:
+        return dict(self._notices)
+
+    def read(self) -> News:
         bad_chunks, self._bad_chunks = self._bad_chunks, set()
-        return dict(self._cursors), bad_chunks
+        return News(dict(self._cursors), frozenset(bad_chunks), dict(self._notices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +208,24 @@ class Board:
         """A reader found chunk `number` damaged. Returns at once."""
         self._actor.report_bad_chunk.remote(number)
 
-    def read(self) -> tuple[dict[str, int], set[int]]:
+    def announce(self, node: str, notice: Notice) -> None:
+        """The machine of Ray's node `node` will be taken away. Returns at once."""
+        self._actor.announce.remote(node, notice)
+
+    def beat(self, group: str, rank: int, *, step: int, phase: Phase) -> None:
+        """Rank `rank` of a group lives, and is in `phase` of `step`. Returns at once."""
+        self._actor.beat.remote(group, rank, step, phase)
+
+    def beats(self, group: str) -> tuple[dict[int, Beat], float]:
+        """The last beat of each rank of a group, and the time by the same clock."""
+        return ray.get(self._actor.beats.remote(group))
+
+    def notices(self) -> dict[str, Notice]:
+        """Every notice so far, by node id."""
+        return ray.get(self._actor.notices.remote())
+
+    def read(self) -> News:
+        """For the teacher pool, which alone reads: what has come in."""
         return ray.get(self._actor.read.remote())
 
 

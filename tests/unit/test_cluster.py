@@ -15,6 +15,7 @@ from helpers.remote import die, join, refuse, trip
 from helpers.world import TinyWorld
 from stillhouse.cluster import (
     Board,
+    News,
     Placement,
     Secrets,
     attached,
@@ -30,6 +31,7 @@ from stillhouse.cluster import (
 from stillhouse.config import ClusterSection, StudentSection, TeacherSection, resolved_json
 from stillhouse.errors import ChunkError, ConfigError, RunError
 from stillhouse.evaluate import EvaluationJob
+from stillhouse.notices import Notice
 from stillhouse.store import ChunkMissing
 from stillhouse.teacher.actor import TeacherJob
 
@@ -206,18 +208,26 @@ def test_the_cause_of_an_error_that_wraps_none_is_itself():
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_board_keeps_cursors_hands_out_each_report_once_and_outlives_its_process():
     board = Board.create()
-    assert board.read() == ({}, set())
+    assert board.read() == News({}, frozenset(), {})
     for cursor in (1, 2, 5, 4):  # a student that resumes goes back
         board.move_cursor("student", cursor)
     board.move_cursor("control", 7)
     for number in (3, 3, 9):
         pickle.loads(pickle.dumps(board)).report_bad_chunk(number)
-    assert board.read() == ({"student": 4, "control": 7}, {3, 9})
-    assert board.read() == ({"student": 4, "control": 7}, set())
+    assert board.read() == News({"student": 4, "control": 7}, frozenset({3, 9}), {})
+    assert board.read() == News({"student": 4, "control": 7}, frozenset(), {})
+    notice = Notice("aws", 1_000.0, "terminate")
+    board.announce("node", notice)
+    board.announce("node", Notice("ray", 2_000.0, "drain"))  # the first to say so is believed
+    board.beat("student", 1, step=3, phase="data")
+    assert board.read().notices == board.notices() == {"node": notice}
+    beats, now = board.beats("student")
+    assert (beats[1].step, beats[1].phase) == (3, "data")
+    assert beats[1].time <= now
 
     kill_one("ray::_Board")
     board.move_cursor("student", 6)
-    assert board.read()[0].get("student", 6) == 6  # what it held is lost; what is told it again is not
+    assert board.read().cursors.get("student", 6) == 6  # what it held is lost; what is told it again is not
     board.move_cursor("student", 7)
     board.report_bad_chunk(1)
-    assert board.read() == ({"student": 7}, {1})
+    assert board.read() == News({"student": 7}, frozenset({1}), {})

@@ -76,9 +76,9 @@ class TeacherPool:
             self._record(force=True)  # that there is nothing to make
         try:
             while not (finished() and self._table.done):
-                moved, bad_chunks = board.read()
-                cursors.update(moved)
-                for number in bad_chunks:
+                news = board.read()
+                cursors.update(news.cursors)
+                for number in news.bad_chunks:
                     self._replace(number)
                 slowest = min((cursors.get(reader, 0) for reader in readers), default=self._table.num_wanted)
                 self._advance(limit=slowest + self._window_chunks)

@@ -83,6 +83,10 @@ class PoolRow(Row):
     tokens_per_s: float  # target tokens, all replicas, mean since the row before
     window_wait_s: float  # seconds in which the window held teachers back, since the attempt began
     failures: int  # since the attempt began
+    replicas: int = 0  # teachers that are ready
+    losses: int = 0  # leases whose teacher died, since the attempt began
+    late: int = 0  # leases that ran past their deadline, since the attempt began
+    hedged: int = 0  # chunks given to a second teacher because the first is slow, since the attempt began
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ class TrainRow(Row):
     data_wait_s: float  # of these, spent waiting for chunks
     tokens_per_s: float  # num_tokens / seconds
     z_loss: float | None = None  # squared log-sum-exp of the student's logits; None where not computed
+    world_size: int = 1  # ranks that shared the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +116,65 @@ class CheckpointRow(Row):
     kind: ClassVar[str] = "checkpoint"
     role: Role
     step: int
-    seconds: float
+    seconds: float  # from the end of the step to the commit
     num_bytes: int
+    blocking_s: float = 0.0  # of these, training stood still; the rest was uploaded beside it
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryRow(Row):
+    """The ranks of a student were lost or sent away, and go on."""
+
+    kind: ClassVar[str] = "recovery"
+    role: Role
+    cause: Literal["died", "stalled", "notice", "grown"]  # grown: machines came back, and the group was made larger
+    detail: str
+    seconds: float  # from the last step before to the first step after
+    world_size: int  # ranks from now on
+    resumed_step: int  # steps taken in the commit that it goes on from
+    lost_steps: int  # steps that have to be taken again
+
+
+@dataclass(frozen=True, slots=True)
+class NoticeRow(Row):
+    """A machine of the run announced its end."""
+
+    kind: ClassVar[str] = "notice"
+    source: str  # aws, gcp, azure, sigterm or ray
+    node: str
+    seconds_left: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class StallRow(Row):
+    """A rank did nothing for longer than the watchdog allows; its group is started again."""
+
+    kind: ClassVar[str] = "stall"
+    role: Role
+    rank: int
+    step: int  # that it was in
+    phase: str  # data, step, snapshot or start
+    seconds: float  # without a sign of life
+    stack: str  # of its threads, where it could be had
+
+
+@dataclass(frozen=True, slots=True)
+class SetAsideRow(Row):
+    """Sequences that no teacher could compute: their chunk is published without targets for them."""
+
+    kind: ClassVar[str] = "set_aside"
+    chunk: int
+    sequences: list[int]
+    reason: str  # the last failure's words
+
+
+@dataclass(frozen=True, slots=True)
+class RepairRow(Row):
+    """A damaged chunk was moved to quarantine and will be made anew."""
+
+    kind: ClassVar[str] = "repair"
+    chunk: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +203,22 @@ class EndRow(Row):
 
 
 ROW_TYPES: dict[str, type[Row]] = {
-    row.kind: row for row in (StartRow, TeacherRow, ChunkRow, PoolRow, TrainRow, CheckpointRow, EvalRow, EndRow)
+    row.kind: row
+    for row in (
+        StartRow,
+        TeacherRow,
+        ChunkRow,
+        PoolRow,
+        TrainRow,
+        CheckpointRow,
+        RecoveryRow,
+        NoticeRow,
+        StallRow,
+        SetAsideRow,
+        RepairRow,
+        EvalRow,
+        EndRow,
+    )
 }
 
 
