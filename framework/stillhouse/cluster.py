@@ -15,9 +15,9 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stillhouse.config import ClusterSection, ModelSection, StudentSection, TeacherSection
+from stillhouse.config import ClusterSection, ModelSection, NoticeSource, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError, RunError, StillhouseError
-from stillhouse.notices import Notice
+from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 
 Phase = Literal["start", "data", "step", "snapshot"]
 
@@ -70,6 +70,22 @@ def prepare_process(device: str, threads: int) -> None:
     os.environ["DS_ACCELERATOR"] = device
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def metadata_endpoints() -> Endpoints:
+    """Where this machine's cloud answers: at its usual address, or where the variables say that the cloud's own tools go by."""
+    usual = Endpoints()
+    gcp_host = os.environ.get("GCE_METADATA_HOST")
+    return Endpoints(
+        aws=os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or usual.aws,
+        gcp=f"http://{gcp_host}" if gcp_host else usual.gcp,
+        azure=usual.azure,
+    )
+
+
+def machine_notices(kind: NoticeSource, *, on_notice: Callable[[Notice], None] | None = None) -> NoticeWatch:
+    """A watch over this machine's own end, to be entered in a process that runs on it. `kind` is `cluster.notices` of the config."""
+    return NoticeWatch(local_sources(kind, metadata_endpoints()), on_notice=on_notice)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from stillhouse.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+NoticeSource = Literal["auto", "aws", "gcp", "azure", "off"]
 
 
 class Section(BaseModel):
@@ -172,6 +173,8 @@ class ClusterSection(Section):
     address: str | None = Field(None, description="a running cluster ('auto' or host:port); None starts one on this machine")
     num_cpus: PositiveInt | None = Field(None, description="CPUs of the cluster started here; None: every core")
     threads: PositiveInt = Field(1, description="torch threads in each teacher and student process on the CPU")
+    notices: NoticeSource = Field("auto", description="whose metadata server announces a machine's end; auto: the one that answers")
+    grace_s: PositiveFloat = Field(30.0, description="seconds between SIGTERM and the kill, as Kubernetes or Slurm are set to")
 
 
 class Config(Section):

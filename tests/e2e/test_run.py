@@ -98,6 +98,9 @@ def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callab
     command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(made.run_dir)]
     environment = os.environ | {"XDG_CACHE_HOME": str(made.run_dir.parent / "cache"), "AWS_ENDPOINT_URL": s3.url}
     path = made.run_dir / "journal.jsonl"
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell has what it starts in the background ignore it, and that is inherited
     with (made.run_dir.parent / f"{stop.name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         deadline = monotonic() + 240

@@ -147,7 +147,12 @@ class FaultyS3:
             return
         with self._lock:
             self._passed.append(request)
-        _answer(handler, *self._ask(handler, body))
+        try:
+            answer = self._ask(handler, body)
+        except OSError:  # the server has ended
+            handler.close_connection = True
+            return
+        _answer(handler, *answer)
 
     def _kept(self, request: Request, fault: Fault, client: socket.socket) -> bool:
         """Keep a request for as long as its fault wants; False where the client went away meanwhile."""
