@@ -136,6 +136,9 @@ class StudentSection(ModelSection):
     shuffle_window_chunks: PositiveInt = Field(4, description="neighbouring chunks among which sequences are mixed")
     checkpoint_every_steps: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
+    checkpoint_url: str | None = Field(
+        None, description="None: in the run directory; or a directory or s3://, gs:// or az:// that outlives every machine"
+    )
     prefetch_batches: PositiveInt = Field(4, description="batches that the loader reads ahead")
 
     @model_validator(mode="after")

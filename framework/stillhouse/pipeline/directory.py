@@ -29,7 +29,7 @@ _PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "bl
 _MAY_CHANGE: Mapping[str, set[str]] = {
     "student": _PLACEMENT
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
-    | {"checkpoint_every_steps", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
+    | {"checkpoint_every_steps", "keep_checkpoints", "checkpoint_url", "num_workers", "prefetch_batches", "activation_checkpointing"},
     "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences"},
     "store": {"url", "window_bytes"},
 }

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 
 from stillhouse.cluster import Board
-from stillhouse.errors import CheckpointError, StudentError
+from stillhouse.errors import StudentError
 from stillhouse.models import load_model
 from stillhouse.store import ChunkStore
-from stillhouse.student import checkpoint
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import Batch, BatchReader, refuse_bad_chunk
+from stillhouse.student.restore import restore
+from stillhouse.student.universal import convert
+from stillhouse.student.writer import CheckpointWriter, attempt_name
 from stillhouse.tracking import CheckpointRow, Tracker, TrainRow
 
 
@@ -27,22 +29,23 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, board: Board
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     section, order = job.section, job.order
-    done = _restorable_step(job, world_size=world_size)
-    if rank == 0 and board is not None:
-        board.move_cursor(job.role, order.chunks_finished(done))
-    if done >= job.total_steps:
-        return
-    seed = section.seed if section.init == "config" else None
-    num_micro_batches = -(-section.global_batch_sequences // (world_size * section.micro_batch_sequences))
-    engine = StudentEngine(
-        load_model(section, random_init_seed=seed),
-        section=section,
-        vocab_size=job.recipe.vocab_size,
-        num_micro_batches=num_micro_batches,
-        device=device,
-    )
-    if done:
-        engine.load(job.checkpoints, step=done)
+    with restore(job.checkpoints, origin=job.origin, convert=convert) as found:
+        done = found.step if found else 0
+        if rank == 0 and board is not None:
+            board.move_cursor(job.role, order.chunks_finished(done))
+        if done >= job.total_steps:
+            return
+        seed = section.seed if section.init == "config" else None
+        num_micro_batches = -(-section.global_batch_sequences // (world_size * section.micro_batch_sequences))
+        engine = StudentEngine(
+            load_model(section, random_init_seed=seed),
+            section=section,
+            vocab_size=job.recipe.vocab_size,
+            num_micro_batches=num_micro_batches,
+            device=device,
+        )
+        if found is not None:
+            engine.load(found)
     reader = BatchReader(
         ChunkStore(job.store_url, job.recipe),
         order,
@@ -55,16 +58,32 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, board: Board
         on_bad_chunk=refuse_bad_chunk if board is None else board.report_bad_chunk,
         pin_memory=device.type == "cuda",
     )
+    writer = CheckpointWriter(
+        job.checkpoints,
+        origin=job.origin,
+        attempt=attempt_name(),
+        rank=rank,
+        world_size=world_size,
+        keep=section.keep_checkpoints,
+        on_commit=lambda made, seconds, blocking_s: journal.record(
+            CheckpointRow(role=job.role, step=made.step, seconds=seconds, num_bytes=made.num_bytes, blocking_s=blocking_s)
+        ),
+    )
+    due = False
     try:
-        with reader:
+        with reader, writer:
             for step in range(done, job.total_steps):
                 row = _train_one(engine, reader, job, step)
                 if rank == 0:
                     journal.record(row)
                     if board is not None:
                         board.move_cursor(job.role, order.chunks_finished(step + 1))
-                if (step + 1) % section.checkpoint_every_steps == 0 or step + 1 == job.total_steps:
-                    _commit(engine, job, step + 1, journal if rank == 0 else None)
+                last = step + 1 == job.total_steps
+                due = due or last or (step + 1) % section.checkpoint_every_steps == 0
+                if due and (last or not _on_any_rank(writer.busy, device)):
+                    writer.submit(engine.snapshot(step + 1))
+                    due = False
+            writer.wait()
     finally:
         engine.close()
 
@@ -103,46 +122,8 @@ def _named(batch: Batch) -> str:
     return f"its sequences were {shown}{', ...' if len(batch.sequences) > 8 else ''}"
 
 
-def _restorable_step(job: TrainJob, *, world_size: int) -> int:
-    """The step of the newest commit that verifies, agreed on by all ranks; 0 where there is none."""
-    answer: list[tuple[checkpoint.Commit | None, str]] = [(None, "")]
-    if dist.get_rank() == 0:
-        try:
-            chosen = checkpoint.newest(job.checkpoints)
-            checkpoint.set_aside_after(job.checkpoints, chosen.step if chosen else 0)
-            answer = [(chosen, "")]
-        except CheckpointError as error:
-            answer = [(None, str(error))]
-    dist.broadcast_object_list(answer)
-    found, problem = answer[0]
-    if problem:
-        raise CheckpointError(problem)
-    if found is None:
-        return 0
-    if (found.world_size, found.zero_stage) != (world_size, job.section.zero_stage):
-        raise CheckpointError(
-            f"{job.checkpoints} was written by {found.world_size} ranks at ZeRO stage {found.zero_stage}, but this run has {world_size} "
-            f"ranks at stage {job.section.zero_stage}; set student.num_workers and student.zero_stage back, or start in a new run directory"
-        )
-    if found.fingerprint != job.recipe.fingerprint:
-        raise CheckpointError(
-            f"{job.checkpoints} belongs to recipe {found.fingerprint[:16]}, not {job.recipe.fingerprint[:16]}; use a new run directory"
-        )
-    return found.step
-
-
-def _commit(engine: StudentEngine, job: TrainJob, step: int, journal: Tracker | None) -> None:
-    began = monotonic()
-    engine.save(job.checkpoints, step=step)
-    dist.barrier()
-    if journal is not None:
-        made = checkpoint.commit(
-            job.checkpoints,
-            step=step,
-            world_size=dist.get_world_size(),
-            zero_stage=job.section.zero_stage,
-            fingerprint=job.recipe.fingerprint,
-        )
-        checkpoint.retain(job.checkpoints, job.section.keep_checkpoints)
-        journal.record(CheckpointRow(role=job.role, step=step, seconds=monotonic() - began, num_bytes=made.num_bytes))
-    dist.barrier()
+def _on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is so on one rank at least."""
+    found = torch.tensor(float(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
