@@ -14,7 +14,8 @@ import pytest
 
 from helpers.processes import kill_one
 from helpers.world import TinyWorld
-from stillhouse.cluster import Board, Secrets, placement
+from stillhouse.board import Board
+from stillhouse.cluster import Secrets, placement
 from stillhouse.errors import ModelError, StoreError, StudentError, TeacherError
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore

@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
-from stillhouse.cluster import Board, attached, call_remotely, local_secrets, placement, require_room, student_crew, teacher_crew
+from stillhouse.board import Board
+from stillhouse.cluster import attached, call_remotely, local_secrets, placement, require_room, student_crew, teacher_crew
 from stillhouse.config import ModelSection
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, evaluate, exported
 from stillhouse.pipeline.directory import attempt, config_of, model_card
+from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore
@@ -21,13 +23,22 @@ from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.tracking import EvalRow, Journal
 
+_LOOK_EVERY_S = 1.0
+
 
 def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
     """Fill the store with every chunk that training will read."""
     _require_shared_store(made)
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(teacher_crew(made.config.teacher), available)
-        _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True)
+        board = Board.create()
+        with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+
+            def finished() -> bool:
+                machines.require_driver()
+                return True
+
+            _teach(made, journal, available=available, board=board, readers=(), finished=finished)
 
 
 def train(made: Plan, *, command: str = "stillhouse train") -> None:
@@ -40,7 +51,11 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
         )
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(student_crew(made.config.student), available)
-        _learn(made, available=available, board=None)
+        board = Board.create()
+        with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=False))
+            students.join()
+            machines.require_driver()
         _evaluate(made, journal, available=available)
     write_report(made.run_dir)
 
@@ -51,8 +66,16 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(teacher_crew(made.config.teacher) | student_crew(made.config.student), available)
         board = Board.create()
-        students = _Background(lambda: _learn(made, available=available, board=board))
-        _teach(made, journal, available=available, board=board, readers=("student",), finished=students.finished)
+        with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=True))
+
+            def finished() -> bool:
+                done = students.finished()
+                if done:
+                    machines.require_driver()
+                return done
+
+            _teach(made, journal, available=available, board=board, readers=("student",), finished=finished)
         _evaluate(made, journal, available=available)
     write_report(made.run_dir)
 
@@ -105,16 +128,16 @@ def _teach(
     pool.run(readers=readers, board=board, finished=finished)
 
 
-def _learn(made: Plan, *, available: Mapping[str, float], board: Board | None) -> None:
-    section = made.config.student
+def _learn(made: Plan, journal: Journal, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:
     fit(
         made.jobs(),
-        where=placement(section, available),
-        num_workers=section.num_workers,
+        where=placement(made.config.student, available),
         threads=made.config.cluster.threads,
         secrets=local_secrets(),
+        notices=made.config.cluster.notices,
         board=board,
-        max_failures=section.max_failures,
+        teachers_at_work=teachers_at_work,
+        journal=journal,
     )
 
 
@@ -162,6 +185,11 @@ class _Background:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(call,), name="students", daemon=True)
         self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the call has returned. Raises what it raised."""
+        while not self.finished():
+            self._thread.join(_LOOK_EVERY_S)  # a wait without end would not hear a Ctrl-C on every system
 
     def finished(self) -> bool:
         """Whether the call has returned. Raises what it raised."""

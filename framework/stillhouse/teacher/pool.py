@@ -10,7 +10,8 @@ from typing import Any
 
 import ray
 
-from stillhouse.cluster import Board, Placement, Secrets, cause_of
+from stillhouse.board import Board
+from stillhouse.cluster import Placement, Secrets, cause_of
 from stillhouse.errors import StillhouseError, TeacherError, UserError
 from stillhouse.logits import CompressedLogits
 from stillhouse.store import ChunkStore, StoreUnavailable
