@@ -1,6 +1,5 @@
 """Ranks come and go: whoever is left goes on with the same batches, the same rates and the same weights. All on real DeepSpeed engines."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def gap(ours: list[TrainRow], theirs: list[TrainRow], *, since: int) -> float:
     return max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(ours, theirs, strict=True))
 
 
-CASES = [*((stage, "float32", 1e-6) for stage in (0, 1, 2, 3)), *((stage, "bfloat16", 0.02) for stage in (1, 2, 3))]
+CASES = [*((stage, "float32", 1e-6) for stage in (0, 1, 2, 3)), (1, "bfloat16", 1e-4)]  # bfloat16 has an optimiser of its own at stage 1
 
 
 @pytest.mark.parametrize(("stage", "dtype", "tolerance"), CASES)
@@ -53,5 +52,4 @@ def test_two_ranks_then_one_then_two_lose_what_two_ranks_lose(
     assert gap(shrunk, steady, since=20) <= tolerance
     lose_after(cut, 30)
     grown = rank_groups[2].call(train_and_tell, cut)[0]
-    print("GAP", stage, dtype, gap(shrunk, steady, since=20), gap(grown, steady, since=30))
     assert gap(grown, steady, since=30) <= tolerance

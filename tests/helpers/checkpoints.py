@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from stillhouse.student.checkpoint import Commit, Digest, Origin, folder_of, publish, publish_part, read_part
 from stillhouse.store.blobs import Blobs
+from stillhouse.student.checkpoint import Commit, Digest, Origin, folder_of, publish, publish_part, read_part
 from stillhouse.student.snapshot import Snapshot
 
 ORIGIN = Origin(zero_stage=3, fingerprint="ab" * 32, settings={"seed": 0, "betas": [0.9, 0.95]})
