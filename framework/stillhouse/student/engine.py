@@ -177,6 +177,11 @@ class StudentEngine:
         if found.universal:
             _mend(self._engine.optimizer, settings)
 
+    @property
+    def inner(self) -> Any:
+        """DeepSpeed's own engine, to be measured beside."""
+        return self._engine
+
     def full_gradients(self) -> dict[str, Tensor]:
         """The whole gradient of each parameter of the language model as the next step will see it, by name; after `accumulate`."""
         return {name: safe_get_full_grad(parameter).clone() for name, parameter in self._engine.module.lm.named_parameters()}
