@@ -24,6 +24,7 @@ Phase = Literal["start", "data", "step", "snapshot"]
 _NAMESPACE = "stillhouse"
 _OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
 _REACH_S = 10.0
+_DRAIN_S = 120.0  # for a node that is drained without a deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +247,12 @@ def call_remotely(function: Callable[..., Any], *arguments: object, where: Place
         raise RunError(
             f"the process of `{function.__name__}` was lost ({error}); if its memory ran out, give it a larger machine, or smaller batches"
         ) from error
+
+
+def draining() -> dict[str, Notice]:
+    """The nodes that Ray will take away, by id, with the end that was set for each."""
+    found = ray._private.state.state.get_draining_nodes()
+    return {node: Notice("ray", ms / 1e3 if ms else time() + _DRAIN_S, "the node is being drained") for node, ms in found.items()}
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -30,8 +30,8 @@ _MAY_CHANGE: Mapping[str, set[str]] = {
     "student": _PLACEMENT
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
     | {"checkpoint_every_steps", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
-    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences"},
-    "store": {"url", "window_bytes"},
+    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences", "max_set_aside", "lease_timeout_s"},
+    "store": {"url", "window_bytes", "retain"},
 }
 _MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})
 

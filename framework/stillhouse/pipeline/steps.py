@@ -15,10 +15,14 @@ from stillhouse.evaluate import EvaluationJob, ModelName, Scores, evaluate, expo
 from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, Reader, join
+from stillhouse.student.job import order_of_reader
+from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.readership import Readership
 from stillhouse.tracking import EvalRow, Journal
 
 
@@ -93,16 +97,44 @@ def _teach(
     finished: Callable[[], bool],
 ) -> None:
     config = made.config
-    pool = TeacherPool(
+    crew = RayCrew(
         TeacherJob(config.teacher, made.recipe, config.store.url, config.cluster.threads),
         where=placement(config.teacher, available),
         secrets=local_secrets(),
+        board=board,
+    )
+    store = ChunkStore(config.store.url, made.recipe)
+    pool = TeacherPool(
+        crew,
+        config.teacher,
+        store=store,
         order=made.chunks,
         item_of=made.item,
         window_chunks=made.window_chunks,
         journal=journal,
+        readership=readership(made, store) if readers else None,
     )
     pool.run(readers=readers, board=board, finished=finished)
+
+
+def readership(made: Plan, store: ChunkStore) -> Readership:
+    """The readers of the run's store, its own students among them, who join it here if they have not before."""
+    own = [job.reader(0) for job in made.jobs()]
+    for reader in own:
+        join(store, reader)
+
+    def position(reader: Reader) -> int | None:
+        same_order = (reader.seed, reader.window_chunks) == (made.order.seed, made.order.window_chunks)
+        return order_of_reader(reader, made.recipe).chunks_finished(reader.committed_step) if same_order else None
+
+    return Readership(
+        store,
+        own=[reader.name for reader in own],
+        deletes=made.config.store.retain == "until-read",
+        least_ahead=chunks_read_ahead(made.order),
+        done_after=lambda reader: order_of_reader(reader, made.recipe).steps_until_done_with(reader.total_steps),
+        position=position,
+    )
 
 
 def _learn(made: Plan, *, available: Mapping[str, float], board: Board | None) -> None:

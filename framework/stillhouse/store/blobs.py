@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from time import sleep
@@ -75,6 +75,11 @@ class Blobs:
             sleep(_FIRST_PAUSE_S * 2**attempt)  # S3 answered 409: two writers at once, of whom perhaps neither has won
         raise StoreUnavailable(f"cannot write {key} in {self.url}: the store says that it exists, and that it does not; try again")
 
+    def replace(self, key: str, data: bytes) -> None:
+        """Put an object, whole or not at all, in place of what is there."""
+        with self._in_words(f"write {key}"):
+            obstore.put(self._store, key, data, use_multipart=False)
+
     def stat(self, key: str) -> Blob | None:
         """Size and time of an object; None if there is none."""
         try:
@@ -130,6 +135,11 @@ class Blobs:
             return []
         with self._in_words("list the store"):
             return sorted(obstore.list_with_delimiter(self._store)["common_prefixes"])
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is gone already is no error."""
+        with self._in_words(f"delete {key}"), suppress(FileNotFoundError):
+            obstore.delete(self._store, key)
 
     def move(self, source: str, destination: str) -> None:
         """Give an object another key. Raises FileNotFoundError if there is none."""
