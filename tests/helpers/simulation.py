@@ -6,7 +6,7 @@ says how a piece of work ends otherwise: with an error that it raises, or with t
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -37,10 +37,10 @@ class Death(Exception):
 
 
 def item_of(recipe: Recipe, number: int) -> WorkItem:
-    """Sequences whose first token is their number in the corpus (modulo the vocabulary), with targets at all places but the last."""
+    """Sequences of one token each, their number in the corpus plus 1 (modulo the vocabulary), with targets at all places but the last."""
     rows = recipe.chunk_rows(number)
     shape = (len(rows), recipe.sequence_length)
-    token_ids_SL = np.broadcast_to(np.arange(rows.start, rows.stop, dtype=np.int32)[:, None] % recipe.vocab_size, shape).copy()
+    token_ids_SL = np.broadcast_to(np.arange(rows.start + 1, rows.stop + 1, dtype=np.int32)[:, None] % recipe.vocab_size, shape).copy()
     loss_mask_SL = np.ones(shape, dtype=np.uint8)
     loss_mask_SL[:, -1] = 0
     return WorkItem(number, token_ids_SL, np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(), loss_mask_SL)
@@ -63,7 +63,6 @@ class _Job:
 @dataclass
 class _Worker:
     number: int
-    avoid: Collection[str]
     node: str | None = None
     ready: bool = False
     busy: bool = False
@@ -85,8 +84,8 @@ class SimulatedCrew:
     num_spawned: int = 0
     num_submitted: int = 0
     most_held: int = 0  # pieces of work that one teacher held at a time
-    computed: list[int] = field(default_factory=list)  # chunks, once for each time that one was begun
-    spawned_avoiding: list[frozenset[str]] = field(default_factory=list)
+    begun: list[int] = field(default_factory=list)  # chunks, once for each time that one was
+    computed: list[int] = field(default_factory=list)  # to the end
     _workers: dict[int, _Worker] = field(default_factory=dict)
     _homeless: dict[int, _Worker] = field(default_factory=dict)
     _events: list[Event] = field(default_factory=list)
@@ -101,10 +100,9 @@ class SimulatedCrew:
 
     # What the pool sees of a crew.
 
-    def spawn(self, teacher: int, *, avoid: Collection[str]) -> None:
+    def spawn(self, teacher: int) -> None:
         self.num_spawned += 1
-        self.spawned_avoiding.append(frozenset(avoid))
-        self._workers[teacher] = self._homeless[teacher] = _Worker(teacher, avoid)
+        self._workers[teacher] = self._homeless[teacher] = _Worker(teacher)
         self._find_homes()
 
     def submit(self, teacher: int, lease: int, item: WorkItem, *, publish: bool) -> None:
@@ -161,7 +159,7 @@ class SimulatedCrew:
 
     def _find_homes(self) -> None:
         for worker in [*self._homeless.values()]:
-            node = next((node for node, places in self.nodes.items() if places > 0 and node not in worker.avoid), None)
+            node = next((node for node, places in self.nodes.items() if places > 0 and node not in self.draining_nodes), None)
             if node is not None:
                 del self._homeless[worker.number]
                 self.nodes[node] -= 1
@@ -180,7 +178,7 @@ class SimulatedCrew:
         job.found = job.publish and self.is_there(job.item.number)
         seconds = 0.0 if job.found else self.seconds(worker.number, job.item)
         if job.publish and not job.found:
-            self.computed.append(job.item.number)
+            self.begun.append(job.item.number)
         self.at(self.now + seconds, lambda: self._finish(worker, job))
 
     def _finish(self, worker: _Worker, job: _Job) -> None:
@@ -188,6 +186,8 @@ class SimulatedCrew:
             return
         worker.busy = False
         worker.queue.popleft()
+        if job.publish and not job.found:
+            self.computed.append(job.item.number)
         fate = None if job.found else self.fate(worker.number, job.item)
         if isinstance(fate, Death):
             self.die(worker.number, str(fate))

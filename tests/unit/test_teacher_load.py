@@ -40,7 +40,7 @@ def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[TeacherPool, Simu
         is_there=lambda number: bool(published[number]),
         seconds=lambda _teacher, _item: float(random.exponential(2.0)),
     )
-    crew.computed = _Forgetful()
+    crew.begun = crew.computed = _Forgetful()
     recipe = small_recipe(num_sequences=num_chunks, chunk_sequences=1)
     pool = TeacherPool(
         crew,

@@ -1,6 +1,6 @@
 """A teacher actor: it takes a work item, compresses it and publishes the chunk. It keeps no state that anybody would miss."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any
@@ -140,9 +140,7 @@ def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience_s: float)
         pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
 
-def spawn(job: TeacherJob, *, where: Placement, secrets: Secrets, board: Board, avoid: Collection[str] = ()) -> Any:
-    """A new teacher actor on the cluster, but on none of the nodes to `avoid`; its `start` must be awaited before it gets work."""
-    options: dict[str, Any] = {"num_cpus": where.num_cpus, "num_gpus": where.num_gpus, "resources": dict(where.resources) or None}
-    if avoid:
-        options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}
+def spawn(job: TeacherJob, *, where: Placement, secrets: Secrets, board: Board) -> Any:
+    """A new teacher actor on the cluster; its `start` must be awaited before it gets work."""
+    options = {"num_cpus": where.num_cpus, "num_gpus": where.num_gpus, "resources": dict(where.resources) or None}
     return ray.remote(_TeacherActor).options(**options).remote(job, where.device, secrets, board)

@@ -1,6 +1,6 @@
 """Teachers as Ray actors: the pool's crew on a real cluster. An actor that dies is told once, whatever it held; it is never waited for."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from time import sleep
 from typing import Any, NamedTuple
 
@@ -26,8 +26,8 @@ class RayCrew:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, _Call] = {}
 
-    def spawn(self, teacher: int, *, avoid: Collection[str]) -> None:
-        actor = spawn(self._job, where=self._where, secrets=self._secrets, board=self._board, avoid=avoid)
+    def spawn(self, teacher: int) -> None:
+        actor = spawn(self._job, where=self._where, secrets=self._secrets, board=self._board)
         self._actors[teacher] = actor
         self._calls[actor.start.remote()] = _Call(teacher, None)
 

@@ -1,6 +1,6 @@
 """What a pool and its crew say to each other, and what the pool hears from outside: its seams, which know neither Ray nor time."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,8 +49,8 @@ Event = Started | Answered | Raised | Died
 class Crew(Protocol):
     """What starts teachers, under numbers that the pool chooses, and talks to them. A teacher does its work in the order of `submit`."""
 
-    def spawn(self, teacher: int, *, avoid: Collection[str]) -> None:
-        """Begin to start a teacher, on none of the nodes to `avoid`; it may wait for a place without end."""
+    def spawn(self, teacher: int) -> None:
+        """Begin to start a teacher; it may wait for a place without end."""
         ...
 
     def submit(self, teacher: int, lease: int, item: WorkItem, *, publish: bool) -> None: ...

@@ -32,6 +32,7 @@ _READERS_EVERY_S = 5.0
 _ROW_EVERY_S = 2.0
 _NOTICE_HOLDS_S = 300.0  # after its deadline: a machine that lives on was not meant after all
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 60.0  # between teachers that die as they start
+_DOOMED_PAUSE_S = 30.0  # after one that came up on a machine that goes
 
 
 @dataclass(slots=True)
@@ -159,12 +160,11 @@ class TeacherPool:
         missing = wanted - (len(self._teachers) - len(self._leaving))
         if missing <= 0 or now < self._next_spawn:
             return
-        avoid = self._doomed_nodes()
         for _ in range(missing):
             teacher = _Teacher(self._num_spawned)
             self._num_spawned += 1
             self._teachers[teacher.number] = teacher
-            self._crew.spawn(teacher.number, avoid=avoid)
+            self._crew.spawn(teacher.number)
 
     def _hand_out(self, limit: int, now: float) -> None:
         """Leases to teachers with room, the idle first; where no work is left, slow work to the idle."""
@@ -241,7 +241,9 @@ class TeacherPool:
         self._num_lost_starting = 0
         self._journal.record(TeacherRow(teacher.number, ready.seconds, ready.device, ready.topk))
         self._file(teacher)
-        self._heed_notices(self._clock())
+        if teacher.node in self._doomed_nodes():
+            self._retire(teacher)
+            self._next_spawn = self._clock() + _DOOMED_PAUSE_S
 
     def _accept(self, teacher: _Teacher, lease: Lease, answer: Answer) -> None:
         match answer:
@@ -340,11 +342,11 @@ class TeacherPool:
         doomed = self._doomed_nodes() if self._notices else ()
         for teacher in [*self._teachers.values()] if doomed else ():
             if teacher.node in doomed and teacher.leaves_at is None:
-                teacher.leaves_at = now + self._notices[str(teacher.node)].deadline - self._wall()
+                teacher.leaves_at = now + self._notices[teacher.node].deadline - self._wall()
                 self._leaving[teacher.number] = teacher
                 self._file(teacher)
-                for lease in [*teacher.leases.values()][1:]:
-                    self._table.give_back(teacher.leases.pop(lease.id))
+                for number in [*teacher.leases][1:]:
+                    self._table.give_back(teacher.leases.pop(number))
         for teacher in [*self._leaving.values()]:
             if not teacher.leases or (teacher.leaves_at is not None and now >= teacher.leaves_at):
                 self._retire(teacher)
