@@ -341,7 +341,7 @@ class TeacherPool:
         """Teachers on draining nodes get no new leases, hand back what they have not begun, and go with what they have in work."""
         doomed = self._doomed_nodes() if self._notices else ()
         for teacher in [*self._teachers.values()] if doomed else ():
-            if teacher.node in doomed and teacher.leaves_at is None:
+            if teacher.node is not None and teacher.node in doomed and teacher.leaves_at is None:
                 teacher.leaves_at = now + self._notices[teacher.node].deadline - self._wall()
                 self._leaving[teacher.number] = teacher
                 self._file(teacher)
