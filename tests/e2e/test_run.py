@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import boto3
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.faults import FaultyS3, publications
 from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.config import resolved_json
@@ -86,16 +87,26 @@ def test_produce_then_train_through_s3_is_the_same_training_as_run(
     assert curve(made) == curve(undisturbed)
 
 
-def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callable[[list[Row]], bool]) -> int:
+@pytest.fixture
+def faulty_s3(s3_endpoint: str) -> Iterator[FaultyS3]:
+    with FaultyS3(s3_endpoint) as proxy:
+        yield proxy
+
+
+def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callable[[list[Row]], bool], s3: FaultyS3) -> int:
     """Start the command on its own cluster, send the signal once the journal says so, and return the exit code."""
     command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(made.run_dir)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(made.run_dir.parent / "cache")}
+    environment = os.environ | {"XDG_CACHE_HOME": str(made.run_dir.parent / "cache"), "AWS_ENDPOINT_URL": s3.url}
     path = made.run_dir / "journal.jsonl"
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell has what it starts in the background ignore it, and that is inherited
     with (made.run_dir.parent / f"{stop.name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = monotonic() + 120
-        while process.poll() is None and not (path.exists() and reached(read_journal(path))):
+        deadline = monotonic() + 240
+        while process.poll() is None and not reached(read_journal(path)):
             assert monotonic() < deadline, Path(log.name).read_text()
+            sleep(0.2)
         process.send_signal(stop)
         return process.wait(timeout=60)
 
@@ -110,14 +121,21 @@ def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
     return reached
 
 
-def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(undisturbed: Plan, tiny_world: TinyWorld, tmp_path: Path) -> None:
-    settings = {"store": {"url": str(tmp_path / "store")}, "teacher": TEACHERS, "cluster": {"num_cpus": 4}}
+def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
+    undisturbed: Plan, tiny_world: TinyWorld, faulty_s3: FaultyS3, s3_endpoint: str, tmp_path: Path
+) -> None:
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="grappa")
+    settings = {"store": {"url": "s3://grappa/casks"}, "cluster": {"num_cpus": 4}}
     made = tiny_world.plan(tmp_path / "run", **settings, student=STUDENT | {"checkpoint_every_steps": 4})
     config = tmp_path / "run.toml"
     config.write_text(as_toml(made))
 
-    assert run_until(made, config, signal.SIGKILL, reached=attempt_has_trained(1)) == -signal.SIGKILL
-    assert run_until(made, config, signal.SIGINT, reached=attempt_has_trained(2)) == 130
+    first = faulty_s3.hold(publications(but=made.chunks[:12]))  # a step reads one chunk: no attempt can be done before its signal comes
+    assert run_until(made, config, signal.SIGKILL, reached=attempt_has_trained(1), s3=faulty_s3) == -signal.SIGKILL
+    second = faulty_s3.hold(publications(but=made.chunks[:24]))
+    faulty_s3.end(first)
+    assert run_until(made, config, signal.SIGINT, reached=attempt_has_trained(2), s3=faulty_s3) == 130
+    faulty_s3.end(second)
     pipeline.run(tiny_world.plan(made.run_dir, **settings, student=STUDENT | {"checkpoint_every_steps": 100, "prefetch_batches": 1}))
     rows = journal(made)
     assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from helpers.chunks import make_records
-from stillhouse.cluster import News
+from stillhouse.board import News
 from stillhouse.logits import CompressedLogits, Fidelity
 from stillhouse.notices import Notice
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
@@ -79,7 +79,7 @@ class SimulatedCrew:
     seconds: Callable[[int, WorkItem], float] = lambda _teacher, _item: 10.0
     fate: Callable[[int, WorkItem], Exception | None] = lambda _teacher, _item: None
     start_s: float = 5.0
-    draining_nodes: dict[str, Notice] = field(default_factory=dict)
+    drained: set[str] = field(default_factory=set)  # nodes on which nothing more is started
     now: float = 1000.0
     num_spawned: int = 0
     num_submitted: int = 0
@@ -130,9 +130,6 @@ class SimulatedCrew:
         events, self._events = self._events, []
         return events
 
-    def draining(self) -> dict[str, Notice]:
-        return dict(self.draining_nodes)
-
     # What befalls it.
 
     def add_node(self, node: str, places: int) -> None:
@@ -159,7 +156,7 @@ class SimulatedCrew:
 
     def _find_homes(self) -> None:
         for worker in [*self._homeless.values()]:
-            node = next((node for node, places in self.nodes.items() if places > 0 and node not in self.draining_nodes), None)
+            node = next((node for node, places in self.nodes.items() if places > 0 and node not in self.drained), None)
             if node is not None:
                 del self._homeless[worker.number]
                 self.nodes[node] -= 1

@@ -59,6 +59,7 @@ class TinyWorld:
             "target": {"k": 8, "tail_draws": 12},
             "store": {"url": str(folder / "store"), "chunk_sequences": 8},
             "tracking": {"wandb": "off"},
+            "cluster": {"notices": "off"},
         }
         return cls(folder, values)
 

@@ -15,7 +15,8 @@ import pytest
 
 from helpers.processes import kill_one
 from helpers.world import TinyWorld
-from stillhouse.cluster import Board, Secrets, placement
+from stillhouse.board import Board
+from stillhouse.cluster import Secrets, placement
 from stillhouse.errors import ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
@@ -63,7 +64,7 @@ def pool_of(
     made: Plan, board: Board, *, order: list[int], journal: WatchedTracker, item_of: Callable[[int], WorkItem], **teacher: object
 ) -> TeacherPool:
     section = made.config.teacher.model_copy(update=teacher)
-    job = TeacherJob(section, made.recipe, made.config.store.url, threads=1)
+    job = TeacherJob(section, made.recipe, made.config.store.url, threads=1, notices="off")
     return TeacherPool(
         RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), board=board),
         section,

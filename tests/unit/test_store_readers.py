@@ -33,6 +33,12 @@ def test_a_run_that_goes_on_is_not_set_back_by_joining_again(store: ChunkStore):
     assert registered(store).readers == [replace(READER, committed_step=40)]
 
 
+def test_a_run_that_goes_on_for_longer_says_so_as_it_joins(store: ChunkStore):
+    commit(store, replace(READER, committed_step=100))
+    join(store, replace(READER, total_steps=300))
+    assert registered(store).readers == [replace(READER, committed_step=100, total_steps=300)]
+
+
 def test_a_store_without_readers_has_none(store: ChunkStore):
     assert registered(store) == ([], [])
 

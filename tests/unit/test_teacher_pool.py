@@ -156,6 +156,7 @@ def test_a_draining_node_gets_no_new_leases_and_hands_back_what_it_has_not_begun
     world = World(num_chunks=40, teacher={"max_replicas": 4})
     world.crew.nodes = {"a": 2, "b": 2}
     world.crew.at(1012, lambda: world.notice("a", seconds=30))
+    world.crew.at(1012, lambda: world.crew.drained.add("a"))
     world.crew.at(1042, lambda: world.crew.remove_node("a"))
     world.crew.at(1500, lambda: world.crew.add_node("a", 2))
     world.run()
@@ -182,7 +183,8 @@ def test_work_that_outlasts_a_notice_is_made_elsewhere_and_nobody_is_blamed():
     world = World(num_chunks=8, teacher={"max_failures": 1, "max_replicas": 2})
     world.crew.nodes = {"a": 1, "b": 1}
     world.crew.seconds = lambda _teacher, _item: 100.0
-    world.crew.at(1012, lambda: world.crew.draining_nodes.update(a=Notice("ray", 1042, "drain-node")))
+    world.crew.at(1012, lambda: world.notice("a", seconds=30))
+    world.crew.at(1012, lambda: world.crew.drained.add("a"))
     world.run()
     world.assert_all_is_there()
     assert (world.last.losses, world.last.failures, world.last.late) == (0, 0, 0)

@@ -8,7 +8,7 @@ A chunk that every registered reader has committed past may be deleted. So what 
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -45,8 +45,12 @@ def reader_name(run_dir: str, role: str) -> str:
 
 
 def join(store: ChunkStore, reader: Reader) -> None:
-    """Register a reader that is about to begin; one of its name that is there already, because the run goes on, is left as it is."""
-    store.blobs.create(_key(store, reader.name), _packed(reader))
+    """Register a reader that is about to begin; where it is known already, because its run goes on, it keeps what it has committed."""
+    key = _key(store, reader.name)
+    if not store.blobs.create(key, _packed(reader)):
+        before = _parsed(bytes(store.blobs.read(key)))
+        if before is not None and before != reader:
+            commit(store, replace(reader, committed_step=before.committed_step))
 
 
 def commit(store: ChunkStore, reader: Reader) -> None:

@@ -6,7 +6,15 @@ from typing import Literal
 
 from stillhouse.config import StudentSection
 from stillhouse.store import Reader, Recipe, reader_name
+from stillhouse.student.checkpoint import Origin
 from stillhouse.student.order import Order
+
+# Of the student's settings, those without which the same steps would lead to other weights; a schedule may change on the way.
+_DECIDE_WEIGHTS = (
+    *("revision", "dtype", "init", "seed", "global_batch_sequences", "shuffle_window_chunks"),
+    *("weight_decay", "betas", "gradient_clip"),
+    *("divergence", "divergence_weight", "mix", "ce_weight", "z_loss_weight"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +29,17 @@ class TrainJob:
     total_steps: int
 
     @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints" / self.role
+    def checkpoints(self) -> str:
+        """The URL under which its commits are."""
+        root = self.section.checkpoint_url
+        return str(self.run_dir / "checkpoints" / self.role) if root is None else f"{root.rstrip('/')}/{self.role}"
+
+    @property
+    def origin(self) -> Origin:
+        """What its checkpoints are of."""
+        values = self.section.model_dump(mode="json")
+        settings = {name: values[name] for name in _DECIDE_WEIGHTS} | {"model": Path(self.section.model).name}
+        return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
     @property
     def journal(self) -> Path:

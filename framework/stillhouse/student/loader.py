@@ -23,6 +23,7 @@ from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
 _MISSED_S = 30.0  # a chunk that is not there for so long is missed by its reader: it may have been deleted
+_LOOK_UP_S = 0.2
 _PADDING = -1
 
 
@@ -113,10 +114,22 @@ class BatchReader:
     def next(self) -> tuple[Batch, float]:
         """The next batch, and the seconds for which the caller waited for it. Raises what the reading thread met."""
         began = time.monotonic()
-        found = self._queue.get()
-        if isinstance(found, BaseException):
-            raise found
+        found = self.next_unless(lambda: False)
+        assert found is not None
         return found, time.monotonic() - began
+
+    def next_unless(self, interrupted: Callable[[], bool]) -> Batch | None:
+        """The next batch, or None once there is something better to do than to wait for it. Raises what the reading thread met."""
+        while True:
+            try:
+                found = self._queue.get(timeout=_LOOK_UP_S)
+            except queue.Empty:
+                if interrupted():
+                    return None
+                continue
+            if isinstance(found, BaseException):
+                raise found
+            return found
 
     def _read_ahead(self) -> None:
         try:

@@ -9,8 +9,9 @@ import ray
 import torch
 from torch import Tensor
 
-from stillhouse.cluster import Board, Placement, Secrets, prepare_process
-from stillhouse.config import TeacherSection
+from stillhouse.board import Board
+from stillhouse.cluster import Placement, Secrets, machine_notices, prepare_process, this_node
+from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe, StoreUnavailable
@@ -29,6 +30,7 @@ class TeacherJob:
     recipe: Recipe
     store_url: str
     threads: int
+    notices: NoticeSource  # who announces the end of its machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,11 @@ Answer = Produced | Found | Passed
 
 class _TeacherActor:
     def __init__(self, job: TeacherJob, device: str, secrets: Secrets, board: Board):
-        self._job, self._device, self._board = job, device, board
+        self._job, self._device, self._node = job, device, this_node()
         prepare_process(device, job.threads)
         secrets.adopt()
+        self._watch = machine_notices(job.notices, on_notice=lambda notice: board.announce(self._node, notice))
+        self._watch.__enter__()
 
     def start(self) -> Ready:
         began = monotonic()
@@ -77,8 +81,7 @@ class _TeacherActor:
         probe = self._teacher.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         path = self._teacher.path()
-        node = ray.get_runtime_context().get_node_id()
-        return Ready(probe, name, f"{path.name}: {path.why}", monotonic() - began, node)
+        return Ready(probe, name, f"{path.name}: {path.why}", monotonic() - began, self._node)
 
     def produce(self, item: WorkItem) -> Produced | Found:
         if is_there(self._store, item.number):  # this lease lost a race before it began

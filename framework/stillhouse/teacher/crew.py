@@ -1,13 +1,12 @@
 """Teachers as Ray actors: the pool's crew on a real cluster. An actor that dies is told once, whatever it held; it is never waited for."""
 
-from collections.abc import Mapping
 from time import sleep
 from typing import Any, NamedTuple
 
 import ray
 
-from stillhouse.cluster import Board, Placement, Secrets, cause_of, draining
-from stillhouse.notices import Notice
+from stillhouse.board import Board
+from stillhouse.cluster import Placement, Secrets, cause_of
 from stillhouse.teacher.actor import TeacherJob, spawn
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
 from stillhouse.teacher.model import WorkItem
@@ -51,9 +50,6 @@ class RayCrew:
             done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)  # and all others that are there by now
         found = [self._event(reference, self._calls.pop(reference)) for reference in done]
         return [event for event in found if event is not None]
-
-    def draining(self) -> Mapping[str, Notice]:
-        return draining()
 
     def _event(self, reference: Any, call: _Call) -> Event | None:
         if call.teacher not in self._actors:

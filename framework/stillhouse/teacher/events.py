@@ -1,11 +1,9 @@
 """What a pool and its crew say to each other, and what the pool hears from outside: its seams, which know neither Ray nor time."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from stillhouse.cluster import News
-from stillhouse.notices import Notice
+from stillhouse.board import News
 from stillhouse.teacher.actor import Answer, Ready
 from stillhouse.teacher.model import WorkItem
 
@@ -61,10 +59,6 @@ class Crew(Protocol):
 
     def events(self, *, timeout_s: float) -> list[Event]:
         """All that has happened; waits for the first of it, no longer than the timeout."""
-        ...
-
-    def draining(self) -> Mapping[str, Notice]:
-        """The nodes that will be taken away, as far as the crew knows."""
         ...
 
 

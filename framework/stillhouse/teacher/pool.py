@@ -27,7 +27,6 @@ ITEMS_PER_TEACHER = 2  # one in work, one waiting beside it, so that no teacher 
 
 _POLL_S = 0.25
 _NEWS_EVERY_S = 0.1
-_DRAINING_EVERY_S = 1.0
 _READERS_EVERY_S = 5.0
 _ROW_EVERY_S = 2.0
 _NOTICE_HOLDS_S = 300.0  # after its deadline: a machine that lives on was not meant after all
@@ -84,7 +83,7 @@ class TeacherPool:
         self._num_ready = self._num_spawned = self._num_lost_starting = self._num_refused = 0
         self._tokens_since_row, self._window_wait_s = 0, 0.0
         self._last_row = self._last_look = clock()
-        self._next_spawn = self._next_news = self._next_draining = self._next_readers = -np.inf
+        self._next_spawn = self._next_news = self._next_readers = -np.inf
 
     def run(self, *, readers: Collection[str], board: Inbox, finished: Callable[[], bool]) -> None:
         """Produce until every wanted chunk is published and `finished()`; `readers` are the students that move cursors on the board.
@@ -115,9 +114,6 @@ class TeacherPool:
             self._notices.update(news.notices)
             for number in news.bad_chunks:
                 self._replace(number)
-        if now >= self._next_draining:
-            self._next_draining = now + _DRAINING_EVERY_S
-            self._notices.update(self._crew.draining())
             self._heed_notices(now)
         if self._readership is not None and now >= self._next_readers:
             self._next_readers = now + _READERS_EVERY_S
