@@ -31,8 +31,8 @@ _MAY_CHANGE: Mapping[str, set[str]] = {
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
     | {"num_workers", "min_workers", "watchdog_s", "regroup_s"}
     | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
-    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences"},
-    "store": {"url", "window_bytes"},
+    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences", "max_set_aside", "lease_timeout_s"},
+    "store": {"url", "window_bytes", "retain"},
 }
 _MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})
 

@@ -17,10 +17,14 @@ from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, Reader, join
+from stillhouse.student.job import order_of_reader
+from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.readership import Readership
 from stillhouse.tracking import EvalRow, Journal
 
 _LOOK_EVERY_S = 1.0
@@ -43,7 +47,9 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
 
 def train(made: Plan, *, command: str = "stillhouse train") -> None:
     """Train on a store that already holds what is needed, then evaluate and report. Raises StoreError where chunks are missing."""
-    missing = set(made.chunks) - ChunkStore.create(made.config.store.url, made.recipe).published()
+    store = ChunkStore.create(made.config.store.url, made.recipe)
+    _join_readers(made, store)
+    missing = set(made.chunks) - store.published()
     if missing:
         raise StoreError(
             f"{len(missing)} of {len(made.chunks)} chunks are not in {made.config.store.url}; "
@@ -116,16 +122,50 @@ def _teach(
     finished: Callable[[], bool],
 ) -> None:
     config = made.config
-    pool = TeacherPool(
-        TeacherJob(config.teacher, made.recipe, config.store.url, config.cluster.threads),
+    crew = RayCrew(
+        TeacherJob(config.teacher, made.recipe, config.store.url, config.cluster.threads, config.cluster.notices),
         where=placement(config.teacher, available),
         secrets=local_secrets(),
+        board=board,
+    )
+    store = ChunkStore(config.store.url, made.recipe)
+    pool = TeacherPool(
+        crew,
+        config.teacher,
+        store=store,
         order=made.chunks,
         item_of=made.item,
         window_chunks=made.window_chunks,
         journal=journal,
+        readership=readership(made, store) if readers else None,
     )
     pool.run(readers=readers, board=board, finished=finished)
+
+
+def readership(made: Plan, store: ChunkStore) -> Readership:
+    """The readers of the run's store, its own students among them, who join it here if they have not before."""
+    own = _join_readers(made, store)
+
+    def position(reader: Reader) -> int | None:
+        same_order = (reader.seed, reader.window_chunks) == (made.order.seed, made.order.window_chunks)
+        return order_of_reader(reader, made.recipe).chunks_finished(reader.committed_step) if same_order else None
+
+    return Readership(
+        store,
+        own=own,
+        deletes=made.config.store.retain == "until-read",
+        least_ahead=chunks_read_ahead(made.order),
+        done_after=lambda reader: order_of_reader(reader, made.recipe).steps_until_done_with(reader.total_steps),
+        position=position,
+    )
+
+
+def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
+    """Register the run's students before anybody counts on what is there; returns their names."""
+    readers = [job.reader(0) for job in made.jobs()]
+    for reader in readers:
+        join(store, reader)
+    return [reader.name for reader in readers]
 
 
 def _learn(made: Plan, journal: Journal, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:
