@@ -103,12 +103,15 @@ def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callab
     )  # a shell has what it starts in the background ignore it, and that is inherited
     with (made.run_dir.parent / f"{stop.name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = monotonic() + 240
-        while process.poll() is None and not reached(read_journal(path)):
-            assert monotonic() < deadline, Path(log.name).read_text()
-            sleep(0.2)
-        process.send_signal(stop)
-        return process.wait(timeout=60)
+        try:
+            deadline = monotonic() + 240
+            while process.poll() is None and not reached(read_journal(path)):
+                assert monotonic() < deadline, Path(log.name).read_text()
+                sleep(0.2)
+            process.send_signal(stop)
+            return process.wait(timeout=60)
+        finally:
+            process.kill()
 
 
 def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
