@@ -1,5 +1,8 @@
 """Documents become sequences of one fixed length, written once to memory-mapped Arrow; a corpus is the digest of its ids, positions, masks.
 
+Every sequence is checked against its own hash each time that it is read, and the small files beside the sequences when they are opened:
+what a disk has changed is refused, or made again, and never taught or learned.
+
 Packing leaves the parts of a document side by side. So the sequences to train on are shuffled once more: any stretch of them, and so any
 chunk, is a random sample of the corpus.
 
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from stillhouse.config import CorpusSection
@@ -53,6 +57,7 @@ class Corpus:
     """A file of sequences as a plain value: it holds nothing open, and pickles."""
 
     path: str
+    hashes_path: str  # of the sequences, xxh3 as uint64 [S], in the order of the file
     order_path: str | None  # of the places in the file, int64 [S] in the corpus's order; None: as they lie
     digest: str  # sha256 over ids, positions, masks, shape and order
     num_sequences: int
@@ -60,14 +65,30 @@ class Corpus:
     num_targets: int  # ones of the loss mask
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Sequences start <= s < stop: views of the memory map where they lie together in it. Raises IndexError out of range."""
+        """Sequences start <= s < stop: views of the memory map where they lie together in it.
+
+        Raises IndexError out of range, CorpusError where the file is damaged.
+        """
         if not 0 <= start < stop <= self.num_sequences:
             raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
-        file = pa.ipc.open_file(pa.memory_map(self.path))
-        if self.order_path is None:
-            return self._together(file, start, stop)
-        places = np.load(self.order_path, mmap_mode="r")[start:stop]
-        return _joined([self._together(file, place, place + 1) for place in places.tolist()])
+        try:
+            file = pa.ipc.open_file(pa.memory_map(self.path))
+            if self.order_path is None:
+                places_S = np.arange(start, stop)
+                rows = self._together(file, start, stop)
+            else:
+                places_S = np.load(self.order_path, mmap_mode="r")[start:stop]
+                rows = _joined([self._together(file, place, place + 1) for place in places_S.tolist()])
+        except (pa.ArrowException, ValueError, OSError, IndexError) as error:
+            raise self._damaged(f"cannot be read ({error})") from None
+        changed = np.flatnonzero(_hashes_of(rows) != np.load(self.hashes_path, mmap_mode="r")[places_S])
+        if len(changed):
+            raise self._damaged(f"is damaged: sequence {start + int(changed[0])} is not what was written")
+        return rows
+
+    def _damaged(self, how: str) -> CorpusError:
+        path = Path(self.path)
+        return CorpusError(f"{path} {how}; remove the directory {path.parent}, and the same command makes it again from the documents")
 
     def _together(self, file: pa.ipc.RecordBatchFileReader, start: int, stop: int) -> Rows:
         """The sequences at these places of the file."""
@@ -161,8 +182,10 @@ def _build(
             " Give more documents, or lower corpus.sequence_length or corpus.heldout_sequences"
         )
     sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
+    small = {file.name: _file_hash(file) for file in directory.glob("*.npy")}
     written = {name: _with_paths(asdict(corpus), lambda file: Path(file).name) for name, corpus in corpora.items()}
-    (directory / "corpus.json").write_text(json.dumps({"corpora": written, "num_bytes": sizes}))
+    values = {"corpora": written, "num_bytes": sizes, "xxh3": small}
+    (directory / "corpus.json").write_text(json.dumps(values | {"check": _check_of(values)}))
 
 
 def _counted(documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]) -> Iterator[Tokens]:
@@ -252,6 +275,7 @@ def _write(path: Path, blocks: Iterable[Rows], length: int) -> Corpus:
         ]
     )
     hashes = [hashlib.sha256() for _ in schema]
+    row_hashes = []
     num_sequences = num_targets = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for rows in _in_batches(blocks, _rows_per_batch(length)):
@@ -260,10 +284,14 @@ def _write(path: Path, blocks: Iterable[Rows], length: int) -> Corpus:
                 digest.update(column.data)
             arrays = [pa.FixedSizeListArray.from_arrays(pa.array(column), length) for column in columns]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
+            row_hashes.append(_hashes_of(rows))
             num_sequences += len(rows)
             num_targets += int(rows.loss_mask_SL.sum(dtype=np.int64))
+    hashes_path = path.with_suffix(".xxh3.npy")
+    np.save(hashes_path, np.concatenate([np.empty(0, np.uint64), *row_hashes]))
     parts = [f"stillhouse corpus {CACHE_VERSION}", num_sequences, length, *(digest.hexdigest() for digest in hashes)]
-    return Corpus(str(path), None, hashlib.sha256(json.dumps(parts).encode()).hexdigest(), num_sequences, length, num_targets)
+    of_all = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Corpus(str(path), str(hashes_path), None, of_all, num_sequences, length, num_targets)
 
 
 def _shuffled(corpus: Corpus, *, seed: int) -> Corpus:
@@ -308,19 +336,36 @@ def _rows_of(batch: pa.RecordBatch, length: int) -> Rows:
     return Rows(ids_SL, positions_SL, mask_SL)
 
 
+def _hashes_of(rows: Rows) -> NDArray[np.uint64]:
+    """uint64 [S]: xxh3 over the bytes of each sequence's ids, positions and mask."""
+    columns = [np.ascontiguousarray(column) for column in (rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL)]
+    return np.array([xxhash.xxh3_64_intdigest(b"".join(column[row] for column in columns)) for row in range(len(rows))], np.uint64)
+
+
+def _file_hash(path: Path) -> str:
+    return xxhash.xxh3_64_hexdigest(path.read_bytes())
+
+
+def _check_of(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
+
+
 def _read_split(directory: Path) -> Split | None:
-    """The two corpora of a directory that was prepared before; None where there is none, or its files were cut short."""
+    """The two corpora of a directory that was prepared before; None where there is none, or its files are cut short or damaged."""
     try:
         written = json.loads((directory / "corpus.json").read_text())
+        if written.pop("check") != _check_of(written):
+            return None
         corpora = {name: Corpus(**_with_paths(values, lambda file: str(directory / file))) for name, values in written["corpora"].items()}
         is_whole = all((directory / name).stat().st_size == size for name, size in written["num_bytes"].items())
-    except (FileNotFoundError, json.JSONDecodeError):
+        is_whole = is_whole and all(_file_hash(directory / name) == digest for name, digest in written["xxh3"].items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Split(train=corpora["train"], heldout=corpora["heldout"]) if is_whole else None
 
 
 def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    return corpus | {field: change(corpus[field]) for field in ("path", "order_path") if corpus[field] is not None}
+    return corpus | {field: change(corpus[field]) for field in ("path", "hashes_path", "order_path") if corpus[field] is not None}
 
 
 def _move_into_place(building: Path, directory: Path) -> None:
