@@ -80,8 +80,21 @@ class RayMachines:
             sleep(_LOOK_EVERY_S)
         return found[-1]
 
+    def lose(self) -> None:
+        """SIGKILL every process of the cluster: the head, the nodes and all that runs there."""
+        owner = psutil.Process(self._process.pid)
+        for process in (*owner.children(recursive=True), owner):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        self.raylets.clear()
+
+    def is_lost(self) -> bool:
+        return self._process.poll() is not None
+
     def close(self) -> None:
-        end_with_its_input(self._process)
+        if not self.is_lost():
+            end_with_its_input(self._process)
 
 
 def main() -> None:

@@ -40,11 +40,11 @@ _RESOURCES = {HUB: {"student": 2.0}, LEFT: {"teacher": 1.0}, RIGHT: {"teacher": 
 _NUM_CPUS = {HUB: 4, LEFT: 1, RIGHT: 1}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scene:
     network: Network
-    cluster: RayMachines
     s3: Mapping[str, FaultyS3]  # machine -> its way to the bucket
+    cluster: RayMachines
     commands: CommandServer
     _cut_off: set[str] = field(default_factory=set)
 
@@ -63,9 +63,8 @@ class Scene:
             with inside(hub.namespace):
                 commands = CommandServer({"XDG_CACHE_HOME": str(cache), "AWS_ENDPOINT_URL": s3[HUB].url})
             stack.callback(commands.close)
-            cluster = RayMachines(hub)
-            stack.callback(cluster.close)
-            scene = cls(network, cluster, s3, commands)
+            scene = cls(network, s3, RayMachines(hub), commands)
+            stack.callback(lambda: scene.cluster.close())
             scene.make_whole()
             yield scene
 
@@ -81,7 +80,9 @@ class Scene:
         self._cut_off.add(name)
 
     def make_whole(self) -> None:
-        """All links, a node on every machine, and no request that is kept."""
+        """A cluster with a node on every machine, all links, and no request that is kept."""
+        if self.cluster.is_lost():
+            self.cluster = RayMachines(self.network.machines[HUB])
         for name in self.network.machines:
             self.s3[name].end()
             if name in self._cut_off:
@@ -168,6 +169,10 @@ def times_written(bucket: str) -> Counter[str]:
 
 def contents(bucket: str, key: str) -> bytes:
     return _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
+
+
+def put(bucket: str, key: str, data: bytes) -> None:
+    _s3().put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def _s3() -> Any:
