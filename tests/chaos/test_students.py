@@ -1,186 +1,169 @@
-"""The ranks of a student are killed, stopped and sent away, and the training is the undisturbed one, bit for bit.
+"""A student's ranks die and hang, its driver is killed, and at last every machine is lost: each time it goes on from its last commit.
 
-Ranks take seconds to start. So one training lives through all of it, and the tests look at what it left. It cannot outrun the test: the
-chunks beyond a given place are kept from it until the disaster has happened.
+Processes take seconds to start. So one run lives through it all, and the tests look at what it left.
 """
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic, time
 
+import psutil
 import pytest
 
-from helpers.ranks import RankGroup
-from helpers.training import train_and_tell
+from helpers.faults import Fault
+from helpers.scene import EPOCH, HUB, Scene, Undisturbed, curve, make_bucket, put
 from helpers.world import TinyWorld
-from stillhouse.board import Beat, Board, Summons
-from stillhouse.cluster import Secrets, placement
+from stillhouse import pipeline
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
-from stillhouse.student.job import TrainJob
-from stillhouse.student.workers import fit
-from stillhouse.tracking import CheckpointRow, Journal, RecoveryRow, Row, StallRow, TrainRow, latest_train_rows, read_journal
+from stillhouse.tracking import CheckpointRow, EndRow, RecoveryRow, Row, StallRow, StartRow, TrainRow, read_journal
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.timeout(900)  # of which most goes to starting processes, on a machine that others may use
 
-NUM_STEPS = 30
-PATIENCE_S = 180.0
-KILLED_AT, STOPPED_AT, SUMMONED_AT = 7, 14, 21  # chunks, about as many as steps, that the training gets to see before each disaster
-STUDENT = {
-    "num_workers": 2,
-    "num_cpus": 0.25,
-    "zero_stage": 2,
-    "max_steps": NUM_STEPS,
-    "checkpoint_every_steps": 3,
-    "watchdog_s": 12.0,
-    "prefetch_batches": 1,
-}
+COMMIT_EVERY = 4
 
 
-@dataclass(frozen=True)
-class Disasters:
-    """A training that lived through them."""
+class Disaster:
+    """One run, whose students read no further than they are let, and what it left. Another command may have to go on with it."""
 
-    job: TrainJob
-    rows: list[Row]
-    stopped: Beat  # the rank that was stopped
+    def __init__(self, scene: Scene, made: Plan, bucket: str) -> None:
+        self.scene, self.made, self.bucket = scene, made, bucket
+        self.run = scene.run(made)
+        self.attempt = 1
+        self.limit: Fault | None = None  # of what they may read
+        self.stopped: list[psutil.Process] = []
+        self.rows: list[Row] = []  # of the run directory, until it was lost
+        self.rows_elsewhere: list[Row] = []  # of the one that was begun then
+
+    def read_to(self, step: int) -> None:
+        """Let the ranks take their steps up to this one, which ends a group of chunks, and wait until they have, with a commit before."""
+        position = {number: position for position, number in enumerate(self.made.chunks)}
+        way = self.scene.s3[HUB]
+        before = self.limit
+        self.limit = way.hold(lambda request: request.method == "GET" and request.chunk is not None and position[request.chunk] >= step)
+        if before is not None:
+            way.end(before)
+        self.run.until(lambda: self.has_taken(step))
+
+    def has_taken(self, step: int) -> bool:
+        by_attempt = steps_by_attempt(self.run.rows)
+        commits = [row.step for row in self.run.rows if isinstance(row, CheckpointRow)]
+        return len(by_attempt) == self.attempt and step in by_attempt[-1] and max(commits, default=0) == step // COMMIT_EVERY * COMMIT_EVERY
 
     @property
     def recoveries(self) -> list[RecoveryRow]:
-        return [row for row in self.rows if isinstance(row, RecoveryRow)]
+        return [row for row in self.rows or self.run.rows if isinstance(row, RecoveryRow)]
+
+    def a_rank(self, rng: random.Random) -> psutil.Process:
+        return rng.choice(self.scene.cluster.workers(HUB, "ray::RayTrainWorker"))
 
 
-@contextmanager
-def kept_back(made: Plan, *, but: int) -> Iterator[None]:
-    """All chunks behind the first `but` of the reading order are out of the readers' sight while the block lasts."""
-    folder = Path(made.config.store.url)
-    store = ChunkStore(made.config.store.url, made.recipe)
-    paths = [path for number in made.chunks[but:] if (path := folder / store.key(number)).exists()]
-    for path in paths:
-        path.rename(path.with_suffix(".kept"))
-    try:
-        yield
-    finally:
-        for path in paths:
-            path.with_suffix(".kept").rename(path)
+def lose_a_rank(disaster: Disaster, rng: random.Random) -> None:
+    disaster.a_rank(rng).kill()
+    disaster.run.until(lambda: len(disaster.recoveries) == 1)
 
 
-class LiveTraining:
-    def __init__(self, job: TrainJob, board: Board) -> None:
-        self.job, self.board = job, board
-        self._thread = ThreadPoolExecutor(1)
-        self._future: Future[None] = self._thread.submit(self._fit)
+def stop_a_rank(disaster: Disaster, rng: random.Random) -> None:
+    rank = disaster.a_rank(rng)
+    rank.suspend()
+    disaster.stopped.append(rank)
+    disaster.run.until(lambda: len(disaster.recoveries) == 2)
 
-    @property
-    def rows(self) -> list[Row]:
-        return read_journal(self.job.journal)
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline, look = monotonic() + PATIENCE_S, threading.Event()
-        while not condition():
-            assert not self._future.done(), f"the training ended: {self._future.exception()!r}"
-            assert monotonic() < deadline, self.rows[-3:]
-            look.wait(0.1)
+def kill_the_driver(disaster: Disaster) -> None:
+    disaster.run.command.kill()
+    disaster.run = disaster.scene.run(disaster.made)
+    disaster.attempt += 1
 
-    def stands_behind(self, step: int) -> bool:
-        """Whether all ranks have come further than the step, wait for chunks now, and have committed what was due."""
-        beats = [each.beat for each in self.board.heard(self.job.role)]
-        if len(beats) < 2 or any(beat.phase != "data" or beat.phase_s < 1.0 or beat.step <= step for beat in beats):
-            return False
-        taken, every = beats[0].step - 1, self.job.section.checkpoint_every_steps
-        return any(isinstance(row, CheckpointRow) and row.step == taken - taken % every for row in self.rows)
 
-    def has_recovered(self, times: int) -> bool:
-        return sum(isinstance(row, RecoveryRow) for row in self.rows) >= times
+def lose_everything(disaster: Disaster) -> None:
+    """The driver, the cluster and the run directory; what is left is in the bucket."""
+    disaster.run.command.kill()
+    disaster.scene.cluster.lose()
+    disaster.rows = disaster.run.rows
+    shutil.rmtree(disaster.made.run_dir)
 
-    def rank(self, number: int) -> Beat:
-        return next(each.beat for each in self.board.heard(self.job.role) if each.beat.rank == number)
 
-    def result(self) -> None:
-        self._future.result(timeout=PATIENCE_S)
-        self._thread.shutdown()
+def go_on_elsewhere(disaster: Disaster, world: TinyWorld, run_dir: Path) -> None:
+    """The same run on another cluster, in a directory of its own."""
+    made = world.plan(run_dir, store={"url": f"s3://{disaster.bucket}/casks"}, student=EPOCH | students_of(disaster.bucket))
+    assert made.recipe == disaster.made.recipe
+    pipeline.run(made)
+    disaster.rows_elsewhere = read_journal(run_dir / "journal.jsonl")
 
-    def _fit(self) -> None:
-        fit(
-            [self.job],
-            where=placement(self.job.section, {"CPU": 4.0}),
-            threads=1,
-            secrets=Secrets(None),
-            notices="off",
-            board=self.board,
-            teachers_at_work=True,
-            journal=Journal(self.job.journal),
-        )
+
+def live_through_it(disaster: Disaster, rng: random.Random) -> None:
+    disaster.read_to(22)
+    lose_a_rank(disaster, rng)
+    stop_a_rank(disaster, rng)
+    disaster.read_to(42)
+    kill_the_driver(disaster)
+    disaster.read_to(62)
+    lose_everything(disaster)
+
+
+def students_of(bucket: str) -> dict[str, object]:
+    return {"num_workers": 2, "checkpoint_every_steps": COMMIT_EVERY, "watchdog_s": 10.0, "checkpoint_url": f"s3://{bucket}/commits"}
 
 
 @pytest.fixture(scope="module")
-def disasters(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Disasters:
-    folder = tmp_path_factory.mktemp("disasters")
-    made = tiny_world.plan(folder / "run", student=STUDENT, store={"url": str(folder / "store")})
-    made.run_dir.mkdir()
-    tiny_world.fill_store(made)
-    job = made.jobs()[0]
-    with kept_back(made, but=SUMMONED_AT):
-        with kept_back(made, but=STOPPED_AT):
-            with kept_back(made, but=KILLED_AT):
-                training = LiveTraining(job, Board.create())
-                training.until(lambda: training.stands_behind(0))
-                os.kill(training.rank(1).pid, signal.SIGKILL)
-            training.until(lambda: training.has_recovered(1) and training.stands_behind(KILLED_AT))
-            stopped = training.rank(0)
-            os.kill(stopped.pid, signal.SIGSTOP)
-            training.until(lambda: any(isinstance(row, StallRow) for row in training.rows))
-        training.until(lambda: training.has_recovered(2) and training.stands_behind(STOPPED_AT))
-        training.board.summon(job.role, Summons("notice", time() + 60.0, "aws: terminate"))
-        training.until(lambda: committed_last(training))
-    training.result()
-    return Disasters(job, training.rows, stopped)
+def disaster(
+    scene: Scene, tiny_world: TinyWorld, undisturbed: Undisturbed, chaos_seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Disaster]:
+    bucket, folder = f"students-{chaos_seed}", tmp_path_factory.mktemp("students")
+    make_bucket(bucket)
+    made = scene.plan(tiny_world, folder / "run", store={"url": f"s3://{bucket}/casks"}, student=students_of(bucket))
+    store = ChunkStore.create(made.config.store.url, made.recipe)
+    for number in made.chunks:
+        put(bucket, f"casks/{store.key(number)}", undisturbed.chunk(number))
+    scene.make_whole()
+    disaster = Disaster(scene, made, bucket)
+    try:
+        live_through_it(disaster, random.Random(chaos_seed))
+    finally:
+        scene.s3[HUB].end()
+    go_on_elsewhere(disaster, tiny_world, folder / "elsewhere")
+    yield disaster
 
 
-def committed_last(training: LiveTraining) -> bool:
-    """Whether the last step that was taken is committed."""
-    steps = [row.step for row in training.rows if isinstance(row, TrainRow)]
-    return steps[-1] == max(row.step for row in training.rows if isinstance(row, CheckpointRow))
+def test_whatever_was_lost_every_step_of_the_epoch_is_the_undisturbed_runs(disaster: Disaster, undisturbed: Undisturbed) -> None:
+    """Bit by bit. A step that was lost with what came after the last commit is taken again."""
+    assert curve([*disaster.rows, *disaster.rows_elsewhere]) == undisturbed.curves[2]
+    end = disaster.rows_elsewhere[-1]
+    assert isinstance(end, EndRow)
+    assert end.outcome == "done"
 
 
-def test_every_loss_is_the_undisturbed_trainings(disasters: Disasters, rank_groups: dict[int, RankGroup], tmp_path: Path) -> None:
-    undisturbed = rank_groups[2].call(train_and_tell, replace(disasters.job, run_dir=tmp_path))[0]
-    ours = latest_train_rows(disasters.rows, "student")
-    assert [row.step for row in ours] == list(range(1, NUM_STEPS + 1))
-    assert [(row.loss, row.grad_norm) for row in ours] == [(row.loss, row.grad_norm) for row in undisturbed]
+def test_a_lost_rank_costs_the_steps_since_the_last_commit(disaster: Disaster) -> None:
+    lost = disaster.recoveries[0]
+    assert (lost.cause, lost.resumed_step, lost.lost_steps, lost.world_size) == ("died", 20, 2, 2)
 
 
-def test_a_killed_rank_costs_the_steps_since_the_last_commit_and_no_more(disasters: Disasters) -> None:
-    recovery = disasters.recoveries[0]
-    assert recovery.cause == "died"
-    assert recovery.world_size == 2
-    assert recovery.resumed_step % disasters.job.section.checkpoint_every_steps == 0
-    assert 0 <= recovery.lost_steps < disasters.job.section.checkpoint_every_steps
+def test_a_rank_that_hangs_is_found_and_replaced(disaster: Disaster) -> None:
+    (stall,) = [row for row in disaster.rows if isinstance(row, StallRow)]
+    assert stall.seconds >= disaster.made.config.student.watchdog_s
+    assert [row.cause for row in disaster.recoveries] == ["died", "stalled"]
+    assert not any(rank.is_running() for rank in disaster.stopped)
 
 
-def test_a_stopped_rank_is_named_by_the_watchdog_with_its_stack_and_replaced(disasters: Disasters) -> None:
-    (stall,) = [row for row in disasters.rows if isinstance(row, StallRow)]
-    assert (stall.role, stall.rank, stall.step) == ("student", disasters.stopped.rank, disasters.stopped.step)
-    assert disasters.job.section.watchdog_s < stall.seconds < disasters.job.section.watchdog_s + 30
-    assert "train.py" in stall.stack
-    recovery = disasters.recoveries[1]
-    assert recovery.cause == "stalled"
-    assert f"rank {disasters.stopped.rank} was silent" in recovery.detail
+def test_a_killed_driver_is_started_again_with_the_same_command(disaster: Disaster) -> None:
+    first, second = steps_by_attempt(disaster.rows)
+    assert first[-1] == 42
+    assert second == list(range(41, 63))
 
 
-def test_a_notice_has_the_last_step_committed_before_the_ranks_leave(disasters: Disasters) -> None:
-    recovery = disasters.recoveries[2]
-    assert (recovery.cause, recovery.detail) == ("notice", "aws: terminate")
-    assert recovery.lost_steps == 0
+def test_when_everything_is_lost_the_run_goes_on_from_the_bucket(disaster: Disaster) -> None:
+    (steps,) = steps_by_attempt(disaster.rows_elsewhere)
+    assert steps == list(range(61, disaster.made.total_steps + 1))
 
 
-def test_a_recovery_takes_seconds(disasters: Disasters) -> None:
-    for row in disasters.recoveries:
-        print(f"{row.cause}: {row.seconds:.1f} s")
-    assert len(disasters.recoveries) == 3
+def steps_by_attempt(rows: list[Row]) -> list[list[int]]:
+    """The steps that each attempt took, in order."""
+    found: list[list[int]] = []
+    for row in rows:
+        if isinstance(row, StartRow):
+            found.append([])
+        elif isinstance(row, TrainRow):
+            found[-1].append(row.step)
+    return found
