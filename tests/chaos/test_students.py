@@ -5,7 +5,6 @@ Processes take seconds to start. So one run lives through it all, and the tests 
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -110,7 +109,7 @@ def students_of(bucket: str) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def disaster(
     scene: Scene, tiny_world: TinyWorld, undisturbed: Undisturbed, chaos_seed: int, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Disaster]:
+) -> Disaster:
     bucket, folder = f"students-{chaos_seed}", tmp_path_factory.mktemp("students")
     make_bucket(bucket)
     made = scene.plan(tiny_world, folder / "run", store={"url": f"s3://{bucket}/casks"}, student=students_of(bucket))
@@ -124,7 +123,7 @@ def disaster(
     finally:
         scene.s3[HUB].end()
     go_on_elsewhere(disaster, tiny_world, folder / "elsewhere")
-    yield disaster
+    return disaster
 
 
 def test_whatever_was_lost_every_step_of_the_epoch_is_the_undisturbed_runs(disaster: Disaster, undisturbed: Undisturbed) -> None:

@@ -19,6 +19,7 @@ from helpers.clusters import RayMachines
 from helpers.command import as_toml
 from helpers.commands import Command, CommandServer
 from helpers.faults import FaultyS3
+from helpers.metadata import MetadataServer
 from helpers.networks import Network, inside
 from helpers.ranks import RankGroup
 from helpers.training import train_and_tell
@@ -36,7 +37,7 @@ PLACES = {  # teachers come one to a machine, students live on the head
     "teacher": {"resources": {"teacher": 1.0}, "min_replicas": 2, "max_replicas": 2},
     "student": {"resources": {"student": 1.0}} | EPOCH,
 }
-_RESOURCES = {HUB: {"student": 2.0}, LEFT: {"teacher": 1.0}, RIGHT: {"teacher": 1.0}}
+_RESOURCES = {HUB: {"student": 2.0}, LEFT: {"teacher": 1.0, "rank": 1.0}, RIGHT: {"teacher": 1.0, "rank": 1.0}}
 _NUM_CPUS = {HUB: 4, LEFT: 1, RIGHT: 1}
 
 
@@ -44,6 +45,7 @@ _NUM_CPUS = {HUB: 4, LEFT: 1, RIGHT: 1}
 class Scene:
     network: Network
     s3: Mapping[str, FaultyS3]  # machine -> its way to the bucket
+    metadata: Mapping[str, MetadataServer]  # machine -> who says when it ends
     cluster: RayMachines
     commands: CommandServer
     _cut_off: set[str] = field(default_factory=set)
@@ -54,16 +56,17 @@ class Scene:
         """Three machines and their cluster, which end with the block; commands keep their corpora in `cache`."""
         with ExitStack() as stack:
             network = stack.enter_context(Network.of((HUB, LEFT, RIGHT)))
-            s3 = {}
+            s3, metadata = {}, {}
             for name, machine in network.machines.items():
-                with inside(machine.namespace):
-                    s3[name] = FaultyS3(s3_endpoint)
+                with inside(machine.namespace):  # they listen there; what they ask of others they ask from here
+                    s3[name], metadata[name] = FaultyS3(s3_endpoint), MetadataServer("aws")
                 stack.enter_context(s3[name])
+                stack.enter_context(metadata[name])
             hub = network.machines[HUB]
             with inside(hub.namespace):
                 commands = CommandServer({"XDG_CACHE_HOME": str(cache), "AWS_ENDPOINT_URL": s3[HUB].url})
             stack.callback(commands.close)
-            scene = cls(network, s3, RayMachines(hub), commands)
+            scene = cls(network, s3, metadata, RayMachines(hub), commands)
             stack.callback(lambda: scene.cluster.close())
             scene.make_whole()
             yield scene
@@ -71,8 +74,9 @@ class Scene:
     def join(self, name: str) -> None:
         """A new node on a machine that has none."""
         machine = self.network.machines[name]
-        environment = machine.environment | {"AWS_ENDPOINT_URL": self.s3[name].url}
-        self.cluster.join(machine, num_cpus=_NUM_CPUS[name], resources=_RESOURCES[name], environment=environment)
+        self.metadata[name].withdraw()
+        clouds = {"AWS_ENDPOINT_URL": self.s3[name].url, "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.metadata[name].url}
+        self.cluster.join(machine, num_cpus=_NUM_CPUS[name], resources=_RESOURCES[name], environment=machine.environment | clouds)
 
     def cut_off(self, name: str) -> None:
         """The machine lives on and reaches the bucket, but no other machine."""
