@@ -21,7 +21,7 @@ from stillhouse import pipeline
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_that_matter, config_of
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, registered
 from stillhouse.student import checkpoint
 from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
 
@@ -128,7 +128,7 @@ def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
     undisturbed: Plan, tiny_world: TinyWorld, faulty_s3: FaultyS3, s3_endpoint: str, tmp_path: Path
 ) -> None:
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="grappa")
-    settings = {"store": {"url": "s3://grappa/casks"}, "cluster": {"num_cpus": 4}}
+    settings = {"store": {"url": "s3://grappa/casks", "retain": "until-read"}, "cluster": {"num_cpus": 4}}
     made = tiny_world.plan(tmp_path / "run", **settings, student=STUDENT | {"checkpoint_every_steps": 4})
     config = tmp_path / "run.toml"
     config.write_text(as_toml(made))
@@ -144,6 +144,9 @@ def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
     assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]
     assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["interrupted", "done"]
     assert curve(made) == curve(undisturbed)
+    store = ChunkStore(made.config.store.url, made.recipe)
+    assert [(reader.committed_step, reader.total_steps) for reader in registered(store).readers] == [(60, 60)]
+    assert store.published() == set()  # every chunk was deleted once it was read, and none was needed again
 
 
 def as_toml(made: Plan) -> str:
@@ -178,6 +181,7 @@ def test_a_run_directory_is_refused_to_another_recipe_and_another_batch(undistur
         ("student", "num_cpus", 2.0),
         ("teacher", "max_replicas", 9),
         ("store", "window_bytes", 1 << 20),
+        ("store", "retain", "until-read"),
         ("evaluate", "control", False),
         ("tracking", "project", "another"),
         ("cluster", "threads", 2),

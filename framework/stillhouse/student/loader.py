@@ -91,12 +91,13 @@ class BatchReader:
         prefetch: int,
         on_bad_chunk: Callable[[int], None],
         pin_memory: bool = False,
+        missed_s: float = _MISSED_S,
     ):
         self._store, self._order = store, order
         self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
         self._start, self._stop = start, stop
         self._on_bad_chunk = on_bad_chunk
-        self._pin_memory = pin_memory
+        self._pin_memory, self._missed_s = pin_memory, missed_s
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="batch-reader", daemon=True)
@@ -197,7 +198,7 @@ class BatchReader:
                 return chunk
             except ChunkMissing:
                 reported = False  # taken away: what comes in its place is another chunk
-                if time.monotonic() - missing_since > _MISSED_S:
+                if time.monotonic() - missing_since > self._missed_s:
                     self._on_bad_chunk(number)
                     missing_since = time.monotonic()
             except StoreUnavailable:

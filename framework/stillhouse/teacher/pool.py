@@ -97,6 +97,8 @@ class TeacherPool:
             while not (finished() and self._table.done):
                 self._look_around(board, self._clock())
                 self._advance(limit=self._limit(readers))
+            if self._readership is not None:
+                self._readership.finish()
         finally:
             self._release()
 

@@ -75,6 +75,11 @@ class Readership:
         except StoreUnavailable:
             return []
 
+    def finish(self) -> None:
+        """The run is done: what it leaves to nobody goes at once. Whoever joins in this moment would have it made again."""
+        self.look()
+        self.look()
+
     def limit(self, own: int, window: int) -> int:
         """The first position that teachers must leave alone, where this run's slowest reader has finished `own` positions.
 
