@@ -1,6 +1,6 @@
 """The command `stillhouse`: parse first, import what is heavy afterwards, turn what is raised into one readable message and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted (run the same command again to go on).
+Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted, 143 told to go by SIGTERM (the same command goes on).
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from stillhouse.errors import ConfigError, StillhouseError, UserError
+from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
 
 if TYPE_CHECKING:
     from stillhouse.evaluate import ModelName, Scores
@@ -30,6 +30,9 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             raise typer.Exit(130) from None
+        except InterruptedRunError as error:
+            print(f"interrupted: {error}", file=sys.stderr)
+            raise typer.Exit(143) from None
         except StillhouseError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2 if isinstance(error, UserError) else 1) from None

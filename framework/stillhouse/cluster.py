@@ -6,11 +6,14 @@ What travels between processes here is small: cursors, chunk numbers, secrets. N
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import time
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -19,11 +22,12 @@ from stillhouse.config import ClusterSection, ModelSection, NoticeSource, Studen
 from stillhouse.errors import ConfigError, RunError, StillhouseError
 from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 
-Phase = Literal["start", "data", "step", "snapshot"]
-
 _NAMESPACE = "stillhouse"
 _OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
 _REACH_S = 10.0
+_PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
+_DRAIN_S = 120.0  # for a node that is drained without a deadline
+_END_S, _STACK_S = 30.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,102 +151,8 @@ def teacher_crew(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]
 
 
 def student_crew(section: StudentSection) -> dict[str, tuple[ModelSection, int]]:
-    """All ranks of the student, as a crew."""
-    return {"student ranks": (section, section.num_workers)}
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """A rank's last sign of life."""
-
-    step: int  # that it is in, counted from 1
-    phase: Phase
-    time: float  # unix seconds, by the board's clock
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """What has come in on a board."""
-
-    cursors: Mapping[str, int]  # reader -> chunks at the front of the reading order that it will never need again
-    bad_chunks: frozenset[int]  # reported since the last look
-    notices: Mapping[str, Notice]  # node id -> the end that it announced
-
-
-class _Board:
-    """Small answers on their way back: cursors, bad chunks, notices and signs of life."""
-
-    def __init__(self) -> None:
-        self._cursors: dict[str, int] = {}
-        self._bad_chunks: set[int] = set()
-        self._notices: dict[str, Notice] = {}
-        self._beats: dict[str, dict[int, Beat]] = {}
-
-    def move_cursor(self, reader: str, num_chunks: int) -> None:
-        self._cursors[reader] = num_chunks
-
-    def report_bad_chunk(self, number: int) -> None:
-        self._bad_chunks.add(number)
-
-    def announce(self, node: str, notice: Notice) -> None:
-        self._notices.setdefault(node, notice)
-
-    def beat(self, group: str, rank: int, step: int, phase: Phase) -> None:
-        self._beats.setdefault(group, {})[rank] = Beat(step, phase, time())
-
-    def beats(self, group: str) -> tuple[dict[int, Beat], float]:
-        return dict(self._beats.get(group, {})), time()
-
-    def notices(self) -> dict[str, Notice]:
-        return dict(self._notices)
-
-    def read(self) -> News:
-        bad_chunks, self._bad_chunks = self._bad_chunks, set()
-        return News(dict(self._cursors), frozenset(bad_chunks), dict(self._notices))
-
-
-@dataclass(frozen=True, slots=True)
-class Board:
-    """A handle to the one small actor through which students answer the pool; it can be passed to any process.
-
-    It lives on the node of the process that made it, and not on one that may be taken away from a run that goes on.
-    """
-
-    _actor: Any
-
-    @classmethod
-    def create(cls) -> "Board":
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        return cls(ray.remote(_Board).options(**options).remote())
-
-    def move_cursor(self, reader: str, num_chunks: int) -> None:
-        """`reader` will never again need the first `num_chunks` chunks of the reading order. Returns at once."""
-        self._actor.move_cursor.remote(reader, num_chunks)
-
-    def report_bad_chunk(self, number: int) -> None:
-        """A reader found chunk `number` damaged. Returns at once."""
-        self._actor.report_bad_chunk.remote(number)
-
-    def announce(self, node: str, notice: Notice) -> None:
-        """The machine of Ray's node `node` will be taken away. Returns at once."""
-        self._actor.announce.remote(node, notice)
-
-    def beat(self, group: str, rank: int, *, step: int, phase: Phase) -> None:
-        """Rank `rank` of a group lives, and is in `phase` of `step`. Returns at once."""
-        self._actor.beat.remote(group, rank, step, phase)
-
-    def beats(self, group: str) -> tuple[dict[int, Beat], float]:
-        """The last beat of each rank of a group, and the time by the same clock."""
-        return ray.get(self._actor.beats.remote(group))
-
-    def notices(self) -> dict[str, Notice]:
-        """Every notice so far, by node id."""
-        return ray.get(self._actor.notices.remote())
-
-    def read(self) -> News:
-        """For the teacher pool, which alone reads: what has come in."""
-        return ray.get(self._actor.read.remote())
+    """The fewest student ranks that train, as a crew."""
+    return {"student ranks": (section, section.min_workers or section.num_workers)}
 
 
 def call_remotely(function: Callable[..., Any], *arguments: object, where: Placement) -> Any:
@@ -262,6 +172,65 @@ def call_remotely(function: Callable[..., Any], *arguments: object, where: Place
         raise RunError(
             f"the process of `{function.__name__}` was lost ({error}); if its memory ran out, give it a larger machine, or smaller batches"
         ) from error
+
+
+def this_node() -> str:
+    """Ray's id of the node that this process runs on."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def draining() -> dict[str, Notice]:
+    """The nodes that Ray will take away, by id, with the end that was set for each."""
+    found = ray._private.state.state.get_draining_nodes()
+    return {node: Notice("ray", ms / 1e3 if ms else time() + _DRAIN_S, "the node is being drained") for node, ms in found.items()}
+
+
+def drain(node: str, notice: Notice) -> None:
+    """Let Ray start nothing more on a node whose machine will be taken away."""
+    raylet: Any = ray._raylet  # what `ray drain-node` calls
+    client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    client.drain_node(node, _PREEMPTION, f"{notice.source}: {notice.detail}", int(notice.deadline * 1e3))
+
+
+def has_room(where: Placement) -> bool:
+    """Whether some node has room for one more such process, and will stay."""
+    leaving = draining()
+    return any(
+        node not in leaving and all(free.get(name, 0.0) >= amount for name, amount in where.times(1).items())
+        for node, free in ray._private.state.available_resources_per_node().items()
+    )
+
+
+def end_process(pid: int, *, node: str) -> str:
+    """Kill a worker of ours on a node; returns the stacks that it stood at, where they could be had."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        return ray.get(ray.remote(_end_process).options(num_cpus=0, scheduling_strategy=there).remote(pid), timeout=_END_S)
+    except ray.exceptions.RayError:  # the node is gone, or as silent as the process: Ray's own health check sees to it
+        return ""
+
+
+def _end_process(pid: int) -> str:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        if not "".join(process.cmdline()[:1]).startswith("ray::"):
+            return ""
+    except psutil.NoSuchProcess:
+        return ""
+    stack = _stack_of(pid)
+    process.kill()
+    return stack
+
+
+def _stack_of(pid: int) -> str:
+    """By py-spy, which comes with Ray and can read a process that was stopped; it needs the right to trace others."""
+    command = [str(Path(sys.executable).parent / "py-spy"), "dump", "--nonblocking", "--pid", str(pid)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_STACK_S, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def cause_of(error: BaseException) -> BaseException:

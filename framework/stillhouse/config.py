@@ -72,7 +72,11 @@ class TeacherSection(ModelSection):
         "exact",
         description="float32, or in the teacher's own dtype: faster at the head alone, and rounding bfloat16 loses more than the codec",
     )
-    max_failures: PositiveInt = Field(3, description="failed attempts at one chunk after which the run stops and names it")
+    max_failures: PositiveInt = Field(
+        3, description="failed attempts at a chunk, or at one sequence of it, after which it is not tried again"
+    )
+    max_set_aside: Annotated[int, Field(ge=0)] = Field(8, description="sequences that no teacher could compute, after which the run stops")
+    lease_timeout_s: PositiveFloat = Field(3600.0, description="seconds after which a chunk is given to another teacher as well")
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> "TeacherSection":
@@ -102,6 +106,9 @@ class StoreSection(Section):
     url: str = Field("runs/store", description="a directory, or s3://, gs:// or az:// with bucket and prefix")
     chunk_sequences: PositiveInt = Field(64, description="sequences in one chunk")
     window_bytes: PositiveInt = Field(4 << 30, description="how many bytes of chunks teachers may run ahead of the slowest reader")
+    retain: Literal["all", "until-read"] = Field(
+        "all", description="until-read: `run` deletes chunks that no registered reader will read again, once that is in their checkpoints"
+    )
 
 
 class StudentSection(ModelSection):
@@ -111,7 +118,10 @@ class StudentSection(ModelSection):
     init: Literal["weights", "config"] = Field("weights", description="start from the model's weights, or from its config with random ones")
     tokenizer: str | None = Field(None, description="None: the tokenizer beside the model")
     num_workers: PositiveInt = Field(1, description="ranks, one to a device")
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="times that lost ranks are started again from the last commit")
+    min_workers: PositiveInt | None = Field(None, description="go on with as few ranks when machines are lost; None: wait for num_workers")
+    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="times in a row that ranks may be lost without a new commit")
+    watchdog_s: PositiveFloat = Field(300.0, description="seconds after which a rank that stands still is named, killed and replaced")
+    regroup_s: PositiveFloat = Field(60.0, description="seconds between looks for room to bring back ranks that were lost")
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
     global_batch_sequences: PositiveInt = Field(64, description="sequences in one optimiser step, over all ranks")
@@ -136,6 +146,9 @@ class StudentSection(ModelSection):
     shuffle_window_chunks: PositiveInt = Field(4, description="neighbouring chunks among which sequences are mixed")
     checkpoint_every_steps: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
+    checkpoint_url: str | None = Field(
+        None, description="None: in the run directory; or a directory or s3://, gs:// or az:// that outlives every machine"
+    )
     prefetch_batches: PositiveInt = Field(4, description="batches that the loader reads ahead")
 
     @model_validator(mode="after")
@@ -144,6 +157,8 @@ class StudentSection(ModelSection):
             raise ValueError("divergence_weight and ce_weight are both 0: the student would learn nothing; set one of them above 0")
         if self.zero_stage == 0 and self.dtype == "bfloat16":
             raise ValueError('DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"')
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}")
         if self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl") and not 0.0 < self.mix < 1.0:
             raise ValueError(f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1")
         return self
@@ -188,6 +203,18 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     tracking: TrackingSection = TrackingSection()
     cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _elastic_ranks_have_a_resource_of_their_own(self) -> "Config":
+        student = self.student
+        elastic = student.min_workers is not None and student.min_workers < student.num_workers
+        if elastic and not student.resources.keys() - self.teacher.resources.keys():
+            raise ValueError(
+                "student.min_workers lets ranks come and go, and Ray counts the room for them in whole nodes, as if no teacher were there;"
+                " give the students' nodes a resource of their own (ray start --resources '{\"student\": 1}') and set"
+                " student.resources = {student = 1}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_divergence_can_use_the_target(self) -> "Config":

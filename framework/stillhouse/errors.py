@@ -37,6 +37,10 @@ class RunError(StillhouseError):
     """The run failed although its configuration was right."""
 
 
+class InterruptedRunError(RunError):
+    """The driver was told to go; everything up to there is committed (exit code 143)."""
+
+
 class ChunkError(RunError):
     """A chunk's bytes are not what was published: flipped, cut short, or of another recipe."""
 

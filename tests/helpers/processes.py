@@ -7,10 +7,11 @@ import psutil
 
 
 def kill_one(title: str) -> None:
-    """SIGKILL one worker of this session whose title begins so, such as 'ray::_Board'. There is one."""
+    """SIGKILL the youngest worker of this session whose title begins so, such as 'ray::_Board'."""
+    found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             if "".join(process.cmdline()[:1]).startswith(title):
-                process.send_signal(signal.SIGKILL)
-                return
-    raise AssertionError(f"no process of this session is titled {title}")
+                found.append((process.create_time(), process.pid, process))
+    assert found, f"no process of this session is titled {title}"
+    max(found)[-1].send_signal(signal.SIGKILL)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stillhouse.board import Cause, Past, Phase, Summons
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.store import ChunkStore
 from stillhouse.student.engine import StudentEngine
@@ -29,10 +30,34 @@ class ListTracker:
         self.rows.append(row)
 
 
+@dataclass(slots=True)
+class Alone:
+    """A lifeline to nobody, which keeps what it is told: no summons comes but what the test sets, and no damaged chunk is replaced."""
+
+    summons: Summons | None = None
+    told: list[tuple[str, object, object]] = field(default_factory=list)
+
+    def begin(self, committed_step: int) -> Past | None:
+        self.told.append(("begin", committed_step, None))
+        return None
+
+    def at(self, step: int, phase: Phase) -> None:
+        self.told.append(("at", step, phase))
+
+    def stepped(self, step: int, chunks_finished: int) -> None:
+        self.told.append(("stepped", step, chunks_finished))
+
+    def explain(self, cause: Cause, detail: str) -> None:
+        self.told.append(("explain", cause, detail))
+
+    def report_bad_chunk(self, number: int) -> None:
+        refuse_bad_chunk(number)
+
+
 def train_and_tell(job: TrainJob) -> list[TrainRow]:
     """Train the job; rank 0's training rows, in order."""
     tracker = ListTracker()
-    train(job, device=CPU, journal=tracker, board=None)
+    train(job, device=CPU, journal=tracker, lifeline=Alone())
     return [row for row in tracker.rows if isinstance(row, TrainRow)]
 
 

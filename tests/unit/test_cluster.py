@@ -10,12 +10,9 @@ from time import monotonic
 
 import pytest
 
-from helpers.processes import kill_one
 from helpers.remote import die, join, refuse, trip
 from helpers.world import TinyWorld
 from stillhouse.cluster import (
-    Board,
-    News,
     Placement,
     Secrets,
     attached,
@@ -31,7 +28,6 @@ from stillhouse.cluster import (
 from stillhouse.config import ClusterSection, StudentSection, TeacherSection, resolved_json
 from stillhouse.errors import ChunkError, ConfigError, RunError
 from stillhouse.evaluate import EvaluationJob
-from stillhouse.notices import Notice
 from stillhouse.store import ChunkMissing
 from stillhouse.teacher.actor import TeacherJob
 
@@ -203,31 +199,3 @@ def test_a_process_that_dies_is_a_run_that_failed():
 def test_the_cause_of_an_error_that_wraps_none_is_itself():
     error = ChunkError("as it is")
     assert cause_of(error) is error
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_board_keeps_cursors_hands_out_each_report_once_and_outlives_its_process():
-    board = Board.create()
-    assert board.read() == News({}, frozenset(), {})
-    for cursor in (1, 2, 5, 4):  # a student that resumes goes back
-        board.move_cursor("student", cursor)
-    board.move_cursor("control", 7)
-    for number in (3, 3, 9):
-        pickle.loads(pickle.dumps(board)).report_bad_chunk(number)
-    assert board.read() == News({"student": 4, "control": 7}, frozenset({3, 9}), {})
-    assert board.read() == News({"student": 4, "control": 7}, frozenset(), {})
-    notice = Notice("aws", 1_000.0, "terminate")
-    board.announce("node", notice)
-    board.announce("node", Notice("ray", 2_000.0, "drain"))  # the first to say so is believed
-    board.beat("student", 1, step=3, phase="data")
-    assert board.read().notices == board.notices() == {"node": notice}
-    beats, now = board.beats("student")
-    assert (beats[1].step, beats[1].phase) == (3, "data")
-    assert beats[1].time <= now
-
-    kill_one("ray::_Board")
-    board.move_cursor("student", 6)
-    assert board.read().cursors.get("student", 6) == 6  # what it held is lost; what is told it again is not
-    board.move_cursor("student", 7)
-    board.report_bad_chunk(1)
-    assert board.read() == News({"student": 7}, frozenset({1}), {})

@@ -18,7 +18,7 @@ from typing import Literal
 import xxhash
 
 from stillhouse.config import Config, parse_config, resolved_json
-from stillhouse.errors import ConfigError, RecipeError
+from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore, differences, parse_recipe
 from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView
@@ -32,9 +32,10 @@ _PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "bl
 _MAY_CHANGE: Mapping[str, set[str]] = {
     "student": _PLACEMENT
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
-    | {"checkpoint_every_steps", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
-    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences"},
-    "store": {"url", "window_bytes"},
+    | {"num_workers", "min_workers", "watchdog_s", "regroup_s"}
+    | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
+    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences", "max_set_aside", "lease_timeout_s"},
+    "store": {"url", "window_bytes", "retain"},
 }
 _MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})
 
@@ -113,6 +114,9 @@ def _ended(journal: Journal, began: float, *, outcome: Literal["done"] | None = 
         yield
     except KeyboardInterrupt:
         journal.record(EndRow("interrupted", monotonic() - began, "Ctrl-C; the same command goes on from here"))
+        raise
+    except InterruptedRunError as error:
+        journal.record(EndRow("interrupted", monotonic() - began, str(error)))
         raise
     except BaseException as error:
         journal.record(EndRow("failed", monotonic() - began, str(error)))

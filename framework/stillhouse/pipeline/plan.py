@@ -15,6 +15,7 @@ from stillhouse.corpus import Split, prepare_corpus
 from stillhouse.errors import ConfigError
 from stillhouse.models import ModelIdentity, check_same_ids, load_tokenizer, model_identity, tokenizer_digest, vocab_size_of
 from stillhouse.store import ChunkStore, Recipe
+from stillhouse.store.blobs import Blobs
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
@@ -119,7 +120,8 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         value_bits=config.target.value_bits,
     )
     store = config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url})
-    return Plan(config.model_copy(update={"store": store}), run_dir.absolute(), tokenizer, split, recipe)
+    student_section = config.student.model_copy(update={"checkpoint_url": _absolute(config.student.checkpoint_url)})
+    return Plan(config.model_copy(update={"store": store, "student": student_section}), run_dir.absolute(), tokenizer, split, recipe)
 
 
 def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
@@ -127,6 +129,15 @@ def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
     path = Path(section.model).expanduser()
     model = str(path.resolve()) if path.is_dir() else section.model
     return section.model_copy(update={"model": model, "revision": identity.revision})
+
+
+def _absolute(checkpoint_url: str | None) -> str | None:
+    """The same place seen from a worker's directory. Raises ConfigError where only one process would see it."""
+    if checkpoint_url is None:
+        return None
+    if checkpoint_url.startswith("memory:"):
+        raise ConfigError("student.checkpoint_url is in memory, which dies with its process; set it to a directory or a bucket")
+    return Blobs(checkpoint_url).url
 
 
 def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerFast:

@@ -8,18 +8,26 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from stillhouse.cluster import Board, attached, call_remotely, local_secrets, placement, require_room, student_crew, teacher_crew
+from stillhouse.board import Board
+from stillhouse.cluster import attached, call_remotely, local_secrets, placement, require_room, student_crew, teacher_crew
 from stillhouse.config import ModelSection
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, evaluate, exported
 from stillhouse.pipeline.directory import attempt, config_of, model_card
+from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, Reader, join
+from stillhouse.student.job import order_of_reader
+from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.readership import Readership
 from stillhouse.tracking import EvalRow, Journal, Tracker
+
+_LOOK_EVERY_S = 1.0
 
 
 def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
@@ -27,7 +35,14 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
     _require_shared_store(made)
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(teacher_crew(made.config.teacher), available)
-        _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True)
+        board = Board.create()
+        with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+
+            def finished() -> bool:
+                machines.require_driver()
+                return True
+
+            _teach(made, journal, available=available, board=board, readers=(), finished=finished)
 
 
 def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
@@ -40,7 +55,9 @@ def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
 
 def train(made: Plan, *, command: str = "stillhouse train") -> None:
     """Train on a store that already holds what is needed, then evaluate and report. Raises StoreError where chunks are missing."""
-    missing = set(made.chunks) - ChunkStore.create(made.config.store.url, made.recipe).published()
+    store = ChunkStore.create(made.config.store.url, made.recipe)
+    _join_readers(made, store)
+    missing = set(made.chunks) - store.published()
     if missing:
         raise StoreError(
             f"{len(missing)} of {len(made.chunks)} chunks are not in {made.config.store.url}; "
@@ -48,7 +65,11 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
         )
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(student_crew(made.config.student), available)
-        _learn(made, available=available, board=None)
+        board = Board.create()
+        with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=False))
+            students.join()
+            machines.require_driver()
         _evaluate(made, journal, available=available)
     write_report(made.run_dir)
 
@@ -59,8 +80,16 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(teacher_crew(made.config.teacher) | student_crew(made.config.student), available)
         board = Board.create()
-        students = _Background(lambda: _learn(made, available=available, board=board))
-        _teach(made, journal, available=available, board=board, readers=("student",), finished=students.finished)
+        with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=True))
+
+            def finished() -> bool:
+                done = students.finished()
+                if done:
+                    machines.require_driver()
+                return done
+
+            _teach(made, journal, available=available, board=board, readers=("student",), finished=finished)
         _evaluate(made, journal, available=available)
     write_report(made.run_dir)
 
@@ -102,28 +131,62 @@ def _teach(
     order: Sequence[int] | None = None,
 ) -> None:
     config = made.config
-    pool = TeacherPool(
-        TeacherJob(config.teacher, made.recipe, config.store.url, config.cluster.threads),
+    crew = RayCrew(
+        TeacherJob(config.teacher, made.recipe, config.store.url, config.cluster.threads, config.cluster.notices),
         where=placement(config.teacher, available),
         secrets=local_secrets(),
+        board=board,
+    )
+    store = ChunkStore(config.store.url, made.recipe)
+    pool = TeacherPool(
+        crew,
+        config.teacher,
+        store=store,
         order=made.chunks if order is None else order,
         item_of=made.item,
         window_chunks=made.window_chunks,
         journal=journal,
+        readership=readership(made, store) if readers else None,
     )
     pool.run(readers=readers, board=board, finished=finished)
 
 
-def _learn(made: Plan, *, available: Mapping[str, float], board: Board | None) -> None:
-    section = made.config.student
+def readership(made: Plan, store: ChunkStore) -> Readership:
+    """The readers of the run's store, its own students among them, who join it here if they have not before."""
+    own = _join_readers(made, store)
+
+    def position(reader: Reader) -> int | None:
+        same_order = (reader.seed, reader.window_chunks) == (made.order.seed, made.order.window_chunks)
+        return order_of_reader(reader, made.recipe).chunks_finished(reader.committed_step) if same_order else None
+
+    return Readership(
+        store,
+        own=own,
+        deletes=made.config.store.retain == "until-read",
+        least_ahead=chunks_read_ahead(made.order),
+        done_after=lambda reader: order_of_reader(reader, made.recipe).steps_until_done_with(reader.total_steps),
+        position=position,
+    )
+
+
+def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
+    """Register the run's students before anybody counts on what is there; returns their names."""
+    readers = [job.reader(0) for job in made.jobs()]
+    for reader in readers:
+        join(store, reader)
+    return [reader.name for reader in readers]
+
+
+def _learn(made: Plan, journal: Journal, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:
     fit(
         made.jobs(),
-        where=placement(section, available),
-        num_workers=section.num_workers,
+        where=placement(made.config.student, available),
         threads=made.config.cluster.threads,
         secrets=local_secrets(),
+        notices=made.config.cluster.notices,
         board=board,
-        max_failures=section.max_failures,
+        teachers_at_work=teachers_at_work,
+        journal=journal,
     )
 
 
@@ -171,6 +234,11 @@ class _Background:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(call,), name="students", daemon=True)
         self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the call has returned. Raises what it raised."""
+        while not self.finished():
+            self._thread.join(_LOOK_EVERY_S)  # a wait without end would not hear a Ctrl-C on every system
 
     def finished(self) -> bool:
         """Whether the call has returned. Raises what it raised."""

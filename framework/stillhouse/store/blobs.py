@@ -2,8 +2,9 @@
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from time import sleep
@@ -24,6 +25,8 @@ _CREATE_ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.05
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
 _MERGE_BYTES = 256 << 10  # reading on over a gap of this size costs less than asking once more
+_PART_BYTES, _PARTS_IN_FLIGHT = 32 << 20, 4  # of a streamed object: S3 takes 10,000 parts, so up to 312 GB
+_STREAM_BYTES = 8 << 20
 
 
 class StoreUnavailable(StoreError):
@@ -75,6 +78,32 @@ class Blobs:
             sleep(_FIRST_PAUSE_S * 2**attempt)  # S3 answered 409: two writers at once, of whom perhaps neither has won
         raise StoreUnavailable(f"cannot write {key} in {self.url}: the store says that it exists, and that it does not; try again")
 
+    def replace(self, key: str, data: bytes) -> None:
+        """Put an object, whole or not at all, in place of what is there."""
+        with self._in_words(f"write {key}"):
+            obstore.put(self._store, key, data, use_multipart=False)
+
+    def stream(self, key: str, fill: Callable[[Callable[[bytes | memoryview], None]], None]) -> None:
+        """Put an object of any size, whole or not at all, in place of what is there: `fill` is called with a function that takes its bytes.
+
+        Holds at most 160 MiB at one time. What `fill` raises leaves the key as it was.
+        """
+        with self._in_words(f"write {key}"):
+            out = obstore.open_writer(self._store, key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
+
+        def write(data: bytes | memoryview) -> None:
+            with self._in_words(f"write {key}"):
+                out.write(bytes(data))  # obstore reads a buffer after this returns, when its owner may have changed it
+
+        try:
+            fill(write)
+        except BaseException as error:
+            with suppress(BaseError, OSError, ValueError):
+                out.__exit__(type(error), error, error.__traceback__)
+            raise
+        with self._in_words(f"write {key}"):
+            out.close()
+
     def stat(self, key: str) -> Blob | None:
         """Size and time of an object; None if there is none."""
         try:
@@ -88,6 +117,13 @@ class Blobs:
         """A whole object. Raises FileNotFoundError if there is none."""
         with self._in_words(f"read {key}"):
             return memoryview(obstore.get(self._store, key).bytes())
+
+    def pieces(self, key: str) -> Iterator[memoryview]:
+        """A whole object of any size, a few MiB at a time. Raises FileNotFoundError if there is none."""
+        with self._in_words(f"read {key}"):
+            answer = obstore.get(self._store, key)
+            for piece in answer.stream(min_chunk_size=_STREAM_BYTES):
+                yield memoryview(piece)
 
     def read_start(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
         """The first `num_bytes` of an object, or all that it has, and its size: one request. Raises FileNotFoundError if there is none."""
@@ -130,6 +166,27 @@ class Blobs:
             return []
         with self._in_words("list the store"):
             return sorted(obstore.list_with_delimiter(self._store)["common_prefixes"])
+
+    def names(self) -> list[str]:
+        """The keys without a slash, sorted. A directory that does not exist has none, and is not made."""
+        if self.directory is not None and not self.directory.is_dir():
+            return []
+        with self._in_words("list the store"):
+            return sorted(meta["path"] for meta in obstore.list_with_delimiter(self._store)["objects"])
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is gone already is no error."""
+        with self._in_words(f"delete {key}"), suppress(FileNotFoundError):
+            obstore.delete(self._store, key)
+
+    def delete_under(self, prefix: str) -> None:
+        """Delete all objects whose keys begin with `prefix` and a slash, and what killed writers left of others."""
+        if self.directory is not None:
+            shutil.rmtree(self.directory / prefix, ignore_errors=True)
+            return
+        keys = [blob.key for blob in self.under(prefix)]
+        with self._in_words(f"delete {prefix}"):
+            obstore.delete(self._store, keys)
 
     def move(self, source: str, destination: str) -> None:
         """Give an object another key. Raises FileNotFoundError if there is none."""

@@ -3,6 +3,7 @@
 <root>/<first 16 digits of the fingerprint>/recipe.json
 <root>/<the same>/chunks/0000000012.safetensors         created once, never changed
 <root>/<the same>/quarantine/                           chunks that were found bad, out of the readers' sight
+<root>/<the same>/readers/                              who reads them, and how far: see readers.py
 """
 
 import re
@@ -162,6 +163,19 @@ class ChunkStore:
             self._move_aside(number)
             return True
         return False
+
+    def delete(self, number: int) -> None:
+        """Take a chunk away for good, because nobody will read it again; one that is gone already is no error."""
+        self._blobs.delete(self.key(number))
+
+    @property
+    def blobs(self) -> Blobs:
+        return self._blobs
+
+    @property
+    def folder(self) -> str:
+        """The recipe's folder under the root."""
+        return self._folder
 
     def restore_recipe(self) -> bool:
         """Publish recipe.json anew if it is missing or damaged; a damaged one goes to quarantine. True if it had to be."""

@@ -1,24 +1,41 @@
 """Checkpoints in two steps: every rank writes its files, then ONE create-only manifest makes them a commit.
 
-    <root>/step-00000120/...        what DeepSpeed wrote
-    <root>/step-00000120.json       {"commit": every file's size and xxh3, and what the checkpoint is of, "xxh3": of that}
+    <root>/step-00000120.k3f9a2c1/...                          what DeepSpeed writes, and nothing that could be run
+    <root>/step-00000120.k3f9a2c1/part-00001-of-00002.json     {"part": a rank's files with size and xxh3, "xxh3": of that}
+    <root>/step-00000120.json                                  {"commit": all files, and what the checkpoint is of, "xxh3": of that}
 
-DeepSpeed publishes its own `latest` before every rank has written, and loads flipped bits without a word; so nothing here trusts a
-directory that has no manifest, or a manifest whose files do not hash to what it says.
+The root is a directory or an object store. `k3f9a2c1` names an attempt, one life of one group of ranks: whatever an earlier attempt
+left behind at the same step is in nobody's way, and is never chosen. DeepSpeed loads flipped bits without a word; so nothing here
+trusts a folder that no manifest names, or a manifest whose files do not hash to what it says.
 """
 
 import json
-import os
-import shutil
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import xxhash
 
-from stillhouse.errors import CheckpointError
+from stillhouse.errors import CheckpointError, StoreError
+from stillhouse.store.blobs import Blobs, StoreUnavailable
 
-_BLOCK_BYTES = 8 << 20
+Files = Mapping[str, tuple[int, str]]  # name -> (bytes, xxh3)
+
+_MANIFEST = re.compile(r"step-\d{8}\.json")
+_FOLDER = re.compile(r"(step-\d{8})\..+")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a checkpoint is of. A training goes on from it only where this is the same."""
+
+    zero_stage: int
+    fingerprint: str  # of the recipe that it learned from
+    settings: Mapping[str, Any]  # of the student, as far as they decide its weights; JSON values
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +43,18 @@ class Commit:
     """A checkpoint that every rank finished writing."""
 
     step: int  # optimiser steps done
+    attempt: str
     world_size: int
-    zero_stage: int
-    fingerprint: str  # of the recipe that it learned from
-    files: dict[str, tuple[int, str]]  # relative path -> (bytes, xxh3)
+    origin: Origin
+    files: Files
+
+    @property
+    def folder(self) -> str:
+        return folder_of(self.step, self.attempt)
+
+    @property
+    def manifest(self) -> str:
+        return f"{tag_of(self.step)}.json"
 
     @property
     def num_bytes(self) -> int:
@@ -37,125 +62,277 @@ class Commit:
 
 
 def tag_of(step: int) -> str:
-    """The directory name of a checkpoint after `step` optimiser steps."""
+    """What the names of a checkpoint after `step` optimiser steps begin with."""
     return f"step-{step:08d}"
 
 
-def commit(root: Path, *, step: int, world_size: int, zero_stage: int, fingerprint: str) -> Commit:
-    """Hash what all ranks wrote under `tag_of(step)` and publish the manifest. One rank calls this, after a barrier."""
-    folder = root / tag_of(step)
-    files = {str(path.relative_to(folder)): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    if not files:
-        raise CheckpointError(f"{folder} is empty: no rank wrote its part of the checkpoint; is it on a file system that all ranks share?")
-    made = Commit(step, world_size, zero_stage, fingerprint, files)
-    values = asdict(made)
-    _publish(root / f"{tag_of(step)}.json", json.dumps({"commit": values, "xxh3": _digest_of(values)}, indent=1))
-    return made
+def folder_of(step: int, attempt: str) -> str:
+    """Where one attempt's files of a checkpoint lie."""
+    return f"{tag_of(step)}.{attempt}"
 
 
-def newest(root: Path) -> Commit | None:
-    """The newest commit whose every byte verifies, else the one before, and so on; None where nothing was ever committed.
+def part_of(rank: int, world_size: int) -> str:
+    """The name of what one rank says about its own files."""
+    return f"part-{rank:05d}-of-{world_size:05d}.json"
 
-    Raises CheckpointError when there are commits and none of them verifies.
+
+def publish_part(blobs: Blobs, folder: str, *, rank: int, world_size: int, files: Files) -> None:
+    """Say which files this rank has written; done again, it says so again."""
+    data = _sealed("part", dict(files))
+    blobs.stream(f"{folder}/{part_of(rank, world_size)}", lambda write: write(data))
+
+
+def read_part(blobs: Blobs, folder: str, *, rank: int, world_size: int) -> Files:
+    """The files that a rank has written, and the part itself.
+
+    Raises FileNotFoundError before it is there, and CheckpointError where it is damaged.
     """
-    manifests = sorted(root.glob("step-*.json"), reverse=True)
+    name = part_of(rank, world_size)
+    data = bytes(blobs.read(f"{folder}/{name}"))
+    try:
+        files = _files(_opened("part", data))
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{blobs.url}/{folder}/{name}, which rank {rank} has written, cannot be read ({error}): its disk or memory is damaged. "
+            "Start again: training goes on from the commit before."
+        ) from None
+    return {**files, name: (len(data), xxhash.xxh3_64_hexdigest(data))}
+
+
+def publish(blobs: Blobs, commit: Commit) -> Commit:
+    """Make the files a commit, and return the one that stands: a group that was thought dead may have been faster at the same step.
+
+    Raises CheckpointError where the step was committed by a training of something else.
+    """
+    if not commit.files:
+        raise CheckpointError(f"no rank wrote a file for step {commit.step}: there is nothing to commit")
+    if blobs.create(commit.manifest, _sealed("commit", asdict(commit))):
+        return commit
+    try:
+        standing = _parsed(blobs, commit.manifest)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{blobs.url}/{commit.manifest} exists already, and cannot be read ({error}); remove it") from None
+    if standing.origin != commit.origin:
+        raise CheckpointError(
+            f"{blobs.url}/{commit.manifest} exists already, and is of another training:\n"
+            + "\n".join(f"  - {line}" for line in unlike(standing.origin, commit.origin))
+            + "\nGive each run a --run-dir and a student.checkpoint_url of its own"
+        )
+    return standing
+
+
+def unlike(found: Origin, wanted: Origin) -> list[str]:
+    """What differs between two origins, each as 'name: found ..., wanted ...'."""
+    before, after = ({"zero_stage": o.zero_stage, "recipe": o.fingerprint[:16], **o.settings} for o in (found, wanted))
+    return [
+        f"{name}: found {before.get(name)!r}, wanted {after.get(name)!r}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
+
+
+def choose(blobs: Blobs, problem_with: Callable[[Commit], str]) -> Commit | None:
+    """The newest commit with which there is no problem, else the one before, and so on; None where nothing was ever committed.
+
+    Raises CheckpointError when there are commits and each has a problem.
+    """
     problems = []
-    for manifest in manifests:
-        found, problem = _verified(root, manifest)
-        if found is not None:
+    for name in reversed(_manifests(blobs)):
+        try:
+            found = _parsed(blobs, name)
+            problem = problem_with(found)
+        except _UNREADABLE as error:
+            problem = f"the manifest cannot be read ({error})"
+        if not problem:
             return found
-        problems.append(f"{manifest.name}: {problem}")
+        problems.append(f"{name}: {problem}")
     if problems:
         raise CheckpointError(
-            f"no checkpoint under {root} verifies:\n"
+            f"no checkpoint under {blobs.url} verifies:\n"
             + "\n".join(f"  - {line}" for line in problems)
-            + f"\nRestore the files from a backup, or remove {root} to start the training again from step 0."
+            + f"\nRestore the files from a backup, or remove {blobs.url} to start the training again from step 0."
         )
     return None
 
 
-def set_aside_after(root: Path, step: int) -> None:
-    """Rename the manifests of later steps than `step`, the newest that verifies: they are damaged, and their names are needed again."""
-    for manifest in root.glob("step-*.json"):
-        if manifest.stem > tag_of(step):
-            manifest.rename(manifest.with_suffix(".damaged"))
+def newest(url: str) -> Commit | None:
+    """The newest commit whose every byte verifies, as `choose` finds it. Reads all of its files."""
+    blobs = Blobs(url)
+    return choose(blobs, lambda commit: verify(blobs, commit, commit.files))
 
 
-def retain(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest commits, and directories that no commit ever named. Manifests go first: never half a commit."""
-    kept = {manifest.stem for manifest in sorted(root.glob("step-*.json"))[-keep:]}
-    for manifest in root.glob("step-*.json"):
-        if manifest.stem not in kept:
-            manifest.unlink()
-    for folder in root.glob("step-*"):
-        if folder.is_dir() and folder.name not in kept:
-            shutil.rmtree(folder)
+def newest_step(url: str) -> int:
+    """The step of the newest manifest that can be read, 0 where there is none. Cheap: its files are not looked at."""
+    blobs = Blobs(url)
+    found = choose(blobs, lambda _: "") if _manifests(blobs) else None
+    return found.step if found else 0
 
 
-def _verified(root: Path, manifest: Path) -> tuple[Commit | None, str]:
-    """The commit of a manifest, or why it cannot be had."""
+@contextmanager
+def newest_copy(url: str) -> Iterator[tuple[Commit, Path] | None]:
+    """The newest commit that verifies and a local folder with its files: its own in a directory, a temporary one for a store."""
+    blobs = Blobs(url)
+    with TemporaryDirectory(prefix="stillhouse-") as scratch:
+        found = choose(blobs, lambda commit: fetch(blobs, commit, commit.files, into=Path(scratch)))
+        yield None if found is None else (found, local_folder(blobs, found, Path(scratch)))
+
+
+def local_folder(blobs: Blobs, commit: Commit, scratch: Path) -> Path:
+    """Where `fetch` leaves the files of a commit."""
+    return (blobs.directory or scratch) / commit.folder
+
+
+def fetch(blobs: Blobs, commit: Commit, names: Iterable[str], *, into: Path) -> str:
+    """Verify these files of a commit, in place in a directory, else as they are downloaded. The problem with one of them, or ''."""
+    if blobs.directory is not None:
+        return verify(blobs, commit, names)
+    folder = local_folder(blobs, commit, into)
     try:
-        found = _parsed(manifest)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return None, f"the manifest cannot be read ({error})"
-    if manifest.stem != tag_of(found.step):
-        return None, f"the manifest is of step {found.step}"
-    folder = (root / manifest.stem).resolve()
-    for name, expected in found.files.items():
-        try:
-            problem = _problem_with(folder, name, expected)
-        except (OSError, ValueError) as error:
-            problem = f"{name} cannot be read ({error})"
-        if problem:
-            return None, problem
-    return found, ""
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_room(folder, error) from None
+
+    def download(name: str) -> tuple[int, str]:
+        digest = Digest()
+        with (folder / name).open("wb") as file:
+            for piece in blobs.pieces(f"{commit.folder}/{name}"):
+                digest.add(piece)
+                try:
+                    file.write(piece)
+                except OSError as error:
+                    raise _no_room(folder, error) from None
+        return digest.value
+
+    return _problem_with(commit, names, download)
 
 
-def _parsed(manifest: Path) -> Commit:
-    whole = json.loads(manifest.read_text(encoding="utf-8"))
-    values = whole["commit"]
-    if whole["xxh3"] != _digest_of(values):
-        raise ValueError("its checksum differs")
-    files = {str(name): (int(size), str(digest)) for name, (size, digest) in values["files"].items()}
-    if not files:
+def verify(blobs: Blobs, commit: Commit, names: Iterable[str]) -> str:
+    """The problem with one of these files of a commit, or ''."""
+
+    def read(name: str) -> tuple[int, str]:
+        digest = Digest()
+        for piece in blobs.pieces(f"{commit.folder}/{name}"):
+            digest.add(piece)
+        return digest.value
+
+    return _problem_with(commit, names, read)
+
+
+def set_aside_after(blobs: Blobs, step: int) -> None:
+    """Rename the manifests of later steps than `step`, the newest that verifies: they are damaged, and their names are needed again."""
+    for name in _manifests(blobs):
+        if name > f"{tag_of(step)}.json":
+            blobs.move(name, name.removesuffix(".json") + ".damaged")
+
+
+def retain(blobs: Blobs, keep: int) -> None:
+    """Delete all but the `keep` newest commits, and the folders up to the newest that no commit names.
+
+    Manifests go first: never half a commit. Later folders stay: ranks may be writing them.
+    """
+    manifests = _manifests(blobs)
+    if not manifests:
+        return
+    for name in manifests[:-keep]:
+        blobs.delete(name)
+    kept = {name.removesuffix(".json"): _folder_named_by(blobs, name) for name in manifests[-keep:]}
+    newest_tag = manifests[-1].removesuffix(".json")
+    for folder in blobs.folders():
+        match = _FOLDER.fullmatch(folder)
+        if match and match[1] <= newest_tag and kept.get(match[1], "") not in (folder, None):
+            blobs.delete_under(folder)
+
+
+class Digest:
+    """Size and xxh3 of bytes that come in pieces."""
+
+    def __init__(self) -> None:
+        self._hasher, self._size = xxhash.xxh3_64(), 0
+
+    def add(self, data: bytes | memoryview) -> None:
+        self._hasher.update(data)
+        self._size += len(data)
+
+    @property
+    def value(self) -> tuple[int, str]:
+        return self._size, self._hasher.hexdigest()
+
+
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError)
+
+
+def _manifests(blobs: Blobs) -> list[str]:
+    return [name for name in blobs.names() if _MANIFEST.fullmatch(name)]
+
+
+def _parsed(blobs: Blobs, name: str) -> Commit:
+    values = _opened("commit", bytes(blobs.read(name)))
+    origin = values["origin"]
+    found = Commit(
+        int(values["step"]),
+        str(values["attempt"]),
+        int(values["world_size"]),
+        Origin(int(origin["zero_stage"]), str(origin["fingerprint"]), dict(origin["settings"])),
+        _files(values["files"]),
+    )
+    if not found.files:
         raise ValueError("it names no file")
-    return Commit(int(values["step"]), int(values["world_size"]), int(values["zero_stage"]), str(values["fingerprint"]), files)
+    if found.manifest != name:
+        raise ValueError(f"it is of step {found.step}")
+    if not _is_plain(found.attempt):
+        raise ValueError(f"it names the attempt {found.attempt}, which is outside of its root")
+    return found
 
 
-def _digest_of(values: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode("ascii"))
+def _folder_named_by(blobs: Blobs, manifest: str) -> str | None:
+    try:
+        return _parsed(blobs, manifest).folder
+    except _UNREADABLE:
+        return None
 
 
-def _problem_with(folder: Path, name: str, expected: tuple[int, str]) -> str:
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder):
-        return f"the manifest names {name}, which is outside of the checkpoint"
-    if not path.is_file():
-        return f"{name} is missing"
-    if _digest(path) != expected:
-        return f"{name} is not what was committed (size or checksum differs)"
+def _files(values: dict[str, Any]) -> Files:
+    files = {str(name): (int(size), str(digest)) for name, (size, digest) in values.items()}
+    for name in files:
+        if not _is_plain(name):
+            raise ValueError(f"it names {name}, which is outside of the checkpoint")
+    return files
+
+
+def _is_plain(name: str) -> bool:
+    return re.fullmatch(r"[\w.=-]+", name) is not None and name not in (".", "..")
+
+
+def _problem_with(commit: Commit, names: Iterable[str], digest_of: Callable[[str], tuple[int, str]]) -> str:
+    for name in names:
+        try:
+            if digest_of(name) != commit.files[name]:
+                return f"{name} is not what was committed (size or checksum differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            return f"{name} cannot be read ({error})"
     return ""
 
 
-def _digest(path: Path) -> tuple[int, str]:
-    hasher, size = xxhash.xxh3_64(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            hasher.update(block)
-            size += len(block)
-    return size, hasher.hexdigest()
+def _no_room(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write to {folder}: {error.strerror}; make room for the checkpoint there, or set TMPDIR to a larger disk"
+    )
 
 
-def _publish(path: Path, text: str) -> None:
-    """Create-only and whole: the text is durable under another name before its own name exists."""
-    staged = path.with_suffix(f".{os.getpid()}.tmp")
-    with staged.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(staged, path)
-    except FileExistsError:
-        raise CheckpointError(f"{path} exists already: two runs write to the same directory; give each its own --run-dir") from None
-    finally:
-        staged.unlink()
+def _sealed(kind: str, values: Any) -> bytes:
+    return json.dumps({kind: values, "xxh3": _digest_of(values)}, indent=1).encode()
+
+
+def _opened(kind: str, data: bytes) -> Any:
+    whole = json.loads(data)
+    if whole["xxh3"] != _digest_of(whole[kind]):
+        raise ValueError("its checksum differs")
+    return whole[kind]
+
+
+def _digest_of(values: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode("ascii"))

@@ -6,15 +6,17 @@ ranks and micro-batches. Shapes: B sequences, L positions, T target tokens, H hi
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_grad
@@ -27,9 +29,10 @@ from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.logits import Head
 from stillhouse.models import final_hidden, head_of
-from stillhouse.student.checkpoint import tag_of
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.loss import Divergence, LossTerms, distillation_loss, divergence_named
+from stillhouse.student.restore import Restored
+from stillhouse.student.snapshot import HostMemory, Snapshot
 
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that DeepSpeed's checkpoints hold beside tensors
 
@@ -118,6 +121,9 @@ class StudentEngine:
             config=_deepspeed_config(section, num_micro_batches),
             dist_init_required=False,
         )
+        self._copies = _HostCopies(device)
+        self._engine.checkpoint_engine = self._copies
+        self._engine._copy_recovery_script = lambda _folder: None  # nothing that could be run goes into a checkpoint
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepTerms:
         """Forward, backward and step over this rank's micro-batches; every rank has `num_micro_batches` of them.
@@ -150,17 +156,25 @@ class StudentEngine:
         total, divergence, cross_entropy, z_loss = (value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums.tolist()))
         return Means(total, divergence, cross_entropy, z_loss, int(num_tokens))
 
-    def save(self, root: Path, *, step: int) -> None:
-        """Write this rank's part of a checkpoint; it is no commit yet."""
-        self._engine.save_checkpoint(str(root), tag=tag_of(step), client_state={"step": step}, save_latest=False)
+    def snapshot(self, step: int) -> Snapshot:
+        """This rank's part of a checkpoint after `step` optimiser steps, copied to host memory; training may go on when this returns."""
+        began = monotonic()
+        self._engine.save_checkpoint("snapshot", tag=str(step), client_state={"step": step}, save_latest=False)
+        files, release = self._copies.taken()
+        return Snapshot(step, files, began, monotonic() - began, release)
 
-    def load(self, root: Path, *, step: int) -> None:
-        """Load weights and optimiser of a verified commit made by the same number of ranks at the same stage."""
-        path, _ = self._engine.load_checkpoint(str(root), tag=tag_of(step))
+    def load(self, found: Restored) -> None:
+        """Load weights and optimiser of a checkpoint, as it is or universal."""
+        settings = [dict(group, params=None) for group in self._engine.optimizer.param_groups]
+        self._engine._config.load_universal_checkpoint = found.universal
+        path, _ = self._engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
+        self._engine._config.load_universal_checkpoint = False
         if path is None:
             raise CheckpointError(
-                f"DeepSpeed found nothing to load in {root / tag_of(step)}; remove that checkpoint's manifest to use an older one"
+                f"DeepSpeed found nothing to load in {found.folder}; remove that checkpoint's manifest to use an older one"
             )
+        if found.universal:
+            _mend(self._engine.optimizer, settings)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The whole gradient of each parameter of the language model as the next step will see it, by name; after `accumulate`."""
@@ -201,15 +215,67 @@ def learning_rate_at(step: int, *, section: StudentSection, total_steps: int) ->
     return section.min_learning_rate + (section.learning_rate - section.min_learning_rate) * cosine
 
 
-def consolidated_weights(root: Path, *, step: int, zero_stage: int) -> dict[str, Tensor]:
-    """The plain state dict of the language model in a committed checkpoint, in its training dtype or float32; Hugging Face's names."""
+def consolidated_weights(folder: Path, *, zero_stage: int) -> dict[str, Tensor]:
+    """The plain state dict of the language model in a checkpoint's folder, in its training dtype or float32; Hugging Face's names."""
     if zero_stage == 3:
         with redirect_stdout(io.StringIO()):  # it reports each of its steps
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag_of(step))
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     else:  # up to stage 2 rank 0 saves the whole module
-        saved: dict[str, Any] = torch.load(root / tag_of(step) / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
         weights = saved["module"]
     return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
+
+
+class _HostCopies(CheckpointEngine):
+    """What DeepSpeed writes a checkpoint with: it writes nothing, and keeps copies by file name."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._memory = HostMemory(device)
+        self._files: dict[str, Any] = {}
+        self._releases: list[Callable[[], None]] = []
+
+    def taken(self) -> tuple[dict[str, Any], Callable[[], None]]:
+        """The files since the last call, when their tensors are there, and what gives their memory back."""
+        self._memory.settle()
+        files, releases = self._files, self._releases
+        self._files, self._releases = {}, []
+
+        def release() -> None:
+            for give_back in releases:
+                give_back()
+
+        return files, release
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        name = Path(path).name
+        self._files[name], release = self._memory.snapshot_of(name, state_dict)
+        self._releases.append(release)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return bool(info.tag)
+
+
+def _mend(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+    """What DeepSpeed 0.19.8 mixes up as it loads a universal checkpoint at stage 3.
+
+    It gives every group the first one's settings, so that gains would decay like matrices, and all states one tensor to count steps in,
+    which would then count each step as often as there are groups.
+    """
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group["weight_decay"] = own["weight_decay"]
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _first_rows(parameter: nn.Parameter, num_rows: int) -> Tensor:
@@ -237,6 +303,7 @@ def _deepspeed_config(section: StudentSection, num_micro_batches: int) -> dict[s
             "params": {"lr": section.learning_rate, "betas": list(section.betas), "torch_adam": True},
         },
         "zero_optimization": {"stage": section.zero_stage},
+        "checkpoint": {"tag_validation": "Ignore"},  # no one else chooses tags
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }

@@ -8,22 +8,23 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError
 from stillhouse.models import load_model
-from stillhouse.student import checkpoint
+from stillhouse.student.checkpoint import newest_copy
 from stillhouse.student.engine import consolidated_weights
 
 
-def export(checkpoints: Path, out: Path, *, section: StudentSection, tokenizer: PreTrainedTokenizerBase, card: str) -> int:
+def export(checkpoints: str, out: Path, *, section: StudentSection, tokenizer: PreTrainedTokenizerBase, card: str) -> int:
     """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype, config, tokenizer and model card.
 
     Returns the number of optimiser steps behind the weights. Raises CheckpointError where there is no commit, or where its weights
     do not fit the model.
     """
-    found = checkpoint.newest(checkpoints)
-    if found is None:
-        raise CheckpointError(
-            f"there is no checkpoint under {checkpoints} to export; train first, with `stillhouse run` or `stillhouse train`"
-        )
-    weights = consolidated_weights(checkpoints, step=found.step, zero_stage=found.zero_stage)
+    with newest_copy(checkpoints) as copy:
+        if copy is None:
+            raise CheckpointError(
+                f"there is no checkpoint under {checkpoints} to export; train first, with `stillhouse run` or `stillhouse train`"
+            )
+        found, folder = copy
+        weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)
     model = load_model(section, random_init_seed=0)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.all_tied_weights_keys)

@@ -5,8 +5,16 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.config import StudentSection
-from stillhouse.store import Recipe
+from stillhouse.store import Reader, Recipe, reader_name
+from stillhouse.student.checkpoint import Origin
 from stillhouse.student.order import Order
+
+# Of the student's settings, those without which the same steps would lead to other weights; a schedule may change on the way.
+_DECIDE_WEIGHTS = (
+    *("revision", "dtype", "init", "seed", "global_batch_sequences", "shuffle_window_chunks"),
+    *("weight_decay", "betas", "gradient_clip"),
+    *("divergence", "divergence_weight", "mix", "ce_weight", "z_loss_weight"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +29,17 @@ class TrainJob:
     total_steps: int
 
     @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints" / self.role
+    def checkpoints(self) -> str:
+        """The URL under which its commits are."""
+        root = self.section.checkpoint_url
+        return str(self.run_dir / "checkpoints" / self.role) if root is None else f"{root.rstrip('/')}/{self.role}"
+
+    @property
+    def origin(self) -> Origin:
+        """What its checkpoints are of."""
+        values = self.section.model_dump(mode="json")
+        settings = {name: values[name] for name in _DECIDE_WEIGHTS} | {"model": Path(self.section.model).name}
+        return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
     @property
     def journal(self) -> Path:
@@ -31,6 +48,28 @@ class TrainJob:
     @property
     def order(self) -> Order:
         return order_of(self.section, self.recipe)
+
+    def reader(self, committed_step: int) -> Reader:
+        """This student as a reader of the store, once `committed_step` steps are safe in a checkpoint."""
+        return Reader(
+            name=reader_name(str(self.run_dir), self.role),
+            global_batch_sequences=self.section.global_batch_sequences,
+            seed=self.section.seed,
+            window_chunks=self.section.shuffle_window_chunks,
+            total_steps=self.total_steps,
+            committed_step=committed_step,
+        )
+
+
+def order_of_reader(reader: Reader, recipe: Recipe) -> Order:
+    """The order in which any registered reader reads the recipe's sequences."""
+    return Order(
+        num_sequences=recipe.num_sequences,
+        chunk_sequences=recipe.chunk_sequences,
+        global_batch_sequences=reader.global_batch_sequences,
+        seed=reader.seed,
+        window_chunks=reader.window_chunks,
+    )
 
 
 def order_of(section: StudentSection, recipe: Recipe) -> Order:

@@ -22,6 +22,8 @@ from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
+_MISSED_S = 30.0  # a chunk that is not there for so long is missed by its reader: it may have been deleted
+_LOOK_UP_S = 0.2
 _PADDING = -1
 
 
@@ -112,10 +114,22 @@ class BatchReader:
     def next(self) -> tuple[Batch, float]:
         """The next batch, and the seconds for which the caller waited for it. Raises what the reading thread met."""
         began = time.monotonic()
-        found = self._queue.get()
-        if isinstance(found, BaseException):
-            raise found
+        found = self.next_unless(lambda: False)
+        assert found is not None
         return found, time.monotonic() - began
+
+    def next_unless(self, interrupted: Callable[[], bool]) -> Batch | None:
+        """The next batch, or None once there is something better to do than to wait for it. Raises what the reading thread met."""
+        while True:
+            try:
+                found = self._queue.get(timeout=_LOOK_UP_S)
+            except queue.Empty:
+                if interrupted():
+                    return None
+                continue
+            if isinstance(found, BaseException):
+                raise found
+            return found
 
     def _read_ahead(self) -> None:
         try:
@@ -174,7 +188,7 @@ class BatchReader:
 
     def _fetch_when_there(self, number: int, rows: np.ndarray, *, decoding: bool) -> Chunk:
         pause_s = _FIRST_POLL_S
-        reported = False
+        reported, missing_since = False, time.monotonic()
         while not self._closed.wait(0):
             try:
                 chunk = self._store.fetch_rows(number, rows)
@@ -183,6 +197,9 @@ class BatchReader:
                 return chunk
             except ChunkMissing:
                 reported = False  # taken away: what comes in its place is another chunk
+                if time.monotonic() - missing_since > _MISSED_S:
+                    self._on_bad_chunk(number)
+                    missing_since = time.monotonic()
             except StoreUnavailable:
                 pass
             except ChunkError:
@@ -232,10 +249,10 @@ def chunks_read_ahead(order: Order) -> int:
 
 
 def refuse_bad_chunk(number: int) -> None:
-    """For readers without a teacher pool behind them: a damaged chunk ends the run, since nobody will replace it."""
+    """For readers without a teacher pool behind them: a damaged or lost chunk ends the run, since nobody will replace it."""
     raise StudentError(
-        f"chunk {number} in the store is damaged, and no teacher is running that could replace it; "
-        "`stillhouse store verify URL --repair RUN_DIR` has a teacher make damaged chunks again"
+        f"chunk {number} in the store is damaged or gone, and no teacher is running that could replace it; "
+        "`stillhouse store verify URL --repair RUN_DIR` has a teacher make damaged chunks again, `stillhouse produce` those that are gone"
     )
 
 

@@ -1,77 +1,141 @@
-"""The training loop of a student: read, step, journal, commit.
+"""The training loop of a student: read, step, journal, commit, and leave when asked to.
 
-A plain function of a job and an existing process group. It resumes by itself: where the job's directory holds a commit that verifies,
-it goes on from there.
+A plain function of a job and an existing process group. It resumes by itself: where the job has a commit that verifies, it goes on from
+there, with however many ranks there are now.
 """
 
-from time import monotonic
+from contextlib import suppress
+from time import monotonic, time
 
 import torch
 import torch.distributed as dist
 
-from stillhouse.cluster import Board
-from stillhouse.errors import CheckpointError, StudentError
+from stillhouse.board import Past, Summons
+from stillhouse.errors import StudentError
 from stillhouse.models import load_model
-from stillhouse.store import ChunkStore
-from stillhouse.student import checkpoint
+from stillhouse.store import ChunkStore, StoreUnavailable, commit
+from stillhouse.student.checkpoint import Commit
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
-from stillhouse.student.loader import Batch, BatchReader, refuse_bad_chunk
-from stillhouse.tracking import CheckpointRow, Tracker, TrainRow
+from stillhouse.student.lifeline import DepartedError, Lifeline
+from stillhouse.student.loader import Batch, BatchReader
+from stillhouse.student.restore import restore
+from stillhouse.student.universal import convert
+from stillhouse.student.writer import CheckpointWriter, attempt_name
+from stillhouse.tracking import CheckpointRow, RecoveryRow, Tracker, TrainRow
 
 
-def train(job: TrainJob, *, device: torch.device, journal: Tracker, board: Board | None) -> None:
-    """Train until `job.total_steps`, on every rank of the existing process group; commits checkpoints and journals from rank 0.
+def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
+    """Train until `job.total_steps`, on every rank of the existing process group; False where the group was told to stop before.
 
-    With a `board`, cursors and damaged chunks are told to the teacher pool; without one a damaged chunk raises StudentError.
+    Rank 0 journals. Raises DepartedError once everything is committed where the group is asked to leave and come back, and StudentError
+    on a loss that is not finite.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    section, order = job.section, job.order
-    done = _restorable_step(job, world_size=world_size)
-    if rank == 0 and board is not None:
-        board.move_cursor(job.role, order.chunks_finished(done))
-    if done >= job.total_steps:
-        return
-    seed = section.seed if section.init == "config" else None
-    num_micro_batches = -(-section.global_batch_sequences // (world_size * section.micro_batch_sequences))
-    engine = StudentEngine(
-        load_model(section, random_init_seed=seed),
-        section=section,
-        vocab_size=job.recipe.vocab_size,
-        num_micro_batches=num_micro_batches,
-        device=device,
-    )
-    if done:
-        engine.load(job.checkpoints, step=done)
-    reader = BatchReader(
-        ChunkStore(job.store_url, job.recipe),
-        order,
-        rank=rank,
-        world_size=world_size,
-        micro_batch=section.micro_batch_sequences,
-        start=done,
-        stop=job.total_steps,
-        prefetch=section.prefetch_batches,
-        on_bad_chunk=refuse_bad_chunk if board is None else board.report_bad_chunk,
-        pin_memory=device.type == "cuda",
-    )
+    rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
+    lifeline.at(0, "start")
+    with restore(job.checkpoints, origin=job.origin, convert=convert) as found:
+        done = 0 if found is None else found.step
+        past = _begin(lifeline, job, done) if rank == 0 else None
+        if done >= job.total_steps:
+            return True
+        engine = _engine(job, device=device, world_size=world_size)
+        if found is not None:
+            engine.load(found)
     try:
-        with reader:
+        with _reader(job, lifeline, start=done, rank=rank, world_size=world_size, device=device) as reader, _writer(job, journal) as writer:
+            submitted, due = done, False
             for step in range(done, job.total_steps):
-                row = _train_one(engine, reader, job, step)
+                began = monotonic()
+                lifeline.at(step + 1, "data")
+                batch = reader.next_unless(lambda: lifeline.summons is not None)
+                busy, summons = _agreed(writer.busy, lifeline.summons, device)
+                if summons is not None:
+                    if submitted < step:
+                        _submit(writer, engine, step, lifeline)
+                    writer.wait(max(0.0, summons.deadline - time()))
+                    return _leave(summons, lifeline, rank=rank)
+                assert batch is not None
+                row = _train_one(engine, batch, job, lifeline, began=began)
                 if rank == 0:
                     journal.record(row)
-                    if board is not None:
-                        board.move_cursor(job.role, order.chunks_finished(step + 1))
-                if (step + 1) % section.checkpoint_every_steps == 0 or step + 1 == job.total_steps:
-                    _commit(engine, job, step + 1, journal if rank == 0 else None)
+                    lifeline.stepped(step + 1, job.order.chunks_finished(step + 1))
+                if past is not None:
+                    journal.record(_recovery(past, job, resumed=done, world_size=world_size))
+                    past = None
+                due = due or (step + 1) % section.checkpoint_every_steps == 0
+                if step + 1 == job.total_steps or (due and not busy):
+                    _submit(writer, engine, step + 1, lifeline)
+                    submitted, due = step + 1, False
+            writer.wait()
     finally:
         engine.close()
+    return True
 
 
-def _train_one(engine: StudentEngine, reader: BatchReader, job: TrainJob, step: int) -> TrainRow:
-    began = monotonic()
-    batch, data_wait_s = reader.next()
+def _begin(lifeline: Lifeline, job: TrainJob, done: int) -> Past | None:
+    """Tell the driver where the group begins. Raises StudentError where it was lost too often since the last commit."""
+    past = lifeline.begin(done)
+    _tell_the_store(job, done)
+    lifeline.stepped(done, job.order.chunks_finished(done))
+    if past is not None and past.num_failures > job.section.max_failures:
+        raise StudentError(
+            f"the {job.role}'s ranks failed {past.num_failures} times in a row after step {done}, last because: {past.detail}. "
+            "Everything up to that step is committed: mend the cause and run again to go on from there."
+        )
+    return past
+
+
+def _tell_the_store(job: TrainJob, committed_step: int) -> None:
+    """Which chunks this student will read again. A store that does not answer hears it after the next commit, and keeps them until then."""
+    with suppress(StoreUnavailable):
+        commit(ChunkStore(job.store_url, job.recipe), job.reader(committed_step))
+
+
+def _engine(job: TrainJob, *, device: torch.device, world_size: int) -> StudentEngine:
+    section = job.section
+    return StudentEngine(
+        load_model(section, random_init_seed=section.seed if section.init == "config" else None),
+        section=section,
+        vocab_size=job.recipe.vocab_size,
+        num_micro_batches=-(-section.global_batch_sequences // (world_size * section.micro_batch_sequences)),
+        device=device,
+    )
+
+
+def _reader(job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_size: int, device: torch.device) -> BatchReader:
+    return BatchReader(
+        ChunkStore(job.store_url, job.recipe),
+        job.order,
+        rank=rank,
+        world_size=world_size,
+        micro_batch=job.section.micro_batch_sequences,
+        start=start,
+        stop=job.total_steps,
+        prefetch=job.section.prefetch_batches,
+        on_bad_chunk=lifeline.report_bad_chunk,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
+    def on_commit(made: Commit, seconds: float, blocking_s: float) -> None:
+        journal.record(CheckpointRow(job.role, made.step, seconds, made.num_bytes, blocking_s))
+        _tell_the_store(job, made.step)
+
+    return CheckpointWriter(
+        job.checkpoints,
+        origin=job.origin,
+        attempt=attempt_name(),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        keep=job.section.keep_checkpoints,
+        on_commit=on_commit,
+    )
+
+
+def _train_one(engine: StudentEngine, batch: Batch, job: TrainJob, lifeline: Lifeline, *, began: float) -> TrainRow:
+    step, data_wait_s = batch.state.step, monotonic() - began
+    lifeline.at(step + 1, "step")
     torch.manual_seed(hash((job.section.seed, step, dist.get_rank())))
     learning_rate = learning_rate_at(step, section=job.section, total_steps=job.total_steps)
     try:
@@ -92,6 +156,7 @@ def _train_one(engine: StudentEngine, reader: BatchReader, job: TrainJob, step: 
         seconds=seconds,
         data_wait_s=data_wait_s,
         tokens_per_s=terms.num_tokens / seconds,
+        world_size=dist.get_world_size(),
     )
 
 
@@ -103,46 +168,33 @@ def _named(batch: Batch) -> str:
     return f"its sequences were {shown}{', ...' if len(batch.sequences) > 8 else ''}"
 
 
-def _restorable_step(job: TrainJob, *, world_size: int) -> int:
-    """The step of the newest commit that verifies, agreed on by all ranks; 0 where there is none."""
-    answer: list[tuple[checkpoint.Commit | None, str]] = [(None, "")]
-    if dist.get_rank() == 0:
-        try:
-            chosen = checkpoint.newest(job.checkpoints)
-            checkpoint.set_aside_after(job.checkpoints, chosen.step if chosen else 0)
-            answer = [(chosen, "")]
-        except CheckpointError as error:
-            answer = [(None, str(error))]
-    dist.broadcast_object_list(answer)
-    found, problem = answer[0]
-    if problem:
-        raise CheckpointError(problem)
-    if found is None:
-        return 0
-    if (found.world_size, found.zero_stage) != (world_size, job.section.zero_stage):
-        raise CheckpointError(
-            f"{job.checkpoints} was written by {found.world_size} ranks at ZeRO stage {found.zero_stage}, but this run has {world_size} "
-            f"ranks at stage {job.section.zero_stage}; set student.num_workers and student.zero_stage back, or start in a new run directory"
-        )
-    if found.fingerprint != job.recipe.fingerprint:
-        raise CheckpointError(
-            f"{job.checkpoints} belongs to recipe {found.fingerprint[:16]}, not {job.recipe.fingerprint[:16]}; use a new run directory"
-        )
-    return found.step
+def _submit(writer: CheckpointWriter, engine: StudentEngine, step: int, lifeline: Lifeline) -> None:
+    """Copy the state after `step` steps; what follows goes on beside the training, unless an earlier checkpoint is still on its way."""
+    lifeline.at(step, "snapshot")
+    snapshot = engine.snapshot(step)
+    lifeline.at(step, "commit")
+    writer.submit(snapshot)
 
 
-def _commit(engine: StudentEngine, job: TrainJob, step: int, journal: Tracker | None) -> None:
-    began = monotonic()
-    engine.save(job.checkpoints, step=step)
-    dist.barrier()
-    if journal is not None:
-        made = checkpoint.commit(
-            job.checkpoints,
-            step=step,
-            world_size=dist.get_world_size(),
-            zero_stage=job.section.zero_stage,
-            fingerprint=job.recipe.fingerprint,
-        )
-        checkpoint.retain(job.checkpoints, job.section.keep_checkpoints)
-        journal.record(CheckpointRow(role=job.role, step=step, seconds=monotonic() - began, num_bytes=made.num_bytes))
-    dist.barrier()
+def _agreed(busy: bool, summons: Summons | None, device: torch.device) -> tuple[bool, Summons | None]:
+    """Whether any rank still writes a checkpoint, and the summons that any of them knows of: the same on every rank."""
+    flags = torch.tensor([busy, summons is not None], dtype=torch.float32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    if flags[1] == 0.0:
+        return bool(flags[0]), None
+    known: list[Summons | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(known, summons)
+    return bool(flags[0]), next(each for each in known if each is not None)
+
+
+def _leave(summons: Summons, lifeline: Lifeline, *, rank: int) -> bool:
+    if summons.cause == "stop":
+        return False
+    if rank == 0:
+        lifeline.explain(summons.cause, summons.detail)
+    raise DepartedError(summons.detail)
+
+
+def _recovery(past: Past, job: TrainJob, *, resumed: int, world_size: int) -> RecoveryRow:
+    cause = "died" if past.cause == "stop" else past.cause
+    return RecoveryRow(job.role, cause, past.detail, time() - past.last_time, world_size, resumed, max(0, past.last_step - resumed))

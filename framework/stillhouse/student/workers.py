@@ -1,24 +1,35 @@
-"""The Ray Train worker group that runs training jobs, and what happens when a rank is lost.
+"""The Ray Train worker group that runs training jobs: it is started again from the last commit, with as many ranks as there is room for.
 
-Ray Train's controller imports this module before any worker starts, so nothing here imports DeepSpeed or a model before it is needed.
+Ray Train replaces lost ranks and counts machines; a thread beside it looks after what Ray cannot see: ranks that hang, and machines that
+came back. Ray Train's controller imports this module before any worker starts, so nothing here imports DeepSpeed or a model early.
 """
 
 import pickle
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import ScalingConfig
 
-from stillhouse.cluster import Board, Placement, Secrets, cause_of, prepare_process
-from stillhouse.errors import StillhouseError, StudentError
+from stillhouse.board import Board, Summons
+from stillhouse.cluster import Placement, Secrets, end_process, has_room, prepare_process
+from stillhouse.config import NoticeSource, StudentSection
+from stillhouse.errors import StillhouseError
+from stillhouse.student.watchdog import Stall, stalled
+from stillhouse.tracking import StallRow, Tracker
 
 if TYPE_CHECKING:
     from stillhouse.student.job import TrainJob
 
-_PEER_TIMEOUT = timedelta(minutes=10)
+_LOOK_EVERY_S = 1.0
+_GROW_WITHIN_S = 600.0  # for the commit before a group is made larger
+_NEVER_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,61 +38,128 @@ class _WorkerArguments:
     device: str
     threads: int
     secrets: Secrets
-    board: Board | None
+    notices: NoticeSource
+    board: Board
+    teachers_at_work: bool
 
 
 def fit(
     jobs: "Sequence[TrainJob]",
     *,
     where: Placement,
-    num_workers: int,
     threads: int,
     secrets: Secrets,
-    board: Board | None,
-    max_failures: int,
+    notices: NoticeSource,
+    board: Board,
+    teachers_at_work: bool,
+    journal: Tracker,
 ) -> None:
-    """Train the jobs one after the other on a Ray Train worker group; blocks until they are done.
+    """Train the jobs one after the other on a Ray Train worker group; blocks until they are done, or were told to stop.
 
-    A rank that dies takes the group with it, and the group starts again from the last commit, `max_failures` times. An error of
-    ours (a diverged loss, a damaged checkpoint) would only come again: it is raised at once.
+    A rank that dies, hangs or is sent away takes the group with it, and the group goes on from the last commit. An error of ours (a
+    diverged loss, a damaged checkpoint) would only come again: it ends the training and is raised here.
     """
-    arguments = pickle.dumps(_WorkerArguments(jobs, where.device, threads, secrets, board))  # the controller need not open it
-    for attempt in range(max_failures + 1):
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"arguments": arguments},
-            torch_config=TorchConfig(backend="nccl" if where.device == "cuda" else "gloo", timeout_s=int(_PEER_TIMEOUT.total_seconds())),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=num_workers,
-                use_gpu=where.num_gpus > 0,
-                resources_per_worker=where.times(1),
-            ),
-            run_config=ray.train.RunConfig(name="train", storage_path=str((jobs[0].run_dir / "ray").resolve())),
-        )
-        try:
-            trainer.fit()
-            return
-        except ray.train.WorkerGroupError as error:
-            failures = [cause_of(failure) for failure in error.worker_failures.values()]
-            ours = next((failure for failure in failures if isinstance(failure, StillhouseError)), None)
-            if ours is not None:
-                raise ours from None
-            if attempt == max_failures:
-                raise StudentError(f"the student's ranks failed {attempt + 1} times, last with: {failures[0]!r}") from error
+    section = jobs[0].section
+    arguments = pickle.dumps(  # the controller need not open it
+        _WorkerArguments(jobs, where.device, threads, secrets, notices, board, teachers_at_work)
+    )
+    fewest = section.min_workers or section.num_workers
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"arguments": arguments},
+        torch_config=TorchConfig(
+            backend="nccl" if where.device == "cuda" else "gloo", timeout_s=int(_peer_timeout(section).total_seconds())
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=section.num_workers if fewest == section.num_workers else (fewest, section.num_workers),
+            use_gpu=where.num_gpus > 0,
+            resources_per_worker=where.times(1),
+            elastic_resize_monitor_interval_s=_NEVER_S,  # Ray would end a group to enlarge it without letting it commit
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=str((jobs[0].run_dir / "ray").resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # the board counts: lives in a row without a commit
+        ),
+    )
+    with _watched(jobs, where=where, board=board, journal=journal):
+        trainer.fit()
+    verdict = board.verdict()
+    if verdict is not None:
+        raise verdict
+
+
+def _peer_timeout(section: StudentSection) -> timedelta:
+    """After which a collective gives up by itself: the watchdog, which names the rank, comes first."""
+    return timedelta(seconds=2 * section.watchdog_s)
+
+
+@contextmanager
+def _watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, journal: Tracker) -> Iterator[None]:
+    stopped = threading.Event()
+    thread = threading.Thread(target=_watch, args=(jobs, where, board, journal, stopped), name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: Tracker, stopped: threading.Event) -> None:
+    """Once a second: end a rank that holds its group up, and ask a group that has shrunk to come back larger once there is room."""
+    looked_for_room = monotonic()
+    while not stopped.wait(_LOOK_EVERY_S):
+        for job in jobs:
+            section, heard = job.section, board.heard(job.role)
+            stall = stalled(heard, patience_s=section.watchdog_s)
+            if stall is not None:
+                _end(stall, job, board, journal)
+            elif 0 < len(heard) < section.num_workers and monotonic() - looked_for_room > section.regroup_s:
+                looked_for_room = monotonic()
+                if has_room(where):
+                    board.summon(job.role, Summons("grown", time() + _GROW_WITHIN_S, "there is room for more ranks"))
+
+
+def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
+    """Say which rank stands still and where, and kill it: Ray Train then starts its group again."""
+    beat = stall.beat
+    how = "silent" if stall.silent else f"at {beat.phase}"
+    board.explain(job.role, "stalled", f"rank {beat.rank} was {how} for {stall.seconds:.0f} s in step {beat.step}")
+    stack = end_process(beat.pid, node=beat.node) or beat.stack
+    journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stack))
+    board.forget(job.role)
 
 
 def _worker(config: dict[str, bytes]) -> None:
     arguments: _WorkerArguments = pickle.loads(config["arguments"])
+    board = arguments.board
+    if board.verdict() is not None:
+        return
     prepare_process(arguments.device, arguments.threads)
     arguments.secrets.adopt()
 
     import torch
     from torch.distributed import distributed_c10d
 
+    from stillhouse.student.lifeline import BoardLifeline, DepartedError
     from stillhouse.student.train import train
     from stillhouse.tracking import Journal
 
-    distributed_c10d.default_pg_timeout = _PEER_TIMEOUT  # ZeRO makes groups of its own, which would wait for ever
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
+    rank = ray.train.get_context().get_world_rank()
     for job in arguments.jobs:
-        train(job, device=device, journal=Journal(job.journal), board=arguments.board)
+        distributed_c10d.default_pg_timeout = _peer_timeout(job.section)  # ZeRO makes groups of its own, which would wait for ever
+        try:
+            with BoardLifeline(board, job, arguments.notices, rank=rank, teachers_at_work=arguments.teachers_at_work) as lifeline:
+                finished = train(job, device=device, journal=Journal(job.journal), lifeline=lifeline)
+        except DepartedError:
+            raise  # Ray Train starts the group again
+        except StillhouseError as error:
+            board.give_up(error)
+            raise
+        except Exception as error:
+            board.explain(job.role, "died", f"{type(error).__name__}: {error}")
+            raise
+        if not finished:
+            return

@@ -1,0 +1,76 @@
+"""What the driver hears of the run's machines: it passes every announced end on to those whom it concerns, and into the journal.
+
+Machines speak through the board, Ray says which nodes it drains, and a SIGTERM to the driver is the end of everything.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import time
+
+from stillhouse.board import Board, Summons
+from stillhouse.cluster import drain, draining
+from stillhouse.errors import InterruptedRunError
+from stillhouse.notices import Ask, Notice, sigterm
+from stillhouse.tracking import NoticeRow, Role, Tracker
+
+_LOOK_EVERY_S = 1.0
+_ROLES: tuple[Role, ...] = ("student", "control")
+
+
+class Machines:
+    """The run's machines, as far as their end is announced."""
+
+    def __init__(self, board: Board, journal: Tracker, terminated: Ask) -> None:
+        self._board, self._journal, self._terminated = board, journal, terminated
+        self._known: set[str] = set()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="machines", daemon=True)
+
+    def require_driver(self) -> None:
+        """Raise InterruptedRunError where the driver itself was told to go."""
+        if self._terminated(time()) is not None:
+            raise InterruptedRunError("SIGTERM; what was committed stays, and the same command goes on from there")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        told_to_stop = False
+        while not self._stopped.wait(_LOOK_EVERY_S):
+            for node, notice in draining().items():
+                self._board.announce(node, notice)
+            for node, notice in self._board.notices().items():
+                if node not in self._known:
+                    self._known.add(node)
+                    self._pass_on(node, notice)
+            end = self._terminated(time())
+            if end is not None and not told_to_stop:
+                told_to_stop = True
+                self._stop_all(end)
+
+    def _pass_on(self, node: str, notice: Notice) -> None:
+        self._journal.record(NoticeRow(notice.source, node, notice.deadline - time(), notice.detail))
+        if notice.source != "ray":
+            drain(node, notice)
+
+    def _stop_all(self, notice: Notice) -> None:
+        self._journal.record(NoticeRow(notice.source, "driver", notice.deadline - time(), notice.detail))
+        for role in _ROLES:
+            self._board.summon(role, Summons("stop", notice.deadline, notice.detail))
+
+
+@contextmanager
+def watched_machines(board: Board, journal: Tracker, *, grace_s: float) -> Iterator[Machines]:
+    """Listen for as long as the block lasts."""
+    with sigterm(grace_s) as terminated:
+        machines = Machines(board, journal, terminated)
+        machines.start()
+        try:
+            yield machines
+        finally:
+            machines.stop()

@@ -1,0 +1,177 @@
+"""The group of ranks agrees on a checkpoint to go on from, and each rank gets the files that it will read, every byte verified.
+
+A checkpoint of another number of ranks is converted by the first rank of each machine, into a temporary folder that the machine's
+other ranks read as well.
+"""
+
+import fcntl
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from stillhouse.errors import CheckpointError, StillhouseError
+from stillhouse.store.blobs import Blobs
+from stillhouse.student.checkpoint import Commit, Origin, choose, fetch, local_folder, set_aside_after, unlike
+
+Convert = Callable[[Path, Path], None]  # (a checkpoint's folder, the folder to make)
+
+_Value = TypeVar("_Value")
+
+_OF_RANK = re.compile(r"(?:pp_rank_|^part-)0*(\d+)")  # in the name of a file that one rank alone reads
+_SCRATCH = "stillhouse-restore-"
+_IN_USE = "in-use"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A checkpoint that this rank can load, while `restore` lasts."""
+
+    step: int  # optimiser steps done
+    folder: Path
+    universal: bool  # whether it was converted, because another number of ranks wrote it
+
+
+@contextmanager
+def restore(url: str, *, origin: Origin, convert: Convert) -> Iterator[Restored | None]:
+    """The newest checkpoint under `url` whose every byte verifies; None where there is none. Every rank of the process group calls this.
+
+    Raises CheckpointError on every rank where no commit verifies, or where the newest is of another training.
+    """
+    blobs = Blobs(url)
+    with _scratch() as scratch:
+        group = _Group.gathered()
+        found = group.choose(blobs, scratch)
+        if found is None:
+            yield None
+            return
+        differences = unlike(found.origin, origin)
+        if differences:
+            raise CheckpointError(
+                f"{url} belongs to another training:\n"
+                + "\n".join(f"  - {line}" for line in differences)
+                + "\nSet them back to go on with it, or use a new run directory and, where one is set, a new student.checkpoint_url."
+            )
+        folder = local_folder(blobs, found, scratch)
+        if group.must_convert(found):
+            yield Restored(found.step, group.converted(folder, scratch / "universal", convert), universal=True)
+        else:
+            yield Restored(found.step, folder, universal=False)
+        dist.barrier()  # another rank may still read what this one deletes now
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """This rank among the others. Its methods are collectives, except where they only ask."""
+
+    rank: int
+    world_size: int
+    first: int  # the first rank on this rank's machine
+
+    @classmethod
+    def gathered(cls) -> "_Group":
+        name = socket.gethostname()
+        return cls(dist.get_rank(), dist.get_world_size(), _gathered(name).index(name))
+
+    def must_convert(self, commit: Commit) -> bool:
+        """Stage 0 has the same state on every rank, so any number of them can load it."""
+        return commit.world_size != self.world_size and commit.origin.zero_stage > 0
+
+    def choose(self, blobs: Blobs, scratch: Path) -> Commit | None:
+        """All ranks try what rank 0 proposes, newest first, until a commit is whole on every rank."""
+
+        def problems_with(commit: Commit) -> "list[str | StillhouseError]":
+            return _gathered(_outcome(lambda: fetch(blobs, commit, self._reads(commit), into=scratch)))
+
+        return _lead(blobs, problems_with) if self.rank == 0 else _follow(problems_with)
+
+    def converted(self, folder: Path, out: Path, convert: Convert) -> Path:
+        """Where this machine's universal checkpoint is."""
+        problem = _outcome(lambda: convert(folder, out)) if self.rank == self.first else None
+        answers = _gathered((str(out), problem))
+        for _, found in answers:
+            if found is not None:
+                raise found
+        here = Path(answers[self.first][0])
+        if not here.is_dir():
+            raise CheckpointError(
+                f"rank {self.first} converted the checkpoint into {here}, which rank {self.rank} of the same host name does not see; "
+                "give each machine a host name of its own, or set TMPDIR to a directory that they share"
+            )
+        return here
+
+    def _reads(self, commit: Commit) -> Iterable[str]:
+        if self.must_convert(commit):
+            return commit.files if self.rank == self.first else ()
+        matches = {name: _OF_RANK.search(name) for name in commit.files}
+        return [name for name, match in matches.items() if match is None or int(match[1]) % self.world_size == self.rank]
+
+
+def _lead(blobs: Blobs, problems_with: "Callable[[Commit], list[str | StillhouseError]]") -> Commit | None:
+    def problem_with(commit: Commit) -> str:
+        _told(("try", commit))
+        found = [problem for problem in problems_with(commit) if problem]
+        for problem in found:
+            if isinstance(problem, StillhouseError):
+                raise problem
+        return str(found[0]) if found else ""
+
+    try:
+        chosen = choose(blobs, problem_with)
+        set_aside_after(blobs, chosen.step if chosen else 0)
+    except StillhouseError as error:
+        _told(("fail", error))
+        raise
+    _told(("take", chosen))
+    return chosen
+
+
+def _follow(problems_with: Callable[[Commit], object]) -> Commit | None:
+    while True:
+        verb, value = _told(None)
+        if verb == "fail":
+            raise value
+        if verb == "take":
+            return value
+        problems_with(value)
+
+
+def _told(message: Any) -> Any:
+    """What rank 0 says; what others pass is ignored."""
+    box = [message]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _gathered(value: _Value) -> list[_Value]:
+    """Every rank's value, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _outcome(call: Callable[[], _Value]) -> _Value | StillhouseError:
+    """The answer, or the error, which then all ranks can raise."""
+    try:
+        return call()
+    except StillhouseError as error:
+        return error
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A temporary folder; those that killed processes left behind go first, or a node that loses its ranks often would fill up."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/{_IN_USE}"):
+        with suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as folder, Path(folder, _IN_USE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(folder)

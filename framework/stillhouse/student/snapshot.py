@@ -1,0 +1,83 @@
+"""What a checkpoint holds, copied to host memory: nothing in it is shared with a tensor that a later step changes.
+
+The copy is all that training waits for. Its memory is used again for the next one: fresh pages cost more than the copying.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One rank's part of a checkpoint, by file name. `release` gives its memory back; its tensors may not be read after that."""
+
+    step: int  # optimiser steps done
+    files: Mapping[str, Any]  # what torch.save writes
+    began: float  # by the monotonic clock
+    blocking_s: float  # that it took
+    release: Callable[[], None]
+
+
+class HostMemory:
+    """Host tensors that are kept for the next snapshot: never more than one snapshot's worth of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: dict[tuple[str, int], Tensor] = {}
+
+    def snapshot_of(self, name: str, state: Any) -> tuple[Any, Callable[[], None]]:
+        """A deep copy of one file's state, and what to call when it is no longer needed. `settle` before it is read."""
+        copier = _Copier(self, name)
+        return copier.copy(state), copier.release
+
+    def settle(self) -> None:
+        """Wait until all copies are there."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def take(self, slot: tuple[str, int], like: Tensor) -> Tensor:
+        """A tensor of this shape and dtype that nobody else uses."""
+        free = self._free.pop(slot, None)
+        if free is not None and free.shape == like.shape and free.dtype == like.dtype:
+            return free
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._device.type == "cuda")
+
+    def give_back(self, slot: tuple[str, int], tensor: Tensor) -> None:
+        self._free[slot] = tensor
+
+
+class _Copier:
+    """Copies one state. What shares memory in it shares memory in the copy, such as tied weights."""
+
+    def __init__(self, memory: HostMemory, name: str) -> None:
+        self._memory = memory
+        self._name = name
+        self._tensors: dict[tuple[Any, ...], Tensor] = {}
+
+    def copy(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._copy_tensor(value.detach())
+        if isinstance(value, dict):
+            made = copy.copy(value)  # keeps its class, and the versions that a module's state dict carries
+            for key in made:
+                made[key] = self.copy(made[key])
+            return made
+        if type(value) in (list, tuple):
+            return type(value)(self.copy(item) for item in value)
+        return copy.deepcopy(value)
+
+    def release(self) -> None:
+        for slot, tensor in enumerate(self._tensors.values()):
+            self._memory.give_back((self._name, slot), tensor)
+
+    def _copy_tensor(self, value: Tensor) -> Tensor:
+        key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if key not in self._tensors:
+            made = self._memory.take((self._name, len(self._tensors)), value)
+            self._tensors[key] = made.copy_(value, non_blocking=True)
+        return self._tensors[key]

@@ -1,0 +1,32 @@
+"""DeepSpeed's universal checkpoints: the form that any number of ranks can load."""
+
+import io
+from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from deepspeed.checkpoint import ds_to_universal
+
+from stillhouse.errors import CheckpointError
+
+
+def convert(folder: Path, out: Path) -> None:
+    """Make in `out` a universal checkpoint of the one in `folder`, in this process. Raises CheckpointError where it cannot be had."""
+    options = Namespace(
+        input_folder=str(folder),
+        output_folder=str(out),
+        num_extract_workers=1,  # more are processes, each of which imports everything first
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # stages 1 and 2 save none of what it asks for
+    )
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            ds_to_universal.main(options)
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint in {folder} cannot be converted to another number of ranks ({error!r}); "
+            "go on with the number of ranks that wrote it"
+        ) from error

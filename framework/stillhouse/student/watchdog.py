@@ -1,0 +1,38 @@
+"""The watchdog: which rank holds its group up, told from their signs of life alone. A pure function: time is in what was heard.
+
+A collective makes all ranks wait for the slowest, so most of those that stand still are waiting for another. The one to blame is silent,
+or it is the one that got least far.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stillhouse.board import Beat, Heard
+
+_START_ALLOWANCE = 10.0  # loading a model may take this many times what a step may
+_ORDER = ("start", "data", "step", "snapshot", "commit")
+_PATIENT = ("data", "commit")  # teachers may need long, and so may the store
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """A rank that holds its group up."""
+
+    beat: Beat  # its last
+    seconds: float  # without a sign of life, or in the phase
+    silent: bool
+
+
+def stalled(heard: Sequence[Heard], *, patience_s: float) -> Stall | None:
+    """The rank to blame, if one is silent or stands still for longer than `patience_s`; None while all is well.
+
+    A rank that waits for chunks, or for the store, stands still for as long as they need: the group is not stalled then.
+    """
+    silent = max(heard, key=lambda each: each.ago_s, default=None)
+    if silent is not None and silent.ago_s > patience_s:
+        return Stall(silent.beat, silent.ago_s, silent=True)
+    last = min(heard, key=lambda each: (each.beat.step, _ORDER.index(each.beat.phase), -each.beat.phase_s), default=None)
+    if last is None or last.beat.phase in _PATIENT:
+        return None
+    allowed_s = patience_s * (_START_ALLOWANCE if last.beat.phase == "start" else 1.0)
+    return Stall(last.beat, last.beat.phase_s, silent=False) if last.beat.phase_s > allowed_s else None

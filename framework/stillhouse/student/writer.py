@@ -1,0 +1,187 @@
+"""The background half of a checkpoint: one thread per rank writes a snapshot out while training goes on.
+
+Ranks meet only in the store: each says in a part which files it has written, and rank 0 publishes the commit when all parts are
+there. So nothing here is a collective, and a rank that dies leaves a torn checkpoint behind, which nobody ever chooses.
+"""
+
+import secrets
+import threading
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import IO, Any, Self, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from stillhouse.errors import StoreError
+from stillhouse.store.blobs import Blobs, StoreUnavailable
+from stillhouse.student.checkpoint import Commit, Digest, Files, Origin, folder_of, publish, publish_part, read_part, retain
+from stillhouse.student.snapshot import Snapshot
+
+_Answer = TypeVar("_Answer")
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 2.0
+
+
+class _AbandonedError(Exception):
+    """Nobody waits for this checkpoint any more."""
+
+
+def attempt_name() -> str:
+    """A name for this life of the group of ranks, the same on every rank and never given before. Every rank calls this."""
+    names = [secrets.token_hex(4)]
+    dist.broadcast_object_list(names)
+    return names[0]
+
+
+class CheckpointWriter:
+    """Writes one rank's snapshots, one at a time. On rank 0 it also commits them, and deletes all but the `keep` newest.
+
+    While the store is unavailable it tries again for ever, and says why in `trouble`. Any other error is raised by the next `submit` or
+    `wait`. `on_commit(commit, seconds since the step, seconds of these that training stood still)` is called on rank 0, in the thread.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        origin: Origin,
+        attempt: str,
+        rank: int,
+        world_size: int,
+        keep: int,
+        on_commit: Callable[[Commit, float, float], None],
+    ) -> None:
+        self.trouble = ""
+        self._blobs = Blobs(url)
+        self._origin = origin
+        self._attempt = attempt
+        self._rank, self._world_size = rank, world_size
+        self._keep = keep
+        self._on_commit = on_commit
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._abandoned = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a snapshot is on its way. Another rank may be ahead or behind: agree before you decide by it."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Begin to write a snapshot, and return; while an earlier one is on its way, wait for that first."""
+        came = monotonic()
+        self.wait()
+        blocking_s = snapshot.blocking_s + monotonic() - came
+        self._thread = threading.Thread(target=self._run, args=(snapshot, blocking_s), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is on its way: then all is committed on rank 0, and what this rank owes to it is in the store elsewhere.
+
+        False where `timeout_s` was not enough.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return not self.busy
+
+    def close(self) -> None:
+        """Abandon what is on its way, without waiting."""
+        self._abandoned.set()
+
+    def _run(self, snapshot: Snapshot, blocking_s: float) -> None:
+        try:
+            self._write(snapshot, blocking_s)
+        except _AbandonedError:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.trouble = ""
+
+    def _write(self, snapshot: Snapshot, blocking_s: float) -> None:
+        folder = folder_of(snapshot.step, self._attempt)
+        try:
+            files = {name: self._insist(partial(self._put, f"{folder}/{name}", state)) for name, state in snapshot.files.items()}
+        finally:
+            snapshot.release()
+        self._insist(lambda: publish_part(self._blobs, folder, rank=self._rank, world_size=self._world_size, files=files))
+        if self._rank > 0:
+            return
+        everything = {name: digest for rank in range(self._world_size) for name, digest in self._part(folder, rank).items()}
+        made = Commit(snapshot.step, self._attempt, self._world_size, self._origin, everything)
+        standing = self._insist(lambda: publish(self._blobs, made))
+        self._on_commit(standing, monotonic() - snapshot.began, blocking_s)
+        self._insist(lambda: retain(self._blobs, self._keep))
+
+    def _put(self, key: str, state: Any) -> tuple[int, str]:
+        stream = _Stream()
+        self._blobs.stream(key, lambda write: stream.save(state, write))
+        return stream.digest.value
+
+    def _part(self, folder: str, rank: int) -> Files:
+        """A rank's part, as soon as it is there."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return self._insist(lambda: read_part(self._blobs, folder, rank=rank, world_size=self._world_size))
+            except FileNotFoundError:
+                pause_s = self._pause(pause_s)
+
+    def _insist(self, call: Callable[[], _Answer]) -> _Answer:
+        """Call until the store is available."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                answer = call()
+            except StoreUnavailable as error:
+                self.trouble = str(error)
+                pause_s = self._pause(pause_s)
+            else:
+                self.trouble = ""
+                return answer
+
+    def _pause(self, pause_s: float) -> float:
+        if self._abandoned.wait(pause_s):
+            raise _AbandonedError
+        return min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+class _Stream:
+    """What torch.save writes to: bytes are digested on their way. torch has errors of its own for those of a stream, so they are kept."""
+
+    def __init__(self) -> None:
+        self.digest = Digest()
+        self._error: StoreError | None = None
+        self._out: Callable[[bytes | memoryview], None]
+
+    def save(self, state: Any, out: Callable[[bytes | memoryview], None]) -> None:
+        self._out = out
+        try:
+            torch.save(state, cast("IO[bytes]", self))
+        except RuntimeError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def write(self, data: memoryview) -> int:
+        self.digest.add(data)
+        try:
+            self._out(data)
+        except StoreError as error:
+            self._error = error
+            raise
+        return len(data)
+
+    def flush(self) -> None:
+        """torch calls it; the store's own buffer is written when it is closed."""

@@ -1,0 +1,110 @@
+"""What is pinned to the board, who is told what, and what of it outlives the board's own process."""
+
+import pickle
+from time import time
+
+import pytest
+
+from helpers.processes import kill_one
+from stillhouse.board import Beat, Board, News, Past, Summons
+from stillhouse.errors import StudentError
+from stillhouse.notices import Notice
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def board() -> Board:
+    return Board.create()
+
+
+def beat(group: str, rank: int = 0, *, node: str = "here", step: int = 3) -> Beat:
+    return Beat(group, rank, node, pid=1, step=step, phase="step", phase_s=0.1)
+
+
+def test_the_board_keeps_cursors_and_hands_out_each_report_once(board: Board):
+    assert board.read() == News({}, frozenset(), {})
+    for cursor in (1, 2, 5, 4):  # a student that resumes goes back
+        board.move_cursor("student", cursor)
+    board.move_cursor("control", 7)
+    for number in (3, 3, 9):
+        pickle.loads(pickle.dumps(board)).report_bad_chunk(number)
+    assert board.read() == News({"student": 4, "control": 7}, frozenset({3, 9}), {})
+    assert board.read() == News({"student": 4, "control": 7}, frozenset(), {})
+
+
+def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(board: Board):
+    notice = Notice("aws", 1_000.0, "terminate")
+    board.announce("doomed", notice)
+    board.announce("doomed", Notice("ray", 2_000.0, "drain"))  # the first to say so is believed
+    assert board.notices() == {"doomed": notice}
+    assert board.beat(beat("elsewhere")) is None
+    assert board.beat(beat("held")) is None
+    assert board.beat(beat("held", 1, node="doomed")) == Summons("notice", 1_000.0, "aws: terminate")
+    assert board.beat(beat("held")) == Summons("notice", 1_000.0, "aws: terminate")
+
+
+def test_a_group_is_told_how_its_last_life_ended(board: Board):
+    assert board.begin("group", committed_step=0) is None
+    board.stepped("group", 7)
+    found = board.begin("group", committed_step=4)
+    assert isinstance(found, Past)
+    assert (found.cause, found.last_step, found.num_failures) == ("died", 7, 1)
+    assert found.last_time == pytest.approx(time(), abs=60)
+    board.explain("group", "stalled", "rank 1 was silent")
+    board.explain("group", "died", "the connection to rank 1 was lost")  # because of it
+    found = board.begin("group", committed_step=4)
+    assert found is not None
+    assert (found.cause, found.detail, found.num_failures) == ("stalled", "rank 1 was silent", 2)
+
+
+def test_only_failures_without_a_new_commit_add_up(board: Board):
+    def failures_after(*, committed_step: int) -> int:
+        past = board.begin("unlucky", committed_step=committed_step)
+        return -1 if past is None else past.num_failures
+
+    assert [failures_after(committed_step=step) for step in (0, 0, 0, 5, 5)] == [-1, 1, 2, 1, 2]
+    board.explain("unlucky", "notice", "aws: terminate")
+    assert failures_after(committed_step=5) == 0
+
+
+def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop_does_not(board: Board):
+    grown, stop = Summons("grown", 2_000.0, "room"), Summons("stop", 2_000.0, "SIGTERM")
+    board.begin("called", committed_step=0)
+    board.summon("called", grown)
+    assert board.beat(beat("called")) == grown
+    board.begin("called", committed_step=3)
+    assert board.beat(beat("called")) is None
+    board.summon("called", stop)
+    board.begin("called", committed_step=3)
+    assert board.beat(beat("called")) == stop
+
+
+def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_anew(board: Board):
+    for rank in (0, 1):
+        board.beat(beat("alive", rank))
+    heard = board.heard("alive")
+    assert [each.beat.rank for each in heard] == [0, 1]
+    assert all(0.0 <= each.ago_s < 60.0 for each in heard)
+    board.forget("alive", rank=0)
+    assert [each.beat.rank for each in board.heard("alive")] == [1]
+    board.begin("alive", committed_step=0)
+    assert board.heard("alive") == board.heard("never begun") == []
+
+
+def test_the_first_verdict_stands(board: Board):
+    assert board.verdict() is None
+    board.give_up(StudentError("the loss is nan"))
+    board.give_up(StudentError("a peer was lost"))
+    assert str(board.verdict()) == "the loss is nan"
+
+
+def test_the_board_outlives_its_process(board: Board):
+    board.move_cursor("student", 5)
+    assert board.read().cursors["student"] == 5
+    kill_one("ray::_Board")
+    board.move_cursor("student", 6)
+    assert board.read().cursors.get("student", 6) == 6  # what it held is lost; what is told it again is not
+    board.move_cursor("student", 7)
+    board.report_bad_chunk(1)
+    assert board.read() == News({"student": 7}, frozenset({1}), {})

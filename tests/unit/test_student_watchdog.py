@@ -1,0 +1,50 @@
+"""The watchdog blames the rank that holds the others up, and nobody while teachers or the store are what is slow."""
+
+from dataclasses import replace
+
+import pytest
+
+from stillhouse.board import Beat, Heard, Phase
+from stillhouse.student.watchdog import stalled
+
+PATIENCE_S = 60.0
+
+
+def heard(rank: int, step: int, phase: Phase, *, phase_s: float = 1.0, ago_s: float = 0.5) -> Heard:
+    return Heard(Beat("student", rank, "node", 100 + rank, step, phase, phase_s), ago_s)
+
+
+def test_nothing_is_stalled_before_anybody_was_heard():
+    assert stalled([], patience_s=PATIENCE_S) is None
+
+
+def test_ranks_that_move_are_not_stalled():
+    assert stalled([heard(0, 7, "step"), heard(1, 7, "step", phase_s=59.0)], patience_s=PATIENCE_S) is None
+
+
+def test_a_silent_rank_is_to_blame_though_the_others_stand_still_for_longer():
+    waiting = heard(0, 8, "step", phase_s=70.0)
+    stopped = heard(1, 8, "step", phase_s=0.1, ago_s=69.0)
+    found = stalled([waiting, stopped], patience_s=PATIENCE_S)
+    assert found is not None
+    assert (found.beat.rank, found.seconds, found.silent) == (1, 69.0, True)
+
+
+@pytest.mark.parametrize(("phase", "others"), [("step", "snapshot"), ("snapshot", "commit")])
+def test_of_ranks_that_all_stand_still_the_one_that_got_least_far_is_to_blame(phase: Phase, others: Phase):
+    ranks = [heard(0, 7, others, phase_s=80.0), heard(1, 7, phase, phase_s=61.0), heard(2, 8, "data", phase_s=61.0)]
+    found = stalled(ranks, patience_s=PATIENCE_S)
+    assert found is not None
+    assert (found.beat.rank, found.seconds, found.silent) == (1, 61.0, False)
+
+
+@pytest.mark.parametrize("phase", ["data", "commit"])
+def test_waiting_for_chunks_or_for_the_store_is_no_stall_however_long(phase: Phase):
+    patient = heard(1, 7, phase, phase_s=1e5)
+    assert stalled([heard(0, 8, "step", phase_s=1e5), patient], patience_s=PATIENCE_S) is None
+    assert stalled([heard(0, 8, "step"), replace(patient, ago_s=61.0)], patience_s=PATIENCE_S) is not None
+
+
+def test_a_start_may_take_longer_than_a_step():
+    assert stalled([heard(0, 0, "start", phase_s=599.0)], patience_s=PATIENCE_S) is None
+    assert stalled([heard(0, 0, "start", phase_s=601.0)], patience_s=PATIENCE_S) is not None
