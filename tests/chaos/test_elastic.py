@@ -11,7 +11,7 @@ from time import time
 
 import pytest
 
-from helpers.scene import LEFT, RIGHT, LiveRun, Scene, Undisturbed, curve, make_bucket, put
+from helpers.scene import EPOCH, LEFT, RIGHT, LiveRun, Scene, Undisturbed, curve, make_bucket, put
 from helpers.world import TinyWorld
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
@@ -85,11 +85,10 @@ def tell_the_driver_to_go(journey: Journey) -> None:
 def journey(scene: Scene, tiny_world: TinyWorld, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journey]:
     make_bucket(BUCKET)
     folder: Path = tmp_path_factory.mktemp("elastic")
-    made = scene.plan(
-        tiny_world,
+    made = tiny_world.plan(
         folder / "run",
         store={"url": f"s3://{BUCKET}/casks"},
-        student=STUDENT,
+        student=EPOCH | STUDENT,
         cluster={"address": scene.cluster.address, "notices": "aws"},
     )
     store = ChunkStore.create(made.config.store.url, made.recipe)
