@@ -55,7 +55,10 @@ def config_of(run_dir: Path) -> Config:
             raise ValueError("its checksum differs")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); remove it, and start the run again with its own config file") from None
-    return parse_config(values)
+    try:
+        return parse_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _sealed(config: Config) -> bytes:

@@ -10,7 +10,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import xxhash
 
 from stillhouse.errors import StoreError
 from stillhouse.store.chunks import ChunkStore
@@ -83,16 +85,22 @@ def _key(store: ChunkStore, name: str) -> str:
 
 
 def _packed(reader: Reader) -> bytes:
-    return canonical_json({**asdict(reader), "version": READER_VERSION})
+    values = {**asdict(reader), "version": READER_VERSION}
+    return canonical_json(values | {"xxh3": _digest_of(values)})
 
 
 def _parsed(data: bytes) -> Reader | None:
     names = [field.name for field in fields(Reader)]
     try:
         values = json.loads(data)
+        is_whole = values.pop("xxh3") == _digest_of(values)  # a flipped bit in a number of steps would have chunks deleted too early
         whole = [type(values[name]) is (str if name == "name" else int) for name in names]
-        if values["version"] == READER_VERSION and all(whole) and set(values) == {*names, "version"}:
+        if is_whole and values["version"] == READER_VERSION and all(whole) and set(values) == {*names, "version"}:
             return Reader(**{name: values[name] for name in names})
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return None
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(canonical_json(values))
