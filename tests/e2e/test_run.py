@@ -22,7 +22,8 @@ from stillhouse.config import resolved_json
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_that_matter
-from stillhouse.store import ChunkStore, registered
+from stillhouse.store import ChunkStore
+from stillhouse.store.readers import registered
 from stillhouse.student import checkpoint
 from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
 

@@ -17,7 +17,8 @@ from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
-from stillhouse.store import ChunkStore, Reader, join
+from stillhouse.store import ChunkStore, Reader
+from stillhouse.store.readers import join
 from stillhouse.student.job import order_of_reader
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
@@ -162,10 +163,10 @@ def readership(made: Plan, store: ChunkStore) -> Readership:
 
 def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
     """Register the run's students before anybody counts on what is there; returns their names."""
-    readers = [job.reader(0) for job in made.jobs()]
-    for reader in readers:
+    own = [job.reader(0) for job in made.jobs()]
+    for reader in own:
         join(store, reader)
-    return [reader.name for reader in readers]
+    return [reader.name for reader in own]
 
 
 def _learn(made: Plan, journal: Journal, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:
