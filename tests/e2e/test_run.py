@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.faults import FaultyS3, publications
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.config import resolved_json
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
-from stillhouse.pipeline.directory import changes_that_matter
+from stillhouse.pipeline.directory import changes_that_matter, config_of
 from stillhouse.store import ChunkStore
 from stillhouse.store.readers import registered
 from stillhouse.student import checkpoint
@@ -104,12 +103,15 @@ def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callab
     )  # a shell has what it starts in the background ignore it, and that is inherited
     with (made.run_dir.parent / f"{stop.name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = monotonic() + 240
-        while process.poll() is None and not reached(read_journal(path)):
-            assert monotonic() < deadline, Path(log.name).read_text()
-            sleep(0.2)
-        process.send_signal(stop)
-        return process.wait(timeout=60)
+        try:
+            deadline = monotonic() + 240
+            while process.poll() is None and not reached(read_journal(path)):
+                assert monotonic() < deadline, Path(log.name).read_text()
+                sleep(0.2)
+            process.send_signal(stop)
+            return process.wait(timeout=60)
+        finally:
+            process.kill()
 
 
 def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
@@ -122,6 +124,7 @@ def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
     return reached
 
 
+@pytest.mark.timeout(900)  # three starts of everything; seconds on a free machine, minutes on a busy one
 def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
     undisturbed: Plan, tiny_world: TinyWorld, faulty_s3: FaultyS3, s3_endpoint: str, tmp_path: Path
 ) -> None:
@@ -202,4 +205,4 @@ def test_an_export_opens_as_a_plain_model(undisturbed: Plan, tmp_path: Path) -> 
     card = (tmp_path / "student" / "README.md").read_text()
     assert undisturbed.recipe.fingerprint in card
     assert undisturbed.config.teacher.model in card
-    assert resolved_json(undisturbed.config) == (undisturbed.run_dir / "config.json").read_text()
+    assert config_of(undisturbed.run_dir) == undisturbed.config

@@ -10,7 +10,7 @@ import torch
 from helpers.ranks import RankGroup
 from helpers.training import first_gradients, loss_of_step, train_and_tell, with_student
 from helpers.world import TinyWorld
-from stillhouse.errors import CheckpointError, StudentError
+from stillhouse.errors import StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
@@ -85,19 +85,12 @@ def test_a_flipped_bit_in_a_checkpoint_means_the_commit_before_it(job: TrainJob,
     steady = replace(with_student(job, min_learning_rate=job.section.learning_rate), run_dir=tmp_path, total_steps=8)
     steady = replace(steady, section=steady.section.model_copy(update={"checkpoint_every_steps": 4}))
     whole = rank_groups[1].call(train_and_tell, steady)[0]
-    newest = max((steady.checkpoints / "step-00000008").rglob("*optim*"))
+    newest = max(Path(steady.checkpoints).glob("step-00000008.*/*optim*"))
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     again = rank_groups[1].call(train_and_tell, replace(steady, total_steps=8))[0]
     assert [(row.step, row.loss) for row in again] == [(row.step, row.loss) for row in whole[4:]]
-
-
-def test_other_ranks_than_the_checkpoints_are_refused(job: TrainJob, rank_groups: Ranks, tmp_path: Path) -> None:
-    short = replace(job, run_dir=tmp_path, total_steps=1)
-    rank_groups[1].call(train_and_tell, short)
-    with pytest.raises(CheckpointError, match=r"written by 1 ranks .* this run has 2"):
-        rank_groups[2].call(train_and_tell, replace(short, total_steps=2))
 
 
 @pytest.mark.parametrize("stage", [0, 2])

@@ -272,7 +272,7 @@ def test_without_a_pool_a_damaged_chunk_ends_the_reading_by_name(store: WatchedS
     with reader_of(ChunkStore(store.url, RECIPE), on_bad_chunk=refuse_bad_chunk) as reader:
         for _ in range(first_step_with(LATE)):
             reader.next()
-        with pytest.raises(StudentError, match=rf"chunk {LATE} in the store is damaged.*store verify URL --quarantine"):
+        with pytest.raises(StudentError, match=rf"chunk {LATE} in the store is damaged.*store verify URL --repair"):
             reader.next()
 
 

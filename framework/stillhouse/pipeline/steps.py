@@ -4,7 +4,7 @@
 """
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.teacher.readership import Readership
-from stillhouse.tracking import EvalRow, Journal
+from stillhouse.tracking import EvalRow, Journal, Tracker
 
 _LOOK_EVERY_S = 1.0
 
@@ -44,6 +44,14 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
                 return True
 
             _teach(made, journal, available=available, board=board, readers=(), finished=finished)
+
+
+def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
+    """Have teachers make exactly these chunks, which are out of the store already; neither a run directory nor a student has a part."""
+    _require_shared_store(made)
+    with attached(made.config.cluster) as available:
+        require_room(teacher_crew(made.config.teacher), available)
+        _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True, order=numbers)
 
 
 def train(made: Plan, *, command: str = "stillhouse train") -> None:
@@ -115,12 +123,13 @@ def _require_shared_store(made: Plan) -> None:
 
 def _teach(
     made: Plan,
-    journal: Journal,
+    journal: Tracker,
     *,
     available: Mapping[str, float],
     board: Board,
     readers: Collection[str],
     finished: Callable[[], bool],
+    order: Sequence[int] | None = None,
 ) -> None:
     config = made.config
     crew = RayCrew(
@@ -134,7 +143,7 @@ def _teach(
         crew,
         config.teacher,
         store=store,
-        order=made.chunks,
+        order=made.chunks if order is None else order,
         item_of=made.item,
         window_chunks=made.window_chunks,
         journal=journal,

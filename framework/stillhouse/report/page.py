@@ -47,7 +47,7 @@ def _config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return scrub(values) if isinstance(values, dict) else {}
+    return scrub({name: value for name, value in values.items() if isinstance(value, dict)}) if isinstance(values, dict) else {}
 
 
 def _page(summary: Summary, config: Mapping[str, Any]) -> str:

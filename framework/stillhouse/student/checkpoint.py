@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -131,12 +131,17 @@ def unlike(found: Origin, wanted: Origin) -> list[str]:
     ]
 
 
-def choose(blobs: Blobs, problem_with: Callable[[Commit], str]) -> Commit | None:
-    """The newest commit with which there is no problem, else the one before, and so on; None where nothing was ever committed.
+class Choice(NamedTuple):
+    commit: Commit | None  # None where nothing was ever committed
+    passed_over: list[str]  # newer ones, each as its manifest's name and the problem with it
+
+
+def choose(blobs: Blobs, problem_with: Callable[[Commit], str]) -> Choice:
+    """The newest commit with which there is no problem, else the one before, and so on.
 
     Raises CheckpointError when there are commits and each has a problem.
     """
-    problems = []
+    problems: list[str] = []
     for name in reversed(_manifests(blobs)):
         try:
             found = _parsed(blobs, name)
@@ -144,7 +149,7 @@ def choose(blobs: Blobs, problem_with: Callable[[Commit], str]) -> Commit | None
         except _UNREADABLE as error:
             problem = f"the manifest cannot be read ({error})"
         if not problem:
-            return found
+            return Choice(found, problems)
         problems.append(f"{name}: {problem}")
     if problems:
         raise CheckpointError(
@@ -152,19 +157,19 @@ def choose(blobs: Blobs, problem_with: Callable[[Commit], str]) -> Commit | None
             + "\n".join(f"  - {line}" for line in problems)
             + f"\nRestore the files from a backup, or remove {blobs.url} to start the training again from step 0."
         )
-    return None
+    return Choice(None, [])
 
 
 def newest(url: str) -> Commit | None:
     """The newest commit whose every byte verifies, as `choose` finds it. Reads all of its files."""
     blobs = Blobs(url)
-    return choose(blobs, lambda commit: verify(blobs, commit, commit.files))
+    return choose(blobs, lambda commit: verify(blobs, commit, commit.files)).commit
 
 
 def newest_step(url: str) -> int:
     """The step of the newest manifest that can be read, 0 where there is none. Cheap: its files are not looked at."""
     blobs = Blobs(url)
-    found = choose(blobs, lambda _: "") if _manifests(blobs) else None
+    found = choose(blobs, lambda _: "").commit
     return found.step if found else 0
 
 
@@ -173,7 +178,7 @@ def newest_copy(url: str) -> Iterator[tuple[Commit, Path] | None]:
     """The newest commit that verifies and a local folder with its files: its own in a directory, a temporary one for a store."""
     blobs = Blobs(url)
     with TemporaryDirectory(prefix="stillhouse-") as scratch:
-        found = choose(blobs, lambda commit: fetch(blobs, commit, commit.files, into=Path(scratch)))
+        found = choose(blobs, lambda commit: fetch(blobs, commit, commit.files, into=Path(scratch))).commit
         yield None if found is None else (found, local_folder(blobs, found, Path(scratch)))
 
 

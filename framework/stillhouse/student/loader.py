@@ -253,7 +253,7 @@ def refuse_bad_chunk(number: int) -> None:
     """For readers without a teacher pool behind them: a damaged or lost chunk ends the run, since nobody will replace it."""
     raise StudentError(
         f"chunk {number} in the store is damaged or gone, and no teacher is running that could replace it; "
-        "`stillhouse store verify URL --quarantine` moves damaged chunks away, then `stillhouse produce` makes them again"
+        "`stillhouse store verify URL --repair RUN_DIR` has a teacher make damaged chunks again, `stillhouse produce` those that are gone"
     )
 
 

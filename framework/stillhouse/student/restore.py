@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, Origin, choose, fetch, local_folder, set_aside_after, unlike
+from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside_after, unlike
 
 Convert = Callable[[Path, Path], None]  # (a checkpoint's folder, the folder to make)
 
@@ -37,6 +37,7 @@ class Restored:
     step: int  # optimiser steps done
     folder: Path
     universal: bool  # whether it was converted, because another number of ranks wrote it
+    passed_over: Sequence[str]  # newer ones that do not verify, each as its manifest's name and the problem with it
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def restore(url: str, *, origin: Origin, convert: Convert) -> Iterator[Restored 
     blobs = Blobs(url)
     with _scratch() as scratch:
         group = _Group.gathered()
-        found = group.choose(blobs, scratch)
+        found, passed_over = group.choose(blobs, scratch)
         if found is None:
             yield None
             return
@@ -60,10 +61,10 @@ def restore(url: str, *, origin: Origin, convert: Convert) -> Iterator[Restored 
                 + "\nSet them back to go on with it, or use a new run directory and, where one is set, a new student.checkpoint_url."
             )
         folder = local_folder(blobs, found, scratch)
-        if group.must_convert(found):
-            yield Restored(found.step, group.converted(folder, scratch / "universal", convert), universal=True)
-        else:
-            yield Restored(found.step, folder, universal=False)
+        universal = group.must_convert(found)
+        if universal:
+            folder = group.converted(folder, scratch / "universal", convert)
+        yield Restored(found.step, folder, universal, passed_over)
         dist.barrier()  # another rank may still read what this one deletes now
 
 
@@ -84,7 +85,7 @@ class _Group:
         """Stage 0 has the same state on every rank, so any number of them can load it."""
         return commit.world_size != self.world_size and commit.origin.zero_stage > 0
 
-    def choose(self, blobs: Blobs, scratch: Path) -> Commit | None:
+    def choose(self, blobs: Blobs, scratch: Path) -> Choice:
         """All ranks try what rank 0 proposes, newest first, until a commit is whole on every rank."""
 
         def problems_with(commit: Commit) -> "list[str | StillhouseError]":
@@ -114,7 +115,7 @@ class _Group:
         return [name for name, match in matches.items() if match is None or int(match[1]) % self.world_size == self.rank]
 
 
-def _lead(blobs: Blobs, problems_with: "Callable[[Commit], list[str | StillhouseError]]") -> Commit | None:
+def _lead(blobs: Blobs, problems_with: "Callable[[Commit], list[str | StillhouseError]]") -> Choice:
     def problem_with(commit: Commit) -> str:
         _told(("try", commit))
         found = [problem for problem in problems_with(commit) if problem]
@@ -125,7 +126,7 @@ def _lead(blobs: Blobs, problems_with: "Callable[[Commit], list[str | Stillhouse
 
     try:
         chosen = choose(blobs, problem_with)
-        set_aside_after(blobs, chosen.step if chosen else 0)
+        set_aside_after(blobs, chosen.commit.step if chosen.commit else 0)
     except StillhouseError as error:
         _told(("fail", error))
         raise
@@ -133,7 +134,7 @@ def _lead(blobs: Blobs, problems_with: "Callable[[Commit], list[str | Stillhouse
     return chosen
 
 
-def _follow(problems_with: Callable[[Commit], object]) -> Commit | None:
+def _follow(problems_with: Callable[[Commit], object]) -> Choice:
     while True:
         verb, value = _told(None)
         if verb == "fail":

@@ -22,7 +22,7 @@ from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.restore import restore
 from stillhouse.student.universal import convert
 from stillhouse.student.writer import CheckpointWriter, attempt_name
-from stillhouse.tracking import CheckpointRow, RecoveryRow, Tracker, TrainRow
+from stillhouse.tracking import CheckpointRow, DamagedRow, RecoveryRow, Tracker, TrainRow
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
@@ -36,6 +36,8 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
     with restore(job.checkpoints, origin=job.origin, convert=convert) as found:
         done = 0 if found is None else found.step
         past = _begin(lifeline, job, done) if rank == 0 else None
+        for problem in found.passed_over if found is not None and rank == 0 else ():
+            journal.record(DamagedRow(job.role, problem))
         if done >= job.total_steps:
             return True
         engine = _engine(job, device=device, world_size=world_size)

@@ -5,6 +5,7 @@ from stillhouse.tracking.redaction import scrub
 from stillhouse.tracking.rows import (
     CheckpointRow,
     ChunkRow,
+    DamagedRow,
     EndRow,
     EvalRow,
     NoticeRow,
@@ -26,6 +27,7 @@ from stillhouse.tracking.views import ProgressView, WandbView
 __all__ = [
     "CheckpointRow",
     "ChunkRow",
+    "DamagedRow",
     "EndRow",
     "EvalRow",
     "Journal",

@@ -122,6 +122,15 @@ class CheckpointRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
+class DamagedRow(Row):
+    """A checkpoint that does not verify was passed over for the one before it."""
+
+    kind: ClassVar[str] = "damaged"
+    role: Role
+    problem: str  # the manifest's name, and which file is not what was committed
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryRow(Row):
     """The ranks of a student were lost or sent away, and go on."""
 
@@ -211,6 +220,7 @@ ROW_TYPES: dict[str, type[Row]] = {
         PoolRow,
         TrainRow,
         CheckpointRow,
+        DamagedRow,
         RecoveryRow,
         NoticeRow,
         StallRow,

@@ -1,0 +1,153 @@
+"""A rank killed at any phase of a checkpoint, and a bit flipped in any of its files: the newest whole one is used, and nothing changes."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic, sleep
+from typing import NamedTuple
+
+import boto3
+import pytest
+
+from helpers.faults import FaultyS3, Matches, Request
+from helpers.mortals import Halt, Mortals
+from helpers.world import TinyWorld
+from stillhouse.student.checkpoint import newest_step
+from stillhouse.student.job import TrainJob
+from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow
+
+STEPS, EVERY = 20, 4  # the second checkpoint is due at step 8, and is taken then or, while the first is on its way, soon after
+_STEP = re.compile(r"step-(\d{8})")
+
+
+class Phase(NamedTuple):
+    """A moment in the life of the second checkpoint: a request that never gets through, or a row after which rank 0 stands still."""
+
+    victim: int
+    second_is_whole: bool
+    request: Matches | None = None
+    halt: type[TrainRow | CheckpointRow] | None = None
+
+
+def puts(name: str) -> Matches:
+    return lambda request: request.method == "PUT" and name in request.path and step_in(request.path) > EVERY
+
+
+def manifests(request: Request) -> bool:
+    return request.method == "PUT" and re.search(r"step-\d{8}\.json", request.path) is not None and step_in(request.path) > EVERY
+
+
+def deletes(request: Request) -> bool:
+    return request.method == "POST" and "delete" in request.path
+
+
+def step_in(name: str) -> int:
+    match = _STEP.search(name)
+    return int(match[1]) if match else 0
+
+
+PHASES = {
+    "before the snapshot": Phase(0, False, halt=TrainRow),
+    "in the upload of the first rank's first file": Phase(0, False, puts("mp_rank_00_model_states.pt")),
+    "in the upload of the last rank's last file": Phase(1, False, puts("pp_rank_1_mp_rank_00_optim_states.pt")),
+    "when a rank's files are there, before it says so": Phase(1, False, puts("part-00001-of-00002.json")),
+    "when all parts are there, before the manifest": Phase(0, False, manifests),
+    "after the manifest": Phase(0, True, halt=CheckpointRow),
+    "while the one before is deleted": Phase(0, True, deletes),
+}
+
+
+@pytest.fixture(scope="module")
+def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> TrainJob:
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="checkpoints")
+    student = {"checkpoint_every_steps": EVERY, "keep_checkpoints": 1, "max_steps": STEPS, "init": "config"}
+    made = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
+    tiny_world.fill_store(made)
+    return made.jobs()[0]
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[FaultyS3]:
+    with FaultyS3(s3_endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def steady(job: TrainJob, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
+    """A training that nothing disturbed, with its last two checkpoints in a directory."""
+    steady = in_folder(job, tmp_path_factory.mktemp("steady"), keep_checkpoints=2)
+    Mortals(steady, world_size=2, environment={}).finish()
+    return steady
+
+
+def in_folder(job: TrainJob, folder: Path, **changes: object) -> TrainJob:
+    return replace(job, run_dir=folder, section=job.section.model_copy(update=changes))
+
+
+def rows_of(job: TrainJob) -> list[Row]:
+    return list(JournalReader(job.journal).new_rows())
+
+
+def losses(rows: list[Row]) -> list[tuple[int, float, float]]:
+    return [(row.step, row.loss, row.grad_norm) for row in rows if isinstance(row, TrainRow)]
+
+
+def until(condition: Callable[[], object], *, within_s: float = 120.0) -> None:
+    deadline = monotonic() + within_s
+    while not condition():
+        assert monotonic() < deadline, "not within its time"
+        sleep(0.02)
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_a_rank_killed_at_any_phase_of_a_checkpoint_leaves_the_newest_whole_one(
+    job: TrainJob, steady: TrainJob, proxy: FaultyS3, tmp_path: Path, name: str
+) -> None:
+    phase = PHASES[name]
+    killed = in_folder(job, tmp_path, checkpoint_url=f"s3://checkpoints/{tmp_path.name}")
+    halt = None if phase.halt is None else Halt(phase.halt, EVERY + 1, tmp_path / "reached")
+    if phase.request is not None:
+        proxy.hold(phase.request)
+    ranks = Mortals(killed, world_size=2, environment={"AWS_ENDPOINT_URL": proxy.url}, halt=halt)
+    until(lambda: proxy.held if halt is None else halt.reached.exists())
+    until(lambda: newest_step(killed.checkpoints) >= EVERY)
+    ranks.kill(phase.victim)
+    ranks.kill_all()
+    until(lambda: not proxy.held)
+    proxy.end()
+    resumes_after = newest_step(killed.checkpoints)
+    assert (resumes_after > EVERY) == phase.second_is_whole
+    before = len(rows_of(killed))
+    Mortals(killed, world_size=2, environment={}).finish()
+    again = rows_of(killed)[before:]
+    assert losses(again) == losses(rows_of(steady))[resumes_after:]
+    assert not any(isinstance(row, DamagedRow) for row in again)
+    assert newest_step(killed.checkpoints) == STEPS
+
+
+FILES = {
+    "manifest": "step-00000020.json",
+    "part": "step-00000020.*/part-00001-of-00002.json",
+    "model state": "step-00000020.*/mp_rank_00_model_states.pt",
+    "optimiser state": "step-00000020.*/*pp_rank_1_mp_rank_00_optim_states.pt",
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_named_and_the_one_before_is_used(
+    steady: TrainJob, tmp_path: Path, kind: str
+) -> None:
+    copy = in_folder(steady, tmp_path)
+    shutil.copytree(steady.checkpoints, copy.checkpoints)
+    before, _ = sorted(step_in(path.name) for path in Path(copy.checkpoints).glob("*.json"))
+    (damaged,) = Path(copy.checkpoints).glob(FILES[kind])
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    Mortals(copy, world_size=2, environment={}).finish()
+    assert losses(rows_of(copy)) == losses(rows_of(steady))[before:]
+    (row,) = (row for row in rows_of(copy) if isinstance(row, DamagedRow))
+    assert damaged.name in row.problem
+    assert newest_step(copy.checkpoints) == STEPS

@@ -1,0 +1,49 @@
+"""Small checkpoints, written as ranks write them: files, parts, commit."""
+
+from pathlib import Path
+
+import torch
+
+from stillhouse.store.blobs import Blobs
+from stillhouse.student.checkpoint import Commit, Digest, Origin, folder_of, publish, publish_part, read_part
+from stillhouse.student.snapshot import Snapshot
+
+ORIGIN = Origin(zero_stage=3, fingerprint="ab" * 32, settings={"seed": 0, "betas": [0.9, 0.95]})
+FILES = {"model_states.pt": b"weights" * 100, "pp_rank_0_optim.pt": b"moments" * 50, "pp_rank_1_optim.pt": b"", "empty": b"x"}
+
+
+def write_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2) -> str:
+    """What all ranks write before the commit; rank 0 has all the files. Returns the folder."""
+    blobs, folder = Blobs(url), folder_of(step, attempt)
+    written = {}
+    for name, data in FILES.items():
+        whole = data + str(step).encode() if data else data
+        digest = Digest()
+        digest.add(whole)
+        written[name] = digest.value
+        blobs.stream(f"{folder}/{name}", lambda write, whole=whole: write(whole))
+    for rank in range(world_size):
+        publish_part(blobs, folder, rank=rank, world_size=world_size, files=written if rank == 0 else {})
+    return folder
+
+
+def commit_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2, origin: Origin = ORIGIN) -> Commit:
+    """Rank 0's last step."""
+    blobs, folder = Blobs(url), folder_of(step, attempt)
+    parts = [read_part(blobs, folder, rank=rank, world_size=world_size) for rank in range(world_size)]
+    return publish(blobs, Commit(step, attempt, world_size, origin, {name: digest for part in parts for name, digest in part.items()}))
+
+
+def make(url: str | Path, *steps: int, attempt: str = "a") -> list[Commit]:
+    """Committed checkpoints of these steps."""
+    made = []
+    for step in steps:
+        write_files(str(url), step, attempt=attempt)
+        made.append(commit_files(str(url), step, attempt=attempt))
+    return made
+
+
+def snapshot_of(step: int, *, num_floats: int = 10, rank: int = 0) -> Snapshot:
+    """A snapshot of one file."""
+    state = {"weights": torch.full((num_floats,), float(step)), "step": step}
+    return Snapshot(step, {f"pp_rank_{rank}_optim.pt": state}, began=0.0, blocking_s=0.25, release=lambda: None)

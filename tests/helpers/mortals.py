@@ -1,0 +1,87 @@
+"""Ranks as processes of the test's own, to be killed: forked from one that has imported everything, so that they start at once."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from helpers.training import CPU, Alone
+from stillhouse.cluster import prepare_process
+from stillhouse.student.job import TrainJob
+from stillhouse.student.train import train
+from stillhouse.tracking import CheckpointRow, Journal, Row, TrainRow
+
+_JOIN_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """Where rank 0 stands still: once it has journalled a row of this kind. The file `reached` says that it is there."""
+
+    row: type[TrainRow | CheckpointRow]
+    step: int  # or a later one
+    reached: Path
+
+
+@dataclass(frozen=True, slots=True)
+class HaltingJournal:
+    """A journal whose writer may stand still."""
+
+    journal: Journal
+    halt: Halt | None
+
+    def record(self, row: Row) -> None:
+        self.journal.record(row)
+        if self.halt is not None and isinstance(row, self.halt.row) and row.step >= self.halt.step:
+            self.halt.reached.touch()
+            threading.Event().wait()
+
+
+class Mortals:
+    """A gloo group that trains a job, each rank a process."""
+
+    def __init__(self, job: TrainJob, *, world_size: int, environment: Mapping[str, str], halt: Halt | None = None) -> None:
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload([__name__])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments = [(job, rank, world_size, port, dict(environment), halt) for rank in range(world_size)]
+        self._ranks = [forks.Process(target=_live, args=each, daemon=True) for each in arguments]
+        for process in self._ranks:
+            process.start()
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL, and wait until it is gone."""
+        process = self._ranks[rank]
+        assert process.pid is not None
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join(_JOIN_S)
+        assert process.exitcode == -signal.SIGKILL
+
+    def kill_all(self) -> None:
+        """What Ray Train does with the others of a group that lost a rank."""
+        for rank in range(len(self._ranks)):
+            self.kill(rank)
+
+    def finish(self) -> None:
+        """Wait until all ranks have ended well."""
+        for process in self._ranks:
+            process.join(_JOIN_S)
+        assert [process.exitcode for process in self._ranks] == [0] * len(self._ranks)
+
+
+def _live(job: TrainJob, rank: int, world_size: int, port: int, environment: dict[str, str], halt: Halt | None) -> None:
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    prepare_process("cpu", 1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
+    train(job, device=CPU, journal=HaltingJournal(Journal(job.journal), halt if rank == 0 else None), lifeline=Alone())
+    dist.destroy_process_group()
