@@ -64,7 +64,6 @@ class _Job:
 class _Worker:
     number: int
     node: str | None = None
-    ready: bool = False
     busy: bool = False
     queue: deque[_Job] = field(default_factory=deque)
 
