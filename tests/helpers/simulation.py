@@ -64,7 +64,6 @@ class _Job:
 class _Worker:
     number: int
     node: str | None = None
-    ready: bool = False
     busy: bool = False
     queue: deque[_Job] = field(default_factory=deque)
 
@@ -139,12 +138,12 @@ class SimulatedCrew:
     def remove_node(self, node: str, *, preempted: bool = False) -> None:
         del self.nodes[node]
         for worker in [worker for worker in self._workers.values() if worker.node == node]:
-            self.die(worker.number, "its node went away", preempted=preempted)
+            self.die(worker.number, "its node went away", with_machine=True, preempted=preempted)
 
-    def die(self, teacher: int, reason: str = "killed", *, preempted: bool = False) -> None:
+    def die(self, teacher: int, reason: str = "killed", *, with_machine: bool = False, preempted: bool = False) -> None:
         if teacher in self._workers:
             self.kill(teacher)
-            self._events.append(Died(teacher, reason, preempted))
+            self._events.append(Died(teacher, reason, with_machine, preempted))
 
     def teachers_on(self, node: str) -> list[int]:
         return [worker.number for worker in self._workers.values() if worker.node == node]

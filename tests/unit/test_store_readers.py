@@ -7,7 +7,8 @@ import pytest
 
 from helpers.chunks import small_recipe
 from stillhouse.errors import StoreError
-from stillhouse.store import ChunkStore, Reader, commit, join, reader_name, registered
+from stillhouse.store import ChunkStore, Reader
+from stillhouse.store.readers import commit, join, leave, reader_name, registered
 
 READER = Reader(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=0)
 
@@ -37,6 +38,13 @@ def test_a_run_that_goes_on_for_longer_says_so_as_it_joins(store: ChunkStore):
     commit(store, replace(READER, committed_step=100))
     join(store, replace(READER, total_steps=300))
     assert registered(store).readers == [replace(READER, committed_step=100, total_steps=300)]
+
+
+def test_who_leaves_is_not_waited_for(store: ChunkStore):
+    join(store, READER)
+    leave(store, READER.name)
+    leave(store, READER.name)
+    assert registered(store).readers == []
 
 
 def test_a_store_without_readers_has_none(store: ChunkStore):

@@ -17,7 +17,8 @@ from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
-from stillhouse.store import ChunkStore, Reader, join
+from stillhouse.store import ChunkStore, Reader
+from stillhouse.store.readers import join, leave, reader_name
 from stillhouse.student.job import order_of_reader
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
@@ -138,6 +139,7 @@ def _teach(
         board=board,
     )
     store = ChunkStore(config.store.url, made.recipe)
+    own = _join_readers(made, store)
     pool = TeacherPool(
         crew,
         config.teacher,
@@ -146,14 +148,13 @@ def _teach(
         item_of=made.item,
         window_chunks=made.window_chunks,
         journal=journal,
-        readership=readership(made, store) if readers else None,
+        readership=_readership(made, store, own) if readers else None,
     )
     pool.run(readers=readers, board=board, finished=finished)
 
 
-def readership(made: Plan, store: ChunkStore) -> Readership:
-    """The readers of the run's store, its own students among them, who join it here if they have not before."""
-    own = _join_readers(made, store)
+def _readership(made: Plan, store: ChunkStore, own: Collection[str]) -> Readership:
+    """The readers of the run's store, its own students among them."""
 
     def position(reader: Reader) -> int | None:
         same_order = (reader.seed, reader.window_chunks) == (made.order.seed, made.order.window_chunks)
@@ -170,11 +171,15 @@ def readership(made: Plan, store: ChunkStore) -> Readership:
 
 
 def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
-    """Register the run's students before anybody counts on what is there; returns their names."""
-    readers = [job.reader(0) for job in made.jobs()]
-    for reader in readers:
+    """Register the run's students, and those alone, before anybody counts on what is there; returns their names."""
+    own = [job.reader(0) for job in made.jobs()]
+    for reader in own:
         join(store, reader)
-    return [reader.name for reader in readers]
+    names = [reader.name for reader in own]
+    for role in ("student", "control"):
+        if (name := reader_name(str(made.run_dir), role)) not in names:
+            leave(store, name)  # of an earlier attempt with another config: it would keep every chunk for ever
+    return names
 
 
 def _learn(made: Plan, journal: Journal, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:

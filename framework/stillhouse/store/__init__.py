@@ -15,10 +15,6 @@ from stillhouse.store.chunks import sweep as sweep
 from stillhouse.store.chunks import verify_store as verify_store
 from stillhouse.store.readers import Reader as Reader
 from stillhouse.store.readers import Registered as Registered
-from stillhouse.store.readers import commit as commit
-from stillhouse.store.readers import join as join
-from stillhouse.store.readers import reader_name as reader_name
-from stillhouse.store.readers import registered as registered
 from stillhouse.store.recipe import Recipe as Recipe
 from stillhouse.store.recipe import differences as differences
 from stillhouse.store.recipe import nearest as nearest

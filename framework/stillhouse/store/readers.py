@@ -55,6 +55,11 @@ def join(store: ChunkStore, reader: Reader) -> None:
             commit(store, replace(reader, committed_step=before.committed_step))
 
 
+def leave(store: ChunkStore, name: str) -> None:
+    """Take back a reader that will never read; it need not be there."""
+    store.blobs.delete(_key(store, name))
+
+
 def commit(store: ChunkStore, reader: Reader) -> None:
     """Tell that a reader has committed `reader.committed_step`, which may be lower than before where a checkpoint was lost.
 

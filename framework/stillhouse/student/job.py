@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.config import StudentSection
-from stillhouse.store import Reader, Recipe, reader_name
+from stillhouse.store import Reader, Recipe
+from stillhouse.store.readers import reader_name
 from stillhouse.student.checkpoint import Origin
 from stillhouse.student.order import Order
 

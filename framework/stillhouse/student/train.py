@@ -13,7 +13,7 @@ import torch.distributed as dist
 from stillhouse.board import Past, Summons
 from stillhouse.errors import StudentError
 from stillhouse.models import load_model
-from stillhouse.store import ChunkStore, StoreUnavailable, commit
+from stillhouse.store import ChunkStore, StoreUnavailable, readers
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
@@ -90,7 +90,7 @@ def _begin(lifeline: Lifeline, job: TrainJob, done: int) -> Past | None:
 def _tell_the_store(job: TrainJob, committed_step: int) -> None:
     """Which chunks this student will read again. A store that does not answer hears it after the next commit, and keeps them until then."""
     with suppress(StoreUnavailable):
-        commit(ChunkStore(job.store_url, job.recipe), job.reader(committed_step))
+        readers.commit(ChunkStore(job.store_url, job.recipe), job.reader(committed_step))
 
 
 def _engine(job: TrainJob, *, device: torch.device, world_size: int) -> StudentEngine:

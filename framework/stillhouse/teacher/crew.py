@@ -11,6 +11,8 @@ from stillhouse.teacher.actor import TeacherJob, spawn
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
 from stillhouse.teacher.model import WorkItem
 
+_NODE_DIED = "its node has died"  # Ray's own words, in an error that carries nothing else of it
+
 
 class _Call(NamedTuple):
     teacher: int
@@ -60,5 +62,6 @@ class RayCrew:
             return Raised(call.teacher, call.lease, cause_of(error))
         except ray.exceptions.RayError as error:  # the actor died, or its node, or its answer, or memory ran out there
             self.kill(call.teacher)
-            return Died(call.teacher, str(error), bool(getattr(error, "preempted", False)))
+            preempted = isinstance(error, ray.exceptions.ActorDiedError) and error.preempted
+            return Died(call.teacher, str(error), with_machine=preempted or _NODE_DIED in str(error), preempted=preempted)
         return Started(call.teacher, answer) if call.lease is None else Answered(call.teacher, call.lease, answer)

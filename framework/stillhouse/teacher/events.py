@@ -38,7 +38,8 @@ class Died:
 
     teacher: int
     reason: str
-    preempted: bool
+    with_machine: bool = False  # its whole machine is gone
+    preempted: bool = False  # and was taken away on purpose
 
 
 Event = Started | Answered | Raised | Died

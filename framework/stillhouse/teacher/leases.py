@@ -218,18 +218,17 @@ class LeaseTable:
         self.num_failures += 1
         return self._accuse(lease, _WEIGHT_OF_A_RAISE, reason)
 
-    def reopen(self, number: int) -> bool:
-        """A chunk is not in the store any more and has to be made again; False where it is not wanted, or open already."""
-        found = np.flatnonzero(self._order == number)
-        if not len(found) or not self._settled[found[0]]:
-            return False
-        position = int(found[0])
-        self._settled[position] = 0
-        self._num_settled -= 1
-        self._void_before[position] = self._next_id
-        if position < self._frontier:
-            self._push(Work(position))
-        return True
+    def reopen(self, *numbers: int) -> int:
+        """These chunks are not in the store any more and have to be made again; how many are, for the others are not wanted, or open."""
+        settled = np.frombuffer(bytes(self._settled), dtype=bool)
+        positions = np.flatnonzero(np.isin(self._order, numbers) & settled).tolist()
+        for position in positions:
+            self._settled[position] = 0
+            self._void_before[position] = self._next_id
+            if position < self._frontier:
+                self._push(Work(position))
+        self._num_settled -= len(positions)
+        return len(positions)
 
     def clear(self) -> None:
         """Every teacher was sent away: all leases are given back."""

@@ -119,8 +119,7 @@ class TeacherPool:
             self._heed_notices(now)
         if self._readership is not None and now >= self._next_readers:
             self._next_readers = now + _READERS_EVERY_S
-            for number in self._readership.look():
-                self._table.reopen(number)
+            self._table.reopen(*self._readership.look())
 
     def _limit(self, readers: Collection[str]) -> int:
         """The position in the reading order that no lease may reach.
@@ -217,8 +216,8 @@ class TeacherPool:
                 self._fail_to_start(teacher, error)
             case Raised(lease=int(number), error=error):
                 self._fail(teacher, self._end_of(teacher, number), error)
-            case Died(reason=reason, preempted=preempted):
-                self._die(teacher, reason, preempted)
+            case Died():
+                self._die(teacher, event)
 
     def _end_of(self, teacher: _Teacher, number: int) -> Lease:
         """Take the lease off its teacher, who thereby has given a sign of life; one that leaves goes now."""
@@ -294,20 +293,20 @@ class TeacherPool:
     def _fail_to_start(self, teacher: _Teacher, cause: BaseException) -> None:
         if not self._begun:  # every other teacher would most likely meet the same
             raise cause if isinstance(cause, StillhouseError) else TeacherError(f"a teacher could not start: {cause!r}") from cause
-        self._die(teacher, repr(cause), preempted=False)
+        self._die(teacher, Died(teacher.number, repr(cause)))
 
-    def _die(self, teacher: _Teacher, reason: str, preempted: bool) -> None:
+    def _die(self, teacher: _Teacher, death: Died) -> None:
         """A teacher is gone, as machines go. Whoever staffs the pool next replaces it."""
-        announced = preempted or teacher.leaves_at is not None
-        if teacher.node is None and not announced:
+        announced = death.preempted or teacher.leaves_at is not None
+        if teacher.node is None and not announced and not death.with_machine:
             self._num_lost_starting += 1
             pause_s = _FIRST_PAUSE_S * 2.0 ** min(self._num_lost_starting, 16)
             self._next_spawn = self._clock() + min(pause_s, _LAST_PAUSE_S)
-        self._lose(teacher, reason, blame=not announced)
+        self._lose(teacher, death.reason, blame=not announced)
         most = self._section.max_failures * self._section.max_replicas
         if self._num_lost_starting >= most and self._num_ready == 0:
             raise TeacherError(
-                f"{self._num_lost_starting} teachers died one after the other while they started, the last with: {reason}; "
+                f"{self._num_lost_starting} teachers died one after the other while they started, the last with: {death.reason}; "
                 "does the model fit into the memory of their machines?"
             )
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.errors import StoreError
-from stillhouse.store import ChunkStore, Reader, StoreUnavailable, registered
+from stillhouse.store import ChunkStore, Reader, StoreUnavailable
+from stillhouse.store.readers import registered
 
 _MOST_DELETED_AT_ONCE = 256  # a look must not take long
 

@@ -152,6 +152,28 @@ def test_no_number_of_preemptions_is_final():
     assert not world.of(SetAsideRow)
 
 
+def test_machines_that_vanish_while_teachers_start_are_no_failure_to_start():
+    world = World(num_chunks=2, teacher={"max_replicas": 1, "max_failures": 1})
+    world.crew.nodes = {"node-0": 1}
+
+    def vanish(number: int = 0) -> None:
+        world.crew.remove_node(f"node-{number}")
+        world.crew.add_node(f"node-{number + 1}", 1)
+        if number < 20:
+            world.crew.at(world.crew.now + 3, lambda: vanish(number + 1))
+
+    world.crew.at(1003, vanish)
+    world.run()
+    world.assert_all_is_there()
+
+
+def test_teachers_that_die_as_they_start_one_after_the_other_end_the_run():
+    world = World(teacher={"max_replicas": 2, "max_failures": 2})
+    world.crew._start = lambda worker: world.crew.die(worker.number, "out of memory")
+    with pytest.raises(TeacherError, match="4 teachers died one after the other while they started, the last with: out of memory"):
+        world.run()
+
+
 def test_a_draining_node_gets_no_new_leases_and_hands_back_what_it_has_not_begun():
     world = World(num_chunks=40, teacher={"max_replicas": 4})
     world.crew.nodes = {"a": 2, "b": 2}
