@@ -21,17 +21,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "disaster" in metafunc.fixturenames:
         metafunc.parametrize(
-            "disaster", range(metafunc.config.getoption("--chaos-seeds")), indirect=True, scope="session", ids="seed{}".format
+            "disaster", range(metafunc.config.getoption("--chaos-seeds", 1)), indirect=True, scope="package", ids="seed{}".format
         )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def scene(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     with Scene.open(s3_endpoint, cache=tmp_path_factory.mktemp("cache")) as scene:
         yield scene
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def undisturbed(tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """An epoch without teacher actors, a command or a fault: its chunks, and two ranks' losses."""
     made = tiny_world.plan(tmp_path_factory.mktemp("undisturbed") / "run", student=EPOCH)
@@ -39,7 +39,7 @@ def undisturbed(tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_pa
     return Undisturbed.trained(made, rank_groups[2])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def disaster(scene: Scene, tiny_world: TinyWorld, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Disaster:
     """Lived through."""
     bucket = f"disaster-{request.param}"

@@ -94,9 +94,6 @@ class Disaster:
         attempts = attempts_of(self.run.rows)
         return len(attempts) == self.num_attempts and any(isinstance(row, CheckpointRow) for row in attempts[-1])
 
-    def a_rank(self, rng: random.Random) -> psutil.Process:
-        return rng.choice(self.scene.cluster.workers(HUB, "ray::RayTrainWorker"))
-
     def until_recovered(self, cause: str) -> None:
         self.run.until(lambda: any(isinstance(row, RecoveryRow) and row.cause == cause for row in self.run.rows))
 
@@ -179,12 +176,12 @@ def cut_a_machine_off(disaster: Disaster, name: str, *, other: str) -> None:
 
 
 def lose_a_rank(disaster: Disaster, rng: random.Random) -> None:
-    disaster.a_rank(rng).kill()
+    rng.choice(disaster.scene.ranks()).kill()
     disaster.until_recovered("died")
 
 
 def stop_a_rank(disaster: Disaster, rng: random.Random) -> None:
-    disaster.stopped = disaster.a_rank(rng)
+    disaster.stopped = rng.choice(disaster.scene.ranks())
     disaster.stopped.suspend()
     disaster.until_recovered("stalled")
 

@@ -29,7 +29,7 @@ from stillhouse.store import ChunkStore
 from stillhouse.tracking import JournalReader, Row, latest_train_rows
 
 HUB, LEFT, RIGHT = "hub", "left", "right"
-_TEACHER = "ray::_TeacherActor"
+_TEACHER, _RANK = "ray::_TeacherActor", "ray::RayTrainWorker"
 _PATIENCE_S = 180.0
 _LOOK_EVERY_S = 0.05
 EPOCH = {"epochs": 1, "max_steps": 1000}  # of the student: all of it, once
@@ -96,8 +96,12 @@ class Scene:
                 self.join(name)
 
     def teacher(self, name: str) -> psutil.Process:
-        """The teacher on a machine."""
-        return self.cluster.worker(name, _TEACHER)
+        """The teacher on a machine, once there is one."""
+        return self.cluster.workers(name, _TEACHER)[-1]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The students' ranks, once there are any."""
+        return self.cluster.workers(HUB, _RANK)
 
     def plan(self, world: TinyWorld, run_dir: Path, **changes: dict[str, object]) -> Plan:
         """A run on this cluster."""
