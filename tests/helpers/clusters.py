@@ -64,21 +64,20 @@ class RayMachines:
         os.kill(self.raylets.pop(name), signal.SIGKILL)
 
     def workers(self, name: str, title: str) -> list[psutil.Process]:
-        """The processes of a machine's node whose title begins so, such as 'ray::_TeacherActor', the eldest first."""
+        """The processes of a machine's node whose title begins so, such as 'ray::_TeacherActor', the eldest first, once there are any."""
+        deadline = monotonic() + _PATIENCE_S
+        while not (found := self._titled(name, title)):
+            assert monotonic() < deadline, f"no {title} on {name}"
+            sleep(_LOOK_EVERY_S)
+        return found
+
+    def _titled(self, name: str, title: str) -> list[psutil.Process]:
         found = []
         for process in psutil.Process(self.raylets[name]).children(recursive=True):
             with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, IndexError):
                 if process.cmdline()[0].startswith(title):
                     found.append((process.create_time(), process.pid, process))
         return [process for _, _, process in sorted(found)]
-
-    def worker(self, name: str, title: str) -> psutil.Process:
-        """The one such process, once it is there."""
-        deadline = monotonic() + _PATIENCE_S
-        while not (found := self.workers(name, title)):
-            assert monotonic() < deadline, f"no {title} on {name}"
-            sleep(_LOOK_EVERY_S)
-        return found[-1]
 
     def lose(self) -> None:
         """SIGKILL every process of the cluster: the head, the nodes and all that runs there."""

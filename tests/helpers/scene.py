@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -26,12 +26,12 @@ from helpers.training import train_and_tell
 from helpers.world import TinyWorld, merged
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import Row, latest_train_rows, read_journal
+from stillhouse.tracking import JournalReader, Row, latest_train_rows
 
 HUB, LEFT, RIGHT = "hub", "left", "right"
-_TEACHER = "ray::_TeacherActor"
+_TEACHER, _RANK = "ray::_TeacherActor", "ray::RayTrainWorker"
 _PATIENCE_S = 180.0
-_LOOK_EVERY_S = 0.02
+_LOOK_EVERY_S = 0.05
 EPOCH = {"epochs": 1, "max_steps": 1000}  # of the student: all of it, once
 PLACES = {  # teachers come one to a machine, students live on the head
     "teacher": {"resources": {"teacher": 1.0}, "min_replicas": 2, "max_replicas": 2},
@@ -84,11 +84,10 @@ class Scene:
         self._cut_off.add(name)
 
     def make_whole(self) -> None:
-        """A cluster with a node on every machine, all links, and no request that is kept."""
+        """A cluster with a node on every machine, and all links."""
         if self.cluster.is_lost():
             self.cluster = RayMachines(self.network.machines[HUB])
         for name in self.network.machines:
-            self.s3[name].end()
             if name in self._cut_off:
                 self._cut_off.remove(name)
                 self.cluster.kill_node(name)
@@ -97,8 +96,12 @@ class Scene:
                 self.join(name)
 
     def teacher(self, name: str) -> psutil.Process:
-        """The teacher on a machine."""
-        return self.cluster.worker(name, _TEACHER)
+        """The teacher on a machine, once there is one."""
+        return self.cluster.workers(name, _TEACHER)[-1]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The students' ranks, once there are any."""
+        return self.cluster.workers(HUB, _RANK)
 
     def plan(self, world: TinyWorld, run_dir: Path, **changes: dict[str, object]) -> Plan:
         """A run on this cluster."""
@@ -115,17 +118,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What comes of a run when nothing happens: its chunks, and for each number of ranks the curve."""
+    """What comes of a run when nothing happens."""
 
     made: Plan
-    curves: Mapping[int, list[tuple[float, ...]]]
+    curve: list[tuple[float, ...]]
 
     @classmethod
-    def trained(cls, made: Plan, groups: Mapping[int, RankGroup]) -> "Undisturbed":
+    def trained(cls, made: Plan, ranks: RankGroup) -> "Undisturbed":
         """By the training loop alone, in processes that are there already, on a store that is full."""
         (job,) = made.jobs()
-        jobs = {num_ranks: replace(job, run_dir=made.run_dir / str(num_ranks)) for num_ranks in groups}
-        return cls(made, {num_ranks: curve(group.call(train_and_tell, jobs[num_ranks])[0]) for num_ranks, group in groups.items()})
+        return cls(made, curve(ranks.call(train_and_tell, job)[0]))
 
     def chunk(self, number: int) -> bytes:
         store = ChunkStore(self.made.config.store.url, self.made.recipe)
@@ -137,17 +139,18 @@ def curve(rows: Sequence[Row]) -> list[tuple[float, ...]]:
     return [(row.step, row.loss, row.grad_norm) for row in latest_train_rows(rows, "student")]
 
 
-@dataclass(frozen=True)
 class LiveRun:
     """A run whose command is at work."""
 
-    made: Plan
-    command: Command
-    _began: float = field(default_factory=monotonic)
+    def __init__(self, made: Plan, command: Command) -> None:
+        self.made, self.command = made, command
+        self._journal, self._rows = JournalReader(made.run_dir / "journal.jsonl"), list[Row]()
 
     @property
     def rows(self) -> list[Row]:
-        return read_journal(self.made.run_dir / "journal.jsonl")
+        """Of its journal, so far."""
+        self._rows += self._journal.new_rows()
+        return self._rows
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for it. Fails where the command ends before."""
