@@ -2,17 +2,36 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Some tests make networks and mounts: whoever is not root becomes it in namespaces of their own, from which no other network is reached.
+ifneq ($(shell id -u),0)
+ifeq ($(shell unshare --map-root-user --mount --net true 2>/dev/null && echo may),may)
+AS_ROOT := unshare --map-root-user --mount --net sh -c 'ip link set lo up && exec "$$0" "$$@"'
+endif
+endif
+MINUTES ?= 20
+SEEDS ?= 5
 
-.PHONY: help demo test test-gpu check format bench clean
+.PHONY: help system demo test chaos test-gpu check format bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
+
+system:  ## Debian's packages that the tests need, where they are missing: network namespaces and mounts
+	@for need in ip:iproute2 unshare:util-linux mount:mount; do \
+		command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; \
+	done; \
+	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
 
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
 test: $(INSTALLED)  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
-	$(BIN)/pytest
+	$(AS_ROOT) $(BIN)/pytest
+
+chaos: $(INSTALLED)  ## disasters in SEEDS (5) courses, then two random soaks of MINUTES (20): for teachers alone, and for everything
+	$(AS_ROOT) $(BIN)/pytest tests/chaos --chaos-seeds=$(SEEDS)
+	PYTHONPATH=tests $(AS_ROOT) $(BIN)/python -m chaos.soak --minutes $(MINUTES) --faults teachers
+	PYTHONPATH=tests $(AS_ROOT) $(BIN)/python -m chaos.soak --minutes $(MINUTES) --faults all
 
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU, against the reference
 	TRITON_INTERPRET=0 $(BIN)/pytest tests/gpu

@@ -197,10 +197,17 @@ def store_stat(
 def store_verify(
     url: StoreUrl,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="Move damaged chunks away: `produce` then makes them again.")] = False,
+    repair: Annotated[
+        Path | None,
+        typer.Option("--repair", metavar="RUN_DIR|CONFIG", help="Make damaged chunks of this run's recipe again, with its teacher."),
+    ] = None,
 ) -> None:
-    """Read every chunk and check every bit of it; exit code 1 where any is damaged."""
+    """Read every chunk and check every bit of it; exit code 1 where any is damaged, and was not repaired."""
     from stillhouse import inventory
 
+    if repair is not None:
+        inventory.repair(url, _existing(repair) if repair.is_dir() else _plan([repair], None, None))
+        return
     inventory.verify(url, quarantine=quarantine)
 
 

@@ -174,6 +174,17 @@ def call_remotely(function: Callable[..., Any], *arguments: object, where: Place
         ) from error
 
 
+def settle_ray_train() -> None:
+    """How Ray Train shall look after its ranks, before the first trainer is made. The user's own settings win."""
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead rank is seen that soon
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process for each life of a group: the driver watches for that
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
 def this_node() -> str:
     """Ray's id of the node that this process runs on."""
     return ray.get_runtime_context().get_node_id()

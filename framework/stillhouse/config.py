@@ -72,7 +72,11 @@ class TeacherSection(ModelSection):
         "exact",
         description="float32, or in the teacher's own dtype: faster at the head alone, and rounding bfloat16 loses more than the codec",
     )
-    max_failures: PositiveInt = Field(3, description="failed attempts at one chunk after which the run stops and names it")
+    max_failures: PositiveInt = Field(
+        3, description="failed attempts at a chunk, or at one sequence of it, after which it is not tried again"
+    )
+    max_set_aside: Annotated[int, Field(ge=0)] = Field(8, description="sequences that no teacher could compute, after which the run stops")
+    lease_timeout_s: PositiveFloat = Field(3600.0, description="seconds after which a chunk is given to another teacher as well")
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> "TeacherSection":
@@ -102,6 +106,9 @@ class StoreSection(Section):
     url: str = Field("runs/store", description="a directory, or s3://, gs:// or az:// with bucket and prefix")
     chunk_sequences: PositiveInt = Field(64, description="sequences in one chunk")
     window_bytes: PositiveInt = Field(4 << 30, description="how many bytes of chunks teachers may run ahead of the slowest reader")
+    retain: Literal["all", "until-read"] = Field(
+        "all", description="until-read: `run` deletes chunks that no registered reader will read again, once that is in their checkpoints"
+    )
 
 
 class StudentSection(ModelSection):

@@ -1,13 +1,14 @@
 """What lies in a store, for a person to read: the verbs `stillhouse store ls | stat | verify | sweep`.
 
-Nothing in a store changes here but for what `verify --quarantine` moves aside and what `sweep` removes.
+Nothing in a store changes here but for what `verify --quarantine` moves aside, what `--repair` makes anew, and what `sweep` removes.
 """
 
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -15,7 +16,11 @@ from rich.progress import track
 from rich.table import Table
 
 from stillhouse.errors import ChunkError, RecipeError, StoreError
-from stillhouse.store import ChunkStore, Finding, StoredRecipe, list_recipes, sweep, verify_store
+from stillhouse.store import ChunkStore, Finding, Recipe, StoredRecipe, differences, list_recipes, nearest, sweep, verify_store
+from stillhouse.tracking import ChunkRow, Row
+
+if TYPE_CHECKING:
+    from stillhouse.pipeline import Plan
 
 _DIGEST_DIGITS = 12
 _MOST_RANGES = 12
@@ -79,9 +84,67 @@ def verify(url: str, *, quarantine: bool) -> None:
     cure = (
         f"{moved} chunks were moved to quarantine/: `stillhouse produce` makes them again"
         if quarantine
-        else "`--quarantine` moves damaged chunks aside, so that `stillhouse produce` makes them again"
+        else "`--repair RUN_DIR` makes damaged chunks again; `--quarantine` only moves them aside"
     )
     raise ChunkError(f"{len(damaged)} of {num_objects} objects in {url} are damaged; {cure}")
+
+
+def repair(url: str, made: "Plan") -> None:
+    """Check the chunks of a plan's recipe, have the damaged ones made again by its teacher, and check these. Says what was done.
+
+    Raises RecipeError where the store has nothing of this recipe, naming the difference; ChunkError where something stays damaged.
+    """
+    from stillhouse import pipeline  # which imports Ray and transformers: only this verb needs them
+
+    made = _moved_to(made, url)
+    store = ChunkStore(url, made.recipe)
+    _require_recipe(url, made.recipe)
+    if store.restore_recipe():
+        print(f"{made.recipe.fingerprint[:16]}/recipe.json was damaged: it was moved to quarantine/, and published anew")
+    findings = track(store.findings(), "verifying", total=len(store.published()), console=Console(stderr=True), transient=True)
+    damaged = [finding for finding in findings if finding.problem is not None]
+    for finding in damaged:
+        print(f"{finding.key}: {finding.problem}")
+    chunks = [finding.number for finding in damaged if finding.number is not None and finding.number < made.recipe.num_chunks]
+    moved = [number for number in chunks if store.quarantine(number)]
+    if moved:
+        print(f"{len(moved)} chunks moved to quarantine/; a teacher makes them again")
+        pipeline.repair(made, moved, journal=_Told())
+    for number in moved:
+        store.verify(number)
+    if len(damaged) > len(chunks):
+        strange = ", ".join(finding.key for finding in damaged if finding.number not in chunks)
+        raise ChunkError(f"{len(moved)} chunks were repaired; these are no chunks of this recipe, and nobody reads them: {strange}")
+    print(f"{len(moved)} chunks were repaired: all {len(store.published())} in {url}/{made.recipe.fingerprint[:16]} are good")
+
+
+class _Told:
+    """A tracker that tells of each chunk as it is made."""
+
+    def record(self, row: Row) -> None:
+        if isinstance(row, ChunkRow):
+            print(f"chunk {row.chunk} made again by teacher {row.replica} in {row.seconds:.1f} s")
+
+
+def _moved_to(made: "Plan", url: str) -> "Plan":
+    """The plan with its store elsewhere."""
+    section = made.config.store.model_copy(update={"url": ChunkStore(url, made.recipe).url})
+    return replace(made, config=made.config.model_copy(update={"store": section}))
+
+
+def _require_recipe(url: str, recipe: Recipe) -> None:
+    """Raise RecipeError where the store has other recipes only, StoreError where it has none."""
+    if ChunkStore(url, recipe).published():
+        return
+    near = nearest([stored.recipe for stored in _recipes(url)], recipe)
+    assert near is not None
+    if near != recipe:
+        raise RecipeError(
+            f"{url} has no chunks of the recipe {recipe.fingerprint[:16]}, which this run makes; the nearest there is"
+            f" {near.fingerprint[:16]}, and these differ (this run's value first):\n"
+            + "\n".join(f"  - {difference}" for difference in differences(recipe, near))
+            + "\nName the run directory or the config that the chunks were made with."
+        )
 
 
 def tidy(url: str, *, older_than_s: float) -> None:

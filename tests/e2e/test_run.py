@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.faults import FaultyS3, publications
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.config import resolved_json
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
-from stillhouse.pipeline.directory import changes_that_matter
+from stillhouse.pipeline.directory import changes_that_matter, config_of
 from stillhouse.store import ChunkStore
+from stillhouse.store.readers import registered
 from stillhouse.student import checkpoint
 from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
 
@@ -103,12 +103,15 @@ def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callab
     )  # a shell has what it starts in the background ignore it, and that is inherited
     with (made.run_dir.parent / f"{stop.name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = monotonic() + 240
-        while process.poll() is None and not reached(read_journal(path)):
-            assert monotonic() < deadline, Path(log.name).read_text()
-            sleep(0.2)
-        process.send_signal(stop)
-        return process.wait(timeout=60)
+        try:
+            deadline = monotonic() + 240
+            while process.poll() is None and not reached(read_journal(path)):
+                assert monotonic() < deadline, Path(log.name).read_text()
+                sleep(0.2)
+            process.send_signal(stop)
+            return process.wait(timeout=60)
+        finally:
+            process.kill()
 
 
 def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
@@ -121,11 +124,12 @@ def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
     return reached
 
 
+@pytest.mark.timeout(900)  # three starts of everything; seconds on a free machine, minutes on a busy one
 def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
     undisturbed: Plan, tiny_world: TinyWorld, faulty_s3: FaultyS3, s3_endpoint: str, tmp_path: Path
 ) -> None:
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="grappa")
-    settings = {"store": {"url": "s3://grappa/casks"}, "cluster": {"num_cpus": 4}}
+    settings = {"store": {"url": "s3://grappa/casks", "retain": "until-read"}, "cluster": {"num_cpus": 4}}
     made = tiny_world.plan(tmp_path / "run", **settings, student=STUDENT | {"checkpoint_every_steps": 4})
     config = tmp_path / "run.toml"
     config.write_text(as_toml(made))
@@ -141,6 +145,9 @@ def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
     assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]
     assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["interrupted", "done"]
     assert curve(made) == curve(undisturbed)
+    store = ChunkStore(made.config.store.url, made.recipe)
+    assert [(reader.committed_step, reader.total_steps) for reader in registered(store).readers] == [(60, 60)]
+    assert store.published() == set()  # every chunk was deleted once it was read, and none was needed again
 
 
 def as_toml(made: Plan) -> str:
@@ -175,6 +182,7 @@ def test_a_run_directory_is_refused_to_another_recipe_and_another_batch(undistur
         ("student", "num_cpus", 2.0),
         ("teacher", "max_replicas", 9),
         ("store", "window_bytes", 1 << 20),
+        ("store", "retain", "until-read"),
         ("evaluate", "control", False),
         ("tracking", "project", "another"),
         ("cluster", "threads", 2),
@@ -197,4 +205,4 @@ def test_an_export_opens_as_a_plain_model(undisturbed: Plan, tmp_path: Path) -> 
     card = (tmp_path / "student" / "README.md").read_text()
     assert undisturbed.recipe.fingerprint in card
     assert undisturbed.config.teacher.model in card
-    assert resolved_json(undisturbed.config) == (undisturbed.run_dir / "config.json").read_text()
+    assert config_of(undisturbed.run_dir) == undisturbed.config

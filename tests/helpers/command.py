@@ -32,14 +32,16 @@ def stillhouse(*arguments: str | Path, cache: Path | None = None) -> Outcome:
 
 
 def as_toml(values: dict[str, dict[str, Any]]) -> str:
-    """Sections of text, numbers and booleans, as TOML."""
+    """Sections of text, numbers, booleans and tables of these, as TOML."""
     lines = []
     for name, section in values.items():
         lines += [f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in section.items())]
     return "\n".join(lines) + "\n"
 
 
-def toml_value(value: str | float | bool) -> str:
+def toml_value(value: str | float | bool | dict[str, Any]) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(each)}" for key, each in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
     return f"'{value}'" if isinstance(value, str) else str(value)

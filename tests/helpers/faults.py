@@ -76,6 +76,7 @@ class FaultyS3:
         self._lock = threading.Lock()
         self._held: list[Request] = []
         self._passed: list[Request] = []
+        self._refused: list[tuple[int, Request]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -95,6 +96,12 @@ class FaultyS3:
         """What reached the server so far, in order."""
         with self._lock:
             return list(self._passed)
+
+    @property
+    def refused(self) -> list[tuple[int, Request]]:
+        """What was answered in the server's place, with its status, in order."""
+        with self._lock:
+            return list(self._refused)
 
     def hold(self, matches: Matches) -> Fault:
         """Keep matching requests until the fault ends, or until their clients give up."""
@@ -143,6 +150,8 @@ class FaultyS3:
             handler.close_connection = True
             return
         if fault is not None and fault.status is not None:
+            with self._lock:
+                self._refused.append((fault.status, request))
             _answer(handler, fault.status, {"Content-Type": "application/xml"}, _error(fault.status))
             return
         with self._lock:

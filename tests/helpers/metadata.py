@@ -81,6 +81,10 @@ class MetadataServer:
             }
         )
 
+    def withdraw(self) -> None:
+        """There is another machine in this one's place, whose end nobody has announced."""
+        self._action, self._preempted, self._events = None, False, []
+
     def begin(self) -> None:
         """What Azure has scheduled has begun: it no longer says when."""
         self._events = [event | {"EventStatus": "Started", "NotBefore": ""} for event in self._events]

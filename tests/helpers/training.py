@@ -1,5 +1,6 @@
 """What runs on the ranks of the training tests: the real training loop and the real engine, with the journal kept in memory."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -59,6 +60,16 @@ def train_and_tell(job: TrainJob) -> list[TrainRow]:
     tracker = ListTracker()
     train(job, device=CPU, journal=tracker, lifeline=Alone())
     return [row for row in tracker.rows if isinstance(row, TrainRow)]
+
+
+def train_through(job: TrainJob, endpoint: str) -> list[TrainRow]:
+    """The same, with the object store at another endpoint than the session's."""
+    before = os.environ["AWS_ENDPOINT_URL"]
+    os.environ["AWS_ENDPOINT_URL"] = endpoint
+    try:
+        return train_and_tell(job)
+    finally:
+        os.environ["AWS_ENDPOINT_URL"] = before
 
 
 def first_gradients(job: TrainJob) -> dict[str, Tensor]:

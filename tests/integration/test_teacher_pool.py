@@ -10,19 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers.processes import kill_one
 from helpers.world import TinyWorld
 from stillhouse.board import Board
 from stillhouse.cluster import Secrets, placement
-from stillhouse.errors import ModelError, StoreError, StudentError, TeacherError
+from stillhouse.errors import ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.pool import TeacherPool
-from stillhouse.tracking import ChunkRow, PoolRow, Row, TeacherRow
+from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -58,12 +60,15 @@ class WatchedTracker:
         return Counter(row.chunk for row in self.rows if isinstance(row, ChunkRow))
 
 
-def pool_of(made: Plan, *, order: list[int], journal: WatchedTracker, item_of: Callable[[int], WorkItem], **teacher: object) -> TeacherPool:
+def pool_of(
+    made: Plan, board: Board, *, order: list[int], journal: WatchedTracker, item_of: Callable[[int], WorkItem], **teacher: object
+) -> TeacherPool:
     section = made.config.teacher.model_copy(update=teacher)
+    job = TeacherJob(section, made.recipe, made.config.store.url, threads=1, notices="off")
     return TeacherPool(
-        TeacherJob(section, made.recipe, made.config.store.url, threads=1),
-        where=placement(section, {"CPU": 4.0}),
-        secrets=Secrets(None),
+        RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), board=board),
+        section,
+        store=ChunkStore(made.config.store.url, made.recipe),
         order=order,
         item_of=item_of,
         window_chunks=WINDOW,
@@ -154,10 +159,10 @@ def story(tiny_world: TinyWorld, board: Board, tmp_path_factory: pytest.TempPath
     def item_of(number: int) -> WorkItem:
         asked.append(number)
         if len(asked) == WINDOW:
-            kill_one("ray::_TeacherActor")  # one has two chunks in work, the other is about to get this one
+            kill_one("ray::_TeacherActor")  # each has a chunk in work, and one is about to get another
         return made.item(number)
 
-    pool = pool_of(made, order=story.order, journal=story.journal, item_of=item_of, min_replicas=2, max_replicas=2)
+    pool = pool_of(made, board, order=story.order, journal=story.journal, item_of=item_of, min_replicas=2, max_replicas=2)
     board.move_cursor("a stranger", 1000)
     live_through_it(story, pool, board)
     return story
@@ -178,6 +183,7 @@ def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story)
 
 def test_behind_a_closed_window_nothing_is_made(story: Story):
     assert story.published_by_cursor == [set(story.order[: WINDOW + cursor]) for cursor in range(NUM_CHUNKS - WINDOW + 1)]
+    assert max(row.replicas for row in story.journal.rows if isinstance(row, PoolRow)) == 2
     assert story.order != sorted(story.order)  # or the reading order would prove nothing
     row = story.row_behind_the_window
     assert row is not None
@@ -189,6 +195,7 @@ def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(sto
     assert len(story.quarantined) == 1
     assert story.quarantined[0].startswith(f"{number:010d}-")
     assert story.path_of(number).read_bytes() == story.bytes_before[number]
+    assert [row.chunk for row in story.journal.rows if isinstance(row, RepairRow)] == [number]
 
 
 def test_a_false_report_changes_nothing(story: Story):
@@ -199,7 +206,7 @@ def test_a_false_report_changes_nothing(story: Story):
 
 def test_what_is_published_is_never_made_again(story: Story, board: Board):
     journal = WatchedTracker()
-    pool = pool_of(story.plan, order=story.order, journal=journal, item_of=story.plan.item)
+    pool = pool_of(story.plan, board, order=story.order, journal=journal, item_of=story.plan.item)
     pool.run(readers=["student"], board=board, finished=lambda: True)
     assert [(type(row), row.published, row.needed) for row in journal.rows] == [(PoolRow, len(story.order), len(story.order))]
 
@@ -208,12 +215,12 @@ def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(story: St
     def finished() -> bool:
         raise StudentError("the loss is nan")
 
-    pool = pool_of(story.plan, order=story.plan.chunks, journal=WatchedTracker(), item_of=story.plan.item)
+    pool = pool_of(story.plan, board, order=story.plan.chunks, journal=WatchedTracker(), item_of=story.plan.item)
     with pytest.raises(StudentError, match="the loss is nan"):
         pool.run(readers=["student"], board=board, finished=finished)
 
 
-def test_a_chunk_that_raises_ends_the_run_by_name_and_a_teacher_that_raised_is_replaced(
+def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_raised_is_replaced(
     tiny_world: TinyWorld, board: Board, tmp_path: Path
 ):
     """After an error on a GPU nothing works any more in that process: it would fail chunk after chunk."""
@@ -222,21 +229,27 @@ def test_a_chunk_that_raises_ends_the_run_by_name_and_a_teacher_that_raised_is_r
     journal = WatchedTracker()
     pool = pool_of(
         made,
+        board,
         order=[sound, bad],
         journal=journal,
         item_of=lambda number: poisoned(made.item(number)) if number == bad else made.item(number),
-        max_failures=2,
+        max_failures=1,
     )
-    with pytest.raises(TeacherError, match=f"chunk {bad} failed 2 times, last with: IndexError: index out of range"):
-        pool.run(readers=[], board=board, finished=lambda: True)
-    assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [0, 1]
-    assert journal.made() == Counter([sound])
-    assert ChunkStore(made.config.store.url, made.recipe).published() == {sound}
+    pool.run(readers=[], board=board, finished=lambda: True)
+    assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [0, 1, 2]  # for the chunk and for its first sequence
+    assert journal.made() == Counter([sound, bad])
+    (row,) = [row for row in journal.rows if isinstance(row, SetAsideRow)]
+    assert (row.chunk, row.sequences) == (bad, [made.recipe.chunk_rows(bad)[0]])
+    assert row.reason.startswith("IndexError: index out of range")
+    made_chunk, item = ChunkStore(made.config.store.url, made.recipe).fetch(bad), made.item(bad)
+    assert not made_chunk.loss_mask_SL[0].any()
+    assert np.array_equal(made_chunk.loss_mask_SL[1:], item.loss_mask_SL[1:])
+    assert np.array_equal(made_chunk.token_ids_SL[1:], item.token_ids_SL[1:])
 
 
 def test_a_model_that_is_not_there_is_said_as_it_is(tiny_world: TinyWorld, board: Board, tmp_path: Path):
     made = new_plan(tiny_world, tmp_path)
-    pool = pool_of(made, order=made.chunks, journal=WatchedTracker(), item_of=made.item, model=str(tmp_path / "nowhere"))
+    pool = pool_of(made, board, order=made.chunks, journal=WatchedTracker(), item_of=made.item, model=str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="nowhere"):
         pool.run(readers=[], board=board, finished=lambda: True)
 
@@ -249,7 +262,7 @@ def test_a_store_that_cannot_be_written_ends_the_run_at_once(tiny_world: TinyWor
         asked.append(number)
         return made.item(number)
 
-    pool = pool_of(made, order=made.chunks, journal=WatchedTracker(), item_of=item_of)
+    pool = pool_of(made, board, order=made.chunks, journal=WatchedTracker(), item_of=item_of)
     store = ChunkStore(made.config.store.url, made.recipe)
     (Path(store.url) / store.key(0)).parent.write_text("where the chunks should go")
     with pytest.raises(StoreError, match="cannot write"):

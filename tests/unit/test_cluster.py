@@ -113,7 +113,7 @@ def test_a_token_is_found_and_shown_nowhere(tiny_world: TinyWorld, tmp_path: Pat
     assert secrets.hub_token == TOKEN
     made = tiny_world.plan(tmp_path / "run")
     evaluation = EvaluationJob(made.config.teacher, {}, 300, made.config.evaluate, "cpu", 1, secrets)
-    job = TeacherJob(made.config.teacher, made.recipe, made.config.store.url, 1)
+    job = TeacherJob(made.config.teacher, made.recipe, made.config.store.url, 1, "off")
     for shown in (repr(secrets), str(secrets), f"{secrets!s:>50}", repr([secrets]), repr(evaluation)):
         assert TOKEN not in shown
     written = [pickle.dumps(made.config), pickle.dumps(job), pickle.dumps(made.jobs()), resolved_json(made.config).encode()]

@@ -73,7 +73,7 @@ def test_verify_names_a_damaged_chunk_and_leaves_it(damaged: str):
     assert outcome.code == 1
     assert "0000000002.safetensors" in outcome.out
     assert "0000000000.safetensors" not in outcome.out
-    assert "--quarantine" in outcome.err
+    assert "--repair RUN_DIR" in outcome.err
     assert ChunkStore(damaged, RECIPE).published() == {0, 2}
 
 

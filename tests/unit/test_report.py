@@ -205,7 +205,7 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
     assert all(value is not None and value.startswith("#") for value in references)
     assert not {"script", "link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
     assert not re.search(r"@import|url\((?!#)", path.read_text(encoding="utf-8"))
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 9
     assert not [each for each in tmp_path.iterdir() if each.suffix == ".partial"]
 
 
@@ -293,4 +293,4 @@ def test_a_loss_that_is_not_finite_does_not_spoil_the_figures(tmp_path):
     broken = replace(TRAINED[3], loss=float("nan"), divergence=float("nan"), grad_norm=float("inf"))
     text = write_report(_run_dir(tmp_path, [START, *TRAINED[:3], broken])).read_text(encoding="utf-8")
     assert not [path for path in re.findall(r' d="([^"]*)"', text) if "nan" in path or "inf" in path]
-    assert text.count("<svg") == 6
+    assert text.count("<svg") == 7

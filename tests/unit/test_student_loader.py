@@ -22,6 +22,7 @@ from stillhouse.logits import decode
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, Recipe, StoreUnavailable, pack_chunk
 from stillhouse.student.loader import Batch, BatchReader, MicroBatch, chunks_read_ahead, refuse_bad_chunk, steps_in_a_stretch
 from stillhouse.student.order import Order
+from stillhouse.teacher.model import WorkItem
 
 RECIPE = small_recipe(num_sequences=22)  # six chunks of four; the last has two
 CHUNKS = [make_chunk(RECIPE, number) for number in range(RECIPE.num_chunks)]
@@ -166,6 +167,41 @@ def test_a_chunk_that_is_published_late_is_waited_for(store: WatchedStore):
         assert_same(ours, theirs)
 
 
+def test_a_chunk_that_stays_away_is_missed_aloud(store: WatchedStore):
+    """It may have been deleted, and the teachers believe that it is there."""
+    wanted = read(store)
+    path_of(store, LATE).unlink()
+
+    def make_again(number: int) -> None:
+        assert number == LATE
+        store.publish(CHUNKS[LATE])
+
+    for ours, theirs in zip(read(store, on_bad_chunk=make_again, missed_s=0.01), wanted, strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]])
+def test_a_row_that_was_set_aside_is_read_and_teaches_nothing(store: WatchedStore, rows: list[int]):
+    wanted = read(store)
+    path_of(store, LATE).unlink()
+    blank = WorkItem(LATE, CHUNKS[LATE].token_ids_SL, CHUNKS[LATE].positions_SL, CHUNKS[LATE].loss_mask_SL).without(rows)
+    starts = CHUNKS[LATE].row_starts
+    kept = [CHUNKS[LATE].targets_NB[starts[row] : starts[row + 1]] for row in range(4) if row not in rows]
+    records = np.concatenate([*kept, CHUNKS[LATE].targets_NB[:0]])
+    store.publish(Chunk(LATE, blank.token_ids_SL, blank.positions_SL, blank.loss_mask_SL, records))
+    store.verify(LATE)
+    found = read(store)
+    set_aside = {LATE * 4 + row for row in rows}
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.sequences == theirs.sequences
+        lost = sum(int(CHUNKS[LATE].loss_mask_SL[sequence % 4].sum()) for sequence in set_aside & set(ours.sequences))
+        num_tokens = [sum(batch.num_tokens for batch in each.micro_batches) for each in (ours, theirs)]
+        assert num_tokens[0] == num_tokens[1] - lost
+        if not lost:
+            assert_same(ours, theirs)
+    assert any(set_aside & set(batch.sequences) for batch in found)
+
+
 def test_a_damaged_chunk_is_reported_once_and_read_once_it_is_replaced(store: WatchedStore):
     wanted = read(store)
     path = path_of(store, LATE)
@@ -236,7 +272,7 @@ def test_without_a_pool_a_damaged_chunk_ends_the_reading_by_name(store: WatchedS
     with reader_of(ChunkStore(store.url, RECIPE), on_bad_chunk=refuse_bad_chunk) as reader:
         for _ in range(first_step_with(LATE)):
             reader.next()
-        with pytest.raises(StudentError, match=rf"chunk {LATE} in the store is damaged.*store verify URL --quarantine"):
+        with pytest.raises(StudentError, match=rf"chunk {LATE} in the store is damaged.*store verify URL --repair"):
             reader.next()
 
 

@@ -1,158 +1,312 @@
-"""The lease table: whatever happens to teachers and chunks, each chunk ends published once, in reading order, within the window."""
+"""The lease table: whatever happens to teachers and chunks, each chunk ends published or set aside, in reading order, within the window."""
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from stillhouse.errors import TeacherError
-from stillhouse.teacher.leases import LeaseTable
+from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
 
 MOST_CHUNKS = 8
+NUM_ROWS = 3
+TIMEOUT_S = 100.0
+
+
+def table_of(order: list[int], *, settled: set[int] = frozenset(), **budget: object) -> LeaseTable:
+    whole = {"max_failures": 2, "max_set_aside": 4, "timeout_s": TIMEOUT_S} | budget
+    there = np.array([number in settled for number in order], dtype=bool)
+    return LeaseTable(order, settled=there, num_rows=lambda _number: NUM_ROWS, budget=Budget(**whole))
 
 
 class LeaseMachine(RuleBasedStateMachine):
-    """Random teachers against the table; `waiting`, `leased` and `published` are what a person with paper would have written down."""
+    """Random teachers against the table. Some rows are poison: they raise, or kill whoever touches them, always and alone.
+
+    Machines that die, clocks that run out and chunks that are damaged afterwards come on top, as often as they like.
+    """
 
     @initialize(
-        order=st.permutations(range(100, 100 + MOST_CHUNKS)), size=st.integers(0, MOST_CHUNKS), there=st.sets(st.integers(100, 107))
+        order=st.permutations(range(100, 100 + MOST_CHUNKS)),
+        size=st.integers(0, MOST_CHUNKS),
+        there=st.sets(st.integers(100, 107)),
+        poison=st.dictionaries(
+            st.tuples(st.integers(100, 107), st.integers(0, NUM_ROWS - 1)), st.sampled_from(["raises", "kills"]), max_size=4
+        ),
     )
-    def begin(self, order: list[int], size: int, there: set[int]) -> None:
+    def begin(self, order: list[int], size: int, there: set[int], poison: dict[tuple[int, int], str]) -> None:
         self.order = order[:size]
         self.published = there & set(self.order)
-        self.leased: list[int] = []
-        self.num_raised = dict.fromkeys(self.order, 0)
-        self.num_lost = dict.fromkeys(self.order, 0)
+        self.poison = {place: how for place, how in poison.items() if place[0] in self.order}
+        self.set_aside: dict[int, set[int]] = {}
+        self.out: list[Lease] = []
+        self.void_before: dict[int, int] = {}  # leases that are older than the damage to their chunk
         self.limit = 0
-        self.table = LeaseTable(self.order, published=there, max_failures=3)
-
-    @property
-    def waiting(self) -> list[int]:
-        return [number for number in self.order if number not in self.published and number not in self.leased]
+        self.now = 0.0
+        self.table = table_of(self.order, settled=self.published)
 
     @rule(ahead=st.integers(0, MOST_CHUNKS))
     def move_the_window(self, ahead: int) -> None:
         self.limit = ahead
 
-    @rule()
-    def lease(self) -> None:
-        expected = next(iter(self.waiting), None)
-        if expected is not None and self.order.index(expected) >= self.limit:
-            expected = None
-        assert self.table.lease(limit=self.limit) == expected
-        if expected is not None:
-            self.leased.append(expected)
+    @rule(seconds=st.sampled_from([1.0, 10.0, TIMEOUT_S]))
+    def let_time_pass(self, seconds: float) -> None:
+        self.now += seconds
+        expired = self.table.expire(self.now)
+        assert all(lease.deadline <= self.now for lease in expired)
 
-    @precondition(lambda self: self.leased)
-    @rule(which=st.integers(0, 99))
-    def publish(self, which: int) -> None:
-        number = self.leased.pop(which % len(self.leased))
-        self.table.publish(number)
-        self.published.add(number)
+    @rule(teacher=st.integers(0, 3))
+    def lease(self, teacher: int) -> None:
+        self.take(self.table.lease(teacher, limit=self.limit, now=self.now))
 
-    @precondition(lambda self: self.leased)
-    @rule(which=st.integers(0, 99))
-    def hand_back(self, which: int) -> None:
-        self.table.hand_back(self.leased.pop(which % len(self.leased)))
+    @rule(teacher=st.integers(0, 3))
+    def hedge(self, teacher: int) -> None:
+        lease = self.table.hedge(teacher, now=self.now)
+        if lease is not None:
+            others = [other for other in self.out if other.work == lease.work and other.deadline > self.now]
+            assert len([other for other in others if other.holder != teacher]) >= 1
+            self.take(lease)
 
-    @precondition(lambda self: any(self.num_raised[number] < 2 for number in self.leased))
-    @rule(which=st.integers(0, 99))
-    def fail(self, which: int) -> None:
-        sound = [number for number in self.leased if self.num_raised[number] < 2]
-        number = sound[which % len(sound)]
-        self.leased.remove(number)
-        self.num_raised[number] += 1
-        self.table.fail(number, "out of luck")
+    def take(self, lease: Lease | None) -> None:
+        if lease is None:
+            return
+        assert self.order.index(lease.chunk) < self.limit or any(other.work == lease.work for other in self.out)
+        assert lease.chunk not in self.published
+        assert lease.left_out == self.set_aside.get(lease.chunk, set())
+        self.out.append(lease)
 
-    @precondition(lambda self: any(self.num_lost[number] < 8 for number in self.leased))
+    @precondition(lambda self: self.out)
     @rule(which=st.integers(0, 99))
-    def lose_the_teacher(self, which: int) -> None:
-        alive = [number for number in self.leased if self.num_lost[number] < 8]
-        number = alive[which % len(alive)]
-        self.leased.remove(number)
-        self.num_lost[number] += 1
-        self.table.lose(number, "preempted")
+    def finish(self, which: int) -> None:
+        """The teacher does what it was asked to, and meets the poison in it."""
+        lease = self.out.pop(which % len(self.out))
+        touched = {lease.trial} if lease.trial is not None else set(range(NUM_ROWS)) - lease.left_out
+        met = {self.poison[lease.chunk, row] for row in touched if (lease.chunk, row) in self.poison}
+        if "kills" in met:
+            self.note(self.table.lose(lease, "poison"))
+        elif met:
+            self.note(self.table.fail(lease, "poison"))
+        elif lease.trial is not None:
+            self.note(self.table.passed(lease))
+        else:
+            self.table.publish(lease, now=self.now)
+            if lease.id >= self.void_before.get(lease.chunk, 0):
+                self.published.add(lease.chunk)
+
+    @precondition(lambda self: self.out)
+    @rule(which=st.integers(0, 99))
+    def give_back(self, which: int) -> None:
+        self.table.give_back(self.out.pop(which % len(self.out)))
+
+    @precondition(lambda self: self.out)
+    @rule(which=st.integers(0, 99))
+    def lose_the_machine(self, which: int) -> None:
+        self.note(self.table.lose(self.out.pop(which % len(self.out)), "preempted", blame=False))
 
     @rule(number=st.integers(100, 108))
     def reopen(self, number: int) -> None:
-        assert self.table.reopen(number) == (number in self.published)
+        assert self.table.reopen(number, 999) == (number in self.published)
+        if number in self.published:
+            self.void_before[number] = max((lease.id for lease in self.out), default=-1) + 1
         self.published.discard(number)
+
+    def note(self, found: SetAside | None) -> None:
+        if found is not None:
+            assert all((found.chunk, row) in self.poison for row in found.rows)
+            self.set_aside[found.chunk] = set(found.rows)
 
     @invariant()
     def the_counts_are_right(self) -> None:
         table = self.table
-        assert (table.num_wanted, table.num_published, table.num_leased) == (len(self.order), len(self.published), len(self.leased))
-        assert table.num_failures == sum(self.num_raised.values())
-        assert table.done == (not self.waiting and not self.leased)
-        held = bool(self.waiting) and self.order.index(self.waiting[0]) >= self.limit
-        assert table.held_back(limit=self.limit) == held
+        assert (table.num_wanted, table.num_settled, table.num_out) == (len(self.order), len(self.published), len(self.out))
+        assert table.num_leased <= len({lease.work for lease in self.out})
+        assert table.done == (set(self.order) == self.published)
 
     def teardown(self) -> None:
-        """However it stands, patient teachers end it: every chunk is published, those that were waiting in reading order."""
+        """However it stands, patient teachers end it: every chunk is published, and exactly the poison that was met is set aside."""
         if not hasattr(self, "table"):
             return
-        for number in self.leased:
-            self.table.publish(number)
-        made = []
-        while (number := self.table.lease(limit=len(self.order))) is not None:
-            self.table.publish(number)
-            made.append(number)
+        self.limit = len(self.order)
+        for _ in range(10_000):
+            if self.table.done:
+                break
+            self.lease(9)
+            if self.out:
+                self.finish(0)
         assert self.table.done
-        assert self.table.num_published == len(self.order)
-        assert made == [number for number in self.order if number not in self.published and number not in self.leased]
+        assert self.published == set(self.order)
+        for number, rows in self.set_aside.items():
+            assert rows == {row for row in range(NUM_ROWS) if (number, row) in self.poison}
+        assert self.table.lease(9, limit=self.limit, now=self.now) is None
+        assert self.table.num_leased == 0
 
 
-LeaseMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+LeaseMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestLeaseTable = LeaseMachine.TestCase
 
 
+def lease_of(table: LeaseTable, holder: int = 0, *, now: float = 0.0) -> Lease:
+    lease = table.lease(holder, limit=table.num_wanted, now=now)
+    assert lease is not None
+    return lease
+
+
 def test_a_chunk_that_comes_back_goes_first_again():
-    table = LeaseTable([5, 3, 9], published=(), max_failures=3)
-    assert [table.lease(limit=2), table.lease(limit=2), table.lease(limit=2)] == [5, 3, None]
-    table.hand_back(5)
-    assert table.lease(limit=2) == 5
-    table.publish(5)
-    table.fail(3, "ValueError: no")
+    table = table_of([5, 3, 9])
+    first, second = table.lease(0, limit=2, now=0), table.lease(0, limit=2, now=0)
+    assert (first.chunk, second.chunk, table.lease(0, limit=2, now=0)) == (5, 3, None)
+    assert table.held_back(limit=2)
+    table.give_back(first)
+    again = table.lease(0, limit=2, now=0)
+    assert again.chunk == 5
+    table.publish(again, now=1)
+    table.fail(second, "ValueError: no")
     assert table.reopen(5)
-    assert [table.lease(limit=2), table.lease(limit=2)] == [5, 3]
+    assert [lease_of(table).chunk for _ in range(3)] == [5, 3, 9]
 
 
-def test_the_last_failure_allowed_names_the_chunk_and_its_reason():
-    table = LeaseTable([7, 8], published=(), max_failures=2)
-    assert table.lease(limit=2) == 7
-    table.fail(7, "IndexError: first")
-    assert table.lease(limit=2) == 7
-    with pytest.raises(TeacherError, match=r"chunk 7 failed 2 times, last with: IndexError: second\. Every other published chunk is kept"):
-        table.fail(7, "IndexError: second")
-    assert table.num_failures == 2
+def test_work_that_is_late_is_given_to_another_and_the_late_one_is_still_welcome():
+    table = table_of([7])
+    slow = lease_of(table, 0)
+    assert table.expire(TIMEOUT_S - 1) == []
+    assert table.expire(TIMEOUT_S) == [slow]
+    other = lease_of(table, 1, now=TIMEOUT_S)
+    assert other.chunk == 7
+    table.publish(slow, now=TIMEOUT_S + 1)
+    assert table.done
+    table.publish(other, now=TIMEOUT_S + 2)  # a duplicate, which the store refused
+    assert (table.num_late, table.num_settled, table.num_out) == (1, 1, 0)
+
+
+def test_slow_work_is_given_to_one_idle_teacher_more_and_to_no_third():
+    table = table_of(list(range(8)))
+    for now in range(6):
+        table.publish(lease_of(table, 0, now=10.0 * now), now=10.0 * now + 10)
+    slow, recent = lease_of(table, 0, now=60), lease_of(table, 1, now=75)
+    assert table.hedge(2, now=80) is None  # not twice the usual ten seconds
+    assert table.hedge(0, now=81) is None  # its own
+    hedge = table.hedge(2, now=81)
+    assert (hedge.chunk, hedge.holder) == (slow.chunk, 2)
+    assert table.hedge(3, now=90) is None
+    table.give_back(hedge)
+    assert table.hedge(3, now=90).chunk == slow.chunk
+    table.publish(slow, now=91)
+    assert table.hedge(4, now=200).chunk == recent.chunk
+    assert table.num_hedged == 3
+
+
+def raise_until_examined(table: LeaseTable, times: int = 2) -> None:
+    for _ in range(times):
+        assert table.fail(lease_of(table), "IndexError: no") is None
+
+
+def test_a_row_that_raises_is_found_and_set_aside():
+    table = table_of([7, 8])
+    raise_until_examined(table)
+    found = None
+    tried = []
+    while found is None:
+        lease = lease_of(table)
+        assert lease.chunk == 7
+        tried.append(lease.trial)
+        found = table.fail(lease, "IndexError: row 1") if lease.trial == 1 else table.passed(lease)
+    assert tried == [0, 1, 2, 1]
+    assert found == SetAside(7, (1,), "IndexError: row 1")
+    again = lease_of(table)
+    assert (again.chunk, again.trial, again.left_out) == (7, None, frozenset([1]))
+    assert table.num_set_aside == 1
+
+
+def test_deaths_are_forgiven_three_times_as_long_as_errors():
+    table = table_of([7, 8])
+    for _ in range(5):
+        table.lose(lease_of(table), "killed")
+        assert lease_of(table).trial is None
+        table.clear()
+    table.lose(lease_of(table), "killed")
+    assert lease_of(table).trial == 0
+
+
+def test_deaths_of_machines_that_said_so_count_for_nothing():
+    table = table_of([7])
+    for _ in range(50):
+        table.lose(lease_of(table), "preempted", blame=False)
+    assert lease_of(table).trial is None
+    assert table.num_losses == 50
 
 
 def test_failures_of_different_chunks_do_not_add_up():
-    table = LeaseTable(range(10), published=(), max_failures=2)
-    for number in range(10):
-        assert table.lease(limit=10) == number
-    for number in range(10):
-        table.fail(number, "once each")
+    table = table_of(list(range(10)))
+    leases = [lease_of(table) for _ in range(10)]
+    for lease in leases:
+        table.fail(lease, "once each")
     assert table.num_failures == 10
-    assert table.lease(limit=10) == 0
+    assert [lease_of(table).trial for _ in range(10)] == [None] * 10
 
 
-def test_lost_teachers_are_forgiven_until_one_chunk_has_taken_too_many_with_it():
-    table = LeaseTable([1, 2], published=(), max_failures=2)
-    for _ in range(5):
-        assert table.lease(limit=2) == 1
-        assert table.lease(limit=2) == 2
-        table.lose(1, "killed")
-        table.hand_back(2)
-    assert table.lease(limit=2) == 1
-    with pytest.raises(TeacherError, match="chunk 1 was lost with its teacher 6 times, last with: killed"):
-        table.lose(1, "killed")
-    assert table.num_failures == 0
+def test_a_chunk_that_fails_though_its_rows_do_not_ends_the_run_by_name():
+    table = table_of([7, 8])
+    raise_until_examined(table)
+    for _ in range(NUM_ROWS):
+        assert table.passed(lease_of(table)) is None
+    table.fail(lease_of(table), "OutOfMemoryError: first")
+    lease = lease_of(table)
+    assert (lease.chunk, lease.trial) == (7, None)
+    with pytest.raises(TeacherError, match=r"chunk 7 cannot be made although .* ended with: OutOfMemoryError: second\. Every other"):
+        table.fail(lease, "OutOfMemoryError: second")
 
 
-@pytest.mark.parametrize("end", [LeaseTable.publish, LeaseTable.hand_back])
-def test_nobody_ends_a_lease_that_is_not_held(end):
-    table = LeaseTable([1, 2], published=[2], max_failures=1)
-    for number in (1, 2, 3):
-        with pytest.raises(KeyError):
-            end(table, number)
+def test_a_failure_of_everything_is_not_taken_for_poison():
+    table = table_of([7, 8], max_set_aside=2)
+    raise_until_examined(table)
+    table.fail(lease_of(table), "RuntimeError: CUDA")
+    table.fail(lease_of(table), "RuntimeError: CUDA")
+    with pytest.raises(TeacherError, match=r"chunk 7 .* \(rows 0, 1, 2\), last with: RuntimeError: CUDA\. With 0 set aside .* which is 2"):
+        table.fail(lease_of(table), "RuntimeError: CUDA")
+
+
+def test_more_poison_than_may_be_set_aside_ends_the_run():
+    table = table_of([7, 8], max_set_aside=1)
+    raise_until_examined(table)
+    found = None
+    while found is None:
+        lease = lease_of(table)
+        found = table.fail(lease, "poison") if lease.trial == 2 else table.passed(lease)
+    table.publish(lease_of(table), now=1)
+    raise_until_examined(table)
+    with pytest.raises(TeacherError, match="chunk 8"):
+        table.fail(lease_of(table), "poison")
+
+
+def test_a_chunk_that_comes_late_after_all_ends_the_search_for_its_poison():
+    table = table_of([7])
+    slow = lease_of(table, 0)
+    table.expire(TIMEOUT_S)
+    for _ in range(2):
+        table.fail(lease_of(table, 1, now=TIMEOUT_S), "no")
+    trial = lease_of(table, 1, now=TIMEOUT_S)
+    assert trial.trial == 0
+    table.publish(slow, now=TIMEOUT_S + 1)
+    assert table.done
+    assert table.passed(trial) is None
+    assert table.lease(1, limit=1, now=TIMEOUT_S + 2) is None
+
+
+def test_a_publication_from_before_the_damage_does_not_count_after_it():
+    table = table_of([7])
+    slow = lease_of(table, 0)
+    table.expire(TIMEOUT_S)
+    table.publish(lease_of(table, 1, now=TIMEOUT_S), now=TIMEOUT_S)
+    assert table.reopen(7)
+    table.publish(slow, now=TIMEOUT_S + 1)  # it lost the race for the chunk that is in quarantine now
+    assert not table.done
+    assert lease_of(table).chunk == 7
+
+
+@pytest.mark.parametrize("end", [LeaseTable.find, LeaseTable.give_back, LeaseTable.passed])
+def test_nobody_ends_a_lease_twice(end):
+    table = table_of([1, 2])
+    lease = lease_of(table)
+    table.give_back(lease)
+    with pytest.raises(KeyError):
+        end(table, lease)

@@ -141,12 +141,25 @@ def test_a_torn_last_line_is_not_read_and_the_next_row_takes_its_place(tmp_path,
     assert read_journal(journal.path) == [START, TRAIN]
 
 
-def test_a_figure_that_a_row_may_lack_may_be_missing_from_its_line(tmp_path):
+def test_a_figure_that_a_row_may_lack_may_be_missing_from_a_line_without_a_checksum(tmp_path):
     path = tmp_path / "journal.jsonl"
     Journal(path).record(replace(TRAIN, z_loss=7.0))
     assert read_journal(path) == [replace(TRAIN, z_loss=7.0)]
-    path.write_text(path.read_text().replace(', "z_loss": 7.0', ""))
+    values = json.loads(path.read_text())
+    del values["z_loss"], values["crc"]
+    path.write_text(json.dumps(values) + "\n")
     assert read_journal(path) == [TRAIN]
+
+
+def test_a_bit_flipped_in_a_line_is_found_wherever_it_is(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).record(START)
+    Journal(path).record(TRAIN)
+    whole = path.read_bytes()
+    for place in range(len(whole) - 1):  # without the last line's end: that line would be one that was never finished
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(RunError, match=f"line {1 if place <= whole.index(10) else 2} of .*journal"):
+            read_journal(path)
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", "7", '{"kind": "song"}', '{"kind": "pool", "published": 3}', "\x00\x00"])
@@ -269,7 +282,7 @@ def test_no_secret_reaches_the_journal(tmp_path):
 def _wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
     """All of a finished run's. W&B's service writes the last of them after `finish` has returned."""
     deadline = time.monotonic() + 30
-    while (records := _records_so_far(path.read_bytes()))[-1].WhichOneof("record_type") != "exit":
+    while not (records := _records_so_far(path.read_bytes())) or records[-1].WhichOneof("record_type") != "exit":
         assert time.monotonic() < deadline, "the file has no end"
         time.sleep(0.02)
     return records

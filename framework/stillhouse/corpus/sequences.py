@@ -13,68 +13,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
+import xxhash
 
 from stillhouse.config import CorpusSection
-from stillhouse.corpus.documents import Documents, load_documents, shuffled_order
+from stillhouse.corpus.documents import Documents, load_documents
+from stillhouse.corpus.stored import BLOCK_TOKENS, CACHE_VERSION, Corpus, Rows, rows_per_batch, write_corpus
 from stillhouse.corpus.tokens import Tokens, tokenise
 from stillhouse.errors import CorpusError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-CACHE_VERSION = 2  # of this file's semantics: a change to tokenising, packing, masks or layout raises it
-BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Consecutive sequences; the arrays may be read-only views of a memory map."""
-
-    token_ids_SL: NDArray[np.int32]
-    positions_SL: NDArray[np.int32]  # restart at 0 at each document and at each sequence
-    loss_mask_SL: NDArray[np.uint8]
-
-    def __len__(self) -> int:
-        return len(self.token_ids_SL)
-
-    def select(self, rows: slice | NDArray[np.bool_]) -> "Rows":
-        return Rows(self.token_ids_SL[rows], self.positions_SL[rows], self.loss_mask_SL[rows])
-
-
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """A file of sequences as a plain value: it holds nothing open, and pickles."""
-
-    path: str
-    order_path: str | None  # of the places in the file, int64 [S] in the corpus's order; None: as they lie
-    digest: str  # sha256 over ids, positions, masks, shape and order
-    num_sequences: int
-    sequence_length: int
-    num_targets: int  # ones of the loss mask
-
-    def rows(self, start: int, stop: int) -> Rows:
-        """Sequences start <= s < stop: views of the memory map where they lie together in it. Raises IndexError out of range."""
-        if not 0 <= start < stop <= self.num_sequences:
-            raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
-        file = pa.ipc.open_file(pa.memory_map(self.path))
-        if self.order_path is None:
-            return self._together(file, start, stop)
-        places = np.load(self.order_path, mmap_mode="r")[start:stop]
-        return _joined([self._together(file, place, place + 1) for place in places.tolist()])
-
-    def _together(self, file: pa.ipc.RecordBatchFileReader, start: int, stop: int) -> Rows:
-        """The sequences at these places of the file."""
-        size = _rows_per_batch(self.sequence_length)
-        parts = [_rows_of(file.get_batch(number), self.sequence_length) for number in range(start // size, (stop - 1) // size + 1)]
-        first = start // size * size
-        return _joined(parts).select(slice(start - first, stop - first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +103,8 @@ def _build(
         return _padded(tokens, length=length, limit=limit, padding=padding or 0)
 
     corpora = {
-        "heldout": _write(directory / "heldout.arrow", sequences(section.heldout_sequences), length),
-        "train": _shuffled(_write(directory / "train.arrow", sequences(sys.maxsize), length), seed=section.seed),
+        "heldout": write_corpus(directory / "heldout.arrow", sequences(section.heldout_sequences), length),
+        "train": write_corpus(directory / "train.arrow", sequences(sys.maxsize), length).shuffled(seed=section.seed),
     }
     found = corpora["heldout"].num_sequences + corpora["train"].num_sequences
     if corpora["train"].num_sequences == 0:
@@ -161,8 +114,10 @@ def _build(
             " Give more documents, or lower corpus.sequence_length or corpus.heldout_sequences"
         )
     sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
+    small = {file.name: _file_hash(file) for file in directory.glob("*.npy")}
     written = {name: _with_paths(asdict(corpus), lambda file: Path(file).name) for name, corpus in corpora.items()}
-    (directory / "corpus.json").write_text(json.dumps({"corpora": written, "num_bytes": sizes}))
+    values = {"corpora": written, "num_bytes": sizes, "xxh3": small}
+    (directory / "corpus.json").write_text(json.dumps(values | {"check": _check_of(values)}))
 
 
 def _counted(documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]) -> Iterator[Tokens]:
@@ -181,7 +136,7 @@ def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator
     pending: list[Tokens] = []
     remaining = limit
     while remaining:
-        wanted = min(remaining, _rows_per_batch(length)) * length
+        wanted = min(remaining, rows_per_batch(length)) * length
         num_tokens = sum(len(document) for document in pending)
         while num_tokens < wanted and (document := next(documents, None)) is not None:
             pending.append(document)
@@ -223,7 +178,7 @@ def _padded(documents: Iterator[Tokens], *, length: int, limit: int, padding: in
     Padding comes last and its positions go on: under causal attention no real token sees it, and no model takes it for a second document.
     """
     remaining = limit
-    while block := list(itertools.islice(documents, min(remaining, _rows_per_batch(length)))):
+    while block := list(itertools.islice(documents, min(remaining, rows_per_batch(length)))):
         ids_SL = np.full((len(block), length), padding, dtype=np.int32)
         mask_SL = np.zeros((len(block), length), dtype=np.uint8)
         for row, document in enumerate(block):
@@ -240,87 +195,34 @@ def _with_targets(rows: Rows) -> Rows:
     return rows.select(np.any(rows.loss_mask_SL != 0, axis=1))
 
 
-# ---- sequences <-> files
+# ---- what was prepared before
 
 
-def _write(path: Path, blocks: Iterable[Rows], length: int) -> Corpus:
-    schema = pa.schema(
-        [
-            ("token_ids", pa.list_(pa.int32(), length)),
-            ("positions", pa.list_(pa.int32(), length)),
-            ("loss_mask", pa.list_(pa.uint8(), length)),
-        ]
-    )
-    hashes = [hashlib.sha256() for _ in schema]
-    num_sequences = num_targets = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for rows in _in_batches(blocks, _rows_per_batch(length)):
-            columns: list[NDArray[np.generic]] = [rows.token_ids_SL.ravel(), rows.positions_SL.ravel(), rows.loss_mask_SL.ravel()]
-            for digest, column in zip(hashes, columns, strict=True):
-                digest.update(column.data)
-            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(column), length) for column in columns]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-            num_sequences += len(rows)
-            num_targets += int(rows.loss_mask_SL.sum(dtype=np.int64))
-    parts = [f"stillhouse corpus {CACHE_VERSION}", num_sequences, length, *(digest.hexdigest() for digest in hashes)]
-    return Corpus(str(path), None, hashlib.sha256(json.dumps(parts).encode()).hexdigest(), num_sequences, length, num_targets)
+def _file_hash(path: Path) -> str:
+    return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
-def _shuffled(corpus: Corpus, *, seed: int) -> Corpus:
-    """The same sequences in an order by seed, which is written beside them."""
-    order_S = shuffled_order(corpus.num_sequences, "sequence", seed=seed)
-    order_path = Path(corpus.path).with_suffix(".order.npy")
-    np.save(order_path, order_S)
-    parts = [corpus.digest, hashlib.sha256(order_S.data).hexdigest()]
-    return replace(corpus, order_path=str(order_path), digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest())
-
-
-def _in_batches(blocks: Iterable[Rows], size: int) -> Iterator[Rows]:
-    """The same sequences, `size` at a time, the last ones fewer: a sequence's record batch is then a matter of division."""
-    held: list[Rows] = []
-    for block in blocks:
-        held.append(block)
-        while sum(map(len, held)) >= size:
-            joined = _joined(held)
-            yield joined.select(slice(size))
-            held = [joined.select(slice(size, None))]
-    rest = _joined(held) if held else None
-    if rest is not None and len(rest):
-        yield rest
-
-
-def _rows_per_batch(length: int) -> int:
-    return max(1, BLOCK_TOKENS // length)
-
-
-def _joined(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    return Rows(
-        np.concatenate([part.token_ids_SL for part in parts]),
-        np.concatenate([part.positions_SL for part in parts]),
-        np.concatenate([part.loss_mask_SL for part in parts]),
-    )
-
-
-def _rows_of(batch: pa.RecordBatch, length: int) -> Rows:
-    ids_SL, positions_SL, mask_SL = (column.flatten().to_numpy(zero_copy_only=True).reshape(-1, length) for column in batch.columns)
-    return Rows(ids_SL, positions_SL, mask_SL)
+def _check_of(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def _read_split(directory: Path) -> Split | None:
-    """The two corpora of a directory that was prepared before; None where there is none, or its files were cut short."""
+    """The two corpora of a directory that was prepared before; None where there is none, or its files are cut short or damaged."""
     try:
         written = json.loads((directory / "corpus.json").read_text())
+        if written.pop("check") != _check_of(written):
+            return None
         corpora = {name: Corpus(**_with_paths(values, lambda file: str(directory / file))) for name, values in written["corpora"].items()}
         is_whole = all((directory / name).stat().st_size == size for name, size in written["num_bytes"].items())
-    except (FileNotFoundError, json.JSONDecodeError):
+        is_whole = is_whole and all(_file_hash(directory / name) == digest for name, digest in written["xxh3"].items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Split(train=corpora["train"], heldout=corpora["heldout"]) if is_whole else None
 
 
 def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    return corpus | {field: change(corpus[field]) for field in ("path", "order_path") if corpus[field] is not None}
+    paths = [name for name in corpus if name.endswith("path") and corpus[name] is not None]
+    return corpus | {name: change(corpus[name]) for name in paths}
 
 
 def _move_into_place(building: Path, directory: Path) -> None:

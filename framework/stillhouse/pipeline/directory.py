@@ -15,6 +15,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Literal
 
+import xxhash
+
 from stillhouse.config import Config, parse_config, resolved_json
 from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError
 from stillhouse.pipeline.plan import Plan
@@ -22,6 +24,7 @@ from stillhouse.store import ChunkStore, differences, parse_recipe
 from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView
 
 _FOLLOW_EVERY_S = 0.5
+_SEAL = "xxh3"  # the name of the checksum among the config's sections
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
 
 # What may differ when a run directory is used again. Everything else decides a target, a batch or a gradient.
@@ -31,18 +34,41 @@ _MAY_CHANGE: Mapping[str, set[str]] = {
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
     | {"num_workers", "min_workers", "watchdog_s", "regroup_s"}
     | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
-    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences"},
-    "store": {"url", "window_bytes"},
+    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences", "max_set_aside", "lease_timeout_s"},
+    "store": {"url", "window_bytes", "retain"},
 }
 _MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})
 
 
 def config_of(run_dir: Path) -> Config:
-    """The resolved config that a run directory was last used with. Raises RecipeError where it is no run directory."""
+    """The resolved config that a run directory was last used with.
+
+    Raises RecipeError where it is no run directory, ConfigError where its config is damaged.
+    """
     path = run_dir / "config.json"
     if not path.is_file():
         raise RecipeError(f"{run_dir} is not a run directory: it has no config.json; name the --run-dir of an earlier run")
-    return parse_config(json.loads(path.read_text()))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        seal = values.pop(_SEAL, None)
+        if seal is not None and seal != _digest_of(values):
+            raise ValueError("its checksum differs")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it, and start the run again with its own config file") from None
+    try:
+        return parse_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _sealed(config: Config) -> bytes:
+    """What config.json holds: every value, and their checksum."""
+    values = json.loads(resolved_json(config))
+    return (json.dumps({**values, _SEAL: _digest_of(values)}, indent=2) + "\n").encode()
+
+
+def _digest_of(values: dict[str, object]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def changes_that_matter(before: Config, after: Config) -> list[str]:
@@ -116,7 +142,7 @@ def _claim(plan: Plan) -> None:
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {plan.run_dir}: {error.strerror}; name another --run-dir") from None
     _replace(plan.run_dir / "recipe.json", plan.recipe.canonical_json())
-    _replace(plan.run_dir / "config.json", resolved_json(plan.config).encode())
+    _replace(plan.run_dir / "config.json", _sealed(plan.config))
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -4,7 +4,7 @@
 """
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +17,16 @@ from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, Reader
+from stillhouse.store.readers import join, leave, reader_name
+from stillhouse.student.job import order_of_reader
+from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
-from stillhouse.tracking import EvalRow, Journal
+from stillhouse.teacher.readership import Readership
+from stillhouse.tracking import EvalRow, Journal, Tracker
 
 _LOOK_EVERY_S = 1.0
 
@@ -41,9 +46,19 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
             _teach(made, journal, available=available, board=board, readers=(), finished=finished)
 
 
+def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
+    """Have teachers make exactly these chunks, which are out of the store already; neither a run directory nor a student has a part."""
+    _require_shared_store(made)
+    with attached(made.config.cluster) as available:
+        require_room(teacher_crew(made.config.teacher), available)
+        _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True, order=numbers)
+
+
 def train(made: Plan, *, command: str = "stillhouse train") -> None:
     """Train on a store that already holds what is needed, then evaluate and report. Raises StoreError where chunks are missing."""
-    missing = set(made.chunks) - ChunkStore.create(made.config.store.url, made.recipe).published()
+    store = ChunkStore.create(made.config.store.url, made.recipe)
+    _join_readers(made, store)
+    missing = set(made.chunks) - store.published()
     if missing:
         raise StoreError(
             f"{len(missing)} of {len(made.chunks)} chunks are not in {made.config.store.url}; "
@@ -108,24 +123,63 @@ def _require_shared_store(made: Plan) -> None:
 
 def _teach(
     made: Plan,
-    journal: Journal,
+    journal: Tracker,
     *,
     available: Mapping[str, float],
     board: Board,
     readers: Collection[str],
     finished: Callable[[], bool],
+    order: Sequence[int] | None = None,
 ) -> None:
     config = made.config
-    pool = TeacherPool(
-        TeacherJob(config.teacher, made.recipe, config.store.url, config.cluster.threads),
+    crew = RayCrew(
+        TeacherJob(config.teacher, made.recipe, config.store.url, config.cluster.threads, config.cluster.notices),
         where=placement(config.teacher, available),
         secrets=local_secrets(),
-        order=made.chunks,
+        board=board,
+    )
+    store = ChunkStore(config.store.url, made.recipe)
+    own = _join_readers(made, store)
+    pool = TeacherPool(
+        crew,
+        config.teacher,
+        store=store,
+        order=made.chunks if order is None else order,
         item_of=made.item,
         window_chunks=made.window_chunks,
         journal=journal,
+        readership=_readership(made, store, own) if readers else None,
     )
     pool.run(readers=readers, board=board, finished=finished)
+
+
+def _readership(made: Plan, store: ChunkStore, own: Collection[str]) -> Readership:
+    """The readers of the run's store, its own students among them."""
+
+    def position(reader: Reader) -> int | None:
+        same_order = (reader.seed, reader.window_chunks) == (made.order.seed, made.order.window_chunks)
+        return order_of_reader(reader, made.recipe).chunks_finished(reader.committed_step) if same_order else None
+
+    return Readership(
+        store,
+        own=own,
+        deletes=made.config.store.retain == "until-read",
+        least_ahead=chunks_read_ahead(made.order),
+        done_after=lambda reader: order_of_reader(reader, made.recipe).steps_until_done_with(reader.total_steps),
+        position=position,
+    )
+
+
+def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
+    """Register the run's students, and those alone, before anybody counts on what is there; returns their names."""
+    own = [job.reader(0) for job in made.jobs()]
+    for reader in own:
+        join(store, reader)
+    names = [reader.name for reader in own]
+    for role in ("student", "control"):
+        if (name := reader_name(str(made.run_dir), role)) not in names:
+            leave(store, name)  # of an earlier attempt with another config: it would keep every chunk for ever
+    return names
 
 
 def _learn(made: Plan, journal: Journal, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:

@@ -17,15 +17,33 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from stillhouse.report import summary as numbers
+from stillhouse.report.goodput import Part, student_time, teacher_time
 from stillhouse.report.summary import Summary
-from stillhouse.report.words import small
+from stillhouse.report.words import percent, small
 
 _MAX_POINTS = 300
 _MAX_BINS = 60
 
 # Colours that mean a CSS variable: matplotlib writes them out, `_render` puts the variable in their place.
-INK, FAINT, TEACHER, STUDENT, CONTROL = "#010101", "#020202", "#030303", "#040404", "#050505"
-_CSS_VARIABLES = {INK: "--ink-soft", FAINT: "--rule", TEACHER: "--teacher", STUDENT: "--student", CONTROL: "--control"}
+INK, FAINT, TEACHER, STUDENT, CONTROL, GOOD, BAD = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606", "#070707"
+_CSS_VARIABLES = {
+    INK: "--ink-soft",
+    FAINT: "--rule",
+    TEACHER: "--teacher",
+    STUDENT: "--student",
+    CONTROL: "--control",
+    GOOD: "--good",
+    BAD: "--bad",
+}
+_PARTS: dict[Part, tuple[str, str]] = {  # in the order of the bar; what is left of it are processors that were given back
+    "useful": ("useful", GOOD),
+    "waiting": ("waiting for the other side", CONTROL),
+    "checkpointing": ("checkpointing", STUDENT),
+    "starting": ("starting", INK),
+    "restarting": ("restarting", TEACHER),
+    "redone": ("redone", BAD),
+    "other": ("other", FAINT),
+}
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -183,6 +201,31 @@ def pace_panels(summary: Summary) -> list[Panel]:
     return panels
 
 
+def time_panel(summary: Summary) -> Panel | None:
+    """Where the time of students and teachers went; None where neither was at work."""
+    found = {"teachers": teacher_time(summary), "students": student_time(summary)}
+    sides = {name: spent for name, spent in found.items() if spent is not None}
+    if not sides:
+        return None
+    shown = [part for part in _PARTS if any(spent.share(part) > 0.0005 for spent in sides.values())]
+
+    def draw(axes: Axes) -> None:
+        left = np.zeros(len(sides))
+        for part in shown:
+            width = np.array([spent.share(part) for spent in sides.values()])
+            axes.barh(list(sides), width, left=left, height=0.56, color=_PARTS[part][1], linewidth=0)
+            left += width
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.grid(visible=False)
+
+    words = "Shares of the run's time; where a bar ends, the side's work was done. " + " ".join(
+        f"Of the {name}' time until then, {percent(spent.goodput)} was useful." for name, spent in reversed(sides.items())
+    )
+    legend = [(_PARTS[part][0], _CSS_VARIABLES[_PARTS[part][1]]) for part in shown]
+    return Panel("Share of time", _render(draw, size=(10.3, 0.55 + 0.5 * len(sides))), words, legend)
+
+
 def _dots(axes: Axes, points: tuple[NDArray[np.float64], NDArray[np.float64]], colour: str) -> None:
     axes.plot(*points, color=colour, linestyle="none", marker="o", markersize=3, markeredgewidth=0)
     axes.set_xlabel("chunk, in order of publication")
@@ -236,11 +279,11 @@ def _short_count(value: float) -> str:
     return f"{value:g}"
 
 
-def _render(draw: Callable[[Axes], None]) -> str:
-    """SVG of half the page's width, without the preamble that only a file of its own needs."""
+def _render(draw: Callable[[Axes], None], *, size: tuple[float, float] = (5.0, 2.5)) -> str:
+    """SVG of so many inches (five are half the page's width), without the preamble that only a file of its own needs."""
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.0, 2.5), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = re.sub(r'^.*?<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', file.getvalue(), flags=re.DOTALL)

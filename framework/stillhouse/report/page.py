@@ -14,7 +14,8 @@ from typing import Any
 
 from stillhouse.errors import UserError
 from stillhouse.report import summary as numbers
-from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, training_panels
+from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, time_panel, training_panels
+from stillhouse.report.goodput import incidents, recoveries
 from stillhouse.report.summary import Summary, summarise, verdict
 from stillhouse.report.words import date, duration, large, num_bytes, percent, small, times
 from stillhouse.tracking import EvalRow, StartRow, read_journal, scrub
@@ -47,7 +48,7 @@ def _config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return scrub(values) if isinstance(values, dict) else {}
+    return scrub({name: value for name, value in values.items() if isinstance(value, dict)}) if isinstance(values, dict) else {}
 
 
 def _page(summary: Summary, config: Mapping[str, Any]) -> str:
@@ -80,6 +81,7 @@ def _page(summary: Summary, config: Mapping[str, Any]) -> str:
 {_panels(fidelity_panels(summary) if summary.chunks else [], "No chunk was computed in this run: every target came from the store.")}
 <h2>Pace</h2>
 {_panels(pace_panels(summary), no_pace)}
+{_time(summary)}
 <h2>What a target token costs</h2>
 {_costs(summary)}
 <h2>Facts of the run</h2>
@@ -191,6 +193,27 @@ def _panel(panel: Panel) -> str:
     title = f'<div class="title">{escape(panel.title)}<span class="legend">{keys}</span></div>'
     svg = panel.svg.replace("<svg ", f'<svg aria-label="{escape(panel.title)}" ', 1)
     return f"<figure>{title}{svg}<figcaption>{escape(panel.caption)}</figcaption></figure>"
+
+
+def _time(summary: Summary) -> str:
+    """Where the time went, and what the run recovered from; nothing where nobody was at work."""
+    panel = time_panel(summary)
+    if panel is None:
+        return ""
+    return f"<h2>Where the time went</h2>\n{_panel(panel)}\n{_recoveries(summary)}"
+
+
+def _recoveries(summary: Summary) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(duration(each.at))}</th><td>{escape(each.whose)}</td><td>{escape(each.cause)}</td>"
+        f"<td>{each.seconds:.1f}</td><td>{each.lost_steps:,}</td><td>{escape(each.detail)}</td></tr>"
+        for each in recoveries(summary)
+    )
+    names = ("Went on at", "Whose", "Cause", "Seconds", "Steps again", "What happened")
+    head = f"<thead><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>"
+    table = f'<div class="scroll"><table class="recoveries">{head}<tbody>{rows}</tbody></table></div>' if rows else ""
+    words = incidents(summary)
+    return table + (f'<p class="note">{escape("; ".join(words))}.</p>' if words else "")
 
 
 def _kept(start: StartRow) -> str:

@@ -78,6 +78,11 @@ class Blobs:
             sleep(_FIRST_PAUSE_S * 2**attempt)  # S3 answered 409: two writers at once, of whom perhaps neither has won
         raise StoreUnavailable(f"cannot write {key} in {self.url}: the store says that it exists, and that it does not; try again")
 
+    def replace(self, key: str, data: bytes) -> None:
+        """Put an object, whole or not at all, in place of what is there."""
+        with self._in_words(f"write {key}"):
+            obstore.put(self._store, key, data, use_multipart=False)
+
     def stream(self, key: str, fill: Callable[[Callable[[bytes | memoryview], None]], None]) -> None:
         """Put an object of any size, whole or not at all, in place of what is there: `fill` is called with a function that takes its bytes.
 

@@ -3,6 +3,7 @@
 <root>/<first 16 digits of the fingerprint>/recipe.json
 <root>/<the same>/chunks/0000000012.safetensors         created once, never changed
 <root>/<the same>/quarantine/                           chunks that were found bad, out of the readers' sight
+<root>/<the same>/readers/                              who reads them, and how far: see readers.py
 """
 
 import re
@@ -163,6 +164,35 @@ class ChunkStore:
             return True
         return False
 
+    def delete(self, number: int) -> None:
+        """Take a chunk away for good, because nobody will read it again; one that is gone already is no error."""
+        self._blobs.delete(self.key(number))
+
+    @property
+    def blobs(self) -> Blobs:
+        return self._blobs
+
+    @property
+    def folder(self) -> str:
+        """The recipe's folder under the root."""
+        return self._folder
+
+    def restore_recipe(self) -> bool:
+        """Publish recipe.json anew if it is missing or damaged; a damaged one goes to quarantine. True if it had to be."""
+        key = f"{self._folder}/recipe.json"
+        blob = self._blobs.stat(key)
+        if blob is not None and bytes(self._blobs.read(key)) == self.recipe.canonical_json():
+            return False
+        if blob is not None:
+            self._blobs.move(key, f"{self._folder}/quarantine/recipe-{_moment(blob)}.json")
+        self._blobs.create(key, self.recipe.canonical_json())
+        return True
+
+    def findings(self) -> Iterator[Finding]:
+        """Read every chunk and say of each object among them whether it is good, or why not. Changes nothing."""
+        for blob in self._blobs.under(f"{self._folder}/chunks"):
+            yield Finding(blob.key, _number_of(blob.key), _problem_with(self, blob))
+
     def key(self, number: int) -> str:
         self.recipe.chunk_rows(number)
         return f"{self._folder}/chunks/{number:010d}.safetensors"
@@ -171,9 +201,8 @@ class ChunkStore:
         blob = self._blobs.stat(self.key(number))
         if blob is None:
             return
-        published = blob.modified.strftime("%Y%m%dT%H%M%S.%f")
         try:
-            self._blobs.move(blob.key, f"{self._folder}/quarantine/{number:010d}-{published}.safetensors")
+            self._blobs.move(blob.key, f"{self._folder}/quarantine/{number:010d}-{_moment(blob)}.safetensors")
         except FileNotFoundError:
             return  # somebody else did
 
@@ -219,8 +248,7 @@ def verify_store(url: str) -> Iterator[Finding]:
             yield Finding(f"{folder}/recipe.json", None, str(error))
             continue
         yield Finding(f"{folder}/recipe.json", None, None)
-        for blob in blobs.under(f"{folder}/chunks"):
-            yield Finding(blob.key, _number_of(blob.key), _problem_with(store, blob))
+        yield from store.findings()
 
 
 def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
@@ -236,6 +264,11 @@ def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
                 removed.append(str(path))
     quarantined = [blob.key for folder in _recipe_folders(blobs) for blob in blobs.under(f"{folder}/quarantine")]
     return Swept(removed, quarantined)
+
+
+def _moment(blob: Blob) -> str:
+    """When it was published, as a part of a name."""
+    return blob.modified.strftime("%Y%m%dT%H%M%S.%f")
 
 
 def _number_of(key: str) -> int | None:

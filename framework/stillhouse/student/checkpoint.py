@@ -78,8 +78,7 @@ def part_of(rank: int, world_size: int) -> str:
 
 def publish_part(blobs: Blobs, folder: str, *, rank: int, world_size: int, files: Files) -> None:
     """Say which files this rank has written; done again, it says so again."""
-    data = _sealed("part", dict(files))
-    blobs.stream(f"{folder}/{part_of(rank, world_size)}", lambda write: write(data))
+    blobs.replace(f"{folder}/{part_of(rank, world_size)}", _sealed("part", dict(files)))
 
 
 def read_part(blobs: Blobs, folder: str, *, rank: int, world_size: int) -> Files:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.config import StudentSection
-from stillhouse.store import Recipe
+from stillhouse.store import Reader, Recipe
+from stillhouse.store.readers import reader_name
 from stillhouse.student.checkpoint import Origin
 from stillhouse.student.order import Order
 
@@ -48,6 +49,28 @@ class TrainJob:
     @property
     def order(self) -> Order:
         return order_of(self.section, self.recipe)
+
+    def reader(self, committed_step: int) -> Reader:
+        """This student as a reader of the store, once `committed_step` steps are safe in a checkpoint."""
+        return Reader(
+            name=reader_name(str(self.run_dir), self.role),
+            global_batch_sequences=self.section.global_batch_sequences,
+            seed=self.section.seed,
+            window_chunks=self.section.shuffle_window_chunks,
+            total_steps=self.total_steps,
+            committed_step=committed_step,
+        )
+
+
+def order_of_reader(reader: Reader, recipe: Recipe) -> Order:
+    """The order in which any registered reader reads the recipe's sequences."""
+    return Order(
+        num_sequences=recipe.num_sequences,
+        chunk_sequences=recipe.chunk_sequences,
+        global_batch_sequences=reader.global_batch_sequences,
+        seed=reader.seed,
+        window_chunks=reader.window_chunks,
+    )
 
 
 def order_of(section: StudentSection, recipe: Recipe) -> Order:

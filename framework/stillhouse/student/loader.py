@@ -22,6 +22,7 @@ from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
+_MISSED_S = 30.0  # a chunk that is not there for so long is missed by its reader: it may have been deleted
 _LOOK_UP_S = 0.2
 _PADDING = -1
 
@@ -90,12 +91,13 @@ class BatchReader:
         prefetch: int,
         on_bad_chunk: Callable[[int], None],
         pin_memory: bool = False,
+        missed_s: float = _MISSED_S,
     ):
         self._store, self._order = store, order
         self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
         self._start, self._stop = start, stop
         self._on_bad_chunk = on_bad_chunk
-        self._pin_memory = pin_memory
+        self._pin_memory, self._missed_s = pin_memory, missed_s
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="batch-reader", daemon=True)
@@ -187,7 +189,7 @@ class BatchReader:
 
     def _fetch_when_there(self, number: int, rows: np.ndarray, *, decoding: bool) -> Chunk:
         pause_s = _FIRST_POLL_S
-        reported = False
+        reported, missing_since = False, time.monotonic()
         while not self._closed.wait(0):
             try:
                 chunk = self._store.fetch_rows(number, rows)
@@ -196,6 +198,9 @@ class BatchReader:
                 return chunk
             except ChunkMissing:
                 reported = False  # taken away: what comes in its place is another chunk
+                if time.monotonic() - missing_since > self._missed_s:
+                    self._on_bad_chunk(number)
+                    missing_since = time.monotonic()
             except StoreUnavailable:
                 pass
             except ChunkError:
@@ -245,10 +250,10 @@ def chunks_read_ahead(order: Order) -> int:
 
 
 def refuse_bad_chunk(number: int) -> None:
-    """For readers without a teacher pool behind them: a damaged chunk ends the run, since nobody will replace it."""
+    """For readers without a teacher pool behind them: a damaged or lost chunk ends the run, since nobody will replace it."""
     raise StudentError(
-        f"chunk {number} in the store is damaged, and no teacher is running that could replace it; "
-        "`stillhouse store verify URL --quarantine` moves damaged chunks away, then `stillhouse produce` makes them again"
+        f"chunk {number} in the store is damaged or gone, and no teacher is running that could replace it; "
+        "`stillhouse store verify URL --repair RUN_DIR` has a teacher make damaged chunks again, `stillhouse produce` those that are gone"
     )
 
 

@@ -69,6 +69,24 @@ class Order:
         groups_read = int(np.searchsorted(self._plan(0).group_starts, num_read, side="right")) - 1
         return min(groups_read * self.window_chunks, self.num_chunks)
 
+    def steps_until_done_with(self, num_steps: int) -> NDArray[np.int64]:
+        """int64 [num_chunks]: after how many of the first `num_steps` steps, over all epochs, a chunk will not be read any more.
+
+        An upper bound: a chunk is done with when its whole group is. 0 where these steps never read it.
+        """
+        whole_epochs, steps_left = divmod(num_steps, self.steps_per_epoch)
+        done = np.zeros(self.num_chunks, dtype=np.int64)
+        for epoch, num_read in ((whole_epochs - 1, self.num_sequences), (whole_epochs, steps_left * self.global_batch_sequences)):
+            if epoch < 0:
+                continue
+            plan = self._plan(epoch)
+            group_ends = -(-plan.group_starts[1:] // self.global_batch_sequences)
+            groups = np.arange(self.num_chunks) // self.window_chunks
+            read = plan.group_starts[groups] < num_read
+            last_steps = epoch * self.steps_per_epoch + group_ends[groups]
+            done[plan.chunks[read]] = np.minimum(last_steps[read], num_steps)
+        return done
+
     def _plan(self, epoch: int) -> "_EpochPlan":
         return _epoch_plan(self.num_sequences, self.chunk_sequences, self.window_chunks, self.seed, epoch)
 

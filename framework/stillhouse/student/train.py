@@ -4,6 +4,7 @@ A plain function of a job and an existing process group. It resumes by itself: w
 there, with however many ranks there are now.
 """
 
+from contextlib import suppress
 from time import monotonic, time
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from stillhouse.board import Past, Summons
 from stillhouse.errors import StudentError
 from stillhouse.models import load_model
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, StoreUnavailable, readers
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
@@ -76,6 +77,7 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
 def _begin(lifeline: Lifeline, job: TrainJob, done: int) -> Past | None:
     """Tell the driver where the group begins. Raises StudentError where it was lost too often since the last commit."""
     past = lifeline.begin(done)
+    _tell_the_store(job, done)
     lifeline.stepped(done, job.order.chunks_finished(done))
     if past is not None and past.num_failures > job.section.max_failures:
         raise StudentError(
@@ -83,6 +85,12 @@ def _begin(lifeline: Lifeline, job: TrainJob, done: int) -> Past | None:
             "Everything up to that step is committed: mend the cause and run again to go on from there."
         )
     return past
+
+
+def _tell_the_store(job: TrainJob, committed_step: int) -> None:
+    """Which chunks this student will read again. A store that does not answer hears it after the next commit, and keeps them until then."""
+    with suppress(StoreUnavailable):
+        readers.commit(ChunkStore(job.store_url, job.recipe), job.reader(committed_step))
 
 
 def _engine(job: TrainJob, *, device: torch.device, world_size: int) -> StudentEngine:
@@ -114,6 +122,7 @@ def _reader(job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_s
 def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
     def on_commit(made: Commit, seconds: float, blocking_s: float) -> None:
         journal.record(CheckpointRow(job.role, made.step, seconds, made.num_bytes, blocking_s))
+        _tell_the_store(job, made.step)
 
     return CheckpointWriter(
         job.checkpoints,

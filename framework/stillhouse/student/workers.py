@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 
 from stillhouse.board import Board, Summons
-from stillhouse.cluster import Placement, Secrets, end_process, has_room, prepare_process
+from stillhouse.cluster import Placement, Secrets, end_process, has_room, prepare_process, settle_ray_train
 from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import StillhouseError
 from stillhouse.student.watchdog import Stall, stalled
@@ -59,6 +59,7 @@ def fit(
     A rank that dies, hangs or is sent away takes the group with it, and the group goes on from the last commit. An error of ours (a
     diverged loss, a damaged checkpoint) would only come again: it ends the training and is raised here.
     """
+    settle_ray_train()
     section = jobs[0].section
     arguments = pickle.dumps(  # the controller need not open it
         _WorkerArguments(jobs, where.device, threads, secrets, notices, board, teachers_at_work)

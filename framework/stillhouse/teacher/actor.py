@@ -9,8 +9,10 @@ import ray
 import torch
 from torch import Tensor
 
-from stillhouse.cluster import Placement, Secrets, prepare_process
-from stillhouse.config import TeacherSection
+from stillhouse.board import Board
+from stillhouse.cluster import Placement, Secrets, machine_notices, prepare_process, this_node
+from stillhouse.config import NoticeSource, TeacherSection
+from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe, StoreUnavailable
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
@@ -28,6 +30,7 @@ class TeacherJob:
     recipe: Recipe
     store_url: str
     threads: int
+    notices: NoticeSource  # who announces the end of its machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Ready:
     device: str
     topk: str  # the path that its logits take to targets, and why
     seconds: float
+    node: str  # Ray's id of the machine's node
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,26 @@ class Produced:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Somebody else had published the chunk already; nothing was computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A sequence on trial could be computed; nothing of it was published."""
+
+
+Answer = Produced | Found | Passed
+
+
 class _TeacherActor:
-    def __init__(self, job: TeacherJob, device: str, secrets: Secrets):
-        self._job, self._device = job, device
+    def __init__(self, job: TeacherJob, device: str, secrets: Secrets, board: Board):
+        self._job, self._device, self._node = job, device, this_node()
         prepare_process(device, job.threads)
         secrets.adopt()
+        self._watch = machine_notices(job.notices, on_notice=lambda notice: board.announce(self._node, notice))
+        self._watch.__enter__()
 
     def start(self) -> Ready:
         began = monotonic()
@@ -62,13 +81,27 @@ class _TeacherActor:
         probe = self._teacher.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         path = self._teacher.path()
-        return Ready(probe, name, f"{path.name}: {path.why}", monotonic() - began)
+        return Ready(probe, name, f"{path.name}: {path.why}", monotonic() - began, self._node)
 
-    def produce(self, item: WorkItem) -> Produced:
+    def produce(self, item: WorkItem) -> Produced | Found:
+        if is_there(self._store, item.number):  # this lease lost a race before it began
+            return Found()
         began = monotonic()
         records_NB, measured = records_of(self._teacher.compress(item), self._job.recipe.codec)
         chunk = Chunk(item.number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records_NB.numpy())
         return Produced(publish_when_possible(self._store, chunk, patience_s=_STORE_PATIENCE_S), measured, monotonic() - began)
+
+    def compute(self, item: WorkItem) -> Passed:
+        records_of(self._teacher.compress(item), self._job.recipe.codec)
+        return Passed()
+
+
+def is_there(store: ChunkStore, number: int) -> bool:
+    """Whether the chunk is known to be published; a store that does not answer is asked again by whoever publishes."""
+    try:
+        return store.exists(number)
+    except StoreError:
+        return False
 
 
 def records_of(parts: Iterable[CompressedLogits], codec: Codec) -> tuple[Tensor, Fidelity]:
@@ -110,7 +143,7 @@ def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience_s: float)
         pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
 
-def spawn(job: TeacherJob, *, where: Placement, secrets: Secrets) -> Any:
+def spawn(job: TeacherJob, *, where: Placement, secrets: Secrets, board: Board) -> Any:
     """A new teacher actor on the cluster; its `start` must be awaited before it gets work."""
     options = {"num_cpus": where.num_cpus, "num_gpus": where.num_gpus, "resources": dict(where.resources) or None}
-    return ray.remote(_TeacherActor).options(**options).remote(job, where.device, secrets)
+    return ray.remote(_TeacherActor).options(**options).remote(job, where.device, secrets, board)

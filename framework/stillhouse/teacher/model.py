@@ -3,7 +3,7 @@
 Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -31,6 +31,19 @@ class WorkItem:
     @property
     def num_tokens(self) -> int:
         return int(self.loss_mask_SL.sum())
+
+    def only(self, row: int) -> "WorkItem":
+        """One sequence, to be computed alone."""
+        one = slice(row, row + 1)
+        return replace(self, token_ids_SL=self.token_ids_SL[one], positions_SL=self.positions_SL[one], loss_mask_SL=self.loss_mask_SL[one])
+
+    def without(self, rows: Collection[int]) -> "WorkItem":
+        """These sequences set aside: each a blank of the same length, without targets. The others keep their places, and so their draws."""
+        token_ids_SL, positions_SL, loss_mask_SL = self.token_ids_SL.copy(), self.positions_SL.copy(), self.loss_mask_SL.copy()
+        for row in rows:
+            token_ids_SL[row], loss_mask_SL[row] = 0, 0
+            positions_SL[row] = np.arange(positions_SL.shape[1])
+        return replace(self, token_ids_SL=token_ids_SL, positions_SL=positions_SL, loss_mask_SL=loss_mask_SL)
 
 
 class Teacher(Protocol):

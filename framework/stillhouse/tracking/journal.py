@@ -1,7 +1,8 @@
 """`journal.jsonl`, the record of a run.
 
 Invariant: a row for which `Journal.record` has returned is on disk, whole, behind everything that was there before. Several processes
-append to one journal; what a killed one left half-written is cut off by whoever appends next, and never read.
+append to one journal; what a killed one left half-written is cut off by whoever appends next, and never read. Each line ends with the
+CRC-32 of the rest of it, so that a flipped bit is found and not believed.
 """
 
 import errno
@@ -9,7 +10,9 @@ import fcntl
 import json
 import math
 import os
+import re
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from stillhouse.tracking.redaction import scrub
 from stillhouse.tracking.rows import ROW_TYPES, Row
 
 _FLOAT_TYPES = (float, float | None)
+_SEAL = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,9 @@ class Journal:
         """Append one row and return when it is on disk, scrubbed of secrets. Raises StoreError where it cannot be written."""
         stamped = row if row.time else replace(row, time=self.clock())
         values = {"kind": row.kind, "time": stamped.time} | scrub(asdict(stamped))
-        line = json.dumps({name: _finite_or_text(value) for name, value in values.items()}, allow_nan=False).encode() + b"\n"
+        line = json.dumps({name: _finite_or_text(value) for name, value in values.items()}, allow_nan=False).encode()
         try:
-            self._append(line)
+            self._append(_sealed(line) + b"\n")
         except OSError as error:
             raise StoreError(f"cannot append to {self.path}: {error.strerror}; make room or give write access, then resume") from error
 
@@ -49,6 +53,22 @@ class Journal:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _sealed(line: bytes) -> bytes:
+    """A line of JSON with its checksum as one more value."""
+    return line[:-1] + b', "crc": "%08x"}' % zlib.crc32(line)
+
+
+def _unsealed(line: bytes) -> bytes:
+    """The line without its checksum. Raises ValueError where that is not the line's."""
+    seal = _SEAL.search(line)
+    if seal is None:
+        return line  # of a version that wrote none
+    whole = line[: seal.start()] + b"}"
+    if zlib.crc32(whole) != int(seal[1], 16):
+        raise ValueError("its checksum differs, so it is damaged")
+    return whole
 
 
 def _cut_torn_line(descriptor: int) -> None:
@@ -91,7 +111,7 @@ def read_journal(path: Path) -> list[Row]:
 
 def _parse(line: bytes, where: str) -> Row:
     try:
-        values = json.loads(line)
+        values = json.loads(_unsealed(line))
         row_type = ROW_TYPES[values.pop("kind")]
         for column in fields(row_type):
             if column.type in _FLOAT_TYPES and isinstance(values.get(column.name), str):

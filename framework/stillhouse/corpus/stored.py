@@ -1,0 +1,177 @@
+"""Sequences on disk: written once as Arrow, mapped into memory where they lie, and each checked against its hash whenever it is read.
+
+Arrow's own structure is for other readers of the file. This one knows where every column begins, so a damaged structure cannot lead it
+astray: what it hands out is what was written, or CorpusError.
+
+Shapes: S sequences, L tokens in a sequence, B record batches.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from stillhouse.corpus.documents import shuffled_order
+from stillhouse.errors import CorpusError
+
+Number = TypeVar("Number", np.int32, np.uint8)
+
+CACHE_VERSION = 2  # of what sequences mean: a change to tokenising, packing, masks or order raises it, and with it every digest
+BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive sequences; the arrays may be read-only views of a memory map."""
+
+    token_ids_SL: NDArray[np.int32]
+    positions_SL: NDArray[np.int32]  # restart at 0 at each document and at each sequence
+    loss_mask_SL: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.token_ids_SL)
+
+    def select(self, rows: slice | NDArray[np.bool_]) -> "Rows":
+        return Rows(self.token_ids_SL[rows], self.positions_SL[rows], self.loss_mask_SL[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A file of sequences as a plain value: it holds nothing open, and pickles."""
+
+    path: str
+    hashes_path: str  # of the sequences, xxh3 as uint64 [S], as they lie in the file
+    offsets_path: str  # of ids, positions and masks of each record batch in the file, in bytes: int64 [B, 3]
+    order_path: str | None  # of the places in the file, int64 [S] in the corpus's order; None: as they lie
+    digest: str  # sha256 over ids, positions, masks, shape and order
+    num_sequences: int
+    sequence_length: int
+    num_targets: int  # ones of the loss mask
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Sequences start <= s < stop: views of the memory map where they lie together in it.
+
+        Raises IndexError out of range, CorpusError where the file is damaged.
+        """
+        if not 0 <= start < stop <= self.num_sequences:
+            raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
+        data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+        hashes_S = np.load(self.hashes_path, mmap_mode="r")
+        places_S = np.arange(start, stop) if self.order_path is None else np.load(self.order_path, mmap_mode="r")[start:stop]
+        runs = [(start, stop)] if self.order_path is None else [(place, place + 1) for place in places_S.tolist()]
+        rows = joined([self._together(data, first, last, num_written=len(hashes_S)) for first, last in runs])
+        changed = np.flatnonzero(hashes_of(rows) != hashes_S[places_S])
+        if len(changed):
+            raise CorpusError(
+                f"sequence {start + int(changed[0])} of {self.path} is not what was written there: the file is damaged; "
+                f"remove {Path(self.path).parent}, and the same command makes it again from the documents"
+            )
+        return rows
+
+    def _together(self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int) -> Rows:
+        """The sequences at these places of the file, as its bytes say."""
+        size = rows_per_batch(self.sequence_length)
+        offsets_B3 = np.load(self.offsets_path, mmap_mode="r")
+        parts = []
+        for number in range(start // size, (stop - 1) // size + 1):
+            ids, positions, mask = offsets_B3[number].tolist()
+            shape = min(size, num_written - number * size), self.sequence_length
+            parts.append(
+                Rows(_array(data, ids, np.int32, shape), _array(data, positions, np.int32, shape), _array(data, mask, np.uint8, shape))
+            )
+        first = start // size * size
+        return joined(parts).select(slice(start - first, stop - first))
+
+    def shuffled(self, *, seed: int) -> "Corpus":
+        """The same sequences in an order by seed, which is written beside them."""
+        order_S = shuffled_order(self.num_sequences, "sequence", seed=seed)
+        order_path = Path(self.path).with_suffix(".order.npy")
+        np.save(order_path, order_S)
+        parts = [self.digest, hashlib.sha256(order_S.data).hexdigest()]
+        return replace(self, order_path=str(order_path), digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+
+
+def write_corpus(path: Path, blocks: Iterable[Rows], length: int) -> Corpus:
+    """Write sequences of `length` tokens to `path`, and what finds and checks them beside it."""
+    schema = pa.schema(
+        [
+            ("token_ids", pa.list_(pa.int32(), length)),
+            ("positions", pa.list_(pa.int32(), length)),
+            ("loss_mask", pa.list_(pa.uint8(), length)),
+        ]
+    )
+    digests = [hashlib.sha256() for _ in schema]
+    hashes = [np.empty(0, np.uint64)]
+    num_targets = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for rows in _in_batches(blocks, rows_per_batch(length)):
+            columns: list[NDArray[np.generic]] = [rows.token_ids_SL.ravel(), rows.positions_SL.ravel(), rows.loss_mask_SL.ravel()]
+            for digest, column in zip(digests, columns, strict=True):
+                digest.update(column.data)
+            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(column), length) for column in columns]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            hashes.append(hashes_of(rows))
+            num_targets += int(rows.loss_mask_SL.sum(dtype=np.int64))
+    hashes_S = np.concatenate(hashes)
+    hashes_path, offsets_path = path.with_suffix(".xxh3.npy"), path.with_suffix(".offsets.npy")
+    np.save(hashes_path, hashes_S)
+    np.save(offsets_path, _offsets_in(path))
+    parts = [f"stillhouse corpus {CACHE_VERSION}", len(hashes_S), length, *(digest.hexdigest() for digest in digests)]
+    of_all = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Corpus(str(path), str(hashes_path), str(offsets_path), None, of_all, len(hashes_S), length, num_targets)
+
+
+def hashes_of(rows: Rows) -> NDArray[np.uint64]:
+    """uint64 [S]: xxh3 over the bytes of each sequence's ids, positions and mask."""
+    columns = [np.ascontiguousarray(column) for column in (rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL)]
+    return np.array([xxhash.xxh3_64_intdigest(b"".join(column[row] for column in columns)) for row in range(len(rows))], np.uint64)
+
+
+def rows_per_batch(length: int) -> int:
+    return max(1, BLOCK_TOKENS // length)
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(
+        np.concatenate([part.token_ids_SL for part in parts]),
+        np.concatenate([part.positions_SL for part in parts]),
+        np.concatenate([part.loss_mask_SL for part in parts]),
+    )
+
+
+def _array(data: NDArray[np.uint8], offset: int, dtype: type[Number], shape: tuple[int, int]) -> NDArray[Number]:
+    """A view of the values that begin at this byte."""
+    num_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    return data[offset : offset + num_bytes].view(dtype).reshape(shape)
+
+
+def _offsets_in(path: Path) -> NDArray[np.int64]:
+    """int64 [B, 3]: where the values of each record batch's columns begin."""
+    whole = pa.memory_map(str(path)).read_buffer()
+    file = pa.ipc.open_file(whole)
+    batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+    found = [[column.values.buffers()[1].address - whole.address for column in batch.columns] for batch in batches]
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
+def _in_batches(blocks: Iterable[Rows], size: int) -> Iterator[Rows]:
+    """The same sequences, `size` at a time, the last ones fewer: a sequence's record batch is then a matter of division."""
+    held: list[Rows] = []
+    for block in blocks:
+        held.append(block)
+        while sum(map(len, held)) >= size:
+            together = joined(held)
+            yield together.select(slice(size))
+            held = [together.select(slice(size, None))]
+    rest = joined(held) if held else None
+    if rest is not None and len(rest):
+        yield rest

@@ -1,0 +1,111 @@
+"""Who reads a store, and how far they are: one small object for each reader, in the store itself, so that any pool on any cluster sees it.
+
+<root>/<first 16 digits of the fingerprint>/readers/<name>.json      replaced by its reader alone, with each checkpoint
+
+A chunk that every registered reader has committed past may be deleted. So what cannot be understood here has to be kept from being guessed.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import xxhash
+
+from stillhouse.errors import StoreError
+from stillhouse.store.chunks import ChunkStore
+from stillhouse.store.recipe import canonical_json
+
+READER_VERSION = 1
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """One student's way through the sequences of a recipe, and how much of it is behind it for good."""
+
+    name: str
+    global_batch_sequences: int
+    seed: int
+    window_chunks: int  # neighbouring chunks whose sequences are mixed
+    total_steps: int
+    committed_step: int  # steps that are safe in a checkpoint: it will not go back behind them, unless that checkpoint is lost
+
+
+class Registered(NamedTuple):
+    readers: list[Reader]  # by name
+    strangers: list[str]  # what this version does not understand, as keys: nobody knows which chunks they still need
+
+
+def reader_name(run_dir: str, role: str) -> str:
+    """A name that a run keeps when it goes on, and that a run in another directory does not have."""
+    run = re.sub(r"[^A-Za-z0-9._-]", "-", PurePath(run_dir).name)[:64] or "run"
+    return f"{run}-{hashlib.sha256(run_dir.encode()).hexdigest()[:8]}-{role}"
+
+
+def join(store: ChunkStore, reader: Reader) -> None:
+    """Register a reader that is about to begin; where it is known already, because its run goes on, it keeps what it has committed."""
+    key = _key(store, reader.name)
+    if not store.blobs.create(key, _packed(reader)):
+        before = _parsed(bytes(store.blobs.read(key)))
+        if before is not None and before != reader:
+            commit(store, replace(reader, committed_step=before.committed_step))
+
+
+def leave(store: ChunkStore, name: str) -> None:
+    """Take back a reader that will never read; it need not be there."""
+    store.blobs.delete(_key(store, name))
+
+
+def commit(store: ChunkStore, reader: Reader) -> None:
+    """Tell that a reader has committed `reader.committed_step`, which may be lower than before where a checkpoint was lost.
+
+    Raises StoreUnavailable where the store does not answer: then chunks are kept for longer, and the next commit tells it.
+    """
+    store.blobs.replace(_key(store, reader.name), _packed(reader))
+
+
+def registered(store: ChunkStore) -> Registered:
+    """Everyone who reads the store's chunks."""
+    found = Registered([], [])
+    for blob in store.blobs.under(f"{store.folder}/readers"):
+        try:
+            reader = _parsed(bytes(store.blobs.read(blob.key)))
+        except FileNotFoundError:
+            continue  # somebody has just taken it away
+        if reader is not None and blob.key == _key(store, reader.name):
+            found.readers.append(reader)
+        else:
+            found.strangers.append(blob.key)
+    return found
+
+
+def _key(store: ChunkStore, name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise StoreError(f"a reader cannot be called {name!r}; wanted up to 128 letters, digits, dots, hyphens and underscores")
+    return f"{store.folder}/readers/{name}.json"
+
+
+def _packed(reader: Reader) -> bytes:
+    values = {**asdict(reader), "version": READER_VERSION}
+    return canonical_json(values | {"xxh3": _digest_of(values)})
+
+
+def _parsed(data: bytes) -> Reader | None:
+    names = [field.name for field in fields(Reader)]
+    try:
+        values = json.loads(data)
+        is_whole = values.pop("xxh3") == _digest_of(values)  # a flipped bit in a number of steps would have chunks deleted too early
+        whole = [type(values[name]) is (str if name == "name" else int) for name in names]
+        if is_whole and values["version"] == READER_VERSION and all(whole) and set(values) == {*names, "version"}:
+            return Reader(**{name: values[name] for name in names})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return None
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(canonical_json(values))

@@ -1,0 +1,67 @@
+"""Teachers as Ray actors: the pool's crew on a real cluster. An actor that dies is told once, whatever it held; it is never waited for."""
+
+from time import sleep
+from typing import Any, NamedTuple
+
+import ray
+
+from stillhouse.board import Board
+from stillhouse.cluster import Placement, Secrets, cause_of
+from stillhouse.teacher.actor import TeacherJob, spawn
+from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
+from stillhouse.teacher.model import WorkItem
+
+_NODE_DIED = "its node has died"  # Ray's own words, in an error that carries nothing else of it
+
+
+class _Call(NamedTuple):
+    teacher: int
+    lease: int | None  # None: the start-up check
+
+
+class RayCrew:
+    """Starts a teacher of `job` for each number that it is given, where the cluster has a place for it."""
+
+    def __init__(self, job: TeacherJob, *, where: Placement, secrets: Secrets, board: Board):
+        self._job, self._where, self._secrets, self._board = job, where, secrets, board
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[Any, _Call] = {}
+
+    def spawn(self, teacher: int) -> None:
+        actor = spawn(self._job, where=self._where, secrets=self._secrets, board=self._board)
+        self._actors[teacher] = actor
+        self._calls[actor.start.remote()] = _Call(teacher, None)
+
+    def submit(self, teacher: int, lease: int, item: WorkItem, *, publish: bool) -> None:
+        actor = self._actors[teacher]
+        method = actor.produce if publish else actor.compute
+        self._calls[method.remote(item)] = _Call(teacher, lease)
+
+    def kill(self, teacher: int) -> None:
+        actor = self._actors.pop(teacher, None)
+        if actor is not None:
+            ray.kill(actor)
+
+    def events(self, *, timeout_s: float) -> list[Event]:
+        if not self._calls:
+            sleep(timeout_s)  # nobody is at work: the window is closed, or the students are still at it
+            return []
+        waiting = list(self._calls)
+        done, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
+        if done:
+            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)  # and all others that are there by now
+        found = [self._event(reference, self._calls.pop(reference)) for reference in done]
+        return [event for event in found if event is not None]
+
+    def _event(self, reference: Any, call: _Call) -> Event | None:
+        if call.teacher not in self._actors:
+            return None  # it was sent away, or its end is told already
+        try:
+            answer = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            return Raised(call.teacher, call.lease, cause_of(error))
+        except ray.exceptions.RayError as error:  # the actor died, or its node, or its answer, or memory ran out there
+            self.kill(call.teacher)
+            preempted = isinstance(error, ray.exceptions.ActorDiedError) and error.preempted
+            return Died(call.teacher, str(error), with_machine=preempted or _NODE_DIED in str(error), preempted=preempted)
+        return Started(call.teacher, answer) if call.lease is None else Answered(call.teacher, call.lease, answer)

@@ -1,0 +1,50 @@
+"""The run that everything happens to, and what should come of it.
+
+Processes take seconds to start. So one run lives through it all, and the tests look at what it left.
+"""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from helpers.disasters import Disaster, live_through
+from helpers.ranks import RankGroup
+from helpers.scene import EPOCH, Scene, Undisturbed, make_bucket
+from helpers.world import TinyWorld
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos-seeds", type=int, default=1, help="how many disasters to live through: moments and victims differ")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "disaster" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "disaster", range(metafunc.config.getoption("--chaos-seeds", 1)), indirect=True, scope="package", ids="seed{}".format
+        )
+
+
+@pytest.fixture(scope="package")
+def scene(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with Scene.open(s3_endpoint, cache=tmp_path_factory.mktemp("cache")) as scene:
+        yield scene
+
+
+@pytest.fixture(scope="package")
+def undisturbed(tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """An epoch without teacher actors, a command or a fault: its chunks, and two ranks' losses."""
+    made = tiny_world.plan(tmp_path_factory.mktemp("undisturbed") / "run", student=EPOCH)
+    tiny_world.fill_store(made)
+    return Undisturbed.trained(made, rank_groups[2])
+
+
+@pytest.fixture(scope="package")
+def disaster(scene: Scene, tiny_world: TinyWorld, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Disaster:
+    """Lived through."""
+    bucket = f"disaster-{request.param}"
+    make_bucket(bucket)
+    scene.make_whole()
+    disaster = Disaster(scene, tiny_world, tmp_path_factory.mktemp(bucket), bucket=bucket)
+    live_through(disaster, random.Random(request.param))
+    return disaster

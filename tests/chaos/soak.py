@@ -1,0 +1,227 @@
+"""A run that something happens to once a minute, drawn from a seed; then the same run undisturbed, which has to have the same losses.
+
+    PYTHONPATH=tests python -m chaos.soak --minutes 20 --faults all --seed 0
+
+With `--faults teachers` only teachers and their machines suffer. Prints what happened, how the run went on and how much of the time was
+useful; exit code 1 where anything was lost, done twice or different.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+from moto.server import ThreadedMotoServer
+
+from helpers.faults import everything
+from helpers.models import make_model
+from helpers.scene import LEFT, RIGHT, LiveRun, Scene, contents, curve, make_bucket, put, times_written
+from helpers.world import TinyWorld
+from stillhouse.pipeline import Plan
+from stillhouse.store import ChunkStore
+from stillhouse.tracking import RecoveryRow, RepairRow, StallRow, TrainRow, latest_train_rows
+
+BUCKET = "soak"
+EVERY_S = 60.0
+MACHINES = (LEFT, RIGHT)
+
+
+class Soak:
+    """The run, and what has happened to it."""
+
+    def __init__(self, scene: Scene, world: TinyWorld, folder: Path, rng: random.Random) -> None:
+        self.scene, self.rng = scene, rng
+        self.made = plan_of(scene, world, folder / "run", max_steps=None)
+        self.store = ChunkStore(self.made.config.store.url, self.made.recipe)
+        self.run = scene.run(self.made)
+        self.struck: Counter[str] = Counter()
+        self.damaged: set[int] = set()
+
+    def kill_teacher(self) -> None:
+        self.scene.teacher(self.rng.choice(MACHINES)).kill()
+
+    def lose_machine(self) -> None:
+        name = self.rng.choice(MACHINES)
+        self.scene.cluster.kill_node(name)
+        sleep(self.rng.uniform(0, 10))
+        self.scene.join(name)
+
+    def cut_machine_off(self) -> None:
+        self.scene.cut_off(self.rng.choice(MACHINES))
+        sleep(self.rng.uniform(0, 10))
+        self.scene.make_whole()
+
+    def kill_rank(self) -> None:
+        self.rng.choice(self.scene.ranks()).kill()
+
+    def stop_rank(self) -> None:
+        self.rng.choice(self.scene.ranks()).suspend()
+
+    def refuse_requests(self) -> None:
+        seconds, status = self.rng.uniform(2, 15), self.rng.choice((500, 503))
+        faults = [(way, way.refuse(everything, status=status)) for way in self.scene.s3.values()]
+        sleep(seconds)
+        for way, fault in faults:
+            way.end(fault)
+
+    def slow_requests_down(self) -> None:
+        seconds = self.rng.uniform(2, 15)
+        faults = [(way, way.slow(everything, seconds=0.5)) for way in self.scene.s3.values()]
+        sleep(seconds)
+        for way, fault in faults:
+            way.end(fault)
+
+    def flip_a_bit(self) -> None:
+        """In a chunk that is not read yet, if there is one: readers find it, and a teacher makes it again."""
+        position = {number: position for position, number in enumerate(self.made.chunks)}
+        ahead = [number for number in self.store.published() if position[number] > self.num_steps() + 10]
+        if ahead:
+            number = self.rng.choice(ahead)
+            key = f"casks/{self.store.key(number)}"
+            data = bytearray(contents(BUCKET, key))
+            data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
+            self.damaged.add(number)
+            put(BUCKET, key, bytes(data))
+
+    def kill_driver(self) -> None:
+        self.run.command.kill()
+        self.run = self.scene.run(self.made)
+
+    def num_steps(self) -> int:
+        return max((row.step for row in self.run.rows if isinstance(row, TrainRow)), default=0)
+
+    def strike(self, faults: Sequence[Callable[["Soak"], None]]) -> None:
+        fault = self.rng.choice(faults)
+        self.struck[fault.__name__] += 1
+        print(f"step {self.num_steps():5d}  {fault.__name__}", flush=True)
+        fault(self)
+
+
+ON_TEACHERS = (Soak.kill_teacher, Soak.lose_machine, Soak.cut_machine_off)
+ON_ALL = (*ON_TEACHERS, Soak.kill_rank, Soak.stop_rank, Soak.refuse_requests, Soak.slow_requests_down, Soak.flip_a_bit, Soak.kill_driver)
+
+
+def make_world(folder: Path) -> TinyWorld:
+    """Work for an hour: the student is what takes the time, and teachers are at work for as long as it is."""
+    small = TinyWorld.make(folder)
+    make_model(folder / "student", vocab_size=300, hidden_size=128, intermediate_size=512, num_layers=6, num_heads=4, seed=2)
+    values = small.values | {"corpus": {"dataset": "stdlib", "sequence_length": 64, "heldout_sequences": 8}}
+    return TinyWorld(folder, values)
+
+
+def plan_of(scene: Scene, world: TinyWorld, run_dir: Path, *, max_steps: int | None) -> Plan:
+    """Each chunk is a batch; the learning rate stands still, so that a run is the beginning of any longer one."""
+    student: dict[str, Any] = {
+        "num_workers": 2,
+        "global_batch_sequences": 32,
+        "micro_batch_sequences": 8,
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "max_steps": max_steps or 1_000_000,
+        "checkpoint_every_steps": 20,
+        "checkpoint_url": f"s3://{BUCKET}/{run_dir.name}",
+        "max_failures": 1000,
+        "watchdog_s": 20.0,
+    }
+    teacher = {"min_replicas": 1, "max_replicas": 2, "max_failures": 1000}
+    store = {"url": f"s3://{BUCKET}/casks", "chunk_sequences": 32, "window_bytes": 1 << 20}
+    return scene.plan(world, run_dir, student=student, teacher=teacher, store=store)
+
+
+def soak(scene: Scene, folder: Path, *, minutes: float, faults: Sequence[Callable[[Soak], None]], seed: int) -> list[str]:
+    """Live through it; what was wrong in the end."""
+    world = make_world(folder)
+    rng = random.Random(seed)
+    story = Soak(scene, world, folder, rng)
+    story.run.until(lambda: story.num_steps() > 0)
+    end = monotonic() + 60 * minutes
+    while monotonic() < end:
+        sleep(max(0.0, min(rng.uniform(0.75, 1.25) * EVERY_S, end - monotonic())))
+        if story.run.command.has_ended():
+            return [f"the command ended: {story.run.command.words()}"]
+        if monotonic() < end:
+            story.strike(faults)
+    num_steps = story.num_steps()
+    story.run.until(lambda: story.num_steps() > num_steps)  # after the last blow, too
+    os.kill(story.run.command.pid, signal.SIGINT)
+    code = story.run.command.wait(timeout_s=120)
+    tell(story)
+    scene.make_whole()
+    problems = [] if code == 130 else [f"exit code {code} of an interrupted run: {story.run.command.words()}"]
+    return problems + doubled(story) + differing(story, undisturbed(scene, world, folder, num_steps=story.num_steps()))
+
+
+def undisturbed(scene: Scene, world: TinyWorld, folder: Path, *, num_steps: int) -> LiveRun:
+    """The same steps, with nothing in their way and every chunk at hand."""
+    run = scene.run(plan_of(scene, world, folder / "undisturbed", max_steps=num_steps))
+    assert run.command.wait(timeout_s=7200) == 0, run.command.words()
+    return run
+
+
+def doubled(story: Soak) -> list[str]:
+    sound = {f"casks/{story.store.key(number)}" for number in story.store.published() - story.damaged}
+    return [f"{key} was written {times} times" for key, times in times_written(BUCKET).items() if key in sound and times != 1]
+
+
+def differing(story: Soak, other: LiveRun) -> list[str]:
+    ours, theirs = curve(story.run.rows), curve(other.rows)
+    if len(ours) != len(theirs):
+        return [f"{len(ours)} steps are in the journal, {len(theirs)} in the undisturbed run's"]
+    return [f"step {mine[0]}: {mine}, undisturbed {his}" for mine, his in zip(ours, theirs, strict=True) if mine != his][:5]
+
+
+def tell(story: Soak) -> None:
+    """What happened, and how much of the time went into steps that stand."""
+    rows = story.run.rows
+    trained = latest_train_rows(rows, "student")
+    useful_s = sum(row.seconds - row.data_wait_s for row in trained)
+    elapsed_s = trained[-1].time - trained[0].time + trained[0].seconds
+    taken = sum(isinstance(row, TrainRow) for row in rows)
+    print(f"\nfaults: {dict(story.struck)}")
+    print(f"steps: {len(trained)}, {taken - len(trained)} of them taken again")
+    num_stalls, num_repairs = (sum(isinstance(row, kind) for row in rows) for kind in (StallRow, RepairRow))
+    print(f"stalls found: {num_stalls}, chunks repaired: {num_repairs}")
+    for row in rows:
+        if isinstance(row, RecoveryRow):
+            print(f"recovery: {row.cause}, {row.seconds:.1f} s, {row.lost_steps} steps again; {row.detail[:80]}")
+    waiting_s = sum(row.data_wait_s for row in trained)
+    print(f"useful: {useful_s / elapsed_s:.1%} of {elapsed_s:.0f} s; waiting for chunks: {waiting_s / elapsed_s:.1%}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--faults", choices=("teachers", "all"), default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    os.environ |= {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "an-id",
+        "AWS_SECRET_ACCESS_KEY": "a-secret",
+        "AWS_REGION": "us-east-1",
+    }
+    make_bucket(BUCKET)
+    with tempfile.TemporaryDirectory() as folder, Scene.open(endpoint, cache=Path(folder)) as scene:
+        faults = ON_TEACHERS if arguments.faults == "teachers" else ON_ALL
+        problems = soak(scene, Path(folder), minutes=arguments.minutes, faults=faults, seed=arguments.seed)
+    server.stop()
+    print("\n".join(problems) or "nothing was lost, done twice or different")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""What disks and object stores do to a run: bits flip, a disk fills, a server refuses. Nothing damaged is trained on, and nothing is lost.
+
+Checkpoints have tests of their own.
+"""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic, sleep
+
+import boto3
+import numpy as np
+import psutil
+import pytest
+
+from helpers.chunks import make_chunk, small_recipe
+from helpers.command import as_toml, stillhouse
+from helpers.damage import flip_bit, places, small_disk, with_flipped_bit
+from helpers.faults import FaultyS3, everything, publications
+from helpers.ranks import RankGroup
+from helpers.training import ListTracker, train_and_tell, train_through
+from helpers.world import TinyWorld
+from stillhouse import pipeline
+from stillhouse.board import Board
+from stillhouse.cluster import Secrets, placement
+from stillhouse.corpus import Corpus, prepare_corpus
+from stillhouse.errors import ChunkError, RecipeError, StillhouseError
+from stillhouse.pipeline import Plan
+from stillhouse.pipeline.directory import changes_since, config_of
+from stillhouse.store import Chunk, ChunkStore, Reader, readers, verify_store
+from stillhouse.student.loader import BatchReader
+from stillhouse.teacher.actor import TeacherJob, publish_when_possible
+from stillhouse.teacher.crew import RayCrew
+from stillhouse.teacher.pool import TeacherPool
+from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, read_journal
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]
+
+PATIENCE_S = 240.0
+NUM_STEPS = 10
+LOOKS = 8  # at a full disk
+ONE_TEACHER = {"min_replicas": 1, "max_replicas": 1}
+
+
+def wait_until(condition: Callable[[], object], *, unless: Callable[[], bool] = lambda: False) -> None:
+    deadline = monotonic() + PATIENCE_S
+    while not condition():
+        assert monotonic() < deadline
+        assert not unless()
+        sleep(0.05)
+
+
+def refusal(look: Callable[[], object]) -> str | None:
+    """What Stillhouse says against it; None where it has nothing to say."""
+    try:
+        look()
+    except StillhouseError as error:
+        return str(error)
+    return None
+
+
+def same_rows(chunk: Chunk, other: Chunk) -> bool:
+    pairs = zip(
+        (chunk.token_ids_SL, chunk.positions_SL, chunk.loss_mask_SL, chunk.targets_NB),
+        (other.token_ids_SL, other.positions_SL, other.loss_mask_SL, other.targets_NB),
+        strict=True,
+    )
+    return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
+
+# ---- bits flip
+
+
+def test_a_bit_flipped_anywhere_in_a_chunk_is_found_named_and_never_read(tmp_path: Path) -> None:
+    recipe = small_recipe()
+    store = ChunkStore.create(str(tmp_path), recipe)
+    whole = make_chunk(recipe, 1)
+    for number in (0, 1, 2):
+        store.publish(make_chunk(recipe, number))
+    path = tmp_path / store.key(1)
+    data = path.read_bytes()
+    rows = range(len(recipe.chunk_rows(1)))
+    for place in places(len(data), how_many=150):
+        path.write_bytes(with_flipped_bit(data, place))
+        assert [finding.key for finding in verify_store(str(tmp_path)) if finding.problem is not None] == [store.key(1)]
+        with pytest.raises(ChunkError):
+            store.fetch(1)
+        for row in rows:  # a reader that wants one row may be lucky: then it reads what was written
+            with suppress(ChunkError):
+                assert same_rows(ChunkStore(store.url, recipe).fetch_rows(1, [row]), whole.row(row))
+
+
+def test_a_bit_flipped_in_a_recipe_or_a_readers_place_is_found_and_named(tmp_path: Path) -> None:
+    store = ChunkStore.create(str(tmp_path), small_recipe())
+    reader = Reader(name="a", global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
+    readers.join(store, reader)
+    recipe_path, reader_path = tmp_path / store.folder / "recipe.json", tmp_path / store.folder / "readers" / "a.json"
+    recipe_data, reader_data = recipe_path.read_bytes(), reader_path.read_bytes()
+    for place in range(len(recipe_data)):
+        recipe_path.write_bytes(with_flipped_bit(recipe_data, place))
+        assert [finding.key for finding in verify_store(store.url) if finding.problem] == [f"{store.folder}/recipe.json"]
+        with pytest.raises(RecipeError, match=r"recipe\.json"):
+            ChunkStore.create(store.url, store.recipe)
+    for place in range(len(reader_data)):
+        reader_path.write_bytes(with_flipped_bit(reader_data, place))
+        assert readers.registered(store) == ([], [f"{store.folder}/readers/a.json"])  # while one is not understood, nothing is deleted
+
+
+def test_a_bit_flipped_anywhere_in_a_corpus_is_refused_by_name_or_mended(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    made = tiny_world.plan(tmp_path / "run")
+    section = made.config.corpus.model_copy(update={"max_documents": 12})
+
+    def prepared() -> Corpus:
+        return prepare_corpus(section, made.tokenizer, tokenizer_digest="sha256:it", cache_dir=tmp_path / "cache").train
+
+    corpus = prepared()
+    wanted = corpus.rows(0, corpus.num_sequences)
+    as_written = [array.copy() for array in (wanted.token_ids_SL, wanted.positions_SL, wanted.loss_mask_SL)]
+    sequences = Path(corpus.path)
+    assert {path.name for path in sequences.parent.iterdir()} >= {"corpus.json", "train.arrow", "train.order.npy", "train.xxh3.npy"}
+
+    def read() -> None:
+        found = prepared()
+        rows = found.rows(0, found.num_sequences)
+        assert found == corpus
+        for array, written in zip((rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL), as_written, strict=True):
+            np.testing.assert_array_equal(array, written)
+
+    refused = []
+    for path in sorted(sequences.parent.iterdir()):
+        for place in places(path.stat().st_size, how_many=100 if path == sequences else 5):
+            flip_bit(path, place)
+            words = refusal(read)
+            if words is not None:
+                assert str(path) in words
+                assert f"remove {path.parent}" in words
+                refused.append(path)
+                flip_bit(path, place)
+    assert set(refused) == {sequences}  # all else was made again
+    assert len(refused) > 80
+
+
+# ---- a disk is full
+
+
+@dataclass(frozen=True)
+class FullDisk:
+    """A `produce` whose store was on a disk that was full for a while."""
+
+    made: Plan  # its store has moved to an ordinary disk since
+    published_when_full: list[int]  # chunks, each time that somebody looked
+    teacher_bytes: list[int]  # of memory that is the teacher's own, at the same moments
+    leftovers: list[str]
+
+
+@pytest.fixture(scope="module")
+def full_disk(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> FullDisk:
+    folder = tmp_path_factory.mktemp("full")
+    with small_disk(folder / "disk", num_bytes=256 << 10) as disk:
+        ballast = disk / "ballast"
+        made = tiny_world.plan(folder / "run", store={"url": str(disk / "store")}, teacher=ONE_TEACHER, student={"max_steps": NUM_STEPS})
+        store = ChunkStore.create(made.config.store.url, made.recipe)
+        ballast.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - 4 * 12288))  # room for a few chunks
+        with ThreadPoolExecutor(1) as threads:
+            watching = threads.submit(watch_until_nothing_comes, store, ballast)
+            pipeline.produce(made)
+            counts, memory, leftovers = watching.result(timeout=PATIENCE_S)
+        shutil.copytree(disk / "store", folder / "store")
+    section = made.config.store.model_copy(update={"url": str(folder / "store")})
+    moved = replace(made, config=made.config.model_copy(update={"store": section}))
+    return FullDisk(moved, counts[-LOOKS:], memory[-LOOKS:], leftovers)
+
+
+def watch_until_nothing_comes(store: ChunkStore, ballast: Path) -> tuple[list[int], list[int], list[str]]:
+    """Look at the store until nothing has been added to it for a while, then make room."""
+    counts: list[int] = []
+    memory: list[int] = []
+    try:
+        wait_until(lambda: len(store.published()) >= 2)
+        while len(set(counts[-LOOKS:])) > 1 or len(counts) < LOOKS:
+            counts.append(len(store.published()))
+            memory.append(memory_of_teachers())
+            sleep(0.5)
+        return counts, memory, [path.name for path in ballast.parent.rglob("*#*")]
+    finally:
+        ballast.unlink()
+
+
+def memory_of_teachers() -> int:
+    """Bytes that are theirs alone, of all teachers that this session's cluster runs."""
+    children = psutil.Process().children(recursive=True)
+    return sum(child.memory_full_info().uss for child in children if "".join(child.cmdline()[:1]).startswith("ray::_TeacherActor"))
+
+
+def test_teachers_wait_while_the_disk_is_full_and_their_memory_does_not_grow(full_disk: FullDisk) -> None:
+    assert len(set(full_disk.published_when_full)) == 1
+    assert 0 < full_disk.published_when_full[0] < len(full_disk.made.chunks)
+    assert min(full_disk.teacher_bytes) > 0
+    assert max(full_disk.teacher_bytes) - min(full_disk.teacher_bytes) < 16 << 20
+    assert full_disk.leftovers == []  # or every try would take away some of the room that is made
+
+
+def test_once_there_is_room_every_chunk_comes_once_and_none_was_given_up(full_disk: FullDisk) -> None:
+    made = full_disk.made
+    rows = read_journal(made.run_dir / "journal.jsonl")
+    assert sorted(row.chunk for row in rows if isinstance(row, ChunkRow)) == sorted(made.chunks)
+    assert not any(row.duplicate for row in rows if isinstance(row, ChunkRow))
+    assert {row.failures for row in rows if isinstance(row, PoolRow)} == {0}
+    assert ChunkStore(made.config.store.url, made.recipe).published() == set(made.chunks)
+
+
+# ---- a run directory and its store, damaged and repaired
+
+
+def test_a_bit_flipped_anywhere_in_a_run_directory_is_refused_by_name(full_disk: FullDisk, tmp_path: Path) -> None:
+    made = replace(full_disk.made, run_dir=tmp_path / "run")
+    shutil.copytree(full_disk.made.run_dir, made.run_dir)
+    assert changes_since(made) == []
+    whole = config_of(made.run_dir)
+    journal = made.run_dir / "journal.jsonl"
+    rows = read_journal(journal)
+
+    def num_refused(name: str, look: Callable[[], bool]) -> int:
+        """Of 100 flips all over the file: each look at it raises with the file's name, or finds all that there was."""
+        path = made.run_dir / name
+        data = path.read_bytes()
+        looks: list[bool] = []
+        for place in places(len(data) - 1, how_many=100):
+            path.write_bytes(with_flipped_bit(data, place))
+            words = refusal(lambda: looks.append(look()))
+            assert words is None or name in words
+        path.write_bytes(data)
+        assert all(looks)
+        return 100 - len(looks)
+
+    assert num_refused("config.json", lambda: config_of(made.run_dir) == whole) > 50  # the others hit the space between its values
+    assert num_refused("journal.jsonl", lambda: read_journal(journal) == rows) > 99
+    assert num_refused("recipe.json", lambda: changes_since(made) != []) > 0  # the others are named as differences
+
+
+def test_repair_makes_exactly_the_damaged_chunks_again_to_the_same_bytes(full_disk: FullDisk, tmp_path: Path) -> None:
+    made, url = full_disk.made, str(tmp_path / "store")
+    shutil.copytree(made.config.store.url, url)
+    store = ChunkStore(url, made.recipe)
+    paths = {number: Path(url) / store.key(number) for number in made.chunks}
+    before = {number: path.read_bytes() for number, path in paths.items()}
+    first, second, absent, *_ = made.chunks
+    flip_bit(paths[first], 9)
+    flip_bit(paths[second], -9)
+    paths[absent].unlink()  # never produced: not for repair to make
+    flip_bit(Path(url) / store.folder / "recipe.json", 30)
+
+    named = stillhouse("store", "verify", url)
+    assert named.code == 1
+    assert f"{store.folder}/recipe.json: " in named.out
+    outcome = stillhouse("store", "verify", url, "--repair", made.run_dir, cache=tmp_path / "cache")
+    assert outcome.code == 0, outcome
+    for number in (first, second):
+        assert f"{number:010d}.safetensors" in outcome.out
+        assert f"chunk {number} made again" in outcome.out
+    assert store.published() == set(made.chunks) - {absent}
+    assert all(paths[number].read_bytes() == before[number] for number in store.published())
+    assert len(list(Path(url).rglob("quarantine/*"))) == 3
+    assert stillhouse("store", "verify", url).code == 0
+    again = stillhouse("store", "verify", url, "--repair", made.run_dir, cache=tmp_path / "cache")
+    assert again.code == 0
+    assert "0 chunks were repaired" in again.out
+
+
+def test_repair_refuses_another_recipe_and_names_the_difference(full_disk: FullDisk, tiny_world: TinyWorld, tmp_path: Path) -> None:
+    config = tmp_path / "other.toml"
+    config.write_text(as_toml(tiny_world.values | {"target": {"k": 9, "tail_draws": 12}}))
+    url = full_disk.made.config.store.url
+    outcome = stillhouse("store", "verify", url, "--repair", config, cache=tiny_world.folder)
+    assert outcome.code == 2
+    assert "k (" in outcome.err
+    assert "9 against 8" in outcome.err
+    nothing = stillhouse("store", "verify", str(tmp_path / "absent"), "--repair", config, cache=tiny_world.folder)
+    assert nothing.code == 2
+    assert "there is no recipe in" in nothing.err
+
+
+# ---- readers meet a damaged chunk
+
+
+def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go_on(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, teacher=ONE_TEACHER, student={"max_steps": NUM_STEPS})
+    tiny_world.fill_store(made)
+    store = ChunkStore(made.config.store.url, made.recipe)
+    expected = batches_of(made, on_bad_chunk=pytest.fail)
+    damaged = made.chunks[3]
+    path = Path(store.url) / store.key(damaged)
+    whole = path.read_bytes()
+    flip_bit(path, 20)  # in what every reader of the chunk reads
+
+    board, journal, done = Board.create(), ListTracker(), threading.Event()
+    reports: list[int] = []
+
+    def report(number: int) -> None:
+        reports.append(number)
+        board.report_bad_chunk(number)
+
+    with ThreadPoolExecutor(3) as threads:
+        teaching = threads.submit(pool_of(made, board, journal).run, readers=[], board=board, finished=done.is_set)
+        try:
+            reading = [threads.submit(batches_of, made, on_bad_chunk=report) for _ in range(2)]
+            found = [each.result(timeout=PATIENCE_S) for each in reading]
+        finally:
+            done.set()
+        teaching.result(timeout=PATIENCE_S)
+    assert found == [expected, expected]
+    assert reports == [damaged, damaged]
+    assert [row.chunk for row in journal.rows if isinstance(row, ChunkRow)] == [damaged]
+    assert [row.chunk for row in journal.rows if isinstance(row, RepairRow)] == [damaged]
+    assert len(list(Path(store.url).rglob("quarantine/*"))) == 1
+    assert path.read_bytes() == whole
+
+
+def pool_of(made: Plan, board: Board, journal: ListTracker) -> TeacherPool:
+    section = made.config.teacher
+    store = ChunkStore(made.config.store.url, made.recipe)
+    job = TeacherJob(section, made.recipe, store.url, threads=1, notices="off")
+    crew = RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), board=board)
+    return TeacherPool(crew, section, store=store, order=made.chunks, item_of=made.item, window_chunks=100, journal=journal)
+
+
+def batches_of(made: Plan, *, on_bad_chunk: Callable[[int], object]) -> list[tuple[tuple[int, ...], list[list[int]]]]:
+    """What a student of one rank is given: the sequences of each step, and the ids of their tokens and targets."""
+    store = ChunkStore(made.config.store.url, made.recipe)
+    whole = {"rank": 0, "world_size": 1, "micro_batch": 8, "start": 0, "stop": NUM_STEPS, "prefetch": 2}
+    with BatchReader(store, made.order, **whole, on_bad_chunk=lambda number: on_bad_chunk(number) and None) as reader:
+        batches = [reader.next()[0] for _ in range(NUM_STEPS)]
+    return [
+        (
+            batch.sequences,
+            [part.token_ids_BL.flatten().tolist() + part.target.token_ids_TK.flatten().tolist() for part in batch.micro_batches],
+        )
+        for batch in batches
+    ]
+
+
+# ---- an object store answers with errors, slowly, or not at all
+
+
+def test_a_run_through_a_server_that_fails_and_is_slow_has_the_undisturbed_loss_curve(
+    tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student={"max_steps": NUM_STEPS})
+    tiny_world.fill_store(made)
+    steady = made.jobs()[0]
+    undisturbed = rank_groups[1].call(train_and_tell, replace(steady, run_dir=tmp_path / "undisturbed"))[0]
+
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="storm")
+    with FaultyS3(s3_endpoint) as s3, ThreadPoolExecutor(2) as threads:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
+        s3.slow(everything, seconds=0.1)
+        s3.refuse(lambda request: request.method == "GET" and request.chunk in made.chunks[4:6], status=500, times=4)
+        s3.refuse(publications(), status=503, times=4)
+        outage = s3.refuse(everything, status=503)
+        job = replace(steady, store_url="s3://storm/casks", run_dir=tmp_path / "disturbed")
+        teaching = threads.submit(publish_all, made, job.store_url)
+        learning = threads.submit(rank_groups[1].call, train_through, job, s3.url)
+        wait_until(lambda: len(s3.refused) >= 6, unless=learning.done)
+        s3.end(outage)
+        disturbed = learning.result(timeout=PATIENCE_S)[0]
+        teaching.result(timeout=PATIENCE_S)
+        assert {status for status, _ in s3.refused} == {500, 503}
+        assert len(s3.refused) >= 6 + 8
+    assert [(row.step, row.loss, row.grad_norm) for row in disturbed] == [(row.step, row.loss, row.grad_norm) for row in undisturbed]
+
+
+def publish_all(made: Plan, url: str) -> None:
+    """Bring every chunk of the plan's store to another, as a teacher would."""
+    source, target = ChunkStore(made.config.store.url, made.recipe), ChunkStore.create(url, made.recipe)
+    for number in made.chunks:
+        publish_when_possible(target, source.fetch(number), patience_s=PATIENCE_S)

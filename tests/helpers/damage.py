@@ -1,0 +1,41 @@
+"""Damage as disks do it: one flipped bit, and a disk that is full."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def with_flipped_bit(data: bytes, place: int) -> bytes:
+    """The bytes but for one bit of the byte at `place`; neighbouring bytes lose different ones."""
+    return data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+
+
+def flip_bit(path: Path, place: int) -> None:
+    """Flip a bit in place, in a file of the same name with another inode: a memory map of the old one stays as it is."""
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(with_flipped_bit(data, place % len(data)))
+
+
+def places(num_bytes: int, *, how_many: int) -> range:
+    """So many places all over a file, or every one where it has no more; its last byte is among them."""
+    step = max(1, num_bytes // how_many)
+    return range((num_bytes - 1) % step, num_bytes, step)[-how_many:]
+
+
+@contextmanager
+def small_disk(path: Path, *, num_bytes: int) -> Iterator[Path]:
+    """A file system of its own, in memory, for as long as the block lasts. Only root may mount it."""
+    path.mkdir()
+    mounting = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "stillhouse", str(path)], capture_output=True, text=True, check=False
+    )
+    assert mounting.returncode == 0, (
+        f"this test fills a disk of its own, and mounting that failed: {mounting.stderr.strip()}; "
+        "run it as root, in a container with the capability SYS_ADMIN"
+    )
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)

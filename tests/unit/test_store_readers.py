@@ -1,0 +1,96 @@
+"""Readers of a store are known to everyone who opens it, as far as they have committed; what is not understood is said."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.chunks import small_recipe
+from stillhouse.errors import StoreError
+from stillhouse.store import ChunkStore, Reader
+from stillhouse.store.readers import commit, join, leave, reader_name, registered
+
+READER = Reader(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ChunkStore:
+    return ChunkStore.create(str(tmp_path / "store"), small_recipe())
+
+
+def test_what_a_reader_commits_is_what_others_find(store: ChunkStore):
+    join(store, READER)
+    join(store, replace(READER, name="b"))
+    commit(store, replace(READER, committed_step=40))
+    elsewhere = ChunkStore(store.url, store.recipe)
+    assert registered(elsewhere) == ([replace(READER, committed_step=40), replace(READER, name="b")], [])
+    commit(store, replace(READER, committed_step=20))
+    assert registered(elsewhere).readers[0].committed_step == 20
+
+
+def test_a_run_that_goes_on_is_not_set_back_by_joining_again(store: ChunkStore):
+    commit(store, replace(READER, committed_step=40))
+    join(store, READER)
+    assert registered(store).readers == [replace(READER, committed_step=40)]
+
+
+def test_a_run_that_goes_on_for_longer_says_so_as_it_joins(store: ChunkStore):
+    commit(store, replace(READER, committed_step=100))
+    join(store, replace(READER, total_steps=300))
+    assert registered(store).readers == [replace(READER, committed_step=100, total_steps=300)]
+
+
+def test_who_leaves_is_not_waited_for(store: ChunkStore):
+    join(store, READER)
+    leave(store, READER.name)
+    leave(store, READER.name)
+    assert registered(store).readers == []
+
+
+def test_a_store_without_readers_has_none(store: ChunkStore):
+    assert registered(store) == ([], [])
+
+
+def record(store: ChunkStore) -> Path:
+    return Path(store.url) / store.folder / "readers" / "a-student.json"
+
+
+def test_the_record_is_canonical_json(store: ChunkStore):
+    join(store, READER)
+    assert record(store).read_bytes() == (
+        b'{"committed_step":0,"global_batch_sequences":8,"name":"a-student","seed":3,"total_steps":100,"version":1,"window_chunks":4,'
+        b'"xxh3":"71ffabcfbc50a5d6"}'
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        (b'"version":1', b'"version":2'),
+        (b'"seed":3', b'"seed":"3"'),
+        (b'"seed":3', b'"seed":true'),
+        (b'"seed":3,', b""),
+        (b'"seed":3,', b'"seed":3,"order":"other",'),
+        (b'"name":"a-student"', b'"name":"another"'),
+        (b"}", b""),
+        (b'"committed_step":0', b'"committed_step":8'),
+        (b'{"committed_step":0', b'[{"committed_step":0'),
+    ],
+)
+def test_a_record_that_is_not_understood_is_a_stranger(store: ChunkStore, change: tuple[bytes, bytes]):
+    join(store, READER)
+    data = record(store).read_bytes()
+    assert change[0] in data
+    record(store).write_bytes(data.replace(*change))
+    assert registered(store) == ([], [f"{store.folder}/readers/a-student.json"])
+
+
+def test_runs_in_different_directories_have_different_names_that_can_be_keys(store: ChunkStore):
+    names = [reader_name(run_dir, role) for run_dir in ("/runs/a b", "/other/a b", "/runs/é", "/") for role in ("student", "control")]
+    assert len(set(names)) == 8
+    assert names[0] == reader_name("/runs/a b", "student")
+    for name in names:
+        join(store, replace(READER, name=name))
+    assert len(registered(store).readers) == 8
+    with pytest.raises(StoreError, match=r"cannot be called '\.\./x'"):
+        join(store, replace(READER, name="../x"))
