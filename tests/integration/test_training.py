@@ -99,10 +99,10 @@ def test_a_flipped_bit_in_a_checkpoint_means_the_commit_before_it(job: TrainJob,
 def test_a_checkpoint_of_another_training_is_refused_on_every_rank(
     job: TrainJob, rank_groups: Ranks, tmp_path: Path, changes: dict[str, int], difference: str
 ) -> None:
-    url = {"checkpoint_url": str(tmp_path)}
-    short = replace(with_student(job, **url, zero_stage=1), total_steps=1)
-    rank_groups[1].call(train_and_tell, short)
-    other = replace(with_student(short, **changes), total_steps=2)
+    section = job.section.model_copy(update={"checkpoint_url": str(tmp_path / "checkpoints"), "zero_stage": 1})
+    first = replace(job, section=section, run_dir=tmp_path, total_steps=1)
+    rank_groups[1].call(train_and_tell, first)
+    other = replace(first, section=section.model_copy(update=changes), total_steps=2)
     for world_size in (1, 2):
         with pytest.raises(CheckpointError, match=f"belongs to another training:\n  - {difference}\nSet them back"):
             rank_groups[world_size].call(train_and_tell, other)
