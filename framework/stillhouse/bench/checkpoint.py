@@ -10,8 +10,11 @@ Shapes: T target tokens.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -66,11 +69,11 @@ class Measured:
 def bench_checkpoint(setting: Setting, work_dir: Path, *, repeats: int, command: str, out: Path | None) -> None:
     """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where the setting cannot be measured."""
     require_device(setting.device)
-    prepare_process(setting.device, 1)
+    prepare_process(setting.device, 1)  # for the process that measures, too: it is started with this one's environment
     provenance = Provenance.of(command)
     work_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=work_dir) as folder:
-        measured = measure(setting, Path(folder), repeats=repeats)
+    with TemporaryDirectory(dir=work_dir) as folder, ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        measured = pool.submit(measure, setting, Path(folder), repeats=repeats).result()
     timings = measured.timings
     if out is not None:
         values = {
@@ -103,7 +106,9 @@ def table(setting: Setting, measured: Measured) -> Table:
 
 
 def measure(setting: Setting, folder: Path, *, repeats: int) -> Measured:
-    """Each way `repeats` times in this process, in turn, after a round that nobody times."""
+    """Each way `repeats` times, in turn, after a round that nobody times. This process becomes a rank, so it should be a fresh one."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's collectives have new names
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
