@@ -312,6 +312,25 @@ def bench_head(
     bench_head(Setting(num_tokens, vocab_size, hidden_size, k, dtype, device), repeats=repeats, command=_typed(), out=out)
 
 
+@bench_app.command(name="checkpoint")
+def bench_checkpoint(
+    work_dir: Annotated[Path, typer.Option("--work-dir", help="On the disk that is measured.")] = Path("runs/bench"),
+    hidden_size: HiddenSize = 512,
+    num_layers: Annotated[int, typer.Option("--layers", min=1)] = 4,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the student.")] = "float32",
+    zero_stage: Annotated[int, typer.Option("--zero-stage", min=1, max=3)] = 1,
+    device: TorchDevice = "cpu",
+    repeats: Repeats = 9,
+    out: Out = None,
+) -> None:
+    """How long training stands still for a checkpoint, against DeepSpeed's save_checkpoint to the same disk; one thread, or one GPU."""
+    _quieten()
+    from stillhouse.bench.checkpoint import Setting, bench_checkpoint
+
+    setting = Setting(hidden_size, num_layers, dtype, zero_stage, device)
+    bench_checkpoint(setting, work_dir, repeats=repeats, command=_typed(), out=out)
+
+
 @bench_app.command(name="targets")
 def bench_targets(
     teacher: Annotated[Path | None, typer.Option("--teacher", help="Its directory. Default: the demo's, made where there is none.")] = None,

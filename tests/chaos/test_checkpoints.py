@@ -11,11 +11,13 @@ from typing import NamedTuple
 import boto3
 import pytest
 
+from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.faults import FaultyS3, Matches, Request
 from helpers.mortals import Halt, Mortals
 from helpers.world import TinyWorld
-from stillhouse.student.checkpoint import newest_step
+from stillhouse.student.checkpoint import newest, newest_step
 from stillhouse.student.job import TrainJob
+from stillhouse.student.writer import CheckpointWriter
 from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow
 
 STEPS, EVERY = 20, 4  # the second checkpoint is due at step 8, and is taken then or, while the first is on its way, soon after
@@ -119,12 +121,48 @@ def test_a_rank_killed_at_any_phase_of_a_checkpoint_leaves_the_newest_whole_one(
     proxy.end()
     resumes_after = newest_step(killed.checkpoints)
     assert (resumes_after > EVERY) == phase.second_is_whole
-    before = len(rows_of(killed))
-    Mortals(killed, world_size=2, environment={}).finish()
-    again = rows_of(killed)[before:]
+    elsewhere = replace(killed, run_dir=tmp_path / "elsewhere")  # as if every machine were lost
+    elsewhere.run_dir.mkdir()
+    Mortals(elsewhere, world_size=2, environment={}).finish()
+    again = rows_of(elsewhere)
     assert losses(again) == losses(rows_of(steady))[resumes_after:]
     assert not any(isinstance(row, DamagedRow) for row in again)
     assert newest_step(killed.checkpoints) == STEPS
+
+
+def test_training_does_not_wait_for_a_store_that_holds_its_checkpoints_up(
+    job: TrainJob, steady: TrainJob, proxy: FaultyS3, tmp_path: Path
+) -> None:
+    """Up to the last step, which has to be committed before the training ends; meanwhile no second snapshot is taken."""
+    slow = in_folder(job, tmp_path, checkpoint_url=f"s3://checkpoints/{tmp_path.name}")
+    proxy.hold(lambda request: request.method == "PUT" and "optim_states" in request.path)
+    ranks = Mortals(slow, world_size=2, environment={"AWS_ENDPOINT_URL": proxy.url})
+    until(lambda: len(losses(rows_of(slow) if slow.journal.exists() else [])) == STEPS)
+    assert {step_in(request.path) for request in proxy.held} == {EVERY}
+    proxy.end()
+    ranks.finish()
+    assert losses(rows_of(slow)) == losses(rows_of(steady))
+    assert [row.step for row in rows_of(slow) if isinstance(row, CheckpointRow)] == [EVERY, STEPS]
+
+
+def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_when_it_is_back(
+    job: TrainJob, proxy: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert job.checkpoints  # its bucket is there
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    proxy.refuse(lambda request: request.method == "PUT", status=503)
+    url, committed = f"s3://checkpoints/{tmp_path.name}", []
+    with CheckpointWriter(
+        url, origin=ORIGIN, attempt="a", rank=0, world_size=1, keep=1, on_commit=lambda *row: committed.append(row), patience_s=0.2
+    ) as writer:
+        writer.submit(snapshot_of(3))
+        until(lambda: writer.trouble)
+        assert "too busy" in writer.trouble
+        assert (writer.busy, committed) == (True, [])
+        proxy.end()
+        assert writer.wait()
+        assert (writer.trouble, len(committed)) == ("", 1)
+    assert newest(url) == committed[0][0]
 
 
 FILES = {

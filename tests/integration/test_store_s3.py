@@ -273,3 +273,18 @@ def test_rows_are_fetched_by_few_requests_for_their_bytes_alone(wayward: Wayward
     (size,) = (len(data) for data in wayward.objects.values())
     assert size > 1_000_000
     assert sum(last - first + 1 for first, last in asked) < size // 2
+
+
+def test_a_stream_larger_than_a_part_is_put_in_parts_and_deleted_with_its_folder(bucket: str):
+    blobs, data = Blobs(f"s3://{bucket}/root"), bytes(range(256)) * (40 << 12)
+    blobs.stream("folder/large", lambda write: write(data))
+    for key in ("folder/deep/er", "other/small", "top"):
+        blobs.stream(key, lambda write: write(b"x"))
+    assert b"".join(blobs.pieces("folder/large")) == data
+    assert (blobs.names(), blobs.folders()) == (["top"], ["folder", "other"])
+    for _ in range(2):
+        blobs.delete_under("folder")
+        blobs.delete("top")
+    assert (blobs.names(), blobs.folders()) == ([], ["other"])
+    with pytest.raises(FileNotFoundError):
+        list(blobs.pieces("folder/large"))

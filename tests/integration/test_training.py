@@ -10,7 +10,7 @@ import torch
 from helpers.ranks import RankGroup
 from helpers.training import first_gradients, loss_of_step, train_and_tell, with_student
 from helpers.world import TinyWorld
-from stillhouse.errors import StudentError
+from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
@@ -91,6 +91,21 @@ def test_a_flipped_bit_in_a_checkpoint_means_the_commit_before_it(job: TrainJob,
     newest.write_bytes(data)
     again = rank_groups[1].call(train_and_tell, replace(steady, total_steps=8))[0]
     assert [(row.step, row.loss) for row in again] == [(row.step, row.loss) for row in whole[4:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"), [({"zero_stage": 3}, "zero_stage: found 1, wanted 3"), ({"seed": 7}, "seed: found 0, wanted 7")]
+)
+def test_a_checkpoint_of_another_training_is_refused_on_every_rank(
+    job: TrainJob, rank_groups: Ranks, tmp_path: Path, changes: dict[str, int], difference: str
+) -> None:
+    url = {"checkpoint_url": str(tmp_path)}
+    short = replace(with_student(job, **url, zero_stage=1), total_steps=1)
+    rank_groups[1].call(train_and_tell, short)
+    other = replace(with_student(short, **changes), total_steps=2)
+    for world_size in (1, 2):
+        with pytest.raises(CheckpointError, match=f"belongs to another training:\n  - {difference}\nSet them back"):
+            rank_groups[world_size].call(train_and_tell, other)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

@@ -87,7 +87,7 @@ def test_a_lead_that_teachers_built_up_before_the_stretch_is_told() -> None:
 
 def test_checkpoints_within_the_stretch_are_counted() -> None:
     steps = [train_row(step, 20.0 + step) for step in range(1, 17)]
-    checkpoints = [CheckpointRow("student", step, 0.25, 1000, time=20.5 + step) for step in (2, 8, 12, 16)]
+    checkpoints = [CheckpointRow("student", step, 0.75, 1000, 0.25, time=20.5 + step) for step in (2, 8, 12, 16)]
     assert steady_pace([start_row(0.0), *steps, *checkpoints], window_steps=2, chunks_per_step=0.5).checkpoint_s == 0.5
 
 

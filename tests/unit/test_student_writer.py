@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.checkpoints import ORIGIN, snapshot_of, write_files
-from stillhouse.errors import CheckpointError
+from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.student.checkpoint import Commit, Origin, folder_of, newest, part_of
 from stillhouse.student.snapshot import HostMemory, Snapshot
 from stillhouse.student.writer import CheckpointWriter
@@ -107,6 +107,16 @@ def test_an_error_comes_back_in_the_training_thread_once(tmp_path: Path):
             other.submit(snapshot_of(4))
         other.submit(snapshot_of(4))
         assert other.wait()
+        assert not other.busy
+
+
+def test_an_error_is_told_to_who_only_asks(tmp_path: Path):
+    """A rank with an error would otherwise look idle to itself and late to rank 0, for ever."""
+    (tmp_path / "file").write_bytes(b"")
+    with writer(tmp_path / "file") as own:
+        own.submit(snapshot_of(3))
+        with pytest.raises(StoreError, match="file"):
+            until(lambda: not own.busy)
 
 
 def test_an_error_of_the_callback_comes_back_too(tmp_path: Path):

@@ -22,7 +22,7 @@ class Pace:
     num_tokens: int  # target tokens trained on between the two
     seconds: float
     data_wait_s: float  # the student waited for chunks
-    checkpoint_s: float  # the student wrote checkpoints
+    checkpoint_s: float  # the student stood still for checkpoints
     teacher_busy_s: float  # of all teachers together, on the chunks that they finished in the stretch
     chunks_ahead: tuple[float, float]  # published chunks less those that the student had read, at either end of the stretch
     start_up_s: float  # before the stretch: from the start of the run to the end of the first step
@@ -74,7 +74,7 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
         num_tokens=sum(row.num_tokens for row in stretch),
         seconds=end - begin,
         data_wait_s=sum(row.data_wait_s for row in stretch),
-        checkpoint_s=sum(row.seconds for row in rows if isinstance(row, CheckpointRow) and begin < row.time <= end),
+        checkpoint_s=sum(row.blocking_s for row in rows if isinstance(row, CheckpointRow) and begin < row.time <= end),
         teacher_busy_s=sum(row.seconds for row in chunks if begin < row.time <= end),
         chunks_ahead=(ahead(first, begin), ahead(last, end)),
         start_up_s=steps[0].time - rows[0].time,

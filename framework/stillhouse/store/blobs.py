@@ -26,7 +26,7 @@ _FIRST_PAUSE_S = 0.05
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
 _MERGE_BYTES = 256 << 10  # reading on over a gap of this size costs less than asking once more
 _PART_BYTES, _PARTS_IN_FLIGHT = 32 << 20, 4  # of a streamed object: S3 takes 10,000 parts, so up to 312 GB
-_STREAM_BYTES = 8 << 20
+_STREAM_BYTES = 2 << 20  # at one time; more stays in no cache, and keeps other threads waiting for the interpreter
 
 
 class StoreUnavailable(StoreError):
@@ -92,8 +92,9 @@ class Blobs:
             out = obstore.open_writer(self._store, key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
 
         def write(data: bytes | memoryview) -> None:
-            with self._in_words(f"write {key}"):
-                out.write(bytes(data))  # obstore reads a buffer after this returns, when its owner may have changed it
+            with self._in_words(f"write {key}"), memoryview(data) as whole:
+                for start in range(0, len(whole), _STREAM_BYTES):
+                    out.write(bytes(whole[start : start + _STREAM_BYTES]))  # obstore reads it after this returns: its owner may change it
 
         try:
             fill(write)

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import xxhash
 
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.store.blobs import Blobs, StoreUnavailable
+from stillhouse.student.scratch import scratch_folder
 
 Files = Mapping[str, tuple[int, str]]  # name -> (bytes, xxh3)
 
@@ -78,8 +78,7 @@ def part_of(rank: int, world_size: int) -> str:
 
 def publish_part(blobs: Blobs, folder: str, *, rank: int, world_size: int, files: Files) -> None:
     """Say which files this rank has written; done again, it says so again."""
-    data = _sealed("part", dict(files))
-    blobs.stream(f"{folder}/{part_of(rank, world_size)}", lambda write: write(data))
+    blobs.replace(f"{folder}/{part_of(rank, world_size)}", _sealed("part", dict(files)))
 
 
 def read_part(blobs: Blobs, folder: str, *, rank: int, world_size: int) -> Files:
@@ -177,9 +176,9 @@ def newest_step(url: str) -> int:
 def newest_copy(url: str) -> Iterator[tuple[Commit, Path] | None]:
     """The newest commit that verifies and a local folder with its files: its own in a directory, a temporary one for a store."""
     blobs = Blobs(url)
-    with TemporaryDirectory(prefix="stillhouse-") as scratch:
-        found = choose(blobs, lambda commit: fetch(blobs, commit, commit.files, into=Path(scratch))).commit
-        yield None if found is None else (found, local_folder(blobs, found, Path(scratch)))
+    with scratch_folder() as scratch:
+        found = choose(blobs, lambda commit: fetch(blobs, commit, commit.files, into=scratch)).commit
+        yield None if found is None else (found, local_folder(blobs, found, scratch))
 
 
 def local_folder(blobs: Blobs, commit: Commit, scratch: Path) -> Path:

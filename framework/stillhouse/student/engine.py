@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # every engine does, and waits a second for torch's compiler: better at import
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
@@ -114,7 +115,7 @@ class StudentEngine:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
         module = StudentModule(lm, section=section, vocab_size=vocab_size)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else the first CPU engine compiles for a minute
+        deepspeed.ops.__compatible_ops__ = {}  # else it looks for compilers, and the first CPU engine compiles for a minute
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=_parameter_groups(module, section.weight_decay),
@@ -175,6 +176,11 @@ class StudentEngine:
             )
         if found.universal:
             _mend(self._engine.optimizer, settings)
+
+    @property
+    def inner(self) -> Any:
+        """DeepSpeed's own engine, to be measured beside."""
+        return self._engine
 
     def full_gradients(self) -> dict[str, Tensor]:
         """The whole gradient of each parameter of the language model as the next step will see it, by name; after `accumulate`."""

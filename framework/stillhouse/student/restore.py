@@ -4,13 +4,10 @@ A checkpoint of another number of ranks is converted by the first rank of each m
 other ranks read as well.
 """
 
-import fcntl
 import re
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,14 +17,13 @@ import torch.distributed as dist
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside_after, unlike
+from stillhouse.student.scratch import scratch_folder
 
 Convert = Callable[[Path, Path], None]  # (a checkpoint's folder, the folder to make)
 
 _Value = TypeVar("_Value")
 
 _OF_RANK = re.compile(r"(?:pp_rank_|^part-)0*(\d+)")  # in the name of a file that one rank alone reads
-_SCRATCH = "stillhouse-restore-"
-_IN_USE = "in-use"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,7 @@ def restore(url: str, *, origin: Origin, convert: Convert) -> Iterator[Restored 
     Raises CheckpointError on every rank where no commit verifies, or where the newest is of another training.
     """
     blobs = Blobs(url)
-    with _scratch() as scratch:
+    with scratch_folder() as scratch:
         group = _Group.gathered()
         found, passed_over = group.choose(blobs, scratch)
         if found is None:
@@ -164,15 +160,3 @@ def _outcome(call: Callable[[], _Value]) -> _Value | StillhouseError:
         return call()
     except StillhouseError as error:
         return error
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """A temporary folder; those that killed processes left behind go first, or a node that loses its ranks often would fill up."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*/{_IN_USE}"):
-        with suppress(OSError), left.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as folder, Path(folder, _IN_USE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Path(folder)

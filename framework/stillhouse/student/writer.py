@@ -38,8 +38,8 @@ def attempt_name() -> str:
 class CheckpointWriter:
     """Writes one rank's snapshots, one at a time. On rank 0 it also commits them, and deletes all but the `keep` newest.
 
-    While the store is unavailable it tries again for ever, and says why in `trouble`. Any other error is raised by the next `submit` or
-    `wait`. `on_commit(commit, seconds since the step, seconds of these that training stood still)` is called on rank 0, in the thread.
+    While the store is unavailable it tries again for ever, and says why in `trouble`. Any other error is raised by whatever is asked of it
+    next. `on_commit(commit, seconds since the step, seconds of these that training stood still)` is called on rank 0, in the thread.
     """
 
     def __init__(
@@ -52,9 +52,11 @@ class CheckpointWriter:
         world_size: int,
         keep: int,
         on_commit: Callable[[Commit, float, float], None],
+        patience_s: float = 30.0,
     ) -> None:
+        """`patience_s`: how long one request to the store may be tried again before `trouble` says so."""
         self.trouble = ""
-        self._blobs = Blobs(url)
+        self._blobs = Blobs(url, patience_s=patience_s)
         self._origin = origin
         self._attempt = attempt
         self._rank, self._world_size = rank, world_size
@@ -73,7 +75,11 @@ class CheckpointWriter:
     @property
     def busy(self) -> bool:
         """Whether a snapshot is on its way. Another rank may be ahead or behind: agree before you decide by it."""
-        return self._thread is not None and self._thread.is_alive()
+        alive = self._thread is not None and self._thread.is_alive()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return alive
 
     def submit(self, snapshot: Snapshot) -> None:
         """Begin to write a snapshot, and return; while an earlier one is on its way, wait for that first."""
@@ -90,9 +96,6 @@ class CheckpointWriter:
         """
         if self._thread is not None:
             self._thread.join(timeout_s)
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
         return not self.busy
 
     def close(self) -> None:

@@ -1,0 +1,84 @@
+"""Objects of any size, streamed: whole or not there, and what was handed over is what is kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stillhouse.store.blobs import Blobs
+
+LARGE = 40 << 20  # more than one part
+
+Write = Callable[[bytes | memoryview], None]
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Blobs:
+    return Blobs(str(tmp_path / "root"))
+
+
+def content(blobs: Blobs, key: str) -> bytes:
+    return b"".join(blobs.pieces(key))
+
+
+def test_a_stream_of_many_parts_is_what_was_written(blobs: Blobs):
+    data = bytes(range(256)) * (LARGE // 256)
+
+    def fill(write: Write) -> None:
+        for start in range(0, LARGE, 1_000_003):
+            write(memoryview(data)[start : start + 1_000_003])
+
+    blobs.stream("a/b", fill)
+    assert content(blobs, "a/b") == data
+    blobs.stream("a/b", lambda write: write(b"anew"))
+    assert content(blobs, "a/b") == b"anew"
+    blobs.stream("empty", lambda _write: None)
+    assert content(blobs, "empty") == b""
+
+
+def test_a_buffer_may_change_as_soon_as_it_was_taken(blobs: Blobs):
+    def fill(write: Write) -> None:
+        buffer = bytearray(5)
+        for letter in b"abc":
+            buffer[:] = bytes([letter]) * 5
+            write(memoryview(buffer))
+
+    blobs.stream("a", fill)
+    assert content(blobs, "a") == b"aaaaabbbbbccccc"
+
+
+@pytest.mark.parametrize("size", [5, LARGE])
+def test_what_fails_half_way_leaves_the_key_as_it_was(blobs: Blobs, size: int):
+    def fail(write: Write) -> None:
+        write(b"y" * size)
+        raise KeyError("half way")
+
+    for expected in (None, b"x"):
+        with pytest.raises(KeyError):
+            blobs.stream("a", fail)
+        assert (content(blobs, "a") if blobs.stat("a") else None) == expected
+        blobs.stream("a", lambda write: write(b"x"))
+    assert blobs.directory is not None
+    assert [path.name for path in blobs.directory.iterdir()] == ["a"]
+
+
+def test_names_are_those_at_the_top_and_a_directory_is_not_made_to_look(blobs: Blobs, tmp_path: Path):
+    assert blobs.names() == []
+    assert not (tmp_path / "root").exists()
+    for key in ("b.json", "a.json", "folder/c.json"):
+        assert blobs.create(key, b"")
+    assert (blobs.names(), blobs.folders()) == (["a.json", "b.json"], ["folder"])
+
+
+def test_what_is_deleted_is_gone_and_may_be_deleted_again(blobs: Blobs):
+    for key in ("a", "folder/b", "folder/deep/c", "folder2/d"):
+        blobs.create(key, b"x")
+    for _ in range(2):
+        blobs.delete("a")
+        blobs.delete_under("folder")
+    assert (blobs.names(), blobs.folders()) == ([], ["folder2"])
+
+
+def test_nothing_is_read_where_nothing_is(blobs: Blobs):
+    with pytest.raises(FileNotFoundError):
+        content(blobs, "absent")
