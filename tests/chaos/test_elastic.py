@@ -44,13 +44,13 @@ class Journey:
         self.scene, self.made = scene, made
         self.stops: list[int] = []  # the steps at which the ranks were made to wait
         self._limits: dict[str, Fault] = {}
-        self._let_read(0)
+        self.let_read(0)
         self.run: LiveRun = scene.run(made)
         self.exit_code: int | None = None
 
     def read(self, num_chunks: int) -> None:
         """Let the ranks read so many chunks, and wait until they have taken every step for which these suffice."""
-        self._let_read(num_chunks)
+        self.let_read(num_chunks)
         self.stops.append(self._last_step_within(set(self.made.chunks[:num_chunks])))
         self.run.until(lambda: self.last_step == self.stops[-1])
 
@@ -61,7 +61,7 @@ class Journey:
     def of(self, kind: type[AnyRow]) -> list[AnyRow]:
         return [row for row in self.run.rows if isinstance(row, kind)]
 
-    def _let_read(self, num_chunks: int) -> None:
+    def let_read(self, num_chunks: int) -> None:
         allowed = set(self.made.chunks[:num_chunks])
         for name in (LEFT, RIGHT):
             way = self.scene.s3[name]
@@ -86,12 +86,15 @@ class Journey:
 def lose_a_machine_on_notice(journey: Journey) -> None:
     journey.scene.metadata[RIGHT].announce(time() + 60.0)
     journey.run.until(lambda: any(row.step == journey.last_step for row in journey.of(CheckpointRow)))
-    journey.scene.cluster.kill_node(RIGHT)
+    journey.let_read(32)
     journey.run.until(lambda: len(journey.of(RecoveryRow)) == 1)
+    journey.scene.cluster.kill_node(RIGHT)
 
 
 def get_another(journey: Journey) -> None:
     journey.scene.join(RIGHT)
+    journey.run.until(lambda: len(journey.of(CheckpointRow)) == 2)
+    journey.let_read(42)
     journey.run.until(lambda: len(journey.of(RecoveryRow)) == 2)
 
 
