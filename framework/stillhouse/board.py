@@ -121,6 +121,9 @@ class _Board:
     def explain(self, group: str, cause: Cause, detail: str) -> None:
         self._groups.setdefault(group, _Group()).explain(cause, detail)
 
+    def departure(self) -> Cause | None:
+        return next((group.departure for group in self._groups.values() if group.departure is not None), None)
+
     def give_up(self, error: StillhouseError) -> None:
         self._verdict = self._verdict or error
 
@@ -145,6 +148,11 @@ class _Group:
     def explain(self, cause: Cause, detail: str) -> None:
         if self._why is None:  # ranks that fail because another did have nothing to add
             self._why = (cause, detail)
+
+    @property
+    def departure(self) -> Cause | None:
+        cause = self._why[0] if self._why is not None else None
+        return cause if cause in ("notice", "grown", "stop") else None
 
     def begin(self, committed_step: int) -> Past | None:
         before, self._begun_from = self._begun_from, committed_step
@@ -230,6 +238,10 @@ class Board:
     def explain(self, group: str, cause: Cause, detail: str) -> None:
         """Say why a group is about to end; the first to say so is believed."""
         ray.get(self._actor.explain.remote(group, cause, detail))
+
+    def departure(self) -> Cause | None:
+        """Why the group that was last at work left on a summons; None where none did."""
+        return ray.get(self._actor.departure.remote())
 
     def give_up(self, error: StillhouseError) -> None:
         """Training failed in a way that would only come again; the first error stands."""

@@ -203,12 +203,13 @@ def drain(node: str, notice: Notice) -> None:
     client.drain_node(node, _PREEMPTION, f"{notice.source}: {notice.detail}", int(notice.deadline * 1e3))
 
 
-def has_room(where: Placement) -> bool:
-    """Whether some node has room for one more such process, and will stay."""
-    leaving = draining()
-    return any(
-        node not in leaving and all(free.get(name, 0.0) >= amount for name, amount in where.times(1).items())
+def room_for(where: Placement) -> int:
+    """How many such processes fit into what is free, on nodes that will stay."""
+    leaving, wanted = draining(), where.times(1)
+    return sum(
+        min((int(free.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items()), default=0)
         for node, free in ray._private.state.available_resources_per_node().items()
+        if node not in leaving
     )
 
 

@@ -205,18 +205,6 @@ class Config(Section):
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
-    def _elastic_ranks_have_a_resource_of_their_own(self) -> "Config":
-        student = self.student
-        elastic = student.min_workers is not None and student.min_workers < student.num_workers
-        if elastic and not student.resources.keys() - self.teacher.resources.keys():
-            raise ValueError(
-                "student.min_workers lets ranks come and go, and Ray counts the room for them in whole nodes, as if no teacher were there;"
-                " give the students' nodes a resource of their own (ray start --resources '{\"student\": 1}') and set"
-                " student.resources = {student = 1}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _the_divergence_can_use_the_target(self) -> "Config":
         student = self.student
         if self.target.k == 0 and student.divergence != "forward_kl" and student.divergence_weight > 0.0:

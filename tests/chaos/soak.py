@@ -7,6 +7,7 @@ useful; exit code 1 where anything was lost, done twice or different.
 """
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -27,8 +28,10 @@ from helpers.models import make_model
 from helpers.scene import LEFT, RIGHT, LiveRun, Scene, contents, curve, make_bucket, put, times_written
 from helpers.world import TinyWorld
 from stillhouse.pipeline import Plan
+from stillhouse.report.goodput import PARTS, incidents, recoveries, student_time, teacher_time
+from stillhouse.report.summary import summarise
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import RecoveryRow, RepairRow, StallRow, TrainRow, latest_train_rows
+from stillhouse.tracking import TrainRow
 
 BUCKET = "soak"
 EVERY_S = 60.0
@@ -181,21 +184,19 @@ def differing(story: Soak, other: LiveRun) -> list[str]:
 
 
 def tell(story: Soak) -> None:
-    """What happened, and how much of the time went into steps that stand."""
-    rows = story.run.rows
-    trained = latest_train_rows(rows, "student")
-    useful_s = sum(row.seconds - row.data_wait_s for row in trained)
-    elapsed_s = trained[-1].time - trained[0].time + trained[0].seconds
-    taken = sum(isinstance(row, TrainRow) for row in rows)
+    """What happened, how the run went on, and where the time went."""
+    summary = summarise(story.run.rows)
+    assert summary is not None
     print(f"\nfaults: {dict(story.struck)}")
-    print(f"steps: {len(trained)}, {taken - len(trained)} of them taken again")
-    num_stalls, num_repairs = (sum(isinstance(row, kind) for row in rows) for kind in (StallRow, RepairRow))
-    print(f"stalls found: {num_stalls}, chunks repaired: {num_repairs}")
-    for row in rows:
-        if isinstance(row, RecoveryRow):
-            print(f"recovery: {row.cause}, {row.seconds:.1f} s, {row.lost_steps} steps again; {row.detail[:80]}")
-    waiting_s = sum(row.data_wait_s for row in trained)
-    print(f"useful: {useful_s / elapsed_s:.1%} of {elapsed_s:.0f} s; waiting for chunks: {waiting_s / elapsed_s:.1%}", flush=True)
+    print("\n".join(incidents(summary)))
+    for each in recoveries(summary):
+        print(
+            f"{each.at:6.0f} s  {each.whose} {each.cause}, after {each.seconds:.1f} s and {each.lost_steps} steps again; {each.detail[:80]}"
+        )
+    for whose, time in (("students", student_time(summary)), ("teachers", teacher_time(summary))):
+        assert time is not None
+        parts = ", ".join(f"{part} {time.share(part):.1%}" for part in PARTS)
+        print(f"goodput of the {whose}: {time.goodput:.1%} ({parts})", flush=True)
 
 
 def main() -> int:
@@ -204,6 +205,7 @@ def main() -> int:
     parser.add_argument("--faults", choices=("teachers", "all"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would name every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

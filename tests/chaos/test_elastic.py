@@ -8,16 +8,22 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from time import time
+from typing import TypeVar
 
+import numpy as np
 import pytest
 
+from helpers.faults import Fault
 from helpers.scene import EPOCH, LEFT, RIGHT, LiveRun, Scene, Undisturbed, curve, make_bucket, put
 from helpers.world import TinyWorld
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
+from stillhouse.student.loader import steps_in_a_stretch
 from stillhouse.tracking import CheckpointRow, EndRow, NoticeRow, RecoveryRow, Row, TrainRow
 
 pytestmark = pytest.mark.timeout(900)  # of which most goes to starting processes, on a machine that others may use
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 BUCKET = "elastic"
 STUDENT = {
@@ -36,43 +42,59 @@ class Journey:
 
     def __init__(self, scene: Scene, made: Plan) -> None:
         self.scene, self.made = scene, made
-        self._position = {number: position for position, number in enumerate(made.chunks)}
-        self._limits = self._limited_to(22)
+        self.stops: list[int] = []  # the steps at which the ranks were made to wait
+        self._limits: dict[str, Fault] = {}
+        self.let_read(0)
         self.run: LiveRun = scene.run(made)
         self.exit_code: int | None = None
 
-    def read_to(self, step: int) -> None:
-        """Let the ranks take their steps up to this one, which ends a group of chunks, and wait until they have."""
-        before, self._limits = self._limits, self._limited_to(step)
-        for name, fault in before.items():
-            self.scene.s3[name].end(fault)
-        self.run.until(lambda: self.last_step == step)
+    def read(self, num_chunks: int) -> None:
+        """Let the ranks read so many chunks, and wait until they have taken every step for which these suffice."""
+        self.let_read(num_chunks)
+        self.stops.append(self._last_step_within(set(self.made.chunks[:num_chunks])))
+        self.run.until(lambda: self.last_step == self.stops[-1])
 
     @property
     def last_step(self) -> int:
         return max((row.step for row in self.of(TrainRow)), default=0)
 
-    def of(self, kind: type[Row]) -> list:
+    def of(self, kind: type[AnyRow]) -> list[AnyRow]:
         return [row for row in self.run.rows if isinstance(row, kind)]
 
-    def _limited_to(self, step: int) -> dict:
-        return {
-            name: self.scene.s3[name].hold(
-                lambda request: request.method == "GET" and request.chunk is not None and self._position[request.chunk] >= step
+    def let_read(self, num_chunks: int) -> None:
+        allowed = set(self.made.chunks[:num_chunks])
+        for name in (LEFT, RIGHT):
+            way = self.scene.s3[name]
+            before = self._limits.get(name)
+            self._limits[name] = way.hold(
+                lambda request: request.method == "GET" and request.chunk is not None and request.chunk not in allowed
             )
-            for name in (LEFT, RIGHT)
-        }
+            if before is not None:
+                way.end(before)
+
+    def _last_step_within(self, chunks: set[int]) -> int:
+        """A reader fetches the chunks of several steps together, counted from where its group began."""
+        order, stretch = self.made.order, steps_in_a_stretch(self.made.order)
+        begun = max((row.resumed_step for row in self.of(RecoveryRow)), default=0)
+        for first in range(begun, self.made.total_steps, stretch):
+            needed = np.concatenate([order.sequences(step) for step in range(first, first + stretch)]) // order.chunk_sequences
+            if not chunks.issuperset(needed.tolist()):
+                return first
+        return self.made.total_steps
 
 
 def lose_a_machine_on_notice(journey: Journey) -> None:
     journey.scene.metadata[RIGHT].announce(time() + 60.0)
     journey.run.until(lambda: any(row.step == journey.last_step for row in journey.of(CheckpointRow)))
-    journey.scene.cluster.kill_node(RIGHT)
+    journey.let_read(32)
     journey.run.until(lambda: len(journey.of(RecoveryRow)) == 1)
+    journey.scene.cluster.kill_node(RIGHT)
 
 
 def get_another(journey: Journey) -> None:
     journey.scene.join(RIGHT)
+    journey.run.until(lambda: len(journey.of(CheckpointRow)) == 2)
+    journey.let_read(42)
     journey.run.until(lambda: len(journey.of(RecoveryRow)) == 2)
 
 
@@ -97,11 +119,11 @@ def journey(scene: Scene, tiny_world: TinyWorld, undisturbed: Undisturbed, tmp_p
     scene.make_whole()
     journey = Journey(scene, made)
     try:
-        journey.read_to(22)
+        journey.read(22)
         lose_a_machine_on_notice(journey)
-        journey.read_to(32)
+        journey.read(32)
         get_another(journey)
-        journey.read_to(42)
+        journey.read(42)
         tell_the_driver_to_go(journey)
         yield journey
     finally:
@@ -111,8 +133,8 @@ def journey(scene: Scene, tiny_world: TinyWorld, undisturbed: Undisturbed, tmp_p
 
 def test_every_step_is_taken_once_and_loses_what_it_would_on_ranks_that_never_changed(journey: Journey, undisturbed: Undisturbed) -> None:
     steps = journey.of(TrainRow)
-    assert [row.step for row in steps] == list(range(1, 43))
-    for (step, loss, norm), (_, wanted_loss, wanted_norm) in zip(curve(steps), undisturbed.curve[:42], strict=True):
+    assert [row.step for row in steps] == list(range(1, journey.stops[-1] + 1))
+    for (step, loss, norm), (_, wanted_loss, wanted_norm) in zip(curve(steps), undisturbed.curves[2], strict=False):
         assert loss == pytest.approx(wanted_loss, rel=1e-6), step
         assert norm == pytest.approx(wanted_norm, rel=1e-5), step
 
@@ -120,17 +142,17 @@ def test_every_step_is_taken_once_and_loses_what_it_would_on_ranks_that_never_ch
 def test_an_announced_end_is_journalled_and_the_group_goes_on_without_that_machine(journey: Journey) -> None:
     assert [(row.source, row.detail) for row in journey.of(NoticeRow)][:1] == [("aws", "terminate")]
     shrunk = journey.of(RecoveryRow)[0]
-    assert (shrunk.cause, shrunk.world_size, shrunk.resumed_step, shrunk.lost_steps) == ("notice", 1, 22, 0)
+    assert (shrunk.cause, shrunk.world_size, shrunk.resumed_step, shrunk.lost_steps) == ("notice", 1, journey.stops[0], 0)
 
 
 def test_a_machine_that_comes_back_makes_the_group_whole_after_a_commit(journey: Journey) -> None:
     grown = journey.of(RecoveryRow)[1]
     assert (grown.cause, grown.world_size, grown.lost_steps) == ("grown", 2, 0)
-    assert [row.world_size for row in journey.of(TrainRow)] == [2] * 22 + [1] * (grown.resumed_step - 22) + [2] * (42 - grown.resumed_step)
+    alone = range(journey.stops[0] + 1, grown.resumed_step + 1)
+    assert {row.step for row in journey.of(TrainRow) if row.world_size == 1} == set(alone)
 
 
 def test_a_driver_that_is_told_to_go_commits_the_last_step_first(journey: Journey) -> None:
     assert journey.exit_code == 143
-    assert journey.of(CheckpointRow)[-1].step == 42
-    end = journey.of(EndRow)[-1]
-    assert end.outcome == "interrupted"
+    assert journey.of(CheckpointRow)[-1].step == journey.stops[-1]
+    assert journey.of(EndRow)[-1].outcome == "interrupted"

@@ -199,7 +199,7 @@ def test_an_export_opens_as_a_plain_model(undisturbed: Plan, tmp_path: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     ids = tokenizer("def merge(a, b):", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
-    newest = checkpoint.newest(undisturbed.run_dir / "checkpoints" / "student")
+    newest = checkpoint.newest(str(undisturbed.run_dir / "checkpoints" / "student"))
     assert newest is not None
     assert steps == newest.step
     card = (tmp_path / "student" / "README.md").read_text()

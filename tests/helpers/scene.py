@@ -30,7 +30,7 @@ from stillhouse.tracking import JournalReader, Row, latest_train_rows
 
 HUB, LEFT, RIGHT = "hub", "left", "right"
 _TEACHER, _RANK = "ray::_TeacherActor", "ray::RayTrainWorker"
-_PATIENCE_S = 180.0
+_PATIENCE_S = 300.0
 _LOOK_EVERY_S = 0.05
 EPOCH = {"epochs": 1, "max_steps": 1000}  # of the student: all of it, once
 PLACES = {  # teachers come one to a machine, students live on the head

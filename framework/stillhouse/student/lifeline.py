@@ -19,10 +19,6 @@ from stillhouse.student.loader import refuse_bad_chunk
 _BEAT_S = 1.0
 
 
-class DepartedError(Exception):
-    """A rank has committed and leaves, because its group was asked to: not a failure."""
-
-
 class Lifeline(Protocol):
     """What the training loop tells, and what it is told."""
 

@@ -17,7 +17,7 @@ from stillhouse.store import ChunkStore, StoreUnavailable, readers
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
-from stillhouse.student.lifeline import DepartedError, Lifeline
+from stillhouse.student.lifeline import Lifeline
 from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.restore import restore
 from stillhouse.student.universal import convert
@@ -26,10 +26,10 @@ from stillhouse.tracking import CheckpointRow, DamagedRow, RecoveryRow, Tracker,
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
-    """Train until `job.total_steps`, on every rank of the existing process group; False where the group was told to stop before.
+    """Train until `job.total_steps`, on every rank of the existing process group; False where the group left before, on a summons.
 
-    Rank 0 journals. Raises DepartedError once everything is committed where the group is asked to leave and come back, and StudentError
-    on a loss that is not finite.
+    It leaves once its last step is committed, or the summons' deadline has come. Rank 0 journals. Raises StudentError on a loss that is
+    not finite.
     """
     rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
     lifeline.at(0, "start")
@@ -55,7 +55,9 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
                     if submitted < step:
                         _submit(writer, engine, step, lifeline)
                     writer.wait(max(0.0, summons.deadline - time()))
-                    return _leave(summons, lifeline, rank=rank)
+                    if rank == 0:
+                        lifeline.explain(summons.cause, summons.detail)
+                    return False
                 assert batch is not None
                 row = _train_one(engine, batch, job, lifeline, began=began)
                 if rank == 0:
@@ -187,14 +189,6 @@ def _agreed(busy: bool, summons: Summons | None, device: torch.device) -> tuple[
     known: list[Summons | None] = [None] * dist.get_world_size()
     dist.all_gather_object(known, summons)
     return bool(flags[0]), next(each for each in known if each is not None)
-
-
-def _leave(summons: Summons, lifeline: Lifeline, *, rank: int) -> bool:
-    if summons.cause == "stop":
-        return False
-    if rank == 0:
-        lifeline.explain(summons.cause, summons.detail)
-    raise DepartedError(summons.detail)
 
 
 def _recovery(past: Past, job: TrainJob, *, resumed: int, world_size: int) -> RecoveryRow:

@@ -1,7 +1,8 @@
 """The Ray Train worker group that runs training jobs: it is started again from the last commit, with as many ranks as there is room for.
 
-Ray Train replaces lost ranks and counts machines; a thread beside it looks after what Ray cannot see: ranks that hang, and machines that
-came back. Ray Train's controller imports this module before any worker starts, so nothing here imports DeepSpeed or a model early.
+Ray Train replaces lost ranks. A thread beside it looks after what Ray does not see: ranks that hang, and machines that came back. A
+group whose size has to change leaves, and the next one is made by the room that there is. Ray Train's controller imports this module
+before any worker starts, so nothing here imports DeepSpeed or a model early.
 """
 
 import pickle
@@ -10,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import TYPE_CHECKING
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.config import FailureConfig
 
 from stillhouse.board import Board, Summons
-from stillhouse.cluster import Placement, Secrets, end_process, has_room, prepare_process, settle_ray_train
+from stillhouse.cluster import Placement, Secrets, end_process, prepare_process, room_for, settle_ray_train
 from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import StillhouseError
 from stillhouse.student.watchdog import Stall, stalled
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY_S = 1.0
 _GROW_WITHIN_S = 600.0  # for the commit before a group is made larger
-_NEVER_S = 1e9
+_SETTLE_S = 5.0  # for what the last group held to be free again
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,38 +57,66 @@ def fit(
 ) -> None:
     """Train the jobs one after the other on a Ray Train worker group; blocks until they are done, or were told to stop.
 
-    A rank that dies, hangs or is sent away takes the group with it, and the group goes on from the last commit. An error of ours (a
-    diverged loss, a damaged checkpoint) would only come again: it ends the training and is raised here.
+    A rank that dies or hangs takes the group with it, and the group goes on from the last commit. A group that was asked to leave comes
+    back with as many ranks as there is room for. An error of ours (a diverged loss, a damaged checkpoint) would only come again: it ends
+    the training and is raised here.
     """
     settle_ray_train()
-    section = jobs[0].section
     arguments = pickle.dumps(  # the controller need not open it
         _WorkerArguments(jobs, where.device, threads, secrets, notices, board, teachers_at_work)
     )
-    fewest = section.min_workers or section.num_workers
-    trainer = TorchTrainer(
+    with _watched(jobs, where=where, board=board, journal=journal):
+        while True:
+            num_workers = _num_workers(jobs[0].section, where)
+            with _tried_again_if_too_large(jobs[0].section):
+                _trainer(jobs[0], arguments, where=where, num_workers=num_workers).fit()
+                verdict = board.verdict()
+                if verdict is not None:
+                    raise verdict
+                if board.departure() in (None, "stop"):
+                    return
+
+
+def _trainer(job: "TrainJob", arguments: bytes, *, where: Placement, num_workers: int) -> TorchTrainer:
+    timeout_s = int(_peer_timeout(job.section).total_seconds())
+    return TorchTrainer(
         _worker,
         train_loop_config={"arguments": arguments},
-        torch_config=TorchConfig(
-            backend="nccl" if where.device == "cuda" else "gloo", timeout_s=int(_peer_timeout(section).total_seconds())
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=section.num_workers if fewest == section.num_workers else (fewest, section.num_workers),
-            use_gpu=where.num_gpus > 0,
-            resources_per_worker=where.times(1),
-            elastic_resize_monitor_interval_s=_NEVER_S,  # Ray would end a group to enlarge it without letting it commit
-        ),
+        torch_config=TorchConfig(backend="nccl" if where.device == "cuda" else "gloo", timeout_s=timeout_s),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=where.num_gpus > 0, resources_per_worker=where.times(1)),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=str((jobs[0].run_dir / "ray").resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=-1),  # the board counts: lives in a row without a commit
+            storage_path=str((job.run_dir / "ray").resolve()),
+            failure_config=FailureConfig(
+                max_failures=-1,  # the board counts: lives in a row without a commit
+                controller_failure_limit=0 if _is_elastic(job.section) else -1,  # a group that finds no room comes back smaller, or waits
+            ),
         ),
     )
-    with _watched(jobs, where=where, board=board, journal=journal):
-        trainer.fit()
-    verdict = board.verdict()
-    if verdict is not None:
-        raise verdict
+
+
+def _is_elastic(section: StudentSection) -> bool:
+    return section.min_workers is not None and section.min_workers < section.num_workers
+
+
+def _num_workers(section: StudentSection, where: Placement) -> int:
+    """How many ranks the next group has: all of them, or after a moment what there is room for, but never fewer than `min_workers`."""
+    if not _is_elastic(section):
+        return section.num_workers
+    deadline = monotonic() + _SETTLE_S
+    while (room := room_for(where)) < section.num_workers and (monotonic() < deadline or room < (section.min_workers or 1)):
+        sleep(_LOOK_EVERY_S)
+    return min(room, section.num_workers)
+
+
+@contextmanager
+def _tried_again_if_too_large(section: StudentSection) -> Iterator[None]:
+    """A machine that was counted on is gone: Ray gave up to wait for it. Count again."""
+    try:
+        yield
+    except ray.train.ControllerError:
+        if not _is_elastic(section):
+            raise
 
 
 def _peer_timeout(section: StudentSection) -> timedelta:
@@ -118,7 +147,7 @@ def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: 
                 _end(stall, job, board, journal)
             elif 0 < len(heard) < section.num_workers and monotonic() - looked_for_room > section.regroup_s:
                 looked_for_room = monotonic()
-                if has_room(where):
+                if room_for(where) > 0:
                     board.summon(job.role, Summons("grown", time() + _GROW_WITHIN_S, "there is room for more ranks"))
 
 
@@ -143,7 +172,7 @@ def _worker(config: dict[str, bytes]) -> None:
     import torch
     from torch.distributed import distributed_c10d
 
-    from stillhouse.student.lifeline import BoardLifeline, DepartedError
+    from stillhouse.student.lifeline import BoardLifeline
     from stillhouse.student.train import train
     from stillhouse.tracking import Journal
 
@@ -154,8 +183,6 @@ def _worker(config: dict[str, bytes]) -> None:
         try:
             with BoardLifeline(board, job, arguments.notices, rank=rank, teachers_at_work=arguments.teachers_at_work) as lifeline:
                 finished = train(job, device=device, journal=Journal(job.journal), lifeline=lifeline)
-        except DepartedError:
-            raise  # Ray Train starts the group again
         except StillhouseError as error:
             board.give_up(error)
             raise
