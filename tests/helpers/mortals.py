@@ -59,24 +59,28 @@ class Mortals:
             process.start()
 
     def kill(self, rank: int) -> None:
-        """SIGKILL, and wait until it is gone."""
-        process = self._ranks[rank]
-        assert process.pid is not None
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.join(_JOIN_S)
-        assert process.exitcode == -signal.SIGKILL
+        """SIGKILL a rank that lives, and wait until it is gone."""
+        self._end(rank)
+        assert self._ranks[rank].exitcode == -signal.SIGKILL
 
     def kill_all(self) -> None:
-        """What Ray Train does with the others of a group that lost a rank."""
+        """What Ray Train does with the others of a group that lost a rank. Some may have ended by themselves."""
         for rank in range(len(self._ranks)):
-            self.kill(rank)
+            self._end(rank)
 
     def finish(self) -> None:
         """Wait until all ranks have ended well."""
         for process in self._ranks:
             process.join(_JOIN_S)
         assert [process.exitcode for process in self._ranks] == [0] * len(self._ranks)
+
+    def _end(self, rank: int) -> None:
+        process = self._ranks[rank]
+        assert process.pid is not None
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.join(_JOIN_S)
+        assert not process.is_alive()
 
 
 def _live(job: TrainJob, rank: int, world_size: int, port: int, environment: dict[str, str], halt: Halt | None) -> None:

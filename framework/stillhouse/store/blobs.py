@@ -122,9 +122,13 @@ class Blobs:
     def pieces(self, key: str) -> Iterator[memoryview]:
         """A whole object of any size, a few MiB at a time. Raises FileNotFoundError if there is none."""
         with self._in_words(f"read {key}"):
-            answer = obstore.get(self._store, key)
-            for piece in answer.stream(min_chunk_size=_STREAM_BYTES):
-                yield memoryview(piece)
+            if self.directory is not None:  # obstore's own stream of a file is thirty times slower
+                with (self.directory / key).open("rb") as file:
+                    while piece := file.read(_STREAM_BYTES):
+                        yield memoryview(piece)
+                return
+            for part in obstore.get(self._store, key).stream(min_chunk_size=_STREAM_BYTES):
+                yield memoryview(part)
 
     def read_start(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
         """The first `num_bytes` of an object, or all that it has, and its size: one request. Raises FileNotFoundError if there is none."""

@@ -173,11 +173,11 @@ def newest_step(url: str) -> int:
 
 
 @contextmanager
-def newest_copy(url: str) -> Iterator[tuple[Commit, Path] | None]:
-    """The newest commit that verifies and a local folder with its files: its own in a directory, a temporary one for a store."""
+def newest_copy(url: str, wanted: Callable[[Commit], Iterable[str]]) -> Iterator[tuple[Commit, Path] | None]:
+    """The newest commit whose `wanted` files verify, and a local folder with them: its own in a directory, a temporary one for a store."""
     blobs = Blobs(url)
     with scratch_folder() as scratch:
-        found = choose(blobs, lambda commit: fetch(blobs, commit, commit.files, into=scratch)).commit
+        found = choose(blobs, lambda commit: fetch(blobs, commit, wanted(commit), into=scratch)).commit
         yield None if found is None else (found, local_folder(blobs, found, scratch))
 
 

@@ -6,7 +6,7 @@ ranks and micro-batches. Shapes: B sequences, L positions, T target tokens, H hi
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +30,16 @@ from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.logits import Head
 from stillhouse.models import final_hidden, head_of
+from stillhouse.student.checkpoint import Commit
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.loss import Divergence, LossTerms, distillation_loss, divergence_named
 from stillhouse.student.restore import Restored
 from stillhouse.student.snapshot import HostMemory, Snapshot
 
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that DeepSpeed's checkpoints hold beside tensors
+
+
+_WHOLE_MODULE = "mp_rank_00_model_states.pt"  # up to stage 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,8 @@ class StudentEngine:
         """Load weights and optimiser of a checkpoint, as it is or universal."""
         settings = [dict(group, params=None) for group in self._engine.optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = found.universal
-        path, _ = self._engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
+        with redirect_stdout(io.StringIO()):  # one of its optimisers says what it does
+            path, _ = self._engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
         self._engine._config.load_universal_checkpoint = False
         if path is None:
             raise CheckpointError(
@@ -221,13 +226,18 @@ def learning_rate_at(step: int, *, section: StudentSection, total_steps: int) ->
     return section.min_learning_rate + (section.learning_rate - section.min_learning_rate) * cosine
 
 
+def weight_files(commit: Commit) -> Iterable[str]:
+    """The files that `consolidated_weights` reads."""
+    return commit.files if commit.origin.zero_stage == 3 else (_WHOLE_MODULE,)
+
+
 def consolidated_weights(folder: Path, *, zero_stage: int) -> dict[str, Tensor]:
     """The plain state dict of the language model in a checkpoint's folder, in its training dtype or float32; Hugging Face's names."""
     if zero_stage == 3:
         with redirect_stdout(io.StringIO()):  # it reports each of its steps
             weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     else:  # up to stage 2 rank 0 saves the whole module
-        saved: dict[str, Any] = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(folder / _WHOLE_MODULE, map_location="cpu", weights_only=True)
         weights = saved["module"]
     return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
 

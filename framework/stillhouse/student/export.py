@@ -9,7 +9,7 @@ from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError
 from stillhouse.models import load_model
 from stillhouse.student.checkpoint import newest_copy
-from stillhouse.student.engine import consolidated_weights
+from stillhouse.student.engine import consolidated_weights, weight_files
 
 
 def export(checkpoints: str, out: Path, *, section: StudentSection, tokenizer: PreTrainedTokenizerBase, card: str) -> int:
@@ -18,7 +18,7 @@ def export(checkpoints: str, out: Path, *, section: StudentSection, tokenizer: P
     Returns the number of optimiser steps behind the weights. Raises CheckpointError where there is no commit, or where its weights
     do not fit the model.
     """
-    with newest_copy(checkpoints) as copy:
+    with newest_copy(checkpoints, weight_files) as copy:
         if copy is None:
             raise CheckpointError(
                 f"there is no checkpoint under {checkpoints} to export; train first, with `stillhouse run` or `stillhouse train`"
