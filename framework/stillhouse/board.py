@@ -180,14 +180,14 @@ def _summons_of(notices: Mapping[str, Notice], nodes: list[str]) -> Summons | No
 class Board:
     """A handle to the board; it can be passed to any process.
 
-    The actor lives on the node of the process that made it, and not on one that may be taken away from a run that goes on.
+    The actor lives on the node of the process that made it, the driver: on another it might be taken away from a run that goes on.
     """
 
     _actor: Any
 
     @classmethod
     def create(cls) -> "Board":
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
         return cls(ray.remote(_Board).options(**options).remote())
 
