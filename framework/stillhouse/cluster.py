@@ -213,31 +213,44 @@ def room_for(where: Placement) -> int:
     )
 
 
-def end_process(pid: int, *, node: str) -> str:
-    """Kill a worker of ours on a node; returns the stacks that it stood at, where they could be had."""
+def stacks_of(pid: int, *, node: str) -> str | None:
+    """Where a worker of ours on a node stands, empty where that cannot be read; None where it is gone."""
+    return _call_on(node, _stack_of, pid)
+
+
+def end_process(pid: int, *, node: str) -> None:
+    """Kill a worker of ours on a node, where it is still there."""
+    _call_on(node, _end_process, pid)
+
+
+def _call_on(node: str, function: Callable[[int], Any], pid: int) -> Any:
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     try:
-        return ray.get(ray.remote(_end_process).options(num_cpus=0, scheduling_strategy=there).remote(pid), timeout=_END_S)
+        return ray.get(ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(pid), timeout=_END_S)
     except ray.exceptions.RayError:  # the node is gone, or as silent as the process: Ray's own health check sees to it
-        return ""
+        return None
 
 
-def _end_process(pid: int) -> str:
+def _end_process(pid: int) -> None:
+    process = _worker_process(pid)
+    if process is not None:
+        process.kill()
+
+
+def _worker_process(pid: int) -> Any:
     import psutil
 
     try:
         process = psutil.Process(pid)
-        if not "".join(process.cmdline()[:1]).startswith("ray::"):
-            return ""
-    except psutil.NoSuchProcess:
-        return ""
-    stack = _stack_of(pid)
-    process.kill()
-    return stack
+        return process if "".join(process.cmdline()[:1]).startswith("ray::") else None
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return None
 
 
-def _stack_of(pid: int) -> str:
+def _stack_of(pid: int) -> str | None:
     """By py-spy, which comes with Ray and can read a process that was stopped; it needs the right to trace others."""
+    if _worker_process(pid) is None:
+        return None
     command = [str(Path(sys.executable).parent / "py-spy"), "dump", "--nonblocking", "--pid", str(pid)]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_STACK_S, check=False).stdout

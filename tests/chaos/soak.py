@@ -48,6 +48,7 @@ class Soak:
         self.run = scene.run(self.made)
         self.struck: Counter[str] = Counter()
         self.damaged: set[int] = set()
+        self._to_come: list[Callable[[Soak], None]] = []
 
     def kill_teacher(self) -> None:
         self.scene.teacher(self.rng.choice(MACHINES)).kill()
@@ -103,7 +104,10 @@ class Soak:
         return max((row.step for row in self.run.rows if isinstance(row, TrainRow)), default=0)
 
     def strike(self, faults: Sequence[Callable[["Soak"], None]]) -> None:
-        fault = self.rng.choice(faults)
+        """The next fault: each of them once, in an order that is drawn, and then again in another."""
+        if not self._to_come:
+            self._to_come = self.rng.sample(faults, len(faults))
+        fault = self._to_come.pop()
         self.struck[fault.__name__] += 1
         print(f"step {self.num_steps():5d}  {fault.__name__}", flush=True)
         fault(self)

@@ -134,7 +134,7 @@ def journey(scene: Scene, tiny_world: TinyWorld, undisturbed: Undisturbed, tmp_p
 def test_every_step_is_taken_once_and_loses_what_it_would_on_ranks_that_never_changed(journey: Journey, undisturbed: Undisturbed) -> None:
     steps = journey.of(TrainRow)
     assert [row.step for row in steps] == list(range(1, journey.stops[-1] + 1))
-    for (step, loss, norm), (_, wanted_loss, wanted_norm) in zip(curve(steps), undisturbed.curves[2], strict=False):
+    for (step, loss, norm), (_, wanted_loss, wanted_norm) in zip(curve(steps), undisturbed.curve, strict=False):
         assert loss == pytest.approx(wanted_loss, rel=1e-6), step
         assert norm == pytest.approx(wanted_norm, rel=1e-5), step
 

@@ -23,7 +23,7 @@ from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
 _MISSED_S = 30.0  # a chunk that is not there for so long is missed by its reader: it may have been deleted
-_LOOK_UP_S = 0.2
+_LOOK_UP_S, _CLOSE_S = 0.2, 2.0
 _PADDING = -1
 
 
@@ -107,8 +107,10 @@ class BatchReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """The thread ends by itself; while a store that does not answer holds it, nobody waits for that."""
         self._closed.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + _CLOSE_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
             self._drain()
             self._thread.join(timeout=0.05)
 

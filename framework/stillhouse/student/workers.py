@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 
 from stillhouse.board import Board, Summons
-from stillhouse.cluster import Placement, Secrets, end_process, prepare_process, room_for, settle_ray_train
+from stillhouse.cluster import Placement, Secrets, end_process, prepare_process, room_for, settle_ray_train, stacks_of
 from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import StillhouseError
 from stillhouse.student.watchdog import Stall, stalled
@@ -152,12 +152,14 @@ def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: 
 
 
 def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
-    """Say which rank stands still and where, and kill it: Ray Train then starts its group again."""
+    """Say which rank stands still and where, and kill it: Ray Train then starts its group again. One that died is Ray Train's to find."""
     beat = stall.beat
-    how = "silent" if stall.silent else f"at {beat.phase}"
-    board.explain(job.role, "stalled", f"rank {beat.rank} was {how} for {stall.seconds:.0f} s in step {beat.step}")
-    stack = end_process(beat.pid, node=beat.node) or beat.stack
-    journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stack))
+    stacks = stacks_of(beat.pid, node=beat.node)
+    if stacks is not None:
+        how = "silent" if stall.silent else f"at {beat.phase}"
+        board.explain(job.role, "stalled", f"rank {beat.rank} was {how} for {stall.seconds:.0f} s in step {beat.step}")
+        journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stacks or beat.stack))
+        end_process(beat.pid, node=beat.node)
     board.forget(job.role)
 
 
