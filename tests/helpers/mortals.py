@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
