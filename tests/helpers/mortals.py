@@ -3,12 +3,12 @@
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import torch.distributed as dist
 
@@ -50,10 +50,8 @@ class Mortals:
     def __init__(self, job: TrainJob, *, world_size: int, environment: Mapping[str, str], halt: Halt | None = None) -> None:
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload([__name__])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        arguments = [(job, rank, world_size, port, dict(environment), halt) for rank in range(world_size)]
+        meeting = f"file://{job.run_dir}/meeting-{uuid4().hex}"  # a free port might be taken before it is used
+        arguments = [(job, rank, world_size, meeting, dict(environment), halt) for rank in range(world_size)]
         self._ranks = [forks.Process(target=_live, args=each, daemon=True) for each in arguments]
         for process in self._ranks:
             process.start()
@@ -83,9 +81,9 @@ class Mortals:
         assert not process.is_alive()
 
 
-def _live(job: TrainJob, rank: int, world_size: int, port: int, environment: dict[str, str], halt: Halt | None) -> None:
+def _live(job: TrainJob, rank: int, world_size: int, meeting: str, environment: dict[str, str], halt: Halt | None) -> None:
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     prepare_process("cpu", 1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
     train(job, device=CPU, journal=HaltingJournal(Journal(job.journal), halt if rank == 0 else None), lifeline=Alone())
     dist.destroy_process_group()
