@@ -140,7 +140,7 @@ def test_every_step_is_taken_once_and_loses_what_it_would_on_ranks_that_never_ch
 
 
 def test_an_announced_end_is_journalled_and_the_group_goes_on_without_that_machine(journey: Journey) -> None:
-    assert [(row.source, row.detail) for row in journey.of(NoticeRow)][:1] == [("aws", "terminate")]
+    assert [(row.source, row.detail) for row in journey.of(NoticeRow)][:1] == [("aws", "spot instance-action terminate")]
     shrunk = journey.of(RecoveryRow)[0]
     assert (shrunk.cause, shrunk.world_size, shrunk.resumed_step, shrunk.lost_steps) == ("notice", 1, journey.stops[0], 0)
 

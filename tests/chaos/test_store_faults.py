@@ -192,9 +192,13 @@ def watch_until_nothing_comes(store: ChunkStore, ballast: Path) -> tuple[list[in
 
 
 def memory_of_teachers() -> int:
-    """Bytes that are theirs alone, of all teachers that this session's cluster runs."""
-    children = psutil.Process().children(recursive=True)
-    return sum(child.memory_full_info().uss for child in children if "".join(child.cmdline()[:1]).startswith("ray::_TeacherActor"))
+    """Bytes that are theirs alone, of all teachers that this session started."""
+    num_bytes = 0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "".join(child.cmdline()[:1]).startswith("ray::_TeacherActor"):
+                num_bytes += child.memory_full_info().uss
+    return num_bytes
 
 
 def test_teachers_wait_while_the_disk_is_full_and_their_memory_does_not_grow(full_disk: FullDisk) -> None:
