@@ -73,6 +73,7 @@ def prepare(folder: Path, *, num_steps: int) -> Config:
                 "max_steps": num_steps,
                 "checkpoint_every_steps": 100,
             },
+            "cluster": {"notices": "off"},
             "tracking": {"wandb": "off"},
         }
     )
