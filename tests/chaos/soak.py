@@ -21,10 +21,9 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from moto.server import ThreadedMotoServer
-
 from helpers.faults import everything
 from helpers.models import make_model
+from helpers.s3 import s3_server
 from helpers.scene import LEFT, RIGHT, LiveRun, Scene, contents, curve, make_bucket, put, times_written
 from helpers.world import TinyWorld
 from stillhouse.pipeline import Plan
@@ -210,21 +209,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would name every request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    os.environ |= {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "an-id",
-        "AWS_SECRET_ACCESS_KEY": "a-secret",
-        "AWS_REGION": "us-east-1",
-    }
-    make_bucket(BUCKET)
-    with tempfile.TemporaryDirectory() as folder, Scene.open(endpoint, cache=Path(folder)) as scene:
-        faults = ON_TEACHERS if arguments.faults == "teachers" else ON_ALL
-        problems = soak(scene, Path(folder), minutes=arguments.minutes, faults=faults, seed=arguments.seed)
-    server.stop()
+    with s3_server() as endpoint, tempfile.TemporaryDirectory() as folder:
+        make_bucket(BUCKET)
+        with Scene.open(endpoint, cache=Path(folder)) as scene:
+            faults = ON_TEACHERS if arguments.faults == "teachers" else ON_ALL
+            problems = soak(scene, Path(folder), minutes=arguments.minutes, faults=faults, seed=arguments.seed)
     print("\n".join(problems) or "nothing was lost, done twice or different")
     return 1 if problems else 0
 
