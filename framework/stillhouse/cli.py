@@ -331,6 +331,20 @@ def bench_checkpoint(
     bench_checkpoint(setting, work_dir, repeats=repeats, command=_typed(), out=out)
 
 
+@bench_app.command(name="restart")
+def bench_restart(
+    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models, stores and runs go.")] = Path("runs/bench"),
+    num_rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that both are measured.")] = 3,
+    num_kills: Annotated[int, typer.Option("--kills", min=1, help="Ranks killed in each of them.")] = 2,
+    out: Out = None,
+) -> None:
+    """From a killed rank to the next step, against Ray Train and DeepSpeed joined as their documentation does; two ranks on two cores."""
+    _quieten()
+    from stillhouse.bench.restart import bench_restart
+
+    bench_restart(work_dir, num_rounds=num_rounds, num_kills=num_kills, command=_typed(), out=out)
+
+
 @bench_app.command(name="targets")
 def bench_targets(
     teacher: Annotated[Path | None, typer.Option("--teacher", help="Its directory. Default: the demo's, made where there is none.")] = None,

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # every engine does, and waits a second for torch's compiler: better at import
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
@@ -35,6 +35,9 @@ from stillhouse.student.loader import MicroBatch
 from stillhouse.student.loss import Divergence, LossTerms, distillation_loss, divergence_named
 from stillhouse.student.restore import Restored
 from stillhouse.student.snapshot import HostMemory, Snapshot
+
+with patch.object(torch, "compile", lambda function: function):  # every engine imports Muon, whose file would load torch's compiler: 0.7 s
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that DeepSpeed's checkpoints hold beside tensors
 

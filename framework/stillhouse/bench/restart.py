@@ -1,0 +1,237 @@
+"""`stillhouse bench restart`: from a killed rank to the next step, beside Ray Train and DeepSpeed as their documentation joins them.
+
+Both train the same model on two ranks with the same ZeRO stage and commit as often, on one Ray cluster, one after the other; each round
+begins with the other one. A rank is killed once there is a commit, several times in a row. How soon Ray Train calls the training function
+again is told as well: nothing that runs on it comes back sooner.
+"""
+
+import json
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic, sleep, time
+
+import psutil
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from stillhouse import pipeline
+from stillhouse.bench.as_documented import train_as_documented
+from stillhouse.bench.cost import Timings, shown
+from stillhouse.bench.provenance import Provenance
+from stillhouse.bench.setting import on_two_cores, prepare
+from stillhouse.board import Board, Summons
+from stillhouse.cluster import attached, local_secrets, placement, settle_ray_train
+from stillhouse.config import Config
+from stillhouse.errors import RunError
+from stillhouse.pipeline import Plan, plan
+from stillhouse.student.job import TrainJob
+from stillhouse.student.workers import fit
+from stillhouse.tracking import CheckpointRow, Journal, TrainRow, read_journal
+
+PLAIN, CALLED, OURS = "Ray Train + DeepSpeed", "of which until its function is called", "stillhouse"
+_NUM_RANKS, _COMMIT_EVERY, _ZERO_STAGE = 2, 5, 2
+_ENDLESS_STEPS = 1_000_000
+_WAIT_S, _LOOK_EVERY_S = 300.0, 0.1
+_LAST_STEP_S = 2.0  # a step that was all but done may still end after the kill; no group is back in so little
+_WORKER = "ray::RayTrainWorker"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a training has written down so far, in unix seconds."""
+
+    steps: Sequence[float]  # the end of each
+    commits: Sequence[float]
+    calls: Sequence[float] = ()  # of the training function
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Seconds from a kill."""
+
+    to_step: float  # that came next
+    to_call: float | None = None  # of the training function
+
+
+def bench_restart(work_dir: Path, *, num_rounds: int, num_kills: int, command: str, out: Path | None) -> None:
+    """Measure in a new directory under `work_dir`, print the table, and write all that was measured to `out`."""
+    console = Console(highlight=False, soft_wrap=True)
+    settle_ray_train()  # for both: how soon a dead rank is seen is Ray's to say
+    with on_two_cores():
+        provenance = Provenance.of(command)
+        folder = work_dir / provenance.started.replace(":", "")
+        folder.mkdir(parents=True)
+        config = prepare(folder, num_steps=_COMMIT_EVERY * 4)
+        with attached(config.cluster) as available:
+            made = _filled(config, folder)
+            rounds = [_round(made, folder / f"round-{number + 1}", available, number, num_kills) for number in range(num_rounds)]
+    timings = Timings({way: [seconds for one in rounds for seconds in one[way]] for way in (PLAIN, CALLED, OURS)})
+    if out is not None:
+        values = {
+            "benchmark": "restart",
+            "provenance": asdict(provenance),
+            "seconds": {way: asdict(timings.of(way)) for way in timings.seconds},
+            "ours_over_plain": asdict(timings.ratio(OURS, PLAIN)),
+            "every_restart": dict(timings.seconds),
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(values, indent=2) + "\n")
+    console.print(table(timings))
+    console.print(f"Load average at the start: {provenance.load_average}.")
+
+
+def table(timings: Timings) -> Table:
+    """Medians (least to most)."""
+    title = f"From a killed rank of {_NUM_RANKS} to the next step, ZeRO {_ZERO_STAGE}"
+    found = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("", "seconds", f"over\n{PLAIN}"):
+        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for way in timings.seconds:
+        found.add_row(way, shown(timings.of(way), ".1f"), shown(timings.ratio(way, PLAIN), ".2f"))
+    return found
+
+
+def _filled(config: Config, folder: Path) -> Plan:
+    """A run whose chunks are all there."""
+    changes = {"num_workers": _NUM_RANKS, "zero_stage": _ZERO_STAGE, "checkpoint_every_steps": _COMMIT_EVERY, "max_steps": None}
+    student = config.student.model_copy(update=changes)
+    store = config.store.model_copy(update={"url": str(folder / "store")})
+    made = plan(config.model_copy(update={"student": student, "store": store}), run_dir=folder / "fill", cache_dir=folder / "cache")
+    pipeline.produce(made)
+    return made
+
+
+def _round(made: Plan, folder: Path, available: Mapping[str, float], number: int, num_kills: int) -> dict[str, list[float]]:
+    ways = {PLAIN: partial(_plain, made, folder / "plain", available), OURS: partial(_ours, made, folder / "ours", available)}
+    found = {way: ways[way](num_kills) for way in (reversed(ways) if number % 2 else ways)}
+    return {
+        PLAIN: [each.to_step for each in found[PLAIN]],
+        CALLED: [each.to_call for each in found[PLAIN] if each.to_call is not None],
+        OURS: [each.to_step for each in found[OURS]],
+    }
+
+
+def _ours(made: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
+    (folder / "run").mkdir(parents=True)
+    job = TrainJob("student", made.config.student, made.recipe, made.config.store.url, folder / "run", _ENDLESS_STEPS)
+    journal, board = Journal(job.journal), Board.create()
+
+    train = partial(
+        fit,
+        (job,),
+        where=placement(job.section, available),
+        threads=made.config.cluster.threads,
+        secrets=local_secrets(),
+        notices="off",
+        board=board,
+        teachers_at_work=False,
+        journal=journal,
+    )
+
+    def seen() -> Seen:
+        rows = read_journal(job.journal) if job.journal.exists() else []
+        steps, commits = ([row.time for row in rows if isinstance(row, kind)] for kind in (TrainRow, CheckpointRow))
+        return Seen(steps, commits)
+
+    with _in_the_background(train, stop=lambda: board.summon("student", Summons("stop", time() + _WAIT_S, "measured"))):
+        return measured(seen, _kill_a_rank, num_kills=num_kills)
+
+
+def _plain(made: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
+    folder.mkdir(parents=True)
+    section = made.config.student
+    arguments = {
+        "folder": str(folder.resolve()),
+        "zero_stage": _ZERO_STAGE,
+        "commit_every": _COMMIT_EVERY,
+        "model": section.model,
+        "batch": section.micro_batch_sequences,
+        "length": made.config.corpus.sequence_length,
+        "accumulate": section.global_batch_sequences // (section.micro_batch_sequences * _NUM_RANKS),
+        "threads": made.config.cluster.threads,
+    }
+    trainer = TorchTrainer(
+        train_as_documented,
+        train_loop_config=arguments,
+        scaling_config=ray.train.ScalingConfig(num_workers=_NUM_RANKS, resources_per_worker=placement(section, available).times(1)),
+        run_config=ray.train.RunConfig(
+            name="plain", storage_path=str((folder / "ray").resolve()), failure_config=FailureConfig(max_failures=-1)
+        ),
+    )
+
+    def seen() -> Seen:
+        files = [folder / name for name in ("steps", "commits", "calls")]
+        return Seen(*([float(line) for line in path.read_text().splitlines()] if path.exists() else [] for path in files))
+
+    with _in_the_background(trainer.fit, stop=(folder / "stop").touch):
+        return measured(seen, _kill_a_rank, num_kills=num_kills)
+
+
+@contextmanager
+def _in_the_background(train: Callable[[], object], *, stop: Callable[[], object]) -> Iterator[None]:
+    """Training in a thread for as long as the block lasts."""
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop()
+        thread.join()
+
+
+def measured(seen: Callable[[], Seen], kill: Callable[[], None], *, num_kills: int) -> list[Restart]:
+    """Kill `num_kills` times, each time once the group that there is has committed and gone a step further."""
+    found: list[Restart] = []
+    since = time()
+    for _ in range(num_kills):
+        _until(partial(_has_gone_on, seen, since))
+        killed = time()
+        kill()
+        since = killed + _LAST_STEP_S
+        _until(partial(_has_stepped, seen, since))
+        step, call = (next((each - killed for each in times if each > since), None) for times in (seen().steps, seen().calls))
+        assert step is not None
+        found.append(Restart(step, call))
+    return found
+
+
+def _has_gone_on(seen: Callable[[], Seen], since: float) -> bool:
+    now = seen()
+    return any(since < commit < now.steps[-1] for commit in now.commits)
+
+
+def _has_stepped(seen: Callable[[], Seen], since: float) -> bool:
+    return seen().steps[-1] > since
+
+
+def _kill_a_rank() -> None:
+    random.choice(_ranks()).kill()
+
+
+def _ranks() -> list[psutil.Process]:
+    """The processes of the ranks, which this process's own cluster has started."""
+    return [each for each in psutil.Process().children(recursive=True) if _name_of(each).startswith(_WORKER)]
+
+
+def _name_of(process: psutil.Process) -> str:
+    try:
+        return "".join(process.cmdline()[:1])
+    except psutil.Error:
+        return ""
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = monotonic() + _WAIT_S
+    while not condition():
+        if monotonic() > deadline:
+            raise RunError(f"no step within {_WAIT_S:.0f} s; the logs of Ray say more")
+        sleep(_LOOK_EVERY_S)
