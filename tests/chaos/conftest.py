@@ -8,21 +8,36 @@ from collections.abc import Iterator
 
 import pytest
 
-from helpers.disasters import Disaster, live_through
+from helpers.disasters import Disaster, go_on_elsewhere, live_through
 from helpers.ranks import RankGroup
 from helpers.scene import EPOCH, Scene, Undisturbed, make_bucket
 from helpers.world import TinyWorld
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--chaos-seeds", type=int, default=1, help="how many disasters to live through: moments and victims differ")
+    parser.addoption(
+        "--chaos-seeds", type=int, default=0, help="the long form, with so many disasters to live through: moments and victims differ"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--chaos-seeds", 0):
+        left_out = [item for item in items if item.get_closest_marker("long_form")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "disaster" in metafunc.fixturenames:
         metafunc.parametrize(
-            "disaster", range(metafunc.config.getoption("--chaos-seeds", 1)), indirect=True, scope="package", ids="seed{}".format
+            "disaster", range(metafunc.config.getoption("--chaos-seeds", 0) or 1), indirect=True, scope="package", ids="seed{}".format
         )
+
+
+@pytest.fixture(scope="session")
+def long_form(request: pytest.FixtureRequest) -> bool:
+    """Whether there is time: `make chaos`, and not `make test`."""
+    return request.config.getoption("--chaos-seeds", 0) > 0
 
 
 @pytest.fixture(scope="package")
@@ -40,11 +55,19 @@ def undisturbed(tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_pa
 
 
 @pytest.fixture(scope="package")
-def disaster(scene: Scene, tiny_world: TinyWorld, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Disaster:
-    """Lived through."""
+def disaster(
+    scene: Scene,
+    tiny_world: TinyWorld,
+    rank_groups: dict[int, RankGroup],
+    long_form: bool,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Disaster:
+    """Lived through, and gone on from: by the whole command where there is time, else by the training loop in processes that are there."""
     bucket = f"disaster-{request.param}"
     make_bucket(bucket)
     scene.make_whole()
     disaster = Disaster(scene, tiny_world, tmp_path_factory.mktemp(bucket), bucket=bucket)
-    live_through(disaster, random.Random(request.param))
+    live_through(disaster, random.Random(request.param), long_form=long_form)
+    go_on_elsewhere(disaster, None if long_form else rank_groups[2])
     return disaster

@@ -1,9 +1,9 @@
-"""A run that something happens to once a minute, drawn from a seed; then the same run undisturbed, which has to have the same losses.
+"""Two runs that something happens to once a minute, drawn from a seed; then one undisturbed, which has to have the losses of both.
 
-    PYTHONPATH=tests python -m chaos.soak --minutes 20 --faults all --seed 0
+    PYTHONPATH=tests python -m chaos.soak --minutes 20 --seed 0
 
-With `--faults teachers` only teachers and their machines suffer. Prints what happened, how the run went on and how much of the time was
-useful; exit code 1 where anything was lost, done twice or different.
+In the first, of half the time, only teachers and their machines suffer; in the second everything does. Prints what happened, how each run
+went on and how much of the time was useful; exit code 1 where anything was lost, done twice or different.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from stillhouse.report.summary import summarise
 from stillhouse.store import ChunkStore
 from stillhouse.tracking import TrainRow
 
-BUCKET = "soak"
 EVERY_S = 60.0
 MACHINES = (LEFT, RIGHT)
 
@@ -40,9 +39,10 @@ MACHINES = (LEFT, RIGHT)
 class Soak:
     """The run, and what has happened to it."""
 
-    def __init__(self, scene: Scene, world: TinyWorld, folder: Path, rng: random.Random) -> None:
-        self.scene, self.rng = scene, rng
-        self.made = plan_of(scene, world, folder / "run", max_steps=None)
+    def __init__(self, scene: Scene, world: TinyWorld, folder: Path, rng: random.Random, *, name: str) -> None:
+        self.scene, self.rng, self.bucket = scene, rng, f"soak-{name}"
+        make_bucket(self.bucket)
+        self.made = plan_of(scene, world, folder / name, bucket=self.bucket, max_steps=None)
         self.store = ChunkStore(self.made.config.store.url, self.made.recipe)
         self.run = scene.run(self.made)
         self.struck: Counter[str] = Counter()
@@ -90,10 +90,10 @@ class Soak:
         if ahead:
             number = self.rng.choice(ahead)
             key = f"casks/{self.store.key(number)}"
-            data = bytearray(contents(BUCKET, key))
+            data = bytearray(contents(self.bucket, key))
             data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
             self.damaged.add(number)
-            put(BUCKET, key, bytes(data))
+            put(self.bucket, key, bytes(data))
 
     def kill_driver(self) -> None:
         self.run.command.kill()
@@ -124,7 +124,7 @@ def make_world(folder: Path) -> TinyWorld:
     return TinyWorld(folder, values)
 
 
-def plan_of(scene: Scene, world: TinyWorld, run_dir: Path, *, max_steps: int | None) -> Plan:
+def plan_of(scene: Scene, world: TinyWorld, run_dir: Path, *, bucket: str, max_steps: int | None) -> Plan:
     """Each chunk is a batch; the learning rate stands still, so that a run is the beginning of any longer one."""
     student: dict[str, Any] = {
         "num_workers": 2,
@@ -135,24 +135,21 @@ def plan_of(scene: Scene, world: TinyWorld, run_dir: Path, *, max_steps: int | N
         "warmup_steps": 0,
         "max_steps": max_steps or 1_000_000,
         "checkpoint_every_steps": 20,
-        "checkpoint_url": f"s3://{BUCKET}/{run_dir.name}",
+        "checkpoint_url": f"s3://{bucket}/{run_dir.name}",
         "max_failures": 1000,
         "watchdog_s": 20.0,
     }
     teacher = {"min_replicas": 1, "max_replicas": 2, "max_failures": 1000}
-    store = {"url": f"s3://{BUCKET}/casks", "chunk_sequences": 32, "window_bytes": 1 << 20}
+    store = {"url": f"s3://{bucket}/casks", "chunk_sequences": 32, "window_bytes": 1 << 20}
     return scene.plan(world, run_dir, student=student, teacher=teacher, store=store)
 
 
-def soak(scene: Scene, folder: Path, *, minutes: float, faults: Sequence[Callable[[Soak], None]], seed: int) -> list[str]:
-    """Live through it; what was wrong in the end."""
-    world = make_world(folder)
-    rng = random.Random(seed)
-    story = Soak(scene, world, folder, rng)
+def soak(story: Soak, *, minutes: float, faults: Sequence[Callable[[Soak], None]]) -> list[str]:
+    """Live through it; what was wrong in the end, as far as the run alone can show it."""
     story.run.until(lambda: story.num_steps() > 0)
     end = monotonic() + 60 * minutes
     while monotonic() < end:
-        sleep(max(0.0, min(rng.uniform(0.75, 1.25) * EVERY_S, end - monotonic())))
+        sleep(max(0.0, min(story.rng.uniform(0.75, 1.25) * EVERY_S, end - monotonic())))
         if story.run.command.has_ended():
             return [f"the command ended: {story.run.command.words()}"]
         if monotonic() < end:
@@ -162,28 +159,29 @@ def soak(scene: Scene, folder: Path, *, minutes: float, faults: Sequence[Callabl
     os.kill(story.run.command.pid, signal.SIGINT)
     code = story.run.command.wait(timeout_s=120)
     tell(story)
-    scene.make_whole()
+    story.scene.make_whole()
     problems = [] if code == 130 else [f"exit code {code} of an interrupted run: {story.run.command.words()}"]
-    return problems + doubled(story) + differing(story, undisturbed(scene, world, folder, num_steps=story.num_steps()))
+    return problems + doubled(story)
 
 
-def undisturbed(scene: Scene, world: TinyWorld, folder: Path, *, num_steps: int) -> LiveRun:
+def undisturbed(longest: Soak, world: TinyWorld) -> LiveRun:
     """The same steps, with nothing in their way and every chunk at hand."""
-    run = scene.run(plan_of(scene, world, folder / "undisturbed", max_steps=num_steps))
+    run_dir = longest.made.run_dir.with_name("undisturbed")
+    run = longest.scene.run(plan_of(longest.scene, world, run_dir, bucket=longest.bucket, max_steps=longest.num_steps()))
     assert run.command.wait(timeout_s=7200) == 0, run.command.words()
     return run
 
 
 def doubled(story: Soak) -> list[str]:
     sound = {f"casks/{story.store.key(number)}" for number in story.store.published() - story.damaged}
-    return [f"{key} was written {times} times" for key, times in times_written(BUCKET).items() if key in sound and times != 1]
+    return [f"{key} was written {times} times" for key, times in times_written(story.bucket).items() if key in sound and times != 1]
 
 
 def differing(story: Soak, other: LiveRun) -> list[str]:
     ours, theirs = curve(story.run.rows), curve(other.rows)
-    if len(ours) != len(theirs):
-        return [f"{len(ours)} steps are in the journal, {len(theirs)} in the undisturbed run's"]
-    return [f"step {mine[0]}: {mine}, undisturbed {his}" for mine, his in zip(ours, theirs, strict=True) if mine != his][:5]
+    if [step for step, *_ in ours] != [*range(1, len(ours) + 1)]:
+        return [f"{story.bucket}: steps are missing from its journal"]
+    return [f"step {mine[0]}: {mine}, undisturbed {his}" for mine, his in zip(ours, theirs[: len(ours)], strict=True) if mine != his][:5]
 
 
 def tell(story: Soak) -> None:
@@ -205,15 +203,19 @@ def tell(story: Soak) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--faults", choices=("teachers", "all"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would name every request
-    with s3_server() as endpoint, tempfile.TemporaryDirectory() as folder:
-        make_bucket(BUCKET)
-        with Scene.open(endpoint, cache=Path(folder)) as scene:
-            faults = ON_TEACHERS if arguments.faults == "teachers" else ON_ALL
-            problems = soak(scene, Path(folder), minutes=arguments.minutes, faults=faults, seed=arguments.seed)
+    with s3_server() as endpoint, tempfile.TemporaryDirectory() as folder, Scene.open(endpoint, cache=Path(folder)) as scene:
+        world, rng = make_world(Path(folder)), random.Random(arguments.seed)
+        problems, stories = list[str](), list[Soak]()
+        for name, faults, minutes in (("teachers", ON_TEACHERS, arguments.minutes / 2), ("all", ON_ALL, arguments.minutes)):
+            print(f"\n{minutes:g} minutes of faults: {name}", flush=True)
+            stories.append(Soak(scene, world, Path(folder), rng, name=name))
+            problems += soak(stories[-1], minutes=minutes, faults=faults)
+        steady = undisturbed(max(stories, key=Soak.num_steps), world)
+        for story in stories:
+            problems += differing(story, steady)
     print("\n".join(problems) or "nothing was lost, done twice or different")
     return 1 if problems else 0
 

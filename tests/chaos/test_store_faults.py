@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]
 
 PATIENCE_S = 240.0
 NUM_STEPS = 10
-LOOKS = 8  # at a full disk
+LOOKS = 6  # at a full disk
 ONE_TEACHER = {"min_replicas": 1, "max_replicas": 1}
 
 

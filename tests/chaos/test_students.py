@@ -1,11 +1,11 @@
-"""A student's ranks die and hang, its driver is killed, and at last every machine is lost: each time it goes on from its last commit."""
+"""A student's ranks die and hang, and at last every machine is lost, its driver's too: each time it goes on from its last commit."""
 
 import numpy as np
 import pytest
 
-from helpers.disasters import WATCHDOG_S, Disaster, attempts_of, last_commit_of, steps_of
+from helpers.disasters import WATCHDOG_S, Disaster, last_commit_of, steps_of
 from helpers.scene import Undisturbed, curve
-from stillhouse.tracking import EndRow, RecoveryRow, StallRow, latest_train_rows
+from stillhouse.tracking import RecoveryRow, StallRow, latest_train_rows
 
 pytestmark = pytest.mark.timeout(1200)  # of which most goes to starting processes, on a machine that others may use
 
@@ -18,9 +18,6 @@ def test_every_sequence_of_the_epoch_is_trained_once_and_the_losses_are_the_undi
     read = np.concatenate([order.sequences(row.step - 1) for row in latest_train_rows(rows, "student")])
     assert sorted(read.tolist()) == list(range(order.num_sequences))
     assert curve(rows) == undisturbed.curve
-    end = rows[-1]
-    assert isinstance(end, EndRow)
-    assert end.outcome == "done"
 
 
 def test_a_lost_rank_costs_the_steps_since_the_last_commit(disaster: Disaster) -> None:
@@ -39,13 +36,7 @@ def test_a_rank_that_hangs_is_found_and_replaced(disaster: Disaster) -> None:
     assert not disaster.stopped.is_running()
 
 
-def test_a_killed_driver_is_started_again_with_the_same_command(disaster: Disaster) -> None:
-    first, second = attempts_of(disaster.rows)
-    assert last_commit_of(first) < steps_of(second)[0] <= steps_of(first)[-1] + 1
-    assert steps_of(second)[-1] > steps_of(first)[-1]
-
-
 def test_when_everything_is_lost_the_run_goes_on_from_the_bucket(disaster: Disaster) -> None:
-    (only,) = attempts_of(disaster.rows_elsewhere)
-    assert last_commit_of(disaster.rows) < steps_of(only)[0] <= steps_of(disaster.rows)[-1] + 1
-    assert steps_of(only)[-1] == disaster.made.total_steps
+    elsewhere = steps_of(disaster.rows_elsewhere)
+    assert last_commit_of(disaster.rows) < elsewhere[0] <= steps_of(disaster.rows)[-1] + 1
+    assert elsewhere[-1] == disaster.made.total_steps

@@ -10,16 +10,18 @@ from time import sleep
 import psutil
 
 from helpers.faults import Fault, publications
+from helpers.ranks import RankGroup
 from helpers.scene import EPOCH, HUB, LEFT, RIGHT, Scene
+from helpers.training import train_and_tell
 from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import CheckpointRow, RecoveryRow, Row, StartRow, TrainRow, read_journal
+from stillhouse.tracking import CheckpointRow, RecoveryRow, Row, TrainRow, read_journal
 
 TEACHERS = (LEFT, RIGHT)
 NUM_CHUNKS_AT_A_TIME = 20  # that the students may read between two blows
-WATCHDOG_S = 10.0
+WATCHDOG_S = 6.0
 
 
 class Disaster:
@@ -33,7 +35,6 @@ class Disaster:
         self.hold(*TEACHERS)
         self.let_read(0)
         self.run = scene.run(self.made)
-        self.num_attempts = 1
 
         self.num_deaths = 0
         self.num_unpublished = 0  # chunks that were made, and lost with their teachers at the bucket's door
@@ -91,35 +92,35 @@ class Disaster:
         self.run.until(lambda: bool(self.scene.s3[HUB].held) and self._has_committed())
 
     def _has_committed(self) -> bool:
-        attempts = attempts_of(self.run.rows)
-        return len(attempts) == self.num_attempts and any(isinstance(row, CheckpointRow) for row in attempts[-1])
+        return any(isinstance(row, CheckpointRow) for row in self.run.rows)
 
     def until_recovered(self, cause: str) -> None:
         self.run.until(lambda: any(isinstance(row, RecoveryRow) and row.cause == cause for row in self.run.rows))
 
 
-def live_through(disaster: Disaster, rng: random.Random) -> None:
-    """All of it; who suffers, and when, is drawn."""
+def live_through(disaster: Disaster, rng: random.Random, *, long_form: bool) -> None:
+    """All of it; who suffers, and when, is drawn. Where there is time, a teacher dies at a random moment, too, and not only its machine."""
     try:
         first, second = rng.sample(TEACHERS, 2)
         disaster.until_both_are_held()
         kill_before_the_put(disaster, first)
         kill_after_the_put(disaster, second)
         disaster.until_both_are_held()
-        kill_between(disaster, first, rng)
-        lose_a_machine_and_get_another(disaster, second)
+        if long_form:
+            kill_between(disaster, first, rng)
+        lose_a_machine_and_get_another(disaster, second, rng)
         cut_a_machine_off(disaster, second, other=first)
-        for number, strike in enumerate((None, lose_a_rank, stop_a_rank, kill_the_driver), start=1):
+        for number, strike in enumerate((None, lose_a_rank, stop_a_rank), start=1):
             disaster.let_read(number * NUM_CHUNKS_AT_A_TIME)
             if strike is not None:
                 sleep(rng.uniform(0.0, 0.5))  # somewhere in a step, in a checkpoint, or behind both
                 strike(disaster, rng)
             disaster.until_they_wait()
+        disaster.run.until(lambda: len(disaster.store.published()) == len(disaster.made.chunks))
         lose_everything(disaster)
     finally:
         for way in disaster.scene.s3.values():
             way.end()
-    go_on_elsewhere(disaster)
 
 
 def kill_before_the_put(disaster: Disaster, name: str) -> None:
@@ -140,19 +141,24 @@ def kill_after_the_put(disaster: Disaster, name: str) -> None:
 
 def kill_between(disaster: Disaster, name: str, rng: random.Random) -> None:
     """Somewhere in its work; then all wait again."""
+    work_for_a_while(disaster, name, rng)
+    disaster.kill_teacher(name)
+    disaster.hold(*TEACHERS)
+    disaster.until_both_are_held()
+
+
+def work_for_a_while(disaster: Disaster, name: str, rng: random.Random) -> None:
     goal = len(disaster.published(name)) + rng.randint(2, 5)
     disaster.let_publish(*TEACHERS)
     disaster.run.until(lambda: len(disaster.published(name)) >= goal)
     sleep(rng.uniform(0.0, 0.1))
-    disaster.kill_teacher(name)
-    disaster.hold(*TEACHERS)
 
 
-def lose_a_machine_and_get_another(disaster: Disaster, name: str) -> None:
-    disaster.run.until(lambda: bool(disaster.held(name)))
+def lose_a_machine_and_get_another(disaster: Disaster, name: str, rng: random.Random) -> None:
+    work_for_a_while(disaster, name, rng)
     disaster.scene.cluster.kill_node(name)
     disaster.num_deaths += 1
-    disaster.num_unpublished += 1
+    disaster.hold(*TEACHERS)
     disaster.scene.join(name)
     disaster.until_both_are_held()
     num_before = len(disaster.published(name))
@@ -186,13 +192,6 @@ def stop_a_rank(disaster: Disaster, rng: random.Random) -> None:
     disaster.until_recovered("stalled")
 
 
-def kill_the_driver(disaster: Disaster, _rng: random.Random) -> None:
-    disaster.run.command.kill()
-    disaster.scene.make_whole()
-    disaster.run = disaster.scene.run(disaster.made)
-    disaster.num_attempts += 1
-
-
 def lose_everything(disaster: Disaster) -> None:
     """The driver, the cluster and the run directory; what is left is in the bucket."""
     disaster.run.command.kill()
@@ -201,23 +200,16 @@ def lose_everything(disaster: Disaster) -> None:
     disaster.made.run_dir.rename(disaster.folder / "out of reach")
 
 
-def go_on_elsewhere(disaster: Disaster) -> None:
-    """The same run on the test session's own cluster, in a directory of its own."""
+def go_on_elsewhere(disaster: Disaster, ranks: RankGroup | None) -> None:
+    """The same run in a directory of its own, by the test session's cluster or by these ranks alone."""
     run_dir = disaster.folder / "elsewhere"
     made = disaster.world.plan(run_dir, store={"url": disaster.store.url}, student=EPOCH | disaster.students())
     assert made.recipe == disaster.made.recipe
-    pipeline.run(made)
-    disaster.rows_elsewhere = read_journal(run_dir / "journal.jsonl")
-
-
-def attempts_of(rows: list[Row]) -> list[list[Row]]:
-    """The rows of each attempt."""
-    found: list[list[Row]] = []
-    for row in rows:
-        if isinstance(row, StartRow):
-            found.append([])
-        found[-1].append(row)
-    return found
+    if ranks is None:
+        pipeline.run(made)
+        disaster.rows_elsewhere = read_journal(run_dir / "journal.jsonl")
+    else:
+        disaster.rows_elsewhere = [*ranks.call(train_and_tell, made.jobs()[0])[0]]
 
 
 def steps_of(rows: list[Row]) -> list[int]:

@@ -6,7 +6,7 @@ Machines speak through the board, Ray says which nodes it drains, and a SIGTERM 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import time
+from time import monotonic, time
 
 from stillhouse.board import Board, Summons
 from stillhouse.cluster import drain, draining
@@ -15,6 +15,7 @@ from stillhouse.notices import Ask, Notice, sigterm
 from stillhouse.tracking import NoticeRow, Role, Tracker
 
 _LOOK_EVERY_S = 1.0
+_SILENT_S = 8.0  # a rank that lives beats every second
 _ROLES: tuple[Role, ...] = ("student", "control")
 
 
@@ -24,6 +25,7 @@ class Machines:
     def __init__(self, board: Board, journal: Tracker, terminated: Ask) -> None:
         self._board, self._journal, self._terminated = board, journal, terminated
         self._known: set[str] = set()
+        self._told_at: float | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="machines", daemon=True)
 
@@ -31,6 +33,12 @@ class Machines:
         """Raise InterruptedRunError where the driver itself was told to go."""
         if self._terminated(time()) is not None:
             raise InterruptedRunError("SIGTERM; what was committed stays, and the same command goes on from there")
+
+    def nobody_commits(self) -> bool:
+        """Whether the driver was told to go a while ago, and no rank is at work that would have to commit first."""
+        if self._told_at is None or monotonic() - self._told_at < _SILENT_S:
+            return False
+        return not any(heard.ago_s < _SILENT_S for role in _ROLES for heard in self._board.heard(role))
 
     def start(self) -> None:
         self._thread.start()
@@ -40,7 +48,6 @@ class Machines:
         self._thread.join()
 
     def _listen(self) -> None:
-        told_to_stop = False
         while not self._stopped.wait(_LOOK_EVERY_S):
             for node, notice in draining().items():
                 self._board.announce(node, notice)
@@ -49,9 +56,9 @@ class Machines:
                     self._known.add(node)
                     self._pass_on(node, notice)
             end = self._terminated(time())
-            if end is not None and not told_to_stop:
-                told_to_stop = True
+            if end is not None and self._told_at is None:
                 self._stop_all(end)
+                self._told_at = monotonic()
 
     def _pass_on(self, node: str, notice: Notice) -> None:
         self._journal.record(NoticeRow(notice.source, node, notice.deadline - time(), notice.detail))

@@ -69,7 +69,7 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
         board = Board.create()
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=False))
-            students.join()
+            students.join(unless=machines.nobody_commits)
             machines.require_driver()
         _evaluate(made, journal, available=available)
     write_report(made.run_dir)
@@ -85,7 +85,7 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=True))
 
             def finished() -> bool:
-                done = students.finished()
+                done = students.finished() or machines.nobody_commits()
                 if done:
                     machines.require_driver()
                 return done
@@ -240,9 +240,9 @@ class _Background:
         self._thread = threading.Thread(target=self._run, args=(call,), name="students", daemon=True)
         self._thread.start()
 
-    def join(self) -> None:
-        """Wait until the call has returned. Raises what it raised."""
-        while not self.finished():
+    def join(self, *, unless: Callable[[], bool]) -> None:
+        """Wait until the call has returned, unless it is given up. Raises what it raised."""
+        while not (self.finished() or unless()):
             self._thread.join(_LOOK_EVERY_S)  # a wait without end would not hear a Ctrl-C on every system
 
     def finished(self) -> bool:

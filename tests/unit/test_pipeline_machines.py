@@ -1,0 +1,42 @@
+"""A driver that is told to go waits for ranks that have something to commit, and for nobody else."""
+
+from time import monotonic, sleep, time
+
+import pytest
+
+from helpers.training import ListTracker
+from stillhouse.board import Beat, Board
+from stillhouse.errors import InterruptedRunError
+from stillhouse.notices import Notice
+from stillhouse.pipeline import machines
+from stillhouse.pipeline.machines import Machines
+from stillhouse.tracking import NoticeRow
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+PATIENCE_S = 60.0
+
+
+def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_that_may_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "_SILENT_S", 3.0)
+    board, journal, told = Board.create(), ListTracker(), list[Notice]()
+    found = Machines(board, journal, lambda _now: told[0] if told else None)
+    found.start()
+    try:
+        found.require_driver()
+        told.append(Notice("sigterm", time() + 30, "SIGTERM"))
+        with pytest.raises(InterruptedRunError):
+            found.require_driver()
+        deadline = monotonic() + PATIENCE_S
+        while not any(isinstance(row, NoticeRow) for row in journal.rows):
+            assert monotonic() < deadline
+            sleep(0.05)
+        until = monotonic() + 4.0
+        while monotonic() < until:
+            board.beat(Beat("student", 0, "here", pid=1, step=3, phase="commit", phase_s=0.1))
+            assert not found.nobody_commits()
+            sleep(0.05)
+        board.forget("student")  # it has committed and left
+        assert found.nobody_commits()
+    finally:
+        found.stop()
