@@ -9,7 +9,7 @@ AS_ROOT := unshare --map-root-user --mount --net sh -c 'ip link set lo up && exe
 endif
 endif
 MINUTES ?= 20
-SEEDS ?= 5
+SEEDS ?= 3
 
 .PHONY: help system demo test chaos test-gpu check format bench clean
 
@@ -28,7 +28,7 @@ demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo
 test: $(INSTALLED)  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
 	$(AS_ROOT) $(BIN)/pytest
 
-chaos: $(INSTALLED)  ## the long form: disasters in SEEDS (5) courses, then random faults for MINUTES (20), and half as long for teachers alone
+chaos: $(INSTALLED)  ## the long form: disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
 	$(AS_ROOT) $(BIN)/pytest tests/chaos --chaos-seeds=$(SEEDS)
 	PYTHONPATH=tests $(AS_ROOT) $(BIN)/python -m chaos.soak --minutes $(MINUTES)
 

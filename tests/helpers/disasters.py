@@ -40,7 +40,6 @@ class Disaster:
         self.num_unpublished = 0  # chunks that were made, and lost with their teachers at the bucket's door
         self.published_by_the_joined: list[int] = []
         self.orphan = -1  # the chunk that a teacher was about to publish when it was cut off
-        self.alive_when_it_was_made_again: list[str] = []
         self.stopped: psutil.Process | None = None
         self.rows: list[Row] = []  # of the run directory, until it was lost
         self.rows_elsewhere: list[Row] = []  # of the one that was begun then
@@ -169,14 +168,13 @@ def lose_a_machine_and_get_another(disaster: Disaster, name: str, rng: random.Ra
 
 
 def cut_a_machine_off(disaster: Disaster, name: str, *, other: str) -> None:
-    """Its teacher goes on, and reaches the bucket. The run gives it up, and another makes the chunk that it has in hand."""
+    """Its teacher lives on, and reaches the bucket. The run gives it up; another publishes the chunk in its hands, and then it does."""
     disaster.until_both_are_held()
     disaster.orphan = disaster.held(name)[0]
     disaster.scene.cut_off(name)
     disaster.num_deaths += 1
     disaster.let_publish(other)
     disaster.run.until(lambda: disaster.orphan in disaster.published(other))
-    disaster.alive_when_it_was_made_again = [each for each in TEACHERS if disaster.scene.teacher(each).is_running()]
     disaster.let_publish(name)
     disaster.run.until(lambda: disaster.orphan in disaster.published(name))
 

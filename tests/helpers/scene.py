@@ -90,7 +90,8 @@ class Scene:
         for name in self.network.machines:
             if name in self._cut_off:
                 self._cut_off.remove(name)
-                self.cluster.kill_node(name)
+                if name in self.cluster.raylets:
+                    self.cluster.kill_node(name)
                 self.network.mend(name)
             if name not in self.cluster.raylets:
                 self.join(name)
