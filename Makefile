@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SKYPILOT := .venv-sky/.installed # in an environment of its own: it wants other versions of what we have
 # Some tests make networks and mounts: whoever is not root becomes it in namespaces of their own, from which no other network is reached.
 ifneq ($(shell id -u),0)
 ifeq ($(shell unshare --map-root-user --mount --net true 2>/dev/null && echo may),may)
@@ -11,7 +12,11 @@ endif
 MINUTES ?= 20
 SEEDS ?= 3
 
-.PHONY: help system demo test chaos test-gpu check format bench clean
+COMPILE := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-hashes --no-header --no-annotate \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28
+TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+
+.PHONY: help system demo test chaos test-gpu check format lock bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -25,7 +30,7 @@ system:  ## Debian's packages that the tests need, where they are missing: netwo
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
-test: $(INSTALLED)  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
+test: $(INSTALLED) $(SKYPILOT)  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
 	$(AS_ROOT) $(BIN)/pytest
 
 chaos: $(INSTALLED)  ## the long form: disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
@@ -45,11 +50,15 @@ format: $(INSTALLED)  ## format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+lock: $(INSTALLED)  ## what the images install, by hash, anew from pyproject.toml
+	$(COMPILE) --upgrade --output-file docker/gpu.lock
+	$(COMPILE) --upgrade --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
+
 bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 	$(BIN)/stillhouse bench pipeline
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-sky .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 
 # torch comes first and alone, so that a CPU build that is at hand satisfies everything after it.
 $(INSTALLED): pyproject.toml
@@ -57,4 +66,9 @@ $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check 'torch>=2.9,<2.14'
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(SKYPILOT):
+	test -x .venv-sky/bin/python || $(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/pip install --quiet --disable-pip-version-check 'skypilot==0.14.1'
 	@touch $@

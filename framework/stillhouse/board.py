@@ -1,11 +1,13 @@
 """The board: one small actor through which students answer the teacher pool and the driver. No tensor passes through it.
 
 What is pinned to it: how far readers are, which chunks they found damaged, which machines announced their end, and every rank's signs of
-life. What is lost with its process is told to it again, or was news only.
+life. What is lost with its process is told to it again, or was news only. It lives beside the driver, so it also writes down what ranks on
+other machines have to say: the run directory need not be shared.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from time import time
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.errors import StillhouseError
 from stillhouse.notices import Notice
+from stillhouse.tracking import Journal, Row
 
 Phase = Literal["start", "data", "step", "snapshot", "commit"]  # loading, awaiting chunks, computing, copying its state, awaiting the store
 Cause = Literal["died", "stalled", "notice", "grown", "stop"]
@@ -71,12 +74,17 @@ class News:
 
 
 class _Board:
-    def __init__(self) -> None:
+    def __init__(self, journal: Path | None) -> None:
+        self._journal = None if journal is None else Journal(journal)
         self._cursors: dict[str, int] = {}
         self._bad_chunks: set[int] = set()
         self._notices: dict[str, Notice] = {}
         self._groups: dict[str, _Group] = {}
         self._verdict: StillhouseError | None = None
+
+    def record(self, row: Row) -> None:
+        assert self._journal is not None
+        self._journal.record(row)
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         self._cursors[reader] = num_chunks
@@ -186,10 +194,18 @@ class Board:
     _actor: Any
 
     @classmethod
-    def create(cls) -> "Board":
+    def create(cls, journal: Path | None = None) -> "Board":
+        """A board that writes rows down in this journal, a file of the driver's machine; without one it takes no rows."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        return cls(ray.remote(_Board).options(**options).remote())
+        return cls(ray.remote(_Board).options(**options).remote(None if journal is None else journal.resolve()))
+
+    def record(self, row: Row) -> None:
+        """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it cannot be written."""
+        try:
+            ray.get(self._actor.record.remote(row if row.time else replace(row, time=time())))
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, StillhouseError) else error) from None
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         """`reader` will never again need the first `num_chunks` chunks of the reading order. Returns at once."""

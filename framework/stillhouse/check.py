@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from stillhouse import estimate
 from stillhouse.cluster import attached, placement, shortages, student_crew, teacher_crew
 from stillhouse.config import ClusterSection, ModelSection, StudentSection
 from stillhouse.errors import ConfigError, ModelError, StoreError
@@ -33,6 +34,7 @@ class _Findings:
     rows: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
+    num_parameters: dict[str, int] = field(default_factory=dict)  # of each model that could be made
 
 
 def describe(made: Plan) -> None:
@@ -61,6 +63,7 @@ def _models(made: Plan, found: _Findings) -> None:
             found.rows.append((role, f"{section.model}{commit}"))
             continue
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        found.num_parameters[role] = num_parameters
         num_bytes = num_parameters * getattr(torch, section.dtype).itemsize
         padding = model.get_output_embeddings().weight.shape[0] - made.recipe.vocab_size
         shape = f"{_count(num_parameters)} parameters, {decimal(num_bytes)} in {section.dtype}"
@@ -195,6 +198,7 @@ def _cluster(made: Plan, found: _Findings) -> None:
     except ConfigError as error:
         found.obstacles.append(str(error))
         return
+    _hours(made, available, found)
     cure = "name a larger cluster in cluster.address" if section.address is None else "add machines to the cluster"
     lower = "lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
     found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
@@ -206,6 +210,46 @@ def _cluster(made: Plan, found: _Findings) -> None:
         )
     if section.address is not None and "://" not in made.config.store.url:
         found.notes.append(f"store.url is a directory, {made.config.store.url}: every machine of the cluster has to see the same one")
+
+
+def _hours(made: Plan, available: Mapping[str, float], found: _Findings) -> None:
+    """An estimate, where both models are known and live on GPUs."""
+    config, corpus = made.config, made.split.train
+    places = {role: placement(section, available) for role, section in (("teacher", config.teacher), ("student", config.student))}
+    if found.num_parameters.keys() != places.keys() or any(where.device == "cpu" for where in places.values()):
+        return
+    card = estimate.card_of(available) or estimate.ASSUMED
+    recipe, student = made.recipe, config.student
+    num_taught = min(len(made.chunks) * recipe.chunk_sequences, corpus.num_sequences) * corpus.sequence_length
+    num_learnt = made.total_steps * student.global_batch_sequences * corpus.sequence_length
+    checkpointing = student.activation_checkpointing
+    targets = estimate.teaching(
+        found.num_parameters["teacher"], num_taught, card=card, num_cards=config.teacher.max_replicas * places["teacher"].num_gpus
+    )
+    steps = estimate.training(
+        found.num_parameters["student"],
+        num_learnt,
+        checkpointing=checkpointing,
+        card=card,
+        num_cards=student.num_workers * places["student"].num_gpus,
+    )
+    again = ", and as much again for the control" if config.evaluate.control else ""
+    found.rows += [
+        (
+            "hours",
+            f"targets {_some(targets.hours)} on {targets.num_cards:g} {card},"
+            f" training {_some(steps.hours)} on {steps.num_cards:g} {card}{again}",
+        ),
+        (
+            "",
+            f"by arithmetic: 2 operations a parameter and token for targets, {8 if checkpointing else 6} for training, at"
+            f" {estimate.FORWARD_SHARE:.0%} and {estimate.TRAINING_SHARE:.0%} of its data sheet's {estimate.PEAK_TFLOPS[card]:g} TFLOP/s",
+        ),
+    ]
+
+
+def _some(hours: float) -> str:
+    return f"about {hours:.2g} h" if hours >= 0.1 else "minutes"
 
 
 def _available(section: ClusterSection) -> Mapping[str, float]:

@@ -3,18 +3,18 @@
 Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted, 143 told to go by SIGTERM (the same command goes on).
 """
 
-import logging
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from stillhouse.bench.verbs import bench_app
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
+from stillhouse.shell import cache_dir, quieten, typed
 
 if TYPE_CHECKING:
     from stillhouse.evaluate import ModelName, Scores
@@ -46,8 +46,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 store_app = typer.Typer(help="Look at, verify and tidy a chunk store.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measure Stillhouse against what one would do without it.", no_args_is_help=True)
+node_app = typer.Typer(help="Make this machine the head of a cluster, or a node of one.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+app.add_typer(node_app, name="node")
 app.add_typer(bench_app, name="bench")
 
 Configs = Annotated[list[Path], typer.Argument(metavar="CONFIG", help="TOML files, merged left to right.")]
@@ -56,15 +57,8 @@ RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run li
 ExistingRun = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run.")]
 StoreUrl = Annotated[str, typer.Argument(metavar="URL", help="A directory, or s3://, gs:// or az:// with bucket and prefix.")]
 
-Tokens = Annotated[int, typer.Option("--tokens", min=1, help="In the batch.")]
-VocabSize = Annotated[int, typer.Option("--vocab", min=2)]
-HiddenSize = Annotated[int, typer.Option("--hidden", min=1)]
-Kept = Annotated[int, typer.Option("--k", min=1, help="Exact entries of a target.")]
-TorchDtype = Annotated[Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the logits, or of hidden states and weight.")]
-TorchDevice = Annotated[Literal["cpu", "cuda"], typer.Option("--device")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Times that each way is measured, on fresh data.")]
-WithCompile = Annotated[bool, typer.Option("--compile/--no-compile", help="Also what torch.compile makes of torch's ways.")]
-Out = Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")]
+Resources = Annotated[list[str] | None, typer.Option("--resources", metavar="NAME=AMOUNT", help="What configs may ask for: teacher=8.")]
+Block = Annotated[bool, typer.Option("--block", help="Stay until Ray ends here, and fail then.")]
 
 
 @app.callback()
@@ -99,12 +93,14 @@ def init(
 
 
 @app.command()
-def demo(run_dir: Annotated[Path, typer.Option("--run-dir", help="Where everything goes.")] = Path("runs/demo")) -> None:
+def demo(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where everything goes.")] = Path("runs/demo"), overrides: Overrides = None
+) -> None:
     """Make a small teacher from Python's own standard library, distil it, and write the report."""
-    _quieten()
+    quieten()
     from stillhouse import demo
 
-    demo.run_demo(run_dir, cache_dir=_cache_dir())
+    demo.run_demo(run_dir, overrides or (), cache_dir=cache_dir())
 
 
 @app.command()
@@ -122,7 +118,7 @@ def run(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -
     made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.run(made, command=_typed())
+    pipeline.run(made, command=typed())
     _announce(made.run_dir)
 
 
@@ -132,7 +128,7 @@ def produce(configs: Configs, overrides: Overrides = None, run_dir: RunDir = Non
     made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.produce(made, command=_typed())
+    pipeline.produce(made, command=typed())
 
 
 @app.command()
@@ -141,7 +137,7 @@ def train(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None)
     made = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.train(made, command=_typed())
+    pipeline.train(made, command=typed())
     _announce(made.run_dir)
 
 
@@ -222,146 +218,51 @@ def store_sweep(
     inventory.tidy(url, older_than_s=older_than_hours * 3600)
 
 
-@bench_app.command(name="pipeline")
-def bench_pipeline(
-    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models, stores and runs go.")] = Path("runs/bench"),
-    num_steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of each way.")] = 160,
-    num_rounds: Annotated[int, typer.Option("--rounds", help="Times that every way is measured.")] = 3,
-    out: Out = None,
+@node_app.command(name="head")
+def node_head(
+    port: Annotated[int, typer.Option("--port", help="That nodes join at.")] = 6379,
+    resources: Resources = None,
+    autoscaling: Annotated[Path | None, typer.Option("--autoscaling", help="The config of `ray up`, on a head that it made.")] = None,
+    block: Block = False,
 ) -> None:
-    """`run`, and the same once cached, against one process that is teacher and student in turn, on two cores."""
-    _quieten()
-    from stillhouse.bench.pipeline import bench_pipeline
+    """Start a cluster with this machine as its head; it lets in only who has its token."""
+    from stillhouse import node
 
-    bench_pipeline(work_dir, num_steps=num_steps, num_rounds=num_rounds, command=_typed(), out=out)
+    command = node.head(port=port, resources=node.parse_resources(resources or ()), autoscaling=autoscaling, block=block)
+    node.start(command, os.environ)
 
 
-@bench_app.command(name="codec")
-def bench_codec(
-    num_tokens: Tokens = 192,
-    vocab_size: VocabSize = 151_936,
-    ks: Annotated[list[int] | None, typer.Option("--k", min=1, help="Exact entries; may be said again. Default: 32, 64, 128.")] = None,
-    teacher: Annotated[Path | None, typer.Option("--teacher", help="A model's directory. Default: the demo's, if it is there.")] = None,
-    device: TorchDevice = "cpu",
-    repeats: Repeats = 5,
-    out: Out = None,
+@node_app.command(name="join")
+def node_join(
+    address: Annotated[str, typer.Argument(metavar="HOST[:PORT]", help="The head.")],
+    resources: Resources = None,
+    block: Block = False,
+    patience_s: Annotated[float, typer.Option("--patience", help="Seconds to wait for the head.")] = 600.0,
 ) -> None:
-    """What a target takes in bytes, what they lose, and how fast it is packed and unpacked; one thread, or one GPU."""
-    _quieten()
-    from stillhouse.bench.codec import Setting, bench_codec
+    """Make this machine a node of a cluster; both have to have the same token."""
+    from stillhouse import node
 
-    setting = Setting(num_tokens, vocab_size, tuple(ks or (32, 64, 128)), device)
-    bench_codec(setting, teacher, repeats=repeats, cache_dir=_cache_dir(), command=_typed(), out=out)
-
-
-@bench_app.command(name="topk")
-def bench_topk(
-    num_tokens: Tokens = 64,
-    vocab_size: VocabSize = 151_936,
-    k: Kept = 64,
-    dtype: TorchDtype = "float32",
-    device: TorchDevice = "cpu",
-    repeats: Repeats = 7,
-    with_compile: WithCompile = True,
-    out: Out = None,
-) -> None:
-    """From logits to their greatest and their log-sum-exp: every path of ours beside torch, eager and compiled; one thread, or one GPU."""
-    _quieten()
-    from stillhouse.bench.topk import Setting, bench_topk
-
-    setting = Setting(num_tokens, vocab_size, k, dtype, device)
-    bench_topk(setting, repeats=repeats, with_compile=with_compile, command=_typed(), out=out)
+    node.protected(os.environ)  # rather said before the wait than after it
+    node.wait_for_head(address, patience_s=patience_s, waiting=lambda words: print(words, file=sys.stderr, flush=True))
+    node.start(node.join(address, resources=node.parse_resources(resources or ()), block=block), os.environ)
 
 
-@bench_app.command(name="loss")
-def bench_loss(
-    num_tokens: Tokens = 1024,
-    vocab_size: VocabSize = 32_000,
-    hidden_size: HiddenSize = 256,
-    k: Kept = 64,
-    dtype: TorchDtype = "float32",
-    device: TorchDevice = "cpu",
-    repeats: Repeats = 5,
-    with_compile: WithCompile = True,
-    out: Out = None,
-) -> None:
-    """The student's head and loss against autograd on all the logits, and each divergence; one thread, or one GPU."""
-    _quieten()
-    from stillhouse.bench.loss import Setting, bench_loss
+@node_app.command(name="health")
+def node_health() -> None:
+    """Fail where this machine belongs to a cluster whose head does not answer."""
+    from stillhouse import node
 
-    setting = Setting(num_tokens, vocab_size, hidden_size, k, dtype, device)
-    bench_loss(setting, repeats=repeats, with_compile=with_compile, command=_typed(), out=out)
+    node.require_health()
 
 
-@bench_app.command(name="head")
-def bench_head(
-    num_tokens: Tokens = 1024,
-    vocab_size: VocabSize = 32_000,
-    hidden_size: HiddenSize = 256,
-    k: Kept = 64,
-    dtype: TorchDtype = "float32",
-    device: TorchDevice = "cpu",
-    repeats: Repeats = 5,
-    out: Out = None,
-) -> None:
-    """A teacher's head, from hidden states to packed records, against the bare matrix product and eager torch; one thread, or one GPU."""
-    _quieten()
-    from stillhouse.bench.head import bench_head
-    from stillhouse.bench.loss import Setting
+@node_app.command(name="token")
+def node_token() -> None:
+    """Make the token of a cluster; bring the file to all its machines."""
+    from stillhouse import node
 
-    bench_head(Setting(num_tokens, vocab_size, hidden_size, k, dtype, device), repeats=repeats, command=_typed(), out=out)
-
-
-@bench_app.command(name="checkpoint")
-def bench_checkpoint(
-    work_dir: Annotated[Path, typer.Option("--work-dir", help="On the disk that is measured.")] = Path("runs/bench"),
-    hidden_size: HiddenSize = 512,
-    num_layers: Annotated[int, typer.Option("--layers", min=1)] = 4,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the student.")] = "float32",
-    zero_stage: Annotated[int, typer.Option("--zero-stage", min=1, max=3)] = 1,
-    device: TorchDevice = "cpu",
-    repeats: Repeats = 9,
-    out: Out = None,
-) -> None:
-    """How long training stands still for a checkpoint, against DeepSpeed's save_checkpoint to the same disk; one thread, or one GPU."""
-    _quieten()
-    from stillhouse.bench.checkpoint import Setting, bench_checkpoint
-
-    setting = Setting(hidden_size, num_layers, dtype, zero_stage, device)
-    bench_checkpoint(setting, work_dir, repeats=repeats, command=_typed(), out=out)
-
-
-@bench_app.command(name="restart")
-def bench_restart(
-    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models, stores and runs go.")] = Path("runs/bench"),
-    num_rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that both are measured.")] = 3,
-    num_kills: Annotated[int, typer.Option("--kills", min=1, help="Ranks killed in each of them.")] = 2,
-    out: Out = None,
-) -> None:
-    """From a killed rank to the next step, against Ray Train and DeepSpeed joined as their documentation does; two ranks on two cores."""
-    _quieten()
-    from stillhouse.bench.restart import bench_restart
-
-    bench_restart(work_dir, num_rounds=num_rounds, num_kills=num_kills, command=_typed(), out=out)
-
-
-@bench_app.command(name="targets")
-def bench_targets(
-    teacher: Annotated[Path | None, typer.Option("--teacher", help="Its directory. Default: the demo's, made where there is none.")] = None,
-    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models go that are made.")] = Path("runs/bench"),
-    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each student.")] = 420,
-    num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students of each kind.")] = 3,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps of one seed: whether it runs, not what comes of it.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured; the figure goes beside it.")] = None,
-) -> None:
-    """The forms of a target at equal bytes: exact entries, draws from the tail, or both, between the text alone and the whole teacher."""
-    _quieten()
-    from stillhouse.bench.targets import QUICK, bench_targets, thorough
-
-    effort = QUICK if quick else thorough(num_steps=num_steps, num_seeds=num_seeds)
-    command = f"stillhouse {shlex.join(sys.argv[1:])}"
-    bench_targets(work_dir, teacher, effort=effort, threads=threads, cache_dir=_cache_dir(), command=command, out=out)
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or node.TOKEN_FILE).expanduser()
+    node.make_token(path)
+    print(f"{path} is the token. Every machine of the cluster needs a copy there, readable by its owner alone.")
 
 
 def main() -> None:
@@ -381,41 +282,17 @@ def _plan(configs: list[Path], overrides: list[str] | None, run_dir: Path | None
     from stillhouse.config import load_config
 
     config = load_config(configs, overrides or [])
-    _quieten()
+    quieten()
     from stillhouse import pipeline
 
-    return pipeline.plan(config, run_dir=run_dir or Path("runs") / configs[-1].stem, cache_dir=_cache_dir())
+    return pipeline.plan(config, run_dir=run_dir or Path("runs") / configs[-1].stem, cache_dir=cache_dir())
 
 
 def _existing(run_dir: Path) -> "Plan":
-    _quieten()
+    quieten()
     from stillhouse import pipeline
 
-    return pipeline.open_run(run_dir, cache_dir=_cache_dir())
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
-
-
-def _quieten() -> None:
-    """Settle the libraries' chatter before they are imported: what is said here is ours to say. The user's own settings win."""
-    settings = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "true",  # unset, it warns at every fork after a tokenizer was used
-        "WANDB_SILENT": "true",
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at every barrier are eight times slower when another process wants the core
-    }
-    if not sys.stderr.isatty():
-        settings |= dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1")
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be set back by its import
-
-
-def _typed() -> str:
-    return shlex.join(["stillhouse", *sys.argv[1:]])
+    return pipeline.open_run(run_dir, cache_dir=cache_dir())
 
 
 def _announce(run_dir: Path) -> None:

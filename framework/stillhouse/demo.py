@@ -9,7 +9,7 @@ Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -58,7 +58,7 @@ class Sizes:
     warmup_steps: int = 50
 
 
-def run_demo(run_dir: Path, *, cache_dir: Path) -> None:
+def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path) -> None:
     """Make the models, unless they are there; then plan and run their distillation, and say what came of it.
 
     All but the tokenised corpus lands in `run_dir`. Raises what `pipeline.plan` and `pipeline.run` raise.
@@ -66,27 +66,31 @@ def run_demo(run_dir: Path, *, cache_dir: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"A teacher, a student and a control on this machine alone; everything lands in {run_dir}.")
     console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
-    config = demo_config(run_dir)
+    config = demo_config(run_dir, overrides)
     if not (run_dir / "models").exists():
         torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
         with whole_directory(run_dir / "models") as draft:
             make_models(draft, config.corpus, Sizes(), cache_dir=cache_dir, console=console)
     console.print(_next_steps(config))
-    pipeline.run(pipeline.plan(config, run_dir=run_dir, cache_dir=cache_dir))
+    made = pipeline.plan(config, run_dir=run_dir, cache_dir=cache_dir)
+    pipeline.run(made)
+    student = run_dir / "export" / "student"
+    pipeline.export_run(made, student)
     summary = summarise(read_journal(run_dir / "journal.jsonl"))
     assert summary is not None
-    console.print(f"\n{verdict(summary)}\n\nThe report:  {run_dir / 'report.html'}\nThe student: {run_dir / 'export' / 'student'}")
+    console.print(f"\n{verdict(summary)}\n\nThe report:  {run_dir / 'report.html'}\nThe student: {student}")
 
 
-def demo_config(run_dir: Path) -> Config:
-    """The demo's config, which the package carries, with its models and its store in `run_dir`."""
+def demo_config(run_dir: Path, overrides: Iterable[str] = ()) -> Config:
+    """The demo's config, which the package carries, with its models and its store in `run_dir`, unless an override says otherwise."""
     places = {
         "teacher.model": run_dir / "models" / "teacher",
         "student.model": run_dir / "models" / "student",
         "store.url": run_dir / "store",
     }
     with as_file(files("stillhouse") / "demo.toml") as path:
-        return load_config([path], [f"{name} = {json.dumps(str(place), ensure_ascii=False)}" for name, place in places.items()])
+        own = [f"{name} = {json.dumps(str(place), ensure_ascii=False)}" for name, place in places.items()]
+        return load_config([path], [*own, *overrides])
 
 
 def make_models(directory: Path, corpus: CorpusSection, sizes: Sizes, *, cache_dir: Path, console: Console) -> None:

@@ -7,8 +7,7 @@ Shapes: B sequences, L positions, T tokens, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillhouse.cluster import Secrets, prepare_process
-from stillhouse.config import EvaluateSection, ModelSection
+from stillhouse.config import EvaluateSection, ModelSection, StudentSection
 from stillhouse.corpus import Rows
 from stillhouse.logits import Head
 from stillhouse.models import final_hidden, head_of, load_model
@@ -39,11 +38,19 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Trained:
+    """A model as its newest commit has it, wherever it is scored."""
+
+    section: StudentSection
+    checkpoints: str  # a URL
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationJob:
     """Which models to score on which sequences. All are compared with `teacher`, which is scored as well."""
 
     teacher: ModelSection
-    models: Mapping[ModelName, ModelSection]
+    models: Mapping[ModelName, ModelSection | Trained]
     vocab_size: int
     section: EvaluateSection
     device: str
@@ -55,8 +62,8 @@ def evaluate(job: EvaluationJob, heldout: Rows) -> dict[ModelName, Scores]:
     """Scores of the teacher and each model, by name, on the masked-in tokens of `heldout`. Runs in the calling process."""
     prepare_process(job.device, job.threads)
     job.secrets.adopt()
-    sections: dict[ModelName, ModelSection] = {"teacher": job.teacher, **job.models}
-    scorers = {name: _scorer(section, job) for name, section in sections.items()}
+    models: dict[ModelName, ModelSection | Trained] = {"teacher": job.teacher, **job.models}
+    scorers = {name: _scorer(model, job) for name, model in models.items()}
     tallies = {name: _Tally() for name in scorers}
     with torch.inference_mode():
         for start in range(0, len(heldout.token_ids_SL), job.section.batch_sequences):
@@ -106,9 +113,15 @@ class _Scorer:
         return torch.log_softmax(logits_TV.float(), dim=-1)
 
 
-def _scorer(section: ModelSection, job: EvaluationJob) -> _Scorer:
-    many_gpus = job.device == "cuda" and torch.cuda.device_count() > 1
-    model = load_model(section, device_map="auto" if many_gpus else job.device)
+def _scorer(wanted: ModelSection | Trained, job: EvaluationJob) -> _Scorer:
+    if isinstance(wanted, Trained):
+        from stillhouse.student.export import load_trained  # DeepSpeed, which takes seconds to import
+
+        model: Any = load_trained(wanted.checkpoints, wanted.section)[0].eval()
+        model.to(job.device)
+    else:
+        many_gpus = job.device == "cuda" and torch.cuda.device_count() > 1
+        model = load_model(wanted, device_map="auto" if many_gpus else job.device)
     return _Scorer(model, head_of(model, vocab_size=job.vocab_size))
 
 
@@ -143,8 +156,3 @@ class _Tally:
         _, confidence_B, correct_B = self.bins
         calibration_error = float((confidence_B - correct_B).abs().sum()) / max(1, self.num_tokens)
         return Scores(self.num_tokens, cross_entropy, kl, agreement, calibration_error, acceptance)
-
-
-def exported(section: ModelSection, folder: Path) -> ModelSection:
-    """The section of a model that `export` wrote to `folder`: same dtype and device, its own weights."""
-    return section.model_copy(update={"model": str(folder), "revision": None, "trust_remote_code": False})

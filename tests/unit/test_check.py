@@ -47,6 +47,16 @@ def rows_of(outcome: Outcome) -> dict[str, str]:
     return rows
 
 
+def test_a_run_on_gpus_has_its_hours_estimated_and_is_told_how(check):
+    on_gpus = {"device": "cuda", "num_gpus": 1.0, "num_cpus": 0.25}
+    rows = rows_of(check(teacher=on_gpus | {"max_replicas": 3}, student=on_gpus | {"num_workers": 2}))
+    assert "on 3 H100" in rows["hours"]
+    assert "on 2 H100" in rows["hours"]
+    assert "6 for training" in rows["hours"]
+    assert "989 TFLOP/s" in rows["hours"]
+    assert "hours" not in rows_of(check())
+
+
 def test_it_says_what_follows_from_the_config(check, filled: Plan):
     outcome = check()
     assert outcome.code == 0, outcome

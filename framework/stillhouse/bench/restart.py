@@ -123,7 +123,7 @@ def _round(made: Plan, folder: Path, available: Mapping[str, float], number: int
 def _ours(made: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
     (folder / "run").mkdir(parents=True)
     job = TrainJob("student", made.config.student, made.recipe, made.config.store.url, folder / "run", _ENDLESS_STEPS)
-    journal, board = Journal(job.journal), Board.create()
+    journal, board = Journal(job.journal), Board.create(job.journal)
 
     train = partial(
         fit,

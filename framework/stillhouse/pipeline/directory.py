@@ -2,7 +2,7 @@
 
 config.json  recipe.json     what was asked
 journal.jsonl                what happened
-checkpoints/  export/        what came of it
+checkpoints/                 what came of it
 wandb/  report.html          how it looks
 """
 

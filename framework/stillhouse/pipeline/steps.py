@@ -10,15 +10,15 @@ from typing import Literal
 
 from stillhouse.board import Board
 from stillhouse.cluster import attached, call_remotely, local_secrets, placement, require_room, student_crew, teacher_crew
-from stillhouse.config import ModelSection
 from stillhouse.errors import CheckpointError, StoreError
-from stillhouse.evaluate import EvaluationJob, ModelName, Scores, evaluate, exported
+from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate
 from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader
 from stillhouse.store.readers import join, leave, reader_name
+from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.job import order_of_reader
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
@@ -36,7 +36,7 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
     _require_shared_store(made)
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(teacher_crew(made.config.teacher), available)
-        board = Board.create()
+        board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
 
             def finished() -> bool:
@@ -66,7 +66,7 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
         )
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(student_crew(made.config.student), available)
-        board = Board.create()
+        board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=False))
             students.join(unless=machines.nobody_commits)
@@ -80,7 +80,7 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
     _require_shared_store(made)
     with attempt(made, command) as journal, attached(made.config.cluster) as available:
         require_room(teacher_crew(made.config.teacher) | student_crew(made.config.student), available)
-        board = Board.create()
+        board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=True))
 
@@ -198,12 +198,9 @@ def _learn(made: Plan, journal: Journal, *, available: Mapping[str, float], boar
 def _evaluate(made: Plan, journal: Journal, *, available: Mapping[str, float]) -> dict[ModelName, Scores]:
     config = made.config
     where = placement(config.teacher, available)
+    models: dict[ModelName, Trained] = {job.role: Trained(job.section, job.checkpoints) for job in made.jobs()}
     steps: dict[ModelName, int] = {"teacher": 0}
-    models: dict[ModelName, ModelSection] = {}
-    for job in made.jobs():
-        folder = (made.run_dir / "export" / job.role).resolve()
-        steps[job.role] = export_run(made, folder, role=job.role)
-        models[job.role] = exported(config.student, folder)
+    steps.update({job.role: newest_step(job.checkpoints) for job in made.jobs()})
     comparison = EvaluationJob(
         teacher=config.teacher,
         models=models,

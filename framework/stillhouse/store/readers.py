@@ -20,7 +20,7 @@ from stillhouse.store.recipe import canonical_json
 
 READER_VERSION = 1
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError
@@ -18,10 +18,21 @@ def export(checkpoints: str, out: Path, *, section: StudentSection, tokenizer: P
     Returns the number of optimiser steps behind the weights. Raises CheckpointError where there is no commit, or where its weights
     do not fit the model.
     """
+    model, steps = load_trained(checkpoints, section)
+    model.generation_config = generation_config_of(section) or model.generation_config
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return steps
+
+
+def load_trained(checkpoints: str, section: StudentSection) -> tuple[PreTrainedModel, int]:
+    """The model of the newest commit, on the CPU and in the student's dtype, and the optimiser steps behind it. Raises as `export` does."""
     with newest_copy(checkpoints, weight_files) as copy:
         if copy is None:
             raise CheckpointError(
-                f"there is no checkpoint under {checkpoints} to export; train first, with `stillhouse run` or `stillhouse train`"
+                f"there is no checkpoint under {checkpoints}; train first, with `stillhouse run` or `stillhouse train`. If that was on"
+                " other machines, student.checkpoint_url has to name a place that this one sees, too"
             )
         found, folder = copy
         weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)
@@ -34,11 +45,8 @@ def export(checkpoints: str, out: Path, *, section: StudentSection, tokenizer: P
             f"missing {sorted(set(missing) - tied)[:4]}, unexpected {list(unexpected)[:4]}; was student.model changed?"
         )
     model.tie_weights()
-    model.generation_config = generation_config_of(section) or model.generation_config
-    model.to(getattr(torch, section.dtype)).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(card, encoding="utf-8")
-    return found.step
+    model.to(getattr(torch, section.dtype))
+    return model, found.step
 
 
 def generation_config_of(section: StudentSection) -> GenerationConfig | None:

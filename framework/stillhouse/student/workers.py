@@ -176,7 +176,6 @@ def _worker(config: dict[str, bytes]) -> None:
 
     from stillhouse.student.lifeline import BoardLifeline
     from stillhouse.student.train import train
-    from stillhouse.tracking import Journal
 
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
     rank = ray.train.get_context().get_world_rank()
@@ -184,7 +183,7 @@ def _worker(config: dict[str, bytes]) -> None:
         distributed_c10d.default_pg_timeout = _peer_timeout(job.section)  # ZeRO makes groups of its own, which would wait for ever
         try:
             with BoardLifeline(board, job, arguments.notices, rank=rank, teachers_at_work=arguments.teachers_at_work) as lifeline:
-                finished = train(job, device=device, journal=Journal(job.journal), lifeline=lifeline)
+                finished = train(job, device=device, journal=board, lifeline=lifeline)
         except StillhouseError as error:
             board.give_up(error)
             raise

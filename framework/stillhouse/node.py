@@ -1,0 +1,132 @@
+"""One machine's part in a cluster: Ray is started on it, as the head or as a node of one, and never without a token.
+
+Who has the token may run code on every machine of the cluster; nobody else gets in. Ray itself would start without one, open to all who
+reach its ports.
+"""
+
+import json
+import secrets
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from os import O_CREAT, O_EXCL, O_WRONLY, fdopen
+from os import open as open_file
+from pathlib import Path
+from time import monotonic, sleep
+
+from stillhouse.errors import ConfigError, RunError
+
+PORT = 6379
+TOKEN_FILE = Path("~/.ray/auth_token")  # where Ray looks for it
+CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where Ray writes down what this machine belongs to
+_LEAST_LENGTH = 16
+_LOOK_EVERY_S, _CONNECT_S = 2.0, 5.0
+_OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
+
+
+def make_token(path: Path) -> None:
+    """Write a new token, for its owner's eyes alone. Raises ConfigError where there is one already."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        with fdopen(open_file(path, O_WRONLY | O_CREAT | O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        raise ConfigError(f"{path} exists already and stays as it is; a cluster's machines share one token") from None
+
+
+def protected(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with Ray's authentication on. Raises ConfigError where there is no token, or others may read it."""
+    token, named = environment.get("RAY_AUTH_TOKEN"), environment.get("RAY_AUTH_TOKEN_PATH")
+    if token is None:
+        path = Path(named).expanduser() if named else TOKEN_FILE.expanduser()
+        token = _read(path)
+    if len(token) < _LEAST_LENGTH:
+        raise ConfigError(
+            f"the token of the cluster has {len(token)} characters; at least {_LEAST_LENGTH}, which nobody can guess, are wanted"
+        )
+    return {**environment, "RAY_AUTH_MODE": "token"}
+
+
+def start(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run `ray start`; blocks where it was told to. Raises ConfigError without a token, RunError where Ray does not start."""
+    if subprocess.run(command, env=protected(environment), check=False).returncode != 0:
+        raise RunError("Ray did not start here; what it said stands above")
+
+
+def head(*, port: int, resources: Mapping[str, float], autoscaling: Path | None, block: bool) -> list[str]:
+    """The command that makes this machine a head. Its dashboard listens on loopback."""
+    command = [*_ray_start(resources, block=block), "--head", f"--port={port}", "--dashboard-host=127.0.0.1"]
+    return command if autoscaling is None else [*command, f"--autoscaling-config={autoscaling.expanduser()}"]
+
+
+def join(address: str, *, resources: Mapping[str, float], block: bool) -> list[str]:
+    """The command that makes this machine a node of the head at HOST or HOST:PORT."""
+    return [*_ray_start(resources, block=block), f"--address={':'.join(map(str, _host_and_port(address)))}"]
+
+
+def wait_for_head(address: str, *, patience_s: float, waiting: Callable[[str], None]) -> None:
+    """Return once somebody listens there; `waiting` hears why it takes time. Raises RunError when patience ends."""
+    deadline = monotonic() + patience_s
+    while True:
+        try:
+            with socket.create_connection(_host_and_port(address), timeout=_CONNECT_S):
+                return
+        except OSError as error:
+            if monotonic() > deadline:
+                raise RunError(
+                    f"nobody listens at {address} after {patience_s:g} s ({error}); is the head up, and its port open?"
+                ) from None
+            waiting(f"waiting for the head at {address}: {error}")
+        sleep(_LOOK_EVERY_S)
+
+
+def require_health(current: Path = CURRENT_CLUSTER) -> None:
+    """Raise RunError where this machine belongs to a cluster whose head does not answer; one that belongs to none is well."""
+    if not current.exists():
+        return
+    address = current.read_text().strip()
+    try:
+        socket.create_connection(_host_and_port(address), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise RunError(f"the head at {address} does not answer ({error})") from None
+
+
+def parse_resources(words: Sequence[str]) -> dict[str, float]:
+    """`teacher=8` as a resource of that amount. Raises ConfigError."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, amount = word.partition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            raise ConfigError(f"--resources {word!r} is not NAME=AMOUNT, such as teacher=8") from None
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+        token = path.read_text().strip()
+    except OSError:
+        raise ConfigError(
+            f"there is no token for the cluster: RAY_AUTH_TOKEN is not set, and {path} cannot be read. Without one, all who reach this"
+            " machine could run code on it. `stillhouse node token` makes one; every machine of the cluster needs the same"
+        ) from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise ConfigError(
+            f"{path} may be read by others (its mode is {stat.S_IMODE(mode):o}); chmod 600 {path}, and make a new one if they did"
+        )
+    return token
+
+
+def _ray_start(resources: Mapping[str, float], *, block: bool) -> list[str]:
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+    command += [f"--resources={json.dumps(dict(resources))}"] if resources else []
+    return [*command, "--block"] if block else command
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    return (host, int(port)) if colon and port.isdecimal() else (address, PORT)

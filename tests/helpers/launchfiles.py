@@ -1,0 +1,177 @@
+"""What says of each file under launch/ and docker/ whether those who will read it can: their own schemas, or those of whoever wrote theirs.
+
+A validator takes a file's text and returns what is wrong with it. None asks a cloud, a cluster or a container engine.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+
+ROOT = Path(__file__).parents[2]
+_SCHEMAS = Path(__file__).parents[1] / "schemas"
+_KUBERNETES = "1.34"
+
+Validator = Callable[[str], list[str]]
+
+
+def kubernetes(text: str) -> list[str]:
+    """KubeRay's own kinds by the schemas of its CRDs, all others by those of Kubernetes; both refuse what they do not know."""
+    import kubernetes_validate
+
+    found = []
+    for document in yaml.safe_load_all(text):
+        if str(document.get("apiVersion")).startswith("ray.io/"):
+            found += [problem.message for problem in _kuberay(str(document.get("kind"))).iter_errors(document)]
+            document = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": document.get("metadata")}  # which a CRD leaves to Kubernetes
+        try:
+            kubernetes_validate.validate(document, _KUBERNETES, strict=True)
+        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError, KeyError) as error:
+            found.append(str(error))
+    return found
+
+
+def ray_up(text: str) -> list[str]:
+    """By what `ray up` does before it asks a cloud, and a machine's own settings by the cloud's API."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load(text)
+    unknown = [f"provider.{key} is not in Ray's schema" for key in config.get("provider", {}) if key not in _providers_keys()]
+    try:
+        validate_config(prepare_config(config))
+    except Exception as error:
+        return [*unknown, f"{type(error).__name__}: {error}"]
+    machine = {"aws": _ec2_instance, "gcp": _compute_instance}[config["provider"]["type"]]
+    return unknown + [problem for kind in config["available_node_types"].values() for problem in machine(kind["node_config"])]
+
+
+def compose(text: str) -> list[str]:
+    """By the Compose specification's own schema; what services name has to be there, too."""
+    project = yaml.safe_load(text)
+    problems = [problem.message for problem in _compose_specification().iter_errors(project)]
+    for name, service in project.get("services", {}).items():
+        mounted = [mount.partition(":")[0] for mount in service.get("volumes", ()) if mount[0] not in "./~"]
+        for kind, named in {"services": service.get("depends_on", ()), "networks": service.get("networks", ()), "volumes": mounted}.items():
+            problems += [f"{name} names {each}, which is not among the {kind}" for each in named if each not in project.get(kind, {})]
+    return problems
+
+
+def dockerfile(text: str) -> list[str]:
+    return _told_by([_tool("hadolint"), "-"], text)
+
+
+def sbatch(text: str) -> list[str]:
+    """A shell script whose #SBATCH lines are options of sbatch."""
+    asked = re.findall(r"^#SBATCH --([\w-]+)", text, flags=re.MULTILINE)
+    lines = re.findall(r"^#SBATCH\b", text, flags=re.MULTILINE)
+    known = (_SCHEMAS / "sbatch-options.txt").read_text().split()
+    unknown = [f"--{option} is no option of sbatch" for option in asked if option not in known]
+    return unknown + ["a line is not `#SBATCH --option`"] * (len(lines) - len(asked)) + _told_by([_tool("shellcheck"), "-"], text)
+
+
+def skypilot(*texts: str) -> list[str]:
+    """What SkyPilot's own loader refuses of each, where there is something; it lives in an environment of its own."""
+    python = ROOT / ".venv-sky" / "bin" / "python"
+    assert python.exists(), "SkyPilot is not here: `make .venv-sky/.installed`"
+    command = [python, Path(__file__).with_name("skypilot.py")]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True)
+    return [problem or "" for problem in json.loads(done.stdout)]
+
+
+def keys_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The way to each key of nested mappings and lists."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*path, key)
+            yield from keys_of(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from keys_of(inner, (*path, index))
+
+
+def misspelt(document: Any, path: tuple[str | int, ...]) -> Any:
+    """A copy of plain values in which the key at the end of the way has another last letter."""
+    copy = json.loads(json.dumps(document))
+    inner = copy
+    for step in path[:-1]:
+        inner = inner[step]
+    key = str(path[-1])
+    inner[key[:-1] + ("x" if key[-1] != "x" else "y")] = inner.pop(path[-1])
+    return copy
+
+
+@cache
+def _kuberay(kind: str) -> Draft202012Validator:
+    path = _SCHEMAS / f"kuberay-{kind.lower()}-v1.schema.json"
+    return Draft202012Validator(json.loads(path.read_text()) if path.exists() else False)
+
+
+@cache
+def _compose_specification() -> Draft202012Validator:
+    import check_jsonschema
+
+    path = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
+    return Draft202012Validator(json.loads(path.read_text()))
+
+
+@cache
+def _providers_keys() -> set[str]:
+    import ray.autoscaler
+
+    return set(json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())["properties"]["provider"]["properties"])
+
+
+def _ec2_instance(settings: dict[str, Any]) -> list[str]:
+    """Boto's own check of the parameters of EC2's RunInstances."""
+    from botocore.validate import ParamValidator
+
+    report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **settings}, _run_instances())
+    return [report.generate_report()] if report.has_errors() else []
+
+
+@cache
+def _run_instances() -> Any:
+    import botocore.session
+
+    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+
+
+def _compute_instance(settings: dict[str, Any]) -> list[str]:
+    """By the discovery document of Google's Compute API."""
+    return [*_unknown(settings, "Instance", "node_config")]
+
+
+def _unknown(value: Any, kind: str, where: str) -> Iterator[str]:
+    fields = _compute_api()[kind].get("properties", {})
+    for key, inner in value.items():
+        if key not in fields:
+            yield f"{where}.{key} is not in {kind}"
+            continue
+        reference = fields[key].get("$ref") or fields[key].get("items", {}).get("$ref")
+        for each in (inner if isinstance(inner, list) else [inner]) if reference else ():
+            yield from _unknown(each, reference, f"{where}.{key}")
+
+
+@cache
+def _compute_api() -> dict[str, Any]:
+    import googleapiclient.discovery_cache
+
+    documents = Path(googleapiclient.discovery_cache.__file__).parent / "documents"
+    schemas: dict[str, Any] = json.loads((documents / "compute.v1.json").read_text())["schemas"]
+    return schemas
+
+
+def _tool(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def _told_by(command: list[str], text: str) -> list[str]:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    return [] if done.returncode == 0 else [done.stdout + done.stderr]

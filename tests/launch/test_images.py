@@ -1,0 +1,58 @@
+"""The images install what was locked, hold no secret, and run as nobody in particular."""
+
+import re
+import socket
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from helpers.launchfiles import ROOT
+from stillhouse import node
+from stillhouse.errors import RunError
+
+IMAGES = ("cpu", "gpu")
+
+
+def locked(image: str) -> dict[str, str]:
+    """The one version of each package."""
+    lines = (ROOT / f"docker/{image}.lock").read_text().splitlines()
+    return {match[1]: match[2] for line in lines if (match := re.match(r"([\w.-]+)==([\w.+!-]+)", line))}
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_lock_has_all_that_stillhouse_asks_for_and_a_hash_of_everything(image: str) -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    found = locked(image)
+    for each in map(Requirement, asked):
+        assert each.specifier.contains(found[each.name], prereleases=True), each
+    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / f"docker/{image}.lock").read_text(), flags=re.MULTILINE)
+    assert len(entries) - 1 == len(found)
+    assert all("--hash=sha256:" in entry for entry in entries[1:])
+
+
+def test_only_the_gpu_image_has_cuda() -> None:
+    assert not any(name.startswith("nvidia-") for name in locked("cpu"))
+    assert any(name.startswith("nvidia-cudnn") for name in locked("gpu"))
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_is_pinned_runs_as_a_number_and_takes_no_secret(image: str) -> None:
+    text = (ROOT / f"docker/{image}.Dockerfile").read_text()
+    assert re.search(r"^ARG BASE=[\w.:/-]+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${BASE}", "${BASE}"]
+    assert re.findall(r"^USER (.+)$", text, re.MULTILINE) == ["10001:10001"]
+    assert re.findall(r"^ARG (\w+)", text, re.MULTILINE) == ["BASE"]
+    assert not re.search(r"TOKEN|SECRET|PASSWORD|_KEY", text)
+    assert "--require-hashes" in text
+
+
+def test_a_machine_is_well_while_its_head_answers_or_it_has_none(tmp_path: Path) -> None:
+    current = tmp_path / "ray_current_cluster"
+    node.require_health(current)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        current.write_text(f"127.0.0.1:{head.getsockname()[1]}")
+        node.require_health(current)
+    with pytest.raises(RunError, match="does not answer"):
+        node.require_health(current)
