@@ -279,7 +279,7 @@ def _connect(section: ClusterSection) -> None:
         ray.init(**options, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at {section.address!r} ({error}); start one with `ray start --head`, or leave cluster.address out"
+            f"no Ray cluster answers at {section.address!r} ({error}); start one with `stillhouse node head`, or leave cluster.address out"
         ) from None
 
 
