@@ -162,7 +162,7 @@ def test_an_address_at_which_nobody_answers_is_said_at_once():
     assert len(lines) == len(addresses)
     for line, address in zip(lines, addresses, strict=True):
         assert f"no Ray cluster answers at '{address}'" in line
-        assert "start one with `ray start --head`, or leave cluster.address out" in line
+        assert "start one with `stillhouse node head`, or leave cluster.address out" in line
     assert monotonic() - began < 50  # Ray itself takes minutes
 
 
