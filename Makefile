@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SKYPILOT := .venv-sky/.installed # in an environment of its own: it wants other versions of what we have
+# SkyPilot has an environment of its own: it wants other versions of what we have.
+SKYPILOT := .venv-sky/.installed
 # Some tests make networks and mounts: whoever is not root becomes it in namespaces of their own, from which no other network is reached.
 ifneq ($(shell id -u),0)
 ifeq ($(shell unshare --map-root-user --mount --net true 2>/dev/null && echo may),may)
@@ -12,7 +13,7 @@ endif
 MINUTES ?= 20
 SEEDS ?= 3
 
-COMPILE := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-hashes --no-header --no-annotate \
+LOCK := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-hashes --no-header --no-annotate \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 
@@ -51,8 +52,8 @@ format: $(INSTALLED)  ## format, and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 lock: $(INSTALLED)  ## what the images install, by hash, anew from pyproject.toml
-	$(COMPILE) --upgrade --output-file docker/gpu.lock
-	$(COMPILE) --upgrade --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
+	$(LOCK) --upgrade --output-file docker/gpu.lock
+	$(LOCK) --upgrade --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
 
 bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 	$(BIN)/stillhouse bench pipeline

@@ -242,7 +242,8 @@ def _hours(made: Plan, available: Mapping[str, float], found: _Findings) -> None
         ),
         (
             "",
-            f"by arithmetic: 2 operations a parameter and token for targets, {8 if checkpointing else 6} for training, at"
+            f"by arithmetic: {estimate.FORWARD_OPERATIONS} operations a parameter and token for targets,"
+            f" {estimate.training_operations(checkpointing)} for training, at"
             f" {estimate.FORWARD_SHARE:.0%} and {estimate.TRAINING_SHARE:.0%} of its data sheet's {estimate.PEAK_TFLOPS[card]:g} TFLOP/s",
         ),
     ]

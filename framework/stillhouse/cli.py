@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from stillhouse import node
 from stillhouse.bench.verbs import bench_app
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
 from stillhouse.shell import cache_dir, quieten, typed
@@ -220,14 +221,12 @@ def store_sweep(
 
 @node_app.command(name="head")
 def node_head(
-    port: Annotated[int, typer.Option("--port", help="That nodes join at.")] = 6379,
+    port: Annotated[int, typer.Option("--port", help="That nodes join at.")] = node.PORT,
     resources: Resources = None,
     autoscaling: Annotated[Path | None, typer.Option("--autoscaling", help="The config of `ray up`, on a head that it made.")] = None,
     block: Block = False,
 ) -> None:
     """Start a cluster with this machine as its head; it lets in only who has its token."""
-    from stillhouse import node
-
     command = node.head(port=port, resources=node.parse_resources(resources or ()), autoscaling=autoscaling, block=block)
     node.start(command, os.environ)
 
@@ -240,8 +239,6 @@ def node_join(
     patience_s: Annotated[float, typer.Option("--patience", help="Seconds to wait for the head.")] = 600.0,
 ) -> None:
     """Make this machine a node of a cluster; both have to have the same token."""
-    from stillhouse import node
-
     node.protected(os.environ)  # rather said before the wait than after it
     node.wait_for_head(address, patience_s=patience_s, waiting=lambda words: print(words, file=sys.stderr, flush=True))
     node.start(node.join(address, resources=node.parse_resources(resources or ()), block=block), os.environ)
@@ -250,16 +247,12 @@ def node_join(
 @node_app.command(name="health")
 def node_health() -> None:
     """Fail where this machine belongs to a cluster whose head does not answer."""
-    from stillhouse import node
-
     node.require_health()
 
 
 @node_app.command(name="token")
 def node_token() -> None:
     """Make the token of a cluster; bring the file to all its machines."""
-    from stillhouse import node
-
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or node.TOKEN_FILE).expanduser()
     node.make_token(path)
     print(f"{path} is the token. Every machine of the cluster needs a copy there, readable by its owner alone.")

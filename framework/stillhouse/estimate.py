@@ -17,7 +17,7 @@ PEAK_TFLOPS = {  # dense bfloat16, from NVIDIA's data sheets
 }
 ASSUMED = "H100"
 FORWARD_SHARE, TRAINING_SHARE = 0.4, 0.35  # of the peak: assumed
-_FORWARD, _TRAINING, _RECOMPUTED = 2, 6, 2
+FORWARD_OPERATIONS = 2  # a parameter and token
 _RAY_NAMES_IT = "accelerator_type:"
 
 
@@ -38,13 +38,17 @@ def card_of(available: Mapping[str, float]) -> str | None:
 
 def teaching(num_parameters: float, num_tokens: float, *, card: str, num_cards: float) -> Estimate:
     """All targets, by so many cards: a teacher's own number times the replicas."""
-    return _estimate(_FORWARD * num_parameters * num_tokens, FORWARD_SHARE, card, num_cards)
+    return _estimate(FORWARD_OPERATIONS * num_parameters * num_tokens, FORWARD_SHARE, card, num_cards)
 
 
 def training(num_parameters: float, num_tokens: float, *, checkpointing: bool, card: str, num_cards: float) -> Estimate:
     """All steps of one student; with activation checkpointing each forward pass is done twice."""
-    operations = _TRAINING + (_RECOMPUTED if checkpointing else 0)
-    return _estimate(operations * num_parameters * num_tokens, TRAINING_SHARE, card, num_cards)
+    return _estimate(training_operations(checkpointing) * num_parameters * num_tokens, TRAINING_SHARE, card, num_cards)
+
+
+def training_operations(checkpointing: bool) -> int:
+    """A parameter and token: forward, and twice as much backward."""
+    return FORWARD_OPERATIONS * (4 if checkpointing else 3)
 
 
 def _estimate(operations: float, share: float, card: str, num_cards: float) -> Estimate:

@@ -10,7 +10,7 @@ import torch
 
 from helpers.checkpoints import ORIGIN, make, write_files
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, newest, publish
+from stillhouse.student.checkpoint import Commit, Digest, newest, publish
 from stillhouse.student.engine import consolidated_weights
 
 
@@ -33,10 +33,15 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "..", ""])
+@pytest.mark.parametrize("name", ["../outside", "{elsewhere}/outside", "a/b", "plain"])
 def test_a_manifest_that_names_files_elsewhere_is_passed_over(tmp_path: Path, name: str) -> None:
-    url = str(tmp_path / "checkpoints")
+    """The file is there, to the byte: it is the name that is refused."""
+    url, name = str(tmp_path / "checkpoints"), name.format(elsewhere=tmp_path)
     (sound,) = make(url, 4)
-    write_files(url, 8)
-    publish(Blobs(url), Commit(8, "a", 2, ORIGIN, {name: (1, "0" * 16)}))
-    assert newest(url) == sound
+    folder = Path(url) / write_files(url, 8)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"weights")
+    digest = Digest()
+    digest.add(b"weights")
+    hostile = publish(Blobs(url), Commit(8, "a", 2, ORIGIN, {name: digest.value}))
+    assert newest(url) == (hostile if name == "plain" else sound)

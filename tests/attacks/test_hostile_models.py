@@ -1,4 +1,4 @@
-"""A model that brings code along: it is not run unless the config says so, and what was read is pinned."""
+"""A model that brings code along: it is not run unless the config says so."""
 
 import json
 from contextlib import suppress

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.chunks import make_chunk, small_recipe
-from stillhouse.errors import ChunkError, RecipeError, StillhouseError
+from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.store import ChunkStore, Reader, readers, verify_store
 
 MUCH = 64 << 20  # bytes
@@ -62,7 +62,7 @@ def test_a_chunk_under_another_number_or_recipe_is_refused(store: ChunkStore) ->
 @pytest.mark.parametrize("name", ["../elsewhere", "/etc/cron.d/job", "a/b", "", "x" * 1000, "..", "a\\x00b"])
 def test_a_reader_has_a_plain_name(store: ChunkStore, name: str) -> None:
     reader = Reader(name=name, global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
-    with pytest.raises((StillhouseError, AssertionError, ValueError)):
+    with pytest.raises(StoreError):
         readers.join(store, reader)
     assert not (Path(store.url).parent / "elsewhere").exists()
 

@@ -1,14 +1,16 @@
 """What is pinned to the board, who is told what, and what of it outlives the board's own process."""
 
 import pickle
+from pathlib import Path
 from time import time
 
 import pytest
 
 from helpers.processes import kill_one
 from stillhouse.board import Beat, Board, News, Past, Summons
-from stillhouse.errors import StudentError
+from stillhouse.errors import StoreError, StudentError
 from stillhouse.notices import Notice
+from stillhouse.tracking import DamagedRow, read_journal
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -108,3 +110,13 @@ def test_the_board_outlives_its_process(board: Board):
     board.move_cursor("student", 7)
     board.report_bad_chunk(1)
     assert board.read() == News({"student": 7}, frozenset({1}), {})
+
+
+def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    Board.create(path).record(DamagedRow("student", "a flipped bit"))
+    (row,) = read_journal(path)
+    assert (row.kind, row.problem) == ("damaged", "a flipped bit")
+    assert row.time == pytest.approx(time(), abs=60)
+    with pytest.raises(StoreError, match=r"cannot append to .*absent"):
+        Board.create(tmp_path / "absent" / "journal.jsonl").record(DamagedRow("student", "another"))
