@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from transformers import dynamic_module_utils
 
 from helpers.models import make_model
 from stillhouse.config import ModelSection, StudentSection, parse_config
@@ -45,7 +46,13 @@ def test_code_beside_a_model_does_not_run(hostile: tuple[Path, Path]) -> None:
     assert not target.exists()
 
 
-def test_code_is_run_only_by_those_who_ask_for_it() -> None:
+def test_code_is_run_only_by_those_who_ask_for_it(hostile: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, target = hostile
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    with suppress(ModelError):
+        load_model(StudentSection(model=str(folder), dtype="float32", trust_remote_code=True), random_init_seed=None)
+    assert target.exists()  # so the code was fit to run
     assert ModelSection(model="anything").trust_remote_code is False
     assert (
         parse_config({"corpus": {"dataset": "stdlib"}, "teacher": {"model": "a"}, "student": {"model": "b"}}).teacher.trust_remote_code
