@@ -49,9 +49,10 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def rank_groups(ray_cluster: dict[str, float]) -> Any:
+def rank_groups(ray_cluster: dict[str, float], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Gloo groups of one and of two long-lived processes: a dict of helpers.ranks.RankGroup by world size."""
     from helpers.ranks import RankGroup
 
     assert ray_cluster["CPU"] >= 1
-    return {world_size: RankGroup.start(world_size) for world_size in (1, 2)}
+    meetings = tmp_path_factory.mktemp("meetings")
+    return {world_size: RankGroup.start(world_size, meeting=meetings / str(world_size)) for world_size in (1, 2)}

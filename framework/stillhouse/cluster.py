@@ -205,10 +205,19 @@ def drain(node: str, notice: Notice) -> None:
 
 def room_for(where: Placement) -> int:
     """How many such processes fit into what is free, on nodes that will stay."""
+    return _room_in(ray._private.state.state.available_resources_per_node(), where)
+
+
+def room_at_most(where: Placement) -> int:
+    """How many would fit there if nothing else ran."""
+    return _room_in(ray._private.state.state.total_resources_per_node(), where)
+
+
+def _room_in(resources_by_node: Mapping[str, Mapping[str, float]], where: Placement) -> int:
     leaving, wanted = draining(), where.times(1)
     return sum(
-        min((int(free.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items()), default=0)
-        for node, free in ray._private.state.available_resources_per_node().items()
+        min((int(there.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items()), default=0)
+        for node, there in resources_by_node.items()
         if node not in leaving
     )
 

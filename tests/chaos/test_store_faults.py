@@ -362,7 +362,7 @@ def test_a_run_through_a_server_that_fails_and_is_slow_has_the_undisturbed_loss_
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="storm")
     with FaultyS3(s3_endpoint) as s3, ThreadPoolExecutor(2) as threads:
         monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
-        s3.slow(everything, seconds=0.1)
+        s3.slow(everything, seconds=0.05)
         s3.refuse(lambda request: request.method == "GET" and request.chunk in made.chunks[4:6], status=500, times=4)
         s3.refuse(publications(), status=503, times=4)
         outage = s3.refuse(everything, status=503)

@@ -1,26 +1,26 @@
 """Long-lived rank processes: gloo groups of one and of two, in which tests build and drop as many engines as they like."""
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
 
 
 class _Rank:
-    def join(self, rank: int, world_size: int, port: int) -> None:
+    def join(self, rank: int, world_size: int, meeting: Path) -> None:
         import torch.distributed as dist
 
         from stillhouse.cluster import prepare_process
 
         prepare_process("cpu", 1)
+        import helpers.training  # noqa: F401  # takes seconds, and is what tests call here
+
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}  # as Ray Train does
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-        )
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
 
     def call(self, function: Callable[..., Any], arguments: Sequence[object]) -> Any:
         return function(*arguments)
@@ -31,16 +31,15 @@ class RankGroup:
     """Processes that share one process group."""
 
     actors: Sequence[Any]
+    joined: Sequence[Any]  # answers to come
 
     @classmethod
-    def start(cls, world_size: int) -> "RankGroup":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def start(cls, world_size: int, *, meeting: Path) -> "RankGroup":
+        """Returns at once: the processes find one another by a file, which must not be there yet, while the test does other things."""
         actors = [ray.remote(_Rank).options(num_cpus=0).remote() for _ in range(world_size)]
-        ray.get([actor.join.remote(rank, world_size, port) for rank, actor in enumerate(actors)])
-        return cls(actors)
+        return cls(actors, [actor.join.remote(rank, world_size, meeting) for rank, actor in enumerate(actors)])
 
     def call(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
         """The function's answer on each rank. Raises what a rank raised."""
+        ray.get([*self.joined])
         return ray.get([actor.call.remote(function, arguments) for actor in self.actors])

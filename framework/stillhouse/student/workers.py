@@ -19,7 +19,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 
 from stillhouse.board import Board, Summons
-from stillhouse.cluster import Placement, Secrets, end_process, prepare_process, room_for, settle_ray_train, stacks_of
+from stillhouse.cluster import (
+    Placement,
+    Secrets,
+    end_process,
+    prepare_process,
+    room_at_most,
+    room_for,
+    settle_ray_train,
+    stacks_of,
+)
 from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import StillhouseError
 from stillhouse.student.watchdog import Stall, stalled
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
 
 _LOOK_EVERY_S = 1.0
 _GROW_WITHIN_S = 600.0  # for the commit before a group is made larger
-_SETTLE_S = 5.0  # for what the last group held to be free again
+_SETTLE_S, _SETTLE_EVERY_S = 5.0, 0.2  # for what the last group held to be free again
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +109,15 @@ def _is_elastic(section: StudentSection) -> bool:
 
 
 def _num_workers(section: StudentSection, where: Placement) -> int:
-    """How many ranks the next group has: all of them, or after a moment what there is room for, but never fewer than `min_workers`."""
+    """How many ranks the next group has: all, or what there is room for once the last group's is free again; at least `min_workers`."""
     if not _is_elastic(section):
         return section.num_workers
     deadline = monotonic() + _SETTLE_S
-    while (room := room_for(where)) < section.num_workers and (monotonic() < deadline or room < (section.min_workers or 1)):
-        sleep(_LOOK_EVERY_S)
+    while (room := room_for(where)) < section.num_workers:
+        settled = monotonic() > deadline or room == room_at_most(where)
+        if settled and room >= (section.min_workers or 1):
+            break
+        sleep(_SETTLE_EVERY_S)
     return min(room, section.num_workers)
 
 
