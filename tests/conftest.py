@@ -1,12 +1,15 @@
 """Shared by every test: one torch thread, no way to a model hub, one Ray cluster, one tiny world to train in."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "token",  # for every cluster of every test, as on every machine of a cluster of ours
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",

@@ -5,6 +5,7 @@ What travels between processes here is small: cursors, chunk numbers, secrets. N
 
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import time
+from time import monotonic, sleep, time
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 _NAMESPACE = "stillhouse"
 _OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
 _REACH_S = 10.0
+_LOOK_EVERY_S = 1.0
 _PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
 _DRAIN_S = 120.0  # for a node that is drained without a deadline
 _END_S, _STACK_S = 30.0, 10.0
@@ -145,6 +147,24 @@ def require_room(crews: Mapping[str, tuple[ModelSection, int]], available: Mappi
         )
 
 
+def await_room(
+    crews: Mapping[str, tuple[ModelSection, int]], section: ClusterSection, *, waiting: Callable[[str], None]
+) -> dict[str, float]:
+    """The cluster's resources, once they suffice for these crews: machines of a cluster that was there before may still be on their way.
+
+    `waiting` hears what is missing, each time that this has changed. Raises ConfigError where it is missing after `section.join_s`.
+    """
+    deadline = monotonic() + (section.join_s if section.address is not None else 0.0)
+    last: list[str] = []
+    while (missing := shortages(crews, available := ray.cluster_resources())) and monotonic() < deadline:
+        if missing != last:
+            waiting("; ".join(missing))
+            last = missing
+        sleep(_LOOK_EVERY_S)
+    require_room(crews, available)
+    return available
+
+
 def teacher_crew(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]:
     """The fewest teachers with which a run begins, as a crew."""
     return {"teachers": (section, section.min_replicas)}
@@ -214,30 +234,48 @@ def room_at_most(where: Placement) -> int:
 
 
 def _room_in(resources_by_node: Mapping[str, Mapping[str, float]], where: Placement) -> int:
-    leaving, wanted = draining(), where.times(1)
-    return sum(
-        min((int(there.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items()), default=0)
-        for node, there in resources_by_node.items()
-        if node not in leaving
-    )
+    leaving = draining()
+    return sum(_fitting(there, where) for node, there in resources_by_node.items() if node not in leaving)
+
+
+def _fitting(there: Mapping[str, float], where: Placement) -> int:
+    return min((int(there.get(name, 0.0) / amount + 1e-6) for name, amount in where.times(1).items()), default=0)
+
+
+def who_does_not_see(path: Path, crew: Placement) -> list[str]:
+    """The addresses of the other machines with resources for one of the crew, on which there is no such file."""
+    resources = ray._private.state.state.total_resources_per_node()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != this_node()]
+    asked = {
+        node["NodeManagerAddress"]: _ask(node["NodeID"], _is_there, path) for node in others if _fitting(resources[node["NodeID"]], crew)
+    }
+    return [address for address, answer in asked.items() if _answer(answer) is False]
 
 
 def stacks_of(pid: int, *, node: str) -> str | None:
     """Where a worker of ours on a node stands, empty where that cannot be read; None where it is gone."""
-    return _call_on(node, _stack_of, pid)
+    return _answer(_ask(node, _stack_of, pid))
 
 
 def end_process(pid: int, *, node: str) -> None:
     """Kill a worker of ours on a node, where it is still there."""
-    _call_on(node, _end_process, pid)
+    _answer(_ask(node, _end_process, pid))
 
 
-def _call_on(node: str, function: Callable[[int], Any], pid: int) -> Any:
+def _ask(node: str, function: Callable[..., Any], argument: object) -> Any:
     there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(argument)
+
+
+def _answer(asked: Any) -> Any:
     try:
-        return ray.get(ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(pid), timeout=_END_S)
+        return ray.get(asked, timeout=_END_S)
     except ray.exceptions.RayError:  # the node is gone, or as silent as the process: Ray's own health check sees to it
         return None
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists()
 
 
 def _end_process(pid: int) -> None:
@@ -276,6 +314,7 @@ def cause_of(error: BaseException) -> BaseException:
 def _connect(section: ClusterSection) -> None:
     options: dict[str, Any] = {"address": section.address}
     if section.address is None:
+        _require_token()
         options = {
             "address": "local",
             "num_cpus": section.num_cpus,
@@ -290,6 +329,13 @@ def _connect(section: ClusterSection) -> None:
         raise ConfigError(
             f"no Ray cluster answers at {section.address!r} ({error}); start one with `stillhouse node head`, or leave cluster.address out"
         ) from None
+
+
+def _require_token() -> None:
+    """Ray turns authentication on where it finds a token: it listens on every address of this machine, whatever it is told."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        raise ConfigError("RAY_AUTH_MODE is 'disabled': all who reach this machine could run code on it; unset it, or set it to 'token'")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _reach(address: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from stillhouse.errors import ConfigError
 
@@ -187,6 +187,7 @@ class ClusterSection(Section):
 
     address: str | None = Field(None, description="a running cluster ('auto' or host:port); None starts one on this machine")
     num_cpus: PositiveInt | None = Field(None, description="CPUs of the cluster started here; None: every core")
+    join_s: NonNegativeFloat = Field(600.0, description="seconds that a run waits for machines which have not joined that cluster yet")
     threads: PositiveInt = Field(1, description="torch threads in each teacher and student process on the CPU")
     notices: NoticeSource = Field("auto", description="whose metadata server announces a machine's end; auto: the one that answers")
     grace_s: PositiveFloat = Field(30.0, description="seconds between SIGTERM and the kill, as Kubernetes or Slurm are set to")

@@ -64,9 +64,9 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path) -
     All but the tokenised corpus lands in `run_dir`. Raises what `pipeline.plan` and `pipeline.run` raise.
     """
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"A teacher, a student and a control on this machine alone; everything lands in {run_dir}.")
-    console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
     config = demo_config(run_dir, overrides)
+    console.print(_what_is_begun(config, run_dir))
+    console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
     if not (run_dir / "models").exists():
         torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
         with whole_directory(run_dir / "models") as draft:
@@ -212,12 +212,19 @@ def _progress(console: Console, num_steps: int) -> Iterator[Callable[[float], No
         yield show
 
 
+def _what_is_begun(config: Config, run_dir: Path) -> str:
+    who = "A teacher, a student and a control" if config.evaluate.control else "A teacher and a student"
+    if config.cluster.address is None:
+        return f"{who} on this machine alone; everything lands in {run_dir}."
+    return f"{who} on the cluster; what they say lands in {run_dir}, their chunks in {config.store.url}."
+
+
 def _next_steps(config: Config) -> str:
     """What the pipeline is about to do, in plain words."""
     draws = f" and {config.target.tail_draws} draws from the rest" if config.target.tail_draws else ""
+    control = " Then a control, the same student, learns from the text alone." if config.evaluate.control else ""
     return (
         f"\n3. {config.teacher.max_replicas} teachers on Ray write the {config.target.k} likeliest next tokens{draws} at each place"
         " to a store;"
-        " a student that knows nothing learns from it as it fills. Then a control, the same student, learns from the text alone."
-        " All are scored on text that none of them has seen.\n"
+        f" a student that knows nothing learns from it as it fills.{control} All are scored on text that none of them has seen.\n"
     )

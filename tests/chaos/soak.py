@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import random
+import secrets
 import signal
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from time import monotonic, sleep
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 from helpers.faults import everything
 from helpers.models import make_model

@@ -16,6 +16,7 @@ from stillhouse.cluster import (
     Placement,
     Secrets,
     attached,
+    await_room,
     call_remotely,
     cause_of,
     local_secrets,
@@ -105,6 +106,17 @@ def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there():
 def test_a_crew_alone_is_measured_alone():
     assert shortages(teacher_crew(teacher(min_replicas=9, max_replicas=9)), CPUS_ONLY) == ["CPU: 9 needed (9 teachers), 8 in the cluster"]
     assert shortages(student_crew(student(num_workers=8)), CPUS_ONLY) == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what():
+    heard: list[str] = []
+    crew = teacher_crew(teacher(resources={"spot": 1}))
+    with pytest.raises(ConfigError, match="too small for this run"):
+        await_room(crew, ClusterSection(address="auto", join_s=1.5), waiting=heard.append)
+    assert heard == ["spot: 1 needed (1 teachers), 0 in the cluster"]
+    with pytest.raises(ConfigError, match="too small for this run"):  # nobody else joins a cluster that this command started
+        await_room(crew, ClusterSection(), waiting=pytest.fail)
 
 
 def test_a_token_is_found_and_shown_nowhere(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,6 +37,7 @@ from stillhouse.tracking import (
     StartRow,
     TeacherRow,
     TrainRow,
+    WaitRow,
     WandbView,
     latest_train_rows,
     read_journal,
@@ -78,6 +79,7 @@ ROWS = [
     DamagedRow("student", "step-00000005.json: its checksum differs", time=1020.5),
     RecoveryRow("student", "notice", "aws: terminate", 6.5, 1, 5, 0, time=1021.0),
     NoticeRow("aws", "f00", 110.0, "terminate", time=1021.5),
+    WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster", time=1000.5),
     StallRow("student", 1, 6, "step", 61.0, "File train.py, line 1", time=1022.0),
     SetAsideRow(4, [33], "IndexError: index out of range", time=1023.0),
     RepairRow(3, time=1024.0),
@@ -450,6 +452,13 @@ def test_progress_off_a_terminal_is_one_plain_line_in_ten_seconds_and_a_last_one
     assert "\x1b" not in text.getvalue()
     assert "teachers 6/8 chunks" in lines[-1]
     assert "student 25/10 steps" in lines[-1]
+
+
+def test_while_machines_are_on_their_way_it_says_what_is_missing():
+    text = io.StringIO()
+    with ProgressView(Console(file=text, width=200), clock=_Clock()) as view:
+        view.record(WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster"))
+    assert "waiting for machines to join the cluster: GPU: 8 needed (8 teachers), 0 in the cluster | student:" in text.getvalue()
 
 
 def test_a_student_that_reads_a_full_store_has_no_teachers_at_work():

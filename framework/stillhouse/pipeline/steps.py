@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.board import Board
-from stillhouse.cluster import attached, call_remotely, local_secrets, placement, require_room, student_crew, teacher_crew
+from stillhouse.cluster import attached, await_room, call_remotely, local_secrets, placement, student_crew, teacher_crew
+from stillhouse.config import ModelSection
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate
 from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.machines import watched_machines
+from stillhouse.pipeline.places import require_shared
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader
@@ -26,7 +28,7 @@ from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.teacher.readership import Readership
-from stillhouse.tracking import EvalRow, Journal, Tracker
+from stillhouse.tracking import EvalRow, Journal, Tracker, WaitRow
 
 _LOOK_EVERY_S = 1.0
 
@@ -34,8 +36,9 @@ _LOOK_EVERY_S = 1.0
 def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
     """Fill the store with every chunk that training will read."""
     _require_shared_store(made)
-    with attempt(made, command) as journal, attached(made.config.cluster) as available:
-        require_room(teacher_crew(made.config.teacher), available)
+    with attempt(made, command) as journal, attached(made.config.cluster):
+        available = _room(made, teacher_crew(made.config.teacher), journal)
+        _require_shared_places(made, available, at_store=[made.config.teacher], learning=False)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
 
@@ -49,8 +52,9 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
 def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
     """Have teachers make exactly these chunks, which are out of the store already; neither a run directory nor a student has a part."""
     _require_shared_store(made)
-    with attached(made.config.cluster) as available:
-        require_room(teacher_crew(made.config.teacher), available)
+    with attached(made.config.cluster):
+        available = _room(made, teacher_crew(made.config.teacher), journal)
+        _require_shared_places(made, available, at_store=[made.config.teacher], learning=False)
         _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True, order=numbers)
 
 
@@ -64,8 +68,9 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
             f"{len(missing)} of {len(made.chunks)} chunks are not in {made.config.store.url}; "
             "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
         )
-    with attempt(made, command) as journal, attached(made.config.cluster) as available:
-        require_room(student_crew(made.config.student), available)
+    with attempt(made, command) as journal, attached(made.config.cluster):
+        available = _room(made, student_crew(made.config.student), journal)
+        _require_shared_places(made, available, at_store=[made.config.student], learning=True)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=False))
@@ -78,8 +83,9 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
 def run(made: Plan, *, command: str = "stillhouse run") -> None:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it goes on where it stopped."""
     _require_shared_store(made)
-    with attempt(made, command) as journal, attached(made.config.cluster) as available:
-        require_room(teacher_crew(made.config.teacher) | student_crew(made.config.student), available)
+    with attempt(made, command) as journal, attached(made.config.cluster):
+        available = _room(made, teacher_crew(made.config.teacher) | student_crew(made.config.student), journal)
+        _require_shared_places(made, available, at_store=[made.config.teacher, made.config.student], learning=True)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=True))
@@ -114,6 +120,18 @@ def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
     return export(job.checkpoints, out, section=job.section, tokenizer=made.tokenizer, card=model_card(made, role))
+
+
+def _room(made: Plan, crews: Mapping[str, tuple[ModelSection, int]], journal: Tracker) -> dict[str, float]:
+    return await_room(crews, made.config.cluster, waiting=lambda missing: journal.record(WaitRow(missing)))
+
+
+def _require_shared_places(made: Plan, available: Mapping[str, float], *, at_store: Sequence[ModelSection], learning: bool) -> None:
+    """Of the machines of these crews the store, and of all machines the checkpoints: the student is scored where a teacher fits."""
+    require_shared(made.config.store.url, [placement(each, available) for each in at_store], what="chunks", setting="store.url")
+    if learning:
+        everyone = [placement(each, available) for each in (made.config.teacher, made.config.student)]
+        require_shared(made.jobs()[0].checkpoints, everyone, what="checkpoints", setting="student.checkpoint_url")
 
 
 def _require_shared_store(made: Plan) -> None:

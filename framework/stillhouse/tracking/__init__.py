@@ -20,6 +20,7 @@ from stillhouse.tracking.rows import (
     TeacherRow,
     Tracker,
     TrainRow,
+    WaitRow,
     latest_train_rows,
 )
 from stillhouse.tracking.views import ProgressView, WandbView
@@ -45,6 +46,7 @@ __all__ = [
     "TeacherRow",
     "Tracker",
     "TrainRow",
+    "WaitRow",
     "WandbView",
     "latest_train_rows",
     "read_journal",

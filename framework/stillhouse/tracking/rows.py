@@ -156,6 +156,14 @@ class NoticeRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
+class WaitRow(Row):
+    """The run cannot begin yet: machines that it needs have not joined the cluster."""
+
+    kind: ClassVar[str] = "wait"
+    missing: str  # each resource that is short: needed, by whom, and there
+
+
+@dataclass(frozen=True, slots=True)
 class StallRow(Row):
     """A rank did nothing for longer than the watchdog allows; its group is started again."""
 
@@ -223,6 +231,7 @@ ROW_TYPES: dict[str, type[Row]] = {
         DamagedRow,
         RecoveryRow,
         NoticeRow,
+        WaitRow,
         StallRow,
         SetAsideRow,
         RepairRow,

@@ -17,7 +17,7 @@ from rich.text import Text
 from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
 from stillhouse.tracking.redaction import scrub
-from stillhouse.tracking.rows import EndRow, EvalRow, PoolRow, Row, StartRow, TrainRow
+from stillhouse.tracking.rows import EndRow, EvalRow, PoolRow, Row, StartRow, TrainRow, WaitRow
 
 _WANDB_AXES = {
     "student/step": ["student/*", "student_checkpoint/*"],
@@ -145,6 +145,7 @@ class ProgressView:
         self._last_shown = -math.inf
         self._stale = False
         self._start: StartRow | None = None
+        self._wait: WaitRow | None = None
         self._pool: PoolRow | None = None
         self._train: TrainRow | None = None
         self._pool_pace = _Pace()
@@ -154,8 +155,10 @@ class ProgressView:
     def record(self, row: Row) -> None:
         match row:
             case StartRow():
-                self._start, self._pool, self._train = row, None, None
+                self._start, self._wait, self._pool, self._train = row, None, None, None
                 self._pool_pace, self._train_pace = _Pace(), _Pace()
+            case WaitRow():
+                self._wait = row
             case PoolRow():
                 self._pool = row
                 self._pool_pace.add(row.time, row.published)
@@ -201,6 +204,8 @@ class ProgressView:
     def _teachers(self) -> "_Side":
         if (row := self._pool) is None:
             title = "teachers: starting" if self._train is None else "no teachers at work"
+            if self._wait is not None and self._train is None:
+                title = f"waiting for machines to join the cluster: {self._wait.missing}"
             return _Side(title, "", ProgressBar(total=1, completed=0))
         details = f", {row.in_flight} in flight, window {row.window_chunks}, {row.tokens_per_s:,.0f} tokens/s"
         eta = _clock_text(self._pool_pace.seconds_to(row.needed))

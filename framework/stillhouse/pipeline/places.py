@@ -1,0 +1,32 @@
+"""Directories that the machines of a run have to share: looked for on each of them before anything is started."""
+
+from collections.abc import Collection
+from uuid import uuid4
+
+from stillhouse.cluster import Placement, who_does_not_see
+from stillhouse.errors import ConfigError
+from stillhouse.store.blobs import Blobs
+
+
+def require_shared(url: str, crews: Collection[Placement], *, what: str, setting: str) -> None:
+    """Raise ConfigError where a machine that may have one of these crews does not see this machine's directory. All see a bucket."""
+    directory = Blobs(url).directory
+    if directory is None:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    mark = directory / f".shared-{uuid4().hex}"
+    mark.touch()
+    try:
+        blind = sorted({address for crew in crews for address in who_does_not_see(mark, crew)})
+    finally:
+        mark.unlink()
+    if blind:
+        raise ConfigError(
+            f"{what} go to {directory}, which is not the same directory on {_listed(blind)}; "
+            f"give {setting} a bucket, or a directory that all machines mount"
+        )
+
+
+def _listed(addresses: list[str]) -> str:
+    few = ", ".join(addresses[:3])
+    return few if len(addresses) <= 3 else f"{few} and {len(addresses) - 3} more"

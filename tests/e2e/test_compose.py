@@ -1,0 +1,142 @@
+"""The demo over machines with addresses of their own, as docker/compose.yaml has it; a network and an S3 server are all they share."""
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+
+import boto3
+import pytest
+from rich.console import Console
+
+from helpers.containers import Container, Service
+from helpers.networks import Machine, Network, inside
+from stillhouse.config import CorpusSection
+from stillhouse.demo import Shape, Sizes, make_models
+from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Row, StartRow, TeacherRow, TrainRow, read_journal
+
+pytestmark = pytest.mark.timeout(600)
+
+GIVEN = {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "S3_SECRET_KEY": "a-key-that-nobody-guesses"}
+SECRETS = {"HF_TOKEN": "hf_aTokenThatNobodyMaySee00000000000", "WANDB_API_KEY": "c0ffee" * 6 + "beef"}  # of the person who starts the run
+MACHINES = ("s3", "head", "teacher-a", "teacher-b", "student")
+SMALLER = (  # than the demo is: seconds, not minutes
+    "corpus.max_documents = 40",
+    "corpus.heldout_sequences = 16",
+    "store.chunk_sequences = 16",
+    "student.max_steps = 40",
+    "student.checkpoint_every_steps = 20",
+    "evaluate.control = false",
+)
+SIZES = Sizes(
+    vocab_size=512,
+    teacher=Shape(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2),
+    student=Shape(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2),
+    num_steps=20,
+)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What was left on each machine, and how many bytes its link carried."""
+
+    exit_code: int
+    words: str
+    runs: Mapping[str, Path]
+    sent: Mapping[str, int]
+    received: Mapping[str, int]
+
+    @property
+    def rows(self) -> list[Row]:
+        return read_journal(self.runs["head"] / "demo" / "journal.jsonl")
+
+
+@pytest.fixture(scope="module")
+def demo(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    from moto.server import ThreadedMotoServer
+
+    folder = tmp_path_factory.mktemp("compose")
+    models = folder / "models"
+    models.mkdir()
+    corpus = CorpusSection(dataset="stdlib", sequence_length=128, heldout_sequences=16, max_documents=40)
+    make_models(models, corpus, SIZES, cache_dir=folder / "cache", console=Console(quiet=True))
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="demo")
+    with ExitStack() as stack:
+        network = stack.enter_context(Network.of(MACHINES))
+        with inside(network.machines["s3"].namespace):
+            server = ThreadedMotoServer(ip_address="0.0.0.0", port=7070, verbose=False)  # it has the same buckets as the session's
+            server.start()
+            stack.callback(server.stop)
+        hosts = folder / "hosts"
+        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{each.address} {name}\n" for name, each in network.machines.items()))
+        runs, containers = {}, {}
+        for name in MACHINES[1:]:
+            runs[name] = folder / name
+            copytree(models, runs[name] / "demo" / "models")  # which the file's volume brings to all
+            containers[name] = Container(service(name), network.machines[name], hosts=hosts, runs=runs[name])
+            stack.callback(containers[name].kill)
+        code = containers["head"].wait(timeout_s=500)
+        sent, received = (link_bytes(network.machines["s3"], counter) for counter in ("rx", "tx"))  # seen from the bridge
+        yield Demo(code, "\n".join(each.words() for each in containers.values()), runs, sent, received)
+
+
+def service(name: str) -> Service:
+    """As the file has it; the head first tries what cannot work, and then has less to do."""
+    found = Service.of(name, given=GIVEN)
+    if name != "head":
+        return found
+    *shell, script = found.command
+    begin, demo = script.rstrip().split("exec ")
+    demo += "".join(f" --set '{each}'" for each in SMALLER)
+    unshared = demo + " --set 'store.url = \"/runs/unshared\"'"
+    return Service([*shell, f"{begin}\n{unshared} && exit 99\nexec {demo}"], found.environment | SECRETS)
+
+
+def link_bytes(hub: Machine, counter: str) -> dict[str, int]:
+    """What the bridge has received from each machine ("rx"), or sent to it ("tx")."""
+    with inside(hub.namespace):
+        shown = subprocess.run(["ip", "-json", "-statistics", "link"], check=True, capture_output=True, text=True)
+    return {link["ifname"]: link["stats64"][counter]["bytes"] for link in json.loads(shown.stdout)}
+
+
+def test_the_demo_ends_well_on_machines_that_share_nothing_but_a_bucket(demo: Demo) -> None:
+    assert demo.exit_code == 0, demo.words
+    rows = demo.rows
+    assert isinstance(rows[-1], EndRow)
+    assert rows[-1].outcome == "done"
+    assert [row.step for row in rows if isinstance(row, TrainRow)] == list(range(1, 41))
+    assert {row.model for row in rows if isinstance(row, EvalRow)} == {"teacher", "student"}
+    assert (demo.runs["head"] / "demo" / "report.html").stat().st_size > 10_000
+    for name in ("teacher-a", "teacher-b", "student"):
+        assert [path.name for path in (demo.runs[name] / "demo").iterdir()] == ["models"]
+
+
+def test_every_target_crosses_the_teachers_links_and_the_students(demo: Demo) -> None:
+    made = [row for row in demo.rows if isinstance(row, ChunkRow)]
+    num_bytes = sum(row.num_bytes for row in made)
+    assert {row.replica for row in made} == {0, 1}
+    assert demo.sent["teacher-a"] + demo.sent["teacher-b"] > num_bytes
+    assert demo.received["student"] > num_bytes
+
+
+def test_a_store_that_the_machines_do_not_share_is_refused_before_anything_starts(demo: Demo) -> None:
+    assert "error: chunks go to /runs/unshared, which is not the same directory on 10.77.0." in demo.words
+    assert "give store.url a bucket, or a directory that all machines mount" in demo.words
+    first, second = (row for row in demo.rows if isinstance(row, StartRow))
+    assert first.attempt + 1 == second.attempt
+    assert not any(isinstance(row, TeacherRow) and row.time < second.time for row in demo.rows)
+
+
+def test_no_secret_of_any_machine_is_written_anywhere(demo: Demo, s3_endpoint: str) -> None:
+    """Not to a journal, a config, W&B's files, a report, a chunk or a checkpoint, and not to what the commands say."""
+    bucket = boto3.resource("s3", endpoint_url=s3_endpoint).Bucket("demo")
+    written = {path: path.read_bytes() for runs in demo.runs.values() for path in runs.rglob("*") if path.is_file()}
+    written |= {Path(each.key): each.get()["Body"].read() for each in bucket.objects.all()}
+    written[Path("words")] = demo.words.encode()
+    assert any(path.suffix == ".wandb" for path in written)
+    assert any(path.suffix == ".safetensors" and "chunks" in path.parts for path in written)
+    for secret in (*GIVEN.values(), *SECRETS.values()):
+        assert [path for path, data in written.items() if secret.encode() in data] == []
