@@ -17,7 +17,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 
-.PHONY: help system demo test chaos test-gpu check format lock bench clean
+.PHONY: help system demo test chaos test-gpu check lint launch-files format lock bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -31,8 +31,8 @@ system:  ## Debian's packages that the tests need, where they are missing: netwo
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
-test: $(INSTALLED) $(SKYPILOT)  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
-	$(AS_ROOT) $(BIN)/pytest
+test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
+	$(AS_ROOT) $(BIN)/pytest --ignore=tests/launch
 
 chaos: $(INSTALLED)  ## the long form: disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
 	$(AS_ROOT) $(BIN)/pytest tests/chaos --chaos-seeds=$(SEEDS)
@@ -41,11 +41,16 @@ chaos: $(INSTALLED)  ## the long form: disasters in SEEDS (3) courses, then rand
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU, against the reference
 	TRITON_INTERPRET=0 $(BIN)/pytest tests/gpu
 
-check: $(INSTALLED)  ## format, lint, types and the floors of the design
+check: lint launch-files  ## lint, and launch-files
+
+lint: $(INSTALLED)  ## format, lint, types and the floors of the design
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+launch-files: $(INSTALLED) $(SKYPILOT)  ## launch, image, compose and config files, by the schemas of those who read them
+	$(BIN)/pytest tests/launch tests/unit/test_configs.py
 
 format: $(INSTALLED)  ## format, and mend what the linter can
 	$(BIN)/ruff format .

@@ -17,6 +17,7 @@ from time import monotonic, sleep, time
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.config import ClusterSection, ModelSection, NoticeSource, StudentSection, TeacherSection
@@ -152,16 +153,34 @@ def await_room(
 ) -> dict[str, float]:
     """The cluster's resources, once they suffice for these crews: machines of a cluster that was there before may still be on their way.
 
-    `waiting` hears what is missing, each time that this has changed. Raises ConfigError where it is missing after `section.join_s`.
+    A cluster that can grow is asked to. `waiting` hears what is missing, each time that this has changed. Raises ConfigError where it is
+    missing after `section.join_s`.
     """
-    deadline = monotonic() + (section.join_s if section.address is not None else 0.0)
+    available = ray.cluster_resources()
+    if section.address is not None and shortages(crews, available):
+        with _asked_to_grow(crews, available):
+            available = _grown(crews, deadline=monotonic() + section.join_s, waiting=waiting)
+    require_room(crews, available)
+    return available
+
+
+@contextmanager
+def _asked_to_grow(crews: Mapping[str, tuple[ModelSection, int]], available: Mapping[str, float]) -> Iterator[None]:
+    """For as long as the block lasts, Ray's autoscaler, where there is one, wants room for all of them."""
+    request_resources(bundles=[placement(section, available).times(1) for section, count in crews.values() for _ in range(count)])
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def _grown(crews: Mapping[str, tuple[ModelSection, int]], *, deadline: float, waiting: Callable[[str], None]) -> dict[str, float]:
     last: list[str] = []
     while (missing := shortages(crews, available := ray.cluster_resources())) and monotonic() < deadline:
         if missing != last:
             waiting("; ".join(missing))
             last = missing
         sleep(_LOOK_EVERY_S)
-    require_room(crews, available)
     return available
 
 
