@@ -14,12 +14,13 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from stillhouse import estimate
-from stillhouse.cluster import attached, placement, shortages, student_crew, teacher_crew
+from stillhouse.cluster import attached
 from stillhouse.config import ClusterSection, ModelSection, StudentSection
 from stillhouse.errors import ConfigError, ModelError, StoreError
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since
+from stillhouse.placement import placement, shortages, student_crew, teacher_crew
 from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
 
 _NEARLY = 4  # differing fields up to which another recipe is a near one

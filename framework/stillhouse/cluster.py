@@ -20,9 +20,10 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stillhouse.config import ClusterSection, ModelSection, NoticeSource, StudentSection, TeacherSection
+from stillhouse.config import ClusterSection, NoticeSource
 from stillhouse.errors import ConfigError, RunError, StillhouseError
 from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
+from stillhouse.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
 
 _NAMESPACE = "stillhouse"
 _OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
@@ -31,23 +32,6 @@ _LOOK_EVERY_S = 1.0
 _PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
 _DRAIN_S = 120.0  # for a node that is drained without a deadline
 _END_S, _STACK_S = 30.0, 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """What one process asks of Ray, and the device that its tensors will live on."""
-
-    num_cpus: float
-    num_gpus: float
-    resources: Mapping[str, float]
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.num_gpus > 0 else "cpu"
-
-    def times(self, count: int) -> dict[str, float]:
-        """The total of `count` such processes, by resource name."""
-        return {name: count * amount for name, amount in {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}.items() if amount}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,46 +95,7 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
         ray.shutdown()
 
 
-def placement(section: ModelSection, available: Mapping[str, float]) -> Placement:
-    """Where a process of this section goes: a GPU where `device` says so or the cluster has one, else the CPU."""
-    on_gpu = section.device == "cuda" or (section.device == "auto" and available.get("GPU", 0.0) > 0)
-    default_gpus = 1.0 if on_gpu else 0.0
-    num_gpus = default_gpus if section.num_gpus is None else section.num_gpus
-    if section.device == "cpu" and num_gpus > 0:
-        raise ConfigError(f"device is 'cpu' but num_gpus is {num_gpus:g}; set num_gpus to 0 or leave it out, or set device = \"cuda\"")
-    if section.device == "cuda" and num_gpus == 0:
-        raise ConfigError("device is 'cuda' but num_gpus is 0; ask for at least a fraction of a GPU, or set device = \"cpu\"")
-    return Placement(section.num_cpus, num_gpus, dict(section.resources))
-
-
-def shortages(crews: Mapping[str, tuple[ModelSection, int]], available: Mapping[str, float]) -> list[str]:
-    """What would be waited for in vain: each resource of which the crews, by name, together need more than the cluster has."""
-    needed: dict[str, float] = {}
-    for section, count in crews.values():
-        for name, amount in placement(section, available).times(count).items():
-            needed[name] = needed.get(name, 0.0) + amount
-    of_whom = " and ".join(f"{count} {crew}" for crew, (_, count) in crews.items())
-    return [
-        f"{name}: {amount:g} needed ({of_whom}), {available.get(name, 0.0):g} in the cluster"
-        for name, amount in needed.items()
-        if amount > available.get(name, 0.0) + 1e-9
-    ]
-
-
-def require_room(crews: Mapping[str, tuple[ModelSection, int]], available: Mapping[str, float]) -> None:
-    """Raise ConfigError where `shortages` finds any: Ray itself would wait for ever without a word."""
-    missing = shortages(crews, available)
-    if missing:
-        raise ConfigError(
-            "the cluster is too small for this run:\n"
-            + "\n".join(f"  - {line}" for line in missing)
-            + "\nLower min_replicas, num_workers, num_cpus or num_gpus (fractions share a core), or attach to a larger cluster."
-        )
-
-
-def await_room(
-    crews: Mapping[str, tuple[ModelSection, int]], section: ClusterSection, *, waiting: Callable[[str], None]
-) -> dict[str, float]:
+def await_room(crews: Crews, section: ClusterSection, *, waiting: Callable[[str], None]) -> dict[str, float]:
     """The cluster's resources, once they suffice for these crews: machines of a cluster that was there before may still be on their way.
 
     A cluster that can grow is asked to. `waiting` hears what is missing, each time that this has changed. Raises ConfigError where it is
@@ -165,7 +110,7 @@ def await_room(
 
 
 @contextmanager
-def _asked_to_grow(crews: Mapping[str, tuple[ModelSection, int]], available: Mapping[str, float]) -> Iterator[None]:
+def _asked_to_grow(crews: Crews, available: Mapping[str, float]) -> Iterator[None]:
     """For as long as the block lasts, Ray's autoscaler, where there is one, wants room for all of them."""
     request_resources(bundles=[placement(section, available).times(1) for section, count in crews.values() for _ in range(count)])
     try:
@@ -174,7 +119,7 @@ def _asked_to_grow(crews: Mapping[str, tuple[ModelSection, int]], available: Map
         request_resources(bundles=[])
 
 
-def _grown(crews: Mapping[str, tuple[ModelSection, int]], *, deadline: float, waiting: Callable[[str], None]) -> dict[str, float]:
+def _grown(crews: Crews, *, deadline: float, waiting: Callable[[str], None]) -> dict[str, float]:
     last: list[str] = []
     while (missing := shortages(crews, available := ray.cluster_resources())) and monotonic() < deadline:
         if missing != last:
@@ -182,16 +127,6 @@ def _grown(crews: Mapping[str, tuple[ModelSection, int]], *, deadline: float, wa
             last = missing
         sleep(_LOOK_EVERY_S)
     return available
-
-
-def teacher_crew(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]:
-    """The fewest teachers with which a run begins, as a crew."""
-    return {"teachers": (section, section.min_replicas)}
-
-
-def student_crew(section: StudentSection) -> dict[str, tuple[ModelSection, int]]:
-    """The fewest student ranks that train, as a crew."""
-    return {"student ranks": (section, section.min_workers or section.num_workers)}
 
 
 def call_remotely(function: Callable[..., Any], *arguments: object, where: Placement) -> Any:
@@ -254,11 +189,7 @@ def room_at_most(where: Placement) -> int:
 
 def _room_in(resources_by_node: Mapping[str, Mapping[str, float]], where: Placement) -> int:
     leaving = draining()
-    return sum(_fitting(there, where) for node, there in resources_by_node.items() if node not in leaving)
-
-
-def _fitting(there: Mapping[str, float], where: Placement) -> int:
-    return min((int(there.get(name, 0.0) / amount + 1e-6) for name, amount in where.times(1).items()), default=0)
+    return sum(how_many_fit(there, where) for node, there in resources_by_node.items() if node not in leaving)
 
 
 def who_does_not_see(path: Path, crew: Placement) -> list[str]:
@@ -266,7 +197,9 @@ def who_does_not_see(path: Path, crew: Placement) -> list[str]:
     resources = ray._private.state.state.total_resources_per_node()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != this_node()]
     asked = {
-        node["NodeManagerAddress"]: _ask(node["NodeID"], _is_there, path) for node in others if _fitting(resources[node["NodeID"]], crew)
+        node["NodeManagerAddress"]: _ask(node["NodeID"], _is_there, path)
+        for node in others
+        if how_many_fit(resources.get(node["NodeID"], {}), crew)
     }
     return [address for address, answer in asked.items() if _answer(answer) is False]
 

@@ -16,9 +16,10 @@ import pytest
 from helpers.processes import kill_one
 from helpers.world import TinyWorld
 from stillhouse.board import Board
-from stillhouse.cluster import Secrets, placement
+from stillhouse.cluster import Secrets
 from stillhouse.errors import ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
+from stillhouse.placement import placement
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew

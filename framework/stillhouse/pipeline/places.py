@@ -3,8 +3,9 @@
 from collections.abc import Collection
 from uuid import uuid4
 
-from stillhouse.cluster import Placement, who_does_not_see
+from stillhouse.cluster import who_does_not_see
 from stillhouse.errors import ConfigError
+from stillhouse.placement import Placement
 from stillhouse.store.blobs import Blobs
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.board import Board
-from stillhouse.cluster import attached, await_room, call_remotely, local_secrets, placement, student_crew, teacher_crew
+from stillhouse.cluster import attached, await_room, call_remotely, local_secrets
 from stillhouse.config import ModelSection
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate
@@ -17,6 +17,7 @@ from stillhouse.pipeline.directory import attempt, config_of, model_card
 from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.places import require_shared
 from stillhouse.pipeline.plan import Plan, plan
+from stillhouse.placement import Crews, placement, student_crew, teacher_crew
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader
 from stillhouse.store.readers import join, leave, reader_name
@@ -122,7 +123,7 @@ def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "
     return export(job.checkpoints, out, section=job.section, tokenizer=made.tokenizer, card=model_card(made, role))
 
 
-def _room(made: Plan, crews: Mapping[str, tuple[ModelSection, int]], journal: Tracker) -> dict[str, float]:
+def _room(made: Plan, crews: Crews, journal: Tracker) -> dict[str, float]:
     return await_room(crews, made.config.cluster, waiting=lambda missing: journal.record(WaitRow(missing)))
 
 

@@ -19,18 +19,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 
 from stillhouse.board import Board, Summons
-from stillhouse.cluster import (
-    Placement,
-    Secrets,
-    end_process,
-    prepare_process,
-    room_at_most,
-    room_for,
-    settle_ray_train,
-    stacks_of,
-)
+from stillhouse.cluster import Secrets, end_process, prepare_process, room_at_most, room_for, settle_ray_train, stacks_of
 from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import StillhouseError
+from stillhouse.placement import Placement
 from stillhouse.student.watchdog import Stall, stalled
 from stillhouse.tracking import StallRow, Tracker
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from stillhouse.board import Board
-from stillhouse.cluster import Placement, Secrets, machine_notices, prepare_process, this_node
+from stillhouse.cluster import Secrets, machine_notices, prepare_process, this_node
 from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
+from stillhouse.placement import Placement
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe, StoreUnavailable
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
 

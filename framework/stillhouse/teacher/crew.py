@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import ray
 
 from stillhouse.board import Board
-from stillhouse.cluster import Placement, Secrets, cause_of
+from stillhouse.cluster import Secrets, cause_of
+from stillhouse.placement import Placement
 from stillhouse.teacher.actor import TeacherJob, spawn
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
 from stillhouse.teacher.model import WorkItem
