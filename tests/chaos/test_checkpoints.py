@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import boto3
 import pytest
@@ -15,7 +15,7 @@ from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.faults import FaultyS3, Matches, Request
 from helpers.mortals import Halt, Mortals
 from helpers.world import TinyWorld
-from stillhouse.student.checkpoint import newest, newest_step
+from stillhouse.student.checkpoint import Commit, newest, newest_step
 from stillhouse.student.job import TrainJob
 from stillhouse.student.writer import CheckpointWriter
 from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow
@@ -151,17 +151,21 @@ def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_w
     assert job.checkpoints  # its bucket is there
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     proxy.refuse(lambda request: request.method == "PUT", status=503)
-    url, committed = f"s3://checkpoints/{tmp_path.name}", []
-    with CheckpointWriter(
-        url, origin=ORIGIN, attempt="a", rank=0, world_size=1, keep=1, on_commit=lambda *row: committed.append(row), patience_s=0.2
-    ) as writer:
+    url, committed, delays = f"s3://checkpoints/{tmp_path.name}", list[tuple[Commit, float, float]](), list[str]()
+
+    def on_commit(*made: Any) -> None:
+        committed.append(made)
+
+    only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1, "patience_s": 0.2}
+    with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=delays.append) as writer:
         writer.submit(snapshot_of(3))
-        until(lambda: writer.trouble)
-        assert "too busy" in writer.trouble
+        until(lambda: len(proxy.refused) >= 10)
+        (delay,) = delays
+        assert "too busy" in delay
         assert (writer.busy, committed) == (True, [])
         proxy.end()
         assert writer.wait()
-        assert (writer.trouble, len(committed)) == ("", 1)
+        assert len(delays) == len(committed) == 1
     assert newest(url) == committed[0][0]
 
 

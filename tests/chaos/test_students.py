@@ -5,6 +5,7 @@ import pytest
 
 from helpers.disasters import WATCHDOG_S, Disaster, last_commit_of, steps_of
 from helpers.scene import Undisturbed, curve
+from stillhouse.store.readers import registered
 from stillhouse.tracking import RecoveryRow, StallRow, latest_train_rows
 
 pytestmark = pytest.mark.timeout(1200)  # of which most goes to starting processes, on a machine that others may use
@@ -40,3 +41,5 @@ def test_when_everything_is_lost_the_run_goes_on_from_the_bucket(disaster: Disas
     elsewhere = steps_of(disaster.rows_elsewhere)
     assert last_commit_of(disaster.rows) < elsewhere[0] <= steps_of(disaster.rows)[-1] + 1
     assert elsewhere[-1] == disaster.made.total_steps
+    (reader,) = registered(disaster.store).readers  # the store takes both for one: nothing is kept for the one that is gone
+    assert reader.committed_step == disaster.made.total_steps

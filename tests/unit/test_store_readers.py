@@ -85,8 +85,8 @@ def test_a_record_that_is_not_understood_is_a_stranger(store: ChunkStore, change
     assert registered(store) == ([], [f"{store.folder}/readers/a-student.json"])
 
 
-def test_runs_in_different_directories_have_different_names_that_can_be_keys(store: ChunkStore):
-    names = [reader_name(run_dir, role) for run_dir in ("/runs/a b", "/other/a b", "/runs/é", "/") for role in ("student", "control")]
+def test_runs_with_different_places_have_different_names_that_can_be_keys(store: ChunkStore):
+    names = [reader_name(place, role) for place in ("/runs/a b", "s3://runs/a b", "/runs/é", "/") for role in ("student", "control")]
     assert len(set(names)) == 8
     assert names[0] == reader_name("/runs/a b", "student")
     for name in names:

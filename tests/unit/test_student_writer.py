@@ -27,7 +27,9 @@ def writer(
     origin: Origin = ORIGIN,
     on_commit: Callable[[Commit, float, float], None] = lambda *_: None,
 ) -> CheckpointWriter:
-    return CheckpointWriter(str(root), origin=origin, attempt=attempt, rank=rank, world_size=world_size, keep=keep, on_commit=on_commit)
+    return CheckpointWriter(
+        str(root), origin=origin, attempt=attempt, rank=rank, world_size=world_size, keep=keep, on_commit=on_commit, on_delay=pytest.fail
+    )
 
 
 def until(condition: Callable[[], bool], *, within_s: float = 30.0) -> None:

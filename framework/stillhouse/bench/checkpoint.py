@@ -165,7 +165,9 @@ class _Bench:
             self.num_bytes = made.num_bytes
 
         origin = Origin(self._engine.section.zero_stage, "", {})
-        with CheckpointWriter(str(url), origin=origin, attempt="one", rank=0, world_size=1, keep=1, on_commit=on_commit) as writer:
+        with CheckpointWriter(
+            str(url), origin=origin, attempt="one", rank=0, world_size=1, keep=1, on_commit=on_commit, on_delay=print
+        ) as writer:
             began = monotonic()
             writer.submit(self._engine.snapshot(1))
             blocking_s = monotonic() - began

@@ -5,6 +5,7 @@
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader
 from stillhouse.store.readers import join, leave, reader_name
 from stillhouse.student.checkpoint import newest_step
-from stillhouse.student.job import order_of_reader
+from stillhouse.student.job import order_of_reader, where_it_goes_on
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
@@ -195,8 +196,8 @@ def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
     for reader in own:
         join(store, reader)
     names = [reader.name for reader in own]
-    for role in ("student", "control"):
-        if (name := reader_name(str(made.run_dir), role)) not in names:
+    for place, role in product({where_it_goes_on(made.config.student, made.run_dir), str(made.run_dir)}, ("student", "control")):
+        if (name := reader_name(place, role)) not in names:
             leave(store, name)  # of an earlier attempt with another config: it would keep every chunk for ever
     return names
 

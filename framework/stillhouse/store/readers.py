@@ -40,10 +40,10 @@ class Registered(NamedTuple):
     strangers: list[str]  # what this version does not understand, as keys: nobody knows which chunks they still need
 
 
-def reader_name(run_dir: str, role: str) -> str:
-    """A name that a run keeps when it goes on, and that a run in another directory does not have."""
-    run = re.sub(r"[^A-Za-z0-9._-]", "-", PurePath(run_dir).name)[:64] or "run"
-    return f"{run}-{hashlib.sha256(run_dir.encode()).hexdigest()[:8]}-{role}"
+def reader_name(place: str, role: str) -> str:
+    """A name that a run keeps when it goes on from its checkpoints in `place`, and that one with another place does not have."""
+    run = re.sub(r"[^A-Za-z0-9._-]", "-", PurePath(place).name)[:64] or "run"
+    return f"{run}-{hashlib.sha256(place.encode()).hexdigest()[:8]}-{role}"
 
 
 def join(store: ChunkStore, reader: Reader) -> None:

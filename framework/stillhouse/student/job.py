@@ -53,13 +53,18 @@ class TrainJob:
     def reader(self, committed_step: int) -> Reader:
         """This student as a reader of the store, once `committed_step` steps are safe in a checkpoint."""
         return Reader(
-            name=reader_name(str(self.run_dir), self.role),
+            name=reader_name(where_it_goes_on(self.section, self.run_dir), self.role),
             global_batch_sequences=self.section.global_batch_sequences,
             seed=self.section.seed,
             window_chunks=self.section.shuffle_window_chunks,
             total_steps=self.total_steps,
             committed_step=committed_step,
         )
+
+
+def where_it_goes_on(section: StudentSection, run_dir: Path) -> str:
+    """What a run has in common with the one that goes on with it, wherever that is: the place of its checkpoints."""
+    return str(run_dir) if section.checkpoint_url is None else section.checkpoint_url.rstrip("/")
 
 
 def order_of_reader(reader: Reader, recipe: Recipe) -> Order:

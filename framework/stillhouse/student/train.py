@@ -22,7 +22,7 @@ from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.restore import restore
 from stillhouse.student.universal import convert
 from stillhouse.student.writer import CheckpointWriter, attempt_name
-from stillhouse.tracking import CheckpointRow, DamagedRow, RecoveryRow, Tracker, TrainRow
+from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, RecoveryRow, Tracker, TrainRow
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
@@ -122,18 +122,24 @@ def _reader(job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_s
 
 
 def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
+    rank = dist.get_rank()
+
     def on_commit(made: Commit, seconds: float, blocking_s: float) -> None:
         journal.record(CheckpointRow(job.role, made.step, seconds, made.num_bytes, blocking_s))
         _tell_the_store(job, made.step)
+
+    def on_delay(why: str) -> None:
+        journal.record(DelayRow(job.role, rank, why))
 
     return CheckpointWriter(
         job.checkpoints,
         origin=job.origin,
         attempt=attempt_name(),
-        rank=dist.get_rank(),
+        rank=rank,
         world_size=dist.get_world_size(),
         keep=job.section.keep_checkpoints,
         on_commit=on_commit,
+        on_delay=on_delay,
     )
 
 

@@ -38,8 +38,9 @@ def attempt_name() -> str:
 class CheckpointWriter:
     """Writes one rank's snapshots, one at a time. On rank 0 it also commits them, and deletes all but the `keep` newest.
 
-    While the store is unavailable it tries again for ever, and says why in `trouble`. Any other error is raised by whatever is asked of it
-    next. `on_commit(commit, seconds since the step, seconds of these that training stood still)` is called on rank 0, in the thread.
+    While the store is unavailable it tries again for ever. Any other error is raised by whatever is asked of it next. Called in the thread
+    are `on_commit(commit, seconds since the step, seconds of these that training stood still)` on rank 0, and `on_delay(why)` once for a
+    snapshot that the store does not take at present.
     """
 
     def __init__(
@@ -52,16 +53,18 @@ class CheckpointWriter:
         world_size: int,
         keep: int,
         on_commit: Callable[[Commit, float, float], None],
+        on_delay: Callable[[str], None],
         patience_s: float = 30.0,
     ) -> None:
-        """`patience_s`: how long one request to the store may be tried again before `trouble` says so."""
-        self.trouble = ""
+        """`patience_s`: how long one request to the store may be tried again before `on_delay` is called."""
         self._blobs = Blobs(url, patience_s=patience_s)
         self._origin = origin
         self._attempt = attempt
         self._rank, self._world_size = rank, world_size
         self._keep = keep
         self._on_commit = on_commit
+        self._on_delay = on_delay
+        self._is_delayed = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
@@ -86,6 +89,7 @@ class CheckpointWriter:
         came = monotonic()
         self.wait()
         blocking_s = snapshot.blocking_s + monotonic() - came
+        self._is_delayed = False
         self._thread = threading.Thread(target=self._run, args=(snapshot, blocking_s), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -109,8 +113,6 @@ class CheckpointWriter:
             pass
         except BaseException as error:
             self._error = error
-        finally:
-            self.trouble = ""
 
     def _write(self, snapshot: Snapshot, blocking_s: float) -> None:
         folder = folder_of(snapshot.step, self._attempt)
@@ -146,13 +148,12 @@ class CheckpointWriter:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                answer = call()
+                return call()
             except StoreUnavailable as error:
-                self.trouble = str(error)
+                if not self._is_delayed:
+                    self._is_delayed = True
+                    self._on_delay(str(error))
                 pause_s = self._pause(pause_s)
-            else:
-                self.trouble = ""
-                return answer
 
     def _pause(self, pause_s: float) -> float:
         if self._abandoned.wait(pause_s):

@@ -122,6 +122,16 @@ class CheckpointRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
+class DelayRow(Row):
+    """A checkpoint cannot be written at present. Training goes on, and writing is tried again until the store takes it."""
+
+    kind: ClassVar[str] = "delay"
+    role: Role
+    rank: int
+    why: str  # the store's words
+
+
+@dataclass(frozen=True, slots=True)
 class DamagedRow(Row):
     """A checkpoint that does not verify was passed over for the one before it."""
 
@@ -228,6 +238,7 @@ ROW_TYPES: dict[str, type[Row]] = {
         PoolRow,
         TrainRow,
         CheckpointRow,
+        DelayRow,
         DamagedRow,
         RecoveryRow,
         NoticeRow,
