@@ -136,6 +136,7 @@ def _become(arguments: Sequence[str], log: Path) -> None:
     from stillhouse.cli import main
 
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
