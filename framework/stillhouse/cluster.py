@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import time
+from time import monotonic, sleep, time
 from typing import Any
 
 import ray
@@ -24,7 +24,7 @@ from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 
 _NAMESPACE = "stillhouse"
 _OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
-_REACH_S = 10.0
+_REACH_S, _GATHER_EVERY_S = 10.0, 0.5
 _PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
 _DRAIN_S = 120.0  # for a node that is drained without a deadline
 _END_S, _STACK_S = 30.0, 10.0
@@ -143,6 +143,17 @@ def require_room(crews: Mapping[str, tuple[ModelSection, int]], available: Mappi
             + "\n".join(f"  - {line}" for line in missing)
             + "\nLower min_replicas, num_workers, num_cpus or num_gpus (fractions share a core), or attach to a larger cluster."
         )
+
+
+def gather(
+    crews: Mapping[str, tuple[ModelSection, int]], *, within_s: float, look: Callable[[], dict[str, float]] = ray.cluster_resources
+) -> dict[str, float]:
+    """The cluster's resources by name, once there is room for the crews. Raises ConfigError where there is none in time."""
+    deadline = monotonic() + within_s
+    while shortages(crews, available := look()) and monotonic() < deadline:
+        sleep(_GATHER_EVERY_S)
+    require_room(crews, available)
+    return available
 
 
 def teacher_crew(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]:

@@ -187,6 +187,7 @@ class ClusterSection(Section):
 
     address: str | None = Field(None, description="a running cluster ('auto' or host:port); None starts one on this machine")
     num_cpus: PositiveInt | None = Field(None, description="CPUs of the cluster started here; None: every core")
+    gather_s: Annotated[float, Field(ge=0.0)] = Field(0.0, description="seconds to wait for machines that are still on their way there")
     threads: PositiveInt = Field(1, description="torch threads in each teacher and student process on the CPU")
     notices: NoticeSource = Field("auto", description="whose metadata server announces a machine's end; auto: the one that answers")
     grace_s: PositiveFloat = Field(30.0, description="seconds between SIGTERM and the kill, as Kubernetes or Slurm are set to")

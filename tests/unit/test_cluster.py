@@ -18,6 +18,7 @@ from stillhouse.cluster import (
     attached,
     call_remotely,
     cause_of,
+    gather,
     local_secrets,
     placement,
     require_room,
@@ -105,6 +106,14 @@ def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there():
 def test_a_crew_alone_is_measured_alone():
     assert shortages(teacher_crew(teacher(min_replicas=9, max_replicas=9)), CPUS_ONLY) == ["CPU: 9 needed (9 teachers), 8 in the cluster"]
     assert shortages(student_crew(student(num_workers=8)), CPUS_ONLY) == []
+
+
+def test_machines_that_are_still_on_their_way_are_waited_for():
+    crews = teacher_crew(teacher(resources={"teacher": 1}))
+    looks = iter([CPUS_ONLY, CPUS_ONLY | {"teacher": 1.0}])
+    assert gather(crews, within_s=60.0, look=lambda: next(looks)) == CPUS_ONLY | {"teacher": 1.0}
+    with pytest.raises(ConfigError, match="teacher: 1 needed"):
+        gather(crews, within_s=0.0, look=lambda: CPUS_ONLY)
 
 
 def test_a_token_is_found_and_shown_nowhere(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.board import Board
-from stillhouse.cluster import attached, call_remotely, local_secrets, placement, require_room, student_crew, teacher_crew
+from stillhouse.cluster import attached, call_remotely, gather, local_secrets, placement, student_crew, teacher_crew
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate
 from stillhouse.pipeline.directory import attempt, config_of, model_card
@@ -34,8 +34,8 @@ _LOOK_EVERY_S = 1.0
 def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
     """Fill the store with every chunk that training will read."""
     _require_shared_store(made)
-    with attempt(made, command) as journal, attached(made.config.cluster) as available:
-        require_room(teacher_crew(made.config.teacher), available)
+    with attempt(made, command) as journal, attached(made.config.cluster):
+        available = gather(teacher_crew(made.config.teacher), within_s=made.config.cluster.gather_s)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
 
@@ -49,8 +49,8 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
 def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
     """Have teachers make exactly these chunks, which are out of the store already; neither a run directory nor a student has a part."""
     _require_shared_store(made)
-    with attached(made.config.cluster) as available:
-        require_room(teacher_crew(made.config.teacher), available)
+    with attached(made.config.cluster):
+        available = gather(teacher_crew(made.config.teacher), within_s=made.config.cluster.gather_s)
         _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True, order=numbers)
 
 
@@ -64,8 +64,8 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
             f"{len(missing)} of {len(made.chunks)} chunks are not in {made.config.store.url}; "
             "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
         )
-    with attempt(made, command) as journal, attached(made.config.cluster) as available:
-        require_room(student_crew(made.config.student), available)
+    with attempt(made, command) as journal, attached(made.config.cluster):
+        available = gather(student_crew(made.config.student), within_s=made.config.cluster.gather_s)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=False))
@@ -78,8 +78,8 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
 def run(made: Plan, *, command: str = "stillhouse run") -> None:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it goes on where it stopped."""
     _require_shared_store(made)
-    with attempt(made, command) as journal, attached(made.config.cluster) as available:
-        require_room(teacher_crew(made.config.teacher) | student_crew(made.config.student), available)
+    with attempt(made, command) as journal, attached(made.config.cluster):
+        available = gather(teacher_crew(made.config.teacher) | student_crew(made.config.student), within_s=made.config.cluster.gather_s)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=True))
