@@ -17,13 +17,19 @@ LOCK := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 
-.PHONY: help system demo test chaos test-gpu check lint launch-files format lock bench clean
+.PHONY: help system system-slurm demo test chaos slurm test-gpu check lint launch-files format lock bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 system:  ## Debian's packages that the tests need, where they are missing: network namespaces and mounts
 	@for need in ip:iproute2 unshare:util-linux mount:mount; do \
+		command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; \
+	done; \
+	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
+
+system-slurm:  ## Debian's packages that `make slurm` needs, where they are missing
+	@for need in slurmctld:slurm-wlm slurmd:slurm-wlm munged:munge; do \
 		command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; \
 	done; \
 	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
@@ -37,6 +43,9 @@ test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol 
 chaos: $(INSTALLED)  ## the long form: disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
 	$(AS_ROOT) $(BIN)/pytest tests/chaos --chaos-seeds=$(SEEDS)
 	PYTHONPATH=tests $(AS_ROOT) $(BIN)/python -m chaos.soak --minutes $(MINUTES)
+
+slurm: $(INSTALLED)  ## launch/slurm on a Slurm of two nodes, made here by root; needs `make system system-slurm`
+	$(BIN)/pytest tests/slurm
 
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU, against the reference
 	TRITON_INTERPRET=0 $(BIN)/pytest tests/gpu
