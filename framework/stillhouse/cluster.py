@@ -9,7 +9,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from time import monotonic, sleep, time
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.config import ClusterSection, NoticeSource
@@ -98,35 +98,28 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
 def await_room(crews: Crews, section: ClusterSection, *, waiting: Callable[[str], None]) -> dict[str, float]:
     """The cluster's resources, once they suffice for these crews: machines of a cluster that was there before may still be on their way.
 
-    A cluster that can grow is asked to. `waiting` hears what is missing, each time that this has changed. Raises ConfigError where it is
+    A cluster that can grow is asked to. `waiting` hears what is missing once a second, and may raise. Raises ConfigError where it is still
     missing after `section.join_s`.
     """
     available = ray.cluster_resources()
     if section.address is not None and shortages(crews, available):
-        with _asked_to_grow(crews, available):
-            available = _grown(crews, deadline=monotonic() + section.join_s, waiting=waiting)
+        deadline = monotonic() + section.join_s
+        with _wanted(crews, available):
+            while (missing := shortages(crews, available := ray.cluster_resources())) and monotonic() < deadline:
+                waiting("; ".join(missing))
+                sleep(_LOOK_EVERY_S)
     require_room(crews, available)
     return available
 
 
 @contextmanager
-def _asked_to_grow(crews: Crews, available: Mapping[str, float]) -> Iterator[None]:
-    """For as long as the block lasts, Ray's autoscaler, where there is one, wants room for all of them."""
-    request_resources(bundles=[placement(section, available).times(1) for section, count in crews.values() for _ in range(count)])
+def _wanted(crews: Crews, available: Mapping[str, float]) -> Iterator[None]:
+    """For as long as the block and this process last, Ray's autoscaler, where there is one, sees that all of them want room."""
+    wanted = placement_group([placement(section, available).times(1) for section, count in crews.values() for _ in range(count)])
     try:
         yield
     finally:
-        request_resources(bundles=[])
-
-
-def _grown(crews: Crews, *, deadline: float, waiting: Callable[[str], None]) -> dict[str, float]:
-    last: list[str] = []
-    while (missing := shortages(crews, available := ray.cluster_resources())) and monotonic() < deadline:
-        if missing != last:
-            waiting("; ".join(missing))
-            last = missing
-        sleep(_LOOK_EVERY_S)
-    return available
+        remove_placement_group(wanted)
 
 
 def call_remotely(function: Callable[..., Any], *arguments: object, where: Placement) -> Any:
@@ -192,16 +185,23 @@ def _room_in(resources_by_node: Mapping[str, Mapping[str, float]], where: Placem
     return sum(how_many_fit(there, where) for node, there in resources_by_node.items() if node not in leaving)
 
 
-def who_does_not_see(path: Path, crew: Placement) -> list[str]:
-    """The addresses of the other machines with resources for one of the crew, on which there is no such file."""
+def who_does_not_see(path: Path, crews: Collection[Placement]) -> list[str]:
+    """The addresses of the other machines with resources for one of a crew on which there is no such file, or nobody who could tell."""
     resources = ray._private.state.state.total_resources_per_node()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != this_node()]
-    asked = {
-        node["NodeManagerAddress"]: _ask(node["NodeID"], _is_there, path)
-        for node in others
-        if how_many_fit(resources.get(node["NodeID"], {}), crew)
-    }
-    return [address for address, answer in asked.items() if _answer(answer) is False]
+    fitting = [node for node in others if any(how_many_fit(resources.get(node["NodeID"], {}), crew) for crew in crews)]
+    asked = {_ask(node["NodeID"], os.path.exists, path): node["NodeManagerAddress"] for node in fitting}
+    answered, silent = ray.wait([*asked], num_returns=len(asked), timeout=_END_S) if asked else ([], [])
+    return sorted(asked[answer] for answer in (*silent, *answered) if answer in silent or not _sees(answer))
+
+
+def _sees(answer: Any) -> bool:
+    try:
+        return bool(ray.get(answer))
+    except ray.exceptions.RayTaskError:
+        return False
+    except ray.exceptions.RayError:  # the machine has just gone
+        return True
 
 
 def stacks_of(pid: int, *, node: str) -> str | None:
@@ -224,10 +224,6 @@ def _answer(asked: Any) -> Any:
         return ray.get(asked, timeout=_END_S)
     except ray.exceptions.RayError:  # the node is gone, or as silent as the process: Ray's own health check sees to it
         return None
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists()
 
 
 def _end_process(pid: int) -> None:
@@ -284,9 +280,10 @@ def _connect(section: ClusterSection) -> None:
 
 
 def _require_token() -> None:
-    """Ray turns authentication on where it finds a token: it listens on every address of this machine, whatever it is told."""
-    if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        raise ConfigError("RAY_AUTH_MODE is 'disabled': all who reach this machine could run code on it; unset it, or set it to 'token'")
+    """Ray listens on every address of this machine, whatever it is told; it asks who comes where it finds a token, which it reads once."""
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        raise ConfigError(f"RAY_AUTH_MODE is {mode!r}: all who reach this machine could run code on it; unset it, or set it to 'token'")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 

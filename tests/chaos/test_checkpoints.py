@@ -151,17 +151,18 @@ def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_w
     assert job.checkpoints  # its bucket is there
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     proxy.refuse(lambda request: request.method == "PUT", status=503)
-    url, committed, delays = f"s3://checkpoints/{tmp_path.name}", list[tuple[Commit, float, float]](), list[str]()
+    url, committed, delays = f"s3://checkpoints/{tmp_path.name}", list[tuple[Commit, float, float]](), list[tuple[int, str]]()
 
     def on_commit(*made: Any) -> None:
         committed.append(made)
 
     only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1, "patience_s": 0.2}
-    with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=delays.append) as writer:
+    with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=lambda *delay: delays.append(delay)) as writer:
         writer.submit(snapshot_of(3))
         until(lambda: len(proxy.refused) >= 10)
-        (delay,) = delays
-        assert "too busy" in delay
+        ((step, why),) = delays
+        assert step == 3
+        assert "too busy" in why
         assert (writer.busy, committed) == (True, [])
         proxy.end()
         assert writer.wait()

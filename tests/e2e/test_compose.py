@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree
+from time import monotonic, sleep
 
 import boto3
 import pytest
@@ -16,15 +17,16 @@ from helpers.containers import Container, Service
 from helpers.networks import Machine, Network, inside
 from stillhouse.config import CorpusSection
 from stillhouse.demo import Shape, Sizes, make_models
-from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Row, StartRow, TeacherRow, TrainRow, read_journal
+from stillhouse.tracking import ChunkRow, EndRow, EvalRow, JournalReader, Row, StartRow, TeacherRow, TrainRow, WaitRow, read_journal
 
 pytestmark = pytest.mark.timeout(600)
 
+PATIENCE_S = 300.0
 GIVEN = {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "S3_SECRET_KEY": "a-key-that-nobody-guesses"}
 SECRETS = {"HF_TOKEN": "hf_aTokenThatNobodyMaySee00000000000", "WANDB_API_KEY": "c0ffee" * 6 + "beef"}  # of the person who starts the run
 MACHINES = ("s3", "head", "teacher-a", "teacher-b", "student")
 SMALLER = (  # than the demo is: seconds, not minutes
-    "corpus.max_documents = 40",
+    "corpus.max_documents = 100",
     "corpus.heldout_sequences = 16",
     "store.chunk_sequences = 16",
     "student.max_steps = 40",
@@ -46,6 +48,7 @@ class Demo:
     exit_code: int
     words: str
     runs: Mapping[str, Path]
+    tmp: Mapping[str, Path]
     sent: Mapping[str, int]
     received: Mapping[str, int]
 
@@ -61,7 +64,7 @@ def demo(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("compose")
     models = folder / "models"
     models.mkdir()
-    corpus = CorpusSection(dataset="stdlib", sequence_length=128, heldout_sequences=16, max_documents=40)
+    corpus = CorpusSection(dataset="stdlib", sequence_length=128, heldout_sequences=16, max_documents=100)
     make_models(models, corpus, SIZES, cache_dir=folder / "cache", console=Console(quiet=True))
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="demo")
     with ExitStack() as stack:
@@ -72,15 +75,26 @@ def demo(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             stack.callback(server.stop)
         hosts = folder / "hosts"
         hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{each.address} {name}\n" for name, each in network.machines.items()))
-        runs, containers = {}, {}
+        runs, containers = {}, dict[str, Container]()
         for name in MACHINES[1:]:
             runs[name] = folder / name
             copytree(models, runs[name] / "demo" / "models")  # which the file's volume brings to all
+            if name == "student":
+                wait_until_the_run_waits(containers["head"], runs["head"])
             containers[name] = Container(service(name), network.machines[name], hosts=hosts, runs=runs[name])
             stack.callback(containers[name].kill)
         code = containers["head"].wait(timeout_s=500)
         sent, received = (link_bytes(network.machines["s3"], counter) for counter in ("rx", "tx"))  # seen from the bridge
-        yield Demo(code, "\n".join(each.words() for each in containers.values()), runs, sent, received)
+        tmp = {name: each.tmp for name, each in containers.items()}
+        yield Demo(code, "\n".join(each.words() for each in containers.values()), runs, tmp, sent, received)
+
+
+def wait_until_the_run_waits(head: Container, runs: Path) -> None:
+    """For machines: from then on it is sure that one joins later."""
+    journal, deadline = JournalReader(runs / "demo" / "journal.jsonl"), monotonic() + PATIENCE_S
+    while not any(isinstance(row, WaitRow) for row in journal.new_rows()):
+        assert monotonic() < deadline, head.words()
+        sleep(0.1)
 
 
 def service(name: str) -> Service:
@@ -91,7 +105,7 @@ def service(name: str) -> Service:
     *shell, script = found.command
     begin, demo = script.rstrip().split("exec ")
     demo += "".join(f" --set '{each}'" for each in SMALLER)
-    unshared = demo + " --set 'store.url = \"/runs/unshared\"'"
+    unshared = demo + " --set 'student.checkpoint_url = \"/runs/unshared\"'"
     return Service([*shell, f"{begin}\n{unshared} && exit 99\nexec {demo}"], found.environment | SECRETS)
 
 
@@ -114,29 +128,42 @@ def test_the_demo_ends_well_on_machines_that_share_nothing_but_a_bucket(demo: De
         assert [path.name for path in (demo.runs[name] / "demo").iterdir()] == ["models"]
 
 
-def test_every_target_crosses_the_teachers_links_and_the_students(demo: Demo) -> None:
+def test_every_target_crosses_the_teachers_links_once_and_the_students(demo: Demo) -> None:
     made = [row for row in demo.rows if isinstance(row, ChunkRow)]
     num_bytes = sum(row.num_bytes for row in made)
     assert {row.replica for row in made} == {0, 1}
-    assert demo.sent["teacher-a"] + demo.sent["teacher-b"] > num_bytes
+    assert num_bytes < demo.sent["teacher-a"] + demo.sent["teacher-b"] < 2 * num_bytes  # to the bucket, and not to the driver as well
     assert demo.received["student"] > num_bytes
 
 
-def test_a_store_that_the_machines_do_not_share_is_refused_before_anything_starts(demo: Demo) -> None:
-    assert "error: chunks go to /runs/unshared, which is not the same directory on 10.77.0." in demo.words
-    assert "give store.url a bucket, or a directory that all machines mount" in demo.words
+def test_a_run_waits_for_a_machine_that_joins_late(demo: Demo) -> None:
+    first, *_, last = (row for row in demo.rows if isinstance(row, WaitRow))
+    assert "student: 1 needed (2 teachers and 1 student ranks), 0 in the cluster" in first.missing
+    assert last.missing == ""
+
+
+def test_checkpoints_in_a_directory_that_the_machines_do_not_share_are_refused_before_anything_starts(demo: Demo) -> None:
+    teacher_a, teacher_b, student = (f"10.77.0.{number}" for number in (3, 4, 5))
+    assert (
+        f"error: checkpoints go to /runs/unshared/student, which is not the same directory on {teacher_a}, {teacher_b}, {student};"
+        in demo.words
+    )
+    assert "give student.checkpoint_url a bucket, or a directory that all machines mount" in demo.words
     first, second = (row for row in demo.rows if isinstance(row, StartRow))
     assert first.attempt + 1 == second.attempt
     assert not any(isinstance(row, TeacherRow) and row.time < second.time for row in demo.rows)
 
 
 def test_no_secret_of_any_machine_is_written_anywhere(demo: Demo, s3_endpoint: str) -> None:
-    """Not to a journal, a config, W&B's files, a report, a chunk or a checkpoint, and not to what the commands say."""
+    """Not to a journal, a config, W&B's files, a report, a chunk or a checkpoint, not to Ray's logs, and not to what the commands say."""
     bucket = boto3.resource("s3", endpoint_url=s3_endpoint).Bucket("demo")
-    written = {path: path.read_bytes() for runs in demo.runs.values() for path in runs.rglob("*") if path.is_file()}
+    written = {
+        path: path.read_bytes() for place in (*demo.runs.values(), *demo.tmp.values()) for path in place.rglob("*") if path.is_file()
+    }
     written |= {Path(each.key): each.get()["Body"].read() for each in bucket.objects.all()}
     written[Path("words")] = demo.words.encode()
     assert any(path.suffix == ".wandb" for path in written)
+    assert any(path.name == "raylet.out" for path in written)
     assert any(path.suffix == ".safetensors" and "chunks" in path.parts for path in written)
     for secret in (*GIVEN.values(), *SECRETS.values()):
         assert [path for path, data in written.items() if secret.encode() in data] == []

@@ -35,7 +35,6 @@ done
 mkdir "$root/proc" && mount -t proc proc "$root/proc"
 mount -t tmpfs -o mode=1777,size=512m shm "$root/dev/shm"
 mount --bind "$hosts" "$root/etc/hosts"
-mkdir -m 1777 "$root/tmp"
 while read -r here there; do mkdir -p "$root$there"; mount --bind "$here" "$root$there"; done <"$binds"
 mkdir -p "$root/home/stillhouse"
 chown "$user:$user" "$root/home/stillhouse"
@@ -76,14 +75,17 @@ class Container:
     """A service at work on a machine of its own."""
 
     def __init__(self, service: Service, machine: Machine, *, hosts: Path, runs: Path) -> None:
-        """`hosts` is its /etc/hosts; `runs`, an empty directory or one with what its volume brings, is its /runs."""
+        """`hosts` is its /etc/hosts; `runs`, an empty directory or one with what its volume brings, is its /runs. `tmp` is its /tmp."""
         user = USER if _may_become(USER) else os.getuid()
         for path in (runs, *runs.rglob("*")):
             os.chown(path, user, user)
         places = [(sys.base_prefix, sys.base_prefix), (sys.prefix, sys.prefix), (sys.prefix, _ENVIRONMENT), (runs, "/runs")]
         places += [(ROOT / "framework", ROOT / "framework")]
-        root, binds, self._log = (runs.with_name(f"{machine.name}.{what}") for what in ("root", "binds", "log"))
+        root, self.tmp, binds, self._log = (runs.with_name(f"{machine.name}.{what}") for what in ("root", "tmp", "binds", "log"))
         root.mkdir()
+        self.tmp.mkdir()
+        self.tmp.chmod(0o1777)
+        places.append((self.tmp, "/tmp"))
         binds.write_text("".join(f"{here} {there}\n" for here, there in places))
         environment = dict(service.environment) | {"PATH": service.environment["PATH"].replace("$PATH", os.defpath)}
         asked = {"root": root, "binds": binds, "hosts": hosts, "user": user, "name": machine.name}

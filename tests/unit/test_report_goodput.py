@@ -12,6 +12,7 @@ from stillhouse.report.summary import Summary, summarise
 from stillhouse.tracking import (
     CheckpointRow,
     ChunkRow,
+    DelayRow,
     EndRow,
     Journal,
     NoticeRow,
@@ -274,6 +275,8 @@ def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
         NoticeRow("aws", "n1", 110.0, "spot", time=1041.0),
         StallRow("student", 1, 3, "step", 30.0, "", time=1042.0),
         SetAsideRow(3, [1, 2], "IndexError", time=1043.0),
+        DelayRow("student", 2, 0, "the store is too busy", time=1044.0),
+        DelayRow("student", 2, 1, "the store is too busy", time=1044.5),
     ]
     pages = {}
     for name, rows in {"calm": [START, step(1, 10.0), end(10.0)], "stormy": [*RECOVERED[:-1], *more, RECOVERED[-1]]}.items():
@@ -287,5 +290,6 @@ def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
         "<td>student</td><td>died</td><td>18.0</td><td>2</td><td>rank 1 was killed</td>",
         "1 notice of a machine",
         "2 sequences set",
+        "1 checkpoint that the store did not take at once",
     ):
         assert words in pages["stormy"]

@@ -77,7 +77,7 @@ ROWS = [
     TRAIN,
     replace(TRAIN, role="control", loss=float("nan"), divergence=None, cross_entropy=3.5, grad_norm=float("inf")),
     CheckpointRow("student", 5, 0.8, 123_456, 0.1, time=1020.0),
-    DelayRow("student", 1, "the store is too busy", time=1020.2),
+    DelayRow("student", 5, 1, "the store is too busy", time=1020.2),
     DamagedRow("student", "step-00000005.json: its checksum differs", time=1020.5),
     RecoveryRow("student", "notice", "aws: terminate", 6.5, 1, 5, 0, time=1021.0),
     NoticeRow("aws", "f00", 110.0, "terminate", time=1021.5),

@@ -17,10 +17,12 @@ from typing import Literal
 
 import xxhash
 
-from stillhouse.config import Config, parse_config, resolved_json
+from stillhouse.config import Config, StudentSection, parse_config, resolved_json
 from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore, differences, parse_recipe
+from stillhouse.store.readers import leave, reader_name
+from stillhouse.student.job import where_it_goes_on
 from stillhouse.tracking import EndRow, EvalRow, Journal, JournalReader, ProgressView, StartRow, WandbView
 
 _FOLLOW_EVERY_S = 0.5
@@ -99,8 +101,10 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     Raises RecipeError where the directory belongs to another run.
     """
     began = monotonic()
-    _claim(plan)
-    ChunkStore.create(plan.config.store.url, plan.recipe)
+    before = _claim(plan)
+    store = ChunkStore.create(plan.config.store.url, plan.recipe)
+    if before is not None:
+        _leave_former_place(plan, before.student, store)
     journal = Journal(plan.run_dir / "journal.jsonl")
     num_earlier = sum(isinstance(row, StartRow) for row in JournalReader(journal.path).new_rows())
     journal.record(_start_row(plan, command, num_earlier + 1))
@@ -128,8 +132,8 @@ def _ended(journal: Journal, began: float, *, outcome: Literal["done"] | None = 
         journal.record(EndRow(outcome, monotonic() - began, ""))
 
 
-def _claim(plan: Plan) -> None:
-    """Make the directory this plan's, or check that it is."""
+def _claim(plan: Plan) -> Config | None:
+    """Make the directory this plan's, or check that it is. Returns the config that it was last used with."""
     changes = changes_since(plan)
     if changes:
         raise RecipeError(
@@ -141,8 +145,18 @@ def _claim(plan: Plan) -> None:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {plan.run_dir}: {error.strerror}; name another --run-dir") from None
+    before = config_of(plan.run_dir) if (plan.run_dir / "config.json").exists() else None
     _replace(plan.run_dir / "recipe.json", plan.recipe.canonical_json())
     _replace(plan.run_dir / "config.json", _sealed(plan.config))
+    return before
+
+
+def _leave_former_place(plan: Plan, before: StudentSection, store: ChunkStore) -> None:
+    """Where the checkpoints' place changed, nobody reads under the name that it gave: the store would keep every chunk for that one."""
+    former = where_it_goes_on(before, plan.run_dir)
+    if former != where_it_goes_on(plan.config.student, plan.run_dir):
+        for role in ("student", "control"):
+            leave(store, reader_name(former, role))
 
 
 def _replace(path: Path, data: bytes) -> None:

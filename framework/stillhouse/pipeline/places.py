@@ -14,13 +14,18 @@ def require_shared(url: str, crews: Collection[Placement], *, what: str, setting
     directory = Blobs(url).directory
     if directory is None:
         return
-    directory.mkdir(parents=True, exist_ok=True)
     mark = directory / f".shared-{uuid4().hex}"
-    mark.touch()
     try:
-        blind = sorted({address for crew in crews for address in who_does_not_see(mark, crew)})
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise ConfigError(
+            f"{what} go to {directory}, where nothing can be written: {error.strerror}; give {setting} another place"
+        ) from None
+    try:
+        blind = who_does_not_see(mark, crews)
     finally:
-        mark.unlink()
+        mark.unlink(missing_ok=True)
     if blind:
         raise ConfigError(
             f"{what} go to {directory}, which is not the same directory on {_listed(blind)}; "

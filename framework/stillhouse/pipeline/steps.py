@@ -5,7 +5,6 @@
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -39,10 +38,10 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
     """Fill the store with every chunk that training will read."""
     _require_shared_store(made)
     with attempt(made, command) as journal, attached(made.config.cluster):
-        available = _room(made, teacher_crew(made.config.teacher), journal)
-        _require_shared_places(made, available, at_store=[made.config.teacher], learning=False)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            available = _room(made, teacher_crew(made.config.teacher), journal, unless=machines.require_driver)
+            _require_shared_places(made, available, at_store=[made.config.teacher], learning=False)
 
             def finished() -> bool:
                 machines.require_driver()
@@ -55,7 +54,7 @@ def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
     """Have teachers make exactly these chunks, which are out of the store already; neither a run directory nor a student has a part."""
     _require_shared_store(made)
     with attached(made.config.cluster):
-        available = _room(made, teacher_crew(made.config.teacher), journal)
+        available = _room(made, teacher_crew(made.config.teacher), journal, unless=lambda: None)
         _require_shared_places(made, available, at_store=[made.config.teacher], learning=False)
         _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True, order=numbers)
 
@@ -71,10 +70,10 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
             "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
         )
     with attempt(made, command) as journal, attached(made.config.cluster):
-        available = _room(made, student_crew(made.config.student), journal)
-        _require_shared_places(made, available, at_store=[made.config.student], learning=True)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            available = _room(made, student_crew(made.config.student), journal, unless=machines.require_driver)
+            _require_shared_places(made, available, at_store=[made.config.student], learning=True)
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=False))
             students.join(unless=machines.nobody_commits)
             machines.require_driver()
@@ -86,10 +85,11 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it goes on where it stopped."""
     _require_shared_store(made)
     with attempt(made, command) as journal, attached(made.config.cluster):
-        available = _room(made, teacher_crew(made.config.teacher) | student_crew(made.config.student), journal)
-        _require_shared_places(made, available, at_store=[made.config.teacher, made.config.student], learning=True)
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            everyone = teacher_crew(made.config.teacher) | student_crew(made.config.student)
+            available = _room(made, everyone, journal, unless=machines.require_driver)
+            _require_shared_places(made, available, at_store=[made.config.teacher, made.config.student], learning=True)
             students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=True))
 
             def finished() -> bool:
@@ -124,8 +124,21 @@ def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "
     return export(job.checkpoints, out, section=job.section, tokenizer=made.tokenizer, card=model_card(made, role))
 
 
-def _room(made: Plan, crews: Crews, journal: Tracker) -> dict[str, float]:
-    return await_room(crews, made.config.cluster, waiting=lambda missing: journal.record(WaitRow(missing)))
+def _room(made: Plan, crews: Crews, journal: Tracker, *, unless: Callable[[], None]) -> dict[str, float]:
+    """The cluster's resources, once they suffice. `unless` raises where they are not waited for any more."""
+    told = ""
+
+    def waiting(missing: str) -> None:
+        nonlocal told
+        unless()
+        if missing != told:
+            journal.record(WaitRow(missing))
+            told = missing
+
+    available = await_room(crews, made.config.cluster, waiting=waiting)
+    if told:
+        journal.record(WaitRow(""))
+    return available
 
 
 def _require_shared_places(made: Plan, available: Mapping[str, float], *, at_store: Sequence[ModelSection], learning: bool) -> None:
@@ -196,8 +209,8 @@ def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
     for reader in own:
         join(store, reader)
     names = [reader.name for reader in own]
-    for place, role in product({where_it_goes_on(made.config.student, made.run_dir), str(made.run_dir)}, ("student", "control")):
-        if (name := reader_name(place, role)) not in names:
+    for role in ("student", "control"):
+        if (name := reader_name(where_it_goes_on(made.config.student, made.run_dir), role)) not in names:
             leave(store, name)  # of an earlier attempt with another config: it would keep every chunk for ever
     return names
 

@@ -272,7 +272,7 @@ def incidents(summary: Summary) -> list[str]:
         (sum(isinstance(row, ChunkRow) and row.duplicate for row in rows), "chunk", "made twice"),
         (sum(isinstance(row, RepairRow) for row in rows), "damaged chunk", "made anew"),
         (sum(len(row.sequences) for row in rows if isinstance(row, SetAsideRow)), "sequence", "set aside"),
-        (sum(isinstance(row, DelayRow) for row in rows), "checkpoint", "that the store did not take at once"),
+        (len({(row.role, row.step) for row in rows if isinstance(row, DelayRow)}), "checkpoint", "that the store did not take at once"),
         (sum(isinstance(row, NoticeRow) for row in rows), "notice", "of a machine's end"),
         (sum(isinstance(row, StallRow) for row in rows), "stalled rank", "found by the watchdog"),
     ]

@@ -128,8 +128,8 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
         journal.record(CheckpointRow(job.role, made.step, seconds, made.num_bytes, blocking_s))
         _tell_the_store(job, made.step)
 
-    def on_delay(why: str) -> None:
-        journal.record(DelayRow(job.role, rank, why))
+    def on_delay(step: int, why: str) -> None:
+        journal.record(DelayRow(job.role, step, rank, why))
 
     return CheckpointWriter(
         job.checkpoints,

@@ -67,8 +67,10 @@ def fit(
         _WorkerArguments(jobs, where.device, threads, secrets, notices, board, teachers_at_work)
     )
     with _watched(jobs, where=where, board=board, journal=journal):
+        is_first = True
         while True:
-            num_workers = _num_workers(jobs[0].section, where)
+            num_workers = _num_workers(jobs[0].section, where, is_first=is_first)
+            is_first = False
             with _tried_again_if_too_large(jobs[0].section):
                 _trainer(jobs[0], arguments, where=where, num_workers=num_workers).fit()
                 verdict = board.verdict()
@@ -100,13 +102,16 @@ def _is_elastic(section: StudentSection) -> bool:
     return section.min_workers is not None and section.min_workers < section.num_workers
 
 
-def _num_workers(section: StudentSection, where: Placement) -> int:
-    """How many ranks the next group has: all, or what there is room for once the last group's is free again; at least `min_workers`."""
+def _num_workers(section: StudentSection, where: Placement, *, is_first: bool) -> int:
+    """How many ranks the next group has: all, or what there is room for once the last group's is free again; at least `min_workers`.
+
+    The first group gives machines that are just joining a moment.
+    """
     if not _is_elastic(section):
         return section.num_workers
     deadline = monotonic() + _SETTLE_S
     while (room := room_for(where)) < section.num_workers:
-        settled = monotonic() > deadline or room == room_at_most(where)
+        settled = monotonic() > deadline or (room == room_at_most(where) and not is_first)
         if settled and room >= (section.min_workers or 1):
             break
         sleep(_SETTLE_EVERY_S)

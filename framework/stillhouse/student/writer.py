@@ -39,8 +39,8 @@ class CheckpointWriter:
     """Writes one rank's snapshots, one at a time. On rank 0 it also commits them, and deletes all but the `keep` newest.
 
     While the store is unavailable it tries again for ever. Any other error is raised by whatever is asked of it next. Called in the thread
-    are `on_commit(commit, seconds since the step, seconds of these that training stood still)` on rank 0, and `on_delay(why)` once for a
-    snapshot that the store does not take at present.
+    are `on_commit(commit, seconds since the step, seconds of these that training stood still)` on rank 0, and `on_delay(step, why)` once
+    for a snapshot that the store does not take at present.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CheckpointWriter:
         world_size: int,
         keep: int,
         on_commit: Callable[[Commit, float, float], None],
-        on_delay: Callable[[str], None],
+        on_delay: Callable[[int, str], None],
         patience_s: float = 30.0,
     ) -> None:
         """`patience_s`: how long one request to the store may be tried again before `on_delay` is called."""
@@ -64,7 +64,7 @@ class CheckpointWriter:
         self._keep = keep
         self._on_commit = on_commit
         self._on_delay = on_delay
-        self._is_delayed = False
+        self._step_on_time: int | None = None  # that of what is on its way, until it is late
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
@@ -89,7 +89,6 @@ class CheckpointWriter:
         came = monotonic()
         self.wait()
         blocking_s = snapshot.blocking_s + monotonic() - came
-        self._is_delayed = False
         self._thread = threading.Thread(target=self._run, args=(snapshot, blocking_s), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -115,7 +114,7 @@ class CheckpointWriter:
             self._error = error
 
     def _write(self, snapshot: Snapshot, blocking_s: float) -> None:
-        folder = folder_of(snapshot.step, self._attempt)
+        folder, self._step_on_time = folder_of(snapshot.step, self._attempt), snapshot.step
         try:
             files = {name: self._insist(partial(self._put, f"{folder}/{name}", state)) for name, state in snapshot.files.items()}
         finally:
@@ -127,6 +126,7 @@ class CheckpointWriter:
         made = Commit(snapshot.step, self._attempt, self._world_size, self._origin, everything)
         standing = self._insist(lambda: publish(self._blobs, made))
         self._on_commit(standing, monotonic() - snapshot.began, blocking_s)
+        self._step_on_time = None  # it is safe: what comes now may take its time
         self._insist(lambda: retain(self._blobs, self._keep))
 
     def _put(self, key: str, state: Any) -> tuple[int, str]:
@@ -150,9 +150,9 @@ class CheckpointWriter:
             try:
                 return call()
             except StoreUnavailable as error:
-                if not self._is_delayed:
-                    self._is_delayed = True
-                    self._on_delay(str(error))
+                if self._step_on_time is not None:
+                    self._on_delay(self._step_on_time, str(error))
+                    self._step_on_time = None
                 pause_s = self._pause(pause_s)
 
     def _pause(self, pause_s: float) -> float:

@@ -127,6 +127,7 @@ class DelayRow(Row):
 
     kind: ClassVar[str] = "delay"
     role: Role
+    step: int
     rank: int
     why: str  # the store's words
 
@@ -170,7 +171,7 @@ class WaitRow(Row):
     """The run cannot begin yet: machines that it needs have not joined the cluster."""
 
     kind: ClassVar[str] = "wait"
-    missing: str  # each resource that is short: needed, by whom, and there
+    missing: str  # each resource that is short: needed, by whom, and there; empty where that is over
 
 
 @dataclass(frozen=True, slots=True)

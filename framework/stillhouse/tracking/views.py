@@ -158,7 +158,7 @@ class ProgressView:
                 self._start, self._wait, self._pool, self._train = row, None, None, None
                 self._pool_pace, self._train_pace = _Pace(), _Pace()
             case WaitRow():
-                self._wait = row
+                self._wait = row if row.missing else None
             case PoolRow():
                 self._pool = row
                 self._pool_pace.add(row.time, row.published)
