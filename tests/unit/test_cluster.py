@@ -30,7 +30,7 @@ def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what():
     crew = teacher_crew(TeacherSection(model="m", resources={"spot": 1}))
     with pytest.raises(ConfigError, match="too small for this run"):
         await_room(crew, ClusterSection(address="auto", join_s=1.5), waiting=heard.append)
-    assert heard == ["spot: 1 needed (1 teachers), 0 in the cluster"]
+    assert set(heard) == {"spot: 1 needed (1 teachers), 0 in the cluster"}
     with pytest.raises(ConfigError, match="too small for this run"):  # nobody else joins a cluster that this command started
         await_room(crew, ClusterSection(), waiting=pytest.fail)
 
