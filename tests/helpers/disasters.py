@@ -98,16 +98,17 @@ class Disaster:
 
 
 def live_through(disaster: Disaster, rng: random.Random, *, long_form: bool) -> None:
-    """All of it; who suffers, and when, is drawn. Where there is time, a teacher dies at a random moment, too, and not only its machine."""
+    """All of it; who suffers, and when, is drawn. Where there is time, teachers die alone at other moments, too."""
     try:
         first, second = rng.sample(TEACHERS, 2)
         disaster.until_both_are_held()
         kill_before_the_put(disaster, first)
-        kill_after_the_put(disaster, second)
-        disaster.until_both_are_held()
+        lose_a_machine_after_the_put(disaster, second)
         if long_form:
+            disaster.until_both_are_held()
+            kill_after_the_put(disaster, second)
+            disaster.until_both_are_held()
             kill_between(disaster, first, rng)
-        lose_a_machine_and_get_another(disaster, second, rng)
         cut_a_machine_off(disaster, second, other=first)
         for number, strike in enumerate((None, lose_a_rank, stop_a_rank), start=1):
             disaster.let_read(number * NUM_CHUNKS_AT_A_TIME)
@@ -129,35 +130,17 @@ def kill_before_the_put(disaster: Disaster, name: str) -> None:
 
 
 def kill_after_the_put(disaster: Disaster, name: str) -> None:
-    """The chunk is in the bucket, but its teacher stands still before it can say so."""
-    chunk = disaster.held(name)[0]
-    disaster.scene.teacher(name).suspend()
-    disaster.let_publish(name)
-    disaster.run.until(lambda: chunk in disaster.published(name))
-    disaster.hold(name)
+    publish_and_say_nothing(disaster, name)
     disaster.kill_teacher(name)
 
 
-def kill_between(disaster: Disaster, name: str, rng: random.Random) -> None:
-    """Somewhere in its work; then all wait again."""
-    work_for_a_while(disaster, name, rng)
-    disaster.kill_teacher(name)
-    disaster.hold(*TEACHERS)
-    disaster.until_both_are_held()
-
-
-def work_for_a_while(disaster: Disaster, name: str, rng: random.Random) -> None:
-    goal = len(disaster.published(name)) + rng.randint(2, 5)
-    disaster.let_publish(*TEACHERS)
-    disaster.run.until(lambda: len(disaster.published(name)) >= goal)
-    sleep(rng.uniform(0.0, 0.1))
-
-
-def lose_a_machine_and_get_another(disaster: Disaster, name: str, rng: random.Random) -> None:
-    work_for_a_while(disaster, name, rng)
+def lose_a_machine_after_the_put(disaster: Disaster, name: str) -> None:
+    """With all that lives on it; and get another, whose teacher publishes."""
+    publish_and_say_nothing(disaster, name)
+    teacher = disaster.scene.teacher(name)
     disaster.scene.cluster.kill_node(name)
+    teacher.kill()
     disaster.num_deaths += 1
-    disaster.hold(*TEACHERS)
     disaster.scene.join(name)
     disaster.until_both_are_held()
     num_before = len(disaster.published(name))
@@ -165,6 +148,26 @@ def lose_a_machine_and_get_another(disaster: Disaster, name: str, rng: random.Ra
     disaster.run.until(lambda: len(disaster.published(name)) > num_before)
     disaster.hold(name)
     disaster.published_by_the_joined = disaster.published(name)[num_before:]
+
+
+def publish_and_say_nothing(disaster: Disaster, name: str) -> None:
+    """The chunk is in the bucket, but its teacher stands still before it can say so."""
+    chunk = disaster.held(name)[0]
+    disaster.scene.teacher(name).suspend()
+    disaster.let_publish(name)
+    disaster.run.until(lambda: chunk in disaster.published(name))
+    disaster.hold(name)
+
+
+def kill_between(disaster: Disaster, name: str, rng: random.Random) -> None:
+    """Somewhere in its work; then all wait again."""
+    goal = len(disaster.published(name)) + rng.randint(2, 5)
+    disaster.let_publish(*TEACHERS)
+    disaster.run.until(lambda: len(disaster.published(name)) >= goal)
+    sleep(rng.uniform(0.0, 0.1))
+    disaster.kill_teacher(name)
+    disaster.hold(*TEACHERS)
+    disaster.until_both_are_held()
 
 
 def cut_a_machine_off(disaster: Disaster, name: str, *, other: str) -> None:
