@@ -93,7 +93,8 @@ def wait_until_the_run_waits(head: Container, runs: Path) -> None:
     """For machines: from then on it is sure that one joins later."""
     journal, deadline = JournalReader(runs / "demo" / "journal.jsonl"), monotonic() + PATIENCE_S
     while not any(isinstance(row, WaitRow) for row in journal.new_rows()):
-        assert monotonic() < deadline, head.words()
+        assert not head.has_ended(), head.words()
+        assert monotonic() < deadline
         sleep(0.1)
 
 

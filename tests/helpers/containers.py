@@ -79,13 +79,12 @@ class Container:
         user = USER if _may_become(USER) else os.getuid()
         for path in (runs, *runs.rglob("*")):
             os.chown(path, user, user)
-        places = [(sys.base_prefix, sys.base_prefix), (sys.prefix, sys.prefix), (sys.prefix, _ENVIRONMENT), (runs, "/runs")]
-        places += [(ROOT / "framework", ROOT / "framework")]
         root, self.tmp, binds, self._log = (runs.with_name(f"{machine.name}.{what}") for what in ("root", "tmp", "binds", "log"))
         root.mkdir()
         self.tmp.mkdir()
         self.tmp.chmod(0o1777)
-        places.append((self.tmp, "/tmp"))
+        places = [(self.tmp, "/tmp"), (sys.base_prefix, sys.base_prefix), (sys.prefix, sys.prefix), (sys.prefix, _ENVIRONMENT)]
+        places += [(ROOT / "framework", ROOT / "framework"), (runs, "/runs")]  # any of which may lie below /tmp
         binds.write_text("".join(f"{here} {there}\n" for here, there in places))
         environment = dict(service.environment) | {"PATH": service.environment["PATH"].replace("$PATH", os.defpath)}
         asked = {"root": root, "binds": binds, "hosts": hosts, "user": user, "name": machine.name}
@@ -106,6 +105,9 @@ class Container:
 
     def wait(self, *, timeout_s: float) -> int:
         return self._process.wait(timeout_s)
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def words(self) -> str:
         return self._log.read_text()
