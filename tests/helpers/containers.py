@@ -2,7 +2,7 @@
 
 A container here has the file's command and environment, the image's user and variables, and namespaces of its own: network, mounts,
 process ids and host name. Its root is made of this system's programs, and of this environment in place of the image's. It ends, with all
-that is in it, when its first process does.
+that is in it, when its first process does, and at the latest with the test's.
 """
 
 import os
@@ -39,7 +39,7 @@ while read -r here there; do mkdir -p "$root$there"; mount --bind "$here" "$root
 mkdir -p "$root/home/stillhouse"
 chown "$user:$user" "$root/home/stillhouse"
 hostname "$name"
-exec chroot "$root" setpriv $drop --inh-caps=-all --bounding-set=-all --no-new-privs env --chdir=/runs "$@"
+exec chroot "$root" setpriv $drop --pdeathsig=KILL --inh-caps=-all --bounding-set=-all --no-new-privs env --chdir=/runs "$@"
 """
 
 
@@ -92,6 +92,7 @@ class Container:
         with inside(machine.namespace), self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [
+                    *("setpriv", "--pdeathsig=KILL"),
                     *("unshare", "--mount", "--propagation=private", "--uts", "--pid", "--fork", "--kill-child"),
                     *("sh", "-c", _BUILD, "sh", "--ignore-environment", *(f"{key}={value}" for key, value in environment.items())),
                     *service.command,
