@@ -17,22 +17,24 @@ LOCK := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 
+# Install the Debian packages of commands that are not there, each given as command:package.
+define where_missing
+@for need in $(1); do \
+	command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; \
+done; \
+if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
+endef
+
 .PHONY: help system system-slurm demo test chaos slurm test-gpu check lint launch-files format lock bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 system:  ## Debian's packages that the tests need, where they are missing: network namespaces and mounts
-	@for need in ip:iproute2 unshare:util-linux mount:mount; do \
-		command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; \
-	done; \
-	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
+	$(call where_missing,ip:iproute2 unshare:util-linux mount:mount)
 
 system-slurm:  ## Debian's packages that `make slurm` needs, where they are missing
-	@for need in slurmctld:slurm-wlm slurmd:slurm-wlm munged:munge; do \
-		command -v $${need%:*} >/dev/null || missing="$$missing $${need#*:}"; \
-	done; \
-	if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
+	$(call where_missing,slurmctld:slurm-wlm slurmd:slurm-wlm munged:munge)
 
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo

@@ -22,11 +22,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.config import ClusterSection, NoticeSource
 from stillhouse.errors import ConfigError, RunError, StillhouseError
+from stillhouse.node import OBJECT_STORE_BYTES
 from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 from stillhouse.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
 
 _NAMESPACE = "stillhouse"
-_OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
 _REACH_S = 10.0
 _LOOK_EVERY_S = 1.0
 _PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
@@ -267,7 +267,7 @@ def _connect(section: ClusterSection) -> None:
             "address": "local",
             "num_cpus": section.num_cpus,
             "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
+            "object_store_memory": OBJECT_STORE_BYTES,
         }
     try:
         if section.address is not None:

@@ -26,7 +26,6 @@ class Estimate:
     """Hours of one half of a run, had it its machines to itself."""
 
     hours: float
-    card: str
     num_cards: float
 
 
@@ -52,4 +51,4 @@ def training_operations(checkpointing: bool) -> int:
 
 
 def _estimate(operations: float, share: float, card: str, num_cards: float) -> Estimate:
-    return Estimate(operations / (share * PEAK_TFLOPS[card] * 1e12 * num_cards) / 3600, card, num_cards)
+    return Estimate(operations / (share * PEAK_TFLOPS[card] * 1e12 * num_cards) / 3600, num_cards)

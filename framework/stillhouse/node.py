@@ -21,9 +21,9 @@ from stillhouse.errors import ConfigError, RunError
 PORT = 6379
 TOKEN_FILE = Path("~/.ray/auth_token")  # where Ray looks for it
 CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where Ray writes down what this machine belongs to
+OBJECT_STORE_BYTES = 256 << 20  # of Ray's: work items and answers only; the default would take 30 % of the machine's memory
 _LEAST_LENGTH = 16
 _LOOK_EVERY_S, _CONNECT_S = 2.0, 5.0
-_OBJECT_STORE_BYTES = 256 << 20  # work items and answers only: the default would take 30 % of the machine's memory
 
 
 def make_token(path: Path) -> None:
@@ -122,7 +122,7 @@ def _read(path: Path) -> str:
 
 
 def _ray_start(resources: Mapping[str, float], *, block: bool) -> list[str]:
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     command += [f"--resources={json.dumps(dict(resources))}"] if resources else []
     return [*command, "--block"] if block else command
 

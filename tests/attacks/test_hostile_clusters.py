@@ -111,8 +111,9 @@ def test_a_stranger_on_the_same_machine_does_not_get_into_the_cluster_that_a_com
     assert "it is in" in friend.communicate(timeout=120)[0]
 
 
-def test_a_command_starts_no_cluster_that_is_open_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+@pytest.mark.parametrize("mode", ["disabled", "DISABLED", "off", ""])  # Ray takes whatever it does not know for disabled
+def test_a_command_starts_no_cluster_that_is_open_to_all(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ConfigError, match="unset it, or set it to 'token'"), attached(ClusterSection()):
         pass

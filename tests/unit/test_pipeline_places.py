@@ -1,0 +1,23 @@
+"""Where chunks and checkpoints go, before anything starts; several machines are asked in tests/e2e/test_compose.py."""
+
+from pathlib import Path
+
+import pytest
+
+from stillhouse.errors import ConfigError
+from stillhouse.pipeline.places import require_shared
+from stillhouse.placement import Placement
+
+SMALL = [Placement(0.1, 0.0, {})]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_directory_of_the_only_machine_will_do_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    require_shared(str(tmp_path / "store"), SMALL, what="chunks", setting="store.url")
+    assert [*(tmp_path / "store").iterdir()] == []
+
+
+def test_a_directory_that_cannot_be_written_is_refused_with_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"nothing can be written: .*; give store\.url another place"):
+        require_shared(str(tmp_path / "file" / "store"), SMALL, what="chunks", setting="store.url")
