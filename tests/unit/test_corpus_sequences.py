@@ -4,7 +4,9 @@ import dataclasses
 import json
 import pickle
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +306,41 @@ def test_rows_are_views_of_the_map_and_any_range_reads_the_same(tmp_path: Path, 
     for start, stop in ((-1, 2), (5, 5), (0, corpus.num_sequences + 1)):
         with pytest.raises(IndexError):
             corpus.rows(start, stop)
+
+
+def files_opened_in(work: Callable[[], object]) -> list[str]:
+    """The names of all that this process opens meanwhile, as Python's audit events tell them."""
+    names: list[str] = []
+    watching = True  # a hook stays for the life of the process
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if watching and event == "open":
+            names.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(note)
+    work()
+    watching = False
+    return names
+
+
+def test_a_chunks_rows_open_the_data_alone_and_what_finds_and_checks_them_once_for_all(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    corpus = prepare(tmp_path, make_texts(200), tokenizer).train
+    assert corpus.num_sequences > 64
+    first, twin = corpus.rows(0, 64), pickle.loads(pickle.dumps(corpus))
+    assert files_opened_in(lambda: twin.rows(0, 64)) == ["train.arrow"]
+    with ThreadPoolExecutor(4) as pool:
+        for rows in pool.map(lambda _: twin.rows(0, 64), range(8)):
+            for name in ("token_ids_SL", "positions_SL", "loss_mask_SL"):
+                assert np.array_equal(getattr(rows, name), getattr(first, name))
+
+
+def test_a_file_that_was_written_again_is_read_again(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    corpus = prepare(tmp_path, make_texts(200), tokenizer).train
+    before, order_path = corpus.rows(0, 2), Path(str(corpus.order_path))
+    order_S = np.load(order_path)
+    order_path.unlink()
+    np.save(order_path, order_S[::-1])
+    last = corpus.rows(corpus.num_sequences - 2, corpus.num_sequences)
+    assert np.array_equal(last.token_ids_SL, before.token_ids_SL[::-1])

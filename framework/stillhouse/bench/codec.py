@@ -63,6 +63,7 @@ class CodecFigures:
     worst_kl: float  # of one token
     encode_tokens_per_s: Spread
     decode_tokens_per_s: Spread
+    allocator: str  # what malloc did with freed memory meanwhile
 
 
 def bench_codec(setting: Setting, teacher_dir: Path | None, *, repeats: int, cache_dir: Path, command: str, out: Path | None) -> None:
@@ -93,6 +94,7 @@ def bench_codec(setting: Setting, teacher_dir: Path | None, *, repeats: int, cac
     for kind, figures_of_kind in found.items():
         console.print(table(f"{kind}, {setting.vocab_size:,} ids, {setting.device}", figures_of_kind))
     console.print(f"Load average at the start: {provenance.load_average}.")
+    console.print(f"While it was timed, {found['power laws'][0].allocator}.")
     if teacher_dir is None:
         console.print(
             f"Left out: a trained model's rows; there is none in {DEMO_TEACHER}, which `stillhouse demo` makes, nor with --teacher."
@@ -134,6 +136,7 @@ def measure(logits_TV: Tensor, codec: Codec, *, repeats: int) -> CodecFigures:
         worst_kl=found.worst_kl,
         encode_tokens_per_s=encode_speed,
         decode_tokens_per_s=decode_speed,
+        allocator=timings.allocator,
     )
 
 

@@ -1,7 +1,8 @@
 """What a piece of work costs: time of its processor, and memory beyond what it is given and what it returns.
 
 Ways to do the same work are timed in turn, on the same inputs, with fresh ones for every repeat: what slows the machine for a while slows
-them all, so a ratio is taken within a repeat. Memory is measured in a fresh process, where little else has left room to use.
+them all, so a ratio is taken within a repeat. While they are timed, malloc keeps what is freed (see `allocator`). Memory is measured in a
+fresh process, where little else has left room to use.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillhouse.bench.allocator import freed_memory_kept
 from stillhouse.bench.figures import Spread
 from stillhouse.errors import ConfigError
 
@@ -33,6 +35,7 @@ class Timings:
     """Seconds of each way, repeat by repeat: of the process on the CPU, of the device's own clock on CUDA."""
 
     seconds: Mapping[str, Sequence[float]]
+    allocator: str = ""  # what malloc did with freed memory meanwhile; empty where the ways share no process
 
     def of(self, way: str) -> Spread:
         return Spread.of(self.seconds[way])
@@ -56,10 +59,9 @@ def require_device(name: str) -> None:
 
 def time_in_turn(works_of: Callable[[int], Mapping[str, Work]], *, repeats: int, device: torch.device) -> Timings:
     """Time all of `works_of(repeat)` for each repeat from 1 on, after a first round, number 0, that nobody times."""
-    for work in works_of(0).values():
-        work()
-    rounds = [{way: _seconds(work, device) for way, work in works_of(repeat).items()} for repeat in range(1, repeats + 1)]
-    return Timings({way: [one[way] for one in rounds] for way in rounds[0]})
+    with freed_memory_kept() as allocator:
+        rounds = [{way: _seconds(work, device) for way, work in works_of(repeat).items()} for repeat in range(repeats + 1)][1:]
+    return Timings({way: [one[way] for one in rounds] for way in rounds[0]}, allocator)
 
 
 def extra_bytes(make: Callable[[Any, str], Work], given: Any, ways: Sequence[str], *, device: torch.device) -> dict[str, int]:

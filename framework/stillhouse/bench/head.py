@@ -57,6 +57,7 @@ def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None
             "benchmark": "head",
             "provenance": asdict(provenance),
             "setting": asdict(setting),
+            "allocator": timings.allocator,
             "bytes_per_token": codec.bytes_per_token,
             "tokens_per_s": {way: asdict(tokens_per_s(setting, timings, way)) for way in _WAYS},
             "seconds_over_product": {way: asdict(timings.ratio(way, PRODUCT)) for way in _WAYS},
@@ -67,6 +68,7 @@ def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(setting, timings, memory))
     console.print(f"A record takes {codec.bytes_per_token} bytes. Load average at the start: {provenance.load_average}.")
+    console.print(f"While it was timed, {timings.allocator}.")
 
 
 def tokens_per_s(setting: Setting, timings: Timings, way: str) -> Spread:

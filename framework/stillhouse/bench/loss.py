@@ -118,6 +118,7 @@ def bench_loss(setting: Setting, *, repeats: int, with_compile: bool, command: s
             "benchmark": "loss",
             "provenance": asdict(provenance),
             "setting": asdict(setting),
+            "allocator": timings.allocator,
             "path": asdict(path),
             "block_tokens": block_tokens_for(device, setting.vocab_size),
             "seconds": {way: asdict(timings.of(way)) for way in ways},
@@ -132,6 +133,7 @@ def bench_loss(setting: Setting, *, repeats: int, with_compile: bool, command: s
     console.print(table(setting, timings, memory))
     console.print(divergences_table(singles))
     console.print(f"Path: {path.name}, since {path.why}. Load average at the start: {provenance.load_average}.")
+    console.print(f"While it was timed, {timings.allocator}.")
     for way, why in missing.items():
         console.print(f"Left out: {way}; {why}.")
 

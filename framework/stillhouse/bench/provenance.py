@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "numpy", "obstore")
@@ -22,7 +22,7 @@ class Provenance:
     memory_gib: float
     system: str
     python: str
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the packages that are installed; not every benchmark needs them all
     commit: str | None  # of the checkout that the code runs from, '+' behind it where files differ from it; None outside of one
     load_average: float  # of the minute before the measurement: processes that wanted to run
 
@@ -36,10 +36,17 @@ class Provenance:
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             system=platform.platform(),
             python=platform.python_version(),
-            versions={name: version(name) for name in _VERSIONED},
+            versions={name: found for name in _VERSIONED if (found := _version(name)) is not None},
             commit=_commit(Path(__file__).parent),
             load_average=round(os.getloadavg()[0], 2),
         )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

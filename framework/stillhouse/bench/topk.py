@@ -69,6 +69,7 @@ def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: s
             "benchmark": "topk",
             "provenance": asdict(provenance),
             "setting": asdict(setting),
+            "allocator": timings.allocator,
             "path": asdict(path),
             "seconds": {way: asdict(timings.of(way)) for way in timings.seconds},
             "times_eager": {way: asdict(timings.ratio(EAGER, way)) for way in timings.seconds},
@@ -79,6 +80,7 @@ def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: s
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(setting, timings, memory))
     console.print(f"compress takes the path {path.name}: {path.why}. Load average at the start: {provenance.load_average}.")
+    console.print(f"While it was timed, {timings.allocator}.")
 
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:

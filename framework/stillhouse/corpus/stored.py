@@ -8,10 +8,12 @@ Shapes: S sequences, L tokens in a sequence, B record batches.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ from stillhouse.errors import CorpusError
 Number = TypeVar("Number", np.int32, np.uint8)
 
 CACHE_VERSION = 2  # of what sequences mean: a change to tokenising, packing, masks or order raises it, and with it every digest
+_MAPS = 32  # of small files that stay mapped: three of each corpus in use
 BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
 
 
@@ -63,8 +66,8 @@ class Corpus:
         if not 0 <= start < stop <= self.num_sequences:
             raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
         data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
-        hashes_S = np.load(self.hashes_path, mmap_mode="r")
-        places_S = np.arange(start, stop) if self.order_path is None else np.load(self.order_path, mmap_mode="r")[start:stop]
+        hashes_S = mapped(self.hashes_path)
+        places_S = np.arange(start, stop) if self.order_path is None else mapped(self.order_path)[start:stop]
         runs = [(start, stop)] if self.order_path is None else [(place, place + 1) for place in places_S.tolist()]
         rows = joined([self._together(data, first, last, num_written=len(hashes_S)) for first, last in runs])
         changed = np.flatnonzero(hashes_of(rows) != hashes_S[places_S])
@@ -78,7 +81,7 @@ class Corpus:
     def _together(self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int) -> Rows:
         """The sequences at these places of the file, as its bytes say."""
         size = rows_per_batch(self.sequence_length)
-        offsets_B3 = np.load(self.offsets_path, mmap_mode="r")
+        offsets_B3 = mapped(self.offsets_path)
         parts = []
         for number in range(start // size, (stop - 1) // size + 1):
             ids, positions, mask = offsets_B3[number].tolist()
@@ -126,6 +129,17 @@ def write_corpus(path: Path, blocks: Iterable[Rows], length: int) -> Corpus:
     parts = [f"stillhouse corpus {CACHE_VERSION}", len(hashes_S), length, *(digest.hexdigest() for digest in digests)]
     of_all = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Corpus(str(path), str(hashes_path), str(offsets_path), None, of_all, len(hashes_S), length, num_targets)
+
+
+def mapped(path: str) -> NDArray[Any]:
+    """The array of an .npy file, read-only where it lies: its header is parsed once in this process for as long as the file is the same."""
+    found = os.stat(path)
+    return _mapped(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=_MAPS)
+def _mapped(path: str, identity: tuple[int, ...]) -> NDArray[Any]:
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def hashes_of(rows: Rows) -> NDArray[np.uint64]:

@@ -1,0 +1,35 @@
+"""What malloc does with memory that is freed while something is timed: it keeps it, wherever it is glibc's.
+
+By itself glibc gives every block above 32 MB back to the system when it is freed, and pays the page faults again when it is next taken.
+A way that has such temporaries would then be timed mostly by them, and a caller whose memory is reused would never see that figure.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # the numbers of mallopt's parameters in glibc's malloc.h
+_DEFAULT_TRIM_BYTES, _DEFAULT_MMAPS = 128 * 1024, 65536
+_NEVER, _NONE = -1, 0
+
+KEPT = "malloc kept freed memory: no way pays page faults for memory that it had before"
+NOT_KEPT = "malloc, which is not glibc's, did as it always does: a way with large temporaries may pay page faults"
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[str]:
+    """Within, this process gives no freed memory back to the system. Yields KEPT, or NOT_KEPT where malloc cannot be told.
+
+    Afterwards it gives back what it can at once, and later what it frees.
+    """
+    libc = ctypes.CDLL(None)
+    mallopt, malloc_trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+    if mallopt is None or malloc_trim is None or not (mallopt(_MMAP_MAX, _NONE) and mallopt(_TRIM_THRESHOLD, _NEVER)):
+        yield NOT_KEPT
+        return
+    try:
+        yield KEPT
+    finally:
+        mallopt(_MMAP_MAX, _DEFAULT_MMAPS)
+        mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM_BYTES)
+        malloc_trim(0)
