@@ -1,6 +1,7 @@
 """The ways that `bench loss` and `bench head` compare do the same work, and what they cost is really measured."""
 
 import json
+import resource
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from stillhouse.bench import head, loss
+from stillhouse.bench.allocator import KEPT
 from stillhouse.bench.cost import Timings, Work, extra_bytes, time_in_turn
 from stillhouse.bench.loss import DIVERGENCES, NAIVE, OURS, PRODUCTS, Inputs, Setting, work_of
 from stillhouse.errors import ConfigError
@@ -64,6 +66,20 @@ def test_the_first_round_is_not_timed_and_every_repeat_has_fresh_work() -> None:
     timings = time_in_turn(works_of, repeats=2, device=CPU)
     assert done == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b")]
     assert {way: len(seconds) for way, seconds in timings.seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_way_with_large_temporaries_is_timed_without_the_page_faults_of_taking_them_anew() -> None:
+    faults: list[int] = []
+
+    def work() -> list[torch.Tensor]:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(80 * MB // 4)  # above 32 MiB, which glibc by itself would give back at once
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return []
+
+    timings = time_in_turn(lambda _: {"hungry": work}, repeats=2, device=CPU)
+    assert 4 * faults[-1] < faults[0]
+    assert timings.allocator == KEPT
 
 
 def work_on(given_bytes: int, way: str) -> Work:

@@ -18,6 +18,7 @@ def test_the_verb_writes_what_it_measured(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     found = json.loads(out.read_text())
     assert found["setting"] == {"device": "cpu", "vocab_size": 2000, "k": 8, "num_tokens": 4, "dtype": "bfloat16"}
+    assert found["allocator"] in done.out
     has_compiler = native.compiled().split_rows is not None
     assert found["path"]["name"] == ("native" if has_compiler else "blockmax")
     assert ("the filter in C" in found["seconds"]) == has_compiler

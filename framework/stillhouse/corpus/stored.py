@@ -137,8 +137,8 @@ def mapped(path: str) -> NDArray[Any]:
     return _mapped(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
 
-@lru_cache(maxsize=_MAPS)
-def _mapped(path: str, identity: tuple[int, ...]) -> NDArray[Any]:
+@lru_cache(maxsize=_MAPS)  # by the file's identity, too: one that was written again is another
+def _mapped(path: str, _identity: tuple[int, ...]) -> NDArray[Any]:
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
