@@ -27,6 +27,7 @@ from stillhouse.errors import ConfigError
 Work = Callable[[], Sequence[Tensor]]
 """Does the work, and returns what comes of it."""
 
+_UNTIMED_ROUNDS = 3  # libraries load and compile in the first; after three, malloc holds all the memory that a round takes
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -58,10 +59,12 @@ def require_device(name: str) -> None:
 
 
 def time_in_turn(works_of: Callable[[int], Mapping[str, Work]], *, repeats: int, device: torch.device) -> Timings:
-    """Time all of `works_of(repeat)` for each repeat from 1 on, after a first round, number 0, that nobody times."""
+    """Time all of `works_of(repeat)` for each repeat from 1 on, after rounds of number 0 that nobody times."""
+    numbers = [0] * _UNTIMED_ROUNDS + list(range(1, repeats + 1))
     with freed_memory_kept() as allocator:
-        rounds = [{way: _seconds(work, device) for way, work in works_of(repeat).items()} for repeat in range(repeats + 1)][1:]
-    return Timings({way: [one[way] for one in rounds] for way in rounds[0]}, allocator)
+        rounds = [{way: _seconds(work, device) for way, work in works_of(number).items()} for number in numbers]
+    timed = rounds[_UNTIMED_ROUNDS:]
+    return Timings({way: [one[way] for one in timed] for way in timed[0]}, allocator)
 
 
 def extra_bytes(make: Callable[[Any, str], Work], given: Any, ways: Sequence[str], *, device: torch.device) -> dict[str, int]:
