@@ -23,8 +23,15 @@ def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
     torch.testing.assert_close(found.tail_logmass_T.cpu(), wanted.tail_logmass_T, rtol=2e-6, atol=4e-6)
 
 
-def test_the_kernels_pass_their_own_test(gpu: torch.device) -> None:
-    assert kernels.defect(gpu) is None
+@pytest.mark.parametrize("row_stride", [151_669, 151_680])
+def test_the_kernels_pass_their_own_test(gpu: torch.device, row_stride: int) -> None:
+    assert kernels.defect(gpu, vocab_size=151_669, k=64, dtype=torch.bfloat16, row_stride=row_stride) is None
+
+
+def test_more_entries_than_the_kernels_are_for_equal_the_reference(gpu: torch.device) -> None:
+    logits = random_logits(7, 20_000)
+    assert path_for(logits.to(gpu), k=1024).name == "reference"
+    assert_same(compress(logits.to(gpu), k=1024), compress_reference(logits, k=1024))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,14 +4,16 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, blockmax, compress, compress_reference, native, path_for
+from stillhouse.logits import CompressedLogits, Head, blockmax, compress, compress_hidden, compress_reference, native, path_for, topk
 from stillhouse.logits.rawtopk import RawTopK, normalise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,6 +166,41 @@ def two_threads() -> Iterator[None]:
 def test_two_threads_give_what_one_gives(split: Split, dtype: torch.dtype, num_tokens: int) -> None:
     logits = random_logits(num_tokens, 30_000, seed=6).to(dtype)
     assert_equals_the_reference(split, logits, k=16)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the passes over logits: a maximum is taken of each."""
+
+    num = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += function is torch.ops.aten.amax.out
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_reads_many_rows_at_once_and_a_cpu_as_many_as_its_cache_holds() -> None:
+    vocab_size = 40_000
+    rows_read, _ = blockmax.rows_at_once(torch.device("cpu"), vocab_size)
+    with Reads() as reads:
+        by_torch(random_logits(10, vocab_size, seed=0), k=4)
+    assert (rows_read, reads.num) == (3, 4)
+    rows_read, rows_selected = blockmax.rows_at_once(torch.device("cuda", 1), 151_936)
+    assert rows_read == rows_selected >= 100
+    assert topk.rows_at_once(torch.device("cuda", 1), 151_936) >= 100
+
+
+def test_rows_in_doubt_are_asked_for_a_block_at_a_time() -> None:
+    asked: list[int] = []
+
+    class Recording(Head):
+        def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+            asked.append(len(hidden_TH))
+            return super().logits(hidden_TH)
+
+    hidden = torch.full((24, 3), math.nan)
+    with pytest.raises(TeacherError, match="token 0 .*20 NaN"):
+        compress_hidden(hidden, Recording(torch.ones(20, 3)), k=2, block_tokens=4)
+    assert asked == [4] * 7
 
 
 def executable(path: FilePath, script: str) -> str:

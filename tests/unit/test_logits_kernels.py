@@ -3,18 +3,23 @@
 The interpreter is slow, its sorts slower still: so shapes are small here.
 """
 
+import errno
 import math
-from pathlib import Path
+import subprocess
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.compiling import Kernel, machine_code_sizes
-from stillhouse.logits import compress_reference, kernels, token_seeds
+from stillhouse.logits import Head, Path, blockmax, compress_hidden, compress_reference, kernels, path_for, token_seeds
 from stillhouse.logits.draws import draw_in_blocks
-from stillhouse.logits.rawtopk import normalise
+from stillhouse.logits.rawtopk import RawTopK, normalise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,8 +100,125 @@ def test_draws_from_the_kernels_sums_are_the_references() -> None:
     assert torch.equal(found, compress_reference(logits, k=5, tail_draws=8, temperature=1.5, seeds_T=seeds).tail_ids_TN)
 
 
-def test_the_self_test_passes_here() -> None:
-    assert kernels.defect(torch.device("cpu")) is None
+CPU = torch.device("cpu")
+TRIED = {"vocab_size": 2000, "k": 8, "dtype": torch.float32, "row_stride": 2000}
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"dtype": torch.bfloat16, "row_stride": 2001}, {"vocab_size": 1003, "row_stride": 1024, "k": 0}, {"k": 30}]
+)
+def test_the_self_test_passes_here_for_logits_of_any_kind(change: dict[str, Any]) -> None:
+    assert kernels.defect(CPU, **(TRIED | change)) is None
+
+
+def test_what_is_tried_is_what_will_be_read() -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def launch(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
+        seen.append((logits.shape[1], logits.stride(), logits.dtype, k))
+        return blockmax.split(logits, k=k, temperature=temperature), torch.zeros(len(logits), dtype=torch.bool)
+
+    assert kernels.defect(CPU, vocab_size=151_669, k=512, dtype=torch.bfloat16, row_stride=151_680, launch=launch) is None
+    assert seen == [(151_669, (151_680, 1), torch.bfloat16, 512)]
+
+
+class FailingOnce:
+    """A launch that fails at its first call, and is right from then on."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure, self.num_calls = failure, 0
+
+    def __call__(self, logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
+        self.num_calls += 1
+        if self.num_calls == 1:
+            raise self.failure
+        return blockmax.split(logits, k=k, temperature=temperature), torch.zeros(len(logits), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        subprocess.CalledProcessError(-9, ["gcc"]),
+        subprocess.TimeoutExpired(["ptxas"], 60),
+    ],
+    ids=repr,
+)
+def test_a_failure_that_may_pass_is_told_and_the_next_call_tries_again(failure: Exception) -> None:
+    launch = FailingOnce(failure)
+    with pytest.raises(type(failure)):
+        kernels.defect(CPU, **TRIED, launch=launch)
+    assert kernels.defect(CPU, **TRIED, launch=launch) is None
+    assert launch.num_calls == 2
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        subprocess.CalledProcessError(1, ["gcc"]),
+        RuntimeError("out of resource: shared memory"),
+        FileNotFoundError(errno.ENOENT, "no such file", "gcc"),
+        PermissionError(errno.EACCES, "read-only", "~/.triton"),
+    ],
+    ids=repr,
+)
+def test_a_failure_that_lasts_is_a_reason_which_is_remembered(failure: Exception) -> None:
+    launch = FailingOnce(failure)
+    reasons = [kernels.defect(CPU, **TRIED, launch=launch) for _ in range(2)]
+    assert reasons[0] == reasons[1]
+    assert f"fails on cpu: {type(failure).__name__}: {failure}" in str(reasons[0])
+    assert launch.num_calls == 1
+
+
+def test_kernels_that_answer_wrongly_or_doubt_every_row_are_refused() -> None:
+    def wrong(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
+        raw = blockmax.split(logits, k=k, temperature=temperature)
+        return replace(raw, token_ids_TK=raw.token_ids_TK.flip(1)), torch.zeros(len(logits), dtype=torch.bool)
+
+    def doubtful(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
+        return blockmax.split(logits, k=k, temperature=temperature), torch.ones(len(logits), dtype=torch.bool)
+
+    for launch in (wrong, doubtful):
+        assert "answers wrongly on cpu" in str(kernels.defect(CPU, **TRIED, launch=launch))
+
+
+def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """The description of logits on a GPU, which need not be there."""
+    with FakeTensorMode():
+        return torch.empty((8, vocab_size), dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("k", [513, 1024, 4096])
+def test_more_entries_than_the_kernels_compile_for_take_the_references_way_and_say_so(k: int) -> None:
+    path = path_for(on_a_gpu(151_936), k=k)
+    assert (path.name, path.why) == ("reference", f"k is {k}, and the kernels are for 512 entries at most")
+
+
+def test_a_small_vocabulary_on_a_gpu_takes_torchs_filter_and_says_so() -> None:
+    path = path_for(on_a_gpu(300), k=20)
+    assert (path.name, path.why) == ("blockmax", "300 logits are too few blocks to filter for 20")
+
+
+def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() -> None:
+    """Flat rows hold more entries than there is room for; the others are the kernels' own."""
+    asked: list[int] = []
+
+    class Recording(Head):
+        def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+            asked.append(len(hidden_TH))
+            return super().logits(hidden_TH)
+
+    hidden = torch.randn(13, 8, generator=torch.Generator().manual_seed(0))
+    hidden[[0, 2, 3, 4, 7, 8, 9, 11, 12]] = 0.0
+    head = Recording(torch.randn(600, 8, generator=torch.Generator().manual_seed(1)))
+    found = compress_hidden(hidden, head, k=3, block_tokens=4, choose_path=lambda *_, **__: Path("triton", "the interpreter's"))
+    assert asked == [4, 4, 4, 1, 4, 4, 1]
+    wanted = compress_reference(hidden @ head.weight_VH.T, k=3)
+    assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)
+    torch.testing.assert_close(found.logprobs_TK, wanted.logprobs_TK, rtol=2e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +234,7 @@ def test_a_small_vocabulary_is_no_work_for_blocks() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path, dtype: str) -> None:
+def test_the_kernels_compile_for_a_gpu(tmp_path: FilePath, dtype: str) -> None:
     """At the shapes of K = 64 over 151,936 ids."""
     floats = dict.fromkeys(("maxima", "sums", "rest_sums", "tops", "values_out"), "*fp32")
     wholes = dict.fromkeys(("found", "least", "counts", "ids_out"), "*i32") | {"keys": "*i64"}

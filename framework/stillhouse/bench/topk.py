@@ -121,7 +121,8 @@ def _works(setting: Setting, repeat: int, *, with_compile: bool) -> dict[str, Wo
     if setting.device == "cuda" and find_spec("triton"):
         from stillhouse.logits import kernels
 
-        works["the filter in Triton"] = lambda: in_raw(lambda logits_TV: kernels.launch(logits_TV, k=k, temperature=1.0)[0])
+        if k <= kernels.MOST_ENTRIES:
+            works["the filter in Triton"] = lambda: in_raw(lambda logits_TV: kernels.launch(logits_TV, k=k, temperature=1.0)[0])
     if setting.device == "cuda" and find_spec("flashinfer"):
         import flashinfer
 

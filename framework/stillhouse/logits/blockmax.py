@@ -7,7 +7,8 @@ The K blocks with the greatest maxima, equal ones in the order of their ids, hol
 kept entry is below the K-th maximum, and of the entries that equal it, the first K blocks have the first ones. So nothing overflows,
 however many entries tie. (For the filter: Gaihre et al. 2021, "Dr. Top-k".)
 
-Memory is the slow part: a row is read once, and its maxima and sums are taken while it and its exponentials lie in the cache.
+Memory is the slow part: a row is read once, and on a CPU its maxima and sums are taken while it and its exponentials lie in the cache. On
+a GPU starting an operation is the slow part, so many rows are read at once.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stillhouse.logits.rawtopk import RawTopK
 BLOCK_IDS = 128
 _CACHED_LOGITS = 1 << 17  # whose two float32 copies stay in a core's cache
 _GROUP_LOGITS = 1 << 23  # whose rows are selected from together: it saves calls
+_GPU_LOGITS = 1 << 24  # that are read and selected from together: 110 rows of today's vocabularies, and two float32 copies of 64 MB
 _UNSHIFTED = (-10.0, 60.0)  # between which a row's greatest logit / T may be: 2^32 times e^60 is in range, and what e^-10 loses is nothing
 _LEAST_SUM = 1e-30  # of exponentials relative to a row's maximum: below, float32 loses their digits
 _LEAST = torch.finfo(torch.float32).min
@@ -37,11 +39,18 @@ class _Blocks:
 def split(logits_TV: Tensor, *, k: int, temperature: float) -> RawTopK:
     """The top-k of logits in any floating dtype, strides and device. T and V are at least 1."""
     num_tokens, vocab_size = logits_TV.shape
-    scratch_2RV = _empty(logits_TV, 2, max(1, min(num_tokens, _CACHED_LOGITS // vocab_size)), vocab_size)
-    group_TV = logits_TV.split(max(1, _GROUP_LOGITS // vocab_size))
+    rows_read, rows_selected = rows_at_once(logits_TV.device, vocab_size)
+    scratch_2RV = _empty(logits_TV, 2, min(num_tokens, rows_read), vocab_size)
+    group_TV = logits_TV.split(rows_selected)
     groups = [_split_group(rows_TV, scratch_2RV, k=k, temperature=temperature) for rows_TV in group_TV]
     ids_TK, logits_TK, base_T, sums_TM = (torch.cat(columns) for columns in zip(*groups, strict=True))
     return RawTopK(ids_TK, logits_TK, base_T, sums_TM, BLOCK_IDS)
+
+
+def rows_at_once(device: torch.device, vocab_size: int) -> tuple[int, int]:
+    """How many rows are read together, and how many are selected from together."""
+    read, selected = (_CACHED_LOGITS, _GROUP_LOGITS) if device.type == "cpu" else (_GPU_LOGITS, _GPU_LOGITS)
+    return max(1, read // vocab_size), max(1, selected // vocab_size)
 
 
 def _split_group(logits_TV: Tensor, scratch_2RV: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -39,7 +39,10 @@ class Path:
 
 
 def path_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Path:
-    """The path that `compress` takes with such logits. The first call on a device compiles: in C for a third of a second."""
+    """The path that `compress` takes with such logits. The first call compiles: in C for a third of a second, for a GPU for some.
+
+    Raises what the try of the kernels for a GPU met, where that may pass: nothing is decided by it.
+    """
     least, most = _GENTLE_TEMPERATURES
     vocab_size, device = logits_TV.shape[1], logits_TV.device
     if logits_TV.numel() == 0:
@@ -49,19 +52,23 @@ def path_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Path:
     if device.type == "cpu":
         compiled = native.compiled()
         return Path("native" if compiled.split_rows else "blockmax", compiled.why)
-    why_not = _why_not_triton(device, vocab_size=vocab_size, k=k)
-    return Path("blockmax", why_not) if why_not else Path("triton", f"its kernels passed their test on {device}")
+    row_stride = max(logits_TV.stride(0), vocab_size) if len(logits_TV) > 1 and logits_TV.stride(1) == 1 else vocab_size
+    return _path_off_the_cpu(device, vocab_size=vocab_size, k=k, dtype=logits_TV.dtype, row_stride=row_stride)
 
 
 @cache  # a search of the path for every block would show
-def _why_not_triton(device: torch.device, *, vocab_size: int, k: int) -> str | None:
+def _path_off_the_cpu(device: torch.device, *, vocab_size: int, k: int, dtype: torch.dtype, row_stride: int) -> Path:
     if device.type != "cuda":
-        return f"there are no kernels for {device.type}"
+        return Path("blockmax", f"there are no kernels for {device.type}")
     if find_spec("triton") is None:
-        return "triton is not installed"
+        return Path("blockmax", "triton is not installed")
     from stillhouse.logits import kernels
 
-    return kernels.too_small(vocab_size, k) or kernels.defect(device)
+    if k > kernels.MOST_ENTRIES:
+        return Path("reference", f"k is {k}, and the kernels are for {kernels.MOST_ENTRIES} entries at most")
+    tried = {"vocab_size": vocab_size, "k": k, "dtype": dtype, "row_stride": row_stride}
+    why_not = kernels.too_small(vocab_size, k) or kernels.defect(device, **tried)
+    return Path("blockmax", why_not) if why_not else Path("triton", f"its kernels passed their test on {device}")
 
 
 @torch.no_grad()
@@ -90,10 +97,12 @@ def compress_hidden(
     temperature: float = 1.0,
     seeds_T: Tensor | None = None,
     block_tokens: int = 1024,
+    choose_path: Callable[..., Path] = path_for,
 ) -> CompressedLogits:
     """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V] logits never exist at once.
 
-    Raises what `compress` does, and ConfigError where the hidden states and the head are on different devices.
+    `choose_path` decides as `path_for` does. Raises what `compress` does, and ConfigError where the hidden states and the head are on
+    different devices.
     """
     if hidden_TH.device != head.weight_VH.device:
         raise ConfigError(
@@ -107,31 +116,53 @@ def compress_hidden(
         k=k,
         tail_draws=tail_draws,
         temperature=temperature,
+        choose_path=choose_path,
     )
 
 
-def _in_blocks(logits_of: LogitsOf, seeds_T: Tensor, *, block_tokens: int, k: int, tail_draws: int, temperature: float) -> CompressedLogits:
+def _in_blocks(
+    logits_of: LogitsOf,
+    seeds_T: Tensor,
+    *,
+    block_tokens: int,
+    k: int,
+    tail_draws: int,
+    temperature: float,
+    choose_path: Callable[..., Path] = path_for,
+) -> CompressedLogits:
+    """The targets of all tokens. No more than `block_tokens` rows of logits are asked for at once, those in doubt included."""
     numbers_T = torch.arange(len(seeds_T), device=seeds_T.device)
     blocks = [slice(start, start + block_tokens) for start in range(0, max(1, len(seeds_T)), max(1, block_tokens))]
     parts, doubts = zip(
-        *(_compress_block(logits_of(at), seeds_T[at], numbers_T[at], k=k, tail_draws=tail_draws, temperature=temperature) for at in blocks),
+        *(
+            _compress_block(logits_of(at), seeds_T[at], numbers_T[at], choose_path, k=k, tail_draws=tail_draws, temperature=temperature)
+            for at in blocks
+        ),
         strict=True,
     )
     target, doubtful_T = concatenate(parts), torch.cat(doubts)
     if not doubtful_T.any():
         return target
     rows_T = numbers_T[doubtful_T]
-    again = compress_reference(
-        logits_of(rows_T), k=k, tail_draws=tail_draws, temperature=temperature, seeds_T=seeds_T[rows_T], tokens_T=rows_T
-    )
-    return target.with_rows(rows_T, again)
+    again = [
+        compress_reference(logits_of(part_T), k=k, tail_draws=tail_draws, temperature=temperature, seeds_T=seeds_T[part_T], tokens_T=part_T)
+        for part_T in rows_T.split(block_tokens)
+    ]
+    return target.with_rows(rows_T, concatenate(again))
 
 
 def _compress_block(
-    logits_TV: Tensor, seeds_T: Tensor, numbers_T: Tensor, *, k: int, tail_draws: int, temperature: float
+    logits_TV: Tensor,
+    seeds_T: Tensor,
+    numbers_T: Tensor,
+    choose_path: Callable[..., Path],
+    *,
+    k: int,
+    tail_draws: int,
+    temperature: float,
 ) -> tuple[CompressedLogits, Tensor]:
     """The target of the tokens of these numbers, and bool [T]: the rows of which it is not certain to be right."""
-    path = path_for(logits_TV, k=k, temperature=temperature)
+    path = choose_path(logits_TV, k=k, temperature=temperature)
     if path.name == "reference":
         target = compress_reference(logits_TV, k=k, tail_draws=tail_draws, temperature=temperature, seeds_T=seeds_T, tokens_T=numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)

@@ -14,7 +14,8 @@ from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.draws import draw, or_lowest
 
-_BLOCK_LOGITS = 1 << 20  # logits worked on at one time: a few float32 copies of these are the memory beyond the logits themselves
+_CPU_LOGITS = 1 << 20  # worked on at one time: a few float32 copies of these are the memory beyond the logits themselves
+_GPU_LOGITS = 1 << 24  # the same; each block of rows costs tens of launches and some waits, however few the rows
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def compress_reference(
     num_tokens, vocab_size = logits_TV.shape
     seeds_T = checked_seeds(seeds_T, logits_TV, k=k, tail_draws=tail_draws, vocab_size=vocab_size, temperature=temperature)
     tokens_T = torch.arange(num_tokens) if tokens_T is None else tokens_T
-    step = max(1, _BLOCK_LOGITS // max(1, vocab_size))
+    step = rows_at_once(logits_TV.device, vocab_size)
     blocks = [slice(start, start + step) for start in range(0, max(1, num_tokens), step)]
     return concatenate(
         [
@@ -47,6 +48,10 @@ def compress_reference(
             for at in blocks
         ]
     )
+
+
+def rows_at_once(device: torch.device, vocab_size: int) -> int:
+    return max(1, (_CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS) // max(1, vocab_size))
 
 
 def checked_seeds(seeds_T: Tensor | None, rows_TX: Tensor, *, k: int, tail_draws: int, vocab_size: int, temperature: float) -> Tensor:
