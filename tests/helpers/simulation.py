@@ -21,8 +21,9 @@ from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.actor import Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
 from stillhouse.teacher.model import WorkItem
+from stillhouse.teacher.replica import Probe
 
-_PROBE = CompressedLogits(
+_ANSWER = CompressedLogits(
     token_ids_TK=torch.tensor([[0]], dtype=torch.int32),
     logprobs_TK=torch.tensor([[0.5]]).log(),
     tail_logmass_T=torch.tensor([0.5]).log(),
@@ -30,6 +31,7 @@ _PROBE = CompressedLogits(
     vocab_size=10,
     temperature=1.0,
 )
+_PROBE = Probe(_ANSWER, rounding_kl=0.0, weight_hashes={})
 
 
 class Death(Exception):

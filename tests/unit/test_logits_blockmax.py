@@ -198,7 +198,7 @@ def test_rows_in_doubt_are_asked_for_a_block_at_a_time() -> None:
             return super().logits(hidden_TH)
 
     hidden = torch.full((24, 3), math.nan)
-    with pytest.raises(TeacherError, match="token 0 .*20 NaN"):
+    with pytest.raises(TeacherError, match=r"token 0 .*20 NaN"):
         compress_hidden(hidden, Recording(torch.ones(20, 3)), k=2, block_tokens=4)
     assert asked == [4] * 7
 

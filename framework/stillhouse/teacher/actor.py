@@ -17,6 +17,7 @@ from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, de
 from stillhouse.placement import Placement
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe, StoreUnavailable
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
+from stillhouse.teacher.replica import Probe
 
 _FIDELITY_TOKENS = 64  # of each forward pass, to measure what compression and codec cost
 _STORE_PATIENCE_S = 1800.0
@@ -36,9 +37,9 @@ class TeacherJob:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A teacher that passed its start-up check: its answer to the probe, for comparison with its fellows'."""
+    """A teacher that passed its start-up check: what it says to the probe, for comparison with its fellows'."""
 
-    probe: CompressedLogits
+    probe: Probe
     device: str
     topk: str  # the path that its logits take to targets, and why
     seconds: float

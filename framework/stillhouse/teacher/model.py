@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from stillhouse.config import TeacherSection
-from stillhouse.errors import TeacherError
 from stillhouse.logits import CompressedLogits, Path, compress_hidden, concatenate, path_for, token_seeds
 from stillhouse.models import check_head, check_packing, final_hidden, head_of, load_model
 from stillhouse.store import Recipe
+from stillhouse.teacher.replica import Probe, hashes_of_weights, mean_kl, rounded_otherwise
 
 _PROBE_ENTRIES = 128  # whatever the recipe keeps: few entries of a flat distribution are alike in models that are not
 
@@ -69,8 +69,14 @@ class HuggingFaceTeacher:
     def compress(self, item: WorkItem) -> Iterator[CompressedLogits]:
         return self._compress(item, k=self._recipe.k, tail_draws=self._recipe.num_draws)
 
-    def probe(self) -> CompressedLogits:
-        """What this replica says to `probe_item`, to be compared with its fellows' answers."""
+    def probe(self) -> Probe:
+        """What this replica says to `probe_item`, and of its number format and its weights, to be compared with its fellows' words."""
+        answer = self._answer()
+        with rounded_otherwise(self._model):
+            rounding_kl = mean_kl(answer, self._answer())
+        return Probe(answer, rounding_kl, hashes_of_weights(self._model))
+
+    def _answer(self) -> CompressedLogits:
         parts = self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0)
         return concatenate(parts).map(torch.Tensor.cpu)
 
@@ -115,26 +121,3 @@ def probe_item(recipe: Recipe, *, num_tokens: int = 64) -> WorkItem:
     mask = np.ones((1, length), dtype=np.uint8)
     mask[:, -1] = 0
     return WorkItem(-1, token_ids, np.arange(length, dtype=np.int32)[None], mask)
-
-
-def require_same_teacher(first: CompressedLogits, other: CompressedLogits, *, replica: int, limit: float = 1e-4) -> None:
-    """Raise TeacherError unless two replicas answer the same probe alike: mean KL over the kept entries and the tail <= `limit` nats."""
-    divergence = float(_bucket_kl(first, other).mean())
-    if not divergence <= limit:
-        raise TeacherError(
-            f"teacher replica {replica} disagrees with the first on equal tokens: mean KL {divergence:.2e} nats, "
-            f"wanted at most {limit:.0e}; do both load the same weights, dtype and library versions?"
-        )
-
-
-def _bucket_kl(first: CompressedLogits, other: CompressedLogits) -> torch.Tensor:
-    """KL(first || other) for each token over first's kept entries and one bucket for the rest. An entry that only `first` kept is
-    compared with the least that `other` kept: its true value there is at most that."""
-    same_TKK = first.token_ids_TK[:, :, None] == other.token_ids_TK[:, None, :]
-    floor_T1 = other.logprobs_TK.min(dim=1, keepdim=True).values
-    matched_TK = torch.where(same_TKK, other.logprobs_TK[:, None, :], -torch.inf).amax(dim=2)
-    matched_TK = torch.where(same_TKK.any(dim=2), matched_TK, floor_T1)
-    tail_T = torch.log((1 - matched_TK.double().exp().sum(dim=1)).clamp_min(1e-12))
-    p_TK, p_tail_T = first.logprobs_TK.double().exp(), first.tail_logmass_T.double().exp()
-    head_T = torch.where(p_TK == 0, 0.0, p_TK * (first.logprobs_TK - matched_TK)).sum(dim=1)
-    return head_T + torch.where(p_tail_T <= 1e-12, 0.0, p_tail_T * (first.tail_logmass_T - tail_T))

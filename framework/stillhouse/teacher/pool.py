@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from stillhouse.config import TeacherSection
 from stillhouse.errors import StillhouseError, TeacherError, UserError
-from stillhouse.logits import CompressedLogits
 from stillhouse.notices import Notice
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import Answer, Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Crew, Died, Event, Inbox, Raised, Started
 from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
-from stillhouse.teacher.model import WorkItem, require_same_teacher
+from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.readership import Readership
+from stillhouse.teacher.replica import Probe, require_same_teacher
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, SetAsideRow, TeacherRow, Tracker
 
 ITEMS_PER_TEACHER = 2  # one in work, one waiting beside it, so that no teacher idles for a round trip
@@ -78,7 +78,7 @@ class TeacherPool:
         self._leaving: dict[int, _Teacher] = {}
         self._notices: dict[str, Notice] = {}
         self._cursors: dict[str, int] = {}
-        self._probe: CompressedLogits | None = None
+        self._probe: Probe | None = None
         self._begun = False  # once `min_replicas` have been ready together, it stays begun
         self._num_ready = self._num_spawned = self._num_lost_starting = self._num_refused = 0
         self._tokens_since_row, self._window_wait_s = 0, 0.0
