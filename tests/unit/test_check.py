@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.checkpoints import make as make_checkpoints
 from helpers.command import Outcome, as_toml, stillhouse
 from helpers.models import make_model
 from helpers.world import TinyWorld, merged
@@ -101,6 +102,8 @@ def test_one_bucket_of_a_flat_teacher_is_an_obstacle_once_the_first_batch_shows_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml"]
     assert check(store=store, student={"divergence": "jsd", "tail_as_bucket": True}).code == 0
     assert check(store=store).code == 0
+    make_checkpoints(tmp_path / "run" / "checkpoints" / "student", 10)
+    assert check(store=store, student={"divergence": "jsd"}).code == 0  # a training that has begun goes on
 
 
 def test_the_bytes_that_it_promises_are_those_that_the_store_takes(filled: Plan):
