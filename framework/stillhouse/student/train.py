@@ -149,10 +149,8 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
 
 def _kept_mass_over_ranks(batch: Batch, device: torch.device) -> float:
     """The mean over the tokens of a batch of all ranks, the same on every rank."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for micro_batch in batch.micro_batches:
-        sums += torch.stack([kept_mass(micro_batch.target).sum(), torch.tensor(micro_batch.num_tokens)])
-    sums = sums.to(device)
+    mass_T = torch.cat([kept_mass(micro_batch.target) for micro_batch in batch.micro_batches])
+    sums = torch.tensor([mass_T.sum().item(), len(mass_T)], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     mass, num_tokens = sums.tolist()
     return mass / max(num_tokens, 1.0)
