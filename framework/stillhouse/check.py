@@ -4,10 +4,11 @@ Notes are worth knowing; obstacles would stop `stillhouse run`, and make `check`
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.filesize import decimal
@@ -16,12 +17,16 @@ from rich.table import Table
 from stillhouse import estimate
 from stillhouse.cluster import attached
 from stillhouse.config import ClusterSection, ModelSection, StudentSection
-from stillhouse.errors import ConfigError, ModelError, StoreError
+from stillhouse.errors import CheckpointError, ChunkError, ConfigError, ModelError, StoreError
+from stillhouse.logits import decode, kept_mass
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since
 from stillhouse.placement import placement, shortages, student_crew, teacher_crew
 from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
+from stillhouse.student.checkpoint import newest_step
+from stillhouse.student.loss import divergence_named, is_unbiased_with_draws
+from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, require_kept_mass
 
 _NEARLY = 4  # differing fields up to which another recipe is a near one
 _STATE_BYTES = 16  # a parameter's weight, gradient and Adam states in mixed precision or in float32 (ZeRO, arXiv 1910.02054, section 3.1)
@@ -120,18 +125,61 @@ def _store(made: Plan, found: _Findings) -> None:
             f"store.window_bytes is {_size(made.config.store.window_bytes)}, less than a student may need for one step; lower"
             " store.chunk_sequences or student.shuffle_window_chunks to come within it"
         )
-    divergence = made.config.student.divergence
-    if recipe.num_draws and divergence != "forward_kl":
-        found.notes.append(
-            f"student.divergence is {divergence}, which learns nothing from the {recipe.num_draws} draws a token; unless another student"
-            " reads this store, spend their bytes on entries: target.k = 64, target.tail_draws = 0"
-        )
+    _pairing(made, present, found)
     near = nearest([other.recipe for other in stored], recipe)
     if near is not None and not is_there and len(differences(recipe, near)) <= _NEARLY:
         found.notes.append(
             f"the store has {near.fingerprint[:16]}, which would serve but for these (this run's value first):\n    "
             + "\n    ".join(differences(recipe, near))
         )
+
+
+def _pairing(made: Plan, present: Collection[int], found: _Findings) -> None:
+    """What the student's divergence makes of such targets."""
+    student, recipe = made.config.student, made.recipe
+    divergence = divergence_named(student.divergence, student.mix)
+    if student.divergence_weight == 0.0 or (recipe.num_draws and is_unbiased_with_draws(divergence)):
+        return
+    unused = f"learns nothing from the {recipe.num_draws} draws a token and " if recipe.num_draws else ""
+    cure = "unless another student reads this store, spend their bytes on entries: target.k = 64, target.tail_draws = 0"
+    found.notes.append(
+        f"student.divergence is {student.divergence}, which {unused}sees all but the {recipe.k} kept entries as one bucket"
+        + (f"; {cure}" if unused else "; with target.tail_draws above 0 forward_kl would be unbiased")
+    )
+    if not depends_on_kept_mass(student):
+        return
+    mass = _kept_mass_of_the_first_batch(made, present)
+    if mass is None:
+        found.notes.append(
+            f"training stops before its first step unless the kept entries hold {LEAST_KEPT_MASS:.0%} of the teacher's mass in the first"
+            " batch, whose chunks are not there yet, or student.tail_as_bucket = true"
+        )
+        return
+    found.rows.append(("", f"the kept entries hold {mass:.1%} of the teacher's mass in the first batch"))
+    try:
+        if not _has_begun(made.jobs()[0].checkpoints):
+            require_kept_mass(student, recipe.codec, kept_mass=mass)
+    except (ConfigError, CheckpointError, StoreError) as error:
+        found.obstacles.append(str(error))
+
+
+def _has_begun(checkpoints: str) -> bool:
+    """Whether training goes on from a commit. No directory is looked into before it is there: the look would make it."""
+    return ("://" in checkpoints or Path(checkpoints).is_dir()) and newest_step(checkpoints) > 0
+
+
+def _kept_mass_of_the_first_batch(made: Plan, present: Collection[int]) -> float | None:
+    """As the ranks will measure it; None while its chunks are not there, or cannot be read."""
+    numbers, rows = np.divmod(made.order.sequences(0), made.recipe.chunk_sequences)
+    if not present or not set(numbers.tolist()) <= set(present):
+        return None
+    store = ChunkStore(made.config.store.url, made.recipe)
+    try:
+        chunks = [store.fetch_rows(number, rows[numbers == number]) for number in np.unique(numbers).tolist()]
+        targets = [decode(torch.from_numpy(chunk.targets_NB), made.recipe.codec) for chunk in chunks]
+    except (ChunkError, StoreError):
+        return None
+    return float(torch.cat([kept_mass(target) for target in targets]).mean())
 
 
 def _draws(recipe: Recipe) -> str:

@@ -89,7 +89,10 @@ class TargetSection(Section):
     """What of the teacher's distribution is kept for each token."""
 
     k: Annotated[int, Field(ge=0, le=4096)] = Field(8, description="exact head entries")
-    tail_draws: Annotated[int, Field(ge=0, le=4096)] = Field(40, description="draws from the tail; forward_kl alone learns from them")
+    tail_draws: Annotated[int, Field(ge=0, le=4096)] = Field(
+        40,
+        description="draws from the tail; forward_kl alone learns from them, and is unbiased with them; 0 says that it may see one bucket",
+    )
     value_bits: Literal[6, 8] = Field(8, description="bits for each kept log-probability")
     temperature: PositiveFloat = Field(1.0, description="targets are of softmax(logits / temperature)")
 
@@ -135,9 +138,17 @@ class StudentSection(ModelSection):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     gradient_clip: PositiveFloat = 1.0
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = Field(
+        "forward_kl",
+        description="forward_kl is unbiased with draws; the others see the tail as one bucket, and want entries that hold 80 % of the mass",
+    )
+    tail_as_bucket: bool = Field(
+        False, description="train on one bucket for the tail, however much of the teacher's mass it holds; forward_kl never asks for this"
+    )
     divergence_weight: Fraction = Field(1.0, description="0 trains on the text alone")
-    mix: Fraction = Field(0.5, description="beta of jsd, alpha of the skewed divergences; unused by the others")
+    mix: Fraction = Field(
+        0.5, description="beta of jsd, alpha of the skewed divergences, whose tail is one bucket at every mix; unused by the others"
+    )
     ce_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="weight of the cross-entropy to the text's next token")
     z_loss_weight: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="weight of the squared log-sum-exp of the logits, which keeps them from drifting; PaLM took 1e-4"

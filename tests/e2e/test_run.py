@@ -180,6 +180,7 @@ def test_a_run_directory_is_refused_to_another_recipe_and_another_batch(undistur
         ("student", "learning_rate", 1e-5),
         ("student", "max_steps", 99),
         ("student", "num_cpus", 2.0),
+        ("student", "tail_as_bucket", True),
         ("teacher", "max_replicas", 9),
         ("store", "window_bytes", 1 << 20),
         ("store", "retain", "until-read"),

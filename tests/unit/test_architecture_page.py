@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from stillhouse.logits import Head, compress
-from stillhouse.student.loss import distillation_loss
+from stillhouse.student.loss import Divergence, distillation_loss
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
 
@@ -18,7 +18,8 @@ def test_the_divergence_of_ones_own_trains_as_autograd_of_its_definition_would()
     hidden_TH = torch.randn(9, 6, dtype=torch.float64, generator=random).requires_grad_()
     weight_VH = torch.randn(40, 6, dtype=torch.float64, generator=random).requires_grad_()
     target = compress(3 * torch.randn(9, 40, generator=random), k=5)
-    names = {"distillation_loss": distillation_loss, "hidden_TH": hidden_TH, "head": Head(weight_VH), "target": target}
+    inputs = {"hidden_TH": hidden_TH, "head": Head(weight_VH), "target": target}
+    names = {"distillation_loss": distillation_loss, "Divergence": Divergence} | inputs
     exec(code, names)
     assert len(code.split("\n\n\n")[0].splitlines()) <= 5
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.checkpoints import make as make_checkpoints
 from helpers.command import Outcome, as_toml, stillhouse
 from helpers.models import make_model
 from helpers.world import TinyWorld, merged
@@ -81,6 +82,28 @@ def test_it_says_how_many_draws_a_target_has(check):
 def test_it_says_where_draws_are_of_no_use(check):
     assert "jsd, which learns nothing from the 12 draws a token" in check(student={"divergence": "jsd"}).out
     assert "learns nothing from" not in check().out
+
+
+def test_it_says_what_one_bucket_asks_of_the_teacher_before_a_chunk_is_there(check):
+    outcome = check(student={"divergence": "jsd"})
+    assert outcome.code == 0, outcome
+    assert "stops before its first step unless the kept entries hold 80% of the teacher's mass in the first batch" in outcome.out
+    assert "stops before its first step" not in check(student={"divergence": "jsd", "tail_as_bucket": True}).out
+    forward = check(target={"tail_draws": 0})
+    assert "forward_kl, which sees all but the 8 kept entries as one bucket" in forward.out
+    assert "stops before its first step" not in forward.out
+
+
+def test_one_bucket_of_a_flat_teacher_is_an_obstacle_once_the_first_batch_shows_it(check, filled: Plan, tmp_path: Path):
+    store = {"url": filled.config.store.url}
+    refused = check(store=store, student={"divergence": "jsd"})
+    assert refused.code == 2, refused
+    assert "of the teacher's mass, wanted at least 80%" in refused.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml"]
+    assert check(store=store, student={"divergence": "jsd", "tail_as_bucket": True}).code == 0
+    assert check(store=store).code == 0
+    make_checkpoints(tmp_path / "run" / "checkpoints" / "student", 10)
+    assert check(store=store, student={"divergence": "jsd"}).code == 0  # a training that has begun goes on
 
 
 def test_the_bytes_that_it_promises_are_those_that_the_store_takes(filled: Plan):

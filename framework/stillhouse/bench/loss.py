@@ -183,7 +183,7 @@ def autograd_loss(hidden_TH: Tensor, weight_VH: Tensor, target: CompressedLogits
     kept_TK = logq_TV.gather(1, target.token_ids_TK.long())
     tail_T1 = torch.log1p(-kept_TK.exp().sum(dim=1, keepdim=True).clamp(max=1.0 - 1e-6))
     logp_TK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1)
-    return divergence(logp_TK1, torch.cat([kept_TK, tail_T1], dim=1)).sum()
+    return divergence.of(logp_TK1, torch.cat([kept_TK, tail_T1], dim=1)).sum()
 
 
 def naive(inputs: Inputs, divergence: Divergence = forward_kl) -> Sequence[Tensor]:
@@ -243,7 +243,7 @@ def _works_of_divergences(setting: Setting, repeat: int) -> dict[str, Work]:
 
 
 def _on_buckets(divergence: Divergence, logp_TK1: Tensor, logq_TK1: Tensor) -> Sequence[Tensor]:
-    return torch.autograd.grad(divergence(logp_TK1, logq_TK1).sum(), logq_TK1)
+    return torch.autograd.grad(divergence.of(logp_TK1, logq_TK1).sum(), logq_TK1)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Targets as values and as bytes: what a teacher's logits become, and what a student reads back."""
 
 from stillhouse.logits.codec import decode, encode
-from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity
+from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity, kept_mass
 from stillhouse.logits.dispatch import Path, compress, compress_hidden, path_for
 from stillhouse.logits.draws import token_seeds
 from stillhouse.logits.head import Head
@@ -25,6 +25,7 @@ __all__ = [
     "densify",
     "encode",
     "fidelity",
+    "kept_mass",
     "path_for",
     "token_seeds",
 ]

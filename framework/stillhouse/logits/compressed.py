@@ -91,6 +91,11 @@ def densify(c: CompressedLogits) -> Tensor:
     return (c.tail_logmass_T[:, None] + spread_TV).scatter(1, kept_TK, c.logprobs_TK)
 
 
+def kept_mass(c: CompressedLogits) -> Tensor:
+    """float64 [T]: the probability that a token's kept entries hold together."""
+    return c.logprobs_TK.double().exp().sum(dim=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Fidelity:
     """What a target keeps of its distribution, and what its bytes lose of that."""
@@ -113,8 +118,7 @@ def fidelity(exact: CompressedLogits, decoded: CompressedLogits) -> Fidelity:
     if other_T.any():
         raise ChunkError(f"the decoded target keeps other ids than the exact one at token {int(other_T.int().argmax())}; encode it anew")
     kl_T = torch.where(p_TX == -torch.inf, 0.0, p_TX.exp() * (p_TX - q_TX)).sum(dim=1)
-    kept_T = p_TX[:, :-1].exp().sum(dim=1)
-    return Fidelity(kept_mass=float(kept_T.mean()), codec_kl=float(kl_T.mean()), worst_kl=float(kl_T.max()))
+    return Fidelity(kept_mass=float(kept_mass(exact).mean()), codec_kl=float(kl_T.mean()), worst_kl=float(kl_T.max()))
 
 
 def _buckets(c: CompressedLogits) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ _PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "bl
 _MAY_CHANGE: Mapping[str, set[str]] = {
     "student": _PLACEMENT
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
+    | {"tail_as_bucket"}  # it lets a training begin, and decides no weight
     | {"num_workers", "min_workers", "watchdog_s", "regroup_s"}
     | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
     "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences", "max_set_aside", "lease_timeout_s"},

@@ -6,6 +6,7 @@ tensors, so a divergence is a few lines of torch. Cross-entropy and the z-loss h
 
 Draws from the teacher's tail add the cross-entropy within it: p_tail times the mean of -log(q(draw) / q_tail). In expectation, that is
 what forward KL over the whole vocabulary has beyond its buckets, but for the entropy of the teacher's tail, which no student changes.
+A divergence adds it as many times as it holds forward KL: its `forward_kl_share`.
 
 Shapes: C tokens of one block, K kept entries, K1 = K + 1 buckets with the tail last, N draws, L = 1 label, or 0 where the text is not
 learnt, O = N + L ids that are named beside the kept ones, X = K + O named ids.
@@ -21,18 +22,30 @@ from torch import Tensor
 from stillhouse.logits import CompressedLogits
 from stillhouse.student.passes import Shares, Tail
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
-"""(logp_TK1, logq_TK1) -> loss_T: teacher's and student's log-masses of the same buckets; no log p is below LOG_FLOOR, so none is -inf."""
-
 LOG_FLOOR = -100.0  # nats; stands for no mass at all: exp(-100) is below every float32 that is not subnormal
+
+
+class Divergence(NamedTuple):
+    """A distance between teacher and student, and how much of it draws from the tail can complete.
+
+    `of` is (logp_TK1, logq_TK1) -> loss_T: teacher's and student's log-masses of the same buckets, the tail's last. No log p is below
+    LOG_FLOOR, so none is -inf.
+
+    `forward_kl_share` is how many times the divergence holds forward KL: 1 for forward KL itself and for its sum with another divergence,
+    0.5 for half of it. That part has the whole vocabulary's gradient in expectation where the target has draws. The rest, and all of a
+    divergence of share 0, sees the tail as one bucket.
+    """
+
+    of: Callable[[Tensor, Tensor], Tensor]
+    forward_kl_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
     """What is summed over tokens: divergence_weight * temperature^2 * D + ce_weight * CE + z_loss_weight * lse^2.
 
-    D is the divergence of the buckets and, where the target has draws, the cross-entropy within the tail; CE is to the label, and lse the
-    log-sum-exp of the student's logits (PaLM, arXiv 2204.02311, section 5), both at temperature 1.
+    D is the divergence of the buckets and, where the target has draws, forward_kl_share times the cross-entropy within the tail; CE is
+    to the label, and lse the log-sum-exp of the student's logits (PaLM, arXiv 2204.02311, section 5), both at temperature 1.
     """
 
     divergence: Divergence
@@ -134,7 +147,7 @@ def _from_teacher(
     student = _student(logits, tail.peak_C1, tail.sum_C1, target, temperature=target.temperature)
     logp_CK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1).to(student.logq_CK1.dtype)
     sum_0, gradient_CK1 = _divergence(logp_CK1.clamp(min=LOG_FLOOR), student.logq_CK1, objective.divergence, needed=needed)
-    mass_C1 = logp_CK1[:, -1:].exp() / max(1, target.num_draws)
+    mass_C1 = objective.divergence.forward_kl_share * logp_CK1[:, -1:].exp() / max(1, target.num_draws)
     sum_0 = sum_0 + (mass_C1 * (student.log_tail_C1 - (logits.drawn_CN - student.top_C1) / target.temperature)).sum()
     pull_CK1 = gradient_CK1 - student.logq_CK1.exp() * gradient_CK1.sum(dim=1, keepdim=True)
     pull_CK1[:, -1:] += mass_C1 * target.num_draws
@@ -145,10 +158,10 @@ def _from_teacher(
 def _divergence(logp_CK1: Tensor, logq_CK1: Tensor, divergence: Divergence, *, needed: bool) -> tuple[Tensor, Tensor]:
     """The sum over tokens, and its gradient in log q (zeros where not needed)."""
     if not needed:
-        return divergence(logp_CK1, logq_CK1).sum(), torch.zeros_like(logq_CK1)
+        return divergence.of(logp_CK1, logq_CK1).sum(), torch.zeros_like(logq_CK1)
     with torch.enable_grad():
         leaf_CK1 = logq_CK1.detach().requires_grad_()
-        sum_0 = divergence(logp_CK1, leaf_CK1).sum()
+        sum_0 = divergence.of(logp_CK1, leaf_CK1).sum()
         (gradient_CK1,) = torch.autograd.grad(sum_0, leaf_CK1)
     return sum_0.detach(), gradient_CK1
 

@@ -6,7 +6,8 @@ lower bound of the same divergence of the full distributions, and is 0 only wher
 Forward KL falls into that of the buckets and p_tail times that within the tail. Where the target has draws from the teacher's tail, it
 uses them for the second part, with p_tail times the entropy of the teacher's tail on top, which is not stored. So its gradient is that of
 the full distributions in expectation; its value is too, but for that constant: it does not fall to 0, and with K = 0 it is the
-cross-entropy of the whole teacher (RS-KD, arXiv 2503.16870).
+cross-entropy of the whole teacher (RS-KD, arXiv 2503.16870). A divergence that holds forward KL as a part says so (`forward_kl_share`),
+and that part uses the draws alike; whatever else it holds sees the tail as one bucket.
 
 Shapes: T tokens, K kept entries, K1 = K + 1 buckets with the tail last, H hidden.
 """
@@ -47,16 +48,17 @@ def distillation_loss(
 ) -> LossTerms:
     """SUMS over T of `divergence_weight * temperature^2 * D(teacher || student) + ce_weight * CE(labels) + z_loss_weight * lse^2`.
 
-    Draws from the tail serve `forward_kl` alone; every other divergence takes the tail as one bucket.
+    Draws from the tail serve the divergence's `forward_kl_share`; all else in it takes the tail as one bucket.
 
     The student's distribution is taken at the target's temperature, and temperature^2 is applied so that gradients keep their size
     (Hinton et al. 2015, arXiv 1503.02531, section 2). Cross-entropy and lse, the log-sum-exp of the student's logits, which the z-loss
     keeps near 0 (PaLM, arXiv 2204.02311, section 5: weight 1e-4), are at temperature 1. T = 0 is fine: all is zero, gradients too.
     `target` may be None where `divergence_weight` is 0, `labels_T` (integers) where `ce_weight` is 0. Blocks and memory: see `head_loss`.
 
-    Raises ConfigError where the target or the labels lack, or the target has draws alone and `divergence` cannot use them; ModelError
-    where the vocabularies differ.
+    Raises ConfigError where the target or the labels lack, `divergence` is a bare function, or the target has draws alone and `divergence`
+    is more than its share of forward KL; ModelError where the vocabularies differ.
     """
+    _require_divergence(divergence)
     if ce_weight > 0.0 and labels_T is None:
         raise ConfigError(f"ce_weight is {ce_weight}, but there are no labels; pass labels_T, or set ce_weight = 0")
     if divergence_weight > 0.0:
@@ -91,19 +93,26 @@ def divergence_named(name: str, mix: float) -> Divergence:
     raise ConfigError(f"no divergence '{name}'; known: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd")
 
 
-def forward_kl(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
-    """KL(p || q) = sum p log(p / q): covers all that the teacher does (Hinton et al. 2015)."""
-    return _kl(logp_TK1, logq_TK1)
+def _kl(loga_TK1: Tensor, logb_TK1: Tensor) -> Tensor:
+    return (loga_TK1.exp() * (loga_TK1 - logb_TK1)).sum(dim=-1)
 
 
-def reverse_kl(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
-    """KL(q || p) = sum q log(q / p): keeps to what the teacher does (MiniLLM, arXiv 2306.08543)."""
+def _reverse_kl(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
     return _kl(logq_TK1, logp_TK1)
 
 
-def tvd(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
-    """Total variation distance, half of sum |p - q|: bounded gradients (f-distill, arXiv 2307.15190)."""
+def _total_variation(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
     return 0.5 * (logp_TK1.exp() - logq_TK1.exp()).abs().sum(dim=-1)
+
+
+forward_kl = Divergence(_kl, forward_kl_share=1.0)
+"""KL(p || q) = sum p log(p / q): covers all that the teacher does (Hinton et al. 2015). With draws unbiased."""
+
+reverse_kl = Divergence(_reverse_kl)
+"""KL(q || p) = sum q log(q / p): keeps to what the teacher does (MiniLLM, arXiv 2306.08543)."""
+
+tvd = Divergence(_total_variation)
+"""Total variation distance, half of sum |p - q|: bounded gradients (f-distill, arXiv 2307.15190)."""
 
 
 def jsd(beta: float) -> Divergence:
@@ -117,23 +126,30 @@ def jsd(beta: float) -> Divergence:
         logm_TK1 = _log_mixture(logp_TK1, logq_TK1, weight_of_a=beta)
         return beta * _kl(logp_TK1, logm_TK1) + (1.0 - beta) * _kl(logq_TK1, logm_TK1)
 
-    return divergence
+    return Divergence(divergence)
 
 
 def skew_forward_kl(alpha: float) -> Divergence:
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898). Raises ConfigError unless 0 < alpha < 1."""
     _require_proper_mix("skew_forward_kl", alpha)
-    return lambda logp_TK1, logq_TK1: _kl(logp_TK1, _log_mixture(logp_TK1, logq_TK1, weight_of_a=alpha))
+    return Divergence(lambda logp_TK1, logq_TK1: _kl(logp_TK1, _log_mixture(logp_TK1, logq_TK1, weight_of_a=alpha)))
 
 
 def skew_reverse_kl(alpha: float) -> Divergence:
     """KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv 2402.03898). Raises ConfigError unless 0 < alpha < 1."""
     _require_proper_mix("skew_reverse_kl", alpha)
-    return lambda logp_TK1, logq_TK1: _kl(logq_TK1, _log_mixture(logq_TK1, logp_TK1, weight_of_a=alpha))
+    return Divergence(lambda logp_TK1, logq_TK1: _kl(logq_TK1, _log_mixture(logq_TK1, logp_TK1, weight_of_a=alpha)))
 
 
-def _kl(loga_TK1: Tensor, logb_TK1: Tensor) -> Tensor:
-    return (loga_TK1.exp() * (loga_TK1 - logb_TK1)).sum(dim=-1)
+def is_unbiased_with_draws(divergence: Divergence) -> bool:
+    """Whether draws complete the divergence, so that its gradient is the whole vocabulary's in expectation.
+
+    That is so where it is `forward_kl_share` times forward KL and nothing else, as it proves on a fixed pair of distributions.
+    """
+    if divergence.forward_kl_share == 0.0:
+        return False
+    logp_12, logq_12 = (torch.tensor([[mass, 1.0 - mass]], dtype=torch.float64).log() for mass in (0.3, 0.6))
+    return torch.allclose(divergence.of(logp_12, logq_12), divergence.forward_kl_share * _kl(logp_12, logq_12), rtol=1e-6, atol=0.0)
 
 
 def _log_mixture(loga_TK1: Tensor, logb_TK1: Tensor, *, weight_of_a: float) -> Tensor:
@@ -147,8 +163,21 @@ def _require_proper_mix(name: str, mix: float) -> None:
         )
 
 
+def _require_divergence(divergence: object) -> None:
+    if not isinstance(divergence, Divergence):
+        name = getattr(divergence, "__name__", repr(divergence))
+        raise ConfigError(
+            f"divergence is {name}, a bare function, which does not say what share of forward KL it holds; pass Divergence({name}),"
+            f" or Divergence({name}, forward_kl_share=1.0) where forward KL is a part of it"
+        )
+
+
 def _usable(target: CompressedLogits | None, head: Head, divergence: Divergence, *, divergence_weight: float) -> CompressedLogits:
-    """The target, without its draws where the divergence cannot use them."""
+    """The target, without its draws where the divergence holds no forward KL.
+
+    Draws alone have one bucket, of mass 1, from which nothing can be learnt: they serve multiples of forward KL alone, since of any other
+    divergence they would leave a part out without a word.
+    """
     if target is None:
         raise ConfigError(f"divergence_weight is {divergence_weight}, but there is no target; pass one, or set divergence_weight = 0")
     if target.vocab_size != head.vocab_size:
@@ -156,10 +185,10 @@ def _usable(target: CompressedLogits | None, head: Head, divergence: Divergence,
             f"the target is over {target.vocab_size} tokens, the student's head over {head.vocab_size}; "
             "slice the head to the tokenizer's highest id + 1, or use targets of the same vocabulary"
         )
-    if divergence is forward_kl or target.num_draws == 0:
+    if target.num_draws == 0:
         return target
-    if target.k == 0:
+    if target.k == 0 and not is_unbiased_with_draws(divergence):
         raise ConfigError(
             f"the target is {target.num_draws} draws and no exact entries, which only forward_kl can learn from; use it, or keep entries"
         )
-    return target.without_draws()
+    return target if divergence.forward_kl_share else target.without_draws()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from stillhouse.board import Past, Summons
 from stillhouse.errors import StudentError
+from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
 from stillhouse.store import ChunkStore, StoreUnavailable, readers
 from stillhouse.student.checkpoint import Commit
@@ -19,6 +20,7 @@ from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
 from stillhouse.student.lifeline import Lifeline
 from stillhouse.student.loader import Batch, BatchReader
+from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
 from stillhouse.student.restore import restore
 from stillhouse.student.universal import convert
 from stillhouse.student.writer import CheckpointWriter, attempt_name
@@ -28,8 +30,8 @@ from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, RecoveryRow
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
     """Train until `job.total_steps`, on every rank of the existing process group; False where the group left before, on a summons.
 
-    It leaves once its last step is committed, or the summons' deadline has come. Rank 0 journals. Raises StudentError on a loss that is
-    not finite.
+    It leaves once its last step is committed, or the summons' deadline has come. Rank 0 journals. Raises ConfigError on every rank before
+    the first step where the divergence cannot learn from such targets, and StudentError on a loss that is not finite.
     """
     rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
     lifeline.at(0, "start")
@@ -59,6 +61,8 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
                         lifeline.explain(summons.cause, summons.detail)
                     return False
                 assert batch is not None
+                if step == 0 and depends_on_kept_mass(section):
+                    require_kept_mass(section, job.recipe.codec, kept_mass=_kept_mass_over_ranks(batch, device))
                 row = _train_one(engine, batch, job, lifeline, began=began)
                 if rank == 0:
                     journal.record(row)
@@ -141,6 +145,15 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
         on_commit=on_commit,
         on_delay=on_delay,
     )
+
+
+def _kept_mass_over_ranks(batch: Batch, device: torch.device) -> float:
+    """The mean over the tokens of a batch of all ranks, the same on every rank."""
+    mass_T = torch.cat([kept_mass(micro_batch.target) for micro_batch in batch.micro_batches])
+    sums = torch.tensor([mass_T.sum().item(), len(mass_T)], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    mass, num_tokens = sums.tolist()
+    return mass / max(num_tokens, 1.0)
 
 
 def _train_one(engine: StudentEngine, batch: Batch, job: TrainJob, lifeline: Lifeline, *, began: float) -> TrainRow:
