@@ -1,6 +1,7 @@
 """Code in a file of a real checkpoint does not run: whichever ZeRO stage wrote it, whichever file it is in, and whoever opens it."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -201,12 +202,13 @@ def test_an_engine_loads_a_converted_checkpoint_without_running_code(scene: Scen
     folders = []
     for number, file in enumerate(file.relative_to(tmp_path / "sound") for file in files):
         folders.append(tmp_path / str(number))
-        convert(scene.folder(stage), folders[-1])
+        shutil.copytree(tmp_path / "sound", folders[-1])
         instead(folders[-1] / file, Bomb(tmp_path / f"{number}-ran"))
     (said,) = rank_groups[1].call(refusals_of, scene.jobs[stage, 1], [*folders, tmp_path / "sound"], True)
     assert said[-1] == ""
-    read = [f"{folder}" in words and "was not opened" in words for folder, words in zip(folders, said[:-1], strict=True)]
-    assert sum(read) >= len(files) - 1  # at stage 3 with one rank, the model states of rank 1 are nobody's
+    refused = [f"{folder}/" in words and "was not opened" in words for folder, words in zip(folders, said[:-1], strict=True)]
+    unread = {str(file.name) for file, is_refused in zip(files, refused, strict=True) if not is_refused}
+    assert unread <= {"zero_pp_rank_1_mp_rank_00_model_states.pt"}  # one rank alone reads those of rank 0
     assert not [*tmp_path.glob("*-ran")]
 
 
