@@ -28,6 +28,12 @@ def quieten() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be set back by its import
 
 
+def only_tensors() -> None:
+    """Have torch open nothing but tensors in this process and in all that it starts, whatever the caller of torch.load or the user asks."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # with both, torch opens nothing
+
+
 def typed() -> str:
     """What the user typed, for the record."""
     return shlex.join(["stillhouse", *sys.argv[1:]])

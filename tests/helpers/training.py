@@ -1,6 +1,7 @@
 """What runs on the ranks of the training tests: the real training loop and the real engine, with the journal kept in memory."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
 from stillhouse.student.loss import distillation_loss, divergence_named
+from stillhouse.student.restore import Restored
 from stillhouse.student.train import train
 from stillhouse.tracking import Row, TrainRow
 
@@ -100,6 +102,30 @@ def first_gradients(job: TrainJob) -> dict[str, Tensor]:
     gradients = engine.full_gradients()
     engine.close()
     return gradients
+
+
+def refusals_of(job: TrainJob, folders: Sequence[Path], universal: bool = False) -> list[str]:
+    """Load each of these folders of a checkpoint into one engine, where the environment allows code; the error of each, '' for none."""
+    section, before, refusals = job.section, os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"], []
+    engine = StudentEngine(
+        load_model(section, random_init_seed=section.seed),
+        section=section,
+        vocab_size=job.recipe.vocab_size,
+        num_micro_batches=2,
+        device=CPU,
+    )
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "0"
+    try:
+        for folder in folders:
+            try:
+                engine.load(Restored(1, folder, universal, ()))
+                refusals.append("")
+            except Exception as error:
+                refusals.append(f"{type(error).__name__}: {error}")
+    finally:
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+    engine.close()
+    return refusals
 
 
 def loss_of_step(job: TrainJob, step: int, *, model: Path) -> float:

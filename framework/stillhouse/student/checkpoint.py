@@ -269,8 +269,8 @@ def _manifests(blobs: Blobs) -> list[str]:
     return [name for name in blobs.names() if _MANIFEST.fullmatch(name)]
 
 
-def _parsed(blobs: Blobs, name: str) -> Commit:
-    values = _opened("commit", bytes(blobs.read(name)))
+def commit_of(values: Mapping[str, Any]) -> Commit:
+    """The commit whose fields these JSON values are. Raises ValueError, TypeError, KeyError or AttributeError where they are of none."""
     origin = values["origin"]
     found = Commit(
         int(values["step"]),
@@ -281,10 +281,15 @@ def _parsed(blobs: Blobs, name: str) -> Commit:
     )
     if not found.files:
         raise ValueError("it names no file")
-    if found.manifest != name:
-        raise ValueError(f"it is of step {found.step}")
     if not _is_plain(found.attempt):
         raise ValueError(f"it names the attempt {found.attempt}, which is outside of its root")
+    return found
+
+
+def _parsed(blobs: Blobs, name: str) -> Commit:
+    found = commit_of(_opened("commit", bytes(blobs.read(name))))
+    if found.manifest != name:
+        raise ValueError(f"it is of step {found.step}")
     return found
 
 

@@ -18,10 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_grad
-from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,12 +32,10 @@ from stillhouse.student.loader import MicroBatch
 from stillhouse.student.loss import Divergence, LossTerms, distillation_loss, divergence_named
 from stillhouse.student.restore import Restored
 from stillhouse.student.snapshot import HostMemory, Snapshot
+from stillhouse.student.unpickling import only_tensors, opened
 
 with patch.object(torch, "compile", lambda function: function):  # every engine imports Muon, whose file would load torch's compiler: 0.7 s
     import deepspeed.runtime.zero.muon.muon_optimizer
-
-torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that DeepSpeed's checkpoints hold beside tensors
-
 
 _WHOLE_MODULE = "mp_rank_00_model_states.pt"  # up to stage 2
 
@@ -172,10 +167,10 @@ class StudentEngine:
         return Snapshot(step, files, began, monotonic() - began, release)
 
     def load(self, found: Restored) -> None:
-        """Load weights and optimiser of a checkpoint, as it is or universal."""
+        """Load weights and optimiser of a checkpoint, as it is or universal. Raises CheckpointError where its files hold anything else."""
         settings = [dict(group, params=None) for group in self._engine.optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = found.universal
-        with redirect_stdout(io.StringIO()):  # one of its optimisers says what it does
+        with only_tensors(), redirect_stdout(io.StringIO()):  # one of its optimisers says what it does
             path, _ = self._engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
         self._engine._config.load_universal_checkpoint = False
         if path is None:
@@ -235,14 +230,23 @@ def weight_files(commit: Commit) -> Iterable[str]:
 
 
 def consolidated_weights(folder: Path, *, zero_stage: int) -> dict[str, Tensor]:
-    """The plain state dict of the language model in a checkpoint's folder, in its training dtype or float32; Hugging Face's names."""
-    if zero_stage == 3:
-        with redirect_stdout(io.StringIO()):  # it reports each of its steps
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    else:  # up to stage 2 rank 0 saves the whole module
-        saved: dict[str, Any] = torch.load(folder / _WHOLE_MODULE, map_location="cpu", weights_only=True)
-        weights = saved["module"]
-    return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
+    """The plain state dict of the language model in a checkpoint's folder, in its training dtype or float32; Hugging Face's names.
+
+    Raises CheckpointError where its files hold anything else.
+    """
+    try:
+        if zero_stage == 3:
+            with only_tensors(), redirect_stdout(io.StringIO()):  # it reports each of its steps
+                weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        else:  # up to stage 2 rank 0 saves the whole module
+            weights = opened(folder / _WHOLE_MODULE)["module"]
+        return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint in {folder} does not hold a model's weights ({error!r}); remove its manifest to use an older one"
+        ) from error
 
 
 class _HostCopies(CheckpointEngine):
@@ -278,7 +282,7 @@ class _HostCopies(CheckpointEngine):
         self._releases.append(release)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return opened(path, map_location)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return bool(info.tag)

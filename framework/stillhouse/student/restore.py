@@ -8,21 +8,21 @@ import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside_after, unlike
+from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, commit_of, fetch, local_folder, set_aside_after, unlike
+from stillhouse.student.collectives import gathered, outcomes, packed_error, told, unpacked_error
 from stillhouse.student.scratch import scratch_folder
+from stillhouse.student.unpickling import opened
 
 Convert = Callable[[Path, Path], None]  # (a checkpoint's folder, the folder to make)
 
-_Value = TypeVar("_Value")
-
+_PICKLED = ".pt"
 _OF_RANK = re.compile(r"(?:pp_rank_|^part-)0*(\d+)")  # in the name of a file that one rank alone reads
 
 
@@ -40,7 +40,7 @@ class Restored:
 def restore(url: str, *, origin: Origin, convert: Convert) -> Iterator[Restored | None]:
     """The newest checkpoint under `url` whose every byte verifies; None where there is none. Every rank of the process group calls this.
 
-    Raises CheckpointError on every rank where no commit verifies, or where the newest is of another training.
+    Raises CheckpointError on every rank where no commit verifies, or where the newest is of another training or holds more than tensors.
     """
     blobs = Blobs(url)
     with scratch_folder() as scratch:
@@ -75,7 +75,7 @@ class _Group:
     @classmethod
     def gathered(cls) -> "_Group":
         name = socket.gethostname()
-        return cls(dist.get_rank(), dist.get_world_size(), _gathered(name).index(name))
+        return cls(dist.get_rank(), dist.get_world_size(), gathered(name).index(name))
 
     def must_convert(self, commit: Commit) -> bool:
         """Stage 0 has the same state on every rank, so any number of them can load it."""
@@ -84,19 +84,32 @@ class _Group:
     def choose(self, blobs: Blobs, scratch: Path) -> Choice:
         """All ranks try what rank 0 proposes, newest first, until a commit is whole on every rank."""
 
+        def problem_with(commit: Commit) -> str:
+            names = [*self._reads(commit)]
+            problem = fetch(blobs, commit, names, into=scratch)
+            for name in names if not problem else ():
+                if name.endswith(_PICKLED):  # each of them is refused by every rank, before DeepSpeed makes ranks wait for one another
+                    opened(local_folder(blobs, commit, scratch) / name, map_location="meta")
+            return problem
+
         def problems_with(commit: Commit) -> "list[str | StillhouseError]":
-            return _gathered(_outcome(lambda: fetch(blobs, commit, self._reads(commit), into=scratch)))
+            return outcomes(lambda: problem_with(commit))
 
         return _lead(blobs, problems_with) if self.rank == 0 else _follow(problems_with)
 
     def converted(self, folder: Path, out: Path, convert: Convert) -> Path:
         """Where this machine's universal checkpoint is."""
-        problem = _outcome(lambda: convert(folder, out)) if self.rank == self.first else None
-        answers = _gathered((str(out), problem))
-        for _, found in answers:
-            if found is not None:
-                raise found
-        here = Path(answers[self.first][0])
+
+        def made() -> str:
+            if self.rank == self.first:
+                convert(folder, out)
+            return str(out)
+
+        answers = outcomes(made)
+        for answer in answers:
+            if isinstance(answer, StillhouseError):
+                raise answer
+        here = Path(answers[self.first])
         if not here.is_dir():
             raise CheckpointError(
                 f"rank {self.first} converted the checkpoint into {here}, which rank {self.rank} of the same host name does not see; "
@@ -113,7 +126,7 @@ class _Group:
 
 def _lead(blobs: Blobs, problems_with: "Callable[[Commit], list[str | StillhouseError]]") -> Choice:
     def problem_with(commit: Commit) -> str:
-        _told(("try", commit))
+        told({"try": asdict(commit)})
         found = [problem for problem in problems_with(commit) if problem]
         for problem in found:
             if isinstance(problem, StillhouseError):
@@ -124,39 +137,17 @@ def _lead(blobs: Blobs, problems_with: "Callable[[Commit], list[str | Stillhouse
         chosen = choose(blobs, problem_with)
         set_aside_after(blobs, chosen.commit.step if chosen.commit else 0)
     except StillhouseError as error:
-        _told(("fail", error))
+        told({"fail": packed_error(error)})
         raise
-    _told(("take", chosen))
+    told({"take": None if chosen.commit is None else asdict(chosen.commit), "passed_over": chosen.passed_over})
     return chosen
 
 
 def _follow(problems_with: Callable[[Commit], object]) -> Choice:
     while True:
-        verb, value = _told(None)
-        if verb == "fail":
-            raise value
-        if verb == "take":
-            return value
-        problems_with(value)
-
-
-def _told(message: Any) -> Any:
-    """What rank 0 says; what others pass is ignored."""
-    box = [message]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _gathered(value: _Value) -> list[_Value]:
-    """Every rank's value, by rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _outcome(call: Callable[[], _Value]) -> _Value | StillhouseError:
-    """The answer, or the error, which then all ranks can raise."""
-    try:
-        return call()
-    except StillhouseError as error:
-        return error
+        message = told(None)
+        if "fail" in message:
+            raise unpacked_error(message["fail"])
+        if "take" in message:
+            return Choice(None if message["take"] is None else commit_of(message["take"]), message["passed_over"])
+        problems_with(commit_of(message["try"]))

@@ -5,6 +5,7 @@ there, with however many ranks there are now.
 """
 
 from contextlib import suppress
+from dataclasses import asdict
 from time import monotonic, time
 
 import torch
@@ -16,6 +17,7 @@ from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
 from stillhouse.store import ChunkStore, StoreUnavailable, readers
 from stillhouse.student.checkpoint import Commit
+from stillhouse.student.collectives import gathered
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
 from stillhouse.student.lifeline import Lifeline
@@ -205,9 +207,8 @@ def _agreed(busy: bool, summons: Summons | None, device: torch.device) -> tuple[
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     if flags[1] == 0.0:
         return bool(flags[0]), None
-    known: list[Summons | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(known, summons)
-    return bool(flags[0]), next(each for each in known if each is not None)
+    known = gathered(None if summons is None else asdict(summons))
+    return bool(flags[0]), Summons(**next(each for each in known if each is not None))
 
 
 def _recovery(past: Past, job: TrainJob, *, resumed: int, world_size: int) -> RecoveryRow:

@@ -8,6 +8,7 @@ from pathlib import Path
 from deepspeed.checkpoint import ds_to_universal
 
 from stillhouse.errors import CheckpointError
+from stillhouse.student.unpickling import only_tensors
 
 
 def convert(folder: Path, out: Path) -> None:
@@ -15,7 +16,7 @@ def convert(folder: Path, out: Path) -> None:
     options = Namespace(
         input_folder=str(folder),
         output_folder=str(out),
-        num_extract_workers=1,  # more are processes, each of which imports everything first
+        num_extract_workers=1,  # more are processes, each of which imports everything first, and opens files by itself
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
@@ -23,8 +24,10 @@ def convert(folder: Path, out: Path) -> None:
     )
     said = io.StringIO()
     try:
-        with redirect_stdout(said), redirect_stderr(said):
+        with only_tensors(), redirect_stdout(said), redirect_stderr(said):
             ds_to_universal.main(options)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint in {folder} cannot be converted to another number of ranks ({error!r}); "

@@ -12,11 +12,11 @@ from time import monotonic
 from typing import IO, Any, Self, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 
 from stillhouse.errors import StoreError
 from stillhouse.store.blobs import Blobs, StoreUnavailable
 from stillhouse.student.checkpoint import Commit, Digest, Files, Origin, folder_of, publish, publish_part, read_part, retain
+from stillhouse.student.collectives import told
 from stillhouse.student.snapshot import Snapshot
 
 _Answer = TypeVar("_Answer")
@@ -30,9 +30,7 @@ class _AbandonedError(Exception):
 
 def attempt_name() -> str:
     """A name for this life of the group of ranks, the same on every rank and never given before. Every rank calls this."""
-    names = [secrets.token_hex(4)]
-    dist.broadcast_object_list(names)
-    return names[0]
+    return str(told(secrets.token_hex(4)))
 
 
 class CheckpointWriter:

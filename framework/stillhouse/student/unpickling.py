@@ -1,0 +1,100 @@
+"""How a checkpoint's pickles are opened: they may build tensors and plain values, and call nothing else.
+
+DeepSpeed asks torch to run whatever a checkpoint's pickle asks for, and a checksum is no signature: whoever can write a file can write its
+checksum. So every file is opened here, by torch's restricted unpickler, whatever DeepSpeed and the environment ask for.
+"""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from stillhouse.errors import CheckpointError
+
+ALLOWED = (LossScaler, ZeroStageEnum, fragment_address)  # all that DeepSpeed's checkpoints hold beside what torch allows by itself
+
+_torch_load = torch.load
+_one_at_a_time = threading.Lock()  # the list of what is allowed belongs to the process
+_LONGEST_REASON = 200
+
+
+def opened(path: Path | str, map_location: Any = "cpu", *, mmap: bool | None = None) -> Any:
+    """What a file of a checkpoint holds; with `map_location="meta"` its tensors have shapes and no values, and no more than these is read.
+
+    Raises CheckpointError where the file asks for anything else, cannot be read, or holds text that DeepSpeed would take for a path.
+    """
+    try:
+        with _one_at_a_time, _only_ours_allowed():
+            state = _torch_load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except Exception as error:  # a file of anybody's making can fail in any way
+        raise CheckpointError(f"{path} was not opened: {_reason(error)}. {_ADVICE}") from None
+    outside = _path_in(state)
+    if outside is not None:
+        raise CheckpointError(f"{path} was not used: it names {_shown(outside)}, which is a path. {_ADVICE}")
+    return state
+
+
+@contextmanager
+def only_tensors() -> Iterator[None]:
+    """While the block lasts, `torch.load` is `opened` for all code of this process, whatever it says about `weights_only`."""
+
+    def load(path: Any, map_location: Any = None, *, mmap: bool | None = None, **_: Any) -> Any:
+        return opened(path, map_location, mmap=mmap)
+
+    with patch.object(torch, "load", load):
+        yield
+
+
+_ADVICE = (
+    "Stillhouse writes no such file: find out who else can write there, then remove that checkpoint's manifest to use an older one,"
+    " or the whole directory to start again from step 0."
+)
+
+
+@contextmanager
+def _only_ours_allowed() -> Iterator[None]:
+    """Libraries allow classes of their own for the whole process, and some of these do more than hold values."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*ALLOWED])
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(others)
+
+
+def _reason(error: Exception) -> str:
+    """In one line, without torch's advice to open the file in the unsafe way."""
+    text = str(error)
+    asked = re.search(r"GLOBAL (\S+)", text)
+    if asked is not None:
+        return f"it wants to use {_shown(asked[1])}, and a checkpoint holds tensors and plain values"
+    first_line = next((line for line in text.splitlines() if line.strip()), "")
+    return f"it cannot be read ({type(error).__name__}: {_shown(first_line)})"
+
+
+def _shown(text: str) -> str:
+    return ascii(text[:_LONGEST_REASON])  # it is the file's, and would be printed
+
+
+def _path_in(state: Any) -> str | None:
+    """A text in the state that leads out of a folder; DeepSpeed makes files by the names of parameters."""
+    waiting, seen = [state], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str) and ("/" in value or value == ".."):
+            return value
+        if isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value)
+            if isinstance(value, dict):
+                waiting.extend(dict.values(value))
+    return None
