@@ -3,7 +3,7 @@
 A write goes to a staging file, `NAME#1` or the next free number, and gets its name when its bytes are on disk (fsync). The directory is
 fsynced last: only then the name is on disk, too. A writer that is killed leaves a staging file behind, and nothing else.
 
-All of it goes through `FileLayer`, so that a test can record the calls and tell what a power cut at any of them would leave.
+All of it goes through a `FileLayer`, so that a test can record the calls and tell what a power cut at any of them would leave.
 """
 
 import errno
@@ -17,7 +17,7 @@ from typing import Protocol, Self
 Buffer = bytes | memoryview
 
 _MODE = 0o666  # less what the process's umask forbids
-# Directories that cannot be synced: the file system does not offer it, is read-only, or lets us write into a directory that we may not open.
+# Of a directory that cannot be synced: the file system does not offer it or is read-only, or we may write into it and not open it.
 _CANNOT_SYNC_DIRECTORY = (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EACCES)
 
 

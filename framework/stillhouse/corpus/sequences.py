@@ -227,7 +227,7 @@ def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[st
 
 
 def _move_into_place(building: Path, directory: Path) -> None:
-    """Rename once all is on disk, and make way for nothing but a damaged copy: another process may have finished first with the same bytes."""
+    """Rename what is on disk, and make way for nothing but a damaged copy: another process may have finished first with the same bytes."""
     if _read_split(directory) is None:
         shutil.rmtree(directory, ignore_errors=True)
     try:

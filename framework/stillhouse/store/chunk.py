@@ -118,7 +118,7 @@ def unpack_chunk(data: Buffer, recipe: Recipe, number: int) -> Chunk:
 
 
 def is_whole(start: Buffer, *, num_bytes: int) -> bool:
-    """Whether a file of `num_bytes` is as long as its first `START_BYTES` say. Cheap: it tells a file that was cut short, not a good one."""
+    """Whether a file of `num_bytes` is as long as its first `START_BYTES` say. It finds what was cut short, cheaply; not all damage."""
     header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
     try:
         header = json.loads(bytes(start[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]))

@@ -16,11 +16,15 @@ _STAGING = re.compile(r".*#\d+")
 
 
 class Folder:
-    """FileLayer below one directory, by key. Safe to share among threads, and with other processes. Raises OSError, as the system does."""
+    """Files below one directory, by key; the directory is made where it is missing. Safe to share among threads and processes.
+
+    Raises OSError, as the system does.
+    """
 
     def __init__(self, root: Path, *, files: FileLayer) -> None:
         self.root, self._files = root, files
         self._named: set[Path] = set()  # directories whose names are on disk
+        self._name(root)
 
     def create(self, key: str, data: bytes) -> bool:
         """As `atomic.create`. A staging file that a sweep took for a leftover is written once more."""
@@ -53,9 +57,6 @@ class Folder:
         """Return when the names in a folder are on disk, whoever wrote its files, and its own name is, too."""
         self._files.sync_directory(self._path(prefix))
         self._files.sync_directory(self._path(prefix).parent)
-
-    def make_root(self) -> None:
-        self._name(self.root)
 
     def _path(self, key: str) -> Path:
         if not _PLAIN.fullmatch(key) or _STAGING.fullmatch(key):
