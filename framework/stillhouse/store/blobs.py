@@ -58,6 +58,7 @@ class Blobs:
 
     @functools.cached_property
     def _folder(self) -> Folder | None:
+        """What writes into a directory; None where the root is none."""
         if self.directory is None:
             return None
         with self._in_words("open the store"):
@@ -66,8 +67,8 @@ class Blobs:
     @functools.cached_property
     def _store(self) -> ObjectStore:
         with self._in_words("open the store"):
-            if self._folder is not None:
-                return LocalStore(self._folder.root)
+            if self.directory is not None:
+                return LocalStore(self.directory, mkdir=True)
             if self.url.startswith("memory:"):
                 return _process_memory(self.url)
             return from_url(self.url, client_options=self._client_config(), retry_config=self._retry_config())

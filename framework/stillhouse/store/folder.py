@@ -22,7 +22,7 @@ class Folder:
     """
 
     def __init__(self, root: Path, *, files: FileLayer) -> None:
-        self.root, self._files = root, files
+        self._root, self._files = root, files
         self._named: set[Path] = set()  # directories whose names are on disk
         self._name(root)
 
@@ -61,9 +61,9 @@ class Folder:
     def _path(self, key: str) -> Path:
         if not _PLAIN.fullmatch(key) or _STAGING.fullmatch(key):
             raise StoreError(
-                f"the key {key} leads out of {self.root}, or is none; wanted a relative one, without '..' and without '#1' at its end"
+                f"the key {key} leads out of {self._root}, or is none; wanted a relative one, without '..' and without '#1' at its end"
             )
-        return self.root / key
+        return self._root / key
 
     def _in_its_directory(self, path: Path, act: Callable[[], _Answer]) -> _Answer:
         """Act once the file's directory is there; again where somebody removed the directory, or the staging file, meanwhile."""
@@ -79,7 +79,7 @@ class Folder:
         """Make sure that a directory is there and that its name is on disk: another process may have made it and not have synced it yet."""
         if directory in self._named:
             return
-        if directory != self.root:
+        if directory != self._root:
             self._name(directory.parent)
         atomic.make_directory(directory, files=self._files)
         self._named.add(directory)
