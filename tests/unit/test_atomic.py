@@ -49,7 +49,7 @@ def replace_until_killed(path: Path, started: Connection) -> None:
 
 def test_a_killed_writer_leaves_one_of_the_two_files_and_a_leftover_at_most(tmp_path: Path):
     path = tmp_path / "file"
-    for _ in range(5):
+    for _ in range(3):
         replace(path, b"a" * (8 << 20))
         here, there = FORKING.Pipe(duplex=False)
         writer = FORKING.Process(target=replace_until_killed, args=(path, there))
