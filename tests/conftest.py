@@ -23,6 +23,24 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-loop-devices", action="store_true", help="leave out what needs them, and say so: for who is not root here")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--no-loop-devices"):
+        left_out = [item for item in items if item.get_closest_marker("loop_devices")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--no-loop-devices"):
+        terminalreporter.write_line(
+            "left out, for want of loop devices: the power cut of a real file system (tests/chaos/test_power_cut.py)"
+        )
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """A server that speaks S3, which every process started after this one finds in its environment."""

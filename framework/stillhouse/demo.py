@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stillhouse import pipeline
+from stillhouse import atomic, pipeline
 from stillhouse.config import Config, CorpusSection, load_config
 from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.corpus.documents import load_documents
@@ -185,9 +185,9 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     """A place to write that becomes `directory` when the block has succeeded; what a killed block left is thrown away by the next."""
     draft = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    atomic.make_directory(draft)
     yield draft
-    draft.rename(directory)
+    atomic.move_directory(draft, directory)
 
 
 @contextmanager

@@ -11,11 +11,10 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from os import O_CREAT, O_EXCL, O_WRONLY, fdopen
-from os import open as open_file
 from pathlib import Path
 from time import monotonic, sleep
 
+from stillhouse import atomic
 from stillhouse.errors import ConfigError, RunError
 
 PORT = 6379
@@ -28,12 +27,9 @@ _LOOK_EVERY_S, _CONNECT_S = 2.0, 5.0
 
 def make_token(path: Path) -> None:
     """Write a new token, for its owner's eyes alone. Raises ConfigError where there is one already."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        with fdopen(open_file(path, O_WRONLY | O_CREAT | O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-    except FileExistsError:
-        raise ConfigError(f"{path} exists already and stays as it is; a cluster's machines share one token") from None
+    atomic.make_directory(path.parent, mode=0o700)
+    if not atomic.create(path, secrets.token_hex(32).encode(), mode=0o600):
+        raise ConfigError(f"{path} exists already and stays as it is; a cluster's machines share one token")
 
 
 def protected(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
-"""Damage as disks do it: one flipped bit, and a disk that is full."""
+"""Damage as disks do it: one flipped bit, a disk that is full, and one whose power is cut."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +40,27 @@ def small_disk(path: Path, *, num_bytes: int) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@contextmanager
+def file_system_in(image: Path, mount_point: Path) -> Iterator[Path]:
+    """The ext4 file system in an image, which is made where it is missing, mounted for as long as the block lasts."""
+    if not image.exists():
+        with image.open("wb") as file:
+            file.truncate(64 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    mount_point.mkdir()
+    mounting = subprocess.run(["mount", "-o", "loop", str(image), str(mount_point)], capture_output=True, text=True, check=False)
+    assert mounting.returncode == 0, (
+        f"this test cuts the power of a disk of its own, and mounting that failed: {mounting.stderr.strip()}; run it as root where there "
+        "are loop devices (a container needs the capability SYS_ADMIN and /dev/loop*), or leave it out with --no-loop-devices"
+    )
+    try:
+        yield mount_point
+    finally:
+        subprocess.run(["umount", str(mount_point)], check=True)
+
+
+def cut_power(image: Path, left: Path) -> None:
+    """Copy an image whose file system is in use, without a sync: what the file system has not written yet is lost."""
+    shutil.copyfile(image, left)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -301,6 +302,34 @@ def test_leftovers_of_killed_writers_are_swept_once_they_are_old(store: ChunkSto
     assert store.published() == {0}
     assert sweep(store.url, older_than_s=60.0, now=2000.0).removed == [str(old)]
     assert sorted(chunks.iterdir()) == [path_of(store, 0), young]
+
+
+CUTS: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _data: b"",
+    "a few bytes": lambda data: data[:5],
+    "a part of the header": lambda data: data[:200],
+    "a part of the records": lambda data: data[:-30],
+    "all but a byte": lambda data: data[:-1],
+    "zeros": lambda data: bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_chunk_that_a_power_cut_left_empty_or_cut_is_not_published_and_is_replaced(store: ChunkStore, cut: str):
+    chunk = make_chunk(RECIPE, 1)
+    for number in range(3):
+        store.publish(make_chunk(RECIPE, number))
+    left = CUTS[cut](path_of(store, 1).read_bytes())
+    path_of(store, 1).write_bytes(left)
+    assert store.published() == {0, 2}
+    assert store.listing() == ({0, 2}, {1})
+    assert (store.is_whole(0), store.is_whole(1)) == (True, False)
+    assert not store.publish(chunk).duplicate
+    assert store.published() == {0, 1, 2}
+    assert_rows(store.fetch(1), chunk, [0, 1, 2, 3])
+    (quarantined,) = (Path(store.url) / store.folder / "quarantine").iterdir()
+    assert quarantined.read_bytes() == left
+    assert store.publish(chunk).duplicate
 
 
 BIG = small_recipe(num_sequences=4000, sequence_length=1024, chunk_sequences=8)

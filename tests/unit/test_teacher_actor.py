@@ -10,7 +10,7 @@ from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, encode, fidelity
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, StoreUnavailable
-from stillhouse.teacher.actor import publish_when_possible, records_of
+from stillhouse.teacher.actor import is_there, publish_when_possible, records_of
 
 RECIPE = small_recipe()
 
@@ -50,6 +50,14 @@ def test_a_store_that_forbids_is_not_waited_for(store: RefusingStore):
     store.refusals = iter([StoreError("permission denied")])
     with pytest.raises(StoreError, match="permission denied"):
         publish_when_possible(store, make_chunk(RECIPE, 1), patience_s=60)
+
+
+def test_a_chunk_that_was_cut_short_does_not_count_as_made_already(store: RefusingStore):
+    store.publish(make_chunk(RECIPE, 1))
+    assert is_there(store, 1)
+    path = Path(store.url) / store.key(1)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not is_there(store, 1)
 
 
 CODEC = Codec(300, 7)

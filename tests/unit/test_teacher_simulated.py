@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -36,11 +37,12 @@ class World:
     teacher: dict[str, object] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     mailbox: Mailbox = field(default_factory=Mailbox)
+    url: str = field(default_factory=lambda: f"memory://pool-{next(_names)}")
 
     def __post_init__(self) -> None:
         recipe = small_recipe(num_sequences=4 * self.num_chunks, sequence_length=6)
-        self.store = ChunkStore.create(f"memory://pool-{next(_names)}", recipe)
-        self.crew = SimulatedCrew(publish=lambda item: publish(self.store, item), is_there=self.store.exists)
+        self.store = ChunkStore.create(self.url, recipe)
+        self.crew = SimulatedCrew(publish=lambda item: publish(self.store, item), is_there=self.store.is_whole)
 
     def record(self, row: Row) -> None:
         self.rows.append(row)
@@ -319,6 +321,20 @@ def damage(store: ChunkStore, number: int) -> None:
     data = bytearray(blobs.read(store.key(number)))
     data[-1] ^= 1
     blobs.replace(store.key(number), bytes(data))
+
+
+def test_chunks_that_a_power_cut_left_empty_or_cut_are_made_again_when_a_pool_begins(tmp_path: Path):
+    first = World(num_chunks=6, url=str(tmp_path))
+    first.run()
+    for number, size in ((2, 0), (4, 300)):
+        path = tmp_path / first.store.key(number)
+        path.write_bytes(path.read_bytes()[:size])
+    second = World(num_chunks=6, url=str(tmp_path))
+    second.run()
+    second.assert_all_is_there()
+    assert second.crew.computed == [2, 4]
+    assert [row.chunk for row in second.of(RepairRow)] == [2, 4]
+    assert not any(row.duplicate for row in second.of(ChunkRow))
 
 
 def test_two_readers_that_report_the_same_chunk_have_it_repaired_once():

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from stillhouse import atomic
 from stillhouse.config import CorpusSection
 from stillhouse.corpus.documents import Documents, load_documents
 from stillhouse.corpus.stored import BLOCK_TOKENS, CACHE_VERSION, Corpus, Rows, rows_per_batch, write_corpus
@@ -73,7 +74,7 @@ def prepare_corpus(
     found = _read_split(directory)
     if found is not None:
         return found
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    atomic.make_directory(directory.parent)
     building = Path(tempfile.mkdtemp(prefix="building-", dir=directory.parent))
     try:
         _build(building, documents, section, tokenizer, on_progress)
@@ -226,11 +227,11 @@ def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[st
 
 
 def _move_into_place(building: Path, directory: Path) -> None:
-    """Rename, and make way for nothing but a damaged copy: another process may have finished first with the same bytes."""
+    """Rename what is on disk, and make way for nothing but a damaged copy: another process may have finished first with the same bytes."""
     if _read_split(directory) is None:
         shutil.rmtree(directory, ignore_errors=True)
     try:
-        building.rename(directory)
+        atomic.move_directory(building, directory)
     except OSError:
         if _read_split(directory) is None:
             raise

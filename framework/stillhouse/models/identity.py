@@ -3,13 +3,13 @@
 import hashlib
 import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+from stillhouse import atomic
 from stillhouse.config import ModelSection
 from stillhouse.errors import ModelError
 from stillhouse.models.sources import source_of, unusable
@@ -50,10 +50,8 @@ def _file_digest(file: Path, cache_dir: Path) -> str:
         return known
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cache_dir, delete=False) as draft:
-        draft.write(digest)
-    Path(draft.name).replace(note)
+    atomic.make_directory(cache_dir)
+    atomic.replace(note, digest.encode())
     return digest
 
 

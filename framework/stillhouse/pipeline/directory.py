@@ -17,6 +17,7 @@ from typing import Literal
 
 import xxhash
 
+from stillhouse import atomic
 from stillhouse.config import Config, StudentSection, parse_config, resolved_json
 from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError
 from stillhouse.pipeline.plan import Plan
@@ -143,12 +144,12 @@ def _claim(plan: Plan) -> Config | None:
             + "\nSet them back to go on with it, or name another --run-dir."
         )
     try:
-        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        atomic.make_directory(plan.run_dir)
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {plan.run_dir}: {error.strerror}; name another --run-dir") from None
     before = config_of(plan.run_dir) if (plan.run_dir / "config.json").exists() else None
-    _replace(plan.run_dir / "recipe.json", plan.recipe.canonical_json())
-    _replace(plan.run_dir / "config.json", _sealed(plan.config))
+    atomic.replace(plan.run_dir / "recipe.json", plan.recipe.canonical_json())
+    atomic.replace(plan.run_dir / "config.json", _sealed(plan.config))
     return before
 
 
@@ -158,13 +159,6 @@ def _leave_former_place(plan: Plan, before: StudentSection, store: ChunkStore) -
     if former != where_it_goes_on(plan.config.student, plan.run_dir):
         for role in ("student", "control"):
             leave(store, reader_name(former, role))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one, and never half of it."""
-    draft = path.with_suffix(".draft")
-    draft.write_bytes(data)
-    draft.rename(path)
 
 
 def _views(plan: Plan) -> list[ProgressView | WandbView]:

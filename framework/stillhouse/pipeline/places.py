@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from uuid import uuid4
 
+from stillhouse.atomic import make_directory
 from stillhouse.cluster import who_does_not_see
 from stillhouse.errors import ConfigError
 from stillhouse.placement import Placement
@@ -16,7 +17,7 @@ def require_shared(url: str, crews: Collection[Placement], *, what: str, setting
         return
     mark = directory / f".shared-{uuid4().hex}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         mark.touch()
     except OSError as error:
         raise ConfigError(

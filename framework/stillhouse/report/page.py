@@ -6,12 +6,12 @@ Invariant: every text that came from outside passes `escape`, which also scrubs 
 import html
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from stillhouse import atomic
 from stillhouse.errors import UserError
 from stillhouse.report import summary as numbers
 from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, time_panel, training_panels
@@ -31,9 +31,8 @@ def write_report(run_dir: Path) -> Path:
     summary = summarise(read_journal(run_dir / "journal.jsonl"))
     if summary is None:
         raise UserError(f"{run_dir} has no run to report: its journal.jsonl is absent or empty; give the directory of a run that has begun")
-    path, draft = run_dir / "report.html", run_dir / "report.html.partial"
-    draft.write_text(_page(summary, _config(run_dir / "config.json")), encoding="utf-8")
-    os.replace(draft, path)
+    path = run_dir / "report.html"
+    atomic.replace(path, _page(summary, _config(run_dir / "config.json")).encode())
     return path
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -15,7 +14,9 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
+from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import StoreError
+from stillhouse.store.folder import Folder
 
 if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig, RetryConfig
@@ -40,9 +41,12 @@ class Blob(NamedTuple):
 
 
 class Blobs:
-    """The objects under one root. Safe to use from several threads; opened at the first use, so it costs nothing to make."""
+    """The objects under one root. Safe to use from several threads; opened at the first use, so it costs nothing to make.
 
-    def __init__(self, url: str, *, patience_s: float = 30.0) -> None:
+    What has been written to a directory when a call returns survives a power cut. A bucket's provider sees to that itself.
+    """
+
+    def __init__(self, url: str, *, patience_s: float = 30.0, files: FileLayer = DISK) -> None:
         """`url`: a directory, file://, s3://, gs://, az:// or memory:// (one process only). Raises StoreError on any other.
 
         A store that refuses or is busy is asked again for `patience_s`; one that falls silent may take twice as long over one answer.
@@ -50,6 +54,15 @@ class Blobs:
         self.url = _absolute(url)
         self._patience_s = patience_s
         self.directory = None if "://" in self.url else Path(self.url)
+        self._files = files
+
+    @functools.cached_property
+    def _folder(self) -> Folder | None:
+        """What writes into a directory; None where the root is none."""
+        if self.directory is None:
+            return None
+        with self._in_words("open the store"):
+            return Folder(self.directory, files=self._files)
 
     @functools.cached_property
     def _store(self) -> ObjectStore:
@@ -64,6 +77,9 @@ class Blobs:
         """Put a new object, whole or not at all. False if there is one already, which stays as it is."""
         if key.startswith("/") or ".." in key.split("/"):
             raise StoreError(f"the key {key} leads out of {self.url}; wanted a relative one, without '..'")
+        if self._folder is not None:
+            with self._in_words(f"write {key}", absence_is_told=False):
+                return self._folder.create(key, data)
         for attempt in range(_CREATE_ATTEMPTS):
             with self._in_words(f"write {key}"):
                 try:
@@ -80,6 +96,10 @@ class Blobs:
 
     def replace(self, key: str, data: bytes) -> None:
         """Put an object, whole or not at all, in place of what is there."""
+        if self._folder is not None:
+            with self._in_words(f"write {key}", absence_is_told=False):
+                self._folder.replace(key, data)
+            return
         with self._in_words(f"write {key}"):
             obstore.put(self._store, key, data, use_multipart=False)
 
@@ -88,6 +108,9 @@ class Blobs:
 
         Holds at most 160 MiB at one time. What `fill` raises leaves the key as it was.
         """
+        if self._folder is not None:
+            self._stream_to_folder(self._folder, key, fill)
+            return
         with self._in_words(f"write {key}"):
             out = obstore.open_writer(self._store, key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
 
@@ -104,6 +127,20 @@ class Blobs:
             raise
         with self._in_words(f"write {key}"):
             out.close()
+
+    def _stream_to_folder(self, folder: Folder, key: str, fill: Callable[[Callable[[bytes | memoryview], None]], None]) -> None:
+        in_words = functools.partial(self._in_words, f"write {key}", absence_is_told=False)
+        with in_words():
+            staging = folder.staging(key)
+
+        def write(data: bytes | memoryview) -> None:
+            with in_words():
+                staging.write(data)
+
+        with staging:
+            fill(write)
+            with in_words():
+                staging.replace()
 
     def stat(self, key: str) -> Blob | None:
         """Size and time of an object; None if there is none."""
@@ -179,15 +216,20 @@ class Blobs:
         with self._in_words("list the store"):
             return sorted(meta["path"] for meta in obstore.list_with_delimiter(self._store)["objects"])
 
-    def delete(self, key: str) -> None:
-        """Delete an object; one that is gone already is no error."""
-        with self._in_words(f"delete {key}"), suppress(FileNotFoundError):
-            obstore.delete(self._store, key)
+    def delete(self, *keys: str) -> None:
+        """Delete objects, for good; one that is gone already is no error."""
+        with self._in_words(f"delete {', '.join(keys[:3])}"):
+            if self._folder is not None:
+                self._folder.delete(*keys)
+                return
+            for key in keys:
+                with suppress(FileNotFoundError):
+                    obstore.delete(self._store, key)
 
     def delete_under(self, prefix: str) -> None:
         """Delete all objects whose keys begin with `prefix` and a slash, and what killed writers left of others."""
-        if self.directory is not None:
-            shutil.rmtree(self.directory / prefix, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.delete_under(prefix)
             return
         keys = [blob.key for blob in self.under(prefix)]
         with self._in_words(f"delete {prefix}"):
@@ -196,7 +238,16 @@ class Blobs:
     def move(self, source: str, destination: str) -> None:
         """Give an object another key. Raises FileNotFoundError if there is none."""
         with self._in_words(f"move {source} to {destination}"):
-            obstore.rename(self._store, source, destination)
+            if self._folder is not None:
+                self._folder.move(source, destination)
+            else:
+                obstore.rename(self._store, source, destination)
+
+    def sync(self, prefix: str) -> None:
+        """Return when nothing under `prefix`, whoever wrote it, can be lost with the power: before an object that refers to it is put."""
+        if self._folder is not None:
+            with self._in_words(f"sync {prefix}"):
+                self._folder.sync(prefix)
 
     def _client_config(self) -> "ClientConfig":
         # These replace all client options of the environment, AWS_ALLOW_HTTP among them; an endpoint says http or https itself.
@@ -207,11 +258,11 @@ class Blobs:
         return {"max_retries": 1000, "retry_timeout": timedelta(seconds=self._patience_s), "backoff": backoff}
 
     @contextmanager
-    def _in_words(self, doing: str) -> Iterator[None]:
+    def _in_words(self, doing: str, *, absence_is_told: bool = True) -> Iterator[None]:
         try:
             yield
         except (BaseError, OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and not _NO_BUCKET.search(str(error)):
+            if absence_is_told and isinstance(error, FileNotFoundError) and not _NO_BUCKET.search(str(error)):
                 raise
             raise explain(error, doing=doing, url=self.url) from error
 
@@ -219,12 +270,16 @@ class Blobs:
 def explain(error: Exception, *, doing: str, url: str) -> StoreError:
     """A library's or the system's error as one that says what to do."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        text = f"{error.strerror} (os error {error.errno})"  # as obstore words it
     advice = "check store.url, and what its provider wants in the environment"
     kind: type[StoreError] = StoreError
     if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or re.search(r"os error (1|13|30)\)", text):
         advice = "permission denied: check the credentials and their rights to list, read, create and delete here"
     elif re.search(r"os error (27|28|122)\)", text):
         advice, kind = "the disk is full, or the quota spent: free some space", StoreUnavailable
+    elif re.search(r"os error (17|20|21)\)", text):
+        advice = "something else is in its place, or in that of a directory above it: move it away"
     elif _NO_BUCKET.search(text):
         advice = "there is no such bucket: create it, or correct the name in store.url"
     elif re.search(r"169\.254\.169\.254|metadata\.google|credential", text, re.IGNORECASE):

@@ -24,6 +24,7 @@ from stillhouse.store.recipe import FORMAT_VERSION, Recipe, canonical_json
 MAX_HEADER_BYTES = 8192
 
 _LENGTH_BYTES = 8
+START_BYTES = _LENGTH_BYTES + MAX_HEADER_BYTES  # in which every header ends
 _CHECKSUM_FIELD = b'\\"xxh3\\":\\"'  # as it stands in the header, where the metadata is a JSON text inside a JSON text
 _CHECKSUM_DIGITS = 16
 _DTYPES: dict[str, np.dtype[Any]] = {"U64": np.dtype("<u8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
@@ -114,6 +115,16 @@ def unpack_chunk(data: Buffer, recipe: Recipe, number: int) -> Chunk:
     index = parse_index(view[: index_bytes(recipe, number)], recipe, number, num_bytes=len(view))
     rows = range(len(index.row_xxh3_S))
     return unpack_rows(index, rows, [[view[start:end] for start, end in index.row_extents(row)] for row in rows])
+
+
+def is_whole(start: Buffer, *, num_bytes: int) -> bool:
+    """Whether a file of `num_bytes` is as long as its first `START_BYTES` say. It finds what was cut short, cheaply; not all damage."""
+    header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    try:
+        header = json.loads(bytes(start[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]))
+        return bool(num_bytes == _LENGTH_BYTES + header_bytes + header["targets"]["data_offsets"][1])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
 
 
 def index_bytes(recipe: Recipe, number: int) -> int:

@@ -17,10 +17,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.logits.codec import decode
 from stillhouse.store.blobs import Blob, Blobs
-from stillhouse.store.chunk import Chunk, ChunkIndex, checksum_of, index_bytes, pack_chunk, parse_index, unpack_chunk, unpack_rows
+from stillhouse.store.chunk import (
+    START_BYTES,
+    Chunk,
+    ChunkIndex,
+    checksum_of,
+    index_bytes,
+    is_whole,
+    pack_chunk,
+    parse_index,
+    unpack_chunk,
+    unpack_rows,
+)
 from stillhouse.store.recipe import Recipe, differences, parse_recipe
 
 _CHUNK_KEY = re.compile(r"[0-9a-f]{16}/chunks/(\d{10})\.safetensors")
@@ -60,6 +72,13 @@ class Finding(NamedTuple):
     problem: str | None
 
 
+class Listing(NamedTuple):
+    """The numbers of the chunks in a store."""
+
+    published: set[int]
+    cut: set[int]  # that are not as long as they say themselves: what a power cut may leave of a file that was not on disk yet
+
+
 class Swept(NamedTuple):
     removed: list[str]  # leftovers of killed writers, as paths
     quarantined: list[str]  # keys, for a person to look at
@@ -68,17 +87,17 @@ class Swept(NamedTuple):
 class ChunkStore:
     """One recipe's chunks under a root. Made without touching the store, safe to share among threads and to send to other processes."""
 
-    def __init__(self, url: str, recipe: Recipe) -> None:
-        self._blobs = Blobs(url)
+    def __init__(self, url: str, recipe: Recipe, *, files: FileLayer = DISK) -> None:
+        self._blobs = Blobs(url, files=files)
         self.recipe = recipe
         self._folder = recipe.fingerprint[:16]
         self._indexes: dict[int, ChunkIndex] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, url: str, recipe: Recipe) -> "ChunkStore":
+    def create(cls, url: str, recipe: Recipe, *, files: FileLayer = DISK) -> "ChunkStore":
         """The store of this recipe, its recipe.json published. Raises RecipeError if another recipe is there, StoreError if it cannot."""
-        store = cls(url, recipe)
+        store = cls(url, recipe, files=files)
         key = f"{store._folder}/recipe.json"
         if not store._blobs.create(key, recipe.canonical_json()):
             found = parse_recipe(bytes(store._blobs.read(key)), where=f"{store.url}/{key}")
@@ -98,19 +117,38 @@ class ChunkStore:
     def publish(self, chunk: Chunk) -> ChunkRef:
         """Pack and put a chunk: one create-only put, so it is there whole or not at all, and the first publisher wins.
 
+        A file that a power cut left in its place, empty or cut short, goes to quarantine first.
         Raises ChunkError on a chunk that is not of the recipe, StoreUnavailable if another try may help, StoreError if it cannot.
         """
         data, key = pack_chunk(chunk, self.recipe), self.key(chunk.number)
         created = self._blobs.create(key, data)
+        if not created and not self.is_whole(chunk.number) and self.quarantine(chunk.number):
+            created = self._blobs.create(key, data)
         return ChunkRef(key, chunk.number, len(chunk.targets_NB), len(data), checksum_of(data), duplicate=not created)
 
     def exists(self, number: int) -> bool:
+        """Whether there is an object of the chunk's name, whatever its bytes are."""
         return self._blobs.stat(self.key(number)) is not None
 
+    def is_whole(self, number: int) -> bool:
+        """Whether the chunk is there, and as long as it says itself; its other bytes are not looked at."""
+        try:
+            head, num_bytes = self._blobs.read_start(self.key(number), START_BYTES)
+        except FileNotFoundError:
+            return False
+        return is_whole(head, num_bytes=num_bytes)
+
     def published(self) -> set[int]:
-        """The numbers of the chunks that are there."""
+        """The numbers of the chunks that are there, as `listing` tells."""
+        return self.listing().published
+
+    def listing(self) -> Listing:
+        """The chunks that are there. In a directory each one is opened, for it may be cut short; an object in a bucket is whole."""
         blobs = self._blobs.under(f"{self._folder}/chunks")
-        return {number for blob in blobs if (number := _number_of(blob.key)) is not None}
+        there = {number for blob in blobs if (number := _number_of(blob.key)) is not None}
+        may_be_cut = there if self._blobs.directory is not None else ()
+        cut = {number for number in may_be_cut if number < self.recipe.num_chunks and not self.is_whole(number)}
+        return Listing(there - cut, cut)
 
     def fetch(self, number: int) -> Chunk:
         """A whole chunk, verified. Raises ChunkMissing if it is not there yet, ChunkError if it is bad."""
@@ -164,9 +202,9 @@ class ChunkStore:
             return True
         return False
 
-    def delete(self, number: int) -> None:
-        """Take a chunk away for good, because nobody will read it again; one that is gone already is no error."""
-        self._blobs.delete(self.key(number))
+    def delete(self, *numbers: int) -> None:
+        """Take chunks away for good, because nobody will read them again; one that is gone already is no error."""
+        self._blobs.delete(*map(self.key, numbers))
 
     @property
     def blobs(self) -> Blobs:

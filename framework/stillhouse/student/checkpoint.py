@@ -101,10 +101,12 @@ def read_part(blobs: Blobs, folder: str, *, rank: int, world_size: int) -> Files
 def publish(blobs: Blobs, commit: Commit) -> Commit:
     """Make the files a commit, and return the one that stands: a group that was thought dead may have been faster at the same step.
 
+    Once this has returned the commit outlasts a power cut: only then may anything older be deleted, or anybody be told.
     Raises CheckpointError where the step was committed by a training of something else.
     """
     if not commit.files:
         raise CheckpointError(f"no rank wrote a file for step {commit.step}: there is nothing to commit")
+    blobs.sync(commit.folder)  # other ranks' files too: the commit must not outlast what it names
     if blobs.create(commit.manifest, _sealed("commit", asdict(commit))):
         return commit
     try:
@@ -232,13 +234,12 @@ def set_aside_after(blobs: Blobs, step: int) -> None:
 def retain(blobs: Blobs, keep: int) -> None:
     """Delete all but the `keep` newest commits, and the folders up to the newest that no commit names.
 
-    Manifests go first: never half a commit. Later folders stay: ranks may be writing them.
+    Manifests go first, and for good: never half a commit. Later folders stay: ranks may be writing them.
     """
     manifests = _manifests(blobs)
     if not manifests:
         return
-    for name in manifests[:-keep]:
-        blobs.delete(name)
+    blobs.delete(*manifests[:-keep])
     kept = {name.removesuffix(".json"): _folder_named_by(blobs, name) for name in manifests[-keep:]}
     newest_tag = manifests[-1].removesuffix(".json")
     for folder in blobs.folders():

@@ -13,6 +13,7 @@ from typing import IO, Any, Self, TypeVar, cast
 
 import torch
 
+from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import StoreError
 from stillhouse.store.blobs import Blobs, StoreUnavailable
 from stillhouse.student.checkpoint import Commit, Digest, Files, Origin, folder_of, publish, publish_part, read_part, retain
@@ -53,9 +54,10 @@ class CheckpointWriter:
         on_commit: Callable[[Commit, float, float], None],
         on_delay: Callable[[int, str], None],
         patience_s: float = 30.0,
+        files: FileLayer = DISK,
     ) -> None:
         """`patience_s`: how long one request to the store may be tried again before `on_delay` is called."""
-        self._blobs = Blobs(url, patience_s=patience_s)
+        self._blobs = Blobs(url, patience_s=patience_s, files=files)
         self._origin = origin
         self._attempt = attempt
         self._rank, self._world_size = rank, world_size

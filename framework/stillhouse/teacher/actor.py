@@ -101,7 +101,7 @@ class _TeacherActor:
 def is_there(store: ChunkStore, number: int) -> bool:
     """Whether the chunk is known to be published; a store that does not answer is asked again by whoever publishes."""
     try:
-        return store.exists(number)
+        return store.is_whole(number)
     except StoreError:
         return False
 

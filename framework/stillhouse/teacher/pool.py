@@ -103,7 +103,11 @@ class TeacherPool:
             self._release()
 
     def _positions_settled(self) -> NDArray[np.bool_]:
-        published = np.fromiter(self._store.published(), dtype=np.int64)
+        found = self._store.listing()
+        for number in sorted(found.cut.intersection(self._order.tolist())):
+            if self._store.quarantine(number):
+                self._journal.record(RepairRow(number))
+        published = np.fromiter(found.published, dtype=np.int64)
         settled = np.isin(self._order, published)
         return settled if self._readership is None else settled | ~self._readership.begin(published)[self._order]
 

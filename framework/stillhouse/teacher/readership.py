@@ -111,9 +111,9 @@ class Readership:
         for reader in self._readers:
             done_with &= self._plan(reader) <= reader.committed_step
         doomed, self._doomed = self._doomed & done_with, done_with
-        for number in np.flatnonzero(doomed)[:_MOST_DELETED_AT_ONCE]:
-            self._store.delete(int(number))
-            self._there[number] = self._doomed[number] = False
+        gone = np.flatnonzero(doomed)[:_MOST_DELETED_AT_ONCE]
+        self._store.delete(*gone.tolist())
+        self._there[gone] = self._doomed[gone] = False
 
     def _plan(self, reader: Reader) -> NDArray[np.int64]:
         """`done_after`, computed once for as long as the reader's order stays what it is."""

@@ -5,7 +5,6 @@ append to one journal; what a killed one left half-written is cut off by whoever
 CRC-32 of the rest of it, so that a flipped bit is found and not believed.
 """
 
-import errno
 import fcntl
 import json
 import math
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import RunError, StoreError
 from stillhouse.tracking.redaction import scrub
 from stillhouse.tracking.rows import ROW_TYPES, Row
@@ -32,6 +32,7 @@ class Journal:
 
     path: Path
     clock: Callable[[], float] = time.time
+    files: FileLayer = DISK
 
     def record(self, row: Row) -> None:
         """Append one row and return when it is on disk, scrubbed of secrets. Raises StoreError where it cannot be written."""
@@ -44,13 +45,14 @@ class Journal:
             raise StoreError(f"cannot append to {self.path}: {error.strerror}; make room or give write access, then resume") from error
 
     def _append(self, line: bytes) -> None:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = self.files.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            _cut_torn_line(descriptor)
-            if os.write(descriptor, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
+            if os.fstat(descriptor).st_size == 0:
+                self.files.sync_directory(self.path.parent)  # a file that is new, and whose name may not be on disk
+            _cut_torn_line(descriptor, self.files)
+            self.files.write(descriptor, line)
+            self.files.sync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -71,10 +73,10 @@ def _unsealed(line: bytes) -> bytes:
     return whole
 
 
-def _cut_torn_line(descriptor: int) -> None:
+def _cut_torn_line(descriptor: int, files: FileLayer) -> None:
     size = os.fstat(descriptor).st_size
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        os.ftruncate(descriptor, os.pread(descriptor, size, 0).rfind(b"\n") + 1)
+        files.truncate(descriptor, os.pread(descriptor, size, 0).rfind(b"\n") + 1)
 
 
 def _finite_or_text(value: Any) -> Any:
