@@ -111,10 +111,22 @@ def _without_formats(text: str) -> str:
 _KEY_WORDS = frozenset(
     ["token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials", "authorization"]
 )
-_SECRET_WORDS = frozenset(["password", "passwd", "passphrase", "secret", "credential", "apikey", "sas"])
+_SECRET_ENDINGS = (
+    "password",
+    "passwd",
+    "passphrase",
+    "secret",
+    "credential",
+    "apikey",
+    "accesskey",
+    "secretkey",
+    "privatekey",
+    "authtoken",
+)
 _SECRET_KEYS = frozenset(
     ["api", "access", "private", "secret", "account", "client", "signing", "encryption", "ssh", "master", "shared", "auth"]
 )
+_SECRET_PAIRS = frozenset([("signature", "amz"), ("sas", "storage"), ("sas", "azure")])
 _NO_ACCESS = frozenset(
     ["per", "pad", "eos", "bos", "unk", "sep", "cls", "mask", "special", "next", "first", "last", "stop", "added", "old"]
 )
@@ -165,7 +177,7 @@ def _kind_of_secret(name: str) -> str | None:
     words = _words(name.rstrip("0123456789._-"))
     last, before = (words[-1] if words else ""), (words[-2] if len(words) > 1 else "")
     last = last.removesuffix("s") if last in _PLURALS else last
-    if last in _SECRET_WORDS or (last == "key" and before in _SECRET_KEYS) or (last == "signature" and before == "amz"):
+    if last.endswith(_SECRET_ENDINGS) or (last == "key" and before in _SECRET_KEYS) or (last, before) in _SECRET_PAIRS:
         return "any"
     if last in ("token", "pwd") and before not in _NO_ACCESS:
         return "token"

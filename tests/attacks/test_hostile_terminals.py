@@ -85,22 +85,15 @@ def test_verify_shows_the_names_of_strange_fields_and_of_damaged_files(store: Ch
     assert_harmless(stillhouse("store", "verify", store.url), code=1, shows="[/x]\\x1b[2J")
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [(b"\x1b[2J[x]", "\\x1b[2J[x]"), (b"\xc2\x9b2J", "\\x9b2J"), (b"\x9b2J", "\\udc9b2J"), (b"\xe2\x80\xaex", "\\u202ex")],
-)
-def test_sweep_shows_the_names_of_leftovers(store: ChunkStore, name: bytes, shown: str) -> None:
-    path = os.fsencode(Path(store.url) / store.folder / "chunks") + b"/0000000001.safetensors#" + name
-    Path(os.fsdecode(path)).write_bytes(b"half a chunk")
-    outcome = stillhouse("store", "sweep", store.url, "--older-than-hours", "0")
-    assert_harmless(outcome, code=0, shows=f"safetensors#{shown}\n")
-
-
 @pytest.mark.parametrize(("name", "code"), [("\x9b2J", 0), ("\u202ex", 0), (CLEAR, 2)])  # 2: it cannot be an object's key
 def test_sweep_shows_the_names_in_quarantine(store: ChunkStore, name: str, code: int) -> None:
     (Path(store.url) / store.folder / "quarantine").mkdir()
     (Path(store.url) / store.folder / "quarantine" / name).write_bytes(b"half a chunk")
     assert_harmless(stillhouse("store", "sweep", store.url), code=code, shows="/quarantine")
+
+
+def test_an_error_shows_a_name_that_is_no_text() -> None:
+    assert_harmless(stillhouse("store", "ls", os.fsdecode(b"/nowhere/\x9b2J")), code=2, shows="/nowhere/\\udc9b2J")
 
 
 @pytest.mark.usefixtures("in_empty_folder")

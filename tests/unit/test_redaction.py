@@ -2,11 +2,12 @@
 
 import json
 import secrets
+from pathlib import Path
 from time import process_time
 
 import pytest
 
-from stillhouse.redaction import REDACTED, know, scrub
+from stillhouse.redaction import REDACTED, know, scrub, secrets_of
 
 X = "s3cr3t-Do.not~print+this0123456789"
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
@@ -40,6 +41,8 @@ SECRET_TEXTS = [
     ('export HF_TOKEN="%s"', X),
     ("AWS_SECRET_ACCESS_KEY=%s python x.py", X),
     ("MY_PASSWORD1=%s", X),
+    ("PGPASSWORD=%s psql", X),
+    ("accesskey: '%s'", X),
     ("Authorization: Basic %s", BASIC),
     ("401 for Authorization: Bearer %s", X),
     ("authorization: %s; then it ended", X),
@@ -191,6 +194,27 @@ def test_a_known_value_is_replaced_wherever_it_occurs() -> None:
     assert scrub(text) == f"x{REDACTED}y"
     assert scrub([json.dumps(known)]) == [f'"{REDACTED}"']
     assert scrub("see https://host/" + known.replace(" ", "%20").replace("/", "%2F").replace('"', "%22")) == f"see https://host/{REDACTED}"
+
+
+def test_secrets_are_what_variables_name_so_hold_and_what_tools_keep_in_files(tmp_path: Path) -> None:
+    kept = {
+        ".cache/huggingface/token": "hub-token-of-a-file\n",
+        ".ray/auth_token": "ray-token-of-a-file",
+        ".netrc": "machine api.wandb.ai\n  login user\n  password wandb-key-of-a-file\nmachine x login y password second-password\n",
+        "web-identity": "identity-of-a-file",
+    }
+    for name, text in kept.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    secret = {
+        *("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "GOOGLE_API_KEY", "PGPASSWORD"),
+        *("GOOGLE_SERVICE_ACCOUNT_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_CLIENT_SECRET", "S3_SECRET_KEY"),
+    }
+    innocent = {"AWS_ACCESS_KEY_ID", "AWS_REGION", "TOKENIZERS_PARALLELISM", "RAY_AUTH_MODE", "GOOGLE_APPLICATION_CREDENTIALS_PATH"}
+    environment = {name: f"value of {name}" for name in secret | innocent} | {"AWS_WEB_IDENTITY_TOKEN_FILE": "~/web-identity"}
+    of_files = {"hub-token-of-a-file", "ray-token-of-a-file", "wandb-key-of-a-file", "second-password", "identity-of-a-file"}
+    assert secrets_of(environment, home=tmp_path) == {f"value of {name}" for name in secret} | of_files
+    assert secrets_of({}, home=tmp_path / "absent") == set()
 
 
 def test_a_known_value_that_is_short_stays_for_it_could_be_a_word() -> None:
