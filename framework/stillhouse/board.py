@@ -16,7 +16,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.errors import StillhouseError
 from stillhouse.notices import Notice
-from stillhouse.tracking import Journal, Row
+from stillhouse.redaction import scrub
+from stillhouse.shell import learn_secrets
+from stillhouse.tracking import Journal, Row, scrubbed
 
 Phase = Literal["start", "data", "step", "snapshot", "commit"]  # loading, awaiting chunks, computing, copying its state, awaiting the store
 Cause = Literal["died", "stalled", "notice", "grown", "stop"]
@@ -75,6 +77,7 @@ class News:
 
 class _Board:
     def __init__(self, journal: Path | None) -> None:
+        learn_secrets()
         self._journal = None if journal is None else Journal(journal)
         self._cursors: dict[str, int] = {}
         self._bad_chunks: set[int] = set()
@@ -201,9 +204,12 @@ class Board:
         return cls(ray.remote(_Board).options(**options).remote(None if journal is None else journal.resolve()))
 
     def record(self, row: Row) -> None:
-        """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it cannot be written."""
+        """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it cannot be written.
+
+        This process's secrets stay in it: the board does not know them.
+        """
         try:
-            ray.get(self._actor.record.remote(row if row.time else replace(row, time=time())))
+            ray.get(self._actor.record.remote(scrubbed(row if row.time else replace(row, time=time()))))
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, StillhouseError) else error) from None
 
@@ -253,7 +259,7 @@ class Board:
 
     def explain(self, group: str, cause: Cause, detail: str) -> None:
         """Say why a group is about to end; the first to say so is believed."""
-        ray.get(self._actor.explain.remote(group, cause, detail))
+        ray.get(self._actor.explain.remote(group, cause, scrub(detail)))
 
     def departure(self) -> Cause | None:
         """Why the group that was last at work left on a summons; None where none did."""

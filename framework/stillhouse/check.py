@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from stillhouse import estimate
 from stillhouse.cluster import attached
@@ -27,6 +28,7 @@ from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list
 from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.loss import divergence_named, is_unbiased_with_draws
 from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, require_kept_mass
+from stillhouse.terminal import one_line, printable
 
 _NEARLY = 4  # differing fields up to which another recipe is a near one
 _STATE_BYTES = 16  # a parameter's weight, gradient and Adam states in mixed precision or in float32 (ZeRO, arXiv 1910.02054, section 3.1)
@@ -335,11 +337,11 @@ def _print(found: _Findings) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for label, text in found.rows:
-        table.add_row(label, text)
+        table.add_row(label, Text(one_line(text)))
     console = Console(highlight=False)
     console.print(table)
     for note in found.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(Text(printable(f"note: {note}")))
     if not found.obstacles:
         console.print("\nNothing stands in the way of this run.", style="green")
 

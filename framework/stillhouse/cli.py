@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted, 143
 
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,9 @@ from typer.core import TyperGroup
 from stillhouse import node
 from stillhouse.bench.verbs import bench_app
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
-from stillhouse.shell import cache_dir, only_tensors, quieten, typed
+from stillhouse.redaction import scrub
+from stillhouse.shell import cache_dir, learn_secrets, only_tensors, quieten, typed
+from stillhouse.terminal import say
 
 if TYPE_CHECKING:
     from stillhouse.evaluate import ModelName, Scores
@@ -27,16 +30,17 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         only_tensors()
+        learn_secrets()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             raise typer.Exit(130) from None
         except InterruptedRunError as error:
-            print(f"interrupted: {error}", file=sys.stderr)
+            say(scrub(f"interrupted: {error}"), error=True)
             raise typer.Exit(143) from None
         except StillhouseError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(scrub(f"error: {error}"), error=True)
             raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 
@@ -261,7 +265,11 @@ def node_token() -> None:
 
 def main() -> None:
     """The entry point."""
-    app(prog_name="stillhouse")
+    try:
+        app(prog_name="stillhouse")
+    except Exception:  # a bug: its traceback may quote anything
+        say(scrub(traceback.format_exc()), error=True)
+        raise SystemExit(1) from None
 
 
 def _show_version(wanted: bool) -> None:

@@ -25,7 +25,8 @@ from stillhouse.errors import ConfigError, RunError, StillhouseError
 from stillhouse.node import OBJECT_STORE_BYTES
 from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 from stillhouse.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
-from stillhouse.shell import only_tensors
+from stillhouse.redaction import know
+from stillhouse.shell import learn_secrets, only_tensors
 
 _NAMESPACE = "stillhouse"
 _REACH_S = 10.0
@@ -45,6 +46,7 @@ class Secrets:
         """Make the secrets this process's own, where Hugging Face looks for them."""
         if self.hub_token is not None:
             os.environ["HF_TOKEN"] = self.hub_token
+            know([self.hub_token])
 
 
 def local_secrets() -> Secrets:
@@ -58,6 +60,7 @@ def prepare_process(device: str, threads: int) -> None:
     """Settle a worker process before its first tensor: torch threads, DeepSpeed's accelerator, and no pickle in any checkpoint."""
     import torch
 
+    learn_secrets()
     torch.set_num_threads(threads)
     os.environ["DS_ACCELERATOR"] = device
     only_tensors()
@@ -90,6 +93,7 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
         return
     _connect(section)
+    learn_secrets()  # the cluster's token may be a new one
     try:
         yield ray.cluster_resources()
     finally:

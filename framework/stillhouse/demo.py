@@ -29,6 +29,7 @@ from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.corpus.documents import load_documents
 from stillhouse.models import final_hidden, tokenizer_digest
 from stillhouse.report.summary import summarise, verdict
+from stillhouse.terminal import printable
 from stillhouse.tracking import read_journal
 
 END_OF_TEXT = "<|endoftext|>"
@@ -63,7 +64,7 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path) -
 
     All but the tokenised corpus lands in `run_dir`. Raises what `pipeline.plan` and `pipeline.run` raise.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     config = demo_config(run_dir, overrides)
     console.print(_what_is_begun(config, run_dir))
     console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
@@ -78,7 +79,7 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path) -
     pipeline.export_run(made, student)
     summary = summarise(read_journal(run_dir / "journal.jsonl"))
     assert summary is not None
-    console.print(f"\n{verdict(summary)}\n\nThe report:  {run_dir / 'report.html'}\nThe student: {student}")
+    console.print(printable(f"\n{verdict(summary)}\n\nThe report:  {run_dir / 'report.html'}\nThe student: {student}"))
 
 
 def demo_config(run_dir: Path, overrides: Iterable[str] = ()) -> Config:

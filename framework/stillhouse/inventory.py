@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.store import ChunkStore, Finding, Recipe, StoredRecipe, differences, list_recipes, nearest, sweep, verify_store
+from stillhouse.terminal import one_line, say
 from stillhouse.tracking import ChunkRow, Row
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def list_store(url: str) -> None:
     for fingerprint16, recipe, num_chunks, num_bytes in _recipes(url):
         table.add_row(
             fingerprint16,
-            recipe.teacher_digest[:_DIGEST_DIGITS],
+            Text(one_line(recipe.teacher_digest[:_DIGEST_DIGITS])),
             recipe.codec.name,
             f"{recipe.k} + {recipe.num_draws} draws" if recipe.num_draws else str(recipe.k),
             f"{recipe.num_sequences:,} x {recipe.sequence_length:,}",
@@ -59,9 +61,9 @@ def show_recipes(url: str, fingerprint: str) -> None:
         figures: dict[str, object] = {"fingerprint": recipe.fingerprint, **asdict(recipe), "codec": recipe.codec.name}
         figures |= {"bytes a target": recipe.codec.bytes_per_token, "chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}"}
         figures |= {"missing chunks": _ranges(missing) or "none", "bytes": f"{stored.num_bytes:,}"}
-        print(f"{url}/{stored.fingerprint16}")
+        say(f"{url}/{stored.fingerprint16}")
         for name, value in figures.items():
-            print(f"  {name:<16}  {value}")
+            say(f"  {name:<16}  {one_line(str(value))}")
 
 
 def verify(url: str, *, quarantine: bool) -> None:
@@ -74,11 +76,11 @@ def verify(url: str, *, quarantine: bool) -> None:
         num_objects += 1
         if finding.problem is not None:
             damaged.append(finding)
-            print(f"{finding.key}: {finding.problem}")
+            say(f"{one_line(finding.key)}: {finding.problem}")
     if not num_objects:
         raise _nothing_at(url)
     if not damaged:
-        print(f"{num_objects} objects in {url}: all are good")
+        say(f"{num_objects} objects in {url}: all are good")
         return
     moved = sum(_moved_aside(url, finding, recipes) for finding in damaged) if quarantine else 0
     cure = (
@@ -100,22 +102,22 @@ def repair(url: str, made: "Plan") -> None:
     store = ChunkStore(url, made.recipe)
     _require_recipe(url, made.recipe)
     if store.restore_recipe():
-        print(f"{made.recipe.fingerprint[:16]}/recipe.json was damaged: it was moved to quarantine/, and published anew")
+        say(f"{made.recipe.fingerprint[:16]}/recipe.json was damaged: it was moved to quarantine/, and published anew")
     findings = track(store.findings(), "verifying", total=len(store.published()), console=Console(stderr=True), transient=True)
     damaged = [finding for finding in findings if finding.problem is not None]
     for finding in damaged:
-        print(f"{finding.key}: {finding.problem}")
+        say(f"{one_line(finding.key)}: {finding.problem}")
     chunks = [finding.number for finding in damaged if finding.number is not None and finding.number < made.recipe.num_chunks]
     moved = [number for number in chunks if store.quarantine(number)]
     if moved:
-        print(f"{len(moved)} chunks moved to quarantine/; a teacher makes them again")
+        say(f"{len(moved)} chunks moved to quarantine/; a teacher makes them again")
         pipeline.repair(made, moved, journal=_Told())
     for number in moved:
         store.verify(number)
     if len(damaged) > len(chunks):
         strange = ", ".join(finding.key for finding in damaged if finding.number not in chunks)
         raise ChunkError(f"{len(moved)} chunks were repaired; these are no chunks of this recipe, and nobody reads them: {strange}")
-    print(f"{len(moved)} chunks were repaired: all {len(store.published())} in {url}/{made.recipe.fingerprint[:16]} are good")
+    say(f"{len(moved)} chunks were repaired: all {len(store.published())} in {url}/{made.recipe.fingerprint[:16]} are good")
 
 
 class _Told:
@@ -123,7 +125,7 @@ class _Told:
 
     def record(self, row: Row) -> None:
         if isinstance(row, ChunkRow):
-            print(f"chunk {row.chunk} made again by teacher {row.replica} in {row.seconds:.1f} s")
+            say(f"chunk {row.chunk} made again by teacher {row.replica} in {row.seconds:.1f} s")
 
 
 def _moved_to(made: "Plan", url: str) -> "Plan":
@@ -151,10 +153,10 @@ def tidy(url: str, *, older_than_s: float) -> None:
     """Remove the leftovers of killed writers that are `older_than_s` old, and name what lies in quarantine."""
     swept = sweep(url, older_than_s=older_than_s, now=time.time())
     for path in swept.removed:
-        print(f"removed {path}")
+        say(f"removed {one_line(str(path))}")
     for key in swept.quarantined:
-        print(f"in quarantine: {key}")
-    print(f"{len(swept.removed)} leftovers removed, {len(swept.quarantined)} chunks in quarantine")
+        say(f"in quarantine: {one_line(key)}")
+    say(f"{len(swept.removed)} leftovers removed, {len(swept.quarantined)} chunks in quarantine")
 
 
 def _recipes(url: str) -> list[StoredRecipe]:

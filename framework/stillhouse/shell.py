@@ -6,10 +6,17 @@ import shlex
 import sys
 from pathlib import Path
 
+from stillhouse.redaction import know, secrets_of
+
 
 def cache_dir() -> Path:
     """Where tokenised corpora and digests are kept between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
+
+
+def learn_secrets() -> None:
+    """Keep the secrets that this process was given, by its environment and its user's files, out of all that it writes down."""
+    know(secrets_of(os.environ, home=Path(os.path.expanduser("~"))))
 
 
 def quieten() -> None:

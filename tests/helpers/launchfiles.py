@@ -15,7 +15,17 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
-ROOT = Path(__file__).parents[2]
+from helpers.environments import (
+    ROOT,
+    containers_of,
+    expanded_in,
+    is_read_by_the_s3_server,
+    is_read_in_our_image,
+    is_set_by_ray_up,
+    is_set_by_skypilot,
+    is_set_by_slurm,
+)
+
 _SCHEMAS = Path(__file__).parents[1] / "schemas"
 _KUBERNETES = "1.34"
 
@@ -28,6 +38,8 @@ def kubernetes(text: str) -> list[str]:
 
     found = []
     for document in yaml.safe_load_all(text):
+        names = [each["name"] for container in containers_of(document) for each in container.get("env", ())]
+        found += [f"nothing in the image reads {name}" for name in names if not is_read_in_our_image(name)]
         if str(document.get("apiVersion")).startswith("ray.io/"):
             found += [problem.message for problem in _kuberay(str(document.get("kind"))).iter_errors(document)]
             document = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": document.get("metadata")}  # which a CRD leaves to Kubernetes
@@ -48,15 +60,21 @@ def ray_up(text: str) -> list[str]:
         validate_config(prepare_config(config))
     except Exception as error:
         return [*unknown, f"{type(error).__name__}: {error}"]
+    commands = "\n".join(line for key, lines in config.items() if key.endswith("_commands") for line in lines)
+    unknown += [f"nobody sets {name}" for name in expanded_in(commands) if not is_set_by_ray_up(name)]
     machine = {"aws": _ec2_instance, "gcp": _compute_instance}[config["provider"]["type"]]
     return unknown + [problem for kind in config["available_node_types"].values() for problem in machine(kind["node_config"])]
 
 
 def compose(text: str) -> list[str]:
-    """By the Compose specification's own schema; what services name has to be there, too."""
+    """By the Compose specification's own schema; what services name has to be there, and their images have to read their variables."""
     project = yaml.safe_load(text)
     problems = [problem.message for problem in _compose_specification().iter_errors(project)]
+    told = (ROOT / "docker" / "README.md").read_text()
+    problems += [f"docker/README.md gives no {name}" for name in expanded_in(text) if f" {name}=" not in told]
     for name, service in project.get("services", {}).items():
+        is_read = is_read_by_the_s3_server if "versitygw" in service.get("image", "") else is_read_in_our_image
+        problems += [f"nothing in the image of {name} reads {each}" for each in service.get("environment", ()) if not is_read(each)]
         mounted = [mount.partition(":")[0] for mount in service.get("volumes", ()) if mount[0] not in "./~"]
         for kind, named in {"services": service.get("depends_on", ()), "networks": service.get("networks", ()), "volumes": mounted}.items():
             problems += [f"{name} names {each}, which is not among the {kind}" for each in named if each not in project.get(kind, {})]
@@ -64,15 +82,21 @@ def compose(text: str) -> list[str]:
 
 
 def dockerfile(text: str) -> list[str]:
-    return _told_by([_tool("hadolint"), "-"], text)
+    """By hadolint; what the image sets is read in it."""
+    instructions = re.findall(r"^ENV ((?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
+    names = [name for instruction in instructions for name in re.findall(r"(?:^|\s)(\w+)=", instruction)]
+    return [f"nothing in the image reads {name}" for name in names if not is_read_in_our_image(name)] + _told_by(
+        [_tool("hadolint"), "-"], text
+    )
 
 
 def sbatch(text: str) -> list[str]:
-    """A shell script whose #SBATCH lines are options of sbatch."""
+    """A shell script whose #SBATCH lines are options of sbatch, and whose variables are its own or Slurm's."""
     asked = re.findall(r"^#SBATCH --([\w-]+)", text, flags=re.MULTILINE)
     lines = re.findall(r"^#SBATCH\b", text, flags=re.MULTILINE)
     known = (_SCHEMAS / "sbatch-options.txt").read_text().split()
     unknown = [f"--{option} is no option of sbatch" for option in asked if option not in known]
+    unknown += [f"Slurm sets no {name}" for name in expanded_in(text) if not is_set_by_slurm(name)]
     return unknown + ["a line is not `#SBATCH --option`"] * (len(lines) - len(asked)) + _told_by([_tool("shellcheck"), "-"], text)
 
 
@@ -83,6 +107,21 @@ def skypilot(*texts: str) -> list[str]:
     command = [python, Path(__file__).with_name("skypilot.py")]
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True)
     return [problem or "" for problem in json.loads(done.stdout)]
+
+
+def variables_of_sky(text: str) -> list[str]:
+    """Of SkyPilot's tasks, which of their variables nobody reads, and which that their scripts expand nobody sets.
+
+    What is given to one task is given to all of its group: `--env` and `--secret` are the group's.
+    """
+    tasks, problems = list(yaml.safe_load_all(text)), list[str]()
+    scripts = [task.get("setup", "") + "\n" + task.get("run", "") for task in tasks]
+    read = set().union(*map(expanded_in, scripts))
+    for task, script in zip(tasks, scripts, strict=True):
+        given, expanded = {**task.get("envs", {}), **task.get("secrets", {})}, expanded_in(script)
+        problems += [f"nothing reads {name}" for name in given if name not in read and not is_read_in_our_image(name)]
+        problems += [f"nobody sets {name}" for name in expanded if name not in given and not is_set_by_skypilot(name)]
+    return problems
 
 
 def keys_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

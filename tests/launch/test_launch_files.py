@@ -6,7 +6,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.launchfiles import ROOT, Validator, compose, dockerfile, keys_of, kubernetes, misspelt, ray_up, sbatch, skypilot
+from helpers.environments import is_read_by_the_s3_server, is_read_in_our_image
+from helpers.launchfiles import (
+    ROOT,
+    Validator,
+    compose,
+    dockerfile,
+    keys_of,
+    kubernetes,
+    misspelt,
+    ray_up,
+    sbatch,
+    skypilot,
+    variables_of_sky,
+)
 
 YAML: dict[str, Validator] = {
     "launch/k8s/raycluster.yaml": kubernetes,
@@ -19,7 +32,7 @@ YAML: dict[str, Validator] = {
 SKY = "launch/sky/run.yaml"
 TEXT: dict[str, Validator] = {"docker/cpu.Dockerfile": dockerfile, "docker/gpu.Dockerfile": dockerfile, "launch/slurm/run.sbatch": sbatch}
 FREE = {  # mappings whose keys are the writer's own
-    *("labels", "annotations", "rayStartParams", "nodeSelector", "requests", "limits", "available_node_types", "environment", "volumes"),
+    *("labels", "annotations", "rayStartParams", "nodeSelector", "requests", "limits", "available_node_types", "volumes"),
     *("services", "networks", "file_mounts", "resources"),
 }
 
@@ -84,6 +97,57 @@ def test_skypilot_understands_its_job_group_and_refuses_each_misspelt_field() ->
     as_it_is, *changed = skypilot(*texts)
     assert as_it_is == ""
     assert [path for path, problem in zip(paths, changed, strict=True) if not problem] == []
+
+
+VARIABLES: dict[str, tuple[Validator, str]] = {  # a file's reader, and where the names of environment variables stand in it
+    "docker/compose.yaml": (compose, r"\$\{(\w+)|^ {4,6}([A-Z]\w+):"),
+    "docker/cpu.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
+    "docker/gpu.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
+    "launch/ray/aws.yaml": (ray_up, r"\$(\w+)"),
+    "launch/ray/gcp.yaml": (ray_up, r"\$(\w+)"),
+    "launch/sky/run.yaml": (variables_of_sky, r"\$([A-Z]\w+)|^  ([A-Z]\w+):"),
+    "launch/slurm/run.sbatch": (sbatch, r"\$\{?([A-Z]\w+)"),
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_each_misspelt_environment_variable_is_refused(name: str) -> None:
+    understands, pattern = VARIABLES[name]
+    text = (ROOT / name).read_text()
+    assert understands(text) == []
+    found = list(re.finditer(pattern, text, flags=re.MULTILINE))
+    assert found
+    accepted = []
+    for word in found:
+        end = word.end(word.lastindex or 0)
+        if not understands(text[: end - 1] + ("X" if text[end - 1] != "X" else "Y") + text[end:]):
+            accepted.append(word[0])
+    assert accepted == []
+
+
+def test_a_variable_of_a_pod_is_one_that_its_image_reads() -> None:
+    (cluster,) = documents_of("launch/k8s/raycluster.yaml")
+    container = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]  # type: ignore[index]
+    container["env"] = [{"name": "HF_TOKEN", "value": "x"}]
+    assert kubernetes(yaml.safe_dump(cluster)) == []
+    container["env"] = [{"name": "HF_TOKEM", "value": "x"}]
+    assert kubernetes(yaml.safe_dump(cluster)) == ["nothing in the image reads HF_TOKEM"]
+
+
+def test_the_secrets_that_the_page_of_kubernetes_makes_are_read_in_the_image() -> None:
+    names = re.findall(r"--from-literal=(\w+)=", (ROOT / "launch/k8s/README.md").read_text())
+    assert names
+    assert [name for name in names if not is_read_in_our_image(name)] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_REGION", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "PYTHONUNBUFFERED", "PIP_NO_CACHE_DIR", "HOME"]
+)
+def test_a_variable_is_known_by_its_whole_name_to_the_programs_that_read_it(name: str) -> None:
+    assert is_read_in_our_image(name)
+    for wrong in (name[:-1], name + "S", name.lower(), "X" + name, name.replace("_", "")) if "_" in name else (name[:-1],):
+        assert not is_read_in_our_image(wrong), wrong
+    assert not is_read_by_the_s3_server(name)
 
 
 def test_a_run_on_kubernetes_has_the_cluster_that_one_may_keep() -> None:

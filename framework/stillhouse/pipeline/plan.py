@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.config import Config, ModelSection, StudentSection, TeacherSection
@@ -20,6 +21,7 @@ from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
 from stillhouse.teacher.model import WorkItem
+from stillhouse.terminal import one_line
 
 _Section = TypeVar("_Section", bound=ModelSection)
 
@@ -150,11 +152,11 @@ def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerFast:
 def _tokenising(dataset: str) -> Iterator[Callable[[int, int], None]]:
     """Say on the terminal how far tokenising has come; a corpus that was tokenised before passes in silence."""
     console = Console(stderr=True)
-    with console.status(f"reading {dataset}") as status:
+    with console.status(Text(one_line(f"reading {dataset}"))) as status:
 
         def on_progress(num_documents: int, num_tokens: int) -> None:
             if num_documents % _TELL_EVERY_DOCUMENTS == 0:
-                status.update(f"tokenising {dataset}: {num_documents:,} documents, {num_tokens:,} tokens")
+                status.update(Text(one_line(f"tokenising {dataset}: {num_documents:,} documents, {num_tokens:,} tokens")))
 
         yield on_progress
 

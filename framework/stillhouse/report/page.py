@@ -13,12 +13,13 @@ from typing import Any
 
 from stillhouse import atomic
 from stillhouse.errors import UserError
+from stillhouse.redaction import scrub
 from stillhouse.report import summary as numbers
 from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, time_panel, training_panels
 from stillhouse.report.goodput import incidents, recoveries
 from stillhouse.report.summary import Summary, summarise, verdict
 from stillhouse.report.words import date, duration, large, num_bytes, percent, small, times
-from stillhouse.tracking import EvalRow, StartRow, read_journal, scrub
+from stillhouse.tracking import EvalRow, StartRow, read_journal
 
 _ABSENT = "–"
 

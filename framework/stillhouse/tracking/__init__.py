@@ -1,7 +1,6 @@
 """What happened in a run, row by row: `journal.jsonl` is the record; W&B and the progress bars are views of it."""
 
-from stillhouse.tracking.journal import Journal, JournalReader, read_journal
-from stillhouse.tracking.redaction import scrub
+from stillhouse.tracking.journal import Journal, JournalReader, read_journal, scrubbed
 from stillhouse.tracking.rows import (
     CheckpointRow,
     ChunkRow,
@@ -52,5 +51,5 @@ __all__ = [
     "WandbView",
     "latest_train_rows",
     "read_journal",
-    "scrub",
+    "scrubbed",
 ]

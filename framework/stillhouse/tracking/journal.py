@@ -19,7 +19,7 @@ from typing import Any
 
 from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import RunError, StoreError
-from stillhouse.tracking.redaction import scrub
+from stillhouse.redaction import scrub
 from stillhouse.tracking.rows import ROW_TYPES, Row
 
 _FLOAT_TYPES = (float, float | None)
@@ -36,8 +36,8 @@ class Journal:
 
     def record(self, row: Row) -> None:
         """Append one row and return when it is on disk, scrubbed of secrets. Raises StoreError where it cannot be written."""
-        stamped = row if row.time else replace(row, time=self.clock())
-        values = {"kind": row.kind, "time": stamped.time} | scrub(asdict(stamped))
+        stamped = scrubbed(row if row.time else replace(row, time=self.clock()))
+        values = {"kind": row.kind, "time": stamped.time} | asdict(stamped)
         line = json.dumps({name: _finite_or_text(value) for name, value in values.items()}, allow_nan=False).encode()
         try:
             self._append(_sealed(line) + b"\n")
@@ -55,6 +55,11 @@ class Journal:
             self.files.sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def scrubbed(row: Row) -> Row:
+    """The row without secrets."""
+    return replace(row, **scrub(asdict(row)))
 
 
 def _sealed(line: bytes) -> bytes:

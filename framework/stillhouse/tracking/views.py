@@ -16,7 +16,8 @@ from rich.text import Text
 
 from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
-from stillhouse.tracking.redaction import scrub
+from stillhouse.redaction import scrub
+from stillhouse.terminal import one_line
 from stillhouse.tracking.rows import EndRow, EvalRow, PoolRow, Row, StartRow, TrainRow, WaitRow
 
 _WANDB_AXES = {
@@ -86,7 +87,7 @@ class WandbView:
             act()
         except Exception as error:
             self._run = None
-            Console(stderr=True).print(f"W&B stopped taking rows ({error!r}); the journal goes on", markup=False)
+            Console(stderr=True).print(Text(one_line(scrub(f"W&B stopped taking rows ({error!r}); the journal goes on"))))
 
     def __enter__(self) -> Self:
         return self
@@ -190,12 +191,12 @@ class ProgressView:
         teachers, student = self._teachers(), self._student()
         if self._live is None:
             line = f"{teachers.title}{teachers.details} | {student.title}{student.details}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(Text(one_line(line)), soft_wrap=True)
             return
         sides = Table.grid(padding=(0, 3), expand=True)
         sides.add_column(ratio=1)
         sides.add_column(ratio=1)
-        sides.add_row(Text(teachers.title), Text(student.title))
+        sides.add_row(Text(one_line(teachers.title)), Text(one_line(student.title)))
         sides.add_row(teachers.bar, student.bar)
         sides.add_row(Text(teachers.details.removeprefix(", ")), Text(student.details.removeprefix(", ")))
         self._live.start()
