@@ -157,7 +157,7 @@ def test_an_export_is_the_model_that_takes_the_next_step(
     steady = replace(steady, run_dir=tmp_path / "run", total_steps=3)
     rank_groups[2].call(train_and_tell, steady)
     out = tmp_path / "export"
-    assert export(steady.checkpoints, out, section=steady.section, tokenizer=load_tokenizer(steady.section.model), card="") == 3
+    assert export(steady.checkpoints, out, section=steady.section, tokenizer=load_tokenizer(steady.section.model), card=str) == 3
     following = rank_groups[2].call(train_and_tell, replace(steady, total_steps=4))[0]
     assert [row.step for row in following] == [4]
     assert loss_of_step(steady, 3, model=out) == pytest.approx(following[0].loss, rel=tolerance)

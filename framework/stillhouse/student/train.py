@@ -4,6 +4,7 @@ A plain function of a job and an existing process group. It resumes by itself: w
 there, with however many ranks there are now.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic, time
 
@@ -14,8 +15,10 @@ from stillhouse.board import Past, Summons
 from stillhouse.errors import StudentError
 from stillhouse.models import load_model
 from stillhouse.store import ChunkStore, StoreUnavailable, readers
+from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.engine import StudentEngine, learning_rate_at
+from stillhouse.student.fence import require_owner
 from stillhouse.student.job import TrainJob
 from stillhouse.student.lifeline import Lifeline
 from stillhouse.student.loader import Batch, BatchReader
@@ -140,7 +143,19 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
         keep=job.section.keep_checkpoints,
         on_commit=on_commit,
         on_delay=on_delay,
+        require_owner=_fence(job),
     )
+
+
+def _fence(job: TrainJob) -> Callable[[], None]:
+    """What raises once another command owns the place of the checkpoints."""
+    blobs = Blobs(job.place)
+
+    def require() -> None:
+        if job.owner is not None:
+            require_owner(blobs, job.owner)
+
+    return require
 
 
 def _train_one(engine: StudentEngine, batch: Batch, job: TrainJob, lifeline: Lifeline, *, began: float) -> TrainRow:

@@ -24,6 +24,7 @@ from stillhouse.tracking.rows import (
     WaitRow,
     latest_train_rows,
 )
+from stillhouse.tracking.trained import Stretch, nothing_left, schedule_of, stretches, words_of
 from stillhouse.tracking.views import ProgressView, WandbView
 
 __all__ = [
@@ -45,12 +46,17 @@ __all__ = [
     "SetAsideRow",
     "StallRow",
     "StartRow",
+    "Stretch",
     "TeacherRow",
     "Tracker",
     "TrainRow",
     "WaitRow",
     "WandbView",
     "latest_train_rows",
+    "nothing_left",
     "read_journal",
+    "schedule_of",
     "scrub",
+    "stretches",
+    "words_of",
 ]
