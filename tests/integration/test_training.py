@@ -12,7 +12,10 @@ from helpers.training import first_gradients, loss_of_step, train_and_tell, with
 from helpers.world import TinyWorld
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
+from stillhouse.store.blobs import Blobs
+from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.export import export
+from stillhouse.student.fence import owner_key
 from stillhouse.student.job import TrainJob
 from stillhouse.tracking import TrainRow
 
@@ -106,6 +109,19 @@ def test_a_checkpoint_of_another_training_is_refused_on_every_rank(
     for world_size in (1, 2):
         with pytest.raises(CheckpointError, match=f"belongs to another training:\n  - {difference}\nSet them back"):
             rank_groups[world_size].call(train_and_tell, other)
+
+
+def test_ranks_whose_command_was_replaced_commit_nothing_over_the_new_owner(job: TrainJob, rank_groups: Ranks, tmp_path: Path) -> None:
+    """Settings that may change on the way do not show in a commit's origin: it would stand for the new owner's own."""
+    mine = replace(with_student(job, checkpoint_url=str(tmp_path)), total_steps=1, owner=1)
+    blobs = Blobs(mine.place)
+    blobs.create(owner_key(1), b"mine")
+    blobs.create(owner_key(2), b"another's")
+    with pytest.raises(CheckpointError, match="belong to another command now"):
+        rank_groups[1].call(train_and_tell, mine)
+    assert newest_step(mine.checkpoints) == 0
+    rank_groups[1].call(train_and_tell, replace(mine, owner=2))
+    assert newest_step(mine.checkpoints) == 1
 
 
 @pytest.mark.parametrize("stage", [0, 2])

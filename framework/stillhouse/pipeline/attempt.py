@@ -77,26 +77,27 @@ def _journalled(plan: Plan, command: str, *, committed: Mapping[str, int]) -> It
     earlier = reader.new_rows()
     start = _start_row(plan, command, sum(isinstance(row, StartRow) for row in earlier) + 1, committed)
     journal.record(start)
-    done = nothing_left(earlier, start)
-    if done:
-        _say(done)
+    idle = nothing_left(earlier, start)
+    if idle:
+        _say(idle)
 
     # what happens, and how it ends
-    ending = _Ending(journal, reader, began, committed)
+    ending = _Ending(journal, reader, began, committed, idle)
     with ending.journalled():
         views = _views(plan)
-    with _shown(journal.path, views), ending.journalled("done", done):
+    with _shown(journal.path, views), ending.journalled("done"):
         yield journal
 
 
 class _Ending:
     """Writes the `end` row of an attempt."""
 
-    def __init__(self, journal: Journal, reader: JournalReader, began: float, committed: Mapping[str, int]) -> None:
-        self._journal, self._reader, self._began, self._committed = journal, reader, began, committed
+    def __init__(self, journal: Journal, reader: JournalReader, began: float, committed: Mapping[str, int], idle: str) -> None:
+        """`reader` is behind the start row; `idle` is what is said where the attempt takes no step because none is left."""
+        self._journal, self._reader, self._began, self._committed, self._idle = journal, reader, began, committed, idle
 
     @contextmanager
-    def journalled(self, outcome: Literal["done"] | None = None, message: str = "") -> Iterator[None]:
+    def journalled(self, outcome: Literal["done"] | None = None) -> Iterator[None]:
         """Journal how the block ended: with `outcome` where it went well and one is given, always where it raised."""
         try:
             yield
@@ -110,16 +111,18 @@ class _Ending:
             self._record("failed", str(error))
             raise
         if outcome is not None:
-            self._record(outcome, message)
+            self._record(outcome)
 
-    def _record(self, outcome: Literal["done", "interrupted", "failed"], message: str) -> None:
+    def _record(self, outcome: Literal["done", "interrupted", "failed"], message: str = "") -> None:
         try:
             steps = [row for row in self._reader.new_rows() if isinstance(row, TrainRow)]
         except RunError:
             steps = []  # a damaged journal must not hide what ended the attempt
-        taken = Counter[str](row.role for row in steps)
+        taken = dict(Counter[str](row.role for row in steps))
         done = dict(self._committed) | {row.role: row.step for row in steps}
-        self._journal.record(EndRow(outcome, monotonic() - self._began, message, dict(taken), done))
+        if outcome == "done" and not taken:
+            message = self._idle
+        self._journal.record(EndRow(outcome, monotonic() - self._began, message, taken, done))
 
 
 def _views(plan: Plan) -> list[ProgressView | WandbView]:
