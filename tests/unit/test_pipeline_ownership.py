@@ -115,15 +115,16 @@ def test_an_owner_elsewhere_that_is_silent_is_followed_when_its_lease_is_over_an
     assert record.holder.run_dir == "/runs/second"
 
 
-def test_of_claimants_that_race_for_a_free_place_one_wins(place: str) -> None:
-    """And so again and again: whoever is inside is alone."""
+def test_of_claimants_that_race_for_a_place_one_wins(place: str) -> None:
+    """First for that of a silent owner, then for each that is given back: whoever is inside is alone."""
+    owned(place, elsewhere(), say=print)
     inside, won, lock = [0], list[int](), threading.Lock()
     crowded = list[int]()
 
     def claim() -> None:
         for _ in range(3):
             while True:
-                with suppress(ConfigError), owned(place, here(), say=print) as owner:
+                with suppress(ConfigError), owned(place, here(), say=print, lease=SHORT) as owner:
                     with lock:
                         inside[0] += 1
                         crowded.extend([inside[0]] if inside[0] > 1 else [])
