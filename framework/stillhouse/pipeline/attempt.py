@@ -24,16 +24,12 @@ _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
 
 
-def _nothing() -> None:
-    pass
-
-
 @contextmanager
 def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     """Use the run directory without training: lock it, write down what is asked, journal start and end, and show the journal.
 
     Raises RecipeError where the directory belongs to another run, and ConfigError where another command is using it; a command that is
-    refused has written nothing.
+    refused leaves config.json, recipe.json and the journal as they are.
     """
     with locked(plan.run_dir, Holder.here(command, plan.run_dir, now=time())):
         require_same_run(plan)
@@ -42,7 +38,7 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
 
 
 @contextmanager
-def learning_attempt(plan: Plan, command: str, *, require: Callable[[], None] = _nothing) -> Iterator[tuple[Journal, Owner]]:
+def learning_attempt(plan: Plan, command: str, *, require: Callable[[], None] = lambda: None) -> Iterator[tuple[Journal, Owner]]:
     """The same, for a command that trains: it also owns the place of the checkpoints, which another run directory may name as well.
 
     `require` raises what else keeps the command from beginning.
