@@ -153,7 +153,7 @@ def evaluate(run_dir: ExistingRun) -> None:
     made = _existing(run_dir)
     from stillhouse import pipeline
 
-    _print_scores(pipeline.evaluate_run(made))
+    _print_scores(pipeline.evaluate_run(made, command=typed()))
 
 
 @app.command()

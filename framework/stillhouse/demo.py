@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from time import time
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from stillhouse.config import Config, CorpusSection, load_config
 from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.corpus.documents import load_documents
 from stillhouse.models import final_hidden, tokenizer_digest
+from stillhouse.pipeline.holder import Holder
+from stillhouse.pipeline.ownership import locked
 from stillhouse.report.summary import summarise, verdict
 from stillhouse.terminal import printable
 from stillhouse.tracking import read_journal
@@ -68,10 +71,11 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path) -
     config = demo_config(run_dir, overrides)
     console.print(_what_is_begun(config, run_dir))
     console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
-    if not (run_dir / "models").exists():
-        torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
-        with whole_directory(run_dir / "models") as draft:
-            make_models(draft, config.corpus, Sizes(), cache_dir=cache_dir, console=console)
+    with locked(run_dir, Holder.here("stillhouse demo", run_dir, now=time())):
+        if not (run_dir / "models").exists():
+            torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
+            with whole_directory(run_dir / "models") as draft:
+                make_models(draft, config.corpus, Sizes(), cache_dir=cache_dir, console=console)
     console.print(_next_steps(config))
     made = pipeline.plan(config, run_dir=run_dir, cache_dir=cache_dir)
     pipeline.run(made)

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -15,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.command import Outcome, stillhouse
 from helpers.faults import FaultyS3, publications
 from helpers.world import TinyWorld
 from stillhouse import pipeline
@@ -87,14 +91,16 @@ def test_produce_then_train_through_s3_is_the_same_training_as_run(
     assert curve(made) == curve(undisturbed)
 
 
-@pytest.fixture
-def faulty_s3(s3_endpoint: str) -> Iterator[FaultyS3]:
-    with FaultyS3(s3_endpoint) as proxy:
-        yield proxy
-
-
-def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callable[[list[Row]], bool], s3: FaultyS3) -> int:
-    """Start the command on its own cluster, send the signal once the journal says so, and return the exit code."""
+def run_until(
+    made: Plan,
+    config: Path,
+    stop: signal.Signals,
+    *,
+    reached: Callable[[list[Row]], bool],
+    s3: FaultyS3,
+    meanwhile: Callable[[int], None] = lambda _pid: None,
+) -> int:
+    """Start the command on its own cluster, send the signal once the journal says so and `meanwhile` is done; return the exit code."""
     command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(made.run_dir)]
     environment = os.environ | {"XDG_CACHE_HOME": str(made.run_dir.parent / "cache"), "AWS_ENDPOINT_URL": s3.url}
     path = made.run_dir / "journal.jsonl"
@@ -108,6 +114,7 @@ def run_until(made: Plan, config: Path, stop: signal.Signals, *, reached: Callab
             while process.poll() is None and not reached(read_journal(path)):
                 assert monotonic() < deadline, Path(log.name).read_text()
                 sleep(0.2)
+            meanwhile(process.pid)
             process.send_signal(stop)
             return process.wait(timeout=60)
         finally:
@@ -124,23 +131,53 @@ def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
     return reached
 
 
-@pytest.mark.timeout(900)  # three starts of everything; seconds on a free machine, minutes on a busy one
-def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
-    undisturbed: Plan, tiny_world: TinyWorld, faulty_s3: FaultyS3, s3_endpoint: str, tmp_path: Path
-) -> None:
+@dataclass
+class Disturbed:
+    """A run that was killed and then interrupted, and what other commands were told while it was at work."""
+
+    made: Plan
+    pid: int = 0  # of the command that was killed
+    in_its_directory: Outcome | None = None
+    in_another: Outcome | None = None
+    changed: list[str] = field(default_factory=list)  # of its files, by commands that were refused
+
+
+@pytest.fixture(scope="module")
+def disturbed(tiny_world: TinyWorld, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
+    """With its checkpoints in a bucket, too, so that another run directory can name them."""
+    folder = tmp_path_factory.mktemp("disturbed")
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="grappa")
     settings = {"store": {"url": "s3://grappa/casks", "retain": "until-read"}, "cluster": {"num_cpus": 4}}
-    made = tiny_world.plan(tmp_path / "run", **settings, student=STUDENT | {"checkpoint_every_steps": 4})
-    config = tmp_path / "run.toml"
+    student = STUDENT | {"checkpoint_url": "s3://grappa/commits"}
+    made = tiny_world.plan(folder / "run", **settings, student=student | {"checkpoint_every_steps": 4})
+    config = folder / "run.toml"
     config.write_text(as_toml(made))
+    run = Disturbed(made)
 
-    first = faulty_s3.hold(publications(but=made.chunks[:12]))  # a step reads one chunk: no attempt can be done before its signal comes
-    assert run_until(made, config, signal.SIGKILL, reached=attempt_has_trained(1), s3=faulty_s3) == -signal.SIGKILL
-    second = faulty_s3.hold(publications(but=made.chunks[:24]))
-    faulty_s3.end(first)
-    assert run_until(made, config, signal.SIGINT, reached=attempt_has_trained(2), s3=faulty_s3) == 130
-    faulty_s3.end(second)
-    pipeline.run(tiny_world.plan(made.run_dir, **settings, student=STUDENT | {"checkpoint_every_steps": 100, "prefetch_batches": 1}))
+    def try_others(pid: int) -> None:
+        before = (made.run_dir / "config.json").read_bytes()
+        change = ("--set", "student.learning_rate = 3e-5")
+        run.pid = pid
+        run.in_its_directory = stillhouse("run", config, *change, "--run-dir", made.run_dir, cache=folder / "cache")
+        run.in_another = stillhouse("run", config, *change, "--run-dir", folder / "another", cache=folder / "cache")
+        run.changed += ["config.json"] if (made.run_dir / "config.json").read_bytes() != before else []
+        run.changed += [path.name for path in (folder / "another").iterdir() if path.name != "lock"]
+
+    with FaultyS3(s3_endpoint) as faulty_s3:
+        first = faulty_s3.hold(publications(but=made.chunks[:12]))  # a step reads one chunk: no attempt is done before its signal comes
+        reached = attempt_has_trained(1)
+        assert run_until(made, config, signal.SIGKILL, reached=reached, s3=faulty_s3, meanwhile=try_others) == -signal.SIGKILL
+        second = faulty_s3.hold(publications(but=made.chunks[:24]))
+        faulty_s3.end(first)
+        assert run_until(made, config, signal.SIGINT, reached=attempt_has_trained(2), s3=faulty_s3) == 130
+        faulty_s3.end(second)
+        pipeline.run(tiny_world.plan(made.run_dir, **settings, student=student | {"checkpoint_every_steps": 100, "prefetch_batches": 1}))
+        yield run
+
+
+@pytest.mark.timeout(900)  # three starts of everything; seconds on a free machine, minutes on a busy one
+def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(undisturbed: Plan, disturbed: Disturbed) -> None:
+    made = disturbed.made
     rows = journal(made)
     assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]
     assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["interrupted", "done"]
@@ -148,6 +185,17 @@ def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
     store = ChunkStore(made.config.store.url, made.recipe)
     assert [(reader.committed_step, reader.total_steps) for reader in registered(store).readers] == [(60, 60)]
     assert store.published() == set()  # every chunk was deleted once it was read, and none was needed again
+
+
+@pytest.mark.timeout(900)
+def test_a_second_command_is_refused_while_the_first_runs_and_changes_nothing(disturbed: Disturbed) -> None:
+    """In its run directory, and in another that names the same checkpoints; after the kill the same command went on."""
+    for refused in (disturbed.in_its_directory, disturbed.in_another):
+        assert refused is not None
+        assert refused.code == 2, refused
+        assert f"in use by process {disturbed.pid} on {socket.gethostname()} (`stillhouse run " in refused.err
+        assert "Traceback" not in refused.err
+    assert disturbed.changed == []
 
 
 def as_toml(made: Plan) -> str:
@@ -161,6 +209,40 @@ def as_toml(made: Plan) -> str:
 
 def as_toml_value(value: object) -> str:
     return "{}" if value == {} else json.dumps(value)
+
+
+@pytest.fixture(scope="module")
+def asked_again(undisturbed: Plan, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Outcome]:
+    """The finished run, in a copy of its directory, once more with another learning rate and without its control."""
+    folder = tmp_path_factory.mktemp("again")
+    shutil.copytree(undisturbed.run_dir, folder / "run")
+    made = tiny_world.plan(folder / "run", store={"url": undisturbed.config.store.url}, student=STUDENT | {"learning_rate": 3e-5})
+    (folder / "run.toml").write_text(as_toml(made))
+    return made, stillhouse("train", folder / "run.toml", "--run-dir", made.run_dir, cache=folder / "cache")
+
+
+def test_a_run_with_nothing_left_to_train_says_so_and_which_settings_had_no_effect(asked_again: tuple[Plan, Outcome]) -> None:
+    made, outcome = asked_again
+    words = (
+        "nothing left to train: all 60 steps are committed; these settings differ from those it was trained with and had no effect: "
+        "student.learning_rate = 3e-05 (trained with 0.003)"
+    )
+    assert outcome.code == 0, outcome
+    assert words in outcome.err
+    end = journal(made)[-1]
+    assert isinstance(end, EndRow)
+    assert (end.outcome, end.message, end.steps_taken, end.steps_done) == ("done", words, {}, {"student": 60})
+    assert config_of(made.run_dir).student.learning_rate == 3e-5  # what was asked for last
+
+
+def test_report_and_model_card_say_what_was_trained(asked_again: tuple[Plan, Outcome], tmp_path: Path) -> None:
+    made, _ = asked_again
+    trained = "learning rate 0.003, warm-up steps 5, then a cosine to 0 at step 60"
+    report = (made.run_dir / "report.html").read_text(encoding="utf-8")
+    assert trained in report
+    assert "learning rate 3e-05" not in report
+    pipeline.export_run(made, tmp_path / "student")
+    assert f"| AdamW | {trained} |" in (tmp_path / "student" / "README.md").read_text()
 
 
 def test_a_run_directory_is_refused_to_another_recipe_and_another_batch(undisturbed: Plan, tiny_world: TinyWorld) -> None:

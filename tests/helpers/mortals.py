@@ -49,7 +49,7 @@ class Mortals:
 
     def __init__(self, job: TrainJob, *, world_size: int, environment: Mapping[str, str], halt: Halt | None = None) -> None:
         forks = multiprocessing.get_context("forkserver")
-        forks.set_forkserver_preload([__name__])
+        forks.set_forkserver_preload([__name__, "helpers.holders"])
         meeting = f"file://{job.run_dir}/meeting-{uuid4().hex}"  # a free port might be taken before it is used
         arguments = [(job, rank, world_size, meeting, dict(environment), halt) for rank in range(world_size)]
         self._ranks = [forks.Process(target=_live, args=each, daemon=True) for each in arguments]

@@ -12,7 +12,10 @@ from helpers.training import first_gradients, loss_of_step, train_and_tell, with
 from helpers.world import TinyWorld
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
+from stillhouse.store.blobs import Blobs
+from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.export import export
+from stillhouse.student.fence import owner_key
 from stillhouse.student.job import TrainJob
 from stillhouse.tracking import TrainRow
 
@@ -108,6 +111,19 @@ def test_a_checkpoint_of_another_training_is_refused_on_every_rank(
             rank_groups[world_size].call(train_and_tell, other)
 
 
+def test_ranks_whose_command_was_replaced_commit_nothing_over_the_new_owner(job: TrainJob, rank_groups: Ranks, tmp_path: Path) -> None:
+    """Settings that may change on the way do not show in a commit's origin: it would stand for the new owner's own."""
+    mine = replace(with_student(job, checkpoint_url=str(tmp_path)), total_steps=1, owner=1)
+    blobs = Blobs(mine.place)
+    blobs.create(owner_key(1), b"mine")
+    blobs.create(owner_key(2), b"another's")
+    with pytest.raises(CheckpointError, match="belong to another command now"):
+        rank_groups[1].call(train_and_tell, mine)
+    assert newest_step(mine.checkpoints) == 0
+    rank_groups[1].call(train_and_tell, replace(mine, owner=2))
+    assert newest_step(mine.checkpoints) == 1
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_sequences(
     job: TrainJob, rank_groups: Ranks, stage: int, tmp_path: Path
@@ -157,7 +173,7 @@ def test_an_export_is_the_model_that_takes_the_next_step(
     steady = replace(steady, run_dir=tmp_path / "run", total_steps=3)
     rank_groups[2].call(train_and_tell, steady)
     out = tmp_path / "export"
-    assert export(steady.checkpoints, out, section=steady.section, tokenizer=load_tokenizer(steady.section.model), card="") == 3
+    assert export(steady.checkpoints, out, section=steady.section, tokenizer=load_tokenizer(steady.section.model), card=str) == 3
     following = rank_groups[2].call(train_and_tell, replace(steady, total_steps=4))[0]
     assert [row.step for row in following] == [4]
     assert loss_of_step(steady, 3, model=out) == pytest.approx(following[0].loss, rel=tolerance)

@@ -21,10 +21,14 @@ from stillhouse.demo import (
     learning_rate_share,
     llama_config,
     make_models,
+    run_demo,
     train_teacher,
     whole_directory,
 )
+from stillhouse.errors import ConfigError
 from stillhouse.models import check_head, check_packing, check_same_ids, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.pipeline.holder import Holder
+from stillhouse.pipeline.ownership import locked
 
 CORPUS = CorpusSection(dataset="stdlib", sequence_length=32, max_documents=12, heldout_sequences=16)
 SIZES = Sizes(
@@ -144,6 +148,12 @@ def test_a_directory_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
         (draft / "whole").touch()
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["whole"]
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_second_demo_does_not_make_models_beside_the_first(tmp_path: Path) -> None:
+    with locked(tmp_path, Holder.here("stillhouse demo", tmp_path, now=0.0)), pytest.raises(ConfigError, match=f"{tmp_path} is in use by"):
+        run_demo(tmp_path, cache_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_the_config_in_the_package_is_the_one_in_the_repository_and_its_models_are_where_the_demo_writes_them() -> None:

@@ -44,7 +44,7 @@ CONTROL = EvalRow("control", 10, 4096, 3.78, 0.62, 0.601, 0.05, 0.644, time=1302
 
 def _training(role: str, steps: range, begin: float, *, num_tokens: int = 200) -> list[Row]:
     return [
-        TrainRow(role, s, 2.0 / s, 1.5 / s, 3.0 + 1 / s, 0.7, 1e-4, num_tokens, 4.0, 1.0, 50.0, time=begin + 4.0 * (i + 1))
+        TrainRow(role, s, 2.0 / s, 1.5 / s, 3.0 + 1 / s, 0.7, 1e-4, num_tokens, 4.0, 1.0, 50.0, world_size=2, time=begin + 4.0 * (i + 1))
         for i, s in enumerate(steps)
     ]
 
@@ -70,6 +70,7 @@ def _summary(*rows: Row) -> Summary:
 
 
 def _run_dir(path: Path, rows: list[Row], config: dict[str, object] | None = None) -> Path:
+    path.mkdir(exist_ok=True)
     for row in rows:
         Journal(path / "journal.jsonl").record(row)
     if config is not None:
@@ -223,6 +224,52 @@ def test_the_page_tells_the_runs_figures(tmp_path):
     assert "ray 2.60.0, torch 2.13.0" in text
     assert "0f" * 32 in text
     assert "stillhouse run configs/demo.toml" in text
+
+
+ASKED = replace(START, learning_rate=3e-3, min_learning_rate=0.0, warmup_steps=5)
+LAST_ASKED = {"student": {"learning_rate": 3e-5, "warmup_steps": 7, "epochs": 99, "global_batch_sequences": 8}}
+
+
+def _facts(folder: Path, *rows: Row) -> str:
+    """The words of a page whose config was asked for after all these rows."""
+    return _Text(write_report(_run_dir(folder, list(rows), LAST_ASKED)).read_text(encoding="utf-8")).text
+
+
+def test_the_page_tells_the_schedule_that_was_trained_and_not_the_one_that_was_asked_for_last(tmp_path):
+    again = replace(ASKED, attempt=2, learning_rate=3e-5, warmup_steps=7, world_size=4, total_steps=8, time=2000.0)
+    idle = "nothing left to train: 10 steps are committed, and 8 are asked for"
+    text = _facts(tmp_path, ASKED, *TRAINED, again, EndRow("done", 1.0, idle, time=2001.0))
+    assert "Optimiser AdamW, sequences a step 8 Schedule learning rate 0.003, warm-up steps 5, then a cosine to 0 at step 10 Steps" in text
+    assert "Steps 10 taken, 8 asked for last" in text
+    assert "Ranks 2, DeepSpeed" in text
+    assert "2 ranks, ZeRO 2" in text
+    assert idle in text
+    assert "for all of its 10 steps" in text
+
+
+def test_the_page_tells_the_steps_of_each_schedule_where_it_changed(tmp_path):
+    """Steps 5 and 6 were lost and taken again; the control was trained by the second attempt alone, on one rank."""
+    again = replace(ASKED, attempt=2, learning_rate=1e-3, time=2000.0)
+    control = [replace(row, world_size=1) for row in _training("control", range(1, 11), 2100.0)]
+    text = _facts(tmp_path, ASKED, *_training("student", range(1, 7), 1050.0), again, *_training("student", range(5, 11), 2050.0), *control)
+    words = "learning rate {}, warm-up steps 5, then a cosine to 0 at step 10"
+    both = f"steps 1 to 4: {words.format('0.003')}; steps 5 to 10: {words.format('0.001')}"
+    assert f"Schedule of the student {both} Schedule of the control {words.format('0.001')} Steps" in text
+    assert "learning rate 3e-05" not in text
+
+
+def test_the_page_of_a_journal_without_schedules_tells_the_learning_rates_of_its_steps(tmp_path):
+    late = _training("student", range(5, 11), 1050.0)
+    assert "Schedule learning rate up to 0.0001 (the journal does not hold its schedule) Steps" in _facts(
+        tmp_path / "whole", START, *TRAINED
+    )
+    assert "Schedule steps 1 to 4: not in this journal; steps 5 to 10: learning rate up to 0.0001" in _facts(
+        tmp_path / "late", START, *late
+    )
+
+
+def test_before_the_first_step_the_page_tells_what_was_asked_for(tmp_path):
+    assert "then a cosine to 0 at step 10; no step was taken yet Steps 10, and" in _facts(tmp_path, ASKED)
 
 
 def test_the_page_follows_the_readers_light_or_dark(tmp_path):

@@ -86,7 +86,7 @@ ROWS = [
     RepairRow(3, time=1024.0),
     EvalRow("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1030.0),
     EvalRow("student", 10, 4096, 3.41, 0.31, 0.71, 0.03, 0.78, time=1031.0),
-    EndRow("done", 31.0, "", time=1032.0),
+    EndRow("done", 31.0, "", {"student": 6}, {"student": 10}, time=1032.0),
 ]
 SECRET = "s3cr3t-do-not-print-this-0123456789"
 
@@ -96,6 +96,17 @@ def test_every_row_comes_back_as_it_went_in_non_finite_numbers_included(tmp_path
     for row in ROWS:
         journal.record(row)
     assert [repr(row) for row in read_journal(journal.path)] == [repr(row) for row in ROWS]  # repr: nan is not equal to itself
+
+
+def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path):
+    """Starts without a schedule, ends without numbers of steps."""
+    whole = {"kind": "start", **asdict(START)}
+    for name in ("learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps", "committed_steps"):
+        del whole[name]
+    end = {"kind": "end", "time": 1032.0, "outcome": "done", "seconds": 31.0, "message": ""}
+    path = tmp_path / "journal.jsonl"
+    path.write_text("".join(json.dumps(values) + "\n" for values in (whole, end)))
+    assert read_journal(path) == [START, EndRow("done", 31.0, "", time=1032.0)]
 
 
 def test_each_line_is_strict_json_with_its_kind_and_time_first(tmp_path):

@@ -5,7 +5,9 @@
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from time import time
 from typing import Literal
 
 from stillhouse.board import Board
@@ -13,8 +15,12 @@ from stillhouse.cluster import attached, await_room, call_remotely, local_secret
 from stillhouse.config import ModelSection
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate
-from stillhouse.pipeline.directory import attempt, config_of, model_card
+from stillhouse.pipeline.attempt import attempt, learning_attempt
+from stillhouse.pipeline.card import model_card
+from stillhouse.pipeline.directory import config_of
+from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.machines import watched_machines
+from stillhouse.pipeline.ownership import locked
 from stillhouse.pipeline.places import require_shared
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.placement import Crews, placement, student_crew, teacher_crew
@@ -61,6 +67,22 @@ def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
 
 def train(made: Plan, *, command: str = "stillhouse train") -> None:
     """Train on a store that already holds what is needed, then evaluate and report. Raises StoreError where chunks are missing."""
+    ready = learning_attempt(made, command, require=lambda: _require_chunks(made))
+    with ready as (journal, owner), attached(made.config.cluster):
+        board = Board.create(journal.path)
+        with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            available = _room(made, student_crew(made.config.student), journal, unless=machines.require_driver)
+            _require_shared_places(made, available, at_store=[made.config.student], learning=True)
+            students = _Background(lambda: _learn(made, journal, owner.number, available=available, board=board, teachers_at_work=False))
+            students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
+            owner.require()
+            machines.require_driver()
+        _evaluate(made, journal, available=available)
+    write_report(made.run_dir)
+
+
+def _require_chunks(made: Plan) -> None:
+    """Register the students, so that nobody deletes their chunks, and raise StoreError where chunks are missing."""
     store = ChunkStore.create(made.config.store.url, made.recipe)
     _join_readers(made, store)
     missing = set(made.chunks) - store.published()
@@ -69,30 +91,21 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
             f"{len(missing)} of {len(made.chunks)} chunks are not in {made.config.store.url}; "
             "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
         )
-    with attempt(made, command) as journal, attached(made.config.cluster):
-        board = Board.create(journal.path)
-        with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
-            available = _room(made, student_crew(made.config.student), journal, unless=machines.require_driver)
-            _require_shared_places(made, available, at_store=[made.config.student], learning=True)
-            students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=False))
-            students.join(unless=machines.nobody_commits)
-            machines.require_driver()
-        _evaluate(made, journal, available=available)
-    write_report(made.run_dir)
 
 
 def run(made: Plan, *, command: str = "stillhouse run") -> None:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it goes on where it stopped."""
     _require_shared_store(made)
-    with attempt(made, command) as journal, attached(made.config.cluster):
+    with learning_attempt(made, command) as (journal, owner), attached(made.config.cluster):
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             everyone = teacher_crew(made.config.teacher) | student_crew(made.config.student)
             available = _room(made, everyone, journal, unless=machines.require_driver)
             _require_shared_places(made, available, at_store=[made.config.teacher, made.config.student], learning=True)
-            students = _Background(lambda: _learn(made, journal, available=available, board=board, teachers_at_work=True))
+            students = _Background(lambda: _learn(made, journal, owner.number, available=available, board=board, teachers_at_work=True))
 
             def finished() -> bool:
+                owner.require()
                 done = students.finished() or machines.nobody_commits()
                 if done:
                     machines.require_driver()
@@ -103,9 +116,9 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
     write_report(made.run_dir)
 
 
-def evaluate_run(made: Plan) -> dict[ModelName, Scores]:
+def evaluate_run(made: Plan, *, command: str = "stillhouse eval") -> dict[ModelName, Scores]:
     """Score teacher, student and control on the held-out split, and journal the scores."""
-    with attached(made.config.cluster) as available:
+    with locked(made.run_dir, Holder.here(command, made.run_dir, now=time())), attached(made.config.cluster) as available:
         return _evaluate(made, Journal(made.run_dir / "journal.jsonl"), available=available)
 
 
@@ -121,7 +134,7 @@ def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "
     job = next((job for job in made.jobs() if job.role == role), None)
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
-    return export(job.checkpoints, out, section=job.section, tokenizer=made.tokenizer, card=model_card(made, role))
+    return export(job.checkpoints, out, section=job.section, tokenizer=made.tokenizer, card=lambda steps: model_card(made, role, steps))
 
 
 def _room(made: Plan, crews: Crews, journal: Tracker, *, unless: Callable[[], None]) -> dict[str, float]:
@@ -215,9 +228,9 @@ def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
     return names
 
 
-def _learn(made: Plan, journal: Journal, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:
+def _learn(made: Plan, journal: Journal, owner: int, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:
     fit(
-        made.jobs(),
+        [replace(job, owner=owner) for job in made.jobs()],
         where=placement(made.config.student, available),
         threads=made.config.cluster.threads,
         secrets=local_secrets(),

@@ -19,7 +19,7 @@ from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, time_
 from stillhouse.report.goodput import incidents, recoveries
 from stillhouse.report.summary import Summary, summarise, verdict
 from stillhouse.report.words import date, duration, large, num_bytes, percent, small, times
-from stillhouse.tracking import EvalRow, StartRow, read_journal
+from stillhouse.tracking import EvalRow, StartRow, read_journal, schedule_of, words_of
 
 _ABSENT = "–"
 
@@ -128,7 +128,7 @@ def _tiles(summary: Summary) -> str:
         ("Kept mass", kept, kept_detail),
         ("Codec KL", codec_kl, kl_detail),
         ("Teachers, tokens/s", teacher_rate, f"{_count(start.num_teachers, 'replica')} asked for" if tokens else kept_detail),
-        ("Student, tokens/s", student_rate, f"{_count(start.world_size, 'rank')}, ZeRO {start.zero_stage}"),
+        ("Student, tokens/s", student_rate, f"{_ranks(summary)} rank{'' if _ranks(summary) == '1' else 's'}, ZeRO {start.zero_stage}"),
         ("Run time", duration(summary.run_s), _count(summary.num_attempts, "attempt") + idle),
     ]
     cells = (
@@ -272,17 +272,10 @@ def _facts(summary: Summary, config: Mapping[str, Any]) -> str:
             ),
         ),
         ("Loss", loss),
-        (
-            "Optimiser",
-            together(
-                ("AdamW, learning rate", setting("student", "learning_rate")),
-                ("warm-up steps", setting("student", "warmup_steps")),
-                ("sequences a step", setting("student", "global_batch_sequences")),
-                ("epochs", setting("student", "epochs")),
-            ),
-        ),
-        ("Steps", f"{start.total_steps:,}" + (", and as many of a control on the text alone" if start.control else "")),
-        ("Ranks", f"{start.world_size}, DeepSpeed ZeRO stage {start.zero_stage}"),
+        ("Optimiser", together(("AdamW, sequences a step", setting("student", "global_batch_sequences")))),
+        *_schedules(summary),
+        ("Steps", _steps(summary) + (", and as many of a control on the text alone" if start.control else "")),
+        ("Ranks", f"{_ranks(summary)}, DeepSpeed ZeRO stage {start.zero_stage}"),
         ("Attempts", f"{summary.num_attempts}, the first begun {date(summary.first_time)}"),
         ("Versions", together(*sorted(start.versions.items()))),
     ]
@@ -291,7 +284,32 @@ def _facts(summary: Summary, config: Mapping[str, Any]) -> str:
     return f'<table class="facts"><tbody>{rows}{recipe}</tbody></table>'
 
 
+def _schedules(summary: Summary) -> list[tuple[str, str]]:
+    """The learning rates in force at the steps that were taken: a config holds what was asked for last."""
+    trained = {role: words_of(found) for role, found in summary.trained.items()}
+    if not trained:
+        return [("Schedule", f"{asked.words()}; no step was taken yet" if (asked := schedule_of(summary.start)) else "")]
+    if len(set(trained.values())) == 1:
+        return [("Schedule", next(iter(trained.values())))]
+    return [(f"Schedule of the {role}", words) for role, words in trained.items()]
+
+
+def _steps(summary: Summary) -> str:
+    total = summary.start.total_steps
+    taken = summary.student[-1].step if summary.student else total
+    return f"{total:,}" if taken == total else f"{taken:,} taken, {total:,} asked for last"
+
+
+def _ranks(summary: Summary) -> str:
+    """How many took the student's steps; before the first, how many are asked for."""
+    sizes = sorted({size for each in summary.trained.get("student", ()) for size in each.world_sizes})
+    if not sizes:
+        return f"{summary.start.world_size}"
+    return f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+
+
 def _resolved(config: Mapping[str, Any]) -> str:
     if not config:
         return "<p>The run directory has no readable config.json.</p>"
-    return f"<details><summary>Resolved configuration</summary><pre>{escape(json.dumps(config, indent=2))}</pre></details>"
+    summary = "<summary>Resolved configuration, as it was last asked for</summary>"
+    return f"<details>{summary}<pre>{escape(json.dumps(config, indent=2))}</pre></details>"

@@ -9,8 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.tracking import ChunkRow, EndRow, EvalRow, PoolRow, Role, Row, StartRow, TrainRow, latest_train_rows
+from stillhouse.tracking import (
+    ChunkRow,
+    EndRow,
+    EvalRow,
+    PoolRow,
+    Role,
+    Row,
+    StartRow,
+    Stretch,
+    TrainRow,
+    latest_train_rows,
+    stretches,
+)
 
+_ROLES: tuple[Role, ...] = ("student", "control")
 _SAME = 0.005  # nats: cross-entropies nearer than this are called equal
 
 
@@ -29,6 +42,7 @@ class Summary:
     chunks: list[ChunkRow]  # in the order in which they were published
     student: list[TrainRow]
     control: list[TrainRow]
+    trained: dict[Role, list[Stretch]]  # of each role that took a step: under which settings
     evals: dict[str, EvalRow]  # the last for each model
 
     @property
@@ -48,6 +62,7 @@ def summarise(rows: Sequence[Row]) -> Summary | None:
         return None
     timeline, idle_s = _timeline(rows)
     after_start = rows[rows.index(starts[-1]) :]
+    trained: dict[Role, list[Stretch]] = {role: found for role in _ROLES if (found := stretches(rows, role))}
     chunks = {row.chunk: row for row in rows if isinstance(row, ChunkRow) and not row.duplicate}
     return Summary(
         start=starts[-1],
@@ -61,6 +76,7 @@ def summarise(rows: Sequence[Row]) -> Summary | None:
         chunks=sorted(chunks.values(), key=lambda row: row.time),
         student=latest_train_rows(rows, "student"),
         control=latest_train_rows(rows, "control"),
+        trained=trained,
         evals={row.model: row for row in rows if isinstance(row, EvalRow)},
     )
 
@@ -193,5 +209,6 @@ def _without_evaluation(summary: Summary) -> str:
     last = summary.student[-1]
     how = f"loss {last.loss:.2f}" if last.divergence is None else f"divergence from the teacher {last.divergence:.2f}"
     if summary.student_done:
-        return f"The student was trained for all of its {total:,} steps ({how} nats a token at the last), and not evaluated yet."
+        all_steps = max(total, last.step)  # fewer may be asked for than were taken
+        return f"The student was trained for all of its {all_steps:,} steps ({how} nats a token at the last), and not evaluated yet."
     return f"Training stands at step {last.step:,} of {total:,} ({how} nats a token), and nothing was evaluated yet."

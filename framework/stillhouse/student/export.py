@@ -1,5 +1,6 @@
 """A committed checkpoint as a plain Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,17 +13,17 @@ from stillhouse.student.checkpoint import newest_copy
 from stillhouse.student.engine import consolidated_weights, weight_files
 
 
-def export(checkpoints: str, out: Path, *, section: StudentSection, tokenizer: PreTrainedTokenizerBase, card: str) -> int:
+def export(checkpoints: str, out: Path, *, section: StudentSection, tokenizer: PreTrainedTokenizerBase, card: Callable[[int], str]) -> int:
     """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype, config, tokenizer and model card.
 
-    Returns the number of optimiser steps behind the weights. Raises CheckpointError where there is no commit, or where its weights
-    do not fit the model.
+    `card` makes the card of a number of steps. Returns the number of optimiser steps behind the weights. Raises CheckpointError where
+    there is no commit, or where its weights do not fit the model.
     """
     model, steps = load_trained(checkpoints, section)
     model.generation_config = generation_config_of(section) or model.generation_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    (out / "README.md").write_text(card(steps), encoding="utf-8")
     return steps
 
 

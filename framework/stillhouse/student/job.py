@@ -28,12 +28,17 @@ class TrainJob:
     store_url: str
     run_dir: Path
     total_steps: int
+    owner: int | None = None  # the number under which its command owns the place of checkpoints; None: no command does, as in a bench
+
+    @property
+    def place(self) -> str:
+        """The URL under which the commits of all roles are; one command owns it."""
+        return place_of_checkpoints(self.section, self.run_dir)
 
     @property
     def checkpoints(self) -> str:
         """The URL under which its commits are."""
-        root = self.section.checkpoint_url
-        return str(self.run_dir / "checkpoints" / self.role) if root is None else f"{root.rstrip('/')}/{self.role}"
+        return f"{self.place}/{self.role}"
 
     @property
     def origin(self) -> Origin:
@@ -60,6 +65,11 @@ class TrainJob:
             total_steps=self.total_steps,
             committed_step=committed_step,
         )
+
+
+def place_of_checkpoints(section: StudentSection, run_dir: Path) -> str:
+    """Where the commits of all roles of a run are."""
+    return str(run_dir / "checkpoints") if section.checkpoint_url is None else section.checkpoint_url.rstrip("/")
 
 
 def where_it_goes_on(section: StudentSection, run_dir: Path) -> str:

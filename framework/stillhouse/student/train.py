@@ -4,6 +4,7 @@ A plain function of a job and an existing process group. It resumes by itself: w
 there, with however many ranks there are now.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from time import monotonic, time
@@ -16,9 +17,11 @@ from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
 from stillhouse.store import ChunkStore, StoreUnavailable, readers
+from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.collectives import gathered
 from stillhouse.student.engine import StudentEngine, learning_rate_at
+from stillhouse.student.fence import require_owner
 from stillhouse.student.job import TrainJob
 from stillhouse.student.lifeline import Lifeline
 from stillhouse.student.loader import Batch, BatchReader
@@ -146,6 +149,7 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
         keep=job.section.keep_checkpoints,
         on_commit=on_commit,
         on_delay=on_delay,
+        require_owner=_fence(job),
     )
 
 
@@ -156,6 +160,17 @@ def _kept_mass_over_ranks(batch: Batch, device: torch.device) -> float:
     dist.all_reduce(sums)
     mass, num_tokens = sums.tolist()
     return mass / max(num_tokens, 1.0)
+
+
+def _fence(job: TrainJob) -> Callable[[], None]:
+    """What raises once another command owns the place of the checkpoints."""
+    blobs = Blobs(job.place)
+
+    def require() -> None:
+        if job.owner is not None:
+            require_owner(blobs, job.owner)
+
+    return require
 
 
 def _train_one(engine: StudentEngine, batch: Batch, job: TrainJob, lifeline: Lifeline, *, began: float) -> TrainRow:

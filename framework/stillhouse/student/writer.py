@@ -53,10 +53,14 @@ class CheckpointWriter:
         keep: int,
         on_commit: Callable[[Commit, float, float], None],
         on_delay: Callable[[int, str], None],
+        require_owner: Callable[[], None] = lambda: None,
         patience_s: float = 30.0,
         files: FileLayer = DISK,
     ) -> None:
-        """`patience_s`: how long one request to the store may be tried again before `on_delay` is called."""
+        """`require_owner` raises where another command has taken the checkpoints over: then rank 0 commits and deletes nothing more.
+
+        `patience_s`: how long one request to the store may be tried again before `on_delay` is called.
+        """
         self._blobs = Blobs(url, patience_s=patience_s, files=files)
         self._origin = origin
         self._attempt = attempt
@@ -64,6 +68,7 @@ class CheckpointWriter:
         self._keep = keep
         self._on_commit = on_commit
         self._on_delay = on_delay
+        self._require_owner = require_owner
         self._step_on_time: int | None = None  # that of what is on its way, until it is late
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -124,9 +129,11 @@ class CheckpointWriter:
             return
         everything = {name: digest for rank in range(self._world_size) for name, digest in self._part(folder, rank).items()}
         made = Commit(snapshot.step, self._attempt, self._world_size, self._origin, everything)
+        self._insist(self._require_owner)
         standing = self._insist(lambda: publish(self._blobs, made))
         self._on_commit(standing, monotonic() - snapshot.began, blocking_s)
         self._step_on_time = None  # it is safe: what comes now may take its time
+        self._insist(self._require_owner)
         self._insist(lambda: retain(self._blobs, self._keep))
 
     def _put(self, key: str, state: Any) -> tuple[int, str]:

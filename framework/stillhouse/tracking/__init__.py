@@ -23,6 +23,7 @@ from stillhouse.tracking.rows import (
     WaitRow,
     latest_train_rows,
 )
+from stillhouse.tracking.trained import Stretch, nothing_left, schedule_of, stretches, words_of
 from stillhouse.tracking.views import ProgressView, WandbView
 
 __all__ = [
@@ -44,12 +45,17 @@ __all__ = [
     "SetAsideRow",
     "StallRow",
     "StartRow",
+    "Stretch",
     "TeacherRow",
     "Tracker",
     "TrainRow",
     "WaitRow",
     "WandbView",
     "latest_train_rows",
+    "nothing_left",
     "read_journal",
+    "schedule_of",
     "scrubbed",
+    "stretches",
+    "words_of",
 ]

@@ -42,6 +42,12 @@ class StartRow(Row):
     num_teachers: int  # replicas asked for
     total_steps: int  # optimiser steps of the student
     control: bool  # whether a control student is trained too
+    learning_rate: float | None = None  # of the schedule that is asked for; None, as below: of a version that did not say it
+    min_learning_rate: float | None = None
+    warmup_steps: int | None = None
+    epochs: int | None = None
+    max_steps: int | None = None  # None: not limited, too
+    committed_steps: dict[str, int] = field(default_factory=dict)  # role -> optimiser steps in its newest commit as the attempt begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +234,8 @@ class EndRow(Row):
     outcome: Literal["done", "interrupted", "failed"]
     seconds: float  # of this attempt
     message: str
+    steps_taken: dict[str, int] = field(default_factory=dict)  # role -> optimiser steps in this attempt, each as often as it was taken
+    steps_done: dict[str, int] = field(default_factory=dict)  # role -> optimiser steps that its weights have now, of all attempts
 
 
 ROW_TYPES: dict[str, type[Row]] = {

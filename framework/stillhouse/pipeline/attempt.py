@@ -1,0 +1,192 @@
+"""An attempt: one command's use of a run directory, from the lock to the `end` row of its journal."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic, time
+from typing import Literal
+
+from rich.console import Console
+
+from stillhouse.errors import InterruptedRunError, RunError
+from stillhouse.pipeline.directory import claim, leave_former_place, require_same_run
+from stillhouse.pipeline.holder import Holder
+from stillhouse.pipeline.ownership import Owner, locked, owned
+from stillhouse.pipeline.plan import Plan
+from stillhouse.store import ChunkStore
+from stillhouse.student.checkpoint import newest_step
+from stillhouse.tracking import EndRow, Journal, JournalReader, ProgressView, StartRow, TrainRow, WandbView, nothing_left
+
+_FOLLOW_EVERY_S = 0.5
+_VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
+
+
+@contextmanager
+def attempt(plan: Plan, command: str) -> Iterator[Journal]:
+    """Use the run directory without training: lock it, write down what is asked, journal start and end, and show the journal.
+
+    Raises RecipeError where the directory belongs to another run, and ConfigError where another command is using it; a command that is
+    refused leaves config.json, recipe.json and the journal as they are.
+    """
+    with locked(plan.run_dir, Holder.here(command, plan.run_dir, now=time())):
+        require_same_run(plan)
+        with _journalled(plan, command, committed={}) as journal:
+            yield journal
+
+
+@contextmanager
+def learning_attempt(plan: Plan, command: str, *, require: Callable[[], None] = lambda: None) -> Iterator[tuple[Journal, Owner]]:
+    """The same, for a command that trains: it also owns the place of the checkpoints, which another run directory may name as well.
+
+    `require` raises what else keeps the command from beginning.
+    """
+    holder = Holder.here(command, plan.run_dir, now=time())
+    with locked(plan.run_dir, holder):
+        require_same_run(plan)
+        with owned(plan.jobs()[0].place, holder, say=_say) as owner:
+            require()
+            committed: dict[str, int] = {job.role: newest_step(job.checkpoints) for job in plan.jobs()}
+            with _journalled(plan, command, committed=committed) as journal:
+                yield journal, owner
+
+
+def _say(words: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(words, markup=False, highlight=False)
+
+
+@contextmanager
+def _journalled(plan: Plan, command: str, *, committed: Mapping[str, int]) -> Iterator[Journal]:
+    """Write down what is asked, then what happens. `committed`: of each role that is trained, the steps in its newest commit."""
+    # what is asked
+    began = monotonic()
+    before = claim(plan)
+    store = ChunkStore.create(plan.config.store.url, plan.recipe)
+    if before is not None:
+        leave_former_place(plan, before.student, store)
+
+    # the start row, and what it leads to
+    journal = Journal(plan.run_dir / "journal.jsonl")
+    reader = JournalReader(journal.path)
+    earlier = reader.new_rows()
+    start = _start_row(plan, command, sum(isinstance(row, StartRow) for row in earlier) + 1, committed)
+    journal.record(start)
+    idle = nothing_left(earlier, start)
+    if idle:
+        _say(idle)
+
+    # what happens, and how it ends
+    ending = _Ending(journal, reader, began, committed, idle)
+    with ending.journalled():
+        views = _views(plan)
+    with _shown(journal.path, views), ending.journalled("done"):
+        yield journal
+
+
+class _Ending:
+    """Writes the `end` row of an attempt."""
+
+    def __init__(self, journal: Journal, reader: JournalReader, began: float, committed: Mapping[str, int], idle: str) -> None:
+        """`reader` is behind the start row; `idle` is what is said where the attempt takes no step because none is left."""
+        self._journal, self._reader, self._began, self._committed, self._idle = journal, reader, began, committed, idle
+
+    @contextmanager
+    def journalled(self, outcome: Literal["done"] | None = None) -> Iterator[None]:
+        """Journal how the block ended: with `outcome` where it went well and one is given, always where it raised."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._record("interrupted", "Ctrl-C; the same command goes on from here")
+            raise
+        except InterruptedRunError as error:
+            self._record("interrupted", str(error))
+            raise
+        except BaseException as error:
+            self._record("failed", str(error))
+            raise
+        if outcome is not None:
+            self._record(outcome)
+
+    def _record(self, outcome: Literal["done", "interrupted", "failed"], message: str = "") -> None:
+        try:
+            steps = [row for row in self._reader.new_rows() if isinstance(row, TrainRow)]
+        except RunError:
+            steps = []  # a damaged journal must not hide what ended the attempt
+        taken = dict(Counter[str](row.role for row in steps))
+        done = dict(self._committed) | {row.role: row.step for row in steps}
+        if outcome == "done" and not taken:
+            message = self._idle
+        self._journal.record(EndRow(outcome, monotonic() - self._began, message, taken, done))
+
+
+def _views(plan: Plan) -> list[ProgressView | WandbView]:
+    section = plan.config.tracking
+    if section.wandb == "off":
+        return [ProgressView()]
+    first = next(row for row in JournalReader(plan.run_dir / "journal.jsonl").new_rows() if isinstance(row, StartRow))
+    values = plan.config.model_dump(mode="json")
+    return [ProgressView(), WandbView(section, plan.run_dir, config=values, run_id=section.run_id or _run_id(first))]
+
+
+def _run_id(first: StartRow) -> str:
+    """The W&B id of a run that was given none: the same for as long as its journal keeps its first row."""
+    return f"{first.recipe_fingerprint[:8]}-{round(first.time * 1000):x}"
+
+
+def _start_row(plan: Plan, command: str, number: int, committed: Mapping[str, int]) -> StartRow:
+    config, corpus, student = plan.config, plan.split.train, plan.config.student
+    return StartRow(
+        attempt=number,
+        command=command,
+        versions={name: version(name) for name in _VERSIONED},
+        teacher=config.teacher.model,
+        student=student.model,
+        recipe_fingerprint=plan.recipe.fingerprint,
+        num_chunks=len(plan.chunks),
+        num_sequences=corpus.num_sequences,
+        sequence_length=corpus.sequence_length,
+        num_targets=corpus.num_targets,
+        bytes_per_token=plan.recipe.codec.bytes_per_token,
+        num_draws=plan.recipe.num_draws,
+        vocab_size=plan.recipe.vocab_size,
+        k=plan.recipe.k,
+        world_size=student.num_workers,
+        zero_stage=student.zero_stage,
+        num_teachers=config.teacher.max_replicas,
+        total_steps=plan.total_steps,
+        control=config.evaluate.control,
+        learning_rate=student.learning_rate,
+        min_learning_rate=student.min_learning_rate,
+        warmup_steps=student.warmup_steps,
+        epochs=student.epochs,
+        max_steps=student.max_steps,
+        committed_steps=dict(committed),
+    )
+
+
+@contextmanager
+def _shown(journal: Path, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
+    """Feed new journal rows to the views from a thread: whatever writes the journal, on whichever machine, is seen."""
+    reader = JournalReader(journal)
+    stopped = threading.Event()
+
+    def feed() -> None:
+        while True:
+            last = stopped.wait(_FOLLOW_EVERY_S)
+            for row in reader.new_rows():
+                for view in views:
+                    view.record(row)
+            if last:
+                return
+
+    thread = threading.Thread(target=feed, name="journal-views", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        for view in views:
+            view.close()

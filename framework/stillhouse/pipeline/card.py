@@ -1,0 +1,69 @@
+"""The model card of an exported model: what it learned from, how it was trained, and how well, as far as the journal knows."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from stillhouse.pipeline.plan import Plan
+from stillhouse.tracking import EvalRow, Role, Row, read_journal, stretches, words_of
+
+
+def model_card(plan: Plan, role: Role, steps: int) -> str:
+    """The README of a model after `steps` optimiser steps."""
+    rows = read_journal(plan.run_dir / "journal.jsonl")
+    config, recipe = plan.config, plan.recipe
+    lesson = (
+        "the text alone"
+        if role == "control"
+        else f"the top {recipe.k} log-probabilities of {config.teacher.model} and {_rest(recipe.num_draws)}"
+    )
+    schedule = words_of(stretches(rows, role, until=steps)) or "not in the run's journal"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [distillation, stillhouse]",
+        "---",
+        f"# {Path(config.student.model).name}, distilled from {Path(config.teacher.model).name}",
+        "",
+        f"Trained by Stillhouse {version('stillhouse')} on {lesson}.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| student | {config.student.model} (from {config.student.init}) |",
+        f"| teacher | {config.teacher.model}, {config.teacher.dtype} |",
+        f"| data | {config.corpus.dataset}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
+        f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, plus {config.student.ce_weight:g} of cross-entropy |",
+        f"| optimiser steps | {steps:,} of {config.student.global_batch_sequences} sequences |",
+        f"| AdamW | {schedule} |",
+        f"| recipe | `{recipe.fingerprint}` |",
+    ]
+    return "\n".join(lines + _scores(rows)) + "\n"
+
+
+def _rest(num_draws: int) -> str:
+    return f"{num_draws} draws from the rest" if num_draws else "the mass of the rest"
+
+
+def _scores(rows: Sequence[Row]) -> list[str]:
+    """The last evaluation of each model; it may be of an earlier step than the exported one."""
+    scores = {row.model: row for row in rows if isinstance(row, EvalRow)}
+    if not scores:
+        return []
+    return [
+        "",
+        "Held-out text, exact and dense:",
+        "",
+        "| model | after steps | cross-entropy | KL from the teacher | top-1 agreement | acceptance |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {name} | {'' if name == 'teacher' else f'{row.step:,}'} | {row.cross_entropy:.4f} | "
+            + " | ".join(map(_figure, (row.kl, row.agreement, row.acceptance)))
+            + " |"
+            for name, row in scores.items()
+        ),
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,96 @@
+"""A process that holds what one command alone may use: who it is, for a refusal that names it, and whether it is still there."""
+
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+from uuid import uuid4
+
+import xxhash
+
+from stillhouse.redaction import scrub
+
+_NO_PROCESS = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One use of a run directory by one process. Plain values, so that it can be written beside what is held."""
+
+    host: str
+    pid: int
+    command: str  # as the user typed it, without secrets
+    since: float  # unix seconds
+    run_dir: str
+    machine: str  # one boot and one process namespace, within which a pid means one process; empty where that cannot be known
+    born: str  # when the process began, as its system counts: a pid is given again
+    token: str  # of this one use
+
+    @classmethod
+    def here(cls, command: str, run_dir: Path, *, now: float) -> Self:
+        """This process."""
+        pid = os.getpid()
+        return cls(socket.gethostname(), pid, scrub(command), now, str(run_dir), _machine(), _born(pid), uuid4().hex)
+
+    def state(self) -> Literal["alive", "gone", "unknown"]:
+        """Whether the process still exists; unknown where it is not on this machine, or in another container of it."""
+        if not self.machine or self.machine != _machine():
+            return "unknown"
+        return "alive" if _born(self.pid) == self.born else "gone"
+
+    def words(self) -> str:
+        since = datetime.fromtimestamp(self.since, tz=UTC).strftime("%-d %B %Y, %H:%M:%S UTC")
+        return f"process {self.pid} on {self.host} (`{self.command}`, since {since})"
+
+    def packed(self, **more: object) -> bytes:
+        """As JSON with a checksum, and with these plain values beside it."""
+        values = {**asdict(self), **more}
+        return json.dumps({**values, "xxh3": _digest_of(values)}).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was read: the holder, None where it is damaged or of another version, and what was written beside it."""
+
+    data: bytes
+    holder: Holder | None
+    more: dict[str, Any]
+
+    @classmethod
+    def parsed(cls, data: bytes) -> Self:
+        try:
+            values = json.loads(data)
+            if values.pop("xxh3") != _digest_of(values):
+                return cls(data, None, {})
+            own = {field.name: values.pop(field.name) for field in fields(Holder)}
+            return cls(data, Holder(**own), values)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return cls(data, None, {})
+
+    def words(self) -> str:
+        return "another command, whose record cannot be read" if self.holder is None else self.holder.words()
+
+
+def _machine() -> str:
+    """Linux alone says it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _born(pid: int) -> str:
+    """The clock ticks between the machine's boot and the start of a process; empty where there is no such process, or only a zombie."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return _NO_PROCESS
+    return _NO_PROCESS if state in "ZX" else rest[18]
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())

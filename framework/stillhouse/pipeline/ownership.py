@@ -1,0 +1,191 @@
+"""One command at a time: the lock of a run directory, and the owner of a place of checkpoints, which may be a bucket.
+
+    <run directory>/lock                      locked by the kernel (flock) for as long as the command lives; its text names the holder
+    <place of checkpoints>/owner-00000003.json    the owner, renewed every few seconds; the next owner creates the next number
+
+A kill frees the lock at once. An owner that was killed is known to be gone on its own machine; elsewhere it is taken for gone when its
+record has not changed for `Lease.lease_s`, by the clock of the one who watches it, so that no two clocks are compared.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Self
+
+from stillhouse import atomic
+from stillhouse.errors import CheckpointError, ConfigError, StoreError
+from stillhouse.pipeline.holder import Holder, Record
+from stillhouse.store.blobs import Blobs
+from stillhouse.student.fence import newest_owner, owner_key, owner_numbers, require_owner
+
+_RENEWAL_PATIENCE_S = 5.0  # for one request: a renewal that fails is tried again, and a command that ends does not wait for a store
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """How long an owner may be silent."""
+
+    lease_s: float = 60.0
+    renew_every_s: float = 10.0
+    look_every_s: float = 1.0  # of who waits for the end of another's lease
+
+
+@contextmanager
+def locked(run_dir: Path, holder: Holder) -> Iterator[None]:
+    """Hold the run directory, which is made where it is not there, for as long as the block lasts.
+
+    Raises ConfigError, which names the holder, where another command holds it.
+    """
+    path = run_dir / "lock"
+    try:
+        atomic.make_directory(run_dir)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"cannot make {path}: {error.strerror}; name another --run-dir") from None
+    try:
+        _lock(descriptor, run_dir, holder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, run_dir: Path, holder: Holder) -> None:
+    text = holder.packed()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.pwrite(descriptor, text, 0)
+        os.ftruncate(descriptor, len(text))
+    except BlockingIOError:
+        raise ConfigError(
+            f"{run_dir} is in use by {_who_locked(descriptor)}. Two commands in one run directory would overwrite each other's "
+            "checkpoints: wait for that one or end it, then give this command again; or name another --run-dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{run_dir} cannot be locked: {error.strerror}; name a --run-dir on a file system that has locks (flock) and room"
+        ) from None
+
+
+def _who_locked(descriptor: int) -> str:
+    record = Record.parsed(os.pread(descriptor, 1 << 16, 0))
+    has_just_begun = record.holder is not None and record.holder.state() == "gone"  # so the text is still of the one before
+    return "another command, which has just begun" if has_just_begun else record.words()
+
+
+class Owner:
+    """The ownership of a place of checkpoints while the block lasts: a thread renews it, and finds out where it was taken over."""
+
+    def __init__(self, url: str, number: int, holder: Holder, lease: Lease) -> None:
+        self.number = number
+        self._blobs = Blobs(url, patience_s=_RENEWAL_PATIENCE_S)
+        self._holder, self._lease = holder, lease
+        self._lost: CheckpointError | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="checkpoint-owner", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        if not self.is_lost():
+            with suppress(StoreError):  # then its lease runs out
+                self._write(released=True)
+
+    def is_lost(self) -> bool:
+        """Whether another command has taken the checkpoints over, as far as is known."""
+        return self._lost is not None
+
+    def require(self) -> None:
+        """Raise CheckpointError where another command has taken the checkpoints over."""
+        if self._lost is not None:
+            raise self._lost
+
+    def _renew(self) -> None:
+        num_renewals = 0
+        while not self._stopped.wait(self._lease.renew_every_s):
+            with suppress(StoreError):  # one that does not answer cannot be written by another owner either
+                try:
+                    require_owner(self._blobs, self.number)
+                except CheckpointError as error:
+                    self._lost = error
+                    return
+                num_renewals += 1
+                self._write(renewal=num_renewals)
+
+    def _write(self, **more: object) -> None:
+        self._blobs.replace(owner_key(self.number), self._holder.packed(**more))
+
+
+def owned(url: str, holder: Holder, *, say: Callable[[str], None], lease: Lease = Lease()) -> Owner:
+    """Become the owner of the checkpoints under `url`, to be entered at once.
+
+    `say` is told what is waited for. Raises ConfigError, which names the owner, where that one is alive.
+    """
+    blobs = Blobs(url)
+    while True:
+        newest = newest_owner(blobs)
+        if newest > 0:
+            _await_end(blobs, newest, lease, say)
+        number = newest + 1
+        blobs.create(owner_key(number), holder.packed())  # False also where it was written, and the answer was lost
+        if _is_owner(blobs, number, holder):
+            break
+    with suppress(StoreError):  # only to tidy up
+        for earlier in owner_numbers(blobs)[:-1]:
+            blobs.delete(owner_key(earlier))
+    return Owner(url, number, holder, lease)
+
+
+def _is_owner(blobs: Blobs, number: int, holder: Holder) -> bool:
+    """Whether this number is ours, and still the newest: who was slow may have created one that was taken and tidied away before."""
+    record = _record(blobs, number)
+    return record is not None and record.holder == holder and newest_owner(blobs) == number
+
+
+def _await_end(blobs: Blobs, number: int, lease: Lease, say: Callable[[str], None]) -> None:
+    """Return once the owner is gone, or is not the newest any more. Raises ConfigError where it is alive."""
+    first = _record(blobs, number)
+    if first is None or _is_over(first):
+        return
+    if first.holder is not None and first.holder.state() == "alive":
+        raise _refusal(blobs.url, first)
+    say(
+        f"the checkpoints under {blobs.url} belong to {first.words()}; "
+        f"from here it cannot be seen whether it lives, so this one waits up to {lease.lease_s:g} s for a sign of it"
+    )
+    deadline = monotonic() + lease.lease_s
+    while monotonic() < deadline:
+        sleep(lease.look_every_s)
+        now = _record(blobs, number)
+        if now is None or _is_over(now):
+            return
+        if now != first:
+            raise _refusal(blobs.url, now)
+
+
+def _record(blobs: Blobs, number: int) -> Record | None:
+    """None where a newer owner has tidied it away."""
+    try:
+        return Record.parsed(bytes(blobs.read(owner_key(number))))
+    except FileNotFoundError:
+        return None
+
+
+def _is_over(record: Record) -> bool:
+    return bool(record.more.get("released")) or (record.holder is not None and record.holder.state() == "gone")
+
+
+def _refusal(url: str, record: Record) -> ConfigError:
+    where = "" if record.holder is None else f" in the run directory {record.holder.run_dir}"
+    return ConfigError(
+        f"the checkpoints under {url} are in use by {record.words()}{where}. Two commands would commit over each other: "
+        "wait for that one or end it, then give this command again; or give this run a student.checkpoint_url of its own"
+    )
