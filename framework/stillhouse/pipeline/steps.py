@@ -20,6 +20,8 @@ from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.placement import Crews, placement, student_crew, teacher_crew
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader
+from stillhouse.store.blobs import Blobs
+from stillhouse.store.probe import require_create_only
 from stillhouse.store.readers import join, leave, reader_name
 from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.job import order_of_reader, where_it_goes_on
@@ -142,11 +144,16 @@ def _room(made: Plan, crews: Crews, journal: Tracker, *, unless: Callable[[], No
 
 
 def _require_shared_places(made: Plan, available: Mapping[str, float], *, at_store: Sequence[ModelSection], learning: bool) -> None:
-    """Of the machines of these crews the store, and of all machines the checkpoints: the student is scored where a teacher fits."""
+    """Of the machines of these crews the store, and of all machines the checkpoints: the student is scored where a teacher fits.
+
+    The checkpoints' place has to refuse to create what is there already, too.
+    """
     require_shared(made.config.store.url, [placement(each, available) for each in at_store], what="chunks", setting="store.url")
     if learning:
         everyone = [placement(each, available) for each in (made.config.teacher, made.config.student)]
-        require_shared(made.jobs()[0].checkpoints, everyone, what="checkpoints", setting="student.checkpoint_url")
+        checkpoints = made.jobs()[0].checkpoints
+        require_shared(checkpoints, everyone, what="checkpoints", setting="student.checkpoint_url")
+        require_create_only(Blobs(checkpoints))
 
 
 def _require_shared_store(made: Plan) -> None:

@@ -14,6 +14,7 @@ from stillhouse.board import Past, Summons
 from stillhouse.errors import StudentError
 from stillhouse.models import load_model
 from stillhouse.store import ChunkStore, StoreUnavailable, readers
+from stillhouse.store.patience import Tell
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
@@ -22,7 +23,7 @@ from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.restore import restore
 from stillhouse.student.universal import convert
 from stillhouse.student.writer import CheckpointWriter, attempt_name
-from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, RecoveryRow, Tracker, TrainRow
+from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, OutageRow, RecoveryRow, Tracker, TrainRow
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
@@ -32,8 +33,10 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
     not finite.
     """
     rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
-    lifeline.at(0, "start")
-    with restore(job.checkpoints, origin=job.origin, convert=convert) as found:
+    on_outage = _teller(job, journal, rank=rank)
+    lifeline.at(0, "commit")  # a large checkpoint takes long to read, and a bucket may be away
+    with restore(job.checkpoints, origin=job.origin, convert=convert, tell=on_outage) as found:
+        lifeline.at(0, "start")
         done = 0 if found is None else found.step
         past = _begin(lifeline, job, done) if rank == 0 else None
         for problem in found.passed_over if found is not None and rank == 0 else ():
@@ -44,7 +47,10 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
         if found is not None:
             engine.load(found)
     try:
-        with _reader(job, lifeline, start=done, rank=rank, world_size=world_size, device=device) as reader, _writer(job, journal) as writer:
+        with (
+            _reader(job, lifeline, start=done, rank=rank, world_size=world_size, device=device, on_outage=on_outage) as reader,
+            _writer(job, journal) as writer,
+        ):
             submitted, due = done, False
             for step in range(done, job.total_steps):
                 began = monotonic()
@@ -106,7 +112,16 @@ def _engine(job: TrainJob, *, device: torch.device, world_size: int) -> StudentE
     )
 
 
-def _reader(job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_size: int, device: torch.device) -> BatchReader:
+def _teller(job: TrainJob, journal: Tracker, *, rank: int) -> Tell:
+    def tell(seconds: float, why: str) -> None:
+        journal.record(OutageRow(f"{job.role}, rank {rank}", seconds, why))
+
+    return tell
+
+
+def _reader(
+    job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_size: int, device: torch.device, on_outage: Tell
+) -> BatchReader:
     return BatchReader(
         ChunkStore(job.store_url, job.recipe),
         job.order,
@@ -117,6 +132,7 @@ def _reader(job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_s
         stop=job.total_steps,
         prefetch=job.section.prefetch_batches,
         on_bad_chunk=lifeline.report_bad_chunk,
+        on_outage=on_outage,
         pin_memory=device.type == "cuda",
     )
 
