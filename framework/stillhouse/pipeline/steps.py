@@ -63,6 +63,7 @@ def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
 
 def train(made: Plan, *, command: str = "stillhouse train") -> None:
     """Train on a store that already holds what is needed, then evaluate and report. Raises StoreError where chunks are missing."""
+    _require_create_only_checkpoints(made)
     store = ChunkStore.create(made.config.store.url, made.recipe)
     _join_readers(made, store)
     missing = set(made.chunks) - store.published()
@@ -86,6 +87,7 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
 def run(made: Plan, *, command: str = "stillhouse run") -> None:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it goes on where it stopped."""
     _require_shared_store(made)
+    _require_create_only_checkpoints(made)
     with attempt(made, command) as journal, attached(made.config.cluster):
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
@@ -144,21 +146,21 @@ def _room(made: Plan, crews: Crews, journal: Tracker, *, unless: Callable[[], No
 
 
 def _require_shared_places(made: Plan, available: Mapping[str, float], *, at_store: Sequence[ModelSection], learning: bool) -> None:
-    """Of the machines of these crews the store, and of all machines the checkpoints: the student is scored where a teacher fits.
-
-    The checkpoints' place has to refuse to create what is there already, too.
-    """
+    """Of the machines of these crews the store, and of all machines the checkpoints: the student is scored where a teacher fits."""
     require_shared(made.config.store.url, [placement(each, available) for each in at_store], what="chunks", setting="store.url")
     if learning:
         everyone = [placement(each, available) for each in (made.config.teacher, made.config.student)]
-        checkpoints = made.jobs()[0].checkpoints
-        require_shared(checkpoints, everyone, what="checkpoints", setting="student.checkpoint_url")
-        require_create_only(Blobs(checkpoints))
+        require_shared(made.jobs()[0].checkpoints, everyone, what="checkpoints", setting="student.checkpoint_url")
 
 
 def _require_shared_store(made: Plan) -> None:
     if made.config.store.url.startswith("memory:"):
         raise StoreError("a memory:// store cannot be shared between processes; give store.url a directory or a bucket")
+
+
+def _require_create_only_checkpoints(made: Plan) -> None:
+    for job in made.jobs():
+        require_create_only(Blobs(job.checkpoints))
 
 
 def _teach(
