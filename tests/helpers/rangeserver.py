@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         here = self.server.behaviour
         if self._refused():
-            return
+            return None
         path = urlsplit(self.path).path
         found = here.objects.get(path)
         if found is None:

@@ -116,7 +116,8 @@ def test_a_truncated_answer_moves_no_recipe(proxy: FaultyS3, bucket: str):
     assert ChunkStore.create(store.url, RECIPE).published() == set()
 
 
-def test_a_chunk_that_is_really_damaged_is_condemned(proxy: FaultyS3, bucket: str, s3_endpoint: str):
+@pytest.mark.usefixtures("proxy")
+def test_a_chunk_that_is_really_damaged_is_condemned(bucket: str, s3_endpoint: str):
     store = ChunkStore.create(f"s3://{bucket}/store", RECIPE)
     data = pack_chunk(make_chunk(RECIPE, 0), RECIPE)
     client = boto3.client("s3", endpoint_url=s3_endpoint, **KEYS)

@@ -14,8 +14,9 @@ Tell = Callable[[float, str], None]  # (seconds that the outage has lasted, the 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long an unavailable store is waited for. Each request has a patience of its own before, so both come a little later."""
+    """How long an unavailable store is waited for, from the first request that failed on."""
 
+    request_s: float = 30.0  # for which one request is tried again before it fails; see Blobs
     tell_after_s: float = 60.0
     end_after_s: float = 1800.0
     first_pause_s: float = 0.5  # between two tries; the next is twice as long

@@ -47,7 +47,7 @@ def restore(url: str, *, origin: Origin, convert: Convert, tell: Tell, patience:
     A store that is unavailable is waited for, which `tell` hears of. Raises on every rank CheckpointError where no commit verifies or the
     newest is of another training, and StoreUnavailable at the end of the patience.
     """
-    blobs = Blobs(url)
+    blobs = Blobs(url, patience_s=patience.request_s)
     with scratch_folder() as scratch:
         group = _Group.gathered(patience, tell)
         found, passed_over = group.choose(blobs, scratch)

@@ -59,14 +59,10 @@ class CheckpointWriter:
         keep: int,
         on_commit: Callable[[Commit, float, float], None],
         on_delay: Callable[[int, str], None],
-        patience_s: float = 30.0,
         patience: Patience = DEFAULT_PATIENCE,
     ) -> None:
-        """`patience_s`: how long one request to the store may be tried again before `on_delay` is called.
-
-        `patience`: how long an outage may last while somebody waits for a checkpoint.
-        """
-        self._blobs = Blobs(url, patience_s=patience_s)
+        """`patience`: how long one request may be tried before `on_delay` is called, and an outage may last while somebody waits."""
+        self._blobs = Blobs(url, patience_s=patience.request_s)
         self._template = Commit(0, attempt, world_size, origin, {})  # of all commits here: step and files differ
         self._rank, self._keep = rank, keep
         self._on_commit = on_commit
