@@ -14,7 +14,7 @@ from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Digest
 
 NUM_BYTES = 5_000_000_000
-MOST_BYTES = 400 << 20  # 128 MiB of ranges, what obstore's connections hold, and what the allocator keeps
+MOST_BYTES = 256 << 20  # 128 MiB of ranges, what obstore's connections hold, and what the allocator keeps
 
 
 @pytest.mark.long_form

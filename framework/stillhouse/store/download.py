@@ -62,9 +62,13 @@ def _whole_range(open_range: OpenRange, start: int, end: int) -> tuple[int, list
             for piece in body:
                 pieces.append(piece)
                 at += len(piece)
+                if at > end:
+                    break
         except StoreUnavailable as error:
             problem = error
-        if problem is None and at >= end:
+        if at > end:
+            raise StoreUnavailable(f"the answer to a request for the bytes up to {end} goes on after them; try again")
+        if at == end:
             return object_bytes, pieces
         if at == before:
             raise problem or StoreUnavailable(f"the answer to a request for the bytes from {at} to {end} was empty; try again")

@@ -54,6 +54,7 @@ _BY_CODE: Mapping[str, Meaning] = {
     **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"), _EXPIRED),
     **dict.fromkeys(("InvalidToken", "InvalidAccessKeyId", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidSecurity"), _INVALID),
     **dict.fromkeys(("AuthenticationFailed", "InvalidAuthenticationInfo"), _INVALID),
+    **dict.fromkeys(("AccessDenied", "AllAccessDisabled", "AuthorizationFailure"), _RIGHTS),
     **dict.fromkeys(("RequestTimeTooSkewed", "RequestInTheFuture"), _CLOCK),
     **dict.fromkeys(("NoSuchBucket", "ContainerNotFound", "FilesystemNotFound", "InvalidBucketName"), _NO_BUCKET),
     **dict.fromkeys(
