@@ -82,6 +82,14 @@ _BY_STATUS: Mapping[int, Meaning] = {
     507: _FULL,
 }
 
+_BY_WORDS: Mapping[str, Meaning] = {  # of obstore, where it had no answer, or one that it did not accept
+    "redirect without LOCATION": _ELSEWHERE,
+    "non-partial response when range requested": _NO_RANGES,
+    "HTTP error: ": _BUSY,
+    "Requested ": _CUT,  # "Requested 0..6000, got 0..100"
+    "credential": _NO_CREDENTIALS,
+}
+
 _DEBUG_DUMP = "\n\nDebug source:"
 _STATUS = re.compile(r"Server returned non-2xx status code: (\d{3})\b")
 _CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>|\(code: ([\w.]+)\)")
@@ -131,15 +139,6 @@ def _meaning(error: Exception, said: str) -> Meaning:
         if words in said:
             return meaning
     return _ODD
-
-
-_BY_WORDS: Mapping[str, Meaning] = {  # of obstore, where it had no answer, or one that it did not accept
-    "redirect without LOCATION": _ELSEWHERE,
-    "non-partial response when range requested": _NO_RANGES,
-    "HTTP error: ": _BUSY,
-    "Requested ": _CUT,  # "Requested 0..6000, got 0..100"
-    "credential": _NO_CREDENTIALS,
-}
 
 
 def _said(error: Exception) -> str:

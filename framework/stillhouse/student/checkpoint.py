@@ -276,7 +276,7 @@ class Digest:
         return self._size, self._hasher.hexdigest()
 
 
-_TWO_READS = (RANGE_BYTES, RANGE_BYTES - (1 << 20))
+_TWO_READS = (RANGE_BYTES, RANGE_BYTES - (1 << 20))  # range_bytes of each: the second read sends different requests
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError)
 
 
