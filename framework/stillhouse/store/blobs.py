@@ -121,7 +121,7 @@ class Blobs:
     def pieces(self, key: str, *, range_bytes: int = RANGE_BYTES) -> Iterator[memoryview]:
         """A whole object of any size, some MiB at a time at most. Raises FileNotFoundError if there is none.
 
-        From an object store it comes by ranges of `range_bytes`, as `download` says. A second read with another `range_bytes` sends different
+        From an object store it comes by ranges of `range_bytes`, as `download` says. A second read with another `range_bytes` sends other
         requests, so that a caching proxy cannot answer it with what it answered to the first.
         """
         if self.directory is None:

@@ -93,6 +93,7 @@ _BY_WORDS: Mapping[str, Meaning] = {  # of obstore, where it had no answer, or o
 _DEBUG_DUMP = "\n\nDebug source:"
 _STATUS = re.compile(r"Server returned non-2xx status code: (\d{3})\b")
 _CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>|\(code: ([\w.]+)\)")
+_BODY = re.compile(r"<\?xml|<Error")
 _SYSTEM_ERROR = re.compile(r"os error (\d+)\)")
 _METADATA_SERVICE = re.compile(r"169\.254\.169\.254|metadata\.google")
 _NO_PERMISSION, _NO_SPACE = (1, 13, 30), (27, 28, 122)  # EPERM, EACCES, EROFS; EFBIG, ENOSPC, EDQUOT
@@ -102,7 +103,7 @@ def explain(error: Exception, *, doing: str, url: str) -> StoreError:
     """A library's or the system's error as one that says what to do."""
     said = _said(error)
     meaning = _meaning(error, said)
-    return meaning.kind(f"cannot {doing} in {url}: {meaning.advice} ({_first_line(said)})")
+    return meaning.kind(f"cannot {doing} in {url}: {meaning.advice} ({_in_short(said)})")
 
 
 def meaning_of(status: int, code: str) -> Meaning:
@@ -155,5 +156,7 @@ def _code_in(said: str) -> str:
     return match[1] or match[2] if match else ""
 
 
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no detail"])[0][:300]
+def _in_short(said: str) -> str:
+    """The first line, with the code of an answer instead of its body, which may name keys."""
+    line = (said.strip().splitlines() or ["no detail"])[0]
+    return f"{_BODY.split(line)[0][:300]}{_code_in(said)}"
