@@ -46,6 +46,7 @@ ANSWERS = [
     (503, "SlowDown", StoreUnavailable, BUSY),
     (504, "", StoreUnavailable, BUSY),
     (507, "XMinioStorageFull", StoreUnavailable, "quota spent"),
+    (404, "NoSuchUpload", StoreUnavailable, BUSY),  # its parts are gone: the whole stream is put again
     (400, "BadDigest", StoreUnavailable, "is not whole"),
 ]
 

@@ -172,15 +172,16 @@ class ProgressView:
                 self._train = row
                 self._train_pace.add(row.time, row.step)
             case DelayRow():
-                return self._say(f"the {row.role}'s checkpoint of step {row.step} cannot be written yet: {row.why}")
+                self._say(f"the {row.role}'s checkpoint of step {row.step} cannot be written yet: {row.why}")
+                return
             case OutageRow():
-                return self._say(f"{row.who} has waited for {row.seconds:.0f} s: {row.why}")
+                self._say(f"{row.who} has waited for {row.seconds:.0f} s: {row.why}")
+                return
             case _:
-                return None
+                return
         self._stale = True
         if self._clock() - self._last_shown >= self._every_s:
             self._show()
-        return None
 
     def _say(self, line: str) -> None:
         if self._clock() - self._last_said >= _SAY_EVERY_S:
