@@ -6,6 +6,7 @@ other machines have to say: the run directory need not be shared.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import StillhouseError, StoreError
 from stillhouse.notices import Notice
 from stillhouse.redaction import scrub
 from stillhouse.shell import learn_secrets
@@ -88,6 +89,11 @@ class _Board:
     def record(self, row: Row) -> None:
         assert self._journal is not None
         self._journal.record(row)
+
+    def mention(self, row: Row) -> None:
+        if self._journal is not None:
+            with suppress(StoreError):
+                self._journal.record(row)
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         self._cursors[reader] = num_chunks
@@ -212,6 +218,10 @@ class Board:
             ray.get(self._actor.record.remote(scrubbed(row if row.time else replace(row, time=time()))))
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, StillhouseError) else error) from None
+
+    def mention(self, row: Row) -> None:
+        """Have a row written down where there is a journal that can be written. Returns at once; nobody hears of a failure."""
+        self._actor.mention.remote(row if row.time else replace(row, time=time()))
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         """`reader` will never again need the first `num_chunks` chunks of the reading order. Returns at once."""

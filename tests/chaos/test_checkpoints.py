@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -11,15 +12,20 @@ from typing import Any, NamedTuple
 import boto3
 import pytest
 
-from helpers.checkpoints import ORIGIN, snapshot_of
-from helpers.faults import FaultyS3, Matches, Request
+from helpers.checkpoints import ORIGIN, make, snapshot_of
+from helpers.faults import FaultyS3, Matches, Request, everything
 from helpers.mortals import Halt, Mortals
+from helpers.ranks import RankGroup
+from helpers.training import restored_through
 from helpers.world import TinyWorld
+from stillhouse.store.blobs import Blobs
+from stillhouse.store.patience import Patience
 from stillhouse.student.checkpoint import Commit, newest, newest_step
 from stillhouse.student.job import TrainJob
 from stillhouse.student.writer import CheckpointWriter
 from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow
 
+COLLECTIVES_S = 3.0  # the time-out of the process group in tests of restoring
 STEPS, EVERY = 20, 4  # the second checkpoint is due at step 8, and is taken then or, while the first is on its way, soon after
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -156,7 +162,7 @@ def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_w
     def on_commit(*made: Any) -> None:
         committed.append(made)
 
-    only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1, "patience_s": 0.2}
+    only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1, "patience": Patience(request_s=0.2)}
     with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=lambda *delay: delays.append(delay)) as writer:
         writer.submit(snapshot_of(3))
         until(lambda: len(proxy.refused) >= 10)
@@ -168,6 +174,39 @@ def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_w
         assert writer.wait()
         assert len(delays) == len(committed) == 1
     assert newest(url) == committed[0][0]
+
+
+def test_a_bucket_that_is_away_while_a_group_restarts_is_waited_for_by_every_rank(
+    rank_groups: dict[int, RankGroup], s3_endpoint: str, proxy: FaultyS3, tmp_path: Path
+) -> None:
+    """It is away for longer than a collective may take; and when it is back, the first answer for a file comes cut short."""
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="away")
+    url = f"s3://away/{tmp_path.name}"
+    make(url, 10, 20)
+    patience = Patience(request_s=0.2, tell_after_s=0.5, last_pause_s=0.5)
+    outage = proxy.refuse(everything, status=503)
+    with ThreadPoolExecutor(1) as threads:
+        restoring = threads.submit(rank_groups[2].call, restored_through, url, proxy.url, patience, COLLECTIVES_S)
+        until(lambda: restoring.done() or proxy.refused)
+        began = monotonic()
+        until(lambda: restoring.done() or monotonic() - began > 1.2 * COLLECTIVES_S)
+        proxy.truncate(lambda request: request.method == "GET" and "step-00000020.a/model_states.pt" in request.path, times=1)
+        proxy.end(outage)
+        (first, told_first), (second, told_second) = restoring.result(timeout=120)
+    assert (first, second) == ("step 20", "step 20")
+    assert [len(told_first), len(told_second)] == [1, 0]
+    assert "too busy" in told_first[0]
+    assert sorted(Blobs(url).names()) == ["step-00000010.json", "step-00000020.json"]
+
+
+def test_a_bucket_that_stays_away_ends_the_restart_on_every_rank(
+    rank_groups: dict[int, RankGroup], s3_endpoint: str, proxy: FaultyS3
+) -> None:
+    assert s3_endpoint != proxy.url
+    proxy.refuse(everything, status=503)
+    patience = Patience(request_s=0.1, tell_after_s=0.0, end_after_s=0.5, last_pause_s=0.1)
+    answers = rank_groups[2].call(restored_through, "s3://away/nothing", proxy.url, patience, COLLECTIVES_S)
+    assert all("too busy" in answer and "given up" in answer for answer, _ in answers)
 
 
 FILES = {

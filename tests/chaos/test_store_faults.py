@@ -23,7 +23,7 @@ from helpers.command import as_toml, stillhouse
 from helpers.damage import flip_bit, places, small_disk, with_flipped_bit
 from helpers.faults import FaultyS3, everything, publications
 from helpers.ranks import RankGroup
-from helpers.training import ListTracker, train_and_tell, train_through
+from helpers.training import ListTracker, refuse_outage, train_and_tell, train_through
 from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.board import Board
@@ -34,6 +34,7 @@ from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since, config_of
 from stillhouse.placement import placement
 from stillhouse.store import Chunk, ChunkStore, Reader, readers, verify_store
+from stillhouse.store.patience import Patience
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import TeacherJob, publish_when_possible
 from stillhouse.teacher.crew import RayCrew
@@ -338,7 +339,8 @@ def batches_of(made: Plan, *, on_bad_chunk: Callable[[int], object]) -> list[tup
     """What a student of one rank is given: the sequences of each step, and the ids of their tokens and targets."""
     store = ChunkStore(made.config.store.url, made.recipe)
     whole = {"rank": 0, "world_size": 1, "micro_batch": 8, "start": 0, "stop": NUM_STEPS, "prefetch": 2}
-    with BatchReader(store, made.order, **whole, on_bad_chunk=lambda number: on_bad_chunk(number) and None) as reader:
+    report = {"on_bad_chunk": lambda number: on_bad_chunk(number) and None, "on_outage": refuse_outage}
+    with BatchReader(store, made.order, **whole, **report) as reader:
         batches = [reader.next()[0] for _ in range(NUM_STEPS)]
     return [
         (
@@ -383,4 +385,4 @@ def publish_all(made: Plan, url: str) -> None:
     """Bring every chunk of the plan's store to another, as a teacher would."""
     source, target = ChunkStore(made.config.store.url, made.recipe), ChunkStore.create(url, made.recipe)
     for number in made.chunks:
-        publish_when_possible(target, source.fetch(number), patience_s=PATIENCE_S)
+        publish_when_possible(target, source.fetch(number), patience=Patience(end_after_s=PATIENCE_S), tell=refuse_outage)

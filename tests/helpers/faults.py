@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 _LOOK_EVERY_S = 0.05
 _CHUNK = re.compile(r"/chunks/(\d{10})\.safetensors")
+_FIRST_BYTE = re.compile(r"bytes (\d+)-")
 _NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -51,6 +52,7 @@ class Fault:
     status: int | None  # what is answered in the server's place; None: it is passed on
     seconds: float  # that it is kept before
     times: float  # that it still strikes
+    truncates: bool = False  # what the server answers is handed on by half, well-formed
 
 
 class FaultyS3:
@@ -115,6 +117,10 @@ class FaultyS3:
         """Answer matching requests with the status in the server's place, so many times."""
         return self._begin(Fault(matches, status, 0.0, times))
 
+    def truncate(self, matches: Matches, *, times: float) -> Fault:
+        """Hand on half of what the server answers to matching requests, as if the object were no longer, so many times."""
+        return self._begin(Fault(matches, None, 0.0, times, truncates=True))
+
     def end(self, *faults: Fault) -> None:
         """End these faults, or every one; what they hold goes on."""
         with self._lock:
@@ -161,7 +167,7 @@ class FaultyS3:
         except OSError:  # the server has ended
             handler.close_connection = True
             return
-        _answer(handler, *answer)
+        _answer(handler, *(_halved(*answer) if fault is not None and fault.truncates else answer))
 
     def _kept(self, request: Request, fault: Fault, client: socket.socket) -> bool:
         """Keep a request for as long as its fault wants; False where the client went away meanwhile."""
@@ -209,10 +215,19 @@ def _answer(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str
         handler.close_connection = True
 
 
+def _halved(status: int, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+    if status not in (200, 206):
+        return status, headers, body
+    start = int(match[1]) if (match := _FIRST_BYTE.match(headers.get("Content-Range", ""))) else 0
+    half = body[: len(body) // 2]
+    end = start + len(half)
+    lies = {"Content-Range": f"bytes {start}-{end - 1}/{end}"} if status == 206 else {}
+    return status, headers | lies, half
+
+
 def _error(status: int) -> bytes:
-    code, words = {503: ("SlowDown", "Please reduce your request rate.")}.get(
-        status, ("InternalError", "We encountered an internal error.")
-    )
+    known = {403: ("AccessDenied", "Access denied."), 503: ("SlowDown", "Please reduce your request rate.")}
+    code, words = known.get(status, ("InternalError", "We encountered an internal error."))
     return f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{words}</Message></Error>".encode()
 
 

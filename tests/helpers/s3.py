@@ -5,6 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """What a process needs in its environment to speak to this endpoint."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "an-id",
+        "AWS_SECRET_ACCESS_KEY": "a-secret",
+        "AWS_REGION": "us-east-1",
+    }
+
+
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Its endpoint, which every process started after this one finds in its environment."""
@@ -14,13 +25,7 @@ def s3_server() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
-    os.environ |= {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "an-id",
-        "AWS_SECRET_ACCESS_KEY": "a-secret",
-        "AWS_REGION": "us-east-1",
-    }
+    os.environ |= s3_environment(endpoint)
     try:
         yield endpoint
     finally:

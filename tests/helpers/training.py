@@ -3,21 +3,26 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
+from helpers.checkpoints import ORIGIN
 from stillhouse.board import Cause, Past, Phase, Summons
 from stillhouse.models import final_hidden, head_of, load_model
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, StoreUnavailable
+from stillhouse.store.patience import Patience
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
 from stillhouse.student.loss import distillation_loss, divergence_named
-from stillhouse.student.restore import Restored
+from stillhouse.student.restore import Restored, restore
 from stillhouse.student.train import train
+from stillhouse.student.universal import convert
 from stillhouse.tracking import Row, TrainRow
 
 CPU = torch.device("cpu")
@@ -57,6 +62,11 @@ class Alone:
         refuse_bad_chunk(number)
 
 
+def refuse_outage(seconds: float, why: str) -> None:
+    """For stores that are never away."""
+    raise AssertionError(f"the store was away for {seconds:.0f} s: {why}")
+
+
 def train_and_tell(job: TrainJob) -> list[TrainRow]:
     """Train the job; rank 0's training rows, in order."""
     tracker = ListTracker()
@@ -71,6 +81,22 @@ def train_through(job: TrainJob, endpoint: str) -> list[TrainRow]:
     try:
         return train_and_tell(job)
     finally:
+        os.environ["AWS_ENDPOINT_URL"] = before
+
+
+def restored_through(url: str, endpoint: str, patience: Patience, timeout_s: float) -> tuple[str, list[str]]:
+    """What restoring the checkpoints of ORIGIN comes to, and what was told of the wait; a collective may take `timeout_s` meanwhile."""
+    told: list[str] = []
+    before = os.environ["AWS_ENDPOINT_URL"]
+    os.environ["AWS_ENDPOINT_URL"] = endpoint
+    distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+    try:
+        with restore(url, origin=ORIGIN, convert=convert, tell=lambda _, why: told.append(why), patience=patience) as found:
+            return f"step {found.step if found else 0}", told
+    except StoreUnavailable as error:
+        return str(error), told
+    finally:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=60))
         os.environ["AWS_ENDPOINT_URL"] = before
 
 
@@ -95,6 +121,7 @@ def first_gradients(job: TrainJob) -> dict[str, Tensor]:
         stop=1,
         prefetch=1,
         on_bad_chunk=refuse_bad_chunk,
+        on_outage=refuse_outage,
     )
     with reader:
         batch, _ = reader.next()
@@ -132,9 +159,8 @@ def loss_of_step(job: TrainJob, step: int, *, model: Path) -> float:
     """The mean loss that a plain Hugging Face model has on the batch of one step, in this process, without an engine."""
     section = job.section.model_copy(update={"model": str(model), "init": "weights"})
     store = ChunkStore(job.store_url, job.recipe)
-    reader = BatchReader(
-        store, job.order, rank=0, world_size=1, micro_batch=64, start=step, stop=step + 1, prefetch=1, on_bad_chunk=refuse_bad_chunk
-    )
+    where = {"rank": 0, "world_size": 1, "micro_batch": 64, "start": step, "stop": step + 1, "prefetch": 1}
+    reader = BatchReader(store, job.order, **where, on_bad_chunk=refuse_bad_chunk, on_outage=refuse_outage)
     with reader:
         batch, _ = reader.next()
     (whole,) = batch.micro_batches

@@ -10,7 +10,7 @@ from helpers.processes import kill_one
 from stillhouse.board import Beat, Board, News, Past, Summons
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.notices import Notice
-from stillhouse.tracking import DamagedRow, read_journal
+from stillhouse.tracking import DamagedRow, OutageRow, read_journal
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -120,3 +120,12 @@ def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(t
     assert row.time == pytest.approx(time(), abs=60)
     with pytest.raises(StoreError, match=r"cannot append to .*absent"):
         Board.create(tmp_path / "absent" / "journal.jsonl").record(DamagedRow("student", "another"))
+
+
+def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobody_where_it_cannot(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    for each in (Board.create(path), Board.create(), Board.create(tmp_path / "absent" / "journal.jsonl")):
+        each.mention(OutageRow("teacher on n1", 61.0, "too busy"))
+        assert each.read() == News({}, frozenset(), {})  # calls are served in order, so it has been mentioned
+    (row,) = read_journal(path)
+    assert (row.who, row.seconds, row.why) == ("teacher on n1", 61.0, "too busy")

@@ -16,6 +16,7 @@ from stillhouse.tracking import (
     EndRow,
     Journal,
     NoticeRow,
+    OutageRow,
     PoolRow,
     RecoveryRow,
     RepairRow,
@@ -277,6 +278,7 @@ def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
         SetAsideRow(3, [1, 2], "IndexError", time=1043.0),
         DelayRow("student", 2, 0, "the store is too busy", time=1044.0),
         DelayRow("student", 2, 1, "the store is too busy", time=1044.5),
+        OutageRow("student, rank 1", 61.0, "the store is too busy", time=1044.6),
     ]
     pages = {}
     for name, rows in {"calm": [START, step(1, 10.0), end(10.0)], "stormy": [*RECOVERED[:-1], *more, RECOVERED[-1]]}.items():
@@ -291,5 +293,6 @@ def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
         "1 notice of a machine",
         "2 sequences set",
         "1 checkpoint that the store did not take at once",
+        "1 long wait for a store that was unavailable",
     ):
         assert words in pages["stormy"]

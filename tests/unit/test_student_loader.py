@@ -20,6 +20,7 @@ from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.logits import decode
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, Recipe, StoreUnavailable, pack_chunk
+from stillhouse.store.patience import Patience
 from stillhouse.student.loader import Batch, BatchReader, MicroBatch, chunks_read_ahead, refuse_bad_chunk, steps_in_a_stretch
 from stillhouse.student.order import Order
 from stillhouse.teacher.model import WorkItem
@@ -79,7 +80,7 @@ def flip_last_bit(data: bytes) -> bytes:
 def reader_of(
     store: ChunkStore, *, order: Order = ORDER, start: int = 0, stop: int = NUM_STEPS, prefetch: int = 2, **changes
 ) -> BatchReader:
-    settled = {"rank": 0, "world_size": 1, "micro_batch": 2, "on_bad_chunk": refuse_bad_chunk} | changes
+    settled = {"rank": 0, "world_size": 1, "micro_batch": 2, "on_bad_chunk": refuse_bad_chunk, "on_outage": pytest.fail} | changes
     return BatchReader(store, order, start=start, stop=stop, prefetch=prefetch, **settled)
 
 
@@ -289,6 +290,37 @@ def test_a_store_that_does_not_answer_is_asked_again(store: WatchedStore):
     for ours, theirs in zip(read(store), wanted, strict=True):
         assert_same(ours, theirs)
     assert next(answers, None) is None
+
+
+def test_a_store_that_stays_away_is_told_once_and_given_up(store: WatchedStore):
+    def refuse(_number: int) -> None:
+        raise StoreUnavailable("busy")
+
+    store.before = refuse
+    told: list[tuple[float, str]] = []
+    patience = Patience(tell_after_s=0.0, end_after_s=0.2)
+    with (
+        reader_of(store, patience=patience, on_outage=lambda *words: told.append(words)) as reader,
+        pytest.raises(StoreUnavailable, match=r"busy; after 0 s of waiting it is given up.*run again to go on from there"),
+    ):
+        reader.next()
+    assert told == [(0.0, "busy")]
+
+
+def test_outages_with_an_answer_between_are_not_added_up(store: WatchedStore):
+    """Each chunk is refused once, so no outage lasts; together they would outlast this patience by far."""
+    wanted = read(store)
+    refused: set[int] = set()
+
+    def away_at_first(number: int) -> None:
+        if number not in refused:
+            refused.add(number)
+            raise StoreUnavailable("busy")
+
+    store.before = away_at_first
+    for ours, theirs in zip(read(store, patience=Patience(end_after_s=0.02)), wanted, strict=True):
+        assert_same(ours, theirs)
+    assert refused == set(range(RECIPE.num_chunks))
 
 
 def test_any_other_error_of_the_store_is_raised_as_itself(store: WatchedStore):

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from helpers.checkpoints import ORIGIN, snapshot_of, write_files
+from helpers.rangeserver import RangeServer, Refusal
+from helpers.s3 import s3_environment
 from stillhouse.errors import CheckpointError, StoreError
+from stillhouse.store import StoreUnavailable
+from stillhouse.store.patience import Patience
 from stillhouse.student.checkpoint import Commit, Origin, folder_of, newest, part_of
 from stillhouse.student.snapshot import HostMemory, Snapshot
 from stillhouse.student.writer import CheckpointWriter
@@ -110,6 +114,23 @@ def test_an_error_comes_back_in_the_training_thread_once(tmp_path: Path):
         other.submit(snapshot_of(4))
         assert other.wait()
         assert not other.busy
+
+
+def test_who_waits_for_a_store_that_stays_away_gets_its_words_in_the_end(monkeypatch: pytest.MonkeyPatch):
+    """Training alone would go on, and the checkpoint be tried again, for as long as it takes."""
+    with RangeServer(refusal=Refusal(503, "SlowDown")).running() as server:
+        for name, value in s3_environment(server.endpoint).items():
+            monkeypatch.setenv(name, value)
+        delays: list[tuple[int, str]] = []
+        only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1, "on_commit": pytest.fail}
+        patience = Patience(request_s=0.05, end_after_s=0.5)
+        with CheckpointWriter("s3://bucket/root", **only, on_delay=lambda *delay: delays.append(delay), patience=patience) as own:
+            own.submit(snapshot_of(3))
+            until(lambda: len(delays) == 1)
+            assert not own.wait(0.1)
+            with pytest.raises(StoreUnavailable, match=r"too busy.*after 0 s of waiting it is given up"):
+                own.wait()
+    assert delays[0][0] == 3
 
 
 def test_an_error_is_told_to_who_only_asks(tmp_path: Path):

@@ -1,6 +1,7 @@
 """A teacher's chunk holds the records of all its targets, measured; it is kept while the store cannot take it, and never made twice."""
 
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, encode, fidelity
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, StoreUnavailable
+from stillhouse.store.patience import Patience
 from stillhouse.teacher.actor import is_there, publish_when_possible, records_of
 
 RECIPE = small_recipe()
+BRIEF = Patience(first_pause_s=0.01, last_pause_s=0.01)
+BRIEF_END = Patience(tell_after_s=0.0, end_after_s=0.1, first_pause_s=0.01, last_pause_s=0.01)
 
 
 class RefusingStore(ChunkStore):
@@ -34,22 +38,24 @@ def store(tmp_path: Path) -> RefusingStore:
 
 def test_a_full_store_is_waited_for(store: RefusingStore):
     store.refusals = iter([StoreUnavailable("the disk is full")])
-    ref = publish_when_possible(store, make_chunk(RECIPE, 1), patience_s=60)
+    ref = publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF, tell=pytest.fail)
     assert (ref.number, ref.duplicate) == (1, False)
     assert store.published() == {1}
 
 
-def test_patience_ends_with_what_the_store_said(store: RefusingStore):
-    store.refusals = iter([StoreUnavailable("the disk is full"), StoreUnavailable("never asked again")])
-    with pytest.raises(StoreUnavailable, match="the disk is full"):
-        publish_when_possible(store, make_chunk(RECIPE, 1), patience_s=0)
+def test_a_store_that_stays_away_is_told_once_and_given_up_with_what_it_said(store: RefusingStore):
+    store.refusals = repeat(StoreUnavailable("the disk is full"))
+    told: list[tuple[float, str]] = []
+    with pytest.raises(StoreUnavailable, match="the disk is full; after 0 s of waiting it is given up"):
+        publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF_END, tell=lambda *words: told.append(words))
+    assert told == [(0.0, "the disk is full")]
     assert store.published() == set()
 
 
 def test_a_store_that_forbids_is_not_waited_for(store: RefusingStore):
     store.refusals = iter([StoreError("permission denied")])
     with pytest.raises(StoreError, match="permission denied"):
-        publish_when_possible(store, make_chunk(RECIPE, 1), patience_s=60)
+        publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF, tell=pytest.fail)
 
 
 def test_a_chunk_that_was_cut_short_does_not_count_as_made_already(store: RefusingStore):

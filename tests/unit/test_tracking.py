@@ -29,6 +29,7 @@ from stillhouse.tracking import (
     Journal,
     JournalReader,
     NoticeRow,
+    OutageRow,
     PoolRow,
     ProgressView,
     RecoveryRow,
@@ -77,6 +78,7 @@ ROWS = [
     replace(TRAIN, role="control", loss=float("nan"), divergence=None, cross_entropy=3.5, grad_norm=float("inf")),
     CheckpointRow("student", 5, 0.8, 123_456, 0.1, time=1020.0),
     DelayRow("student", 5, 1, "the store is too busy", time=1020.2),
+    OutageRow("student, rank 1", 61.0, "the store is too busy", time=1020.3),
     DamagedRow("student", "step-00000005.json: its checksum differs", time=1020.5),
     RecoveryRow("student", "notice", "aws: terminate", 6.5, 1, 5, 0, time=1021.0),
     NoticeRow("aws", "f00", 110.0, "terminate", time=1021.5),
@@ -439,6 +441,22 @@ def test_while_machines_are_on_their_way_it_says_what_is_missing():
     with ProgressView(Console(file=text, width=200), clock=_Clock()) as view:
         view.record(WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster"))
     assert "waiting for machines to join the cluster: GPU: 8 needed (8 teachers), 0 in the cluster | student:" in text.getvalue()
+
+
+def test_what_a_store_keeps_waiting_is_said_once_a_minute():
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text, width=60), clock=clock) as view:
+        for second in range(130):
+            clock.now = float(second)
+            view.record(OutageRow(f"student, rank {second}", 61.0, "cannot read a in s3://bucket: it cannot be reached"))
+        clock.now = 200.0
+        view.record(DelayRow("student", 5, 0, "cannot write b in s3://bucket: it is too busy"))
+    assert text.getvalue().splitlines() == [
+        "student, rank 0 has waited for 61 s: cannot read a in s3://bucket: it cannot be reached",
+        "student, rank 60 has waited for 61 s: cannot read a in s3://bucket: it cannot be reached",
+        "student, rank 120 has waited for 61 s: cannot read a in s3://bucket: it cannot be reached",
+        "the student's checkpoint of step 5 cannot be written yet: cannot write b in s3://bucket: it is too busy",
+    ]
 
 
 def test_a_student_that_reads_a_full_store_has_no_teachers_at_work():

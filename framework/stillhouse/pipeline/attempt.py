@@ -17,6 +17,8 @@ from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Owner, locked, owned
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore
+from stillhouse.store.blobs import Blobs
+from stillhouse.store.probe import require_create_only
 from stillhouse.student.checkpoint import newest_step
 from stillhouse.tracking import EndRow, Journal, JournalReader, ProgressView, StartRow, TrainRow, WandbView, nothing_left
 
@@ -43,10 +45,11 @@ def learning_attempt(plan: Plan, command: str, *, require: Callable[[], None] = 
 
     `require` raises what else keeps the command from beginning.
     """
-    holder = Holder.here(command, plan.run_dir, now=time())
+    holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].place
     with locked(plan.run_dir, holder):
         require_same_run(plan)
-        with owned(plan.jobs()[0].place, holder, say=_say) as owner:
+        require_create_only(Blobs(place))
+        with owned(place, holder, say=_say) as owner:
             require()
             committed: dict[str, int] = {job.role: newest_step(job.checkpoints) for job in plan.jobs()}
             with _journalled(plan, command, committed=committed) as journal:

@@ -21,6 +21,7 @@ from stillhouse.tracking import (
     DelayRow,
     EndRow,
     NoticeRow,
+    OutageRow,
     PoolRow,
     RecoveryRow,
     RepairRow,
@@ -273,6 +274,7 @@ def incidents(summary: Summary) -> list[str]:
         (sum(isinstance(row, RepairRow) for row in rows), "damaged chunk", "made anew"),
         (sum(len(row.sequences) for row in rows if isinstance(row, SetAsideRow)), "sequence", "set aside"),
         (len({(row.role, row.step) for row in rows if isinstance(row, DelayRow)}), "checkpoint", "that the store did not take at once"),
+        (sum(isinstance(row, OutageRow) for row in rows), "long wait", "for a store that was unavailable"),
         (sum(isinstance(row, NoticeRow) for row in rows), "notice", "of a machine's end"),
         (sum(isinstance(row, StallRow) for row in rows), "stalled rank", "found by the watchdog"),
     ]

@@ -1,7 +1,6 @@
 """Bytes under keys, in a directory or an object store: what is there is whole, what is created stays, and every failure is a StoreError."""
 
 import functools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
 from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import StoreError
+from stillhouse.store.download import RANGE_BYTES, Answer, download
+from stillhouse.store.explain import StoreUnavailable, explain, is_past_the_end, says_absent
 from stillhouse.store.folder import Folder
 
 if TYPE_CHECKING:
@@ -24,14 +25,11 @@ if TYPE_CHECKING:
 _REMOTE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CREATE_ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.05
-_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
 _MERGE_BYTES = 256 << 10  # reading on over a gap of this size costs less than asking once more
 _PART_BYTES, _PARTS_IN_FLIGHT = 32 << 20, 4  # of a streamed object: S3 takes 10,000 parts, so up to 312 GB
 _STREAM_BYTES = 2 << 20  # at one time; more stays in no cache, and keeps other threads waiting for the interpreter
-
-
-class StoreUnavailable(StoreError):
-    """The store cannot be reached, is busy, or is full: the same call may succeed on another try."""
+_PIECE_BYTES = 256 << 10  # of a download: what came is kept in pieces of this size where a request breaks off
+_NO_LIMIT = timedelta(days=30)  # obstore has a limit on a whole answer, of 30 s unless it is told another
 
 
 class Blob(NamedTuple):
@@ -49,7 +47,8 @@ class Blobs:
     def __init__(self, url: str, *, patience_s: float = 30.0, files: FileLayer = DISK) -> None:
         """`url`: a directory, file://, s3://, gs://, az:// or memory:// (one process only). Raises StoreError on any other.
 
-        A store that refuses or is busy is asked again for `patience_s`; one that falls silent may take twice as long over one answer.
+        A store that refuses or is busy is asked again for `patience_s`; one that falls silent is given up after twice as long. An answer
+        may take any time, as long as it goes on coming.
         """
         self.url = _absolute(url)
         self._patience_s = patience_s
@@ -156,16 +155,35 @@ class Blobs:
         with self._in_words(f"read {key}"):
             return memoryview(obstore.get(self._store, key).bytes())
 
-    def pieces(self, key: str) -> Iterator[memoryview]:
-        """A whole object of any size, a few MiB at a time. Raises FileNotFoundError if there is none."""
-        with self._in_words(f"read {key}"):
-            if self.directory is not None:  # obstore's own stream of a file is thirty times slower
-                with (self.directory / key).open("rb") as file:
-                    while piece := file.read(_STREAM_BYTES):
-                        yield memoryview(piece)
-                return
-            for part in obstore.get(self._store, key).stream(min_chunk_size=_STREAM_BYTES):
-                yield memoryview(part)
+    def pieces(self, key: str, *, range_bytes: int = RANGE_BYTES) -> Iterator[memoryview]:
+        """A whole object of any size, some MiB at a time at most. Raises FileNotFoundError if there is none.
+
+        From an object store it comes by ranges of `range_bytes`, as `download` says. A second read with another `range_bytes` sends other
+        requests, so that a caching proxy cannot answer it with what it answered to the first.
+        """
+        if self.directory is None:
+            yield from download(functools.partial(self._open_range, key), range_bytes=range_bytes)
+            return
+        with self._in_words(f"read {key}"), (self.directory / key).open("rb") as file:  # obstore's own stream is thirty times slower
+            while piece := file.read(_STREAM_BYTES):
+                yield memoryview(piece)
+
+    def _open_range(self, key: str, start: int, end: int) -> Answer:
+        doing = f"read the bytes from {start} to {end} of {key}"
+
+        def body() -> Iterator[memoryview]:
+            with self._in_words(doing):
+                for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
+                    yield memoryview(piece)
+
+        with self._in_words(doing):
+            try:
+                answer = obstore.get(self._store, key, options={"range": (start, end)})
+            except BaseError as error:
+                if start == 0 and is_past_the_end(error):  # it has no byte
+                    return Answer(0, ())
+                raise
+        return Answer(answer.meta["size"], body())
 
     def read_start(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
         """The first `num_bytes` of an object, or all that it has, and its size: one request. Raises FileNotFoundError if there is none."""
@@ -174,7 +192,7 @@ class Blobs:
                 answer = obstore.get(self._store, key, options={"range": (0, num_bytes)})
                 return memoryview(answer.bytes()), answer.meta["size"]
             except BaseError as error:
-                if _is_past_the_end(error):  # even the first byte is
+                if is_past_the_end(error):  # even the first byte is
                     return memoryview(b""), 0
                 raise
 
@@ -189,7 +207,7 @@ class Blobs:
                 starts, ends = [start for start, _ in spans], [end for _, end in spans]
                 found = obstore.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0) if spans else []
             except BaseError as error:
-                if not _is_past_the_end(error):
+                if not is_past_the_end(error):
                     raise
                 found = []
         pieces = {span: memoryview(piece) for span, piece in zip(spans, found, strict=False)}
@@ -251,7 +269,8 @@ class Blobs:
 
     def _client_config(self) -> "ClientConfig":
         # These replace all client options of the environment, AWS_ALLOW_HTTP among them; an endpoint says http or https itself.
-        return {"connect_timeout": "5s", "timeout": timedelta(seconds=2 * self._patience_s), "allow_http": True}
+        silence = timedelta(seconds=2 * self._patience_s)
+        return {"connect_timeout": "5s", "read_timeout": silence, "timeout": _NO_LIMIT, "allow_http": True}
 
     def _retry_config(self) -> "RetryConfig":
         backoff: BackoffConfig = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2}
@@ -262,39 +281,9 @@ class Blobs:
         try:
             yield
         except (BaseError, OSError, ValueError) as error:
-            if absence_is_told and isinstance(error, FileNotFoundError) and not _NO_BUCKET.search(str(error)):
+            if absence_is_told and says_absent(error):
                 raise
             raise explain(error, doing=doing, url=self.url) from error
-
-
-def explain(error: Exception, *, doing: str, url: str) -> StoreError:
-    """A library's or the system's error as one that says what to do."""
-    text = str(error)
-    if isinstance(error, OSError) and error.errno is not None:
-        text = f"{error.strerror} (os error {error.errno})"  # as obstore words it
-    advice = "check store.url, and what its provider wants in the environment"
-    kind: type[StoreError] = StoreError
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or re.search(r"os error (1|13|30)\)", text):
-        advice = "permission denied: check the credentials and their rights to list, read, create and delete here"
-    elif re.search(r"os error (27|28|122)\)", text):
-        advice, kind = "the disk is full, or the quota spent: free some space", StoreUnavailable
-    elif re.search(r"os error (17|20|21)\)", text):
-        advice = "something else is in its place, or in that of a directory above it: move it away"
-    elif _NO_BUCKET.search(text):
-        advice = "there is no such bucket: create it, or correct the name in store.url"
-    elif re.search(r"169\.254\.169\.254|metadata\.google|credential", text, re.IGNORECASE):
-        advice = "no credentials were found: set those of the store's provider in the environment, such as AWS_ACCESS_KEY_ID"
-    elif re.search(r"redirect|AuthorizationHeaderMalformed", text, re.IGNORECASE):
-        advice = "the bucket is elsewhere: set AWS_REGION to its region"
-    elif isinstance(error, PreconditionError):
-        advice, kind = "it was replaced while it was read: read it again", StoreUnavailable
-    elif re.search(r"error sending request|connect|dns|timed? ?out|response body|\b(408|429|5\d\d) |SlowDown", text, re.IGNORECASE):
-        advice, kind = "it cannot be reached, or is too busy: check the network and, where one is set, the endpoint", StoreUnavailable
-    return kind(f"cannot {doing} in {url}: {advice} ({_first_line(text)})")
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no detail"])[0][:300]
 
 
 def _absolute(url: str) -> str:
@@ -317,10 +306,6 @@ def _absolute(url: str) -> str:
 def _process_memory(_url: str) -> MemoryStore:
     """What memory:// means: the same URL is the same store, within one process."""
     return MemoryStore()
-
-
-def _is_past_the_end(error: BaseError) -> bool:
-    return "range was invalid" in str(error) or "416 Range Not Satisfiable" in str(error)
 
 
 def _merge(extents: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

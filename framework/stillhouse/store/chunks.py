@@ -33,6 +33,7 @@ from stillhouse.store.chunk import (
     unpack_chunk,
     unpack_rows,
 )
+from stillhouse.store.probe import require_create_only
 from stillhouse.store.recipe import Recipe, differences, parse_recipe
 
 _CHUNK_KEY = re.compile(r"[0-9a-f]{16}/chunks/(\d{10})\.safetensors")
@@ -96,11 +97,15 @@ class ChunkStore:
 
     @classmethod
     def create(cls, url: str, recipe: Recipe, *, files: FileLayer = DISK) -> "ChunkStore":
-        """The store of this recipe, its recipe.json published. Raises RecipeError if another recipe is there, StoreError if it cannot."""
+        """The store of this recipe, its recipe.json published. Raises RecipeError if another recipe is there, StoreError if it cannot.
+
+        The store has to refuse to create what is there already, and is tried for that.
+        """
         store = cls(url, recipe, files=files)
         key = f"{store._folder}/recipe.json"
+        require_create_only(store._blobs, under=f"{store._folder}/")
         if not store._blobs.create(key, recipe.canonical_json()):
-            found = parse_recipe(bytes(store._blobs.read(key)), where=f"{store.url}/{key}")
+            found = _recipe_at(store._blobs, key)
             if found != recipe:
                 raise RecipeError(f"{store.url}/{key} is of another recipe: " + "; ".join(differences(recipe, found)))
         return store
@@ -151,17 +156,22 @@ class ChunkStore:
         return Listing(there - cut, cut)
 
     def fetch(self, number: int) -> Chunk:
-        """A whole chunk, verified. Raises ChunkMissing if it is not there yet, ChunkError if it is bad."""
+        """A whole chunk, verified. Raises ChunkMissing if it is not there yet, ChunkError if two requests of two kinds find it bad."""
+        key = self.key(number)
         try:
-            data = self._blobs.read(self.key(number))
+            try:
+                return unpack_chunk(self._blobs.read(key), self.recipe, number)
+            except ChunkError:  # perhaps on the way alone
+                again = b"".join(self._blobs.pieces(key))
         except FileNotFoundError:
             raise self._missing(number) from None
-        return unpack_chunk(data, self.recipe, number)
+        return unpack_chunk(memoryview(again), self.recipe, number)
 
     def fetch_rows(self, number: int, rows: Sequence[int] | npt.NDArray[np.int64]) -> Chunk:
         """These rows of a chunk (0 .. S - 1, in the order asked), read by byte range and verified by their hashes.
 
-        Raises ChunkMissing if the chunk is not there yet, ChunkError if what was read of it is bad, IndexError on a row it cannot have.
+        Raises ChunkMissing if the chunk is not there yet, ChunkError if what was read of it is bad, and is so when it is read once more,
+        IndexError on a row it cannot have.
         """
         rows, num_rows = [int(row) for row in rows], len(self.recipe.chunk_rows(number))
         for row in rows:
@@ -174,8 +184,10 @@ class ChunkStore:
                 return self._read_rows(known, rows)
             except (ChunkError, ChunkMissing):
                 pass  # it may have been repaired since its index was read, by other bytes: see with a new index
-        index = self._read_index(number)
-        chunk = self._read_rows(index, rows)
+        try:
+            index, chunk = self._read_anew(number, rows)
+        except ChunkError:  # perhaps on the way alone
+            index, chunk = self._read_anew(number, rows)
         with self._lock:
             self._indexes.pop(number, None)
             self._indexes[number] = index
@@ -219,7 +231,7 @@ class ChunkStore:
         """Publish recipe.json anew if it is missing or damaged; a damaged one goes to quarantine. True if it had to be."""
         key = f"{self._folder}/recipe.json"
         blob = self._blobs.stat(key)
-        if blob is not None and bytes(self._blobs.read(key)) == self.recipe.canonical_json():
+        if blob is not None and self.recipe.canonical_json() in (bytes(self._blobs.read(key)), b"".join(self._blobs.pieces(key))):
             return False
         if blob is not None:
             self._blobs.move(key, f"{self._folder}/quarantine/recipe-{_moment(blob)}.json")
@@ -243,6 +255,10 @@ class ChunkStore:
             self._blobs.move(blob.key, f"{self._folder}/quarantine/{number:010d}-{_moment(blob)}.safetensors")
         except FileNotFoundError:
             return  # somebody else did
+
+    def _read_anew(self, number: int, rows: Sequence[int]) -> tuple[ChunkIndex, Chunk]:
+        index = self._read_index(number)
+        return index, self._read_rows(index, rows)
 
     def _read_index(self, number: int) -> ChunkIndex:
         try:
@@ -318,10 +334,19 @@ def _recipe_folders(blobs: Blobs) -> list[str]:
     return [folder for folder in blobs.folders() if _FINGERPRINT16.fullmatch(folder)]
 
 
+def _recipe_at(blobs: Blobs, key: str) -> Recipe:
+    """Raises RecipeError where two requests of two kinds say that it is none."""
+    where = f"{blobs.url}/{key}"
+    try:
+        return parse_recipe(bytes(blobs.read(key)), where=where)
+    except RecipeError:  # perhaps on the way alone
+        return parse_recipe(b"".join(blobs.pieces(key)), where=where)
+
+
 def _recipe_in(blobs: Blobs, folder: str) -> Recipe:
     where = f"{blobs.url}/{folder}/recipe.json"
     try:
-        recipe = parse_recipe(bytes(blobs.read(f"{folder}/recipe.json")), where=where)
+        recipe = _recipe_at(blobs, f"{folder}/recipe.json")
     except FileNotFoundError:
         raise RecipeError(f"{where} is missing: nobody can tell what its chunks are of") from None
     if recipe.fingerprint[:16] != folder:

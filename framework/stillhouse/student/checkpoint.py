@@ -14,16 +14,20 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import xxhash
 
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.store.blobs import Blobs, StoreUnavailable
+from stillhouse.store.download import RANGE_BYTES
 from stillhouse.student.scratch import scratch_folder
 
 Files = Mapping[str, tuple[int, str]]  # name -> (bytes, xxh3)
+
+_Answer = TypeVar("_Answer")
 
 _MANIFEST = re.compile(r"step-\d{8}\.json")
 _FOLDER = re.compile(r"(step-\d{8})\..+")
@@ -87,9 +91,11 @@ def read_part(blobs: Blobs, folder: str, *, rank: int, world_size: int) -> Files
     Raises FileNotFoundError before it is there, and CheckpointError where it is damaged.
     """
     name = part_of(rank, world_size)
-    data = bytes(blobs.read(f"{folder}/{name}"))
     try:
-        files = _files(_opened("part", data))
+        data, values = _read_sealed(blobs, f"{folder}/{name}", "part")
+        files = _files(values)
+    except FileNotFoundError:
+        raise
     except _UNREADABLE as error:
         raise CheckpointError(
             f"{blobs.url}/{folder}/{name}, which rank {rank} has written, cannot be read ({error}): its disk or memory is damaged. "
@@ -137,20 +143,32 @@ class Choice(NamedTuple):
     passed_over: list[str]  # newer ones, each as its manifest's name and the problem with it
 
 
-def choose(blobs: Blobs, problem_with: Callable[[Commit], str]) -> Choice:
+class Ask(Protocol):
+    """How the store is asked: by whom, and how often. Answers are JSON values: they may come from another rank."""
+
+    def __call__(self, call: Callable[[], _Answer], /) -> _Answer: ...
+
+
+def directly(call: Callable[[], _Answer], /) -> _Answer:
+    """Here, and once."""
+    return call()
+
+
+def choose(blobs: Blobs, problem_with: Callable[[Commit], str], *, ask: Ask = directly) -> Choice:
     """The newest commit with which there is no problem, else the one before, and so on.
 
     Raises CheckpointError when there are commits and each has a problem.
     """
     problems: list[str] = []
-    for name in reversed(_manifests(blobs)):
-        try:
-            found = _parsed(blobs, name)
-            problem = problem_with(found)
-        except _UNREADABLE as error:
-            problem = f"the manifest cannot be read ({error})"
-        if not problem:
-            return Choice(found, problems)
+    for name in reversed(ask(lambda: _manifests(blobs))):
+        found = ask(partial(_values_or_problem, blobs, name))
+        if isinstance(found, str):
+            problem = found
+        else:
+            commit = commit_of(found)
+            problem = problem_with(commit)
+            if not problem:
+                return Choice(commit, problems)
         problems.append(f"{name}: {problem}")
     if problems:
         raise CheckpointError(
@@ -198,10 +216,10 @@ def fetch(blobs: Blobs, commit: Commit, names: Iterable[str], *, into: Path) -> 
     except OSError as error:
         raise _no_room(folder, error) from None
 
-    def download(name: str) -> tuple[int, str]:
+    def download(name: str, range_bytes: int) -> tuple[int, str]:
         digest = Digest()
         with (folder / name).open("wb") as file:
-            for piece in blobs.pieces(f"{commit.folder}/{name}"):
+            for piece in blobs.pieces(f"{commit.folder}/{name}", range_bytes=range_bytes):
                 digest.add(piece)
                 try:
                     file.write(piece)
@@ -209,19 +227,19 @@ def fetch(blobs: Blobs, commit: Commit, names: Iterable[str], *, into: Path) -> 
                     raise _no_room(folder, error) from None
         return digest.value
 
-    return _problem_with(commit, names, download)
+    return _problem_with(blobs, commit, names, download)
 
 
 def verify(blobs: Blobs, commit: Commit, names: Iterable[str]) -> str:
     """The problem with one of these files of a commit, or ''."""
 
-    def read(name: str) -> tuple[int, str]:
+    def read(name: str, range_bytes: int) -> tuple[int, str]:
         digest = Digest()
-        for piece in blobs.pieces(f"{commit.folder}/{name}"):
+        for piece in blobs.pieces(f"{commit.folder}/{name}", range_bytes=range_bytes):
             digest.add(piece)
         return digest.value
 
-    return _problem_with(commit, names, read)
+    return _problem_with(blobs, commit, names, read)
 
 
 def set_aside_after(blobs: Blobs, step: int) -> None:
@@ -263,11 +281,20 @@ class Digest:
         return self._size, self._hasher.hexdigest()
 
 
+_TWO_READS = (RANGE_BYTES, RANGE_BYTES - (1 << 20))  # range_bytes of each: the second read sends different requests
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError)
 
 
 def _manifests(blobs: Blobs) -> list[str]:
     return [name for name in blobs.names() if _MANIFEST.fullmatch(name)]
+
+
+def _values_or_problem(blobs: Blobs, name: str) -> dict[str, Any] | str:
+    """A commit as JSON values, or why it cannot be read."""
+    try:
+        return asdict(_parsed(blobs, name))
+    except _UNREADABLE as error:
+        return f"the manifest cannot be read ({error})"
 
 
 def commit_of(values: Mapping[str, Any]) -> Commit:
@@ -288,7 +315,8 @@ def commit_of(values: Mapping[str, Any]) -> Commit:
 
 
 def _parsed(blobs: Blobs, name: str) -> Commit:
-    found = commit_of(_opened("commit", bytes(blobs.read(name))))
+    _, values = _read_sealed(blobs, name, "commit")
+    found = commit_of(values)
     if found.manifest != name:
         raise ValueError(f"it is of step {found.step}")
     return found
@@ -313,18 +341,26 @@ def _is_plain(name: str) -> bool:
     return re.fullmatch(r"[\w.=-]+", name) is not None and name not in (".", "..")
 
 
-def _problem_with(commit: Commit, names: Iterable[str], digest_of: Callable[[str], tuple[int, str]]) -> str:
+def _problem_with(blobs: Blobs, commit: Commit, names: Iterable[str], digest_of: Callable[[str, int], tuple[int, str]]) -> str:
+    """The first file's problem on which two reads, by ranges of two lengths, agree, or ''. `digest_of` reads (name, range_bytes)."""
     for name in names:
-        try:
-            if digest_of(name) != commit.files[name]:
-                return f"{name} is not what was committed (size or checksum differs)"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except StoreUnavailable:
-            raise
-        except StoreError as error:
-            return f"{name} cannot be read ({error})"
+        first, second = (partial(digest_of, name, range_bytes) for range_bytes in _TWO_READS)
+        problem = _problem_of_one_read(blobs, commit, name, first) and _problem_of_one_read(blobs, commit, name, second)
+        if problem:
+            return problem
     return ""
+
+
+def _problem_of_one_read(blobs: Blobs, commit: Commit, name: str, digest: Callable[[], tuple[int, str]]) -> str:
+    try:
+        is_as_committed = digest() == commit.files[name]
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except StoreError as error:
+        if blobs.directory is None or isinstance(error, StoreUnavailable):
+            raise  # a bucket that refuses to be read says nothing of the file; a disk that cannot read it does
+        return f"{name} cannot be read ({error})"
+    return "" if is_as_committed else f"{name} is not what was committed (size or checksum differs)"
 
 
 def _no_room(folder: Path, error: OSError) -> CheckpointError:
@@ -335,6 +371,16 @@ def _no_room(folder: Path, error: OSError) -> CheckpointError:
 
 def _sealed(kind: str, values: Any) -> bytes:
     return json.dumps({kind: values, "xxh3": _digest_of(values)}, indent=1).encode()
+
+
+def _read_sealed(blobs: Blobs, key: str, kind: str) -> tuple[bytes, Any]:
+    """The bytes of a part or a manifest, and what they say. Raises one of _UNREADABLE where neither of two reads is whole."""
+    data = bytes(blobs.read(key))
+    try:
+        return data, _opened(kind, data)
+    except _UNREADABLE:  # perhaps on the way alone
+        data = b"".join(blobs.pieces(key))
+        return data, _opened(kind, data)
 
 
 def _opened(kind: str, data: bytes) -> Any:

@@ -1,7 +1,8 @@
 """From chunks to micro-batches: a rank reads only its own rows, verifies them, and decodes them ahead of the step that needs them.
 
 The loader has no state but the step: what it yields is a pure function of (order, step, rank, world size). A chunk that is not there
-yet is waited for, as is a store that does not answer; a damaged chunk is reported, and waited for until it has been replaced.
+yet is waited for, as is a store that does not answer, but that not for ever; a damaged chunk is reported, and waited for until it has
+been replaced.
 
 Shapes: B sequences, L positions, T target tokens.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from stillhouse.errors import ChunkError, StudentError
 from stillhouse.logits import CompressedLogits, decode
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
+from stillhouse.store.patience import DEFAULT_PATIENCE, Outage, Patience, Tell
 from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
@@ -75,7 +77,8 @@ class Batch:
 class BatchReader:
     """Reads the batches of steps [start, stop) in a background thread, `prefetch` of them ahead. Use it as a context manager.
 
-    With `pin_memory` that thread leaves them in page-locked memory, from which a GPU takes them without its process waiting.
+    With `pin_memory` that thread leaves them in page-locked memory, from which a GPU takes them without its process waiting. An outage of
+    the store is told to `on_outage` and ends the reading with StoreUnavailable, both as `patience` says.
     """
 
     def __init__(
@@ -90,14 +93,17 @@ class BatchReader:
         stop: int,
         prefetch: int,
         on_bad_chunk: Callable[[int], None],
+        on_outage: Tell,
         pin_memory: bool = False,
         missed_s: float = _MISSED_S,
+        patience: Patience = DEFAULT_PATIENCE,
     ):
         self._store, self._order = store, order
         self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
         self._start, self._stop = start, stop
         self._on_bad_chunk = on_bad_chunk
         self._pin_memory, self._missed_s = pin_memory, missed_s
+        self._outage = Outage(patience, tell=on_outage)
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="batch-reader", daemon=True)
@@ -197,15 +203,18 @@ class BatchReader:
                 chunk = self._store.fetch_rows(number, rows)
                 if decoding:
                     decode(torch.from_numpy(chunk.targets_NB), self._store.recipe.codec)
+                self._outage.is_over()
                 return chunk
             except ChunkMissing:
+                self._outage.is_over()
                 reported = False  # taken away: what comes in its place is another chunk
                 if time.monotonic() - missing_since > self._missed_s:
                     self._on_bad_chunk(number)
                     missing_since = time.monotonic()
-            except StoreUnavailable:
-                pass
+            except StoreUnavailable as error:
+                self._outage.goes_on(error)
             except ChunkError:
+                self._outage.is_over()
                 if not reported:
                     self._on_bad_chunk(number)
                     reported = True

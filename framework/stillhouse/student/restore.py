@@ -6,23 +6,30 @@ other ranks read as well.
 
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, commit_of, fetch, local_folder, set_aside_after, unlike
-from stillhouse.student.collectives import gathered, outcomes, packed_error, told, unpacked_error
+from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, Tell, insist
+from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside_after, unlike
+from stillhouse.student.collectives import gathered, outcomes
 from stillhouse.student.scratch import scratch_folder
 from stillhouse.student.unpickling import opened
 
 Convert = Callable[[Path, Path], None]  # (a checkpoint's folder, the folder to make)
 
+_Value = TypeVar("_Value")
+
 _PICKLED = ".pt"
+_MEET_EVERY_S = 1.0  # while one rank works and others wait for it
 _OF_RANK = re.compile(r"(?:pp_rank_|^part-)0*(\d+)")  # in the name of a file that one rank alone reads
 
 
@@ -37,14 +44,15 @@ class Restored:
 
 
 @contextmanager
-def restore(url: str, *, origin: Origin, convert: Convert) -> Iterator[Restored | None]:
+def restore(url: str, *, origin: Origin, convert: Convert, tell: Tell, patience: Patience = DEFAULT_PATIENCE) -> Iterator[Restored | None]:
     """The newest checkpoint under `url` whose every byte verifies; None where there is none. Every rank of the process group calls this.
 
-    Raises CheckpointError on every rank where no commit verifies, or where the newest is of another training or holds more than tensors.
+    A store that is unavailable is waited for, which `tell` hears of. Raises on every rank CheckpointError where no commit verifies or the
+    newest is of another training or holds more than tensors, and StoreUnavailable at the end of the patience.
     """
-    blobs = Blobs(url)
+    blobs = Blobs(url, patience_s=patience.request_s)
     with scratch_folder() as scratch:
-        group = _Group.gathered()
+        group = _Group.gathered(patience, tell)
         found, passed_over = group.choose(blobs, scratch)
         if found is None:
             yield None
@@ -71,31 +79,39 @@ class _Group:
     rank: int
     world_size: int
     first: int  # the first rank on this rank's machine
+    patience: Patience
+    tell: Tell
 
     @classmethod
-    def gathered(cls) -> "_Group":
+    def gathered(cls, patience: Patience, tell: Tell) -> "_Group":
         name = socket.gethostname()
-        return cls(dist.get_rank(), dist.get_world_size(), gathered(name).index(name))
+        return cls(dist.get_rank(), dist.get_world_size(), gathered(name).index(name), patience, tell)
 
     def must_convert(self, commit: Commit) -> bool:
         """Stage 0 has the same state on every rank, so any number of them can load it."""
         return commit.world_size != self.world_size and commit.origin.zero_stage > 0
 
     def choose(self, blobs: Blobs, scratch: Path) -> Choice:
-        """All ranks try what rank 0 proposes, newest first, until a commit is whole on every rank."""
+        """All ranks try what rank 0 finds, newest first, until a commit is whole on every rank."""
 
-        def problem_with(commit: Commit) -> str:
-            names = [*self._reads(commit)]
-            problem = fetch(blobs, commit, names, into=scratch)
-            for name in names if not problem else ():
-                if name.endswith(_PICKLED):  # each of them is refused by every rank, before DeepSpeed makes ranks wait for one another
+        def problem_here(commit: Commit) -> str:
+            for name in self._reads(commit):
+                if problem := self._insist(partial(fetch, blobs, commit, [name], into=scratch)):
+                    return problem
+                if name.endswith(_PICKLED):  # refused by every rank, before DeepSpeed makes ranks wait for one another
                     opened(local_folder(blobs, commit, scratch) / name, map_location="meta")
-            return problem
+            return ""
 
-        def problems_with(commit: Commit) -> "list[str | StillhouseError]":
-            return outcomes(lambda: problem_with(commit))
+        chosen = choose(blobs, lambda commit: _first_problem(_together(partial(problem_here, commit))), ask=self._ask_first)
+        self._ask_first(lambda: set_aside_after(blobs, chosen.commit.step if chosen.commit else 0))
+        return chosen
 
-        return _lead(blobs, problems_with) if self.rank == 0 else _follow(problems_with)
+    def _ask_first(self, call: Callable[[], _Value], /) -> _Value:
+        """What rank 0 is answered, on every rank."""
+        return _together((lambda: self._insist(call)) if self.rank == 0 else _nothing)[0]
+
+    def _insist(self, call: Callable[[], _Value]) -> _Value:
+        return insist(call, patience=self.patience, tell=self.tell)
 
     def converted(self, folder: Path, out: Path, convert: Convert) -> Path:
         """Where this machine's universal checkpoint is."""
@@ -105,11 +121,7 @@ class _Group:
                 convert(folder, out)
             return str(out)
 
-        answers = outcomes(made)
-        for answer in answers:
-            if isinstance(answer, StillhouseError):
-                raise answer
-        here = Path(answers[self.first])
+        here = Path(_together(made)[self.first])
         if not here.is_dir():
             raise CheckpointError(
                 f"rank {self.first} converted the checkpoint into {here}, which rank {self.rank} of the same host name does not see; "
@@ -124,30 +136,44 @@ class _Group:
         return [name for name, match in matches.items() if match is None or int(match[1]) % self.world_size == self.rank]
 
 
-def _lead(blobs: Blobs, problems_with: "Callable[[Commit], list[str | StillhouseError]]") -> Choice:
-    def problem_with(commit: Commit) -> str:
-        told({"try": asdict(commit)})
-        found = [problem for problem in problems_with(commit) if problem]
-        for problem in found:
-            if isinstance(problem, StillhouseError):
-                raise problem
-        return str(found[0]) if found else ""
-
-    try:
-        chosen = choose(blobs, problem_with)
-        set_aside_after(blobs, chosen.commit.step if chosen.commit else 0)
-    except StillhouseError as error:
-        told({"fail": packed_error(error)})
-        raise
-    told({"take": None if chosen.commit is None else asdict(chosen.commit), "passed_over": chosen.passed_over})
-    return chosen
+def _first_problem(problems: Sequence[str]) -> str:
+    return next((problem for problem in problems if problem), "")
 
 
-def _follow(problems_with: Callable[[Commit], object]) -> Choice:
-    while True:
-        message = told(None)
-        if "fail" in message:
-            raise unpacked_error(message["fail"])
-        if "take" in message:
-            return Choice(None if message["take"] is None else commit_of(message["take"]), message["passed_over"])
-        problems_with(commit_of(message["try"]))
+def _nothing() -> Any:
+    """What a rank does that waits for another's answer."""
+
+
+def _together(call: Callable[[], _Value]) -> list[_Value]:
+    """Every rank's answer, a JSON value, by rank. Raises on every rank what a rank raised.
+
+    Each works in a thread and meets the others every second until all are done: a collective that lasted for as long as the work would
+    reach the process group's time-out.
+    """
+    outcome: list[Any] = []
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            outcome.append(error)
+
+    def answer() -> Any:
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    # work, and meet
+    thread = threading.Thread(target=work, name="restore", daemon=True)
+    thread.start()
+    everyone_is_done = False
+    while not everyone_is_done:
+        thread.join(_MEET_EVERY_S)
+        everyone_is_done = all(gathered(not thread.is_alive()))
+
+    # compare
+    answers = outcomes(answer)
+    for each in answers:
+        if isinstance(each, StillhouseError):
+            raise each
+    return answers

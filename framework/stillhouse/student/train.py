@@ -18,6 +18,7 @@ from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
 from stillhouse.store import ChunkStore, StoreUnavailable, readers
 from stillhouse.store.blobs import Blobs
+from stillhouse.store.patience import Tell
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.collectives import gathered
 from stillhouse.student.engine import StudentEngine, learning_rate_at
@@ -29,7 +30,7 @@ from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
 from stillhouse.student.restore import restore
 from stillhouse.student.universal import convert
 from stillhouse.student.writer import CheckpointWriter, attempt_name
-from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, RecoveryRow, Tracker, TrainRow
+from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, OutageRow, RecoveryRow, Tracker, TrainRow
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
@@ -39,8 +40,10 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
     the first step where the divergence cannot learn from such targets, and StudentError on a loss that is not finite.
     """
     rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
-    lifeline.at(0, "start")
-    with restore(job.checkpoints, origin=job.origin, convert=convert) as found:
+    on_outage = _teller(job, journal, rank=rank)
+    lifeline.at(0, "commit")  # a large checkpoint takes long to read, and a bucket may be away
+    with restore(job.checkpoints, origin=job.origin, convert=convert, tell=on_outage) as found:
+        lifeline.at(0, "start")
         done = 0 if found is None else found.step
         past = _begin(lifeline, job, done) if rank == 0 else None
         for problem in found.passed_over if found is not None and rank == 0 else ():
@@ -51,7 +54,10 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
         if found is not None:
             engine.load(found)
     try:
-        with _reader(job, lifeline, start=done, rank=rank, world_size=world_size, device=device) as reader, _writer(job, journal) as writer:
+        with (
+            _reader(job, lifeline, start=done, rank=rank, world_size=world_size, device=device, on_outage=on_outage) as reader,
+            _writer(job, journal) as writer,
+        ):
             submitted, due = done, False
             for step in range(done, job.total_steps):
                 began = monotonic()
@@ -115,7 +121,16 @@ def _engine(job: TrainJob, *, device: torch.device, world_size: int) -> StudentE
     )
 
 
-def _reader(job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_size: int, device: torch.device) -> BatchReader:
+def _teller(job: TrainJob, journal: Tracker, *, rank: int) -> Tell:
+    def tell(seconds: float, why: str) -> None:
+        journal.record(OutageRow(f"{job.role}, rank {rank}", seconds, why))
+
+    return tell
+
+
+def _reader(
+    job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_size: int, device: torch.device, on_outage: Tell
+) -> BatchReader:
     return BatchReader(
         ChunkStore(job.store_url, job.recipe),
         job.order,
@@ -126,6 +141,7 @@ def _reader(job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_s
         stop=job.total_steps,
         prefetch=job.section.prefetch_batches,
         on_bad_chunk=lifeline.report_bad_chunk,
+        on_outage=on_outage,
         pin_memory=device.type == "cuda",
     )
 

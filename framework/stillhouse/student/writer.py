@@ -4,9 +4,11 @@ Ranks meet only in the store: each says in a part which files it has written, an
 there. So nothing here is a collective, and a rank that dies leaves a torn checkpoint behind, which nobody ever chooses.
 """
 
+import math
 import secrets
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import IO, Any, Self, TypeVar, cast
@@ -16,6 +18,7 @@ import torch
 from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import StoreError
 from stillhouse.store.blobs import Blobs, StoreUnavailable
+from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, given_up
 from stillhouse.student.checkpoint import Commit, Digest, Files, Origin, folder_of, publish, publish_part, read_part, retain
 from stillhouse.student.collectives import told
 from stillhouse.student.snapshot import Snapshot
@@ -23,6 +26,7 @@ from stillhouse.student.snapshot import Snapshot
 _Answer = TypeVar("_Answer")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 2.0
+_LOOK_EVERY_S = 0.5
 
 
 class _AbandonedError(Exception):
@@ -37,9 +41,10 @@ def attempt_name() -> str:
 class CheckpointWriter:
     """Writes one rank's snapshots, one at a time. On rank 0 it also commits them, and deletes all but the `keep` newest.
 
-    While the store is unavailable it tries again for ever. Any other error is raised by whatever is asked of it next. Called in the thread
-    are `on_commit(commit, seconds since the step, seconds of these that training stood still)` on rank 0, and `on_delay(step, why)` once
-    for a snapshot that the store does not take at present.
+    While the store is unavailable it tries again for as long as nobody waits for it; who waits gets StoreUnavailable at the end of the
+    patience. Any other error is raised by whatever is asked of it next. Called in the thread are `on_commit(commit, seconds since the step,
+    seconds of these that training stood still)` on rank 0, and `on_delay(step, why)` once for a snapshot that the store does not take at
+    present.
     """
 
     def __init__(
@@ -54,21 +59,21 @@ class CheckpointWriter:
         on_commit: Callable[[Commit, float, float], None],
         on_delay: Callable[[int, str], None],
         require_owner: Callable[[], None] = lambda: None,
-        patience_s: float = 30.0,
+        patience: Patience = DEFAULT_PATIENCE,
         files: FileLayer = DISK,
     ) -> None:
         """`require_owner` raises where another command has taken the checkpoints over: then rank 0 commits and deletes nothing more.
 
-        `patience_s`: how long one request to the store may be tried again before `on_delay` is called.
+        `patience`: how long one request may be tried before `on_delay` is called, and an outage may last while somebody waits.
         """
-        self._blobs = Blobs(url, patience_s=patience_s, files=files)
-        self._origin = origin
-        self._attempt = attempt
-        self._rank, self._world_size = rank, world_size
-        self._keep = keep
+        self._blobs = Blobs(url, patience_s=patience.request_s, files=files)
+        self._template = Commit(0, attempt, world_size, origin, {})  # of all commits here: step and files differ
+        self._rank, self._keep = rank, keep
         self._on_commit = on_commit
         self._on_delay = on_delay
         self._require_owner = require_owner
+        self._end_after_s = patience.end_after_s
+        self._outage: tuple[float, StoreUnavailable] | None = None  # since when the store is unavailable, and its words
         self._step_on_time: int | None = None  # that of what is on its way, until it is late
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -100,10 +105,17 @@ class CheckpointWriter:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing is on its way: then all is committed on rank 0, and what this rank owes to it is in the store elsewhere.
 
-        False where `timeout_s` was not enough.
+        False where `timeout_s` was not enough. Raises StoreUnavailable once the store has been unavailable to this rank for the whole of
+        its patience, counted from now at the earliest.
         """
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        began = monotonic()
+        deadline = math.inf if timeout_s is None else began + timeout_s
+        while self._thread is not None and self._thread.is_alive() and monotonic() < deadline:
+            self._thread.join(min(_LOOK_EVERY_S, max(deadline - monotonic(), 0.0)))
+            outage = self._outage
+            if outage is not None and monotonic() - max(outage[0], began) >= self._end_after_s:
+                self.close()
+                raise given_up(outage[1], self._end_after_s)
         return not self.busy
 
     def close(self) -> None:
@@ -119,16 +131,16 @@ class CheckpointWriter:
             self._error = error
 
     def _write(self, snapshot: Snapshot, blocking_s: float) -> None:
-        folder, self._step_on_time = folder_of(snapshot.step, self._attempt), snapshot.step
+        folder, self._step_on_time = folder_of(snapshot.step, self._template.attempt), snapshot.step
         try:
             files = {name: self._insist(partial(self._put, f"{folder}/{name}", state)) for name, state in snapshot.files.items()}
         finally:
             snapshot.release()
-        self._insist(lambda: publish_part(self._blobs, folder, rank=self._rank, world_size=self._world_size, files=files))
+        self._insist(lambda: publish_part(self._blobs, folder, rank=self._rank, world_size=self._template.world_size, files=files))
         if self._rank > 0:
             return
-        everything = {name: digest for rank in range(self._world_size) for name, digest in self._part(folder, rank).items()}
-        made = Commit(snapshot.step, self._attempt, self._world_size, self._origin, everything)
+        everything = {name: digest for rank in range(self._template.world_size) for name, digest in self._part(folder, rank).items()}
+        made = replace(self._template, step=snapshot.step, files=everything)
         self._insist(self._require_owner)
         standing = self._insist(lambda: publish(self._blobs, made))
         self._on_commit(standing, monotonic() - snapshot.began, blocking_s)
@@ -146,7 +158,7 @@ class CheckpointWriter:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                return self._insist(lambda: read_part(self._blobs, folder, rank=rank, world_size=self._world_size))
+                return self._insist(lambda: read_part(self._blobs, folder, rank=rank, world_size=self._template.world_size))
             except FileNotFoundError:
                 pause_s = self._pause(pause_s)
 
@@ -154,13 +166,17 @@ class CheckpointWriter:
         """Call until the store is available."""
         pause_s = _FIRST_PAUSE_S
         while True:
+            outage = None
             try:
                 return call()
             except StoreUnavailable as error:
+                outage = (self._outage[0] if self._outage is not None else monotonic(), error)
                 if self._step_on_time is not None:
                     self._on_delay(self._step_on_time, str(error))
                     self._step_on_time = None
-                pause_s = self._pause(pause_s)
+            finally:
+                self._outage = outage
+            pause_s = self._pause(pause_s)
 
     def _pause(self, pause_s: float) -> float:
         if self._abandoned.wait(pause_s):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import ray
@@ -15,13 +15,13 @@ from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
 from stillhouse.placement import Placement
-from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe, StoreUnavailable
+from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
+from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
 from stillhouse.teacher.replica import Probe
+from stillhouse.tracking import OutageRow
 
 _FIDELITY_TOKENS = 64  # of each forward pass, to measure what compression and codec cost
-_STORE_PATIENCE_S = 1800.0
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class _TeacherActor:
         self._job, self._device, self._node = job, device, this_node()
         prepare_process(device, job.threads)
         secrets.adopt()
+        self._board = board
         self._watch = machine_notices(job.notices, on_notice=lambda notice: board.announce(self._node, notice))
         self._watch.__enter__()
 
@@ -91,7 +92,11 @@ class _TeacherActor:
         began = monotonic()
         records_NB, measured = records_of(self._teacher.compress(item), self._job.recipe.codec)
         chunk = Chunk(item.number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records_NB.numpy())
-        return Produced(publish_when_possible(self._store, chunk, patience_s=_STORE_PATIENCE_S), measured, monotonic() - began)
+        ref = publish_when_possible(self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage)
+        return Produced(ref, measured, monotonic() - began)
+
+    def _tell_of_outage(self, seconds: float, why: str) -> None:
+        self._board.mention(OutageRow(f"teacher on {self._node[:8]}", seconds, why))
 
     def compute(self, item: WorkItem) -> Passed:
         records_of(self._teacher.compress(item), self._job.recipe.codec)
@@ -129,20 +134,12 @@ def _sample(rows: Tensor) -> Tensor:
     return rows[:_FIDELITY_TOKENS].clone()  # a view would keep all of them alive
 
 
-def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience_s: float) -> ChunkRef:
+def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience: Patience, tell: Tell) -> ChunkRef:
     """Publish; while the store is full or does not answer, wait with the chunk in hand, so that nothing is dropped or made twice.
 
-    Raises what the store raised once `patience_s` are over, or at once where waiting cannot help.
+    Raises StoreUnavailable at the end of the patience, and what else the store raises at once: there waiting cannot help.
     """
-    deadline, pause_s = monotonic() + patience_s, _FIRST_PAUSE_S
-    while True:
-        try:
-            return store.publish(chunk)
-        except StoreUnavailable:
-            if monotonic() + pause_s > deadline:
-                raise
-        sleep(pause_s)
-        pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+    return insist(lambda: store.publish(chunk), patience=patience, tell=tell)
 
 
 def spawn(job: TeacherJob, *, where: Placement, secrets: Secrets, board: Board) -> Any:

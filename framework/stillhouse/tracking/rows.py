@@ -139,6 +139,16 @@ class DelayRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
+class OutageRow(Row):
+    """A store has been unavailable for a while to a process that waits for it. Told once for each outage."""
+
+    kind: ClassVar[str] = "outage"
+    who: str  # as "student, rank 0" or "teacher on 4fe1a02c"
+    seconds: float  # for which it has waited
+    why: str  # the store's words
+
+
+@dataclass(frozen=True, slots=True)
 class DamagedRow(Row):
     """A checkpoint that does not verify was passed over for the one before it."""
 
@@ -248,6 +258,7 @@ ROW_TYPES: dict[str, type[Row]] = {
         TrainRow,
         CheckpointRow,
         DelayRow,
+        OutageRow,
         DamagedRow,
         RecoveryRow,
         NoticeRow,

@@ -18,8 +18,9 @@ from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line
-from stillhouse.tracking.rows import EndRow, EvalRow, PoolRow, Row, StartRow, TrainRow, WaitRow
+from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, OutageRow, PoolRow, Row, StartRow, TrainRow, WaitRow
 
+_SAY_EVERY_S = 60.0
 _WANDB_AXES = {
     "student/step": ["student/*", "student_checkpoint/*"],
     "control/step": ["control/*", "control_checkpoint/*"],
@@ -137,13 +138,16 @@ def _open_run(section: TrackingSection, run_dir: Path, *, config: dict[str, Any]
 
 
 class ProgressView:
-    """Two bars side by side, teachers and student; where the output is no terminal, one plain line every `every_s` seconds at most."""
+    """Two bars side by side, teachers and student; where the output is no terminal, one plain line every `every_s` seconds at most.
+
+    What a store keeps waiting is said in lines between, one a minute at most: an outage meets many processes at once.
+    """
 
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.time, every_s: float = 10.0) -> None:
         self._console = console or Console()
         self._clock = clock
         self._every_s = 0.1 if self._console.is_terminal else every_s
-        self._last_shown = -math.inf
+        self._last_shown = self._last_said = -math.inf
         self._stale = False
         self._start: StartRow | None = None
         self._wait: WaitRow | None = None
@@ -168,11 +172,22 @@ class ProgressView:
                     self._train_pace = _Pace()
                 self._train = row
                 self._train_pace.add(row.time, row.step)
+            case DelayRow():
+                self._say(f"the {row.role}'s checkpoint of step {row.step} cannot be written yet: {row.why}")
+                return
+            case OutageRow():
+                self._say(f"{row.who} has waited for {row.seconds:.0f} s: {row.why}")
+                return
             case _:
                 return
         self._stale = True
         if self._clock() - self._last_shown >= self._every_s:
             self._show()
+
+    def _say(self, line: str) -> None:
+        if self._clock() - self._last_said >= _SAY_EVERY_S:
+            self._last_said = self._clock()
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._stale:

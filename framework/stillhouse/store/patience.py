@@ -1,0 +1,81 @@
+"""Waiting for a store that is unavailable: the wait is told once it has lasted, and it has an end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import TypeVar
+
+from stillhouse.store.explain import StoreUnavailable
+
+_Answer = TypeVar("_Answer")
+
+Tell = Callable[[float, str], None]  # (seconds that the outage has lasted, the store's words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long an unavailable store is waited for, from the first request that failed on."""
+
+    request_s: float = 30.0  # for which one request is tried again before it fails; see Blobs
+    tell_after_s: float = 60.0
+    end_after_s: float = 1800.0
+    first_pause_s: float = 0.5  # between two tries; the next is twice as long
+    last_pause_s: float = 30.0
+
+    def longer(self, pause_s: float) -> float:
+        """The pause after this one."""
+        return min(2 * pause_s, self.last_pause_s)
+
+
+DEFAULT_PATIENCE = Patience()
+
+
+class Outage:
+    """The time for which a store has been unavailable to one caller. Not for several threads."""
+
+    def __init__(self, patience: Patience, *, tell: Tell, clock: Callable[[], float] = monotonic) -> None:
+        self._patience, self._tell, self._clock = patience, tell, clock
+        self._since: float | None = None
+        self._told = False
+
+    def goes_on(self, error: StoreUnavailable) -> None:
+        """Another try has failed. Raises StoreUnavailable once the outage has lasted for `end_after_s`."""
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        lasted_s = now - self._since
+        if lasted_s >= self._patience.end_after_s:
+            raise given_up(error, self._patience.end_after_s) from error
+        if lasted_s >= self._patience.tell_after_s and not self._told:
+            self._told = True
+            self._tell(lasted_s, str(error))
+
+    def is_over(self) -> None:
+        """The store has answered."""
+        self._since, self._told = None, False
+
+
+def given_up(error: StoreUnavailable, waited_s: float) -> StoreUnavailable:
+    """What is raised at the end of a wait."""
+    return StoreUnavailable(
+        f"{error}; after {waited_s:.0f} s of waiting it is given up. Everything that was published or committed stays: mend the cause and "
+        "run again to go on from there"
+    )
+
+
+def insist(
+    call: Callable[[], _Answer],
+    *,
+    patience: Patience,
+    tell: Tell,
+    pause: Callable[[float], None] = sleep,
+    clock: Callable[[], float] = monotonic,
+) -> _Answer:
+    """Call again while the store is unavailable; raises what else is raised at once, StoreUnavailable at the end of the patience."""
+    outage, pause_s = Outage(patience, tell=tell, clock=clock), patience.first_pause_s
+    while True:
+        try:
+            return call()
+        except StoreUnavailable as error:
+            outage.goes_on(error)
+        pause(pause_s)
+        pause_s = patience.longer(pause_s)
