@@ -13,6 +13,7 @@ from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
 from stillhouse.board import Cause, Past, Phase, Summons
+from stillhouse.errors import UserError
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.store.patience import Patience
@@ -72,6 +73,15 @@ def train_and_tell(job: TrainJob) -> list[TrainRow]:
     tracker = ListTracker()
     train(job, device=CPU, journal=tracker, lifeline=Alone())
     return [row for row in tracker.rows if isinstance(row, TrainRow)]
+
+
+def refusal_of(job: TrainJob) -> str:
+    """The mistake of the user's that this rank names instead of training; '' where it trains."""
+    try:
+        train_and_tell(job)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def train_through(job: TrainJob, endpoint: str) -> list[TrainRow]:

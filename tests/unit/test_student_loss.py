@@ -232,6 +232,12 @@ def test_forward_kl_in_a_wrapping_learns_from_its_draws_alike(
     assert torch.equal(*(torch.autograd.grad(total, hidden)[0] for total in totals))
 
 
+@pytest.mark.parametrize("k", [0, 5])
+def test_half_of_forward_kl_is_half_of_its_loss_with_draws(k: int, hidden: Tensor, head: Head) -> None:
+    half, whole = (loss(hidden, head, drawn_target(k), divergence=each).total for each in (Divergence(half_forward_kl, 0.5), forward_kl))
+    torch.testing.assert_close(half, 0.5 * whole)
+
+
 @pytest.mark.parametrize("divergence", [Divergence(jeffreys, forward_kl_share=1.0), Divergence(forward_kl.of, forward_kl_share=0.5)])
 def test_draws_alone_are_refused_where_a_part_of_the_divergence_would_learn_nothing(
     divergence: Divergence, hidden: Tensor, head: Head
