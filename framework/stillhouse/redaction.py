@@ -91,12 +91,12 @@ _FORMATS = [
         r"()\bwandb_v\d_\w{12,}",
         r"()\bhf_[A-Za-z0-9]{12,}",
         r"()\b(?:gh[pousr]_|github_pat_)\w{12,}",
-        r"()\bgl[a-z]{2,5}-[\w-]{16,}",
+        r"()\bgl(?:pat|oas|rt|dt|cbt|ptt|ft|imt|soat|agent)-[\w-]{16,}",
         r"()\bxox[a-z]-[\w-]{8,}",
         r"()\b(?:AIza|ya29\.)[\w-]{20,}",
         r"""()\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b(?:[\s:,;/|"']{1,4}[A-Za-z0-9/+=]{40}(?![A-Za-z0-9/+=]))?""",  # an id, and its secret beside it
         r"()\b(?:sk|nvapi)-(?=[\w-]*\d)[\w-]{12,}",
-        r"()\b(?:hvs\.|npm_|dckr_pat_|pypi-|dapi)(?=[\w-]*\d)[\w-]{20,}",
+        r"()\b(?:(?:hvs\.|dckr_pat_|pypi-AgE)[\w-]{20,}|npm_[A-Za-z0-9]{36}|dapi[0-9a-f]{32})",
         r"()\beyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]*)?",  # a JSON web token
     )
 ]
@@ -111,25 +111,14 @@ def _without_formats(text: str) -> str:
 _KEY_WORDS = frozenset(
     ["token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials", "authorization"]
 )
-_SECRET_ENDINGS = (
-    "password",
-    "passwd",
-    "passphrase",
-    "secret",
-    "credential",
-    "apikey",
-    "accesskey",
-    "secretkey",
-    "privatekey",
-    "authtoken",
-)
+_SECRET_ENDINGS = tuple(["password", "passwd", "passphrase", "secret", "apikey", "accesskey", "secretkey", "privatekey", "authtoken"])
 _SECRET_KEYS = frozenset(
     ["api", "access", "private", "secret", "account", "client", "signing", "encryption", "ssh", "master", "shared", "auth"]
 )
-_SECRET_PAIRS = frozenset([("signature", "amz"), ("sas", "storage"), ("sas", "azure")])
+_SECRET_PAIRS = frozenset([("amz", "signature"), ("storage", "sas"), ("azure", "sas")])
 _NO_ACCESS = frozenset(
     ["per", "pad", "eos", "bos", "unk", "sep", "cls", "mask", "special", "next", "first", "last", "stop", "added", "old"]
-)
+)  # pad_token, OLDPWD
 _PLURALS = frozenset(["secrets", "passwords", "credentials", "keys", "apikeys", "cookies"])
 
 # A name, and what stands between it and its value in JSON, YAML, TOML, Python, Rust's debug output, XML, headers, assignments, options.
@@ -142,11 +131,12 @@ _NAME = re.compile(
 _QUOTED = re.compile(r"""[bBrRuU]{0,2}(?P<quote>\"{3}|'{3}|\\+["']|["'])(?P<inner>(?:\\.|[^\\]){0,4096}?)(?P=quote)""", re.DOTALL)
 _COMPOUND = re.compile(r"[|>][+-]?[ \t]*\n(?:[ \t]+[^\n]*(?:\n|\Z))+|\[[^\]]{0,4096}\]|\{[^{}]{0,4096}\}")  # a YAML block, a list, a table
 _HEADER = re.compile(r"""(?:AWS4-HMAC-SHA256|Digest|OAuth)\b[^\n]*|[^\s"',;]{0,4096}(?:[ \t]+[^\s"',;]{1,4096})?""")
-_DONE = re.compile(rf"(?:\w+[ \t]+)?{re.escape(REDACTED)}")  # Authorization: Bearer (redacted)
+_DONE = re.compile(rf"(?:(?i:basic|bearer)[ \t]+)?{re.escape(REDACTED)}(?=[\s\"'&<>.,;)}}\]]|\Z)")  # Authorization: Bearer (redacted)
 _LINE = re.compile(r"[^\n]*")
 _WORD = re.compile(r"""[^\s"'&<>]{0,4096}""")
 _LOOKS = {  # what a value is like, by what its name says of it; names with other uses besides ask for more
     "any": re.compile(r"(?!(?i:none|null|true|false)$).+", re.DOTALL),
+    "credential": re.compile(r"(?![a-z]+[.,;]?$).+", re.DOTALL),  # not a word of a sentence
     "header": re.compile(r"(?!(?i:none|null|true|false)$).+"),
     "cookie": re.compile(r".+"),
     "token": re.compile(r"(?!(?:[\d.,e+-]+%?|(?i:none|null|true|false))$)[\w~+=$%.-][^\s<>{}]*"),
@@ -177,11 +167,12 @@ def _kind_of_secret(name: str) -> str | None:
     words = _words(name.rstrip("0123456789._-"))
     last, before = (words[-1] if words else ""), (words[-2] if len(words) > 1 else "")
     last = last.removesuffix("s") if last in _PLURALS else last
-    if last.endswith(_SECRET_ENDINGS) or (last == "key" and before in _SECRET_KEYS) or (last, before) in _SECRET_PAIRS:
+    if last.endswith(_SECRET_ENDINGS) or (last == "key" and before in _SECRET_KEYS) or (before, last) in _SECRET_PAIRS:
         return "any"
     if last in ("token", "pwd") and before not in _NO_ACCESS:
         return "token"
-    return {"authorization": "header", "cookie": "cookie", "key": "key", "sig": "signature", "signature": "signature"}.get(last)
+    of_their_own = ("credential", "cookie", "key", "signature")
+    return last if last in of_their_own else {"authorization": "header", "sig": "signature"}.get(last)
 
 
 def _value(text: str, found: re.Match[str], kind: str) -> tuple[int, int]:
@@ -192,7 +183,7 @@ def _value(text: str, found: re.Match[str], kind: str) -> tuple[int, int]:
         while more := _QUOTED.match(text, behind):  # as a shell joins 'it'"'"'s'
             end, behind = more.end("inner"), more.end()
         return begin, end
-    if kind == "any" and (compound := _COMPOUND.match(text, begin)):
+    if kind in ("any", "credential") and (compound := _COMPOUND.match(text, begin)):
         return compound.span()
     is_first = found["indent"] is not None  # in its line, as in YAML
     is_open = text.startswith(('"', "'"), begin)  # a quote that nothing closes

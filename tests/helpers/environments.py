@@ -95,6 +95,7 @@ def _names_of_python() -> frozenset[str]:
     return frozenset(re.findall(r"\bPYTHON[A-Z]+\b", shown.stdout))
 
 
+@cache
 def _is_of_an_object_store(name: str) -> bool:
     """Whether it is an option of obstore, which looks for each of them in the environment."""
     from obstore.exceptions import UnknownConfigurationKeyError

@@ -118,6 +118,8 @@ INNOCENT_TEXTS = [
     "chunk 3: targets has shape (8, 32, 88), wanted (8, 32, 96)",
     "error: student.learning_rte: did you mean 'learning_rate'?",
     "File \"loader.py\", line 31, in rows: KeyError: 'input_ids'",
+    "global-batch-sequences-per-rank-2",
+    "Error getting credentials: dispatch failure",
     "tail_draws = 40; value_bits = 8; temperature = 1.0",
 ]
 
@@ -179,6 +181,11 @@ def test_the_text_around_a_secret_stays() -> None:
     assert scrub(f"Client(token='{X}', retries=3)") == f"Client(token='{REDACTED}', retries=3)"
     assert scrub(f"GET https://me:{X}@host/a?sig={X}&b=1: 403") == f"GET https://{REDACTED}@host/a?sig={REDACTED}&b=1: 403"
     assert scrub(f"401 for Authorization: Bearer {X}; log in") == f"401 for Authorization: Bearer {REDACTED}; log in"
+
+
+def test_what_follows_a_part_that_was_replaced_is_not_taken_for_innocent() -> None:
+    assert scrub(f"password: one {REDACTED}") == f"password: {REDACTED}"
+    assert scrub(f"password={REDACTED}-and-more") == f"password={REDACTED}"
 
 
 def test_a_key_that_names_a_secret_hides_all_texts_below_it_and_no_number() -> None:
