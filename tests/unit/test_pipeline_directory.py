@@ -52,7 +52,7 @@ def trained(made: Plan, *steps: TrainRow) -> None:
 
 
 def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    """Whether another one is at work there, the checkpoints are another's, the recipe differs, or chunks are missing."""
+    """Whether another one is at work there, the checkpoints are another's, the recipe differs, chunks are missing, or there is no store."""
     made, other = plan_of(tiny_world, tmp_path), plan_of(tiny_world, tmp_path, learning_rate=1e-5)
 
     def contents() -> list[bytes]:
@@ -69,6 +69,9 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world
         learning_attempt(plan_of(tiny_world, tmp_path, seed=7), "stillhouse run").__enter__()
     with pytest.raises(StoreError, match="chunks are not in"):
         train(other)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="store"):
+        attempt(tiny_world.plan(made.run_dir, store={"url": str(tmp_path / "file")}, student={"max_steps": 10}), "produce").__enter__()
     assert contents() == before
 
 

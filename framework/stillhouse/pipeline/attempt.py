@@ -63,10 +63,10 @@ def _say(words: str) -> None:
 @contextmanager
 def _journalled(plan: Plan, command: str, *, committed: Mapping[str, int]) -> Iterator[Journal]:
     """Write down what is asked, then what happens. `committed`: of each role that is trained, the steps in its newest commit."""
-    # what is asked
+    # what is asked, once nothing refuses it any more
     began = monotonic()
-    before = claim(plan)
     store = ChunkStore.create(plan.config.store.url, plan.recipe)
+    before = claim(plan)
     if before is not None:
         leave_former_place(plan, before.student, store)
 
