@@ -41,6 +41,11 @@ class InterruptedRunError(RunError):
     """The driver was told to go; everything up to there is committed (exit code 143)."""
 
 
+HEAD_IS_GONE = (
+    "the cluster's head is gone, and the run's coordinator with it; everything committed stays, and the same command goes on from there"
+)
+
+
 class ChunkError(RunError):
     """A chunk's bytes are not what was published: flipped, cut short, or of another recipe."""
 

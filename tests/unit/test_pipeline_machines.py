@@ -33,7 +33,7 @@ def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_th
             sleep(0.05)
         until = monotonic() + 4.0
         while monotonic() < until:
-            board.beat(Beat("student", 0, "here", pid=1, step=3, phase="commit", phase_s=0.1))
+            board.beat(Beat("student", 0, 1, "here", pid=1, step=3, phase="commit", phase_s=0.1))
             assert not found.nobody_commits()
             sleep(0.05)
         board.forget("student")  # it has committed and left
