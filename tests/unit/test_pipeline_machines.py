@@ -1,9 +1,11 @@
 """A driver that is told to go waits for ranks that have something to commit, and for nobody else."""
 
+from collections.abc import Callable
 from time import monotonic, sleep, time
 
 import pytest
 
+from helpers.processes import kill_one
 from helpers.training import ListTracker
 from stillhouse.board import Beat, Board
 from stillhouse.errors import InterruptedRunError
@@ -38,5 +40,36 @@ def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_th
             sleep(0.05)
         board.forget("student")  # it has committed and left
         assert found.nobody_commits()
+    finally:
+        found.stop()
+
+
+def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successor() -> None:
+    board, told = Board.create(), list[Notice]()
+    found = Machines(board, ListTracker(), lambda _now: told[0] if told else None)
+    beat = Beat("student", 0, 1, "doomed", pid=1, step=3, phase="step", phase_s=0.1)
+    asked: list[str] = []
+
+    def is_asked(cause: str) -> bool:
+        summons = board.beat(beat)
+        asked.append("" if summons is None else summons.cause)
+        return asked[-1] == cause and set(board.notices()) == {"doomed"}
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = monotonic() + PATIENCE_S
+        while not condition():
+            assert monotonic() < deadline, asked
+            sleep(0.05)
+
+    found.start()
+    try:
+        board.announce("doomed", Notice("ray", time() + 300.0, "the node is being drained"))
+        wait_until(lambda: "doomed" in found.known)
+        kill_one("ray::Coordinator")
+        wait_until(lambda: is_asked("notice"))
+        told.append(Notice("sigterm", time() + 300, "SIGTERM"))
+        wait_until(lambda: is_asked("stop"))
+        kill_one("ray::Coordinator")
+        wait_until(lambda: is_asked("stop"))
     finally:
         found.stop()

@@ -25,7 +25,7 @@ class Machines:
 
     def __init__(self, board: Board, journal: Tracker, terminated: Ask) -> None:
         self._board, self._journal, self._terminated = board, journal, terminated
-        self._known: dict[str, Notice] = {}
+        self.known: dict[str, Notice] = {}
         self._told_at: float | None = None
         self._seconds_left = 0.0  # then
         self._stopped = threading.Event()
@@ -62,11 +62,11 @@ class Machines:
             self._board.announce(node, notice)
         notices = self._board.notices()
         for node, notice in notices.items():
-            if node not in self._known:
+            if node not in self.known:
                 self._pass_on(node, notice)
-            self._known[node] = notice
-        for node in self._known.keys() - notices.keys():
-            self._board.announce(node, self._known[node])
+            self.known[node] = notice
+        for node in self.known.keys() - notices.keys():
+            self._board.announce(node, self.known[node])
         end = self._terminated(time())
         if end is not None:
             self._stop_all(end)
