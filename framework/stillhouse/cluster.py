@@ -169,12 +169,13 @@ def _on_loopback() -> Iterator[None]:
 
 def _resolved(address: str) -> str:
     """`auto` as host:port: RAY_ADDRESS, or what this machine was made part of. Ray itself would believe any process and any file."""
-    if address != "auto":
-        return address
-    found = os.environ.get("RAY_ADDRESS") or current_address(base_directory(os.environ))
-    if found is None:
-        raise ValueError("this machine belongs to none")
-    return found
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto":
+        address = current_address(base_directory(os.environ)) or ""
+    if address in ("", "local"):  # Ray would start one
+        raise ValueError("this machine belongs to none" if not address else "that is no address")
+    return address
 
 
 def await_room(crews: Crews, section: ClusterSection, *, waiting: Callable[[str], None]) -> dict[str, float]:

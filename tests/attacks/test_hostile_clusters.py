@@ -223,7 +223,7 @@ FORGERIES = {
 def test_a_driver_sends_its_token_to_no_cluster_that_another_user_names(forge: str, words: str) -> None:
     place = Path(tempfile.mkdtemp(prefix="shared-", dir="/tmp"))
     place.chmod(0o1777)
-    environment = os.environ | {"RAY_TMPDIR": str(place)}
+    environment = os.environ | {"RAY_TMPDIR": str(place), "RAY_ADDRESS": "auto"}
     with socket.create_server(("127.0.0.1", 0)) as thief:
         thief.setblocking(False)
         address = f"127.0.0.1:{thief.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""A Slurm cluster on one machine: Debian's munged, slurmctld and slurmd; each node has an address, a hostname and a place for Ray of its own.
+"""A Slurm cluster on one machine: Debian's munged, slurmctld and slurmd; each node has its own address, hostname and place for Ray's files.
 
 Invariant: what runs on a node lives in a process namespace that ends with its holder's input. So nothing is left over, however a test ends,
 and no service or file of the system is touched.
