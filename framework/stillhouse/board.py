@@ -16,7 +16,8 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stillhouse.errors import HEAD_IS_GONE, RunError, StillhouseError
+from stillhouse.errors import HeadGoneError, StillhouseError
+from stillhouse.head import GONE
 from stillhouse.notices import Notice, Source
 from stillhouse.tracking import Journal, Row
 
@@ -220,7 +221,7 @@ def _summons_of(endings: Mapping[str, _Ending], nodes: list[str]) -> Summons | N
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """A handle to the board; it can be passed to any process. Raises RunError where the board's machine is gone, and the board with it.
+    """A handle to the board; it can be passed to any process. Raises HeadGoneError where the board's machine is gone.
 
     The actor lives on the node of the process that made it, the driver: on another it might be taken away from a run that goes on.
     `wall` is this process's clock, which a `Notice` is in.
@@ -316,7 +317,7 @@ class Board:
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, StillhouseError) else error) from None
         except ray.exceptions.RayError as error:
-            raise RunError(HEAD_IS_GONE) from error
+            raise HeadGoneError(GONE) from error
 
     def _in_our_time(self, endings: Mapping[str, _Ending]) -> dict[str, Notice]:
         now = self.wall()

@@ -90,7 +90,7 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
     """Attach to the cluster that the section names, or start one on this machine; yields its resources by name.
 
     A cluster that this started ends with the block. Inside an already attached process (a test session) it is used as it is. Raises
-    RunError where the cluster's head, or this machine's part of it, is gone before the block is done.
+    HeadGoneError where the cluster's head, or this machine's part of it, is gone before the block is done.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
@@ -131,7 +131,7 @@ def _others_cluster(address: str) -> Iterator[None]:
         raise ConfigError(
             f"no Ray cluster answers at {address!r} ({error}); start one with `stillhouse node head`, or leave cluster.address out"
         ) from None
-    with nullcontext() if "://" in found else _until_shutdown(patience_s=_HEAD_S):
+    with _until_shutdown(patience_s=_HEAD_S):
         yield
 
 
@@ -141,14 +141,19 @@ def _init(**options: Any) -> None:
 
 @contextmanager
 def _until_shutdown(*, patience_s: float) -> Iterator[None]:
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    here: Any = ray._private.worker._global_node
-    head, raylet = (host.strip("[]"), int(port)), Path(here.raylet_socket_name)
+    here: Any = ray._private.worker._global_node  # None for a client by ray://, which is told by its server
     try:
-        with required(lambda: nobody_listens(head) or nobody_listens(raylet), patience_s=patience_s):
+        with nullcontext() if here is None else required(_is_absent(here), patience_s=patience_s):
             yield
     finally:
         ray.shutdown()
+
+
+def _is_absent(here: Any) -> Callable[[], bool]:
+    """Whether nobody listens any more where the head (GCS) does, or this machine's raylet."""
+    host, _, port = here.gcs_address.rpartition(":")
+    head, raylet = (host.strip("[]"), int(port)), Path(here.raylet_socket_name)
+    return lambda: nobody_listens(head) or nobody_listens(raylet)
 
 
 @contextmanager

@@ -41,9 +41,8 @@ class InterruptedRunError(RunError):
     """The driver was told to go; everything up to there is committed (exit code 143)."""
 
 
-HEAD_IS_GONE = (
-    "the cluster's head is gone, and the run's coordinator with it; everything committed stays, and the same command goes on from there"
-)
+class HeadGoneError(RunError):
+    """The head of the cluster is gone, or the driver's machine has no more part in it."""
 
 
 class ChunkError(RunError):

@@ -13,19 +13,20 @@ from pathlib import Path
 from time import monotonic
 from types import FrameType
 
-from stillhouse.errors import HEAD_IS_GONE, RunError
+from stillhouse.errors import HeadGoneError, StillhouseError
 
-_LOOK_EVERY_S = 0.5
+GONE = "the cluster's head is gone, and the run's coordinator with it; everything committed stays, and the same command goes on from there"
+
 _CONNECT_S = 5.0
 
 
-class _HeadIsGone(BaseException):
+class HeadIsGone(BaseException):
     """Raised in the main thread, like KeyboardInterrupt: no `except Exception` on the way may take it for its own."""
 
 
 @contextmanager
-def required(is_absent: Callable[[], bool], *, patience_s: float) -> Iterator[None]:
-    """Leave the block with RunError once `is_absent` has held for `patience_s`. Main thread only; elsewhere nothing is watched."""
+def required(is_absent: Callable[[], bool], *, patience_s: float, look_every_s: float = 0.5) -> Iterator[None]:
+    """Leave the block with HeadGoneError once `is_absent` has held for `patience_s`. Main thread only; elsewhere nothing is watched."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -33,7 +34,7 @@ def required(is_absent: Callable[[], bool], *, patience_s: float) -> Iterator[No
 
     def watch() -> None:
         absent_since: float | None = None
-        while not over.wait(_LOOK_EVERY_S):
+        while not over.wait(look_every_s):
             absent_since = (absent_since or monotonic()) if is_absent() else None
             if absent_since is not None and monotonic() - absent_since >= patience_s:
                 gone.set()
@@ -43,18 +44,20 @@ def required(is_absent: Callable[[], bool], *, patience_s: float) -> Iterator[No
     def receive(_number: int, _frame: FrameType | None) -> None:
         if gone.is_set() and not over.is_set():
             over.set()
-            raise _HeadIsGone
+            raise HeadIsGone
 
     before = signal.signal(signal.SIGUSR1, receive)
     thread = threading.Thread(target=watch, name="head", daemon=True)
     thread.start()
     try:
         yield
-    except _HeadIsGone:
-        raise RunError(HEAD_IS_GONE) from None
+    except HeadIsGone:
+        raise HeadGoneError(GONE) from None
+    except StillhouseError:
+        raise
     except Exception as error:
         if gone.is_set() or is_absent():  # whatever else failed, failed because of that
-            raise RunError(HEAD_IS_GONE) from error
+            raise HeadGoneError(GONE) from error
         raise
     finally:
         over.set()

@@ -17,13 +17,17 @@ from stillhouse.errors import ConfigError
 
 _CURRENT = "ray_current_cluster"  # where `ray start` writes down the cluster's address, in its temporary directory
 _RAY = "ray"  # the name of Ray's temporary directory; a longer one leaves less of the 107 bytes of a socket's path
+_LONGEST_BASE = 18
 _MOST_BYTES = 300  # of an address
 _REMOVE_S, _AGAIN_S = 5.0, 0.2
 
 
 def base_directory(environment: Mapping[str, str]) -> Path:
     """Where directories for Ray are made: RAY_TMPDIR, or /tmp. TMPDIR often differs between two shells of one machine."""
-    return Path(environment.get("RAY_TMPDIR") or "/tmp")
+    base = environment.get("RAY_TMPDIR") or "/tmp"
+    if len(base) > _LONGEST_BASE:
+        raise ConfigError(f"RAY_TMPDIR is {base!r}: the sockets that Ray makes below it have too long a path; {_LONGEST_BASE} letters fit")
+    return Path(base)
 
 
 def new_directory(base: Path) -> Path:

@@ -108,7 +108,7 @@ class OwnCluster(NamedTuple):
 @pytest.fixture(scope="module")
 def shared_place() -> Iterator[Path]:
     """A directory like /tmp, for everybody; near the root, since the path of a socket is short."""
-    place = Path(tempfile.mkdtemp(prefix="shared-", dir="/tmp"))
+    place = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
     place.chmod(0o1777)
     yield place
     rmtree(place)
@@ -221,7 +221,7 @@ FORGERIES = {
 
 @pytest.mark.parametrize(("forge", "words"), FORGERIES.values(), ids=FORGERIES.keys())
 def test_a_driver_sends_its_token_to_no_cluster_that_another_user_names(forge: str, words: str) -> None:
-    place = Path(tempfile.mkdtemp(prefix="shared-", dir="/tmp"))
+    place = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
     place.chmod(0o1777)
     environment = os.environ | {"RAY_TMPDIR": str(place), "RAY_ADDRESS": "auto"}
     with socket.create_server(("127.0.0.1", 0)) as thief:

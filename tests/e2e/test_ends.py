@@ -31,7 +31,7 @@ OUR_LAST_WORDS = "interrupted; the same command goes on from here"
 @pytest.fixture
 def rays_place() -> Iterator[Path]:
     """Where commands make directories for Ray: near the root, since the path of a socket is short."""
-    place = Path(tempfile.mkdtemp(prefix="rays-", dir="/tmp"))
+    place = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
     yield place
     rmtree(place, ignore_errors=True)
 

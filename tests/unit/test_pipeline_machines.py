@@ -1,5 +1,7 @@
 """A driver that is told to go waits for ranks that have something to commit, and for nobody else."""
 
+import os
+import signal
 from collections.abc import Callable
 from time import monotonic, sleep, time
 
@@ -8,10 +10,10 @@ import pytest
 from helpers.processes import kill_one
 from helpers.training import ListTracker
 from stillhouse.board import Beat, Board
-from stillhouse.errors import InterruptedRunError
+from stillhouse.errors import HeadGoneError, InterruptedRunError
 from stillhouse.notices import Notice
 from stillhouse.pipeline import machines
-from stillhouse.pipeline.machines import Machines
+from stillhouse.pipeline.machines import Machines, watched_machines
 from stillhouse.tracking import NoticeRow
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -73,3 +75,16 @@ def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successo
         wait_until(lambda: is_asked("stop"))
     finally:
         found.stop()
+
+
+def test_a_driver_whose_head_ended_by_the_same_sigterm_was_told_to_go() -> None:
+    def lose_the_head(*, told_to_go: bool) -> None:
+        with watched_machines(Board.create(), ListTracker(), grace_s=30.0):
+            if told_to_go:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise HeadGoneError
+
+    with pytest.raises(HeadGoneError):
+        lose_the_head(told_to_go=False)
+    with pytest.raises(InterruptedRunError):
+        lose_the_head(told_to_go=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.errors import ConfigError
-from stillhouse.raydir import current_address, machine_directory, new_directory, ray_directory, remove_directory
+from stillhouse.raydir import base_directory, current_address, machine_directory, new_directory, ray_directory, remove_directory
 
 HERE = "10.0.0.5:6379"
 
@@ -20,6 +20,13 @@ def written(directory: Path, text: str = HERE) -> Path:
     path.write_text(text)
     path.chmod(0o644)
     return path
+
+
+def test_a_place_whose_sockets_would_have_too_long_a_path_is_refused_before_ray_starts() -> None:
+    assert base_directory({}) == Path("/tmp")
+    assert base_directory({"RAY_TMPDIR": "/scratch"}) == Path("/scratch")
+    with pytest.raises(ConfigError, match="too long a path"):
+        base_directory({"RAY_TMPDIR": "/scratch/of/a/user/with/a/name"})
 
 
 def test_a_machine_that_belongs_to_no_cluster_has_no_address(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from time import monotonic, time
 
 from stillhouse.board import Board, Summons
 from stillhouse.cluster import drain, draining
-from stillhouse.errors import InterruptedRunError, RunError
+from stillhouse.errors import HeadGoneError, InterruptedRunError
+from stillhouse.head import HeadIsGone
 from stillhouse.notices import Ask, Notice, sigterm
 from stillhouse.tracking import NoticeRow, Role, Tracker
 
@@ -53,7 +54,7 @@ class Machines:
         while not self._stopped.wait(_LOOK_EVERY_S):
             try:
                 self._look()
-            except RunError:  # whoever attached to the cluster says so
+            except HeadGoneError:  # whoever attached to the cluster says so
                 return
 
     def _look(self) -> None:
@@ -93,5 +94,8 @@ def watched_machines(board: Board, journal: Tracker, *, grace_s: float) -> Itera
         machines.start()
         try:
             yield machines
+        except (HeadIsGone, HeadGoneError):
+            machines.require_driver()  # a SIGTERM to all processes of a machine ends its head, too
+            raise
         finally:
             machines.stop()

@@ -21,7 +21,7 @@ from ray.train.v2.api.config import FailureConfig
 from stillhouse.board import Board, Summons
 from stillhouse.cluster import Secrets, end_process, prepare_process, room_at_most, room_for, settle_ray_train, stacks_of
 from stillhouse.config import NoticeSource, StudentSection
-from stillhouse.errors import RunError, StillhouseError
+from stillhouse.errors import HeadGoneError, StillhouseError
 from stillhouse.placement import Placement
 from stillhouse.student.watchdog import Stall, has_shrunk, stalled
 from stillhouse.tracking import StallRow, Tracker
@@ -162,7 +162,7 @@ def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: 
                     looked_for_room = monotonic()
                     if room_for(where) > 0:
                         board.summon(job.role, Summons("grown", _GROW_WITHIN_S, "there is room for more ranks"))
-            except (RunError, ray.exceptions.RayError):
+            except (HeadGoneError, ray.exceptions.RayError):
                 return
 
 
@@ -203,6 +203,8 @@ def _worker(config: dict[str, bytes]) -> None:
             )
             with line as lifeline:
                 finished = train(job, device=device, journal=board, lifeline=lifeline)
+        except HeadGoneError:
+            raise  # nobody is there to be told; or this machine is cut off, and the group goes on without it
         except StillhouseError as error:
             board.give_up(error)
             raise
