@@ -232,7 +232,8 @@ def node_head(
     node.protected(os.environ)  # before a directory is made for nothing
     directory = machine_directory(base_directory(os.environ))
     node.start(node.head(port=port, resources=asked, autoscaling=autoscaling, block=block, directory=directory), os.environ)
-    print(f'the cluster\'s address is {current_address(base_directory(os.environ))}; on this machine, cluster.address = "auto" finds it')
+    if not block:
+        print(f'The cluster is at {current_address(base_directory(os.environ))}; on this machine, cluster.address = "auto" finds it.')
 
 
 @node_app.command(name="join")

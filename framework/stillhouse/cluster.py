@@ -105,19 +105,31 @@ def _own_cluster(section: ClusterSection) -> Iterator[None]:
     _require_token()
     directory = new_directory(base_directory(os.environ))
     try:
-        with _on_loopback():
-            _init(
-                address="local",
-                num_cpus=section.num_cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(ray_directory(directory)),
-                _system_config={"health_check_failure_threshold": _PATIENT_CHECKS},
-            )
+        _start(section.num_cpus, ray_directory(directory))
         with _until_shutdown(patience_s=_OWN_HEAD_S):
             yield
     finally:
         remove_directory(directory)
+
+
+def _start(num_cpus: int | None, directory: Path) -> None:
+    """Raises RunError where Ray does not start."""
+    try:
+        with _on_loopback():
+            _init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(directory),
+                _system_config={"health_check_failure_threshold": _PATIENT_CHECKS},
+            )
+    except Exception as error:  # Ray has no class for it
+        ray.shutdown()
+        why = str(error).partition("\n")[0]
+        raise RunError(
+            f"Ray did not start on this machine ({why}); try again where it is too busy, or attach to a cluster by cluster.address"
+        ) from error
 
 
 @contextmanager
@@ -348,7 +360,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def _require_token() -> None:
-    """Ray listens on every address of this machine, whatever it is told; it asks who comes where it finds a token, which it reads once."""
+    """Other users reach the ports of this machine, too: Ray asks who comes where it finds a token, which it reads once."""
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode.lower() != "token":
         raise ConfigError(f"RAY_AUTH_MODE is {mode!r}: all who reach this machine could run code on it; unset it, or set it to 'token'")

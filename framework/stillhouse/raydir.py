@@ -98,7 +98,8 @@ def _require_private(directory: Path) -> None:
 def _require_safe_parents(path: Path) -> None:
     """Raise ConfigError where another user can move the path away, and put something else in its place."""
     trusted = {os.geteuid(), 0, os.stat("/").st_uid}
-    for parent in path.absolute().parents:
+    place = path.absolute().parent.resolve()
+    for parent in (place, *place.parents):
         found = parent.stat()
         is_open = stat.S_IMODE(found.st_mode) & 0o022 and not found.st_mode & stat.S_ISVTX
         if found.st_uid not in trusted or is_open:

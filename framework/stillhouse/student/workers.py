@@ -148,7 +148,7 @@ def _watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, jour
 def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: Tracker, stopped: threading.Event) -> None:
     """Once a second: end a rank that holds its group up, and ask a group that has shrunk to come back larger once there is room.
 
-    It ends with the cluster: that one is gone is told by whoever waits for the students.
+    That the cluster is gone is told by whoever waits for the students: this ends with them.
     """
     looked_for_room = monotonic()
     while not stopped.wait(_LOOK_EVERY_S):
@@ -163,7 +163,7 @@ def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: 
                     if room_for(where) > 0:
                         board.summon(job.role, Summons("grown", _GROW_WITHIN_S, "there is room for more ranks"))
             except (HeadGoneError, ray.exceptions.RayError):
-                return
+                continue
 
 
 def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
