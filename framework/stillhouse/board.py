@@ -1,22 +1,25 @@
-"""The board: one small actor through which students answer the teacher pool and the driver. No tensor passes through it.
+"""The board, a run's coordinator: one small actor through which students answer the teacher pool and the driver. It takes no tensors.
 
-What is pinned to it: how far readers are, which chunks they found damaged, which machines announced their end, and every rank's signs of
-life. What is lost with its process is told to it again, or was news only. It lives beside the driver, so it also writes down what ranks on
+It holds how far readers are, which chunks they found damaged, which machines announced their end, and the heartbeats of all ranks. Ray
+starts it again where its process dies; what is lost with it is told again. It lives beside the driver, so it also writes down what ranks on
 other machines have to say: the run directory need not be shared.
+
+No machine's clock is compared with another's: a deadline travels as seconds left, and the board measures with its own monotonic clock.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import time
+from time import monotonic, time
 from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stillhouse.errors import StillhouseError, StoreError
-from stillhouse.notices import Notice
+from stillhouse.errors import HeadGoneError, StillhouseError, StoreError
+from stillhouse.head import GONE
+from stillhouse.notices import Notice, Source
 from stillhouse.redaction import scrub
 from stillhouse.shell import learn_secrets
 from stillhouse.tracking import Journal, Row, scrubbed
@@ -31,6 +34,7 @@ class Beat:
 
     group: str  # the role that it trains
     rank: int
+    world_size: int  # ranks in its group
     node: str  # Ray's node id
     pid: int
     step: int  # that it is in, counted from 1
@@ -52,7 +56,7 @@ class Summons:
     """A group is asked to commit what it has and to leave: on notice, to come back larger, or for good (stop)."""
 
     cause: Cause
-    deadline: float  # unix seconds
+    seconds_left: float  # to commit and to leave, from when this was received
     detail: str
 
 
@@ -63,7 +67,7 @@ class Past:
     cause: Cause
     detail: str
     last_step: int  # taken before the end
-    last_time: float  # unix seconds, of that step
+    seconds_ago: float  # that this step was taken, when the next life began
     num_failures: int  # lives in a row that were lost without a new commit, this one's predecessor included
 
 
@@ -76,15 +80,28 @@ class News:
     notices: Mapping[str, Notice]  # node id -> the end that it announced
 
 
-class _Board:
-    def __init__(self, journal: Path | None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """A notice as it travels between machines, whose clocks may differ."""
+
+    source: Source
+    seconds_left: float
+    detail: str
+
+
+class Coordinator:
+    """What the actor is. `clock` gives seconds from any beginning, and never goes back."""
+
+    def __init__(self, journal: Path | None, *, clock: Callable[[], float] = monotonic) -> None:
         learn_secrets()
         self._journal = None if journal is None else Journal(journal)
+        self._clock = clock
         self._cursors: dict[str, int] = {}
         self._bad_chunks: set[int] = set()
-        self._notices: dict[str, Notice] = {}
+        self._endings: dict[str, tuple[float, _Ending]] = {}  # each with its deadline, by the clock
         self._groups: dict[str, _Group] = {}
         self._verdict: StillhouseError | None = None
+        self._finished = False
 
     def record(self, row: Row) -> None:
         assert self._journal is not None
@@ -101,29 +118,30 @@ class _Board:
     def report_bad_chunk(self, number: int) -> None:
         self._bad_chunks.add(number)
 
-    def announce(self, node: str, notice: Notice) -> None:
-        self._notices.setdefault(node, notice)
+    def announce(self, node: str, ending: _Ending) -> None:
+        self._endings.setdefault(node, (self._clock() + ending.seconds_left, ending))
 
-    def notices(self) -> dict[str, Notice]:
-        return dict(self._notices)
+    def notices(self) -> dict[str, _Ending]:
+        now = self._clock()
+        return {node: replace(ending, seconds_left=at - now) for node, (at, ending) in self._endings.items()}
 
-    def read(self) -> News:
+    def read(self) -> tuple[dict[str, int], frozenset[int], dict[str, _Ending]]:
         bad_chunks, self._bad_chunks = self._bad_chunks, set()
-        return News(dict(self._cursors), frozenset(bad_chunks), dict(self._notices))
+        return dict(self._cursors), frozenset(bad_chunks), self.notices()
 
     def begin(self, group: str, committed_step: int) -> Past | None:
-        return self._groups.setdefault(group, _Group()).begin(committed_step)
+        return self._group(group).begin(committed_step)
 
     def stepped(self, group: str, step: int) -> None:
-        self._groups.setdefault(group, _Group()).stepped(step)
+        self._group(group).stepped(step)
 
     def beat(self, beat: Beat) -> Summons | None:
-        group = self._groups.setdefault(beat.group, _Group())
-        group.beats[beat.rank] = (beat, time())
-        return group.summons or _summons_of(self._notices, [heard.node for heard, _ in group.beats.values()])
+        now, group = self._clock(), self._group(beat.group)
+        group.beats[beat.rank] = (beat, now)
+        return group.summons(now) or _summons_of(self.notices(), [heard.node for heard, _ in group.beats.values()])
 
     def heard(self, group: str) -> list[Heard]:
-        now = time()
+        now = self._clock()
         beats = self._groups[group].beats.values() if group in self._groups else ()
         return [Heard(beat, now - at) for beat, at in beats]
 
@@ -133,13 +151,19 @@ class _Board:
             beats.pop(each, None)
 
     def summon(self, group: str, summons: Summons) -> None:
-        self._groups.setdefault(group, _Group()).summons = summons
+        self._group(group).summon(summons, self._clock())
 
     def explain(self, group: str, cause: Cause, detail: str) -> None:
-        self._groups.setdefault(group, _Group()).explain(cause, detail)
+        self._group(group).explain(cause, detail)
 
     def departure(self) -> Cause | None:
         return next((group.departure for group in self._groups.values() if group.departure is not None), None)
+
+    def finish(self) -> None:
+        self._finished = True
+
+    def finished(self) -> bool:
+        return self._finished
 
     def give_up(self, error: StillhouseError) -> None:
         self._verdict = self._verdict or error
@@ -147,20 +171,30 @@ class _Board:
     def verdict(self) -> StillhouseError | None:
         return self._verdict
 
+    def _group(self, name: str) -> "_Group":
+        return self._groups.setdefault(name, _Group(self._clock))
+
 
 class _Group:
     """The lives of one group of ranks, from loss to loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.beats: dict[int, tuple[Beat, float]] = {}
-        self.summons: Summons | None = None
+        self._clock = clock
+        self._summons: tuple[float, Summons] | None = None  # with its deadline, by the clock
         self._why: tuple[Cause, str] | None = None
-        self._last: tuple[int, float] = (0, time())
+        self._last: tuple[int, float] = (0, clock())
         self._begun_from: int | None = None
         self._num_failures = 0
 
+    def summon(self, summons: Summons, now: float) -> None:
+        self._summons = (now + summons.seconds_left, summons)
+
+    def summons(self, now: float) -> Summons | None:
+        return None if self._summons is None else replace(self._summons[1], seconds_left=self._summons[0] - now)
+
     def stepped(self, step: int) -> None:
-        self._last = (step, time())
+        self._last = (step, self._clock())
 
     def explain(self, cause: Cause, detail: str) -> None:
         if self._why is None:  # ranks that fail because another did have nothing to add
@@ -175,53 +209,53 @@ class _Group:
         before, self._begun_from = self._begun_from, committed_step
         (cause, detail), self._why = self._why or ("died", "a rank was killed, or its machine"), None
         self.beats.clear()
-        if self.summons is not None and self.summons.cause != "stop":
-            self.summons = None
+        if self._summons is not None and self._summons[1].cause != "stop":
+            self._summons = None
         if before is None:
             self.stepped(committed_step)
             return None
         if committed_step > before or cause in ("notice", "grown"):
             self._num_failures = 0
         self._num_failures += cause in ("died", "stalled")
-        return Past(cause, detail, *self._last, self._num_failures)
+        last_step, at = self._last
+        return Past(cause, detail, last_step, self._clock() - at, self._num_failures)
 
 
-def _summons_of(notices: Mapping[str, Notice], nodes: list[str]) -> Summons | None:
+def _summons_of(endings: Mapping[str, _Ending], nodes: list[str]) -> Summons | None:
     """The first end that one of the group's machines announced."""
-    ours = [notices[node] for node in nodes if node in notices]
-    first = min(ours, key=lambda notice: notice.deadline, default=None)
-    return None if first is None else Summons("notice", first.deadline, f"{first.source}: {first.detail}")
+    ours = [endings[node] for node in nodes if node in endings]
+    first = min(ours, key=lambda ending: ending.seconds_left, default=None)
+    return None if first is None else Summons("notice", first.seconds_left, f"{first.source}: {first.detail}")
 
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """A handle to the board; it can be passed to any process.
+    """A handle to the board; it can be passed to any process. Raises HeadGoneError where the board's machine is gone.
 
     The actor lives on the node of the process that made it, the driver: on another it might be taken away from a run that goes on.
+    `wall` is this process's clock, which a `Notice` is in.
     """
 
     _actor: Any
+    wall: Callable[[], float] = field(default=time, repr=False)
 
     @classmethod
     def create(cls, journal: Path | None = None) -> "Board":
         """A board that writes rows down in this journal, a file of the driver's machine; without one it takes no rows."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        return cls(ray.remote(_Board).options(**options).remote(None if journal is None else journal.resolve()))
+        return cls(ray.remote(Coordinator).options(**options).remote(None if journal is None else journal.resolve()))
 
     def record(self, row: Row) -> None:
         """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it cannot be written.
 
         This process's secrets stay in it: the board does not know them.
         """
-        try:
-            ray.get(self._actor.record.remote(scrubbed(row if row.time else replace(row, time=time()))))
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, StillhouseError) else error) from None
+        self._ask("record", scrubbed(row if row.time else replace(row, time=self.wall())))
 
     def mention(self, row: Row) -> None:
         """Have a row written down where there is a journal that can be written. Returns at once; nobody hears of a failure."""
-        self._actor.mention.remote(row if row.time else replace(row, time=time()))
+        self._actor.mention.remote(scrubbed(row if row.time else replace(row, time=self.wall())))
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         """`reader` will never again need the first `num_chunks` chunks of the reading order. Returns at once."""
@@ -233,19 +267,20 @@ class Board:
 
     def announce(self, node: str, notice: Notice) -> None:
         """The machine of Ray's node `node` will be taken away. Returns at once; the first to say so is believed."""
-        self._actor.announce.remote(node, notice)
+        self._actor.announce.remote(node, _Ending(notice.source, notice.deadline - self.wall(), notice.detail))
 
     def notices(self) -> dict[str, Notice]:
-        """Every notice so far, by node id."""
-        return ray.get(self._actor.notices.remote())
+        """Every notice so far, by node id, in this process's time."""
+        return self._in_our_time(self._ask("notices"))
 
     def read(self) -> News:
         """For the teacher pool, which alone reads: what has come in."""
-        return ray.get(self._actor.read.remote())
+        cursors, bad_chunks, endings = self._ask("read")
+        return News(cursors, bad_chunks, self._in_our_time(endings))
 
     def begin(self, group: str, *, committed_step: int) -> Past | None:
         """A group begins, from this commit; None where it is the first time on this board. One rank calls this."""
-        return ray.get(self._actor.begin.remote(group, committed_step))
+        return self._ask("begin", group, committed_step)
 
     def stepped(self, group: str, step: int) -> None:
         """The group has taken its `step`-th step. Returns at once."""
@@ -253,32 +288,53 @@ class Board:
 
     def beat(self, beat: Beat) -> Summons | None:
         """Give a sign of life; what comes back asks the whole group to leave."""
-        return ray.get(self._actor.beat.remote(beat))
+        return self._ask("beat", beat)
 
     def heard(self, group: str) -> list[Heard]:
         """The last sign of life of each rank of a group."""
-        return ray.get(self._actor.heard.remote(group))
+        return self._ask("heard", group)
 
     def forget(self, group: str, *, rank: int | None = None) -> None:
         """This rank of a group is done, or all of them are gone: silence means nothing from now on."""
-        ray.get(self._actor.forget.remote(group, rank))
+        self._ask("forget", group, rank)
 
     def summon(self, group: str, summons: Summons) -> None:
         """Ask a group to commit and leave; what it is asked last counts."""
-        ray.get(self._actor.summon.remote(group, summons))
+        self._ask("summon", group, summons)
 
     def explain(self, group: str, cause: Cause, detail: str) -> None:
         """Say why a group is about to end; the first to say so is believed."""
-        ray.get(self._actor.explain.remote(group, cause, scrub(detail)))
+        self._ask("explain", group, cause, scrub(detail))
 
     def departure(self) -> Cause | None:
         """Why the group that was last at work left on a summons; None where none did."""
-        return ray.get(self._actor.departure.remote())
+        return self._ask("departure")
+
+    def finish(self) -> None:
+        """All that was to be trained is trained and committed."""
+        self._ask("finish")
+
+    def finished(self) -> bool:
+        """Whether a rank has said so."""
+        return self._ask("finished")
 
     def give_up(self, error: StillhouseError) -> None:
         """Training failed in a way that would only come again; the first error stands."""
-        ray.get(self._actor.give_up.remote(error))
+        self._ask("give_up", error)
 
     def verdict(self) -> StillhouseError | None:
         """Why training was given up; None where it was not."""
-        return ray.get(self._actor.verdict.remote())
+        return self._ask("verdict")
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        """Ray calls again by itself where the board's process died. Its machine is the driver's: nothing outlives that."""
+        try:
+            return ray.get(getattr(self._actor, method).remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, StillhouseError) else error) from None
+        except ray.exceptions.RayError as error:
+            raise HeadGoneError(GONE) from error
+
+    def _in_our_time(self, endings: Mapping[str, _Ending]) -> dict[str, Notice]:
+        now = self.wall()
+        return {node: Notice(ending.source, now + ending.seconds_left, ending.detail) for node, ending in endings.items()}

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from stillhouse import node
 from stillhouse.bench.verbs import bench_app
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
+from stillhouse.raydir import base_directory, current_address, machine_directory
 from stillhouse.redaction import scrub
 from stillhouse.shell import cache_dir, learn_secrets, only_tensors, quieten, typed
 from stillhouse.terminal import say
@@ -232,8 +233,12 @@ def node_head(
     block: Block = False,
 ) -> None:
     """Start a cluster with this machine as its head; it lets in only who has its token."""
-    command = node.head(port=port, resources=node.parse_resources(resources or ()), autoscaling=autoscaling, block=block)
-    node.start(command, os.environ)
+    asked = node.parse_resources(resources or ())
+    node.protected(os.environ)  # before a directory is made for nothing
+    directory = machine_directory(base_directory(os.environ))
+    node.start(node.head(port=port, resources=asked, autoscaling=autoscaling, block=block, directory=directory), os.environ)
+    if not block:
+        print(f'The cluster is at {current_address(base_directory(os.environ))}; on this machine, cluster.address = "auto" finds it.')
 
 
 @node_app.command(name="join")
@@ -246,13 +251,14 @@ def node_join(
     """Make this machine a node of a cluster; both have to have the same token."""
     node.protected(os.environ)  # rather said before the wait than after it
     node.wait_for_head(address, patience_s=patience_s, waiting=lambda words: print(words, file=sys.stderr, flush=True))
-    node.start(node.join(address, resources=node.parse_resources(resources or ()), block=block), os.environ)
+    directory = machine_directory(base_directory(os.environ))
+    node.start(node.join(address, resources=node.parse_resources(resources or ()), block=block, directory=directory), os.environ)
 
 
 @node_app.command(name="health")
 def node_health() -> None:
     """Fail where this machine belongs to a cluster whose head does not answer."""
-    node.require_health()
+    node.require_health(base_directory(os.environ))
 
 
 @node_app.command(name="token")

@@ -10,30 +10,36 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep, time
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.config import ClusterSection, NoticeSource
 from stillhouse.errors import ConfigError, RunError, StillhouseError
-from stillhouse.node import OBJECT_STORE_BYTES
+from stillhouse.head import nobody_listens, required
+from stillhouse.node import OBJECT_STORE_BYTES, require_unguessable
 from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 from stillhouse.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
+from stillhouse.raydir import base_directory, current_address, new_directory, ray_directory, remove_directory
 from stillhouse.redaction import know
 from stillhouse.shell import learn_secrets, only_tensors
 
 _NAMESPACE = "stillhouse"
 _REACH_S = 10.0
 _LOOK_EVERY_S = 1.0
+_PATIENT_CHECKS = 100  # that one machine's own node may fail in a row, three seconds each: it may be busy, and is never cut off
 _PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
 _DRAIN_S = 120.0  # for a node that is drained without a deadline
 _END_S, _STACK_S = 30.0, 10.0
+_OWN_HEAD_S, _HEAD_S = 1.0, 30.0  # that a head may be away; others' may be started again. Ray ends this process after 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +93,111 @@ def machine_notices(kind: NoticeSource, *, on_notice: Callable[[Notice], None] |
 def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
     """Attach to the cluster that the section names, or start one on this machine; yields its resources by name.
 
-    A cluster that this started ends with the block. Inside an already attached process (a test session) it is used as it is.
+    A cluster that this started ends with the block. Inside an already attached process (a test session) it is used as it is. Raises
+    HeadGoneError where the cluster's head, or this machine's part of it, is gone before the block is done.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
-    _connect(section)
-    learn_secrets()  # the cluster's token may be a new one
-    try:
+    with _own_cluster(section) if section.address is None else _others_cluster(section.address):
+        learn_secrets()  # the cluster's token may be a new one
         yield ray.cluster_resources()
+
+
+@contextmanager
+def _own_cluster(section: ClusterSection) -> Iterator[None]:
+    """A cluster of this machine alone: its ports are on loopback, and its files where no other user can enter."""
+    _require_token()
+    directory = new_directory(base_directory(os.environ))
+    try:
+        _start(section.num_cpus, ray_directory(directory))
+        with _until_shutdown(patience_s=_OWN_HEAD_S):
+            yield
+    finally:
+        remove_directory(directory)
+
+
+def _start(num_cpus: int | None, directory: Path) -> None:
+    """Raises RunError where Ray does not start."""
+    try:
+        with _on_loopback():
+            _init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(directory),
+                _system_config={"health_check_failure_threshold": _PATIENT_CHECKS},
+            )
+    except Exception as error:  # Ray has no class for it
+        ray.shutdown()
+        why = str(error).partition("\n")[0]
+        raise RunError(
+            f"Ray did not start on this machine ({why}); try again where it is too busy, or attach to a cluster by cluster.address"
+        ) from error
+
+
+@contextmanager
+def _others_cluster(address: str) -> Iterator[None]:
+    try:
+        found = _resolved(address)
+        _reach(found)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for "auto", and for no other address
+        _init(address=found)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `stillhouse node head`, or leave cluster.address out"
+        ) from None
+    with _until_shutdown(patience_s=_HEAD_S):
+        yield
+
+
+def _init(**options: Any) -> None:
+    ray.init(**options, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+
+
+@contextmanager
+def _until_shutdown(*, patience_s: float) -> Iterator[None]:
+    here: Any = ray._private.worker._global_node  # None for a client by ray://, which is told by its server
+    try:
+        with nullcontext() if here is None else required(_is_absent(here), patience_s=patience_s):
+            yield
     finally:
         ray.shutdown()
+
+
+def _is_absent(here: Any) -> Callable[[], bool]:
+    """Whether nobody listens any more where the head (GCS) does, or this machine's raylet."""
+    host, _, port = here.gcs_address.rpartition(":")
+    head, raylet = (host.strip("[]"), int(port)), Path(here.raylet_socket_name)
+    return lambda: nobody_listens(head) or nobody_listens(raylet)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have what Ray starts in this block listen at 127.0.0.1 alone. Ray does so by itself on systems on which it knows no clusters."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    setting = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # in the processes that it starts, and in this one
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if setting is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = setting
+
+
+def _resolved(address: str) -> str:
+    """`auto` as host:port: RAY_ADDRESS, or what this machine was made part of. Ray itself would believe any process and any file."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto":
+        address = current_address(base_directory(os.environ)) or ""
+    if address in ("", "local"):  # Ray would start one
+        raise ValueError("this machine belongs to none" if not address else "that is no address")
+    return address
 
 
 def await_room(crews: Crews, section: ClusterSection, *, waiting: Callable[[str], None]) -> dict[str, float]:
@@ -264,32 +364,12 @@ def cause_of(error: BaseException) -> BaseException:
     return cause if isinstance(cause, BaseException) else error
 
 
-def _connect(section: ClusterSection) -> None:
-    options: dict[str, Any] = {"address": section.address}
-    if section.address is None:
-        _require_token()
-        options = {
-            "address": "local",
-            "num_cpus": section.num_cpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    try:
-        if section.address is not None:
-            _reach(section.address)
-        ray.init(**options, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {section.address!r} ({error}); start one with `stillhouse node head`, or leave cluster.address out"
-        ) from None
-
-
 def _require_token() -> None:
-    """Ray listens on every address of this machine, whatever it is told; it asks who comes where it finds a token, which it reads once."""
+    """Other users reach the ports of this machine, too: Ray asks who comes where it finds a token, which it reads once."""
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode.lower() != "token":
         raise ConfigError(f"RAY_AUTH_MODE is {mode!r}: all who reach this machine could run code on it; unset it, or set it to 'token'")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    require_unguessable(os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32)))
 
 
 def _reach(address: str) -> None:

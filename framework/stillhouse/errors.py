@@ -41,6 +41,10 @@ class InterruptedRunError(RunError):
     """The driver was told to go; everything up to there is committed (exit code 143)."""
 
 
+class HeadGoneError(RunError):
+    """The head of the cluster is gone, or the driver's machine has no more part in it."""
+
+
 class ChunkError(RunError):
     """A chunk's bytes are not what was published: flipped, cut short, or of another recipe."""
 

@@ -16,10 +16,10 @@ from time import monotonic, sleep
 
 from stillhouse import atomic
 from stillhouse.errors import ConfigError, RunError
+from stillhouse.raydir import current_address, ray_directory
 
 PORT = 6379
 TOKEN_FILE = Path("~/.ray/auth_token")  # where Ray looks for it
-CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where Ray writes down what this machine belongs to
 OBJECT_STORE_BYTES = 256 << 20  # of Ray's: work items and answers only; the default would take 30 % of the machine's memory
 _LEAST_LENGTH = 16
 _LOOK_EVERY_S, _CONNECT_S = 2.0, 5.0
@@ -38,11 +38,18 @@ def protected(environment: Mapping[str, str]) -> dict[str, str]:
     if token is None:
         path = Path(named).expanduser() if named else TOKEN_FILE.expanduser()
         token = _read(path)
-    if len(token) < _LEAST_LENGTH:
-        raise ConfigError(
-            f"the token of the cluster has {len(token)} characters; at least {_LEAST_LENGTH}, which nobody can guess, are wanted"
-        )
+    require_unguessable(token)
     return {**environment, "RAY_AUTH_MODE": "token"}
+
+
+def require_unguessable(token: str) -> None:
+    """Raise ConfigError where the token of a cluster is short or blank."""
+    length = len(token.strip())  # as Ray reads it
+    if length < _LEAST_LENGTH:
+        raise ConfigError(
+            f"the token of the cluster has {length} characters; at least {_LEAST_LENGTH}, which nobody can guess, are wanted."
+            " Unset RAY_AUTH_TOKEN, or give it what `openssl rand -hex 32` makes"
+        )
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -51,15 +58,15 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> None:
         raise RunError("Ray did not start here; what it said stands above")
 
 
-def head(*, port: int, resources: Mapping[str, float], autoscaling: Path | None, block: bool) -> list[str]:
-    """The command that makes this machine a head. Its dashboard listens on loopback."""
-    command = [*_ray_start(resources, block=block), "--head", f"--port={port}", "--dashboard-host=127.0.0.1"]
+def head(*, port: int, resources: Mapping[str, float], autoscaling: Path | None, block: bool, directory: Path) -> list[str]:
+    """The command that makes this machine a head, with Ray's files in `directory`. Its dashboard listens on loopback."""
+    command = [*_ray_start(resources, block=block, directory=directory), "--head", f"--port={port}", "--dashboard-host=127.0.0.1"]
     return command if autoscaling is None else [*command, f"--autoscaling-config={autoscaling.expanduser()}"]
 
 
-def join(address: str, *, resources: Mapping[str, float], block: bool) -> list[str]:
-    """The command that makes this machine a node of the head at HOST or HOST:PORT."""
-    return [*_ray_start(resources, block=block), f"--address={':'.join(map(str, _host_and_port(address)))}"]
+def join(address: str, *, resources: Mapping[str, float], block: bool, directory: Path) -> list[str]:
+    """The command that makes this machine a node of the head at HOST or HOST:PORT, with Ray's files in `directory`."""
+    return [*_ray_start(resources, block=block, directory=directory), f"--address={':'.join(map(str, _host_and_port(address)))}"]
 
 
 def wait_for_head(address: str, *, patience_s: float, waiting: Callable[[str], None]) -> None:
@@ -78,11 +85,11 @@ def wait_for_head(address: str, *, patience_s: float, waiting: Callable[[str], N
         sleep(_LOOK_EVERY_S)
 
 
-def require_health(current: Path = CURRENT_CLUSTER) -> None:
+def require_health(base: Path) -> None:
     """Raise RunError where this machine belongs to a cluster whose head does not answer; one that belongs to none is well."""
-    if not current.exists():
+    address = current_address(base)
+    if address is None:
         return
-    address = current.read_text().strip()
     try:
         socket.create_connection(_host_and_port(address), timeout=_CONNECT_S).close()
     except OSError as error:
@@ -117,8 +124,9 @@ def _read(path: Path) -> str:
     return token
 
 
-def _ray_start(resources: Mapping[str, float], *, block: bool) -> list[str]:
+def _ray_start(resources: Mapping[str, float], *, block: bool, directory: Path) -> list[str]:
     command = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command += [f"--temp-dir={ray_directory(directory)}"]
     command += [f"--resources={json.dumps(dict(resources))}"] if resources else []
     return [*command, "--block"] if block else command
 

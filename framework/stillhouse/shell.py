@@ -20,7 +20,7 @@ def learn_secrets() -> None:
 
 
 def quieten() -> None:
-    """Settle the libraries' chatter before they are imported: what is said here is ours to say. The user's own settings win."""
+    """Settle the libraries before they are imported: what is said here is ours to say, where the user's own settings do not win."""
     settings = {
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
@@ -32,6 +32,7 @@ def quieten() -> None:
         settings |= dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1")
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a thread that calls Ray after its end starts a second cluster
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be set back by its import
 
 

@@ -7,7 +7,7 @@ import psutil
 
 
 def kill_one(title: str) -> None:
-    """SIGKILL the youngest worker of this session whose title begins so, such as 'ray::_Board'."""
+    """SIGKILL the youngest worker of this session whose title begins so, such as 'ray::Coordinator'."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):

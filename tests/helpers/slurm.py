@@ -1,4 +1,4 @@
-"""A Slurm cluster on one machine: Debian's munged, slurmctld and slurmd; each node has an address, a hostname and a /tmp/ray of its own.
+"""A Slurm cluster on one machine: Debian's munged, slurmctld and slurmd; each node has its own address, hostname and place for Ray's files.
 
 Invariant: what runs on a node lives in a process namespace that ends with its holder's input. So nothing is left over, however a test ends,
 and no service or file of the system is touched.
@@ -51,8 +51,8 @@ _NODE = """\
 set -e
 hostname {name}
 mount --bind {folder}/hosts /etc/hosts
-mkdir -p /tmp/ray
-mount -t tmpfs tmpfs /tmp/ray
+mkdir -p /tmp/stillhouse-0
+mount -t tmpfs -o mode=700 tmpfs /tmp/stillhouse-0
 {daemons}
 echo ready
 read -r || true

@@ -68,6 +68,26 @@ def refuse_outage(seconds: float, why: str) -> None:
     raise AssertionError(f"the store was away for {seconds:.0f} s: {why}")
 
 
+@dataclass(slots=True)
+class ToldToLeave(Alone):
+    """The same, but a summons comes once some steps are taken."""
+
+    to_come: Summons | None = None
+    after_steps: int = 1
+
+    def stepped(self, step: int, chunks_finished: int) -> None:
+        self.told.append(("stepped", step, chunks_finished))
+        if step >= self.after_steps:
+            self.summons = self.to_come
+
+
+def train_until_told(job: TrainJob, summons: Summons, after_steps: int) -> tuple[bool, list[Row]]:
+    """Train until the summons: whether the job is done, and what was journalled when the loop returned."""
+    tracker = ListTracker()
+    done = train(job, device=CPU, journal=tracker, lifeline=ToldToLeave(to_come=summons, after_steps=after_steps))
+    return done, list(tracker.rows)
+
+
 def train_and_tell(job: TrainJob) -> list[TrainRow]:
     """Train the job; rank 0's training rows, in order."""
     tracker = ListTracker()

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from helpers.ranks import RankGroup
-from helpers.training import first_gradients, loss_of_step, train_and_tell, with_student
+from helpers.training import first_gradients, loss_of_step, train_and_tell, train_until_told, with_student
 from helpers.world import TinyWorld
+from stillhouse.board import Summons
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.store.blobs import Blobs
@@ -17,7 +18,7 @@ from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.export import export
 from stillhouse.student.fence import owner_key
 from stillhouse.student.job import TrainJob
-from stillhouse.tracking import TrainRow
+from stillhouse.tracking import CheckpointRow, TrainRow
 
 Ranks = dict[int, RankGroup]
 CUTS = list(itertools.product((0, 1, 2, 3), (1, 2), (2, 3)))  # ZeRO stage, ranks, micro-batch; 3 does not divide the batch of 8
@@ -64,6 +65,15 @@ def test_gradients_are_the_same_however_they_are_cut(
     assert gradients.keys() == whole_gradients.keys()
     for name, expected in whole_gradients.items():
         torch.testing.assert_close(gradients[name], expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item(), msg=name)
+
+
+def test_a_group_that_is_told_to_leave_commits_first_whatever_its_clock_shows(job: TrainJob, rank_groups: Ranks) -> None:
+    leaving = replace(job, run_dir=job.run_dir / "leaving")
+    (done, rows), (theirs_done, _) = rank_groups[2].call(train_until_told, leaving, Summons("notice", 60.0, "aws: terminate"), 3)
+    assert not done
+    assert not theirs_done
+    assert [row.step for row in rows if isinstance(row, TrainRow)] == [1, 2, 3]
+    assert [row.step for row in rows if isinstance(row, CheckpointRow)] == [3]
 
 
 @pytest.fixture(scope="module")

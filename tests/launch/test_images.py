@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from helpers.launchfiles import ROOT
 from stillhouse import node
 from stillhouse.errors import RunError
+from stillhouse.raydir import machine_directory, ray_directory
 
 IMAGES = ("cpu", "gpu")
 
@@ -49,10 +50,11 @@ def test_an_image_is_pinned_runs_as_a_number_and_takes_no_secret(image: str) -> 
 
 
 def test_a_machine_is_well_while_its_head_answers_or_it_has_none(tmp_path: Path) -> None:
-    current = tmp_path / "ray_current_cluster"
-    node.require_health(current)
+    node.require_health(tmp_path)
+    current = ray_directory(machine_directory(tmp_path))
+    current.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as head:
-        current.write_text(f"127.0.0.1:{head.getsockname()[1]}")
-        node.require_health(current)
+        (current / "ray_current_cluster").write_text(f"127.0.0.1:{head.getsockname()[1]}")
+        node.require_health(tmp_path)
     with pytest.raises(RunError, match="does not answer"):
-        node.require_health(current)
+        node.require_health(tmp_path)

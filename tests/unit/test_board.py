@@ -1,13 +1,14 @@
 """What is pinned to the board, who is told what, and what of it outlives the board's own process."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from time import time
 
 import pytest
 
 from helpers.processes import kill_one
-from stillhouse.board import Beat, Board, News, Past, Summons
+from stillhouse.board import Beat, Board, Coordinator, News, Past, Summons
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.notices import Notice
 from stillhouse.tracking import DamagedRow, OutageRow, read_journal
@@ -21,7 +22,7 @@ def board() -> Board:
 
 
 def beat(group: str, rank: int = 0, *, node: str = "here", step: int = 3) -> Beat:
-    return Beat(group, rank, node, pid=1, step=step, phase="step", phase_s=0.1)
+    return Beat(group, rank, 2, node, pid=1, step=step, phase="step", phase_s=0.1)
 
 
 def test_the_board_keeps_cursors_and_hands_out_each_report_once(board: Board):
@@ -36,14 +37,41 @@ def test_the_board_keeps_cursors_and_hands_out_each_report_once(board: Board):
 
 
 def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(board: Board):
-    notice = Notice("aws", 1_000.0, "terminate")
-    board.announce("doomed", notice)
-    board.announce("doomed", Notice("ray", 2_000.0, "drain"))  # the first to say so is believed
-    assert board.notices() == {"doomed": notice}
+    board.announce("doomed", Notice("aws", time() + 100.0, "terminate"))
+    board.announce("doomed", Notice("ray", time() + 200.0, "drain"))  # the first to say so is believed
+    assert [(notice.source, notice.detail) for notice in board.notices().values()] == [("aws", "terminate")]
     assert board.beat(beat("elsewhere")) is None
     assert board.beat(beat("held")) is None
-    assert board.beat(beat("held", 1, node="doomed")) == Summons("notice", 1_000.0, "aws: terminate")
-    assert board.beat(beat("held")) == Summons("notice", 1_000.0, "aws: terminate")
+    for rank, node in ((1, "doomed"), (0, "here")):
+        found = board.beat(beat("held", rank, node=node))
+        assert found is not None
+        assert (found.cause, found.detail) == ("notice", "aws: terminate")
+        assert found.seconds_left == pytest.approx(100.0, abs=30)
+
+
+@pytest.mark.parametrize("ahead_s", [-1e6, 3600.0])
+def test_a_deadline_is_as_far_away_on_a_machine_whose_clock_is_set_differently(board: Board, ahead_s: float):
+    theirs = replace(board, wall=lambda: time() + ahead_s)
+    board.announce(f"node {ahead_s}", Notice("sigterm", time() + 100.0, "SIGTERM"))
+    here, there = (each.notices()[f"node {ahead_s}"].deadline - each.wall() for each in (board, theirs))
+    assert here == pytest.approx(100.0, abs=30)
+    assert there == pytest.approx(here, abs=30)
+
+
+def test_heartbeats_and_deadlines_age_by_the_coordinators_own_clock():
+    now = [1000.0]
+    coordinator = Coordinator(None, clock=lambda: now[0])
+    coordinator.beat(beat("group"))
+    coordinator.stepped("group", 4)
+    coordinator.begin("group", 0)
+    coordinator.beat(beat("group"))
+    coordinator.summon("group", Summons("stop", 60.0, "SIGTERM"))
+    now[0] += 45.0
+    assert [heard.ago_s for heard in coordinator.heard("group")] == [45.0]
+    assert coordinator.beat(beat("group")) == Summons("stop", 15.0, "SIGTERM")
+    past = coordinator.begin("group", 0)
+    assert past is not None
+    assert past.seconds_ago == 45.0
 
 
 def test_a_group_is_told_how_its_last_life_ended(board: Board):
@@ -52,7 +80,7 @@ def test_a_group_is_told_how_its_last_life_ended(board: Board):
     found = board.begin("group", committed_step=4)
     assert isinstance(found, Past)
     assert (found.cause, found.last_step, found.num_failures) == ("died", 7, 1)
-    assert found.last_time == pytest.approx(time(), abs=60)
+    assert 0.0 <= found.seconds_ago < 60.0
     board.explain("group", "stalled", "rank 1 was silent")
     board.explain("group", "died", "the connection to rank 1 was lost")  # because of it
     found = board.begin("group", committed_step=4)
@@ -71,15 +99,18 @@ def test_only_failures_without_a_new_commit_add_up(board: Board):
 
 
 def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop_does_not(board: Board):
-    grown, stop = Summons("grown", 2_000.0, "room"), Summons("stop", 2_000.0, "SIGTERM")
+    def asked() -> str | None:
+        found = board.beat(beat("called"))
+        return None if found is None else found.cause
+
     board.begin("called", committed_step=0)
-    board.summon("called", grown)
-    assert board.beat(beat("called")) == grown
+    board.summon("called", Summons("grown", 2_000.0, "room"))
+    assert asked() == "grown"
     board.begin("called", committed_step=3)
-    assert board.beat(beat("called")) is None
-    board.summon("called", stop)
+    assert asked() is None
+    board.summon("called", Summons("stop", 2_000.0, "SIGTERM"))
     board.begin("called", committed_step=3)
-    assert board.beat(beat("called")) == stop
+    assert asked() == "stop"
 
 
 def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_anew(board: Board):
@@ -104,7 +135,7 @@ def test_the_first_verdict_stands(board: Board):
 def test_the_board_outlives_its_process(board: Board):
     board.move_cursor("student", 5)
     assert board.read().cursors["student"] == 5
-    kill_one("ray::_Board")
+    kill_one("ray::Coordinator")
     board.move_cursor("student", 6)
     assert board.read().cursors.get("student", 6) == 6  # what it held is lost; what is told it again is not
     board.move_cursor("student", 7)

@@ -83,7 +83,7 @@ def test_an_address_at_which_nobody_answers_is_said_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         here = f"127.0.0.1:{taken.getsockname()[1]}"
-        addresses = [here, f"ray://{here}", f"nobody.invalid:{taken.getsockname()[1]}", "nonsense"]
+        addresses = [here, f"ray://{here}", f"nobody.invalid:{taken.getsockname()[1]}", "nonsense", "local", ""]
         began = monotonic()
         answer = subprocess.run([sys.executable, "-c", ATTACH, *addresses], capture_output=True, text=True, check=True, timeout=60)
     lines = answer.stdout.splitlines()

@@ -1,15 +1,19 @@
 """A driver that is told to go waits for ranks that have something to commit, and for nobody else."""
 
+import os
+import signal
+from collections.abc import Callable
 from time import monotonic, sleep, time
 
 import pytest
 
+from helpers.processes import kill_one
 from helpers.training import ListTracker
 from stillhouse.board import Beat, Board
-from stillhouse.errors import InterruptedRunError
+from stillhouse.errors import HeadGoneError, InterruptedRunError
 from stillhouse.notices import Notice
 from stillhouse.pipeline import machines
-from stillhouse.pipeline.machines import Machines
+from stillhouse.pipeline.machines import Machines, watched_machines
 from stillhouse.tracking import NoticeRow
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -33,10 +37,54 @@ def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_th
             sleep(0.05)
         until = monotonic() + 4.0
         while monotonic() < until:
-            board.beat(Beat("student", 0, "here", pid=1, step=3, phase="commit", phase_s=0.1))
+            board.beat(Beat("student", 0, 1, "here", pid=1, step=3, phase="commit", phase_s=0.1))
             assert not found.nobody_commits()
             sleep(0.05)
         board.forget("student")  # it has committed and left
         assert found.nobody_commits()
     finally:
         found.stop()
+
+
+def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successor() -> None:
+    board, told = Board.create(), list[Notice]()
+    found = Machines(board, ListTracker(), lambda _now: told[0] if told else None)
+    beat = Beat("student", 0, 1, "doomed", pid=1, step=3, phase="step", phase_s=0.1)
+    asked: list[str] = []
+
+    def is_asked(cause: str) -> bool:
+        summons = board.beat(beat)
+        asked.append("" if summons is None else summons.cause)
+        return asked[-1] == cause and set(board.notices()) == {"doomed"}
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = monotonic() + PATIENCE_S
+        while not condition():
+            assert monotonic() < deadline, asked
+            sleep(0.05)
+
+    found.start()
+    try:
+        board.announce("doomed", Notice("ray", time() + 300.0, "the node is being drained"))
+        wait_until(lambda: "doomed" in found.known)
+        kill_one("ray::Coordinator")
+        wait_until(lambda: is_asked("notice"))
+        told.append(Notice("sigterm", time() + 300, "SIGTERM"))
+        wait_until(lambda: is_asked("stop"))
+        kill_one("ray::Coordinator")
+        wait_until(lambda: is_asked("stop"))
+    finally:
+        found.stop()
+
+
+def test_a_driver_whose_head_ended_by_the_same_sigterm_was_told_to_go() -> None:
+    def lose_the_head(*, told_to_go: bool) -> None:
+        with watched_machines(Board.create(), ListTracker(), grace_s=30.0):
+            if told_to_go:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise HeadGoneError
+
+    with pytest.raises(HeadGoneError):
+        lose_the_head(told_to_go=False)
+    with pytest.raises(InterruptedRunError):
+        lose_the_head(told_to_go=True)

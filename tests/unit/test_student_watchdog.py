@@ -1,17 +1,17 @@
-"""The watchdog blames the rank that holds the others up, and nobody while teachers or the store are what is slow."""
+"""The watchdog blames the rank that holds the others up, and nobody while teachers or the store are slow; a group that starts is let be."""
 
 from dataclasses import replace
 
 import pytest
 
 from stillhouse.board import Beat, Heard, Phase
-from stillhouse.student.watchdog import stalled
+from stillhouse.student.watchdog import has_shrunk, stalled
 
 PATIENCE_S = 60.0
 
 
-def heard(rank: int, step: int, phase: Phase, *, phase_s: float = 1.0, ago_s: float = 0.5) -> Heard:
-    return Heard(Beat("student", rank, "node", 100 + rank, step, phase, phase_s), ago_s)
+def heard(rank: int, step: int, phase: Phase, *, phase_s: float = 1.0, ago_s: float = 0.5, world_size: int = 4) -> Heard:
+    return Heard(Beat("student", rank, world_size, "node", 100 + rank, step, phase, phase_s), ago_s)
 
 
 def test_nothing_is_stalled_before_anybody_was_heard():
@@ -48,3 +48,18 @@ def test_waiting_for_chunks_or_for_the_store_is_no_stall_however_long(phase: Pha
 def test_a_start_may_take_longer_than_a_step():
     assert stalled([heard(0, 0, "start", phase_s=599.0)], patience_s=PATIENCE_S) is None
     assert stalled([heard(0, 0, "start", phase_s=601.0)], patience_s=PATIENCE_S) is not None
+
+
+@pytest.mark.parametrize("num_heard", [0, 1, 3])
+def test_a_group_of_which_not_every_rank_was_heard_has_not_shrunk(num_heard: int):
+    assert not has_shrunk([heard(rank, 1, "step") for rank in range(num_heard)], num_workers=4)
+
+
+def test_a_group_that_is_as_large_as_asked_for_has_not_shrunk():
+    assert not has_shrunk([heard(rank, 1, "step") for rank in range(4)], num_workers=4)
+
+
+def test_a_group_that_was_made_smaller_has_shrunk_once_none_of_its_ranks_is_loading():
+    ranks = [heard(rank, 7, "step", world_size=2) for rank in (0, 1)]
+    assert has_shrunk(ranks, num_workers=4)
+    assert not has_shrunk([ranks[0], heard(1, 0, "start", world_size=2)], num_workers=4)

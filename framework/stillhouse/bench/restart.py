@@ -143,7 +143,7 @@ def _ours(made: Plan, folder: Path, available: Mapping[str, float], num_kills: i
         steps, commits = ([row.time for row in rows if isinstance(row, kind)] for kind in (TrainRow, CheckpointRow))
         return Seen(steps, commits)
 
-    with _in_the_background(train, stop=lambda: board.summon("student", Summons("stop", time() + _WAIT_S, "measured"))):
+    with _in_the_background(train, stop=lambda: board.summon("student", Summons("stop", _WAIT_S, "measured"))):
         return measured(seen, _kill_a_rank, num_kills=num_kills)
 
 

@@ -10,12 +10,14 @@ from time import monotonic, time
 
 from stillhouse.board import Board, Summons
 from stillhouse.cluster import drain, draining
-from stillhouse.errors import InterruptedRunError
+from stillhouse.errors import HeadGoneError, InterruptedRunError
+from stillhouse.head import HeadIsGone
 from stillhouse.notices import Ask, Notice, sigterm
 from stillhouse.tracking import NoticeRow, Role, Tracker
 
 _LOOK_EVERY_S = 1.0
 _SILENT_S = 8.0  # a rank that lives beats every second
+_STOP_S = 5.0
 _ROLES: tuple[Role, ...] = ("student", "control")
 
 
@@ -24,8 +26,9 @@ class Machines:
 
     def __init__(self, board: Board, journal: Tracker, terminated: Ask) -> None:
         self._board, self._journal, self._terminated = board, journal, terminated
-        self._known: set[str] = set()
+        self.known: dict[str, Notice] = {}
         self._told_at: float | None = None
+        self._seconds_left = 0.0  # then
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="machines", daemon=True)
 
@@ -45,20 +48,29 @@ class Machines:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(_STOP_S)  # it may be in a question to a head that is gone
 
     def _listen(self) -> None:
         while not self._stopped.wait(_LOOK_EVERY_S):
-            for node, notice in draining().items():
-                self._board.announce(node, notice)
-            for node, notice in self._board.notices().items():
-                if node not in self._known:
-                    self._known.add(node)
-                    self._pass_on(node, notice)
-            end = self._terminated(time())
-            if end is not None and self._told_at is None:
-                self._stop_all(end)
-                self._told_at = monotonic()
+            try:
+                self._look()
+            except HeadGoneError:  # whoever attached to the cluster says so
+                return
+
+    def _look(self) -> None:
+        """Take in and pass on. What the board knew and lost with its process is told to it again."""
+        for node, notice in draining().items():
+            self._board.announce(node, notice)
+        notices = self._board.notices()
+        for node, notice in notices.items():
+            if node not in self.known:
+                self._pass_on(node, notice)
+            self.known[node] = notice
+        for node in self.known.keys() - notices.keys():
+            self._board.announce(node, self.known[node])
+        end = self._terminated(time())
+        if end is not None:
+            self._stop_all(end)
 
     def _pass_on(self, node: str, notice: Notice) -> None:
         self._journal.record(NoticeRow(notice.source, node, notice.deadline - time(), notice.detail))
@@ -66,9 +78,12 @@ class Machines:
             drain(node, notice)
 
     def _stop_all(self, notice: Notice) -> None:
-        self._journal.record(NoticeRow(notice.source, "driver", notice.deadline - time(), notice.detail))
+        if self._told_at is None:
+            self._told_at, self._seconds_left = monotonic(), notice.deadline - time()
+            self._journal.record(NoticeRow(notice.source, "driver", self._seconds_left, notice.detail))
+        seconds_left = self._seconds_left - (monotonic() - self._told_at)
         for role in _ROLES:
-            self._board.summon(role, Summons("stop", notice.deadline, notice.detail))
+            self._board.summon(role, Summons("stop", seconds_left, notice.detail))
 
 
 @contextmanager
@@ -79,5 +94,8 @@ def watched_machines(board: Board, journal: Tracker, *, grace_s: float) -> Itera
         machines.start()
         try:
             yield machines
+        except (HeadIsGone, HeadGoneError):
+            machines.require_driver()  # a SIGTERM to all processes of a machine ends its head, too
+            raise
         finally:
             machines.stop()

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from time import monotonic
 from typing import Protocol, Self
 
@@ -45,9 +46,10 @@ class Lifeline(Protocol):
 class BoardLifeline:
     """A lifeline over the board, alive for as long as the block lasts; it also listens to what the machine says of its end."""
 
-    def __init__(self, board: Board, job: TrainJob, notices: NoticeSource, *, rank: int, teachers_at_work: bool) -> None:
-        self.summons: Summons | None = None
-        self._board, self._group, self._rank, self._teachers_at_work = board, job.role, rank, teachers_at_work
+    def __init__(self, board: Board, job: TrainJob, notices: NoticeSource, *, rank: int, world_size: int, teachers_at_work: bool) -> None:
+        self._board, self._group, self._rank, self._world_size = board, job.role, rank, world_size
+        self._teachers_at_work = teachers_at_work
+        self._summons: tuple[Summons, float] | None = None  # with the moment at which it came
         self._stall_s = job.section.watchdog_s
         self._node = this_node()
         self._place: tuple[int, Phase, float] = (0, "start", monotonic())
@@ -65,6 +67,13 @@ class BoardLifeline:
         self._thread.join()
         self._board.forget(self._group, rank=self._rank)
         self._machine.__exit__(None, None, None)
+
+    @property
+    def summons(self) -> Summons | None:
+        if self._summons is None:
+            return None
+        summons, came = self._summons
+        return replace(summons, seconds_left=summons.seconds_left - (monotonic() - came))
 
     def begin(self, committed_step: int) -> Past | None:
         return self._board.begin(self._group, committed_step=committed_step)
@@ -95,8 +104,11 @@ class BoardLifeline:
         step, phase, since = self._place
         phase_s = monotonic() - since
         stack = stacks() if phase_s > self._stall_s and phase in ("step", "snapshot") else ""
-        beat = Beat(self._group, self._rank, self._node, os.getpid(), step, phase, phase_s, stack)
-        self.summons = self._board.beat(beat) or self.summons
+        asked = monotonic()
+        beat = Beat(self._group, self._rank, self._world_size, self._node, os.getpid(), step, phase, phase_s, stack)
+        summons = self._board.beat(beat)
+        if summons is not None:
+            self._summons = (summons, asked)
 
 
 def stacks() -> str:

@@ -7,7 +7,7 @@ there, with however many ranks there are now.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from time import monotonic, time
+from time import monotonic
 
 import torch
 import torch.distributed as dist
@@ -36,14 +36,15 @@ from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, OutageRow, 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
     """Train until `job.total_steps`, on every rank of the existing process group; False where the group left before, on a summons.
 
-    It leaves once its last step is committed, or the summons' deadline has come. Rank 0 journals. Raises ConfigError on every rank before
-    the first step where the divergence cannot learn from such targets, and StudentError on a loss that is not finite.
+    It leaves once its last step is committed, or the summons' time is over. Rank 0 journals. Raises ConfigError on every rank before the
+    first step where the divergence cannot learn from such targets, and StudentError on a loss that is not finite.
     """
     rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
     on_outage = _teller(job, journal, rank=rank)
     lifeline.at(0, "commit")  # a large checkpoint takes long to read, and a bucket may be away
     with restore(job.checkpoints, origin=job.origin, convert=convert, tell=on_outage) as found:
         lifeline.at(0, "start")
+        began_at = monotonic()
         done = 0 if found is None else found.step
         past = _begin(lifeline, job, done) if rank == 0 else None
         for problem in found.passed_over if found is not None and rank == 0 else ():
@@ -65,9 +66,10 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
                 batch = reader.next_unless(lambda: lifeline.summons is not None)
                 busy, summons = _agreed(writer.busy, lifeline.summons, device)
                 if summons is not None:
+                    leave_at = monotonic() + summons.seconds_left
                     if submitted < step:
                         _submit(writer, engine, step, lifeline)
-                    writer.wait(max(0.0, summons.deadline - time()))
+                    writer.wait(max(0.0, leave_at - monotonic()))
                     if rank == 0:
                         lifeline.explain(summons.cause, summons.detail)
                     return False
@@ -79,7 +81,7 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
                     journal.record(row)
                     lifeline.stepped(step + 1, job.order.chunks_finished(step + 1))
                 if past is not None:
-                    journal.record(_recovery(past, job, resumed=done, world_size=world_size))
+                    journal.record(_recovery(past, job, resumed=done, world_size=world_size, since_begin_s=monotonic() - began_at))
                     past = None
                 due = due or (step + 1) % section.checkpoint_every_steps == 0
                 if step + 1 == job.total_steps or (due and not busy):
@@ -242,6 +244,7 @@ def _agreed(busy: bool, summons: Summons | None, device: torch.device) -> tuple[
     return bool(flags[0]), Summons(**next(each for each in known if each is not None))
 
 
-def _recovery(past: Past, job: TrainJob, *, resumed: int, world_size: int) -> RecoveryRow:
+def _recovery(past: Past, job: TrainJob, *, resumed: int, world_size: int, since_begin_s: float) -> RecoveryRow:
     cause = "died" if past.cause == "stop" else past.cause
-    return RecoveryRow(job.role, cause, past.detail, time() - past.last_time, world_size, resumed, max(0, past.last_step - resumed))
+    seconds = past.seconds_ago + since_begin_s
+    return RecoveryRow(job.role, cause, past.detail, seconds, world_size, resumed, max(0, past.last_step - resumed))

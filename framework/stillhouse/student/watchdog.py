@@ -1,4 +1,4 @@
-"""The watchdog: which rank holds its group up, told from their signs of life alone. A pure function: time is in what was heard.
+"""The watchdog: which rank holds its group up, and which group is too small, told from heartbeats alone. Pure: time is in what was heard.
 
 A collective makes all ranks wait for the slowest, so most of those that stand still are waiting for another. The one to blame is silent,
 or it is the one that got least far.
@@ -36,3 +36,12 @@ def stalled(heard: Sequence[Heard], *, patience_s: float) -> Stall | None:
         return None
     allowed_s = patience_s * (_START_ALLOWANCE if last.beat.phase == "start" else 1.0)
     return Stall(last.beat, last.beat.phase_s, silent=False) if last.beat.phase_s > allowed_s else None
+
+
+def has_shrunk(heard: Sequence[Heard], *, num_workers: int) -> bool:
+    """Whether a whole group is at work that was made with fewer ranks than `num_workers`.
+
+    Only an elastic group is ever made smaller. While some of its ranks have not been heard, or load the model, it is just starting.
+    """
+    is_whole = bool(heard) and len(heard) == heard[0].beat.world_size
+    return is_whole and len(heard) < num_workers and all(each.beat.phase != "start" for each in heard)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from time import monotonic, sleep, time
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import ray.train
@@ -21,9 +21,9 @@ from ray.train.v2.api.config import FailureConfig
 from stillhouse.board import Board, Summons
 from stillhouse.cluster import Secrets, end_process, prepare_process, room_at_most, room_for, settle_ray_train, stacks_of
 from stillhouse.config import NoticeSource, StudentSection
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import HeadGoneError, StillhouseError
 from stillhouse.placement import Placement
-from stillhouse.student.watchdog import Stall, stalled
+from stillhouse.student.watchdog import Stall, has_shrunk, stalled
 from stillhouse.tracking import StallRow, Tracker
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def fit(
                 verdict = board.verdict()
                 if verdict is not None:
                     raise verdict
-                if board.departure() in (None, "stop"):
+                if board.finished() or board.departure() == "stop":  # else it left to come back, or the board lost what it was told
                     return
 
 
@@ -146,18 +146,24 @@ def _watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, jour
 
 
 def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: Tracker, stopped: threading.Event) -> None:
-    """Once a second: end a rank that holds its group up, and ask a group that has shrunk to come back larger once there is room."""
+    """Once a second: end a rank that holds its group up, and ask a group that has shrunk to come back larger once there is room.
+
+    That the cluster is gone is told by whoever waits for the students: this ends with them.
+    """
     looked_for_room = monotonic()
     while not stopped.wait(_LOOK_EVERY_S):
         for job in jobs:
-            section, heard = job.section, board.heard(job.role)
-            stall = stalled(heard, patience_s=section.watchdog_s)
-            if stall is not None:
-                _end(stall, job, board, journal)
-            elif 0 < len(heard) < section.num_workers and monotonic() - looked_for_room > section.regroup_s:
-                looked_for_room = monotonic()
-                if room_for(where) > 0:
-                    board.summon(job.role, Summons("grown", time() + _GROW_WITHIN_S, "there is room for more ranks"))
+            try:
+                section, heard = job.section, board.heard(job.role)
+                stall = stalled(heard, patience_s=section.watchdog_s)
+                if stall is not None:
+                    _end(stall, job, board, journal)
+                elif has_shrunk(heard, num_workers=section.num_workers) and monotonic() - looked_for_room > section.regroup_s:
+                    looked_for_room = monotonic()
+                    if room_for(where) > 0:
+                        board.summon(job.role, Summons("grown", _GROW_WITHIN_S, "there is room for more ranks"))
+            except (HeadGoneError, ray.exceptions.RayError):
+                continue
 
 
 def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
@@ -187,12 +193,18 @@ def _worker(config: dict[str, bytes]) -> None:
     from stillhouse.student.train import train
 
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     for job in arguments.jobs:
         distributed_c10d.default_pg_timeout = _peer_timeout(job.section)  # ZeRO makes groups of its own, which would wait for ever
         try:
-            with BoardLifeline(board, job, arguments.notices, rank=rank, teachers_at_work=arguments.teachers_at_work) as lifeline:
+            line = BoardLifeline(
+                board, job, arguments.notices, rank=rank, world_size=world_size, teachers_at_work=arguments.teachers_at_work
+            )
+            with line as lifeline:
                 finished = train(job, device=device, journal=board, lifeline=lifeline)
+        except HeadGoneError:
+            raise  # nobody is there to be told; or this machine is cut off, and the group goes on without it
         except StillhouseError as error:
             board.give_up(error)
             raise
@@ -201,3 +213,4 @@ def _worker(config: dict[str, bytes]) -> None:
             raise
         if not finished:
             return
+    board.finish()
