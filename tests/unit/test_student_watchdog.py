@@ -59,7 +59,8 @@ def test_a_group_that_is_as_large_as_asked_for_has_not_shrunk():
     assert not has_shrunk([heard(rank, 1, "step") for rank in range(4)], num_workers=4)
 
 
-def test_a_group_that_was_made_smaller_has_shrunk_once_none_of_its_ranks_is_loading():
+@pytest.mark.parametrize("phase", ["commit", "start"])
+def test_a_group_that_was_made_smaller_has_shrunk_once_none_of_its_ranks_restores_or_loads(phase: Phase):
     ranks = [heard(rank, 7, "step", world_size=2) for rank in (0, 1)]
     assert has_shrunk(ranks, num_workers=4)
-    assert not has_shrunk([ranks[0], heard(1, 0, "start", world_size=2)], num_workers=4)
+    assert not has_shrunk([ranks[0], heard(1, 0, phase, world_size=2)], num_workers=4)
