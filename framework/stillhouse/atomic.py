@@ -221,7 +221,7 @@ def make_directory(path: Path, *, mode: int = 0o777, files: FileLayer = DISK) ->
         files.mkdir(path, mode)
     except FileExistsError:
         if not path.is_dir():
-            raise
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     files.sync_directory(path.parent)
 
 

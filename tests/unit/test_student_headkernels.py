@@ -153,6 +153,31 @@ def test_the_kernels_pass_the_check_that_they_are_put_to_before_use(interpreter:
     assert interpreter.submit(in_interpreter_defect).result() is None
 
 
+@pytest.mark.parametrize(
+    ("failure", "num_tries"), [(torch.OutOfMemoryError("CUDA out of memory"), 3), (RuntimeError("no such instruction"), 1)]
+)
+def test_a_failure_that_may_pass_is_told_and_tried_again_and_one_that_lasts_is_a_reason(failure: Exception, num_tries: int) -> None:
+    from stillhouse.student.headkernels import defect
+
+    tries = 0
+
+    def make_passes(head: Head, num_tokens: int, **options: Any) -> TorchPasses:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise failure
+        return TorchPasses(head, num_tokens, **options)
+
+    if num_tries == 1:
+        assert "fails on cpu: RuntimeError: ['no such instruction']" in str(defect(torch.device("cpu"), make_passes=make_passes))
+        assert defect(torch.device("cpu"), make_passes=make_passes) is not None
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            defect(torch.device("cpu"), make_passes=make_passes)
+        assert defect(torch.device("cpu"), make_passes=make_passes) is None
+    assert tries == num_tries  # a try is of two heads
+
+
 def in_process_modules() -> set[str]:
     loss_and_gradients(torch.float32, passes_for)
     return set(sys.modules)

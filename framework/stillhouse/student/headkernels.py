@@ -6,6 +6,7 @@ here. The kernels need nothing newer than Triton 3.6, and also run in Triton's i
 Shapes: C tokens of one block, K kept entries, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -60,7 +61,7 @@ class TritonPasses:
 
 
 @cache
-def defect(device: torch.device) -> str | None:
+def defect(device: torch.device, *, make_passes: Callable[..., Passes] = TritonPasses) -> str | None:
     """What is wrong with the kernels on this device, or None. Compiles them, for some seconds, and holds them to `TorchPasses`.
 
     What is wrong for good is remembered. A failure that may pass is raised, and the next call tries again.
@@ -68,7 +69,7 @@ def defect(device: torch.device) -> str | None:
     for softcap, temperature in ((None, 1.0), (5.0, 2.0)):
         head = Head(torch.empty((_TILE_LOGITS + 501, 0), dtype=torch.bfloat16, device=device), scale=0.5, softcap=softcap)
         try:
-            found = _tried(TritonPasses(head, 3, temperature=temperature, text=True), head)
+            found = _tried(make_passes(head, 3, temperature=temperature, text=True), head)
         except Exception as failure:  # whatever a compiler, a driver or a device may raise: there is another path
             if may_pass(failure):
                 raise
