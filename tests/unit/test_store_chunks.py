@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from time import time
 
 import numpy as np
 import pytest
@@ -302,6 +303,25 @@ def test_leftovers_of_killed_writers_are_swept_once_they_are_old(store: ChunkSto
     assert store.published() == {0}
     assert sweep(store.url, older_than_s=60.0, now=2000.0).removed == [str(old)]
     assert sorted(chunks.iterdir()) == [path_of(store, 0), young]
+
+
+def test_a_sweep_beside_writers_whose_staging_files_come_and_go_ends_well(store: ChunkStore):
+    store.publish(make_chunk(RECIPE, 0))
+    staging = [path_of(store, 0).with_name(f"0000000001.safetensors#{number}") for number in range(300)]
+
+    def come_and_go() -> None:
+        for _ in range(10):
+            for path in staging:
+                path.touch()
+            for path in staging:
+                path.unlink()
+
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(come_and_go)
+        while not writing.done():
+            assert sweep(store.url, older_than_s=3600.0, now=time()).removed == []
+    writing.result()
+    store.verify(0)
 
 
 CUTS: dict[str, Callable[[bytes], bytes]] = {

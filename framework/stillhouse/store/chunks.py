@@ -9,6 +9,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -297,9 +298,10 @@ def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
     blobs, removed = Blobs(url), []
     for folder in _recipe_folders(blobs):
         for path in _staging_files(blobs.directory / folder) if blobs.directory is not None else []:
-            if path.stat().st_mtime <= now - older_than_s:
-                path.unlink(missing_ok=True)
-                removed.append(str(path))
+            with suppress(FileNotFoundError):  # its writer lives, and has just given it its name
+                if path.stat().st_mtime <= now - older_than_s:
+                    path.unlink()
+                    removed.append(str(path))
     quarantined = [blob.key for folder in _recipe_folders(blobs) for blob in blobs.under(f"{folder}/quarantine")]
     return Swept(removed, quarantined)
 
