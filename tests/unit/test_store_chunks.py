@@ -352,6 +352,15 @@ def test_a_chunk_that_a_power_cut_left_empty_or_cut_is_not_published_and_is_repl
     assert store.publish(chunk).duplicate
 
 
+def test_a_recipe_that_a_power_cut_left_empty_is_published_anew(store: ChunkStore):
+    store.publish(make_chunk(RECIPE, 0))
+    path = Path(store.url) / store.folder / "recipe.json"
+    path.write_bytes(b"")
+    ChunkStore.create(store.url, RECIPE)
+    assert path.read_bytes() == RECIPE.canonical_json()
+    assert store.published() == {0}
+
+
 BIG = small_recipe(num_sequences=4000, sequence_length=1024, chunk_sequences=8)
 FORKING = multiprocessing.get_context("forkserver")  # one import of torch for all the processes below
 FORKING.set_forkserver_preload(["helpers.chunks"])

@@ -101,7 +101,11 @@ class ChunkStore:
         store = cls(url, recipe, files=files)
         key = f"{store._folder}/recipe.json"
         if not store._blobs.create(key, recipe.canonical_json()):
-            found = parse_recipe(bytes(store._blobs.read(key)), where=f"{store.url}/{key}")
+            data = bytes(store._blobs.read(key))
+            if not data:  # a power cut left the name alone
+                store.restore_recipe()
+                return store
+            found = parse_recipe(data, where=f"{store.url}/{key}")
             if found != recipe:
                 raise RecipeError(f"{store.url}/{key} is of another recipe: " + "; ".join(differences(recipe, found)))
         return store
