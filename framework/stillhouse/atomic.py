@@ -185,7 +185,7 @@ def replace(path: Path, data: Buffer, *, files: FileLayer = DISK) -> None:
 def move(source: Path, destination: Path, *, files: FileLayer = DISK) -> None:
     """Give a file another name, also in another directory. Raises FileNotFoundError if there is none."""
     files.rename(source, destination)
-    for directory in {destination.parent, source.parent}:
+    for directory in dict.fromkeys((destination.parent, source.parent)):  # in this order it has one of the two names at any moment
         files.sync_directory(directory)
 
 
@@ -219,7 +219,7 @@ def make_directory(path: Path, *, mode: int = 0o777, files: FileLayer = DISK) ->
         make_directory(path.parent, files=files)
     try:
         files.mkdir(path, mode)
-    except FileExistsError:
+    except OSError:  # the system may answer for one that exists that it is read-only, or not ours
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     files.sync_directory(path.parent)

@@ -1,5 +1,6 @@
 """`check` says what a run makes and needs, and what would stop it; it loads no weights and writes nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from helpers.checkpoints import make as make_checkpoints
 from helpers.command import Outcome, as_toml, stillhouse
 from helpers.models import make_model
 from helpers.world import TinyWorld, merged
-from stillhouse.pipeline import Plan
+from stillhouse.errors import StoreError
+from stillhouse.pipeline import Plan, train
 from stillhouse.store import ChunkStore
 
 
@@ -208,3 +210,15 @@ def test_exact_and_fast_logits_of_a_narrow_teacher_are_different_targets(tiny_wo
 
     assert fingerprint(dtype="bfloat16") == fingerprint(dtype="bfloat16", logits="exact") != fingerprint(dtype="bfloat16", logits="fast")
     assert fingerprint(dtype="float32", logits="exact") == fingerprint(dtype="float32", logits="fast")
+
+
+def test_training_alone_counts_a_chunk_that_was_cut_short_as_missing_and_says_who_makes_it(filled: Plan, tmp_path: Path):
+    store = ChunkStore(filled.config.store.url, filled.recipe)
+    path = Path(store.url) / store.key(filled.chunks[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    try:
+        with pytest.raises(StoreError, match=rf"^1 of {len(filled.chunks)} chunks are not in .*; `stillhouse produce` makes them"):
+            train(replace(filled, run_dir=tmp_path / "run"))
+    finally:
+        path.write_bytes(whole)

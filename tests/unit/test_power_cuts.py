@@ -122,11 +122,14 @@ def require_commits(blobs: Blobs, told: list[tuple[str, int]]) -> int:
 
 
 def require_store(url: str, told: list[tuple[str, int]], *, newest_step: int) -> None:
-    store = ChunkStore.create(url, RECIPE, files=Unsynced())
+    recipe = Path(url) / RECIPE.fingerprint[:16] / "recipe.json"
+    assert recipe.is_file(), "the recipe is gone"
+    assert recipe.read_bytes() == RECIPE.canonical_json(), "the recipe is cut"
+    store = ChunkStore(url, RECIPE)
     there = store.published()
     assert there >= {number for kind, number in told if kind == "chunk"}, "a chunk that was published is gone"
     readers, strangers = registered(store)
-    assert not strangers
+    assert not strangers, "a reader's progress is cut"
     assert readers, "a reader is gone"
     assert readers[0].committed_step >= max(number for kind, number in told if kind == "reader"), "a reader's progress is gone"
     assert readers[0].committed_step <= newest_step, "a reader is past the newest commit: what it needs again may be deleted"

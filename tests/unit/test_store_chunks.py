@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from time import time
 
 import numpy as np
 import pytest
@@ -304,6 +305,25 @@ def test_leftovers_of_killed_writers_are_swept_once_they_are_old(store: ChunkSto
     assert sorted(chunks.iterdir()) == [path_of(store, 0), young]
 
 
+def test_a_sweep_beside_writers_whose_staging_files_come_and_go_ends_well(store: ChunkStore):
+    store.publish(make_chunk(RECIPE, 0))
+    staging = [path_of(store, 0).with_name(f"0000000001.safetensors#{number}") for number in range(300)]
+
+    def come_and_go() -> None:
+        for _ in range(10):
+            for path in staging:
+                path.touch()
+            for path in staging:
+                path.unlink()
+
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(come_and_go)
+        while not writing.done():
+            assert sweep(store.url, older_than_s=3600.0, now=time()).removed == []
+    writing.result()
+    store.verify(0)
+
+
 CUTS: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _data: b"",
     "a few bytes": lambda data: data[:5],
@@ -330,6 +350,15 @@ def test_a_chunk_that_a_power_cut_left_empty_or_cut_is_not_published_and_is_repl
     (quarantined,) = (Path(store.url) / store.folder / "quarantine").iterdir()
     assert quarantined.read_bytes() == left
     assert store.publish(chunk).duplicate
+
+
+def test_a_recipe_that_a_power_cut_left_empty_is_published_anew(store: ChunkStore):
+    store.publish(make_chunk(RECIPE, 0))
+    path = Path(store.url) / store.folder / "recipe.json"
+    path.write_bytes(b"")
+    ChunkStore.create(store.url, RECIPE)
+    assert path.read_bytes() == RECIPE.canonical_json()
+    assert store.published() == {0}
 
 
 BIG = small_recipe(num_sequences=4000, sequence_length=1024, chunk_sequences=8)

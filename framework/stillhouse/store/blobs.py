@@ -1,6 +1,7 @@
 """Bytes under keys, in a directory or an object store: what is there is whole, what is created stays, and every failure is a StoreError."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -188,6 +189,9 @@ class Blobs:
     def read_start(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
         """The first `num_bytes` of an object, or all that it has, and its size: one request. Raises FileNotFoundError if there is none."""
         with self._in_words(f"read the start of {key}"):
+            if self.directory is not None:  # obstore's way takes several times as long, and a listing does this for every chunk
+                with (self.directory / key).open("rb") as file:
+                    return memoryview(file.read(num_bytes)), os.fstat(file.fileno()).st_size
             try:
                 answer = obstore.get(self._store, key, options={"range": (0, num_bytes)})
                 return memoryview(answer.bytes()), answer.meta["size"]

@@ -9,6 +9,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -105,6 +106,9 @@ class ChunkStore:
         key = f"{store._folder}/recipe.json"
         require_create_only(store._blobs, under=f"{store._folder}/")
         if not store._blobs.create(key, recipe.canonical_json()):
+            if store._blobs.read(key).nbytes == 0:  # a power cut left the name alone
+                store.restore_recipe()
+                return store
             found = _recipe_at(store._blobs, key)
             if found != recipe:
                 raise RecipeError(f"{store.url}/{key} is of another recipe: " + "; ".join(differences(recipe, found)))
@@ -313,9 +317,10 @@ def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
     blobs, removed = Blobs(url), []
     for folder in _recipe_folders(blobs):
         for path in _staging_files(blobs.directory / folder) if blobs.directory is not None else []:
-            if path.stat().st_mtime <= now - older_than_s:
-                path.unlink(missing_ok=True)
-                removed.append(str(path))
+            with suppress(FileNotFoundError):  # its writer lives, and has just given it its name
+                if path.stat().st_mtime <= now - older_than_s:
+                    path.unlink()
+                    removed.append(str(path))
     quarantined = [blob.key for folder in _recipe_folders(blobs) for blob in blobs.under(f"{folder}/quarantine")]
     return Swept(removed, quarantined)
 

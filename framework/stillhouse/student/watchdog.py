@@ -41,7 +41,7 @@ def stalled(heard: Sequence[Heard], *, patience_s: float) -> Stall | None:
 def has_shrunk(heard: Sequence[Heard], *, num_workers: int) -> bool:
     """Whether a whole group is at work that was made with fewer ranks than `num_workers`.
 
-    Only an elastic group is ever made smaller. While some of its ranks have not been heard, or are before their first step, it is just starting.
+    Only an elastic group is ever made smaller. While a rank of it has not been heard, or is before its first step, it is just starting.
     """
     is_whole = bool(heard) and len(heard) == heard[0].beat.world_size
     return is_whole and len(heard) < num_workers and all(each.beat.step > 0 for each in heard)
