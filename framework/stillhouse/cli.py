@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from stillhouse import node
 from stillhouse.bench.verbs import bench_app
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
-from stillhouse.shell import cache_dir, only_tensors, quieten, typed
+from stillhouse.shell import cache_dir, forbid_pickled_code, quieten, typed
 
 if TYPE_CHECKING:
     from stillhouse.evaluate import ModelName, Scores
@@ -26,7 +26,7 @@ class Verbs(TyperGroup):
     """The verbs, and what becomes of the errors that they raise. A bug keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        only_tensors()
+        forbid_pickled_code()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

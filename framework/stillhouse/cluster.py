@@ -25,7 +25,7 @@ from stillhouse.errors import ConfigError, RunError, StillhouseError
 from stillhouse.node import OBJECT_STORE_BYTES
 from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 from stillhouse.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
-from stillhouse.shell import only_tensors
+from stillhouse.shell import forbid_pickled_code
 
 _NAMESPACE = "stillhouse"
 _REACH_S = 10.0
@@ -60,7 +60,7 @@ def prepare_process(device: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     os.environ["DS_ACCELERATOR"] = device
-    only_tensors()
+    forbid_pickled_code()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -87,10 +87,12 @@ class _Group:
         def problem_with(commit: Commit) -> str:
             names = [*self._reads(commit)]
             problem = fetch(blobs, commit, names, into=scratch)
-            for name in names if not problem else ():
-                if name.endswith(_PICKLED):  # each of them is refused by every rank, before DeepSpeed makes ranks wait for one another
+            if problem:
+                return problem
+            for name in names:
+                if name.endswith(_PICKLED):  # what one rank would refuse, all refuse now: as DeepSpeed loads, ranks wait for one another
                     opened(local_folder(blobs, commit, scratch) / name, map_location="meta")
-            return problem
+            return ""
 
         def problems_with(commit: Commit) -> "list[str | StillhouseError]":
             return outcomes(lambda: problem_with(commit))
