@@ -18,7 +18,7 @@ from stillhouse.bench.verbs import bench_app
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
 from stillhouse.raydir import base_directory, current_address, machine_directory
 from stillhouse.redaction import scrub
-from stillhouse.shell import cache_dir, learn_secrets, only_tensors, quieten, typed
+from stillhouse.shell import cache_dir, forbid_pickled_code, learn_secrets, quieten, typed
 from stillhouse.terminal import say
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Verbs(TyperGroup):
     """The verbs, and what becomes of the errors that they raise. A bug keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        only_tensors()
+        forbid_pickled_code()
         learn_secrets()
         try:
             return super().invoke(ctx)

@@ -30,7 +30,7 @@ from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 from stillhouse.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
 from stillhouse.raydir import base_directory, current_address, new_directory, ray_directory, remove_directory
 from stillhouse.redaction import know
-from stillhouse.shell import learn_secrets, only_tensors
+from stillhouse.shell import forbid_pickled_code, learn_secrets
 
 _NAMESPACE = "stillhouse"
 _REACH_S = 10.0
@@ -69,7 +69,7 @@ def prepare_process(device: str, threads: int) -> None:
     learn_secrets()
     torch.set_num_threads(threads)
     os.environ["DS_ACCELERATOR"] = device
-    only_tensors()
+    forbid_pickled_code()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

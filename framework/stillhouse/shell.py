@@ -36,8 +36,8 @@ def quieten() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # a level would be set back by its import
 
 
-def only_tensors() -> None:
-    """Have torch open nothing but tensors in this process and in all that it starts, whatever the caller of torch.load or the user asks."""
+def forbid_pickled_code() -> None:
+    """Have torch run no code of a pickle in this process and all that it starts, whatever the user or a caller of torch.load asks for."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # with both, torch opens nothing
 

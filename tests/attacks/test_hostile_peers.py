@@ -40,8 +40,10 @@ def test_what_is_no_json_is_refused(rank_groups: Ranks, meet: Callable[[bytes], 
 
 def test_messages_have_a_longest_length_on_every_rank(rank_groups: Ranks) -> None:
     for gathered, told, *within in rank_groups[2].call(peers.too_long, 1000):
-        assert gathered.startswith("the ranks are about to send [500, 500] bytes, and at most 999 are taken in all")
-        assert told.startswith("the ranks are about to send [1000] bytes, and at most 999 are taken in all")
+        assert gathered.startswith(
+            "rank 0 wants to send 500 bytes, of 1000 in all; at least 1 of each rank and at most 999 in all are taken."
+        )
+        assert told.startswith("rank 0 wants to send 1000 bytes, of 1000 in all; at least 1 of each rank and at most 999 in all are taken.")
         assert within == ["", ""]
 
 

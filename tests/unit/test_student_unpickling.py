@@ -15,7 +15,7 @@ from helpers.bombs import Bomb, write_archive
 from stillhouse.cli import app
 from stillhouse.cluster import prepare_process
 from stillhouse.errors import CheckpointError
-from stillhouse.shell import only_tensors as only_tensors_in_all_processes
+from stillhouse.shell import forbid_pickled_code
 from stillhouse.student.unpickling import ALLOWED, only_tensors, opened
 
 
@@ -139,7 +139,7 @@ def as_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_process("cpu", torch.get_num_threads())
 
 
-@pytest.mark.parametrize("begin", [as_the_command, as_a_worker, lambda _: only_tensors_in_all_processes()])
+@pytest.mark.parametrize("begin", [as_the_command, as_a_worker, lambda _: forbid_pickled_code()])
 @pytest.mark.parametrize("asked", [None, "0", "1"])
 def test_every_process_opens_tensors_alone_whatever_its_environment_asked_for(
     begin: Callable[[pytest.MonkeyPatch], None], asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -93,7 +93,11 @@ def _bytes_of(data: bytes, num_bytes: int) -> Tensor:
 
 def _require_lengths(nums_bytes: list[int], most_bytes: int) -> None:
     if min(nums_bytes) < 1 or sum(nums_bytes) > most_bytes:
-        raise StudentError(f"the ranks are about to send {nums_bytes} bytes, and at most {most_bytes} are taken in all. {_ADVICE}")
+        worst = min(nums_bytes) if min(nums_bytes) < 1 else max(nums_bytes)
+        raise StudentError(
+            f"rank {nums_bytes.index(worst)} wants to send {worst} bytes, of {sum(nums_bytes)} in all; "
+            f"at least 1 of each rank and at most {most_bytes} in all are taken. {_ADVICE}"
+        )
 
 
 _ADVICE = "Something else than Stillhouse has joined the ranks' group: give the cluster a network of its own, and start the run again."

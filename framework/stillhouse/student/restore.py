@@ -98,7 +98,7 @@ class _Group:
             for name in self._reads(commit):
                 if problem := self._insist(partial(fetch, blobs, commit, [name], into=scratch)):
                     return problem
-                if name.endswith(_PICKLED):  # refused by every rank, before DeepSpeed makes ranks wait for one another
+                if name.endswith(_PICKLED):  # what one rank refuses, all refuse now: as DeepSpeed loads, ranks wait for one another
                     opened(local_folder(blobs, commit, scratch) / name, map_location="meta")
             return ""
 

@@ -35,10 +35,10 @@ def opened(path: Path | str, map_location: Any = "cpu", *, mmap: bool | None = N
         with _one_at_a_time, _only_ours_allowed():
             state = _torch_load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # a file of anybody's making can fail in any way
-        raise CheckpointError(f"{path} was not opened: {_reason(error)}. {_ADVICE}") from None
+        raise CheckpointError(f"{path} was not opened: {_reason(error)}") from None
     outside = _path_in(state)
     if outside is not None:
-        raise CheckpointError(f"{path} was not used: it names {_shown(outside)}, which is a path. {_ADVICE}")
+        raise CheckpointError(f"{path} was not used: it names {_shown(outside)}, which is a path. {_STRANGE}")
     return state
 
 
@@ -53,10 +53,8 @@ def only_tensors() -> Iterator[None]:
         yield
 
 
-_ADVICE = (
-    "Stillhouse writes no such file: find out who else can write there, then remove that checkpoint's manifest to use an older one,"
-    " or the whole directory to start again from step 0."
-)
+_REMEDY = "remove that checkpoint's manifest to use an older one, or the whole directory to start again from step 0."
+_STRANGE = f"Neither Stillhouse nor the DeepSpeed that it was tried with writes such a file: find out who did, then {_REMEDY}"
 
 
 @contextmanager
@@ -72,13 +70,13 @@ def _only_ours_allowed() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """In one line, without torch's advice to open the file in the unsafe way."""
+    """In one line, with advice of our own: torch's is to open the file in the unsafe way."""
     text = str(error)
     asked = re.search(r"GLOBAL (\S+)", text)
     if asked is not None:
-        return f"it wants to use {_shown(asked[1])}, and a checkpoint holds tensors and plain values"
+        return f"it wants to use {_shown(asked[1])}, and a checkpoint holds tensors and plain values. {_STRANGE}"
     first_line = next((line for line in text.splitlines() if line.strip()), "")
-    return f"it cannot be read ({type(error).__name__}: {_shown(first_line)})"
+    return f"it cannot be read ({type(error).__name__}: {_shown(first_line)}); {_REMEDY}"
 
 
 def _shown(text: str) -> str:
