@@ -82,10 +82,11 @@ def held_to(path: Path) -> Iterator[Callable[[], bool]]:
     with socket.socket(socket.AF_UNIX) as line:
         line.settimeout(_CONNECT_S)
         line.connect(str(path))
+        line.setblocking(False)
 
         def is_gone() -> bool:
             try:
-                return line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+                return line.recv(1, socket.MSG_PEEK) == b""
             except BlockingIOError:
                 return False
             except OSError:
