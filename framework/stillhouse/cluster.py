@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep, time
@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.config import ClusterSection, NoticeSource
 from stillhouse.errors import ConfigError, RunError, StillhouseError
-from stillhouse.head import nobody_listens, required
+from stillhouse.head import held_to, nobody_listens, required
 from stillhouse.node import OBJECT_STORE_BYTES, require_unguessable
 from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
 from stillhouse.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
@@ -142,6 +142,7 @@ def _others_cluster(address: str) -> Iterator[None]:
     try:
         found = _resolved(address)
         _reach(found)
+        logging.getLogger("ray").setLevel(logging.ERROR)  # as `_init` will
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for "auto", and for no other address
         _init(address=found)
     except (OSError, ValueError) as error:
@@ -158,19 +159,19 @@ def _init(**options: Any) -> None:
 
 @contextmanager
 def _until_shutdown(*, patience_s: float) -> Iterator[None]:
-    here: Any = ray._private.worker._global_node  # None for a client by ray://, which is told by its server
+    here: Any = ray._private.worker._global_node
     try:
-        with nullcontext() if here is None else required(_is_absent(here), patience_s=patience_s):
+        if here is None:  # a client by ray://, which its server tells
+            yield
+            return
+        host, _, port = here.gcs_address.rpartition(":")
+        with (
+            held_to(Path(here.raylet_socket_name)) as is_raylet_gone,
+            required(lambda: is_raylet_gone() or nobody_listens(host.strip("[]"), int(port)), patience_s=patience_s),
+        ):
             yield
     finally:
         ray.shutdown()
-
-
-def _is_absent(here: Any) -> Callable[[], bool]:
-    """Whether nobody listens any more where the head (GCS) does, or this machine's raylet."""
-    host, _, port = here.gcs_address.rpartition(":")
-    head, raylet = (host.strip("[]"), int(port)), Path(here.raylet_socket_name)
-    return lambda: nobody_listens(head) or nobody_listens(raylet)
 
 
 @contextmanager

@@ -64,13 +64,32 @@ def required(is_absent: Callable[[], bool], *, patience_s: float, look_every_s: 
         signal.signal(signal.SIGUSR1, before if before is not None else signal.SIG_DFL)
 
 
-def nobody_listens(address: tuple[str, int] | Path) -> bool:
-    """Whether nobody takes connections at host and port, or at a socket's path. A process that is only busy does: its system takes them."""
-    family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.settimeout(_CONNECT_S)
-        try:
-            probe.connect(str(address) if isinstance(address, Path) else address)
-        except OSError:
-            return True
+def nobody_listens(host: str, port: int) -> bool:
+    """Whether nobody takes connections there. A process that is only busy does: its system takes them."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError:
+        return True
     return False
+
+
+@contextmanager
+def held_to(path: Path) -> Iterator[Callable[[], bool]]:
+    """Keep a connection to the process that listens at a socket's path; yields whether it is gone, which its system tells.
+
+    A new connection each time would fill the log of that process.
+    """
+    with socket.socket(socket.AF_UNIX) as line:
+        line.settimeout(_CONNECT_S)
+        line.connect(str(path))
+        line.setblocking(False)
+
+        def is_gone() -> bool:
+            try:
+                return line.recv(1, socket.MSG_PEEK) == b""
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+
+        yield is_gone

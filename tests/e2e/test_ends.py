@@ -1,6 +1,7 @@
 """However a command on a cluster of its own ends, it ends in one line, with a row in its journal, and leaves nothing of Ray behind."""
 
 import os
+import re
 import select
 import signal
 import sys
@@ -25,6 +26,7 @@ from stillhouse.tracking import EndRow, Row, TrainRow, read_journal
 
 PATIENCE_S = 100.0
 LOOK_EVERY_S = 0.05
+CONTROL = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]")
 OUR_LAST_WORDS = "interrupted; the same command goes on from here"
 
 
@@ -123,10 +125,11 @@ class Terminal:
         return cls(pid, descriptor)
 
     def screen(self) -> str:
+        """The text that was written to it, without colours and moves of the cursor."""
         with suppress(OSError):  # its other end is closed
             while select.select([self._descriptor], [], [], 0)[0] and (data := os.read(self._descriptor, 1 << 16)):
                 self._written += data
-        return self._written.decode(errors="replace").replace("\r", "\n")
+        return CONTROL.sub("", self._written.decode(errors="replace").replace("\r", "\n"))
 
     def press(self, key: bytes) -> None:
         os.write(self._descriptor, key)
@@ -175,7 +178,7 @@ def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(tiny_
         until(ended, words=terminal.screen)
         assert code == 130, terminal.screen()
         assert "Traceback" not in terminal.screen()
-        assert terminal.screen().rstrip().endswith(OUR_LAST_WORDS)
+        assert terminal.screen().rstrip().endswith(OUR_LAST_WORDS), terminal.screen()[-1000:].encode()
         last = rows_of(made)[-1]
         assert isinstance(last, EndRow)
         assert last.outcome == "interrupted"

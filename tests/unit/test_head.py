@@ -8,7 +8,7 @@ from time import monotonic, sleep
 import pytest
 
 from stillhouse.errors import HeadGoneError, TeacherError
-from stillhouse.head import nobody_listens, required
+from stillhouse.head import held_to, nobody_listens, required
 
 SOON_S = 0.01
 
@@ -55,12 +55,15 @@ def test_what_fails_while_the_head_is_gone_fails_because_of_that_but_for_our_own
 
 
 def test_a_process_that_is_busy_is_there_and_one_that_ended_is_not(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as head, socket.socket(socket.AF_UNIX) as raylet:  # neither accepts anybody
+    with socket.create_server(("127.0.0.1", 0)) as head:  # it accepts nobody
+        host, port = head.getsockname()
+        assert not nobody_listens(host, port)
+    assert nobody_listens(host, port)
+    raylet = socket.socket(socket.AF_UNIX)
+    with raylet:
         raylet.bind(str(tmp_path / "raylet"))
         raylet.listen()
-        address = head.getsockname()
-        assert not nobody_listens(address)
-        assert not nobody_listens(tmp_path / "raylet")
-    assert nobody_listens(address)
-    assert nobody_listens(tmp_path / "raylet")
-    assert nobody_listens(tmp_path / "never")
+        with held_to(tmp_path / "raylet") as is_gone:
+            assert not is_gone()
+            raylet.close()
+            assert is_gone()
