@@ -111,7 +111,7 @@ def _without_formats(text: str) -> str:
 _KEY_WORDS = frozenset(
     ["token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials", "authorization"]
 )
-_SECRET_ENDINGS = tuple(["password", "passwd", "passphrase", "secret", "apikey", "accesskey", "secretkey", "privatekey", "authtoken"])
+_SECRET_ENDINGS = ("password", "passwd", "passphrase", "secret", "apikey", "accesskey", "secretkey", "privatekey", "authtoken")
 _SECRET_KEYS = frozenset(
     ["api", "access", "private", "secret", "account", "client", "signing", "encryption", "ssh", "master", "shared", "auth"]
 )

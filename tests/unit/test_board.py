@@ -1,6 +1,7 @@
 """What is pinned to the board, who is told what, and what of it outlives the board's own process."""
 
 import pickle
+import secrets
 from pathlib import Path
 from time import time
 
@@ -10,6 +11,7 @@ from helpers.processes import kill_one
 from stillhouse.board import Beat, Board, News, Past, Summons
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.notices import Notice
+from stillhouse.redaction import know
 from stillhouse.tracking import DamagedRow, read_journal
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -120,3 +122,15 @@ def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(t
     assert row.time == pytest.approx(time(), abs=60)
     with pytest.raises(StoreError, match=r"cannot append to .*absent"):
         Board.create(tmp_path / "absent" / "journal.jsonl").record(DamagedRow("student", "another"))
+
+
+def test_a_secret_that_only_the_sender_knows_does_not_leave_it(board: Board, tmp_path: Path):
+    secret = secrets.token_hex(16)  # of no variable, so the board's process does not know it
+    know([secret])
+    Board.create(tmp_path / "journal.jsonl").record(DamagedRow("student", f"401 for {secret}"))
+    assert [row.detail for row in read_journal(tmp_path / "journal.jsonl") if isinstance(row, DamagedRow)] == ["401 for (redacted)"]
+    board.begin("told", committed_step=0)
+    board.explain("told", "died", f"401 for {secret}")
+    past = board.begin("told", committed_step=0)
+    assert past is not None
+    assert past.detail == "401 for (redacted)"
