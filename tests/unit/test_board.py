@@ -128,7 +128,7 @@ def test_a_secret_that_only_the_sender_knows_does_not_leave_it(board: Board, tmp
     secret = secrets.token_hex(16)  # of no variable, so the board's process does not know it
     know([secret])
     Board.create(tmp_path / "journal.jsonl").record(DamagedRow("student", f"401 for {secret}"))
-    assert [row.detail for row in read_journal(tmp_path / "journal.jsonl") if isinstance(row, DamagedRow)] == ["401 for (redacted)"]
+    assert [row.problem for row in read_journal(tmp_path / "journal.jsonl") if isinstance(row, DamagedRow)] == ["401 for (redacted)"]
     board.begin("told", committed_step=0)
     board.explain("told", "died", f"401 for {secret}")
     past = board.begin("told", committed_step=0)
