@@ -232,5 +232,5 @@ def test_a_known_value_that_is_short_stays_for_it_could_be_a_word() -> None:
 def test_a_long_text_takes_no_time_that_grows_with_its_square() -> None:
     began = process_time()
     for piece in ("a", "key=", "//", "password: ", "token='", "\\", "wandb ", "a:", "a:b@", "secrets: [", "- "):
-        scrub(piece * (40_000 // len(piece)))
-    assert process_time() - began < 10  # seconds; with the square it would be minutes
+        scrub(piece * (50_000 // len(piece)))
+    assert process_time() - began < 5  # seconds
