@@ -141,7 +141,7 @@ _LOOKS = {  # what a value is like, by what its name says of it; names with othe
     "cookie": re.compile(r".+"),
     "token": re.compile(r"(?!(?:[\d.,e+-]+%?|(?i:none|null|true|false))$)[\w~+=$%.-][^\s<>{}]*"),
     "signature": re.compile(r"(?=\D*\d)[\w%+/=.~-]{16,}"),
-    "key": re.compile(r"(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=\D*\d)[\w+/=]{20,}"),
+    "key": re.compile(r"(?=.{20,256}\Z)(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=\D*\d)[\w+/=]+"),
 }
 
 
