@@ -26,6 +26,8 @@ SECRET_TEXTS = [
     ("password: %s", X),
     ("  - passwd: %s", "correct horse battery s3cr3t"),
     ("access_key:\n  %s", X),
+    ("url: x\ntoken: %s\n", "passphrasecret"),
+    ("--token %s", X),
     ("secret: |\n  first\n  %s\n", X),
     ("api_key = '%s'", X),
     ('credentials = { user = "me", value = "%s" }', X),
@@ -120,6 +122,9 @@ INNOCENT_TEXTS = [
     "File \"loader.py\", line 31, in rows: KeyError: 'input_ids'",
     "global-batch-sequences-per-rank-2",
     "Error getting credentials: dispatch failure",
+    "mean KL, worst token: power laws",
+    "answers without a token: whether the head lives",
+    "Credentials: Hugging Face's token is read where the command starts",
     "tail_draws = 40; value_bits = 8; temperature = 1.0",
 ]
 
