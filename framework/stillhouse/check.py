@@ -24,6 +24,7 @@ from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since
 from stillhouse.placement import placement, shortages, student_crew, teacher_crew
+from stillhouse.redaction import scrub
 from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
 from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.loss import divergence_named, is_unbiased_with_draws
@@ -337,11 +338,11 @@ def _print(found: _Findings) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for label, text in found.rows:
-        table.add_row(label, Text(one_line(text)))
+        table.add_row(label, Text(one_line(scrub(text))))
     console = Console(highlight=False)
     console.print(table)
     for note in found.notes:
-        console.print(Text(printable(f"note: {note}")))
+        console.print(Text(printable(scrub(f"note: {note}"))))
     if not found.obstacles:
         console.print("\nNothing stands in the way of this run.", style="green")
 

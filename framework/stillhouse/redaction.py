@@ -136,12 +136,12 @@ _LINE = re.compile(r"[^\n]*")
 _WORD = re.compile(r"""[^\s"'&<>]{0,4096}""")
 _LOOKS = {  # what a value is like, by what its name says of it; names with other uses besides ask for more
     "any": re.compile(r"(?!(?i:none|null|true|false)$).+", re.DOTALL),
-    "credential": re.compile(r"(?![a-z]+[.,;]?$).+", re.DOTALL),  # not a word of a sentence
+    "credential": re.compile(r".+", re.DOTALL),
     "header": re.compile(r"(?!(?i:none|null|true|false)$).+"),
     "cookie": re.compile(r".+"),
     "token": re.compile(r"(?!(?:[\d.,e+-]+%?|(?i:none|null|true|false))$)[\w~+=$%.-][^\s<>{}]*"),
     "signature": re.compile(r"(?=\D*\d)[\w%+/=.~-]{16,}"),
-    "key": re.compile(r"(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=\D*\d)[\w+/=]{20,}"),
+    "key": re.compile(r"(?=.{20,256}\Z)(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=\D*\d)[\w+/=]+"),
 }
 
 
@@ -156,10 +156,18 @@ def _without_named(text: str) -> str:
             continue
         begin, end = _value(text, found, kind)
         is_parameter = text.endswith(("?", "&"), 0, found.start())  # of a URL
+        if _is_in_a_sentence(found, kind, text[found.end() : end]):
+            continue
         if begin < end and (is_parameter or _LOOKS[kind].fullmatch(text[begin:end])):
             kept += [text[at:begin], REDACTED]
             at = end
     return "".join([*kept, text[at:]])
+
+
+def _is_in_a_sentence(found: re.Match[str], kind: str, words: str) -> bool:
+    """Whether a word without quotes follows, as in `the worst token: power laws`, and not in a line of its own, as in YAML."""
+    is_possible = kind == "credential" or (kind == "token" and found["indent"] is None)
+    return is_possible and ":" in (found["between"] or "") and words.rstrip(".,;").isalpha()
 
 
 def _kind_of_secret(name: str) -> str | None:
@@ -185,9 +193,9 @@ def _value(text: str, found: re.Match[str], kind: str) -> tuple[int, int]:
         return begin, end
     if kind in ("any", "credential") and (compound := _COMPOUND.match(text, begin)):
         return compound.span()
-    is_first = found["indent"] is not None  # in its line, as in YAML
+    is_yaml = kind == "any" and found["indent"] is not None and ":" in (found["between"] or "")
     is_open = text.startswith(('"', "'"), begin)  # a quote that nothing closes
-    whole_line = is_open or kind == "cookie" or (kind == "any" and is_first and ":" in found["between"])
+    whole_line = is_yaml or is_open or kind == "cookie"
     value = (_LINE if whole_line else _HEADER if kind == "header" else _WORD).match(text, begin)
     assert value is not None
     return begin, value.end() if value[0].endswith(REDACTED) else begin + len(value[0].rstrip(",;)]}"))

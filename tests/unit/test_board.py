@@ -1,6 +1,7 @@
 """What is pinned to the board, who is told what, and what of it outlives the board's own process."""
 
 import pickle
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from time import time
@@ -11,6 +12,7 @@ from helpers.processes import kill_one
 from stillhouse.board import Beat, Board, Coordinator, News, Past, Summons
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.notices import Notice
+from stillhouse.redaction import know
 from stillhouse.tracking import DamagedRow, OutageRow, read_journal
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -160,3 +162,15 @@ def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobod
         assert each.read() == News({}, frozenset(), {})  # calls are served in order, so it has been mentioned
     (row,) = read_journal(path)
     assert (row.who, row.seconds, row.why) == ("teacher on n1", 61.0, "too busy")
+
+
+def test_a_secret_that_only_the_sender_knows_does_not_leave_it(board: Board, tmp_path: Path):
+    secret = secrets.token_hex(16)  # of no variable, so the board's process does not know it
+    know([secret])
+    Board.create(tmp_path / "journal.jsonl").record(DamagedRow("student", f"401 for {secret}"))
+    assert [row.problem for row in read_journal(tmp_path / "journal.jsonl") if isinstance(row, DamagedRow)] == ["401 for (redacted)"]
+    board.begin("told", committed_step=0)
+    board.explain("told", "died", f"401 for {secret}")
+    past = board.begin("told", committed_step=0)
+    assert past is not None
+    assert past.detail == "401 for (redacted)"

@@ -26,6 +26,8 @@ SECRET_TEXTS = [
     ("password: %s", X),
     ("  - passwd: %s", "correct horse battery s3cr3t"),
     ("access_key:\n  %s", X),
+    ("url: x\ntoken: %s\n", "passphrasecret"),
+    ("--token %s", X),
     ("secret: |\n  first\n  %s\n", X),
     ("api_key = '%s'", X),
     ('credentials = { user = "me", value = "%s" }', X),
@@ -120,6 +122,9 @@ INNOCENT_TEXTS = [
     "File \"loader.py\", line 31, in rows: KeyError: 'input_ids'",
     "global-batch-sequences-per-rank-2",
     "Error getting credentials: dispatch failure",
+    "mean KL, worst token: power laws",
+    "answers without a token: whether the head lives",
+    "Credentials: Hugging Face's token is read where the command starts",
     "tail_draws = 40; value_bits = 8; temperature = 1.0",
 ]
 
@@ -232,5 +237,5 @@ def test_a_known_value_that_is_short_stays_for_it_could_be_a_word() -> None:
 def test_a_long_text_takes_no_time_that_grows_with_its_square() -> None:
     began = process_time()
     for piece in ("a", "key=", "//", "password: ", "token='", "\\", "wandb ", "a:", "a:b@", "secrets: [", "- "):
-        scrub(piece * (40_000 // len(piece)))
-    assert process_time() - began < 10  # seconds; with the square it would be minutes
+        scrub(piece * (50_000 // len(piece)))
+    assert process_time() - began < 5  # seconds
