@@ -21,7 +21,7 @@ from stillhouse.errors import CheckpointError
 from stillhouse.evaluate import EvaluationJob, Trained, evaluate
 from stillhouse.models import load_tokenizer
 from stillhouse.pipeline import Plan
-from stillhouse.pipeline.directory import attempt
+from stillhouse.pipeline.attempt import attempt
 from stillhouse.student.checkpoint import Commit, newest
 from stillhouse.student.engine import consolidated_weights, weight_files
 from stillhouse.student.export import export

@@ -17,7 +17,7 @@ from helpers.command import Outcome, as_toml, stillhouse
 from helpers.models import make_model
 from helpers.world import TinyWorld, merged
 from stillhouse.errors import StoreError
-from stillhouse.pipeline.directory import attempt
+from stillhouse.pipeline.attempt import attempt
 from stillhouse.redaction import know
 from stillhouse.store import ChunkStore
 from stillhouse.tracking import EndRow, ProgressView, StartRow, WaitRow, read_journal
