@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stillhouse import pipeline
+from stillhouse.bench.allocator import KEPT, freed_memory_kept_by_children
 from stillhouse.bench.figures import Pace, Spread, steady_pace
 from stillhouse.bench.in_turn import Lesson, TimedStep, train_in_turn
 from stillhouse.bench.provenance import Provenance
@@ -69,7 +70,7 @@ def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: 
             f"{num_rounds} rounds of {num_steps} steps measure nothing; ask for one round or more of {4 * _WARM_UP_STEPS} steps or more"
         )
     console = Console(highlight=False, soft_wrap=True)
-    with on_two_cores():
+    with on_two_cores(), freed_memory_kept_by_children():
         provenance = Provenance.of(command)
         if provenance.load_average > _QUIET:
             console.print(f"The load average is {provenance.load_average}: other processes want these cores, and the figures will show it.")
@@ -84,6 +85,7 @@ def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: 
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(record(provenance, plans[0], rounds), indent=2) + "\n")
     console.print(table(rounds))
+    console.print(f"In all processes, where it is glibc's, {KEPT}.")
 
 
 def record(provenance: Provenance, made: Plan, rounds: Sequence[Round]) -> dict[str, Any]:
