@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -129,8 +129,10 @@ def test_the_command_refuses_it_whatever_the_shell_asks_for(
     scene: Scene, asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TORCH_FORCE_WEIGHTS_ONLY_LOAD as the user has it, and the variable that asks for the opposite beside it."""
-    for name, value in (("TORCH_FORCE_WEIGHTS_ONLY_LOAD", asked), ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1" if asked == "0" else None)):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", asked)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1" if asked == "0" else "")
     for name in scene.pickles(3):
         job = with_code_in(scene, name, stage=3, into=tmp_path / name)
         made = replace(scene.plan, config=scene.plan.config.model_copy(update={"student": job.section}), run_dir=job.run_dir)
@@ -228,9 +230,7 @@ def test_a_parameter_whose_name_is_a_path_makes_no_file_outside_of_the_conversio
 def renamed(value: Any, old: str, new: str) -> Any:
     """The state with another name for one of its parameters, wherever it stands."""
     if isinstance(value, dict):
-        made = type(value)((new if key == old else key, renamed(item, old, new)) for key, item in value.items())
-        made.__dict__.update(getattr(value, "__dict__", {})) if type(value) is not dict else None
-        return made
-    if isinstance(value, Sequence) and type(value) in (list, tuple):
+        return type(value)((new if key == old else key, renamed(item, old, new)) for key, item in value.items())
+    if type(value) in (list, tuple):
         return type(value)(renamed(item, old, new) for item in value)
     return new if isinstance(value, str) and value == old else value
