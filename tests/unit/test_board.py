@@ -2,6 +2,8 @@
 
 import pickle
 import secrets
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from time import time
@@ -74,6 +76,23 @@ def test_heartbeats_and_deadlines_age_by_the_coordinators_own_clock():
     past = coordinator.begin("group", 0)
     assert past is not None
     assert past.seconds_ago == 45.0
+
+
+STEPPED = """
+import time
+real, step_s = time.time, 0.0
+time.time = lambda: real() + step_s
+from stillhouse.board import Beat, Coordinator
+from stillhouse.student.watchdog import stalled
+coordinator = Coordinator(None)
+coordinator.beat(Beat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1))
+for step_s in (301.0, -301.0):
+    print(stalled(coordinator.heard("student"), patience_s=300.0))
+"""
+
+
+def test_a_step_of_the_wall_clock_makes_no_rank_look_silent():
+    assert subprocess.run([sys.executable, "-c", STEPPED], capture_output=True, text=True, check=True).stdout.split() == ["None", "None"]
 
 
 def test_a_group_is_told_how_its_last_life_ended(board: Board):
