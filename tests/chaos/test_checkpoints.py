@@ -190,7 +190,7 @@ def test_a_bucket_that_is_away_while_a_group_restarts_is_waited_for_by_every_ran
         until(lambda: restoring.done() or proxy.refused)
         began = monotonic()
         until(lambda: restoring.done() or monotonic() - began > 1.2 * COLLECTIVES_S)
-        proxy.truncate(lambda request: request.method == "GET" and "step-00000020.a/model_states.pt" in request.path, times=1)
+        proxy.truncate(lambda request: request.method == "GET" and "step-00000020.a/model_states.bin" in request.path, times=1)
         proxy.end(outage)
         (first, told_first), (second, told_second) = restoring.result(timeout=120)
     assert (first, second) == ("step 20", "step 20")

@@ -9,7 +9,8 @@ from stillhouse.student.checkpoint import Commit, Digest, Origin, folder_of, pub
 from stillhouse.student.snapshot import Snapshot
 
 ORIGIN = Origin(zero_stage=3, fingerprint="ab" * 32, settings={"seed": 0, "betas": [0.9, 0.95]})
-FILES = {"model_states.pt": b"weights" * 100, "pp_rank_0_optim.pt": b"moments" * 50, "pp_rank_1_optim.pt": b"", "empty": b"x"}
+# ".bin": a rank opens what ends in ".pt" before it restores
+FILES = {"model_states.bin": b"weights" * 100, "pp_rank_0_optim.bin": b"moments" * 50, "pp_rank_1_optim.bin": b"", "empty": b"x"}
 
 
 def write_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2) -> str:

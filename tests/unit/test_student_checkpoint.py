@@ -142,7 +142,7 @@ def test_any_damage_to_any_file_means_the_commit_before(tmp_path: Path, damage: 
 def test_a_file_that_was_empty_must_be_there_and_stay_empty(tmp_path: Path):
     for step, damage in ((20, Path.unlink), (40, lambda path: path.write_bytes(b"!"))):
         made = make(tmp_path, step - 10, step)
-        damage(tmp_path / made[-1].folder / "pp_rank_1_optim.pt")
+        damage(tmp_path / made[-1].folder / "pp_rank_1_optim.bin")
         assert step_of_newest(tmp_path) == step - 10
 
 
@@ -191,15 +191,15 @@ def test_a_part_may_be_published_again(tmp_path: Path):
 
 def test_where_no_commit_verifies_each_is_named_with_its_problem_and_what_to_do(tmp_path: Path):
     made = make(tmp_path, 10, 20, 30)
-    flip(tmp_path / made[0].folder / "model_states.pt", 5)
-    (tmp_path / made[1].folder / "pp_rank_0_optim.pt").unlink()
+    flip(tmp_path / made[0].folder / "model_states.bin", 5)
+    (tmp_path / made[1].folder / "pp_rank_0_optim.bin").unlink()
     manifest_of(tmp_path, 30).write_text("{}")
     with pytest.raises(CheckpointError) as caught:
         newest(str(tmp_path))
     message = str(caught.value)
     assert f"no checkpoint under {tmp_path} verifies" in message
-    assert "step-00000010.json: model_states.pt is not what was committed" in message
-    assert "step-00000020.json: pp_rank_0_optim.pt is missing" in message
+    assert "step-00000010.json: model_states.bin is not what was committed" in message
+    assert "step-00000020.json: pp_rank_0_optim.bin is missing" in message
     assert "step-00000030.json: the manifest cannot be read" in message
     assert "Restore the files from a backup" in message
 
@@ -245,8 +245,8 @@ def test_a_manifest_may_not_name_what_lies_outside_of_its_checkpoint(tmp_path: P
         {"origin": None},
         {"files": None},
         {"files": {}},
-        {"files": {"model_states.pt": 3}},
-        {"files": {"model_states.pt": ["many", "0"]}},
+        {"files": {"model_states.bin": 3}},
+        {"files": {"model_states.bin": ["many", "0"]}},
         {"files": {"nul\0.pt": [0, ""]}},
     ],
 )
@@ -266,7 +266,7 @@ def test_a_manifest_that_is_none_is_passed_over(tmp_path: Path, text: str):
 def test_what_was_set_aside_gives_its_name_back(tmp_path: Path):
     made = make(tmp_path, 10, 20, 30)
     for commit in made[1:]:
-        flip(tmp_path / commit.folder / "model_states.pt", 0)
+        flip(tmp_path / commit.folder / "model_states.bin", 0)
     assert step_of_newest(tmp_path) == 10
     set_aside_after(Blobs(str(tmp_path)), 10)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
@@ -308,7 +308,7 @@ def test_retaining_does_not_touch_what_a_damaged_manifest_may_have_named(tmp_pat
     made = make(tmp_path, 10, 20, 30)
     manifest_of(tmp_path, 20).write_text("{")
     retain(Blobs(str(tmp_path)), 2)
-    assert (tmp_path / made[1].folder / "model_states.pt").is_file()
+    assert (tmp_path / made[1].folder / "model_states.bin").is_file()
     assert not (tmp_path / made[0].folder).exists()
 
 
@@ -322,8 +322,8 @@ def test_a_directory_is_read_in_place(tmp_path: Path):
 
 def test_what_is_not_wanted_may_be_damaged(tmp_path: Path):
     made = make(tmp_path, 10, 20)
-    flip(tmp_path / made[1].folder / "pp_rank_0_optim.pt", 0)
-    for name, step in (("model_states.pt", 20), ("pp_rank_0_optim.pt", 10)):
+    flip(tmp_path / made[1].folder / "pp_rank_0_optim.bin", 0)
+    for name, step in (("model_states.bin", 20), ("pp_rank_0_optim.bin", 10)):
         with newest_copy(str(tmp_path), lambda _, name=name: [name]) as found:
             assert found is not None
             assert found[0].step == step
