@@ -5,9 +5,9 @@ INSTALLED := .venv/.installed
 # SkyPilot has an environment of its own: it wants other versions of what we have.
 SKYPILOT := .venv-sky/.installed
 # Some tests make networks and mounts: whoever is not root becomes it in namespaces of their own, from which no other network is reached.
-# Images are mounted by the machine's root alone: what needs that is left out for others, and named at the end.
+# Who is root in a namespace alone mounts no image and becomes no other user: tests of that are left out, and named at the end.
 ifneq ($(shell id -u),0)
-LEAVE_OUT := --no-loop-devices
+LEAVE_OUT := --no-machine-root
 ifeq ($(shell unshare --map-root-user --mount --net true 2>/dev/null && echo may),may)
 AS_ROOT := unshare --map-root-user --mount --net sh -c 'ip link set lo up && exec "$$0" "$$@"'
 endif

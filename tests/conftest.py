@@ -24,20 +24,21 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--no-loop-devices", action="store_true", help="leave out what needs them, and say so: for who is not root here")
+    parser.addoption("--no-machine-root", action="store_true", help="leave out what only the machine's own root can do, and say so")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--no-loop-devices"):
-        left_out = [item for item in items if item.get_closest_marker("loop_devices")]
+    if config.getoption("--no-machine-root"):
+        left_out = [item for item in items if item.get_closest_marker("machine_root")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if terminalreporter.config.getoption("--no-loop-devices"):
+    if terminalreporter.config.getoption("--no-machine-root"):
         terminalreporter.write_line(
-            "left out, for want of loop devices: the power cut of a real file system (tests/chaos/test_power_cut.py)"
+            "left out, for want of the machine's own root: the power cut of a real file system (tests/chaos/test_power_cut.py),"
+            " attacks by another user (tests/attacks/test_hostile_clusters.py)"
         )
 
 

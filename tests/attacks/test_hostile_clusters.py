@@ -141,6 +141,7 @@ THEFTS = {
 }
 
 
+@pytest.mark.machine_root
 @pytest.mark.parametrize("theft", THEFTS.values(), ids=THEFTS.keys())
 def test_another_user_of_the_machine_touches_none_of_rays_files(own_cluster: OwnCluster, theft: str) -> None:
     assert as_another_user("true").returncode == 0, "this user cannot become another: run as root"
@@ -219,6 +220,7 @@ FORGERIES = {
 }
 
 
+@pytest.mark.machine_root
 @pytest.mark.parametrize(("forge", "words"), FORGERIES.values(), ids=FORGERIES.keys())
 def test_a_driver_sends_its_token_to_no_cluster_that_another_user_names(forge: str, words: str) -> None:
     place = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))

@@ -34,7 +34,7 @@ def publish_and_commit(root: Path) -> None:
         assert writer.wait()
 
 
-@pytest.mark.loop_devices
+@pytest.mark.machine_root
 def test_what_was_reported_before_the_power_was_cut_is_on_the_disk(tmp_path: Path) -> None:
     image, left = tmp_path / "image", tmp_path / "left"
     with file_system_in(image, tmp_path / "disk") as disk:

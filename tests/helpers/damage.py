@@ -53,7 +53,7 @@ def file_system_in(image: Path, mount_point: Path) -> Iterator[Path]:
     mounting = subprocess.run(["mount", "-o", "loop", str(image), str(mount_point)], capture_output=True, text=True, check=False)
     assert mounting.returncode == 0, (
         f"this test cuts the power of a disk of its own, and mounting that failed: {mounting.stderr.strip()}; run it as root where there "
-        "are loop devices (a container needs the capability SYS_ADMIN and /dev/loop*), or leave it out with --no-loop-devices"
+        "are loop devices (a container needs the capability SYS_ADMIN and /dev/loop*), or leave it out with --no-machine-root"
     )
     try:
         yield mount_point
