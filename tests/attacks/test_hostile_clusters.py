@@ -166,7 +166,11 @@ def test_a_stranger_on_the_same_machine_does_not_get_into_the_cluster_that_a_com
     address, token = own_cluster.address, own_cluster.token
 
     def enter(**knowing: str) -> "subprocess.Popen[str]":
-        local = {"HOME": str(tmp_path), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else Ray would ask at another address of this machine
+        local = {
+            "HOME": str(tmp_path),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray would ask at another address of this machine
+            "RAY_NUM_REDIS_GET_RETRIES": "2",  # seconds for which a stranger knocks
+        }
         environment: Mapping[str, str] = without_token() | local | knowing
         command = [sys.executable, "-c", STRANGER, address]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
