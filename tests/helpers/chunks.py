@@ -49,5 +49,7 @@ def make_records(codec: Codec, num_tokens: int, rng: np.random.Generator) -> np.
     logits_TV = torch.from_numpy(rng.normal(0, 3, (num_tokens, codec.vocab_size)).astype(np.float32))
     logprobs_TK, ids_TK = torch.log_softmax(logits_TV, dim=-1).topk(codec.k)
     tail_T = torch.log1p(-logprobs_TK.exp().sum(-1).clamp(max=1 - 1e-7))
+    if codec.k == codec.vocab_size:
+        tail_T.fill_(-torch.inf)
     draws_TN = torch.from_numpy(np.sort(rng.integers(0, codec.vocab_size, (num_tokens, codec.num_draws)), axis=1).astype(np.int32))
     return encode(CompressedLogits(ids_TK.int(), logprobs_TK, tail_T, draws_TN, codec.vocab_size, codec.temperature), codec).numpy()
