@@ -40,6 +40,7 @@ def test_a_record_names_its_holder_or_says_that_it_cannot_be_read(rng: random.Ra
         assert record.data == data
         if record.holder is not None:
             num_read += 1
-            values = {**asdict(record.holder), **record.more}
-            assert json.dumps(values, sort_keys=True) == json.dumps(json.loads(data) | values, sort_keys=True).replace("", ""), data
+            written = json.loads(data)
+            del written["xxh3"]
+            assert json.dumps({**asdict(record.holder), **record.more}, sort_keys=True) == json.dumps(written, sort_keys=True), data
     assert num_read > 0

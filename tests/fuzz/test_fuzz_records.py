@@ -77,8 +77,13 @@ def test_of_many_records_the_first_bad_one_is_named(rng: random.Random) -> None:
         for row in rng.sample(range(40), rng.randrange(4)):
             records_TB[row] = np.frombuffer(mutant(rng, bytes(records_TB[row]), codec), "u1")
         bad = [row for row in range(40) if not page_reads(bytes(records_TB[row]), codec)]
-        try:
-            decode(torch.from_numpy(records_TB), codec)
-            assert bad == []
-        except ChunkError as error:
-            assert str(error).startswith(f"the record of row {bad[0]} ")
+        found = refusal_of(records_TB, codec)
+        assert found.startswith(f"the record of row {bad[0]} ") if bad else not found
+
+
+def refusal_of(records_TB: np.ndarray, codec: Codec) -> str:
+    try:
+        decode(torch.from_numpy(records_TB), codec)
+    except ChunkError as error:
+        return str(error)
+    return ""

@@ -1,9 +1,8 @@
 """A call that may take no more than its share of memory and time, and raise nothing but what it promises."""
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from time import thread_time
 from typing import TypeVar
 

@@ -1,4 +1,4 @@
-"""Mutants of bytes and of JSON values: what damage, other versions and hostile hands make of a file. A seeded generator decides each one."""
+"""Mutants of bytes and of JSON values, as damage, other versions and attackers make them. A seeded generator decides each one."""
 
 import copy
 import json
