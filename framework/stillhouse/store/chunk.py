@@ -7,6 +7,7 @@ reader of a few rows verifies all that it uses. A chunk is a pure function of it
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -88,7 +89,7 @@ class _Tensor:
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape)) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 def pack_chunk(chunk: Chunk, recipe: Recipe) -> bytes:
@@ -143,6 +144,8 @@ def parse_index(head: Buffer, recipe: Recipe, number: int, *, num_bytes: int) ->
     ends = list(accumulate((tensor.num_bytes for tensor in tensors), initial=_LENGTH_BYTES + header_bytes))
     if ends[-1] != num_bytes:
         raise ChunkError(f"{name} has {num_bytes} bytes, wanted {ends[-1]}: it was cut short or added to")
+    if len(head) < ends[2]:
+        raise ChunkError(f"of {name} {len(head)} bytes were read, wanted an index of {ends[2]}: the store's answer was cut short")
     _check_checksum(head[: ends[2]], header_bytes, name)
     row_xxh3_S, row_starts = np.frombuffer(head[ends[0] : ends[1]], "<u8"), np.frombuffer(head[ends[1] : ends[2]], "<i8")
     counts_S = np.diff(row_starts)
