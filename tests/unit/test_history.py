@@ -21,6 +21,7 @@ from helpers.history import (
     told_in,
     violations,
 )
+from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Commit, set_aside_after
@@ -176,7 +177,7 @@ def test_of_two_commands_that_ask_who_owns_the_place_one_commits_and_the_history
     url, journal = str(tmp_path / "commits"), tmp_path / "journal.jsonl"
     blobs = Blobs(url)
     blobs.create(owner_key(2), b"")
-    with pytest.raises(Exception, match="belong to another command now"):
+    with pytest.raises(CheckpointError, match="belong to another command now"):
         commit_steps(url, journal, attempt="first", require=lambda: require_owner(blobs, 1))
     commit_steps(url, journal, attempt="second", require=lambda: require_owner(blobs, 2))
     require_kept(read_journal(journal), checkpoints={"student": url})
