@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from helpers.chunks import make_chunk, small_recipe
-from helpers.sealing import canonical, sealed_chunk, sealed_json
+from helpers.chunks import arrays_of, make_chunk, small_recipe
+from helpers.sealing import canonical, chunk_file, header_of, metadata_of, sealed_chunk, sealed_json
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.store import ChunkStore, Reader, list_recipes, readers, verify_store
 from stillhouse.store.chunk import pack_chunk, parse_index
@@ -123,6 +123,19 @@ def test_an_index_that_a_server_cuts_short_is_refused_whatever_its_checksum(stor
     cut = sealed_chunk(data[: end - 1], num_rows=4)
     with pytest.raises(ChunkError, match="chunk 0"):
         parse_index(cut, store.recipe, 0, num_bytes=len(data))
+
+
+@pytest.mark.parametrize("checksum", ["0" * 16 + "x", {"xxh3": "0" * 16}])
+def test_a_checksum_is_its_16_digits_and_nothing_more(store: ChunkStore, checksum: object) -> None:
+    """The digits are there and are right, with something behind or around them."""
+    chunk, recipe = make_chunk(store.recipe, 0), json.loads(store.recipe.canonical_json())
+    arrays = arrays_of(chunk)
+    whole, changed = (canonical({**metadata_of(recipe, 0), "xxh3": text}) for text in ("0" * 16, checksum))
+    path_of(store, 0).write_bytes(chunk_file(arrays, canonical(header_of(arrays, whole))))
+    store.verify(0)
+    path_of(store, 0).write_bytes(chunk_file(arrays, canonical(header_of(arrays, changed))))
+    with pytest.raises(ChunkError, match="carries the checksum"):
+        store.fetch(0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.bounded import bounded
-from helpers.chunks import make_chunk, small_recipe
+from helpers.chunks import arrays_of, make_chunk, small_recipe
 from helpers.mutants import dumps, mutated_bytes, mutated_json
 from helpers.pagereader import read_chunk
 from helpers.sealing import Arrays, canonical, chunk_file, header_of, metadata_of, sealed_chunk
@@ -29,16 +29,6 @@ CASES = {
 }
 MUTANTS = 400
 STRANGE = (0, 1, -1, 2, 3, 5, 6, 39, 40, 41, 255, 2**31 - 1, -(2**31), 2**62, -(2**63))
-
-
-def arrays_of(chunk: Chunk) -> Arrays:
-    return {
-        "row_starts": chunk.row_starts,
-        "positions": chunk.positions_SL,
-        "token_ids": chunk.token_ids_SL,
-        "loss_mask": chunk.loss_mask_SL,
-        "targets": chunk.targets_NB,
-    }
 
 
 def mutant(rng: random.Random, chunk: Chunk, recipe: Recipe) -> bytes:

@@ -9,7 +9,7 @@ from typing import TypeVar
 _Answer = TypeVar("_Answer")
 
 MOST_S = 1.0  # of this thread's time on a processor: what others do on the machine does not count
-MOST_BYTES = 4 << 20
+MOST_BYTES = 16 << 20  # files are read some MiB at a time
 MOST_BYTES_PER_BYTE = 64  # of what is parsed: small values take that much as Python's objects
 MOST_CHARACTERS_OF_WORDS = 20_000
 

@@ -44,6 +44,17 @@ def make_chunk(recipe: Recipe, number: int = 0, *, seed: int = 0) -> Chunk:
     return Chunk(number, token_ids_SL.astype(np.int32), positions_SL.astype(np.int32), loss_mask_SL, records)
 
 
+def arrays_of(chunk: Chunk) -> dict[str, np.ndarray]:
+    """By the names of its tensors; the hashes of its rows are left out."""
+    return {
+        "row_starts": chunk.row_starts,
+        "positions": chunk.positions_SL,
+        "token_ids": chunk.token_ids_SL,
+        "loss_mask": chunk.loss_mask_SL,
+        "targets": chunk.targets_NB,
+    }
+
+
 def make_records(codec: Codec, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [num_tokens, codec.bytes_per_token]: the K likeliest of random logits, and random draws from the others."""
     logits_TV = torch.from_numpy(rng.normal(0, 3, (num_tokens, codec.vocab_size)).astype(np.float32))

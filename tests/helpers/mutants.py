@@ -111,7 +111,7 @@ def _nudged(rng: random.Random, value: Any) -> Any:
     if isinstance(value, str):
         return rng.choice((value + "x", value[:-1], value.upper(), value[::-1], "../" + value, value + "\0", value + "\n"))
     if isinstance(value, list):
-        return rng.choice((value[:-1], value + value[-1:], value[::-1], dict(enumerate(map(str, value)))))
+        return rng.choice((value[:-1], value + value[-1:], value[::-1], {str(at): each for at, each in enumerate(value)}))
     return rng.choice((list(value), list(value.items()) if isinstance(value, dict) else [], {}))
 
 
