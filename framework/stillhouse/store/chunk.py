@@ -253,7 +253,7 @@ def _parse_object(text: bytes, what: str) -> dict[str, Any]:
 
 
 def _check_header(header: dict[str, Any], recipe: Recipe, number: int) -> tuple[list[_Tensor], Any]:
-    """The tensors in the order of their bytes, and the checksum that is claimed, once the rest of the header is known to be the recipe's."""
+    """The tensors in the order of their bytes, and the checksum as it is claimed. All else in the header is verified."""
     name = _name(number)
     match header.get("__metadata__"):
         case {"stillhouse": str(text), **others} if not others:
