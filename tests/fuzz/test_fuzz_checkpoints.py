@@ -35,6 +35,11 @@ def mutant(rng: random.Random, kind: str, whole: bytes) -> bytes:
     return sealed(rng, kind, mutated_json(rng, json.loads(whole)[kind]))
 
 
+def is_sealed(data: bytes, kind: str) -> bool:
+    whole = json.loads(data)
+    return whole["xxh3"] == xxhash.xxh3_64_hexdigest(canonical(whole[kind]))
+
+
 def without_strange_keys(data: bytes) -> Any:
     """The values of a commit that this version knows; later versions may write more."""
     values = json.loads(data)["commit"]
@@ -55,6 +60,8 @@ def test_a_manifest_is_a_commit_as_it_was_written_or_the_one_before_is_chosen(rn
             num_read += 1
             assert canonical(asdict(read)) == canonical(without_strange_keys(data)), data
             assert read.manifest == last.manifest, data
+            assert is_sealed(data, "commit"), data
+            assert all((tmp_path / read.folder / name).resolve().parent == tmp_path / read.folder for name in read.files), data
         chosen = bounded(lambda: newest(str(tmp_path)), num_bytes=len(data) + FEW_BYTES)
         assert chosen in (sound, read), data
         assert chosen == sound or verify(blobs, last, chosen.files) == "", data
@@ -85,6 +92,8 @@ def test_a_part_is_what_its_rank_wrote_or_is_refused_with_checkpoint_error(rng: 
         read = bounded(lambda: read_part(blobs, folder, rank=0, world_size=2), num_bytes=len(data) + FEW_BYTES, refusal=CheckpointError)
         if read is not None:
             num_read += 1
+            assert is_sealed(data, "part"), data
+            assert all((tmp_path / folder / file).resolve().parent == tmp_path / folder for file in read), data
             found = {file: list(digest) for file, digest in read.items() if file != name}
             assert canonical(found) == canonical({file: digest for file, digest in json.loads(data)["part"].items() if file != name}), data
     assert num_read > 0

@@ -68,7 +68,7 @@ def _with_strange_values(rng: random.Random, array: np.ndarray) -> np.ndarray:
 
 
 def _with_other_targets(rng: random.Random, arrays: Arrays, metadata: bytes) -> bytes:
-    """The mask changed, and starts and records made to agree with it; or records changed."""
+    """The mask changed, and starts and records made to agree with it; or records changed; or one more than the rows have."""
     mask, records = arrays["loss_mask"].copy(), arrays["targets"]
     if rng.random() < 0.5:
         mask[rng.randrange(len(mask)), rng.randrange(mask.shape[1])] ^= rng.choice((1, 1, 1, 2, 3))
@@ -79,6 +79,8 @@ def _with_other_targets(rng: random.Random, arrays: Arrays, metadata: bytes) -> 
             : records.shape[1]
         ]
     starts = np.concatenate([[0], np.cumsum(mask.sum(axis=1, dtype=np.int64))])
+    before, behind = rng.choice(((0, 0), (0, 0), (1, 0), (0, 1)))  # records of no row
+    targets, starts = np.pad(targets, ((before, behind), (0, 0)), mode="wrap" if count else "constant"), starts + before
     changed = {**arrays, "loss_mask": mask, "targets": targets, "row_starts": starts}
     return chunk_file(changed, dumps(header_of(changed, metadata), separators=(",", ":")))
 

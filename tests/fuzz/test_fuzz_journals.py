@@ -1,6 +1,7 @@
 """Whatever a line of the journal says, it is a row whose values have the types of its columns, or it is refused with RunError."""
 
 import random
+import re
 import types
 import zlib
 from collections.abc import Iterator
@@ -61,6 +62,12 @@ def mutant(rng: random.Random, row: Row, *, sealed: bool) -> bytes:
     return line if rng.random() < 0.85 else mutated_bytes(rng, line)
 
 
+def is_sealed_or_bare(line: bytes) -> bool:
+    """Whether a checksum at its end is that of the rest. Earlier versions wrote none."""
+    seal = re.search(rb', "crc": "([0-9a-f]{8})"}$', line)
+    return seal is None or int(seal[1], 16) == zlib.crc32(line[: seal.start()] + b"}")
+
+
 def test_a_line_is_a_row_of_its_types_or_is_refused_with_run_error(rng: random.Random, tmp_path: Path) -> None:
     """It is the second of three lines; a row that was read is read back as it was, when it is recorded anew."""
     path, again, rows = tmp_path / "journal.jsonl", tmp_path / "again.jsonl", [*examples()]
@@ -78,6 +85,7 @@ def test_a_line_is_a_row_of_its_types_or_is_refused_with_run_error(rng: random.R
         if found is None:
             continue
         num_read += 1
+        assert is_sealed_or_bare(line), line
         assert [repr(found[0]), repr(found[-1])] == [repr(first), repr(last)]
         row = found[1]
         assert all(is_of(getattr(row, column.name), column.type) for column in fields(row)), line

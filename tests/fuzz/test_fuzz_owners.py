@@ -41,6 +41,7 @@ def test_a_record_names_its_holder_or_says_that_it_cannot_be_read(rng: random.Ra
         if record.holder is not None:
             num_read += 1
             written = json.loads(data)
-            del written["xxh3"]
+            checksum = written.pop("xxh3")
+            assert sealed_json(written)["xxh3"] == checksum, data
             assert json.dumps({**asdict(record.holder), **record.more}, sort_keys=True) == json.dumps(written, sort_keys=True), data
     assert num_read > 0

@@ -43,6 +43,7 @@ def test_a_readers_file_is_a_reader_or_a_stranger_and_others_are_found_beside_it
         assert len(others) + len(found.strangers) == 1, data
         for reader in others:
             num_read += 1
+            assert reader.name == path.stem, data
             assert dumps(sealed_json({**asdict(reader), "version": 1}, sort_keys=True), sort_keys=True) == dumps(
                 json.loads(data), sort_keys=True
             ), data
