@@ -61,6 +61,7 @@ def test_a_manifest_is_a_commit_as_it_was_written_or_the_one_before_is_chosen(rn
             assert canonical(asdict(read)) == canonical(without_strange_keys(data)), data
             assert read.manifest == last.manifest, data
             assert is_sealed(data, "commit"), data
+            assert (tmp_path / read.folder).resolve().parent == tmp_path, data
             assert all((tmp_path / read.folder / name).resolve().parent == tmp_path / read.folder for name in read.files), data
         chosen = bounded(lambda: newest(str(tmp_path)), num_bytes=len(data) + FEW_BYTES)
         assert chosen in (sound, read), data

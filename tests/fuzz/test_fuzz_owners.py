@@ -40,6 +40,8 @@ def test_a_record_names_its_holder_or_says_that_it_cannot_be_read(rng: random.Ra
         assert record.data == data
         if record.holder is not None:
             num_read += 1
+            values = asdict(record.holder)
+            assert all(type(values[name]) is type(value) or name == "since" for name, value in asdict(HOLDER).items()), data
             written = json.loads(data)
             checksum = written.pop("xxh3")
             assert sealed_json(written)["xxh3"] == checksum, data

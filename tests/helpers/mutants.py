@@ -82,6 +82,8 @@ def _change_json(rng: random.Random, box: dict[str, Any]) -> None:
             del holder[key]
         case 5 if isinstance(holder[key], dict):
             holder[key][rng.choice(("more", "", "xxh3", "version", "\ud800", *map(str, holder[key])))] = copy.deepcopy(rng.choice(_STRANGE))
+        case 6 if isinstance(holder, dict) and holder is not box and rng.random() < 0.5:
+            holder[rng.choice(("../x", "/etc/passwd", "a/b", "..", key + "x"))] = holder.pop(key)
         case 6:
             holder[key] = rng.choice(([holder[key]], {"a": holder[key]}, [holder[key], holder[key]]))
         case _:
