@@ -32,7 +32,10 @@ def sealed(rng: random.Random, kind: str, values: Any) -> bytes:
 def mutant(rng: random.Random, kind: str, whole: bytes) -> bytes:
     if rng.random() < 0.2:
         return mutated_bytes(rng, whole)
-    return sealed(rng, kind, mutated_json(rng, json.loads(whole)[kind]))
+    values = json.loads(whole)[kind]
+    if kind == "commit" and rng.random() < 0.1:
+        return sealed(rng, kind, {**values, "attempt": rng.choice(("../a", "/a", "a/b", "..", "a\0b", "\ud800", "a b"))})
+    return sealed(rng, kind, mutated_json(rng, values))
 
 
 def is_sealed(data: bytes, kind: str) -> bool:
