@@ -14,6 +14,7 @@ endif
 endif
 MINUTES ?= 20
 SEEDS ?= 3
+FUZZ_ROUNDS ?= 20
 
 LOCK := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-hashes --no-header --no-annotate \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
@@ -44,7 +45,8 @@ demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo
 test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) --ignore=tests/launch
 
-chaos: $(INSTALLED)  ## the long form: disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
+chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
+	$(BIN)/pytest tests/fuzz --fuzz-rounds=$(FUZZ_ROUNDS)
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/chaos --chaos-seeds=$(SEEDS)
 	PYTHONPATH=tests $(AS_ROOT) $(BIN)/python -m chaos.soak --minutes $(MINUTES)
 

@@ -3,13 +3,18 @@
 import json
 import struct
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers.chunks import make_chunk, small_recipe
+from helpers.chunks import arrays_of, make_chunk, small_recipe
+from helpers.sealing import canonical, chunk_file, header_of, metadata_of, sealed_chunk, sealed_json
 from stillhouse.errors import ChunkError, RecipeError, StoreError
-from stillhouse.store import ChunkStore, Reader, readers, verify_store
+from stillhouse.store import ChunkStore, Reader, list_recipes, readers, verify_store
+from stillhouse.store.chunk import pack_chunk, parse_index
+from stillhouse.store.recipe import parse_recipe
 
 MUCH = 64 << 20  # bytes
 
@@ -72,3 +77,90 @@ def test_a_recipe_that_is_none_is_refused_by_name(store: ChunkStore, text: str) 
     (Path(store.url) / store.folder / "recipe.json").write_text(text)
     with pytest.raises(RecipeError, match=r"recipe\.json"):
         ChunkStore.create(store.url, store.recipe)
+
+
+def recipe_values(**changes: object) -> dict[str, Any]:
+    return {**json.loads(small_recipe().canonical_json()), **changes}
+
+
+ABSURD = {
+    "a temperature that no float holds": {"temperature": 10**400},
+    "a chunk of more rows than can be counted": {"chunk_sequences": 2**63, "num_sequences": 2**63},
+    "a chunk of 4 rows whose bytes are 0 in 64 bits": {"sequence_length": 2**62},
+    "more tokens than an id of 32 bits can name": {"vocab_size": 2**31 + 1},
+    "more chunks than a name of ten digits can number": {"num_sequences": 10**12},
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_a_recipe_of_absurd_numbers_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    data = canonical(recipe_values(**ABSURD[case]))
+    with pytest.raises(RecipeError, match=r"^recipe\.json: this recipe cannot be used"):
+        parse_recipe(data, where="recipe.json")
+    (tmp_path / ("0" * 16)).mkdir()
+    (tmp_path / ("0" * 16) / "recipe.json").write_bytes(data)
+    assert [finding.problem is None for finding in verify_store(str(tmp_path))] == [False]
+    assert list_recipes(str(tmp_path)) == []
+
+
+def test_a_recipe_of_many_rows_takes_no_memory_for_a_chunk_that_has_none(tmp_path: Path) -> None:
+    """A reader of rows asks for as many bytes as the index of such a chunk may have: 32 GiB."""
+    store = ChunkStore.create(str(tmp_path), small_recipe(num_sequences=2**31 - 1, chunk_sequences=2**31 - 1))
+    path = path_of(store, 0)
+    path.parent.mkdir()
+    path.write_bytes(pack_chunk(make_chunk(small_recipe()), small_recipe()))
+    tracemalloc.start()
+    with pytest.raises(ChunkError):
+        store.fetch_rows(0, [0])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < MUCH
+
+
+def test_an_index_that_a_server_cuts_short_is_refused_whatever_its_checksum(store: ChunkStore) -> None:
+    data = path_of(store, 0).read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0] + 16 * 4 + 8
+    cut = sealed_chunk(data[: end - 1], num_rows=4)
+    with pytest.raises(ChunkError, match="chunk 0"):
+        parse_index(cut, store.recipe, 0, num_bytes=len(data))
+
+
+@pytest.mark.parametrize("checksum", ["0" * 16 + "x", {"xxh3": "0" * 16}])
+def test_a_checksum_is_its_16_digits_and_nothing_more(store: ChunkStore, checksum: object) -> None:
+    """The digits are there and are right, with something behind or around them."""
+    chunk, recipe = make_chunk(store.recipe, 0), json.loads(store.recipe.canonical_json())
+    arrays = arrays_of(chunk)
+    whole, changed = (canonical({**metadata_of(recipe, 0), "xxh3": text}) for text in ("0" * 16, checksum))
+    path_of(store, 0).write_bytes(chunk_file(arrays, canonical(header_of(arrays, whole))))
+    store.verify(0)
+    path_of(store, 0).write_bytes(chunk_file(arrays, canonical(header_of(arrays, changed))))
+    with pytest.raises(ChunkError, match="carries the checksum"):
+        store.fetch(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../elsewhere"},
+        {"global_batch_sequences": 0},
+        {"window_chunks": 0},
+        {"window_chunks": -1},
+        {"global_batch_sequences": 2**64},
+        {"total_steps": 2**64},
+        {"committed_step": -1},
+    ],
+)
+def test_a_reader_of_absurd_values_is_a_stranger_and_stands_in_nobodys_way(store: ChunkStore, change: dict[str, object]) -> None:
+    sound = Reader(name="a", global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
+    readers.join(store, sound)
+    values = sealed_json({**asdict(sound), "name": "b", "version": 1, **change}, sort_keys=True)
+    (Path(store.url) / store.folder / "readers" / "b.json").write_bytes(canonical(values))
+    assert readers.registered(store) == ([sound], [f"{store.folder}/readers/b.json"])
+
+
+def test_a_chunk_has_the_name_that_its_number_gives_it(store: ChunkStore) -> None:
+    """Digits of other scripts are numbers to Python, too."""
+    path = path_of(store, 0)
+    path.with_name(path.name.replace("0000000000", "000000000\u0662")).write_bytes(path.read_bytes())
+    assert store.published() == {0}
+    assert store.listing().cut == set()

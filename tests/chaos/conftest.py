@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from helpers.disasters import Disaster, go_on_elsewhere, live_through
+from helpers.history import Left, chunks_in, require_kept, violations
 from helpers.ranks import RankGroup
-from helpers.scene import EPOCH, Scene, Undisturbed, make_bucket
+from helpers.scene import EPOCH, Scene, Undisturbed, make_bucket, published_in
 from helpers.world import TinyWorld
 
 
@@ -70,4 +71,7 @@ def disaster(
     disaster = Disaster(scene, tiny_world, tmp_path_factory.mktemp(bucket), bucket=bucket)
     live_through(disaster, random.Random(request.param), long_form=long_form)
     go_on_elsewhere(disaster, None if long_form else rank_groups[2])
+    commits = {"student": f"s3://{bucket}/commits/student"}
+    require_kept(disaster.rows, disaster.rows_elsewhere, checkpoints=commits, store=disaster.store)
+    assert violations(published_in(bucket), Left(chunks=chunks_in(disaster.store))) == []
     return disaster

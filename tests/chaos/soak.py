@@ -24,6 +24,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 from helpers.faults import everything
+from helpers.history import Left, chunks_in, commits_in, told_in, violations
 from helpers.models import make_model
 from helpers.s3 import s3_server
 from helpers.scene import LEFT, RIGHT, LiveRun, Scene, contents, curve, make_bucket, put, times_written
@@ -163,7 +164,13 @@ def soak(story: Soak, *, minutes: float, faults: Sequence[Callable[[Soak], None]
     tell(story)
     story.scene.make_whole()
     problems = [] if code == 130 else [f"exit code {code} of an interrupted run: {story.run.command.words()}"]
-    return problems + doubled(story)
+    return problems + doubled(story) + untrue(story)
+
+
+def untrue(story: Soak) -> list[str]:
+    """What the run told of commits and chunks, and was not so in the end."""
+    commits = {"student": commits_in(f"s3://{story.bucket}/{story.made.run_dir.name}/student")}
+    return violations(told_in(story.run.rows), Left(commits, chunks_in(story.store)))
 
 
 def undisturbed(longest: Soak, world: TinyWorld) -> LiveRun:

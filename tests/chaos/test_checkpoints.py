@@ -14,6 +14,7 @@ import pytest
 
 from helpers.checkpoints import ORIGIN, make, snapshot_of
 from helpers.faults import FaultyS3, Matches, Request, everything
+from helpers.history import require_kept
 from helpers.mortals import Halt, Mortals
 from helpers.ranks import RankGroup
 from helpers.training import restored_through
@@ -134,6 +135,7 @@ def test_a_rank_killed_at_any_phase_of_a_checkpoint_leaves_the_newest_whole_one(
     assert losses(again) == losses(rows_of(steady))[resumes_after:]
     assert not any(isinstance(row, DamagedRow) for row in again)
     assert newest_step(killed.checkpoints) == STEPS
+    require_kept(rows_of(killed), again, checkpoints={"student": killed.checkpoints})
 
 
 def test_training_does_not_wait_for_a_store_that_holds_its_checkpoints_up(
@@ -149,6 +151,7 @@ def test_training_does_not_wait_for_a_store_that_holds_its_checkpoints_up(
     ranks.finish()
     assert losses(rows_of(slow)) == losses(rows_of(steady))
     assert [row.step for row in rows_of(slow) if isinstance(row, CheckpointRow)] == [EVERY, STEPS]
+    require_kept(rows_of(slow), checkpoints={"student": slow.checkpoints})
 
 
 def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_when_it_is_back(
@@ -233,3 +236,4 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_named_and_the_on
     (row,) = (row for row in rows_of(copy) if isinstance(row, DamagedRow))
     assert damaged.name in row.problem
     assert newest_step(copy.checkpoints) == STEPS
+    require_kept(rows_of(steady), rows_of(copy), checkpoints={"student": copy.checkpoints})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from helpers.faults import Fault
+from helpers.history import require_kept
 from helpers.scene import EPOCH, LEFT, RIGHT, LiveRun, Scene, Undisturbed, curve, make_bucket, put
 from helpers.world import TinyWorld
 from stillhouse.pipeline import Plan
@@ -128,6 +129,7 @@ def journey(
             get_another(journey)
             journey.read(42)
         tell_the_driver_to_go(journey)
+        require_kept(journey.run.rows, checkpoints={"student": f"s3://{BUCKET}/commits/student"}, store=store)
         yield journey
     finally:
         for name in (LEFT, RIGHT):

@@ -7,6 +7,7 @@ import pytest
 from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.damage import cut_power, file_system_in
+from helpers.history import require_kept
 from stillhouse.store import ChunkStore
 from stillhouse.student.checkpoint import Commit, newest
 from stillhouse.student.writer import CheckpointWriter
@@ -50,3 +51,4 @@ def test_what_was_reported_before_the_power_was_cut_is_on_the_disk(tmp_path: Pat
         assert store.published() == set(range(RECIPE.num_chunks))
         for number in range(RECIPE.num_chunks):
             store.verify(number)
+        require_kept(rows, checkpoints={"student": str(root / "checkpoints")}, store=store)

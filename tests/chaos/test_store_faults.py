@@ -22,6 +22,7 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.command import as_toml, stillhouse
 from helpers.damage import flip_bit, places, small_disk, with_flipped_bit
 from helpers.faults import FaultyS3, everything, publications
+from helpers.history import require_kept
 from helpers.ranks import RankGroup
 from helpers.training import ListTracker, refuse_outage, train_and_tell, train_through
 from helpers.world import TinyWorld
@@ -175,6 +176,7 @@ def full_disk(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -
         shutil.copytree(disk / "store", folder / "store")
     section = made.config.store.model_copy(update={"url": str(folder / "store")})
     moved = replace(made, config=made.config.model_copy(update={"store": section}))
+    require_kept(read_journal(made.run_dir / "journal.jsonl"), store=ChunkStore(section.url, made.recipe))
     return FullDisk(moved, counts[-LOOKS:], memory[-LOOKS:], leftovers)
 
 
@@ -325,6 +327,7 @@ def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go
     assert [row.chunk for row in journal.rows if isinstance(row, RepairRow)] == [damaged]
     assert len(list(Path(store.url).rglob("quarantine/*"))) == 1
     assert path.read_bytes() == whole
+    require_kept(journal.rows, store=store)
 
 
 def pool_of(made: Plan, board: Board, journal: ListTracker) -> TeacherPool:

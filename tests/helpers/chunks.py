@@ -44,10 +44,23 @@ def make_chunk(recipe: Recipe, number: int = 0, *, seed: int = 0) -> Chunk:
     return Chunk(number, token_ids_SL.astype(np.int32), positions_SL.astype(np.int32), loss_mask_SL, records)
 
 
+def arrays_of(chunk: Chunk) -> dict[str, np.ndarray]:
+    """By the names of its tensors; the hashes of its rows are left out."""
+    return {
+        "row_starts": chunk.row_starts,
+        "positions": chunk.positions_SL,
+        "token_ids": chunk.token_ids_SL,
+        "loss_mask": chunk.loss_mask_SL,
+        "targets": chunk.targets_NB,
+    }
+
+
 def make_records(codec: Codec, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [num_tokens, codec.bytes_per_token]: the K likeliest of random logits, and random draws from the others."""
     logits_TV = torch.from_numpy(rng.normal(0, 3, (num_tokens, codec.vocab_size)).astype(np.float32))
     logprobs_TK, ids_TK = torch.log_softmax(logits_TV, dim=-1).topk(codec.k)
     tail_T = torch.log1p(-logprobs_TK.exp().sum(-1).clamp(max=1 - 1e-7))
+    if codec.k == codec.vocab_size:
+        tail_T.fill_(-torch.inf)
     draws_TN = torch.from_numpy(np.sort(rng.integers(0, codec.vocab_size, (num_tokens, codec.num_draws)), axis=1).astype(np.int32))
     return encode(CompressedLogits(ids_TK.int(), logprobs_TK, tail_T, draws_TN, codec.vocab_size, codec.temperature), codec).numpy()

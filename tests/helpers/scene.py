@@ -4,6 +4,7 @@ Each machine reaches the bucket by a way of its own, where requests can be held;
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,11 +15,13 @@ from typing import Any
 
 import boto3
 import psutil
+import xxhash
 
 from helpers.clusters import RayMachines
 from helpers.command import as_toml
 from helpers.commands import Command, CommandServer
 from helpers.faults import FaultyS3
+from helpers.history import Published
 from helpers.metadata import MetadataServer
 from helpers.networks import Network, inside
 from helpers.ranks import RankGroup
@@ -173,6 +176,20 @@ def times_written(bucket: str) -> Counter[str]:
     """How many times each key of a bucket was written."""
     pages = _s3().get_paginator("list_object_versions").paginate(Bucket=bucket)
     return Counter(version["Key"] for page in pages for version in page.get("Versions", ()))
+
+
+def published_in(bucket: str) -> list[Published]:
+    """Every time that a chunk was written to the bucket, in turn, with what was written."""
+    client = _s3()
+    pages = client.get_paginator("list_object_versions").paginate(Bucket=bucket)
+    versions = sorted((each for page in pages for each in page.get("Versions", ())), key=lambda version: version["LastModified"])
+    found = []
+    for version in versions:
+        number = re.search(r"/chunks/(\d{10})\.safetensors$", version["Key"])
+        if number is not None:
+            data = client.get_object(Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"])["Body"].read()
+            found.append(Published(int(number[1]), f"a write at {version['LastModified']:%H:%M:%S}", xxhash.xxh3_64_hexdigest(data)))
+    return found
 
 
 def contents(bucket: str, key: str) -> bytes:

@@ -1,11 +1,12 @@
 """One command uses a run directory and its checkpoints: a second is refused by name, and a killed one stands in nobody's way."""
 
+import json
 import os
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic, sleep
 from uuid import uuid4
@@ -14,6 +15,7 @@ import boto3
 import pytest
 
 from helpers.holders import holding, kill
+from helpers.sealing import sealed_json
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.pipeline.holder import Holder, Record
 from stillhouse.pipeline.ownership import Lease, locked, owned
@@ -165,6 +167,26 @@ def test_a_record_that_is_damaged_is_believed_in_nothing_and_waited_for(tmp_path
     with owned(str(tmp_path), here(), say=said.append, lease=SHORT) as owner:
         assert owner.number == 2
     assert "belong to another command, whose record cannot be read" in said[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"since": "noon"},
+        {"since": 1e300},
+        {"since": float("nan")},
+        {"pid": "../self"},
+        {"pid": 1.0},
+        {"host": 5},
+        {"machine": None},
+        {"born": []},
+    ],
+)
+def test_a_record_whose_values_are_no_holders_is_believed_in_nothing(change: dict[str, object]) -> None:
+    values = {**asdict(here()), "released": True, **change}
+    record = Record.parsed(json.dumps(sealed_json(values)).encode())
+    assert (record.holder, record.more) == (None, {})
+    assert record.words() == "another command, whose record cannot be read"
 
 
 def test_a_pid_that_was_given_again_is_another_process() -> None:

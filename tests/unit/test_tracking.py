@@ -111,6 +111,35 @@ def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path):
     assert read_journal(path) == [START, EndRow("done", 31.0, "", time=1032.0)]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"kind": "repair", "time": 1.0, "chunk": "3"}',
+        '{"kind": "repair", "time": 1.0, "chunk": true}',
+        '{"kind": "repair", "time": 1.0, "chunk": 3.0}',
+        '{"kind": "repair", "time": [1.0], "chunk": 3}',
+        '{"kind": "repair", "time": 1%s, "chunk": 3}' % ("0" * 400),
+        '{"kind": "set_aside", "time": 1.0, "chunk": 3, "sequences": [3, "4"], "reason": ""}',
+        '{"kind": "end", "time": 1.0, "outcome": 1, "seconds": 1.0, "message": ""}',
+        '{"kind": "end", "time": 1.0, "outcome": "done", "seconds": 1.0, "message": "", "steps_done": {"student": null}}',
+    ],
+    ids=range(9),
+)
+def test_a_line_whose_values_are_not_of_its_columns_types_is_refused_with_its_place(tmp_path, line):
+    path = tmp_path / "journal.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(RunError, match=r"^line 1 of .*journal\.jsonl is not a row"):
+        read_journal(path)
+
+
+def test_a_number_without_a_fraction_may_stand_for_one_with(tmp_path):
+    """As other languages write 1.0."""
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"kind": "repair", "time": 1, "chunk": 3}\n')
+    assert read_journal(path) == [RepairRow(3, time=1.0)]
+
+
 def test_each_line_is_strict_json_with_its_kind_and_time_first(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl", clock=lambda: 77.0)
     for row in [*ROWS, replace(TRAIN, time=0.0)]:

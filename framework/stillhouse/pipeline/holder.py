@@ -14,6 +14,7 @@ import xxhash
 from stillhouse.redaction import scrub
 
 _NO_PROCESS = ""
+_MOST_SINCE = 253_402_300_799.0  # unix seconds: the last of year 9999, up to which dates can be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +67,18 @@ class Record:
             if values.pop("xxh3") != _digest_of(values):
                 return cls(data, None, {})
             own = {field.name: values.pop(field.name) for field in fields(Holder)}
-            return cls(data, Holder(**own), values)
+            return cls(data, Holder(**own), values) if _may_be_a_holder(own) else cls(data, None, {})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return cls(data, None, {})
 
     def words(self) -> str:
         return "another command, whose record cannot be read" if self.holder is None else self.holder.words()
+
+
+def _may_be_a_holder(values: dict[str, Any]) -> bool:
+    """Whether every value has its type, and the time is one that can be written as a date."""
+    of_their_types = (type(values[field.name]) in ((int, float) if field.type is float else (field.type,)) for field in fields(Holder))
+    return all(of_their_types) and 0 <= values["since"] <= _MOST_SINCE
 
 
 def _machine() -> str:

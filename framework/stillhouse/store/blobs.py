@@ -191,7 +191,8 @@ class Blobs:
         with self._in_words(f"read the start of {key}"):
             if self.directory is not None:  # obstore's way takes several times as long, and a listing does this for every chunk
                 with (self.directory / key).open("rb") as file:
-                    return memoryview(file.read(num_bytes)), os.fstat(file.fileno()).st_size
+                    size = os.fstat(file.fileno()).st_size
+                    return memoryview(file.read(min(num_bytes, size))), size  # memory is taken for all that is asked for
             try:
                 answer = obstore.get(self._store, key, options={"range": (0, num_bytes)})
                 return memoryview(answer.bytes()), answer.meta["size"]

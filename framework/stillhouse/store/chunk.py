@@ -7,6 +7,7 @@ reader of a few rows verifies all that it uses. A chunk is a pure function of it
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -88,7 +89,7 @@ class _Tensor:
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape)) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 def pack_chunk(chunk: Chunk, recipe: Recipe) -> bytes:
@@ -139,11 +140,13 @@ def parse_index(head: Buffer, recipe: Recipe, number: int, *, num_bytes: int) ->
     if len(head) < _LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, num_bytes - _LENGTH_BYTES):
         raise ChunkError(f"{name} claims a header of {header_bytes} bytes in a file of {num_bytes}; the most is {MAX_HEADER_BYTES}")
     header = _parse_object(head[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes], f"the header of {name}")
-    tensors = _check_header(header, recipe, number)
+    tensors, checksum = _check_header(header, recipe, number)
     ends = list(accumulate((tensor.num_bytes for tensor in tensors), initial=_LENGTH_BYTES + header_bytes))
     if ends[-1] != num_bytes:
         raise ChunkError(f"{name} has {num_bytes} bytes, wanted {ends[-1]}: it was cut short or added to")
-    _check_checksum(head[: ends[2]], header_bytes, name)
+    if len(head) < ends[2]:
+        raise ChunkError(f"of {name} {len(head)} bytes were read, wanted an index of {ends[2]}: the store's answer was cut short")
+    _check_checksum(checksum, head[: ends[2]], header_bytes, name)
     row_xxh3_S, row_starts = np.frombuffer(head[ends[0] : ends[1]], "<u8"), np.frombuffer(head[ends[1] : ends[2]], "<i8")
     counts_S = np.diff(row_starts)
     if row_starts[0] != 0 or row_starts[-1] != tensors[-1].shape[0] or counts_S.min() < 0 or counts_S.max() >= recipe.sequence_length:
@@ -249,12 +252,13 @@ def _parse_object(text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _check_header(header: dict[str, Any], recipe: Recipe, number: int) -> list[_Tensor]:
-    """The tensors, in the order of their bytes, once the header is known to be the recipe's."""
+def _check_header(header: dict[str, Any], recipe: Recipe, number: int) -> tuple[list[_Tensor], Any]:
+    """The tensors in the order of their bytes, and the checksum as it is claimed. All else in the header is verified."""
     name = _name(number)
     match header.get("__metadata__"):
         case {"stillhouse": str(text), **others} if not others:
-            _check_metadata(_parse_object(text.encode("utf-8", "replace"), f"the metadata of {name}"), recipe, number)
+            metadata = _parse_object(text.encode("utf-8", "replace"), f"the metadata of {name}")
+            _check_metadata(metadata, recipe, number)
         case found:
             raise ChunkError(f"{name} has the metadata {found!r}, wanted one key, 'stillhouse', with text")
     most_targets = len(recipe.chunk_rows(number)) * (recipe.sequence_length - 1)
@@ -271,7 +275,7 @@ def _check_header(header: dict[str, Any], recipe: Recipe, number: int) -> list[_
     for key in sorted({*wanted, *header} - {"__metadata__"}):
         if header.get(key) != wanted.get(key):
             raise ChunkError(f"{name} has the tensor {key} {header.get(key)}, wanted {wanted.get(key)}")
-    return tensors
+    return tensors, metadata.get("xxh3")
 
 
 def _check_metadata(found: dict[str, Any], recipe: Recipe, number: int) -> None:
@@ -283,14 +287,13 @@ def _check_metadata(found: dict[str, Any], recipe: Recipe, number: int) -> None:
             )
 
 
-def _check_checksum(index: bytes, header_bytes: int, name: str) -> None:
+def _check_checksum(found: Any, index: bytes, header_bytes: int, name: str) -> None:
     num_fields = index.count(_CHECKSUM_FIELD, 0, _LENGTH_BYTES + header_bytes)
     if num_fields != 1:
         raise ChunkError(f"{name} has {num_fields} checksums in its header, wanted 1")
     start = index.index(_CHECKSUM_FIELD) + len(_CHECKSUM_FIELD)
-    found = index[start : start + _CHECKSUM_DIGITS]
     blank = index[:start] + b"0" * _CHECKSUM_DIGITS + index[start + _CHECKSUM_DIGITS :]
-    wanted = xxhash.xxh3_64_hexdigest(blank).encode("ascii")
+    wanted = xxhash.xxh3_64_hexdigest(blank)
     if found != wanted:
         raise ChunkError(f"{name} is damaged: it carries the checksum {found!r}, its first {len(index)} bytes have {wanted!r}")
 

@@ -37,7 +37,7 @@ from stillhouse.store.chunk import (
 from stillhouse.store.probe import require_create_only
 from stillhouse.store.recipe import Recipe, differences, parse_recipe
 
-_CHUNK_KEY = re.compile(r"[0-9a-f]{16}/chunks/(\d{10})\.safetensors")
+_CHUNK_KEY = re.compile(r"[0-9a-f]{16}/chunks/([0-9]{10})\.safetensors")
 _FINGERPRINT16 = re.compile(r"[0-9a-f]{16}")
 _STAGING_FILE = re.compile(r".+#\d+")  # what a killed writer leaves in a directory
 _MOST_INDEXES = 1024

@@ -20,6 +20,8 @@ from stillhouse.store.recipe import canonical_json
 
 READER_VERSION = 1
 
+_MOST_NUMBER = 2**53  # up to which every reader of JSON has the same number
+_LEAST = {"global_batch_sequences": 1, "window_chunks": 1, "total_steps": 0, "committed_step": 0}
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -76,7 +78,7 @@ def registered(store: ChunkStore) -> Registered:
             reader = _parsed(bytes(store.blobs.read(blob.key)))
         except FileNotFoundError:
             continue  # somebody has just taken it away
-        if reader is not None and blob.key == _key(store, reader.name):
+        if reader is not None and blob.key == f"{store.folder}/readers/{reader.name}.json":
             found.readers.append(reader)
         else:
             found.strangers.append(blob.key)
@@ -99,8 +101,10 @@ def _parsed(data: bytes) -> Reader | None:
     try:
         values = json.loads(data)
         is_whole = values.pop("xxh3") == _digest_of(values)  # a flipped bit in a number of steps would have chunks deleted too early
-        whole = [type(values[name]) is (str if name == "name" else int) for name in names]
-        if is_whole and values["version"] == READER_VERSION and all(whole) and set(values) == {*names, "version"}:
+        whole = [type(values[name]) is (str if name == "name" else int) for name in (*names, "version")]
+        if not (is_whole and values["version"] == READER_VERSION and all(whole) and set(values) == {*names, "version"}):
+            return None
+        if _NAME.fullmatch(values["name"]) and all(least <= values[name] <= _MOST_NUMBER for name, least in _LEAST.items()):
             return Reader(**{name: values[name] for name in names})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

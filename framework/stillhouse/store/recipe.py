@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,6 +11,9 @@ from stillhouse.errors import RecipeError
 from stillhouse.logits.record import CODEC_VERSION, Codec
 
 FORMAT_VERSION = 1
+MOST_CHUNKS = 10**10  # whose numbers have ten digits, as the names of chunks do
+
+_MOST_COUNT = 2**31 - 1  # ids and positions are stored in 32 bits
 
 _IN_WORDS = {
     "corpus_digest": "the corpus: its texts, their order and masks",
@@ -145,6 +148,11 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
     ):
         if getattr(recipe, name) < least:
             yield f"{name} is {getattr(recipe, name)}, wanted at least {least}"
+    for name in ("sequence_length", "chunk_sequences", "vocab_size", "num_draws"):
+        if getattr(recipe, name) > _MOST_COUNT:
+            yield f"{name} is {getattr(recipe, name)}, wanted at most {_MOST_COUNT}"
+    if recipe.num_sequences > MOST_CHUNKS * recipe.chunk_sequences:
+        yield f"num_sequences is {recipe.num_sequences}, wanted at most {MOST_CHUNKS} chunks of {recipe.chunk_sequences}"
     if recipe.k > recipe.vocab_size:
         yield f"k is {recipe.k}, more than the {recipe.vocab_size} tokens of the vocabulary"
     if recipe.k == recipe.vocab_size and recipe.num_draws > 0:
@@ -155,5 +163,5 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
         yield f"packing is {recipe.packing!r}, wanted 'packed' or 'padded'"
     if recipe.value_bits not in (6, 8):
         yield f"value_bits is {recipe.value_bits}, wanted 6 or 8"
-    if not (math.isfinite(recipe.temperature) and recipe.temperature > 0):
+    if not 0 < recipe.temperature <= sys.float_info.max:
         yield f"temperature is {recipe.temperature}, wanted a positive number"

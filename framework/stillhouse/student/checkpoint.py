@@ -282,7 +282,7 @@ class Digest:
 
 
 _TWO_READS = (RANGE_BYTES, RANGE_BYTES - (1 << 20))  # range_bytes of each: the second read sends different requests
-_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError)
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError)
 
 
 def _manifests(blobs: Blobs) -> list[str]:
@@ -298,13 +298,13 @@ def _values_or_problem(blobs: Blobs, name: str) -> dict[str, Any] | str:
 
 
 def commit_of(values: Mapping[str, Any]) -> Commit:
-    """The commit whose fields these JSON values are. Raises ValueError, TypeError, KeyError or AttributeError where they are of none."""
+    """The commit whose fields these JSON values are. Raises one of _UNREADABLE where they are of none."""
     origin = values["origin"]
     found = Commit(
-        int(values["step"]),
-        str(values["attempt"]),
-        int(values["world_size"]),
-        Origin(int(origin["zero_stage"]), str(origin["fingerprint"]), dict(origin["settings"])),
+        _of(int, values["step"]),
+        _of(str, values["attempt"]),
+        _of(int, values["world_size"]),
+        Origin(_of(int, origin["zero_stage"]), _of(str, origin["fingerprint"]), dict(_of(dict, origin["settings"]))),
         _files(values["files"]),
     )
     if not found.files:
@@ -329,8 +329,15 @@ def _folder_named_by(blobs: Blobs, manifest: str) -> str | None:
         return None
 
 
+def _of(kind: type[_Answer], value: Any) -> _Answer:
+    """The value, which has to be of this type: nothing is read as what it only resembles."""
+    if type(value) is not kind:
+        raise TypeError(f"it has {value!r:.100}, wanted a value of type {kind.__name__}")
+    return value
+
+
 def _files(values: dict[str, Any]) -> Files:
-    files = {str(name): (int(size), str(digest)) for name, (size, digest) in values.items()}
+    files = {_of(str, name): (_of(int, size), _of(str, digest)) for name, (size, digest) in values.items()}
     for name in files:
         if not _is_plain(name):
             raise ValueError(f"it names {name}, which is outside of the checkpoint")

@@ -20,7 +20,7 @@ from typing import Any
 from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import RunError, StoreError
 from stillhouse.redaction import scrub
-from stillhouse.tracking.rows import ROW_TYPES, Row
+from stillhouse.tracking.rows import ROW_TYPES, Row, is_of
 
 _FLOAT_TYPES = (float, float | None)
 _SEAL = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
@@ -123,8 +123,12 @@ def _parse(line: bytes, where: str) -> Row:
         for column in fields(row_type):
             if column.type in _FLOAT_TYPES and isinstance(values.get(column.name), str):
                 values[column.name] = float(values[column.name])
-        return row_type(**values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        row = row_type(**values)
+        for column in fields(row_type):
+            if not is_of(getattr(row, column.name), column.type):
+                raise TypeError(f"{column.name} is {getattr(row, column.name)!r:.100}")
+        return row
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(
             f"{where} is not a row of this version's journal ({type(error).__name__}: {error}); "
             "restore the file, or take that line out, then go on"

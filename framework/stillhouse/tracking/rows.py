@@ -3,9 +3,11 @@
 A row is plain values only, so that its line of JSON reads the same in any language.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from types import UnionType
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin
 
 Role = Literal["student", "control"]
 
@@ -270,6 +272,27 @@ ROW_TYPES: dict[str, type[Row]] = {
         EndRow,
     )
 }
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value may stand in a column of this type.
+
+    A number without a fraction may stand for one with. Any text may stand for one of several: a later version may know more of them.
+    """
+    if type(value) is kind:
+        return True
+    if kind is float:
+        return type(value) is int and abs(value) <= sys.float_info.max
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return type(value) is str
+    if origin is UnionType:
+        return any(is_of(value, each) for each in arguments)
+    if origin is list:
+        return type(value) is list and all(is_of(each, arguments[0]) for each in value)
+    if origin is dict:
+        return type(value) is dict and all(is_of(key, arguments[0]) and is_of(each, arguments[1]) for key, each in value.items())
+    return False
 
 
 class Tracker(Protocol):
