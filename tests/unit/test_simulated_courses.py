@@ -1,0 +1,132 @@
+"""Whatever befalls requests, disks and processes, what was told stays true; and each planted fault is found by some course.
+
+A failing course is `World(seed).run()`: its seed is in the assertion's message, and `World.history` says what happened.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.courses import Broken, Bucket, World
+from helpers.powercut import Recorder
+from stillhouse.store.blobs import Blobs
+from stillhouse.store.readers import commit
+from stillhouse.store.chunks import ChunkStore
+from stillhouse.student.checkpoint import Choice, Commit, Files, publish, retain
+from stillhouse.student.snapshot import Snapshot
+from stillhouse.student.writer import RankWriter
+
+NUM_COURSES, NUM_POWER_CUTS = 200, 40
+
+
+def broken_by(world: World) -> str:
+    """The promise that a course breaks, or ''."""
+    try:
+        world.run()
+    except Broken as error:
+        return str(error)
+    return ""
+
+
+def folder_in(tmp_path: Path, seed: int) -> Path:
+    folder = tmp_path / f"course-{seed}"
+    folder.mkdir()
+    return folder
+
+
+def test_requests_that_are_lost_doubled_and_late_break_no_promise():
+    broken = {seed: broken_by(World(seed)) for seed in range(NUM_COURSES)}
+    assert {seed: problem for seed, problem in broken.items() if problem} == {}
+
+
+def test_a_power_cut_in_the_middle_of_everything_breaks_no_promise(tmp_path: Path):
+    broken = {seed: broken_by(World(seed, folder=folder_in(tmp_path, seed))) for seed in range(NUM_POWER_CUTS)}
+    assert {seed: problem for seed, problem in broken.items() if problem} == {}
+
+
+def test_a_seed_is_a_course():
+    first, second = World(7), World(7)
+    assert broken_by(first) == broken_by(second) == ""
+    assert first.history == second.history
+    assert first.history != World(8).history
+
+
+class LosesSyncs(World):
+    """A disk on which a kind of sync is left out."""
+
+    kind = ""
+
+    def make_recorder(self, folder: Path) -> Recorder:
+        return Recorder(folder, loses=self.kind)
+
+
+class CreatesOverOthers(Bucket):
+    """It replaces what is there although it was asked to create; only the objects with which it is tried stay."""
+
+    def put(self, _store: Any, path: str, file: bytes, *, mode: str = "overwrite", use_multipart: bool | None = None) -> None:
+        super().put(_store, path, file, mode=mode if "/probe-" in path else "overwrite", use_multipart=use_multipart)
+
+
+class IgnoresCreateOnly(World):
+    def make_bucket(self, place: str) -> Bucket:
+        return CreatesOverOthers(self, place)
+
+
+class DeletesFirst(RankWriter):
+    """Makes room for a commit before it is one."""
+
+    def _commit(self, made: Commit, *, began: float, blocking_s: float) -> None:
+        for name in self._blobs.names():
+            if name.startswith("step-") and name < made.manifest:
+                self._blobs.delete(name)
+        super()._commit(made, began=began, blocking_s=blocking_s)
+
+
+class DeletesBeforeTheManifest(World):
+    def make_writer(self, blobs: Blobs, **values: Any) -> RankWriter:
+        return DeletesFirst(blobs, **values)
+
+
+class AsksForNoPart(RankWriter):
+    """Takes a part that is not there yet for one of a rank that has no file."""
+
+    def _part(self, folder: str, rank: int) -> Files:
+        there = {blob.key for blob in self._blobs.under(folder)}
+        return super()._part(folder, rank) if any(f"part-{rank:05d}" in key for key in there) else {}
+
+
+class CommitsBeforeAPartIsThere(World):
+    def make_writer(self, blobs: Blobs, **values: Any) -> RankWriter:
+        return AsksForNoPart(blobs, **values)
+
+
+class TellsItsPlaceBeforeTheCheckpoint(World):
+    def write(self, writer: RankWriter, snapshot: Snapshot, run: Any) -> None:
+        self._tell_place(run, snapshot.step)
+        super().write(writer, snapshot, run)
+
+
+class SetsAsideWhateverIsLater(World):
+    """A commit too that was made since the choice, and that nobody has looked at."""
+
+    def set_aside(self, blobs: Blobs, chosen: Choice) -> None:
+        step = chosen.commit.step if chosen.commit is not None else 0
+        super().set_aside(blobs, chosen._replace(passed_over=dict.fromkeys(self._later(blobs, step), "")))
+
+    def _later(self, blobs: Blobs, step: int) -> list[str]:
+        return [name for name in blobs.names() if name.startswith("step-") and name.endswith(".json") and int(name[5:13]) > step]
+
+
+class LooksForAnOwnerOnce(RankWriter):
+    """Before a commit, and not after it."""
+
+    def _commit(self, made: Commit, *, began: float, blocking_s: float) -> None:
+        self._insist(self._require_owner)
+        self._on_commit(self._insist(lambda: publish(self._blobs, made)), self._clock() - began, blocking_s)
+
+
+class TellsOfACommitOfAnOwnerThatIsNoneAnyMore(World):
+    def make_writer(self, blobs: Blobs, **values: Any) -> RankWriter:
+        return LooksForAnOwnerOnce(blobs, **values)
