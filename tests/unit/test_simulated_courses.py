@@ -3,18 +3,15 @@
 A failing course is `World(seed).run()`: its seed is in the assertion's message, and `World.history` says what happened.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.courses import Broken, Bucket, World
+from helpers.courses import RECIPE, Broken, Bucket, Run, World
 from helpers.powercut import Recorder
 from stillhouse.store.blobs import Blobs
-from stillhouse.store.readers import commit
-from stillhouse.store.chunks import ChunkStore
-from stillhouse.student.checkpoint import Choice, Commit, Files, publish, retain
+from stillhouse.student.checkpoint import Choice, Commit, Files, publish
 from stillhouse.student.snapshot import Snapshot
 from stillhouse.student.writer import RankWriter
 
@@ -46,20 +43,22 @@ def test_a_power_cut_in_the_middle_of_everything_breaks_no_promise(tmp_path: Pat
     assert {seed: problem for seed, problem in broken.items() if problem} == {}
 
 
-def test_a_seed_is_a_course():
-    first, second = World(7), World(7)
+@pytest.mark.parametrize("seed", [7, 14, 80])
+def test_a_seed_is_a_course(seed: int):
+    first, second = Stalling(seed), Stalling(seed)
     assert broken_by(first) == broken_by(second) == ""
     assert first.history == second.history
-    assert first.history != World(8).history
 
 
 class LosesSyncs(World):
     """A disk on which a kind of sync is left out."""
 
-    kind = ""
+    def __init__(self, seed: int, *, folder: Path, loses: str) -> None:
+        self._loses = loses
+        super().__init__(seed, folder=folder)
 
     def make_recorder(self, folder: Path) -> Recorder:
-        return Recorder(folder, loses=self.kind)
+        return Recorder(folder, loses=self._loses)
 
 
 class CreatesOverOthers(Bucket):
@@ -103,12 +102,20 @@ class CommitsBeforeAPartIsThere(World):
 
 
 class TellsItsPlaceBeforeTheCheckpoint(World):
-    def write(self, writer: RankWriter, snapshot: Snapshot, run: Any) -> None:
+    def write(self, writer: RankWriter, snapshot: Snapshot, run: Run) -> None:
         self._tell_place(run, snapshot.step)
         super().write(writer, snapshot, run)
 
 
-class SetsAsideWhateverIsLater(World):
+class Stalling(World):
+    """Its actors stall often, so that more are taken for dead and live on."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.stall_rate = 0.06
+
+
+class SetsAsideWhateverIsLater(Stalling):
     """A commit too that was made since the choice, and that nobody has looked at."""
 
     def set_aside(self, blobs: Blobs, chosen: Choice) -> None:
@@ -127,6 +134,42 @@ class LooksForAnOwnerOnce(RankWriter):
         self._on_commit(self._insist(lambda: publish(self._blobs, made)), self._clock() - began, blocking_s)
 
 
-class TellsOfACommitOfAnOwnerThatIsNoneAnyMore(World):
+class LooksForANewerOwnerTooEarly(Stalling):
     def make_writer(self, blobs: Blobs, **values: Any) -> RankWriter:
         return LooksForAnOwnerOnce(blobs, **values)
+
+
+PLANTS: list[type[World]] = [
+    IgnoresCreateOnly,
+    DeletesBeforeTheManifest,
+    CommitsBeforeAPartIsThere,
+    TellsItsPlaceBeforeTheCheckpoint,
+    SetsAsideWhateverIsLater,
+    LooksForANewerOwnerTooEarly,
+]
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_fault_is_found(plant: type[World]):
+    assert any(broken_by(plant(seed)) for seed in range(400))
+
+
+STORE = rf"store/{RECIPE.fingerprint[:16]}"
+SYNCS = {
+    "a rank's file": r"file [xy]/step-\d+\.\w+/pp_rank_\d_optim\.pt#1",
+    "the names in a checkpoint's folder": r"directory [xy]/step-\d+\.\w+",
+    "a manifest": r"file [xy]/step-\d+\.json#1",
+    "the names of manifests": r"directory [xy]",
+    "a chunk": rf"file {STORE}/chunks/\d+\.safetensors#1",
+    "the names of chunks": rf"directory {STORE}/chunks",
+    "a reader's place": rf"file {STORE}/readers/\w\.json#1",
+    "the names of readers": rf"directory {STORE}/readers",
+}
+
+
+@pytest.mark.parametrize("kind", SYNCS)
+def test_a_sync_that_is_left_out_is_found(tmp_path: Path, kind: str):
+    def world(seed: int) -> World:
+        return LosesSyncs(seed, folder=folder_in(tmp_path, seed), loses=SYNCS[kind])
+
+    assert any(broken_by(world(seed)) for seed in range(100))
