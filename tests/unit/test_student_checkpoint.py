@@ -294,7 +294,7 @@ def test_a_commit_that_a_group_thought_dead_made_after_the_choice_is_not_set_asi
     made = make(tmp_path, 10, 20)
     flip(tmp_path / made[-1].folder / "model_states.pt", 0)
     chosen = chosen_in(tmp_path)
-    (late,) = make(tmp_path, 30, attempt="thought dead")
+    (late,) = make(tmp_path, 30, attempt="slow")
     set_aside(Blobs(str(tmp_path)), chosen.passed_over)
     assert newest(str(tmp_path)) == late
 

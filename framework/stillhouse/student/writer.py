@@ -150,7 +150,7 @@ class CheckpointWriter:
         patience: Patience = DEFAULT_PATIENCE,
         files: FileLayer = DISK,
     ) -> None:
-        """`require_owner` raises where another command has taken the checkpoints over: then rank 0 commits and deletes nothing more.
+        """`require_owner` raises where another command has taken the checkpoints over: then rank 0 commits, tells and deletes nothing more.
 
         `patience`: how long one request may be tried before `on_delay` is called, and an outage may last while somebody waits.
         """
