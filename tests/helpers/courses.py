@@ -6,8 +6,9 @@ store (`Bucket`), the disk and its power cut (`powercut`), the training itself (
 watchdog (a command starts a new group when a rank is dead or shows no progress; ranks of the old one may live on).
 
 A request may be lost, be done with its answer lost, be done twice (as where obstore repeats one whose answer was lost), or be done long
-after its client gave it up. An actor may stall for minutes, and be killed before any request. What an object store or a disk
-was told to keep does not rot, and an answer is not cut short without an error: other tests damage those.
+after its client gave it up; a disk may be full. An actor may stall for minutes, and be killed before any request. All that stops after a
+while, or with the power cut, and then every run has to come to its end. What a store or a disk was told to keep does not rot, and no
+answer is cut short without an error: other tests do that.
 """
 
 import errno
@@ -204,7 +205,6 @@ class Run:
     joined_at: float | None = None
     knows_it_joined: bool = False
     newest_owner: int = 0
-    owner_of: dict[str, int] = field(default_factory=dict)  # attempt -> owner
     manifests: dict[int, str] = field(default_factory=dict)  # step -> attempt
     owner_at: dict[tuple[int, str], int] = field(default_factory=dict)  # (step, attempt) -> the newest owner as it became a commit
     is_done: bool = False
@@ -284,8 +284,9 @@ class World:
 
     def blobs(self, place: str) -> Blobs:
         if self.folder is None:
-            layer = self.buckets.setdefault(place, self.make_bucket(place))
-            return Blobs(f"memory://{place}", objects=layer, pause=self.schedule.pause)
+            if place not in self.buckets:
+                self.buckets[place] = self.make_bucket(place)
+            return Blobs(f"memory://{place}", objects=self.buckets[place], pause=self.schedule.pause)
         return Blobs(str(self.folder / place), files=Drive(self), objects=Reads(self), pause=self.schedule.pause)
 
     def turn(self) -> None:
@@ -405,7 +406,6 @@ class World:
 
     def _start_group(self, run: Run, owner: int) -> Group:
         group = Group(f"a{next(self.names)}", owner, heard=self.schedule.now)
-        run.owner_of[group.attempt] = owner
         for rank in range(run.world_size):
             group.ranks.append(self.schedule.start(f"rank {rank} of {run.name}", partial(self._rank, run, group, rank)))
         return group
