@@ -63,7 +63,7 @@ def record_course(root: Path, layer: Recorder, *, rank_1: Recorder | None = None
     """Three chunks, and three checkpoints of two ranks of which two are kept; what is reported is told to the layer at once."""
     atomic.make_directory(root / "run", files=layer)
     journal = Journal(root / "run" / "journal.jsonl", clock=lambda: 1.0, files=layer)
-    store = ChunkStore.create(str(root / "store"), RECIPE, files=layer)
+    store = ChunkStore.create(Blobs(str(root / "store"), files=layer), RECIPE)
     join(store, READER)
     layer.tell("reader", 0)
     for number, chunk in CHUNKS.items():
@@ -139,7 +139,7 @@ def require_store(url: str, told: list[tuple[str, int]], *, newest_step: int) ->
 
 def make_the_rest(url: str) -> None:
     """The chunks that a run would make which goes on from here."""
-    store = ChunkStore.create(url, RECIPE, files=Unsynced())
+    store = ChunkStore.create(Blobs(url, files=Unsynced()), RECIPE)
     for number in set(CHUNKS) - store.published():
         assert not store.publish(CHUNKS[number]).duplicate, "what is no chunk was taken for one"
     for number in CHUNKS:

@@ -1,10 +1,12 @@
-"""Objects of any size, streamed: whole or not there, and what was handed over is what is kept."""
+"""Objects of any size, streamed: whole or not there, what was handed over is what is kept, and one store waits for no other."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from stillhouse.atomic import SystemFiles
 from stillhouse.store.blobs import Blobs
 
 LARGE = 40 << 20  # more than one part
@@ -82,3 +84,31 @@ def test_what_is_deleted_is_gone_and_may_be_deleted_again(blobs: Blobs):
 def test_nothing_is_read_where_nothing_is(blobs: Blobs):
     with pytest.raises(FileNotFoundError):
         content(blobs, "absent")
+
+
+class Hanging(SystemFiles):
+    """A disk that does not answer until it is let go."""
+
+    def __init__(self) -> None:
+        self.is_asked, self.let_go = threading.Event(), threading.Event()
+
+    def mkdir(self, path: Path, mode: int) -> None:
+        self.is_asked.set()
+        self.let_go.wait(30)
+        super().mkdir(path, mode)
+
+
+def test_a_directory_that_does_not_answer_holds_up_no_other(tmp_path: Path):
+    disk = Hanging()
+    on_it = threading.Thread(target=Blobs(str(tmp_path / "a"), files=disk).create, args=("x", b"1"), daemon=True)
+    elsewhere = threading.Thread(target=Blobs(str(tmp_path / "b")).create, args=("x", b"1"), daemon=True)
+    on_it.start()
+    assert disk.is_asked.wait(30)
+    elsewhere.start()
+    elsewhere.join(10)
+    try:
+        assert not elsewhere.is_alive()
+        assert on_it.is_alive()
+    finally:
+        disk.let_go.set()
+        on_it.join(30)

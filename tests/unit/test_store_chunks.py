@@ -444,5 +444,5 @@ def test_a_failure_of_the_store_says_what_to_do(error: Exception, kind: type[Sto
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot open the store"):
+    with pytest.raises(StoreError, match="something else is in its place, or in that of a directory above it"):
         ChunkStore.create(str(tmp_path / "file"), RECIPE)

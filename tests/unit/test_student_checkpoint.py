@@ -13,8 +13,10 @@ from helpers.checkpoints import FILES, ORIGIN, commit_files, make, write_files
 from stillhouse.errors import CheckpointError
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import (
+    Choice,
     Commit,
     Origin,
+    choose,
     folder_of,
     newest,
     newest_copy,
@@ -24,9 +26,10 @@ from stillhouse.student.checkpoint import (
     publish_part,
     read_part,
     retain,
-    set_aside_after,
+    set_aside,
     tag_of,
     unlike,
+    verify,
 )
 
 PART = part_of(1, 2)
@@ -263,12 +266,17 @@ def test_a_manifest_that_is_none_is_passed_over(tmp_path: Path, text: str):
     assert step_of_newest(tmp_path) == 10
 
 
+def chosen_in(root: Path) -> Choice:
+    blobs = Blobs(str(root))
+    return choose(blobs, lambda commit: verify(blobs, commit, commit.files))
+
+
 def test_what_was_set_aside_gives_its_name_back(tmp_path: Path):
     made = make(tmp_path, 10, 20, 30)
     for commit in made[1:]:
         flip(tmp_path / commit.folder / "model_states.bin", 0)
     assert step_of_newest(tmp_path) == 10
-    set_aside_after(Blobs(str(tmp_path)), 10)
+    set_aside(Blobs(str(tmp_path)), chosen_in(tmp_path).passed_over)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == [f"{tag_of(10)}.json", f"{tag_of(20)}.damaged", f"{tag_of(30)}.damaged"]
     assert step_of_newest(tmp_path) == 10
@@ -278,8 +286,26 @@ def test_what_was_set_aside_gives_its_name_back(tmp_path: Path):
 
 def test_nothing_is_set_aside_where_the_newest_verifies(tmp_path: Path):
     made = make(tmp_path, 10, 20)
-    set_aside_after(Blobs(str(tmp_path)), 20)
+    set_aside(Blobs(str(tmp_path)), chosen_in(tmp_path).passed_over)
     assert newest(str(tmp_path)) == made[-1]
+
+
+def test_a_commit_that_a_group_thought_dead_made_after_the_choice_is_not_set_aside(tmp_path: Path):
+    made = make(tmp_path, 10, 20)
+    flip(tmp_path / made[-1].folder / "model_states.pt", 0)
+    chosen = chosen_in(tmp_path)
+    (late,) = make(tmp_path, 30, attempt="slow")
+    set_aside(Blobs(str(tmp_path)), chosen.passed_over)
+    assert newest(str(tmp_path)) == late
+
+
+def test_what_was_passed_over_and_is_gone_needs_no_setting_aside(tmp_path: Path):
+    made = make(tmp_path, 10, 20)
+    flip(tmp_path / made[-1].folder / "model_states.pt", 0)
+    chosen = chosen_in(tmp_path)
+    for _ in range(2):
+        set_aside(Blobs(str(tmp_path)), chosen.passed_over)
+    assert step_of_newest(tmp_path) == 10
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 9])

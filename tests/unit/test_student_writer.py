@@ -142,6 +142,20 @@ def test_an_error_is_told_to_who_only_asks(tmp_path: Path):
             until(lambda: not own.busy)
 
 
+def test_nobody_is_told_of_a_commit_that_was_made_after_another_command_took_over(tmp_path: Path):
+    """The owner is looked for before a commit and after it: in between a rank may have stood still for minutes."""
+
+    def require_owner() -> None:
+        if (tmp_path / "step-00000003.json").exists():
+            raise CheckpointError("they belong to another command now")
+
+    only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1}
+    with CheckpointWriter(str(tmp_path), **only, on_commit=pytest.fail, on_delay=pytest.fail, require_owner=require_owner) as own:
+        own.submit(snapshot_of(3))
+        with pytest.raises(CheckpointError, match="another command"):
+            own.wait()
+
+
 def test_an_error_of_the_callback_comes_back_too(tmp_path: Path):
     def refuse(*_: object) -> None:
         raise OSError("the journal is full")

@@ -97,7 +97,7 @@ class Owner:
         self._thread.join()
         if not self.is_lost():
             with suppress(StoreError):  # then its lease runs out
-                self._write(released=True)
+                release(self._blobs, self.number, self._holder)
 
     def is_lost(self) -> bool:
         """Whether another command has taken the checkpoints over, as far as is known."""
@@ -109,31 +109,39 @@ class Owner:
             raise self._lost
 
     def _renew(self) -> None:
-        num_renewals = 0
+        renewal = 0
         while not self._stopped.wait(self._lease.renew_every_s):
-            with suppress(StoreError):  # one that does not answer cannot be written by another owner either
-                try:
-                    require_owner(self._blobs, self.number)
-                except CheckpointError as error:
-                    self._lost = error
-                    return
-                num_renewals += 1
-                self._write(renewal=num_renewals)
-
-    def _write(self, **more: object) -> None:
-        self._blobs.replace(owner_key(self.number), self._holder.packed(**more))
+            renewal += 1
+            try:
+                with suppress(StoreError):  # one that does not answer cannot be written by another owner either
+                    renew(self._blobs, self.number, self._holder, renewal=renewal)
+            except CheckpointError as error:
+                self._lost = error
+                return
 
 
 def owned(url: str, holder: Holder, *, say: Callable[[str], None], lease: Lease = Lease()) -> Owner:
-    """Become the owner of the checkpoints under `url`, to be entered at once.
+    """Become the owner of the checkpoints under `url`, to be entered at once. As `take_over`."""
+    return Owner(url, take_over(Blobs(url), holder, say=say, lease=lease), holder, lease)
+
+
+def take_over(
+    blobs: Blobs,
+    holder: Holder,
+    *,
+    say: Callable[[str], None],
+    lease: Lease,
+    clock: Callable[[], float] = monotonic,
+    pause: Callable[[float], None] = sleep,
+) -> int:
+    """Become the owner; returns its number, to be renewed from now on.
 
     `say` is told what is waited for. Raises ConfigError, which names the owner, where that one is alive.
     """
-    blobs = Blobs(url)
     while True:
         newest = newest_owner(blobs)
         if newest > 0:
-            _await_end(blobs, newest, lease, say)
+            _await_end(blobs, newest, lease, say=say, clock=clock, pause=pause)
         number = newest + 1
         blobs.create(owner_key(number), holder.packed())  # False also where it was written, and the answer was lost
         if _is_owner(blobs, number, holder):
@@ -141,7 +149,18 @@ def owned(url: str, holder: Holder, *, say: Callable[[str], None], lease: Lease 
     with suppress(StoreError):  # only to tidy up
         for earlier in owner_numbers(blobs)[:-1]:
             blobs.delete(owner_key(earlier))
-    return Owner(url, number, holder, lease)
+    return number
+
+
+def renew(blobs: Blobs, number: int, holder: Holder, *, renewal: int) -> None:
+    """Give another sign of life. Raises CheckpointError where another command has taken the checkpoints over."""
+    require_owner(blobs, number)
+    blobs.replace(owner_key(number), holder.packed(renewal=renewal))
+
+
+def release(blobs: Blobs, number: int, holder: Holder) -> None:
+    """End an ownership, so that the next command does not wait for the end of the lease."""
+    blobs.replace(owner_key(number), holder.packed(released=True))
 
 
 def _is_owner(blobs: Blobs, number: int, holder: Holder) -> bool:
@@ -150,7 +169,15 @@ def _is_owner(blobs: Blobs, number: int, holder: Holder) -> bool:
     return record is not None and record.holder == holder and newest_owner(blobs) == number
 
 
-def _await_end(blobs: Blobs, number: int, lease: Lease, say: Callable[[str], None]) -> None:
+def _await_end(
+    blobs: Blobs,
+    number: int,
+    lease: Lease,
+    *,
+    say: Callable[[str], None],
+    clock: Callable[[], float],
+    pause: Callable[[float], None],
+) -> None:
     """Return once the owner is gone, or is not the newest any more. Raises ConfigError where it is alive."""
     first = _record(blobs, number)
     if first is None or _is_over(first):
@@ -161,9 +188,9 @@ def _await_end(blobs: Blobs, number: int, lease: Lease, say: Callable[[str], Non
         f"the checkpoints under {blobs.url} belong to {first.words()}; "
         f"from here it cannot be seen whether it lives, so this one waits up to {lease.lease_s:g} s for a sign of it"
     )
-    deadline = monotonic() + lease.lease_s
-    while monotonic() < deadline:
-        sleep(lease.look_every_s)
+    deadline = clock() + lease.lease_s
+    while clock() < deadline:
+        pause(lease.look_every_s)
         now = _record(blobs, number)
         if now is None or _is_over(now):
             return

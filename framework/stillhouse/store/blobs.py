@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -39,30 +39,60 @@ class Blob(NamedTuple):
     modified: datetime
 
 
+class ObjectLayer(Protocol):
+    """The requests to an object store: the functions of `obstore` of these names. They take, return and raise what those do."""
+
+    def put(self, store: Any, path: str, file: Any, *, mode: Any = ..., use_multipart: bool | None = ...) -> Any: ...
+
+    def open_writer(self, store: Any, path: str, *, buffer_size: int = ..., max_concurrency: int = ...) -> Any: ...
+
+    def head(self, store: Any, path: str) -> Any: ...
+
+    def get(self, store: Any, path: str, *, options: Any = ...) -> Any: ...
+
+    def get_ranges(self, store: Any, path: str, *, starts: Any, ends: Any, coalesce: int = ...) -> Any: ...
+
+    def list(self, store: Any, prefix: str | None = ..., *, chunk_size: int = ...) -> Any: ...
+
+    def list_with_delimiter(self, store: Any, prefix: str | None = ...) -> Any: ...
+
+    def delete(self, store: Any, paths: Any) -> None: ...
+
+    def rename(self, store: Any, from_: str, to: str) -> None: ...
+
+
+OBSTORE = cast("ObjectLayer", obstore)  # a module: its functions are these
+
+
 class Blobs:
     """The objects under one root. Safe to use from several threads; opened at the first use, so it costs nothing to make.
 
     What has been written to a directory when a call returns survives a power cut. A bucket's provider sees to that itself.
     """
 
-    def __init__(self, url: str, *, patience_s: float = 30.0, files: FileLayer = DISK) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        patience_s: float = 30.0,
+        files: FileLayer = DISK,
+        objects: ObjectLayer = OBSTORE,
+        pause: Callable[[float], None] = sleep,
+    ) -> None:
         """`url`: a directory, file://, s3://, gs://, az:// or memory:// (one process only). Raises StoreError on any other.
 
         A store that refuses or is busy is asked again for `patience_s`; one that falls silent is given up after twice as long. An answer
-        may take any time, as long as it goes on coming.
+        may take any time, as long as it goes on coming. `pause` waits between two tries to create the same object.
         """
         self.url = _absolute(url)
         self._patience_s = patience_s
         self.directory = None if "://" in self.url else Path(self.url)
-        self._files = files
+        self._files, self._objects, self._pause = files, objects, pause
 
     @functools.cached_property
     def _folder(self) -> Folder | None:
         """What writes into a directory; None where the root is none."""
-        if self.directory is None:
-            return None
-        with self._in_words("open the store"):
-            return Folder(self.directory, files=self._files)
+        return None if self.directory is None else Folder(self.directory, files=self._files)
 
     @functools.cached_property
     def _store(self) -> ObjectStore:
@@ -83,7 +113,7 @@ class Blobs:
         for attempt in range(_CREATE_ATTEMPTS):
             with self._in_words(f"write {key}"):
                 try:
-                    obstore.put(self._store, key, data, mode="create", use_multipart=False)
+                    self._objects.put(self._store, key, data, mode="create", use_multipart=False)
                     return True
                 except AlreadyExistsError:
                     pass
@@ -91,7 +121,7 @@ class Blobs:
                     raise explain(error, doing=f"write {key}", url=self.url) from error
             if self.stat(key) is not None:
                 return False
-            sleep(_FIRST_PAUSE_S * 2**attempt)  # S3 answered 409: two writers at once, of whom perhaps neither has won
+            self._pause(_FIRST_PAUSE_S * 2**attempt)  # S3 answered 409: two writers at once, of whom perhaps neither has won
         raise StoreUnavailable(f"cannot write {key} in {self.url}: the store says that it exists, and that it does not; try again")
 
     def replace(self, key: str, data: bytes) -> None:
@@ -101,7 +131,7 @@ class Blobs:
                 self._folder.replace(key, data)
             return
         with self._in_words(f"write {key}"):
-            obstore.put(self._store, key, data, use_multipart=False)
+            self._objects.put(self._store, key, data, use_multipart=False)
 
     def stream(self, key: str, fill: Callable[[Callable[[bytes | memoryview], None]], None]) -> None:
         """Put an object of any size, whole or not at all, in place of what is there: `fill` is called with a function that takes its bytes.
@@ -112,7 +142,7 @@ class Blobs:
             self._stream_to_folder(self._folder, key, fill)
             return
         with self._in_words(f"write {key}"):
-            out = obstore.open_writer(self._store, key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
+            out = self._objects.open_writer(self._store, key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
 
         def write(data: bytes | memoryview) -> None:
             with self._in_words(f"write {key}"), memoryview(data) as whole:
@@ -146,7 +176,7 @@ class Blobs:
         """Size and time of an object; None if there is none."""
         try:
             with self._in_words(f"look for {key}"):
-                meta = obstore.head(self._store, key)
+                meta = self._objects.head(self._store, key)
         except FileNotFoundError:
             return None
         return Blob(key, meta["size"], meta["last_modified"])
@@ -154,7 +184,7 @@ class Blobs:
     def read(self, key: str) -> memoryview:
         """A whole object. Raises FileNotFoundError if there is none."""
         with self._in_words(f"read {key}"):
-            return memoryview(obstore.get(self._store, key).bytes())
+            return memoryview(self._objects.get(self._store, key).bytes())
 
     def pieces(self, key: str, *, range_bytes: int = RANGE_BYTES) -> Iterator[memoryview]:
         """A whole object of any size, some MiB at a time at most. Raises FileNotFoundError if there is none.
@@ -179,7 +209,7 @@ class Blobs:
 
         with self._in_words(doing):
             try:
-                answer = obstore.get(self._store, key, options={"range": (start, end)})
+                answer = self._objects.get(self._store, key, options={"range": (start, end)})
             except BaseError as error:
                 if start == 0 and is_past_the_end(error):  # it has no byte
                     return Answer(0, ())
@@ -194,7 +224,7 @@ class Blobs:
                     size = os.fstat(file.fileno()).st_size
                     return memoryview(file.read(min(num_bytes, size))), size  # memory is taken for all that is asked for
             try:
-                answer = obstore.get(self._store, key, options={"range": (0, num_bytes)})
+                answer = self._objects.get(self._store, key, options={"range": (0, num_bytes)})
                 return memoryview(answer.bytes()), answer.meta["size"]
             except BaseError as error:
                 if is_past_the_end(error):  # even the first byte is
@@ -210,7 +240,7 @@ class Blobs:
         with self._in_words(f"read {len(spans)} ranges of {key}"):
             try:
                 starts, ends = [start for start, _ in spans], [end for _, end in spans]
-                found = obstore.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0) if spans else []
+                found = self._objects.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0) if spans else []
             except BaseError as error:
                 if not is_past_the_end(error):
                     raise
@@ -221,7 +251,7 @@ class Blobs:
     def under(self, prefix: str) -> Iterator[Blob]:
         """The objects whose keys begin with `prefix` and a slash, in the order of their keys."""
         with self._in_words(f"list {prefix}"):
-            batches = list(obstore.list(self._store, prefix, chunk_size=1000))
+            batches = list(self._objects.list(self._store, prefix, chunk_size=1000))
         blobs = (Blob(meta["path"], meta["size"], meta["last_modified"]) for batch in batches for meta in batch)
         return iter(sorted(blobs))
 
@@ -230,14 +260,14 @@ class Blobs:
         if self.directory is not None and not self.directory.is_dir():
             return []
         with self._in_words("list the store"):
-            return sorted(obstore.list_with_delimiter(self._store)["common_prefixes"])
+            return sorted(self._objects.list_with_delimiter(self._store)["common_prefixes"])
 
     def names(self) -> list[str]:
         """The keys without a slash, sorted. A directory that does not exist has none, and is not made."""
         if self.directory is not None and not self.directory.is_dir():
             return []
         with self._in_words("list the store"):
-            return sorted(meta["path"] for meta in obstore.list_with_delimiter(self._store)["objects"])
+            return sorted(meta["path"] for meta in self._objects.list_with_delimiter(self._store)["objects"])
 
     def delete(self, *keys: str) -> None:
         """Delete objects, for good; one that is gone already is no error."""
@@ -247,7 +277,7 @@ class Blobs:
                 return
             for key in keys:
                 with suppress(FileNotFoundError):
-                    obstore.delete(self._store, key)
+                    self._objects.delete(self._store, key)
 
     def delete_under(self, prefix: str) -> None:
         """Delete all objects whose keys begin with `prefix` and a slash, and what killed writers left of others."""
@@ -256,7 +286,7 @@ class Blobs:
             return
         keys = [blob.key for blob in self.under(prefix)]
         with self._in_words(f"delete {prefix}"):
-            obstore.delete(self._store, keys)
+            self._objects.delete(self._store, keys)
 
     def move(self, source: str, destination: str) -> None:
         """Give an object another key. Raises FileNotFoundError if there is none."""
@@ -264,7 +294,7 @@ class Blobs:
             if self._folder is not None:
                 self._folder.move(source, destination)
             else:
-                obstore.rename(self._store, source, destination)
+                self._objects.rename(self._store, source, destination)
 
     def sync(self, prefix: str) -> None:
         """Return when nothing under `prefix`, whoever wrote it, can be lost with the power: before an object that refers to it is put."""

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.logits.codec import decode
 from stillhouse.store.blobs import Blob, Blobs
@@ -89,20 +88,20 @@ class Swept(NamedTuple):
 class ChunkStore:
     """One recipe's chunks under a root. Made without touching the store, safe to share among threads and to send to other processes."""
 
-    def __init__(self, url: str, recipe: Recipe, *, files: FileLayer = DISK) -> None:
-        self._blobs = Blobs(url, files=files)
+    def __init__(self, root: str | Blobs, recipe: Recipe) -> None:
+        self._blobs = root if isinstance(root, Blobs) else Blobs(root)
         self.recipe = recipe
         self._folder = recipe.fingerprint[:16]
         self._indexes: dict[int, ChunkIndex] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, url: str, recipe: Recipe, *, files: FileLayer = DISK) -> "ChunkStore":
+    def create(cls, root: str | Blobs, recipe: Recipe) -> "ChunkStore":
         """The store of this recipe, its recipe.json published. Raises RecipeError if another recipe is there, StoreError if it cannot.
 
         The store has to refuse to create what is there already, and is tried for that.
         """
-        store = cls(url, recipe, files=files)
+        store = cls(root, recipe)
         key = f"{store._folder}/recipe.json"
         require_create_only(store._blobs, under=f"{store._folder}/")
         if not store._blobs.create(key, recipe.canonical_json()):

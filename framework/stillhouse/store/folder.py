@@ -16,7 +16,7 @@ _STAGING = re.compile(r".*#\d+")
 
 
 class Folder:
-    """Files below one directory, by key; the directory is made where it is missing. Safe to share among threads and processes.
+    """Files below one directory, by key; the directory is made by the first write. Safe to share among threads and processes.
 
     Raises OSError, as the system does.
     """
@@ -24,7 +24,6 @@ class Folder:
     def __init__(self, root: Path, *, files: FileLayer) -> None:
         self._root, self._files = root, files
         self._named: set[Path] = set()  # directories whose names are on disk
-        self._name(root)
 
     def create(self, key: str, data: bytes) -> bool:
         """As `atomic.create`. A staging file that a sweep took for a leftover is written once more."""

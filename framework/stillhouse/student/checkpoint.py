@@ -12,7 +12,7 @@ trusts a folder that no manifest names, or a manifest whose files do not hash to
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,7 @@ def unlike(found: Origin, wanted: Origin) -> list[str]:
 
 class Choice(NamedTuple):
     commit: Commit | None  # None where nothing was ever committed
-    passed_over: list[str]  # newer ones, each as its manifest's name and the problem with it
+    passed_over: Mapping[str, str]  # newer ones, newest first: the manifest's name, and the problem with it
 
 
 class Ask(Protocol):
@@ -159,7 +159,7 @@ def choose(blobs: Blobs, problem_with: Callable[[Commit], str], *, ask: Ask = di
 
     Raises CheckpointError when there are commits and each has a problem.
     """
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     for name in reversed(ask(lambda: _manifests(blobs))):
         found = ask(partial(_values_or_problem, blobs, name))
         if isinstance(found, str):
@@ -169,14 +169,14 @@ def choose(blobs: Blobs, problem_with: Callable[[Commit], str], *, ask: Ask = di
             problem = problem_with(commit)
             if not problem:
                 return Choice(commit, problems)
-        problems.append(f"{name}: {problem}")
+        problems[name] = problem
     if problems:
         raise CheckpointError(
             f"no checkpoint under {blobs.url} verifies:\n"
-            + "\n".join(f"  - {line}" for line in problems)
+            + "\n".join(f"  - {name}: {problem}" for name, problem in problems.items())
             + f"\nRestore the files from a backup, or remove {blobs.url} to start the training again from step 0."
         )
-    return Choice(None, [])
+    return Choice(None, {})
 
 
 def newest(url: str) -> Commit | None:
@@ -242,10 +242,13 @@ def verify(blobs: Blobs, commit: Commit, names: Iterable[str]) -> str:
     return _problem_with(blobs, commit, names, read)
 
 
-def set_aside_after(blobs: Blobs, step: int) -> None:
-    """Rename the manifests of later steps than `step`, the newest that verifies: they are damaged, and their names are needed again."""
-    for name in _manifests(blobs):
-        if name > f"{tag_of(step)}.json":
+def set_aside(blobs: Blobs, passed_over: Iterable[str]) -> None:
+    """Rename the manifests that were passed over in a choice: they are damaged, and their names are needed again.
+
+    A later one that is not among them was committed since by a group that was thought dead, and stays.
+    """
+    for name in passed_over:
+        with suppress(FileNotFoundError):  # another group was faster
             blobs.move(name, name.removesuffix(".json") + ".damaged")
 
 

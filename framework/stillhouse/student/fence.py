@@ -3,7 +3,8 @@
     <root>/owner-00000003.json     created once, by who becomes the owner; renewed by that command alone
 
 Ownership is taken by creating the next number, which one of several can do, and the newest is never deleted. So whoever sees a higher
-number than its own has been replaced. A group of ranks looks before each commit: it may have outlived its command.
+number than its own has been replaced. A group of ranks looks before each commit, for it may have outlived its command, and once more
+before it tells of the commit: it may have stood still in between.
 """
 
 import re

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.store.blobs import Blobs
 from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, Tell, insist
-from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside_after, unlike
+from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside, unlike
 from stillhouse.student.collectives import gathered, outcomes
 from stillhouse.student.scratch import scratch_folder
 from stillhouse.student.unpickling import opened
@@ -68,7 +68,7 @@ def restore(url: str, *, origin: Origin, convert: Convert, tell: Tell, patience:
         universal = group.must_convert(found)
         if universal:
             folder = group.converted(folder, scratch / "universal", convert)
-        yield Restored(found.step, folder, universal, passed_over)
+        yield Restored(found.step, folder, universal, [f"{name}: {problem}" for name, problem in passed_over.items()])
         dist.barrier()  # another rank may still read what this one deletes now
 
 
@@ -103,7 +103,7 @@ class _Group:
             return ""
 
         chosen = choose(blobs, lambda commit: _first_problem(_together(partial(problem_here, commit))), ask=self._ask_first)
-        self._ask_first(lambda: set_aside_after(blobs, chosen.commit.step if chosen.commit else 0))
+        self._ask_first(lambda: set_aside(blobs, chosen.passed_over))
         return chosen
 
     def _ask_first(self, call: Callable[[], _Value], /) -> _Value:

@@ -38,8 +38,96 @@ def attempt_name() -> str:
     return str(told(secrets.token_hex(4)))
 
 
+class RankWriter:
+    """Writes one rank's snapshots in the calling thread. On rank 0 it also commits them, and deletes all but the `keep` newest.
+
+    While the store is unavailable it tries again without an end; `pause` waits between two tries, and may raise to end it. The callbacks
+    are those of `CheckpointWriter`.
+    """
+
+    def __init__(
+        self,
+        blobs: Blobs,
+        *,
+        template: Commit,
+        rank: int,
+        keep: int,
+        on_commit: Callable[[Commit, float, float], None],
+        on_delay: Callable[[int, str], None],
+        require_owner: Callable[[], None],
+        clock: Callable[[], float] = monotonic,
+        pause: Callable[[float], None],
+    ) -> None:
+        """`template`: of all commits here; step and files differ."""
+        self._blobs, self._template = blobs, template
+        self._rank, self._keep = rank, keep
+        self._on_commit, self._on_delay = on_commit, on_delay
+        self._require_owner = require_owner
+        self._clock, self._wait = clock, pause
+        self._step_on_time: int | None = None  # that of what is on its way, until it is late
+        self.outage: tuple[float, StoreUnavailable] | None = None  # since when the store is unavailable, and its words
+
+    def write(self, snapshot: Snapshot, *, blocking_s: float) -> None:
+        """Return once all is committed on rank 0, and once what this rank owes to it is in the store elsewhere."""
+        folder, self._step_on_time = folder_of(snapshot.step, self._template.attempt), snapshot.step
+        try:
+            files = {name: self._insist(partial(self._put, f"{folder}/{name}", state)) for name, state in snapshot.files.items()}
+        finally:
+            snapshot.release()
+        self._insist(lambda: publish_part(self._blobs, folder, rank=self._rank, world_size=self._template.world_size, files=files))
+        if self._rank > 0:
+            return
+        everything = {name: digest for rank in range(self._template.world_size) for name, digest in self._part(folder, rank).items()}
+        self._commit(replace(self._template, step=snapshot.step, files=everything), began=snapshot.began, blocking_s=blocking_s)
+        self._step_on_time = None  # it is safe: what comes now may take its time
+        self._insist(self._require_owner)
+        self._insist(lambda: retain(self._blobs, self._keep))
+
+    def _commit(self, made: Commit, *, began: float, blocking_s: float) -> None:
+        """Make the files a commit, and tell of it."""
+        self._insist(self._require_owner)
+        standing = self._insist(lambda: publish(self._blobs, made))
+        self._insist(self._require_owner)  # again: a commit counts only where it was there before a newer owner looked for one
+        self._on_commit(standing, self._clock() - began, blocking_s)
+
+    def _put(self, key: str, state: Any) -> tuple[int, str]:
+        stream = _Stream()
+        self._blobs.stream(key, lambda write: stream.save(state, write))
+        return stream.digest.value
+
+    def _part(self, folder: str, rank: int) -> Files:
+        """A rank's part, as soon as it is there."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return self._insist(lambda: read_part(self._blobs, folder, rank=rank, world_size=self._template.world_size))
+            except FileNotFoundError:
+                pause_s = self._pause(pause_s)
+
+    def _insist(self, call: Callable[[], _Answer]) -> _Answer:
+        """Call until the store is available."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            outage = None
+            try:
+                return call()
+            except StoreUnavailable as error:
+                outage = (self.outage[0] if self.outage is not None else self._clock(), error)
+                if self._step_on_time is not None:
+                    self._on_delay(self._step_on_time, str(error))
+                    self._step_on_time = None
+            finally:
+                self.outage = outage
+            pause_s = self._pause(pause_s)
+
+    def _pause(self, pause_s: float) -> float:
+        """The pause after this one."""
+        self._wait(pause_s)
+        return min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
 class CheckpointWriter:
-    """Writes one rank's snapshots, one at a time. On rank 0 it also commits them, and deletes all but the `keep` newest.
+    """Writes one rank's snapshots in a thread, one at a time, as `RankWriter` does.
 
     While the store is unavailable it tries again for as long as nobody waits for it; who waits gets StoreUnavailable at the end of the
     patience. Any other error is raised by whatever is asked of it next. Called in the thread are `on_commit(commit, seconds since the step,
@@ -62,19 +150,21 @@ class CheckpointWriter:
         patience: Patience = DEFAULT_PATIENCE,
         files: FileLayer = DISK,
     ) -> None:
-        """`require_owner` raises where another command has taken the checkpoints over: then rank 0 commits and deletes nothing more.
+        """`require_owner` raises where another command has taken the checkpoints over: then rank 0 commits, tells and deletes nothing more.
 
         `patience`: how long one request may be tried before `on_delay` is called, and an outage may last while somebody waits.
         """
-        self._blobs = Blobs(url, patience_s=patience.request_s, files=files)
-        self._template = Commit(0, attempt, world_size, origin, {})  # of all commits here: step and files differ
-        self._rank, self._keep = rank, keep
-        self._on_commit = on_commit
-        self._on_delay = on_delay
-        self._require_owner = require_owner
+        self._writer = RankWriter(
+            Blobs(url, patience_s=patience.request_s, files=files),
+            template=Commit(0, attempt, world_size, origin, {}),
+            rank=rank,
+            keep=keep,
+            on_commit=on_commit,
+            on_delay=on_delay,
+            require_owner=require_owner,
+            pause=self._pause,
+        )
         self._end_after_s = patience.end_after_s
-        self._outage: tuple[float, StoreUnavailable] | None = None  # since when the store is unavailable, and its words
-        self._step_on_time: int | None = None  # that of what is on its way, until it is late
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
@@ -112,7 +202,7 @@ class CheckpointWriter:
         deadline = math.inf if timeout_s is None else began + timeout_s
         while self._thread is not None and self._thread.is_alive() and monotonic() < deadline:
             self._thread.join(min(_LOOK_EVERY_S, max(deadline - monotonic(), 0.0)))
-            outage = self._outage
+            outage = self._writer.outage
             if outage is not None and monotonic() - max(outage[0], began) >= self._end_after_s:
                 self.close()
                 raise given_up(outage[1], self._end_after_s)
@@ -124,64 +214,15 @@ class CheckpointWriter:
 
     def _run(self, snapshot: Snapshot, blocking_s: float) -> None:
         try:
-            self._write(snapshot, blocking_s)
+            self._writer.write(snapshot, blocking_s=blocking_s)
         except _AbandonedError:
             pass
         except BaseException as error:
             self._error = error
 
-    def _write(self, snapshot: Snapshot, blocking_s: float) -> None:
-        folder, self._step_on_time = folder_of(snapshot.step, self._template.attempt), snapshot.step
-        try:
-            files = {name: self._insist(partial(self._put, f"{folder}/{name}", state)) for name, state in snapshot.files.items()}
-        finally:
-            snapshot.release()
-        self._insist(lambda: publish_part(self._blobs, folder, rank=self._rank, world_size=self._template.world_size, files=files))
-        if self._rank > 0:
-            return
-        everything = {name: digest for rank in range(self._template.world_size) for name, digest in self._part(folder, rank).items()}
-        made = replace(self._template, step=snapshot.step, files=everything)
-        self._insist(self._require_owner)
-        standing = self._insist(lambda: publish(self._blobs, made))
-        self._on_commit(standing, monotonic() - snapshot.began, blocking_s)
-        self._step_on_time = None  # it is safe: what comes now may take its time
-        self._insist(self._require_owner)
-        self._insist(lambda: retain(self._blobs, self._keep))
-
-    def _put(self, key: str, state: Any) -> tuple[int, str]:
-        stream = _Stream()
-        self._blobs.stream(key, lambda write: stream.save(state, write))
-        return stream.digest.value
-
-    def _part(self, folder: str, rank: int) -> Files:
-        """A rank's part, as soon as it is there."""
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            try:
-                return self._insist(lambda: read_part(self._blobs, folder, rank=rank, world_size=self._template.world_size))
-            except FileNotFoundError:
-                pause_s = self._pause(pause_s)
-
-    def _insist(self, call: Callable[[], _Answer]) -> _Answer:
-        """Call until the store is available."""
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            outage = None
-            try:
-                return call()
-            except StoreUnavailable as error:
-                outage = (self._outage[0] if self._outage is not None else monotonic(), error)
-                if self._step_on_time is not None:
-                    self._on_delay(self._step_on_time, str(error))
-                    self._step_on_time = None
-            finally:
-                self._outage = outage
-            pause_s = self._pause(pause_s)
-
-    def _pause(self, pause_s: float) -> float:
+    def _pause(self, pause_s: float) -> None:
         if self._abandoned.wait(pause_s):
             raise _AbandonedError
-        return min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class _Stream:
