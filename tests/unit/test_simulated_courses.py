@@ -15,7 +15,7 @@ from stillhouse.student.checkpoint import Choice, Commit, Files, publish
 from stillhouse.student.snapshot import Snapshot
 from stillhouse.student.writer import RankWriter
 
-NUM_COURSES, NUM_POWER_CUTS = 150, 30
+NUM_COURSES, NUM_POWER_CUTS = 120, 20
 
 
 def broken_by(world: World) -> str:
