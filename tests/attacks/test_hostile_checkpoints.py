@@ -51,7 +51,7 @@ def test_a_manifest_that_is_none_is_passed_over_and_deleted_in_its_turn(tmp_path
     path.write_bytes(data)
     choice = choose(blobs, lambda _: "")
     assert choice.commit == first
-    assert choice.passed_over[0].startswith("step-00000008.json: the manifest cannot be read")
+    assert choice.passed_over["step-00000008.json"].startswith("the manifest cannot be read")
     make(tmp_path, 12)
     retain(blobs, 2)
     assert blobs.names() == ["step-00000008.json", "step-00000012.json"]

@@ -24,7 +24,7 @@ from helpers.history import (
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, set_aside_after
+from stillhouse.student.checkpoint import Commit, set_aside
 from stillhouse.student.fence import owner_key, require_owner
 from stillhouse.student.writer import CheckpointWriter
 from stillhouse.tracking import CheckpointRow, ChunkRow, DamagedRow, Journal, RepairRow, Row, TrainRow, read_journal
@@ -135,7 +135,7 @@ def test_a_journal_tells_where_each_group_began_and_what_came_of_it() -> None:
 
 def test_what_is_left_of_checkpoints_and_chunks_is_what_verifies(tmp_path: Path) -> None:
     make(tmp_path / "commits", 10, 20, 30)
-    (tmp_path / "commits" / "step-00000020.a" / "model_states.pt").write_bytes(b"")
+    (tmp_path / "commits" / "step-00000020.a" / "model_states.bin").write_bytes(b"")
     assert commits_in(str(tmp_path / "commits")) == {10: "a", 30: "a"}
     store = ChunkStore.create(str(tmp_path / "store"), small_recipe())
     store.publish(make_chunk(store.recipe, 1))
@@ -188,6 +188,6 @@ def test_a_commit_that_was_set_aside_without_a_word_is_found(tmp_path: Path) -> 
     make(url, 10, 20)
     rows = [CheckpointRow("student", step, 1.0, 8) for step in (10, 20)]
     require_kept(rows, checkpoints={"student": url})
-    set_aside_after(Blobs(url), 10)
+    set_aside(Blobs(url), ["step-00000020.json"])
     with pytest.raises(AssertionError, match="the newest commit at the end is of step 10"):
         require_kept(rows, checkpoints={"student": url})

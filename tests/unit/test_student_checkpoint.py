@@ -292,7 +292,7 @@ def test_nothing_is_set_aside_where_the_newest_verifies(tmp_path: Path):
 
 def test_a_commit_that_a_group_thought_dead_made_after_the_choice_is_not_set_aside(tmp_path: Path):
     made = make(tmp_path, 10, 20)
-    flip(tmp_path / made[-1].folder / "model_states.pt", 0)
+    flip(tmp_path / made[-1].folder / "model_states.bin", 0)
     chosen = chosen_in(tmp_path)
     (late,) = make(tmp_path, 30, attempt="slow")
     set_aside(Blobs(str(tmp_path)), chosen.passed_over)
@@ -301,7 +301,7 @@ def test_a_commit_that_a_group_thought_dead_made_after_the_choice_is_not_set_asi
 
 def test_what_was_passed_over_and_is_gone_needs_no_setting_aside(tmp_path: Path):
     made = make(tmp_path, 10, 20)
-    flip(tmp_path / made[-1].folder / "model_states.pt", 0)
+    flip(tmp_path / made[-1].folder / "model_states.bin", 0)
     chosen = chosen_in(tmp_path)
     for _ in range(2):
         set_aside(Blobs(str(tmp_path)), chosen.passed_over)
