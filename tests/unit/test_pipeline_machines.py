@@ -24,7 +24,7 @@ PATIENCE_S = 60.0
 def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_that_may_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "_SILENT_S", 3.0)
     board, journal, told = Board.create(), ListTracker(), list[Notice]()
-    found = Machines(board, journal, lambda _now: told[0] if told else None, lambda: None)
+    found = Machines(board, journal, lambda _now: told[0] if told else None)
     found.start()
     try:
         found.require_driver()
@@ -48,7 +48,7 @@ def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_th
 
 def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successor() -> None:
     board, told = Board.create(), list[Notice]()
-    found = Machines(board, ListTracker(), lambda _now: told[0] if told else None, lambda: None)
+    found = Machines(board, ListTracker(), lambda _now: told[0] if told else None)
     beat = Beat("student", 0, 1, "doomed", pid=1, step=3, phase="step", phase_s=0.1)
     asked: list[str] = []
 

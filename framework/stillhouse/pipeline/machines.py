@@ -4,7 +4,7 @@ Machines speak through the board, Ray says which nodes it drains, and a SIGTERM 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic, time
 
@@ -12,7 +12,6 @@ from stillhouse.board import Board, Summons
 from stillhouse.cluster import drain, draining
 from stillhouse.errors import HeadGoneError, InterruptedRunError
 from stillhouse.head import HeadIsGone
-from stillhouse.interrupts import kept_interrupts
 from stillhouse.notices import Ask, Notice, sigterm
 from stillhouse.tracking import NoticeRow, Role, Tracker
 
@@ -25,10 +24,8 @@ _ROLES: tuple[Role, ...] = ("student", "control")
 class Machines:
     """The run's machines, as far as their end is announced."""
 
-    def __init__(self, board: Board, journal: Tracker, terminated: Ask, require_no_interrupt: Callable[[], None]) -> None:
-        """`terminated` knows of a SIGTERM to the driver, `require_no_interrupt` raises KeyboardInterrupt after a Ctrl-C."""
+    def __init__(self, board: Board, journal: Tracker, terminated: Ask) -> None:
         self._board, self._journal, self._terminated = board, journal, terminated
-        self._require_no_interrupt = require_no_interrupt
         self.known: dict[str, Notice] = {}
         self._told_at: float | None = None
         self._seconds_left = 0.0  # then
@@ -36,17 +33,12 @@ class Machines:
         self._thread = threading.Thread(target=self._listen, name="machines", daemon=True)
 
     def require_driver(self) -> None:
-        """Raise InterruptedRunError where the driver itself was told to go, KeyboardInterrupt where its user said so."""
-        self._require_no_interrupt()
+        """Raise InterruptedRunError where the driver itself was told to go."""
         if self._terminated(time()) is not None:
             raise InterruptedRunError("SIGTERM; what was committed stays, and the same command goes on from there")
 
     def nobody_commits(self) -> bool:
-        """Whether the driver was told to go a while ago, and no rank is at work that would have to commit first.
-
-        Raises KeyboardInterrupt where its user said so.
-        """
-        self._require_no_interrupt()
+        """Whether the driver was told to go a while ago, and no rank is at work that would have to commit first."""
         if self._told_at is None or monotonic() - self._told_at < _SILENT_S:
             return False
         return not any(heard.ago_s < _SILENT_S for role in _ROLES for heard in self._board.heard(role))
@@ -97,8 +89,8 @@ class Machines:
 @contextmanager
 def watched_machines(board: Board, journal: Tracker, *, grace_s: float) -> Iterator[Machines]:
     """Listen for as long as the block lasts."""
-    with sigterm(grace_s) as terminated, kept_interrupts() as require_no_interrupt:
-        machines = Machines(board, journal, terminated, require_no_interrupt)
+    with sigterm(grace_s) as terminated:
+        machines = Machines(board, journal, terminated)
         machines.start()
         try:
             yield machines
