@@ -119,6 +119,7 @@ class Terminal:
         pid, descriptor = os.forkpty()
         if pid == 0:
             try:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # the background of a shell ignores it, and hands that on
                 os.execve(command[0], [str(word) for word in command], environment)
             finally:
                 os._exit(99)
