@@ -28,7 +28,7 @@ done; \
 if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
 endef
 
-.PHONY: help system system-slurm demo test chaos slurm test-gpu check lint launch-files format lock bench clean
+.PHONY: help system system-slurm demo test test-whole test-parts chaos slurm test-gpu check lint launch-files format lock bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -42,8 +42,16 @@ system-slurm:  ## Debian's packages that `make slurm` needs, where they are miss
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
-test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes
-	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) --ignore=tests/launch
+test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes; two halves beside each other, for two cores
+	@$(MAKE) --no-print-directory --jobs=2 test-whole test-parts
+
+test-whole: $(INSTALLED)
+	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/chaos tests/e2e
+
+# What it prints comes when it has ended, so that the progress of the other half can be read.
+test-parts: $(INSTALLED)
+	@log=$$(mktemp); $(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/fuzz tests/integration tests/unit >$$log 2>&1; code=$$?; \
+	echo; cat $$log; rm $$log; exit $$code
 
 chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
 	$(BIN)/pytest tests/fuzz --fuzz-rounds=$(FUZZ_ROUNDS)

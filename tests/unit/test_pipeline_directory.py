@@ -70,7 +70,7 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world
     with pytest.raises(StoreError, match="chunks are not in"):
         train(other)
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="store"):
+    with pytest.raises(StoreError, match="something else is in its place"):
         attempt(tiny_world.plan(made.run_dir, store={"url": str(tmp_path / "file")}, student={"max_steps": 10}), "produce").__enter__()
     assert contents() == before
 
