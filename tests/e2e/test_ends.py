@@ -167,6 +167,7 @@ def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(tiny_
         kill(terminal.pid, "ray::Coordinator")
         before = num_steps()
         until(lambda: num_steps() >= before + 5, words=terminal.screen)
+        num_shown = len(terminal.screen())
         terminal.press(b"\x03")
         code: int | None = None
 
@@ -178,7 +179,7 @@ def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(tiny_
 
         until(ended, words=terminal.screen)
         assert code == 130, terminal.screen()
-        assert "Traceback" not in terminal.screen(), terminal.screen()[terminal.screen().index("Traceback") - 500 :][:6000]
+        assert "Traceback" not in terminal.screen()[num_shown:]  # Ray may have shown one of the coordinator that was killed
         assert terminal.screen().rstrip().endswith(OUR_LAST_WORDS), terminal.screen()[-1000:].encode()
         last = rows_of(made)[-1]
         assert isinstance(last, EndRow)

@@ -108,7 +108,7 @@ def test_a_run_whose_checkpoints_would_be_replaced_is_refused_before_it_starts(
 ):
     server.honours_conditions = False
     made = tiny_world.plan(tmp_path / "run", student={"checkpoint_url": "s3://bucket/checkpoints"})
-    with pytest.raises(StoreError, match=r"s3://bucket/checkpoints/student replaces an object.*If-None-Match: \*"):
+    with pytest.raises(StoreError, match=r"s3://bucket/checkpoints replaces an object.*If-None-Match: \*"):
         verb(made)
     assert server.objects == {}
     assert not (tmp_path / "run" / "journal.jsonl").exists()
