@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from time import monotonic, sleep, time
+from typing import ClassVar
 
 import pytest
 
@@ -75,6 +76,33 @@ def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successo
         wait_until(lambda: is_asked("stop"))
     finally:
         found.stop()
+
+
+class FailsOnce(Board):
+    """A board of which the first question for notices fails, as where Ray cannot reach it for a moment."""
+
+    failures: ClassVar[list[HeadGoneError]] = []
+
+    def notices(self) -> dict[str, Notice]:
+        if self.failures:
+            raise self.failures.pop()
+        return super().notices()
+
+
+def test_a_question_that_fails_once_is_asked_again() -> None:
+    board = FailsOnce(Board.create()._actor)
+    found = Machines(board, ListTracker(), lambda _now: None)
+    board.announce("doomed", Notice("ray", time() + 300.0, "the node is being drained"))
+    FailsOnce.failures.append(HeadGoneError("not now"))
+    found.start()
+    try:
+        deadline = monotonic() + PATIENCE_S
+        while "doomed" not in found.known:
+            assert monotonic() < deadline
+            sleep(0.05)
+    finally:
+        found.stop()
+    assert FailsOnce.failures == []
 
 
 def test_a_driver_whose_head_ended_by_the_same_sigterm_was_told_to_go() -> None:

@@ -5,7 +5,7 @@ Machines speak through the board, Ray says which nodes it drains, and a SIGTERM 
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic, time
 
 from stillhouse.board import Board, Summons
@@ -52,10 +52,8 @@ class Machines:
 
     def _listen(self) -> None:
         while not self._stopped.wait(_LOOK_EVERY_S):
-            try:
+            with suppress(HeadGoneError):  # where that is so, whoever attached to the cluster says it; a question may also fail once
                 self._look()
-            except HeadGoneError:  # whoever attached to the cluster says so
-                return
 
     def _look(self) -> None:
         """Take in and pass on. What the board knew and lost with its process is told to it again."""
