@@ -13,7 +13,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # the numbers of mallopt's parameters in gl
 _DEFAULT_TRIM_BYTES, _DEFAULT_MMAPS = 128 * 1024, 65536
 _NEVER, _NONE = -1, 0
 
-KEPT = "malloc kept freed memory: no way pays page faults for memory that it had before"
+KEPT = "malloc was told to keep freed memory, so that few page faults are timed"
 NOT_KEPT = "malloc, which is not glibc's, did as it always does: a way with large temporaries may pay page faults"
 
 
