@@ -220,6 +220,8 @@ def make_directory(path: Path, *, mode: int = 0o777, files: FileLayer = DISK) ->
     try:
         files.mkdir(path, mode)
     except OSError:  # the system may answer for one that exists that it is read-only, or not ours
+        if not os.path.lexists(path):
+            raise
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     files.sync_directory(path.parent)

@@ -100,7 +100,7 @@ def demo_config(run_dir: Path, overrides: Iterable[str] = ()) -> Config:
 
 def make_models(directory: Path, corpus: CorpusSection, sizes: Sizes, *, cache_dir: Path, console: Console) -> None:
     """Write `teacher`, weights and all, and `student`, a config alone, both with one tokenizer, into an existing directory."""
-    texts = [text for _, batch in load_documents(corpus, cache_dir=cache_dir).batches(256) for text in batch]
+    texts = [text for _, text in load_documents(corpus, cache_dir=cache_dir)]
     num_megabytes = sum(map(len, texts)) / 1e6
     console.print(f"\n1. A tokenizer of {sizes.vocab_size:,} tokens, learnt from {len(texts)} files of Python's standard library", end="")
     console.print(f" ({num_megabytes:.1f} MB), which are then tokenised")

@@ -21,8 +21,16 @@ class CorpusError(UserError):
     """The documents cannot become sequences: empty, streamed, mis-columned, without a single target."""
 
 
+class CacheError(UserError):
+    """The cache directory cannot be written: its disk is full, or it is not the user's."""
+
+
 class ModelError(UserError):
     """A model or tokenizer cannot be used as asked: absent, unreadable, or of another vocabulary."""
+
+
+class ChangedWeightsError(ModelError):
+    """A local model's files are not those that the run was planned with."""
 
 
 class RecipeError(UserError):

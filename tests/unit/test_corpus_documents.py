@@ -8,16 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.conversions import converted_as_told
+from helpers.damage import small_disk
 from stillhouse.config import CorpusSection
 from stillhouse.corpus.documents import from_dataset, load_documents, looks_like_path, shuffled_order
-from stillhouse.errors import CorpusError
+from stillhouse.corpus.jsonfiles import first_fault
+from stillhouse.errors import CorpusError, UserError
 
 TEXTS = [f"document number {number}" for number in range(20)]
 
 
 def read_all(cache_dir: Path, dataset: str | Path, **settings: object) -> list[object]:
     documents = load_documents(CorpusSection.model_validate({"dataset": str(dataset), **settings}), cache_dir=cache_dir)
-    return [document for _, batch in documents.batches(7) for document in batch]
+    return [document for _, document in documents]
 
 
 def write_table(directory: Path, suffix: str) -> Path:
@@ -112,7 +115,7 @@ def test_a_path_is_told_from_a_hub_name() -> None:
         ("text", {"dataset": "a.txt", "column": "body"}, "one column is 'text'"),
         ("text", {"dataset": "a.txt", "subset": "en"}, r"corpus\.subset mean nothing"),
         ("nothing", {"dataset": "stdlib", "revision": "main"}, r"corpus\.revision mean nothing"),
-        ("broken", {"dataset": "a.jsonl"}, "cannot be loaded"),
+        ("broken", {"dataset": "a.jsonl"}, r"a\.jsonl, line 2: not JSON.*one JSON object on each line\. Mend or remove the line"),
         ("table", {"dataset": "a.jsonl", "split": "test"}, "cannot be loaded.*test"),
         ("nothing", {"dataset": "owner/absent"}, "owner/absent cannot be loaded.*hf auth login"),
     ],
@@ -133,4 +136,75 @@ def test_a_source_that_cannot_be_read_says_why(
     for name, data in contents[make].items():
         Path(name).write_bytes(data)
     with pytest.raises(CorpusError, match=f"(?s){message}"):
-        load_documents(CorpusSection.model_validate(settings), cache_dir=tmp_path / "cache").read([0])
+        load_documents(CorpusSection.model_validate(settings), cache_dir=tmp_path / "cache").read(0)
+
+
+ROW = b'{"text": "a", "other": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("a.jsonl", ROW * 5 + b'{"text": "caf\xe9"}\n' + ROW, "line 6: not UTF-8 text .*convert the file to UTF-8"),
+        ("a.jsonl", ROW + b"\n" + b'{"text": "a\n' + ROW, "line 3: not JSON .*column 12.*Mend or remove the line"),
+        ("a.jsonl", ROW * 3 + b"[1, 2]\n", "line 4: a list; wanted: one JSON object on each line"),
+        ("a.json", b'[{"text": "a"},\n{"text": bad}]', "line 2: not JSON .*wanted: a list of objects"),
+        ("a.json", b'[{"text": "a"},\n\n{"text": "caf\xe9"}]', "line 3: not UTF-8 text"),
+    ],
+)
+def test_a_line_of_json_that_cannot_be_read_is_named_with_its_file_and_number(
+    tmp_path: Path, name: str, contents: bytes, message: str
+) -> None:
+    sound, broken = tmp_path / f"0-{name}", tmp_path / name
+    sound.write_bytes(b"[" + ROW.strip() + b"]" if name.endswith(".json") else ROW * 9)
+    broken.write_bytes(contents)
+    with pytest.raises(CorpusError, match=f"(?s)cannot be (read|loaded): {broken}, {message}"):
+        read_all(tmp_path / "cache", tmp_path)
+
+
+def test_an_object_over_many_lines_is_no_broken_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"text": TEXTS}, indent=1))
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{bad\n')
+    assert first_fault([tmp_path / "a.json"]) is None
+    assert "b.jsonl, line 2: not JSON" in str(first_fault([tmp_path / "a.json", tmp_path / "b.jsonl"]))
+
+
+def test_text_in_a_table_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) -> None:
+    texts = pa.array([b"a", b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"row 1 of .*a\.parquet: not UTF-8 text .*convert or remove it"):
+        read_all(tmp_path / "cache", tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "Why?", "completion": "So."}, "Why?"),
+        ({"prompt": "Why?", "response": "So."}, "Why?"),
+        ({"question": "Why?", "answer": "So."}, "Why?"),
+        ({"instruction": "Answer.", "input": "Why?", "output": "So."}, "Answer.\nWhy?"),
+        ({"instruction": "Why?", "input": "", "output": "So."}, "Why?"),
+    ],
+)
+def test_questions_and_answers_in_columns_come_with_a_conversion_that_works(tmp_path: Path, row: dict[str, str], asked: str) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(CorpusError, match=f"no column 'messages'.*make conversations of {next(iter(row))}") as refusal:
+        read_all(tmp_path / "cache", file, format="chat")
+    converted = converted_as_told(refusal.value, file, cache_dir=tmp_path / "cache")
+    assert read_all(tmp_path / "cache", converted, format="chat") == [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": "So."}]
+    ]
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_another(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"the cache {tmp_path}/file/cache.* cannot be written: Not a directory.*set XDG_CACHE_HOME"):
+        read_all(tmp_path / "file" / "cache", write_table(tmp_path, ".jsonl"))
+
+
+def test_a_full_disk_of_the_cache_is_told_from_bad_tables(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", num_bytes=4096) as disk:
+        message = rf"the cache {disk}/cache.* cannot be written: No space left.*make room on that disk, or set XDG_CACHE_HOME"
+        with pytest.raises(UserError, match=message):
+            read_all(disk / "cache", write_table(tmp_path, ".jsonl"))

@@ -15,10 +15,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from helpers.models import CHAT_TEMPLATE, EOS, make_tokenizer
+from helpers.damage import small_disk
+from helpers.models import CHAT_TEMPLATE, EOS, MIN_VOCAB_SIZE, make_tokenizer
 from stillhouse.config import CorpusSection
 from stillhouse.corpus import Corpus, Split, prepare_corpus
-from stillhouse.errors import CorpusError
+from stillhouse.errors import CorpusError, UserError
 
 QUESTION = {"role": "user", "content": "Which tree is it?"}
 ANSWER = {"role": "assistant", "content": "An old oak."}
@@ -271,6 +272,45 @@ def test_a_cache_that_was_cut_short_is_made_again(tmp_path: Path, tokenizer: Pre
         file.write_bytes(whole[:-100])
         assert prepare(tmp_path, texts, tokenizer) == split
         assert file.read_bytes() == whole
+
+
+def test_a_full_disk_of_the_cache_is_named_with_the_way_to_another(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "documents").mkdir()
+    for number in range(40):
+        (tmp_path / "documents" / f"{number}.txt").write_text(f"doc{number:04d} " * 400)
+    section = CorpusSection(dataset=str(tmp_path / "documents"), sequence_length=16, heldout_sequences=2)
+    with small_disk(tmp_path / "disk", num_bytes=256 << 10) as disk:
+        message = rf"the cache {disk}/cache cannot be written: .*No space left.*make room on that disk, or set XDG_CACHE_HOME"
+        with pytest.raises(UserError, match=message):
+            prepare_corpus(section, tokenizer, tokenizer_digest="digest", cache_dir=disk / "cache")
+        assert list((disk / "cache" / "corpus").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.txt").write_text("word " * 400)
+    (tmp_path / "file").write_text("")
+    section = CorpusSection(dataset=str(tmp_path / "a.txt"), sequence_length=16, heldout_sequences=2)
+    with pytest.raises(UserError, match=rf"the cache {tmp_path}/file/cache cannot be written: Not a directory.*set XDG_CACHE_HOME"):
+        prepare_corpus(section, tokenizer, tokenizer_digest="digest", cache_dir=tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize(
+    ("settings", "digests"),
+    [
+        ({"format": "text"}, ("8aaa24a95b93f0bf", "363fb5d7d561a141")),
+        ({"format": "chat"}, ("82509810a77744ee", "0763f14f9b7dd25a")),
+        ({"format": "chat", "packing": False}, ("236140d3d4eecccf", "6196f282d072e112")),
+    ],
+)
+def test_the_same_documents_have_the_same_digest_in_every_year(tmp_path: Path, settings: dict[str, Any], digests: tuple[str, str]) -> None:
+    """Stores go by it. The tokenizer knows single bytes alone, so nothing else is in it than what this test says."""
+    bytewise = make_tokenizer(tmp_path / "tokenizer", vocab_size=MIN_VOCAB_SIZE, chat_template=CHAT_TEMPLATE)
+    texts = [f"{'' if n % 7 == 3 else f'word {n} — 木 '}" * (n * n % 97) for n in range(300)]
+    texts[5] = "long " * 9000
+    is_chat = settings["format"] == "chat"
+    rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": text[:50] + "."}] for text in texts] if is_chat else texts
+    split = prepare(tmp_path, rows, bytewise, sequence_length=64, heldout_sequences=8, **settings)
+    assert (split.train.digest[:16], split.heldout.digest[:16]) == digests
 
 
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -17,52 +17,62 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stillhouse import atomic
+from stillhouse.cache import is_no_room, unwritable, writing_cache
 from stillhouse.config import CorpusSection
+from stillhouse.corpus.conversations import cure_of_columns
+from stillhouse.corpus.jsonfiles import first_fault
 from stillhouse.errors import CorpusError
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".py", ".md"})
 TABLE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_LOADING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException)
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """`order[i]` is the row, in the source, of document i; `read` fetches rows; `identity` changes whenever a document may have changed."""
+    """`order[i]` is the row, in the source, of document i; `read` fetches one row.
+
+    `identity` changes whenever a document may have changed.
+    """
 
     identity: str
     order: NDArray[np.int64]
-    read: Callable[[Sequence[int]], list[Any]]
+    read: Callable[[int], Any]
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def batches(self, size: int) -> Iterator[tuple[list[int], list[Any]]]:
-        """(rows, documents), `size` of them at a time, in order."""
-        for start in range(0, len(self.order), size):
-            rows = self.order[start : start + size].tolist()
-            yield rows, self.read(rows)
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(row, document) in order, one after the other: how long a document is, is not known before it is read."""
+        for row in map(int, self.order):
+            yield row, self.read(row)
 
 
 def load_documents(section: CorpusSection, *, cache_dir: str | Path) -> Documents:
     """The documents that a section names, shuffled by its seed; `cache_dir` holds what local tables are converted to.
 
     Raises CorpusError: absent, unreadable, streamed or empty data, a missing column, a setting that means nothing for the source.
+    Raises CacheError where `cache_dir` cannot be written.
     """
     if section.dataset == "stdlib":
         _refuse_settings(section, "the standard library", ("subset", "revision"))
         return _from_files(_stdlib_files(), section)
     if not looks_like_path(section.dataset):
-        return from_dataset(_load(section.dataset, section, name=section.subset, revision=section.revision), section)
+        return from_dataset(_load_from_hub(section), section)
     _refuse_settings(section, "local files", ("subset", "revision"))
     files = _local_files(section.dataset)
     if files[0].suffix in TEXT_SUFFIXES:
         return _from_files(files, section)
-    reader = TABLE_READERS[files[0].suffix]
-    return from_dataset(_load(reader, section, data_files=[str(file) for file in files], cache_dir=str(cache_dir)), section)
+    return from_dataset(_load_tables(files, section, Path(cache_dir)), section, files=files)
 
 
-def from_dataset(dataset: object, section: CorpusSection) -> Documents:
-    """The documents of a loaded data set's column. Raises CorpusError: streamed or empty data, a missing column."""
+def from_dataset(dataset: object, section: CorpusSection, *, files: Sequence[Path] = ()) -> Documents:
+    """The documents of a loaded data set's column; `files` are the local ones that it was loaded from.
+
+    Raises CorpusError: streamed or empty data, a missing column. So does reading a text that is not UTF-8.
+    """
     if not isinstance(dataset, datasets.Dataset):
         raise CorpusError(
             f"the data set {section.dataset} came as {type(dataset).__name__}, whose length is not known;"
@@ -71,10 +81,19 @@ def from_dataset(dataset: object, section: CorpusSection) -> Documents:
     column = section.text_column
     if column not in dataset.column_names:
         raise CorpusError(
-            f"the data set {section.dataset} has no column '{column}'; it has {', '.join(sorted(dataset.column_names))}: set corpus.column"
+            f"the data set {section.dataset} has no column '{column}'; it has {', '.join(sorted(dataset.column_names))}:"
+            f" {(section.format == 'chat' and cure_of_columns(dataset.column_names)) or 'set corpus.column'}"
         )
     rows = dataset.select_columns([column])
-    return _shuffled(len(rows), lambda numbers: list(rows[numbers][column]), f"datasets:{dataset._fingerprint}:{column}", section)
+
+    def read(row: int) -> Any:
+        try:
+            return rows[row][column]
+        except UnicodeDecodeError as error:  # a table's texts are bytes that nobody has looked at before
+            fault = first_fault(_json_of(files)) or f"row {row} of {section.dataset}: not UTF-8 text ({error.reason}); convert or remove it"
+            raise CorpusError(f"the corpus cannot be read: {fault}") from None
+
+    return _shuffled(len(rows), read, f"datasets:{dataset._fingerprint}:{column}", section)
 
 
 def looks_like_path(name: str) -> bool:
@@ -95,9 +114,9 @@ def shuffled_order(num_items: int, purpose: Literal["corpus", "sequence"], *, se
     return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable").astype(np.int64)
 
 
-def _shuffled(num_documents: int, read: Callable[[Sequence[int]], list[Any]], identity: str, section: CorpusSection) -> Documents:
+def _shuffled(num_documents: int, read: Callable[[int], Any], identity: str, section: CorpusSection) -> Documents:
     if num_documents == 0:
-        raise CorpusError(f"the data set {section.dataset} is empty; name one with documents in split '{section.split}'")
+        raise _is_empty(section)
     order = shuffled_order(num_documents, "corpus", seed=section.seed)
     return Documents(identity, order[: section.max_documents], read)
 
@@ -115,7 +134,7 @@ def _from_files(files: Sequence[Path], section: CorpusSection) -> Documents:
     stats = [(str(file), file.stat()) for file in files]
     listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     identity = "files:" + hashlib.sha256(listing.encode()).hexdigest()
-    return _shuffled(len(files), lambda numbers: [_read_text(files[number]) for number in numbers], identity, section)
+    return _shuffled(len(files), lambda number: _read_text(files[number]), identity, section)
 
 
 def _read_text(file: Path) -> str:
@@ -169,23 +188,61 @@ def _local_files(name: str) -> list[Path]:
     return sorted(file.resolve() for file in found)
 
 
-def _load(
-    path: str,
-    section: CorpusSection,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    data_files: list[str] | None = None,
-    cache_dir: str | None = None,
-) -> object:
+def _load_tables(files: Sequence[Path], section: CorpusSection, cache_dir: Path) -> object:
+    """Tables on this machine, by way of what they are converted to in `cache_dir`."""
+    reader, names = TABLE_READERS[files[0].suffix], [str(file) for file in files]
+    with writing_cache(cache_dir):
+        atomic.make_directory(cache_dir)
     try:
-        return datasets.load_dataset(path, name, split=section.split, revision=revision, data_files=data_files, cache_dir=cache_dir)
+        return datasets.load_dataset(reader, split=section.split, data_files=names, cache_dir=str(cache_dir))
     except StopIteration:  # what the reader of json makes of files without a byte
-        raise CorpusError(f"the data set {section.dataset} is empty; name one with documents in split '{section.split}'") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        reason = f"{error}" if error.__cause__ is None else f"{error}: {error.__cause__}"
-        hint = "" if data_files else "; check name, subset and split, and for a gated or private one run `hf auth login` or set HF_TOKEN"
-        raise CorpusError(f"the data set {section.dataset} cannot be loaded: {reason}{hint}") from error
+        raise _is_empty(section) from None
+    except _LOADING_ERRORS as error:
+        if (failed_write := _failed_write(error, cache_dir)) is not None:
+            raise unwritable(cache_dir, failed_write) from error
+        is_in_the_files = isinstance(error, (datasets.exceptions.DatasetGenerationError, pa.ArrowException, UnicodeDecodeError))
+        if is_in_the_files and (fault := first_fault(_json_of(files))) is not None:
+            raise CorpusError(f"the corpus cannot be loaded: {fault}") from error
+        raise CorpusError(f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}") from error
+
+
+def _load_from_hub(section: CorpusSection) -> object:
+    try:
+        return datasets.load_dataset(section.dataset, section.subset, split=section.split, revision=section.revision)
+    except StopIteration:
+        raise _is_empty(section) from None
+    except _LOADING_ERRORS as error:
+        if any(isinstance(cause, OSError) and is_no_room(cause) for cause in _causes(error)):
+            hint = "make room on the disk of the Hugging Face cache, or set HF_HOME to a directory on another disk"
+        else:
+            hint = "check name, subset and split, and for a gated or private one run `hf auth login` or set HF_TOKEN"
+        raise CorpusError(f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}; {hint}") from error
+
+
+def _is_empty(section: CorpusSection) -> CorpusError:
+    return CorpusError(f"the data set {section.dataset} is empty; name one with documents in split '{section.split}'")
+
+
+def _reason_of(error: BaseException) -> str:
+    return f"{error}" if error.__cause__ is None else f"{error}: {error.__cause__}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _failed_write(error: BaseException, cache_dir: Path) -> OSError | None:
+    """The error behind this one, if any, that says the cache cannot be written; other files are only read."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and (is_no_room(cause) or Path(str(cause.filename)).is_relative_to(cache_dir)):
+            return cause
+    return None
+
+
+def _json_of(files: Sequence[Path]) -> list[Path]:
+    return [file for file in files if TABLE_READERS.get(file.suffix) == "json"]
 
 
 def _refuse_settings(section: CorpusSection, source: str, names: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from stillhouse import atomic
+from stillhouse.cache import writing_cache
 from stillhouse.config import CorpusSection
 from stillhouse.corpus.documents import Documents, load_documents
 from stillhouse.corpus.stored import BLOCK_TOKENS, CACHE_VERSION, Corpus, Rows, rows_per_batch, write_corpus
@@ -60,7 +61,7 @@ def prepare_corpus(
     `on_progress` is told, after each document, how many documents and tokens there were so far.
 
     The first documents of the shuffle fill the held-out sequences; what is left of the last of them is not used. Sequences without a
-    single target are left out, and so is the last, partial one of packed documents. Raises CorpusError.
+    single target are left out, and so is the last, partial one of packed documents. Raises CorpusError, CacheError.
     """
     documents = load_documents(section, cache_dir=Path(cache_dir) / "tables")
     key = {
@@ -71,16 +72,17 @@ def prepare_corpus(
         "documents": documents.identity,
     }
     directory = Path(cache_dir).resolve() / "corpus" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    found = _read_split(directory)
-    if found is not None:
-        return found
-    atomic.make_directory(directory.parent)
-    building = Path(tempfile.mkdtemp(prefix="building-", dir=directory.parent))
-    try:
-        _build(building, documents, section, tokenizer, on_progress)
-        _move_into_place(building, directory)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with writing_cache(Path(cache_dir)):
+        found = _read_split(directory)
+        if found is not None:
+            return found
+        atomic.make_directory(directory.parent)
+        building = Path(tempfile.mkdtemp(prefix="building-", dir=directory.parent))
+        try:
+            _build(building, documents, section, tokenizer, on_progress)
+            _move_into_place(building, directory)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     split = _read_split(directory)
     assert split is not None
     return split
@@ -179,15 +181,19 @@ def _padded(documents: Iterator[Tokens], *, length: int, limit: int, padding: in
     Padding comes last and its positions go on: under causal attention no real token sees it, and no model takes it for a second document.
     """
     remaining = limit
-    while block := list(itertools.islice(documents, min(remaining, rows_per_batch(length)))):
-        ids_SL = np.full((len(block), length), padding, dtype=np.int32)
-        mask_SL = np.zeros((len(block), length), dtype=np.uint8)
-        for row, document in enumerate(block):
-            size = min(length, len(document))
-            ids_SL[row, :size] = document.ids[:size]
-            mask_SL[row, : size - 1] = document.is_label[1:size]
-        positions_SL = np.tile(np.arange(length, dtype=np.int32), (len(block), 1))
-        rows = _with_targets(Rows(ids_SL, positions_SL, mask_SL))
+    while remaining:
+        ids_SL = np.full((min(remaining, rows_per_batch(length)), length), padding, dtype=np.int32)
+        mask_SL = np.zeros(ids_SL.shape, dtype=np.uint8)
+        num_rows = 0
+        for row, document in enumerate(itertools.islice(documents, len(ids_SL))):
+            num_rows = row + 1
+            kept = document.ids[:length]
+            ids_SL[row, : len(kept)] = kept
+            mask_SL[row, : max(0, len(kept) - 1)] = document.is_label[1:length]
+        if num_rows == 0:
+            return
+        positions_SL = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
+        rows = _with_targets(Rows(ids_SL[:num_rows], positions_SL, mask_SL[:num_rows]))
         remaining -= len(rows)
         yield rows
 

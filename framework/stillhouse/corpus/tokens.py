@@ -3,21 +3,27 @@
 The ids are those that a model meets when it is used: a text as its tokenizer writes it, a conversation as its chat template renders it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.config import CorpusSection
+from stillhouse.corpus.conversations import checked_messages
 from stillhouse.corpus.documents import Documents
+from stillhouse.corpus.processor import ProcessorLimitError, processor_limit
 from stillhouse.errors import CorpusError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BATCH_DOCUMENTS = 256  # documents tokenised at one time
+_Item = TypeVar("_Item")
+
+BATCH_DOCUMENTS = 256  # most documents tokenised at one time
+BATCH_BYTES = 4 << 20  # and most of their text, which a tokenizer needs some 200 times of; a longer document is tokenised alone
+TEMPLATE_LIMIT_S = 10.0  # of a processor's time, to write one conversation: that takes milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,41 +37,61 @@ class Tokens:
         return len(self.ids)
 
 
-def tokenise(documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Tokens]:
-    """Every document's tokens, in order.
+def tokenise(
+    documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast", *, template_limit_s: float = TEMPLATE_LIMIT_S
+) -> Iterator[Tokens]:
+    """Every document's tokens, in order. Memory is bounded by the longest document and a constant.
 
     Raises CorpusError: a tokenizer without EOS or chat template, a row that is no text or conversation, one without an assistant's turn,
-    a template that rewrites earlier turns.
+    a template that rewrites earlier turns, or takes longer than the limit for one conversation.
     """
-    batches = documents.batches(BATCH_DOCUMENTS)
     if section.format == "text":
-        return _tokenise_text(batches, section, tokenizer)
-    return _tokenise_chat(batches, section, tokenizer)
+        return _tokenise_text(documents, section, tokenizer)
+    return _tokenise_chat(documents, section, tokenizer, limit_s=template_limit_s)
 
 
-def _tokenise_text(
-    batches: Iterable[tuple[list[int], list[Any]]], section: CorpusSection, tokenizer: "PreTrainedTokenizerFast"
-) -> Iterator[Tokens]:
+def batches(items: Iterable[_Item], *, num_bytes: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """The items in order, as many at a time as BATCH_DOCUMENTS and BATCH_BYTES allow, or one that is larger."""
+    batch: list[_Item] = []
+    size = 0
+    for item in items:
+        more = num_bytes(item)
+        if batch and (len(batch) == BATCH_DOCUMENTS or size + more > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += more
+    if batch:
+        yield batch
+
+
+def _tokenise_text(documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Tokens]:
     """Each text as its tokenizer writes it (with a beginning-of-sequence token where that adds one), and EOS. Empty texts are left out."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise CorpusError(
             f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token to put between documents; set its eos_token"
         )
-    for rows, texts in batches:
-        for row, text in zip(rows, texts, strict=True):
-            if not isinstance(text, str):
-                raise CorpusError(
-                    f"row {row} of {section.dataset} has {type(text).__name__} in column '{section.text_column}'; wanted: text"
-                )
-        present = [text for text in texts if text]
-        for ids in tokenizer(present, return_attention_mask=False, verbose=False)["input_ids"] if present else []:
+    for texts in batches(_texts(documents, section), num_bytes=_num_bytes):
+        for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
             ended = np.array(ids if ids and ids[-1] == eos else [*ids, eos], dtype=np.int32)
             yield Tokens(ended, np.ones(len(ended), dtype=np.bool_))
 
 
+def _texts(documents: Documents, section: CorpusSection) -> Iterator[str]:
+    for row, text in documents:
+        if not isinstance(text, str):
+            raise CorpusError(f"row {row} of {section.dataset} has {type(text).__name__} in column '{section.text_column}'; wanted: text")
+        if text:
+            yield text
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode())
+
+
 def _tokenise_chat(
-    batches: Iterable[tuple[list[int], list[Any]]], section: CorpusSection, tokenizer: "PreTrainedTokenizerFast"
+    documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast", *, limit_s: float
 ) -> Iterator[Tokens]:
     """Each conversation through the chat template; a token is a label iff its first character lies in an assistant's turn."""
     if not tokenizer.chat_template:
@@ -73,38 +99,44 @@ def _tokenise_chat(
             f"the tokenizer {tokenizer.name_or_path} has no chat template; use that of an instruction-tuned model,"
             ' or set corpus.format = "text"'
         )
-    for rows, conversations in batches:
-        rendered = [_render(tokenizer, row, messages, section) for row, messages in zip(rows, conversations, strict=True)]
+    rendered = (_render(tokenizer, row, messages, section, limit_s=limit_s) for row, messages in documents)
+    for batch in batches(rendered, num_bytes=lambda one: _num_bytes(one[0])):
         encoded = tokenizer(
-            [text for text, _ in rendered],
+            [text for text, _ in batch],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,
         )
-        for ids, offsets, (_, turns) in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True):
+        for ids, offsets, (_, turns) in zip(encoded["input_ids"], encoded["offset_mapping"], batch, strict=True):
             first_chars = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
             # The turns are disjoint and ascending: a character lies in one iff it is past an odd number of their borders.
             is_label = np.searchsorted(np.array(turns).ravel(), first_chars, side="right") % 2 == 1
             yield Tokens(np.array(ids, dtype=np.int32), is_label)
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", row: int, messages: Any, section: CorpusSection) -> tuple[str, list[tuple[int, int]]]:
+def _render(
+    tokenizer: "PreTrainedTokenizerFast", row: int, messages: Any, section: CorpusSection, *, limit_s: float
+) -> tuple[str, list[tuple[int, int]]]:
     """A conversation's text, and the half-open spans of its characters that an assistant wrote.
 
     A turn runs from the end of the prompt before it (`messages[:i]` with the generation prompt) to the end of `messages[:i + 1]`.
     """
     where = f"row {row} of {section.dataset}"
-    turns = _checked_messages(messages, where, section)
+    turns = checked_messages(messages, where, section.text_column)
     assistants = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not assistants:
         raise CorpusError(f"{where} has no assistant's turn, so nothing to learn from; remove such rows")
-    text = _apply_template(tokenizer, turns, where)
+
+    def written(first: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        return _apply_template(tokenizer, first, where, add_generation_prompt=add_generation_prompt, limit_s=limit_s)
+
+    text = written(turns)
     ends_of_turn = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     spans = []
     for number in assistants:
-        prompt = _apply_template(tokenizer, turns[:number], where, add_generation_prompt=True)
-        through = text if number == len(turns) - 1 else _apply_template(tokenizer, turns[: number + 1], where)
+        prompt = written(turns[:number], add_generation_prompt=True)
+        through = text if number == len(turns) - 1 else written(turns[: number + 1])
         if not (through.startswith(prompt) and text.startswith(through)):
             raise CorpusError(
                 f"{where}: under the chat template of {tokenizer.name_or_path} the conversation up to turn {number} is not a prefix of"
@@ -116,24 +148,17 @@ def _render(tokenizer: "PreTrainedTokenizerFast", row: int, messages: Any, secti
     return text, spans
 
 
-def _checked_messages(messages: Any, where: str, section: CorpusSection) -> list[dict[str, Any]]:
-    is_conversation = isinstance(messages, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in messages
-    )
-    if not is_conversation:
-        raise CorpusError(
-            f"{where}: column '{section.text_column}' is not a list of messages, each with a text 'role' and a text 'content'; found"
-            f" {str(messages)[:120]}"
-        )
-    return [{name: value for name, value in turn.items() if value is not None} for turn in messages]
-
-
 def _apply_template(
-    tokenizer: "PreTrainedTokenizerFast", turns: list[dict[str, Any]], where: str, *, add_generation_prompt: bool = False
+    tokenizer: "PreTrainedTokenizerFast", turns: list[dict[str, Any]], where: str, *, add_generation_prompt: bool, limit_s: float
 ) -> str:
+    template = f"{where}: the chat template of {tokenizer.name_or_path}"
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+        with processor_limit(limit_s):
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except ProcessorLimitError:
         raise CorpusError(
-            f"{where}: the chat template of {tokenizer.name_or_path} refuses its first {len(turns)} turns: {error}"
-        ) from error
+            f"{template} took more than {limit_s:g} s of a processor's time for its first {len(turns)} turns; wanted: milliseconds."
+            " Look for a loop without end in it, or use the template of another model"
+        ) from None
+    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+        raise CorpusError(f"{template} refuses its first {len(turns)} turns: {error}") from error

@@ -1,7 +1,7 @@
 """Hugging Face causal language models, the same for teacher and student: tokenizer, identity, weights, final hidden states and Head."""
 
 from stillhouse.models.heads import check_head, check_packing, compare_head, final_hidden, head_of
-from stillhouse.models.identity import ModelIdentity, model_identity
+from stillhouse.models.identity import ModelIdentity, digest_beside, forget_identity, model_identity
 from stillhouse.models.tokenizers import check_same_ids, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.models.weights import load_model, resolve_device
 
@@ -11,7 +11,9 @@ __all__ = [
     "check_packing",
     "check_same_ids",
     "compare_head",
+    "digest_beside",
     "final_hidden",
+    "forget_identity",
     "head_of",
     "load_model",
     "load_tokenizer",

@@ -3,17 +3,24 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from stillhouse import atomic
+from stillhouse.cache import writing_cache
 from stillhouse.config import ModelSection
-from stillhouse.errors import ModelError
+from stillhouse.errors import ChangedWeightsError, ModelError
 from stillhouse.models.sources import source_of, unusable
 
+_Loaded = TypeVar("_Loaded")
+
+_FILES_AT_ONCE = 4  # hashed beside the loading: sha256 takes a core for every 1 to 2 GB/s
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.bin")
 
 
@@ -28,30 +35,81 @@ class ModelIdentity:
 def model_identity(section: ModelSection, *, cache_dir: Path) -> ModelIdentity:
     """Identify weights without reading terabytes twice: file hashes are kept in `cache_dir`.
 
-    Raises ModelError: no such model or revision, or neither network nor a cached copy to tell its commit.
+    Raises ModelError: no such model or revision, or neither network nor a cached copy to tell its commit. Raises CacheError.
     """
-    source = source_of(section.model)
-    if not Path(source).is_dir():
+    if not is_local(section):
         commit = _hub_commit(section.model, section.revision)
         return ModelIdentity(commit, revision=commit)
+    files = _files_of(section)
+    return ModelIdentity(_digest_of(files, [_noted_hash(file, cache_dir) for file in files]), revision=None)
+
+
+def forget_identity(section: ModelSection, *, cache_dir: Path) -> None:
+    """Drop what `cache_dir` holds of a local model's files: the next identity is told from every byte of them."""
+    atomic.unlink(_note_of(file, cache_dir) for file in _files_of(section))
+
+
+def digest_beside(section: ModelSection, load: Callable[[], _Loaded]) -> tuple[_Loaded, str | None]:
+    """What `load` makes of a local model, and the digest of the files that it read: every byte of them is hashed meanwhile.
+
+    The digest is None for a hub's model, which its commit names. Raises ChangedWeightsError where the files change meanwhile.
+    """
+    if not is_local(section):
+        return load(), None
+    files = _files_of(section)
+    before = [_stamp(file) for file in files]
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        digests = [threads.submit(_hash, file) for file in files]
+        loaded = load()
+        digest = _digest_of(files, [each.result() for each in digests])
+    if before != [_stamp(file) for file in _files_of(section)]:
+        raise ChangedWeightsError(f"the files of {section.model} changed while they were loaded; run the same command again once they rest")
+    return loaded, digest
+
+
+def is_local(section: ModelSection) -> bool:
+    return Path(source_of(section.model)).is_dir()
+
+
+def _files_of(section: ModelSection) -> list[Path]:
+    """The files that make a local model what it is. Raises ModelError where there is no config among them."""
     patterns = (*WEIGHT_FILES, "*.py") if section.trust_remote_code else WEIGHT_FILES
-    files = sorted(file for pattern in patterns for file in Path(source).glob(pattern))
+    files = sorted(file for pattern in patterns for file in Path(source_of(section.model)).glob(pattern))
     if not any(file.name == "config.json" for file in files):
         raise ModelError(f"{section.model} has no config.json; give the directory of a saved model (an adapter has to be merged first)")
-    listing = [(file.name, _file_digest(file, cache_dir / "weights")) for file in files]
-    return ModelIdentity(hashlib.sha256(json.dumps(listing).encode()).hexdigest(), revision=None)
+    return files
 
 
-def _file_digest(file: Path, cache_dir: Path) -> str:
-    stat = file.stat()
-    key = hashlib.sha256(json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns]).encode()).hexdigest()
-    note = cache_dir / key
-    if note.exists() and re.fullmatch(r"[0-9a-f]{64}", known := note.read_text()):
-        return known
+def _digest_of(files: Sequence[Path], digests: Iterable[str]) -> str:
+    listing = [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _hash(file: Path) -> str:
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    atomic.make_directory(cache_dir)
-    atomic.replace(note, digest.encode())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _stamp(file: Path) -> list[object]:
+    """What changes with a file's bytes. Whoever keeps size and modification time moves the time of its last change all the same."""
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _note_of(file: Path, cache_dir: Path) -> Path:
+    """Where the hash of a file as it is now is kept."""
+    return cache_dir / "weights" / hashlib.sha256(json.dumps(_stamp(file)).encode()).hexdigest()
+
+
+def _noted_hash(file: Path, cache_dir: Path) -> str:
+    note = _note_of(file, cache_dir)
+    with writing_cache(cache_dir):
+        if note.exists() and re.fullmatch(r"[0-9a-f]{64}", known := note.read_text()):
+            return known
+    digest = _hash(file)
+    with writing_cache(cache_dir):
+        atomic.make_directory(note.parent)
+        atomic.replace(note, digest.encode())
     return digest
 
 

@@ -34,6 +34,7 @@ class Plan:
 
     config: Config
     run_dir: Path
+    cache_dir: Path
     tokenizer: PreTrainedTokenizerFast
     split: Split
     recipe: Recipe
@@ -88,7 +89,7 @@ class Plan:
 def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     """Resolve revisions, compare the tokenizers, tokenise the corpus (once, into `cache_dir`) and name the recipe.
 
-    Raises ModelError, CorpusError or ConfigError for what cannot be used, before anything heavy starts.
+    Raises ModelError, CorpusError, CacheError or ConfigError for what cannot be used, before anything heavy starts.
     """
     teacher, student = (model_identity(section, cache_dir=cache_dir) for section in (config.teacher, config.student))
     config = config.model_copy(update={"teacher": _pinned(config.teacher, teacher), "student": _pinned(config.student, student)})
@@ -123,7 +124,8 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     )
     store = config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url})
     student_section = config.student.model_copy(update={"checkpoint_url": _absolute(config.student.checkpoint_url)})
-    return Plan(config.model_copy(update={"store": store, "student": student_section}), run_dir.absolute(), tokenizer, split, recipe)
+    config = config.model_copy(update={"store": store, "student": student_section})
+    return Plan(config, run_dir.absolute(), cache_dir, tokenizer, split, recipe)
 
 
 def _pinned(section: _Section, identity: ModelIdentity) -> _Section:

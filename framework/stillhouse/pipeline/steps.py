@@ -13,8 +13,9 @@ from typing import Literal
 from stillhouse.board import Board
 from stillhouse.cluster import attached, await_room, call_remotely, local_secrets
 from stillhouse.config import ModelSection
-from stillhouse.errors import CheckpointError, StoreError
+from stillhouse.errors import ChangedWeightsError, CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate
+from stillhouse.models import forget_identity
 from stillhouse.pipeline.attempt import attempt, learning_attempt
 from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.directory import config_of
@@ -196,7 +197,11 @@ def _teach(
         journal=journal,
         readership=_readership(made, store, own) if readers else None,
     )
-    pool.run(readers=readers, board=board, finished=finished)
+    try:
+        pool.run(readers=readers, board=board, finished=finished)
+    except ChangedWeightsError:
+        forget_identity(config.teacher, cache_dir=made.cache_dir)
+        raise
 
 
 def _readership(made: Plan, store: ChunkStore, own: Collection[str]) -> Readership:

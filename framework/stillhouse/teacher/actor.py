@@ -14,6 +14,7 @@ from stillhouse.cluster import Secrets, machine_notices, prepare_process, this_n
 from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
+from stillhouse.models import digest_beside
 from stillhouse.placement import Placement
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, Tell, insist
@@ -44,6 +45,7 @@ class Ready:
     topk: str  # the path that its logits take to targets, and why
     seconds: float
     node: str  # Ray's id of the machine's node
+    weights_digest: str | None = None  # of a local model's files as they were loaded; a hub's model is known by its commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,14 @@ class _TeacherActor:
 
     def start(self) -> Ready:
         began = monotonic()
-        self._teacher = HuggingFaceTeacher(self._job.section, self._job.recipe, device=self._device)
+        self._teacher, digest = digest_beside(
+            self._job.section, lambda: HuggingFaceTeacher(self._job.section, self._job.recipe, device=self._device)
+        )
         self._store = ChunkStore(self._job.store_url, self._job.recipe)
         probe = self._teacher.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         path = self._teacher.path()
-        return Ready(probe, name, f"{path.name}: {path.why}", monotonic() - began, self._node)
+        return Ready(probe, name, f"{path.name}: {path.why}", monotonic() - began, self._node, digest)
 
     def produce(self, item: WorkItem) -> Produced | Found:
         if is_there(self._store, item.number):  # this lease lost a race before it began

@@ -20,7 +20,7 @@ from stillhouse.teacher.events import Answered, Crew, Died, Event, Inbox, Raised
 from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
 from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.readership import Readership
-from stillhouse.teacher.replica import Probe, require_same_teacher
+from stillhouse.teacher.replica import Probe, require_planned_weights, require_same_teacher
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, SetAsideRow, TeacherRow, Tracker
 
 ITEMS_PER_TEACHER = 2  # one in work, one waiting beside it, so that no teacher idles for a round trip
@@ -234,6 +234,7 @@ class TeacherPool:
         return lease
 
     def _welcome(self, teacher: _Teacher, ready: Ready) -> None:
+        require_planned_weights(ready.weights_digest, self._store.recipe, replica=teacher.number)
         if self._probe is None:
             self._probe = ready.probe
         require_same_teacher(self._probe, ready.probe, replica=teacher.number)

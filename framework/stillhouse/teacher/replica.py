@@ -18,8 +18,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from stillhouse.errors import TeacherError
+from stillhouse.errors import ChangedWeightsError, TeacherError
 from stillhouse.logits import CompressedLogits
+from stillhouse.store import Recipe
 
 _LEAST_LIMIT = 1e-4  # nats: what is below is no disagreement in any number format
 _ROUNDINGS = 2.0  # what two replicas may differ by, each of which rounds in its own way
@@ -32,6 +33,16 @@ class Probe:
     answer: CompressedLogits
     rounding_kl: float  # mean nats from its answer to the same one rounded otherwise
     weight_hashes: Mapping[str, int]  # of each parameter's bytes, by its name
+
+
+def require_planned_weights(found: str | None, recipe: Recipe, *, replica: int) -> None:
+    """Raise ChangedWeightsError unless a replica loaded the files that the recipe's teacher digest is of; `found` is None for a hub's."""
+    if found is not None and found != recipe.teacher_digest:
+        raise ChangedWeightsError(
+            f"teacher replica {replica} loaded other weights than the run was planned with: found {found[:16]}, wanted"
+            f" {recipe.teacher_digest[:16]}; it has published nothing. Either the files changed after they were looked at, and the same"
+            " command again plans with the new ones; or its machine has other files at that path: give every machine the same"
+        )
 
 
 def require_same_teacher(first: Probe, other: Probe, *, replica: int) -> None:

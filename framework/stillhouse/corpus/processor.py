@@ -1,0 +1,33 @@
+"""A limit on the processor time of a block, for programs that others wrote and that need not end."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class ProcessorLimitError(Exception):
+    """The block took too much of a processor's time."""
+
+
+@contextmanager
+def processor_limit(seconds: float) -> Iterator[None]:
+    """Raise ProcessorLimitError within the block once this process has computed for so long in it. Waiting does not count.
+
+    In other threads than the main one there is no limit: Python handles signals in that alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _raise)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)  # again, where a destructor has swallowed the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _raise(_number: int, _frame: FrameType | None) -> None:
+    raise ProcessorLimitError
