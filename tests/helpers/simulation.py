@@ -80,6 +80,7 @@ class SimulatedCrew:
     seconds: Callable[[int, WorkItem], float] = lambda _teacher, _item: 10.0
     fate: Callable[[int, WorkItem], Exception | None] = lambda _teacher, _item: None
     start_s: float = 5.0
+    weights: Callable[[int], str | None] = lambda _teacher: None  # the digest of the files that a teacher loaded
     drained: set[str] = field(default_factory=set)  # nodes on which nothing more is started
     now: float = 1000.0
     num_spawned: int = 0
@@ -166,7 +167,8 @@ class SimulatedCrew:
 
     def _start(self, worker: _Worker) -> None:
         if self._workers.get(worker.number) is worker:
-            self._events.append(Started(worker.number, Ready(_PROBE, "cpu", "simulated: it is", self.start_s, str(worker.node))))
+            ready = Ready(_PROBE, "cpu", "simulated: it is", self.start_s, str(worker.node), self.weights(worker.number))
+            self._events.append(Started(worker.number, ready))
 
     def _work(self, worker: _Worker) -> None:
         if worker.busy or not worker.queue:

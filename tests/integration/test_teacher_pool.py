@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import pytest
 
 from helpers.processes import kill_one
 from helpers.world import TinyWorld
+from stillhouse import pipeline
 from stillhouse.board import Board
 from stillhouse.cluster import Secrets
-from stillhouse.errors import ModelError, StoreError, StudentError
+from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
 from stillhouse.placement import placement
 from stillhouse.store import ChunkStore
@@ -253,6 +255,27 @@ def test_a_model_that_is_not_there_is_said_as_it_is(tiny_world: TinyWorld, board
     pool = pool_of(made, board, order=made.chunks, journal=WatchedTracker(), item_of=made.item, model=str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="nowhere"):
         pool.run(readers=[], board=board, finished=lambda: True)
+
+
+def test_weights_that_the_cache_told_wrong_end_the_run_before_a_chunk_and_the_same_command_plans_with_what_is_there(
+    tiny_world: TinyWorld, tmp_path: Path
+):
+    world = replace(tiny_world, folder=tmp_path)  # with a cache of its own
+
+    def planned() -> Plan:
+        return world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")})
+
+    before = planned()
+    weights = Path(world.config().teacher.model) / "model.safetensors"
+    for note in (tmp_path / "cache" / "weights").iterdir():
+        if note.read_text() == sha256(weights.read_bytes()).hexdigest():
+            note.write_text("0" * 64)  # as if other weights had come that look the same from outside
+    made = planned()
+    assert made.recipe.teacher_digest != before.recipe.teacher_digest
+    with pytest.raises(ChangedWeightsError, match=f"found {before.recipe.teacher_digest[:16]}, wanted {made.recipe.teacher_digest[:16]}"):
+        pipeline.produce(made)
+    assert ChunkStore(made.config.store.url, made.recipe).published() == set()
+    assert planned().recipe == before.recipe
 
 
 def test_a_store_that_cannot_be_written_ends_the_run_at_once(tiny_world: TinyWorld, board: Board, tmp_path: Path):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from helpers.chunks import small_recipe
 from helpers.simulation import Death, Mailbox, SimulatedCrew, item_of, publish
 from stillhouse.config import TeacherSection
-from stillhouse.errors import StoreError, TeacherError
+from stillhouse.errors import ChangedWeightsError, StoreError, TeacherError
 from stillhouse.notices import Notice
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.teacher.model import WorkItem
@@ -92,6 +92,21 @@ def test_every_chunk_is_made_once_by_teachers_that_are_well():
     world.assert_all_is_there()
     assert Counter(world.crew.computed) == Counter(range(NUM_CHUNKS))
     assert world.crew.now == 1000 + 5 + NUM_CHUNKS / 4 * 10  # four teachers at work without a pause
+
+
+@pytest.mark.parametrize("stale", [0, 4])
+def test_a_teacher_of_other_weights_than_planned_ends_the_run_and_publishes_nothing(stale: int):
+    """The first one, which has no fellow to be compared with, and one that comes in place of another when chunks are there already."""
+    world = World(teacher={"max_replicas": 1})
+    planned = world.store.recipe.teacher_digest
+    world.crew.weights = lambda teacher: "0" * 64 if teacher == stale else planned
+    for death in range(stale):
+        world.crew.at(1050.0 + 25 * death, lambda teacher=death: world.crew.die(teacher))
+    with pytest.raises(ChangedWeightsError, match=rf"replica {stale} .*found 0000000000000000, wanted {planned[:16]};.*same command again"):
+        world.run()
+    assert world.crew.num_spawned == stale + 1
+    assert bool(world.store.published()) == (stale > 0)
+    assert [row.replica for row in world.of(TeacherRow)] == [*range(stale)]
 
 
 def test_a_straggler_at_the_end_is_hedged_and_costs_one_duplicate():

@@ -6,6 +6,7 @@ This is the only door to `datasets`. A document is a text, or for chat a list of
 import glob
 import hashlib
 import json
+import logging
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ TEXT_SUFFIXES = frozenset({".txt", ".text", ".py", ".md"})
 TABLE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _LOADING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException)
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # its error is told here, with its line
 
 
 @dataclass(frozen=True, slots=True)
