@@ -196,6 +196,20 @@ def test_all_in_a_directory_is_on_disk_before_the_directory_has_its_name(tmp_pat
     assert (tmp_path / "made" / "inner" / "c").read_bytes() == b"data"
 
 
+class ReadOnlyFiles(SystemFiles):
+    def mkdir(self, path: Path, mode: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+def test_a_directory_that_cannot_be_made_is_told_with_the_systems_own_reason(tmp_path: Path):
+    make_directory(tmp_path, files=ReadOnlyFiles())  # it is there, whatever the system says
+    with pytest.raises(OSError, match="Read-only file system"):
+        make_directory(tmp_path / "new", files=ReadOnlyFiles())
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        make_directory(tmp_path / "file")
+
+
 def test_each_new_directory_is_synced_into_the_one_above_it(tmp_path: Path):
     files = Ordered()
     make_directory(tmp_path / "a" / "b" / "c", files=files)
