@@ -198,6 +198,7 @@ def test_all_in_a_directory_is_on_disk_before_the_directory_has_its_name(tmp_pat
 
 class ReadOnlyFiles(SystemFiles):
     def mkdir(self, path: Path, mode: int) -> None:
+        assert mode
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
 

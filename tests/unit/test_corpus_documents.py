@@ -1,5 +1,6 @@
 """Documents: every source, one order, and errors that say what to do."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from helpers.conversions import converted_as_told
 from helpers.damage import small_disk
 from stillhouse.config import CorpusSection
-from stillhouse.corpus.documents import from_dataset, load_documents, looks_like_path, shuffled_order
+from stillhouse.corpus.documents import cure_of_hub, from_dataset, load_documents, looks_like_path, shuffled_order
 from stillhouse.corpus.jsonfiles import first_fault
 from stillhouse.errors import CorpusError, UserError
 
@@ -201,6 +202,14 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_another(tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=rf"the cache {tmp_path}/file/cache.* cannot be written: Not a directory.*set XDG_CACHE_HOME"):
         read_all(tmp_path / "file" / "cache", write_table(tmp_path, ".jsonl"))
+
+
+@pytest.mark.parametrize("reason", [OSError(errno.ENOSPC, "No space left"), OSError("Not enough disk space. Needed: 1 GiB")])
+def test_a_full_disk_is_no_reason_to_check_the_name_of_a_data_set_of_the_hub(reason: OSError) -> None:
+    failed = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+    failed.__cause__ = reason
+    assert "HF_HOME" in cure_of_hub(failed)
+    assert "check name" in cure_of_hub(FileNotFoundError(errno.ENOENT, "no such data set"))
 
 
 def test_a_full_disk_of_the_cache_is_told_from_bad_tables(tmp_path: Path) -> None:

@@ -215,11 +215,14 @@ def _load_from_hub(section: CorpusSection) -> object:
     except StopIteration:
         raise _is_empty(section) from None
     except _LOADING_ERRORS as error:
-        if any(isinstance(cause, OSError) and is_no_room(cause) for cause in _causes(error)):
-            hint = "make room on the disk of the Hugging Face cache, or set HF_HOME to a directory on another disk"
-        else:
-            hint = "check name, subset and split, and for a gated or private one run `hf auth login` or set HF_TOKEN"
-        raise CorpusError(f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}; {hint}") from error
+        raise CorpusError(f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}; {cure_of_hub(error)}") from error
+
+
+def cure_of_hub(error: BaseException) -> str:
+    """What to do where a data set of the hub cannot be loaded."""
+    if any(isinstance(cause, OSError) and is_no_room(cause) for cause in _causes(error)):
+        return "make room on the disk of the Hugging Face cache, or set HF_HOME to a directory on another disk"
+    return "check name, subset and split, and for a gated or private one run `hf auth login` or set HF_TOKEN"
 
 
 def _is_empty(section: CorpusSection) -> CorpusError:

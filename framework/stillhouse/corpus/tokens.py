@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 BATCH_DOCUMENTS = 256  # most documents tokenised at one time
-BATCH_BYTES = 4 << 20  # and most of their text, which a tokenizer needs some 200 times of; a longer document is tokenised alone
+BATCH_BYTES = 4 << 20  # and most of their text: a tokenizer takes some 200 bytes of memory for each; a longer document is tokenised alone
 TEMPLATE_LIMIT_S = 10.0  # of a processor's time, to write one conversation: that takes milliseconds
 
 

@@ -46,7 +46,9 @@ def model_identity(section: ModelSection, *, cache_dir: Path) -> ModelIdentity:
 
 def forget_identity(section: ModelSection, *, cache_dir: Path) -> None:
     """Drop what `cache_dir` holds of a local model's files: the next identity is told from every byte of them."""
-    atomic.unlink(_note_of(file, cache_dir) for file in _files_of(section))
+    notes = [_note_of(file, cache_dir) for file in _files_of(section)]
+    with writing_cache(cache_dir):
+        atomic.unlink(notes)
 
 
 def digest_beside(section: ModelSection, load: Callable[[], _Loaded]) -> tuple[_Loaded, str | None]:
