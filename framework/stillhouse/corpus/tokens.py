@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from stillhouse.config import CorpusSection
 from stillhouse.corpus.conversations import checked_messages
+from stillhouse.corpus.cpu_limit import CpuLimitError, cpu_limit
 from stillhouse.corpus.documents import Documents
-from stillhouse.corpus.processor import ProcessorLimitError, processor_limit
 from stillhouse.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _Item = TypeVar("_Item")
 
 BATCH_DOCUMENTS = 256  # most documents tokenised at one time
 BATCH_BYTES = 4 << 20  # and most of their text: a tokenizer takes some 200 bytes of memory for each; a longer document is tokenised alone
-TEMPLATE_LIMIT_S = 10.0  # of a processor's time, to write one conversation: that takes milliseconds
+TEMPLATE_LIMIT_S = 10.0  # CPU time to write one conversation, which takes milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +153,11 @@ def _apply_template(
 ) -> str:
     template = f"{where}: the chat template of {tokenizer.name_or_path}"
     try:
-        with processor_limit(limit_s):
+        with cpu_limit(limit_s):
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except ProcessorLimitError:
+    except CpuLimitError:
         raise CorpusError(
-            f"{template} took more than {limit_s:g} s of a processor's time for its first {len(turns)} turns; wanted: milliseconds."
+            f"{template} took more than {limit_s:g} s of CPU time for its first {len(turns)} turns; wanted: milliseconds."
             " Look for a loop without end in it, or use the template of another model"
         ) from None
     except Exception as error:  # a template is a program of somebody else's: it may raise anything

@@ -1,4 +1,4 @@
-"""A limit on the processor time of a block, for programs that others wrote and that need not end."""
+"""A limit on the CPU time of a block, for programs that others wrote and that need not end."""
 
 import signal
 import threading
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class ProcessorLimitError(Exception):
-    """The block took too much of a processor's time."""
+class CpuLimitError(Exception):
+    """The block took too much CPU time."""
 
 
 @contextmanager
-def processor_limit(seconds: float) -> Iterator[None]:
-    """Raise ProcessorLimitError within the block once this process has computed for so long in it. Waiting does not count.
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise CpuLimitError within the block once this process has used so much CPU time in it. Waiting does not count.
 
     In other threads than the main one there is no limit: Python handles signals in that alone.
     """
@@ -30,4 +30,4 @@ def processor_limit(seconds: float) -> Iterator[None]:
 
 
 def _raise(_number: int, _frame: FrameType | None) -> None:
-    raise ProcessorLimitError
+    raise CpuLimitError
