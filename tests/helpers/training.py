@@ -15,8 +15,8 @@ from helpers.checkpoints import ORIGIN
 from stillhouse.board import Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
 from stillhouse.models import final_hidden, head_of, load_model
+from stillhouse.patience import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
-from stillhouse.store.patience import Patience
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk

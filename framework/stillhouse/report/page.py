@@ -19,7 +19,9 @@ from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, time_
 from stillhouse.report.goodput import incidents, recoveries
 from stillhouse.report.summary import Summary, summarise, verdict
 from stillhouse.report.words import date, duration, large, num_bytes, percent, small, times
-from stillhouse.tracking import EvalRow, StartRow, read_journal, schedule_of, words_of
+from stillhouse.store.explain import explain
+from stillhouse.terminal import say
+from stillhouse.tracking import EvalRow, JournalReader, NewerRow, Row, StartRow, schedule_of, words_of
 
 _ABSENT = "–"
 
@@ -27,14 +29,31 @@ _ABSENT = "–"
 def write_report(run_dir: Path) -> Path:
     """Write report.html into the run directory, from its journal.jsonl and config.json, and return its path.
 
-    Works on a run that still goes on, was interrupted, failed, or used cached chunks only. Raises UserError where no attempt has begun.
+    Works on a run that still goes on, was interrupted, failed, or used cached chunks only. What a later version wrote is left out, and
+    said. Raises UserError where no attempt has begun, and StoreError where the page cannot be written.
     """
-    summary = summarise(read_journal(run_dir / "journal.jsonl"))
+    reader = JournalReader(run_dir / "journal.jsonl")
+    rows = reader.new_rows()
+    summary = summarise(rows)
     if summary is None:
         raise UserError(f"{run_dir} has no run to report: its journal.jsonl is absent or empty; give the directory of a run that has begun")
+    newer = _newer(rows, reader.num_shortened)
+    if newer:
+        say(f"note: {newer}", error=True)
     path = run_dir / "report.html"
-    atomic.replace(path, _page(summary, _config(run_dir / "config.json")).encode())
+    page = _page(summary, _config(run_dir / "config.json"), newer).encode()
+    try:
+        atomic.replace(path, page)
+    except OSError as error:
+        raise explain(error, doing="write report.html", url=str(run_dir)) from error
     return path
+
+
+def _newer(rows: Sequence[Row], num_shortened: int) -> str:
+    """What is left out of a journal that a later version has written to; empty where nothing is."""
+    num_rows = sum(isinstance(row, NewerRow) for row in rows)
+    found = ((num_rows, "{} of a newer version left out"), (num_shortened, "{} shown without values of a newer version"))
+    return "; ".join(words.format(_count(number, "row")) for number, words in found if number)
 
 
 def escape(value: object) -> str:
@@ -51,7 +70,7 @@ def _config(path: Path) -> dict[str, Any]:
     return scrub({name: value for name, value in values.items() if isinstance(value, dict)}) if isinstance(values, dict) else {}
 
 
-def _page(summary: Summary, config: Mapping[str, Any]) -> str:
+def _page(summary: Summary, config: Mapping[str, Any], newer: str) -> str:
     start = summary.start
     style = (files("stillhouse.report") / "report.css").read_text(encoding="utf-8")
     no_pace = "Nothing was produced and nothing trained in this run, so there is no pace to show."
@@ -89,6 +108,7 @@ def _page(summary: Summary, config: Mapping[str, Any]) -> str:
 <h2>Run it again</h2>
 <pre class="command">{escape(chr(10).join(summary.commands))}</pre>
 {_resolved(config)}
+{f'<p class="note">Of the journal: {escape(newer)}.</p>' if newer else ""}
 <footer>Written by Stillhouse from journal.jsonl and config.json. Entropies and divergences are in nats, means over target tokens.</footer>
 </main>
 </body>

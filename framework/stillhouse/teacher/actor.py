@@ -14,9 +14,9 @@ from stillhouse.cluster import Secrets, machine_notices, prepare_process, this_n
 from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
+from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.placement import Placement
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
-from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
 from stillhouse.teacher.replica import Probe
 from stillhouse.tracking import OutageRow
