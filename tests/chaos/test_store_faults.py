@@ -20,7 +20,7 @@ import pytest
 
 from helpers.chunks import make_chunk, small_recipe
 from helpers.command import as_toml, stillhouse
-from helpers.damage import flip_bit, places, small_disk, with_flipped_bit
+from helpers.damage import fill, flip_bit, places, small_disk, with_flipped_bit
 from helpers.faults import FaultyS3, everything, publications
 from helpers.history import require_kept
 from helpers.ranks import RankGroup
@@ -194,7 +194,7 @@ def fill_and_watch(made: Plan, ballast: Path, said: io.StringIO, over: threading
     wait_until(lambda: any(isinstance(row, TrainRow) for row in read_journal(journal)), unless=over.is_set)
     deadline = monotonic() + PATIENCE_S
     try:
-        fill_the_disk_with(ballast)
+        fill(ballast)
         while len(set(counts[-LOOKS:])) > 1 or len(counts) < LOOKS or "No space left" not in said.getvalue():
             assert monotonic() < deadline
             assert not over.is_set()
@@ -204,13 +204,6 @@ def fill_and_watch(made: Plan, ballast: Path, said: io.StringIO, over: threading
         return counts, memory, [path.name for path in ballast.parent.rglob("*#*")], said.getvalue()
     finally:
         ballast.unlink()
-
-
-def fill_the_disk_with(ballast: Path) -> None:
-    """To its last byte."""
-    with ballast.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(4096))
 
 
 def memory_of_teachers() -> int:

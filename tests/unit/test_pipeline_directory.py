@@ -142,6 +142,7 @@ def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(t
     schedule = "learning rate {}, warm-up steps 5, then a cosine to 0 at step 10"
     both = f"steps 1 to 6: {schedule.format('0.003')}; steps 7 to 10: {schedule.format('0.001')}"
     assert f"| AdamW | {both} |" in model_card(last, "student", 10)
+    assert str(tiny_world.folder.parent) not in model_card(last, "student", 10)  # whose machine it was is nobody's business
     halfway = model_card(last, "student", 6)
     assert f"| AdamW | {schedule.format('0.003')} |" in halfway
     assert "| optimiser steps | 6 of 8 sequences |" in halfway

@@ -18,7 +18,7 @@ from stillhouse.report import summary as numbers
 from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, time_panel, training_panels
 from stillhouse.report.goodput import incidents, recoveries
 from stillhouse.report.summary import Summary, summarise, verdict
-from stillhouse.report.words import date, duration, large, num_bytes, percent, small, times
+from stillhouse.report.words import date, duration, large, num_bytes, percent, short_name, small, times
 from stillhouse.store.explain import explain
 from stillhouse.terminal import say
 from stillhouse.tracking import EvalRow, JournalReader, NewerRow, Row, StartRow, schedule_of, words_of
@@ -71,7 +71,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _page(summary: Summary, config: Mapping[str, Any], newer: str) -> str:
-    start = summary.start
+    student, teacher = (escape(short_name(name)) for name in (summary.start.student, summary.start.teacher))
     style = (files("stillhouse.report") / "report.css").read_text(encoding="utf-8")
     no_pace = "Nothing was produced and nothing trained in this run, so there is no pace to show."
     return f"""<!doctype html>
@@ -79,7 +79,7 @@ def _page(summary: Summary, config: Mapping[str, Any], newer: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(start.student)} from {escape(start.teacher)} · Stillhouse report</title>
+<title>{student} from {teacher} · Stillhouse report</title>
 <style>
 {style}</style>
 </head>
@@ -88,7 +88,7 @@ def _page(summary: Summary, config: Mapping[str, Any], newer: str) -> str:
 <header>
 <p class="kicker">Stillhouse report · {_status(summary)}</p>
 <h1>{escape(verdict(summary))}</h1>
-<p class="models">Teacher <b>{escape(start.teacher)}</b> → student <b>{escape(start.student)}</b> · begun {date(summary.first_time)}</p>
+<p class="models">Teacher <b>{teacher}</b> → student <b>{student}</b> · begun {date(summary.first_time)}</p>
 {_last_words(summary)}
 </header>
 {_tiles(summary)}
@@ -277,8 +277,8 @@ def _facts(summary: Summary, config: Mapping[str, Any]) -> str:
     ]
     loss = " + ".join(f"{weight} × {name}" for weight, name in terms if weight)
     facts = [
-        ("Teacher", start.teacher),
-        ("Student", start.student),
+        ("Teacher", short_name(start.teacher)),
+        ("Student", short_name(start.student)),
         ("Corpus", together(("", setting("corpus", "dataset")), ("", setting("corpus", "subset")), ("split", setting("corpus", "split")))),
         ("Sequences", f"{start.num_sequences:,} of {start.sequence_length:,} tokens, {start.num_targets:,} target tokens"),
         ("Chunks", f"{start.num_chunks:,}, of which this run computed {len(summary.chunks):,}"),

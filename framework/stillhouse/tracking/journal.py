@@ -45,6 +45,7 @@ class Journal:
 
         Raises StoreUnavailable while the disk is full, StoreError where it cannot be written for another reason: the journal is as before.
         """
+        assert row.kind in ROW_TYPES, f"{row} cannot be read back"
         stamped = scrubbed(row if row.time else replace(row, time=self.clock()))
         values = {"kind": row.kind, "time": stamped.time} | asdict(stamped)
         line = json.dumps({name: _finite_or_text(value) for name, value in values.items()}, allow_nan=False).encode()
