@@ -355,6 +355,8 @@ def test_targets_of_a_few_bytes_are_reported(tmp_path):
 def test_models_are_named_without_the_directories_above_them(tmp_path):
     start = replace(START, teacher="/home/ada/secret project/models/teacher", student="/home/ada/secret project/models/student")
     page = write_report(_run_dir(tmp_path, [start, *TRAINED])).read_text("utf-8")
+    data = {"corpus": {"dataset": "/home/ada/data/texts.jsonl"}}
+    assert "<td>data/texts.jsonl</td>" in write_report(_run_dir(tmp_path / "data", [START], data)).read_text("utf-8")
     assert "<title>models/student from models/teacher · Stillhouse report</title>" in page
     assert "Teacher <b>models/teacher</b> → student <b>models/student</b>" in page
     assert "secret project" not in page

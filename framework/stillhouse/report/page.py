@@ -37,15 +37,14 @@ def write_report(run_dir: Path) -> Path:
     summary = summarise(rows)
     if summary is None:
         raise UserError(f"{run_dir} has no run to report: its journal.jsonl is absent or empty; give the directory of a run that has begun")
-    newer = _newer(rows, reader.num_shortened)
-    if newer:
-        say(f"note: {newer}", error=True)
-    path = run_dir / "report.html"
+    path, newer = run_dir / "report.html", _newer(rows, reader.num_shortened)
     page = _page(summary, _config(run_dir / "config.json"), newer).encode()
     try:
         atomic.replace(path, page)
     except OSError as error:
         raise explain(error, doing="write report.html", url=str(run_dir)) from error
+    if newer:
+        say(f"note: {newer}", error=True)
     return path
 
 
@@ -276,10 +275,14 @@ def _facts(summary: Summary, config: Mapping[str, Any]) -> str:
         (setting("student", "ce_weight"), "cross-entropy"),
     ]
     loss = " + ".join(f"{weight} × {name}" for weight, name in terms if weight)
+    corpus = setting("corpus", "dataset")
     facts = [
         ("Teacher", short_name(start.teacher)),
         ("Student", short_name(start.student)),
-        ("Corpus", together(("", setting("corpus", "dataset")), ("", setting("corpus", "subset")), ("split", setting("corpus", "split")))),
+        (
+            "Corpus",
+            together(("", corpus and short_name(str(corpus))), ("", setting("corpus", "subset")), ("split", setting("corpus", "split"))),
+        ),
         ("Sequences", f"{start.num_sequences:,} of {start.sequence_length:,} tokens, {start.num_targets:,} target tokens"),
         ("Chunks", f"{start.num_chunks:,}, of which this run computed {len(summary.chunks):,}"),
         (
