@@ -106,7 +106,7 @@ def test_a_question_that_fails_once_is_asked_again() -> None:
 
 
 class FullJournal(ListTracker):
-    """A journal whose disk is full for the next few rows."""
+    """A journal whose disk is full for the next rows."""
 
     left: ClassVar[list[StoreUnavailable]] = []
 
@@ -118,7 +118,7 @@ class FullJournal(ListTracker):
 
 def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_written_down_later() -> None:
     board, journal = Board.create(), FullJournal()
-    FullJournal.left[:] = [StoreUnavailable("cannot append: No space left on device")] * 3
+    FullJournal.left[:] = [StoreUnavailable("cannot append: No space left on device")]
     found = Machines(board, journal, lambda _now: Notice("sigterm", time() + 300.0, "SIGTERM"))
     beat = Beat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1)
     found.start()
@@ -153,8 +153,10 @@ def test_what_other_machines_have_to_say_is_said_on_the_drivers_terminal(capsys:
 
 
 def test_a_driver_that_was_told_to_go_waits_for_room_until_its_time_is_over() -> None:
+    board = Board.create()
+
     def waits(*notices: Notice) -> None:
-        Machines(Board.create(), ListTracker(), lambda _now: next(iter(notices), None)).pause(0.0)
+        Machines(board, ListTracker(), lambda _now: next(iter(notices), None)).pause(0.0)
 
     waits()
     waits(Notice("sigterm", time() + 300.0, "SIGTERM"))
