@@ -102,6 +102,7 @@ class Coordinator:
         self._groups: dict[str, _Group] = {}
         self._verdict: StillhouseError | None = None
         self._finished = False
+        self._words: list[str] = []
 
     def record(self, row: Row) -> None:
         assert self._journal is not None
@@ -111,6 +112,13 @@ class Coordinator:
         if self._journal is not None:
             with suppress(StoreError):
                 self._journal.record(row)
+
+    def say(self, words: str) -> None:
+        self._words.append(words)
+
+    def words(self) -> list[str]:
+        words, self._words = self._words, []
+        return words
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         self._cursors[reader] = num_chunks
@@ -249,13 +257,22 @@ class Board:
     def record(self, row: Row) -> None:
         """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it cannot be written.
 
-        This process's secrets stay in it: the board does not know them.
+        While that disk is full it raises StoreUnavailable at once: the board, which all ask, does not wait. This process's secrets stay
+        in it: the board does not know them.
         """
         self._ask("record", scrubbed(row if row.time else replace(row, time=self.wall())))
 
     def mention(self, row: Row) -> None:
         """Have a row written down where there is a journal that can be written. Returns at once; nobody hears of a failure."""
         self._actor.mention.remote(scrubbed(row if row.time else replace(row, time=self.wall())))
+
+    def say(self, words: str) -> None:
+        """Have words said on the driver's terminal, where no row can say them. Returns at once."""
+        self._actor.say.remote(scrub(words))
+
+    def words(self) -> list[str]:
+        """For the driver, which alone asks: what has come in to be said."""
+        return self._ask("words")
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         """`reader` will never again need the first `num_chunks` chunks of the reading order. Returns at once."""

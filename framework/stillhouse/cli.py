@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted, 143
 """
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping
@@ -96,7 +97,8 @@ def init(
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}; name another file with --out") from None
     print(text, end="")
-    print(f"\nWritten to {out}. Next: `stillhouse check {out}`, then `stillhouse run {out}`.")
+    named = shlex.quote(str(out))
+    print(f"\nWritten to {out}. Next: `stillhouse check {named}`, then `stillhouse run {named}`.")
 
 
 @app.command()
@@ -107,7 +109,7 @@ def demo(
     quieten()
     from stillhouse import demo
 
-    demo.run_demo(run_dir, overrides or (), cache_dir=cache_dir())
+    demo.run_demo(run_dir, overrides or (), cache_dir=cache_dir(), command=typed())
 
 
 @app.command()
@@ -304,7 +306,8 @@ def _existing(run_dir: Path) -> "Plan":
 
 
 def _announce(run_dir: Path) -> None:
-    print(f"{run_dir / 'report.html'} tells the whole run; `stillhouse export {run_dir} OUT` writes the student as a Hugging Face model")
+    named = shlex.quote(str(run_dir))
+    print(f"{run_dir / 'report.html'} tells the whole run; `stillhouse export {named} OUT` writes the student as a Hugging Face model")
 
 
 def _print_scores(scores: "Mapping[ModelName, Scores]") -> None:

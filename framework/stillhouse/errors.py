@@ -41,6 +41,10 @@ class StoreError(UserError):
     """The store cannot be reached or written: wrong URL, missing permission, full disk."""
 
 
+class StoreUnavailable(StoreError):
+    """The store cannot be reached, is busy, or is full: the same call may succeed on another try."""
+
+
 class RunError(StillhouseError):
     """The run failed although its configuration was right."""
 

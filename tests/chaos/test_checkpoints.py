@@ -19,8 +19,8 @@ from helpers.mortals import Halt, Mortals
 from helpers.ranks import RankGroup
 from helpers.training import restored_through
 from helpers.world import TinyWorld
+from stillhouse.patience import Patience
 from stillhouse.store.blobs import Blobs
-from stillhouse.store.patience import Patience
 from stillhouse.student.checkpoint import Commit, newest, newest_step
 from stillhouse.student.job import TrainJob
 from stillhouse.student.writer import CheckpointWriter

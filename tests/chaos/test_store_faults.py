@@ -3,12 +3,12 @@
 Checkpoints have tests of their own.
 """
 
-import os
+import io
 import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -20,7 +20,7 @@ import pytest
 
 from helpers.chunks import make_chunk, small_recipe
 from helpers.command import as_toml, stillhouse
-from helpers.damage import flip_bit, places, small_disk, with_flipped_bit
+from helpers.damage import fill, flip_bit, places, small_disk, with_flipped_bit
 from helpers.faults import FaultyS3, everything, publications
 from helpers.history import require_kept
 from helpers.ranks import RankGroup
@@ -31,16 +31,16 @@ from stillhouse.board import Board
 from stillhouse.cluster import Secrets
 from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.errors import ChunkError, RecipeError, StillhouseError
+from stillhouse.patience import Patience
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since, config_of
 from stillhouse.placement import placement
 from stillhouse.store import Chunk, ChunkStore, Reader, readers, verify_store
-from stillhouse.store.patience import Patience
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import TeacherJob, publish_when_possible
 from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
-from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, read_journal
+from stillhouse.tracking import ChunkRow, EndRow, PoolRow, RecoveryRow, RepairRow, StallRow, TrainRow, read_journal
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]
 
@@ -48,6 +48,8 @@ PATIENCE_S = 240.0
 NUM_STEPS = 10
 LOOKS = 6  # at a full disk
 ONE_TEACHER = {"min_replicas": 1, "max_replicas": 1}
+WINDOW_BYTES = 40_000  # a few chunks: teachers stay near their student
+SHORT_STUDENT = {"max_steps": 30, "checkpoint_every_steps": 4}
 
 
 def wait_until(condition: Callable[[], object], *, unless: Callable[[], bool] = lambda: False) -> None:
@@ -153,44 +155,53 @@ def test_a_bit_flipped_anywhere_in_a_corpus_is_refused_by_name_or_mended(tiny_wo
 
 @dataclass(frozen=True)
 class FullDisk:
-    """A `produce` whose store was on a disk that was full for a while."""
+    """A run whose store, journal and checkpoints were on one disk, which was full for a while in the middle of it."""
 
-    made: Plan  # its store has moved to an ordinary disk since
+    made: Plan  # its store and its run directory have moved to an ordinary disk since
     published_when_full: list[int]  # chunks, each time that somebody looked
     teacher_bytes: list[int]  # of memory that is the teacher's own, at the same moments
     leftovers: list[str]
+    said: str  # on the terminal before there was room again
 
 
 @pytest.fixture(scope="module")
 def full_disk(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> FullDisk:
-    folder = tmp_path_factory.mktemp("full")
-    with small_disk(folder / "disk", num_bytes=256 << 10) as disk:
-        ballast = disk / "ballast"
-        made = tiny_world.plan(folder / "run", store={"url": str(disk / "store")}, teacher=ONE_TEACHER, student={"max_steps": NUM_STEPS})
-        store = ChunkStore.create(made.config.store.url, made.recipe)
-        ballast.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - 4 * 12288))  # room for a few chunks
-        with ThreadPoolExecutor(1) as threads:
-            watching = threads.submit(watch_until_nothing_comes, store, ballast)
-            pipeline.produce(made)
-            counts, memory, leftovers = watching.result(timeout=PATIENCE_S)
-        shutil.copytree(disk / "store", folder / "store")
+    folder, said, over = tmp_path_factory.mktemp("full"), io.StringIO(), threading.Event()
+    with small_disk(folder / "disk", num_bytes=64 << 20) as disk:
+        everything_on_it = {"store": {"url": str(disk / "store"), "window_bytes": WINDOW_BYTES}, "student": SHORT_STUDENT}
+        made = tiny_world.plan(disk / "run", teacher=ONE_TEACHER, **everything_on_it)
+        with ThreadPoolExecutor(1) as threads, redirect_stderr(said):
+            watching = threads.submit(fill_and_watch, made, disk / "ballast", said, over)
+            try:
+                pipeline.run(made)
+            finally:
+                over.set()
+            counts, memory, leftovers, words = watching.result(timeout=PATIENCE_S)
+        for name in ("store", "run"):
+            shutil.copytree(disk / name, folder / name)
     section = made.config.store.model_copy(update={"url": str(folder / "store")})
-    moved = replace(made, config=made.config.model_copy(update={"store": section}))
-    require_kept(read_journal(made.run_dir / "journal.jsonl"), store=ChunkStore(section.url, made.recipe))
-    return FullDisk(moved, counts[-LOOKS:], memory[-LOOKS:], leftovers)
+    moved = replace(made, config=made.config.model_copy(update={"store": section}), run_dir=folder / "run")
+    checkpoints = {"student": moved.jobs()[0].checkpoints}
+    require_kept(read_journal(moved.run_dir / "journal.jsonl"), store=ChunkStore(section.url, made.recipe), checkpoints=checkpoints)
+    return FullDisk(moved, counts[-LOOKS:], memory[-LOOKS:], leftovers, words)
 
 
-def watch_until_nothing_comes(store: ChunkStore, ballast: Path) -> tuple[list[int], list[int], list[str]]:
-    """Look at the store until nothing has been added to it for a while, then make room."""
+def fill_and_watch(made: Plan, ballast: Path, said: io.StringIO, over: threading.Event) -> tuple[list[int], list[int], list[str], str]:
+    """Once a step is trained, fill the disk; look until nothing comes any more and the terminal says why, then make room."""
+    store, journal = ChunkStore(made.config.store.url, made.recipe), made.run_dir / "journal.jsonl"
     counts: list[int] = []
     memory: list[int] = []
+    wait_until(lambda: any(isinstance(row, TrainRow) for row in read_journal(journal)), unless=over.is_set)
+    deadline = monotonic() + PATIENCE_S
     try:
-        wait_until(lambda: len(store.published()) >= 2)
-        while len(set(counts[-LOOKS:])) > 1 or len(counts) < LOOKS:
+        fill(ballast)
+        while len(set(counts[-LOOKS:])) > 1 or len(counts) < LOOKS or "No space left" not in said.getvalue():
+            assert monotonic() < deadline
+            assert not over.is_set()
             counts.append(len(store.published()))
             memory.append(memory_of_teachers())
             sleep(0.5)
-        return counts, memory, [path.name for path in ballast.parent.rglob("*#*")]
+        return counts, memory, [path.name for path in ballast.parent.rglob("*#*")], said.getvalue()
     finally:
         ballast.unlink()
 
@@ -220,6 +231,20 @@ def test_once_there_is_room_every_chunk_comes_once_and_none_was_given_up(full_di
     assert not any(row.duplicate for row in rows if isinstance(row, ChunkRow))
     assert {row.failures for row in rows if isinstance(row, PoolRow)} == {0}
     assert ChunkStore(made.config.store.url, made.recipe).published() == set(made.chunks)
+
+
+def test_a_run_with_everything_on_a_disk_that_is_full_waits_says_so_and_ends_with_the_undisturbed_losses(
+    full_disk: FullDisk, rank_groups: dict[int, RankGroup], tmp_path: Path
+) -> None:
+    made = full_disk.made
+    rows = read_journal(made.run_dir / "journal.jsonl")
+    assert "journal.jsonl" in full_disk.said
+    assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["done"]
+    assert not any(isinstance(row, RecoveryRow | StallRow) for row in rows)
+    assert (made.run_dir / "report.html").is_file()
+    undisturbed = rank_groups[1].call(train_and_tell, replace(made.jobs()[0], run_dir=tmp_path / "undisturbed"))[0]
+    steps = [(row.step, row.loss, row.grad_norm) for row in rows if isinstance(row, TrainRow)]
+    assert steps == [(row.step, row.loss, row.grad_norm) for row in undisturbed]
 
 
 # ---- a run directory and its store, damaged and repaired

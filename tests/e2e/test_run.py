@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -215,8 +217,9 @@ def as_toml_value(value: object) -> str:
 def asked_again(undisturbed: Plan, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Outcome]:
     """The finished run, in a copy of its directory, once more with another learning rate and without its control."""
     folder = tmp_path_factory.mktemp("again")
-    shutil.copytree(undisturbed.run_dir, folder / "run")
-    made = tiny_world.plan(folder / "run", store={"url": undisturbed.config.store.url}, student=STUDENT | {"learning_rate": 3e-5})
+    run_dir = folder / "run, again"
+    shutil.copytree(undisturbed.run_dir, run_dir)
+    made = tiny_world.plan(run_dir, store={"url": undisturbed.config.store.url}, student=STUDENT | {"learning_rate": 3e-5})
     (folder / "run.toml").write_text(as_toml(made))
     return made, stillhouse("train", folder / "run.toml", "--run-dir", made.run_dir, cache=folder / "cache")
 
@@ -233,6 +236,12 @@ def test_a_run_with_nothing_left_to_train_says_so_and_which_settings_had_no_effe
     assert isinstance(end, EndRow)
     assert (end.outcome, end.message, end.steps_taken, end.steps_done) == ("done", words, {}, {"student": 60})
     assert config_of(made.run_dir).student.learning_rate == 3e-5  # what was asked for last
+
+
+def test_the_command_that_exports_the_student_can_be_typed_as_it_is_shown(asked_again: tuple[Plan, Outcome]) -> None:
+    made, outcome = asked_again
+    (shown,) = re.findall(r"`(stillhouse export .*) OUT`", outcome.out)
+    assert shlex.split(shown) == ["stillhouse", "export", str(made.run_dir)]
 
 
 def test_report_and_model_card_say_what_was_trained(asked_again: tuple[Plan, Outcome], tmp_path: Path) -> None:

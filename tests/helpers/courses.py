@@ -35,12 +35,12 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Disk, Recorder, Unsynced
 from stillhouse.atomic import Buffer, FileLayer
 from stillhouse.errors import CheckpointError, StillhouseError
+from stillhouse.patience import Patience, insist
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Lease, release, renew, take_over
 from stillhouse.store import Chunk, ChunkStore, Reader, StoreUnavailable
 from stillhouse.store.blobs import Blobs, ObjectLayer
 from stillhouse.store.chunks import ChunkMissing
-from stillhouse.store.patience import Patience, insist
 from stillhouse.store.readers import commit, join, registered
 from stillhouse.student.checkpoint import Choice, Commit, choose, part_of, set_aside, tag_of, verify
 from stillhouse.student.fence import require_owner

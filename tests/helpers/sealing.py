@@ -1,8 +1,12 @@
-"""Files of a store with checksums that are right whatever they hold, written from docs/format.md alone: nothing here imports stillhouse."""
+"""Files of a store and lines of a journal with checksums that are right whatever they hold: nothing here imports stillhouse.
+
+Those of a store are written from docs/format.md alone.
+"""
 
 import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +23,12 @@ Arrays = dict[str, np.ndarray]  # by the tensors' names; row_xxh3 is computed
 
 def canonical(values: Any) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def sealed_line(**values: Any) -> bytes:
+    """A line of a journal."""
+    line = json.dumps(values).encode()
+    return line[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(line)
 
 
 def metadata_of(recipe: dict[str, Any], number: int) -> dict[str, Any]:

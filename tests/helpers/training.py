@@ -15,8 +15,8 @@ from helpers.checkpoints import ORIGIN
 from stillhouse.board import Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
 from stillhouse.models import final_hidden, head_of, load_model
+from stillhouse.patience import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
-from stillhouse.store.patience import Patience
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
@@ -93,6 +93,27 @@ def train_and_tell(job: TrainJob) -> list[TrainRow]:
     tracker = ListTracker()
     train(job, device=CPU, journal=tracker, lifeline=Alone())
     return [row for row in tracker.rows if isinstance(row, TrainRow)]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseTracker:
+    """A tracker that keeps in which phase its rank is whenever a step's row is recorded."""
+
+    lifeline: Alone
+    phases: list[object] = field(default_factory=list)
+
+    def record(self, row: Row) -> None:
+        if isinstance(row, TrainRow):
+            *_, (_, _, phase) = (each for each in self.lifeline.told if each[0] == "at")
+            self.phases.append(phase)
+
+
+def phases_at_rows(job: TrainJob) -> list[object]:
+    """Train the job; the phase that this rank is in as it records each step."""
+    lifeline = Alone()
+    tracker = PhaseTracker(lifeline)
+    train(job, device=CPU, journal=tracker, lifeline=lifeline)
+    return tracker.phases
 
 
 def refusal_of(job: TrainJob) -> str:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from helpers.ranks import RankGroup
-from helpers.training import first_gradients, loss_of_step, train_and_tell, train_until_told, with_student
+from helpers.training import first_gradients, loss_of_step, phases_at_rows, train_and_tell, train_until_told, with_student
 from helpers.world import TinyWorld
-from stillhouse.board import Summons
+from stillhouse.board import Beat, Heard, Summons
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.store.blobs import Blobs
@@ -18,6 +18,7 @@ from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.export import export
 from stillhouse.student.fence import owner_key
 from stillhouse.student.job import TrainJob
+from stillhouse.student.watchdog import stalled
 from stillhouse.tracking import CheckpointRow, TrainRow
 
 Ranks = dict[int, RankGroup]
@@ -74,6 +75,14 @@ def test_a_group_that_is_told_to_leave_commits_first_whatever_its_clock_shows(jo
     assert not theirs_done
     assert [row.step for row in rows if isinstance(row, TrainRow)] == [1, 2, 3]
     assert [row.step for row in rows if isinstance(row, CheckpointRow)] == [3]
+
+
+def test_a_rank_whose_row_waits_for_room_is_not_taken_for_one_that_hangs(job: TrainJob, rank_groups: Ranks, tmp_path: Path) -> None:
+    phases = rank_groups[1].call(phases_at_rows, replace(job, total_steps=3, run_dir=tmp_path))[0]
+    assert len(phases) == 3
+    for phase in phases:
+        waiting = Beat("student", 0, 1, "here", pid=1, step=3, phase=phase, phase_s=1000.0)
+        assert stalled([Heard(waiting, ago_s=1.0)], patience_s=60.0) is None
 
 
 @pytest.fixture(scope="module")

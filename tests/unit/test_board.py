@@ -10,9 +10,10 @@ from time import time
 
 import pytest
 
+from helpers.damage import fill, small_disk
 from helpers.processes import kill_one
 from stillhouse.board import Beat, Board, Coordinator, News, Past, Summons
-from stillhouse.errors import StoreError, StudentError
+from stillhouse.errors import StoreError, StoreUnavailable, StudentError
 from stillhouse.notices import Notice
 from stillhouse.redaction import know
 from stillhouse.tracking import DamagedRow, OutageRow, read_journal
@@ -172,6 +173,18 @@ def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(t
     assert row.time == pytest.approx(time(), abs=60)
     with pytest.raises(StoreError, match=r"cannot append to .*absent"):
         Board.create(tmp_path / "absent" / "journal.jsonl").record(DamagedRow("student", "another"))
+
+
+def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once(tmp_path: Path):
+    with small_disk(tmp_path / "disk", num_bytes=64 << 10) as disk:
+        board = Board.create(disk / "journal.jsonl")
+        fill(disk / "ballast")
+        with pytest.raises(StoreUnavailable, match="No space left"):
+            board.record(DamagedRow("student", "a checkpoint"))
+        assert board.beat(beat("meanwhile")) is None
+        (disk / "ballast").unlink()
+        board.record(DamagedRow("student", "a checkpoint"))
+        assert [row.problem for row in read_journal(disk / "journal.jsonl") if isinstance(row, DamagedRow)] == ["a checkpoint"]
 
 
 def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobody_where_it_cannot(board: Board, tmp_path: Path):

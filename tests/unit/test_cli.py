@@ -129,6 +129,10 @@ def test_init_writes_a_config_that_loads_and_never_overwrites_one():
     written = Path("distil.toml").read_text()
     assert written in first.out
     assert load_config(["distil.toml"]).teacher.model == "owner/teacher"
+    assert (
+        "`stillhouse check 'my run.toml'`, then `stillhouse run 'my run.toml'`"
+        in stillhouse("init", "a", "b", "c", "--out", "my run.toml").out
+    )
     assert_mistake(stillhouse("init", "a", "b", "c"), "distil.toml exists already", "--out")
     assert Path("distil.toml").read_text() == written
     assert stillhouse("init", "a", "b", "c", "--out", "other.toml").code == 0

@@ -1,7 +1,9 @@
 """The demo makes its models from the training split alone, whole or not at all, and they open as any Hugging Face model does."""
 
+import html
 import io
 import math
+import shutil
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +31,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.models import check_head, check_packing, check_same_ids, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
+from stillhouse.report import write_report
 
 CORPUS = CorpusSection(dataset="stdlib", sequence_length=32, max_documents=12, heldout_sequences=16)
 SIZES = Sizes(
@@ -154,6 +157,17 @@ def test_a_second_demo_does_not_make_models_beside_the_first(tmp_path: Path) -> 
     with locked(tmp_path, Holder.here("stillhouse demo", tmp_path, now=0.0)), pytest.raises(ConfigError, match=f"{tmp_path} is in use by"):
         run_demo(tmp_path, cache_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_was_typed_is_what_the_report_says_to_run_again(made: Made, tmp_path: Path) -> None:
+    """It needs more processors than there are, so that it ends before anything is started."""
+    shutil.copytree(made.directory, tmp_path / "models")
+    corpus = [f"corpus.{name} = {getattr(CORPUS, name)!r}" for name in ("sequence_length", "max_documents", "heldout_sequences")]
+    typed = "stillhouse demo --run-dir 'somewhere else'"
+    with pytest.raises(ConfigError, match="CPU"):
+        run_demo(tmp_path, [*corpus, "teacher.num_cpus = 1000.0"], cache_dir=made.cache_dir, command=typed)
+    assert f'<pre class="command">{html.escape(typed)}</pre>' in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_the_config_in_the_package_is_the_one_in_the_repository_and_its_models_are_where_the_demo_writes_them() -> None:

@@ -1,20 +1,25 @@
 """A run directory that is used again."""
 
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 
 from helpers.checkpoints import make
+from helpers.damage import fill, small_disk
 from helpers.world import TinyWorld
-from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError, StoreError
+from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError, RunError, StoreError, StoreUnavailable
 from stillhouse.pipeline import Plan, train
 from stillhouse.pipeline.attempt import attempt, learning_attempt
 from stillhouse.pipeline.card import model_card
+from stillhouse.pipeline.directory import claim
 from stillhouse.store import ChunkStore
 from stillhouse.store.readers import join, registered
-from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, read_journal
+from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, WaitRow, read_journal
 
 
 def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: TinyWorld, tmp_path: Path) -> None:
@@ -105,6 +110,51 @@ def test_the_end_row_counts_the_steps_of_its_attempt_and_of_all(tiny_world: Tiny
     assert [row.committed_steps for row in starts] == [{"student": 0}, {"student": 4}, {}]
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", num_bytes=256 << 10) as disk:
+        yield disk
+
+
+@contextmanager
+def attempt_on_a_full_disk(made: Plan, disk: Path) -> Iterator[None]:
+    """One whose journal finds no room any more once it has begun."""
+    with attempt(made, "stillhouse run") as journal:
+        fill(disk / "ballast")
+        with suppress(StoreError):
+            while True:  # what is left of its last block
+                journal.record(WaitRow(""))
+        yield
+
+
+def test_a_full_disk_neither_hides_nor_delays_the_end_of_a_command_that_is_stopped(tiny_world: TinyWorld, disk: Path) -> None:
+    made = plan_of(tiny_world, disk)
+    for why in (KeyboardInterrupt("it"), InterruptedRunError("it"), RunError("it")):
+        began = monotonic()
+        with pytest.raises(type(why), match="it"), attempt_on_a_full_disk(made, disk):
+            raise why
+        assert monotonic() - began < 60.0  # and not half an hour
+        (disk / "ballast").unlink()
+    assert not any(isinstance(row, EndRow) for row in journal_of(made))
+
+
+def test_the_end_row_of_a_run_that_is_done_waits_for_room(tiny_world: TinyWorld, disk: Path) -> None:
+    made = plan_of(tiny_world, disk)
+    with attempt_on_a_full_disk(made, disk):
+        room = threading.Timer(1.0, (disk / "ballast").unlink)
+        room.start()
+    room.join()
+    assert [row.outcome for row in journal_of(made) if isinstance(row, EndRow)] == ["done"]
+
+
+def test_a_run_that_cannot_write_down_what_is_asked_says_what_is_in_its_way(tiny_world: TinyWorld, disk: Path) -> None:
+    made = plan_of(tiny_world, disk)
+    made.run_dir.mkdir()
+    fill(disk / "ballast")
+    with pytest.raises(StoreUnavailable, match=r"cannot write config\.json and recipe\.json in .*run: .*free some space"):
+        claim(made)
+
+
 def test_an_attempt_with_nothing_left_to_train_names_the_settings_that_had_no_effect(
     tiny_world: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +192,7 @@ def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(t
     schedule = "learning rate {}, warm-up steps 5, then a cosine to 0 at step 10"
     both = f"steps 1 to 6: {schedule.format('0.003')}; steps 7 to 10: {schedule.format('0.001')}"
     assert f"| AdamW | {both} |" in model_card(last, "student", 10)
+    assert str(tiny_world.folder.parent) not in model_card(last, "student", 10)  # whose machine it was is nobody's business
     halfway = model_card(last, "student", 6)
     assert f"| AdamW | {schedule.format('0.003')} |" in halfway
     assert "| optimiser steps | 6 of 8 sequences |" in halfway

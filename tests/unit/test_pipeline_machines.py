@@ -11,11 +11,11 @@ import pytest
 from helpers.processes import kill_one
 from helpers.training import ListTracker
 from stillhouse.board import Beat, Board
-from stillhouse.errors import HeadGoneError, InterruptedRunError
+from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.notices import Notice
 from stillhouse.pipeline import machines
 from stillhouse.pipeline.machines import Machines, watched_machines
-from stillhouse.tracking import NoticeRow
+from stillhouse.tracking import NoticeRow, Row
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -103,6 +103,65 @@ def test_a_question_that_fails_once_is_asked_again() -> None:
     finally:
         found.stop()
     assert FailsOnce.failures == []
+
+
+class FullJournal(ListTracker):
+    """A journal whose disk is full for the next rows."""
+
+    left: ClassVar[list[StoreUnavailable]] = []
+
+    def record(self, row: Row) -> None:
+        if self.left:
+            raise self.left.pop()
+        super().record(row)
+
+
+def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_written_down_later() -> None:
+    board, journal = Board.create(), FullJournal()
+    FullJournal.left[:] = [StoreUnavailable("cannot append: No space left on device")]
+    found = Machines(board, journal, lambda _now: Notice("sigterm", time() + 300.0, "SIGTERM"))
+    beat = Beat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1)
+    found.start()
+    try:
+        deadline = monotonic() + PATIENCE_S
+        while (summons := board.beat(beat)) is None:
+            assert monotonic() < deadline
+            sleep(0.05)
+        while not journal.rows:
+            assert monotonic() < deadline
+            sleep(0.05)
+    finally:
+        found.stop()
+    assert summons.cause == "stop"
+    assert [(row.source, row.node) for row in journal.rows if isinstance(row, NoticeRow)] == [("sigterm", "driver")]
+
+
+def test_what_other_machines_have_to_say_is_said_on_the_drivers_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    board, said = Board.create(), ""
+    found = Machines(board, ListTracker(), lambda _now: None)
+    board.say("student, rank 0 has waited for 5 s: the disk is full")
+    found.start()
+    try:
+        deadline = monotonic() + PATIENCE_S
+        while not said:
+            assert monotonic() < deadline
+            said += capsys.readouterr().err
+            sleep(0.05)
+    finally:
+        found.stop()
+    assert said == "student, rank 0 has waited for 5 s: the disk is full\n"
+
+
+def test_a_driver_that_was_told_to_go_waits_for_room_until_its_time_is_over() -> None:
+    board = Board.create()
+
+    def waits(*notices: Notice) -> None:
+        Machines(board, ListTracker(), lambda _now: next(iter(notices), None)).pause(0.0)
+
+    waits()
+    waits(Notice("sigterm", time() + 300.0, "SIGTERM"))
+    with pytest.raises(InterruptedRunError):
+        waits(Notice("sigterm", time() - 1.0, "SIGTERM"))
 
 
 def test_a_driver_whose_head_ended_by_the_same_sigterm_was_told_to_go() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stillhouse.errors import UserError
+from helpers.damage import fill, small_disk
+from helpers.sealing import sealed_line
+from stillhouse.errors import StoreUnavailable, UserError
 from stillhouse.report import write_report
 from stillhouse.report.figures import training_panels
 from stillhouse.report.summary import Interval, Summary, data_waits, per_second, summarise, teacher_tokens, verdict, window_waits
@@ -322,6 +324,43 @@ def test_a_journal_cut_off_in_a_line_is_reported(tmp_path):
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"kind": "train", "ti')
     assert "Training stands at step 3 of 10" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_what_a_later_version_wrote_is_left_out_and_said(tmp_path, capsys):
+    _run_dir(tmp_path, [START, *TRAINED])
+    with (tmp_path / "journal.jsonl").open("ab") as file:
+        file.write(sealed_line(kind="weather", time=1090.0) * 2 + sealed_line(kind="repair", time=1091.0, chunk=3, mood="glad"))
+    words = "2 rows of a newer version left out; 1 row shown without values of a newer version"
+    assert f"Of the journal: {words}." in _Text(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert capsys.readouterr().err == f"note: {words}\n"
+    _run_dir(tmp_path / "without", [START, *TRAINED])
+    assert "newer version" not in write_report(tmp_path / "without").read_text(encoding="utf-8")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_report_for_which_there_is_no_room_says_so(tmp_path):
+    with small_disk(tmp_path / "disk", num_bytes=64 << 10) as disk:
+        _run_dir(disk, [START, *TRAINED])
+        fill(disk / "ballast")
+        with pytest.raises(StoreUnavailable, match=r"cannot write report\.html in .*free some space"):
+            write_report(disk)
+        assert not (disk / "report.html").exists()
+
+
+def test_targets_of_a_few_bytes_are_reported(tmp_path):
+    text = _Text(write_report(_run_dir(tmp_path, [replace(START, num_targets=2, bytes_per_token=66), *TRAINED])).read_text("utf-8")).text
+    assert "66 132 B 1.0" in text.replace("\N{NARROW NO-BREAK SPACE}", " ")
+
+
+def test_models_are_named_without_the_directories_above_them(tmp_path):
+    start = replace(START, teacher="/home/ada/secret project/models/teacher", student="/home/ada/secret project/models/student")
+    page = write_report(_run_dir(tmp_path, [start, *TRAINED])).read_text("utf-8")
+    data = {"corpus": {"dataset": "/home/ada/data/texts.jsonl"}}
+    assert "<td>data/texts.jsonl</td>" in write_report(_run_dir(tmp_path / "data", [START], data)).read_text("utf-8")
+    assert "<title>models/student from models/teacher · Stillhouse report</title>" in page
+    assert "Teacher <b>models/teacher</b> → student <b>models/student</b>" in page
+    assert "secret project" not in page
+    assert "acme/teacher" in write_report(_run_dir(tmp_path / "hub", [START, *TRAINED])).read_text("utf-8")
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

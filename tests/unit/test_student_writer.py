@@ -12,8 +12,8 @@ from helpers.checkpoints import ORIGIN, snapshot_of, write_files
 from helpers.rangeserver import RangeServer, Refusal
 from helpers.s3 import s3_environment
 from stillhouse.errors import CheckpointError, StoreError
+from stillhouse.patience import Patience
 from stillhouse.store import StoreUnavailable
-from stillhouse.store.patience import Patience
 from stillhouse.student.checkpoint import Commit, Origin, folder_of, newest, part_of
 from stillhouse.student.snapshot import HostMemory, Snapshot
 from stillhouse.student.writer import CheckpointWriter

@@ -1,5 +1,6 @@
 """Promises of the journal and its views."""
 
+import errno
 import io
 import json
 import multiprocessing
@@ -17,8 +18,10 @@ import pytest
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
+from helpers.sealing import sealed_line
+from stillhouse.atomic import Buffer, SystemFiles
 from stillhouse.config import TrackingSection
-from stillhouse.errors import RunError, StoreError
+from stillhouse.errors import RunError, StoreError, StoreUnavailable
 from stillhouse.tracking import (
     CheckpointRow,
     ChunkRow,
@@ -28,8 +31,10 @@ from stillhouse.tracking import (
     EvalRow,
     Journal,
     JournalReader,
+    NewerRow,
     NoticeRow,
     OutageRow,
+    PatientTracker,
     PoolRow,
     ProgressView,
     RecoveryRow,
@@ -196,6 +201,55 @@ def test_a_figure_that_a_row_may_lack_may_be_missing_from_a_line_without_a_check
     assert read_journal(path) == [TRAIN]
 
 
+NEWER = {"kind": "weather", "time": 1012.0, "mood": {"of": ["the", 7, None]}}
+
+
+def test_rows_and_values_of_a_later_version_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).record(START)
+    with path.open("ab") as file:
+        file.write(sealed_line(**NEWER) + sealed_line(kind="pool", temperature=41.5, **asdict(POOL)))
+    Journal(path).record(TRAIN)
+    reader = JournalReader(path)
+    assert reader.new_rows() == [START, NewerRow("weather", time=1012.0), POOL, TRAIN]
+    assert reader.num_shortened == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps(NEWER).encode() + b"\n",  # nothing shows that it is as it was written
+        sealed_line(**NEWER).replace(b"weather", b"wether!"),
+        sealed_line(kind="weather"),  # when?
+        sealed_line(kind="pool", published=3),  # every version writes the others, too
+        sealed_line(kind="repair", time=1.0, chunk="3"),
+    ],
+    ids=["no checksum", "damaged", "no time", "too few values", "another type"],
+)
+def test_a_line_is_not_taken_for_one_of_a_later_version_where_it_is_damaged(tmp_path, line):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).record(START)
+    with path.open("ab") as file:
+        file.write(line)
+    with pytest.raises(RunError, match="line 2 of "):
+        read_journal(path)
+
+
+def test_a_line_without_a_checksum_is_refused_behind_one_that_has_one(tmp_path):
+    """Whoever follows the journal knows it, too."""
+    path = tmp_path / "journal.jsonl"
+    bare = [json.dumps({"kind": row.kind, **asdict(row)}) + "\n" for row in (START, POOL)]
+    path.write_text(bare[0])
+    reader = JournalReader(path)
+    Journal(path).record(TRAIN)
+    assert reader.new_rows() == [START, TRAIN]  # an earlier version began this journal
+    with path.open("a") as file:
+        file.write(bare[1])
+    for look in (reader.new_rows, lambda: read_journal(path)):
+        with pytest.raises(RunError, match=r"line 3 of .*it has no checksum, and lines before it have one"):
+            look()
+
+
 def test_a_bit_flipped_in_a_line_is_found_wherever_it_is(tmp_path):
     path = tmp_path / "journal.jsonl"
     Journal(path).record(START)
@@ -236,7 +290,7 @@ def test_a_reader_hands_out_each_row_once_as_soon_as_it_is_whole(tmp_path):
     assert reader.new_rows() == []
     journal.record(START)
     assert reader.new_rows() == [START]
-    line = json.dumps({"kind": "pool", **asdict(POOL)}) + "\n"
+    line = sealed_line(kind="pool", **asdict(POOL)).decode()
     with journal.path.open("a") as file:
         file.write(line[:30])
         file.flush()
@@ -270,6 +324,77 @@ def test_processes_append_to_one_journal_without_mixing_their_lines(tmp_path):
 def test_a_journal_that_cannot_be_written_says_so(tmp_path):
     with pytest.raises(StoreError, match="cannot append"):
         Journal(tmp_path / "absent" / "journal.jsonl").record(START)
+
+
+class FullDisk(SystemFiles):
+    """A disk that is full for the next so many writes, or syncs; a write that is refused gets as far as its first bytes."""
+
+    def __init__(self, *, writes: int = 0, syncs: int = 0, error: int = errno.ENOSPC) -> None:
+        self._left, self._error = {"write": writes, "sync": syncs}, error
+
+    def write(self, descriptor: int, data: Buffer) -> None:
+        if self._left["write"]:
+            super().write(descriptor, bytes(data)[:7])
+        self._refuse("write")
+        super().write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        self._refuse("sync")
+        super().sync(descriptor)
+
+    def _refuse(self, call: str) -> None:
+        if self._left[call]:
+            self._left[call] -= 1
+            raise OSError(self._error, os.strerror(self._error))
+
+
+class StandingClock:
+    """A clock that stands still but for pauses."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def _patient(journal: Journal, clock: StandingClock, told: list[str]) -> PatientTracker:
+    return PatientTracker(tracker=journal, tell=lambda _, why: told.append(why), pause=clock.pause, clock=clock, wall=clock)
+
+
+@pytest.mark.parametrize("call", ["writes", "syncs"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_row_waits_while_the_disk_is_full_and_comes_once_behind_what_others_wrote_meanwhile(tmp_path, call, error):
+    path, clock, told = tmp_path / "journal.jsonl", StandingClock(), list[str]()
+    journal = Journal(path, files=FullDisk(**{call: 12}, error=error))
+    Journal(path).record(START)
+    whole = path.read_bytes()
+    with pytest.raises(StoreUnavailable, match=r"journal\.jsonl: .*; make room"):
+        journal.record(TRAIN)
+    assert path.read_bytes() == whole
+    Journal(path).record(POOL)
+    _patient(journal, clock, told).record(replace(TRAIN, time=0.0))
+    assert read_journal(path) == [START, POOL, replace(TRAIN, time=1000.0)]  # when it happened
+    assert 1005.0 < clock.now < 1060.0
+    (why,) = told
+    assert str(path) in why
+
+
+def test_a_row_that_finds_no_room_for_half_an_hour_is_given_up(tmp_path):
+    path, clock = tmp_path / "journal.jsonl", StandingClock()
+    with pytest.raises(StoreUnavailable, match="after 1800 s of waiting it is given up"):
+        _patient(Journal(path, files=FullDisk(writes=10**6)), clock, []).record(TRAIN)
+    assert read_journal(path) == []
+
+
+def test_a_journal_that_may_not_be_written_is_not_waited_for(tmp_path):
+    clock = StandingClock()
+    with pytest.raises(StoreError, match="give write access"):
+        _patient(Journal(tmp_path / "journal.jsonl", files=FullDisk(writes=1, error=errno.EACCES)), clock, []).record(TRAIN)
+    assert clock.now == 1000.0
 
 
 def test_a_run_that_has_not_begun_has_no_rows(tmp_path):
@@ -369,15 +494,16 @@ def test_the_wandb_file_holds_what_the_journal_holds(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_wandb_id_and_its_rows_keep_their_numbers(tmp_path):
-    before = ROWS[:5]
+    """Those of a later version, which are left out, keep theirs."""
+    before = [*ROWS[:4], NewerRow("weather", time=1009.0), TRAIN]
     after = [replace(START, attempt=2), replace(TRAIN, step=1), replace(TRAIN, step=2)]
     _mirror(tmp_path, before)
     first, second = (_wandb_records(path) for path in _mirror(tmp_path, [*before, *after]))
     runs = [record.run for records in (first, second) for record in records if record.WhichOneof("record_type") == "run"]
     assert [run.run_id for run in runs] == ["7e57ed01"] * 2
     assert all(run.resume for run in runs)
-    assert [row["_step"] for row in _history(first)] == list(range(5))
-    assert [row["_step"] for row in _history(second)] == list(range(8))
+    assert [row["_step"] for row in _history(first)] == [0, 1, 2, 3, 5]
+    assert [row["_step"] for row in _history(second)] == [0, 1, 2, 3, 5, 6, 7, 8]
     assert [row["attempt"] for row in _history(second) if "attempt" in row] == [1, 2]
 
 

@@ -3,15 +3,15 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import Literal
 
 from rich.console import Console
 
-from stillhouse.errors import InterruptedRunError, RunError
+from stillhouse.errors import InterruptedRunError, RunError, StoreError
 from stillhouse.pipeline.directory import claim, leave_former_place, require_same_run
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Owner, locked, owned
@@ -20,7 +20,18 @@ from stillhouse.store import ChunkStore
 from stillhouse.store.blobs import Blobs
 from stillhouse.store.probe import require_create_only
 from stillhouse.student.checkpoint import newest_step
-from stillhouse.tracking import EndRow, Journal, JournalReader, ProgressView, StartRow, TrainRow, WandbView, nothing_left
+from stillhouse.tracking import (
+    EndRow,
+    Journal,
+    JournalReader,
+    PatientTracker,
+    ProgressView,
+    StartRow,
+    Tracker,
+    TrainRow,
+    WandbView,
+    nothing_left,
+)
 
 _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
@@ -31,7 +42,7 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     """Use the run directory without training: lock it, write down what is asked, journal start and end, and show the journal.
 
     Raises RecipeError where the directory belongs to another run, and ConfigError where another command is using it; a command that is
-    refused leaves config.json, recipe.json and the journal as they are.
+    refused leaves config.json, recipe.json and the journal as they are. The journal does not wait for room, as `patient` makes it do.
     """
     with locked(plan.run_dir, Holder.here(command, plan.run_dir, now=time())):
         require_same_run(plan)
@@ -56,6 +67,16 @@ def learning_attempt(plan: Plan, command: str, *, require: Callable[[], None] = 
                 yield journal, owner
 
 
+def patient(journal: Tracker, *, pause: Callable[[float], None] = sleep) -> PatientTracker:
+    """The journal as a tracker that waits while its disk is full, and says so on the terminal. `pause` may raise to end a wait."""
+    return PatientTracker(tracker=journal, tell=tell_of_wait, pause=pause)
+
+
+def tell_of_wait(seconds: float, why: str) -> None:
+    """Say on the terminal what the run waits for."""
+    _say(f"the run has waited for {seconds:.0f} s: {why}")
+
+
 def _say(words: str) -> None:
     Console(stderr=True, soft_wrap=True).print(words, markup=False, highlight=False)
 
@@ -75,7 +96,7 @@ def _journalled(plan: Plan, command: str, *, committed: Mapping[str, int]) -> It
     reader = JournalReader(journal.path)
     earlier = reader.new_rows()
     start = _start_row(plan, command, sum(isinstance(row, StartRow) for row in earlier) + 1, committed)
-    journal.record(start)
+    patient(journal).record(start)
     idle = nothing_left(earlier, start)
     if idle:
         _say(idle)
@@ -119,9 +140,12 @@ class _Ending:
             steps = []  # a damaged journal must not hide what ended the attempt
         taken = dict(Counter[str](row.role for row in steps))
         done = dict(self._committed) | {row.role: row.step for row in steps}
-        if outcome == "done" and not taken:
-            message = self._idle
-        self._journal.record(EndRow(outcome, monotonic() - self._began, message, taken, done))
+        seconds = monotonic() - self._began
+        if outcome == "done":
+            patient(self._journal).record(EndRow(outcome, seconds, "" if taken else self._idle, taken, done))
+            return
+        with suppress(StoreError):  # a full disk neither hides what ended the attempt, nor keeps it waiting
+            self._journal.record(EndRow(outcome, seconds, message, taken, done))
 
 
 def _views(plan: Plan) -> list[ProgressView | WandbView]:

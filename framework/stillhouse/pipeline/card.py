@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from stillhouse.pipeline.plan import Plan
+from stillhouse.report.words import short_name
 from stillhouse.tracking import EvalRow, Role, Row, read_journal, stretches, words_of
 
 
@@ -15,7 +16,7 @@ def model_card(plan: Plan, role: Role, steps: int) -> str:
     lesson = (
         "the text alone"
         if role == "control"
-        else f"the top {recipe.k} log-probabilities of {config.teacher.model} and {_rest(recipe.num_draws)}"
+        else f"the top {recipe.k} log-probabilities of {short_name(config.teacher.model)} and {_rest(recipe.num_draws)}"
     )
     schedule = words_of(stretches(rows, role, until=steps)) or "not in the run's journal"
     lines = [
@@ -30,9 +31,9 @@ def model_card(plan: Plan, role: Role, steps: int) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| student | {config.student.model} (from {config.student.init}) |",
-        f"| teacher | {config.teacher.model}, {config.teacher.dtype} |",
-        f"| data | {config.corpus.dataset}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
+        f"| student | {short_name(config.student.model)} (from {config.student.init}) |",
+        f"| teacher | {short_name(config.teacher.model)}, {config.teacher.dtype} |",
+        f"| data | {short_name(config.corpus.dataset)}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
         f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, plus {config.student.ce_weight:g} of cross-entropy |",
         f"| optimiser steps | {steps:,} of {config.student.global_batch_sequences} sequences |",
         f"| AdamW | {schedule} |",

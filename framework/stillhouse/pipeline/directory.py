@@ -17,6 +17,7 @@ from stillhouse.config import Config, StudentSection, parse_config, resolved_jso
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore, differences, parse_recipe
+from stillhouse.store.explain import explain
 from stillhouse.store.readers import leave, reader_name
 from stillhouse.student.job import where_it_goes_on
 
@@ -100,10 +101,13 @@ def require_same_run(plan: Plan) -> None:
 
 
 def claim(plan: Plan) -> Config | None:
-    """Write down what is asked for. Returns the config that the directory was last used with."""
+    """Write down what is asked for. Returns the config that the directory was last used with. Raises StoreError where there is no room."""
     before = config_of(plan.run_dir) if (plan.run_dir / "config.json").exists() else None
-    atomic.replace(plan.run_dir / "recipe.json", plan.recipe.canonical_json())
-    atomic.replace(plan.run_dir / "config.json", _sealed(plan.config))
+    try:
+        atomic.replace(plan.run_dir / "recipe.json", plan.recipe.canonical_json())
+        atomic.replace(plan.run_dir / "config.json", _sealed(plan.config))
+    except OSError as error:
+        raise explain(error, doing="write config.json and recipe.json", url=str(plan.run_dir)) from error
     return before
 
 

@@ -6,13 +6,14 @@ Machines speak through the board, Ray says which nodes it drains, and a SIGTERM 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from time import monotonic, time
+from time import monotonic, sleep, time
 
 from stillhouse.board import Board, Summons
 from stillhouse.cluster import drain, draining
-from stillhouse.errors import HeadGoneError, InterruptedRunError
+from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.head import HeadIsGone
 from stillhouse.notices import Ask, Notice, sigterm
+from stillhouse.terminal import say
 from stillhouse.tracking import NoticeRow, Role, Tracker
 
 _LOOK_EVERY_S = 1.0
@@ -25,8 +26,10 @@ class Machines:
     """The run's machines, as far as their end is announced."""
 
     def __init__(self, board: Board, journal: Tracker, terminated: Ask) -> None:
+        """`journal` must not wait: a row for which it raises StoreUnavailable is kept, and recorded later."""
         self._board, self._journal, self._terminated = board, journal, terminated
         self.known: dict[str, Notice] = {}
+        self._unwritten: list[NoticeRow] = []
         self._told_at: float | None = None
         self._seconds_left = 0.0  # then
         self._stopped = threading.Event()
@@ -43,6 +46,13 @@ class Machines:
             return False
         return not any(heard.ago_s < _SILENT_S for role in _ROLES for heard in self._board.heard(role))
 
+    def pause(self, seconds: float) -> None:
+        """Sleep, for who waits for room. Raises InterruptedRunError once a driver that was told to go has no time left."""
+        sleep(seconds)
+        end = self._terminated(time())
+        if end is not None and time() >= end.deadline:
+            self.require_driver()
+
     def start(self) -> None:
         self._thread.start()
 
@@ -57,6 +67,8 @@ class Machines:
 
     def _look(self) -> None:
         """Take in and pass on. What the board knew and lost with its process is told to it again."""
+        for words in self._board.words():
+            say(words, error=True)
         for node, notice in draining().items():
             self._board.announce(node, notice)
         notices = self._board.notices()
@@ -69,16 +81,24 @@ class Machines:
         end = self._terminated(time())
         if end is not None:
             self._stop_all(end)
+        self._write_down()
+
+    def _write_down(self) -> None:
+        """Rows that are due. While the journal's disk is full they are kept for the next look: nobody may wait for them."""
+        with suppress(StoreUnavailable):
+            while self._unwritten:
+                self._journal.record(self._unwritten[0])
+                del self._unwritten[0]
 
     def _pass_on(self, node: str, notice: Notice) -> None:
-        self._journal.record(NoticeRow(notice.source, node, notice.deadline - time(), notice.detail))
+        self._unwritten.append(NoticeRow(notice.source, node, notice.deadline - time(), notice.detail, time=time()))
         if notice.source != "ray":
             drain(node, notice)
 
     def _stop_all(self, notice: Notice) -> None:
         if self._told_at is None:
             self._told_at, self._seconds_left = monotonic(), notice.deadline - time()
-            self._journal.record(NoticeRow(notice.source, "driver", self._seconds_left, notice.detail))
+            self._unwritten.append(NoticeRow(notice.source, "driver", self._seconds_left, notice.detail, time=time()))
         seconds_left = self._seconds_left - (monotonic() - self._told_at)
         for role in _ROLES:
             self._board.summon(role, Summons("stop", seconds_left, notice.detail))

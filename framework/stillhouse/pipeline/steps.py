@@ -16,7 +16,8 @@ from stillhouse.config import ModelSection
 from stillhouse.errors import ChangedWeightsError, CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate
 from stillhouse.models import forget_identity
-from stillhouse.pipeline.attempt import attempt, learning_attempt
+from stillhouse.patience import insist
+from stillhouse.pipeline.attempt import attempt, learning_attempt, patient, tell_of_wait
 from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.directory import config_of
 from stillhouse.pipeline.holder import Holder
@@ -36,7 +37,7 @@ from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.teacher.readership import Readership
-from stillhouse.tracking import EvalRow, Journal, Tracker, WaitRow
+from stillhouse.tracking import ROOM_PATIENCE, EvalRow, Journal, Tracker, WaitRow
 
 _LOOK_EVERY_S = 1.0
 
@@ -47,14 +48,15 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
     with attempt(made, command) as journal, attached(made.config.cluster):
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
-            available = _room(made, teacher_crew(made.config.teacher), journal, unless=machines.require_driver)
+            rows = patient(journal, pause=machines.pause)
+            available = _room(made, teacher_crew(made.config.teacher), rows, unless=machines.require_driver)
             _require_shared_places(made, available, at_store=[made.config.teacher], learning=False)
 
             def finished() -> bool:
                 machines.require_driver()
                 return True
 
-            _teach(made, journal, available=available, board=board, readers=(), finished=finished)
+            _teach(made, rows, available=available, board=board, readers=(), finished=finished)
 
 
 def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
@@ -72,14 +74,15 @@ def train(made: Plan, *, command: str = "stillhouse train") -> None:
     with ready as (journal, owner), attached(made.config.cluster):
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
-            available = _room(made, student_crew(made.config.student), journal, unless=machines.require_driver)
+            rows = patient(journal, pause=machines.pause)
+            available = _room(made, student_crew(made.config.student), rows, unless=machines.require_driver)
             _require_shared_places(made, available, at_store=[made.config.student], learning=True)
-            students = _Background(lambda: _learn(made, journal, owner.number, available=available, board=board, teachers_at_work=False))
+            students = _Background(lambda: _learn(made, rows, owner.number, available=available, board=board, teachers_at_work=False))
             students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
             owner.require()
             machines.require_driver()
-        _evaluate(made, journal, available=available)
-    write_report(made.run_dir)
+        _evaluate(made, patient(journal), available=available)
+    _report(made.run_dir)
 
 
 def _require_chunks(made: Plan) -> None:
@@ -100,10 +103,11 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
     with learning_attempt(made, command) as (journal, owner), attached(made.config.cluster):
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
+            rows = patient(journal, pause=machines.pause)
             everyone = teacher_crew(made.config.teacher) | student_crew(made.config.student)
-            available = _room(made, everyone, journal, unless=machines.require_driver)
+            available = _room(made, everyone, rows, unless=machines.require_driver)
             _require_shared_places(made, available, at_store=[made.config.teacher, made.config.student], learning=True)
-            students = _Background(lambda: _learn(made, journal, owner.number, available=available, board=board, teachers_at_work=True))
+            students = _Background(lambda: _learn(made, rows, owner.number, available=available, board=board, teachers_at_work=True))
 
             def finished() -> bool:
                 owner.require()
@@ -112,15 +116,15 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
                     machines.require_driver()
                 return done
 
-            _teach(made, journal, available=available, board=board, readers=("student",), finished=finished)
-        _evaluate(made, journal, available=available)
-    write_report(made.run_dir)
+            _teach(made, rows, available=available, board=board, readers=("student",), finished=finished)
+        _evaluate(made, patient(journal), available=available)
+    _report(made.run_dir)
 
 
 def evaluate_run(made: Plan, *, command: str = "stillhouse eval") -> dict[ModelName, Scores]:
     """Score teacher, student and control on the held-out split, and journal the scores."""
     with locked(made.run_dir, Holder.here(command, made.run_dir, now=time())), attached(made.config.cluster) as available:
-        return _evaluate(made, Journal(made.run_dir / "journal.jsonl"), available=available)
+        return _evaluate(made, patient(Journal(made.run_dir / "journal.jsonl")), available=available)
 
 
 def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
@@ -233,7 +237,7 @@ def _join_readers(made: Plan, store: ChunkStore) -> list[str]:
     return names
 
 
-def _learn(made: Plan, journal: Journal, owner: int, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:
+def _learn(made: Plan, journal: Tracker, owner: int, *, available: Mapping[str, float], board: Board, teachers_at_work: bool) -> None:
     fit(
         [replace(job, owner=owner) for job in made.jobs()],
         where=placement(made.config.student, available),
@@ -246,7 +250,7 @@ def _learn(made: Plan, journal: Journal, owner: int, *, available: Mapping[str, 
     )
 
 
-def _evaluate(made: Plan, journal: Journal, *, available: Mapping[str, float]) -> dict[ModelName, Scores]:
+def _evaluate(made: Plan, journal: Tracker, *, available: Mapping[str, float]) -> dict[ModelName, Scores]:
     config = made.config
     where = placement(config.teacher, available)
     models: dict[ModelName, Trained] = {job.role: Trained(job.section, job.checkpoints) for job in made.jobs()}
@@ -278,6 +282,11 @@ def _evaluate(made: Plan, journal: Journal, *, available: Mapping[str, float]) -
             )
         )
     return scores
+
+
+def _report(run_dir: Path) -> None:
+    """Write the report, once there is room for it."""
+    insist(lambda: write_report(run_dir), patience=ROOM_PATIENCE, tell=tell_of_wait)
 
 
 class _Background:

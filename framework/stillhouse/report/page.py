@@ -18,8 +18,10 @@ from stillhouse.report import summary as numbers
 from stillhouse.report.figures import Panel, fidelity_panels, pace_panels, time_panel, training_panels
 from stillhouse.report.goodput import incidents, recoveries
 from stillhouse.report.summary import Summary, summarise, verdict
-from stillhouse.report.words import date, duration, large, num_bytes, percent, small, times
-from stillhouse.tracking import EvalRow, StartRow, read_journal, schedule_of, words_of
+from stillhouse.report.words import date, duration, large, num_bytes, percent, short_name, small, times
+from stillhouse.store.explain import explain
+from stillhouse.terminal import say
+from stillhouse.tracking import EvalRow, JournalReader, NewerRow, Row, StartRow, schedule_of, words_of
 
 _ABSENT = "–"
 
@@ -27,14 +29,30 @@ _ABSENT = "–"
 def write_report(run_dir: Path) -> Path:
     """Write report.html into the run directory, from its journal.jsonl and config.json, and return its path.
 
-    Works on a run that still goes on, was interrupted, failed, or used cached chunks only. Raises UserError where no attempt has begun.
+    Works on a run that still goes on, was interrupted, failed, or used cached chunks only. What a later version wrote is left out, and
+    said. Raises UserError where no attempt has begun, and StoreError where the page cannot be written.
     """
-    summary = summarise(read_journal(run_dir / "journal.jsonl"))
+    reader = JournalReader(run_dir / "journal.jsonl")
+    rows = reader.new_rows()
+    summary = summarise(rows)
     if summary is None:
         raise UserError(f"{run_dir} has no run to report: its journal.jsonl is absent or empty; give the directory of a run that has begun")
-    path = run_dir / "report.html"
-    atomic.replace(path, _page(summary, _config(run_dir / "config.json")).encode())
+    path, newer = run_dir / "report.html", _newer(rows, reader.num_shortened)
+    page = _page(summary, _config(run_dir / "config.json"), newer).encode()
+    try:
+        atomic.replace(path, page)
+    except OSError as error:
+        raise explain(error, doing="write report.html", url=str(run_dir)) from error
+    if newer:
+        say(f"note: {newer}", error=True)
     return path
+
+
+def _newer(rows: Sequence[Row], num_shortened: int) -> str:
+    """What is left out of a journal that a later version has written to; empty where nothing is."""
+    num_rows = sum(isinstance(row, NewerRow) for row in rows)
+    found = ((num_rows, "{} of a newer version left out"), (num_shortened, "{} shown without values of a newer version"))
+    return "; ".join(words.format(_count(number, "row")) for number, words in found if number)
 
 
 def escape(value: object) -> str:
@@ -51,8 +69,8 @@ def _config(path: Path) -> dict[str, Any]:
     return scrub({name: value for name, value in values.items() if isinstance(value, dict)}) if isinstance(values, dict) else {}
 
 
-def _page(summary: Summary, config: Mapping[str, Any]) -> str:
-    start = summary.start
+def _page(summary: Summary, config: Mapping[str, Any], newer: str) -> str:
+    student, teacher = (escape(short_name(name)) for name in (summary.start.student, summary.start.teacher))
     style = (files("stillhouse.report") / "report.css").read_text(encoding="utf-8")
     no_pace = "Nothing was produced and nothing trained in this run, so there is no pace to show."
     return f"""<!doctype html>
@@ -60,7 +78,7 @@ def _page(summary: Summary, config: Mapping[str, Any]) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(start.student)} from {escape(start.teacher)} · Stillhouse report</title>
+<title>{student} from {teacher} · Stillhouse report</title>
 <style>
 {style}</style>
 </head>
@@ -69,7 +87,7 @@ def _page(summary: Summary, config: Mapping[str, Any]) -> str:
 <header>
 <p class="kicker">Stillhouse report · {_status(summary)}</p>
 <h1>{escape(verdict(summary))}</h1>
-<p class="models">Teacher <b>{escape(start.teacher)}</b> → student <b>{escape(start.student)}</b> · begun {date(summary.first_time)}</p>
+<p class="models">Teacher <b>{teacher}</b> → student <b>{student}</b> · begun {date(summary.first_time)}</p>
 {_last_words(summary)}
 </header>
 {_tiles(summary)}
@@ -89,6 +107,7 @@ def _page(summary: Summary, config: Mapping[str, Any]) -> str:
 <h2>Run it again</h2>
 <pre class="command">{escape(chr(10).join(summary.commands))}</pre>
 {_resolved(config)}
+{f'<p class="note">Of the journal: {escape(newer)}.</p>' if newer else ""}
 <footer>Written by Stillhouse from journal.jsonl and config.json. Entropies and divergences are in nats, means over target tokens.</footer>
 </main>
 </body>
@@ -256,10 +275,14 @@ def _facts(summary: Summary, config: Mapping[str, Any]) -> str:
         (setting("student", "ce_weight"), "cross-entropy"),
     ]
     loss = " + ".join(f"{weight} × {name}" for weight, name in terms if weight)
+    corpus = setting("corpus", "dataset")
     facts = [
-        ("Teacher", start.teacher),
-        ("Student", start.student),
-        ("Corpus", together(("", setting("corpus", "dataset")), ("", setting("corpus", "subset")), ("split", setting("corpus", "split")))),
+        ("Teacher", short_name(start.teacher)),
+        ("Student", short_name(start.student)),
+        (
+            "Corpus",
+            together(("", corpus and short_name(str(corpus))), ("", setting("corpus", "subset")), ("split", setting("corpus", "split"))),
+        ),
         ("Sequences", f"{start.num_sequences:,} of {start.sequence_length:,} tokens, {start.num_targets:,} target tokens"),
         ("Chunks", f"{start.num_chunks:,}, of which this run computed {len(summary.chunks):,}"),
         (

@@ -1,7 +1,8 @@
-"""Numbers as a reader wants them: few digits, a unit, and a space that does not break."""
+"""Numbers and names as a reader wants them: few digits, a unit, and a space that does not break; no directories of the writer's machine."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import PurePath
 
 _NARROW = "\N{NARROW NO-BREAK SPACE}"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -37,7 +38,12 @@ def large(value: float) -> str:
 
 
 def num_bytes(value: float) -> str:
-    return _scaled(value, ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0.0, "B")))
+    return _scaled(value, ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))) + ("" if value >= 1e3 else f"{_NARROW}B")
+
+
+def short_name(name: str) -> str:
+    """Of a model or data set: a hub name as it is, the last two parts of a path."""
+    return "/".join(PurePath(name).parts[-2:])
 
 
 def times(ratio: float) -> str:

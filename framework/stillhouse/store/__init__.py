@@ -1,6 +1,6 @@
 """The shared store: recipes say what a target is of, chunks hold the targets, and only whole, verified chunks are ever seen."""
 
-from stillhouse.store.blobs import StoreUnavailable as StoreUnavailable
+from stillhouse.errors import StoreUnavailable as StoreUnavailable
 from stillhouse.store.chunk import Chunk as Chunk
 from stillhouse.store.chunk import pack_chunk as pack_chunk
 from stillhouse.store.chunk import unpack_chunk as unpack_chunk

@@ -11,11 +11,7 @@ from typing import NamedTuple
 
 from obstore.exceptions import PermissionDeniedError, PreconditionError, UnauthenticatedError
 
-from stillhouse.errors import StoreError
-
-
-class StoreUnavailable(StoreError):
-    """The store cannot be reached, is busy, or is full: the same call may succeed on another try."""
+from stillhouse.errors import StoreError, StoreUnavailable
 
 
 class Meaning(NamedTuple):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stillhouse.errors import ChunkError, StudentError
 from stillhouse.logits import CompressedLogits, decode
+from stillhouse.patience import DEFAULT_PATIENCE, Outage, Patience, Tell
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
-from stillhouse.store.patience import DEFAULT_PATIENCE, Outage, Patience, Tell
 from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from stillhouse.errors import CheckpointError, StillhouseError
+from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.store.blobs import Blobs
-from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside, unlike
 from stillhouse.student.collectives import gathered, outcomes
 from stillhouse.student.scratch import scratch_folder

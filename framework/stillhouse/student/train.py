@@ -16,9 +16,9 @@ from stillhouse.board import Past, Summons
 from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
+from stillhouse.patience import Tell
 from stillhouse.store import ChunkStore, StoreUnavailable, readers
 from stillhouse.store.blobs import Blobs
-from stillhouse.store.patience import Tell
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.collectives import gathered
 from stillhouse.student.engine import StudentEngine, learning_rate_at
@@ -78,6 +78,7 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
                     require_kept_mass(section, job.recipe.codec, kept_mass=_kept_mass_over_ranks(batch, device))
                 row = _train_one(engine, batch, job, lifeline, began=began)
                 if rank == 0:
+                    lifeline.at(step + 1, "commit")  # the journal's disk may be full
                     journal.record(row)
                     lifeline.stepped(step + 1, job.order.chunks_finished(step + 1))
                 if past is not None:

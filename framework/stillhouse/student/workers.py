@@ -24,7 +24,7 @@ from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import HeadGoneError, StillhouseError
 from stillhouse.placement import Placement
 from stillhouse.student.watchdog import Stall, has_shrunk, stalled
-from stillhouse.tracking import StallRow, Tracker
+from stillhouse.tracking import PatientTracker, StallRow, Tracker
 
 if TYPE_CHECKING:
     from stillhouse.student.job import TrainJob
@@ -178,6 +178,15 @@ def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
     board.forget(job.role)
 
 
+def _patient(board: Board, job: "TrainJob", rank: int) -> PatientTracker:
+    """The board as a tracker that waits while the journal's disk is full."""
+
+    def tell(seconds: float, why: str) -> None:
+        board.say(f"{job.role}, rank {rank} has waited for {seconds:.0f} s: {why}")
+
+    return PatientTracker(tracker=board, tell=tell)
+
+
 def _worker(config: dict[str, bytes]) -> None:
     arguments: _WorkerArguments = pickle.loads(config["arguments"])
     board = arguments.board
@@ -202,7 +211,7 @@ def _worker(config: dict[str, bytes]) -> None:
                 board, job, arguments.notices, rank=rank, world_size=world_size, teachers_at_work=arguments.teachers_at_work
             )
             with line as lifeline:
-                finished = train(job, device=device, journal=board, lifeline=lifeline)
+                finished = train(job, device=device, journal=_patient(board, job, rank), lifeline=lifeline)
         except HeadGoneError:
             raise  # nobody is there to be told; or this machine is cut off, and the group goes on without it
         except StillhouseError as error:

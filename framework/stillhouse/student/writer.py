@@ -17,8 +17,8 @@ import torch
 
 from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import StoreError
+from stillhouse.patience import DEFAULT_PATIENCE, Patience, given_up
 from stillhouse.store.blobs import Blobs, StoreUnavailable
-from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, given_up
 from stillhouse.student.checkpoint import Commit, Digest, Files, Origin, folder_of, publish, publish_part, read_part, retain
 from stillhouse.student.collectives import told
 from stillhouse.student.snapshot import Snapshot

@@ -15,9 +15,9 @@ from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
 from stillhouse.models import digest_beside
+from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.placement import Placement
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
-from stillhouse.store.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
 from stillhouse.teacher.replica import Probe
 from stillhouse.tracking import OutageRow

@@ -1,6 +1,7 @@
 """What happened in a run, row by row: `journal.jsonl` is the record; W&B and the progress bars are views of it."""
 
 from stillhouse.tracking.journal import Journal, JournalReader, read_journal, scrubbed
+from stillhouse.tracking.room import ROOM_PATIENCE, PatientTracker
 from stillhouse.tracking.rows import (
     CheckpointRow,
     ChunkRow,
@@ -8,6 +9,7 @@ from stillhouse.tracking.rows import (
     DelayRow,
     EndRow,
     EvalRow,
+    NewerRow,
     NoticeRow,
     OutageRow,
     PoolRow,
@@ -28,6 +30,7 @@ from stillhouse.tracking.trained import Stretch, nothing_left, schedule_of, stre
 from stillhouse.tracking.views import ProgressView, WandbView
 
 __all__ = [
+    "ROOM_PATIENCE",
     "CheckpointRow",
     "ChunkRow",
     "DamagedRow",
@@ -36,8 +39,10 @@ __all__ = [
     "EvalRow",
     "Journal",
     "JournalReader",
+    "NewerRow",
     "NoticeRow",
     "OutageRow",
+    "PatientTracker",
     "PoolRow",
     "ProgressView",
     "RecoveryRow",

@@ -3,8 +3,12 @@
 Invariant: a row for which `Journal.record` has returned is on disk, whole, behind everything that was there before. Several processes
 append to one journal; what a killed one left half-written is cut off by whoever appends next, and never read. Each line ends with the
 CRC-32 of the rest of it, so that a flipped bit is found and not believed.
+
+Earlier versions wrote no checksums: a journal may begin with lines that have none. A later version may write kinds of rows, and values in
+them, that this one does not know: those are left out, where the line's checksum shows that it is as it was written.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -13,16 +17,18 @@ import re
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from stillhouse.atomic import DISK, FileLayer
-from stillhouse.errors import RunError, StoreError
+from stillhouse.errors import RunError, StoreError, StoreUnavailable
 from stillhouse.redaction import scrub
-from stillhouse.tracking.rows import ROW_TYPES, Row, is_of
+from stillhouse.tracking.rows import ROW_TYPES, NewerRow, Row, is_of
 
 _FLOAT_TYPES = (float, float | None)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SEAL = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
 
 
@@ -35,14 +41,20 @@ class Journal:
     files: FileLayer = DISK
 
     def record(self, row: Row) -> None:
-        """Append one row and return when it is on disk, scrubbed of secrets. Raises StoreError where it cannot be written."""
+        """Append one row and return when it is on disk, scrubbed of secrets.
+
+        Raises StoreUnavailable while the disk is full, StoreError where it cannot be written for another reason: the journal is as before.
+        """
+        assert row.kind in ROW_TYPES, f"{row} cannot be read back"
         stamped = scrubbed(row if row.time else replace(row, time=self.clock()))
         values = {"kind": row.kind, "time": stamped.time} | asdict(stamped)
         line = json.dumps({name: _finite_or_text(value) for name, value in values.items()}, allow_nan=False).encode()
         try:
             self._append(_sealed(line) + b"\n")
         except OSError as error:
-            raise StoreError(f"cannot append to {self.path}: {error.strerror}; make room or give write access, then resume") from error
+            if error.errno in _FULL:
+                raise StoreUnavailable(f"cannot append to {self.path}: {error.strerror}; make room on that disk") from error
+            raise StoreError(f"cannot append to {self.path}: {error.strerror}; give write access, then resume") from error
 
     def _append(self, line: bytes) -> None:
         descriptor = self.files.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -51,8 +63,14 @@ class Journal:
             if os.fstat(descriptor).st_size == 0:
                 self.files.sync_directory(self.path.parent)  # a file that is new, and whose name may not be on disk
             _cut_torn_line(descriptor, self.files)
-            self.files.write(descriptor, line)
-            self.files.sync(descriptor)
+            size = os.fstat(descriptor).st_size
+            try:
+                self.files.write(descriptor, line)
+                self.files.sync(descriptor)
+            except OSError:
+                with suppress(OSError):
+                    self.files.truncate(descriptor, size)  # or a row that is recorded again would be there twice
+                raise
         finally:
             os.close(descriptor)
 
@@ -67,15 +85,15 @@ def _sealed(line: bytes) -> bytes:
     return line[:-1] + b', "crc": "%08x"}' % zlib.crc32(line)
 
 
-def _unsealed(line: bytes) -> bytes:
-    """The line without its checksum. Raises ValueError where that is not the line's."""
+def _unsealed(line: bytes) -> tuple[bytes, bool]:
+    """The line without its checksum, and whether it had one. Raises ValueError where that is not the line's."""
     seal = _SEAL.search(line)
     if seal is None:
-        return line  # of a version that wrote none
+        return line, False
     whole = line[: seal.start()] + b"}"
     if zlib.crc32(whole) != int(seal[1], 16):
         raise ValueError("its checksum differs, so it is damaged")
-    return whole
+    return whole, True
 
 
 def _cut_torn_line(descriptor: int, files: FileLayer) -> None:
@@ -94,10 +112,15 @@ class JournalReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_rows = 0  # handed out so far
+        self.num_shortened = 0  # of these, how many have values of a later version, which were left out
         self._offset = 0
+        self._is_sealed = False  # whether a line with a checksum was read: then those behind it have one, too
 
     def new_rows(self) -> list[Row]:
-        """Rows in the order of the file; none while it does not exist. Raises RunError at a line that is whole but is no row."""
+        """Rows in the order of the file, a NewerRow for each of a kind that this version does not know; none while there is no file.
+
+        Raises RunError at a line that is whole but is no row.
+        """
         try:
             with self.path.open("rb") as file:
                 file.seek(self._offset)
@@ -105,10 +128,25 @@ class JournalReader:
         except FileNotFoundError:
             return []
         whole = data[: data.rfind(b"\n") + 1]
-        rows = [_parse(line, f"line {self.num_rows + i} of {self.path}") for i, line in enumerate(whole.splitlines(), 1)]
+        rows = [self._row(line, f"line {self.num_rows + i} of {self.path}") for i, line in enumerate(whole.splitlines(), 1)]
         self._offset += len(whole)
         self.num_rows += len(rows)
         return rows
+
+    def _row(self, line: bytes, where: str) -> Row:
+        try:
+            text, is_sealed = _unsealed(line)
+            if self._is_sealed and not is_sealed:
+                raise ValueError("it has no checksum, and lines before it have one")
+            self._is_sealed = is_sealed
+            row, is_whole = _parsed(json.loads(text), may_be_newer=is_sealed)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(
+                f"{where} is not a row of this version's journal ({type(error).__name__}: {error}); "
+                "restore the file, or take that line out, then go on"
+            ) from error
+        self.num_shortened += not is_whole
+        return row
 
 
 def read_journal(path: Path) -> list[Row]:
@@ -116,20 +154,23 @@ def read_journal(path: Path) -> list[Row]:
     return JournalReader(path).new_rows()
 
 
-def _parse(line: bytes, where: str) -> Row:
-    try:
-        values = json.loads(_unsealed(line))
-        row_type = ROW_TYPES[values.pop("kind")]
-        for column in fields(row_type):
-            if column.type in _FLOAT_TYPES and isinstance(values.get(column.name), str):
-                values[column.name] = float(values[column.name])
-        row = row_type(**values)
-        for column in fields(row_type):
-            if not is_of(getattr(row, column.name), column.type):
-                raise TypeError(f"{column.name} is {getattr(row, column.name)!r:.100}")
-        return row
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(
-            f"{where} is not a row of this version's journal ({type(error).__name__}: {error}); "
-            "restore the file, or take that line out, then go on"
-        ) from error
+def _parsed(values: dict[str, Any], *, may_be_newer: bool) -> tuple[Row, bool]:
+    """The row of a line, and whether it has all of the line's values. Raises as Python does where it is none."""
+    kind = values.pop("kind")
+    if may_be_newer and type(kind) is str and kind not in ROW_TYPES:
+        return _checked(NewerRow(kind, time=values["time"])), True
+    row_type = ROW_TYPES[kind]
+    known = {column.name: column.type for column in fields(row_type)}
+    found = {name: value for name, value in values.items() if name in known or not may_be_newer}
+    for name, value in found.items():
+        if known.get(name) in _FLOAT_TYPES and isinstance(value, str):
+            found[name] = float(value)
+    return _checked(row_type(**found)), len(found) == len(values)
+
+
+def _checked(row: Row) -> Row:
+    """The row. Raises TypeError where a value is not of its column's type."""
+    for column in fields(row):
+        if not is_of(getattr(row, column.name), column.type):
+            raise TypeError(f"{column.name} is {getattr(row, column.name)!r:.100}")
+    return row

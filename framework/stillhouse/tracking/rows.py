@@ -250,6 +250,14 @@ class EndRow(Row):
     steps_done: dict[str, int] = field(default_factory=dict)  # role -> optimiser steps that its weights have now, of all attempts
 
 
+@dataclass(frozen=True, slots=True)
+class NewerRow(Row):
+    """Stands for a row of a kind that a later version writes. It is read and never recorded; of its values only the time is known."""
+
+    kind: ClassVar[str] = "newer"
+    name: str  # its kind
+
+
 ROW_TYPES: dict[str, type[Row]] = {
     row.kind: row
     for row in (

@@ -18,7 +18,7 @@ from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line
-from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, OutageRow, PoolRow, Row, StartRow, TrainRow, WaitRow
+from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, NewerRow, OutageRow, PoolRow, Row, StartRow, TrainRow, WaitRow
 
 _SAY_EVERY_S = 60.0
 _WANDB_AXES = {
@@ -64,6 +64,8 @@ class WandbView:
     def _send(self, row: Row, number: int) -> None:
         values = scrub(asdict(row))
         match row:
+            case NewerRow():
+                return
             case StartRow():
                 self._run.config.update({"start": values}, allow_val_change=True)
                 self._run.log({"attempt": row.attempt}, step=number)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import TypeVar
 
-from stillhouse.store.explain import StoreUnavailable
+from stillhouse.errors import StoreUnavailable
 
 _Answer = TypeVar("_Answer")
 
