@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.ranks import RankGroup
-from helpers.training import first_gradients, loss_of_step, train_and_tell, train_until_told, with_student
+from helpers.training import first_gradients, loss_of_step, refuse_outage, train_and_tell, train_until_told, with_student
 from helpers.world import TinyWorld
 from stillhouse.board import Summons
 from stillhouse.errors import CheckpointError, StudentError
@@ -183,7 +183,8 @@ def test_an_export_is_the_model_that_takes_the_next_step(
     steady = replace(steady, run_dir=tmp_path / "run", total_steps=3)
     rank_groups[2].call(train_and_tell, steady)
     out = tmp_path / "export"
-    assert export(steady.checkpoints, out, section=steady.section, tokenizer=load_tokenizer(steady.section.model), card=str) == 3
+    tokenizer = load_tokenizer(steady.section.model)
+    assert export(steady.checkpoints, out, section=steady.section, tokenizer=tokenizer, card=str, tell=refuse_outage) == 3
     following = rank_groups[2].call(train_and_tell, replace(steady, total_steps=4))[0]
     assert [row.step for row in following] == [4]
     assert loss_of_step(steady, 3, model=out) == pytest.approx(following[0].loss, rel=tolerance)

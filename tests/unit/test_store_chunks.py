@@ -17,7 +17,17 @@ from obstore.exceptions import GenericError, PermissionDeniedError, Precondition
 
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError, RecipeError, StoreError
-from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable, list_recipes, pack_chunk, sweep, verify_store
+from stillhouse.store import (
+    Chunk,
+    ChunkMissing,
+    ChunkStore,
+    StoreForbidden,
+    StoreUnavailable,
+    list_recipes,
+    pack_chunk,
+    sweep,
+    verify_store,
+)
 from stillhouse.store.blobs import Blobs, explain
 
 RECIPE = small_recipe()
@@ -422,9 +432,9 @@ def test_a_full_store_says_so_and_keeps_no_part_of_the_chunk(store: ChunkStore):
     [
         (GenericError("Generic LocalFileSystem error: No space left on device (os error 28)"), StoreUnavailable, "disk is full"),
         (GenericError("Generic LocalFileSystem error: Disk quota exceeded (os error 122)"), StoreUnavailable, "quota"),
-        (OSError("Permission denied (os error 13)"), StoreError, "permission denied"),
-        (OSError("Read-only file system (os error 30)"), StoreError, "permission denied"),
-        (PermissionDeniedError("403 Forbidden"), StoreError, "credentials and their rights"),
+        (OSError("Permission denied (os error 13)"), StoreForbidden, "permission denied"),
+        (OSError("Read-only file system (os error 30)"), StoreForbidden, "permission denied"),
+        (PermissionDeniedError("403 Forbidden"), StoreForbidden, "credentials and their rights"),
         (FileNotFoundError("<Code>NoSuchBucket</Code>"), StoreError, "no such bucket"),
         (GenericError("Received redirect without LOCATION"), StoreError, "set AWS_REGION"),
         (GenericError("Error performing PUT http://169.254.169.254/latest/api/token"), StoreError, "no credentials were found"),
