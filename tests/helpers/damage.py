@@ -1,4 +1,4 @@
-"""Damage as disks do it: one flipped bit, a disk that is full, and one whose power is cut."""
+"""Damage as disks do it: one flipped bit, a disk that is full, one that may only be read, and one whose power is cut."""
 
 import shutil
 import subprocess
@@ -40,6 +40,21 @@ def small_disk(path: Path, *, num_bytes: int) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@contextmanager
+def read_only(path: Path, *, at: Path) -> Iterator[Path]:
+    """A directory seen at another place, where nobody may write, not even root, for as long as the block lasts. Only root may mount it."""
+    at.mkdir()
+    mounting = subprocess.run(["mount", "-o", "bind,ro", str(path), str(at)], capture_output=True, text=True, check=False)
+    assert mounting.returncode == 0, (
+        f"this test reads from a place where nobody may write, and mounting that failed: {mounting.stderr.strip()}; "
+        "run it as root, in a container with the capability SYS_ADMIN"
+    )
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.damage import read_only
 from helpers.ranks import RankGroup
 from helpers.training import first_gradients, loss_of_step, refuse_outage, train_and_tell, train_until_told, with_student
 from helpers.world import TinyWorld
@@ -132,6 +133,14 @@ def test_ranks_whose_command_was_replaced_commit_nothing_over_the_new_owner(job:
     assert newest_step(mine.checkpoints) == 0
     rank_groups[1].call(train_and_tell, replace(mine, owner=2))
     assert newest_step(mine.checkpoints) == 1
+
+
+def test_ranks_train_from_a_store_that_may_only_be_read(job: TrainJob, rank_groups: Ranks, tmp_path: Path) -> None:
+    """Of what they have committed it never hears."""
+    with read_only(Path(job.store_url), at=tmp_path / "seen") as seen:
+        mine = replace(with_student(job, checkpoint_every_steps=1), store_url=str(seen), run_dir=tmp_path / "run", total_steps=2)
+        assert len(rank_groups[1].call(train_and_tell, mine)[0]) == 2
+        assert newest_step(mine.checkpoints) == 2
 
 
 @pytest.mark.parametrize("stage", [0, 2])
