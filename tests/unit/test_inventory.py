@@ -8,6 +8,7 @@ import pytest
 from helpers.bounded import bounded, measured_memory
 from helpers.chunks import make_chunk, small_recipe
 from helpers.command import stillhouse
+from helpers.damage import read_only
 from stillhouse.store import ChunkStore
 
 RECIPE = small_recipe()
@@ -145,6 +146,15 @@ def test_sweep_removes_old_leftovers_only(url: str):
     assert "1 leftovers removed" in outcome.out
     assert (old.exists(), young.exists()) == (False, True)
     assert ChunkStore(url, RECIPE).published() == {0, 2}
+
+
+def test_a_store_that_may_only_be_read_is_shown_and_verified_and_swept_with_a_refusal_in_words(url: str, tmp_path: Path):
+    (Path(url) / RECIPE.fingerprint[:16] / "chunks" / "0000000001.safetensors#1").touch()
+    with read_only(Path(url), at=tmp_path / "seen") as seen:
+        assert [stillhouse("store", verb, seen).code for verb in ("ls", "stat", "verify")] == [0, 0, 0]
+        outcome = stillhouse("store", "sweep", seen, "--older-than-hours", "0")
+    assert outcome.code == 2
+    assert f"cannot remove {RECIPE.fingerprint[:16]}/0000000001.safetensors#1 in {seen}: permission denied" in outcome.err
 
 
 @pytest.mark.parametrize("verb", ["ls", "stat", "verify"])

@@ -16,6 +16,7 @@ import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError, PreconditionError
 
 from helpers.chunks import make_chunk, small_recipe
+from helpers.damage import read_only
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.store import (
     Chunk,
@@ -450,6 +451,15 @@ def test_a_failure_of_the_store_says_what_to_do(error: Exception, kind: type[Sto
     assert type(found) is kind
     with pytest.raises(kind, match=advice):
         raise found
+
+
+def test_a_root_that_cannot_be_made_or_written_is_refused_for_what_it_is(tmp_path: Path):
+    for look in (ChunkStore.create, lambda url, recipe: ChunkStore(url, recipe).published()):
+        with pytest.raises(StoreError, match=r"in /proc/nothing: no directory can be made there: choose another place"):
+            look("/proc/nothing", RECIPE)
+    (tmp_path / "store").mkdir()
+    with read_only(tmp_path / "store", at=tmp_path / "seen") as seen, pytest.raises(StoreForbidden, match="permission denied"):
+        ChunkStore.create(str(seen / "new"), RECIPE)
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path):

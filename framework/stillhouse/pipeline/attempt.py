@@ -19,6 +19,7 @@ from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.blobs import Blobs
 from stillhouse.store.probe import require_create_only
 from stillhouse.student.checkpoint import newest_step
+from stillhouse.terminal import printable
 from stillhouse.tracking import EndRow, Journal, JournalReader, ProgressView, StartRow, TrainRow, WandbView, nothing_left
 
 _FOLLOW_EVERY_S = 0.5
@@ -93,7 +94,7 @@ def learning_attempt(
 
 def say(words: str) -> None:
     """Tell it on the terminal, beside what the views show."""
-    Console(stderr=True, soft_wrap=True).print(words, markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(printable(words), markup=False, highlight=False)
 
 
 @contextmanager

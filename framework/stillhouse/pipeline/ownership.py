@@ -142,8 +142,8 @@ def take_over(
         newest = newest_owner(blobs)
         if newest == LAST_OWNER:
             raise ConfigError(
-                f"{owner_key(newest)} under {blobs.url} has the last number that an owner can have, which no row of commands has come to:"
-                " somebody has put it there. Delete it where no command uses these checkpoints, then give this command again"
+                f"{owner_key(newest)} under {blobs.url} has the highest number that an owner can have, so no command can follow it. No run"
+                " counts that far: somebody has put it there. Delete it where no command uses these checkpoints, then give this one again"
             )
         if newest > 0:
             _await_end(blobs, newest, lease, say=say, clock=clock, pause=pause)

@@ -152,7 +152,7 @@ def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "
         section=job.section,
         tokenizer=made.tokenizer,
         card=lambda steps: model_card(made, role, steps),
-        tell=lambda seconds, why: say(f"the checkpoints have been waited for, for {seconds:.0f} s: {why}"),
+        tell=lambda seconds, why: say(f"the export has waited for {seconds:.0f} s: {why}"),
     )
 
 

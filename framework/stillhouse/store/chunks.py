@@ -9,7 +9,6 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from stillhouse.store.chunk import (
     unpack_chunk,
     unpack_rows,
 )
+from stillhouse.store.explain import explain
 from stillhouse.store.probe import require_create_only
 from stillhouse.store.recipe import Recipe, differences, parse_recipe
 
@@ -326,10 +326,14 @@ def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
     blobs, removed = Blobs(url), []
     for folder in _recipe_folders(blobs):
         for path in _staging_files(blobs.directory / folder) if blobs.directory is not None else []:
-            with suppress(FileNotFoundError):  # its writer lives, and has just given it its name
+            try:
                 if path.stat().st_mtime <= now - older_than_s:
                     path.unlink()
                     removed.append(str(path))
+            except FileNotFoundError:
+                continue  # its writer lives, and has just given it its name
+            except OSError as error:
+                raise explain(error, doing=f"remove {folder}/{path.name}", url=blobs.url) from error
     quarantined = [blob.key for folder in _recipe_folders(blobs) for blob in blobs.under(f"{folder}/quarantine")]
     return Swept(removed, quarantined)
 

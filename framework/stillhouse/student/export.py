@@ -41,7 +41,7 @@ def export(
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, card: str, files: FileLayer = DISK) -> None:
     """Write a directory that was absent or empty, whole or not at all. Raises ConfigError where it cannot be written."""
     try:
-        with whole_directory(out.absolute(), files=files) as draft:
+        with whole_directory(out.resolve(), files=files) as draft:
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
             (draft / "README.md").write_text(card, encoding="utf-8")
