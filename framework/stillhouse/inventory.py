@@ -182,20 +182,24 @@ def _moved_aside(url: str, finding: Finding, recipes: dict[str, StoredRecipe]) -
 
 
 def _absent(store: ChunkStore) -> dict[str, str]:
-    """The chunks that nobody can read, in words: apart those that are known to be damaged, which makes the others no sign of damage."""
+    """What there is to say of the chunks that nobody can read: of those that are known to be damaged, and of all others."""
     listing, num_chunks = store.listing(), store.recipe.num_chunks
-    numbers = (int(match[1]) for blob in store.blobs.under(f"{store.folder}/quarantine") if (match := _QUARANTINED.search(blob.key)))
-    damaged = sorted(number for number in listing.cut.union(numbers) - listing.published if number < num_chunks)
+    damaged = sorted(number for number in (listing.cut | _quarantined(store)) - listing.published if number < num_chunks)
     known = sorted(number for number in listing.published.union(damaged) if number < num_chunks)
-    num_unknown = num_chunks - len(known)
-    return {
-        "not there": f"{_ranges(_gaps(known, num_chunks), num_unknown)}: not made yet, never needed, or deleted once read"
-        if num_unknown
-        else "none",
-        "damaged": f"{_ranges(_runs(damaged), len(damaged))}: `--repair RUN_DIR` of `stillhouse store verify` has them made again"
-        if damaged
-        else "none known: `stillhouse store verify` reads every byte",
-    }
+    num_others = num_chunks - len(known)
+    words = {"not there": "none", "damaged": "none known: `stillhouse store verify` reads every byte"}
+    if num_others:
+        words["not there"] = f"{_ranges(_gaps(known, num_chunks), num_others)}: not made yet, never needed, or deleted once read"
+    if damaged:
+        cure = "`--repair RUN_DIR` of `stillhouse store verify` has them made again"
+        words["damaged"] = f"{_ranges(_runs(damaged), len(damaged))}: {cure}"
+    return words
+
+
+def _quarantined(store: ChunkStore) -> set[int]:
+    """The numbers of the chunks that were moved aside."""
+    matches = (_QUARANTINED.search(blob.key) for blob in store.blobs.under(f"{store.folder}/quarantine"))
+    return {int(match[1]) for match in matches if match}
 
 
 def _gaps(numbers: Sequence[int], end: int) -> Iterator[tuple[int, int]]:
