@@ -7,11 +7,14 @@ All of it goes through a `FileLayer`, so that a test can record the calls and te
 """
 
 import errno
+import fcntl
+import glob
 import itertools
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Protocol, Self
 
 Buffer = bytes | memoryview
@@ -223,7 +226,9 @@ def make_directory(path: Path, *, mode: int = 0o777, files: FileLayer = DISK) ->
         if not os.path.lexists(path):
             raise
         if not path.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+            if os.path.lexists(path):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+            raise
     files.sync_directory(path.parent)
 
 
@@ -235,6 +240,41 @@ def move_directory(draft: Path, directory: Path, *, files: FileLayer = DISK) -> 
         files.sync_directory(Path(folder))
     files.rename(draft, directory)
     files.sync_directory(directory.parent)
+
+
+@contextmanager
+def whole_directory(directory: Path, *, files: FileLayer = DISK) -> Iterator[Path]:
+    """A draft to write, which becomes `directory` (absent before, or empty) once the block has succeeded and all in it is on disk.
+
+    The draft lies beside the directory, and is locked while it is written: one that a killed process left is removed by the next that
+    writes the same directory. Raises OSError where the draft cannot be made or renamed.
+    """
+    # what killed processes left; where directories cannot be locked, nobody can tell, and it stays
+    for left in directory.parent.glob(f"{glob.escape(directory.name)}.unfinished-*"):
+        with suppress(OSError), _locked(left):
+            remove_tree(left, files=files)
+
+    draft = directory.with_name(f"{directory.name}.unfinished-{token_hex(4)}")
+    make_directory(draft, files=files)
+    try:
+        with ExitStack() as lock:
+            with suppress(OSError):
+                lock.enter_context(_locked(draft))
+            yield draft
+            move_directory(draft, directory, files=files)
+    finally:
+        remove_tree(draft, files=files)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises OSError where another process has locked the directory, or its file system has no such locks."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_file(path: Path, files: FileLayer) -> None:

@@ -206,7 +206,8 @@ def _stored(made: Plan, found: _Findings) -> list[StoredRecipe]:
 def _require_writable(path: Path) -> None:
     there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     if not there.is_dir():
-        raise StoreError(f"{there} is a file, so {path} cannot be a directory; name another place")
+        so = "" if there == path else f", so {path} cannot be a directory"
+        raise StoreError(f"{there} is a file{so}; name another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise StoreError(f"no permission to write in {there}; have its rights changed, or name another place")
 

@@ -8,7 +8,6 @@ Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stillhouse import atomic, pipeline
+from stillhouse import pipeline
+from stillhouse.atomic import remove_tree, whole_directory
 from stillhouse.config import Config, CorpusSection, load_config
 from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.corpus.documents import load_documents
@@ -81,6 +81,7 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path, c
     made = pipeline.plan(config, run_dir=run_dir, cache_dir=cache_dir)
     pipeline.run(made, command=command)
     student = run_dir / "export" / "student"
+    remove_tree(student)  # of an earlier demo in this directory
     pipeline.export_run(made, student)
     summary = summarise(read_journal(run_dir / "journal.jsonl"))
     assert summary is not None
@@ -184,16 +185,6 @@ def learning_rate_share(step: int, sizes: Sizes) -> float:
     if step < sizes.warmup_steps:
         return (step + 1) / sizes.warmup_steps
     return 0.5 + 0.5 * math.cos(math.pi * (step - sizes.warmup_steps) / max(1, sizes.num_steps - sizes.warmup_steps))
-
-
-@contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """A place to write that becomes `directory` when the block has succeeded; what a killed block left is thrown away by the next."""
-    draft = directory.with_name(f"{directory.name}.unfinished")
-    shutil.rmtree(draft, ignore_errors=True)
-    atomic.make_directory(draft)
-    yield draft
-    atomic.move_directory(draft, directory)
 
 
 @contextmanager

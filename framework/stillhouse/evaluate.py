@@ -19,6 +19,8 @@ from stillhouse.config import EvaluateSection, ModelSection, StudentSection
 from stillhouse.corpus import Rows
 from stillhouse.logits import Head
 from stillhouse.models import final_hidden, head_of, load_model
+from stillhouse.patience import Tell
+from stillhouse.tracking import OutageRow, Tracker
 
 ModelName = Literal["teacher", "student", "control"]
 
@@ -43,6 +45,7 @@ class Trained:
 
     section: StudentSection
     checkpoints: str  # a URL
+    tracker: Tracker  # hears of an outage of their store, which is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +120,17 @@ def _scorer(wanted: ModelSection | Trained, job: EvaluationJob) -> _Scorer:
     if isinstance(wanted, Trained):
         from stillhouse.student.export import load_trained  # DeepSpeed, which takes seconds to import
 
-        model: Any = load_trained(wanted.checkpoints, wanted.section)[0].eval()
+        model: Any = load_trained(wanted.checkpoints, wanted.section, tell=outage_teller(wanted.tracker))[0].eval()
         model.to(job.device)
     else:
         many_gpus = job.device == "cuda" and torch.cuda.device_count() > 1
         model = load_model(wanted, device_map="auto" if many_gpus else job.device)
     return _Scorer(model, head_of(model, vocab_size=job.vocab_size))
+
+
+def outage_teller(tracker: Tracker) -> Tell:
+    """Who journals that the checkpoints' store is waited for."""
+    return lambda seconds, why: tracker.record(OutageRow("the evaluation", seconds, why))
 
 
 @dataclass(slots=True)

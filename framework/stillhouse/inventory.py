@@ -3,11 +3,12 @@
 Nothing in a store changes here but for what `verify --quarantine` moves aside, what `--repair` makes anew, and what `sweep` removes.
 """
 
+import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _DIGEST_DIGITS = 12
 _MOST_RANGES = 12
+_QUARANTINED = re.compile(r"/quarantine/(\d{10})-")
 _PIPE_WIDTH = 160  # rich would cut what a pipe receives at 80 columns
 
 
@@ -57,10 +59,9 @@ def show_recipes(url: str, fingerprint: str) -> None:
         raise StoreError(f"no recipe in {url} begins with {fingerprint}; there are {', '.join(stored.fingerprint16 for stored in recipes)}")
     for stored in chosen:
         recipe = stored.recipe
-        missing = sorted(set(range(recipe.num_chunks)) - ChunkStore(url, recipe).published())
         figures: dict[str, object] = {"fingerprint": recipe.fingerprint, **asdict(recipe), "codec": recipe.codec.name}
         figures |= {"bytes a target": recipe.codec.bytes_per_token, "chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}"}
-        figures |= {"missing chunks": _ranges(missing) or "none", "bytes": f"{stored.num_bytes:,}"}
+        figures |= {"bytes": f"{stored.num_bytes:,}", **_absent(ChunkStore(url, recipe))}
         say(f"{url}/{stored.fingerprint16}")
         for name, value in figures.items():
             say(f"  {name:<16}  {one_line(str(value))}")
@@ -180,12 +181,42 @@ def _moved_aside(url: str, finding: Finding, recipes: dict[str, StoredRecipe]) -
         return False
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as '3, 7-9', cut where that grows long."""
-    runs = [_run(group) for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(runs[:_MOST_RANGES]) + (f" and more: {len(numbers):,} in all" if len(runs) > _MOST_RANGES else "")
+def _absent(store: ChunkStore) -> dict[str, str]:
+    """What there is to say of the chunks that nobody can read: of those that are known to be damaged, and of all others."""
+    listing, num_chunks = store.listing(), store.recipe.num_chunks
+    damaged = sorted(number for number in (listing.cut | _quarantined(store)) - listing.published if number < num_chunks)
+    known = sorted(number for number in listing.published.union(damaged) if number < num_chunks)
+    num_others = num_chunks - len(known)
+    words = {"not there": "none", "damaged": "none known: `stillhouse store verify` reads every byte"}
+    if num_others:
+        words["not there"] = f"{_ranges(_gaps(known, num_chunks), num_others)}: not made yet, never needed, or deleted once read"
+    if damaged:
+        cure = "`--repair RUN_DIR` of `stillhouse store verify` has them made again"
+        words["damaged"] = f"{_ranges(_runs(damaged), len(damaged))}: {cure}"
+    return words
 
 
-def _run(group: Iterable[tuple[int, int]]) -> str:
-    numbers = [number for _, number in group]
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+def _quarantined(store: ChunkStore) -> set[int]:
+    """The numbers of the chunks that were moved aside."""
+    matches = (_QUARANTINED.search(blob.key) for blob in store.blobs.under(f"{store.folder}/quarantine"))
+    return {int(match[1]) for match in matches if match}
+
+
+def _gaps(numbers: Sequence[int], end: int) -> Iterator[tuple[int, int]]:
+    """The runs of numbers from 0 to `end` that are not among these ascending ones, each as its first and last."""
+    for before, after in pairwise((-1, *numbers, end)):
+        if before + 1 < after:
+            yield before + 1, after - 1
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The runs of ascending numbers, each as its first and last."""
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        yield run[0], run[-1]
+
+
+def _ranges(runs: Iterable[tuple[int, int]], num_all: int) -> str:
+    """Runs of numbers as '3, 7-9', cut where that grows long. `num_all`: the numbers in all runs."""
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in islice(runs, _MOST_RANGES + 1)]
+    return ", ".join(shown[:_MOST_RANGES]) + (f" and more: {num_all:,} in all" if len(shown) > _MOST_RANGES else "")

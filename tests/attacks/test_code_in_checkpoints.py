@@ -14,7 +14,7 @@ import torch
 from helpers.bombs import Bomb, as_a_plain_pickle, beside_the_rest, in_the_old_format, instead, planted
 from helpers.command import stillhouse
 from helpers.ranks import RankGroup
-from helpers.training import refusals_of, train_and_tell, with_student
+from helpers.training import ListTracker, refusals_of, refuse_outage, train_and_tell, with_student
 from helpers.world import TinyWorld
 from stillhouse.cluster import Secrets
 from stillhouse.errors import CheckpointError
@@ -77,7 +77,7 @@ def test_the_scene_holds_every_kind_of_file(scene: Scene) -> None:
 
 def to_export(_scene: Scene, job: TrainJob, _ranks: Ranks) -> Any:
     tokenizer = load_tokenizer(job.section.model)
-    return export(job.checkpoints, job.run_dir / "exported", section=job.section, tokenizer=tokenizer, card="")
+    return export(job.checkpoints, job.run_dir / "exported", section=job.section, tokenizer=tokenizer, card=str, tell=refuse_outage)
 
 
 def to_resume(_scene: Scene, job: TrainJob, ranks: Ranks) -> Any:
@@ -92,7 +92,7 @@ def to_evaluate(scene: Scene, job: TrainJob, ranks: Ranks) -> Any:
     config, heldout = scene.plan.config, scene.plan.split.heldout
     comparison = EvaluationJob(
         teacher=config.teacher,
-        models={"student": Trained(job.section, job.checkpoints)},
+        models={"student": Trained(job.section, job.checkpoints, ListTracker())},
         vocab_size=scene.plan.recipe.vocab_size,
         section=config.evaluate,
         device="cpu",

@@ -56,7 +56,7 @@ def assert_harmless(outcome: Outcome, *, code: int, shows: str) -> None:
 def store(tmp_path: Path) -> ChunkStore:
     """A store whose recipe has a hostile text in each field that takes any."""
     fields = ("corpus_digest", "tokenizer_digest", "teacher_digest", "teacher_dtype")
-    recipe = small_recipe(**dict.fromkeys(fields, STEERING + "\n  missing chunks    none"))
+    recipe = small_recipe(**dict.fromkeys(fields, STEERING + "\n  not there         none"))
     store = ChunkStore.create(str(tmp_path / "store"), recipe)
     store.publish(make_chunk(recipe, 0))
     return store
@@ -75,7 +75,8 @@ def test_ls_shows_a_recipe_whose_teacher_is_markup_and_escape_sequences(store: C
 def test_stat_shows_each_field_on_a_line_of_its_own(store: ChunkStore) -> None:
     outcome = stillhouse("store", "stat", store.url)
     assert_harmless(outcome, code=0, shows="[/x]\\x1b[2J\\x07\\x9b2J\\x0d\\u202ex\\n")
-    assert [line for line in outcome.out.splitlines() if line.startswith("  missing chunks")] == ["  missing chunks    1-2"]
+    (line,) = (line for line in outcome.out.splitlines() if line.startswith("  not there"))
+    assert line.startswith("  not there         1-2: ")
 
 
 def test_verify_shows_the_names_of_strange_fields_and_of_damaged_files(store: ChunkStore) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.command import Outcome, stillhouse
 from helpers.faults import FaultyS3, publications
+from helpers.s3 import forbid_writing
 from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.errors import RecipeError, StoreError
@@ -81,16 +82,26 @@ def test_the_student_is_nearer_to_its_teacher_than_the_control(undisturbed: Plan
 
 
 def test_produce_then_train_through_s3_is_the_same_training_as_run(
-    undisturbed: Plan, tiny_world: TinyWorld, s3_endpoint: str, tmp_path: Path
+    undisturbed: Plan, tiny_world: TinyWorld, s3_endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="whisky")
+    """Who trains may only read the bucket. Who is refused has left nothing in it."""
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    client.create_bucket(Bucket="whisky")
     made = tiny_world.plan(tmp_path / "run", store={"url": "s3://whisky/casks"}, teacher=TEACHERS, student=STUDENT)
     with pytest.raises(StoreError, match="stillhouse produce"):
         pipeline.train(made)
+    assert "Contents" not in client.list_objects_v2(Bucket="whisky")
     pipeline.produce(made)
-    assert ChunkStore("s3://whisky/casks", made.recipe).published() == set(made.chunks)
+    store = ChunkStore("s3://whisky/casks", made.recipe)
+    assert store.published() == set(made.chunks)
+    before = client.list_objects_v2(Bucket="whisky")["Contents"]
+    forbid_writing(client, "whisky")
     pipeline.train(made)
     assert curve(made) == curve(undisturbed)
+    assert client.list_objects_v2(Bucket="whisky")["Contents"] == before
+    assert "s3://whisky/casks may only be read, so this training cannot be registered there" in capsys.readouterr().err
+    with pytest.raises(StoreError, match=f"cannot be written.*all {len(made.chunks)} chunks that training reads are there"):
+        pipeline.produce(made)
 
 
 def run_until(

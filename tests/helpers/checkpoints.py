@@ -1,8 +1,11 @@
 """Small checkpoints, written as ranks write them: files, parts, commit."""
 
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Commit, Digest, Origin, folder_of, publish, publish_part, read_part
@@ -48,3 +51,14 @@ def snapshot_of(step: int, *, num_floats: int = 10, rank: int = 0) -> Snapshot:
     """A snapshot of one file."""
     state = {"weights": torch.full((num_floats,), float(step)), "step": step}
     return Snapshot(step, {f"pp_rank_{rank}_optim.pt": state}, began=0.0, blocking_s=0.25, release=lambda: None)
+
+
+def commit_weights(url: str, model: nn.Module, step: int) -> Commit:
+    """A commit of a language model, as far as an export reads it: the file in which rank 0 saves the whole module up to stage 2."""
+    blobs, folder, buffer = Blobs(url), folder_of(step, "a"), io.BytesIO()
+    torch.save({"module": {f"lm.{name}": weight for name, weight in model.state_dict().items()}}, buffer)
+    digest = Digest()
+    digest.add(buffer.getvalue())
+    blobs.stream(f"{folder}/mp_rank_00_model_states.pt", lambda write: write(buffer.getvalue()))
+    origin = replace(ORIGIN, zero_stage=1)
+    return publish(blobs, Commit(step, "a", 1, origin, {"mp_rank_00_model_states.pt": digest.value}))

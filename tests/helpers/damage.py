@@ -1,4 +1,4 @@
-"""Damage as disks do it: one flipped bit, a disk that is full, and one whose power is cut."""
+"""Damage as disks do it: one flipped bit, a disk that is full, one that may only be read, and one whose power is cut."""
 
 import shutil
 import subprocess
@@ -47,6 +47,21 @@ def fill(ballast: Path) -> None:
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
+
+
+@contextmanager
+def read_only(path: Path, *, at: Path) -> Iterator[Path]:
+    """A directory seen at another place, where nobody may write, not even root, for as long as the block lasts. Only root may mount it."""
+    at.mkdir()
+    mounting = subprocess.run(["mount", "-o", "bind,ro", str(path), str(at)], capture_output=True, text=True, check=False)
+    assert mounting.returncode == 0, (
+        f"this test reads from a place where nobody may write, and mounting that failed: {mounting.stderr.strip()}; "
+        "run it as root, in a container with the capability SYS_ADMIN"
+    )
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
 
 
 @contextmanager

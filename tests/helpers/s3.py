@@ -1,8 +1,10 @@
 """A server that speaks S3, on loopback, for this process and every one that it starts."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:
@@ -14,6 +16,13 @@ def s3_environment(endpoint: str) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": "a-secret",
         "AWS_REGION": "us-east-1",
     }
+
+
+def forbid_writing(client: Any, bucket: str) -> None:
+    """Have a bucket's policy refuse what a credential that may only read is refused."""
+    actions = ["s3:PutObject", "s3:DeleteObject", "s3:PostObject"]
+    denial = {"Effect": "Deny", "Principal": "*", "Action": actions, "Resource": f"arn:aws:s3:::{bucket}/*"}
+    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denial]}))
 
 
 @contextmanager

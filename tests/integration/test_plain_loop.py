@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.models import make_model
 from helpers.ranks import RankGroup
-from helpers.training import train_and_tell
+from helpers.training import refuse_outage, train_and_tell
 from helpers.world import TinyWorld
 from stillhouse.logits import decode
 from stillhouse.models import load_tokenizer
@@ -170,7 +170,7 @@ def test_two_ranks_train_as_a_plain_torch_loop_with_every_setting_at_work(
         assert row.grad_norm == pytest.approx(norm, rel=1e-5)
 
     out = tmp_path / "export"
-    export(job.checkpoints, out, section=job.section, tokenizer=load_tokenizer(job.section.model), card=lambda _: "")
+    export(job.checkpoints, out, section=job.section, tokenizer=load_tokenizer(job.section.model), card=lambda _: "", tell=refuse_outage)
     trained = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64).state_dict()
     gaps = {name: (trained[name] - weight).abs().max().item() for name, weight in lm.state_dict().items()}
     assert max(gaps.values()) <= 1e-6, gaps

@@ -12,7 +12,7 @@ from helpers.s3 import s3_environment
 from helpers.world import TinyWorld
 from stillhouse.errors import StoreError
 from stillhouse.pipeline.steps import run, train
-from stillhouse.store import ChunkStore, StoreUnavailable
+from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable
 from stillhouse.store.blobs import Blobs
 
 BUSY, EXPIRED, INVALID = "cannot be reached, or is too busy", "the credentials have expired", "the credentials are not valid"
@@ -25,7 +25,7 @@ ANSWERS = [
     (403, "InvalidAccessKeyId", StoreError, INVALID),
     (403, "SignatureDoesNotMatch", StoreError, INVALID),
     (403, "RequestTimeTooSkewed", StoreError, CLOCK),
-    (403, "AccessDenied", StoreError, RIGHTS),
+    (403, "AccessDenied", StoreForbidden, RIGHTS),
     (401, "", StoreError, INVALID),
     (404, "NoSuchBucket", StoreError, NO_BUCKET),
     (404, "ContainerNotFound", StoreError, NO_BUCKET),
@@ -72,7 +72,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
 def test_an_answer_means_the_same_to_every_call(server: RangeServer, status: int, code: str, kind: type[StoreError], advice: str):
     """Through obstore, whose texts quote the server's body and dump its own settings: here both are full of misleading words."""
     server.refusal = Refusal(status, code)
-    blobs = Blobs("s3://bucket/root", patience_s=1.0 if kind is StoreError else 0.25)  # what is not waited for costs no time
+    blobs = Blobs("s3://bucket/root", patience_s=0.25 if kind is StoreUnavailable else 1.0)  # what is not waited for costs no time
     with ThreadPoolExecutor(len(CALLS)) as pool:
         answers = {name: pool.submit(call, blobs) for name, call in CALLS.items()}
     verdicts = {name: answer.exception() for name, answer in answers.items()}

@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError, StoreError
-from stillhouse.store import ChunkMissing, ChunkStore, StoreUnavailable, list_recipes, pack_chunk, sweep, verify_store
+from stillhouse.store import ChunkMissing, ChunkStore, StoreForbidden, StoreUnavailable, list_recipes, pack_chunk, sweep, verify_store
 from stillhouse.store.blobs import Blobs
 
 RECIPE = small_recipe()
@@ -122,7 +122,7 @@ def test_a_missing_permission_and_a_missing_bucket_say_what_to_do(store: ChunkSt
     s3_client(moto).put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denial]}))
     with pytest.raises(StoreError, match="permission denied: check the credentials and their rights") as caught:
         store.publish(make_chunk(RECIPE, 0))
-    assert type(caught.value) is StoreError
+    assert type(caught.value) is StoreForbidden
     assert "Debug source" not in str(caught.value)
     with pytest.raises(StoreError, match="there is no such bucket: create it, or correct the name"):
         ChunkStore.create("s3://nobody-made-this-bucket/a", RECIPE)

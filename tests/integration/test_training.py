@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.damage import read_only
 from helpers.ranks import RankGroup
-from helpers.training import first_gradients, loss_of_step, phases_at_rows, train_and_tell, train_until_told, with_student
+from helpers.training import (
+    first_gradients,
+    loss_of_step,
+    phases_at_rows,
+    refuse_outage,
+    train_and_tell,
+    train_until_told,
+    with_student,
+)
 from helpers.world import TinyWorld
 from stillhouse.board import Beat, Heard, Summons
 from stillhouse.errors import CheckpointError, StudentError
@@ -143,6 +152,14 @@ def test_ranks_whose_command_was_replaced_commit_nothing_over_the_new_owner(job:
     assert newest_step(mine.checkpoints) == 1
 
 
+def test_ranks_train_from_a_store_that_may_only_be_read(job: TrainJob, rank_groups: Ranks, tmp_path: Path) -> None:
+    """Of what they have committed it never hears."""
+    with read_only(Path(job.store_url), at=tmp_path / "seen") as seen:
+        mine = replace(with_student(job, checkpoint_every_steps=1), store_url=str(seen), run_dir=tmp_path / "run", total_steps=2)
+        assert len(rank_groups[1].call(train_and_tell, mine)[0]) == 2
+        assert newest_step(mine.checkpoints) == 2
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_sequences(
     job: TrainJob, rank_groups: Ranks, stage: int, tmp_path: Path
@@ -192,7 +209,8 @@ def test_an_export_is_the_model_that_takes_the_next_step(
     steady = replace(steady, run_dir=tmp_path / "run", total_steps=3)
     rank_groups[2].call(train_and_tell, steady)
     out = tmp_path / "export"
-    assert export(steady.checkpoints, out, section=steady.section, tokenizer=load_tokenizer(steady.section.model), card=str) == 3
+    tokenizer = load_tokenizer(steady.section.model)
+    assert export(steady.checkpoints, out, section=steady.section, tokenizer=tokenizer, card=str, tell=refuse_outage) == 3
     following = rank_groups[2].call(train_and_tell, replace(steady, total_steps=4))[0]
     assert [row.step for row in following] == [4]
     assert loss_of_step(steady, 3, model=out) == pytest.approx(following[0].loss, rel=tolerance)

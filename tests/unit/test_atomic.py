@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.atomic import Buffer, SystemFiles, create, make_directory, move_directory, replace
+from stillhouse.atomic import Buffer, SystemFiles, create, make_directory, move_directory, replace, whole_directory
 from stillhouse.errors import StoreError
 from stillhouse.store import StoreUnavailable
 from stillhouse.store.blobs import Blobs
@@ -216,3 +216,54 @@ def test_each_new_directory_is_synced_into_the_one_above_it(tmp_path: Path):
     make_directory(tmp_path / "a" / "b" / "c", files=files)
     assert [name for _, name in files.order] == [tmp_path.name, "a", "b"]
     make_directory(tmp_path / "a" / "b" / "c")
+
+
+def test_a_directory_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+    def stop_halfway() -> None:
+        with whole_directory(tmp_path / "models") as draft:
+            (draft / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_halfway()
+    assert [*tmp_path.iterdir()] == []
+    with whole_directory(tmp_path / "models") as draft:
+        (draft / "whole").touch()
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_draft_that_another_writes_is_left_alone_and_one_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    names = "a[1]", "a[1].unfinished-of-a-killed-one", "a1.unfinished-of-another-directory"
+    left, other = tmp_path / names[1], tmp_path / names[2]
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "half").touch()
+    with whole_directory(tmp_path / names[0]) as slow:
+        (slow / "slow").touch()
+        (tmp_path / names[0]).mkdir()  # empty, as a user may have made it
+        with whole_directory(tmp_path / names[0]) as fast:
+            (fast / "fast").touch()
+        assert (slow / "slow").exists()
+        assert not left.exists()
+        assert [path.name for path in (tmp_path / names[0]).iterdir()] == ["fast"]
+        (tmp_path / names[0] / "fast").unlink()
+    assert [path.name for path in (tmp_path / names[0]).iterdir()] == ["slow"]
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[2]}
+
+
+def test_a_directory_that_has_something_in_it_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").touch()
+    with pytest.raises(OSError, match="not empty"), whole_directory(tmp_path / "models") as draft:
+        (draft / "new").touch()
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_directory_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):  # not "Not a directory": nothing is in its place
+        make_directory(Path("/proc/nothing"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        make_directory(tmp_path / "file" / "inner")

@@ -191,6 +191,13 @@ def test_every_obstacle_is_named_at_once(check, tmp_path: Path):
     assert "is a file" in outcome.err
 
 
+def test_a_store_that_is_a_file_is_named_once(check, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    outcome = check(store={"url": str(tmp_path / "file")})
+    assert outcome.code == 2
+    assert f"store.url: {tmp_path}/file is a file; name another place" in outcome.err
+
+
 def test_a_window_smaller_than_the_shuffle_needs_is_noted(check, filled: Plan):
     outcome = check(store={"window_bytes": 100}, student={"max_steps": 1000})
     assert "less than a student may need for one step" in outcome.out

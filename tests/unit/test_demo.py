@@ -25,7 +25,6 @@ from stillhouse.demo import (
     make_models,
     run_demo,
     train_teacher,
-    whole_directory,
 )
 from stillhouse.errors import ConfigError
 from stillhouse.models import check_head, check_packing, check_same_ids, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
@@ -136,21 +135,6 @@ def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
     assert shares[: SIZES.warmup_steps] == [0.25, 0.5, 0.75, 1.0]
     assert shares[SIZES.warmup_steps :] == sorted(shares[SIZES.warmup_steps :], reverse=True)
     assert 0.0 < shares[-1] < 0.01
-
-
-def test_a_directory_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
-    def stop_halfway() -> None:
-        with whole_directory(tmp_path / "models") as draft:
-            (draft / "half").touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stop_halfway()
-    assert not (tmp_path / "models").exists()
-    with whole_directory(tmp_path / "models") as draft:
-        (draft / "whole").touch()
-    assert [path.name for path in (tmp_path / "models").iterdir()] == ["whole"]
-    assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
 def test_a_second_demo_does_not_make_models_beside_the_first(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.bounded import bounded, measured_memory
 from helpers.chunks import make_chunk, small_recipe
 from helpers.command import stillhouse
+from helpers.damage import read_only
 from stillhouse.store import ChunkStore
 
 RECIPE = small_recipe()
@@ -43,13 +45,14 @@ def test_ls_has_a_line_for_each_recipe_with_chunks_present_and_bytes(url: str):
     assert "0 of 3" in lines[OTHER.fingerprint[:16]]
 
 
-def test_stat_shows_every_field_and_the_missing_chunks(url: str):
+def test_stat_shows_every_field_and_the_chunks_that_are_not_there(url: str):
     outcome = stillhouse("store", "stat", url, RECIPE.fingerprint[:6])
     shown = dict(line.strip().split(maxsplit=1) for line in outcome.out.splitlines()[1:])
     assert shown["fingerprint"] == RECIPE.fingerprint
     for name in ("corpus_digest", "num_sequences", "tokenizer_digest", "teacher_digest", "teacher_dtype", "k", "temperature", "value_bits"):
         assert shown[name] == str(getattr(RECIPE, name))
-    assert "missing chunks    1\n" in outcome.out
+    assert "not there         1: not made yet" in outcome.out
+    assert "damaged           none known" in outcome.out
     assert "chunks            2 of 3\n" in outcome.out
 
 
@@ -60,6 +63,44 @@ def test_stat_without_a_fingerprint_shows_all_and_a_wrong_one_names_them(url: st
     wrong = stillhouse("store", "stat", url, "zz")
     assert wrong.code == 2
     assert RECIPE.fingerprint[:16] in wrong.err
+
+
+def test_stat_of_a_store_of_which_a_part_was_needed_does_not_speak_of_damage(tmp_path: Path):
+    recipe = small_recipe(num_sequences=377 * 4)
+    store = ChunkStore.create(str(tmp_path), recipe)
+    for number in range(0, 24, 2):
+        store.publish(make_chunk(recipe, number))
+    outcome = stillhouse("store", "stat", store.url)
+    assert "chunks            12 of 377\n" in outcome.out
+    first = "1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23-376"
+    assert f"not there         {first}: not made yet, never needed, or deleted once read\n" in outcome.out
+    assert "damaged           none known: `stillhouse store verify` reads every byte\n" in outcome.out
+    assert "missing" not in outcome.out
+
+
+def test_stat_tells_damaged_chunks_from_those_that_were_never_made(url: str):
+    store = ChunkStore(url, RECIPE)
+    path = Path(url) / store.key(0)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not store.quarantine(2)
+    assert "damaged           0: `--repair RUN_DIR`" in stillhouse("store", "stat", url, RECIPE.fingerprint[:6]).out
+    assert store.quarantine(0)
+    outcome = stillhouse("store", "stat", url, RECIPE.fingerprint[:6])
+    assert "damaged           0: `--repair RUN_DIR`" in outcome.out
+    assert "not there         1: not made yet" in outcome.out
+    store.publish(make_chunk(RECIPE, 0))
+    assert "damaged           none known" in stillhouse("store", "stat", url, RECIPE.fingerprint[:6]).out
+
+
+def test_stat_needs_memory_for_what_is_there_alone(tmp_path: Path):
+    """A recipe can have ten billion chunks; two million would be seen."""
+    recipe = small_recipe(num_sequences=4 * 2_000_000)
+    store = ChunkStore.create(str(tmp_path), recipe)
+    store.publish(make_chunk(recipe, 7))
+    with measured_memory():
+        outcome = bounded(lambda: stillhouse("store", "stat", store.url), num_bytes=0)
+    assert outcome is not None
+    assert "not there         0-6, 8-1999999: not made yet" in outcome.out
 
 
 def test_verify_says_when_all_is_well(url: str):
@@ -105,6 +146,15 @@ def test_sweep_removes_old_leftovers_only(url: str):
     assert "1 leftovers removed" in outcome.out
     assert (old.exists(), young.exists()) == (False, True)
     assert ChunkStore(url, RECIPE).published() == {0, 2}
+
+
+def test_a_store_that_may_only_be_read_is_shown_and_verified_and_swept_with_a_refusal_in_words(url: str, tmp_path: Path):
+    (Path(url) / RECIPE.fingerprint[:16] / "chunks" / "0000000001.safetensors#1").touch()
+    with read_only(Path(url), at=tmp_path / "seen") as seen:
+        assert [stillhouse("store", verb, seen).code for verb in ("ls", "stat", "verify")] == [0, 0, 0]
+        outcome = stillhouse("store", "sweep", seen, "--older-than-hours", "0")
+    assert outcome.code == 2
+    assert f"cannot remove {RECIPE.fingerprint[:16]}/0000000001.safetensors#1 in {seen}: permission denied" in outcome.err
 
 
 @pytest.mark.parametrize("verb", ["ls", "stat", "verify"])

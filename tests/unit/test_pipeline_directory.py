@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import make
-from helpers.damage import fill, small_disk
+from helpers.damage import fill, read_only, small_disk
 from helpers.world import TinyWorld
 from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError, RunError, StoreError, StoreUnavailable
 from stillhouse.pipeline import Plan, train
-from stillhouse.pipeline.attempt import attempt, learning_attempt
+from stillhouse.pipeline.attempt import attempt, learning_attempt, store_to_read
 from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.directory import claim
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.readers import join, registered
 from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, WaitRow, read_journal
 
@@ -78,6 +78,39 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world
     with pytest.raises(StoreError, match="something else is in its place"):
         attempt(tiny_world.plan(made.run_dir, store={"url": str(tmp_path / "file")}, student={"max_steps": 10}), "produce").__enter__()
     assert contents() == before
+    assert registered(ChunkStore(other.config.store.url, other.recipe)).readers == []
+
+
+def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_is_told_why_not(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    filled, part = tiny_world.plan(tmp_path / "run"), tiny_world.plan(tmp_path / "part", store={"url": str(tmp_path / "part of it")})
+    tiny_world.fill_store(filled)
+    ChunkStore.create(part.config.store.url, part.recipe)
+    with (
+        read_only(Path(filled.config.store.url), at=tmp_path / "seen") as seen,
+        read_only(tmp_path / "part of it", at=tmp_path / "part") as some,
+    ):
+        made = tiny_world.plan(tmp_path / "run", store={"url": str(seen)})
+        with learning_attempt(made, "stillhouse train", open_store=store_to_read):
+            pass
+        elsewhere = tiny_world.plan(tmp_path / "run", store={"url": str(seen)}, student={"checkpoint_url": str(tmp_path / "commits")})
+        with learning_attempt(elsewhere, "stillhouse train", open_store=store_to_read):  # which takes back what the first was known by
+            pass
+        with pytest.raises(StoreForbidden, match="permission denied"):
+            join(ChunkStore(str(seen), made.recipe), made.jobs()[0].reader(0))
+        with pytest.raises(
+            StoreError, match=rf"{seen} cannot be written, .*: all {len(made.chunks)} chunks .*: `stillhouse train` reads them"
+        ):
+            attempt(made, "stillhouse produce").__enter__()
+        made = tiny_world.plan(tmp_path / "other run", store={"url": str(some)})
+        missing = rf"{len(made.chunks)} of {len(made.chunks)} chunks"
+        with pytest.raises(
+            StoreError, match=rf"{some} cannot be written, which this command has to do: {missing} are missing there; give write"
+        ):
+            learning_attempt(made, "stillhouse run").__enter__()
+        with pytest.raises(StoreError, match=f"{missing} are not in {some}; `stillhouse produce` makes them"):
+            learning_attempt(made, "stillhouse train", open_store=store_to_read).__enter__()
 
 
 def test_two_run_directories_cannot_train_into_one_place(tiny_world: TinyWorld, tmp_path: Path) -> None:

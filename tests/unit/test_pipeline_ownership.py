@@ -196,3 +196,10 @@ def test_a_pid_that_was_given_again_is_another_process() -> None:
     assert replace(own, pid=2**22 + 1).state() == "gone"  # above what Linux gives
     assert replace(own, machine="another boot").state() == "unknown"
     assert replace(own, machine="").state() == "unknown"
+
+
+def test_a_planted_record_with_the_last_number_is_refused_in_words(place: str) -> None:
+    Blobs(place).create(owner_key(99_999_999), b"planted")
+    with pytest.raises(ConfigError, match=r"owner-99999999\.json under .* has the highest number .* Delete it where no command uses these"):
+        owned(place, here(), say=print, lease=SHORT)
+    assert owner_numbers(Blobs(place)) == [99_999_999]

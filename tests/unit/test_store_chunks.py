@@ -16,8 +16,19 @@ import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError, PreconditionError
 
 from helpers.chunks import make_chunk, small_recipe
+from helpers.damage import read_only
 from stillhouse.errors import ChunkError, RecipeError, StoreError
-from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable, list_recipes, pack_chunk, sweep, verify_store
+from stillhouse.store import (
+    Chunk,
+    ChunkMissing,
+    ChunkStore,
+    StoreForbidden,
+    StoreUnavailable,
+    list_recipes,
+    pack_chunk,
+    sweep,
+    verify_store,
+)
 from stillhouse.store.blobs import Blobs, explain
 
 RECIPE = small_recipe()
@@ -422,9 +433,9 @@ def test_a_full_store_says_so_and_keeps_no_part_of_the_chunk(store: ChunkStore):
     [
         (GenericError("Generic LocalFileSystem error: No space left on device (os error 28)"), StoreUnavailable, "disk is full"),
         (GenericError("Generic LocalFileSystem error: Disk quota exceeded (os error 122)"), StoreUnavailable, "quota"),
-        (OSError("Permission denied (os error 13)"), StoreError, "permission denied"),
-        (OSError("Read-only file system (os error 30)"), StoreError, "permission denied"),
-        (PermissionDeniedError("403 Forbidden"), StoreError, "credentials and their rights"),
+        (OSError("Permission denied (os error 13)"), StoreForbidden, "permission denied"),
+        (OSError("Read-only file system (os error 30)"), StoreForbidden, "permission denied"),
+        (PermissionDeniedError("403 Forbidden"), StoreForbidden, "credentials and their rights"),
         (FileNotFoundError("<Code>NoSuchBucket</Code>"), StoreError, "no such bucket"),
         (GenericError("Received redirect without LOCATION"), StoreError, "set AWS_REGION"),
         (GenericError("Error performing PUT http://169.254.169.254/latest/api/token"), StoreError, "no credentials were found"),
@@ -440,6 +451,15 @@ def test_a_failure_of_the_store_says_what_to_do(error: Exception, kind: type[Sto
     assert type(found) is kind
     with pytest.raises(kind, match=advice):
         raise found
+
+
+def test_a_root_that_cannot_be_made_or_written_is_refused_for_what_it_is(tmp_path: Path):
+    for look in (ChunkStore.create, lambda url, recipe: ChunkStore(url, recipe).published()):
+        with pytest.raises(StoreError, match=r"in /proc/nothing: no directory can be made there: choose another place"):
+            look("/proc/nothing", RECIPE)
+    (tmp_path / "store").mkdir()
+    with read_only(tmp_path / "store", at=tmp_path / "seen") as seen, pytest.raises(StoreForbidden, match="permission denied"):
+        ChunkStore.create(str(seen / "new"), RECIPE)
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path):

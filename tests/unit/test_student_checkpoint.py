@@ -10,6 +10,7 @@ import pytest
 import xxhash
 
 from helpers.checkpoints import FILES, ORIGIN, commit_files, make, write_files
+from helpers.training import refuse_outage
 from stillhouse.errors import CheckpointError
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import (
@@ -340,9 +341,9 @@ def test_retaining_does_not_touch_what_a_damaged_manifest_may_have_named(tmp_pat
 
 def test_a_directory_is_read_in_place(tmp_path: Path):
     (made,) = make(tmp_path, 10)
-    with newest_copy(str(tmp_path), lambda commit: commit.files) as found:
+    with newest_copy(str(tmp_path), lambda commit: commit.files, tell=refuse_outage) as found:
         assert found == (made, tmp_path / made.folder)
-    with newest_copy(str(tmp_path / "absent"), lambda commit: commit.files) as found:
+    with newest_copy(str(tmp_path / "absent"), lambda commit: commit.files, tell=refuse_outage) as found:
         assert found is None
 
 
@@ -350,6 +351,6 @@ def test_what_is_not_wanted_may_be_damaged(tmp_path: Path):
     made = make(tmp_path, 10, 20)
     flip(tmp_path / made[1].folder / "pp_rank_0_optim.bin", 0)
     for name, step in (("model_states.bin", 20), ("pp_rank_0_optim.bin", 10)):
-        with newest_copy(str(tmp_path), lambda _, name=name: [name]) as found:
+        with newest_copy(str(tmp_path), lambda _, name=name: [name], tell=refuse_outage) as found:
             assert found is not None
             assert found[0].step == step

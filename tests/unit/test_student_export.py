@@ -1,14 +1,20 @@
-"""What an exported student keeps of the model that it came from, beside weights."""
+"""An exported student is there whole or not at all, and keeps more of the model that it came from than weights."""
 
 import json
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from helpers.damage import small_disk
 from helpers.models import make_model
+from stillhouse.atomic import SystemFiles
 from stillhouse.config import StudentSection
-from stillhouse.models import load_model
-from stillhouse.student.export import generation_config_of
+from stillhouse.errors import ConfigError
+from stillhouse.models import load_model, load_tokenizer
+from stillhouse.student.export import generation_config_of, write_model
 
 
 @pytest.fixture
@@ -36,3 +42,69 @@ def test_settings_that_cannot_be_saved_are_left_behind(folder: Path):
     assert generation_config_of(write(folder, do_sample=False, temperature=0.7)) is None
     (folder / "generation_config.json").unlink()
     assert generation_config_of(StudentSection(model=str(folder))) is None
+
+
+class Killed(BaseException):
+    """What is thrown in the place of SIGKILL."""
+
+
+class KilledAt:
+    """A file layer whose process is killed at its `number`-th call that changes anything: neither that one nor a later one is made."""
+
+    def __init__(self, number: int) -> None:
+        self._calls, self._number = count(), number
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            if next(self._calls) >= self._number:
+                raise Killed
+            return getattr(SystemFiles(), name)(*arguments)
+
+        return call
+
+
+def test_an_export_killed_at_any_call_leaves_nothing_or_all_of_it_and_the_next_one_tidies_up(folder: Path, tmp_path: Path):
+    model, tokenizer = load_model(StudentSection(model=str(folder), dtype="float32")), load_tokenizer(str(folder))
+    parent = tmp_path / "exports"
+    parent.mkdir()
+    was_killed, was_there = True, list[bool]()
+    whole = dict[str, bytes]()
+    while was_killed:
+        out, was_killed = parent / str(len(was_there)), False
+        try:
+            write_model(model, tokenizer, out, card="# A card", files=KilledAt(len(was_there)))
+        except Killed:
+            was_killed = True
+        was_there.append(out.exists())
+        if not was_there[-1]:
+            write_model(model, tokenizer, out, card="# A card")
+        whole = whole or contents(out)
+        assert contents(out) == whole
+        assert [path.name for path in parent.iterdir()] == [out.name]
+        out.rename(tmp_path / f"kept {out.name}")
+    assert was_there == sorted(was_there)
+    assert was_there.count(False) > len(whole) > 5  # each file is synced before the directory has its name
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= whole.keys()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "kept 0")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_an_export_that_cannot_be_written_says_why_and_leaves_nothing(folder: Path, tmp_path: Path):
+    model, tokenizer = load_model(StudentSection(model=str(folder), dtype="float32")), load_tokenizer(str(folder))
+
+    def refusal(out: Path) -> str:
+        with pytest.raises(ConfigError) as caught:
+            write_model(model, tokenizer, out, card="")
+        return str(caught.value)
+
+    (tmp_path / "file").touch()
+    assert f"cannot write the model to {tmp_path}/file/out: Not a directory; name a new directory" in refusal(tmp_path / "file" / "out")
+    with small_disk(tmp_path / "disk", num_bytes=32 << 10) as disk:
+        assert "No space left on device" in refusal(disk / "out")
+        assert [*disk.iterdir()] == []
+    with small_disk(tmp_path / "mounted", num_bytes=32 << 10) as mounted:
+        assert "busy" in refusal(mounted)  # a mount point cannot be renamed over
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["chat", "disk", "file", "mounted"]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from stillhouse.atomic import whole_directory
 from stillhouse.bench.classroom import Form, Lessons, teach
 from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
@@ -25,7 +26,7 @@ from stillhouse.bench.trained import DEMO_TEACHER
 from stillhouse.cluster import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.corpus import Split, prepare_corpus
-from stillhouse.demo import Sizes, demo_config, make_models, whole_directory
+from stillhouse.demo import Sizes, demo_config, make_models
 from stillhouse.errors import ConfigError
 from stillhouse.evaluate import EvaluationJob, Scores, evaluate
 from stillhouse.logits import Codec

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from pathlib import Path
 from time import monotonic, sleep, time
 from typing import Literal
 
@@ -16,10 +15,11 @@ from stillhouse.pipeline.directory import claim, leave_former_place, require_sam
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Owner, locked, owned
 from stillhouse.pipeline.plan import Plan
-from stillhouse.store import ChunkStore
+from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.blobs import Blobs
 from stillhouse.store.probe import require_create_only
 from stillhouse.student.checkpoint import newest_step
+from stillhouse.terminal import printable
 from stillhouse.tracking import (
     EndRow,
     Journal,
@@ -37,6 +37,40 @@ _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
 
 
+def store_to_fill(plan: Plan) -> ChunkStore:
+    """The store, for a command that makes chunks. Raises StoreError where it may only be read."""
+    url = plan.config.store.url
+    try:
+        return ChunkStore.create(url, plan.recipe)
+    except StoreForbidden as error:
+        num_missing = len(set(plan.chunks) - ChunkStore(url, plan.recipe).published())
+        if num_missing:
+            cure = f"{num_missing} of {len(plan.chunks)} chunks are missing there; give write access, or store.url another place"
+        else:
+            cure = f"all {len(plan.chunks)} chunks that training reads are there: `stillhouse train` reads them, and need not write"
+        raise StoreError(f"{url} cannot be written, which this command has to do: {cure} ({error})") from None
+
+
+def store_to_read(plan: Plan) -> ChunkStore:
+    """The store, for a command that makes no chunk; nothing is written where recipe.json is there.
+
+    Raises StoreError where chunks are missing.
+    """
+    store = ChunkStore(plan.config.store.url, plan.recipe)
+    require_chunks(plan, store)
+    return store if store.has_recipe() else ChunkStore.create(store.url, plan.recipe)
+
+
+def require_chunks(plan: Plan, store: ChunkStore) -> None:
+    """Raise StoreError where the store has not all chunks that training reads."""
+    num_missing = len(set(plan.chunks) - store.published())
+    if num_missing:
+        raise StoreError(
+            f"{num_missing} of {len(plan.chunks)} chunks are not in {store.url}; "
+            "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
+        )
+
+
 @contextmanager
 def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     """Use the run directory without training: lock it, write down what is asked, journal start and end, and show the journal.
@@ -46,24 +80,26 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     """
     with locked(plan.run_dir, Holder.here(command, plan.run_dir, now=time())):
         require_same_run(plan)
-        with _journalled(plan, command, committed={}) as journal:
+        with _journalled(plan, command, store=store_to_fill(plan), committed={}) as journal:
             yield journal
 
 
 @contextmanager
-def learning_attempt(plan: Plan, command: str, *, require: Callable[[], None] = lambda: None) -> Iterator[tuple[Journal, Owner]]:
+def learning_attempt(
+    plan: Plan, command: str, *, open_store: Callable[[Plan], ChunkStore] = store_to_fill
+) -> Iterator[tuple[Journal, Owner]]:
     """The same, for a command that trains: it also owns the place of the checkpoints, which another run directory may name as well.
 
-    `require` raises what else keeps the command from beginning.
+    `open_store` raises what keeps the command from beginning with this store.
     """
     holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].place
     with locked(plan.run_dir, holder):
         require_same_run(plan)
         require_create_only(Blobs(place))
-        with owned(place, holder, say=_say) as owner:
-            require()
+        with owned(place, holder, say=say) as owner:
+            store = open_store(plan)
             committed: dict[str, int] = {job.role: newest_step(job.checkpoints) for job in plan.jobs()}
-            with _journalled(plan, command, committed=committed) as journal:
+            with _journalled(plan, command, store=store, committed=committed) as journal:
                 yield journal, owner
 
 
@@ -74,19 +110,19 @@ def patient(journal: Tracker, *, pause: Callable[[float], None] = sleep) -> Pati
 
 def tell_of_wait(seconds: float, why: str) -> None:
     """Say on the terminal what the run waits for."""
-    _say(f"the run has waited for {seconds:.0f} s: {why}")
+    say(f"the run has waited for {seconds:.0f} s: {why}")
 
 
-def _say(words: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(words, markup=False, highlight=False)
+def say(words: str) -> None:
+    """Tell it on the terminal, beside what the views show."""
+    Console(stderr=True, soft_wrap=True).print(printable(words), markup=False, highlight=False)
 
 
 @contextmanager
-def _journalled(plan: Plan, command: str, *, committed: Mapping[str, int]) -> Iterator[Journal]:
+def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mapping[str, int]) -> Iterator[Journal]:
     """Write down what is asked, then what happens. `committed`: of each role that is trained, the steps in its newest commit."""
     # what is asked, once nothing refuses it any more
     began = monotonic()
-    store = ChunkStore.create(plan.config.store.url, plan.recipe)
     before = claim(plan)
     if before is not None:
         leave_former_place(plan, before.student, store)
@@ -99,13 +135,13 @@ def _journalled(plan: Plan, command: str, *, committed: Mapping[str, int]) -> It
     patient(journal).record(start)
     idle = nothing_left(earlier, start)
     if idle:
-        _say(idle)
+        say(idle)
 
     # what happens, and how it ends
     ending = _Ending(journal, reader, began, committed, idle)
     with ending.journalled():
         views = _views(plan)
-    with _shown(journal.path, views), ending.journalled("done"):
+    with shown(JournalReader(journal.path), views), ending.journalled("done"):
         yield journal
 
 
@@ -194,9 +230,8 @@ def _start_row(plan: Plan, command: str, number: int, committed: Mapping[str, in
 
 
 @contextmanager
-def _shown(journal: Path, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
+def shown(reader: JournalReader, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
     """Feed new journal rows to the views from a thread: whatever writes the journal, on whichever machine, is seen."""
-    reader = JournalReader(journal)
     stopped = threading.Event()
 
     def feed() -> None:

@@ -21,7 +21,7 @@ from stillhouse import atomic
 from stillhouse.errors import CheckpointError, ConfigError, StoreError
 from stillhouse.pipeline.holder import Holder, Record
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.fence import newest_owner, owner_key, owner_numbers, require_owner
+from stillhouse.student.fence import LAST_OWNER, newest_owner, owner_key, owner_numbers, require_owner
 
 _RENEWAL_PATIENCE_S = 5.0  # for one request: a renewal that fails is tried again, and a command that ends does not wait for a store
 
@@ -136,10 +136,15 @@ def take_over(
 ) -> int:
     """Become the owner; returns its number, to be renewed from now on.
 
-    `say` is told what is waited for. Raises ConfigError, which names the owner, where that one is alive.
+    `say` is told what is waited for. Raises ConfigError, which names the owner, where that one is alive, and where no number is left.
     """
     while True:
         newest = newest_owner(blobs)
+        if newest == LAST_OWNER:
+            raise ConfigError(
+                f"{owner_key(newest)} under {blobs.url} has the highest number that an owner can have, so no command can follow it. No run"
+                " counts that far: somebody has put it there. Delete it where no command uses these checkpoints, then give this one again"
+            )
         if newest > 0:
             _await_end(blobs, newest, lease, say=say, clock=clock, pause=pause)
         number = newest + 1

@@ -10,8 +10,12 @@ from stillhouse.placement import Placement
 from stillhouse.store.blobs import Blobs
 
 
-def require_shared(url: str, crews: Collection[Placement], *, what: str, setting: str) -> None:
-    """Raise ConfigError where a machine that may have one of these crews does not see this machine's directory. All see a bucket."""
+def require_shared(url: str, crews: Collection[Placement], *, what: str, setting: str, published: str = "") -> None:
+    """Raise ConfigError where a machine that may have one of these crews does not see this machine's directory. All see a bucket.
+
+    A file is made in it, to be looked for. Where none can be made, `published` is looked for: the key of an object that is there, given
+    where it is enough to read.
+    """
     directory = Blobs(url).directory
     if directory is None:
         return
@@ -20,13 +24,16 @@ def require_shared(url: str, crews: Collection[Placement], *, what: str, setting
         make_directory(directory)
         mark.touch()
     except OSError as error:
-        raise ConfigError(
-            f"{what} go to {directory}, where nothing can be written: {error.strerror}; give {setting} another place"
-        ) from None
-    try:
-        blind = who_does_not_see(mark, crews)
-    finally:
-        mark.unlink(missing_ok=True)
+        if not published:
+            raise ConfigError(
+                f"{what} go to {directory}, where nothing can be written: {error.strerror}; give {setting} another place"
+            ) from None
+        blind = who_does_not_see(directory / published, crews)
+    else:
+        try:
+            blind = who_does_not_see(mark, crews)
+        finally:
+            mark.unlink(missing_ok=True)
     if blind:
         raise ConfigError(
             f"{what} go to {directory}, which is not the same directory on {_listed(blind)}; "

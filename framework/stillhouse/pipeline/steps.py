@@ -6,6 +6,7 @@
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import time
 from typing import Literal
@@ -14,10 +15,10 @@ from stillhouse.board import Board
 from stillhouse.cluster import attached, await_room, call_remotely, local_secrets
 from stillhouse.config import ModelSection
 from stillhouse.errors import ChangedWeightsError, CheckpointError, StoreError
-from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate
+from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate, outage_teller
 from stillhouse.models import forget_identity
-from stillhouse.patience import insist
-from stillhouse.pipeline.attempt import attempt, learning_attempt, patient, tell_of_wait
+from stillhouse.patience import DEFAULT_PATIENCE, insist
+from stillhouse.pipeline.attempt import attempt, learning_attempt, patient, require_chunks, say, shown, store_to_read, tell_of_wait
 from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.directory import config_of
 from stillhouse.pipeline.holder import Holder
@@ -27,7 +28,7 @@ from stillhouse.pipeline.places import require_shared
 from stillhouse.pipeline.plan import Plan, plan
 from stillhouse.placement import Crews, placement, student_crew, teacher_crew
 from stillhouse.report import write_report
-from stillhouse.store import ChunkStore, Reader
+from stillhouse.store import ChunkStore, Reader, StoreForbidden
 from stillhouse.store.readers import join, leave, reader_name
 from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.job import order_of_reader, where_it_goes_on
@@ -37,7 +38,7 @@ from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.teacher.readership import Readership
-from stillhouse.tracking import ROOM_PATIENCE, EvalRow, Journal, Tracker, WaitRow
+from stillhouse.tracking import ROOM_PATIENCE, EvalRow, Journal, JournalReader, ProgressView, Tracker, WaitRow
 
 _LOOK_EVERY_S = 1.0
 
@@ -70,31 +71,37 @@ def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
 
 def train(made: Plan, *, command: str = "stillhouse train") -> None:
     """Train on a store that already holds what is needed, then evaluate and report. Raises StoreError where chunks are missing."""
-    ready = learning_attempt(made, command, require=lambda: _require_chunks(made))
+    ready = learning_attempt(made, command, open_store=store_to_read)
     with ready as (journal, owner), attached(made.config.cluster):
         board = Board.create(journal.path)
         with watched_machines(board, journal, grace_s=made.config.cluster.grace_s) as machines:
             rows = patient(journal, pause=machines.pause)
             available = _room(made, student_crew(made.config.student), rows, unless=machines.require_driver)
-            _require_shared_places(made, available, at_store=[made.config.student], learning=True)
+            _require_shared_places(made, available, at_store=[made.config.student], learning=True, filling=False)
+            _register(made)
             students = _Background(lambda: _learn(made, rows, owner.number, available=available, board=board, teachers_at_work=False))
             students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
             owner.require()
             machines.require_driver()
-        _evaluate(made, patient(journal), available=available)
+        _evaluate(made, patient(journal), available=available, board=board)
     _report(made.run_dir)
 
 
-def _require_chunks(made: Plan) -> None:
-    """Register the students, so that nobody deletes their chunks, and raise StoreError where chunks are missing."""
-    store = ChunkStore.create(made.config.store.url, made.recipe)
-    _join_readers(made, store)
-    missing = set(made.chunks) - store.published()
-    if missing:
-        raise StoreError(
-            f"{len(missing)} of {len(made.chunks)} chunks are not in {made.config.store.url}; "
-            "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
+def _register(made: Plan) -> None:
+    """Register the students, so that nobody deletes their chunks, and say so where they cannot be registered.
+
+    Raises StoreError where somebody has just deleted some.
+    """
+    store = ChunkStore(made.config.store.url, made.recipe)
+    try:
+        _join_readers(made, store)
+    except StoreForbidden:
+        say(
+            f"{store.url} may only be read, so this training cannot be registered there: a run elsewhere with"
+            ' store.retain = "until-read" may delete chunks that are still to be read here, which would end this command;'
+            " what is committed stays"
         )
+    require_chunks(made, store)
 
 
 def run(made: Plan, *, command: str = "stillhouse run") -> None:
@@ -117,14 +124,18 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
                 return done
 
             _teach(made, rows, available=available, board=board, readers=("student",), finished=finished)
-        _evaluate(made, patient(journal), available=available)
+        _evaluate(made, patient(journal), available=available, board=board)
     _report(made.run_dir)
 
 
 def evaluate_run(made: Plan, *, command: str = "stillhouse eval") -> dict[ModelName, Scores]:
     """Score teacher, student and control on the held-out split, and journal the scores."""
     with locked(made.run_dir, Holder.here(command, made.run_dir, now=time())), attached(made.config.cluster) as available:
-        return _evaluate(made, patient(Journal(made.run_dir / "journal.jsonl")), available=available)
+        journal = Journal(made.run_dir / "journal.jsonl")
+        earlier = JournalReader(journal.path)
+        earlier.new_rows()
+        with shown(earlier, [ProgressView()]):
+            return _evaluate(made, patient(journal), available=available, board=Board.create(journal.path))
 
 
 def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
@@ -139,7 +150,14 @@ def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "
     job = next((job for job in made.jobs() if job.role == role), None)
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
-    return export(job.checkpoints, out, section=job.section, tokenizer=made.tokenizer, card=lambda steps: model_card(made, role, steps))
+    return export(
+        job.checkpoints,
+        out,
+        section=job.section,
+        tokenizer=made.tokenizer,
+        card=lambda steps: model_card(made, role, steps),
+        tell=lambda seconds, why: say(f"the export has waited for {seconds:.0f} s: {why}"),
+    )
 
 
 def _room(made: Plan, crews: Crews, journal: Tracker, *, unless: Callable[[], None]) -> dict[str, float]:
@@ -159,9 +177,13 @@ def _room(made: Plan, crews: Crews, journal: Tracker, *, unless: Callable[[], No
     return available
 
 
-def _require_shared_places(made: Plan, available: Mapping[str, float], *, at_store: Sequence[ModelSection], learning: bool) -> None:
+def _require_shared_places(
+    made: Plan, available: Mapping[str, float], *, at_store: Sequence[ModelSection], learning: bool, filling: bool = True
+) -> None:
     """Of the machines of these crews the store, and of all machines the checkpoints: the student is scored where a teacher fits."""
-    require_shared(made.config.store.url, [placement(each, available) for each in at_store], what="chunks", setting="store.url")
+    store = ChunkStore(made.config.store.url, made.recipe)
+    crews = [placement(each, available) for each in at_store]
+    require_shared(store.url, crews, what="chunks", setting="store.url", published="" if filling else store.recipe_key)
     if learning:
         everyone = [placement(each, available) for each in (made.config.teacher, made.config.student)]
         require_shared(made.jobs()[0].checkpoints, everyone, what="checkpoints", setting="student.checkpoint_url")
@@ -250,12 +272,13 @@ def _learn(made: Plan, journal: Tracker, owner: int, *, available: Mapping[str, 
     )
 
 
-def _evaluate(made: Plan, journal: Tracker, *, available: Mapping[str, float]) -> dict[ModelName, Scores]:
+def _evaluate(made: Plan, journal: Tracker, *, available: Mapping[str, float], board: Board) -> dict[ModelName, Scores]:
     config = made.config
     where = placement(config.teacher, available)
-    models: dict[ModelName, Trained] = {job.role: Trained(job.section, job.checkpoints) for job in made.jobs()}
+    models: dict[ModelName, Trained] = {job.role: Trained(job.section, job.checkpoints, board) for job in made.jobs()}
     steps: dict[ModelName, int] = {"teacher": 0}
-    steps.update({job.role: newest_step(job.checkpoints) for job in made.jobs()})
+    ask = partial(insist, patience=DEFAULT_PATIENCE, tell=outage_teller(journal))
+    steps.update({job.role: newest_step(job.checkpoints, ask=ask) for job in made.jobs()})
     comparison = EvaluationJob(
         teacher=config.teacher,
         models=models,

@@ -13,6 +13,7 @@ from stillhouse.store.chunks import Swept as Swept
 from stillhouse.store.chunks import list_recipes as list_recipes
 from stillhouse.store.chunks import sweep as sweep
 from stillhouse.store.chunks import verify_store as verify_store
+from stillhouse.store.explain import StoreForbidden as StoreForbidden
 from stillhouse.store.readers import Reader as Reader
 from stillhouse.store.readers import Registered as Registered
 from stillhouse.store.recipe import Recipe as Recipe

@@ -9,7 +9,6 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from stillhouse.store.chunk import (
     unpack_chunk,
     unpack_rows,
 )
+from stillhouse.store.explain import explain
 from stillhouse.store.probe import require_create_only
 from stillhouse.store.recipe import Recipe, differences, parse_recipe
 
@@ -102,16 +102,22 @@ class ChunkStore:
         The store has to refuse to create what is there already, and is tried for that.
         """
         store = cls(root, recipe)
-        key = f"{store._folder}/recipe.json"
         require_create_only(store._blobs, under=f"{store._folder}/")
-        if not store._blobs.create(key, recipe.canonical_json()):
-            if store._blobs.read(key).nbytes == 0:  # a power cut left the name alone
-                store.restore_recipe()
-                return store
-            found = _recipe_at(store._blobs, key)
-            if found != recipe:
-                raise RecipeError(f"{store.url}/{key} is of another recipe: " + "; ".join(differences(recipe, found)))
+        if not store._blobs.create(store.recipe_key, recipe.canonical_json()) and not store.has_recipe():
+            store.restore_recipe()
         return store
+
+    def has_recipe(self) -> bool:
+        """Whether recipe.json is there; a power cut may have left its name alone. Raises RecipeError if it is of another recipe."""
+        try:
+            if self._blobs.read(self.recipe_key).nbytes == 0:
+                return False
+        except FileNotFoundError:
+            return False
+        found = _recipe_at(self._blobs, self.recipe_key)
+        if found != self.recipe:
+            raise RecipeError(f"{self.url}/{self.recipe_key} is of another recipe: " + "; ".join(differences(self.recipe, found)))
+        return True
 
     @property
     def url(self) -> str:
@@ -230,9 +236,13 @@ class ChunkStore:
         """The recipe's folder under the root."""
         return self._folder
 
+    @property
+    def recipe_key(self) -> str:
+        return f"{self._folder}/recipe.json"
+
     def restore_recipe(self) -> bool:
         """Publish recipe.json anew if it is missing or damaged; a damaged one goes to quarantine. True if it had to be."""
-        key = f"{self._folder}/recipe.json"
+        key = self.recipe_key
         blob = self._blobs.stat(key)
         if blob is not None and self.recipe.canonical_json() in (bytes(self._blobs.read(key)), b"".join(self._blobs.pieces(key))):
             return False
@@ -316,10 +326,14 @@ def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
     blobs, removed = Blobs(url), []
     for folder in _recipe_folders(blobs):
         for path in _staging_files(blobs.directory / folder) if blobs.directory is not None else []:
-            with suppress(FileNotFoundError):  # its writer lives, and has just given it its name
+            try:
                 if path.stat().st_mtime <= now - older_than_s:
                     path.unlink()
                     removed.append(str(path))
+            except FileNotFoundError:
+                continue  # its writer lives, and has just given it its name
+            except OSError as error:
+                raise explain(error, doing=f"remove {folder}/{path.name}", url=blobs.url) from error
     quarantined = [blob.key for folder in _recipe_folders(blobs) for blob in blobs.under(f"{folder}/quarantine")]
     return Swept(removed, quarantined)
 

@@ -14,6 +14,10 @@ from obstore.exceptions import PermissionDeniedError, PreconditionError, Unauthe
 from stillhouse.errors import StoreError, StoreUnavailable
 
 
+class StoreForbidden(StoreError):
+    """The store does not allow it: these credentials, or this user, may only read, or not even that."""
+
+
 class Meaning(NamedTuple):
     """What an answer means."""
 
@@ -25,7 +29,7 @@ _BUSY = Meaning(StoreUnavailable, "it cannot be reached, or is too busy: check t
 _CUT = Meaning(StoreUnavailable, "what was sent or received is not whole: try again")
 _REPLACED = Meaning(StoreUnavailable, "it was replaced while it was read: read it again")
 _FULL = Meaning(StoreUnavailable, "the disk is full, or the quota spent: free some space")
-_RIGHTS = Meaning(StoreError, "permission denied: check the credentials and their rights to list, read, create and delete here")
+_RIGHTS = Meaning(StoreForbidden, "permission denied: check the credentials and their rights to list, read, create and delete here")
 _EXPIRED = Meaning(StoreError, "the credentials have expired: renew them on every machine that uses the store, then run again")
 _INVALID = Meaning(
     StoreError, "the credentials are not valid here: check key, secret and session token, and that all three are of one account"
@@ -45,6 +49,7 @@ _REFUSED = Meaning(
     StoreError,
     "the store refuses the request as it stands: check store.url, the endpoint, the region, and that no credentials have expired",
 )
+_NO_PLACE = Meaning(StoreError, "no directory can be made there: choose another place")
 _IN_ITS_PLACE = Meaning(StoreError, "something else is in its place, or in that of a directory above it: move it away")
 _ODD = Meaning(StoreError, "check store.url, and what its provider wants in the environment")
 
@@ -91,6 +96,7 @@ _BY_WORDS: Mapping[str, Meaning] = {  # of obstore, where it had no answer, or o
 _BY_SYSTEM_ERROR: Mapping[int, Meaning] = {
     **dict.fromkeys((errno.EPERM, errno.EACCES, errno.EROFS), _RIGHTS),
     **dict.fromkeys((errno.EFBIG, errno.ENOSPC, errno.EDQUOT), _FULL),
+    errno.ENOENT: _NO_PLACE,
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _IN_ITS_PLACE),
 }
 

@@ -1,5 +1,6 @@
 """Whether a store keeps what is created: everything here is published by puts that fail where the name is taken."""
 
+from contextlib import suppress
 from secrets import token_hex
 
 from stillhouse.errors import StoreError
@@ -9,15 +10,18 @@ from stillhouse.store.blobs import Blobs
 def require_create_only(blobs: Blobs, *, under: str = "") -> None:
     """Put an object, and put it again, which has to be refused; it is deleted afterwards. A directory refuses by its file system.
 
-    Raises StoreError where a store, or a proxy before it, ignores the condition `If-None-Match: *`.
+    Raises StoreError where a store, or a proxy before it, ignores the condition `If-None-Match: *`, or nothing may be written there.
     """
     if blobs.directory is not None:
         return
     key = f"{under}probe-{token_hex(8)}"
     try:
         is_replaced = blobs.create(key, b"first") and blobs.create(key, b"second")
-    finally:
-        blobs.delete(key)
+    except StoreError:
+        with suppress(StoreError):  # what has gone wrong first is told
+            blobs.delete(key)
+        raise
+    blobs.delete(key)
     if is_replaced:
         raise StoreError(
             f"{blobs.url} replaces an object that exists already, although it was asked not to (If-None-Match: *): machines that publish "

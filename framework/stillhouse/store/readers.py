@@ -8,6 +8,7 @@ A chunk that every registered reader has committed past may be deleted. So what 
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import xxhash
 
 from stillhouse.errors import StoreError
 from stillhouse.store.chunks import ChunkStore
+from stillhouse.store.explain import StoreForbidden
 from stillhouse.store.recipe import canonical_json
 
 READER_VERSION = 1
@@ -49,7 +51,10 @@ def reader_name(place: str, role: str) -> str:
 
 
 def join(store: ChunkStore, reader: Reader) -> None:
-    """Register a reader that is about to begin; where it is known already, because its run goes on, it keeps what it has committed."""
+    """Register a reader that is about to begin; where it is known already, because its run goes on, it keeps what it has committed.
+
+    Raises StoreForbidden where the store may only be read: then nobody who deletes chunks knows of this reader.
+    """
     key = _key(store, reader.name)
     if not store.blobs.create(key, _packed(reader)):
         before = _parsed(bytes(store.blobs.read(key)))
@@ -58,14 +63,16 @@ def join(store: ChunkStore, reader: Reader) -> None:
 
 
 def leave(store: ChunkStore, name: str) -> None:
-    """Take back a reader that will never read; it need not be there."""
-    store.blobs.delete(_key(store, name))
+    """Take back a reader that will never read; it need not be there. Where the store may only be read, it stays."""
+    with suppress(StoreForbidden):
+        store.blobs.delete(_key(store, name))
 
 
 def commit(store: ChunkStore, reader: Reader) -> None:
     """Tell that a reader has committed `reader.committed_step`, which may be lower than before where a checkpoint was lost.
 
-    Raises StoreUnavailable where the store does not answer: then chunks are kept for longer, and the next commit tells it.
+    Raises StoreUnavailable where the store does not answer: then chunks are kept for longer, and the next commit tells it. Raises
+    StoreForbidden where the store may only be read.
     """
     store.blobs.replace(_key(store, reader.name), _packed(reader))
 

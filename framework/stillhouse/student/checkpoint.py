@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import xxhash
 
 from stillhouse.errors import CheckpointError, StoreError
+from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.store.blobs import Blobs, StoreUnavailable
 from stillhouse.store.download import RANGE_BYTES
 from stillhouse.student.scratch import scratch_folder
@@ -185,19 +186,30 @@ def newest(url: str) -> Commit | None:
     return choose(blobs, lambda commit: verify(blobs, commit, commit.files)).commit
 
 
-def newest_step(url: str) -> int:
+def newest_step(url: str, *, ask: Ask = directly) -> int:
     """The step of the newest manifest that can be read, 0 where there is none. Cheap: its files are not looked at."""
     blobs = Blobs(url)
-    found = choose(blobs, lambda _: "").commit
+    found = choose(blobs, lambda _: "", ask=ask).commit
     return found.step if found else 0
 
 
 @contextmanager
-def newest_copy(url: str, wanted: Callable[[Commit], Iterable[str]]) -> Iterator[tuple[Commit, Path] | None]:
-    """The newest commit whose `wanted` files verify, and a local folder with them: its own in a directory, a temporary one for a store."""
-    blobs = Blobs(url)
+def newest_copy(
+    url: str, wanted: Callable[[Commit], Iterable[str]], *, tell: Tell, patience: Patience = DEFAULT_PATIENCE
+) -> Iterator[tuple[Commit, Path] | None]:
+    """The newest commit whose `wanted` files verify, and a local folder with them: its own in a directory, a temporary one for a store.
+
+    A store that is unavailable is waited for, which `tell` hears of. Raises StoreUnavailable at the end of the patience.
+    """
+    blobs = Blobs(url, patience_s=patience.request_s)
+    ask = partial(insist, patience=patience, tell=tell)
     with scratch_folder() as scratch:
-        found = choose(blobs, lambda commit: fetch(blobs, commit, wanted(commit), into=scratch)).commit
+
+        def problem_with(commit: Commit) -> str:
+            problems = (ask(partial(fetch, blobs, commit, [name], into=scratch)) for name in wanted(commit))
+            return next(filter(None, problems), "")
+
+        found = choose(blobs, problem_with, ask=ask).commit
         yield None if found is None else (found, local_folder(blobs, found, scratch))
 
 

@@ -12,6 +12,8 @@ import re
 from stillhouse.errors import CheckpointError
 from stillhouse.store.blobs import Blobs
 
+LAST_OWNER = 99_999_999  # of eight digits
+
 _OWNER = re.compile(r"owner-(\d{8})\.json")
 
 

@@ -17,7 +17,7 @@ from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
 from stillhouse.patience import Tell
-from stillhouse.store import ChunkStore, StoreUnavailable, readers
+from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, readers
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.collectives import gathered
@@ -108,8 +108,11 @@ def _begin(lifeline: Lifeline, job: TrainJob, done: int) -> Past | None:
 
 
 def _tell_the_store(job: TrainJob, committed_step: int) -> None:
-    """Which chunks this student will read again. A store that does not answer hears it after the next commit, and keeps them until then."""
-    with suppress(StoreUnavailable):
+    """Which chunks this student will read again. A store that does not answer hears it after the next commit, and keeps them until then.
+
+    One that may only be read never hears it, which its command has told.
+    """
+    with suppress(StoreUnavailable, StoreForbidden):
         readers.commit(ChunkStore(job.store_url, job.recipe), job.reader(committed_step))
 
 
