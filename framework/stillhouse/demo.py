@@ -62,7 +62,7 @@ class Sizes:
     warmup_steps: int = 50
 
 
-def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path) -> None:
+def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, command: str = "stillhouse demo", cache_dir: Path) -> None:
     """Make the models, unless they are there; then plan and run their distillation, and say what came of it.
 
     All but the tokenised corpus lands in `run_dir`. Raises what `pipeline.plan` and `pipeline.run` raise.
@@ -71,14 +71,14 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path) -
     config = demo_config(run_dir, overrides)
     console.print(_what_is_begun(config, run_dir))
     console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
-    with locked(run_dir, Holder.here("stillhouse demo", run_dir, now=time())):
+    with locked(run_dir, Holder.here(command, run_dir, now=time())):
         if not (run_dir / "models").exists():
             torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
             with whole_directory(run_dir / "models") as draft:
                 make_models(draft, config.corpus, Sizes(), cache_dir=cache_dir, console=console)
     console.print(_next_steps(config))
     made = pipeline.plan(config, run_dir=run_dir, cache_dir=cache_dir)
-    pipeline.run(made)
+    pipeline.run(made, command=command)
     student = run_dir / "export" / "student"
     pipeline.export_run(made, student)
     summary = summarise(read_journal(run_dir / "journal.jsonl"))

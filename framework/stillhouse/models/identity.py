@@ -12,7 +12,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from stillhouse import atomic
 from stillhouse.config import ModelSection
 from stillhouse.errors import ModelError
-from stillhouse.models.sources import source_of, unusable
+from stillhouse.modelpath import source_of
+from stillhouse.models.sources import unusable
 
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.bin")
 

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stillhouse.config import ModelSection
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.models.sources import from_hub, source_of
+from stillhouse.modelpath import source_of
+from stillhouse.models.sources import from_hub
 
 
 def resolve_device(device: str) -> torch.device:
