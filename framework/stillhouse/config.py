@@ -243,7 +243,7 @@ def load_config(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> C
     for path in paths:
         merged = _merge(merged, _read(Path(path)))
     for override in overrides:
-        merged = _merge(merged, _parse(override, where=f"--set '{override}'"))
+        merged = _merge(merged, _parse(override, where=f"--set '{override[:200]}'"))
     return parse_config(merged)
 
 
@@ -267,7 +267,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not TOML: it is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
-        cure = f"is it a setting? Then --set '{path}'" if "=" in path.name else "give the path of a TOML file"
+        cure = f"give a setting with --set '{path}'" if "=" in path.name else "give the path of a TOML file"
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}; {cure}") from None
     return _parse(text, where=str(path))
 
