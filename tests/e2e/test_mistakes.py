@@ -143,10 +143,12 @@ MISTAKES = {
     "no weights": setting("student.model = 'hollow'", "hollow has a config.json and no weights", 'student.init = "config"'),
     "tokenizers of other ids": setting("student.model = 'other'", "the teacher's tokenizer ends at id 299, the student's at 309"),
     "more entries than the vocabulary": setting("target.k = 301", "target.k is 301", "set target.k to 300 or less"),
+    "draws from no tail": setting("target = {k = 300, tail_draws = 2}", "no tail to draw from", "target.tail_draws = 0"),
     "entries beyond all vocabularies": setting("target.k = 100000", "target.k", "less than or equal to 4096"),
     # documents
     "no such data": setting("corpus.dataset = '/nowhere/*.txt'", "/nowhere/*.txt does not exist", "a hub name such as 'owner/name'"),
     "a wrong column": setting("corpus.column = 'body'", "no column 'body'; it has text", "set corpus.column"),
+    "text for chat": setting("corpus.format = 'chat'", "no column 'messages'; it has text", "set corpus.column"),
     "a sequence longer than the corpus": setting("corpus.sequence_length = 1000000000", "is too small", "lower corpus.sequence_length"),
     "a batch larger than the corpus": setting("student.global_batch_sequences = 1000000000000", "1,000,000,000,000", "or less"),
     "a batch larger than the corpus, for run": Mistake(
@@ -166,12 +168,14 @@ MISTAKES = {
     "no assistant": chat("no_assistant.jsonl", "no_assistant.jsonl", "no assistant's turn"),
     # places and machines
     "a scheme that is not read": setting("store.url = 'ftp://host/chunks'", "ftp://host/chunks", "s3://"),
+    "a store in memory": setting("store.url = 'memory://chunks'", "memory://chunks", "a directory or a bucket"),
     "a file for a store": setting("store.url = 'a_file'", "a_file is a file; name another place"),
     "a store below a file": setting("store.url = 'a_file/store'", "a_file is a file, so ", "a_file/store cannot be a directory"),
     "a run directory below a file": Mistake(("check", "tiny.toml", "--run-dir", "a_file/run"), ("a_file is a file, so ", "--run-dir")),
     "a run directory below a file, for run": Mistake(("run", "tiny.toml", "--run-dir", "a_file/run"), ("a_file/run/lock", "--run-dir")),
     "CPUs that are not there": setting("student.num_cpus = 1000", "CPU: 1000.25 needed", "num_cpus"),
     "GPUs that are not there": setting("teacher.num_gpus = 64", "GPU: 64 needed", "num_gpus"),
+    "a resource that no machine has": setting("teacher.resources = {still = 1}", "still: 1 needed", "0 in the cluster"),
     "no cluster at the address": setting("cluster.address = '127.0.0.1:1'", "no Ray cluster answers at '127.0.0.1:1'", "node head"),
     "eval of no run": Mistake(("eval", "absent"), ("absent",)),
     "report of no run": Mistake(("report", "absent"), ("absent",)),
@@ -295,6 +299,7 @@ def test_a_wrong_name_and_a_hub_that_does_not_answer_are_told_apart(tmp_path: Pa
     )
     wrong_name, unreached = answer.stdout.splitlines()
     assert "check the name and the revision" in wrong_name
+    assert "hf auth login" in wrong_name
     assert "the hub was not reached" not in wrong_name
     assert "the hub was not reached" in unreached
     assert "check the name" not in unreached

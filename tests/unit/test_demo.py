@@ -2,6 +2,9 @@
 
 import io
 import math
+import shlex
+import shutil
+import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +15,8 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from helpers.command import stillhouse
+from helpers.world import TinyWorld
 from stillhouse.config import CorpusSection, load_config
 from stillhouse.corpus import Corpus, Rows, prepare_corpus
 from stillhouse.demo import (
@@ -29,6 +34,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.models import check_head, check_packing, check_same_ids, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
+from stillhouse.tracking import StartRow, read_journal
 
 CORPUS = CorpusSection(dataset="stdlib", sequence_length=32, max_documents=12, heldout_sequences=16)
 SIZES = Sizes(
@@ -154,6 +160,19 @@ def test_a_second_demo_does_not_make_models_beside_the_first(tmp_path: Path) -> 
     with locked(tmp_path, Holder.here("stillhouse demo", tmp_path, now=0.0)), pytest.raises(ConfigError, match=f"{tmp_path} is in use by"):
         run_demo(tmp_path, cache_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_the_journal_of_a_demo_says_how_to_run_it_again(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "my demo"
+    for role in ("teacher", "student"):
+        shutil.copytree(tiny_world.folder / role, run_dir / "models" / role)
+    settings = [f"corpus.dataset = '{tiny_world.values['corpus']['dataset']}'", "corpus.heldout_sequences = 8", "tracking.wandb = 'off'"]
+    stopped = "cluster.address = '127.0.0.1:1'"  # nobody is there: the run ends after its first row
+    arguments = ["demo", "--run-dir", str(run_dir), *(word for line in (*settings, stopped) for word in ("--set", line))]
+    monkeypatch.setattr(sys, "argv", ["stillhouse", *arguments])
+    assert stillhouse(*arguments, cache=tmp_path / "cache").code == 2
+    (start,) = (row for row in read_journal(run_dir / "journal.jsonl") if isinstance(row, StartRow))
+    assert start.command == shlex.join(["stillhouse", *arguments])
 
 
 def test_the_config_in_the_package_is_the_one_in_the_repository_and_its_models_are_where_the_demo_writes_them() -> None:
