@@ -326,10 +326,13 @@ def _needs(section: ModelSection, available: Mapping[str, float]) -> str:
 def _run_directory(made: Plan, found: _Findings) -> None:
     is_there = (made.run_dir / "config.json").exists()
     found.rows.append(("run", f"{made.run_dir}: {'a run to go on with' if is_there else 'new'}"))
-    try:
-        _require_writable(made.run_dir)
-    except StoreError as error:
-        found.obstacles.append(f"--run-dir: {error}")
+    places = {"--run-dir": str(made.run_dir), "student.checkpoint_url": made.config.student.checkpoint_url or ""}
+    for setting, place in places.items():
+        try:
+            if place and "://" not in place:
+                _require_writable(Path(place))
+        except StoreError as error:
+            found.obstacles.append(f"{setting}: {error}")
     changes = changes_since(made)
     if changes:
         found.obstacles.append(

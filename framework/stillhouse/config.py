@@ -19,6 +19,8 @@ NumProcesses = Annotated[int, Field(gt=0, le=1 << 16)]  # more than any cluster 
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]  # what torch takes
 LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]  # one step of Adam moves every weight by about so much, and weights are below 1
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 NoticeSource = Literal["auto", "aws", "gcp", "azure", "off"]
 
@@ -32,7 +34,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """What teacher and student share: a causal language model, where it comes from and how it is placed."""
 
-    model: str = Field(description="a Hugging Face hub name, or a local directory")
+    model: Name = Field(description="a Hugging Face hub name, or a local directory")
     revision: str | None = Field(None, description="a branch, tag or commit of a hub model; resolved to a commit once, at the start")
     trust_remote_code: bool = Field(False, description="run Python code that the model repository ships")
     dtype: Dtype = "bfloat16"
@@ -45,14 +47,14 @@ class ModelSection(Section):
 class CorpusSection(Section):
     """Documents, and how they become sequences of fixed length."""
 
-    dataset: str = Field(description="a hub data set; local text, json(l), parquet or arrow files, a glob or a directory; or 'stdlib'")
+    dataset: Name = Field(description="a hub data set; local text, json(l), parquet or arrow files, a glob or a directory; or 'stdlib'")
     subset: str | None = Field(None, description="the hub data set's configuration name")
     split: str = "train"
     revision: str | None = None
     format: Literal["text", "chat"] = Field("text", description="text: plain documents; chat: lists of {role, content} messages")
     column: str | None = Field(None, description="the column to read; None: 'text' for text, 'messages' for chat")
     packing: bool = Field(True, description="pack documents end to end; False pads each conversation to its own sequence (chat only)")
-    sequence_length: Annotated[int, Field(ge=2, le=1 << 53)] = 2048
+    sequence_length: Annotated[int, Field(ge=2, lt=1 << 31)] = 2048
     max_documents: PositiveInt | None = Field(None, description="read no more than this many documents, after the shuffle")
     heldout_sequences: PositiveInt = Field(64, description="sequences set apart for evaluation, from documents that are never trained on")
     seed: Seed = 0
@@ -126,7 +128,7 @@ class StudentSection(ModelSection):
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     init: Literal["weights", "config"] = Field("weights", description="start from the model's weights, or from its config with random ones")
-    tokenizer: str | None = Field(None, description="None: the tokenizer beside the model")
+    tokenizer: Name | None = Field(None, description="None: the tokenizer beside the model")
     num_workers: NumProcesses = Field(1, description="ranks, one to a device")
     min_workers: NumProcesses | None = Field(None, description="go on with as few ranks when machines are lost; None: wait for num_workers")
     max_failures: NaturalInt = Field(3, description="times in a row that ranks may be lost without a new commit")
@@ -143,7 +145,7 @@ class StudentSection(ModelSection):
     min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(0.0, description="where the cosine ends")
     warmup_steps: NaturalInt = 100
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     gradient_clip: PositiveFloat = 1.0
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = Field(
         "forward_kl",
