@@ -17,7 +17,7 @@ PositiveInt = Annotated[int, Field(gt=0, le=1 << 53)]  # up to there every reade
 NaturalInt = Annotated[int, Field(ge=0, le=1 << 53)]
 NumProcesses = Annotated[int, Field(gt=0, le=1 << 16)]  # more than any cluster of Ray's has held
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]  # what torch takes
-LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]  # one step of Adam moves every weight by about so much, and weights are below 1
+LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]  # a step of Adam moves each weight by about so much, and most weights are below 1
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -142,7 +142,7 @@ class StudentSection(ModelSection):
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps, wherever in the epochs that is")
     learning_rate: LearningRate = 1e-4
-    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(0.0, description="where the cosine ends")
+    min_learning_rate: Fraction = Field(0.0, description="where the cosine ends")
     warmup_steps: NaturalInt = 100
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     betas: tuple[Beta, Beta] = (0.9, 0.95)
