@@ -23,6 +23,7 @@ from stillhouse.logits import decode, kept_mass
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since
+from stillhouse.pipeline.plan import require_full_step
 from stillhouse.placement import placement, shortages, student_crew, teacher_crew
 from stillhouse.redaction import scrub
 from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
@@ -206,14 +207,18 @@ def _stored(made: Plan, found: _Findings) -> list[StoredRecipe]:
 def _require_writable(path: Path) -> None:
     there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     if not there.is_dir():
-        so = "" if there == path else f", so {path} cannot be a directory"
-        raise StoreError(f"{there} is a file{so}; name another place")
+        below = "" if there == path else f", so {path} cannot be a directory"
+        raise StoreError(f"{there} is a file{below}; name another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise StoreError(f"no permission to write in {there}; have its rights changed, or name another place")
 
 
 def _training(made: Plan, found: _Findings) -> None:
     student, corpus, steps = made.config.student, made.split.train, made.total_steps
+    try:
+        require_full_step(made)
+    except ConfigError as error:
+        found.obstacles.append(str(error))
     batch, ranks = student.global_batch_sequences, student.num_workers
     epochs, more_steps = divmod(steps, made.order.steps_per_epoch)
     num_sequences = epochs * corpus.num_sequences + min(more_steps * batch, corpus.num_sequences)
@@ -321,10 +326,13 @@ def _needs(section: ModelSection, available: Mapping[str, float]) -> str:
 def _run_directory(made: Plan, found: _Findings) -> None:
     is_there = (made.run_dir / "config.json").exists()
     found.rows.append(("run", f"{made.run_dir}: {'a run to go on with' if is_there else 'new'}"))
-    try:
-        _require_writable(made.run_dir)
-    except StoreError as error:
-        found.obstacles.append(f"--run-dir: {error}")
+    places = {"--run-dir": str(made.run_dir), "student.checkpoint_url": made.config.student.checkpoint_url or ""}
+    for setting, place in places.items():
+        try:
+            if place and "://" not in place:
+                _require_writable(Path(place))
+        except StoreError as error:
+            found.obstacles.append(f"{setting}: {error}")
     changes = changes_since(made)
     if changes:
         found.obstacles.append(

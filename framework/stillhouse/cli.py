@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted, 143
 """
 
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stillhouse import node
+from stillhouse import node, suggestions
 from stillhouse.bench.verbs import bench_app
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
+from stillhouse.modelpath import source_of
 from stillhouse.raydir import base_directory, current_address, machine_directory
 from stillhouse.redaction import scrub
 from stillhouse.shell import cache_dir, forbid_pickled_code, learn_secrets, quieten, typed
@@ -29,6 +31,18 @@ if TYPE_CHECKING:
 
 class Verbs(TyperGroup):
     """The verbs, and what becomes of the errors that they raise. A bug keeps its traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        dotted = next((arg for arg in args if re.match(r"--\w+\.\w+", arg)), None)
+        if dotted is not None:
+            name = dotted.lstrip("-").split("=")[0]
+            ctx.fail(f"No such option: --{name}. Settings are given with --set, as lines of TOML: --set '{name} = ...'")
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"No such command '{args[0]}'. {suggestions.verb(args[0], list(self.commands))}")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         forbid_pickled_code()
@@ -292,6 +306,8 @@ def _plan(configs: list[Path], overrides: list[str] | None, run_dir: Path | None
     from stillhouse.config import load_config
 
     config = load_config(configs, overrides or [])
+    for model in (config.teacher.model, config.student.model, config.student.tokenizer or config.student.model):
+        source_of(model)  # before seconds go into imports
     quieten()
     from stillhouse import pipeline
 

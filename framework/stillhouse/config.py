@@ -1,17 +1,26 @@
 """One typed, frozen configuration: TOML files merged left to right, then overrides; it imports nothing heavy and is never mutated."""
 
-import difflib
 import json
+import re
+import reprlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
+from stillhouse import suggestions
 from stillhouse.errors import ConfigError
 
+PositiveInt = Annotated[int, Field(gt=0, le=1 << 53)]  # up to there every reader of JSON takes a number whole
+NaturalInt = Annotated[int, Field(ge=0, le=1 << 53)]
+NumProcesses = Annotated[int, Field(gt=0, le=1 << 16)]  # more than any cluster of Ray's has held
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]  # what torch takes
+LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]  # a step of Adam moves each weight by about so much, and most weights are below 1
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 NoticeSource = Literal["auto", "aws", "gcp", "azure", "off"]
 
@@ -25,7 +34,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """What teacher and student share: a causal language model, where it comes from and how it is placed."""
 
-    model: str = Field(description="a Hugging Face hub name, or a local directory")
+    model: Name = Field(description="a Hugging Face hub name, or a local directory")
     revision: str | None = Field(None, description="a branch, tag or commit of a hub model; resolved to a commit once, at the start")
     trust_remote_code: bool = Field(False, description="run Python code that the model repository ships")
     dtype: Dtype = "bfloat16"
@@ -38,17 +47,17 @@ class ModelSection(Section):
 class CorpusSection(Section):
     """Documents, and how they become sequences of fixed length."""
 
-    dataset: str = Field(description="a hub data set; local text, json(l), parquet or arrow files, a glob or a directory; or 'stdlib'")
+    dataset: Name = Field(description="a hub data set; local text, json(l), parquet or arrow files, a glob or a directory; or 'stdlib'")
     subset: str | None = Field(None, description="the hub data set's configuration name")
     split: str = "train"
     revision: str | None = None
     format: Literal["text", "chat"] = Field("text", description="text: plain documents; chat: lists of {role, content} messages")
     column: str | None = Field(None, description="the column to read; None: 'text' for text, 'messages' for chat")
     packing: bool = Field(True, description="pack documents end to end; False pads each conversation to its own sequence (chat only)")
-    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    sequence_length: Annotated[int, Field(ge=2, lt=1 << 31)] = 2048
     max_documents: PositiveInt | None = Field(None, description="read no more than this many documents, after the shuffle")
     heldout_sequences: PositiveInt = Field(64, description="sequences set apart for evaluation, from documents that are never trained on")
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _padding_is_for_chat(self) -> "CorpusSection":
@@ -64,8 +73,8 @@ class CorpusSection(Section):
 class TeacherSection(ModelSection):
     """The pool of teacher actors."""
 
-    min_replicas: PositiveInt = Field(1, description="actors that must be up before the run begins")
-    max_replicas: PositiveInt = Field(1, description="actors to ask Ray for")
+    min_replicas: NumProcesses = Field(1, description="actors that must be up before the run begins")
+    max_replicas: NumProcesses = Field(1, description="actors to ask Ray for")
     batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass")
     block_tokens: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
     logits: Literal["exact", "fast"] = Field(
@@ -75,7 +84,7 @@ class TeacherSection(ModelSection):
     max_failures: PositiveInt = Field(
         3, description="failed attempts at a chunk, or at one sequence of it, after which it is not tried again"
     )
-    max_set_aside: Annotated[int, Field(ge=0)] = Field(8, description="sequences that no teacher could compute, after which the run stops")
+    max_set_aside: NaturalInt = Field(8, description="sequences that no teacher could compute, after which the run stops")
     lease_timeout_s: PositiveFloat = Field(3600.0, description="seconds after which a chunk is given to another teacher as well")
 
     @model_validator(mode="after")
@@ -119,10 +128,10 @@ class StudentSection(ModelSection):
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     init: Literal["weights", "config"] = Field("weights", description="start from the model's weights, or from its config with random ones")
-    tokenizer: str | None = Field(None, description="None: the tokenizer beside the model")
-    num_workers: PositiveInt = Field(1, description="ranks, one to a device")
-    min_workers: PositiveInt | None = Field(None, description="go on with as few ranks when machines are lost; None: wait for num_workers")
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="times in a row that ranks may be lost without a new commit")
+    tokenizer: Name | None = Field(None, description="None: the tokenizer beside the model")
+    num_workers: NumProcesses = Field(1, description="ranks, one to a device")
+    min_workers: NumProcesses | None = Field(None, description="go on with as few ranks when machines are lost; None: wait for num_workers")
+    max_failures: NaturalInt = Field(3, description="times in a row that ranks may be lost without a new commit")
     watchdog_s: PositiveFloat = Field(300.0, description="seconds after which a rank that stands still is named, killed and replaced")
     regroup_s: PositiveFloat = Field(60.0, description="seconds between looks for room to bring back ranks that were lost")
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -132,11 +141,11 @@ class StudentSection(ModelSection):
     block_tokens: PositiveInt | None = Field(None, description="tokens whose logits exist at one time; None: chosen for the device")
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps, wherever in the epochs that is")
-    learning_rate: PositiveFloat = 1e-4
-    min_learning_rate: Annotated[float, Field(ge=0.0)] = Field(0.0, description="where the cosine ends")
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    learning_rate: LearningRate = 1e-4
+    min_learning_rate: Fraction = Field(0.0, description="where the cosine ends")
+    warmup_steps: NaturalInt = 100
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     gradient_clip: PositiveFloat = 1.0
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = Field(
         "forward_kl",
@@ -153,7 +162,7 @@ class StudentSection(ModelSection):
     z_loss_weight: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="weight of the squared log-sum-exp of the logits, which keeps them from drifting; PaLM took 1e-4"
     )
-    seed: int = 0
+    seed: Seed = 0
     shuffle_window_chunks: PositiveInt = Field(4, description="neighbouring chunks among which sequences are mixed")
     checkpoint_every_steps: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
@@ -236,7 +245,7 @@ def load_config(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> C
     for path in paths:
         merged = _merge(merged, _read(Path(path)))
     for override in overrides:
-        merged = _merge(merged, _parse(override, where=f"--set '{override}'"))
+        merged = _merge(merged, _parse(override, where=f"--set '{override[:200]}'"))
     return parse_config(merged)
 
 
@@ -256,19 +265,25 @@ def resolved_json(config: Config) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return _parse(path.read_text(encoding="utf-8"), where=str(path))
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not TOML: it is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
-        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; give the path of a TOML file") from None
+        cure = f"give a setting with --set '{path}'" if "=" in path.name else "give the path of a TOML file"
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; {cure}") from None
+    return _parse(text, where=str(path))
 
 
 def _parse(text: str, *, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        hint = "; quote text, as in 'student.dtype = \"float32\"'" if where.startswith("--set") else ""
-        raise ConfigError(f"{where} is not TOML: {error}{hint}") from None
+        default = "; quote text, as in 'student.dtype = \"float32\"'" if where.startswith("--set") else ""
+        raise ConfigError(f"{where} is not TOML: {error}{suggestions.toml(text, str(error)) or default}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply: a setting is a table's key, as in 'student.seed = 1'") from None
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise ConfigError(f"{where} has a number that cannot be read: {error}") from None
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,22 +295,32 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _explain(detail: Mapping[str, Any]) -> str:
-    *sections, name = detail["loc"] or ("config",)
-    where = ".".join(str(part) for part in detail["loc"]) or "config"
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(name), _names_in(sections), n=1, cutoff=0.5)
-        return f"{where}: no such setting; " + (f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(_names_in(sections))}")
-    if detail["type"] == "missing":
-        return f"{where}: missing; it has no default"
+    """One mistake, as place, what was found and what would be right."""
+    kind, place, found = detail["type"], [str(part) for part in detail["loc"]], detail["input"]
+    if kind == "extra_forbidden":
+        meant = suggestions.setting(place[-1], section=".".join(place[:-1]), known=_names())
+        return f"{'.'.join(place)[:200]}: no such setting; {meant}"
+    if kind == "missing":
+        return f"{'.'.join(place)}: missing; it has no default"
+    where = f"{'.'.join(place)}: " if place else ""  # what is wrong between sections names them itself
     message = str(detail["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}" + ("" if detail["type"] == "value_error" else f"; found {detail['input']!r}")
+    if kind == "value_error":
+        return f"{where}{message}"
+    allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) if kind == "literal_error" else []
+    return f"{where}{message}; found {_shown(found)}" + (suggestions.value(found, allowed) if isinstance(found, str) else "")
 
 
-def _names_in(sections: list[Any]) -> list[str]:
-    model: type[BaseModel] = Config
-    for section in sections:
-        annotation = model.model_fields[str(section)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+def _names() -> dict[str, list[str]]:
+    """The names in each section; in '' those of the sections."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    own = {name: list(section.model_fields) for name, section in sections.items() if isinstance(section, type)}
+    return {"": list(sections), **own}
+
+
+def _shown(value: object) -> str:
+    """A value as Python writes it, no longer than a line."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import copytree
 from time import monotonic
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 from helpers.checkpoints import make
 from helpers.damage import fill, read_only, small_disk
 from helpers.world import TinyWorld
-from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError, RunError, StoreError, StoreUnavailable
-from stillhouse.pipeline import Plan, train
+from stillhouse.errors import ConfigError, InterruptedRunError, ModelError, RecipeError, RunError, StoreError, StoreUnavailable
+from stillhouse.pipeline import Plan, open_run, plan, train
 from stillhouse.pipeline.attempt import attempt, learning_attempt, store_to_read
 from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.directory import claim
@@ -34,6 +35,27 @@ def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: Ti
         names.append([reader.name for reader in registered(store).readers])
     assert [len(each) for each in names] == [1, 1, 1]
     assert len({name for each in names for name in each}) == 3
+
+
+def test_a_finished_run_opens_without_the_weights_that_its_student_began_with(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    copytree(tiny_world.folder / "student", tmp_path / "student")
+    made = plan_of(tiny_world, tmp_path, model=str(tmp_path / "student"))
+    with learning_attempt(made, "stillhouse run"):
+        pass
+    (tmp_path / "student" / "model.safetensors").unlink()
+    assert open_run(made.run_dir, cache_dir=tmp_path / "cache").recipe == made.recipe
+    with pytest.raises(ModelError, match="no weights"):
+        plan(made.config, run_dir=made.run_dir, cache_dir=tmp_path / "cache")
+
+
+def test_a_batch_larger_than_the_corpus_is_refused_before_anything_is_written(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    made = plan_of(tiny_world, tmp_path, global_batch_sequences=1_000_000)
+    with (
+        pytest.raises(ConfigError, match=r"global_batch_sequences is 1,000,000, but the corpus has"),
+        learning_attempt(made, "stillhouse run"),
+    ):
+        pass
+    assert not made.run_dir.exists()
 
 
 def step(number: int, learning_rate: float, role: Any = "student") -> TrainRow:

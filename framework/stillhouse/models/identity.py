@@ -16,7 +16,8 @@ from stillhouse import atomic
 from stillhouse.cache import writing_cache
 from stillhouse.config import ModelSection
 from stillhouse.errors import ChangedWeightsError, ModelError
-from stillhouse.models.sources import source_of, unusable
+from stillhouse.modelpath import source_of
+from stillhouse.models.sources import unusable
 
 _Loaded = TypeVar("_Loaded")
 

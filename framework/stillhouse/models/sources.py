@@ -2,23 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from socket import gaierror
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 
 from stillhouse.errors import ModelError
+from stillhouse.modelpath import where_it_was_looked_for
 
-
-def source_of(model: str) -> str:
-    """A local directory, spelt out, or the hub name as it is."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path)
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise ModelError(f"there is no directory {model}; give that of a saved model, or a hub name such as 'owner/name'")
-    return model
+_ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
+_NO_ANSWER = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError, gaierror)
 
 
 def from_hub(load: Callable[[], Any], what: str, model: str) -> Any:
@@ -32,14 +34,19 @@ def unusable(what: str, model: str, error: BaseException) -> ModelError:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
+
+    def is_due_to(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    instead = f"give a local directory: there is no {model}{where_it_was_looked_for(model)}"
+    if is_due_to(GatedRepoError):
         cure = "it is gated: accept its terms on its page, then run `hf auth login` or set HF_TOKEN"
     elif isinstance(error, torch.OutOfMemoryError):
         cure = "give it more GPUs (num_gpus) or a narrower dtype"
     elif Path(model).expanduser().is_dir():
         cure = "check that the directory holds a whole saved model: config.json, *.safetensors and tokenizer.json"
+    elif is_due_to(*_NO_ANSWER) and not is_due_to(*_ABSENT):
+        cure = f"the hub was not reached, and the cache has no copy: check the network, a proxy's settings and HF_HUB_OFFLINE, or {instead}"
     else:
-        cure = (
-            "check the name and the revision, or give a local directory; for a private or gated model run `hf auth login` or set HF_TOKEN"
-        )
+        cure = f"check the name and the revision, or {instead}; for a private or gated model run `hf auth login` or set HF_TOKEN"
     return ModelError(f"the {what} of {model} cannot be loaded: {str(error).strip() or type(error).__name__}; {cure}")

@@ -6,7 +6,8 @@ import json
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError
-from stillhouse.models.sources import from_hub, source_of
+from stillhouse.modelpath import source_of
+from stillhouse.models.sources import from_hub
 
 
 def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from stillhouse.config import ModelSection
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.models.sources import from_hub, source_of
+from stillhouse.modelpath import source_of
+from stillhouse.models.sources import from_hub
 
 
 def resolve_device(device: str) -> torch.device:
@@ -30,6 +31,8 @@ def load_model(
     """
     dtype = getattr(torch, section.dtype)
     source, pinned = source_of(section.model), {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    config = from_hub(lambda: AutoConfig.from_pretrained(source, **pinned), "config", section.model)
+    _require_causal(section.model, config)
     if random_init_seed is None:
         model, report = from_hub(
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -45,7 +48,6 @@ def load_model(
         )
         _check_loading(section.model, report)
         return model.eval()
-    config = from_hub(lambda: AutoConfig.from_pretrained(source, **pinned), "config", section.model)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_init_seed)
         model = from_hub(
@@ -54,6 +56,13 @@ def load_model(
             section.model,
         )
     return model.eval()
+
+
+def _require_causal(name: str, config: PretrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
+        raise ModelError(
+            f"{name} is a {config.model_type} model, not a causal language model; use one that predicts the next token from those before"
+        )
 
 
 def _check_loading(name: str, report: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from stillhouse.errors import InterruptedRunError, RunError, StoreError
 from stillhouse.pipeline.directory import claim, leave_former_place, require_same_run
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Owner, locked, owned
-from stillhouse.pipeline.plan import Plan
+from stillhouse.pipeline.plan import Plan, require_full_step
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.blobs import Blobs
 from stillhouse.store.probe import require_create_only
@@ -92,6 +92,7 @@ def learning_attempt(
 
     `open_store` raises what keeps the command from beginning with this store.
     """
+    require_full_step(plan)
     holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].place
     with locked(plan.run_dir, holder):
         require_same_run(plan)

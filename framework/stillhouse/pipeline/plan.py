@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from stillhouse.config import Config, ModelSection, StudentSection, TeacherSection
 from stillhouse.corpus import Split, prepare_corpus
 from stillhouse.errors import ConfigError
-from stillhouse.models import ModelIdentity, check_same_ids, load_tokenizer, model_identity, tokenizer_digest, vocab_size_of
+from stillhouse.models import (
+    ModelIdentity,
+    check_same_ids,
+    load_tokenizer,
+    model_identity,
+    require_whole_weights,
+    tokenizer_digest,
+    vocab_size_of,
+)
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.job import TrainJob, order_of
@@ -87,9 +95,20 @@ class Plan:
 
 
 def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
-    """Resolve revisions, compare the tokenizers, tokenise the corpus (once, into `cache_dir`) and name the recipe.
+    """Look whether the models' weights are whole, and resolve the config.
 
     Raises ModelError, CorpusError, CacheError or ConfigError for what cannot be used, before anything heavy starts.
+    """
+    require_whole_weights(config.teacher.model)
+    if config.student.init == "weights":
+        require_whole_weights(config.student.model)
+    return resolved(config, run_dir=run_dir, cache_dir=cache_dir)
+
+
+def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
+    """Resolve revisions, compare the tokenizers, tokenise the corpus (once, into `cache_dir`) and name the recipe. Raises as `plan` does.
+
+    What is done with a finished run needs no more: not the weights that its student began with.
     """
     teacher, student = (model_identity(section, cache_dir=cache_dir) for section in (config.teacher, config.student))
     config = config.model_copy(update={"teacher": _pinned(config.teacher, teacher), "student": _pinned(config.student, student)})
@@ -126,6 +145,16 @@ def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     student_section = config.student.model_copy(update={"checkpoint_url": _absolute(config.student.checkpoint_url)})
     config = config.model_copy(update={"store": store, "student": student_section})
     return Plan(config, run_dir.absolute(), cache_dir, tokenizer, split, recipe)
+
+
+def require_full_step(made: Plan) -> None:
+    """Raise ConfigError where one optimiser step asks for more sequences than the corpus has."""
+    wanted, there = made.config.student.global_batch_sequences, made.split.train.num_sequences
+    if wanted > there:
+        raise ConfigError(
+            f"student.global_batch_sequences is {wanted:,}, but the corpus has {there:,} sequences to train on;"
+            f" set it to {there:,} or less, or give more documents"
+        )
 
 
 def _pinned(section: _Section, identity: ModelIdentity) -> _Section:

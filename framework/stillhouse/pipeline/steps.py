@@ -25,7 +25,7 @@ from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.ownership import locked
 from stillhouse.pipeline.places import require_shared
-from stillhouse.pipeline.plan import Plan, plan
+from stillhouse.pipeline.plan import Plan, resolved
 from stillhouse.placement import Crews, placement, student_crew, teacher_crew
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader, StoreForbidden
@@ -140,7 +140,7 @@ def evaluate_run(made: Plan, *, command: str = "stillhouse eval") -> dict[ModelN
 
 def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
     """The plan of a run directory that exists already. Raises RecipeError where it is none."""
-    return plan(config_of(run_dir), run_dir=run_dir, cache_dir=cache_dir)
+    return resolved(config_of(run_dir), run_dir=run_dir, cache_dir=cache_dir)
 
 
 def export_run(made: Plan, out: Path, *, role: Literal["student", "control"] = "student") -> int:

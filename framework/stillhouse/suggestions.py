@@ -1,0 +1,154 @@
+"""What was probably meant by a name, a value or a text that the configuration does not know."""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+
+# Settings of TRL, of Hugging Face's Trainer, of axolotl and of DeepSpeed, and what takes their place here.
+ELSEWHERE: Mapping[str, str] = {
+    "model_name_or_path": "teacher.model or student.model",
+    "model_name": "teacher.model or student.model",
+    "base_model": "student.model",
+    "student_model_name_or_path": "student.model",
+    "teacher_model_name_or_path": "teacher.model",
+    "model_revision": "teacher.revision or student.revision",
+    "torch_dtype": "teacher.dtype or student.dtype",
+    "bf16": "teacher.dtype and student.dtype, which are 'bfloat16' unless set",
+    "fp16": "teacher.dtype, and student.dtype, which may be 'float32' or 'bfloat16'",
+    "dataset_name": "corpus.dataset",
+    "dataset_path": "corpus.dataset",
+    "datasets": "corpus.dataset",
+    "dataset_config": "corpus.subset",
+    "dataset_config_name": "corpus.subset",
+    "dataset_text_field": "corpus.column",
+    "max_length": "corpus.sequence_length",
+    "max_seq_length": "corpus.sequence_length",
+    "max_seq_len": "corpus.sequence_length",
+    "sequence_len": "corpus.sequence_length",
+    "block_size": "corpus.sequence_length",
+    "sample_packing": "corpus.packing",
+    "max_train_samples": "corpus.max_documents",
+    "lr": "student.learning_rate",
+    "min_lr": "student.min_learning_rate",
+    "warmup_ratio": "student.warmup_steps, a number of steps",
+    "lr_scheduler_type": "a cosine, always, down to student.min_learning_rate",
+    "num_train_epochs": "student.epochs",
+    "num_epochs": "student.epochs",
+    "batch_size": "student.global_batch_sequences for a step, student.micro_batch_sequences or teacher.batch_sequences for a forward pass",
+    "train_batch_size": "student.global_batch_sequences",
+    "per_device_train_batch_size": "student.micro_batch_sequences",
+    "micro_batch_size": "student.micro_batch_sequences",
+    "train_micro_batch_size_per_gpu": "student.micro_batch_sequences",
+    "per_device_eval_batch_size": "evaluate.batch_sequences",
+    "gradient_accumulation_steps": "student.global_batch_sequences, the sequences in one step over all ranks, from which it follows",
+    "max_grad_norm": "student.gradient_clip",
+    "gradient_clipping": "student.gradient_clip",
+    "adam_beta1": "student.betas",
+    "adam_beta2": "student.betas",
+    "gradient_checkpointing": "student.activation_checkpointing",
+    "deepspeed": "student.zero_stage",
+    "world_size": "student.num_workers",
+    "save_steps": "student.checkpoint_every_steps",
+    "save_total_limit": "student.keep_checkpoints",
+    "dataloader_prefetch_factor": "student.prefetch_batches",
+    "loss_type": "student.divergence",
+    "beta": "student.mix",
+    "alpha": "student.mix or student.divergence_weight",
+    "top_k": "target.k",
+    "report_to": "tracking.wandb",
+    "wandb_project": "tracking.project",
+    "wandb_entity": "tracking.entity",
+    "output_dir": "the option --run-dir",
+    "run_name": "the option --run-dir, whose last part names the run",
+    "resume_from_checkpoint": "nothing: the same command goes on from the newest checkpoint",
+    "logging_steps": "nothing: every step is journalled",
+    "eval_steps": "nothing: the student is scored at the end, and by `stillhouse eval`",
+}
+
+# Other words for the values of settings that are one of a few.
+_SHORT: Mapping[str, str] = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "gpu": "cuda",
+    "kl": "forward_kl",
+    "kld": "forward_kl",
+    "fkl": "forward_kl",
+    "rkl": "reverse_kl",
+    "js": "jsd",
+    "disabled": "off",
+    "none": "off",
+    "messages": "chat",
+}
+
+_OTHER_VERBS: Mapping[str, str] = {
+    "distil": "run",
+    "distill": "run",
+    "start": "run",
+    "launch": "run",
+    "resume": "run",
+    "continue": "run",
+    "validate": "check",
+    "plan": "check",
+    "teach": "produce",
+    "generate": "produce",
+    "fit": "train",
+    "finetune": "train",
+    "evaluate": "eval",
+    "score": "eval",
+    "save": "export",
+    "ls": "store ls",
+    "verify": "store verify",
+    "sweep": "store sweep",
+    "head": "node head",
+    "join": "node join",
+}
+
+_MANY = 12  # names beyond which a list of all of them hides the one that is looked for
+_LITERALS = {"True": "true", "False": "false"}
+
+
+def setting(name: str, *, section: str, known: Mapping[str, Collection[str]]) -> str:
+    """Which setting was meant by `name`, in words; `known` has the names in each section, and in '' those of the sections."""
+    here, homes = known.get(section, ()), [f"'{other}.{name}'" for other in known if other and name in known[other]]
+    if name in ELSEWHERE:
+        return f"here it is {ELSEWHERE[name]}"
+    if homes:
+        return f"did you mean {' or '.join(homes)}?"
+    near = difflib.get_close_matches(name, here, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    if len(here) <= _MANY:
+        return f"known here: {', '.join(here)}"
+    return f"the nearest of {len(here)} that are known here: {', '.join(difflib.get_close_matches(name, here, n=5, cutoff=0.0))}"
+
+
+def value(found: str, allowed: Collection[str]) -> str:
+    """Which of the allowed values was meant by `found`, in words, with a comma before them; '' where none is near."""
+    short = _SHORT.get(found.lower())
+    near = [short] if short in allowed else difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def verb(found: str, known: Collection[str]) -> str:
+    """Which command was meant, in words."""
+    near = [_OTHER_VERBS[found]] if found in _OTHER_VERBS else difflib.get_close_matches(found, known, n=1)
+    return f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known)}."
+
+
+def toml(text: str, complaint: str) -> str:
+    """How to make TOML of a text that is none, with a semicolon before it; '' where it is not known. `complaint` is the parser's."""
+    first = next((line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")), "")
+    if first.lstrip().startswith("{"):
+        return "; this is JSON: write a section as [student], and below it a setting as learning_rate = 1e-4"
+    if re.match(r"---|[\w-]+:(\s|$)", first):
+        return "; this is YAML: write a section as [student], and below it a setting as learning_rate = 1e-4"
+    line = re.search(r"at line (\d+)", complaint)
+    bare = re.match(r"\s*([\w.-]+)\s*=\s*([A-Za-z/~.][^'\"#]*)", text.splitlines()[int(line[1]) - 1]) if line else None
+    if bare is None:
+        return ""
+    name, word = bare[1], bare[2].strip()
+    if word in _LITERALS:
+        return f"; write {_LITERALS[word]} in small letters"
+    return f"; quote text, as in '{name} = \"{word}\"'"
