@@ -24,7 +24,8 @@ from stillhouse.redaction import scrub
 from stillhouse.shell import learn_secrets
 from stillhouse.tracking import Journal, Row, scrubbed
 
-Phase = Literal["start", "data", "step", "snapshot", "commit"]  # loading, awaiting chunks, computing, copying its state, awaiting the store
+# Loading, reading a chunk that is there, awaiting chunks, computing, copying its state, awaiting the store.
+Phase = Literal["start", "reading", "data", "step", "snapshot", "commit"]
 Cause = Literal["died", "stalled", "notice", "grown", "stop"]
 
 
@@ -41,6 +42,7 @@ class Beat:
     phase: Phase
     phase_s: float  # seconds since it entered the phase
     stack: str = ""  # of its threads, once the phase lasts too long
+    chunk: int | None = None  # that it is reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class News:
     cursors: Mapping[str, int]  # reader -> chunks at the front of the reading order that it will never need again
     bad_chunks: frozenset[int]  # reported since the last look
     notices: Mapping[str, Notice]  # node id -> the end that it announced
+    heard_teachers: frozenset[int] = frozenset()  # numbers of those that gave a sign of life since the last look
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class Coordinator:
         self._clock = clock
         self._cursors: dict[str, int] = {}
         self._bad_chunks: set[int] = set()
+        self._heard_teachers: set[int] = set()
         self._endings: dict[str, tuple[float, _Ending]] = {}  # each with its deadline, by the clock
         self._groups: dict[str, _Group] = {}
         self._verdict: StillhouseError | None = None
@@ -118,6 +122,9 @@ class Coordinator:
     def report_bad_chunk(self, number: int) -> None:
         self._bad_chunks.add(number)
 
+    def beat_of_teacher(self, number: int) -> None:
+        self._heard_teachers.add(number)
+
     def announce(self, node: str, ending: _Ending) -> None:
         self._endings.setdefault(node, (self._clock() + ending.seconds_left, ending))
 
@@ -125,9 +132,10 @@ class Coordinator:
         now = self._clock()
         return {node: replace(ending, seconds_left=at - now) for node, (at, ending) in self._endings.items()}
 
-    def read(self) -> tuple[dict[str, int], frozenset[int], dict[str, _Ending]]:
+    def read(self) -> tuple[dict[str, int], frozenset[int], dict[str, _Ending], frozenset[int]]:
         bad_chunks, self._bad_chunks = self._bad_chunks, set()
-        return dict(self._cursors), frozenset(bad_chunks), self.notices()
+        heard, self._heard_teachers = self._heard_teachers, set()
+        return dict(self._cursors), frozenset(bad_chunks), self.notices(), frozenset(heard)
 
     def begin(self, group: str, committed_step: int) -> Past | None:
         return self._group(group).begin(committed_step)
@@ -265,6 +273,10 @@ class Board:
         """A reader found chunk `number` damaged. Returns at once."""
         self._actor.report_bad_chunk.remote(number)
 
+    def beat_of_teacher(self, number: int) -> None:
+        """A teacher's heartbeat, under the number that the pool gave it. Returns at once."""
+        self._actor.beat_of_teacher.remote(number)
+
     def announce(self, node: str, notice: Notice) -> None:
         """The machine of Ray's node `node` will be taken away. Returns at once; the first to say so is believed."""
         self._actor.announce.remote(node, _Ending(notice.source, notice.deadline - self.wall(), notice.detail))
@@ -275,8 +287,8 @@ class Board:
 
     def read(self) -> News:
         """For the teacher pool, which alone reads: what has come in."""
-        cursors, bad_chunks, endings = self._ask("read")
-        return News(cursors, bad_chunks, self._in_our_time(endings))
+        cursors, bad_chunks, endings, heard_teachers = self._ask("read")
+        return News(cursors, bad_chunks, self._in_our_time(endings), heard_teachers)
 
     def begin(self, group: str, *, committed_step: int) -> Past | None:
         """A group begins, from this commit; None where it is the first time on this board. One rank calls this."""

@@ -53,6 +53,9 @@ class Alone:
     def at(self, step: int, phase: Phase) -> None:
         self.told.append(("at", step, phase))
 
+    def reading(self, chunk: int | None) -> None:
+        self.told.append(("reading", chunk, None))
+
     def stepped(self, step: int, chunks_finished: int) -> None:
         self.told.append(("stepped", step, chunks_finished))
 

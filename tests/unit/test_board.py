@@ -40,6 +40,14 @@ def test_the_board_keeps_cursors_and_hands_out_each_report_once(board: Board):
     assert board.read() == News({"student": 4, "control": 7}, frozenset(), {})
 
 
+def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once():
+    board = Board.create()
+    for number in (3, 3, 9):
+        board.beat_of_teacher(number)
+    assert board.read().heard_teachers == {3, 9}
+    assert board.read().heard_teachers == frozenset()
+
+
 def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(board: Board):
     board.announce("doomed", Notice("aws", time() + 100.0, "terminate"))
     board.announce("doomed", Notice("ray", time() + 200.0, "drain"))  # the first to say so is believed

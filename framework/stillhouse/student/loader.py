@@ -79,6 +79,9 @@ class BatchReader:
 
     With `pin_memory` that thread leaves them in page-locked memory, from which a GPU takes them without its process waiting. An outage of
     the store is told to `on_outage` and ends the reading with StoreUnavailable, both as `patience` says.
+
+    `on_read` hears of each read from a directory: the chunk's number, then None. The system may never return from one, whereas a request to
+    an object store has its limits.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class BatchReader:
         prefetch: int,
         on_bad_chunk: Callable[[int], None],
         on_outage: Tell,
+        on_read: Callable[[int | None], None] = lambda _chunk: None,
         pin_memory: bool = False,
         missed_s: float = _MISSED_S,
         patience: Patience = DEFAULT_PATIENCE,
@@ -102,6 +106,7 @@ class BatchReader:
         self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
         self._start, self._stop = start, stop
         self._on_bad_chunk = on_bad_chunk
+        self._on_read = on_read if store.blobs.directory is not None else lambda _chunk: None
         self._pin_memory, self._missed_s = pin_memory, missed_s
         self._outage = Outage(patience, tell=on_outage)
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
@@ -200,7 +205,7 @@ class BatchReader:
         reported, missing_since = False, time.monotonic()
         while not self._closed.wait(0):
             try:
-                chunk = self._store.fetch_rows(number, rows)
+                chunk = self._read(number, rows)
                 if decoding:
                     decode(torch.from_numpy(chunk.targets_NB), self._store.recipe.codec)
                 self._outage.is_over()
@@ -221,6 +226,13 @@ class BatchReader:
             self._closed.wait(pause_s)
             pause_s = min(2 * pause_s, _LAST_POLL_S)
         raise _ClosedError
+
+    def _read(self, number: int, rows: np.ndarray) -> Chunk:
+        self._on_read(number)
+        try:
+            return self._store.fetch_rows(number, rows)
+        finally:
+            self._on_read(None)
 
     def _decode(self, sequences_B: np.ndarray, rows: dict[int, Chunk]) -> MicroBatch:
         length, codec = self._store.recipe.sequence_length, self._store.recipe.codec

@@ -171,9 +171,9 @@ def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
     beat = stall.beat
     stacks = stacks_of(beat.pid, node=beat.node)
     if stacks is not None:
-        how = "silent" if stall.silent else f"at {beat.phase}"
+        how = "silent" if stall.silent else f"at {beat.phase}{'' if beat.chunk is None else f' chunk {beat.chunk}'}"
         board.explain(job.role, "stalled", f"rank {beat.rank} was {how} for {stall.seconds:.0f} s in step {beat.step}")
-        journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stacks or beat.stack))
+        journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stacks or beat.stack, beat.chunk))
         end_process(beat.pid, node=beat.node)
     board.forget(job.role)
 

@@ -18,7 +18,7 @@ from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line
-from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, OutageRow, PoolRow, Row, StartRow, TrainRow, WaitRow
+from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, OutageRow, PoolRow, Row, StallRow, StartRow, TrainRow, WaitRow
 
 _SAY_EVERY_S = 60.0
 _WANDB_AXES = {
@@ -178,6 +178,9 @@ class ProgressView:
             case OutageRow():
                 self._say(f"{row.who} has waited for {row.seconds:.0f} s: {row.why}")
                 return
+            case StallRow():
+                self._say(_stall_text(row))
+                return
             case _:
                 return
         self._stale = True
@@ -259,6 +262,12 @@ class _Pace:
         """None while there is nothing to judge by."""
         (begin, first), (end, last) = self._seen[0], self._seen[-1]
         return (total - last) * (end - begin) / (last - first) if last > first else None
+
+
+def _stall_text(row: StallRow) -> str:
+    who = f"teacher {row.rank}" if row.role == "teacher" else f"{row.role}, rank {row.rank}, step {row.step},"
+    what = row.phase if row.chunk is None else f"{row.phase}, chunk {row.chunk}"
+    return f"{who} stood still for {row.seconds:.0f} s ({what}): it is killed and replaced"
 
 
 def _clock_text(seconds: float | None) -> str:
