@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic, time
 from typing import Any, Literal
+from uuid import uuid4
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,6 +28,8 @@ from stillhouse.tracking import Journal, Row, scrubbed
 # Loading, reading a chunk that is there, awaiting chunks, computing, copying its state, awaiting the store.
 Phase = Literal["start", "reading", "data", "step", "snapshot", "commit"]
 Cause = Literal["died", "stalled", "notice", "grown", "stop"]
+
+_MOST_ANSWERS = 256  # that are remembered: those of some seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,15 @@ class Coordinator:
         self._groups: dict[str, _Group] = {}
         self._verdict: StillhouseError | None = None
         self._finished = False
+        self._answers: dict[str, Any] = {}  # the newest ones, by question
+
+    def once(self, question: str, method: str, *arguments: Any) -> Any:
+        """What a method returns to the question of this id. Asked again, because the answer was lost on its way, it acts no second time."""
+        if question not in self._answers:
+            self._answers[question] = getattr(self, method)(*arguments)
+            if len(self._answers) > _MOST_ANSWERS:
+                del self._answers[next(iter(self._answers))]
+        return self._answers[question]
 
     def record(self, row: Row) -> None:
         assert self._journal is not None
@@ -259,7 +271,7 @@ class Board:
 
         This process's secrets stay in it: the board does not know them.
         """
-        self._ask("record", scrubbed(row if row.time else replace(row, time=self.wall())))
+        self._ask_once("record", scrubbed(row if row.time else replace(row, time=self.wall())))
 
     def mention(self, row: Row) -> None:
         """Have a row written down where there is a journal that can be written. Returns at once; nobody hears of a failure."""
@@ -287,12 +299,12 @@ class Board:
 
     def read(self) -> News:
         """For the teacher pool, which alone reads: what has come in."""
-        cursors, bad_chunks, endings, heard_teachers = self._ask("read")
+        cursors, bad_chunks, endings, heard_teachers = self._ask_once("read")
         return News(cursors, bad_chunks, self._in_our_time(endings), heard_teachers)
 
     def begin(self, group: str, *, committed_step: int) -> Past | None:
         """A group begins, from this commit; None where it is the first time on this board. One rank calls this."""
-        return self._ask("begin", group, committed_step)
+        return self._ask_once("begin", group, committed_step)
 
     def stepped(self, group: str, step: int) -> None:
         """The group has taken its `step`-th step. Returns at once."""
@@ -338,8 +350,12 @@ class Board:
         """Why training was given up; None where it was not."""
         return self._ask("verdict")
 
+    def _ask_once(self, method: str, *arguments: object) -> Any:
+        """For what must not be done twice: see `_ask`."""
+        return self._ask("once", uuid4().hex, method, *arguments)
+
     def _ask(self, method: str, *arguments: object) -> Any:
-        """Ray calls again by itself where the board's process died. Its machine is the driver's: nothing outlives that."""
+        """Ray calls again by itself where the board's process died, or its answer was lost. The board's machine is the driver's own."""
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))
         except ray.exceptions.RayTaskError as error:

@@ -254,6 +254,20 @@ def test_each_read_is_told_as_it_begins_and_as_it_ends_and_waiting_for_a_chunk_i
         assert (inside, ended) == (-1 - begun, None)
 
 
+def test_a_damaged_chunk_whose_report_is_lost_is_reported_again(store: WatchedStore):
+    path, reported = path_of(store, LATE), []
+    path.write_bytes(flip_last_bit(path.read_bytes()))
+
+    def hear_the_third(number: int) -> None:
+        reported.append(number)
+        if len(reported) == 3:
+            assert store.quarantine(number)
+            store.publish(CHUNKS[number])
+
+    read(ChunkStore(store.url, RECIPE), on_bad_chunk=hear_the_third, missed_s=0.01)
+    assert reported == [LATE] * 3
+
+
 def test_a_chunk_that_is_replaced_by_another_damaged_one_is_reported_again(store: WatchedStore):
     path, reported = path_of(store, LATE), []
     path.write_bytes(flip_last_bit(path.read_bytes()))

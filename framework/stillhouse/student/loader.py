@@ -24,7 +24,7 @@ from stillhouse.store.patience import DEFAULT_PATIENCE, Outage, Patience, Tell
 from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
-_MISSED_S = 30.0  # a chunk that is not there for so long is missed by its reader: it may have been deleted
+_MISSED_S = 30.0  # a chunk that is not there, or damaged, for so long is reported (again): it may have been deleted, the report lost
 _LOOK_UP_S, _CLOSE_S = 0.2, 2.0
 _PADDING = -1
 
@@ -202,7 +202,7 @@ class BatchReader:
 
     def _fetch_when_there(self, number: int, rows: np.ndarray, *, decoding: bool) -> Chunk:
         pause_s = _FIRST_POLL_S
-        reported, missing_since = False, time.monotonic()
+        reported_at, missing_since = -np.inf, time.monotonic()
         while not self._closed.wait(0):
             try:
                 chunk = self._read(number, rows)
@@ -212,7 +212,7 @@ class BatchReader:
                 return chunk
             except ChunkMissing:
                 self._outage.is_over()
-                reported = False  # taken away: what comes in its place is another chunk
+                reported_at = -np.inf  # taken away: what comes in its place is another chunk
                 if time.monotonic() - missing_since > self._missed_s:
                     self._on_bad_chunk(number)
                     missing_since = time.monotonic()
@@ -220,9 +220,9 @@ class BatchReader:
                 self._outage.goes_on(error)
             except ChunkError:
                 self._outage.is_over()
-                if not reported:
+                if time.monotonic() - reported_at > self._missed_s:  # or it was lost with the coordinator's process
                     self._on_bad_chunk(number)
-                    reported = True
+                    reported_at = time.monotonic()
             self._closed.wait(pause_s)
             pause_s = min(2 * pause_s, _LAST_POLL_S)
         raise _ClosedError

@@ -66,7 +66,7 @@ def fit(
     arguments = pickle.dumps(  # the controller need not open it
         _WorkerArguments(jobs, where.device, threads, secrets, notices, board, teachers_at_work)
     )
-    with _watched(jobs, where=where, board=board, journal=journal):
+    with watched(jobs, where=where, board=board, journal=journal):
         is_first = True
         while True:
             num_workers = _num_workers(jobs[0].section, where, is_first=is_first)
@@ -134,7 +134,7 @@ def _peer_timeout(section: StudentSection) -> timedelta:
 
 
 @contextmanager
-def _watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, journal: Tracker) -> Iterator[None]:
+def watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, journal: Tracker) -> Iterator[None]:
     stopped = threading.Event()
     thread = threading.Thread(target=_watch, args=(jobs, where, board, journal, stopped), name="watchdog", daemon=True)
     thread.start()

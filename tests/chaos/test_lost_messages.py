@@ -1,0 +1,52 @@
+"""Ray loses requests and replies of its own, and a run ends as if it had not; nothing is told, counted or written down twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.command import as_toml
+from helpers.commands import CommandServer
+from helpers.history import require_kept
+from helpers.ranks import RankGroup
+from helpers.scene import Undisturbed, curve
+from helpers.world import TinyWorld
+from stillhouse.pipeline import Plan
+from stillhouse.store import ChunkStore
+from stillhouse.tracking import EndRow, read_journal
+
+# Of each kind of message that a process sends, Ray loses the first two: one on its way, and the reply to another that has arrived.
+ONCE_EACH_WAY = {"num_failures": 2, "num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
+FAULTS = {
+    "CoreWorkerService.grpc_client.PushTask": ONCE_EACH_WAY,
+}
+
+
+def config_of(made: Plan) -> Path:
+    path = made.run_dir.with_suffix(".toml")
+    values = made.config.model_dump(mode="json", exclude_none=True)
+    path.write_text(as_toml({name: {key: value for key, value in table.items() if value != []} for name, table in values.items()}))
+    return path
+
+
+@pytest.mark.timeout(600)
+def test_a_run_whose_cluster_loses_messages_ends_with_the_losses_of_an_undisturbed_one(
+    tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
+) -> None:
+    student = {"max_steps": 8, "checkpoint_every_steps": 2}
+    undisturbed = tiny_world.plan(tmp_path / "undisturbed", store={"url": str(tmp_path / "other")}, student=student)
+    tiny_world.fill_store(undisturbed)
+    made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=student, cluster={"num_cpus": 2})
+    server = CommandServer({"XDG_CACHE_HOME": str(tmp_path / "cache"), "RAY_testing_rpc_failure": json.dumps(FAULTS)})
+    try:
+        command = server.start("run", config_of(made), "--run-dir", made.run_dir, log=tmp_path / "run.log")
+        wanted = Undisturbed.trained(undisturbed, rank_groups[1])
+        assert command.wait(timeout_s=240.0) == 0, command.words()
+    finally:
+        server.close()
+    rows = read_journal(made.run_dir / "journal.jsonl")
+    assert isinstance(rows[-1], EndRow)
+    assert rows[-1].outcome == "done"
+    assert curve(rows) == wanted.curve
+    (job,) = made.jobs()
+    require_kept(rows, checkpoints={"student": job.checkpoints}, store=ChunkStore(made.config.store.url, made.recipe))
