@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers.command import as_toml
+from helpers.command import config_of
 from helpers.commands import CommandServer
 from helpers.history import require_kept
 from helpers.ranks import RankGroup
 from helpers.scene import Undisturbed, curve
 from helpers.world import TinyWorld
-from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
 from stillhouse.tracking import EndRow, read_journal
 
@@ -32,13 +31,6 @@ ENVIRONMENT = {
     "RAY_testing_rpc_failure": json.dumps(LOST),
     "RAY_actor_scheduling_queue_max_reorder_wait_seconds": "0",  # for a lost message, before those behind it are sent back
 }
-
-
-def config_of(made: Plan) -> Path:
-    path = made.run_dir.with_suffix(".toml")
-    values = made.config.model_dump(mode="json", exclude_none=True)
-    path.write_text(as_toml({name: {key: value for key, value in table.items() if value != []} for name, table in values.items()}))
-    return path
 
 
 @pytest.mark.timeout(600)

@@ -12,20 +12,16 @@ from time import monotonic, sleep
 import psutil
 import pytest
 import ray
-import torch
 
 from helpers.processes import youngest
 from helpers.ranks import RankGroup
-from helpers.training import train_and_tell
+from helpers.training import train_and_tell, train_on_a_line
 from helpers.world import TinyWorld
 from stillhouse.board import Board
 from stillhouse.cluster import Secrets
 from stillhouse.pipeline import Plan
 from stillhouse.placement import placement
 from stillhouse.store import ChunkStore
-from stillhouse.student.job import TrainJob
-from stillhouse.student.lifeline import BoardLifeline
-from stillhouse.student.train import train
 from stillhouse.student.workers import watched
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
@@ -111,11 +107,6 @@ def held_back(path: Path) -> Iterator[None]:
         signal.signal(signal.SIGIO, before)
 
 
-def live_and_train(job: TrainJob, board: Board) -> None:
-    with BoardLifeline(board, job, "off", rank=0, world_size=1, teachers_at_work=False) as lifeline:
-        train(job, device=torch.device("cpu"), journal=board, lifeline=lifeline)
-
-
 def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_and_killed_and_the_next_one_goes_on(
     made: Plan, tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
 ) -> None:
@@ -132,7 +123,7 @@ def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_and_killed_and_
         watched([job], where=where, board=board, journal=journal),
         pytest.raises(ray.exceptions.RayActorError),
     ):
-        ranks.call(live_and_train, job, board)
+        ranks.call(train_on_a_line, job, board)
 
     def rows() -> list[Row]:
         return read_journal(job.journal)
@@ -141,7 +132,7 @@ def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_and_killed_and_
     assert (stall.role, stall.rank, stall.phase, stall.chunk) == ("student", 0, "reading", chunk)
     assert stall.seconds >= WATCHDOG_S
     assert "fetch_rows" in stall.stack
-    rank_groups[1].call(live_and_train, job, board)
+    rank_groups[1].call(train_on_a_line, job, board)
     assert latest_train_rows(rows(), "student")[-1].step == job.total_steps
     ours = [(row.step, row.loss, row.grad_norm) for row in latest_train_rows(rows(), "student")]
     assert ours == [(row.step, row.loss, row.grad_norm) for row in undisturbed]

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
-from stillhouse.board import Cause, Past, Phase, Summons
+from stillhouse.board import Board, Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.store.patience import Patience
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
+from stillhouse.student.lifeline import BoardLifeline
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
 from stillhouse.student.loss import distillation_loss, divergence_named
 from stillhouse.student.restore import Restored, restore
@@ -96,6 +97,12 @@ def train_and_tell(job: TrainJob) -> list[TrainRow]:
     tracker = ListTracker()
     train(job, device=CPU, journal=tracker, lifeline=Alone())
     return [row for row in tracker.rows if isinstance(row, TrainRow)]
+
+
+def train_on_a_line(job: TrainJob, board: Board) -> None:
+    """Train the job alone, with heartbeats to the board, which journals."""
+    with BoardLifeline(board, job, "off", rank=0, world_size=1, teachers_at_work=False) as lifeline:
+        train(job, device=CPU, journal=board, lifeline=lifeline)
 
 
 def refusal_of(job: TrainJob) -> str:

@@ -473,6 +473,21 @@ def test_while_machines_are_on_their_way_it_says_what_is_missing():
     assert "waiting for machines to join the cluster: GPU: 8 needed (8 teachers), 0 in the cluster | student:" in text.getvalue()
 
 
+def test_a_process_that_stood_still_is_named_with_what_it_was_at():
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text, width=60), clock=clock) as view:
+        view.record(StallRow("teacher", 3, 0, "work", 301.4, "", 12))
+        clock.now += 61.0
+        view.record(StallRow("student", 1, 7, "reading", 300.6, "File loader.py, line 1", 12))
+        clock.now += 61.0
+        view.record(StallRow("student", 1, 8, "step", 300.6, ""))
+    assert text.getvalue().splitlines() == [
+        "teacher 3 stood still for 301 s (work, chunk 12): it is killed and replaced",
+        "student, rank 1, step 7, stood still for 301 s (reading, chunk 12): it is killed and replaced",
+        "student, rank 1, step 8, stood still for 301 s (step): it is killed and replaced",
+    ]
+
+
 def test_what_a_store_keeps_waiting_is_said_once_a_minute():
     clock, text = _Clock(), io.StringIO()
     with ProgressView(Console(file=text, width=60), clock=clock) as view:

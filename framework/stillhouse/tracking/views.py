@@ -140,7 +140,7 @@ def _open_run(section: TrackingSection, run_dir: Path, *, config: dict[str, Any]
 class ProgressView:
     """Two bars side by side, teachers and student; where the output is no terminal, one plain line every `every_s` seconds at most.
 
-    What a store keeps waiting is said in lines between, one a minute at most: an outage meets many processes at once.
+    What waits for a store, or stood still, is said in lines between, one a minute at most: an outage meets many processes at once.
     """
 
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.time, every_s: float = 10.0) -> None:
