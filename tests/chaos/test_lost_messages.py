@@ -18,14 +18,11 @@ from stillhouse.tracking import EndRow, read_journal
 ONE_EACH_WAY = {"num_failures": 2, "num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
 LOST = {
     "CoreWorkerService.grpc_client.PushTask": {"num_failures": 8, "req_failure_prob": 15, "resp_failure_prob": 35},  # any call of ours
-    "NodeManagerService.grpc_client.RequestWorkerLease": ONE_EACH_WAY,
-    "NodeManagerService.grpc_client.ReturnWorkerLease": ONE_EACH_WAY,
     "ray::rpc::ActorInfoGcsService.grpc_client.RegisterActor": ONE_EACH_WAY,
     "ray::rpc::ActorInfoGcsService.grpc_client.CreateActor": ONE_EACH_WAY,
     "ray::rpc::ActorInfoGcsService.grpc_client.GetActorInfo": ONE_EACH_WAY,
     "ray::rpc::ActorInfoGcsService.grpc_client.KillActorViaGcs": ONE_EACH_WAY,
     "ray::rpc::InternalKVGcsService.grpc_client.InternalKVGet": ONE_EACH_WAY,
-    "ray::rpc::PlacementGroupInfoGcsService.grpc_client.CreatePlacementGroup": ONE_EACH_WAY,
 }
 ENVIRONMENT = {
     "RAY_testing_rpc_failure": json.dumps(LOST),

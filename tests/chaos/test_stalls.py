@@ -116,6 +116,7 @@ def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_and_killed_and_
     chunk = made.chunks[6]
     board, journal = Board.create(job.journal), Journal(job.journal)
     ranks = RankGroup.start(1, meeting=tmp_path / "meeting")
+    job.run_dir.mkdir()
     where = placement(job.section, {"CPU": 4.0})
     path = Path(made.config.store.url) / ChunkStore(job.store_url, job.recipe).key(chunk)
     with (
