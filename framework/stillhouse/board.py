@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic, time
 from typing import Any, Literal
+from uuid import uuid4
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -24,8 +25,11 @@ from stillhouse.redaction import scrub
 from stillhouse.shell import learn_secrets
 from stillhouse.tracking import Journal, Row, scrubbed
 
-Phase = Literal["start", "data", "step", "snapshot", "commit"]  # loading, awaiting chunks, computing, copying its state, awaiting the store
+# Loading, reading a chunk that is there, awaiting chunks, computing, copying its state, awaiting the store.
+Phase = Literal["start", "reading", "data", "step", "snapshot", "commit"]
 Cause = Literal["died", "stalled", "notice", "grown", "stop"]
+
+_MOST_ANSWERS = 256  # that are remembered: those of some seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Beat:
     phase: Phase
     phase_s: float  # seconds since it entered the phase
     stack: str = ""  # of its threads, once the phase lasts too long
+    chunk: int | None = None  # that it is reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class News:
     cursors: Mapping[str, int]  # reader -> chunks at the front of the reading order that it will never need again
     bad_chunks: frozenset[int]  # reported since the last look
     notices: Mapping[str, Notice]  # node id -> the end that it announced
+    heard_teachers: frozenset[int] = frozenset()  # numbers of those that gave a sign of life since the last look
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +104,21 @@ class Coordinator:
         self._clock = clock
         self._cursors: dict[str, int] = {}
         self._bad_chunks: set[int] = set()
+        self._heard_teachers: set[int] = set()
         self._endings: dict[str, tuple[float, _Ending]] = {}  # each with its deadline, by the clock
         self._groups: dict[str, _Group] = {}
         self._verdict: StillhouseError | None = None
         self._finished = False
         self._words: list[str] = []
+        self._answers: dict[str, Any] = {}  # the newest ones, by question
+
+    def once(self, question: str, method: str, *arguments: Any) -> Any:
+        """What a method returns to the question of this id. Asked again, because the answer was lost on its way, it acts no second time."""
+        if question not in self._answers:
+            self._answers[question] = getattr(self, method)(*arguments)
+            if len(self._answers) > _MOST_ANSWERS:
+                del self._answers[next(iter(self._answers))]
+        return self._answers[question]
 
     def record(self, row: Row) -> None:
         assert self._journal is not None
@@ -126,6 +142,9 @@ class Coordinator:
     def report_bad_chunk(self, number: int) -> None:
         self._bad_chunks.add(number)
 
+    def beat_of_teacher(self, number: int) -> None:
+        self._heard_teachers.add(number)
+
     def announce(self, node: str, ending: _Ending) -> None:
         self._endings.setdefault(node, (self._clock() + ending.seconds_left, ending))
 
@@ -133,9 +152,10 @@ class Coordinator:
         now = self._clock()
         return {node: replace(ending, seconds_left=at - now) for node, (at, ending) in self._endings.items()}
 
-    def read(self) -> tuple[dict[str, int], frozenset[int], dict[str, _Ending]]:
+    def read(self) -> tuple[dict[str, int], frozenset[int], dict[str, _Ending], frozenset[int]]:
         bad_chunks, self._bad_chunks = self._bad_chunks, set()
-        return dict(self._cursors), frozenset(bad_chunks), self.notices()
+        heard, self._heard_teachers = self._heard_teachers, set()
+        return dict(self._cursors), frozenset(bad_chunks), self.notices(), frozenset(heard)
 
     def begin(self, group: str, committed_step: int) -> Past | None:
         return self._group(group).begin(committed_step)
@@ -260,7 +280,7 @@ class Board:
         While that disk is full it raises StoreUnavailable at once: the board, which all ask, does not wait. This process's secrets stay
         in it: the board does not know them.
         """
-        self._ask("record", scrubbed(row if row.time else replace(row, time=self.wall())))
+        self._ask_once("record", scrubbed(row if row.time else replace(row, time=self.wall())))
 
     def mention(self, row: Row) -> None:
         """Have a row written down where there is a journal that can be written. Returns at once; nobody hears of a failure."""
@@ -282,6 +302,10 @@ class Board:
         """A reader found chunk `number` damaged. Returns at once."""
         self._actor.report_bad_chunk.remote(number)
 
+    def beat_of_teacher(self, number: int) -> None:
+        """A teacher's heartbeat, under the number that the pool gave it. Returns at once."""
+        self._actor.beat_of_teacher.remote(number)
+
     def announce(self, node: str, notice: Notice) -> None:
         """The machine of Ray's node `node` will be taken away. Returns at once; the first to say so is believed."""
         self._actor.announce.remote(node, _Ending(notice.source, notice.deadline - self.wall(), notice.detail))
@@ -292,12 +316,12 @@ class Board:
 
     def read(self) -> News:
         """For the teacher pool, which alone reads: what has come in."""
-        cursors, bad_chunks, endings = self._ask("read")
-        return News(cursors, bad_chunks, self._in_our_time(endings))
+        cursors, bad_chunks, endings, heard_teachers = self._ask_once("read")
+        return News(cursors, bad_chunks, self._in_our_time(endings), heard_teachers)
 
     def begin(self, group: str, *, committed_step: int) -> Past | None:
         """A group begins, from this commit; None where it is the first time on this board. One rank calls this."""
-        return self._ask("begin", group, committed_step)
+        return self._ask_once("begin", group, committed_step)
 
     def stepped(self, group: str, step: int) -> None:
         """The group has taken its `step`-th step. Returns at once."""
@@ -343,8 +367,12 @@ class Board:
         """Why training was given up; None where it was not."""
         return self._ask("verdict")
 
+    def _ask_once(self, method: str, *arguments: object) -> Any:
+        """For what must not be done twice: see `_ask`."""
+        return self._ask("once", uuid4().hex, method, *arguments)
+
     def _ask(self, method: str, *arguments: object) -> Any:
-        """Ray calls again by itself where the board's process died. Its machine is the driver's: nothing outlives that."""
+        """Ray calls again by itself where the board's process died, or its answer was lost. The board's machine is the driver's own."""
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))
         except ray.exceptions.RayTaskError as error:

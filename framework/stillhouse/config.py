@@ -86,6 +86,9 @@ class TeacherSection(ModelSection):
     )
     max_set_aside: NaturalInt = Field(8, description="sequences that no teacher could compute, after which the run stops")
     lease_timeout_s: PositiveFloat = Field(3600.0, description="seconds after which a chunk is given to another teacher as well")
+    watchdog_s: PositiveFloat = Field(
+        300.0, description="seconds after which an actor without a heartbeat is killed and replaced, however long its chunk may take"
+    )
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> "TeacherSection":

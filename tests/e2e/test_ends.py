@@ -17,7 +17,7 @@ import boto3
 import psutil
 import pytest
 
-from helpers.command import as_toml
+from helpers.command import config_of
 from helpers.commands import CommandServer
 from helpers.faults import FaultyS3, publications
 from helpers.world import TinyWorld
@@ -36,13 +36,6 @@ def rays_place() -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
     yield place
     rmtree(place, ignore_errors=True)
-
-
-def config_of(made: Plan) -> Path:
-    path = made.run_dir.with_suffix(".toml")
-    values = made.config.model_dump(mode="json", exclude_none=True)
-    path.write_text(as_toml({name: {key: value for key, value in table.items() if value != []} for name, table in values.items()}))
-    return path
 
 
 def rows_of(made: Plan) -> list[Row]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stillhouse.cli import app
+from stillhouse.pipeline import Plan
 
 
 class Outcome(NamedTuple):
@@ -37,6 +38,14 @@ def as_toml(values: dict[str, dict[str, Any]]) -> str:
     for name, section in values.items():
         lines += [f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in section.items())]
     return "\n".join(lines) + "\n"
+
+
+def config_of(made: Plan) -> Path:
+    """The plan's config in a file beside its run directory."""
+    path = made.run_dir.with_suffix(".toml")
+    values = made.config.model_dump(mode="json", exclude_none=True)
+    path.write_text(as_toml({name: {key: value for key, value in table.items() if value != []} for name, table in values.items()}))
+    return path
 
 
 def toml_value(value: str | float | bool | dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ says how a piece of work ends otherwise: with an error that it raises, or with t
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -148,6 +148,10 @@ class SimulatedCrew:
             self.kill(teacher)
             self._events.append(Died(teacher, reason, with_machine, preempted))
 
+    def placed(self) -> set[int]:
+        """The teachers that have a place on a machine, whether they have started yet or not."""
+        return self._workers.keys() - self._homeless.keys()
+
     def teachers_on(self, node: str) -> list[int]:
         return [worker.number for worker in self._workers.values() if worker.node == node]
 
@@ -212,7 +216,8 @@ class Mailbox:
     cursors: dict[str, int] = field(default_factory=dict)
     bad_chunks: set[int] = field(default_factory=set)
     notices: dict[str, Notice] = field(default_factory=dict)
+    beating: Callable[[], Collection[int]] = tuple  # teachers that have given a sign of life
 
     def read(self) -> News:
         bad_chunks, self.bad_chunks = frozenset(self.bad_chunks), set()
-        return News(dict(self.cursors), bad_chunks, dict(self.notices))
+        return News(dict(self.cursors), bad_chunks, dict(self.notices), frozenset(self.beating()))

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
-from stillhouse.board import Cause, Past, Phase, Summons
+from stillhouse.board import Board, Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.patience import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
+from stillhouse.student.lifeline import BoardLifeline
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
 from stillhouse.student.loss import distillation_loss, divergence_named
 from stillhouse.student.restore import Restored, restore
@@ -52,6 +53,9 @@ class Alone:
 
     def at(self, step: int, phase: Phase) -> None:
         self.told.append(("at", step, phase))
+
+    def reading(self, chunk: int | None) -> None:
+        self.told.append(("reading", chunk, None))
 
     def stepped(self, step: int, chunks_finished: int) -> None:
         self.told.append(("stepped", step, chunks_finished))
@@ -114,6 +118,12 @@ def phases_at_rows(job: TrainJob) -> list[object]:
     tracker = PhaseTracker(lifeline)
     train(job, device=CPU, journal=tracker, lifeline=lifeline)
     return tracker.phases
+
+
+def train_on_a_line(job: TrainJob, board: Board) -> None:
+    """Train the job alone, with heartbeats to the board, which journals."""
+    with BoardLifeline(board, job, "off", rank=0, world_size=1, teachers_at_work=False) as lifeline:
+        train(job, device=CPU, journal=board, lifeline=lifeline)
 
 
 def refusal_of(job: TrainJob) -> str:

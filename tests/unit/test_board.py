@@ -41,6 +41,26 @@ def test_the_board_keeps_cursors_and_hands_out_each_report_once(board: Board):
     assert board.read() == News({"student": 4, "control": 7}, frozenset(), {})
 
 
+def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once():
+    board = Board.create()
+    for number in (3, 3, 9):
+        board.beat_of_teacher(number)
+    assert board.read().heard_teachers == {3, 9}
+    assert board.read().heard_teachers == frozenset()
+
+
+def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: Path):
+    coordinator = Coordinator(tmp_path / "journal.jsonl")
+    for _ in range(2):
+        coordinator.once("a row", "record", DamagedRow("student", "step-00000005.json", time=1.0))
+    assert len(read_journal(tmp_path / "journal.jsonl")) == 1
+    coordinator.report_bad_chunk(3)
+    assert [coordinator.once("news", "read")[1] for _ in range(2)] == [{3}, {3}]
+    assert coordinator.once("other news", "read")[1] == frozenset()
+    assert [coordinator.once("a life", "begin", "student", 0) for _ in range(2)] == [None, None]
+    assert isinstance(coordinator.once("the next", "begin", "student", 0), Past)
+
+
 def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(board: Board):
     board.announce("doomed", Notice("aws", time() + 100.0, "terminate"))
     board.announce("doomed", Notice("ray", time() + 200.0, "drain"))  # the first to say so is believed

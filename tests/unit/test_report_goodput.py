@@ -275,6 +275,7 @@ def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
     more: list[Row] = [
         NoticeRow("aws", "n1", 110.0, "spot", time=1041.0),
         StallRow("student", 1, 3, "step", 30.0, "", time=1042.0),
+        StallRow("teacher", 0, 0, "work", 301.0, "", 7, time=1042.5),
         SetAsideRow(3, [1, 2], "IndexError", time=1043.0),
         DelayRow("student", 2, 0, "the store is too busy", time=1044.0),
         DelayRow("student", 2, 1, "the store is too busy", time=1044.5),
@@ -291,6 +292,8 @@ def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
     for words in (
         "<td>student</td><td>died</td><td>18.0</td><td>2</td><td>rank 1 was killed</td>",
         "1 notice of a machine",
+        "1 stalled rank found by the watchdog",
+        "1 silent teacher killed and replaced",
         "2 sequences set",
         "1 checkpoint that the store did not take at once",
         "1 long wait for a store that was unavailable",

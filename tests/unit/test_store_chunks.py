@@ -363,6 +363,65 @@ def test_a_chunk_that_a_power_cut_left_empty_or_cut_is_not_published_and_is_repl
     assert store.publish(chunk).duplicate
 
 
+def make_no_file(path: Path, kind: str) -> None:
+    """Put something that is no file, and that none of our writers puts, in the place of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "directory":
+            (path / "inside").mkdir(parents=True)
+        case "link to nothing":
+            path.symlink_to(path.with_name("nothing"))
+        case "link to a device":
+            path.symlink_to("/dev/zero")
+
+
+NO_FILES = ("pipe", "directory", "link to nothing", "link to a device")
+
+
+@pytest.mark.timeout(30, method="thread")  # whoever opens a pipe waits for a writer
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_a_damaged_chunk_by_name_is_never_waited_for_and_is_replaced(store: ChunkStore, kind: str):
+    chunk = make_chunk(RECIPE, 0)
+    store.publish(chunk)
+    reader = ChunkStore(store.url, RECIPE)
+    assert_rows(reader.fetch_rows(0, [1]), chunk, [1])  # it knows the index
+    make_no_file(path_of(store, 0), kind)
+    for fetch in (lambda: store.fetch(0), lambda: store.fetch_rows(0, [1]), lambda: reader.fetch_rows(0, [1])):
+        with pytest.raises(ChunkError, match=r"chunk 0 is damaged: .*0000000000\.safetensors is (no file|a link to nothing)"):
+            fetch()
+    assert store.exists(0)
+    assert not store.is_whole(0)
+    assert 0 not in store.published()
+    assert store.quarantine(0)
+    assert not store.exists(0)
+    assert not store.publish(chunk).duplicate
+    assert_rows(reader.fetch_rows(0, [1]), chunk, [1])
+
+
+@pytest.mark.timeout(30, method="thread")
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_a_publisher_moves_what_is_no_file_out_of_its_chunks_way(store: ChunkStore, kind: str):
+    make_no_file(path_of(store, 0), kind)
+    assert not store.publish(make_chunk(RECIPE, 0)).duplicate
+    store.verify(0)
+    (moved,) = (path_of(store, 0).parents[1] / "quarantine").iterdir()
+    assert moved.name.startswith("0000000000-")
+    assert os.path.lexists(moved)
+
+
+def test_a_chunk_that_is_a_link_to_a_file_is_read(store: ChunkStore):
+    store.publish(make_chunk(RECIPE, 0))
+    elsewhere = Path(store.url) / "elsewhere"
+    path_of(store, 0).rename(elsewhere)
+    path_of(store, 0).symlink_to(elsewhere)
+    store.verify(0)
+    assert store.published() == {0}
+    assert store.publish(make_chunk(RECIPE, 0)).duplicate
+
+
 def test_a_recipe_that_a_power_cut_left_empty_is_published_anew(store: ChunkStore):
     store.publish(make_chunk(RECIPE, 0))
     path = Path(store.url) / store.folder / "recipe.json"

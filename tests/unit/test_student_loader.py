@@ -4,6 +4,7 @@ Shapes: B sequences, L positions, T target tokens. All on a real store in a dire
 """
 
 import itertools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -219,6 +220,52 @@ def test_a_damaged_chunk_is_reported_once_and_read_once_it_is_replaced(store: Wa
     assert reported == [LATE]
     for ours, theirs in zip(found, wanted, strict=True):
         assert_same(ours, theirs)
+
+
+@pytest.mark.timeout(60, method="thread")
+def test_a_pipe_in_a_chunks_place_is_reported_as_damage_and_read_once_it_is_replaced(store: WatchedStore):
+    wanted = read(store)
+    path_of(store, LATE).unlink()
+    os.mkfifo(path_of(store, LATE))
+
+    def replace_it(number: int) -> None:
+        assert number == LATE
+        assert store.quarantine(number)
+        store.publish(CHUNKS[number])
+
+    for ours, theirs in zip(read(ChunkStore(store.url, RECIPE), on_bad_chunk=replace_it), wanted, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_each_read_is_told_as_it_begins_and_as_it_ends_and_waiting_for_a_chunk_is_none(store: WatchedStore):
+    path_of(store, LATE).unlink()
+    reads: list[int | None] = []
+    store.before = lambda number: reads.append(-1 - number)
+    with reader_of(store, on_read=reads.append) as reader:
+        for _ in range(first_step_with(LATE)):
+            reader.next()
+        store.wait_for(lambda: store.failed.count((LATE, "ChunkMissing")) >= 3)
+        store.publish(CHUNKS[LATE])
+        for _ in range(first_step_with(LATE), NUM_STEPS):
+            reader.next()
+    assert reads.count(LATE) >= 4
+    for begun, inside, ended in zip(reads[::3], reads[1::3], reads[2::3], strict=True):
+        assert begun is not None
+        assert (inside, ended) == (-1 - begun, None)
+
+
+def test_a_damaged_chunk_whose_report_is_lost_is_reported_again(store: WatchedStore):
+    path, reported = path_of(store, LATE), []
+    path.write_bytes(flip_last_bit(path.read_bytes()))
+
+    def hear_the_third(number: int) -> None:
+        reported.append(number)
+        if len(reported) == 3:
+            assert store.quarantine(number)
+            store.publish(CHUNKS[number])
+
+    read(ChunkStore(store.url, RECIPE), on_bad_chunk=hear_the_third, missed_s=0.01)
+    assert reported == [LATE] * 3
 
 
 def test_a_chunk_that_is_replaced_by_another_damaged_one_is_reported_again(store: WatchedStore):

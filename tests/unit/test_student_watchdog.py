@@ -38,6 +38,19 @@ def test_of_ranks_that_all_stand_still_the_one_that_got_least_far_is_to_blame(ph
     assert (found.beat.rank, found.seconds, found.silent) == (1, 61.0, False)
 
 
+@pytest.mark.parametrize(("phase", "step"), [("data", 7), ("data", 8), ("step", 7)])
+def test_a_read_that_does_not_return_is_to_blame_though_the_others_wait_for_chunks(phase: Phase, step: int):
+    """A rank that has its chunks waits in the same phase for the one that has not."""
+    reading = heard(1, 7, "reading", phase_s=61.0)
+    found = stalled([heard(0, step, phase, phase_s=500.0), reading], patience_s=PATIENCE_S)
+    assert found is not None
+    assert (found.beat.rank, found.beat.phase, found.seconds, found.silent) == (1, "reading", 61.0, False)
+
+
+def test_a_read_that_takes_less_than_the_watchdog_allows_is_no_stall():
+    assert stalled([heard(0, 8, "data", phase_s=500.0), heard(1, 7, "reading", phase_s=59.0)], patience_s=PATIENCE_S) is None
+
+
 @pytest.mark.parametrize("phase", ["data", "commit"])
 def test_waiting_for_chunks_or_for_the_store_is_no_stall_however_long(phase: Phase):
     patient = heard(1, 7, phase, phase_s=1e5)

@@ -20,7 +20,7 @@ from stillhouse.notices import Notice
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.pool import TeacherPool
-from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
+from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, StallRow, TeacherRow
 
 _Row = TypeVar("_Row", bound=Row)
 _names = itertools.count()
@@ -127,6 +127,49 @@ def test_a_chunk_on_a_teacher_that_hangs_is_made_by_another_and_the_teacher_is_r
     assert world.last.late >= 1
     assert [row.replica for row in world.of(TeacherRow)] == [0, 1, 2]
     assert world.last.failures == 0
+
+
+def test_one_stopped_teacher_of_one_costs_minutes_and_is_named():
+    world = World(num_chunks=6, teacher={"max_replicas": 1, "lease_timeout_s": 3600.0})
+    world.crew.seconds = lambda teacher, item: 1e9 if teacher == 0 and item.number == 2 else 60.0
+    world.mailbox.beating = lambda: world.crew.placed() - ({0} if world.crew.now > 1200 else set())
+    world.run(limit_s=1800)
+    world.assert_all_is_there()
+    assert [row.replica for row in world.of(TeacherRow)] == [0, 1]
+    (stall,) = world.of(StallRow)
+    assert (stall.role, stall.rank, stall.phase, stall.chunk) == ("teacher", 0, "work", 2)
+    assert stall.seconds == pytest.approx(300, abs=1)
+    assert world.last.losses == 1
+
+
+def test_a_teacher_that_is_stopped_while_it_starts_is_replaced():
+    world = World(num_chunks=2, teacher={"max_replicas": 1})
+    starts = world.crew._start
+    world.crew._start = lambda worker: starts(worker) if worker.number > 0 else None
+    world.mailbox.beating = lambda: world.crew.placed() - ({0} if world.crew.now > 1002 else set())
+    world.run(limit_s=1800)
+    world.assert_all_is_there()
+    assert [(stall.rank, stall.phase, stall.chunk) for stall in world.of(StallRow)] == [(0, "start", None)]
+
+
+def test_a_teacher_that_works_on_a_chunk_for_hours_and_gives_signs_of_life_is_let_be():
+    world = World(num_chunks=2, teacher={"max_replicas": 1, "lease_timeout_s": 20_000.0})
+    world.crew.seconds = lambda _teacher, _item: 15_000.0
+    world.mailbox.beating = world.crew.placed
+    world.run()
+    world.assert_all_is_there()
+    assert not world.of(StallRow)
+    assert Counter(world.crew.computed) == Counter(range(2))
+
+
+def test_a_teacher_that_waits_for_a_place_for_hours_is_not_silent():
+    world = World(num_chunks=2, teacher={"max_replicas": 1})
+    world.crew.nodes = {}
+    world.crew.at(20_000, lambda: world.crew.add_node("a", 1))
+    world.mailbox.beating = world.crew.placed
+    world.run()
+    world.assert_all_is_there()
+    assert not world.of(StallRow)
 
 
 def test_a_late_answer_is_accepted():

@@ -88,7 +88,8 @@ ROWS = [
     RecoveryRow("student", "notice", "aws: terminate", 6.5, 1, 5, 0, time=1021.0),
     NoticeRow("aws", "f00", 110.0, "terminate", time=1021.5),
     WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster", time=1000.5),
-    StallRow("student", 1, 6, "step", 61.0, "File train.py, line 1", time=1022.0),
+    StallRow("student", 1, 6, "reading", 61.0, "File train.py, line 1", 12, time=1022.0),
+    StallRow("teacher", 1, 0, "work", 301.0, "", time=1022.5),
     SetAsideRow(4, [33], "IndexError: index out of range", time=1023.0),
     RepairRow(3, time=1024.0),
     EvalRow("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1030.0),
@@ -596,6 +597,21 @@ def test_while_machines_are_on_their_way_it_says_what_is_missing():
     with ProgressView(Console(file=text, width=200), clock=_Clock()) as view:
         view.record(WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster"))
     assert "waiting for machines to join the cluster: GPU: 8 needed (8 teachers), 0 in the cluster | student:" in text.getvalue()
+
+
+def test_a_process_that_stood_still_is_named_with_what_it_was_at():
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text, width=60), clock=clock) as view:
+        view.record(StallRow("teacher", 3, 0, "work", 301.4, "", 12))
+        clock.now += 61.0
+        view.record(StallRow("student", 1, 7, "reading", 300.6, "File loader.py, line 1", 12))
+        clock.now += 61.0
+        view.record(StallRow("student", 1, 8, "step", 300.6, ""))
+    assert text.getvalue().splitlines() == [
+        "teacher 3 stood still for 301 s (work, chunk 12): it is killed and replaced",
+        "student, rank 1, step 7, stood still for 301 s (reading, chunk 12): it is killed and replaced",
+        "student, rank 1, step 8, stood still for 301 s (step): it is killed and replaced",
+    ]
 
 
 def test_what_a_store_keeps_waiting_is_said_once_a_minute():

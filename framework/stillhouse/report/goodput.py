@@ -276,7 +276,8 @@ def incidents(summary: Summary) -> list[str]:
         (len({(row.role, row.step) for row in rows if isinstance(row, DelayRow)}), "checkpoint", "that the store did not take at once"),
         (sum(isinstance(row, OutageRow) for row in rows), "long wait", "for a store that was unavailable"),
         (sum(isinstance(row, NoticeRow) for row in rows), "notice", "of a machine's end"),
-        (sum(isinstance(row, StallRow) for row in rows), "stalled rank", "found by the watchdog"),
+        (sum(isinstance(row, StallRow) and row.role != "teacher" for row in rows), "stalled rank", "found by the watchdog"),
+        (sum(isinstance(row, StallRow) and row.role == "teacher" for row in rows), "silent teacher", "killed and replaced"),
     ]
     return [f"{count:,} {thing}{'s' if count > 1 else ''} {what}" for count, thing, what in counts if count]
 

@@ -2,9 +2,10 @@
 
 import functools
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -31,6 +32,10 @@ _PART_BYTES, _PARTS_IN_FLIGHT = 32 << 20, 4  # of a streamed object: S3 takes 10
 _STREAM_BYTES = 2 << 20  # at one time; more stays in no cache, and keeps other threads waiting for the interpreter
 _PIECE_BYTES = 256 << 10  # of a download: what came is kept in pieces of this size where a request breaks off
 _NO_LIMIT = timedelta(days=30)  # obstore has a limit on a whole answer, of 30 s unless it is told another
+
+
+class NotAFileError(StoreError):
+    """Something else is in the place of an object in a directory: a named pipe, a device, a directory, a link into nothing."""
 
 
 class Blob(NamedTuple):
@@ -104,12 +109,18 @@ class Blobs:
             return from_url(self.url, client_options=self._client_config(), retry_config=self._retry_config())
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put a new object, whole or not at all. False if there is one already, which stays as it is."""
+        """Put a new object, whole or not at all. False if there is one already, which stays as it is.
+
+        Raises NotAFileError if what is there is no file.
+        """
         if key.startswith("/") or ".." in key.split("/"):
             raise StoreError(f"the key {key} leads out of {self.url}; wanted a relative one, without '..'")
         if self._folder is not None:
             with self._in_words(f"write {key}", absence_is_told=False):
-                return self._folder.create(key, data)
+                try:
+                    return self._folder.create(key, data)
+                except FileExistsError as error:
+                    raise NotAFileError(str(explain(error, doing=f"write {key}", url=self.url))) from error
         for attempt in range(_CREATE_ATTEMPTS):
             with self._in_words(f"write {key}"):
                 try:
@@ -173,17 +184,30 @@ class Blobs:
                 staging.replace()
 
     def stat(self, key: str) -> Blob | None:
-        """Size and time of an object; None if there is none."""
+        """Size and time of an object, or of what is in its place in a directory; None if nothing is there."""
         try:
             with self._in_words(f"look for {key}"):
+                if self.directory is not None:  # obstore would open it, and a named pipe never opens
+                    return _stat_file(self.directory / key, key)
                 meta = self._objects.head(self._store, key)
         except FileNotFoundError:
             return None
         return Blob(key, meta["size"], meta["last_modified"])
 
+    def _require_file(self, key: str) -> None:
+        """Raise NotAFileError where something else is in its place: to open a named pipe might never end."""
+        if self.directory is None:
+            return
+        path = self.directory / key
+        if path.is_symlink() and not path.exists():
+            raise NotAFileError(f"{path} is a link to nothing")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise NotAFileError(f"{path} is no file")
+
     def read(self, key: str) -> memoryview:
-        """A whole object. Raises FileNotFoundError if there is none."""
+        """A whole object. Raises FileNotFoundError if there is none; as all reads do, NotAFileError if something else is there."""
         with self._in_words(f"read {key}"):
+            self._require_file(key)
             return memoryview(self._objects.get(self._store, key).bytes())
 
     def pieces(self, key: str, *, range_bytes: int = RANGE_BYTES) -> Iterator[memoryview]:
@@ -195,9 +219,11 @@ class Blobs:
         if self.directory is None:
             yield from download(functools.partial(self._open_range, key), range_bytes=range_bytes)
             return
-        with self._in_words(f"read {key}"), (self.directory / key).open("rb") as file:  # obstore's own stream is thirty times slower
-            while piece := file.read(_STREAM_BYTES):
-                yield memoryview(piece)
+        with self._in_words(f"read {key}"):
+            self._require_file(key)
+            with (self.directory / key).open("rb") as file:  # obstore's own stream is thirty times slower
+                while piece := file.read(_STREAM_BYTES):
+                    yield memoryview(piece)
 
     def _open_range(self, key: str, start: int, end: int) -> Answer:
         doing = f"read the bytes from {start} to {end} of {key}"
@@ -219,6 +245,7 @@ class Blobs:
     def read_start(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
         """The first `num_bytes` of an object, or all that it has, and its size: one request. Raises FileNotFoundError if there is none."""
         with self._in_words(f"read the start of {key}"):
+            self._require_file(key)
             if self.directory is not None:  # obstore's way takes several times as long, and a listing does this for every chunk
                 with (self.directory / key).open("rb") as file:
                     size = os.fstat(file.fileno()).st_size
@@ -238,6 +265,7 @@ class Blobs:
         """
         spans = _merge(extents)
         with self._in_words(f"read {len(spans)} ranges of {key}"):
+            self._require_file(key)
             try:
                 starts, ends = [start for start, _ in spans], [end for _, end in spans]
                 found = self._objects.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0) if spans else []
@@ -319,6 +347,15 @@ class Blobs:
             if absence_is_told and says_absent(error):
                 raise
             raise explain(error, doing=doing, url=self.url) from error
+
+
+def _stat_file(path: Path, key: str) -> Blob:
+    """Of the file that a link leads to, or of the link where it leads to none. Raises FileNotFoundError where neither is there."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        found = path.lstat()
+    return Blob(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
 
 
 def _absolute(url: str) -> str:

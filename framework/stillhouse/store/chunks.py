@@ -9,6 +9,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import torch
 
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.logits.codec import decode
-from stillhouse.store.blobs import Blob, Blobs
+from stillhouse.store.blobs import Blob, Blobs, NotAFileError
 from stillhouse.store.chunk import (
     START_BYTES,
     Chunk,
@@ -131,11 +132,14 @@ class ChunkStore:
     def publish(self, chunk: Chunk) -> ChunkRef:
         """Pack and put a chunk: one create-only put, so it is there whole or not at all, and the first publisher wins.
 
-        A file that a power cut left in its place, empty or cut short, goes to quarantine first.
+        A file that a power cut left in its place, empty or cut short, goes to quarantine first, as does anything there that is no file.
         Raises ChunkError on a chunk that is not of the recipe, StoreUnavailable if another try may help, StoreError if it cannot.
         """
         data, key = pack_chunk(chunk, self.recipe), self.key(chunk.number)
-        created = self._blobs.create(key, data)
+        try:
+            created = self._blobs.create(key, data)
+        except NotAFileError:
+            created = False
         if not created and not self.is_whole(chunk.number) and self.quarantine(chunk.number):
             created = self._blobs.create(key, data)
         return ChunkRef(key, chunk.number, len(chunk.targets_NB), len(data), checksum_of(data), duplicate=not created)
@@ -148,7 +152,7 @@ class ChunkStore:
         """Whether the chunk is there, and as long as it says itself; its other bytes are not looked at."""
         try:
             head, num_bytes = self._blobs.read_start(self.key(number), START_BYTES)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotAFileError):
             return False
         return is_whole(head, num_bytes=num_bytes)
 
@@ -167,13 +171,11 @@ class ChunkStore:
     def fetch(self, number: int) -> Chunk:
         """A whole chunk, verified. Raises ChunkMissing if it is not there yet, ChunkError if two requests of two kinds find it bad."""
         key = self.key(number)
-        try:
+        with self._reading(number):
             try:
                 return unpack_chunk(self._blobs.read(key), self.recipe, number)
             except ChunkError:  # perhaps on the way alone
                 again = b"".join(self._blobs.pieces(key))
-        except FileNotFoundError:
-            raise self._missing(number) from None
         return unpack_chunk(memoryview(again), self.recipe, number)
 
     def fetch_rows(self, number: int, rows: Sequence[int] | npt.NDArray[np.int64]) -> Chunk:
@@ -274,22 +276,25 @@ class ChunkStore:
         return index, self._read_rows(index, rows)
 
     def _read_index(self, number: int) -> ChunkIndex:
-        try:
+        with self._reading(number):
             head, num_bytes = self._blobs.read_start(self.key(number), index_bytes(self.recipe, number))
-        except FileNotFoundError:
-            raise self._missing(number) from None
         return parse_index(head, self.recipe, number, num_bytes=num_bytes)
 
     def _read_rows(self, index: ChunkIndex, rows: Sequence[int]) -> Chunk:
         extents = [extent for row in rows for extent in index.row_extents(row)]
-        try:
+        with self._reading(index.number):
             pieces = self._blobs.read_extents(self.key(index.number), extents)
-        except FileNotFoundError:
-            raise self._missing(index.number) from None
         return unpack_rows(index, rows, [pieces[i : i + 4] for i in range(0, len(pieces), 4)])
 
-    def _missing(self, number: int) -> ChunkMissing:
-        return ChunkMissing(f"chunk {number} is not in {self.url}/{self._folder}: it has not been published yet")
+    @contextmanager
+    def _reading(self, number: int) -> Iterator[None]:
+        """Say of a chunk that it is not there, or that what is there is no file and so damaged."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise ChunkMissing(f"chunk {number} is not in {self.url}/{self._folder}: it has not been published yet") from None
+        except NotAFileError as error:
+            raise ChunkError(f"chunk {number} is damaged: {error}") from None
 
 
 def list_recipes(url: str) -> list[StoredRecipe]:

@@ -33,6 +33,9 @@ class Lifeline(Protocol):
     def at(self, step: int, phase: Phase) -> None:
         """The rank enters a phase of a step, counted from 1."""
 
+    def reading(self, chunk: int | None) -> None:
+        """A thread of the rank begins to read a chunk, which may never return; None: the read has ended."""
+
     def stepped(self, step: int, chunks_finished: int) -> None:
         """The group has taken a step, and needs so many chunks of the reading order never again; one rank calls this."""
 
@@ -53,6 +56,7 @@ class BoardLifeline:
         self._stall_s = job.section.watchdog_s
         self._node = this_node()
         self._place: tuple[int, Phase, float] = (0, "start", monotonic())
+        self._read: tuple[int, float] | None = None  # the chunk, and since when
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="lifeline", daemon=True)
         self._machine = machine_notices(notices, on_notice=lambda notice: board.announce(self._node, notice))
@@ -81,6 +85,9 @@ class BoardLifeline:
     def at(self, step: int, phase: Phase) -> None:
         self._place = (step, phase, monotonic())
 
+    def reading(self, chunk: int | None) -> None:
+        self._read = None if chunk is None else (chunk, monotonic())
+
     def stepped(self, step: int, chunks_finished: int) -> None:
         self._board.stepped(self._group, step)
         self._board.move_cursor(self._group, chunks_finished)
@@ -102,10 +109,13 @@ class BoardLifeline:
 
     def _beat(self) -> None:
         step, phase, since = self._place
+        chunk, read = None, self._read
+        if phase == "data" and read is not None:
+            phase, (chunk, since) = "reading", read
         phase_s = monotonic() - since
-        stack = stacks() if phase_s > self._stall_s and phase in ("step", "snapshot") else ""
+        stack = stacks() if phase_s > self._stall_s and phase in ("reading", "step", "snapshot") else ""
         asked = monotonic()
-        beat = Beat(self._group, self._rank, self._world_size, self._node, os.getpid(), step, phase, phase_s, stack)
+        beat = Beat(self._group, self._rank, self._world_size, self._node, os.getpid(), step, phase, phase_s, stack, chunk)
         summons = self._board.beat(beat)
         if summons is not None:
             self._summons = (summons, asked)

@@ -24,7 +24,7 @@ from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
-_MISSED_S = 30.0  # a chunk that is not there for so long is missed by its reader: it may have been deleted
+_MISSED_S = 30.0  # a chunk that is not there, or damaged, for so long is reported (again): it may have been deleted, the report lost
 _LOOK_UP_S, _CLOSE_S = 0.2, 2.0
 _PADDING = -1
 
@@ -79,6 +79,9 @@ class BatchReader:
 
     With `pin_memory` that thread leaves them in page-locked memory, from which a GPU takes them without its process waiting. An outage of
     the store is told to `on_outage` and ends the reading with StoreUnavailable, both as `patience` says.
+
+    `on_read` hears of each read from a directory: the chunk's number, then None. The system may never return from one, whereas a request to
+    an object store has its limits.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class BatchReader:
         prefetch: int,
         on_bad_chunk: Callable[[int], None],
         on_outage: Tell,
+        on_read: Callable[[int | None], None] = lambda _chunk: None,
         pin_memory: bool = False,
         missed_s: float = _MISSED_S,
         patience: Patience = DEFAULT_PATIENCE,
@@ -102,6 +106,7 @@ class BatchReader:
         self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
         self._start, self._stop = start, stop
         self._on_bad_chunk = on_bad_chunk
+        self._on_read = on_read if store.blobs.directory is not None else lambda _chunk: None
         self._pin_memory, self._missed_s = pin_memory, missed_s
         self._outage = Outage(patience, tell=on_outage)
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
@@ -197,17 +202,17 @@ class BatchReader:
 
     def _fetch_when_there(self, number: int, rows: np.ndarray, *, decoding: bool) -> Chunk:
         pause_s = _FIRST_POLL_S
-        reported, missing_since = False, time.monotonic()
+        reported_at, missing_since = -np.inf, time.monotonic()
         while not self._closed.wait(0):
             try:
-                chunk = self._store.fetch_rows(number, rows)
+                chunk = self._read(number, rows)
                 if decoding:
                     decode(torch.from_numpy(chunk.targets_NB), self._store.recipe.codec)
                 self._outage.is_over()
                 return chunk
             except ChunkMissing:
                 self._outage.is_over()
-                reported = False  # taken away: what comes in its place is another chunk
+                reported_at = -np.inf  # taken away: what comes in its place is another chunk
                 if time.monotonic() - missing_since > self._missed_s:
                     self._on_bad_chunk(number)
                     missing_since = time.monotonic()
@@ -215,12 +220,19 @@ class BatchReader:
                 self._outage.goes_on(error)
             except ChunkError:
                 self._outage.is_over()
-                if not reported:
+                if time.monotonic() - reported_at > self._missed_s:  # or it was lost with the coordinator's process
                     self._on_bad_chunk(number)
-                    reported = True
+                    reported_at = time.monotonic()
             self._closed.wait(pause_s)
             pause_s = min(2 * pause_s, _LAST_POLL_S)
         raise _ClosedError
+
+    def _read(self, number: int, rows: np.ndarray) -> Chunk:
+        self._on_read(number)
+        try:
+            return self._store.fetch_rows(number, rows)
+        finally:
+            self._on_read(None)
 
     def _decode(self, sequences_B: np.ndarray, rows: dict[int, Chunk]) -> MicroBatch:
         length, codec = self._store.recipe.sequence_length, self._store.recipe.codec

@@ -148,6 +148,7 @@ def _reader(
         prefetch=job.section.prefetch_batches,
         on_bad_chunk=lifeline.report_bad_chunk,
         on_outage=on_outage,
+        on_read=lifeline.reading,
         pin_memory=device.type == "cuda",
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from stillhouse.board import Beat, Heard
 
 _START_ALLOWANCE = 10.0  # loading a model may take this many times what a step may
-_ORDER = ("start", "data", "step", "snapshot", "commit")
+_ORDER = ("start", "reading", "data", "step", "snapshot", "commit")  # who has its chunks waits for the others in phase "data", too
 _PATIENT = ("data", "commit")  # teachers may need long, and so may the store
 
 
@@ -26,7 +26,8 @@ class Stall:
 def stalled(heard: Sequence[Heard], *, patience_s: float) -> Stall | None:
     """The rank to blame, if one is silent or stands still for longer than `patience_s`; None while all is well.
 
-    A rank that waits for chunks, or for the store, stands still for as long as they need: the group is not stalled then.
+    A rank that waits for chunks to be made, or for the store, stands still for as long as they need: the group is not stalled then. One
+    that reads a chunk which is there does not.
     """
     silent = max(heard, key=lambda each: each.ago_s, default=None)
     if silent is not None and silent.ago_s > patience_s:

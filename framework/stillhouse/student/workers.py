@@ -66,7 +66,7 @@ def fit(
     arguments = pickle.dumps(  # the controller need not open it
         _WorkerArguments(jobs, where.device, threads, secrets, notices, board, teachers_at_work)
     )
-    with _watched(jobs, where=where, board=board, journal=journal):
+    with watched(jobs, where=where, board=board, journal=journal):
         is_first = True
         while True:
             num_workers = _num_workers(jobs[0].section, where, is_first=is_first)
@@ -134,7 +134,7 @@ def _peer_timeout(section: StudentSection) -> timedelta:
 
 
 @contextmanager
-def _watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, journal: Tracker) -> Iterator[None]:
+def watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, journal: Tracker) -> Iterator[None]:
     stopped = threading.Event()
     thread = threading.Thread(target=_watch, args=(jobs, where, board, journal, stopped), name="watchdog", daemon=True)
     thread.start()
@@ -171,9 +171,9 @@ def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
     beat = stall.beat
     stacks = stacks_of(beat.pid, node=beat.node)
     if stacks is not None:
-        how = "silent" if stall.silent else f"at {beat.phase}"
+        how = "silent" if stall.silent else f"at {beat.phase}{'' if beat.chunk is None else f' chunk {beat.chunk}'}"
         board.explain(job.role, "stalled", f"rank {beat.rank} was {how} for {stall.seconds:.0f} s in step {beat.step}")
-        journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stacks or beat.stack))
+        journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stacks or beat.stack, beat.chunk))
         end_process(beat.pid, node=beat.node)
     board.forget(job.role)
 

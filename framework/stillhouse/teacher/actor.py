@@ -18,6 +18,7 @@ from stillhouse.models import digest_beside
 from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.placement import Placement
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
+from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
 from stillhouse.teacher.replica import Probe
 from stillhouse.tracking import OutageRow
@@ -71,8 +72,9 @@ Answer = Produced | Found | Passed
 
 
 class _TeacherActor:
-    def __init__(self, job: TeacherJob, device: str, secrets: Secrets, board: Board):
+    def __init__(self, job: TeacherJob, device: str, secrets: Secrets, board: Board, number: int):
         self._job, self._device, self._node = job, device, this_node()
+        begin_heartbeat(lambda: board.beat_of_teacher(number), every_s=job.section.watchdog_s / BEATS_PER_WATCH)
         prepare_process(device, job.threads)
         secrets.adopt()
         self._board = board
@@ -146,7 +148,7 @@ def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience: Patience
     return insist(lambda: store.publish(chunk), patience=patience, tell=tell)
 
 
-def spawn(job: TeacherJob, *, where: Placement, secrets: Secrets, board: Board) -> Any:
-    """A new teacher actor on the cluster; its `start` must be awaited before it gets work."""
+def spawn(job: TeacherJob, number: int, *, where: Placement, secrets: Secrets, board: Board) -> Any:
+    """A new teacher actor on the cluster; its `start` must be awaited before it gets work. Its heartbeats bear the number."""
     options = {"num_cpus": where.num_cpus, "num_gpus": where.num_gpus, "resources": dict(where.resources) or None}
-    return ray.remote(_TeacherActor).options(**options).remote(job, where.device, secrets, board)
+    return ray.remote(_TeacherActor).options(**options).remote(job, where.device, secrets, board, number)

@@ -29,7 +29,7 @@ class RayCrew:
         self._calls: dict[Any, _Call] = {}
 
     def spawn(self, teacher: int) -> None:
-        actor = spawn(self._job, where=self._where, secrets=self._secrets, board=self._board)
+        actor = spawn(self._job, teacher, where=self._where, secrets=self._secrets, board=self._board)
         self._actors[teacher] = actor
         self._calls[actor.start.remote()] = _Call(teacher, None)
 

@@ -17,11 +17,12 @@ from stillhouse.notices import Notice
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import Answer, Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Crew, Died, Event, Inbox, Raised, Started
+from stillhouse.teacher.heartbeat import Pulses
 from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
 from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.readership import Readership
 from stillhouse.teacher.replica import Probe, require_planned_weights, require_same_teacher
-from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, SetAsideRow, TeacherRow, Tracker
+from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, SetAsideRow, StallRow, TeacherRow, Tracker
 
 ITEMS_PER_TEACHER = 2  # one in work, one waiting beside it, so that no teacher idles for a round trip
 
@@ -76,6 +77,7 @@ class TeacherPool:
         self._with_room: list[dict[int, _Teacher]] = [{} for _ in range(ITEMS_PER_TEACHER)]  # by the number of their leases
         self._overdue: dict[int, _Teacher] = {}
         self._leaving: dict[int, _Teacher] = {}
+        self._pulses = Pulses()
         self._notices: dict[str, Notice] = {}
         self._cursors: dict[str, int] = {}
         self._probe: Probe | None = None
@@ -118,6 +120,8 @@ class TeacherPool:
             self._next_news = now + _NEWS_EVERY_S
             self._cursors.update(news.cursors)
             self._notices.update(news.notices)
+            self._pulses.hear(news.heard_teachers & self._teachers.keys(), now)
+            self._replace_the_silent(now)
             for number in news.bad_chunks:
                 self._replace(number)
             self._heed_notices(now)
@@ -206,6 +210,15 @@ class TeacherPool:
         for teacher in [*self._overdue.values()]:
             if teacher.overdue_since is not None and now - teacher.overdue_since >= self._section.lease_timeout_s:
                 self._lose(teacher, "it did not answer for two lease timeouts", blame=True)
+
+    def _replace_the_silent(self, now: float) -> None:
+        """Kill teachers whose processes stand still: without a heartbeat for as long as the watchdog allows."""
+        for number, silent_s in self._pulses.silent(now, longer_than_s=self._section.watchdog_s):
+            teacher = self._teachers[number]
+            lease = next(iter(teacher.leases.values()), None)
+            phase = "start" if teacher.node is None else "work"
+            self._journal.record(StallRow("teacher", number, 0, phase, silent_s, "", None if lease is None else lease.chunk))
+            self._die(teacher, Died(number, f"it gave no sign of life for {silent_s:.0f} s"))
 
     def _take_in(self, event: Event) -> None:
         teacher = self._teachers.get(event.teacher)
@@ -334,6 +347,7 @@ class TeacherPool:
         self._num_ready -= teacher.node is not None
         self._overdue.pop(teacher.number, None)
         self._leaving.pop(teacher.number, None)
+        self._pulses.forget(teacher.number)
         self._file(teacher)
 
     def _doomed_nodes(self) -> set[str]:

@@ -194,15 +194,16 @@ class WaitRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class StallRow(Row):
-    """A rank did nothing for longer than the watchdog allows; its group is started again."""
+    """A process did nothing for longer than the watchdog allows, and is killed; a teacher is replaced, a rank's group is started again."""
 
     kind: ClassVar[str] = "stall"
-    role: Role
-    rank: int
-    step: int  # that it was in
-    phase: str  # data, step, snapshot or start
+    role: Literal["student", "control", "teacher"]
+    rank: int  # of a teacher, its replica
+    step: int  # that it was in; 0 for a teacher
+    phase: str  # data, reading, step, snapshot or start; of a teacher, start or work
     seconds: float  # without a sign of life
     stack: str  # of its threads, where it could be had
+    chunk: int | None = None  # that a rank was reading, or a teacher making
 
 
 @dataclass(frozen=True, slots=True)

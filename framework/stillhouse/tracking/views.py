@@ -18,7 +18,7 @@ from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line
-from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, NewerRow, OutageRow, PoolRow, Row, StartRow, TrainRow, WaitRow
+from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, NewerRow, OutageRow, PoolRow, Row, StallRow, StartRow, TrainRow, WaitRow
 
 _SAY_EVERY_S = 60.0
 _WANDB_AXES = {
@@ -142,7 +142,7 @@ def _open_run(section: TrackingSection, run_dir: Path, *, config: dict[str, Any]
 class ProgressView:
     """Two bars side by side, teachers and student; where the output is no terminal, one plain line every `every_s` seconds at most.
 
-    What a store keeps waiting is said in lines between, one a minute at most: an outage meets many processes at once.
+    What waits for a store, or stood still, is said in lines between, one a minute at most: an outage meets many processes at once.
     """
 
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.time, every_s: float = 10.0) -> None:
@@ -179,6 +179,9 @@ class ProgressView:
                 return
             case OutageRow():
                 self._say(f"{row.who} has waited for {row.seconds:.0f} s: {row.why}")
+                return
+            case StallRow():
+                self._say(_stall_text(row))
                 return
             case _:
                 return
@@ -261,6 +264,12 @@ class _Pace:
         """None while there is nothing to judge by."""
         (begin, first), (end, last) = self._seen[0], self._seen[-1]
         return (total - last) * (end - begin) / (last - first) if last > first else None
+
+
+def _stall_text(row: StallRow) -> str:
+    who = f"teacher {row.rank}" if row.role == "teacher" else f"{row.role}, rank {row.rank}, step {row.step},"
+    what = row.phase if row.chunk is None else f"{row.phase}, chunk {row.chunk}"
+    return f"{who} stood still for {row.seconds:.0f} s ({what}): it is killed and replaced"
 
 
 def _clock_text(seconds: float | None) -> str:

@@ -1,0 +1,54 @@
+"""Ray loses requests and replies of its own, and a run ends as if it had not; nothing is told, counted or written down twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.command import config_of
+from helpers.commands import CommandServer
+from helpers.history import require_kept
+from helpers.ranks import RankGroup
+from helpers.scene import Undisturbed, curve
+from helpers.world import TinyWorld
+from stillhouse.store import ChunkStore
+from stillhouse.tracking import EndRow, read_journal
+
+# Each process loses some of the first messages of these kinds that it sends: the message itself, or the reply to one that has arrived.
+ONE_EACH_WAY = {"num_failures": 2, "num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
+LOST = {
+    "CoreWorkerService.grpc_client.PushTask": {"num_failures": 8, "req_failure_prob": 15, "resp_failure_prob": 35},  # any call of ours
+    "ray::rpc::ActorInfoGcsService.grpc_client.RegisterActor": ONE_EACH_WAY,
+    "ray::rpc::ActorInfoGcsService.grpc_client.CreateActor": ONE_EACH_WAY,
+    "ray::rpc::ActorInfoGcsService.grpc_client.GetActorInfo": ONE_EACH_WAY,
+    "ray::rpc::ActorInfoGcsService.grpc_client.KillActorViaGcs": ONE_EACH_WAY,
+    "ray::rpc::InternalKVGcsService.grpc_client.InternalKVGet": ONE_EACH_WAY,
+}
+ENVIRONMENT = {
+    "RAY_testing_rpc_failure": json.dumps(LOST),
+    "RAY_actor_scheduling_queue_max_reorder_wait_seconds": "0",  # for a lost message, before those behind it are sent back
+}
+
+
+@pytest.mark.timeout(600)
+def test_a_run_whose_cluster_loses_messages_ends_with_the_losses_of_an_undisturbed_one(
+    tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
+) -> None:
+    student = {"max_steps": 8, "checkpoint_every_steps": 2}
+    undisturbed = tiny_world.plan(tmp_path / "undisturbed", store={"url": str(tmp_path / "other")}, student=student)
+    tiny_world.fill_store(undisturbed)
+    made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=student, cluster={"num_cpus": 2})
+    server = CommandServer({"XDG_CACHE_HOME": str(tmp_path / "cache")} | ENVIRONMENT)
+    try:
+        command = server.start("run", config_of(made), "--run-dir", made.run_dir, log=tmp_path / "run.log")
+        wanted = Undisturbed.trained(undisturbed, rank_groups[1])
+        assert command.wait(timeout_s=240.0) == 0, command.words()
+    finally:
+        server.close()
+    rows = read_journal(made.run_dir / "journal.jsonl")
+    assert isinstance(rows[-1], EndRow)
+    assert rows[-1].outcome == "done"
+    assert curve(rows) == wanted.curve
+    assert len({repr(row) for row in rows}) == len(rows)  # each bears the time at which it was sent
+    (job,) = made.jobs()
+    require_kept(rows, checkpoints={"student": job.checkpoints}, store=ChunkStore(made.config.store.url, made.recipe))

@@ -1,0 +1,51 @@
+"""A teacher that computes beats on, whatever holds its interpreter; one that was never heard is not silent."""
+
+import threading
+from time import monotonic
+
+import torch
+
+from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, Pulses, begin_heartbeat
+
+WATCHDOG_S = 1.5
+
+
+def compute(seconds: float) -> None:
+    """What a forward pass is to other threads: kernels, which let them run, and Python between, which does not give way by itself."""
+    matrix_NN = torch.randn(512, 512)
+    end = monotonic() + seconds
+    while monotonic() < end:
+        matrix_NN = torch.tanh(matrix_NN @ matrix_NN)
+        sorted(range(200_000, 0, -1))
+
+
+def test_a_process_that_computes_without_a_pause_is_never_silent_for_as_long_as_the_watchdog_allows():
+    beats = [monotonic()]
+    ended = begin_heartbeat(lambda: beats.append(monotonic()), every_s=WATCHDOG_S / BEATS_PER_WATCH)
+    compute(2 * WATCHDOG_S)
+    ended.set()
+    gaps_s = [later - earlier for earlier, later in zip(beats, [*beats[1:], monotonic()], strict=True)]
+    assert max(gaps_s) < WATCHDOG_S
+    assert len(beats) > BEATS_PER_WATCH / 2
+
+
+def test_a_heartbeat_that_fails_is_followed_by_others():
+    beats = threading.Semaphore(0)
+
+    def fail() -> None:
+        beats.release()
+        raise ConnectionError("the coordinator is away")
+
+    ended = begin_heartbeat(fail, every_s=0.01)
+    assert all(beats.acquire(timeout=30) for _ in range(3))
+    ended.set()
+
+
+def test_only_who_was_heard_once_and_then_no_more_is_silent():
+    pulses = Pulses()
+    pulses.hear([1, 2, 3], now=10.0)
+    pulses.hear([1], now=50.0)
+    pulses.forget(3)
+    assert pulses.silent(70.0, longer_than_s=60.0) == []
+    assert pulses.silent(71.0, longer_than_s=60.0) == [(2, 61.0)]
+    assert pulses.silent(111.0, longer_than_s=60.0) == [(2, 101.0), (1, 61.0)]
