@@ -207,7 +207,7 @@ def _stored(made: Plan, found: _Findings) -> list[StoredRecipe]:
 def _require_writable(path: Path) -> None:
     why = why_not_writable(path)
     if why is not None:
-        raise StoreError(f"{why}, so {path} is no place for a directory; have its rights changed, or name another place")
+        raise StoreError(f"{why}; name another place, or have its rights changed")
 
 
 def _training(made: Plan, found: _Findings) -> None:

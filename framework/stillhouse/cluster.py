@@ -145,7 +145,8 @@ def _start(num_cpus: int | None, directory: Path) -> None:
         ray.shutdown()
         why = str(error).partition("\n")[0]
         raise RunError(
-            f"Ray did not start on this machine ({why}); try again where it is too busy, or attach to a cluster by cluster.address"
+            f"Ray did not start on this machine ({why}); where the machine was too busy, the same command goes on later."
+            " cluster.address attaches to a cluster that is there already"
         ) from error
 
 

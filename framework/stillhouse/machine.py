@@ -84,11 +84,13 @@ def shared_memory(*, num_free_bytes: int, wanted_bytes: int) -> list[str]:
 def why_not_writable(directory: Path) -> str | None:
     """Why nothing can be written into a directory, or it cannot be made where it is missing; None where it can. Nothing is left there."""
     there = next(folder for folder in (directory, *directory.parents) if os.path.exists(folder))
+    if not there.is_dir():
+        return f"{there} is a file" + ("" if there == directory else f", so {directory} cannot be a directory")
     try:
         with tempfile.TemporaryFile(dir=there):
             return None
     except OSError as error:
-        return f"nothing can be written in {there} ({error.strerror})" if there.is_dir() else f"{there} is a file"
+        return f"nothing can be written in {there} ({error.strerror})"
 
 
 def _cache_directory(cache: Path) -> list[str]:

@@ -5,6 +5,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from time import monotonic
 
@@ -76,6 +77,29 @@ for address in sys.argv[1:]:
     except ConfigError as error:
         print(error)
 """
+
+
+START = """
+from stillhouse.cluster import attached
+from stillhouse.config import ClusterSection
+from stillhouse.errors import RunError
+try:
+    with attached(ClusterSection(num_cpus=1)):
+        print("attached")
+except RunError as error:
+    print(error)
+"""
+
+
+def test_a_ray_that_does_not_start_is_a_failed_run_in_words_and_leaves_nothing():
+    place = Path(tempfile.mkdtemp(dir="/tmp", prefix="s-"))  # the path of a socket is short
+    broken = {"RAY_TMPDIR": str(place), "RAY_GCS_SERVER_PORT": "no port"}
+    done = subprocess.run([sys.executable, "-c", START], env=os.environ | broken, capture_output=True, text=True, check=True, timeout=100)
+    assert "Ray did not start on this machine" in done.stdout
+    assert "the same command goes on later" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(place.iterdir()) == []
+    place.rmdir()
 
 
 def test_an_address_at_which_nobody_answers_is_said_at_once():
