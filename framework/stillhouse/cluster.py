@@ -162,6 +162,12 @@ def _others_cluster(address: str) -> Iterator[None]:
         raise ConfigError(
             f"no Ray cluster answers at {address!r} ({error}); start one with `stillhouse node head`, or leave cluster.address out"
         ) from None
+    except ray.exceptions.AuthenticationError as error:
+        why = str(error).partition(". ")[0]
+        raise ConfigError(
+            f"the Ray cluster at {address!r} lets in who has its token ({why}); put the token of its head into RAY_AUTH_TOKEN, or a file"
+            " that holds it into RAY_AUTH_TOKEN_PATH"
+        ) from None
     with _until_shutdown(patience_s=_HEAD_S):
         yield
 

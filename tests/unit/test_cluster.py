@@ -118,6 +118,16 @@ def test_an_address_at_which_nobody_answers_is_said_at_once():
     assert monotonic() - began < 50  # Ray itself takes minutes
 
 
+@pytest.mark.parametrize("token", [{"RAY_AUTH_TOKEN_PATH": os.devnull}, {"RAY_AUTH_TOKEN": "  "}], ids=["a blank file", "blank"])
+def test_a_blank_token_for_a_cluster_is_a_mistake_in_words(token: dict[str, str]):
+    knowing = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | token
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        command = [sys.executable, "-c", ATTACH, f"127.0.0.1:{head.getsockname()[1]}"]
+        done = subprocess.run(command, env=knowing, capture_output=True, text=True, check=False, timeout=60)
+    assert "lets in who has its token" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_call_is_answered_by_another_process():
     words, pid = call_remotely(join, "cut", "the", "heads", where=SHARED)
