@@ -101,6 +101,12 @@ def test_a_home_that_cannot_be_written_is_no_obstacle_where_the_cache_is_elsewhe
     assert outcome.code == 0, outcome
 
 
+def test_a_token_is_not_written_where_home_cannot_be_and_the_cure_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/proc/absent")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    assert_refused(stillhouse("node", "token"), "cannot write /proc/absent/.ray/auth_token", "set RAY_AUTH_TOKEN_PATH")
+
+
 def test_a_low_soft_limit_is_raised_and_refuses_nothing() -> None:
     assert machine.open_files(limits=(FEW, 4096), num_cpus=8) == []
     asked = "from stillhouse import machine; import resource; machine.raise_open_files(); print(resource.getrlimit(resource.RLIMIT_NOFILE))"
