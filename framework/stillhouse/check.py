@@ -16,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from stillhouse import estimate
-from stillhouse.cluster import attached
+from stillhouse.cluster import attached, lacks, remarks
 from stillhouse.config import ClusterSection, ModelSection, StudentSection
 from stillhouse.errors import CheckpointError, ChunkError, ConfigError, ModelError, StoreError
 from stillhouse.logits import decode, kept_mass
+from stillhouse.machine import why_not_writable
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since
@@ -205,12 +206,9 @@ def _stored(made: Plan, found: _Findings) -> list[StoredRecipe]:
 
 
 def _require_writable(path: Path) -> None:
-    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
-    if not there.is_dir():
-        below = "" if there == path else f", so {path} cannot be a directory"
-        raise StoreError(f"{there} is a file{below}; name another place")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise StoreError(f"no permission to write in {there}; have its rights changed, or name another place")
+    why = why_not_writable(path)
+    if why is not None:
+        raise StoreError(f"{why}; name another place")
 
 
 def _training(made: Plan, found: _Findings) -> None:
@@ -244,6 +242,8 @@ def _training(made: Plan, found: _Findings) -> None:
 
 def _cluster(made: Plan, found: _Findings) -> None:
     section, teacher, student = made.config.cluster, made.config.teacher, made.config.student
+    found.obstacles += lacks(section)
+    found.notes += remarks(section)
     try:
         available = _available(section)
         replicas = f"{teacher.min_replicas:,}" + (f" to {teacher.max_replicas:,}" if teacher.max_replicas > teacher.min_replicas else "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stillhouse import node, suggestions
+from stillhouse import machine, node, suggestions
 from stillhouse.bench.verbs import bench_app
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
 from stillhouse.modelpath import source_of
@@ -120,6 +120,7 @@ def demo(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="Where everything goes.")] = Path("runs/demo"), overrides: Overrides = None
 ) -> None:
     """Make a small teacher from Python's own standard library, distil it, and write the report."""
+    _require_places()
     quieten()
     from stillhouse import demo
 
@@ -129,7 +130,7 @@ def demo(
 @app.command()
 def check(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Validate everything that can be validated without a GPU, and say what a run would need."""
-    made = _plan(configs, overrides, run_dir)
+    made = _plan(configs, overrides, run_dir, starts_ray=False)
     from stillhouse.check import describe
 
     describe(made)
@@ -250,6 +251,7 @@ def node_head(
 ) -> None:
     """Start a cluster with this machine as its head; it lets in only who has its token."""
     asked = node.parse_resources(resources or ())
+    _prepare_machine()
     node.protected(os.environ)  # before a directory is made for nothing
     directory = machine_directory(base_directory(os.environ))
     node.start(node.head(port=port, resources=asked, autoscaling=autoscaling, block=block, directory=directory), os.environ)
@@ -265,6 +267,7 @@ def node_join(
     patience_s: Annotated[float, typer.Option("--patience", help="Seconds to wait for the head.")] = 600.0,
 ) -> None:
     """Make this machine a node of a cluster; both have to have the same token."""
+    _prepare_machine()
     node.protected(os.environ)  # rather said before the wait than after it
     node.wait_for_head(address, patience_s=patience_s, waiting=lambda words: print(words, file=sys.stderr, flush=True))
     directory = machine_directory(base_directory(os.environ))
@@ -302,12 +305,28 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _plan(configs: list[Path], overrides: list[str] | None, run_dir: Path | None) -> "Plan":
+def _require_places() -> None:
+    """Before what takes seconds to import."""
+    machine.require(machine.home())
+    machine.require(machine.for_any_command(cache=cache_dir()))
+
+
+def _prepare_machine() -> None:
+    """For Ray's processes, which stay."""
+    machine.require(machine.home())
+    machine.require(machine.for_ray(os.environ, num_cpus=None))
+    machine.raise_open_files()
+
+
+def _plan(configs: list[Path], overrides: list[str] | None, run_dir: Path | None, *, starts_ray: bool = True) -> "Plan":
     from stillhouse.config import load_config
 
     config = load_config(configs, overrides or [])
     for model in (config.teacher.model, config.student.model, config.student.tokenizer or config.student.model):
         source_of(model)  # before seconds go into imports
+    _require_places()
+    if starts_ray and config.cluster.address is None:  # said now rather than once the corpus is tokenised
+        machine.require(machine.for_ray(os.environ, num_cpus=config.cluster.num_cpus))
     quieten()
     from stillhouse import pipeline
 
@@ -315,6 +334,7 @@ def _plan(configs: list[Path], overrides: list[str] | None, run_dir: Path | None
 
 
 def _existing(run_dir: Path) -> "Plan":
+    _require_places()
     quieten()
     from stillhouse import pipeline
 

@@ -22,6 +22,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stillhouse import machine
 from stillhouse.config import ClusterSection, NoticeSource
 from stillhouse.errors import ConfigError, RunError, StillhouseError
 from stillhouse.head import held_to, nobody_listens, required
@@ -107,6 +108,7 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
 @contextmanager
 def _own_cluster(section: ClusterSection) -> Iterator[None]:
     """A cluster of this machine alone: its ports are on loopback, and its files where no other user can enter."""
+    machine.require(lacks(section))
     _require_token()
     directory = new_directory(base_directory(os.environ))
     try:
@@ -115,6 +117,16 @@ def _own_cluster(section: ClusterSection) -> Iterator[None]:
             yield
     finally:
         remove_directory(directory)
+
+
+def lacks(section: ClusterSection) -> list[str]:
+    """What this machine lacks to start the section's cluster, as sentences for the user; empty where it attaches to one."""
+    return machine.for_ray(os.environ, num_cpus=section.num_cpus) if section.address is None else []
+
+
+def remarks(section: ClusterSection) -> list[str]:
+    """What is worth knowing of this machine where the section's cluster is started on it."""
+    return machine.remarks(os.environ, object_store_bytes=OBJECT_STORE_BYTES) if section.address is None else []
 
 
 def _start(num_cpus: int | None, directory: Path) -> None:
@@ -133,7 +145,8 @@ def _start(num_cpus: int | None, directory: Path) -> None:
         ray.shutdown()
         why = str(error).partition("\n")[0]
         raise RunError(
-            f"Ray did not start on this machine ({why}); try again where it is too busy, or attach to a cluster by cluster.address"
+            f"Ray did not start on this machine ({why}); where the machine was too busy, the same command goes on later."
+            " cluster.address attaches to a cluster that is there already"
         ) from error
 
 
@@ -148,6 +161,12 @@ def _others_cluster(address: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address!r} ({error}); start one with `stillhouse node head`, or leave cluster.address out"
+        ) from None
+    except ray.exceptions.AuthenticationError as error:
+        why = str(error).partition(". ")[0]
+        raise ConfigError(
+            f"the Ray cluster at {address!r} lets in who has its token ({why}); put the token of its head into RAY_AUTH_TOKEN, or a file"
+            " that holds it into RAY_AUTH_TOKEN_PATH"
         ) from None
     with _until_shutdown(patience_s=_HEAD_S):
         yield

@@ -25,9 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillhouse import pipeline
 from stillhouse.atomic import remove_tree, whole_directory
+from stillhouse.cluster import lacks
 from stillhouse.config import Config, CorpusSection, load_config
 from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.corpus.documents import load_documents
+from stillhouse.machine import require
 from stillhouse.models import final_hidden, tokenizer_digest
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
@@ -70,6 +72,7 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path, c
     """
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     config = demo_config(run_dir, overrides)
+    require(lacks(config.cluster))  # before a teacher is made for nothing
     console.print(_what_is_begun(config, run_dir))
     console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
     with locked(run_dir, Holder.here(command, run_dir, now=time())):

@@ -26,9 +26,13 @@ _LOOK_EVERY_S, _CONNECT_S = 2.0, 5.0
 
 
 def make_token(path: Path) -> None:
-    """Write a new token, for its owner's eyes alone. Raises ConfigError where there is one already."""
-    atomic.make_directory(path.parent, mode=0o700)
-    if not atomic.create(path, secrets.token_hex(32).encode(), mode=0o600):
+    """Write a new token, for its owner's eyes alone. Raises ConfigError where there is one already, or none can be written."""
+    try:
+        atomic.make_directory(path.parent, mode=0o700)
+        created = atomic.create(path, secrets.token_hex(32).encode(), mode=0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; set RAY_AUTH_TOKEN_PATH to a file of your own") from None
+    if not created:
         raise ConfigError(f"{path} exists already and stays as it is; a cluster's machines share one token")
 
 

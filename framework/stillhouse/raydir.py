@@ -100,7 +100,12 @@ def _require_safe_parents(path: Path) -> None:
     trusted = {os.geteuid(), 0, os.stat("/").st_uid}
     place = path.absolute().parent.resolve()
     for parent in (place, *place.parents):
-        found = parent.stat()
+        try:
+            found = parent.stat()
+        except OSError as error:
+            raise ConfigError(
+                f"{parent} cannot hold Ray's files: {error.strerror}; set RAY_TMPDIR to a directory that you may write"
+            ) from None
         is_open = stat.S_IMODE(found.st_mode) & 0o022 and not found.st_mode & stat.S_ISVTX
         if found.st_uid not in trusted or is_open:
             raise ConfigError(

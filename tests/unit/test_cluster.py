@@ -5,6 +5,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from time import monotonic
 
@@ -78,6 +79,29 @@ for address in sys.argv[1:]:
 """
 
 
+START = """
+from stillhouse.cluster import attached
+from stillhouse.config import ClusterSection
+from stillhouse.errors import RunError
+try:
+    with attached(ClusterSection(num_cpus=1)):
+        print("attached")
+except RunError as error:
+    print(error)
+"""
+
+
+def test_a_ray_that_does_not_start_is_a_failed_run_in_words_and_leaves_nothing():
+    place = Path(tempfile.mkdtemp(dir="/tmp", prefix="s-"))  # the path of a socket is short
+    broken = {"RAY_TMPDIR": str(place), "RAY_GCS_SERVER_PORT": "no port"}
+    done = subprocess.run([sys.executable, "-c", START], env=os.environ | broken, capture_output=True, text=True, check=True, timeout=100)
+    assert "Ray did not start on this machine" in done.stdout
+    assert "the same command goes on later" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(place.iterdir()) == []
+    place.rmdir()
+
+
 def test_an_address_at_which_nobody_answers_is_said_at_once():
     """In a process of its own, since this one may be attached already."""
     with socket.socket() as taken:
@@ -92,6 +116,16 @@ def test_an_address_at_which_nobody_answers_is_said_at_once():
         assert f"no Ray cluster answers at '{address}'" in line
         assert "start one with `stillhouse node head`, or leave cluster.address out" in line
     assert monotonic() - began < 50  # Ray itself takes minutes
+
+
+@pytest.mark.parametrize("token", [{"RAY_AUTH_TOKEN_PATH": os.devnull}, {"RAY_AUTH_TOKEN": "  "}], ids=["a blank file", "blank"])
+def test_a_blank_token_for_a_cluster_is_a_mistake_in_words(token: dict[str, str]):
+    knowing = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | token
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        command = [sys.executable, "-c", ATTACH, f"127.0.0.1:{head.getsockname()[1]}"]
+        done = subprocess.run(command, env=knowing, capture_output=True, text=True, check=False, timeout=60)
+    assert "lets in who has its token" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("ray_cluster")

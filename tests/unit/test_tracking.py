@@ -549,6 +549,8 @@ def test_an_unreachable_server_means_offline_for_auto_and_a_refusal_for_online(t
     if mode == "auto":
         assert done.returncode == 0, done.stderr
         assert len(offline) == 1
+        assert done.stderr.startswith("W&B cannot be reached")
+        assert f"go to {tmp_path / 'wandb'}" in done.stderr
     else:
         assert "UserError: W&B cannot be reached" in done.stderr
         assert not offline

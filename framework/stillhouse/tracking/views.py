@@ -17,7 +17,7 @@ from rich.text import Text
 from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
-from stillhouse.terminal import one_line
+from stillhouse.terminal import one_line, say
 from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, NewerRow, OutageRow, PoolRow, Row, StallRow, StartRow, TrainRow, WaitRow
 
 _SAY_EVERY_S = 60.0
@@ -136,6 +136,8 @@ def _open_run(section: TrackingSection, run_dir: Path, *, config: dict[str, Any]
             raise UserError(f'W&B cannot be reached: {error}; run `wandb login`, or set tracking.wandb = "offline"') from error
         wandb.teardown()  # the service still holds the id of the run that it could not start
         wandb.setup(wandb.Settings(silent=True))
+        where = run_dir / "wandb"
+        say(one_line(scrub(f"W&B cannot be reached ({error}); its rows go to {where}, from where `wandb sync` sends them")), error=True)
     return start("offline")
 
 
