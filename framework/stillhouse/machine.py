@@ -54,7 +54,8 @@ def open_files(*, limits: tuple[int, int], num_cpus: int) -> list[str]:
     if hard == resource.RLIM_INFINITY or hard >= wanted:
         return []
     return [
-        f"a process here may open {hard:,} files; Ray on {num_cpus:,} CPUs wants {wanted:,} at least: raise the limit (`ulimit -Hn 8192`)"
+        f"a process here may open {hard:,} files, by its hard limit; Ray on {num_cpus:,} CPUs wants {wanted:,} at least. Raise the limit"
+        " (as root: `ulimit -n 65536`; of a container: --ulimit nofile=65536)"
     ]
 
 
@@ -95,9 +96,9 @@ def why_not_writable(directory: Path) -> str | None:
 
 def _cache_directory(cache: Path) -> list[str]:
     why = why_not_writable(cache)
-    return (
-        [] if why is None else [f"the cache of tokenised corpora, {cache}, cannot be used: {why}; set XDG_CACHE_HOME to another directory"]
-    )
+    if why is None:
+        return []
+    return [f"the cache of tokenised corpora, {cache}, cannot be used: {why}; set XDG_CACHE_HOME to another directory"]
 
 
 def _temporary_directory() -> list[str]:
@@ -110,7 +111,7 @@ def _temporary_directory() -> list[str]:
 
 def _other_temporary_directory(environment: Mapping[str, str]) -> list[str]:
     named, used = environment.get("TMPDIR"), tempfile.gettempdir()
-    if not named or Path(named).absolute() == Path(used):
+    if not named or os.path.abspath(named) == used:
         return []
     return [f"TMPDIR is {named}, where nothing can be written; temporary files go to {used}"]
 

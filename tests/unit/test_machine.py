@@ -43,13 +43,14 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 
 
 LACKS: dict[str, tuple[tuple[str, ...], Mapping[str, str], str]] = {
-    "few open files": (FEW_FILES, {}, f"may open {FEW} files"),
-    "no loopback": (NO_LOOPBACK, {}, "ip link set lo up"),
-    "no such directory for Ray": ((), {"RAY_TMPDIR": "/proc/absent"}, "set RAY_TMPDIR to"),
-    "a file for Ray's directory": ((), {"RAY_TMPDIR": "/etc/passwd"}, "set RAY_TMPDIR to"),
-    "a home and no cache": ((), {"HOME": "/proc/absent", "XDG_CACHE_HOME": ""}, "set XDG_CACHE_HOME"),
-    "a cache below a file": ((), {"XDG_CACHE_HOME": "/etc/passwd"}, "set XDG_CACHE_HOME"),
-    "no account and no home": (NO_ACCOUNT, {}, "set HOME"),
+    "enough open files": (FEW_FILES, {}, f"may open {FEW} files"),
+    "loopback": (NO_LOOPBACK, {}, "ip link set lo up"),
+    "the directory for Ray": ((), {"RAY_TMPDIR": "/proc/absent"}, "set RAY_TMPDIR to"),
+    "a directory for Ray, where a file is": ((), {"RAY_TMPDIR": "/etc/passwd"}, "set RAY_TMPDIR to"),
+    "a home with a cache": ((), {"HOME": "/proc/absent", "XDG_CACHE_HOME": ""}, "set XDG_CACHE_HOME"),
+    "a cache, where a file is": ((), {"XDG_CACHE_HOME": "/etc/passwd"}, "set XDG_CACHE_HOME"),
+    "files that may grow": (("prlimit", "--fsize=0"), {}, "set TMPDIR to"),
+    "an account and a home": (NO_ACCOUNT, {}, "set HOME"),
 }
 
 
@@ -62,7 +63,7 @@ def test_a_run_is_refused_before_ray_is_asked_where_the_machine_lacks(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("limits", [FEW_FILES, NO_LOOPBACK], ids=["few open files", "no loopback"])
+@pytest.mark.parametrize("limits", [FEW_FILES, NO_LOOPBACK], ids=["enough open files", "loopback"])
 def test_a_machine_becomes_no_head_where_it_lacks(limits: tuple[str, ...]) -> None:
     assert_refused(on_such_a_machine(limits, "node", "head"), "this machine cannot")
 
@@ -89,8 +90,10 @@ def test_whatever_starts_a_cluster_asks_first() -> None:
 
 def test_check_names_all_that_the_machine_lacks(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/proc/absent")
+    monkeypatch.setenv("TMPDIR", "/proc/absent")
     outcome = stillhouse("check", config, "--run-dir", "/proc/run", cache=tmp_path / "cache")
     assert_refused(outcome, "set RAY_TMPDIR to", "--run-dir: nothing can be written in /proc")
+    assert "note: TMPDIR is /proc/absent" in outcome.out
 
 
 def test_a_home_that_cannot_be_written_is_no_obstacle_where_the_cache_is_elsewhere(
