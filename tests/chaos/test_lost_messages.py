@@ -27,6 +27,7 @@ LOST = {
 ENVIRONMENT = {
     "RAY_testing_rpc_failure": json.dumps(LOST),
     "RAY_actor_scheduling_queue_max_reorder_wait_seconds": "0",  # for a lost message, before those behind it are sent back
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # for word of room that a lost message may have brought; then it is asked for again
 }
 
 
