@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import make
-from helpers.damage import fill, small_disk
+from helpers.damage import fill, leave_no_room, small_disk
 from helpers.world import TinyWorld
 from stillhouse.errors import ConfigError, InterruptedRunError, RecipeError, RunError, StoreError, StoreUnavailable
 from stillhouse.pipeline import Plan, train
@@ -19,7 +19,7 @@ from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.directory import claim
 from stillhouse.store import ChunkStore
 from stillhouse.store.readers import join, registered
-from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, WaitRow, read_journal
+from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, read_journal
 
 
 def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: TinyWorld, tmp_path: Path) -> None:
@@ -120,10 +120,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def attempt_on_a_full_disk(made: Plan, disk: Path) -> Iterator[None]:
     """One whose journal finds no room any more once it has begun."""
     with attempt(made, "stillhouse run") as journal:
-        fill(disk / "ballast")
-        with suppress(StoreError):
-            while True:  # what is left of its last block
-                journal.record(WaitRow(""))
+        leave_no_room(disk / "ballast", journal.path)
         yield
 
 
