@@ -20,7 +20,7 @@ import pytest
 
 from helpers.chunks import make_chunk, small_recipe
 from helpers.command import as_toml, stillhouse
-from helpers.damage import fill, flip_bit, places, small_disk, with_flipped_bit
+from helpers.damage import flip_bit, leave_no_room, places, small_disk, with_flipped_bit
 from helpers.faults import FaultyS3, everything, publications
 from helpers.history import require_kept
 from helpers.ranks import RankGroup
@@ -194,7 +194,7 @@ def fill_and_watch(made: Plan, ballast: Path, said: io.StringIO, over: threading
     wait_until(lambda: any(isinstance(row, TrainRow) for row in read_journal(journal)), unless=over.is_set)
     deadline = monotonic() + PATIENCE_S
     try:
-        fill(ballast)
+        leave_no_room(ballast, journal)
         while len(set(counts[-LOOKS:])) > 1 or len(counts) < LOOKS or "No space left" not in said.getvalue():
             assert monotonic() < deadline
             assert not over.is_set()

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from stillhouse.errors import StoreError
+from stillhouse.tracking import Journal, WaitRow
+
 
 def with_flipped_bit(data: bytes, place: int) -> bytes:
     """The bytes but for one bit of the byte at `place`; neighbouring bytes lose different ones."""
@@ -47,6 +50,14 @@ def fill(ballast: Path) -> None:
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
+
+
+def leave_no_room(ballast: Path, journal: Path) -> None:
+    """Fill a disk, and what is left of the last block of a journal on it."""
+    fill(ballast)
+    with suppress(StoreError):
+        while True:
+            Journal(journal).record(WaitRow(""))
 
 
 @contextmanager

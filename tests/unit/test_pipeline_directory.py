@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.checkpoints import make
-from helpers.damage import fill, read_only, small_disk
+from helpers.damage import fill, leave_no_room, read_only, small_disk
 from helpers.world import TinyWorld
 from stillhouse.errors import ConfigError, InterruptedRunError, ModelError, RecipeError, RunError, StoreError, StoreUnavailable
 from stillhouse.pipeline import Plan, open_run, plan, train
@@ -20,7 +20,7 @@ from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.directory import claim
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.readers import join, registered
-from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, WaitRow, read_journal
+from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, read_journal
 
 
 def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: TinyWorld, tmp_path: Path) -> None:
@@ -175,10 +175,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def attempt_on_a_full_disk(made: Plan, disk: Path) -> Iterator[None]:
     """One whose journal finds no room any more once it has begun."""
     with attempt(made, "stillhouse run") as journal:
-        fill(disk / "ballast")
-        with suppress(StoreError):
-            while True:  # what is left of its last block
-                journal.record(WaitRow(""))
+        leave_no_room(disk / "ballast", journal.path)
         yield
 
 

@@ -8,7 +8,7 @@ from stillhouse.patience import Patience, Tell, insist
 from stillhouse.tracking.rows import Row, Tracker
 
 # A run whose journal waits stands still, so it says so soon. A local disk may be asked often.
-ROOM_PATIENCE = Patience(tell_after_s=5.0, last_pause_s=2.0)
+ROOM_PATIENCE = Patience(tell_after_s=3.0, last_pause_s=2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
