@@ -54,7 +54,7 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def ray_cluster(s3_endpoint: str) -> Iterator[dict[str, float]]:
     """One Ray cluster for the whole session; what the code under test attaches to."""
-    from stillhouse.cluster import attached
+    from stillhouse.cluster.session import attached
     from stillhouse.config import ClusterSection
 
     assert s3_endpoint == os.environ["AWS_ENDPOINT_URL"]

@@ -16,16 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from stillhouse import estimate
-from stillhouse.cluster import attached, lacks, remarks
+from stillhouse.cluster.machine import why_not_writable
+from stillhouse.cluster.placement import placement, shortages, student_crew, teacher_crew
+from stillhouse.cluster.session import attached, lacks, remarks
 from stillhouse.config import ClusterSection, ModelSection, StudentSection
 from stillhouse.errors import CheckpointError, ChunkError, ConfigError, ModelError, StoreError
 from stillhouse.logits import decode, kept_mass
-from stillhouse.machine import why_not_writable
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since
 from stillhouse.pipeline.plan import require_full_step
-from stillhouse.placement import placement, shortages, student_crew, teacher_crew
 from stillhouse.redaction import scrub
 from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
 from stillhouse.student.checkpoint import newest_step

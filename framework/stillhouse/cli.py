@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stillhouse import machine, node, suggestions
+from stillhouse import suggestions
 from stillhouse.bench.verbs import bench_app
+from stillhouse.cluster import machine, node
+from stillhouse.cluster.environment import cache_dir, forbid_pickled_code, learn_secrets, quieten, typed
+from stillhouse.cluster.ray_directory import base_directory, current_address, machine_directory
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
 from stillhouse.modelpath import source_of
-from stillhouse.raydir import base_directory, current_address, machine_directory
 from stillhouse.redaction import scrub
-from stillhouse.shell import cache_dir, forbid_pickled_code, learn_secrets, quieten, typed
 from stillhouse.terminal import say
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillhouse import pipeline
 from stillhouse.atomic import remove_tree, whole_directory
-from stillhouse.cluster import lacks
+from stillhouse.cluster.machine import require
+from stillhouse.cluster.session import lacks
 from stillhouse.config import Config, CorpusSection, load_config
 from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.corpus.documents import load_documents
-from stillhouse.machine import require
 from stillhouse.models import final_hidden, tokenizer_digest
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillhouse.cluster import Secrets, prepare_process
+from stillhouse.cluster.session import Secrets, prepare_process
 from stillhouse.config import EvaluateSection, ModelSection, StudentSection
 from stillhouse.corpus import Rows
 from stillhouse.logits import Head

@@ -16,7 +16,7 @@ from helpers.command import stillhouse
 from helpers.ranks import RankGroup
 from helpers.training import ListTracker, refusals_of, refuse_outage, train_and_tell, with_student
 from helpers.world import TinyWorld
-from stillhouse.cluster import Secrets
+from stillhouse.cluster.session import Secrets
 from stillhouse.errors import CheckpointError
 from stillhouse.evaluate import EvaluationJob, Trained, evaluate
 from stillhouse.models import load_tokenizer

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from helpers.command import stillhouse
-from stillhouse import node
-from stillhouse.cluster import attached
+from stillhouse.cluster import node
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection
 from stillhouse.errors import ConfigError
 
@@ -26,7 +26,7 @@ TOKEN = "a token that nobody guesses"
 
 HOST = """
 import os, sys, ray
-from stillhouse.cluster import attached
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection
 with attached(ClusterSection(num_cpus=1)):
     session = ray._private.worker._global_node.get_session_dir_path()
@@ -202,7 +202,7 @@ def test_a_command_starts_no_cluster_with_a_token_that_can_be_guessed(monkeypatc
 
 
 ATTACH = """
-from stillhouse.cluster import attached
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection
 from stillhouse.errors import ConfigError
 try:

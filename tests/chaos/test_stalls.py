@@ -17,10 +17,10 @@ from helpers.processes import youngest
 from helpers.ranks import RankGroup
 from helpers.training import train_and_tell, train_on_a_line
 from helpers.world import TinyWorld
-from stillhouse.board import Board
-from stillhouse.cluster import Secrets
+from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.placement import placement
+from stillhouse.cluster.session import Secrets
 from stillhouse.pipeline import Plan
-from stillhouse.placement import placement
 from stillhouse.store import ChunkStore
 from stillhouse.student.workers import watched
 from stillhouse.teacher.actor import TeacherJob

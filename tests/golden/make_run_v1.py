@@ -17,7 +17,7 @@ import xxhash
 from helpers.goldenrun import HERE, PLACED, golden_values
 from helpers.models import make_model
 from stillhouse import pipeline
-from stillhouse.cluster import attached
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection, parse_config
 from stillhouse.store import ChunkStore, readers
 from stillhouse.tracking import CheckpointRow, EvalRow, latest_train_rows, read_journal

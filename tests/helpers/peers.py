@@ -11,10 +11,10 @@ from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
 from helpers.training import CPU, Alone, ListTracker, refuse_outage
-from stillhouse.board import Summons
+from stillhouse.cluster.collectives import gathered, outcomes, told
+from stillhouse.cluster.coordinator import Summons
 from stillhouse.errors import StillhouseError, StudentError
 from stillhouse.store.blobs import StoreUnavailable
-from stillhouse.student.collectives import gathered, outcomes, told
 from stillhouse.student.job import TrainJob
 from stillhouse.student.restore import restore
 from stillhouse.student.train import train

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from helpers.chunks import make_records
-from stillhouse.board import News
+from stillhouse.cluster.coordinator import News
+from stillhouse.cluster.preemption import Notice
 from stillhouse.logits import CompressedLogits, Fidelity
-from stillhouse.notices import Notice
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.actor import Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started

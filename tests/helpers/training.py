@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
-from stillhouse.board import Board, Cause, Past, Phase, Summons
+from stillhouse.cluster.coordinator import Board, Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.patience import Patience

@@ -19,7 +19,7 @@ from helpers.s3 import s3_environment
 from helpers.training import ListTracker
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.cluster import Secrets
+from stillhouse.cluster.session import Secrets
 from stillhouse.config import ModelSection
 from stillhouse.evaluate import EvaluationJob, Trained, evaluate, outage_teller
 from stillhouse.models import load_model

@@ -17,11 +17,11 @@ import pytest
 from helpers.processes import kill_one
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.board import Board
-from stillhouse.cluster import Secrets
+from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.placement import placement
+from stillhouse.cluster.session import Secrets
 from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
-from stillhouse.placement import placement
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew

@@ -19,7 +19,7 @@ from helpers.training import (
     with_student,
 )
 from helpers.world import TinyWorld
-from stillhouse.board import Beat, Heard, Summons
+from stillhouse.cluster.coordinator import Beat, Heard, Summons
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.store.blobs import Blobs

@@ -9,9 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from helpers.launchfiles import ROOT
-from stillhouse import node
+from stillhouse.cluster import node
+from stillhouse.cluster.ray_directory import machine_directory, ray_directory
 from stillhouse.errors import RunError
-from stillhouse.raydir import machine_directory, ray_directory
 
 IMAGES = ("cpu", "gpu")
 

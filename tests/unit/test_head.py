@@ -7,8 +7,8 @@ from time import monotonic, sleep
 
 import pytest
 
+from stillhouse.cluster.head_process import held_to, nobody_listens, required
 from stillhouse.errors import HeadGoneError, TeacherError
-from stillhouse.head import held_to, nobody_listens, required
 
 SOON_S = 0.01
 

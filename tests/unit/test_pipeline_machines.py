@@ -10,9 +10,9 @@ import pytest
 
 from helpers.processes import kill_one
 from helpers.training import ListTracker
-from stillhouse.board import Beat, Board
+from stillhouse.cluster.coordinator import Beat, Board
+from stillhouse.cluster.preemption import Notice
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
-from stillhouse.notices import Notice
 from stillhouse.pipeline import machines
 from stillhouse.pipeline.machines import Machines, watched_machines
 from stillhouse.tracking import NoticeRow, Row

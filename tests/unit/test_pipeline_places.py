@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from helpers.damage import read_only
+from stillhouse.cluster.placement import Placement
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline.places import require_shared
-from stillhouse.placement import Placement
 
 SMALL = [Placement(0.1, 0.0, {})]
 

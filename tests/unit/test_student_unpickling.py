@@ -13,9 +13,9 @@ import torch
 
 from helpers.bombs import Bomb, write_archive
 from stillhouse.cli import app
-from stillhouse.cluster import prepare_process
+from stillhouse.cluster.environment import forbid_pickled_code
+from stillhouse.cluster.session import prepare_process
 from stillhouse.errors import CheckpointError
-from stillhouse.shell import forbid_pickled_code
 from stillhouse.student.unpickling import ALLOWED, only_tensors, opened
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from stillhouse.board import Beat, Heard, Phase
+from stillhouse.cluster.coordinator import Beat, Heard, Phase
 from stillhouse.student.watchdog import has_shrunk, stalled
 
 PATIENCE_S = 60.0

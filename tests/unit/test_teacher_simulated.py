@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from helpers.chunks import small_recipe
 from helpers.simulation import Death, Mailbox, SimulatedCrew, item_of, publish
+from stillhouse.cluster.preemption import Notice
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ChangedWeightsError, StoreError, TeacherError
-from stillhouse.notices import Notice
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.pool import TeacherPool

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse.bench.cost import Timings, require_device, shown
 from stillhouse.bench.provenance import Provenance
-from stillhouse.cluster import prepare_process
+from stillhouse.cluster.session import prepare_process
 from stillhouse.config import StudentSection
 from stillhouse.logits import compress
 from stillhouse.student.checkpoint import Commit, Origin

@@ -23,7 +23,7 @@ from stillhouse.bench.figures import Pace, Spread, steady_pace
 from stillhouse.bench.in_turn import Lesson, TimedStep, train_in_turn
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import NUM_CORES, cached, lesson, on_two_cores, prepare, streaming
-from stillhouse.cluster import attached
+from stillhouse.cluster.session import attached
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan
 from stillhouse.tracking import read_journal

@@ -28,12 +28,12 @@ from stillhouse.bench.as_documented import train_as_documented
 from stillhouse.bench.cost import Timings, shown
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import on_two_cores, prepare
-from stillhouse.board import Board, Summons
-from stillhouse.cluster import attached, local_secrets, settle_ray_train
+from stillhouse.cluster.coordinator import Board, Summons
+from stillhouse.cluster.placement import placement
+from stillhouse.cluster.session import attached, local_secrets, settle_ray_train
 from stillhouse.config import Config
 from stillhouse.errors import RunError
 from stillhouse.pipeline import Plan, plan
-from stillhouse.placement import placement
 from stillhouse.student.job import TrainJob
 from stillhouse.student.workers import fit
 from stillhouse.tracking import CheckpointRow, Journal, TrainRow, read_journal

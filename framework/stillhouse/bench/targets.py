@@ -23,7 +23,7 @@ from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER
-from stillhouse.cluster import Secrets
+from stillhouse.cluster.session import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.corpus import Split, prepare_corpus
 from stillhouse.demo import Sizes, demo_config, make_models

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from stillhouse.shell import cache_dir, quieten, typed
+from stillhouse.cluster.environment import cache_dir, quieten, typed
 
 bench_app = typer.Typer(help="Measure Stillhouse against what one would do without it.", no_args_is_help=True)
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep, time
 
-from stillhouse.board import Board, Summons
-from stillhouse.cluster import drain, draining
+from stillhouse.cluster.coordinator import Board, Summons
+from stillhouse.cluster.head_process import HeadIsGone
+from stillhouse.cluster.preemption import Ask, Notice, sigterm
+from stillhouse.cluster.session import drain, draining
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
-from stillhouse.head import HeadIsGone
-from stillhouse.notices import Ask, Notice, sigterm
 from stillhouse.terminal import say
 from stillhouse.tracking import NoticeRow, Role, Tracker
 

@@ -4,9 +4,9 @@ from collections.abc import Collection
 from uuid import uuid4
 
 from stillhouse.atomic import make_directory
-from stillhouse.cluster import who_does_not_see
+from stillhouse.cluster.placement import Placement
+from stillhouse.cluster.session import who_does_not_see
 from stillhouse.errors import ConfigError
-from stillhouse.placement import Placement
 from stillhouse.store.blobs import Blobs
 
 

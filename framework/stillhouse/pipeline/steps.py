@@ -11,8 +11,9 @@ from pathlib import Path
 from time import time
 from typing import Literal
 
-from stillhouse.board import Board
-from stillhouse.cluster import attached, await_room, call_remotely, local_secrets
+from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.placement import Crews, placement, student_crew, teacher_crew
+from stillhouse.cluster.session import attached, await_room, call_remotely, local_secrets
 from stillhouse.config import ModelSection
 from stillhouse.errors import ChangedWeightsError, CheckpointError, StoreError
 from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate, outage_teller
@@ -26,7 +27,6 @@ from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.ownership import locked
 from stillhouse.pipeline.places import require_shared
 from stillhouse.pipeline.plan import Plan, resolved
-from stillhouse.placement import Crews, placement, student_crew, teacher_crew
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader, StoreForbidden
 from stillhouse.store.readers import join, leave, reader_name

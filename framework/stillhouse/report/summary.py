@@ -9,19 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.tracking import (
-    ChunkRow,
-    EndRow,
-    EvalRow,
-    PoolRow,
-    Role,
-    Row,
-    StartRow,
-    Stretch,
-    TrainRow,
-    latest_train_rows,
-    stretches,
-)
+from stillhouse.tracking import ChunkRow, EndRow, EvalRow, PoolRow, Role, Row, StartRow, Stretch, TrainRow, latest_train_rows, stretches
 
 _ROLES: tuple[Role, ...] = ("student", "control")
 _SAME = 0.005  # nats: cross-entropies nearer than this are called equal

@@ -11,8 +11,8 @@ from dataclasses import replace
 from time import monotonic
 from typing import Protocol, Self
 
-from stillhouse.board import Beat, Board, Cause, Past, Phase, Summons
-from stillhouse.cluster import machine_notices, this_node
+from stillhouse.cluster.coordinator import Beat, Board, Cause, Past, Phase, Summons
+from stillhouse.cluster.session import machine_notices, this_node
 from stillhouse.config import NoticeSource
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import refuse_bad_chunk

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from stillhouse.cluster.collectives import gathered, outcomes
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside, unlike
-from stillhouse.student.collectives import gathered, outcomes
 from stillhouse.student.scratch import scratch_folder
 from stillhouse.student.unpickling import opened
 

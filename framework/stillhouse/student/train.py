@@ -12,7 +12,8 @@ from time import monotonic
 import torch
 import torch.distributed as dist
 
-from stillhouse.board import Past, Summons
+from stillhouse.cluster.collectives import gathered
+from stillhouse.cluster.coordinator import Past, Summons
 from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
@@ -20,7 +21,6 @@ from stillhouse.patience import Tell
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, readers
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.checkpoint import Commit
-from stillhouse.student.collectives import gathered
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.fence import require_owner
 from stillhouse.student.job import TrainJob

@@ -7,7 +7,7 @@ or it is the one that got least far.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stillhouse.board import Beat, Heard
+from stillhouse.cluster.coordinator import Beat, Heard
 
 _START_ALLOWANCE = 10.0  # loading a model may take this many times what a step may
 _ORDER = ("start", "reading", "data", "step", "snapshot", "commit")  # who has its chunks waits for the others in phase "data", too

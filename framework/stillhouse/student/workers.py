@@ -18,11 +18,11 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 
-from stillhouse.board import Board, Summons
-from stillhouse.cluster import Secrets, end_process, prepare_process, room_at_most, room_for, settle_ray_train, stacks_of
+from stillhouse.cluster.coordinator import Board, Summons
+from stillhouse.cluster.placement import Placement
+from stillhouse.cluster.session import Secrets, end_process, prepare_process, room_at_most, room_for, settle_ray_train, stacks_of
 from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import HeadGoneError, StillhouseError
-from stillhouse.placement import Placement
 from stillhouse.student.watchdog import Stall, has_shrunk, stalled
 from stillhouse.tracking import PatientTracker, StallRow, Tracker
 

@@ -9,14 +9,14 @@ import ray
 import torch
 from torch import Tensor
 
-from stillhouse.board import Board
-from stillhouse.cluster import Secrets, machine_notices, prepare_process, this_node
+from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.placement import Placement
+from stillhouse.cluster.session import Secrets, machine_notices, prepare_process, this_node
 from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
 from stillhouse.models import digest_beside
 from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
-from stillhouse.placement import Placement
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import ray
 
-from stillhouse.board import Board
-from stillhouse.cluster import Secrets, cause_of
-from stillhouse.placement import Placement
+from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.placement import Placement
+from stillhouse.cluster.session import Secrets, cause_of
 from stillhouse.teacher.actor import TeacherJob, spawn
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
 from stillhouse.teacher.model import WorkItem

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from stillhouse.board import News
+from stillhouse.cluster.coordinator import News
 from stillhouse.teacher.actor import Answer, Ready
 from stillhouse.teacher.model import WorkItem
 

@@ -11,9 +11,9 @@ from time import monotonic, time
 import numpy as np
 from numpy.typing import NDArray
 
+from stillhouse.cluster.preemption import Notice
 from stillhouse.config import TeacherSection
 from stillhouse.errors import StillhouseError, TeacherError, UserError
-from stillhouse.notices import Notice
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import Answer, Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Crew, Died, Event, Inbox, Raised, Started

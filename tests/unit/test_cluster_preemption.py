@@ -12,8 +12,8 @@ from time import monotonic, sleep, time
 import pytest
 
 from helpers.metadata import AWS_ACTION, AWS_TOKEN, AZURE_EVENTS, AZURE_NAME, GCP_PREEMPTED, Answer, MetadataServer
-from stillhouse.cluster import machine_notices, metadata_endpoints
-from stillhouse.notices import Cloud, Endpoints, Notice, NoticeWatch, aws, azure, cloud_here, gcp, local_sources, sigterm
+from stillhouse.cluster.preemption import Cloud, Endpoints, Notice, NoticeWatch, aws, azure, cloud_here, gcp, local_sources, sigterm
+from stillhouse.cluster.session import machine_notices, metadata_endpoints
 
 CLOUDS: tuple[Cloud, ...] = ("aws", "gcp", "azure")
 WHERE = {"aws": AWS_ACTION, "gcp": GCP_PREEMPTED, "azure": AZURE_EVENTS}
@@ -272,6 +272,6 @@ def test_the_variables_of_the_clouds_own_tools_are_honoured(monkeypatch: pytest.
 
 
 def test_the_module_reads_no_environment() -> None:
-    source = (Path(__file__).parents[2] / "framework/stillhouse/notices.py").read_text()
+    source = (Path(__file__).parents[2] / "framework/stillhouse/cluster/preemption.py").read_text()
     assert "environ" not in source
     assert "getenv" not in source

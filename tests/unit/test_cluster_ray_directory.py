@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.cluster.ray_directory import (
+    base_directory,
+    current_address,
+    machine_directory,
+    new_directory,
+    ray_directory,
+    remove_directory,
+)
 from stillhouse.errors import ConfigError
-from stillhouse.raydir import base_directory, current_address, machine_directory, new_directory, ray_directory, remove_directory
 
 HERE = "10.0.0.5:6379"
 

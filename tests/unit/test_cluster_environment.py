@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 CALLS_RAY_AFTER_ITS_END = """
-from stillhouse.shell import quieten
+from stillhouse.cluster.environment import quieten
 quieten()
 import ray
 try:

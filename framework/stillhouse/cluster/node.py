@@ -15,8 +15,8 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from stillhouse import atomic
+from stillhouse.cluster.ray_directory import current_address, ray_directory
 from stillhouse.errors import ConfigError, RunError
-from stillhouse.raydir import current_address, ray_directory
 
 PORT = 6379
 TOKEN_FILE = Path("~/.ray/auth_token")  # where Ray looks for it

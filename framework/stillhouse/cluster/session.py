@@ -22,16 +22,16 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stillhouse import machine
+from stillhouse.cluster import machine
+from stillhouse.cluster.environment import forbid_pickled_code, learn_secrets
+from stillhouse.cluster.head_process import held_to, nobody_listens, required
+from stillhouse.cluster.node import OBJECT_STORE_BYTES, require_unguessable
+from stillhouse.cluster.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
+from stillhouse.cluster.preemption import Endpoints, Notice, NoticeWatch, local_sources
+from stillhouse.cluster.ray_directory import base_directory, current_address, new_directory, ray_directory, remove_directory
 from stillhouse.config import ClusterSection, NoticeSource
 from stillhouse.errors import ConfigError, RunError, StillhouseError
-from stillhouse.head import held_to, nobody_listens, required
-from stillhouse.node import OBJECT_STORE_BYTES, require_unguessable
-from stillhouse.notices import Endpoints, Notice, NoticeWatch, local_sources
-from stillhouse.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
-from stillhouse.raydir import base_directory, current_address, new_directory, ray_directory, remove_directory
 from stillhouse.redaction import know
-from stillhouse.shell import forbid_pickled_code, learn_secrets
 
 _NAMESPACE = "stillhouse"
 _REACH_S = 10.0

@@ -12,9 +12,9 @@ import pytest
 
 from helpers.damage import fill, small_disk
 from helpers.processes import kill_one
-from stillhouse.board import Beat, Board, Coordinator, News, Past, Summons
+from stillhouse.cluster.coordinator import Beat, Board, Coordinator, News, Past, Summons
+from stillhouse.cluster.preemption import Notice
 from stillhouse.errors import StoreError, StoreUnavailable, StudentError
-from stillhouse.notices import Notice
 from stillhouse.redaction import know
 from stillhouse.tracking import DamagedRow, OutageRow, read_journal
 
@@ -103,7 +103,7 @@ STEPPED = """
 import time
 real, step_s = time.time, 0.0
 time.time = lambda: real() + step_s
-from stillhouse.board import Beat, Coordinator
+from stillhouse.cluster.coordinator import Beat, Coordinator
 from stillhouse.student.watchdog import stalled
 coordinator = Coordinator(None)
 coordinator.beat(Beat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1))

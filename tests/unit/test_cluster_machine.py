@@ -11,7 +11,7 @@ import pytest
 
 from helpers.command import Outcome, as_toml, stillhouse
 from helpers.world import TinyWorld
-from stillhouse import machine
+from stillhouse.cluster import machine
 
 COMMAND = Path(sys.executable).parent / "stillhouse"
 FEW = 64  # files
@@ -69,7 +69,7 @@ def test_a_machine_becomes_no_head_where_it_lacks(limits: tuple[str, ...]) -> No
 
 
 ATTACH = """
-from stillhouse.cluster import attached
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection
 from stillhouse.errors import ConfigError
 try:
@@ -112,7 +112,7 @@ def test_a_token_is_not_written_where_home_cannot_be_and_the_cure_is_said(monkey
 
 def test_a_low_soft_limit_is_raised_and_refuses_nothing() -> None:
     assert machine.open_files(limits=(FEW, 4096), num_cpus=8) == []
-    asked = "from stillhouse import machine; import resource; machine.raise_open_files(); print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    asked = "import resource; from stillhouse.cluster import machine; machine.raise_open_files(); print(resource.getrlimit(7))"
     command = ["prlimit", f"--nofile={FEW}:4096", sys.executable, "-c", asked]
     assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip() == "(4096, 4096)"
 

@@ -13,11 +13,11 @@ import pytest
 
 from helpers.remote import die, join, refuse, trip
 from helpers.world import TinyWorld
-from stillhouse.cluster import Secrets, attached, await_room, call_remotely, cause_of, local_secrets
+from stillhouse.cluster.placement import Placement, teacher_crew
+from stillhouse.cluster.session import Secrets, attached, await_room, call_remotely, cause_of, local_secrets
 from stillhouse.config import ClusterSection, TeacherSection, resolved_json
 from stillhouse.errors import ChunkError, ConfigError, RunError
 from stillhouse.evaluate import EvaluationJob
-from stillhouse.placement import Placement, teacher_crew
 from stillhouse.store import ChunkMissing
 from stillhouse.teacher.actor import TeacherJob
 
@@ -67,7 +67,7 @@ def test_an_attached_process_uses_its_cluster_as_it_is(ray_cluster: dict[str, fl
 
 ATTACH = """
 import sys
-from stillhouse.cluster import attached
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection
 from stillhouse.errors import ConfigError
 for address in sys.argv[1:]:
@@ -80,7 +80,7 @@ for address in sys.argv[1:]:
 
 
 START = """
-from stillhouse.cluster import attached
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection
 from stillhouse.errors import RunError
 try:

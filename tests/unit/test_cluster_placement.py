@@ -2,9 +2,9 @@
 
 import pytest
 
+from stillhouse.cluster.placement import Placement, placement, require_room, shortages, student_crew, teacher_crew
 from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
-from stillhouse.placement import Placement, placement, require_room, shortages, student_crew, teacher_crew
 
 CPUS_ONLY = {"CPU": 8.0, "memory": 1e9}
 WITH_GPUS = {"CPU": 8.0, "GPU": 4.0}

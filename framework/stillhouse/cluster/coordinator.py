@@ -18,11 +18,11 @@ from uuid import uuid4
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stillhouse.cluster.environment import learn_secrets
+from stillhouse.cluster.head_process import GONE
+from stillhouse.cluster.preemption import Notice, Source
 from stillhouse.errors import HeadGoneError, StillhouseError, StoreError
-from stillhouse.head import GONE
-from stillhouse.notices import Notice, Source
 from stillhouse.redaction import scrub
-from stillhouse.shell import learn_secrets
 from stillhouse.tracking import Journal, Row, scrubbed
 
 # Loading, reading a chunk that is there, awaiting chunks, computing, copying its state, awaiting the store.

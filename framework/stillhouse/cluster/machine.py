@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stillhouse.cluster.ray_directory import base_directory, new_directory
 from stillhouse.errors import ConfigError
-from stillhouse.raydir import base_directory, new_directory
 
 # Ray's raylet was seen with 53 open files and 3 more for each worker process, its coordinator (GCS) with 56 and 2 more, a rank with 73.
 _LEAST_OPEN_FILES, _OPEN_FILES_PER_CPU = 128, 4

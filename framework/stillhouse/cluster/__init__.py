@@ -1,0 +1,1 @@
+"""Machines: the Ray cluster, the coordinator of a run, and what is known of machines that will end."""
