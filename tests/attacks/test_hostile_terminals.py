@@ -28,7 +28,7 @@ BIDIRECTIONAL = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 ENDS_IN_A_BUG = """
 import os
-from stillhouse.cli import app, main
+from stillhouse.cli.main import app, main
 
 @app.command()
 def stumble():

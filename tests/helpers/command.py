@@ -6,7 +6,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stillhouse.cli import app
+from stillhouse.cli.main import app
 from stillhouse.pipeline import Plan
 
 

@@ -133,7 +133,7 @@ def _start(request: dict[str, Any], running: set[int]) -> dict[str, Any]:
 
 
 def _become(arguments: Sequence[str], log: Path) -> None:
-    from stillhouse.cli import main
+    from stillhouse.cli.main import main
 
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it

@@ -12,9 +12,9 @@ from stillhouse.bench.classroom import Form, Lessons, target_of, teach
 from stillhouse.bench.coding import coding
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.targets import BUDGETS, QUICK, codec_within, figure, forms_of, record, share_of_the_gap, table
+from stillhouse.cli.demo import Shape
 from stillhouse.config import CorpusSection, TeacherSection
 from stillhouse.corpus import Corpus, prepare_corpus
-from stillhouse.demo import Shape
 from stillhouse.evaluate import Scores
 from stillhouse.logits import Codec, compress, token_seeds
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest

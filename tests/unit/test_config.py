@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from stillhouse.cli.init import starter_toml
 from stillhouse.config import Config, load_config, parse_config, resolved_json
 from stillhouse.errors import ConfigError
-from stillhouse.starter import starter_toml
 
 LEAST: dict[str, Any] = {"corpus": {"dataset": "stdlib"}, "teacher": {"model": "big"}, "student": {"model": "small"}}
 LEAST_TOML = "[corpus]\ndataset = 'stdlib'\n[teacher]\nmodel = 'big'\n[student]\nmodel = 'small'\n"

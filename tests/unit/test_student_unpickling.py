@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.bombs import Bomb, write_archive
-from stillhouse.cli import app
+from stillhouse.cli.main import app
 from stillhouse.cluster.environment import forbid_pickled_code
 from stillhouse.cluster.session import prepare_process
 from stillhouse.errors import CheckpointError

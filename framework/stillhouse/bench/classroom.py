@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from stillhouse.cli.demo import Shape, Sizes, learning_rate_share, llama_config
 from stillhouse.corpus import Corpus
-from stillhouse.demo import Shape, Sizes, learning_rate_share, llama_config
 from stillhouse.logits import Codec, CompressedLogits, Head, compress, decode, encode, token_seeds
 from stillhouse.models import final_hidden, head_of
 from stillhouse.student.loss import distillation_loss, forward_kl

@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 
 from stillhouse.bench.in_turn import Form, Lesson
+from stillhouse.cli.demo import Sizes, make_models
 from stillhouse.config import Config, parse_config
 from stillhouse.corpus import Rows
-from stillhouse.demo import Sizes, make_models
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan, plan
 

@@ -23,10 +23,10 @@ from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER
+from stillhouse.cli.demo import Sizes, demo_config, make_models
 from stillhouse.cluster.session import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.corpus import Split, prepare_corpus
-from stillhouse.demo import Sizes, demo_config, make_models
 from stillhouse.errors import ConfigError
 from stillhouse.evaluate import EvaluationJob, Scores, evaluate
 from stillhouse.logits import Codec

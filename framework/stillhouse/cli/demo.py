@@ -98,7 +98,7 @@ def demo_config(run_dir: Path, overrides: Iterable[str] = ()) -> Config:
         "student.model": run_dir / "models" / "student",
         "store.url": run_dir / "store",
     }
-    with as_file(files("stillhouse") / "demo.toml") as path:
+    with as_file(files("stillhouse.pipeline") / "demo.toml") as path:
         own = [f"{name} = {json.dumps(str(place), ensure_ascii=False)}" for name, place in places.items()]
         return load_config([path], [*own, *overrides])
 

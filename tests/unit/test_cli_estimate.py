@@ -2,7 +2,7 @@
 
 import pytest
 
-from stillhouse.estimate import card_of, teaching, training
+from stillhouse.cli.estimate import card_of, teaching, training
 
 
 def test_a_billion_tokens_of_a_32b_teacher_take_16_h100s_about_three_hours() -> None:

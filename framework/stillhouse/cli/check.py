@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from stillhouse import estimate
+from stillhouse.cli import estimate
 from stillhouse.cluster.machine import why_not_writable
 from stillhouse.cluster.placement import placement, shortages, student_crew, teacher_crew
 from stillhouse.cluster.session import attached, lacks, remarks

@@ -13,7 +13,7 @@ import typer
 from helpers.command import Outcome, as_toml, stillhouse
 from helpers.models import CHAT_TEMPLATE, make_model
 from helpers.world import TinyWorld
-from stillhouse.cli import Verbs
+from stillhouse.cli.main import Verbs
 from stillhouse.config import load_config
 from stillhouse.errors import ConfigError, TeacherError
 
@@ -22,7 +22,7 @@ COMMAND = Path(sys.executable).parent / "stillhouse"
 ASK_EVERY_VERB = """
 import sys
 import stillhouse
-from stillhouse.cli import app
+from stillhouse.cli.main import app
 
 for verb in ("", "init", "demo", "check", "run", "produce", "train", "eval", "report", "export", "store",
              "store ls", "store stat", "store verify", "store sweep", "bench", "bench pipeline", "bench loss", "bench head"):

@@ -101,7 +101,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("distil.toml"),
 ) -> None:
     """Write a ten-line config for two models and a data set."""
-    from stillhouse.starter import starter_toml
+    from stillhouse.cli.init import starter_toml
 
     text = starter_toml(teacher=teacher, student=student, dataset=dataset)
     try:
@@ -123,7 +123,7 @@ def demo(
     """Make a small teacher from Python's own standard library, distil it, and write the report."""
     _require_places()
     quieten()
-    from stillhouse import demo
+    from stillhouse.cli import demo
 
     demo.run_demo(run_dir, overrides or (), cache_dir=cache_dir(), command=typed())
 
@@ -132,7 +132,7 @@ def demo(
 def check(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Validate everything that can be validated without a GPU, and say what a run would need."""
     made = _plan(configs, overrides, run_dir, starts_ray=False)
-    from stillhouse.check import describe
+    from stillhouse.cli.check import describe
 
     describe(made)
 
@@ -198,9 +198,9 @@ def export(run_dir: ExistingRun, out: Annotated[Path, typer.Argument(metavar="OU
 @store_app.command(name="ls")
 def store_ls(url: StoreUrl) -> None:
     """The recipes in a store, and how much of each is there."""
-    from stillhouse import inventory
+    from stillhouse.cli import store
 
-    inventory.list_store(url)
+    store.list_store(url)
 
 
 @store_app.command(name="stat")
@@ -209,9 +209,9 @@ def store_stat(
     fingerprint: Annotated[str, typer.Argument(metavar="[FINGERPRINT]", help="Its first digits; default: every recipe.")] = "",
 ) -> None:
     """Every field of a recipe, and which of its chunks are missing."""
-    from stillhouse import inventory
+    from stillhouse.cli import store
 
-    inventory.show_recipes(url, fingerprint)
+    store.show_recipes(url, fingerprint)
 
 
 @store_app.command(name="verify")
@@ -224,12 +224,12 @@ def store_verify(
     ] = None,
 ) -> None:
     """Read every chunk and check every bit of it; exit code 1 where any is damaged, and was not repaired."""
-    from stillhouse import inventory
+    from stillhouse.cli import store
 
     if repair is not None:
-        inventory.repair(url, _existing(repair) if repair.is_dir() else _plan([repair], None, None))
+        store.repair(url, _existing(repair) if repair.is_dir() else _plan([repair], None, None))
         return
-    inventory.verify(url, quarantine=quarantine)
+    store.verify(url, quarantine=quarantine)
 
 
 @store_app.command(name="sweep")
@@ -238,9 +238,9 @@ def store_sweep(
     older_than_hours: Annotated[float, typer.Option("--older-than-hours", min=0.0, help="A younger one may still be written.")] = 24.0,
 ) -> None:
     """Remove what killed writers left behind, and name what lies in quarantine."""
-    from stillhouse import inventory
+    from stillhouse.cli import store
 
-    inventory.tidy(url, older_than_s=older_than_hours * 3600)
+    store.tidy(url, older_than_s=older_than_hours * 3600)
 
 
 @node_app.command(name="head")

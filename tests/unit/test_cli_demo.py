@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from stillhouse.cli.demo import Shape, Sizes, demo_config, learning_rate_share, llama_config, make_models, run_demo, train_teacher
 from stillhouse.config import CorpusSection, load_config
 from stillhouse.corpus import Corpus, Rows, prepare_corpus
-from stillhouse.demo import Shape, Sizes, demo_config, learning_rate_share, llama_config, make_models, run_demo, train_teacher
 from stillhouse.errors import ConfigError
 from stillhouse.models import check_head, check_packing, check_same_ids, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.holder import Holder
@@ -147,7 +147,7 @@ def test_what_was_typed_is_what_the_report_says_to_run_again(made: Made, tmp_pat
 
 def test_the_config_in_the_package_is_the_one_in_the_repository_and_its_models_are_where_the_demo_writes_them() -> None:
     path = Path(__file__).parents[2] / "configs" / "demo.toml"
-    assert path.read_bytes() == (files("stillhouse") / "demo.toml").read_bytes()
+    assert path.read_bytes() == (files("stillhouse.pipeline") / "demo.toml").read_bytes()
     assert load_config([path]) == demo_config(Path("runs/demo"))
 
 

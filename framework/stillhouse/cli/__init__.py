@@ -1,0 +1,1 @@
+"""The command `stillhouse`. Nothing imports this room."""
