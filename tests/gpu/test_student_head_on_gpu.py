@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
-from stillhouse.student.loss import distillation_loss, divergence_named
-from stillhouse.student.passes import path_for
+from stillhouse.losses.divergences import distillation_loss, divergence_named
+from stillhouse.losses.head_passes import path_for
 
 T, V, H, K = 700, 30_011, 128, 32
 SETTINGS = [

@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 from helpers.checkpoints import ORIGIN
 from stillhouse.cluster.coordinator import Board, Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
+from stillhouse.losses.divergences import distillation_loss, divergence_named
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.patience import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
@@ -21,7 +22,6 @@ from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
 from stillhouse.student.lifeline import BoardLifeline
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
-from stillhouse.student.loss import distillation_loss, divergence_named
 from stillhouse.student.restore import Restored, restore
 from stillhouse.student.train import train
 from stillhouse.student.universal import convert

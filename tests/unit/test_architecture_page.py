@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from stillhouse.logits import Head, compress
-from stillhouse.student.loss import Divergence, distillation_loss
+from stillhouse.losses.divergences import Divergence, distillation_loss
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ from stillhouse.bench.cost import Timings, Work, extra_bytes, time_in_turn
 from stillhouse.bench.loss import DIVERGENCES, NAIVE, OURS, PRODUCTS, Inputs, Setting, work_of
 from stillhouse.errors import ConfigError
 from stillhouse.logits import Codec, compress, decode
-from stillhouse.student.loss import divergence_named
+from stillhouse.losses.divergences import divergence_named
 
 CPU = torch.device("cpu")
 SMALL = Setting(num_tokens=20, vocab_size=101, hidden_size=8, k=7, dtype="float32", device="cpu")

@@ -25,8 +25,8 @@ from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, sh
 from stillhouse.bench.provenance import Provenance
 from stillhouse.errors import ConfigError
 from stillhouse.logits import CompressedLogits, Head
-from stillhouse.student.loss import Divergence, distillation_loss, divergence_named, forward_kl
-from stillhouse.student.passes import block_tokens_for, path_for
+from stillhouse.losses.divergences import Divergence, distillation_loss, divergence_named, forward_kl
+from stillhouse.losses.head_passes import block_tokens_for, path_for
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 PRODUCTS, OURS, NAIVE, COMPILED, DISTILLKIT, OUR_TEXT, LIGER = (

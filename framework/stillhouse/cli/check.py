@@ -22,6 +22,7 @@ from stillhouse.cluster.session import attached, lacks, remarks
 from stillhouse.config import ClusterSection, ModelSection, StudentSection
 from stillhouse.errors import CheckpointError, ChunkError, ConfigError, ModelError, StoreError
 from stillhouse.logits import decode, kept_mass
+from stillhouse.losses.divergences import divergence_named, is_unbiased_with_draws
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since
@@ -29,7 +30,6 @@ from stillhouse.pipeline.plan import require_full_step
 from stillhouse.redaction import scrub
 from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
 from stillhouse.student.checkpoint import newest_step
-from stillhouse.student.loss import divergence_named, is_unbiased_with_draws
 from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, require_kept_mass
 from stillhouse.terminal import one_line, printable
 

@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.logits import Head
+from stillhouse.losses.divergences import Divergence, LossTerms, distillation_loss, divergence_named
 from stillhouse.models import final_hidden, head_of
 from stillhouse.student.checkpoint import Commit
 from stillhouse.student.loader import MicroBatch
-from stillhouse.student.loss import Divergence, LossTerms, distillation_loss, divergence_named
 from stillhouse.student.restore import Restored
 from stillhouse.student.snapshot import HostMemory, Snapshot
 from stillhouse.student.unpickling import only_tensors, opened

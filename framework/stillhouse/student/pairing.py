@@ -7,7 +7,7 @@ not keep as one bucket, and no gradient tells the student what is inside it.
 from stillhouse.config import StudentSection
 from stillhouse.errors import ConfigError
 from stillhouse.logits import Codec
-from stillhouse.student.loss import divergence_named, is_unbiased_with_draws
+from stillhouse.losses.divergences import divergence_named, is_unbiased_with_draws
 
 # Measured with reverse KL and JSD on 8 entries: where these held 84 % of the teacher's mass, one bucket reached three quarters of what the
 # whole distribution gains; where they held 40 %, students ended further from their teacher than students of the text alone.

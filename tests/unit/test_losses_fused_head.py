@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import StudentError
 from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
-from stillhouse.student.fused import add_product_
-from stillhouse.student.loss import LossTerms, distillation_loss, divergence_named
-from stillhouse.student.passes import block_tokens_for
+from stillhouse.losses.divergences import LossTerms, distillation_loss, divergence_named
+from stillhouse.losses.fused_head import add_product_
+from stillhouse.losses.head_passes import block_tokens_for
 
 T, H, V, K = 13, 7, 37, 5
 MIX = 0.3

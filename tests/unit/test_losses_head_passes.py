@@ -16,10 +16,10 @@ from torch import Tensor
 
 from helpers.compiling import Kernel, machine_code_sizes
 from stillhouse.logits import CompressedLogits, Head
-from stillhouse.student.buckets import Objective
-from stillhouse.student.fused import head_loss
-from stillhouse.student.loss import forward_kl
-from stillhouse.student.passes import Shares, TorchPasses, passes_for, path_for
+from stillhouse.losses.divergences import forward_kl
+from stillhouse.losses.fused_head import head_loss
+from stillhouse.losses.head_passes import Shares, TorchPasses, passes_for, path_for
+from stillhouse.losses.sparse_gradient import Objective
 
 C, V, K = 3, 4_133, 5  # more than a tile, and no multiple of anything
 DTYPES = [torch.float32, torch.bfloat16]
@@ -61,7 +61,7 @@ def both_passes(passes: Any, products_CV: Tensor, ids_CK: Tensor, share_C1: Tens
 
 
 def in_interpreter_passes(head: Head, options: dict[str, Any], *blocks: tuple[Tensor, ...]) -> list[list[Tensor]]:
-    from stillhouse.student.headkernels import TritonPasses
+    from stillhouse.losses.head_passes_triton import TritonPasses
 
     passes = TritonPasses(head, C, **options)
     return [both_passes(passes, *block) for block in blocks]
@@ -131,7 +131,7 @@ def loss_and_gradients(dtype: torch.dtype, make_passes: Any) -> list[Tensor]:
 
 
 def in_interpreter_loss(dtype: torch.dtype) -> list[Tensor]:
-    from stillhouse.student.headkernels import TritonPasses
+    from stillhouse.losses.head_passes_triton import TritonPasses
 
     return loss_and_gradients(dtype, TritonPasses)
 
@@ -144,7 +144,7 @@ def test_the_whole_loss_is_the_same_by_either_path(interpreter: ProcessPoolExecu
 
 
 def in_interpreter_defect() -> str | None:
-    from stillhouse.student.headkernels import defect
+    from stillhouse.losses.head_passes_triton import defect
 
     return defect(torch.device("cpu"))
 
@@ -157,7 +157,7 @@ def test_the_kernels_pass_the_check_that_they_are_put_to_before_use(interpreter:
     ("failure", "num_tries"), [(torch.OutOfMemoryError("CUDA out of memory"), 3), (RuntimeError("no such instruction"), 1)]
 )
 def test_a_failure_that_may_pass_is_told_and_tried_again_and_one_that_lasts_is_a_reason(failure: Exception, num_tries: int) -> None:
-    from stillhouse.student.headkernels import defect
+    from stillhouse.losses.head_passes_triton import defect
 
     tries = 0
 
@@ -192,7 +192,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     floats = dict.fromkeys(("peaks", "sums", "text_sums", "shares", "text_shares"), "*fp32")
     types = floats | {"products": "*bf16", "width": "i32", "vocab_size": "i32"} | dict.fromkeys(("scale", "softcap", "inverse"), "fp32")
     constants = {"CAPPED": True, "TEXT": True, "TILE": 4096}
-    kernels = [Kernel("stillhouse.student.headkernels", name, types, constants) for name in ("_read", "_write")]
+    kernels = [Kernel("stillhouse.losses.head_passes_triton", name, types, constants) for name in ("_read", "_write")]
     assert all(size > 0 for size in machine_code_sizes(kernels, cache=tmp_path))
 
 

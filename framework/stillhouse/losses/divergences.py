@@ -20,8 +20,8 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.logits import CompressedLogits, Head
-from stillhouse.student.buckets import Divergence, Objective
-from stillhouse.student.fused import head_loss
+from stillhouse.losses.fused_head import head_loss
+from stillhouse.losses.sparse_gradient import Divergence, Objective
 
 
 class LossTerms(NamedTuple):

@@ -64,17 +64,17 @@ def path_for(weight_VH: Tensor) -> Path:
     if weight_VH.dtype == torch.float64:
         return Path("torch", "the kernels sum in float32, the head is float64")
     try:
-        from stillhouse.student import headkernels
+        from stillhouse.losses import head_passes_triton
     except ImportError as error:
         return Path("torch", f"triton cannot be imported: {error}")
-    defect = headkernels.defect(device)
+    defect = head_passes_triton.defect(device)
     return Path("torch", defect) if defect else Path("triton", f"one kernel a pass on {torch.cuda.get_device_name(device)}")
 
 
 def passes_for(head: Head, num_tokens: int, *, temperature: float, text: bool) -> Passes:
     """The passes over blocks of up to `num_tokens` tokens; `text` where cross-entropy or the z-loss is wanted."""
     if path_for(head.weight_VH).name == "triton":
-        from stillhouse.student.headkernels import TritonPasses
+        from stillhouse.losses.head_passes_triton import TritonPasses
 
         return TritonPasses(head, num_tokens, temperature=temperature, text=text)
     return TorchPasses(head, num_tokens, temperature=temperature, text=text)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
-from stillhouse.student.loss import (
+from stillhouse.losses.divergences import (
     Divergence,
     LossTerms,
     distillation_loss,
