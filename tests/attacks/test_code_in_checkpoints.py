@@ -16,13 +16,13 @@ from helpers.command import stillhouse
 from helpers.ranks import RankGroup
 from helpers.training import ListTracker, refusals_of, refuse_outage, train_and_tell, with_student
 from helpers.world import TinyWorld
+from stillhouse.checkpoint.manifest import Commit, newest
 from stillhouse.cluster.session import Secrets
 from stillhouse.errors import CheckpointError
 from stillhouse.evaluate import EvaluationJob, Trained, evaluate
 from stillhouse.models import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt
-from stillhouse.student.checkpoint import Commit, newest
 from stillhouse.student.engine import consolidated_weights, weight_files
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob

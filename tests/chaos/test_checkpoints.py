@@ -19,11 +19,11 @@ from helpers.mortals import Halt, Mortals
 from helpers.ranks import RankGroup
 from helpers.training import restored_through
 from helpers.world import TinyWorld
+from stillhouse.checkpoint.manifest import Commit, newest, newest_step
+from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.patience import Patience
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, newest, newest_step
 from stillhouse.student.job import TrainJob
-from stillhouse.student.writer import CheckpointWriter
 from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow
 
 COLLECTIVES_S = 3.0  # the time-out of the process group in tests of restoring

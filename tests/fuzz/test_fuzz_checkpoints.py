@@ -12,9 +12,9 @@ from helpers.bounded import bounded
 from helpers.checkpoints import make, write_files
 from helpers.mutants import dumps, mutated_bytes, mutated_json
 from helpers.sealing import canonical
+from stillhouse.checkpoint.manifest import Commit, choose, newest, newest_step, part_of, read_part, retain, verify
 from stillhouse.errors import CheckpointError
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, choose, newest, newest_step, part_of, read_part, retain, verify
 
 MUTANTS = 400
 FEW_BYTES = 4096  # of all that is read

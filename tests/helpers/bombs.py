@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from stillhouse.checkpoint.manifest import Commit, Digest, newest, publish
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, Digest, newest, publish
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stillhouse.checkpoint.manifest import Commit, Digest, Origin, folder_of, publish, publish_part, read_part
+from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, Digest, Origin, folder_of, publish, publish_part, read_part
-from stillhouse.student.snapshot import Snapshot
 
 ORIGIN = Origin(zero_stage=3, fingerprint="ab" * 32, settings={"seed": 0, "betas": [0.9, 0.95]})
 # ".bin": a rank opens what ends in ".pt" before it restores

@@ -34,6 +34,10 @@ from helpers.checkpoints import ORIGIN
 from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Disk, Recorder, Unsynced
 from stillhouse.atomic import Buffer, FileLayer
+from stillhouse.checkpoint.fence import require_owner
+from stillhouse.checkpoint.manifest import Choice, Commit, choose, part_of, set_aside, tag_of, verify
+from stillhouse.checkpoint.snapshot import Snapshot
+from stillhouse.checkpoint.writer import RankWriter
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.patience import Patience, insist
 from stillhouse.pipeline.holder import Holder
@@ -42,10 +46,6 @@ from stillhouse.store import Chunk, ChunkStore, Reader, StoreUnavailable
 from stillhouse.store.blobs import Blobs, ObjectLayer
 from stillhouse.store.chunks import ChunkMissing
 from stillhouse.store.readers import commit, join, registered
-from stillhouse.student.checkpoint import Choice, Commit, choose, part_of, set_aside, tag_of, verify
-from stillhouse.student.fence import require_owner
-from stillhouse.student.snapshot import Snapshot
-from stillhouse.student.writer import RankWriter
 from stillhouse.teacher.readership import Readership
 
 NUM_CHUNKS, STEPS_A_CHUNK, CHECKPOINT_EVERY = 3, 2, 2

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from stillhouse.checkpoint.manifest import Commit, choose, tag_of, verify
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, choose, tag_of, verify
 from stillhouse.tracking import CheckpointRow, ChunkRow, DamagedRow, RepairRow, Row, StartRow, TrainRow
 
 

@@ -11,14 +11,14 @@ from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
 from helpers.training import CPU, Alone, ListTracker, refuse_outage
+from stillhouse.checkpoint.restore import restore
+from stillhouse.checkpoint.writer import attempt_name
 from stillhouse.cluster.collectives import gathered, outcomes, told
 from stillhouse.cluster.coordinator import Summons
 from stillhouse.errors import StillhouseError, StudentError
 from stillhouse.store.blobs import StoreUnavailable
 from stillhouse.student.job import TrainJob
-from stillhouse.student.restore import restore
 from stillhouse.student.train import train
-from stillhouse.student.writer import attempt_name
 
 
 def exchange(value: Any) -> tuple[list[Any], Any]:

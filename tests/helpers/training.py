@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
+from stillhouse.checkpoint.restore import Restored, restore
 from stillhouse.cluster.coordinator import Board, Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
 from stillhouse.losses.divergences import distillation_loss, divergence_named
@@ -22,7 +23,6 @@ from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob
 from stillhouse.student.lifeline import BoardLifeline
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
-from stillhouse.student.restore import Restored, restore
 from stillhouse.student.train import train
 from stillhouse.student.universal import convert
 from stillhouse.tracking import Row, TrainRow

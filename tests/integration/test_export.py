@@ -19,6 +19,7 @@ from helpers.s3 import s3_environment
 from helpers.training import ListTracker
 from helpers.world import TinyWorld
 from stillhouse import pipeline
+from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.session import Secrets
 from stillhouse.config import ModelSection
 from stillhouse.evaluate import EvaluationJob, Trained, evaluate, outage_teller
@@ -27,7 +28,6 @@ from stillhouse.patience import Patience
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import claim
 from stillhouse.store import StoreUnavailable
-from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.export import load_trained
 from stillhouse.tracking import OutageRow
 

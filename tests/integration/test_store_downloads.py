@@ -13,10 +13,10 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.faults import FaultyS3, Matches
 from helpers.rangeserver import RangeServer, sparse_file
 from helpers.s3 import s3_environment
+from stillhouse.checkpoint.manifest import Commit, Origin, choose, fetch, newest, verify
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.store import ChunkStore, StoreUnavailable, pack_chunk
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, Origin, choose, fetch, newest, verify
 
 RECIPE = small_recipe()
 LARGE_BYTES, PATIENCE_S = 300_000_000, 0.3

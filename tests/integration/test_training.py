@@ -19,13 +19,13 @@ from helpers.training import (
     with_student,
 )
 from helpers.world import TinyWorld
+from stillhouse.checkpoint.fence import owner_key
+from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.coordinator import Beat, Heard, Summons
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.export import export
-from stillhouse.student.fence import owner_key
 from stillhouse.student.job import TrainJob
 from stillhouse.student.watchdog import stalled
 from stillhouse.tracking import CheckpointRow, TrainRow

@@ -21,12 +21,12 @@ from helpers.history import (
     told_in,
     violations,
 )
+from stillhouse.checkpoint.fence import owner_key, require_owner
+from stillhouse.checkpoint.manifest import Commit, set_aside
+from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit, set_aside
-from stillhouse.student.fence import owner_key, require_owner
-from stillhouse.student.writer import CheckpointWriter
 from stillhouse.tracking import CheckpointRow, ChunkRow, DamagedRow, Journal, RepairRow, Row, TrainRow, read_journal
 
 

@@ -16,11 +16,11 @@ import pytest
 
 from helpers.holders import holding, kill
 from helpers.sealing import sealed_json
+from stillhouse.checkpoint.fence import newest_owner, owner_key, owner_numbers, require_owner
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.pipeline.holder import Holder, Record
 from stillhouse.pipeline.ownership import Lease, locked, owned
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.fence import newest_owner, owner_key, owner_numbers, require_owner
 
 SHORT = Lease(lease_s=0.3, renew_every_s=0.05, look_every_s=0.02)
 PATIENCE_S = 60.0

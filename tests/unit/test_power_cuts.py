@@ -17,12 +17,12 @@ from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Recorder, Unsynced, power_cuts
 from stillhouse import atomic
+from stillhouse.checkpoint.manifest import Commit, newest, part_of, verify
+from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import StillhouseError
 from stillhouse.store import ChunkStore, Reader
 from stillhouse.store.blobs import Blobs
 from stillhouse.store.readers import commit, join, registered
-from stillhouse.student.checkpoint import Commit, newest, part_of, verify
-from stillhouse.student.writer import CheckpointWriter
 from stillhouse.tracking import CheckpointRow, Journal, read_journal
 
 RECIPE = small_recipe()

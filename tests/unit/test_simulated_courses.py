@@ -10,10 +10,10 @@ import pytest
 
 from helpers.courses import RECIPE, Broken, Bucket, Run, World
 from helpers.powercut import Recorder
+from stillhouse.checkpoint.manifest import Choice, Commit, Files, publish
+from stillhouse.checkpoint.snapshot import Snapshot
+from stillhouse.checkpoint.writer import RankWriter
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Choice, Commit, Files, publish
-from stillhouse.student.snapshot import Snapshot
-from stillhouse.student.writer import RankWriter
 
 NUM_COURSES, NUM_POWER_CUTS = 120, 20
 

@@ -30,13 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse.bench.cost import Timings, require_device, shown
 from stillhouse.bench.provenance import Provenance
+from stillhouse.checkpoint.manifest import Commit, Origin
+from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.cluster.session import prepare_process
 from stillhouse.config import StudentSection
 from stillhouse.logits import compress
-from stillhouse.student.checkpoint import Commit, Origin
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch
-from stillhouse.student.writer import CheckpointWriter
 
 SYNCHRONOUS, OURS, COMMITTED, STEP, STEP_MEANWHILE = (
     "save_checkpoint", "stillhouse, blocking", "stillhouse, to the commit", "a step", "a step, while it is written",

@@ -15,6 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cli import estimate
 from stillhouse.cluster.machine import why_not_writable
 from stillhouse.cluster.placement import placement, shortages, student_crew, teacher_crew
@@ -29,7 +30,6 @@ from stillhouse.pipeline.directory import changes_since
 from stillhouse.pipeline.plan import require_full_step
 from stillhouse.redaction import scrub
 from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
-from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, require_kept_mass
 from stillhouse.terminal import one_line, printable
 

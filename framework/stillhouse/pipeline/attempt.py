@@ -10,6 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.errors import InterruptedRunError, RunError, StoreError
 from stillhouse.pipeline.directory import claim, leave_former_place, require_same_run
 from stillhouse.pipeline.holder import Holder
@@ -18,7 +19,6 @@ from stillhouse.pipeline.plan import Plan, require_full_step
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.blobs import Blobs
 from stillhouse.store.probe import require_create_only
-from stillhouse.student.checkpoint import newest_step
 from stillhouse.terminal import printable
 from stillhouse.tracking import (
     EndRow,

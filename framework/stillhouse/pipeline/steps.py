@@ -11,6 +11,7 @@ from pathlib import Path
 from time import time
 from typing import Literal
 
+from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import Crews, placement, student_crew, teacher_crew
 from stillhouse.cluster.session import attached, await_room, call_remotely, local_secrets
@@ -30,7 +31,6 @@ from stillhouse.pipeline.plan import Plan, resolved
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader, StoreForbidden
 from stillhouse.store.readers import join, leave, reader_name
-from stillhouse.student.checkpoint import newest_step
 from stillhouse.student.job import order_of_reader, where_it_goes_on
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit

@@ -23,16 +23,16 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stillhouse.checkpoint.manifest import Commit
+from stillhouse.checkpoint.restore import Restored
+from stillhouse.checkpoint.snapshot import HostMemory, Snapshot
+from stillhouse.checkpoint.unpickling import only_tensors, opened
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.logits import Head
 from stillhouse.losses.divergences import Divergence, LossTerms, distillation_loss, divergence_named
 from stillhouse.models import final_hidden, head_of
-from stillhouse.student.checkpoint import Commit
 from stillhouse.student.loader import MicroBatch
-from stillhouse.student.restore import Restored
-from stillhouse.student.snapshot import HostMemory, Snapshot
-from stillhouse.student.unpickling import only_tensors, opened
 
 with patch.object(torch, "compile", lambda function: function):  # every engine imports Muon, whose file would load torch's compiler: 0.7 s
     import deepspeed.runtime.zero.muon.muon_optimizer

@@ -8,11 +8,11 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stillhouse.atomic import DISK, FileLayer, whole_directory
+from stillhouse.checkpoint.manifest import newest_copy
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import load_model
 from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell
-from stillhouse.student.checkpoint import newest_copy
 from stillhouse.student.engine import consolidated_weights, weight_files
 
 

@@ -12,6 +12,10 @@ from time import monotonic
 import torch
 import torch.distributed as dist
 
+from stillhouse.checkpoint.fence import require_owner
+from stillhouse.checkpoint.manifest import Commit
+from stillhouse.checkpoint.restore import restore
+from stillhouse.checkpoint.writer import CheckpointWriter, attempt_name
 from stillhouse.cluster.collectives import gathered
 from stillhouse.cluster.coordinator import Past, Summons
 from stillhouse.errors import StudentError
@@ -20,16 +24,12 @@ from stillhouse.models import load_model
 from stillhouse.patience import Tell
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, readers
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Commit
 from stillhouse.student.engine import StudentEngine, learning_rate_at
-from stillhouse.student.fence import require_owner
 from stillhouse.student.job import TrainJob
 from stillhouse.student.lifeline import Lifeline
 from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
-from stillhouse.student.restore import restore
 from stillhouse.student.universal import convert
-from stillhouse.student.writer import CheckpointWriter, attempt_name
 from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, OutageRow, RecoveryRow, Tracker, TrainRow
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from deepspeed.checkpoint import ds_to_universal
 
+from stillhouse.checkpoint.unpickling import only_tensors
 from stillhouse.errors import CheckpointError
-from stillhouse.student.unpickling import only_tensors
 
 
 def convert(folder: Path, out: Path) -> None:

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import xxhash
 
+from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.store.blobs import Blobs, StoreUnavailable
 from stillhouse.store.download import RANGE_BYTES
-from stillhouse.student.scratch import scratch_folder
 
 Files = Mapping[str, tuple[int, str]]  # name -> (bytes, xxh3)
 

@@ -16,12 +16,12 @@ from typing import IO, Any, Self, TypeVar, cast
 import torch
 
 from stillhouse.atomic import DISK, FileLayer
+from stillhouse.checkpoint.manifest import Commit, Digest, Files, Origin, folder_of, publish, publish_part, read_part, retain
+from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.cluster.collectives import told
 from stillhouse.errors import StoreError
 from stillhouse.patience import DEFAULT_PATIENCE, Patience, given_up
 from stillhouse.store.blobs import Blobs, StoreUnavailable
-from stillhouse.student.checkpoint import Commit, Digest, Files, Origin, folder_of, publish, publish_part, read_part, retain
-from stillhouse.student.snapshot import Snapshot
 
 _Answer = TypeVar("_Answer")
 

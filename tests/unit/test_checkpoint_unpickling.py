@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from helpers.bombs import Bomb, write_archive
+from stillhouse.checkpoint.unpickling import ALLOWED, only_tensors, opened
 from stillhouse.cli.main import app
 from stillhouse.cluster.environment import forbid_pickled_code
 from stillhouse.cluster.session import prepare_process
 from stillhouse.errors import CheckpointError
-from stillhouse.student.unpickling import ALLOWED, only_tensors, opened
 
 
 def named(path: str) -> bytes:

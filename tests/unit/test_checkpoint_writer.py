@@ -11,12 +11,12 @@ import torch
 from helpers.checkpoints import ORIGIN, snapshot_of, write_files
 from helpers.rangeserver import RangeServer, Refusal
 from helpers.s3 import s3_environment
+from stillhouse.checkpoint.manifest import Commit, Origin, folder_of, newest, part_of
+from stillhouse.checkpoint.snapshot import HostMemory, Snapshot
+from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.patience import Patience
 from stillhouse.store import StoreUnavailable
-from stillhouse.student.checkpoint import Commit, Origin, folder_of, newest, part_of
-from stillhouse.student.snapshot import HostMemory, Snapshot
-from stillhouse.student.writer import CheckpointWriter
 
 CPU = torch.device("cpu")
 

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from stillhouse.checkpoint.manifest import Choice, Commit, Origin, choose, fetch, local_folder, set_aside, unlike
+from stillhouse.checkpoint.scratch import scratch_folder
+from stillhouse.checkpoint.unpickling import opened
 from stillhouse.cluster.collectives import gathered, outcomes
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import Choice, Commit, Origin, choose, fetch, local_folder, set_aside, unlike
-from stillhouse.student.scratch import scratch_folder
-from stillhouse.student.unpickling import opened
 
 Convert = Callable[[Path, Path], None]  # (a checkpoint's folder, the folder to make)
 

@@ -11,9 +11,7 @@ import xxhash
 
 from helpers.checkpoints import FILES, ORIGIN, commit_files, make, write_files
 from helpers.training import refuse_outage
-from stillhouse.errors import CheckpointError
-from stillhouse.store.blobs import Blobs
-from stillhouse.student.checkpoint import (
+from stillhouse.checkpoint.manifest import (
     Choice,
     Commit,
     Origin,
@@ -32,6 +30,8 @@ from stillhouse.student.checkpoint import (
     unlike,
     verify,
 )
+from stillhouse.errors import CheckpointError
+from stillhouse.store.blobs import Blobs
 
 PART = part_of(1, 2)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.student.scratch import scratch_folder
+from stillhouse.checkpoint.scratch import scratch_folder
 
 
 def test_what_a_dead_process_left_goes_and_what_is_in_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

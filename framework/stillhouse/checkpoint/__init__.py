@@ -1,0 +1,1 @@
+"""Checkpoints: files of all ranks that one manifest makes a commit."""
