@@ -30,11 +30,11 @@ from stillhouse import pipeline
 from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.session import Secrets
-from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.errors import ChunkError, RecipeError, StillhouseError
 from stillhouse.patience import Patience
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since, config_of
+from stillhouse.sequences import Corpus, prepare_corpus
 from stillhouse.store import Chunk, ChunkStore, Reader, readers, verify_store
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import TeacherJob, publish_when_possible

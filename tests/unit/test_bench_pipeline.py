@@ -16,10 +16,10 @@ from stillhouse.bench.in_turn import Lesson, train_in_turn
 from stillhouse.bench.pipeline import InTurn, Round, paces, ratios
 from stillhouse.bench.provenance import Provenance
 from stillhouse.config import StudentSection, TeacherSection
-from stillhouse.corpus import Rows
 from stillhouse.errors import RunError
 from stillhouse.logits import concatenate
 from stillhouse.models import load_model
+from stillhouse.sequences import Rows
 from stillhouse.store import Recipe
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch

@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from stillhouse.cli.demo import Shape, Sizes, demo_config, learning_rate_share, llama_config, make_models, run_demo, train_teacher
 from stillhouse.config import CorpusSection, load_config
-from stillhouse.corpus import Corpus, Rows, prepare_corpus
 from stillhouse.errors import ConfigError
 from stillhouse.models import check_head, check_packing, check_same_ids, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
 from stillhouse.report import write_report
+from stillhouse.sequences import Corpus, Rows, prepare_corpus
 
 CORPUS = CorpusSection(dataset="stdlib", sequence_length=32, max_documents=12, heldout_sequences=16)
 SIZES = Sizes(

@@ -16,10 +16,10 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from stillhouse.cli.demo import Shape, Sizes, learning_rate_share, llama_config
-from stillhouse.corpus import Corpus
 from stillhouse.logits import Codec, CompressedLogits, Head, compress, decode, encode, token_seeds
 from stillhouse.losses.divergences import distillation_loss, forward_kl
 from stillhouse.models import final_hidden, head_of
+from stillhouse.sequences import Corpus
 
 Kind = Literal["text", "everything", "stored", "independent", "weighted"]
 

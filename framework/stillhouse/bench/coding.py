@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from stillhouse.bench.codec import power_law_logits
 from stillhouse.bench.trained import heldout_logits
-from stillhouse.corpus import Corpus
 from stillhouse.logits import Codec, compress, token_seeds
+from stillhouse.sequences import Corpus
 
 _NUM_TOKENS = 128
 _NUM_DRAWS = 50

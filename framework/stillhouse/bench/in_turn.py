@@ -19,10 +19,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stillhouse.config import StudentSection, TeacherSection
-from stillhouse.corpus import Rows
 from stillhouse.logits import CompressedLogits, concatenate
 from stillhouse.losses.divergences import distillation_loss, divergence_named
 from stillhouse.models import final_hidden, head_of, load_model
+from stillhouse.sequences import Rows
 from stillhouse.store import Recipe
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
 

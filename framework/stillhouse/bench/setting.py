@@ -16,9 +16,9 @@ from rich.console import Console
 from stillhouse.bench.in_turn import Form, Lesson
 from stillhouse.cli.demo import Sizes, make_models
 from stillhouse.config import Config, parse_config
-from stillhouse.corpus import Rows
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan, plan
+from stillhouse.sequences import Rows
 
 NUM_CORES = 2
 _WINDOWS_AHEAD = 3  # shuffle windows that teachers may be ahead: all but unlimited would let them finish before the student has begun

@@ -26,11 +26,11 @@ from stillhouse.bench.trained import DEMO_TEACHER
 from stillhouse.cli.demo import Sizes, demo_config, make_models
 from stillhouse.cluster.session import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
-from stillhouse.corpus import Split, prepare_corpus
 from stillhouse.errors import ConfigError
 from stillhouse.evaluate import EvaluationJob, Scores, evaluate
 from stillhouse.logits import Codec
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.sequences import Split, prepare_corpus
 
 BUDGETS = (24, 48, 128)  # bytes a record
 _PROPOSALS = (0.8, 1.25)  # powers of the teacher's distribution

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillhouse.config import TeacherSection
-from stillhouse.corpus import Corpus, prepare_corpus
 from stillhouse.errors import ConfigError
 from stillhouse.models import final_hidden, head_of, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.sequences import Corpus, prepare_corpus
 
 DEMO_TEACHER = Path("runs/demo/models/teacher")
 _DOCUMENTS = 100  # the held-out text is in the first of them

@@ -28,12 +28,12 @@ from stillhouse.atomic import remove_tree, whole_directory
 from stillhouse.cluster.machine import require
 from stillhouse.cluster.session import lacks
 from stillhouse.config import Config, CorpusSection, load_config
-from stillhouse.corpus import Corpus, prepare_corpus
-from stillhouse.corpus.documents import load_documents
 from stillhouse.models import final_hidden, tokenizer_digest
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
 from stillhouse.report.summary import summarise, verdict
+from stillhouse.sequences import Corpus, prepare_corpus
+from stillhouse.sequences.documents import load_documents
 from stillhouse.terminal import printable
 from stillhouse.tracking import read_journal
 

@@ -12,7 +12,6 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.config import Config, ModelSection, StudentSection, TeacherSection
-from stillhouse.corpus import Split, prepare_corpus
 from stillhouse.errors import ConfigError
 from stillhouse.models import (
     ModelIdentity,
@@ -23,6 +22,7 @@ from stillhouse.models import (
     tokenizer_digest,
     vocab_size_of,
 )
+from stillhouse.sequences import Split, prepare_corpus
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.blobs import Blobs
 from stillhouse.student.job import TrainJob, order_of

@@ -23,10 +23,10 @@ import xxhash
 from stillhouse import atomic
 from stillhouse.cache import writing_cache
 from stillhouse.config import CorpusSection
-from stillhouse.corpus.documents import Documents, load_documents
-from stillhouse.corpus.stored import BLOCK_TOKENS, CACHE_VERSION, Corpus, Rows, rows_per_batch, write_corpus
-from stillhouse.corpus.tokens import Tokens, tokenise
 from stillhouse.errors import CorpusError
+from stillhouse.sequences.corpus import BLOCK_TOKENS, CACHE_VERSION, Corpus, Rows, rows_per_batch, write_corpus
+from stillhouse.sequences.documents import Documents, load_documents
+from stillhouse.sequences.tokens import Tokens, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

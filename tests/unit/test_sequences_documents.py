@@ -12,9 +12,9 @@ import pytest
 from helpers.conversions import converted_as_told
 from helpers.damage import small_disk
 from stillhouse.config import CorpusSection
-from stillhouse.corpus.documents import cure_of_hub, from_dataset, load_documents, looks_like_path, shuffled_order
-from stillhouse.corpus.jsonfiles import first_fault
 from stillhouse.errors import CorpusError, UserError
+from stillhouse.sequences.documents import cure_of_hub, from_dataset, load_documents, looks_like_path, shuffled_order
+from stillhouse.sequences.json_files import first_fault
 
 TEXTS = [f"document number {number}" for number in range(20)]
 

@@ -20,8 +20,8 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from stillhouse.corpus.documents import shuffled_order
 from stillhouse.errors import CorpusError
+from stillhouse.sequences.documents import shuffled_order
 
 Number = TypeVar("Number", np.int32, np.uint8)
 

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.config import CorpusSection
-from stillhouse.corpus.conversations import checked_messages
-from stillhouse.corpus.cpu_limit import CpuLimitError, cpu_limit
-from stillhouse.corpus.documents import Documents
 from stillhouse.errors import CorpusError
+from stillhouse.sequences.conversations import checked_messages
+from stillhouse.sequences.cpu_limit import CpuLimitError, cpu_limit
+from stillhouse.sequences.documents import Documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

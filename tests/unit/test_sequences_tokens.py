@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from helpers.conversions import converted_as_told
 from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from stillhouse.config import CorpusSection
-from stillhouse.corpus import Split, prepare_corpus
-from stillhouse.corpus.documents import Documents
-from stillhouse.corpus.tokens import tokenise
 from stillhouse.errors import CorpusError
+from stillhouse.sequences import Split, prepare_corpus
+from stillhouse.sequences.documents import Documents
+from stillhouse.sequences.tokens import tokenise
 
 QUESTION = {"role": "user", "content": "Which tree is it?"}
 ANSWER = {"role": "assistant", "content": "An old oak."}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from stillhouse.config import CorpusSection
-from stillhouse.corpus import Corpus, prepare_corpus
+from stillhouse.sequences import Corpus, prepare_corpus
 
 LENGTH = 64
 NO_HEADERS = (  # an assistant's turn has no header, and a system's leaves no trace: a document may begin with an assistant's word

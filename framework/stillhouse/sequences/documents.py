@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from stillhouse import atomic
 from stillhouse.cache import is_no_room, unwritable, writing_cache
 from stillhouse.config import CorpusSection
-from stillhouse.corpus.conversations import cure_of_columns
-from stillhouse.corpus.jsonfiles import first_fault
 from stillhouse.errors import CorpusError
+from stillhouse.sequences.conversations import cure_of_columns
+from stillhouse.sequences.json_files import first_fault
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".py", ".md"})
 TABLE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
