@@ -11,7 +11,7 @@ from helpers.chunks import make_records
 from helpers.mutants import mutated_bytes
 from helpers.pagereader import read_record
 from stillhouse.errors import ChunkError
-from stillhouse.logits import Codec, CompressedLogits, decode, devicecodec, encode
+from stillhouse.logits import Codec, CompressedLogits, codec_torch, decode, encode
 
 CODECS = {
     "kept": Codec(300, 4),
@@ -58,7 +58,7 @@ def test_a_record_is_its_targets_own_or_is_refused_with_chunk_error(rng: random.
         record = mutant(rng, bytes(rng.choice([*whole_TB])), codec)
         records_TB = torch.frombuffer(bytearray(record), dtype=torch.uint8).reshape(1, -1)
         found = bounded(lambda records_TB=records_TB: decode(records_TB, codec), num_bytes=len(record), refusal=ChunkError)
-        on_device = bounded(lambda records_TB=records_TB: devicecodec.decode(records_TB, codec), num_bytes=len(record), refusal=ChunkError)
+        on_device = bounded(lambda records_TB=records_TB: codec_torch.decode(records_TB, codec), num_bytes=len(record), refusal=ChunkError)
         assert (found is not None) == (on_device is not None) == page_reads(record, codec), record.hex()
         if found is not None and on_device is not None:
             assert encode(found, codec).numpy().tobytes() == record, record.hex()

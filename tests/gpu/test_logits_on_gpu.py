@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, Head, compress, compress_hidden, compress_reference, kernels, path_for, token_seeds
+from stillhouse.logits import CompressedLogits, Head, compress, compress_hidden, compress_reference, path_for, token_seeds
+from stillhouse.logits.topk import blockmax_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(151_936, 64), (151_936, 512), (128_256, 16), (32_000, 128), (262_144, 64), (151_665, 1), (151_936, 0), (4_097, 16)]
@@ -25,7 +26,7 @@ def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
 
 @pytest.mark.parametrize("row_stride", [151_669, 151_680])
 def test_the_kernels_pass_their_own_test(gpu: torch.device, row_stride: int) -> None:
-    assert kernels.defect(gpu, vocab_size=151_669, k=64, dtype=torch.bfloat16, row_stride=row_stride) is None
+    assert blockmax_triton.defect(gpu, vocab_size=151_669, k=64, dtype=torch.bfloat16, row_stride=row_stride) is None
 
 
 def test_more_entries_than_the_kernels_are_for_equal_the_reference(gpu: torch.device) -> None:

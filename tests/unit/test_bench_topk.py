@@ -8,7 +8,7 @@ import torch
 
 from helpers.command import stillhouse
 from stillhouse.bench.topk import Setting
-from stillhouse.logits import native
+from stillhouse.logits.topk import blockmax_cpu
 
 
 def test_the_verb_writes_what_it_measured(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_the_verb_writes_what_it_measured(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert found["setting"] == {"device": "cpu", "vocab_size": 2000, "k": 8, "num_tokens": 4, "dtype": "bfloat16"}
     assert found["allocator"] in done.out
-    has_compiler = native.compiled().split_rows is not None
+    has_compiler = blockmax_cpu.compiled().split_rows is not None
     assert found["path"]["name"] == ("native" if has_compiler else "blockmax")
     assert ("the filter in C" in found["seconds"]) == has_compiler
     assert found["seconds"].keys() == found["times_eager"].keys() == found["extra_bytes"].keys()

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.errors import ChunkError, ConfigError
-from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, devicecodec, encode, fidelity, hostcodec
+from stillhouse.logits import Codec, CompressedLogits, codec_numpy, codec_torch, compress, concatenate, decode, encode, fidelity
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codec_v1.hex"
-in_both_libraries = pytest.mark.parametrize("library", [hostcodec, devicecodec], ids=["numpy", "torch"])
+in_both_libraries = pytest.mark.parametrize("library", [codec_numpy, codec_torch], ids=["numpy", "torch"])
 
 
 def target_of(logits: torch.Tensor, codec: Codec, *, seed: int = 0) -> CompressedLogits:

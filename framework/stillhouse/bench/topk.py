@@ -21,8 +21,9 @@ from torch import Tensor
 from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, shown, time_in_turn
 from stillhouse.bench.provenance import Provenance
 from stillhouse.errors import ConfigError
-from stillhouse.logits import blockmax, compress, native, path_for, token_seeds
-from stillhouse.logits.rawtopk import RawTopK, normalise
+from stillhouse.logits import compress, path_for, token_seeds
+from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
+from stillhouse.logits.topk.found import RawTopK, normalise
 
 EAGER = "torch: topk, logsumexp"
 _SCALE = 4.0
@@ -110,19 +111,19 @@ def _works(setting: Setting, repeat: int, *, with_compile: bool) -> dict[str, Wo
         EAGER: lambda: [*logits_TV.topk(k, dim=1), logits_TV.float().logsumexp(dim=1)],
         "stillhouse": lambda: _tensors(logits_TV, k=k, num_draws=0),
         f"stillhouse, and {_NUM_DRAWS} draws": lambda: _tensors(logits_TV, k=k, num_draws=_NUM_DRAWS),
-        "the filter in torch": lambda: in_raw(partial(blockmax.split, k=k, temperature=1.0)),
+        "the filter in torch": lambda: in_raw(partial(blockmax_torch.split, k=k, temperature=1.0)),
     }
     if with_compile:
         works["torch: topk, compiled logsumexp"] = lambda: [*logits_TV.topk(k, dim=1), _compiled_logsumexp()(logits_TV.float(), dim=1)]
         works["torch.compile: the filter's pass alone"] = lambda: _compiled_pass()(logits_TV)
-    split_rows = native.compiled().split_rows
+    split_rows = blockmax_cpu.compiled().split_rows
     if setting.device == "cpu" and split_rows is not None:
-        works["the filter in C"] = lambda: in_raw(partial(native.split, split_rows, k=k, temperature=1.0))
+        works["the filter in C"] = lambda: in_raw(partial(blockmax_cpu.split, split_rows, k=k, temperature=1.0))
     if setting.device == "cuda" and find_spec("triton"):
-        from stillhouse.logits import kernels
+        from stillhouse.logits.topk import blockmax_triton
 
-        if k <= kernels.MOST_ENTRIES:
-            works["the filter in Triton"] = lambda: in_raw(lambda logits_TV: kernels.launch(logits_TV, k=k, temperature=1.0)[0])
+        if k <= blockmax_triton.MOST_ENTRIES:
+            works["the filter in Triton"] = lambda: in_raw(lambda logits_TV: blockmax_triton.launch(logits_TV, k=k, temperature=1.0)[0])
     if setting.device == "cuda" and find_spec("flashinfer"):
         import flashinfer
 
@@ -138,8 +139,8 @@ def _tensors(logits_TV: Tensor, *, k: int, num_draws: int) -> Sequence[Tensor]:
 
 def _pass(logits_TV: Tensor) -> Sequence[Tensor]:
     """Block maxima and sums of exponentials: all of the filter that reads every logit."""
-    num_blocks = logits_TV.shape[1] // blockmax.BLOCK_IDS
-    blocks_TMB = logits_TV[:, : num_blocks * blockmax.BLOCK_IDS].float().unflatten(1, (num_blocks, blockmax.BLOCK_IDS))
+    num_blocks = logits_TV.shape[1] // blockmax_torch.BLOCK_IDS
+    blocks_TMB = logits_TV[:, : num_blocks * blockmax_torch.BLOCK_IDS].float().unflatten(1, (num_blocks, blockmax_torch.BLOCK_IDS))
     maxima_TM = blocks_TMB.amax(dim=2)
     return [maxima_TM, (blocks_TMB - maxima_TM[:, :, None]).exp().sum(dim=2)]
 

@@ -2,12 +2,12 @@
 
 from stillhouse.logits.codec import decode, encode
 from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity, kept_mass
-from stillhouse.logits.dispatch import Path, compress, compress_hidden, path_for
-from stillhouse.logits.draws import token_seeds
 from stillhouse.logits.head import Head
 from stillhouse.logits.record import CODEC_VERSION, Codec
-from stillhouse.logits.shards import compress_shard
-from stillhouse.logits.topk import compress_reference
+from stillhouse.logits.topk.dispatch import Path, compress, compress_hidden, path_for
+from stillhouse.logits.topk.draws import token_seeds
+from stillhouse.logits.topk.reference import compress_reference
+from stillhouse.logits.topk.shards import compress_shard
 
 __all__ = [
     "CODEC_VERSION",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import ChunkError, ConfigError
-from stillhouse.logits import devicecodec, hostcodec
+from stillhouse.logits import codec_numpy, codec_torch
 from stillhouse.logits.compressed import CompressedLogits
 from stillhouse.logits.record import Codec
 
@@ -23,7 +23,7 @@ def encode(c: CompressedLogits, codec: Codec) -> Tensor:
         raise ConfigError(
             f"a target of (vocabulary, k, draws, temperature) = {found} meets a codec of {wanted}; build both from one recipe"
         )
-    return hostcodec.encode(c, codec) if c.token_ids_TK.device.type == "cpu" else devicecodec.encode(c, codec)
+    return codec_numpy.encode(c, codec) if c.token_ids_TK.device.type == "cpu" else codec_torch.encode(c, codec)
 
 
 def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
@@ -36,4 +36,4 @@ def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
             f"records are {records_TB.dtype} {list(records_TB.shape)}, wanted uint8 [tokens, {codec.bytes_per_token}] for {codec}; "
             "read them with the codec of their recipe"
         )
-    return hostcodec.decode(records_TB, codec) if records_TB.device.type == "cpu" else devicecodec.decode(records_TB, codec)
+    return codec_numpy.decode(records_TB, codec) if records_TB.device.type == "cpu" else codec_torch.decode(records_TB, codec)

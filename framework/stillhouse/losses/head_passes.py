@@ -1,7 +1,7 @@
 """The two passes over a block of logits, all that is done to them at full width: one sums them up, one turns them into their gradient.
 
 Both work on products, h W^T + b, and take the scale and the soft-capping of the head in their stride. `TorchPasses` is the reference and
-the way of the CPU; `headkernels` has the same two passes as one kernel each.
+the way of the CPU; `head_passes_triton` has the same two passes as one kernel each.
 
 Shapes: C tokens of one block, K kept entries, V vocabulary.
 """

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits import CompressedLogits, compress, compress_reference
-from stillhouse.logits.rawtopk import normalise
-from stillhouse.logits.shards import compress_shard, merge_shards, shard_topk
+from stillhouse.logits.topk.found import normalise
+from stillhouse.logits.topk.shards import compress_shard, merge_shards, shard_topk
 
 FIELDS = ("token_ids_TK", "logprobs_TK", "tail_logmass_T", "tail_ids_TN")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.logits.rawtopk import RawTopK
+from stillhouse.logits.topk.found import RawTopK
 
 BLOCK_IDS = 128
 _CACHED_LOGITS = 1 << 17  # whose two float32 copies stay in a core's cache

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from stillhouse.logits.rawtopk import RawTopK
+from stillhouse.logits.topk.found import RawTopK
 
 _SOURCE = Path(__file__).with_name("blockmax.c")
 _OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")

@@ -15,8 +15,8 @@ is less work where draws are few. The two agree but for draws within the roundin
 import torch
 from torch import Tensor
 
-from stillhouse.logits.blockmax import windows
-from stillhouse.logits.rawtopk import RawTopK
+from stillhouse.logits.topk.blockmax_torch import windows
+from stillhouse.logits.topk.found import RawTopK
 
 _ONE = 2.0**40  # the whole number that stands for the tail's greatest mass; 2^22 of these still fit into an int64
 _BELOW_ONE = 1.0 - 2.0**-53  # the double before 1: times a number, and rounded, it is still less than that number

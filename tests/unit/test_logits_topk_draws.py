@@ -10,20 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.errors import ConfigError
-from stillhouse.logits import (
-    Codec,
-    Head,
-    blockmax,
-    compress,
-    compress_hidden,
-    compress_reference,
-    decode,
-    densify,
-    encode,
-    native,
-    token_seeds,
-)
-from stillhouse.logits.draws import draw, draw_in_blocks, draw_rest, or_lowest
+from stillhouse.logits import Codec, Head, compress, compress_hidden, compress_reference, decode, densify, encode, token_seeds
+from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
+from stillhouse.logits.topk.draws import draw, draw_in_blocks, draw_rest, or_lowest
 
 MASK = (1 << 64) - 1
 
@@ -83,7 +72,7 @@ def test_each_draw_is_where_its_number_falls_in_the_sums_of_whole_masses(data: s
     assert all(logits[0, i] > -math.inf for i in wanted)
 
 
-SPLITS = ["torch", "torch, at once", *(["c"] if native.compiled().split_rows else [])]
+SPLITS = ["torch", "torch, at once", *(["c"] if blockmax_cpu.compiled().split_rows else [])]
 
 
 @pytest.mark.parametrize("path", ["reference", *SPLITS])
@@ -118,11 +107,11 @@ def by_path(path: str, logits: torch.Tensor, *, k: int, num_draws: int, temperat
     """The draws of `seeds`, whatever path `compress` itself would take."""
     if path == "reference":
         return compress_reference(logits, k=k, tail_draws=num_draws, temperature=temperature, seeds_T=seeds(len(logits))).tail_ids_TN
-    split_rows = native.compiled().split_rows
+    split_rows = blockmax_cpu.compiled().split_rows
     if path == "c" and split_rows:
-        raw = native.split(split_rows, logits, k=k, temperature=temperature)
+        raw = blockmax_cpu.split(split_rows, logits, k=k, temperature=temperature)
     else:
-        raw = blockmax.split(logits, k=k, temperature=temperature)
+        raw = blockmax_torch.split(logits, k=k, temperature=temperature)
     if path.endswith("at once"):
         return draw_rest(logits, raw, seeds(len(logits)), num_draws=num_draws, temperature=temperature)
     draws = draw_in_blocks(logits, raw, seeds(len(logits)), num_draws=num_draws, temperature=temperature)

@@ -13,23 +13,24 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, Head, blockmax, compress, compress_hidden, compress_reference, native, path_for, topk
-from stillhouse.logits.rawtopk import RawTopK, normalise
+from stillhouse.logits import CompressedLogits, Head, compress, compress_hidden, compress_reference, path_for
+from stillhouse.logits.topk import blockmax_cpu, blockmax_torch, reference
+from stillhouse.logits.topk.found import RawTopK, normalise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def by_torch(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
-    return blockmax.split(logits, k=k, temperature=temperature)
+    return blockmax_torch.split(logits, k=k, temperature=temperature)
 
 
 def by_c(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
-    split_rows = native.compiled().split_rows
+    split_rows = blockmax_cpu.compiled().split_rows
     assert split_rows is not None
-    return native.split(split_rows, logits, k=k, temperature=temperature)
+    return blockmax_cpu.split(split_rows, logits, k=k, temperature=temperature)
 
 
-SPLITS = [by_torch, by_c] if native.compiled().split_rows else [by_torch]
+SPLITS = [by_torch, by_c] if blockmax_cpu.compiled().split_rows else [by_torch]
 either_way = pytest.mark.parametrize("split", SPLITS)
 Split = Callable[..., RawTopK]
 
@@ -180,13 +181,13 @@ class Reads(TorchDispatchMode):
 
 def test_a_gpu_reads_many_rows_at_once_and_a_cpu_as_many_as_its_cache_holds() -> None:
     vocab_size = 40_000
-    rows_read, _ = blockmax.rows_at_once(torch.device("cpu"), vocab_size)
+    rows_read, _ = blockmax_torch.rows_at_once(torch.device("cpu"), vocab_size)
     with Reads() as reads:
         by_torch(random_logits(10, vocab_size, seed=0), k=4)
     assert (rows_read, reads.num) == (3, 4)
-    rows_read, rows_selected = blockmax.rows_at_once(torch.device("cuda", 1), 151_936)
+    rows_read, rows_selected = blockmax_torch.rows_at_once(torch.device("cuda", 1), 151_936)
     assert rows_read == rows_selected >= 100
-    assert topk.rows_at_once(torch.device("cuda", 1), 151_936) >= 100
+    assert reference.rows_at_once(torch.device("cuda", 1), 151_936) >= 100
 
 
 def test_rows_in_doubt_are_asked_for_a_block_at_a_time() -> None:
@@ -219,24 +220,24 @@ def executable(path: FilePath, script: str) -> str:
     ],
 )
 def test_a_broken_compiler_is_a_reason_and_not_an_error(tmp_path: FilePath, script: str, why: str) -> None:
-    found = native.compile_with(executable(tmp_path / "cc", script))
+    found = blockmax_cpu.compile_with(executable(tmp_path / "cc", script))
     assert found.split_rows is None
     assert why in found.why
 
 
 def test_a_missing_compiler_is_a_reason(tmp_path: FilePath) -> None:
-    assert "no C compiler" in native.compile_with(None).why
-    assert "makes nothing that can be loaded" in native.compile_with(str(tmp_path / "gone")).why
+    assert "no C compiler" in blockmax_cpu.compile_with(None).why
+    assert "makes nothing that can be loaded" in blockmax_cpu.compile_with(str(tmp_path / "gone")).why
 
 
 def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: FilePath) -> None:
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := find(name))), None)
     if compiler is None:
-        assert native.compiled().split_rows is None
+        assert blockmax_cpu.compiled().split_rows is None
         return
     (tmp_path / "wrong.c").write_text("int split_rows(void) { return 0; }\n")
     script = f'for last; do :; done; {compiler} -shared -fPIC {tmp_path / "wrong.c"} -o "$last"'
-    assert "answers wrongly" in native.compile_with(executable(tmp_path / "cc", script)).why
+    assert "answers wrongly" in blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).why
 
 
 def find(name: str) -> str | None:
@@ -245,8 +246,8 @@ def find(name: str) -> str | None:
 
 def test_the_path_says_which_and_why() -> None:
     logits = torch.zeros(2, 9)
-    assert path_for(logits, k=3).name == ("native" if native.compiled().split_rows else "blockmax")
-    assert path_for(logits, k=3).why == native.compiled().why
+    assert path_for(logits, k=3).name == ("native" if blockmax_cpu.compiled().split_rows else "blockmax")
+    assert path_for(logits, k=3).why == blockmax_cpu.compiled().why
     assert path_for(logits[:0], k=3).why == "there are no logits"
     assert path_for(logits, k=3, temperature=1e-35).name == "reference"
     assert path_for(logits.to("meta"), k=3).why == "there are no kernels for meta"

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from stillhouse.errors import TeacherError
 from stillhouse.logits.compressed import CompressedLogits
-from stillhouse.logits.dispatch import raw_topk
-from stillhouse.logits.rawtopk import RawTopK, normalise
-from stillhouse.logits.topk import checked_seeds
+from stillhouse.logits.topk.dispatch import raw_topk
+from stillhouse.logits.topk.found import RawTopK, normalise
+from stillhouse.logits.topk.reference import checked_seeds
 
 _NO_ID = 2**31 - 1  # of an entry that a shard with fewer than K ids does not have: behind every id that ties with it
 

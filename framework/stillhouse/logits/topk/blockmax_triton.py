@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stillhouse.logits import blockmax
 from stillhouse.logits.launching import may_pass, run_kernel
-from stillhouse.logits.rawtopk import RawTopK
+from stillhouse.logits.topk import blockmax_torch
+from stillhouse.logits.topk.found import RawTopK
 
 MOST_ENTRIES = 512  # kept; above it `_pick` and `_rank` need more registers than there are, and minutes of compiling
 _TILE_LOGITS = 4096  # read by one program at a time
@@ -106,7 +106,7 @@ def defect(
         if may_pass(failure):
             raise
         return f"triton {triton.__version__} fails on {device}: {type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
-    exact = blockmax.split(exact_TV, k=k, temperature=2.0)
+    exact = blockmax_torch.split(exact_TV, k=k, temperature=2.0)
     exact_sums_T = exact.rest_sums_TM.sum(dim=1) * ((exact.rest_base_T - ours.rest_base_T.cpu()) / 2.0).exp()
     same_ids = torch.equal(ids_TK[sure_T], exact.token_ids_TK[sure_T])
     same_sums = torch.allclose(sums_T[sure_T], exact_sums_T[sure_T], rtol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.draws import draw, or_lowest
+from stillhouse.logits.topk.draws import draw, or_lowest
 
 _CPU_LOGITS = 1 << 20  # worked on at one time: a few float32 copies of these are the memory beyond the logits themselves
 _GPU_LOGITS = 1 << 24  # the same; each block of rows costs tens of launches and some waits, however few the rows

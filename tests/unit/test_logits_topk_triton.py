@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.compiling import Kernel, machine_code_sizes
-from stillhouse.logits import Head, Path, blockmax, compress_hidden, compress_reference, kernels, path_for, token_seeds
-from stillhouse.logits.draws import draw_in_blocks
-from stillhouse.logits.rawtopk import RawTopK, normalise
+from stillhouse.logits import Head, Path, compress_hidden, compress_reference, path_for, token_seeds
+from stillhouse.logits.topk import blockmax_torch, blockmax_triton
+from stillhouse.logits.topk.draws import draw_in_blocks
+from stillhouse.logits.topk.found import RawTopK, normalise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,7 +34,7 @@ def assert_equals_the_reference_or_doubts(
     logits: torch.Tensor, *, k: int, temperature: float = 1.0, width: int | None = None
 ) -> list[bool]:
     """The rows that are to be done again."""
-    raw, again = kernels.launch(logits, k=k, temperature=temperature, width=width)
+    raw, again = blockmax_triton.launch(logits, k=k, temperature=temperature, width=width)
     target, lse = normalise(raw, vocab_size=logits.shape[1], temperature=temperature)
     wanted = compress_reference(logits, k=k, temperature=temperature)
     sure = ~again
@@ -82,19 +83,19 @@ def test_what_is_no_distribution_has_no_finite_log_sum_exp(wrong: float) -> None
     logits = random_logits(3, 500, seed=5)
     logits[1, 77] = wrong
     for k in (0, 5):
-        raw, _ = kernels.launch(logits, k=k, temperature=1.0)
+        raw, _ = blockmax_triton.launch(logits, k=k, temperature=1.0)
         assert normalise(raw, vocab_size=500, temperature=1.0)[1].isfinite().tolist() == [True, False, True]
 
 
 def test_a_row_of_nothing_has_no_finite_log_sum_exp() -> None:
-    raw, again = kernels.launch(torch.full((1, 500), -math.inf), k=3, temperature=1.0)
+    raw, again = blockmax_triton.launch(torch.full((1, 500), -math.inf), k=3, temperature=1.0)
     assert again.all() or not normalise(raw, vocab_size=500, temperature=1.0)[1].isfinite().any()
 
 
 def test_draws_from_the_kernels_sums_are_the_references() -> None:
     logits = random_logits(6, 900, seed=3)
     seeds = token_seeds(1, torch.zeros(6), torch.arange(6))
-    raw, again = kernels.launch(logits, k=5, temperature=1.5)
+    raw, again = blockmax_triton.launch(logits, k=5, temperature=1.5)
     assert not again.any()
     found = draw_in_blocks(logits, raw, seeds, num_draws=8, temperature=1.5)
     assert torch.equal(found, compress_reference(logits, k=5, tail_draws=8, temperature=1.5, seeds_T=seeds).tail_ids_TN)
@@ -108,7 +109,7 @@ TRIED = {"vocab_size": 2000, "k": 8, "dtype": torch.float32, "row_stride": 2000}
     "change", [{}, {"dtype": torch.bfloat16, "row_stride": 2001}, {"vocab_size": 1003, "row_stride": 1024, "k": 0}, {"k": 30}]
 )
 def test_the_self_test_passes_here_for_logits_of_any_kind(change: dict[str, Any]) -> None:
-    assert kernels.defect(CPU, **(TRIED | change)) is None
+    assert blockmax_triton.defect(CPU, **(TRIED | change)) is None
 
 
 def test_what_is_tried_is_what_will_be_read() -> None:
@@ -116,9 +117,9 @@ def test_what_is_tried_is_what_will_be_read() -> None:
 
     def launch(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
         seen.append((logits.shape[1], logits.stride(), logits.dtype, k))
-        return blockmax.split(logits, k=k, temperature=temperature), torch.zeros(len(logits), dtype=torch.bool)
+        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.zeros(len(logits), dtype=torch.bool)
 
-    assert kernels.defect(CPU, vocab_size=151_669, k=512, dtype=torch.bfloat16, row_stride=151_680, launch=launch) is None
+    assert blockmax_triton.defect(CPU, vocab_size=151_669, k=512, dtype=torch.bfloat16, row_stride=151_680, launch=launch) is None
     assert seen == [(151_669, (151_680, 1), torch.bfloat16, 512)]
 
 
@@ -132,7 +133,7 @@ class FailingOnce:
         self.num_calls += 1
         if self.num_calls == 1:
             raise self.failure
-        return blockmax.split(logits, k=k, temperature=temperature), torch.zeros(len(logits), dtype=torch.bool)
+        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.zeros(len(logits), dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +151,8 @@ class FailingOnce:
 def test_a_failure_that_may_pass_is_told_and_the_next_call_tries_again(failure: Exception) -> None:
     launch = FailingOnce(failure)
     with pytest.raises(type(failure)):
-        kernels.defect(CPU, **TRIED, launch=launch)
-    assert kernels.defect(CPU, **TRIED, launch=launch) is None
+        blockmax_triton.defect(CPU, **TRIED, launch=launch)
+    assert blockmax_triton.defect(CPU, **TRIED, launch=launch) is None
     assert launch.num_calls == 2
 
 
@@ -167,7 +168,7 @@ def test_a_failure_that_may_pass_is_told_and_the_next_call_tries_again(failure: 
 )
 def test_a_failure_that_lasts_is_a_reason_which_is_remembered(failure: Exception) -> None:
     launch = FailingOnce(failure)
-    reasons = [kernels.defect(CPU, **TRIED, launch=launch) for _ in range(2)]
+    reasons = [blockmax_triton.defect(CPU, **TRIED, launch=launch) for _ in range(2)]
     assert reasons[0] == reasons[1]
     assert f"fails on cpu: {type(failure).__name__}: {failure}" in str(reasons[0])
     assert launch.num_calls == 1
@@ -175,14 +176,14 @@ def test_a_failure_that_lasts_is_a_reason_which_is_remembered(failure: Exception
 
 def test_kernels_that_answer_wrongly_or_doubt_every_row_are_refused() -> None:
     def wrong(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
-        raw = blockmax.split(logits, k=k, temperature=temperature)
+        raw = blockmax_torch.split(logits, k=k, temperature=temperature)
         return replace(raw, token_ids_TK=raw.token_ids_TK.flip(1)), torch.zeros(len(logits), dtype=torch.bool)
 
     def doubtful(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
-        return blockmax.split(logits, k=k, temperature=temperature), torch.ones(len(logits), dtype=torch.bool)
+        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.ones(len(logits), dtype=torch.bool)
 
     for launch in (wrong, doubtful):
-        assert "answers wrongly on cpu" in str(kernels.defect(CPU, **TRIED, launch=launch))
+        assert "answers wrongly on cpu" in str(blockmax_triton.defect(CPU, **TRIED, launch=launch))
 
 
 def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -225,12 +226,12 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
     ("vocab_size", "k", "width"), [(151_936, 64, 64), (151_936, 512, 32), (151_936, 8, 128), (262_144, 64, 64), (32_000, 0, 128)]
 )
 def test_a_block_is_about_as_wide_as_the_square_root_of_ids_an_entry(vocab_size: int, k: int, width: int) -> None:
-    assert kernels.block_width(vocab_size, k) == width
-    assert kernels.too_small(vocab_size, k) is None
+    assert blockmax_triton.block_width(vocab_size, k) == width
+    assert blockmax_triton.too_small(vocab_size, k) is None
 
 
 def test_a_small_vocabulary_is_no_work_for_blocks() -> None:
-    assert kernels.too_small(300, 20) == "300 logits are too few blocks to filter for 20"
+    assert blockmax_triton.too_small(300, 20) == "300 logits are too few blocks to filter for 20"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -239,7 +240,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: FilePath, dtype: str) -> None:
     floats = dict.fromkeys(("maxima", "sums", "rest_sums", "tops", "values_out"), "*fp32")
     wholes = dict.fromkeys(("found", "least", "counts", "ids_out"), "*i32") | {"keys": "*i64"}
     types = floats | wholes | {"logits": f"*{dtype}", "inverse": "fp32"} | dict.fromkeys(("row_stride", "vocab_size", "num_blocks"), "i32")
-    width, chunk = kernels.block_width(151_936, 64), {"K": 64, "C": 256, "B": 64, "CHUNK": 32}
+    width, chunk = blockmax_triton.block_width(151_936, 64), {"K": 64, "C": 256, "B": 64, "CHUNK": 32}
     constants = {"_read": {"B": width, "TILE": 64}, "_pick": {"K": 64, "M": 4096}, "_gather": chunk, "_rank": chunk}
-    wanted = [Kernel("stillhouse.logits.kernels", name, types, constants[name]) for name in constants]
+    wanted = [Kernel("stillhouse.logits.topk.blockmax_triton", name, types, constants[name]) for name in constants]
     assert all(size > 0 for size in machine_code_sizes(wanted, cache=tmp_path))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import ChunkError
-from stillhouse.logits import Codec, CompressedLogits, compress, decode, devicecodec, encode, hostcodec
+from stillhouse.logits import Codec, CompressedLogits, codec_numpy, codec_torch, compress, decode, encode
 
 TENSORS = ("token_ids_TK", "logprobs_TK", "tail_logmass_T", "tail_ids_TN")
 
@@ -84,10 +84,10 @@ def cases(draw: st.DrawFn, *, least_tokens: int = 0) -> tuple[CompressedLogits, 
 @settings(max_examples=300, deadline=None)
 def test_records_and_what_they_hold_are_the_processors(case: tuple[CompressedLogits, Codec]) -> None:
     c, codec = case
-    records = devicecodec.encode(c, codec)
+    records = codec_torch.encode(c, codec)
     assert (records.dtype, records.shape) == (torch.uint8, (c.num_tokens, codec.bytes_per_token))
-    assert torch.equal(records, hostcodec.encode(c, codec))
-    assert_same(devicecodec.decode(records, codec), hostcodec.decode(records, codec))
+    assert torch.equal(records, codec_numpy.encode(c, codec))
+    assert_same(codec_torch.decode(records, codec), codec_numpy.decode(records, codec))
 
 
 @pytest.mark.parametrize(("k", "num_draws"), [(0, 50), (1, 0), (12, 12), (64, 0), (300, 0)])
@@ -95,9 +95,9 @@ def test_targets_straight_from_logits_have_the_processors_records(k: int, num_dr
     logits = 3 * torch.randn(200, 300, generator=torch.Generator().manual_seed(k))
     codec = Codec(300, k, num_draws=num_draws, temperature=1.5)
     c = compress(logits, k=k, tail_draws=num_draws, temperature=1.5, seeds_T=torch.arange(200))
-    records = devicecodec.encode(c, codec)
-    assert torch.equal(records, hostcodec.encode(c, codec))
-    assert_same(devicecodec.decode(records, codec), hostcodec.decode(records, codec))
+    records = codec_torch.encode(c, codec)
+    assert torch.equal(records, codec_numpy.encode(c, codec))
+    assert_same(codec_torch.decode(records, codec), codec_numpy.decode(records, codec))
 
 
 @pytest.mark.parametrize("value_bits", [6, 8])
@@ -117,9 +117,9 @@ def test_values_on_the_edge_between_two_codes_fall_on_the_processors_side(value_
         vocab_size=4096,
     )
     codec = Codec(4096, k, value_bits=value_bits)
-    records = devicecodec.encode(c, codec)
-    assert torch.equal(records, hostcodec.encode(c, codec))
-    assert_same(devicecodec.decode(records, codec), hostcodec.decode(records, codec))
+    records = codec_torch.encode(c, codec)
+    assert torch.equal(records, codec_numpy.encode(c, codec))
+    assert_same(codec_torch.decode(records, codec), codec_numpy.decode(records, codec))
 
 
 def outcome(work: Callable[[], Any]) -> Any:
@@ -138,10 +138,10 @@ def test_damaged_records_are_refused_by_the_same_row_for_the_same_reason(
     case: tuple[CompressedLogits, Codec], damages: list[tuple[int, int, int]]
 ) -> None:
     c, codec = case
-    records = hostcodec.encode(c, codec)
+    records = codec_numpy.encode(c, codec)
     for row, place, flip in damages:
         records[row % len(records), place % codec.bytes_per_token] ^= flip
-    found, wanted = (outcome(lambda library=library: library.decode(records, codec)) for library in (devicecodec, hostcodec))
+    found, wanted = (outcome(lambda library=library: library.decode(records, codec)) for library in (codec_torch, codec_numpy))
     if isinstance(wanted, str):
         assert found == wanted
     else:
@@ -173,7 +173,7 @@ def test_targets_that_cannot_be_written_are_refused_by_the_same_row_for_the_same
         values = getattr(c, name).view(-1)
         if len(values):
             values[place % len(values)] = value
-    found, wanted = (outcome(lambda library=library: library.encode(c, codec)) for library in (devicecodec, hostcodec))
+    found, wanted = (outcome(lambda library=library: library.encode(c, codec)) for library in (codec_torch, codec_numpy))
     assert found == wanted if isinstance(wanted, str) else torch.equal(found, wanted)
 
 
@@ -182,15 +182,15 @@ SEVERAL_BLOCKS = Codec(4096, 2048, num_draws=64), 1100
 
 def test_rows_of_several_blocks_are_the_processors_and_a_bad_one_is_named_among_them_all() -> None:
     codec, num_tokens = SEVERAL_BLOCKS
-    assert num_tokens * (codec.k + codec.num_draws) > devicecodec._BLOCK_ENTRIES
-    records = torch.cat([hostcodec.encode(target_of(codec, 50, seed=seed), codec) for seed in range(num_tokens // 50)])
-    target = devicecodec.decode(records, codec)
-    assert_same(target, hostcodec.decode(records, codec))
-    assert torch.equal(devicecodec.encode(target, codec), records)
+    assert num_tokens * (codec.k + codec.num_draws) > codec_torch._BLOCK_ENTRIES
+    records = torch.cat([codec_numpy.encode(target_of(codec, 50, seed=seed), codec) for seed in range(num_tokens // 50)])
+    target = codec_torch.decode(records, codec)
+    assert_same(target, codec_numpy.decode(records, codec))
+    assert torch.equal(codec_torch.encode(target, codec), records)
     records[num_tokens - 7, :2] = 255
     records[num_tokens - 3, 4] ^= 1
     with pytest.raises(ChunkError, match=f"row {num_tokens - 7} has a range outside"):
-        devicecodec.decode(records, codec)
+        codec_torch.decode(records, codec)
 
 
 class Answers(TorchDispatchMode):
@@ -211,9 +211,9 @@ class Answers(TorchDispatchMode):
 def test_the_device_is_waited_for_once(codec: Codec, num_tokens: int) -> None:
     c = target_of(codec, num_tokens, seed=0)
     with Answers() as encoding:
-        records = devicecodec.encode(c, codec)
+        records = codec_torch.encode(c, codec)
     with Answers() as decoding:
-        devicecodec.decode(records, codec)
+        codec_torch.decode(records, codec)
     assert (encoding.num_waits, decoding.num_waits) == (1, 1)
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import ConfigError
-from stillhouse.logits import blockmax, native
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.draws import draw_rest
 from stillhouse.logits.head import Head
-from stillhouse.logits.rawtopk import RawTopK, normalise
-from stillhouse.logits.topk import checked_seeds, compress_reference
+from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
+from stillhouse.logits.topk.draws import draw_rest
+from stillhouse.logits.topk.found import RawTopK, normalise
+from stillhouse.logits.topk.reference import checked_seeds, compress_reference
 
 _GENTLE_TEMPERATURES = (1e-30, 1e30)  # between these, neither they nor their reciprocals overflow a product with a logit's difference
 
@@ -50,7 +50,7 @@ def path_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Path:
     if not least <= temperature <= most:
         return Path("reference", f"at a temperature of {temperature}, float32 overflows on the way")
     if device.type == "cpu":
-        compiled = native.compiled()
+        compiled = blockmax_cpu.compiled()
         return Path("native" if compiled.split_rows else "blockmax", compiled.why)
     row_stride = max(logits_TV.stride(0), vocab_size) if len(logits_TV) > 1 and logits_TV.stride(1) == 1 else vocab_size
     return _path_off_the_cpu(device, vocab_size=vocab_size, k=k, dtype=logits_TV.dtype, row_stride=row_stride)
@@ -62,12 +62,12 @@ def _path_off_the_cpu(device: torch.device, *, vocab_size: int, k: int, dtype: t
         return Path("blockmax", f"there are no kernels for {device.type}")
     if find_spec("triton") is None:
         return Path("blockmax", "triton is not installed")
-    from stillhouse.logits import kernels
+    from stillhouse.logits.topk import blockmax_triton
 
-    if k > kernels.MOST_ENTRIES:
-        return Path("reference", f"k is {k}, and the kernels are for {kernels.MOST_ENTRIES} entries at most")
+    if k > blockmax_triton.MOST_ENTRIES:
+        return Path("reference", f"k is {k}, and the kernels are for {blockmax_triton.MOST_ENTRIES} entries at most")
     tried = {"vocab_size": vocab_size, "k": k, "dtype": dtype, "row_stride": row_stride}
-    why_not = kernels.too_small(vocab_size, k) or kernels.defect(device, **tried)
+    why_not = blockmax_triton.too_small(vocab_size, k) or blockmax_triton.defect(device, **tried)
     return Path("blockmax", why_not) if why_not else Path("triton", f"its kernels passed their test on {device}")
 
 
@@ -177,18 +177,18 @@ def _compress_block(
 def raw_topk(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
     """The top-k by the path for these logits, at least one, where that is not the reference. Checks nothing."""
     raw, doubtful_T = _by_path(path_for(logits_TV, k=k), logits_TV, k=k, temperature=temperature)
-    return blockmax.split(logits_TV, k=k, temperature=temperature) if doubtful_T.any() else raw
+    return blockmax_torch.split(logits_TV, k=k, temperature=temperature) if doubtful_T.any() else raw
 
 
 def _by_path(path: Path, logits_TV: Tensor, *, k: int, temperature: float) -> tuple[RawTopK, Tensor]:
     """The top-k, and bool [T]: the rows for which the path had no room."""
     if path.name == "triton":
-        from stillhouse.logits import kernels
+        from stillhouse.logits.topk import blockmax_triton
 
-        return kernels.launch(logits_TV, k=k, temperature=temperature)
-    split_rows = native.compiled().split_rows if path.name == "native" else None
+        return blockmax_triton.launch(logits_TV, k=k, temperature=temperature)
+    split_rows = blockmax_cpu.compiled().split_rows if path.name == "native" else None
     if split_rows:
-        raw = native.split(split_rows, logits_TV, k=k, temperature=temperature)
+        raw = blockmax_cpu.split(split_rows, logits_TV, k=k, temperature=temperature)
     else:
-        raw = blockmax.split(logits_TV, k=k, temperature=temperature)
+        raw = blockmax_torch.split(logits_TV, k=k, temperature=temperature)
     return raw, torch.zeros(len(logits_TV), dtype=torch.bool, device=logits_TV.device)
