@@ -11,7 +11,7 @@ from helpers.checkpoints import ORIGIN, make, write_files
 from helpers.sealing import canonical
 from stillhouse.checkpoint.manifest import Commit, Digest, choose, newest, part_of, publish, read_part, retain
 from stillhouse.errors import CheckpointError
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 
 @pytest.mark.parametrize("name", ["../outside", "{elsewhere}/outside", "a/b", "plain"])

@@ -22,7 +22,7 @@ from helpers.world import TinyWorld
 from stillhouse.checkpoint.manifest import Commit, newest, newest_step
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.patience import Patience
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob
 from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow
 

@@ -35,7 +35,7 @@ from stillhouse.patience import Patience
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_since, config_of
 from stillhouse.sequences import Corpus, prepare_corpus
-from stillhouse.store import Chunk, ChunkStore, Reader, readers, verify_store
+from stillhouse.store import Chunk, ChunkStore, Reader, consumers, verify_store
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import TeacherJob, publish_when_possible
 from stillhouse.teacher.crew import RayCrew
@@ -103,7 +103,7 @@ def test_a_bit_flipped_anywhere_in_a_chunk_is_found_named_and_never_read(tmp_pat
 def test_a_bit_flipped_in_a_recipe_or_a_readers_place_is_found_and_named(tmp_path: Path) -> None:
     store = ChunkStore.create(str(tmp_path), small_recipe())
     reader = Reader(name="a", global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
-    readers.join(store, reader)
+    consumers.join(store, reader)
     recipe_path, reader_path = tmp_path / store.folder / "recipe.json", tmp_path / store.folder / "readers" / "a.json"
     recipe_data, reader_data = recipe_path.read_bytes(), reader_path.read_bytes()
     for place in range(len(recipe_data)):
@@ -113,7 +113,7 @@ def test_a_bit_flipped_in_a_recipe_or_a_readers_place_is_found_and_named(tmp_pat
             ChunkStore.create(store.url, store.recipe)
     for place in range(len(reader_data)):
         reader_path.write_bytes(with_flipped_bit(reader_data, place))
-        assert readers.registered(store) == ([], [f"{store.folder}/readers/a.json"])  # while one is not understood, nothing is deleted
+        assert consumers.registered(store) == ([], [f"{store.folder}/readers/a.json"])  # while one is not understood, nothing is deleted
 
 
 def test_a_bit_flipped_anywhere_in_a_corpus_is_refused_by_name_or_mended(tiny_world: TinyWorld, tmp_path: Path) -> None:

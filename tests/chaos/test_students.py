@@ -5,7 +5,7 @@ import pytest
 
 from helpers.disasters import WATCHDOG_S, Disaster, last_commit_of, steps_of
 from helpers.scene import Undisturbed, curve
-from stillhouse.store.readers import registered
+from stillhouse.store.consumers import registered
 from stillhouse.tracking import RecoveryRow, StallRow, latest_train_rows
 
 pytestmark = pytest.mark.timeout(1200)  # of which most goes to starting processes, on a machine that others may use

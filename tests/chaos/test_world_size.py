@@ -9,7 +9,7 @@ from helpers.ranks import RankGroup
 from helpers.training import train_and_tell, with_student
 from helpers.world import TinyWorld
 from stillhouse.checkpoint.manifest import tag_of
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob
 from stillhouse.tracking import TrainRow
 

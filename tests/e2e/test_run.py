@@ -30,7 +30,7 @@ from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.directory import changes_that_matter, config_of
 from stillhouse.store import ChunkStore
-from stillhouse.store.readers import registered
+from stillhouse.store.consumers import registered
 from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

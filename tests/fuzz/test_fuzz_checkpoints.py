@@ -14,7 +14,7 @@ from helpers.mutants import dumps, mutated_bytes, mutated_json
 from helpers.sealing import canonical
 from stillhouse.checkpoint.manifest import Commit, choose, newest, newest_step, part_of, read_part, retain, verify
 from stillhouse.errors import CheckpointError
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 MUTANTS = 400
 FEW_BYTES = 4096  # of all that is read

@@ -10,7 +10,7 @@ from helpers.chunks import small_recipe
 from helpers.mutants import dumps, mutated_bytes, mutated_json
 from helpers.sealing import sealed_json
 from stillhouse.store import ChunkStore, Reader
-from stillhouse.store.readers import join, registered
+from stillhouse.store.consumers import join, registered
 from stillhouse.student.job import order_of_reader
 
 READER = Reader(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=7)

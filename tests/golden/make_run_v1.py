@@ -19,7 +19,7 @@ from helpers.models import make_model
 from stillhouse import pipeline
 from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection, parse_config
-from stillhouse.store import ChunkStore, readers
+from stillhouse.store import ChunkStore, consumers
 from stillhouse.tracking import CheckpointRow, EvalRow, latest_train_rows, read_journal
 
 VOCAB_SIZE = 264
@@ -85,7 +85,7 @@ def take_back(made: pipeline.Plan) -> None:
     store = ChunkStore(made.config.store.url, made.recipe)
     for number in made.chunks[-2:]:
         Path(store.url, store.key(number)).unlink()
-    readers.commit(store, made.jobs()[0].reader(HALF))
+    consumers.commit(store, made.jobs()[0].reader(HALF))
     for path in (made.run_dir / "checkpoints" / "student").glob(f"step-{2 * HALF:08}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in made.run_dir.rglob("*"):  # what says where and by whom it was made, and the page

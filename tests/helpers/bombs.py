@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stillhouse.checkpoint.manifest import Commit, Digest, newest, publish
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 
 @dataclass(frozen=True)

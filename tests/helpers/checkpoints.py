@@ -9,7 +9,7 @@ from torch import nn
 
 from stillhouse.checkpoint.manifest import Commit, Digest, Origin, folder_of, publish, publish_part, read_part
 from stillhouse.checkpoint.snapshot import Snapshot
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 ORIGIN = Origin(zero_stage=3, fingerprint="ab" * 32, settings={"seed": 0, "betas": [0.9, 0.95]})
 # ".bin": a rank opens what ends in ".pt" before it restores

@@ -43,9 +43,9 @@ from stillhouse.patience import Patience, insist
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Lease, release, renew, take_over
 from stillhouse.store import Chunk, ChunkStore, Reader, StoreUnavailable
-from stillhouse.store.blobs import Blobs, ObjectLayer
-from stillhouse.store.chunks import ChunkMissing
-from stillhouse.store.readers import commit, join, registered
+from stillhouse.store.chunk_store import ChunkMissing
+from stillhouse.store.consumers import commit, join, registered
+from stillhouse.store.object_store import Blobs, ObjectLayer
 from stillhouse.teacher.readership import Readership
 
 NUM_CHUNKS, STEPS_A_CHUNK, CHECKPOINT_EVERY = 3, 2, 2

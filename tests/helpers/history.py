@@ -13,7 +13,7 @@ import xxhash
 from stillhouse.checkpoint.manifest import Commit, choose, tag_of, verify
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 from stillhouse.tracking import CheckpointRow, ChunkRow, DamagedRow, RepairRow, Row, StartRow, TrainRow
 
 

@@ -16,7 +16,7 @@ from stillhouse.checkpoint.writer import attempt_name
 from stillhouse.cluster.collectives import gathered, outcomes, told
 from stillhouse.cluster.coordinator import Summons
 from stillhouse.errors import StillhouseError, StudentError
-from stillhouse.store.blobs import StoreUnavailable
+from stillhouse.store.object_store import StoreUnavailable
 from stillhouse.student.job import TrainJob
 from stillhouse.student.train import train
 

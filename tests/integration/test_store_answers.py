@@ -13,7 +13,7 @@ from helpers.world import TinyWorld
 from stillhouse.errors import StoreError
 from stillhouse.pipeline.steps import run, train
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 BUSY, EXPIRED, INVALID = "cannot be reached, or is too busy", "the credentials have expired", "the credentials are not valid"
 REFUSED, UNKNOWN = "refuses the request as it stands", "does not know this request"

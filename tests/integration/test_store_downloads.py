@@ -16,7 +16,7 @@ from helpers.s3 import s3_environment
 from stillhouse.checkpoint.manifest import Commit, Origin, choose, fetch, newest, verify
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.store import ChunkStore, StoreUnavailable, pack_chunk
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 RECIPE = small_recipe()
 LARGE_BYTES, PATIENCE_S = 300_000_000, 0.3

@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.store import ChunkMissing, ChunkStore, StoreForbidden, StoreUnavailable, list_recipes, pack_chunk, sweep, verify_store
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 RECIPE = small_recipe()
 

@@ -24,7 +24,7 @@ from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.coordinator import Beat, Heard, Summons
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
 from stillhouse.student.watchdog import stalled

@@ -13,7 +13,7 @@ import pytest
 from stillhouse.atomic import Buffer, SystemFiles, create, make_directory, move_directory, replace, whole_directory
 from stillhouse.errors import StoreError
 from stillhouse.store import StoreUnavailable
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["helpers.chunks", "pytest"])

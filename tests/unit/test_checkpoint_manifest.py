@@ -31,7 +31,7 @@ from stillhouse.checkpoint.manifest import (
     verify,
 )
 from stillhouse.errors import CheckpointError
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 PART = part_of(1, 2)
 

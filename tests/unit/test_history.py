@@ -26,7 +26,7 @@ from stillhouse.checkpoint.manifest import Commit, set_aside
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 from stillhouse.tracking import CheckpointRow, ChunkRow, DamagedRow, Journal, RepairRow, Row, TrainRow, read_journal
 
 

@@ -19,7 +19,7 @@ from stillhouse.pipeline.attempt import attempt, learning_attempt, store_to_read
 from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.directory import claim
 from stillhouse.store import ChunkStore, StoreForbidden
-from stillhouse.store.readers import join, registered
+from stillhouse.store.consumers import join, registered
 from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, read_journal
 
 

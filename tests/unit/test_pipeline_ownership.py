@@ -20,7 +20,7 @@ from stillhouse.checkpoint.fence import newest_owner, owner_key, owner_numbers, 
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.pipeline.holder import Holder, Record
 from stillhouse.pipeline.ownership import Lease, locked, owned
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 SHORT = Lease(lease_s=0.3, renew_every_s=0.05, look_every_s=0.02)
 PATIENCE_S = 60.0

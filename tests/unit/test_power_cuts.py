@@ -21,8 +21,8 @@ from stillhouse.checkpoint.manifest import Commit, newest, part_of, verify
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import StillhouseError
 from stillhouse.store import ChunkStore, Reader
-from stillhouse.store.blobs import Blobs
-from stillhouse.store.readers import commit, join, registered
+from stillhouse.store.consumers import commit, join, registered
+from stillhouse.store.object_store import Blobs
 from stillhouse.tracking import CheckpointRow, Journal, read_journal
 
 RECIPE = small_recipe()

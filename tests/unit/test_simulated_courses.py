@@ -13,7 +13,7 @@ from helpers.powercut import Recorder
 from stillhouse.checkpoint.manifest import Choice, Commit, Files, publish
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.checkpoint.writer import RankWriter
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 NUM_COURSES, NUM_POWER_CUTS = 120, 20
 

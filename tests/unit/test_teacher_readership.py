@@ -14,7 +14,7 @@ from helpers.simulation import Mailbox, SimulatedCrew, item_of, publish
 from stillhouse.config import TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.store import ChunkStore, Reader
-from stillhouse.store.readers import commit, join
+from stillhouse.store.consumers import commit, join
 from stillhouse.student.job import order_of_reader
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order

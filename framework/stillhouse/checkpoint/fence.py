@@ -10,7 +10,7 @@ before it tells of the commit: it may have stood still in between.
 import re
 
 from stillhouse.errors import CheckpointError
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 LAST_OWNER = 99_999_999  # of eight digits
 

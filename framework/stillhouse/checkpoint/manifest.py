@@ -23,8 +23,8 @@ import xxhash
 from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
-from stillhouse.store.blobs import Blobs, StoreUnavailable
 from stillhouse.store.download import RANGE_BYTES
+from stillhouse.store.object_store import Blobs, StoreUnavailable
 
 Files = Mapping[str, tuple[int, str]]  # name -> (bytes, xxh3)
 

@@ -17,7 +17,7 @@ from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Owner, locked, owned
 from stillhouse.pipeline.plan import Plan, require_full_step
 from stillhouse.store import ChunkStore, StoreForbidden
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 from stillhouse.store.probe import require_create_only
 from stillhouse.terminal import printable
 from stillhouse.tracking import (

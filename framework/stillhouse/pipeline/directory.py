@@ -17,8 +17,8 @@ from stillhouse.config import Config, StudentSection, parse_config, resolved_jso
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore, differences, parse_recipe
+from stillhouse.store.consumers import leave, reader_name
 from stillhouse.store.explain import explain
-from stillhouse.store.readers import leave, reader_name
 from stillhouse.student.job import where_it_goes_on
 
 _SEAL = "xxh3"  # the name of the checksum among the config's sections

@@ -21,7 +21,7 @@ from stillhouse import atomic
 from stillhouse.checkpoint.fence import LAST_OWNER, newest_owner, owner_key, owner_numbers, require_owner
 from stillhouse.errors import CheckpointError, ConfigError, StoreError
 from stillhouse.pipeline.holder import Holder, Record
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 _RENEWAL_PATIENCE_S = 5.0  # for one request: a renewal that fails is tried again, and a command that ends does not wait for a store
 

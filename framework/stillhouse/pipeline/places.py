@@ -7,7 +7,7 @@ from stillhouse.atomic import make_directory
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.session import who_does_not_see
 from stillhouse.errors import ConfigError
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 
 def require_shared(url: str, crews: Collection[Placement], *, what: str, setting: str, published: str = "") -> None:

@@ -24,7 +24,7 @@ from stillhouse.models import (
 )
 from stillhouse.sequences import Split, prepare_corpus
 from stillhouse.store import ChunkStore, Recipe
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order

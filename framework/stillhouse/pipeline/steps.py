@@ -30,7 +30,7 @@ from stillhouse.pipeline.places import require_shared
 from stillhouse.pipeline.plan import Plan, resolved
 from stillhouse.report import write_report
 from stillhouse.store import ChunkStore, Reader, StoreForbidden
-from stillhouse.store.readers import join, leave, reader_name
+from stillhouse.store.consumers import join, leave, reader_name
 from stillhouse.student.job import order_of_reader, where_it_goes_on
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit

@@ -4,7 +4,7 @@ from contextlib import suppress
 from secrets import token_hex
 
 from stillhouse.errors import StoreError
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 
 def require_create_only(blobs: Blobs, *, under: str = "") -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from stillhouse.checkpoint.manifest import Origin
 from stillhouse.config import StudentSection
 from stillhouse.store import Reader, Recipe
-from stillhouse.store.readers import reader_name
+from stillhouse.store.consumers import reader_name
 from stillhouse.student.order import Order
 
 # Of the student's settings, those without which the same steps would lead to other weights; a schedule may change on the way.

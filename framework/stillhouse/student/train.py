@@ -22,8 +22,8 @@ from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
 from stillhouse.patience import Tell
-from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, readers
-from stillhouse.store.blobs import Blobs
+from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, consumers
+from stillhouse.store.object_store import Blobs
 from stillhouse.student.engine import StudentEngine, learning_rate_at
 from stillhouse.student.job import TrainJob
 from stillhouse.student.lifeline import Lifeline
@@ -113,7 +113,7 @@ def _tell_the_store(job: TrainJob, committed_step: int) -> None:
     One that may only be read never hears it, which its command has told.
     """
     with suppress(StoreUnavailable, StoreForbidden):
-        readers.commit(ChunkStore(job.store_url, job.recipe), job.reader(committed_step))
+        consumers.commit(ChunkStore(job.store_url, job.recipe), job.reader(committed_step))
 
 
 def _engine(job: TrainJob, *, device: torch.device, world_size: int) -> StudentEngine:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stillhouse.errors import StoreError
 from stillhouse.store import ChunkStore, Reader, StoreUnavailable
-from stillhouse.store.readers import registered
+from stillhouse.store.consumers import registered
 
 _MOST_DELETED_AT_ONCE = 256  # a look must not take long
 

@@ -20,7 +20,6 @@ import torch
 
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.logits.codec import decode
-from stillhouse.store.blobs import Blob, Blobs, NotAFileError
 from stillhouse.store.chunk import (
     START_BYTES,
     Chunk,
@@ -34,6 +33,7 @@ from stillhouse.store.chunk import (
     unpack_rows,
 )
 from stillhouse.store.explain import explain
+from stillhouse.store.object_store import Blob, Blobs, NotAFileError
 from stillhouse.store.probe import require_create_only
 from stillhouse.store.recipe import Recipe, differences, parse_recipe
 

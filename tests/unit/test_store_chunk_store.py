@@ -29,7 +29,7 @@ from stillhouse.store import (
     sweep,
     verify_store,
 )
-from stillhouse.store.blobs import Blobs, explain
+from stillhouse.store.object_store import Blobs, explain
 
 RECIPE = small_recipe()
 FIELDS = ("token_ids_SL", "positions_SL", "loss_mask_SL", "targets_NB")

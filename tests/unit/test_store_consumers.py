@@ -8,7 +8,7 @@ import pytest
 from helpers.chunks import small_recipe
 from stillhouse.errors import StoreError
 from stillhouse.store import ChunkStore, Reader
-from stillhouse.store.readers import commit, join, leave, reader_name, registered
+from stillhouse.store.consumers import commit, join, leave, reader_name, registered
 
 READER = Reader(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.atomic import SystemFiles
-from stillhouse.store.blobs import Blobs
+from stillhouse.store.object_store import Blobs
 
 LARGE = 40 << 20  # more than one part
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from stillhouse.errors import StoreError
-from stillhouse.store.chunks import ChunkStore
+from stillhouse.store.chunk_store import ChunkStore
 from stillhouse.store.explain import StoreForbidden
 from stillhouse.store.recipe import canonical_json
 
