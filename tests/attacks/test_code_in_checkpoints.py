@@ -19,7 +19,7 @@ from helpers.world import TinyWorld
 from stillhouse.checkpoint.manifest import Commit, newest
 from stillhouse.cluster.session import Secrets
 from stillhouse.errors import CheckpointError
-from stillhouse.evaluate import EvaluationJob, Trained, evaluate
+from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate
 from stillhouse.models import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt

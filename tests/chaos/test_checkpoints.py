@@ -21,7 +21,7 @@ from helpers.training import restored_through
 from helpers.world import TinyWorld
 from stillhouse.checkpoint.manifest import Commit, newest, newest_step
 from stillhouse.checkpoint.writer import CheckpointWriter
-from stillhouse.patience import Patience
+from stillhouse.retry import Patience
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob
 from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow

@@ -31,9 +31,9 @@ from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.session import Secrets
 from stillhouse.errors import ChunkError, RecipeError, StillhouseError
-from stillhouse.patience import Patience
 from stillhouse.pipeline import Plan
-from stillhouse.pipeline.directory import changes_since, config_of
+from stillhouse.pipeline.run_dir import changes_since, config_of
+from stillhouse.retry import Patience
 from stillhouse.sequences import Corpus, prepare_corpus
 from stillhouse.store import Chunk, ChunkStore, Reader, consumers, verify_store
 from stillhouse.student.loader import BatchReader

@@ -28,7 +28,7 @@ from stillhouse import pipeline
 from stillhouse.checkpoint import manifest
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
-from stillhouse.pipeline.directory import changes_that_matter, config_of
+from stillhouse.pipeline.run_dir import changes_that_matter, config_of
 from stillhouse.store import ChunkStore
 from stillhouse.store.consumers import registered
 from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal

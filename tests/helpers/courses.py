@@ -39,9 +39,9 @@ from stillhouse.checkpoint.manifest import Choice, Commit, choose, part_of, set_
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.checkpoint.writer import RankWriter
 from stillhouse.errors import CheckpointError, StillhouseError
-from stillhouse.patience import Patience, insist
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Lease, release, renew, take_over
+from stillhouse.retry import Patience, insist
 from stillhouse.store import Chunk, ChunkStore, Reader, StoreUnavailable
 from stillhouse.store.chunk_store import ChunkMissing
 from stillhouse.store.consumers import commit, join, registered

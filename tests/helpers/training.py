@@ -17,7 +17,7 @@ from stillhouse.cluster.coordinator import Board, Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
 from stillhouse.losses.divergences import distillation_loss, divergence_named
 from stillhouse.models import final_hidden, head_of, load_model
-from stillhouse.patience import Patience
+from stillhouse.retry import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.job import TrainJob

@@ -22,11 +22,11 @@ from stillhouse import pipeline
 from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.session import Secrets
 from stillhouse.config import ModelSection
-from stillhouse.evaluate import EvaluationJob, Trained, evaluate, outage_teller
+from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate, outage_teller
 from stillhouse.models import load_model
-from stillhouse.patience import Patience
 from stillhouse.pipeline import Plan
-from stillhouse.pipeline.directory import claim
+from stillhouse.pipeline.run_dir import claim
+from stillhouse.retry import Patience
 from stillhouse.store import StoreUnavailable
 from stillhouse.student.export import load_trained
 from stillhouse.tracking import OutageRow

@@ -11,7 +11,7 @@ from helpers.rangeserver import RangeServer, Refusal
 from helpers.s3 import s3_environment
 from helpers.world import TinyWorld
 from stillhouse.errors import StoreError
-from stillhouse.pipeline.steps import run, train
+from stillhouse.pipeline.verbs import run, train
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable
 from stillhouse.store.object_store import Blobs
 

@@ -14,7 +14,7 @@ from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.targets import BUDGETS, QUICK, codec_within, figure, forms_of, record, share_of_the_gap, table
 from stillhouse.cli.demo import Shape
 from stillhouse.config import CorpusSection, TeacherSection
-from stillhouse.evaluate import Scores
+from stillhouse.evaluation.scores import Scores
 from stillhouse.logits import Codec, compress, token_seeds
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest
 from stillhouse.sequences import Corpus, prepare_corpus

@@ -15,7 +15,7 @@ from stillhouse.checkpoint.manifest import Commit, Origin, folder_of, newest, pa
 from stillhouse.checkpoint.snapshot import HostMemory, Snapshot
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import CheckpointError, StoreError
-from stillhouse.patience import Patience
+from stillhouse.retry import Patience
 from stillhouse.store import StoreUnavailable
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from stillhouse.cluster.placement import Placement, teacher_crew
 from stillhouse.cluster.session import Secrets, attached, await_room, call_remotely, cause_of, local_secrets
 from stillhouse.config import ClusterSection, TeacherSection, resolved_json
 from stillhouse.errors import ChunkError, ConfigError, RunError
-from stillhouse.evaluate import EvaluationJob
+from stillhouse.evaluation.scores import EvaluationJob
 from stillhouse.store import ChunkMissing
 from stillhouse.teacher.actor import TeacherJob
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.logits import decode
-from stillhouse.patience import Patience
+from stillhouse.retry import Patience
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, Recipe, StoreUnavailable, pack_chunk
 from stillhouse.student.loader import Batch, BatchReader, MicroBatch, chunks_read_ahead, refuse_bad_chunk, steps_in_a_stretch
 from stillhouse.student.order import Order

@@ -10,7 +10,7 @@ import torch
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, encode, fidelity
-from stillhouse.patience import Patience
+from stillhouse.retry import Patience
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import is_there, publish_when_possible, records_of
 

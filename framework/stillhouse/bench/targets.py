@@ -27,7 +27,7 @@ from stillhouse.cli.demo import Sizes, demo_config, make_models
 from stillhouse.cluster.session import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.errors import ConfigError
-from stillhouse.evaluate import EvaluationJob, Scores, evaluate
+from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
 from stillhouse.logits import Codec
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.sequences import Split, prepare_corpus

@@ -22,7 +22,7 @@ import xxhash
 
 from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.errors import CheckpointError, StoreError
-from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
+from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.store.download import RANGE_BYTES
 from stillhouse.store.object_store import Blobs, StoreUnavailable
 

@@ -21,7 +21,7 @@ from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.checkpoint.unpickling import opened
 from stillhouse.cluster.collectives import gathered, outcomes
 from stillhouse.errors import CheckpointError, StillhouseError
-from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
+from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.store.object_store import Blobs
 
 Convert = Callable[[Path, Path], None]  # (a checkpoint's folder, the folder to make)

@@ -20,7 +20,7 @@ from stillhouse.checkpoint.manifest import Commit, Digest, Files, Origin, folder
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.cluster.collectives import told
 from stillhouse.errors import StoreError
-from stillhouse.patience import DEFAULT_PATIENCE, Patience, given_up
+from stillhouse.retry import DEFAULT_PATIENCE, Patience, given_up
 from stillhouse.store.object_store import Blobs, StoreUnavailable
 
 _Answer = TypeVar("_Answer")

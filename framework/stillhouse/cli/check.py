@@ -26,8 +26,8 @@ from stillhouse.logits import decode, kept_mass
 from stillhouse.losses.divergences import divergence_named, is_unbiased_with_draws
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
-from stillhouse.pipeline.directory import changes_since
 from stillhouse.pipeline.plan import require_full_step
+from stillhouse.pipeline.run_dir import changes_since
 from stillhouse.redaction import scrub
 from stillhouse.store import ChunkStore, Recipe, StoredRecipe, differences, list_recipes, nearest
 from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, require_kept_mass

@@ -21,12 +21,12 @@ from stillhouse.cluster import machine, node
 from stillhouse.cluster.environment import cache_dir, forbid_pickled_code, learn_secrets, quieten, typed
 from stillhouse.cluster.ray_directory import base_directory, current_address, machine_directory
 from stillhouse.errors import ConfigError, InterruptedRunError, StillhouseError, UserError
-from stillhouse.modelpath import source_of
+from stillhouse.model_path import source_of
 from stillhouse.redaction import scrub
 from stillhouse.terminal import say
 
 if TYPE_CHECKING:
-    from stillhouse.evaluate import ModelName, Scores
+    from stillhouse.evaluation.scores import ModelName, Scores
     from stillhouse.pipeline import Plan
 
 

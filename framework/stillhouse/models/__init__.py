@@ -3,8 +3,8 @@
 from stillhouse.models.files import require_whole_weights
 from stillhouse.models.heads import check_head, check_packing, compare_head, final_hidden, head_of
 from stillhouse.models.identity import ModelIdentity, digest_beside, forget_identity, model_identity
+from stillhouse.models.load import load_model, resolve_device
 from stillhouse.models.tokenizers import check_same_ids, load_tokenizer, tokenizer_digest, vocab_size_of
-from stillhouse.models.weights import load_model, resolve_device
 
 __all__ = [
     "ModelIdentity",

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from stillhouse.errors import ModelError
-from stillhouse.modelpath import source_of
+from stillhouse.model_path import source_of
 
 _WHOLE, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin*"
 _LFS_POINTER = b"version https://git-lfs"

@@ -16,7 +16,7 @@ from stillhouse import atomic
 from stillhouse.cache import writing_cache
 from stillhouse.config import ModelSection
 from stillhouse.errors import ChangedWeightsError, ModelError
-from stillhouse.modelpath import source_of
+from stillhouse.model_path import source_of
 from stillhouse.models.sources import unusable
 
 _Loaded = TypeVar("_Loaded")

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from stillhouse.errors import ModelError
-from stillhouse.modelpath import where_it_was_looked_for
+from stillhouse.model_path import where_it_was_looked_for
 
 _ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
 _NO_ANSWER = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError, gaierror)

@@ -6,7 +6,7 @@ import json
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError
-from stillhouse.modelpath import source_of
+from stillhouse.model_path import source_of
 from stillhouse.models.sources import from_hub
 
 

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.errors import InterruptedRunError, RunError, StoreError
-from stillhouse.pipeline.directory import claim, leave_former_place, require_same_run
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Owner, locked, owned
 from stillhouse.pipeline.plan import Plan, require_full_step
+from stillhouse.pipeline.run_dir import claim, leave_former_place, require_same_run
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.object_store import Blobs
 from stillhouse.store.probe import require_create_only

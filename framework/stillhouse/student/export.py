@@ -12,7 +12,7 @@ from stillhouse.checkpoint.manifest import newest_copy
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import load_model
-from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell
+from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell
 from stillhouse.student.engine import consolidated_weights, weight_files
 
 

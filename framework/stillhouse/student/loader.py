@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stillhouse.errors import ChunkError, StudentError
 from stillhouse.logits import CompressedLogits, decode
-from stillhouse.patience import DEFAULT_PATIENCE, Outage, Patience, Tell
+from stillhouse.retry import DEFAULT_PATIENCE, Outage, Patience, Tell
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.student.order import Order, rank_rows
 

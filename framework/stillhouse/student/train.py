@@ -21,7 +21,7 @@ from stillhouse.cluster.coordinator import Past, Summons
 from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
-from stillhouse.patience import Tell
+from stillhouse.retry import Tell
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, consumers
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.engine import StudentEngine, learning_rate_at

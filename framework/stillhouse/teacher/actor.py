@@ -16,7 +16,7 @@ from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
 from stillhouse.models import digest_beside
-from stillhouse.patience import DEFAULT_PATIENCE, Patience, Tell, insist
+from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
 from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem

@@ -1,8 +1,6 @@
 """What happened in a run, row by row: `journal.jsonl` is the record; W&B and the progress bars are views of it."""
 
-from stillhouse.tracking.journal import Journal, JournalReader, read_journal, scrubbed
-from stillhouse.tracking.room import ROOM_PATIENCE, PatientTracker
-from stillhouse.tracking.rows import (
+from stillhouse.tracking.events import (
     CheckpointRow,
     ChunkRow,
     DamagedRow,
@@ -26,6 +24,8 @@ from stillhouse.tracking.rows import (
     WaitRow,
     latest_train_rows,
 )
+from stillhouse.tracking.journal import Journal, JournalReader, read_journal, scrubbed
+from stillhouse.tracking.room import ROOM_PATIENCE, PatientTracker
 from stillhouse.tracking.trained import Stretch, nothing_left, schedule_of, stretches, words_of
 from stillhouse.tracking.views import ProgressView, WandbView
 

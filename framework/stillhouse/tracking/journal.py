@@ -25,7 +25,7 @@ from typing import Any
 from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import RunError, StoreError, StoreUnavailable
 from stillhouse.redaction import scrub
-from stillhouse.tracking.rows import ROW_TYPES, NewerRow, Row, is_of
+from stillhouse.tracking.events import ROW_TYPES, NewerRow, Row, is_of
 
 _FLOAT_TYPES = (float, float | None)
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic, sleep, time
 
-from stillhouse.patience import Patience, Tell, insist
-from stillhouse.tracking.rows import Row, Tracker
+from stillhouse.retry import Patience, Tell, insist
+from stillhouse.tracking.events import Row, Tracker
 
 # A run whose journal waits stands still, so it says so soon. A local disk may be asked often.
 ROOM_PATIENCE = Patience(tell_after_s=3.0, last_pause_s=2.0)

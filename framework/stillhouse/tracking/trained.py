@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from stillhouse.tracking.rows import Role, Row, StartRow, TrainRow
+from stillhouse.tracking.events import Role, Row, StartRow, TrainRow
 
 _ROLES: tuple[Role, ...] = ("student", "control")
 _SETTINGS = {  # of a schedule, as a config names them

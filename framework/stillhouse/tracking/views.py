@@ -18,7 +18,7 @@ from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line, say
-from stillhouse.tracking.rows import DelayRow, EndRow, EvalRow, NewerRow, OutageRow, PoolRow, Row, StallRow, StartRow, TrainRow, WaitRow
+from stillhouse.tracking.events import DelayRow, EndRow, EvalRow, NewerRow, OutageRow, PoolRow, Row, StallRow, StartRow, TrainRow, WaitRow
 
 _SAY_EVERY_S = 60.0
 _WANDB_AXES = {

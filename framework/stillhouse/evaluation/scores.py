@@ -18,7 +18,7 @@ from stillhouse.cluster.session import Secrets, prepare_process
 from stillhouse.config import EvaluateSection, ModelSection, StudentSection
 from stillhouse.logits import Head
 from stillhouse.models import final_hidden, head_of, load_model
-from stillhouse.patience import Tell
+from stillhouse.retry import Tell
 from stillhouse.sequences import Rows
 from stillhouse.tracking import OutageRow, Tracker
 

@@ -16,7 +16,7 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
 from stillhouse.cluster.session import Secrets
 from stillhouse.config import EvaluateSection, ModelSection
-from stillhouse.evaluate import EvaluationJob, Scores, evaluate
+from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
 from stillhouse.sequences import Rows
 
 RECIPE = small_recipe(num_sequences=7, sequence_length=24, chunk_sequences=7)

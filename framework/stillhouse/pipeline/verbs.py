@@ -17,18 +17,18 @@ from stillhouse.cluster.placement import Crews, placement, student_crew, teacher
 from stillhouse.cluster.session import attached, await_room, call_remotely, local_secrets
 from stillhouse.config import ModelSection
 from stillhouse.errors import ChangedWeightsError, CheckpointError, StoreError
-from stillhouse.evaluate import EvaluationJob, ModelName, Scores, Trained, evaluate, outage_teller
+from stillhouse.evaluation.scores import EvaluationJob, ModelName, Scores, Trained, evaluate, outage_teller
 from stillhouse.models import forget_identity
-from stillhouse.patience import DEFAULT_PATIENCE, insist
 from stillhouse.pipeline.attempt import attempt, learning_attempt, patient, require_chunks, say, shown, store_to_read, tell_of_wait
 from stillhouse.pipeline.card import model_card
-from stillhouse.pipeline.directory import config_of
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.machines import watched_machines
 from stillhouse.pipeline.ownership import locked
-from stillhouse.pipeline.places import require_shared
 from stillhouse.pipeline.plan import Plan, resolved
+from stillhouse.pipeline.run_dir import config_of
+from stillhouse.pipeline.shared_dirs import require_shared
 from stillhouse.report import write_report
+from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.store import ChunkStore, Reader, StoreForbidden
 from stillhouse.store.consumers import join, leave, reader_name
 from stillhouse.student.job import order_of_reader, where_it_goes_on

@@ -7,7 +7,7 @@ import pytest
 from helpers.damage import read_only
 from stillhouse.cluster.placement import Placement
 from stillhouse.errors import ConfigError
-from stillhouse.pipeline.places import require_shared
+from stillhouse.pipeline.shared_dirs import require_shared
 
 SMALL = [Placement(0.1, 0.0, {})]
 

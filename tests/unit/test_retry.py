@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from stillhouse.errors import StoreError
-from stillhouse.patience import Outage, Patience, insist
+from stillhouse.retry import Outage, Patience, insist
 from stillhouse.store import StoreUnavailable
 
 PATIENCE = Patience(tell_after_s=60.0, end_after_s=1800.0, first_pause_s=0.5, last_pause_s=30.0)

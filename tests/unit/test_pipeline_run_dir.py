@@ -17,7 +17,7 @@ from stillhouse.errors import ConfigError, InterruptedRunError, ModelError, Reci
 from stillhouse.pipeline import Plan, open_run, plan, train
 from stillhouse.pipeline.attempt import attempt, learning_attempt, store_to_read
 from stillhouse.pipeline.card import model_card
-from stillhouse.pipeline.directory import claim
+from stillhouse.pipeline.run_dir import claim
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.consumers import join, registered
 from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, read_journal

@@ -8,7 +8,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from stillhouse.config import ModelSection
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.modelpath import source_of
+from stillhouse.model_path import source_of
 from stillhouse.models.sources import from_hub
 
 
