@@ -18,7 +18,8 @@ from helpers.compiling import Kernel, machine_code_sizes
 from stillhouse.logits import CompressedLogits, Head
 from stillhouse.losses.divergences import forward_kl
 from stillhouse.losses.fused_head import head_loss
-from stillhouse.losses.head_passes import Shares, TorchPasses, passes_for, path_for
+from stillhouse.losses.head_passes import passes_for, path_for
+from stillhouse.losses.head_passes_torch import Shares, TorchPasses
 from stillhouse.losses.sparse_gradient import Objective
 
 C, V, K = 3, 4_133, 5  # more than a tile, and no multiple of anything

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from stillhouse.errors import StudentError
 from stillhouse.logits import CompressedLogits, Head
-from stillhouse.losses.head_passes import Passes, block_tokens_for, capped, passes_for
+from stillhouse.losses.head_passes import block_tokens_for, passes_for
+from stillhouse.losses.head_passes_torch import Passes, capped
 from stillhouse.losses.sparse_gradient import Objective, loss_and_gradient, named_ids
 
 

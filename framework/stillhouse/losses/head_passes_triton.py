@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stillhouse.logits import Head
 from stillhouse.logits.launching import may_pass, run_kernel
-from stillhouse.losses.head_passes import Passes, Shares, Tail, TorchPasses
+from stillhouse.losses.head_passes_torch import Passes, Shares, Tail, TorchPasses
 
 _TILE_LOGITS = 4096  # that a program holds at one time
 _NUM_WARPS = 8

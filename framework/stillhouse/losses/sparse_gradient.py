@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.logits import CompressedLogits
-from stillhouse.losses.head_passes import Shares, Tail
+from stillhouse.losses.head_passes_torch import Shares, Tail
 
 LOG_FLOOR = -100.0  # nats; stands for no mass at all: exp(-100) is below every float32 that is not subnormal
 
