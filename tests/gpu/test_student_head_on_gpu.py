@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
-from stillhouse.losses.divergences import distillation_loss, divergence_named
+from stillhouse.losses.distillation import distillation_loss
+from stillhouse.losses.divergences import divergence_named
 from stillhouse.losses.head_passes import path_for
 
 T, V, H, K = 700, 30_011, 128, 32

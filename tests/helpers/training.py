@@ -15,7 +15,8 @@ from helpers.checkpoints import ORIGIN
 from stillhouse.checkpoint.restore import Restored, restore
 from stillhouse.cluster.coordinator import Board, Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
-from stillhouse.losses.divergences import distillation_loss, divergence_named
+from stillhouse.losses.distillation import distillation_loss
+from stillhouse.losses.divergences import divergence_named
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.retry import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from stillhouse.logits import Head, compress
-from stillhouse.losses.divergences import Divergence, distillation_loss
+from stillhouse.losses.distillation import distillation_loss
+from stillhouse.losses.divergences import Divergence
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
 

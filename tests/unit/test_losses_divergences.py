@@ -10,17 +10,8 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
-from stillhouse.losses.divergences import (
-    Divergence,
-    LossTerms,
-    distillation_loss,
-    divergence_named,
-    forward_kl,
-    is_unbiased_with_draws,
-    jsd,
-    reverse_kl,
-    tvd,
-)
+from stillhouse.losses.distillation import LossTerms, distillation_loss
+from stillhouse.losses.divergences import Divergence, divergence_named, forward_kl, is_unbiased_with_draws, jsd, reverse_kl, tvd
 
 NAMES = ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 MIX = 0.3

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import StudentError
 from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
-from stillhouse.losses.divergences import LossTerms, distillation_loss, divergence_named
+from stillhouse.losses.distillation import LossTerms, distillation_loss
+from stillhouse.losses.divergences import divergence_named
 from stillhouse.losses.fused_head import add_product_
 from stillhouse.losses.head_passes import block_tokens_for
 

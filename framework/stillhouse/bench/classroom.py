@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 
 from stillhouse.cli.demo import Shape, Sizes, learning_rate_share, llama_config
 from stillhouse.logits import Codec, CompressedLogits, Head, compress, decode, encode, token_seeds
-from stillhouse.losses.divergences import distillation_loss, forward_kl
+from stillhouse.losses.distillation import distillation_loss
+from stillhouse.losses.divergences import forward_kl
 from stillhouse.models import final_hidden, head_of
 from stillhouse.sequences import Corpus
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.logits import CompressedLogits, concatenate
-from stillhouse.losses.divergences import distillation_loss, divergence_named
+from stillhouse.losses.distillation import distillation_loss
+from stillhouse.losses.divergences import divergence_named
 from stillhouse.models import final_hidden, head_of, load_model
 from stillhouse.sequences import Rows
 from stillhouse.store import Recipe

@@ -25,7 +25,8 @@ from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, sh
 from stillhouse.bench.provenance import Provenance
 from stillhouse.errors import ConfigError
 from stillhouse.logits import CompressedLogits, Head
-from stillhouse.losses.divergences import Divergence, distillation_loss, divergence_named, forward_kl
+from stillhouse.losses.distillation import distillation_loss
+from stillhouse.losses.divergences import Divergence, divergence_named, forward_kl
 from stillhouse.losses.head_passes import block_tokens_for, path_for
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")

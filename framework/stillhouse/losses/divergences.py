@@ -1,4 +1,4 @@
-"""What the student learns from: divergences between bucketed distributions, and the weighted sum of one of them with cross-entropy.
+"""Divergences between bucketed distributions: the type, and six instances.
 
 A divergence sees, for each token, the K kept entries and one bucket of all the others, never renormalised: so every divergence here is a
 lower bound of the same divergence of the full distributions, and is 0 only where the buckets agree.
@@ -13,66 +13,30 @@ Shapes: T tokens, K kept entries, K1 = K + 1 buckets with the tail last, H hidde
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stillhouse.errors import ConfigError, ModelError
-from stillhouse.logits import CompressedLogits, Head
-from stillhouse.losses.fused_head import head_loss
-from stillhouse.losses.sparse_gradient import Divergence, Objective
+from stillhouse.errors import ConfigError
+
+LOG_FLOOR = -100.0  # nats; stands for no mass at all: exp(-100) is below every float32 that is not subnormal
 
 
-class LossTerms(NamedTuple):
-    """Sums over tokens, each a tensor without dimensions; only `total` carries a gradient."""
+class Divergence(NamedTuple):
+    """A distance between teacher and student, and how much of it draws from the tail can complete.
 
-    total: Tensor  # divergence_weight * temperature^2 * divergence + ce_weight * cross_entropy + z_loss_weight * z_loss
-    divergence: Tensor  # nats at the target's temperature, unweighted; 0 where divergence_weight is 0
-    cross_entropy: Tensor  # nats at temperature 1, unweighted; 0 where ce_weight is 0
-    z_loss: Tensor  # log-sum-exp of the student's logits at temperature 1, squared, unweighted; 0 where z_loss_weight is 0
-    num_tokens: Tensor  # int64
+    `of` is (logp_TK1, logq_TK1) -> loss_T: teacher's and student's log-masses of the same buckets, the tail's last. No log p is below
+    LOG_FLOOR, so none is -inf.
 
-
-def distillation_loss(
-    hidden_TH: Tensor,
-    head: Head,
-    target: CompressedLogits | None,
-    *,
-    divergence: Divergence,
-    labels_T: Tensor | None = None,
-    ce_weight: float = 0.0,
-    divergence_weight: float = 1.0,
-    z_loss_weight: float = 0.0,
-    block_tokens: int | None = None,
-) -> LossTerms:
-    """SUMS over T of `divergence_weight * temperature^2 * D(teacher || student) + ce_weight * CE(labels) + z_loss_weight * lse^2`.
-
-    Draws from the tail serve the divergence's `forward_kl_share`; all else in it takes the tail as one bucket.
-
-    The student's distribution is taken at the target's temperature, and temperature^2 is applied so that gradients keep their size
-    (Hinton et al. 2015, arXiv 1503.02531, section 2). Cross-entropy and lse, the log-sum-exp of the student's logits, which the z-loss
-    keeps near 0 (PaLM, arXiv 2204.02311, section 5: weight 1e-4), are at temperature 1. T = 0 is fine: all is zero, gradients too.
-    `target` may be None where `divergence_weight` is 0, `labels_T` (integers) where `ce_weight` is 0. Blocks and memory: see `head_loss`.
-
-    Raises ConfigError where the target or the labels lack, `divergence` is a bare function, or the target has draws alone and `divergence`
-    is more than its share of forward KL; ModelError where the vocabularies differ.
+    `forward_kl_share` is how many times the divergence holds forward KL: 1 for forward KL itself and for its sum with another divergence,
+    0.5 for half of it. That part has the whole vocabulary's gradient in expectation where the target has draws. The rest, and all of a
+    divergence of share 0, sees the tail as one bucket.
     """
-    _require_divergence(divergence)
-    if ce_weight > 0.0 and labels_T is None:
-        raise ConfigError(f"ce_weight is {ce_weight}, but there are no labels; pass labels_T, or set ce_weight = 0")
-    if divergence_weight > 0.0:
-        target = _usable(target, head, divergence, divergence_weight=divergence_weight)
-    objective = Objective(divergence, divergence_weight=divergence_weight, ce_weight=ce_weight, z_loss_weight=z_loss_weight)
-    sums = head_loss(
-        hidden_TH,
-        head,
-        target=target if divergence_weight > 0.0 else None,
-        labels_T=labels_T if ce_weight > 0.0 else None,
-        objective=objective,
-        block_tokens=block_tokens,
-    )
-    return LossTerms(*sums, num_tokens=torch.tensor(hidden_TH.shape[0], device=hidden_TH.device))
+
+    of: Callable[[Tensor, Tensor], Tensor]
+    forward_kl_share: float = 0.0
 
 
 def divergence_named(name: str, mix: float) -> Divergence:
@@ -161,34 +125,3 @@ def _require_proper_mix(name: str, mix: float) -> None:
         raise ConfigError(
             f"mix is {mix}, but {name} wants it strictly between 0 and 1; for the limits choose forward_kl or reverse_kl as the divergence"
         )
-
-
-def _require_divergence(divergence: object) -> None:
-    if not isinstance(divergence, Divergence):
-        name = getattr(divergence, "__name__", repr(divergence))
-        raise ConfigError(
-            f"divergence is {name}, a bare function, which does not say what share of forward KL it holds; pass Divergence({name}),"
-            f" or Divergence({name}, forward_kl_share=1.0) where forward KL is a part of it"
-        )
-
-
-def _usable(target: CompressedLogits | None, head: Head, divergence: Divergence, *, divergence_weight: float) -> CompressedLogits:
-    """The target, without its draws where the divergence holds no forward KL.
-
-    Draws alone have one bucket, of mass 1, from which nothing can be learnt: they serve multiples of forward KL alone, since of any other
-    divergence they would leave a part out without a word.
-    """
-    if target is None:
-        raise ConfigError(f"divergence_weight is {divergence_weight}, but there is no target; pass one, or set divergence_weight = 0")
-    if target.vocab_size != head.vocab_size:
-        raise ModelError(
-            f"the target is over {target.vocab_size} tokens, the student's head over {head.vocab_size}; "
-            "slice the head to the tokenizer's highest id + 1, or use targets of the same vocabulary"
-        )
-    if target.num_draws == 0:
-        return target
-    if target.k == 0 and not is_unbiased_with_draws(divergence):
-        raise ConfigError(
-            f"the target is {target.num_draws} draws and no exact entries, which only forward_kl can learn from; use it, or keep entries"
-        )
-    return target if divergence.forward_kl_share else target.without_draws()

@@ -12,7 +12,6 @@ Shapes: C tokens of one block, K kept entries, K1 = K + 1 buckets with the tail 
 learnt, O = N + L ids that are named beside the kept ones, X = K + O named ids.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,24 +19,8 @@ import torch
 from torch import Tensor
 
 from stillhouse.logits import CompressedLogits
+from stillhouse.losses.divergences import LOG_FLOOR, Divergence
 from stillhouse.losses.head_passes_torch import Shares, Tail
-
-LOG_FLOOR = -100.0  # nats; stands for no mass at all: exp(-100) is below every float32 that is not subnormal
-
-
-class Divergence(NamedTuple):
-    """A distance between teacher and student, and how much of it draws from the tail can complete.
-
-    `of` is (logp_TK1, logq_TK1) -> loss_T: teacher's and student's log-masses of the same buckets, the tail's last. No log p is below
-    LOG_FLOOR, so none is -inf.
-
-    `forward_kl_share` is how many times the divergence holds forward KL: 1 for forward KL itself and for its sum with another divergence,
-    0.5 for half of it. That part has the whole vocabulary's gradient in expectation where the target has draws. The rest, and all of a
-    divergence of share 0, sees the tail as one bucket.
-    """
-
-    of: Callable[[Tensor, Tensor], Tensor]
-    forward_kl_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

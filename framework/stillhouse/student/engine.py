@@ -30,7 +30,8 @@ from stillhouse.checkpoint.unpickling import only_tensors, opened
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.logits import Head
-from stillhouse.losses.divergences import Divergence, LossTerms, distillation_loss, divergence_named
+from stillhouse.losses.distillation import LossTerms, distillation_loss
+from stillhouse.losses.divergences import Divergence, divergence_named
 from stillhouse.models import final_hidden, head_of
 from stillhouse.student.loader import MicroBatch
 
