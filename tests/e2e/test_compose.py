@@ -15,8 +15,8 @@ from rich.console import Console
 
 from helpers.containers import Container, Service
 from helpers.networks import Machine, Network, inside
-from stillhouse.cli.demo import Shape, Sizes, make_models
 from stillhouse.config import CorpusSection
+from stillhouse.pipeline.toy import Shape, Sizes, make_models
 from stillhouse.tracking import ChunkRow, EndRow, EvalRow, JournalReader, Row, StartRow, TeacherRow, TrainRow, WaitRow, read_journal
 
 pytestmark = pytest.mark.timeout(600)

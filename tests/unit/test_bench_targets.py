@@ -12,11 +12,11 @@ from stillhouse.bench.classroom import Form, Lessons, target_of, teach
 from stillhouse.bench.coding import coding
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.targets import BUDGETS, QUICK, codec_within, figure, forms_of, record, share_of_the_gap, table
-from stillhouse.cli.demo import Shape
 from stillhouse.config import CorpusSection, TeacherSection
 from stillhouse.evaluation.scores import Scores
 from stillhouse.logits import Codec, compress, token_seeds
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest
+from stillhouse.pipeline.toy import Shape
 from stillhouse.sequences import Corpus, prepare_corpus
 
 LESSONS = Lessons(3, 2, Shape(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2), learning_rate=3e-3, warmup_steps=1)

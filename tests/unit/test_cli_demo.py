@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from stillhouse.cli.demo import Shape, Sizes, demo_config, learning_rate_share, llama_config, make_models, run_demo, train_teacher
+from stillhouse.cli.demo import run_demo
 from stillhouse.config import CorpusSection, load_config
 from stillhouse.errors import ConfigError
 from stillhouse.models import check_head, check_packing, check_same_ids, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
+from stillhouse.pipeline.toy import Shape, Sizes, demo_config, learning_rate_share, llama_config, make_models, train_teacher
 from stillhouse.report import write_report
 from stillhouse.sequences import Corpus, Rows, prepare_corpus
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from stillhouse.cli.demo import Shape, Sizes, learning_rate_share, llama_config
 from stillhouse.logits import Codec, CompressedLogits, Head, compress, decode, encode, token_seeds
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import forward_kl
 from stillhouse.models import final_hidden, head_of
+from stillhouse.pipeline.toy import Shape, Sizes, learning_rate_share, llama_config
 from stillhouse.sequences import Corpus
 
 Kind = Literal["text", "everything", "stored", "independent", "weighted"]

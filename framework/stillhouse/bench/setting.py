@@ -14,10 +14,10 @@ import numpy as np
 from rich.console import Console
 
 from stillhouse.bench.in_turn import Form, Lesson
-from stillhouse.cli.demo import Sizes, make_models
 from stillhouse.config import Config, parse_config
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan, plan
+from stillhouse.pipeline.toy import Sizes, make_models
 from stillhouse.sequences import Rows
 
 NUM_CORES = 2

@@ -23,13 +23,13 @@ from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER
-from stillhouse.cli.demo import Sizes, demo_config, make_models
 from stillhouse.cluster.session import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
 from stillhouse.logits import Codec
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.pipeline.toy import Sizes, demo_config, make_models
 from stillhouse.sequences import Split, prepare_corpus
 
 BUDGETS = (24, 48, 128)  # bytes a record

@@ -20,7 +20,7 @@ _DOCUMENTS = 100  # the held-out text is in the first of them
 
 def trained_logits(teacher_dir: Path, *, num_tokens: int, cache_dir: Path) -> Tensor:
     """float32 [T, V]: those of a teacher on the held-out files of Python's standard library. Raises ConfigError where it is none."""
-    from stillhouse.cli.demo import demo_config  # it brings Ray, which a benchmark of one process does without
+    from stillhouse.pipeline.toy import demo_config  # it brings Ray, which a benchmark of one process does without
 
     if not (teacher_dir / "config.json").is_file():
         raise ConfigError(f"there is no model in {teacher_dir}; name the directory of one with --teacher")
