@@ -19,7 +19,7 @@ from helpers.training import train_and_tell, train_on_a_line
 from helpers.world import TinyWorld
 from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import placement
-from stillhouse.cluster.session import Secrets
+from stillhouse.cluster.processes import Secrets
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
 from stillhouse.student.workers import watched

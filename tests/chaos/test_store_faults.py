@@ -29,7 +29,7 @@ from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import placement
-from stillhouse.cluster.session import Secrets
+from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChunkError, RecipeError, StillhouseError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_since, config_of

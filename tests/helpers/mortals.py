@@ -13,7 +13,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from helpers.training import CPU, Alone
-from stillhouse.cluster.session import prepare_process
+from stillhouse.cluster.processes import prepare_process
 from stillhouse.student.job import TrainJob
 from stillhouse.student.train import train
 from stillhouse.tracking import CheckpointRow, Journal, Row, TrainRow

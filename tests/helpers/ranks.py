@@ -14,7 +14,7 @@ class _Rank:
     def join(self, rank: int, world_size: int, meeting: Path) -> None:
         import torch.distributed as dist
 
-        from stillhouse.cluster.session import prepare_process
+        from stillhouse.cluster.processes import prepare_process
 
         prepare_process("cpu", 1)
         import helpers.training  # noqa: F401  # takes seconds, and is what tests call here

@@ -19,7 +19,7 @@ from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import placement
-from stillhouse.cluster.session import Secrets
+from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore

@@ -15,7 +15,7 @@ from helpers.bombs import Bomb, write_archive
 from stillhouse.checkpoint.unpickling import ALLOWED, only_tensors, opened
 from stillhouse.cli.main import app
 from stillhouse.cluster.environment import forbid_pickled_code
-from stillhouse.cluster.session import prepare_process
+from stillhouse.cluster.processes import prepare_process
 from stillhouse.errors import CheckpointError
 
 

@@ -12,8 +12,8 @@ from time import monotonic, sleep, time
 import pytest
 
 from helpers.metadata import AWS_ACTION, AWS_TOKEN, AZURE_EVENTS, AZURE_NAME, GCP_PREEMPTED, Answer, MetadataServer
+from stillhouse.cluster.nodes import machine_notices, metadata_endpoints
 from stillhouse.cluster.preemption import Cloud, Endpoints, Notice, NoticeWatch, aws, azure, cloud_here, gcp, local_sources, sigterm
-from stillhouse.cluster.session import machine_notices, metadata_endpoints
 
 CLOUDS: tuple[Cloud, ...] = ("aws", "gcp", "azure")
 WHERE = {"aws": AWS_ACTION, "gcp": GCP_PREEMPTED, "azure": AZURE_EVENTS}

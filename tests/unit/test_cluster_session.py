@@ -13,8 +13,10 @@ import pytest
 
 from helpers.remote import die, join, refuse, trip
 from helpers.world import TinyWorld
+from stillhouse.cluster.nodes import await_room
 from stillhouse.cluster.placement import Placement, teacher_crew
-from stillhouse.cluster.session import Secrets, attached, await_room, call_remotely, cause_of, local_secrets
+from stillhouse.cluster.processes import Secrets, call_remotely, cause_of, local_secrets
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection, TeacherSection, resolved_json
 from stillhouse.errors import ChunkError, ConfigError, RunError
 from stillhouse.evaluation.scores import EvaluationJob

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
-from stillhouse.cluster.session import Secrets
+from stillhouse.cluster.processes import Secrets
 from stillhouse.config import EvaluateSection, ModelSection
 from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
 from stillhouse.sequences import Rows

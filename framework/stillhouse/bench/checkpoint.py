@@ -32,7 +32,7 @@ from stillhouse.bench.cost import Timings, require_device, shown
 from stillhouse.bench.provenance import Provenance
 from stillhouse.checkpoint.manifest import Commit, Origin
 from stillhouse.checkpoint.writer import CheckpointWriter
-from stillhouse.cluster.session import prepare_process
+from stillhouse.cluster.processes import prepare_process
 from stillhouse.config import StudentSection
 from stillhouse.logits import compress
 from stillhouse.student.engine import StudentEngine

@@ -30,7 +30,8 @@ from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import on_two_cores, prepare
 from stillhouse.cluster.coordinator import Board, Summons
 from stillhouse.cluster.placement import placement
-from stillhouse.cluster.session import attached, local_secrets, settle_ray_train
+from stillhouse.cluster.processes import local_secrets
+from stillhouse.cluster.session import attached, settle_ray_train
 from stillhouse.config import Config
 from stillhouse.errors import RunError
 from stillhouse.pipeline import Plan, plan

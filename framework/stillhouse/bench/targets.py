@@ -23,7 +23,7 @@ from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER
-from stillhouse.cluster.session import Secrets
+from stillhouse.cluster.processes import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate

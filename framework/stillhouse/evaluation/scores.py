@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillhouse.cluster.session import Secrets, prepare_process
+from stillhouse.cluster.processes import Secrets, prepare_process
 from stillhouse.config import EvaluateSection, ModelSection, StudentSection
 from stillhouse.logits import Head
 from stillhouse.models import final_hidden, head_of, load_model

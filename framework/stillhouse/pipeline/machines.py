@@ -10,8 +10,8 @@ from time import monotonic, sleep, time
 
 from stillhouse.cluster.coordinator import Board, Summons
 from stillhouse.cluster.head_process import HeadIsGone
+from stillhouse.cluster.nodes import drain, draining
 from stillhouse.cluster.preemption import Ask, Notice, sigterm
-from stillhouse.cluster.session import drain, draining
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.terminal import say
 from stillhouse.tracking import NoticeRow, Role, Tracker

@@ -4,8 +4,8 @@ from collections.abc import Collection
 from uuid import uuid4
 
 from stillhouse.atomic import make_directory
+from stillhouse.cluster.nodes import who_does_not_see
 from stillhouse.cluster.placement import Placement
-from stillhouse.cluster.session import who_does_not_see
 from stillhouse.errors import ConfigError
 from stillhouse.store.object_store import Blobs
 

@@ -13,8 +13,10 @@ from typing import Literal
 
 from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.nodes import await_room
 from stillhouse.cluster.placement import Crews, placement, student_crew, teacher_crew
-from stillhouse.cluster.session import attached, await_room, call_remotely, local_secrets
+from stillhouse.cluster.processes import call_remotely, local_secrets
+from stillhouse.cluster.session import attached
 from stillhouse.config import ModelSection
 from stillhouse.errors import ChangedWeightsError, CheckpointError, StoreError
 from stillhouse.evaluation.scores import EvaluationJob, ModelName, Scores, Trained, evaluate, outage_teller

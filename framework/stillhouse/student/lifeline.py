@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Protocol, Self
 
 from stillhouse.cluster.coordinator import Beat, Board, Cause, Past, Phase, Summons
-from stillhouse.cluster.session import machine_notices, this_node
+from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.config import NoticeSource
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import refuse_bad_chunk

@@ -19,8 +19,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 
 from stillhouse.cluster.coordinator import Board, Summons
+from stillhouse.cluster.nodes import room_at_most, room_for
 from stillhouse.cluster.placement import Placement
-from stillhouse.cluster.session import Secrets, end_process, prepare_process, room_at_most, room_for, settle_ray_train, stacks_of
+from stillhouse.cluster.processes import Secrets, end_process, prepare_process, stacks_of
+from stillhouse.cluster.session import settle_ray_train
 from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import HeadGoneError, StillhouseError
 from stillhouse.student.watchdog import Stall, has_shrunk, stalled

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.cluster.placement import Placement
-from stillhouse.cluster.session import Secrets, machine_notices, prepare_process, this_node
+from stillhouse.cluster.processes import Secrets, prepare_process
 from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity

@@ -7,7 +7,7 @@ import ray
 
 from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import Placement
-from stillhouse.cluster.session import Secrets, cause_of
+from stillhouse.cluster.processes import Secrets, cause_of
 from stillhouse.teacher.actor import TeacherJob, spawn
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
 from stillhouse.teacher.model import WorkItem

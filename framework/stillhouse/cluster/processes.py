@@ -1,0 +1,125 @@
+"""Processes of a run on a cluster: what they need to start, how one is called, looked at and ended."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from stillhouse.cluster.environment import forbid_pickled_code, learn_secrets
+from stillhouse.cluster.placement import Placement
+from stillhouse.errors import RunError, StillhouseError
+from stillhouse.redaction import know
+
+_END_S, _STACK_S = 30.0, 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """What a process needs to reach gated models; its repr shows nothing, and it travels as an argument, never in a config."""
+
+    hub_token: str | None = field(repr=False)
+
+    def adopt(self) -> None:
+        """Make the secrets this process's own, where Hugging Face looks for them."""
+        if self.hub_token is not None:
+            os.environ["HF_TOKEN"] = self.hub_token
+            know([self.hub_token])
+
+
+def local_secrets() -> Secrets:
+    """The hub token of the person who starts the run: HF_TOKEN, or what `hf auth login` stored."""
+    from huggingface_hub import get_token
+
+    return Secrets(hub_token=get_token())
+
+
+def prepare_process(device: str, threads: int) -> None:
+    """Settle a worker process before its first tensor: torch threads, DeepSpeed's accelerator, and no pickle in any checkpoint."""
+    import torch
+
+    learn_secrets()
+    torch.set_num_threads(threads)
+    os.environ["DS_ACCELERATOR"] = device
+    forbid_pickled_code()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def call_remotely(function: Callable[..., Any], *arguments: object, where: Placement) -> Any:
+    """Run a function in a process of its own on the cluster, wait for it, and return its (small) answer.
+
+    An error that it raises arrives as itself. Raises RunError where its process died, and died again.
+    """
+    remote = ray.remote(function).options(
+        num_cpus=where.num_cpus, num_gpus=where.num_gpus, resources=dict(where.resources) or None, max_retries=1
+    )
+    try:
+        return ray.get(remote.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        cause = cause_of(error)
+        raise cause from None if isinstance(cause, StillhouseError) else error
+    except ray.exceptions.RayError as error:
+        raise RunError(
+            f"the process of `{function.__name__}` was lost ({error}); if its memory ran out, give it a larger machine, or smaller batches"
+        ) from error
+
+
+def stacks_of(pid: int, *, node: str) -> str | None:
+    """Where a worker of ours on a node stands, empty where that cannot be read; None where it is gone."""
+    return _answer(ask_node(node, _stack_of, pid))
+
+
+def end_process(pid: int, *, node: str) -> None:
+    """Kill a worker of ours on a node, where it is still there."""
+    _answer(ask_node(node, _end_process, pid))
+
+
+def ask_node(node: str, function: Callable[..., Any], argument: object) -> Any:
+    """Begin to run a function on this node; what it will answer."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(argument)
+
+
+def _answer(asked: Any) -> Any:
+    try:
+        return ray.get(asked, timeout=_END_S)
+    except ray.exceptions.RayError:  # the node is gone, or as silent as the process: Ray's own health check sees to it
+        return None
+
+
+def _end_process(pid: int) -> None:
+    process = _worker_process(pid)
+    if process is not None:
+        process.kill()
+
+
+def _worker_process(pid: int) -> Any:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process if "".join(process.cmdline()[:1]).startswith("ray::") else None
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return None
+
+
+def _stack_of(pid: int) -> str | None:
+    """By py-spy, which comes with Ray and can read a process that was stopped; it needs the right to trace others."""
+    if _worker_process(pid) is None:
+        return None
+    command = [str(Path(sys.executable).parent / "py-spy"), "dump", "--nonblocking", "--pid", str(pid)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_STACK_S, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that a remote process raised, out of the one that Ray wrapped it in."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
