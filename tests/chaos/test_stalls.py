@@ -21,11 +21,11 @@ from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.pipeline import Plan
+from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.student.workers import watched
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.tracking import Journal, Row, StallRow, TeacherRow, latest_train_rows, read_journal
 

@@ -71,8 +71,8 @@ def refusal(look: Callable[[], object]) -> str | None:
 
 def same_rows(chunk: Chunk, other: Chunk) -> bool:
     pairs = zip(
-        (chunk.token_ids_SL, chunk.positions_SL, chunk.loss_mask_SL, chunk.targets_NB),
-        (other.token_ids_SL, other.positions_SL, other.loss_mask_SL, other.targets_NB),
+        (chunk.sequences.token_ids_SL, chunk.sequences.positions_SL, chunk.sequences.loss_mask_SL, chunk.targets_NB),
+        (other.sequences.token_ids_SL, other.sequences.positions_SL, other.sequences.loss_mask_SL, other.targets_NB),
         strict=True,
     )
     return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
@@ -373,7 +373,7 @@ def batches_of(made: Plan, *, on_bad_chunk: Callable[[int], object]) -> list[tup
     return [
         (
             batch.sequences,
-            [part.token_ids_BL.flatten().tolist() + part.target.token_ids_TK.flatten().tolist() for part in batch.micro_batches],
+            [part.tokens.token_ids_BL.flatten().tolist() + part.target.token_ids_TK.flatten().tolist() for part in batch.micro_batches],
         )
         for batch in batches
     ]

@@ -45,9 +45,9 @@ def mutant(rng: random.Random, chunk: Chunk, recipe: Recipe) -> bytes:
             changed = dumps(mutated_json(rng, metadata_of(values, chunk.number)), sort_keys=rng.random() < 0.5, separators=(",", ":"))
             return chunk_file(arrays, dumps(header_of(arrays, changed), separators=(",", ":")))
         case 3:
-            index_end = 8 + len(header) + -len(header) % 8 + 16 * len(chunk.token_ids_SL) + 8
+            index_end = 8 + len(header) + -len(header) % 8 + 16 * len(chunk.sequences.token_ids_SL) + 8
             data = chunk_file(arrays, header)
-            whole = sealed_chunk(mutated_bytes(rng, data[:index_end]) + data[index_end:], num_rows=len(chunk.token_ids_SL))
+            whole = sealed_chunk(mutated_bytes(rng, data[:index_end]) + data[index_end:], num_rows=len(chunk.sequences.token_ids_SL))
             return whole if len(whole) >= 8 else data
         case 4:
             name = rng.choice([*arrays])
@@ -118,9 +118,9 @@ def test_a_chunk_is_read_where_the_page_allows_it_and_refused_with_chunk_error_e
         assert bounded(lambda data=data: is_whole(data, num_bytes=len(data)), num_bytes=len(data)) in (True, False)
         if found is not None and wanted is not None:
             num_read += 1
-            assert found.token_ids_SL.tolist() == wanted["token_ids"], data.hex()
-            assert found.positions_SL.tolist() == wanted["positions"], data.hex()
-            assert found.loss_mask_SL.tolist() == wanted["loss_mask"], data.hex()
+            assert found.sequences.token_ids_SL.tolist() == wanted["token_ids"], data.hex()
+            assert found.sequences.positions_SL.tolist() == wanted["positions"], data.hex()
+            assert found.sequences.loss_mask_SL.tolist() == wanted["loss_mask"], data.hex()
             assert unpack_chunk(pack_chunk(found, recipe), recipe, number).targets_NB.tolist() == found.targets_NB.tolist(), data.hex()
     assert num_read > 0  # some changes are none, or are allowed
 

@@ -1,11 +1,13 @@
 """Small recipes and chunks that are right in every field: what a teacher would publish, without a teacher."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from stillhouse.logits import Codec, CompressedLogits, encode
+from stillhouse.sequence import Sequences
 from stillhouse.store import Chunk, Recipe
 
 
@@ -41,16 +43,21 @@ def make_chunk(recipe: Recipe, number: int = 0, *, seed: int = 0) -> Chunk:
     loss_mask_SL[:, :-1] = ~starts_SL[:, 1:]
     token_ids_SL = rng.integers(0, recipe.vocab_size, shape)
     records = make_records(recipe.codec, int(loss_mask_SL.sum()), rng)
-    return Chunk(number, token_ids_SL.astype(np.int32), positions_SL.astype(np.int32), loss_mask_SL, records)
+    return Chunk(number, Sequences(token_ids_SL.astype(np.int32), positions_SL.astype(np.int32), loss_mask_SL), records)
+
+
+def with_arrays(chunk: Chunk, *, targets_NB: np.ndarray | None = None, **arrays: np.ndarray) -> Chunk:
+    """The chunk with some of its arrays replaced."""
+    return Chunk(chunk.number, replace(chunk.sequences, **arrays), chunk.targets_NB if targets_NB is None else targets_NB)
 
 
 def arrays_of(chunk: Chunk) -> dict[str, np.ndarray]:
     """By the names of its tensors; the hashes of its rows are left out."""
     return {
         "row_starts": chunk.row_starts,
-        "positions": chunk.positions_SL,
-        "token_ids": chunk.token_ids_SL,
-        "loss_mask": chunk.loss_mask_SL,
+        "positions": chunk.sequences.positions_SL,
+        "token_ids": chunk.sequences.token_ids_SL,
+        "loss_mask": chunk.sequences.loss_mask_SL,
         "targets": chunk.targets_NB,
     }
 

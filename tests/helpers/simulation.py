@@ -17,10 +17,10 @@ from helpers.chunks import make_records
 from stillhouse.cluster.coordinator import News
 from stillhouse.cluster.preemption import Notice
 from stillhouse.logits import CompressedLogits, Fidelity
+from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.actor import Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
-from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.replica import Probe
 
 _ANSWER = CompressedLogits(
@@ -45,13 +45,14 @@ def item_of(recipe: Recipe, number: int) -> WorkItem:
     token_ids_SL = np.broadcast_to(np.arange(rows.start + 1, rows.stop + 1, dtype=np.int32)[:, None] % recipe.vocab_size, shape).copy()
     loss_mask_SL = np.ones(shape, dtype=np.uint8)
     loss_mask_SL[:, -1] = 0
-    return WorkItem(number, token_ids_SL, np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy(), loss_mask_SL)
+    positions_SL = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
+    return WorkItem(number, Sequences(token_ids_SL, positions_SL, loss_mask_SL))
 
 
 def publish(store: ChunkStore, item: WorkItem) -> ChunkRef:
     """What a teacher would, with random targets."""
-    records = make_records(store.recipe.codec, item.num_tokens, np.random.default_rng(item.number))
-    return store.publish(Chunk(item.number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records))
+    records = make_records(store.recipe.codec, item.sequences.num_targets, np.random.default_rng(item.number))
+    return store.publish(Chunk(item.number, item.sequences, records))
 
 
 @dataclass

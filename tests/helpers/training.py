@@ -17,7 +17,8 @@ from stillhouse.cluster.coordinator import Board, Cause, Past, Phase, Summons
 from stillhouse.errors import UserError
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
-from stillhouse.models import final_hidden, head_of, load_model
+from stillhouse.models import head_of, load_model
+from stillhouse.models.batch import hidden_at
 from stillhouse.retry import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.student.engine import StudentEngine
@@ -228,16 +229,16 @@ def loss_of_step(job: TrainJob, step: int, *, model: Path) -> float:
     (whole,) = batch.micro_batches
     lm = load_model(section)
     with torch.no_grad():
-        hidden_TH = final_hidden(lm, whole.token_ids_BL, whole.positions_BL).flatten(0, 1)[whole.target_positions_T]
+        hidden_TH = hidden_at(lm, whole.tokens)
         terms = distillation_loss(
             hidden_TH,
             head_of(lm, vocab_size=job.recipe.vocab_size),
             whole.target,
             divergence=divergence_named(section.divergence, section.mix),
-            labels_T=whole.labels_T,
+            labels_T=whole.tokens.labels_T,
             ce_weight=section.ce_weight,
         )
-    return terms.total.item() / whole.num_tokens
+    return terms.total.item() / whole.tokens.num_targets
 
 
 def with_student(job: TrainJob, **changes: object) -> TrainJob:

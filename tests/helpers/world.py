@@ -79,4 +79,4 @@ class TinyWorld:
         for number in sorted(missing):
             item = made.item(number)
             records = encode(concatenate(teacher.compress(item)), made.recipe.codec).numpy()
-            store.publish(Chunk(number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records))
+            store.publish(Chunk(number, item.sequences, records))

@@ -94,11 +94,11 @@ def stored_sequences(job: TrainJob) -> dict[int, Sequence]:
         logp_NK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1)
         before = 0
         for row, sequence in enumerate(job.recipe.chunk_rows(number)):
-            positions_T = np.flatnonzero(chunk.loss_mask_SL[row])
+            positions_T = np.flatnonzero(chunk.sequences.loss_mask_SL[row])
             records = slice(before, before := before + len(positions_T))
             found[sequence] = Sequence(
-                torch.from_numpy(chunk.token_ids_SL[row].astype(np.int64)),
-                np.flatnonzero(chunk.positions_SL[row] == 0).tolist(),
+                torch.from_numpy(chunk.sequences.token_ids_SL[row].astype(np.int64)),
+                np.flatnonzero(chunk.sequences.positions_SL[row] == 0).tolist(),
                 torch.from_numpy(positions_T),
                 target.token_ids_TK[records].long(),
                 logp_NK1[records],

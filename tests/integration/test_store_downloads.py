@@ -105,7 +105,7 @@ def test_a_truncated_answer_condemns_no_chunk(proxy: FaultyS3, bucket: str):
     proxy.truncate(reads("0000000000.safetensors"), times=1)
     np.testing.assert_array_equal(store.fetch(0).targets_NB, make_chunk(RECIPE, 0).targets_NB)
     proxy.truncate(reads("0000000000.safetensors"), times=1)
-    np.testing.assert_array_equal(store.fetch_rows(0, [2]).token_ids_SL, make_chunk(RECIPE, 0).token_ids_SL[[2]])
+    np.testing.assert_array_equal(store.fetch_rows(0, [2]).sequences.token_ids_SL, make_chunk(RECIPE, 0).sequences.token_ids_SL[[2]])
 
 
 def test_a_truncated_answer_moves_no_recipe(proxy: FaultyS3, bucket: str):

@@ -68,7 +68,7 @@ def test_a_chunk_is_published_found_fetched_and_listed(store: ChunkStore):
     ref = store.publish(chunk)
     assert (store.exists(0), store.exists(1), store.published()) == (False, True, {1})
     np.testing.assert_array_equal(store.fetch(1).targets_NB, chunk.targets_NB)
-    np.testing.assert_array_equal(store.fetch_rows(1, [3, 0]).token_ids_SL, chunk.token_ids_SL[[3, 0]])
+    np.testing.assert_array_equal(store.fetch_rows(1, [3, 0]).sequences.token_ids_SL, chunk.sequences.token_ids_SL[[3, 0]])
     assert list_recipes(store.url) == [(RECIPE.fingerprint[:16], RECIPE, 1, ref.num_bytes)]
     assert [finding.problem for finding in verify_store(store.url)] == [None, None]
 
@@ -86,7 +86,7 @@ def test_the_second_publisher_loses_and_of_eight_at_once_one_wins(store: ChunkSt
         refs = list(pool.map(store.publish, chunks))
     winners = [chunk for chunk, ref in zip(chunks, refs, strict=True) if not ref.duplicate]
     assert len(winners) == 1
-    np.testing.assert_array_equal(store.fetch(1).token_ids_SL, winners[0].token_ids_SL)
+    np.testing.assert_array_equal(store.fetch(1).sequences.token_ids_SL, winners[0].sequences.token_ids_SL)
 
 
 def test_a_damaged_chunk_is_named_quarantined_and_published_anew(store: ChunkStore, bucket: str, moto: str):

@@ -22,10 +22,10 @@ from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
+from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
 
@@ -87,9 +87,9 @@ def new_plan(tiny_world: TinyWorld, folder: Path) -> Plan:
 
 def poisoned(item: WorkItem) -> WorkItem:
     """A token that no embedding has: looking it up raises in the teacher."""
-    token_ids_SL = item.token_ids_SL.copy()
+    token_ids_SL = item.sequences.token_ids_SL.copy()
     token_ids_SL[0, 0] = 1_000_000
-    return replace(item, token_ids_SL=token_ids_SL)
+    return replace(item, sequences=replace(item.sequences, token_ids_SL=token_ids_SL))
 
 
 @dataclass
@@ -245,9 +245,9 @@ def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_
     assert (row.chunk, row.sequences) == (bad, [made.recipe.chunk_rows(bad)[0]])
     assert row.reason.startswith("IndexError: index out of range")
     made_chunk, item = ChunkStore(made.config.store.url, made.recipe).fetch(bad), made.item(bad)
-    assert not made_chunk.loss_mask_SL[0].any()
-    assert np.array_equal(made_chunk.loss_mask_SL[1:], item.loss_mask_SL[1:])
-    assert np.array_equal(made_chunk.token_ids_SL[1:], item.token_ids_SL[1:])
+    assert not made_chunk.sequences.loss_mask_SL[0].any()
+    assert np.array_equal(made_chunk.sequences.loss_mask_SL[1:], item.sequences.loss_mask_SL[1:])
+    assert np.array_equal(made_chunk.sequences.token_ids_SL[1:], item.sequences.token_ids_SL[1:])
 
 
 def test_a_model_that_is_not_there_is_said_as_it_is(tiny_world: TinyWorld, board: Board, tmp_path: Path):

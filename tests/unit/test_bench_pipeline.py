@@ -19,11 +19,12 @@ from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.errors import RunError
 from stillhouse.logits import concatenate
 from stillhouse.models import load_model
-from stillhouse.sequences import Rows
+from stillhouse.models.batch import TokenBatch
+from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch
-from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
+from stillhouse.teacher.model import HuggingFaceTeacher
 from stillhouse.tracking import CheckpointRow, ChunkRow, Row, StartRow, TrainRow
 
 TOKENS = 1000  # of a step
@@ -132,7 +133,7 @@ def lesson(tmp_path_factory: pytest.TempPathFactory) -> Lesson:
     random = np.random.default_rng(0)
     mask = (random.random((12, 16)) < 0.8).astype(np.uint8)
     mask[:, -1] = 0
-    rows = Rows(random.integers(0, vocab_size, (12, 16), dtype=np.int32), np.tile(np.arange(16, dtype=np.int32), (12, 1)), mask)
+    rows = Sequences(random.integers(0, vocab_size, (12, 16), dtype=np.int32), np.tile(np.arange(16, dtype=np.int32), (12, 1)), mask)
     return Lesson("compressed", teacher, student, recipe, rows, threads=1)
 
 
@@ -154,15 +155,8 @@ def test_in_turn_takes_the_steps_that_the_engine_takes(lesson: Lesson) -> None:
         load_model(section), section=section, vocab_size=recipe.vocab_size, num_micro_batches=2, device=torch.device("cpu")
     )
 
-    def micro_batch(rows: Rows) -> MicroBatch:
-        ids_BL, mask_BL = torch.from_numpy(rows.token_ids_SL).long(), torch.from_numpy(rows.loss_mask_SL) == 1
-        return MicroBatch(
-            token_ids_BL=ids_BL,
-            positions_BL=torch.from_numpy(rows.positions_SL).long(),
-            target_positions_T=mask_BL.flatten().nonzero()[:, 0],
-            labels_T=ids_BL.roll(-1, dims=1)[mask_BL],
-            target=concatenate(teacher.compress(WorkItem(0, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL))),
-        )
+    def micro_batch(rows: Sequences) -> MicroBatch:
+        return MicroBatch(TokenBatch.of(rows), concatenate(teacher.compress(WorkItem(0, rows))))
 
     batches = [micro_batch(lesson.rows.select(slice(start, start + 2))) for start in range(0, 12, 2)]
     expected = [engine.train_step(batches[2 * step : 2 * step + 2], learning_rate=section.learning_rate) for step in range(3)]

@@ -22,7 +22,8 @@ from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
 from stillhouse.pipeline.toy import Shape, Sizes, demo_config, learning_rate_share, llama_config, make_models, train_teacher
 from stillhouse.report import write_report
-from stillhouse.sequences import Corpus, Rows, prepare_corpus
+from stillhouse.sequence import Sequences
+from stillhouse.sequences import Corpus, prepare_corpus
 
 CORPUS = CorpusSection(dataset="stdlib", sequence_length=32, max_documents=12, heldout_sequences=16)
 SIZES = Sizes(
@@ -57,7 +58,7 @@ def heldout(made: Made) -> Corpus:
     return prepare_corpus(CORPUS, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=made.cache_dir).heldout
 
 
-def cross_entropy(model: LlamaForCausalLM, rows: Rows) -> float:
+def cross_entropy(model: LlamaForCausalLM, rows: Sequences) -> float:
     ids = torch.from_numpy(rows.token_ids_SL.astype(np.int64))
     positions = torch.from_numpy(rows.positions_SL.astype(np.int64))
     mask = torch.from_numpy(rows.loss_mask_SL == 1)

@@ -17,7 +17,7 @@ from helpers.models import make_model
 from stillhouse.cluster.processes import Secrets
 from stillhouse.config import EvaluateSection, ModelSection
 from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
-from stillhouse.sequences import Rows
+from stillhouse.sequence import Sequences
 
 RECIPE = small_recipe(num_sequences=7, sequence_length=24, chunk_sequences=7)
 V = RECIPE.vocab_size
@@ -53,11 +53,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @pytest.fixture(scope="module")
-def heldout(models: Models) -> Rows:
+def heldout(models: Models) -> Sequences:
     """Packed rows of random tokens, which no model foresees, and three rows that the student wrote: it is too sure of the first and not
     sure enough of the others, so that a calibration error depends on its bins."""
     chunk = make_chunk(RECIPE)
-    rows = Rows(chunk.token_ids_SL.copy(), chunk.positions_SL.copy(), chunk.loss_mask_SL.copy())
+    rows = Sequences(chunk.sequences.token_ids_SL.copy(), chunk.sequences.positions_SL.copy(), chunk.sequences.loss_mask_SL.copy())
     rows.token_ids_SL[:3] = written_by(models.student, first_tokens=[5, 50, 250], length=RECIPE.sequence_length)
     rows.positions_SL[:3] = np.arange(RECIPE.sequence_length)
     rows.loss_mask_SL[:3, :-1] = 1
@@ -75,7 +75,7 @@ def written_by(section: ModelSection, *, first_tokens: list[int], length: int) -
 
 
 @torch.inference_mode()
-def dense_logprobs(section: ModelSection, rows: Rows) -> np.ndarray:
+def dense_logprobs(section: ModelSection, rows: Sequences) -> np.ndarray:
     """float64 [T, V]: the model's own logits, one row at a time, at the masked-in positions."""
     model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
     found = []
@@ -106,7 +106,7 @@ def naive_scores(p_TV: np.ndarray, q_TV: np.ndarray, labels_T: np.ndarray) -> Sc
     return Scores(num_tokens, cross_entropy / num_tokens, kl / num_tokens, agreed / num_tokens, float(error), acceptance / num_tokens)
 
 
-def labels_of(rows: Rows) -> np.ndarray:
+def labels_of(rows: Sequences) -> np.ndarray:
     return np.array([rows.token_ids_SL[s, t + 1] for s, t in np.argwhere(rows.loss_mask_SL == 1)])
 
 
@@ -115,7 +115,7 @@ def assert_close(found: Scores, wanted: Scores, *, atol: float = 2e-6) -> None:
     np.testing.assert_allclose(astuple(found), astuple(wanted), rtol=0, atol=atol)
 
 
-def test_every_score_is_the_naive_dense_one(models: Models, heldout: Rows):
+def test_every_score_is_the_naive_dense_one(models: Models, heldout: Sequences):
     found = evaluate(models.job(), heldout)
     assert found.keys() == {"teacher", "student", "control"}
     teacher_TV, labels_T = dense_logprobs(models.teacher, heldout), labels_of(heldout)
@@ -126,14 +126,14 @@ def test_every_score_is_the_naive_dense_one(models: Models, heldout: Rows):
 
 
 @pytest.mark.parametrize(("batch_sequences", "block_tokens"), [(1, 1), (2, 5), (7, 10_000)])
-def test_batches_and_blocks_change_nothing(models: Models, heldout: Rows, batch_sequences: int, block_tokens: int):
+def test_batches_and_blocks_change_nothing(models: Models, heldout: Sequences, batch_sequences: int, block_tokens: int):
     found = evaluate(models.job(batch_sequences=batch_sequences, block_tokens=block_tokens), heldout)
     for name, scores in evaluate(models.job(), heldout).items():
         assert_close(found[name], scores)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_teacher_against_itself_is_perfect(models: Models, heldout: Rows, dtype: str):
+def test_the_teacher_against_itself_is_perfect(models: Models, heldout: Sequences, dtype: str):
     """In bfloat16 most rows have their greatest logit more than once: a first choice is one of them, and both models' the same."""
     teacher = models.teacher.model_copy(update={"dtype": dtype})
     job = replace(models.job(), teacher=teacher, models={"student": teacher.model_copy()})
@@ -142,7 +142,7 @@ def test_the_teacher_against_itself_is_perfect(models: Models, heldout: Rows, dt
         assert scores.acceptance == pytest.approx(1.0, abs=1e-6)
 
 
-def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(models: Models, heldout: Rows, tmp_path: Path):
+def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(models: Models, heldout: Sequences, tmp_path: Path):
     twins = AutoModelForCausalLM.from_pretrained(models.control.model, dtype=torch.float32)
     twins.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -153,9 +153,9 @@ def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(models: Models,
     assert scores["student"].agreement == 1.0
 
 
-def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Rows):
+def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Sequences):
     """What stands behind the mask decides nothing: not the last token of a document, nor a row without a target."""
-    silent = Rows(heldout.token_ids_SL.copy(), heldout.positions_SL, heldout.loss_mask_SL.copy())
+    silent = Sequences(heldout.token_ids_SL.copy(), heldout.positions_SL, heldout.loss_mask_SL.copy())
     silent.loss_mask_SL[5:] = 0
     silent.token_ids_SL[5:] = 7
     kept = heldout.select(slice(0, 5))
@@ -163,7 +163,7 @@ def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Rows)
         assert_close(scores, evaluate(models.job(), kept)[name])
 
 
-def test_a_certain_and_wrong_model_is_badly_calibrated(models: Models, heldout: Rows, tmp_path: Path):
+def test_a_certain_and_wrong_model_is_badly_calibrated(models: Models, heldout: Sequences, tmp_path: Path):
     """A head that is a thousand times as loud is sure of itself, and right no more often than before."""
     loud = AutoModelForCausalLM.from_pretrained(models.control.model, dtype=torch.float32)
     with torch.no_grad():

@@ -13,14 +13,14 @@ import safetensors.numpy
 import torch
 import xxhash
 
-from helpers.chunks import make_chunk, small_recipe
+from helpers.chunks import arrays_of, make_chunk, small_recipe, with_arrays
 from stillhouse.errors import ChunkError
 from stillhouse.logits import Codec, CompressedLogits, decode, encode
+from stillhouse.sequence import Sequences
 from stillhouse.store import Chunk, Recipe, pack_chunk, unpack_chunk
 from stillhouse.store.chunk import MAX_HEADER_BYTES, checksum_of
 
 ROOT = Path(__file__).parents[2]
-FIELDS = ("token_ids_SL", "positions_SL", "loss_mask_SL", "targets_NB")
 RECIPE = small_recipe()
 CHUNK = make_chunk(RECIPE, 1)
 DATA = pack_chunk(CHUNK, RECIPE)
@@ -28,8 +28,7 @@ DATA = pack_chunk(CHUNK, RECIPE)
 
 def assert_same(found: Chunk, wanted: Chunk) -> None:
     assert found.number == wanted.number
-    for field in FIELDS:
-        mine, theirs = getattr(found, field), getattr(wanted, field)
+    for mine, theirs in zip(arrays_of(found).values(), arrays_of(wanted).values(), strict=True):
         assert mine.dtype == theirs.dtype
         np.testing.assert_array_equal(mine, theirs)
 
@@ -83,30 +82,32 @@ def test_a_chunk_is_read_back_exactly(recipe: Recipe):
 
 
 def test_a_chunk_without_a_single_target_is_read_back():
-    chunk = replace(CHUNK, loss_mask_SL=np.zeros_like(CHUNK.loss_mask_SL), targets_NB=CHUNK.targets_NB[:0])
+    chunk = with_arrays(CHUNK, loss_mask_SL=np.zeros_like(CHUNK.sequences.loss_mask_SL), targets_NB=CHUNK.targets_NB[:0])
     assert_same(unpack_chunk(pack_chunk(chunk, RECIPE), RECIPE, 1), chunk)
 
 
 def test_the_same_values_are_the_same_bytes():
-    strided = replace(CHUNK, token_ids_SL=np.asfortranarray(CHUNK.token_ids_SL), targets_NB=np.repeat(CHUNK.targets_NB, 2, axis=0)[::2])
+    strided = with_arrays(
+        CHUNK, token_ids_SL=np.asfortranarray(CHUNK.sequences.token_ids_SL), targets_NB=np.repeat(CHUNK.targets_NB, 2, axis=0)[::2]
+    )
     assert pack_chunk(strided, RECIPE) == DATA
 
 
 def test_any_safetensors_reader_opens_a_chunk():
     tensors = safetensors.numpy.load(DATA)
-    np.testing.assert_array_equal(tensors["token_ids"], CHUNK.token_ids_SL)
+    np.testing.assert_array_equal(tensors["token_ids"], CHUNK.sequences.token_ids_SL)
     np.testing.assert_array_equal(tensors["row_starts"], CHUNK.row_starts)
     np.testing.assert_array_equal(tensors["targets"], CHUNK.targets_NB)
 
 
 def test_arrays_that_were_read_can_be_written_to():
     chunk = unpack_chunk(DATA, RECIPE, 1)
-    assert all(getattr(chunk, field).flags.writeable for field in FIELDS)
+    assert all(array.flags.writeable for array in (*chunk.sequences.arrays, chunk.targets_NB))
 
 
 def test_a_row_of_a_chunk_is_a_chunk_of_one_row():
     row = CHUNK.row(2)
-    np.testing.assert_array_equal(row.token_ids_SL, CHUNK.token_ids_SL[2:3])
+    np.testing.assert_array_equal(row.sequences.token_ids_SL, CHUNK.sequences.token_ids_SL[2:3])
     np.testing.assert_array_equal(row.targets_NB, CHUNK.targets_NB[CHUNK.row_starts[2] : CHUNK.row_starts[3]])
     assert row.row_starts.tolist() == [0, len(row.targets_NB)]
 
@@ -216,9 +217,9 @@ def test_row_starts_that_divide_the_records_wrongly_are_refused():
 
 
 def changed(field: str, place: tuple[int, int], value: int) -> Chunk:
-    array = getattr(CHUNK, field).copy()
+    array = getattr(CHUNK.sequences, field).copy()
     array[place] = value
-    return replace(CHUNK, **{field: array})
+    return with_arrays(CHUNK, **{field: array})
 
 
 @pytest.mark.parametrize(
@@ -228,8 +229,11 @@ def changed(field: str, place: tuple[int, int], value: int) -> Chunk:
         (changed("token_ids_SL", (3, 5), -1), "token ids from -1"),
         (changed("positions_SL", (1, 0), 1), "positions that neither count up nor restart"),
         (changed("positions_SL", (1, 5), 11), "positions that neither count up nor restart"),
-        (replace(CHUNK, token_ids_SL=CHUNK.token_ids_SL.astype(np.int64)), "token_ids of int64 .4, 12., wanted int32 .4, 12."),
-        (replace(CHUNK, token_ids_SL=CHUNK.token_ids_SL[:3]), "token_ids of int32 .3, 12., wanted int32 .4, 12."),
+        (
+            with_arrays(CHUNK, token_ids_SL=CHUNK.sequences.token_ids_SL.astype(np.int64)),
+            "token_ids of int64 .4, 12., wanted int32 .4, 12.",
+        ),
+        (with_arrays(CHUNK, token_ids_SL=CHUNK.sequences.token_ids_SL[:3]), "token_ids of int32 .3, 12., wanted int32 .4, 12."),
         (replace(CHUNK, targets_NB=CHUNK.targets_NB[:-1]), "targets of uint8"),
         (replace(CHUNK, targets_NB=CHUNK.targets_NB[:, :-1]), "targets of uint8"),
         (replace(CHUNK, number=2), "wanted int32 .2, 12."),
@@ -241,19 +245,19 @@ def test_a_chunk_that_is_not_of_the_recipe_is_not_packed(chunk: Chunk, complaint
 
 
 def test_a_mask_at_the_last_column_or_across_documents_is_not_packed():
-    mask = np.zeros_like(CHUNK.loss_mask_SL)
+    mask = np.zeros_like(CHUNK.sequences.loss_mask_SL)
     mask[0, -1] = 1
     with pytest.raises(ChunkError, match="last column"):
-        pack_chunk(replace(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:1]), RECIPE)
-    mask = np.zeros_like(CHUNK.loss_mask_SL)
+        pack_chunk(with_arrays(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:1]), RECIPE)
+    mask = np.zeros_like(CHUNK.sequences.loss_mask_SL)
     mask[0, 0] = 2
     with pytest.raises(ChunkError, match="not 0 or 1"):
-        pack_chunk(replace(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:2]), RECIPE)
-    row, column = np.argwhere(CHUNK.positions_SL[:, 1:] == 0)[0]
-    mask = np.zeros_like(CHUNK.loss_mask_SL)
+        pack_chunk(with_arrays(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:2]), RECIPE)
+    row, column = np.argwhere(CHUNK.sequences.positions_SL[:, 1:] == 0)[0]
+    mask = np.zeros_like(CHUNK.sequences.loss_mask_SL)
     mask[row, column] = 1
     with pytest.raises(ChunkError, match="last token of a document"):
-        pack_chunk(replace(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:1]), RECIPE)
+        pack_chunk(with_arrays(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:1]), RECIPE)
 
 
 def test_the_checksum_is_the_one_in_the_file():
@@ -277,9 +281,9 @@ def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: s
     )
     chunk = Chunk(
         golden["number"],
-        np.array(golden["token_ids"], np.int32),
-        np.array(golden["positions"], np.int32),
-        np.array(golden["loss_mask"], np.uint8),
+        Sequences(
+            np.array(golden["token_ids"], np.int32), np.array(golden["positions"], np.int32), np.array(golden["loss_mask"], np.uint8)
+        ),
         encode(wanted, recipe.codec).numpy(),
     )
     assert pack_chunk(chunk, recipe) == data

@@ -18,6 +18,7 @@ from obstore.exceptions import GenericError, PermissionDeniedError, Precondition
 from helpers.chunks import make_chunk, small_recipe
 from helpers.damage import read_only
 from stillhouse.errors import ChunkError, RecipeError, StoreError
+from stillhouse.sequence import joined
 from stillhouse.store import (
     Chunk,
     ChunkMissing,
@@ -32,7 +33,6 @@ from stillhouse.store import (
 from stillhouse.store.object_store import Blobs, explain
 
 RECIPE = small_recipe()
-FIELDS = ("token_ids_SL", "positions_SL", "loss_mask_SL", "targets_NB")
 
 
 @pytest.fixture
@@ -45,9 +45,10 @@ def path_of(store: ChunkStore, number: int) -> Path:
 
 
 def assert_rows(found: Chunk, wanted: Chunk, rows: list[int]) -> None:
-    for field in FIELDS:
-        parts = [getattr(wanted.row(row), field) for row in rows]
-        np.testing.assert_array_equal(getattr(found, field), np.concatenate(parts))
+    wanted_rows = [wanted.row(row) for row in rows]
+    for array, wanted_array in zip(found.sequences.arrays, joined([row.sequences for row in wanted_rows]).arrays, strict=True):
+        np.testing.assert_array_equal(array, wanted_array)
+    np.testing.assert_array_equal(found.targets_NB, np.concatenate([row.targets_NB for row in wanted_rows]))
 
 
 def test_the_layout_is_the_one_of_the_format_page(store: ChunkStore):
@@ -77,7 +78,7 @@ def test_any_rows_are_fetched_in_the_order_asked(store: ChunkStore, rows: list[i
     store.publish(chunk)
     for asked in (rows, np.array(rows, np.int64)):
         found = store.fetch_rows(0, asked)
-        assert found.token_ids_SL.shape == (len(rows), 12)
+        assert found.sequences.token_ids_SL.shape == (len(rows), 12)
         if rows:
             assert_rows(found, chunk, rows)
 
@@ -181,7 +182,7 @@ def test_file_urls_and_paths_with_spaces_are_directories(tmp_path: Path):
 def test_a_memory_store_is_one_per_process_and_refuses_to_leave_it():
     store = ChunkStore.create("memory://one-per-process", RECIPE)
     store.publish(make_chunk(RECIPE, 0))
-    assert ChunkStore("memory://one-per-process", RECIPE).fetch_rows(0, [1]).token_ids_SL.shape == (1, 12)
+    assert ChunkStore("memory://one-per-process", RECIPE).fetch_rows(0, [1]).sequences.token_ids_SL.shape == (1, 12)
     assert ChunkStore("memory://another", RECIPE).published() == set()
     with pytest.raises(StoreError, match="lives in one process"):
         pickle.dumps(store)

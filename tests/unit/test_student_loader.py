@@ -21,10 +21,10 @@ from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.logits import decode
 from stillhouse.retry import Patience
+from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, Recipe, StoreUnavailable, pack_chunk
 from stillhouse.student.loader import Batch, BatchReader, MicroBatch, chunks_read_ahead, refuse_bad_chunk, steps_in_a_stretch
 from stillhouse.student.order import Order
-from stillhouse.teacher.model import WorkItem
 
 RECIPE = small_recipe(num_sequences=22)  # six chunks of four; the last has two
 CHUNKS = [make_chunk(RECIPE, number) for number in range(RECIPE.num_chunks)]
@@ -92,20 +92,20 @@ def read(store: ChunkStore, *, start: int = 0, stop: int = NUM_STEPS, **changes)
 
 def assert_micro_batch(found: MicroBatch, sequences: Sequence[int], micro_batch: int) -> None:
     """Each of the sequences, in order, one a row; rows beyond them have no target."""
-    assert found.token_ids_BL.shape == found.positions_BL.shape == (micro_batch, 12)
-    assert found.token_ids_BL.dtype == found.positions_BL.dtype == found.labels_T.dtype == torch.int64
+    assert found.tokens.token_ids_BL.shape == found.tokens.positions_BL.shape == (micro_batch, 12)
+    assert found.tokens.token_ids_BL.dtype == found.tokens.positions_BL.dtype == found.tokens.labels_T.dtype == torch.int64
     positions, labels, records = [], [], [np.empty((0, RECIPE.codec.bytes_per_token), np.uint8)]
     for row, sequence in enumerate(sequences):
         chunk = CHUNKS[sequence // 4].row(sequence % 4)
-        assert found.token_ids_BL[row].tolist() == chunk.token_ids_SL[0].tolist()
-        assert found.positions_BL[row].tolist() == chunk.positions_SL[0].tolist()
-        wanted = np.flatnonzero(chunk.loss_mask_SL[0])
+        assert found.tokens.token_ids_BL[row].tolist() == chunk.sequences.token_ids_SL[0].tolist()
+        assert found.tokens.positions_BL[row].tolist() == chunk.sequences.positions_SL[0].tolist()
+        wanted = np.flatnonzero(chunk.sequences.loss_mask_SL[0])
         positions += (row * 12 + wanted).tolist()
-        labels += chunk.token_ids_SL[0][wanted + 1].tolist()
+        labels += chunk.sequences.token_ids_SL[0][wanted + 1].tolist()
         records.append(chunk.targets_NB)
-    assert found.target_positions_T.tolist() == positions
-    assert found.labels_T.tolist() == labels
-    assert found.num_tokens == len(labels)
+    assert found.tokens.target_positions_T.tolist() == positions
+    assert found.tokens.labels_T.tolist() == labels
+    assert found.tokens.num_targets == len(labels)
     target = decode(torch.from_numpy(np.concatenate(records)), RECIPE.codec)
     for field in ("token_ids_TK", "logprobs_TK", "tail_logmass_T", "tail_ids_TN"):
         assert torch.equal(getattr(found.target, field), getattr(target, field))
@@ -131,7 +131,7 @@ def assert_same(found: Batch, wanted: Batch) -> None:
     assert (found.state, found.sequences) == (wanted.state, wanted.sequences)
     for ours, theirs in zip(found.micro_batches, wanted.micro_batches, strict=True):
         for field in ("token_ids_BL", "positions_BL", "target_positions_T", "labels_T"):
-            assert torch.equal(getattr(ours, field), getattr(theirs, field))
+            assert torch.equal(getattr(ours.tokens, field), getattr(theirs.tokens, field))
         assert torch.equal(ours.target.token_ids_TK, theirs.target.token_ids_TK)
         assert torch.equal(ours.target.logprobs_TK, theirs.target.logprobs_TK)
 
@@ -186,18 +186,18 @@ def test_a_chunk_that_stays_away_is_missed_aloud(store: WatchedStore):
 def test_a_row_that_was_set_aside_is_read_and_teaches_nothing(store: WatchedStore, rows: list[int]):
     wanted = read(store)
     path_of(store, LATE).unlink()
-    blank = WorkItem(LATE, CHUNKS[LATE].token_ids_SL, CHUNKS[LATE].positions_SL, CHUNKS[LATE].loss_mask_SL).without(rows)
+    blank = WorkItem(LATE, CHUNKS[LATE].sequences).without(rows)
     starts = CHUNKS[LATE].row_starts
     kept = [CHUNKS[LATE].targets_NB[starts[row] : starts[row + 1]] for row in range(4) if row not in rows]
     records = np.concatenate([*kept, CHUNKS[LATE].targets_NB[:0]])
-    store.publish(Chunk(LATE, blank.token_ids_SL, blank.positions_SL, blank.loss_mask_SL, records))
+    store.publish(Chunk(LATE, blank.sequences, records))
     store.verify(LATE)
     found = read(store)
     set_aside = {LATE * 4 + row for row in rows}
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.sequences == theirs.sequences
-        lost = sum(int(CHUNKS[LATE].loss_mask_SL[sequence % 4].sum()) for sequence in set_aside & set(ours.sequences))
-        num_tokens = [sum(batch.num_tokens for batch in each.micro_batches) for each in (ours, theirs)]
+        lost = sum(int(CHUNKS[LATE].sequences.loss_mask_SL[sequence % 4].sum()) for sequence in set_aside & set(ours.sequences))
+        num_tokens = [sum(batch.tokens.num_targets for batch in each.micro_batches) for each in (ours, theirs)]
         assert num_tokens[0] == num_tokens[1] - lost
         if not lost:
             assert_same(ours, theirs)
@@ -299,7 +299,7 @@ def test_a_chunk_that_was_published_with_impossible_records_is_reported_and_repl
     """Its hashes are right: only decoding tells."""
     wanted = read(store)
     sound = CHUNKS[LATE]
-    nonsense = Chunk(LATE, sound.token_ids_SL, sound.positions_SL, sound.loss_mask_SL, np.full_like(sound.targets_NB, 0xFF))
+    nonsense = Chunk(LATE, sound.sequences, np.full_like(sound.targets_NB, 0xFF))
     path_of(store, LATE).unlink()
     store.publish(nonsense)
     reported: list[int] = []

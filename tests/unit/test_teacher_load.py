@@ -9,14 +9,14 @@ import pytest
 from helpers.chunks import small_recipe
 from helpers.simulation import Mailbox, SimulatedCrew
 from stillhouse.config import TeacherSection
+from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import ChunkRef, ChunkStore
-from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.tracking import Row
 
 NUM_TEACHERS = 2000
 BYTES_PER_CHUNK = 10  # 8 for its place in the order, 1 for whether it is settled, 1 for whether the simulation published it
-ITEM = WorkItem(0, *(np.zeros((1, 2), dtype) for dtype in (np.int32, np.int32, np.uint8)))
+ITEM = WorkItem(0, Sequences(*(np.zeros((1, 2), dtype) for dtype in (np.int32, np.int32, np.uint8))))
 
 
 class Enough(Exception):
@@ -29,7 +29,7 @@ def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[TeacherPool, Simu
     random = np.random.default_rng(0)
 
     def item_of(number: int) -> WorkItem:
-        return WorkItem(number, ITEM.token_ids_SL, ITEM.positions_SL, ITEM.loss_mask_SL)
+        return WorkItem(number, ITEM.sequences)
 
     def publish(item: WorkItem) -> ChunkRef:
         duplicate, published[item.number] = bool(published[item.number]), 1

@@ -20,8 +20,9 @@ from helpers.models import make_model
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ModelError, TeacherError
 from stillhouse.logits import CompressedLogits, compress, concatenate, path_for
+from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
-from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem, draw_seeds, probe_item
+from stillhouse.teacher.model import HuggingFaceTeacher, draw_seeds, probe_item
 from stillhouse.teacher.replica import Probe, mean_kl, require_same_teacher
 
 RECIPE = small_recipe(num_sequences=5, sequence_length=24, chunk_sequences=5, temperature=1.5, k=6)
@@ -45,8 +46,8 @@ def section(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def packed_item() -> WorkItem:
     chunk = make_chunk(RECIPE)
-    assert (chunk.positions_SL[:, 1:] == 0).sum() > 5  # documents start within the rows
-    return WorkItem(0, chunk.token_ids_SL, chunk.positions_SL, chunk.loss_mask_SL)
+    assert (chunk.sequences.positions_SL[:, 1:] == 0).sum() > 5  # documents start within the rows
+    return WorkItem(0, chunk.sequences)
 
 
 def targets_of(section: TeacherSection, recipe: Recipe, item: WorkItem) -> CompressedLogits:
@@ -58,7 +59,9 @@ def each_document_alone(section: TeacherSection, item: WorkItem) -> CompressedLo
     """The model's own logits of one document after the other, each in a call of its own, at the masked-in positions."""
     model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
     parts = []
-    for ids_L, positions_L, mask_L in zip(item.token_ids_SL, item.positions_SL, item.loss_mask_SL, strict=True):
+    for ids_L, positions_L, mask_L in zip(
+        item.sequences.token_ids_SL, item.sequences.positions_SL, item.sequences.loss_mask_SL, strict=True
+    ):
         starts = [*np.flatnonzero(positions_L == 0), len(ids_L)]
         for start, stop in itertools.pairwise(starts):
             logits_LV = model(torch.from_numpy(ids_L[start:stop].astype(np.int64))[None]).logits[0, :, : RECIPE.vocab_size]
@@ -77,7 +80,7 @@ def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
 def test_targets_are_those_of_each_document_alone(section: TeacherSection):
     item = packed_item()
     alone = each_document_alone(section, item)
-    assert alone.num_tokens == item.num_tokens
+    assert alone.num_tokens == item.sequences.num_targets
     found = targets_of(section, RECIPE, item)
     assert (found.vocab_size, found.temperature, found.k, found.num_draws) == (300, 1.5, 6, 0)
     assert_same(found, alone)
@@ -113,7 +116,7 @@ def test_draws_belong_to_the_place_in_the_corpus_whatever_the_batches_and_blocks
     item = packed_item()
     teacher = HuggingFaceTeacher(section, DRAWN, device="cpu")
     found = concatenate(teacher.compress(item))
-    assert (found.k, found.num_draws, found.num_tokens) == (6, 9, item.num_tokens)
+    assert (found.k, found.num_draws, found.num_tokens) == (6, 9, item.sequences.num_targets)
     assert torch.equal(concatenate(teacher.compress(item)).tail_ids_TN, found.tail_ids_TN)
     cut = section.model_copy(update={"batch_sequences": 3, "block_tokens": 7})
     again = targets_of(cut, DRAWN, item)
@@ -137,14 +140,14 @@ def test_no_two_places_of_a_corpus_and_no_two_recipes_share_their_draws(section:
 def test_each_forward_pass_gives_its_own_targets_before_the_next_one_begins(section: TeacherSection):
     item = packed_item()
     parts = HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item)
-    item.token_ids_SL[2:] = RECIPE.vocab_size + 1_000_000  # ids that no forward pass survives
-    assert next(parts).num_tokens == item.loss_mask_SL[:2].sum()
+    item.sequences.token_ids_SL[2:] = RECIPE.vocab_size + 1_000_000  # ids that no forward pass survives
+    assert next(parts).num_tokens == item.sequences.loss_mask_SL[:2].sum()
     with pytest.raises(IndexError):
         next(parts)
 
 
 def test_an_item_without_a_target_has_no_targets(section: TeacherSection):
-    item = replace(packed_item(), loss_mask_SL=np.zeros((5, 24), np.uint8))
+    item = packed_item().without(range(5))
     assert targets_of(section, RECIPE, item).num_tokens == 0
 
 
@@ -157,11 +160,11 @@ def test_a_head_with_too_few_rows_is_refused_before_any_work(section: TeacherSec
 def test_the_probe_is_the_same_for_every_replica_and_fits_the_recipe(length: int):
     recipe = replace(RECIPE, sequence_length=length)
     item, again = probe_item(recipe), probe_item(recipe)
-    assert item.token_ids_SL.shape == (1, min(length, 64))
-    assert item.num_tokens == min(length, 64) - 1
-    assert 0 <= item.token_ids_SL.min() <= item.token_ids_SL.max() < recipe.vocab_size
+    assert item.sequences.token_ids_SL.shape == (1, min(length, 64))
+    assert item.sequences.num_targets == min(length, 64) - 1
+    assert 0 <= item.sequences.token_ids_SL.min() <= item.sequences.token_ids_SL.max() < recipe.vocab_size
     for field in ("token_ids_SL", "positions_SL", "loss_mask_SL"):
-        assert np.array_equal(getattr(item, field), getattr(again, field))
+        assert np.array_equal(getattr(item.sequences, field), getattr(again.sequences, field))
 
 
 BF16 = {"dtype": "bfloat16"}

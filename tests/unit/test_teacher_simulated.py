@@ -17,8 +17,8 @@ from helpers.simulation import Death, Mailbox, SimulatedCrew, item_of, publish
 from stillhouse.cluster.preemption import Notice
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ChangedWeightsError, StoreError, TeacherError
+from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore, StoreUnavailable
-from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, StallRow, TeacherRow
 
@@ -322,7 +322,7 @@ def test_teachers_that_die_as_they_start_are_not_asked_for_without_a_pause():
 
 
 def touches(item: WorkItem, sequence: int) -> bool:
-    return bool((item.token_ids_SL[:, 0] == sequence + 1).any())
+    return bool((item.sequences.token_ids_SL[:, 0] == sequence + 1).any())
 
 
 @pytest.mark.parametrize("poison", [ValueError("a poison sequence"), Death("out of memory")])
@@ -335,8 +335,8 @@ def test_poison_is_set_aside_by_name_and_its_neighbours_are_trained_on(poison: E
     assert (row.chunk, row.sequences) == (10, [41])
     assert str(poison) in row.reason
     chunk = world.store.fetch(10)
-    assert chunk.loss_mask_SL.any(axis=1).tolist() == [True, False, True, True]
-    assert chunk.token_ids_SL[1].tolist() == [0] * 6
+    assert chunk.sequences.loss_mask_SL.any(axis=1).tolist() == [True, False, True, True]
+    assert chunk.sequences.token_ids_SL[1].tolist() == [0] * 6
     whole, alone = (6, 6) if isinstance(poison, Death) else (2, 2)
     assert Counter(world.crew.computed)[10] == whole + 1
     assert world.last.failures + world.last.losses == whole + alone
@@ -371,7 +371,7 @@ def test_a_chunk_repaired_after_poison_leaves_the_same_sequences_out():
 
     world.run(finished=report_it_damaged_when_it_is_there)
     assert len(world.of(SetAsideRow)) == 1
-    assert world.store.fetch(1).loss_mask_SL.any(axis=1).tolist() == [True, False, True, True]
+    assert world.store.fetch(1).sequences.loss_mask_SL.any(axis=1).tolist() == [True, False, True, True]
 
 
 def damage(store: ChunkStore, number: int) -> None:
@@ -519,4 +519,4 @@ def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
     assert set_aside == poison
     for sequence in range(4 * 12):
         number, row = divmod(sequence, 4)
-        assert world.store.fetch(number).loss_mask_SL[row].any() == (sequence not in poison)
+        assert world.store.fetch(number).sequences.loss_mask_SL[row].any() == (sequence not in poison)

@@ -35,6 +35,7 @@ from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.cluster.processes import prepare_process
 from stillhouse.config import StudentSection
 from stillhouse.logits import compress
+from stillhouse.models.batch import TokenBatch
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch
 
@@ -199,4 +200,4 @@ def _engine(setting: Setting) -> StudentEngine:
 def _batch() -> MicroBatch:
     ids_T = torch.randint(_VOCAB_SIZE, (_NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
     places_T = torch.arange(_NUM_TOKENS)
-    return MicroBatch(ids_T[None], places_T[None], places_T, ids_T, compress(torch.randn(_NUM_TOKENS, _VOCAB_SIZE), k=8))
+    return MicroBatch(TokenBatch(ids_T[None], places_T[None], places_T, ids_T), compress(torch.randn(_NUM_TOKENS, _VOCAB_SIZE), k=8))

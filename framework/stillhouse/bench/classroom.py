@@ -18,8 +18,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from stillhouse.logits import Codec, CompressedLogits, Head, compress, decode, encode, token_seeds
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import forward_kl
-from stillhouse.models import final_hidden, head_of
+from stillhouse.models import head_of
+from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.pipeline.toy import Shape, Sizes, learning_rate_share, llama_config
+from stillhouse.sequence import joined
 from stillhouse.sequences import Corpus
 
 Kind = Literal["text", "everything", "stored", "independent", "weighted"]
@@ -62,10 +64,7 @@ class Lessons:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    token_ids_BL: Tensor
-    positions_BL: Tensor
-    target_positions_T: Tensor  # into the flattened [B * L] positions
-    labels_T: Tensor
+    tokens: TokenBatch
     seeds_T: Tensor  # of the draws
 
 
@@ -86,12 +85,12 @@ def teach(
     pace = replace(Sizes(), num_steps=lessons.num_steps, warmup_steps=lessons.warmup_steps)
     for step, batch in enumerate(_batches(corpus, lessons, seed=seed)):
         with torch.no_grad():
-            teacher_TV = teacher_head.logits(_hidden(teacher, batch))
+            teacher_TV = teacher_head.logits(hidden_at(teacher, batch.tokens))
         for form in forms:
             student, optimiser = students[form.name], optimisers[form.name]
             for group in optimiser.param_groups:
                 group["lr"] = lessons.learning_rate * learning_rate_share(step, pace)
-            loss = _loss(form, teacher_TV, student, batch, step_seed=seed * lessons.num_steps + step) / len(batch.labels_T)
+            loss = _loss(form, teacher_TV, student, batch, step_seed=seed * lessons.num_steps + step) / len(batch.tokens.labels_T)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
             optimiser.step()
@@ -114,11 +113,11 @@ def target_of(form: Form, teacher_TV: Tensor, seeds_T: Tensor, *, step_seed: int
 
 def _loss(form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batch, *, step_seed: int) -> Tensor:
     """The sum over the batch's tokens."""
-    hidden_TH, head = _hidden(student, batch), head_of(student, vocab_size=form.codec.vocab_size)
+    hidden_TH, head = hidden_at(student, batch.tokens), head_of(student, vocab_size=form.codec.vocab_size)
     match form.kind:
         case "text":
             return distillation_loss(
-                hidden_TH, head, None, divergence=forward_kl, labels_T=batch.labels_T, ce_weight=1.0, divergence_weight=0.0
+                hidden_TH, head, None, divergence=forward_kl, labels_T=batch.tokens.labels_T, ce_weight=1.0, divergence_weight=0.0
             ).total
         case "everything":
             return _dense(hidden_TH, head, teacher_TV)
@@ -127,7 +126,7 @@ def _loss(form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batc
         case "stored" | "independent":
             target = target_of(form, teacher_TV, batch.seeds_T, step_seed=step_seed)
             return distillation_loss(
-                hidden_TH, head, target, divergence=forward_kl, labels_T=batch.labels_T, ce_weight=form.ce_weight
+                hidden_TH, head, target, divergence=forward_kl, labels_T=batch.tokens.labels_T, ce_weight=form.ce_weight
             ).total
 
 
@@ -164,22 +163,6 @@ def _batches(corpus: Corpus, lessons: Lessons, *, seed: int) -> Iterator[_Batch]
 
 
 def _batch(corpus: Corpus, sequences: list[int], *, seed: int) -> _Batch:
-    rows = [corpus.rows(sequence, sequence + 1) for sequence in sequences]
-    ids_BL, positions_BL, mask_BL = (
-        torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]).astype(np.int64))
-        for name in ("token_ids_SL", "positions_SL", "loss_mask_SL")
-    )
-    masked_in_T = mask_BL.flatten().nonzero()[:, 0]
-    row_T, columns_T = masked_in_T // corpus.sequence_length, masked_in_T % corpus.sequence_length
-    return _Batch(
-        ids_BL,
-        positions_BL,
-        masked_in_T,
-        labels_T=ids_BL.roll(-1, dims=1).flatten()[masked_in_T],
-        seeds_T=token_seeds(seed, torch.tensor(sequences)[row_T], columns_T),
-    )
-
-
-def _hidden(model: PreTrainedModel, batch: _Batch) -> Tensor:
-    hidden_BLH = final_hidden(model, batch.token_ids_BL, batch.positions_BL)
-    return hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T)
+    tokens = TokenBatch.of(joined([corpus.rows(sequence, sequence + 1) for sequence in sequences]))
+    row_T, columns_T = tokens.target_positions_T // corpus.sequence_length, tokens.target_positions_T % corpus.sequence_length
+    return _Batch(tokens, seeds_T=token_seeds(seed, torch.tensor(sequences)[row_T], columns_T))

@@ -22,10 +22,11 @@ from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.logits import CompressedLogits, concatenate
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
-from stillhouse.models import final_hidden, head_of, load_model
-from stillhouse.sequences import Rows
+from stillhouse.models import head_of, load_model
+from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
-from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
+from stillhouse.teacher.model import HuggingFaceTeacher
 
 Form = Literal["compressed", "dense"]
 
@@ -38,7 +39,7 @@ class Lesson:
     teacher: TeacherSection
     student: StudentSection
     recipe: Recipe
-    rows: Rows  # in training order, a whole number of global batches
+    rows: Sequences  # in training order, a whole number of global batches
     threads: int
 
 
@@ -52,22 +53,6 @@ class TimedStep:
     seconds: float  # the whole step, the teacher included
 
 
-@dataclass(frozen=True, slots=True)
-class _MicroBatch:
-    token_ids_BL: Tensor
-    positions_BL: Tensor
-    target_positions_T: Tensor  # into the flattened [B * L] positions
-
-    @classmethod
-    def of(cls, rows: Rows) -> "_MicroBatch":
-        ids_BL, positions_BL = (torch.from_numpy(array.astype(np.int64)) for array in (rows.token_ids_SL, rows.positions_SL))
-        return cls(ids_BL, positions_BL, torch.from_numpy(np.flatnonzero(rows.loss_mask_SL)))
-
-    @property
-    def num_tokens(self) -> int:
-        return self.target_positions_T.shape[0]
-
-
 class _Lean:
     """Top-k targets straight from the head, and the fused sparse loss."""
 
@@ -76,15 +61,14 @@ class _Lean:
         self._teacher = HuggingFaceTeacher(lesson.teacher, lesson.recipe, device="cpu")
         self._divergence = divergence_named(lesson.student.divergence, lesson.student.mix)
 
-    def targets(self, rows: Rows) -> list[CompressedLogits]:
-        whole = concatenate(self._teacher.compress(WorkItem(0, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL)))
-        ends = np.cumsum([part.loss_mask_SL.sum() for part in _split(rows, self._section.micro_batch_sequences)]).tolist()
+    def targets(self, rows: Sequences) -> list[CompressedLogits]:
+        whole = concatenate(self._teacher.compress(WorkItem(0, rows)))
+        ends = np.cumsum([part.num_targets for part in _split(rows, self._section.micro_batch_sequences)]).tolist()
         spans = [slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
         return [whole.map(itemgetter(span)) for span in spans]
 
-    def loss(self, student: PreTrainedModel, batch: _MicroBatch, target: CompressedLogits) -> Tensor:
-        hidden_BLH = final_hidden(student, batch.token_ids_BL, batch.positions_BL)
-        hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T)
+    def loss(self, student: PreTrainedModel, batch: TokenBatch, target: CompressedLogits) -> Tensor:
+        hidden_TH = hidden_at(student, batch)
         head = head_of(student, vocab_size=self._recipe.vocab_size)
         return distillation_loss(hidden_TH, head, target, divergence=self._divergence, block_tokens=self._section.block_tokens).total
 
@@ -97,13 +81,13 @@ class _Dense:
         self._teacher = load_model(lesson.teacher)
 
     @torch.no_grad()
-    def targets(self, rows: Rows) -> list[Tensor]:
-        return [self._logprobs(self._teacher, _MicroBatch.of(part)) for part in _split(rows, self._section.micro_batch_sequences)]
+    def targets(self, rows: Sequences) -> list[Tensor]:
+        return [self._logprobs(self._teacher, TokenBatch.of(part)) for part in _split(rows, self._section.micro_batch_sequences)]
 
-    def loss(self, student: PreTrainedModel, batch: _MicroBatch, target_TV: Tensor) -> Tensor:
+    def loss(self, student: PreTrainedModel, batch: TokenBatch, target_TV: Tensor) -> Tensor:
         return functional.kl_div(self._logprobs(student, batch), target_TV, reduction="sum", log_target=True)
 
-    def _logprobs(self, model: PreTrainedModel, batch: _MicroBatch) -> Tensor:
+    def _logprobs(self, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
         logits_BLV = model(input_ids=batch.token_ids_BL, position_ids=batch.positions_BL, use_cache=False).logits
         logits_TV = logits_BLV.flatten(0, 1)[batch.target_positions_T, : self._vocab_size]
         return functional.log_softmax(logits_TV.float(), dim=-1)
@@ -120,14 +104,14 @@ def train_in_turn(lesson: Lesson) -> list[TimedStep]:
 
 
 def _step(
-    rows: Rows, form: _Lean | _Dense, student: PreTrainedModel, optimizer: torch.optim.Optimizer, section: StudentSection
+    rows: Sequences, form: _Lean | _Dense, student: PreTrainedModel, optimizer: torch.optim.Optimizer, section: StudentSection
 ) -> TimedStep:
     began = monotonic()
     targets: list[Any] = form.targets(rows)
     taught = monotonic()
-    num_tokens, total = int(rows.loss_mask_SL.sum()), 0.0
+    num_tokens, total = rows.num_targets, 0.0
     for part, target in zip(_split(rows, section.micro_batch_sequences), targets, strict=True):
-        loss = form.loss(student, _MicroBatch.of(part), target)
+        loss = form.loss(student, TokenBatch.of(part), target)
         (loss / num_tokens).backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(student.parameters(), section.gradient_clip)
@@ -136,7 +120,7 @@ def _step(
     return TimedStep(total / num_tokens, num_tokens, taught - began, monotonic() - began)
 
 
-def _split(rows: Rows, num_sequences: int) -> Iterator[Rows]:
+def _split(rows: Sequences, num_sequences: int) -> Iterator[Sequences]:
     return (rows.select(slice(start, start + num_sequences)) for start in range(0, len(rows), num_sequences))
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,9 +16,10 @@ from transformers import PreTrainedModel
 from stillhouse.cluster.processes import Secrets, prepare_process
 from stillhouse.config import EvaluateSection, ModelSection, StudentSection
 from stillhouse.logits import Head
-from stillhouse.models import final_hidden, head_of, load_model
+from stillhouse.models import head_of, load_model
+from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.retry import Tell
-from stillhouse.sequences import Rows
+from stillhouse.sequence import Sequences
 from stillhouse.tracking import OutageRow, Tracker
 
 ModelName = Literal["teacher", "student", "control"]
@@ -61,7 +61,7 @@ class EvaluationJob:
     secrets: Secrets
 
 
-def evaluate(job: EvaluationJob, heldout: Rows) -> dict[ModelName, Scores]:
+def evaluate(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
     """Scores of the teacher and each model, by name, on the masked-in tokens of `heldout`. Runs in the calling process."""
     prepare_process(job.device, job.threads)
     job.secrets.adopt()
@@ -69,9 +69,8 @@ def evaluate(job: EvaluationJob, heldout: Rows) -> dict[ModelName, Scores]:
     scorers = {name: _scorer(model, job) for name, model in models.items()}
     tallies = {name: _Tally() for name in scorers}
     with torch.inference_mode():
-        for start in range(0, len(heldout.token_ids_SL), job.section.batch_sequences):
-            rows = slice(start, start + job.section.batch_sequences)
-            batch = _Batch.of(heldout, rows)
+        for start in range(0, len(heldout), job.section.batch_sequences):
+            batch = TokenBatch.of(heldout.select(slice(start, start + job.section.batch_sequences)))
             hidden = {name: scorer.hidden(batch) for name, scorer in scorers.items()}
             for first in range(0, len(batch.labels_T), job.section.block_tokens):
                 block = slice(first, first + job.section.block_tokens)
@@ -82,34 +81,12 @@ def evaluate(job: EvaluationJob, heldout: Rows) -> dict[ModelName, Scores]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    token_ids_BL: Tensor
-    positions_BL: Tensor
-    target_positions_T: Tensor
-    labels_T: Tensor
-
-    @classmethod
-    def of(cls, corpus: Rows, rows: slice) -> "_Batch":
-        token_ids_BL = corpus.token_ids_SL[rows].astype(np.int64)
-        mask_BL = corpus.loss_mask_SL[rows] == 1
-        labels_BL = np.roll(token_ids_BL, -1, axis=1)
-        return cls(
-            torch.from_numpy(token_ids_BL),
-            torch.from_numpy(corpus.positions_SL[rows].astype(np.int64)),
-            torch.from_numpy(np.flatnonzero(mask_BL)),
-            torch.from_numpy(labels_BL[mask_BL]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class _Scorer:
     model: PreTrainedModel
     head: Head
 
-    def hidden(self, batch: _Batch) -> Tensor:
-        device = next(self.model.parameters()).device
-        hidden_BLH = final_hidden(self.model, batch.token_ids_BL.to(device), batch.positions_BL.to(device))
-        return hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T.to(hidden_BLH.device))
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        return hidden_at(self.model, batch)
 
     def logprobs(self, hidden_TH: Tensor) -> Tensor:
         logits_TV = self.head.logits(hidden_TH.to(self.head.weight_VH.device))

@@ -22,13 +22,13 @@ from stillhouse.models import (
     tokenizer_digest,
     vocab_size_of,
 )
+from stillhouse.sequence import WorkItem
 from stillhouse.sequences import Split, prepare_corpus
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
-from stillhouse.teacher.model import WorkItem
 from stillhouse.terminal import one_line
 
 _Section = TypeVar("_Section", bound=ModelSection)
@@ -80,7 +80,7 @@ class Plan:
         """What a teacher needs to make chunk `number`."""
         sequences = self.recipe.chunk_rows(number)
         rows = self.split.train.rows(sequences.start, sequences.stop)
-        return WorkItem(number, rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL)
+        return WorkItem(number, rows)
 
     def jobs(self) -> list[TrainJob]:
         """The student, then, where the config asks for it, its control: the same in everything but what it learns from."""

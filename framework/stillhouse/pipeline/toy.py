@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,7 +21,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillhouse.config import Config, CorpusSection, load_config
-from stillhouse.models import final_hidden, tokenizer_digest
+from stillhouse.models import tokenizer_digest
+from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.sequences import Corpus, prepare_corpus
 from stillhouse.sequences.documents import load_documents
 
@@ -127,15 +127,9 @@ def train_teacher(model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show
             group["lr"] = sizes.learning_rate * learning_rate_share(step, sizes)
 
         start = step * sizes.batch_sequences % max(1, corpus.num_sequences - sizes.batch_sequences + 1)
-        rows = corpus.rows(start, min(start + sizes.batch_sequences, corpus.num_sequences))
-        token_ids_BL = torch.from_numpy(rows.token_ids_SL.astype(np.int64))
-        positions_BL = torch.from_numpy(rows.positions_SL.astype(np.int64))
-        has_target_BL = torch.from_numpy(rows.loss_mask_SL == 1)
-        labels_T = token_ids_BL.roll(-1, dims=1)[has_target_BL]
-
-        hidden_BLH = final_hidden(model, token_ids_BL, positions_BL)
-        logits_TV = model.lm_head(hidden_BLH[has_target_BL])
-        loss = functional.cross_entropy(logits_TV, labels_T)
+        batch = TokenBatch.of(corpus.rows(start, min(start + sizes.batch_sequences, corpus.num_sequences)))
+        logits_TV = model.lm_head(hidden_at(model, batch))
+        loss = functional.cross_entropy(logits_TV, batch.labels_T)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimiser.step()

@@ -9,7 +9,7 @@ Shapes: S sequences, L tokens in a sequence, B record batches.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from stillhouse.errors import CorpusError
+from stillhouse.sequence import Sequences, joined
 from stillhouse.sequences.documents import shuffled_order
 
 Number = TypeVar("Number", np.int32, np.uint8)
@@ -28,21 +29,6 @@ Number = TypeVar("Number", np.int32, np.uint8)
 CACHE_VERSION = 2  # of what sequences mean: a change to tokenising, packing, masks or order raises it, and with it every digest
 _MAPS = 32  # of small files that stay mapped: three of each corpus in use
 BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Consecutive sequences; the arrays may be read-only views of a memory map."""
-
-    token_ids_SL: NDArray[np.int32]
-    positions_SL: NDArray[np.int32]  # restart at 0 at each document and at each sequence
-    loss_mask_SL: NDArray[np.uint8]
-
-    def __len__(self) -> int:
-        return len(self.token_ids_SL)
-
-    def select(self, rows: slice | NDArray[np.bool_]) -> "Rows":
-        return Rows(self.token_ids_SL[rows], self.positions_SL[rows], self.loss_mask_SL[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +44,7 @@ class Corpus:
     sequence_length: int
     num_targets: int  # ones of the loss mask
 
-    def rows(self, start: int, stop: int) -> Rows:
+    def rows(self, start: int, stop: int) -> Sequences:
         """Sequences start <= s < stop: views of the memory map where they lie together in it.
 
         Raises IndexError out of range, CorpusError where the file is damaged.
@@ -78,7 +64,7 @@ class Corpus:
             )
         return rows
 
-    def _together(self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int) -> Rows:
+    def _together(self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int) -> Sequences:
         """The sequences at these places of the file, as its bytes say."""
         size = rows_per_batch(self.sequence_length)
         offsets_B3 = mapped(self.offsets_path)
@@ -87,7 +73,7 @@ class Corpus:
             ids, positions, mask = offsets_B3[number].tolist()
             shape = min(size, num_written - number * size), self.sequence_length
             parts.append(
-                Rows(_array(data, ids, np.int32, shape), _array(data, positions, np.int32, shape), _array(data, mask, np.uint8, shape))
+                Sequences(_array(data, ids, np.int32, shape), _array(data, positions, np.int32, shape), _array(data, mask, np.uint8, shape))
             )
         first = start // size * size
         return joined(parts).select(slice(start - first, stop - first))
@@ -101,7 +87,7 @@ class Corpus:
         return replace(self, order_path=str(order_path), digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
-def write_corpus(path: Path, blocks: Iterable[Rows], length: int) -> Corpus:
+def write_corpus(path: Path, blocks: Iterable[Sequences], length: int) -> Corpus:
     """Write sequences of `length` tokens to `path`, and what finds and checks them beside it."""
     schema = pa.schema(
         [
@@ -115,13 +101,13 @@ def write_corpus(path: Path, blocks: Iterable[Rows], length: int) -> Corpus:
     num_targets = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for rows in _in_batches(blocks, rows_per_batch(length)):
-            columns: list[NDArray[np.generic]] = [rows.token_ids_SL.ravel(), rows.positions_SL.ravel(), rows.loss_mask_SL.ravel()]
+            columns: list[NDArray[np.generic]] = [array.ravel() for array in rows.arrays]
             for digest, column in zip(digests, columns, strict=True):
                 digest.update(column.data)
             arrays = [pa.FixedSizeListArray.from_arrays(pa.array(column), length) for column in columns]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
             hashes.append(hashes_of(rows))
-            num_targets += int(rows.loss_mask_SL.sum(dtype=np.int64))
+            num_targets += rows.num_targets
     hashes_S = np.concatenate(hashes)
     hashes_path, offsets_path = path.with_suffix(".xxh3.npy"), path.with_suffix(".offsets.npy")
     np.save(hashes_path, hashes_S)
@@ -142,24 +128,14 @@ def _mapped(path: str, _identity: tuple[int, ...]) -> NDArray[Any]:
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
-def hashes_of(rows: Rows) -> NDArray[np.uint64]:
+def hashes_of(rows: Sequences) -> NDArray[np.uint64]:
     """uint64 [S]: xxh3 over the bytes of each sequence's ids, positions and mask."""
-    columns = [np.ascontiguousarray(column) for column in (rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL)]
+    columns = [np.ascontiguousarray(column) for column in rows.arrays]
     return np.array([xxhash.xxh3_64_intdigest(b"".join(column[row] for column in columns)) for row in range(len(rows))], np.uint64)
 
 
 def rows_per_batch(length: int) -> int:
     return max(1, BLOCK_TOKENS // length)
-
-
-def joined(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    return Rows(
-        np.concatenate([part.token_ids_SL for part in parts]),
-        np.concatenate([part.positions_SL for part in parts]),
-        np.concatenate([part.loss_mask_SL for part in parts]),
-    )
 
 
 def _array(data: NDArray[np.uint8], offset: int, dtype: type[Number], shape: tuple[int, int]) -> NDArray[Number]:
@@ -177,9 +153,9 @@ def _offsets_in(path: Path) -> NDArray[np.int64]:
     return np.array(found, np.int64).reshape(-1, 3)
 
 
-def _in_batches(blocks: Iterable[Rows], size: int) -> Iterator[Rows]:
+def _in_batches(blocks: Iterable[Sequences], size: int) -> Iterator[Sequences]:
     """The same sequences, `size` at a time, the last ones fewer: a sequence's record batch is then a matter of division."""
-    held: list[Rows] = []
+    held: list[Sequences] = []
     for block in blocks:
         held.append(block)
         while sum(map(len, held)) >= size:

@@ -24,7 +24,8 @@ from stillhouse import atomic
 from stillhouse.cache import writing_cache
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
-from stillhouse.sequences.corpus import BLOCK_TOKENS, CACHE_VERSION, Corpus, Rows, rows_per_batch, write_corpus
+from stillhouse.sequence import Sequences
+from stillhouse.sequences.corpus import BLOCK_TOKENS, CACHE_VERSION, Corpus, rows_per_batch, write_corpus
 from stillhouse.sequences.documents import Documents, load_documents
 from stillhouse.sequences.tokens import Tokens, tokenise
 
@@ -99,7 +100,7 @@ def _build(
     tokens = _counted(tokenise(documents, section, tokenizer), tally, on_progress)
     length = section.sequence_length
 
-    def sequences(limit: int) -> Iterator[Rows]:
+    def sequences(limit: int) -> Iterator[Sequences]:
         if section.packing:
             return _packed(tokens, length=length, limit=limit)
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -134,7 +135,7 @@ def _counted(documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[
 # ---- tokens -> sequences
 
 
-def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator[Rows]:
+def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator[Sequences]:
     """Documents end to end, cut into at most `limit` sequences that hold a target; it takes no document more than it needs."""
     pending: list[Tokens] = []
     remaining = limit
@@ -152,7 +153,7 @@ def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator
         yield rows
 
 
-def _cut(documents: Sequence[Tokens], *, num_rows: int, length: int) -> tuple[Rows, list[Tokens]]:
+def _cut(documents: Sequence[Tokens], *, num_rows: int, length: int) -> tuple[Sequences, list[Tokens]]:
     """The first `num_rows` sequences of documents laid end to end, and what is left of the documents."""
     size = num_rows * length
     ends = np.cumsum([len(document) for document in documents])
@@ -172,10 +173,10 @@ def _cut(documents: Sequence[Tokens], *, num_rows: int, length: int) -> tuple[Ro
     if left:
         done = size - (int(ends[used - 1]) if used else 0)
         left[0] = Tokens(left[0].ids[done:], left[0].is_label[done:])
-    return Rows(ids_SL, positions_SL, mask_SL), left
+    return Sequences(ids_SL, positions_SL, mask_SL), left
 
 
-def _padded(documents: Iterator[Tokens], *, length: int, limit: int, padding: int) -> Iterator[Rows]:
+def _padded(documents: Iterator[Tokens], *, length: int, limit: int, padding: int) -> Iterator[Sequences]:
     """Each document its own sequence, cut at `length`; at most `limit` that hold a target.
 
     Padding comes last and its positions go on: under causal attention no real token sees it, and no model takes it for a second document.
@@ -193,12 +194,12 @@ def _padded(documents: Iterator[Tokens], *, length: int, limit: int, padding: in
         if num_rows == 0:
             return
         positions_SL = np.tile(np.arange(length, dtype=np.int32), (num_rows, 1))
-        rows = _with_targets(Rows(ids_SL[:num_rows], positions_SL, mask_SL[:num_rows]))
+        rows = _with_targets(Sequences(ids_SL[:num_rows], positions_SL, mask_SL[:num_rows]))
         remaining -= len(rows)
         yield rows
 
 
-def _with_targets(rows: Rows) -> Rows:
+def _with_targets(rows: Sequences) -> Sequences:
     return rows.select(np.any(rows.loss_mask_SL != 0, axis=1))
 
 

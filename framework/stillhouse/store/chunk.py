@@ -20,6 +20,7 @@ import xxhash
 
 from stillhouse.errors import ChunkError
 from stillhouse.logits.record import CODEC_VERSION
+from stillhouse.sequence import Sequences
 from stillhouse.store.recipe import FORMAT_VERSION, Recipe, canonical_json
 
 MAX_HEADER_BYTES = 8192
@@ -39,22 +40,19 @@ class Chunk:
     """S sequences and the targets of their masked-in tokens, row after row."""
 
     number: int
-    token_ids_SL: npt.NDArray[np.int32]
-    positions_SL: npt.NDArray[np.int32]  # restarting at 0 with each packed document
-    loss_mask_SL: npt.NDArray[np.uint8]  # 1 where the distribution after the token is a target; the label is the next token
+    sequences: Sequences
     targets_NB: npt.NDArray[np.uint8]  # one record for each 1 of the mask
 
     @property
     def row_starts(self) -> npt.NDArray[np.int64]:
         """int64 [S + 1]: row s has the records row_starts[s] .. row_starts[s + 1]."""
-        counts_S = self.loss_mask_SL.sum(axis=1, dtype=np.int64)
+        counts_S = self.sequences.loss_mask_SL.sum(axis=1, dtype=np.int64)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_S)])
 
     def row(self, row: int) -> "Chunk":
         """The chunk of this row alone, sharing its memory."""
         first, last = self.row_starts[row : row + 2]
-        one = slice(row, row + 1)
-        return Chunk(self.number, self.token_ids_SL[one], self.positions_SL[one], self.loss_mask_SL[one], self.targets_NB[first:last])
+        return Chunk(self.number, self.sequences.select(slice(row, row + 1)), self.targets_NB[first:last])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +96,7 @@ def pack_chunk(chunk: Chunk, recipe: Recipe) -> bytes:
     _check_rows(chunk, recipe)
     blank = {**_metadata(recipe, chunk.number), "xxh3": "0" * _CHECKSUM_DIGITS}
     data = safetensors.numpy.save(tensors, {"stillhouse": canonical_json(blank).decode("ascii")})
-    index_end = _index_end(int.from_bytes(data[:_LENGTH_BYTES], "little"), len(chunk.token_ids_SL))
+    index_end = _index_end(int.from_bytes(data[:_LENGTH_BYTES], "little"), len(chunk.sequences))
     start = data.index(_CHECKSUM_FIELD) + len(_CHECKSUM_FIELD)
     checksum = xxhash.xxh3_64_hexdigest(data[:index_end]).encode("ascii")
     return b"".join([data[:start], checksum, memoryview(data)[start + _CHECKSUM_DIGITS :]])
@@ -167,9 +165,9 @@ def unpack_rows(index: ChunkIndex, rows: Sequence[int], pieces_R4: Sequence[Sequ
         np.frombuffer(column, dtype).reshape(-1, width)
         for column, dtype, width in zip(columns, ("<i4", "<i4", "u1", "u1"), (length, length, length, record_bytes), strict=True)
     )
-    chunk = Chunk(index.number, token_ids, positions, loss_mask, targets)
+    chunk = Chunk(index.number, Sequences(token_ids, positions, loss_mask), targets)
     counts_R = [int(index.row_starts[row + 1] - index.row_starts[row]) for row in rows]
-    if chunk.loss_mask_SL.sum(axis=1, dtype=np.int64).tolist() != counts_R:
+    if chunk.sequences.loss_mask_SL.sum(axis=1, dtype=np.int64).tolist() != counts_R:
         raise ChunkError(f"{_name(index.number)} has rows whose loss_mask and row_starts disagree on their number of targets")
     _check_rows(chunk, index.recipe)
     return chunk
@@ -205,12 +203,12 @@ def _metadata(recipe: Recipe, number: int) -> dict[str, Any]:
 
 def _tensors_of(chunk: Chunk, recipe: Recipe) -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {
-        "token_ids": chunk.token_ids_SL,
-        "positions": chunk.positions_SL,
-        "loss_mask": chunk.loss_mask_SL,
+        "token_ids": chunk.sequences.token_ids_SL,
+        "positions": chunk.sequences.positions_SL,
+        "loss_mask": chunk.sequences.loss_mask_SL,
         "targets": chunk.targets_NB,
     }
-    num_targets = int(chunk.loss_mask_SL.sum(dtype=np.int64))
+    num_targets = chunk.sequences.num_targets
     for tensor in _layout(recipe, chunk.number, num_targets):
         array = arrays.get(tensor.name)
         if array is not None and (array.dtype, array.shape) != (_DTYPES[tensor.dtype], tensor.shape):
@@ -301,7 +299,7 @@ def _check_checksum(found: Any, index: bytes, header_bytes: int, name: str) -> N
 def _check_rows(chunk: Chunk, recipe: Recipe) -> None:
     """What the hashes cannot tell: that these values mean something."""
     name = _name(chunk.number)
-    ids, positions, mask = chunk.token_ids_SL, chunk.positions_SL, chunk.loss_mask_SL
+    ids, positions, mask = chunk.sequences.arrays
     if len(ids) and (ids.min() < 0 or ids.max() >= recipe.vocab_size):
         raise ChunkError(f"{name} has token ids from {ids.min()} to {ids.max()}, wanted 0 to {recipe.vocab_size - 1}")
     if mask.any() and (mask.max() > 1 or mask[:, -1].any()):

@@ -32,7 +32,8 @@ from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.logits import Head
 from stillhouse.losses.distillation import LossTerms, distillation_loss
 from stillhouse.losses.divergences import Divergence, divergence_named
-from stillhouse.models import final_hidden, head_of
+from stillhouse.models import head_of
+from stillhouse.models.batch import hidden_at
 from stillhouse.student.loader import MicroBatch
 
 with patch.object(torch, "compile", lambda function: function):  # every engine imports Muon, whose file would load torch's compiler: 0.7 s
@@ -83,7 +84,7 @@ class DistillationHead(nn.Module):
             head,
             batch.target,
             divergence=self._divergence,
-            labels_T=batch.labels_T,
+            labels_T=batch.tokens.labels_T,
             ce_weight=self._section.ce_weight,
             divergence_weight=self._section.divergence_weight,
             z_loss_weight=self._section.z_loss_weight,
@@ -101,9 +102,7 @@ class StudentModule(nn.Module):
         self.head = DistillationHead(head_of(lm, vocab_size=vocab_size), output.weight, getattr(output, "bias", None), section)
 
     def forward(self, batch: MicroBatch) -> LossTerms:
-        hidden_BLH = final_hidden(self.lm, batch.token_ids_BL, batch.positions_BL)
-        hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T)
-        return self.head(hidden_TH, batch)
+        return self.head(hidden_at(self.lm, batch.tokens), batch)
 
 
 class StudentEngine:
@@ -148,7 +147,7 @@ class StudentEngine:
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Means:
         """Forward and backward over the micro-batches, up to the step."""
-        num_tokens = self._sum_over_ranks([float(sum(batch.num_tokens for batch in batches))])[0]
+        num_tokens = self._sum_over_ranks([float(sum(batch.tokens.num_targets for batch in batches))])[0]
         share = self._world_size / max(num_tokens, 1.0)  # DeepSpeed averages over ranks; this makes it the mean over all tokens
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):

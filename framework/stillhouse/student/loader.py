@@ -19,7 +19,9 @@ from torch import Tensor
 
 from stillhouse.errors import ChunkError, StudentError
 from stillhouse.logits import CompressedLogits, decode
+from stillhouse.models.batch import TokenBatch
 from stillhouse.retry import DEFAULT_PATIENCE, Outage, Patience, Tell
+from stillhouse.sequence import Sequences, joined
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.student.order import Order, rank_rows
 
@@ -33,25 +35,12 @@ _PADDING = -1
 class MicroBatch:
     """One forward pass of one rank."""
 
-    token_ids_BL: Tensor  # int64
-    positions_BL: Tensor  # int64
-    target_positions_T: Tensor  # int64, into the flattened [B * L] positions
-    labels_T: Tensor  # int64
+    tokens: TokenBatch
     target: CompressedLogits
-
-    @property
-    def num_tokens(self) -> int:
-        return self.labels_T.shape[0]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         """The same batch with `change` applied to each of its tensors."""
-        return MicroBatch(
-            token_ids_BL=change(self.token_ids_BL),
-            positions_BL=change(self.positions_BL),
-            target_positions_T=change(self.target_positions_T),
-            labels_T=change(self.labels_T),
-            target=self.target.map(change),
-        )
+        return MicroBatch(self.tokens.map(change), self.target.map(change))
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On the device. From pinned memory to a GPU this does not wait for the copy."""
@@ -236,25 +225,11 @@ class BatchReader:
 
     def _decode(self, sequences_B: np.ndarray, rows: dict[int, Chunk]) -> MicroBatch:
         length, codec = self._store.recipe.sequence_length, self._store.recipe.codec
-        token_ids_BL = np.zeros((len(sequences_B), length), dtype=np.int64)
-        positions_BL = np.tile(np.arange(length, dtype=np.int64), (len(sequences_B), 1))
-        mask_BL = np.zeros((len(sequences_B), length), dtype=bool)
-        records = [np.empty((0, codec.bytes_per_token), dtype=np.uint8)]
-        for index, sequence in enumerate(sequences_B):
-            if sequence == _PADDING:
-                continue
-            row = rows[int(sequence)]
-            token_ids_BL[index], positions_BL[index] = row.token_ids_SL[0], row.positions_SL[0]
-            mask_BL[index] = row.loss_mask_SL[0] == 1
-            records.append(row.targets_NB)
-        labels_BL = np.roll(token_ids_BL, -1, axis=1)
-        batch = MicroBatch(
-            token_ids_BL=torch.from_numpy(token_ids_BL),
-            positions_BL=torch.from_numpy(positions_BL),
-            target_positions_T=torch.from_numpy(np.flatnonzero(mask_BL)),
-            labels_T=torch.from_numpy(labels_BL[mask_BL]),
-            target=decode(torch.from_numpy(np.concatenate(records)), codec),
-        )
+        chunks = [rows[int(sequence)] for sequence in sequences_B if sequence != _PADDING]
+        blanks = Sequences(*(np.zeros((len(sequences_B) - len(chunks), length), dtype) for dtype in (np.int32, np.int32, np.uint8)))
+        sequences = joined([*(chunk.sequences for chunk in chunks), blanks.without(range(len(blanks)))])
+        records = [np.empty((0, codec.bytes_per_token), dtype=np.uint8), *(chunk.targets_NB for chunk in chunks)]
+        batch = MicroBatch(TokenBatch.of(sequences), decode(torch.from_numpy(np.concatenate(records)), codec))
         return batch.map(Tensor.pin_memory) if self._pin_memory else batch
 
 

@@ -18,9 +18,10 @@ from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
 from stillhouse.models import digest_beside
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
+from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
-from stillhouse.teacher.model import HuggingFaceTeacher, WorkItem
+from stillhouse.teacher.model import HuggingFaceTeacher
 from stillhouse.teacher.replica import Probe
 from stillhouse.tracking import OutageRow
 
@@ -98,7 +99,7 @@ class _TeacherActor:
             return Found()
         began = monotonic()
         records_NB, measured = records_of(self._teacher.compress(item), self._job.recipe.codec)
-        chunk = Chunk(item.number, item.token_ids_SL, item.positions_SL, item.loss_mask_SL, records_NB.numpy())
+        chunk = Chunk(item.number, item.sequences, records_NB.numpy())
         ref = publish_when_possible(self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage)
         return Produced(ref, measured, monotonic() - began)
 

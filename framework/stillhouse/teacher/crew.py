@@ -8,9 +8,9 @@ import ray
 from stillhouse.cluster.coordinator import Board
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, cause_of
+from stillhouse.sequence import WorkItem
 from stillhouse.teacher.actor import TeacherJob, spawn
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
-from stillhouse.teacher.model import WorkItem
 
 _NODE_DIED = "its node has died"  # Ray's own words, in an error that carries nothing else of it
 

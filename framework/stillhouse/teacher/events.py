@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from stillhouse.cluster.coordinator import News
+from stillhouse.sequence import WorkItem
 from stillhouse.teacher.actor import Answer, Ready
-from stillhouse.teacher.model import WorkItem
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -12,38 +12,13 @@ import torch
 
 from stillhouse.config import TeacherSection
 from stillhouse.logits import CompressedLogits, Path, compress_hidden, concatenate, path_for, token_seeds
-from stillhouse.models import check_head, check_packing, final_hidden, head_of, load_model
+from stillhouse.models import check_head, check_packing, head_of, load_model
+from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 from stillhouse.teacher.replica import Probe, hashes_of_weights, mean_kl, rounded_otherwise
 
 _PROBE_ENTRIES = 128  # whatever the recipe keeps: few entries of a flat distribution are alike in models that are not
-
-
-@dataclass(frozen=True, slots=True)
-class WorkItem:
-    """One chunk's sequences, as a teacher receives them."""
-
-    number: int
-    token_ids_SL: np.ndarray  # int32
-    positions_SL: np.ndarray  # int32
-    loss_mask_SL: np.ndarray  # uint8
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.loss_mask_SL.sum())
-
-    def only(self, row: int) -> "WorkItem":
-        """One sequence, to be computed alone."""
-        one = slice(row, row + 1)
-        return replace(self, token_ids_SL=self.token_ids_SL[one], positions_SL=self.positions_SL[one], loss_mask_SL=self.loss_mask_SL[one])
-
-    def without(self, rows: Collection[int]) -> "WorkItem":
-        """These sequences set aside: each a blank of the same length, without targets. The others keep their places, and so their draws."""
-        token_ids_SL, positions_SL, loss_mask_SL = self.token_ids_SL.copy(), self.positions_SL.copy(), self.loss_mask_SL.copy()
-        for row in rows:
-            token_ids_SL[row], loss_mask_SL[row] = 0, 0
-            positions_SL[row] = np.arange(positions_SL.shape[1])
-        return replace(self, token_ids_SL=token_ids_SL, positions_SL=positions_SL, loss_mask_SL=loss_mask_SL)
 
 
 class Teacher(Protocol):
@@ -64,7 +39,6 @@ class HuggingFaceTeacher:
         check_head(self._model, vocab_size=recipe.vocab_size)
         check_packing(self._model, vocab_size=recipe.vocab_size)
         self._head = replace(head_of(self._model, vocab_size=recipe.vocab_size), float32_logits=section.logits == "exact")
-        self._input_device = next(self._model.parameters()).device
 
     def compress(self, item: WorkItem) -> Iterator[CompressedLogits]:
         return self._compress(item, k=self._recipe.k, tail_draws=self._recipe.num_draws)
@@ -87,28 +61,23 @@ class HuggingFaceTeacher:
     @torch.inference_mode()
     def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> Iterator[CompressedLogits]:
         seeds_SL = draw_seeds(item, self._recipe)
-        for start in range(0, len(item.token_ids_SL), self._section.batch_sequences):
+        for start in range(0, len(item.sequences), self._section.batch_sequences):
             rows = slice(start, start + self._section.batch_sequences)
-            hidden_BLH = final_hidden(self._model, self._tensor(item.token_ids_SL[rows]), self._tensor(item.positions_SL[rows]))
-            masked_in = torch.from_numpy(np.flatnonzero(item.loss_mask_SL[rows]))
-            hidden_TH = hidden_BLH.flatten(0, 1).index_select(0, masked_in.to(hidden_BLH.device)).to(self._head.weight_VH.device)
+            batch = TokenBatch.of(item.sequences.select(rows))
             yield compress_hidden(
-                hidden_TH,
+                hidden_at(self._model, batch).to(self._head.weight_VH.device),
                 self._head,
                 k=k,
                 tail_draws=tail_draws,
                 temperature=self._recipe.temperature,
-                seeds_T=seeds_SL[rows].flatten()[masked_in],
+                seeds_T=seeds_SL[rows].flatten()[batch.target_positions_T],
                 block_tokens=self._section.block_tokens,
             )
-
-    def _tensor(self, ids: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(ids.astype(np.int64)).to(self._input_device)
 
 
 def draw_seeds(item: WorkItem, recipe: Recipe) -> torch.Tensor:
     """int64 [S, L]: the seed of each position's draws, a function of the recipe and the position's place in the corpus alone."""
-    num_sequences, length = item.token_ids_SL.shape
+    num_sequences, length = item.sequences.token_ids_SL.shape
     sequences_S = item.number * recipe.chunk_sequences + torch.arange(num_sequences)
     seeds = token_seeds(recipe.draw_seed, sequences_S.repeat_interleave(length), torch.arange(length).repeat(num_sequences))
     return seeds.view(num_sequences, length)
@@ -120,4 +89,4 @@ def probe_item(recipe: Recipe, *, num_tokens: int = 64) -> WorkItem:
     token_ids = np.random.default_rng(0).integers(0, recipe.vocab_size, size=(1, length), dtype=np.int32)
     mask = np.ones((1, length), dtype=np.uint8)
     mask[:, -1] = 0
-    return WorkItem(-1, token_ids, np.arange(length, dtype=np.int32)[None], mask)
+    return WorkItem(-1, Sequences(token_ids, np.arange(length, dtype=np.int32)[None], mask))

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from stillhouse.cluster.preemption import Notice
 from stillhouse.config import TeacherSection
 from stillhouse.errors import StillhouseError, TeacherError, UserError
+from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import Answer, Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Crew, Died, Event, Inbox, Raised, Started
 from stillhouse.teacher.heartbeat import Pulses
 from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
-from stillhouse.teacher.model import WorkItem
 from stillhouse.teacher.readership import Readership
 from stillhouse.teacher.replica import Probe, require_planned_weights, require_same_teacher
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, SetAsideRow, StallRow, TeacherRow, Tracker
