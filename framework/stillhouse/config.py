@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError, field_validator, model_validator
 
 from stillhouse import suggestions
 from stillhouse.errors import ConfigError
+from stillhouse.extension import is_extension
 
 PositiveInt = Annotated[int, Field(gt=0, le=1 << 53)]  # up to there every reader of JSON takes a number whole
 NaturalInt = Annotated[int, Field(ge=0, le=1 << 53)]
@@ -22,6 +23,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 NoticeSource = Literal["auto", "aws", "gcp", "azure", "off"]
 
 
@@ -150,9 +152,10 @@ class StudentSection(ModelSection):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     gradient_clip: PositiveFloat = 1.0
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = Field(
+    divergence: str = Field(
         "forward_kl",
-        description="forward_kl is unbiased with draws; the others see the tail as one bucket, and want entries that hold 80 % of the mass",
+        description="forward_kl is unbiased with draws; the others see the tail as one bucket, and want entries that hold 80 % of the mass;"
+        " 'package.module:name' is a Divergence of your own",
     )
     tail_as_bucket: bool = Field(
         False, description="train on one bucket for the tail, however much of the teacher's mass it holds; forward_kl never asks for this"
@@ -173,6 +176,13 @@ class StudentSection(ModelSection):
         None, description="None: in the run directory; or a directory or s3://, gs:// or az:// that outlives every machine"
     )
     prefetch_batches: PositiveInt = Field(4, description="batches that the loader reads ahead")
+
+    @field_validator("divergence")
+    @classmethod
+    def _is_a_divergence(cls, name: str) -> str:
+        if name in DIVERGENCES or is_extension(name):
+            return name
+        raise ValueError(f"no divergence {name!r}; known: {', '.join(DIVERGENCES)}, or 'package.module:name' for one of your own")
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> "StudentSection":
@@ -231,7 +241,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _the_divergence_can_use_the_target(self) -> "Config":
         student = self.student
-        if self.target.k == 0 and student.divergence != "forward_kl" and student.divergence_weight > 0.0:
+        if self.target.k == 0 and student.divergence in DIVERGENCES[1:] and student.divergence_weight > 0.0:
             raise ValueError(
                 f'target.k is 0, and student.divergence is "{student.divergence}", which learns nothing from draws;'
                 ' set student.divergence = "forward_kl", or keep entries'

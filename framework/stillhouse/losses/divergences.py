@@ -14,12 +14,13 @@ Shapes: T tokens, K kept entries, K1 = K + 1 buckets with the tail last, H hidde
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stillhouse.errors import ConfigError
+from stillhouse.extension import extension_digest, is_extension, load_extension
 
 LOG_FLOOR = -100.0  # nats; stands for no mass at all: exp(-100) is below every float32 that is not subnormal
 
@@ -40,7 +41,10 @@ class Divergence(NamedTuple):
 
 
 def divergence_named(name: str, mix: float) -> Divergence:
-    """The divergence of a config's name; `mix` is beta of jsd and alpha of the skewed ones, unused by the others. Raises ConfigError."""
+    """The divergence that a config names; `mix` is beta of jsd and alpha of the skewed ones, unused by the others.
+
+    Raises ConfigError for an unknown name, and for one of the user's own that is no usable Divergence.
+    """
     match name:
         case "forward_kl":
             return forward_kl
@@ -54,7 +58,29 @@ def divergence_named(name: str, mix: float) -> Divergence:
             return skew_reverse_kl(mix)
         case "tvd":
             return tvd
+    if is_extension(name):
+        return _proven(load_extension(name, setting="student.divergence"), name)
     raise ConfigError(f"no divergence '{name}'; known: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd")
+
+
+def divergence_identity(name: str) -> str:
+    """What a checkpoint remembers: the name, and for one of the user's own the digest of its file."""
+    return f"{name}@{extension_digest(name)}" if is_extension(name) else name
+
+
+def _proven(found: Any, name: str) -> Divergence:
+    """The user's own divergence, tried on two tokens. Raises ConfigError where it is none."""
+    if not isinstance(found, Divergence):
+        raise ConfigError(f'student.divergence is "{name}", a {type(found).__name__}; wanted a stillhouse.losses.divergences.Divergence')
+    logp_TK1 = torch.tensor([[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]).log().clamp(min=LOG_FLOOR)
+    logq_TK1 = torch.tensor([[0.2, 0.3, 0.5], [0.4, 0.4, 0.2]]).log().requires_grad_()
+    loss_T = found.of(logp_TK1, logq_TK1)
+    if loss_T.shape != (2,) or not (loss_T.isfinite().all() and loss_T.requires_grad):
+        raise ConfigError(
+            f'student.divergence is "{name}", whose `of` gives {list(loss_T.shape)} for log-masses of [2, 3]; wanted a finite loss for each'
+            " token, [2], differentiable in the second argument"
+        )
+    return found
 
 
 def _kl(loga_TK1: Tensor, logb_TK1: Tensor) -> Tensor:

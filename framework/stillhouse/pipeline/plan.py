@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stillhouse.config import Config, ModelSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
+from stillhouse.losses.divergences import divergence_named
 from stillhouse.models import (
     ModelIdentity,
     check_same_ids,
@@ -123,6 +124,7 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         raise ConfigError(
             f"target.k keeps the whole vocabulary of {vocab_size} tokens, so there is no tail to draw from; set target.tail_draws = 0"
         )
+    divergence_named(config.student.divergence, config.student.mix)  # one of the user's own is imported and tried
     digest = tokenizer_digest(tokenizer)
     with _tokenising(config.corpus.dataset) as on_progress:
         split = prepare_corpus(config.corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir, on_progress=on_progress)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from stillhouse.checkpoint.manifest import Origin
 from stillhouse.config import StudentSection
+from stillhouse.losses.divergences import divergence_identity
 from stillhouse.store import Reader, Recipe
 from stillhouse.store.consumers import reader_name
 from stillhouse.student.order import Order
@@ -45,6 +46,7 @@ class TrainJob:
         """What its checkpoints are of."""
         values = self.section.model_dump(mode="json")
         settings = {name: values[name] for name in _DECIDE_WEIGHTS} | {"model": Path(self.section.model).name}
+        settings["divergence"] = divergence_identity(self.section.divergence)
         return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
     @property

@@ -1,0 +1,39 @@
+"""What users add from outside: an object of their own package, which a config names as `package.module:name`."""
+
+import hashlib
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_extension(name: str) -> bool:
+    """Whether a setting's value names an object of the user's own, not one of Stillhouse's."""
+    return _NAME.fullmatch(name) is not None
+
+
+def load_extension(name: str, *, setting: str) -> Any:
+    """The object. Raises ConfigError where its module cannot be imported, or has no such name."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f'{setting} is "{name}", whose module cannot be imported ({error}); install its package on every machine, or name its'
+            " directory in PYTHONPATH"
+        ) from error
+    except AttributeError:
+        raise ConfigError(
+            f'{setting} is "{name}", but {module_name} has no {attribute}; name an object at the top of that module'
+        ) from None
+
+
+def extension_digest(name: str) -> str:
+    """16 hexadecimal digits of the file that holds the object: another text of it is another object."""
+    file = importlib.import_module(name.partition(":")[0]).__file__
+    assert file is not None, f"{name} is in no file"
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
