@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, Head, compress, compress_hidden, compress_reference, path_for, token_seeds
+from stillhouse.logits import CompressedLogits, Head, backend_for, compress, compress_hidden, compress_reference, token_seeds
 from stillhouse.logits.topk import blockmax_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def test_the_kernels_pass_their_own_test(gpu: torch.device, row_stride: int) -> 
 
 def test_more_entries_than_the_kernels_are_for_equal_the_reference(gpu: torch.device) -> None:
     logits = random_logits(7, 20_000)
-    assert path_for(logits.to(gpu), k=1024).name == "reference"
+    assert backend_for(logits.to(gpu), k=1024).name == "reference"
     assert_same(compress(logits.to(gpu), k=1024), compress_reference(logits, k=1024))
 
 
@@ -39,7 +39,7 @@ def test_more_entries_than_the_kernels_are_for_equal_the_reference(gpu: torch.de
 @pytest.mark.parametrize(("vocab_size", "k"), SHAPES)
 def test_real_shapes_take_the_kernels_and_equal_the_reference(gpu: torch.device, vocab_size: int, k: int, dtype: torch.dtype) -> None:
     logits = random_logits(37, vocab_size).to(dtype)
-    assert path_for(logits.to(gpu), k=k).name == "triton"
+    assert backend_for(logits.to(gpu), k=k).name == "triton"
     for temperature in (1.0, 0.7):
         assert_same(compress(logits.to(gpu), k=k, temperature=temperature), compress_reference(logits, k=k, temperature=temperature))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
-from stillhouse.losses.head_passes import path_for
+from stillhouse.losses.head_passes import backend_for
 
 T, V, H, K = 700, 30_011, 128, 32
 SETTINGS = [
@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_as_near_to_float64_as_torchs_own(gpu: torch.devi
     seeds = token_seeds(0, torch.zeros(T), torch.arange(T))
     target = compress(4 * torch.randn(T, V, generator=random), k=K, tail_draws=num_draws, temperature=temperature, seeds_T=seeds)
     labels = torch.randint(V, (T,), generator=random)
-    assert path_for(weight.to(gpu)).name == "triton"
+    assert backend_for(weight.to(gpu)).name == "triton"
     exact = gradients(hidden.double(), weight.double(), target, labels, **setting)
     torchs = gradients(hidden, weight, target, labels, **setting)
     on_gpu = target.map(lambda tensor: tensor.to(gpu))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, Head, compress, compress_hidden, compress_reference, path_for
+from stillhouse.logits import CompressedLogits, Head, backend_for, compress, compress_hidden, compress_reference
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch, reference
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -246,11 +246,11 @@ def find(name: str) -> str | None:
 
 def test_the_path_says_which_and_why() -> None:
     logits = torch.zeros(2, 9)
-    assert path_for(logits, k=3).name == ("native" if blockmax_cpu.compiled().split_rows else "blockmax")
-    assert path_for(logits, k=3).why == blockmax_cpu.compiled().why
-    assert path_for(logits[:0], k=3).why == "there are no logits"
-    assert path_for(logits, k=3, temperature=1e-35).name == "reference"
-    assert path_for(logits.to("meta"), k=3).why == "there are no kernels for meta"
+    assert backend_for(logits, k=3).name == ("native" if blockmax_cpu.compiled().split_rows else "blockmax")
+    assert backend_for(logits, k=3).reason == blockmax_cpu.compiled().why
+    assert backend_for(logits[:0], k=3).reason == "there are no logits"
+    assert backend_for(logits, k=3, temperature=1e-35).name == "reference"
+    assert backend_for(logits.to("meta"), k=3).reason == "there are no kernels for meta"
 
 
 def test_an_extreme_temperature_is_the_references_affair() -> None:

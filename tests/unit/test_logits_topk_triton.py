@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.compiling import Kernel, machine_code_sizes
-from stillhouse.logits import Head, Path, compress_hidden, compress_reference, path_for, token_seeds
+from stillhouse.logits import Backend, Head, backend_for, compress_hidden, compress_reference, token_seeds
 from stillhouse.logits.topk import blockmax_torch, blockmax_triton
 from stillhouse.logits.topk.draws import draw_in_blocks
 from stillhouse.logits.topk.found import RawTopK, normalise
@@ -194,13 +194,13 @@ def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tens
 
 @pytest.mark.parametrize("k", [513, 1024, 4096])
 def test_more_entries_than_the_kernels_compile_for_take_the_references_way_and_say_so(k: int) -> None:
-    path = path_for(on_a_gpu(151_936), k=k)
-    assert (path.name, path.why) == ("reference", f"k is {k}, and the kernels are for 512 entries at most")
+    path = backend_for(on_a_gpu(151_936), k=k)
+    assert (path.name, path.reason) == ("reference", f"k is {k}, and the kernels are for 512 entries at most")
 
 
 def test_a_small_vocabulary_on_a_gpu_takes_torchs_filter_and_says_so() -> None:
-    path = path_for(on_a_gpu(300), k=20)
-    assert (path.name, path.why) == ("blockmax", "300 logits are too few blocks to filter for 20")
+    path = backend_for(on_a_gpu(300), k=20)
+    assert (path.name, path.reason) == ("blockmax", "300 logits are too few blocks to filter for 20")
 
 
 def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() -> None:
@@ -215,7 +215,7 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
     hidden = torch.randn(13, 8, generator=torch.Generator().manual_seed(0))
     hidden[[0, 2, 3, 4, 7, 8, 9, 11, 12]] = 0.0
     head = Recording(torch.randn(600, 8, generator=torch.Generator().manual_seed(1)))
-    found = compress_hidden(hidden, head, k=3, block_tokens=4, choose_path=lambda *_, **__: Path("triton", "the interpreter's"))
+    found = compress_hidden(hidden, head, k=3, block_tokens=4, choose_backend=lambda *_, **__: Backend("triton", "the interpreter's"))
     assert asked == [4, 4, 4, 1, 4, 4, 1]
     wanted = compress_reference(hidden @ head.weight_VH.T, k=3)
     assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)

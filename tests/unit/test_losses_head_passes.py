@@ -18,7 +18,7 @@ from helpers.compiling import Kernel, machine_code_sizes
 from stillhouse.logits import CompressedLogits, Head
 from stillhouse.losses.divergences import forward_kl
 from stillhouse.losses.fused_head import head_loss
-from stillhouse.losses.head_passes import passes_for, path_for
+from stillhouse.losses.head_passes import backend_for, passes_for
 from stillhouse.losses.head_passes_torch import Shares, TorchPasses
 from stillhouse.losses.sparse_gradient import Objective
 
@@ -198,5 +198,5 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 
 
 def test_a_path_says_why_it_was_chosen() -> None:
-    path = path_for(torch.empty(2, 2))
-    assert (path.name, path.why) == ("torch", "the kernels are for CUDA, the head is on cpu")
+    path = backend_for(torch.empty(2, 2))
+    assert (path.name, path.reason) == ("torch", "the kernels are for CUDA, the head is on cpu")

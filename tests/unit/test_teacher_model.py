@@ -19,7 +19,7 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ModelError, TeacherError
-from stillhouse.logits import CompressedLogits, compress, concatenate, path_for
+from stillhouse.logits import CompressedLogits, backend_for, compress, concatenate
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 from stillhouse.teacher.model import HuggingFaceTeacher, draw_seeds, probe_item
@@ -273,4 +273,4 @@ def test_a_probe_leaves_the_model_as_it_was(section: TeacherSection) -> None:
 
 
 def test_a_teacher_names_the_path_of_its_logits(section: TeacherSection):
-    assert HuggingFaceTeacher(section, RECIPE, device="cpu").path() == path_for(torch.zeros(1, RECIPE.vocab_size), k=RECIPE.k)
+    assert HuggingFaceTeacher(section, RECIPE, device="cpu").path() == backend_for(torch.zeros(1, RECIPE.vocab_size), k=RECIPE.k)

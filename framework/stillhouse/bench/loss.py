@@ -27,7 +27,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.logits import CompressedLogits, Head
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import Divergence, divergence_named, forward_kl
-from stillhouse.losses.head_passes import block_tokens_for, path_for
+from stillhouse.losses.head_passes import backend_for, block_tokens_for
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 PRODUCTS, OURS, NAIVE, COMPILED, DISTILLKIT, OUR_TEXT, LIGER = (
@@ -113,14 +113,14 @@ def bench_loss(setting: Setting, *, repeats: int, with_compile: bool, command: s
     timings = time_in_turn(partial(_works, setting, ways), repeats=repeats, device=device)
     memory = extra_bytes(work_of, setting, [way for way in ways if way != PRODUCTS], device=device)
     singles = time_in_turn(partial(_works_of_divergences, setting), repeats=repeats, device=device)
-    path = path_for(Inputs.of(setting, 0).weight_VH)
+    path = backend_for(Inputs.of(setting, 0).weight_VH)
     if out is not None:
         values = {
             "benchmark": "loss",
             "provenance": asdict(provenance),
             "setting": asdict(setting),
             "allocator": timings.allocator,
-            "path": asdict(path),
+            "path": {"name": path.name, "why": path.reason},
             "block_tokens": block_tokens_for(device, setting.vocab_size),
             "seconds": {way: asdict(timings.of(way)) for way in ways},
             "over_products": {way: asdict(timings.ratio(way, PRODUCTS)) for way in ways},
@@ -133,7 +133,7 @@ def bench_loss(setting: Setting, *, repeats: int, with_compile: bool, command: s
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(setting, timings, memory))
     console.print(divergences_table(singles))
-    console.print(f"Path: {path.name}, since {path.why}. Load average at the start: {provenance.load_average}.")
+    console.print(f"Path: {path.name}, since {path.reason}. Load average at the start: {provenance.load_average}.")
     console.print(f"While it was timed, {timings.allocator}.")
     for way, why in missing.items():
         console.print(f"Left out: {way}; {why}.")

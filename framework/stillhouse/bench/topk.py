@@ -21,7 +21,7 @@ from torch import Tensor
 from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, shown, time_in_turn
 from stillhouse.bench.provenance import Provenance
 from stillhouse.errors import ConfigError
-from stillhouse.logits import compress, path_for, token_seeds
+from stillhouse.logits import backend_for, compress, token_seeds
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -62,7 +62,7 @@ def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: s
     setting.check()
     torch.set_num_threads(1)
     provenance, device = Provenance.of(command), torch.device(setting.device)
-    path = path_for(setting.logits(0)[:1], k=setting.k)
+    path = backend_for(setting.logits(0)[:1], k=setting.k)
     timings = time_in_turn(partial(_works, setting, with_compile=with_compile), repeats=repeats, device=device)
     memory = extra_bytes(work_of, setting, list(timings.seconds), device=device)
     if out is not None:
@@ -71,7 +71,7 @@ def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: s
             "provenance": asdict(provenance),
             "setting": asdict(setting),
             "allocator": timings.allocator,
-            "path": asdict(path),
+            "path": {"name": path.name, "why": path.reason},
             "seconds": {way: asdict(timings.of(way)) for way in timings.seconds},
             "times_eager": {way: asdict(timings.ratio(EAGER, way)) for way in timings.seconds},
             "extra_bytes": memory,
@@ -80,7 +80,7 @@ def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: s
         out.write_text(json.dumps(values, indent=2) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(setting, timings, memory))
-    console.print(f"compress takes the path {path.name}: {path.why}. Load average at the start: {provenance.load_average}.")
+    console.print(f"compress takes the path {path.name}: {path.reason}. Load average at the start: {provenance.load_average}.")
     console.print(f"While it was timed, {timings.allocator}.")
 
 

@@ -1,21 +1,23 @@
 """Targets as values and as bytes: what a teacher's logits become, and what a student reads back."""
 
+from stillhouse.logits.backend import Backend
 from stillhouse.logits.codec import decode, encode
 from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity, kept_mass
 from stillhouse.logits.head import Head
 from stillhouse.logits.record import CODEC_VERSION, Codec
-from stillhouse.logits.topk.dispatch import Path, compress, compress_hidden, path_for
+from stillhouse.logits.topk.dispatch import backend_for, compress, compress_hidden
 from stillhouse.logits.topk.draws import token_seeds
 from stillhouse.logits.topk.reference import compress_reference
 from stillhouse.logits.topk.shards import compress_shard
 
 __all__ = [
     "CODEC_VERSION",
+    "Backend",
     "Codec",
     "CompressedLogits",
     "Fidelity",
     "Head",
-    "Path",
+    "backend_for",
     "compress",
     "compress_hidden",
     "compress_reference",
@@ -26,6 +28,5 @@ __all__ = [
     "encode",
     "fidelity",
     "kept_mass",
-    "path_for",
     "token_seeds",
 ]

@@ -4,13 +4,11 @@ A pass is all that is done to a block at full width: one sums it up, one turns i
 take the scale and the soft-capping of the head in their stride.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from stillhouse.logits import Head
+from stillhouse.logits.backend import Backend
 from stillhouse.losses.head_passes_torch import Passes, TorchPasses
 
 _CPU_TOKENS = 256  # from half to twice as many take the same time
@@ -19,32 +17,24 @@ _TOKENS = 4096  # below 2,048, reading and writing the sum of the weight's gradi
 _LOGITS = 1 << 30  # 2 GiB of 16 bits each
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
-    """How the passes are done, and why, for people to read."""
-
-    name: Literal["torch", "triton"]
-    why: str
-
-
-def path_for(weight_VH: Tensor) -> Path:
+def backend_for(weight_VH: Tensor) -> Backend:
     """The path of a head with this weight. The first call on a GPU compiles the kernels and tries them, for some seconds."""
     device = weight_VH.device
     if device.type != "cuda":
-        return Path("torch", f"the kernels are for CUDA, the head is on {device.type}")
+        return Backend("torch", f"the kernels are for CUDA, the head is on {device.type}")
     if weight_VH.dtype == torch.float64:
-        return Path("torch", "the kernels sum in float32, the head is float64")
+        return Backend("torch", "the kernels sum in float32, the head is float64")
     try:
         from stillhouse.losses import head_passes_triton
     except ImportError as error:
-        return Path("torch", f"triton cannot be imported: {error}")
+        return Backend("torch", f"triton cannot be imported: {error}")
     defect = head_passes_triton.defect(device)
-    return Path("torch", defect) if defect else Path("triton", f"one kernel a pass on {torch.cuda.get_device_name(device)}")
+    return Backend("torch", defect) if defect else Backend("triton", f"one kernel a pass on {torch.cuda.get_device_name(device)}")
 
 
 def passes_for(head: Head, num_tokens: int, *, temperature: float, text: bool) -> Passes:
     """The passes over blocks of up to `num_tokens` tokens; `text` where cross-entropy or the z-loss is wanted."""
-    if path_for(head.weight_VH).name == "triton":
+    if backend_for(head.weight_VH).name == "triton":
         from stillhouse.losses.head_passes_triton import TritonPasses
 
         return TritonPasses(head, num_tokens, temperature=temperature, text=text)

@@ -92,7 +92,7 @@ class _TeacherActor:
         probe = self._teacher.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         path = self._teacher.path()
-        return Ready(probe, name, f"{path.name}: {path.why}", monotonic() - began, self._node, digest)
+        return Ready(probe, name, f"{path.name}: {path.reason}", monotonic() - began, self._node, digest)
 
     def produce(self, item: WorkItem) -> Produced | Found:
         if is_there(self._store, item.number):  # this lease lost a race before it began

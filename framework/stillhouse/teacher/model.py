@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from stillhouse.config import TeacherSection
-from stillhouse.logits import CompressedLogits, Path, compress_hidden, concatenate, path_for, token_seeds
+from stillhouse.logits import Backend, CompressedLogits, backend_for, compress_hidden, concatenate, token_seeds
 from stillhouse.models import check_head, check_packing, head_of, load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.sequence import Sequences, WorkItem
@@ -54,9 +54,9 @@ class HuggingFaceTeacher:
         parts = self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0)
         return concatenate(parts).map(torch.Tensor.cpu)
 
-    def path(self) -> Path:
+    def path(self) -> Backend:
         """The way that its logits take to targets."""
-        return path_for(self._head.logits(self._head.weight_VH[:1]), k=self._recipe.k, temperature=self._recipe.temperature)
+        return backend_for(self._head.logits(self._head.weight_VH[:1]), k=self._recipe.k, temperature=self._recipe.temperature)
 
     @torch.inference_mode()
     def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> Iterator[CompressedLogits]:

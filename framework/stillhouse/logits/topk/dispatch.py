@@ -8,15 +8,15 @@ every row or says what is wrong with it. So nothing waits for a device before al
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stillhouse.errors import ConfigError
+from stillhouse.logits.backend import Backend
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.head import Head
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
@@ -30,15 +30,7 @@ LogitsOf = Callable[[slice | Tensor], Tensor]
 """The logits of some tokens: a stretch of them, or those of these numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
-    """The way that some logits take to their target, and the reason for it, for people to read."""
-
-    name: Literal["reference", "native", "triton", "blockmax"]
-    why: str
-
-
-def path_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Path:
+def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backend:
     """The path that `compress` takes with such logits. The first call compiles: in C for a third of a second, for a GPU for some.
 
     Raises what the try of the kernels for a GPU met, where that may pass: nothing is decided by it.
@@ -46,29 +38,29 @@ def path_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Path:
     least, most = _GENTLE_TEMPERATURES
     vocab_size, device = logits_TV.shape[1], logits_TV.device
     if logits_TV.numel() == 0:
-        return Path("reference", "there are no logits")
+        return Backend("reference", "there are no logits")
     if not least <= temperature <= most:
-        return Path("reference", f"at a temperature of {temperature}, float32 overflows on the way")
+        return Backend("reference", f"at a temperature of {temperature}, float32 overflows on the way")
     if device.type == "cpu":
         compiled = blockmax_cpu.compiled()
-        return Path("native" if compiled.split_rows else "blockmax", compiled.why)
+        return Backend("native" if compiled.split_rows else "blockmax", compiled.why)
     row_stride = max(logits_TV.stride(0), vocab_size) if len(logits_TV) > 1 and logits_TV.stride(1) == 1 else vocab_size
-    return _path_off_the_cpu(device, vocab_size=vocab_size, k=k, dtype=logits_TV.dtype, row_stride=row_stride)
+    return _backend_off_the_cpu(device, vocab_size=vocab_size, k=k, dtype=logits_TV.dtype, row_stride=row_stride)
 
 
 @cache  # a search of the path for every block would show
-def _path_off_the_cpu(device: torch.device, *, vocab_size: int, k: int, dtype: torch.dtype, row_stride: int) -> Path:
+def _backend_off_the_cpu(device: torch.device, *, vocab_size: int, k: int, dtype: torch.dtype, row_stride: int) -> Backend:
     if device.type != "cuda":
-        return Path("blockmax", f"there are no kernels for {device.type}")
+        return Backend("blockmax", f"there are no kernels for {device.type}")
     if find_spec("triton") is None:
-        return Path("blockmax", "triton is not installed")
+        return Backend("blockmax", "triton is not installed")
     from stillhouse.logits.topk import blockmax_triton
 
     if k > blockmax_triton.MOST_ENTRIES:
-        return Path("reference", f"k is {k}, and the kernels are for {blockmax_triton.MOST_ENTRIES} entries at most")
+        return Backend("reference", f"k is {k}, and the kernels are for {blockmax_triton.MOST_ENTRIES} entries at most")
     tried = {"vocab_size": vocab_size, "k": k, "dtype": dtype, "row_stride": row_stride}
     why_not = blockmax_triton.too_small(vocab_size, k) or blockmax_triton.defect(device, **tried)
-    return Path("blockmax", why_not) if why_not else Path("triton", f"its kernels passed their test on {device}")
+    return Backend("blockmax", why_not) if why_not else Backend("triton", f"its kernels passed their test on {device}")
 
 
 @torch.no_grad()
@@ -97,11 +89,11 @@ def compress_hidden(
     temperature: float = 1.0,
     seeds_T: Tensor | None = None,
     block_tokens: int = 1024,
-    choose_path: Callable[..., Path] = path_for,
+    choose_backend: Callable[..., Backend] = backend_for,
 ) -> CompressedLogits:
     """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V] logits never exist at once.
 
-    `choose_path` decides as `path_for` does. Raises what `compress` does, and ConfigError where the hidden states and the head are on
+    `choose_backend` decides as `backend_for` does. Raises what `compress` does, and ConfigError where the hidden states and the head are on
     different devices.
     """
     if hidden_TH.device != head.weight_VH.device:
@@ -116,7 +108,7 @@ def compress_hidden(
         k=k,
         tail_draws=tail_draws,
         temperature=temperature,
-        choose_path=choose_path,
+        choose_backend=choose_backend,
     )
 
 
@@ -128,14 +120,14 @@ def _in_blocks(
     k: int,
     tail_draws: int,
     temperature: float,
-    choose_path: Callable[..., Path] = path_for,
+    choose_backend: Callable[..., Backend] = backend_for,
 ) -> CompressedLogits:
     """The targets of all tokens. No more than `block_tokens` rows of logits are asked for at once, those in doubt included."""
     numbers_T = torch.arange(len(seeds_T), device=seeds_T.device)
     blocks = [slice(start, start + block_tokens) for start in range(0, max(1, len(seeds_T)), max(1, block_tokens))]
     parts, doubts = zip(
         *(
-            _compress_block(logits_of(at), seeds_T[at], numbers_T[at], choose_path, k=k, tail_draws=tail_draws, temperature=temperature)
+            _compress_block(logits_of(at), seeds_T[at], numbers_T[at], choose_backend, k=k, tail_draws=tail_draws, temperature=temperature)
             for at in blocks
         ),
         strict=True,
@@ -155,18 +147,18 @@ def _compress_block(
     logits_TV: Tensor,
     seeds_T: Tensor,
     numbers_T: Tensor,
-    choose_path: Callable[..., Path],
+    choose_backend: Callable[..., Backend],
     *,
     k: int,
     tail_draws: int,
     temperature: float,
 ) -> tuple[CompressedLogits, Tensor]:
     """The target of the tokens of these numbers, and bool [T]: the rows of which it is not certain to be right."""
-    path = choose_path(logits_TV, k=k, temperature=temperature)
-    if path.name == "reference":
+    backend = choose_backend(logits_TV, k=k, temperature=temperature)
+    if backend.name == "reference":
         target = compress_reference(logits_TV, k=k, tail_draws=tail_draws, temperature=temperature, seeds_T=seeds_T, tokens_T=numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
-    raw, doubtful_T = _by_path(path, logits_TV, k=k, temperature=temperature)
+    raw, doubtful_T = _by_backend(backend, logits_TV, k=k, temperature=temperature)
     target, lse_T = normalise(raw, vocab_size=logits_TV.shape[1], temperature=temperature)
     if tail_draws:
         draws_TN = draw_rest(logits_TV, raw, seeds_T, num_draws=tail_draws, temperature=temperature)
@@ -176,17 +168,17 @@ def _compress_block(
 
 def raw_topk(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
     """The top-k by the path for these logits, at least one, where that is not the reference. Checks nothing."""
-    raw, doubtful_T = _by_path(path_for(logits_TV, k=k), logits_TV, k=k, temperature=temperature)
+    raw, doubtful_T = _by_backend(backend_for(logits_TV, k=k), logits_TV, k=k, temperature=temperature)
     return blockmax_torch.split(logits_TV, k=k, temperature=temperature) if doubtful_T.any() else raw
 
 
-def _by_path(path: Path, logits_TV: Tensor, *, k: int, temperature: float) -> tuple[RawTopK, Tensor]:
+def _by_backend(backend: Backend, logits_TV: Tensor, *, k: int, temperature: float) -> tuple[RawTopK, Tensor]:
     """The top-k, and bool [T]: the rows for which the path had no room."""
-    if path.name == "triton":
+    if backend.name == "triton":
         from stillhouse.logits.topk import blockmax_triton
 
         return blockmax_triton.launch(logits_TV, k=k, temperature=temperature)
-    split_rows = blockmax_cpu.compiled().split_rows if path.name == "native" else None
+    split_rows = blockmax_cpu.compiled().split_rows if backend.name == "native" else None
     if split_rows:
         raw = blockmax_cpu.split(split_rows, logits_TV, k=k, temperature=temperature)
     else:
