@@ -75,6 +75,7 @@ class CorpusSection(Section):
 class TeacherSection(ModelSection):
     """The pool of teacher actors."""
 
+    engine: str = Field("transformers", description="what runs the teacher; 'package.module:name' is a TeacherEngine of your own")
     min_replicas: NumProcesses = Field(1, description="actors that must be up before the run begins")
     max_replicas: NumProcesses = Field(1, description="actors to ask Ray for")
     batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass")
@@ -91,6 +92,13 @@ class TeacherSection(ModelSection):
     watchdog_s: PositiveFloat = Field(
         300.0, description="seconds after which an actor without a heartbeat is killed and replaced, however long its chunk may take"
     )
+
+    @field_validator("engine")
+    @classmethod
+    def _is_an_engine(cls, name: str) -> str:
+        if name == "transformers" or is_extension(name):
+            return name
+        raise ValueError(f"no engine {name!r}; known: transformers, or 'package.module:name' for one of your own")
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> "TeacherSection":

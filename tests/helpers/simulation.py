@@ -16,12 +16,12 @@ import torch
 from helpers.chunks import make_records
 from stillhouse.cluster.coordinator import News
 from stillhouse.cluster.preemption import Notice
+from stillhouse.engines.probe import Probe
 from stillhouse.logits import CompressedLogits, Fidelity
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.actor import Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
-from stillhouse.teacher.replica import Probe
 
 _ANSWER = CompressedLogits(
     token_ids_TK=torch.tensor([[0]], dtype=torch.int32),

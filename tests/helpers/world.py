@@ -10,10 +10,10 @@ from typing import Any
 
 from helpers.models import make_model
 from stillhouse.config import Config, parse_config
+from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.logits import concatenate, encode
 from stillhouse.pipeline import Plan, plan
 from stillhouse.store import Chunk, ChunkStore
-from stillhouse.teacher.model import HuggingFaceTeacher
 
 _VOCAB_SIZE = 300
 
@@ -75,8 +75,8 @@ class TinyWorld:
         missing = set(made.chunks) - store.published()
         if not missing:
             return
-        teacher = HuggingFaceTeacher(made.config.teacher, made.recipe, device="cpu")
+        teacher = TransformersEngine(made.config.teacher, made.recipe, device="cpu")
         for number in sorted(missing):
             item = made.item(number)
-            records = encode(concatenate(teacher.compress(item)), made.recipe.codec).numpy()
+            records = encode(concatenate(teacher.targets(item)), made.recipe.codec).numpy()
             store.publish(Chunk(number, item.sequences, records))

@@ -16,6 +16,7 @@ from stillhouse.bench.in_turn import Lesson, train_in_turn
 from stillhouse.bench.pipeline import InTurn, Round, paces, ratios
 from stillhouse.bench.provenance import Provenance
 from stillhouse.config import StudentSection, TeacherSection
+from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.errors import RunError
 from stillhouse.logits import concatenate
 from stillhouse.models import load_model
@@ -24,7 +25,6 @@ from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch
-from stillhouse.teacher.model import HuggingFaceTeacher
 from stillhouse.tracking import CheckpointRow, ChunkRow, Row, StartRow, TrainRow
 
 TOKENS = 1000  # of a step
@@ -150,13 +150,13 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 def test_in_turn_takes_the_steps_that_the_engine_takes(lesson: Lesson) -> None:
     section, recipe = lesson.student, lesson.recipe
-    teacher = HuggingFaceTeacher(lesson.teacher, recipe, device="cpu")
+    teacher = TransformersEngine(lesson.teacher, recipe, device="cpu")
     engine = StudentEngine(
         load_model(section), section=section, vocab_size=recipe.vocab_size, num_micro_batches=2, device=torch.device("cpu")
     )
 
     def micro_batch(rows: Sequences) -> MicroBatch:
-        return MicroBatch(TokenBatch.of(rows), concatenate(teacher.compress(WorkItem(0, rows))))
+        return MicroBatch(TokenBatch.of(rows), concatenate(teacher.targets(WorkItem(0, rows))))
 
     batches = [micro_batch(lesson.rows.select(slice(start, start + 2))) for start in range(0, 12, 2)]
     expected = [engine.train_step(batches[2 * step : 2 * step + 2], learning_rate=section.learning_rate) for step in range(3)]

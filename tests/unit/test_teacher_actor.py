@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from helpers.chunks import make_chunk, small_recipe
+from stillhouse.engines.base import encoded
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, encode, fidelity
 from stillhouse.retry import Patience
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, StoreUnavailable
-from stillhouse.teacher.actor import is_there, publish_when_possible, records_of
+from stillhouse.teacher.actor import is_there, publish_when_possible, stored
 
 RECIPE = small_recipe()
 BRIEF = Patience(first_pause_s=0.01, last_pause_s=0.01)
@@ -77,7 +78,7 @@ def parts_of(*num_tokens: int) -> list[CompressedLogits]:
 
 def test_records_are_those_of_all_parts_in_order():
     parts = parts_of(40, 0, 3, 100)
-    records, measured = records_of(iter(parts), CODEC)
+    records, measured = stored(encoded(iter(parts), CODEC), CODEC)
     whole = concatenate(parts)
     assert torch.equal(records, encode(whole, CODEC))
     assert 0 < measured.codec_kl < measured.worst_kl < 1e-4
@@ -85,7 +86,7 @@ def test_records_are_those_of_all_parts_in_order():
 
 def test_what_the_records_lose_is_measured_on_tokens_of_every_part():
     parts = parts_of(1, 2, 64)
-    _, measured = records_of(parts, CODEC)
+    _, measured = stored(encoded(parts, CODEC), CODEC)
     whole = concatenate(parts)
     assert measured == fidelity(whole, decode(encode(whole, CODEC), CODEC))
 
@@ -94,4 +95,4 @@ def test_targets_that_cannot_be_written_have_no_records():
     parts = parts_of(5, 5)
     parts[1].logprobs_TK[3] = torch.nan
     with pytest.raises(ChunkError, match="row 3 would hold log-probabilities of no distribution"):
-        records_of(parts, CODEC)
+        stored(encoded(parts, CODEC), CODEC)

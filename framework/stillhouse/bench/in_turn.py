@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from stillhouse.config import StudentSection, TeacherSection
+from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.logits import CompressedLogits, concatenate
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
@@ -26,7 +27,6 @@ from stillhouse.models import head_of, load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
-from stillhouse.teacher.model import HuggingFaceTeacher
 
 Form = Literal["compressed", "dense"]
 
@@ -58,11 +58,11 @@ class _Lean:
 
     def __init__(self, lesson: Lesson):
         self._section, self._recipe = lesson.student, lesson.recipe
-        self._teacher = HuggingFaceTeacher(lesson.teacher, lesson.recipe, device="cpu")
+        self._teacher = TransformersEngine(lesson.teacher, lesson.recipe, device="cpu")
         self._divergence = divergence_named(lesson.student.divergence, lesson.student.mix)
 
     def targets(self, rows: Sequences) -> list[CompressedLogits]:
-        whole = concatenate(self._teacher.compress(WorkItem(0, rows)))
+        whole = concatenate(self._teacher.targets(WorkItem(0, rows)))
         ends = np.cumsum([part.num_targets for part in _split(rows, self._section.micro_batch_sequences)]).tolist()
         spans = [slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
         return [whole.map(itemgetter(span)) for span in spans]

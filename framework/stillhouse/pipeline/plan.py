@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.config import Config, ModelSection, StudentSection, TeacherSection
+from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.errors import ConfigError
 from stillhouse.losses.divergences import divergence_named
 from stillhouse.models import (
@@ -111,7 +112,9 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
 
     What is done with a finished run needs no more: not the weights that its student began with.
     """
-    teacher, student = (model_identity(section, cache_dir=cache_dir) for section in (config.teacher, config.student))
+    engine = engine_named(config.teacher.engine)
+    require_capable(engine.describe(config.teacher), config.target, engine=config.teacher.engine)
+    teacher, student = engine.identity(config.teacher, cache_dir=cache_dir), model_identity(config.student, cache_dir=cache_dir)
     config = config.model_copy(update={"teacher": _pinned(config.teacher, teacher), "student": _pinned(config.student, student)})
     tokenizer = load_tokenizer(config.teacher.model, revision=teacher.revision, trust_remote_code=config.teacher.trust_remote_code)
     check_same_ids(tokenizer, _student_tokenizer(config.student))

@@ -31,7 +31,7 @@ _MAY_CHANGE: Mapping[str, set[str]] = {
     | {"tail_as_bucket"}  # it lets a training begin, and decides no weight
     | {"num_workers", "min_workers", "watchdog_s", "regroup_s"}
     | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
-    "teacher": _PLACEMENT | {"min_replicas", "max_replicas", "batch_sequences", "max_set_aside", "lease_timeout_s", "watchdog_s"},
+    "teacher": _PLACEMENT | {"engine", "min_replicas", "max_replicas", "batch_sequences", "max_set_aside", "lease_timeout_s", "watchdog_s"},
     "store": {"url", "window_bytes", "retain"},
 }
 _MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})

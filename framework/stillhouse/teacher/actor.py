@@ -14,18 +14,16 @@ from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, prepare_process
 from stillhouse.config import NoticeSource, TeacherSection
+from stillhouse.engines.base import Records
+from stillhouse.engines.choice import engine_named
+from stillhouse.engines.probe import Probe
 from stillhouse.errors import StoreError
-from stillhouse.logits import Codec, CompressedLogits, Fidelity, concatenate, decode, encode, fidelity
-from stillhouse.models import digest_beside
+from stillhouse.logits import Codec, Fidelity, concatenate, decode, fidelity
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
-from stillhouse.teacher.model import HuggingFaceTeacher
-from stillhouse.teacher.replica import Probe
 from stillhouse.tracking import OutageRow
-
-_FIDELITY_TOKENS = 64  # of each forward pass, to measure what compression and codec cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +83,18 @@ class _TeacherActor:
 
     def start(self) -> Ready:
         began = monotonic()
-        self._teacher, digest = digest_beside(
-            self._job.section, lambda: HuggingFaceTeacher(self._job.section, self._job.recipe, device=self._device)
-        )
+        self._engine = engine_named(self._job.section.engine)(self._job.section, self._job.recipe, device=self._device)
         self._store = ChunkStore(self._job.store_url, self._job.recipe)
-        probe = self._teacher.probe()
+        probe = self._engine.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
-        path = self._teacher.path()
-        return Ready(probe, name, f"{path.name}: {path.reason}", monotonic() - began, self._node, digest)
+        backend = self._engine.backend()
+        return Ready(probe, name, f"{backend.name}: {backend.reason}", monotonic() - began, self._node, self._engine.digest)
 
     def produce(self, item: WorkItem) -> Produced | Found:
         if is_there(self._store, item.number):  # this lease lost a race before it began
             return Found()
         began = monotonic()
-        records_NB, measured = records_of(self._teacher.compress(item), self._job.recipe.codec)
+        records_NB, measured = stored(self._engine.records(item), self._job.recipe.codec)
         chunk = Chunk(item.number, item.sequences, records_NB.numpy())
         ref = publish_when_possible(self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage)
         return Produced(ref, measured, monotonic() - began)
@@ -107,7 +103,7 @@ class _TeacherActor:
         self._board.mention(OutageRow(f"teacher on {self._node[:8]}", seconds, why))
 
     def compute(self, item: WorkItem) -> Passed:
-        records_of(self._teacher.compress(item), self._job.recipe.codec)
+        stored(self._engine.records(item), self._job.recipe.codec)
         return Passed()
 
 
@@ -119,27 +115,22 @@ def is_there(store: ChunkStore, number: int) -> bool:
         return False
 
 
-def records_of(parts: Iterable[CompressedLogits], codec: Codec) -> tuple[Tensor, Fidelity]:
+def stored(parts: Iterable[Records], codec: Codec) -> tuple[Tensor, Fidelity]:
     """The records of a chunk's N targets, uint8 [N, B] in this process's memory, and what they lose, measured on some of every part.
 
-    Targets stay where they were made. Only records leave a GPU, through pinned memory, those of one part while it computes the next; all
-    have arrived when this returns. Raises ChunkError for what cannot be written, or not read back: it must not be published.
+    Only records leave a GPU, through pinned memory, those of one part while it computes the next; all have arrived when this returns.
+    Raises ChunkError for what cannot be read back: it must not be published.
     """
     arriving, exact, written = [], [], []
-    for targets in parts:
-        records_TB = encode(targets, codec)
+    for records_TB, sample in parts:
         landing_TB = torch.empty_like(records_TB, device="cpu", pin_memory=records_TB.is_cuda)
         arriving.append(landing_TB.copy_(records_TB, non_blocking=True))
-        exact.append(targets.map(_sample))
-        written.append(_sample(records_TB))
+        exact.append(sample)
+        written.append(records_TB[: sample.num_tokens].clone())  # a view would keep all of them alive
     measured = fidelity(concatenate(exact), decode(torch.cat(written), codec))
     if records_TB.is_cuda:
         torch.cuda.synchronize(records_TB.device)
     return torch.cat(arriving), measured
-
-
-def _sample(rows: Tensor) -> Tensor:
-    return rows[:_FIDELITY_TOKENS].clone()  # a view would keep all of them alive
 
 
 def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience: Patience, tell: Tell) -> ChunkRef:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stillhouse.cluster.preemption import Notice
 from stillhouse.config import TeacherSection
+from stillhouse.engines.probe import Probe, require_planned_weights, require_same_teacher
 from stillhouse.errors import StillhouseError, TeacherError, UserError
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore, StoreUnavailable
@@ -21,7 +22,6 @@ from stillhouse.teacher.events import Answered, Crew, Died, Event, Inbox, Raised
 from stillhouse.teacher.heartbeat import Pulses
 from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
 from stillhouse.teacher.readership import Readership
-from stillhouse.teacher.replica import Probe, require_planned_weights, require_same_teacher
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, SetAsideRow, StallRow, TeacherRow, Tracker
 
 ITEMS_PER_TEACHER = 2  # one in work, one waiting beside it, so that no teacher idles for a round trip

@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
 from stillhouse.config import TeacherSection
+from stillhouse.engines.base import draw_seeds, probe_item
+from stillhouse.engines.probe import Probe, mean_kl, require_same_teacher
+from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.errors import ModelError, TeacherError
 from stillhouse.logits import CompressedLogits, backend_for, compress, concatenate
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
-from stillhouse.teacher.model import HuggingFaceTeacher, draw_seeds, probe_item
-from stillhouse.teacher.replica import Probe, mean_kl, require_same_teacher
 
 RECIPE = small_recipe(num_sequences=5, sequence_length=24, chunk_sequences=5, temperature=1.5, k=6)
 CAP = 2.0
@@ -51,7 +52,7 @@ def packed_item() -> WorkItem:
 
 
 def targets_of(section: TeacherSection, recipe: Recipe, item: WorkItem) -> CompressedLogits:
-    return concatenate(HuggingFaceTeacher(section, recipe, device="cpu").compress(item))
+    return concatenate(TransformersEngine(section, recipe, device="cpu").targets(item))
 
 
 @torch.inference_mode()
@@ -114,10 +115,10 @@ DRAWN = replace(RECIPE, num_draws=9)
 
 def test_draws_belong_to_the_place_in_the_corpus_whatever_the_batches_and_blocks(section: TeacherSection):
     item = packed_item()
-    teacher = HuggingFaceTeacher(section, DRAWN, device="cpu")
-    found = concatenate(teacher.compress(item))
+    teacher = TransformersEngine(section, DRAWN, device="cpu")
+    found = concatenate(teacher.targets(item))
     assert (found.k, found.num_draws, found.num_tokens) == (6, 9, item.sequences.num_targets)
-    assert torch.equal(concatenate(teacher.compress(item)).tail_ids_TN, found.tail_ids_TN)
+    assert torch.equal(concatenate(teacher.targets(item)).tail_ids_TN, found.tail_ids_TN)
     cut = section.model_copy(update={"batch_sequences": 3, "block_tokens": 7})
     again = targets_of(cut, DRAWN, item)
     assert (again.tail_ids_TN != found.tail_ids_TN).float().mean() < 0.01  # a rounding of the logits may move a draw by an id
@@ -139,7 +140,7 @@ def test_no_two_places_of_a_corpus_and_no_two_recipes_share_their_draws(section:
 
 def test_each_forward_pass_gives_its_own_targets_before_the_next_one_begins(section: TeacherSection):
     item = packed_item()
-    parts = HuggingFaceTeacher(section, RECIPE, device="cpu").compress(item)
+    parts = TransformersEngine(section, RECIPE, device="cpu").targets(item)
     item.sequences.token_ids_SL[2:] = RECIPE.vocab_size + 1_000_000  # ids that no forward pass survives
     assert next(parts).num_tokens == item.sequences.loss_mask_SL[:2].sum()
     with pytest.raises(IndexError):
@@ -153,7 +154,7 @@ def test_an_item_without_a_target_has_no_targets(section: TeacherSection):
 
 def test_a_head_with_too_few_rows_is_refused_before_any_work(section: TeacherSection):
     with pytest.raises(ModelError, match="320 rows, fewer than the tokenizer's 400 ids"):
-        HuggingFaceTeacher(section, replace(RECIPE, vocab_size=400), device="cpu")
+        TransformersEngine(section, replace(RECIPE, vocab_size=400), device="cpu")
 
 
 @pytest.mark.parametrize("length", [2, 24, 500])
@@ -171,7 +172,7 @@ BF16 = {"dtype": "bfloat16"}
 
 
 def probe_of(section: TeacherSection, recipe: Recipe = RECIPE, **changes: object) -> Probe:
-    return HuggingFaceTeacher(section.model_copy(update=changes), recipe, device="cpu").probe()
+    return TransformersEngine(section.model_copy(update=changes), recipe, device="cpu").probe()
 
 
 def with_weights(section: TeacherSection, folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TeacherSection:
@@ -266,11 +267,11 @@ def test_a_replica_that_answers_with_not_a_number_is_refused(section: TeacherSec
 
 
 def test_a_probe_leaves_the_model_as_it_was(section: TeacherSection) -> None:
-    teacher, item = HuggingFaceTeacher(section, RECIPE, device="cpu"), packed_item()
-    before = concatenate(teacher.compress(item))
+    teacher, item = TransformersEngine(section, RECIPE, device="cpu"), packed_item()
+    before = concatenate(teacher.targets(item))
     teacher.probe()
-    assert torch.equal(concatenate(teacher.compress(item)).logprobs_TK, before.logprobs_TK)
+    assert torch.equal(concatenate(teacher.targets(item)).logprobs_TK, before.logprobs_TK)
 
 
 def test_a_teacher_names_the_path_of_its_logits(section: TeacherSection):
-    assert HuggingFaceTeacher(section, RECIPE, device="cpu").path() == backend_for(torch.zeros(1, RECIPE.vocab_size), k=RECIPE.k)
+    assert TransformersEngine(section, RECIPE, device="cpu").backend() == backend_for(torch.zeros(1, RECIPE.vocab_size), k=RECIPE.k)

@@ -1,0 +1,24 @@
+"""The engine that a config names, and whether it can make the config's target."""
+
+from stillhouse.config import TargetSection
+from stillhouse.engines.base import Capabilities, TeacherEngine
+from stillhouse.engines.transformers import TransformersEngine
+from stillhouse.errors import ConfigError
+from stillhouse.extension import load_extension
+
+
+def require_capable(capabilities: Capabilities, target: TargetSection, *, engine: str) -> None:
+    """Raise ConfigError where the config's target is more than the engine can make."""
+    most = capabilities.most_entries
+    if most is not None and target.k > most:
+        raise ConfigError(f'target.k is {target.k}, but the engine "{engine}" gives {most} entries at most; lower target.k')
+    if target.tail_draws and not capabilities.draws:
+        raise ConfigError(f'target.tail_draws is {target.tail_draws}, but the engine "{engine}" cannot draw from the tail; set it to 0')
+
+
+def engine_named(name: str) -> type[TeacherEngine]:
+    """The engine that a config names. Raises ConfigError where one of the user's own cannot be imported."""
+    if name == "transformers":
+        return TransformersEngine
+    found: type[TeacherEngine] = load_extension(name, setting="teacher.engine")
+    return found
