@@ -49,6 +49,7 @@ class ModelSection(Section):
 class CorpusSection(Section):
     """Documents, and how they become sequences of fixed length."""
 
+    source: str = Field("corpus", description="corpus: documents, tokenised and packed; 'package.module:name' opens Sources of your own")
     dataset: Name = Field(description="a hub data set; local text, json(l), parquet or arrow files, a glob or a directory; or 'stdlib'")
     subset: str | None = Field(None, description="the hub data set's configuration name")
     split: str = "train"
@@ -66,6 +67,13 @@ class CorpusSection(Section):
         if self.format == "text" and not self.packing:
             raise ValueError("packing = false pads conversations, but format is 'text'; set format = \"chat\" or leave packing on")
         return self
+
+    @field_validator("source")
+    @classmethod
+    def _is_a_source(cls, name: str) -> str:
+        if name == "corpus" or is_extension(name):
+            return name
+        raise ValueError(f"no source {name!r}; known: corpus, or 'package.module:name' for one of your own")
 
     @property
     def text_column(self) -> str:

@@ -29,7 +29,7 @@ class Sequences:
     def num_targets(self) -> int:
         return int(self.loss_mask_SL.sum(dtype=np.int64))
 
-    def select(self, rows: slice | NDArray[np.bool_]) -> "Sequences":
+    def select(self, rows: slice | NDArray[np.bool_] | NDArray[np.int64]) -> "Sequences":
         """Some of them, sharing memory where `rows` is a slice."""
         return Sequences(self.token_ids_SL[rows], self.positions_SL[rows], self.loss_mask_SL[rows])
 

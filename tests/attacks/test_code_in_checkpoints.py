@@ -89,7 +89,7 @@ def to_go_on_with_another_number_of_ranks(_scene: Scene, job: TrainJob, ranks: R
 
 
 def to_evaluate(scene: Scene, job: TrainJob, ranks: Ranks) -> Any:
-    config, heldout = scene.plan.config, scene.plan.split.heldout
+    config, heldout = scene.plan.config, scene.plan.sources.heldout
     comparison = EvaluationJob(
         teacher=config.teacher,
         models={"student": Trained(job.section, job.checkpoints, ListTracker())},
@@ -99,7 +99,7 @@ def to_evaluate(scene: Scene, job: TrainJob, ranks: Ranks) -> Any:
         threads=1,
         secrets=Secrets(None),
     )
-    return ranks[1].call(evaluate, comparison, heldout.rows(0, 2))
+    return ranks[1].call(evaluate, comparison, heldout.block(0).select(slice(0, 2)))
 
 
 def with_code_in(scene: Scene, name: str, *, stage: int, into: Path) -> TrainJob:

@@ -78,7 +78,7 @@ def test_the_student_is_nearer_to_its_teacher_than_the_control(undisturbed: Plan
     assert student.kl is not None
     assert control.kl is not None
     assert student.kl < control.kl
-    assert student.num_tokens == control.num_tokens == undisturbed.split.heldout.num_targets
+    assert student.num_tokens == control.num_tokens == undisturbed.sources.heldout.num_targets
 
 
 def test_produce_then_train_through_s3_is_the_same_training_as_run(

@@ -109,7 +109,7 @@ def test_an_export_asks_again_where_a_request_found_the_bucket_away(made: Plan, 
 
 def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(made: Plan, proxy: FaultyS3) -> None:
     proxy.refuse(reads, status=NOT_YET, times=2)
-    job, heldout = made.jobs()[0], made.split.heldout
+    job, heldout = made.jobs()[0], made.sources.heldout
     comparison = EvaluationJob(
         teacher=ModelSection(model=made.config.teacher.model, dtype="float32"),
         models={"student": Trained(job.section, job.checkpoints, ListTracker())},

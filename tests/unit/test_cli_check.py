@@ -65,7 +65,7 @@ def test_a_run_on_gpus_has_its_hours_estimated_and_is_told_how(check):
 def test_it_says_what_follows_from_the_config(check, filled: Plan):
     outcome = check()
     assert outcome.code == 0, outcome
-    rows, corpus, recipe = rows_of(outcome), filled.split.train, filled.recipe
+    rows, corpus, recipe = rows_of(outcome), filled.sources.train, filled.recipe
     assert f"the same {recipe.vocab_size} ids" in rows["tokenizer"]
     assert f"{corpus.num_sequences:,} sequences of 32 tokens" in rows["corpus"]
     assert f"{corpus.num_targets:,} of them with a target; 8 more are held out" in rows["corpus"]

@@ -18,7 +18,7 @@ from stillhouse.config import Config, parse_config
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan, plan
 from stillhouse.pipeline.toy import Sizes, make_models
-from stillhouse.sequence import Sequences
+from stillhouse.sequences.source import whole
 
 NUM_CORES = 2
 _WINDOWS_AHEAD = 3  # shuffle windows that teachers may be ahead: all but unlimited would let them finish before the student has begun
@@ -102,6 +102,5 @@ def cached(run: Plan) -> Plan:
 def lesson(made: Plan, form: Form, *, num_steps: int) -> Lesson:
     """The first steps of the same training, for one process that does teacher and student in turn."""
     sequences = np.concatenate([made.order.sequences(step) for step in range(num_steps)])
-    corpus = made.split.train.rows(0, made.split.train.num_sequences)
-    rows = Sequences(corpus.token_ids_SL[sequences], corpus.positions_SL[sequences], corpus.loss_mask_SL[sequences])
+    rows = whole(made.sources.train).select(sequences)
     return Lesson(form, made.config.teacher, made.config.student, made.recipe, rows, threads=NUM_CORES)

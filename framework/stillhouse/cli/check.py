@@ -101,7 +101,7 @@ def _student_memory(section: StudentSection, num_parameters: int) -> str:
 
 
 def _corpus(made: Plan, found: _Findings) -> None:
-    corpus, heldout = made.split.train, made.split.heldout
+    corpus, heldout = made.sources.train, made.sources.heldout
     found.rows.append(
         (
             "corpus",
@@ -212,7 +212,7 @@ def _require_writable(path: Path) -> None:
 
 
 def _training(made: Plan, found: _Findings) -> None:
-    student, corpus, steps = made.config.student, made.split.train, made.total_steps
+    student, corpus, steps = made.config.student, made.sources.train, made.total_steps
     try:
         require_full_step(made)
     except ConfigError as error:
@@ -272,7 +272,7 @@ def _cluster(made: Plan, found: _Findings) -> None:
 
 def _hours(made: Plan, available: Mapping[str, float], found: _Findings) -> None:
     """An estimate, where both models are known and live on GPUs."""
-    config, corpus = made.config, made.split.train
+    config, corpus = made.config, made.sources.train
     places = {role: placement(section, available) for role, section in (("teacher", config.teacher), ("student", config.student))}
     if found.num_parameters.keys() != places.keys() or any(where.device == "cpu" for where in places.values()):
         return

@@ -200,7 +200,7 @@ def _run_id(first: StartRow) -> str:
 
 
 def _start_row(plan: Plan, command: str, number: int, committed: Mapping[str, int]) -> StartRow:
-    config, corpus, student = plan.config, plan.split.train, plan.config.student
+    config, corpus, student = plan.config, plan.sources.train, plan.config.student
     return StartRow(
         attempt=number,
         command=command,

@@ -25,7 +25,7 @@ from stillhouse.models import (
     vocab_size_of,
 )
 from stillhouse.sequence import WorkItem
-from stillhouse.sequences import Split, prepare_corpus
+from stillhouse.sequences.source import Sources, open_sources
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob, order_of
@@ -46,7 +46,7 @@ class Plan:
     run_dir: Path
     cache_dir: Path
     tokenizer: PreTrainedTokenizerFast
-    split: Split
+    sources: Sources
     recipe: Recipe
 
     @cached_property
@@ -67,7 +67,7 @@ class Plan:
     @property
     def bytes_per_chunk(self) -> float:
         """The mean size of a full chunk: ids, positions and mask of every token, a record for every target, the header not counted."""
-        corpus = self.split.train
+        corpus = self.sources.train
         targets_per_sequence = corpus.num_targets / corpus.num_sequences
         per_sequence = 9 * corpus.sequence_length + targets_per_sequence * self.recipe.codec.bytes_per_token
         return per_sequence * min(self.recipe.chunk_sequences, corpus.num_sequences)
@@ -80,9 +80,7 @@ class Plan:
 
     def item(self, number: int) -> WorkItem:
         """What a teacher needs to make chunk `number`."""
-        sequences = self.recipe.chunk_rows(number)
-        rows = self.split.train.rows(sequences.start, sequences.stop)
-        return WorkItem(number, rows)
+        return WorkItem(number, self.sources.train.block(number))
 
     def jobs(self) -> list[TrainJob]:
         """The student, then, where the config asks for it, its control: the same in everything but what it learns from."""
@@ -130,10 +128,18 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     divergence_named(config.student.divergence, config.student.mix)  # one of the user's own is imported and tried
     digest = tokenizer_digest(tokenizer)
     with _tokenising(config.corpus.dataset) as on_progress:
-        split = prepare_corpus(config.corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir, on_progress=on_progress)
+        sources = open_sources(
+            config.corpus,
+            tokenizer,
+            tokenizer_digest=digest,
+            block_sequences=config.store.chunk_sequences,
+            cache_dir=cache_dir,
+            on_progress=on_progress,
+        )
+    identity = sources.train.identity
     recipe = Recipe(
-        corpus_digest=split.train.digest,
-        num_sequences=split.train.num_sequences,
+        corpus_digest=identity.digest if identity.kind == "corpus" else ":".join(identity),
+        num_sequences=sources.train.num_sequences,
         sequence_length=config.corpus.sequence_length,
         packing="packed" if config.corpus.packing else "padded",
         chunk_sequences=config.store.chunk_sequences,
@@ -149,12 +155,12 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     store = config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url})
     student_section = config.student.model_copy(update={"checkpoint_url": _absolute(config.student.checkpoint_url)})
     config = config.model_copy(update={"store": store, "student": student_section})
-    return Plan(config, run_dir.absolute(), cache_dir, tokenizer, split, recipe)
+    return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
 
 
 def require_full_step(made: Plan) -> None:
     """Raise ConfigError where one optimiser step asks for more sequences than the corpus has."""
-    wanted, there = made.config.student.global_batch_sequences, made.split.train.num_sequences
+    wanted, there = made.config.student.global_batch_sequences, made.sources.train.num_sequences
     if wanted > there:
         raise ConfigError(
             f"student.global_batch_sequences is {wanted:,}, but the corpus has {there:,} sequences to train on;"

@@ -31,6 +31,7 @@ from stillhouse.pipeline.run_dir import config_of
 from stillhouse.pipeline.shared_dirs import require_shared
 from stillhouse.report import write_report
 from stillhouse.retry import DEFAULT_PATIENCE, insist
+from stillhouse.sequences.source import whole
 from stillhouse.store import ChunkStore, Reader, StoreForbidden
 from stillhouse.store.consumers import join, leave, reader_name
 from stillhouse.student.job import order_of_reader, where_it_goes_on
@@ -290,8 +291,7 @@ def _evaluate(made: Plan, journal: Tracker, *, available: Mapping[str, float], b
         threads=config.cluster.threads,
         secrets=local_secrets(),
     )
-    heldout = made.split.heldout
-    scores: dict[ModelName, Scores] = call_remotely(evaluate, comparison, heldout.rows(0, heldout.num_sequences), where=where)
+    scores: dict[ModelName, Scores] = call_remotely(evaluate, comparison, whole(made.sources.heldout), where=where)
     for name, found in scores.items():
         own = name == "teacher"
         journal.record(

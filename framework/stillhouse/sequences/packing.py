@@ -68,7 +68,7 @@ def prepare_corpus(
     key = {
         "version": CACHE_VERSION,
         "block_tokens": BLOCK_TOKENS,
-        "section": section.model_dump(mode="json"),
+        "section": section.model_dump(mode="json", exclude={"source"}),
         "tokenizer": tokenizer_digest,
         "documents": documents.identity,
     }
