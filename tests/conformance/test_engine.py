@@ -1,0 +1,137 @@
+"""What every teacher engine has to keep: right records, in order, the same whoever asks.
+
+Shapes: S sequences, L positions, T target tokens, V vocabulary, B bytes of a record.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stillhouse.config import TeacherSection
+from stillhouse.engines.base import TeacherEngine
+from stillhouse.engines.choice import engine_named
+from stillhouse.engines.probe import require_same_teacher
+from stillhouse.logits import CompressedLogits, concatenate, decode
+from stillhouse.models import load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.sequence import Sequences, WorkItem
+from stillhouse.store import Recipe
+
+S, L = 4, 24
+ROUNDING = 2e-3  # nats: of 8 bits for a log-probability, and of float32
+
+
+@pytest.fixture
+def section(engine_name: str, teacher_dir: Path) -> TeacherSection:
+    return TeacherSection(model=str(teacher_dir), engine=engine_name, dtype="float32", batch_sequences=3)
+
+
+@pytest.fixture
+def recipe(section: TeacherSection, engine_name: str, tmp_path: Path) -> Recipe:
+    tokenizer = load_tokenizer(section.model)
+    capabilities = engine_named(engine_name).describe(section)
+    vocab_size = vocab_size_of(tokenizer)
+    return Recipe(
+        corpus_digest="0" * 64,
+        num_sequences=10 * S,
+        sequence_length=L,
+        packing="packed",
+        chunk_sequences=S,
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        vocab_size=vocab_size,
+        teacher_digest=engine_named(engine_name).identity(section, cache_dir=tmp_path).digest,
+        teacher_dtype=section.dtype,
+        k=min(8, capabilities.most_entries or 8),
+        num_draws=12 if capabilities.draws else 0,
+    )
+
+
+@pytest.fixture
+def engine(section: TeacherSection, recipe: Recipe) -> TeacherEngine:
+    return engine_named(section.engine)(section, recipe, device="cpu")
+
+
+def item_of(recipe: Recipe, number: int = 2) -> WorkItem:
+    """Two documents a row, a row without a target, and ids of the whole vocabulary."""
+    ids_SL = np.random.default_rng(number).integers(0, recipe.vocab_size, (S, L), dtype=np.int32)
+    positions_SL = np.tile(np.r_[np.arange(L // 3), np.arange(L - L // 3)].astype(np.int32), (S, 1))
+    mask_SL = np.ones((S, L), np.uint8)
+    mask_SL[:, [L // 3 - 1, L - 1]] = 0
+    mask_SL[1] = 0
+    return WorkItem(number, Sequences(ids_SL, positions_SL, mask_SL))
+
+
+def records_of(engine: TeacherEngine, item: WorkItem) -> torch.Tensor:
+    return torch.cat([part.records_TB.cpu() for part in engine.records(item)])
+
+
+def targets_of(engine: TeacherEngine, item: WorkItem, recipe: Recipe) -> CompressedLogits:
+    return decode(records_of(engine, item), recipe.codec)
+
+
+def test_there_is_one_record_for_each_target_in_row_major_order(engine: TeacherEngine, recipe: Recipe) -> None:
+    item = item_of(recipe)
+    together = records_of(engine, item)
+    assert (together.dtype, together.shape) == (torch.uint8, (item.sequences.num_targets, recipe.codec.bytes_per_token))
+    counts = item.sequences.loss_mask_SL.sum(axis=1).tolist()
+    alone = [targets_of(engine, item.without(set(range(S)) - {row}), recipe) for row in range(S) if counts[row]]
+    whole = decode(together, recipe.codec)
+    assert torch.equal(concatenate(alone).token_ids_TK, whole.token_ids_TK)
+
+
+def test_the_targets_are_the_teachers_distribution_of_each_document_alone(
+    engine: TeacherEngine, recipe: Recipe, section: TeacherSection
+) -> None:
+    item = item_of(recipe)
+    model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
+    wanted = []
+    with torch.no_grad():
+        for ids_L, mask_L in zip(item.sequences.token_ids_SL, item.sequences.loss_mask_SL, strict=True):
+            for part in (slice(L // 3), slice(L // 3, L)):
+                logits_DV = model(torch.from_numpy(ids_L[part].astype(np.int64))[None]).logits[0, :, : recipe.vocab_size]
+                wanted.append(logits_DV[np.flatnonzero(mask_L[part])].log_softmax(dim=-1))
+    wanted_TV = torch.cat(wanted)
+    found = targets_of(engine, item, recipe)
+    torch.testing.assert_close(found.logprobs_TK, wanted_TV.gather(1, found.token_ids_TK.long()), atol=0.1, rtol=0.01)
+    kept = wanted_TV.exp().gather(1, found.token_ids_TK.long()).sum(dim=1)
+    best = wanted_TV.exp().topk(recipe.k, dim=1).values.sum(dim=1)
+    assert (best - kept).abs().max() < ROUNDING
+
+
+def test_the_same_item_gives_the_same_records(engine: TeacherEngine, recipe: Recipe) -> None:
+    assert torch.equal(records_of(engine, item_of(recipe)), records_of(engine, item_of(recipe)))
+
+
+def test_draws_depend_on_the_place_in_the_plan(engine: TeacherEngine, recipe: Recipe) -> None:
+    here = item_of(recipe)
+    elsewhere = replace(here, number=here.number + 1)
+    ours, others = targets_of(engine, here, recipe), targets_of(engine, elsewhere, recipe)
+    assert torch.equal(ours.token_ids_TK, others.token_ids_TK)
+    assert recipe.num_draws == 0 or not torch.equal(ours.tail_ids_TN, others.tail_ids_TN)
+
+
+def test_every_part_brings_a_sample_of_its_first_targets(engine: TeacherEngine, recipe: Recipe) -> None:
+    for part in engine.records(item_of(recipe)):
+        assert min(1, len(part.records_TB)) <= part.sample.num_tokens <= len(part.records_TB)
+        written = decode(part.records_TB[: part.sample.num_tokens].cpu(), recipe.codec)
+        assert torch.equal(written.token_ids_TK.sort().values, part.sample.token_ids_TK.cpu().sort().values)
+
+
+def test_two_of_its_replicas_are_the_same_teacher(engine: TeacherEngine, recipe: Recipe, section: TeacherSection) -> None:
+    other = engine_named(section.engine)(section, recipe, device="cpu")
+    require_same_teacher(engine.probe(), other.probe(), replica=1)
+
+
+def test_it_says_how_it_works(engine: TeacherEngine) -> None:
+    backend = engine.backend()
+    assert backend.name
+    assert backend.reason
+
+
+def test_its_identity_is_known_without_loading_it_and_does_not_change(section: TeacherSection, engine_name: str, tmp_path: Path) -> None:
+    first, again = (engine_named(engine_name).identity(section, cache_dir=tmp_path) for _ in range(2))
+    assert first == again
+    assert first.digest

@@ -1,0 +1,96 @@
+"""Parts of a user's own, from a package outside of Stillhouse, go through the real command: killed, resumed and reported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic, sleep
+
+import psutil
+import pytest
+
+from helpers.command import as_toml
+from helpers.models import make_model
+from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.store import list_recipes
+from stillhouse.tracking import CheckpointRow, EndRow, EvalRow, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
+
+OUTSIDE = Path(__file__).parents[1] / "outside"
+PATIENCE_S = 240.0
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    make_model(tmp_path / "teacher", vocab_size=300, weight_std=0.3, seed=1)
+    make_model(tmp_path / "student", vocab_size=300, hidden_size=16, seed=2)
+    values = {
+        "corpus": {"source": "own_parts.source:sums", "dataset": "sums", "sequence_length": 24},
+        "teacher": {"model": str(tmp_path / "teacher"), "engine": "own_parts.engine:PlainEngine", "dtype": "float32", "num_cpus": 0.5},
+        "student": {
+            "model": str(tmp_path / "student"),
+            "dtype": "float32",
+            "num_cpus": 0.5,
+            "divergence": "own_parts.divergence:squared_hellinger",
+            "tail_as_bucket": True,
+            "global_batch_sequences": 8,
+            "max_steps": 60,
+            "epochs": 10,
+            "checkpoint_every_steps": 5,
+        },
+        "target": {"k": 8, "tail_draws": 12},
+        "store": {"url": str(tmp_path / "store"), "chunk_sequences": 8},
+        "tracking": {"wandb": "off"},
+        "cluster": {"notices": "off"},
+    }
+    (tmp_path / "own.toml").write_text(as_toml(values))
+    return tmp_path / "own.toml"
+
+
+def start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
+    command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(run_dir)]
+    environment = os.environ | {
+        "PYTHONPATH": f"{OUTSIDE}{os.pathsep}{os.environ['PYTHONPATH']}",
+        "XDG_CACHE_HOME": str(config.parent / "cache"),
+    }
+    log = (config.parent / "log").open("ab")
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def rows_of(run_dir: Path) -> list[Row]:
+    return read_journal(run_dir / "journal.jsonl")
+
+
+def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    # killed, with its cluster, once some steps are committed
+    process = start(config, run_dir)
+    deadline = monotonic() + PATIENCE_S
+    while not any(isinstance(row, CheckpointRow) for row in rows_of(run_dir)):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert monotonic() < deadline, (tmp_path / "log").read_text()
+        sleep(0.02)
+    everything = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for each in everything:
+        each.kill()
+    process.wait()
+    committed = newest_step(str(run_dir / "checkpoints" / "student"))
+    assert committed >= 5
+
+    # the same command goes on from there
+    assert start(config, run_dir).wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
+    rows = rows_of(run_dir)
+    second = max(index for index, row in enumerate(rows) if isinstance(row, StartRow))
+    steps = [row.step for row in rows[second:] if isinstance(row, TrainRow)]
+    assert steps == list(range(committed + 1, 61))
+    assert isinstance(rows[-1], EndRow)
+    assert rows[-1].outcome == "done"
+
+    # the parts did their work
+    assert {row.topk for row in rows if isinstance(row, TeacherRow)} == {"plain: one document at a time"}
+    (stored,) = list_recipes(str(tmp_path / "store"))
+    assert stored.recipe.corpus_digest == "sums:0-96x24"
+    losses = [row.loss for row in latest_train_rows(rows, "student")]
+    assert losses[-1] < losses[0] < 1.0  # a squared Hellinger distance is below 1
+    assert {row.model for row in rows if isinstance(row, EvalRow)} == {"teacher", "student"}
+    assert "own_parts.divergence:squared_hellinger" in (run_dir / "report.html").read_text()
