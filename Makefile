@@ -15,6 +15,8 @@ endif
 MINUTES ?= 20
 SEEDS ?= 3
 FUZZ_ROUNDS ?= 20
+OUT ?= runs/gpu
+GPU = PYTHONPATH=framework $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m stillhouse.bench.gpu --out $(OUT)
 
 LOCK := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-hashes --no-header --no-annotate \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
@@ -28,7 +30,7 @@ done; \
 if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
 endef
 
-.PHONY: help system system-slurm demo test test-whole test-parts chaos slurm test-gpu check lint launch-files format lock bench clean
+.PHONY: help system system-slurm demo test test-whole test-parts chaos slurm gpu gpu-dry check lint launch-files format lock bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -61,8 +63,12 @@ chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disa
 slurm: $(INSTALLED)  ## launch/slurm on a Slurm of two nodes, made here by root; needs `make system system-slurm`
 	$(BIN)/pytest tests/slurm
 
-test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU, against the reference
-	TRITON_INTERPRET=0 $(BIN)/pytest tests/gpu
+# What is there is used, and nothing installed: .venv where it is, else PYTHON with the packages that it has, and those of WHEELS.
+gpu:  ## all that needs a GPU, in nine minutes at most: kernels, their tests, speed, a run; OUT=runs/gpu, ONLY=part,part, WHEELS=directory
+	$(GPU) $(if $(ONLY),--only $(ONLY)) $(if $(WHEELS),--wheels $(WHEELS))
+
+gpu-dry:  ## the same at tiny sizes on the CPU: whether it runs, not how fast
+	$(GPU) --dry-run $(if $(ONLY),--only $(ONLY))
 
 check: lint launch-files  ## lint, and launch-files
 

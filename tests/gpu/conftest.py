@@ -1,7 +1,33 @@
-"""These tests need a GPU, so `make test` does not collect them; `make test-gpu` does, and fails where there is none."""
+"""These tests need a GPU: `make test` leaves them out, `make gpu` runs them."""
+
+from pathlib import Path
 
 import pytest
 import torch
+
+from stillhouse.bench.gpu.findings import Recorder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--findings", type=Path, help="file to which a line is appended for each test, as soon as it has ended")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--findings")
+    if path is not None and not hasattr(config, "workerinput"):  # with xdist, its controller hears of all
+        config.pluginmanager.register(_Teller(Recorder(path, "tests")))
+
+
+class _Teller:
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.failed:
+            name, seconds = report.nodeid.rpartition("/")[2], round(report.duration, 2)
+            crash = getattr(report.longrepr, "reprcrash", None)
+            error = crash.message if crash else report.longreprtext
+            self._recorder.tell(name, report.passed, error=error[:500], seconds=seconds)
 
 
 @pytest.fixture(scope="session")

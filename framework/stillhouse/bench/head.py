@@ -37,11 +37,11 @@ class Inputs:
 
     @classmethod
     def of(cls, setting: Setting, seed: int) -> "Inputs":
-        random = torch.Generator().manual_seed(seed)
         dtype, device = getattr(torch, setting.dtype), setting.torch_device
-        hidden_TH = torch.randn(setting.num_tokens, setting.hidden_size, generator=random)
-        weight_VH = torch.randn(setting.vocab_size, setting.hidden_size, generator=random) * (3.0 / setting.hidden_size**0.5)
-        return cls(hidden_TH.to(device, dtype), Head(weight_VH.to(device, dtype)), Codec(setting.vocab_size, setting.k))
+        random = torch.Generator(device).manual_seed(seed)
+        hidden_TH = torch.randn(setting.num_tokens, setting.hidden_size, generator=random, device=device)
+        weight_VH = torch.randn(setting.vocab_size, setting.hidden_size, generator=random, device=device) * (3.0 / setting.hidden_size**0.5)
+        return cls(hidden_TH.to(dtype), Head(weight_VH.to(dtype)), Codec(setting.vocab_size, setting.k))
 
 
 def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None) -> None:

@@ -75,27 +75,29 @@ class Inputs:
 
     @classmethod
     def of(cls, setting: Setting, seed: int) -> "Inputs":
-        random = torch.Generator().manual_seed(seed)
         dtype, device = getattr(torch, setting.dtype), setting.torch_device
+        random = torch.Generator(device).manual_seed(seed)
         shape = (setting.num_tokens, setting.k)
         stretch = setting.vocab_size // setting.k  # one id from each, so that none comes twice
-        ids_TK = torch.randint(stretch, shape, generator=random) + stretch * torch.rand(shape, generator=random).argsort(dim=1)
+        ids_TK = torch.randint(stretch, shape, generator=random, device=device)
+        ids_TK = ids_TK + stretch * torch.rand(shape, generator=random, device=device).argsort(dim=1)
         ranked_K = (-1.5 * torch.arange(1, setting.k + 1).log()).log_softmax(0) + torch.tensor(1.0 - _TAIL_MASS).log()
         target = CompressedLogits(
             ids_TK.int(),
-            ranked_K.expand(shape).contiguous(),
-            torch.full(shape[:1], _TAIL_MASS).log(),
-            torch.empty((shape[0], 0), dtype=torch.int32),
+            ranked_K.expand(shape).contiguous().to(device),
+            torch.full(shape[:1], _TAIL_MASS).log().to(device),
+            torch.empty((shape[0], 0), dtype=torch.int32, device=device),
             vocab_size=setting.vocab_size,
         )
-        hidden_TH = torch.randn(setting.num_tokens, setting.hidden_size, generator=random)
-        weight_VH = torch.randn(setting.vocab_size, setting.hidden_size, generator=random) * (2.0 / setting.hidden_size**0.5)
-        labels_T = torch.randint(setting.vocab_size, shape[:1], generator=random)
+        hidden_TH = torch.randn(setting.num_tokens, setting.hidden_size, generator=random, device=device)
+        weight_VH = torch.randn(setting.vocab_size, setting.hidden_size, generator=random, device=device)
+        weight_VH *= 2.0 / setting.hidden_size**0.5
+        labels_T = torch.randint(setting.vocab_size, shape[:1], generator=random, device=device)
         return cls(
-            hidden_TH.to(device, dtype).requires_grad_(),
-            weight_VH.to(device, dtype).requires_grad_(),
-            target.map(lambda tensor: tensor.to(device)),
-            labels_T.to(device),
+            hidden_TH.to(dtype).requires_grad_(),
+            weight_VH.to(dtype).requires_grad_(),
+            target,
+            labels_T,
         )
 
     def with_gradients(self, total: Tensor) -> Sequence[Tensor]:

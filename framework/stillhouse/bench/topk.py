@@ -25,7 +25,8 @@ from stillhouse.logits import backend_for, compress, token_seeds
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.found import RawTopK, normalise
 
-EAGER = "torch: topk, logsumexp"
+EAGER, COMPILED = "torch: topk, logsumexp", "torch: topk, compiled logsumexp"
+IN_TORCH, IN_TRITON = "the filter in torch", "the filter in Triton"
 _SCALE = 4.0
 _NUM_DRAWS = 12
 
@@ -63,7 +64,7 @@ def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: s
     torch.set_num_threads(1)
     provenance, device = Provenance.of(command), torch.device(setting.device)
     path = backend_for(setting.logits(0)[:1], k=setting.k)
-    timings = time_in_turn(partial(_works, setting, with_compile=with_compile), repeats=repeats, device=device)
+    timings = time_in_turn(partial(works_of_ways, setting, with_compile=with_compile), repeats=repeats, device=device)
     memory = extra_bytes(work_of, setting, list(timings.seconds), device=device)
     if out is not None:
         values = {
@@ -97,10 +98,11 @@ def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
 
 def work_of(setting: Setting, way: str) -> Work:
     """One way on logits of its own; it can travel to another process."""
-    return _works(setting, 0, with_compile=True)[way]
+    return works_of_ways(setting, 0, with_compile=True)[way]
 
 
-def _works(setting: Setting, repeat: int, *, with_compile: bool) -> dict[str, Work]:
+def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[str, Work]:
+    """Every way on the logits of this repeat."""
     logits_TV, k = setting.logits(repeat), setting.k
 
     def in_raw(split: Callable[[Tensor], RawTopK]) -> Sequence[Tensor]:
@@ -111,10 +113,10 @@ def _works(setting: Setting, repeat: int, *, with_compile: bool) -> dict[str, Wo
         EAGER: lambda: [*logits_TV.topk(k, dim=1), logits_TV.float().logsumexp(dim=1)],
         "stillhouse": lambda: _tensors(logits_TV, k=k, num_draws=0),
         f"stillhouse, and {_NUM_DRAWS} draws": lambda: _tensors(logits_TV, k=k, num_draws=_NUM_DRAWS),
-        "the filter in torch": lambda: in_raw(partial(blockmax_torch.split, k=k, temperature=1.0)),
+        IN_TORCH: lambda: in_raw(partial(blockmax_torch.split, k=k, temperature=1.0)),
     }
     if with_compile:
-        works["torch: topk, compiled logsumexp"] = lambda: [*logits_TV.topk(k, dim=1), _compiled_logsumexp()(logits_TV.float(), dim=1)]
+        works[COMPILED] = lambda: [*logits_TV.topk(k, dim=1), _compiled_logsumexp()(logits_TV.float(), dim=1)]
         works["torch.compile: the filter's pass alone"] = lambda: _compiled_pass()(logits_TV)
     split_rows = blockmax_cpu.compiled().split_rows
     if setting.device == "cpu" and split_rows is not None:
@@ -123,7 +125,7 @@ def _works(setting: Setting, repeat: int, *, with_compile: bool) -> dict[str, Wo
         from stillhouse.logits.topk import blockmax_triton
 
         if k <= blockmax_triton.MOST_ENTRIES:
-            works["the filter in Triton"] = lambda: in_raw(lambda logits_TV: blockmax_triton.launch(logits_TV, k=k, temperature=1.0)[0])
+            works[IN_TRITON] = lambda: in_raw(lambda logits_TV: blockmax_triton.launch(logits_TV, k=k, temperature=1.0)[0])
     if setting.device == "cuda" and find_spec("flashinfer"):
         import flashinfer
 
