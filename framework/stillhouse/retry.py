@@ -1,11 +1,14 @@
 """Waiting for a store that is unavailable: the wait is told once it has lasted, and it has an end."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import TypeVar
 
 from stillhouse.errors import StoreUnavailable
+
+_log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
@@ -43,6 +46,7 @@ class Outage:
         now = self._clock()
         self._since = now if self._since is None else self._since
         lasted_s = now - self._since
+        _log.info("the store has been unavailable for %.1f s: %s", lasted_s, error)
         if lasted_s >= self._patience.end_after_s:
             raise given_up(error, self._patience.end_after_s) from error
         if lasted_s >= self._patience.tell_after_s and not self._told:
@@ -51,6 +55,8 @@ class Outage:
 
     def is_over(self) -> None:
         """The store has answered."""
+        if self._since is not None:
+            _log.info("the store answers again, after %.1f s", self._clock() - self._since)
         self._since, self._told = None, False
 
 
@@ -74,7 +80,9 @@ def insist(
     outage, pause_s = Outage(patience, tell=tell, clock=clock), patience.first_pause_s
     while True:
         try:
-            return call()
+            answer = call()
+            outage.is_over()
+            return answer
         except StoreUnavailable as error:
             outage.goes_on(error)
         pause(pause_s)

@@ -29,6 +29,7 @@ from stillhouse.checkpoint import manifest
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_that_matter, config_of
+from stillhouse.redaction import secrets_of
 from stillhouse.store import ChunkStore
 from stillhouse.store.consumers import registered
 from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
@@ -69,6 +70,15 @@ def test_a_run_ends_with_every_chunk_every_step_and_a_report(undisturbed: Plan) 
     assert isinstance(rows[-1], EndRow)
     assert rows[-1].outcome == "done"
     assert (undisturbed.run_dir / "report.html").stat().st_size > 10_000
+
+
+def test_every_process_of_a_run_leaves_its_log_beside_the_journal_and_no_secret_in_it(undisturbed: Plan) -> None:
+    paths = [*(undisturbed.run_dir / "logs").iterdir()]
+    roles = ("driver", "coordinator", "teacher-0", "teacher-1", "attempt-1-rank-0", "evaluation")
+    assert Counter(path.name.partition(f"-{socket.gethostname()}-")[0] for path in paths) == Counter(roles)
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    assert text.count(" INFO ") > len(undisturbed.chunks) + 2 * undisturbed.total_steps  # each event of the journal, too
+    assert [value for value in secrets_of(os.environ, home=Path.home()) if len(value) >= 8 and value in text] == []
 
 
 def test_the_student_is_nearer_to_its_teacher_than_the_control(undisturbed: Plan) -> None:

@@ -7,8 +7,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,14 @@ from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
+from stillhouse.pipeline.attempt import attempt
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
+from stillhouse.tracking.log import handed_on
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -223,22 +227,41 @@ def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(story: St
         pool.run(readers=["student"], board=board, finished=finished)
 
 
-def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_raised_is_replaced(
-    tiny_world: TinyWorld, board: Board, tmp_path: Path
-):
-    """After an error on a GPU nothing works any more in that process: it would fail chunk after chunk."""
-    made = new_plan(tiny_world, tmp_path)
+@dataclass
+class Poisoned:
+    """What is left of an attempt in which one sequence could not be computed."""
+
+    plan: Plan
+    journal: WatchedTracker
+    shown: str  # on the driver's standard error
+
+    def log_of(self, role: str) -> str:
+        (path,) = (self.plan.run_dir / "logs").glob(f"{role}-*.log")
+        return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def poisoned_attempt(tiny_world: TinyWorld, board: Board, tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
+    made = new_plan(tiny_world, tmp_path_factory.mktemp("poison"))
     sound, bad = made.chunks[:2]
     journal = WatchedTracker()
-    pool = pool_of(
-        made,
-        board,
-        order=[sound, bad],
-        journal=journal,
-        item_of=lambda number: poisoned(made.item(number)) if number == bad else made.item(number),
-        max_failures=1,
-    )
-    pool.run(readers=[], board=board, finished=lambda: True)
+    with redirect_stderr(StringIO()) as shown, attempt(made, "stillhouse produce"):
+        pool = pool_of(
+            made,
+            replace(board, log=handed_on()),
+            order=[sound, bad],
+            journal=journal,
+            item_of=lambda number: poisoned(made.item(number)) if number == bad else made.item(number),
+            max_failures=1,
+        )
+        pool.run(readers=[], board=board, finished=lambda: True)
+    return Poisoned(made, journal, shown.getvalue())
+
+
+def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_raised_is_replaced(poisoned_attempt: Poisoned):
+    """After an error on a GPU nothing works any more in that process: it would fail chunk after chunk."""
+    made, journal = poisoned_attempt.plan, poisoned_attempt.journal
+    sound, bad = made.chunks[:2]
     assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [0, 1, 2]  # for the chunk and for its first sequence
     assert journal.made() == Counter([sound, bad])
     (row,) = [row for row in journal.rows if isinstance(row, SetAsideRow)]
@@ -248,6 +271,17 @@ def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_
     assert not made_chunk.sequences.loss_mask_SL[0].any()
     assert np.array_equal(made_chunk.sequences.loss_mask_SL[1:], item.sequences.loss_mask_SL[1:])
     assert np.array_equal(made_chunk.sequences.token_ids_SL[1:], item.sequences.token_ids_SL[1:])
+
+
+def test_what_a_teacher_met_is_in_its_own_log_with_its_traceback_and_on_the_drivers_standard_error_in_a_line(poisoned_attempt: Poisoned):
+    bad = poisoned_attempt.plan.chunks[1]
+    words = f"stillhouse.teacher.actor: chunk {bad}: IndexError: index out of range"
+    assert words in poisoned_attempt.log_of("teacher-0")
+    assert "Traceback (most recent call last):" in poisoned_attempt.log_of("teacher-0")
+    assert "Traceback" not in poisoned_attempt.log_of("teacher-2")
+    (line,) = [line for line in poisoned_attempt.shown.splitlines() if words in line]
+    assert " ERROR teacher-0-" in line
+    assert "Traceback" not in poisoned_attempt.shown
 
 
 def test_a_model_that_is_not_there_is_said_as_it_is(tiny_world: TinyWorld, board: Board, tmp_path: Path):

@@ -1,6 +1,7 @@
 """The command: it answers at once, a mistake is one message and exit code 2, a bug keeps its traceback."""
 
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -79,6 +80,20 @@ def test_help_takes_less_than_a_second():
 
 def test_the_version_is_shown():
     assert stillhouse("--version").out.startswith("stillhouse 0.")
+
+
+def test_the_level_of_logs_is_an_option_or_a_variable_and_the_option_wins(monkeypatch: pytest.MonkeyPatch, in_empty_folder: Path):
+    logger = logging.getLogger("stillhouse")
+    before, found = logger.level, list[int]()
+    monkeypatch.setenv("STILLHOUSE_LOG", "error")
+    try:
+        for number, option in enumerate(((), ("--log-level", "debug"))):
+            assert stillhouse(*option, "init", "teacher", "student", "stdlib", "--out", in_empty_folder / f"{number}.toml").code == 0
+            found.append(logger.level)
+        assert found == [logging.ERROR, logging.DEBUG]
+        assert stillhouse("--log-level", "loud", "init", "teacher", "student", "stdlib").code == 2
+    finally:
+        logger.setLevel(before)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is pinned to the board, who is told what, and what of it outlives the board's own process."""
 
+import logging
 import pickle
 import secrets
 import subprocess
@@ -17,6 +18,7 @@ from stillhouse.cluster.preemption import Notice
 from stillhouse.errors import StoreError, StoreUnavailable, StudentError
 from stillhouse.redaction import know
 from stillhouse.tracking import DamagedRow, OutageRow, read_journal
+from stillhouse.tracking.log import driver_log, process_log
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -229,3 +231,19 @@ def test_a_secret_that_only_the_sender_knows_does_not_leave_it(board: Board, tmp
     past = board.begin("told", committed_step=0)
     assert past is not None
     assert past.detail == "401 for (redacted)"
+
+
+def test_a_warning_of_a_process_that_does_not_see_the_run_directory_reaches_the_driver_through_the_coordinator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with driver_log(tmp_path):
+        board = Board.create()
+        assert board.log is not None
+        handed = pickle.loads(pickle.dumps(replace(board.log, driver="driver-of-another-machine.log")))
+        with process_log("teacher-9", handed):
+            logging.getLogger("stillhouse.tests").warning("hot")
+        assert board.heard("nobody") == []  # calls are served in order, so it has arrived
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if " WARNING coordinator-" in line]
+    assert " WARNING teacher-9-" in line
+    assert line.endswith("stillhouse.tests: hot")
+    assert not list((tmp_path / "logs").glob("teacher-9-*"))

@@ -4,6 +4,7 @@ Ranks meet only in the store: each says in a part which files it has written, an
 there. So nothing here is a collective, and a rank that dies leaves a torn checkpoint behind, which nobody ever chooses.
 """
 
+import logging
 import math
 import secrets
 import threading
@@ -22,6 +23,8 @@ from stillhouse.cluster.collectives import told
 from stillhouse.errors import StoreError
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, given_up
 from stillhouse.store.object_store import Blobs, StoreUnavailable
+
+_log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
@@ -88,6 +91,7 @@ class RankWriter:
         self._insist(self._require_owner)
         standing = self._insist(lambda: publish(self._blobs, made))
         self._insist(self._require_owner)  # again: a commit counts only where it was there before a newer owner looked for one
+        _log.info("step %d is committed", standing.step)
         self._on_commit(standing, self._clock() - began, blocking_s)
 
     def _put(self, key: str, state: Any) -> tuple[int, str]:
@@ -112,6 +116,7 @@ class RankWriter:
             try:
                 return call()
             except StoreUnavailable as error:
+                _log.info("a checkpoint cannot be written yet: %s", error)
                 outage = (self.outage[0] if self.outage is not None else self._clock(), error)
                 if self._step_on_time is not None:
                     self._on_delay(self._step_on_time, str(error))

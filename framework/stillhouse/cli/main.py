@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted, 143 told to go by SIGTERM (the same command goes on).
 """
 
+import logging
 import os
 import re
 import shlex
@@ -10,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -86,11 +87,16 @@ Block = Annotated[bool, typer.Option("--block", help="Stay until Ray ends here, 
 
 @app.callback()
 def options(
-    version: Annotated[
+    _version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _show_version(wanted), help="Show it.")
     ] = False,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        typer.Option("--log-level", envvar="STILLHOUSE_LOG", help="From which level on logs in the run directory are kept."),
+    ] = "info",
 ) -> None:
     """Distil large language models through exact compressed top-k logits."""
+    logging.getLogger("stillhouse").setLevel(log_level.upper())
 
 
 @app.command()

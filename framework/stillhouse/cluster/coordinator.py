@@ -7,9 +7,11 @@ other machines have to say: the run directory need not be shared.
 No machine's clock is compared with another's: a deadline travels as seconds left, and the board measures with its own monotonic clock.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic, time
 from typing import Any, Literal
@@ -24,6 +26,9 @@ from stillhouse.cluster.preemption import Notice, Source
 from stillhouse.errors import HeadGoneError, StillhouseError, StoreError
 from stillhouse.redaction import scrub
 from stillhouse.tracking import Journal, Row, scrubbed
+from stillhouse.tracking.log import LogPlace, handed_on, process_log
+
+_log = logging.getLogger(__name__)
 
 # Loading, reading a chunk that is there, awaiting chunks, computing, copying its state, awaiting the store.
 Phase = Literal["start", "reading", "data", "step", "snapshot", "commit"]
@@ -98,8 +103,11 @@ class _Ending:
 class Coordinator:
     """What the actor is. `clock` gives seconds from any beginning, and never goes back."""
 
-    def __init__(self, journal: Path | None, *, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, journal: Path | None, *, log: LogPlace | None = None, clock: Callable[[], float] = monotonic) -> None:
         learn_secrets()
+        self._log = None if log is None else process_log("coordinator", log)
+        if self._log is not None:
+            self._log.__enter__()
         self._journal = None if journal is None else Journal(journal)
         self._clock = clock
         self._cursors: dict[str, int] = {}
@@ -136,6 +144,9 @@ class Coordinator:
         words, self._words = self._words, []
         return words
 
+    def relay(self, line: str) -> None:
+        _log.warning("%s", line)
+
     def move_cursor(self, reader: str, num_chunks: int) -> None:
         self._cursors[reader] = num_chunks
 
@@ -146,7 +157,9 @@ class Coordinator:
         self._heard_teachers.add(number)
 
     def announce(self, node: str, ending: _Ending) -> None:
-        self._endings.setdefault(node, (self._clock() + ending.seconds_left, ending))
+        if node not in self._endings:
+            self._endings[node] = (self._clock() + ending.seconds_left, ending)
+            _log.info("node %s ends in %.0f s: %s: %s", node, ending.seconds_left, ending.source, ending.detail)
 
     def notices(self) -> dict[str, _Ending]:
         now = self._clock()
@@ -158,7 +171,9 @@ class Coordinator:
         return dict(self._cursors), frozenset(bad_chunks), self.notices(), frozenset(heard)
 
     def begin(self, group: str, committed_step: int) -> Past | None:
-        return self._group(group).begin(committed_step)
+        past = self._group(group).begin(committed_step)
+        _log.info("the %s's ranks begin at step %d; their life before: %s", group, committed_step, past)
+        return past
 
     def stepped(self, group: str, step: int) -> None:
         self._group(group).stepped(step)
@@ -183,6 +198,7 @@ class Coordinator:
 
     def explain(self, group: str, cause: Cause, detail: str) -> None:
         self._group(group).explain(cause, detail)
+        _log.info("the %s's ranks end: %s: %s", group, cause, detail)
 
     def departure(self) -> Cause | None:
         return next((group.departure for group in self._groups.values() if group.departure is not None), None)
@@ -195,6 +211,7 @@ class Coordinator:
 
     def give_up(self, error: StillhouseError) -> None:
         self._verdict = self._verdict or error
+        _log.info("training is given up: %s", error)
 
     def verdict(self) -> StillhouseError | None:
         return self._verdict
@@ -256,6 +273,10 @@ def _summons_of(endings: Mapping[str, _Ending], nodes: list[str]) -> Summons | N
     return None if first is None else Summons("notice", first.seconds_left, f"{first.source}: {first.detail}")
 
 
+def _relay(actor: Any, line: str) -> None:
+    actor.relay.remote(line)
+
+
 @dataclass(frozen=True, slots=True)
 class Board:
     """A handle to the board; it can be passed to any process. Raises HeadGoneError where the board's machine is gone.
@@ -266,13 +287,16 @@ class Board:
 
     _actor: Any
     wall: Callable[[], float] = field(default=time, repr=False)
+    log: LogPlace | None = None  # for `process_log`, in a process that was handed this
 
     @classmethod
     def create(cls, journal: Path | None = None) -> "Board":
         """A board that writes rows down in this journal, a file of the driver's machine; without one it takes no rows."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        return cls(ray.remote(Coordinator).options(**options).remote(None if journal is None else journal.resolve()))
+        place = handed_on()
+        actor = ray.remote(Coordinator).options(**options).remote(None if journal is None else journal.resolve(), log=place)
+        return cls(actor, log=None if place is None else replace(place, relay=partial(_relay, actor)))
 
     def record(self, row: Row) -> None:
         """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it cannot be written.

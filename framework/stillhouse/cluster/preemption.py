@@ -6,6 +6,7 @@ a proxy nor wherever it redirects to, so that nobody else can answer in its plac
 """
 
 import json
+import logging
 import signal
 import threading
 import time
@@ -18,6 +19,8 @@ from http.client import HTTPConnection, HTTPException
 from types import FrameType
 from typing import Literal
 from urllib.parse import urlsplit
+
+_log = logging.getLogger(__name__)
 
 Source = Literal["aws", "gcp", "azure", "sigterm", "ray"]
 Cloud = Literal["aws", "gcp", "azure"]
@@ -189,6 +192,7 @@ class NoticeWatch:
                 with suppress(*_NO_ANSWER):
                     self._notice = ask(self._clock())
                 if self._notice is not None:
+                    _log.info("this machine ends in %.0f s: %s", self._notice.deadline - self._clock(), self._notice.detail)
                     if self._on_notice is not None:
                         self._on_notice(self._notice)
                     return

@@ -21,6 +21,8 @@ from stillhouse.cluster.ray_directory import base_directory, current_address, ne
 from stillhouse.config import ClusterSection
 from stillhouse.errors import ConfigError, RunError
 
+_log = logging.getLogger(__name__)
+
 _NAMESPACE = "stillhouse"
 _REACH_S = 10.0
 _PATIENT_CHECKS = 100  # that one machine's own node may fail in a row, three seconds each: it may be busy, and is never cut off
@@ -39,7 +41,9 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
         return
     with _own_cluster(section) if section.address is None else _others_cluster(section.address):
         learn_secrets()  # the cluster's token may be a new one
-        yield ray.cluster_resources()
+        resources = ray.cluster_resources()
+        _log.info("attached to a Ray cluster of %s", resources)
+        yield resources
 
 
 @contextmanager
@@ -111,6 +115,10 @@ def _others_cluster(address: str) -> Iterator[None]:
 
 def _init(**options: Any) -> None:
     ray.init(**options, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    for handler in logging.getLogger("ray").handlers:
+        if isinstance(handler, logging.StreamHandler):  # which prints: warnings are for the log
+            handler.setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.WARNING)
 
 
 @contextmanager

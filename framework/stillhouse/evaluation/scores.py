@@ -21,6 +21,7 @@ from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.retry import Tell
 from stillhouse.sequence import Sequences
 from stillhouse.tracking import OutageRow, Tracker
+from stillhouse.tracking.log import LogPlace, process_log
 
 ModelName = Literal["teacher", "student", "control"]
 
@@ -59,12 +60,18 @@ class EvaluationJob:
     device: str
     threads: int
     secrets: Secrets
+    log: LogPlace | None = None
 
 
 def evaluate(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
     """Scores of the teacher and each model, by name, on the masked-in tokens of `heldout`. Runs in the calling process."""
     prepare_process(job.device, job.threads)
     job.secrets.adopt()
+    with process_log("evaluation", job.log):
+        return _evaluated(job, heldout)
+
+
+def _evaluated(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
     models: dict[ModelName, ModelSection | Trained] = {"teacher": job.teacher, **job.models}
     scorers = {name: _scorer(model, job) for name, model in models.items()}
     tallies = {name: _Tally() for name in scorers}

@@ -32,6 +32,7 @@ from stillhouse.tracking import (
     WandbView,
     nothing_left,
 )
+from stillhouse.tracking.log import driver_log
 
 _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
@@ -133,17 +134,18 @@ def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mappi
     reader = JournalReader(journal.path)
     earlier = reader.new_rows()
     start = _start_row(plan, command, sum(isinstance(row, StartRow) for row in earlier) + 1, committed)
-    patient(journal).record(start)
-    idle = nothing_left(earlier, start)
-    if idle:
-        say(idle)
+    with driver_log(plan.run_dir, attempt=start.attempt):
+        patient(journal).record(start)
+        idle = nothing_left(earlier, start)
+        if idle:
+            say(idle)
 
-    # what happens, and how it ends
-    ending = _Ending(journal, reader, began, committed, idle)
-    with ending.journalled():
-        views = _views(plan)
-    with shown(JournalReader(journal.path), views), ending.journalled("done"):
-        yield journal
+        # what happens, and how it ends
+        ending = _Ending(journal, reader, began, committed, idle)
+        with ending.journalled():
+            views = _views(plan)
+        with shown(JournalReader(journal.path), views), ending.journalled("done"):
+            yield journal
 
 
 class _Ending:

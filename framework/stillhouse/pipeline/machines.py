@@ -3,6 +3,7 @@
 Machines speak through the board, Ray says which nodes it drains, and a SIGTERM to the driver is the end of everything.
 """
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from stillhouse.cluster.preemption import Ask, Notice, sigterm
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.terminal import say
 from stillhouse.tracking import NoticeRow, Role, Tracker
+
+_log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _SILENT_S = 8.0  # a rank that lives beats every second
@@ -91,13 +94,16 @@ class Machines:
                 del self._unwritten[0]
 
     def _pass_on(self, node: str, notice: Notice) -> None:
-        self._unwritten.append(NoticeRow(notice.source, node, notice.deadline - time(), notice.detail, time=time()))
+        seconds_left = notice.deadline - time()
+        _log.warning("node %s ends in %.0f s: %s: %s", node, seconds_left, notice.source, notice.detail)
+        self._unwritten.append(NoticeRow(notice.source, node, seconds_left, notice.detail, time=time()))
         if notice.source != "ray":
             drain(node, notice)
 
     def _stop_all(self, notice: Notice) -> None:
         if self._told_at is None:
             self._told_at, self._seconds_left = monotonic(), notice.deadline - time()
+            _log.warning("%s: students commit and leave within %.0f s", notice.detail, self._seconds_left)
             self._unwritten.append(NoticeRow(notice.source, "driver", self._seconds_left, notice.detail, time=time()))
         seconds_left = self._seconds_left - (monotonic() - self._told_at)
         for role in _ROLES:

@@ -42,6 +42,7 @@ from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import TeacherPool
 from stillhouse.teacher.readership import Readership
 from stillhouse.tracking import ROOM_PATIENCE, EvalRow, Journal, JournalReader, ProgressView, Tracker, WaitRow
+from stillhouse.tracking.log import driver_log, terminal_log
 
 _LOOK_EVERY_S = 1.0
 
@@ -66,7 +67,7 @@ def produce(made: Plan, *, command: str = "stillhouse produce") -> None:
 def repair(made: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
     """Have teachers make exactly these chunks, which are out of the store already; neither a run directory nor a student has a part."""
     _require_shared_store(made)
-    with attached(made.config.cluster):
+    with terminal_log(), attached(made.config.cluster):
         available = _room(made, teacher_crew(made.config.teacher), journal, unless=lambda: None)
         _require_shared_places(made, available, at_store=[made.config.teacher], learning=False)
         _teach(made, journal, available=available, board=Board.create(), readers=(), finished=lambda: True, order=numbers)
@@ -133,7 +134,8 @@ def run(made: Plan, *, command: str = "stillhouse run") -> None:
 
 def evaluate_run(made: Plan, *, command: str = "stillhouse eval") -> dict[ModelName, Scores]:
     """Score teacher, student and control on the held-out split, and journal the scores."""
-    with locked(made.run_dir, Holder.here(command, made.run_dir, now=time())), attached(made.config.cluster) as available:
+    holder = Holder.here(command, made.run_dir, now=time())
+    with locked(made.run_dir, holder), driver_log(made.run_dir), attached(made.config.cluster) as available:
         journal = Journal(made.run_dir / "journal.jsonl")
         earlier = JournalReader(journal.path)
         earlier.new_rows()
@@ -290,6 +292,7 @@ def _evaluate(made: Plan, journal: Tracker, *, available: Mapping[str, float], b
         device=where.device,
         threads=config.cluster.threads,
         secrets=local_secrets(),
+        log=board.log,
     )
     scores: dict[ModelName, Scores] = call_remotely(evaluate, comparison, whole(made.sources.heldout), where=where)
     for name, found in scores.items():

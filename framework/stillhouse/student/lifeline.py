@@ -3,6 +3,7 @@
 It beats in a thread of its own, so a rank whose training hangs still says where: its beat then carries the stacks of all its threads.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -16,6 +17,8 @@ from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.config import NoticeSource
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import refuse_bad_chunk
+
+_log = logging.getLogger(__name__)
 
 _BEAT_S = 1.0
 
@@ -104,7 +107,8 @@ class BoardLifeline:
         while not self._stopped.wait(_BEAT_S):
             try:
                 self._beat()
-            except Exception:
+            except Exception as error:
+                _log.debug("a heartbeat did not arrive: %r", error)
                 continue  # a beat that does not arrive is missed by the driver; it must not end the rank
 
     def _beat(self) -> None:
@@ -118,6 +122,8 @@ class BoardLifeline:
         beat = Beat(self._group, self._rank, self._world_size, self._node, os.getpid(), step, phase, phase_s, stack, chunk)
         summons = self._board.beat(beat)
         if summons is not None:
+            if self._summons is None:
+                _log.info("the group is asked to commit and leave: %s", summons)
             self._summons = (summons, asked)
 
 

@@ -4,6 +4,7 @@ A plain function of a job and an existing process group. It resumes by itself: w
 there, with however many ranks there are now.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,6 +33,8 @@ from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
 from stillhouse.student.universal import convert
 from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, OutageRow, RecoveryRow, Tracker, TrainRow
 
+_log = logging.getLogger(__name__)
+
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
     """Train until `job.total_steps`, on every rank of the existing process group; False where the group left before, on a summons.
@@ -46,6 +49,10 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
         lifeline.at(0, "start")
         began_at = monotonic()
         done = 0 if found is None else found.step
+        began_from = "the beginning" if found is None else f"the commit of step {done}"
+        _log.info(
+            "the %s goes on from %s to step %d; rank %d of %d, on %s", job.role, began_from, job.total_steps, rank, world_size, device
+        )
         past = _begin(lifeline, job, done) if rank == 0 else None
         for problem in found.passed_over if found is not None and rank == 0 else ():
             journal.record(DamagedRow(job.role, problem))
@@ -67,6 +74,7 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
                 busy, summons = _agreed(writer.busy, lifeline.summons, device)
                 if summons is not None:
                     leave_at = monotonic() + summons.seconds_left
+                    _log.info("the group commits step %d and leaves: %s", step, summons)
                     if submitted < step:
                         _submit(writer, engine, step, lifeline)
                     writer.wait(max(0.0, leave_at - monotonic()))
@@ -89,6 +97,7 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
                     _submit(writer, engine, step + 1, lifeline)
                     submitted, due = step + 1, False
             writer.wait()
+            _log.info("the %s has taken all its %d steps, and they are committed", job.role, job.total_steps)
     finally:
         engine.close()
     return True

@@ -5,6 +5,7 @@ group whose size has to change leaves, and the next one is made by the room that
 before any worker starts, so nothing here imports DeepSpeed or a model early.
 """
 
+import logging
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,12 @@ from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import HeadGoneError, StillhouseError
 from stillhouse.student.watchdog import Stall, has_shrunk, stalled
 from stillhouse.tracking import PatientTracker, StallRow, Tracker
+from stillhouse.tracking.log import process_log
 
 if TYPE_CHECKING:
     from stillhouse.student.job import TrainJob
+
+_log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _GROW_WITHIN_S = 600.0  # for the commit before a group is made larger
@@ -73,6 +77,7 @@ def fit(
         while True:
             num_workers = _num_workers(jobs[0].section, where, is_first=is_first)
             is_first = False
+            _log.info("%d ranks are started", num_workers)
             with _tried_again_if_too_large(jobs[0].section):
                 _trainer(jobs[0], arguments, where=where, num_workers=num_workers).fit()
                 verdict = board.verdict()
@@ -125,9 +130,10 @@ def _tried_again_if_too_large(section: StudentSection) -> Iterator[None]:
     """A machine that was counted on is gone: Ray gave up to wait for it. Count again."""
     try:
         yield
-    except ray.train.ControllerError:
+    except ray.train.ControllerError as error:
         if not _is_elastic(section):
             raise
+        _log.info("there was no room for so many ranks: %s", error)
 
 
 def _peer_timeout(section: StudentSection) -> timedelta:
@@ -174,7 +180,9 @@ def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
     stacks = stacks_of(beat.pid, node=beat.node)
     if stacks is not None:
         how = "silent" if stall.silent else f"at {beat.phase}{'' if beat.chunk is None else f' chunk {beat.chunk}'}"
-        board.explain(job.role, "stalled", f"rank {beat.rank} was {how} for {stall.seconds:.0f} s in step {beat.step}")
+        why = f"rank {beat.rank} was {how} for {stall.seconds:.0f} s in step {beat.step}"
+        _log.warning("%s of the %s, process %d on node %s: it is killed, and its group started again", why, job.role, beat.pid, beat.node)
+        board.explain(job.role, "stalled", why)
         journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stacks or beat.stack, beat.chunk))
         end_process(beat.pid, node=beat.node)
     board.forget(job.role)
@@ -196,7 +204,12 @@ def _worker(config: dict[str, bytes]) -> None:
         return
     prepare_process(arguments.device, arguments.threads)
     arguments.secrets.adopt()
+    attempt = board.log.attempt if board.log is not None else 0
+    with process_log(f"attempt-{attempt}-rank-{ray.train.get_context().get_world_rank()}", board.log):
+        _train(arguments, board)
 
+
+def _train(arguments: _WorkerArguments, board: Board) -> None:
     import torch
     from torch.distributed import distributed_c10d
 

@@ -1,5 +1,6 @@
 """A teacher actor: it takes a work item, compresses it and publishes the chunk. It keeps no state that anybody would miss."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
@@ -24,6 +25,9 @@ from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
 from stillhouse.tracking import OutageRow
+from stillhouse.tracking.log import failures_logged, process_log
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +76,18 @@ Answer = Produced | Found | Passed
 
 
 class _TeacherActor:
-    def __init__(self, job: TeacherJob, device: str, secrets: Secrets, board: Board, number: int):
+    def __init__(self, job: TeacherJob, number: int, device: str, secrets: Secrets, board: Board):
         self._job, self._device, self._node = job, device, this_node()
         begin_heartbeat(lambda: board.beat_of_teacher(number), every_s=job.section.watchdog_s / BEATS_PER_WATCH)
         prepare_process(device, job.threads)
         secrets.adopt()
+        self._log = process_log(f"teacher-{number}", board.log)
+        self._log.__enter__()
         self._board = board
         self._watch = machine_notices(job.notices, on_notice=lambda notice: board.announce(self._node, notice))
         self._watch.__enter__()
 
+    @failures_logged(_log, "start-up")
     def start(self) -> Ready:
         began = monotonic()
         self._engine = engine_named(self._job.section.engine)(self._job.section, self._job.recipe, device=self._device)
@@ -88,23 +95,31 @@ class _TeacherActor:
         probe = self._engine.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         backend = self._engine.backend()
-        return Ready(probe, name, f"{backend.name}: {backend.reason}", monotonic() - began, self._node, self._engine.digest)
+        ready = Ready(probe, name, f"{backend.name}: {backend.reason}", monotonic() - began, self._node, self._engine.digest)
+        _log.info("%s is ready after %.1f s, on %s, by %s", self._job.section.model, ready.seconds, name, ready.topk)
+        return ready
 
     def produce(self, item: WorkItem) -> Produced | Found:
+        with failures_logged(_log, f"chunk {item.number}"):
+            return self._produce(item)
+
+    def compute(self, item: WorkItem) -> Passed:
+        with failures_logged(_log, f"a sequence of chunk {item.number}, on trial"):
+            stored(self._engine.records(item), self._job.recipe.codec)
+            return Passed()
+
+    def _produce(self, item: WorkItem) -> Produced | Found:
         if is_there(self._store, item.number):  # this lease lost a race before it began
             return Found()
         began = monotonic()
         records_NB, measured = stored(self._engine.records(item), self._job.recipe.codec)
         chunk = Chunk(item.number, item.sequences, records_NB.numpy())
         ref = publish_when_possible(self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage)
+        _log.debug("chunk %d is published after %.2f s", item.number, monotonic() - began)
         return Produced(ref, measured, monotonic() - began)
 
     def _tell_of_outage(self, seconds: float, why: str) -> None:
         self._board.mention(OutageRow(f"teacher on {self._node[:8]}", seconds, why))
-
-    def compute(self, item: WorkItem) -> Passed:
-        stored(self._engine.records(item), self._job.recipe.codec)
-        return Passed()
 
 
 def is_there(store: ChunkStore, number: int) -> bool:
@@ -144,4 +159,4 @@ def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience: Patience
 def spawn(job: TeacherJob, number: int, *, where: Placement, secrets: Secrets, board: Board) -> Any:
     """A new teacher actor on the cluster; its `start` must be awaited before it gets work. Its heartbeats bear the number."""
     options = {"num_cpus": where.num_cpus, "num_gpus": where.num_gpus, "resources": dict(where.resources) or None}
-    return ray.remote(_TeacherActor).options(**options).remote(job, where.device, secrets, board, number)
+    return ray.remote(_TeacherActor).options(**options).remote(job, number, where.device, secrets, board)

@@ -4,6 +4,7 @@ No logit passes through here: a teacher gets token ids, publishes a chunk, and a
 starts teachers, carries work to them and brings their answers is a `Crew`.
 """
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, time
@@ -23,6 +24,8 @@ from stillhouse.teacher.heartbeat import Pulses
 from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
 from stillhouse.teacher.readership import Readership
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, SetAsideRow, StallRow, TeacherRow, Tracker
+
+_log = logging.getLogger(__name__)
 
 ITEMS_PER_TEACHER = 2  # one in work, one waiting beside it, so that no teacher idles for a round trip
 
@@ -296,6 +299,7 @@ class TeacherPool:
             self._readership.published(number)
 
     def _fail(self, teacher: _Teacher, lease: Lease, cause: BaseException) -> None:
+        _log.info("teacher %d failed at chunk %d: %r", teacher.number, lease.chunk, cause)
         if isinstance(cause, StoreUnavailable):  # it waited with the chunk in hand for as long as it may
             self._num_refused += 1
             if self._num_refused >= self._section.max_failures * max(1, self._num_ready):
@@ -315,6 +319,7 @@ class TeacherPool:
 
     def _die(self, teacher: _Teacher, death: Died) -> None:
         """A teacher is gone, as machines go. Whoever staffs the pool next replaces it."""
+        _log.info("teacher %d is gone: %s", teacher.number, death.reason)
         announced = death.preempted or teacher.leaves_at is not None
         if teacher.node is None and not announced and not death.with_machine:
             self._num_lost_starting += 1
@@ -370,6 +375,7 @@ class TeacherPool:
     def _tell(self, found: SetAside | None) -> None:
         if found is not None:
             sequences = self._store.recipe.chunk_rows(found.chunk)
+            _log.warning("%d sequences of chunk %d are set aside: %s", len(found.rows), found.chunk, found.reason)
             self._journal.record(SetAsideRow(found.chunk, [sequences[row] for row in found.rows], found.reason))
 
     def _replace(self, number: int) -> None:
@@ -378,6 +384,7 @@ class TeacherPool:
             self._table.reopen(number)
         elif self._store.quarantine(number):
             self._table.reopen(number)
+            _log.warning("chunk %d was damaged: it lies in quarantine, and is made again", number)
             self._journal.record(RepairRow(number))
 
     def _record(self, now: float, *, force: bool = False) -> None:

@@ -11,6 +11,7 @@ them, that this one does not know: those are left out, where the line's checksum
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +27,9 @@ from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import RunError, StoreError, StoreUnavailable
 from stillhouse.redaction import scrub
 from stillhouse.tracking.events import ROW_TYPES, NewerRow, Row, is_of
+from stillhouse.tracking.log import SCRUBBED
+
+_log = logging.getLogger(__name__)
 
 _FLOAT_TYPES = (float, float | None)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,6 +59,8 @@ class Journal:
             if error.errno in _FULL:
                 raise StoreUnavailable(f"cannot append to {self.path}: {error.strerror}; make room on that disk") from error
             raise StoreError(f"cannot append to {self.path}: {error.strerror}; give write access, then resume") from error
+        if _log.isEnabledFor(logging.INFO):
+            _log.info("%s", _words(values), extra={SCRUBBED: True})
 
     def _append(self, line: bytes) -> None:
         descriptor = self.files.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -100,6 +106,14 @@ def _cut_torn_line(descriptor: int, files: FileLayer) -> None:
     size = os.fstat(descriptor).st_size
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
         files.truncate(descriptor, os.pread(descriptor, size, 0).rfind(b"\n") + 1)
+
+
+def _words(values: dict[str, Any]) -> str:
+    """A row as a line of the log."""
+    shown = {
+        name: f"{value:.6g}" if isinstance(value, float) else repr(value) for name, value in values.items() if name not in ("kind", "time")
+    }
+    return " ".join([values["kind"], *(f"{name}={value}" for name, value in shown.items())])
 
 
 def _finite_or_text(value: Any) -> Any:

@@ -1,0 +1,282 @@
+"""Logs: a file for each process in the run directory, and the warnings of all processes on the driver's standard error.
+
+    <run directory>/logs/<role>-<host>-<pid>.log
+    2026-11-28T22:40:01.123Z ERROR teacher-3-host-712 stillhouse.teacher.actor: chunk 12: IndexError: index out of range
+
+A file outlives its process, so the driver finds warnings by reading the files. A process that does not
+see the run directory writes to its standard error, which Ray keeps on that machine, and sends its
+warnings to the coordinator, which writes them into its own file.
+
+Every line is scrubbed of secrets and of what steers a terminal. All lines of a text but its first are
+indented: no text from outside can pass for a line of the log.
+"""
+
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from stillhouse.errors import StillhouseError, StoreError
+from stillhouse.redaction import scrub
+from stillhouse.terminal import printable, say
+
+_log = logging.getLogger(__name__)
+_ours = logging.getLogger("stillhouse")
+
+SCRUBBED = "stillhouse_scrubbed"  # an attribute of records whose text has no secret any more: an event of every step
+_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")  # may not propagate to the root
+_VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers")
+_WARNING = re.compile(r"\S+Z (?:WARNING|ERROR|CRITICAL) \S+ stillhouse[.:]")
+_LOOK_EVERY_S = 1.0
+_MOST_AT_ONCE = 10  # lines: one cause may make every process of a cluster warn
+
+
+@dataclass(frozen=True, slots=True)
+class LogPlace:
+    """Where the processes of an attempt keep their logs; the driver hands it to each of them."""
+
+    directory: Path
+    driver: str  # the name of the driver's file: a process that sees it shares the directory
+    attempt: int  # 0: of no attempt
+    level: int  # of our own lines; of libraries, warnings are kept
+    relay: Callable[[str], None] | None = None  # takes a line to the coordinator
+
+
+_handed_on: LogPlace | None = None
+
+
+def handed_on() -> LogPlace | None:
+    """What this driver hands to the processes that it starts; None where it keeps no log."""
+    return _handed_on
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        clean = text if getattr(record, SCRUBBED, False) else scrub(text)
+        return printable(clean).replace("\n", "\n    ")
+
+
+def line_format(process: str) -> logging.Formatter:
+    """How a process writes: time, level, process, module and text."""
+    text = f"%(asctime)s.%(msecs)03dZ %(levelname)s {process} %(name)s: %(message)s"
+    made = _Formatter(text, "%Y-%m-%dT%H:%M:%S")
+    made.converter = time.gmtime
+    return made
+
+
+@contextmanager
+def driver_log(run_dir: Path, *, attempt: int = 0) -> Iterator[None]:
+    """Keep the driver's log while the block lasts, and show the warnings of all processes.
+
+    The level is that of the logger `stillhouse`, INFO where it has none. Raises StoreError where no file can be made.
+    """
+    global _handed_on
+    directory, process = run_dir / "logs", _process("driver")
+    path, level = directory / f"{process}.log", _ours.level or logging.INFO
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write the log {path}: {error.strerror}; make room or give write access, then resume") from error
+    _handed_on = LogPlace(directory, path.name, attempt, level)
+    try:
+        with _kept(process, level, file), terminal_log(), _shown(WarningReader(directory, but=path.name)):
+            yield
+    finally:
+        _handed_on = None
+
+
+@contextmanager
+def process_log(role: str, place: LogPlace | None) -> Iterator[None]:
+    """Keep the log of a process that the driver started, while the block lasts or until the process ends."""
+    process, level, relay = _process(role), logging.INFO, None
+    handler: logging.Handler = logging.StreamHandler()
+    if place is not None:
+        level, path = place.level, place.directory / f"{process}.log"
+        try:
+            (place.directory / place.driver).stat()
+            handler = _LogFile(path, encoding="utf-8")
+        except OSError:  # not shared with this machine, or not to be written there
+            relay = place.relay
+    with _kept(process, level, handler), nullcontext() if relay is None else _told(process, relay):
+        yield
+
+
+def terminal_log() -> AbstractContextManager[None]:
+    """Show this driver's own warnings on standard error while the block lasts."""
+    return _told(_process("driver"), partial(say, error=True))
+
+
+@contextmanager
+def failures_logged(logger: logging.Logger, doing: str) -> Iterator[None]:
+    """Log what ends the block, with its traceback. An error of ours is no warning: whoever gets it tells the user."""
+    try:
+        yield
+    except GeneratorExit:  # an actor is sent away
+        raise
+    except BaseException as error:
+        is_bug = isinstance(error, Exception) and not isinstance(error, StillhouseError)
+        level = logging.ERROR if is_bug else logging.INFO
+        logger.log(level, "%s: %s: %s", doing, type(error).__name__, error, exc_info=True)
+        raise
+
+
+class WarningReader:
+    """Reads our warnings in a directory's logs while they are written: each call hands out those that are new.
+
+    What stands there at first is of earlier attempts. `but` names a file to leave out.
+    """
+
+    def __init__(self, directory: Path, *, but: str) -> None:
+        self.directory, self._but = directory, but
+        self._offsets: dict[str, int] = {}
+        self.new_lines()
+
+    def new_lines(self) -> list[str]:
+        """The first line of each, file by file."""
+        return [line for path in sorted(self.directory.glob("*.log")) for line in self._new_in(path)]
+
+    def _new_in(self, path: Path) -> list[str]:
+        offset = self._offsets.get(path.name, 0)
+        if path.name == self._but or path.stat().st_size <= offset:
+            return []
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offsets[path.name] = offset + len(whole)
+        return [line for line in whole.decode(errors="replace").split("\n") if _WARNING.match(line)]
+
+
+@contextmanager
+def _shown(reader: WarningReader) -> Iterator[None]:
+    """Show other processes' warnings from a thread; by `say`, so that they do not tear progress bars."""
+    stopped = threading.Event()
+
+    def follow() -> None:
+        while True:
+            last = stopped.wait(_LOOK_EVERY_S)
+            try:
+                lines = reader.new_lines()
+            except OSError:  # a file was removed, or its share does not answer: the next look may see it
+                lines = []
+            for line in lines[:_MOST_AT_ONCE]:
+                say(line, error=True)
+            if len(lines) > _MOST_AT_ONCE:
+                say(f"and {len(lines) - _MOST_AT_ONCE} more warnings in {reader.directory}", error=True)
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name="warnings", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+@contextmanager
+def _kept(process: str, level: int, handler: logging.Handler) -> Iterator[None]:
+    """Write to the handler our lines from `level` on, warnings of libraries and of Python, and what ends a thread or the block."""
+    handler.setFormatter(line_format(process))
+    handler.addFilter(_is_worth_a_line)
+    level_before, propagate_before, hook_before = _ours.level, _ours.propagate, threading.excepthook
+    _ours.setLevel(level)
+    _ours.propagate = False  # handlers of others do not scrub
+    threading.excepthook = _log_thread
+    logging.captureWarnings(True)
+    try:
+        with _added(handler, "", _ours.name), _added(_Carrier(handler), *_LIBRARIES):
+            versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONED)
+            _log.info("begins: %s, Python %s", versions, sys.version.partition(" ")[0])
+            try:
+                with failures_logged(_log, "ended by"):
+                    yield
+            finally:
+                _log.info("ends")
+    finally:
+        logging.captureWarnings(False)
+        _ours.setLevel(level_before)
+        _ours.propagate, threading.excepthook = propagate_before, hook_before
+        with suppress(OSError):  # of a full disk
+            handler.close()
+
+
+@contextmanager
+def _added(handler: logging.Handler, *names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+@contextmanager
+def _told(process: str, tell: Callable[[str], None]) -> Iterator[None]:
+    handler = _Teller(tell)
+    handler.setFormatter(line_format(process))
+    handler.setLevel(logging.WARNING)
+    with _added(handler, _ours.name):
+        yield
+
+
+class _Teller(logging.Handler):
+    """Tells somebody the first line of each text: its traceback is in the file."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._tell(self.format(record).partition("\n")[0])
+        except Exception:
+            self.handleError(record)
+
+
+class _Carrier(logging.Handler):
+    """Carries records to another handler. Libraries set level and format of what they find at their loggers."""
+
+    def __init__(self, to: logging.Handler) -> None:
+        super().__init__()
+        self._to = to
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._to.handle(record)
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """A full disk must neither end a run nor fill its terminal; the journal's next row tells of it."""
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Once: a record comes by its own logger, and by each above it."""
+    is_new = not hasattr(record, "stillhouse_kept")
+    record.stillhouse_kept = True
+    return is_new and (record.levelno >= logging.WARNING or record.name.partition(".")[0] == _ours.name)
+
+
+def _log_thread(ended: threading.ExceptHookArgs) -> None:
+    if ended.exc_type is not SystemExit and ended.exc_value is not None:
+        name = "a thread" if ended.thread is None else f"thread {ended.thread.name}"
+        found = (ended.exc_type, ended.exc_value, ended.exc_traceback)
+        _log.error("%s: %s: %s", name, ended.exc_type.__name__, ended.exc_value, exc_info=found)
+
+
+def _process(role: str) -> str:
+    return f"{role}-{socket.gethostname()}-{os.getpid()}"
