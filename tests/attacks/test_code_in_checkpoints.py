@@ -56,14 +56,14 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tiny_world: TinyWorld, rank_groups: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    made = tiny_world.plan(tmp_path_factory.mktemp("run"), student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
-    tiny_world.fill_store(made)
+    plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
+    tiny_world.fill_store(plan)
     jobs = {}
     for stage, ranks in itertools.product(STAGES, (1, 2)):
-        job = with_student(made.jobs()[0], zero_stage=stage)
+        job = with_student(plan.jobs()[0], zero_stage=stage)
         jobs[stage, ranks] = replace(job, run_dir=job.run_dir / str(ranks), total_steps=1)
         rank_groups[ranks].call(train_and_tell, jobs[stage, ranks])
-    return Scene(made, jobs)
+    return Scene(plan, jobs)
 
 
 def test_the_scene_holds_every_kind_of_file(scene: Scene) -> None:
@@ -135,8 +135,8 @@ def test_the_command_refuses_it_whatever_the_shell_asks_for(
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1" if asked == "0" else "")
     for name in scene.pickles(3):
         job = with_code_in(scene, name, stage=3, into=tmp_path / name)
-        made = replace(scene.plan, config=scene.plan.config.model_copy(update={"student": job.section}), run_dir=job.run_dir)
-        with attempt(made, "a test"):
+        plan = replace(scene.plan, config=scene.plan.config.model_copy(update={"student": job.section}), run_dir=job.run_dir)
+        with attempt(plan, "a test"):
             pass
         outcome = stillhouse("export", job.run_dir, tmp_path / name / "exported")
         assert (outcome.code, outcome.out) == (1, "")
@@ -157,12 +157,12 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_are_read_without_running_code(scene: Scene, plant: Callable[[Path, Bomb], None], stage: int, tmp_path: Path) -> None:
     for name in scene.pickles(stage):
         marker = tmp_path / f"{name}-ran"
-        made = planted(scene.root(stage), tmp_path / name, partial(plant, bomb=Bomb(marker)), names=(name,))
-        if name in weight_files(made):
+        plan = planted(scene.root(stage), tmp_path / name, partial(plant, bomb=Bomb(marker)), names=(name,))
+        if name in weight_files(plan):
             with pytest.raises(CheckpointError, match=rf"{name} was not opened"):
-                consolidated_weights(tmp_path / name / made.folder, zero_stage=stage)
+                consolidated_weights(tmp_path / name / plan.folder, zero_stage=stage)
         else:
-            assert consolidated_weights(tmp_path / name / made.folder, zero_stage=stage)
+            assert consolidated_weights(tmp_path / name / plan.folder, zero_stage=stage)
         assert not marker.exists()
 
 
@@ -174,9 +174,9 @@ def test_a_checkpoint_is_converted_without_running_code(
 ) -> None:
     for name in scene.pickles(stage):
         marker = tmp_path / f"{name}-ran"
-        made = planted(scene.root(stage), tmp_path / name, partial(plant, bomb=Bomb(marker)), names=(name,))
+        plan = planted(scene.root(stage), tmp_path / name, partial(plant, bomb=Bomb(marker)), names=(name,))
         with pytest.raises(CheckpointError, match=rf"{name} was not opened"):
-            convert(tmp_path / name / made.folder, tmp_path / name / "universal")
+            convert(tmp_path / name / plan.folder, tmp_path / name / "universal")
         assert not marker.exists()
 
 
@@ -221,9 +221,9 @@ def test_a_parameter_whose_name_is_a_path_makes_no_file_outside_of_the_conversio
     def rename(path: Path) -> None:
         torch.save(renamed(torch.load(path, weights_only=False), "lm.model.norm.weight", str(tmp_path / "outside")), path)
 
-    made = planted(scene.root(stage), tmp_path / "root", rename, names=tuple(scene.pickles(stage)))
+    plan = planted(scene.root(stage), tmp_path / "root", rename, names=tuple(scene.pickles(stage)))
     with pytest.raises(CheckpointError, match=r"was not used: it names '.*/outside', which is a path"):
-        convert(tmp_path / "root" / made.folder, tmp_path / "universal")
+        convert(tmp_path / "root" / plan.folder, tmp_path / "universal")
     assert not (tmp_path / "outside").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 from helpers.chunks import arrays_of, make_chunk, small_recipe
 from helpers.sealing import canonical, chunk_file, header_of, metadata_of, sealed_chunk, sealed_json
 from stillhouse.errors import ChunkError, RecipeError, StoreError
-from stillhouse.store import ChunkStore, Reader, consumers, list_recipes, verify_store
+from stillhouse.store import ChunkStore, Consumer, consumers, list_recipes, verify_store
 from stillhouse.store.chunk import pack_chunk, parse_index
 from stillhouse.store.recipe import parse_recipe
 
@@ -66,7 +66,7 @@ def test_a_chunk_under_another_number_or_recipe_is_refused(store: ChunkStore) ->
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/etc/cron.d/job", "a/b", "", "x" * 1000, "..", "a\\x00b"])
 def test_a_reader_has_a_plain_name(store: ChunkStore, name: str) -> None:
-    reader = Reader(name=name, global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
+    reader = Consumer(name=name, global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
     with pytest.raises(StoreError):
         consumers.join(store, reader)
     assert not (Path(store.url).parent / "elsewhere").exists()
@@ -151,7 +151,7 @@ def test_a_checksum_is_its_16_digits_and_nothing_more(store: ChunkStore, checksu
     ],
 )
 def test_a_reader_of_absurd_values_is_a_stranger_and_stands_in_nobodys_way(store: ChunkStore, change: dict[str, object]) -> None:
-    sound = Reader(name="a", global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
+    sound = Consumer(name="a", global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
     consumers.join(store, sound)
     values = sealed_json({**asdict(sound), "name": "b", "version": 1, **change}, sort_keys=True)
     (Path(store.url) / store.folder / "readers" / "b.json").write_bytes(canonical(values))

@@ -152,10 +152,10 @@ def test_an_error_shows_no_value_of_a_secret_variable(monkeypatch: pytest.Monkey
 
 
 def test_the_last_row_of_a_journal_has_no_secret(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    made = tiny_world.plan(tmp_path / "run")
+    plan = tiny_world.plan(tmp_path / "run")
     secret = secrets.token_hex(16)
     know([secret])
-    with pytest.raises(StoreError), attempt(made, f"stillhouse run --token {secret[:20]}"):
+    with pytest.raises(StoreError), attempt(plan, f"stillhouse run --token {secret[:20]}"):
         raise StoreError(f'401 {{"api_key": "{secret[:20]}"}}, then {secret}')
     start, end = (row for row in read_journal(tmp_path / "run" / "journal.jsonl") if isinstance(row, StartRow | EndRow))
     assert start.command == "stillhouse run --token (redacted)"

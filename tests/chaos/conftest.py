@@ -50,9 +50,9 @@ def scene(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="package")
 def undisturbed(tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """An epoch without teacher actors, a command or a fault: its chunks, and two ranks' losses."""
-    made = tiny_world.plan(tmp_path_factory.mktemp("undisturbed") / "run", student=EPOCH)
-    tiny_world.fill_store(made)
-    return Undisturbed.trained(made, rank_groups[2])
+    plan = tiny_world.plan(tmp_path_factory.mktemp("undisturbed") / "run", student=EPOCH)
+    tiny_world.fill_store(plan)
+    return Undisturbed.trained(plan, rank_groups[2])
 
 
 @pytest.fixture(scope="package")

@@ -45,9 +45,9 @@ class Soak:
     def __init__(self, scene: Scene, world: TinyWorld, folder: Path, rng: random.Random, *, name: str) -> None:
         self.scene, self.rng, self.bucket = scene, rng, f"soak-{name}"
         make_bucket(self.bucket)
-        self.made = plan_of(scene, world, folder / name, bucket=self.bucket, max_steps=None)
-        self.store = ChunkStore(self.made.config.store.url, self.made.recipe)
-        self.run = scene.run(self.made)
+        self.plan = plan_of(scene, world, folder / name, bucket=self.bucket, max_steps=None)
+        self.store = ChunkStore(self.plan.config.store.url, self.plan.recipe)
+        self.run = scene.run(self.plan)
         self.struck: Counter[str] = Counter()
         self.damaged: set[int] = set()
         self._to_come: list[Callable[[Soak], None]] = []
@@ -88,7 +88,7 @@ class Soak:
 
     def flip_a_bit(self) -> None:
         """In a chunk that is not read yet, if there is one: readers find it, and a teacher makes it again."""
-        position = {number: position for position, number in enumerate(self.made.chunks)}
+        position = {number: position for position, number in enumerate(self.plan.chunks)}
         ahead = [number for number in self.store.published() if position[number] > self.num_steps() + 10]
         if ahead:
             number = self.rng.choice(ahead)
@@ -100,7 +100,7 @@ class Soak:
 
     def kill_driver(self) -> None:
         self.run.command.kill()
-        self.run = self.scene.run(self.made)
+        self.run = self.scene.run(self.plan)
 
     def num_steps(self) -> int:
         return max((row.step for row in self.run.rows if isinstance(row, TrainRow)), default=0)
@@ -169,13 +169,13 @@ def soak(story: Soak, *, minutes: float, faults: Sequence[Callable[[Soak], None]
 
 def untrue(story: Soak) -> list[str]:
     """What the run told of commits and chunks, and was not so in the end."""
-    commits = {"student": commits_in(f"s3://{story.bucket}/{story.made.run_dir.name}/student")}
+    commits = {"student": commits_in(f"s3://{story.bucket}/{story.plan.run_dir.name}/student")}
     return violations(told_in(story.run.rows), Left(commits, chunks_in(story.store)))
 
 
 def undisturbed(longest: Soak, world: TinyWorld) -> LiveRun:
     """The same steps, with nothing in their way and every chunk at hand."""
-    run_dir = longest.made.run_dir.with_name("undisturbed")
+    run_dir = longest.plan.run_dir.with_name("undisturbed")
     run = longest.scene.run(plan_of(longest.scene, world, run_dir, bucket=longest.bucket, max_steps=longest.num_steps()))
     assert run.command.wait(timeout_s=7200) == 0, run.command.words()
     return run

@@ -72,9 +72,9 @@ PHASES = {
 def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> TrainJob:
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="checkpoints")
     student = {"checkpoint_every_steps": EVERY, "keep_checkpoints": 1, "max_steps": STEPS, "init": "config"}
-    made = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
-    tiny_world.fill_store(made)
-    return made.jobs()[0]
+    plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
+    tiny_world.fill_store(plan)
+    return plan.jobs()[0]
 
 
 @pytest.fixture
@@ -162,8 +162,8 @@ def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_w
     proxy.refuse(lambda request: request.method == "PUT", status=503)
     url, committed, delays = f"s3://checkpoints/{tmp_path.name}", list[tuple[Commit, float, float]](), list[tuple[int, str]]()
 
-    def on_commit(*made: Any) -> None:
-        committed.append(made)
+    def on_commit(*plan: Any) -> None:
+        committed.append(plan)
 
     only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1, "patience": Patience(request_s=0.2)}
     with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=lambda *delay: delays.append(delay)) as writer:

@@ -41,18 +41,18 @@ STUDENT = {
 class Journey:
     """A run whose ranks read no further than they are let."""
 
-    def __init__(self, scene: Scene, made: Plan) -> None:
-        self.scene, self.made = scene, made
+    def __init__(self, scene: Scene, plan: Plan) -> None:
+        self.scene, self.plan = scene, plan
         self.stops: list[int] = []  # the steps at which the ranks were made to wait
         self._limits: dict[str, Fault] = {}
         self.let_read(0)
-        self.run: LiveRun = scene.run(made)
+        self.run: LiveRun = scene.run(plan)
         self.exit_code: int | None = None
 
     def read(self, num_chunks: int) -> None:
         """Let the ranks read so many chunks, and wait until they have taken every step for which these suffice."""
         self.let_read(num_chunks)
-        self.stops.append(self._last_step_within(set(self.made.chunks[:num_chunks])))
+        self.stops.append(self._last_step_within(set(self.plan.chunks[:num_chunks])))
         self.run.until(lambda: self.last_step == self.stops[-1])
 
     @property
@@ -63,7 +63,7 @@ class Journey:
         return [row for row in self.run.rows if isinstance(row, kind)]
 
     def let_read(self, num_chunks: int) -> None:
-        allowed = set(self.made.chunks[:num_chunks])
+        allowed = set(self.plan.chunks[:num_chunks])
         for name in (LEFT, RIGHT):
             way = self.scene.s3[name]
             before = self._limits.get(name)
@@ -75,13 +75,13 @@ class Journey:
 
     def _last_step_within(self, chunks: set[int]) -> int:
         """A reader fetches the chunks of several steps together, counted from where its group began."""
-        order, stretch = self.made.order, steps_in_a_stretch(self.made.order)
+        order, stretch = self.plan.order, steps_in_a_stretch(self.plan.order)
         begun = max((row.resumed_step for row in self.of(RecoveryRow)), default=0)
-        for first in range(begun, self.made.total_steps, stretch):
+        for first in range(begun, self.plan.total_steps, stretch):
             needed = np.concatenate([order.sequences(step) for step in range(first, first + stretch)]) // order.chunk_sequences
             if not chunks.issuperset(needed.tolist()):
                 return first
-        return self.made.total_steps
+        return self.plan.total_steps
 
 
 def lose_a_machine_on_notice(journey: Journey) -> None:
@@ -110,17 +110,17 @@ def journey(
 ) -> Iterator[Journey]:
     make_bucket(BUCKET)
     folder: Path = tmp_path_factory.mktemp("elastic")
-    made = tiny_world.plan(
+    plan = tiny_world.plan(
         folder / "run",
         store={"url": f"s3://{BUCKET}/casks"},
         student=EPOCH | STUDENT,
         cluster={"address": scene.cluster.address, "notices": "aws"},
     )
-    store = ChunkStore.create(made.config.store.url, made.recipe)
-    for number in made.chunks:
+    store = ChunkStore.create(plan.config.store.url, plan.recipe)
+    for number in plan.chunks:
         put(BUCKET, f"casks/{store.key(number)}", undisturbed.chunk(number))
     scene.make_whole()
-    journey = Journey(scene, made)
+    journey = Journey(scene, plan)
     try:
         journey.read(22)
         lose_a_machine_on_notice(journey)

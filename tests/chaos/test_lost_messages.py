@@ -39,18 +39,18 @@ def test_a_run_whose_cluster_loses_messages_ends_with_the_losses_of_an_undisturb
     student = {"max_steps": 8, "checkpoint_every_steps": 2}
     undisturbed = tiny_world.plan(tmp_path / "undisturbed", store={"url": str(tmp_path / "other")}, student=student)
     tiny_world.fill_store(undisturbed)
-    made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=student, cluster={"num_cpus": 2})
+    plan = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=student, cluster={"num_cpus": 2})
     server = CommandServer({"XDG_CACHE_HOME": str(tmp_path / "cache")} | ENVIRONMENT)
     try:
-        command = server.start("run", config_of(made), "--run-dir", made.run_dir, log=tmp_path / "run.log")
+        command = server.start("run", config_of(plan), "--run-dir", plan.run_dir, log=tmp_path / "run.log")
         wanted = Undisturbed.trained(undisturbed, rank_groups[1])
         assert command.wait(timeout_s=240.0) == 0, command.words()
     finally:
         server.close()
-    rows = read_journal(made.run_dir / "journal.jsonl")
+    rows = read_journal(plan.run_dir / "journal.jsonl")
     assert isinstance(rows[-1], EndRow)
     assert rows[-1].outcome == "done"
     assert curve(rows) == wanted.curve
     assert len({repr(row) for row in rows}) == len(rows)  # each bears the time at which it was sent
-    (job,) = made.jobs()
-    require_kept(rows, checkpoints={"student": job.checkpoints}, store=ChunkStore(made.config.store.url, made.recipe))
+    (job,) = plan.jobs()
+    require_kept(rows, checkpoints={"student": job.checkpoints}, store=ChunkStore(plan.config.store.url, plan.recipe))

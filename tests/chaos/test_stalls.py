@@ -17,7 +17,7 @@ from helpers.processes import youngest
 from helpers.ranks import RankGroup
 from helpers.training import train_and_tell, train_on_a_line
 from helpers.world import TinyWorld
-from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.pipeline import Plan
@@ -47,7 +47,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 @pytest.fixture
-def made(tiny_world: TinyWorld, tmp_path: Path) -> Plan:
+def plan(tiny_world: TinyWorld, tmp_path: Path) -> Plan:
     return tiny_world.plan(
         tmp_path / "run",
         store={"url": str(tmp_path / "store")},
@@ -57,40 +57,40 @@ def made(tiny_world: TinyWorld, tmp_path: Path) -> Plan:
 
 
 def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes_the_same_chunks(
-    made: Plan, ray_cluster: dict[str, float], tiny_world: TinyWorld, tmp_path: Path
+    plan: Plan, ray_cluster: dict[str, float], tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
-    config, store, journal = made.config, ChunkStore.create(made.config.store.url, made.recipe), Journal(tmp_path / "journal.jsonl")
-    board = Board.create()
+    config, store, journal = plan.config, ChunkStore.create(plan.config.store.url, plan.recipe), Journal(tmp_path / "journal.jsonl")
+    coordinator = Coordinator.create()
     stopped: list[psutil.Process] = []
 
     def item_of(number: int) -> WorkItem:
         if not stopped:
             stopped.append(youngest("ray::_TeacherActor"))
             stopped[0].suspend()
-        return made.item(number)
+        return plan.item(number)
 
-    job = TeacherJob(config.teacher, made.recipe, config.store.url, threads=1, notices="off")
+    job = TeacherJob(config.teacher, plan.recipe, config.store.url, threads=1, notices="off")
     pool = TeacherPool(
-        RayCrew(job, where=placement(config.teacher, ray_cluster), secrets=Secrets(None), board=board),
+        RayCrew(job, where=placement(config.teacher, ray_cluster), secrets=Secrets(None), coordinator=coordinator),
         config.teacher,
         store=store,
-        order=made.chunks[:NUM_CHUNKS],
+        order=plan.chunks[:NUM_CHUNKS],
         item_of=item_of,
         window_chunks=NUM_CHUNKS,
         journal=journal,
     )
-    pool.run(readers=(), board=board, finished=lambda: True)
+    pool.run(readers=(), coordinator=coordinator, finished=lambda: True)
 
     rows = read_journal(journal.path)
     (stall,) = [row for row in rows if isinstance(row, StallRow)]
-    assert (stall.role, stall.rank, stall.phase, stall.chunk) == ("teacher", 0, "work", made.chunks[0])
+    assert (stall.role, stall.rank, stall.phase, stall.chunk) == ("teacher", 0, "work", plan.chunks[0])
     assert WATCHDOG_S <= stall.seconds < 10 * WATCHDOG_S
     assert [row.replica for row in rows if isinstance(row, TeacherRow)] == [0, 1]
     until(lambda: has_ended(stopped[0]))
     undisturbed = tiny_world.plan(tmp_path / "undisturbed", store={"url": str(tmp_path / "other")})
     tiny_world.fill_store(undisturbed)
-    for number in made.chunks[:NUM_CHUNKS]:
-        ours, theirs = (Path(each.config.store.url) / store.key(number) for each in (made, undisturbed))
+    for number in plan.chunks[:NUM_CHUNKS]:
+        ours, theirs = (Path(each.config.store.url) / store.key(number) for each in (plan, undisturbed))
         assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -108,23 +108,23 @@ def held_back(path: Path) -> Iterator[None]:
 
 
 def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_and_killed_and_the_next_one_goes_on(
-    made: Plan, tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
+    plan: Plan, tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
 ) -> None:
-    tiny_world.fill_store(made)
-    (job,) = made.jobs()
+    tiny_world.fill_store(plan)
+    (job,) = plan.jobs()
     undisturbed = rank_groups[1].call(train_and_tell, replace(job, run_dir=tmp_path / "undisturbed"))[0]
-    chunk = made.chunks[6]
-    board, journal = Board.create(job.journal), Journal(job.journal)
+    chunk = plan.chunks[6]
+    coordinator, journal = Coordinator.create(job.journal), Journal(job.journal)
     ranks = RankGroup.start(1, meeting=tmp_path / "meeting")
     job.run_dir.mkdir()
     where = placement(job.section, {"CPU": 4.0})
-    path = Path(made.config.store.url) / ChunkStore(job.store_url, job.recipe).key(chunk)
+    path = Path(plan.config.store.url) / ChunkStore(job.store_url, job.recipe).key(chunk)
     with (
         held_back(path),
-        watched([job], where=where, board=board, journal=journal),
+        watched([job], where=where, coordinator=coordinator, journal=journal),
         pytest.raises(ray.exceptions.RayActorError),
     ):
-        ranks.call(train_on_a_line, job, board)
+        ranks.call(train_on_a_line, job, coordinator)
 
     def rows() -> list[Row]:
         return read_journal(job.journal)
@@ -133,7 +133,7 @@ def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_and_killed_and_
     assert (stall.role, stall.rank, stall.phase, stall.chunk) == ("student", 0, "reading", chunk)
     assert stall.seconds >= WATCHDOG_S
     assert "fetch_rows" in stall.stack
-    rank_groups[1].call(train_on_a_line, job, board)
+    rank_groups[1].call(train_on_a_line, job, coordinator)
     assert latest_train_rows(rows(), "student")[-1].step == job.total_steps
     ours = [(row.step, row.loss, row.grad_norm) for row in latest_train_rows(rows(), "student")]
     assert ours == [(row.step, row.loss, row.grad_norm) for row in undisturbed]

@@ -27,7 +27,7 @@ from helpers.ranks import RankGroup
 from helpers.training import ListTracker, refuse_outage, train_and_tell, train_through
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChunkError, RecipeError, StillhouseError
@@ -35,7 +35,7 @@ from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_since, config_of
 from stillhouse.retry import Patience
 from stillhouse.sequences import Corpus, prepare_corpus
-from stillhouse.store import Chunk, ChunkStore, Reader, consumers, verify_store
+from stillhouse.store import Chunk, ChunkStore, Consumer, consumers, verify_store
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import TeacherJob, publish_when_possible
 from stillhouse.teacher.crew import RayCrew
@@ -102,7 +102,7 @@ def test_a_bit_flipped_anywhere_in_a_chunk_is_found_named_and_never_read(tmp_pat
 
 def test_a_bit_flipped_in_a_recipe_or_a_readers_place_is_found_and_named(tmp_path: Path) -> None:
     store = ChunkStore.create(str(tmp_path), small_recipe())
-    reader = Reader(name="a", global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
+    reader = Consumer(name="a", global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
     consumers.join(store, reader)
     recipe_path, reader_path = tmp_path / store.folder / "recipe.json", tmp_path / store.folder / "readers" / "a.json"
     recipe_data, reader_data = recipe_path.read_bytes(), reader_path.read_bytes()
@@ -117,11 +117,11 @@ def test_a_bit_flipped_in_a_recipe_or_a_readers_place_is_found_and_named(tmp_pat
 
 
 def test_a_bit_flipped_anywhere_in_a_corpus_is_refused_by_name_or_mended(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    made = tiny_world.plan(tmp_path / "run")
-    section = made.config.corpus.model_copy(update={"max_documents": 12})
+    plan = tiny_world.plan(tmp_path / "run")
+    section = plan.config.corpus.model_copy(update={"max_documents": 12})
 
     def prepared() -> Corpus:
-        return prepare_corpus(section, made.tokenizer, tokenizer_digest="sha256:it", cache_dir=tmp_path / "cache").train
+        return prepare_corpus(section, plan.tokenizer, tokenizer_digest="sha256:it", cache_dir=tmp_path / "cache").train
 
     corpus = prepared()
     wanted = corpus.rows(0, corpus.num_sequences)
@@ -157,7 +157,7 @@ def test_a_bit_flipped_anywhere_in_a_corpus_is_refused_by_name_or_mended(tiny_wo
 class FullDisk:
     """A run whose store, journal and checkpoints were on one disk, which was full for a while in the middle of it."""
 
-    made: Plan  # its store and its run directory have moved to an ordinary disk since
+    plan: Plan  # its store and its run directory have moved to an ordinary disk since
     published_when_full: list[int]  # chunks, each time that somebody looked
     teacher_bytes: list[int]  # of memory that is the teacher's own, at the same moments
     leftovers: list[str]
@@ -169,26 +169,26 @@ def full_disk(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -
     folder, said, over = tmp_path_factory.mktemp("full"), io.StringIO(), threading.Event()
     with small_disk(folder / "disk", num_bytes=64 << 20) as disk:
         everything_on_it = {"store": {"url": str(disk / "store"), "window_bytes": WINDOW_BYTES}, "student": SHORT_STUDENT}
-        made = tiny_world.plan(disk / "run", teacher=ONE_TEACHER, **everything_on_it)
+        plan = tiny_world.plan(disk / "run", teacher=ONE_TEACHER, **everything_on_it)
         with ThreadPoolExecutor(1) as threads, redirect_stderr(said):
-            watching = threads.submit(fill_and_watch, made, disk / "ballast", said, over)
+            watching = threads.submit(fill_and_watch, plan, disk / "ballast", said, over)
             try:
-                pipeline.run(made)
+                pipeline.run(plan)
             finally:
                 over.set()
             counts, memory, leftovers, words = watching.result(timeout=PATIENCE_S)
         for name in ("store", "run"):
             shutil.copytree(disk / name, folder / name)
-    section = made.config.store.model_copy(update={"url": str(folder / "store")})
-    moved = replace(made, config=made.config.model_copy(update={"store": section}), run_dir=folder / "run")
+    section = plan.config.store.model_copy(update={"url": str(folder / "store")})
+    moved = replace(plan, config=plan.config.model_copy(update={"store": section}), run_dir=folder / "run")
     checkpoints = {"student": moved.jobs()[0].checkpoints}
-    require_kept(read_journal(moved.run_dir / "journal.jsonl"), store=ChunkStore(section.url, made.recipe), checkpoints=checkpoints)
+    require_kept(read_journal(moved.run_dir / "journal.jsonl"), store=ChunkStore(section.url, plan.recipe), checkpoints=checkpoints)
     return FullDisk(moved, counts[-LOOKS:], memory[-LOOKS:], leftovers, words)
 
 
-def fill_and_watch(made: Plan, ballast: Path, said: io.StringIO, over: threading.Event) -> tuple[list[int], list[int], list[str], str]:
+def fill_and_watch(plan: Plan, ballast: Path, said: io.StringIO, over: threading.Event) -> tuple[list[int], list[int], list[str], str]:
     """Once a step is trained, fill the disk; look until nothing comes any more and the terminal says why, then make room."""
-    store, journal = ChunkStore(made.config.store.url, made.recipe), made.run_dir / "journal.jsonl"
+    store, journal = ChunkStore(plan.config.store.url, plan.recipe), plan.run_dir / "journal.jsonl"
     counts: list[int] = []
     memory: list[int] = []
     wait_until(lambda: any(isinstance(row, TrainRow) for row in read_journal(journal)), unless=over.is_set)
@@ -218,31 +218,31 @@ def memory_of_teachers() -> int:
 
 def test_teachers_wait_while_the_disk_is_full_and_their_memory_does_not_grow(full_disk: FullDisk) -> None:
     assert len(set(full_disk.published_when_full)) == 1
-    assert 0 < full_disk.published_when_full[0] < len(full_disk.made.chunks)
+    assert 0 < full_disk.published_when_full[0] < len(full_disk.plan.chunks)
     assert min(full_disk.teacher_bytes) > 0
     assert max(full_disk.teacher_bytes) - min(full_disk.teacher_bytes) < 16 << 20
     assert full_disk.leftovers == []  # or every try would take away some of the room that is made
 
 
 def test_once_there_is_room_every_chunk_comes_once_and_none_was_given_up(full_disk: FullDisk) -> None:
-    made = full_disk.made
-    rows = read_journal(made.run_dir / "journal.jsonl")
-    assert sorted(row.chunk for row in rows if isinstance(row, ChunkRow)) == sorted(made.chunks)
+    plan = full_disk.plan
+    rows = read_journal(plan.run_dir / "journal.jsonl")
+    assert sorted(row.chunk for row in rows if isinstance(row, ChunkRow)) == sorted(plan.chunks)
     assert not any(row.duplicate for row in rows if isinstance(row, ChunkRow))
     assert {row.failures for row in rows if isinstance(row, PoolRow)} == {0}
-    assert ChunkStore(made.config.store.url, made.recipe).published() == set(made.chunks)
+    assert ChunkStore(plan.config.store.url, plan.recipe).published() == set(plan.chunks)
 
 
 def test_a_run_with_everything_on_a_disk_that_is_full_waits_says_so_and_ends_with_the_undisturbed_losses(
     full_disk: FullDisk, rank_groups: dict[int, RankGroup], tmp_path: Path
 ) -> None:
-    made = full_disk.made
-    rows = read_journal(made.run_dir / "journal.jsonl")
+    plan = full_disk.plan
+    rows = read_journal(plan.run_dir / "journal.jsonl")
     assert "journal.jsonl" in full_disk.said
     assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["done"]
     assert not any(isinstance(row, RecoveryRow | StallRow) for row in rows)
-    assert (made.run_dir / "report.html").is_file()
-    undisturbed = rank_groups[1].call(train_and_tell, replace(made.jobs()[0], run_dir=tmp_path / "undisturbed"))[0]
+    assert (plan.run_dir / "report.html").is_file()
+    undisturbed = rank_groups[1].call(train_and_tell, replace(plan.jobs()[0], run_dir=tmp_path / "undisturbed"))[0]
     steps = [(row.step, row.loss, row.grad_norm) for row in rows if isinstance(row, TrainRow)]
     assert steps == [(row.step, row.loss, row.grad_norm) for row in undisturbed]
 
@@ -251,16 +251,16 @@ def test_a_run_with_everything_on_a_disk_that_is_full_waits_says_so_and_ends_wit
 
 
 def test_a_bit_flipped_anywhere_in_a_run_directory_is_refused_by_name(full_disk: FullDisk, tmp_path: Path) -> None:
-    made = replace(full_disk.made, run_dir=tmp_path / "run")
-    shutil.copytree(full_disk.made.run_dir, made.run_dir)
-    assert changes_since(made) == []
-    whole = config_of(made.run_dir)
-    journal = made.run_dir / "journal.jsonl"
+    plan = replace(full_disk.plan, run_dir=tmp_path / "run")
+    shutil.copytree(full_disk.plan.run_dir, plan.run_dir)
+    assert changes_since(plan) == []
+    whole = config_of(plan.run_dir)
+    journal = plan.run_dir / "journal.jsonl"
     rows = read_journal(journal)
 
     def num_refused(name: str, look: Callable[[], bool]) -> int:
         """Of 100 flips all over the file: each look at it raises with the file's name, or finds all that there was."""
-        path = made.run_dir / name
+        path = plan.run_dir / name
         data = path.read_bytes()
         looks: list[bool] = []
         for place in places(len(data) - 1, how_many=100):
@@ -271,18 +271,18 @@ def test_a_bit_flipped_anywhere_in_a_run_directory_is_refused_by_name(full_disk:
         assert all(looks)
         return 100 - len(looks)
 
-    assert num_refused("config.json", lambda: config_of(made.run_dir) == whole) > 50  # the others hit the space between its values
+    assert num_refused("config.json", lambda: config_of(plan.run_dir) == whole) > 50  # the others hit the space between its values
     assert num_refused("journal.jsonl", lambda: read_journal(journal) == rows) > 99
-    assert num_refused("recipe.json", lambda: changes_since(made) != []) > 0  # the others are named as differences
+    assert num_refused("recipe.json", lambda: changes_since(plan) != []) > 0  # the others are named as differences
 
 
 def test_repair_makes_exactly_the_damaged_chunks_again_to_the_same_bytes(full_disk: FullDisk, tmp_path: Path) -> None:
-    made, url = full_disk.made, str(tmp_path / "store")
-    shutil.copytree(made.config.store.url, url)
-    store = ChunkStore(url, made.recipe)
-    paths = {number: Path(url) / store.key(number) for number in made.chunks}
+    plan, url = full_disk.plan, str(tmp_path / "store")
+    shutil.copytree(plan.config.store.url, url)
+    store = ChunkStore(url, plan.recipe)
+    paths = {number: Path(url) / store.key(number) for number in plan.chunks}
     before = {number: path.read_bytes() for number, path in paths.items()}
-    first, second, absent, *_ = made.chunks
+    first, second, absent, *_ = plan.chunks
     flip_bit(paths[first], 9)
     flip_bit(paths[second], -9)
     paths[absent].unlink()  # never produced: not for repair to make
@@ -291,16 +291,16 @@ def test_repair_makes_exactly_the_damaged_chunks_again_to_the_same_bytes(full_di
     named = stillhouse("store", "verify", url)
     assert named.code == 1
     assert f"{store.folder}/recipe.json: " in named.out
-    outcome = stillhouse("store", "verify", url, "--repair", made.run_dir, cache=tmp_path / "cache")
+    outcome = stillhouse("store", "verify", url, "--repair", plan.run_dir, cache=tmp_path / "cache")
     assert outcome.code == 0, outcome
     for number in (first, second):
         assert f"{number:010d}.safetensors" in outcome.out
         assert f"chunk {number} made again" in outcome.out
-    assert store.published() == set(made.chunks) - {absent}
+    assert store.published() == set(plan.chunks) - {absent}
     assert all(paths[number].read_bytes() == before[number] for number in store.published())
     assert len(list(Path(url).rglob("quarantine/*"))) == 3
     assert stillhouse("store", "verify", url).code == 0
-    again = stillhouse("store", "verify", url, "--repair", made.run_dir, cache=tmp_path / "cache")
+    again = stillhouse("store", "verify", url, "--repair", plan.run_dir, cache=tmp_path / "cache")
     assert again.code == 0
     assert "0 chunks were repaired" in again.out
 
@@ -308,7 +308,7 @@ def test_repair_makes_exactly_the_damaged_chunks_again_to_the_same_bytes(full_di
 def test_repair_refuses_another_recipe_and_names_the_difference(full_disk: FullDisk, tiny_world: TinyWorld, tmp_path: Path) -> None:
     config = tmp_path / "other.toml"
     config.write_text(as_toml(tiny_world.values | {"target": {"k": 9, "tail_draws": 12}}))
-    url = full_disk.made.config.store.url
+    url = full_disk.plan.config.store.url
     outcome = stillhouse("store", "verify", url, "--repair", config, cache=tiny_world.folder)
     assert outcome.code == 2
     assert "k (" in outcome.err
@@ -322,26 +322,26 @@ def test_repair_refuses_another_recipe_and_names_the_difference(full_disk: FullD
 
 
 def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go_on(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, teacher=ONE_TEACHER, student={"max_steps": NUM_STEPS})
-    tiny_world.fill_store(made)
-    store = ChunkStore(made.config.store.url, made.recipe)
-    expected = batches_of(made, on_bad_chunk=pytest.fail)
-    damaged = made.chunks[3]
+    plan = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, teacher=ONE_TEACHER, student={"max_steps": NUM_STEPS})
+    tiny_world.fill_store(plan)
+    store = ChunkStore(plan.config.store.url, plan.recipe)
+    expected = batches_of(plan, on_bad_chunk=pytest.fail)
+    damaged = plan.chunks[3]
     path = Path(store.url) / store.key(damaged)
     whole = path.read_bytes()
     flip_bit(path, 20)  # in what every reader of the chunk reads
 
-    board, journal, done = Board.create(), ListTracker(), threading.Event()
+    coordinator, journal, done = Coordinator.create(), ListTracker(), threading.Event()
     reports: list[int] = []
 
     def report(number: int) -> None:
         reports.append(number)
-        board.report_bad_chunk(number)
+        coordinator.report_bad_chunk(number)
 
     with ThreadPoolExecutor(3) as threads:
-        teaching = threads.submit(pool_of(made, board, journal).run, readers=[], board=board, finished=done.is_set)
+        teaching = threads.submit(pool_of(plan, coordinator, journal).run, readers=[], coordinator=coordinator, finished=done.is_set)
         try:
-            reading = [threads.submit(batches_of, made, on_bad_chunk=report) for _ in range(2)]
+            reading = [threads.submit(batches_of, plan, on_bad_chunk=report) for _ in range(2)]
             found = [each.result(timeout=PATIENCE_S) for each in reading]
         finally:
             done.set()
@@ -355,20 +355,20 @@ def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go
     require_kept(journal.rows, store=store)
 
 
-def pool_of(made: Plan, board: Board, journal: ListTracker) -> TeacherPool:
-    section = made.config.teacher
-    store = ChunkStore(made.config.store.url, made.recipe)
-    job = TeacherJob(section, made.recipe, store.url, threads=1, notices="off")
-    crew = RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), board=board)
-    return TeacherPool(crew, section, store=store, order=made.chunks, item_of=made.item, window_chunks=100, journal=journal)
+def pool_of(plan: Plan, coordinator: Coordinator, journal: ListTracker) -> TeacherPool:
+    section = plan.config.teacher
+    store = ChunkStore(plan.config.store.url, plan.recipe)
+    job = TeacherJob(section, plan.recipe, store.url, threads=1, notices="off")
+    crew = RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator)
+    return TeacherPool(crew, section, store=store, order=plan.chunks, item_of=plan.item, window_chunks=100, journal=journal)
 
 
-def batches_of(made: Plan, *, on_bad_chunk: Callable[[int], object]) -> list[tuple[tuple[int, ...], list[list[int]]]]:
+def batches_of(plan: Plan, *, on_bad_chunk: Callable[[int], object]) -> list[tuple[tuple[int, ...], list[list[int]]]]:
     """What a student of one rank is given: the sequences of each step, and the ids of their tokens and targets."""
-    store = ChunkStore(made.config.store.url, made.recipe)
+    store = ChunkStore(plan.config.store.url, plan.recipe)
     whole = {"rank": 0, "world_size": 1, "micro_batch": 8, "start": 0, "stop": NUM_STEPS, "prefetch": 2}
     report = {"on_bad_chunk": lambda number: on_bad_chunk(number) and None, "on_outage": refuse_outage}
-    with BatchReader(store, made.order, **whole, **report) as reader:
+    with BatchReader(store, plan.order, **whole, **report) as reader:
         batches = [reader.next()[0] for _ in range(NUM_STEPS)]
     return [
         (
@@ -385,20 +385,20 @@ def batches_of(made: Plan, *, on_bad_chunk: Callable[[int], object]) -> list[tup
 def test_a_run_through_a_server_that_fails_and_is_slow_has_the_undisturbed_loss_curve(
     tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student={"max_steps": NUM_STEPS})
-    tiny_world.fill_store(made)
-    steady = made.jobs()[0]
+    plan = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student={"max_steps": NUM_STEPS})
+    tiny_world.fill_store(plan)
+    steady = plan.jobs()[0]
     undisturbed = rank_groups[1].call(train_and_tell, replace(steady, run_dir=tmp_path / "undisturbed"))[0]
 
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="storm")
     with FaultyS3(s3_endpoint) as s3, ThreadPoolExecutor(2) as threads:
         monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
         s3.slow(everything, seconds=0.05)
-        s3.refuse(lambda request: request.method == "GET" and request.chunk in made.chunks[4:6], status=500, times=4)
+        s3.refuse(lambda request: request.method == "GET" and request.chunk in plan.chunks[4:6], status=500, times=4)
         s3.refuse(publications(), status=503, times=4)
         outage = s3.refuse(everything, status=503)
         job = replace(steady, store_url="s3://storm/casks", run_dir=tmp_path / "disturbed")
-        teaching = threads.submit(publish_all, made, job.store_url)
+        teaching = threads.submit(publish_all, plan, job.store_url)
         learning = threads.submit(rank_groups[1].call, train_through, job, s3.url)
         wait_until(lambda: len(s3.refused) >= 6, unless=learning.done)
         s3.end(outage)
@@ -409,8 +409,8 @@ def test_a_run_through_a_server_that_fails_and_is_slow_has_the_undisturbed_loss_
     assert [(row.step, row.loss, row.grad_norm) for row in disturbed] == [(row.step, row.loss, row.grad_norm) for row in undisturbed]
 
 
-def publish_all(made: Plan, url: str) -> None:
+def publish_all(plan: Plan, url: str) -> None:
     """Bring every chunk of the plan's store to another, as a teacher would."""
-    source, target = ChunkStore(made.config.store.url, made.recipe), ChunkStore.create(url, made.recipe)
-    for number in made.chunks:
+    source, target = ChunkStore(plan.config.store.url, plan.recipe), ChunkStore.create(url, plan.recipe)
+    for number in plan.chunks:
         publish_when_possible(target, source.fetch(number), patience=Patience(end_after_s=PATIENCE_S), tell=refuse_outage)

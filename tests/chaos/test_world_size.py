@@ -19,9 +19,9 @@ Ranks = dict[int, RankGroup]
 @pytest.fixture(scope="module")
 def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     student = {"micro_batch_sequences": 3, "ce_weight": 0.25, "weight_decay": 1.0, "init": "config", "keep_checkpoints": 9}
-    made = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
-    tiny_world.fill_store(made)
-    return made.jobs()[0]
+    plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
+    tiny_world.fill_store(plan)
+    return plan.jobs()[0]
 
 
 def lose_after(job: TrainJob, step: int) -> None:

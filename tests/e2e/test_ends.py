@@ -38,8 +38,8 @@ def rays_place() -> Iterator[Path]:
     rmtree(place, ignore_errors=True)
 
 
-def rows_of(made: Plan) -> list[Row]:
-    path = made.run_dir / "journal.jsonl"
+def rows_of(plan: Plan) -> list[Row]:
+    path = plan.run_dir / "journal.jsonl"
     return read_journal(path) if path.exists() else []
 
 
@@ -79,16 +79,16 @@ def test_a_command_whose_head_or_raylet_dies_ends_in_one_line_and_a_row(
         victims = {"gcs_server": "/gcs_server", "raylet": "/raylet"}
         plans = {name: tiny_world.plan(tmp_path / name, store={"url": f"s3://cognac/{name}"}, cluster={"num_cpus": 2}) for name in victims}
         commands = {
-            name: server.start("produce", config_of(made), "--run-dir", made.run_dir, log=tmp_path / f"{name}.log")
-            for name, made in plans.items()
+            name: server.start("produce", config_of(plan), "--run-dir", plan.run_dir, log=tmp_path / f"{name}.log")
+            for name, plan in plans.items()
         }
         for name, command in commands.items():
             until(lambda name=name: any(f"/{name}/" in request.path for request in faulty_s3.held), words=command.words)
             kill(command.pid, victims[name])
-        for name, made in plans.items():
+        for name, plan in plans.items():
             command = commands[name]
             assert command.wait(timeout_s=45.0) == 1, command.words()
-            last = rows_of(made)[-1]
+            last = rows_of(plan)[-1]
             assert isinstance(last, EndRow), command.words()
             assert last.outcome == "failed"
             assert "the cluster's head is gone" in last.message
@@ -144,16 +144,16 @@ class Terminal:
 @pytest.mark.timeout(600)
 def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(tiny_world: TinyWorld, rays_place: Path, tmp_path: Path) -> None:
     endless = {"max_steps": 5000, "epochs": 5000, "checkpoint_every_steps": 5000}
-    made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=endless, cluster={"num_cpus": 4})
+    plan = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=endless, cluster={"num_cpus": 4})
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "RAY_TMPDIR": str(rays_place), "TERM": "xterm"}
     command = Path(sys.executable).parent / "stillhouse"
-    terminal = Terminal.of(command, "run", config_of(made), "--run-dir", made.run_dir, environment=environment)
+    terminal = Terminal.of(command, "run", config_of(plan), "--run-dir", plan.run_dir, environment=environment)
     sessions: set[Path] = set()
 
     def num_steps() -> int:
         terminal.screen()
         sessions.update(rays_place.glob("**/session_2*"))
-        return sum(isinstance(row, TrainRow) for row in rows_of(made))
+        return sum(isinstance(row, TrainRow) for row in rows_of(plan))
 
     try:
         until(lambda: num_steps() >= 2, words=terminal.screen)
@@ -174,7 +174,7 @@ def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(tiny_
         assert code == 130, terminal.screen()
         assert "Traceback" not in terminal.screen()[num_shown:]  # Ray may have shown one of the coordinator that was killed
         assert terminal.screen().rstrip().endswith(OUR_LAST_WORDS), terminal.screen()[-1000:].encode()
-        last = rows_of(made)[-1]
+        last = rows_of(plan)[-1]
         assert isinstance(last, EndRow)
         assert last.outcome == "interrupted"
         assert len(sessions) == 1, sessions  # none was started on the way out

@@ -50,7 +50,7 @@ def golden(tmp_path: Path) -> GoldenRun:
 
 
 def planned(golden: GoldenRun, run_dir: Path) -> Plan:
-    return pipeline.plan(golden.config(), run_dir=run_dir, cache_dir=golden.folder / "cache")
+    return pipeline.make_plan(golden.config(), run_dir=run_dir, cache_dir=golden.folder / "cache")
 
 
 def curve(run_dir: Path) -> list[float]:
@@ -64,9 +64,9 @@ def expected_curve(golden: GoldenRun) -> list[float]:
 
 
 def test_a_run_of_an_earlier_tree_is_finished_to_the_same_numbers(golden: GoldenRun) -> None:
-    made, expected = planned(golden, golden.run_dir), golden.expected
-    assert made.recipe.fingerprint == expected["fingerprint"]
-    pipeline.run(made)
+    plan, expected = planned(golden, golden.run_dir), golden.expected
+    assert plan.recipe.fingerprint == expected["fingerprint"]
+    pipeline.run(plan)
 
     # the attempt took up the commit of step 5
     rows = read_journal(golden.run_dir / "journal.jsonl")
@@ -76,9 +76,9 @@ def test_a_run_of_an_earlier_tree_is_finished_to_the_same_numbers(golden: Golden
     assert [row.step for row in rows if isinstance(row, CheckpointRow)] == [5, 10]
 
     # the two chunks that were missing are the ones that the earlier tree made, and the others were not made again
-    assert {row.chunk for row in rows[starts[1] :] if isinstance(row, ChunkRow)} == set(made.chunks[-2:])
-    store = ChunkStore(made.config.store.url, made.recipe)
-    digests = {str(number): xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes()) for number in made.chunks}
+    assert {row.chunk for row in rows[starts[1] :] if isinstance(row, ChunkRow)} == set(plan.chunks[-2:])
+    store = ChunkStore(plan.config.store.url, plan.recipe)
+    digests = {str(number): xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes()) for number in plan.chunks}
     assert digests == expected["chunks"]
 
     # losses, gradients and scores
@@ -91,9 +91,9 @@ def test_a_run_of_an_earlier_tree_is_finished_to_the_same_numbers(golden: Golden
 def test_a_new_student_reads_the_store_of_an_earlier_tree(golden: GoldenRun, tmp_path: Path) -> None:
     config = golden.config()
     student = config.student.model_copy(update={"max_steps": 7, "zero_stage": 3, "learning_rate": 2e-2})
-    made = pipeline.plan(config.model_copy(update={"student": student}), run_dir=tmp_path / "new", cache_dir=golden.folder / "cache")
-    pipeline.train(made)
-    assert curve(made.run_dir) == pytest.approx([value for step in NEW_STUDENT for value in step], **CLOSE)
+    plan = pipeline.make_plan(config.model_copy(update={"student": student}), run_dir=tmp_path / "new", cache_dir=golden.folder / "cache")
+    pipeline.train(plan)
+    assert curve(plan.run_dir) == pytest.approx([value for step in NEW_STUDENT for value in step], **CLOSE)
 
 
 def test_the_report_of_a_run_of_an_earlier_tree_has_its_figures(golden: GoldenRun) -> None:

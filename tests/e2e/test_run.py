@@ -40,23 +40,23 @@ TEACHERS = {"min_replicas": 2, "max_replicas": 2}
 STUDENT = {"zero_stage": 2, "max_steps": 60}
 
 
-def journal(made: Plan) -> list[Row]:
-    return read_journal(made.run_dir / "journal.jsonl")
+def journal(plan: Plan) -> list[Row]:
+    return read_journal(plan.run_dir / "journal.jsonl")
 
 
-def curve(made: Plan, role: Role = "student") -> list[tuple[int, float, float]]:
-    return [(row.step, row.loss, row.grad_norm) for row in latest_train_rows(journal(made), role)]
+def curve(plan: Plan, role: Role = "student") -> list[tuple[int, float, float]]:
+    return [(row.step, row.loss, row.grad_norm) for row in latest_train_rows(journal(plan), role)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A run of two teachers, a student and a control, from an empty store to the report."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    made = tiny_world.plan(
+    plan = tiny_world.plan(
         folder / "run", store={"url": str(folder / "store")}, teacher=TEACHERS, student=STUDENT, evaluate={"control": True}
     )
-    pipeline.run(made)
-    return made
+    pipeline.run(plan)
+    return plan
 
 
 def test_a_run_ends_with_every_chunk_every_step_and_a_report(undisturbed: Plan) -> None:
@@ -97,25 +97,25 @@ def test_produce_then_train_through_s3_is_the_same_training_as_run(
     """Who trains may only read the bucket. Who is refused has left nothing in it."""
     client = boto3.client("s3", endpoint_url=s3_endpoint)
     client.create_bucket(Bucket="whisky")
-    made = tiny_world.plan(tmp_path / "run", store={"url": "s3://whisky/casks"}, teacher=TEACHERS, student=STUDENT)
+    plan = tiny_world.plan(tmp_path / "run", store={"url": "s3://whisky/casks"}, teacher=TEACHERS, student=STUDENT)
     with pytest.raises(StoreError, match="stillhouse produce"):
-        pipeline.train(made)
+        pipeline.train(plan)
     assert "Contents" not in client.list_objects_v2(Bucket="whisky")
-    pipeline.produce(made)
-    store = ChunkStore("s3://whisky/casks", made.recipe)
-    assert store.published() == set(made.chunks)
+    pipeline.produce(plan)
+    store = ChunkStore("s3://whisky/casks", plan.recipe)
+    assert store.published() == set(plan.chunks)
     before = client.list_objects_v2(Bucket="whisky")["Contents"]
     forbid_writing(client, "whisky")
-    pipeline.train(made)
-    assert curve(made) == curve(undisturbed)
+    pipeline.train(plan)
+    assert curve(plan) == curve(undisturbed)
     assert client.list_objects_v2(Bucket="whisky")["Contents"] == before
     assert "s3://whisky/casks may only be read, so this training cannot be registered there" in capsys.readouterr().err
-    with pytest.raises(StoreError, match=f"cannot be written.*all {len(made.chunks)} chunks that training reads are there"):
-        pipeline.produce(made)
+    with pytest.raises(StoreError, match=f"cannot be written.*all {len(plan.chunks)} chunks that training reads are there"):
+        pipeline.produce(plan)
 
 
 def run_until(
-    made: Plan,
+    plan: Plan,
     config: Path,
     stop: signal.Signals,
     *,
@@ -124,13 +124,13 @@ def run_until(
     meanwhile: Callable[[int], None] = lambda _pid: None,
 ) -> int:
     """Start the command on its own cluster, send the signal once the journal says so and `meanwhile` is done; return the exit code."""
-    command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(made.run_dir)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(made.run_dir.parent / "cache"), "AWS_ENDPOINT_URL": s3.url}
-    path = made.run_dir / "journal.jsonl"
+    command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(plan.run_dir)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(plan.run_dir.parent / "cache"), "AWS_ENDPOINT_URL": s3.url}
+    path = plan.run_dir / "journal.jsonl"
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell has what it starts in the background ignore it, and that is inherited
-    with (made.run_dir.parent / f"{stop.name}.log").open("w") as log:
+    with (plan.run_dir.parent / f"{stop.name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             deadline = monotonic() + 240
@@ -158,7 +158,7 @@ def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
 class Disturbed:
     """A run that was killed and then interrupted, and what other commands were told while it was at work."""
 
-    made: Plan
+    plan: Plan
     pid: int = 0  # of the command that was killed
     in_its_directory: Outcome | None = None
     in_another: Outcome | None = None
@@ -172,40 +172,40 @@ def disturbed(tiny_world: TinyWorld, s3_endpoint: str, tmp_path_factory: pytest.
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="grappa")
     settings = {"store": {"url": "s3://grappa/casks", "retain": "until-read"}, "cluster": {"num_cpus": 4}}
     student = STUDENT | {"checkpoint_url": "s3://grappa/commits"}
-    made = tiny_world.plan(folder / "run", **settings, student=student | {"checkpoint_every_steps": 4})
+    plan = tiny_world.plan(folder / "run", **settings, student=student | {"checkpoint_every_steps": 4})
     config = folder / "run.toml"
-    config.write_text(as_toml(made))
-    run = Disturbed(made)
+    config.write_text(as_toml(plan))
+    run = Disturbed(plan)
 
     def try_others(pid: int) -> None:
-        before = (made.run_dir / "config.json").read_bytes()
+        before = (plan.run_dir / "config.json").read_bytes()
         change = ("--set", "student.learning_rate = 3e-5")
         run.pid = pid
-        run.in_its_directory = stillhouse("run", config, *change, "--run-dir", made.run_dir, cache=folder / "cache")
+        run.in_its_directory = stillhouse("run", config, *change, "--run-dir", plan.run_dir, cache=folder / "cache")
         run.in_another = stillhouse("run", config, *change, "--run-dir", folder / "another", cache=folder / "cache")
-        run.changed += ["config.json"] if (made.run_dir / "config.json").read_bytes() != before else []
+        run.changed += ["config.json"] if (plan.run_dir / "config.json").read_bytes() != before else []
         run.changed += [path.name for path in (folder / "another").iterdir() if path.name != "lock"]
 
     with FaultyS3(s3_endpoint) as faulty_s3:
-        first = faulty_s3.hold(publications(but=made.chunks[:12]))  # a step reads one chunk: no attempt is done before its signal comes
+        first = faulty_s3.hold(publications(but=plan.chunks[:12]))  # a step reads one chunk: no attempt is done before its signal comes
         reached = attempt_has_trained(1)
-        assert run_until(made, config, signal.SIGKILL, reached=reached, s3=faulty_s3, meanwhile=try_others) == -signal.SIGKILL
-        second = faulty_s3.hold(publications(but=made.chunks[:24]))
+        assert run_until(plan, config, signal.SIGKILL, reached=reached, s3=faulty_s3, meanwhile=try_others) == -signal.SIGKILL
+        second = faulty_s3.hold(publications(but=plan.chunks[:24]))
         faulty_s3.end(first)
-        assert run_until(made, config, signal.SIGINT, reached=attempt_has_trained(2), s3=faulty_s3) == 130
+        assert run_until(plan, config, signal.SIGINT, reached=attempt_has_trained(2), s3=faulty_s3) == 130
         faulty_s3.end(second)
-        pipeline.run(tiny_world.plan(made.run_dir, **settings, student=student | {"checkpoint_every_steps": 100, "prefetch_batches": 1}))
+        pipeline.run(tiny_world.plan(plan.run_dir, **settings, student=student | {"checkpoint_every_steps": 100, "prefetch_batches": 1}))
         yield run
 
 
 @pytest.mark.timeout(900)  # three starts of everything; seconds on a free machine, minutes on a busy one
 def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(undisturbed: Plan, disturbed: Disturbed) -> None:
-    made = disturbed.made
-    rows = journal(made)
+    plan = disturbed.plan
+    rows = journal(plan)
     assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]
     assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["interrupted", "done"]
-    assert curve(made) == curve(undisturbed)
-    store = ChunkStore(made.config.store.url, made.recipe)
+    assert curve(plan) == curve(undisturbed)
+    store = ChunkStore(plan.config.store.url, plan.recipe)
     assert [(reader.committed_step, reader.total_steps) for reader in registered(store).readers] == [(60, 60)]
     assert store.published() == set()  # every chunk was deleted once it was read, and none was needed again
 
@@ -221,10 +221,10 @@ def test_a_second_command_is_refused_while_the_first_runs_and_changes_nothing(di
     assert disturbed.changed == []
 
 
-def as_toml(made: Plan) -> str:
+def as_toml(plan: Plan) -> str:
     """The config as TOML that the command reads: strings and numbers are written alike in JSON."""
     lines = []
-    for name, section in made.config.model_dump(mode="json", exclude_none=True).items():
+    for name, section in plan.config.model_dump(mode="json", exclude_none=True).items():
         lines.append(f"[{name}]")
         lines += [f"{key} = {as_toml_value(value)}" for key, value in section.items()]
     return "\n".join(lines) + "\n"
@@ -240,38 +240,38 @@ def asked_again(undisturbed: Plan, tiny_world: TinyWorld, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("again")
     run_dir = folder / "run, again"
     shutil.copytree(undisturbed.run_dir, run_dir)
-    made = tiny_world.plan(run_dir, store={"url": undisturbed.config.store.url}, student=STUDENT | {"learning_rate": 3e-5})
-    (folder / "run.toml").write_text(as_toml(made))
-    return made, stillhouse("train", folder / "run.toml", "--run-dir", made.run_dir, cache=folder / "cache")
+    plan = tiny_world.plan(run_dir, store={"url": undisturbed.config.store.url}, student=STUDENT | {"learning_rate": 3e-5})
+    (folder / "run.toml").write_text(as_toml(plan))
+    return plan, stillhouse("train", folder / "run.toml", "--run-dir", plan.run_dir, cache=folder / "cache")
 
 
 def test_a_run_with_nothing_left_to_train_says_so_and_which_settings_had_no_effect(asked_again: tuple[Plan, Outcome]) -> None:
-    made, outcome = asked_again
+    plan, outcome = asked_again
     words = (
         "nothing left to train: all 60 steps are committed; these settings differ from those it was trained with and had no effect: "
         "student.learning_rate = 3e-05 (trained with 0.003)"
     )
     assert outcome.code == 0, outcome
     assert words in outcome.err
-    end = journal(made)[-1]
+    end = journal(plan)[-1]
     assert isinstance(end, EndRow)
     assert (end.outcome, end.message, end.steps_taken, end.steps_done) == ("done", words, {}, {"student": 60})
-    assert config_of(made.run_dir).student.learning_rate == 3e-5  # what was asked for last
+    assert config_of(plan.run_dir).student.learning_rate == 3e-5  # what was asked for last
 
 
 def test_the_command_that_exports_the_student_can_be_typed_as_it_is_shown(asked_again: tuple[Plan, Outcome]) -> None:
-    made, outcome = asked_again
+    plan, outcome = asked_again
     (shown,) = re.findall(r"`(stillhouse export .*) OUT`", outcome.out)
-    assert shlex.split(shown) == ["stillhouse", "export", str(made.run_dir)]
+    assert shlex.split(shown) == ["stillhouse", "export", str(plan.run_dir)]
 
 
 def test_report_and_model_card_say_what_was_trained(asked_again: tuple[Plan, Outcome], tmp_path: Path) -> None:
-    made, _ = asked_again
+    plan, _ = asked_again
     trained = "learning rate 0.003, warm-up steps 5, then a cosine to 0 at step 60"
-    report = (made.run_dir / "report.html").read_text(encoding="utf-8")
+    report = (plan.run_dir / "report.html").read_text(encoding="utf-8")
     assert trained in report
     assert "learning rate 3e-05" not in report
-    pipeline.export_run(made, tmp_path / "student")
+    pipeline.export_run(plan, tmp_path / "student")
     assert f"| AdamW | {trained} |" in (tmp_path / "student" / "README.md").read_text()
 
 

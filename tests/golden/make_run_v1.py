@@ -33,11 +33,11 @@ def main(out: Path) -> None:
         folder.mkdir()
         make_inputs(folder)
         config = parse_config(golden_values(folder))
-        made = pipeline.plan(config, run_dir=folder / "run", cache_dir=Path(scratch) / "cache")
+        plan = pipeline.make_plan(config, run_dir=folder / "run", cache_dir=Path(scratch) / "cache")
         with attached(ClusterSection(num_cpus=2)):
-            pipeline.run(made, command="stillhouse run golden.toml")
-        (folder / "expected.json").write_text(json.dumps(outcome(made), indent=1) + "\n")
-        take_back(made)
+            pipeline.run(plan, command="stillhouse run golden.toml")
+        (folder / "expected.json").write_text(json.dumps(outcome(plan), indent=1) + "\n")
+        take_back(plan)
         for name in PLACED:
             path = folder / name
             path.write_text(without_checksum(path.read_text()).replace(str(folder), HERE))
@@ -60,12 +60,12 @@ def make_inputs(folder: Path) -> None:
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs[:12]))
 
 
-def outcome(made: pipeline.Plan) -> dict[str, object]:
-    rows = read_journal(made.run_dir / "journal.jsonl")
-    store = ChunkStore(made.config.store.url, made.recipe)
-    chunks = {number: xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes()) for number in made.chunks}
+def outcome(plan: pipeline.Plan) -> dict[str, object]:
+    rows = read_journal(plan.run_dir / "journal.jsonl")
+    store = ChunkStore(plan.config.store.url, plan.recipe)
+    chunks = {number: xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes()) for number in plan.chunks}
     return {
-        "fingerprint": made.recipe.fingerprint,
+        "fingerprint": plan.recipe.fingerprint,
         "curve": [[row.step, row.loss, row.grad_norm] for row in latest_train_rows(rows, "student")],
         "chunks": chunks,
         "scores": {
@@ -76,22 +76,22 @@ def outcome(made: pipeline.Plan) -> dict[str, object]:
     }
 
 
-def take_back(made: pipeline.Plan) -> None:
+def take_back(plan: pipeline.Plan) -> None:
     """To half its steps."""
-    journal = made.run_dir / "journal.jsonl"
+    journal = plan.run_dir / "journal.jsonl"
     lines, rows = journal.read_text().splitlines(), read_journal(journal)
     (end,) = (index for index, row in enumerate(rows) if isinstance(row, CheckpointRow) and row.step == HALF)
     journal.write_text("\n".join(lines[: end + 1]) + "\n")
-    store = ChunkStore(made.config.store.url, made.recipe)
-    for number in made.chunks[-2:]:
+    store = ChunkStore(plan.config.store.url, plan.recipe)
+    for number in plan.chunks[-2:]:
         Path(store.url, store.key(number)).unlink()
-    consumers.commit(store, made.jobs()[0].reader(HALF))
-    for path in (made.run_dir / "checkpoints" / "student").glob(f"step-{2 * HALF:08}*"):
+    consumers.commit(store, plan.jobs()[0].reader(HALF))
+    for path in (plan.run_dir / "checkpoints" / "student").glob(f"step-{2 * HALF:08}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in made.run_dir.rglob("*"):  # what says where and by whom it was made, and the page
+    for path in plan.run_dir.rglob("*"):  # what says where and by whom it was made, and the page
         if path.name in ("lock", "report.html") or path.name.startswith("owner-"):
             path.unlink()
-    shutil.rmtree(made.run_dir / "ray")
+    shutil.rmtree(plan.run_dir / "ray")
 
 
 def without_checksum(text: str) -> str:

@@ -40,10 +40,10 @@ def as_toml(values: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def config_of(made: Plan) -> Path:
+def config_of(plan: Plan) -> Path:
     """The plan's config in a file beside its run directory."""
-    path = made.run_dir.with_suffix(".toml")
-    values = made.config.model_dump(mode="json", exclude_none=True)
+    path = plan.run_dir.with_suffix(".toml")
+    values = plan.config.model_dump(mode="json", exclude_none=True)
     path.write_text(as_toml({name: {key: value for key, value in table.items() if value != []} for name, table in values.items()}))
     return path
 

@@ -1,6 +1,6 @@
 """Commands, ranks, teachers and readers on simulated time, over a simulated store or disk: one seed is one course, with its faults.
 
-Real are `RankWriter`, `checkpoint.publish`, `retain`, `choose` and `set_aside`, `ChunkStore`, the registry of readers, `Readership`,
+Real are `RankWriter`, `checkpoint.publish`, `retain`, `choose` and `set_aside`, `ChunkStore`, the registry of readers, `Retention`,
 the taking over, renewal and checking of ownership, and `Blobs` and `atomic` below them. Simulated are the clock, the requests to an object
 store (`Bucket`), the disk and its power cut (`powercut`), the training itself (a pause a step), the pool's dispatch of work, and the
 watchdog (a command starts a new group when a rank is dead or shows no progress; ranks of the old one may live on).
@@ -42,11 +42,11 @@ from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Lease, release, renew, take_over
 from stillhouse.retry import Patience, insist
-from stillhouse.store import Chunk, ChunkStore, Reader, StoreUnavailable
+from stillhouse.store import Chunk, ChunkStore, Consumer, StoreUnavailable
 from stillhouse.store.chunk_store import ChunkMissing
 from stillhouse.store.consumers import commit, join, registered
 from stillhouse.store.object_store import Blobs, ObjectLayer
-from stillhouse.teacher.readership import Readership
+from stillhouse.teacher.retention import Retention
 
 NUM_CHUNKS, STEPS_A_CHUNK, CHECKPOINT_EVERY = 3, 2, 2
 TOTAL_STEPS = NUM_CHUNKS * STEPS_A_CHUNK
@@ -213,8 +213,8 @@ class Run:
     def newest_step(self) -> int:
         return max(self.manifests, default=0)
 
-    def reader(self, step: int) -> Reader:
-        return Reader(name=self.name, global_batch_sequences=1, seed=0, window_chunks=1, total_steps=TOTAL_STEPS, committed_step=step)
+    def reader(self, step: int) -> Consumer:
+        return Consumer(name=self.name, global_batch_sequences=1, seed=0, window_chunks=1, total_steps=TOTAL_STEPS, committed_step=step)
 
 
 @dataclass
@@ -386,21 +386,19 @@ class World:
         """Publish what is needed, look at the readers, delete, and publish anew what a reader misses."""
         me, store, seed = self.schedule.running, ChunkStore(self.blobs("store"), RECIPE), next(self.names) % 3
         assert me is not None
-        readership = Readership(
-            store, own=[run.name], deletes=True, least_ahead=1, done_after=lambda _: DONE_AFTER, position=lambda _: None
-        )
+        retention = Retention(store, own=[run.name], deletes=True, least_ahead=1, done_after=lambda _: DONE_AFTER, position=lambda _: None)
         there = self.insist(store.published)
         me.look_began = self.schedule.now
-        needed = self.insist(lambda: readership.begin(np.array(sorted(there), dtype=np.int64)))
+        needed = self.insist(lambda: retention.begin(np.array(sorted(there), dtype=np.int64)))
         wanted = [int(number) for number in np.flatnonzero(needed) if number not in there]
         while True:
             for number in wanted:
                 self.insist(lambda number=number: store.publish(chunk_of(number, seed)))
-                readership.published(number)
+                retention.published(number)
                 self.told_chunks |= {number} & self.published.keys()
             self.schedule.pause(3.0)
             me.look_began = self.schedule.now
-            wanted = readership.look()
+            wanted = retention.look()
             wanted += [number for number in sorted(self.missed) if not self.insist(lambda number=number: store.is_whole(number))]
             self.missed.clear()
 

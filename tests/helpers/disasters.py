@@ -29,12 +29,12 @@ class Disaster:
 
     def __init__(self, scene: Scene, world: TinyWorld, folder: Path, *, bucket: str) -> None:
         self.scene, self.world, self.folder, self.bucket = scene, world, folder, bucket
-        self.made: Plan = scene.plan(world, folder / "run", store={"url": f"s3://{bucket}/casks"}, student=self.students())
-        self.store = ChunkStore(self.made.config.store.url, self.made.recipe)
+        self.plan: Plan = scene.plan(world, folder / "run", store={"url": f"s3://{bucket}/casks"}, student=self.students())
+        self.store = ChunkStore(self.plan.config.store.url, self.plan.recipe)
         self._limit: Fault | None = None
         self.hold(*TEACHERS)
         self.let_read(0)
-        self.run = scene.run(self.made)
+        self.run = scene.run(self.plan)
 
         self.num_deaths = 0
         self.num_unpublished = 0  # chunks that were made, and lost with their teachers at the bucket's door
@@ -80,7 +80,7 @@ class Disaster:
 
     def let_read(self, num_chunks: int) -> None:
         """The ranks may read so many chunks at the front of the reading order; for those behind they wait."""
-        allowed, before = set(self.made.chunks[:num_chunks]), self._limit
+        allowed, before = set(self.plan.chunks[:num_chunks]), self._limit
         way = self.scene.s3[HUB]
         self._limit = way.hold(lambda request: request.method == "GET" and request.chunk is not None and request.chunk not in allowed)
         if before is not None:
@@ -116,7 +116,7 @@ def live_through(disaster: Disaster, rng: random.Random, *, long_form: bool) -> 
                 sleep(rng.uniform(0.0, 0.5))  # somewhere in a step, in a checkpoint, or behind both
                 strike(disaster, rng)
             disaster.until_they_wait()
-        disaster.run.until(lambda: len(disaster.store.published()) == len(disaster.made.chunks))
+        disaster.run.until(lambda: len(disaster.store.published()) == len(disaster.plan.chunks))
         lose_everything(disaster)
     finally:
         for way in disaster.scene.s3.values():
@@ -198,19 +198,19 @@ def lose_everything(disaster: Disaster) -> None:
     disaster.run.command.kill()
     disaster.scene.cluster.lose()
     disaster.rows = disaster.run.rows
-    disaster.made.run_dir.rename(disaster.folder / "out of reach")
+    disaster.plan.run_dir.rename(disaster.folder / "out of reach")
 
 
 def go_on_elsewhere(disaster: Disaster, ranks: RankGroup | None) -> None:
     """The same run in a directory of its own, by the test session's cluster or by these ranks alone."""
     run_dir = disaster.folder / "elsewhere"
-    made = disaster.world.plan(run_dir, store={"url": disaster.store.url}, student=EPOCH | disaster.students())
-    assert made.recipe == disaster.made.recipe
+    plan = disaster.world.plan(run_dir, store={"url": disaster.store.url}, student=EPOCH | disaster.students())
+    assert plan.recipe == disaster.plan.recipe
     if ranks is None:
-        pipeline.run(made)
+        pipeline.run(plan)
         disaster.rows_elsewhere = read_journal(run_dir / "journal.jsonl")
     else:
-        disaster.rows_elsewhere = [*ranks.call(train_and_tell, made.jobs()[0])[0]]
+        disaster.rows_elsewhere = [*ranks.call(train_and_tell, plan.jobs()[0])[0]]
 
 
 def steps_of(rows: list[Row]) -> list[int]:

@@ -85,5 +85,5 @@ def _live(job: TrainJob, rank: int, world_size: int, meeting: str, environment: 
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     prepare_process("cpu", 1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
-    train(job, device=CPU, journal=HaltingJournal(Journal(job.journal), halt if rank == 0 else None), lifeline=Alone())
+    train(job, device=CPU, journal=HaltingJournal(Journal(job.journal), halt if rank == 0 else None), link=Alone())
     dist.destroy_process_group()

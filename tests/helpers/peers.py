@@ -14,7 +14,7 @@ from helpers.training import CPU, Alone, ListTracker, refuse_outage
 from stillhouse.checkpoint.restore import restore
 from stillhouse.checkpoint.writer import attempt_name
 from stillhouse.cluster.collectives import gathered, outcomes, told
-from stillhouse.cluster.coordinator import Summons
+from stillhouse.cluster.coordinator import StopRequest
 from stillhouse.errors import StillhouseError, StudentError
 from stillhouse.store.object_store import StoreUnavailable
 from stillhouse.student.job import TrainJob
@@ -88,14 +88,14 @@ def too_long(num_bytes: int) -> list[str]:
 def train_without_objects(job: TrainJob) -> bool:
     """Train, where an object that a peer has pickled may not be opened, whoever asks for it."""
     with patch.object(distributed_c10d, "_tensor_to_object", side_effect=AssertionError("an object of a peer's was opened")):
-        return train(job, device=CPU, journal=ListTracker(), lifeline=Alone())
+        return train(job, device=CPU, journal=ListTracker(), link=Alone())
 
 
 def train_until_rank_1_is_summoned(job: TrainJob) -> tuple[bool, list[tuple[str, object, object]]]:
     """Rank 1 alone knows from the beginning that the group shall leave; whether each trained to the end, and what it explained."""
-    lifeline = Alone(Summons("notice", 60.0, "a machine: “weg”") if dist.get_rank() == 1 else None)
-    finished = train(job, device=CPU, journal=ListTracker(), lifeline=lifeline)
-    return finished, [each for each in lifeline.told if each[0] == "explain"]
+    link = Alone(StopRequest("notice", 60.0, "a machine: “weg”") if dist.get_rank() == 1 else None)
+    finished = train(job, device=CPU, journal=ListTracker(), link=link)
+    return finished, [each for each in link.told if each[0] == "explain"]
 
 
 def _restore(url: Path) -> None:

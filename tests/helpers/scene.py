@@ -111,30 +111,30 @@ class Scene:
         """A run on this cluster."""
         return world.plan(run_dir, **merged(PLACES | {"cluster": {"address": self.cluster.address}}, changes))
 
-    def run(self, made: Plan) -> "LiveRun":
+    def run(self, plan: Plan) -> "LiveRun":
         """Begin `stillhouse run`."""
-        config = made.run_dir.with_suffix(".toml")
-        values = made.config.model_dump(mode="json", exclude_none=True)
+        config = plan.run_dir.with_suffix(".toml")
+        values = plan.config.model_dump(mode="json", exclude_none=True)
         config.write_text(as_toml({name: {key: value for key, value in table.items() if value != []} for name, table in values.items()}))
-        log = made.run_dir.with_suffix(".log")
-        return LiveRun(made, self.commands.start("run", config, "--run-dir", made.run_dir, log=log))
+        log = plan.run_dir.with_suffix(".log")
+        return LiveRun(plan, self.commands.start("run", config, "--run-dir", plan.run_dir, log=log))
 
 
 @dataclass(frozen=True)
 class Undisturbed:
     """What comes of a run when nothing happens."""
 
-    made: Plan
+    plan: Plan
     curve: list[tuple[float, ...]]
 
     @classmethod
-    def trained(cls, made: Plan, ranks: RankGroup) -> "Undisturbed":
+    def trained(cls, plan: Plan, ranks: RankGroup) -> "Undisturbed":
         """By the training loop alone, in processes that are there already, on a store that is full."""
-        (job,) = made.jobs()
-        return cls(made, curve(ranks.call(train_and_tell, job)[0]))
+        (job,) = plan.jobs()
+        return cls(plan, curve(ranks.call(train_and_tell, job)[0]))
 
     def chunk(self, number: int) -> bytes:
-        store = ChunkStore(self.made.config.store.url, self.made.recipe)
+        store = ChunkStore(self.plan.config.store.url, self.plan.recipe)
         return (Path(store.url) / store.key(number)).read_bytes()
 
 
@@ -146,9 +146,9 @@ def curve(rows: Sequence[Row]) -> list[tuple[float, ...]]:
 class LiveRun:
     """A run whose command is at work."""
 
-    def __init__(self, made: Plan, command: Command) -> None:
-        self.made, self.command = made, command
-        self._journal, self._rows = JournalReader(made.run_dir / "journal.jsonl"), list[Row]()
+    def __init__(self, plan: Plan, command: Command) -> None:
+        self.plan, self.command = plan, command
+        self._journal, self._rows = JournalReader(plan.run_dir / "journal.jsonl"), list[Row]()
 
     @property
     def rows(self) -> list[Row]:

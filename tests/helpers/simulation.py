@@ -15,7 +15,7 @@ import torch
 
 from helpers.chunks import make_records
 from stillhouse.cluster.coordinator import News
-from stillhouse.cluster.preemption import Notice
+from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.engines.probe import Probe
 from stillhouse.logits import CompressedLogits, Fidelity
 from stillhouse.sequence import Sequences, WorkItem
@@ -212,12 +212,12 @@ class SimulatedCrew:
 
 @dataclass
 class Mailbox:
-    """What students and machines would have left on a board."""
+    """What students and machines would have left on a coordinator."""
 
     cursors: dict[str, int] = field(default_factory=dict)
     bad_chunks: set[int] = field(default_factory=set)
-    notices: dict[str, Notice] = field(default_factory=dict)
-    beating: Callable[[], Collection[int]] = tuple  # teachers that have given a sign of life
+    notices: dict[str, PreemptionNotice] = field(default_factory=dict)
+    beating: Callable[[], Collection[int]] = tuple  # teachers that have given a heartbeat
 
     def read(self) -> News:
         bad_chunks, self.bad_chunks = frozenset(self.bad_chunks), set()

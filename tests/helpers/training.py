@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
 from stillhouse.checkpoint.restore import Restored, restore
-from stillhouse.cluster.coordinator import Board, Cause, Past, Phase, Summons
+from stillhouse.cluster.coordinator import Cause, Coordinator, Phase, PreviousAttempt, StopRequest
 from stillhouse.errors import UserError
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
@@ -22,8 +22,8 @@ from stillhouse.models.batch import hidden_at
 from stillhouse.retry import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.student.engine import StudentEngine
+from stillhouse.student.heartbeat import CoordinatorLink
 from stillhouse.student.job import TrainJob
-from stillhouse.student.lifeline import BoardLifeline
 from stillhouse.student.loader import BatchReader, refuse_bad_chunk
 from stillhouse.student.train import train
 from stillhouse.student.universal import convert
@@ -44,12 +44,12 @@ class ListTracker:
 
 @dataclass(slots=True)
 class Alone:
-    """A lifeline to nobody, which keeps what it is told: no summons comes but what the test sets, and no damaged chunk is replaced."""
+    """A link to nobody, which keeps what it is told: no stop request comes but what the test sets, and no damaged chunk is replaced."""
 
-    summons: Summons | None = None
+    stop_request: StopRequest | None = None
     told: list[tuple[str, object, object]] = field(default_factory=list)
 
-    def begin(self, committed_step: int) -> Past | None:
+    def begin(self, committed_step: int) -> PreviousAttempt | None:
         self.told.append(("begin", committed_step, None))
         return None
 
@@ -76,28 +76,28 @@ def refuse_outage(seconds: float, why: str) -> None:
 
 @dataclass(slots=True)
 class ToldToLeave(Alone):
-    """The same, but a summons comes once some steps are taken."""
+    """The same, but a stop request comes once some steps are taken."""
 
-    to_come: Summons | None = None
+    to_come: StopRequest | None = None
     after_steps: int = 1
 
     def stepped(self, step: int, chunks_finished: int) -> None:
         self.told.append(("stepped", step, chunks_finished))
         if step >= self.after_steps:
-            self.summons = self.to_come
+            self.stop_request = self.to_come
 
 
-def train_until_told(job: TrainJob, summons: Summons, after_steps: int) -> tuple[bool, list[Row]]:
-    """Train until the summons: whether the job is done, and what was journalled when the loop returned."""
+def train_until_told(job: TrainJob, stop_request: StopRequest, after_steps: int) -> tuple[bool, list[Row]]:
+    """Train until the stop request: whether the job is done, and what was journalled when the loop returned."""
     tracker = ListTracker()
-    done = train(job, device=CPU, journal=tracker, lifeline=ToldToLeave(to_come=summons, after_steps=after_steps))
+    done = train(job, device=CPU, journal=tracker, link=ToldToLeave(to_come=stop_request, after_steps=after_steps))
     return done, list(tracker.rows)
 
 
 def train_and_tell(job: TrainJob) -> list[TrainRow]:
     """Train the job; rank 0's training rows, in order."""
     tracker = ListTracker()
-    train(job, device=CPU, journal=tracker, lifeline=Alone())
+    train(job, device=CPU, journal=tracker, link=Alone())
     return [row for row in tracker.rows if isinstance(row, TrainRow)]
 
 
@@ -105,27 +105,27 @@ def train_and_tell(job: TrainJob) -> list[TrainRow]:
 class PhaseTracker:
     """A tracker that keeps in which phase its rank is whenever a step's row is recorded."""
 
-    lifeline: Alone
+    link: Alone
     phases: list[object] = field(default_factory=list)
 
     def record(self, row: Row) -> None:
         if isinstance(row, TrainRow):
-            *_, (_, _, phase) = (each for each in self.lifeline.told if each[0] == "at")
+            *_, (_, _, phase) = (each for each in self.link.told if each[0] == "at")
             self.phases.append(phase)
 
 
 def phases_at_rows(job: TrainJob) -> list[object]:
     """Train the job; the phase that this rank is in as it records each step."""
-    lifeline = Alone()
-    tracker = PhaseTracker(lifeline)
-    train(job, device=CPU, journal=tracker, lifeline=lifeline)
+    link = Alone()
+    tracker = PhaseTracker(link)
+    train(job, device=CPU, journal=tracker, link=link)
     return tracker.phases
 
 
-def train_on_a_line(job: TrainJob, board: Board) -> None:
-    """Train the job alone, with heartbeats to the board, which journals."""
-    with BoardLifeline(board, job, "off", rank=0, world_size=1, teachers_at_work=False) as lifeline:
-        train(job, device=CPU, journal=board, lifeline=lifeline)
+def train_on_a_line(job: TrainJob, coordinator: Coordinator) -> None:
+    """Train the job alone, with heartbeats to the coordinator, which journals."""
+    with CoordinatorLink(coordinator, job, "off", rank=0, world_size=1, teachers_at_work=False) as link:
+        train(job, device=CPU, journal=coordinator, link=link)
 
 
 def refusal_of(job: TrainJob) -> str:

@@ -12,7 +12,7 @@ from helpers.models import make_model
 from stillhouse.config import Config, parse_config
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.logits import concatenate, encode
-from stillhouse.pipeline import Plan, plan
+from stillhouse.pipeline import Plan, make_plan
 from stillhouse.store import Chunk, ChunkStore
 
 _VOCAB_SIZE = 300
@@ -67,16 +67,16 @@ class TinyWorld:
         return parse_config(merged(self.values, changes))
 
     def plan(self, run_dir: Path, **changes: dict[str, Any]) -> Plan:
-        return plan(self.config(**changes), run_dir=run_dir, cache_dir=self.folder / "cache")
+        return make_plan(self.config(**changes), run_dir=run_dir, cache_dir=self.folder / "cache")
 
-    def fill_store(self, made: Plan) -> None:
+    def fill_store(self, plan: Plan) -> None:
         """What the teacher pool does, in this process."""
-        store = ChunkStore.create(made.config.store.url, made.recipe)
-        missing = set(made.chunks) - store.published()
+        store = ChunkStore.create(plan.config.store.url, plan.recipe)
+        missing = set(plan.chunks) - store.published()
         if not missing:
             return
-        teacher = TransformersEngine(made.config.teacher, made.recipe, device="cpu")
+        teacher = TransformersEngine(plan.config.teacher, plan.recipe, device="cpu")
         for number in sorted(missing):
-            item = made.item(number)
-            records = encode(concatenate(teacher.targets(item)), made.recipe.codec).numpy()
+            item = plan.item(number)
+            records = encode(concatenate(teacher.targets(item)), plan.recipe.codec).numpy()
             store.publish(Chunk(number, item.sequences, records))

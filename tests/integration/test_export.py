@@ -47,17 +47,17 @@ def until(condition: Callable[[], object], *, every_s: float = 0.01) -> None:
 def test_an_export_that_was_killed_leaves_no_half_of_a_model_and_the_same_command_writes_it(tiny_world: TinyWorld, tmp_path: Path) -> None:
     """It is killed when the first bytes of the weights are there."""
     make_model(tmp_path / "large", vocab_size=300, hidden_size=768, intermediate_size=4096, num_layers=2, seed=2)
-    made = tiny_world.plan(tmp_path / "run", student={"model": str(tmp_path / "large")})
-    claim_and_commit(made)
+    plan = tiny_world.plan(tmp_path / "run", student={"model": str(tmp_path / "large")})
+    claim_and_commit(plan)
     out = tmp_path / "exports" / "student"
     out.parent.mkdir()
     server = CommandServer({"XDG_CACHE_HOME": str(tmp_path / "cache")})
     try:
-        first = server.start("export", made.run_dir, out, log=tmp_path / "first.log")
+        first = server.start("export", plan.run_dir, out, log=tmp_path / "first.log")
         until(lambda: any(out.parent.rglob("*.safetensors")) or first.has_ended(), every_s=0.001)
         first.kill()
         assert not out.exists()
-        second = server.start("export", made.run_dir, out, log=tmp_path / "second.log")
+        second = server.start("export", plan.run_dir, out, log=tmp_path / "second.log")
         assert second.wait(timeout_s=PATIENCE_S) == 0, second.words()
     finally:
         server.close()
@@ -65,11 +65,11 @@ def test_an_export_that_was_killed_leaves_no_half_of_a_model_and_the_same_comman
     assert [*out.parent.iterdir()] == [out]
 
 
-def claim_and_commit(made: Plan) -> None:
+def claim_and_commit(plan: Plan) -> None:
     """What a run leaves, as far as an export reads it."""
-    made.run_dir.mkdir()
-    claim(made)
-    commit_weights(made.jobs()[0].checkpoints, load_model(made.config.student, random_init_seed=1), 7)
+    plan.run_dir.mkdir()
+    claim(plan)
+    commit_weights(plan.jobs()[0].checkpoints, load_model(plan.config.student, random_init_seed=1), 7)
 
 
 # ---- a bucket that is away
@@ -84,14 +84,14 @@ def proxy(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS
 
 
 @pytest.fixture
-def made(tiny_world: TinyWorld, s3_endpoint: str, proxy: FaultyS3, tmp_path: Path) -> Plan:
+def plan(tiny_world: TinyWorld, s3_endpoint: str, proxy: FaultyS3, tmp_path: Path) -> Plan:
     """A run whose student is committed in a bucket."""
     assert proxy.url != s3_endpoint
     bucket = f"exports-{uuid4().hex[:8]}"
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket=bucket)
-    made = tiny_world.plan(tmp_path / "run", student={"checkpoint_url": f"s3://{bucket}/run"})
-    claim_and_commit(made)
-    return made
+    plan = tiny_world.plan(tmp_path / "run", student={"checkpoint_url": f"s3://{bucket}/run"})
+    claim_and_commit(plan)
+    return plan
 
 
 def reads(request: Request) -> bool:
@@ -101,20 +101,20 @@ def reads(request: Request) -> bool:
 NOT_YET = 425  # an answer that obstore does not try again by itself
 
 
-def test_an_export_asks_again_where_a_request_found_the_bucket_away(made: Plan, proxy: FaultyS3, tmp_path: Path) -> None:
+def test_an_export_asks_again_where_a_request_found_the_bucket_away(plan: Plan, proxy: FaultyS3, tmp_path: Path) -> None:
     proxy.refuse(reads, status=NOT_YET, times=2)
-    assert pipeline.export_run(made, tmp_path / "out") == 7
+    assert pipeline.export_run(plan, tmp_path / "out") == 7
     assert len(proxy.refused) == 2
 
 
-def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(made: Plan, proxy: FaultyS3) -> None:
+def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(plan: Plan, proxy: FaultyS3) -> None:
     proxy.refuse(reads, status=NOT_YET, times=2)
-    job, heldout = made.jobs()[0], made.sources.heldout
+    job, heldout = plan.jobs()[0], plan.sources.heldout
     comparison = EvaluationJob(
-        teacher=ModelSection(model=made.config.teacher.model, dtype="float32"),
+        teacher=ModelSection(model=plan.config.teacher.model, dtype="float32"),
         models={"student": Trained(job.section, job.checkpoints, ListTracker())},
-        vocab_size=made.recipe.vocab_size,
-        section=made.config.evaluate,
+        vocab_size=plan.recipe.vocab_size,
+        section=plan.config.evaluate,
         device="cpu",
         threads=1,
         secrets=Secrets(None),
@@ -124,8 +124,8 @@ def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(made: Pl
     assert len(proxy.refused) == 2
 
 
-def test_a_bucket_that_is_away_for_long_is_told_and_waited_for_and_one_that_stays_away_is_given_up(made: Plan, proxy: FaultyS3) -> None:
-    job, tracker = made.jobs()[0], ListTracker()
+def test_a_bucket_that_is_away_for_long_is_told_and_waited_for_and_one_that_stays_away_is_given_up(plan: Plan, proxy: FaultyS3) -> None:
+    job, tracker = plan.jobs()[0], ListTracker()
     patience = Patience(request_s=0.1, tell_after_s=0.3, last_pause_s=0.1)
     proxy.refuse(everything, status=503)
     with ThreadPoolExecutor(1) as threads:

@@ -24,9 +24,9 @@ SHARP = {"k": 8, "tail_draws": 12, "temperature": 0.1}
 
 def plan_of(tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, object], **student: object) -> Plan:
     """A plan of four steps whose chunks are all in its store."""
-    made = tiny_world.plan(run_dir, target=target, student=STUDENT | student)
-    tiny_world.fill_store(made)
-    return made
+    plan = tiny_world.plan(run_dir, target=target, student=STUDENT | student)
+    tiny_world.fill_store(plan)
+    return plan
 
 
 def job_of(tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, object], **student: object) -> TrainJob:
@@ -72,12 +72,12 @@ def test_a_config_that_wants_one_bucket_gets_it_and_a_begun_training_is_not_aske
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_command_ends_as_a_users_mistake_before_any_step(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    made = plan_of(tiny_world, tmp_path / "run", target=FLAT)
+    plan = plan_of(tiny_world, tmp_path / "run", target=FLAT)
     config = tmp_path / "config.toml"
     config.write_text(as_toml(merged(tiny_world.values, {"target": FLAT, "student": STUDENT})))
-    refused = stillhouse("train", config, "--run-dir", made.run_dir, cache=tmp_path)
+    refused = stillhouse("train", config, "--run-dir", plan.run_dir, cache=tmp_path)
     assert refused.code == 2, refused
     assert "student.tail_as_bucket = true" in refused.err
-    rows = read_journal(made.run_dir / "journal.jsonl")
+    rows = read_journal(plan.run_dir / "journal.jsonl")
     assert not [row for row in rows if isinstance(row, TrainRow)]
     assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["failed"]

@@ -76,14 +76,14 @@ def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trai
     lines = [line for line in inspect.getsource(textwrap).splitlines() if len(line) > 8]
     (folder / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     student = make_model(folder / "student", vocab_size=300, hidden_size=16, tied=False, seed=5, weight_std=0.1, config={"mlp_bias": True})
-    made = tiny_world.plan(
+    plan = tiny_world.plan(
         folder / "run",
         corpus={"dataset": str(folder / "lines.jsonl"), "sequence_length": 48},
         target={"k": 8, "tail_draws": 0, "temperature": TEMPERATURE},
         student=STUDENT | {"model": str(student)},
     )
-    tiny_world.fill_store(made)
-    return made.jobs()[0]
+    tiny_world.fill_store(plan)
+    return plan.jobs()[0]
 
 
 def stored_sequences(job: TrainJob) -> dict[int, Sequence]:

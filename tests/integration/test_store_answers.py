@@ -107,8 +107,8 @@ def test_a_run_whose_checkpoints_would_be_replaced_is_refused_before_it_starts(
     server: RangeServer, tiny_world: TinyWorld, tmp_path: Path, verb: Callable[..., None]
 ):
     server.honours_conditions = False
-    made = tiny_world.plan(tmp_path / "run", student={"checkpoint_url": "s3://bucket/checkpoints"})
+    plan = tiny_world.plan(tmp_path / "run", student={"checkpoint_url": "s3://bucket/checkpoints"})
     with pytest.raises(StoreError, match=r"s3://bucket/checkpoints replaces an object.*If-None-Match: \*"):
-        verb(made)
+        verb(plan)
     assert server.objects == {}
     assert not (tmp_path / "run" / "journal.jsonl").exists()

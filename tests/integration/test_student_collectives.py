@@ -25,17 +25,17 @@ def test_an_error_arrives_with_its_kind_and_its_words(rank_groups: Ranks) -> Non
 
 def test_a_training_opens_no_object_of_a_peer(tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path) -> None:
     """It begins on one rank, and two go on, first from a converted checkpoint; at stage 3 DeepSpeed has most to talk about."""
-    made = tiny_world.plan(tmp_path, student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
-    tiny_world.fill_store(made)
-    job = replace(with_student(made.jobs()[0], zero_stage=3), total_steps=1)
+    plan = tiny_world.plan(tmp_path, student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
+    tiny_world.fill_store(plan)
+    job = replace(with_student(plan.jobs()[0], zero_stage=3), total_steps=1)
     rank_groups[1].call(train_and_tell, job)
     for total_steps in (2, 3):
         assert rank_groups[2].call(peers.train_without_objects, replace(job, total_steps=total_steps)) == [True, True]
 
 
 def test_a_summons_that_one_rank_knows_of_is_heeded_by_all(tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path) -> None:
-    made = tiny_world.plan(tmp_path, student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
-    tiny_world.fill_store(made)
-    first, second = rank_groups[2].call(peers.train_until_rank_1_is_summoned, with_student(made.jobs()[0], zero_stage=1))
+    plan = tiny_world.plan(tmp_path, student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
+    tiny_world.fill_store(plan)
+    first, second = rank_groups[2].call(peers.train_until_rank_1_is_summoned, with_student(plan.jobs()[0], zero_stage=1))
     assert first == (False, [("explain", "notice", "a machine: “weg”")])
     assert second == (False, [])

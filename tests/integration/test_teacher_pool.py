@@ -19,7 +19,7 @@ import pytest
 from helpers.processes import kill_one
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
@@ -63,19 +63,25 @@ class WatchedTracker:
         with self._changed:
             self._changed.notify_all()
 
-    def made(self) -> Counter[int]:
+    def plan(self) -> Counter[int]:
         return Counter(row.chunk for row in self.rows if isinstance(row, ChunkRow))
 
 
 def pool_of(
-    made: Plan, board: Board, *, order: list[int], journal: WatchedTracker, item_of: Callable[[int], WorkItem], **teacher: object
+    plan: Plan,
+    coordinator: Coordinator,
+    *,
+    order: list[int],
+    journal: WatchedTracker,
+    item_of: Callable[[int], WorkItem],
+    **teacher: object,
 ) -> TeacherPool:
-    section = made.config.teacher.model_copy(update=teacher)
-    job = TeacherJob(section, made.recipe, made.config.store.url, threads=1, notices="off")
+    section = plan.config.teacher.model_copy(update=teacher)
+    job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
     return TeacherPool(
-        RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), board=board),
+        RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator),
         section,
-        store=ChunkStore(made.config.store.url, made.recipe),
+        store=ChunkStore(plan.config.store.url, plan.recipe),
         order=order,
         item_of=item_of,
         window_chunks=WINDOW,
@@ -84,9 +90,9 @@ def pool_of(
 
 
 def new_plan(tiny_world: TinyWorld, folder: Path) -> Plan:
-    made = tiny_world.plan(folder / "run", store={"url": str(folder / "store")})
-    ChunkStore.create(made.config.store.url, made.recipe)
-    return made
+    plan = tiny_world.plan(folder / "run", store={"url": str(folder / "store")})
+    ChunkStore.create(plan.config.store.url, plan.recipe)
+    return plan
 
 
 def poisoned(item: WorkItem) -> WorkItem:
@@ -116,7 +122,7 @@ class Story:
         return Path(self.store.url) / self.store.key(number)
 
 
-def live_through_it(story: Story, pool: TeacherPool, board: Board) -> None:
+def live_through_it(story: Story, pool: TeacherPool, coordinator: Coordinator) -> None:
     order, journal = story.order, story.journal
     unwanted = story.plan.chunks[NUM_CHUNKS]
     students_are_done = threading.Event()
@@ -125,7 +131,7 @@ def live_through_it(story: Story, pool: TeacherPool, board: Board) -> None:
         return any(isinstance(row, PoolRow) and row.window_wait_s > 0 for row in rows)
 
     with ThreadPoolExecutor() as threads:
-        running = threads.submit(pool.run, readers=["student"], board=board, finished=students_are_done.is_set)
+        running = threads.submit(pool.run, readers=["student"], coordinator=coordinator, finished=students_are_done.is_set)
         running.add_done_callback(journal.wake)
         try:
             journal.wait_for(window_is_closed, unless=running.done)
@@ -137,14 +143,14 @@ def live_through_it(story: Story, pool: TeacherPool, board: Board) -> None:
             damaged[-1] ^= 1
             story.path_of(order[0]).write_bytes(damaged)
             for number in (order[0], order[0], order[1], order[-1], unwanted):  # bad, again, sound, not there yet, for nobody
-                board.report_bad_chunk(number)
-            journal.wait_for(lambda _rows: journal.made()[order[0]] == 2, unless=running.done)
+                coordinator.report_bad_chunk(number)
+            journal.wait_for(lambda _rows: journal.plan()[order[0]] == 2, unless=running.done)
             story.quarantined = sorted(path.name for path in Path(story.store.url).rglob("quarantine/*"))
 
             journal.wait_for(lambda rows: any(isinstance(row, TeacherRow) and row.replica == 2 for row in rows), unless=running.done)
             for cursor in range(1, NUM_CHUNKS - WINDOW + 1):
-                board.move_cursor("student", cursor)
-                journal.wait_for(lambda _rows, end=cursor + WINDOW: journal.made().keys() >= set(order[:end]), unless=running.done)
+                coordinator.move_cursor("student", cursor)
+                journal.wait_for(lambda _rows, end=cursor + WINDOW: journal.plan().keys() >= set(order[:end]), unless=running.done)
                 story.published_by_cursor.append(story.store.published())
         finally:
             students_are_done.set()
@@ -152,26 +158,26 @@ def live_through_it(story: Story, pool: TeacherPool, board: Board) -> None:
 
 
 @pytest.fixture(scope="module")
-def board(ray_cluster: dict[str, float]) -> Board:
+def coordinator(ray_cluster: dict[str, float]) -> Coordinator:
     assert ray_cluster["CPU"] >= 1
-    return Board.create()
+    return Coordinator.create()
 
 
 @pytest.fixture(scope="module")
-def story(tiny_world: TinyWorld, board: Board, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    made = new_plan(tiny_world, tmp_path_factory.mktemp("pool"))
-    story = Story(made, made.chunks[:NUM_CHUNKS], WatchedTracker())
+def story(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    plan = new_plan(tiny_world, tmp_path_factory.mktemp("pool"))
+    story = Story(plan, plan.chunks[:NUM_CHUNKS], WatchedTracker())
     asked: list[int] = []
 
     def item_of(number: int) -> WorkItem:
         asked.append(number)
         if len(asked) == WINDOW:
             kill_one("ray::_TeacherActor")  # each has a chunk in work, and one is about to get another
-        return made.item(number)
+        return plan.item(number)
 
-    pool = pool_of(made, board, order=story.order, journal=story.journal, item_of=item_of, min_replicas=2, max_replicas=2)
-    board.move_cursor("a stranger", 1000)
-    live_through_it(story, pool, board)
+    pool = pool_of(plan, coordinator, order=story.order, journal=story.journal, item_of=item_of, min_replicas=2, max_replicas=2)
+    coordinator.move_cursor("a stranger", 1000)
+    live_through_it(story, pool, coordinator)
     return story
 
 
@@ -182,7 +188,7 @@ def test_work_begins_when_the_fewest_teachers_are_ready(story: Story):
 
 def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story):
     assert [row.replica for row in story.journal.rows if isinstance(row, TeacherRow)][2:] == [2]
-    assert story.journal.made() == Counter([*story.order, story.order[0]])  # the first was damaged, and made anew
+    assert story.journal.plan() == Counter([*story.order, story.order[0]])  # the first was damaged, and made anew
     assert story.store.published() == set(story.order)
     for number in story.order:
         story.store.verify(number)
@@ -208,23 +214,23 @@ def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(sto
 def test_a_false_report_changes_nothing(story: Story):
     number = story.order[1]
     assert story.path_of(number).read_bytes() == story.bytes_before[number]
-    assert story.journal.made()[number] == 1
+    assert story.journal.plan()[number] == 1
 
 
-def test_what_is_published_is_never_made_again(story: Story, board: Board):
+def test_what_is_published_is_never_made_again(story: Story, coordinator: Coordinator):
     journal = WatchedTracker()
-    pool = pool_of(story.plan, board, order=story.order, journal=journal, item_of=story.plan.item)
-    pool.run(readers=["student"], board=board, finished=lambda: True)
+    pool = pool_of(story.plan, coordinator, order=story.order, journal=journal, item_of=story.plan.item)
+    pool.run(readers=["student"], coordinator=coordinator, finished=lambda: True)
     assert [(type(row), row.published, row.needed) for row in journal.rows] == [(PoolRow, len(story.order), len(story.order))]
 
 
-def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(story: Story, board: Board):
+def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(story: Story, coordinator: Coordinator):
     def finished() -> bool:
         raise StudentError("the loss is nan")
 
-    pool = pool_of(story.plan, board, order=story.plan.chunks, journal=WatchedTracker(), item_of=story.plan.item)
+    pool = pool_of(story.plan, coordinator, order=story.plan.chunks, journal=WatchedTracker(), item_of=story.plan.item)
     with pytest.raises(StudentError, match="the loss is nan"):
-        pool.run(readers=["student"], board=board, finished=finished)
+        pool.run(readers=["student"], coordinator=coordinator, finished=finished)
 
 
 @dataclass
@@ -241,33 +247,33 @@ class Poisoned:
 
 
 @pytest.fixture(scope="module")
-def poisoned_attempt(tiny_world: TinyWorld, board: Board, tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
-    made = new_plan(tiny_world, tmp_path_factory.mktemp("poison"))
-    sound, bad = made.chunks[:2]
+def poisoned_attempt(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
+    plan = new_plan(tiny_world, tmp_path_factory.mktemp("poison"))
+    sound, bad = plan.chunks[:2]
     journal = WatchedTracker()
-    with redirect_stderr(StringIO()) as shown, attempt(made, "stillhouse produce"):
+    with redirect_stderr(StringIO()) as shown, attempt(plan, "stillhouse produce"):
         pool = pool_of(
-            made,
-            replace(board, log=handed_on()),
+            plan,
+            replace(coordinator, log=handed_on()),
             order=[sound, bad],
             journal=journal,
-            item_of=lambda number: poisoned(made.item(number)) if number == bad else made.item(number),
+            item_of=lambda number: poisoned(plan.item(number)) if number == bad else plan.item(number),
             max_failures=1,
         )
-        pool.run(readers=[], board=board, finished=lambda: True)
-    return Poisoned(made, journal, shown.getvalue())
+        pool.run(readers=[], coordinator=coordinator, finished=lambda: True)
+    return Poisoned(plan, journal, shown.getvalue())
 
 
 def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_raised_is_replaced(poisoned_attempt: Poisoned):
     """After an error on a GPU nothing works any more in that process: it would fail chunk after chunk."""
-    made, journal = poisoned_attempt.plan, poisoned_attempt.journal
-    sound, bad = made.chunks[:2]
+    plan, journal = poisoned_attempt.plan, poisoned_attempt.journal
+    sound, bad = plan.chunks[:2]
     assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [0, 1, 2]  # for the chunk and for its first sequence
-    assert journal.made() == Counter([sound, bad])
+    assert journal.plan() == Counter([sound, bad])
     (row,) = [row for row in journal.rows if isinstance(row, SetAsideRow)]
-    assert (row.chunk, row.sequences) == (bad, [made.recipe.chunk_rows(bad)[0]])
+    assert (row.chunk, row.sequences) == (bad, [plan.recipe.chunk_rows(bad)[0]])
     assert row.reason.startswith("IndexError: index out of range")
-    made_chunk, item = ChunkStore(made.config.store.url, made.recipe).fetch(bad), made.item(bad)
+    made_chunk, item = ChunkStore(plan.config.store.url, plan.recipe).fetch(bad), plan.item(bad)
     assert not made_chunk.sequences.loss_mask_SL[0].any()
     assert np.array_equal(made_chunk.sequences.loss_mask_SL[1:], item.sequences.loss_mask_SL[1:])
     assert np.array_equal(made_chunk.sequences.token_ids_SL[1:], item.sequences.token_ids_SL[1:])
@@ -284,11 +290,11 @@ def test_what_a_teacher_met_is_in_its_own_log_with_its_traceback_and_on_the_driv
     assert "Traceback" not in poisoned_attempt.shown
 
 
-def test_a_model_that_is_not_there_is_said_as_it_is(tiny_world: TinyWorld, board: Board, tmp_path: Path):
-    made = new_plan(tiny_world, tmp_path)
-    pool = pool_of(made, board, order=made.chunks, journal=WatchedTracker(), item_of=made.item, model=str(tmp_path / "nowhere"))
+def test_a_model_that_is_not_there_is_said_as_it_is(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path):
+    plan = new_plan(tiny_world, tmp_path)
+    pool = pool_of(plan, coordinator, order=plan.chunks, journal=WatchedTracker(), item_of=plan.item, model=str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match="nowhere"):
-        pool.run(readers=[], board=board, finished=lambda: True)
+        pool.run(readers=[], coordinator=coordinator, finished=lambda: True)
 
 
 def test_weights_that_the_cache_told_wrong_end_the_run_before_a_chunk_and_the_same_command_plans_with_what_is_there(
@@ -304,25 +310,25 @@ def test_weights_that_the_cache_told_wrong_end_the_run_before_a_chunk_and_the_sa
     for note in (tmp_path / "cache" / "weights").iterdir():
         if note.read_text() == sha256(weights.read_bytes()).hexdigest():
             note.write_text("0" * 64)  # as if other weights had come that look the same from outside
-    made = planned()
-    assert made.recipe.teacher_digest != before.recipe.teacher_digest
-    with pytest.raises(ChangedWeightsError, match=f"found {before.recipe.teacher_digest[:16]}, wanted {made.recipe.teacher_digest[:16]}"):
-        pipeline.produce(made)
-    assert ChunkStore(made.config.store.url, made.recipe).published() == set()
+    plan = planned()
+    assert plan.recipe.teacher_digest != before.recipe.teacher_digest
+    with pytest.raises(ChangedWeightsError, match=f"found {before.recipe.teacher_digest[:16]}, wanted {plan.recipe.teacher_digest[:16]}"):
+        pipeline.produce(plan)
+    assert ChunkStore(plan.config.store.url, plan.recipe).published() == set()
     assert planned().recipe == before.recipe
 
 
-def test_a_store_that_cannot_be_written_ends_the_run_at_once(tiny_world: TinyWorld, board: Board, tmp_path: Path):
-    made = new_plan(tiny_world, tmp_path)
+def test_a_store_that_cannot_be_written_ends_the_run_at_once(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path):
+    plan = new_plan(tiny_world, tmp_path)
     asked: list[int] = []
 
     def item_of(number: int) -> WorkItem:
         asked.append(number)
-        return made.item(number)
+        return plan.item(number)
 
-    pool = pool_of(made, board, order=made.chunks, journal=WatchedTracker(), item_of=item_of)
-    store = ChunkStore(made.config.store.url, made.recipe)
+    pool = pool_of(plan, coordinator, order=plan.chunks, journal=WatchedTracker(), item_of=item_of)
+    store = ChunkStore(plan.config.store.url, plan.recipe)
     (Path(store.url) / store.key(0)).parent.write_text("where the chunks should go")
     with pytest.raises(StoreError, match="cannot write"):
-        pool.run(readers=[], board=board, finished=lambda: True)
-    assert asked == made.chunks[:2]  # what one teacher is given, and no second try
+        pool.run(readers=[], coordinator=coordinator, finished=lambda: True)
+    assert asked == plan.chunks[:2]  # what one teacher is given, and no second try

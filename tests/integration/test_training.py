@@ -21,7 +21,7 @@ from helpers.training import (
 from helpers.world import TinyWorld
 from stillhouse.checkpoint.fence import owner_key
 from stillhouse.checkpoint.manifest import newest_step
-from stillhouse.cluster.coordinator import Beat, Heard, Summons
+from stillhouse.cluster.coordinator import Heard, Heartbeat, StopRequest
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.store.object_store import Blobs
@@ -36,9 +36,9 @@ CUTS = list(itertools.product((0, 1, 2, 3), (1, 2), (2, 3)))  # ZeRO stage, rank
 
 @pytest.fixture(scope="module")
 def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
-    made = tiny_world.plan(tmp_path_factory.mktemp("run"), student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
-    tiny_world.fill_store(made)
-    return made.jobs()[0]
+    plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"})
+    tiny_world.fill_store(plan)
+    return plan.jobs()[0]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_gradients_are_the_same_however_they_are_cut(
 
 def test_a_group_that_is_told_to_leave_commits_first_whatever_its_clock_shows(job: TrainJob, rank_groups: Ranks) -> None:
     leaving = replace(job, run_dir=job.run_dir / "leaving")
-    (done, rows), (theirs_done, _) = rank_groups[2].call(train_until_told, leaving, Summons("notice", 60.0, "aws: terminate"), 3)
+    (done, rows), (theirs_done, _) = rank_groups[2].call(train_until_told, leaving, StopRequest("notice", 60.0, "aws: terminate"), 3)
     assert not done
     assert not theirs_done
     assert [row.step for row in rows if isinstance(row, TrainRow)] == [1, 2, 3]
@@ -90,7 +90,7 @@ def test_a_rank_whose_row_waits_for_room_is_not_taken_for_one_that_hangs(job: Tr
     phases = rank_groups[1].call(phases_at_rows, replace(job, total_steps=3, run_dir=tmp_path))[0]
     assert len(phases) == 3
     for phase in phases:
-        waiting = Beat("student", 0, 1, "here", pid=1, step=3, phase=phase, phase_s=1000.0)
+        waiting = Heartbeat("student", 0, 1, "here", pid=1, step=3, phase=phase, phase_s=1000.0)
         assert stalled([Heard(waiting, ago_s=1.0)], patience_s=60.0) is None
 
 
@@ -171,9 +171,9 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_sequences(
 
 def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path) -> None:
     target, student = {"k": 4, "tail_draws": 6}, {"checkpoint_every_steps": 100, "init": "config", "max_steps": 20, "learning_rate": 2e-2}
-    made = tiny_world.plan(tmp_path, target=target, student=student)
-    tiny_world.fill_store(made)
-    job = made.jobs()[0]
+    plan = tiny_world.plan(tmp_path, target=target, student=student)
+    tiny_world.fill_store(plan)
+    job = plan.jobs()[0]
     alone = rank_groups[1].call(train_and_tell, with_student(job, zero_stage=0, micro_batch_sequences=8))[0]
     assert alone[-1].loss < alone[0].loss - 0.03
     assert relative_gap(rank_groups[2].call(train_and_tell, with_student(job, zero_stage=3, micro_batch_sequences=3))[0], alone) <= 1e-6

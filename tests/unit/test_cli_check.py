@@ -24,9 +24,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def filled(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A plan whose chunks are all in its store."""
-    made = tiny_world.plan(Path("run"), store={"url": str(tmp_path_factory.mktemp("filled") / "store")})
-    tiny_world.fill_store(made)
-    return made
+    plan = tiny_world.plan(Path("run"), store={"url": str(tmp_path_factory.mktemp("filled") / "store")})
+    tiny_world.fill_store(plan)
+    return plan
 
 
 @pytest.fixture

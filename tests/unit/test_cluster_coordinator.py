@@ -1,4 +1,4 @@
-"""What is pinned to the board, who is told what, and what of it outlives the board's own process."""
+"""What is pinned to the coordinator, who is told what, and what of it outlives the coordinator's own process."""
 
 import logging
 import pickle
@@ -13,8 +13,8 @@ import pytest
 
 from helpers.damage import fill, small_disk
 from helpers.processes import kill_one
-from stillhouse.cluster.coordinator import Beat, Board, Coordinator, News, Past, Summons
-from stillhouse.cluster.preemption import Notice
+from stillhouse.cluster.coordinator import Coordinator, CoordinatorActor, Heartbeat, News, PreviousAttempt, StopRequest
+from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import StoreError, StoreUnavailable, StudentError
 from stillhouse.redaction import know
 from stillhouse.tracking import DamagedRow, OutageRow, read_journal
@@ -24,34 +24,34 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(scope="module")
-def board() -> Board:
-    return Board.create()
+def coordinator() -> Coordinator:
+    return Coordinator.create()
 
 
-def beat(group: str, rank: int = 0, *, node: str = "here", step: int = 3) -> Beat:
-    return Beat(group, rank, 2, node, pid=1, step=step, phase="step", phase_s=0.1)
+def heartbeat(group: str, rank: int = 0, *, node: str = "here", step: int = 3) -> Heartbeat:
+    return Heartbeat(group, rank, 2, node, pid=1, step=step, phase="step", phase_s=0.1)
 
 
-def test_the_board_keeps_cursors_and_hands_out_each_report_once(board: Board):
-    assert board.read() == News({}, frozenset(), {})
+def test_the_board_keeps_cursors_and_hands_out_each_report_once(coordinator: Coordinator):
+    assert coordinator.read() == News({}, frozenset(), {})
     for cursor in (1, 2, 5, 4):  # a student that resumes goes back
-        board.move_cursor("student", cursor)
-    board.move_cursor("control", 7)
+        coordinator.move_cursor("student", cursor)
+    coordinator.move_cursor("control", 7)
     for number in (3, 3, 9):
-        pickle.loads(pickle.dumps(board)).report_bad_chunk(number)
-    assert board.read() == News({"student": 4, "control": 7}, frozenset({3, 9}), {})
-    assert board.read() == News({"student": 4, "control": 7}, frozenset(), {})
+        pickle.loads(pickle.dumps(coordinator)).report_bad_chunk(number)
+    assert coordinator.read() == News({"student": 4, "control": 7}, frozenset({3, 9}), {})
+    assert coordinator.read() == News({"student": 4, "control": 7}, frozenset(), {})
 
 
-def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once(board: Board):
+def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once(coordinator: Coordinator):
     for number in (3, 3, 9):
-        board.beat_of_teacher(number)
-    assert board.read().heard_teachers == {3, 9}
-    assert board.read().heard_teachers == frozenset()
+        coordinator.heartbeat_of_teacher(number)
+    assert coordinator.read().heard_teachers == {3, 9}
+    assert coordinator.read().heard_teachers == frozenset()
 
 
 def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: Path):
-    coordinator = Coordinator(tmp_path / "journal.jsonl")
+    coordinator = CoordinatorActor(tmp_path / "journal.jsonl")
     for _ in range(2):
         coordinator.once("a row", "record", DamagedRow("student", "step-00000005.json", time=1.0))
     assert len(read_journal(tmp_path / "journal.jsonl")) == 1
@@ -59,42 +59,42 @@ def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: 
     assert [coordinator.once("news", "read")[1] for _ in range(2)] == [{3}, {3}]
     assert coordinator.once("other news", "read")[1] == frozenset()
     assert [coordinator.once("a life", "begin", "student", 0) for _ in range(2)] == [None, None]
-    assert isinstance(coordinator.once("the next", "begin", "student", 0), Past)
+    assert isinstance(coordinator.once("the next", "begin", "student", 0), PreviousAttempt)
 
 
-def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(board: Board):
-    board.announce("doomed", Notice("aws", time() + 100.0, "terminate"))
-    board.announce("doomed", Notice("ray", time() + 200.0, "drain"))  # the first to say so is believed
-    assert [(notice.source, notice.detail) for notice in board.notices().values()] == [("aws", "terminate")]
-    assert board.beat(beat("elsewhere")) is None
-    assert board.beat(beat("held")) is None
+def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(coordinator: Coordinator):
+    coordinator.announce("doomed", PreemptionNotice("aws", time() + 100.0, "terminate"))
+    coordinator.announce("doomed", PreemptionNotice("ray", time() + 200.0, "drain"))  # the first to say so is believed
+    assert [(notice.source, notice.detail) for notice in coordinator.notices().values()] == [("aws", "terminate")]
+    assert coordinator.heartbeat(heartbeat("elsewhere")) is None
+    assert coordinator.heartbeat(heartbeat("held")) is None
     for rank, node in ((1, "doomed"), (0, "here")):
-        found = board.beat(beat("held", rank, node=node))
+        found = coordinator.heartbeat(heartbeat("held", rank, node=node))
         assert found is not None
         assert (found.cause, found.detail) == ("notice", "aws: terminate")
         assert found.seconds_left == pytest.approx(100.0, abs=30)
 
 
 @pytest.mark.parametrize("ahead_s", [-1e6, 3600.0])
-def test_a_deadline_is_as_far_away_on_a_machine_whose_clock_is_set_differently(board: Board, ahead_s: float):
-    theirs = replace(board, wall=lambda: time() + ahead_s)
-    board.announce(f"node {ahead_s}", Notice("sigterm", time() + 100.0, "SIGTERM"))
-    here, there = (each.notices()[f"node {ahead_s}"].deadline - each.wall() for each in (board, theirs))
+def test_a_deadline_is_as_far_away_on_a_machine_whose_clock_is_set_differently(coordinator: Coordinator, ahead_s: float):
+    theirs = replace(coordinator, wall=lambda: time() + ahead_s)
+    coordinator.announce(f"node {ahead_s}", PreemptionNotice("sigterm", time() + 100.0, "SIGTERM"))
+    here, there = (each.notices()[f"node {ahead_s}"].deadline - each.wall() for each in (coordinator, theirs))
     assert here == pytest.approx(100.0, abs=30)
     assert there == pytest.approx(here, abs=30)
 
 
 def test_heartbeats_and_deadlines_age_by_the_coordinators_own_clock():
     now = [1000.0]
-    coordinator = Coordinator(None, clock=lambda: now[0])
-    coordinator.beat(beat("group"))
+    coordinator = CoordinatorActor(None, clock=lambda: now[0])
+    coordinator.heartbeat(heartbeat("group"))
     coordinator.stepped("group", 4)
     coordinator.begin("group", 0)
-    coordinator.beat(beat("group"))
-    coordinator.summon("group", Summons("stop", 60.0, "SIGTERM"))
+    coordinator.heartbeat(heartbeat("group"))
+    coordinator.request_stop("group", StopRequest("stop", 60.0, "SIGTERM"))
     now[0] += 45.0
     assert [heard.ago_s for heard in coordinator.heard("group")] == [45.0]
-    assert coordinator.beat(beat("group")) == Summons("stop", 15.0, "SIGTERM")
+    assert coordinator.heartbeat(heartbeat("group")) == StopRequest("stop", 15.0, "SIGTERM")
     past = coordinator.begin("group", 0)
     assert past is not None
     assert past.seconds_ago == 45.0
@@ -104,10 +104,10 @@ STEPPED = """
 import time
 real, step_s = time.time, 0.0
 time.time = lambda: real() + step_s
-from stillhouse.cluster.coordinator import Beat, Coordinator
+from stillhouse.cluster.coordinator import CoordinatorActor, Heartbeat
 from stillhouse.student.watchdog import stalled
-coordinator = Coordinator(None)
-coordinator.beat(Beat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1))
+coordinator = CoordinatorActor(None)
+coordinator.heartbeat(Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1))
 for step_s in (301.0, -301.0):
     print(stalled(coordinator.heard("student"), patience_s=300.0))
 """
@@ -117,102 +117,102 @@ def test_a_step_of_the_wall_clock_makes_no_rank_look_silent():
     assert subprocess.run([sys.executable, "-c", STEPPED], capture_output=True, text=True, check=True).stdout.split() == ["None", "None"]
 
 
-def test_a_group_is_told_how_its_last_life_ended(board: Board):
-    assert board.begin("group", committed_step=0) is None
-    board.stepped("group", 7)
-    found = board.begin("group", committed_step=4)
-    assert isinstance(found, Past)
+def test_a_group_is_told_how_its_last_life_ended(coordinator: Coordinator):
+    assert coordinator.begin("group", committed_step=0) is None
+    coordinator.stepped("group", 7)
+    found = coordinator.begin("group", committed_step=4)
+    assert isinstance(found, PreviousAttempt)
     assert (found.cause, found.last_step, found.num_failures) == ("died", 7, 1)
     assert 0.0 <= found.seconds_ago < 60.0
-    board.explain("group", "stalled", "rank 1 was silent")
-    board.explain("group", "died", "the connection to rank 1 was lost")  # because of it
-    found = board.begin("group", committed_step=4)
+    coordinator.explain("group", "stalled", "rank 1 was silent")
+    coordinator.explain("group", "died", "the connection to rank 1 was lost")  # because of it
+    found = coordinator.begin("group", committed_step=4)
     assert found is not None
     assert (found.cause, found.detail, found.num_failures) == ("stalled", "rank 1 was silent", 2)
 
 
-def test_only_failures_without_a_new_commit_add_up(board: Board):
+def test_only_failures_without_a_new_commit_add_up(coordinator: Coordinator):
     def failures_after(*, committed_step: int) -> int:
-        past = board.begin("unlucky", committed_step=committed_step)
+        past = coordinator.begin("unlucky", committed_step=committed_step)
         return -1 if past is None else past.num_failures
 
     assert [failures_after(committed_step=step) for step in (0, 0, 0, 5, 5)] == [-1, 1, 2, 1, 2]
-    board.explain("unlucky", "notice", "aws: terminate")
+    coordinator.explain("unlucky", "notice", "aws: terminate")
     assert failures_after(committed_step=5) == 0
 
 
-def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop_does_not(board: Board):
+def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop_does_not(coordinator: Coordinator):
     def asked() -> str | None:
-        found = board.beat(beat("called"))
+        found = coordinator.heartbeat(heartbeat("called"))
         return None if found is None else found.cause
 
-    board.begin("called", committed_step=0)
-    board.summon("called", Summons("grown", 2_000.0, "room"))
+    coordinator.begin("called", committed_step=0)
+    coordinator.request_stop("called", StopRequest("grown", 2_000.0, "room"))
     assert asked() == "grown"
-    board.begin("called", committed_step=3)
+    coordinator.begin("called", committed_step=3)
     assert asked() is None
-    board.summon("called", Summons("stop", 2_000.0, "SIGTERM"))
-    board.begin("called", committed_step=3)
+    coordinator.request_stop("called", StopRequest("stop", 2_000.0, "SIGTERM"))
+    coordinator.begin("called", committed_step=3)
     assert asked() == "stop"
 
 
-def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_anew(board: Board):
+def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_anew(coordinator: Coordinator):
     for rank in (0, 1):
-        board.beat(beat("alive", rank))
-    heard = board.heard("alive")
-    assert [each.beat.rank for each in heard] == [0, 1]
+        coordinator.heartbeat(heartbeat("alive", rank))
+    heard = coordinator.heard("alive")
+    assert [each.heartbeat.rank for each in heard] == [0, 1]
     assert all(0.0 <= each.ago_s < 60.0 for each in heard)
-    board.forget("alive", rank=0)
-    assert [each.beat.rank for each in board.heard("alive")] == [1]
-    board.begin("alive", committed_step=0)
-    assert board.heard("alive") == board.heard("never begun") == []
+    coordinator.forget("alive", rank=0)
+    assert [each.heartbeat.rank for each in coordinator.heard("alive")] == [1]
+    coordinator.begin("alive", committed_step=0)
+    assert coordinator.heard("alive") == coordinator.heard("never begun") == []
 
 
-def test_the_first_verdict_stands(board: Board):
-    assert board.verdict() is None
-    board.give_up(StudentError("the loss is nan"))
-    board.give_up(StudentError("a peer was lost"))
-    assert str(board.verdict()) == "the loss is nan"
+def test_the_first_verdict_stands(coordinator: Coordinator):
+    assert coordinator.verdict() is None
+    coordinator.give_up(StudentError("the loss is nan"))
+    coordinator.give_up(StudentError("a peer was lost"))
+    assert str(coordinator.verdict()) == "the loss is nan"
 
 
-def test_the_board_outlives_its_process(board: Board):
-    board.move_cursor("student", 5)
-    assert board.read().cursors["student"] == 5
+def test_the_board_outlives_its_process(coordinator: Coordinator):
+    coordinator.move_cursor("student", 5)
+    assert coordinator.read().cursors["student"] == 5
     kill_one("ray::Coordinator")
-    board.move_cursor("student", 6)
-    assert board.read().cursors.get("student", 6) == 6  # what it held is lost; what is told it again is not
-    board.move_cursor("student", 7)
-    board.report_bad_chunk(1)
-    assert board.read() == News({"student": 7}, frozenset({1}), {})
+    coordinator.move_cursor("student", 6)
+    assert coordinator.read().cursors.get("student", 6) == 6  # what it held is lost; what is told it again is not
+    coordinator.move_cursor("student", 7)
+    coordinator.report_bad_chunk(1)
+    assert coordinator.read() == News({"student": 7}, frozenset({1}), {})
 
 
 def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(tmp_path: Path):
     path = tmp_path / "journal.jsonl"
-    Board.create(path).record(DamagedRow("student", "a flipped bit"))
+    Coordinator.create(path).record(DamagedRow("student", "a flipped bit"))
     (row,) = read_journal(path)
     assert (row.kind, row.problem) == ("damaged", "a flipped bit")
     assert row.time == pytest.approx(time(), abs=60)
     with pytest.raises(StoreError, match=r"cannot append to .*absent"):
-        Board.create(tmp_path / "absent" / "journal.jsonl").record(DamagedRow("student", "another"))
+        Coordinator.create(tmp_path / "absent" / "journal.jsonl").record(DamagedRow("student", "another"))
 
 
 def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once(tmp_path: Path):
     with small_disk(tmp_path / "disk", num_bytes=64 << 10) as disk:
-        board = Board.create(disk / "journal.jsonl")
+        coordinator = Coordinator.create(disk / "journal.jsonl")
         fill(disk / "ballast")
         with pytest.raises(StoreUnavailable, match="No space left"):
-            board.record(DamagedRow("student", "a checkpoint"))
-        assert board.beat(beat("meanwhile")) is None
+            coordinator.record(DamagedRow("student", "a checkpoint"))
+        assert coordinator.heartbeat(heartbeat("meanwhile")) is None
         (disk / "ballast").unlink()
-        board.record(DamagedRow("student", "a checkpoint"))
+        coordinator.record(DamagedRow("student", "a checkpoint"))
         assert [row.problem for row in read_journal(disk / "journal.jsonl") if isinstance(row, DamagedRow)] == ["a checkpoint"]
 
 
-def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobody_where_it_cannot(board: Board, tmp_path: Path):
+def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobody_where_it_cannot(coordinator: Coordinator, tmp_path: Path):
     path = tmp_path / "later" / "journal.jsonl"
-    writing = Board.create(path)
+    writing = Coordinator.create(path)
     for seconds in (61.0, 62.0):
-        for each in (board, writing):  # `board` has no journal
+        for each in (coordinator, writing):  # `coordinator` has no journal
             each.mention(OutageRow("teacher on n1", seconds, "too busy"))
             assert each.heard("nobody") == []  # calls are served in order, so it has been mentioned
         path.parent.mkdir(exist_ok=True)
@@ -220,14 +220,14 @@ def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobod
     assert (row.who, row.seconds, row.why) == ("teacher on n1", 62.0, "too busy")
 
 
-def test_a_secret_that_only_the_sender_knows_does_not_leave_it(board: Board, tmp_path: Path):
-    secret = secrets.token_hex(16)  # of no variable, so the board's process does not know it
+def test_a_secret_that_only_the_sender_knows_does_not_leave_it(coordinator: Coordinator, tmp_path: Path):
+    secret = secrets.token_hex(16)  # of no variable, so the coordinator's process does not know it
     know([secret])
-    Board.create(tmp_path / "journal.jsonl").record(DamagedRow("student", f"401 for {secret}"))
+    Coordinator.create(tmp_path / "journal.jsonl").record(DamagedRow("student", f"401 for {secret}"))
     assert [row.problem for row in read_journal(tmp_path / "journal.jsonl") if isinstance(row, DamagedRow)] == ["401 for (redacted)"]
-    board.begin("told", committed_step=0)
-    board.explain("told", "died", f"401 for {secret}")
-    past = board.begin("told", committed_step=0)
+    coordinator.begin("told", committed_step=0)
+    coordinator.explain("told", "died", f"401 for {secret}")
+    past = coordinator.begin("told", committed_step=0)
     assert past is not None
     assert past.detail == "401 for (redacted)"
 
@@ -236,12 +236,12 @@ def test_a_warning_of_a_process_that_does_not_see_the_run_directory_reaches_the_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     with driver_log(tmp_path):
-        board = Board.create()
-        assert board.log is not None
-        handed = pickle.loads(pickle.dumps(replace(board.log, driver="driver-of-another-machine.log")))
+        coordinator = Coordinator.create()
+        assert coordinator.log is not None
+        handed = pickle.loads(pickle.dumps(replace(coordinator.log, driver="driver-of-another-machine.log")))
         with process_log("teacher-9", handed):
             logging.getLogger("stillhouse.tests").warning("hot")
-        assert board.heard("nobody") == []  # calls are served in order, so it has arrived
+        assert coordinator.heard("nobody") == []  # calls are served in order, so it has arrived
     (line,) = [line for line in capsys.readouterr().err.splitlines() if " WARNING coordinator-" in line]
     assert " WARNING teacher-9-" in line
     assert line.endswith("stillhouse.tests: hot")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stillhouse.cluster.placement import Placement, placement, require_room, shortages, student_crew, teacher_crew
+from stillhouse.cluster.placement import Placement, placement, require_room, shortages, student_needs, teacher_needs
 from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
 
@@ -53,15 +53,15 @@ def test_what_many_processes_need_is_added_up_without_zeros():
 
 
 def test_a_cluster_that_is_large_enough_is_short_of_nothing():
-    crews = teacher_crew(teacher(min_replicas=3, max_replicas=99, num_cpus=1)) | student_crew(student(num_workers=50, num_cpus=0.1))
+    crews = teacher_needs(teacher(min_replicas=3, max_replicas=99, num_cpus=1)) | student_needs(student(num_workers=50, num_cpus=0.1))
     assert shortages(crews, CPUS_ONLY) == []
     require_room(crews, CPUS_ONLY)
-    tenths = student_crew(student(num_workers=10, num_cpus=0.1))
+    tenths = student_needs(student(num_workers=10, num_cpus=0.1))
     assert shortages(tenths, {"CPU": 1.0}) == []  # ten tenths are one, rounding or not
 
 
 def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there():
-    crews = teacher_crew(teacher(min_replicas=3, max_replicas=4, num_cpus=2, resources={"spot": 1})) | student_crew(
+    crews = teacher_needs(teacher(min_replicas=3, max_replicas=4, num_cpus=2, resources={"spot": 1})) | student_needs(
         student(num_workers=4, device="cuda")
     )
     assert shortages(crews, CPUS_ONLY) == [
@@ -76,5 +76,5 @@ def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there():
 
 
 def test_a_crew_alone_is_measured_alone():
-    assert shortages(teacher_crew(teacher(min_replicas=9, max_replicas=9)), CPUS_ONLY) == ["CPU: 9 needed (9 teachers), 8 in the cluster"]
-    assert shortages(student_crew(student(num_workers=8)), CPUS_ONLY) == []
+    assert shortages(teacher_needs(teacher(min_replicas=9, max_replicas=9)), CPUS_ONLY) == ["CPU: 9 needed (9 teachers), 8 in the cluster"]
+    assert shortages(student_needs(student(num_workers=8)), CPUS_ONLY) == []

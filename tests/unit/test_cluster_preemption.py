@@ -13,7 +13,18 @@ import pytest
 
 from helpers.metadata import AWS_ACTION, AWS_TOKEN, AZURE_EVENTS, AZURE_NAME, GCP_PREEMPTED, Answer, MetadataServer
 from stillhouse.cluster.nodes import machine_notices, metadata_endpoints
-from stillhouse.cluster.preemption import Cloud, Endpoints, Notice, NoticeWatch, aws, azure, cloud_here, gcp, local_sources, sigterm
+from stillhouse.cluster.preemption import (
+    Cloud,
+    Endpoints,
+    PreemptionNotice,
+    PreemptionWatch,
+    aws,
+    azure,
+    cloud_here,
+    gcp,
+    local_sources,
+    sigterm,
+)
 
 CLOUDS: tuple[Cloud, ...] = ("aws", "gcp", "azure")
 WHERE = {"aws": AWS_ACTION, "gcp": GCP_PREEMPTED, "azure": AZURE_EVENTS}
@@ -36,14 +47,14 @@ def everywhere(server: MetadataServer) -> Endpoints:
     return Endpoints(server.url, server.url, server.url)
 
 
-def watched(watch: NoticeWatch, *, within_s: float = 20.0) -> Notice | None:
+def watched(watch: PreemptionWatch, *, within_s: float = 20.0) -> PreemptionNotice | None:
     deadline = monotonic() + within_s
     while watch.notice is None and monotonic() < deadline:
         sleep(0.01)
     return watch.notice
 
 
-def ask(cloud: Cloud, server: MetadataServer, now: float) -> Notice | None:
+def ask(cloud: Cloud, server: MetadataServer, now: float) -> PreemptionNotice | None:
     (source,) = local_sources(cloud, everywhere(server))
     return source(now)
 
@@ -92,14 +103,14 @@ def test_a_deadline_is_read_in_its_own_time_zone(written: str, meant: float, mon
     monkeypatch.setenv("TZ", "Asia/Kathmandu")
     with MetadataServer("aws") as server:
         server.answers[AWS_ACTION] = Answer(text=f'{{"action": "stop", "time": "{written}"}}')
-        assert aws(server.url, 0.0) == Notice("aws", meant, "spot instance-action stop")
+        assert aws(server.url, 0.0) == PreemptionNotice("aws", meant, "spot instance-action stop")
     assert datetime.fromtimestamp(meant, tz=timezone(timedelta(hours=2))).hour == 5
 
 
 def test_an_aws_token_that_expires_at_once_or_is_refused_is_no_notice() -> None:
     with MetadataServer("aws", token_seconds=0.0) as server:
         server.announce(DEADLINE)
-        with NoticeWatch(local_sources("aws", everywhere(server)), every_s=0.01) as watch:
+        with PreemptionWatch(local_sources("aws", everywhere(server)), every_s=0.01) as watch:
             assert watched(watch, within_s=0.3) is None
         assert server.asked.count(("GET", AWS_ACTION)) > 1
 
@@ -113,9 +124,9 @@ def test_a_token_is_fresh_for_every_question() -> None:
 def test_an_answer_without_googles_flavor_is_not_believed() -> None:
     with MetadataServer("gcp") as server:
         server.announce(DEADLINE)
-        assert gcp(server.url, 100.0) == Notice("gcp", 130.0, "instance/preempted is TRUE")
+        assert gcp(server.url, 100.0) == PreemptionNotice("gcp", 130.0, "instance/preempted is TRUE")
         server.answers[GCP_PREEMPTED] = Answer(text="TRUE")
-        with NoticeWatch(local_sources("gcp", everywhere(server)), every_s=0.01) as watch:
+        with PreemptionWatch(local_sources("gcp", everywhere(server)), every_s=0.01) as watch:
             assert watched(watch, within_s=0.3) is None
 
 
@@ -123,7 +134,7 @@ def test_an_answer_without_googles_flavor_is_not_believed() -> None:
 def test_azure_ends_a_machine_in_four_ways(event: str) -> None:
     with MetadataServer("azure") as server:
         server.announce(DEADLINE, event=event)
-        assert azure(server.url, 0.0) == Notice("azure", DEADLINE, f"scheduled event {event}")
+        assert azure(server.url, 0.0) == PreemptionNotice("azure", DEADLINE, f"scheduled event {event}")
 
 
 def test_azures_events_count_when_they_end_this_machine_the_soonest_first() -> None:
@@ -133,11 +144,11 @@ def test_azures_events_count_when_they_end_this_machine_the_soonest_first() -> N
         assert azure(server.url, 0.0) is None
         server.announce(DEADLINE + 60, machine="WORKER_0", event="Reboot")
         server.announce(DEADLINE)
-        assert azure(server.url, 0.0) == Notice("azure", DEADLINE, "scheduled event Preempt")
+        assert azure(server.url, 0.0) == PreemptionNotice("azure", DEADLINE, "scheduled event Preempt")
         server.answers[AZURE_NAME] = Answer(500)
         assert azure(server.url, 0.0) is not None  # it might be this one
         server.begin()
-        assert azure(server.url, 77.0) == Notice("azure", 77.0, "scheduled event Preempt")
+        assert azure(server.url, 77.0) == PreemptionNotice("azure", 77.0, "scheduled event Preempt")
 
 
 REFUSALS = {
@@ -156,7 +167,7 @@ REFUSALS = {
 def test_what_makes_no_sense_announces_nothing_and_the_next_answer_counts(cloud: Cloud, server: MetadataServer, refusal: Answer) -> None:
     server.announce(DEADLINE)
     server.answers[WHERE[cloud]] = refusal
-    with NoticeWatch(local_sources(cloud, everywhere(server)), every_s=0.01) as watch:
+    with PreemptionWatch(local_sources(cloud, everywhere(server)), every_s=0.01) as watch:
         assert watched(watch, within_s=0.2) is None
         del server.answers[WHERE[cloud]]
         assert watched(watch) is not None
@@ -166,7 +177,7 @@ def test_a_redirect_is_not_followed(cloud: Cloud, server: MetadataServer) -> Non
     with MetadataServer(cloud) as elsewhere:
         elsewhere.announce(DEADLINE)
         server.answers[WHERE[cloud]] = Answer(302, headers=(("Location", elsewhere.url + WHERE[cloud]), ("Metadata-Flavor", "Google")))
-        with NoticeWatch(local_sources(cloud, everywhere(server)), every_s=0.01) as watch:
+        with PreemptionWatch(local_sources(cloud, everywhere(server)), every_s=0.01) as watch:
             assert watched(watch, within_s=0.2) is None
         assert elsewhere.asked == []
 
@@ -183,7 +194,7 @@ def test_no_proxy_is_asked(cloud: Cloud, server: MetadataServer, monkeypatch: py
 def test_a_server_that_hangs_holds_up_neither_the_start_nor_the_end(cloud: Cloud, server: MetadataServer) -> None:
     server.answers = {path: Answer(after_s=60.0) for path in (*WHERE.values(), AWS_TOKEN)}
     began = monotonic()
-    with NoticeWatch(local_sources(cloud, everywhere(server))) as watch:
+    with PreemptionWatch(local_sources(cloud, everywhere(server))) as watch:
         while not server.asked:
             sleep(0.01)
         assert watch.notice is None
@@ -194,7 +205,7 @@ def test_a_server_that_hung_once_is_asked_again() -> None:
     with MetadataServer("gcp") as server:
         server.announce(DEADLINE)
         server.answers[GCP_PREEMPTED] = Answer(after_s=60.0)
-        with NoticeWatch(local_sources("gcp", everywhere(server)), every_s=0.01) as watch:
+        with PreemptionWatch(local_sources("gcp", everywhere(server)), every_s=0.01) as watch:
             while not server.asked:
                 sleep(0.01)
             server.answers.clear()
@@ -207,34 +218,34 @@ def test_nobody_there_announces_nothing(cloud: Cloud) -> None:
         nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
         assert cloud_here(Endpoints(nowhere, nowhere, nowhere)) is None
         for endpoint in (nowhere, "no url", "http://", "http://[::1", "http://x:port"):
-            with NoticeWatch(local_sources(cloud, Endpoints(endpoint, endpoint, endpoint)), every_s=0.01) as watch:
+            with PreemptionWatch(local_sources(cloud, Endpoints(endpoint, endpoint, endpoint)), every_s=0.01) as watch:
                 assert watched(watch, within_s=0.05) is None
                 assert watch._thread.is_alive()
 
 
 def test_off_asks_nobody_and_starts_no_thread() -> None:
     before = threading.active_count()
-    with NoticeWatch(local_sources("off", Endpoints())) as watch:
+    with PreemptionWatch(local_sources("off", Endpoints())) as watch:
         assert threading.active_count() == before
         assert watch.notice is None
 
 
 def test_a_notice_is_told_once_and_stays() -> None:
-    told: list[Notice] = []
-    answers = iter([None, Notice("ray", 5.0, "draining"), Notice("ray", 9.0, "again")])
-    with NoticeWatch([lambda _now: next(answers)], every_s=0.01, on_notice=told.append) as watch:
-        assert watched(watch) == Notice("ray", 5.0, "draining")
+    told: list[PreemptionNotice] = []
+    answers = iter([None, PreemptionNotice("ray", 5.0, "draining"), PreemptionNotice("ray", 9.0, "again")])
+    with PreemptionWatch([lambda _now: next(answers)], every_s=0.01, on_notice=told.append) as watch:
+        assert watched(watch) == PreemptionNotice("ray", 5.0, "draining")
         watch._thread.join(10)
     assert not watch._thread.is_alive()
     assert told == [watch.notice]
 
 
 def test_one_source_that_fails_does_not_silence_another() -> None:
-    def broken(_now: float) -> Notice | None:
+    def broken(_now: float) -> PreemptionNotice | None:
         raise ConnectionResetError
 
-    with NoticeWatch([broken, lambda now: Notice("ray", now, "draining")], clock=lambda: 42.0) as watch:
-        assert watched(watch) == Notice("ray", 42.0, "draining")
+    with PreemptionWatch([broken, lambda now: PreemptionNotice("ray", now, "draining")], clock=lambda: 42.0) as watch:
+        assert watched(watch) == PreemptionNotice("ray", 42.0, "draining")
 
 
 def test_sigterm_is_a_notice_and_the_old_handler_comes_back() -> None:
@@ -244,9 +255,9 @@ def test_sigterm_is_a_notice_and_the_old_handler_comes_back() -> None:
         with sigterm(25.0, clock=lambda: 100.0) as ask_for_it:
             assert ask_for_it(time()) is None
             os.kill(os.getpid(), signal.SIGTERM)
-            assert ask_for_it(time()) == Notice("sigterm", 125.0, "SIGTERM")
+            assert ask_for_it(time()) == PreemptionNotice("sigterm", 125.0, "SIGTERM")
             os.kill(os.getpid(), signal.SIGTERM)
-            assert ask_for_it(time()) == Notice("sigterm", 125.0, "SIGTERM")
+            assert ask_for_it(time()) == PreemptionNotice("sigterm", 125.0, "SIGTERM")
         assert earlier == []
         os.kill(os.getpid(), signal.SIGTERM)
         assert earlier == ["old"]
@@ -263,7 +274,7 @@ def test_the_variables_of_the_clouds_own_tools_are_honoured(monkeypatch: pytest.
         monkeypatch.setenv("GCE_METADATA_HOST", server.host)
         server.announce(DEADLINE)
         with machine_notices("aws") as watch:
-            assert watched(watch) == Notice("aws", DEADLINE, "spot instance-action terminate")
+            assert watched(watch) == PreemptionNotice("aws", DEADLINE, "spot instance-action terminate")
     with MetadataServer("gcp") as server:
         monkeypatch.setenv("GCE_METADATA_HOST", server.host)
         server.announce(DEADLINE)

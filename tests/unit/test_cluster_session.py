@@ -14,7 +14,7 @@ import pytest
 from helpers.remote import die, join, refuse, trip
 from helpers.world import TinyWorld
 from stillhouse.cluster.nodes import await_room
-from stillhouse.cluster.placement import Placement, teacher_crew
+from stillhouse.cluster.placement import Placement, teacher_needs
 from stillhouse.cluster.processes import Secrets, call_remotely, cause_of, local_secrets
 from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection, TeacherSection, resolved_json
@@ -30,7 +30,7 @@ SHARED = Placement(0.1, 0.0, {})
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what():
     heard: list[str] = []
-    crew = teacher_crew(TeacherSection(model="m", resources={"spot": 1}))
+    crew = teacher_needs(TeacherSection(model="m", resources={"spot": 1}))
     with pytest.raises(ConfigError, match="too small for this run"):
         await_room(crew, ClusterSection(address="auto", join_s=1.5), waiting=heard.append)
     assert set(heard) == {"spot: 1 needed (1 teachers), 0 in the cluster"}
@@ -42,13 +42,13 @@ def test_a_token_is_found_and_shown_nowhere(tiny_world: TinyWorld, tmp_path: Pat
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     secrets = local_secrets()
     assert secrets.hub_token == TOKEN
-    made = tiny_world.plan(tmp_path / "run")
-    evaluation = EvaluationJob(made.config.teacher, {}, 300, made.config.evaluate, "cpu", 1, secrets)
-    job = TeacherJob(made.config.teacher, made.recipe, made.config.store.url, 1, "off")
+    plan = tiny_world.plan(tmp_path / "run")
+    evaluation = EvaluationJob(plan.config.teacher, {}, 300, plan.config.evaluate, "cpu", 1, secrets)
+    job = TeacherJob(plan.config.teacher, plan.recipe, plan.config.store.url, 1, "off")
     for shown in (repr(secrets), str(secrets), f"{secrets!s:>50}", repr([secrets]), repr(evaluation)):
         assert TOKEN not in shown
-    written = [pickle.dumps(made.config), pickle.dumps(job), pickle.dumps(made.jobs()), resolved_json(made.config).encode()]
-    for data in (*written, made.recipe.canonical_json()):
+    written = [pickle.dumps(plan.config), pickle.dumps(job), pickle.dumps(plan.jobs()), resolved_json(plan.config).encode()]
+    for data in (*written, plan.recipe.canonical_json()):
         assert TOKEN.encode() not in data
 
 

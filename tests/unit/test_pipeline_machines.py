@@ -10,8 +10,8 @@ import pytest
 
 from helpers.processes import kill_one
 from helpers.training import ListTracker
-from stillhouse.cluster.coordinator import Beat, Board
-from stillhouse.cluster.preemption import Notice
+from stillhouse.cluster.coordinator import Coordinator, Heartbeat
+from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.pipeline import machines
 from stillhouse.pipeline.machines import Machines, watched_machines
@@ -24,12 +24,12 @@ PATIENCE_S = 60.0
 
 def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_that_may_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "_SILENT_S", 3.0)
-    board, journal, told = Board.create(), ListTracker(), list[Notice]()
-    found = Machines(board, journal, lambda _now: told[0] if told else None)
+    coordinator, journal, told = Coordinator.create(), ListTracker(), list[PreemptionNotice]()
+    found = Machines(coordinator, journal, lambda _now: told[0] if told else None)
     found.start()
     try:
         found.require_driver()
-        told.append(Notice("sigterm", time() + 30, "SIGTERM"))
+        told.append(PreemptionNotice("sigterm", time() + 30, "SIGTERM"))
         with pytest.raises(InterruptedRunError):
             found.require_driver()
         deadline = monotonic() + PATIENCE_S
@@ -38,25 +38,25 @@ def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_th
             sleep(0.05)
         until = monotonic() + 4.0
         while monotonic() < until:
-            board.beat(Beat("student", 0, 1, "here", pid=1, step=3, phase="commit", phase_s=0.1))
+            coordinator.heartbeat(Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="commit", phase_s=0.1))
             assert not found.nobody_commits()
             sleep(0.05)
-        board.forget("student")  # it has committed and left
+        coordinator.forget("student")  # it has committed and left
         assert found.nobody_commits()
     finally:
         found.stop()
 
 
 def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successor() -> None:
-    board, told = Board.create(), list[Notice]()
-    found = Machines(board, ListTracker(), lambda _now: told[0] if told else None)
-    beat = Beat("student", 0, 1, "doomed", pid=1, step=3, phase="step", phase_s=0.1)
+    coordinator, told = Coordinator.create(), list[PreemptionNotice]()
+    found = Machines(coordinator, ListTracker(), lambda _now: told[0] if told else None)
+    heartbeat = Heartbeat("student", 0, 1, "doomed", pid=1, step=3, phase="step", phase_s=0.1)
     asked: list[str] = []
 
     def is_asked(cause: str) -> bool:
-        summons = board.beat(beat)
-        asked.append("" if summons is None else summons.cause)
-        return asked[-1] == cause and set(board.notices()) == {"doomed"}
+        stop_request = coordinator.heartbeat(heartbeat)
+        asked.append("" if stop_request is None else stop_request.cause)
+        return asked[-1] == cause and set(coordinator.notices()) == {"doomed"}
 
     def wait_until(condition: Callable[[], bool]) -> None:
         deadline = monotonic() + PATIENCE_S
@@ -66,11 +66,11 @@ def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successo
 
     found.start()
     try:
-        board.announce("doomed", Notice("ray", time() + 300.0, "the node is being drained"))
+        coordinator.announce("doomed", PreemptionNotice("ray", time() + 300.0, "the node is being drained"))
         wait_until(lambda: "doomed" in found.known)
         kill_one("ray::Coordinator")
         wait_until(lambda: is_asked("notice"))
-        told.append(Notice("sigterm", time() + 300, "SIGTERM"))
+        told.append(PreemptionNotice("sigterm", time() + 300, "SIGTERM"))
         wait_until(lambda: is_asked("stop"))
         kill_one("ray::Coordinator")
         wait_until(lambda: is_asked("stop"))
@@ -78,21 +78,21 @@ def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successo
         found.stop()
 
 
-class FailsOnce(Board):
-    """A board of which the first question for notices fails, as where Ray cannot reach it for a moment."""
+class FailsOnce(Coordinator):
+    """A coordinator of which the first question for notices fails, as where Ray cannot reach it for a moment."""
 
     failures: ClassVar[list[HeadGoneError]] = []
 
-    def notices(self) -> dict[str, Notice]:
+    def notices(self) -> dict[str, PreemptionNotice]:
         if self.failures:
             raise self.failures.pop()
         return super().notices()
 
 
 def test_a_question_that_fails_once_is_asked_again() -> None:
-    board = FailsOnce(Board.create()._actor)
-    found = Machines(board, ListTracker(), lambda _now: None)
-    board.announce("doomed", Notice("ray", time() + 300.0, "the node is being drained"))
+    coordinator = FailsOnce(Coordinator.create()._actor)
+    found = Machines(coordinator, ListTracker(), lambda _now: None)
+    coordinator.announce("doomed", PreemptionNotice("ray", time() + 300.0, "the node is being drained"))
     FailsOnce.failures.append(HeadGoneError("not now"))
     found.start()
     try:
@@ -117,14 +117,14 @@ class FullJournal(ListTracker):
 
 
 def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_written_down_later() -> None:
-    board, journal = Board.create(), FullJournal()
+    coordinator, journal = Coordinator.create(), FullJournal()
     FullJournal.left[:] = [StoreUnavailable("cannot append: No space left on device")]
-    found = Machines(board, journal, lambda _now: Notice("sigterm", time() + 300.0, "SIGTERM"))
-    beat = Beat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1)
+    found = Machines(coordinator, journal, lambda _now: PreemptionNotice("sigterm", time() + 300.0, "SIGTERM"))
+    heartbeat = Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1)
     found.start()
     try:
         deadline = monotonic() + PATIENCE_S
-        while (summons := board.beat(beat)) is None:
+        while (stop_request := coordinator.heartbeat(heartbeat)) is None:
             assert monotonic() < deadline
             sleep(0.05)
         while not journal.rows:
@@ -132,14 +132,14 @@ def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_writt
             sleep(0.05)
     finally:
         found.stop()
-    assert summons.cause == "stop"
+    assert stop_request.cause == "stop"
     assert [(row.source, row.node) for row in journal.rows if isinstance(row, NoticeRow)] == [("sigterm", "driver")]
 
 
 def test_what_other_machines_have_to_say_is_said_on_the_drivers_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    board, said = Board.create(), ""
-    found = Machines(board, ListTracker(), lambda _now: None)
-    board.say("student, rank 0 has waited for 5 s: the disk is full")
+    coordinator, said = Coordinator.create(), ""
+    found = Machines(coordinator, ListTracker(), lambda _now: None)
+    coordinator.say("student, rank 0 has waited for 5 s: the disk is full")
     found.start()
     try:
         deadline = monotonic() + PATIENCE_S
@@ -153,20 +153,20 @@ def test_what_other_machines_have_to_say_is_said_on_the_drivers_terminal(capsys:
 
 
 def test_a_driver_that_was_told_to_go_waits_for_room_until_its_time_is_over() -> None:
-    board = Board.create()
+    coordinator = Coordinator.create()
 
-    def waits(*notices: Notice) -> None:
-        Machines(board, ListTracker(), lambda _now: next(iter(notices), None)).pause(0.0)
+    def waits(*notices: PreemptionNotice) -> None:
+        Machines(coordinator, ListTracker(), lambda _now: next(iter(notices), None)).pause(0.0)
 
     waits()
-    waits(Notice("sigterm", time() + 300.0, "SIGTERM"))
+    waits(PreemptionNotice("sigterm", time() + 300.0, "SIGTERM"))
     with pytest.raises(InterruptedRunError):
-        waits(Notice("sigterm", time() - 1.0, "SIGTERM"))
+        waits(PreemptionNotice("sigterm", time() - 1.0, "SIGTERM"))
 
 
 def test_a_driver_whose_head_ended_by_the_same_sigterm_was_told_to_go() -> None:
     def lose_the_head(*, told_to_go: bool) -> None:
-        with watched_machines(Board.create(), ListTracker(), grace_s=30.0):
+        with watched_machines(Coordinator.create(), ListTracker(), grace_s=30.0):
             if told_to_go:
                 os.kill(os.getpid(), signal.SIGTERM)
             raise HeadGoneError

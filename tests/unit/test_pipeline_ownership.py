@@ -102,7 +102,7 @@ def test_an_owner_elsewhere_that_gives_signs_of_life_keeps_its_checkpoints(place
 
 def test_an_owner_elsewhere_that_is_silent_is_followed_when_its_lease_is_over_and_finds_out(place: str) -> None:
     silent = replace(SHORT, renew_every_s=PATIENCE_S)
-    owned(place, elsewhere(), say=print, lease=silent)  # killed before its first sign of life
+    owned(place, elsewhere(), say=print, lease=silent)  # killed before its first heartbeat
     began = monotonic()
     sleeper = owned(place, replace(elsewhere(), token="sleeper"), say=print, lease=SHORT)
     assert monotonic() - began >= SHORT.lease_s

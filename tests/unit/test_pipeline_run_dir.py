@@ -14,7 +14,7 @@ from helpers.checkpoints import make
 from helpers.damage import fill, leave_no_room, read_only, small_disk
 from helpers.world import TinyWorld
 from stillhouse.errors import ConfigError, InterruptedRunError, ModelError, RecipeError, RunError, StoreError, StoreUnavailable
-from stillhouse.pipeline import Plan, open_run, plan, train
+from stillhouse.pipeline import Plan, make_plan, open_run, train
 from stillhouse.pipeline.attempt import attempt, learning_attempt, store_to_read
 from stillhouse.pipeline.card import model_card
 from stillhouse.pipeline.run_dir import claim
@@ -28,10 +28,10 @@ def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: Ti
     names = []
     for place in (None, tmp_path / "first", tmp_path / "second"):
         changes = {} if place is None else {"checkpoint_url": str(place)}
-        made = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=changes)
-        with learning_attempt(made, "stillhouse run"):
-            store = ChunkStore(made.config.store.url, made.recipe)
-            join(store, made.jobs()[0].reader(0))
+        plan = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=changes)
+        with learning_attempt(plan, "stillhouse run"):
+            store = ChunkStore(plan.config.store.url, plan.recipe)
+            join(store, plan.jobs()[0].reader(0))
         names.append([reader.name for reader in registered(store).readers])
     assert [len(each) for each in names] == [1, 1, 1]
     assert len({name for each in names for name in each}) == 3
@@ -39,23 +39,23 @@ def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: Ti
 
 def test_a_finished_run_opens_without_the_weights_that_its_student_began_with(tiny_world: TinyWorld, tmp_path: Path) -> None:
     copytree(tiny_world.folder / "student", tmp_path / "student")
-    made = plan_of(tiny_world, tmp_path, model=str(tmp_path / "student"))
-    with learning_attempt(made, "stillhouse run"):
+    plan = plan_of(tiny_world, tmp_path, model=str(tmp_path / "student"))
+    with learning_attempt(plan, "stillhouse run"):
         pass
     (tmp_path / "student" / "model.safetensors").unlink()
-    assert open_run(made.run_dir, cache_dir=tmp_path / "cache").recipe == made.recipe
+    assert open_run(plan.run_dir, cache_dir=tmp_path / "cache").recipe == plan.recipe
     with pytest.raises(ModelError, match="no weights"):
-        plan(made.config, run_dir=made.run_dir, cache_dir=tmp_path / "cache")
+        make_plan(plan.config, run_dir=plan.run_dir, cache_dir=tmp_path / "cache")
 
 
 def test_a_batch_larger_than_the_corpus_is_refused_before_anything_is_written(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    made = plan_of(tiny_world, tmp_path, global_batch_sequences=1_000_000)
+    plan = plan_of(tiny_world, tmp_path, global_batch_sequences=1_000_000)
     with (
         pytest.raises(ConfigError, match=r"global_batch_sequences is 1,000,000, but the corpus has"),
-        learning_attempt(made, "stillhouse run"),
+        learning_attempt(plan, "stillhouse run"),
     ):
         pass
-    assert not made.run_dir.exists()
+    assert not plan.run_dir.exists()
 
 
 def step(number: int, learning_rate: float, role: Any = "student") -> TrainRow:
@@ -66,26 +66,26 @@ def plan_of(world: TinyWorld, folder: Path, **student: object) -> Plan:
     return world.plan(folder / "run", store={"url": str(folder / "store")}, student={"max_steps": 10, **student})
 
 
-def journal_of(made: Plan) -> list[Row]:
-    return read_journal(made.run_dir / "journal.jsonl")
+def journal_of(plan: Plan) -> list[Row]:
+    return read_journal(plan.run_dir / "journal.jsonl")
 
 
-def trained(made: Plan, *steps: TrainRow) -> None:
+def trained(plan: Plan, *steps: TrainRow) -> None:
     """What an attempt leaves that took these steps, and committed the last one."""
-    with learning_attempt(made, "stillhouse run first.toml") as (journal, _):
+    with learning_attempt(plan, "stillhouse run first.toml") as (journal, _):
         for row in steps:
             journal.record(row)
-        make(made.jobs()[0].checkpoints, steps[-1].step)
+        make(plan.jobs()[0].checkpoints, steps[-1].step)
 
 
 def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world: TinyWorld, tmp_path: Path) -> None:
     """Whether another one is at work there, the checkpoints are another's, the recipe differs, chunks are missing, or there is no store."""
-    made, other = plan_of(tiny_world, tmp_path), plan_of(tiny_world, tmp_path, learning_rate=1e-5)
+    plan, other = plan_of(tiny_world, tmp_path), plan_of(tiny_world, tmp_path, learning_rate=1e-5)
 
     def contents() -> list[bytes]:
-        return [(made.run_dir / name).read_bytes() for name in ("config.json", "recipe.json", "journal.jsonl")]
+        return [(plan.run_dir / name).read_bytes() for name in ("config.json", "recipe.json", "journal.jsonl")]
 
-    with learning_attempt(made, "stillhouse run first.toml"):
+    with learning_attempt(plan, "stillhouse run first.toml"):
         before = contents()
         for refused in (attempt(other, "stillhouse produce"), learning_attempt(other, "stillhouse run")):
             with pytest.raises(ConfigError, match="in use by"):
@@ -98,7 +98,7 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world
         train(other)
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="something else is in its place"):
-        attempt(tiny_world.plan(made.run_dir, store={"url": str(tmp_path / "file")}, student={"max_steps": 10}), "produce").__enter__()
+        attempt(tiny_world.plan(plan.run_dir, store={"url": str(tmp_path / "file")}, student={"max_steps": 10}), "produce").__enter__()
     assert contents() == before
     assert registered(ChunkStore(other.config.store.url, other.recipe)).readers == []
 
@@ -113,26 +113,26 @@ def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_i
     tiny_world.fill_store(filled)
     ChunkStore.create(str(tmp_path / "empty"), filled.recipe)
     with read_only(tmp_path / "store", at=tmp_path / "seen") as seen, read_only(tmp_path / "empty", at=tmp_path / "nothing") as nothing:
-        made = planned("run", seen)
-        with learning_attempt(made, "stillhouse train", open_store=store_to_read):
+        plan = planned("run", seen)
+        with learning_attempt(plan, "stillhouse train", open_store=store_to_read):
             pass
         elsewhere = planned("run", seen, checkpoint_url=str(tmp_path / "commits"))
         with learning_attempt(elsewhere, "stillhouse train", open_store=store_to_read):  # which takes back what the first was known by
             pass
         with pytest.raises(StoreForbidden, match="permission denied"):
-            join(ChunkStore(str(seen), made.recipe), made.jobs()[0].reader(0))
+            join(ChunkStore(str(seen), plan.recipe), plan.jobs()[0].reader(0))
         with pytest.raises(
-            StoreError, match=rf"{seen} cannot be written, .*: all {len(made.chunks)} chunks .*: `stillhouse train` reads them"
+            StoreError, match=rf"{seen} cannot be written, .*: all {len(plan.chunks)} chunks .*: `stillhouse train` reads them"
         ):
-            attempt(made, "stillhouse produce").__enter__()
-        made = planned("other run", nothing)
-        missing = rf"{len(made.chunks)} of {len(made.chunks)} chunks"
+            attempt(plan, "stillhouse produce").__enter__()
+        plan = planned("other run", nothing)
+        missing = rf"{len(plan.chunks)} of {len(plan.chunks)} chunks"
         with pytest.raises(
             StoreError, match=rf"{nothing} cannot be written, which this command has to do: {missing} are missing there; give write"
         ):
-            learning_attempt(made, "stillhouse run").__enter__()
+            learning_attempt(plan, "stillhouse run").__enter__()
         with pytest.raises(StoreError, match=f"{missing} are not in {nothing}; `stillhouse produce` makes them"):
-            learning_attempt(made, "stillhouse train", open_store=store_to_read).__enter__()
+            learning_attempt(plan, "stillhouse train", open_store=store_to_read).__enter__()
 
 
 def test_two_run_directories_cannot_train_into_one_place(tiny_world: TinyWorld, tmp_path: Path) -> None:
@@ -148,20 +148,20 @@ def test_two_run_directories_cannot_train_into_one_place(tiny_world: TinyWorld, 
 
 
 def test_the_end_row_counts_the_steps_of_its_attempt_and_of_all(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    made = plan_of(tiny_world, tmp_path)
-    with suppress(InterruptedRunError), learning_attempt(made, "stillhouse run") as (journal, _):
+    plan = plan_of(tiny_world, tmp_path)
+    with suppress(InterruptedRunError), learning_attempt(plan, "stillhouse run") as (journal, _):
         for number in (1, 2, 3, 2, 3, 4):  # a rank was lost
             journal.record(step(number, 3e-3))
-        make(made.jobs()[0].checkpoints, 4)
+        make(plan.jobs()[0].checkpoints, 4)
         raise InterruptedRunError("SIGTERM")
-    with learning_attempt(made, "stillhouse run") as (journal, _):
+    with learning_attempt(plan, "stillhouse run") as (journal, _):
         for number in range(5, 11):
             journal.record(step(number, 3e-3))
-    with attempt(made, "stillhouse produce"):
+    with attempt(plan, "stillhouse produce"):
         pass
-    ends = [(row.outcome, row.steps_taken, row.steps_done) for row in journal_of(made) if isinstance(row, EndRow)]
+    ends = [(row.outcome, row.steps_taken, row.steps_done) for row in journal_of(plan) if isinstance(row, EndRow)]
     assert ends == [("interrupted", {"student": 6}, {"student": 4}), ("done", {"student": 6}, {"student": 10}), ("done", {}, {})]
-    starts = [row for row in journal_of(made) if isinstance(row, StartRow)]
+    starts = [row for row in journal_of(plan) if isinstance(row, StartRow)]
     assert [row.committed_steps for row in starts] == [{"student": 0}, {"student": 4}, {}]
 
 
@@ -172,39 +172,39 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def attempt_on_a_full_disk(made: Plan, disk: Path) -> Iterator[None]:
+def attempt_on_a_full_disk(plan: Plan, disk: Path) -> Iterator[None]:
     """One whose journal finds no room any more once it has begun."""
-    with attempt(made, "stillhouse run") as journal:
+    with attempt(plan, "stillhouse run") as journal:
         leave_no_room(disk / "ballast", journal.path)
         yield
 
 
 def test_a_full_disk_neither_hides_nor_delays_the_end_of_a_command_that_is_stopped(tiny_world: TinyWorld, disk: Path) -> None:
-    made = plan_of(tiny_world, disk)
+    plan = plan_of(tiny_world, disk)
     for why in (KeyboardInterrupt("it"), InterruptedRunError("it"), RunError("it")):
         began = monotonic()
-        with pytest.raises(type(why), match="it"), attempt_on_a_full_disk(made, disk):
+        with pytest.raises(type(why), match="it"), attempt_on_a_full_disk(plan, disk):
             raise why
         assert monotonic() - began < 60.0  # and not half an hour
         (disk / "ballast").unlink()
-    assert not any(isinstance(row, EndRow) for row in journal_of(made))
+    assert not any(isinstance(row, EndRow) for row in journal_of(plan))
 
 
 def test_the_end_row_of_a_run_that_is_done_waits_for_room(tiny_world: TinyWorld, disk: Path) -> None:
-    made = plan_of(tiny_world, disk)
-    with attempt_on_a_full_disk(made, disk):
+    plan = plan_of(tiny_world, disk)
+    with attempt_on_a_full_disk(plan, disk):
         room = threading.Timer(1.0, (disk / "ballast").unlink)
         room.start()
     room.join()
-    assert [row.outcome for row in journal_of(made) if isinstance(row, EndRow)] == ["done"]
+    assert [row.outcome for row in journal_of(plan) if isinstance(row, EndRow)] == ["done"]
 
 
 def test_a_run_that_cannot_write_down_what_is_asked_says_what_is_in_its_way(tiny_world: TinyWorld, disk: Path) -> None:
-    made = plan_of(tiny_world, disk)
-    made.run_dir.mkdir()
+    plan = plan_of(tiny_world, disk)
+    plan.run_dir.mkdir()
     fill(disk / "ballast")
     with pytest.raises(StoreUnavailable, match=r"cannot write config\.json and recipe\.json in .*run: .*free some space"):
-        claim(made)
+        claim(plan)
 
 
 def test_an_attempt_with_nothing_left_to_train_names_the_settings_that_had_no_effect(
@@ -226,11 +226,11 @@ def test_an_attempt_with_nothing_left_to_train_names_the_settings_that_had_no_ef
 
 def test_steps_that_were_taken_after_all_are_not_called_nothing(tiny_world: TinyWorld, tmp_path: Path) -> None:
     """The last commit had a flipped bit, which the ranks alone find out."""
-    made = plan_of(tiny_world, tmp_path)
-    trained(made, *(step(number, 3e-3) for number in range(1, 11)))
-    with learning_attempt(made, "stillhouse run") as (journal, _):
+    plan = plan_of(tiny_world, tmp_path)
+    trained(plan, *(step(number, 3e-3) for number in range(1, 11)))
+    with learning_attempt(plan, "stillhouse run") as (journal, _):
         journal.record(step(10, 3e-3))
-    (*_, end) = journal_of(made)
+    (*_, end) = journal_of(plan)
     assert isinstance(end, EndRow)
     assert (end.message, end.steps_taken) == ("", {"student": 1})
 

@@ -20,14 +20,14 @@ from stillhouse import atomic
 from stillhouse.checkpoint.manifest import Commit, newest, part_of, verify
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import StillhouseError
-from stillhouse.store import ChunkStore, Reader
+from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import commit, join, registered
 from stillhouse.store.object_store import Blobs
 from stillhouse.tracking import CheckpointRow, Journal, read_journal
 
 RECIPE = small_recipe()
 CHUNKS = {number: make_chunk(RECIPE, number) for number in range(RECIPE.num_chunks)}
-READER = Reader(name="student", global_batch_sequences=2, seed=0, window_chunks=2, total_steps=30, committed_step=0)
+READER = Consumer(name="student", global_batch_sequences=2, seed=0, window_chunks=2, total_steps=30, committed_step=0)
 STEPS = (10, 20, 30)
 FOLDER = r"checkpoints/step-\d+\.a"
 STORE = rf"store/{RECIPE.fingerprint[:16]}"

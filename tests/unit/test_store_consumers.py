@@ -7,10 +7,10 @@ import pytest
 
 from helpers.chunks import small_recipe
 from stillhouse.errors import StoreError
-from stillhouse.store import ChunkStore, Reader
-from stillhouse.store.consumers import commit, join, leave, reader_name, registered
+from stillhouse.store import ChunkStore, Consumer
+from stillhouse.store.consumers import commit, consumer_name, join, leave, registered
 
-READER = Reader(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=0)
+READER = Consumer(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=0)
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def test_a_record_that_is_not_understood_is_a_stranger(store: ChunkStore, change
 
 
 def test_runs_with_different_places_have_different_names_that_can_be_keys(store: ChunkStore):
-    names = [reader_name(place, role) for place in ("/runs/a b", "s3://runs/a b", "/runs/é", "/") for role in ("student", "control")]
+    names = [consumer_name(place, role) for place in ("/runs/a b", "s3://runs/a b", "/runs/é", "/") for role in ("student", "control")]
     assert len(set(names)) == 8
-    assert names[0] == reader_name("/runs/a b", "student")
+    assert names[0] == consumer_name("/runs/a b", "student")
     for name in names:
         join(store, replace(READER, name=name))
     assert len(registered(store).readers) == 8

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from stillhouse.cluster.coordinator import Beat, Heard, Phase
+from stillhouse.cluster.coordinator import Heard, Heartbeat, Phase
 from stillhouse.student.watchdog import has_shrunk, stalled
 
 PATIENCE_S = 60.0
 
 
 def heard(rank: int, step: int, phase: Phase, *, phase_s: float = 1.0, ago_s: float = 0.5, world_size: int = 4) -> Heard:
-    return Heard(Beat("student", rank, world_size, "node", 100 + rank, step, phase, phase_s), ago_s)
+    return Heard(Heartbeat("student", rank, world_size, "node", 100 + rank, step, phase, phase_s), ago_s)
 
 
 def test_nothing_is_stalled_before_anybody_was_heard():
@@ -27,7 +27,7 @@ def test_a_silent_rank_is_to_blame_though_the_others_stand_still_for_longer():
     stopped = heard(1, 8, "step", phase_s=0.1, ago_s=69.0)
     found = stalled([waiting, stopped], patience_s=PATIENCE_S)
     assert found is not None
-    assert (found.beat.rank, found.seconds, found.silent) == (1, 69.0, True)
+    assert (found.heartbeat.rank, found.seconds, found.silent) == (1, 69.0, True)
 
 
 @pytest.mark.parametrize(("phase", "others"), [("step", "snapshot"), ("snapshot", "commit")])
@@ -35,7 +35,7 @@ def test_of_ranks_that_all_stand_still_the_one_that_got_least_far_is_to_blame(ph
     ranks = [heard(0, 7, others, phase_s=80.0), heard(1, 7, phase, phase_s=61.0), heard(2, 8, "data", phase_s=61.0)]
     found = stalled(ranks, patience_s=PATIENCE_S)
     assert found is not None
-    assert (found.beat.rank, found.seconds, found.silent) == (1, 61.0, False)
+    assert (found.heartbeat.rank, found.seconds, found.silent) == (1, 61.0, False)
 
 
 @pytest.mark.parametrize(("phase", "step"), [("data", 7), ("data", 8), ("step", 7)])
@@ -44,7 +44,7 @@ def test_a_read_that_does_not_return_is_to_blame_though_the_others_wait_for_chun
     reading = heard(1, 7, "reading", phase_s=61.0)
     found = stalled([heard(0, step, phase, phase_s=500.0), reading], patience_s=PATIENCE_S)
     assert found is not None
-    assert (found.beat.rank, found.beat.phase, found.seconds, found.silent) == (1, "reading", 61.0, False)
+    assert (found.heartbeat.rank, found.heartbeat.phase, found.seconds, found.silent) == (1, "reading", 61.0, False)
 
 
 def test_a_read_that_takes_less_than_the_watchdog_allows_is_no_stall():

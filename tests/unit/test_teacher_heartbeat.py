@@ -20,24 +20,24 @@ def compute(seconds: float) -> None:
 
 
 def test_a_process_that_computes_without_a_pause_is_never_silent_for_as_long_as_the_watchdog_allows():
-    beats = [monotonic()]
-    ended = begin_heartbeat(lambda: beats.append(monotonic()), every_s=WATCHDOG_S / BEATS_PER_WATCH)
+    heartbeats = [monotonic()]
+    ended = begin_heartbeat(lambda: heartbeats.append(monotonic()), every_s=WATCHDOG_S / BEATS_PER_WATCH)
     compute(2 * WATCHDOG_S)
     ended.set()
-    gaps_s = [later - earlier for earlier, later in zip(beats, [*beats[1:], monotonic()], strict=True)]
+    gaps_s = [later - earlier for earlier, later in zip(heartbeats, [*heartbeats[1:], monotonic()], strict=True)]
     assert max(gaps_s) < WATCHDOG_S
-    assert len(beats) > BEATS_PER_WATCH / 2
+    assert len(heartbeats) > BEATS_PER_WATCH / 2
 
 
 def test_a_heartbeat_that_fails_is_followed_by_others():
-    beats = threading.Semaphore(0)
+    heartbeats = threading.Semaphore(0)
 
     def fail() -> None:
-        beats.release()
+        heartbeats.release()
         raise ConnectionError("the coordinator is away")
 
     ended = begin_heartbeat(fail, every_s=0.01)
-    assert all(beats.acquire(timeout=30) for _ in range(3))
+    assert all(heartbeats.acquire(timeout=30) for _ in range(3))
     ended.set()
 
 

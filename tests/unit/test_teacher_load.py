@@ -71,7 +71,7 @@ class _Deaf:
 def test_it_hands_out_a_thousand_leases_a_second_to_two_thousand_teachers_on_one_core():
     pool, crew = pool_and_crew(20_000, NUM_TEACHERS)
     began = process_time()
-    pool.run(readers=(), board=Mailbox(), finished=lambda: True)
+    pool.run(readers=(), coordinator=Mailbox(), finished=lambda: True)
     rate = crew.num_submitted / (process_time() - began)
     assert crew.num_submitted >= 20_000
     assert rate >= 1000  # measured: 24,000
@@ -89,7 +89,7 @@ def bytes_after(num_chunks: int, num_leases: int) -> int:
     try:
         pool, crew = pool_and_crew(num_chunks, 200)
         with pytest.raises(Enough):
-            pool.run(readers=(), board=Mailbox(), finished=finished)
+            pool.run(readers=(), coordinator=Mailbox(), finished=finished)
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers.chunks import small_recipe
 from helpers.simulation import Death, Mailbox, SimulatedCrew, item_of, publish
-from stillhouse.cluster.preemption import Notice
+from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ChangedWeightsError, StoreError, TeacherError
 from stillhouse.sequence import WorkItem
@@ -68,7 +68,7 @@ class World:
             assert self.crew.now < end, f"not done after {limit_s} simulated seconds"
             return finished()
 
-        self.pool().run(readers=readers, board=self.mailbox, finished=finished_in_time)
+        self.pool().run(readers=readers, coordinator=self.mailbox, finished=finished_in_time)
 
     def of(self, kind: type[_Row]) -> list[_Row]:
         return [row for row in self.rows if isinstance(row, kind)]
@@ -78,7 +78,7 @@ class World:
         return self.of(PoolRow)[-1]
 
     def notice(self, node: str, *, seconds: float) -> None:
-        self.mailbox.notices[node] = Notice("aws", self.crew.now + seconds, "spot instance-action terminate")
+        self.mailbox.notices[node] = PreemptionNotice("aws", self.crew.now + seconds, "spot instance-action terminate")
 
     def assert_all_is_there(self) -> None:
         assert self.store.published() == set(range(self.num_chunks))

@@ -20,16 +20,7 @@ from rich.console import Console
 from stillhouse.errors import RunError, StoreError
 from stillhouse.redaction import know
 from stillhouse.tracking import Journal, PoolRow, ProgressView, RepairRow
-from stillhouse.tracking.log import (
-    LogPlace,
-    WarningReader,
-    driver_log,
-    failures_logged,
-    handed_on,
-    line_format,
-    process_log,
-    terminal_log,
-)
+from stillhouse.tracking.log import LogPlace, WarningReader, driver_log, failures_logged, handed_on, line_format, process_log, terminal_log
 
 log = logging.getLogger("stillhouse.store.tests")
 ME = f"{socket.gethostname()}-{os.getpid()}"

@@ -79,8 +79,8 @@ def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: 
         config = prepare(folder, num_steps=num_steps)
         plans = [streaming(config, folder / f"round-{number}") for number in range(1, num_rounds + 1)]
         rounds: list[Round] = []
-        for number, made in enumerate(plans, 1):
-            rounds.append(_round(made, number, console))
+        for number, plan in enumerate(plans, 1):
+            rounds.append(_round(plan, number, console))
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(record(provenance, plans[0], rounds), indent=2) + "\n")
@@ -88,12 +88,12 @@ def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: 
     console.print(f"In all processes, where it is glibc's, {KEPT}.")
 
 
-def record(provenance: Provenance, made: Plan, rounds: Sequence[Round]) -> dict[str, Any]:
+def record(provenance: Provenance, plan: Plan, rounds: Sequence[Round]) -> dict[str, Any]:
     """All that was measured and all that it depends on, as plain values."""
     return {
         "benchmark": "pipeline",
         "provenance": asdict(provenance),
-        "config": made.config.model_dump(mode="json"),
+        "config": plan.config.model_dump(mode="json"),
         "rounds": [asdict(found) for found in rounds],
         "tokens_per_s": {way: asdict(spread) for way, spread in paces(rounds).items()},
         "ratios": {ratio: asdict(spread) for ratio, spread in ratios(rounds).items()},
@@ -140,28 +140,28 @@ def table(rounds: Sequence[Round]) -> Table:
     return found
 
 
-def _round(made: Plan, number: int, console: Console) -> Round:
+def _round(plan: Plan, number: int, console: Console) -> Round:
     console.print(f"\nRound {number}: run, the same from the store that it filled, one process in turn, the same with dense targets")
-    again = cached(made)
-    with attached(made.config.cluster):
-        pipeline.run(made)
+    again = cached(plan)
+    with attached(plan.config.cluster):
+        pipeline.run(plan)
         pipeline.train(again)
-    num_steps = _WARM_UP_STEPS + max(_WARM_UP_STEPS, made.total_steps // 4)
+    num_steps = _WARM_UP_STEPS + max(_WARM_UP_STEPS, plan.total_steps // 4)
     found = Round(
-        run=_pace(made),
+        run=_pace(plan),
         cached=_pace(again),
-        in_turn=_in_a_fresh_process(lesson(made, "compressed", num_steps=num_steps)),
-        in_turn_dense=_in_a_fresh_process(lesson(made, "dense", num_steps=num_steps)),
+        in_turn=_in_a_fresh_process(lesson(plan, "compressed", num_steps=num_steps)),
+        in_turn_dense=_in_a_fresh_process(lesson(plan, "dense", num_steps=num_steps)),
     )
     console.print("  ".join(f"{way} {getattr(found, way).tokens_per_s:,.0f} tokens/s" for way in Round.__slots__))
     return found
 
 
-def _pace(made: Plan) -> Pace:
-    order = made.order
+def _pace(plan: Plan) -> Pace:
+    order = plan.order
     sequences_per_window = order.window_chunks * order.chunk_sequences
     return steady_pace(
-        read_journal(made.run_dir / "journal.jsonl"),
+        read_journal(plan.run_dir / "journal.jsonl"),
         window_steps=max(1, sequences_per_window // order.global_batch_sequences),
         chunks_per_step=order.global_batch_sequences / order.chunk_sequences,
     )

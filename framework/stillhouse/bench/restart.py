@@ -28,13 +28,13 @@ from stillhouse.bench.as_documented import train_as_documented
 from stillhouse.bench.cost import Timings, shown
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import on_two_cores, prepare
-from stillhouse.cluster.coordinator import Board, Summons
+from stillhouse.cluster.coordinator import Coordinator, StopRequest
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.cluster.session import attached, settle_ray_train
 from stillhouse.config import Config
 from stillhouse.errors import RunError
-from stillhouse.pipeline import Plan, plan
+from stillhouse.pipeline import Plan, make_plan
 from stillhouse.student.job import TrainJob
 from stillhouse.student.workers import fit
 from stillhouse.tracking import CheckpointRow, Journal, TrainRow, read_journal
@@ -74,8 +74,8 @@ def bench_restart(work_dir: Path, *, num_rounds: int, num_kills: int, command: s
         folder.mkdir(parents=True)
         config = prepare(folder, num_steps=_COMMIT_EVERY * 4)
         with attached(config.cluster) as available:
-            made = _filled(config, folder)
-            rounds = [_round(made, folder / f"round-{number + 1}", available, number, num_kills) for number in range(num_rounds)]
+            plan = _filled(config, folder)
+            rounds = [_round(plan, folder / f"round-{number + 1}", available, number, num_kills) for number in range(num_rounds)]
     timings = Timings({way: [seconds for one in rounds for seconds in one[way]] for way in (PLAIN, CALLED, OURS)})
     if out is not None:
         values = {
@@ -107,13 +107,13 @@ def _filled(config: Config, folder: Path) -> Plan:
     changes = {"num_workers": _NUM_RANKS, "zero_stage": _ZERO_STAGE, "checkpoint_every_steps": _COMMIT_EVERY, "max_steps": None}
     student = config.student.model_copy(update=changes)
     store = config.store.model_copy(update={"url": str(folder / "store")})
-    made = plan(config.model_copy(update={"student": student, "store": store}), run_dir=folder / "fill", cache_dir=folder / "cache")
-    pipeline.produce(made)
-    return made
+    plan = make_plan(config.model_copy(update={"student": student, "store": store}), run_dir=folder / "fill", cache_dir=folder / "cache")
+    pipeline.produce(plan)
+    return plan
 
 
-def _round(made: Plan, folder: Path, available: Mapping[str, float], number: int, num_kills: int) -> dict[str, list[float]]:
-    ways = {PLAIN: partial(_plain, made, folder / "plain", available), OURS: partial(_ours, made, folder / "ours", available)}
+def _round(plan: Plan, folder: Path, available: Mapping[str, float], number: int, num_kills: int) -> dict[str, list[float]]:
+    ways = {PLAIN: partial(_plain, plan, folder / "plain", available), OURS: partial(_ours, plan, folder / "ours", available)}
     found = {way: ways[way](num_kills) for way in (reversed(ways) if number % 2 else ways)}
     return {
         PLAIN: [each.to_step for each in found[PLAIN]],
@@ -122,19 +122,19 @@ def _round(made: Plan, folder: Path, available: Mapping[str, float], number: int
     }
 
 
-def _ours(made: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
+def _ours(plan: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
     (folder / "run").mkdir(parents=True)
-    job = TrainJob("student", made.config.student, made.recipe, made.config.store.url, folder / "run", _ENDLESS_STEPS)
-    journal, board = Journal(job.journal), Board.create(job.journal)
+    job = TrainJob("student", plan.config.student, plan.recipe, plan.config.store.url, folder / "run", _ENDLESS_STEPS)
+    journal, coordinator = Journal(job.journal), Coordinator.create(job.journal)
 
     train = partial(
         fit,
         (job,),
         where=placement(job.section, available),
-        threads=made.config.cluster.threads,
+        threads=plan.config.cluster.threads,
         secrets=local_secrets(),
         notices="off",
-        board=board,
+        coordinator=coordinator,
         teachers_at_work=False,
         journal=journal,
     )
@@ -144,22 +144,22 @@ def _ours(made: Plan, folder: Path, available: Mapping[str, float], num_kills: i
         steps, commits = ([row.time for row in rows if isinstance(row, kind)] for kind in (TrainRow, CheckpointRow))
         return Seen(steps, commits)
 
-    with _in_the_background(train, stop=lambda: board.summon("student", Summons("stop", _WAIT_S, "measured"))):
+    with _in_the_background(train, stop=lambda: coordinator.request_stop("student", StopRequest("stop", _WAIT_S, "measured"))):
         return measured(seen, _kill_a_rank, num_kills=num_kills)
 
 
-def _plain(made: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
+def _plain(plan: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
     folder.mkdir(parents=True)
-    section = made.config.student
+    section = plan.config.student
     arguments = {
         "folder": str(folder.resolve()),
         "zero_stage": _ZERO_STAGE,
         "commit_every": _COMMIT_EVERY,
         "model": section.model,
         "batch": section.micro_batch_sequences,
-        "length": made.config.corpus.sequence_length,
+        "length": plan.config.corpus.sequence_length,
         "accumulate": section.global_batch_sequences // (section.micro_batch_sequences * _NUM_RANKS),
-        "threads": made.config.cluster.threads,
+        "threads": plan.config.cluster.threads,
     }
     trainer = TorchTrainer(
         train_as_documented,

@@ -16,7 +16,7 @@ from rich.console import Console
 from stillhouse.bench.in_turn import Form, Lesson
 from stillhouse.config import Config, parse_config
 from stillhouse.errors import ConfigError
-from stillhouse.pipeline import Plan, plan
+from stillhouse.pipeline import Plan, make_plan
 from stillhouse.pipeline.toy import Sizes, make_models
 from stillhouse.sequences.source import whole
 
@@ -85,12 +85,12 @@ def prepare(folder: Path, *, num_steps: int) -> Config:
 def streaming(config: Config, folder: Path) -> Plan:
     """A run on a store of its own, which is empty, with teachers held closely ahead of the student."""
     store = config.store.model_copy(update={"url": str(folder / "store")})
-    made = plan(config.model_copy(update={"store": store}), run_dir=folder / "run", cache_dir=folder.parent / "cache")
-    if made.total_steps > made.order.steps_per_epoch:
-        raise ConfigError(f"{made.total_steps} steps are more than the {made.order.steps_per_epoch} of one epoch; ask for fewer --steps")
-    window_bytes = math.ceil(_WINDOWS_AHEAD * made.config.student.shuffle_window_chunks * made.bytes_per_chunk)
-    store = made.config.store.model_copy(update={"window_bytes": window_bytes})
-    return replace(made, config=made.config.model_copy(update={"store": store}))
+    plan = make_plan(config.model_copy(update={"store": store}), run_dir=folder / "run", cache_dir=folder.parent / "cache")
+    if plan.total_steps > plan.order.steps_per_epoch:
+        raise ConfigError(f"{plan.total_steps} steps are more than the {plan.order.steps_per_epoch} of one epoch; ask for fewer --steps")
+    window_bytes = math.ceil(_WINDOWS_AHEAD * plan.config.student.shuffle_window_chunks * plan.bytes_per_chunk)
+    store = plan.config.store.model_copy(update={"window_bytes": window_bytes})
+    return replace(plan, config=plan.config.model_copy(update={"store": store}))
 
 
 def cached(run: Plan) -> Plan:
@@ -99,8 +99,8 @@ def cached(run: Plan) -> Plan:
     return replace(run, config=run.config.model_copy(update={"cluster": cluster}), run_dir=run.run_dir.with_name("cached"))
 
 
-def lesson(made: Plan, form: Form, *, num_steps: int) -> Lesson:
+def lesson(plan: Plan, form: Form, *, num_steps: int) -> Lesson:
     """The first steps of the same training, for one process that does teacher and student in turn."""
-    sequences = np.concatenate([made.order.sequences(step) for step in range(num_steps)])
-    rows = whole(made.sources.train).select(sequences)
-    return Lesson(form, made.config.teacher, made.config.student, made.recipe, rows, threads=NUM_CORES)
+    sequences = np.concatenate([plan.order.sequences(step) for step in range(num_steps)])
+    rows = whole(plan.sources.train).select(sequences)
+    return Lesson(form, plan.config.teacher, plan.config.student, plan.recipe, rows, threads=NUM_CORES)

@@ -18,7 +18,7 @@ from rich.text import Text
 from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cli import estimate
 from stillhouse.cluster.machine import why_not_writable
-from stillhouse.cluster.placement import placement, shortages, student_crew, teacher_crew
+from stillhouse.cluster.placement import placement, shortages, student_needs, teacher_needs
 from stillhouse.cluster.session import attached, lacks, remarks
 from stillhouse.config import ClusterSection, ModelSection, StudentSection
 from stillhouse.errors import CheckpointError, ChunkError, ConfigError, ModelError, StoreError
@@ -48,27 +48,27 @@ class _Findings:
     num_parameters: dict[str, int] = field(default_factory=dict)  # of each model that could be made
 
 
-def describe(made: Plan) -> None:
+def describe(plan: Plan) -> None:
     """Print what a run of this plan makes, reads and needs. Raises ConfigError naming everything that would stop it."""
     found = _Findings()
-    _models(made, found)
-    _corpus(made, found)
-    _store(made, found)
-    _training(made, found)
-    _cluster(made, found)
-    _run_directory(made, found)
+    _models(plan, found)
+    _corpus(plan, found)
+    _store(plan, found)
+    _training(plan, found)
+    _cluster(plan, found)
+    _run_directory(plan, found)
     _print(found)
     if found.obstacles:
         raise ConfigError("this run would stop:\n" + "\n".join(f"  - {obstacle}" for obstacle in found.obstacles))
 
 
-def _models(made: Plan, found: _Findings) -> None:
-    for role, section in (("teacher", made.config.teacher), ("student", made.config.student)):
+def _models(plan: Plan, found: _Findings) -> None:
+    for role, section in (("teacher", plan.config.teacher), ("student", plan.config.student)):
         commit = f" at {section.revision[:12]}" if section.revision else ""
         try:
             with torch.device("meta"):
                 model = load_model(section, random_init_seed=0)
-            head_of(model, vocab_size=made.recipe.vocab_size)
+            head_of(model, vocab_size=plan.recipe.vocab_size)
         except ModelError as error:
             found.obstacles.append(f"{role}: {error}")
             found.rows.append((role, f"{section.model}{commit}"))
@@ -76,18 +76,18 @@ def _models(made: Plan, found: _Findings) -> None:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         found.num_parameters[role] = num_parameters
         num_bytes = num_parameters * getattr(torch, section.dtype).itemsize
-        padding = model.get_output_embeddings().weight.shape[0] - made.recipe.vocab_size
+        padding = model.get_output_embeddings().weight.shape[0] - plan.recipe.vocab_size
         shape = f"{_count(num_parameters)} parameters, {decimal(num_bytes)} in {section.dtype}"
         head = f"its head is padded by {padding:,}, which is cut off" if padding else "its head has a row for each id"
         found.rows.append((role, f"{section.model}{commit}: {shape}; {head}"))
         if isinstance(section, StudentSection):
             found.rows.append(("", _student_memory(section, num_parameters)))
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(limit, int) and limit < made.recipe.sequence_length:
+        if isinstance(limit, int) and limit < plan.recipe.sequence_length:
             found.notes.append(
-                f"corpus.sequence_length is {made.recipe.sequence_length:,}; the {role} is made for {limit:,} positions at most"
+                f"corpus.sequence_length is {plan.recipe.sequence_length:,}; the {role} is made for {limit:,} positions at most"
             )
-    found.rows.append(("tokenizer", f"the same {made.recipe.vocab_size:,} ids in teacher and student"))
+    found.rows.append(("tokenizer", f"the same {plan.recipe.vocab_size:,} ids in teacher and student"))
 
 
 def _student_memory(section: StudentSection, num_parameters: int) -> str:
@@ -100,24 +100,24 @@ def _student_memory(section: StudentSection, num_parameters: int) -> str:
     )
 
 
-def _corpus(made: Plan, found: _Findings) -> None:
-    corpus, heldout = made.sources.train, made.sources.heldout
+def _corpus(plan: Plan, found: _Findings) -> None:
+    corpus, heldout = plan.sources.train, plan.sources.heldout
     found.rows.append(
         (
             "corpus",
-            f"{made.config.corpus.dataset}: {corpus.num_sequences:,} sequences of {corpus.sequence_length:,} tokens,"
+            f"{plan.config.corpus.dataset}: {corpus.num_sequences:,} sequences of {corpus.sequence_length:,} tokens,"
             f" {_count(corpus.num_targets)} of them with a target; {heldout.num_sequences:,} more are held out",
         )
     )
 
 
-def _store(made: Plan, found: _Findings) -> None:
-    recipe, url, num_chunks = made.recipe, made.config.store.url, len(made.chunks)
-    stored = _stored(made, found)
+def _store(plan: Plan, found: _Findings) -> None:
+    recipe, url, num_chunks = plan.recipe, plan.config.store.url, len(plan.chunks)
+    stored = _stored(plan, found)
     is_there = any(other.recipe == recipe for other in stored)
-    present = ChunkStore(url, recipe).published() & set(made.chunks) if is_there else set()
-    per_chunk, window_bytes = made.bytes_per_chunk, made.window_chunks * made.bytes_per_chunk
-    ahead = min(made.window_chunks, num_chunks)
+    present = ChunkStore(url, recipe).published() & set(plan.chunks) if is_there else set()
+    per_chunk, window_bytes = plan.bytes_per_chunk, plan.window_chunks * plan.bytes_per_chunk
+    ahead = min(plan.window_chunks, num_chunks)
     found.rows += [
         ("targets", f"k = {recipe.k}{_draws(recipe)}, {recipe.codec.name}: {recipe.codec.bytes_per_token:,} bytes each"),
         ("store", f"{url}/{recipe.fingerprint[:16]}"),
@@ -125,12 +125,12 @@ def _store(made: Plan, found: _Findings) -> None:
         ("", f"{_size(num_chunks * per_chunk)} in all"),
         ("window", f"teachers run up to {ahead:,} chunks ahead of the student: {_size(ahead * per_chunk)}"),
     ]
-    if ahead < num_chunks and window_bytes > made.config.store.window_bytes:
+    if ahead < num_chunks and window_bytes > plan.config.store.window_bytes:
         found.notes.append(
-            f"store.window_bytes is {_size(made.config.store.window_bytes)}, less than a student may need for one step; lower"
+            f"store.window_bytes is {_size(plan.config.store.window_bytes)}, less than a student may need for one step; lower"
             " store.chunk_sequences or student.shuffle_window_chunks to come within it"
         )
-    _pairing(made, present, found)
+    _pairing(plan, present, found)
     near = nearest([other.recipe for other in stored], recipe)
     if near is not None and not is_there and len(differences(recipe, near)) <= _NEARLY:
         found.notes.append(
@@ -139,9 +139,9 @@ def _store(made: Plan, found: _Findings) -> None:
         )
 
 
-def _pairing(made: Plan, present: Collection[int], found: _Findings) -> None:
+def _pairing(plan: Plan, present: Collection[int], found: _Findings) -> None:
     """What the student's divergence makes of such targets."""
-    student, recipe = made.config.student, made.recipe
+    student, recipe = plan.config.student, plan.recipe
     divergence = divergence_named(student.divergence, student.mix)
     if student.divergence_weight == 0.0 or (recipe.num_draws and is_unbiased_with_draws(divergence)):
         return
@@ -153,7 +153,7 @@ def _pairing(made: Plan, present: Collection[int], found: _Findings) -> None:
     )
     if not depends_on_kept_mass(student):
         return
-    mass = _kept_mass_of_the_first_batch(made, present)
+    mass = _kept_mass_of_the_first_batch(plan, present)
     if mass is None:
         found.notes.append(
             f"training stops before its first step unless the kept entries hold {LEAST_KEPT_MASS:.0%} of the teacher's mass in the first"
@@ -162,7 +162,7 @@ def _pairing(made: Plan, present: Collection[int], found: _Findings) -> None:
         return
     found.rows.append(("", f"the kept entries hold {mass:.1%} of the teacher's mass in the first batch"))
     try:
-        if not _has_begun(made.jobs()[0].checkpoints):
+        if not _has_begun(plan.jobs()[0].checkpoints):
             require_kept_mass(student, recipe.codec, kept_mass=mass)
     except (ConfigError, CheckpointError, StoreError) as error:
         found.obstacles.append(str(error))
@@ -173,15 +173,15 @@ def _has_begun(checkpoints: str) -> bool:
     return ("://" in checkpoints or Path(checkpoints).is_dir()) and newest_step(checkpoints) > 0
 
 
-def _kept_mass_of_the_first_batch(made: Plan, present: Collection[int]) -> float | None:
+def _kept_mass_of_the_first_batch(plan: Plan, present: Collection[int]) -> float | None:
     """As the ranks will measure it; None while its chunks are not there, or cannot be read."""
-    numbers, rows = np.divmod(made.order.sequences(0), made.recipe.chunk_sequences)
+    numbers, rows = np.divmod(plan.order.sequences(0), plan.recipe.chunk_sequences)
     if not present or not set(numbers.tolist()) <= set(present):
         return None
-    store = ChunkStore(made.config.store.url, made.recipe)
+    store = ChunkStore(plan.config.store.url, plan.recipe)
     try:
         chunks = [store.fetch_rows(number, rows[numbers == number]) for number in np.unique(numbers).tolist()]
-        targets = [decode(torch.from_numpy(chunk.targets_NB), made.recipe.codec) for chunk in chunks]
+        targets = [decode(torch.from_numpy(chunk.targets_NB), plan.recipe.codec) for chunk in chunks]
     except (ChunkError, StoreError):
         return None
     return float(torch.cat([kept_mass(target) for target in targets]).mean())
@@ -191,10 +191,10 @@ def _draws(recipe: Recipe) -> str:
     return f", {recipe.num_draws} draws from the tail" if recipe.num_draws else ""
 
 
-def _stored(made: Plan, found: _Findings) -> list[StoredRecipe]:
+def _stored(plan: Plan, found: _Findings) -> list[StoredRecipe]:
     """The recipes in the store; what keeps it from being read or written becomes an obstacle. It is not written to."""
     try:
-        where = ChunkStore(made.config.store.url, made.recipe).url
+        where = ChunkStore(plan.config.store.url, plan.recipe).url
         if where.startswith("memory:"):
             raise StoreError(f"{where} cannot be shared between processes; give a directory or a bucket")
         if "://" not in where:
@@ -211,14 +211,14 @@ def _require_writable(path: Path) -> None:
         raise StoreError(f"{why}; name another place")
 
 
-def _training(made: Plan, found: _Findings) -> None:
-    student, corpus, steps = made.config.student, made.sources.train, made.total_steps
+def _training(plan: Plan, found: _Findings) -> None:
+    student, corpus, steps = plan.config.student, plan.sources.train, plan.total_steps
     try:
-        require_full_step(made)
+        require_full_step(plan)
     except ConfigError as error:
         found.obstacles.append(str(error))
     batch, ranks = student.global_batch_sequences, student.num_workers
-    epochs, more_steps = divmod(steps, made.order.steps_per_epoch)
+    epochs, more_steps = divmod(steps, plan.order.steps_per_epoch)
     num_sequences = epochs * corpus.num_sequences + min(more_steps * batch, corpus.num_sequences)
     num_tokens = num_sequences * corpus.sequence_length
     found.rows.append(
@@ -228,7 +228,7 @@ def _training(made: Plan, found: _Findings) -> None:
             f" {student.divergence}, learning rate {student.learning_rate:g}",
         )
     )
-    if made.config.evaluate.control:
+    if plan.config.evaluate.control:
         found.rows.append(("", "and the same again for the control, on the text alone"))
     if student.warmup_steps >= steps:
         found.notes.append(f"student.warmup_steps is {student.warmup_steps:,} of {steps:,} steps: the learning rate never reaches its peak")
@@ -240,8 +240,8 @@ def _training(made: Plan, found: _Findings) -> None:
         )
 
 
-def _cluster(made: Plan, found: _Findings) -> None:
-    section, teacher, student = made.config.cluster, made.config.teacher, made.config.student
+def _cluster(plan: Plan, found: _Findings) -> None:
+    section, teacher, student = plan.config.cluster, plan.config.teacher, plan.config.student
     found.obstacles += lacks(section)
     found.notes += remarks(section)
     try:
@@ -252,34 +252,34 @@ def _cluster(made: Plan, found: _Findings) -> None:
             ("", f"teachers: {replicas}, each with {_needs(teacher, available)}"),
             ("", f"student ranks: {student.num_workers:,}, each with {_needs(student, available)}"),
         ]
-        missing = shortages(teacher_crew(teacher) | student_crew(student), available)
+        missing = shortages(teacher_needs(teacher) | student_needs(student), available)
     except ConfigError as error:
         found.obstacles.append(str(error))
         return
-    _hours(made, available, found)
+    _hours(plan, available, found)
     cure = "name a larger cluster in cluster.address" if section.address is None else "add machines to the cluster"
     lower = "lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
     found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
-    beside = student_crew(student)
+    beside = student_needs(student)
     room = [count for count in range(teacher.max_replicas + 1) if not shortages({"teachers": (teacher, count)} | beside, available)]
     if not missing and room[-1] < teacher.max_replicas:
         found.notes.append(
             f"teacher.max_replicas is {teacher.max_replicas:,}: {room[-1]:,} fit beside the student now, the others join when there is room"
         )
-    if section.address is not None and "://" not in made.config.store.url:
-        found.notes.append(f"store.url is a directory, {made.config.store.url}: every machine of the cluster has to see the same one")
+    if section.address is not None and "://" not in plan.config.store.url:
+        found.notes.append(f"store.url is a directory, {plan.config.store.url}: every machine of the cluster has to see the same one")
 
 
-def _hours(made: Plan, available: Mapping[str, float], found: _Findings) -> None:
+def _hours(plan: Plan, available: Mapping[str, float], found: _Findings) -> None:
     """An estimate, where both models are known and live on GPUs."""
-    config, corpus = made.config, made.sources.train
+    config, corpus = plan.config, plan.sources.train
     places = {role: placement(section, available) for role, section in (("teacher", config.teacher), ("student", config.student))}
     if found.num_parameters.keys() != places.keys() or any(where.device == "cpu" for where in places.values()):
         return
     card = estimate.card_of(available) or estimate.ASSUMED
-    recipe, student = made.recipe, config.student
-    num_taught = min(len(made.chunks) * recipe.chunk_sequences, corpus.num_sequences) * corpus.sequence_length
-    num_learnt = made.total_steps * student.global_batch_sequences * corpus.sequence_length
+    recipe, student = plan.recipe, config.student
+    num_taught = min(len(plan.chunks) * recipe.chunk_sequences, corpus.num_sequences) * corpus.sequence_length
+    num_learnt = plan.total_steps * student.global_batch_sequences * corpus.sequence_length
     checkpointing = student.activation_checkpointing
     targets = estimate.teaching(
         found.num_parameters["teacher"], num_taught, card=card, num_cards=config.teacher.max_replicas * places["teacher"].num_gpus
@@ -323,20 +323,20 @@ def _needs(section: ModelSection, available: Mapping[str, float]) -> str:
     return f"{', '.join(f'{amount:g} {name}' for name, amount in asked.times(1).items())} (on {asked.device})"
 
 
-def _run_directory(made: Plan, found: _Findings) -> None:
-    is_there = (made.run_dir / "config.json").exists()
-    found.rows.append(("run", f"{made.run_dir}: {'a run to go on with' if is_there else 'new'}"))
-    places = {"--run-dir": str(made.run_dir), "student.checkpoint_url": made.config.student.checkpoint_url or ""}
+def _run_directory(plan: Plan, found: _Findings) -> None:
+    is_there = (plan.run_dir / "config.json").exists()
+    found.rows.append(("run", f"{plan.run_dir}: {'a run to go on with' if is_there else 'new'}"))
+    places = {"--run-dir": str(plan.run_dir), "student.checkpoint_url": plan.config.student.checkpoint_url or ""}
     for setting, place in places.items():
         try:
             if place and "://" not in place:
                 _require_writable(Path(place))
         except StoreError as error:
             found.obstacles.append(f"{setting}: {error}")
-    changes = changes_since(made)
+    changes = changes_since(plan)
     if changes:
         found.obstacles.append(
-            f"{made.run_dir} belongs to another run; these differ:\n"
+            f"{plan.run_dir} belongs to another run; these differ:\n"
             + "\n".join(f"      {change}" for change in changes)
             + "\n    set them back to go on with it, or name another --run-dir"
         )

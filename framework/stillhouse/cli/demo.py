@@ -32,7 +32,7 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path, c
     """Make the models, unless they are there; then plan and run their distillation, and say what came of it.
 
     All but the tokenised corpus lands in `run_dir`. `command` is what the user typed, for the journal. Raises what
-    `pipeline.plan` and `pipeline.run` raise.
+    `pipeline.make_plan` and `pipeline.run` raise.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     config = demo_config(run_dir, overrides)
@@ -45,11 +45,11 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path, c
             with whole_directory(run_dir / "models") as draft:
                 make_models(draft, config.corpus, Sizes(), cache_dir=cache_dir, console=console)
     console.print(_next_steps(config))
-    made = pipeline.plan(config, run_dir=run_dir, cache_dir=cache_dir)
-    pipeline.run(made, command=command)
+    plan = pipeline.make_plan(config, run_dir=run_dir, cache_dir=cache_dir)
+    pipeline.run(plan, command=command)
     student = run_dir / "export" / "student"
     remove_tree(student)  # of an earlier demo in this directory
-    pipeline.export_run(made, student)
+    pipeline.export_run(plan, student)
     summary = summarise(read_journal(run_dir / "journal.jsonl"))
     assert summary is not None
     console.print(printable(f"\n{verdict(summary)}\n\nThe report:  {run_dir / 'report.html'}\nThe student: {student}"))

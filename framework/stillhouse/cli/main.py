@@ -137,48 +137,48 @@ def demo(
 @app.command()
 def check(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Validate everything that can be validated without a GPU, and say what a run would need."""
-    made = _plan(configs, overrides, run_dir, starts_ray=False)
+    plan = _plan(configs, overrides, run_dir, starts_ray=False)
     from stillhouse.cli.check import describe
 
-    describe(made)
+    describe(plan)
 
 
 @app.command()
 def run(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Produce and train at the same time, evaluate, report. Run it again to go on where it stopped."""
-    made = _plan(configs, overrides, run_dir)
+    plan = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.run(made, command=typed())
-    _announce(made.run_dir)
+    pipeline.run(plan, command=typed())
+    _announce(plan.run_dir)
 
 
 @app.command()
 def produce(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Fill the store with the teacher's targets; no student."""
-    made = _plan(configs, overrides, run_dir)
+    plan = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.produce(made, command=typed())
+    pipeline.produce(plan, command=typed())
 
 
 @app.command()
 def train(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Train on a store that `produce` has filled, evaluate, report; no teacher pool."""
-    made = _plan(configs, overrides, run_dir)
+    plan = _plan(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    pipeline.train(made, command=typed())
-    _announce(made.run_dir)
+    pipeline.train(plan, command=typed())
+    _announce(plan.run_dir)
 
 
 @app.command(name="eval")
 def evaluate(run_dir: ExistingRun) -> None:
     """Score teacher, student and control on the held-out split again."""
-    made = _existing(run_dir)
+    plan = _existing(run_dir)
     from stillhouse import pipeline
 
-    _print_scores(pipeline.evaluate_run(made, command=typed()))
+    _print_scores(pipeline.evaluate_run(plan, command=typed()))
 
 
 @app.command()
@@ -194,10 +194,10 @@ def export(run_dir: ExistingRun, out: Annotated[Path, typer.Argument(metavar="OU
     """Write the student as a plain Hugging Face directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already and is not empty; name a new directory")
-    made = _existing(run_dir)
+    plan = _existing(run_dir)
     from stillhouse import pipeline
 
-    steps = pipeline.export_run(made, out)
+    steps = pipeline.export_run(plan, out)
     print(f"{out}: the student after {steps} steps; AutoModelForCausalLM.from_pretrained('{out}') opens it")
 
 
@@ -337,7 +337,7 @@ def _plan(configs: list[Path], overrides: list[str] | None, run_dir: Path | None
     quieten()
     from stillhouse import pipeline
 
-    return pipeline.plan(config, run_dir=run_dir or Path("runs") / configs[-1].stem, cache_dir=cache_dir())
+    return pipeline.make_plan(config, run_dir=run_dir or Path("runs") / configs[-1].stem, cache_dir=cache_dir())
 
 
 def _existing(run_dir: Path) -> "Plan":

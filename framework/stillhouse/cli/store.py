@@ -92,33 +92,33 @@ def verify(url: str, *, quarantine: bool) -> None:
     raise ChunkError(f"{len(damaged)} of {num_objects} objects in {url} are damaged; {cure}")
 
 
-def repair(url: str, made: "Plan") -> None:
+def repair(url: str, plan: "Plan") -> None:
     """Check the chunks of a plan's recipe, have the damaged ones made again by its teacher, and check these. Says what was done.
 
     Raises RecipeError where the store has nothing of this recipe, naming the difference; ChunkError where something stays damaged.
     """
     from stillhouse import pipeline  # which imports Ray and transformers: only this verb needs them
 
-    made = _moved_to(made, url)
-    store = ChunkStore(url, made.recipe)
-    _require_recipe(url, made.recipe)
+    plan = _moved_to(plan, url)
+    store = ChunkStore(url, plan.recipe)
+    _require_recipe(url, plan.recipe)
     if store.restore_recipe():
-        say(f"{made.recipe.fingerprint[:16]}/recipe.json was damaged: it was moved to quarantine/, and published anew")
+        say(f"{plan.recipe.fingerprint[:16]}/recipe.json was damaged: it was moved to quarantine/, and published anew")
     findings = track(store.findings(), "verifying", total=len(store.published()), console=Console(stderr=True), transient=True)
     damaged = [finding for finding in findings if finding.problem is not None]
     for finding in damaged:
         say(f"{one_line(finding.key)}: {finding.problem}")
-    chunks = [finding.number for finding in damaged if finding.number is not None and finding.number < made.recipe.num_chunks]
+    chunks = [finding.number for finding in damaged if finding.number is not None and finding.number < plan.recipe.num_chunks]
     moved = [number for number in chunks if store.quarantine(number)]
     if moved:
         say(f"{len(moved)} chunks moved to quarantine/; a teacher makes them again")
-        pipeline.repair(made, moved, journal=_Told())
+        pipeline.repair(plan, moved, journal=_Told())
     for number in moved:
         store.verify(number)
     if len(damaged) > len(chunks):
         strange = ", ".join(finding.key for finding in damaged if finding.number not in chunks)
         raise ChunkError(f"{len(moved)} chunks were repaired; these are no chunks of this recipe, and nobody reads them: {strange}")
-    say(f"{len(moved)} chunks were repaired: all {len(store.published())} in {url}/{made.recipe.fingerprint[:16]} are good")
+    say(f"{len(moved)} chunks were repaired: all {len(store.published())} in {url}/{plan.recipe.fingerprint[:16]} are good")
 
 
 class _Told:
@@ -129,10 +129,10 @@ class _Told:
             say(f"chunk {row.chunk} made again by teacher {row.replica} in {row.seconds:.1f} s")
 
 
-def _moved_to(made: "Plan", url: str) -> "Plan":
+def _moved_to(plan: "Plan", url: str) -> "Plan":
     """The plan with its store elsewhere."""
-    section = made.config.store.model_copy(update={"url": ChunkStore(url, made.recipe).url})
-    return replace(made, config=made.config.model_copy(update={"store": section}))
+    section = plan.config.store.model_copy(update={"url": ChunkStore(url, plan.recipe).url})
+    return replace(plan, config=plan.config.model_copy(update={"store": section}))
 
 
 def _require_recipe(url: str, recipe: Recipe) -> None:

@@ -1,10 +1,10 @@
-"""The board, a run's coordinator: one small actor through which students answer the teacher pool and the driver. It takes no tensors.
+"""A run's coordinator: one small actor through which students answer the teacher pool and the driver. It takes no tensors.
 
 It holds how far readers are, which chunks they found damaged, which machines announced their end, and the heartbeats of all ranks. Ray
 starts it again where its process dies; what is lost with it is told again. It lives beside the driver, so it also writes down what ranks on
 other machines have to say: the run directory need not be shared.
 
-No machine's clock is compared with another's: a deadline travels as seconds left, and the board measures with its own monotonic clock.
+No machine's clock is compared with another's: a deadline travels as seconds left, and the coordinator has its own monotonic clock.
 """
 
 import logging
@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stillhouse.cluster.environment import learn_secrets
 from stillhouse.cluster.head_process import GONE
-from stillhouse.cluster.preemption import Notice, Source
+from stillhouse.cluster.preemption import PreemptionNotice, Source
 from stillhouse.errors import HeadGoneError, StillhouseError, StoreError
 from stillhouse.redaction import scrub
 from stillhouse.tracking import Journal, Row, scrubbed
@@ -38,8 +38,8 @@ _MOST_ANSWERS = 256  # that are remembered: those of some seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """A rank's sign of life."""
+class Heartbeat:
+    """A rank's heartbeat."""
 
     group: str  # the role that it trains
     rank: int
@@ -55,14 +55,14 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A sign of life, and how long ago it came, by the board's clock."""
+    """A heartbeat, and how long ago it came, by the coordinator's clock."""
 
-    beat: Beat
+    heartbeat: Heartbeat
     ago_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Summons:
+class StopRequest:
     """A group is asked to commit what it has and to leave: on notice, to come back larger, or for good (stop)."""
 
     cause: Cause
@@ -71,7 +71,7 @@ class Summons:
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class PreviousAttempt:
     """How a group's life before this one ended."""
 
     cause: Cause
@@ -87,8 +87,8 @@ class News:
 
     cursors: Mapping[str, int]  # reader -> chunks at the front of the reading order that it will never need again
     bad_chunks: frozenset[int]  # reported since the last look
-    notices: Mapping[str, Notice]  # node id -> the end that it announced
-    heard_teachers: frozenset[int] = frozenset()  # numbers of those that gave a sign of life since the last look
+    notices: Mapping[str, PreemptionNotice]  # node id -> the end that it announced
+    heard_teachers: frozenset[int] = frozenset()  # numbers of those that gave a heartbeat since the last look
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class _Ending:
     detail: str
 
 
-class Coordinator:
+class CoordinatorActor:
     """What the actor is. `clock` gives seconds from any beginning, and never goes back."""
 
     def __init__(self, journal: Path | None, *, log: LogPlace | None = None, clock: Callable[[], float] = monotonic) -> None:
@@ -153,7 +153,7 @@ class Coordinator:
     def report_bad_chunk(self, number: int) -> None:
         self._bad_chunks.add(number)
 
-    def beat_of_teacher(self, number: int) -> None:
+    def heartbeat_of_teacher(self, number: int) -> None:
         self._heard_teachers.add(number)
 
     def announce(self, node: str, ending: _Ending) -> None:
@@ -170,7 +170,7 @@ class Coordinator:
         heard, self._heard_teachers = self._heard_teachers, set()
         return dict(self._cursors), frozenset(bad_chunks), self.notices(), frozenset(heard)
 
-    def begin(self, group: str, committed_step: int) -> Past | None:
+    def begin(self, group: str, committed_step: int) -> PreviousAttempt | None:
         past = self._group(group).begin(committed_step)
         _log.info("the %s's ranks begin at step %d; their life before: %s", group, committed_step, past)
         return past
@@ -178,23 +178,23 @@ class Coordinator:
     def stepped(self, group: str, step: int) -> None:
         self._group(group).stepped(step)
 
-    def beat(self, beat: Beat) -> Summons | None:
-        now, group = self._clock(), self._group(beat.group)
-        group.beats[beat.rank] = (beat, now)
-        return group.summons(now) or _summons_of(self.notices(), [heard.node for heard, _ in group.beats.values()])
+    def heartbeat(self, heartbeat: Heartbeat) -> StopRequest | None:
+        now, group = self._clock(), self._group(heartbeat.group)
+        group.heartbeats[heartbeat.rank] = (heartbeat, now)
+        return group.stop_request(now) or _stop_request_of(self.notices(), [heard.node for heard, _ in group.heartbeats.values()])
 
     def heard(self, group: str) -> list[Heard]:
         now = self._clock()
-        beats = self._groups[group].beats.values() if group in self._groups else ()
-        return [Heard(beat, now - at) for beat, at in beats]
+        heartbeats = self._groups[group].heartbeats.values() if group in self._groups else ()
+        return [Heard(heartbeat, now - at) for heartbeat, at in heartbeats]
 
     def forget(self, group: str, rank: int | None) -> None:
-        beats = self._groups[group].beats if group in self._groups else {}
-        for each in list(beats) if rank is None else [rank]:
-            beats.pop(each, None)
+        heartbeats = self._groups[group].heartbeats if group in self._groups else {}
+        for each in list(heartbeats) if rank is None else [rank]:
+            heartbeats.pop(each, None)
 
-    def summon(self, group: str, summons: Summons) -> None:
-        self._group(group).summon(summons, self._clock())
+    def request_stop(self, group: str, stop_request: StopRequest) -> None:
+        self._group(group).request_stop(stop_request, self._clock())
 
     def explain(self, group: str, cause: Cause, detail: str) -> None:
         self._group(group).explain(cause, detail)
@@ -224,19 +224,19 @@ class _Group:
     """The lives of one group of ranks, from loss to loss."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.beats: dict[int, tuple[Beat, float]] = {}
+        self.heartbeats: dict[int, tuple[Heartbeat, float]] = {}
         self._clock = clock
-        self._summons: tuple[float, Summons] | None = None  # with its deadline, by the clock
+        self._stop_request: tuple[float, StopRequest] | None = None  # with its deadline, by the clock
         self._why: tuple[Cause, str] | None = None
         self._last: tuple[int, float] = (0, clock())
         self._begun_from: int | None = None
         self._num_failures = 0
 
-    def summon(self, summons: Summons, now: float) -> None:
-        self._summons = (now + summons.seconds_left, summons)
+    def request_stop(self, stop_request: StopRequest, now: float) -> None:
+        self._stop_request = (now + stop_request.seconds_left, stop_request)
 
-    def summons(self, now: float) -> Summons | None:
-        return None if self._summons is None else replace(self._summons[1], seconds_left=self._summons[0] - now)
+    def stop_request(self, now: float) -> StopRequest | None:
+        return None if self._stop_request is None else replace(self._stop_request[1], seconds_left=self._stop_request[0] - now)
 
     def stepped(self, step: int) -> None:
         self._last = (step, self._clock())
@@ -250,12 +250,12 @@ class _Group:
         cause = self._why[0] if self._why is not None else None
         return cause if cause in ("notice", "grown", "stop") else None
 
-    def begin(self, committed_step: int) -> Past | None:
+    def begin(self, committed_step: int) -> PreviousAttempt | None:
         before, self._begun_from = self._begun_from, committed_step
         (cause, detail), self._why = self._why or ("died", "a rank was killed, or its machine"), None
-        self.beats.clear()
-        if self._summons is not None and self._summons[1].cause != "stop":
-            self._summons = None
+        self.heartbeats.clear()
+        if self._stop_request is not None and self._stop_request[1].cause != "stop":
+            self._stop_request = None
         if before is None:
             self.stepped(committed_step)
             return None
@@ -263,14 +263,14 @@ class _Group:
             self._num_failures = 0
         self._num_failures += cause in ("died", "stalled")
         last_step, at = self._last
-        return Past(cause, detail, last_step, self._clock() - at, self._num_failures)
+        return PreviousAttempt(cause, detail, last_step, self._clock() - at, self._num_failures)
 
 
-def _summons_of(endings: Mapping[str, _Ending], nodes: list[str]) -> Summons | None:
+def _stop_request_of(endings: Mapping[str, _Ending], nodes: list[str]) -> StopRequest | None:
     """The first end that one of the group's machines announced."""
     ours = [endings[node] for node in nodes if node in endings]
     first = min(ours, key=lambda ending: ending.seconds_left, default=None)
-    return None if first is None else Summons("notice", first.seconds_left, f"{first.source}: {first.detail}")
+    return None if first is None else StopRequest("notice", first.seconds_left, f"{first.source}: {first.detail}")
 
 
 def _relay(actor: Any, line: str) -> None:
@@ -278,11 +278,11 @@ def _relay(actor: Any, line: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
-    """A handle to the board; it can be passed to any process. Raises HeadGoneError where the board's machine is gone.
+class Coordinator:
+    """A handle to the coordinator; it can be passed to any process. Raises HeadGoneError where the coordinator's machine is gone.
 
     The actor lives on the node of the process that made it, the driver: on another it might be taken away from a run that goes on.
-    `wall` is this process's clock, which a `Notice` is in.
+    `wall` is this process's clock, which a `PreemptionNotice` is in.
     """
 
     _actor: Any
@@ -290,19 +290,19 @@ class Board:
     log: LogPlace | None = None  # for `process_log`, in a process that was handed this
 
     @classmethod
-    def create(cls, journal: Path | None = None) -> "Board":
-        """A board that writes rows down in this journal, a file of the driver's machine; without one it takes no rows."""
+    def create(cls, journal: Path | None = None) -> "Coordinator":
+        """A coordinator that writes rows down in this journal, a file of the driver's machine; without one it takes no rows."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
         place = handed_on()
-        actor = ray.remote(Coordinator).options(**options).remote(None if journal is None else journal.resolve(), log=place)
+        actor = ray.remote(CoordinatorActor).options(**options).remote(None if journal is None else journal.resolve(), log=place)
         return cls(actor, log=None if place is None else replace(place, relay=partial(_relay, actor)))
 
     def record(self, row: Row) -> None:
         """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it cannot be written.
 
-        While that disk is full it raises StoreUnavailable at once: the board, which all ask, does not wait. This process's secrets stay
-        in it: the board does not know them.
+        While that disk is full it raises StoreUnavailable at once: the coordinator, which all ask, does not wait. This process's secrets
+        stay in it: the coordinator does not know them.
         """
         self._ask_once("record", scrubbed(row if row.time else replace(row, time=self.wall())))
 
@@ -326,15 +326,15 @@ class Board:
         """A reader found chunk `number` damaged. Returns at once."""
         self._actor.report_bad_chunk.remote(number)
 
-    def beat_of_teacher(self, number: int) -> None:
+    def heartbeat_of_teacher(self, number: int) -> None:
         """A teacher's heartbeat, under the number that the pool gave it. Returns at once."""
-        self._actor.beat_of_teacher.remote(number)
+        self._actor.heartbeat_of_teacher.remote(number)
 
-    def announce(self, node: str, notice: Notice) -> None:
+    def announce(self, node: str, notice: PreemptionNotice) -> None:
         """The machine of Ray's node `node` will be taken away. Returns at once; the first to say so is believed."""
         self._actor.announce.remote(node, _Ending(notice.source, notice.deadline - self.wall(), notice.detail))
 
-    def notices(self) -> dict[str, Notice]:
+    def notices(self) -> dict[str, PreemptionNotice]:
         """Every notice so far, by node id, in this process's time."""
         return self._in_our_time(self._ask("notices"))
 
@@ -343,36 +343,36 @@ class Board:
         cursors, bad_chunks, endings, heard_teachers = self._ask_once("read")
         return News(cursors, bad_chunks, self._in_our_time(endings), heard_teachers)
 
-    def begin(self, group: str, *, committed_step: int) -> Past | None:
-        """A group begins, from this commit; None where it is the first time on this board. One rank calls this."""
+    def begin(self, group: str, *, committed_step: int) -> PreviousAttempt | None:
+        """A group begins, from this commit; None where it is the first time on this coordinator. One rank calls this."""
         return self._ask_once("begin", group, committed_step)
 
     def stepped(self, group: str, step: int) -> None:
         """The group has taken its `step`-th step. Returns at once."""
         self._actor.stepped.remote(group, step)
 
-    def beat(self, beat: Beat) -> Summons | None:
-        """Give a sign of life; what comes back asks the whole group to leave."""
-        return self._ask("beat", beat)
+    def heartbeat(self, heartbeat: Heartbeat) -> StopRequest | None:
+        """Give a heartbeat; what comes back asks the whole group to leave."""
+        return self._ask("heartbeat", heartbeat)
 
     def heard(self, group: str) -> list[Heard]:
-        """The last sign of life of each rank of a group."""
+        """The last heartbeat of each rank of a group."""
         return self._ask("heard", group)
 
     def forget(self, group: str, *, rank: int | None = None) -> None:
         """This rank of a group is done, or all of them are gone: silence means nothing from now on."""
         self._ask("forget", group, rank)
 
-    def summon(self, group: str, summons: Summons) -> None:
+    def request_stop(self, group: str, stop_request: StopRequest) -> None:
         """Ask a group to commit and leave; what it is asked last counts."""
-        self._ask("summon", group, summons)
+        self._ask("request_stop", group, stop_request)
 
     def explain(self, group: str, cause: Cause, detail: str) -> None:
         """Say why a group is about to end; the first to say so is believed."""
         self._ask("explain", group, cause, scrub(detail))
 
     def departure(self) -> Cause | None:
-        """Why the group that was last at work left on a summons; None where none did."""
+        """Why the group that was last at work left on a stop request; None where none did."""
         return self._ask("departure")
 
     def finish(self) -> None:
@@ -396,7 +396,7 @@ class Board:
         return self._ask("once", uuid4().hex, method, *arguments)
 
     def _ask(self, method: str, *arguments: object) -> Any:
-        """Ray calls again by itself where the board's process died, or its answer was lost. The board's machine is the driver's own."""
+        """Ray calls again by itself where the coordinator's process died, or its answer was lost. Its machine is the driver's own."""
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))
         except ray.exceptions.RayTaskError as error:
@@ -404,6 +404,6 @@ class Board:
         except ray.exceptions.RayError as error:
             raise HeadGoneError(GONE) from error
 
-    def _in_our_time(self, endings: Mapping[str, _Ending]) -> dict[str, Notice]:
+    def _in_our_time(self, endings: Mapping[str, _Ending]) -> dict[str, PreemptionNotice]:
         now = self.wall()
-        return {node: Notice(ending.source, now + ending.seconds_left, ending.detail) for node, ending in endings.items()}
+        return {node: PreemptionNotice(ending.source, now + ending.seconds_left, ending.detail) for node, ending in endings.items()}

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from stillhouse.cluster.placement import Crews, Placement, how_many_fit, placement, require_room, shortages
-from stillhouse.cluster.preemption import Endpoints, Notice, NoticeWatch, local_sources
+from stillhouse.cluster.placement import Placement, ResourceNeeds, how_many_fit, placement, require_room, shortages
+from stillhouse.cluster.preemption import Endpoints, PreemptionNotice, PreemptionWatch, local_sources
 from stillhouse.cluster.processes import ask_node
 from stillhouse.config import ClusterSection, NoticeSource
 
@@ -32,12 +32,12 @@ def metadata_endpoints() -> Endpoints:
     )
 
 
-def machine_notices(kind: NoticeSource, *, on_notice: Callable[[Notice], None] | None = None) -> NoticeWatch:
+def machine_notices(kind: NoticeSource, *, on_notice: Callable[[PreemptionNotice], None] | None = None) -> PreemptionWatch:
     """A watch over this machine's own end, to be entered in a process that runs on it. `kind` is `cluster.notices` of the config."""
-    return NoticeWatch(local_sources(kind, metadata_endpoints()), on_notice=on_notice)
+    return PreemptionWatch(local_sources(kind, metadata_endpoints()), on_notice=on_notice)
 
 
-def await_room(crews: Crews, section: ClusterSection, *, waiting: Callable[[str], None]) -> dict[str, float]:
+def await_room(crews: ResourceNeeds, section: ClusterSection, *, waiting: Callable[[str], None]) -> dict[str, float]:
     """The cluster's resources, once they suffice for these crews: machines of a cluster that was there before may still be on their way.
 
     A cluster that can grow is asked to. `waiting` hears what is missing once a second, and may raise. Raises ConfigError where it is still
@@ -55,7 +55,7 @@ def await_room(crews: Crews, section: ClusterSection, *, waiting: Callable[[str]
 
 
 @contextmanager
-def _wanted(crews: Crews, available: Mapping[str, float]) -> Iterator[None]:
+def _wanted(crews: ResourceNeeds, available: Mapping[str, float]) -> Iterator[None]:
     """For as long as the block and this process last, Ray's autoscaler, where there is one, sees that all of them want room."""
     wanted = placement_group([placement(section, available).times(1) for section, count in crews.values() for _ in range(count)])
     try:
@@ -69,13 +69,13 @@ def this_node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def draining() -> dict[str, Notice]:
+def draining() -> dict[str, PreemptionNotice]:
     """The nodes that Ray will take away, by id, with the end that was set for each."""
     found = ray._private.state.state.get_draining_nodes()
-    return {node: Notice("ray", ms / 1e3 if ms else time() + _DRAIN_S, "the node is being drained") for node, ms in found.items()}
+    return {node: PreemptionNotice("ray", ms / 1e3 if ms else time() + _DRAIN_S, "the node is being drained") for node, ms in found.items()}
 
 
-def drain(node: str, notice: Notice) -> None:
+def drain(node: str, notice: PreemptionNotice) -> None:
     """Let Ray start nothing more on a node whose machine will be taken away."""
     raylet: Any = ray._raylet  # what `ray drain-node` calls
     client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)

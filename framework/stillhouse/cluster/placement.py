@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from stillhouse.config import ModelSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
 
-Crews = Mapping[str, tuple[ModelSection, int]]  # by what they are called: the section that says what each process needs, and how many
+ResourceNeeds = Mapping[
+    str, tuple[ModelSection, int]
+]  # by what they are called: the section that says what each process needs, and how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +40,17 @@ def placement(section: ModelSection, available: Mapping[str, float]) -> Placemen
     return Placement(section.num_cpus, num_gpus, dict(section.resources))
 
 
-def teacher_crew(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]:
+def teacher_needs(section: TeacherSection) -> dict[str, tuple[ModelSection, int]]:
     """The fewest teachers with which a run begins, as a crew."""
     return {"teachers": (section, section.min_replicas)}
 
 
-def student_crew(section: StudentSection) -> dict[str, tuple[ModelSection, int]]:
+def student_needs(section: StudentSection) -> dict[str, tuple[ModelSection, int]]:
     """The fewest student ranks that train, as a crew."""
     return {"student ranks": (section, section.min_workers or section.num_workers)}
 
 
-def shortages(crews: Crews, available: Mapping[str, float]) -> list[str]:
+def shortages(crews: ResourceNeeds, available: Mapping[str, float]) -> list[str]:
     """What would be waited for in vain: each resource of which the crews, by name, together need more than the cluster has."""
     needed: dict[str, float] = {}
     for section, count in crews.values():
@@ -62,7 +64,7 @@ def shortages(crews: Crews, available: Mapping[str, float]) -> list[str]:
     ]
 
 
-def require_room(crews: Crews, available: Mapping[str, float]) -> None:
+def require_room(crews: ResourceNeeds, available: Mapping[str, float]) -> None:
     """Raise ConfigError where `shortages` finds any: Ray itself would wait for ever without a word."""
     missing = shortages(crews, available)
     if missing:

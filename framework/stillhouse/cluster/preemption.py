@@ -34,7 +34,7 @@ _AZURE_ENDS = ("Preempt", "Terminate", "Reboot", "Redeploy")  # the others pause
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class PreemptionNotice:
     """The end of a machine, announced. What it holds has to be safe elsewhere by `deadline`."""
 
     source: Source
@@ -51,7 +51,9 @@ class Endpoints:
     azure: str = _LINK_LOCAL
 
 
-Ask = Callable[[float], Notice | None]  # at this moment, in unix seconds: has the end been announced? May raise what `_NO_ANSWER` lists
+Ask = Callable[
+    [float], PreemptionNotice | None
+]  # at this moment, in unix seconds: has the end been announced? May raise what `_NO_ANSWER` lists
 
 
 class NoAnswer(Exception):
@@ -61,7 +63,7 @@ class NoAnswer(Exception):
 _NO_ANSWER = (NoAnswer, OSError, HTTPException)
 
 
-def aws(endpoint: str, now: float) -> Notice | None:
+def aws(endpoint: str, now: float) -> PreemptionNotice | None:
     """EC2's spot interruption notice, about two minutes ahead, by IMDSv2. A rebalance recommendation is a guess, and no notice.
 
     In a container the instance's hop limit has to be 2: docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html
@@ -70,18 +72,18 @@ def aws(endpoint: str, now: float) -> Notice | None:
     if found is None:
         return None
     values = _parsed(found)
-    return Notice("aws", _unix_seconds(values.get("time"), empty=now), f"spot instance-action {values.get('action')}")
+    return PreemptionNotice("aws", _unix_seconds(values.get("time"), empty=now), f"spot instance-action {values.get('action')}")
 
 
-def gcp(endpoint: str, now: float) -> Notice | None:
+def gcp(endpoint: str, now: float) -> PreemptionNotice | None:
     """Compute Engine's mark on a preempted spot machine, 30 s ahead."""
     found = _get(endpoint, "/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"}, flavor="Google")
     if found is None or found.strip().upper() != "TRUE":
         return None
-    return Notice("gcp", now + _GCP_LEFT_S, "instance/preempted is TRUE")
+    return PreemptionNotice("gcp", now + _GCP_LEFT_S, "instance/preempted is TRUE")
 
 
-def azure(endpoint: str, now: float) -> Notice | None:
+def azure(endpoint: str, now: float) -> PreemptionNotice | None:
     """Azure's scheduled events that end this machine, 30 s ahead at least; those of its neighbours in a scale set are not its own."""
     document = _parsed(_get(endpoint, "/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"}) or "")
     events = [event for event in _list_in(document, "Events") if event.get("EventType") in _AZURE_ENDS]
@@ -89,11 +91,14 @@ def azure(endpoint: str, now: float) -> Notice | None:
         return None
     name = _azure_name(endpoint)
     ours = [event for event in events if name is None or name in _names_in(event)]
-    notices = [Notice("azure", _unix_seconds(event.get("NotBefore"), empty=now), f"scheduled event {event['EventType']}") for event in ours]
+    notices = [
+        PreemptionNotice("azure", _unix_seconds(event.get("NotBefore"), empty=now), f"scheduled event {event['EventType']}")
+        for event in ours
+    ]
     return min(notices, key=lambda notice: notice.deadline, default=None)
 
 
-_CLOUDS: Mapping[Cloud, Callable[[str, float], Notice | None]] = {"aws": aws, "gcp": gcp, "azure": azure}
+_CLOUDS: Mapping[Cloud, Callable[[str, float], PreemptionNotice | None]] = {"aws": aws, "gcp": gcp, "azure": azure}
 
 
 def cloud_here(endpoints: Endpoints) -> Cloud | None:
@@ -129,7 +134,7 @@ def _whichever_answers(endpoints: Endpoints) -> Ask:
     here: Cloud | None = None
     next_look = 0.0
 
-    def ask(now: float) -> Notice | None:
+    def ask(now: float) -> PreemptionNotice | None:
         nonlocal here, next_look
         if here is None and now >= next_look:
             here, next_look = cloud_here(endpoints), now + _LOOK_AGAIN_S
@@ -144,10 +149,10 @@ def sigterm(grace_s: float, *, clock: Callable[[], float] = time.time) -> Iterat
 
     Yields whom to ask; asking costs nothing. A second SIGTERM changes nothing: the first one's deadline stands.
     """
-    notices: list[Notice] = []
+    notices: list[PreemptionNotice] = []
 
     def receive(_number: int, _frame: FrameType | None) -> None:
-        notices.append(Notice("sigterm", clock() + grace_s, "SIGTERM"))
+        notices.append(PreemptionNotice("sigterm", clock() + grace_s, "SIGTERM"))
 
     before = signal.signal(signal.SIGTERM, receive)
     try:
@@ -156,7 +161,7 @@ def sigterm(grace_s: float, *, clock: Callable[[], float] = time.time) -> Iterat
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-class NoticeWatch:
+class PreemptionWatch:
     """Asks in a thread until somebody announces the end; use it as a context manager. It holds up nobody: not even its own end waits."""
 
     def __init__(
@@ -164,21 +169,21 @@ class NoticeWatch:
         sources: Sequence[Ask],
         *,
         every_s: float = 2.0,
-        on_notice: Callable[[Notice], None] | None = None,
+        on_notice: Callable[[PreemptionNotice], None] | None = None,
         clock: Callable[[], float] = time.time,
     ):
         """`on_notice` is called once, in the thread, after `notice` has been set."""
         self._sources, self._every_s, self._on_notice, self._clock = sources, every_s, on_notice, clock
-        self._notice: Notice | None = None
+        self._notice: PreemptionNotice | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
 
     @property
-    def notice(self) -> Notice | None:
+    def notice(self) -> PreemptionNotice | None:
         """What has been announced; once it is there, it stays."""
         return self._notice
 
-    def __enter__(self) -> "NoticeWatch":
+    def __enter__(self) -> "PreemptionWatch":
         if self._sources:
             self._thread.start()
         return self

@@ -1,6 +1,6 @@
 """What the driver hears of the run's machines: it passes every announced end on to those whom it concerns, and into the journal.
 
-Machines speak through the board, Ray says which nodes it drains, and a SIGTERM to the driver is the end of everything.
+Machines speak through the coordinator, Ray says which nodes it drains, and a SIGTERM to the driver is the end of everything.
 """
 
 import logging
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep, time
 
-from stillhouse.cluster.coordinator import Board, Summons
+from stillhouse.cluster.coordinator import Coordinator, StopRequest
 from stillhouse.cluster.head_process import HeadIsGone
 from stillhouse.cluster.nodes import drain, draining
-from stillhouse.cluster.preemption import Ask, Notice, sigterm
+from stillhouse.cluster.preemption import Ask, PreemptionNotice, sigterm
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.terminal import say
 from stillhouse.tracking import NoticeRow, Role, Tracker
@@ -28,10 +28,10 @@ _ROLES: tuple[Role, ...] = ("student", "control")
 class Machines:
     """The run's machines, as far as their end is announced."""
 
-    def __init__(self, board: Board, journal: Tracker, terminated: Ask) -> None:
+    def __init__(self, coordinator: Coordinator, journal: Tracker, terminated: Ask) -> None:
         """`journal` must not wait: a row for which it raises StoreUnavailable is kept, and recorded later."""
-        self._board, self._journal, self._terminated = board, journal, terminated
-        self.known: dict[str, Notice] = {}
+        self._coordinator, self._journal, self._terminated = coordinator, journal, terminated
+        self.known: dict[str, PreemptionNotice] = {}
         self._unwritten: list[NoticeRow] = []
         self._told_at: float | None = None
         self._seconds_left = 0.0  # then
@@ -47,7 +47,7 @@ class Machines:
         """Whether the driver was told to go a while ago, and no rank is at work that would have to commit first."""
         if self._told_at is None or monotonic() - self._told_at < _SILENT_S:
             return False
-        return not any(heard.ago_s < _SILENT_S for role in _ROLES for heard in self._board.heard(role))
+        return not any(heard.ago_s < _SILENT_S for role in _ROLES for heard in self._coordinator.heard(role))
 
     def pause(self, seconds: float) -> None:
         """Sleep, for who waits for room. Raises InterruptedRunError once a driver that was told to go has no time left."""
@@ -69,18 +69,18 @@ class Machines:
                 self._look()
 
     def _look(self) -> None:
-        """Take in and pass on. What the board knew and lost with its process is told to it again."""
-        for words in self._board.words():
+        """Take in and pass on. What the coordinator knew and lost with its process is told to it again."""
+        for words in self._coordinator.words():
             say(words, error=True)
         for node, notice in draining().items():
-            self._board.announce(node, notice)
-        notices = self._board.notices()
+            self._coordinator.announce(node, notice)
+        notices = self._coordinator.notices()
         for node, notice in notices.items():
             if node not in self.known:
                 self._pass_on(node, notice)
             self.known[node] = notice
         for node in self.known.keys() - notices.keys():
-            self._board.announce(node, self.known[node])
+            self._coordinator.announce(node, self.known[node])
         end = self._terminated(time())
         if end is not None:
             self._stop_all(end)
@@ -93,28 +93,28 @@ class Machines:
                 self._journal.record(self._unwritten[0])
                 del self._unwritten[0]
 
-    def _pass_on(self, node: str, notice: Notice) -> None:
+    def _pass_on(self, node: str, notice: PreemptionNotice) -> None:
         seconds_left = notice.deadline - time()
         _log.warning("node %s ends in %.0f s: %s: %s", node, seconds_left, notice.source, notice.detail)
         self._unwritten.append(NoticeRow(notice.source, node, seconds_left, notice.detail, time=time()))
         if notice.source != "ray":
             drain(node, notice)
 
-    def _stop_all(self, notice: Notice) -> None:
+    def _stop_all(self, notice: PreemptionNotice) -> None:
         if self._told_at is None:
             self._told_at, self._seconds_left = monotonic(), notice.deadline - time()
             _log.warning("%s: students commit and leave within %.0f s", notice.detail, self._seconds_left)
             self._unwritten.append(NoticeRow(notice.source, "driver", self._seconds_left, notice.detail, time=time()))
         seconds_left = self._seconds_left - (monotonic() - self._told_at)
         for role in _ROLES:
-            self._board.summon(role, Summons("stop", seconds_left, notice.detail))
+            self._coordinator.request_stop(role, StopRequest("stop", seconds_left, notice.detail))
 
 
 @contextmanager
-def watched_machines(board: Board, journal: Tracker, *, grace_s: float) -> Iterator[Machines]:
+def watched_machines(coordinator: Coordinator, journal: Tracker, *, grace_s: float) -> Iterator[Machines]:
     """Listen for as long as the block lasts."""
     with sigterm(grace_s) as terminated:
-        machines = Machines(board, journal, terminated)
+        machines = Machines(coordinator, journal, terminated)
         machines.start()
         try:
             yield machines

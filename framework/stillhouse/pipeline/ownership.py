@@ -158,7 +158,7 @@ def take_over(
 
 
 def renew(blobs: Blobs, number: int, holder: Holder, *, renewal: int) -> None:
-    """Give another sign of life. Raises CheckpointError where another command has taken the checkpoints over."""
+    """Give another heartbeat. Raises CheckpointError where another command has taken the checkpoints over."""
     require_owner(blobs, number)
     blobs.replace(owner_key(number), holder.packed(renewal=renewal))
 

@@ -94,7 +94,7 @@ class Plan:
         ]
 
 
-def plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
+def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     """Look whether the models' weights are whole, and resolve the config.
 
     Raises ModelError, CorpusError, CacheError or ConfigError for what cannot be used, before anything heavy starts.
@@ -158,9 +158,9 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
 
 
-def require_full_step(made: Plan) -> None:
+def require_full_step(plan: Plan) -> None:
     """Raise ConfigError where one optimiser step asks for more sequences than the corpus has."""
-    wanted, there = made.config.student.global_batch_sequences, made.sources.train.num_sequences
+    wanted, there = plan.config.student.global_batch_sequences, plan.sources.train.num_sequences
     if wanted > there:
         raise ConfigError(
             f"student.global_batch_sequences is {wanted:,}, but the corpus has {there:,} sequences to train on;"

@@ -17,9 +17,9 @@ from stillhouse.config import Config, StudentSection, parse_config, resolved_jso
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.pipeline.plan import Plan
 from stillhouse.store import ChunkStore, differences, parse_recipe
-from stillhouse.store.consumers import leave, reader_name
+from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
-from stillhouse.student.job import where_it_goes_on
+from stillhouse.student.job import resume_location
 
 _SEAL = "xxh3"  # the name of the checksum among the config's sections
 
@@ -113,7 +113,7 @@ def claim(plan: Plan) -> Config | None:
 
 def leave_former_place(plan: Plan, before: StudentSection, store: ChunkStore) -> None:
     """Where the checkpoints' place changed, nobody reads under the name that it gave: the store would keep every chunk for that one."""
-    former = where_it_goes_on(before, plan.run_dir)
-    if former != where_it_goes_on(plan.config.student, plan.run_dir):
+    former = resume_location(before, plan.run_dir)
+    if former != resume_location(plan.config.student, plan.run_dir):
         for role in ("student", "control"):
-            leave(store, reader_name(former, role))
+            leave(store, consumer_name(former, role))

@@ -13,7 +13,7 @@ from stillhouse.store.chunk_store import Swept as Swept
 from stillhouse.store.chunk_store import list_recipes as list_recipes
 from stillhouse.store.chunk_store import sweep as sweep
 from stillhouse.store.chunk_store import verify_store as verify_store
-from stillhouse.store.consumers import Reader as Reader
+from stillhouse.store.consumers import Consumer as Consumer
 from stillhouse.store.consumers import Registered as Registered
 from stillhouse.store.explain import StoreForbidden as StoreForbidden
 from stillhouse.store.recipe import Recipe as Recipe

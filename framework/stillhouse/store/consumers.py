@@ -28,7 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class Consumer:
     """One student's way through the sequences of a recipe, and how much of it is behind it for good."""
 
     name: str
@@ -40,17 +40,17 @@ class Reader:
 
 
 class Registered(NamedTuple):
-    readers: list[Reader]  # by name
+    readers: list[Consumer]  # by name
     strangers: list[str]  # what this version does not understand, as keys: nobody knows which chunks they still need
 
 
-def reader_name(place: str, role: str) -> str:
+def consumer_name(place: str, role: str) -> str:
     """A name that a run keeps when it goes on from its checkpoints in `place`, and that one with another place does not have."""
     run = re.sub(r"[^A-Za-z0-9._-]", "-", PurePath(place).name)[:64] or "run"
     return f"{run}-{hashlib.sha256(place.encode()).hexdigest()[:8]}-{role}"
 
 
-def join(store: ChunkStore, reader: Reader) -> None:
+def join(store: ChunkStore, reader: Consumer) -> None:
     """Register a reader that is about to begin; where it is known already, because its run goes on, it keeps what it has committed.
 
     Raises StoreForbidden where the store may only be read: then nobody who deletes chunks knows of this reader.
@@ -68,7 +68,7 @@ def leave(store: ChunkStore, name: str) -> None:
         store.blobs.delete(_key(store, name))
 
 
-def commit(store: ChunkStore, reader: Reader) -> None:
+def commit(store: ChunkStore, reader: Consumer) -> None:
     """Tell that a reader has committed `reader.committed_step`, which may be lower than before where a checkpoint was lost.
 
     Raises StoreUnavailable where the store does not answer: then chunks are kept for longer, and the next commit tells it. Raises
@@ -98,13 +98,13 @@ def _key(store: ChunkStore, name: str) -> str:
     return f"{store.folder}/readers/{name}.json"
 
 
-def _packed(reader: Reader) -> bytes:
+def _packed(reader: Consumer) -> bytes:
     values = {**asdict(reader), "version": READER_VERSION}
     return canonical_json(values | {"xxh3": _digest_of(values)})
 
 
-def _parsed(data: bytes) -> Reader | None:
-    names = [field.name for field in fields(Reader)]
+def _parsed(data: bytes) -> Consumer | None:
+    names = [field.name for field in fields(Consumer)]
     try:
         values = json.loads(data)
         is_whole = values.pop("xxh3") == _digest_of(values)  # a flipped bit in a number of steps would have chunks deleted too early
@@ -112,7 +112,7 @@ def _parsed(data: bytes) -> Reader | None:
         if not (is_whole and values["version"] == READER_VERSION and all(whole) and set(values) == {*names, "version"}):
             return None
         if _NAME.fullmatch(values["name"]) and all(least <= values[name] <= _MOST_NUMBER for name, least in _LEAST.items()):
-            return Reader(**{name: values[name] for name in names})
+            return Consumer(**{name: values[name] for name in names})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return None

@@ -7,8 +7,8 @@ from typing import Literal
 from stillhouse.checkpoint.manifest import Origin
 from stillhouse.config import StudentSection
 from stillhouse.losses.divergences import divergence_identity
-from stillhouse.store import Reader, Recipe
-from stillhouse.store.consumers import reader_name
+from stillhouse.store import Consumer, Recipe
+from stillhouse.store.consumers import consumer_name
 from stillhouse.student.order import Order
 
 # Of the student's settings, those without which the same steps would lead to other weights; a schedule may change on the way.
@@ -57,10 +57,10 @@ class TrainJob:
     def order(self) -> Order:
         return order_of(self.section, self.recipe)
 
-    def reader(self, committed_step: int) -> Reader:
+    def reader(self, committed_step: int) -> Consumer:
         """This student as a reader of the store, once `committed_step` steps are safe in a checkpoint."""
-        return Reader(
-            name=reader_name(where_it_goes_on(self.section, self.run_dir), self.role),
+        return Consumer(
+            name=consumer_name(resume_location(self.section, self.run_dir), self.role),
             global_batch_sequences=self.section.global_batch_sequences,
             seed=self.section.seed,
             window_chunks=self.section.shuffle_window_chunks,
@@ -74,12 +74,12 @@ def place_of_checkpoints(section: StudentSection, run_dir: Path) -> str:
     return str(run_dir / "checkpoints") if section.checkpoint_url is None else section.checkpoint_url.rstrip("/")
 
 
-def where_it_goes_on(section: StudentSection, run_dir: Path) -> str:
+def resume_location(section: StudentSection, run_dir: Path) -> str:
     """What a run has in common with the one that goes on with it, wherever that is: the place of its checkpoints."""
     return str(run_dir) if section.checkpoint_url is None else section.checkpoint_url.rstrip("/")
 
 
-def order_of_reader(reader: Reader, recipe: Recipe) -> Order:
+def order_of_consumer(reader: Consumer, recipe: Recipe) -> Order:
     """The order in which any registered reader reads the recipe's sequences."""
     return Order(
         num_sequences=recipe.num_sequences,

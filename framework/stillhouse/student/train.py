@@ -18,7 +18,7 @@ from stillhouse.checkpoint.manifest import Commit
 from stillhouse.checkpoint.restore import restore
 from stillhouse.checkpoint.writer import CheckpointWriter, attempt_name
 from stillhouse.cluster.collectives import gathered
-from stillhouse.cluster.coordinator import Past, Summons
+from stillhouse.cluster.coordinator import PreviousAttempt, StopRequest
 from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
@@ -26,8 +26,8 @@ from stillhouse.retry import Tell
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, consumers
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.engine import StudentEngine, learning_rate_at
+from stillhouse.student.heartbeat import DriverLink
 from stillhouse.student.job import TrainJob
-from stillhouse.student.lifeline import Lifeline
 from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
 from stillhouse.student.universal import convert
@@ -36,24 +36,24 @@ from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, OutageRow, 
 _log = logging.getLogger(__name__)
 
 
-def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Lifeline) -> bool:
-    """Train until `job.total_steps`, on every rank of the existing process group; False where the group left before, on a summons.
+def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: DriverLink) -> bool:
+    """Train until `job.total_steps`, on every rank of the existing process group; False where the group left before, on a stop request.
 
-    It leaves once its last step is committed, or the summons' time is over. Rank 0 journals. Raises ConfigError on every rank before the
+    It leaves once its last step is committed, or the time to stop is over. Rank 0 journals. Raises ConfigError on every rank before the
     first step where the divergence cannot learn from such targets, and StudentError on a loss that is not finite.
     """
     rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
     on_outage = _teller(job, journal, rank=rank)
-    lifeline.at(0, "commit")  # a large checkpoint takes long to read, and a bucket may be away
+    link.at(0, "commit")  # a large checkpoint takes long to read, and a bucket may be away
     with restore(job.checkpoints, origin=job.origin, convert=convert, tell=on_outage) as found:
-        lifeline.at(0, "start")
+        link.at(0, "start")
         began_at = monotonic()
         done = 0 if found is None else found.step
         began_from = "the beginning" if found is None else f"the commit of step {done}"
         _log.info(
             "the %s goes on from %s to step %d; rank %d of %d, on %s", job.role, began_from, job.total_steps, rank, world_size, device
         )
-        past = _begin(lifeline, job, done) if rank == 0 else None
+        past = _begin(link, job, done) if rank == 0 else None
         for problem in found.passed_over if found is not None and rank == 0 else ():
             journal.record(DamagedRow(job.role, problem))
         if done >= job.total_steps:
@@ -63,38 +63,38 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
             engine.load(found)
     try:
         with (
-            _reader(job, lifeline, start=done, rank=rank, world_size=world_size, device=device, on_outage=on_outage) as reader,
+            _reader(job, link, start=done, rank=rank, world_size=world_size, device=device, on_outage=on_outage) as reader,
             _writer(job, journal) as writer,
         ):
             submitted, due = done, False
             for step in range(done, job.total_steps):
                 began = monotonic()
-                lifeline.at(step + 1, "data")
-                batch = reader.next_unless(lambda: lifeline.summons is not None)
-                busy, summons = _agreed(writer.busy, lifeline.summons, device)
-                if summons is not None:
-                    leave_at = monotonic() + summons.seconds_left
-                    _log.info("the group commits step %d and leaves: %s", step, summons)
+                link.at(step + 1, "data")
+                batch = reader.next_unless(lambda: link.stop_request is not None)
+                busy, stop_request = _agreed(writer.busy, link.stop_request, device)
+                if stop_request is not None:
+                    leave_at = monotonic() + stop_request.seconds_left
+                    _log.info("the group commits step %d and leaves: %s", step, stop_request)
                     if submitted < step:
-                        _submit(writer, engine, step, lifeline)
+                        _submit(writer, engine, step, link)
                     writer.wait(max(0.0, leave_at - monotonic()))
                     if rank == 0:
-                        lifeline.explain(summons.cause, summons.detail)
+                        link.explain(stop_request.cause, stop_request.detail)
                     return False
                 assert batch is not None
                 if step == 0 and depends_on_kept_mass(section):
                     require_kept_mass(section, job.recipe.codec, kept_mass=_kept_mass_over_ranks(batch, device))
-                row = _train_one(engine, batch, job, lifeline, began=began)
+                row = _train_one(engine, batch, job, link, began=began)
                 if rank == 0:
-                    lifeline.at(step + 1, "commit")  # the journal's disk may be full
+                    link.at(step + 1, "commit")  # the journal's disk may be full
                     journal.record(row)
-                    lifeline.stepped(step + 1, job.order.chunks_finished(step + 1))
+                    link.stepped(step + 1, job.order.chunks_finished(step + 1))
                 if past is not None:
                     journal.record(_recovery(past, job, resumed=done, world_size=world_size, since_begin_s=monotonic() - began_at))
                     past = None
                 due = due or (step + 1) % section.checkpoint_every_steps == 0
                 if step + 1 == job.total_steps or (due and not busy):
-                    _submit(writer, engine, step + 1, lifeline)
+                    _submit(writer, engine, step + 1, link)
                     submitted, due = step + 1, False
             writer.wait()
             _log.info("the %s has taken all its %d steps, and they are committed", job.role, job.total_steps)
@@ -103,11 +103,11 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, lifeline: Li
     return True
 
 
-def _begin(lifeline: Lifeline, job: TrainJob, done: int) -> Past | None:
+def _begin(link: DriverLink, job: TrainJob, done: int) -> PreviousAttempt | None:
     """Tell the driver where the group begins. Raises StudentError where it was lost too often since the last commit."""
-    past = lifeline.begin(done)
+    past = link.begin(done)
     _tell_the_store(job, done)
-    lifeline.stepped(done, job.order.chunks_finished(done))
+    link.stepped(done, job.order.chunks_finished(done))
     if past is not None and past.num_failures > job.section.max_failures:
         raise StudentError(
             f"the {job.role}'s ranks failed {past.num_failures} times in a row after step {done}, last because: {past.detail}. "
@@ -144,7 +144,7 @@ def _teller(job: TrainJob, journal: Tracker, *, rank: int) -> Tell:
 
 
 def _reader(
-    job: TrainJob, lifeline: Lifeline, *, start: int, rank: int, world_size: int, device: torch.device, on_outage: Tell
+    job: TrainJob, link: DriverLink, *, start: int, rank: int, world_size: int, device: torch.device, on_outage: Tell
 ) -> BatchReader:
     return BatchReader(
         ChunkStore(job.store_url, job.recipe),
@@ -155,9 +155,9 @@ def _reader(
         start=start,
         stop=job.total_steps,
         prefetch=job.section.prefetch_batches,
-        on_bad_chunk=lifeline.report_bad_chunk,
+        on_bad_chunk=link.report_bad_chunk,
         on_outage=on_outage,
-        on_read=lifeline.reading,
+        on_read=link.reading,
         pin_memory=device.type == "cuda",
     )
 
@@ -205,9 +205,9 @@ def _fence(job: TrainJob) -> Callable[[], None]:
     return require
 
 
-def _train_one(engine: StudentEngine, batch: Batch, job: TrainJob, lifeline: Lifeline, *, began: float) -> TrainRow:
+def _train_one(engine: StudentEngine, batch: Batch, job: TrainJob, link: DriverLink, *, began: float) -> TrainRow:
     step, data_wait_s = batch.state.step, monotonic() - began
-    lifeline.at(step + 1, "step")
+    link.at(step + 1, "step")
     torch.manual_seed(hash((job.section.seed, step, dist.get_rank())))
     learning_rate = learning_rate_at(step, section=job.section, total_steps=job.total_steps)
     try:
@@ -240,25 +240,25 @@ def _named(batch: Batch) -> str:
     return f"its sequences were {shown}{', ...' if len(batch.sequences) > 8 else ''}"
 
 
-def _submit(writer: CheckpointWriter, engine: StudentEngine, step: int, lifeline: Lifeline) -> None:
+def _submit(writer: CheckpointWriter, engine: StudentEngine, step: int, link: DriverLink) -> None:
     """Copy the state after `step` steps; what follows goes on beside the training, unless an earlier checkpoint is still on its way."""
-    lifeline.at(step, "snapshot")
+    link.at(step, "snapshot")
     snapshot = engine.snapshot(step)
-    lifeline.at(step, "commit")
+    link.at(step, "commit")
     writer.submit(snapshot)
 
 
-def _agreed(busy: bool, summons: Summons | None, device: torch.device) -> tuple[bool, Summons | None]:
-    """Whether any rank still writes a checkpoint, and the summons that any of them knows of: the same on every rank."""
-    flags = torch.tensor([busy, summons is not None], dtype=torch.float32, device=device)
+def _agreed(busy: bool, stop_request: StopRequest | None, device: torch.device) -> tuple[bool, StopRequest | None]:
+    """Whether any rank still writes a checkpoint, and the stop request that any of them knows of: the same on every rank."""
+    flags = torch.tensor([busy, stop_request is not None], dtype=torch.float32, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     if flags[1] == 0.0:
         return bool(flags[0]), None
-    known = gathered(None if summons is None else asdict(summons))
-    return bool(flags[0]), Summons(**next(each for each in known if each is not None))
+    known = gathered(None if stop_request is None else asdict(stop_request))
+    return bool(flags[0]), StopRequest(**next(each for each in known if each is not None))
 
 
-def _recovery(past: Past, job: TrainJob, *, resumed: int, world_size: int, since_begin_s: float) -> RecoveryRow:
+def _recovery(past: PreviousAttempt, job: TrainJob, *, resumed: int, world_size: int, since_begin_s: float) -> RecoveryRow:
     cause = "died" if past.cause == "stop" else past.cause
     seconds = past.seconds_ago + since_begin_s
     return RecoveryRow(job.role, cause, past.detail, seconds, world_size, resumed, max(0, past.last_step - resumed))

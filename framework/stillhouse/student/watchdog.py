@@ -7,7 +7,7 @@ or it is the one that got least far.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stillhouse.cluster.coordinator import Beat, Heard
+from stillhouse.cluster.coordinator import Heard, Heartbeat
 
 _START_ALLOWANCE = 10.0  # loading a model may take this many times what a step may
 _ORDER = ("start", "reading", "data", "step", "snapshot", "commit")  # who has its chunks waits for the others in phase "data", too
@@ -18,8 +18,8 @@ _PATIENT = ("data", "commit")  # teachers may need long, and so may the store
 class Stall:
     """A rank that holds its group up."""
 
-    beat: Beat  # its last
-    seconds: float  # without a sign of life, or in the phase
+    heartbeat: Heartbeat  # its last
+    seconds: float  # without a heartbeat, or in the phase
     silent: bool
 
 
@@ -31,12 +31,12 @@ def stalled(heard: Sequence[Heard], *, patience_s: float) -> Stall | None:
     """
     silent = max(heard, key=lambda each: each.ago_s, default=None)
     if silent is not None and silent.ago_s > patience_s:
-        return Stall(silent.beat, silent.ago_s, silent=True)
-    last = min(heard, key=lambda each: (each.beat.step, _ORDER.index(each.beat.phase), -each.beat.phase_s), default=None)
-    if last is None or last.beat.phase in _PATIENT:
+        return Stall(silent.heartbeat, silent.ago_s, silent=True)
+    last = min(heard, key=lambda each: (each.heartbeat.step, _ORDER.index(each.heartbeat.phase), -each.heartbeat.phase_s), default=None)
+    if last is None or last.heartbeat.phase in _PATIENT:
         return None
-    allowed_s = patience_s * (_START_ALLOWANCE if last.beat.phase == "start" else 1.0)
-    return Stall(last.beat, last.beat.phase_s, silent=False) if last.beat.phase_s > allowed_s else None
+    allowed_s = patience_s * (_START_ALLOWANCE if last.heartbeat.phase == "start" else 1.0)
+    return Stall(last.heartbeat, last.heartbeat.phase_s, silent=False) if last.heartbeat.phase_s > allowed_s else None
 
 
 def has_shrunk(heard: Sequence[Heard], *, num_workers: int) -> bool:
@@ -44,5 +44,5 @@ def has_shrunk(heard: Sequence[Heard], *, num_workers: int) -> bool:
 
     Only an elastic group is ever made smaller. While a rank of it has not been heard, or is before its first step, it is just starting.
     """
-    is_whole = bool(heard) and len(heard) == heard[0].beat.world_size
-    return is_whole and len(heard) < num_workers and all(each.beat.step > 0 for each in heard)
+    is_whole = bool(heard) and len(heard) == heard[0].heartbeat.world_size
+    return is_whole and len(heard) < num_workers and all(each.heartbeat.step > 0 for each in heard)

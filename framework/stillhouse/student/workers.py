@@ -19,7 +19,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 
-from stillhouse.cluster.coordinator import Board, Summons
+from stillhouse.cluster.coordinator import Coordinator, StopRequest
 from stillhouse.cluster.nodes import room_at_most, room_for
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, end_process, prepare_process, stacks_of
@@ -47,7 +47,7 @@ class _WorkerArguments:
     threads: int
     secrets: Secrets
     notices: NoticeSource
-    board: Board
+    coordinator: Coordinator
     teachers_at_work: bool
 
 
@@ -58,7 +58,7 @@ def fit(
     threads: int,
     secrets: Secrets,
     notices: NoticeSource,
-    board: Board,
+    coordinator: Coordinator,
     teachers_at_work: bool,
     journal: Tracker,
 ) -> None:
@@ -70,9 +70,9 @@ def fit(
     """
     settle_ray_train()
     arguments = pickle.dumps(  # the controller need not open it
-        _WorkerArguments(jobs, where.device, threads, secrets, notices, board, teachers_at_work)
+        _WorkerArguments(jobs, where.device, threads, secrets, notices, coordinator, teachers_at_work)
     )
-    with watched(jobs, where=where, board=board, journal=journal):
+    with watched(jobs, where=where, coordinator=coordinator, journal=journal):
         is_first = True
         while True:
             num_workers = _num_workers(jobs[0].section, where, is_first=is_first)
@@ -80,10 +80,12 @@ def fit(
             _log.info("%d ranks are started", num_workers)
             with _tried_again_if_too_large(jobs[0].section):
                 _trainer(jobs[0], arguments, where=where, num_workers=num_workers).fit()
-                verdict = board.verdict()
+                verdict = coordinator.verdict()
                 if verdict is not None:
                     raise verdict
-                if board.finished() or board.departure() == "stop":  # else it left to come back, or the board lost what it was told
+                if (
+                    coordinator.finished() or coordinator.departure() == "stop"
+                ):  # else it left to come back, or the coordinator lost what it was told
                     return
 
 
@@ -98,7 +100,7 @@ def _trainer(job: "TrainJob", arguments: bytes, *, where: Placement, num_workers
             name="train",
             storage_path=str((job.run_dir / "ray").resolve()),
             failure_config=FailureConfig(
-                max_failures=-1,  # the board counts: lives in a row without a commit
+                max_failures=-1,  # the coordinator counts: lives in a row without a commit
                 controller_failure_limit=0 if _is_elastic(job.section) else -1,  # a group that finds no room comes back smaller, or waits
             ),
         ),
@@ -142,9 +144,9 @@ def _peer_timeout(section: StudentSection) -> timedelta:
 
 
 @contextmanager
-def watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, journal: Tracker) -> Iterator[None]:
+def watched(jobs: "Sequence[TrainJob]", *, where: Placement, coordinator: Coordinator, journal: Tracker) -> Iterator[None]:
     stopped = threading.Event()
-    thread = threading.Thread(target=_watch, args=(jobs, where, board, journal, stopped), name="watchdog", daemon=True)
+    thread = threading.Thread(target=_watch, args=(jobs, where, coordinator, journal, stopped), name="watchdog", daemon=True)
     thread.start()
     try:
         yield
@@ -153,7 +155,7 @@ def watched(jobs: "Sequence[TrainJob]", *, where: Placement, board: Board, journ
         thread.join()
 
 
-def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: Tracker, stopped: threading.Event) -> None:
+def _watch(jobs: "Sequence[TrainJob]", where: Placement, coordinator: Coordinator, journal: Tracker, stopped: threading.Event) -> None:
     """Once a second: end a rank that holds its group up, and ask a group that has shrunk to come back larger once there is room.
 
     That the cluster is gone is told by whoever waits for the students: this ends with them.
@@ -162,58 +164,62 @@ def _watch(jobs: "Sequence[TrainJob]", where: Placement, board: Board, journal: 
     while not stopped.wait(_LOOK_EVERY_S):
         for job in jobs:
             try:
-                section, heard = job.section, board.heard(job.role)
+                section, heard = job.section, coordinator.heard(job.role)
                 stall = stalled(heard, patience_s=section.watchdog_s)
                 if stall is not None:
-                    _end(stall, job, board, journal)
+                    _end(stall, job, coordinator, journal)
                 elif has_shrunk(heard, num_workers=section.num_workers) and monotonic() - looked_for_room > section.regroup_s:
                     looked_for_room = monotonic()
                     if room_for(where) > 0:
-                        board.summon(job.role, Summons("grown", _GROW_WITHIN_S, "there is room for more ranks"))
+                        coordinator.request_stop(job.role, StopRequest("grown", _GROW_WITHIN_S, "there is room for more ranks"))
             except (HeadGoneError, ray.exceptions.RayError):
                 continue
 
 
-def _end(stall: Stall, job: "TrainJob", board: Board, journal: Tracker) -> None:
+def _end(stall: Stall, job: "TrainJob", coordinator: Coordinator, journal: Tracker) -> None:
     """Say which rank stands still and where, and kill it: Ray Train then starts its group again. One that died is Ray Train's to find."""
-    beat = stall.beat
-    stacks = stacks_of(beat.pid, node=beat.node)
+    heartbeat = stall.heartbeat
+    stacks = stacks_of(heartbeat.pid, node=heartbeat.node)
     if stacks is not None:
-        how = "silent" if stall.silent else f"at {beat.phase}{'' if beat.chunk is None else f' chunk {beat.chunk}'}"
-        why = f"rank {beat.rank} was {how} for {stall.seconds:.0f} s in step {beat.step}"
-        _log.warning("%s of the %s, process %d on node %s: it is killed, and its group started again", why, job.role, beat.pid, beat.node)
-        board.explain(job.role, "stalled", why)
-        journal.record(StallRow(job.role, beat.rank, beat.step, beat.phase, stall.seconds, stacks or beat.stack, beat.chunk))
-        end_process(beat.pid, node=beat.node)
-    board.forget(job.role)
+        how = "silent" if stall.silent else f"at {heartbeat.phase}{'' if heartbeat.chunk is None else f' chunk {heartbeat.chunk}'}"
+        why = f"rank {heartbeat.rank} was {how} for {stall.seconds:.0f} s in step {heartbeat.step}"
+        _log.warning(
+            "%s of the %s, process %d on node %s: it is killed, and its group started again", why, job.role, heartbeat.pid, heartbeat.node
+        )
+        coordinator.explain(job.role, "stalled", why)
+        journal.record(
+            StallRow(job.role, heartbeat.rank, heartbeat.step, heartbeat.phase, stall.seconds, stacks or heartbeat.stack, heartbeat.chunk)
+        )
+        end_process(heartbeat.pid, node=heartbeat.node)
+    coordinator.forget(job.role)
 
 
-def _patient(board: Board, job: "TrainJob", rank: int) -> PatientTracker:
-    """The board as a tracker that waits while the journal's disk is full."""
+def _patient(coordinator: Coordinator, job: "TrainJob", rank: int) -> PatientTracker:
+    """The coordinator as a tracker that waits while the journal's disk is full."""
 
     def tell(seconds: float, why: str) -> None:
-        board.say(f"{job.role}, rank {rank} has waited for {seconds:.0f} s: {why}")
+        coordinator.say(f"{job.role}, rank {rank} has waited for {seconds:.0f} s: {why}")
 
-    return PatientTracker(tracker=board, tell=tell)
+    return PatientTracker(tracker=coordinator, tell=tell)
 
 
 def _worker(config: dict[str, bytes]) -> None:
     arguments: _WorkerArguments = pickle.loads(config["arguments"])
-    board = arguments.board
-    if board.verdict() is not None:
+    coordinator = arguments.coordinator
+    if coordinator.verdict() is not None:
         return
     prepare_process(arguments.device, arguments.threads)
     arguments.secrets.adopt()
-    attempt = board.log.attempt if board.log is not None else 0
-    with process_log(f"attempt-{attempt}-rank-{ray.train.get_context().get_world_rank()}", board.log):
-        _train(arguments, board)
+    attempt = coordinator.log.attempt if coordinator.log is not None else 0
+    with process_log(f"attempt-{attempt}-rank-{ray.train.get_context().get_world_rank()}", coordinator.log):
+        _train(arguments, coordinator)
 
 
-def _train(arguments: _WorkerArguments, board: Board) -> None:
+def _train(arguments: _WorkerArguments, coordinator: Coordinator) -> None:
     import torch
     from torch.distributed import distributed_c10d
 
-    from stillhouse.student.lifeline import BoardLifeline
+    from stillhouse.student.heartbeat import CoordinatorLink
     from stillhouse.student.train import train
 
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
@@ -222,19 +228,19 @@ def _train(arguments: _WorkerArguments, board: Board) -> None:
     for job in arguments.jobs:
         distributed_c10d.default_pg_timeout = _peer_timeout(job.section)  # ZeRO makes groups of its own, which would wait for ever
         try:
-            line = BoardLifeline(
-                board, job, arguments.notices, rank=rank, world_size=world_size, teachers_at_work=arguments.teachers_at_work
+            line = CoordinatorLink(
+                coordinator, job, arguments.notices, rank=rank, world_size=world_size, teachers_at_work=arguments.teachers_at_work
             )
-            with line as lifeline:
-                finished = train(job, device=device, journal=_patient(board, job, rank), lifeline=lifeline)
+            with line as link:
+                finished = train(job, device=device, journal=_patient(coordinator, job, rank), link=link)
         except HeadGoneError:
             raise  # nobody is there to be told; or this machine is cut off, and the group goes on without it
         except StillhouseError as error:
-            board.give_up(error)
+            coordinator.give_up(error)
             raise
         except Exception as error:
-            board.explain(job.role, "died", f"{type(error).__name__}: {error}")
+            coordinator.explain(job.role, "died", f"{type(error).__name__}: {error}")
             raise
         if not finished:
             return
-    board.finish()
+    coordinator.finish()

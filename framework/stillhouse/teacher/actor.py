@@ -10,7 +10,7 @@ import ray
 import torch
 from torch import Tensor
 
-from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, prepare_process
@@ -76,15 +76,15 @@ Answer = Produced | Found | Passed
 
 
 class _TeacherActor:
-    def __init__(self, job: TeacherJob, number: int, device: str, secrets: Secrets, board: Board):
+    def __init__(self, job: TeacherJob, number: int, device: str, secrets: Secrets, coordinator: Coordinator):
         self._job, self._device, self._node = job, device, this_node()
-        begin_heartbeat(lambda: board.beat_of_teacher(number), every_s=job.section.watchdog_s / BEATS_PER_WATCH)
+        begin_heartbeat(lambda: coordinator.heartbeat_of_teacher(number), every_s=job.section.watchdog_s / BEATS_PER_WATCH)
         prepare_process(device, job.threads)
         secrets.adopt()
-        self._log = process_log(f"teacher-{number}", board.log)
+        self._log = process_log(f"teacher-{number}", coordinator.log)
         self._log.__enter__()
-        self._board = board
-        self._watch = machine_notices(job.notices, on_notice=lambda notice: board.announce(self._node, notice))
+        self._coordinator = coordinator
+        self._watch = machine_notices(job.notices, on_notice=lambda notice: coordinator.announce(self._node, notice))
         self._watch.__enter__()
 
     @failures_logged(_log, "start-up")
@@ -119,7 +119,7 @@ class _TeacherActor:
         return Produced(ref, measured, monotonic() - began)
 
     def _tell_of_outage(self, seconds: float, why: str) -> None:
-        self._board.mention(OutageRow(f"teacher on {self._node[:8]}", seconds, why))
+        self._coordinator.mention(OutageRow(f"teacher on {self._node[:8]}", seconds, why))
 
 
 def is_there(store: ChunkStore, number: int) -> bool:
@@ -156,7 +156,7 @@ def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience: Patience
     return insist(lambda: store.publish(chunk), patience=patience, tell=tell)
 
 
-def spawn(job: TeacherJob, number: int, *, where: Placement, secrets: Secrets, board: Board) -> Any:
+def spawn(job: TeacherJob, number: int, *, where: Placement, secrets: Secrets, coordinator: Coordinator) -> Any:
     """A new teacher actor on the cluster; its `start` must be awaited before it gets work. Its heartbeats bear the number."""
     options = {"num_cpus": where.num_cpus, "num_gpus": where.num_gpus, "resources": dict(where.resources) or None}
-    return ray.remote(_TeacherActor).options(**options).remote(job, number, where.device, secrets, board)
+    return ray.remote(_TeacherActor).options(**options).remote(job, number, where.device, secrets, coordinator)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from stillhouse.cluster.coordinator import Board
+from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, cause_of
 from stillhouse.sequence import WorkItem
@@ -23,13 +23,13 @@ class _Call(NamedTuple):
 class RayCrew:
     """Starts a teacher of `job` for each number that it is given, where the cluster has a place for it."""
 
-    def __init__(self, job: TeacherJob, *, where: Placement, secrets: Secrets, board: Board):
-        self._job, self._where, self._secrets, self._board = job, where, secrets, board
+    def __init__(self, job: TeacherJob, *, where: Placement, secrets: Secrets, coordinator: Coordinator):
+        self._job, self._where, self._secrets, self._coordinator = job, where, secrets, coordinator
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, _Call] = {}
 
     def spawn(self, teacher: int) -> None:
-        actor = spawn(self._job, teacher, where=self._where, secrets=self._secrets, board=self._board)
+        actor = spawn(self._job, teacher, where=self._where, secrets=self._secrets, coordinator=self._coordinator)
         self._actors[teacher] = actor
         self._calls[actor.start.remote()] = _Call(teacher, None)
 

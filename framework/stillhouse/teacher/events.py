@@ -64,6 +64,6 @@ class Crew(Protocol):
 
 
 class Inbox(Protocol):
-    """Where students and machines leave their messages; a Board is one."""
+    """Where students and machines leave their messages; a Coordinator is one."""
 
     def read(self) -> News: ...

@@ -11,13 +11,13 @@ from contextlib import suppress
 BEATS_PER_WATCH = 30.0  # heartbeats within the time that the watchdog allows: some may be late, or lost with the coordinator's process
 
 
-def begin_heartbeat(beat: Callable[[], None], *, every_s: float) -> threading.Event:
-    """Call `beat` now and then from a thread of its own, until what this returns is set. A beat that raises is one that is missing."""
+def begin_heartbeat(heartbeat: Callable[[], None], *, every_s: float) -> threading.Event:
+    """Call `heartbeat` now and then from a thread of its own, until what this returns is set. A beat that raises is one that is missing."""
 
     def go_on() -> None:
         while not ended.is_set():
             with suppress(Exception):
-                beat()
+                heartbeat()
             ended.wait(every_s)
 
     ended = threading.Event()

@@ -12,7 +12,7 @@ from time import monotonic, time
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.cluster.preemption import Notice
+from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.config import TeacherSection
 from stillhouse.engines.probe import Probe, require_planned_weights, require_same_teacher
 from stillhouse.errors import StillhouseError, TeacherError, UserError
@@ -22,7 +22,7 @@ from stillhouse.teacher.actor import Answer, Found, Passed, Produced, Ready
 from stillhouse.teacher.events import Answered, Crew, Died, Event, Inbox, Raised, Started
 from stillhouse.teacher.heartbeat import Pulses
 from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
-from stillhouse.teacher.readership import Readership
+from stillhouse.teacher.retention import Retention
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, SetAsideRow, StallRow, TeacherRow, Tracker
 
 _log = logging.getLogger(__name__)
@@ -63,12 +63,12 @@ class TeacherPool:
         item_of: Callable[[int], WorkItem],
         window_chunks: int,
         journal: Tracker,
-        readership: Readership | None = None,
+        retention: Retention | None = None,
         clock: Callable[[], float] = monotonic,
         wall: Callable[[], float] = time,
     ):
         self._crew, self._section, self._store, self._order = crew, section, store, np.asarray(order, dtype=np.int64)
-        self._item_of, self._window_chunks, self._journal, self._readership = item_of, window_chunks, journal, readership
+        self._item_of, self._window_chunks, self._journal, self._retention = item_of, window_chunks, journal, retention
         self._clock, self._wall = clock, wall
         self._table = LeaseTable(
             self._order,
@@ -81,7 +81,7 @@ class TeacherPool:
         self._overdue: dict[int, _Teacher] = {}
         self._leaving: dict[int, _Teacher] = {}
         self._pulses = Pulses()
-        self._notices: dict[str, Notice] = {}
+        self._notices: dict[str, PreemptionNotice] = {}
         self._cursors: dict[str, int] = {}
         self._probe: Probe | None = None
         self._begun = False  # once `min_replicas` have been ready together, it stays begun
@@ -90,8 +90,8 @@ class TeacherPool:
         self._last_row = self._last_look = clock()
         self._next_spawn = self._next_news = self._next_readers = -np.inf
 
-    def run(self, *, readers: Collection[str], board: Inbox, finished: Callable[[], bool]) -> None:
-        """Produce until every wanted chunk is published and `finished()`; `readers` are the students that move cursors on the board.
+    def run(self, *, readers: Collection[str], coordinator: Inbox, finished: Callable[[], bool]) -> None:
+        """Produce until every wanted chunk is published and `finished()`; `readers` are the students that move cursors on the coordinator.
 
         Without readers nothing holds the teachers back. Raises TeacherError where chunks or start-up checks fail too often, and what
         `finished` raises as soon as it does: behind a closed window a student that has failed would be waited for without end.
@@ -100,10 +100,10 @@ class TeacherPool:
             self._record(self._clock(), force=True)  # that there is nothing to make
         try:
             while not (finished() and self._table.done):
-                self._look_around(board, self._clock())
+                self._look_around(coordinator, self._clock())
                 self._advance(limit=self._limit(readers))
-            if self._readership is not None:
-                self._readership.finish()
+            if self._retention is not None:
+                self._retention.finish()
         finally:
             self._release()
 
@@ -114,12 +114,12 @@ class TeacherPool:
                 self._journal.record(RepairRow(number))
         published = np.fromiter(found.published, dtype=np.int64)
         settled = np.isin(self._order, published)
-        return settled if self._readership is None else settled | ~self._readership.begin(published)[self._order]
+        return settled if self._retention is None else settled | ~self._retention.begin(published)[self._order]
 
-    def _look_around(self, board: Inbox, now: float) -> None:
+    def _look_around(self, coordinator: Inbox, now: float) -> None:
         """Take in what others know, each as often as it may matter."""
         if now >= self._next_news:
-            news = board.read()
+            news = coordinator.read()
             self._next_news = now + _NEWS_EVERY_S
             self._cursors.update(news.cursors)
             self._notices.update(news.notices)
@@ -128,9 +128,9 @@ class TeacherPool:
             for number in news.bad_chunks:
                 self._replace(number)
             self._heed_notices(now)
-        if self._readership is not None and now >= self._next_readers:
+        if self._retention is not None and now >= self._next_readers:
             self._next_readers = now + _READERS_EVERY_S
-            self._table.reopen(*self._readership.look())
+            self._table.reopen(*self._retention.look())
 
     def _limit(self, readers: Collection[str]) -> int:
         """The position in the reading order that no lease may reach.
@@ -138,9 +138,9 @@ class TeacherPool:
         A reader of another run may hold it back too, though never so far that the readers of this one would lack what they need next.
         """
         own = min((self._cursors.get(reader, 0) for reader in readers), default=self._table.num_wanted)
-        if self._readership is None:
+        if self._retention is None:
             return own + self._window_chunks
-        return self._readership.limit(own, self._window_chunks)
+        return self._retention.limit(own, self._window_chunks)
 
     def _advance(self, *, limit: int) -> None:
         """One round: staff the pool, hand out what may be handed out, and take in answers for a moment."""
@@ -221,7 +221,7 @@ class TeacherPool:
             lease = next(iter(teacher.leases.values()), None)
             phase = "start" if teacher.node is None else "work"
             self._journal.record(StallRow("teacher", number, 0, phase, silent_s, "", None if lease is None else lease.chunk))
-            self._die(teacher, Died(number, f"it gave no sign of life for {silent_s:.0f} s"))
+            self._die(teacher, Died(number, f"it gave no heartbeat for {silent_s:.0f} s"))
 
     def _take_in(self, event: Event) -> None:
         teacher = self._teachers.get(event.teacher)
@@ -240,7 +240,7 @@ class TeacherPool:
                 self._die(teacher, event)
 
     def _end_of(self, teacher: _Teacher, number: int) -> Lease:
-        """Take the lease off its teacher, who thereby has given a sign of life; one that leaves goes now."""
+        """Take the lease off its teacher, who thereby has given a heartbeat; one that leaves goes now."""
         lease = teacher.leases.pop(number)
         teacher.overdue_since = None
         self._overdue.pop(teacher.number, None)
@@ -295,8 +295,8 @@ class TeacherPool:
         )
 
     def _note_published(self, number: int) -> None:
-        if self._readership is not None:
-            self._readership.published(number)
+        if self._retention is not None:
+            self._retention.published(number)
 
     def _fail(self, teacher: _Teacher, lease: Lease, cause: BaseException) -> None:
         _log.info("teacher %d failed at chunk %d: %r", teacher.number, lease.chunk, cause)

@@ -201,7 +201,7 @@ class StallRow(Row):
     rank: int  # of a teacher, its replica
     step: int  # that it was in; 0 for a teacher
     phase: str  # data, reading, step, snapshot or start; of a teacher, start or work
-    seconds: float  # without a sign of life
+    seconds: float  # without a heartbeat
     stack: str  # of its threads, where it could be had
     chunk: int | None = None  # that a rank was reading, or a teacher making
 

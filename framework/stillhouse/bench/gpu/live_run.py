@@ -26,9 +26,9 @@ def run(scale: Scale, recorder: Recorder) -> None:
         (folder / "models").mkdir()
         sizes = replace(Sizes(), num_steps=0)
         make_models(folder / "models", config.corpus, sizes, cache_dir=folder / "cache", console=Console(quiet=True))
-        made = pipeline.plan(config, run_dir=folder / "run", cache_dir=folder / "cache")
-        pipeline.run(made)
-        _tell(read_journal(made.run_dir / "journal.jsonl"), scale, recorder)
+        plan = pipeline.make_plan(config, run_dir=folder / "run", cache_dir=folder / "cache")
+        pipeline.run(plan)
+        _tell(read_journal(plan.run_dir / "journal.jsonl"), scale, recorder)
 
 
 def _tell(rows: list[Row], scale: Scale, recorder: Recorder) -> None:

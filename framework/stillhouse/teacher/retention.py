@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.errors import StoreError
-from stillhouse.store import ChunkStore, Reader, StoreUnavailable
+from stillhouse.store import ChunkStore, Consumer, StoreUnavailable
 from stillhouse.store.consumers import registered
 
 _MOST_DELETED_AT_ONCE = 256  # a look must not take long
 
 
-class Readership:
+class Retention:
     """The registered readers of a store, of whom `own` are the students of this run.
 
     `done_after(reader)` says, for every chunk, after how many steps the reader will not read it any more; `position(reader)` how far
@@ -31,13 +31,13 @@ class Readership:
         own: Collection[str],
         deletes: bool,
         least_ahead: int,
-        done_after: Callable[[Reader], NDArray[np.int64]],
-        position: Callable[[Reader], int | None],
+        done_after: Callable[[Consumer], NDArray[np.int64]],
+        position: Callable[[Consumer], int | None],
     ):
         self._store, self._own, self._deletes, self._least_ahead = store, frozenset(own), deletes, least_ahead
         self._done_after, self._position = done_after, position
-        self._readers: list[Reader] = []
-        self._plans: dict[str, tuple[Reader, NDArray[np.int64]]] = {}
+        self._readers: list[Consumer] = []
+        self._plans: dict[str, tuple[Consumer, NDArray[np.int64]]] = {}
         self._there = np.zeros(store.recipe.num_chunks, dtype=bool)
         self._doomed = np.zeros(store.recipe.num_chunks, dtype=bool)
         self._went_back = False
@@ -115,7 +115,7 @@ class Readership:
         self._store.delete(*gone.tolist())
         self._there[gone] = self._doomed[gone] = False
 
-    def _plan(self, reader: Reader) -> NDArray[np.int64]:
+    def _plan(self, reader: Consumer) -> NDArray[np.int64]:
         """`done_after`, computed once for as long as the reader's order stays what it is."""
         way = replace(reader, committed_step=0)
         known = self._plans.get(reader.name)

@@ -13,21 +13,21 @@ from helpers.chunks import small_recipe
 from helpers.simulation import Mailbox, SimulatedCrew, item_of, publish
 from stillhouse.config import TeacherSection
 from stillhouse.errors import StoreError
-from stillhouse.store import ChunkStore, Reader
+from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import commit, join
-from stillhouse.student.job import order_of_reader
+from stillhouse.student.job import order_of_consumer
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
 from stillhouse.teacher.pool import TeacherPool
-from stillhouse.teacher.readership import Readership
+from stillhouse.teacher.retention import Retention
 from stillhouse.tracking import ChunkRow, Row
 
 RECIPE = small_recipe(num_sequences=4 * 24, sequence_length=6)
 STEPS_PER_EPOCH = 12  # of eight sequences, so two chunks
 
 
-def reader(name: str, *, epochs: int = 1, seed: int = 0) -> Reader:
-    return Reader(name=name, global_batch_sequences=8, seed=seed, window_chunks=2, total_steps=epochs * STEPS_PER_EPOCH, committed_step=0)
+def reader(name: str, *, epochs: int = 1, seed: int = 0) -> Consumer:
+    return Consumer(name=name, global_batch_sequences=8, seed=seed, window_chunks=2, total_steps=epochs * STEPS_PER_EPOCH, committed_step=0)
 
 
 @dataclass
@@ -35,14 +35,14 @@ class Student:
     """Reads as a real one would: a step when all its chunks are there, and a commit after every `every` steps."""
 
     store: ChunkStore
-    reader: Reader
+    reader: Consumer
     every: int = 3
     step: int = 0
     commits: bool = True
 
     @property
     def order(self) -> Order:
-        return order_of_reader(self.reader, self.store.recipe)
+        return order_of_consumer(self.reader, self.store.recipe)
 
     @property
     def done(self) -> bool:
@@ -92,16 +92,16 @@ class Run:
     def made(self) -> list[int]:
         return [row.chunk for row in self.rows if isinstance(row, ChunkRow)]
 
-    def readership(self) -> Readership:
+    def retention(self) -> Retention:
         first = self.students[0].order
-        return Readership(
+        return Retention(
             self.store,
             own=[student.reader.name for student in self.students[: self.own]],
             deletes=self.deletes,
             least_ahead=chunks_read_ahead(first),
-            done_after=lambda reader: order_of_reader(reader, RECIPE).steps_until_done_with(reader.total_steps),
+            done_after=lambda reader: order_of_consumer(reader, RECIPE).steps_until_done_with(reader.total_steps),
             position=lambda reader: (
-                order_of_reader(reader, RECIPE).chunks_finished(reader.committed_step) if reader.seed == first.seed else None
+                order_of_consumer(reader, RECIPE).chunks_finished(reader.committed_step) if reader.seed == first.seed else None
             ),
         )
 
@@ -116,7 +116,7 @@ class Run:
             item_of=lambda number: item_of(RECIPE, number),
             window_chunks=self.window,
             journal=self,
-            readership=self.readership(),
+            retention=self.retention(),
             clock=self.crew.clock,
             wall=self.crew.clock,
         )
@@ -132,7 +132,7 @@ class Run:
             return all(student.done for student in self.students) and self.crew.now > 1100
 
         with suppress(Killed):
-            pool.run(readers=("student",), board=self.mailbox, finished=finished)
+            pool.run(readers=("student",), coordinator=self.mailbox, finished=finished)
 
 
 @pytest.fixture
@@ -241,34 +241,34 @@ def test_who_joins_between_two_looks_is_seen_before_anything_goes(store: ChunkSt
     run = Run(store, [Student(store, reader("one"))])
     for number in range(24):
         publish(store, item_of(RECIPE, number))
-    readership = run.readership()
-    readership.begin(np.arange(24))
+    retention = run.retention()
+    retention.begin(np.arange(24))
     run.students[0].commit(STEPS_PER_EPOCH)
-    assert readership.look() == []
+    assert retention.look() == []
     assert store.published() == set(range(24))  # the first look only marks
     join(store, reader("two", seed=1))
-    readership.look()
-    readership.look()
+    retention.look()
+    retention.look()
     assert store.published() == set(range(24))
     commit(store, replace(reader("two", seed=1), committed_step=STEPS_PER_EPOCH))
-    readership.look()
-    readership.look()
+    retention.look()
+    retention.look()
     assert store.published() == set()
 
 
 def test_readers_of_other_runs_hold_teachers_back_but_never_starve_an_own_one(store: ChunkStore):
     run = Run(store, [Student(store, reader("one"))])
-    readership = run.readership()
+    retention = run.retention()
     commit(store, replace(reader("slow"), committed_step=2))
-    readership.begin(np.arange(0))
-    assert readership.limit(4, 6) == 4 + chunks_read_ahead(run.students[0].order)  # its own student's next step comes first
-    assert readership.limit(8, 10) == 4 + 10  # two steps of two chunks each
+    retention.begin(np.arange(0))
+    assert retention.limit(4, 6) == 4 + chunks_read_ahead(run.students[0].order)  # its own student's next step comes first
+    assert retention.limit(8, 10) == 4 + 10  # two steps of two chunks each
     commit(store, replace(reader("slow"), committed_step=STEPS_PER_EPOCH))
-    readership.look()
-    assert readership.limit(4, 10) == 14
+    retention.look()
+    assert retention.limit(4, 10) == 14
     commit(store, replace(reader("another-order", seed=5), committed_step=2))
-    readership.look()
-    assert readership.limit(4, 10) == 14
+    retention.look()
+    assert retention.limit(4, 10) == 14
 
 
 @given(
