@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _ours = logging.getLogger("stillhouse")
 
 SCRUBBED = "stillhouse_scrubbed"  # an attribute of records whose text has no secret any more: an event of every step
-_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")  # may not propagate to the root
+_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")  # may still be imported
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers")
 _WARNING = re.compile(r"\S+Z (?:WARNING|ERROR|CRITICAL) \S+ stillhouse[.:]")
 _LOOK_EVERY_S = 1.0
@@ -197,7 +197,7 @@ def _kept(process: str, level: int, handler: logging.Handler) -> Iterator[None]:
     threading.excepthook = _log_thread
     logging.captureWarnings(True)
     try:
-        with _added(handler, "", _ours.name), _added(_Carrier(handler), *_LIBRARIES):
+        with _added(handler, "", _ours.name), _added(_Carrier(handler), *_not_heard_at_the_root()):
             versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONED)
             _log.info("begins: %s, Python %s", versions, sys.version.partition(" ")[0])
             try:
@@ -262,6 +262,12 @@ class _Carrier(logging.Handler):
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """A full disk must neither end a run nor fill its terminal; the journal's next row tells of it."""
+
+
+def _not_heard_at_the_root() -> set[str]:
+    """Loggers of libraries that do not propagate, or may not once they are there. Torch's traces cost time where somebody hears them."""
+    made = [(name, each) for name, each in logging.root.manager.loggerDict.items() if isinstance(each, logging.Logger)]
+    return {*_LIBRARIES, *(name for name, each in made if not each.propagate and ".__" not in name)} - {_ours.name}
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
