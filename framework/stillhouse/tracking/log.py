@@ -3,9 +3,9 @@
     <run directory>/logs/<role>-<host>-<pid>.log
     2026-11-28T22:40:01.123Z ERROR teacher-3-host-712 stillhouse.teacher.actor: chunk 12: IndexError
 
-A file outlives its process, so the driver finds warnings by reading the files, and shows them on its
-standard error. A process that does not see the run directory writes to its own standard error, which
-Ray keeps on that machine, and sends its warnings to the coordinator, whose file then has them.
+A file outlives its process, so the driver finds warnings by reading the files, and shows them on
+its standard error. A process that does not see the run directory writes to its own standard error,
+which Ray keeps on that machine, and sends its warnings to the coordinator, whose file has them.
 
 Every line is scrubbed of secrets and of what steers a terminal. All lines of a text but its first
 are indented: no text from outside can pass for a line of the log.
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _ours = logging.getLogger("stillhouse")
 
 SCRUBBED = "stillhouse_scrubbed"  # an attribute of records that are scrubbed: events of every step
-_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")  # may still be imported
+_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")  # or not yet imported
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers")
 _WARNING = re.compile(r"\S+Z (?:WARNING|ERROR|CRITICAL) \S+ stillhouse[.:]")
 _LOOK_EVERY_S = 1.0
@@ -164,7 +164,7 @@ class WarningReader:
 
 @contextmanager
 def _shown(reader: WarningReader) -> Iterator[None]:
-    """Show other processes' warnings, from a thread; by `say`, which does not tear progress bars."""
+    """Show other processes' warnings, from a thread; by `say`, which tears no progress bar."""
     stopped = threading.Event()
 
     def follow() -> None:
