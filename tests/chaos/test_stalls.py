@@ -26,7 +26,7 @@ from stillhouse.store import ChunkStore
 from stillhouse.student.workers import watched
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.pool import teacher_pool
 from stillhouse.tracking import Journal, Row, StallRow, TeacherRow, latest_train_rows, read_journal
 
 WATCHDOG_S = 4.0
@@ -70,7 +70,7 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
         return plan.item(number)
 
     job = TeacherJob(config.teacher, plan.recipe, config.store.url, threads=1, notices="off")
-    pool = TeacherPool(
+    pool = teacher_pool(
         RayCrew(job, where=placement(config.teacher, ray_cluster), secrets=Secrets(None), coordinator=coordinator),
         config.teacher,
         store=store,

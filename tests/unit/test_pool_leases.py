@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from stillhouse.errors import TeacherError
-from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
+from stillhouse.pool.leases import Budget, Lease, LeaseTable, SetAside
 
 MOST_CHUNKS = 8
 NUM_ROWS = 3
