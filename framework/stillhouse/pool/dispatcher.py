@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import StillhouseError, StoreUnavailable, TeacherError, UserError
 from stillhouse.pool.events import Answer, Answered, Crew, Died, Event, Found, Inbox, ItemT, Passed, Produced, Raised, ReadyT, Started
-from stillhouse.pool.leases import Budget, Lease, LeaseTable, SetAside
+from stillhouse.pool.leases import Lease, LeaseTable
+from stillhouse.pool.poison import Budget, SetAside
 from stillhouse.pool.pulses import Pulses
 from stillhouse.pool.retention import Retention
 from stillhouse.store import ChunkStore
@@ -395,11 +396,11 @@ class Dispatcher(Generic[ItemT, ReadyT]):
                 window_chunks=min(self._window_chunks, table.num_wanted),
                 tokens_per_s=self._tokens_since_row / max(seconds, 1e-9),
                 window_wait_s=self._window_wait_s,
-                failures=table.num_failures,
+                failures=table.tally.failures,
                 replicas=self._num_ready,
-                losses=table.num_losses,
-                late=table.num_late,
-                hedged=table.num_hedged,
+                losses=table.tally.losses,
+                late=table.tally.late,
+                hedged=table.tally.hedged,
             )
         )
         self._last_row, self._tokens_since_row = now, 0

@@ -10,7 +10,7 @@ from stillhouse.config import TeacherSection
 from stillhouse.engines.probe import require_planned_weights, require_same_teacher
 from stillhouse.pool.dispatcher import Dispatcher, Limits
 from stillhouse.pool.events import Crew
-from stillhouse.pool.leases import Budget
+from stillhouse.pool.poison import Budget
 from stillhouse.pool.retention import Retention
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
