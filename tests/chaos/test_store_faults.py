@@ -40,7 +40,7 @@ from stillhouse.store import Chunk, ChunkStore, Consumer, consumers, verify_stor
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import TeacherJob, publish_when_possible
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.pool import teacher_pool
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, EndRow, PoolRow, RecoveryRow, RepairRow, StallRow, TrainRow, read_journal
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]
@@ -361,7 +361,16 @@ def pool_of(plan: Plan, coordinator: Coordinator, journal: ListTracker) -> Dispa
     store = ChunkStore(plan.config.store.url, plan.recipe)
     job = TeacherJob(section, plan.recipe, store.url, threads=1, notices="off")
     crew = RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator)
-    return teacher_pool(crew, section, store=store, order=plan.chunks, item_of=plan.item, window_chunks=100, journal=journal)
+    return Dispatcher(
+        crew,
+        limits_of(section),
+        compare=comparison(plan.recipe),
+        store=store,
+        order=plan.chunks,
+        item_of=plan.item,
+        window_chunks=100,
+        journal=journal,
+    )
 
 
 def batches_of(plan: Plan, *, on_bad_chunk: Callable[[int], object]) -> list[tuple[tuple[int, ...], list[list[int]]]]:

@@ -30,7 +30,7 @@ from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.pool import teacher_pool
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
 from stillhouse.tracking.log import handed_on
 
@@ -79,9 +79,10 @@ def pool_of(
 ) -> Dispatcher:
     section = plan.config.teacher.model_copy(update=teacher)
     job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
-    return teacher_pool(
+    return Dispatcher(
         RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator),
-        section,
+        limits_of(section),
+        compare=comparison(plan.recipe),
         store=ChunkStore(plan.config.store.url, plan.recipe),
         order=order,
         item_of=item_of,

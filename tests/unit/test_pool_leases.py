@@ -214,17 +214,6 @@ def test_a_row_that_raises_is_found_and_set_aside():
     assert found == SetAside(7, (1,), "IndexError: row 1")
     again = lease_of(table)
     assert (again.chunk, again.trial, again.left_out) == (7, None, frozenset([1]))
-    assert table.num_set_aside == 1
-
-
-def test_deaths_are_forgiven_three_times_as_long_as_errors():
-    table = table_of([7, 8])
-    for _ in range(5):
-        table.lose(lease_of(table), "killed")
-        assert lease_of(table).trial is None
-        table.clear()
-    table.lose(lease_of(table), "killed")
-    assert lease_of(table).trial == 0
 
 
 def test_deaths_of_machines_that_said_so_count_for_nothing():

@@ -12,7 +12,7 @@ from stillhouse.config import TeacherSection
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import ChunkRef, ChunkStore
-from stillhouse.teacher.pool import teacher_pool
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import Row
 
 NUM_TEACHERS = 2000
@@ -43,9 +43,10 @@ def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[Dispatcher, Simul
     )
     crew.begun = crew.computed = _Forgetful()
     recipe = small_recipe(num_sequences=num_chunks, chunk_sequences=1)
-    pool = teacher_pool(
+    pool = Dispatcher(
         crew,
-        TeacherSection(model="simulated", min_replicas=num_teachers, max_replicas=num_teachers),
+        limits_of(TeacherSection(model="simulated", min_replicas=num_teachers, max_replicas=num_teachers)),
+        compare=comparison(recipe),
         store=ChunkStore(f"memory://load-{num_chunks}", recipe),
         order=np.random.default_rng(1).permutation(num_chunks),
         item_of=item_of,

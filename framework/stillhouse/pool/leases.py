@@ -41,7 +41,7 @@ class Lease:
 
 @dataclass(slots=True)
 class Tally:
-    """Leases that did not end as they should."""
+    """Leases that did not end as they should, under the names that the journal has for them."""
 
     failures: int = 0
     losses: int = 0
@@ -74,11 +74,6 @@ class LeaseTable:
     @property
     def num_settled(self) -> int:
         return self._backlog.num_settled
-
-    @property
-    def num_set_aside(self) -> int:
-        """Rows, of all chunks together."""
-        return self._search.num_set_aside
 
     @property
     def num_leased(self) -> int:
@@ -178,11 +173,6 @@ class LeaseTable:
         positions = self._backlog.reopen(numbers) if numbers else []
         self._void_before.update(dict.fromkeys(positions, self._next_id))
         return len(positions)
-
-    def clear(self) -> None:
-        """Every worker was sent away: all leases are given back."""
-        for lease in [*self._active.values(), *self._late.values()]:
-            self._end(lease)
 
     def _grant(self, work: Work, holder: int, now: float) -> Lease:
         chunk, left_out = self._backlog.chunk(work.position), self._search.left_out(work.position)
