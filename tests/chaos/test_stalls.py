@@ -21,12 +21,13 @@ from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.pipeline import Plan
+from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.student.workers import watched
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import Journal, Row, StallRow, TeacherRow, latest_train_rows, read_journal
 
 WATCHDOG_S = 4.0
@@ -70,9 +71,10 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
         return plan.item(number)
 
     job = TeacherJob(config.teacher, plan.recipe, config.store.url, threads=1, notices="off")
-    pool = TeacherPool(
+    pool = Dispatcher(
         RayCrew(job, where=placement(config.teacher, ray_cluster), secrets=Secrets(None), coordinator=coordinator),
-        config.teacher,
+        limits_of(config.teacher),
+        compare=comparison(plan.recipe),
         store=store,
         order=plan.chunks[:NUM_CHUNKS],
         item_of=item_of,

@@ -33,13 +33,14 @@ from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChunkError, RecipeError, StillhouseError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_since, config_of
+from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.retry import Patience
 from stillhouse.sequences import Corpus, prepare_corpus
 from stillhouse.store import Chunk, ChunkStore, Consumer, consumers, verify_store
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import TeacherJob, publish_when_possible
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, EndRow, PoolRow, RecoveryRow, RepairRow, StallRow, TrainRow, read_journal
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(900)]
@@ -355,12 +356,21 @@ def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go
     require_kept(journal.rows, store=store)
 
 
-def pool_of(plan: Plan, coordinator: Coordinator, journal: ListTracker) -> TeacherPool:
+def pool_of(plan: Plan, coordinator: Coordinator, journal: ListTracker) -> Dispatcher:
     section = plan.config.teacher
     store = ChunkStore(plan.config.store.url, plan.recipe)
     job = TeacherJob(section, plan.recipe, store.url, threads=1, notices="off")
     crew = RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator)
-    return TeacherPool(crew, section, store=store, order=plan.chunks, item_of=plan.item, window_chunks=100, journal=journal)
+    return Dispatcher(
+        crew,
+        limits_of(section),
+        compare=comparison(plan.recipe),
+        store=store,
+        order=plan.chunks,
+        item_of=plan.item,
+        window_chunks=100,
+        journal=journal,
+    )
 
 
 def batches_of(plan: Plan, *, on_bad_chunk: Callable[[int], object]) -> list[tuple[tuple[int, ...], list[list[int]]]]:

@@ -41,12 +41,12 @@ from stillhouse.checkpoint.writer import RankWriter
 from stillhouse.errors import CheckpointError, StillhouseError
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Lease, release, renew, take_over
+from stillhouse.pool.retention import Retention
 from stillhouse.retry import Patience, insist
 from stillhouse.store import Chunk, ChunkStore, Consumer, StoreUnavailable
 from stillhouse.store.chunk_store import ChunkMissing
 from stillhouse.store.consumers import commit, join, registered
 from stillhouse.store.object_store import Blobs, ObjectLayer
-from stillhouse.teacher.retention import Retention
 
 NUM_CHUNKS, STEPS_A_CHUNK, CHECKPOINT_EVERY = 3, 2, 2
 TOTAL_STEPS = NUM_CHUNKS * STEPS_A_CHUNK

@@ -18,10 +18,10 @@ from stillhouse.cluster.coordinator import News
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.engines.probe import Probe
 from stillhouse.logits import CompressedLogits, Fidelity
+from stillhouse.pool.events import Answered, Died, Event, Found, Passed, Raised, Started
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
-from stillhouse.teacher.actor import Found, Passed, Produced, Ready
-from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
+from stillhouse.teacher.actor import Produced, Ready
 
 _ANSWER = CompressedLogits(
     token_ids_TK=torch.tensor([[0]], dtype=torch.int32),

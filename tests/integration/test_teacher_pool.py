@@ -25,11 +25,12 @@ from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt
+from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
 from stillhouse.tracking.log import handed_on
 
@@ -75,12 +76,13 @@ def pool_of(
     journal: WatchedTracker,
     item_of: Callable[[int], WorkItem],
     **teacher: object,
-) -> TeacherPool:
+) -> Dispatcher:
     section = plan.config.teacher.model_copy(update=teacher)
     job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
-    return TeacherPool(
+    return Dispatcher(
         RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator),
-        section,
+        limits_of(section),
+        compare=comparison(plan.recipe),
         store=ChunkStore(plan.config.store.url, plan.recipe),
         order=order,
         item_of=item_of,
@@ -122,7 +124,7 @@ class Story:
         return Path(self.store.url) / self.store.key(number)
 
 
-def live_through_it(story: Story, pool: TeacherPool, coordinator: Coordinator) -> None:
+def live_through_it(story: Story, pool: Dispatcher, coordinator: Coordinator) -> None:
     order, journal = story.order, story.journal
     unwanted = story.plan.chunks[NUM_CHUNKS]
     students_are_done = threading.Event()

@@ -1,11 +1,11 @@
-"""A teacher that computes beats on, whatever holds its interpreter; one that was never heard is not silent."""
+"""A teacher that computes beats on, whatever holds its interpreter."""
 
 import threading
 from time import monotonic
 
 import torch
 
-from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, Pulses, begin_heartbeat
+from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
 
 WATCHDOG_S = 1.5
 
@@ -39,13 +39,3 @@ def test_a_heartbeat_that_fails_is_followed_by_others():
     ended = begin_heartbeat(fail, every_s=0.01)
     assert all(heartbeats.acquire(timeout=30) for _ in range(3))
     ended.set()
-
-
-def test_only_who_was_heard_once_and_then_no_more_is_silent():
-    pulses = Pulses()
-    pulses.hear([1, 2, 3], now=10.0)
-    pulses.hear([1], now=50.0)
-    pulses.forget(3)
-    assert pulses.silent(70.0, longer_than_s=60.0) == []
-    assert pulses.silent(71.0, longer_than_s=60.0) == [(2, 61.0)]
-    assert pulses.silent(111.0, longer_than_s=60.0) == [(2, 101.0), (1, 61.0)]

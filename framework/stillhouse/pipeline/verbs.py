@@ -29,6 +29,8 @@ from stillhouse.pipeline.ownership import locked
 from stillhouse.pipeline.plan import Plan, resolved
 from stillhouse.pipeline.run_dir import config_of
 from stillhouse.pipeline.shared_dirs import require_shared
+from stillhouse.pool.dispatcher import Dispatcher
+from stillhouse.pool.retention import Retention
 from stillhouse.report import write_report
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.source import whole
@@ -39,8 +41,7 @@ from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.crew import RayCrew
-from stillhouse.teacher.pool import TeacherPool
-from stillhouse.teacher.retention import Retention
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ROOM_PATIENCE, EvalRow, Journal, JournalReader, ProgressView, Tracker, WaitRow
 from stillhouse.tracking.log import driver_log, terminal_log
 
@@ -222,9 +223,10 @@ def _teach(
     )
     store = ChunkStore(config.store.url, plan.recipe)
     own = _join_readers(plan, store)
-    pool = TeacherPool(
+    pool = Dispatcher(
         crew,
-        config.teacher,
+        limits_of(config.teacher),
+        compare=comparison(plan.recipe),
         store=store,
         order=plan.chunks if order is None else order,
         item_of=plan.item,

@@ -20,11 +20,12 @@ from stillhouse.engines.choice import engine_named
 from stillhouse.engines.probe import Probe
 from stillhouse.errors import StoreError
 from stillhouse.logits import Codec, Fidelity, concatenate, decode, fidelity
+from stillhouse.pool.events import Found, Passed
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
-from stillhouse.tracking import OutageRow
+from stillhouse.tracking import ChunkRow, OutageRow, TeacherRow
 from stillhouse.tracking.log import failures_logged, process_log
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ class Ready:
     node: str  # Ray's id of the machine's node
     weights_digest: str | None = None  # of a local model's files as they were loaded; a hub's model is known by its commit
 
+    def journal_row(self, worker: int) -> TeacherRow:
+        return TeacherRow(worker, self.seconds, self.device, self.topk)
+
 
 @dataclass(frozen=True, slots=True)
 class Produced:
@@ -61,18 +65,22 @@ class Produced:
     fidelity: Fidelity
     seconds: float
 
+    @property
+    def num_tokens(self) -> int:
+        return self.ref.num_tokens
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Somebody else had published the chunk already; nothing was computed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """A sequence on trial could be computed; nothing of it was published."""
-
-
-Answer = Produced | Found | Passed
+    def journal_row(self, worker: int) -> ChunkRow:
+        return ChunkRow(
+            chunk=self.ref.number,
+            num_tokens=self.ref.num_tokens,
+            num_bytes=self.ref.num_bytes,
+            seconds=self.seconds,
+            replica=worker,
+            kept_mass=self.fidelity.kept_mass,
+            codec_kl=self.fidelity.codec_kl,
+            worst_kl=self.fidelity.worst_kl,
+            duplicate=self.ref.duplicate,
+        )
 
 
 class _TeacherActor:

@@ -8,15 +8,15 @@ import ray
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, cause_of
+from stillhouse.pool.events import Answered, Died, Event, Raised, Started
 from stillhouse.sequence import WorkItem
-from stillhouse.teacher.actor import TeacherJob, spawn
-from stillhouse.teacher.events import Answered, Died, Event, Raised, Started
+from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 
 _NODE_DIED = "its node has died"  # Ray's own words, in an error that carries nothing else of it
 
 
 class _Call(NamedTuple):
-    teacher: int
+    worker: int
     lease: int | None  # None: the start-up check
 
 
@@ -28,22 +28,22 @@ class RayCrew:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, _Call] = {}
 
-    def spawn(self, teacher: int) -> None:
-        actor = spawn(self._job, teacher, where=self._where, secrets=self._secrets, coordinator=self._coordinator)
-        self._actors[teacher] = actor
-        self._calls[actor.start.remote()] = _Call(teacher, None)
+    def spawn(self, worker: int) -> None:
+        actor = spawn(self._job, worker, where=self._where, secrets=self._secrets, coordinator=self._coordinator)
+        self._actors[worker] = actor
+        self._calls[actor.start.remote()] = _Call(worker, None)
 
-    def submit(self, teacher: int, lease: int, item: WorkItem, *, publish: bool) -> None:
-        actor = self._actors[teacher]
+    def submit(self, worker: int, lease: int, item: WorkItem, *, publish: bool) -> None:
+        actor = self._actors[worker]
         method = actor.produce if publish else actor.compute
-        self._calls[method.remote(item)] = _Call(teacher, lease)
+        self._calls[method.remote(item)] = _Call(worker, lease)
 
-    def kill(self, teacher: int) -> None:
-        actor = self._actors.pop(teacher, None)
+    def kill(self, worker: int) -> None:
+        actor = self._actors.pop(worker, None)
         if actor is not None:
             ray.kill(actor)
 
-    def events(self, *, timeout_s: float) -> list[Event]:
+    def events(self, *, timeout_s: float) -> list[Event[Ready]]:
         if not self._calls:
             sleep(timeout_s)  # nobody is at work: the window is closed, or the students are still at it
             return []
@@ -54,15 +54,15 @@ class RayCrew:
         found = [self._event(reference, self._calls.pop(reference)) for reference in done]
         return [event for event in found if event is not None]
 
-    def _event(self, reference: Any, call: _Call) -> Event | None:
-        if call.teacher not in self._actors:
+    def _event(self, reference: Any, call: _Call) -> Event[Ready] | None:
+        if call.worker not in self._actors:
             return None  # it was sent away, or its end is told already
         try:
             answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            return Raised(call.teacher, call.lease, cause_of(error))
+            return Raised(call.worker, call.lease, cause_of(error))
         except ray.exceptions.RayError as error:  # the actor died, or its node, or its answer, or memory ran out there
-            self.kill(call.teacher)
+            self.kill(call.worker)
             preempted = isinstance(error, ray.exceptions.ActorDiedError) and error.preempted
-            return Died(call.teacher, str(error), with_machine=preempted or _NODE_DIED in str(error), preempted=preempted)
-        return Started(call.teacher, answer) if call.lease is None else Answered(call.teacher, call.lease, answer)
+            return Died(call.worker, str(error), with_machine=preempted or _NODE_DIED in str(error), preempted=preempted)
+        return Started(call.worker, answer) if call.lease is None else Answered(call.worker, call.lease, answer)

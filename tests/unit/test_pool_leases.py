@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from stillhouse.errors import TeacherError
-from stillhouse.teacher.leases import Budget, Lease, LeaseTable, SetAside
+from stillhouse.pool.leases import Lease, LeaseTable
+from stillhouse.pool.poison import Budget, SetAside
 
 MOST_CHUNKS = 8
 NUM_ROWS = 3
@@ -175,7 +175,7 @@ def test_work_that_is_late_is_given_to_another_and_the_late_one_is_still_welcome
     table.publish(slow, now=TIMEOUT_S + 1)
     assert table.done
     table.publish(other, now=TIMEOUT_S + 2)  # a duplicate, which the store refused
-    assert (table.num_late, table.num_settled, table.num_out) == (1, 1, 0)
+    assert (table.tally.late, table.num_settled, table.num_out) == (1, 1, 0)
 
 
 def test_slow_work_is_given_to_one_idle_teacher_more_and_to_no_third():
@@ -192,7 +192,7 @@ def test_slow_work_is_given_to_one_idle_teacher_more_and_to_no_third():
     assert table.hedge(3, now=90).chunk == slow.chunk
     table.publish(slow, now=91)
     assert table.hedge(4, now=200).chunk == recent.chunk
-    assert table.num_hedged == 3
+    assert table.tally.hedged == 3
 
 
 def raise_until_examined(table: LeaseTable, times: int = 2) -> None:
@@ -214,17 +214,6 @@ def test_a_row_that_raises_is_found_and_set_aside():
     assert found == SetAside(7, (1,), "IndexError: row 1")
     again = lease_of(table)
     assert (again.chunk, again.trial, again.left_out) == (7, None, frozenset([1]))
-    assert table.num_set_aside == 1
-
-
-def test_deaths_are_forgiven_three_times_as_long_as_errors():
-    table = table_of([7, 8])
-    for _ in range(5):
-        table.lose(lease_of(table), "killed")
-        assert lease_of(table).trial is None
-        table.clear()
-    table.lose(lease_of(table), "killed")
-    assert lease_of(table).trial == 0
 
 
 def test_deaths_of_machines_that_said_so_count_for_nothing():
@@ -232,7 +221,7 @@ def test_deaths_of_machines_that_said_so_count_for_nothing():
     for _ in range(50):
         table.lose(lease_of(table), "preempted", blame=False)
     assert lease_of(table).trial is None
-    assert table.num_losses == 50
+    assert table.tally.losses == 50
 
 
 def test_failures_of_different_chunks_do_not_add_up():
@@ -240,42 +229,8 @@ def test_failures_of_different_chunks_do_not_add_up():
     leases = [lease_of(table) for _ in range(10)]
     for lease in leases:
         table.fail(lease, "once each")
-    assert table.num_failures == 10
+    assert table.tally.failures == 10
     assert [lease_of(table).trial for _ in range(10)] == [None] * 10
-
-
-def test_a_chunk_that_fails_though_its_rows_do_not_ends_the_run_by_name():
-    table = table_of([7, 8])
-    raise_until_examined(table)
-    for _ in range(NUM_ROWS):
-        assert table.passed(lease_of(table)) is None
-    table.fail(lease_of(table), "OutOfMemoryError: first")
-    lease = lease_of(table)
-    assert (lease.chunk, lease.trial) == (7, None)
-    with pytest.raises(TeacherError, match=r"chunk 7 cannot be made although .* ended with: OutOfMemoryError: second\. Every other"):
-        table.fail(lease, "OutOfMemoryError: second")
-
-
-def test_a_failure_of_everything_is_not_taken_for_poison():
-    table = table_of([7, 8], max_set_aside=2)
-    raise_until_examined(table)
-    table.fail(lease_of(table), "RuntimeError: CUDA")
-    table.fail(lease_of(table), "RuntimeError: CUDA")
-    with pytest.raises(TeacherError, match=r"chunk 7 .* \(rows 0, 1, 2\), last with: RuntimeError: CUDA\. With 0 set aside .* which is 2"):
-        table.fail(lease_of(table), "RuntimeError: CUDA")
-
-
-def test_more_poison_than_may_be_set_aside_ends_the_run():
-    table = table_of([7, 8], max_set_aside=1)
-    raise_until_examined(table)
-    found = None
-    while found is None:
-        lease = lease_of(table)
-        found = table.fail(lease, "poison") if lease.trial == 2 else table.passed(lease)
-    table.publish(lease_of(table), now=1)
-    raise_until_examined(table)
-    with pytest.raises(TeacherError, match="chunk 8"):
-        table.fail(lease_of(table), "poison")
 
 
 def test_a_chunk_that_comes_late_after_all_ends_the_search_for_its_poison():

@@ -17,9 +17,10 @@ from helpers.simulation import Death, Mailbox, SimulatedCrew, item_of, publish
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ChangedWeightsError, StoreError, TeacherError
+from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore, StoreUnavailable
-from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, StallRow, TeacherRow
 
 _Row = TypeVar("_Row", bound=Row)
@@ -47,11 +48,12 @@ class World:
     def record(self, row: Row) -> None:
         self.rows.append(row)
 
-    def pool(self) -> TeacherPool:
+    def pool(self) -> Dispatcher:
         settings = {"min_replicas": 1, "max_replicas": 4, "max_failures": 2, "lease_timeout_s": 300.0} | self.teacher
-        return TeacherPool(
+        return Dispatcher(
             self.crew,
-            TeacherSection(model="simulated", **settings),
+            limits_of(TeacherSection(model="simulated", **settings)),
+            compare=comparison(self.store.recipe),
             store=self.store,
             order=list(range(self.num_chunks)),
             item_of=lambda number: item_of(self.store.recipe, number),

@@ -13,13 +13,14 @@ from helpers.chunks import small_recipe
 from helpers.simulation import Mailbox, SimulatedCrew, item_of, publish
 from stillhouse.config import TeacherSection
 from stillhouse.errors import StoreError
+from stillhouse.pool.dispatcher import Dispatcher
+from stillhouse.pool.retention import Retention
 from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import commit, join
 from stillhouse.student.job import order_of_consumer
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
-from stillhouse.teacher.pool import TeacherPool
-from stillhouse.teacher.retention import Retention
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, Row
 
 RECIPE = small_recipe(num_sequences=4 * 24, sequence_length=6)
@@ -108,9 +109,10 @@ class Run:
     def go(self, *, kill_after_steps: int | None = None) -> None:
         """Until every student is done; or until the driver is killed, once the first one has taken so many steps."""
         first = self.students[0]
-        pool = TeacherPool(
+        pool = Dispatcher(
             self.crew,
-            TeacherSection(model="simulated", max_replicas=2),
+            limits_of(TeacherSection(model="simulated", max_replicas=2)),
+            compare=comparison(RECIPE),
             store=self.store,
             order=first.order.chunks_in_reading_order(first.reader.total_steps),
             item_of=lambda number: item_of(RECIPE, number),

@@ -9,9 +9,10 @@ import pytest
 from helpers.chunks import small_recipe
 from helpers.simulation import Mailbox, SimulatedCrew
 from stillhouse.config import TeacherSection
+from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import ChunkRef, ChunkStore
-from stillhouse.teacher.pool import TeacherPool
+from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import Row
 
 NUM_TEACHERS = 2000
@@ -23,7 +24,7 @@ class Enough(Exception):
     pass
 
 
-def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[TeacherPool, SimulatedCrew]:
+def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[Dispatcher, SimulatedCrew]:
     """Teachers that take about two seconds for a chunk, some of them far longer, and whose chunks weigh nothing."""
     published = bytearray(num_chunks)
     random = np.random.default_rng(0)
@@ -42,9 +43,10 @@ def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[TeacherPool, Simu
     )
     crew.begun = crew.computed = _Forgetful()
     recipe = small_recipe(num_sequences=num_chunks, chunk_sequences=1)
-    pool = TeacherPool(
+    pool = Dispatcher(
         crew,
-        TeacherSection(model="simulated", min_replicas=num_teachers, max_replicas=num_teachers),
+        limits_of(TeacherSection(model="simulated", min_replicas=num_teachers, max_replicas=num_teachers)),
+        compare=comparison(recipe),
         store=ChunkStore(f"memory://load-{num_chunks}", recipe),
         order=np.random.default_rng(1).permutation(num_chunks),
         item_of=item_of,

@@ -1,0 +1,211 @@
+"""The dispatcher: work leased to a fleet of workers in reading order, and a window that holds them back.
+
+No result passes through here: a worker gets an item, publishes a chunk, and answers with its name and size. Nor does Ray: what starts
+workers, carries work to them and brings their answers is a `Crew`.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from time import monotonic, time
+from typing import Generic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.errors import StillhouseError, StoreUnavailable, TeacherError, UserError
+from stillhouse.pool.events import Answer, Answered, Crew, Died, Event, Found, Inbox, ItemT, Passed, Raised, ReadyT, Started
+from stillhouse.pool.fleet import Fleet, Limits, Worker
+from stillhouse.pool.leases import Lease, LeaseTable
+from stillhouse.pool.poison import SetAside
+from stillhouse.pool.progress import Progress
+from stillhouse.pool.retention import Retention
+from stillhouse.pool.stock import Stock
+from stillhouse.store import ChunkStore
+from stillhouse.tracking import SetAsideRow, StallRow, Tracker
+
+_log = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+_NEWS_EVERY_S = 0.1
+
+
+class Dispatcher(Generic[ItemT, ReadyT]):
+    """Makes the wanted chunks with the workers of a fleet; `run` until it is told to stop.
+
+    `compare` and `wall` are as in `Fleet`; `clock` gives seconds from any beginning.
+    """
+
+    def __init__(
+        self,
+        crew: Crew[ItemT, ReadyT],
+        limits: Limits,
+        *,
+        compare: Callable[[ReadyT, ReadyT, int], None],
+        store: ChunkStore,
+        order: Sequence[int] | NDArray[np.int64],
+        item_of: Callable[[int], ItemT],
+        window_chunks: int,
+        journal: Tracker,
+        retention: Retention | None = None,
+        clock: Callable[[], float] = monotonic,
+        wall: Callable[[], float] = time,
+    ):
+        wanted = np.asarray(order, dtype=np.int64)
+        self._item_of, self._window_chunks, self._journal, self._clock = item_of, window_chunks, journal, clock
+        self._max_failures = limits.budget.max_failures
+        self._stock = stock = Stock(store, retention=retention, journal=journal)
+        self._table = LeaseTable(wanted, settled=stock.settled(wanted), num_rows=stock.num_rows, budget=limits.budget)
+        self._fleet = Fleet(crew, limits, compare=compare, give_back=self._table.give_back, wall=wall)
+        self._progress = Progress(self._table, window_chunks=window_chunks, journal=journal, now=clock())
+        self._cursors: dict[str, int] = {}
+        self._num_refused = 0  # publications that the store did not take, one after the other
+        self._next_news = -np.inf
+
+    def run(self, *, readers: Collection[str], coordinator: Inbox, finished: Callable[[], bool]) -> None:
+        """Produce until every wanted chunk is published and `finished()`; `readers` are the students that move cursors on the coordinator.
+
+        Without readers nothing holds the workers back. Raises TeacherError where chunks or start-up checks fail too often, and what
+        `finished` raises as soon as it does: behind a closed window a student that has failed would be waited for without end.
+        """
+        self._record_the_end()  # if there is nothing to make
+        try:
+            while not (finished() and self._table.done):
+                self._look_around(coordinator, self._clock())
+                self._advance(limit=self._limit(readers))
+            self._stock.finish()
+        finally:
+            self._fleet.release()
+
+    def _look_around(self, coordinator: Inbox, now: float) -> None:
+        """Take in what others know, each as often as it may matter."""
+        if now >= self._next_news:
+            news = coordinator.read()
+            self._next_news = now + _NEWS_EVERY_S
+            self._cursors.update(news.cursors)
+            self._fleet.hear(news.heard_teachers, now)
+            self._replace_the_silent(now)
+            self._table.reopen(*filter(self._stock.is_lost, news.bad_chunks))
+            self._fleet.heed(news.notices, now)
+        self._table.reopen(*self._stock.look(now))
+
+    def _limit(self, readers: Collection[str]) -> int:
+        """The position in the reading order that no lease may reach."""
+        own = min((self._cursors.get(reader, 0) for reader in readers), default=self._table.num_wanted)
+        return self._stock.limit(own, self._window_chunks)
+
+    def _advance(self, *, limit: int) -> None:
+        """One round: staff the fleet, hand out what may be handed out, and take in answers for a moment."""
+        now = self._clock()
+        if self._table.done:
+            self._fleet.release()  # the processors are the students' now
+        else:
+            self._fleet.staff(self._table.num_wanted - self._table.num_settled, now)
+        self._call_in_late_work(now)
+        if self._fleet.begun:
+            self._hand_out(limit, now)
+        for worker, event in self._fleet.events(timeout_s=_POLL_S):
+            self._take_in(worker, event)
+        self._progress.look(self._clock(), limit=limit, num_ready=self._fleet.num_ready)
+
+    def _hand_out(self, limit: int, now: float) -> None:
+        """Leases to workers with room, the idle first; where no work is left, slow work to the idle."""
+        for with_room in self._fleet.with_room:
+            while with_room and (lease := self._table.lease(next(iter(with_room)), limit=limit, now=now)) is not None:
+                self._submit(lease)
+        idle = self._fleet.with_room[0]
+        while idle and (lease := self._table.hedge(next(iter(idle)), now=now)) is not None:
+            self._submit(lease)
+
+    def _submit(self, lease: Lease) -> None:
+        item = self._item_of(lease.chunk)
+        if lease.left_out:
+            item = item.without(lease.left_out)
+        if lease.trial is not None:
+            item = item.only(lease.trial)
+        self._fleet.submit(lease, item)
+
+    def _call_in_late_work(self, now: float) -> None:
+        """Work that is past its deadline goes to others; a worker that then stays silent for as long again is given up."""
+        for lease in self._table.expire(now):
+            self._fleet.note_late(lease, now)
+        for worker in self._fleet.overdue(now):
+            self._lose(worker, "it did not answer for two lease timeouts", blame=True)
+
+    def _replace_the_silent(self, now: float) -> None:
+        for worker, silent_s in self._fleet.silent(now):
+            lease = next(iter(worker.leases.values()), None)
+            phase = "start" if worker.node is None else "work"
+            self._journal.record(StallRow("teacher", worker.number, 0, phase, silent_s, "", None if lease is None else lease.chunk))
+            self._die(worker, Died(worker.number, f"it gave no heartbeat for {silent_s:.0f} s"))
+
+    def _take_in(self, worker: Worker, event: Event[ReadyT]) -> None:
+        match event:
+            case Started(ready=ready):
+                self._fleet.welcome(worker, ready, self._clock())
+                self._journal.record(ready.journal_row(worker.number))
+            case Answered(lease=number, answer=answer):
+                self._accept(worker, self._fleet.end(worker, number), answer)
+            case Raised(lease=None, error=error):
+                self._fail_to_start(worker, error)
+            case Raised(lease=int(number), error=error):
+                self._fail(worker, self._fleet.end(worker, number), error)
+            case Died():
+                self._die(worker, event)
+
+    def _accept(self, worker: Worker, lease: Lease, answer: Answer) -> None:
+        match answer:
+            case Passed():
+                self._tell(self._table.passed(lease))
+            case Found():
+                self._table.find(lease)
+                self._stock.published(lease.chunk)
+            case _:
+                self._num_refused = 0
+                self._table.publish(lease, now=self._clock())
+                self._stock.published(lease.chunk)
+                self._progress.add(answer.num_tokens)
+                self._journal.record(answer.journal_row(worker.number))
+        self._record_the_end()
+
+    def _fail(self, worker: Worker, lease: Lease, cause: BaseException) -> None:
+        _log.info("teacher %d failed at chunk %d: %r", worker.number, lease.chunk, cause)
+        if isinstance(cause, StoreUnavailable):  # it waited with the chunk in hand for as long as it may
+            self._num_refused += 1
+            if self._num_refused >= self._max_failures * max(1, self._fleet.num_ready):
+                raise cause
+            self._table.give_back(lease)
+            return
+        if isinstance(cause, UserError):
+            raise cause  # a store without permission: every other attempt would meet it too
+        if not isinstance(cause, StillhouseError):
+            self._fleet.retire(worker)  # after an error on the GPU nothing works in that process any more
+        self._tell(self._table.fail(lease, f"{type(cause).__name__}: {cause}"))
+
+    def _fail_to_start(self, worker: Worker, cause: BaseException) -> None:
+        if not self._fleet.begun:  # every other worker would most likely meet the same
+            raise cause if isinstance(cause, StillhouseError) else TeacherError(f"a teacher could not start: {cause!r}") from cause
+        self._die(worker, Died(worker.number, repr(cause)))
+
+    def _die(self, worker: Worker, death: Died) -> None:
+        """A worker is gone, as machines go. Whoever staffs the fleet next replaces it."""
+        _log.info("teacher %d is gone: %s", worker.number, death.reason)
+        announced = death.preempted or worker.leaves_at is not None
+        if worker.node is None and not announced and not death.with_machine:
+            self._fleet.lose_at_start(self._clock())
+        self._lose(worker, death.reason, blame=not announced)
+        self._fleet.require_starts(death.reason)
+
+    def _lose(self, worker: Worker, reason: str, *, blame: bool) -> None:
+        """Give up on a worker. What it had in work may have killed it, but not where its end was announced."""
+        lease = self._fleet.lose(worker)
+        if lease is not None:
+            self._tell(self._table.lose(lease, reason, blame=blame))
+
+    def _tell(self, found: SetAside | None) -> None:
+        if found is not None:
+            _log.warning("%d sequences of chunk %d are set aside: %s", len(found.rows), found.chunk, found.reason)
+            self._journal.record(SetAsideRow(found.chunk, self._stock.sequences(found.chunk, found.rows), found.reason))
+
+    def _record_the_end(self) -> None:
+        if self._table.done:
+            self._progress.record(self._clock(), num_ready=self._fleet.num_ready)

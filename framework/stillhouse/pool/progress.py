@@ -1,0 +1,45 @@
+"""How far a pool is: its rows in the journal, every two seconds and at the end."""
+
+from dataclasses import asdict
+
+from stillhouse.pool.leases import LeaseTable
+from stillhouse.tracking import PoolRow, Tracker
+
+_ROW_EVERY_S = 2.0
+
+
+class Progress:
+    """Counts what the lease table does not: tokens, and the time in which the window held the workers back."""
+
+    def __init__(self, table: LeaseTable, *, window_chunks: int, journal: Tracker, now: float):
+        self._table, self._window_chunks, self._journal = table, window_chunks, journal
+        self._last_row = self._last_look = now
+        self._num_tokens, self._window_wait_s = 0, 0.0
+
+    def add(self, num_tokens: int) -> None:
+        """So many target tokens were published."""
+        self._num_tokens += num_tokens
+
+    def look(self, now: float, *, limit: int, num_ready: int) -> None:
+        """See whether the window alone, which ends at `limit`, has workers wait; write a row if one is due."""
+        if self._table.held_back(limit=limit) and not self._table.num_leased:
+            self._window_wait_s += now - self._last_look
+        self._last_look = now
+        if now - self._last_row >= _ROW_EVERY_S and not self._table.done:
+            self.record(now, num_ready=num_ready)
+
+    def record(self, now: float, *, num_ready: int) -> None:
+        table, seconds = self._table, now - self._last_row
+        self._journal.record(
+            PoolRow(
+                published=table.num_settled,
+                needed=table.num_wanted,
+                in_flight=table.num_leased,
+                window_chunks=min(self._window_chunks, table.num_wanted),
+                tokens_per_s=self._num_tokens / max(seconds, 1e-9),
+                window_wait_s=self._window_wait_s,
+                replicas=num_ready,
+                **asdict(table.tally),
+            )
+        )
+        self._last_row, self._num_tokens = now, 0
