@@ -49,6 +49,11 @@ class Plan:
     sources: Sources
     recipe: Recipe
 
+    @property
+    def store(self) -> ChunkStore:
+        """The chunks of this recipe, where the config puts them. Made without touching the store."""
+        return ChunkStore(self.config.store.url, self.recipe)
+
     @cached_property
     def order(self) -> Order:
         return order_of(self.config.student, self.recipe)

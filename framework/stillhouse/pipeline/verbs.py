@@ -34,7 +34,7 @@ from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.source import whole
 from stillhouse.store import ChunkStore, Consumer, StoreForbidden
 from stillhouse.store.consumers import consumer_name, join, leave
-from stillhouse.student.job import order_of_consumer, resume_location
+from stillhouse.student.job import order_of, resume_location
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
@@ -244,14 +244,14 @@ def _retention(plan: Plan, store: ChunkStore, own: Collection[str]) -> Retention
 
     def position(reader: Consumer) -> int | None:
         same_order = (reader.seed, reader.window_chunks) == (plan.order.seed, plan.order.window_chunks)
-        return order_of_consumer(reader, plan.recipe).chunks_finished(reader.committed_step) if same_order else None
+        return order_of(reader, plan.recipe).chunks_finished(reader.committed_step) if same_order else None
 
     return Retention(
         store,
         own=own,
         deletes=plan.config.store.retain == "until-read",
         least_ahead=chunks_read_ahead(plan.order),
-        done_after=lambda reader: order_of_consumer(reader, plan.recipe).steps_until_done_with(reader.total_steps),
+        done_after=lambda reader: order_of(reader, plan.recipe).steps_until_done_with(reader.total_steps),
         position=position,
     )
 
