@@ -333,7 +333,7 @@ def _run_directory(plan: Plan, found: _Findings) -> None:
                 _require_writable(Path(place))
         except StoreError as error:
             found.obstacles.append(f"{setting}: {error}")
-    changes = changes_since(plan)
+    changes = changes_since(plan.run_dir, config=plan.config, recipe=plan.recipe)
     if changes:
         found.obstacles.append(
             f"{plan.run_dir} belongs to another run; these differ:\n"
