@@ -58,7 +58,7 @@ def learning_attempt(
 
     `open_store` raises what keeps the command from beginning with this store.
     """
-    require_full_step(plan)
+    require_full_step(plan.config.student.global_batch_sequences, there=plan.sources.train.num_sequences)
     holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].place
     with locked(plan.run_dir, holder):
         require_same_run(plan.run_dir, config=plan.config, recipe=plan.recipe)

@@ -15,7 +15,7 @@ from stillhouse.tracking import EvalRow
 def score(plan: Plan, session: Session) -> dict[ModelName, Scores]:
     """Score the newest commits, and journal the scores."""
     config, jobs = plan.config, plan.jobs()
-    (where,) = session.places(config.teacher)
+    where = session.place_of(config.teacher)
     ask = partial(insist, patience=DEFAULT_PATIENCE, tell=outage_teller(session.journal))
     steps: dict[ModelName, int] = {"teacher": 0, **{job.role: newest_step(job.checkpoints, ask=ask) for job in jobs}}
     comparison = EvaluationJob(

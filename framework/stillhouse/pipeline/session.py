@@ -22,9 +22,9 @@ class Session:
     coordinator: Coordinator
     journal: Tracker
 
-    def places(self, *sections: ModelSection) -> list[Placement]:
-        """Where a process of each section goes."""
-        return [placement(section, self.available) for section in sections]
+    def place_of(self, section: ModelSection) -> Placement:
+        """Where a process of this section goes."""
+        return placement(section, self.available)
 
 
 @contextmanager

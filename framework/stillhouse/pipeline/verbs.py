@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from time import time
 
@@ -41,7 +40,7 @@ def produce(plan: Plan, *, command: str = "stillhouse produce") -> None:
         attached(config.cluster),
         at_work(config.cluster, journal, needs) as (session, machines),
     ):
-        require_shared_store(plan.store, session.places(config.teacher), filling=True)
+        require_shared_store(plan.store, [session.place_of(config.teacher)], filling=True)
 
         def finished() -> bool:
             machines.require_driver()
@@ -57,7 +56,7 @@ def repair(plan: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
     with terminal_log(), attached(config.cluster):
         available = enough_room(teacher_needs(config.teacher), config.cluster, journal, unless=lambda: None)
         session = Session(config.cluster, available, Coordinator.create(), journal)
-        require_shared_store(plan.store, session.places(config.teacher), filling=True)
+        require_shared_store(plan.store, [session.place_of(config.teacher)], filling=True)
         _teach(plan, session, chunks=numbers, readers=(), finished=lambda: True)
 
 
@@ -66,11 +65,12 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> None:
     config, jobs = plan.config, plan.jobs()
     with learning_attempt(plan, command, open_store=store_to_read) as (journal, owner), attached(config.cluster):
         with at_work(config.cluster, journal, student_needs(config.student)) as (session, machines):
-            require_shared_store(plan.store, session.places(config.student), filling=False)
-            require_shared_checkpoints(jobs[0].checkpoints, session.places(config.teacher, config.student))
+            teachers, ranks = session.place_of(config.teacher), session.place_of(config.student)
+            require_shared_store(plan.store, [ranks], filling=False)
+            require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
             register_if_allowed(plan.store, jobs)
             require_chunks(plan.store, plan.chunks)  # somebody may have deleted some just before
-            students = start_students(session, [replace(job, owner=owner.number) for job in jobs], teachers_at_work=False)
+            students = start_students(session, jobs, owner=owner.number, teachers_at_work=False)
             students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
             owner.require()
             machines.require_driver()
@@ -85,10 +85,10 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> None:
     with learning_attempt(plan, command) as (journal, owner), attached(config.cluster):
         needs = teacher_needs(config.teacher) | student_needs(config.student)
         with at_work(config.cluster, journal, needs) as (session, machines):
-            crews = session.places(config.teacher, config.student)
-            require_shared_store(plan.store, crews, filling=True)
-            require_shared_checkpoints(jobs[0].checkpoints, crews)
-            students = start_students(session, [replace(job, owner=owner.number) for job in jobs], teachers_at_work=True)
+            teachers, ranks = session.place_of(config.teacher), session.place_of(config.student)
+            require_shared_store(plan.store, [teachers, ranks], filling=True)
+            require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
+            students = start_students(session, jobs, owner=owner.number, teachers_at_work=True)
 
             def finished() -> bool:
                 owner.require()

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.config import TeacherSection
@@ -17,27 +18,23 @@ _LOOK_EVERY_S = 1.0
 
 def teacher_crew(session: Session, section: TeacherSection, store: ChunkStore) -> RayCrew:
     """Teachers that fill this store."""
-    cluster = session.cluster
-    (where,) = session.places(section)
     return RayCrew(
-        TeacherJob(section, store.recipe, store.url, cluster.threads, cluster.notices),
-        where=where,
+        TeacherJob(section, store.recipe, store.url, session.cluster.threads, session.cluster.notices),
+        where=session.place_of(section),
         secrets=local_secrets(),
         coordinator=session.coordinator,
     )
 
 
-def start_students(session: Session, jobs: Sequence[TrainJob], *, teachers_at_work: bool) -> "Background":
-    """Have ranks train the jobs, one job after the other."""
-    cluster = session.cluster
-    (where,) = session.places(jobs[0].section)
+def start_students(session: Session, jobs: Sequence[TrainJob], *, owner: int, teachers_at_work: bool) -> "Background":
+    """Have ranks train the jobs, one job after the other, for the command that owns their checkpoints under this number."""
     return Background(
         lambda: fit(
-            jobs,
-            where=where,
-            threads=cluster.threads,
+            [replace(job, owner=owner) for job in jobs],
+            where=session.place_of(jobs[0].section),
+            threads=session.cluster.threads,
             secrets=local_secrets(),
-            notices=cluster.notices,
+            notices=session.cluster.notices,
             coordinator=session.coordinator,
             teachers_at_work=teachers_at_work,
             journal=session.journal,
