@@ -71,6 +71,17 @@ def learning_attempt(
 
 
 @contextmanager
+def visit(run_dir: Path, command: str) -> Iterator[Journal]:
+    """Use the run directory for what is no attempt: lock it, and show what is journalled meanwhile, without a start and an end."""
+    with locked(run_dir, Holder.here(command, run_dir, now=time())), driver_log(run_dir):
+        journal = Journal(run_dir / "journal.jsonl")
+        reader = JournalReader(journal.path)
+        reader.new_rows()
+        with _shown(reader, [ProgressView()]):
+            yield journal
+
+
+@contextmanager
 def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mapping[str, int]) -> Iterator[Journal]:
     """Write down what is asked, then what happens. `committed`: of each role that is trained, the steps in its newest commit."""
     # what is asked, once nothing refuses it any more
@@ -94,7 +105,7 @@ def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mappi
         ending = _Ending(journal, reader, began, committed, idle)
         with ending.journalled():
             views = _views(plan.config, plan.run_dir)
-        with shown(JournalReader(journal.path), views), ending.journalled("done"):
+        with _shown(JournalReader(journal.path), views), ending.journalled("done"):
             yield journal
 
 
@@ -182,7 +193,7 @@ def _start_row(plan: Plan, command: str, number: int, committed: Mapping[str, in
 
 
 @contextmanager
-def shown(reader: JournalReader, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
+def _shown(reader: JournalReader, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
     """Feed new journal rows to the views from a thread: whatever writes the journal, on whichever machine, is seen."""
     stopped = threading.Event()
 

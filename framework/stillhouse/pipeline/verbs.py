@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from time import time
 
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import student_needs, teacher_needs
@@ -13,10 +12,8 @@ from stillhouse.cluster.session import attached
 from stillhouse.errors import ChangedWeightsError
 from stillhouse.evaluation.scores import ModelName, Scores
 from stillhouse.models import forget_identity
-from stillhouse.pipeline.attempt import attempt, learning_attempt, shown
+from stillhouse.pipeline.attempt import attempt, learning_attempt, visit
 from stillhouse.pipeline.console import patient, tell_of_wait
-from stillhouse.pipeline.holder import Holder
-from stillhouse.pipeline.ownership import locked
 from stillhouse.pipeline.plan import Plan, resolved
 from stillhouse.pipeline.run_dir import config_of
 from stillhouse.pipeline.run_store import register, register_if_allowed, require_chunks, require_shareable, retention_of, store_to_read
@@ -27,8 +24,8 @@ from stillhouse.pipeline.workers import start_students, teacher_crew
 from stillhouse.report import write_report
 from stillhouse.retry import insist
 from stillhouse.teacher.pool import TeacherPool
-from stillhouse.tracking import ROOM_PATIENCE, Journal, JournalReader, ProgressView, Tracker
-from stillhouse.tracking.log import driver_log, terminal_log
+from stillhouse.tracking import ROOM_PATIENCE, Tracker
+from stillhouse.tracking.log import terminal_log
 
 
 def produce(plan: Plan, *, command: str = "stillhouse produce") -> None:
@@ -104,13 +101,9 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> None:
 
 def evaluate_run(plan: Plan, *, command: str = "stillhouse eval") -> dict[ModelName, Scores]:
     """Score teacher, student and control on the held-out split, and journal the scores."""
-    cluster, holder = plan.config.cluster, Holder.here(command, plan.run_dir, now=time())
-    with locked(plan.run_dir, holder), driver_log(plan.run_dir), attached(cluster) as available:
-        journal = Journal(plan.run_dir / "journal.jsonl")
-        earlier = JournalReader(journal.path)
-        earlier.new_rows()
-        with shown(earlier, [ProgressView()]):
-            return score(plan, Session(cluster, available, Coordinator.create(journal.path), patient(journal)))
+    cluster = plan.config.cluster
+    with visit(plan.run_dir, command) as journal, attached(cluster) as available:
+        return score(plan, Session(cluster, available, Coordinator.create(journal.path), patient(journal)))
 
 
 def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
