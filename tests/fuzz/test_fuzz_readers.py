@@ -11,7 +11,7 @@ from helpers.mutants import dumps, mutated_bytes, mutated_json
 from helpers.sealing import sealed_json
 from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import join, registered
-from stillhouse.student.job import order_of_consumer
+from stillhouse.student.job import order_of
 
 READER = Consumer(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=7)
 OTHER = replace(READER, name="b-student")
@@ -47,7 +47,7 @@ def test_a_readers_file_is_a_reader_or_a_stranger_and_others_are_found_beside_it
             assert dumps(sealed_json({**asdict(reader), "version": 1}, sort_keys=True), sort_keys=True) == dumps(
                 json.loads(data), sort_keys=True
             ), data
-            order = order_of_consumer(reader, store.recipe)
+            order = order_of(reader, store.recipe)
             done = bounded(lambda order=order, reader=reader: order.steps_until_done_with(reader.total_steps), num_bytes=len(data))
             assert done is not None
             assert len(done) == store.recipe.num_chunks

@@ -68,7 +68,7 @@ def test_an_export_that_was_killed_leaves_no_half_of_a_model_and_the_same_comman
 def claim_and_commit(plan: Plan) -> None:
     """What a run leaves, as far as an export reads it."""
     plan.run_dir.mkdir()
-    claim(plan)
+    claim(plan.run_dir, config=plan.config, recipe=plan.recipe)
     commit_weights(plan.jobs()[0].checkpoints, load_model(plan.config.student, random_init_seed=1), 7)
 
 

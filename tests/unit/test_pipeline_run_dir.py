@@ -15,12 +15,13 @@ from helpers.damage import fill, leave_no_room, read_only, small_disk
 from helpers.world import TinyWorld
 from stillhouse.errors import ConfigError, InterruptedRunError, ModelError, RecipeError, RunError, StoreError, StoreUnavailable
 from stillhouse.pipeline import Plan, make_plan, open_run, train
-from stillhouse.pipeline.attempt import attempt, learning_attempt, store_to_read
-from stillhouse.pipeline.card import model_card
+from stillhouse.pipeline.attempt import attempt, learning_attempt
+from stillhouse.pipeline.export import model_card
 from stillhouse.pipeline.run_dir import claim
+from stillhouse.pipeline.run_store import store_to_read
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.consumers import join, registered
-from stillhouse.tracking import EndRow, Row, StartRow, TrainRow, read_journal
+from stillhouse.tracking import EndRow, Role, Row, StartRow, TrainRow, read_journal
 
 
 def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: TinyWorld, tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_a_run_that_cannot_write_down_what_is_asked_says_what_is_in_its_way(tiny
     plan.run_dir.mkdir()
     fill(disk / "ballast")
     with pytest.raises(StoreUnavailable, match=r"cannot write config\.json and recipe\.json in .*run: .*free some space"):
-        claim(plan)
+        claim(plan.run_dir, config=plan.config, recipe=plan.recipe)
 
 
 def test_an_attempt_with_nothing_left_to_train_names_the_settings_that_had_no_effect(
@@ -243,9 +244,13 @@ def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(t
         pass
     schedule = "learning rate {}, warm-up steps 5, then a cosine to 0 at step 10"
     both = f"steps 1 to 6: {schedule.format('0.003')}; steps 7 to 10: {schedule.format('0.001')}"
-    assert f"| AdamW | {both} |" in model_card(last, "student", 10)
-    assert str(tiny_world.folder.parent) not in model_card(last, "student", 10)  # whose machine it was is nobody's business
-    halfway = model_card(last, "student", 6)
+
+    def card_of(role: Role, steps: int) -> str:
+        return model_card(last.config, last.recipe, journal_of(last), role=role, steps=steps)
+
+    assert f"| AdamW | {both} |" in card_of("student", 10)
+    assert str(tiny_world.folder.parent) not in card_of("student", 10)  # whose machine it was is nobody's business
+    halfway = card_of("student", 6)
     assert f"| AdamW | {schedule.format('0.003')} |" in halfway
     assert "| optimiser steps | 6 of 8 sequences |" in halfway
-    assert "| AdamW | not in the run's journal |" in model_card(last, "control", 10)
+    assert "| AdamW | not in the run's journal |" in card_of("control", 10)

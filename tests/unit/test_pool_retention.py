@@ -17,7 +17,7 @@ from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.pool.retention import Retention
 from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import commit, join
-from stillhouse.student.job import order_of_consumer
+from stillhouse.student.job import order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
 from stillhouse.teacher.pool import comparison, limits_of
@@ -43,7 +43,7 @@ class Student:
 
     @property
     def order(self) -> Order:
-        return order_of_consumer(self.reader, self.store.recipe)
+        return order_of(self.reader, self.store.recipe)
 
     @property
     def done(self) -> bool:
@@ -100,10 +100,8 @@ class Run:
             own=[student.reader.name for student in self.students[: self.own]],
             deletes=self.deletes,
             least_ahead=chunks_read_ahead(first),
-            done_after=lambda reader: order_of_consumer(reader, RECIPE).steps_until_done_with(reader.total_steps),
-            position=lambda reader: (
-                order_of_consumer(reader, RECIPE).chunks_finished(reader.committed_step) if reader.seed == first.seed else None
-            ),
+            done_after=lambda reader: order_of(reader, RECIPE).steps_until_done_with(reader.total_steps),
+            position=lambda reader: order_of(reader, RECIPE).chunks_finished(reader.committed_step) if reader.seed == first.seed else None,
         )
 
     def go(self, *, kill_after_steps: int | None = None) -> None:

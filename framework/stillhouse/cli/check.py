@@ -214,7 +214,7 @@ def _require_writable(path: Path) -> None:
 def _training(plan: Plan, found: _Findings) -> None:
     student, corpus, steps = plan.config.student, plan.sources.train, plan.total_steps
     try:
-        require_full_step(plan)
+        require_full_step(student.global_batch_sequences, there=corpus.num_sequences)
     except ConfigError as error:
         found.obstacles.append(str(error))
     batch, ranks = student.global_batch_sequences, student.num_workers
@@ -333,7 +333,7 @@ def _run_directory(plan: Plan, found: _Findings) -> None:
                 _require_writable(Path(place))
         except StoreError as error:
             found.obstacles.append(f"{setting}: {error}")
-    changes = changes_since(plan)
+    changes = changes_since(plan.run_dir, config=plan.config, recipe=plan.recipe)
     if changes:
         found.obstacles.append(
             f"{plan.run_dir} belongs to another run; these differ:\n"

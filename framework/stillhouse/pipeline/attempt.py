@@ -2,32 +2,31 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from time import monotonic, sleep, time
+from pathlib import Path
+from time import monotonic, time
 from typing import Literal
 
-from rich.console import Console
-
 from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.config import Config
 from stillhouse.errors import InterruptedRunError, RunError, StoreError
+from stillhouse.pipeline.console import patient, say
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Owner, locked, owned
 from stillhouse.pipeline.plan import Plan, require_full_step
 from stillhouse.pipeline.run_dir import claim, leave_former_place, require_same_run
-from stillhouse.store import ChunkStore, StoreForbidden
+from stillhouse.pipeline.run_store import store_to_fill
+from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
 from stillhouse.store.probe import require_create_only
-from stillhouse.terminal import printable
 from stillhouse.tracking import (
     EndRow,
     Journal,
     JournalReader,
-    PatientTracker,
     ProgressView,
     StartRow,
-    Tracker,
     TrainRow,
     WandbView,
     nothing_left,
@@ -38,40 +37,6 @@ _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
 
 
-def store_to_fill(plan: Plan) -> ChunkStore:
-    """The store, for a command that makes chunks. Raises StoreError where it may only be read."""
-    url = plan.config.store.url
-    try:
-        return ChunkStore.create(url, plan.recipe)
-    except StoreForbidden as error:
-        num_missing = len(set(plan.chunks) - ChunkStore(url, plan.recipe).published())
-        if num_missing:
-            cure = f"{num_missing} of {len(plan.chunks)} chunks are missing there; give write access, or store.url another place"
-        else:
-            cure = f"all {len(plan.chunks)} chunks that training reads are there: `stillhouse train` reads them, and need not write"
-        raise StoreError(f"{url} cannot be written, which this command has to do: {cure} ({error})") from None
-
-
-def store_to_read(plan: Plan) -> ChunkStore:
-    """The store, for a command that makes no chunk; nothing is written where recipe.json is there.
-
-    Raises StoreError where chunks are missing.
-    """
-    store = ChunkStore(plan.config.store.url, plan.recipe)
-    require_chunks(plan, store)
-    return store if store.has_recipe() else ChunkStore.create(store.url, plan.recipe)
-
-
-def require_chunks(plan: Plan, store: ChunkStore) -> None:
-    """Raise StoreError where the store has not all chunks that training reads."""
-    num_missing = len(set(plan.chunks) - store.published())
-    if num_missing:
-        raise StoreError(
-            f"{num_missing} of {len(plan.chunks)} chunks are not in {store.url}; "
-            "`stillhouse produce` makes them, `stillhouse run` makes them and trains at the same time"
-        )
-
-
 @contextmanager
 def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     """Use the run directory without training: lock it, write down what is asked, journal start and end, and show the journal.
@@ -80,44 +45,40 @@ def attempt(plan: Plan, command: str) -> Iterator[Journal]:
     refused leaves config.json, recipe.json and the journal as they are. The journal does not wait for room, as `patient` makes it do.
     """
     with locked(plan.run_dir, Holder.here(command, plan.run_dir, now=time())):
-        require_same_run(plan)
-        with _journalled(plan, command, store=store_to_fill(plan), committed={}) as journal:
+        require_same_run(plan.run_dir, config=plan.config, recipe=plan.recipe)
+        with _journalled(plan, command, store=store_to_fill(plan.store, plan.chunks), committed={}) as journal:
             yield journal
 
 
 @contextmanager
 def learning_attempt(
-    plan: Plan, command: str, *, open_store: Callable[[Plan], ChunkStore] = store_to_fill
+    plan: Plan, command: str, *, open_store: Callable[[ChunkStore, Collection[int]], ChunkStore] = store_to_fill
 ) -> Iterator[tuple[Journal, Owner]]:
     """The same, for a command that trains: it also owns the place of the checkpoints, which another run directory may name as well.
 
     `open_store` raises what keeps the command from beginning with this store.
     """
-    require_full_step(plan)
+    require_full_step(plan.config.student.global_batch_sequences, there=plan.sources.train.num_sequences)
     holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].place
     with locked(plan.run_dir, holder):
-        require_same_run(plan)
+        require_same_run(plan.run_dir, config=plan.config, recipe=plan.recipe)
         require_create_only(Blobs(place))
         with owned(place, holder, say=say) as owner:
-            store = open_store(plan)
+            store = open_store(plan.store, plan.chunks)
             committed: dict[str, int] = {job.role: newest_step(job.checkpoints) for job in plan.jobs()}
             with _journalled(plan, command, store=store, committed=committed) as journal:
                 yield journal, owner
 
 
-def patient(journal: Tracker, *, pause: Callable[[float], None] = sleep) -> PatientTracker:
-    """The journal as a tracker that waits while its disk is full, and says so on the terminal. `pause` may raise to end a wait."""
-    return PatientTracker(tracker=journal, tell=tell_of_wait, pause=pause)
-
-
-def tell_of_wait(seconds: float, why: str) -> None:
-    """Say on the terminal what the run waits for."""
-    say(f"the run has waited for {seconds:.0f} s: {why}")
-
-
-def say(words: str) -> None:
-    """Tell it on the terminal, beside what the views show."""
-    Console(stderr=True, soft_wrap=True).print(printable(words), markup=False, highlight=False)
+@contextmanager
+def visit(run_dir: Path, command: str) -> Iterator[Journal]:
+    """Use the run directory for what is no attempt: lock it, and show what is journalled meanwhile, without a start and an end."""
+    with locked(run_dir, Holder.here(command, run_dir, now=time())), driver_log(run_dir):
+        journal = Journal(run_dir / "journal.jsonl")
+        reader = JournalReader(journal.path)
+        reader.new_rows()
+        with _shown(reader, [ProgressView()]):
+            yield journal
 
 
 @contextmanager
@@ -125,9 +86,9 @@ def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mappi
     """Write down what is asked, then what happens. `committed`: of each role that is trained, the steps in its newest commit."""
     # what is asked, once nothing refuses it any more
     began = monotonic()
-    before = claim(plan)
+    before = claim(plan.run_dir, config=plan.config, recipe=plan.recipe)
     if before is not None:
-        leave_former_place(plan, before.student, store)
+        leave_former_place(plan.run_dir, store, before=before.student, now=plan.config.student)
 
     # the start row, and what it leads to
     journal = Journal(plan.run_dir / "journal.jsonl")
@@ -143,8 +104,8 @@ def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mappi
         # what happens, and how it ends
         ending = _Ending(journal, reader, began, committed, idle)
         with ending.journalled():
-            views = _views(plan)
-        with shown(JournalReader(journal.path), views), ending.journalled("done"):
+            views = _views(plan.config, plan.run_dir)
+        with _shown(JournalReader(journal.path), views), ending.journalled("done"):
             yield journal
 
 
@@ -187,13 +148,12 @@ class _Ending:
             self._journal.record(EndRow(outcome, seconds, message, taken, done))
 
 
-def _views(plan: Plan) -> list[ProgressView | WandbView]:
-    section = plan.config.tracking
+def _views(config: Config, run_dir: Path) -> list[ProgressView | WandbView]:
+    section = config.tracking
     if section.wandb == "off":
         return [ProgressView()]
-    first = next(row for row in JournalReader(plan.run_dir / "journal.jsonl").new_rows() if isinstance(row, StartRow))
-    values = plan.config.model_dump(mode="json")
-    return [ProgressView(), WandbView(section, plan.run_dir, config=values, run_id=section.run_id or _run_id(first))]
+    first = next(row for row in JournalReader(run_dir / "journal.jsonl").new_rows() if isinstance(row, StartRow))
+    return [ProgressView(), WandbView(section, run_dir, config=config.model_dump(mode="json"), run_id=section.run_id or _run_id(first))]
 
 
 def _run_id(first: StartRow) -> str:
@@ -233,7 +193,7 @@ def _start_row(plan: Plan, command: str, number: int, committed: Mapping[str, in
 
 
 @contextmanager
-def shown(reader: JournalReader, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
+def _shown(reader: JournalReader, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
     """Feed new journal rows to the views from a thread: whatever writes the journal, on whichever machine, is seen."""
     stopped = threading.Event()
 

@@ -49,6 +49,11 @@ class Plan:
     sources: Sources
     recipe: Recipe
 
+    @property
+    def store(self) -> ChunkStore:
+        """The chunks of this recipe, where the config puts them. Made without touching the store."""
+        return ChunkStore(self.config.store.url, self.recipe)
+
     @cached_property
     def order(self) -> Order:
         return order_of(self.config.student, self.recipe)
@@ -158,9 +163,8 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
 
 
-def require_full_step(plan: Plan) -> None:
+def require_full_step(wanted: int, *, there: int) -> None:
     """Raise ConfigError where one optimiser step asks for more sequences than the corpus has."""
-    wanted, there = plan.config.student.global_batch_sequences, plan.sources.train.num_sequences
     if wanted > there:
         raise ConfigError(
             f"student.global_batch_sequences is {wanted:,}, but the corpus has {there:,} sequences to train on;"

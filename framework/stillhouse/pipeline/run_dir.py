@@ -15,8 +15,7 @@ import xxhash
 from stillhouse import atomic
 from stillhouse.config import Config, StudentSection, parse_config, resolved_json
 from stillhouse.errors import ConfigError, RecipeError
-from stillhouse.pipeline.plan import Plan
-from stillhouse.store import ChunkStore, differences, parse_recipe
+from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
 from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
 from stillhouse.student.job import resume_location
@@ -80,40 +79,40 @@ def changes_that_matter(before: Config, after: Config) -> list[str]:
     ]
 
 
-def changes_since(plan: Plan) -> list[str]:
-    """What keeps this plan from going on with its run directory; empty where nothing does, or where there is no run yet."""
-    config_path, recipe_path = plan.run_dir / "config.json", plan.run_dir / "recipe.json"
-    changes = changes_that_matter(config_of(plan.run_dir), plan.config) if config_path.exists() else []
+def changes_since(run_dir: Path, *, config: Config, recipe: Recipe) -> list[str]:
+    """What keeps a run that is asked for from going on in this directory; empty where nothing does, or where there is no run yet."""
+    config_path, recipe_path = run_dir / "config.json", run_dir / "recipe.json"
+    changes = changes_that_matter(config_of(run_dir), config) if config_path.exists() else []
     if not changes and recipe_path.exists():
-        changes = differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), plan.recipe)
+        changes = differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), recipe)
     return changes
 
 
-def require_same_run(plan: Plan) -> None:
+def require_same_run(run_dir: Path, *, config: Config, recipe: Recipe) -> None:
     """Raise RecipeError where the directory belongs to another run. Nothing is written."""
-    changes = changes_since(plan)
+    changes = changes_since(run_dir, config=config, recipe=recipe)
     if changes:
         raise RecipeError(
-            f"{plan.run_dir} belongs to another run; these differ:\n"
+            f"{run_dir} belongs to another run; these differ:\n"
             + "\n".join(f"  - {change}" for change in changes)
             + "\nSet them back to go on with it, or name another --run-dir."
         )
 
 
-def claim(plan: Plan) -> Config | None:
+def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
     """Write down what is asked for. Returns the config that the directory was last used with. Raises StoreError where there is no room."""
-    before = config_of(plan.run_dir) if (plan.run_dir / "config.json").exists() else None
+    before = config_of(run_dir) if (run_dir / "config.json").exists() else None
     try:
-        atomic.replace(plan.run_dir / "recipe.json", plan.recipe.canonical_json())
-        atomic.replace(plan.run_dir / "config.json", _sealed(plan.config))
+        atomic.replace(run_dir / "recipe.json", recipe.canonical_json())
+        atomic.replace(run_dir / "config.json", _sealed(config))
     except OSError as error:
-        raise explain(error, doing="write config.json and recipe.json", url=str(plan.run_dir)) from error
+        raise explain(error, doing="write config.json and recipe.json", url=str(run_dir)) from error
     return before
 
 
-def leave_former_place(plan: Plan, before: StudentSection, store: ChunkStore) -> None:
+def leave_former_place(run_dir: Path, store: ChunkStore, *, before: StudentSection, now: StudentSection) -> None:
     """Where the checkpoints' place changed, nobody reads under the name that it gave: the store would keep every chunk for that one."""
-    former = resume_location(before, plan.run_dir)
-    if former != resume_location(plan.config.student, plan.run_dir):
+    former = resume_location(before, run_dir)
+    if former != resume_location(now, run_dir):
         for role in ("student", "control"):
             leave(store, consumer_name(former, role))

@@ -7,7 +7,18 @@ from stillhouse.atomic import make_directory
 from stillhouse.cluster.nodes import who_does_not_see
 from stillhouse.cluster.placement import Placement
 from stillhouse.errors import ConfigError
+from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
+
+
+def require_shared_store(store: ChunkStore, crews: Collection[Placement], *, filling: bool) -> None:
+    """As `require_shared`; a command that is not `filling` the store needs to read there only."""
+    require_shared(store.url, crews, what="chunks", setting="store.url", published="" if filling else store.recipe_key)
+
+
+def require_shared_checkpoints(url: str, crews: Collection[Placement]) -> None:
+    """As `require_shared`, of teachers, too: the student is scored where one fits."""
+    require_shared(url, crews, what="checkpoints", setting="student.checkpoint_url")
 
 
 def require_shared(url: str, crews: Collection[Placement], *, what: str, setting: str, published: str = "") -> None:

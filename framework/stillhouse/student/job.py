@@ -79,23 +79,12 @@ def resume_location(section: StudentSection, run_dir: Path) -> str:
     return str(run_dir) if section.checkpoint_url is None else section.checkpoint_url.rstrip("/")
 
 
-def order_of_consumer(reader: Consumer, recipe: Recipe) -> Order:
-    """The order in which any registered reader reads the recipe's sequences."""
+def order_of(reads: StudentSection | Consumer, recipe: Recipe) -> Order:
+    """The order in which a student of this section, or any registered reader, reads the recipe's sequences."""
     return Order(
         num_sequences=recipe.num_sequences,
         chunk_sequences=recipe.chunk_sequences,
-        global_batch_sequences=reader.global_batch_sequences,
-        seed=reader.seed,
-        window_chunks=reader.window_chunks,
-    )
-
-
-def order_of(section: StudentSection, recipe: Recipe) -> Order:
-    """The order in which a student of this section reads the recipe's sequences."""
-    return Order(
-        num_sequences=recipe.num_sequences,
-        chunk_sequences=recipe.chunk_sequences,
-        global_batch_sequences=section.global_batch_sequences,
-        seed=section.seed,
-        window_chunks=section.shuffle_window_chunks,
+        global_batch_sequences=reads.global_batch_sequences,
+        seed=reads.seed,
+        window_chunks=reads.window_chunks if isinstance(reads, Consumer) else reads.shuffle_window_chunks,
     )

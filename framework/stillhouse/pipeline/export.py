@@ -1,18 +1,38 @@
-"""The model card of an exported model: what it learned from, how it was trained, and how well, as far as the journal knows."""
+"""The export of a trained model: a plain Hugging Face directory, and a model card that says what it learned from, and how well."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from stillhouse.config import Config
+from stillhouse.errors import CheckpointError
+from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Plan
 from stillhouse.report.words import short_name
+from stillhouse.store import Recipe
 from stillhouse.tracking import EvalRow, Role, Row, read_journal, stretches, words_of
 
 
-def model_card(plan: Plan, role: Role, steps: int) -> str:
-    """The README of a model after `steps` optimiser steps."""
-    rows = read_journal(plan.run_dir / "journal.jsonl")
-    config, recipe = plan.config, plan.recipe
+def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
+    """Write a trained model as a plain Hugging Face directory; returns the optimiser steps behind it."""
+    from stillhouse.student.export import export  # DeepSpeed, which only this needs here, takes seconds to import
+
+    job = next((job for job in plan.jobs() if job.role == role), None)
+    if job is None:
+        raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
+    journal = plan.run_dir / "journal.jsonl"
+    return export(
+        job.checkpoints,
+        out,
+        section=job.section,
+        tokenizer=plan.tokenizer,
+        card=lambda steps: model_card(plan.config, plan.recipe, read_journal(journal), role=role, steps=steps),
+        tell=lambda seconds, why: say(f"the export has waited for {seconds:.0f} s: {why}"),
+    )
+
+
+def model_card(config: Config, recipe: Recipe, rows: Sequence[Row], *, role: Role, steps: int) -> str:
+    """The README of a model after `steps` optimiser steps, as far as the rows of its run's journal know them."""
     lesson = (
         "the text alone"
         if role == "control"

@@ -1,0 +1,57 @@
+"""A command at work on a cluster: once there is room for its processes, and for as long as nobody announces the end of its machines."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.nodes import await_room
+from stillhouse.cluster.placement import Placement, ResourceNeeds, placement
+from stillhouse.config import ClusterSection, ModelSection
+from stillhouse.pipeline.console import patient
+from stillhouse.pipeline.machines import Machines, watched_machines
+from stillhouse.tracking import Journal, Tracker, WaitRow
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What all processes of one command have in common."""
+
+    cluster: ClusterSection
+    available: Mapping[str, float]  # the cluster's resources, by name
+    coordinator: Coordinator
+    journal: Tracker
+
+    def place_of(self, section: ModelSection) -> Placement:
+        """Where a process of this section goes."""
+        return placement(section, self.available)
+
+
+@contextmanager
+def at_work(cluster: ClusterSection, journal: Journal, needs: ResourceNeeds) -> Iterator[tuple[Session, Machines]]:
+    """Await room on the cluster that this process is attached to, and listen to its machines for as long as the block lasts.
+
+    The session's journal waits while its disk is full, but no longer than a driver that was told to go has time.
+    """
+    coordinator = Coordinator.create(journal.path)
+    with watched_machines(coordinator, journal, grace_s=cluster.grace_s) as machines:
+        rows = patient(journal, pause=machines.pause)
+        available = enough_room(needs, cluster, rows, unless=machines.require_driver)
+        yield Session(cluster, available, coordinator, rows), machines
+
+
+def enough_room(needs: ResourceNeeds, cluster: ClusterSection, journal: Tracker, *, unless: Callable[[], None]) -> dict[str, float]:
+    """The cluster's resources, once they suffice; the wait is journalled. `unless` raises where they are not waited for any more."""
+    told = ""
+
+    def waiting(missing: str) -> None:
+        nonlocal told
+        unless()
+        if missing != told:
+            journal.record(WaitRow(missing))
+            told = missing
+
+    available = await_room(needs, cluster, waiting=waiting)
+    if told:
+        journal.record(WaitRow(""))
+    return available
