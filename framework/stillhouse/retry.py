@@ -1,7 +1,7 @@
 """Waiting for a store that is unavailable: the wait is told once it has lasted, and it has an end."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import TypeVar
@@ -24,10 +24,6 @@ class Patience:
     end_after_s: float = 1800.0
     first_pause_s: float = 0.5  # between two tries; the next is twice as long
     last_pause_s: float = 30.0
-
-    def longer(self, pause_s: float) -> float:
-        """The pause after this one."""
-        return min(2 * pause_s, self.last_pause_s)
 
 
 DEFAULT_PATIENCE = Patience()
@@ -60,6 +56,13 @@ class Outage:
         self._since, self._told = None, False
 
 
+def pauses(first_s: float, *, last_s: float) -> Iterator[float]:
+    """Seconds to wait before each next try, without an end: twice as long each time, and never longer than `last_s`."""
+    while True:
+        yield first_s
+        first_s = min(2 * first_s, last_s)
+
+
 def given_up(error: StoreUnavailable, waited_s: float) -> StoreUnavailable:
     """What is raised at the end of a wait."""
     return StoreUnavailable(
@@ -77,7 +80,7 @@ def insist(
     clock: Callable[[], float] = monotonic,
 ) -> _Answer:
     """Call again while the store is unavailable; raises what else is raised at once, StoreUnavailable at the end of the patience."""
-    outage, pause_s = Outage(patience, tell=tell, clock=clock), patience.first_pause_s
+    outage, pauses_s = Outage(patience, tell=tell, clock=clock), pauses(patience.first_pause_s, last_s=patience.last_pause_s)
     while True:
         try:
             answer = call()
@@ -85,5 +88,4 @@ def insist(
             return answer
         except StoreUnavailable as error:
             outage.goes_on(error)
-        pause(pause_s)
-        pause_s = patience.longer(pause_s)
+        pause(next(pauses_s))

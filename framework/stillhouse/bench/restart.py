@@ -18,7 +18,6 @@ from time import monotonic, sleep, time
 import psutil
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import FailureConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -166,7 +165,7 @@ def _plain(plan: Plan, folder: Path, available: Mapping[str, float], num_kills: 
         train_loop_config=arguments,
         scaling_config=ray.train.ScalingConfig(num_workers=_NUM_RANKS, resources_per_worker=placement(section, available).times(1)),
         run_config=ray.train.RunConfig(
-            name="plain", storage_path=str((folder / "ray").resolve()), failure_config=FailureConfig(max_failures=-1)
+            name="plain", storage_path=str((folder / "ray").resolve()), failure_config=ray.train.FailureConfig(max_failures=-1)
         ),
     )
 

@@ -23,6 +23,7 @@ import xxhash
 from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
+from stillhouse.sealed import digest_of
 from stillhouse.store.download import RANGE_BYTES
 from stillhouse.store.object_store import Blobs, StoreUnavailable
 
@@ -392,7 +393,7 @@ def _no_room(folder: Path, error: OSError) -> CheckpointError:
 
 
 def _sealed(kind: str, values: Any) -> bytes:
-    return json.dumps({kind: values, "xxh3": _digest_of(values)}, indent=1).encode()
+    return json.dumps({kind: values, "xxh3": digest_of(values, compact=True)}, indent=1).encode()
 
 
 def _read_sealed(blobs: Blobs, key: str, kind: str) -> tuple[bytes, Any]:
@@ -407,10 +408,6 @@ def _read_sealed(blobs: Blobs, key: str, kind: str) -> tuple[bytes, Any]:
 
 def _opened(kind: str, data: bytes) -> Any:
     whole = json.loads(data)
-    if whole["xxh3"] != _digest_of(whole[kind]):
+    if whole["xxh3"] != digest_of(whole[kind], compact=True):
         raise ValueError("its checksum differs")
     return whole[kind]
-
-
-def _digest_of(values: Any) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode("ascii"))

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -49,8 +48,12 @@ def only_tensors() -> Iterator[None]:
     def load(path: Any, map_location: Any = None, *, mmap: bool | None = None, **_: Any) -> Any:
         return opened(path, map_location, mmap=mmap)
 
-    with patch.object(torch, "load", load):
+    before = torch.load
+    torch.load = load  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        torch.load = before
 
 
 _REMEDY = "remove that checkpoint's manifest to use an older one, or the whole directory to start again from step 0."

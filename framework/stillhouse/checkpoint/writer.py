@@ -21,7 +21,7 @@ from stillhouse.checkpoint.manifest import Commit, Digest, Files, Origin, folder
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.cluster.collectives import told
 from stillhouse.errors import StoreError
-from stillhouse.retry import DEFAULT_PATIENCE, Patience, given_up
+from stillhouse.retry import DEFAULT_PATIENCE, Patience, given_up, pauses
 from stillhouse.store.object_store import Blobs, StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class RankWriter:
         self._rank, self._keep = rank, keep
         self._on_commit, self._on_delay = on_commit, on_delay
         self._require_owner = require_owner
-        self._clock, self._wait = clock, pause
+        self._clock, self._pause = clock, pause
         self._step_on_time: int | None = None  # that of what is on its way, until it is late
         self.outage: tuple[float, StoreUnavailable] | None = None  # since when the store is unavailable, and its words
 
@@ -101,16 +101,16 @@ class RankWriter:
 
     def _part(self, folder: str, rank: int) -> Files:
         """A rank's part, as soon as it is there."""
-        pause_s = _FIRST_PAUSE_S
+        pauses_s = pauses(_FIRST_PAUSE_S, last_s=_LONGEST_PAUSE_S)
         while True:
             try:
                 return self._insist(lambda: read_part(self._blobs, folder, rank=rank, world_size=self._template.world_size))
             except FileNotFoundError:
-                pause_s = self._pause(pause_s)
+                self._pause(next(pauses_s))
 
     def _insist(self, call: Callable[[], _Answer]) -> _Answer:
         """Call until the store is available."""
-        pause_s = _FIRST_PAUSE_S
+        pauses_s = pauses(_FIRST_PAUSE_S, last_s=_LONGEST_PAUSE_S)
         while True:
             outage = None
             try:
@@ -123,12 +123,7 @@ class RankWriter:
                     self._step_on_time = None
             finally:
                 self.outage = outage
-            pause_s = self._pause(pause_s)
-
-    def _pause(self, pause_s: float) -> float:
-        """The pause after this one."""
-        self._wait(pause_s)
-        return min(2 * pause_s, _LONGEST_PAUSE_S)
+            self._pause(next(pauses_s))
 
 
 class CheckpointWriter:

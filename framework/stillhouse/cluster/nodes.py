@@ -10,13 +10,13 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from stillhouse.cluster import _ray_compat
 from stillhouse.cluster.placement import Placement, ResourceNeeds, how_many_fit, placement, require_room, shortages
 from stillhouse.cluster.preemption import Endpoints, PreemptionNotice, PreemptionWatch, local_sources
 from stillhouse.cluster.processes import ask_node
 from stillhouse.config import ClusterSection, NoticeSource
 
 _LOOK_EVERY_S = 1.0
-_PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
 _DRAIN_S = 120.0  # for a node that is drained without a deadline
 _ANSWER_S = 30.0
 
@@ -71,25 +71,23 @@ def this_node() -> str:
 
 def draining() -> dict[str, PreemptionNotice]:
     """The nodes that Ray will take away, by id, with the end that was set for each."""
-    found = ray._private.state.state.get_draining_nodes()
+    found = _ray_compat.drain_deadlines_ms()
     return {node: PreemptionNotice("ray", ms / 1e3 if ms else time() + _DRAIN_S, "the node is being drained") for node, ms in found.items()}
 
 
 def drain(node: str, notice: PreemptionNotice) -> None:
     """Let Ray start nothing more on a node whose machine will be taken away."""
-    raylet: Any = ray._raylet  # what `ray drain-node` calls
-    client = raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    client.drain_node(node, _PREEMPTION, f"{notice.source}: {notice.detail}", int(notice.deadline * 1e3))
+    _ray_compat.drain_node(node, detail=f"{notice.source}: {notice.detail}", deadline_ms=int(notice.deadline * 1e3))
 
 
 def room_for(where: Placement) -> int:
     """How many such processes fit into what is free, on nodes that will stay."""
-    return _room_in(ray._private.state.state.available_resources_per_node(), where)
+    return _room_in(_ray_compat.free_resources(), where)
 
 
 def room_at_most(where: Placement) -> int:
     """How many would fit there if nothing else ran."""
-    return _room_in(ray._private.state.state.total_resources_per_node(), where)
+    return _room_in(_ray_compat.total_resources(), where)
 
 
 def _room_in(resources_by_node: Mapping[str, Mapping[str, float]], where: Placement) -> int:
@@ -99,7 +97,7 @@ def _room_in(resources_by_node: Mapping[str, Mapping[str, float]], where: Placem
 
 def who_does_not_see(path: Path, crews: Collection[Placement]) -> list[str]:
     """The addresses of the other machines with resources for one of a crew on which there is no such file, or nobody who could tell."""
-    resources = ray._private.state.state.total_resources_per_node()
+    resources = _ray_compat.total_resources()
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != this_node()]
     fitting = [node for node in others if any(how_many_fit(resources.get(node["NodeID"], {}), crew) for crew in crews)]
     asked = {ask_node(node["NodeID"], os.path.exists, path): node["NodeManagerAddress"] for node in fitting}

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-from stillhouse.cluster import machine
+from stillhouse.cluster import _ray_compat, machine
 from stillhouse.cluster.environment import learn_secrets
 from stillhouse.cluster.head_process import held_to, nobody_listens, required
 from stillhouse.cluster.node import OBJECT_STORE_BYTES, require_unguessable
@@ -73,14 +71,13 @@ def remarks(section: ClusterSection) -> list[str]:
 def _start(num_cpus: int | None, directory: Path) -> None:
     """Raises RunError where Ray does not start."""
     try:
-        with _on_loopback():
+        with _ray_compat.on_loopback():
             _init(
                 address="local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(directory),
-                _system_config={"health_check_failure_threshold": _PATIENT_CHECKS},
+                **_ray_compat.start_options(directory, failed_checks=_PATIENT_CHECKS),
             )
     except Exception as error:  # Ray has no class for it
         ray.shutdown()
@@ -97,7 +94,7 @@ def _others_cluster(address: str) -> Iterator[None]:
         found = _resolved(address)
         _reach(found)
         logging.getLogger("ray").setLevel(logging.ERROR)  # as `_init` will
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does for "auto", and for no other address
+        _ray_compat.use_token_if_there_is_one()
         _init(address=found)
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -123,35 +120,19 @@ def _init(**options: Any) -> None:
 
 @contextmanager
 def _until_shutdown(*, patience_s: float) -> Iterator[None]:
-    here: Any = ray._private.worker._global_node
+    here = _ray_compat.local_node()
     try:
         if here is None:  # a client by ray://, which its server tells
             yield
             return
         host, _, port = here.gcs_address.rpartition(":")
         with (
-            held_to(Path(here.raylet_socket_name)) as is_raylet_gone,
+            held_to(here.raylet_socket) as is_raylet_gone,
             required(lambda: is_raylet_gone() or nobody_listens(host.strip("[]"), int(port)), patience_s=patience_s),
         ):
             yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Have what Ray starts in this block listen at 127.0.0.1 alone. Ray does so by itself on systems on which it knows no clusters."""
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    setting = os.environ.get(name)
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # in the processes that it starts, and in this one
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        if setting is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = setting
 
 
 def _resolved(address: str) -> str:

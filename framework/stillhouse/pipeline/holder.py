@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from uuid import uuid4
 
-import xxhash
-
 from stillhouse.redaction import scrub
+from stillhouse.sealed import opened, sealed
 
 _NO_PROCESS = ""
 _MOST_SINCE = 253_402_300_799.0  # unix seconds: the last of year 9999, up to which dates can be written
@@ -48,8 +47,7 @@ class Holder:
 
     def packed(self, **more: object) -> bytes:
         """As JSON with a checksum, and with these plain values beside it."""
-        values = {**asdict(self), **more}
-        return json.dumps({**values, "xxh3": _digest_of(values)}).encode()
+        return json.dumps(sealed({**asdict(self), **more})).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +61,7 @@ class Record:
     @classmethod
     def parsed(cls, data: bytes) -> Self:
         try:
-            values = json.loads(data)
-            if values.pop("xxh3") != _digest_of(values):
-                return cls(data, None, {})
+            values = opened(json.loads(data))
             own = {field.name: values.pop(field.name) for field in fields(Holder)}
             return cls(data, Holder(**own), values) if _may_be_a_holder(own) else cls(data, None, {})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -97,7 +93,3 @@ def _born(pid: int) -> str:
     except (OSError, ValueError):
         return _NO_PROCESS
     return _NO_PROCESS if state in "ZX" else rest[18]
-
-
-def _digest_of(values: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())

@@ -10,17 +10,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import xxhash
-
 from stillhouse import atomic
 from stillhouse.config import Config, StudentSection, parse_config, resolved_json
 from stillhouse.errors import ConfigError, RecipeError
+from stillhouse.sealed import opened, sealed
 from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
 from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
 from stillhouse.student.job import resume_location
-
-_SEAL = "xxh3"  # the name of the checksum among the config's sections
 
 # What may differ when a run directory is used again. Everything else decides a target, a batch or a gradient.
 _PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "block_tokens"}
@@ -46,9 +43,7 @@ def config_of(run_dir: Path) -> Config:
         raise RecipeError(f"{run_dir} is not a run directory: it has no config.json; name the --run-dir of an earlier run")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        seal = values.pop(_SEAL, None)
-        if seal is not None and seal != _digest_of(values):
-            raise ValueError("its checksum differs")
+        values = values if values.get("xxh3") is None else opened(values)
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); remove it, and start the run again with its own config file") from None
     try:
@@ -59,12 +54,7 @@ def config_of(run_dir: Path) -> Config:
 
 def _sealed(config: Config) -> bytes:
     """What config.json holds: every value, and their checksum."""
-    values = json.loads(resolved_json(config))
-    return (json.dumps({**values, _SEAL: _digest_of(values)}, indent=2) + "\n").encode()
-
-
-def _digest_of(values: dict[str, object]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
+    return (json.dumps(sealed(json.loads(resolved_json(config))), indent=2) + "\n").encode()
 
 
 def changes_that_matter(before: Config, after: Config) -> list[str]:

@@ -22,6 +22,7 @@ from stillhouse import atomic
 from stillhouse.cache import is_no_room, unwritable, writing_cache
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
+from stillhouse.seeded import GOLDEN, splitmix64
 from stillhouse.sequences.conversations import cure_of_columns
 from stillhouse.sequences.json_files import first_fault
 
@@ -108,13 +109,11 @@ def looks_like_path(name: str) -> bool:
 def shuffled_order(num_items: int, purpose: Literal["corpus", "sequence"], *, seed: int) -> NDArray[np.int64]:
     """A permutation of a corpus's documents or sequences, a function of these arguments alone: NumPy's own may change between versions.
 
-    Items are sorted by splitmix64 (Steele, Lea and Flood, 2014) of their number and the seed.
+    Items are sorted by splitmix64 of their number and the seed.
     """
-    start = int.from_bytes(hashlib.sha256(f"stillhouse {purpose} order {seed}".encode()).digest()[:8], "little")
-    mixed = np.arange(1, num_items + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable").astype(np.int64)
+    start = int.from_bytes(hashlib.sha256(f"stillhouse {purpose} order {seed}".encode()).digest()[:8], "little", signed=True)
+    mixed = splitmix64(np.arange(1, num_items + 1, dtype=np.int64) * GOLDEN + start)
+    return np.argsort(mixed.view(np.uint64), kind="stable").astype(np.int64)
 
 
 def _shuffled(num_documents: int, read: Callable[[int], Any], identity: str, section: CorpusSection) -> Documents:

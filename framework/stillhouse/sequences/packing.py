@@ -24,6 +24,7 @@ from stillhouse import atomic
 from stillhouse.cache import writing_cache
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
+from stillhouse.sealed import opened, sealed
 from stillhouse.sequence import Sequences
 from stillhouse.sequences.corpus import BLOCK_TOKENS, CACHE_VERSION, Corpus, rows_per_batch, write_corpus
 from stillhouse.sequences.documents import Documents, load_documents
@@ -121,7 +122,7 @@ def _build(
     small = {file.name: _file_hash(file) for file in directory.glob("*.npy")}
     written = {name: _with_paths(asdict(corpus), lambda file: Path(file).name) for name, corpus in corpora.items()}
     values = {"corpora": written, "num_bytes": sizes, "xxh3": small}
-    (directory / "corpus.json").write_text(json.dumps(values | {"check": _check_of(values)}))
+    (directory / "corpus.json").write_text(json.dumps(sealed(values, name="check")))
 
 
 def _counted(documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]) -> Iterator[Tokens]:
@@ -210,16 +211,10 @@ def _file_hash(path: Path) -> str:
     return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
-def _check_of(values: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
-
-
 def _read_split(directory: Path) -> Split | None:
     """The two corpora of a directory that was prepared before; None where there is none, or its files are cut short or damaged."""
     try:
-        written = json.loads((directory / "corpus.json").read_text())
-        if written.pop("check") != _check_of(written):
-            return None
+        written = opened(json.loads((directory / "corpus.json").read_text()), name="check")
         corpora = {name: Corpus(**_with_paths(values, lambda file: str(directory / file))) for name, values in written["corpora"].items()}
         is_whole = all((directory / name).stat().st_size == size for name, size in written["num_bytes"].items())
         is_whole = is_whole and all(_file_hash(directory / name) == digest for name, digest in written["xxh3"].items())

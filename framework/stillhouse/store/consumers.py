@@ -11,11 +11,10 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
-from typing import Any, NamedTuple
-
-import xxhash
+from typing import NamedTuple
 
 from stillhouse.errors import StoreError
+from stillhouse.sealed import opened, sealed
 from stillhouse.store.chunk_store import ChunkStore
 from stillhouse.store.explain import StoreForbidden
 from stillhouse.store.recipe import canonical_json
@@ -100,23 +99,18 @@ def _key(store: ChunkStore, name: str) -> str:
 
 def _packed(reader: Consumer) -> bytes:
     values = {**asdict(reader), "version": READER_VERSION}
-    return canonical_json(values | {"xxh3": _digest_of(values)})
+    return canonical_json(sealed(values, compact=True))
 
 
 def _parsed(data: bytes) -> Consumer | None:
     names = [field.name for field in fields(Consumer)]
     try:
-        values = json.loads(data)
-        is_whole = values.pop("xxh3") == _digest_of(values)  # a flipped bit in a number of steps would have chunks deleted too early
+        values = opened(json.loads(data), compact=True)  # a flipped bit in a number of steps would have chunks deleted too early
         whole = [type(values[name]) is (str if name == "name" else int) for name in (*names, "version")]
-        if not (is_whole and values["version"] == READER_VERSION and all(whole) and set(values) == {*names, "version"}):
+        if not (values["version"] == READER_VERSION and all(whole) and set(values) == {*names, "version"}):
             return None
         if _NAME.fullmatch(values["name"]) and all(least <= values[name] <= _MOST_NUMBER for name, least in _LEAST.items()):
             return Consumer(**{name: values[name] for name in names})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return None
-
-
-def _digest_of(values: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(canonical_json(values))

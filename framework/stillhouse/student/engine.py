@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed: a student as a plain module whose forward holds the whole loss, wrapped in a ZeRO engine.
+"""A student as a plain module whose forward holds the whole loss, wrapped in a ZeRO engine.
 
 Gradients are normalised by the GLOBAL number of target tokens of the step, so that they do not depend on how the batch was cut into
 ranks and micro-batches. Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
-from unittest.mock import patch
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
@@ -34,10 +32,8 @@ from stillhouse.losses.distillation import LossTerms, distillation_loss
 from stillhouse.losses.divergences import Divergence, divergence_named
 from stillhouse.models import head_of
 from stillhouse.models.batch import hidden_at
+from stillhouse.student import _deepspeed_compat
 from stillhouse.student.loader import MicroBatch
-
-with patch.object(torch, "compile", lambda function: function):  # every engine imports Muon, whose file would load torch's compiler: 0.7 s
-    import deepspeed.runtime.zero.muon.muon_optimizer
 
 _WHOLE_MODULE = "mp_rank_00_model_states.pt"  # up to stage 2
 
@@ -117,16 +113,14 @@ class StudentEngine:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
         module = StudentModule(lm, section=section, vocab_size=vocab_size)
-        deepspeed.ops.__compatible_ops__ = {}  # else it looks for compilers, and the first CPU engine compiles for a minute
-        self._engine, *_ = deepspeed.initialize(
+        self._engine = _deepspeed_compat.initialize(
             model=module,
             model_parameters=_parameter_groups(module, section.weight_decay),
             config=_deepspeed_config(section, num_micro_batches),
             dist_init_required=False,
         )
         self._copies = _HostCopies(device)
-        self._engine.checkpoint_engine = self._copies
-        self._engine._copy_recovery_script = lambda _folder: None  # nothing that could be run goes into a checkpoint
+        _deepspeed_compat.save_through(self._engine, self._copies)  # nothing that could be run goes into a checkpoint
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepTerms:
         """Forward, backward and step over this rank's micro-batches; every rank has `num_micro_batches` of them.
@@ -168,17 +162,12 @@ class StudentEngine:
 
     def load(self, found: Restored) -> None:
         """Load weights and optimiser of a checkpoint, as it is or universal. Raises CheckpointError where its files hold anything else."""
-        settings = [dict(group, params=None) for group in self._engine.optimizer.param_groups]
-        self._engine._config.load_universal_checkpoint = found.universal
-        with only_tensors(), redirect_stdout(io.StringIO()):  # one of its optimisers says what it does
-            path, _ = self._engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
-        self._engine._config.load_universal_checkpoint = False
-        if path is None:
+        with only_tensors():
+            is_there = _deepspeed_compat.load(self._engine, found.folder, universal=found.universal)
+        if not is_there:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {found.folder}; remove that checkpoint's manifest to use an older one"
             )
-        if found.universal:
-            _mend(self._engine.optimizer, settings)
 
     @property
     def inner(self) -> Any:
@@ -286,19 +275,6 @@ class _HostCopies(CheckpointEngine):
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return bool(info.tag)
-
-
-def _mend(optimizer: Any, settings: list[dict[str, Any]]) -> None:
-    """What DeepSpeed 0.19.8 mixes up as it loads a universal checkpoint at stage 3.
-
-    It gives every group the first one's settings, so that gains would decay like matrices, and all states one tensor to count steps in,
-    which would then count each step as often as there are groups.
-    """
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group["weight_decay"] = own["weight_decay"]
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()
 
 
 def _first_rows(parameter: nn.Parameter, num_rows: int) -> Tensor:

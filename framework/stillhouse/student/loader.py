@@ -20,7 +20,7 @@ from torch import Tensor
 from stillhouse.errors import ChunkError, StudentError
 from stillhouse.logits import CompressedLogits, decode
 from stillhouse.models.batch import TokenBatch
-from stillhouse.retry import DEFAULT_PATIENCE, Outage, Patience, Tell
+from stillhouse.retry import DEFAULT_PATIENCE, Outage, Patience, Tell, pauses
 from stillhouse.sequence import Sequences, joined
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.student.order import Order, rank_rows
@@ -190,7 +190,7 @@ class BatchReader:
         return found
 
     def _fetch_when_there(self, number: int, rows: np.ndarray, *, decoding: bool) -> Chunk:
-        pause_s = _FIRST_POLL_S
+        pauses_s = pauses(_FIRST_POLL_S, last_s=_LAST_POLL_S)
         reported_at, missing_since = -np.inf, time.monotonic()
         while not self._closed.wait(0):
             try:
@@ -212,8 +212,7 @@ class BatchReader:
                 if time.monotonic() - reported_at > self._missed_s:  # or it was lost with the coordinator's process
                     self._on_bad_chunk(number)
                     reported_at = time.monotonic()
-            self._closed.wait(pause_s)
-            pause_s = min(2 * pause_s, _LAST_POLL_S)
+            self._closed.wait(next(pauses_s))
         raise _ClosedError
 
     def _read(self, number: int, rows: np.ndarray) -> Chunk:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import FailureConfig
 
 from stillhouse.cluster.coordinator import Coordinator, StopRequest
 from stillhouse.cluster.nodes import room_at_most, room_for
@@ -99,7 +98,7 @@ def _trainer(job: "TrainJob", arguments: bytes, *, where: Placement, num_workers
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=str((job.run_dir / "ray").resolve()),
-            failure_config=FailureConfig(
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # Ray's types are those of Train's first version
                 max_failures=-1,  # the coordinator counts: lives in a row without a commit
                 controller_failure_limit=0 if _is_elastic(job.section) else -1,  # a group that finds no room comes back smaller, or waits
             ),

@@ -17,20 +17,18 @@ from torch import Tensor
 
 from stillhouse.logits.topk.blockmax_torch import windows
 from stillhouse.logits.topk.found import RawTopK
+from stillhouse.seeded import GOLDEN, shifted, splitmix64
 
 _ONE = 2.0**40  # the whole number that stands for the tail's greatest mass; 2^22 of these still fit into an int64
 _BELOW_ONE = 1.0 - 2.0**-53  # the double before 1: times a number, and rounded, it is still less than that number
 _LOGITS_AT_ONCE = 1 << 20  # with an int64 of mass for each
-_GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as an int64, like the two below
-_FIRST_FACTOR = -0x40A7B892E31B1A47
-_SECOND_FACTOR = -0x6B2FB644ECCEEE15
 
 
 def token_seeds(seed: int, sequences_T: Tensor, columns_T: Tensor) -> Tensor:
     """int64 [T]: a seed for each token from that of the recipe (a signed 64-bit number) and the token's place: its sequence's number in
     the corpus, and its column there. The same on every machine."""
-    of_sequence_T = _mix(seed + _GOLDEN * (sequences_T.long() + 1))
-    return _mix(of_sequence_T + _GOLDEN * (columns_T.long() + 1))
+    of_sequence_T = splitmix64(seed + GOLDEN * (sequences_T.long() + 1))
+    return splitmix64(of_sequence_T + GOLDEN * (columns_T.long() + 1))
 
 
 def draw(logits_TV: Tensor, seeds_T: Tensor, *, num_draws: int) -> Tensor:
@@ -108,16 +106,4 @@ def _shares(seeds_T: Tensor, num_draws: int) -> Tensor:
 def _uniforms(seeds_T: Tensor, num_draws: int) -> Tensor:
     """float64 [T, N] in [0, 1), of 53 random bits each."""
     index_N = torch.arange(1, num_draws + 1, device=seeds_T.device)
-    return _shifted(_mix(seeds_T[:, None] + _GOLDEN * index_N), 11).double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The output function of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), on int64."""
-    x = (x ^ _shifted(x, 30)) * _FIRST_FACTOR
-    x = (x ^ _shifted(x, 27)) * _SECOND_FACTOR
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits of the unsigned number that the int64 stands for."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return shifted(splitmix64(seeds_T[:, None] + GOLDEN * index_N), 11).double() * 2.0**-53

@@ -1,0 +1,26 @@
+"""Numbers that look random and are a function of a seed and a place alone: the same on every machine, in NumPy and in torch.
+
+Everything works on int64 that wraps around, which both have; the bits are those of the published unsigned arithmetic.
+"""
+
+from typing import Any, TypeVar
+
+GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as an int64, like the two below
+_FIRST_FACTOR = -0x40A7B892E31B1A47
+_SECOND_FACTOR = -0x6B2FB644ECCEEE15
+
+Numbers = TypeVar("Numbers")  # a NumPy array or a tensor of int64
+
+
+def splitmix64(x: Numbers) -> Numbers:
+    """The output function of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), elementwise."""
+    mixed: Any = x
+    mixed = (mixed ^ shifted(mixed, 30)) * _FIRST_FACTOR
+    mixed = (mixed ^ shifted(mixed, 27)) * _SECOND_FACTOR
+    return mixed ^ shifted(mixed, 31)
+
+
+def shifted(x: Numbers, num_bits: int) -> Numbers:
+    """x >> num_bits of the unsigned number that an int64 stands for."""
+    values: Any = x
+    return (values >> num_bits) & ((1 << (64 - num_bits)) - 1)
