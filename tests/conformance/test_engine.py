@@ -101,6 +101,10 @@ def test_the_targets_are_the_teachers_distribution_of_each_document_alone(
     assert (best - kept).abs().max() < ROUNDING
 
 
+def test_an_item_without_a_target_has_a_part_without_rows(engine: TeacherEngine, recipe: Recipe) -> None:
+    assert records_of(engine, item_of(recipe).without(range(S))).shape == (0, recipe.codec.bytes_per_token)
+
+
 def test_the_same_item_gives_the_same_records(engine: TeacherEngine, recipe: Recipe) -> None:
     assert torch.equal(records_of(engine, item_of(recipe)), records_of(engine, item_of(recipe)))
 

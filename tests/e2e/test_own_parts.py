@@ -1,6 +1,7 @@
 """Parts of a user's own, from a package outside of Stillhouse, go through the real command: killed, resumed and reported."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def config(tmp_path: Path) -> Path:
 def start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
     command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(run_dir)]
     environment = os.environ | {
-        "PYTHONPATH": f"{OUTSIDE}{os.pathsep}{os.environ['PYTHONPATH']}",
+        "PYTHONPATH": f"{config.parent / 'outside'}{os.pathsep}{os.environ['PYTHONPATH']}",
         "XDG_CACHE_HOME": str(config.parent / "cache"),
     }
     log = (config.parent / "log").open("ab")
@@ -60,8 +61,10 @@ def rows_of(run_dir: Path) -> list[Row]:
     return read_journal(run_dir / "journal.jsonl")
 
 
+@pytest.mark.timeout(600)
 def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
+    shutil.copytree(OUTSIDE, tmp_path / "outside")
 
     # killed, with its cluster, once some steps are committed
     process = start(config, run_dir)
@@ -94,3 +97,10 @@ def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path:
     assert losses[-1] < losses[0] < 1.0  # a squared Hellinger distance is below 1
     assert {row.model for row in rows if isinstance(row, EvalRow)} == {"teacher", "student"}
     assert "own_parts.divergence:squared_hellinger" in (run_dir / "report.html").read_text()
+
+    # another text of the divergence does not go on with its checkpoints
+    with (tmp_path / "outside" / "own_parts" / "divergence.py").open("a") as file:
+        file.write("# another one\n")
+    assert start(config, run_dir).wait(timeout=PATIENCE_S) == 1
+    refusal = (tmp_path / "log").read_text().rpartition("belongs to another training")[2]
+    assert "divergence: found 'own_parts.divergence:squared_hellinger@" in refusal

@@ -140,6 +140,17 @@ def unlike(found: Origin, wanted: Origin) -> list[str]:
     ]
 
 
+def require_same_training(url: str, commit: Commit, origin: Origin) -> None:
+    """Raise CheckpointError where a commit cannot be gone on with."""
+    differences = unlike(commit.origin, origin)
+    if differences:
+        raise CheckpointError(
+            f"{url} belongs to another training:\n"
+            + "\n".join(f"  - {line}" for line in differences)
+            + "\nSet them back to go on with it, or use a new run directory and, where one is set, a new student.checkpoint_url."
+        )
+
+
 class Choice(NamedTuple):
     commit: Commit | None  # None where nothing was ever committed
     passed_over: Mapping[str, str]  # newer ones, newest first: the manifest's name, and the problem with it
@@ -187,10 +198,14 @@ def newest(url: str) -> Commit | None:
     return choose(blobs, lambda commit: verify(blobs, commit, commit.files)).commit
 
 
+def newest_manifest(url: str, *, ask: Ask = directly) -> Commit | None:
+    """The newest manifest that can be read. Cheap: its files are not looked at."""
+    return choose(Blobs(url), lambda _: "", ask=ask).commit
+
+
 def newest_step(url: str, *, ask: Ask = directly) -> int:
-    """The step of the newest manifest that can be read, 0 where there is none. Cheap: its files are not looked at."""
-    blobs = Blobs(url)
-    found = choose(blobs, lambda _: "", ask=ask).commit
+    """The step of that manifest, 0 where there is none."""
+    found = newest_manifest(url, ask=ask)
     return found.step if found else 0
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from stillhouse.checkpoint.manifest import Choice, Commit, Origin, choose, fetch, local_folder, set_aside, unlike
+from stillhouse.checkpoint.manifest import Choice, Commit, Origin, choose, fetch, local_folder, require_same_training, set_aside
 from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.checkpoint.unpickling import opened
 from stillhouse.cluster.collectives import gathered, outcomes
@@ -57,13 +57,7 @@ def restore(url: str, *, origin: Origin, convert: Convert, tell: Tell, patience:
         if found is None:
             yield None
             return
-        differences = unlike(found.origin, origin)
-        if differences:
-            raise CheckpointError(
-                f"{url} belongs to another training:\n"
-                + "\n".join(f"  - {line}" for line in differences)
-                + "\nSet them back to go on with it, or use a new run directory and, where one is set, a new student.checkpoint_url."
-            )
+        require_same_training(url, found, origin)
         folder = local_folder(blobs, found, scratch)
         universal = group.must_convert(found)
         if universal:

@@ -59,7 +59,7 @@ class TeacherEngine(Protocol):
         ...
 
     def records(self, item: WorkItem) -> Iterator[Records]:
-        """The targets of the item's masked-in positions in row-major order, a part at a time."""
+        """The targets of the item's masked-in positions in row-major order, a part at a time; where there are none, a part without rows."""
         ...
 
     def probe(self) -> Probe:

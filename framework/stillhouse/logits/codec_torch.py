@@ -1,6 +1,6 @@
 """Records on any device, in torch: nothing leaves it, and it is waited for once, at the end, to learn what to refuse.
 
-The bytes are those of `hostcodec`: whole numbers, sorting, and operations that round to nearest (+, -, *, /, square root) decide them.
+The bytes are those of `codec_numpy`: whole numbers, sorting, and operations that round to nearest (+, -, *, /, square root) decide them.
 Exponentials and logarithms, which differ between libraries, come after them, in float64: decoded values agree to a bit of float32.
 
 Shapes: T tokens, K exact head entries, N tail draws, B bytes of a record or section, M = K or N.

@@ -1,6 +1,6 @@
 """What a record is: one target as bytes of a fixed size, and for each target exactly one record.
 
-Here is all that decides a byte or refuses one: sizes, the curve of the values, and what no encoder writes. `hostcodec` and `devicecodec`
+Here is all that decides a byte or refuses one: sizes, the curve of the values, and what no encoder writes. `codec_numpy` and `codec_torch`
 write and read records by it. What takes an `Array` is in operators that numpy's arrays and torch's tensors share.
 
 Shapes: T tokens, K exact head entries, N tail draws, V vocabulary, M = K or N.

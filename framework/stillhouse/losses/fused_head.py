@@ -1,8 +1,8 @@
 """An LM head and a loss over its logits as one differentiable operation, in token blocks: the T x V logits never exist.
 
-A block is multiplied out, read once and written once at full width (`passes`), with all else on [C, K + 1] tensors in between (`buckets`),
-and multiplied into the gradients. So gradients are made in the forward pass, and scaled in the backward, once: they are handed out, not
-copied.
+A block is multiplied out, read once and written once at full width (`head_passes`), with all else on [C, K + 1] tensors in between
+(`sparse_gradient`), and multiplied into the gradients. So gradients are made in the forward pass, and scaled in the backward, once: they
+are handed out, not copied.
 
 Shapes: T tokens, C tokens of one block, K kept entries, X ids that a loss names beside the kept ones, V vocabulary, H hidden.
 """

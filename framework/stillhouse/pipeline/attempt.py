@@ -9,7 +9,7 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Literal
 
-from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.checkpoint.manifest import newest_manifest, require_same_training
 from stillhouse.config import Config
 from stillhouse.errors import InterruptedRunError, RunError, StoreError
 from stillhouse.pipeline.console import patient, say
@@ -21,6 +21,7 @@ from stillhouse.pipeline.run_store import store_to_fill
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
 from stillhouse.store.probe import require_create_only
+from stillhouse.student.job import TrainJob
 from stillhouse.tracking import (
     EndRow,
     Journal,
@@ -65,9 +66,18 @@ def learning_attempt(
         require_create_only(Blobs(place))
         with owned(place, holder, say=say) as owner:
             store = open_store(plan.store, plan.chunks)
-            committed: dict[str, int] = {job.role: newest_step(job.checkpoints) for job in plan.jobs()}
+            committed: dict[str, int] = {job.role: _committed_step(job) for job in plan.jobs()}
             with _journalled(plan, command, store=store, committed=committed) as journal:
                 yield journal, owner
+
+
+def _committed_step(job: TrainJob) -> int:
+    """The steps in its newest commit. Raises CheckpointError where that is of another training."""
+    newest = newest_manifest(job.checkpoints)
+    if newest is None:
+        return 0
+    require_same_training(job.checkpoints, newest, job.origin)
+    return newest.step
 
 
 @contextmanager

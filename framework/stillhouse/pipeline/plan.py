@@ -111,7 +111,9 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
 
 
 def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
-    """Resolve revisions, compare the tokenizers, tokenise the corpus (once, into `cache_dir`) and name the recipe. Raises as `plan` does.
+    """Resolve revisions, compare the tokenizers, open the sources (a corpus is tokenised once, into `cache_dir`) and name the recipe.
+
+    Raises as `make_plan` does.
 
     What is done with a finished run needs no more: not the weights that its student began with.
     """

@@ -3,7 +3,7 @@
 Shapes: T tokens, V vocabulary, K kept entries, B a block's width, M blocks of a row, C candidates that there is room for.
 
     read       T x tiles   every logit        each block's maximum, and its sum of exp((z - maximum) / temperature)
-    pick       T           M maxima           the K blocks that hold the top-k (see `blockmax`), and the sums of the others
+    pick       T           M maxima           the K blocks that hold the top-k (see `blockmax_torch`), and the sums of the others
     gather     T           K B logits         the entries that reach the K-th maximum: about 1.3 K of them
     rank       T           those, K B logits  ids and logits in order, and the found blocks' sums of what is not kept
 
@@ -92,7 +92,7 @@ def defect(
     row_stride: int,
     launch: Callable[..., tuple[RawTopK, Tensor]] = launch,
 ) -> str | None:
-    """What is wrong with the kernels for such logits here, or None. Compiles them, for some seconds, and holds them to `blockmax`.
+    """What is wrong with the kernels for such logits here, or None. Compiles them, for some seconds, and holds them to `blockmax_torch`.
 
     What is wrong for good is remembered. A failure that may pass, such as too little memory, is raised, and the next call tries again:
     where there is none for four rows, there is none for the logits either.
