@@ -52,7 +52,7 @@ test-whole: $(INSTALLED)
 
 # What it prints comes when it has ended, so that the progress of the other half can be read.
 test-parts: $(INSTALLED)
-	@log=$$(mktemp); $(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/fuzz tests/integration tests/unit >$$log 2>&1; code=$$?; \
+	@log=$$(mktemp); $(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/conformance tests/fuzz tests/integration tests/unit >$$log 2>&1; code=$$?; \
 	echo; cat $$log; rm $$log; exit $$code
 
 chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone

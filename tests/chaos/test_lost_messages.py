@@ -1,6 +1,9 @@
 """Ray loses requests and replies of its own, and a run ends as if it had not; nothing is told, counted or written down twice."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from stillhouse.tracking import EndRow, read_journal
 # Each process loses some of the first messages of these kinds that it sends: the message itself, or the reply to one that has arrived.
 ONE_EACH_WAY = {"num_failures": 2, "num_lower_bound_req_failures": 1, "num_lower_bound_resp_failures": 1}
 LOST = {
-    "CoreWorkerService.grpc_client.PushTask": {"num_failures": 3, "req_failure_prob": 20, "resp_failure_prob": 40},  # any call of ours
+    "CoreWorkerService.grpc_client.PushTask": {"num_failures": 8, "req_failure_prob": 15, "resp_failure_prob": 35},  # any call of ours
     "ray::rpc::ActorInfoGcsService.grpc_client.RegisterActor": ONE_EACH_WAY,
     "ray::rpc::ActorInfoGcsService.grpc_client.CreateActor": ONE_EACH_WAY,
     "ray::rpc::ActorInfoGcsService.grpc_client.GetActorInfo": ONE_EACH_WAY,
@@ -29,6 +32,30 @@ ENVIRONMENT = {
     "RAY_actor_scheduling_queue_max_reorder_wait_seconds": "0",  # for a lost message, before those behind it are sent back
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # for word of room that a lost message may have brought; then it is asked for again
 }
+
+
+TWENTY_ROWS = """
+import sys
+from pathlib import Path
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.session import attached
+from stillhouse.config import ClusterSection
+from stillhouse.tracking import WaitRow
+
+with attached(ClusterSection(num_cpus=1)):
+    coordinator = Coordinator.create(Path(sys.argv[1]))
+    for number in range(20):
+        coordinator.record(WaitRow(f"row {number}"))
+"""
+
+
+def test_a_row_whose_acknowledgement_is_lost_is_written_down_once(tmp_path: Path) -> None:
+    half = {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 20, "resp_failure_prob": 50}}
+    environment = os.environ | ENVIRONMENT | {"RAY_testing_rpc_failure": json.dumps(half)}
+    command = [sys.executable, "-c", TWENTY_ROWS, str(tmp_path / "journal.jsonl")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [row.missing for row in read_journal(tmp_path / "journal.jsonl")] == [f"row {number}" for number in range(20)]
 
 
 @pytest.mark.long_form  # Ray Train starts its ranks again for each of its own messages that is lost

@@ -29,12 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, ours in (("engine_name", ENGINES), ("source_name", SOURCES)):
         if name in metafunc.fixturenames:
-            named = metafunc.config.getoption(f"--{name.removesuffix('_name')}")
+            named = metafunc.config.getoption(f"--{name.removesuffix('_name')}", default=None)
             metafunc.parametrize(name, [named] if named else ours)
 
 
 @pytest.fixture(scope="session")
 def teacher_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model and its tokenizer."""
-    given = request.config.getoption("--teacher") or request.config.getoption("--tokenizer")
+    given = request.config.getoption("--teacher", default=None) or request.config.getoption("--tokenizer", default=None)
     return Path(given) if given else make_model(tmp_path_factory.mktemp("teacher"), vocab_size=300, weight_std=0.3, seed=1)

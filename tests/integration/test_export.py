@@ -46,7 +46,7 @@ def until(condition: Callable[[], object], *, every_s: float = 0.01) -> None:
 
 def test_an_export_that_was_killed_leaves_no_half_of_a_model_and_the_same_command_writes_it(tiny_world: TinyWorld, tmp_path: Path) -> None:
     """It is killed when the first bytes of the weights are there."""
-    make_model(tmp_path / "large", vocab_size=300, hidden_size=768, intermediate_size=4096, num_layers=2, seed=2)
+    make_model(tmp_path / "large", vocab_size=300, hidden_size=768, intermediate_size=4096, num_layers=4, seed=2)
     plan = tiny_world.plan(tmp_path / "run", student={"model": str(tmp_path / "large")})
     claim_and_commit(plan)
     out = tmp_path / "exports" / "student"

@@ -76,12 +76,16 @@ def test_text_from_outside_shows_no_secret_steers_no_terminal_and_forges_no_line
 
 def test_the_driver_keeps_info_from_itself_and_warnings_of_libraries_each_once(tmp_path: Path) -> None:
     """Libraries whose loggers propagate, and others whose do not."""
-    with level_of("DeepSpeed", logging.INFO, propagate=False), level_of("ray", logging.INFO), driver_log(tmp_path):
-        for name in ("stillhouse.tests", "urllib3.tests", "ray", "DeepSpeed"):
+    silent = level_of("DeepSpeed", logging.INFO, propagate=False), level_of("torch.tests", logging.INFO, propagate=False)
+    with silent[0], silent[1], level_of("ray", logging.INFO), driver_log(tmp_path):
+        for name in ("stillhouse.tests", "urllib3.tests", "ray", "DeepSpeed", "torch.tests"):
             for level in ("debug", "info", "warning"):
                 getattr(logging.getLogger(name), level)("%s of %s", level, name)
     text = text_of(tmp_path / "logs", "driver")
-    wanted = ["info of stillhouse.tests", *(f"warning of {name}" for name in ("stillhouse.tests", "urllib3.tests", "ray", "DeepSpeed"))]
+    wanted = [
+        "info of stillhouse.tests",
+        *(f"warning of {name}" for name in ("stillhouse.tests", "urllib3.tests", "ray", "DeepSpeed", "torch.tests")),
+    ]
     assert [line.partition(": ")[2] for line in text.splitlines() if " of " in line] == wanted
 
 

@@ -199,9 +199,13 @@ class Blobs:
         if self.directory is None:
             return
         path = self.directory / key
-        if path.is_symlink() and not path.exists():
-            raise NotAFileError(f"{path} is a link to nothing")
-        if not stat.S_ISREG(path.stat().st_mode):
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise NotAFileError(f"{path} is a link to nothing") from None
+            raise
+        if not stat.S_ISREG(mode):
             raise NotAFileError(f"{path} is no file")
 
     def read(self, key: str) -> memoryview:

@@ -1,14 +1,14 @@
-"""Logs: a file for each process in the run directory, and the warnings of all processes on the driver's standard error.
+"""Logs: a file for each process in the run directory, and all their warnings at the driver.
 
     <run directory>/logs/<role>-<host>-<pid>.log
-    2026-11-28T22:40:01.123Z ERROR teacher-3-host-712 stillhouse.teacher.actor: chunk 12: IndexError: index out of range
+    2026-11-28T22:40:01.123Z ERROR teacher-3-host-712 stillhouse.teacher.actor: chunk 12: IndexError
 
-A file outlives its process, so the driver finds warnings by reading the files. A process that does not
-see the run directory writes to its standard error, which Ray keeps on that machine, and sends its
-warnings to the coordinator, which writes them into its own file.
+A file outlives its process, so the driver finds warnings by reading the files, and shows them on
+its standard error. A process that does not see the run directory writes to its own standard error,
+which Ray keeps on that machine, and sends its warnings to the coordinator, whose file has them.
 
-Every line is scrubbed of secrets and of what steers a terminal. All lines of a text but its first are
-indented: no text from outside can pass for a line of the log.
+Every line is scrubbed of secrets and of what steers a terminal. All lines of a text but its first
+are indented: no text from outside can pass for a line of the log.
 """
 
 import logging
@@ -32,8 +32,8 @@ from stillhouse.terminal import printable, say
 _log = logging.getLogger(__name__)
 _ours = logging.getLogger("stillhouse")
 
-SCRUBBED = "stillhouse_scrubbed"  # an attribute of records whose text has no secret any more: an event of every step
-_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")  # may not propagate to the root
+SCRUBBED = "stillhouse_scrubbed"  # an attribute of records that are scrubbed: events of every step
+_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")  # or not yet imported
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers")
 _WARNING = re.compile(r"\S+Z (?:WARNING|ERROR|CRITICAL) \S+ stillhouse[.:]")
 _LOOK_EVERY_S = 1.0
@@ -78,7 +78,8 @@ def line_format(process: str) -> logging.Formatter:
 def driver_log(run_dir: Path, *, attempt: int = 0) -> Iterator[None]:
     """Keep the driver's log while the block lasts, and show the warnings of all processes.
 
-    The level is that of the logger `stillhouse`, INFO where it has none. Raises StoreError where no file can be made.
+    The level is that of the logger `stillhouse`, INFO where it has none. Raises StoreError where no
+    file can be made.
     """
     global _handed_on
     directory, process = run_dir / "logs", _process("driver")
@@ -98,7 +99,7 @@ def driver_log(run_dir: Path, *, attempt: int = 0) -> Iterator[None]:
 
 @contextmanager
 def process_log(role: str, place: LogPlace | None) -> Iterator[None]:
-    """Keep the log of a process that the driver started, while the block lasts or until the process ends."""
+    """Keep the log of a process that the driver started, while the block or the process lasts."""
     process, level, relay = _process(role), logging.INFO, None
     handler: logging.Handler = logging.StreamHandler()
     if place is not None:
@@ -119,7 +120,10 @@ def terminal_log() -> AbstractContextManager[None]:
 
 @contextmanager
 def failures_logged(logger: logging.Logger, doing: str) -> Iterator[None]:
-    """Log what ends the block, with its traceback. An error of ours is no warning: whoever gets it tells the user."""
+    """Log what ends the block, with its traceback.
+
+    An error of ours is no warning: whoever gets it tells the user.
+    """
     try:
         yield
     except GeneratorExit:  # an actor is sent away
@@ -132,9 +136,9 @@ def failures_logged(logger: logging.Logger, doing: str) -> Iterator[None]:
 
 
 class WarningReader:
-    """Reads our warnings in a directory's logs while they are written: each call hands out those that are new.
+    """Reads our warnings in a directory's logs, while they are written.
 
-    What stands there at first is of earlier attempts. `but` names a file to leave out.
+    What stands there at first is of earlier attempts, and left out, as is the file named `but`.
     """
 
     def __init__(self, directory: Path, *, but: str) -> None:
@@ -143,7 +147,7 @@ class WarningReader:
         self.new_lines()
 
     def new_lines(self) -> list[str]:
-        """The first line of each, file by file."""
+        """The first line of each that is new since the last call, file by file."""
         return [line for path in sorted(self.directory.glob("*.log")) for line in self._new_in(path)]
 
     def _new_in(self, path: Path) -> list[str]:
@@ -160,7 +164,7 @@ class WarningReader:
 
 @contextmanager
 def _shown(reader: WarningReader) -> Iterator[None]:
-    """Show other processes' warnings from a thread; by `say`, so that they do not tear progress bars."""
+    """Show other processes' warnings, from a thread; by `say`, which tears no progress bar."""
     stopped = threading.Event()
 
     def follow() -> None:
@@ -168,7 +172,7 @@ def _shown(reader: WarningReader) -> Iterator[None]:
             last = stopped.wait(_LOOK_EVERY_S)
             try:
                 lines = reader.new_lines()
-            except OSError:  # a file was removed, or its share does not answer: the next look may see it
+            except OSError:  # a file was removed, or its share does not answer: look again
                 lines = []
             for line in lines[:_MOST_AT_ONCE]:
                 say(line, error=True)
@@ -188,7 +192,10 @@ def _shown(reader: WarningReader) -> Iterator[None]:
 
 @contextmanager
 def _kept(process: str, level: int, handler: logging.Handler) -> Iterator[None]:
-    """Write to the handler our lines from `level` on, warnings of libraries and of Python, and what ends a thread or the block."""
+    """Give the handler our lines from `level` on, and the warnings of libraries and of Python.
+
+    Exceptions that end a thread, or the block, are lines of ours.
+    """
     handler.setFormatter(line_format(process))
     handler.addFilter(_is_worth_a_line)
     level_before, propagate_before, hook_before = _ours.level, _ours.propagate, threading.excepthook
@@ -197,7 +204,7 @@ def _kept(process: str, level: int, handler: logging.Handler) -> Iterator[None]:
     threading.excepthook = _log_thread
     logging.captureWarnings(True)
     try:
-        with _added(handler, "", _ours.name), _added(_Carrier(handler), *_LIBRARIES):
+        with _added(handler, "", _ours.name), _added(_Carrier(handler), *_not_heard_at_the_root()):
             versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONED)
             _log.info("begins: %s, Python %s", versions, sys.version.partition(" ")[0])
             try:
@@ -249,7 +256,7 @@ class _Teller(logging.Handler):
 
 
 class _Carrier(logging.Handler):
-    """Carries records to another handler. Libraries set level and format of what they find at their loggers."""
+    """Carries records to another handler: libraries set level and format of those they find."""
 
     def __init__(self, to: logging.Handler) -> None:
         super().__init__()
@@ -261,7 +268,16 @@ class _Carrier(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """A full disk must neither end a run nor fill its terminal; the journal's next row tells of it."""
+        """A full disk must neither end a run nor fill its terminal; the journal tells of it."""
+
+
+def _not_heard_at_the_root() -> set[str]:
+    """Loggers of libraries that do not propagate, or may not once they are there.
+
+    Torch's traces, whose names have a `.__`, cost time where somebody hears them.
+    """
+    made = [(name, each) for name, each in [*logging.root.manager.loggerDict.items()] if isinstance(each, logging.Logger)]
+    return {*_LIBRARIES, *(name for name, each in made if not each.propagate and ".__" not in name)} - {_ours.name}
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
