@@ -15,7 +15,7 @@ def test_every_sequence_of_the_epoch_is_trained_once_and_the_losses_are_the_undi
     disaster: Disaster, undisturbed: Undisturbed
 ) -> None:
     """A step that came after the last commit is taken again, to the same bits; what stands is its last time."""
-    rows, order = [*disaster.rows, *disaster.rows_elsewhere], disaster.made.order
+    rows, order = [*disaster.rows, *disaster.rows_elsewhere], disaster.plan.order
     read = np.concatenate([order.sequences(row.step - 1) for row in latest_train_rows(rows, "student")])
     assert sorted(read.tolist()) == list(range(order.num_sequences))
     assert curve(rows) == undisturbed.curve
@@ -40,6 +40,6 @@ def test_a_rank_that_hangs_is_found_and_replaced(disaster: Disaster) -> None:
 def test_when_everything_is_lost_the_run_goes_on_from_the_bucket(disaster: Disaster) -> None:
     elsewhere = steps_of(disaster.rows_elsewhere)
     assert last_commit_of(disaster.rows) < elsewhere[0] <= steps_of(disaster.rows)[-1] + 1
-    assert elsewhere[-1] == disaster.made.total_steps
+    assert elsewhere[-1] == disaster.plan.total_steps
     (reader,) = registered(disaster.store).readers  # the store takes both for one: nothing is kept for the one that is gone
-    assert reader.committed_step == disaster.made.total_steps
+    assert reader.committed_step == disaster.plan.total_steps

@@ -12,7 +12,7 @@ LEASES = 2  # that a teacher has at most
 
 
 def test_every_chunk_is_published_once_and_is_the_undisturbed_runs(disaster: Disaster, undisturbed: Undisturbed) -> None:
-    keys = {f"casks/{disaster.store.key(number)}": number for number in disaster.made.chunks}
+    keys = {f"casks/{disaster.store.key(number)}": number for number in disaster.plan.chunks}
     assert {key: times for key, times in times_written(disaster.bucket).items() if "/chunks/" in key} == dict.fromkeys(keys, 1)
     for key, number in keys.items():
         assert contents(disaster.bucket, key) == undisturbed.chunk(number)
@@ -21,7 +21,7 @@ def test_every_chunk_is_published_once_and_is_the_undisturbed_runs(disaster: Dis
 def test_a_teachers_death_costs_its_leased_chunks_at_most(disaster: Disaster) -> None:
     num_made = sum(len(disaster.published(name)) for name in TEACHERS) + disaster.num_unpublished
     num_hedged = max(row.hedged for row in disaster.rows if isinstance(row, PoolRow))
-    assert 0 < num_made - len(disaster.made.chunks) <= LEASES * disaster.num_deaths + num_hedged
+    assert 0 < num_made - len(disaster.plan.chunks) <= LEASES * disaster.num_deaths + num_hedged
 
 
 def test_a_machine_that_joins_is_used(disaster: Disaster) -> None:

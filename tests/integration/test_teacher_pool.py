@@ -64,7 +64,7 @@ class WatchedTracker:
         with self._changed:
             self._changed.notify_all()
 
-    def plan(self) -> Counter[int]:
+    def made(self) -> Counter[int]:
         return Counter(row.chunk for row in self.rows if isinstance(row, ChunkRow))
 
 
@@ -146,13 +146,13 @@ def live_through_it(story: Story, pool: Dispatcher, coordinator: Coordinator) ->
             story.path_of(order[0]).write_bytes(damaged)
             for number in (order[0], order[0], order[1], order[-1], unwanted):  # bad, again, sound, not there yet, for nobody
                 coordinator.report_bad_chunk(number)
-            journal.wait_for(lambda _rows: journal.plan()[order[0]] == 2, unless=running.done)
+            journal.wait_for(lambda _rows: journal.made()[order[0]] == 2, unless=running.done)
             story.quarantined = sorted(path.name for path in Path(story.store.url).rglob("quarantine/*"))
 
             journal.wait_for(lambda rows: any(isinstance(row, TeacherRow) and row.replica == 2 for row in rows), unless=running.done)
             for cursor in range(1, NUM_CHUNKS - WINDOW + 1):
                 coordinator.move_cursor("student", cursor)
-                journal.wait_for(lambda _rows, end=cursor + WINDOW: journal.plan().keys() >= set(order[:end]), unless=running.done)
+                journal.wait_for(lambda _rows, end=cursor + WINDOW: journal.made().keys() >= set(order[:end]), unless=running.done)
                 story.published_by_cursor.append(story.store.published())
         finally:
             students_are_done.set()
@@ -190,7 +190,7 @@ def test_work_begins_when_the_fewest_teachers_are_ready(story: Story):
 
 def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story):
     assert [row.replica for row in story.journal.rows if isinstance(row, TeacherRow)][2:] == [2]
-    assert story.journal.plan() == Counter([*story.order, story.order[0]])  # the first was damaged, and made anew
+    assert story.journal.made() == Counter([*story.order, story.order[0]])  # the first was damaged, and made anew
     assert story.store.published() == set(story.order)
     for number in story.order:
         story.store.verify(number)
@@ -216,7 +216,7 @@ def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(sto
 def test_a_false_report_changes_nothing(story: Story):
     number = story.order[1]
     assert story.path_of(number).read_bytes() == story.bytes_before[number]
-    assert story.journal.plan()[number] == 1
+    assert story.journal.made()[number] == 1
 
 
 def test_what_is_published_is_never_made_again(story: Story, coordinator: Coordinator):
@@ -271,7 +271,7 @@ def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_
     plan, journal = poisoned_attempt.plan, poisoned_attempt.journal
     sound, bad = plan.chunks[:2]
     assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [0, 1, 2]  # for the chunk and for its first sequence
-    assert journal.plan() == Counter([sound, bad])
+    assert journal.made() == Counter([sound, bad])
     (row,) = [row for row in journal.rows if isinstance(row, SetAsideRow)]
     assert (row.chunk, row.sequences) == (bad, [plan.recipe.chunk_rows(bad)[0]])
     assert row.reason.startswith("IndexError: index out of range")

@@ -1,1 +1,1 @@
-"""The teachers: a model that turns token ids into targets, the actor that publishes them, and the pool that hands out the work."""
+"""The teachers: the actor that turns token ids into targets and publishes them, its Ray backend, and what makes a pool one of teachers."""
