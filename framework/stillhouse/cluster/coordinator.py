@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic, time
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from uuid import uuid4
 
 import ray
@@ -33,6 +33,9 @@ _log = logging.getLogger(__name__)
 # Loading, reading a chunk that is there, awaiting chunks, computing, copying its state, awaiting the store.
 Phase = Literal["start", "reading", "data", "step", "snapshot", "commit"]
 Cause = Literal["died", "stalled", "notice", "grown", "stop"]
+
+_P = ParamSpec("_P")
+_Answer = TypeVar("_Answer")
 
 _MOST_ANSWERS = 256  # that are remembered: those of some seconds
 
@@ -120,10 +123,10 @@ class CoordinatorActor:
         self._words: list[str] = []
         self._answers: dict[str, Any] = {}  # the newest ones, by question
 
-    def once(self, question: str, method: str, *arguments: Any) -> Any:
+    def once(self, question: str, method: str, *arguments: Any, **named: Any) -> Any:
         """What a method returns to the question of this id. Asked again, because the answer was lost on its way, it acts no second time."""
         if question not in self._answers:
-            self._answers[question] = getattr(self, method)(*arguments)
+            self._answers[question] = getattr(self, method)(*arguments, **named)
             if len(self._answers) > _MOST_ANSWERS:
                 del self._answers[next(iter(self._answers))]
         return self._answers[question]
@@ -141,6 +144,7 @@ class CoordinatorActor:
         self._words.append(words)
 
     def words(self) -> list[str]:
+        """For the driver, which alone asks: what has come in to be said."""
         words, self._words = self._words, []
         return words
 
@@ -148,12 +152,15 @@ class CoordinatorActor:
         _log.warning("%s", line)
 
     def move_cursor(self, reader: str, num_chunks: int) -> None:
+        """`reader` will never again need the first `num_chunks` chunks of the reading order."""
         self._cursors[reader] = num_chunks
 
     def report_bad_chunk(self, number: int) -> None:
+        """A reader found chunk `number` damaged."""
         self._bad_chunks.add(number)
 
     def heartbeat_of_teacher(self, number: int) -> None:
+        """A teacher's heartbeat, under the number that the pool gave it."""
         self._heard_teachers.add(number)
 
     def announce(self, node: str, ending: _Ending) -> None:
@@ -171,29 +178,35 @@ class CoordinatorActor:
         return dict(self._cursors), frozenset(bad_chunks), self.notices(), frozenset(heard)
 
     def begin(self, group: str, committed_step: int) -> PreviousAttempt | None:
+        """A group begins, from this commit; None where it is the first time on this coordinator. One rank calls this."""
         past = self._group(group).begin(committed_step)
         _log.info("the %s's ranks begin at step %d; their life before: %s", group, committed_step, past)
         return past
 
     def stepped(self, group: str, step: int) -> None:
+        """The group has taken its `step`-th step."""
         self._group(group).stepped(step)
 
     def heartbeat(self, heartbeat: Heartbeat) -> StopRequest | None:
+        """Give a heartbeat; what comes back asks the whole group to leave."""
         now, group = self._clock(), self._group(heartbeat.group)
         group.heartbeats[heartbeat.rank] = (heartbeat, now)
         return group.stop_request(now) or _stop_request_of(self.notices(), [heard.node for heard, _ in group.heartbeats.values()])
 
     def heard(self, group: str) -> list[Heard]:
+        """The last heartbeat of each rank of a group."""
         now = self._clock()
         heartbeats = self._groups[group].heartbeats.values() if group in self._groups else ()
         return [Heard(heartbeat, now - at) for heartbeat, at in heartbeats]
 
-    def forget(self, group: str, rank: int | None) -> None:
+    def forget(self, group: str, *, rank: int | None = None) -> None:
+        """This rank of a group is done, or all of them are gone: silence means nothing from now on."""
         heartbeats = self._groups[group].heartbeats if group in self._groups else {}
         for each in list(heartbeats) if rank is None else [rank]:
             heartbeats.pop(each, None)
 
     def request_stop(self, group: str, stop_request: StopRequest) -> None:
+        """Ask a group to commit and leave; what it is asked last counts."""
         self._group(group).request_stop(stop_request, self._clock())
 
     def explain(self, group: str, cause: Cause, detail: str) -> None:
@@ -201,19 +214,24 @@ class CoordinatorActor:
         _log.info("the %s's ranks end: %s: %s", group, cause, detail)
 
     def departure(self) -> Cause | None:
+        """Why the group that was last at work left on a stop request; None where none did."""
         return next((group.departure for group in self._groups.values() if group.departure is not None), None)
 
     def finish(self) -> None:
+        """All that was to be trained is trained and committed."""
         self._finished = True
 
     def finished(self) -> bool:
+        """Whether a rank has said so."""
         return self._finished
 
     def give_up(self, error: StillhouseError) -> None:
+        """Training failed in a way that would only come again; the first error stands."""
         self._verdict = self._verdict or error
         _log.info("training is given up: %s", error)
 
     def verdict(self) -> StillhouseError | None:
+        """Why training was given up; None where it was not."""
         return self._verdict
 
     def _group(self, name: str) -> "_Group":
@@ -277,17 +295,60 @@ def _relay(actor: Any, line: str) -> None:
     actor.relay.remote(line)
 
 
+def _told(method: Callable[Concatenate[CoordinatorActor, _P], None]) -> Callable[Concatenate["Coordinator", _P], None]:
+    """The actor's method on its handle. Returns at once; nobody hears of a failure."""
+
+    def tell(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> None:
+        getattr(self._actor, method.__name__).remote(*arguments, **named)
+
+    return tell
+
+
+def _asked(
+    method: Callable[Concatenate[CoordinatorActor, _P], _Answer], *, once: bool = False
+) -> Callable[Concatenate["Coordinator", _P], _Answer]:
+    """The actor's method on its handle, which waits for the answer. `once`: it must not act twice where its answer is lost."""
+
+    def ask(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> _Answer:
+        call = self._ask_once if once else self._ask
+        return call(method.__name__, *arguments, **named)
+
+    return ask
+
+
 @dataclass(frozen=True, slots=True)
 class Coordinator:
     """A handle to the coordinator; it can be passed to any process. Raises HeadGoneError where the coordinator's machine is gone.
 
     The actor lives on the node of the process that made it, the driver: on another it might be taken away from a run that goes on.
-    `wall` is this process's clock, which a `PreemptionNotice` is in.
+    `wall` is this process's clock, which a `PreemptionNotice` is in. What it does is said at the actor's methods; those that are written
+    out here translate a time, or keep this process's secrets in it.
     """
 
     _actor: Any
     wall: Callable[[], float] = field(default=time, repr=False)
     log: LogPlace | None = None  # for `process_log`, in a process that was handed this
+
+    # For consumers and teachers
+    move_cursor = _told(CoordinatorActor.move_cursor)
+    report_bad_chunk = _told(CoordinatorActor.report_bad_chunk)
+    heartbeat_of_teacher = _told(CoordinatorActor.heartbeat_of_teacher)
+
+    # For groups of ranks, and those who look after them
+    begin = _asked(CoordinatorActor.begin, once=True)
+    stepped = _told(CoordinatorActor.stepped)
+    heartbeat = _asked(CoordinatorActor.heartbeat)
+    heard = _asked(CoordinatorActor.heard)
+    forget = _asked(CoordinatorActor.forget)
+    request_stop = _asked(CoordinatorActor.request_stop)
+    departure = _asked(CoordinatorActor.departure)
+
+    # For all
+    words = _asked(CoordinatorActor.words)
+    finish = _asked(CoordinatorActor.finish)
+    finished = _asked(CoordinatorActor.finished)
+    give_up = _asked(CoordinatorActor.give_up)
+    verdict = _asked(CoordinatorActor.verdict)
 
     @classmethod
     def create(cls, journal: Path | None = None) -> "Coordinator":
@@ -314,22 +375,6 @@ class Coordinator:
         """Have words said on the driver's terminal, where no row can say them. Returns at once."""
         self._actor.say.remote(scrub(words))
 
-    def words(self) -> list[str]:
-        """For the driver, which alone asks: what has come in to be said."""
-        return self._ask("words")
-
-    def move_cursor(self, reader: str, num_chunks: int) -> None:
-        """`reader` will never again need the first `num_chunks` chunks of the reading order. Returns at once."""
-        self._actor.move_cursor.remote(reader, num_chunks)
-
-    def report_bad_chunk(self, number: int) -> None:
-        """A reader found chunk `number` damaged. Returns at once."""
-        self._actor.report_bad_chunk.remote(number)
-
-    def heartbeat_of_teacher(self, number: int) -> None:
-        """A teacher's heartbeat, under the number that the pool gave it. Returns at once."""
-        self._actor.heartbeat_of_teacher.remote(number)
-
     def announce(self, node: str, notice: PreemptionNotice) -> None:
         """The machine of Ray's node `node` will be taken away. Returns at once; the first to say so is believed."""
         self._actor.announce.remote(node, _Ending(notice.source, notice.deadline - self.wall(), notice.detail))
@@ -343,62 +388,18 @@ class Coordinator:
         cursors, bad_chunks, endings, heard_teachers = self._ask_once("read")
         return News(cursors, bad_chunks, self._in_our_time(endings), heard_teachers)
 
-    def begin(self, group: str, *, committed_step: int) -> PreviousAttempt | None:
-        """A group begins, from this commit; None where it is the first time on this coordinator. One rank calls this."""
-        return self._ask_once("begin", group, committed_step)
-
-    def stepped(self, group: str, step: int) -> None:
-        """The group has taken its `step`-th step. Returns at once."""
-        self._actor.stepped.remote(group, step)
-
-    def heartbeat(self, heartbeat: Heartbeat) -> StopRequest | None:
-        """Give a heartbeat; what comes back asks the whole group to leave."""
-        return self._ask("heartbeat", heartbeat)
-
-    def heard(self, group: str) -> list[Heard]:
-        """The last heartbeat of each rank of a group."""
-        return self._ask("heard", group)
-
-    def forget(self, group: str, *, rank: int | None = None) -> None:
-        """This rank of a group is done, or all of them are gone: silence means nothing from now on."""
-        self._ask("forget", group, rank)
-
-    def request_stop(self, group: str, stop_request: StopRequest) -> None:
-        """Ask a group to commit and leave; what it is asked last counts."""
-        self._ask("request_stop", group, stop_request)
-
     def explain(self, group: str, cause: Cause, detail: str) -> None:
         """Say why a group is about to end; the first to say so is believed."""
         self._ask("explain", group, cause, scrub(detail))
 
-    def departure(self) -> Cause | None:
-        """Why the group that was last at work left on a stop request; None where none did."""
-        return self._ask("departure")
-
-    def finish(self) -> None:
-        """All that was to be trained is trained and committed."""
-        self._ask("finish")
-
-    def finished(self) -> bool:
-        """Whether a rank has said so."""
-        return self._ask("finished")
-
-    def give_up(self, error: StillhouseError) -> None:
-        """Training failed in a way that would only come again; the first error stands."""
-        self._ask("give_up", error)
-
-    def verdict(self) -> StillhouseError | None:
-        """Why training was given up; None where it was not."""
-        return self._ask("verdict")
-
-    def _ask_once(self, method: str, *arguments: object) -> Any:
+    def _ask_once(self, method: str, *arguments: object, **named: object) -> Any:
         """For what must not be done twice: see `_ask`."""
-        return self._ask("once", uuid4().hex, method, *arguments)
+        return self._ask("once", uuid4().hex, method, *arguments, **named)
 
-    def _ask(self, method: str, *arguments: object) -> Any:
+    def _ask(self, method: str, *arguments: object, **named: object) -> Any:
         """Ray calls again by itself where the coordinator's process died, or its answer was lost. Its machine is the driver's own."""
         try:
-            return ray.get(getattr(self._actor, method).remote(*arguments))
+            return ray.get(getattr(self._actor, method).remote(*arguments, **named))
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, StillhouseError) else error) from None
         except ray.exceptions.RayError as error:
