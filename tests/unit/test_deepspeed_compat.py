@@ -50,7 +50,7 @@ with contextlib.redirect_stdout(sys.stderr):
     with torch.no_grad():
         model.weight.zero_()
     facts["loaded"] = _deepspeed_compat.load(engine, out / "1", universal=False) and bool(model.weight.any())
-facts["saved"], facts["files"] = sorted(saved), sorted(path.name for path in (out / "1").iterdir())
+facts["saved"], facts["files"] = sorted(saved), sorted(path.name for path in out.rglob("*") if path.is_file() and path.name != "meeting")
 print(json.dumps(facts))
 """
 
