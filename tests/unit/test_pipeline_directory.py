@@ -106,17 +106,17 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world
 def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_is_told_why_not(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
-    filled, part = tiny_world.plan(tmp_path / "run"), tiny_world.plan(tmp_path / "part", store={"url": str(tmp_path / "part of it")})
+    def planned(run: str, store: Path, **student: object) -> Plan:
+        return tiny_world.plan(tmp_path / run, store={"url": str(store)}, student={"max_steps": 10, **student})
+
+    filled = planned("run", tmp_path / "store")
     tiny_world.fill_store(filled)
-    ChunkStore.create(part.config.store.url, part.recipe)
-    with (
-        read_only(Path(filled.config.store.url), at=tmp_path / "seen") as seen,
-        read_only(tmp_path / "part of it", at=tmp_path / "part") as some,
-    ):
-        made = tiny_world.plan(tmp_path / "run", store={"url": str(seen)})
+    ChunkStore.create(str(tmp_path / "empty"), filled.recipe)
+    with read_only(tmp_path / "store", at=tmp_path / "seen") as seen, read_only(tmp_path / "empty", at=tmp_path / "nothing") as nothing:
+        made = planned("run", seen)
         with learning_attempt(made, "stillhouse train", open_store=store_to_read):
             pass
-        elsewhere = tiny_world.plan(tmp_path / "run", store={"url": str(seen)}, student={"checkpoint_url": str(tmp_path / "commits")})
+        elsewhere = planned("run", seen, checkpoint_url=str(tmp_path / "commits"))
         with learning_attempt(elsewhere, "stillhouse train", open_store=store_to_read):  # which takes back what the first was known by
             pass
         with pytest.raises(StoreForbidden, match="permission denied"):
@@ -125,13 +125,13 @@ def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_i
             StoreError, match=rf"{seen} cannot be written, .*: all {len(made.chunks)} chunks .*: `stillhouse train` reads them"
         ):
             attempt(made, "stillhouse produce").__enter__()
-        made = tiny_world.plan(tmp_path / "other run", store={"url": str(some)})
+        made = planned("other run", nothing)
         missing = rf"{len(made.chunks)} of {len(made.chunks)} chunks"
         with pytest.raises(
-            StoreError, match=rf"{some} cannot be written, which this command has to do: {missing} are missing there; give write"
+            StoreError, match=rf"{nothing} cannot be written, which this command has to do: {missing} are missing there; give write"
         ):
             learning_attempt(made, "stillhouse run").__enter__()
-        with pytest.raises(StoreError, match=f"{missing} are not in {some}; `stillhouse produce` makes them"):
+        with pytest.raises(StoreError, match=f"{missing} are not in {nothing}; `stillhouse produce` makes them"):
             learning_attempt(made, "stillhouse train", open_store=store_to_read).__enter__()
 
 
