@@ -31,6 +31,7 @@ ENVIRONMENT = {
 }
 
 
+@pytest.mark.long_form  # Ray Train starts its ranks again for each of its own messages that is lost
 @pytest.mark.timeout(600)
 def test_a_run_whose_cluster_loses_messages_ends_with_the_losses_of_an_undisturbed_one(
     tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
