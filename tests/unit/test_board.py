@@ -41,8 +41,7 @@ def test_the_board_keeps_cursors_and_hands_out_each_report_once(board: Board):
     assert board.read() == News({"student": 4, "control": 7}, frozenset(), {})
 
 
-def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once():
-    board = Board.create()
+def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once(board: Board):
     for number in (3, 3, 9):
         board.beat_of_teacher(number)
     assert board.read().heard_teachers == {3, 9}
