@@ -180,7 +180,6 @@ MISTAKES = {
     "CPUs that are not there": setting("student.num_cpus = 1000", "CPU: 1000.25 needed", "num_cpus"),
     "GPUs that are not there": setting("teacher.num_gpus = 64", "GPU: 64 needed", "num_gpus"),
     "a resource that no machine has": setting("teacher.resources = {still = 1}", "still: 1 needed", "0 in the cluster"),
-    "no cluster at the address": setting("cluster.address = '127.0.0.1:1'", "no Ray cluster answers at '127.0.0.1:1'", "node head"),
     "eval of no run": Mistake(("eval", "absent"), ("absent",)),
     "report of no run": Mistake(("report", "absent"), ("absent",)),
     "export of no run": Mistake(("export", "absent", "out"), ("absent",)),
