@@ -38,12 +38,12 @@ def commit_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2
     return publish(blobs, Commit(step, attempt, world_size, origin, {name: digest for part in parts for name, digest in part.items()}))
 
 
-def make(url: str | Path, *steps: int, attempt: str = "a") -> list[Commit]:
+def make(url: str | Path, *steps: int, attempt: str = "a", origin: Origin = ORIGIN) -> list[Commit]:
     """Committed checkpoints of these steps."""
     made = []
     for step in steps:
         write_files(str(url), step, attempt=attempt)
-        made.append(commit_files(str(url), step, attempt=attempt))
+        made.append(commit_files(str(url), step, attempt=attempt, origin=origin))
     return made
 
 

@@ -65,7 +65,8 @@ class WatchedTracker:
             self._changed.notify_all()
 
     def made(self) -> Counter[int]:
-        return Counter(row.chunk for row in self.rows if isinstance(row, ChunkRow))
+        """A slow teacher's chunk is given to another as well; the one that comes second is a duplicate."""
+        return Counter(row.chunk for row in self.rows if isinstance(row, ChunkRow) and not row.duplicate)
 
 
 def pool_of(

@@ -76,7 +76,8 @@ def trained(plan: Plan, *steps: TrainRow) -> None:
     with learning_attempt(plan, "stillhouse run first.toml") as (journal, _):
         for row in steps:
             journal.record(row)
-        make(plan.jobs()[0].checkpoints, steps[-1].step)
+        job = plan.jobs()[0]
+        make(job.checkpoints, steps[-1].step, origin=job.origin)
 
 
 def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world: TinyWorld, tmp_path: Path) -> None:
@@ -153,7 +154,8 @@ def test_the_end_row_counts_the_steps_of_its_attempt_and_of_all(tiny_world: Tiny
     with suppress(InterruptedRunError), learning_attempt(plan, "stillhouse run") as (journal, _):
         for number in (1, 2, 3, 2, 3, 4):  # a rank was lost
             journal.record(step(number, 3e-3))
-        make(plan.jobs()[0].checkpoints, 4)
+        job = plan.jobs()[0]
+        make(job.checkpoints, 4, origin=job.origin)
         raise InterruptedRunError("SIGTERM")
     with learning_attempt(plan, "stillhouse run") as (journal, _):
         for number in range(5, 11):
