@@ -198,7 +198,8 @@ class StudentSection(ModelSection):
     def _is_a_divergence(cls, name: str) -> str:
         if name in DIVERGENCES or is_extension(name):
             return name
-        raise ValueError(f"no divergence {name!r}; known: {', '.join(DIVERGENCES)}, or 'package.module:name' for one of your own")
+        meant = suggestions.value(name, DIVERGENCES)
+        raise ValueError(f"wanted {', '.join(DIVERGENCES)}, or 'package.module:name' of your own; found {_shown(name)}{meant}")
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> "StudentSection":

@@ -49,6 +49,7 @@ with attached(ClusterSection(num_cpus=1)):
 """
 
 
+@pytest.mark.long_form
 def test_a_row_whose_acknowledgement_is_lost_is_written_down_once(tmp_path: Path) -> None:
     half = {"CoreWorkerService.grpc_client.PushTask": {"num_failures": 20, "resp_failure_prob": 50}}
     environment = os.environ | ENVIRONMENT | {"RAY_testing_rpc_failure": json.dumps(half)}
