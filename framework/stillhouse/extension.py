@@ -17,19 +17,18 @@ def is_extension(name: str) -> bool:
 
 
 def load_extension(name: str, *, setting: str) -> Any:
-    """The object. Raises ConfigError where its module cannot be imported, or has no such name."""
+    """The object. Raises ConfigError where its module cannot be imported, or has no such name; what else the module raises is its own."""
     module_name, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f'{setting} is "{name}", whose module cannot be imported ({error}); install its package on every machine, or name its'
             " directory in PYTHONPATH"
         ) from error
-    except AttributeError:
-        raise ConfigError(
-            f'{setting} is "{name}", but {module_name} has no {attribute}; name an object at the top of that module'
-        ) from None
+    if not hasattr(module, attribute):
+        raise ConfigError(f'{setting} is "{name}", but {module_name} has no {attribute}; name an object at the top of that module')
+    return getattr(module, attribute)
 
 
 def extension_digest(name: str) -> str:

@@ -65,8 +65,11 @@ class WatchedTracker:
             self._changed.notify_all()
 
     def made(self) -> Counter[int]:
-        """A slow teacher's chunk is given to another as well; the one that comes second is a duplicate."""
-        return Counter(row.chunk for row in self.rows if isinstance(row, ChunkRow) and not row.duplicate)
+        """What was published. What was computed beside it has to come of work that was hedged, because a teacher was slow."""
+        chunks = [row for row in self.rows if isinstance(row, ChunkRow)]
+        num_hedged = max((row.hedged for row in self.rows if isinstance(row, PoolRow)), default=0)
+        assert sum(row.duplicate for row in chunks) <= num_hedged
+        return Counter(row.chunk for row in chunks if not row.duplicate)
 
 
 def pool_of(

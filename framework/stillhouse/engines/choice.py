@@ -6,6 +6,8 @@ from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 
+_MEMBERS = ("describe", "identity", "records", "probe", "backend")
+
 
 def require_capable(capabilities: Capabilities, target: TargetSection, *, engine: str) -> None:
     """Raise ConfigError where the config's target is more than the engine can make."""
@@ -17,8 +19,11 @@ def require_capable(capabilities: Capabilities, target: TargetSection, *, engine
 
 
 def engine_named(name: str) -> type[TeacherEngine]:
-    """The engine that a config names. Raises ConfigError where one of the user's own cannot be imported."""
+    """The engine that a config names. Raises ConfigError where one of the user's own cannot be imported, or is no engine."""
     if name == "transformers":
         return TransformersEngine
     found: type[TeacherEngine] = load_extension(name, setting="teacher.engine")
+    missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
+    if missing:
+        raise ConfigError(f'teacher.engine is "{name}", which has no {", ".join(missing)}; wanted a class with what TeacherEngine lists')
     return found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stillhouse.config import CorpusSection
+from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 from stillhouse.sequence import Sequences, joined
 from stillhouse.sequences.corpus import Corpus
@@ -103,11 +104,22 @@ def open_sources(
 ) -> Sources:
     """The sources that a config names. One of the user's own is a function (section, tokenizer, *, block_sequences, cache_dir) -> Sources.
 
-    Raises CorpusError, and ConfigError where one of the user's own cannot be imported.
+    Raises CorpusError, and ConfigError where one of the user's own cannot be imported, or gives something else.
     """
     if section.source != "corpus":
         own: Callable[..., Sources] = load_extension(section.source, setting="corpus.source")
-        return own(section, tokenizer, block_sequences=block_sequences, cache_dir=cache_dir)
+        found = own(section, tokenizer, block_sequences=block_sequences, cache_dir=cache_dir)
+        if not isinstance(found, Sources):
+            raise ConfigError(
+                f'corpus.source is "{section.source}", which gives a {type(found).__name__}; wanted {Sources.__module__}.Sources'
+            )
+        for source in (found.train, found.heldout):
+            if source.sequence_length != section.sequence_length:
+                raise ConfigError(
+                    f'corpus.source is "{section.source}", whose sequences have {source.sequence_length} tokens; wanted'
+                    f" corpus.sequence_length, which is {section.sequence_length}"
+                )
+        return found
     split = prepare_corpus(section, tokenizer, tokenizer_digest=tokenizer_digest, cache_dir=cache_dir, on_progress=on_progress)
     return Sources(CorpusSource(split.train, block_sequences), CorpusSource(split.heldout, block_sequences))
 
