@@ -1,4 +1,5 @@
-"""Shared by every test: one torch thread, no way to a model hub, one Ray cluster, one tiny world to train in."""
+"""Shared by every test: one torch thread, no way to a model hub, one Ray cluster, one tiny world to
+train in."""
 
 import os
 import secrets
@@ -8,13 +9,18 @@ from typing import Any
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
-    "RAY_AUTH_MODE": "token",  # for every cluster of every test, as on every machine of a cluster of ours
+    # for every cluster of every test, as on every machine of a cluster of ours
+    "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
-    "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "1"),  # kernels run on the CPU; set it to 0 on a machine with a GPU
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),  # for Ray's workers
+    "TRITON_INTERPRET": os.environ.get(
+        "TRITON_INTERPRET", "1"
+    ),  # kernels run on the CPU; set it to 0 on a machine with a GPU
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    ).strip(os.pathsep),  # for Ray's workers
 }
 
 import pytest
@@ -24,7 +30,11 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--no-machine-root", action="store_true", help="leave out what only the machine's own root can do, and say so")
+    parser.addoption(
+        "--no-machine-root",
+        action="store_true",
+        help="leave out what only the machine's own root can do, and say so",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,14 +47,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if terminalreporter.config.getoption("--no-machine-root"):
         terminalreporter.write_line(
-            "left out, for want of the machine's own root: the power cut of a real file system (tests/chaos/test_power_cut.py),"
+            "left out, for want of the machine's own root: the power cut of a real file system "
+            "(tests/chaos/test_power_cut.py),"
             " attacks by another user (tests/attacks/test_hostile_clusters.py)"
         )
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """A server that speaks S3, which every process started after this one finds in its environment."""
+    """A server that speaks S3, which every process started after this one finds in its
+    environment."""
     from helpers.s3 import s3_server
 
     with s3_server() as endpoint:
@@ -72,9 +84,13 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def rank_groups(ray_cluster: dict[str, float], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gloo groups of one and of two long-lived processes: a dict of helpers.ranks.RankGroup by world size."""
+    """Gloo groups of one and of two long-lived processes: a dict of helpers.ranks.RankGroup by
+    world size."""
     from helpers.ranks import RankGroup
 
     assert ray_cluster["CPU"] >= 1
     meetings = tmp_path_factory.mktemp("meetings")
-    return {world_size: RankGroup.start(world_size, meeting=meetings / str(world_size)) for world_size in (1, 2)}
+    return {
+        world_size: RankGroup.start(world_size, meeting=meetings / str(world_size))
+        for world_size in (1, 2)
+    }

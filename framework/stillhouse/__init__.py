@@ -1,1 +1,2 @@
-"""Stillhouse distils large language models at cluster scale, through exact compressed top-k logits."""
+"""Stillhouse distils large language models at cluster scale, through exact compressed top-k
+logits."""

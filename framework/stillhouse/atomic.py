@@ -1,9 +1,12 @@
-"""Local files that are there whole or not at all, and that survive a power cut once the call that wrote them has returned.
+"""Local files that are there whole or not at all, and that survive a power cut once the call that
+wrote them has returned.
 
-A write goes to a staging file, `NAME#1` or the next free number, and gets its name when its bytes are on disk (fsync). The directory is
-fsynced last: only then the name is on disk, too. A writer that is killed leaves a staging file behind, and nothing else.
+A write goes to a staging file, `NAME#1` or the next free number, and gets its name when its bytes
+are on disk (fsync). The directory is fsynced last: only then the name is on disk, too. A writer
+that is killed leaves a staging file behind, and nothing else.
 
-All of it goes through a `FileLayer`, so that a test can record the calls and tell what a power cut at any of them would leave.
+All of it goes through a `FileLayer`, so that a test can record the calls and tell what a power cut
+at any of them would leave.
 """
 
 import errno
@@ -20,12 +23,14 @@ from typing import Protocol, Self
 Buffer = bytes | memoryview
 
 _MODE = 0o666  # less what the process's umask forbids
-# Of a directory that cannot be synced: the file system does not offer it or is read-only, or we may write into it and not open it.
+# Of a directory that cannot be synced: the file system does not offer it or is read-only, or we may
+# write into it and not open it.
 _CANNOT_SYNC_DIRECTORY = (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EACCES)
 
 
 class FileLayer(Protocol):
-    """The system calls that decide what is on disk after a power cut. They raise what the functions of `os` raise."""
+    """The system calls that decide what is on disk after a power cut. They raise what the functions
+    of `os` raise."""
 
     def open(self, path: Path, flags: int, mode: int) -> int: ...
 
@@ -40,7 +45,8 @@ class FileLayer(Protocol):
         ...
 
     def sync_directory(self, path: Path) -> None:
-        """Return when the names in a directory are on disk, as far as its file system can promise that."""
+        """Return when the names in a directory are on disk, as far as its file system can promise
+        that."""
         ...
 
     def link(self, source: Path, destination: Path) -> None: ...
@@ -107,7 +113,8 @@ DISK = SystemFiles()
 
 
 class Staging:
-    """A file that is being written beside the one that it will be. Used in a `with`: what has no name by its end is removed."""
+    """A file that is being written beside the one that it will be. Used in a `with`: what has no
+    name by its end is removed."""
 
     def __init__(self, path: Path, *, mode: int = _MODE, files: FileLayer = DISK) -> None:
         self._path, self._files = path, files
@@ -115,7 +122,9 @@ class Staging:
         for number in itertools.count(1):
             self._staging = path.with_name(f"{path.name}#{number}")
             with suppress(FileExistsError):
-                self._descriptor = files.open(self._staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+                self._descriptor = files.open(
+                    self._staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode
+                )
                 self._is_open = self._is_there = True
                 return
 
@@ -127,7 +136,8 @@ class Staging:
         self._seal()
         created = self._linked()
         self._discard()
-        self._files.sync_directory(self._path.parent)  # also for another process's file: it may have been killed before it came to this
+        # also for another process's file: it may have been killed before it came to this
+        self._files.sync_directory(self._path.parent)
         return created
 
     def replace(self) -> None:
@@ -152,7 +162,8 @@ class Staging:
         os.close(self._descriptor)
 
     def _linked(self) -> bool:
-        """Whether the staging file could be given the name as a second one: the one call that is exclusive and atomic everywhere."""
+        """Whether the staging file could be given the name as a second one: the one call that is
+        exclusive and atomic everywhere."""
         while True:
             try:
                 self._files.link(self._staging, self._path)
@@ -161,7 +172,8 @@ class Staging:
                 if self._path.is_file():
                     return False
                 if os.path.lexists(self._path):
-                    raise  # a directory, or a link into nothing: neither is a file that somebody published
+                    # a directory, or a link into nothing: neither is a file that somebody published
+                    raise
             # it was taken away between the two looks
 
     def _discard(self) -> None:
@@ -172,7 +184,8 @@ class Staging:
 
 
 def create(path: Path, data: Buffer, *, mode: int = _MODE, files: FileLayer = DISK) -> bool:
-    """Write a new file. False if there is one already, which stays as it is. Of several processes at once, one gets True."""
+    """Write a new file. False if there is one already, which stays as it is. Of several processes
+    at once, one gets True."""
     with Staging(path, mode=mode, files=files) as staging:
         staging.write(data)
         return staging.create()
@@ -186,9 +199,12 @@ def replace(path: Path, data: Buffer, *, files: FileLayer = DISK) -> None:
 
 
 def move(source: Path, destination: Path, *, files: FileLayer = DISK) -> None:
-    """Give a file another name, also in another directory. Raises FileNotFoundError if there is none."""
+    """Give a file another name, also in another directory. Raises FileNotFoundError if there is
+    none."""
     files.rename(source, destination)
-    for directory in dict.fromkeys((destination.parent, source.parent)):  # in this order it has one of the two names at any moment
+    for directory in dict.fromkeys(
+        (destination.parent, source.parent)
+    ):  # in this order it has one of the two names at any moment
         files.sync_directory(directory)
 
 
@@ -204,7 +220,8 @@ def unlink(paths: Iterable[Path], *, files: FileLayer = DISK) -> None:
 
 
 def remove_tree(path: Path, *, files: FileLayer = DISK) -> None:
-    """Remove a directory and all in it, as far as that goes. It may be back after a power cut, whole or in part."""
+    """Remove a directory and all in it, as far as that goes. It may be back after a power cut,
+    whole or in part."""
     for folder, directories, names in os.walk(path, topdown=False):
         for name in names:
             with suppress(OSError):
@@ -217,7 +234,8 @@ def remove_tree(path: Path, *, files: FileLayer = DISK) -> None:
 
 
 def make_directory(path: Path, *, mode: int = 0o777, files: FileLayer = DISK) -> None:
-    """Make a directory and those above it that are missing. One that is there already counts as made, and is synced into its parent."""
+    """Make a directory and those above it that are missing. One that is there already counts as
+    made, and is synced into its parent."""
     if not path.parent.is_dir():
         make_directory(path.parent, files=files)
     try:
@@ -227,13 +245,16 @@ def make_directory(path: Path, *, mode: int = 0o777, files: FileLayer = DISK) ->
             raise
         if not path.is_dir():
             if os.path.lexists(path):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+                raise NotADirectoryError(
+                    errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)
+                ) from None
             raise
     files.sync_directory(path.parent)
 
 
 def move_directory(draft: Path, directory: Path, *, files: FileLayer = DISK) -> None:
-    """Give a finished directory its name, once all in it is on disk. Raises OSError where another that is not empty has the name."""
+    """Give a finished directory its name, once all in it is on disk. Raises OSError where another
+    that is not empty has the name."""
     for folder, _, names in os.walk(draft):
         for name in names:
             _sync_file(Path(folder, name), files)
@@ -244,10 +265,12 @@ def move_directory(draft: Path, directory: Path, *, files: FileLayer = DISK) -> 
 
 @contextmanager
 def whole_directory(directory: Path, *, files: FileLayer = DISK) -> Iterator[Path]:
-    """A draft to write, which becomes `directory` (absent before, or empty) once the block has succeeded and all in it is on disk.
+    """A draft to write, which becomes `directory` (absent before, or empty) once the block has
+    succeeded and all in it is on disk.
 
-    The draft lies beside the directory, and is locked while it is written: one that a killed process left is removed by the next that
-    writes the same directory. Raises OSError where the draft cannot be made or renamed.
+    The draft lies beside the directory, and is locked while it is written: one that a killed
+    process left is removed by the next that writes the same directory. Raises OSError where the
+    draft cannot be made or renamed.
     """
     # what killed processes left; where directories cannot be locked, nobody can tell, and it stays
     for left in directory.parent.glob(f"{glob.escape(directory.name)}.unfinished-*"):
@@ -268,7 +291,8 @@ def whole_directory(directory: Path, *, files: FileLayer = DISK) -> Iterator[Pat
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Raises OSError where another process has locked the directory, or its file system has no such locks."""
+    """Raises OSError where another process has locked the directory, or its file system has no such
+    locks."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

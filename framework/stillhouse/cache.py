@@ -1,4 +1,5 @@
-"""The cache directory where it cannot be written: which disk that is, and how to have the cache on another."""
+"""The cache directory where it cannot be written: which disk that is, and how to have the cache on
+another."""
 
 import errno
 from collections.abc import Iterator
@@ -21,13 +22,19 @@ def writing_cache(cache_dir: Path) -> Iterator[None]:
 
 def unwritable(cache_dir: Path, error: OSError) -> CacheError:
     """What to say of an error that a write below `cache_dir` has met."""
-    cure = "make room on that disk" if is_no_room(error) else "make it a directory that you may write into"
+    cure = (
+        "make room on that disk"
+        if is_no_room(error)
+        else "make it a directory that you may write into"
+    )
     return CacheError(
-        f"the cache {cache_dir} cannot be written: {error.strerror or error}; {cure}, or set XDG_CACHE_HOME to a directory elsewhere:"
+        f"the cache {cache_dir} cannot be written: {error.strerror or error}; {cure}, or set "
+        "XDG_CACHE_HOME to a directory elsewhere:"
         " the cache is then its subdirectory stillhouse"
     )
 
 
 def is_no_room(error: OSError) -> bool:
-    """Whether a disk or a quota is full. `datasets` looks for room itself, and then gives no number but a sentence."""
+    """Whether a disk or a quota is full. `datasets` looks for room itself, and then gives no number
+    but a sentence."""
     return error.errno in _NO_ROOM or (error.errno is None and "disk space" in str(error))

@@ -1,4 +1,5 @@
-"""One typed, frozen configuration: TOML files merged left to right, then overrides; it imports nothing heavy and is never mutated."""
+"""One typed, frozen configuration: TOML files merged left to right, then overrides; it imports
+nothing heavy and is never mutated."""
 
 import json
 import re
@@ -8,17 +9,28 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from stillhouse import suggestions
 from stillhouse.errors import ConfigError
 from stillhouse.extension import is_extension
 
-PositiveInt = Annotated[int, Field(gt=0, le=1 << 53)]  # up to there every reader of JSON takes a number whole
+# up to there every reader of JSON takes a number whole
+PositiveInt = Annotated[int, Field(gt=0, le=1 << 53)]
 NaturalInt = Annotated[int, Field(ge=0, le=1 << 53)]
 NumProcesses = Annotated[int, Field(gt=0, le=1 << 16)]  # more than any cluster of Ray's has held
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]  # what torch takes
-LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]  # a step of Adam moves each weight by about so much, and most weights are below 1
+# a step of Adam moves each weight by about so much, and most weights are below 1
+LearningRate = Annotated[float, Field(gt=0.0, le=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -30,42 +42,83 @@ NoticeSource = Literal["auto", "aws", "gcp", "azure", "off"]
 class Section(BaseModel):
     """A part of the configuration: frozen, and closed to names that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, str_strip_whitespace=True, allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):
-    """What teacher and student share: a causal language model, where it comes from and how it is placed."""
+    """What teacher and student share: a causal language model, where it comes from and how it is
+    placed."""
 
     model: Name = Field(description="a Hugging Face hub name, or a local directory")
-    revision: str | None = Field(None, description="a branch, tag or commit of a hub model; resolved to a commit once, at the start")
-    trust_remote_code: bool = Field(False, description="run Python code that the model repository ships")
+    revision: str | None = Field(
+        None,
+        description="a branch, tag or commit of a hub model; resolved to a commit once, at the "
+        "start",
+    )
+    trust_remote_code: bool = Field(
+        False, description="run Python code that the model repository ships"
+    )
     dtype: Dtype = "bfloat16"
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    num_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each process; below one core, processes share it")
-    num_gpus: Annotated[float, Field(ge=0.0)] | None = Field(None, description="GPUs for each process; None: 1 on cuda, 0 on cpu")
-    resources: dict[str, PositiveFloat] = Field({}, description="custom Ray resources for each process, such as {spot = 1}")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one"
+    )
+    num_cpus: PositiveFloat = Field(
+        1.0,
+        description="CPUs that Ray reserves for each process; below one core, processes share it",
+    )
+    num_gpus: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="GPUs for each process; None: 1 on cuda, 0 on cpu"
+    )
+    resources: dict[str, PositiveFloat] = Field(
+        {}, description="custom Ray resources for each process, such as {spot = 1}"
+    )
 
 
 class CorpusSection(Section):
     """Documents, and how they become sequences of fixed length."""
 
-    source: str = Field("corpus", description="corpus: documents, tokenised and packed; 'package.module:name' opens Sources of your own")
-    dataset: Name = Field(description="a hub data set; local text, json(l), parquet or arrow files, a glob or a directory; or 'stdlib'")
+    source: str = Field(
+        "corpus",
+        description="corpus: documents, tokenised and packed; 'package.module:name' opens Sources "
+        "of your own",
+    )
+    dataset: Name = Field(
+        description="a hub data set; local text, json(l), parquet or arrow files, a glob or a "
+        "directory; or 'stdlib'"
+    )
     subset: str | None = Field(None, description="the hub data set's configuration name")
     split: str = "train"
     revision: str | None = None
-    format: Literal["text", "chat"] = Field("text", description="text: plain documents; chat: lists of {role, content} messages")
-    column: str | None = Field(None, description="the column to read; None: 'text' for text, 'messages' for chat")
-    packing: bool = Field(True, description="pack documents end to end; False pads each conversation to its own sequence (chat only)")
+    format: Literal["text", "chat"] = Field(
+        "text", description="text: plain documents; chat: lists of {role, content} messages"
+    )
+    column: str | None = Field(
+        None, description="the column to read; None: 'text' for text, 'messages' for chat"
+    )
+    packing: bool = Field(
+        True,
+        description="pack documents end to end; False pads each conversation to its own sequence "
+        "(chat only)",
+    )
     sequence_length: Annotated[int, Field(ge=2, lt=1 << 31)] = 2048
-    max_documents: PositiveInt | None = Field(None, description="read no more than this many documents, after the shuffle")
-    heldout_sequences: PositiveInt = Field(64, description="sequences set apart for evaluation, from documents that are never trained on")
+    max_documents: PositiveInt | None = Field(
+        None, description="read no more than this many documents, after the shuffle"
+    )
+    heldout_sequences: PositiveInt = Field(
+        64,
+        description="sequences set apart for evaluation, from documents that are never trained on",
+    )
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _padding_is_for_chat(self) -> "CorpusSection":
         if self.format == "text" and not self.packing:
-            raise ValueError("packing = false pads conversations, but format is 'text'; set format = \"chat\" or leave packing on")
+            raise ValueError(
+                "packing = false pads conversations, but format is 'text'; set format = \"chat\" "
+                "or leave packing on"
+            )
         return self
 
     @field_validator("source")
@@ -73,7 +126,9 @@ class CorpusSection(Section):
     def _is_a_source(cls, name: str) -> str:
         if name == "corpus" or is_extension(name):
             return name
-        raise ValueError(f"no source {name!r}; known: corpus, or 'package.module:name' for one of your own")
+        raise ValueError(
+            f"no source {name!r}; known: corpus, or 'package.module:name' for one of your own"
+        )
 
     @property
     def text_column(self) -> str:
@@ -83,22 +138,36 @@ class CorpusSection(Section):
 class TeacherSection(ModelSection):
     """The pool of teacher actors."""
 
-    engine: str = Field("transformers", description="what runs the teacher; 'package.module:name' is a TeacherEngine of your own")
-    min_replicas: NumProcesses = Field(1, description="actors that must be up before the run begins")
+    engine: str = Field(
+        "transformers",
+        description="what runs the teacher; 'package.module:name' is a TeacherEngine of your own",
+    )
+    min_replicas: NumProcesses = Field(
+        1, description="actors that must be up before the run begins"
+    )
     max_replicas: NumProcesses = Field(1, description="actors to ask Ray for")
     batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass")
     block_tokens: PositiveInt = Field(1024, description="tokens whose logits exist at one time")
     logits: Literal["exact", "fast"] = Field(
         "exact",
-        description="float32, or in the teacher's own dtype: faster at the head alone, and rounding bfloat16 loses more than the codec",
+        description="float32, or in the teacher's own dtype: faster at the head alone, and "
+        "rounding bfloat16 loses more than the codec",
     )
     max_failures: PositiveInt = Field(
-        3, description="failed attempts at a chunk, or at one sequence of it, after which it is not tried again"
+        3,
+        description="failed attempts at a chunk, or at one sequence of it, after which it is not "
+        "tried again",
     )
-    max_set_aside: NaturalInt = Field(8, description="sequences that no teacher could compute, after which the run stops")
-    lease_timeout_s: PositiveFloat = Field(3600.0, description="seconds after which a chunk is given to another teacher as well")
+    max_set_aside: NaturalInt = Field(
+        8, description="sequences that no teacher could compute, after which the run stops"
+    )
+    lease_timeout_s: PositiveFloat = Field(
+        3600.0, description="seconds after which a chunk is given to another teacher as well"
+    )
     watchdog_s: PositiveFloat = Field(
-        300.0, description="seconds after which an actor without a heartbeat is killed and replaced, however long its chunk may take"
+        300.0,
+        description="seconds after which an actor without a heartbeat is killed and replaced, "
+        "however long its chunk may take",
     )
 
     @field_validator("engine")
@@ -106,12 +175,17 @@ class TeacherSection(ModelSection):
     def _is_an_engine(cls, name: str) -> str:
         if name == "transformers" or is_extension(name):
             return name
-        raise ValueError(f"no engine {name!r}; known: transformers, or 'package.module:name' for one of your own")
+        raise ValueError(
+            f"no engine {name!r}; known: transformers, or 'package.module:name' for one of your own"
+        )
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> "TeacherSection":
         if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas is {self.min_replicas}, above max_replicas, which is {self.max_replicas}")
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, above max_replicas, which is "
+                f"{self.max_replicas}"
+            )
         return self
 
 
@@ -121,26 +195,38 @@ class TargetSection(Section):
     k: Annotated[int, Field(ge=0, le=4096)] = Field(8, description="exact head entries")
     tail_draws: Annotated[int, Field(ge=0, le=4096)] = Field(
         40,
-        description="draws from the tail; forward_kl alone learns from them, and is unbiased with them; 0 says that it may see one bucket",
+        description="draws from the tail; forward_kl alone learns from them, and is unbiased with "
+        "them; 0 says that it may see one bucket",
     )
     value_bits: Literal[6, 8] = Field(8, description="bits for each kept log-probability")
-    temperature: PositiveFloat = Field(1.0, description="targets are of softmax(logits / temperature)")
+    temperature: PositiveFloat = Field(
+        1.0, description="targets are of softmax(logits / temperature)"
+    )
 
     @model_validator(mode="after")
     def _something_is_kept(self) -> "TargetSection":
         if self.k == 0 and self.tail_draws == 0:
-            raise ValueError("k and tail_draws are both 0: nothing of the teacher would be kept; set one of them above 0")
+            raise ValueError(
+                "k and tail_draws are both 0: nothing of the teacher would be kept; set one of "
+                "them above 0"
+            )
         return self
 
 
 class StoreSection(Section):
     """Where chunks live."""
 
-    url: str = Field("runs/store", description="a directory, or s3://, gs:// or az:// with bucket and prefix")
+    url: str = Field(
+        "runs/store", description="a directory, or s3://, gs:// or az:// with bucket and prefix"
+    )
     chunk_sequences: PositiveInt = Field(64, description="sequences in one chunk")
-    window_bytes: PositiveInt = Field(4 << 30, description="how many bytes of chunks teachers may run ahead of the slowest reader")
+    window_bytes: PositiveInt = Field(
+        4 << 30, description="how many bytes of chunks teachers may run ahead of the slowest reader"
+    )
     retain: Literal["all", "until-read"] = Field(
-        "all", description="until-read: `run` deletes chunks that no registered reader will read again, once that is in their checkpoints"
+        "all",
+        description="until-read: `run` deletes chunks that no registered reader will read again, "
+        "once that is in their checkpoints",
     )
 
 
@@ -148,20 +234,40 @@ class StudentSection(ModelSection):
     """The student, its loss and its optimiser."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    init: Literal["weights", "config"] = Field("weights", description="start from the model's weights, or from its config with random ones")
+    init: Literal["weights", "config"] = Field(
+        "weights", description="start from the model's weights, or from its config with random ones"
+    )
     tokenizer: Name | None = Field(None, description="None: the tokenizer beside the model")
     num_workers: NumProcesses = Field(1, description="ranks, one to a device")
-    min_workers: NumProcesses | None = Field(None, description="go on with as few ranks when machines are lost; None: wait for num_workers")
-    max_failures: NaturalInt = Field(3, description="times in a row that ranks may be lost without a new commit")
-    watchdog_s: PositiveFloat = Field(300.0, description="seconds after which a rank that stands still is named, killed and replaced")
-    regroup_s: PositiveFloat = Field(60.0, description="seconds between looks for room to bring back ranks that were lost")
+    min_workers: NumProcesses | None = Field(
+        None,
+        description="go on with as few ranks when machines are lost; None: wait for num_workers",
+    )
+    max_failures: NaturalInt = Field(
+        3, description="times in a row that ranks may be lost without a new commit"
+    )
+    watchdog_s: PositiveFloat = Field(
+        300.0,
+        description="seconds after which a rank that stands still is named, killed and replaced",
+    )
+    regroup_s: PositiveFloat = Field(
+        60.0, description="seconds between looks for room to bring back ranks that were lost"
+    )
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
-    global_batch_sequences: PositiveInt = Field(64, description="sequences in one optimiser step, over all ranks")
-    micro_batch_sequences: PositiveInt = Field(4, description="sequences in one forward pass of one rank")
-    block_tokens: PositiveInt | None = Field(None, description="tokens whose logits exist at one time; None: chosen for the device")
+    global_batch_sequences: PositiveInt = Field(
+        64, description="sequences in one optimiser step, over all ranks"
+    )
+    micro_batch_sequences: PositiveInt = Field(
+        4, description="sequences in one forward pass of one rank"
+    )
+    block_tokens: PositiveInt | None = Field(
+        None, description="tokens whose logits exist at one time; None: chosen for the device"
+    )
     epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = Field(None, description="stop after this many optimiser steps, wherever in the epochs that is")
+    max_steps: PositiveInt | None = Field(
+        None, description="stop after this many optimiser steps, wherever in the epochs that is"
+    )
     learning_rate: LearningRate = 1e-4
     min_learning_rate: Fraction = Field(0.0, description="where the cosine ends")
     warmup_steps: NaturalInt = 100
@@ -170,26 +276,39 @@ class StudentSection(ModelSection):
     gradient_clip: PositiveFloat = 1.0
     divergence: str = Field(
         "forward_kl",
-        description="forward_kl is unbiased with draws; the others see the tail as one bucket, and want entries that hold 80 % of the mass;"
+        description="forward_kl is unbiased with draws; the others see the tail as one bucket, "
+        "and want entries that hold 80 % of the mass;"
         " 'package.module:name' is a Divergence of your own",
     )
     tail_as_bucket: bool = Field(
-        False, description="train on one bucket for the tail, however much of the teacher's mass it holds; forward_kl never asks for this"
+        False,
+        description="train on one bucket for the tail, however much of the teacher's mass it "
+        "holds; forward_kl never asks for this",
     )
     divergence_weight: Fraction = Field(1.0, description="0 trains on the text alone")
     mix: Fraction = Field(
-        0.5, description="beta of jsd, alpha of the skewed divergences, whose tail is one bucket at every mix; unused by the others"
+        0.5,
+        description="beta of jsd, alpha of the skewed divergences, whose tail is one bucket at "
+        "every mix; unused by the others",
     )
-    ce_weight: Annotated[float, Field(ge=0.0)] = Field(0.0, description="weight of the cross-entropy to the text's next token")
+    ce_weight: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="weight of the cross-entropy to the text's next token"
+    )
     z_loss_weight: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="weight of the squared log-sum-exp of the logits, which keeps them from drifting; PaLM took 1e-4"
+        0.0,
+        description="weight of the squared log-sum-exp of the logits, which keeps them from "
+        "drifting; PaLM took 1e-4",
     )
     seed: Seed = 0
-    shuffle_window_chunks: PositiveInt = Field(4, description="neighbouring chunks among which sequences are mixed")
+    shuffle_window_chunks: PositiveInt = Field(
+        4, description="neighbouring chunks among which sequences are mixed"
+    )
     checkpoint_every_steps: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
     checkpoint_url: str | None = Field(
-        None, description="None: in the run directory; or a directory or s3://, gs:// or az:// that outlives every machine"
+        None,
+        description="None: in the run directory; or a directory or s3://, gs:// or az:// that "
+        "outlives every machine",
     )
     prefetch_batches: PositiveInt = Field(4, description="batches that the loader reads ahead")
 
@@ -199,48 +318,85 @@ class StudentSection(ModelSection):
         if name in DIVERGENCES or is_extension(name):
             return name
         meant = suggestions.value(name, DIVERGENCES)
-        raise ValueError(f"wanted {', '.join(DIVERGENCES)}, or 'package.module:name' of your own; found {_shown(name)}{meant}")
+        raise ValueError(
+            f"wanted {', '.join(DIVERGENCES)}, or 'package.module:name' of your own; found "
+            f"{_shown(name)}{meant}"
+        )
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> "StudentSection":
         if self.divergence_weight == 0.0 and self.ce_weight == 0.0:
-            raise ValueError("divergence_weight and ce_weight are both 0: the student would learn nothing; set one of them above 0")
+            raise ValueError(
+                "divergence_weight and ce_weight are both 0: the student would learn nothing; set "
+                "one of them above 0"
+            )
         if self.zero_stage == 0 and self.dtype == "bfloat16":
-            raise ValueError('DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"')
+            raise ValueError(
+                'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
+            )
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}")
-        if self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl") and not 0.0 < self.mix < 1.0:
-            raise ValueError(f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1")
+            raise ValueError(
+                f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
+            )
+        if (
+            self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl")
+            and not 0.0 < self.mix < 1.0
+        ):
+            raise ValueError(
+                f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1"
+            )
         return self
 
 
 class EvaluateSection(Section):
     """The exact, dense comparison at the end."""
 
-    control: bool = Field(False, description="also train a control student on the text alone: same tokens, same seed")
+    control: bool = Field(
+        False, description="also train a control student on the text alone: same tokens, same seed"
+    )
     batch_sequences: PositiveInt = 4
-    block_tokens: PositiveInt = Field(512, description="tokens whose two dense distributions exist at one time")
+    block_tokens: PositiveInt = Field(
+        512, description="tokens whose two dense distributions exist at one time"
+    )
 
 
 class TrackingSection(Section):
     """Weights & Biases, a view of the journal."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online with a key at hand, else offline")
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="auto: online with a key at hand, else offline"
+    )
     project: str = "stillhouse"
     entity: str | None = None
     tags: tuple[str, ...] = ()
-    run_id: str | None = Field(None, description="None: derived from the run directory's first start, and kept on resume")
+    run_id: str | None = Field(
+        None, description="None: derived from the run directory's first start, and kept on resume"
+    )
 
 
 class ClusterSection(Section):
     """Which Ray cluster to use."""
 
-    address: str | None = Field(None, description="a running cluster ('auto' or host:port); None starts one on this machine")
-    num_cpus: PositiveInt | None = Field(None, description="CPUs of the cluster started here; None: every core")
-    join_s: NonNegativeFloat = Field(600.0, description="seconds that a run waits for machines which have not joined that cluster yet")
-    threads: PositiveInt = Field(1, description="torch threads in each teacher and student process on the CPU")
-    notices: NoticeSource = Field("auto", description="whose metadata server announces a machine's end; auto: the one that answers")
-    grace_s: PositiveFloat = Field(30.0, description="seconds between SIGTERM and the kill, as Kubernetes or Slurm are set to")
+    address: str | None = Field(
+        None, description="a running cluster ('auto' or host:port); None starts one on this machine"
+    )
+    num_cpus: PositiveInt | None = Field(
+        None, description="CPUs of the cluster started here; None: every core"
+    )
+    join_s: NonNegativeFloat = Field(
+        600.0,
+        description="seconds that a run waits for machines which have not joined that cluster yet",
+    )
+    threads: PositiveInt = Field(
+        1, description="torch threads in each teacher and student process on the CPU"
+    )
+    notices: NoticeSource = Field(
+        "auto",
+        description="whose metadata server announces a machine's end; auto: the one that answers",
+    )
+    grace_s: PositiveFloat = Field(
+        30.0, description="seconds between SIGTERM and the kill, as Kubernetes or Slurm are set to"
+    )
 
 
 class Config(Section):
@@ -258,16 +414,22 @@ class Config(Section):
     @model_validator(mode="after")
     def _the_divergence_can_use_the_target(self) -> "Config":
         student = self.student
-        if self.target.k == 0 and student.divergence in DIVERGENCES[1:] and student.divergence_weight > 0.0:
+        if (
+            self.target.k == 0
+            and student.divergence in DIVERGENCES[1:]
+            and student.divergence_weight > 0.0
+        ):
             raise ValueError(
-                f'target.k is 0, and student.divergence is "{student.divergence}", which learns nothing from draws;'
+                f'target.k is 0, and student.divergence is "{student.divergence}", which learns '
+                "nothing from draws;"
                 ' set student.divergence = "forward_kl", or keep entries'
             )
         return self
 
 
 def load_config(paths: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
-    """Read TOML files, merged left to right, then `section.key = value` overrides, each a line of TOML.
+    """Read TOML files, merged left to right, then `section.key = value` overrides, each a line of
+    TOML.
 
     Raises ConfigError naming the file, the field and, for an unknown name, the nearest right one.
     """
@@ -285,7 +447,9 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
-        raise ConfigError("the configuration is not usable:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+        raise ConfigError(
+            "the configuration is not usable:\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from None
 
 
 def resolved_json(config: Config) -> str:
@@ -297,9 +461,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: it is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ConfigError(
+            f"{path} is not TOML: it is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
     except OSError as error:
-        cure = f"give a setting with --set '{path}'" if "=" in path.name else "give the path of a TOML file"
+        cure = (
+            f"give a setting with --set '{path}'"
+            if "=" in path.name
+            else "give the path of a TOML file"
+        )
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}; {cure}") from None
     return _parse(text, where=str(path))
 
@@ -308,10 +478,16 @@ def _parse(text: str, *, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        default = "; quote text, as in 'student.dtype = \"float32\"'" if where.startswith("--set") else ""
-        raise ConfigError(f"{where} is not TOML: {error}{suggestions.toml(text, str(error)) or default}") from None
+        default = (
+            "; quote text, as in 'student.dtype = \"float32\"'" if where.startswith("--set") else ""
+        )
+        raise ConfigError(
+            f"{where} is not TOML: {error}{suggestions.toml(text, str(error)) or default}"
+        ) from None
     except RecursionError:
-        raise ConfigError(f"{where} is nested too deeply: a setting is a table's key, as in 'student.seed = 1'") from None
+        raise ConfigError(
+            f"{where} is nested too deeply: a setting is a table's key, as in 'student.seed = 1'"
+        ) from None
     except ValueError as error:  # Python reads no number of more than 4,300 digits
         raise ConfigError(f"{where} has a number that cannot be read: {error}") from None
 
@@ -332,18 +508,25 @@ def _explain(detail: Mapping[str, Any]) -> str:
         return f"{'.'.join(place)[:200]}: no such setting; {meant}"
     if kind == "missing":
         return f"{'.'.join(place)}: missing; it has no default"
-    where = f"{'.'.join(place)}: " if place else ""  # what is wrong between sections names them itself
+    # what is wrong between sections names them itself
+    where = f"{'.'.join(place)}: " if place else ""
     message = str(detail["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return f"{where}{message}"
     allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) if kind == "literal_error" else []
-    return f"{where}{message}; found {_shown(found)}" + (suggestions.value(found, allowed) if isinstance(found, str) else "")
+    return f"{where}{message}; found {_shown(found)}" + (
+        suggestions.value(found, allowed) if isinstance(found, str) else ""
+    )
 
 
 def _names() -> dict[str, list[str]]:
     """The names in each section; in '' those of the sections."""
     sections = {name: field.annotation for name, field in Config.model_fields.items()}
-    own = {name: list(section.model_fields) for name, section in sections.items() if isinstance(section, type)}
+    own = {
+        name: list(section.model_fields)
+        for name, section in sections.items()
+        if isinstance(section, type)
+    }
     return {"": list(sections), **own}
 
 

@@ -1,7 +1,8 @@
-"""The error tree: a `UserError` is a mistake that its reader can mend (exit code 2), a `RunError` is a run that failed (exit code 1).
+"""The error tree: a `UserError` is a mistake that its reader can mend (exit code 2), a `RunError`
+is a run that failed (exit code 1).
 
-Every message says what was found, what was wanted and what to do. No class here has an `__init__` of its own: such exceptions fail
-to unpickle on their way out of a Ray actor.
+Every message says what was found, what was wanted and what to do. No class here has an `__init__`
+of its own: such exceptions fail to unpickle on their way out of a Ray actor.
 """
 
 
@@ -18,7 +19,8 @@ class ConfigError(UserError):
 
 
 class CorpusError(UserError):
-    """The documents cannot become sequences: empty, streamed, mis-columned, without a single target."""
+    """The documents cannot become sequences: empty, streamed, mis-columned, without a single
+    target."""
 
 
 class CacheError(UserError):
@@ -26,7 +28,8 @@ class CacheError(UserError):
 
 
 class ModelError(UserError):
-    """A model or tokenizer cannot be used as asked: absent, unreadable, or of another vocabulary."""
+    """A model or tokenizer cannot be used as asked: absent, unreadable, or of another
+    vocabulary."""
 
 
 class ChangedWeightsError(ModelError):
@@ -42,7 +45,8 @@ class StoreError(UserError):
 
 
 class StoreUnavailable(StoreError):
-    """The store cannot be reached, is busy, or is full: the same call may succeed on another try."""
+    """The store cannot be reached, is busy, or is full: the same call may succeed on another
+    try."""
 
 
 class RunError(StillhouseError):

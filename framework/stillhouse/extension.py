@@ -1,4 +1,5 @@
-"""What users add from outside: an object of their own package, which a config names as `package.module:name`."""
+"""What users add from outside: an object of their own package, which a config names as
+`package.module:name`."""
 
 import hashlib
 import importlib
@@ -17,22 +18,28 @@ def is_extension(name: str) -> bool:
 
 
 def load_extension(name: str, *, setting: str) -> Any:
-    """The object. Raises ConfigError where its module cannot be imported, or has no such name; what else the module raises is its own."""
+    """The object. Raises ConfigError where its module cannot be imported, or has no such name; what
+    else the module raises is its own."""
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         raise ConfigError(
-            f'{setting} is "{name}", whose module cannot be imported ({error}); install its package on every machine, or name its'
+            f'{setting} is "{name}", whose module cannot be imported ({error}); install its '
+            "package on every machine, or name its"
             " directory in PYTHONPATH"
         ) from error
     if not hasattr(module, attribute):
-        raise ConfigError(f'{setting} is "{name}", but {module_name} has no {attribute}; name an object at the top of that module')
+        raise ConfigError(
+            f'{setting} is "{name}", but {module_name} has no {attribute}; name an object at the '
+            "top of that module"
+        )
     return getattr(module, attribute)
 
 
 def extension_digest(name: str) -> str:
-    """16 hexadecimal digits of the file that holds the object: another text of it is another object."""
+    """16 hexadecimal digits of the file that holds the object: another text of it is another
+    object."""
     file = importlib.import_module(name.partition(":")[0]).__file__
     assert file is not None, f"{name} is in no file"
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

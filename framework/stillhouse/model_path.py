@@ -1,4 +1,5 @@
-"""What a config calls a model: a local directory, or a name on the hub. It imports nothing heavy, so a wrong path is refused at once."""
+"""What a config calls a model: a local directory, or a name on the hub. It imports nothing heavy,
+so a wrong path is refused at once."""
 
 from pathlib import Path
 
@@ -6,13 +7,15 @@ from stillhouse.errors import ModelError
 
 
 def source_of(model: str) -> str:
-    """A local directory, spelt out, or the hub name as it is. Raises ModelError for a path without a directory."""
+    """A local directory, spelt out, or the hub name as it is. Raises ModelError for a path without
+    a directory."""
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path)
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise ModelError(
-            f"there is no directory {model}{where_it_was_looked_for(model)}; give that of a saved model, or a hub name such as 'owner/name'"
+            f"there is no directory {model}{where_it_was_looked_for(model)}; give that of a saved "
+            "model, or a hub name such as 'owner/name'"
         )
     return model
 
@@ -21,4 +24,7 @@ def where_it_was_looked_for(model: str) -> str:
     """What a relative path is relative to, in words; '' for an absolute one."""
     if Path(model).expanduser().is_absolute():
         return ""
-    return f" in {Path.cwd()} (paths are relative to where the command is started, not to the config file)"
+    return (
+        f" in {Path.cwd()} (paths are relative to where the command is started, not to the "
+        "config file)"
+    )

@@ -1,7 +1,8 @@
 """Secrets are taken out of whatever is written down: the journal, W&B, the report, the terminal.
 
-A text is secret for one of three reasons: this process knows it (`know`), it stands next to a name that says so (`password: ...`), or it
-has the form of what services hand out (`ghp_...`, a private key, the password in a URL).
+A text is secret for one of three reasons: this process knows it (`know`), it stands next to a name
+that says so (`password: ...`), or it has the form of what services hand out (`ghp_...`, a private
+key, the password in a URL).
 """
 
 import json
@@ -17,22 +18,26 @@ _known: set[str] = set()
 
 
 def know(values: Iterable[str]) -> None:
-    """From now on, replace these values wherever this process writes them. Values of fewer than 8 characters are left out."""
+    """From now on, replace these values wherever this process writes them. Values of fewer than 8
+    characters are left out."""
     for value in values:
         if len(value) >= _LEAST_LENGTH:
             _known.update((value, quote(value, safe=""), json.dumps(value)[1:-1]))
 
 
 def secrets_of(environment: Mapping[str, str], *, home: Path) -> set[str]:
-    """What is secret in an environment: the values of variables whose names say so, and the tokens in the files where tools keep them."""
+    """What is secret in an environment: the values of variables whose names say so, and the tokens
+    in the files where tools keep them."""
     found = {value.strip() for name, value in environment.items() if _SECRET_VARIABLE.search(name)}
     return found.union(*(_secrets_in(path) for path in _token_files(environment, home)))
 
 
-# HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_SAS_TOKEN, GOOGLE_SERVICE_ACCOUNT_KEY, ... but not AWS_ACCESS_KEY_ID
+# HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, AZURE_STORAGE_SAS_TOKEN,
+# GOOGLE_SERVICE_ACCOUNT_KEY, ... but not AWS_ACCESS_KEY_ID
 _SECRET_VARIABLE = re.compile(
     r"""(?xi) (?: TOKEN | SECRET | PASSWORD | PASSWD | PASSPHRASE | CREDENTIALS? | CONNECTION_STRING
-        | (?:^|_)SAS(?:_KEY)? | (?: API | ACCESS | ACCOUNT | STORAGE | PRIVATE | SECRET | AUTH )_?KEY )$"""
+        | (?:^|_)SAS(?:_KEY)?
+        | (?: API | ACCESS | ACCOUNT | STORAGE | PRIVATE | SECRET | AUTH )_?KEY )$"""
 )
 _TOKEN_FILE_VARIABLE = re.compile(r"(?i)(?:TOKEN|SECRET|PASSWORD)_(?:FILE|PATH)$")
 _MOST_BYTES = 1 << 16
@@ -42,13 +47,17 @@ def _token_files(environment: Mapping[str, str], home: Path) -> Iterator[Path]:
     yield Path(environment.get("HF_HOME") or home / ".cache" / "huggingface") / "token"
     yield home / ".ray" / "auth_token"
     yield Path(environment.get("NETRC") or home / ".netrc")
-    for name, value in environment.items():  # HF_TOKEN_PATH, RAY_AUTH_TOKEN_PATH, AWS_WEB_IDENTITY_TOKEN_FILE
+    for (
+        name,
+        value,
+    ) in environment.items():  # HF_TOKEN_PATH, RAY_AUTH_TOKEN_PATH, AWS_WEB_IDENTITY_TOKEN_FILE
         if _TOKEN_FILE_VARIABLE.search(name):
             yield Path(value.replace("~", str(home), 1) if value.startswith("~") else value)
 
 
 def _secrets_in(path: Path) -> set[str]:
-    """The passwords of a .netrc, or else the whole text of a file that holds one token; nothing where it cannot be read."""
+    """The passwords of a .netrc, or else the whole text of a file that holds one token; nothing
+    where it cannot be read."""
     try:
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES).decode(errors="ignore")
@@ -58,9 +67,13 @@ def _secrets_in(path: Path) -> set[str]:
 
 
 def scrub(values: Any, *, secret: bool = False) -> Any:
-    """The same plain values with every secret text replaced; in a mapping, a key that names a secret hides all texts below it."""
+    """The same plain values with every secret text replaced; in a mapping, a key that names a
+    secret hides all texts below it."""
     if isinstance(values, Mapping):
-        return {name: scrub(value, secret=secret or _key_names_a_secret(str(name))) for name, value in values.items()}
+        return {
+            name: scrub(value, secret=secret or _key_names_a_secret(str(name)))
+            for name, value in values.items()
+        }
     if isinstance(values, list | tuple):
         return type(values)(scrub(value, secret=secret) for value in values)
     if not isinstance(values, str):
@@ -78,8 +91,10 @@ def _without_known(text: str) -> str:
 _FORMATS = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        r"()-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z)",
-        # user:password@host, where the password may hold an @, and even a slash; abfss://container@account and ssh://git@host hold none
+        r"()-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END (?:[A-Z0-9]+ "
+        r")*PRIVATE KEY(?: BLOCK)?-----|\Z)",
+        # user:password@host, where the password may hold an @, and even a slash;
+        # abfss://container@account and ssh://git@host hold none
         r"""(//)[^\s/?#"'<>:@]*:[^\s/?#"'<>]*(?=@)""",
         r"""(//)[^\s/?#"'<>:@\[]+:(?!\d{1,5}(?:[/?#\s]|$))[^\s"'<>]*(?=@)""",
         r"""(?<!abfs:)(?<!abfss:)(?<!ssh:)(//)[^\s/?#"'<>:@]+(?=@)""",
@@ -94,7 +109,8 @@ _FORMATS = [
         r"()\bgl(?:pat|oas|rt|dt|cbt|ptt|ft|imt|soat|agent)-[\w-]{16,}",
         r"()\bxox[a-z]-[\w-]{8,}",
         r"()\b(?:AIza|ya29\.)[\w-]{20,}",
-        r"""()\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b(?:[\s:,;/|"']{1,4}[A-Za-z0-9/+=]{40}(?![A-Za-z0-9/+=]))?""",  # an id, and its secret beside it
+        # an id, and its secret beside it
+        r"""()\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b(?:[\s:,;/|"']{1,4}[A-Za-z0-9/+=]{40}(?![A-Za-z0-9/+=]))?""",
         r"()\b(?:sk|nvapi)-(?=[\w-]*\d)[\w-]{12,}",
         r"()\b(?:(?:hvs\.|dckr_pat_|pypi-AgE)[\w-]{20,}|npm_[A-Za-z0-9]{36}|dapi[0-9a-f]{32})",
         r"()\beyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]*)?",  # a JSON web token
@@ -109,32 +125,95 @@ def _without_formats(text: str) -> str:
 
 
 _KEY_WORDS = frozenset(
-    ["token", "key", "apikey", "secret", "password", "passwd", "passphrase", "credential", "credentials", "authorization"]
+    [
+        "token",
+        "key",
+        "apikey",
+        "secret",
+        "password",
+        "passwd",
+        "passphrase",
+        "credential",
+        "credentials",
+        "authorization",
+    ]
 )
-_SECRET_ENDINGS = ("password", "passwd", "passphrase", "secret", "apikey", "accesskey", "secretkey", "privatekey", "authtoken")
+_SECRET_ENDINGS = (
+    "password",
+    "passwd",
+    "passphrase",
+    "secret",
+    "apikey",
+    "accesskey",
+    "secretkey",
+    "privatekey",
+    "authtoken",
+)
 _SECRET_KEYS = frozenset(
-    ["api", "access", "private", "secret", "account", "client", "signing", "encryption", "ssh", "master", "shared", "auth"]
+    [
+        "api",
+        "access",
+        "private",
+        "secret",
+        "account",
+        "client",
+        "signing",
+        "encryption",
+        "ssh",
+        "master",
+        "shared",
+        "auth",
+    ]
 )
 _SECRET_PAIRS = frozenset([("amz", "signature"), ("storage", "sas"), ("azure", "sas")])
+# pad_token, OLDPWD
 _NO_ACCESS = frozenset(
-    ["per", "pad", "eos", "bos", "unk", "sep", "cls", "mask", "special", "next", "first", "last", "stop", "added", "old"]
-)  # pad_token, OLDPWD
+    [
+        "per",
+        "pad",
+        "eos",
+        "bos",
+        "unk",
+        "sep",
+        "cls",
+        "mask",
+        "special",
+        "next",
+        "first",
+        "last",
+        "stop",
+        "added",
+        "old",
+    ]
+)
 _PLURALS = frozenset(["secrets", "passwords", "credentials", "keys", "apikeys", "cookies"])
 
-# A name, and what stands between it and its value in JSON, YAML, TOML, Python, Rust's debug output, XML, headers, assignments, options.
+# A name, and what stands between it and its value in JSON, YAML, TOML, Python, Rust's debug output,
+# XML, headers, assignments, options.
 _NAME = re.compile(
     r"""(?:(?P<indent>^[ \t]*(?:-[ \t]+)?) | (?<![\w.-])) (?P<name>[\w.-]+) (?:\\*["'])?
-        (?: (?P<between>[ \t]* (?: =>? | := | == | :(?!//) | > ) [ \t]*) (?:\r?\n[ \t]+)? (?:Some\()?
+        (?: (?P<between>[ \t]* (?: =>? | := | == | :(?!//) | > ) [ \t]*) (?:\r?\n[ \t]+)?
+            (?:Some\()?
           | (?P<option>,?[ \t]+) (?=[^\s-]) )""",
     re.VERBOSE | re.MULTILINE,
 )
-_QUOTED = re.compile(r"""[bBrRuU]{0,2}(?P<quote>\"{3}|'{3}|\\+["']|["'])(?P<inner>(?:\\.|[^\\]){0,4096}?)(?P=quote)""", re.DOTALL)
-_COMPOUND = re.compile(r"[|>][+-]?[ \t]*\n(?:[ \t]+[^\n]*(?:\n|\Z))+|\[[^\]]{0,4096}\]|\{[^{}]{0,4096}\}")  # a YAML block, a list, a table
-_HEADER = re.compile(r"""(?:AWS4-HMAC-SHA256|Digest|OAuth)\b[^\n]*|[^\s"',;]{0,4096}(?:[ \t]+[^\s"',;]{1,4096})?""")
-_DONE = re.compile(rf"(?:(?i:basic|bearer)[ \t]+)?{re.escape(REDACTED)}(?=[\s\"'&<>.,;)}}\]]|\Z)")  # Authorization: Bearer (redacted)
+_QUOTED = re.compile(
+    r"""[bBrRuU]{0,2}(?P<quote>\"{3}|'{3}|\\+["']|["'])(?P<inner>(?:\\.|[^\\]){0,4096}?)(?P=quote)""",
+    re.DOTALL,
+)
+# a YAML block, a list, a table
+_COMPOUND = re.compile(
+    r"[|>][+-]?[ \t]*\n(?:[ \t]+[^\n]*(?:\n|\Z))+|\[[^\]]{0,4096}\]|\{[^{}]{0,4096}\}"
+)
+_HEADER = re.compile(
+    r"""(?:AWS4-HMAC-SHA256|Digest|OAuth)\b[^\n]*|[^\s"',;]{0,4096}(?:[ \t]+[^\s"',;]{1,4096})?"""
+)
+# Authorization: Bearer (redacted)
+_DONE = re.compile(rf"(?:(?i:basic|bearer)[ \t]+)?{re.escape(REDACTED)}(?=[\s\"'&<>.,;)}}\]]|\Z)")
 _LINE = re.compile(r"[^\n]*")
 _WORD = re.compile(r"""[^\s"'&<>]{0,4096}""")
-_LOOKS = {  # what a value is like, by what its name says of it; names with other uses besides ask for more
+# what a value is like, by what its name says of it; names with other uses besides ask for more
+_LOOKS = {
     "any": re.compile(r"(?!(?i:none|null|true|false)$).+", re.DOTALL),
     "credential": re.compile(r".+", re.DOTALL),
     "header": re.compile(r"(?!(?i:none|null|true|false)$).+"),
@@ -146,7 +225,8 @@ _LOOKS = {  # what a value is like, by what its name says of it; names with othe
 
 
 def _without_named(text: str) -> str:
-    """The text without what stands next to names that say secret, whatever the notation and the quoting."""
+    """The text without what stands next to names that say secret, whatever the notation and the
+    quoting."""
     kept, at = list[str](), 0
     for found in _NAME.finditer(text):
         if found.start() < at or (found["option"] and not found["name"].startswith("-")):
@@ -165,22 +245,30 @@ def _without_named(text: str) -> str:
 
 
 def _is_in_a_sentence(found: re.Match[str], kind: str, words: str) -> bool:
-    """Whether a word without quotes follows, as in `the worst token: power laws`, and not in a line of its own, as in YAML."""
+    """Whether a word without quotes follows, as in `the worst token: power laws`, and not in a line
+    of its own, as in YAML."""
     is_possible = kind == "credential" or (kind == "token" and found["indent"] is None)
     return is_possible and ":" in (found["between"] or "") and words.rstrip(".,;").isalpha()
 
 
 def _kind_of_secret(name: str) -> str | None:
-    """Which of the `_LOOKS` a value next to this name has to have to be secret; None where the name does not say so."""
+    """Which of the `_LOOKS` a value next to this name has to have to be secret; None where the name
+    does not say so."""
     words = _words(name.rstrip("0123456789._-"))
     last, before = (words[-1] if words else ""), (words[-2] if len(words) > 1 else "")
     last = last.removesuffix("s") if last in _PLURALS else last
-    if last.endswith(_SECRET_ENDINGS) or (last == "key" and before in _SECRET_KEYS) or (before, last) in _SECRET_PAIRS:
+    if (
+        last.endswith(_SECRET_ENDINGS)
+        or (last == "key" and before in _SECRET_KEYS)
+        or (before, last) in _SECRET_PAIRS
+    ):
         return "any"
     if last in ("token", "pwd") and before not in _NO_ACCESS:
         return "token"
     of_their_own = ("credential", "cookie", "key", "signature")
-    return last if last in of_their_own else {"authorization": "header", "sig": "signature"}.get(last)
+    return (
+        last if last in of_their_own else {"authorization": "header", "sig": "signature"}.get(last)
+    )
 
 
 def _value(text: str, found: re.Match[str], kind: str) -> tuple[int, int]:
@@ -198,7 +286,9 @@ def _value(text: str, found: re.Match[str], kind: str) -> tuple[int, int]:
     whole_line = is_yaml or is_open or kind == "cookie"
     value = (_LINE if whole_line else _HEADER if kind == "header" else _WORD).match(text, begin)
     assert value is not None
-    return begin, value.end() if value[0].endswith(REDACTED) else begin + len(value[0].rstrip(",;)]}"))
+    return begin, value.end() if value[0].endswith(REDACTED) else begin + len(
+        value[0].rstrip(",;)]}")
+    )
 
 
 def _key_names_a_secret(name: str) -> bool:
@@ -207,4 +297,8 @@ def _key_names_a_secret(name: str) -> bool:
 
 def _words(name: str) -> list[str]:
     """The words of a name, in small letters: api_key, apiKey and API-KEY are two."""
-    return [word for word in re.split(r"[^a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower()) if word]
+    return [
+        word
+        for word in re.split(r"[^a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower())
+        if word
+    ]

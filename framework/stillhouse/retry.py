@@ -1,4 +1,5 @@
-"""Waiting for a store that is unavailable: the wait is told once it has lasted, and it has an end."""
+"""Waiting for a store that is unavailable: the wait is told once it has lasted, and it has an
+end."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -32,13 +33,16 @@ DEFAULT_PATIENCE = Patience()
 class Outage:
     """The time for which a store has been unavailable to one caller. Not for several threads."""
 
-    def __init__(self, patience: Patience, *, tell: Tell, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, patience: Patience, *, tell: Tell, clock: Callable[[], float] = monotonic
+    ) -> None:
         self._patience, self._tell, self._clock = patience, tell, clock
         self._since: float | None = None
         self._told = False
 
     def goes_on(self, error: StoreUnavailable) -> None:
-        """Another try has failed. Raises StoreUnavailable once the outage has lasted for `end_after_s`."""
+        """Another try has failed. Raises StoreUnavailable once the outage has lasted for
+        `end_after_s`."""
         now = self._clock()
         self._since = now if self._since is None else self._since
         lasted_s = now - self._since
@@ -57,7 +61,8 @@ class Outage:
 
 
 def pauses(first_s: float, *, last_s: float) -> Iterator[float]:
-    """Seconds to wait before each next try, without an end: twice as long each time, and never longer than `last_s`."""
+    """Seconds to wait before each next try, without an end: twice as long each time, and never
+    longer than `last_s`."""
     while True:
         yield first_s
         first_s = min(2 * first_s, last_s)
@@ -66,7 +71,8 @@ def pauses(first_s: float, *, last_s: float) -> Iterator[float]:
 def given_up(error: StoreUnavailable, waited_s: float) -> StoreUnavailable:
     """What is raised at the end of a wait."""
     return StoreUnavailable(
-        f"{error}; after {waited_s:.0f} s of waiting it is given up. Everything that was published or committed stays: mend the cause and "
+        f"{error}; after {waited_s:.0f} s of waiting it is given up. Everything that was "
+        "published or committed stays: mend the cause and "
         "run again to go on from there"
     )
 
@@ -79,8 +85,12 @@ def insist(
     pause: Callable[[float], None] = sleep,
     clock: Callable[[], float] = monotonic,
 ) -> _Answer:
-    """Call again while the store is unavailable; raises what else is raised at once, StoreUnavailable at the end of the patience."""
-    outage, pauses_s = Outage(patience, tell=tell, clock=clock), pauses(patience.first_pause_s, last_s=patience.last_pause_s)
+    """Call again while the store is unavailable; raises what else is raised at once,
+    StoreUnavailable at the end of the patience."""
+    outage, pauses_s = (
+        Outage(patience, tell=tell, clock=clock),
+        pauses(patience.first_pause_s, last_s=patience.last_pause_s),
+    )
     while True:
         try:
             answer = call()

@@ -1,6 +1,8 @@
-"""Numbers that look random and are a function of a seed and a place alone: the same on every machine, in NumPy and in torch.
+"""Numbers that look random and are a function of a seed and a place alone: the same on every
+machine, in NumPy and in torch.
 
-Everything works on int64 that wraps around, which both have; the bits are those of the published unsigned arithmetic.
+Everything works on int64 that wraps around, which both have; the bits are those of the published
+unsigned arithmetic.
 """
 
 from typing import Any, TypeVar
@@ -13,7 +15,8 @@ Numbers = TypeVar("Numbers")  # a NumPy array or a tensor of int64
 
 
 def splitmix64(x: Numbers) -> Numbers:
-    """The output function of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), elementwise."""
+    """The output function of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+    number generators"), elementwise."""
     mixed: Any = x
     mixed = (mixed ^ shifted(mixed, 30)) * _FIRST_FACTOR
     mixed = (mixed ^ shifted(mixed, 27)) * _SECOND_FACTOR

@@ -1,4 +1,5 @@
-"""Sequences of tokens as one value: what a source yields, a teacher scores, a chunk stores and a student reads.
+"""Sequences of tokens as one value: what a source yields, a teacher scores, a chunk stores and a
+student reads.
 
 Shapes: S sequences, L tokens in a sequence.
 """
@@ -34,8 +35,13 @@ class Sequences:
         return Sequences(self.token_ids_SL[rows], self.positions_SL[rows], self.loss_mask_SL[rows])
 
     def without(self, rows: Collection[int]) -> "Sequences":
-        """These set aside: each a blank of the same length, without targets. The others keep their places."""
-        token_ids_SL, positions_SL, loss_mask_SL = self.token_ids_SL.copy(), self.positions_SL.copy(), self.loss_mask_SL.copy()
+        """These set aside: each a blank of the same length, without targets. The others keep their
+        places."""
+        token_ids_SL, positions_SL, loss_mask_SL = (
+            self.token_ids_SL.copy(),
+            self.positions_SL.copy(),
+            self.loss_mask_SL.copy(),
+        )
         for row in rows:
             token_ids_SL[row], loss_mask_SL[row] = 0, 0
             positions_SL[row] = np.arange(positions_SL.shape[1])
@@ -44,7 +50,8 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkItem:
-    """A block of sequences and its number: what a teacher is asked to score. Block `number`, scored, is chunk `number`."""
+    """A block of sequences and its number: what a teacher is asked to score. Block `number`,
+    scored, is chunk `number`."""
 
     number: int
     sequences: Sequences
@@ -62,4 +69,6 @@ def joined(parts: Sequence[Sequences]) -> Sequences:
     """All of them, one after another."""
     if len(parts) == 1:
         return parts[0]
-    return Sequences(*(np.concatenate(arrays) for arrays in zip(*(part.arrays for part in parts), strict=True)))
+    return Sequences(
+        *(np.concatenate(arrays) for arrays in zip(*(part.arrays for part in parts), strict=True))
+    )

@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 
-# Settings of TRL, of Hugging Face's Trainer, of axolotl and of DeepSpeed, and what takes their place here.
+# Settings of TRL, of Hugging Face's Trainer, of axolotl and of DeepSpeed, and what takes their
+# place here.
 ELSEWHERE: Mapping[str, str] = {
     "model_name_or_path": "teacher.model or student.model",
     "model_name": "teacher.model or student.model",
@@ -34,13 +35,15 @@ ELSEWHERE: Mapping[str, str] = {
     "lr_scheduler_type": "a cosine, always, down to student.min_learning_rate",
     "num_train_epochs": "student.epochs",
     "num_epochs": "student.epochs",
-    "batch_size": "student.global_batch_sequences for a step, student.micro_batch_sequences or teacher.batch_sequences for a forward pass",
+    "batch_size": "student.global_batch_sequences for a step, student.micro_batch_sequences or "
+    "teacher.batch_sequences for a forward pass",
     "train_batch_size": "student.global_batch_sequences",
     "per_device_train_batch_size": "student.micro_batch_sequences",
     "micro_batch_size": "student.micro_batch_sequences",
     "train_micro_batch_size_per_gpu": "student.micro_batch_sequences",
     "per_device_eval_batch_size": "evaluate.batch_sequences",
-    "gradient_accumulation_steps": "student.global_batch_sequences, the sequences in one step over all ranks, from which it follows",
+    "gradient_accumulation_steps": "student.global_batch_sequences, the sequences in one step "
+    "over all ranks, from which it follows",
     "max_grad_norm": "student.gradient_clip",
     "gradient_clipping": "student.gradient_clip",
     "adam_beta1": "student.betas",
@@ -110,8 +113,12 @@ _LITERALS = {"True": "true", "False": "false"}
 
 
 def setting(name: str, *, section: str, known: Mapping[str, Collection[str]]) -> str:
-    """Which setting was meant by `name`, in words; `known` has the names in each section, and in '' those of the sections."""
-    here, homes = known.get(section, ()), [f"'{other}.{name}'" for other in known if other and name in known[other]]
+    """Which setting was meant by `name`, in words; `known` has the names in each section, and in ''
+    those of the sections."""
+    here, homes = (
+        known.get(section, ()),
+        [f"'{other}.{name}'" for other in known if other and name in known[other]],
+    )
     if name in ELSEWHERE:
         return f"here it is {ELSEWHERE[name]}"
     if homes:
@@ -121,31 +128,57 @@ def setting(name: str, *, section: str, known: Mapping[str, Collection[str]]) ->
         return f"did you mean '{near[0]}'?"
     if len(here) <= _MANY:
         return f"known here: {', '.join(here)}"
-    return f"the nearest of {len(here)} that are known here: {', '.join(difflib.get_close_matches(name, here, n=5, cutoff=0.0))}"
+    return (
+        f"the nearest of {len(here)} that are known here: "
+        f"{', '.join(difflib.get_close_matches(name, here, n=5, cutoff=0.0))}"
+    )
 
 
 def value(found: str, allowed: Collection[str]) -> str:
-    """Which of the allowed values was meant by `found`, in words, with a comma before them; '' where none is near."""
+    """Which of the allowed values was meant by `found`, in words, with a comma before them; ''
+    where none is near."""
     short = _SHORT.get(found.lower())
-    near = [short] if short in allowed else difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.5)
+    near = (
+        [short]
+        if short in allowed
+        else difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.5)
+    )
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def verb(found: str, known: Collection[str]) -> str:
     """Which command was meant, in words."""
-    near = [_OTHER_VERBS[found]] if found in _OTHER_VERBS else difflib.get_close_matches(found, known, n=1)
+    near = (
+        [_OTHER_VERBS[found]]
+        if found in _OTHER_VERBS
+        else difflib.get_close_matches(found, known, n=1)
+    )
     return f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known)}."
 
 
 def toml(text: str, complaint: str) -> str:
-    """How to make TOML of a text that is none, with a semicolon before it; '' where it is not known. `complaint` is the parser's."""
-    first = next((line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")), "")
+    """How to make TOML of a text that is none, with a semicolon before it; '' where it is not
+    known. `complaint` is the parser's."""
+    first = next(
+        (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")),
+        "",
+    )
     if first.lstrip().startswith("{"):
-        return "; this is JSON: write a section as [student], and below it a setting as learning_rate = 1e-4"
+        return (
+            "; this is JSON: write a section as [student], and below it a setting as "
+            "learning_rate = 1e-4"
+        )
     if re.match(r"---|[\w-]+:(\s|$)", first):
-        return "; this is YAML: write a section as [student], and below it a setting as learning_rate = 1e-4"
+        return (
+            "; this is YAML: write a section as [student], and below it a setting as "
+            "learning_rate = 1e-4"
+        )
     line = re.search(r"at line (\d+)", complaint)
-    bare = re.match(r"\s*([\w.-]+)\s*=\s*([A-Za-z/~.][^'\"#]*)", text.splitlines()[int(line[1]) - 1]) if line else None
+    bare = (
+        re.match(r"\s*([\w.-]+)\s*=\s*([A-Za-z/~.][^'\"#]*)", text.splitlines()[int(line[1]) - 1])
+        if line
+        else None
+    )
     if bare is None:
         return ""
     name, word = bare[1], bare[2].strip()

@@ -1,18 +1,23 @@
-"""Text from outside on its way to a terminal: what would steer the terminal is shown and not obeyed.
+"""Text from outside on its way to a terminal: what would steer the terminal is shown and not
+obeyed.
 
-A store, a file's name, a chat template or a library's error may hold escape sequences that move the cursor, hide text or turn it around.
+A store, a file's name, a chat template or a library's error may hold escape sequences that move the
+cursor, hide text or turn it around.
 """
 
 import re
 import sys
 
-# C0 and C1 but newline and tab, the marks and overrides of bidirectional text, other line ends, halves of a surrogate pair (which cannot
-# be encoded: a file's name that is not UTF-8 has them)
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 and C1 but newline and tab, the marks and overrides of bidirectional text, other line ends,
+# halves of a surrogate pair (which cannot be encoded: a file's name that is not UTF-8 has them)
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def printable(text: str) -> str:
-    """The text with every character that steers a terminal as its escape, such as \\x1b. Newlines and tabs stay."""
+    """The text with every character that steers a terminal as its escape, such as \\x1b. Newlines
+    and tabs stay."""
     return _STEERING.sub(_escape, text)
 
 

@@ -9,7 +9,16 @@ import xxhash
 
 from helpers.checkpoints import ORIGIN, make, write_files
 from helpers.sealing import canonical
-from stillhouse.checkpoint.manifest import Commit, Digest, choose, newest, part_of, publish, read_part, retain
+from stillhouse.checkpoint.manifest import (
+    Commit,
+    Digest,
+    choose,
+    newest,
+    part_of,
+    publish,
+    read_part,
+    retain,
+)
 from stillhouse.errors import CheckpointError
 from stillhouse.store.object_store import Blobs
 
@@ -43,11 +52,19 @@ STRANGE_FILES = {
 
 
 @pytest.mark.parametrize("case", ["deep", *STRANGE_FILES])
-def test_a_manifest_that_is_none_is_passed_over_and_deleted_in_its_turn(tmp_path: Path, case: str) -> None:
+def test_a_manifest_that_is_none_is_passed_over_and_deleted_in_its_turn(
+    tmp_path: Path, case: str
+) -> None:
     first, last = make(tmp_path, 4, 8)
     blobs, path = Blobs(str(tmp_path)), tmp_path / last.manifest
     values = json.loads(path.read_bytes())["commit"]
-    data = DEEP if case == "deep" else sealed("commit", {**values, "files": {**values["files"], "empty": STRANGE_FILES[case]}})
+    data = (
+        DEEP
+        if case == "deep"
+        else sealed(
+            "commit", {**values, "files": {**values["files"], "empty": STRANGE_FILES[case]}}
+        )
+    )
     path.write_bytes(data)
     choice = choose(blobs, lambda _: "")
     assert choice.commit == first
@@ -58,9 +75,19 @@ def test_a_manifest_that_is_none_is_passed_over_and_deleted_in_its_turn(tmp_path
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": 8.0}, {"step": "8"}, {"attempt": 5}, {"world_size": "two"}, {"world_size": 2.5}, {"origin": None}]
+    "change",
+    [
+        {"step": 8.0},
+        {"step": "8"},
+        {"attempt": 5},
+        {"world_size": "two"},
+        {"world_size": 2.5},
+        {"origin": None},
+    ],
 )
-def test_a_manifest_whose_values_are_of_other_types_is_passed_over(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_manifest_whose_values_are_of_other_types_is_passed_over(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
     first, last = make(tmp_path, 4, 8)
     path = tmp_path / last.manifest
     path.write_bytes(sealed("commit", {**json.loads(path.read_bytes())["commit"], **change}))
@@ -70,6 +97,8 @@ def test_a_manifest_whose_values_are_of_other_types_is_passed_over(tmp_path: Pat
 @pytest.mark.parametrize("case", ["deep", *STRANGE_FILES])
 def test_a_part_that_is_none_is_refused_by_its_ranks_name(tmp_path: Path, case: str) -> None:
     folder = write_files(str(tmp_path), 4)
-    (tmp_path / folder / part_of(1, 2)).write_bytes(DEEP if case == "deep" else sealed("part", {"empty": STRANGE_FILES[case]}))
+    (tmp_path / folder / part_of(1, 2)).write_bytes(
+        DEEP if case == "deep" else sealed("part", {"empty": STRANGE_FILES[case]})
+    )
     with pytest.raises(CheckpointError, match="which rank 1 has written, cannot be read"):
         read_part(Blobs(str(tmp_path)), folder, rank=1, world_size=2)

@@ -85,7 +85,9 @@ def test_a_new_token_is_its_owners_alone_and_replaces_none(tmp_path: Path) -> No
 
 
 def test_a_head_listens_for_its_dashboard_on_loopback_alone() -> None:
-    command = node.head(port=6379, resources={"student": 8.0}, autoscaling=None, block=False, directory=Path("/a"))
+    command = node.head(
+        port=6379, resources={"student": 8.0}, autoscaling=None, block=False, directory=Path("/a")
+    )
     assert "--temp-dir=/a/ray" in command
     assert "--dashboard-host=127.0.0.1" in command
     assert '--resources={"student": 8.0}' in command
@@ -116,8 +118,13 @@ def shared_place() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def own_cluster(shared_place: Path) -> Iterator[OwnCluster]:
-    command, environment = [sys.executable, "-c", HOST], without_token() | {"RAY_TMPDIR": str(shared_place)}
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as host:
+    command, environment = (
+        [sys.executable, "-c", HOST],
+        without_token() | {"RAY_TMPDIR": str(shared_place)},
+    )
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as host:
         assert host.stdout is not None
         address, token, session = host.stdout.readline().split()
         yield OwnCluster(address, token, Path(session), host)
@@ -127,7 +134,17 @@ def own_cluster(shared_place: Path) -> Iterator[OwnCluster]:
 
 def as_another_user(script: str, *words: str | Path) -> "subprocess.CompletedProcess[str]":
     """Run a shell script as `nobody`, who has no rights here but everybody's."""
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-euc", script, "sh", *map(str, words)]
+    command = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "sh",
+        "-euc",
+        script,
+        "sh",
+        *map(str, words),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
 
@@ -135,7 +152,8 @@ THEFTS = {
     "the raylet's socket is moved away": 'mv "$1/sockets/raylet" "$1/sockets/moved"',
     "the logs are moved away": 'mv "$1/logs" "$1/moved"',
     "the logs are read": 'cat "$1/logs/gcs_server.out"',
-    "the latest session is another": 'rm "$1/../session_latest" && ln -s /etc "$1/../session_latest"',
+    "the latest session is another": 'rm "$1/../session_latest" && ln -s /etc '
+    '"$1/../session_latest"',
     "the current cluster is another": 'echo 127.0.0.1:9 > "$1/../ray_current_cluster"',
     "the whole directory is moved away": 'mv "$1/../.." "$1/../../../moved"',
 }
@@ -143,7 +161,9 @@ THEFTS = {
 
 @pytest.mark.machine_root
 @pytest.mark.parametrize("theft", THEFTS.values(), ids=THEFTS.keys())
-def test_another_user_of_the_machine_touches_none_of_rays_files(own_cluster: OwnCluster, theft: str) -> None:
+def test_another_user_of_the_machine_touches_none_of_rays_files(
+    own_cluster: OwnCluster, theft: str
+) -> None:
     assert as_another_user("true").returncode == 0, "this user cannot become another: run as root"
     assert as_another_user(theft, own_cluster.session).returncode != 0
     assert (own_cluster.session / "sockets" / "raylet").is_socket()
@@ -152,12 +172,19 @@ def test_another_user_of_the_machine_touches_none_of_rays_files(own_cluster: Own
 
 
 def test_the_cluster_of_one_machine_listens_on_loopback_alone(own_cluster: OwnCluster) -> None:
-    wait_until(lambda: any(own_cluster.session.glob("metrics_export_port_*")))  # the last of its ports
+    # the last of its ports
+    wait_until(lambda: any(own_cluster.session.glob("metrics_export_port_*")))
     host = psutil.Process(own_cluster.process.pid)
-    sockets = [each for process in (host, *host.children(recursive=True)) for each in process.net_connections("inet")]
+    sockets = [
+        each
+        for process in (host, *host.children(recursive=True))
+        for each in process.net_connections("inet")
+    ]
     listening = [ip_address(each.laddr.ip) for each in sockets if each.status == psutil.CONN_LISTEN]
     assert len(listening) > 5
-    assert [str(ip) for ip in listening if not (getattr(ip, "ipv4_mapped", None) or ip).is_loopback] == []
+    assert [
+        str(ip) for ip in listening if not (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+    ] == []
 
 
 def test_a_stranger_on_the_same_machine_does_not_get_into_the_cluster_that_a_command_started(
@@ -168,12 +195,15 @@ def test_a_stranger_on_the_same_machine_does_not_get_into_the_cluster_that_a_com
     def enter(**knowing: str) -> "subprocess.Popen[str]":
         local = {
             "HOME": str(tmp_path),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray would ask at another address of this machine
+            # else Ray would ask at another address of this machine
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_NUM_REDIS_GET_RETRIES": "2",  # seconds for which a stranger knocks
         }
         environment: Mapping[str, str] = without_token() | local | knowing
         command = [sys.executable, "-c", STRANGER, address]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     strangers = [enter(), enter(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="f" * 64)]
     friend = enter(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
@@ -185,19 +215,31 @@ def test_a_stranger_on_the_same_machine_does_not_get_into_the_cluster_that_a_com
     assert "it is in" in friend.communicate(timeout=120)[0]
 
 
-@pytest.mark.parametrize("mode", ["disabled", "DISABLED", "off", ""])  # Ray takes whatever it does not know for disabled
-def test_a_command_starts_no_cluster_that_is_open_to_all(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+@pytest.mark.parametrize(
+    "mode", ["disabled", "DISABLED", "off", ""]
+)  # Ray takes whatever it does not know for disabled
+def test_a_command_starts_no_cluster_that_is_open_to_all(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with pytest.raises(ConfigError, match="unset it, or set it to 'token'"), attached(ClusterSection()):
+    with (
+        pytest.raises(ConfigError, match="unset it, or set it to 'token'"),
+        attached(ClusterSection()),
+    ):
         pass
 
 
 @pytest.mark.parametrize("token", ["", "x", " " * 40, "fifteen letters"])
-def test_a_command_starts_no_cluster_with_a_token_that_can_be_guessed(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+def test_a_command_starts_no_cluster_with_a_token_that_can_be_guessed(
+    monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with pytest.raises(ConfigError, match="which nobody can guess, are wanted"), attached(ClusterSection()):
+    with (
+        pytest.raises(ConfigError, match="which nobody can guess, are wanted"),
+        attached(ClusterSection()),
+    ):
         pass
 
 
@@ -212,13 +254,18 @@ except ConfigError as error:
     print(error)
 """
 FORGERIES = {
-    "a file": ('mkdir "$1/ray" && echo "$2" > "$1/ray/ray_current_cluster"', "may be another user's work"),
+    "a file": (
+        'mkdir "$1/ray" && echo "$2" > "$1/ray/ray_current_cluster"',
+        "may be another user's work",
+    ),
     "a directory in this user's name": (
-        f'mkdir -p "$1/stillhouse-{os.geteuid()}/ray" && echo "$2" > "$1/stillhouse-{os.geteuid()}/ray/ray_current_cluster"',
+        f'mkdir -p "$1/stillhouse-{os.geteuid()}/ray" && echo "$2" > '
+        f'"$1/stillhouse-{os.geteuid()}/ray/ray_current_cluster"',
         "not a directory of your own",
     ),
     "a process": (
-        'ln -s "$(command -v sh)" "$1/raylet" && exec "$1/raylet" -c "while :; do sleep 1; done" --gcs-address="$2"',
+        'ln -s "$(command -v sh)" "$1/raylet" && exec "$1/raylet" -c "while :; do sleep 1; done" '
+        '--gcs-address="$2"',
         "belongs to none",
     ),
 }
@@ -226,18 +273,37 @@ FORGERIES = {
 
 @pytest.mark.machine_root
 @pytest.mark.parametrize(("forge", "words"), FORGERIES.values(), ids=FORGERIES.keys())
-def test_a_driver_sends_its_token_to_no_cluster_that_another_user_names(forge: str, words: str) -> None:
+def test_a_driver_sends_its_token_to_no_cluster_that_another_user_names(
+    forge: str, words: str
+) -> None:
     place = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
     place.chmod(0o1777)
     environment = os.environ | {"RAY_TMPDIR": str(place), "RAY_ADDRESS": "auto"}
     with socket.create_server(("127.0.0.1", 0)) as thief:
         thief.setblocking(False)
         address = f"127.0.0.1:{thief.getsockname()[1]}"
-        forger = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-uc", forge, "sh", str(place), address]
+        forger = [
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            "sh",
+            "-uc",
+            forge,
+            "sh",
+            str(place),
+            address,
+        ]
         with subprocess.Popen(forger) as another_user:
             try:
                 wait_until(lambda: another_user.poll() == 0 or (place / "raylet").exists())
-                answer = subprocess.run([sys.executable, "-c", ATTACH], env=environment, capture_output=True, text=True, timeout=60)
+                answer = subprocess.run(
+                    [sys.executable, "-c", ATTACH],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                )
             finally:
                 another_user.kill()
                 rmtree(place)

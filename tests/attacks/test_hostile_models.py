@@ -31,9 +31,17 @@ def hostile(tmp_path: Path) -> tuple[Path, Path]:
     (folder / "hostile.py").write_text(CODE.format(target=str(target)))
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    classes = {"AutoConfig": "hostile.Config", "AutoModelForCausalLM": "hostile.Model", "AutoTokenizer": ["hostile.Tokenizer", None]}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "hostile", "auto_map": classes}))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"tokenizer_class": "Tokenizer", "auto_map": classes}))
+    classes = {
+        "AutoConfig": "hostile.Config",
+        "AutoModelForCausalLM": "hostile.Model",
+        "AutoTokenizer": ["hostile.Tokenizer", None],
+    }
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "hostile", "auto_map": classes})
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | {"tokenizer_class": "Tokenizer", "auto_map": classes})
+    )
     return folder, target
 
 
@@ -46,15 +54,22 @@ def test_code_beside_a_model_does_not_run(hostile: tuple[Path, Path]) -> None:
     assert not target.exists()
 
 
-def test_code_is_run_only_by_those_who_ask_for_it(hostile: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_run_only_by_those_who_ask_for_it(
+    hostile: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, target = hostile
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     with suppress(ModelError):
-        load_model(StudentSection(model=str(folder), dtype="float32", trust_remote_code=True), random_init_seed=None)
+        load_model(
+            StudentSection(model=str(folder), dtype="float32", trust_remote_code=True),
+            random_init_seed=None,
+        )
     assert target.exists()  # so the code was fit to run
     assert ModelSection(model="anything").trust_remote_code is False
     assert (
-        parse_config({"corpus": {"dataset": "stdlib"}, "teacher": {"model": "a"}, "student": {"model": "b"}}).teacher.trust_remote_code
+        parse_config(
+            {"corpus": {"dataset": "stdlib"}, "teacher": {"model": "a"}, "student": {"model": "b"}}
+        ).teacher.trust_remote_code
         is False
     )

@@ -1,4 +1,5 @@
-"""What a store may hold that was not put there by us: it is refused, and nothing is allocated, read or written on its word."""
+"""What a store may hold that was not put there by us: it is refused, and nothing is allocated, read
+or written on its word."""
 
 import json
 import struct
@@ -31,7 +32,9 @@ def path_of(store: ChunkStore, number: int) -> Path:
 
 
 @pytest.mark.parametrize("length", [2**63 - 1, 2**40, 100 << 20])
-def test_a_header_of_absurd_length_is_refused_before_anything_is_taken_for_it(store: ChunkStore, length: int) -> None:
+def test_a_header_of_absurd_length_is_refused_before_anything_is_taken_for_it(
+    store: ChunkStore, length: int
+) -> None:
     path = path_of(store, 0)
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
     tracemalloc.start()
@@ -64,9 +67,18 @@ def test_a_chunk_under_another_number_or_recipe_is_refused(store: ChunkStore) ->
         store.fetch(1)
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/etc/cron.d/job", "a/b", "", "x" * 1000, "..", "a\\x00b"])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere", "/etc/cron.d/job", "a/b", "", "x" * 1000, "..", "a\\x00b"]
+)
 def test_a_reader_has_a_plain_name(store: ChunkStore, name: str) -> None:
-    reader = Consumer(name=name, global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
+    reader = Consumer(
+        name=name,
+        global_batch_sequences=8,
+        seed=0,
+        window_chunks=2,
+        total_steps=60,
+        committed_step=12,
+    )
     with pytest.raises(StoreError):
         consumers.join(store, reader)
     assert not (Path(store.url).parent / "elsewhere").exists()
@@ -105,7 +117,9 @@ def test_a_recipe_of_absurd_numbers_is_refused_by_name(tmp_path: Path, case: str
 
 def test_a_recipe_of_many_rows_takes_no_memory_for_a_chunk_that_has_none(tmp_path: Path) -> None:
     """A reader of rows asks for as many bytes as the index of such a chunk may have: 32 GiB."""
-    store = ChunkStore.create(str(tmp_path), small_recipe(num_sequences=2**31 - 1, chunk_sequences=2**31 - 1))
+    store = ChunkStore.create(
+        str(tmp_path), small_recipe(num_sequences=2**31 - 1, chunk_sequences=2**31 - 1)
+    )
     path = path_of(store, 0)
     path.parent.mkdir()
     path.write_bytes(pack_chunk(make_chunk(small_recipe()), small_recipe()))
@@ -117,7 +131,9 @@ def test_a_recipe_of_many_rows_takes_no_memory_for_a_chunk_that_has_none(tmp_pat
     assert peak < MUCH
 
 
-def test_an_index_that_a_server_cuts_short_is_refused_whatever_its_checksum(store: ChunkStore) -> None:
+def test_an_index_that_a_server_cuts_short_is_refused_whatever_its_checksum(
+    store: ChunkStore,
+) -> None:
     data = path_of(store, 0).read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0] + 16 * 4 + 8
     cut = sealed_chunk(data[: end - 1], num_rows=4)
@@ -130,7 +146,9 @@ def test_a_checksum_is_its_16_digits_and_nothing_more(store: ChunkStore, checksu
     """The digits are there and are right, with something behind or around them."""
     chunk, recipe = make_chunk(store.recipe, 0), json.loads(store.recipe.canonical_json())
     arrays = arrays_of(chunk)
-    whole, changed = (canonical({**metadata_of(recipe, 0), "xxh3": text}) for text in ("0" * 16, checksum))
+    whole, changed = (
+        canonical({**metadata_of(recipe, 0), "xxh3": text}) for text in ("0" * 16, checksum)
+    )
     path_of(store, 0).write_bytes(chunk_file(arrays, canonical(header_of(arrays, whole))))
     store.verify(0)
     path_of(store, 0).write_bytes(chunk_file(arrays, canonical(header_of(arrays, changed))))
@@ -150,8 +168,17 @@ def test_a_checksum_is_its_16_digits_and_nothing_more(store: ChunkStore, checksu
         {"committed_step": -1},
     ],
 )
-def test_a_reader_of_absurd_values_is_a_stranger_and_stands_in_nobodys_way(store: ChunkStore, change: dict[str, object]) -> None:
-    sound = Consumer(name="a", global_batch_sequences=8, seed=0, window_chunks=2, total_steps=60, committed_step=12)
+def test_a_reader_of_absurd_values_is_a_stranger_and_stands_in_nobodys_way(
+    store: ChunkStore, change: dict[str, object]
+) -> None:
+    sound = Consumer(
+        name="a",
+        global_batch_sequences=8,
+        seed=0,
+        window_chunks=2,
+        total_steps=60,
+        committed_step=12,
+    )
     consumers.join(store, sound)
     values = sealed_json({**asdict(sound), "name": "b", "version": 1, **change}, sort_keys=True)
     (Path(store.url) / store.folder / "readers" / "b.json").write_bytes(canonical(values))
@@ -161,6 +188,8 @@ def test_a_reader_of_absurd_values_is_a_stranger_and_stands_in_nobodys_way(store
 def test_a_chunk_has_the_name_that_its_number_gives_it(store: ChunkStore) -> None:
     """Digits of other scripts are numbers to Python, too."""
     path = path_of(store, 0)
-    path.with_name(path.name.replace("0000000000", "000000000\u0662")).write_bytes(path.read_bytes())
+    path.with_name(path.name.replace("0000000000", "000000000\u0662")).write_bytes(
+        path.read_bytes()
+    )
     assert store.published() == {0}
     assert store.listing().cut == set()

@@ -1,6 +1,7 @@
 """The run that everything happens to, and what should come of it.
 
-Processes take seconds to start. So one run lives through it all, and the tests look at what it left.
+Processes take seconds to start. So one run lives through it all, and the tests look at what it
+left.
 """
 
 import random
@@ -17,7 +18,10 @@ from helpers.world import TinyWorld
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--chaos-seeds", type=int, default=0, help="the long form, with so many disasters to live through: moments and victims differ"
+        "--chaos-seeds",
+        type=int,
+        default=0,
+        help="the long form, with so many disasters to live through: moments and victims differ",
     )
 
 
@@ -31,7 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "disaster" in metafunc.fixturenames:
         metafunc.parametrize(
-            "disaster", range(metafunc.config.getoption("--chaos-seeds", 0) or 1), indirect=True, scope="package", ids="seed{}".format
+            "disaster",
+            range(metafunc.config.getoption("--chaos-seeds", 0) or 1),
+            indirect=True,
+            scope="package",
+            ids="seed{}".format,
         )
 
 
@@ -48,7 +56,11 @@ def scene(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="package")
-def undisturbed(tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(
+    tiny_world: TinyWorld,
+    rank_groups: dict[int, RankGroup],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Undisturbed:
     """An epoch without teacher actors, a command or a fault: its chunks, and two ranks' losses."""
     plan = tiny_world.plan(tmp_path_factory.mktemp("undisturbed") / "run", student=EPOCH)
     tiny_world.fill_store(plan)
@@ -64,7 +76,8 @@ def disaster(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Disaster:
-    """Lived through, and gone on from: by the whole command where there is time, else by the training loop in processes that are there."""
+    """Lived through, and gone on from: by the whole command where there is time, else by the
+    training loop in processes that are there."""
     bucket = f"disaster-{request.param}"
     make_bucket(bucket)
     scene.make_whole()

@@ -1,9 +1,11 @@
-"""Two runs that something happens to once a minute, drawn from a seed; then one undisturbed, which has to have the losses of both.
+"""Two runs that something happens to once a minute, drawn from a seed; then one undisturbed, which
+has to have the losses of both.
 
     PYTHONPATH=tests python -m chaos.soak --minutes 20 --seed 0
 
-In the first, of half the time, only teachers and their machines suffer; in the second everything does. Prints what happened, how each run
-went on and how much of the time was useful; exit code 1 where anything was lost, done twice or different.
+In the first, of half the time, only teachers and their machines suffer; in the second everything
+does. Prints what happened, how each run went on and how much of the time was useful; exit code 1
+where anything was lost, done twice or different.
 """
 
 import argparse
@@ -27,7 +29,17 @@ from helpers.faults import everything
 from helpers.history import Left, chunks_in, commits_in, told_in, violations
 from helpers.models import make_model
 from helpers.s3 import s3_server
-from helpers.scene import LEFT, RIGHT, LiveRun, Scene, contents, curve, make_bucket, put, times_written
+from helpers.scene import (
+    LEFT,
+    RIGHT,
+    LiveRun,
+    Scene,
+    contents,
+    curve,
+    make_bucket,
+    put,
+    times_written,
+)
 from helpers.world import TinyWorld
 from stillhouse.pipeline import Plan
 from stillhouse.report.goodput import PARTS, incidents, recoveries, student_time, teacher_time
@@ -42,7 +54,9 @@ MACHINES = (LEFT, RIGHT)
 class Soak:
     """The run, and what has happened to it."""
 
-    def __init__(self, scene: Scene, world: TinyWorld, folder: Path, rng: random.Random, *, name: str) -> None:
+    def __init__(
+        self, scene: Scene, world: TinyWorld, folder: Path, rng: random.Random, *, name: str
+    ) -> None:
         self.scene, self.rng, self.bucket = scene, rng, f"soak-{name}"
         make_bucket(self.bucket)
         self.plan = plan_of(scene, world, folder / name, bucket=self.bucket, max_steps=None)
@@ -87,9 +101,12 @@ class Soak:
             way.end(fault)
 
     def flip_a_bit(self) -> None:
-        """In a chunk that is not read yet, if there is one: readers find it, and a teacher makes it again."""
+        """In a chunk that is not read yet, if there is one: readers find it, and a teacher makes it
+        again."""
         position = {number: position for position, number in enumerate(self.plan.chunks)}
-        ahead = [number for number in self.store.published() if position[number] > self.num_steps() + 10]
+        ahead = [
+            number for number in self.store.published() if position[number] > self.num_steps() + 10
+        ]
         if ahead:
             number = self.rng.choice(ahead)
             key = f"casks/{self.store.key(number)}"
@@ -106,7 +123,8 @@ class Soak:
         return max((row.step for row in self.run.rows if isinstance(row, TrainRow)), default=0)
 
     def strike(self, faults: Sequence[Callable[["Soak"], None]]) -> None:
-        """The next fault: each of them once, in an order that is drawn, and then again in another."""
+        """The next fault: each of them once, in an order that is drawn, and then again in
+        another."""
         if not self._to_come:
             self._to_come = self.rng.sample(faults, len(faults))
         fault = self._to_come.pop()
@@ -116,19 +134,41 @@ class Soak:
 
 
 ON_TEACHERS = (Soak.kill_teacher, Soak.lose_machine, Soak.cut_machine_off)
-ON_ALL = (*ON_TEACHERS, Soak.kill_rank, Soak.stop_rank, Soak.refuse_requests, Soak.slow_requests_down, Soak.flip_a_bit, Soak.kill_driver)
+ON_ALL = (
+    *ON_TEACHERS,
+    Soak.kill_rank,
+    Soak.stop_rank,
+    Soak.refuse_requests,
+    Soak.slow_requests_down,
+    Soak.flip_a_bit,
+    Soak.kill_driver,
+)
 
 
 def make_world(folder: Path) -> TinyWorld:
-    """Work for an hour: the student is what takes the time, and teachers are at work for as long as it is."""
+    """Work for an hour: the student is what takes the time, and teachers are at work for as long as
+    it is."""
     small = TinyWorld.make(folder)
-    make_model(folder / "student", vocab_size=300, hidden_size=128, intermediate_size=512, num_layers=6, num_heads=4, seed=2)
-    values = small.values | {"corpus": {"dataset": "stdlib", "sequence_length": 64, "heldout_sequences": 8}}
+    make_model(
+        folder / "student",
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=512,
+        num_layers=6,
+        num_heads=4,
+        seed=2,
+    )
+    values = small.values | {
+        "corpus": {"dataset": "stdlib", "sequence_length": 64, "heldout_sequences": 8}
+    }
     return TinyWorld(folder, values)
 
 
-def plan_of(scene: Scene, world: TinyWorld, run_dir: Path, *, bucket: str, max_steps: int | None) -> Plan:
-    """Each chunk is a batch; the learning rate stands still, so that a run is the beginning of any longer one."""
+def plan_of(
+    scene: Scene, world: TinyWorld, run_dir: Path, *, bucket: str, max_steps: int | None
+) -> Plan:
+    """Each chunk is a batch; the learning rate stands still, so that a run is the beginning of any
+    longer one."""
     student: dict[str, Any] = {
         "num_workers": 2,
         "global_batch_sequences": 32,
@@ -163,7 +203,11 @@ def soak(story: Soak, *, minutes: float, faults: Sequence[Callable[[Soak], None]
     code = story.run.command.wait(timeout_s=120)
     tell(story)
     story.scene.make_whole()
-    problems = [] if code == 130 else [f"exit code {code} of an interrupted run: {story.run.command.words()}"]
+    problems = (
+        []
+        if code == 130
+        else [f"exit code {code} of an interrupted run: {story.run.command.words()}"]
+    )
     return problems + doubled(story) + untrue(story)
 
 
@@ -176,21 +220,33 @@ def untrue(story: Soak) -> list[str]:
 def undisturbed(longest: Soak, world: TinyWorld) -> LiveRun:
     """The same steps, with nothing in their way and every chunk at hand."""
     run_dir = longest.plan.run_dir.with_name("undisturbed")
-    run = longest.scene.run(plan_of(longest.scene, world, run_dir, bucket=longest.bucket, max_steps=longest.num_steps()))
+    run = longest.scene.run(
+        plan_of(longest.scene, world, run_dir, bucket=longest.bucket, max_steps=longest.num_steps())
+    )
     assert run.command.wait(timeout_s=7200) == 0, run.command.words()
     return run
 
 
 def doubled(story: Soak) -> list[str]:
-    sound = {f"casks/{story.store.key(number)}" for number in story.store.published() - story.damaged}
-    return [f"{key} was written {times} times" for key, times in times_written(story.bucket).items() if key in sound and times != 1]
+    sound = {
+        f"casks/{story.store.key(number)}" for number in story.store.published() - story.damaged
+    }
+    return [
+        f"{key} was written {times} times"
+        for key, times in times_written(story.bucket).items()
+        if key in sound and times != 1
+    ]
 
 
 def differing(story: Soak, other: LiveRun) -> list[str]:
     ours, theirs = curve(story.run.rows), curve(other.rows)
     if [step for step, *_ in ours] != [*range(1, len(ours) + 1)]:
         return [f"{story.bucket}: steps are missing from its journal"]
-    return [f"step {mine[0]}: {mine}, undisturbed {his}" for mine, his in zip(ours, theirs[: len(ours)], strict=True) if mine != his][:5]
+    return [
+        f"step {mine[0]}: {mine}, undisturbed {his}"
+        for mine, his in zip(ours, theirs[: len(ours)], strict=True)
+        if mine != his
+    ][:5]
 
 
 def tell(story: Soak) -> None:
@@ -201,7 +257,8 @@ def tell(story: Soak) -> None:
     print("\n".join(incidents(summary)))
     for each in recoveries(summary):
         print(
-            f"{each.at:6.0f} s  {each.whose} {each.cause}, after {each.seconds:.1f} s and {each.lost_steps} steps again; {each.detail[:80]}"
+            f"{each.at:6.0f} s  {each.whose} {each.cause}, after {each.seconds:.1f} s and "
+            f"{each.lost_steps} steps again; {each.detail[:80]}"
         )
     for whose, time in (("students", student_time(summary)), ("teachers", teacher_time(summary))):
         assert time is not None
@@ -210,15 +267,24 @@ def tell(story: Soak) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would name every request
-    with s3_server() as endpoint, tempfile.TemporaryDirectory() as folder, Scene.open(endpoint, cache=Path(folder)) as scene:
+    with (
+        s3_server() as endpoint,
+        tempfile.TemporaryDirectory() as folder,
+        Scene.open(endpoint, cache=Path(folder)) as scene,
+    ):
         world, rng = make_world(Path(folder)), random.Random(arguments.seed)
         problems, stories = list[str](), list[Soak]()
-        for name, faults, minutes in (("teachers", ON_TEACHERS, arguments.minutes / 2), ("all", ON_ALL, arguments.minutes)):
+        for name, faults, minutes in (
+            ("teachers", ON_TEACHERS, arguments.minutes / 2),
+            ("all", ON_ALL, arguments.minutes),
+        ):
             print(f"\n{minutes:g} minutes of faults: {name}", flush=True)
             stories.append(Soak(scene, world, Path(folder), rng, name=name))
             problems += soak(stories[-1], minutes=minutes, faults=faults)

@@ -1,4 +1,5 @@
-"""A rank killed at any phase of a checkpoint, and a bit flipped in any of its files: the newest whole one is used, and nothing changes."""
+"""A rank killed at any phase of a checkpoint, and a bit flipped in any of its files: the newest
+whole one is used, and nothing changes."""
 
 import re
 import shutil
@@ -27,12 +28,18 @@ from stillhouse.student.job import TrainJob
 from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow
 
 COLLECTIVES_S = 3.0  # the time-out of the process group in tests of restoring
-STEPS, EVERY = 20, 4  # the second checkpoint is due at step 8, and is taken then or, while the first is on its way, soon after
+STEPS, EVERY = (
+    20,
+    4,
+    # the second checkpoint is due at step 8, and is taken then or, while the first is on its way,
+    # soon after
+)
 _STEP = re.compile(r"step-(\d{8})")
 
 
 class Phase(NamedTuple):
-    """A moment in the life of the second checkpoint: a request that never gets through, or a row after which rank 0 stands still."""
+    """A moment in the life of the second checkpoint: a request that never gets through, or a row
+    after which rank 0 stands still."""
 
     victim: int
     second_is_whole: bool
@@ -41,11 +48,17 @@ class Phase(NamedTuple):
 
 
 def puts(name: str) -> Matches:
-    return lambda request: request.method == "PUT" and name in request.path and step_in(request.path) > EVERY
+    return lambda request: (
+        request.method == "PUT" and name in request.path and step_in(request.path) > EVERY
+    )
 
 
 def manifests(request: Request) -> bool:
-    return request.method == "PUT" and re.search(r"step-\d{8}\.json", request.path) is not None and step_in(request.path) > EVERY
+    return (
+        request.method == "PUT"
+        and re.search(r"step-\d{8}\.json", request.path) is not None
+        and step_in(request.path) > EVERY
+    )
 
 
 def deletes(request: Request) -> bool:
@@ -59,9 +72,15 @@ def step_in(name: str) -> int:
 
 PHASES = {
     "before the snapshot": Phase(0, False, halt=TrainRow),
-    "in the upload of the first rank's first file": Phase(0, False, puts("mp_rank_00_model_states.pt")),
-    "in the upload of the last rank's last file": Phase(1, False, puts("pp_rank_1_mp_rank_00_optim_states.pt")),
-    "when a rank's files are there, before it says so": Phase(1, False, puts("part-00001-of-00002.json")),
+    "in the upload of the first rank's first file": Phase(
+        0, False, puts("mp_rank_00_model_states.pt")
+    ),
+    "in the upload of the last rank's last file": Phase(
+        1, False, puts("pp_rank_1_mp_rank_00_optim_states.pt")
+    ),
+    "when a rank's files are there, before it says so": Phase(
+        1, False, puts("part-00001-of-00002.json")
+    ),
     "when all parts are there, before the manifest": Phase(0, False, manifests),
     "after the manifest": Phase(0, True, halt=CheckpointRow),
     "while the one before is deleted": Phase(0, True, deletes),
@@ -69,9 +88,16 @@ PHASES = {
 
 
 @pytest.fixture(scope="module")
-def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> TrainJob:
+def job(
+    tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str
+) -> TrainJob:
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="checkpoints")
-    student = {"checkpoint_every_steps": EVERY, "keep_checkpoints": 1, "max_steps": STEPS, "init": "config"}
+    student = {
+        "checkpoint_every_steps": EVERY,
+        "keep_checkpoints": 1,
+        "max_steps": STEPS,
+        "init": "config",
+    }
     plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
     tiny_world.fill_store(plan)
     return plan.jobs()[0]
@@ -141,7 +167,8 @@ def test_a_rank_killed_at_any_phase_of_a_checkpoint_leaves_the_newest_whole_one(
 def test_training_does_not_wait_for_a_store_that_holds_its_checkpoints_up(
     job: TrainJob, steady: TrainJob, proxy: FaultyS3, tmp_path: Path
 ) -> None:
-    """Up to the last step, which has to be committed before the training ends; meanwhile no second snapshot is taken."""
+    """Up to the last step, which has to be committed before the training ends; meanwhile no second
+    snapshot is taken."""
     slow = in_folder(job, tmp_path, checkpoint_url=f"s3://checkpoints/{tmp_path.name}")
     proxy.hold(lambda request: request.method == "PUT" and "optim_states" in request.path)
     ranks = Mortals(slow, world_size=2, environment={"AWS_ENDPOINT_URL": proxy.url})
@@ -160,13 +187,26 @@ def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_w
     assert job.checkpoints  # its bucket is there
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     proxy.refuse(lambda request: request.method == "PUT", status=503)
-    url, committed, delays = f"s3://checkpoints/{tmp_path.name}", list[tuple[Commit, float, float]](), list[tuple[int, str]]()
+    url, committed, delays = (
+        f"s3://checkpoints/{tmp_path.name}",
+        list[tuple[Commit, float, float]](),
+        list[tuple[int, str]](),
+    )
 
     def on_commit(*plan: Any) -> None:
         committed.append(plan)
 
-    only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1, "patience": Patience(request_s=0.2)}
-    with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=lambda *delay: delays.append(delay)) as writer:
+    only = {
+        "origin": ORIGIN,
+        "attempt": "a",
+        "rank": 0,
+        "world_size": 1,
+        "keep": 1,
+        "patience": Patience(request_s=0.2),
+    }
+    with CheckpointWriter(
+        url, **only, on_commit=on_commit, on_delay=lambda *delay: delays.append(delay)
+    ) as writer:
         writer.submit(snapshot_of(3))
         until(lambda: len(proxy.refused) >= 10)
         ((step, why),) = delays
@@ -182,18 +222,26 @@ def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_w
 def test_a_bucket_that_is_away_while_a_group_restarts_is_waited_for_by_every_rank(
     rank_groups: dict[int, RankGroup], s3_endpoint: str, proxy: FaultyS3, tmp_path: Path
 ) -> None:
-    """It is away for longer than a collective may take; and when it is back, the first answer for a file comes cut short."""
+    """It is away for longer than a collective may take; and when it is back, the first answer for a
+    file comes cut short."""
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="away")
     url = f"s3://away/{tmp_path.name}"
     make(url, 10, 20)
     patience = Patience(request_s=0.2, tell_after_s=0.5, last_pause_s=0.5)
     outage = proxy.refuse(everything, status=503)
     with ThreadPoolExecutor(1) as threads:
-        restoring = threads.submit(rank_groups[2].call, restored_through, url, proxy.url, patience, COLLECTIVES_S)
+        restoring = threads.submit(
+            rank_groups[2].call, restored_through, url, proxy.url, patience, COLLECTIVES_S
+        )
         until(lambda: restoring.done() or proxy.refused)
         began = monotonic()
         until(lambda: restoring.done() or monotonic() - began > 1.2 * COLLECTIVES_S)
-        proxy.truncate(lambda request: request.method == "GET" and "step-00000020.a/model_states.bin" in request.path, times=1)
+        proxy.truncate(
+            lambda request: (
+                request.method == "GET" and "step-00000020.a/model_states.bin" in request.path
+            ),
+            times=1,
+        )
         proxy.end(outage)
         (first, told_first), (second, told_second) = restoring.result(timeout=120)
     assert (first, second) == ("step 20", "step 20")
@@ -208,7 +256,9 @@ def test_a_bucket_that_stays_away_ends_the_restart_on_every_rank(
     assert s3_endpoint != proxy.url
     proxy.refuse(everything, status=503)
     patience = Patience(request_s=0.1, tell_after_s=0.0, end_after_s=0.5, last_pause_s=0.1)
-    answers = rank_groups[2].call(restored_through, "s3://away/nothing", proxy.url, patience, COLLECTIVES_S)
+    answers = rank_groups[2].call(
+        restored_through, "s3://away/nothing", proxy.url, patience, COLLECTIVES_S
+    )
     assert all("too busy" in answer and "given up" in answer for answer, _ in answers)
 
 

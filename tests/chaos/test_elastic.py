@@ -1,6 +1,8 @@
-"""A student's machines come and go, each time announced: no step is lost, and the losses are those of ranks that never changed.
+"""A student's machines come and go, each time announced: no step is lost, and the losses are those
+of ranks that never changed.
 
-Processes take seconds to start. So one run lives through it all, and the tests look at what it left.
+Processes take seconds to start. So one run lives through it all, and the tests look at what it
+left.
 """
 
 import os
@@ -22,7 +24,8 @@ from stillhouse.store import ChunkStore
 from stillhouse.student.loader import steps_in_a_stretch
 from stillhouse.tracking import CheckpointRow, EndRow, NoticeRow, RecoveryRow, Row, TrainRow
 
-pytestmark = pytest.mark.timeout(900)  # of which most goes to starting processes, on a machine that others may use
+# of which most goes to starting processes, on a machine that others may use
+pytestmark = pytest.mark.timeout(900)
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -50,7 +53,8 @@ class Journey:
         self.exit_code: int | None = None
 
     def read(self, num_chunks: int) -> None:
-        """Let the ranks read so many chunks, and wait until they have taken every step for which these suffice."""
+        """Let the ranks read so many chunks, and wait until they have taken every step for which
+        these suffice."""
         self.let_read(num_chunks)
         self.stops.append(self._last_step_within(set(self.plan.chunks[:num_chunks])))
         self.run.until(lambda: self.last_step == self.stops[-1])
@@ -68,17 +72,25 @@ class Journey:
             way = self.scene.s3[name]
             before = self._limits.get(name)
             self._limits[name] = way.hold(
-                lambda request: request.method == "GET" and request.chunk is not None and request.chunk not in allowed
+                lambda request: (
+                    request.method == "GET"
+                    and request.chunk is not None
+                    and request.chunk not in allowed
+                )
             )
             if before is not None:
                 way.end(before)
 
     def _last_step_within(self, chunks: set[int]) -> int:
-        """A reader fetches the chunks of several steps together, counted from where its group began."""
+        """A reader fetches the chunks of several steps together, counted from where its group
+        began."""
         order, stretch = self.plan.order, steps_in_a_stretch(self.plan.order)
         begun = max((row.resumed_step for row in self.of(RecoveryRow)), default=0)
         for first in range(begun, self.plan.total_steps, stretch):
-            needed = np.concatenate([order.sequences(step) for step in range(first, first + stretch)]) // order.chunk_sequences
+            needed = (
+                np.concatenate([order.sequences(step) for step in range(first, first + stretch)])
+                // order.chunk_sequences
+            )
             if not chunks.issuperset(needed.tolist()):
                 return first
         return self.plan.total_steps
@@ -86,7 +98,9 @@ class Journey:
 
 def lose_a_machine_on_notice(journey: Journey) -> None:
     journey.scene.metadata[RIGHT].announce(time() + 60.0)
-    journey.run.until(lambda: any(row.step == journey.last_step for row in journey.of(CheckpointRow)))
+    journey.run.until(
+        lambda: any(row.step == journey.last_step for row in journey.of(CheckpointRow))
+    )
     journey.let_read(32)
     journey.run.until(lambda: len(journey.of(RecoveryRow)) == 1)
     journey.scene.cluster.kill_node(RIGHT)
@@ -106,7 +120,11 @@ def tell_the_driver_to_go(journey: Journey) -> None:
 
 @pytest.fixture(scope="module")
 def journey(
-    scene: Scene, tiny_world: TinyWorld, undisturbed: Undisturbed, long_form: bool, tmp_path_factory: pytest.TempPathFactory
+    scene: Scene,
+    tiny_world: TinyWorld,
+    undisturbed: Undisturbed,
+    long_form: bool,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Journey]:
     make_bucket(BUCKET)
     folder: Path = tmp_path_factory.mktemp("elastic")
@@ -129,25 +147,40 @@ def journey(
             get_another(journey)
             journey.read(42)
         tell_the_driver_to_go(journey)
-        require_kept(journey.run.rows, checkpoints={"student": f"s3://{BUCKET}/commits/student"}, store=store)
+        require_kept(
+            journey.run.rows, checkpoints={"student": f"s3://{BUCKET}/commits/student"}, store=store
+        )
         yield journey
     finally:
         for name in (LEFT, RIGHT):
             scene.s3[name].end()
 
 
-def test_every_step_is_taken_once_and_loses_what_it_would_on_ranks_that_never_changed(journey: Journey, undisturbed: Undisturbed) -> None:
+def test_every_step_is_taken_once_and_loses_what_it_would_on_ranks_that_never_changed(
+    journey: Journey, undisturbed: Undisturbed
+) -> None:
     steps = journey.of(TrainRow)
     assert [row.step for row in steps] == list(range(1, journey.stops[-1] + 1))
-    for (step, loss, norm), (_, wanted_loss, wanted_norm) in zip(curve(steps), undisturbed.curve, strict=False):
+    for (step, loss, norm), (_, wanted_loss, wanted_norm) in zip(
+        curve(steps), undisturbed.curve, strict=False
+    ):
         assert loss == pytest.approx(wanted_loss, rel=1e-6), step
         assert norm == pytest.approx(wanted_norm, rel=1e-5), step
 
 
-def test_an_announced_end_is_journalled_and_the_group_goes_on_without_that_machine(journey: Journey) -> None:
-    assert [(row.source, row.detail) for row in journey.of(NoticeRow)][:1] == [("aws", "spot instance-action terminate")]
+def test_an_announced_end_is_journalled_and_the_group_goes_on_without_that_machine(
+    journey: Journey,
+) -> None:
+    assert [(row.source, row.detail) for row in journey.of(NoticeRow)][:1] == [
+        ("aws", "spot instance-action terminate")
+    ]
     shrunk = journey.of(RecoveryRow)[0]
-    assert (shrunk.cause, shrunk.world_size, shrunk.resumed_step, shrunk.lost_steps) == ("notice", 1, journey.stops[0], 0)
+    assert (shrunk.cause, shrunk.world_size, shrunk.resumed_step, shrunk.lost_steps) == (
+        "notice",
+        1,
+        journey.stops[0],
+        0,
+    )
 
 
 @pytest.mark.long_form

@@ -1,4 +1,5 @@
-"""A checkpoint file far larger than what may be held at one time is read from an object store, in bounded memory."""
+"""A checkpoint file far larger than what may be held at one time is read from an object store, in
+bounded memory."""
 
 import threading
 from collections.abc import Iterator
@@ -14,13 +15,16 @@ from stillhouse.checkpoint.manifest import Digest
 from stillhouse.store.object_store import Blobs
 
 NUM_BYTES = 5_000_000_000
-MOST_BYTES = 256 << 20  # 128 MiB of ranges, what obstore's connections hold, and what the allocator keeps
+# 128 MiB of ranges, what obstore's connections hold, and what the allocator keeps
+MOST_BYTES = 256 << 20
 
 
 @pytest.mark.long_form
 def test_5_gb_are_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of a sparse file, and into another: neither disk nor memory has room for it."""
-    with RangeServer({"/bucket/large.pt": sparse_file(tmp_path / "source", NUM_BYTES)}).running() as server:
+    with RangeServer(
+        {"/bucket/large.pt": sparse_file(tmp_path / "source", NUM_BYTES)}
+    ).running() as server:
         for name, value in s3_environment(server.endpoint).items():
             monkeypatch.setenv(name, value)
         digest = Digest()

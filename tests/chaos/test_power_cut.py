@@ -28,7 +28,14 @@ def publish_and_commit(root: Path) -> None:
         journal.record(CheckpointRow("student", made.step, seconds, made.num_bytes))
 
     with CheckpointWriter(
-        str(root / "checkpoints"), origin=ORIGIN, attempt="a", rank=0, world_size=1, keep=2, on_commit=on_commit, on_delay=pytest.fail
+        str(root / "checkpoints"),
+        origin=ORIGIN,
+        attempt="a",
+        rank=0,
+        world_size=1,
+        keep=2,
+        on_commit=on_commit,
+        on_delay=pytest.fail,
     ) as writer:
         for step in STEPS:
             writer.submit(snapshot_of(step, num_floats=50_000))

@@ -1,4 +1,5 @@
-"""Processes that stand still and end nothing: a teacher that is stopped, and a rank whose read never returns."""
+"""Processes that stand still and end nothing: a teacher that is stopped, and a rank whose read
+never returns."""
 
 import fcntl
 import os
@@ -53,14 +54,23 @@ def plan(tiny_world: TinyWorld, tmp_path: Path) -> Plan:
         tmp_path / "run",
         store={"url": str(tmp_path / "store")},
         teacher={"watchdog_s": WATCHDOG_S},
-        student={"watchdog_s": WATCHDOG_S, "max_steps": 8, "checkpoint_every_steps": 2, "min_learning_rate": 3e-3},
+        student={
+            "watchdog_s": WATCHDOG_S,
+            "max_steps": 8,
+            "checkpoint_every_steps": 2,
+            "min_learning_rate": 3e-3,
+        },
     )
 
 
 def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes_the_same_chunks(
     plan: Plan, ray_cluster: dict[str, float], tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
-    config, store, journal = plan.config, ChunkStore.create(plan.config.store.url, plan.recipe), Journal(tmp_path / "journal.jsonl")
+    config, store, journal = (
+        plan.config,
+        ChunkStore.create(plan.config.store.url, plan.recipe),
+        Journal(tmp_path / "journal.jsonl"),
+    )
     coordinator = Coordinator.create()
     stopped: list[psutil.Process] = []
 
@@ -72,7 +82,12 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
 
     job = TeacherJob(config.teacher, plan.recipe, config.store.url, threads=1, notices="off")
     pool = Dispatcher(
-        RayCrew(job, where=placement(config.teacher, ray_cluster), secrets=Secrets(None), coordinator=coordinator),
+        RayCrew(
+            job,
+            where=placement(config.teacher, ray_cluster),
+            secrets=Secrets(None),
+            coordinator=coordinator,
+        ),
         limits_of(config.teacher),
         compare=comparison(plan.recipe),
         store=store,
@@ -85,22 +100,31 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
 
     rows = read_journal(journal.path)
     (stall,) = [row for row in rows if isinstance(row, StallRow)]
-    assert (stall.role, stall.rank, stall.phase, stall.chunk) == ("teacher", 0, "work", plan.chunks[0])
+    assert (stall.role, stall.rank, stall.phase, stall.chunk) == (
+        "teacher",
+        0,
+        "work",
+        plan.chunks[0],
+    )
     assert WATCHDOG_S <= stall.seconds < 10 * WATCHDOG_S
     assert [row.replica for row in rows if isinstance(row, TeacherRow)] == [0, 1]
     until(lambda: has_ended(stopped[0]))
     undisturbed = tiny_world.plan(tmp_path / "undisturbed", store={"url": str(tmp_path / "other")})
     tiny_world.fill_store(undisturbed)
     for number in plan.chunks[:NUM_CHUNKS]:
-        ours, theirs = (Path(each.config.store.url) / store.key(number) for each in (plan, undisturbed))
+        ours, theirs = (
+            Path(each.config.store.url) / store.key(number) for each in (plan, undisturbed)
+        )
         assert ours.read_bytes() == theirs.read_bytes()
 
 
 @contextmanager
 def held_back(path: Path) -> Iterator[None]:
-    """Whoever opens the file waits until the block ends, or the system's patience does, which is 45 s: as on a file server that is away."""
+    """Whoever opens the file waits until the block ends, or the system's patience does, which is 45
+    s: as on a file server that is away."""
     descriptor = os.open(path, os.O_RDWR)
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # by which the system tells that somebody waits
+    # by which the system tells that somebody waits
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         yield
@@ -109,12 +133,14 @@ def held_back(path: Path) -> Iterator[None]:
         signal.signal(signal.SIGIO, before)
 
 
-def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_and_killed_and_the_next_one_goes_on(
+def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_killed_and_the_next_goes_on(
     plan: Plan, tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
 ) -> None:
     tiny_world.fill_store(plan)
     (job,) = plan.jobs()
-    undisturbed = rank_groups[1].call(train_and_tell, replace(job, run_dir=tmp_path / "undisturbed"))[0]
+    undisturbed = rank_groups[1].call(
+        train_and_tell, replace(job, run_dir=tmp_path / "undisturbed")
+    )[0]
     chunk = plan.chunks[6]
     coordinator, journal = Coordinator.create(job.journal), Journal(job.journal)
     ranks = RankGroup.start(1, meeting=tmp_path / "meeting")

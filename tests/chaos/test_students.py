@@ -1,4 +1,5 @@
-"""A student's ranks die and hang, and at last every machine is lost, its driver's too: each time it goes on from its last commit."""
+"""A student's ranks die and hang, and at last every machine is lost, its driver's too: each time it
+goes on from its last commit."""
 
 import numpy as np
 import pytest
@@ -8,15 +9,19 @@ from helpers.scene import Undisturbed, curve
 from stillhouse.store.consumers import registered
 from stillhouse.tracking import RecoveryRow, StallRow, latest_train_rows
 
-pytestmark = pytest.mark.timeout(1200)  # of which most goes to starting processes, on a machine that others may use
+# of which most goes to starting processes, on a machine that others may use
+pytestmark = pytest.mark.timeout(1200)
 
 
 def test_every_sequence_of_the_epoch_is_trained_once_and_the_losses_are_the_undisturbed_runs(
     disaster: Disaster, undisturbed: Undisturbed
 ) -> None:
-    """A step that came after the last commit is taken again, to the same bits; what stands is its last time."""
+    """A step that came after the last commit is taken again, to the same bits; what stands is its
+    last time."""
     rows, order = [*disaster.rows, *disaster.rows_elsewhere], disaster.plan.order
-    read = np.concatenate([order.sequences(row.step - 1) for row in latest_train_rows(rows, "student")])
+    read = np.concatenate(
+        [order.sequences(row.step - 1) for row in latest_train_rows(rows, "student")]
+    )
     assert sorted(read.tolist()) == list(range(order.num_sequences))
     assert curve(rows) == undisturbed.curve
 
@@ -41,5 +46,7 @@ def test_when_everything_is_lost_the_run_goes_on_from_the_bucket(disaster: Disas
     elsewhere = steps_of(disaster.rows_elsewhere)
     assert last_commit_of(disaster.rows) < elsewhere[0] <= steps_of(disaster.rows)[-1] + 1
     assert elsewhere[-1] == disaster.plan.total_steps
-    (reader,) = registered(disaster.store).readers  # the store takes both for one: nothing is kept for the one that is gone
+    (reader,) = registered(
+        disaster.store
+    ).readers  # the store takes both for one: nothing is kept for the one that is gone
     assert reader.committed_step == disaster.plan.total_steps

@@ -1,4 +1,5 @@
-"""Teachers and their machines are lost at every moment, and the chunks are those of a run to which nothing happened."""
+"""Teachers and their machines are lost at every moment, and the chunks are those of a run to which
+nothing happened."""
 
 import pytest
 
@@ -6,14 +7,19 @@ from helpers.disasters import TEACHERS, Disaster
 from helpers.scene import Undisturbed, contents, times_written
 from stillhouse.tracking import PoolRow
 
-pytestmark = pytest.mark.timeout(1200)  # of which most goes to starting processes, on a machine that others may use
+# of which most goes to starting processes, on a machine that others may use
+pytestmark = pytest.mark.timeout(1200)
 
 LEASES = 2  # that a teacher has at most
 
 
-def test_every_chunk_is_published_once_and_is_the_undisturbed_runs(disaster: Disaster, undisturbed: Undisturbed) -> None:
+def test_every_chunk_is_published_once_and_is_the_undisturbed_runs(
+    disaster: Disaster, undisturbed: Undisturbed
+) -> None:
     keys = {f"casks/{disaster.store.key(number)}": number for number in disaster.plan.chunks}
-    assert {key: times for key, times in times_written(disaster.bucket).items() if "/chunks/" in key} == dict.fromkeys(keys, 1)
+    assert {
+        key: times for key, times in times_written(disaster.bucket).items() if "/chunks/" in key
+    } == dict.fromkeys(keys, 1)
     for key, number in keys.items():
         assert contents(disaster.bucket, key) == undisturbed.chunk(number)
 

@@ -1,4 +1,5 @@
-"""Ranks come and go: whoever is left goes on with the same batches, the same rates and the same weights. All on real DeepSpeed engines."""
+"""Ranks come and go: whoever is left goes on with the same batches, the same rates and the same
+weights. All on real DeepSpeed engines."""
 
 from dataclasses import replace
 
@@ -18,7 +19,13 @@ Ranks = dict[int, RankGroup]
 
 @pytest.fixture(scope="module")
 def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
-    student = {"micro_batch_sequences": 3, "ce_weight": 0.25, "weight_decay": 1.0, "init": "config", "keep_checkpoints": 9}
+    student = {
+        "micro_batch_sequences": 3,
+        "ce_weight": 0.25,
+        "weight_decay": 1.0,
+        "init": "config",
+        "keep_checkpoints": 9,
+    }
     plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
     tiny_world.fill_store(plan)
     return plan.jobs()[0]
@@ -33,7 +40,8 @@ def lose_after(job: TrainJob, step: int) -> None:
 
 
 def gap(ours: list[TrainRow], theirs: list[TrainRow], *, since: int) -> float:
-    """The largest relative difference of losses; rates, steps and numbers of tokens have to be the same."""
+    """The largest relative difference of losses; rates, steps and numbers of tokens have to be the
+    same."""
     theirs = theirs[since:]
     assert [(row.step, row.learning_rate, row.num_tokens) for row in ours] == [
         (row.step, row.learning_rate, row.num_tokens) for row in theirs
@@ -44,7 +52,9 @@ def gap(ours: list[TrainRow], theirs: list[TrainRow], *, since: int) -> float:
 CASES = [
     *((stage, "float32", 1e-6) for stage in (1, 2, 3)),
     pytest.param(0, "float32", 1e-6, marks=pytest.mark.long_form),
-    pytest.param(1, "bfloat16", 1e-4, marks=pytest.mark.long_form),  # it has an optimiser of its own at stage 1
+    pytest.param(
+        1, "bfloat16", 1e-4, marks=pytest.mark.long_form
+    ),  # it has an optimiser of its own at stage 1
 ]
 
 
@@ -55,7 +65,9 @@ def test_two_ranks_then_one_then_two_lose_what_two_ranks_lose(
     cut = with_student(job, zero_stage=stage, dtype=dtype)
     if stage == 3:  # each machine downloads what it needs, and converts that
         boto3.client("s3").create_bucket(Bucket="world-size")
-        cut = replace(cut, section=cut.section.model_copy(update={"checkpoint_url": "s3://world-size"}))
+        cut = replace(
+            cut, section=cut.section.model_copy(update={"checkpoint_url": "s3://world-size"})
+        )
     steady = rank_groups[2].call(train_and_tell, cut)[0]
     assert len(steady) == 50
     lose_after(cut, 20)

@@ -36,5 +36,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def teacher_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model and its tokenizer."""
-    given = request.config.getoption("--teacher", default=None) or request.config.getoption("--tokenizer", default=None)
-    return Path(given) if given else make_model(tmp_path_factory.mktemp("teacher"), vocab_size=300, weight_std=0.3, seed=1)
+    given = request.config.getoption("--teacher", default=None) or request.config.getoption(
+        "--tokenizer", default=None
+    )
+    return (
+        Path(given)
+        if given
+        else make_model(tmp_path_factory.mktemp("teacher"), vocab_size=300, weight_std=0.3, seed=1)
+    )

@@ -26,7 +26,9 @@ ROUNDING = 2e-3  # nats: of 8 bits for a log-probability, and of float32
 
 @pytest.fixture
 def section(engine_name: str, teacher_dir: Path) -> TeacherSection:
-    return TeacherSection(model=str(teacher_dir), engine=engine_name, dtype="float32", batch_sequences=3)
+    return TeacherSection(
+        model=str(teacher_dir), engine=engine_name, dtype="float32", batch_sequences=3
+    )
 
 
 @pytest.fixture
@@ -72,12 +74,21 @@ def targets_of(engine: TeacherEngine, item: WorkItem, recipe: Recipe) -> Compres
     return decode(records_of(engine, item), recipe.codec)
 
 
-def test_there_is_one_record_for_each_target_in_row_major_order(engine: TeacherEngine, recipe: Recipe) -> None:
+def test_there_is_one_record_for_each_target_in_row_major_order(
+    engine: TeacherEngine, recipe: Recipe
+) -> None:
     item = item_of(recipe)
     together = records_of(engine, item)
-    assert (together.dtype, together.shape) == (torch.uint8, (item.sequences.num_targets, recipe.codec.bytes_per_token))
+    assert (together.dtype, together.shape) == (
+        torch.uint8,
+        (item.sequences.num_targets, recipe.codec.bytes_per_token),
+    )
     counts = item.sequences.loss_mask_SL.sum(axis=1).tolist()
-    alone = [targets_of(engine, item.without(set(range(S)) - {row}), recipe) for row in range(S) if counts[row]]
+    alone = [
+        targets_of(engine, item.without(set(range(S)) - {row}), recipe)
+        for row in range(S)
+        if counts[row]
+    ]
     whole = decode(together, recipe.codec)
     assert torch.equal(concatenate(alone).token_ids_TK, whole.token_ids_TK)
 
@@ -89,20 +100,31 @@ def test_the_targets_are_the_teachers_distribution_of_each_document_alone(
     model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
     wanted = []
     with torch.no_grad():
-        for ids_L, mask_L in zip(item.sequences.token_ids_SL, item.sequences.loss_mask_SL, strict=True):
+        for ids_L, mask_L in zip(
+            item.sequences.token_ids_SL, item.sequences.loss_mask_SL, strict=True
+        ):
             for part in (slice(L // 3), slice(L // 3, L)):
-                logits_DV = model(torch.from_numpy(ids_L[part].astype(np.int64))[None]).logits[0, :, : recipe.vocab_size]
+                logits_DV = model(torch.from_numpy(ids_L[part].astype(np.int64))[None]).logits[
+                    0, :, : recipe.vocab_size
+                ]
                 wanted.append(logits_DV[np.flatnonzero(mask_L[part])].log_softmax(dim=-1))
     wanted_TV = torch.cat(wanted)
     found = targets_of(engine, item, recipe)
-    torch.testing.assert_close(found.logprobs_TK, wanted_TV.gather(1, found.token_ids_TK.long()), atol=0.1, rtol=0.01)
+    torch.testing.assert_close(
+        found.logprobs_TK, wanted_TV.gather(1, found.token_ids_TK.long()), atol=0.1, rtol=0.01
+    )
     kept = wanted_TV.exp().gather(1, found.token_ids_TK.long()).sum(dim=1)
     best = wanted_TV.exp().topk(recipe.k, dim=1).values.sum(dim=1)
     assert (best - kept).abs().max() < ROUNDING
 
 
-def test_an_item_without_a_target_has_a_part_without_rows(engine: TeacherEngine, recipe: Recipe) -> None:
-    assert records_of(engine, item_of(recipe).without(range(S))).shape == (0, recipe.codec.bytes_per_token)
+def test_an_item_without_a_target_has_a_part_without_rows(
+    engine: TeacherEngine, recipe: Recipe
+) -> None:
+    assert records_of(engine, item_of(recipe).without(range(S))).shape == (
+        0,
+        recipe.codec.bytes_per_token,
+    )
 
 
 def test_the_same_item_gives_the_same_records(engine: TeacherEngine, recipe: Recipe) -> None:
@@ -117,14 +139,20 @@ def test_draws_depend_on_the_place_in_the_plan(engine: TeacherEngine, recipe: Re
     assert recipe.num_draws == 0 or not torch.equal(ours.tail_ids_TN, others.tail_ids_TN)
 
 
-def test_every_part_brings_a_sample_of_its_first_targets(engine: TeacherEngine, recipe: Recipe) -> None:
+def test_every_part_brings_a_sample_of_its_first_targets(
+    engine: TeacherEngine, recipe: Recipe
+) -> None:
     for part in engine.records(item_of(recipe)):
         assert min(1, len(part.records_TB)) <= part.sample.num_tokens <= len(part.records_TB)
         written = decode(part.records_TB[: part.sample.num_tokens].cpu(), recipe.codec)
-        assert torch.equal(written.token_ids_TK.sort().values, part.sample.token_ids_TK.cpu().sort().values)
+        assert torch.equal(
+            written.token_ids_TK.sort().values, part.sample.token_ids_TK.cpu().sort().values
+        )
 
 
-def test_two_of_its_replicas_are_the_same_teacher(engine: TeacherEngine, recipe: Recipe, section: TeacherSection) -> None:
+def test_two_of_its_replicas_are_the_same_teacher(
+    engine: TeacherEngine, recipe: Recipe, section: TeacherSection
+) -> None:
     other = engine_named(section.engine)(section, recipe, device="cpu")
     require_same_teacher(engine.probe(), other.probe(), replica=1)
 
@@ -135,7 +163,11 @@ def test_it_says_how_it_works(engine: TeacherEngine) -> None:
     assert backend.reason
 
 
-def test_its_identity_is_known_without_loading_it_and_does_not_change(section: TeacherSection, engine_name: str, tmp_path: Path) -> None:
-    first, again = (engine_named(engine_name).identity(section, cache_dir=tmp_path) for _ in range(2))
+def test_its_identity_is_known_without_loading_it_and_does_not_change(
+    section: TeacherSection, engine_name: str, tmp_path: Path
+) -> None:
+    first, again = (
+        engine_named(engine_name).identity(section, cache_dir=tmp_path) for _ in range(2)
+    )
     assert first == again
     assert first.digest

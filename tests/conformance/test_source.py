@@ -1,4 +1,5 @@
-"""What every source of sequences has to keep: the same blocks whoever asks, of one shape, with targets that exist."""
+"""What every source of sequences has to keep: the same blocks whoever asks, of one shape, with
+targets that exist."""
 
 from pathlib import Path
 
@@ -16,10 +17,17 @@ BLOCK, LENGTH = 8, 32
 @pytest.fixture
 def section(source_name: str, tmp_path: Path) -> CorpusSection:
     write_documents(tmp_path / "documents.jsonl")
-    return CorpusSection(source=source_name, dataset=str(tmp_path / "documents.jsonl"), sequence_length=LENGTH, heldout_sequences=8)
+    return CorpusSection(
+        source=source_name,
+        dataset=str(tmp_path / "documents.jsonl"),
+        sequence_length=LENGTH,
+        heldout_sequences=8,
+    )
 
 
-def opened(section: CorpusSection, teacher_dir: Path, cache_dir: Path, *, block: int = BLOCK) -> Sources:
+def opened(
+    section: CorpusSection, teacher_dir: Path, cache_dir: Path, *, block: int = BLOCK
+) -> Sources:
     tokenizer = load_tokenizer(str(teacher_dir))
     return open_sources(
         section,
@@ -63,13 +71,20 @@ def test_positions_count_up_within_documents_and_no_target_crosses_their_ends(
 def test_whoever_opens_it_and_whatever_was_read_before_a_block_is_the_same(
     section: CorpusSection, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    first, again = opened(section, teacher_dir, tmp_path).train, opened(section, teacher_dir, tmp_path / "another cache").train
+    first, again = (
+        opened(section, teacher_dir, tmp_path).train,
+        opened(section, teacher_dir, tmp_path / "another cache").train,
+    )
     assert first.identity == again.identity
     for number in reversed(range(first.num_blocks)):
-        for ours, theirs in zip(first.block(number).arrays, again.block(number).arrays, strict=True):
+        for ours, theirs in zip(
+            first.block(number).arrays, again.block(number).arrays, strict=True
+        ):
             assert np.array_equal(ours, theirs)
 
 
-def test_training_and_held_out_sequences_are_two_plans(section: CorpusSection, teacher_dir: Path, tmp_path: Path) -> None:
+def test_training_and_held_out_sequences_are_two_plans(
+    section: CorpusSection, teacher_dir: Path, tmp_path: Path
+) -> None:
     sources = opened(section, teacher_dir, tmp_path)
     assert sources.train.identity != sources.heldout.identity

@@ -1,4 +1,5 @@
-"""The demo over machines with addresses of their own, as docker/compose.yaml has it; a network and an S3 server are all they share."""
+"""The demo over machines with addresses of their own, as docker/compose.yaml has it; a network and
+an S3 server are all they share."""
 
 import json
 import subprocess
@@ -17,13 +18,28 @@ from helpers.containers import Container, Service
 from helpers.networks import Machine, Network, inside
 from stillhouse.config import CorpusSection
 from stillhouse.pipeline.toy import Shape, Sizes, make_models
-from stillhouse.tracking import ChunkRow, EndRow, EvalRow, JournalReader, Row, StartRow, TeacherRow, TrainRow, WaitRow, read_journal
+from stillhouse.tracking import (
+    ChunkRow,
+    EndRow,
+    EvalRow,
+    JournalReader,
+    Row,
+    StartRow,
+    TeacherRow,
+    TrainRow,
+    WaitRow,
+    read_journal,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
 PATIENCE_S = 300.0
 GIVEN = {"RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "S3_SECRET_KEY": "a-key-that-nobody-guesses"}
-SECRETS = {"HF_TOKEN": "hf_aTokenThatNobodyMaySee00000000000", "WANDB_API_KEY": "c0ffee" * 6 + "beef"}  # of the person who starts the run
+# of the person who starts the run
+SECRETS = {
+    "HF_TOKEN": "hf_aTokenThatNobodyMaySee00000000000",
+    "WANDB_API_KEY": "c0ffee" * 6 + "beef",
+}
 MACHINES = ("s3", "head", "teacher-a", "teacher-b", "student")
 SMALLER = (  # than the demo is: seconds, not minutes
     "corpus.max_documents = 100",
@@ -64,29 +80,41 @@ def demo(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("compose")
     models = folder / "models"
     models.mkdir()
-    corpus = CorpusSection(dataset="stdlib", sequence_length=128, heldout_sequences=16, max_documents=100)
+    corpus = CorpusSection(
+        dataset="stdlib", sequence_length=128, heldout_sequences=16, max_documents=100
+    )
     make_models(models, corpus, SIZES, cache_dir=folder / "cache", console=Console(quiet=True))
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="demo")
     with ExitStack() as stack:
         network = stack.enter_context(Network.of(MACHINES))
         with inside(network.machines["s3"].namespace):
-            server = ThreadedMotoServer(ip_address="0.0.0.0", port=7070, verbose=False)  # it has the same buckets as the session's
+            # it has the same buckets as the session's
+            server = ThreadedMotoServer(ip_address="0.0.0.0", port=7070, verbose=False)
             server.start()
             stack.callback(server.stop)
         hosts = folder / "hosts"
-        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{each.address} {name}\n" for name, each in network.machines.items()))
+        hosts.write_text(
+            "127.0.0.1 localhost\n"
+            + "".join(f"{each.address} {name}\n" for name, each in network.machines.items())
+        )
         runs, containers = {}, dict[str, Container]()
         for name in MACHINES[1:]:
             runs[name] = folder / name
-            copytree(models, runs[name] / "demo" / "models")  # which the file's volume brings to all
+            # which the file's volume brings to all
+            copytree(models, runs[name] / "demo" / "models")
             if name == "student":
                 wait_until_the_run_waits(containers["head"], runs["head"])
-            containers[name] = Container(service(name), network.machines[name], hosts=hosts, runs=runs[name])
+            containers[name] = Container(
+                service(name), network.machines[name], hosts=hosts, runs=runs[name]
+            )
             stack.callback(containers[name].kill)
         code = containers["head"].wait(timeout_s=500)
-        sent, received = (link_bytes(network.machines["s3"], counter) for counter in ("rx", "tx"))  # seen from the bridge
+        store = network.machines["s3"]  # its counters are seen from the bridge
+        sent, received = (link_bytes(store, counter) for counter in ("rx", "tx"))
         tmp = {name: each.tmp for name, each in containers.items()}
-        yield Demo(code, "\n".join(each.words() for each in containers.values()), runs, tmp, sent, received)
+        yield Demo(
+            code, "\n".join(each.words() for each in containers.values()), runs, tmp, sent, received
+        )
 
 
 def wait_until_the_run_waits(head: Container, runs: Path) -> None:
@@ -107,13 +135,17 @@ def service(name: str) -> Service:
     begin, demo = script.rstrip().split("exec ")
     demo += "".join(f" --set '{each}'" for each in SMALLER)
     unshared = demo + " --set 'student.checkpoint_url = \"/runs/unshared\"'"
-    return Service([*shell, f"{begin}\n{unshared} && exit 99\nexec {demo}"], found.environment | SECRETS)
+    return Service(
+        [*shell, f"{begin}\n{unshared} && exit 99\nexec {demo}"], found.environment | SECRETS
+    )
 
 
 def link_bytes(hub: Machine, counter: str) -> dict[str, int]:
     """What the bridge has received from each machine ("rx"), or sent to it ("tx")."""
     with inside(hub.namespace):
-        shown = subprocess.run(["ip", "-json", "-statistics", "link"], check=True, capture_output=True, text=True)
+        shown = subprocess.run(
+            ["ip", "-json", "-statistics", "link"], check=True, capture_output=True, text=True
+        )
     return {link["ifname"]: link["stats64"][counter]["bytes"] for link in json.loads(shown.stdout)}
 
 
@@ -133,7 +165,8 @@ def test_every_target_crosses_the_teachers_links_once_and_the_students(demo: Dem
     made = [row for row in demo.rows if isinstance(row, ChunkRow)]
     num_bytes = sum(row.num_bytes for row in made)
     assert {row.replica for row in made} == {0, 1}
-    assert num_bytes < demo.sent["teacher-a"] + demo.sent["teacher-b"] < 2 * num_bytes  # to the bucket, and not to the driver as well
+    # to the bucket, and not to the driver as well
+    assert num_bytes < demo.sent["teacher-a"] + demo.sent["teacher-b"] < 2 * num_bytes
     assert demo.received["student"] > num_bytes
 
 
@@ -143,23 +176,31 @@ def test_a_run_waits_for_a_machine_that_joins_late(demo: Demo) -> None:
     assert last.missing == ""
 
 
-def test_checkpoints_in_a_directory_that_the_machines_do_not_share_are_refused_before_anything_starts(demo: Demo) -> None:
+def test_checkpoints_in_a_directory_that_machines_do_not_share_are_refused_before_anything_starts(
+    demo: Demo,
+) -> None:
     teacher_a, teacher_b, student = (f"10.77.0.{number}" for number in (3, 4, 5))
     assert (
-        f"error: checkpoints go to /runs/unshared/student, which is not the same directory on {teacher_a}, {teacher_b}, {student};"
-        in demo.words
+        "error: checkpoints go to /runs/unshared/student, which is not the same directory on "
+        f"{teacher_a}, {teacher_b}, {student};" in demo.words
     )
-    assert "give student.checkpoint_url a bucket, or a directory that all machines mount" in demo.words
+    assert (
+        "give student.checkpoint_url a bucket, or a directory that all machines mount" in demo.words
+    )
     first, second = (row for row in demo.rows if isinstance(row, StartRow))
     assert first.attempt + 1 == second.attempt
     assert not any(isinstance(row, TeacherRow) and row.time < second.time for row in demo.rows)
 
 
 def test_no_secret_of_any_machine_is_written_anywhere(demo: Demo, s3_endpoint: str) -> None:
-    """Not to a journal, a config, W&B's files, a report, a chunk or a checkpoint, not to Ray's logs, and not to what the commands say."""
+    """Not to a journal, a config, W&B's files, a report, a chunk or a checkpoint, not to Ray's
+    logs, and not to what the commands say."""
     bucket = boto3.resource("s3", endpoint_url=s3_endpoint).Bucket("demo")
     written = {
-        path: path.read_bytes() for place in (*demo.runs.values(), *demo.tmp.values()) for path in place.rglob("*") if path.is_file()
+        path: path.read_bytes()
+        for place in (*demo.runs.values(), *demo.tmp.values())
+        for path in place.rglob("*")
+        if path.is_file()
     }
     written |= {Path(each.key): each.get()["Body"].read() for each in bucket.objects.all()}
     written[Path("words")] = demo.words.encode()

@@ -1,4 +1,5 @@
-"""However a command on a cluster of its own ends, it ends in one line, with a row in its journal, and leaves nothing of Ray behind."""
+"""However a command on a cluster of its own ends, it ends in one line, with a row in its journal,
+and leaves nothing of Ray behind."""
 
 import os
 import re
@@ -32,7 +33,8 @@ OUR_LAST_WORDS = "interrupted; the same command goes on from here"
 
 @pytest.fixture
 def rays_place() -> Iterator[Path]:
-    """Where commands make directories for Ray: near the root, since the path of a socket is short."""
+    """Where commands make directories for Ray: near the root, since the path of a socket is
+    short."""
     place = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
     yield place
     rmtree(place, ignore_errors=True)
@@ -74,16 +76,32 @@ def test_a_command_whose_head_or_raylet_dies_ends_in_one_line_and_a_row(
 ) -> None:
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="cognac")
     faulty_s3.hold(publications())  # so that neither is done before its end
-    server = CommandServer({"XDG_CACHE_HOME": str(tmp_path / "cache"), "AWS_ENDPOINT_URL": faulty_s3.url, "RAY_TMPDIR": str(rays_place)})
+    server = CommandServer(
+        {
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "AWS_ENDPOINT_URL": faulty_s3.url,
+            "RAY_TMPDIR": str(rays_place),
+        }
+    )
     try:
         victims = {"gcs_server": "/gcs_server", "raylet": "/raylet"}
-        plans = {name: tiny_world.plan(tmp_path / name, store={"url": f"s3://cognac/{name}"}, cluster={"num_cpus": 2}) for name in victims}
+        plans = {
+            name: tiny_world.plan(
+                tmp_path / name, store={"url": f"s3://cognac/{name}"}, cluster={"num_cpus": 2}
+            )
+            for name in victims
+        }
         commands = {
-            name: server.start("produce", config_of(plan), "--run-dir", plan.run_dir, log=tmp_path / f"{name}.log")
+            name: server.start(
+                "produce", config_of(plan), "--run-dir", plan.run_dir, log=tmp_path / f"{name}.log"
+            )
             for name, plan in plans.items()
         }
         for name, command in commands.items():
-            until(lambda name=name: any(f"/{name}/" in request.path for request in faulty_s3.held), words=command.words)
+            until(
+                lambda name=name: any(f"/{name}/" in request.path for request in faulty_s3.held),
+                words=command.words,
+            )
             kill(command.pid, victims[name])
         for name, plan in plans.items():
             command = commands[name]
@@ -112,7 +130,8 @@ class Terminal:
         pid, descriptor = os.forkpty()
         if pid == 0:
             try:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # the background of a shell ignores it, and hands that on
+                # the background of a shell ignores it, and hands that on
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.execve(command[0], [str(word) for word in command], environment)
             finally:
                 os._exit(99)
@@ -121,7 +140,9 @@ class Terminal:
     def screen(self) -> str:
         """The text that was written to it, without colours and moves of the cursor."""
         with suppress(OSError):  # its other end is closed
-            while select.select([self._descriptor], [], [], 0)[0] and (data := os.read(self._descriptor, 1 << 16)):
+            while select.select([self._descriptor], [], [], 0)[0] and (
+                data := os.read(self._descriptor, 1 << 16)
+            ):
                 self._written += data
         return CONTROL.sub("", self._written.decode(errors="replace").replace("\r", "\n"))
 
@@ -142,12 +163,25 @@ class Terminal:
 
 
 @pytest.mark.timeout(600)
-def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(tiny_world: TinyWorld, rays_place: Path, tmp_path: Path) -> None:
+def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(
+    tiny_world: TinyWorld, rays_place: Path, tmp_path: Path
+) -> None:
     endless = {"max_steps": 5000, "epochs": 5000, "checkpoint_every_steps": 5000}
-    plan = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=endless, cluster={"num_cpus": 4})
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "RAY_TMPDIR": str(rays_place), "TERM": "xterm"}
+    plan = tiny_world.plan(
+        tmp_path / "run",
+        store={"url": str(tmp_path / "store")},
+        student=endless,
+        cluster={"num_cpus": 4},
+    )
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "RAY_TMPDIR": str(rays_place),
+        "TERM": "xterm",
+    }
     command = Path(sys.executable).parent / "stillhouse"
-    terminal = Terminal.of(command, "run", config_of(plan), "--run-dir", plan.run_dir, environment=environment)
+    terminal = Terminal.of(
+        command, "run", config_of(plan), "--run-dir", plan.run_dir, environment=environment
+    )
     sessions: set[Path] = set()
 
     def num_steps() -> int:
@@ -172,8 +206,11 @@ def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(tiny_
 
         until(ended, words=terminal.screen)
         assert code == 130, terminal.screen()
-        assert "Traceback" not in terminal.screen()[num_shown:]  # Ray may have shown one of the coordinator that was killed
-        assert terminal.screen().rstrip().endswith(OUR_LAST_WORDS), terminal.screen()[-1000:].encode()
+        # Ray may have shown one of the coordinator that was killed
+        assert "Traceback" not in terminal.screen()[num_shown:]
+        assert terminal.screen().rstrip().endswith(OUR_LAST_WORDS), terminal.screen()[
+            -1000:
+        ].encode()
         last = rows_of(plan)[-1]
         assert isinstance(last, EndRow)
         assert last.outcome == "interrupted"

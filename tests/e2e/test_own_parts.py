@@ -1,4 +1,5 @@
-"""Parts of a user's own, from a package outside of Stillhouse, go through the real command: killed, resumed and reported."""
+"""Parts of a user's own, from a package outside of Stillhouse, go through the real command: killed,
+resumed and reported."""
 
 import os
 import shutil
@@ -14,7 +15,17 @@ from helpers.command import as_toml
 from helpers.models import make_model
 from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.store import list_recipes
-from stillhouse.tracking import CheckpointRow, EndRow, EvalRow, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
+from stillhouse.tracking import (
+    CheckpointRow,
+    EndRow,
+    EvalRow,
+    Row,
+    StartRow,
+    TeacherRow,
+    TrainRow,
+    latest_train_rows,
+    read_journal,
+)
 
 OUTSIDE = Path(__file__).parents[1] / "outside"
 PATIENCE_S = 240.0
@@ -26,7 +37,12 @@ def config(tmp_path: Path) -> Path:
     make_model(tmp_path / "student", vocab_size=300, hidden_size=16, seed=2)
     values = {
         "corpus": {"source": "own_parts.source:sums", "dataset": "sums", "sequence_length": 24},
-        "teacher": {"model": str(tmp_path / "teacher"), "engine": "own_parts.engine:PlainEngine", "dtype": "float32", "num_cpus": 0.5},
+        "teacher": {
+            "model": str(tmp_path / "teacher"),
+            "engine": "own_parts.engine:PlainEngine",
+            "dtype": "float32",
+            "num_cpus": 0.5,
+        },
         "student": {
             "model": str(tmp_path / "student"),
             "dtype": "float32",
@@ -48,13 +64,21 @@ def config(tmp_path: Path) -> Path:
 
 
 def start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
-    command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(run_dir)]
+    command = [
+        str(Path(sys.executable).parent / "stillhouse"),
+        "run",
+        str(config),
+        "--run-dir",
+        str(run_dir),
+    ]
     environment = os.environ | {
         "PYTHONPATH": f"{config.parent / 'outside'}{os.pathsep}{os.environ['PYTHONPATH']}",
         "XDG_CACHE_HOME": str(config.parent / "cache"),
     }
     log = (config.parent / "log").open("ab")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def rows_of(run_dir: Path) -> list[Row]:
@@ -90,7 +114,9 @@ def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path:
     assert rows[-1].outcome == "done"
 
     # the parts did their work
-    assert {row.topk for row in rows if isinstance(row, TeacherRow)} == {"plain: one document at a time"}
+    assert {row.topk for row in rows if isinstance(row, TeacherRow)} == {
+        "plain: one document at a time"
+    }
     (stored,) = list_recipes(str(tmp_path / "store"))
     assert stored.recipe.corpus_digest == "sums:0-96x24"
     losses = [row.loss for row in latest_train_rows(rows, "student")]

@@ -1,4 +1,5 @@
-"""The whole line on real parts: Ray actors teach, Ray Train and DeepSpeed learn, the store is between them, and nothing depends on luck."""
+"""The whole line on real parts: Ray actors teach, Ray Train and DeepSpeed learn, the store is
+between them, and nothing depends on luck."""
 
 import json
 import os
@@ -32,7 +33,18 @@ from stillhouse.pipeline.run_dir import changes_that_matter, config_of
 from stillhouse.redaction import secrets_of
 from stillhouse.store import ChunkStore
 from stillhouse.store.consumers import registered
-from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Role, Row, StartRow, TeacherRow, TrainRow, latest_train_rows, read_journal
+from stillhouse.tracking import (
+    ChunkRow,
+    EndRow,
+    EvalRow,
+    Role,
+    Row,
+    StartRow,
+    TeacherRow,
+    TrainRow,
+    latest_train_rows,
+    read_journal,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -53,7 +65,11 @@ def undisturbed(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory)
     """A run of two teachers, a student and a control, from an empty store to the report."""
     folder = tmp_path_factory.mktemp("undisturbed")
     plan = tiny_world.plan(
-        folder / "run", store={"url": str(folder / "store")}, teacher=TEACHERS, student=STUDENT, evaluate={"control": True}
+        folder / "run",
+        store={"url": str(folder / "store")},
+        teacher=TEACHERS,
+        student=STUDENT,
+        evaluate={"control": True},
     )
     pipeline.run(plan)
     return plan
@@ -63,7 +79,9 @@ def test_a_run_ends_with_every_chunk_every_step_and_a_report(undisturbed: Plan) 
     rows = journal(undisturbed)
     made_once = Counter(row.chunk for row in rows if isinstance(row, ChunkRow))
     assert made_once == Counter(undisturbed.chunks)
-    assert ChunkStore(undisturbed.config.store.url, undisturbed.recipe).published() == set(undisturbed.chunks)
+    assert ChunkStore(undisturbed.config.store.url, undisturbed.recipe).published() == set(
+        undisturbed.chunks
+    )
     assert {row.replica for row in rows if isinstance(row, TeacherRow)} == {0, 1}
     for role in ("student", "control"):
         assert [step for step, *_ in curve(undisturbed, role)] == list(range(1, 61))
@@ -72,13 +90,22 @@ def test_a_run_ends_with_every_chunk_every_step_and_a_report(undisturbed: Plan) 
     assert (undisturbed.run_dir / "report.html").stat().st_size > 10_000
 
 
-def test_every_process_of_a_run_leaves_its_log_beside_the_journal_and_no_secret_in_it(undisturbed: Plan) -> None:
+def test_every_process_of_a_run_leaves_its_log_beside_the_journal_and_no_secret_in_it(
+    undisturbed: Plan,
+) -> None:
     paths = [*(undisturbed.run_dir / "logs").iterdir()]
     roles = ("driver", "coordinator", "teacher-0", "teacher-1", "attempt-1-rank-0", "evaluation")
-    assert Counter(path.name.partition(f"-{socket.gethostname()}-")[0] for path in paths) == Counter(roles)
+    assert Counter(
+        path.name.partition(f"-{socket.gethostname()}-")[0] for path in paths
+    ) == Counter(roles)
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
-    assert text.count(" INFO ") > len(undisturbed.chunks) + 2 * undisturbed.total_steps  # each event of the journal, too
-    assert [value for value in secrets_of(os.environ, home=Path.home()) if len(value) >= 8 and value in text] == []
+    # each event of the journal, too
+    assert text.count(" INFO ") > len(undisturbed.chunks) + 2 * undisturbed.total_steps
+    assert [
+        value
+        for value in secrets_of(os.environ, home=Path.home())
+        if len(value) >= 8 and value in text
+    ] == []
 
 
 def test_the_student_is_nearer_to_its_teacher_than_the_control(undisturbed: Plan) -> None:
@@ -92,12 +119,18 @@ def test_the_student_is_nearer_to_its_teacher_than_the_control(undisturbed: Plan
 
 
 def test_produce_then_train_through_s3_is_the_same_training_as_run(
-    undisturbed: Plan, tiny_world: TinyWorld, s3_endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: Plan,
+    tiny_world: TinyWorld,
+    s3_endpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Who trains may only read the bucket. Who is refused has left nothing in it."""
     client = boto3.client("s3", endpoint_url=s3_endpoint)
     client.create_bucket(Bucket="whisky")
-    plan = tiny_world.plan(tmp_path / "run", store={"url": "s3://whisky/casks"}, teacher=TEACHERS, student=STUDENT)
+    plan = tiny_world.plan(
+        tmp_path / "run", store={"url": "s3://whisky/casks"}, teacher=TEACHERS, student=STUDENT
+    )
     with pytest.raises(StoreError, match="stillhouse produce"):
         pipeline.train(plan)
     assert "Contents" not in client.list_objects_v2(Bucket="whisky")
@@ -109,8 +142,14 @@ def test_produce_then_train_through_s3_is_the_same_training_as_run(
     pipeline.train(plan)
     assert curve(plan) == curve(undisturbed)
     assert client.list_objects_v2(Bucket="whisky")["Contents"] == before
-    assert "s3://whisky/casks may only be read, so this training cannot be registered there" in capsys.readouterr().err
-    with pytest.raises(StoreError, match=f"cannot be written.*all {len(plan.chunks)} chunks that training reads are there"):
+    assert (
+        "s3://whisky/casks may only be read, so this training cannot be registered there"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(
+        StoreError,
+        match=f"cannot be written.*all {len(plan.chunks)} chunks that training reads are there",
+    ):
         pipeline.produce(plan)
 
 
@@ -123,15 +162,26 @@ def run_until(
     s3: FaultyS3,
     meanwhile: Callable[[int], None] = lambda _pid: None,
 ) -> int:
-    """Start the command on its own cluster, send the signal once the journal says so and `meanwhile` is done; return the exit code."""
-    command = [str(Path(sys.executable).parent / "stillhouse"), "run", str(config), "--run-dir", str(plan.run_dir)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(plan.run_dir.parent / "cache"), "AWS_ENDPOINT_URL": s3.url}
+    """Start the command on its own cluster, send the signal once the journal says so and
+    `meanwhile` is done; return the exit code."""
+    command = [
+        str(Path(sys.executable).parent / "stillhouse"),
+        "run",
+        str(config),
+        "--run-dir",
+        str(plan.run_dir),
+    ]
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(plan.run_dir.parent / "cache"),
+        "AWS_ENDPOINT_URL": s3.url,
+    }
     path = plan.run_dir / "journal.jsonl"
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell has what it starts in the background ignore it, and that is inherited
+    # a shell has what it starts in the background ignore it, and that is inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (plan.run_dir.parent / f"{stop.name}.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             deadline = monotonic() + 240
             while process.poll() is None and not reached(read_journal(path)):
@@ -149,14 +199,18 @@ def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
 
     def reached(rows: list[Row]) -> bool:
         starts = [index for index, row in enumerate(rows) if isinstance(row, StartRow)]
-        return len(starts) == number and sum(isinstance(row, TrainRow) for row in rows[starts[-1] :]) >= 6
+        return (
+            len(starts) == number
+            and sum(isinstance(row, TrainRow) for row in rows[starts[-1] :]) >= 6
+        )
 
     return reached
 
 
 @dataclass
 class Disturbed:
-    """A run that was killed and then interrupted, and what other commands were told while it was at work."""
+    """A run that was killed and then interrupted, and what other commands were told while it was at
+    work."""
 
     plan: Plan
     pid: int = 0  # of the command that was killed
@@ -166,13 +220,20 @@ class Disturbed:
 
 
 @pytest.fixture(scope="module")
-def disturbed(tiny_world: TinyWorld, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
+def disturbed(
+    tiny_world: TinyWorld, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Disturbed]:
     """With its checkpoints in a bucket, too, so that another run directory can name them."""
     folder = tmp_path_factory.mktemp("disturbed")
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="grappa")
-    settings = {"store": {"url": "s3://grappa/casks", "retain": "until-read"}, "cluster": {"num_cpus": 4}}
+    settings = {
+        "store": {"url": "s3://grappa/casks", "retain": "until-read"},
+        "cluster": {"num_cpus": 4},
+    }
     student = STUDENT | {"checkpoint_url": "s3://grappa/commits"}
-    plan = tiny_world.plan(folder / "run", **settings, student=student | {"checkpoint_every_steps": 4})
+    plan = tiny_world.plan(
+        folder / "run", **settings, student=student | {"checkpoint_every_steps": 4}
+    )
     config = folder / "run.toml"
     config.write_text(as_toml(plan))
     run = Disturbed(plan)
@@ -181,42 +242,76 @@ def disturbed(tiny_world: TinyWorld, s3_endpoint: str, tmp_path_factory: pytest.
         before = (plan.run_dir / "config.json").read_bytes()
         change = ("--set", "student.learning_rate = 3e-5")
         run.pid = pid
-        run.in_its_directory = stillhouse("run", config, *change, "--run-dir", plan.run_dir, cache=folder / "cache")
-        run.in_another = stillhouse("run", config, *change, "--run-dir", folder / "another", cache=folder / "cache")
-        run.changed += ["config.json"] if (plan.run_dir / "config.json").read_bytes() != before else []
+        run.in_its_directory = stillhouse(
+            "run", config, *change, "--run-dir", plan.run_dir, cache=folder / "cache"
+        )
+        run.in_another = stillhouse(
+            "run", config, *change, "--run-dir", folder / "another", cache=folder / "cache"
+        )
+        run.changed += (
+            ["config.json"] if (plan.run_dir / "config.json").read_bytes() != before else []
+        )
         run.changed += [path.name for path in (folder / "another").iterdir() if path.name != "lock"]
 
     with FaultyS3(s3_endpoint) as faulty_s3:
-        first = faulty_s3.hold(publications(but=plan.chunks[:12]))  # a step reads one chunk: no attempt is done before its signal comes
+        # a step reads one chunk: no attempt is done before its signal comes
+        first = faulty_s3.hold(publications(but=plan.chunks[:12]))
         reached = attempt_has_trained(1)
-        assert run_until(plan, config, signal.SIGKILL, reached=reached, s3=faulty_s3, meanwhile=try_others) == -signal.SIGKILL
+        assert (
+            run_until(
+                plan, config, signal.SIGKILL, reached=reached, s3=faulty_s3, meanwhile=try_others
+            )
+            == -signal.SIGKILL
+        )
         second = faulty_s3.hold(publications(but=plan.chunks[:24]))
         faulty_s3.end(first)
-        assert run_until(plan, config, signal.SIGINT, reached=attempt_has_trained(2), s3=faulty_s3) == 130
+        assert (
+            run_until(plan, config, signal.SIGINT, reached=attempt_has_trained(2), s3=faulty_s3)
+            == 130
+        )
         faulty_s3.end(second)
-        pipeline.run(tiny_world.plan(plan.run_dir, **settings, student=student | {"checkpoint_every_steps": 100, "prefetch_batches": 1}))
+        pipeline.run(
+            tiny_world.plan(
+                plan.run_dir,
+                **settings,
+                student=student | {"checkpoint_every_steps": 100, "prefetch_batches": 1},
+            )
+        )
         yield run
 
 
-@pytest.mark.timeout(900)  # three starts of everything; seconds on a free machine, minutes on a busy one
-def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(undisturbed: Plan, disturbed: Disturbed) -> None:
+@pytest.mark.timeout(
+    900
+)  # three starts of everything; seconds on a free machine, minutes on a busy one
+def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
+    undisturbed: Plan, disturbed: Disturbed
+) -> None:
     plan = disturbed.plan
     rows = journal(plan)
     assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]
     assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["interrupted", "done"]
     assert curve(plan) == curve(undisturbed)
     store = ChunkStore(plan.config.store.url, plan.recipe)
-    assert [(reader.committed_step, reader.total_steps) for reader in registered(store).readers] == [(60, 60)]
-    assert store.published() == set()  # every chunk was deleted once it was read, and none was needed again
+    assert [
+        (reader.committed_step, reader.total_steps) for reader in registered(store).readers
+    ] == [(60, 60)]
+    # every chunk was deleted once it was read, and none was needed again
+    assert store.published() == set()
 
 
 @pytest.mark.timeout(900)
-def test_a_second_command_is_refused_while_the_first_runs_and_changes_nothing(disturbed: Disturbed) -> None:
-    """In its run directory, and in another that names the same checkpoints; after the kill the same command went on."""
+def test_a_second_command_is_refused_while_the_first_runs_and_changes_nothing(
+    disturbed: Disturbed,
+) -> None:
+    """In its run directory, and in another that names the same checkpoints; after the kill the same
+    command went on."""
     for refused in (disturbed.in_its_directory, disturbed.in_another):
         assert refused is not None
         assert refused.code == 2, refused
-        assert f"in use by process {disturbed.pid} on {socket.gethostname()} (`stillhouse run " in refused.err
+        assert (
+            f"in use by process {disturbed.pid} on {socket.gethostname()} (`stillhouse run "
+            in refused.err
+        )
         assert "Traceback" not in refused.err
     assert disturbed.changed == []
 
@@ -235,37 +330,58 @@ def as_toml_value(value: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def asked_again(undisturbed: Plan, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Outcome]:
-    """The finished run, in a copy of its directory, once more with another learning rate and without its control."""
+def asked_again(
+    undisturbed: Plan, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Plan, Outcome]:
+    """The finished run, in a copy of its directory, once more with another learning rate and
+    without its control."""
     folder = tmp_path_factory.mktemp("again")
     run_dir = folder / "run, again"
     shutil.copytree(undisturbed.run_dir, run_dir)
-    plan = tiny_world.plan(run_dir, store={"url": undisturbed.config.store.url}, student=STUDENT | {"learning_rate": 3e-5})
+    plan = tiny_world.plan(
+        run_dir,
+        store={"url": undisturbed.config.store.url},
+        student=STUDENT | {"learning_rate": 3e-5},
+    )
     (folder / "run.toml").write_text(as_toml(plan))
-    return plan, stillhouse("train", folder / "run.toml", "--run-dir", plan.run_dir, cache=folder / "cache")
+    return plan, stillhouse(
+        "train", folder / "run.toml", "--run-dir", plan.run_dir, cache=folder / "cache"
+    )
 
 
-def test_a_run_with_nothing_left_to_train_says_so_and_which_settings_had_no_effect(asked_again: tuple[Plan, Outcome]) -> None:
+def test_a_run_with_nothing_left_to_train_says_so_and_which_settings_had_no_effect(
+    asked_again: tuple[Plan, Outcome],
+) -> None:
     plan, outcome = asked_again
     words = (
-        "nothing left to train: all 60 steps are committed; these settings differ from those it was trained with and had no effect: "
+        "nothing left to train: all 60 steps are committed; these settings differ from those it "
+        "was trained with and had no effect: "
         "student.learning_rate = 3e-05 (trained with 0.003)"
     )
     assert outcome.code == 0, outcome
     assert words in outcome.err
     end = journal(plan)[-1]
     assert isinstance(end, EndRow)
-    assert (end.outcome, end.message, end.steps_taken, end.steps_done) == ("done", words, {}, {"student": 60})
+    assert (end.outcome, end.message, end.steps_taken, end.steps_done) == (
+        "done",
+        words,
+        {},
+        {"student": 60},
+    )
     assert config_of(plan.run_dir).student.learning_rate == 3e-5  # what was asked for last
 
 
-def test_the_command_that_exports_the_student_can_be_typed_as_it_is_shown(asked_again: tuple[Plan, Outcome]) -> None:
+def test_the_command_that_exports_the_student_can_be_typed_as_it_is_shown(
+    asked_again: tuple[Plan, Outcome],
+) -> None:
     plan, outcome = asked_again
     (shown,) = re.findall(r"`(stillhouse export .*) OUT`", outcome.out)
     assert shlex.split(shown) == ["stillhouse", "export", str(plan.run_dir)]
 
 
-def test_report_and_model_card_say_what_was_trained(asked_again: tuple[Plan, Outcome], tmp_path: Path) -> None:
+def test_report_and_model_card_say_what_was_trained(
+    asked_again: tuple[Plan, Outcome], tmp_path: Path
+) -> None:
     plan, _ = asked_again
     trained = "learning rate 0.003, warm-up steps 5, then a cosine to 0 at step 60"
     report = (plan.run_dir / "report.html").read_text(encoding="utf-8")
@@ -275,10 +391,15 @@ def test_report_and_model_card_say_what_was_trained(asked_again: tuple[Plan, Out
     assert f"| AdamW | {trained} |" in (tmp_path / "student" / "README.md").read_text()
 
 
-def test_a_run_directory_is_refused_to_another_recipe_and_another_batch(undisturbed: Plan, tiny_world: TinyWorld) -> None:
+def test_a_run_directory_is_refused_to_another_recipe_and_another_batch(
+    undisturbed: Plan, tiny_world: TinyWorld
+) -> None:
     def again(**changes: dict[str, object]) -> Plan:
         store = {"url": undisturbed.config.store.url}
-        return tiny_world.plan(undisturbed.run_dir, **{"store": store, "teacher": TEACHERS, "student": STUDENT, **changes})
+        return tiny_world.plan(
+            undisturbed.run_dir,
+            **{"store": store, "teacher": TEACHERS, "student": STUDENT, **changes},
+        )
 
     with pytest.raises(RecipeError, match=r"target\.k: 8 -> 9"):
         pipeline.run(again(target={"k": 9}))
@@ -301,9 +422,16 @@ def test_a_run_directory_is_refused_to_another_recipe_and_another_batch(undistur
         ("cluster", "threads", 2),
     ],
 )
-def test_a_resumed_run_may_change_pace_placement_and_logging(undisturbed: Plan, section: str, key: str, value: object) -> None:
+def test_a_resumed_run_may_change_pace_placement_and_logging(
+    undisturbed: Plan, section: str, key: str, value: object
+) -> None:
     changed = getattr(undisturbed.config, section).model_copy(update={key: value})
-    assert changes_that_matter(undisturbed.config, undisturbed.config.model_copy(update={section: changed})) == []
+    assert (
+        changes_that_matter(
+            undisturbed.config, undisturbed.config.model_copy(update={section: changed})
+        )
+        == []
+    )
 
 
 def test_an_export_opens_as_a_plain_model(undisturbed: Plan, tmp_path: Path) -> None:

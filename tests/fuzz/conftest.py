@@ -1,4 +1,5 @@
-"""How long parsers are fuzzed: one round of each in `make test`, as many as one likes in `make chaos`."""
+"""How long parsers are fuzzed: one round of each in `make test`, as many as one likes in `make
+chaos`."""
 
 import random
 from collections.abc import Iterator
@@ -9,12 +10,19 @@ from helpers.bounded import measured_memory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-rounds", type=int, default=1, help="rounds of mutants for each parser; a round is the same in each session")
+    parser.addoption(
+        "--fuzz-rounds",
+        type=int,
+        default=1,
+        help="rounds of mutants for each parser; a round is the same in each session",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "fuzz_round" in metafunc.fixturenames:
-        metafunc.parametrize("fuzz_round", range(metafunc.config.getoption("--fuzz-rounds", 1)), ids="round{}".format)
+        metafunc.parametrize(
+            "fuzz_round", range(metafunc.config.getoption("--fuzz-rounds", 1)), ids="round{}".format
+        )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Whatever a file says that it is, a chunk is read exactly where docs/format.md allows it, and refused with ChunkError elsewhere.
+"""Whatever a file says that it is, a chunk is read exactly where docs/format.md allows it, and
+refused with ChunkError elsewhere.
 
 The mutants' checksums and hashes are made right again, so that every rule below them is reached.
 """
@@ -18,9 +19,22 @@ from helpers.sealing import Arrays, canonical, chunk_file, header_of, metadata_o
 from stillhouse.errors import ChunkError
 from stillhouse.logits import decode
 from stillhouse.store import Recipe
-from stillhouse.store.chunk import Chunk, index_bytes, is_whole, pack_chunk, parse_index, unpack_chunk, unpack_rows
+from stillhouse.store.chunk import (
+    Chunk,
+    index_bytes,
+    is_whole,
+    pack_chunk,
+    parse_index,
+    unpack_chunk,
+    unpack_rows,
+)
 
-SHAPE: dict[str, Any] = {"num_sequences": 5, "sequence_length": 6, "chunk_sequences": 3, "vocab_size": 40}
+SHAPE: dict[str, Any] = {
+    "num_sequences": 5,
+    "sequence_length": 6,
+    "chunk_sequences": 3,
+    "vocab_size": 40,
+}
 CASES = {
     "kept": (small_recipe(**SHAPE, k=3), 0),
     "six bits and draws": (small_recipe(**SHAPE, k=5, num_draws=3, value_bits=6), 1),
@@ -32,7 +46,8 @@ STRANGE = (0, 1, -1, 2, 3, 5, 6, 39, 40, 41, 255, 2**31 - 1, -(2**31), 2**62, -(
 
 
 def mutant(rng: random.Random, chunk: Chunk, recipe: Recipe) -> bytes:
-    """A file that differs in its bytes, its header, its metadata, its arrays or the number of its records."""
+    """A file that differs in its bytes, its header, its metadata, its arrays or the number of its
+    records."""
     arrays, values = arrays_of(chunk), page_recipe(recipe)
     metadata = canonical(metadata_of(values, chunk.number))
     header = dumps(header_of(arrays, metadata), separators=(",", ":"))
@@ -40,14 +55,25 @@ def mutant(rng: random.Random, chunk: Chunk, recipe: Recipe) -> bytes:
         case 0:
             return mutated_bytes(rng, pack_chunk(chunk, recipe))
         case 1:
-            return chunk_file(arrays, dumps(mutated_json(rng, header_of(arrays, metadata)), separators=(",", ":")))
+            return chunk_file(
+                arrays, dumps(mutated_json(rng, header_of(arrays, metadata)), separators=(",", ":"))
+            )
         case 2:
-            changed = dumps(mutated_json(rng, metadata_of(values, chunk.number)), sort_keys=rng.random() < 0.5, separators=(",", ":"))
+            changed = dumps(
+                mutated_json(rng, metadata_of(values, chunk.number)),
+                sort_keys=rng.random() < 0.5,
+                separators=(",", ":"),
+            )
             return chunk_file(arrays, dumps(header_of(arrays, changed), separators=(",", ":")))
         case 3:
-            index_end = 8 + len(header) + -len(header) % 8 + 16 * len(chunk.sequences.token_ids_SL) + 8
+            index_end = (
+                8 + len(header) + -len(header) % 8 + 16 * len(chunk.sequences.token_ids_SL) + 8
+            )
             data = chunk_file(arrays, header)
-            whole = sealed_chunk(mutated_bytes(rng, data[:index_end]) + data[index_end:], num_rows=len(chunk.sequences.token_ids_SL))
+            whole = sealed_chunk(
+                mutated_bytes(rng, data[:index_end]) + data[index_end:],
+                num_rows=len(chunk.sequences.token_ids_SL),
+            )
             return whole if len(whole) >= 8 else data
         case 4:
             name = rng.choice([*arrays])
@@ -61,26 +87,32 @@ def _with_strange_values(rng: random.Random, array: np.ndarray) -> np.ndarray:
     for _ in range(rng.choice((1, 1, 2, 5))):
         at = rng.randrange(changed.size)
         with np.errstate(over="ignore"):
-            changed[at] = np.array(rng.choice((*STRANGE, int(changed[at]) + 1, int(changed[rng.randrange(changed.size)])))).astype(
-                array.dtype
-            )
+            changed[at] = np.array(
+                rng.choice(
+                    (*STRANGE, int(changed[at]) + 1, int(changed[rng.randrange(changed.size)]))
+                )
+            ).astype(array.dtype)
     return changed.reshape(array.shape)
 
 
 def _with_other_targets(rng: random.Random, arrays: Arrays, metadata: bytes) -> bytes:
-    """The mask changed, and starts and records made to agree with it; or records changed; or one more than the rows have."""
+    """The mask changed, and starts and records made to agree with it; or records changed; or one
+    more than the rows have."""
     mask, records = arrays["loss_mask"].copy(), arrays["targets"]
     if rng.random() < 0.5:
         mask[rng.randrange(len(mask)), rng.randrange(mask.shape[1])] ^= rng.choice((1, 1, 1, 2, 3))
     count = int(mask.sum())
     targets = np.resize(records, (count, records.shape[1])).copy()
     if rng.random() < 0.7 and count:
-        targets[rng.randrange(count)] = np.frombuffer(mutated_bytes(rng, bytes(records[0])).ljust(records.shape[1], b"\0"), "u1")[
-            : records.shape[1]
-        ]
+        targets[rng.randrange(count)] = np.frombuffer(
+            mutated_bytes(rng, bytes(records[0])).ljust(records.shape[1], b"\0"), "u1"
+        )[: records.shape[1]]
     starts = np.concatenate([[0], np.cumsum(mask.sum(axis=1, dtype=np.int64))])
     before, behind = rng.choice(((0, 0), (0, 0), (1, 0), (0, 1)))  # records of no row
-    targets, starts = np.pad(targets, ((before, behind), (0, 0)), mode="wrap" if count else "constant"), starts + before
+    targets, starts = (
+        np.pad(targets, ((before, behind), (0, 0)), mode="wrap" if count else "constant"),
+        starts + before,
+    )
     changed = {**arrays, "loss_mask": mask, "targets": targets, "row_starts": starts}
     return chunk_file(changed, dumps(header_of(changed, metadata), separators=(",", ":")))
 
@@ -88,7 +120,12 @@ def _with_other_targets(rng: random.Random, arrays: Arrays, metadata: bytes) -> 
 def page_recipe(recipe: Recipe) -> dict[str, Any]:
     """As the page's reader takes it."""
     values = {field: getattr(recipe, field) for field in recipe.__dataclass_fields__}
-    return values | {"codec": recipe.codec.name, "codec_version": 1, "format": 1, "temperature": float(recipe.temperature)}
+    return values | {
+        "codec": recipe.codec.name,
+        "codec_version": 1,
+        "format": 1,
+        "temperature": float(recipe.temperature),
+    }
 
 
 def page_reads(data: bytes, recipe: Recipe, number: int) -> dict[str, Any] | None:
@@ -106,27 +143,38 @@ def read(data: bytes, recipe: Recipe, number: int) -> Chunk:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_chunk_is_read_where_the_page_allows_it_and_refused_with_chunk_error_elsewhere(rng: random.Random, case: str) -> None:
+def test_a_chunk_is_read_where_the_page_allows_it_and_refused_with_chunk_error_elsewhere(
+    rng: random.Random, case: str
+) -> None:
     recipe, number = CASES[case]
     whole = make_chunk(recipe, number)
     num_read = 0
     for _ in range(MUTANTS):
         data = mutant(rng, whole, recipe)
-        found = bounded(lambda data=data: read(data, recipe, number), num_bytes=len(data), refusal=ChunkError)
+        found = bounded(
+            lambda data=data: read(data, recipe, number), num_bytes=len(data), refusal=ChunkError
+        )
         wanted = page_reads(data, recipe, number)
         assert (found is None) == (wanted is None), data.hex()
-        assert bounded(lambda data=data: is_whole(data, num_bytes=len(data)), num_bytes=len(data)) in (True, False)
+        assert bounded(
+            lambda data=data: is_whole(data, num_bytes=len(data)), num_bytes=len(data)
+        ) in (True, False)
         if found is not None and wanted is not None:
             num_read += 1
             assert found.sequences.token_ids_SL.tolist() == wanted["token_ids"], data.hex()
             assert found.sequences.positions_SL.tolist() == wanted["positions"], data.hex()
             assert found.sequences.loss_mask_SL.tolist() == wanted["loss_mask"], data.hex()
-            assert unpack_chunk(pack_chunk(found, recipe), recipe, number).targets_NB.tolist() == found.targets_NB.tolist(), data.hex()
+            assert (
+                unpack_chunk(pack_chunk(found, recipe), recipe, number).targets_NB.tolist()
+                == found.targets_NB.tolist()
+            ), data.hex()
     assert num_read > 0  # some changes are none, or are allowed
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rows_are_read_as_they_were_written_or_refused_with_chunk_error(rng: random.Random, case: str) -> None:
+def test_rows_are_read_as_they_were_written_or_refused_with_chunk_error(
+    rng: random.Random, case: str
+) -> None:
     """Pieces of a row are changed, cut short or exchanged."""
     recipe, number = CASES[case]
     data = pack_chunk(make_chunk(recipe, number), recipe)
@@ -135,23 +183,36 @@ def test_rows_are_read_as_they_were_written_or_refused_with_chunk_error(rng: ran
         row, at = rng.randrange(len(index.row_xxh3_S)), rng.randrange(4)
         whole = [data[start:end] for start, end in index.row_extents(row)]
         pieces = list(whole)
-        pieces[at] = rng.choice((mutated_bytes(rng, pieces[at]), pieces[at][:-1], pieces[rng.randrange(4)]))
-        found = bounded(lambda row=row, pieces=pieces: unpack_rows(index, [row], [pieces]), num_bytes=len(data), refusal=ChunkError)
+        pieces[at] = rng.choice(
+            (mutated_bytes(rng, pieces[at]), pieces[at][:-1], pieces[rng.randrange(4)])
+        )
+        found = bounded(
+            lambda row=row, pieces=pieces: unpack_rows(index, [row], [pieces]),
+            num_bytes=len(data),
+            refusal=ChunkError,
+        )
         assert found is None or pieces == whole
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_index_is_read_whole_or_refused_with_chunk_error_whatever_a_server_says_of_its_size(rng: random.Random, case: str) -> None:
-    """It is cut anywhere, and its checksum is right for what is left; the file is said to have any length."""
+def test_an_index_is_read_whole_or_refused_with_chunk_error_whatever_a_server_says_of_its_size(
+    rng: random.Random, case: str
+) -> None:
+    """It is cut anywhere, and its checksum is right for what is left; the file is said to have any
+    length."""
     recipe, number = CASES[case]
     data = pack_chunk(make_chunk(recipe, number), recipe)
     num_rows = len(recipe.chunk_rows(number))
     end = 8 + int.from_bytes(data[:8], "little") + 16 * num_rows + 8
     for _ in range(MUTANTS // 2):
         head = data[: rng.choice((end, rng.randrange(8, end), rng.randrange(end - 24, end)))]
-        size = rng.choice((0, 1, len(head), len(data), len(data), len(data) + 1, 2**62, rng.randrange(len(data))))
+        size = rng.choice(
+            (0, 1, len(head), len(data), len(data), len(data) + 1, 2**62, rng.randrange(len(data)))
+        )
         sealed = sealed_chunk(head, num_rows=num_rows)
         index = bounded(
-            lambda sealed=sealed, size=size: parse_index(sealed, recipe, number, num_bytes=size), num_bytes=len(data), refusal=ChunkError
+            lambda sealed=sealed, size=size: parse_index(sealed, recipe, number, num_bytes=size),
+            num_bytes=len(data),
+            refusal=ChunkError,
         )
         assert (index is not None) == (len(head) == end and size == len(data)), (len(head), size)

@@ -1,4 +1,5 @@
-"""Whatever a line of the journal says, it is a row whose values have the types of its columns, or it is refused with RunError.
+"""Whatever a line of the journal says, it is a row whose values have the types of its columns, or
+it is refused with RunError.
 
 It has its checksum, since the lines before it have theirs.
 """
@@ -53,8 +54,12 @@ def is_of(value: Any, kind: Any) -> bool:
     if origin is list:
         return type(value) is list and all(is_of(each, arguments[0]) for each in value)
     if origin is dict:
-        return type(value) is dict and all(is_of(key, arguments[0]) and is_of(each, arguments[1]) for key, each in value.items())
-    return type(value) in ((float, int) if kind is float else (kind,)) or (kind is types.NoneType and value is None)
+        return type(value) is dict and all(
+            is_of(key, arguments[0]) and is_of(each, arguments[1]) for key, each in value.items()
+        )
+    return type(value) in ((float, int) if kind is float else (kind,)) or (
+        kind is types.NoneType and value is None
+    )
 
 
 def mutant(rng: random.Random, row: Row, *, sealed: bool) -> bytes:
@@ -71,8 +76,11 @@ def is_sealed(line: bytes) -> bool:
     return seal is not None and int(seal[1], 16) == zlib.crc32(line[: seal.start()] + b"}")
 
 
-def test_a_line_is_a_row_of_its_types_or_is_refused_with_run_error(rng: random.Random, tmp_path: Path) -> None:
-    """It is the second of three lines; a row that was read is read back as it was, when it is recorded anew."""
+def test_a_line_is_a_row_of_its_types_or_is_refused_with_run_error(
+    rng: random.Random, tmp_path: Path
+) -> None:
+    """It is the second of three lines; a row that was read is read back as it was, when it is
+    recorded anew."""
     path, again, rows = tmp_path / "journal.jsonl", tmp_path / "again.jsonl", [*examples()]
     first, last = rows[0], rows[-1]
     Journal(path).record(first)
@@ -82,9 +90,15 @@ def test_a_line_is_a_row_of_its_types_or_is_refused_with_run_error(rng: random.R
     after = path.read_bytes()
     num_read = 0
     for number in range(MUTANTS):
-        line = mutant(rng, rows[number % len(rows)], sealed=rng.random() < 0.8).replace(b"\n", b" ").replace(b"\r", b" ")
+        line = (
+            mutant(rng, rows[number % len(rows)], sealed=rng.random() < 0.8)
+            .replace(b"\n", b" ")
+            .replace(b"\r", b" ")
+        )
         path.write_bytes(before + line + b"\n" + after)
-        found = bounded(lambda: read_journal(path), num_bytes=len(line) + FEW_BYTES, refusal=RunError)
+        found = bounded(
+            lambda: read_journal(path), num_bytes=len(line) + FEW_BYTES, refusal=RunError
+        )
         if found is None:
             continue
         num_read += 1

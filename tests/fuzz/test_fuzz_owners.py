@@ -1,4 +1,5 @@
-"""Whatever an owner's record says, it names its holder or says that it cannot be read; never an error."""
+"""Whatever an owner's record says, it names its holder or says that it cannot be read; never an
+error."""
 
 import json
 import random
@@ -41,9 +42,14 @@ def test_a_record_names_its_holder_or_says_that_it_cannot_be_read(rng: random.Ra
         if record.holder is not None:
             num_read += 1
             values = asdict(record.holder)
-            assert all(type(values[name]) is type(value) or name == "since" for name, value in asdict(HOLDER).items()), data
+            assert all(
+                type(values[name]) is type(value) or name == "since"
+                for name, value in asdict(HOLDER).items()
+            ), data
             written = json.loads(data)
             checksum = written.pop("xxh3")
             assert sealed_json(written)["xxh3"] == checksum, data
-            assert json.dumps({**asdict(record.holder), **record.more}, sort_keys=True) == json.dumps(written, sort_keys=True), data
+            assert json.dumps(
+                {**asdict(record.holder), **record.more}, sort_keys=True
+            ) == json.dumps(written, sort_keys=True), data
     assert num_read > 0

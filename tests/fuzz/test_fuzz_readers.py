@@ -1,4 +1,5 @@
-"""Whatever a reader's file says, it is a reader whose way through the chunks can be computed, or a stranger; never an error."""
+"""Whatever a reader's file says, it is a reader whose way through the chunks can be computed, or a
+stranger; never an error."""
 
 import json
 import random
@@ -13,7 +14,14 @@ from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import join, registered
 from stillhouse.student.job import order_of
 
-READER = Consumer(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=7)
+READER = Consumer(
+    name="a-student",
+    global_batch_sequences=8,
+    seed=3,
+    window_chunks=4,
+    total_steps=100,
+    committed_step=7,
+)
 OTHER = replace(READER, name="b-student")
 MUTANTS = 500
 
@@ -25,10 +33,14 @@ def mutant(rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         return mutated_bytes(rng, dumps(sealed_json(values, sort_keys=True), **canonical))
     changed = mutated_json(rng, values)
-    return dumps(sealed_json(changed, sort_keys=True) if isinstance(changed, dict) else changed, **canonical)
+    return dumps(
+        sealed_json(changed, sort_keys=True) if isinstance(changed, dict) else changed, **canonical
+    )
 
 
-def test_a_readers_file_is_a_reader_or_a_stranger_and_others_are_found_beside_it(rng: random.Random, tmp_path: Path) -> None:
+def test_a_readers_file_is_a_reader_or_a_stranger_and_others_are_found_beside_it(
+    rng: random.Random, tmp_path: Path
+) -> None:
     store = ChunkStore.create(str(tmp_path / "store"), small_recipe())
     join(store, READER)
     path = Path(store.url) / store.folder / "readers" / "b-student.json"
@@ -44,11 +56,14 @@ def test_a_readers_file_is_a_reader_or_a_stranger_and_others_are_found_beside_it
         for reader in others:
             num_read += 1
             assert reader.name == path.stem, data
-            assert dumps(sealed_json({**asdict(reader), "version": 1}, sort_keys=True), sort_keys=True) == dumps(
-                json.loads(data), sort_keys=True
-            ), data
+            assert dumps(
+                sealed_json({**asdict(reader), "version": 1}, sort_keys=True), sort_keys=True
+            ) == dumps(json.loads(data), sort_keys=True), data
             order = order_of(reader, store.recipe)
-            done = bounded(lambda order=order, reader=reader: order.steps_until_done_with(reader.total_steps), num_bytes=len(data))
+            done = bounded(
+                lambda order=order, reader=reader: order.steps_until_done_with(reader.total_steps),
+                num_bytes=len(data),
+            )
             assert done is not None
             assert len(done) == store.recipe.num_chunks
     assert num_read > 0

@@ -1,4 +1,5 @@
-"""Whatever recipe.json says, it is refused with RecipeError or is a recipe of which every part can be asked for."""
+"""Whatever recipe.json says, it is refused with RecipeError or is a recipe of which every part can
+be asked for."""
 
 import random
 
@@ -10,7 +11,11 @@ from stillhouse.store import Recipe
 from stillhouse.store.chunk import index_bytes, pack_chunk, parse_index
 from stillhouse.store.recipe import parse_recipe
 
-BASES = (small_recipe(), small_recipe(k=0, num_draws=3, packing="padded", temperature=0.5), small_recipe(value_bits=6, num_draws=4))
+BASES = (
+    small_recipe(),
+    small_recipe(k=0, num_draws=3, packing="padded", temperature=0.5),
+    small_recipe(value_bits=6, num_draws=4),
+)
 MUTANTS = 1200
 COUNTS = ("num_sequences", "sequence_length", "chunk_sequences", "vocab_size", "num_draws")
 HUGE = (2**20, 2**31 - 1, 2**31, 2**32, 2**61, 2**62, 2**63, 2**64, 10**30)
@@ -36,7 +41,11 @@ def use(recipe: Recipe, data: bytes) -> None:
     for number in (0, recipe.num_chunks - 1):
         head = data[: index_bytes(recipe, number)]
         for num_bytes in (len(data), 2**62):
-            bounded(lambda h=head, b=num_bytes, n=number: parse_index(h, recipe, n, num_bytes=b), num_bytes=len(data), refusal=ChunkError)
+            bounded(
+                lambda h=head, b=num_bytes, n=number: parse_index(h, recipe, n, num_bytes=b),
+                num_bytes=len(data),
+                refusal=ChunkError,
+            )
 
 
 def test_a_recipe_is_what_was_written_or_is_refused_with_recipe_error(rng: random.Random) -> None:
@@ -44,7 +53,11 @@ def test_a_recipe_is_what_was_written_or_is_refused_with_recipe_error(rng: rando
     num_read = 0
     for _ in range(MUTANTS):
         data = mutant(rng, rng.choice(BASES))
-        recipe = bounded(lambda data=data: parse_recipe(data, where="recipe.json"), num_bytes=len(data), refusal=RecipeError)
+        recipe = bounded(
+            lambda data=data: parse_recipe(data, where="recipe.json"),
+            num_bytes=len(data),
+            refusal=RecipeError,
+        )
         if recipe is not None:
             num_read += 1
             assert recipe.canonical_json() == data, data

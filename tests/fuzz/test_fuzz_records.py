@@ -1,4 +1,5 @@
-"""Whatever bytes a record has, it is what its own target encodes to, on the processor as on a device, or it is refused with ChunkError."""
+"""Whatever bytes a record has, it is what its own target encodes to, on the processor as on a
+device, or it is refused with ChunkError."""
 
 import random
 
@@ -27,14 +28,33 @@ BYTES = (0, 1, 2, 0x3C, 0x51, 0x7C, 0x7E, 0x80, 0xFC, 0xFF)
 
 
 def mutant(rng: random.Random, record: bytes, codec: Codec) -> bytes:
-    """A record of the same size: flipped, overwritten, of random bytes, or with the numbers of its header replaced."""
+    """A record of the same size: flipped, overwritten, of random bytes, or with the numbers of its
+    header replaced."""
     match rng.randrange(4):
         case 0:
             changed = rng.randbytes(len(record))
         case 1:
             changed = bytes(rng.choice(BYTES) if rng.random() < 0.15 else byte for byte in record)
         case 2 if codec.k:
-            numbers = [rng.choice((1.0, 40.0, 0.999, 40.03, 5.0, -1.0, 0.0, -6e-8, -65504.0, np.inf, -np.inf, np.nan)) for _ in range(2)]
+            numbers = [
+                rng.choice(
+                    (
+                        1.0,
+                        40.0,
+                        0.999,
+                        40.03,
+                        5.0,
+                        -1.0,
+                        0.0,
+                        -6e-8,
+                        -65504.0,
+                        np.inf,
+                        -np.inf,
+                        np.nan,
+                    )
+                )
+                for _ in range(2)
+            ]
             changed = np.array(numbers, "<f2").tobytes() + record[4:]
         case _:
             changed = mutated_bytes(rng, record)
@@ -42,7 +62,12 @@ def mutant(rng: random.Random, record: bytes, codec: Codec) -> bytes:
 
 
 def page_reads(record: bytes, codec: Codec) -> bool:
-    recipe = {"k": codec.k, "num_draws": codec.num_draws, "vocab_size": codec.vocab_size, "value_bits": codec.value_bits}
+    recipe = {
+        "k": codec.k,
+        "num_draws": codec.num_draws,
+        "vocab_size": codec.vocab_size,
+        "value_bits": codec.value_bits,
+    }
     try:
         read_record(record, recipe)
     except Exception:  # it follows the page and takes no care of what else may go wrong
@@ -51,22 +76,36 @@ def page_reads(record: bytes, codec: Codec) -> bool:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_a_record_is_its_targets_own_or_is_refused_with_chunk_error(rng: random.Random, name: str) -> None:
+def test_a_record_is_its_targets_own_or_is_refused_with_chunk_error(
+    rng: random.Random, name: str
+) -> None:
     codec = CODECS[name]
     whole_TB = make_records(codec, 8, np.random.default_rng(7))
     for _ in range(MUTANTS):
         record = mutant(rng, bytes(rng.choice([*whole_TB])), codec)
         records_TB = torch.frombuffer(bytearray(record), dtype=torch.uint8).reshape(1, -1)
-        found = bounded(lambda records_TB=records_TB: decode(records_TB, codec), num_bytes=len(record), refusal=ChunkError)
-        on_device = bounded(lambda records_TB=records_TB: codec_torch.decode(records_TB, codec), num_bytes=len(record), refusal=ChunkError)
-        assert (found is not None) == (on_device is not None) == page_reads(record, codec), record.hex()
+        found = bounded(
+            lambda records_TB=records_TB: decode(records_TB, codec),
+            num_bytes=len(record),
+            refusal=ChunkError,
+        )
+        on_device = bounded(
+            lambda records_TB=records_TB: codec_torch.decode(records_TB, codec),
+            num_bytes=len(record),
+            refusal=ChunkError,
+        )
+        assert (found is not None) == (on_device is not None) == page_reads(record, codec), (
+            record.hex()
+        )
         if found is not None and on_device is not None:
             assert encode(found, codec).numpy().tobytes() == record, record.hex()
             assert same_ids(found, on_device), record.hex()
 
 
 def same_ids(one: CompressedLogits, other: CompressedLogits) -> bool:
-    return torch.equal(one.token_ids_TK, other.token_ids_TK) and torch.equal(one.tail_ids_TN, other.tail_ids_TN)
+    return torch.equal(one.token_ids_TK, other.token_ids_TK) and torch.equal(
+        one.tail_ids_TN, other.tail_ids_TN
+    )
 
 
 def test_of_many_records_the_first_bad_one_is_named(rng: random.Random) -> None:

@@ -1,7 +1,9 @@
-"""Writes tests/golden/run_v1: `PYTHONPATH=tests python tests/golden/make_run_v1.py OUT`, on the tree that the run is to be of.
+"""Writes tests/golden/run_v1: `PYTHONPATH=tests python tests/golden/make_run_v1.py OUT`, on the
+tree that the run is to be of.
 
-The run is finished first, for what is expected of it; then it is taken back to the state in which a lost machine leaves it: the journal
-ends behind the commit of step 5, later checkpoints are gone, and so are the last two chunks that it made.
+The run is finished first, for what is expected of it; then it is taken back to the state in which a
+lost machine leaves it: the journal ends behind the commit of step 5, later checkpoints are gone,
+and so are the last two chunks that it made.
 """
 
 import json
@@ -57,19 +59,28 @@ def make_inputs(folder: Path) -> None:
             seed=seed,
         )
     paragraphs = [text for text in TEXTS.read_text().split("\n\n") if 200 < len(text) < 600]
-    (folder / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs[:12]))
+    (folder / "documents.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in paragraphs[:12])
+    )
 
 
 def outcome(plan: pipeline.Plan) -> dict[str, object]:
     rows = read_journal(plan.run_dir / "journal.jsonl")
     store = ChunkStore(plan.config.store.url, plan.recipe)
-    chunks = {number: xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes()) for number in plan.chunks}
+    chunks = {
+        number: xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes())
+        for number in plan.chunks
+    }
     return {
         "fingerprint": plan.recipe.fingerprint,
-        "curve": [[row.step, row.loss, row.grad_norm] for row in latest_train_rows(rows, "student")],
+        "curve": [
+            [row.step, row.loss, row.grad_norm] for row in latest_train_rows(rows, "student")
+        ],
         "chunks": chunks,
         "scores": {
-            row.model: {name: value for name, value in asdict(row).items() if name not in ("model", "time")}
+            row.model: {
+                name: value for name, value in asdict(row).items() if name not in ("model", "time")
+            }
             for row in rows
             if isinstance(row, EvalRow)
         },
@@ -80,7 +91,11 @@ def take_back(plan: pipeline.Plan) -> None:
     """To half its steps."""
     journal = plan.run_dir / "journal.jsonl"
     lines, rows = journal.read_text().splitlines(), read_journal(journal)
-    (end,) = (index for index, row in enumerate(rows) if isinstance(row, CheckpointRow) and row.step == HALF)
+    (end,) = (
+        index
+        for index, row in enumerate(rows)
+        if isinstance(row, CheckpointRow) and row.step == HALF
+    )
     journal.write_text("\n".join(lines[: end + 1]) + "\n")
     store = ChunkStore(plan.config.store.url, plan.recipe)
     for number in plan.chunks[-2:]:
@@ -95,7 +110,8 @@ def take_back(plan: pipeline.Plan) -> None:
 
 
 def without_checksum(text: str) -> str:
-    """Of config.json, and of each line of a journal: readers take such for those of a version that wrote none."""
+    """Of config.json, and of each line of a journal: readers take such for those of a version that
+    wrote none."""
     return re.sub(r',\s*"(xxh3|crc)": "[0-9a-f]+"\s*}', "}", text)
 
 

@@ -9,12 +9,18 @@ from stillhouse.bench.gpu.findings import Recorder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--findings", type=Path, help="file to which a line is appended for each test, as soon as it has ended")
+    parser.addoption(
+        "--findings",
+        type=Path,
+        help="file to which a line is appended for each test, as soon as it has ended",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--findings")
-    if path is not None and not hasattr(config, "workerinput"):  # with xdist, its controller hears of all
+    if path is not None and not hasattr(
+        config, "workerinput"
+    ):  # with xdist, its controller hears of all
         config.pluginmanager.register(_Teller(Recorder(path, "tests")))
 
 
@@ -32,5 +38,7 @@ class _Teller:
 
 @pytest.fixture(scope="session")
 def gpu() -> torch.device:
-    assert torch.cuda.is_available(), "there is no GPU that torch can use; run these on a machine with one"
+    assert torch.cuda.is_available(), (
+        "there is no GPU that torch can use; run these on a machine with one"
+    )
     return torch.device("cuda")

@@ -1,4 +1,5 @@
-"""Records that a GPU writes are those of the CPU, byte for byte, and what it reads back is the same target to the last bits of float32."""
+"""Records that a GPU writes are those of the CPU, byte for byte, and what it reads back is the same
+target to the last bits of float32."""
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ T = 300
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "k", "num_draws", "bits"), [(151_936, 64, 0, 8), (151_936, 12, 12, 6), (151_936, 0, 50, 8), (262_144, 128, 3, 6)]
+    ("vocab_size", "k", "num_draws", "bits"),
+    [(151_936, 64, 0, 8), (151_936, 12, 12, 6), (151_936, 0, 50, 8), (262_144, 128, 3, 6)],
 )
-def test_a_gpus_records_are_the_cpus(gpu: torch.device, vocab_size: int, k: int, num_draws: int, bits: int) -> None:
+def test_a_gpus_records_are_the_cpus(
+    gpu: torch.device, vocab_size: int, k: int, num_draws: int, bits: int
+) -> None:
     logits = 4 * torch.randn(T, vocab_size, generator=torch.Generator().manual_seed(0))
     seeds = token_seeds(0, torch.zeros(T), torch.arange(T))
     target = compress(logits, k=k, tail_draws=num_draws, seeds_T=seeds)

@@ -1,4 +1,5 @@
-"""On a GPU, `compress` takes the kernels by itself and answers as the reference does on the CPU, whatever the logits."""
+"""On a GPU, `compress` takes the kernels by itself and answers as the reference does on the CPU,
+whatever the logits."""
 
 import math
 
@@ -6,27 +7,53 @@ import pytest
 import torch
 
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, Head, backend_for, compress, compress_hidden, compress_reference, token_seeds
+from stillhouse.logits import (
+    CompressedLogits,
+    Head,
+    backend_for,
+    compress,
+    compress_hidden,
+    compress_reference,
+    token_seeds,
+)
 from stillhouse.logits.topk import blockmax_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = [(151_936, 64), (151_936, 512), (128_256, 16), (32_000, 128), (262_144, 64), (151_665, 1), (151_936, 0), (4_097, 16)]
+SHAPES = [
+    (151_936, 64),
+    (151_936, 512),
+    (128_256, 16),
+    (32_000, 128),
+    (262_144, 64),
+    (151_665, 1),
+    (151_936, 0),
+    (4_097, 16),
+]
 
 
 def random_logits(num_tokens: int, vocab_size: int, *, step: float = 0.0) -> torch.Tensor:
-    logits = 4 * torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    logits = 4 * torch.randn(
+        num_tokens, vocab_size, generator=torch.Generator().manual_seed(vocab_size)
+    )
     return (logits / step).round() * step if step else logits
 
 
 def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
     assert torch.equal(found.token_ids_TK.cpu(), wanted.token_ids_TK)
     torch.testing.assert_close(found.logprobs_TK.cpu(), wanted.logprobs_TK, rtol=2e-6, atol=4e-6)
-    torch.testing.assert_close(found.tail_logmass_T.cpu(), wanted.tail_logmass_T, rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(
+        found.tail_logmass_T.cpu(), wanted.tail_logmass_T, rtol=2e-6, atol=4e-6
+    )
 
 
 @pytest.mark.parametrize("row_stride", [151_669, 151_680])
 def test_the_kernels_pass_their_own_test(gpu: torch.device, row_stride: int) -> None:
-    assert blockmax_triton.defect(gpu, vocab_size=151_669, k=64, dtype=torch.bfloat16, row_stride=row_stride) is None
+    assert (
+        blockmax_triton.defect(
+            gpu, vocab_size=151_669, k=64, dtype=torch.bfloat16, row_stride=row_stride
+        )
+        is None
+    )
 
 
 def test_more_entries_than_the_kernels_are_for_equal_the_reference(gpu: torch.device) -> None:
@@ -37,15 +64,22 @@ def test_more_entries_than_the_kernels_are_for_equal_the_reference(gpu: torch.de
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("vocab_size", "k"), SHAPES)
-def test_real_shapes_take_the_kernels_and_equal_the_reference(gpu: torch.device, vocab_size: int, k: int, dtype: torch.dtype) -> None:
+def test_real_shapes_take_the_kernels_and_equal_the_reference(
+    gpu: torch.device, vocab_size: int, k: int, dtype: torch.dtype
+) -> None:
     logits = random_logits(37, vocab_size).to(dtype)
     assert backend_for(logits.to(gpu), k=k).name == "triton"
     for temperature in (1.0, 0.7):
-        assert_same(compress(logits.to(gpu), k=k, temperature=temperature), compress_reference(logits, k=k, temperature=temperature))
+        assert_same(
+            compress(logits.to(gpu), k=k, temperature=temperature),
+            compress_reference(logits, k=k, temperature=temperature),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_sorted_rows_and_rows_of_one_value_equal_the_reference(gpu: torch.device, dtype: torch.dtype) -> None:
+def test_ties_sorted_rows_and_rows_of_one_value_equal_the_reference(
+    gpu: torch.device, dtype: torch.dtype
+) -> None:
     place = torch.arange(20_000)
     faint = torch.zeros(20_000)
     faint[7] = 90.0
@@ -91,5 +125,7 @@ def test_exact_logits_are_float32_sums_and_blocks_change_nothing(gpu: torch.devi
     head = Head(weight.to(gpu), float32_logits=True)
     for block_tokens in (64, 1024):
         found = compress_hidden(hidden.to(gpu), head, k=32, block_tokens=block_tokens)
-        assert (found.token_ids_TK.cpu() == wanted.token_ids_TK).float().mean() > 0.999  # products are summed in another order
+        assert (
+            found.token_ids_TK.cpu() == wanted.token_ids_TK
+        ).float().mean() > 0.999  # products are summed in another order
         torch.testing.assert_close(found.logprobs_TK.cpu(), wanted.logprobs_TK, rtol=0, atol=1e-4)

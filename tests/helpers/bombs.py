@@ -1,4 +1,5 @@
-"""Checkpoints with a command in them that makes one folder, and with checksums that are right: anyone can compute these."""
+"""Checkpoints with a command in them that makes one folder, and with checksums that are right:
+anyone can compute these."""
 
 import os
 import pickle
@@ -26,13 +27,18 @@ class Bomb:
 
 
 def beside_the_rest(path: Path, bomb: Bomb) -> None:
-    """The file as it was, and one thing more: whoever opens it without care has no reason to complain."""
+    """The file as it was, and one thing more: whoever opens it without care has no reason to
+    complain."""
     torch.save({**torch.load(path, weights_only=False), "more": bomb}, path)
 
 
 def in_the_old_format(path: Path, bomb: Bomb) -> None:
     """As torch wrote files before they were zip archives: several pickles, one after the other."""
-    torch.save({**torch.load(path, weights_only=False), "more": bomb}, path, _use_new_zipfile_serialization=False)
+    torch.save(
+        {**torch.load(path, weights_only=False), "more": bomb},
+        path,
+        _use_new_zipfile_serialization=False,
+    )
 
 
 def as_a_plain_pickle(path: Path, bomb: Bomb) -> None:
@@ -52,8 +58,11 @@ def write_archive(path: Path, instructions: bytes) -> None:
         archive.writestr("archive/version", "3\n")
 
 
-def planted(root: Path, into: Path, plant: Callable[[Path], None], *, names: tuple[str, ...]) -> Commit:
-    """Copy the checkpoints of `root`, call `plant` on these files of the newest, and seal that anew."""
+def planted(
+    root: Path, into: Path, plant: Callable[[Path], None], *, names: tuple[str, ...]
+) -> Commit:
+    """Copy the checkpoints of `root`, call `plant` on these files of the newest, and seal that
+    anew."""
     shutil.copytree(root, into)
     sound = newest(str(into))
     assert sound is not None
@@ -61,7 +70,10 @@ def planted(root: Path, into: Path, plant: Callable[[Path], None], *, names: tup
     for name in names:
         plant(folder / name)
     (into / sound.manifest).unlink()
-    return publish(Blobs(str(into)), replace(sound, files={name: _digest_of(folder / name) for name in sound.files}))
+    return publish(
+        Blobs(str(into)),
+        replace(sound, files={name: _digest_of(folder / name) for name in sound.files}),
+    )
 
 
 def _digest_of(path: Path) -> tuple[int, str]:

@@ -1,4 +1,5 @@
-"""A call that may take no more than its share of memory and time, and raise nothing but what it promises."""
+"""A call that may take no more than its share of memory and time, and raise nothing but what it
+promises."""
 
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -28,8 +29,11 @@ def measured_memory() -> Iterator[None]:
         tracemalloc.stop()
 
 
-def bounded(call: Callable[[], _Answer], *, num_bytes: int, refusal: type[Exception] | tuple[()] = ()) -> _Answer | None:
-    """The answer, or None where it is refused with exactly this error. Raises Broken on any other, and on what takes too much."""
+def bounded(
+    call: Callable[[], _Answer], *, num_bytes: int, refusal: type[Exception] | tuple[()] = ()
+) -> _Answer | None:
+    """The answer, or None where it is refused with exactly this error. Raises Broken on any other,
+    and on what takes too much."""
     tracemalloc.clear_traces()
     before, began = tracemalloc.get_traced_memory()[0], thread_time()
     try:

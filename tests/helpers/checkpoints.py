@@ -7,13 +7,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stillhouse.checkpoint.manifest import Commit, Digest, Origin, folder_of, publish, publish_part, read_part
+from stillhouse.checkpoint.manifest import (
+    Commit,
+    Digest,
+    Origin,
+    folder_of,
+    publish,
+    publish_part,
+    read_part,
+)
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.store.object_store import Blobs
 
 ORIGIN = Origin(zero_stage=3, fingerprint="ab" * 32, settings={"seed": 0, "betas": [0.9, 0.95]})
 # ".bin": a rank opens what ends in ".pt" before it restores
-FILES = {"model_states.bin": b"weights" * 100, "pp_rank_0_optim.bin": b"moments" * 50, "pp_rank_1_optim.bin": b"", "empty": b"x"}
+FILES = {
+    "model_states.bin": b"weights" * 100,
+    "pp_rank_0_optim.bin": b"moments" * 50,
+    "pp_rank_1_optim.bin": b"",
+    "empty": b"x",
+}
 
 
 def write_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2) -> str:
@@ -27,15 +40,30 @@ def write_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2)
         written[name] = digest.value
         blobs.stream(f"{folder}/{name}", lambda write, whole=whole: write(whole))
     for rank in range(world_size):
-        publish_part(blobs, folder, rank=rank, world_size=world_size, files=written if rank == 0 else {})
+        publish_part(
+            blobs, folder, rank=rank, world_size=world_size, files=written if rank == 0 else {}
+        )
     return folder
 
 
-def commit_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2, origin: Origin = ORIGIN) -> Commit:
+def commit_files(
+    url: str, step: int, *, attempt: str = "a", world_size: int = 2, origin: Origin = ORIGIN
+) -> Commit:
     """Rank 0's last step."""
     blobs, folder = Blobs(url), folder_of(step, attempt)
-    parts = [read_part(blobs, folder, rank=rank, world_size=world_size) for rank in range(world_size)]
-    return publish(blobs, Commit(step, attempt, world_size, origin, {name: digest for part in parts for name, digest in part.items()}))
+    parts = [
+        read_part(blobs, folder, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    return publish(
+        blobs,
+        Commit(
+            step,
+            attempt,
+            world_size,
+            origin,
+            {name: digest for part in parts for name, digest in part.items()},
+        ),
+    )
 
 
 def make(url: str | Path, *steps: int, attempt: str = "a", origin: Origin = ORIGIN) -> list[Commit]:
@@ -50,15 +78,22 @@ def make(url: str | Path, *steps: int, attempt: str = "a", origin: Origin = ORIG
 def snapshot_of(step: int, *, num_floats: int = 10, rank: int = 0) -> Snapshot:
     """A snapshot of one file."""
     state = {"weights": torch.full((num_floats,), float(step)), "step": step}
-    return Snapshot(step, {f"pp_rank_{rank}_optim.pt": state}, began=0.0, blocking_s=0.25, release=lambda: None)
+    return Snapshot(
+        step, {f"pp_rank_{rank}_optim.pt": state}, began=0.0, blocking_s=0.25, release=lambda: None
+    )
 
 
 def commit_weights(url: str, model: nn.Module, step: int) -> Commit:
-    """A commit of a language model, as far as an export reads it: the file in which rank 0 saves the whole module up to stage 2."""
+    """A commit of a language model, as far as an export reads it: the file in which rank 0 saves
+    the whole module up to stage 2."""
     blobs, folder, buffer = Blobs(url), folder_of(step, "a"), io.BytesIO()
-    torch.save({"module": {f"lm.{name}": weight for name, weight in model.state_dict().items()}}, buffer)
+    torch.save(
+        {"module": {f"lm.{name}": weight for name, weight in model.state_dict().items()}}, buffer
+    )
     digest = Digest()
     digest.add(buffer.getvalue())
     blobs.stream(f"{folder}/mp_rank_00_model_states.pt", lambda write: write(buffer.getvalue()))
     origin = replace(ORIGIN, zero_stage=1)
-    return publish(blobs, Commit(step, "a", 1, origin, {"mp_rank_00_model_states.pt": digest.value}))
+    return publish(
+        blobs, Commit(step, "a", 1, origin, {"mp_rank_00_model_states.pt": digest.value})
+    )

@@ -1,4 +1,5 @@
-"""Small recipes and chunks that are right in every field: what a teacher would publish, without a teacher."""
+"""Small recipes and chunks that are right in every field: what a teacher would publish, without a
+teacher."""
 
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,8 @@ def small_recipe(**changes: Any) -> Recipe:
 
 
 def make_chunk(recipe: Recipe, number: int = 0, *, seed: int = 0) -> Chunk:
-    """A chunk of random tokens and targets: packed documents of random lengths, the mask 1 inside them, never at their last token."""
+    """A chunk of random tokens and targets: packed documents of random lengths, the mask 1 inside
+    them, never at their last token."""
     rng = np.random.default_rng([seed, number])
     shape = (len(recipe.chunk_rows(number)), recipe.sequence_length)
     starts_SL = rng.random(shape) < 0.2
@@ -43,12 +45,22 @@ def make_chunk(recipe: Recipe, number: int = 0, *, seed: int = 0) -> Chunk:
     loss_mask_SL[:, :-1] = ~starts_SL[:, 1:]
     token_ids_SL = rng.integers(0, recipe.vocab_size, shape)
     records = make_records(recipe.codec, int(loss_mask_SL.sum()), rng)
-    return Chunk(number, Sequences(token_ids_SL.astype(np.int32), positions_SL.astype(np.int32), loss_mask_SL), records)
+    return Chunk(
+        number,
+        Sequences(token_ids_SL.astype(np.int32), positions_SL.astype(np.int32), loss_mask_SL),
+        records,
+    )
 
 
-def with_arrays(chunk: Chunk, *, targets_NB: np.ndarray | None = None, **arrays: np.ndarray) -> Chunk:
+def with_arrays(
+    chunk: Chunk, *, targets_NB: np.ndarray | None = None, **arrays: np.ndarray
+) -> Chunk:
     """The chunk with some of its arrays replaced."""
-    return Chunk(chunk.number, replace(chunk.sequences, **arrays), chunk.targets_NB if targets_NB is None else targets_NB)
+    return Chunk(
+        chunk.number,
+        replace(chunk.sequences, **arrays),
+        chunk.targets_NB if targets_NB is None else targets_NB,
+    )
 
 
 def arrays_of(chunk: Chunk) -> dict[str, np.ndarray]:
@@ -63,11 +75,23 @@ def arrays_of(chunk: Chunk) -> dict[str, np.ndarray]:
 
 
 def make_records(codec: Codec, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [num_tokens, codec.bytes_per_token]: the K likeliest of random logits, and random draws from the others."""
-    logits_TV = torch.from_numpy(rng.normal(0, 3, (num_tokens, codec.vocab_size)).astype(np.float32))
+    """uint8 [num_tokens, codec.bytes_per_token]: the K likeliest of random logits, and random draws
+    from the others."""
+    logits_TV = torch.from_numpy(
+        rng.normal(0, 3, (num_tokens, codec.vocab_size)).astype(np.float32)
+    )
     logprobs_TK, ids_TK = torch.log_softmax(logits_TV, dim=-1).topk(codec.k)
     tail_T = torch.log1p(-logprobs_TK.exp().sum(-1).clamp(max=1 - 1e-7))
     if codec.k == codec.vocab_size:
         tail_T.fill_(-torch.inf)
-    draws_TN = torch.from_numpy(np.sort(rng.integers(0, codec.vocab_size, (num_tokens, codec.num_draws)), axis=1).astype(np.int32))
-    return encode(CompressedLogits(ids_TK.int(), logprobs_TK, tail_T, draws_TN, codec.vocab_size, codec.temperature), codec).numpy()
+    draws_TN = torch.from_numpy(
+        np.sort(rng.integers(0, codec.vocab_size, (num_tokens, codec.num_draws)), axis=1).astype(
+            np.int32
+        )
+    )
+    return encode(
+        CompressedLogits(
+            ids_TK.int(), logprobs_TK, tail_T, draws_TN, codec.vocab_size, codec.temperature
+        ),
+        codec,
+    ).numpy()

@@ -1,7 +1,9 @@
-"""A Ray cluster whose nodes are machines with addresses of their own, that can be killed, cut off and joined by new ones.
+"""A Ray cluster whose nodes are machines with addresses of their own, that can be killed, cut off
+and joined by new ones.
 
-The cluster belongs to a process of its own (`python -m helpers.clusters`) on the first machine, since one process can be attached to one
-cluster only, and a test's may be to another. It ends with its input, and ends the cluster.
+The cluster belongs to a process of its own (`python -m helpers.clusters`) on the first machine,
+since one process can be attached to one cluster only, and a test's may be to another. It ends with
+its input, and ends the cluster.
 """
 
 import json
@@ -22,7 +24,9 @@ from helpers.networks import Machine, inside
 
 _PATIENCE_S = 120.0
 _LOOK_EVERY_S = 0.02
-_SOON = {  # a node that cannot be reached is dead within eight seconds, and not after a minute; a busy one is not
+# a node that cannot be reached is dead within eight seconds, and not after a minute; a busy one is
+# not
+_SOON = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1500,
@@ -46,8 +50,16 @@ class RayMachines:
                 text=True,
             )
 
-    def join(self, machine: Machine, *, num_cpus: int, resources: Mapping[str, float], environment: Mapping[str, str]) -> None:
-        """A new Ray node on the machine; what runs there has the environment. Returns when the cluster knows it."""
+    def join(
+        self,
+        machine: Machine,
+        *,
+        num_cpus: int,
+        resources: Mapping[str, float],
+        environment: Mapping[str, str],
+    ) -> None:
+        """A new Ray node on the machine; what runs there has the environment. Returns when the
+        cluster knows it."""
         request = {
             "namespace": str(machine.namespace),
             "node": {
@@ -64,7 +76,8 @@ class RayMachines:
         os.kill(self.raylets.pop(name), signal.SIGKILL)
 
     def workers(self, name: str, title: str) -> list[psutil.Process]:
-        """The processes of a machine's node whose title begins so, such as 'ray::_TeacherActor', the eldest first, once there are any."""
+        """The processes of a machine's node whose title begins so, such as 'ray::_TeacherActor',
+        the eldest first, once there are any."""
         deadline = monotonic() + _PATIENCE_S
         while not (found := self._titled(name, title)):
             assert monotonic() < deadline, f"no {title} on {name}"
@@ -105,8 +118,14 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             with inside(Path(request["namespace"])):
-                node = cluster.add_node(**_settings(request["node"], head=cluster.head_node is None))
-            print(json.dumps({"raylet": node.all_processes["raylet"][0].process.pid}), file=answers, flush=True)
+                node = cluster.add_node(
+                    **_settings(request["node"], head=cluster.head_node is None)
+                )
+            print(
+                json.dumps({"raylet": node.all_processes["raylet"][0].process.pid}),
+                file=answers,
+                flush=True,
+            )
     finally:
         cluster.shutdown()
 

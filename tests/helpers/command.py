@@ -17,7 +17,8 @@ class Outcome(NamedTuple):
 
 
 def stillhouse(*arguments: str | Path, cache: Path | None = None) -> Outcome:
-    """Run the command in a wide window that is no terminal; what it sets in the environment ends with it."""
+    """Run the command in a wide window that is no terminal; what it sets in the environment ends
+    with it."""
     before = dict(os.environ)
     os.environ |= {"COLUMNS": "1000"} | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
     out, err = io.StringIO(), io.StringIO()
@@ -25,7 +26,11 @@ def stillhouse(*arguments: str | Path, cache: Path | None = None) -> Outcome:
         with redirect_stdout(out), redirect_stderr(err):
             app([str(argument) for argument in arguments], prog_name="stillhouse")
     except SystemExit as end:
-        return Outcome(end.code if isinstance(end.code, int) else int(end.code is not None), out.getvalue(), err.getvalue())
+        return Outcome(
+            end.code if isinstance(end.code, int) else int(end.code is not None),
+            out.getvalue(),
+            err.getvalue(),
+        )
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -44,7 +49,14 @@ def config_of(plan: Plan) -> Path:
     """The plan's config in a file beside its run directory."""
     path = plan.run_dir.with_suffix(".toml")
     values = plan.config.model_dump(mode="json", exclude_none=True)
-    path.write_text(as_toml({name: {key: value for key, value in table.items() if value != []} for name, table in values.items()}))
+    path.write_text(
+        as_toml(
+            {
+                name: {key: value for key, value in table.items() if value != []}
+                for name, table in values.items()
+            }
+        )
+    )
     return path
 
 

@@ -1,7 +1,8 @@
-"""Runs the command `stillhouse` in processes that are forked off one that has imported everything: it begins at once.
+"""Runs the command `stillhouse` in processes that are forked off one that has imported everything:
+it begins at once.
 
-The server is a process of its own (`python -m helpers.commands`), since forks want a process with one thread. It ends with its input,
-and ends the commands that still run.
+The server is a process of its own (`python -m helpers.commands`), since forks want a process with
+one thread. It ends with its input, and ends the commands that still run.
 """
 
 import json
@@ -61,7 +62,11 @@ class CommandServer:
 
     def start(self, *arguments: str | Path, log: Path) -> Command:
         """Begin `stillhouse ARGUMENTS`; returns at once."""
-        return Command(self.ask({"start": [str(argument) for argument in arguments], "log": str(log)})["pid"], log, self)
+        return Command(
+            self.ask({"start": [str(argument) for argument in arguments], "log": str(log)})["pid"],
+            log,
+            self,
+        )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         return answer_of(self._process, request)
@@ -94,7 +99,8 @@ def end_with_its_input(process: "subprocess.Popen[str]") -> None:
 
 
 def answers_to() -> IO[str]:
-    """Where a server writes its answers; whatever else writes to standard output now writes to standard error."""
+    """Where a server writes its answers; whatever else writes to standard output now writes to
+    standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
@@ -136,7 +142,8 @@ def _become(arguments: Sequence[str], log: Path) -> None:
     from stillhouse.cli.main import main
 
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
+    # a shell has what it starts in the background ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

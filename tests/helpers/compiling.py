@@ -1,4 +1,5 @@
-"""Triton kernels compiled for a GPU that need not be there: what its compiler refuses, no interpreter would have noticed."""
+"""Triton kernels compiled for a GPU that need not be there: what its compiler refuses, no
+interpreter would have noticed."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ class Kernel:
 
 
 def machine_code_sizes(kernels: Sequence[Kernel], *, cache: Path) -> list[int]:
-    """Bytes of each kernel's machine code for an H100. In a process of its own: this one may be the interpreter's."""
+    """Bytes of each kernel's machine code for an H100. In a process of its own: this one may be the
+    interpreter's."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_compile, kernels, cache).result()
 
@@ -35,8 +37,15 @@ def _compile(kernels: Sequence[Kernel], cache: Path) -> list[int]:
     sizes = []
     for kernel in kernels:
         function = getattr(import_module(kernel.module), kernel.name)
-        types = {name: "constexpr" if name in kernel.constants else kernel.types[name] for name in function.arg_names}
-        values = {(function.arg_names.index(name),): value for name, value in kernel.constants.items()}
-        compiled = triton.compile(ASTSource(function, types, values), target=GPUTarget("cuda", 90, 32))
+        types = {
+            name: "constexpr" if name in kernel.constants else kernel.types[name]
+            for name in function.arg_names
+        }
+        values = {
+            (function.arg_names.index(name),): value for name, value in kernel.constants.items()
+        }
+        compiled = triton.compile(
+            ASTSource(function, types, values), target=GPUTarget("cuda", 90, 32)
+        )
         sizes.append(len(compiled.asm["cubin"]))
     return sizes

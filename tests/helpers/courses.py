@@ -1,14 +1,18 @@
-"""Commands, ranks, teachers and readers on simulated time, over a simulated store or disk: one seed is one course, with its faults.
+"""Commands, ranks, teachers and readers on simulated time, over a simulated store or disk: one seed
+is one course, with its faults.
 
-Real are `RankWriter`, `checkpoint.publish`, `retain`, `choose` and `set_aside`, `ChunkStore`, the registry of readers, `Retention`,
-the taking over, renewal and checking of ownership, and `Blobs` and `atomic` below them. Simulated are the clock, the requests to an object
-store (`Bucket`), the disk and its power cut (`powercut`), the training itself (a pause a step), the pool's dispatch of work, and the
-watchdog (a command starts a new group when a rank is dead or shows no progress; ranks of the old one may live on).
+Real are `RankWriter`, `checkpoint.publish`, `retain`, `choose` and `set_aside`, `ChunkStore`, the
+registry of readers, `Retention`, the taking over, renewal and checking of ownership, and `Blobs`
+and `atomic` below them. Simulated are the clock, the requests to an object store (`Bucket`), the
+disk and its power cut (`powercut`), the training itself (a pause a step), the pool's dispatch of
+work, and the watchdog (a command starts a new group when a rank is dead or shows no progress; ranks
+of the old one may live on).
 
-A request may be lost, be done with its answer lost, be done twice (as where obstore repeats one whose answer was lost), or be done long
-after its client gave it up; a disk may be full. An actor may stall for minutes, and be killed before any request. All that stops after a
-while, or with the power cut, and then every run has to come to its end. What a store or a disk was told to keep does not rot, and no
-answer is cut short without an error: other tests do that.
+A request may be lost, be done with its answer lost, be done twice (as where obstore repeats one
+whose answer was lost), or be done long after its client gave it up; a disk may be full. An actor
+may stall for minutes, and be killed before any request. All that stops after a while, or with the
+power cut, and then every run has to come to its end. What a store or a disk was told to keep does
+not rot, and no answer is cut short without an error: other tests do that.
 """
 
 import errno
@@ -35,7 +39,15 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Disk, Recorder, Unsynced
 from stillhouse.atomic import Buffer, FileLayer
 from stillhouse.checkpoint.fence import require_owner
-from stillhouse.checkpoint.manifest import Choice, Commit, choose, part_of, set_aside, tag_of, verify
+from stillhouse.checkpoint.manifest import (
+    Choice,
+    Commit,
+    choose,
+    part_of,
+    set_aside,
+    tag_of,
+    verify,
+)
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.checkpoint.writer import RankWriter
 from stillhouse.errors import CheckpointError, StillhouseError
@@ -50,8 +62,11 @@ from stillhouse.store.object_store import Blobs, ObjectLayer
 
 NUM_CHUNKS, STEPS_A_CHUNK, CHECKPOINT_EVERY = 3, 2, 2
 TOTAL_STEPS = NUM_CHUNKS * STEPS_A_CHUNK
-RECIPE = small_recipe(num_sequences=NUM_CHUNKS, chunk_sequences=1, sequence_length=3, vocab_size=50, k=2)
-DONE_AFTER = np.arange(1, NUM_CHUNKS + 1) * STEPS_A_CHUNK  # steps, after which nobody reads the chunk any more
+RECIPE = small_recipe(
+    num_sequences=NUM_CHUNKS, chunk_sequences=1, sequence_length=3, vocab_size=50, k=2
+)
+# steps, after which nobody reads the chunk any more
+DONE_AFTER = np.arange(1, NUM_CHUNKS + 1) * STEPS_A_CHUNK
 
 LEASE = Lease(lease_s=30.0, renew_every_s=6.0, look_every_s=3.0)
 PATIENCE = Patience(end_after_s=600.0)
@@ -93,7 +108,8 @@ class Actor:
 
 
 class Schedule:
-    """Actors in threads of which one alone runs at any moment: the one whose simulated time has come. No clock decides anything."""
+    """Actors in threads of which one alone runs at any moment: the one whose simulated time has
+    come. No clock decides anything."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -196,7 +212,8 @@ class Schedule:
 
 @dataclass
 class Run:
-    """One run's place of checkpoints, and what is known to be true of it, whatever was answered to whom."""
+    """One run's place of checkpoints, and what is known to be true of it, whatever was answered to
+    whom."""
 
     name: str
     world_size: int
@@ -206,7 +223,8 @@ class Run:
     knows_it_joined: bool = False
     newest_owner: int = 0
     manifests: dict[int, str] = field(default_factory=dict)  # step -> attempt
-    owner_at: dict[tuple[int, str], int] = field(default_factory=dict)  # (step, attempt) -> the newest owner as it became a commit
+    # (step, attempt) -> the newest owner as it became a commit
+    owner_at: dict[tuple[int, str], int] = field(default_factory=dict)
     is_done: bool = False
 
     @property
@@ -214,7 +232,14 @@ class Run:
         return max(self.manifests, default=0)
 
     def reader(self, step: int) -> Consumer:
-        return Consumer(name=self.name, global_batch_sequences=1, seed=0, window_chunks=1, total_steps=TOTAL_STEPS, committed_step=step)
+        return Consumer(
+            name=self.name,
+            global_batch_sequences=1,
+            seed=0,
+            window_chunks=1,
+            total_steps=TOTAL_STEPS,
+            committed_step=step,
+        )
 
 
 @dataclass
@@ -232,15 +257,20 @@ class World:
     """One course. Its parts can be replaced in a subclass, which is how a fault is planted."""
 
     def __init__(self, seed: int, *, folder: Path | None = None) -> None:
-        """`folder`: where the stores lie in directories, of which the power is cut once; None for object stores."""
+        """`folder`: where the stores lie in directories, of which the power is cut once; None for
+        object stores."""
         self.random = Random(seed)
         self.schedule = Schedule()
         self.fault_rate = self.random.choice([0.0, 0.02, 0.1])
         self.stall_rate = self.random.choice([0.0, 0.01, 0.03])
-        self.quiet_at = self.random.uniform(10.0, 120.0)  # no fault begins, and nobody is killed, from then on
-        self.runs = {name: Run(name, size, self.random.choice([1, 2])) for name, size in (("x", 2), ("y", 1))}
+        # no fault begins, and nobody is killed, from then on
+        self.quiet_at = self.random.uniform(10.0, 120.0)
+        self.runs = {
+            name: Run(name, size, self.random.choice([1, 2])) for name, size in (("x", 2), ("y", 1))
+        }
         self.published: dict[int, bytes] = {}
-        self.told_chunks: set[int] = set()  # that were published, as somebody was told, and that nobody deletes
+        # that were published, as somebody was told, and that nobody deletes
+        self.told_chunks: set[int] = set()
         self.missed: set[int] = set()
         self.names = itertools.count(1)
         self.history: list[str] = []
@@ -270,13 +300,17 @@ class World:
 
     def run(self) -> None:
         """Raises Broken, or what else no part should raise."""
-        for run, begins_at in zip(self.runs.values(), (0.0, self.random.uniform(0.0, 30.0)), strict=True):
+        for run, begins_at in zip(
+            self.runs.values(), (0.0, self.random.uniform(0.0, 30.0)), strict=True
+        ):
             self.schedule.start(f"user of {run.name}", partial(self._user, run, begins_at))
         for _ in range(self.random.choice([0, 1, 2, 4])):
             self.schedule.at(self.random.uniform(0.0, self.quiet_at), self._strike)
         if self.random.random() < 0.5:  # the same command is given once more, elsewhere
             run = self.random.choice([*self.runs.values()])
-            self.schedule.at(self.random.uniform(0.0, self.quiet_at), lambda: self._start_command(run))
+            self.schedule.at(
+                self.random.uniform(0.0, self.quiet_at), lambda: self._start_command(run)
+            )
         if self.recorder is not None:
             self.schedule.at(self.random.uniform(1.0, 40.0), self._cut_power)
         self.schedule.run()
@@ -286,23 +320,40 @@ class World:
         if self.folder is None:
             if place not in self.buckets:
                 self.buckets[place] = self.make_bucket(place)
-            return Blobs(f"memory://{place}", objects=self.buckets[place], pause=self.schedule.pause)
-        return Blobs(str(self.folder / place), files=Drive(self), objects=Reads(self), pause=self.schedule.pause)
+            return Blobs(
+                f"memory://{place}", objects=self.buckets[place], pause=self.schedule.pause
+            )
+        return Blobs(
+            str(self.folder / place),
+            files=Drive(self),
+            objects=Reads(self),
+            pause=self.schedule.pause,
+        )
 
     def turn(self) -> None:
         """A request is on its way."""
         stalls = self.is_rough() and self.random.random() < self.stall_rate
-        self.schedule.pause(self.random.uniform(10.0, 200.0) if stalls else self.random.expovariate(20.0))
+        self.schedule.pause(
+            self.random.uniform(10.0, 200.0) if stalls else self.random.expovariate(20.0)
+        )
 
     def is_rough(self) -> bool:
         return self.schedule.now < self.quiet_at
 
     def draw_fault(self) -> str:
-        return self.random.choice(_FAULTS) if self.is_rough() and self.random.random() < self.fault_rate else ""
+        return (
+            self.random.choice(_FAULTS)
+            if self.is_rough() and self.random.random() < self.fault_rate
+            else ""
+        )
 
     def _strike(self) -> None:
         """Somebody dies. With a command its ranks and teachers die, or outlive it."""
-        alive = [actor for actor in self.schedule.actors if actor.alive and not actor.name.startswith("user")]
+        alive = [
+            actor
+            for actor in self.schedule.actors
+            if actor.alive and not actor.name.startswith("user")
+        ]
         if alive:
             self.schedule.kill(self.random.choice(alive))
 
@@ -318,19 +369,29 @@ class World:
         after = After(self.folder.with_name(f"{self.folder.name}-after"))
         after.becomes(self.random.choice(sorted(disk.remains(), key=repr)))
         self.folder, self.recorder, self.quiet_at = after.root, None, self.schedule.now
-        chunks = {int(path.stem): path.read_bytes() for path in after.root.glob("store/*/chunks/*.safetensors")}
+        chunks = {
+            int(path.stem): path.read_bytes()
+            for path in after.root.glob("store/*/chunks/*.safetensors")
+        }
         for number in self.told_chunks:
             if chunks.get(number) != self.published[number]:
                 raise Broken(f"chunk {number} was published, and is gone")
-        self.published = {number: data for number, data in self.published.items() if chunks.get(number) == data}
-        joined = {reader.name for reader in registered(ChunkStore(str(after.root / "store"), RECIPE)).readers}
+        self.published = {
+            number: data for number, data in self.published.items() if chunks.get(number) == data
+        }
+        joined = {
+            reader.name
+            for reader in registered(ChunkStore(str(after.root / "store"), RECIPE)).readers
+        }
         for run in self.runs.values():
             if run.name not in joined:
                 if run.knows_it_joined:
                     raise Broken(f"{run.name} had joined the readers, and is none")
                 run.joined_at = None
             run.manifests = {
-                step: name for step, name in run.manifests.items() if (after.root / run.name / f"{tag_of(step)}.json").exists()
+                step: name
+                for step, name in run.manifests.items()
+                if (after.root / run.name / f"{tag_of(step)}.json").exists()
             }
             self.schedule.start(f"user of {run.name}", partial(self._user, run, 0.0))
 
@@ -342,19 +403,26 @@ class World:
                 self.schedule.pause(5.0)
             self.schedule.pause(self.random.uniform(0.0, 20.0))
         if all(each.is_done for each in self.runs.values()):
-            self.schedule.at(self.schedule.now + 60.0, self.schedule.kill_all)  # whoever was thought dead may still do harm until then
+            # whoever was thought dead may still do harm until then
+            self.schedule.at(self.schedule.now + 60.0, self.schedule.kill_all)
 
     def _start_command(self, run: Run) -> Actor:
         return self.schedule.start(f"command of {run.name}", partial(self._command, run))
 
     def _command(self, run: Run) -> None:
-        """Own the checkpoints, join the readers, start teachers, and groups of ranks until one is done."""
+        """Own the checkpoints, join the readers, start teachers, and groups of ranks until one is
+        done."""
         token = str(next(self.names))
-        place, holder = self.blobs(run.name), Holder("host", 1, "stillhouse run", 0.0, "/run", f"not here {token}", "", token)
+        place, holder = (
+            self.blobs(run.name),
+            Holder("host", 1, "stillhouse run", 0.0, "/run", f"not here {token}", "", token),
+        )
         pause, clock = self.schedule.pause, self.schedule.clock
         owner = take_over(place, holder, say=lambda _: None, lease=LEASE, clock=clock, pause=pause)
         self.note(f"{run.name}: owner {owner}")
-        helpers = [self.schedule.start(f"renewal of {run.name}", partial(self._renew, run, owner, holder))]
+        helpers = [
+            self.schedule.start(f"renewal of {run.name}", partial(self._renew, run, owner, holder))
+        ]
         group: Group | None = None
         try:
             store = ChunkStore.create(self.blobs("store"), RECIPE)
@@ -383,10 +451,22 @@ class World:
                 continue
 
     def _pool(self, run: Run) -> None:
-        """Publish what is needed, look at the readers, delete, and publish anew what a reader misses."""
-        me, store, seed = self.schedule.running, ChunkStore(self.blobs("store"), RECIPE), next(self.names) % 3
+        """Publish what is needed, look at the readers, delete, and publish anew what a reader
+        misses."""
+        me, store, seed = (
+            self.schedule.running,
+            ChunkStore(self.blobs("store"), RECIPE),
+            next(self.names) % 3,
+        )
         assert me is not None
-        retention = Retention(store, own=[run.name], deletes=True, least_ahead=1, done_after=lambda _: DONE_AFTER, position=lambda _: None)
+        retention = Retention(
+            store,
+            own=[run.name],
+            deletes=True,
+            least_ahead=1,
+            done_after=lambda _: DONE_AFTER,
+            position=lambda _: None,
+        )
         there = self.insist(store.published)
         me.look_began = self.schedule.now
         needed = self.insist(lambda: retention.begin(np.array(sorted(there), dtype=np.int64)))
@@ -399,13 +479,21 @@ class World:
             self.schedule.pause(3.0)
             me.look_began = self.schedule.now
             wanted = retention.look()
-            wanted += [number for number in sorted(self.missed) if not self.insist(lambda number=number: store.is_whole(number))]
+            wanted += [
+                number
+                for number in sorted(self.missed)
+                if not self.insist(lambda number=number: store.is_whole(number))
+            ]
             self.missed.clear()
 
     def _start_group(self, run: Run, owner: int) -> Group:
         group = Group(f"a{next(self.names)}", owner, heard=self.schedule.now)
         for rank in range(run.world_size):
-            group.ranks.append(self.schedule.start(f"rank {rank} of {run.name}", partial(self._rank, run, group, rank)))
+            group.ranks.append(
+                self.schedule.start(
+                    f"rank {rank} of {run.name}", partial(self._rank, run, group, rank)
+                )
+            )
         return group
 
     def _is_lost(self, group: Group) -> bool:
@@ -416,7 +504,10 @@ class World:
         """Kill a group's ranks; one that cannot be reached lives on for a while."""
         for rank in group.ranks if group is not None else ():
             reached = not self.is_rough() or self.random.random() < 0.6
-            self.schedule.at(self.schedule.now + (0.0 if reached else self.random.uniform(1.0, 300.0)), partial(self.schedule.kill, rank))
+            self.schedule.at(
+                self.schedule.now + (0.0 if reached else self.random.uniform(1.0, 300.0)),
+                partial(self.schedule.kill, rank),
+            )
 
     def _rank(self, run: Run, group: Group, rank: int) -> None:
         """Restore, then step, read and commit to the end."""
@@ -445,7 +536,9 @@ class World:
             group.heard = self.schedule.now
             if (step + 1) % CHECKPOINT_EVERY == 0:
                 files = {f"pp_rank_{rank}_optim.pt": {"step": step + 1, "rank": rank}}
-                self.write(writer, Snapshot(step + 1, files, self.schedule.now, 0.0, lambda: None), run)
+                self.write(
+                    writer, Snapshot(step + 1, files, self.schedule.now, 0.0, lambda: None), run
+                )
                 group.heard = self.schedule.now
         if rank == 0:
             run.is_done = True
@@ -458,13 +551,17 @@ class World:
         except CheckpointError as error:
             if self.after_the_cut:
                 raise Broken(f"{run.name} cannot go on: {error}") from None
-            raise  # whoever was thought dead has deleted what was looked at: the next group finds something newer
+            # whoever was thought dead has deleted what was looked at: the next group finds
+            # something newer
+            raise
         self.insist(lambda: self.set_aside(blobs, chosen))
         step = chosen.commit.step if chosen.commit is not None else 0
         self.note(f"{run.name}: restored {step}")
         self._require_whole(run, chosen.commit)
         if step < told:
-            raise Broken(f"{run.name} goes on from step {step}, and was told that {told} is committed")
+            raise Broken(
+                f"{run.name} goes on from step {step}, and was told that {told} is committed"
+            )
         return step
 
     def _read(self, store: ChunkStore, number: int) -> None:
@@ -479,7 +576,10 @@ class World:
         self.note(f"{run.name}: {group.attempt} is told that {made.step} is committed")
         newest = run.owner_at.get((made.step, made.attempt), 0)
         if newest > group.owner:
-            raise Broken(f"owner {group.owner} of {run.name} is told of step {made.step}, which was committed under owner {newest}")
+            raise Broken(
+                f"owner {group.owner} of {run.name} is told of step {made.step}, which was "
+                f"committed under owner {newest}"
+            )
         run.told = max(run.told, made.step)
         self._tell_place(run, made.step)
 
@@ -489,7 +589,13 @@ class World:
 
     def insist(self, call: Callable[[], _Answer], /) -> _Answer:
         schedule = self.schedule
-        return insist(call, patience=PATIENCE, tell=lambda *_: None, pause=schedule.pause, clock=schedule.clock)
+        return insist(
+            call,
+            patience=PATIENCE,
+            tell=lambda *_: None,
+            pause=schedule.pause,
+            clock=schedule.clock,
+        )
 
     # What is true, and what is promised of it.
 
@@ -526,7 +632,10 @@ class World:
         for run in self.runs.values():
             needs_it = run.newest_step < DONE_AFTER[int(match[1])]
             if needs_it and run.joined_at is not None and run.joined_at < began:
-                raise Broken(f"chunk {int(match[1])} is deleted, and {run.name} would go on from step {run.newest_step}")
+                raise Broken(
+                    f"chunk {int(match[1])} is deleted, and {run.name} would go on from step "
+                    f"{run.newest_step}"
+                )
 
     def removed(self, place: str, key: str) -> None:
         """An object is not there any more."""
@@ -538,12 +647,18 @@ class World:
 
     def _require_whole(self, run: Run, made: Commit | None) -> None:
         if made is not None:
-            wanted = {name for rank in range(run.world_size) for name in (f"pp_rank_{rank}_optim.pt", part_of(rank, run.world_size))}
+            wanted = {
+                name
+                for rank in range(run.world_size)
+                for name in (f"pp_rank_{rank}_optim.pt", part_of(rank, run.world_size))
+            }
             if made.files.keys() != wanted:
                 raise Broken(f"half of a commit was chosen: {sorted(made.files)}")
 
     def _require_chunk(self, number: int, found: Chunk) -> None:
-        if not any(np.array_equal(found.targets_NB, chunk_of(number, seed).targets_NB) for seed in range(3)):
+        if not any(
+            np.array_equal(found.targets_NB, chunk_of(number, seed).targets_NB) for seed in range(3)
+        ):
             raise Broken(f"chunk {number} is not what anybody published")
 
     def _check_end(self) -> None:
@@ -559,13 +674,22 @@ def chunk_of(number: int, seed: int) -> Chunk:
 
 
 class Bucket:
-    """The requests to one object store, as `ObjectLayer` has them. Each arrives after a while, unless a fault strikes it."""
+    """The requests to one object store, as `ObjectLayer` has them. Each arrives after a while,
+    unless a fault strikes it."""
 
     def __init__(self, world: World, place: str) -> None:
         self._world, self._place = world, place
         self._objects: dict[str, tuple[bytes, datetime]] = {}
 
-    def put(self, _store: Any, path: str, file: bytes, *, mode: str = "overwrite", use_multipart: bool | None = None) -> None:
+    def put(
+        self,
+        _store: Any,
+        path: str,
+        file: bytes,
+        *,
+        mode: str = "overwrite",
+        use_multipart: bool | None = None,
+    ) -> None:
         del use_multipart
         self._change(partial(self._put, path, bytes(file), mode))
 
@@ -583,13 +707,17 @@ class Bucket:
         start, end = (options or {}).get("range", (0, meta["size"]))
         return _Found(meta, self._objects[path][0][start:end])
 
-    def get_ranges(self, _store: Any, path: str, *, starts: list[int], ends: list[int], coalesce: int = 0) -> list[bytes]:
+    def get_ranges(
+        self, _store: Any, path: str, *, starts: list[int], ends: list[int], coalesce: int = 0
+    ) -> list[bytes]:
         del coalesce
         self._ask()
         self._meta(path)
         return [self._objects[path][0][start:end] for start, end in zip(starts, ends, strict=True)]
 
-    def list(self, _store: Any, prefix: str | None = None, *, chunk_size: int = 50) -> list[list[dict[str, Any]]]:
+    def list(
+        self, _store: Any, prefix: str | None = None, *, chunk_size: int = 50
+    ) -> list[list[dict[str, Any]]]:
         del chunk_size
         self._ask()
         return [[self._meta(path) for path in self._objects if path.startswith(f"{prefix}/")]]
@@ -598,7 +726,10 @@ class Bucket:
         assert prefix is None
         self._ask()
         folders = {path.split("/")[0]: None for path in self._objects if "/" in path}
-        return {"objects": [self._meta(path) for path in self._objects if "/" not in path], "common_prefixes": [*folders]}
+        return {
+            "objects": [self._meta(path) for path in self._objects if "/" not in path],
+            "common_prefixes": [*folders],
+        }
 
     def delete(self, _store: Any, paths: Any) -> None:
         for path in [paths] if isinstance(paths, str) else paths:
@@ -684,7 +815,8 @@ def _unheard(effect: Callable[[], None]) -> None:
 
 
 class Drive:
-    """A disk's calls, each after a while; some are refused for want of room. Every file that is there is told to the world."""
+    """A disk's calls, each after a while; some are refused for want of room. Every file that is
+    there is told to the world."""
 
     def __init__(self, world: World) -> None:
         self._world, self._root = world, world.folder
@@ -695,7 +827,8 @@ class Drive:
         return self._files.open(path, flags, mode)
 
     def write(self, descriptor: int, data: Buffer) -> None:
-        self._files.write(descriptor, data)  # nothing can be seen of it before the file has its name
+        # nothing can be seen of it before the file has its name
+        self._files.write(descriptor, data)
 
     def truncate(self, descriptor: int, num_bytes: int) -> None:
         self._files.truncate(descriptor, num_bytes)

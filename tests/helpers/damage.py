@@ -1,4 +1,5 @@
-"""Damage as disks do it: one flipped bit, a disk that is full, one that may only be read, and one whose power is cut."""
+"""Damage as disks do it: one flipped bit, a disk that is full, one that may only be read, and one
+whose power is cut."""
 
 import os
 import shutil
@@ -17,24 +18,30 @@ def with_flipped_bit(data: bytes, place: int) -> bytes:
 
 
 def flip_bit(path: Path, place: int) -> None:
-    """Flip a bit in place, in a file of the same name with another inode: a memory map of the old one stays as it is."""
+    """Flip a bit in place, in a file of the same name with another inode: a memory map of the old
+    one stays as it is."""
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(with_flipped_bit(data, place % len(data)))
 
 
 def places(num_bytes: int, *, how_many: int) -> range:
-    """So many places all over a file, or every one where it has no more; its last byte is among them."""
+    """So many places all over a file, or every one where it has no more; its last byte is among
+    them."""
     step = max(1, num_bytes // how_many)
     return range((num_bytes - 1) % step, num_bytes, step)[-how_many:]
 
 
 @contextmanager
 def small_disk(path: Path, *, num_bytes: int) -> Iterator[Path]:
-    """A file system of its own, in memory, for as long as the block lasts. Only root may mount it."""
+    """A file system of its own, in memory, for as long as the block lasts. Only root may mount
+    it."""
     path.mkdir()
     mounting = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "stillhouse", str(path)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "stillhouse", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert mounting.returncode == 0, (
         f"this test fills a disk of its own, and mounting that failed: {mounting.stderr.strip()}; "
@@ -63,14 +70,20 @@ def leave_no_room(ballast: Path, journal: Path) -> None:
 
 @contextmanager
 def read_only(path: Path, *, at: Path) -> Iterator[Path]:
-    """A directory seen at another place, where nobody may write, not even root, for as long as the block lasts. Only root may mount it."""
+    """A directory seen at another place, where nobody may write, not even root, for as long as the
+    block lasts. Only root may mount it."""
     at.mkdir()
-    there = os.statvfs(path).f_flag  # who is root in a namespace alone must keep what is forbidden already
-    forbidden = [name for name in ("nosuid", "nodev", "noexec") if there & getattr(os, f"ST_{name.upper()}")]
+    there = os.statvfs(
+        path
+    ).f_flag  # who is root in a namespace alone must keep what is forbidden already
+    forbidden = [
+        name for name in ("nosuid", "nodev", "noexec") if there & getattr(os, f"ST_{name.upper()}")
+    ]
     command = ["mount", "-o", ",".join(["bind", "ro", *forbidden]), str(path), str(at)]
     mounting = subprocess.run(command, capture_output=True, text=True, check=False)
     assert mounting.returncode == 0, (
-        f"this test reads from a place where nobody may write, and mounting that failed: {mounting.stderr.strip()}; "
+        "this test reads from a place where nobody may write, and mounting that failed: "
+        f"{mounting.stderr.strip()}; "
         "run it as root, in a container with the capability SYS_ADMIN"
     )
     try:
@@ -81,16 +94,24 @@ def read_only(path: Path, *, at: Path) -> Iterator[Path]:
 
 @contextmanager
 def file_system_in(image: Path, mount_point: Path) -> Iterator[Path]:
-    """The ext4 file system in an image, which is made where it is missing, mounted for as long as the block lasts."""
+    """The ext4 file system in an image, which is made where it is missing, mounted for as long as
+    the block lasts."""
     if not image.exists():
         with image.open("wb") as file:
             file.truncate(64 << 20)
         subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
     mount_point.mkdir()
-    mounting = subprocess.run(["mount", "-o", "loop", str(image), str(mount_point)], capture_output=True, text=True, check=False)
+    mounting = subprocess.run(
+        ["mount", "-o", "loop", str(image), str(mount_point)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert mounting.returncode == 0, (
-        f"this test cuts the power of a disk of its own, and mounting that failed: {mounting.stderr.strip()}; run it as root where there "
-        "are loop devices (a container needs the capability SYS_ADMIN and /dev/loop*), or leave it out with --no-machine-root"
+        "this test cuts the power of a disk of its own, and mounting that failed: "
+        f"{mounting.stderr.strip()}; run it as root where there "
+        "are loop devices (a container needs the capability SYS_ADMIN and /dev/loop*), or leave "
+        "it out with --no-machine-root"
     )
     try:
         yield mount_point
@@ -99,5 +120,6 @@ def file_system_in(image: Path, mount_point: Path) -> Iterator[Path]:
 
 
 def cut_power(image: Path, left: Path) -> None:
-    """Copy an image whose file system is in use, without a sync: what the file system has not written yet is lost."""
+    """Copy an image whose file system is in use, without a sync: what the file system has not
+    written yet is lost."""
     shutil.copyfile(image, left)

@@ -1,6 +1,8 @@
-"""One run that everything happens to: teachers and machines are lost, a link is cut, ranks die and hang, and at last all but a bucket.
+"""One run that everything happens to: teachers and machines are lost, a link is cut, ranks die and
+hang, and at last all but a bucket.
 
-A moment is never left to luck where a test depends on it: requests on their way to the bucket are held until it has come.
+A moment is never left to luck where a test depends on it: requests on their way to the bucket are
+held until it has come.
 """
 
 import random
@@ -29,7 +31,9 @@ class Disaster:
 
     def __init__(self, scene: Scene, world: TinyWorld, folder: Path, *, bucket: str) -> None:
         self.scene, self.world, self.folder, self.bucket = scene, world, folder, bucket
-        self.plan: Plan = scene.plan(world, folder / "run", store={"url": f"s3://{bucket}/casks"}, student=self.students())
+        self.plan: Plan = scene.plan(
+            world, folder / "run", store={"url": f"s3://{bucket}/casks"}, student=self.students()
+        )
         self.store = ChunkStore(self.plan.config.store.url, self.plan.recipe)
         self._limit: Fault | None = None
         self.hold(*TEACHERS)
@@ -37,7 +41,9 @@ class Disaster:
         self.run = scene.run(self.plan)
 
         self.num_deaths = 0
-        self.num_unpublished = 0  # chunks that were made, and lost with their teachers at the bucket's door
+        self.num_unpublished = (
+            0  # chunks that were made, and lost with their teachers at the bucket's door
+        )
         self.published_by_the_joined: list[int] = []
         self.orphan = -1  # the chunk that a teacher was about to publish when it was cut off
         self.stopped: psutil.Process | None = None
@@ -68,7 +74,11 @@ class Disaster:
 
     def published(self, name: str) -> list[int]:
         """The chunks of this run that the machine's teachers have offered to the bucket."""
-        found = [each for each in self.scene.s3[name].passed if each.method == "PUT" and each.path.startswith(f"/{self.bucket}/")]
+        found = [
+            each
+            for each in self.scene.s3[name].passed
+            if each.method == "PUT" and each.path.startswith(f"/{self.bucket}/")
+        ]
         return [request.chunk for request in found if request.chunk is not None]
 
     def until_both_are_held(self) -> None:
@@ -79,10 +89,17 @@ class Disaster:
         self.num_deaths += 1
 
     def let_read(self, num_chunks: int) -> None:
-        """The ranks may read so many chunks at the front of the reading order; for those behind they wait."""
+        """The ranks may read so many chunks at the front of the reading order; for those behind
+        they wait."""
         allowed, before = set(self.plan.chunks[:num_chunks]), self._limit
         way = self.scene.s3[HUB]
-        self._limit = way.hold(lambda request: request.method == "GET" and request.chunk is not None and request.chunk not in allowed)
+        self._limit = way.hold(
+            lambda request: (
+                request.method == "GET"
+                and request.chunk is not None
+                and request.chunk not in allowed
+            )
+        )
         if before is not None:
             way.end(before)
 
@@ -94,11 +111,16 @@ class Disaster:
         return any(isinstance(row, CheckpointRow) for row in self.run.rows)
 
     def until_recovered(self, cause: str) -> None:
-        self.run.until(lambda: any(isinstance(row, RecoveryRow) and row.cause == cause for row in self.run.rows))
+        self.run.until(
+            lambda: any(
+                isinstance(row, RecoveryRow) and row.cause == cause for row in self.run.rows
+            )
+        )
 
 
 def live_through(disaster: Disaster, rng: random.Random, *, long_form: bool) -> None:
-    """All of it; who suffers, and when, is drawn. Where there is time, teachers die alone at other moments, too."""
+    """All of it; who suffers, and when, is drawn. Where there is time, teachers die alone at other
+    moments, too."""
     try:
         first, second = rng.sample(TEACHERS, 2)
         disaster.until_both_are_held()
@@ -171,7 +193,8 @@ def kill_between(disaster: Disaster, name: str, rng: random.Random) -> None:
 
 
 def cut_a_machine_off(disaster: Disaster, name: str, *, other: str) -> None:
-    """Its teacher lives on, and reaches the bucket. The run gives it up; another publishes the chunk in its hands, and then it does."""
+    """Its teacher lives on, and reaches the bucket. The run gives it up; another publishes the
+    chunk in its hands, and then it does."""
     disaster.until_both_are_held()
     disaster.orphan = disaster.held(name)[0]
     disaster.scene.cut_off(name)
@@ -202,9 +225,12 @@ def lose_everything(disaster: Disaster) -> None:
 
 
 def go_on_elsewhere(disaster: Disaster, ranks: RankGroup | None) -> None:
-    """The same run in a directory of its own, by the test session's cluster or by these ranks alone."""
+    """The same run in a directory of its own, by the test session's cluster or by these ranks
+    alone."""
     run_dir = disaster.folder / "elsewhere"
-    plan = disaster.world.plan(run_dir, store={"url": disaster.store.url}, student=EPOCH | disaster.students())
+    plan = disaster.world.plan(
+        run_dir, store={"url": disaster.store.url}, student=EPOCH | disaster.students()
+    )
     assert plan.recipe == disaster.plan.recipe
     if ranks is None:
         pipeline.run(plan)

@@ -1,6 +1,8 @@
-"""Which environment variables the programs of an image read, and which ones a launcher sets for the scripts that it starts.
+"""Which environment variables the programs of an image read, and which ones a launcher sets for the
+scripts that it starts.
 
-Installed programs are asked themselves, by their interface or by the names in their code; the others are in schemas/environment.toml.
+Installed programs are asked themselves, by their interface or by the names in their code; the
+others are in schemas/environment.toml.
 """
 
 import importlib.util
@@ -50,14 +52,17 @@ def is_set_by_skypilot(name: str) -> bool:
 
 
 def expanded_in(script: str) -> set[str]:
-    """The names in capital letters that a shell script expands and does not assign itself: what its environment has to have."""
+    """The names in capital letters that a shell script expands and does not assign itself: what its
+    environment has to have."""
     return set(_EXPANDED.findall(script)) - set(_ASSIGNED.findall(script))
 
 
 def containers_of(document: Any) -> Iterator[dict[str, Any]]:
     """The containers of Kubernetes' pods, wherever they stand in a document."""
     if isinstance(document, dict):
-        yield from (each for key in ("containers", "initContainers") for each in document.get(key, ()))
+        yield from (
+            each for key in ("containers", "initContainers") for each in document.get(key, ())
+        )
         for inner in document.values():
             yield from containers_of(inner)
     elif isinstance(document, list):
@@ -74,24 +79,38 @@ def _listed(program: str) -> frozenset[str]:
 def _own_names() -> frozenset[str]:
     """The names in quotes in our own code."""
     sources = (path.read_text() for path in (ROOT / "framework").rglob("*.py"))
-    return frozenset(name for text in sources for name in re.findall(r"""["']([A-Z][A-Z0-9_]+)["']""", text))
+    return frozenset(
+        name for text in sources for name in re.findall(r"""["']([A-Z][A-Z0-9_]+)["']""", text)
+    )
 
 
 @cache
 def _names_in_packages() -> frozenset[str]:
-    paths = [path for package, patterns in _READERS.items() for pattern in patterns for path in _folder_of(package).glob(pattern)]
+    paths = [
+        path
+        for package, patterns in _READERS.items()
+        for pattern in patterns
+        for path in _folder_of(package).glob(pattern)
+    ]
     return frozenset(name.decode() for path in paths for name in _NAME.findall(path.read_bytes()))
 
 
 @cache
 def _names_of_skypilot() -> frozenset[str]:
     paths = (ROOT / ".venv-sky").glob("lib/python*/site-packages/sky/jobs/*.py")
-    return frozenset(name.decode() for path in paths for name in _NAME.findall(path.read_bytes()) if name.startswith(b"SKYPILOT_"))
+    return frozenset(
+        name.decode()
+        for path in paths
+        for name in _NAME.findall(path.read_bytes())
+        if name.startswith(b"SKYPILOT_")
+    )
 
 
 @cache
 def _names_of_python() -> frozenset[str]:
-    shown = subprocess.run([sys.executable, "--help-env"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "--help-env"], capture_output=True, text=True, check=True
+    )
     return frozenset(re.findall(r"\bPYTHON[A-Z]+\b", shown.stdout))
 
 
@@ -118,8 +137,14 @@ def _names_of_pip() -> frozenset[str]:
     """The options of `pip install`: pip reads each as PIP_, then its name."""
     from pip._internal.commands import create_command
 
-    options = (option for each in create_command("install").parser.option_list_all for option in each._long_opts)
-    return frozenset("PIP_" + option.removeprefix("--").replace("-", "_").upper() for option in options)
+    options = (
+        option
+        for each in create_command("install").parser.option_list_all
+        for option in each._long_opts
+    )
+    return frozenset(
+        "PIP_" + option.removeprefix("--").replace("-", "_").upper() for option in options
+    )
 
 
 def _folder_of(package: str) -> Path:

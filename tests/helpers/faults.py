@@ -1,7 +1,9 @@
-"""Faults on the way to a store: a proxy in front of an S3 server that holds, refuses or slows down the requests that a test names.
+"""Faults on the way to a store: a proxy in front of an S3 server that holds, refuses or slows down
+the requests that a test names.
 
-Invariant: a request whose client has gone away is never passed on, so that a killed writer's chunk stays unwritten, as it would without
-a proxy. Signatures are passed on as they came; the tests' S3 server does not look at them.
+Invariant: a request whose client has gone away is never passed on, so that a killed writer's chunk
+stays unwritten, as it would without a proxy. Signatures are passed on as they came; the tests' S3
+server does not look at them.
 """
 
 import re
@@ -39,7 +41,9 @@ Matches = Callable[[Request], bool]
 
 def publications(*, but: Collection[int] = ()) -> Matches:
     """Every publication of a chunk, except for those of these numbers."""
-    return lambda request: request.method == "PUT" and request.chunk is not None and request.chunk not in but
+    return lambda request: (
+        request.method == "PUT" and request.chunk is not None and request.chunk not in but
+    )
 
 
 def everything(_request: Request) -> bool:
@@ -56,7 +60,8 @@ class Fault:
 
 
 class FaultyS3:
-    """The proxy. Its faults begin and end while requests are under way; the newest that matches a request strikes."""
+    """The proxy. Its faults begin and end while requests are under way; the newest that matches a
+    request strikes."""
 
     def __init__(self, upstream: str):
         proxy = self
@@ -81,7 +86,9 @@ class FaultyS3:
         self._refused: list[tuple[int, Request]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
 
     @property
     def url(self) -> str:
@@ -118,7 +125,8 @@ class FaultyS3:
         return self._begin(Fault(matches, status, 0.0, times))
 
     def truncate(self, matches: Matches, *, times: float) -> Fault:
-        """Hand on half of what the server answers to matching requests, as if the object were no longer, so many times."""
+        """Hand on half of what the server answers to matching requests, as if the object were no
+        longer, so many times."""
         return self._begin(Fault(matches, None, 0.0, times, truncates=True))
 
     def end(self, *faults: Fault) -> None:
@@ -143,7 +151,9 @@ class FaultyS3:
 
     def _strike(self, request: Request) -> Fault | None:
         with self._lock:
-            fault = next((each for each in self._faults if each.times > 0 and each.matches(request)), None)
+            fault = next(
+                (each for each in self._faults if each.times > 0 and each.matches(request)), None
+            )
             if fault is not None:
                 fault.times -= 1
             return fault
@@ -158,7 +168,9 @@ class FaultyS3:
         if fault is not None and fault.status is not None:
             with self._lock:
                 self._refused.append((fault.status, request))
-            _answer(handler, fault.status, {"Content-Type": "application/xml"}, _error(fault.status))
+            _answer(
+                handler, fault.status, {"Content-Type": "application/xml"}, _error(fault.status)
+            )
             return
         with self._lock:
             self._passed.append(request)
@@ -170,7 +182,8 @@ class FaultyS3:
         _answer(handler, *(_halved(*answer) if fault is not None and fault.truncates else answer))
 
     def _kept(self, request: Request, fault: Fault, client: socket.socket) -> bool:
-        """Keep a request for as long as its fault wants; False where the client went away meanwhile."""
+        """Keep a request for as long as its fault wants; False where the client went away
+        meanwhile."""
         until = monotonic() + fault.seconds
         with self._holding(request):
             while monotonic() < until and fault in self._faults:
@@ -188,13 +201,28 @@ class FaultyS3:
             with self._lock:
                 self._held.remove(request)
 
-    def _ask(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def _ask(
+        self, handler: BaseHTTPRequestHandler, body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
         connection = HTTPConnection(str(self._upstream.hostname), self._upstream.port, timeout=60)
         try:
-            headers = {name: value for name, value in handler.headers.items() if name.lower() not in _NOT_PASSED_ON}
-            connection.request(handler.command, handler.path, body=body or None, headers=headers | {"Content-Length": str(len(body))})
+            headers = {
+                name: value
+                for name, value in handler.headers.items()
+                if name.lower() not in _NOT_PASSED_ON
+            }
+            connection.request(
+                handler.command,
+                handler.path,
+                body=body or None,
+                headers=headers | {"Content-Length": str(len(body))},
+            )
             answer = connection.getresponse()
-            found = {name: value for name, value in answer.getheaders() if name.lower() not in _NOT_PASSED_ON}
+            found = {
+                name: value
+                for name, value in answer.getheaders()
+                if name.lower() not in _NOT_PASSED_ON
+            }
             length = answer.getheader("Content-Length")
             if handler.command == "HEAD" and length is not None:
                 found["Content-Length"] = length
@@ -203,7 +231,9 @@ class FaultyS3:
             connection.close()
 
 
-def _answer(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes) -> None:
+def _answer(
+    handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], body: bytes
+) -> None:
     try:
         handler.send_response_only(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
@@ -226,9 +256,15 @@ def _halved(status: int, headers: dict[str, str], body: bytes) -> tuple[int, dic
 
 
 def _error(status: int) -> bytes:
-    known = {403: ("AccessDenied", "Access denied."), 503: ("SlowDown", "Please reduce your request rate.")}
+    known = {
+        403: ("AccessDenied", "Access denied."),
+        503: ("SlowDown", "Please reduce your request rate."),
+    }
     code, words = known.get(status, ("InternalError", "We encountered an internal error."))
-    return f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{words}</Message></Error>".encode()
+    return (
+        "<?xml version='1.0' "
+        f"encoding='UTF-8'?><Error><Code>{code}</Code><Message>{words}</Message></Error>"
+    ).encode()
 
 
 def _has_gone(client: socket.socket, *, wait_s: float) -> bool:

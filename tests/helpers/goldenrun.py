@@ -1,7 +1,8 @@
-"""A run as an earlier tree left it: models, documents, store and run directory, in tests/golden/run_v1.
+"""A run as an earlier tree left it: models, documents, store and run directory, in
+tests/golden/run_v1.
 
-It stopped right after the commit of step 5 of 10, and two chunks that it still needs were never made.
-`tests/golden/make_run_v1.py` wrote it.
+It stopped right after the commit of step 5 of 10, and two chunks that it still needs were never
+made. `tests/golden/make_run_v1.py` wrote it.
 """
 
 import json
@@ -14,7 +15,11 @@ from stillhouse.config import Config, parse_config
 
 GOLDEN_RUN = Path(__file__).parent.parent / "golden" / "run_v1"
 HERE = "@HERE@"  # in its files: the directory in which it was made
-PLACED = ("run/config.json", "run/journal.jsonl")  # the files that name it; their checksums are of other bytes, so they go without
+# the files that name it; their checksums are of other bytes, so they go without
+PLACED = (
+    "run/config.json",
+    "run/journal.jsonl",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,19 @@ class GoldenRun:
 
 def golden_values(folder: Path) -> dict[str, Any]:
     return {
-        "corpus": {"dataset": str(folder / "documents.jsonl"), "sequence_length": 16, "heldout_sequences": 8, "max_documents": 12},
-        "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "num_cpus": 0.25, "batch_sequences": 8, "max_replicas": 1},
+        "corpus": {
+            "dataset": str(folder / "documents.jsonl"),
+            "sequence_length": 16,
+            "heldout_sequences": 8,
+            "max_documents": 12,
+        },
+        "teacher": {
+            "model": str(folder / "teacher"),
+            "dtype": "float32",
+            "num_cpus": 0.25,
+            "batch_sequences": 8,
+            "max_replicas": 1,
+        },
         "student": {
             "model": str(folder / "student"),
             "dtype": "float32",

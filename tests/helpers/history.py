@@ -1,7 +1,8 @@
 """Whether everybody who was told of a commit or a chunk was told the truth: a checker of histories.
 
-A history is what was told, in order, and what is there at its end. It holds two promises: whoever was told that a step is committed
-reads that commit back, or a later one; and a chunk is published once, after which its bytes never change.
+A history is what was told, in order, and what is there at its end. It holds two promises: whoever
+was told that a step is committed reads that commit back, or a later one; and a chunk is published
+once, after which its bytes never change.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,15 @@ from stillhouse.checkpoint.manifest import Commit, choose, tag_of, verify
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
-from stillhouse.tracking import CheckpointRow, ChunkRow, DamagedRow, RepairRow, Row, StartRow, TrainRow
+from stillhouse.tracking import (
+    CheckpointRow,
+    ChunkRow,
+    DamagedRow,
+    RepairRow,
+    Row,
+    StartRow,
+    TrainRow,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +38,8 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A group of ranks read the newest commit, or a command looked for it: 0 where it found none."""
+    """A group of ranks read the newest commit, or a command looked for it: 0 where it found
+    none."""
 
     role: str
     step: int
@@ -37,7 +47,8 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A commit was found not to verify, and was passed over with words: for that one nobody promised more."""
+    """A commit was found not to verify, and was passed over with words: for that one nobody
+    promised more."""
 
     role: str
     step: int
@@ -66,7 +77,8 @@ Event = Told | Resumed | Damaged | Published | Repaired
 class Left:
     """What can be read at the end. A role or store of which nothing is known is left out."""
 
-    commits: Mapping[str, Mapping[int, str]] = field(default_factory=dict)  # role -> step -> content, of all that verify
+    # role -> step -> content, of all that verify
+    commits: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     chunks: Mapping[int, str] | None = None  # number -> content
 
 
@@ -83,7 +95,10 @@ def violations(events: Iterable[Event], left: Left) -> list[str]:
             case Resumed(role, step):
                 newest = max(told.get(role, {}), default=0)
                 if step < newest:
-                    broken.append(f"{role}: step {newest} was told committed, and the commit of step {step} was read after that")
+                    broken.append(
+                        f"{role}: step {newest} was told committed, and the commit of step {step} "
+                        "was read after that"
+                    )
             case Damaged(role, step):
                 told.get(role, {}).pop(step, None)
             case Published():
@@ -97,9 +112,15 @@ def violations(events: Iterable[Event], left: Left) -> list[str]:
 def _contradicted(event: Told, before: Mapping[int, Told]) -> Iterator[str]:
     first = before.get(event.step)
     if first is not None:
-        yield f"{event.role}: step {event.step} was told committed twice, by {first.by} and by {event.by}"
+        yield (
+            f"{event.role}: step {event.step} was told committed twice, by {first.by} and by "
+            f"{event.by}"
+        )
         if first.content and event.content and first.content != event.content:
-            yield f"{event.role}: step {event.step} was told committed as {first.content} and as {event.content}"
+            yield (
+                f"{event.role}: step {event.step} was told committed as {first.content} and as "
+                f"{event.content}"
+            )
     if event.step < max(before, default=0):
         yield f"{event.role}: step {event.step} was told committed after step {max(before)}"
 
@@ -115,11 +136,17 @@ def _lost(told: Mapping[str, Mapping[int, Told]], left: Left) -> Iterator[str]:
     for role, there in left.commits.items():
         newest = max(told.get(role, {}), default=0)
         if newest > max(there, default=0):
-            yield f"{role}: step {newest} was told committed, and the newest commit at the end is of step {max(there, default=0)}"
+            yield (
+                f"{role}: step {newest} was told committed, and the newest commit at the end is "
+                f"of step {max(there, default=0)}"
+            )
         for step in sorted(there.keys() & told.get(role, {}).keys()):
             content = told[role][step].content
             if content and content != there[step]:
-                yield f"{role}: step {step} was told committed as {content}, and is {there[step]} at the end"
+                yield (
+                    f"{role}: step {step} was told committed as {content}, and is {there[step]} "
+                    "at the end"
+                )
 
 
 def _changed(published: Mapping[int, Published], left: Left) -> Iterator[str]:
@@ -131,7 +158,8 @@ def _changed(published: Mapping[int, Published], left: Left) -> Iterator[str]:
             yield f"chunk {chunk} was published as {event.content}, and is {found} at the end"
 
 
-# What journals, places of checkpoints and stores say ------------------------------------------------------------------------------------
+# What journals, places of checkpoints and stores say
+# ------------------------------------------------------------------------------------
 
 
 def told_in(*journals: Sequence[Row]) -> Iterator[Event]:
@@ -144,13 +172,18 @@ def told_in(*journals: Sequence[Row]) -> Iterator[Event]:
                     by = f"journal {number}, attempt {row.attempt}"
                     yield from (Resumed(role, step) for role, step in row.committed_steps.items())
                 case TrainRow():
-                    if row.step != last_steps.get(row.role, -1) + 1:  # its group has just begun, from a commit
+                    if (
+                        row.step != last_steps.get(row.role, -1) + 1
+                    ):  # its group has just begun, from a commit
                         yield Resumed(row.role, row.step - 1)
                     last_steps[row.role] = row.step
                 case CheckpointRow():
                     yield Told(row.role, row.step, by)
                 case DamagedRow():
-                    yield Damaged(row.role, int(row.problem.removeprefix("step-")[: len(tag_of(0)) - len("step-")]))
+                    yield Damaged(
+                        row.role,
+                        int(row.problem.removeprefix("step-")[: len(tag_of(0)) - len("step-")]),
+                    )
                 case ChunkRow() if not row.duplicate:
                     yield Published(row.chunk, f"{by}, replica {row.replica}")
                 case RepairRow():
@@ -173,11 +206,19 @@ def commits_in(url: str) -> dict[int, str]:
 
 def chunks_in(store: ChunkStore) -> dict[int, str]:
     """Number -> hash of every chunk in a store."""
-    return {number: xxhash.xxh3_64_hexdigest(store.blobs.read(store.key(number))) for number in store.published()}
+    return {
+        number: xxhash.xxh3_64_hexdigest(store.blobs.read(store.key(number)))
+        for number in store.published()
+    }
 
 
-def require_kept(*journals: Sequence[Row], checkpoints: Mapping[str, str] | None = None, store: ChunkStore | None = None) -> None:
-    """Raise AssertionError unless all that the journals told is true of the checkpoints (role -> URL) and the store at the end."""
+def require_kept(
+    *journals: Sequence[Row],
+    checkpoints: Mapping[str, str] | None = None,
+    store: ChunkStore | None = None,
+) -> None:
+    """Raise AssertionError unless all that the journals told is true of the checkpoints (role ->
+    URL) and the store at the end."""
     left = Left(
         {role: commits_in(url) for role, url in (checkpoints or {}).items()},
         None if store is None else chunks_in(store),

@@ -1,4 +1,5 @@
-"""Processes that hold a run directory and its checkpoints until they are killed, as a command does."""
+"""Processes that hold a run directory and its checkpoints until they are killed, as a command
+does."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ _PATIENCE_S = 60
 
 @contextmanager
 def holding(run_dir: Path, url: str) -> Iterator[Any]:
-    """A process that holds both; it is killed with SIGKILL at the end of the block, if it still lives."""
+    """A process that holds both; it is killed with SIGKILL at the end of the block, if it still
+    lives."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["helpers.mortals", __name__])
     ours, theirs = forks.Pipe()

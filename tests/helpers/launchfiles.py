@@ -1,6 +1,8 @@
-"""What says of each file under launch/ and docker/ whether those who will read it can: their own schemas, or those of whoever wrote theirs.
+"""What says of each file under launch/ and docker/ whether those who will read it can: their own
+schemas, or those of whoever wrote theirs.
 
-A validator takes a file's text and returns what is wrong with it. None asks a cloud, a cluster or a container engine.
+A validator takes a file's text and returns what is wrong with it. None asks a cloud, a cluster or a
+container engine.
 """
 
 import json
@@ -33,84 +35,148 @@ Validator = Callable[[str], list[str]]
 
 
 def kubernetes(text: str) -> list[str]:
-    """KubeRay's own kinds by the schemas of its CRDs, all others by those of Kubernetes; both refuse what they do not know."""
+    """KubeRay's own kinds by the schemas of its CRDs, all others by those of Kubernetes; both
+    refuse what they do not know."""
     import kubernetes_validate
 
     found = []
     for document in yaml.safe_load_all(text):
-        names = [each["name"] for container in containers_of(document) for each in container.get("env", ())]
-        found += [f"nothing in the image reads {name}" for name in names if not is_read_in_our_image(name)]
+        names = [
+            each["name"]
+            for container in containers_of(document)
+            for each in container.get("env", ())
+        ]
+        found += [
+            f"nothing in the image reads {name}" for name in names if not is_read_in_our_image(name)
+        ]
         if str(document.get("apiVersion")).startswith("ray.io/"):
-            found += [problem.message for problem in _kuberay(str(document.get("kind"))).iter_errors(document)]
-            document = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": document.get("metadata")}  # which a CRD leaves to Kubernetes
+            found += [
+                problem.message
+                for problem in _kuberay(str(document.get("kind"))).iter_errors(document)
+            ]
+            # which a CRD leaves to Kubernetes
+            document = {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": document.get("metadata"),
+            }
         try:
             kubernetes_validate.validate(document, _KUBERNETES, strict=True)
-        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError, KeyError) as error:
+        except (
+            kubernetes_validate.ValidationError,
+            kubernetes_validate.SchemaNotFoundError,
+            KeyError,
+        ) as error:
             found.append(str(error))
     return found
 
 
 def ray_up(text: str) -> list[str]:
-    """By what `ray up` does before it asks a cloud, and a machine's own settings by the cloud's API."""
+    """By what `ray up` does before it asks a cloud, and a machine's own settings by the cloud's
+    API."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = yaml.safe_load(text)
-    unknown = [f"provider.{key} is not in Ray's schema" for key in config.get("provider", {}) if key not in _providers_keys()]
+    unknown = [
+        f"provider.{key} is not in Ray's schema"
+        for key in config.get("provider", {})
+        if key not in _providers_keys()
+    ]
     try:
         validate_config(prepare_config(config))
     except Exception as error:
         return [*unknown, f"{type(error).__name__}: {error}"]
-    commands = "\n".join(line for key, lines in config.items() if key.endswith("_commands") for line in lines)
-    unknown += [f"nobody sets {name}" for name in expanded_in(commands) if not is_set_by_ray_up(name)]
+    commands = "\n".join(
+        line for key, lines in config.items() if key.endswith("_commands") for line in lines
+    )
+    unknown += [
+        f"nobody sets {name}" for name in expanded_in(commands) if not is_set_by_ray_up(name)
+    ]
     machine = {"aws": _ec2_instance, "gcp": _compute_instance}[config["provider"]["type"]]
-    return unknown + [problem for kind in config["available_node_types"].values() for problem in machine(kind["node_config"])]
+    return unknown + [
+        problem
+        for kind in config["available_node_types"].values()
+        for problem in machine(kind["node_config"])
+    ]
 
 
 def compose(text: str) -> list[str]:
-    """By the Compose specification's own schema; what services name has to be there, and their images have to read their variables."""
+    """By the Compose specification's own schema; what services name has to be there, and their
+    images have to read their variables."""
     project = yaml.safe_load(text)
     problems = [problem.message for problem in _compose_specification().iter_errors(project)]
     told = (ROOT / "docker" / "README.md").read_text()
-    problems += [f"docker/README.md gives no {name}" for name in expanded_in(text) if f" {name}=" not in told]
+    problems += [
+        f"docker/README.md gives no {name}" for name in expanded_in(text) if f" {name}=" not in told
+    ]
     for name, service in project.get("services", {}).items():
-        is_read = is_read_by_the_s3_server if "versitygw" in service.get("image", "") else is_read_in_our_image
-        problems += [f"nothing in the image of {name} reads {each}" for each in service.get("environment", ()) if not is_read(each)]
-        mounted = [mount.partition(":")[0] for mount in service.get("volumes", ()) if mount[0] not in "./~"]
-        for kind, named in {"services": service.get("depends_on", ()), "networks": service.get("networks", ()), "volumes": mounted}.items():
-            problems += [f"{name} names {each}, which is not among the {kind}" for each in named if each not in project.get(kind, {})]
+        is_read = (
+            is_read_by_the_s3_server
+            if "versitygw" in service.get("image", "")
+            else is_read_in_our_image
+        )
+        problems += [
+            f"nothing in the image of {name} reads {each}"
+            for each in service.get("environment", ())
+            if not is_read(each)
+        ]
+        mounted = [
+            mount.partition(":")[0] for mount in service.get("volumes", ()) if mount[0] not in "./~"
+        ]
+        for kind, named in {
+            "services": service.get("depends_on", ()),
+            "networks": service.get("networks", ()),
+            "volumes": mounted,
+        }.items():
+            problems += [
+                f"{name} names {each}, which is not among the {kind}"
+                for each in named
+                if each not in project.get(kind, {})
+            ]
     return problems
 
 
 def dockerfile(text: str) -> list[str]:
     """By hadolint; what the image sets is read in it."""
     instructions = re.findall(r"^ENV ((?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
-    names = [name for instruction in instructions for name in re.findall(r"(?:^|\s)(\w+)=", instruction)]
-    return [f"nothing in the image reads {name}" for name in names if not is_read_in_our_image(name)] + _told_by(
-        [_tool("hadolint"), "-"], text
-    )
+    names = [
+        name for instruction in instructions for name in re.findall(r"(?:^|\s)(\w+)=", instruction)
+    ]
+    return [
+        f"nothing in the image reads {name}" for name in names if not is_read_in_our_image(name)
+    ] + _told_by([_tool("hadolint"), "-"], text)
 
 
 def sbatch(text: str) -> list[str]:
-    """A shell script whose #SBATCH lines are options of sbatch, and whose variables are its own or Slurm's."""
+    """A shell script whose #SBATCH lines are options of sbatch, and whose variables are its own or
+    Slurm's."""
     asked = re.findall(r"^#SBATCH --([\w-]+)", text, flags=re.MULTILINE)
     lines = re.findall(r"^#SBATCH\b", text, flags=re.MULTILINE)
     known = (_SCHEMAS / "sbatch-options.txt").read_text().split()
     unknown = [f"--{option} is no option of sbatch" for option in asked if option not in known]
     unknown += [f"Slurm sets no {name}" for name in expanded_in(text) if not is_set_by_slurm(name)]
-    return unknown + ["a line is not `#SBATCH --option`"] * (len(lines) - len(asked)) + _told_by([_tool("shellcheck"), "-"], text)
+    return (
+        unknown
+        + ["a line is not `#SBATCH --option`"] * (len(lines) - len(asked))
+        + _told_by([_tool("shellcheck"), "-"], text)
+    )
 
 
 def skypilot(*texts: str) -> list[str]:
-    """What SkyPilot's own loader refuses of each, where there is something; it lives in an environment of its own."""
+    """What SkyPilot's own loader refuses of each, where there is something; it lives in an
+    environment of its own."""
     python = ROOT / ".venv-sky" / "bin" / "python"
     assert python.exists(), "SkyPilot is not here: `make .venv-sky/.installed`"
     command = [python, Path(__file__).with_name("skypilot.py")]
-    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, input=json.dumps(texts), capture_output=True, text=True, check=True
+    )
     return [problem or "" for problem in json.loads(done.stdout)]
 
 
 def variables_of_sky(text: str) -> list[str]:
-    """Of SkyPilot's tasks, which of their variables nobody reads, and which that their scripts expand nobody sets.
+    """Of SkyPilot's tasks, which of their variables nobody reads, and which that their scripts
+    expand nobody sets.
 
     What is given to one task is given to all of its group: `--env` and `--secret` are the group's.
     """
@@ -119,8 +185,16 @@ def variables_of_sky(text: str) -> list[str]:
     read = set().union(*map(expanded_in, scripts))
     for task, script in zip(tasks, scripts, strict=True):
         given, expanded = {**task.get("envs", {}), **task.get("secrets", {})}, expanded_in(script)
-        problems += [f"nothing reads {name}" for name in given if name not in read and not is_read_in_our_image(name)]
-        problems += [f"nobody sets {name}" for name in expanded if name not in given and not is_set_by_skypilot(name)]
+        problems += [
+            f"nothing reads {name}"
+            for name in given
+            if name not in read and not is_read_in_our_image(name)
+        ]
+        problems += [
+            f"nobody sets {name}"
+            for name in expanded
+            if name not in given and not is_set_by_skypilot(name)
+        ]
     return problems
 
 
@@ -156,7 +230,9 @@ def _kuberay(kind: str) -> Draft202012Validator:
 def _compose_specification() -> Draft202012Validator:
     import check_jsonschema
 
-    path = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
+    path = (
+        Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
+    )
     return Draft202012Validator(json.loads(path.read_text()))
 
 
@@ -164,7 +240,11 @@ def _compose_specification() -> Draft202012Validator:
 def _providers_keys() -> set[str]:
     import ray.autoscaler
 
-    return set(json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())["properties"]["provider"]["properties"])
+    return set(
+        json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())[
+            "properties"
+        ]["provider"]["properties"]
+    )
 
 
 def _ec2_instance(settings: dict[str, Any]) -> list[str]:
@@ -179,7 +259,12 @@ def _ec2_instance(settings: dict[str, Any]) -> list[str]:
 def _run_instances() -> Any:
     import botocore.session
 
-    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    return (
+        botocore.session.get_session()
+        .get_service_model("ec2")
+        .operation_model("RunInstances")
+        .input_shape
+    )
 
 
 def _compute_instance(settings: dict[str, Any]) -> list[str]:

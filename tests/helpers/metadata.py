@@ -1,4 +1,5 @@
-"""A metadata server on loopback that behaves as a cloud's own does: the same paths, headers and refusals."""
+"""A metadata server on loopback that behaves as a cloud's own does: the same paths, headers and
+refusals."""
 
 import json
 import threading
@@ -28,9 +29,12 @@ class Answer:
 
 
 class MetadataServer:
-    """Use it as a context manager. `answers` says what a path answers instead of what its cloud would; `asked` is what came in."""
+    """Use it as a context manager. `answers` says what a path answers instead of what its cloud
+    would; `asked` is what came in."""
 
-    def __init__(self, cloud: Literal["aws", "gcp", "azure"], *, token_seconds: float | None = None):
+    def __init__(
+        self, cloud: Literal["aws", "gcp", "azure"], *, token_seconds: float | None = None
+    ):
         server = self
         self.answers: dict[str, Answer] = {}
         self.asked: list[tuple[str, str]] = []
@@ -52,7 +56,9 @@ class MetadataServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
 
     @property
     def url(self) -> str:
@@ -62,10 +68,15 @@ class MetadataServer:
     def host(self) -> str:
         return f"127.0.0.1:{self._server.server_port}"
 
-    def announce(self, deadline: float, *, machine: str = "worker_0", event: str = "Preempt") -> None:
-        """From now on this machine ends at `deadline`, in unix seconds; on gcp in half a minute. Azure's events name their machine."""
+    def announce(
+        self, deadline: float, *, machine: str = "worker_0", event: str = "Preempt"
+    ) -> None:
+        """From now on this machine ends at `deadline`, in unix seconds; on gcp in half a minute.
+        Azure's events name their machine."""
         moment = datetime.fromtimestamp(deadline, tz=UTC)
-        self._action = json.dumps({"action": "terminate", "time": moment.strftime("%Y-%m-%dT%H:%M:%SZ")})
+        self._action = json.dumps(
+            {"action": "terminate", "time": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}
+        )
         self._preempted = True
         self._events.append(
             {
@@ -87,7 +98,9 @@ class MetadataServer:
 
     def begin(self) -> None:
         """What Azure has scheduled has begun: it no longer says when."""
-        self._events = [event | {"EventStatus": "Started", "NotBefore": ""} for event in self._events]
+        self._events = [
+            event | {"EventStatus": "Started", "NotBefore": ""} for event in self._events
+        ]
 
     def __enter__(self) -> "MetadataServer":
         self._thread.start()
@@ -119,11 +132,20 @@ class MetadataServer:
             if handler.command != "PUT" or ttl is None or handler.headers.get("X-Forwarded-For"):
                 return Answer(405 if handler.command != "PUT" else 400)
             token = f"AQAEA{len(self._tokens):08d}=="
-            self._tokens[token] = monotonic() + (float(ttl) if self._token_seconds is None else self._token_seconds)
+            self._tokens[token] = monotonic() + (
+                float(ttl) if self._token_seconds is None else self._token_seconds
+            )
             return Answer(text=token)
-        if self._tokens.get(handler.headers.get("X-aws-ec2-metadata-token", ""), 0.0) <= monotonic():
+        if (
+            self._tokens.get(handler.headers.get("X-aws-ec2-metadata-token", ""), 0.0)
+            <= monotonic()
+        ):
             return Answer(401)
-        return Answer(text=self._action) if handler.path == AWS_ACTION and self._action else Answer(404)
+        return (
+            Answer(text=self._action)
+            if handler.path == AWS_ACTION and self._action
+            else Answer(404)
+        )
 
     def _gcp(self, handler: BaseHTTPRequestHandler) -> Answer:
         if handler.headers.get("Metadata-Flavor") != "Google":
@@ -131,7 +153,9 @@ class MetadataServer:
         if handler.path == "/computeMetadata/v1/":
             return Answer(text="instance/\noslogin/\nproject/\n", headers=tuple(_FLAVOR.items()))
         if handler.path == GCP_PREEMPTED:
-            return Answer(text="TRUE" if self._preempted else "FALSE", headers=tuple(_FLAVOR.items()))
+            return Answer(
+                text="TRUE" if self._preempted else "FALSE", headers=tuple(_FLAVOR.items())
+            )
         return Answer(404)
 
     def _azure(self, handler: BaseHTTPRequestHandler) -> Answer:
@@ -140,5 +164,7 @@ class MetadataServer:
         if handler.path == "/metadata/versions":
             return Answer(text='{"apiVersions": ["2020-07-01", "2021-02-01"]}')
         if handler.path == AZURE_EVENTS:
-            return Answer(text=json.dumps({"DocumentIncarnation": len(self._events), "Events": self._events}))
+            return Answer(
+                text=json.dumps({"DocumentIncarnation": len(self._events), "Events": self._events})
+            )
         return Answer(text="worker_0") if handler.path == AZURE_NAME else Answer(404)

@@ -1,4 +1,5 @@
-"""Tiny tokenizers and tiny random causal language models on disk: real Hugging Face files, the same for the same arguments."""
+"""Tiny tokenizers and tiny random causal language models on disk: real Hugging Face files, the same
+for the same arguments."""
 
 import inspect
 import json.decoder
@@ -15,13 +16,17 @@ EOS = "<|endoftext|>"
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 MIN_VOCAB_SIZE = 256 + 1 + len(TURN_TOKENS)  # every byte, EOS and the turn tokens
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def make_tokenizer(directory: str | Path, *, vocab_size: int = 320, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Save and return a byte-level BPE of exactly `vocab_size` >= MIN_VOCAB_SIZE ids, learnt from Python source; any text survives it."""
+def make_tokenizer(
+    directory: str | Path, *, vocab_size: int = 320, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Save and return a byte-level BPE of exactly `vocab_size` >= MIN_VOCAB_SIZE ids, learnt from
+    Python source; any text survives it."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}; at least {MIN_VOCAB_SIZE} is wanted")
     core = Tokenizer(models.BPE())
@@ -33,10 +38,16 @@ def make_tokenizer(directory: str | Path, *, vocab_size: int = 320, chat_templat
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator([inspect.getsource(module) for module in (inspect, textwrap, json.decoder)], trainer)
+    core.train_from_iterator(
+        [inspect.getsource(module) for module in (inspect, textwrap, json.decoder)], trainer
+    )
     if core.get_vocab_size() != vocab_size:
-        raise ValueError(f"the training text holds only {core.get_vocab_size()} tokens; {vocab_size} were wanted")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, model_max_length=1 << 20)
+        raise ValueError(
+            f"the training text holds only {core.get_vocab_size()} tokens; {vocab_size} were wanted"
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=EOS, model_max_length=1 << 20
+    )
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(directory))
     return tokenizer
@@ -59,13 +70,17 @@ def make_model(
     chat_template: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save a random float32 model, its config and a tokenizer to `directory`, and return the directory.
+    """Save a random float32 model, its config and a tokenizer to `directory`, and return the
+    directory.
 
-    `vocab_size` is the width of the head, `tokenizer_vocab_size` (None: the same) that of the tokenizer; a larger `weight_std` makes a
-    less uniform model; `config` holds further fields of the architecture's own config.
+    `vocab_size` is the width of the head, `tokenizer_vocab_size` (None: the same) that of the
+    tokenizer; a larger `weight_std` makes a less uniform model; `config` holds further fields of
+    the architecture's own config.
     """
     directory = Path(directory)
-    tokenizer = make_tokenizer(directory, vocab_size=tokenizer_vocab_size or vocab_size, chat_template=chat_template)
+    tokenizer = make_tokenizer(
+        directory, vocab_size=tokenizer_vocab_size or vocab_size, chat_template=chat_template
+    )
     fields = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -83,6 +98,8 @@ def make_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(fields | dict(config or {}))), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(architecture, **(fields | dict(config or {}))), dtype=torch.float32
+        )
     model.save_pretrained(str(directory))
     return directory

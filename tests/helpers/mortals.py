@@ -1,4 +1,5 @@
-"""Ranks as processes of the test's own, to be killed: forked from one that has imported everything, so that they start at once."""
+"""Ranks as processes of the test's own, to be killed: forked from one that has imported everything,
+so that they start at once."""
 
 import multiprocessing
 import os
@@ -23,7 +24,8 @@ _JOIN_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """Where rank 0 stands still: once it has journalled a row of this kind. The file `reached` says that it is there."""
+    """Where rank 0 stands still: once it has journalled a row of this kind. The file `reached` says
+    that it is there."""
 
     row: type[TrainRow | CheckpointRow]
     step: int  # or a later one
@@ -47,11 +49,21 @@ class HaltingJournal:
 class Mortals:
     """A gloo group that trains a job, each rank a process."""
 
-    def __init__(self, job: TrainJob, *, world_size: int, environment: Mapping[str, str], halt: Halt | None = None) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        *,
+        world_size: int,
+        environment: Mapping[str, str],
+        halt: Halt | None = None,
+    ) -> None:
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload([__name__, "helpers.holders"])
-        meeting = f"file://{job.run_dir}/meeting-{uuid4().hex}"  # a free port might be taken before it is used
-        arguments = [(job, rank, world_size, meeting, dict(environment), halt) for rank in range(world_size)]
+        # a free port might be taken before it is used
+        meeting = f"file://{job.run_dir}/meeting-{uuid4().hex}"
+        arguments = [
+            (job, rank, world_size, meeting, dict(environment), halt) for rank in range(world_size)
+        ]
         self._ranks = [forks.Process(target=_live, args=each, daemon=True) for each in arguments]
         for process in self._ranks:
             process.start()
@@ -62,7 +74,8 @@ class Mortals:
         assert self._ranks[rank].exitcode == -signal.SIGKILL
 
     def kill_all(self) -> None:
-        """What Ray Train does with the others of a group that lost a rank. Some may have ended by themselves."""
+        """What Ray Train does with the others of a group that lost a rank. Some may have ended by
+        themselves."""
         for rank in range(len(self._ranks)):
             self._end(rank)
 
@@ -81,9 +94,31 @@ class Mortals:
         assert not process.is_alive()
 
 
-def _live(job: TrainJob, rank: int, world_size: int, meeting: str, environment: dict[str, str], halt: Halt | None) -> None:
-    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+def _live(
+    job: TrainJob,
+    rank: int,
+    world_size: int,
+    meeting: str,
+    environment: dict[str, str],
+    halt: Halt | None,
+) -> None:
+    os.environ |= environment | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+    }
     prepare_process("cpu", 1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
-    train(job, device=CPU, journal=HaltingJournal(Journal(job.journal), halt if rank == 0 else None), link=Alone())
+    dist.init_process_group(
+        "gloo",
+        init_method=meeting,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=300),
+    )
+    train(
+        job,
+        device=CPU,
+        journal=HaltingJournal(Journal(job.journal), halt if rank == 0 else None),
+        link=Alone(),
+    )
     dist.destroy_process_group()

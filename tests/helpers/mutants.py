@@ -1,4 +1,5 @@
-"""Mutants of bytes and of JSON values, as damage, other versions and attackers make them. A seeded generator decides each one."""
+"""Mutants of bytes and of JSON values, as damage, other versions and attackers make them. A seeded
+generator decides each one."""
 
 import copy
 import json
@@ -28,13 +29,42 @@ _STRANGE_NUMBERS = (
     10**400,
 )
 _STRANGE_FLOATS = (0.0, -0.0, 1.0, 0.5, 1e-320, 1e308, float("inf"), float("-inf"), float("nan"))
-_STRANGE_TEXTS = ("", "x", "..", "../x", "/etc/passwd", "a\x00b", "\ud800", "\x1b[2J", "\u0663", "1", "NaN", "a" * 300, _DEEP, _LONG)
-_STRANGE = (None, True, False, *_STRANGE_NUMBERS, *_STRANGE_FLOATS, *_STRANGE_TEXTS, [], {}, [[]], [1], {"": 0}, {"a": [1, {}]})
+_STRANGE_TEXTS = (
+    "",
+    "x",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "a\x00b",
+    "\ud800",
+    "\x1b[2J",
+    "\u0663",
+    "1",
+    "NaN",
+    "a" * 300,
+    _DEEP,
+    _LONG,
+)
+_STRANGE = (
+    None,
+    True,
+    False,
+    *_STRANGE_NUMBERS,
+    *_STRANGE_FLOATS,
+    *_STRANGE_TEXTS,
+    [],
+    {},
+    [[]],
+    [1],
+    {"": 0},
+    {"a": [1, {}]},
+)
 _Place = tuple[Any, Any]  # a container, and the key or index of a value in it
 
 
 def mutated_bytes(rng: random.Random, data: bytes) -> bytes:
-    """One to four changes: bits, bytes and runs of them are flipped, overwritten, cut out, doubled and moved."""
+    """One to four changes: bits, bytes and runs of them are flipped, overwritten, cut out, doubled
+    and moved."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         _change_bytes(rng, changed)
@@ -52,7 +82,16 @@ def _change_bytes(rng: random.Random, data: bytearray) -> None:
         case 3:
             del data[start:end]
         case 4:
-            data[start:start] = rng.choice((data[start:end], b"\0" * 8, b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, rng.randbytes(9)))
+            data[start:start] = rng.choice(
+                (
+                    data[start:end],
+                    b"\0" * 8,
+                    b"[" * 3000,
+                    b'{"a":' * 3000,
+                    b"9" * 5000,
+                    rng.randbytes(9),
+                )
+            )
         case 5:
             data[start:end] = rng.choice((b"\0", b"\xff")) * (end - start)
         case 6:
@@ -63,7 +102,8 @@ def _change_bytes(rng: random.Random, data: bytearray) -> None:
 
 
 def mutated_json(rng: random.Random, value: Any) -> Any:
-    """One to three values or keys replaced, nudged, removed, added, wrapped or exchanged; the original stays as it is."""
+    """One to three values or keys replaced, nudged, removed, added, wrapped or exchanged; the
+    original stays as it is."""
     box = {"root": copy.deepcopy(value)}
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         _change_json(rng, box)
@@ -81,19 +121,31 @@ def _change_json(rng: random.Random, box: dict[str, Any]) -> None:
         case 4 if holder is not box:
             del holder[key]
         case 5 if isinstance(holder[key], dict):
-            holder[key][rng.choice(("more", "", "xxh3", "version", "\ud800", *map(str, holder[key])))] = copy.deepcopy(rng.choice(_STRANGE))
+            holder[key][
+                rng.choice(("more", "", "xxh3", "version", "\ud800", *map(str, holder[key])))
+            ] = copy.deepcopy(rng.choice(_STRANGE))
         case 6 if isinstance(holder, dict) and holder is not box and rng.random() < 0.5:
             holder[rng.choice(("../x", "/etc/passwd", "a/b", "..", key + "x"))] = holder.pop(key)
         case 6:
-            holder[key] = rng.choice(([holder[key]], {"a": holder[key]}, [holder[key], holder[key]]))
+            holder[key] = rng.choice(
+                ([holder[key]], {"a": holder[key]}, [holder[key], holder[key]])
+            )
         case _:
             other, other_key = rng.choice(places)
-            if not isinstance(holder[key], (dict, list)) and not isinstance(other[other_key], (dict, list)):
+            if not isinstance(holder[key], (dict, list)) and not isinstance(
+                other[other_key], (dict, list)
+            ):
                 holder[key], other[other_key] = other[other_key], holder[key]
 
 
 def _places(container: Any) -> "list[_Place]":
-    keys = list(container) if isinstance(container, dict) else range(len(container)) if isinstance(container, list) else ()
+    keys = (
+        list(container)
+        if isinstance(container, dict)
+        else range(len(container))
+        if isinstance(container, list)
+        else ()
+    )
     found = []
     for key in keys:
         found += [(container, key), *_places(container[key])]
@@ -106,19 +158,50 @@ def _nudged(rng: random.Random, value: Any) -> Any:
         return rng.choice((True, False, None, 0, 1))
     if isinstance(value, int):
         return rng.choice(
-            (value + 1, value - 1, -value, value * 2, value << 32, value + 2**64, float(value) if value < 2**60 else 0.5, str(value))
+            (
+                value + 1,
+                value - 1,
+                -value,
+                value * 2,
+                value << 32,
+                value + 2**64,
+                float(value) if value < 2**60 else 0.5,
+                str(value),
+            )
         )
     if isinstance(value, float):
-        return rng.choice((value * 2, -value, 0.0, str(value), int(value) if abs(value) < 1e300 else 0))
+        return rng.choice(
+            (value * 2, -value, 0.0, str(value), int(value) if abs(value) < 1e300 else 0)
+        )
     if isinstance(value, str):
-        return rng.choice((value + "x", value[:-1], value.upper(), value[::-1], "../" + value, value + "\0", value + "\n"))
+        return rng.choice(
+            (
+                value + "x",
+                value[:-1],
+                value.upper(),
+                value[::-1],
+                "../" + value,
+                value + "\0",
+                value + "\n",
+            )
+        )
     if isinstance(value, list):
-        return rng.choice((value[:-1], value + value[-1:], value[::-1], {str(at): each for at, each in enumerate(value)}))
+        return rng.choice(
+            (
+                value[:-1],
+                value + value[-1:],
+                value[::-1],
+                {str(at): each for at, each in enumerate(value)},
+            )
+        )
     return rng.choice((list(value), list(value.items()) if isinstance(value, dict) else [], {}))
 
 
 def dumps(value: Any, **style: Any) -> bytes:
-    """JSON text of a mutant. A mark becomes what cannot be written otherwise: 3,000 brackets, or a number of 5,000 digits."""
+    """JSON text of a mutant. A mark becomes what cannot be written otherwise: 3,000 brackets, or a
+    number of 5,000 digits."""
     text = json.dumps(value, **style)
-    text = text.replace(json.dumps(_DEEP), "[" * 3000 + "]" * 3000).replace(json.dumps(_LONG), "9" * 5000)
+    text = text.replace(json.dumps(_DEEP), "[" * 3000 + "]" * 3000).replace(
+        json.dumps(_LONG), "9" * 5000
+    )
     return text.encode("utf-8", "surrogatepass")

@@ -1,7 +1,9 @@
-"""Several machines on one: network namespaces with addresses of their own, on a bridge whose links can be cut.
+"""Several machines on one: network namespaces with addresses of their own, on a bridge whose links
+can be cut.
 
-Invariant: a namespace has no name anywhere. It lives as long as a process is in it, and takes its links along; so nothing is left over,
-however a test ends. To make one takes the rights of root, which `unshare --map-root-user` lends where the system allows it.
+Invariant: a namespace has no name anywhere. It lives as long as a process is in it, and takes its
+links along; so nothing is left over, however a test ends. To make one takes the rights of root,
+which `unshare --map-root-user` lends where the system allows it.
 """
 
 import ctypes
@@ -20,7 +22,8 @@ _DEVICE = "network"  # on every machine
 
 @contextmanager
 def inside(namespace: Path) -> Iterator[None]:
-    """This thread in another network namespace: sockets that it opens, threads and processes that it starts belong there for good."""
+    """This thread in another network namespace: sockets that it opens, threads and processes that
+    it starts belong there for good."""
     with open("/proc/thread-self/ns/net") as home, namespace.open() as there:
         _enter(there.fileno())
         try:
@@ -31,7 +34,10 @@ def inside(namespace: Path) -> Iterator[None]:
 
 def _enter(descriptor: int) -> None:
     if ctypes.CDLL(None, use_errno=True).setns(descriptor, _NETWORK) != 0:
-        raise OSError(ctypes.get_errno(), "cannot enter a network namespace: " + os.strerror(ctypes.get_errno()))
+        raise OSError(
+            ctypes.get_errno(),
+            "cannot enter a network namespace: " + os.strerror(ctypes.get_errno()),
+        )
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class Machine:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What processes here have to be told: gloo would look for the address of the host's name, which is another network's."""
+        """What processes here have to be told: gloo would look for the address of the host's name,
+        which is another network's."""
         return {"GLOO_SOCKET_IFNAME": _DEVICE}
 
 
@@ -58,9 +65,13 @@ class Network:
     @classmethod
     @contextmanager
     def of(cls, names: Sequence[str]) -> Iterator["Network"]:
-        """A network of new machines, without a way to any other; it ends with the block, or with this process."""
+        """A network of new machines, without a way to any other; it ends with the block, or with
+        this process."""
         with ExitStack() as stack:
-            machines = {name: Machine(name, f"10.77.0.{number}", stack.enter_context(_namespace())) for number, name in enumerate(names, 1)}
+            machines = {
+                name: Machine(name, f"10.77.0.{number}", stack.enter_context(_namespace()))
+                for number, name in enumerate(names, 1)
+            }
             hub, *others = machines.values()
             _ip(hub, "link", "set", "lo", "up")
             _ip(hub, "link", "add", _DEVICE, "type", "bridge")
@@ -68,14 +79,30 @@ class Network:
             _ip(hub, "link", "set", _DEVICE, "up")
             for machine in others:
                 holder = machine.namespace.parts[2]
-                _ip(hub, "link", "add", machine.name, "type", "veth", "peer", "name", _DEVICE, "netns", holder)
+                _ip(
+                    hub,
+                    "link",
+                    "add",
+                    machine.name,
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    _DEVICE,
+                    "netns",
+                    holder,
+                )
                 _ip(hub, "link", "set", machine.name, "master", _DEVICE, "up")
                 _ip(machine, "link", "set", "lo", "up")
                 _ip(machine, "address", "add", f"{machine.address}/24", "dev", _DEVICE)
                 _ip(machine, "link", "set", _DEVICE, "up")
-            for machine in machines.values():  # leads nowhere, but Ray asks it which address is the machine's own
+            for machine in (
+                machines.values()
+            ):  # leads nowhere, but Ray asks it which address is the machine's own
                 _ip(machine, "route", "add", "default", "dev", _DEVICE)
-                for server in _name_servers():  # nor do they answer: better known at once than after seconds
+                for (
+                    server
+                ) in _name_servers():  # nor do they answer: better known at once than after seconds
                     _ip(machine, "route", "add", "unreachable", server)
             yield cls(machines, hub)
 
@@ -102,7 +129,9 @@ def _namespace() -> Iterator[Path]:
         deadline = monotonic() + _PATIENCE_S
         while namespace.readlink() == Path("/proc/self/ns/net").readlink():
             assert monotonic() < deadline
-            assert holder.poll() is None, "no network namespace can be made: run as root, or under `unshare --map-root-user`"
+            assert holder.poll() is None, (
+                "no network namespace can be made: run as root, or under `unshare --map-root-user`"
+            )
             sleep(0.01)
         yield namespace
 

@@ -1,4 +1,5 @@
-"""A reader of chunks, records and recipes that was written from docs/format.md alone: nothing here imports stillhouse."""
+"""A reader of chunks, records and recipes that was written from docs/format.md alone: nothing here
+imports stillhouse."""
 
 import itertools
 import json
@@ -10,7 +11,16 @@ import numpy as np
 import xxhash
 
 DTYPES = {"U64": "<u8", "I64": "<i8", "I32": "<i4", "U8": "u1"}
-SAME_AS_RECIPE = ("codec", "codec_version", "format", "k", "num_draws", "temperature", "value_bits", "vocab_size")
+SAME_AS_RECIPE = (
+    "codec",
+    "codec_version",
+    "format",
+    "k",
+    "num_draws",
+    "temperature",
+    "value_bits",
+    "vocab_size",
+)
 
 
 class Refused(Exception):
@@ -33,7 +43,12 @@ def elias_fano_bytes(num_ids: int, vocab_size: int) -> tuple[int, int]:
 def record_bytes(recipe: dict[str, Any]) -> int:
     k, draws, vocab_size = recipe["k"], recipe["num_draws"], recipe["vocab_size"]
     values = math.ceil(k * recipe["value_bits"] / 8)
-    return (4 if k else 0) + sum(elias_fano_bytes(k, vocab_size)) + values + sum(elias_fano_bytes(draws, vocab_size))
+    return (
+        (4 if k else 0)
+        + sum(elias_fano_bytes(k, vocab_size))
+        + values
+        + sum(elias_fano_bytes(draws, vocab_size))
+    )
 
 
 def bits_of(stream: bytes) -> list[int]:
@@ -51,7 +66,12 @@ def read_ids(stream: bytes, count: int, vocab_size: int) -> list[int]:
     low = max(0, math.floor(math.log2(vocab_size / count)))
     ones = [p for p, bit in enumerate(bits_of(stream[low_bytes:])) if bit]
     must(len(ones) == count, "as many ones as ids")
-    ids = [(p - i) * 2**low + a for i, (p, a) in enumerate(zip(ones, numbers_in(stream[:low_bytes], count, low), strict=True))]
+    ids = [
+        (p - i) * 2**low + a
+        for i, (p, a) in enumerate(
+            zip(ones, numbers_in(stream[:low_bytes], count, low), strict=True)
+        )
+    ]
     must(ids == sorted(ids) and ids[-1] < vocab_size, "ids ascend and stay below V")
     return ids
 
@@ -59,15 +79,24 @@ def read_ids(stream: bytes, count: int, vocab_size: int) -> list[int]:
 def read_record(record: bytes, recipe: dict[str, Any]) -> dict[str, Any]:
     """Section 4."""
     k, num_draws, vocab_size = recipe["k"], recipe["num_draws"], recipe["vocab_size"]
-    sizes = [4 if k else 0, sum(elias_fano_bytes(k, vocab_size)), math.ceil(k * recipe["value_bits"] / 8)]
-    header, ids_bytes, values, draws_bytes = (bytes(part) for part in np.split(np.frombuffer(record, "u1"), np.cumsum(sizes)))
+    sizes = [
+        4 if k else 0,
+        sum(elias_fano_bytes(k, vocab_size)),
+        math.ceil(k * recipe["value_bits"] / 8),
+    ]
+    header, ids_bytes, values, draws_bytes = (
+        bytes(part) for part in np.split(np.frombuffer(record, "u1"), np.cumsum(sizes))
+    )
     entries, log_tail = [], 0.0
     if k:
         ids = read_ids(ids_bytes, k, vocab_size)
         must(len(set(ids)) == k, "no kept id twice")
         r_max, log_tail = struct.unpack("<ee", header)
         must(1 <= r_max <= 40, "R from 1 to 40")
-        must(log_tail == -math.inf if k == vocab_size else log_tail <= -(2**-24), "log tail is of a probability")
+        must(
+            log_tail == -math.inf if k == vocab_size else log_tail <= -(2**-24),
+            "log tail is of a probability",
+        )
         top = 2 ** recipe["value_bits"] - 1
         codes = numbers_in(values, k, recipe["value_bits"])
         must(min(codes) == 0 and (max(codes) == top or r_max == 1), "codes from 0 to T")
@@ -76,10 +105,17 @@ def read_record(record: bytes, recipe: dict[str, Any]) -> dict[str, Any]:
         best = math.log1p(-math.exp(log_tail)) - math.log(sum(math.exp(-drop) for drop in drops))
         entries = sorted((-(best - drop), token) for drop, token in zip(drops, ids, strict=True))
     draws = read_ids(draws_bytes, num_draws, vocab_size) if num_draws else []
-    return {"ids": [i for _, i in entries], "logprobs": [-m for m, _ in entries], "tail_logmass": log_tail, "draws": draws}
+    return {
+        "ids": [i for _, i in entries],
+        "logprobs": [-m for m, _ in entries],
+        "tail_logmass": log_tail,
+        "draws": draws,
+    }
 
 
-def read_index(data: bytes, recipe: dict[str, Any], fingerprint: str, number: int) -> tuple[dict[str, np.ndarray], int]:
+def read_index(
+    data: bytes, recipe: dict[str, Any], fingerprint: str, number: int
+) -> tuple[dict[str, np.ndarray], int]:
     """Sections 3 and 5, rules 1 to 5: the tensors as they lie, and S."""
     must(len(data) >= 8, "a length")
     (header_bytes,) = struct.unpack("<Q", data[:8])
@@ -92,10 +128,19 @@ def read_index(data: bytes, recipe: dict[str, Any], fingerprint: str, number: in
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise Refused("a header of the page's shape") from error
     must(list(header["__metadata__"]) == ["stillhouse"], "one metadata key")
-    wanted = {key: recipe[key] for key in SAME_AS_RECIPE} | {"chunk": number, "fingerprint": fingerprint}
-    must({key: value for key, value in metadata.items() if key != "xxh3"} == wanted, "the recipe's metadata")
+    wanted = {key: recipe[key] for key in SAME_AS_RECIPE} | {
+        "chunk": number,
+        "fingerprint": fingerprint,
+    }
+    must(
+        {key: value for key, value in metadata.items() if key != "xxh3"} == wanted,
+        "the recipe's metadata",
+    )
     first = number * recipe["chunk_sequences"]
-    rows, length = min(recipe["chunk_sequences"], recipe["num_sequences"] - first), recipe["sequence_length"]
+    rows, length = (
+        min(recipe["chunk_sequences"], recipe["num_sequences"] - first),
+        recipe["sequence_length"],
+    )
     must(0 <= num_targets <= rows * (length - 1), "N within the rows")
     shapes = {
         "row_xxh3": ("U64", [rows]),
@@ -110,7 +155,10 @@ def read_index(data: bytes, recipe: dict[str, Any], fingerprint: str, number: in
     for name, (dtype, shape) in shapes.items():
         end = start + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         offsets = [start - 8 - header_bytes, end - 8 - header_bytes]
-        must(header[name] == {"dtype": dtype, "shape": shape, "data_offsets": offsets}, f"{name} in its place")
+        must(
+            header[name] == {"dtype": dtype, "shape": shape, "data_offsets": offsets},
+            f"{name} in its place",
+        )
         must(end <= len(data), "no end before the last tensor's")
         tensors[name] = np.frombuffer(data[start:end], DTYPES[dtype]).reshape(shape)
         start = end
@@ -122,24 +170,37 @@ def read_index(data: bytes, recipe: dict[str, Any], fingerprint: str, number: in
     blank = data[:at] + b"0" * 16 + data[at + 16 : index_end]
     must(xxhash.xxh3_64_hexdigest(blank) == metadata["xxh3"], "the checksum")
     starts = tensors["row_starts"]
-    must(starts[0] == 0 and starts[-1] == num_targets and (np.diff(starts) >= 0).all(), "row_starts from 0 to N")
+    must(
+        starts[0] == 0 and starts[-1] == num_targets and (np.diff(starts) >= 0).all(),
+        "row_starts from 0 to N",
+    )
     return tensors, rows
 
 
-def read_chunk(data: bytes, recipe: dict[str, Any], fingerprint: str, number: int) -> dict[str, Any]:
+def read_chunk(
+    data: bytes, recipe: dict[str, Any], fingerprint: str, number: int
+) -> dict[str, Any]:
     tensors, rows = read_index(data, recipe, fingerprint, number)
     starts, targets = tensors["row_starts"], []
     for row in range(rows):
-        ids, positions, mask = (tensors[name][row] for name in ("token_ids", "positions", "loss_mask"))
+        ids, positions, mask = (
+            tensors[name][row] for name in ("token_ids", "positions", "loss_mask")
+        )
         records = tensors["targets"][starts[row] : starts[row + 1]]
         hashed = ids.tobytes() + positions.tobytes() + mask.tobytes() + records.tobytes()
         must(xxhash.xxh3_64_intdigest(hashed) == tensors["row_xxh3"][row], "the row's hash")
         must(((ids >= 0) & (ids < recipe["vocab_size"])).all(), "ids below V")
         must(
-            positions[0] == 0 and all(after in (0, before + 1) for before, after in itertools.pairwise(positions)),
+            positions[0] == 0
+            and all(after in (0, before + 1) for before, after in itertools.pairwise(positions)),
             "positions",
         )
-        must(set(mask.tolist()) <= {0, 1} and mask[-1] == 0 and not mask[:-1][positions[1:] == 0].any(), "the mask")
+        must(
+            set(mask.tolist()) <= {0, 1}
+            and mask[-1] == 0
+            and not mask[:-1][positions[1:] == 0].any(),
+            "the mask",
+        )
         must(mask.sum() == len(records), "a record for each 1")
         targets += [read_record(record.tobytes(), recipe) for record in records]
     columns = {name: tensors[name].tolist() for name in ("token_ids", "positions", "loss_mask")}

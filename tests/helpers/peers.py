@@ -1,4 +1,5 @@
-"""What the tests of collectives call on the ranks: honest ranks that tell one another something, and one that sends what it likes."""
+"""What the tests of collectives call on the ranks: honest ranks that tell one another something,
+and one that sends what it likes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ def exchange(value: Any) -> tuple[list[Any], Any]:
 
 
 def fail_each_in_its_own_way() -> list[str]:
-    """What every rank learns of the others' outcomes: rank 0 has an answer, and the others an error."""
+    """What every rank learns of the others' outcomes: rank 0 has an answer, and the others an
+    error."""
 
     def call() -> str:
         if dist.get_rank() == 0:
@@ -39,7 +41,8 @@ def fail_each_in_its_own_way() -> list[str]:
 
 
 def gather_raw(data: bytes) -> None:
-    """As a gathering rank of torch's or ours does: a length, then bytes. What comes back is not looked at."""
+    """As a gathering rank of torch's or ours does: a length, then bytes. What comes back is not
+    looked at."""
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, torch.tensor([len(data)]))
     longest = max(int(length) for length in lengths)
@@ -75,11 +78,14 @@ def restores(data: bytes, url: Path) -> str:
 
 
 def too_long(num_bytes: int) -> list[str]:
-    """The errors of messages of so many bytes in all, where one byte less is taken; none of them where it is one more."""
+    """The errors of messages of so many bytes in all, where one byte less is taken; none of them
+    where it is one more."""
     rank, half = dist.get_rank(), "x" * (num_bytes // 2 - 2)  # and two quotes
     return [
         _refusal(lambda: gathered(half, most_bytes=num_bytes - 1)),
-        _refusal(lambda: told("x" * (num_bytes - 2) if rank == 0 else None, most_bytes=num_bytes - 1)),
+        _refusal(
+            lambda: told("x" * (num_bytes - 2) if rank == 0 else None, most_bytes=num_bytes - 1)
+        ),
         _refusal(lambda: gathered(half, most_bytes=num_bytes)),
         _refusal(lambda: told("x" * (num_bytes - 2) if rank == 0 else None, most_bytes=num_bytes)),
     ]
@@ -87,12 +93,17 @@ def too_long(num_bytes: int) -> list[str]:
 
 def train_without_objects(job: TrainJob) -> bool:
     """Train, where an object that a peer has pickled may not be opened, whoever asks for it."""
-    with patch.object(distributed_c10d, "_tensor_to_object", side_effect=AssertionError("an object of a peer's was opened")):
+    with patch.object(
+        distributed_c10d,
+        "_tensor_to_object",
+        side_effect=AssertionError("an object of a peer's was opened"),
+    ):
         return train(job, device=CPU, journal=ListTracker(), link=Alone())
 
 
 def train_until_rank_1_is_summoned(job: TrainJob) -> tuple[bool, list[tuple[str, object, object]]]:
-    """Rank 1 alone knows from the beginning that the group shall leave; whether each trained to the end, and what it explained."""
+    """Rank 1 alone knows from the beginning that the group shall leave; whether each trained to the
+    end, and what it explained."""
     link = Alone(StopRequest("notice", 60.0, "a machine: “weg”") if dist.get_rank() == 1 else None)
     finished = train(job, device=CPU, journal=ListTracker(), link=link)
     return finished, [each for each in link.told if each[0] == "explain"]

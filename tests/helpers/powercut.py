@@ -1,7 +1,9 @@
-"""What a power cut leaves: a layer that records every call that changes files, and what would be on disk after any prefix of the record.
+"""What a power cut leaves: a layer that records every call that changes files, and what would be on
+disk after any prefix of the record.
 
-The disk keeps a file's bytes up to its last fsync. Of a directory it keeps the names of its last fsync; of what was named, renamed and
-removed since, all or nothing, directory by directory, for a file system may write them in any order.
+The disk keeps a file's bytes up to its last fsync. Of a directory it keeps the names of its last
+fsync; of what was named, renamed and removed since, all or nothing, directory by directory, for a
+file system may write them in any order.
 """
 
 import os
@@ -28,14 +30,17 @@ class _Directory:
 
     def below(self) -> "Iterator[_Directory]":
         yield self
-        for node in {id(node): node for node in (*self.now.values(), *self.synced.values())}.values():
+        for node in {
+            id(node): node for node in (*self.now.values(), *self.synced.values())
+        }.values():
             if isinstance(node, _Directory):
                 yield from node.below()
 
 
 Names = Callable[[_Directory], dict[str, "_File | _Directory"]]
 Call = Callable[["Disk"], None]
-Remains = tuple[tuple[str, bytes | None], ...]  # paths in order, with their bytes; None for a directory
+# paths in order, with their bytes; None for a directory
+Remains = tuple[tuple[str, bytes | None], ...]
 
 
 class Disk:
@@ -65,7 +70,9 @@ class Disk:
         directory.synced = dict(directory.now)
 
     def name(self, path: Path, source: Path) -> None:
-        self._directory(path.parent).now[path.name] = self._directory(source.parent).now[source.name]
+        self._directory(path.parent).now[path.name] = self._directory(source.parent).now[
+            source.name
+        ]
 
     def remove(self, path: Path) -> None:
         del self._directory(path.parent).now[path.name]
@@ -75,16 +82,30 @@ class Disk:
 
     def remains(self) -> set[Remains]:
         """All that a power cut at this moment may leave."""
-        unsure = [directory for directory in self._root.below() if directory.now != directory.synced]
+        unsure = [
+            directory for directory in self._root.below() if directory.now != directory.synced
+        ]
 
         def removals(directory: _Directory) -> dict[str, "_File | _Directory"]:
             return {name: node for name, node in directory.synced.items() if name in directory.now}
 
-        choices: list[Names] = [lambda directory: directory.synced, lambda directory: directory.now, removals]
+        choices: list[Names] = [
+            lambda directory: directory.synced,
+            lambda directory: directory.now,
+            removals,
+        ]
         for one in unsure:
-            choices.append(lambda directory, one=one: directory.now if directory is one else directory.synced)
-            choices.append(lambda directory, one=one: directory.synced if directory is one else directory.now)
-        return {tuple(sorted(_listed(self._root, names, cut))) for names in choices for cut in (False, True)}
+            choices.append(
+                lambda directory, one=one: directory.now if directory is one else directory.synced
+            )
+            choices.append(
+                lambda directory, one=one: directory.synced if directory is one else directory.now
+            )
+        return {
+            tuple(sorted(_listed(self._root, names, cut)))
+            for names in choices
+            for cut in (False, True)
+        }
 
     def _directory(self, path: Path) -> _Directory:
         node: _File | _Directory = self._root
@@ -96,7 +117,8 @@ class Disk:
 
 
 class Recorder:
-    """A file layer that makes every call below `root`, and keeps it. A sync that `loses` matches is not made: a fault to be found.
+    """A file layer that makes every call below `root`, and keeps it. A sync that `loses` matches is
+    not made: a fault to be found.
 
     A sync is called `file` or `directory` and a path relative to the root.
     """
@@ -189,7 +211,8 @@ class Recorder:
 
 
 def power_cuts(record: Iterable[Call]) -> Iterator[tuple[Remains, list[tuple[str, int]]]]:
-    """For every prefix of the record, all that may be left, each with what had been reported; what is the same as before is left out."""
+    """For every prefix of the record, all that may be left, each with what had been reported; what
+    is the same as before is left out."""
     disk, seen = Disk(), set()
     for call in record:
         call(disk)
@@ -208,7 +231,8 @@ class Unsynced(SystemFiles):
 
 
 class After:
-    """A directory that becomes what one power cut after the other leaves; only what differs from the last one is written."""
+    """A directory that becomes what one power cut after the other leaves; only what differs from
+    the last one is written."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir()
@@ -233,7 +257,9 @@ class After:
         self._there = {}
 
 
-def _listed(directory: _Directory, names: Names, cut: bool, prefix: str = "") -> Iterator[tuple[str, bytes | None]]:
+def _listed(
+    directory: _Directory, names: Names, cut: bool, prefix: str = ""
+) -> Iterator[tuple[str, bytes | None]]:
     for name, node in names(directory).items():
         if isinstance(node, _Directory):
             yield prefix + name, None

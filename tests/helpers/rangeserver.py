@@ -1,6 +1,8 @@
-"""A server of the tests' own that speaks enough S3 to be read and written: HEAD, GET with Range, PUT and deletions, on loopback.
+"""A server of the tests' own that speaks enough S3 to be read and written: HEAD, GET with Range,
+PUT and deletions, on loopback.
 
-What it serves may lie in a file, so objects can be larger than memory. It is slow, breaks off, or answers a status where a test says so.
+What it serves may lie in a file, so objects can be larger than memory. It is slow, breaks off, or
+answers a status where a test says so.
 """
 
 import os
@@ -49,7 +51,8 @@ class RangeServer:
     asked: list[Asked] = field(default_factory=list)
     bytes_sent: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    released: threading.Event = field(default_factory=threading.Event)  # at its end: whoever is kept waiting may go
+    # at its end: whoever is kept waiting may go
+    released: threading.Event = field(default_factory=threading.Event)
     endpoint: str = ""
 
     @contextmanager
@@ -120,7 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused():
             return
         with here.lock:
-            is_taken = self.path in here.objects and self.headers["If-None-Match"] == "*" and here.honours_conditions
+            is_taken = (
+                self.path in here.objects
+                and self.headers["If-None-Match"] == "*"
+                and here.honours_conditions
+            )
             if not is_taken:
                 here.objects[self.path] = body
         self._answer(412 if is_taken else 200, b"")
@@ -134,7 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
         for key in keys:
             self.server.behaviour.objects.pop(f"{urlsplit(self.path).path}/{key}", None)
         deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
-        self._answer(200, f"<?xml version='1.0' encoding='UTF-8'?><DeleteResult>{deleted}</DeleteResult>".encode())
+        self._answer(
+            200,
+            f"<?xml version='1.0' encoding='UTF-8'?>"
+            f"<DeleteResult>{deleted}</DeleteResult>".encode(),
+        )
 
     def _refused(self) -> bool:
         refusal = self.server.behaviour.refusal
@@ -149,13 +160,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        own = {"Content-Length": str(length), "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT", "ETag": '"1"'}
+        own = {
+            "Content-Length": str(length),
+            "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
+            "ETag": '"1"',
+        }
         for name, value in (own | headers).items():
             self.send_header(name, value)
         self.end_headers()
 
     def _send(self, found: bytes | Path, start: int, end: int) -> None:
-        """At the pace of the connection, by what a file system hands to the socket itself where it is a file."""
+        """At the pace of the connection, by what a file system hands to the socket itself where it
+        is a file."""
         here, began, at = self.server.behaviour, monotonic(), start
         last = end if here.breaks_off_after is None else min(end, start + here.breaks_off_after)
         last = last if here.silent_from is None else min(last, max(start, here.silent_from))
@@ -170,7 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
                 at += size
                 with here.lock:
                     here.bytes_sent += size
-                here.released.wait(max(0.0, (at - start) / here.bytes_per_s - (monotonic() - began)))
+                here.released.wait(
+                    max(0.0, (at - start) / here.bytes_per_s - (monotonic() - began))
+                )
             if here.silent_from is not None and last < end:
                 here.released.wait()
         except OSError:
@@ -185,4 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _error(code: str) -> bytes:
-    return f"<?xml version='1.0' encoding='UTF-8'?>\n<Error>\n<Code>{code}</Code><Message>status 503, timed out</Message></Error>".encode()
+    return (
+        f"<?xml version='1.0' encoding='UTF-8'?>\n<Error>\n<Code>{code}</Code><Message>status "
+        "503, timed out</Message></Error>"
+    ).encode()

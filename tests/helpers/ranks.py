@@ -1,4 +1,5 @@
-"""Long-lived rank processes: gloo groups of one and of two, in which tests build and drop as many engines as they like."""
+"""Long-lived rank processes: gloo groups of one and of two, in which tests build and drop as many
+engines as they like."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,8 +20,19 @@ class _Rank:
         prepare_process("cpu", 1)
         import helpers.training  # noqa: F401  # takes seconds, and is what tests call here
 
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}  # as Ray Train does
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        # as Ray Train does
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+        }
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{meeting}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )
 
     def call(self, function: Callable[..., Any], arguments: Sequence[object]) -> Any:
         return function(*arguments)
@@ -35,9 +47,13 @@ class RankGroup:
 
     @classmethod
     def start(cls, world_size: int, *, meeting: Path) -> "RankGroup":
-        """Returns at once: the processes find one another by a file, which must not be there yet, while the test does other things."""
+        """Returns at once: the processes find one another by a file, which must not be there yet,
+        while the test does other things."""
         actors = [ray.remote(_Rank).options(num_cpus=0).remote() for _ in range(world_size)]
-        return cls(actors, [actor.join.remote(rank, world_size, meeting) for rank, actor in enumerate(actors)])
+        return cls(
+            actors,
+            [actor.join.remote(rank, world_size, meeting) for rank, actor in enumerate(actors)],
+        )
 
     def call(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
         """The function's answer on each rank. Raises what a rank raised."""

@@ -1,4 +1,5 @@
-"""Functions that tests have called in other processes: workers can import this module, and not a test's."""
+"""Functions that tests have called in other processes: workers can import this module, and not a
+test's."""
 
 import os
 import signal

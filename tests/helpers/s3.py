@@ -21,8 +21,15 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 def forbid_writing(client: Any, bucket: str) -> None:
     """Have a bucket's policy refuse what a credential that may only read is refused."""
     actions = ["s3:PutObject", "s3:DeleteObject", "s3:PostObject"]
-    denial = {"Effect": "Deny", "Principal": "*", "Action": actions, "Resource": f"arn:aws:s3:::{bucket}/*"}
-    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denial]}))
+    denial = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": actions,
+        "Resource": f"arn:aws:s3:::{bucket}/*",
+    }
+    client.put_bucket_policy(
+        Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denial]})
+    )
 
 
 @contextmanager

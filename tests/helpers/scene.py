@@ -1,6 +1,8 @@
-"""The scene of a disaster: three machines with a Ray cluster and a bucket, where the command `stillhouse` runs on the first.
+"""The scene of a disaster: three machines with a Ray cluster and a bucket, where the command
+`stillhouse` runs on the first.
 
-Each machine reaches the bucket by a way of its own, where requests can be held; cutting a machine off from the others leaves it that way.
+Each machine reaches the bucket by a way of its own, where requests can be held; cutting a machine
+off from the others leaves it that way.
 """
 
 import os
@@ -40,7 +42,11 @@ PLACES = {  # teachers come one to a machine, students live on the head
     "teacher": {"resources": {"teacher": 1.0}, "min_replicas": 2, "max_replicas": 2},
     "student": {"resources": {"student": 1.0}} | EPOCH,
 }
-_RESOURCES = {HUB: {"student": 2.0}, LEFT: {"teacher": 1.0, "rank": 1.0}, RIGHT: {"teacher": 1.0, "rank": 1.0}}
+_RESOURCES = {
+    HUB: {"student": 2.0},
+    LEFT: {"teacher": 1.0, "rank": 1.0},
+    RIGHT: {"teacher": 1.0, "rank": 1.0},
+}
 _NUM_CPUS = {HUB: 4, LEFT: 1, RIGHT: 1}
 
 
@@ -56,18 +62,23 @@ class Scene:
     @classmethod
     @contextmanager
     def open(cls, s3_endpoint: str, *, cache: Path) -> Iterator["Scene"]:
-        """Three machines and their cluster, which end with the block; commands keep their corpora in `cache`."""
+        """Three machines and their cluster, which end with the block; commands keep their corpora
+        in `cache`."""
         with ExitStack() as stack:
             network = stack.enter_context(Network.of((HUB, LEFT, RIGHT)))
             s3, metadata = {}, {}
             for name, machine in network.machines.items():
-                with inside(machine.namespace):  # they listen there; what they ask of others they ask from here
+                with inside(
+                    machine.namespace
+                ):  # they listen there; what they ask of others they ask from here
                     s3[name], metadata[name] = FaultyS3(s3_endpoint), MetadataServer("aws")
                 stack.enter_context(s3[name])
                 stack.enter_context(metadata[name])
             hub = network.machines[HUB]
             with inside(hub.namespace):
-                commands = CommandServer({"XDG_CACHE_HOME": str(cache), "AWS_ENDPOINT_URL": s3[HUB].url})
+                commands = CommandServer(
+                    {"XDG_CACHE_HOME": str(cache), "AWS_ENDPOINT_URL": s3[HUB].url}
+                )
             stack.callback(commands.close)
             scene = cls(network, s3, metadata, RayMachines(hub), commands)
             stack.callback(lambda: scene.cluster.close())
@@ -78,8 +89,16 @@ class Scene:
         """A new node on a machine that has none."""
         machine = self.network.machines[name]
         self.metadata[name].withdraw()
-        clouds = {"AWS_ENDPOINT_URL": self.s3[name].url, "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.metadata[name].url}
-        self.cluster.join(machine, num_cpus=_NUM_CPUS[name], resources=_RESOURCES[name], environment=machine.environment | clouds)
+        clouds = {
+            "AWS_ENDPOINT_URL": self.s3[name].url,
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.metadata[name].url,
+        }
+        self.cluster.join(
+            machine,
+            num_cpus=_NUM_CPUS[name],
+            resources=_RESOURCES[name],
+            environment=machine.environment | clouds,
+        )
 
     def cut_off(self, name: str) -> None:
         """The machine lives on and reaches the bucket, but no other machine."""
@@ -109,13 +128,22 @@ class Scene:
 
     def plan(self, world: TinyWorld, run_dir: Path, **changes: dict[str, object]) -> Plan:
         """A run on this cluster."""
-        return world.plan(run_dir, **merged(PLACES | {"cluster": {"address": self.cluster.address}}, changes))
+        return world.plan(
+            run_dir, **merged(PLACES | {"cluster": {"address": self.cluster.address}}, changes)
+        )
 
     def run(self, plan: Plan) -> "LiveRun":
         """Begin `stillhouse run`."""
         config = plan.run_dir.with_suffix(".toml")
         values = plan.config.model_dump(mode="json", exclude_none=True)
-        config.write_text(as_toml({name: {key: value for key, value in table.items() if value != []} for name, table in values.items()}))
+        config.write_text(
+            as_toml(
+                {
+                    name: {key: value for key, value in table.items() if value != []}
+                    for name, table in values.items()
+                }
+            )
+        )
         log = plan.run_dir.with_suffix(".log")
         return LiveRun(plan, self.commands.start("run", config, "--run-dir", plan.run_dir, log=log))
 
@@ -129,7 +157,8 @@ class Undisturbed:
 
     @classmethod
     def trained(cls, plan: Plan, ranks: RankGroup) -> "Undisturbed":
-        """By the training loop alone, in processes that are there already, on a store that is full."""
+        """By the training loop alone, in processes that are there already, on a store that is
+        full."""
         (job,) = plan.jobs()
         return cls(plan, curve(ranks.call(train_and_tell, job)[0]))
 
@@ -182,13 +211,24 @@ def published_in(bucket: str) -> list[Published]:
     """Every time that a chunk was written to the bucket, in turn, with what was written."""
     client = _s3()
     pages = client.get_paginator("list_object_versions").paginate(Bucket=bucket)
-    versions = sorted((each for page in pages for each in page.get("Versions", ())), key=lambda version: version["LastModified"])
+    versions = sorted(
+        (each for page in pages for each in page.get("Versions", ())),
+        key=lambda version: version["LastModified"],
+    )
     found = []
     for version in versions:
         number = re.search(r"/chunks/(\d{10})\.safetensors$", version["Key"])
         if number is not None:
-            data = client.get_object(Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"])["Body"].read()
-            found.append(Published(int(number[1]), f"a write at {version['LastModified']:%H:%M:%S}", xxhash.xxh3_64_hexdigest(data)))
+            data = client.get_object(
+                Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"]
+            )["Body"].read()
+            found.append(
+                Published(
+                    int(number[1]),
+                    f"a write at {version['LastModified']:%H:%M:%S}",
+                    xxhash.xxh3_64_hexdigest(data),
+                )
+            )
     return found
 
 

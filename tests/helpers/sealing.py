@@ -1,4 +1,5 @@
-"""Files of a store and lines of a journal with checksums that are right whatever they hold: nothing here imports stillhouse.
+"""Files of a store and lines of a journal with checksums that are right whatever they hold: nothing
+here imports stillhouse.
 
 Those of a store are written from docs/format.md alone.
 """
@@ -16,7 +17,14 @@ import xxhash
 from helpers.pagereader import DTYPES, SAME_AS_RECIPE
 
 _CHECKSUM = b'\\"xxh3\\":\\"'
-_ORDER = {"row_xxh3": "U64", "row_starts": "I64", "positions": "I32", "token_ids": "I32", "loss_mask": "U8", "targets": "U8"}
+_ORDER = {
+    "row_xxh3": "U64",
+    "row_starts": "I64",
+    "positions": "I32",
+    "token_ids": "I32",
+    "loss_mask": "U8",
+    "targets": "U8",
+}
 
 Arrays = dict[str, np.ndarray]  # by the tensors' names; row_xxh3 is computed
 
@@ -33,12 +41,18 @@ def sealed_line(**values: Any) -> bytes:
 
 def metadata_of(recipe: dict[str, Any], number: int) -> dict[str, Any]:
     fingerprint = hashlib.sha256(canonical(recipe)).hexdigest()
-    return {key: recipe[key] for key in SAME_AS_RECIPE} | {"chunk": number, "fingerprint": fingerprint, "xxh3": "0" * 16}
+    return {key: recipe[key] for key in SAME_AS_RECIPE} | {
+        "chunk": number,
+        "fingerprint": fingerprint,
+        "xxh3": "0" * 16,
+    }
 
 
 def header_of(arrays: Arrays, metadata: bytes) -> dict[str, Any]:
     """The header that describes these arrays, with the text of the metadata as it is given."""
-    header: dict[str, Any] = {"__metadata__": {"stillhouse": metadata.decode("utf-8", "surrogatepass")}}
+    header: dict[str, Any] = {
+        "__metadata__": {"stillhouse": metadata.decode("utf-8", "surrogatepass")}
+    }
     start = 0
     for name, dtype in _ORDER.items():
         array = arrays[name] if name in arrays else np.empty(len(arrays["row_starts"]) - 1, "<u8")
@@ -49,11 +63,17 @@ def header_of(arrays: Arrays, metadata: bytes) -> dict[str, Any]:
 
 
 def chunk_file(arrays: Arrays, header: bytes) -> bytes:
-    """The file of a chunk, with right row hashes, and a right checksum where the header has a place for one."""
+    """The file of a chunk, with right row hashes, and a right checksum where the header has a place
+    for one."""
     header += b" " * (-len(header) % 8)
     hashes = np.array(_row_hashes(arrays), "<u8")
-    tensors = [{**arrays, "row_xxh3": hashes}[name].astype(DTYPES[dtype]).tobytes() for name, dtype in _ORDER.items()]
-    return sealed_chunk(struct.pack("<Q", len(header)) + header + b"".join(tensors), num_rows=len(hashes))
+    tensors = [
+        {**arrays, "row_xxh3": hashes}[name].astype(DTYPES[dtype]).tobytes()
+        for name, dtype in _ORDER.items()
+    ]
+    return sealed_chunk(
+        struct.pack("<Q", len(header)) + header + b"".join(tensors), num_rows=len(hashes)
+    )
 
 
 def sealed_chunk(data: bytes, *, num_rows: int) -> bytes:
@@ -68,7 +88,9 @@ def sealed_chunk(data: bytes, *, num_rows: int) -> bytes:
 
 def sealed_json(values: Mapping[str, Any], *, sort_keys: bool = False) -> dict[str, Any]:
     """With the checksum of all the other values, as readers and owners have it."""
-    text = canonical(dict(values)) if sort_keys else json.dumps(dict(values), sort_keys=True).encode()
+    text = (
+        canonical(dict(values)) if sort_keys else json.dumps(dict(values), sort_keys=True).encode()
+    )
     return {**values, "xxh3": xxhash.xxh3_64_hexdigest(text)}
 
 
@@ -85,4 +107,9 @@ def _row_hashes(arrays: Arrays) -> list[int]:
         for row in rows
     ]
     ends = [max(0, min(len(records), end)) for end in starts]
-    return [xxhash.xxh3_64_intdigest(b"".join(pieces[row]) + records[ends[row] : ends[row + 1]].tobytes()) for row in rows]
+    return [
+        xxhash.xxh3_64_intdigest(
+            b"".join(pieces[row]) + records[ends[row] : ends[row + 1]].tobytes()
+        )
+        for row in rows
+    ]

@@ -1,7 +1,9 @@
-"""Teachers without models, machines without hardware and hours without waiting: a crew for the real pool, on a clock of its own.
+"""Teachers without models, machines without hardware and hours without waiting: a crew for the real
+pool, on a clock of its own.
 
-A simulated teacher does its work in order, each piece in as long as `seconds` says, and publishes real chunks to a real store. `fate`
-says how a piece of work ends otherwise: with an error that it raises, or with the teacher's death.
+A simulated teacher does its work in order, each piece in as long as `seconds` says, and publishes
+real chunks to a real store. `fate` says how a piece of work ends otherwise: with an error that it
+raises, or with the teacher's death.
 """
 
 import heapq
@@ -39,10 +41,13 @@ class Death(Exception):
 
 
 def item_of(recipe: Recipe, number: int) -> WorkItem:
-    """Sequences of one token each, their number in the corpus plus 1 (modulo the vocabulary), with targets at all places but the last."""
+    """Sequences of one token each, their number in the corpus plus 1 (modulo the vocabulary), with
+    targets at all places but the last."""
     rows = recipe.chunk_rows(number)
     shape = (len(rows), recipe.sequence_length)
-    token_ids_SL = np.broadcast_to(np.arange(rows.start + 1, rows.stop + 1, dtype=np.int32)[:, None] % recipe.vocab_size, shape).copy()
+    token_ids_SL = np.broadcast_to(
+        np.arange(rows.start + 1, rows.stop + 1, dtype=np.int32)[:, None] % recipe.vocab_size, shape
+    ).copy()
     loss_mask_SL = np.ones(shape, dtype=np.uint8)
     loss_mask_SL[:, -1] = 0
     positions_SL = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
@@ -51,7 +56,9 @@ def item_of(recipe: Recipe, number: int) -> WorkItem:
 
 def publish(store: ChunkStore, item: WorkItem) -> ChunkRef:
     """What a teacher would, with random targets."""
-    records = make_records(store.recipe.codec, item.sequences.num_targets, np.random.default_rng(item.number))
+    records = make_records(
+        store.recipe.codec, item.sequences.num_targets, np.random.default_rng(item.number)
+    )
     return store.publish(Chunk(item.number, item.sequences, records))
 
 
@@ -73,7 +80,8 @@ class _Worker:
 
 @dataclass
 class SimulatedCrew:
-    """`nodes` says how many teachers a machine takes; machines may be added, drained and removed at any time, by `at`."""
+    """`nodes` says how many teachers a machine takes; machines may be added, drained and removed at
+    any time, by `at`."""
 
     publish: Callable[[WorkItem], ChunkRef]
     is_there: Callable[[int], bool]
@@ -81,7 +89,8 @@ class SimulatedCrew:
     seconds: Callable[[int, WorkItem], float] = lambda _teacher, _item: 10.0
     fate: Callable[[int, WorkItem], Exception | None] = lambda _teacher, _item: None
     start_s: float = 5.0
-    weights: Callable[[int], str | None] = lambda _teacher: None  # the digest of the files that a teacher loaded
+    # the digest of the files that a teacher loaded
+    weights: Callable[[int], str | None] = lambda _teacher: None
     drained: set[str] = field(default_factory=set)  # nodes on which nothing more is started
     now: float = 1000.0
     num_spawned: int = 0
@@ -144,7 +153,14 @@ class SimulatedCrew:
         for worker in [worker for worker in self._workers.values() if worker.node == node]:
             self.die(worker.number, "its node went away", with_machine=True, preempted=preempted)
 
-    def die(self, teacher: int, reason: str = "killed", *, with_machine: bool = False, preempted: bool = False) -> None:
+    def die(
+        self,
+        teacher: int,
+        reason: str = "killed",
+        *,
+        with_machine: bool = False,
+        preempted: bool = False,
+    ) -> None:
         if teacher in self._workers:
             self.kill(teacher)
             self._events.append(Died(teacher, reason, with_machine, preempted))
@@ -163,7 +179,14 @@ class SimulatedCrew:
 
     def _find_homes(self) -> None:
         for worker in [*self._homeless.values()]:
-            node = next((node for node, places in self.nodes.items() if places > 0 and node not in self.drained), None)
+            node = next(
+                (
+                    node
+                    for node, places in self.nodes.items()
+                    if places > 0 and node not in self.drained
+                ),
+                None,
+            )
             if node is not None:
                 del self._homeless[worker.number]
                 self.nodes[node] -= 1
@@ -172,7 +195,14 @@ class SimulatedCrew:
 
     def _start(self, worker: _Worker) -> None:
         if self._workers.get(worker.number) is worker:
-            ready = Ready(_PROBE, "cpu", "simulated: it is", self.start_s, str(worker.node), self.weights(worker.number))
+            ready = Ready(
+                _PROBE,
+                "cpu",
+                "simulated: it is",
+                self.start_s,
+                str(worker.node),
+                self.weights(worker.number),
+            )
             self._events.append(Started(worker.number, ready))
 
     def _work(self, worker: _Worker) -> None:
@@ -198,7 +228,9 @@ class SimulatedCrew:
             self.die(worker.number, str(fate))
             return
         self._events.append(
-            Raised(worker.number, job.lease, fate) if fate is not None else Answered(worker.number, job.lease, self._answer(job))
+            Raised(worker.number, job.lease, fate)
+            if fate is not None
+            else Answered(worker.number, job.lease, self._answer(job))
         )
         self._work(worker)
 

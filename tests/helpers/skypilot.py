@@ -1,19 +1,26 @@
-"""What SkyPilot says of job groups: a program for an environment of its own, since it wants other versions of libraries that we have.
+"""What SkyPilot says of job groups: a program for an environment of its own, since it wants other
+versions of libraries that we have.
 
-Reads a JSON list of files' texts, and writes the list of what is wrong with each, null where nothing is.
+Reads a JSON list of files' texts, and writes the list of what is wrong with each, null where
+nothing is.
 """
 
 import json
 import os
 import sys
 
-_GIVEN = {"envs": ["BUCKET"], "secrets": ["HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN"]}  # on the command line
+# on the command line
+_GIVEN = {
+    "envs": ["BUCKET"],
+    "secrets": ["HF_TOKEN", "WANDB_API_KEY", "RAY_AUTH_TOKEN"],
+}
 
 
 def problem_with(text: str) -> str | None:
     from sky.utils import dag_utils, schemas, yaml_utils
 
-    schemas._allow_additional_properties = lambda: False  # as on its server: here it lets pass what a plugin might know
+    # as on its server: here it lets pass what a plugin might know
+    schemas._allow_additional_properties = lambda: False
     given = {kind: [(name, "given") for name in names] for kind, names in _GIVEN.items()}
     unknown = set(yaml_utils.read_yaml_all_str(text)[0]) - dag_utils._JOB_GROUP_HEADER_FIELDS
     if unknown:

@@ -1,7 +1,8 @@
-"""A Slurm cluster on one machine: Debian's munged, slurmctld and slurmd; each node has its own address, hostname and place for Ray's files.
+"""A Slurm cluster on one machine: Debian's munged, slurmctld and slurmd; each node has its own
+address, hostname and place for Ray's files.
 
-Invariant: what runs on a node lives in a process namespace that ends with its holder's input. So nothing is left over, however a test ends,
-and no service or file of the system is touched.
+Invariant: what runs on a node lives in a process namespace that ends with its holder's input. So
+nothing is left over, however a test ends, and no service or file of the system is touched.
 """
 
 import os
@@ -17,7 +18,11 @@ import psutil
 
 from helpers.networks import Machine, Network, inside
 
-FIRST, SECOND = "still-1", "still-2"  # in the order in which Slurm gives them out; the first has the controller
+# in the order in which Slurm gives them out; the first has the controller
+FIRST, SECOND = (
+    "still-1",
+    "still-2",
+)
 URGENT = "urgent"  # a partition whose jobs take nodes from those of the usual one
 _PATIENCE_S = 600.0
 _LOOK_EVERY_S = 0.2
@@ -58,11 +63,21 @@ echo ready
 read -r || true
 """
 _CONTROLLER = """\
-munged --force --socket={folder}/munge.socket --key-file={folder}/munge.key --seed-file={folder}/munge.seed \\
+munged --force --socket={folder}/munge.socket --key-file={folder}/munge.key \\
+    --seed-file={folder}/munge.seed \\
     --pid-file={folder}/munge.pid --log-file={folder}/munge.log
 slurmctld -f {folder}/slurm.conf
 """
-_OWN_NAMESPACES = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "bash")
+_OWN_NAMESPACES = (
+    "unshare",
+    "--mount",
+    "--uts",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+    "bash",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,8 @@ class Slurm:
     @classmethod
     @contextmanager
     def open(cls, folder: Path, *, gpus_per_node: int) -> Iterator["Slurm"]:
-        """Idle nodes, which end with the block or with this process. Nobody has the GPUs that Slurm counts on them."""
+        """Idle nodes, which end with the block or with this process. Nobody has the GPUs that Slurm
+        counts on them."""
         with ExitStack() as stack:
             slurm = cls(folder, stack.enter_context(Network.of((FIRST, SECOND))))
             slurm._write_files(gpus_per_node=gpus_per_node)
@@ -101,7 +117,9 @@ class Slurm:
 
     def submit(self, *arguments: str | Path, environment: Mapping[str, str]) -> "Job":
         """By `sbatch`; the job has the environment."""
-        return Job(self, self.ask("sbatch", "--parsable", *map(str, arguments), environment=environment))
+        return Job(
+            self, self.ask("sbatch", "--parsable", *map(str, arguments), environment=environment)
+        )
 
     def titles(self, name: str) -> list[str]:
         """What runs on a node, as the processes call themselves."""
@@ -114,13 +132,26 @@ class Slurm:
 
     def _write_files(self, *, gpus_per_node: int) -> None:
         machines = self.network.machines.values()
-        nodes = [f"NodeName={each.name} NodeAddr={each.address} CPUs={os.cpu_count()} Gres=gpu:{gpus_per_node}" for each in machines]
-        settings = _SETTINGS.format(first=FIRST, address=self.network.machines[FIRST].address, folder=self.folder, urgent=URGENT)
+        nodes = [
+            f"NodeName={each.name} NodeAddr={each.address} CPUs={os.cpu_count()} "
+            f"Gres=gpu:{gpus_per_node}"
+            for each in machines
+        ]
+        settings = _SETTINGS.format(
+            first=FIRST,
+            address=self.network.machines[FIRST].address,
+            folder=self.folder,
+            urgent=URGENT,
+        )
         (self.folder / "slurm.conf").write_text("\n".join([settings, *nodes]) + "\n")
-        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{gpus_per_node - 1}]\n")
+        (self.folder / "gres.conf").write_text(
+            f"Name=gpu File={self.folder}/gpu[0-{gpus_per_node - 1}]\n"
+        )
         for number in range(gpus_per_node):
             (self.folder / f"gpu{number}").touch()
-        (self.folder / "hosts").write_text("".join(f"{each.address} {each.name}\n" for each in machines) + "127.0.0.1 localhost\n")
+        (self.folder / "hosts").write_text(
+            "".join(f"{each.address} {each.name}\n" for each in machines) + "127.0.0.1 localhost\n"
+        )
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o600)
         for each in machines:
@@ -130,9 +161,15 @@ class Slurm:
     def _node(self, machine: Machine) -> Iterator[None]:
         daemons = (_CONTROLLER if machine.name == FIRST else "") + "slurmd -f {folder}/slurm.conf"
         script = self.folder / machine.name / "start"
-        script.write_text(_NODE.format(name=machine.name, folder=self.folder, daemons=daemons.format(folder=self.folder)))
+        script.write_text(
+            _NODE.format(
+                name=machine.name, folder=self.folder, daemons=daemons.format(folder=self.folder)
+            )
+        )
         with inside(machine.namespace):
-            holder = subprocess.Popen([*_OWN_NAMESPACES, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            holder = subprocess.Popen(
+                [*_OWN_NAMESPACES, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         with holder:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "ready\n"
@@ -148,7 +185,9 @@ class Job:
 
     def __getitem__(self, field: str) -> str:
         """What `scontrol show job` says, such as of JobState."""
-        found = re.search(rf"\b{field}=(\S+)", self.slurm.ask("scontrol", "show", "job", self.number))
+        found = re.search(
+            rf"\b{field}=(\S+)", self.slurm.ask("scontrol", "show", "job", self.number)
+        )
         assert found, field
         return found[1]
 
@@ -157,7 +196,13 @@ class Job:
         self.slurm.ask("scancel", "--batch", "--signal=TERM", self.number)
 
     def has_ended(self) -> bool:
-        return self["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+        return self["JobState"] not in (
+            "PENDING",
+            "CONFIGURING",
+            "RUNNING",
+            "COMPLETING",
+            "REQUEUED",
+        )
 
     def log(self) -> str:
         """What it has written so far."""

@@ -1,4 +1,5 @@
-"""What runs on the ranks of the training tests: the real training loop and the real engine, with the journal kept in memory."""
+"""What runs on the ranks of the training tests: the real training loop and the real engine, with
+the journal kept in memory."""
 
 import os
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ class ListTracker:
 
 @dataclass(slots=True)
 class Alone:
-    """A link to nobody, which keeps what it is told: no stop request comes but what the test sets, and no damaged chunk is replaced."""
+    """A link to nobody, which keeps what it is told: no stop request comes but what the test sets,
+    and no damaged chunk is replaced."""
 
     stop_request: StopRequest | None = None
     told: list[tuple[str, object, object]] = field(default_factory=list)
@@ -87,10 +89,18 @@ class ToldToLeave(Alone):
             self.stop_request = self.to_come
 
 
-def train_until_told(job: TrainJob, stop_request: StopRequest, after_steps: int) -> tuple[bool, list[Row]]:
-    """Train until the stop request: whether the job is done, and what was journalled when the loop returned."""
+def train_until_told(
+    job: TrainJob, stop_request: StopRequest, after_steps: int
+) -> tuple[bool, list[Row]]:
+    """Train until the stop request: whether the job is done, and what was journalled when the loop
+    returned."""
     tracker = ListTracker()
-    done = train(job, device=CPU, journal=tracker, link=ToldToLeave(to_come=stop_request, after_steps=after_steps))
+    done = train(
+        job,
+        device=CPU,
+        journal=tracker,
+        link=ToldToLeave(to_come=stop_request, after_steps=after_steps),
+    )
     return done, list(tracker.rows)
 
 
@@ -124,7 +134,9 @@ def phases_at_rows(job: TrainJob) -> list[object]:
 
 def train_on_a_line(job: TrainJob, coordinator: Coordinator) -> None:
     """Train the job alone, with heartbeats to the coordinator, which journals."""
-    with CoordinatorLink(coordinator, job, "off", rank=0, world_size=1, teachers_at_work=False) as link:
+    with CoordinatorLink(
+        coordinator, job, "off", rank=0, world_size=1, teachers_at_work=False
+    ) as link:
         train(job, device=CPU, journal=coordinator, link=link)
 
 
@@ -147,14 +159,23 @@ def train_through(job: TrainJob, endpoint: str) -> list[TrainRow]:
         os.environ["AWS_ENDPOINT_URL"] = before
 
 
-def restored_through(url: str, endpoint: str, patience: Patience, timeout_s: float) -> tuple[str, list[str]]:
-    """What restoring the checkpoints of ORIGIN comes to, and what was told of the wait; a collective may take `timeout_s` meanwhile."""
+def restored_through(
+    url: str, endpoint: str, patience: Patience, timeout_s: float
+) -> tuple[str, list[str]]:
+    """What restoring the checkpoints of ORIGIN comes to, and what was told of the wait; a
+    collective may take `timeout_s` meanwhile."""
     told: list[str] = []
     before = os.environ["AWS_ENDPOINT_URL"]
     os.environ["AWS_ENDPOINT_URL"] = endpoint
     distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
     try:
-        with restore(url, origin=ORIGIN, convert=convert, tell=lambda _, why: told.append(why), patience=patience) as found:
+        with restore(
+            url,
+            origin=ORIGIN,
+            convert=convert,
+            tell=lambda _, why: told.append(why),
+            patience=patience,
+        ) as found:
             return f"step {found.step if found else 0}", told
     except StoreUnavailable as error:
         return str(error), told
@@ -171,7 +192,9 @@ def first_gradients(job: TrainJob) -> dict[str, Tensor]:
         load_model(section, random_init_seed=section.seed),
         section=section,
         vocab_size=job.recipe.vocab_size,
-        num_micro_batches=-(-section.global_batch_sequences // (world_size * section.micro_batch_sequences)),
+        num_micro_batches=-(
+            -section.global_batch_sequences // (world_size * section.micro_batch_sequences)
+        ),
         device=CPU,
     )
     reader = BatchReader(
@@ -195,7 +218,8 @@ def first_gradients(job: TrainJob) -> dict[str, Tensor]:
 
 
 def refusals_of(job: TrainJob, folders: Sequence[Path], universal: bool = False) -> list[str]:
-    """Load each of these folders of a checkpoint into one engine, where the environment allows code; the error of each, '' for none."""
+    """Load each of these folders of a checkpoint into one engine, where the environment allows
+    code; the error of each, '' for none."""
     section, before, refusals = job.section, os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"], []
     engine = StudentEngine(
         load_model(section, random_init_seed=section.seed),
@@ -219,11 +243,21 @@ def refusals_of(job: TrainJob, folders: Sequence[Path], universal: bool = False)
 
 
 def loss_of_step(job: TrainJob, step: int, *, model: Path) -> float:
-    """The mean loss that a plain Hugging Face model has on the batch of one step, in this process, without an engine."""
+    """The mean loss that a plain Hugging Face model has on the batch of one step, in this process,
+    without an engine."""
     section = job.section.model_copy(update={"model": str(model), "init": "weights"})
     store = ChunkStore(job.store_url, job.recipe)
-    where = {"rank": 0, "world_size": 1, "micro_batch": 64, "start": step, "stop": step + 1, "prefetch": 1}
-    reader = BatchReader(store, job.order, **where, on_bad_chunk=refuse_bad_chunk, on_outage=refuse_outage)
+    where = {
+        "rank": 0,
+        "world_size": 1,
+        "micro_batch": 64,
+        "start": step,
+        "stop": step + 1,
+        "prefetch": 1,
+    }
+    reader = BatchReader(
+        store, job.order, **where, on_bad_chunk=refuse_bad_chunk, on_outage=refuse_outage
+    )
     with reader:
         batch, _ = reader.next()
     (whole,) = batch.micro_batches

@@ -1,4 +1,5 @@
-"""A tiny world to distil in: a teacher, a student, a corpus of Python source, a config, and a store."""
+"""A tiny world to distil in: a teacher, a student, a corpus of Python source, a config, and a
+store."""
 
 import bisect
 import heapq
@@ -20,13 +21,21 @@ _VOCAB_SIZE = 300
 
 def write_documents(path: Path) -> None:
     """A jsonl file of short documents: paragraphs of the standard library's source."""
-    texts = [text for module in (textwrap, bisect, heapq) for text in Path(module.__file__).read_text().split("\n\n")]
+    texts = [
+        text
+        for module in (textwrap, bisect, heapq)
+        for text in Path(module.__file__).read_text().split("\n\n")
+    ]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Nested tables, the right one winning."""
-    both = {key: merged(base[key], value) if isinstance(value, dict) else value for key, value in changes.items() if key in base}
+    both = {
+        key: merged(base[key], value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+        if key in base
+    }
     return base | changes | both
 
 
@@ -37,12 +46,23 @@ class TinyWorld:
 
     @classmethod
     def make(cls, folder: Path) -> "TinyWorld":
-        make_model(folder / "teacher", vocab_size=_VOCAB_SIZE, hidden_size=32, weight_std=0.3, seed=1)
+        make_model(
+            folder / "teacher", vocab_size=_VOCAB_SIZE, hidden_size=32, weight_std=0.3, seed=1
+        )
         make_model(folder / "student", vocab_size=_VOCAB_SIZE, hidden_size=16, seed=2)
         write_documents(folder / "documents.jsonl")
         values: dict[str, Any] = {
-            "corpus": {"dataset": str(folder / "documents.jsonl"), "sequence_length": 32, "heldout_sequences": 8},
-            "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "num_cpus": 0.25, "batch_sequences": 8},
+            "corpus": {
+                "dataset": str(folder / "documents.jsonl"),
+                "sequence_length": 32,
+                "heldout_sequences": 8,
+            },
+            "teacher": {
+                "model": str(folder / "teacher"),
+                "dtype": "float32",
+                "num_cpus": 0.25,
+                "batch_sequences": 8,
+            },
             "student": {
                 "model": str(folder / "student"),
                 "dtype": "float32",

@@ -1,4 +1,5 @@
-"""`stillhouse export` and the final evaluation on real parts: a kill leaves no half of a model, and a bucket that is away is waited for."""
+"""`stillhouse export` and the final evaluation on real parts: a kill leaves no half of a model, and
+a bucket that is away is waited for."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,9 +45,18 @@ def until(condition: Callable[[], object], *, every_s: float = 0.01) -> None:
 # ---- a kill
 
 
-def test_an_export_that_was_killed_leaves_no_half_of_a_model_and_the_same_command_writes_it(tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_an_export_that_was_killed_leaves_no_half_of_a_model_and_the_same_command_writes_it(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     """It is killed when the first bytes of the weights are there."""
-    make_model(tmp_path / "large", vocab_size=300, hidden_size=768, intermediate_size=4096, num_layers=4, seed=2)
+    make_model(
+        tmp_path / "large",
+        vocab_size=300,
+        hidden_size=768,
+        intermediate_size=4096,
+        num_layers=4,
+        seed=2,
+    )
     plan = tiny_world.plan(tmp_path / "run", student={"model": str(tmp_path / "large")})
     claim_and_commit(plan)
     out = tmp_path / "exports" / "student"
@@ -69,7 +79,9 @@ def claim_and_commit(plan: Plan) -> None:
     """What a run leaves, as far as an export reads it."""
     plan.run_dir.mkdir()
     claim(plan.run_dir, config=plan.config, recipe=plan.recipe)
-    commit_weights(plan.jobs()[0].checkpoints, load_model(plan.config.student, random_init_seed=1), 7)
+    commit_weights(
+        plan.jobs()[0].checkpoints, load_model(plan.config.student, random_init_seed=1), 7
+    )
 
 
 # ---- a bucket that is away
@@ -101,13 +113,17 @@ def reads(request: Request) -> bool:
 NOT_YET = 425  # an answer that obstore does not try again by itself
 
 
-def test_an_export_asks_again_where_a_request_found_the_bucket_away(plan: Plan, proxy: FaultyS3, tmp_path: Path) -> None:
+def test_an_export_asks_again_where_a_request_found_the_bucket_away(
+    plan: Plan, proxy: FaultyS3, tmp_path: Path
+) -> None:
     proxy.refuse(reads, status=NOT_YET, times=2)
     assert pipeline.export_run(plan, tmp_path / "out") == 7
     assert len(proxy.refused) == 2
 
 
-def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(plan: Plan, proxy: FaultyS3) -> None:
+def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(
+    plan: Plan, proxy: FaultyS3
+) -> None:
     proxy.refuse(reads, status=NOT_YET, times=2)
     job, heldout = plan.jobs()[0], plan.sources.heldout
     comparison = EvaluationJob(
@@ -124,12 +140,20 @@ def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(plan: Pl
     assert len(proxy.refused) == 2
 
 
-def test_a_bucket_that_is_away_for_long_is_told_and_waited_for_and_one_that_stays_away_is_given_up(plan: Plan, proxy: FaultyS3) -> None:
+def test_a_bucket_that_is_away_for_long_is_told_and_waited_for_and_one_that_stays_away_is_given_up(
+    plan: Plan, proxy: FaultyS3
+) -> None:
     job, tracker = plan.jobs()[0], ListTracker()
     patience = Patience(request_s=0.1, tell_after_s=0.3, last_pause_s=0.1)
     proxy.refuse(everything, status=503)
     with ThreadPoolExecutor(1) as threads:
-        loading = threads.submit(load_trained, job.checkpoints, job.section, tell=outage_teller(tracker), patience=patience)
+        loading = threads.submit(
+            load_trained,
+            job.checkpoints,
+            job.section,
+            tell=outage_teller(tracker),
+            patience=patience,
+        )
         until(lambda: tracker.rows or loading.done())
         proxy.end()
         _, steps = loading.result(timeout=PATIENCE_S)

@@ -1,6 +1,8 @@
-"""A run that an earlier tree began, in files that do not change: this tree goes on with it, reads it and describes it to the same numbers.
+"""A run that an earlier tree began, in files that do not change: this tree goes on with it, reads
+it and describes it to the same numbers.
 
-Chunks are compared bit for bit. Losses may differ in their last digits, since the order of sums in a product is the processor's.
+Chunks are compared bit for bit. Losses may differ in their last digits, since the order of sums in
+a product is the processor's.
 """
 
 from pathlib import Path
@@ -13,7 +15,15 @@ from helpers.goldenrun import GoldenRun
 from stillhouse import pipeline
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore, verify_store
-from stillhouse.tracking import CheckpointRow, ChunkRow, EvalRow, StartRow, TrainRow, latest_train_rows, read_journal
+from stillhouse.tracking import (
+    CheckpointRow,
+    ChunkRow,
+    EvalRow,
+    StartRow,
+    TrainRow,
+    latest_train_rows,
+    read_journal,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -75,25 +85,45 @@ def test_a_run_of_an_earlier_tree_is_finished_to_the_same_numbers(golden: Golden
     assert [row.step for row in rows[starts[1] :] if isinstance(row, TrainRow)] == [6, 7, 8, 9, 10]
     assert [row.step for row in rows if isinstance(row, CheckpointRow)] == [5, 10]
 
-    # the two chunks that were missing are the ones that the earlier tree made, and the others were not made again
-    assert {row.chunk for row in rows[starts[1] :] if isinstance(row, ChunkRow)} == set(plan.chunks[-2:])
+    # the two chunks that were missing are the ones that the earlier tree made, and the others were
+    # not made again
+    assert {row.chunk for row in rows[starts[1] :] if isinstance(row, ChunkRow)} == set(
+        plan.chunks[-2:]
+    )
     store = ChunkStore(plan.config.store.url, plan.recipe)
-    digests = {str(number): xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes()) for number in plan.chunks}
+    digests = {
+        str(number): xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes())
+        for number in plan.chunks
+    }
     assert digests == expected["chunks"]
 
     # losses, gradients and scores
     assert curve(golden.run_dir) == pytest.approx(expected_curve(golden), **CLOSE)
     for row in (row for row in rows if isinstance(row, EvalRow)):
-        scores = {name: value for name, value in expected["scores"][row.model].items() if value is not None}
+        scores = {
+            name: value
+            for name, value in expected["scores"][row.model].items()
+            if value is not None
+        }
         assert {name: getattr(row, name) for name in scores} == pytest.approx(scores, **CLOSE)
 
 
-def test_a_new_student_reads_the_store_of_an_earlier_tree(golden: GoldenRun, tmp_path: Path) -> None:
+def test_a_new_student_reads_the_store_of_an_earlier_tree(
+    golden: GoldenRun, tmp_path: Path
+) -> None:
     config = golden.config()
-    student = config.student.model_copy(update={"max_steps": 7, "zero_stage": 3, "learning_rate": 2e-2})
-    plan = pipeline.make_plan(config.model_copy(update={"student": student}), run_dir=tmp_path / "new", cache_dir=golden.folder / "cache")
+    student = config.student.model_copy(
+        update={"max_steps": 7, "zero_stage": 3, "learning_rate": 2e-2}
+    )
+    plan = pipeline.make_plan(
+        config.model_copy(update={"student": student}),
+        run_dir=tmp_path / "new",
+        cache_dir=golden.folder / "cache",
+    )
     pipeline.train(plan)
-    assert curve(plan.run_dir) == pytest.approx([value for step in NEW_STUDENT for value in step], **CLOSE)
+    assert curve(plan.run_dir) == pytest.approx(
+        [value for step in NEW_STUDENT for value in step], **CLOSE
+    )
 
 
 def test_the_report_of_a_run_of_an_earlier_tree_has_its_figures(golden: GoldenRun) -> None:
@@ -107,4 +137,6 @@ def test_the_store_of_an_earlier_tree_is_listed_and_whole(golden: GoldenRun) -> 
     outcome = stillhouse("store", "ls", golden.store)
     assert outcome.code == 0, outcome.err
     assert outcome.out.split()[-len(LISTED.split()) :] == LISTED.split()
-    assert [finding for finding in verify_store(str(golden.store)) if finding.problem is not None] == []
+    assert [
+        finding for finding in verify_store(str(golden.store)) if finding.problem is not None
+    ] == []

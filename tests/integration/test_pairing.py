@@ -1,4 +1,5 @@
-"""One bucket of a flat teacher is refused before the first step, on real ranks and by the command; a sharp teacher's is learnt from."""
+"""One bucket of a flat teacher is refused before the first step, on real ranks and by the command;
+a sharp teacher's is learnt from."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,27 +19,46 @@ from stillhouse.tracking import EndRow, TrainRow, read_journal
 
 Ranks = dict[int, RankGroup]
 FLAT = {"k": 8, "tail_draws": 12}
-STUDENT = {"divergence": "jsd", "max_steps": 4, "zero_stage": 2, "init": "config", "micro_batch_sequences": 3}
+STUDENT = {
+    "divergence": "jsd",
+    "max_steps": 4,
+    "zero_stage": 2,
+    "init": "config",
+    "micro_batch_sequences": 3,
+}
 SHARP = {"k": 8, "tail_draws": 12, "temperature": 0.1}
 
 
-def plan_of(tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, object], **student: object) -> Plan:
+def plan_of(
+    tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, object], **student: object
+) -> Plan:
     """A plan of four steps whose chunks are all in its store."""
     plan = tiny_world.plan(run_dir, target=target, student=STUDENT | student)
     tiny_world.fill_store(plan)
     return plan
 
 
-def job_of(tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, object], **student: object) -> TrainJob:
+def job_of(
+    tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, object], **student: object
+) -> TrainJob:
     return plan_of(tiny_world, run_dir, target=target, **student).jobs()[0]
 
 
 def mass_of_the_first_batch(job: TrainJob) -> float:
     """What the kept entries hold, from the store's records."""
     store = ChunkStore(job.store_url, job.recipe)
-    rows = [divmod(int(sequence), job.recipe.chunk_sequences) for sequence in job.order.sequences(0)]
+    rows = [
+        divmod(int(sequence), job.recipe.chunk_sequences) for sequence in job.order.sequences(0)
+    ]
     records = [torch.from_numpy(store.fetch_rows(chunk, [row]).targets_NB) for chunk, row in rows]
-    return decode(torch.cat(records), job.recipe.codec).logprobs_TK.double().exp().sum(dim=1).mean().item()
+    return (
+        decode(torch.cat(records), job.recipe.codec)
+        .logprobs_TK.double()
+        .exp()
+        .sum(dim=1)
+        .mean()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -55,7 +75,9 @@ def test_one_bucket_of_a_flat_teacher_is_refused_on_every_rank_before_the_first_
     assert not Path(job.checkpoints).exists() or not list(Path(job.checkpoints).iterdir())
 
 
-def test_a_sharp_teacher_is_learnt_from_through_one_bucket(tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path) -> None:
+def test_a_sharp_teacher_is_learnt_from_through_one_bucket(
+    tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path
+) -> None:
     job = job_of(tiny_world, tmp_path, target=SHARP)
     assert mass_of_the_first_batch(job) > 0.9
     assert [row.step for row in rank_groups[2].call(train_and_tell, job)[0]] == [1, 2, 3, 4]
@@ -65,13 +87,17 @@ def test_a_config_that_wants_one_bucket_gets_it_and_a_begun_training_is_not_aske
     tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path
 ) -> None:
     wanted = job_of(tiny_world, tmp_path, target=FLAT, tail_as_bucket=True)
-    assert [row.step for row in rank_groups[2].call(train_and_tell, replace(wanted, total_steps=2))[0]] == [1, 2]
+    assert [
+        row.step for row in rank_groups[2].call(train_and_tell, replace(wanted, total_steps=2))[0]
+    ] == [1, 2]
     silent = replace(wanted, section=wanted.section.model_copy(update={"tail_as_bucket": False}))
     assert [row.step for row in rank_groups[2].call(train_and_tell, silent)[0]] == [3, 4]
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_command_ends_as_a_users_mistake_before_any_step(tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_the_command_ends_as_a_users_mistake_before_any_step(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     plan = plan_of(tiny_world, tmp_path / "run", target=FLAT)
     config = tmp_path / "config.toml"
     config.write_text(as_toml(merged(tiny_world.values, {"target": FLAT, "student": STUDENT})))

@@ -1,4 +1,5 @@
-"""What a store answers decides, by status and error code, whether it is waited for; and one that keeps no promise is found at the start."""
+"""What a store answers decides, by status and error code, whether it is waited for; and one that
+keeps no promise is found at the start."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,11 @@ from stillhouse.pipeline.verbs import run, train
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable
 from stillhouse.store.object_store import Blobs
 
-BUSY, EXPIRED, INVALID = "cannot be reached, or is too busy", "the credentials have expired", "the credentials are not valid"
+BUSY, EXPIRED, INVALID = (
+    "cannot be reached, or is too busy",
+    "the credentials have expired",
+    "the credentials are not valid",
+)
 REFUSED, UNKNOWN = "refuses the request as it stands", "does not know this request"
 NO_BUCKET, CLOCK, RIGHTS = "there is no such bucket", "clock is wrong", "permission denied"
 
@@ -46,7 +51,12 @@ ANSWERS = [
     (503, "SlowDown", StoreUnavailable, BUSY),
     (504, "", StoreUnavailable, BUSY),
     (507, "XMinioStorageFull", StoreUnavailable, "quota spent"),
-    (404, "NoSuchUpload", StoreUnavailable, BUSY),  # its parts are gone: the whole stream is put again
+    (
+        404,
+        "NoSuchUpload",
+        StoreUnavailable,
+        BUSY,
+    ),  # its parts are gone: the whole stream is put again
     (400, "BadDigest", StoreUnavailable, "is not whole"),
 ]
 
@@ -69,16 +79,25 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
 
 
 @pytest.mark.parametrize(("status", "code", "kind", "advice"), ANSWERS)
-def test_an_answer_means_the_same_to_every_call(server: RangeServer, status: int, code: str, kind: type[StoreError], advice: str):
-    """Through obstore, whose texts quote the server's body and dump its own settings: here both are full of misleading words."""
+def test_an_answer_means_the_same_to_every_call(
+    server: RangeServer, status: int, code: str, kind: type[StoreError], advice: str
+):
+    """Through obstore, whose texts quote the server's body and dump its own settings: here both are
+    full of misleading words."""
     server.refusal = Refusal(status, code)
-    blobs = Blobs("s3://bucket/root", patience_s=0.25 if kind is StoreUnavailable else 1.0)  # what is not waited for costs no time
+    # what is not waited for costs no time
+    blobs = Blobs("s3://bucket/root", patience_s=0.25 if kind is StoreUnavailable else 1.0)
     with ThreadPoolExecutor(len(CALLS)) as pool:
         answers = {name: pool.submit(call, blobs) for name, call in CALLS.items()}
     verdicts = {name: answer.exception() for name, answer in answers.items()}
     assert {name: type(verdict) for name, verdict in verdicts.items()} == dict.fromkeys(CALLS, kind)
-    assert [name for name, verdict in verdicts.items() if advice not in str(verdict) or code not in str(verdict)] == []
-    assert not any("timed out" in str(verdict) for verdict in verdicts.values())  # it stands in the body
+    assert [
+        name
+        for name, verdict in verdicts.items()
+        if advice not in str(verdict) or code not in str(verdict)
+    ] == []
+    # it stands in the body
+    assert not any("timed out" in str(verdict) for verdict in verdicts.values())
 
 
 def test_a_bare_refusal_of_a_look_is_permanent(server: RangeServer):
@@ -89,9 +108,13 @@ def test_a_bare_refusal_of_a_look_is_permanent(server: RangeServer):
     assert type(caught.value) is StoreError
 
 
-def test_a_store_that_replaces_what_it_should_keep_is_refused_at_start_and_left_clean(server: RangeServer):
+def test_a_store_that_replaces_what_it_should_keep_is_refused_at_start_and_left_clean(
+    server: RangeServer,
+):
     server.honours_conditions = False
-    with pytest.raises(StoreError, match=r"If-None-Match: \*.*Use a store that honours conditional writes"):
+    with pytest.raises(
+        StoreError, match=r"If-None-Match: \*.*Use a store that honours conditional writes"
+    ):
         ChunkStore.create("s3://bucket/root", small_recipe())
     assert server.objects == {}
 
@@ -108,7 +131,9 @@ def test_a_run_whose_checkpoints_would_be_replaced_is_refused_before_it_starts(
 ):
     server.honours_conditions = False
     plan = tiny_world.plan(tmp_path / "run", student={"checkpoint_url": "s3://bucket/checkpoints"})
-    with pytest.raises(StoreError, match=r"s3://bucket/checkpoints replaces an object.*If-None-Match: \*"):
+    with pytest.raises(
+        StoreError, match=r"s3://bucket/checkpoints replaces an object.*If-None-Match: \*"
+    ):
         verb(plan)
     assert server.objects == {}
     assert not (tmp_path / "run" / "journal.jsonl").exists()

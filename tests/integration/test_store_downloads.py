@@ -1,4 +1,5 @@
-"""Large objects are read whole from an object store, however long that takes, wherever an answer breaks off, and whatever a proxy cuts."""
+"""Large objects are read whole from an object store, however long that takes, wherever an answer
+breaks off, and whatever a proxy cuts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,11 @@ def bucket(s3_endpoint: str, tmp_path: Path) -> str:
     return name
 
 
-KEYS = {"aws_access_key_id": "an-id", "aws_secret_access_key": "a-secret", "region_name": "us-east-1"}
+KEYS = {
+    "aws_access_key_id": "an-id",
+    "aws_secret_access_key": "a-secret",
+    "region_name": "us-east-1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +63,21 @@ def committed(path: Path) -> Commit:
     return Commit(1, "a", 1, Origin(1, "ab" * 32, {}), {"large.pt": (LARGE_BYTES, digest)})
 
 
-def test_a_checkpoint_file_that_takes_many_times_a_requests_patience_is_read_whole(server: RangeServer, large: Path, tmp_path: Path):
-    """A request's limits are 0.3 s and 0.6 s here, instead of 30 s and 60 s; each range takes longer, and most break off on the way."""
+def test_a_checkpoint_file_that_takes_many_times_a_requests_patience_is_read_whole(
+    server: RangeServer, large: Path, tmp_path: Path
+):
+    """A request's limits are 0.3 s and 0.6 s here, instead of 30 s and 60 s; each range takes
+    longer, and most break off on the way."""
     commit = committed(large)
     server.objects[f"/bucket/root/{commit.folder}/large.pt"] = large
     server.bytes_per_s, server.breaks_off_after = 14e6, 13_000_000
-    assert fetch(Blobs("s3://bucket/root", patience_s=PATIENCE_S), commit, ["large.pt"], into=tmp_path) == ""
+    assert (
+        fetch(Blobs("s3://bucket/root", patience_s=PATIENCE_S), commit, ["large.pt"], into=tmp_path)
+        == ""
+    )
     assert (tmp_path / commit.folder / "large.pt").stat().st_size == LARGE_BYTES
-    assert server.bytes_sent < 1.05 * LARGE_BYTES  # what came before an answer broke off is not asked for again
+    # what came before an answer broke off is not asked for again
+    assert server.bytes_sent < 1.05 * LARGE_BYTES
     assert max(request.end - request.start for request in server.asked) <= 16 << 20
 
 
@@ -105,7 +117,10 @@ def test_a_truncated_answer_condemns_no_chunk(proxy: FaultyS3, bucket: str):
     proxy.truncate(reads("0000000000.safetensors"), times=1)
     np.testing.assert_array_equal(store.fetch(0).targets_NB, make_chunk(RECIPE, 0).targets_NB)
     proxy.truncate(reads("0000000000.safetensors"), times=1)
-    np.testing.assert_array_equal(store.fetch_rows(0, [2]).sequences.token_ids_SL, make_chunk(RECIPE, 0).sequences.token_ids_SL[[2]])
+    np.testing.assert_array_equal(
+        store.fetch_rows(0, [2]).sequences.token_ids_SL,
+        make_chunk(RECIPE, 0).sequences.token_ids_SL[[2]],
+    )
 
 
 def test_a_truncated_answer_moves_no_recipe(proxy: FaultyS3, bucket: str):
@@ -121,7 +136,9 @@ def test_a_chunk_that_is_really_damaged_is_condemned(bucket: str, s3_endpoint: s
     store = ChunkStore.create(f"s3://{bucket}/store", RECIPE)
     data = pack_chunk(make_chunk(RECIPE, 0), RECIPE)
     client = boto3.client("s3", endpoint_url=s3_endpoint, **KEYS)
-    client.put_object(Bucket=bucket, Key=f"store/{store.key(0)}", Body=data[:-1] + bytes([data[-1] ^ 1]))
+    client.put_object(
+        Bucket=bucket, Key=f"store/{store.key(0)}", Body=data[:-1] + bytes([data[-1] ^ 1])
+    )
     with pytest.raises(ChunkError, match="row 3 hashes to"):
         store.fetch_rows(0, [3])
     assert store.quarantine(0)
@@ -139,7 +156,9 @@ def test_a_truncated_answer_condemns_no_checkpoint(proxy: FaultyS3, bucket: str,
 def test_a_store_that_refuses_to_be_read_condemns_no_checkpoint(proxy: FaultyS3, bucket: str):
     url = f"s3://{bucket}/checkpoints"
     make(url, 10, 20)
-    proxy.refuse(lambda request: request.method == "GET" and "step-00000020.a" in request.path, status=403)
+    proxy.refuse(
+        lambda request: request.method == "GET" and "step-00000020.a" in request.path, status=403
+    )
     with pytest.raises(StoreError, match="permission denied"):
         choose(Blobs(url), lambda commit: verify(Blobs(url), commit, commit.files))
 

@@ -1,4 +1,5 @@
-"""The store over HTTP: against a server that speaks S3, and against one that refuses, stalls and contradicts itself on demand."""
+"""The store over HTTP: against a server that speaks S3, and against one that refuses, stalls and
+contradicts itself on demand."""
 
 import json
 import re
@@ -16,7 +17,16 @@ from moto.server import ThreadedMotoServer
 
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import ChunkError, StoreError
-from stillhouse.store import ChunkMissing, ChunkStore, StoreForbidden, StoreUnavailable, list_recipes, pack_chunk, sweep, verify_store
+from stillhouse.store import (
+    ChunkMissing,
+    ChunkStore,
+    StoreForbidden,
+    StoreUnavailable,
+    list_recipes,
+    pack_chunk,
+    sweep,
+    verify_store,
+)
 from stillhouse.store.object_store import Blobs
 
 RECIPE = small_recipe()
@@ -53,7 +63,13 @@ def bucket(moto: str, speak_to: Callable[[str], None], request: pytest.FixtureRe
 
 
 def s3_client(endpoint: str):
-    return boto3.client("s3", endpoint_url=endpoint, aws_access_key_id="an-id", aws_secret_access_key="a-secret", region_name="us-east-1")
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id="an-id",
+        aws_secret_access_key="a-secret",
+        region_name="us-east-1",
+    )
 
 
 @pytest.fixture
@@ -68,7 +84,9 @@ def test_a_chunk_is_published_found_fetched_and_listed(store: ChunkStore):
     ref = store.publish(chunk)
     assert (store.exists(0), store.exists(1), store.published()) == (False, True, {1})
     np.testing.assert_array_equal(store.fetch(1).targets_NB, chunk.targets_NB)
-    np.testing.assert_array_equal(store.fetch_rows(1, [3, 0]).sequences.token_ids_SL, chunk.sequences.token_ids_SL[[3, 0]])
+    np.testing.assert_array_equal(
+        store.fetch_rows(1, [3, 0]).sequences.token_ids_SL, chunk.sequences.token_ids_SL[[3, 0]]
+    )
     assert list_recipes(store.url) == [(RECIPE.fingerprint[:16], RECIPE, 1, ref.num_bytes)]
     assert [finding.problem for finding in verify_store(store.url)] == [None, None]
 
@@ -86,10 +104,14 @@ def test_the_second_publisher_loses_and_of_eight_at_once_one_wins(store: ChunkSt
         refs = list(pool.map(store.publish, chunks))
     winners = [chunk for chunk, ref in zip(chunks, refs, strict=True) if not ref.duplicate]
     assert len(winners) == 1
-    np.testing.assert_array_equal(store.fetch(1).sequences.token_ids_SL, winners[0].sequences.token_ids_SL)
+    np.testing.assert_array_equal(
+        store.fetch(1).sequences.token_ids_SL, winners[0].sequences.token_ids_SL
+    )
 
 
-def test_a_damaged_chunk_is_named_quarantined_and_published_anew(store: ChunkStore, bucket: str, moto: str):
+def test_a_damaged_chunk_is_named_quarantined_and_published_anew(
+    store: ChunkStore, bucket: str, moto: str
+):
     data = bytearray(pack_chunk(make_chunk(RECIPE, 0), RECIPE))
     data[-1] ^= 1
     s3_client(moto).put_object(Bucket=bucket, Key=f"deep/er/{store.key(0)}", Body=bytes(data))
@@ -104,7 +126,9 @@ def test_a_damaged_chunk_is_named_quarantined_and_published_anew(store: ChunkSto
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, 1500, -1])
-def test_a_chunk_that_was_cut_short_is_refused_even_with_its_index_known(store: ChunkStore, bucket: str, moto: str, length: int):
+def test_a_chunk_that_was_cut_short_is_refused_even_with_its_index_known(
+    store: ChunkStore, bucket: str, moto: str, length: int
+):
     data = pack_chunk(make_chunk(RECIPE, 0), RECIPE)
     s3, key = s3_client(moto), f"deep/er/{store.key(0)}"
     s3.put_object(Bucket=bucket, Key=key, Body=data)
@@ -117,10 +141,21 @@ def test_a_chunk_that_was_cut_short_is_refused_even_with_its_index_known(store: 
             reader.fetch(0)
 
 
-def test_a_missing_permission_and_a_missing_bucket_say_what_to_do(store: ChunkStore, bucket: str, moto: str):
-    denial = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", "Resource": f"arn:aws:s3:::{bucket}/*"}
-    s3_client(moto).put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denial]}))
-    with pytest.raises(StoreError, match="permission denied: check the credentials and their rights") as caught:
+def test_a_missing_permission_and_a_missing_bucket_say_what_to_do(
+    store: ChunkStore, bucket: str, moto: str
+):
+    denial = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:PutObject",
+        "Resource": f"arn:aws:s3:::{bucket}/*",
+    }
+    s3_client(moto).put_bucket_policy(
+        Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denial]})
+    )
+    with pytest.raises(
+        StoreError, match="permission denied: check the credentials and their rights"
+    ) as caught:
         store.publish(make_chunk(RECIPE, 0))
     assert type(caught.value) is StoreForbidden
     assert "Debug source" not in str(caught.value)
@@ -131,7 +166,8 @@ def test_a_missing_permission_and_a_missing_bucket_say_what_to_do(store: ChunkSt
 
 
 class Wayward(ThreadingHTTPServer):
-    """It obeys conditional puts and ranges, and does first what its `script` says: answer a status, nothing, or half of an object."""
+    """It obeys conditional puts and ranges, and does first what its `script` says: answer a status,
+    nothing, or half of an object."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), WaywardHandler)
@@ -169,7 +205,12 @@ class WaywardHandler(BaseHTTPRequestHandler):
         else:
             first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
             part = data[first : last + 1]
-            self.answer(206, part, ETag='"1"', **{"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"})
+            self.answer(
+                206,
+                part,
+                ETag='"1"',
+                **{"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"},
+            )
 
     do_HEAD = do_GET
 
@@ -188,10 +229,16 @@ class WaywardHandler(BaseHTTPRequestHandler):
                 self.close_connection = True
         return True
 
-    def answer(self, status: int, body: bytes = b"", *, length: int | None = None, **headers: str) -> None:
+    def answer(
+        self, status: int, body: bytes = b"", *, length: int | None = None, **headers: str
+    ) -> None:
         self.send_response(status)
         length = len(body) if length is None else length
-        for name, value in {**headers, "Content-Length": str(length), "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}.items():
+        for name, value in {
+            **headers,
+            "Content-Length": str(length),
+            "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -267,7 +314,10 @@ def test_rows_are_fetched_by_few_requests_for_their_bytes_alone(wayward: Wayward
     store.fetch_rows(0, [60, 61])
     assert [method for method, _ in wayward.requests] == ["GET"] * len(wayward.requests)
     assert len(wayward.requests) <= 5
-    asked = [tuple(int(number) for number in wanted.removeprefix("bytes=").split("-")) for _, wanted in wayward.requests]
+    asked = [
+        tuple(int(number) for number in wanted.removeprefix("bytes=").split("-"))
+        for _, wanted in wayward.requests
+    ]
     assert asked[0][0] == 0
     assert all(first > 0 for first, _ in asked[1:])
     (size,) = (len(data) for data in wayward.objects.values())

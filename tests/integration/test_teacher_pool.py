@@ -1,6 +1,8 @@
-"""The teacher pool on real actors: teachers die, chunks rot, a reader stands still, and each chunk is still made once, in reading order.
+"""The teacher pool on real actors: teachers die, chunks rot, a reader stands still, and each chunk
+is still made once, in reading order.
 
-Actors take seconds to start. So one pool lives through most of it, and the tests look at what it left.
+Actors take seconds to start. So one pool lives through most of it, and the tests look at what it
+left.
 """
 
 import threading
@@ -53,8 +55,11 @@ class WatchedTracker:
             self.rows.append(row)
             self._changed.notify_all()
 
-    def wait_for(self, condition: Callable[[list[Row]], bool], *, unless: Callable[[], bool]) -> None:
-        """Until the rows meet the condition; no longer once `unless`, since then nobody writes any."""
+    def wait_for(
+        self, condition: Callable[[list[Row]], bool], *, unless: Callable[[], bool]
+    ) -> None:
+        """Until the rows meet the condition; no longer once `unless`, since then nobody writes
+        any."""
         with self._changed:
             while not condition(self.rows):
                 assert not unless()
@@ -65,7 +70,8 @@ class WatchedTracker:
             self._changed.notify_all()
 
     def made(self) -> Counter[int]:
-        """What was published. What was computed beside it has to come of work that was hedged, because a teacher was slow."""
+        """What was published. What was computed beside it has to come of work that was hedged,
+        because a teacher was slow."""
         chunks = [row for row in self.rows if isinstance(row, ChunkRow)]
         num_hedged = max((row.hedged for row in self.rows if isinstance(row, PoolRow)), default=0)
         assert sum(row.duplicate for row in chunks) <= num_hedged
@@ -84,7 +90,12 @@ def pool_of(
     section = plan.config.teacher.model_copy(update=teacher)
     job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
     return Dispatcher(
-        RayCrew(job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator),
+        RayCrew(
+            job,
+            where=placement(section, {"CPU": 4.0}),
+            secrets=Secrets(None),
+            coordinator=coordinator,
+        ),
         limits_of(section),
         compare=comparison(plan.recipe),
         store=ChunkStore(plan.config.store.url, plan.recipe),
@@ -110,7 +121,8 @@ def poisoned(item: WorkItem) -> WorkItem:
 
 @dataclass
 class Story:
-    """What is left of a pool of two teachers that lived through a kill, a closed window and reports of bad chunks."""
+    """What is left of a pool of two teachers that lived through a kill, a closed window and reports
+    of bad chunks."""
 
     plan: Plan
     order: list[int]
@@ -137,26 +149,49 @@ def live_through_it(story: Story, pool: Dispatcher, coordinator: Coordinator) ->
         return any(isinstance(row, PoolRow) and row.window_wait_s > 0 for row in rows)
 
     with ThreadPoolExecutor() as threads:
-        running = threads.submit(pool.run, readers=["student"], coordinator=coordinator, finished=students_are_done.is_set)
+        running = threads.submit(
+            pool.run,
+            readers=["student"],
+            coordinator=coordinator,
+            finished=students_are_done.is_set,
+        )
         running.add_done_callback(journal.wake)
         try:
             journal.wait_for(window_is_closed, unless=running.done)
             story.published_by_cursor.append(story.store.published())
-            story.row_behind_the_window = next(row for row in reversed(journal.rows) if isinstance(row, PoolRow))
+            story.row_behind_the_window = next(
+                row for row in reversed(journal.rows) if isinstance(row, PoolRow)
+            )
 
-            story.bytes_before = {number: story.path_of(number).read_bytes() for number in order[:WINDOW]}
+            story.bytes_before = {
+                number: story.path_of(number).read_bytes() for number in order[:WINDOW]
+            }
             damaged = bytearray(story.bytes_before[order[0]])
             damaged[-1] ^= 1
             story.path_of(order[0]).write_bytes(damaged)
-            for number in (order[0], order[0], order[1], order[-1], unwanted):  # bad, again, sound, not there yet, for nobody
+            for number in (
+                order[0],
+                order[0],
+                order[1],
+                order[-1],
+                unwanted,
+            ):  # bad, again, sound, not there yet, for nobody
                 coordinator.report_bad_chunk(number)
             journal.wait_for(lambda _rows: journal.made()[order[0]] == 2, unless=running.done)
-            story.quarantined = sorted(path.name for path in Path(story.store.url).rglob("quarantine/*"))
+            story.quarantined = sorted(
+                path.name for path in Path(story.store.url).rglob("quarantine/*")
+            )
 
-            journal.wait_for(lambda rows: any(isinstance(row, TeacherRow) and row.replica == 2 for row in rows), unless=running.done)
+            journal.wait_for(
+                lambda rows: any(isinstance(row, TeacherRow) and row.replica == 2 for row in rows),
+                unless=running.done,
+            )
             for cursor in range(1, NUM_CHUNKS - WINDOW + 1):
                 coordinator.move_cursor("student", cursor)
-                journal.wait_for(lambda _rows, end=cursor + WINDOW: journal.made().keys() >= set(order[:end]), unless=running.done)
+                journal.wait_for(
+                    lambda _rows, end=cursor + WINDOW: journal.made().keys() >= set(order[:end]),
+                    unless=running.done,
+                )
                 story.published_by_cursor.append(story.store.published())
         finally:
             students_are_done.set()
@@ -170,7 +205,9 @@ def coordinator(ray_cluster: dict[str, float]) -> Coordinator:
 
 
 @pytest.fixture(scope="module")
-def story(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def story(
+    tiny_world: TinyWorld, coordinator: Coordinator, tmp_path_factory: pytest.TempPathFactory
+) -> Story:
     plan = new_plan(tiny_world, tmp_path_factory.mktemp("pool"))
     story = Story(plan, plan.chunks[:NUM_CHUNKS], WatchedTracker())
     asked: list[int] = []
@@ -178,10 +215,19 @@ def story(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path_factory: pyt
     def item_of(number: int) -> WorkItem:
         asked.append(number)
         if len(asked) == WINDOW:
-            kill_one("ray::_TeacherActor")  # each has a chunk in work, and one is about to get another
+            # each has a chunk in work, and one is about to get another
+            kill_one("ray::_TeacherActor")
         return plan.item(number)
 
-    pool = pool_of(plan, coordinator, order=story.order, journal=story.journal, item_of=item_of, min_replicas=2, max_replicas=2)
+    pool = pool_of(
+        plan,
+        coordinator,
+        order=story.order,
+        journal=story.journal,
+        item_of=item_of,
+        min_replicas=2,
+        max_replicas=2,
+    )
     coordinator.move_cursor("a stranger", 1000)
     live_through_it(story, pool, coordinator)
     return story
@@ -194,19 +240,28 @@ def test_work_begins_when_the_fewest_teachers_are_ready(story: Story):
 
 def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story):
     assert [row.replica for row in story.journal.rows if isinstance(row, TeacherRow)][2:] == [2]
-    assert story.journal.made() == Counter([*story.order, story.order[0]])  # the first was damaged, and made anew
+    # the first was damaged, and made anew
+    assert story.journal.made() == Counter([*story.order, story.order[0]])
     assert story.store.published() == set(story.order)
     for number in story.order:
         story.store.verify(number)
 
 
 def test_behind_a_closed_window_nothing_is_made(story: Story):
-    assert story.published_by_cursor == [set(story.order[: WINDOW + cursor]) for cursor in range(NUM_CHUNKS - WINDOW + 1)]
+    assert story.published_by_cursor == [
+        set(story.order[: WINDOW + cursor]) for cursor in range(NUM_CHUNKS - WINDOW + 1)
+    ]
     assert max(row.replicas for row in story.journal.rows if isinstance(row, PoolRow)) == 2
     assert story.order != sorted(story.order)  # or the reading order would prove nothing
     row = story.row_behind_the_window
     assert row is not None
-    assert (row.published, row.needed, row.in_flight, row.window_chunks, row.failures) == (WINDOW, NUM_CHUNKS, 0, WINDOW, 0)
+    assert (row.published, row.needed, row.in_flight, row.window_chunks, row.failures) == (
+        WINDOW,
+        NUM_CHUNKS,
+        0,
+        WINDOW,
+        0,
+    )
 
 
 def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(story: Story):
@@ -225,16 +280,28 @@ def test_a_false_report_changes_nothing(story: Story):
 
 def test_what_is_published_is_never_made_again(story: Story, coordinator: Coordinator):
     journal = WatchedTracker()
-    pool = pool_of(story.plan, coordinator, order=story.order, journal=journal, item_of=story.plan.item)
+    pool = pool_of(
+        story.plan, coordinator, order=story.order, journal=journal, item_of=story.plan.item
+    )
     pool.run(readers=["student"], coordinator=coordinator, finished=lambda: True)
-    assert [(type(row), row.published, row.needed) for row in journal.rows] == [(PoolRow, len(story.order), len(story.order))]
+    assert [(type(row), row.published, row.needed) for row in journal.rows] == [
+        (PoolRow, len(story.order), len(story.order))
+    ]
 
 
-def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(story: Story, coordinator: Coordinator):
+def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(
+    story: Story, coordinator: Coordinator
+):
     def finished() -> bool:
         raise StudentError("the loss is nan")
 
-    pool = pool_of(story.plan, coordinator, order=story.plan.chunks, journal=WatchedTracker(), item_of=story.plan.item)
+    pool = pool_of(
+        story.plan,
+        coordinator,
+        order=story.plan.chunks,
+        journal=WatchedTracker(),
+        item_of=story.plan.item,
+    )
     with pytest.raises(StudentError, match="the loss is nan"):
         pool.run(readers=["student"], coordinator=coordinator, finished=finished)
 
@@ -253,7 +320,9 @@ class Poisoned:
 
 
 @pytest.fixture(scope="module")
-def poisoned_attempt(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
+def poisoned_attempt(
+    tiny_world: TinyWorld, coordinator: Coordinator, tmp_path_factory: pytest.TempPathFactory
+) -> Poisoned:
     plan = new_plan(tiny_world, tmp_path_factory.mktemp("poison"))
     sound, bad = plan.chunks[:2]
     journal = WatchedTracker()
@@ -263,18 +332,28 @@ def poisoned_attempt(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path_f
             replace(coordinator, log=handed_on()),
             order=[sound, bad],
             journal=journal,
-            item_of=lambda number: poisoned(plan.item(number)) if number == bad else plan.item(number),
+            item_of=lambda number: (
+                poisoned(plan.item(number)) if number == bad else plan.item(number)
+            ),
             max_failures=1,
         )
         pool.run(readers=[], coordinator=coordinator, finished=lambda: True)
     return Poisoned(plan, journal, shown.getvalue())
 
 
-def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_raised_is_replaced(poisoned_attempt: Poisoned):
-    """After an error on a GPU nothing works any more in that process: it would fail chunk after chunk."""
+def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_raised_is_replaced(
+    poisoned_attempt: Poisoned,
+):
+    """After an error on a GPU nothing works any more in that process: it would fail chunk after
+    chunk."""
     plan, journal = poisoned_attempt.plan, poisoned_attempt.journal
     sound, bad = plan.chunks[:2]
-    assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [0, 1, 2]  # for the chunk and for its first sequence
+    # for the chunk and for its first sequence
+    assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [
+        0,
+        1,
+        2,
+    ]
     assert journal.made() == Counter([sound, bad])
     (row,) = [row for row in journal.rows if isinstance(row, SetAsideRow)]
     assert (row.chunk, row.sequences) == (bad, [plan.recipe.chunk_rows(bad)[0]])
@@ -285,7 +364,9 @@ def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_
     assert np.array_equal(made_chunk.sequences.token_ids_SL[1:], item.sequences.token_ids_SL[1:])
 
 
-def test_what_a_teacher_met_is_in_its_own_log_with_its_traceback_and_on_the_drivers_standard_error_in_a_line(poisoned_attempt: Poisoned):
+def test_what_a_teacher_met_is_in_its_log_with_its_traceback_and_at_the_driver_in_a_line(
+    poisoned_attempt: Poisoned,
+):
     bad = poisoned_attempt.plan.chunks[1]
     words = f"stillhouse.teacher.actor: chunk {bad}: IndexError: index out of range"
     assert words in poisoned_attempt.log_of("teacher-0")
@@ -296,14 +377,23 @@ def test_what_a_teacher_met_is_in_its_own_log_with_its_traceback_and_on_the_driv
     assert "Traceback" not in poisoned_attempt.shown
 
 
-def test_a_model_that_is_not_there_is_said_as_it_is(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path):
+def test_a_model_that_is_not_there_is_said_as_it_is(
+    tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path
+):
     plan = new_plan(tiny_world, tmp_path)
-    pool = pool_of(plan, coordinator, order=plan.chunks, journal=WatchedTracker(), item_of=plan.item, model=str(tmp_path / "nowhere"))
+    pool = pool_of(
+        plan,
+        coordinator,
+        order=plan.chunks,
+        journal=WatchedTracker(),
+        item_of=plan.item,
+        model=str(tmp_path / "nowhere"),
+    )
     with pytest.raises(ModelError, match="nowhere"):
         pool.run(readers=[], coordinator=coordinator, finished=lambda: True)
 
 
-def test_weights_that_the_cache_told_wrong_end_the_run_before_a_chunk_and_the_same_command_plans_with_what_is_there(
+def test_weights_that_the_cache_told_wrong_end_the_run_and_the_same_command_plans_anew(
     tiny_world: TinyWorld, tmp_path: Path
 ):
     world = replace(tiny_world, folder=tmp_path)  # with a cache of its own
@@ -315,16 +405,23 @@ def test_weights_that_the_cache_told_wrong_end_the_run_before_a_chunk_and_the_sa
     weights = Path(world.config().teacher.model) / "model.safetensors"
     for note in (tmp_path / "cache" / "weights").iterdir():
         if note.read_text() == sha256(weights.read_bytes()).hexdigest():
-            note.write_text("0" * 64)  # as if other weights had come that look the same from outside
+            # as if other weights had come that look the same from outside
+            note.write_text("0" * 64)
     plan = planned()
     assert plan.recipe.teacher_digest != before.recipe.teacher_digest
-    with pytest.raises(ChangedWeightsError, match=f"found {before.recipe.teacher_digest[:16]}, wanted {plan.recipe.teacher_digest[:16]}"):
+    with pytest.raises(
+        ChangedWeightsError,
+        match=f"found {before.recipe.teacher_digest[:16]}, wanted "
+        f"{plan.recipe.teacher_digest[:16]}",
+    ):
         pipeline.produce(plan)
     assert ChunkStore(plan.config.store.url, plan.recipe).published() == set()
     assert planned().recipe == before.recipe
 
 
-def test_a_store_that_cannot_be_written_ends_the_run_at_once(tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path):
+def test_a_store_that_cannot_be_written_ends_the_run_at_once(
+    tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path
+):
     plan = new_plan(tiny_world, tmp_path)
     asked: list[int] = []
 

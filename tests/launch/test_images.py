@@ -19,7 +19,9 @@ IMAGES = ("cpu", "gpu")
 def locked(image: str) -> dict[str, str]:
     """The one version of each package."""
     lines = (ROOT / f"docker/{image}.lock").read_text().splitlines()
-    return {match[1]: match[2] for line in lines if (match := re.match(r"([\w.-]+)==([\w.+!-]+)", line))}
+    return {
+        match[1]: match[2] for line in lines if (match := re.match(r"([\w.-]+)==([\w.+!-]+)", line))
+    }
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -28,7 +30,9 @@ def test_a_lock_has_all_that_stillhouse_asks_for_and_a_hash_of_everything(image:
     found = locked(image)
     for each in map(Requirement, asked):
         assert each.specifier.contains(found[each.name], prereleases=True), each
-    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / f"docker/{image}.lock").read_text(), flags=re.MULTILINE)
+    entries = re.split(
+        r"^(?=[\w.-]+==)", (ROOT / f"docker/{image}.lock").read_text(), flags=re.MULTILINE
+    )
     assert len(entries) - 1 == len(found)
     assert all("--hash=sha256:" in entry for entry in entries[1:])
 

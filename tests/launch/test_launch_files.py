@@ -1,4 +1,5 @@
-"""Every file under launch/ and docker/ is one that its reader understands, and no misspelt field in it goes unnoticed."""
+"""Every file under launch/ and docker/ is one that its reader understands, and no misspelt field in
+it goes unnoticed."""
 
 import re
 from pathlib import Path
@@ -30,15 +31,33 @@ YAML: dict[str, Validator] = {
     "docker/compose.yaml": compose,
 }
 SKY = "launch/sky/run.yaml"
-TEXT: dict[str, Validator] = {"docker/cpu.Dockerfile": dockerfile, "docker/gpu.Dockerfile": dockerfile, "launch/slurm/run.sbatch": sbatch}
+TEXT: dict[str, Validator] = {
+    "docker/cpu.Dockerfile": dockerfile,
+    "docker/gpu.Dockerfile": dockerfile,
+    "launch/slurm/run.sbatch": sbatch,
+}
 FREE = {  # mappings whose keys are the writer's own
-    *("labels", "annotations", "rayStartParams", "nodeSelector", "requests", "limits", "available_node_types", "volumes"),
+    *(
+        "labels",
+        "annotations",
+        "rayStartParams",
+        "nodeSelector",
+        "requests",
+        "limits",
+        "available_node_types",
+        "volumes",
+    ),
     *("services", "networks", "file_mounts", "resources"),
 }
 
 
 def test_no_file_is_left_out() -> None:
-    written = {path for folder in ("launch", "docker") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    written = {
+        path
+        for folder in ("launch", "docker")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
     known = {ROOT / name for name in (*YAML, *TEXT, SKY)}
     assert {path for path in written - known if path.suffix not in (".md", ".lock", ".in")} == set()
 
@@ -60,7 +79,9 @@ def test_each_misspelt_field_is_refused(name: str) -> None:
         for path in keys_of(document):
             if len(path) > 1 and path[-2] in FREE:
                 continue
-            if str(path[0]).startswith("x-"):  # an extension: it is seen where it is merged into a service
+            if str(path[0]).startswith(
+                "x-"
+            ):  # an extension: it is seen where it is merged into a service
                 continue
             changed = [*documents]
             changed[index] = misspelt(document, path)
@@ -91,15 +112,23 @@ def test_skypilot_understands_its_job_group_and_refuses_each_misspelt_field() ->
     paths, texts = list[tuple[object, ...]](), [(ROOT / SKY).read_text()]
     for index, document in enumerate(documents):
         for path in keys_of(document):
-            if not (len(path) > 1 and path[-2] in ("envs", "secrets")):  # whose names are the writer's own
+            if not (
+                len(path) > 1 and path[-2] in ("envs", "secrets")
+            ):  # whose names are the writer's own
                 paths.append((index, *path))
-                texts.append(yaml.safe_dump_all([*documents[:index], misspelt(document, path), *documents[index + 1 :]]))
+                texts.append(
+                    yaml.safe_dump_all(
+                        [*documents[:index], misspelt(document, path), *documents[index + 1 :]]
+                    )
+                )
     as_it_is, *changed = skypilot(*texts)
     assert as_it_is == ""
     assert [path for path, problem in zip(paths, changed, strict=True) if not problem] == []
 
 
-VARIABLES: dict[str, tuple[Validator, str]] = {  # a file's reader, and where the names of environment variables stand in it
+VARIABLES: dict[
+    str, tuple[Validator, str]
+] = {  # a file's reader, and where the names of environment variables stand in it
     "docker/compose.yaml": (compose, r"\$\{(\w+)|^ {4,6}([A-Z]\w+):"),
     "docker/cpu.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
     "docker/gpu.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
@@ -141,17 +170,33 @@ def test_the_secrets_that_the_page_of_kubernetes_makes_are_read_in_the_image() -
 
 
 @pytest.mark.parametrize(
-    "name", ["AWS_REGION", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "PYTHONUNBUFFERED", "PIP_NO_CACHE_DIR", "HOME"]
+    "name",
+    [
+        "AWS_REGION",
+        "RAY_AUTH_TOKEN",
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "PYTHONUNBUFFERED",
+        "PIP_NO_CACHE_DIR",
+        "HOME",
+    ],
 )
 def test_a_variable_is_known_by_its_whole_name_to_the_programs_that_read_it(name: str) -> None:
     assert is_read_in_our_image(name)
-    for wrong in (name[:-1], name + "S", name.lower(), "X" + name, name.replace("_", "")) if "_" in name else (name[:-1],):
+    for wrong in (
+        (name[:-1], name + "S", name.lower(), "X" + name, name.replace("_", ""))
+        if "_" in name
+        else (name[:-1],)
+    ):
         assert not is_read_in_our_image(wrong), wrong
     assert not is_read_by_the_s3_server(name)
 
 
 def test_a_run_on_kubernetes_has_the_cluster_that_one_may_keep() -> None:
-    (job,), (cluster,) = documents_of("launch/k8s/rayjob.yaml"), documents_of("launch/k8s/raycluster.yaml")
+    (job,), (cluster,) = (
+        documents_of("launch/k8s/rayjob.yaml"),
+        documents_of("launch/k8s/raycluster.yaml"),
+    )
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]  # type: ignore[index]
 
 

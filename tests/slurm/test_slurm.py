@@ -1,4 +1,5 @@
-"""`launch/slurm/run.sbatch` on a real Slurm, as its page says: it runs to the end, gives way when it has to, and goes on from there."""
+"""`launch/slurm/run.sbatch` on a real Slurm, as its page says: it runs to the end, gives way when
+it has to, and goes on from there."""
 
 import os
 import subprocess
@@ -17,12 +18,20 @@ from helpers.slurm import FIRST, SECOND, URGENT, Job, Slurm, wait_until
 from helpers.world import TinyWorld, merged
 from stillhouse.tracking import ChunkRow, EndRow, Row, StartRow, TrainRow, read_journal
 
-pytestmark = pytest.mark.timeout(1800)  # five starts of everything; half a minute each on a free machine, minutes on a busy one
+# five starts of everything; half a minute each on a free machine, minutes on a busy one
+pytestmark = pytest.mark.timeout(1800)
 
 RANK, TEACHER = "ray::RayTrainWorker", "ray::_TeacherActor"
-GPUS_PER_NODE = 2  # from which the script makes two places for ranks on the first node, and two for teachers on the other
+# from which the script makes two places for ranks on the first node, and two for teachers on the
+# other
+GPUS_PER_NODE = 2
 CHANGES = {
-    "teacher": {"device": "cpu", "resources": {"teacher": 1.0}, "min_replicas": 2, "max_replicas": 2},
+    "teacher": {
+        "device": "cpu",
+        "resources": {"teacher": 1.0},
+        "min_replicas": 2,
+        "max_replicas": 2,
+    },
     "student": {
         "device": "cpu",
         "resources": {"student": 1.0},
@@ -39,7 +48,8 @@ class Submitted:
 
     job: Job
     run_dir: Path
-    places: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # kind of process -> nodes on which one was seen
+    # kind of process -> nodes on which one was seen
+    places: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     @property
     def rows(self) -> list[Row]:
@@ -60,7 +70,10 @@ class Submitted:
             rows = self.rows
             starts = [index for index, row in enumerate(rows) if isinstance(row, StartRow)]
             assert not self.job.has_ended(), self.job.log()
-            return len(starts) == attempt and sum(isinstance(row, TrainRow) for row in rows[starts[-1] :]) >= num_steps
+            return (
+                len(starts) == attempt
+                and sum(isinstance(row, TrainRow) for row in rows[starts[-1] :]) >= num_steps
+            )
 
         wait_until(trained)
 
@@ -82,7 +95,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     """Of somebody who has typed what the page says, and nothing before."""
     home, tools = tmp_path_factory.mktemp("home"), Path(sys.executable).parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | {
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")
+    } | {
         "HOME": str(home),
         "XDG_CACHE_HOME": str(home / "cache"),
         "PATH": f"{tools}:{os.environ['PATH']}",
@@ -102,8 +117,21 @@ class Sbatch:
 
     def __call__(self, run_dir: Path, **changes: dict[str, object]) -> Submitted:
         config = run_dir.with_suffix(".toml")
-        config.write_text(as_toml(merged(merged(self.world.values, CHANGES | {"store": {"url": f"{run_dir}-store"}}), changes)))
-        words = ("--nodes=2", f"--gpus-per-node={GPUS_PER_NODE}", ROOT / "launch/slurm/run.sbatch", config, run_dir)
+        config.write_text(
+            as_toml(
+                merged(
+                    merged(self.world.values, CHANGES | {"store": {"url": f"{run_dir}-store"}}),
+                    changes,
+                )
+            )
+        )
+        words = (
+            "--nodes=2",
+            f"--gpus-per-node={GPUS_PER_NODE}",
+            ROOT / "launch/slurm/run.sbatch",
+            config,
+            run_dir,
+        )
         return Submitted(self.slurm.submit(*words, environment=self.environment), run_dir)
 
 
@@ -125,7 +153,9 @@ def test_a_job_ends_well_with_every_chunk_made_once(undisturbed: Submitted) -> N
     assert isinstance(start, StartRow)
     assert isinstance(end, EndRow)
     assert end.outcome == "done"
-    assert Counter(row.chunk for row in rows if isinstance(row, ChunkRow)) == Counter(range(start.num_chunks))
+    assert Counter(row.chunk for row in rows if isinstance(row, ChunkRow)) == Counter(
+        range(start.num_chunks)
+    )
     assert [step for step, *_ in curve(rows)] == list(range(1, start.total_steps + 1))
 
 
@@ -140,20 +170,31 @@ def test_a_job_told_to_go_and_then_preempted_goes_on_from_its_commits_to_the_sam
     run.wait_until_trained(attempt=1, num_steps=10)
     run.job.terminate()
     run.wait_until_trained(attempt=2, num_steps=10)
-    urgent = slurm.submit(f"--partition={URGENT}", "--nodes=2", "--exclusive", "--wrap=true", environment=os.environ)
+    urgent = slurm.submit(
+        f"--partition={URGENT}", "--nodes=2", "--exclusive", "--wrap=true", environment=os.environ
+    )
     run.wait_for_end()
     assert urgent["JobState"] == "COMPLETED"
     assert run.outcome == ("COMPLETED", "0:0", "2"), run.job.log()
     rows = run.rows
     assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]
-    assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["interrupted", "interrupted", "done"]
-    assert len([row for row in rows if isinstance(row, TrainRow)]) == len(curve(rows))  # no step was taken twice
+    assert [row.outcome for row in rows if isinstance(row, EndRow)] == [
+        "interrupted",
+        "interrupted",
+        "done",
+    ]
+    # no step was taken twice
+    assert len([row for row in rows if isinstance(row, TrainRow)]) == len(curve(rows))
     assert curve(rows) == curve(undisturbed.rows)
 
 
-def test_a_run_that_fails_fails_its_job_with_its_own_exit_code_and_leaves_nothing(slurm: Slurm, sbatch: Sbatch, tmp_path: Path) -> None:
+def test_a_run_that_fails_fails_its_job_with_its_own_exit_code_and_leaves_nothing(
+    slurm: Slurm, sbatch: Sbatch, tmp_path: Path
+) -> None:
     run = sbatch(tmp_path / "run", store={"url": "memory://"})
     run.wait_for_end()
     assert run.outcome == ("FAILED", "2:0", "0"), run.job.log()
     # Ray's dashboard forks processes that end seconds after it
-    wait_until(lambda: not any("ray" in title for node in (FIRST, SECOND) for title in slurm.titles(node)))
+    wait_until(
+        lambda: not any("ray" in title for node in (FIRST, SECOND) for title in slurm.titles(node))
+    )

@@ -29,6 +29,9 @@ def test_the_divergence_of_ones_own_trains_as_autograd_of_its_definition_would()
     q_TK1 = torch.cat([kept_TK, 1 - kept_TK.sum(1, keepdim=True)], 1)
     p_TK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], 1).double().exp()
     wanted = (0.5 * (p_TK1.sqrt() - q_TK1.sqrt()).square().sum(1)).mean()
-    torch.testing.assert_close(names["terms"].total / 9, wanted.detach(), rtol=1e-6, atol=0)  # the target's masses are float32
-    for leaf, gradient in zip((hidden_TH, weight_VH), torch.autograd.grad(wanted, [hidden_TH, weight_VH]), strict=True):
+    # the target's masses are float32
+    torch.testing.assert_close(names["terms"].total / 9, wanted.detach(), rtol=1e-6, atol=0)
+    for leaf, gradient in zip(
+        (hidden_TH, weight_VH), torch.autograd.grad(wanted, [hidden_TH, weight_VH]), strict=True
+    ):
         torch.testing.assert_close(leaf.grad, gradient, rtol=1e-6, atol=1e-8)

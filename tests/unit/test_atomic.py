@@ -1,4 +1,5 @@
-"""Files in a directory: of several writers one wins, a killed one leaves no half of a file, and a refusal says what to do."""
+"""Files in a directory: of several writers one wins, a killed one leaves no half of a file, and a
+refusal says what to do."""
 
 import errno
 import multiprocessing
@@ -10,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.atomic import Buffer, SystemFiles, create, make_directory, move_directory, replace, whole_directory
+from stillhouse.atomic import (
+    Buffer,
+    SystemFiles,
+    create,
+    make_directory,
+    move_directory,
+    replace,
+    whole_directory,
+)
 from stillhouse.errors import StoreError
 from stillhouse.store import StoreUnavailable
 from stillhouse.store.object_store import Blobs
@@ -23,18 +32,25 @@ SIZE = 1 << 16
 
 def create_all(url: str, writer: int, told: Connection) -> None:
     blobs = Blobs(url)
-    told.send([blobs.create(f"folder/{number}", bytes([writer]) * SIZE) for number in range(NUM_NAMES)])
+    told.send(
+        [blobs.create(f"folder/{number}", bytes([writer]) * SIZE) for number in range(NUM_NAMES)]
+    )
 
 
 def test_of_eight_processes_one_creates_each_object(tmp_path: Path):
     pipes = [FORKING.Pipe(duplex=False) for _ in range(NUM_WRITERS)]
-    writers = [FORKING.Process(target=create_all, args=(str(tmp_path), i, pipes[i][1])) for i in range(NUM_WRITERS)]
+    writers = [
+        FORKING.Process(target=create_all, args=(str(tmp_path), i, pipes[i][1]))
+        for i in range(NUM_WRITERS)
+    ]
     for writer in writers:
         writer.start()
     created = [here.recv() for here, _ in pipes]
     for writer in writers:
         writer.join()
-    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == sorted(map(str, range(NUM_NAMES)))
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == sorted(
+        map(str, range(NUM_NAMES))
+    )
     for number in range(NUM_NAMES):
         (winner,) = [i for i in range(NUM_WRITERS) if created[i][number]]
         assert (tmp_path / "folder" / str(number)).read_bytes() == bytes([winner]) * SIZE
@@ -123,16 +139,21 @@ def test_a_refusal_is_told_in_words_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("key", ["../a", "a/../../b", "/etc/a", "a/./b", "..", "", "a/", "a#1", "a\0b"])
+@pytest.mark.parametrize(
+    "key", ["../a", "a/../../b", "/etc/a", "a/./b", "..", "", "a/", "a#1", "a\0b"]
+)
 @pytest.mark.parametrize("write", WRITES)
-def test_no_key_leads_out_of_a_directory_or_looks_like_a_leftover(tmp_path: Path, write: str, key: str):
+def test_no_key_leads_out_of_a_directory_or_looks_like_a_leftover(
+    tmp_path: Path, write: str, key: str
+):
     with pytest.raises(StoreError, match="key"):
         WRITES[write](Blobs(str(tmp_path / "root")), key)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 class Swept(SystemFiles):
-    """A file system on which the first staging file is taken for a leftover and removed, before it has its name."""
+    """A file system on which the first staging file is taken for a leftover and removed, before it
+    has its name."""
 
     def __init__(self) -> None:
         self.num_swept = 0
@@ -152,7 +173,9 @@ def test_a_staging_file_that_was_swept_away_is_written_again(tmp_path: Path, wri
 
 
 @pytest.mark.parametrize("in_the_way", [Path.mkdir, lambda path: path.symlink_to("nowhere")])
-def test_what_is_no_file_is_not_taken_for_one_that_was_published(tmp_path: Path, in_the_way: Callable[[Path], None]):
+def test_what_is_no_file_is_not_taken_for_one_that_was_published(
+    tmp_path: Path, in_the_way: Callable[[Path], None]
+):
     in_the_way(tmp_path / "a")
     with pytest.raises(StoreError, match="something else is in its place") as caught:
         Blobs(str(tmp_path)).create("a", b"data")
@@ -163,7 +186,10 @@ def test_what_is_no_file_is_not_taken_for_one_that_was_published(tmp_path: Path,
 def test_a_new_file_has_the_mode_that_was_asked_for_and_the_data(tmp_path: Path):
     assert create(tmp_path / "secret", b"token", mode=0o600)
     assert not create(tmp_path / "secret", b"other", mode=0o644)
-    assert ((tmp_path / "secret").stat().st_mode & 0o777, (tmp_path / "secret").read_bytes()) == (0o600, b"token")
+    assert ((tmp_path / "secret").stat().st_mode & 0o777, (tmp_path / "secret").read_bytes()) == (
+        0o600,
+        b"token",
+    )
 
 
 class Ordered(SystemFiles):
@@ -233,7 +259,9 @@ def test_a_directory_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
-def test_a_draft_that_another_writes_is_left_alone_and_one_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+def test_a_draft_that_another_writes_is_left_alone_and_one_of_a_killed_process_is_removed(
+    tmp_path: Path,
+) -> None:
     names = "a[1]", "a[1].unfinished-of-a-killed-one", "a1.unfinished-of-another-directory"
     left, other = tmp_path / names[1], tmp_path / names[2]
     for folder in (left, other):

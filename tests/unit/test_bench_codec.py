@@ -1,4 +1,5 @@
-"""`bench codec` measures both kinds of rows, and a model's vocabulary grows without a change to what the model says."""
+"""`bench codec` measures both kinds of rows, and a model's vocabulary grows without a change to
+what the model says."""
 
 import json
 from pathlib import Path
@@ -21,7 +22,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_verb_measures_every_codec_on_both_kinds_of_rows(tmp_path: Path, teacher: Path) -> None:
     out = tmp_path / "codec.json"
     sizes = ("--vocab", "1000", "--tokens", "6", "--k", "4", "--k", "9", "--repeats", "1")
-    done = stillhouse("bench", "codec", *sizes, "--teacher", teacher, "--out", out, cache=tmp_path / "cache")
+    done = stillhouse(
+        "bench", "codec", *sizes, "--teacher", teacher, "--out", out, cache=tmp_path / "cache"
+    )
     assert done.code == 0, done.err
     rows = json.loads(out.read_text())["rows"]
     assert list(rows) == ["power laws", "a trained model's, its 300 ids enlarged"]
@@ -37,13 +40,20 @@ def test_the_verb_measures_every_codec_on_both_kinds_of_rows(tmp_path: Path, tea
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    done = stillhouse("bench", "codec", "--vocab", "100", "--tokens", "6", "--k", "4", "--teacher", tmp_path)
+    done = stillhouse(
+        "bench", "codec", "--vocab", "100", "--tokens", "6", "--k", "4", "--teacher", tmp_path
+    )
     assert done.code == 2
     assert f"there is no model in {tmp_path}" in done.err
 
 
-def test_an_enlarged_vocabulary_leaves_the_likely_ids_their_odds_and_doubles_the_lower_halfs_mass() -> None:
-    logits = 3 * torch.randn(5, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+def test_an_enlarged_vocabulary_keeps_likely_ids_odds_and_doubles_the_lower_halfs_mass() -> None:
+    logits = (
+        3
+        * torch.randn(
+            5, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ).float()
+    )
     large = enlarged(logits, 10_000)
     assert large.shape == (5, 10_000)
     own = large[:, : 400 * 25 : 25]
@@ -51,7 +61,9 @@ def test_an_enlarged_vocabulary_leaves_the_likely_ids_their_odds_and_doubles_the
     added = torch.ones(10_000, dtype=torch.bool)
     added[: 400 * 25 : 25] = False
     lower = logits.sort(dim=1).values[:, :200]
-    torch.testing.assert_close(large[:, added].logsumexp(dim=1), lower.logsumexp(dim=1), rtol=0, atol=0.1)
+    torch.testing.assert_close(
+        large[:, added].logsumexp(dim=1), lower.logsumexp(dim=1), rtol=0, atol=0.1
+    )
     assert torch.equal(large.topk(20, dim=1).values, logits.topk(20, dim=1).values)
 
 

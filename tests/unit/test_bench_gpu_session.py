@@ -19,7 +19,9 @@ from stillhouse.bench.gpu.session import FINDINGS, GRACE_S, PARTS, SUMMARY, Part
 from stillhouse.logits.topk import blockmax_torch
 from stillhouse.logits.topk.found import RawTopK
 
-IMPORTS = "import os, signal; from pathlib import Path; from stillhouse.bench.gpu.findings import *;"
+IMPORTS = (
+    "import os, signal; from pathlib import Path; from stillhouse.bench.gpu.findings import *;"
+)
 SCRIPTS = {
     "right": "r.tell('it is right', True)",
     "wrong": "r.tell('it is right', False)",
@@ -40,7 +42,9 @@ def held(out: Path, *names: str, limit_s: float = 60.0) -> tuple[bool, list[Find
     return passed, read_findings(out / FINDINGS)
 
 
-def test_a_part_that_crashes_hangs_or_cannot_start_costs_no_other_parts_findings(tmp_path: Path) -> None:
+def test_a_part_that_crashes_hangs_or_cannot_start_costs_no_other_parts_findings(
+    tmp_path: Path,
+) -> None:
     passed, findings = held(tmp_path, "crashes", "hangs", "cannot start", "right")
     assert not passed
     ends = {found.part: found for found in findings if found.name == "ran to its end"}
@@ -51,7 +55,12 @@ def test_a_part_that_crashes_hangs_or_cannot_start_costs_no_other_parts_findings
         ("right", True),
     ]
     errors = [found.details["error"] for found in ends.values()]
-    assert errors == ["it ended with SIGSEGV", "it ran out of its 1 s", "it ended with exit code 1", ""]
+    assert errors == [
+        "it ended with SIGSEGV",
+        "it ran out of its 1 s",
+        "it ended with exit code 1",
+        "",
+    ]
     assert {found.part for found in findings if found.name == "before"} == {"crashes", "hangs"}
     assert "no_such_package" in (tmp_path / "log.txt").read_text()
 
@@ -73,7 +82,9 @@ from stillhouse.bench.gpu.session import Part, hold
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 hold([{part}], lambda part: {command}, Path({str(tmp_path)!r}), os.environ, grace_s=0.2)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = monotonic() + 60
     while not (tmp_path / FINDINGS).exists() or "before" not in (tmp_path / FINDINGS).read_text():
         assert monotonic() < deadline
@@ -108,7 +119,10 @@ def test_a_failure_is_a_finding_and_the_part_goes_on(tmp_path: Path) -> None:
     recorder.tell("second", 2.0)
     first, second = read_findings(tmp_path / FINDINGS)
     assert first.passed is False
-    assert first.details["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert (
+        first.details["error"]
+        == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    )
     assert second.value == 2.0
 
 
@@ -116,7 +130,9 @@ def test_a_session_takes_less_than_nine_minutes_whatever_hangs() -> None:
     assert session.INSTALL_LIMIT_S + sum(part.limit_s + 2 * GRACE_S for part in PARTS) < 540
 
 
-def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_says_so_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["--out", str(tmp_path / "out")]) == 2
     assert "finds no GPU" in capsys.readouterr().err
@@ -125,7 +141,10 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_part_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "machine,speed"]) == 2
-    assert "--only names speed, but there is no such part; choose from machine, topk" in capsys.readouterr().err
+    assert (
+        "--only names speed, but there is no such part; choose from machine, topk"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_dry_run_is_the_same_session_on_the_cpu(tmp_path: Path) -> None:
@@ -135,8 +154,12 @@ def test_a_dry_run_is_the_same_session_on_the_cpu(tmp_path: Path) -> None:
     assert (end.name, end.passed) == ("ran to its end", True)
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part.name != "run"], ids=lambda part: part.name)
-def test_every_part_but_the_run_finds_no_fault_at_tiny_sizes_on_the_cpu(part: Part, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "part", [part for part in PARTS if part.name != "run"], ids=lambda part: part.name
+)
+def test_every_part_but_the_run_finds_no_fault_at_tiny_sizes_on_the_cpu(
+    part: Part, tmp_path: Path
+) -> None:
     function_of(part)(TINY, Recorder(tmp_path / FINDINGS, part.name))
     findings = read_findings(tmp_path / FINDINGS)
     assert findings
@@ -146,20 +169,40 @@ def test_every_part_but_the_run_finds_no_fault_at_tiny_sizes_on_the_cpu(part: Pa
 def test_a_kernel_that_answers_wrongly_is_found(tmp_path: Path) -> None:
     def wrong(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
         raw = blockmax_torch.split(logits, k=k, temperature=temperature)
-        return replace(raw, token_ids_TK=raw.token_ids_TK.flip(1)), torch.zeros(len(logits), dtype=torch.bool)
+        return replace(raw, token_ids_TK=raw.token_ids_TK.flip(1)), torch.zeros(
+            len(logits), dtype=torch.bool
+        )
 
     checks.topk(TINY, Recorder(tmp_path / FINDINGS, "topk"), launch=wrong)
-    assert [found.passed for found in read_findings(tmp_path / FINDINGS)] == [False, False, False, True]
+    assert [found.passed for found in read_findings(tmp_path / FINDINGS)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_each_test_that_needs_a_gpu_is_a_finding(tmp_path: Path) -> None:
     tests = Path(__file__).parents[1] / "gpu" / "test_codec_on_gpu.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests, f"--findings={tmp_path / FINDINGS}"]
-    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        tests,
+        f"--findings={tmp_path / FINDINGS}",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, check=False
+    )
     findings = read_findings(tmp_path / FINDINGS)
     assert done.returncode == 1
     assert {found.name.partition("[")[0] for found in findings} == {
         "test_codec_on_gpu.py::test_a_gpus_records_are_the_cpus",
         "test_codec_on_gpu.py::test_a_damaged_record_is_refused_by_its_row",
     }
-    assert all(found.passed is False and "there is no GPU" in str(found.details["error"]) for found in findings)
+    assert all(
+        found.passed is False and "there is no GPU" in str(found.details["error"])
+        for found in findings
+    )

@@ -1,4 +1,5 @@
-"""The ways that `bench loss` and `bench head` compare do the same work, and what they cost is really measured."""
+"""The ways that `bench loss` and `bench head` compare do the same work, and what they cost is
+really measured."""
 
 import json
 import resource
@@ -24,19 +25,26 @@ MB = 1_000_000
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_ours_and_autograd_are_the_same_loss_with_the_same_gradients(name: str) -> None:
     inputs, divergence = Inputs.of(SMALL, 0), divergence_named(name, 0.5)
-    torch.testing.assert_close(loss.ours(inputs, divergence), loss.naive(inputs, divergence), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        loss.ours(inputs, divergence), loss.naive(inputs, divergence), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_text_alone_is_the_cross_entropy() -> None:
     inputs = Inputs.of(SMALL, 0)
     logits_TV = inputs.hidden_TH @ inputs.weight_VH.T
-    wanted = inputs.with_gradients(torch.nn.functional.cross_entropy(logits_TV, inputs.labels_T, reduction="sum"))
+    wanted = inputs.with_gradients(
+        torch.nn.functional.cross_entropy(logits_TV, inputs.labels_T, reduction="sum")
+    )
     torch.testing.assert_close(loss.our_text(inputs), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_targets_are_distributions_and_each_seed_has_its_own_data() -> None:
     one, other = Inputs.of(SMALL, 1), Inputs.of(SMALL, 2)
-    assert all(row.unique().numel() == SMALL.k and row.max() < SMALL.vocab_size for row in one.target.token_ids_TK)
+    assert all(
+        row.unique().numel() == SMALL.k and row.max() < SMALL.vocab_size
+        for row in one.target.token_ids_TK
+    )
     mass_T = one.target.logprobs_TK.exp().sum(1) + one.target.tail_logmass_T.exp()
     torch.testing.assert_close(mass_T, torch.ones_like(mass_T))
     assert not torch.equal(one.hidden_TH, other.hidden_TH)
@@ -54,7 +62,10 @@ def test_the_head_benchs_ways_find_the_same_targets() -> None:
 
 def test_a_ratio_is_taken_within_a_repeat() -> None:
     timings = Timings({"ours": [1.0, 2.0, 30.0], "theirs": [2.0, 4.0, 60.0]})
-    assert (timings.ratio("ours", "theirs").least, timings.ratio("ours", "theirs").most) == (0.5, 0.5)
+    assert (timings.ratio("ours", "theirs").least, timings.ratio("ours", "theirs").most) == (
+        0.5,
+        0.5,
+    )
 
 
 def test_the_first_rounds_are_not_timed_and_every_repeat_has_fresh_work() -> None:
@@ -68,7 +79,7 @@ def test_the_first_rounds_are_not_timed_and_every_repeat_has_fresh_work() -> Non
     assert {way: len(seconds) for way, seconds in timings.seconds.items()} == {"a": 2, "b": 2}
 
 
-def test_a_way_with_large_temporaries_is_timed_without_the_page_faults_of_taking_them_anew() -> None:
+def test_a_way_with_large_temporaries_is_timed_without_page_faults_of_taking_them_anew() -> None:
     faults: list[int] = []
 
     def work() -> list[torch.Tensor]:
@@ -83,7 +94,8 @@ def test_a_way_with_large_temporaries_is_timed_without_the_page_faults_of_taking
 
 
 def work_on(given_bytes: int, way: str) -> Work:
-    """In a process of its own: work that is given so much, returns 50 MB, and meanwhile needs 80 MB, or nothing."""
+    """In a process of its own: work that is given so much, returns 50 MB, and meanwhile needs 80
+    MB, or nothing."""
     given = torch.ones(given_bytes // 4)
 
     def work() -> list[torch.Tensor]:
@@ -96,18 +108,24 @@ def work_on(given_bytes: int, way: str) -> Work:
 
 def test_memory_is_counted_beyond_what_is_given_and_returned() -> None:
     found = extra_bytes(work_on, 200 * MB, ["hungry", "modest"], device=CPU)
-    assert found["hungry"] == pytest.approx(30 * MB, abs=2 * MB)  # the 80 MB are free again before there are the 50
+    # the 80 MB are free again before there are the 50
+    assert found["hungry"] == pytest.approx(30 * MB, abs=2 * MB)
     assert abs(found["modest"]) < 2 * MB
 
 
 def test_the_student_head_takes_less_than_a_tenth_of_the_memory_of_autograd() -> None:
-    """1,024 tokens at a vocabulary of 32,000: 33 MB are the logits of 256 tokens, 131 MB those of all."""
-    setting = Setting(num_tokens=1024, vocab_size=32_000, hidden_size=16, k=64, dtype="float32", device="cpu")
+    """1,024 tokens at a vocabulary of 32,000: 33 MB are the logits of 256 tokens, 131 MB those of
+    all."""
+    setting = Setting(
+        num_tokens=1024, vocab_size=32_000, hidden_size=16, k=64, dtype="float32", device="cpu"
+    )
     found = extra_bytes(work_of, setting, [NAIVE, OURS], device=CPU)
     assert 32 * MB < found[OURS] < found[NAIVE] / 10
 
 
-def test_bench_loss_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_loss_writes_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "figures" / "loss.json"
     loss.bench_loss(SMALL, repeats=2, with_compile=False, command="stillhouse bench loss", out=out)
     found = json.loads(out.read_text())
@@ -129,7 +147,9 @@ def test_bench_head_writes_what_it_measured(tmp_path: Path) -> None:
     head.bench_head(SMALL, repeats=2, command="stillhouse bench head", out=out)
     found = json.loads(out.read_text())
     assert found["bytes_per_token"] == Codec(101, 7).bytes_per_token
-    assert all(found["tokens_per_s"][way]["least"] > 0 for way in (head.PRODUCT, head.OURS, head.EAGER))
+    assert all(
+        found["tokens_per_s"][way]["least"] > 0 for way in (head.PRODUCT, head.OURS, head.EAGER)
+    )
     assert set(found["extra_bytes"]) == {head.PRODUCT, head.OURS, head.EAGER}
 
 

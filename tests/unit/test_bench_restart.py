@@ -1,4 +1,5 @@
-"""`bench restart` counts from a kill to the next step that the new group takes, and kills only a group that has something to lose."""
+"""`bench restart` counts from a kill to the next step that the new group takes, and kills only a
+group that has something to lose."""
 
 from time import time
 

@@ -1,4 +1,5 @@
-"""Targets are compared fairly: records of equal bytes, students that begin alike and read the same, and the real compression."""
+"""Targets are compared fairly: records of equal bytes, students that begin alike and read the same,
+and the real compression."""
 
 import json
 from dataclasses import replace
@@ -11,7 +12,16 @@ from helpers.models import make_model
 from stillhouse.bench.classroom import Form, Lessons, target_of, teach
 from stillhouse.bench.coding import coding
 from stillhouse.bench.provenance import Provenance
-from stillhouse.bench.targets import BUDGETS, QUICK, codec_within, figure, forms_of, record, share_of_the_gap, table
+from stillhouse.bench.targets import (
+    BUDGETS,
+    QUICK,
+    codec_within,
+    figure,
+    forms_of,
+    record,
+    share_of_the_gap,
+    table,
+)
 from stillhouse.config import CorpusSection, TeacherSection
 from stillhouse.evaluation.scores import Scores
 from stillhouse.logits import Codec, compress, token_seeds
@@ -19,7 +29,13 @@ from stillhouse.models import load_model, load_tokenizer, tokenizer_digest
 from stillhouse.pipeline.toy import Shape
 from stillhouse.sequences import Corpus, prepare_corpus
 
-LESSONS = Lessons(3, 2, Shape(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2), learning_rate=3e-3, warmup_steps=1)
+LESSONS = Lessons(
+    3,
+    2,
+    Shape(hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2),
+    learning_rate=3e-3,
+    warmup_steps=1,
+)
 V = 300
 WHOLE = Codec(V, V)
 
@@ -38,45 +54,76 @@ def test_every_record_fills_its_budget_and_none_is_above_it(vocab_size: int) -> 
     assert [form.kind for form in forms[:2]] == ["text", "everything"]
     assert len({form.name for form in forms}) == len(forms)
     for budget in BUDGETS:
-        within = [form for form in forms if form.bytes_per_token is not None and budget - 5 <= form.bytes_per_token <= budget]
+        within = [
+            form
+            for form in forms
+            if form.bytes_per_token is not None and budget - 5 <= form.bytes_per_token <= budget
+        ]
         assert {form.codec.num_draws == 0 for form in within} == {True, False}
         assert {form.codec.k == 0 for form in within} == {True, False}
         assert "independent" in {form.kind for form in within}
-    assert all(form.bytes_per_token is None or max(BUDGETS) >= form.bytes_per_token for form in forms)
+    assert all(
+        form.bytes_per_token is None or max(BUDGETS) >= form.bytes_per_token for form in forms
+    )
 
 
 def test_one_draw_more_would_not_fit() -> None:
     codec = codec_within(64, 4096, 10)
-    assert codec.bytes_per_token <= 64 < replace(codec, num_draws=codec.num_draws + 1).bytes_per_token
+    assert (
+        codec.bytes_per_token <= 64 < replace(codec, num_draws=codec.num_draws + 1).bytes_per_token
+    )
 
 
 @pytest.fixture(scope="module")
 def school(tmp_path_factory: pytest.TempPathFactory):
     folder = make_model(tmp_path_factory.mktemp("teacher"), vocab_size=V, weight_std=0.3)
     documents = tmp_path_factory.mktemp("documents") / "all.jsonl"
-    documents.write_text("".join(json.dumps({"text": f"line {number}: " + "still " * (number % 9)}) + "\n" for number in range(60)))
+    documents.write_text(
+        "".join(
+            json.dumps({"text": f"line {number}: " + "still " * (number % 9)}) + "\n"
+            for number in range(60)
+        )
+    )
     tokenizer = load_tokenizer(str(folder))
     section = CorpusSection(dataset=str(documents), sequence_length=16, heldout_sequences=2)
-    split = prepare_corpus(section, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=folder / "cache")
+    split = prepare_corpus(
+        section, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=folder / "cache"
+    )
     return load_model(TeacherSection(model=str(folder), dtype="float32")), tokenizer, split.train
 
 
-def weights_of(form: Form, school: tuple, *, seed: int = 0, beside: tuple[Form, ...] = ()) -> torch.Tensor:
+def weights_of(
+    form: Form, school: tuple, *, seed: int = 0, beside: tuple[Form, ...] = ()
+) -> torch.Tensor:
     teacher, tokenizer, corpus = school
     steps: list[None] = []
-    students = teach([*beside, form], teacher, tokenizer, corpus, LESSONS, seed=seed, on_step=lambda: steps.append(None))
+    students = teach(
+        [*beside, form],
+        teacher,
+        tokenizer,
+        corpus,
+        LESSONS,
+        seed=seed,
+        on_step=lambda: steps.append(None),
+    )
     assert len(steps) == LESSONS.num_steps
-    return torch.cat([parameter.detach().flatten() for parameter in students[form.name].parameters()])
+    return torch.cat(
+        [parameter.detach().flatten() for parameter in students[form.name].parameters()]
+    )
 
 
-def test_a_record_that_keeps_everything_teaches_what_the_whole_distribution_does(school: tuple) -> None:
+def test_a_record_that_keeps_everything_teaches_what_the_whole_distribution_does(
+    school: tuple,
+) -> None:
     whole = weights_of(Form("everything", "everything", WHOLE), school)
     stored = weights_of(Form("all", "stored", WHOLE), school)
     text = weights_of(Form("text", "text", WHOLE), school)
     assert (whole - stored).norm() < 0.1 * (whole - text).norm()
 
 
-def test_a_student_is_the_same_alone_and_beside_others_and_another_with_another_seed(school: tuple) -> None:
+def test_a_student_is_the_same_alone_and_beside_others_and_another_with_another_seed(
+    school: tuple,
+) -> None:
     form = Form("4+3", "stored", Codec(V, 4, num_draws=3))
     alone = weights_of(form, school)
     others = (Form("text", "text", WHOLE), Form("rs-6", "independent", Codec(V, 0, num_draws=6)))
@@ -89,15 +136,26 @@ def test_corpora_shorter_than_the_lessons_are_read_again(school: tuple) -> None:
     teacher, tokenizer, corpus = school
     assert isinstance(corpus, Corpus)
     long = replace(LESSONS, num_steps=corpus.num_sequences // LESSONS.batch_sequences + 2)
-    teach([Form("text", "text", WHOLE)], teacher, tokenizer, corpus, long, seed=0, on_step=lambda: None)
+    teach(
+        [Form("text", "text", WHOLE)],
+        teacher,
+        tokenizer,
+        corpus,
+        long,
+        seed=0,
+        on_step=lambda: None,
+    )
 
 
 @pytest.mark.parametrize("power", [0.8, 1.0, 1.25])
 def test_weights_make_up_for_the_proposal(school: tuple, power: float) -> None:
-    """With many draws, a student of the weighted ones learns what the whole distribution teaches."""
+    """With many draws, a student of the weighted ones learns what the whole distribution
+    teaches."""
     whole = weights_of(Form("everything", "everything", WHOLE), school)
     text = weights_of(Form("text", "text", WHOLE), school)
-    weighted = weights_of(Form("many", "weighted", Codec(V, 0, num_draws=4000), proposal=power), school)
+    weighted = weights_of(
+        Form("many", "weighted", Codec(V, 0, num_draws=4000), proposal=power), school
+    )
     assert (whole - weighted).norm() < 0.3 * (whole - text).norm()
 
 
@@ -119,15 +177,25 @@ def test_independent_draws_vary_more_than_ours_and_mean_the_same() -> None:
 
 
 def test_the_bytes_of_counted_draws_are_those_of_a_code_that_can_be_read_back() -> None:
-    """Ten draws of one id: E(1) bytes for it, one byte for the number of ids, and 9 bits that would part one id's draws from the next's."""
+    """Ten draws of one id: E(1) bytes for it, one byte for the number of ids, and 9 bits that would
+    part one id's draws from the next's."""
     logits = torch.full((4, 1000), -30.0)
     logits[:, 7] = 0.0
     found = coding("peaks", logits, num_draws=10)
-    assert (found.mean_distinct, found.multiset_bytes) == (1.0, Codec(1000, 0, num_draws=10).bytes_per_token)
+    assert (found.mean_distinct, found.multiset_bytes) == (
+        1.0,
+        Codec(1000, 0, num_draws=10).bytes_per_token,
+    )
     assert found.mean_counted_bytes == Codec(1000, 0, num_draws=1).bytes_per_token + 1 + 2
     flat = coding("flat", torch.zeros(4, 151_936), num_draws=50)
     assert flat.mean_distinct > 49
-    assert flat.multiset_bytes == 85 < flat.mean_counted_bytes <= flat.worst_counted_bytes == 85 + 1 + 7
+    assert (
+        flat.multiset_bytes
+        == 85
+        < flat.mean_counted_bytes
+        <= flat.worst_counted_bytes
+        == 85 + 1 + 7
+    )
 
 
 def scores(kl: float) -> Scores:
@@ -135,15 +203,29 @@ def scores(kl: float) -> Scores:
 
 
 def test_the_gap_is_from_the_text_to_the_whole_distribution() -> None:
-    found = {"text": scores(1.0), "everything": scores(0.2), "half": scores(0.6), "worse": scores(1.4)}
+    found = {
+        "text": scores(1.0),
+        "everything": scores(0.2),
+        "half": scores(0.6),
+        "worse": scores(1.4),
+    }
     assert [share_of_the_gap(found, name) for name in found] == pytest.approx([0.0, 1.0, 0.5, -0.5])
 
 
 def test_what_was_measured_is_kept_and_drawn(tmp_path: Path) -> None:
     forms = forms_of(4096)
-    rounds = [{form.name: scores(1.0 - 0.01 * index + 0.1 * seed) for index, form in enumerate(forms)} for seed in range(3)]
+    rounds = [
+        {form.name: scores(1.0 - 0.01 * index + 0.1 * seed) for index, form in enumerate(forms)}
+        for seed in range(3)
+    ]
     codings = [coding("flat", torch.zeros(2, 500), num_draws=5)]
-    found = json.loads(json.dumps(record(Provenance.of("stillhouse bench targets"), QUICK, LESSONS, forms, rounds, codings)))
+    found = json.loads(
+        json.dumps(
+            record(
+                Provenance.of("stillhouse bench targets"), QUICK, LESSONS, forms, rounds, codings
+            )
+        )
+    )
     assert len(found["rounds"]) == 3
     assert found["forms"][2]["bytes_per_token"] <= 48
     assert table(forms, rounds).row_count == len(forms)

@@ -1,4 +1,5 @@
-"""A checkpoint is chosen only if every byte of it is what was committed; otherwise the one before it is, or a message says what to do."""
+"""A checkpoint is chosen only if every byte of it is what was committed; otherwise the one before
+it is, or a message says what to do."""
 
 import json
 import os
@@ -69,9 +70,10 @@ def test_the_newest_step_is_chosen_and_not_the_newest_file(tmp_path: Path):
 def test_a_checkpoint_without_its_manifest_is_never_chosen(tmp_path: Path):
     make(tmp_path, 10)
     write_files(str(tmp_path), 20)
+    # killed as it published
     manifest_of(tmp_path, 20).with_name(f"{tag_of(20)}.json#1").write_bytes(
         manifest_of(tmp_path, 10).read_bytes()
-    )  # killed as it published
+    )
     assert step_of_newest(tmp_path) == 10
 
 
@@ -99,8 +101,16 @@ def test_another_training_cannot_commit_between(tmp_path: Path):
     make(tmp_path, 10)
     before = manifest_of(tmp_path, 10).read_bytes()
     write_files(str(tmp_path), 10, attempt="b")
-    with pytest.raises(CheckpointError, match=r"of another training:\n  - seed: found 0, wanted 1\nGive each run a --run-dir"):
-        commit_files(str(tmp_path), 10, attempt="b", origin=Origin(3, ORIGIN.fingerprint, {"seed": 1, "betas": [0.9, 0.95]}))
+    with pytest.raises(
+        CheckpointError,
+        match=r"of another training:\n  - seed: found 0, wanted 1\nGive each run a --run-dir",
+    ):
+        commit_files(
+            str(tmp_path),
+            10,
+            attempt="b",
+            origin=Origin(3, ORIGIN.fingerprint, {"seed": 1, "betas": [0.9, 0.95]}),
+        )
     assert manifest_of(tmp_path, 10).read_bytes() == before
 
 
@@ -176,13 +186,17 @@ def test_any_bit_flipped_in_a_part_is_found_before_it_is_committed(tmp_path: Pat
         part.write_bytes(damaged)
         with suppress(CheckpointError):
             found = read_part(Blobs(str(tmp_path)), folder, rank=0, world_size=2)
-            assert {name: found[name] for name in FILES} == {name: expected[name] for name in FILES}  # other white space, the same words
+            # other white space, the same words
+            assert {name: found[name] for name in FILES} == {name: expected[name] for name in FILES}
 
 
 def test_a_damaged_part_is_named(tmp_path: Path):
     folder = write_files(str(tmp_path), 10)
     flip(tmp_path / folder / part_of(0, 2), 20)
-    with pytest.raises(CheckpointError, match=r"part-00000-of-00002\.json, which rank 0 has written, cannot be read"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"part-00000-of-00002\.json, which rank 0 has written, cannot be read",
+    ):
         commit_files(str(tmp_path), 10)
 
 
@@ -223,7 +237,9 @@ def test_a_manifest_with_the_right_checksum_is_believed(tmp_path: Path):
     assert step_of_newest(tmp_path) == 10
 
 
-@pytest.mark.parametrize("name", ["../secret", "../../secret", "/etc/passwd", "link/secret", "..", "."])
+@pytest.mark.parametrize(
+    "name", ["../secret", "../../secret", "/etc/passwd", "link/secret", "..", "."]
+)
 def test_a_manifest_may_not_name_what_lies_outside_of_its_checkpoint(tmp_path: Path, name: str):
     root = tmp_path / "checkpoints"
     made = make(root, 10, 20)
@@ -260,7 +276,9 @@ def test_a_manifest_that_makes_no_sense_is_passed_over(tmp_path: Path, changes: 
     assert step_of_newest(tmp_path) == 10
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"commit": 3, "xxh3": ""}', '{"commit": {}}', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", '{"commit": 3, "xxh3": ""}', '{"commit": {}}', "\udcff"]
+)
 def test_a_manifest_that_is_none_is_passed_over(tmp_path: Path, text: str):
     make(tmp_path, 10, 20)
     manifest_of(tmp_path, 20).write_bytes(os.fsencode(text))
@@ -317,8 +335,12 @@ def test_the_newest_are_kept_and_torn_ones_before_them_go(tmp_path: Path, keep: 
     being_written = write_files(str(tmp_path), 1010, attempt="b")
     retain(Blobs(str(tmp_path)), keep)
     kept = made[-keep:]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted([*(commit.folder for commit in kept), being_written])
-    assert sorted(path.name for path in tmp_path.glob("*.json")) == sorted(commit.manifest for commit in kept)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(
+        [*(commit.folder for commit in kept), being_written]
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == sorted(
+        commit.manifest for commit in kept
+    )
     assert step_of_newest(tmp_path) == 1000
 
 
@@ -343,7 +365,9 @@ def test_a_directory_is_read_in_place(tmp_path: Path):
     (made,) = make(tmp_path, 10)
     with newest_copy(str(tmp_path), lambda commit: commit.files, tell=refuse_outage) as found:
         assert found == (made, tmp_path / made.folder)
-    with newest_copy(str(tmp_path / "absent"), lambda commit: commit.files, tell=refuse_outage) as found:
+    with newest_copy(
+        str(tmp_path / "absent"), lambda commit: commit.files, tell=refuse_outage
+    ) as found:
         assert found is None
 
 

@@ -8,7 +8,9 @@ import pytest
 from stillhouse.checkpoint.scratch import scratch_folder
 
 
-def test_what_a_dead_process_left_goes_and_what_is_in_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_dead_process_left_goes_and_what_is_in_use_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with scratch_folder() as used:
         (used / "zero.pt").write_bytes(b"x")

@@ -1,4 +1,5 @@
-"""A pickle of a checkpoint can build tensors and plain values, whatever it asks for and whoever asks torch to open it."""
+"""A pickle of a checkpoint can build tensors and plain values, whatever it asks for and whoever
+asks torch to open it."""
 
 import ast
 import pickle
@@ -43,19 +44,39 @@ MISUSES: dict[str, Callable[[str], bytes]] = {
     "a command": lambda marker: called("os.mkdir", marker),
     "the same by its other name": lambda marker: called("posix.mkdir", marker),
     "an expression": lambda marker: called("builtins.eval", CODE.format(marker=marker)),
-    "an attribute of what is allowed": lambda marker: called("torch.serialization.os.mkdir", marker),
+    "an attribute of what is allowed": lambda marker: called(
+        "torch.serialization.os.mkdir", marker
+    ),
     "a file with code": lambda marker: called("runpy.run_path", marker),
     "torch.load itself": lambda marker: called("torch.serialization.load", marker),
-    "a class that opens process groups": lambda _: called("torch.distributed.device_mesh.DeviceMesh", "cpu", [0]),
-    "a command through a builder": lambda marker: named(FROM_TYPE) + b"(" + named("os.mkdir") + plain(marker) + b"tR",
-    "a builder that is given a class": lambda marker: named(FROM_TYPE) + b"(" + named(SCALER) + plain((int, (marker,), None)) + b"tR",
-    "a state that runs code": lambda _: NEW_SCALER + b"}" + plain("__setstate__") + named("builtins.exec") + b"sb",
-    "a state that calls a builder": lambda marker: (
-        NEW_SCALER + b"}" + plain("__setstate__") + named("torch._utils._rebuild_tensor") + b"sb" + plain({"x": marker}) + b"b"
+    "a class that opens process groups": lambda _: called(
+        "torch.distributed.device_mesh.DeviceMesh", "cpu", [0]
     ),
-    "a global by the newer instruction": lambda marker: plain("os") + plain("mkdir") + b"\x93" + plain((marker,)) + b"R",
+    "a command through a builder": lambda marker: (
+        named(FROM_TYPE) + b"(" + named("os.mkdir") + plain(marker) + b"tR"
+    ),
+    "a builder that is given a class": lambda marker: (
+        named(FROM_TYPE) + b"(" + named(SCALER) + plain((int, (marker,), None)) + b"tR"
+    ),
+    "a state that runs code": lambda _: (
+        NEW_SCALER + b"}" + plain("__setstate__") + named("builtins.exec") + b"sb"
+    ),
+    "a state that calls a builder": lambda marker: (
+        NEW_SCALER
+        + b"}"
+        + plain("__setstate__")
+        + named("torch._utils._rebuild_tensor")
+        + b"sb"
+        + plain({"x": marker})
+        + b"b"
+    ),
+    "a global by the newer instruction": lambda marker: (
+        plain("os") + plain("mkdir") + b"\x93" + plain((marker,)) + b"R"
+    ),
     "an instance of the oldest kind": lambda marker: b"(" + plain(marker) + b"ios\nmkdir\n",
-    "an instance of a class on the stack": lambda marker: b"(" + named("os.mkdir") + plain(marker) + b"o",
+    "an instance of a class on the stack": lambda marker: (
+        b"(" + named("os.mkdir") + plain(marker) + b"o"
+    ),
     "an extension by its number": lambda _: b"\x82\x01",
     "a stack that is empty": lambda _: b"R",
     "no end": lambda _: b"",
@@ -63,11 +84,19 @@ MISUSES: dict[str, Callable[[str], bytes]] = {
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
-def test_instructions_that_do_more_than_build_tensors_are_refused(misuse: str, tmp_path: Path) -> None:
-    instructions = b"\x80\x02" + MISUSES[misuse](str(tmp_path / "it-ran")) + (b"" if misuse == "no end" else b".")
+def test_instructions_that_do_more_than_build_tensors_are_refused(
+    misuse: str, tmp_path: Path
+) -> None:
+    instructions = (
+        b"\x80\x02"
+        + MISUSES[misuse](str(tmp_path / "it-ran"))
+        + (b"" if misuse == "no end" else b".")
+    )
     write_archive(tmp_path / "file.pt", instructions)
     for open_it in (opened, lambda path: opened(path, map_location="meta"), load_within_deepspeed):
-        with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / 'file.pt'} was not opened: ")):
+        with pytest.raises(
+            CheckpointError, match=re.escape(f"{tmp_path / 'file.pt'} was not opened: ")
+        ):
             open_it(tmp_path / "file.pt")
     assert not (tmp_path / "it-ran").exists()
 
@@ -89,7 +118,13 @@ def test_tensors_and_plain_values_come_back_as_they_were(tmp_path: Path) -> None
         ALLOWED[1](2),
         ALLOWED[2](numel=7, start=3),
     )
-    state = {"weights": torch.arange(6.0).view(2, 3), "step": 7, "stage": stage, "slice": address, "names": ["lm.head", None, True, 0.5]}
+    state = {
+        "weights": torch.arange(6.0).view(2, 3),
+        "step": 7,
+        "stage": stage,
+        "slice": address,
+        "names": ["lm.head", None, True, 0.5],
+    }
     torch.save(state | {"scaler": next(scaler)}, tmp_path / "file.pt")
     for load in (opened, load_within_deepspeed):
         found = load(tmp_path / "file.pt")
@@ -101,9 +136,16 @@ def test_tensors_and_plain_values_come_back_as_they_were(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["/outside", "../outside", "a/b", ".."])
 def test_text_that_is_a_path_is_refused_wherever_it_stands(tmp_path: Path, name: str) -> None:
-    for state in ({name: 0}, {"shapes": [{name: torch.ones(1)}]}, {"names": ("a", [name])}, [{"layers": {"key": name}}]):
+    for state in (
+        {name: 0},
+        {"shapes": [{name: torch.ones(1)}]},
+        {"names": ("a", [name])},
+        [{"layers": {"key": name}}],
+    ):
         torch.save(state, tmp_path / "file.pt")
-        with pytest.raises(CheckpointError, match=re.escape(f"was not used: it names {name!r}, which is a path")):
+        with pytest.raises(
+            CheckpointError, match=re.escape(f"was not used: it names {name!r}, which is a path")
+        ):
             opened(tmp_path / "file.pt")
 
 
@@ -142,7 +184,10 @@ def as_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("begin", [as_the_command, as_a_worker, lambda _: forbid_pickled_code()])
 @pytest.mark.parametrize("asked", [None, "0", "1"])
 def test_every_process_opens_tensors_alone_whatever_its_environment_asked_for(
-    begin: Callable[[pytest.MonkeyPatch], None], asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    begin: Callable[[pytest.MonkeyPatch], None],
+    asked: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.save({"weights": torch.ones(2)}, tmp_path / "sound.pt")
     torch.save({"weights": Bomb(tmp_path / "it-ran")}, tmp_path / "file.pt")
@@ -155,7 +200,8 @@ def test_every_process_opens_tensors_alone_whatever_its_environment_asked_for(
     assert torch.load(tmp_path / "sound.pt", weights_only=False)["weights"].sum() == 2
 
 
-# What the framework relies on: DeepSpeed opens files by `torch.load`, looked up when it is called, and in the process that asks for it.
+# What the framework relies on: DeepSpeed opens files by `torch.load`, looked up when it is called,
+# and in the process that asks for it.
 OPENED_BY_TORCH_LOAD = {
     "checkpoint/autoep_universal.py": 6,
     "checkpoint/deepspeed_checkpoint.py": 7,
@@ -176,9 +222,15 @@ OPENED_BY_TORCH_LOAD = {
     "runtime/zero/stage3.py": 2,
     "utils/zero_to_fp32.py": 3,
 }
-OPENED_OTHERWISE = {("inference/v2/engine_factory.py", "pickle.load"), ("ops/transformer/inference/triton/matmul_ext.py", "pickle.load")}
+OPENED_OTHERWISE = {
+    ("inference/v2/engine_factory.py", "pickle.load"),
+    ("ops/transformer/inference/triton/matmul_ext.py", "pickle.load"),
+}
 POOLS = {
-    ("checkpoint/ds_to_universal.py", "ProcessPoolExecutor"),  # of one worker, which is the process itself
+    (
+        "checkpoint/ds_to_universal.py",
+        "ProcessPoolExecutor",
+    ),  # of one worker, which is the process itself
     ("nvme/io_engine.py", "Pool"),  # of its benchmark
 }
 
@@ -196,13 +248,23 @@ def test_deepspeed_opens_files_where_it_is_known_to() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 called_name = f"{node.value.id}.{node.attr}"
                 loads[name] += called_name == "torch.load"
-                if re.fullmatch(r"(pickle|cloudpickle|dill|joblib|marshal)\.(load|loads|Unpickler)", called_name):
+                if re.fullmatch(
+                    r"(pickle|cloudpickle|dill|joblib|marshal)\.(load|loads|Unpickler)", called_name
+                ):
                     otherwise.add((name, called_name))
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 otherwise.add((name, "allow_pickle"))
             if isinstance(node, ast.Name) and node.id in ("ProcessPoolExecutor", "Pool"):
                 pools.add((name, node.id))
-            if isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.serialization", "pickle"):
-                imported |= {(name, each.name) for each in node.names if each.name in ("load", "loads", "_load", "Unpickler")}
+            if isinstance(node, ast.ImportFrom) and node.module in (
+                "torch",
+                "torch.serialization",
+                "pickle",
+            ):
+                imported |= {
+                    (name, each.name)
+                    for each in node.names
+                    if each.name in ("load", "loads", "_load", "Unpickler")
+                }
     assert +loads == Counter(OPENED_BY_TORCH_LOAD)
     assert (otherwise, pools, imported) == (OPENED_OTHERWISE, POOLS, set())

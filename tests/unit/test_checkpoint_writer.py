@@ -1,4 +1,5 @@
-"""The background half of a checkpoint: training goes on, errors come back, and ranks need no collective to commit."""
+"""The background half of a checkpoint: training goes on, errors come back, and ranks need no
+collective to commit."""
 
 import threading
 from collections.abc import Callable
@@ -32,7 +33,14 @@ def writer(
     on_commit: Callable[[Commit, float, float], None] = lambda *_: None,
 ) -> CheckpointWriter:
     return CheckpointWriter(
-        str(root), origin=origin, attempt=attempt, rank=rank, world_size=world_size, keep=keep, on_commit=on_commit, on_delay=pytest.fail
+        str(root),
+        origin=origin,
+        attempt=attempt,
+        rank=rank,
+        world_size=world_size,
+        keep=keep,
+        on_commit=on_commit,
+        on_delay=pytest.fail,
     )
 
 
@@ -69,7 +77,9 @@ def test_rank_0_commits_when_every_part_is_there_and_not_before(tmp_path: Path):
     assert all(own.wait() for own in ranks)
     found = newest(str(tmp_path))
     assert found is not None
-    assert {f"pp_rank_{rank}_optim.pt" for rank in range(3)} | {part_of(rank, 3) for rank in range(3)} == found.files.keys()
+    assert {f"pp_rank_{rank}_optim.pt" for rank in range(3)} | {
+        part_of(rank, 3) for rank in range(3)
+    } == found.files.keys()
 
 
 def test_an_abandoned_checkpoint_is_torn_and_the_next_attempt_commits_the_same_step(tmp_path: Path):
@@ -94,13 +104,18 @@ def test_old_commits_go_after_the_callback_and_a_training_in_progress_is_left_al
     def look(made: Commit, _seconds: float, _blocking_s: float) -> None:
         seen.append((made.step, sorted(path.name for path in tmp_path.glob("*.json"))))
 
-    ahead = write_files(str(tmp_path), 99, attempt="a")  # another rank of ours is a checkpoint ahead
+    # another rank of ours is a checkpoint ahead
+    ahead = write_files(str(tmp_path), 99, attempt="a")
     with writer(tmp_path, keep=1, on_commit=look) as own:
         for step in (1, 2):
             own.submit(snapshot_of(step))
         own.wait()
     assert seen == [(1, ["step-00000001.json"]), (2, ["step-00000001.json", "step-00000002.json"])]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002.a", "step-00000002.json", ahead]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000002.a",
+        "step-00000002.json",
+        ahead,
+    ]
 
 
 def test_an_error_comes_back_in_the_training_thread_once(tmp_path: Path):
@@ -116,19 +131,35 @@ def test_an_error_comes_back_in_the_training_thread_once(tmp_path: Path):
         assert not other.busy
 
 
-def test_who_waits_for_a_store_that_stays_away_gets_its_words_in_the_end(monkeypatch: pytest.MonkeyPatch):
+def test_who_waits_for_a_store_that_stays_away_gets_its_words_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Training alone would go on, and the checkpoint be tried again, for as long as it takes."""
     with RangeServer(refusal=Refusal(503, "SlowDown")).running() as server:
         for name, value in s3_environment(server.endpoint).items():
             monkeypatch.setenv(name, value)
         delays: list[tuple[int, str]] = []
-        only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1, "on_commit": pytest.fail}
+        only = {
+            "origin": ORIGIN,
+            "attempt": "a",
+            "rank": 0,
+            "world_size": 1,
+            "keep": 1,
+            "on_commit": pytest.fail,
+        }
         patience = Patience(request_s=0.05, end_after_s=0.5)
-        with CheckpointWriter("s3://bucket/root", **only, on_delay=lambda *delay: delays.append(delay), patience=patience) as own:
+        with CheckpointWriter(
+            "s3://bucket/root",
+            **only,
+            on_delay=lambda *delay: delays.append(delay),
+            patience=patience,
+        ) as own:
             own.submit(snapshot_of(3))
             until(lambda: len(delays) == 1)
             assert not own.wait(0.1)
-            with pytest.raises(StoreUnavailable, match=r"too busy.*after 0 s of waiting it is given up"):
+            with pytest.raises(
+                StoreUnavailable, match=r"too busy.*after 0 s of waiting it is given up"
+            ):
                 own.wait()
     assert delays[0][0] == 3
 
@@ -143,14 +174,21 @@ def test_an_error_is_told_to_who_only_asks(tmp_path: Path):
 
 
 def test_nobody_is_told_of_a_commit_that_was_made_after_another_command_took_over(tmp_path: Path):
-    """The owner is looked for before a commit and after it: in between a rank may have stood still for minutes."""
+    """The owner is looked for before a commit and after it: in between a rank may have stood still
+    for minutes."""
 
     def require_owner() -> None:
         if (tmp_path / "step-00000003.json").exists():
             raise CheckpointError("they belong to another command now")
 
     only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1}
-    with CheckpointWriter(str(tmp_path), **only, on_commit=pytest.fail, on_delay=pytest.fail, require_owner=require_owner) as own:
+    with CheckpointWriter(
+        str(tmp_path),
+        **only,
+        on_commit=pytest.fail,
+        on_delay=pytest.fail,
+        require_owner=require_owner,
+    ) as own:
         own.submit(snapshot_of(3))
         with pytest.raises(CheckpointError, match="another command"):
             own.wait()
@@ -186,7 +224,13 @@ def test_a_second_snapshot_waits_for_the_first_and_says_how_long(tmp_path: Path)
 
 def test_a_copy_shares_nothing_with_what_it_is_of_and_everything_within():
     weight = torch.arange(6.0).reshape(2, 3)
-    state = {"a": weight, "tied": weight, "slice": weight[1], "nested": [(weight.t(), {"n": [1, 2]})], "bf16": weight.bfloat16()}
+    state = {
+        "a": weight,
+        "tied": weight,
+        "slice": weight[1],
+        "nested": [(weight.t(), {"n": [1, 2]})],
+        "bf16": weight.bfloat16(),
+    }
     copied, _ = HostMemory(CPU).snapshot_of("f", state)
     expected = weight.clone()
     weight.zero_()

@@ -1,4 +1,5 @@
-"""`check` says what a run makes and needs, and what would stop it; it loads no weights and writes nothing."""
+"""`check` says what a run makes and needs, and what would stop it; it loads no weights and writes
+nothing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +25,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def filled(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A plan whose chunks are all in its store."""
-    plan = tiny_world.plan(Path("run"), store={"url": str(tmp_path_factory.mktemp("filled") / "store")})
+    plan = tiny_world.plan(
+        Path("run"), store={"url": str(tmp_path_factory.mktemp("filled") / "store")}
+    )
     tiny_world.fill_store(plan)
     return plan
 
 
 @pytest.fixture
 def check(tiny_world: TinyWorld, tmp_path: Path, cache: Path):
-    """Runs `stillhouse check` on the tiny world, with changes, in a run directory and a store that do not exist."""
+    """Runs `stillhouse check` on the tiny world, with changes, in a run directory and a store that
+    do not exist."""
 
     def run(**changes: dict[str, object]) -> Outcome:
         config = tmp_path / "config.toml"
@@ -54,7 +58,9 @@ def rows_of(outcome: Outcome) -> dict[str, str]:
 
 def test_a_run_on_gpus_has_its_hours_estimated_and_is_told_how(check):
     on_gpus = {"device": "cuda", "num_gpus": 1.0, "num_cpus": 0.25}
-    rows = rows_of(check(teacher=on_gpus | {"max_replicas": 3}, student=on_gpus | {"num_workers": 2}))
+    rows = rows_of(
+        check(teacher=on_gpus | {"max_replicas": 3}, student=on_gpus | {"num_workers": 2})
+    )
     assert "on 3 H100" in rows["hours"]
     assert "on 2 H100" in rows["hours"]
     assert "6 for training" in rows["hours"]
@@ -69,7 +75,10 @@ def test_it_says_what_follows_from_the_config(check, filled: Plan):
     assert f"the same {recipe.vocab_size} ids" in rows["tokenizer"]
     assert f"{corpus.num_sequences:,} sequences of 32 tokens" in rows["corpus"]
     assert f"{corpus.num_targets:,} of them with a target; 8 more are held out" in rows["corpus"]
-    assert f"k = 8, 12 draws from the tail, {recipe.codec.name}: {recipe.codec.bytes_per_token} bytes each" in rows["targets"]
+    assert (
+        f"k = 8, 12 draws from the tail, {recipe.codec.name}: {recipe.codec.bytes_per_token} "
+        "bytes each" in rows["targets"]
+    )
     assert recipe.fingerprint[:16] in rows["store"]
     assert f"{len(filled.chunks)} chunks of 8 sequences" in rows["store"]
     assert "0 are there already" in rows["store"]
@@ -84,21 +93,32 @@ def test_it_says_how_many_draws_a_target_has(check):
 
 
 def test_it_says_where_draws_are_of_no_use(check):
-    assert "jsd, which learns nothing from the 12 draws a token" in check(student={"divergence": "jsd"}).out
+    assert (
+        "jsd, which learns nothing from the 12 draws a token"
+        in check(student={"divergence": "jsd"}).out
+    )
     assert "learns nothing from" not in check().out
 
 
 def test_it_says_what_one_bucket_asks_of_the_teacher_before_a_chunk_is_there(check):
     outcome = check(student={"divergence": "jsd"})
     assert outcome.code == 0, outcome
-    assert "stops before its first step unless the kept entries hold 80% of the teacher's mass in the first batch" in outcome.out
-    assert "stops before its first step" not in check(student={"divergence": "jsd", "tail_as_bucket": True}).out
+    assert (
+        "stops before its first step unless the kept entries hold 80% of the teacher's mass in "
+        "the first batch" in outcome.out
+    )
+    assert (
+        "stops before its first step"
+        not in check(student={"divergence": "jsd", "tail_as_bucket": True}).out
+    )
     forward = check(target={"tail_draws": 0})
     assert "forward_kl, which sees all but the 8 kept entries as one bucket" in forward.out
     assert "stops before its first step" not in forward.out
 
 
-def test_one_bucket_of_a_flat_teacher_is_an_obstacle_once_the_first_batch_shows_it(check, filled: Plan, tmp_path: Path):
+def test_one_bucket_of_a_flat_teacher_is_an_obstacle_once_the_first_batch_shows_it(
+    check, filled: Plan, tmp_path: Path
+):
     store = {"url": filled.config.store.url}
     refused = check(store=store, student={"divergence": "jsd"})
     assert refused.code == 2, refused
@@ -107,7 +127,8 @@ def test_one_bucket_of_a_flat_teacher_is_an_obstacle_once_the_first_batch_shows_
     assert check(store=store, student={"divergence": "jsd", "tail_as_bucket": True}).code == 0
     assert check(store=store).code == 0
     make_checkpoints(tmp_path / "run" / "checkpoints" / "student", 10)
-    assert check(store=store, student={"divergence": "jsd"}).code == 0  # a training that has begun goes on
+    # a training that has begun goes on
+    assert check(store=store, student={"divergence": "jsd"}).code == 0
 
 
 def test_the_bytes_that_it_promises_are_those_that_the_store_takes(filled: Plan):
@@ -135,8 +156,11 @@ def test_a_store_that_nearly_matches_is_named_with_the_fields_that_differ(check,
 
 def test_no_weight_is_read(check, tmp_path: Path):
     make_model(tmp_path / "strange", vocab_size=300)
-    save_file({"peat": torch.zeros(1)}, tmp_path / "strange" / "model.safetensors")  # a whole file, and none of the model's weights
-    outcome = check(teacher={"model": str(tmp_path / "strange")}, student={"model": str(tmp_path / "strange")})
+    # a whole file, and none of the model's weights
+    save_file({"peat": torch.zeros(1)}, tmp_path / "strange" / "model.safetensors")
+    outcome = check(
+        teacher={"model": str(tmp_path / "strange")}, student={"model": str(tmp_path / "strange")}
+    )
     assert outcome.code == 0, outcome
     assert "parameters" in rows_of(outcome)["teacher"]
 
@@ -152,7 +176,9 @@ def test_a_padded_head_is_fine_and_a_narrow_one_is_not(check, tmp_path: Path):
     assert "299 rows, fewer than the tokenizer's 300 ids" in narrow.err
 
 
-def test_the_run_directory_of_another_run_is_refused_by_check_and_by_run(check, filled: Plan, tmp_path: Path):
+def test_the_run_directory_of_another_run_is_refused_by_check_and_by_run(
+    check, filled: Plan, tmp_path: Path
+):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text(filled.config.model_dump_json())
@@ -172,10 +198,17 @@ def test_the_run_directory_of_another_run_is_refused_by_check_and_by_run(check, 
 
 def test_what_is_unwise_is_noted_and_stops_nothing(check):
     student, teacher = {"warmup_steps": 50, "global_batch_sequences": 6}, {"max_replicas": 20}
-    outcome = check(student=student, teacher=teacher, corpus={"sequence_length": 513}, cluster={"num_cpus": 3})
+    outcome = check(
+        student=student, teacher=teacher, corpus={"sequence_length": 513}, cluster={"num_cpus": 3}
+    )
     assert outcome.code == 0, outcome
     notes = [line for line in outcome.out.splitlines() if line.startswith("note: ")]
-    for words in ("never reaches its peak", "masked rows", "made for 512 positions", "10 fit beside the student"):
+    for words in (
+        "never reaches its peak",
+        "masked rows",
+        "made for 512 positions",
+        "10 fit beside the student",
+    ):
         assert any(words in note for note in notes), words
 
 
@@ -213,21 +246,35 @@ def test_a_placement_that_contradicts_itself_is_an_obstacle_like_any_other(check
     assert "sequences of 32 tokens" in outcome.out
 
 
-def test_exact_and_fast_logits_of_a_narrow_teacher_are_different_targets(tiny_world: TinyWorld, tmp_path: Path):
+def test_exact_and_fast_logits_of_a_narrow_teacher_are_different_targets(
+    tiny_world: TinyWorld, tmp_path: Path
+):
     def fingerprint(**teacher: str) -> str:
         return tiny_world.plan(tmp_path / "run", teacher=teacher).recipe.fingerprint
 
-    assert fingerprint(dtype="bfloat16") == fingerprint(dtype="bfloat16", logits="exact") != fingerprint(dtype="bfloat16", logits="fast")
-    assert fingerprint(dtype="float32", logits="exact") == fingerprint(dtype="float32", logits="fast")
+    assert (
+        fingerprint(dtype="bfloat16")
+        == fingerprint(dtype="bfloat16", logits="exact")
+        != fingerprint(dtype="bfloat16", logits="fast")
+    )
+    assert fingerprint(dtype="float32", logits="exact") == fingerprint(
+        dtype="float32", logits="fast"
+    )
 
 
-def test_training_alone_counts_a_chunk_that_was_cut_short_as_missing_and_says_who_makes_it(filled: Plan, tmp_path: Path):
+def test_training_alone_counts_a_chunk_that_was_cut_short_as_missing_and_says_who_makes_it(
+    filled: Plan, tmp_path: Path
+):
     store = ChunkStore(filled.config.store.url, filled.recipe)
     path = Path(store.url) / store.key(filled.chunks[0])
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     try:
-        with pytest.raises(StoreError, match=rf"^1 of {len(filled.chunks)} chunks are not in .*; `stillhouse produce` makes them"):
+        with pytest.raises(
+            StoreError,
+            match=rf"^1 of {len(filled.chunks)} chunks are not in .*; `stillhouse produce` makes "
+            r"them",
+        ):
             train(replace(filled, run_dir=tmp_path / "run"))
     finally:
         path.write_bytes(whole)

@@ -12,7 +12,10 @@ def test_a_billion_tokens_of_a_32b_teacher_take_16_h100s_about_three_hours() -> 
 
 
 def test_recomputing_activations_costs_a_third_more() -> None:
-    plain, again = (training(4e9, 1e9, checkpointing=checkpointing, card="H100", num_cards=8).hours for checkpointing in (False, True))
+    plain, again = (
+        training(4e9, 1e9, checkpointing=checkpointing, card="H100", num_cards=8).hours
+        for checkpointing in (False, True)
+    )
     assert again / plain == pytest.approx(8 / 6)
 
 

@@ -1,4 +1,5 @@
-"""The command: it answers at once, a mistake is one message and exit code 2, a bug keeps its traceback."""
+"""The command: it answers at once, a mistake is one message and exit code 2, a bug keeps its
+traceback."""
 
 import json
 import logging
@@ -25,13 +26,15 @@ import sys
 import stillhouse
 from stillhouse.cli.main import app
 
-for verb in ("", "init", "demo", "check", "run", "produce", "train", "eval", "report", "export", "store",
-             "store ls", "store stat", "store verify", "store sweep", "bench", "bench pipeline", "bench loss", "bench head"):
+for verb in ("", "init", "demo", "check", "run", "produce", "train", "eval", "report", "export",
+              "store", "store ls", "store stat", "store verify", "store sweep",
+             "bench", "bench pipeline", "bench loss", "bench head"):
     try:
         app([*verb.split(), "--help"])
     except SystemExit as end:
         assert end.code == 0, verb
-heavy = {"torch", "ray", "deepspeed", "transformers", "datasets", "wandb", "matplotlib", "obstore", "numpy"} & set(sys.modules)
+heavy = {"torch", "ray", "deepspeed", "transformers", "datasets", "wandb", "matplotlib", "obstore",
+         "numpy"} & set(sys.modules)
 sys.exit(f"loaded: {heavy}" if heavy else 0)
 """
 
@@ -65,7 +68,9 @@ def assert_mistake(outcome: Outcome, *words: str) -> None:
 
 
 def test_help_for_every_verb_loads_nothing_heavy():
-    answer = subprocess.run([sys.executable, "-c", ASK_EVERY_VERB], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [sys.executable, "-c", ASK_EVERY_VERB], capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 0, answer.stderr
 
 
@@ -74,7 +79,19 @@ def test_help_takes_less_than_a_second():
     answer = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-    for verb in ("init", "demo", "check", "run", "produce", "train", "eval", "report", "export", "store", "bench"):
+    for verb in (
+        "init",
+        "demo",
+        "check",
+        "run",
+        "produce",
+        "train",
+        "eval",
+        "report",
+        "export",
+        "store",
+        "bench",
+    ):
         assert f" {verb} " in answer.stdout
 
 
@@ -82,13 +99,26 @@ def test_the_version_is_shown():
     assert stillhouse("--version").out.startswith("stillhouse 0.")
 
 
-def test_the_level_of_logs_is_an_option_or_a_variable_and_the_option_wins(monkeypatch: pytest.MonkeyPatch, in_empty_folder: Path):
+def test_the_level_of_logs_is_an_option_or_a_variable_and_the_option_wins(
+    monkeypatch: pytest.MonkeyPatch, in_empty_folder: Path
+):
     logger = logging.getLogger("stillhouse")
     before, found = logger.level, list[int]()
     monkeypatch.setenv("STILLHOUSE_LOG", "error")
     try:
         for number, option in enumerate(((), ("--log-level", "debug"))):
-            assert stillhouse(*option, "init", "teacher", "student", "stdlib", "--out", in_empty_folder / f"{number}.toml").code == 0
+            assert (
+                stillhouse(
+                    *option,
+                    "init",
+                    "teacher",
+                    "student",
+                    "stdlib",
+                    "--out",
+                    in_empty_folder / f"{number}.toml",
+                ).code
+                == 0
+            )
             found.append(logger.level)
         assert found == [logging.ERROR, logging.DEBUG]
         assert stillhouse("--log-level", "loud", "init", "teacher", "student", "stdlib").code == 2
@@ -97,7 +127,15 @@ def test_the_level_of_logs_is_an_option_or_a_variable_and_the_option_wins(monkey
 
 
 @pytest.mark.parametrize(
-    "arguments", [("brew",), ("check",), ("check", "--quickly"), ("store", "verify"), ("init", "a", "b"), ("bench", "tub")]
+    "arguments",
+    [
+        ("brew",),
+        ("check",),
+        ("check", "--quickly"),
+        ("store", "verify"),
+        ("init", "a", "b"),
+        ("bench", "tub"),
+    ],
 )
 def test_wrong_usage_ends_with_2_and_points_to_the_help(arguments: tuple[str, ...]):
     outcome = stillhouse(*arguments)
@@ -151,7 +189,10 @@ def test_init_writes_a_config_that_loads_and_never_overwrites_one():
     assert_mistake(stillhouse("init", "a", "b", "c"), "distil.toml exists already", "--out")
     assert Path("distil.toml").read_text() == written
     assert stillhouse("init", "a", "b", "c", "--out", "other.toml").code == 0
-    assert_mistake(stillhouse("init", "a", "b", "c", "--out", "absent/other.toml"), "cannot write absent/other.toml")
+    assert_mistake(
+        stillhouse("init", "a", "b", "c", "--out", "absent/other.toml"),
+        "cannot write absent/other.toml",
+    )
 
 
 @pytest.mark.usefixtures("in_empty_folder")
@@ -167,28 +208,45 @@ def test_documents_that_cannot_teach_are_refused(config: Path, cache: Path, tmp_
     empty.write_text("")
     one_word.write_text('{"text": "peat"}\n')
     for dataset, word in ((empty, "empty.jsonl"), (one_word, "sequence")):
-        assert_mistake(stillhouse("check", config, "--set", f"corpus.dataset = '{dataset}'", cache=cache), word)
+        assert_mistake(
+            stillhouse("check", config, "--set", f"corpus.dataset = '{dataset}'", cache=cache), word
+        )
 
 
 @pytest.mark.usefixtures("in_empty_folder")
-def test_a_conversation_without_an_assistant_is_refused_by_its_row(config: Path, cache: Path, tmp_path: Path):
+def test_a_conversation_without_an_assistant_is_refused_by_its_row(
+    config: Path, cache: Path, tmp_path: Path
+):
     make_model(tmp_path / "chatty", vocab_size=300, chat_template=CHAT_TEMPLATE)
-    rows = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Why not?"}], [{"role": "user", "content": "Well?"}]]
+    rows = [
+        [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Why not?"}],
+        [{"role": "user", "content": "Well?"}],
+    ]
     chat = tmp_path / "chat.jsonl"
     chat.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
     models = [f"{role}.model = '{tmp_path / 'chatty'}'" for role in ("teacher", "student")]
     settings = [f"corpus.dataset = '{chat}'", "corpus.format = 'chat'", *models]
     overrides = [word for setting in settings for word in ("--set", setting)]
-    assert_mistake(stillhouse("check", config, *overrides, cache=cache), "row 1 of", "no assistant's turn")
+    assert_mistake(
+        stillhouse("check", config, *overrides, cache=cache), "row 1 of", "no assistant's turn"
+    )
 
 
-def test_a_store_or_run_directory_below_a_file_is_refused_by_every_verb(config: Path, cache: Path, in_empty_folder: Path):
+def test_a_store_or_run_directory_below_a_file_is_refused_by_every_verb(
+    config: Path, cache: Path, in_empty_folder: Path
+):
     Path("file").write_text("")
     for verb in ("check", "run", "produce", "train"):
-        store = stillhouse(verb, config, "--set", "store.url = 'file/store'", "--run-dir", "run", cache=cache)
+        store = stillhouse(
+            verb, config, "--set", "store.url = 'file/store'", "--run-dir", "run", cache=cache
+        )
         assert_mistake(store, str(in_empty_folder / "file"))
     for verb in ("check", "run"):
-        assert_mistake(stillhouse(verb, config, "--run-dir", "file/run", cache=cache), str(in_empty_folder / "file"), "--run-dir")
+        assert_mistake(
+            stillhouse(verb, config, "--run-dir", "file/run", cache=cache),
+            str(in_empty_folder / "file"),
+            "--run-dir",
+        )
 
 
 @pytest.mark.usefixtures("in_empty_folder")

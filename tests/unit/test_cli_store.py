@@ -1,4 +1,5 @@
-"""What lies in a store is shown in full; damage is named, moved aside on request, and never taken for health."""
+"""What lies in a store is shown in full; damage is named, moved aside on request, and never taken
+for health."""
 
 import os
 from pathlib import Path
@@ -49,7 +50,16 @@ def test_stat_shows_every_field_and_the_chunks_that_are_not_there(url: str):
     outcome = stillhouse("store", "stat", url, RECIPE.fingerprint[:6])
     shown = dict(line.strip().split(maxsplit=1) for line in outcome.out.splitlines()[1:])
     assert shown["fingerprint"] == RECIPE.fingerprint
-    for name in ("corpus_digest", "num_sequences", "tokenizer_digest", "teacher_digest", "teacher_dtype", "k", "temperature", "value_bits"):
+    for name in (
+        "corpus_digest",
+        "num_sequences",
+        "tokenizer_digest",
+        "teacher_digest",
+        "teacher_dtype",
+        "k",
+        "temperature",
+        "value_bits",
+    ):
         assert shown[name] == str(getattr(RECIPE, name))
     assert "not there         1: not made yet" in outcome.out
     assert "damaged           none known" in outcome.out
@@ -73,8 +83,13 @@ def test_stat_of_a_store_of_which_a_part_was_needed_does_not_speak_of_damage(tmp
     outcome = stillhouse("store", "stat", store.url)
     assert "chunks            12 of 377\n" in outcome.out
     first = "1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23-376"
-    assert f"not there         {first}: not made yet, never needed, or deleted once read\n" in outcome.out
-    assert "damaged           none known: `stillhouse store verify` reads every byte\n" in outcome.out
+    assert (
+        f"not there         {first}: not made yet, never needed, or deleted once read\n"
+        in outcome.out
+    )
+    assert (
+        "damaged           none known: `stillhouse store verify` reads every byte\n" in outcome.out
+    )
     assert "missing" not in outcome.out
 
 
@@ -83,13 +98,19 @@ def test_stat_tells_damaged_chunks_from_those_that_were_never_made(url: str):
     path = Path(url) / store.key(0)
     path.write_bytes(path.read_bytes()[:-1])
     assert not store.quarantine(2)
-    assert "damaged           0: `--repair RUN_DIR`" in stillhouse("store", "stat", url, RECIPE.fingerprint[:6]).out
+    assert (
+        "damaged           0: `--repair RUN_DIR`"
+        in stillhouse("store", "stat", url, RECIPE.fingerprint[:6]).out
+    )
     assert store.quarantine(0)
     outcome = stillhouse("store", "stat", url, RECIPE.fingerprint[:6])
     assert "damaged           0: `--repair RUN_DIR`" in outcome.out
     assert "not there         1: not made yet" in outcome.out
     store.publish(make_chunk(RECIPE, 0))
-    assert "damaged           none known" in stillhouse("store", "stat", url, RECIPE.fingerprint[:6]).out
+    assert (
+        "damaged           none known"
+        in stillhouse("store", "stat", url, RECIPE.fingerprint[:6]).out
+    )
 
 
 def test_stat_needs_memory_for_what_is_there_alone(tmp_path: Path):
@@ -148,13 +169,22 @@ def test_sweep_removes_old_leftovers_only(url: str):
     assert ChunkStore(url, RECIPE).published() == {0, 2}
 
 
-def test_a_store_that_may_only_be_read_is_shown_and_verified_and_swept_with_a_refusal_in_words(url: str, tmp_path: Path):
+def test_a_store_that_may_only_be_read_is_shown_and_verified_and_swept_with_a_refusal_in_words(
+    url: str, tmp_path: Path
+):
     (Path(url) / RECIPE.fingerprint[:16] / "chunks" / "0000000001.safetensors#1").touch()
     with read_only(Path(url), at=tmp_path / "seen") as seen:
-        assert [stillhouse("store", verb, seen).code for verb in ("ls", "stat", "verify")] == [0, 0, 0]
+        assert [stillhouse("store", verb, seen).code for verb in ("ls", "stat", "verify")] == [
+            0,
+            0,
+            0,
+        ]
         outcome = stillhouse("store", "sweep", seen, "--older-than-hours", "0")
     assert outcome.code == 2
-    assert f"cannot remove {RECIPE.fingerprint[:16]}/0000000001.safetensors#1 in {seen}: permission denied" in outcome.err
+    assert (
+        f"cannot remove {RECIPE.fingerprint[:16]}/0000000001.safetensors#1 in {seen}: permission "
+        "denied" in outcome.err
+    )
 
 
 @pytest.mark.parametrize("verb", ["ls", "stat", "verify"])

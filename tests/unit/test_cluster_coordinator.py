@@ -1,4 +1,5 @@
-"""What is pinned to the coordinator, who is told what, and what of it outlives the coordinator's own process."""
+"""What is pinned to the coordinator, who is told what, and what of it outlives the coordinator's
+own process."""
 
 import logging
 import pickle
@@ -13,7 +14,14 @@ import pytest
 
 from helpers.damage import fill, small_disk
 from helpers.processes import kill_one
-from stillhouse.cluster.coordinator import Coordinator, CoordinatorActor, Heartbeat, News, PreviousAttempt, StopRequest
+from stillhouse.cluster.coordinator import (
+    Coordinator,
+    CoordinatorActor,
+    Heartbeat,
+    News,
+    PreviousAttempt,
+    StopRequest,
+)
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import StoreError, StoreUnavailable, StudentError
 from stillhouse.redaction import know
@@ -64,8 +72,11 @@ def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: 
 
 def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(coordinator: Coordinator):
     coordinator.announce("doomed", PreemptionNotice("aws", time() + 100.0, "terminate"))
-    coordinator.announce("doomed", PreemptionNotice("ray", time() + 200.0, "drain"))  # the first to say so is believed
-    assert [(notice.source, notice.detail) for notice in coordinator.notices().values()] == [("aws", "terminate")]
+    # the first to say so is believed
+    coordinator.announce("doomed", PreemptionNotice("ray", time() + 200.0, "drain"))
+    assert [(notice.source, notice.detail) for notice in coordinator.notices().values()] == [
+        ("aws", "terminate")
+    ]
     assert coordinator.heartbeat(heartbeat("elsewhere")) is None
     assert coordinator.heartbeat(heartbeat("held")) is None
     for rank, node in ((1, "doomed"), (0, "here")):
@@ -76,10 +87,14 @@ def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(coordinato
 
 
 @pytest.mark.parametrize("ahead_s", [-1e6, 3600.0])
-def test_a_deadline_is_as_far_away_on_a_machine_whose_clock_is_set_differently(coordinator: Coordinator, ahead_s: float):
+def test_a_deadline_is_as_far_away_on_a_machine_whose_clock_is_set_differently(
+    coordinator: Coordinator, ahead_s: float
+):
     theirs = replace(coordinator, wall=lambda: time() + ahead_s)
     coordinator.announce(f"node {ahead_s}", PreemptionNotice("sigterm", time() + 100.0, "SIGTERM"))
-    here, there = (each.notices()[f"node {ahead_s}"].deadline - each.wall() for each in (coordinator, theirs))
+    here, there = (
+        each.notices()[f"node {ahead_s}"].deadline - each.wall() for each in (coordinator, theirs)
+    )
     assert here == pytest.approx(100.0, abs=30)
     assert there == pytest.approx(here, abs=30)
 
@@ -114,7 +129,9 @@ for step_s in (301.0, -301.0):
 
 
 def test_a_step_of_the_wall_clock_makes_no_rank_look_silent():
-    assert subprocess.run([sys.executable, "-c", STEPPED], capture_output=True, text=True, check=True).stdout.split() == ["None", "None"]
+    assert subprocess.run(
+        [sys.executable, "-c", STEPPED], capture_output=True, text=True, check=True
+    ).stdout.split() == ["None", "None"]
 
 
 def test_a_group_is_told_how_its_last_life_ended(coordinator: Coordinator):
@@ -141,7 +158,9 @@ def test_only_failures_without_a_new_commit_add_up(coordinator: Coordinator):
     assert failures_after(committed_step=5) == 0
 
 
-def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop_does_not(coordinator: Coordinator):
+def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop_does_not(
+    coordinator: Coordinator,
+):
     def asked() -> str | None:
         found = coordinator.heartbeat(heartbeat("called"))
         return None if found is None else found.cause
@@ -156,7 +175,9 @@ def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop
     assert asked() == "stop"
 
 
-def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_anew(coordinator: Coordinator):
+def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_anew(
+    coordinator: Coordinator,
+):
     for rank in (0, 1):
         coordinator.heartbeat(heartbeat("alive", rank))
     heard = coordinator.heard("alive")
@@ -180,7 +201,8 @@ def test_the_board_outlives_its_process(coordinator: Coordinator):
     assert coordinator.read().cursors["student"] == 5
     kill_one("ray::Coordinator")
     coordinator.move_cursor("student", 6)
-    assert coordinator.read().cursors.get("student", 6) == 6  # what it held is lost; what is told it again is not
+    # what it held is lost; what is told it again is not
+    assert coordinator.read().cursors.get("student", 6) == 6
     coordinator.move_cursor("student", 7)
     coordinator.report_bad_chunk(1)
     assert coordinator.read() == News({"student": 7}, frozenset({1}), {})
@@ -193,7 +215,9 @@ def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(t
     assert (row.kind, row.problem) == ("damaged", "a flipped bit")
     assert row.time == pytest.approx(time(), abs=60)
     with pytest.raises(StoreError, match=r"cannot append to .*absent"):
-        Coordinator.create(tmp_path / "absent" / "journal.jsonl").record(DamagedRow("student", "another"))
+        Coordinator.create(tmp_path / "absent" / "journal.jsonl").record(
+            DamagedRow("student", "another")
+        )
 
 
 def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once(tmp_path: Path):
@@ -205,10 +229,16 @@ def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once
         assert coordinator.heartbeat(heartbeat("meanwhile")) is None
         (disk / "ballast").unlink()
         coordinator.record(DamagedRow("student", "a checkpoint"))
-        assert [row.problem for row in read_journal(disk / "journal.jsonl") if isinstance(row, DamagedRow)] == ["a checkpoint"]
+        assert [
+            row.problem
+            for row in read_journal(disk / "journal.jsonl")
+            if isinstance(row, DamagedRow)
+        ] == ["a checkpoint"]
 
 
-def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobody_where_it_cannot(coordinator: Coordinator, tmp_path: Path):
+def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobody_where_it_cannot(
+    coordinator: Coordinator, tmp_path: Path
+):
     path = tmp_path / "later" / "journal.jsonl"
     writing = Coordinator.create(path)
     for seconds in (61.0, 62.0):
@@ -220,11 +250,19 @@ def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobod
     assert (row.who, row.seconds, row.why) == ("teacher on n1", 62.0, "too busy")
 
 
-def test_a_secret_that_only_the_sender_knows_does_not_leave_it(coordinator: Coordinator, tmp_path: Path):
+def test_a_secret_that_only_the_sender_knows_does_not_leave_it(
+    coordinator: Coordinator, tmp_path: Path
+):
     secret = secrets.token_hex(16)  # of no variable, so the coordinator's process does not know it
     know([secret])
-    Coordinator.create(tmp_path / "journal.jsonl").record(DamagedRow("student", f"401 for {secret}"))
-    assert [row.problem for row in read_journal(tmp_path / "journal.jsonl") if isinstance(row, DamagedRow)] == ["401 for (redacted)"]
+    Coordinator.create(tmp_path / "journal.jsonl").record(
+        DamagedRow("student", f"401 for {secret}")
+    )
+    assert [
+        row.problem
+        for row in read_journal(tmp_path / "journal.jsonl")
+        if isinstance(row, DamagedRow)
+    ] == ["401 for (redacted)"]
     coordinator.begin("told", committed_step=0)
     coordinator.explain("told", "died", f"401 for {secret}")
     past = coordinator.begin("told", committed_step=0)
@@ -232,17 +270,21 @@ def test_a_secret_that_only_the_sender_knows_does_not_leave_it(coordinator: Coor
     assert past.detail == "401 for (redacted)"
 
 
-def test_a_warning_of_a_process_that_does_not_see_the_run_directory_reaches_the_driver_through_the_coordinator(
+def test_a_warning_of_a_process_without_the_run_directory_reaches_the_driver_by_the_coordinator(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     with driver_log(tmp_path):
         coordinator = Coordinator.create()
         assert coordinator.log is not None
-        handed = pickle.loads(pickle.dumps(replace(coordinator.log, driver="driver-of-another-machine.log")))
+        handed = pickle.loads(
+            pickle.dumps(replace(coordinator.log, driver="driver-of-another-machine.log"))
+        )
         with process_log("teacher-9", handed):
             logging.getLogger("stillhouse.tests").warning("hot")
         assert coordinator.heard("nobody") == []  # calls are served in order, so it has arrived
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if " WARNING coordinator-" in line]
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if " WARNING coordinator-" in line
+    ]
     assert " WARNING teacher-9-" in line
     assert line.endswith("stillhouse.tests: hot")
     assert not list((tmp_path / "logs").glob("teacher-9-*"))

@@ -16,5 +16,11 @@ print(ray.is_initialized())
 
 
 def test_a_thread_that_calls_ray_after_its_end_starts_no_cluster() -> None:
-    done = subprocess.run([sys.executable, "-c", CALLS_RAY_AFTER_ITS_END], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS_RAY_AFTER_ITS_END],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert done.stdout.splitlines()[-1] == "False"

@@ -2,7 +2,14 @@
 
 import pytest
 
-from stillhouse.cluster.placement import Placement, placement, require_room, shortages, student_needs, teacher_needs
+from stillhouse.cluster.placement import (
+    Placement,
+    placement,
+    require_room,
+    shortages,
+    student_needs,
+    teacher_needs,
+)
 from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
 
@@ -26,11 +33,17 @@ def student(**values: object) -> StudentSection:
         ({"num_gpus": 0.5}, WITH_GPUS, (1.0, 0.5, "cuda")),
         ({"num_gpus": 0}, WITH_GPUS, (1.0, 0.0, "cpu")),
         ({"device": "cpu"}, WITH_GPUS, (1.0, 0.0, "cpu")),
-        ({"device": "cuda"}, CPUS_ONLY, (1.0, 1.0, "cuda")),  # the cluster may not have it: then it is a shortage
+        (
+            {"device": "cuda"},
+            CPUS_ONLY,
+            (1.0, 1.0, "cuda"),
+        ),  # the cluster may not have it: then it is a shortage
         ({"num_gpus": 2, "num_cpus": 0.25}, CPUS_ONLY, (0.25, 2.0, "cuda")),
     ],
 )
-def test_a_process_goes_where_its_section_says(values: dict[str, object], available: dict[str, float], expected: tuple[float, float, str]):
+def test_a_process_goes_where_its_section_says(
+    values: dict[str, object], available: dict[str, float], expected: tuple[float, float, str]
+):
     where = placement(teacher(**values), available)
     assert (where.num_cpus, where.num_gpus, where.device) == expected
 
@@ -38,11 +51,19 @@ def test_a_process_goes_where_its_section_says(values: dict[str, object], availa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"device": "cuda", "num_gpus": 0}, "device is 'cuda' but num_gpus is 0; ask for at least a fraction"),
-        ({"device": "cpu", "num_gpus": 0.5}, "device is 'cpu' but num_gpus is 0.5; set num_gpus to 0 or leave it out"),
+        (
+            {"device": "cuda", "num_gpus": 0},
+            "device is 'cuda' but num_gpus is 0; ask for at least a fraction",
+        ),
+        (
+            {"device": "cpu", "num_gpus": 0.5},
+            "device is 'cpu' but num_gpus is 0.5; set num_gpus to 0 or leave it out",
+        ),
     ],
 )
-def test_a_device_and_gpus_that_contradict_each_other_are_refused(values: dict[str, object], message: str):
+def test_a_device_and_gpus_that_contradict_each_other_are_refused(
+    values: dict[str, object], message: str
+):
     with pytest.raises(ConfigError, match=message):
         placement(student(**values), WITH_GPUS)
 
@@ -53,7 +74,9 @@ def test_what_many_processes_need_is_added_up_without_zeros():
 
 
 def test_a_cluster_that_is_large_enough_is_short_of_nothing():
-    crews = teacher_needs(teacher(min_replicas=3, max_replicas=99, num_cpus=1)) | student_needs(student(num_workers=50, num_cpus=0.1))
+    crews = teacher_needs(teacher(min_replicas=3, max_replicas=99, num_cpus=1)) | student_needs(
+        student(num_workers=50, num_cpus=0.1)
+    )
     assert shortages(crews, CPUS_ONLY) == []
     require_room(crews, CPUS_ONLY)
     tenths = student_needs(student(num_workers=10, num_cpus=0.1))
@@ -61,9 +84,9 @@ def test_a_cluster_that_is_large_enough_is_short_of_nothing():
 
 
 def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there():
-    crews = teacher_needs(teacher(min_replicas=3, max_replicas=4, num_cpus=2, resources={"spot": 1})) | student_needs(
-        student(num_workers=4, device="cuda")
-    )
+    crews = teacher_needs(
+        teacher(min_replicas=3, max_replicas=4, num_cpus=2, resources={"spot": 1})
+    ) | student_needs(student(num_workers=4, device="cuda"))
     assert shortages(crews, CPUS_ONLY) == [
         "CPU: 10 needed (3 teachers and 4 student ranks), 8 in the cluster",
         "spot: 3 needed (3 teachers and 4 student ranks), 0 in the cluster",
@@ -76,5 +99,7 @@ def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there():
 
 
 def test_a_crew_alone_is_measured_alone():
-    assert shortages(teacher_needs(teacher(min_replicas=9, max_replicas=9)), CPUS_ONLY) == ["CPU: 9 needed (9 teachers), 8 in the cluster"]
+    assert shortages(teacher_needs(teacher(min_replicas=9, max_replicas=9)), CPUS_ONLY) == [
+        "CPU: 9 needed (9 teachers), 8 in the cluster"
+    ]
     assert shortages(student_needs(student(num_workers=8)), CPUS_ONLY) == []

@@ -1,4 +1,5 @@
-"""Promises of the notices: each cloud's announcement is understood as it makes it, and nothing else is taken for one."""
+"""Promises of the notices: each cloud's announcement is understood as it makes it, and nothing else
+is taken for one."""
 
 import os
 import signal
@@ -11,7 +12,15 @@ from time import monotonic, sleep, time
 
 import pytest
 
-from helpers.metadata import AWS_ACTION, AWS_TOKEN, AZURE_EVENTS, AZURE_NAME, GCP_PREEMPTED, Answer, MetadataServer
+from helpers.metadata import (
+    AWS_ACTION,
+    AWS_TOKEN,
+    AZURE_EVENTS,
+    AZURE_NAME,
+    GCP_PREEMPTED,
+    Answer,
+    MetadataServer,
+)
 from stillhouse.cluster.nodes import machine_notices, metadata_endpoints
 from stillhouse.cluster.preemption import (
     Cloud,
@@ -99,7 +108,9 @@ def test_a_machine_without_a_cloud_asks_again_only_after_a_while() -> None:
         ("Sat, 03 May 2031 20:02:01 -0700", DEADLINE),
     ],
 )
-def test_a_deadline_is_read_in_its_own_time_zone(written: str, meant: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_is_read_in_its_own_time_zone(
+    written: str, meant: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TZ", "Asia/Kathmandu")
     with MetadataServer("aws") as server:
         server.answers[AWS_ACTION] = Answer(text=f'{{"action": "stop", "time": "{written}"}}')
@@ -124,7 +135,9 @@ def test_a_token_is_fresh_for_every_question() -> None:
 def test_an_answer_without_googles_flavor_is_not_believed() -> None:
     with MetadataServer("gcp") as server:
         server.announce(DEADLINE)
-        assert gcp(server.url, 100.0) == PreemptionNotice("gcp", 130.0, "instance/preempted is TRUE")
+        assert gcp(server.url, 100.0) == PreemptionNotice(
+            "gcp", 130.0, "instance/preempted is TRUE"
+        )
         server.answers[GCP_PREEMPTED] = Answer(text="TRUE")
         with PreemptionWatch(local_sources("gcp", everywhere(server)), every_s=0.01) as watch:
             assert watched(watch, within_s=0.3) is None
@@ -134,7 +147,9 @@ def test_an_answer_without_googles_flavor_is_not_believed() -> None:
 def test_azure_ends_a_machine_in_four_ways(event: str) -> None:
     with MetadataServer("azure") as server:
         server.announce(DEADLINE, event=event)
-        assert azure(server.url, 0.0) == PreemptionNotice("azure", DEADLINE, f"scheduled event {event}")
+        assert azure(server.url, 0.0) == PreemptionNotice(
+            "azure", DEADLINE, f"scheduled event {event}"
+        )
 
 
 def test_azures_events_count_when_they_end_this_machine_the_soonest_first() -> None:
@@ -144,7 +159,9 @@ def test_azures_events_count_when_they_end_this_machine_the_soonest_first() -> N
         assert azure(server.url, 0.0) is None
         server.announce(DEADLINE + 60, machine="WORKER_0", event="Reboot")
         server.announce(DEADLINE)
-        assert azure(server.url, 0.0) == PreemptionNotice("azure", DEADLINE, "scheduled event Preempt")
+        assert azure(server.url, 0.0) == PreemptionNotice(
+            "azure", DEADLINE, "scheduled event Preempt"
+        )
         server.answers[AZURE_NAME] = Answer(500)
         assert azure(server.url, 0.0) is not None  # it might be this one
         server.begin()
@@ -158,13 +175,19 @@ REFUSALS = {
     "a list": Answer(200, "[]", (("Metadata-Flavor", "Google"),)),
     "a nest": Answer(200, "[" * 100_000),
     "another shape": Answer(200, '{"action": 3, "time": 4, "Events": {"EventType": "Preempt"}}'),
-    "no time": Answer(200, '{"action": "terminate", "time": "soon", "Events": [{"EventType": "Preempt", "NotBefore": "soon"}]}'),
+    "no time": Answer(
+        200,
+        '{"action": "terminate", "time": "soon", "Events": [{"EventType": "Preempt", "NotBefore": '
+        '"soon"}]}',
+    ),
     "bytes": Answer(200, "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
 }
 
 
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS.keys())
-def test_what_makes_no_sense_announces_nothing_and_the_next_answer_counts(cloud: Cloud, server: MetadataServer, refusal: Answer) -> None:
+def test_what_makes_no_sense_announces_nothing_and_the_next_answer_counts(
+    cloud: Cloud, server: MetadataServer, refusal: Answer
+) -> None:
     server.announce(DEADLINE)
     server.answers[WHERE[cloud]] = refusal
     with PreemptionWatch(local_sources(cloud, everywhere(server)), every_s=0.01) as watch:
@@ -176,13 +199,17 @@ def test_what_makes_no_sense_announces_nothing_and_the_next_answer_counts(cloud:
 def test_a_redirect_is_not_followed(cloud: Cloud, server: MetadataServer) -> None:
     with MetadataServer(cloud) as elsewhere:
         elsewhere.announce(DEADLINE)
-        server.answers[WHERE[cloud]] = Answer(302, headers=(("Location", elsewhere.url + WHERE[cloud]), ("Metadata-Flavor", "Google")))
+        server.answers[WHERE[cloud]] = Answer(
+            302, headers=(("Location", elsewhere.url + WHERE[cloud]), ("Metadata-Flavor", "Google"))
+        )
         with PreemptionWatch(local_sources(cloud, everywhere(server)), every_s=0.01) as watch:
             assert watched(watch, within_s=0.2) is None
         assert elsewhere.asked == []
 
 
-def test_no_proxy_is_asked(cloud: Cloud, server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_is_asked(
+    cloud: Cloud, server: MetadataServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
@@ -191,7 +218,9 @@ def test_no_proxy_is_asked(cloud: Cloud, server: MetadataServer, monkeypatch: py
     assert ask(cloud, server, DEADLINE - 60) is not None
 
 
-def test_a_server_that_hangs_holds_up_neither_the_start_nor_the_end(cloud: Cloud, server: MetadataServer) -> None:
+def test_a_server_that_hangs_holds_up_neither_the_start_nor_the_end(
+    cloud: Cloud, server: MetadataServer
+) -> None:
     server.answers = {path: Answer(after_s=60.0) for path in (*WHERE.values(), AWS_TOKEN)}
     began = monotonic()
     with PreemptionWatch(local_sources(cloud, everywhere(server))) as watch:
@@ -218,7 +247,9 @@ def test_nobody_there_announces_nothing(cloud: Cloud) -> None:
         nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
         assert cloud_here(Endpoints(nowhere, nowhere, nowhere)) is None
         for endpoint in (nowhere, "no url", "http://", "http://[::1", "http://x:port"):
-            with PreemptionWatch(local_sources(cloud, Endpoints(endpoint, endpoint, endpoint)), every_s=0.01) as watch:
+            with PreemptionWatch(
+                local_sources(cloud, Endpoints(endpoint, endpoint, endpoint)), every_s=0.01
+            ) as watch:
                 assert watched(watch, within_s=0.05) is None
                 assert watch._thread.is_alive()
 
@@ -232,8 +263,12 @@ def test_off_asks_nobody_and_starts_no_thread() -> None:
 
 def test_a_notice_is_told_once_and_stays() -> None:
     told: list[PreemptionNotice] = []
-    answers = iter([None, PreemptionNotice("ray", 5.0, "draining"), PreemptionNotice("ray", 9.0, "again")])
-    with PreemptionWatch([lambda _now: next(answers)], every_s=0.01, on_notice=told.append) as watch:
+    answers = iter(
+        [None, PreemptionNotice("ray", 5.0, "draining"), PreemptionNotice("ray", 9.0, "again")]
+    )
+    with PreemptionWatch(
+        [lambda _now: next(answers)], every_s=0.01, on_notice=told.append
+    ) as watch:
         assert watched(watch) == PreemptionNotice("ray", 5.0, "draining")
         watch._thread.join(10)
     assert not watch._thread.is_alive()
@@ -244,7 +279,9 @@ def test_one_source_that_fails_does_not_silence_another() -> None:
     def broken(_now: float) -> PreemptionNotice | None:
         raise ConnectionResetError
 
-    with PreemptionWatch([broken, lambda now: PreemptionNotice("ray", now, "draining")], clock=lambda: 42.0) as watch:
+    with PreemptionWatch(
+        [broken, lambda now: PreemptionNotice("ray", now, "draining")], clock=lambda: 42.0
+    ) as watch:
         assert watched(watch) == PreemptionNotice("ray", 42.0, "draining")
 
 
@@ -265,7 +302,9 @@ def test_sigterm_is_a_notice_and_the_old_handler_comes_back() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_the_variables_of_the_clouds_own_tools_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variables_of_the_clouds_own_tools_are_honoured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "GCE_METADATA_HOST"):
         monkeypatch.delenv(name, raising=False)
     assert metadata_endpoints() == Endpoints()
@@ -274,7 +313,9 @@ def test_the_variables_of_the_clouds_own_tools_are_honoured(monkeypatch: pytest.
         monkeypatch.setenv("GCE_METADATA_HOST", server.host)
         server.announce(DEADLINE)
         with machine_notices("aws") as watch:
-            assert watched(watch) == PreemptionNotice("aws", DEADLINE, "spot instance-action terminate")
+            assert watched(watch) == PreemptionNotice(
+                "aws", DEADLINE, "spot instance-action terminate"
+            )
     with MetadataServer("gcp") as server:
         monkeypatch.setenv("GCE_METADATA_HOST", server.host)
         server.announce(DEADLINE)

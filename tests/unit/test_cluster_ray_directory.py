@@ -60,7 +60,9 @@ def test_each_cluster_has_a_directory_of_its_own_that_goes_with_it(tmp_path: Pat
     assert second.exists()
 
 
-def test_a_directory_in_which_others_can_replace_things_is_no_place_for_rays_files(tmp_path: Path) -> None:
+def test_a_directory_in_which_others_can_replace_things_is_no_place_for_rays_files(
+    tmp_path: Path,
+) -> None:
     tmp_path.chmod(0o777)
     for make in (new_directory, machine_directory):
         with pytest.raises(ConfigError, match="others can replace what lies in"):
@@ -74,7 +76,9 @@ def test_a_directory_of_this_users_name_that_others_may_enter_is_refused(tmp_pat
     taken.mkdir()
     taken.chmod(0o755)
     for use in (machine_directory, current_address):
-        with pytest.raises(ConfigError, match="not a directory of your own that nobody else may enter"):
+        with pytest.raises(
+            ConfigError, match="not a directory of your own that nobody else may enter"
+        ):
             use(tmp_path)
     taken.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
@@ -109,7 +113,9 @@ FORGERIES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES.keys())
-def test_a_word_that_another_user_may_have_left_is_not_believed(tmp_path: Path, forge: Callable[[Path], object]) -> None:
+def test_a_word_that_another_user_may_have_left_is_not_believed(
+    tmp_path: Path, forge: Callable[[Path], object]
+) -> None:
     forge(written(tmp_path / "ray"))
     with pytest.raises(ConfigError, match="may be another user's work"):
         current_address(tmp_path)

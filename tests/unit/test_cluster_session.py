@@ -1,4 +1,5 @@
-"""What a run waits for, what secrets do not show, and how answers and errors come back from other processes."""
+"""What a run waits for, what secrets do not show, and how answers and errors come back from other
+processes."""
 
 import os
 import pickle
@@ -34,20 +35,37 @@ def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what():
     with pytest.raises(ConfigError, match="too small for this run"):
         await_room(crew, ClusterSection(address="auto", join_s=1.5), waiting=heard.append)
     assert set(heard) == {"spot: 1 needed (1 teachers), 0 in the cluster"}
-    with pytest.raises(ConfigError, match="too small for this run"):  # nobody else joins a cluster that this command started
+    with pytest.raises(
+        ConfigError, match="too small for this run"
+    ):  # nobody else joins a cluster that this command started
         await_room(crew, ClusterSection(), waiting=pytest.fail)
 
 
-def test_a_token_is_found_and_shown_nowhere(tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_token_is_found_and_shown_nowhere(
+    tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     secrets = local_secrets()
     assert secrets.hub_token == TOKEN
     plan = tiny_world.plan(tmp_path / "run")
-    evaluation = EvaluationJob(plan.config.teacher, {}, 300, plan.config.evaluate, "cpu", 1, secrets)
+    evaluation = EvaluationJob(
+        plan.config.teacher, {}, 300, plan.config.evaluate, "cpu", 1, secrets
+    )
     job = TeacherJob(plan.config.teacher, plan.recipe, plan.config.store.url, 1, "off")
-    for shown in (repr(secrets), str(secrets), f"{secrets!s:>50}", repr([secrets]), repr(evaluation)):
+    for shown in (
+        repr(secrets),
+        str(secrets),
+        f"{secrets!s:>50}",
+        repr([secrets]),
+        repr(evaluation),
+    ):
         assert TOKEN not in shown
-    written = [pickle.dumps(plan.config), pickle.dumps(job), pickle.dumps(plan.jobs()), resolved_json(plan.config).encode()]
+    written = [
+        pickle.dumps(plan.config),
+        pickle.dumps(job),
+        pickle.dumps(plan.jobs()),
+        resolved_json(plan.config).encode(),
+    ]
     for data in (*written, plan.recipe.canonical_json()):
         assert TOKEN.encode() not in data
 
@@ -96,7 +114,14 @@ except RunError as error:
 def test_a_ray_that_does_not_start_is_a_failed_run_in_words_and_leaves_nothing():
     place = Path(tempfile.mkdtemp(dir="/tmp", prefix="s-"))  # the path of a socket is short
     broken = {"RAY_TMPDIR": str(place), "RAY_GCS_SERVER_PORT": "no port"}
-    done = subprocess.run([sys.executable, "-c", START], env=os.environ | broken, capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", START],
+        env=os.environ | broken,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
     assert "Ray did not start on this machine" in done.stdout
     assert "the same command goes on later" in done.stdout
     assert "Traceback" not in done.stderr
@@ -109,9 +134,22 @@ def test_an_address_at_which_nobody_answers_is_said_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         here = f"127.0.0.1:{taken.getsockname()[1]}"
-        addresses = [here, f"ray://{here}", f"nobody.invalid:{taken.getsockname()[1]}", "nonsense", "local", ""]
+        addresses = [
+            here,
+            f"ray://{here}",
+            f"nobody.invalid:{taken.getsockname()[1]}",
+            "nonsense",
+            "local",
+            "",
+        ]
         began = monotonic()
-        answer = subprocess.run([sys.executable, "-c", ATTACH, *addresses], capture_output=True, text=True, check=True, timeout=60)
+        answer = subprocess.run(
+            [sys.executable, "-c", ATTACH, *addresses],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
     lines = answer.stdout.splitlines()
     assert len(lines) == len(addresses)
     for line, address in zip(lines, addresses, strict=True):
@@ -120,12 +158,20 @@ def test_an_address_at_which_nobody_answers_is_said_at_once():
     assert monotonic() - began < 50  # Ray itself takes minutes
 
 
-@pytest.mark.parametrize("token", [{"RAY_AUTH_TOKEN_PATH": os.devnull}, {"RAY_AUTH_TOKEN": "  "}], ids=["a blank file", "blank"])
+@pytest.mark.parametrize(
+    "token",
+    [{"RAY_AUTH_TOKEN_PATH": os.devnull}, {"RAY_AUTH_TOKEN": "  "}],
+    ids=["a blank file", "blank"],
+)
 def test_a_blank_token_for_a_cluster_is_a_mistake_in_words(token: dict[str, str]):
-    knowing = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | token
+    knowing = {
+        name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"
+    } | token
     with socket.create_server(("127.0.0.1", 0)) as head:
         command = [sys.executable, "-c", ATTACH, f"127.0.0.1:{head.getsockname()[1]}"]
-        done = subprocess.run(command, env=knowing, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, env=knowing, capture_output=True, text=True, check=False, timeout=60
+        )
     assert "lets in who has its token" in done.stdout
     assert "Traceback" not in done.stderr
 

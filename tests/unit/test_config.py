@@ -1,4 +1,5 @@
-"""A config is read whole or refused in one message that names the place, what was found and what would be right."""
+"""A config is read whole or refused in one message that names the place, what was found and what
+would be right."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from stillhouse.cli.init import starter_toml
 from stillhouse.config import Config, load_config, parse_config, resolved_json
 from stillhouse.errors import ConfigError
 
-LEAST: dict[str, Any] = {"corpus": {"dataset": "stdlib"}, "teacher": {"model": "big"}, "student": {"model": "small"}}
+LEAST: dict[str, Any] = {
+    "corpus": {"dataset": "stdlib"},
+    "teacher": {"model": "big"},
+    "student": {"model": "small"},
+}
 LEAST_TOML = "[corpus]\ndataset = 'stdlib'\n[teacher]\nmodel = 'big'\n[student]\nmodel = 'small'\n"
 
 
@@ -40,9 +45,18 @@ def test_files_are_merged_left_to_right_key_by_key(least: Path, tmp_path: Path):
 
 
 def test_overrides_are_toml_and_win_over_files(least: Path):
-    overrides = ["student.zero_stage = 3", "student.betas = [0.8, 0.9]", 'tracking.wandb = "off"', "teacher.resources = {spot = 1}"]
+    overrides = [
+        "student.zero_stage = 3",
+        "student.betas = [0.8, 0.9]",
+        'tracking.wandb = "off"',
+        "teacher.resources = {spot = 1}",
+    ]
     config = load_config([least], overrides)
-    assert (config.student.zero_stage, config.student.betas, config.tracking.wandb) == (3, (0.8, 0.9), "off")
+    assert (config.student.zero_stage, config.student.betas, config.tracking.wandb) == (
+        3,
+        (0.8, 0.9),
+        "off",
+    )
     assert config.teacher.resources == {"spot": 1.0}
 
 
@@ -61,27 +75,46 @@ def test_overrides_are_toml_and_win_over_files(least: Path):
         ("student.betas = [0.9, 1.5]", "student.betas.1", "less than 1; found 1.5"),
         ("student = 3", "student", "found 3"),
         ("corpus.packing = false", "corpus", 'set format = "chat"'),
-        ("teacher.min_replicas = 2", "teacher", "min_replicas is 2, above max_replicas, which is 1"),
+        (
+            "teacher.min_replicas = 2",
+            "teacher",
+            "min_replicas is 2, above max_replicas, which is 1",
+        ),
         ("student.divergence_weight = 0", "student", "set one of them above 0"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_was_found_and_what_is_wanted(least: Path, override: str, place: str, cure: str):
+def test_a_wrong_value_is_named_with_what_was_found_and_what_is_wanted(
+    least: Path, override: str, place: str, cure: str
+):
     message = refusal(least, overrides=(override,))
     assert f"  - {place}: " in message
     assert cure in message
 
 
 def test_every_mistake_is_named_at_once(least: Path):
-    message = refusal(least, overrides=("target.k = -1", "student.seeed = 1", "store.window_bytes = -1"))
-    assert [line.split(":")[0] for line in message.splitlines()[1:]] == ["  - student.seeed", "  - target.k", "  - store.window_bytes"]
+    message = refusal(
+        least, overrides=("target.k = -1", "student.seeed = 1", "store.window_bytes = -1")
+    )
+    assert [line.split(":")[0] for line in message.splitlines()[1:]] == [
+        "  - student.seeed",
+        "  - target.k",
+        "  - store.window_bytes",
+    ]
 
 
 def test_draws_alone_need_the_divergence_that_learns_from_them(least: Path):
     draws = ("target.k = 0", "target.tail_draws = 50")
     assert load_config([least], draws).target.tail_draws == 50
     message = refusal(least, overrides=(*draws, "student.divergence = 'jsd'"))
-    assert 'student.divergence is "jsd", which learns nothing from draws; set student.divergence = "forward_kl"' in message
-    unused = ("student.divergence = 'jsd'", "student.divergence_weight = 0", "student.ce_weight = 1")
+    assert (
+        'student.divergence is "jsd", which learns nothing from draws; set student.divergence = '
+        '"forward_kl"' in message
+    )
+    unused = (
+        "student.divergence = 'jsd'",
+        "student.divergence_weight = 0",
+        "student.ce_weight = 1",
+    )
     assert load_config([least], (*draws, *unused)).target.k == 0
 
 
@@ -98,7 +131,9 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
-    assert f"{tmp_path / 'absent.toml'}: No such file or directory" in refusal(tmp_path / "absent.toml")
+    assert f"{tmp_path / 'absent.toml'}: No such file or directory" in refusal(
+        tmp_path / "absent.toml"
+    )
     assert "Is a directory" in refusal(tmp_path)
 
 
@@ -116,18 +151,31 @@ def test_a_config_is_never_mutated(least: Path):
 
 def test_the_resolved_config_is_read_back_the_same():
     config = parse_config(
-        LEAST | {"target": {"k": 7}, "tracking": {"tags": ["a", "b"]}, "teacher": {"model": "big", "resources": {"x": 2}}}
+        LEAST
+        | {
+            "target": {"k": 7},
+            "tracking": {"tags": ["a", "b"]},
+            "teacher": {"model": "big", "resources": {"x": 2}},
+        }
     )
     assert Config.model_validate_json(resolved_json(config)) == config
 
 
-@pytest.mark.parametrize("name", ["owner/name", 'quo"te', "back\\slash", "/data/größe/*.txt", "new\nline"])
+@pytest.mark.parametrize(
+    "name", ["owner/name", 'quo"te', "back\\slash", "/data/größe/*.txt", "new\nline"]
+)
 def test_the_starter_config_holds_what_it_was_given_and_defaults(tmp_path: Path, name: str):
     path = tmp_path / "starter.toml"
     path.write_text(starter_toml(teacher=name, student=name, dataset=name), encoding="utf-8")
     config = load_config([path])
     stripped = name.strip()
-    assert config == parse_config({"corpus": {"dataset": stripped}, "teacher": {"model": stripped}, "student": {"model": stripped}})
+    assert config == parse_config(
+        {
+            "corpus": {"dataset": stripped},
+            "teacher": {"model": stripped},
+            "student": {"model": stripped},
+        }
+    )
 
 
 def test_the_starter_config_is_about_ten_lines():
@@ -137,4 +185,9 @@ def test_the_starter_config_is_about_ten_lines():
 
 def test_the_readme_shows_what_init_writes():
     readme = Path(__file__).parents[2] / "README.md"
-    assert starter_toml(teacher="Qwen/Qwen3-32B", student="Qwen/Qwen3-4B", dataset="HuggingFaceFW/fineweb-edu") in readme.read_text()
+    assert (
+        starter_toml(
+            teacher="Qwen/Qwen3-32B", student="Qwen/Qwen3-4B", dataset="HuggingFaceFW/fineweb-edu"
+        )
+        in readme.read_text()
+    )

@@ -12,16 +12,23 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
 
 def test_there_is_a_config_for_the_demo_a_small_card_a_cluster_and_chat():
-    assert {"demo", "small-24gb", "one-node", "qwen3-32b-to-4b", "llama-70b-to-8b", "chat"} <= {path.stem for path in CONFIGS}
+    assert {"demo", "small-24gb", "one-node", "qwen3-32b-to-4b", "llama-70b-to-8b", "chat"} <= {
+        path.stem for path in CONFIGS
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_loads_and_its_numbers_fit_together(path: Path):
     config = load_config([path])
     student = config.student
-    assert student.global_batch_sequences % (student.micro_batch_sequences * student.num_workers) == 0
+    assert (
+        student.global_batch_sequences % (student.micro_batch_sequences * student.num_workers) == 0
+    )
     assert student.min_learning_rate < student.learning_rate
-    assert config.store.chunk_sequences * student.shuffle_window_chunks >= student.global_batch_sequences
+    assert (
+        config.store.chunk_sequences * student.shuffle_window_chunks
+        >= student.global_batch_sequences
+    )
     assert student.max_steps is None or student.warmup_steps < student.max_steps
     assert config.cluster.address == "auto" or not config.store.url.startswith("s3:")
     assert not student.num_workers > 1 or student.zero_stage > 0

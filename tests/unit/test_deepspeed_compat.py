@@ -1,4 +1,5 @@
-"""What student/_deepspeed_compat.py relies on, asked of the DeepSpeed that is installed. All has to hold before its cap is raised."""
+"""What student/_deepspeed_compat.py relies on, asked of the DeepSpeed that is installed. All has to
+hold before its cap is raised."""
 
 import inspect
 import json
@@ -44,14 +45,19 @@ with contextlib.redirect_stdout(sys.stderr):
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
         "zero_optimization": {"stage": 1},
     }
-    engine = _deepspeed_compat.initialize(model=model, model_parameters=model.parameters(), config=settings, dist_init_required=False)
+    engine = _deepspeed_compat.initialize(model=model, model_parameters=model.parameters(),
+                                          config=settings, dist_init_required=False)
     facts["probed by an engine"] = bool(deepspeed.ops.__compatible_ops__)
     _deepspeed_compat.save_through(engine, Writer())
     engine.save_checkpoint(str(out), tag="1", save_latest=False)
     with torch.no_grad():
         model.weight.zero_()
-    facts["loaded"] = _deepspeed_compat.load(engine, out / "1", universal=False) and bool(model.weight.any())
-facts["saved"], facts["files"] = sorted(saved), sorted(path.name for path in out.rglob("*") if path.is_file() and path.name != "meeting")
+    loaded = _deepspeed_compat.load(engine, out / "1", universal=False)
+    facts["loaded"] = loaded and bool(model.weight.any())
+facts["saved"] = sorted(saved)
+facts["files"] = sorted(
+    path.name for path in out.rglob("*") if path.is_file() and path.name != "meeting"
+)
 print(json.dumps(facts))
 """
 
@@ -60,8 +66,13 @@ print(json.dumps(facts))
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a process of its own: it has to be the first to import DeepSpeed."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path_factory.mktemp("engine"))]
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_WEIGHTS_ONLY_LOAD"}  # as other tests leave it
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    # as other tests leave it
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, f"{done.stderr}\n{REMEDY}"
     return json.loads(done.stdout)
 
@@ -74,8 +85,15 @@ def test_no_compiler_is_looked_for(facts: dict[str, Any]) -> None:
 
 
 def test_muon_is_imported_without_torchs_compiler(facts: dict[str, Any]) -> None:
-    wanted = {"Muon at import": False, "Muon now": True, "compiler now": False, "torch.compile is back": True}
-    assert {name: facts[name] for name in wanted} == wanted, f"`import deepspeed` imports Muon, or Muon compiles in another way; {REMEDY}"
+    wanted = {
+        "Muon at import": False,
+        "Muon now": True,
+        "compiler now": False,
+        "torch.compile is back": True,
+    }
+    assert {name: facts[name] for name in wanted} == wanted, (
+        f"`import deepspeed` imports Muon, or Muon compiles in another way; {REMEDY}"
+    )
 
 
 def test_all_files_of_a_checkpoint_go_through_the_writer(facts: dict[str, Any]) -> None:
@@ -86,8 +104,12 @@ def test_all_files_of_a_checkpoint_go_through_the_writer(facts: dict[str, Any]) 
 def test_without_us_a_checkpoint_would_hold_scripts(tmp_path: Path) -> None:
     engine = SimpleNamespace(_change_recovery_script_permissions=lambda _: None)
     DeepSpeedEngine._copy_recovery_script(engine, str(tmp_path))
-    assert "zero_to_fp32.py" in [path.name for path in tmp_path.iterdir()], f"another method copies the scripts now; {REMEDY}"
-    assert "self._copy_recovery_script(save_path)" in inspect.getsource(DeepSpeedEngine), f"it is called in another way; {REMEDY}"
+    assert "zero_to_fp32.py" in [path.name for path in tmp_path.iterdir()], (
+        f"another method copies the scripts now; {REMEDY}"
+    )
+    assert "self._copy_recovery_script(save_path)" in inspect.getsource(DeepSpeedEngine), (
+        f"it is called in another way; {REMEDY}"
+    )
 
 
 def test_a_checkpoint_comes_back_into_the_engine(facts: dict[str, Any]) -> None:
@@ -95,6 +117,10 @@ def test_a_checkpoint_comes_back_into_the_engine(facts: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("universal", [False, True])
-def test_whether_a_checkpoint_is_universal_is_asked_of_the_config_at_each_load(universal: bool) -> None:
+def test_whether_a_checkpoint_is_universal_is_asked_of_the_config_at_each_load(
+    universal: bool,
+) -> None:
     engine = SimpleNamespace(_config=SimpleNamespace(load_universal_checkpoint=universal))
-    assert DeepSpeedEngine.load_universal_checkpoint(engine) is universal, f"the engine asks another value; {REMEDY}"
+    assert DeepSpeedEngine.load_universal_checkpoint(engine) is universal, (
+        f"the engine asks another value; {REMEDY}"
+    )

@@ -1,4 +1,5 @@
-"""A teacher's targets are those of its model's own logits, document by document, however the work is cut; and replicas must agree.
+"""A teacher's targets are those of its model's own logits, document by document, however the work
+is cut; and replicas must agree.
 
 Shapes: S sequences, L positions, T target tokens, V vocabulary.
 """
@@ -28,12 +29,18 @@ from stillhouse.store import Recipe
 
 RECIPE = small_recipe(num_sequences=5, sequence_length=24, chunk_sequences=5, temperature=1.5, k=6)
 CAP = 2.0
-ARCHITECTURES = {"llama": {}, "gemma2": {"final_logit_softcapping": CAP, "sliding_window": 8, "query_pre_attn_scalar": 16}}
+ARCHITECTURES = {
+    "llama": {},
+    "gemma2": {"final_logit_softcapping": CAP, "sliding_window": 8, "query_pre_attn_scalar": 16},
+}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def section(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TeacherSection:
-    """A tied model whose head is 20 rows wider than the tokenizer; the weights are large enough for gemma's cap to bite."""
+def section(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> TeacherSection:
+    """A tied model whose head is 20 rows wider than the tokenizer; the weights are large enough for
+    gemma's cap to bite."""
     folder = make_model(
         tmp_path_factory.mktemp(request.param),
         architecture=request.param,
@@ -57,15 +64,21 @@ def targets_of(section: TeacherSection, recipe: Recipe, item: WorkItem) -> Compr
 
 @torch.inference_mode()
 def each_document_alone(section: TeacherSection, item: WorkItem) -> CompressedLogits:
-    """The model's own logits of one document after the other, each in a call of its own, at the masked-in positions."""
+    """The model's own logits of one document after the other, each in a call of its own, at the
+    masked-in positions."""
     model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
     parts = []
     for ids_L, positions_L, mask_L in zip(
-        item.sequences.token_ids_SL, item.sequences.positions_SL, item.sequences.loss_mask_SL, strict=True
+        item.sequences.token_ids_SL,
+        item.sequences.positions_SL,
+        item.sequences.loss_mask_SL,
+        strict=True,
     ):
         starts = [*np.flatnonzero(positions_L == 0), len(ids_L)]
         for start, stop in itertools.pairwise(starts):
-            logits_LV = model(torch.from_numpy(ids_L[start:stop].astype(np.int64))[None]).logits[0, :, : RECIPE.vocab_size]
+            logits_LV = model(torch.from_numpy(ids_L[start:stop].astype(np.int64))[None]).logits[
+                0, :, : RECIPE.vocab_size
+            ]
             wanted = torch.from_numpy(mask_L[start:stop] == 1)
             parts.append(compress(logits_LV[wanted], k=RECIPE.k, temperature=RECIPE.temperature))
     return concatenate(parts)
@@ -88,13 +101,18 @@ def test_targets_are_those_of_each_document_alone(section: TeacherSection):
 
 
 def test_the_soft_cap_of_gemma_bites(section: TeacherSection):
-    """Or the tests here would not see it forgotten. Logits that differ by 2 CAP at most leave no token a large probability."""
+    """Or the tests here would not see it forgotten. Logits that differ by 2 CAP at most leave no
+    token a large probability."""
     found = targets_of(section, RECIPE, packed_item())
-    capped = float(found.logprobs_TK.max()) <= -np.log(RECIPE.vocab_size) + 2 * CAP / RECIPE.temperature
+    capped = (
+        float(found.logprobs_TK.max()) <= -np.log(RECIPE.vocab_size) + 2 * CAP / RECIPE.temperature
+    )
     assert capped == ("gemma2" in section.model)
 
 
-def test_a_bfloat16_teachers_exact_logits_are_not_rounded_and_its_fast_ones_are(section: TeacherSection):
+def test_a_bfloat16_teachers_exact_logits_are_not_rounded_and_its_fast_ones_are(
+    section: TeacherSection,
+):
     def distinct_values(logits: str) -> int:
         narrow = section.model_copy(update={"dtype": "bfloat16", "logits": logits})
         return targets_of(narrow, RECIPE, packed_item()).logprobs_TK.diff(dim=1).unique().numel()
@@ -103,8 +121,12 @@ def test_a_bfloat16_teachers_exact_logits_are_not_rounded_and_its_fast_ones_are(
 
 
 @pytest.mark.parametrize(("batch_sequences", "block_tokens"), [(1, 1), (3, 7), (8, 1024)])
-def test_batches_and_blocks_change_nothing(section: TeacherSection, batch_sequences: int, block_tokens: int):
-    cut = section.model_copy(update={"batch_sequences": batch_sequences, "block_tokens": block_tokens})
+def test_batches_and_blocks_change_nothing(
+    section: TeacherSection, batch_sequences: int, block_tokens: int
+):
+    cut = section.model_copy(
+        update={"batch_sequences": batch_sequences, "block_tokens": block_tokens}
+    )
     whole = section.model_copy(update={"batch_sequences": 5, "block_tokens": 4096})
     item = packed_item()
     assert_same(targets_of(cut, RECIPE, item), targets_of(whole, RECIPE, item))
@@ -113,7 +135,9 @@ def test_batches_and_blocks_change_nothing(section: TeacherSection, batch_sequen
 DRAWN = replace(RECIPE, num_draws=9)
 
 
-def test_draws_belong_to_the_place_in_the_corpus_whatever_the_batches_and_blocks(section: TeacherSection):
+def test_draws_belong_to_the_place_in_the_corpus_whatever_the_batches_and_blocks(
+    section: TeacherSection,
+):
     item = packed_item()
     teacher = TransformersEngine(section, DRAWN, device="cpu")
     found = concatenate(teacher.targets(item))
@@ -121,7 +145,9 @@ def test_draws_belong_to_the_place_in_the_corpus_whatever_the_batches_and_blocks
     assert torch.equal(concatenate(teacher.targets(item)).tail_ids_TN, found.tail_ids_TN)
     cut = section.model_copy(update={"batch_sequences": 3, "block_tokens": 7})
     again = targets_of(cut, DRAWN, item)
-    assert (again.tail_ids_TN != found.tail_ids_TN).float().mean() < 0.01  # a rounding of the logits may move a draw by an id
+    assert (
+        again.tail_ids_TN != found.tail_ids_TN
+    ).float().mean() < 0.01  # a rounding of the logits may move a draw by an id
     assert_same(found, targets_of(section, RECIPE, item))
     assert teacher.probe().answer.num_draws == 0
 
@@ -132,16 +158,22 @@ def test_no_two_places_of_a_corpus_and_no_two_recipes_share_their_draws(section:
     for number, recipe in ((1, DRAWN), (0, replace(DRAWN, corpus_digest="sha256:another"))):
         other = targets_of(section, recipe, replace(item, number=number)).tail_ids_TN
         assert (other != found).float().mean() > 0.5
-    seeds = [draw_seeds(replace(item, number=number), replace(DRAWN, num_sequences=10)) for number in (0, 1)]
+    seeds = [
+        draw_seeds(replace(item, number=number), replace(DRAWN, num_sequences=10))
+        for number in (0, 1)
+    ]
     assert torch.cat(seeds).unique().numel() == 10 * 24
     longer = replace(DRAWN, chunk_sequences=10, num_sequences=10)
     assert not torch.equal(draw_seeds(item, longer), seeds[0])  # another recipe
 
 
-def test_each_forward_pass_gives_its_own_targets_before_the_next_one_begins(section: TeacherSection):
+def test_each_forward_pass_gives_its_own_targets_before_the_next_one_begins(
+    section: TeacherSection,
+):
     item = packed_item()
     parts = TransformersEngine(section, RECIPE, device="cpu").targets(item)
-    item.sequences.token_ids_SL[2:] = RECIPE.vocab_size + 1_000_000  # ids that no forward pass survives
+    # ids that no forward pass survives
+    item.sequences.token_ids_SL[2:] = RECIPE.vocab_size + 1_000_000
     assert next(parts).num_tokens == item.sequences.loss_mask_SL[:2].sum()
     with pytest.raises(IndexError):
         next(parts)
@@ -163,7 +195,12 @@ def test_the_probe_is_the_same_for_every_replica_and_fits_the_recipe(length: int
     item, again = probe_item(recipe), probe_item(recipe)
     assert item.sequences.token_ids_SL.shape == (1, min(length, 64))
     assert item.sequences.num_targets == min(length, 64) - 1
-    assert 0 <= item.sequences.token_ids_SL.min() <= item.sequences.token_ids_SL.max() < recipe.vocab_size
+    assert (
+        0
+        <= item.sequences.token_ids_SL.min()
+        <= item.sequences.token_ids_SL.max()
+        < recipe.vocab_size
+    )
     for field in ("token_ids_SL", "positions_SL", "loss_mask_SL"):
         assert np.array_equal(getattr(item.sequences, field), getattr(again.sequences, field))
 
@@ -175,11 +212,17 @@ def probe_of(section: TeacherSection, recipe: Recipe = RECIPE, **changes: object
     return TransformersEngine(section.model_copy(update=changes), recipe, device="cpu").probe()
 
 
-def with_weights(section: TeacherSection, folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TeacherSection:
+def with_weights(
+    section: TeacherSection, folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> TeacherSection:
     """The same model with other weights."""
     AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
-    save_file({name: change(name, weight) for name, weight in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: change(name, weight) for name, weight in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return section.model_copy(update={"model": str(folder)})
 
 
@@ -188,18 +231,28 @@ def scaled(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def of_another_seed(name: str, weight: torch.Tensor) -> torch.Tensor:
-    return weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) if weight.ndim == 2 else weight
+    return (
+        weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+        if weight.ndim == 2
+        else weight
+    )
 
 
 class SumsInAnotherOrder(torch.overrides.TorchFunctionMode):
-    """Matrix products as another GPU's kernels may make them: the second half of the inner dimension first, each half rounded."""
+    """Matrix products as another GPU's kernels may make them: the second half of the inner
+    dimension first, each half rounded."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is not torch.nn.functional.linear:
             return function(*args, **(kwargs or {}))
         given, weight, *bias = args
         half = weight.shape[1] // 2
-        late, early = (torch.matmul(given[..., part], weight[:, part].T) for part in (slice(half, None), slice(half)))
+        late, early = (
+            torch.matmul(given[..., part], weight[:, part].T)
+            for part in (slice(half, None), slice(half))
+        )
         return sum([late + early, *(each for each in bias if each is not None)])
 
 
@@ -209,8 +262,11 @@ def test_replicas_of_the_same_weights_agree(section: TeacherSection) -> None:
     require_same_teacher(first, probe_of(section, block_tokens=5), replica=1)
 
 
-def test_replicas_whose_bfloat16_products_sum_in_another_order_agree(section: TeacherSection) -> None:
-    """Also where that alone moves their answers by more than any difference of weights that matters."""
+def test_replicas_whose_bfloat16_products_sum_in_another_order_agree(
+    section: TeacherSection,
+) -> None:
+    """Also where that alone moves their answers by more than any difference of weights that
+    matters."""
     first = probe_of(section, **BF16)
     with SumsInAnotherOrder():
         other = probe_of(section, **BF16)
@@ -219,28 +275,44 @@ def test_replicas_whose_bfloat16_products_sum_in_another_order_agree(section: Te
     assert mean_kl(first.answer, other.answer) <= 2 * first.rounding_kl
 
 
-def test_the_rounding_that_a_replica_measures_covers_all_that_its_number_format_does(section: TeacherSection) -> None:
+def test_the_rounding_that_a_replica_measures_covers_all_that_its_number_format_does(
+    section: TeacherSection,
+) -> None:
     narrow, wide = probe_of(section, **BF16), probe_of(section)
     assert mean_kl(wide.answer, narrow.answer) <= 2 * narrow.rounding_kl
     assert abs(wide.rounding_kl) < 1e-7
-    assert narrow.rounding_kl < 0.03  # nor does it excuse anything: models of other weights are 1.7 and 3.4 nats apart
+    # nor does it excuse anything: models of other weights are 1.7 and 3.4 nats apart
+    assert narrow.rounding_kl < 0.03
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("change", [scaled, of_another_seed])
 def test_a_replica_of_other_weights_is_named_with_a_parameter_in_every_number_format(
-    section: TeacherSection, tmp_path: Path, change: Callable[[str, torch.Tensor], torch.Tensor], dtype: str
+    section: TeacherSection,
+    tmp_path: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    dtype: str,
 ) -> None:
     other = probe_of(with_weights(section, tmp_path, change), dtype=dtype)
-    name = r"1 of \d+ parameters differ, the first of them model.layers.1.mlp.down_proj.weight" if change is scaled else "parameters differ"
-    with pytest.raises(TeacherError, match=f"teacher replica 7 has other weights than the first: .*{name}"):
+    name = (
+        r"1 of \d+ parameters differ, the first of them model.layers.1.mlp.down_proj.weight"
+        if change is scaled
+        else "parameters differ"
+    )
+    with pytest.raises(
+        TeacherError, match=f"teacher replica 7 has other weights than the first: .*{name}"
+    ):
         require_same_teacher(probe_of(section, dtype=dtype), other, replica=7)
 
 
 def test_a_parameter_that_only_one_replica_has_is_not_compared(section: TeacherSection) -> None:
     first = probe_of(section)
     names = list(first.weight_hashes)
-    require_same_teacher(first, replace(first, weight_hashes={name: first.weight_hashes[name] for name in names[1:]}), replica=1)
+    require_same_teacher(
+        first,
+        replace(first, weight_hashes={name: first.weight_hashes[name] for name in names[1:]}),
+        replica=1,
+    )
 
 
 @pytest.mark.parametrize("k", [1, 6, 300])
@@ -249,17 +321,24 @@ def test_a_replica_that_computes_otherwise_is_named_whatever_the_recipe_keeps(
     section: TeacherSection, tmp_path: Path, k: int, dtype: str, limit: str
 ) -> None:
     recipe = replace(RECIPE, k=k)
-    first, other = probe_of(section, recipe, dtype=dtype), probe_of(with_weights(section, tmp_path, of_another_seed), recipe, dtype=dtype)
+    first, other = (
+        probe_of(section, recipe, dtype=dtype),
+        probe_of(with_weights(section, tmp_path, of_another_seed), recipe, dtype=dtype),
+    )
     miscalculating = replace(first, answer=other.answer)
     with pytest.raises(
-        TeacherError, match=rf"teacher replica 7 disagrees with the first .* mean KL \d\.\d\de[-+]\d\d nats, wanted at most {limit},"
+        TeacherError,
+        match=r"teacher replica 7 disagrees with the first .* mean KL \d\.\d\de[-+]\d\d nats, "
+        rf"wanted at most {limit},",
     ):
         require_same_teacher(first, miscalculating, replica=7)
 
 
 def test_a_replica_that_answers_with_not_a_number_is_refused(section: TeacherSection) -> None:
     first = probe_of(section)
-    nan = {name: getattr(first.answer, name) * torch.nan for name in ("tail_logmass_T", "logprobs_TK")}
+    nan = {
+        name: getattr(first.answer, name) * torch.nan for name in ("tail_logmass_T", "logprobs_TK")
+    }
     broken = replace(first, answer=replace(first.answer, **nan), rounding_kl=torch.nan)
     for one, other in ((first, broken), (broken, first)):
         with pytest.raises(TeacherError, match="teacher replica 2 disagrees"):
@@ -274,4 +353,6 @@ def test_a_probe_leaves_the_model_as_it_was(section: TeacherSection) -> None:
 
 
 def test_a_teacher_names_the_path_of_its_logits(section: TeacherSection):
-    assert TransformersEngine(section, RECIPE, device="cpu").backend() == backend_for(torch.zeros(1, RECIPE.vocab_size), k=RECIPE.k)
+    assert TransformersEngine(section, RECIPE, device="cpu").backend() == backend_for(
+        torch.zeros(1, RECIPE.vocab_size), k=RECIPE.k
+    )

@@ -1,4 +1,5 @@
-"""The evaluation is exact: it gives what a naive dense computation in float64 gives, however it is cut into batches and blocks.
+"""The evaluation is exact: it gives what a naive dense computation in float64 gives, however it is
+cut into batches and blocks.
 
 Shapes: S sequences, L positions, T target tokens, V vocabulary.
 """
@@ -46,19 +47,40 @@ class Models:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tmp_path_factory.mktemp("models")
-    make_model(folder / "teacher", vocab_size=V + 20, tokenizer_vocab_size=V, weight_std=0.5, seed=1)
-    make_model(folder / "student", architecture="gemma2", vocab_size=V, weight_std=0.3, config={"final_logit_softcapping": 3.0}, seed=2)
+    make_model(
+        folder / "teacher", vocab_size=V + 20, tokenizer_vocab_size=V, weight_std=0.5, seed=1
+    )
+    make_model(
+        folder / "student",
+        architecture="gemma2",
+        vocab_size=V,
+        weight_std=0.3,
+        config={"final_logit_softcapping": 3.0},
+        seed=2,
+    )
     make_model(folder / "control", vocab_size=V, hidden_size=16, weight_std=0.2, tied=False, seed=3)
-    return Models(*(ModelSection(model=str(folder / name), dtype="float32") for name in ("teacher", "student", "control")))
+    return Models(
+        *(
+            ModelSection(model=str(folder / name), dtype="float32")
+            for name in ("teacher", "student", "control")
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def heldout(models: Models) -> Sequences:
-    """Packed rows of random tokens, which no model foresees, and three rows that the student wrote: it is too sure of the first and not
-    sure enough of the others, so that a calibration error depends on its bins."""
+    """Packed rows of random tokens, which no model foresees, and three rows that the student wrote:
+    it is too sure of the first and not sure enough of the others, so that a calibration error
+    depends on its bins."""
     chunk = make_chunk(RECIPE)
-    rows = Sequences(chunk.sequences.token_ids_SL.copy(), chunk.sequences.positions_SL.copy(), chunk.sequences.loss_mask_SL.copy())
-    rows.token_ids_SL[:3] = written_by(models.student, first_tokens=[5, 50, 250], length=RECIPE.sequence_length)
+    rows = Sequences(
+        chunk.sequences.token_ids_SL.copy(),
+        chunk.sequences.positions_SL.copy(),
+        chunk.sequences.loss_mask_SL.copy(),
+    )
+    rows.token_ids_SL[:3] = written_by(
+        models.student, first_tokens=[5, 50, 250], length=RECIPE.sequence_length
+    )
     rows.positions_SL[:3] = np.arange(RECIPE.sequence_length)
     rows.loss_mask_SL[:3, :-1] = 1
     return rows
@@ -79,15 +101,25 @@ def dense_logprobs(section: ModelSection, rows: Sequences) -> np.ndarray:
     """float64 [T, V]: the model's own logits, one row at a time, at the masked-in positions."""
     model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
     found = []
-    for ids_L, positions_L, mask_L in zip(rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL, strict=True):
-        ids_1L, positions_1L = torch.from_numpy(ids_L).long()[None], torch.from_numpy(positions_L).long()[None]
-        logits_LV = model(input_ids=ids_1L, position_ids=positions_1L, use_cache=False).logits[0, :, :V].double()
+    for ids_L, positions_L, mask_L in zip(
+        rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL, strict=True
+    ):
+        ids_1L, positions_1L = (
+            torch.from_numpy(ids_L).long()[None],
+            torch.from_numpy(positions_L).long()[None],
+        )
+        logits_LV = (
+            model(input_ids=ids_1L, position_ids=positions_1L, use_cache=False)
+            .logits[0, :, :V]
+            .double()
+        )
         found.append(torch.log_softmax(logits_LV, dim=-1).numpy()[mask_L == 1])
     return np.concatenate(found)
 
 
 def naive_scores(p_TV: np.ndarray, q_TV: np.ndarray, labels_T: np.ndarray) -> Scores:
-    """The definitions, token by token; p is the teacher's, q the model's, both log-probabilities."""
+    """The definitions, token by token; p is the teacher's, q the model's, both
+    log-probabilities."""
     num_tokens = len(labels_T)
     cross_entropy = kl = acceptance = 0.0
     agreed = 0
@@ -98,12 +130,21 @@ def naive_scores(p_TV: np.ndarray, q_TV: np.ndarray, labels_T: np.ndarray) -> Sc
         acceptance += float(np.minimum(np.exp(p_V), np.exp(q_V)).sum())
         agreed += int(p_V.argmax() == q_V.argmax())
         confidence = float(np.exp(q_V.max()))
-        bins.setdefault(min(14, int(confidence * 15)), []).append((confidence, bool(q_V.argmax() == label)))
+        bins.setdefault(min(14, int(confidence * 15)), []).append(
+            (confidence, bool(q_V.argmax() == label))
+        )
     error = 0.0
     for members in bins.values():
         confidences, hits = zip(*members, strict=True)
         error += len(members) / num_tokens * abs(np.mean(confidences) - np.mean(hits))
-    return Scores(num_tokens, cross_entropy / num_tokens, kl / num_tokens, agreed / num_tokens, float(error), acceptance / num_tokens)
+    return Scores(
+        num_tokens,
+        cross_entropy / num_tokens,
+        kl / num_tokens,
+        agreed / num_tokens,
+        float(error),
+        acceptance / num_tokens,
+    )
 
 
 def labels_of(rows: Sequences) -> np.ndarray:
@@ -119,22 +160,33 @@ def test_every_score_is_the_naive_dense_one(models: Models, heldout: Sequences):
     found = evaluate(models.job(), heldout)
     assert found.keys() == {"teacher", "student", "control"}
     teacher_TV, labels_T = dense_logprobs(models.teacher, heldout), labels_of(heldout)
-    for name, section in (("teacher", models.teacher), ("student", models.student), ("control", models.control)):
-        assert_close(found[name], naive_scores(teacher_TV, dense_logprobs(section, heldout), labels_T))
+    for name, section in (
+        ("teacher", models.teacher),
+        ("student", models.student),
+        ("control", models.control),
+    ):
+        assert_close(
+            found[name], naive_scores(teacher_TV, dense_logprobs(section, heldout), labels_T)
+        )
     assert found["student"].kl > 0.05
     assert 0.05 < found["student"].acceptance < 0.95
 
 
 @pytest.mark.parametrize(("batch_sequences", "block_tokens"), [(1, 1), (2, 5), (7, 10_000)])
-def test_batches_and_blocks_change_nothing(models: Models, heldout: Sequences, batch_sequences: int, block_tokens: int):
-    found = evaluate(models.job(batch_sequences=batch_sequences, block_tokens=block_tokens), heldout)
+def test_batches_and_blocks_change_nothing(
+    models: Models, heldout: Sequences, batch_sequences: int, block_tokens: int
+):
+    found = evaluate(
+        models.job(batch_sequences=batch_sequences, block_tokens=block_tokens), heldout
+    )
     for name, scores in evaluate(models.job(), heldout).items():
         assert_close(found[name], scores)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_teacher_against_itself_is_perfect(models: Models, heldout: Sequences, dtype: str):
-    """In bfloat16 most rows have their greatest logit more than once: a first choice is one of them, and both models' the same."""
+    """In bfloat16 most rows have their greatest logit more than once: a first choice is one of
+    them, and both models' the same."""
     teacher = models.teacher.model_copy(update={"dtype": dtype})
     job = replace(models.job(), teacher=teacher, models={"student": teacher.model_copy()})
     for scores in evaluate(job, heldout).values():
@@ -142,7 +194,9 @@ def test_the_teacher_against_itself_is_perfect(models: Models, heldout: Sequence
         assert scores.acceptance == pytest.approx(1.0, abs=1e-6)
 
 
-def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(models: Models, heldout: Sequences, tmp_path: Path):
+def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(
+    models: Models, heldout: Sequences, tmp_path: Path
+):
     twins = AutoModelForCausalLM.from_pretrained(models.control.model, dtype=torch.float32)
     twins.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -154,8 +208,11 @@ def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(models: Models,
 
 
 def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Sequences):
-    """What stands behind the mask decides nothing: not the last token of a document, nor a row without a target."""
-    silent = Sequences(heldout.token_ids_SL.copy(), heldout.positions_SL, heldout.loss_mask_SL.copy())
+    """What stands behind the mask decides nothing: not the last token of a document, nor a row
+    without a target."""
+    silent = Sequences(
+        heldout.token_ids_SL.copy(), heldout.positions_SL, heldout.loss_mask_SL.copy()
+    )
     silent.loss_mask_SL[5:] = 0
     silent.token_ids_SL[5:] = 7
     kept = heldout.select(slice(0, 5))
@@ -163,13 +220,22 @@ def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Seque
         assert_close(scores, evaluate(models.job(), kept)[name])
 
 
-def test_a_certain_and_wrong_model_is_badly_calibrated(models: Models, heldout: Sequences, tmp_path: Path):
-    """A head that is a thousand times as loud is sure of itself, and right no more often than before."""
+def test_a_certain_and_wrong_model_is_badly_calibrated(
+    models: Models, heldout: Sequences, tmp_path: Path
+):
+    """A head that is a thousand times as loud is sure of itself, and right no more often than
+    before."""
     loud = AutoModelForCausalLM.from_pretrained(models.control.model, dtype=torch.float32)
     with torch.no_grad():
         loud.lm_head.weight *= 1000
     loud.save_pretrained(tmp_path)
-    job = replace(models.job(), models={"student": ModelSection(model=str(tmp_path), dtype="float32"), "control": models.control})
+    job = replace(
+        models.job(),
+        models={
+            "student": ModelSection(model=str(tmp_path), dtype="float32"),
+            "control": models.control,
+        },
+    )
     scores = evaluate(job, heldout)
     assert scores["student"].agreement == scores["control"].agreement
     assert scores["student"].calibration_error > 0.9 > scores["control"].calibration_error

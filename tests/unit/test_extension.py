@@ -1,4 +1,5 @@
-"""Parts of a user's own are refused before anything starts where they are not what their setting wants, in words that say what is."""
+"""Parts of a user's own are refused before anything starts where they are not what their setting
+wants, in words that say what is."""
 
 from pathlib import Path
 
@@ -28,13 +29,15 @@ class HalfAnEngine:
 
 def no_sources(section, tokenizer, *, block_sequences, cache_dir): return [1, 2]
 def short_sources(section, tokenizer, *, block_sequences, cache_dir):
-    return Sources(*(SimpleNamespace(sequence_length=length) for length in (section.sequence_length, 5)))
+    lengths = (section.sequence_length, 5)
+    return Sources(*(SimpleNamespace(sequence_length=length) for length in lengths))
 """
 
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a module with parts that are sound and unsound; another for each test, since a module is imported once."""
+    """The name of a module with parts that are sound and unsound; another for each test, since a
+    module is imported once."""
     name = f"parts_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(PARTS)
     (tmp_path / f"broken_{name}.py").write_text("def f(:")
@@ -51,7 +54,9 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("{parts}:absent", ["has no absent", "at the top of that module"]),
     ],
 )
-def test_what_cannot_be_loaded_is_said_with_its_setting(parts: str, name: str, words: list[str]) -> None:
+def test_what_cannot_be_loaded_is_said_with_its_setting(
+    parts: str, name: str, words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load_extension(name.format(parts=parts), setting="teacher.engine")
     for word in ("teacher.engine is", *words):
@@ -69,7 +74,9 @@ def test_what_is_no_usable_divergence_is_refused(parts: str, name: str) -> None:
         divergence_named(f"{parts}:{name}", 0.5)
 
 
-def test_a_divergence_is_known_by_its_name_and_the_text_of_its_file(parts: str, tmp_path: Path) -> None:
+def test_a_divergence_is_known_by_its_name_and_the_text_of_its_file(
+    parts: str, tmp_path: Path
+) -> None:
     name = f"{parts}:sound"
     divergence_named(name, 0.5)
     before = divergence_identity(name)
@@ -87,9 +94,14 @@ def test_a_class_that_is_no_engine_is_refused_by_what_it_lacks(parts: str) -> No
 
 @pytest.mark.parametrize(
     ("capabilities", "words"),
-    [(Capabilities(most_entries=19), "gives 19 entries at most"), (Capabilities(draws=False), "cannot draw from the tail")],
+    [
+        (Capabilities(most_entries=19), "gives 19 entries at most"),
+        (Capabilities(draws=False), "cannot draw from the tail"),
+    ],
 )
-def test_a_target_that_an_engine_cannot_make_is_refused(capabilities: Capabilities, words: str) -> None:
+def test_a_target_that_an_engine_cannot_make_is_refused(
+    capabilities: Capabilities, words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         require_capable(capabilities, TargetSection(k=20, tail_draws=4), engine="mine")
     require_capable(Capabilities(most_entries=20), TargetSection(k=20, tail_draws=4), engine="mine")
@@ -97,9 +109,14 @@ def test_a_target_that_an_engine_cannot_make_is_refused(capabilities: Capabiliti
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("no_sources", "gives a list"), ("short_sources", "sequences have 5 tokens; wanted corpus.sequence_length, which is 8")],
+    [
+        ("no_sources", "gives a list"),
+        ("short_sources", "sequences have 5 tokens; wanted corpus.sequence_length, which is 8"),
+    ],
 )
-def test_what_opens_no_usable_sources_is_refused(parts: str, tmp_path: Path, name: str, words: str) -> None:
+def test_what_opens_no_usable_sources_is_refused(
+    parts: str, tmp_path: Path, name: str, words: str
+) -> None:
     section = CorpusSection(dataset="anything", source=f"{parts}:{name}", sequence_length=8)
     with pytest.raises(ConfigError, match=words):
         open_sources(

@@ -1,4 +1,5 @@
-"""docs/format.md is enough to read a store: `helpers.pagereader` was written from that page, and nothing here imports stillhouse."""
+"""docs/format.md is enough to read a store: `helpers.pagereader` was written from that page, and
+nothing here imports stillhouse."""
 
 import hashlib
 import json
@@ -11,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from helpers.pagereader import Refused, read_chunk, read_index, read_record, recipe_json, record_bytes
+from helpers.pagereader import (
+    Refused,
+    read_chunk,
+    read_index,
+    read_record,
+    recipe_json,
+    record_bytes,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
@@ -23,7 +31,12 @@ def golden(name: str) -> tuple[bytes, dict[str, Any], dict[str, Any], str]:
     """The file, what it holds, its recipe and its fingerprint."""
     wanted = json.loads((GOLDEN / f"{name}.json").read_text())
     recipe = recipe_json(wanted["recipe"])
-    return (GOLDEN / f"{name}.safetensors").read_bytes(), wanted, json.loads(recipe), hashlib.sha256(recipe).hexdigest()
+    return (
+        (GOLDEN / f"{name}.safetensors").read_bytes(),
+        wanted,
+        json.loads(recipe),
+        hashlib.sha256(recipe).hexdigest(),
+    )
 
 
 def block_after(words: str) -> str:
@@ -40,9 +53,13 @@ def test_a_reader_written_from_the_page_reads_the_golden_chunk(name: str):
     assert [found[key] for key in ("token_ids", "positions", "loss_mask")] == [
         wanted[key] for key in ("token_ids", "positions", "loss_mask")
     ]
-    assert [(t["ids"], t["draws"]) for t in found["targets"]] == [(t["ids"], t["draws"]) for t in wanted["targets"]]
+    assert [(t["ids"], t["draws"]) for t in found["targets"]] == [
+        (t["ids"], t["draws"]) for t in wanted["targets"]
+    ]
     for mine, theirs in zip(found["targets"], wanted["targets"], strict=True):
-        assert mine["tail_logmass"] == (-math.inf if theirs["tail_logmass"] is None else theirs["tail_logmass"])
+        assert mine["tail_logmass"] == (
+            -math.inf if theirs["tail_logmass"] is None else theirs["tail_logmass"]
+        )
         assert mine["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-6)
         kept = sum(math.exp(logprob) for logprob in mine["logprobs"])
         assert kept + math.exp(mine["tail_logmass"]) == pytest.approx(1, abs=1e-12)
@@ -100,19 +117,30 @@ def test_the_worked_example_is_the_golden_chunk():
 def test_the_first_record_of_the_worked_example_is_the_one_decoded_there():
     data, wanted, recipe, fingerprint = golden("chunk_v1_top3")
     tensors, _ = read_index(data, recipe, fingerprint, wanted["number"])
-    assert f"`{tensors['targets'][0].tobytes().hex(' ')}`, is the distribution after the token 7" in PAGE
+    assert (
+        f"`{tensors['targets'][0].tobytes().hex(' ')}`, is the distribution after the token 7"
+        in PAGE
+    )
     told = re.search(
-        r"id (\d+) with log-probability (\S+), id (\d+) with (\S+), id (\d+) with (\S+), and the others with (\S+) together", PAGE
+        r"id (\d+) with log-probability (\S+), id (\d+) with (\S+), id (\d+) with (\S+), and the "
+        r"others with (\S+) together",
+        PAGE,
     )
     first = wanted["targets"][0]
     assert [int(told[i]) for i in (1, 3, 5)] == first["ids"]
-    assert [float(told[i]) for i in (2, 4, 6, 7)] == pytest.approx([*first["logprobs"], first["tail_logmass"]], abs=1e-6)
+    assert [float(told[i]) for i in (2, 4, 6, 7)] == pytest.approx(
+        [*first["logprobs"], first["tail_logmass"]], abs=1e-6
+    )
 
 
 def test_the_sizes_are_those_of_the_pages_own_formula():
-    lines = re.findall(r"^\| (\d+) \| (\d+) \| ([68]) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE)
+    lines = re.findall(
+        r"^\| (\d+) \| (\d+) \| ([68]) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE
+    )
     assert len(lines) == 10
     for line in lines:
         k, num_draws, value_bits, *sizes = (int(number) for number in line)
         recipe = {"k": k, "num_draws": num_draws, "value_bits": value_bits}
-        assert [record_bytes({**recipe, "vocab_size": v}) for v in (32_000, 128_256, 151_936, 262_144)] == sizes
+        assert [
+            record_bytes({**recipe, "vocab_size": v}) for v in (32_000, 128_256, 151_936, 262_144)
+        ] == sizes

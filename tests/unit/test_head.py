@@ -1,4 +1,5 @@
-"""Who works on a cluster hears soon that its head is gone, wherever the work stands, and not because it was busy."""
+"""Who works on a cluster hears soon that its head is gone, wherever the work stands, and not
+because it was busy."""
 
 import socket
 import threading

@@ -27,7 +27,16 @@ from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
-from stillhouse.tracking import CheckpointRow, ChunkRow, DamagedRow, Journal, RepairRow, Row, TrainRow, read_journal
+from stillhouse.tracking import (
+    CheckpointRow,
+    ChunkRow,
+    DamagedRow,
+    Journal,
+    RepairRow,
+    Row,
+    TrainRow,
+    read_journal,
+)
 
 
 def told(*steps: int, by: str = "a") -> list[Event]:
@@ -43,13 +52,22 @@ KEPT: dict[str, tuple[list[Event], Left]] = {
     "older commits were deleted": (told(10, 20, 30), student(20, 30)),
     "a commit was made and not told": ([*told(10), Resumed("student", 20), *told(30)], student(30)),
     "a later commit is there": (told(10), student(20)),
-    "a group went on from what was told": ([*told(10, 20), Resumed("student", 20), *told(30)], student(30)),
+    "a group went on from what was told": (
+        [*told(10, 20), Resumed("student", 20), *told(30)],
+        student(30),
+    ),
     "a damaged commit was passed over with words": (
         [*told(10, 20), Damaged("student", 20), Resumed("student", 10), *told(20)],
         student(10, 20),
     ),
-    "two roles have steps of their own": ([*told(20), Told("control", 10)], Left({"student": {20: ""}, "control": {10: ""}})),
-    "a chunk was repaired": ([Published(1, content="x"), Repaired(1), Published(1, content="y")], Left(chunks={1: "y"})),
+    "two roles have steps of their own": (
+        [*told(20), Told("control", 10)],
+        Left({"student": {20: ""}, "control": {10: ""}}),
+    ),
+    "a chunk was repaired": (
+        [Published(1, content="x"), Repaired(1), Published(1, content="y")],
+        Left(chunks={1: "y"}),
+    ),
     "chunks are there that nobody told of": ([Published(1)], Left(chunks={1: "x", 2: "y"})),
 }
 
@@ -59,7 +77,11 @@ BROKEN: dict[str, tuple[list[Event], Left, str]] = {
         student(10),
         "step 20 was told committed, and the newest commit at the end is of step 10",
     ),
-    "all commits are lost": (told(10), student(), "step 10 was told committed, and the newest commit at the end is of step 0"),
+    "all commits are lost": (
+        told(10),
+        student(),
+        "step 10 was told committed, and the newest commit at the end is of step 0",
+    ),
     "a group went on from an older commit": (
         [*told(10, 20), Resumed("student", 10)],
         student(10, 20),
@@ -70,7 +92,11 @@ BROKEN: dict[str, tuple[list[Event], Left, str]] = {
         student(10),
         "step 10 was told committed, and the commit of step 0 was read after that",
     ),
-    "an older commit was told after a newer one": (told(20, 10), student(10, 20), "step 10 was told committed after step 20"),
+    "an older commit was told after a newer one": (
+        told(20, 10),
+        student(10, 20),
+        "step 10 was told committed after step 20",
+    ),
     "one step was committed twice by two owners": (
         [*told(10, by="first"), *told(10, by="second")],
         student(10),
@@ -91,14 +117,26 @@ BROKEN: dict[str, tuple[list[Event], Left, str]] = {
         student(),
         "step 10 was told committed, and the newest commit at the end is of step 0",
     ),
-    "a chunk was published twice": ([Published(1, "a"), Published(1, "b")], Left(), "chunk 1 was published twice, by a and by b"),
+    "a chunk was published twice": (
+        [Published(1, "a"), Published(1, "b")],
+        Left(),
+        "chunk 1 was published twice, by a and by b",
+    ),
     "one name had two different bytes": (
         [Published(1, content="x"), Published(1, content="y")],
         Left(),
         "chunk 1 was published as x and as y",
     ),
-    "a chunk's bytes changed": ([Published(1, content="x")], Left(chunks={1: "y"}), "chunk 1 was published as x, and is y at the end"),
-    "a chunk is gone": ([Published(1, "a")], Left(chunks={}), "chunk 1 was published by a, and is gone at the end"),
+    "a chunk's bytes changed": (
+        [Published(1, content="x")],
+        Left(chunks={1: "y"}),
+        "chunk 1 was published as x, and is y at the end",
+    ),
+    "a chunk is gone": (
+        [Published(1, "a")],
+        Left(chunks={}),
+        "chunk 1 was published by a, and is gone at the end",
+    ),
 }
 
 
@@ -115,11 +153,16 @@ def test_a_broken_promise_is_named(case: str) -> None:
 
 
 def train(*steps: int) -> list[Row]:
-    return [TrainRow("student", step, 1.0, 1.0, None, 1.0, 1e-3, 8, 1.0, 0.0, 8.0) for step in steps]
+    return [
+        TrainRow("student", step, 1.0, 1.0, None, 1.0, 1e-3, 8, 1.0, 0.0, 8.0) for step in steps
+    ]
 
 
 def test_a_journal_tells_where_each_group_began_and_what_came_of_it() -> None:
-    commit, damaged = CheckpointRow("student", 2, 1.0, 8), DamagedRow("student", "step-00000002.json: model.pt is missing")
+    commit, damaged = (
+        CheckpointRow("student", 2, 1.0, 8),
+        DamagedRow("student", "step-00000002.json: model.pt is missing"),
+    )
     chunks = [ChunkRow(5, 8, 8, 1.0, 3, 0.9, 0.0, 0.0, duplicate) for duplicate in (False, True)]
     rows = [*train(1, 2), commit, *train(3, 4), *train(3), damaged, *chunks, RepairRow(5)]
     assert [*told_in(rows, train(3))] == [
@@ -147,13 +190,22 @@ def test_what_is_left_of_checkpoints_and_chunks_is_what_verifies(tmp_path: Path)
     assert chunks_in(store) != before
 
 
-def commit_steps(url: str, journal: Path, *, attempt: str, require: Callable[[], None]) -> CheckpointWriter:
+def commit_steps(
+    url: str, journal: Path, *, attempt: str, require: Callable[[], None]
+) -> CheckpointWriter:
     """Ten commits of one command, as a rank makes and journals them."""
 
     def on_commit(made: Commit, seconds: float, _blocking_s: float) -> None:
         Journal(journal).record(CheckpointRow("student", made.step, seconds, made.num_bytes))
 
-    only = {"origin": ORIGIN, "attempt": attempt, "rank": 0, "world_size": 1, "keep": 20, "require_owner": require}
+    only = {
+        "origin": ORIGIN,
+        "attempt": attempt,
+        "rank": 0,
+        "world_size": 1,
+        "keep": 20,
+        "require_owner": require,
+    }
     with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=pytest.fail) as writer:
         for step in range(1, 11):
             writer.submit(snapshot_of(step))
@@ -161,8 +213,11 @@ def commit_steps(url: str, journal: Path, *, attempt: str, require: Callable[[],
     return writer
 
 
-def test_two_commands_that_both_commit_in_one_place_are_found_for_each_of_their_commits(tmp_path: Path) -> None:
-    """Neither asks who owns the place: all ten steps are told twice, and what stands are the first one's weights."""
+def test_two_commands_that_both_commit_in_one_place_are_found_for_each_of_their_commits(
+    tmp_path: Path,
+) -> None:
+    """Neither asks who owns the place: all ten steps are told twice, and what stands are the first
+    one's weights."""
     url, journal = str(tmp_path / "commits"), tmp_path / "journal.jsonl"
     for attempt in ("first", "second"):
         commit_steps(url, journal, attempt=attempt, require=lambda: None)
@@ -173,7 +228,9 @@ def test_two_commands_that_both_commit_in_one_place_are_found_for_each_of_their_
         require_kept(rows, checkpoints={"student": url})
 
 
-def test_of_two_commands_that_ask_who_owns_the_place_one_commits_and_the_history_is_kept(tmp_path: Path) -> None:
+def test_of_two_commands_that_ask_who_owns_the_place_one_commits_and_the_history_is_kept(
+    tmp_path: Path,
+) -> None:
     url, journal = str(tmp_path / "commits"), tmp_path / "journal.jsonl"
     blobs = Blobs(url)
     blobs.create(owner_key(2), b"")

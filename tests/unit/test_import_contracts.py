@@ -1,4 +1,5 @@
-"""The walls hold for modules that nobody has thought of yet: one in the wrong room fails `make check`."""
+"""The walls hold for modules that nobody has thought of yet: one in the wrong room fails `make
+check`."""
 
 import ast
 import shutil
@@ -19,32 +20,55 @@ ROOT = Path(__file__).parents[2]
         ("student/extra.py", "import ray", "Doors to Ray"),
         ("tracking/extra.py", "import deepspeed", "Doors to DeepSpeed"),
         ("logits/extra.py", "from stillhouse.store import Recipe", "Floors"),
-        ("losses/extra.py", "from stillhouse.config import Config", "The mathematics and the bytes"),
+        (
+            "losses/extra.py",
+            "from stillhouse.config import Config",
+            "The mathematics and the bytes",
+        ),
         ("pipeline/extra.py", "from stillhouse import cli", "Floors"),
     ],
 )
-def test_a_module_in_the_wrong_room_breaks_its_contract(tmp_path: Path, place: str, line: str, broken: str) -> None:
-    shutil.copytree(ROOT / "framework", tmp_path / "framework", ignore=shutil.ignore_patterns("__pycache__"))
+def test_a_module_in_the_wrong_room_breaks_its_contract(
+    tmp_path: Path, place: str, line: str, broken: str
+) -> None:
+    shutil.copytree(
+        ROOT / "framework", tmp_path / "framework", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "framework" / "stillhouse" / place).write_text(f'"""Planted."""\n\n{line}\n')
     command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
     found = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "framework")}, capture_output=True, text=True, timeout=120
+        command,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "framework")},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert found.returncode == 1, found.stdout + found.stderr
-    assert any(broken in each and "BROKEN" in each for each in found.stdout.splitlines()), found.stdout
+    assert any(broken in each and "BROKEN" in each for each in found.stdout.splitlines()), (
+        found.stdout
+    )
 
 
 PRIVATE_OF_OTHERS = {  # beside what the files named _*_compat.py are for
     "sequences/documents.py": ["dataset._fingerprint"],
-    "store/chunk_store.py": ["store._blobs", "store._folder", "store._blobs"],  # its own, in a second constructor
+    "store/chunk_store.py": [
+        "store._blobs",
+        "store._folder",
+        "store._blobs",
+    ],  # its own, in a second constructor
     "student/heartbeat.py": ["sys._current_frames"],
 }
 
 
 def test_only_the_compat_files_use_private_names_of_ray_and_deepspeed() -> None:
     package = ROOT / "framework" / "stillhouse"
-    texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py") if not path.match("_*_compat.py")}
+    texts = {
+        path.relative_to(package).as_posix(): path.read_text()
+        for path in package.rglob("*.py")
+        if not path.match("_*_compat.py")
+    }
     found = {name: [*private_uses(text)] for name, text in texts.items()}
     assert {name: uses for name, uses in found.items() if uses} == PRIVATE_OF_OTHERS
 
@@ -68,16 +92,25 @@ def test_a_private_name_is_seen_in_each_form(line: str) -> None:
 
 
 def private_uses(text: str) -> Iterator[str]:
-    """What a module imports, passes and takes of others that these keep to themselves; `unittest.mock` counts as such, too."""
+    """What a module imports, passes and takes of others that these keep to themselves;
+    `unittest.mock` counts as such, too."""
     for node in ast.walk(ast.parse(text)):
         match node:
             case ast.Import() | ast.ImportFrom():
                 base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-                names = [base + each.name for each in node.names if not each.name.endswith("_compat")]
-                yield from (name for name in names if "._" in name or name.startswith(("_", "ray.train.v2", "unittest")))
+                names = [
+                    base + each.name for each in node.names if not each.name.endswith("_compat")
+                ]
+                yield from (
+                    name
+                    for name in names
+                    if "._" in name or name.startswith(("_", "ray.train.v2", "unittest"))
+                )
             case ast.keyword(arg=str() as name) if name.startswith("_"):
                 yield name
             case ast.Attribute(value=ast.Name(id="self" | "cls")):
                 pass
-            case ast.Attribute(attr=name) if name.startswith("_") and (not name.endswith("__") or name == "__compatible_ops__"):
+            case ast.Attribute(attr=name) if name.startswith("_") and (
+                not name.endswith("__") or name == "__compatible_ops__"
+            ):
                 yield ast.unparse(node)

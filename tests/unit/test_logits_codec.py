@@ -1,4 +1,5 @@
-"""Records are what the codec's layout says, byte for byte; ids come back exactly, values within half a step, damage is refused."""
+"""Records are what the codec's layout says, byte for byte; ids come back exactly, values within
+half a step, damage is refused."""
 
 import math
 from pathlib import Path
@@ -11,22 +12,51 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.errors import ChunkError, ConfigError
-from stillhouse.logits import Codec, CompressedLogits, codec_numpy, codec_torch, compress, concatenate, decode, encode, fidelity
+from stillhouse.logits import (
+    Codec,
+    CompressedLogits,
+    codec_numpy,
+    codec_torch,
+    compress,
+    concatenate,
+    decode,
+    encode,
+    fidelity,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "codec_v1.hex"
-in_both_libraries = pytest.mark.parametrize("library", [codec_numpy, codec_torch], ids=["numpy", "torch"])
+in_both_libraries = pytest.mark.parametrize(
+    "library", [codec_numpy, codec_torch], ids=["numpy", "torch"]
+)
 
 
 def target_of(logits: torch.Tensor, codec: Codec, *, seed: int = 0) -> CompressedLogits:
-    """The target of some logits, with draws (ascending, often repeated) from anywhere in the vocabulary."""
+    """The target of some logits, with draws (ascending, often repeated) from anywhere in the
+    vocabulary."""
     c = compress(logits, k=codec.k, temperature=codec.temperature)
-    draws = torch.randint(codec.vocab_size, (c.num_tokens, codec.num_draws), generator=torch.Generator().manual_seed(seed)).sort(dim=1)
+    draws = torch.randint(
+        codec.vocab_size,
+        (c.num_tokens, codec.num_draws),
+        generator=torch.Generator().manual_seed(seed),
+    ).sort(dim=1)
     return CompressedLogits(
-        c.token_ids_TK, c.logprobs_TK, c.tail_logmass_T, draws.values.int(), vocab_size=c.vocab_size, temperature=c.temperature
+        c.token_ids_TK,
+        c.logprobs_TK,
+        c.tail_logmass_T,
+        draws.values.int(),
+        vocab_size=c.vocab_size,
+        temperature=c.temperature,
     )
 
 
-def row_of(ids: list[int], logprobs: list[float], tail: float, *, vocab_size: int, draws: tuple[int, ...] = ()) -> CompressedLogits:
+def row_of(
+    ids: list[int],
+    logprobs: list[float],
+    tail: float,
+    *,
+    vocab_size: int,
+    draws: tuple[int, ...] = (),
+) -> CompressedLogits:
     return CompressedLogits(
         torch.tensor([ids], dtype=torch.int32),
         torch.tensor([logprobs]),
@@ -37,9 +67,12 @@ def row_of(ids: list[int], logprobs: list[float], tail: float, *, vocab_size: in
 
 
 def power_law_logits(num_tokens: int, vocab_size: int, *, exponent: float) -> torch.Tensor:
-    """Logits -exponent * log(rank) + N(0, 1), each row in its own random order: a language model's long tail."""
+    """Logits -exponent * log(rank) + N(0, 1), each row in its own random order: a language model's
+    long tail."""
     generator = torch.Generator().manual_seed(round(10 * exponent))
-    ranked = -exponent * torch.arange(1, vocab_size + 1).log() + torch.randn(num_tokens, vocab_size, generator=generator)
+    ranked = -exponent * torch.arange(1, vocab_size + 1).log() + torch.randn(
+        num_tokens, vocab_size, generator=generator
+    )
     return torch.stack([row[torch.randperm(vocab_size, generator=generator)] for row in ranked])
 
 
@@ -49,7 +82,8 @@ def assert_equal(a: CompressedLogits, b: CompressedLogits) -> None:
     assert (a.vocab_size, a.temperature) == (b.vocab_size, b.temperature)
 
 
-# An encoder of one row, written from the layout alone -----------------------------------------------------------------------------------
+# An encoder of one row, written from the layout alone
+# -----------------------------------------------------------------------------------
 
 
 def bit_stream(bits: list[int]) -> bytes:
@@ -61,7 +95,9 @@ def elias_fano(ids: list[int], vocab_size: int) -> bytes:
     high = [0] * (len(ids) + ((vocab_size - 1) >> low) + 1)
     for i, number in enumerate(ids):
         high[(number >> low) + i] = 1
-    return bit_stream([number >> bit & 1 for number in ids for bit in range(low)]) + bit_stream(high)
+    return bit_stream([number >> bit & 1 for number in ids for bit in range(low)]) + bit_stream(
+        high
+    )
 
 
 def root(drop: np.float32) -> np.float32:
@@ -78,8 +114,12 @@ def spelled_out(c: CompressedLogits, codec: Codec) -> bytes:
         tail = c.tail_logmass_T[0].numpy()
         half_tail = np.float16(tail if tail == -math.inf else min(max(tail, -65504), -(2**-24)))
         top = np.float32(2**codec.value_bits - 1)
-        codes = [int(np.rint(top * np.minimum(root(d) / root(np.float32(half_range)), 1))) for d in drops]
-        record += np.array([half_range, half_tail], "<f2").tobytes() + elias_fano([number for number, _ in entries], codec.vocab_size)
+        codes = [
+            int(np.rint(top * np.minimum(root(d) / root(np.float32(half_range)), 1))) for d in drops
+        ]
+        record += np.array([half_range, half_tail], "<f2").tobytes() + elias_fano(
+            [number for number, _ in entries], codec.vocab_size
+        )
         record += bit_stream([code >> bit & 1 for code in codes for bit in range(codec.value_bits)])
     if codec.num_draws:
         record += elias_fano(c.tail_ids_TN[0].tolist(), codec.vocab_size)
@@ -115,7 +155,9 @@ def test_records_are_what_the_layout_spells_out(case: tuple[CompressedLogits, Co
     records = encode(c, codec)
     assert (records.dtype, records.shape) == (torch.uint8, (c.num_tokens, codec.bytes_per_token))
     for row, record in enumerate(records):
-        assert record.numpy().tobytes() == spelled_out(c.map(lambda t, row=row: t[row : row + 1]), codec)
+        assert record.numpy().tobytes() == spelled_out(
+            c.map(lambda t, row=row: t[row : row + 1]), codec
+        )
 
 
 @given(case=cases())
@@ -136,17 +178,31 @@ def test_ids_and_draws_come_back_exactly_in_canonical_order_and_encode_again_to_
 
 @given(case=cases())
 @settings(max_examples=150, deadline=None)
-def test_values_come_back_within_half_a_step_and_keep_the_total_mass(case: tuple[CompressedLogits, Codec]) -> None:
+def test_values_come_back_within_half_a_step_and_keep_the_total_mass(
+    case: tuple[CompressedLogits, Codec],
+) -> None:
     c, codec = case
     decoded = decode(encode(c, codec), codec)
     tail = c.tail_logmass_T.clamp(max=-(2.0**-24))
-    torch.testing.assert_close(decoded.tail_logmass_T, tail if codec.k else torch.zeros_like(tail), rtol=2**-11, atol=2**-25)
+    torch.testing.assert_close(
+        decoded.tail_logmass_T,
+        tail if codec.k else torch.zeros_like(tail),
+        rtol=2**-11,
+        atol=2**-25,
+    )
     if codec.k == 0:
         return
     mass = decoded.logprobs_TK.double().exp().sum(dim=1)
-    torch.testing.assert_close(mass, -torch.expm1(decoded.tail_logmass_T.double()), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(
+        mass, -torch.expm1(decoded.tail_logmass_T.double()), rtol=1e-5, atol=0.0
+    )
     order, decoded_order = c.token_ids_TK.argsort(dim=1), decoded.token_ids_TK.argsort(dim=1)
-    exact = (c.logprobs_TK.amax(dim=1, keepdim=True) - c.logprobs_TK).gather(1, order).clamp(max=40.0).double()
+    exact = (
+        (c.logprobs_TK.amax(dim=1, keepdim=True) - c.logprobs_TK)
+        .gather(1, order)
+        .clamp(max=40.0)
+        .double()
+    )
     stored = (decoded.logprobs_TK[:, :1] - decoded.logprobs_TK).gather(1, decoded_order).double()
     wide = exact.amax(dim=1, keepdim=True).clamp(min=1.0)
     half_step = ((1 + wide).sqrt() - 1) / (2 * (2**codec.value_bits - 1))
@@ -172,9 +228,20 @@ def test_a_damaged_record_is_refused_or_is_exactly_what_its_own_target_encodes_t
 
 @pytest.mark.parametrize(
     ("k", "num_draws", "value_bits", "size"),
-    [(32, 0, 8, 93), (64, 0, 8, 174), (128, 0, 8, 327), (32, 0, 6, 85), (64, 0, 6, 158), (128, 0, 6, 295), (12, 12, 8, 64), (0, 50, 8, 85)],
+    [
+        (32, 0, 8, 93),
+        (64, 0, 8, 174),
+        (128, 0, 8, 327),
+        (32, 0, 6, 85),
+        (64, 0, 6, 158),
+        (128, 0, 6, 295),
+        (12, 12, 8, 64),
+        (0, 50, 8, 85),
+    ],
 )
-def test_records_have_the_promised_sizes(k: int, num_draws: int, value_bits: int, size: int) -> None:
+def test_records_have_the_promised_sizes(
+    k: int, num_draws: int, value_bits: int, size: int
+) -> None:
     codec = Codec(151_936, k, num_draws=num_draws, value_bits=value_bits)
     assert codec.bytes_per_token == size
     c = target_of(torch.randn(2, 151_936), codec)
@@ -184,7 +251,9 @@ def test_records_have_the_promised_sizes(k: int, num_draws: int, value_bits: int
 @pytest.mark.parametrize(("value_bits", "limit"), [(8, 2e-5), (6, 3e-4)])
 @pytest.mark.parametrize("k", [32, 64, 128])
 @pytest.mark.parametrize("exponent", [0.6, 1.0, 1.5, 2.0, 4.0])
-def test_the_codec_costs_little_on_power_law_rows_from_flat_to_sharp(exponent: float, k: int, value_bits: int, limit: float) -> None:
+def test_the_codec_costs_little_on_power_law_rows_from_flat_to_sharp(
+    exponent: float, k: int, value_bits: int, limit: float
+) -> None:
     c = compress(power_law_logits(48, 8192, exponent=exponent), k=k)
     codec = Codec(8192, k, value_bits=value_bits)
     found = fidelity(c, decode(encode(c, codec), codec))
@@ -195,26 +264,47 @@ def test_the_codec_costs_little_on_power_law_rows_from_flat_to_sharp(exponent: f
 def test_eight_bits_lose_less_than_rounding_the_logits_to_bfloat16() -> None:
     logits = 20.0 + power_law_logits(48, 8192, exponent=1.5)
     c, codec = compress(logits, k=64), Codec(8192, 64)
-    exact, rounded = logits.double().log_softmax(dim=1), logits.bfloat16().double().log_softmax(dim=1)
+    exact, rounded = (
+        logits.double().log_softmax(dim=1),
+        logits.bfloat16().double().log_softmax(dim=1),
+    )
     rounding_kl = (exact.exp() * (exact - rounded)).sum(dim=1).mean().item()
     assert fidelity(c, decode(encode(c, codec), codec)).codec_kl < rounding_kl
 
 
 def golden_records() -> dict[str, bytes]:
-    return {name: bytes.fromhex(record) for name, record in (line.split() for line in GOLDEN.read_text().splitlines())}
+    return {
+        name: bytes.fromhex(record)
+        for name, record in (line.split() for line in GOLDEN.read_text().splitlines())
+    }
 
 
 LOG2 = math.log(2.0)
 GOLDEN_CASES = {
     "eight_bits": (
         Codec(1000, 4),
-        row_of([17, 999, 3, 500], [-LOG2, -2 * LOG2, -3 * LOG2, -4 * LOG2], -4 * LOG2, vocab_size=1000),
-        row_of([17, 999, 3, 500], [-0.692483, -1.387702, -2.078875, -2.772561], -2.773438, vocab_size=1000),
+        row_of(
+            [17, 999, 3, 500], [-LOG2, -2 * LOG2, -3 * LOG2, -4 * LOG2], -4 * LOG2, vocab_size=1000
+        ),
+        row_of(
+            [17, 999, 3, 500],
+            [-0.692483, -1.387702, -2.078875, -2.772561],
+            -2.773438,
+            vocab_size=1000,
+        ),
     ),
     "six_bits_and_draws": (
         Codec(1000, 3, num_draws=5, value_bits=6),
-        row_of([512, 0, 511], [-0.25, -2.0, -9.0], -2.455, vocab_size=1000, draws=(1, 1, 640, 998, 999)),
-        row_of([512, 0, 511], [-0.242649, -2.044287, -8.992649], -2.455078, vocab_size=1000, draws=(1, 1, 640, 998, 999)),
+        row_of(
+            [512, 0, 511], [-0.25, -2.0, -9.0], -2.455, vocab_size=1000, draws=(1, 1, 640, 998, 999)
+        ),
+        row_of(
+            [512, 0, 511],
+            [-0.242649, -2.044287, -8.992649],
+            -2.455078,
+            vocab_size=1000,
+            draws=(1, 1, 640, 998, 999),
+        ),
     ),
     "only_draws": (
         Codec(7, 0, num_draws=9),
@@ -248,9 +338,18 @@ def test_every_golden_record_is_tested() -> None:
 
 @pytest.mark.parametrize(
     ("tail", "stored"),
-    [(-math.inf, -math.inf), (0.0, -(2.0**-24)), (1e-7, -(2.0**-24)), (-1e-9, -(2.0**-24)), (-1e5, -65504.0), (-16.0, -16.0)],
+    [
+        (-math.inf, -math.inf),
+        (0.0, -(2.0**-24)),
+        (1e-7, -(2.0**-24)),
+        (-1e-9, -(2.0**-24)),
+        (-1e5, -65504.0),
+        (-16.0, -16.0),
+    ],
 )
-def test_tails_from_none_to_nearly_everything_survive_with_some_kept_mass(tail: float, stored: float) -> None:
+def test_tails_from_none_to_nearly_everything_survive_with_some_kept_mass(
+    tail: float, stored: float
+) -> None:
     codec = Codec(50, 2)
     decoded = decode(encode(row_of([4, 9], [-0.5, -1.5], tail, vocab_size=50), codec), codec)
     assert decoded.tail_logmass_T.item() == stored
@@ -261,7 +360,10 @@ def test_tails_from_none_to_nearly_everything_survive_with_some_kept_mass(tail: 
 
 def test_entries_of_no_probability_are_stored_forty_nats_below_the_best() -> None:
     codec = Codec(50, 4)
-    decoded = decode(encode(row_of([9, 4, 7, 8], [-0.1, -2.6, -77.0, -math.inf], -5.0, vocab_size=50), codec), codec)
+    decoded = decode(
+        encode(row_of([9, 4, 7, 8], [-0.1, -2.6, -77.0, -math.inf], -5.0, vocab_size=50), codec),
+        codec,
+    )
     best = decoded.logprobs_TK[0, 0].item()
     assert decoded.token_ids_TK.tolist() == [[9, 4, 7, 8]]
     assert decoded.logprobs_TK[0, 2:].tolist() == pytest.approx([best - 40.0] * 2, abs=1e-5)
@@ -282,22 +384,35 @@ def test_many_rows_are_the_rows_one_by_one_wherever_they_lie_in_memory() -> None
     assert torch.equal(records, torch.cat([encode(row, codec) for row in rows]))
     backwards = decode(records.flip(0).T.contiguous().T, codec)
     assert_equal(backwards.map(lambda t: t.flip(0)), decode(records, codec))
-    assert_equal(decode(records, codec), concatenate([decode(record[None], codec) for record in records]))
+    assert_equal(
+        decode(records, codec), concatenate([decode(record[None], codec) for record in records])
+    )
 
 
 def test_the_order_in_which_entries_are_given_does_not_matter() -> None:
     codec = Codec(200, 16)
     c = compress(torch.randn(3, 200).round(), k=16)
     shuffled = torch.randperm(16)
-    mixed = CompressedLogits(c.token_ids_TK[:, shuffled], c.logprobs_TK[:, shuffled], c.tail_logmass_T, c.tail_ids_TN, vocab_size=200)
+    mixed = CompressedLogits(
+        c.token_ids_TK[:, shuffled],
+        c.logprobs_TK[:, shuffled],
+        c.tail_logmass_T,
+        c.tail_ids_TN,
+        vocab_size=200,
+    )
     assert torch.equal(encode(mixed, codec), encode(c, codec))
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------
 
 SMALL = Codec(
-    100, 4, num_draws=3
-)  # header 0:4, kept ids 4:6 and 6:8 (11 bits of 16), codes 8:12, draws 12:14 (15 bits of 16) and 14 (7 of 8)
+    100,
+    4,
+    num_draws=3,
+    # header 0:4, kept ids 4:6 and 6:8 (11 bits of 16), codes 8:12, draws 12:14 (15 bits of 16) and
+    # 14 (7 of 8)
+)
 
 
 def small_records() -> torch.Tensor:
@@ -333,7 +448,9 @@ def half(value: float) -> list[int]:
         (13, [0b10000000], "bits set after the last value"),
     ],
 )
-def test_an_impossible_record_is_refused_by_its_row(place: int, values: list[int], complaint: str, library: ModuleType) -> None:
+def test_an_impossible_record_is_refused_by_its_row(
+    place: int, values: list[int], complaint: str, library: ModuleType
+) -> None:
     records = small_records()
     assert records.shape == (20, 15)
     records[17, place : place + len(values)] = torch.tensor(values, dtype=torch.uint8)
@@ -360,7 +477,10 @@ def test_a_tail_beside_a_whole_vocabulary_is_refused() -> None:
         encode(row_of([0, 1, 2], [-1.0, -1.0, -1.0], -3.0, vocab_size=3), codec)
 
 
-@pytest.mark.parametrize("records", [torch.zeros(2, 14, dtype=torch.uint8), torch.zeros(15, dtype=torch.uint8), torch.zeros(2, 15)])
+@pytest.mark.parametrize(
+    "records",
+    [torch.zeros(2, 14, dtype=torch.uint8), torch.zeros(15, dtype=torch.uint8), torch.zeros(2, 15)],
+)
 def test_records_of_another_shape_or_type_are_refused(records: torch.Tensor) -> None:
     with pytest.raises(ChunkError, match="wanted uint8 \\[tokens, 15\\]"):
         decode(records, SMALL)
@@ -380,7 +500,9 @@ def test_records_of_another_shape_or_type_are_refused(records: torch.Tensor) -> 
         row_of([3, 4], [-1.0, -2.0], 0.5, vocab_size=100),
     ],
 )
-def test_a_target_that_is_no_distribution_over_the_vocabulary_is_not_written(bad: CompressedLogits, library: ModuleType) -> None:
+def test_a_target_that_is_no_distribution_over_the_vocabulary_is_not_written(
+    bad: CompressedLogits, library: ModuleType
+) -> None:
     good = row_of([3, 4], [-1.0, -2.0], -1.0, vocab_size=100)
     with pytest.raises(ChunkError, match="row 1 "):
         library.encode(concatenate([good, bad]), Codec(100, 2))
@@ -388,7 +510,9 @@ def test_a_target_that_is_no_distribution_over_the_vocabulary_is_not_written(bad
 
 @in_both_libraries
 @pytest.mark.parametrize("draws", [(3, 100), (-1, 3), (4, 3)])
-def test_draws_out_of_order_or_vocabulary_are_not_written(draws: tuple[int, ...], library: ModuleType) -> None:
+def test_draws_out_of_order_or_vocabulary_are_not_written(
+    draws: tuple[int, ...], library: ModuleType
+) -> None:
     with pytest.raises(ChunkError, match="row 0 "):
         library.encode(row_of([], [], 0.0, vocab_size=100, draws=draws), Codec(100, 0, num_draws=2))
 

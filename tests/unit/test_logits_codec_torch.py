@@ -1,6 +1,8 @@
-"""On a device records are what they are on the processor: the same bytes, ids and refusals, in torch alone, and one wait for the device.
+"""On a device records are what they are on the processor: the same bytes, ids and refusals, in
+torch alone, and one wait for the device.
 
-The processor's own are held to the layout by the tests of the codec. Here torch's run on the processor too, called by their name.
+The processor's own are held to the layout by the tests of the codec. Here torch's run on the
+processor too, called by their name.
 """
 
 import math
@@ -15,7 +17,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import ChunkError
-from stillhouse.logits import Codec, CompressedLogits, codec_numpy, codec_torch, compress, decode, encode
+from stillhouse.logits import (
+    Codec,
+    CompressedLogits,
+    codec_numpy,
+    codec_torch,
+    compress,
+    decode,
+    encode,
+)
 
 TENSORS = ("token_ids_TK", "logprobs_TK", "tail_logmass_T", "tail_ids_TN")
 
@@ -26,24 +36,45 @@ def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
     for name in ("token_ids_TK", "tail_logmass_T", "tail_ids_TN"):
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
-    torch.testing.assert_close(found.logprobs_TK, wanted.logprobs_TK, rtol=2 * torch.finfo(torch.float32).eps, atol=1e-14)
+    torch.testing.assert_close(
+        found.logprobs_TK, wanted.logprobs_TK, rtol=2 * torch.finfo(torch.float32).eps, atol=1e-14
+    )
     assert (found.vocab_size, found.temperature) == (wanted.vocab_size, wanted.temperature)
 
 
-def target_of(codec: Codec, num_tokens: int, *, seed: int, spread: float = 5.0, rounded: bool = False, ruled_out: float = 0.0):
-    """Distinct ids from anywhere with log-probabilities below their best, in no order; a part of them impossible. Draws with repeats."""
+def target_of(
+    codec: Codec,
+    num_tokens: int,
+    *,
+    seed: int,
+    spread: float = 5.0,
+    rounded: bool = False,
+    ruled_out: float = 0.0,
+):
+    """Distinct ids from anywhere with log-probabilities below their best, in no order; a part of
+    them impossible. Draws with repeats."""
     random = np.random.default_rng(seed)
     ids = [random.choice(codec.vocab_size, codec.k, replace=False) for _ in range(num_tokens)]
     drops = np.abs(random.normal(0, spread, (num_tokens, codec.k)))
     drops = drops.round() if rounded else drops
     drops[random.random(drops.shape) < ruled_out] = math.inf
     drops[:, :1] = 0.0
-    tail = np.full(num_tokens, -math.inf) if codec.k == codec.vocab_size else -random.exponential(4.0, num_tokens)
+    tail = (
+        np.full(num_tokens, -math.inf)
+        if codec.k == codec.vocab_size
+        else -random.exponential(4.0, num_tokens)
+    )
     return CompressedLogits(
         torch.from_numpy(np.array(ids, np.int32).reshape(num_tokens, codec.k)),
         torch.from_numpy((-0.3 - drops).astype(np.float32)),
         torch.from_numpy(tail.astype(np.float32)),
-        torch.from_numpy(np.sort(random.integers(codec.vocab_size, size=(num_tokens, codec.num_draws), dtype=np.int32))),
+        torch.from_numpy(
+            np.sort(
+                random.integers(
+                    codec.vocab_size, size=(num_tokens, codec.num_draws), dtype=np.int32
+                )
+            )
+        ),
         vocab_size=codec.vocab_size,
         temperature=codec.temperature,
     )
@@ -52,7 +83,11 @@ def target_of(codec: Codec, num_tokens: int, *, seed: int, spread: float = 5.0, 
 @st.composite
 def codecs(draw: st.DrawFn) -> Codec:
     powers_of_two = st.integers(0, 18).map(lambda power: 2**power)
-    vocab_size = draw(st.one_of(st.integers(1, 40), powers_of_two, st.sampled_from([50_257, 151_936, 262_143, 262_145])))
+    vocab_size = draw(
+        st.one_of(
+            st.integers(1, 40), powers_of_two, st.sampled_from([50_257, 151_936, 262_143, 262_145])
+        )
+    )
     k = draw(st.one_of(st.integers(0, min(vocab_size, 130)), st.just(min(vocab_size, 130))))
     return Codec(
         vocab_size,
@@ -79,10 +114,16 @@ def cases(draw: st.DrawFn, *, least_tokens: int = 0) -> tuple[CompressedLogits, 
 
 @given(case=cases())
 @example(case=(target_of(Codec(1, 1, num_draws=1), 2, seed=0), Codec(1, 1, num_draws=1)))
-@example(case=(target_of(Codec(262_144, 0, num_draws=50), 3, seed=0), Codec(262_144, 0, num_draws=50)))
-@example(case=(target_of(Codec(262_144, 64, value_bits=6), 3, seed=0), Codec(262_144, 64, value_bits=6)))
+@example(
+    case=(target_of(Codec(262_144, 0, num_draws=50), 3, seed=0), Codec(262_144, 0, num_draws=50))
+)
+@example(
+    case=(target_of(Codec(262_144, 64, value_bits=6), 3, seed=0), Codec(262_144, 64, value_bits=6))
+)
 @settings(max_examples=300, deadline=None)
-def test_records_and_what_they_hold_are_the_processors(case: tuple[CompressedLogits, Codec]) -> None:
+def test_records_and_what_they_hold_are_the_processors(
+    case: tuple[CompressedLogits, Codec],
+) -> None:
     c, codec = case
     records = codec_torch.encode(c, codec)
     assert (records.dtype, records.shape) == (torch.uint8, (c.num_tokens, codec.bytes_per_token))
@@ -102,12 +143,18 @@ def test_targets_straight_from_logits_have_the_processors_records(k: int, num_dr
 
 @pytest.mark.parametrize("value_bits", [6, 8])
 def test_values_on_the_edge_between_two_codes_fall_on_the_processors_side(value_bits: int) -> None:
-    """Where a square root that is not the nearest number would show; torch's own of float32 on a processor is such."""
-    ranges = np.arange(0x3C00, 0x5101, 11, dtype=np.uint16).view(np.float16).astype(np.float32)  # of binary16 from 1 to 40
+    """Where a square root that is not the nearest number would show; torch's own of float32 on a
+    processor is such."""
+    # of binary16 from 1 to 40
+    ranges = np.arange(0x3C00, 0x5101, 11, dtype=np.uint16).view(np.float16).astype(np.float32)
     halves = (np.arange(2**value_bits - 1) + 0.5) / (2**value_bits - 1)
     edges = (1 + (np.sqrt(1 + ranges[:, None].astype(np.float64)) - 1) * halves) ** 2 - 1
-    above = np.concatenate([edges + steps * 2.0**-23 * (1 + edges) for steps in (-1, -0.5, 0, 0.5, 1)], axis=1)
-    drops = np.concatenate([np.zeros((len(ranges), 1)), above, ranges[:, None]], axis=1).clip(max=ranges[:, None])
+    above = np.concatenate(
+        [edges + steps * 2.0**-23 * (1 + edges) for steps in (-1, -0.5, 0, 0.5, 1)], axis=1
+    )
+    drops = np.concatenate([np.zeros((len(ranges), 1)), above, ranges[:, None]], axis=1).clip(
+        max=ranges[:, None]
+    )
     num_rows, k = drops.shape
     c = CompressedLogits(
         torch.arange(k, dtype=torch.int32).repeat(num_rows, 1),
@@ -129,7 +176,14 @@ def outcome(work: Callable[[], Any]) -> Any:
         return str(error)
 
 
-DAMAGES = st.lists(st.tuples(st.integers(0, 10**6), st.one_of(st.integers(0, 3), st.integers(0, 10**6)), st.integers(1, 255)), min_size=1)
+DAMAGES = st.lists(
+    st.tuples(
+        st.integers(0, 10**6),
+        st.one_of(st.integers(0, 3), st.integers(0, 10**6)),
+        st.integers(1, 255),
+    ),
+    min_size=1,
+)
 
 
 @given(case=cases(least_tokens=1), damages=DAMAGES)
@@ -141,7 +195,10 @@ def test_damaged_records_are_refused_by_the_same_row_for_the_same_reason(
     records = codec_numpy.encode(c, codec)
     for row, place, flip in damages:
         records[row % len(records), place % codec.bytes_per_token] ^= flip
-    found, wanted = (outcome(lambda library=library: library.decode(records, codec)) for library in (codec_torch, codec_numpy))
+    found, wanted = (
+        outcome(lambda library=library: library.decode(records, codec))
+        for library in (codec_torch, codec_numpy)
+    )
     if isinstance(wanted, str):
         assert found == wanted
     else:
@@ -155,9 +212,9 @@ NONSENSE = {
     "tail_ids_TN": [-1, 0, 262_146, 2**31 - 1],
 }
 MISTAKES = st.lists(
-    st.sampled_from([(name, value) for name, values in NONSENSE.items() for value in values]).flatmap(
-        lambda mistake: st.tuples(st.just(mistake), st.integers(0, 10**6))
-    ),
+    st.sampled_from(
+        [(name, value) for name, values in NONSENSE.items() for value in values]
+    ).flatmap(lambda mistake: st.tuples(st.just(mistake), st.integers(0, 10**6))),
     min_size=1,
     max_size=4,
 )
@@ -173,7 +230,10 @@ def test_targets_that_cannot_be_written_are_refused_by_the_same_row_for_the_same
         values = getattr(c, name).view(-1)
         if len(values):
             values[place % len(values)] = value
-    found, wanted = (outcome(lambda library=library: library.encode(c, codec)) for library in (codec_torch, codec_numpy))
+    found, wanted = (
+        outcome(lambda library=library: library.encode(c, codec))
+        for library in (codec_torch, codec_numpy)
+    )
     assert found == wanted if isinstance(wanted, str) else torch.equal(found, wanted)
 
 
@@ -183,7 +243,12 @@ SEVERAL_BLOCKS = Codec(4096, 2048, num_draws=64), 1100
 def test_rows_of_several_blocks_are_the_processors_and_a_bad_one_is_named_among_them_all() -> None:
     codec, num_tokens = SEVERAL_BLOCKS
     assert num_tokens * (codec.k + codec.num_draws) > codec_torch._BLOCK_ENTRIES
-    records = torch.cat([codec_numpy.encode(target_of(codec, 50, seed=seed), codec) for seed in range(num_tokens // 50)])
+    records = torch.cat(
+        [
+            codec_numpy.encode(target_of(codec, 50, seed=seed), codec)
+            for seed in range(num_tokens // 50)
+        ]
+    )
     target = codec_torch.decode(records, codec)
     assert_same(target, codec_numpy.decode(records, codec))
     assert torch.equal(codec_torch.encode(target, codec), records)
@@ -194,20 +259,25 @@ def test_rows_of_several_blocks_are_the_processors_and_a_bad_one_is_named_among_
 
 
 class Answers(TorchDispatchMode):
-    """Counts what makes the processor wait for the device: numbers that it asks for, shapes that depend on them, and copies."""
+    """Counts what makes the processor wait for the device: numbers that it asks for, shapes that
+    depend on them, and copies."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_waits = 0
 
-    def __torch_dispatch__(self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique"}
         moves = "device" in (kwargs or {}) and operation.overloadpacket.__name__ == "_to_copy"
         self.num_waits += moves or operation.overloadpacket.__name__ in waits
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("codec", "num_tokens"), [(Codec(500, 8, num_draws=3, value_bits=6), 64), SEVERAL_BLOCKS])
+@pytest.mark.parametrize(
+    ("codec", "num_tokens"), [(Codec(500, 8, num_draws=3, value_bits=6), 64), SEVERAL_BLOCKS]
+)
 def test_the_device_is_waited_for_once(codec: Codec, num_tokens: int) -> None:
     c = target_of(codec, num_tokens, seed=0)
     with Answers() as encoding:
@@ -218,7 +288,8 @@ def test_the_device_is_waited_for_once(codec: Codec, num_tokens: int) -> None:
 
 
 def test_what_is_not_on_the_processor_is_coded_where_it_lies() -> None:
-    """A device without numbers shows it: all is computed there, up to the question of what to refuse."""
+    """A device without numbers shows it: all is computed there, up to the question of what to
+    refuse."""
     codec = Codec(500, 8, num_draws=3)
     c = target_of(codec, 4, seed=0).map(lambda tensor: tensor.to("meta"))
     with pytest.raises(RuntimeError, match="meta tensors"):

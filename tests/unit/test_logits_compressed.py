@@ -1,4 +1,5 @@
-"""`densify` spreads the tail as a target says, `fidelity` measures what is kept and what the bytes lose."""
+"""`densify` spreads the tail as a target says, `fidelity` measures what is kept and what the bytes
+lose."""
 
 import math
 from dataclasses import replace
@@ -63,7 +64,9 @@ def test_fidelity_is_the_kl_over_the_kept_entries_and_the_tail_whatever_their_or
     q = torch.cat([logprobs, tail[:, None]], dim=1).double()
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(dim=1)
     found = fidelity(exact, decoded)
-    assert found.kept_mass == pytest.approx(exact.logprobs_TK.exp().sum(dim=1).mean().item(), rel=1e-6)
+    assert found.kept_mass == pytest.approx(
+        exact.logprobs_TK.exp().sum(dim=1).mean().item(), rel=1e-6
+    )
     assert found.codec_kl == pytest.approx(kl.mean().item(), rel=1e-9)
     assert found.worst_kl == pytest.approx(kl.max().item(), rel=1e-9)
     assert found.worst_kl > found.codec_kl > 0

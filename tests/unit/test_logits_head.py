@@ -1,4 +1,5 @@
-"""A `Head` is its formula, term by term: softcap * tanh(scale * (hidden @ weight^T + bias) / softcap)."""
+"""A `Head` is its formula, term by term: softcap * tanh(scale * (hidden @ weight^T + bias) /
+softcap)."""
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ BIAS = torch.randn(30, generator=GENERATOR, dtype=torch.float64)
 @pytest.mark.parametrize("bias", [None, BIAS])
 @pytest.mark.parametrize("scale", [1.0, 0.0625, 4.0])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_logits_follow_the_formula(bias: torch.Tensor | None, scale: float, softcap: float | None) -> None:
+def test_logits_follow_the_formula(
+    bias: torch.Tensor | None, scale: float, softcap: float | None
+) -> None:
     wanted = torch.einsum("th,vh->tv", HIDDEN, WEIGHT)
     wanted = scale * (wanted if bias is None else wanted + bias)
     wanted = wanted if softcap is None else softcap * (wanted / softcap).tanh()
-    torch.testing.assert_close(Head(WEIGHT, bias, scale=scale, softcap=softcap).logits(HIDDEN), wanted)
+    torch.testing.assert_close(
+        Head(WEIGHT, bias, scale=scale, softcap=softcap).logits(HIDDEN), wanted
+    )
 
 
 def test_the_cap_bites_and_is_never_passed() -> None:
@@ -44,11 +49,21 @@ def test_a_padded_weight_is_sliced_without_a_copy() -> None:
 
 @pytest.mark.parametrize("bias", [None, BIAS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_logits_of_narrow_weights_are_not_rounded(dtype: torch.dtype, bias: torch.Tensor | None) -> None:
+def test_float32_logits_of_narrow_weights_are_not_rounded(
+    dtype: torch.dtype, bias: torch.Tensor | None
+) -> None:
     narrow_bias = None if bias is None else bias.to(dtype)
-    rounded, exact = (Head(WEIGHT.to(dtype), narrow_bias, scale=2.0, softcap=9.0, float32_logits=exact) for exact in (False, True))
+    rounded, exact = (
+        Head(WEIGHT.to(dtype), narrow_bias, scale=2.0, softcap=9.0, float32_logits=exact)
+        for exact in (False, True)
+    )
     hidden = HIDDEN.to(dtype)
-    wanted = Head(WEIGHT.to(dtype).double(), None if narrow_bias is None else narrow_bias.double(), scale=2.0, softcap=9.0).logits(hidden)
+    wanted = Head(
+        WEIGHT.to(dtype).double(),
+        None if narrow_bias is None else narrow_bias.double(),
+        scale=2.0,
+        softcap=9.0,
+    ).logits(hidden)
     assert exact.logits(hidden).dtype == torch.float32
     torch.testing.assert_close(exact.logits(hidden).double(), wanted, rtol=1e-5, atol=1e-5)
     assert rounded.logits(hidden).dtype == dtype
@@ -58,4 +73,9 @@ def test_float32_logits_of_narrow_weights_are_not_rounded(dtype: torch.dtype, bi
 def test_float32_logits_of_many_ids_are_made_some_at_a_time() -> None:
     weight = torch.randn(40_000, 4, generator=GENERATOR).bfloat16()
     hidden = torch.randn(3, 4, generator=GENERATOR).bfloat16()
-    torch.testing.assert_close(Head(weight, float32_logits=True).logits(hidden), hidden.float() @ weight.float().T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        Head(weight, float32_logits=True).logits(hidden),
+        hidden.float() @ weight.float().T,
+        rtol=1e-6,
+        atol=1e-6,
+    )

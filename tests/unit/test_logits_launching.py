@@ -1,4 +1,5 @@
-"""Every kernel starts on the device where its tensors are, and there is one place from which kernels start."""
+"""Every kernel starts on the device where its tensors are, and there is one place from which
+kernels start."""
 
 import ast
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ THE_PLACE = SOURCE / "logits" / "launching.py"
 
 
 class Devices:
-    """The current device of a process with several GPUs, and a kernel that notes which one it is when it starts."""
+    """The current device of a process with several GPUs, and a kernel that notes which one it is
+    when it starts."""
 
     def __init__(self) -> None:
         self.current = 0
@@ -33,7 +35,9 @@ class Devices:
             self.current = before
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments, **options: self.launches.append((self.current, grid, arguments, options))
+        return lambda *arguments, **options: self.launches.append(
+            (self.current, grid, arguments, options)
+        )
 
 
 def tensors(*devices: str) -> list[torch.Tensor]:
@@ -57,15 +61,22 @@ def test_tensors_of_two_devices_are_never_given_to_one_kernel() -> None:
 
 
 def launches_in(source: str) -> list[int]:
-    """The lines of calls of a form in which Triton launches: `kernel[grid](...)`, and its methods `run` and `warmup`."""
+    """The lines of calls of a form in which Triton launches: `kernel[grid](...)`, and its methods
+    `run` and `warmup`."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     by_grid = [call.lineno for call in calls if isinstance(call.func, ast.Subscript)]
-    by_name = [call.lineno for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in ("run", "warmup")]
+    by_name = [
+        call.lineno
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr in ("run", "warmup")
+    ]
     return by_grid + by_name
 
 
 def test_no_kernel_is_launched_anywhere_else() -> None:
-    with_kernels = {path: path.read_text() for path in SOURCE.rglob("*.py") if "@triton.jit" in path.read_text()}
+    with_kernels = {
+        path: path.read_text() for path in SOURCE.rglob("*.py") if "@triton.jit" in path.read_text()
+    }
     assert {path.name for path in with_kernels} == {"blockmax_triton.py", "head_passes_triton.py"}
     assert {path.name: launches_in(source) for path, source in with_kernels.items()} == {
         "blockmax_triton.py": [],
@@ -74,6 +85,9 @@ def test_no_kernel_is_launched_anywhere_else() -> None:
     assert len(launches_in(THE_PLACE.read_text())) == 1
 
 
-@pytest.mark.parametrize("launch", ["_read[(num_tokens,)](logits)", "kernels._read[each](logits)", "_read.run(logits, grid=(1,))"])
+@pytest.mark.parametrize(
+    "launch",
+    ["_read[(num_tokens,)](logits)", "kernels._read[each](logits)", "_read.run(logits, grid=(1,))"],
+)
 def test_a_launch_elsewhere_would_be_seen(launch: str) -> None:
     assert launches_in(f"def launch(logits):\n    {launch}\n") == [2]

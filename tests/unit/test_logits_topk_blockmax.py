@@ -1,4 +1,5 @@
-"""The block-max filter, in C and in torch, is the reference: the same ids bit for bit, values as near to float64 as the reference's."""
+"""The block-max filter, in C and in torch, is the reference: the same ids bit for bit, values as
+near to float64 as the reference's."""
 
 import math
 import os
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import TeacherError
-from stillhouse.logits import CompressedLogits, Head, backend_for, compress, compress_hidden, compress_reference
+from stillhouse.logits import (
+    CompressedLogits,
+    Head,
+    backend_for,
+    compress,
+    compress_hidden,
+    compress_reference,
+)
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch, reference
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -35,8 +43,12 @@ either_way = pytest.mark.parametrize("split", SPLITS)
 Split = Callable[..., RawTopK]
 
 
-def random_logits(num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0, scale: float = 4.0) -> torch.Tensor:
-    logits = scale * torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed))
+def random_logits(
+    num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0, scale: float = 4.0
+) -> torch.Tensor:
+    logits = scale * torch.randn(
+        num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed)
+    )
     return (logits / step).round() * step if step else logits
 
 
@@ -46,13 +58,20 @@ def strided(logits: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed":
         return logits.T.contiguous().T
     wide = torch.full((2 * num_tokens, 2 * vocab_size + 3), math.nan, dtype=logits.dtype)
-    view = wide[::2, 3 : 3 + vocab_size] if layout == "rows apart" else wide[::2, 3 : 3 + 2 * vocab_size : 2]
+    view = (
+        wide[::2, 3 : 3 + vocab_size]
+        if layout == "rows apart"
+        else wide[::2, 3 : 3 + 2 * vocab_size : 2]
+    )
     view.copy_(logits)
     return logits if layout == "plain" else view
 
 
-def assert_equals_the_reference(split: Split, logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> None:
-    """Ids and kept logits exactly; log-probabilities and tail within 1e-6 of how near to float64 the reference comes."""
+def assert_equals_the_reference(
+    split: Split, logits: torch.Tensor, *, k: int, temperature: float = 1.0
+) -> None:
+    """Ids and kept logits exactly; log-probabilities and tail within 1e-6 of how near to float64
+    the reference comes."""
     raw = split(logits, k=k, temperature=temperature)
     target, lse = normalise(raw, vocab_size=logits.shape[1], temperature=temperature)
     wanted = compress_reference(logits, k=k, temperature=temperature)
@@ -62,7 +81,11 @@ def assert_equals_the_reference(split: Split, logits: torch.Tensor, *, k: int, t
     scaled = logits.double() / temperature
     logprobs = scaled.log_softmax(dim=1)
     assert_as_near(target.logprobs_TK, wanted.logprobs_TK, logprobs.gather(1, ids))
-    assert_as_near(target.tail_logmass_T, wanted.tail_logmass_T, logprobs.scatter(1, ids, -math.inf).logsumexp(dim=1))
+    assert_as_near(
+        target.tail_logmass_T,
+        wanted.tail_logmass_T,
+        logprobs.scatter(1, ids, -math.inf).logsumexp(dim=1),
+    )
     exact = scaled.logsumexp(dim=1)
     assert ((lse - exact).abs() <= 2e-6 * exact.abs().clamp(min=1)).all()
     assert (target.logprobs_TK <= 0).all()
@@ -70,36 +93,58 @@ def assert_equals_the_reference(split: Split, logits: torch.Tensor, *, k: int, t
 
 
 def assert_as_near(ours: torch.Tensor, references: torch.Tensor, exact: torch.Tensor) -> None:
-    ours_off, references_off = ((found.double() - exact).abs().where(found.double() != exact, 0.0) for found in (ours, references))
+    ours_off, references_off = (
+        (found.double() - exact).abs().where(found.double() != exact, 0.0)
+        for found in (ours, references)
+    )
     assert (ours_off <= references_off + 1e-6 * (1 + exact.abs())).all()
 
 
 @either_way
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_every_shape_dtype_tie_and_layout_equals_the_reference(split: Split, data: st.DataObject) -> None:
+def test_every_shape_dtype_tie_and_layout_equals_the_reference(
+    split: Split, data: st.DataObject
+) -> None:
     num_tokens = data.draw(st.integers(1, 5))
-    vocab_size = data.draw(st.one_of(st.integers(1, 150), st.sampled_from([255, 256, 257, 383, 640, 1500, 4097])))
+    vocab_size = data.draw(
+        st.one_of(st.integers(1, 150), st.sampled_from([255, 256, 257, 383, 640, 1500, 4097]))
+    )
     k = data.draw(st.one_of(st.integers(0, min(vocab_size, 20)), st.integers(0, vocab_size)))
-    step, scale = data.draw(st.sampled_from([0.0, 0.5, 8.0])), data.draw(st.sampled_from([0.1, 4.0, 30.0]))
-    logits = random_logits(num_tokens, vocab_size, seed=data.draw(st.integers(0, 10**6)), step=step, scale=scale)
-    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(st.sampled_from([0.0, 0.5, 0.99]))
+    step, scale = (
+        data.draw(st.sampled_from([0.0, 0.5, 8.0])),
+        data.draw(st.sampled_from([0.1, 4.0, 30.0])),
+    )
+    logits = random_logits(
+        num_tokens, vocab_size, seed=data.draw(st.integers(0, 10**6)), step=step, scale=scale
+    )
+    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(
+        st.sampled_from([0.0, 0.5, 0.99])
+    )
     excluded[:, vocab_size // 2] = False
     logits = logits.masked_fill(excluded, -math.inf).to(data.draw(st.sampled_from(DTYPES)))
-    logits = strided(logits, data.draw(st.sampled_from(["plain", "transposed", "rows apart", "both apart"])))
-    assert_equals_the_reference(split, logits, k=k, temperature=data.draw(st.sampled_from([1.0, 0.7, 3.0])))
+    logits = strided(
+        logits, data.draw(st.sampled_from(["plain", "transposed", "rows apart", "both apart"]))
+    )
+    assert_equals_the_reference(
+        split, logits, k=k, temperature=data.draw(st.sampled_from([1.0, 0.7, 3.0]))
+    )
 
 
 @either_way
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("vocab_size", "k"), [(151_936, 64), (151_665, 512), (32_000, 300)])
-def test_real_vocabularies_equal_the_reference(split: Split, dtype: torch.dtype, vocab_size: int, k: int) -> None:
+def test_real_vocabularies_equal_the_reference(
+    split: Split, dtype: torch.dtype, vocab_size: int, k: int
+) -> None:
     assert_equals_the_reference(split, random_logits(3, vocab_size, seed=1).to(dtype), k=k)
 
 
 @either_way
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_massive_ties_sorted_rows_and_single_blocks_equal_the_reference(split: Split, dtype: torch.dtype) -> None:
+def test_massive_ties_sorted_rows_and_single_blocks_equal_the_reference(
+    split: Split, dtype: torch.dtype
+) -> None:
     place = torch.arange(5000)
     rows = [
         torch.full((5000,), 2.5),
@@ -121,7 +166,9 @@ def test_a_tail_below_what_float32_can_hold_keeps_its_digits(split: Split) -> No
     logits = torch.zeros(2, 1001)
     logits[0, 500], logits[1, 3] = 100.0, 250.0
     target, _ = normalise(split(logits, k=1), vocab_size=1001, temperature=1.0)
-    assert target.tail_logmass_T.tolist() == pytest.approx([math.log(1000) - 100, math.log(1000) - 250], rel=1e-6)
+    assert target.tail_logmass_T.tolist() == pytest.approx(
+        [math.log(1000) - 100, math.log(1000) - 250], rel=1e-6
+    )
 
 
 @either_way
@@ -137,10 +184,21 @@ def test_no_kind_of_nan_gets_through(split: Split, bits: int, place: int) -> Non
 
 
 @either_way
-@pytest.mark.parametrize("logits", [torch.full((1, 300), -math.inf), torch.tensor([[0.0] * 200 + [math.inf]]), torch.full((1, 5), 3e38)])
-def test_what_is_no_distribution_has_no_finite_log_sum_exp(split: Split, logits: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.full((1, 300), -math.inf),
+        torch.tensor([[0.0] * 200 + [math.inf]]),
+        torch.full((1, 5), 3e38),
+    ],
+)
+def test_what_is_no_distribution_has_no_finite_log_sum_exp(
+    split: Split, logits: torch.Tensor
+) -> None:
     for k in (0, 1, 5):
-        _, lse = normalise(split(logits, k=k, temperature=0.1), vocab_size=logits.shape[1], temperature=0.1)
+        _, lse = normalise(
+            split(logits, k=k, temperature=0.1), vocab_size=logits.shape[1], temperature=0.1
+        )
         assert not lse.isfinite().any()
 
 
@@ -174,7 +232,9 @@ class Reads(TorchDispatchMode):
 
     num = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.num += function is torch.ops.aten.amax.out
         return function(*args, **(kwargs or {}))
 
@@ -213,13 +273,18 @@ def executable(path: FilePath, script: str) -> str:
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        ("echo no target for these instructions >&2; exit 1", "does not compile blockmax.c: no target for these instructions"),
+        (
+            "echo no target for these instructions >&2; exit 1",
+            "does not compile blockmax.c: no target for these instructions",
+        ),
         ("exit 3", "does not compile blockmax.c: exit status 3"),
         ('for last; do :; done; echo junk > "$last"', "makes nothing that can be loaded"),
         ("exit 0", "makes nothing that can be loaded"),
     ],
 )
-def test_a_broken_compiler_is_a_reason_and_not_an_error(tmp_path: FilePath, script: str, why: str) -> None:
+def test_a_broken_compiler_is_a_reason_and_not_an_error(
+    tmp_path: FilePath, script: str, why: str
+) -> None:
     found = blockmax_cpu.compile_with(executable(tmp_path / "cc", script))
     assert found.split_rows is None
     assert why in found.why
@@ -227,7 +292,9 @@ def test_a_broken_compiler_is_a_reason_and_not_an_error(tmp_path: FilePath, scri
 
 def test_a_missing_compiler_is_a_reason(tmp_path: FilePath) -> None:
     assert "no C compiler" in blockmax_cpu.compile_with(None).why
-    assert "makes nothing that can be loaded" in blockmax_cpu.compile_with(str(tmp_path / "gone")).why
+    assert (
+        "makes nothing that can be loaded" in blockmax_cpu.compile_with(str(tmp_path / "gone")).why
+    )
 
 
 def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: FilePath) -> None:
@@ -241,12 +308,16 @@ def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: FilePath) -> No
 
 
 def find(name: str) -> str | None:
-    return next((str(path) for part in os.get_exec_path() if (path := FilePath(part) / name).exists()), None)
+    return next(
+        (str(path) for part in os.get_exec_path() if (path := FilePath(part) / name).exists()), None
+    )
 
 
 def test_the_path_says_which_and_why() -> None:
     logits = torch.zeros(2, 9)
-    assert backend_for(logits, k=3).name == ("native" if blockmax_cpu.compiled().split_rows else "blockmax")
+    assert backend_for(logits, k=3).name == (
+        "native" if blockmax_cpu.compiled().split_rows else "blockmax"
+    )
     assert backend_for(logits, k=3).reason == blockmax_cpu.compiled().why
     assert backend_for(logits[:0], k=3).reason == "there are no logits"
     assert backend_for(logits, k=3, temperature=1e-35).name == "reference"

@@ -1,4 +1,5 @@
-"""`compress` is the definition: exact ids with ties to the lowest, float32 log-probabilities of the full softmax, an accurate tail."""
+"""`compress` is the definition: exact ids with ties to the lowest, float32 log-probabilities of the
+full softmax, an accurate tail."""
 
 import math
 
@@ -13,19 +14,28 @@ from stillhouse.logits import CompressedLogits, Head, compress, compress_hidden,
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def random_logits(num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0, scale: float = 4.0) -> torch.Tensor:
+def random_logits(
+    num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0, scale: float = 4.0
+) -> torch.Tensor:
     """Normal logits; rounded to multiples of `step`, which makes ties, unless it is 0."""
-    logits = scale * torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed))
+    logits = scale * torch.randn(
+        num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed)
+    )
     return (logits / step).round() * step if step else logits
 
 
-def assert_is_the_target_of(c: CompressedLogits, logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> None:
-    """Against a stable sort, a log-softmax and a log-sum-exp over everything not kept, all in float64."""
+def assert_is_the_target_of(
+    c: CompressedLogits, logits: torch.Tensor, *, k: int, temperature: float = 1.0
+) -> None:
+    """Against a stable sort, a log-softmax and a log-sum-exp over everything not kept, all in
+    float64."""
     exact = logits.double()
     ids = exact.argsort(dim=1, descending=True, stable=True)[:, :k]
     assert torch.equal(c.token_ids_TK.long(), ids)
     logprobs = (exact / temperature).log_softmax(dim=1)
-    torch.testing.assert_close(c.logprobs_TK.double(), logprobs.gather(1, ids), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        c.logprobs_TK.double(), logprobs.gather(1, ids), rtol=2e-6, atol=2e-6
+    )
     tail = logprobs.scatter(1, ids, -math.inf).logsumexp(dim=1)
     torch.testing.assert_close(c.tail_logmass_T.double(), tail, rtol=2e-6, atol=4e-6)
     assert (c.tail_logmass_T <= 0).all()
@@ -43,15 +53,30 @@ def assert_equal(a: CompressedLogits, b: CompressedLogits) -> None:
 def test_ids_logprobs_and_tail_are_those_of_a_stable_sort_in_float64(data: st.DataObject) -> None:
     num_tokens, vocab_size = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 150))
     k = data.draw(st.integers(0, vocab_size))
-    logits = random_logits(num_tokens, vocab_size, seed=data.draw(st.integers(0, 10**6)), step=data.draw(st.sampled_from([0.0, 0.5, 8.0])))
-    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(st.sampled_from([0.0, 0.5]))
+    logits = random_logits(
+        num_tokens,
+        vocab_size,
+        seed=data.draw(st.integers(0, 10**6)),
+        step=data.draw(st.sampled_from([0.0, 0.5, 8.0])),
+    )
+    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(
+        st.sampled_from([0.0, 0.5])
+    )
     excluded[:, vocab_size // 2] = False
     logits = logits.masked_fill(excluded, -math.inf).to(data.draw(st.sampled_from(DTYPES)))
     temperature = data.draw(st.sampled_from([1.0, 0.7, 3.0]))
     c = compress(logits, k=k, temperature=temperature)
     assert_is_the_target_of(c, logits, k=k, temperature=temperature)
-    assert (c.token_ids_TK.dtype, c.logprobs_TK.dtype, c.tail_logmass_T.dtype) == (torch.int32, torch.float32, torch.float32)
-    assert (c.num_draws, c.tail_ids_TN.shape, c.tail_ids_TN.dtype) == (0, (num_tokens, 0), torch.int32)
+    assert (c.token_ids_TK.dtype, c.logprobs_TK.dtype, c.tail_logmass_T.dtype) == (
+        torch.int32,
+        torch.float32,
+        torch.float32,
+    )
+    assert (c.num_draws, c.tail_ids_TN.shape, c.tail_ids_TN.dtype) == (
+        0,
+        (num_tokens, 0),
+        torch.int32,
+    )
     assert (c.vocab_size, c.temperature) == (vocab_size, temperature)
 
 
@@ -67,7 +92,9 @@ def test_sorted_tied_and_clustered_rows_keep_the_right_ids(dtype: torch.dtype) -
     one_block = torch.where((torch.arange(500) >= 128) & (torch.arange(500) < 192), 9.0, -9.0)
     signed_zeros = torch.where(torch.arange(500) % 2 == 0, -0.0, 0.0)
     two_levels = torch.where(torch.arange(500) % 50 == 49, 1.0, 0.0)
-    logits = torch.stack([ramp, -ramp, one_block, signed_zeros, two_levels, ramp.flip(0).round()]).to(dtype)
+    logits = torch.stack(
+        [ramp, -ramp, one_block, signed_zeros, two_levels, ramp.flip(0).round()]
+    ).to(dtype)
     for k in (1, 8, 10, 63, 64, 65, 499):
         assert_is_the_target_of(compress(logits, k=k), logits, k=k)
 
@@ -90,7 +117,9 @@ def test_the_log_sum_exp_is_within_two_millionths(offset: float) -> None:
 def test_keeping_everything_leaves_a_tail_of_exactly_nothing() -> None:
     c = compress(random_logits(4, 33, seed=3), k=33)
     assert (c.tail_logmass_T == -math.inf).all()
-    torch.testing.assert_close(c.logprobs_TK.double().exp().sum(dim=1), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(
+        c.logprobs_TK.double().exp().sum(dim=1), torch.ones(4, dtype=torch.float64)
+    )
 
 
 def test_keeping_nothing_leaves_the_whole_mass_to_the_tail() -> None:
@@ -101,13 +130,18 @@ def test_keeping_nothing_leaves_the_whole_mass_to_the_tail() -> None:
 
 def test_no_tokens_give_an_empty_target() -> None:
     assert compress(torch.empty(0, 33), k=5).token_ids_TK.shape == (0, 5)
-    assert compress_hidden(torch.empty(0, 4), Head(torch.ones(33, 4)), k=5).token_ids_TK.shape == (0, 5)
+    assert compress_hidden(torch.empty(0, 4), Head(torch.ones(33, 4)), k=5).token_ids_TK.shape == (
+        0,
+        5,
+    )
 
 
 def test_a_tiny_tail_keeps_its_digits() -> None:
     logits = torch.zeros(1, 1001)
     logits[0, 500] = 100.0
-    assert compress(logits, k=1).tail_logmass_T.item() == pytest.approx(math.log(1000) - 100, abs=1e-5)
+    assert compress(logits, k=1).tail_logmass_T.item() == pytest.approx(
+        math.log(1000) - 100, abs=1e-5
+    )
 
 
 def test_a_tiny_kept_mass_keeps_its_digits() -> None:
@@ -133,10 +167,17 @@ def test_the_logits_are_left_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "complaint"), [(math.nan, "1 NaN and 0 \\+inf"), (math.inf, "0 NaN and 1 \\+inf"), (-math.inf, "no logit above -inf")]
+    ("value", "complaint"),
+    [
+        (math.nan, "1 NaN and 0 \\+inf"),
+        (math.inf, "0 NaN and 1 \\+inf"),
+        (-math.inf, "no logit above -inf"),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_that_is_no_distribution_is_refused_by_its_position(value: float, complaint: str, dtype: torch.dtype) -> None:
+def test_a_row_that_is_no_distribution_is_refused_by_its_position(
+    value: float, complaint: str, dtype: torch.dtype
+) -> None:
     logits = random_logits(8, 300_001, seed=6, scale=1.0).to(dtype)
     if value == -math.inf:
         logits[6] = value
@@ -167,12 +208,19 @@ def test_an_impossible_temperature_is_refused(temperature: float) -> None:
 
 @pytest.mark.parametrize("block_tokens", [1, 4, 5, 9, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_states_give_the_target_of_their_logits(block_tokens: int, dtype: torch.dtype) -> None:
+def test_hidden_states_give_the_target_of_their_logits(
+    block_tokens: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(7)
     hidden = torch.randn(9, 16, generator=generator)
     head = Head(torch.randn(120, 16, generator=generator).to(dtype), scale=2.0, softcap=5.0)
-    blocks = [compress(head.logits(rows), k=10, temperature=1.5) for rows in hidden.split(block_tokens)]
-    assert_equal(compress_hidden(hidden, head, k=10, temperature=1.5, block_tokens=block_tokens), concatenate(blocks))
+    blocks = [
+        compress(head.logits(rows), k=10, temperature=1.5) for rows in hidden.split(block_tokens)
+    ]
+    assert_equal(
+        compress_hidden(hidden, head, k=10, temperature=1.5, block_tokens=block_tokens),
+        concatenate(blocks),
+    )
 
 
 class RecordingHead:
@@ -202,5 +250,7 @@ def test_a_bad_token_is_named_by_its_place_among_all_the_hidden_states() -> None
 
 
 def test_hidden_states_and_a_head_on_different_devices_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"hidden states are on meta, the head's weight on cpu; move one"):
+    with pytest.raises(
+        ConfigError, match=r"hidden states are on meta, the head's weight on cpu; move one"
+    ):
         compress_hidden(torch.zeros(2, 4, device="meta"), Head(torch.zeros(20, 4)), k=2)

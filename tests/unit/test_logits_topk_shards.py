@@ -1,4 +1,5 @@
-"""A vocabulary split over ranks gives every rank the target of the whole: the ids bit for bit, whatever the split."""
+"""A vocabulary split over ranks gives every rank the target of the whole: the ids bit for bit,
+whatever the split."""
 
 import math
 from itertools import pairwise
@@ -19,7 +20,9 @@ from stillhouse.logits.topk.shards import compress_shard, merge_shards, shard_to
 FIELDS = ("token_ids_TK", "logprobs_TK", "tail_logmass_T", "tail_ids_TN")
 
 
-def random_logits(num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0) -> torch.Tensor:
+def random_logits(
+    num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0
+) -> torch.Tensor:
     logits = 4 * torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed))
     return (logits / step).round() * step if step else logits
 
@@ -31,9 +34,14 @@ def assert_same_target(found: CompressedLogits, wanted: CompressedLogits) -> Non
     assert (found.vocab_size, found.temperature) == (wanted.vocab_size, wanted.temperature)
 
 
-def merged(logits: torch.Tensor, bounds: list[int], *, k: int, temperature: float = 1.0) -> CompressedLogits:
+def merged(
+    logits: torch.Tensor, bounds: list[int], *, k: int, temperature: float = 1.0
+) -> CompressedLogits:
     edges = [0, *bounds, logits.shape[1]]
-    shards = [shard_topk(logits[:, start:stop], first_id=start, k=k, temperature=temperature) for start, stop in pairwise(edges)]
+    shards = [
+        shard_topk(logits[:, start:stop], first_id=start, k=k, temperature=temperature)
+        for start, stop in pairwise(edges)
+    ]
     raw = merge_shards(shards[::-1], k=k, vocab_size=logits.shape[1], temperature=temperature)
     return normalise(raw, vocab_size=logits.shape[1], temperature=temperature)[0]
 
@@ -44,11 +52,18 @@ def test_any_split_gives_the_target_of_the_whole(data: st.DataObject) -> None:
     vocab_size = data.draw(st.integers(1, 400))
     k = data.draw(st.one_of(st.integers(0, min(vocab_size, 12)), st.integers(0, vocab_size)))
     logits = random_logits(
-        data.draw(st.integers(1, 4)), vocab_size, seed=data.draw(st.integers(0, 999)), step=data.draw(st.sampled_from([0, 4]))
+        data.draw(st.integers(1, 4)),
+        vocab_size,
+        seed=data.draw(st.integers(0, 999)),
+        step=data.draw(st.sampled_from([0, 4])),
     )
-    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(st.sampled_from([0.0, 0.9]))
+    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(
+        st.sampled_from([0.0, 0.9])
+    )
     excluded[:, vocab_size // 2] = False
-    logits = logits.masked_fill(excluded, -math.inf).to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    logits = logits.masked_fill(excluded, -math.inf).to(
+        data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    )
     bounds = sorted(data.draw(st.lists(st.integers(0, vocab_size), max_size=4)))
     temperature = data.draw(st.sampled_from([1.0, 0.7, 3.0]))
     wanted = compress_reference(logits, k=k, temperature=temperature)
@@ -69,16 +84,26 @@ def test_an_impossible_k_is_refused_before_anything_is_sent() -> None:
 
 LOGITS = random_logits(5, 1003, seed=7, step=0.5)
 BAD = LOGITS.index_put((torch.tensor([3]), torch.tensor([1002])), torch.tensor(math.nan))
-EDGES = {2: [0, 300, 1003], 4: [0, 500, 503, 503, 1003]}  # uneven: one shard has fewer ids than k, one has none
+# uneven: one shard has fewer ids than k, one has none
+EDGES = {
+    2: [0, 300, 1003],
+    4: [0, 500, 503, 503, 1003],
+}
 K, TEMPERATURE = 16, 1.5
 
 
 def on_a_rank(rank: int, directory: str) -> None:
-    """What each of four ranks finds, as a member of a group of four, and the first two as a group of two."""
+    """What each of four ranks finds, as a member of a group of four, and the first two as a group
+    of two."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=4)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=4
+    )
     pair = dist.new_group([0, 1])
-    found: dict[str, Any] = {"4": compress_the_shard_of(rank, 4, LOGITS, None), "none": compress_the_shard_of(rank, 4, LOGITS[:0], None)}
+    found: dict[str, Any] = {
+        "4": compress_the_shard_of(rank, 4, LOGITS, None),
+        "none": compress_the_shard_of(rank, 4, LOGITS[:0], None),
+    }
     if rank < 2:
         found["2"] = compress_the_shard_of(rank, 2, LOGITS.bfloat16(), pair)
     try:
@@ -89,9 +114,18 @@ def on_a_rank(rank: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
-def compress_the_shard_of(rank: int, world_size: int, logits: torch.Tensor, group: Any) -> dict[str, torch.Tensor]:
+def compress_the_shard_of(
+    rank: int, world_size: int, logits: torch.Tensor, group: Any
+) -> dict[str, torch.Tensor]:
     first, last = EDGES[world_size][rank : rank + 2]
-    c = compress_shard(logits[:, first:last], first_id=first, vocab_size=1003, k=K, temperature=TEMPERATURE, group=group)
+    c = compress_shard(
+        logits[:, first:last],
+        first_id=first,
+        vocab_size=1003,
+        k=K,
+        temperature=TEMPERATURE,
+        group=group,
+    )
     return {name: getattr(c, name) for name in FIELDS}
 
 
@@ -103,10 +137,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("world_size", "dtype"), [(2, torch.bfloat16), (4, torch.float32)])
-def test_every_rank_has_the_target_of_the_whole(found: list[dict[str, Any]], world_size: int, dtype: torch.dtype) -> None:
+def test_every_rank_has_the_target_of_the_whole(
+    found: list[dict[str, Any]], world_size: int, dtype: torch.dtype
+) -> None:
     wanted = compress(LOGITS.to(dtype), k=K, temperature=TEMPERATURE)
     for rank in range(world_size):
-        target = CompressedLogits(**found[rank][str(world_size)], vocab_size=1003, temperature=TEMPERATURE)
+        target = CompressedLogits(
+            **found[rank][str(world_size)], vocab_size=1003, temperature=TEMPERATURE
+        )
         assert_same_target(target, wanted)
         for name in FIELDS:
             assert torch.equal(getattr(target, name), found[0][str(world_size)][name])
@@ -119,6 +157,9 @@ def test_no_tokens_are_no_collective(found: list[dict[str, Any]]) -> None:
 
 def test_every_rank_refuses_a_row_that_one_of_them_spoils(found: list[dict[str, Any]]) -> None:
     for rank in range(4):
-        assert f"token 3 are no distribution: this shard, ids {EDGES[4][rank]} to " in found[rank]["error"]
+        assert (
+            f"token 3 are no distribution: this shard, ids {EDGES[4][rank]} to "
+            in found[rank]["error"]
+        )
     assert "1 NaN and 0 +inf" in found[3]["error"]
     assert "0 NaN and 0 +inf" in found[0]["error"]

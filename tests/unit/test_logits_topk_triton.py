@@ -1,4 +1,5 @@
-"""The kernels, in Triton's interpreter: the reference's ids bit for bit, sums to the rounding of float32, or doubt.
+"""The kernels, in Triton's interpreter: the reference's ids bit for bit, sums to the rounding of
+float32, or doubt.
 
 The interpreter is slow, its sorts slower still: so shapes are small here.
 """
@@ -17,7 +18,14 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.compiling import Kernel, machine_code_sizes
-from stillhouse.logits import Backend, Head, backend_for, compress_hidden, compress_reference, token_seeds
+from stillhouse.logits import (
+    Backend,
+    Head,
+    backend_for,
+    compress_hidden,
+    compress_reference,
+    token_seeds,
+)
 from stillhouse.logits.topk import blockmax_torch, blockmax_triton
 from stillhouse.logits.topk.draws import draw_in_blocks
 from stillhouse.logits.topk.found import RawTopK, normalise
@@ -25,8 +33,12 @@ from stillhouse.logits.topk.found import RawTopK, normalise
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def random_logits(num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0, scale: float = 4.0) -> torch.Tensor:
-    logits = scale * torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed))
+def random_logits(
+    num_tokens: int, vocab_size: int, *, seed: int, step: float = 0.0, scale: float = 4.0
+) -> torch.Tensor:
+    logits = scale * torch.randn(
+        num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed)
+    )
     return (logits / step).round() * step if step else logits
 
 
@@ -39,10 +51,14 @@ def assert_equals_the_reference_or_doubts(
     wanted = compress_reference(logits, k=k, temperature=temperature)
     sure = ~again
     assert torch.equal(target.token_ids_TK[sure], wanted.token_ids_TK[sure])
-    assert torch.equal(raw.logits_TK[sure], logits.float().gather(1, wanted.token_ids_TK.long())[sure])
+    assert torch.equal(
+        raw.logits_TK[sure], logits.float().gather(1, wanted.token_ids_TK.long())[sure]
+    )
     exact = (logits.double() / temperature).logsumexp(dim=1)
     assert ((lse - exact).abs() <= 2e-6 * exact.abs().clamp(min=1))[sure].all()
-    torch.testing.assert_close(target.tail_logmass_T[sure], wanted.tail_logmass_T[sure], rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(
+        target.tail_logmass_T[sure], wanted.tail_logmass_T[sure], rtol=2e-6, atol=4e-6
+    )
     return again.tolist()
 
 
@@ -52,12 +68,21 @@ def test_every_shape_dtype_tie_and_layout_equals_the_reference(data: st.DataObje
     k = data.draw(st.integers(0, 9))
     vocab_size = data.draw(st.sampled_from([400, 511, 512, 513, 1003]))
     width = data.draw(st.sampled_from([None, 16])) if k else None
-    logits = random_logits(2, vocab_size, seed=data.draw(st.integers(0, 10**6)), step=data.draw(st.sampled_from([0.0, 1.0])))
-    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(st.sampled_from([0.0, 0.5]))
+    logits = random_logits(
+        2,
+        vocab_size,
+        seed=data.draw(st.integers(0, 10**6)),
+        step=data.draw(st.sampled_from([0.0, 1.0])),
+    )
+    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k)) < data.draw(
+        st.sampled_from([0.0, 0.5])
+    )
     excluded[:, vocab_size // 2] = False
     logits = logits.masked_fill(excluded, -math.inf).to(data.draw(st.sampled_from(DTYPES)))
     logits = logits.T.contiguous().T if data.draw(st.booleans()) else logits
-    again = assert_equals_the_reference_or_doubts(logits, k=k, temperature=data.draw(st.sampled_from([1.0, 0.7, 3.0])), width=width)
+    again = assert_equals_the_reference_or_doubts(
+        logits, k=k, temperature=data.draw(st.sampled_from([1.0, 0.7, 3.0])), width=width
+    )
     assert not any(again) or logits.unique().numel() < 100  # only where many entries tie
 
 
@@ -74,17 +99,26 @@ def test_single_blocks_steps_and_signed_zeros_equal_the_reference() -> None:
 def test_rows_with_more_entries_than_room_and_with_faint_tails_are_to_be_done_again() -> None:
     flat, ascending, faint = torch.zeros(1500), torch.arange(1500) / 100, torch.zeros(1500)
     faint[700] = 90.0
-    assert assert_equals_the_reference_or_doubts(torch.stack([flat, ascending, faint]), k=4) == [True] * 3
+    assert (
+        assert_equals_the_reference_or_doubts(torch.stack([flat, ascending, faint]), k=4)
+        == [True] * 3
+    )
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's NumPy says what a GPU does not
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered"
+)  # the interpreter's NumPy says what a GPU does not
 @pytest.mark.parametrize("wrong", [math.nan, -math.nan, math.inf])
 def test_what_is_no_distribution_has_no_finite_log_sum_exp(wrong: float) -> None:
     logits = random_logits(3, 500, seed=5)
     logits[1, 77] = wrong
     for k in (0, 5):
         raw, _ = blockmax_triton.launch(logits, k=k, temperature=1.0)
-        assert normalise(raw, vocab_size=500, temperature=1.0)[1].isfinite().tolist() == [True, False, True]
+        assert normalise(raw, vocab_size=500, temperature=1.0)[1].isfinite().tolist() == [
+            True,
+            False,
+            True,
+        ]
 
 
 def test_a_row_of_nothing_has_no_finite_log_sum_exp() -> None:
@@ -98,7 +132,10 @@ def test_draws_from_the_kernels_sums_are_the_references() -> None:
     raw, again = blockmax_triton.launch(logits, k=5, temperature=1.5)
     assert not again.any()
     found = draw_in_blocks(logits, raw, seeds, num_draws=8, temperature=1.5)
-    assert torch.equal(found, compress_reference(logits, k=5, tail_draws=8, temperature=1.5, seeds_T=seeds).tail_ids_TN)
+    assert torch.equal(
+        found,
+        compress_reference(logits, k=5, tail_draws=8, temperature=1.5, seeds_T=seeds).tail_ids_TN,
+    )
 
 
 CPU = torch.device("cpu")
@@ -106,7 +143,13 @@ TRIED = {"vocab_size": 2000, "k": 8, "dtype": torch.float32, "row_stride": 2000}
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"dtype": torch.bfloat16, "row_stride": 2001}, {"vocab_size": 1003, "row_stride": 1024, "k": 0}, {"k": 30}]
+    "change",
+    [
+        {},
+        {"dtype": torch.bfloat16, "row_stride": 2001},
+        {"vocab_size": 1003, "row_stride": 1024, "k": 0},
+        {"k": 30},
+    ],
 )
 def test_the_self_test_passes_here_for_logits_of_any_kind(change: dict[str, Any]) -> None:
     assert blockmax_triton.defect(CPU, **(TRIED | change)) is None
@@ -117,9 +160,16 @@ def test_what_is_tried_is_what_will_be_read() -> None:
 
     def launch(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
         seen.append((logits.shape[1], logits.stride(), logits.dtype, k))
-        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.zeros(len(logits), dtype=torch.bool)
+        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.zeros(
+            len(logits), dtype=torch.bool
+        )
 
-    assert blockmax_triton.defect(CPU, vocab_size=151_669, k=512, dtype=torch.bfloat16, row_stride=151_680, launch=launch) is None
+    assert (
+        blockmax_triton.defect(
+            CPU, vocab_size=151_669, k=512, dtype=torch.bfloat16, row_stride=151_680, launch=launch
+        )
+        is None
+    )
     assert seen == [(151_669, (151_680, 1), torch.bfloat16, 512)]
 
 
@@ -129,11 +179,15 @@ class FailingOnce:
     def __init__(self, failure: Exception) -> None:
         self.failure, self.num_calls = failure, 0
 
-    def __call__(self, logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, *, k: int, temperature: float
+    ) -> tuple[RawTopK, torch.Tensor]:
         self.num_calls += 1
         if self.num_calls == 1:
             raise self.failure
-        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.zeros(len(logits), dtype=torch.bool)
+        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.zeros(
+            len(logits), dtype=torch.bool
+        )
 
 
 @pytest.mark.parametrize(
@@ -177,10 +231,16 @@ def test_a_failure_that_lasts_is_a_reason_which_is_remembered(failure: Exception
 def test_kernels_that_answer_wrongly_or_doubt_every_row_are_refused() -> None:
     def wrong(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
         raw = blockmax_torch.split(logits, k=k, temperature=temperature)
-        return replace(raw, token_ids_TK=raw.token_ids_TK.flip(1)), torch.zeros(len(logits), dtype=torch.bool)
+        return replace(raw, token_ids_TK=raw.token_ids_TK.flip(1)), torch.zeros(
+            len(logits), dtype=torch.bool
+        )
 
-    def doubtful(logits: torch.Tensor, *, k: int, temperature: float) -> tuple[RawTopK, torch.Tensor]:
-        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.ones(len(logits), dtype=torch.bool)
+    def doubtful(
+        logits: torch.Tensor, *, k: int, temperature: float
+    ) -> tuple[RawTopK, torch.Tensor]:
+        return blockmax_torch.split(logits, k=k, temperature=temperature), torch.ones(
+            len(logits), dtype=torch.bool
+        )
 
     for launch in (wrong, doubtful):
         assert "answers wrongly on cpu" in str(blockmax_triton.defect(CPU, **TRIED, launch=launch))
@@ -193,14 +253,22 @@ def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tens
 
 
 @pytest.mark.parametrize("k", [513, 1024, 4096])
-def test_more_entries_than_the_kernels_compile_for_take_the_references_way_and_say_so(k: int) -> None:
+def test_more_entries_than_the_kernels_compile_for_take_the_references_way_and_say_so(
+    k: int,
+) -> None:
     path = backend_for(on_a_gpu(151_936), k=k)
-    assert (path.name, path.reason) == ("reference", f"k is {k}, and the kernels are for 512 entries at most")
+    assert (path.name, path.reason) == (
+        "reference",
+        f"k is {k}, and the kernels are for 512 entries at most",
+    )
 
 
 def test_a_small_vocabulary_on_a_gpu_takes_torchs_filter_and_says_so() -> None:
     path = backend_for(on_a_gpu(300), k=20)
-    assert (path.name, path.reason) == ("blockmax", "300 logits are too few blocks to filter for 20")
+    assert (path.name, path.reason) == (
+        "blockmax",
+        "300 logits are too few blocks to filter for 20",
+    )
 
 
 def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() -> None:
@@ -215,7 +283,13 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
     hidden = torch.randn(13, 8, generator=torch.Generator().manual_seed(0))
     hidden[[0, 2, 3, 4, 7, 8, 9, 11, 12]] = 0.0
     head = Recording(torch.randn(600, 8, generator=torch.Generator().manual_seed(1)))
-    found = compress_hidden(hidden, head, k=3, block_tokens=4, choose_backend=lambda *_, **__: Backend("triton", "the interpreter's"))
+    found = compress_hidden(
+        hidden,
+        head,
+        k=3,
+        block_tokens=4,
+        choose_backend=lambda *_, **__: Backend("triton", "the interpreter's"),
+    )
     assert asked == [4, 4, 4, 1, 4, 4, 1]
     wanted = compress_reference(hidden @ head.weight_VH.T, k=3)
     assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)
@@ -223,9 +297,12 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "k", "width"), [(151_936, 64, 64), (151_936, 512, 32), (151_936, 8, 128), (262_144, 64, 64), (32_000, 0, 128)]
+    ("vocab_size", "k", "width"),
+    [(151_936, 64, 64), (151_936, 512, 32), (151_936, 8, 128), (262_144, 64, 64), (32_000, 0, 128)],
 )
-def test_a_block_is_about_as_wide_as_the_square_root_of_ids_an_entry(vocab_size: int, k: int, width: int) -> None:
+def test_a_block_is_about_as_wide_as_the_square_root_of_ids_an_entry(
+    vocab_size: int, k: int, width: int
+) -> None:
     assert blockmax_triton.block_width(vocab_size, k) == width
     assert blockmax_triton.too_small(vocab_size, k) is None
 
@@ -239,8 +316,24 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: FilePath, dtype: str) -> None:
     """At the shapes of K = 64 over 151,936 ids."""
     floats = dict.fromkeys(("maxima", "sums", "rest_sums", "tops", "values_out"), "*fp32")
     wholes = dict.fromkeys(("found", "least", "counts", "ids_out"), "*i32") | {"keys": "*i64"}
-    types = floats | wholes | {"logits": f"*{dtype}", "inverse": "fp32"} | dict.fromkeys(("row_stride", "vocab_size", "num_blocks"), "i32")
-    width, chunk = blockmax_triton.block_width(151_936, 64), {"K": 64, "C": 256, "B": 64, "CHUNK": 32}
-    constants = {"_read": {"B": width, "TILE": 64}, "_pick": {"K": 64, "M": 4096}, "_gather": chunk, "_rank": chunk}
-    wanted = [Kernel("stillhouse.logits.topk.blockmax_triton", name, types, constants[name]) for name in constants]
+    types = (
+        floats
+        | wholes
+        | {"logits": f"*{dtype}", "inverse": "fp32"}
+        | dict.fromkeys(("row_stride", "vocab_size", "num_blocks"), "i32")
+    )
+    width, chunk = (
+        blockmax_triton.block_width(151_936, 64),
+        {"K": 64, "C": 256, "B": 64, "CHUNK": 32},
+    )
+    constants = {
+        "_read": {"B": width, "TILE": 64},
+        "_pick": {"K": 64, "M": 4096},
+        "_gather": chunk,
+        "_rank": chunk,
+    }
+    wanted = [
+        Kernel("stillhouse.logits.topk.blockmax_triton", name, types, constants[name])
+        for name in constants
+    ]
     assert all(size > 0 for size in machine_code_sizes(wanted, cache=tmp_path))

@@ -11,7 +11,15 @@ from torch import Tensor
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
 from stillhouse.losses.distillation import LossTerms, distillation_loss
-from stillhouse.losses.divergences import Divergence, divergence_named, forward_kl, is_unbiased_with_draws, jsd, reverse_kl, tvd
+from stillhouse.losses.divergences import (
+    Divergence,
+    divergence_named,
+    forward_kl,
+    is_unbiased_with_draws,
+    jsd,
+    reverse_kl,
+    tvd,
+)
 
 NAMES = ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 MIX = 0.3
@@ -24,7 +32,9 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": kl,
     "reverse_kl": lambda p, q: kl(q, p),
-    "jsd": lambda p, q: MIX * kl(p, MIX * p + (1 - MIX) * q) + (1 - MIX) * kl(q, MIX * p + (1 - MIX) * q),
+    "jsd": lambda p, q: (
+        MIX * kl(p, MIX * p + (1 - MIX) * q) + (1 - MIX) * kl(q, MIX * p + (1 - MIX) * q)
+    ),
     "skew_forward_kl": lambda p, q: kl(p, MIX * p + (1 - MIX) * q),
     "skew_reverse_kl": lambda p, q: kl(q, (1 - MIX) * p + MIX * q),
     "tvd": lambda p, q: (p - q).abs().sum(-1) / 2,
@@ -32,12 +42,16 @@ DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def distributions(*, seed: int = 0, size: int = 9) -> tuple[Tensor, Tensor]:
-    logits = 3 * torch.randn(2, 20, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits = 3 * torch.randn(
+        2, 20, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     p, q = logits.softmax(-1)
     return p, q
 
 
-def loss(hidden_TH: Tensor, head: Head, target: CompressedLogits | None, **options: object) -> LossTerms:
+def loss(
+    hidden_TH: Tensor, head: Head, target: CompressedLogits | None, **options: object
+) -> LossTerms:
     return distillation_loss(hidden_TH, head, target, **{"divergence": forward_kl, **options})
 
 
@@ -59,7 +73,12 @@ def target() -> CompressedLogits:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_divergence_is_what_its_paper_says(name: str) -> None:
     p, q = distributions()
-    torch.testing.assert_close(divergence_named(name, MIX).of(p.log(), q.log()), DEFINITIONS[name](p, q), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        divergence_named(name, MIX).of(p.log(), q.log()),
+        DEFINITIONS[name](p, q),
+        rtol=1e-12,
+        atol=1e-14,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,13 +94,22 @@ def test_merging_entries_into_a_tail_never_raises_a_divergence(name: str) -> Non
     p, q = distributions(size=40)
     merged_p, merged_q = (torch.cat([x[:, :6], x[:, 6:].sum(-1, keepdim=True)], -1) for x in (p, q))
     divergence = divergence_named(name, MIX).of
-    assert (divergence(merged_p.log(), merged_q.log()) <= divergence(p.log(), q.log()) + 1e-14).all()
+    assert (
+        divergence(merged_p.log(), merged_q.log()) <= divergence(p.log(), q.log()) + 1e-14
+    ).all()
 
 
 def test_the_jensen_shannon_divergence_turns_into_both_kls_at_its_ends() -> None:
     p, q = distributions()
-    torch.testing.assert_close(jsd(1e-7).of(p.log(), q.log()) / 1e-7, forward_kl.of(p.log(), q.log()), rtol=1e-2, atol=0)
-    torch.testing.assert_close(jsd(1 - 1e-7).of(p.log(), q.log()) / 1e-7, reverse_kl.of(p.log(), q.log()), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        jsd(1e-7).of(p.log(), q.log()) / 1e-7, forward_kl.of(p.log(), q.log()), rtol=1e-2, atol=0
+    )
+    torch.testing.assert_close(
+        jsd(1 - 1e-7).of(p.log(), q.log()) / 1e-7,
+        reverse_kl.of(p.log(), q.log()),
+        rtol=1e-2,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
@@ -94,7 +122,10 @@ def test_a_mix_at_an_end_is_refused(name: str, mix: float) -> None:
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "tvd"])
 def test_mix_is_unused_by_the_plain_divergences(name: str) -> None:
     p, q = distributions()
-    assert torch.equal(divergence_named(name, 0.0).of(p.log(), q.log()), divergence_named(name, 1.0).of(p.log(), q.log()))
+    assert torch.equal(
+        divergence_named(name, 0.0).of(p.log(), q.log()),
+        divergence_named(name, 1.0).of(p.log(), q.log()),
+    )
 
 
 def test_an_unknown_divergence_is_refused_with_the_known_names() -> None:
@@ -104,18 +135,29 @@ def test_an_unknown_divergence_is_refused_with_the_known_names() -> None:
 
 def test_terms_are_sums_over_tokens(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
     whole = loss(hidden, head, target)
-    parts = [loss(hidden[t : t + 1], head, target.map(lambda tensor, t=t: tensor[t : t + 1])) for t in range(11)]
-    torch.testing.assert_close(whole.divergence, torch.stack([part.divergence for part in parts]).sum())
+    parts = [
+        loss(hidden[t : t + 1], head, target.map(lambda tensor, t=t: tensor[t : t + 1]))
+        for t in range(11)
+    ]
+    torch.testing.assert_close(
+        whole.divergence, torch.stack([part.divergence for part in parts]).sum()
+    )
     assert whole.num_tokens.item() == 11
     assert sum(part.num_tokens.item() for part in parts) == 11
     assert all(term.ndim == 0 for term in whole)
 
 
-def test_the_total_weighs_the_divergence_by_the_square_of_its_temperature(hidden: Tensor, head: Head) -> None:
-    target = compress(torch.randn(11, 30, generator=torch.Generator().manual_seed(3)), k=5, temperature=3.0)
+def test_the_total_weighs_the_divergence_by_the_square_of_its_temperature(
+    hidden: Tensor, head: Head
+) -> None:
+    target = compress(
+        torch.randn(11, 30, generator=torch.Generator().manual_seed(3)), k=5, temperature=3.0
+    )
     labels_T = torch.arange(11)
     terms = loss(hidden, head, target, labels_T=labels_T, ce_weight=0.25, divergence_weight=0.5)
-    torch.testing.assert_close(terms.total, 0.5 * 9.0 * terms.divergence + 0.25 * terms.cross_entropy)
+    torch.testing.assert_close(
+        terms.total, 0.5 * 9.0 * terms.divergence + 0.25 * terms.cross_entropy
+    )
     reference = torch.nn.functional.cross_entropy(head.logits(hidden), labels_T, reduction="sum")
     torch.testing.assert_close(terms.cross_entropy, reference)
 
@@ -139,17 +181,25 @@ def test_the_text_alone_needs_no_target(hidden: Tensor, head: Head) -> None:
     assert terms.divergence.item() == 0.0
 
 
-def test_an_unused_target_is_not_touched(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+def test_an_unused_target_is_not_touched(
+    hidden: Tensor, head: Head, target: CompressedLogits
+) -> None:
     broken = target.map(lambda tensor: tensor[:0])
-    terms = loss(hidden, head, broken, labels_T=torch.arange(11), ce_weight=1.0, divergence_weight=0.0)
+    terms = loss(
+        hidden, head, broken, labels_T=torch.arange(11), ce_weight=1.0, divergence_weight=0.0
+    )
     assert math.isfinite(terms.total.item())
 
 
-def test_without_weight_the_text_is_not_measured(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+def test_without_weight_the_text_is_not_measured(
+    hidden: Tensor, head: Head, target: CompressedLogits
+) -> None:
     assert loss(hidden, head, target, labels_T=torch.arange(11)).cross_entropy.item() == 0.0
 
 
-def test_only_the_total_carries_a_gradient(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+def test_only_the_total_carries_a_gradient(
+    hidden: Tensor, head: Head, target: CompressedLogits
+) -> None:
     terms = loss(hidden.requires_grad_(), head, target, labels_T=torch.arange(11), ce_weight=1.0)
     assert [term.requires_grad for term in terms] == [True, False, False, False, False]
 
@@ -161,18 +211,24 @@ def test_missing_inputs_are_refused(hidden: Tensor, head: Head, target: Compress
         loss(hidden, head, None)
 
 
-def test_a_target_of_another_vocabulary_is_refused(hidden: Tensor, target: CompressedLogits) -> None:
+def test_a_target_of_another_vocabulary_is_refused(
+    hidden: Tensor, target: CompressedLogits
+) -> None:
     with pytest.raises(ModelError, match="over 30 tokens, the student's head over 32"):
         loss(hidden, Head(torch.zeros(32, 6)), target)
 
 
 def drawn_target(k: int) -> CompressedLogits:
     logits_TV = 2 * torch.randn(11, 30, generator=torch.Generator().manual_seed(3))
-    return compress(logits_TV, k=k, tail_draws=4, seeds_T=token_seeds(1, torch.arange(11), torch.zeros(11)))
+    return compress(
+        logits_TV, k=k, tail_draws=4, seeds_T=token_seeds(1, torch.arange(11), torch.zeros(11))
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_draws_serve_forward_kl_alone(name: str, hidden: Tensor, head: Head, target: CompressedLogits) -> None:
+def test_draws_serve_forward_kl_alone(
+    name: str, hidden: Tensor, head: Head, target: CompressedLogits
+) -> None:
     bare = loss(hidden, head, target, divergence=divergence_named(name, MIX))
     drawn = loss(hidden, head, drawn_target(5), divergence=divergence_named(name, MIX))
     if name == "forward_kl":
@@ -182,11 +238,23 @@ def test_draws_serve_forward_kl_alone(name: str, hidden: Tensor, head: Head, tar
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "forward_kl"])
-def test_draws_alone_are_refused_by_a_divergence_that_cannot_use_them(name: str, hidden: Tensor, head: Head) -> None:
-    with pytest.raises(ConfigError, match="4 draws and no exact entries, which only forward_kl can learn from"):
+def test_draws_alone_are_refused_by_a_divergence_that_cannot_use_them(
+    name: str, hidden: Tensor, head: Head
+) -> None:
+    with pytest.raises(
+        ConfigError, match="4 draws and no exact entries, which only forward_kl can learn from"
+    ):
         loss(hidden, head, drawn_target(0), divergence=divergence_named(name, MIX))
     labels_T = torch.arange(11)
-    text = loss(hidden, head, drawn_target(0), divergence=divergence_named(name, MIX), labels_T=labels_T, ce_weight=1, divergence_weight=0)
+    text = loss(
+        hidden,
+        head,
+        drawn_target(0),
+        divergence=divergence_named(name, MIX),
+        labels_T=labels_T,
+        ce_weight=1,
+        divergence_weight=0,
+    )
     assert text.divergence.item() == 0.0
 
 
@@ -195,20 +263,33 @@ def jeffreys(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
     return ((logp_TK1.exp() - logq_TK1.exp()) * (logp_TK1 - logq_TK1)).sum(-1)
 
 
-def test_a_divergence_is_any_function_on_buckets(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
-    both = [loss(hidden, head, target, divergence=divergence).total for divergence in (forward_kl, reverse_kl)]
-    torch.testing.assert_close(loss(hidden, head, target, divergence=Divergence(jeffreys)).total, sum(both))
+def test_a_divergence_is_any_function_on_buckets(
+    hidden: Tensor, head: Head, target: CompressedLogits
+) -> None:
+    both = [
+        loss(hidden, head, target, divergence=divergence).total
+        for divergence in (forward_kl, reverse_kl)
+    ]
+    torch.testing.assert_close(
+        loss(hidden, head, target, divergence=Divergence(jeffreys)).total, sum(both)
+    )
 
 
-def test_a_bare_function_is_refused_and_told_how_to_say_its_share_of_forward_kl(hidden: Tensor, head: Head) -> None:
-    message = r"divergence is jeffreys, a bare function.*Divergence\(jeffreys, forward_kl_share=1\.0\)"
+def test_a_bare_function_is_refused_and_told_how_to_say_its_share_of_forward_kl(
+    hidden: Tensor, head: Head
+) -> None:
+    message = (
+        r"divergence is jeffreys, a bare function.*Divergence\(jeffreys, forward_kl_share=1\.0\)"
+    )
     with pytest.raises(ConfigError, match=message):
         loss(hidden, head, drawn_target(5), divergence=jeffreys)
 
 
 WRAPPED = {
     "a lambda": lambda logp_TK1, logq_TK1: forward_kl.of(logp_TK1, logq_TK1),
-    "a partial": partial(lambda scale, logp_TK1, logq_TK1: scale * forward_kl.of(logp_TK1, logq_TK1), 1.0),
+    "a partial": partial(
+        lambda scale, logp_TK1, logq_TK1: scale * forward_kl.of(logp_TK1, logq_TK1), 1.0
+    ),
 }
 
 
@@ -218,22 +299,35 @@ def test_forward_kl_in_a_wrapping_learns_from_its_draws_alike(
     wrapped: Callable[[Tensor, Tensor], Tensor], k: int, hidden: Tensor, head: Head
 ) -> None:
     hidden.requires_grad_()
-    totals = [loss(hidden, head, drawn_target(k), divergence=each).total for each in (forward_kl, Divergence(wrapped, 1.0))]
+    totals = [
+        loss(hidden, head, drawn_target(k), divergence=each).total
+        for each in (forward_kl, Divergence(wrapped, 1.0))
+    ]
     assert torch.equal(*totals)
     assert torch.equal(*(torch.autograd.grad(total, hidden)[0] for total in totals))
 
 
 @pytest.mark.parametrize("k", [0, 5])
-def test_half_of_forward_kl_is_half_of_its_loss_with_draws(k: int, hidden: Tensor, head: Head) -> None:
-    half, whole = (loss(hidden, head, drawn_target(k), divergence=each).total for each in (Divergence(half_forward_kl, 0.5), forward_kl))
+def test_half_of_forward_kl_is_half_of_its_loss_with_draws(
+    k: int, hidden: Tensor, head: Head
+) -> None:
+    half, whole = (
+        loss(hidden, head, drawn_target(k), divergence=each).total
+        for each in (Divergence(half_forward_kl, 0.5), forward_kl)
+    )
     torch.testing.assert_close(half, 0.5 * whole)
 
 
-@pytest.mark.parametrize("divergence", [Divergence(jeffreys, forward_kl_share=1.0), Divergence(forward_kl.of, forward_kl_share=0.5)])
+@pytest.mark.parametrize(
+    "divergence",
+    [Divergence(jeffreys, forward_kl_share=1.0), Divergence(forward_kl.of, forward_kl_share=0.5)],
+)
 def test_draws_alone_are_refused_where_a_part_of_the_divergence_would_learn_nothing(
     divergence: Divergence, hidden: Tensor, head: Head
 ) -> None:
-    with pytest.raises(ConfigError, match="4 draws and no exact entries, which only forward_kl can learn from"):
+    with pytest.raises(
+        ConfigError, match="4 draws and no exact entries, which only forward_kl can learn from"
+    ):
         loss(hidden, head, drawn_target(0), divergence=divergence)
 
 
@@ -245,8 +339,11 @@ def forward_kl_and_tvd(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
     return forward_kl.of(logp_TK1, logq_TK1) + tvd.of(logp_TK1, logq_TK1)
 
 
-def expected_gradient(divergence: Divergence, teacher_V: Tensor, student_V: Tensor, *, k: int, temperature: float) -> Tensor:
-    """[V], in the student's logits: the exact expectation over one draw, from a token for each id of the tail."""
+def expected_gradient(
+    divergence: Divergence, teacher_V: Tensor, student_V: Tensor, *, k: int, temperature: float
+) -> Tensor:
+    """[V], in the student's logits: the exact expectation over one draw, from a token for each id
+    of the tail."""
     vocab_size = len(teacher_V)
     logp_V = (teacher_V / temperature).log_softmax(0)
     kept_K, tail_N = logp_V.argsort(descending=True).split([k, vocab_size - k])
@@ -260,7 +357,9 @@ def expected_gradient(divergence: Divergence, teacher_V: Tensor, student_V: Tens
         temperature=temperature,
     )
     hidden_TV = student_V.expand(num_tokens, -1).clone().requires_grad_()
-    total = loss(hidden_TV, Head(torch.eye(vocab_size, dtype=torch.float64)), target, divergence=divergence).total
+    total = loss(
+        hidden_TV, Head(torch.eye(vocab_size, dtype=torch.float64)), target, divergence=divergence
+    ).total
     (gradient_TV,) = torch.autograd.grad(total, hidden_TV)
     return (logp_V[tail_N] - tail_mass).exp() @ gradient_TV
 
@@ -276,7 +375,7 @@ def expected_gradient(divergence: Divergence, teacher_V: Tensor, student_V: Tens
     ids=["half forward KL", "forward KL and TVD", "forward KL", "TVD"],
 )
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_over_the_draws_the_share_of_forward_kl_has_the_dense_gradient_and_the_rest_that_of_its_buckets(
+def test_over_draws_the_share_of_forward_kl_has_the_dense_gradient_and_the_rest_its_buckets(
     divergence: Divergence, dense_share: float, bucketed_share: float, temperature: float
 ) -> None:
     k, vocab_size = 3, 12
@@ -288,7 +387,9 @@ def test_over_the_draws_the_share_of_forward_kl_has_the_dense_gradient_and_the_r
     p_V, q_V = ((x_V / temperature).softmax(0) for x_V in (teacher_V, student_V))
     kept_K, tail_N = p_V.argsort(descending=True).split([k, vocab_size - k])
     p_K1, q_K1 = (torch.cat([x_V[kept_K], x_V[tail_N].sum(0, keepdim=True)]) for x_V in (p_V, q_V))
-    wanted = dense_share * DEFINITIONS["forward_kl"](p_V, q_V) + bucketed_share * DEFINITIONS["tvd"](p_K1, q_K1)
+    wanted = dense_share * DEFINITIONS["forward_kl"](p_V, q_V) + bucketed_share * DEFINITIONS[
+        "tvd"
+    ](p_K1, q_K1)
     (wanted_V,) = torch.autograd.grad(temperature**2 * wanted, student_V)
     torch.testing.assert_close(found_V, wanted_V, rtol=1e-10, atol=1e-12)
 

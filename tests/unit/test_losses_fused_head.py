@@ -1,4 +1,5 @@
-"""The fused head against the dense form in float64: the same loss and gradients, without the dense form's memory."""
+"""The fused head against the dense form in float64: the same loss and gradients, without the dense
+form's memory."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -52,7 +53,12 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves()]
-        return replace(self, hidden_TH=leaves[0], weight_VH=leaves[1], bias_V=leaves[2] if len(leaves) > 2 else None)
+        return replace(
+            self,
+            hidden_TH=leaves[0],
+            weight_VH=leaves[1],
+            bias_V=leaves[2] if len(leaves) > 2 else None,
+        )
 
 
 CASES = {
@@ -63,7 +69,9 @@ CASES = {
     "temperature": Case(temperature=2.0),
     "text": Case(ce_weight=0.4, divergence_weight=0.6),
     "temperature and text": Case(temperature=2.0, ce_weight=0.4),
-    "everything": Case(bias=True, scale=1.3, softcap=2.0, temperature=1.7, ce_weight=0.4, divergence_weight=0.3),
+    "everything": Case(
+        bias=True, scale=1.3, softcap=2.0, temperature=1.7, ce_weight=0.4, divergence_weight=0.3
+    ),
     "all kept": Case(k=V, ce_weight=0.4, z_loss_weight=0.1),
     "none kept": Case(k=0, ce_weight=0.4, z_loss_weight=0.1),
     "draws": Case(num_draws=6),
@@ -74,16 +82,34 @@ CASES = {
     "z-loss, softcap and scale": Case(z_loss_weight=0.1, softcap=1.5, scale=0.7),
     "z-loss and draws": Case(z_loss_weight=0.1, num_draws=6, bias=True),
     "draws and everything": Case(
-        bias=True, scale=1.3, softcap=2.0, temperature=1.7, num_draws=9, ce_weight=0.4, divergence_weight=0.3, z_loss_weight=0.2
+        bias=True,
+        scale=1.3,
+        softcap=2.0,
+        temperature=1.7,
+        num_draws=9,
+        ce_weight=0.4,
+        divergence_weight=0.3,
+        z_loss_weight=0.2,
     ),
 }
 DRAWS_ALONE = Case(k=0, num_draws=7, temperature=1.7, ce_weight=0.4, z_loss_weight=0.1)
 
 
-def make_target(logits_TV: Tensor, *, k: int, num_draws: int = 0, temperature: float = 1.0) -> CompressedLogits:
+def make_target(
+    logits_TV: Tensor, *, k: int, num_draws: int = 0, temperature: float = 1.0
+) -> CompressedLogits:
     """The k likeliest, and any of the other ids as draws, with repeats."""
-    logp_TV, ids_TV = (logits_TV.double() / temperature).log_softmax(-1).sort(dim=-1, descending=True, stable=True)
-    places_TN = torch.randint(k, max(k + 1, logits_TV.shape[1]), (len(logits_TV), num_draws), generator=torch.Generator().manual_seed(k))
+    logp_TV, ids_TV = (
+        (logits_TV.double() / temperature)
+        .log_softmax(-1)
+        .sort(dim=-1, descending=True, stable=True)
+    )
+    places_TN = torch.randint(
+        k,
+        max(k + 1, logits_TV.shape[1]),
+        (len(logits_TV), num_draws),
+        generator=torch.Generator().manual_seed(k),
+    )
     draws_TN = ids_TV.gather(1, places_TN)
     return CompressedLogits(
         ids_TV[:, :k].int(),
@@ -100,9 +126,15 @@ def make_inputs(case: Case, *, num_tokens: int = T, seed: int = 0) -> Inputs:
     hidden_TH = torch.randn(num_tokens, H, dtype=torch.float64, generator=random)
     weight_VH = torch.randn(V, H, dtype=torch.float64, generator=random)
     bias_V = torch.randn(V, dtype=torch.float64, generator=random) if case.bias else None
-    target = make_target(3 * torch.randn(num_tokens, V, generator=random), k=case.k, num_draws=case.num_draws, temperature=case.temperature)
+    target = make_target(
+        3 * torch.randn(num_tokens, V, generator=random),
+        k=case.k,
+        num_draws=case.num_draws,
+        temperature=case.temperature,
+    )
     labels_T = torch.randint(V, (num_tokens,), generator=random)
-    labels_T[: num_tokens // 2] = target.token_ids_TK[: num_tokens // 2, 0] if case.k else 0  # some labels are kept, some are not
+    # some labels are kept, some are not
+    labels_T[: num_tokens // 2] = target.token_ids_TK[: num_tokens // 2, 0] if case.k else 0
     return Inputs(hidden_TH, weight_VH, bias_V, target, labels_T).to(torch.float64)
 
 
@@ -113,7 +145,9 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 DENSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": kl,
     "reverse_kl": lambda p, q: kl(q, p),
-    "jsd": lambda p, q: MIX * kl(p, MIX * p + (1 - MIX) * q) + (1 - MIX) * kl(q, MIX * p + (1 - MIX) * q),
+    "jsd": lambda p, q: (
+        MIX * kl(p, MIX * p + (1 - MIX) * q) + (1 - MIX) * kl(q, MIX * p + (1 - MIX) * q)
+    ),
     "skew_forward_kl": lambda p, q: kl(p, MIX * p + (1 - MIX) * q),
     "skew_reverse_kl": lambda p, q: kl(q, (1 - MIX) * p + MIX * q),
     "tvd": lambda p, q: (p - q).abs().sum(-1) / 2,
@@ -130,7 +164,11 @@ def dense_total(inputs: Inputs, case: Case, name: str) -> Tensor:
         logits_TV = case.softcap * torch.tanh(logits_TV / case.softcap)
     ids_TK = inputs.target.token_ids_TK.long()
     is_tail_TV = torch.ones_like(logits_TV, dtype=torch.bool).scatter(1, ids_TK, False)
-    q_TV = (logits_TV.float() if logits_TV.dtype == torch.bfloat16 else logits_TV).div(case.temperature).softmax(-1)
+    q_TV = (
+        (logits_TV.float() if logits_TV.dtype == torch.bfloat16 else logits_TV)
+        .div(case.temperature)
+        .softmax(-1)
+    )
     q_TK1, p_TK1 = q_TV.gather(1, ids_TK), inputs.target.logprobs_TK.to(q_TV.dtype).exp()
     if case.k < V:
         q_TK1 = torch.cat([q_TK1, (q_TV * is_tail_TV).sum(1, keepdim=True)], 1)
@@ -139,15 +177,21 @@ def dense_total(inputs: Inputs, case: Case, name: str) -> Tensor:
     if case.num_draws and name == "forward_kl":
         tail_TV = (q_TV * is_tail_TV) / (q_TV * is_tail_TV).sum(1, keepdim=True)
         surprise_T = -tail_TV.gather(1, inputs.target.tail_ids_TN.long()).log().mean(1)
-        total = total + case.divergence_weight * case.temperature**2 * (p_TK1[:, -1] * surprise_T).sum()
+        total = (
+            total + case.divergence_weight * case.temperature**2 * (p_TK1[:, -1] * surprise_T).sum()
+        )
     if case.ce_weight:
-        total = total + case.ce_weight * torch.nn.functional.cross_entropy(logits_TV.to(q_TV.dtype), inputs.labels_T, reduction="sum")
+        total = total + case.ce_weight * torch.nn.functional.cross_entropy(
+            logits_TV.to(q_TV.dtype), inputs.labels_T, reduction="sum"
+        )
     if case.z_loss_weight:
         total = total + case.z_loss_weight * logits_TV.to(q_TV.dtype).logsumexp(-1).square().sum()
     return total
 
 
-def fused(inputs: Inputs, case: Case, name: str = "forward_kl", *, block_tokens: int | None = 4) -> LossTerms:
+def fused(
+    inputs: Inputs, case: Case, name: str = "forward_kl", *, block_tokens: int | None = 4
+) -> LossTerms:
     return distillation_loss(
         inputs.hidden_TH,
         Head(inputs.weight_VH, inputs.bias_V, case.scale, case.softcap),
@@ -168,7 +212,10 @@ def with_gradients(total: Tensor, inputs: Inputs) -> list[Tensor]:
 def worst_error(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest error of any tensor, relative to the largest entry of that tensor."""
     pairs = zip(found, wanted, strict=True)
-    return max(((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12)).item() for a, b in pairs)
+    return max(
+        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12)).item()
+        for a, b in pairs
+    )
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -193,16 +240,31 @@ def test_draws_alone_are_the_cross_entropy_to_them() -> None:
     torch.testing.assert_close(fused(inputs, DRAWS_ALONE).divergence, mean_T.sum().detach())
 
 
-@pytest.mark.parametrize(("k", "num_draws", "temperature"), [(0, 6, 1.0), (3, 4, 1.0), (3, 1, 1.0), (5, 8, 1.7)])
-def test_over_the_draws_the_mean_gradient_is_that_of_the_dense_forward_kl(k: int, num_draws: int, temperature: float) -> None:
-    """20,000 students of one teacher's token, with their logits for hidden states: each has draws of its own, in the teacher's real way."""
+@pytest.mark.parametrize(
+    ("k", "num_draws", "temperature"), [(0, 6, 1.0), (3, 4, 1.0), (3, 1, 1.0), (5, 8, 1.7)]
+)
+def test_over_the_draws_the_mean_gradient_is_that_of_the_dense_forward_kl(
+    k: int, num_draws: int, temperature: float
+) -> None:
+    """20,000 students of one teacher's token, with their logits for hidden states: each has draws
+    of its own, in the teacher's real way."""
     num_seeds, vocab_size = 20_000, 24
-    teacher_V, student_V = 2 * torch.randn(2, vocab_size, generator=torch.Generator().manual_seed(5))
+    teacher_V, student_V = 2 * torch.randn(
+        2, vocab_size, generator=torch.Generator().manual_seed(5)
+    )
     seeds_T = token_seeds(11, torch.arange(num_seeds), torch.zeros(num_seeds))
-    target = compress(teacher_V.expand(num_seeds, -1), k=k, tail_draws=num_draws, temperature=temperature, seeds_T=seeds_T)
+    target = compress(
+        teacher_V.expand(num_seeds, -1),
+        k=k,
+        tail_draws=num_draws,
+        temperature=temperature,
+        seeds_T=seeds_T,
+    )
     hidden_TH = student_V.double().expand(num_seeds, -1).clone().requires_grad_()
     head = Head(torch.eye(vocab_size, dtype=torch.float64))
-    terms = distillation_loss(hidden_TH, head, target, divergence=divergence_named("forward_kl", MIX))
+    terms = distillation_loss(
+        hidden_TH, head, target, divergence=divergence_named("forward_kl", MIX)
+    )
     (gradient_TV,) = torch.autograd.grad(terms.total, hidden_TH)
 
     p_V, q_V = ((x_V.double() / temperature).softmax(0) for x_V in (teacher_V, student_V))
@@ -216,14 +278,18 @@ def test_over_the_draws_the_mean_gradient_is_that_of_the_dense_forward_kl(k: int
     entropy_of_the_tail = float(tail_V.sum() * torch.special.entr(tail_V / tail_V.sum()).sum())
     surprise_TN = -(q_V.log()[target.tail_ids_TN.long()])
     spread = float(tail_V.sum() * surprise_TN.mean(1).std()) / num_seeds**0.5
-    assert terms.divergence.item() / num_seeds == pytest.approx(float(kl(p_V, q_V)) + entropy_of_the_tail, abs=4.5 * spread + 1e-6)
+    assert terms.divergence.item() / num_seeds == pytest.approx(
+        float(kl(p_V, q_V)) + entropy_of_the_tail, abs=4.5 * spread + 1e-6
+    )
 
 
 def test_a_tail_without_mass_gives_its_draws_no_weight() -> None:
     case = Case(k=3, num_draws=4)
     inputs = make_inputs(case)
     kept_TK = inputs.target.logprobs_TK - inputs.target.logprobs_TK.logsumexp(1, keepdim=True)
-    target = replace(inputs.target, logprobs_TK=kept_TK, tail_logmass_T=torch.full((T,), -torch.inf))
+    target = replace(
+        inputs.target, logprobs_TK=kept_TK, tail_logmass_T=torch.full((T,), -torch.inf)
+    )
     drawn = with_gradients(fused(replace(inputs, target=target), case).total, inputs)
     bare = with_gradients(fused(replace(inputs, target=target.without_draws()), case).total, inputs)
     assert worst_error(drawn, bare) < 1e-13
@@ -260,7 +326,9 @@ def test_a_second_backward_is_refused_as_the_first_one_took_the_gradients_with_i
     inputs = make_inputs(CASES["plain"])
     total = fused(inputs, CASES["plain"]).total
     total.backward(retain_graph=True)
-    with pytest.raises(StudentError, match="handed out by its first backward; compute the loss again"):
+    with pytest.raises(
+        StudentError, match="handed out by its first backward; compute the loss again"
+    ):
         total.backward()
 
 
@@ -269,7 +337,9 @@ def test_no_tokens_give_zero_loss_and_zero_gradients() -> None:
     inputs = make_inputs(case, num_tokens=0)
     terms = fused(inputs, case)
     assert [term.item() for term in terms] == [0, 0, 0, 0, 0]
-    for leaf, gradient in zip(inputs.leaves(), torch.autograd.grad(terms.total, inputs.leaves()), strict=True):
+    for leaf, gradient in zip(
+        inputs.leaves(), torch.autograd.grad(terms.total, inputs.leaves()), strict=True
+    ):
         assert gradient.shape == leaf.shape
         assert not gradient.any()
 
@@ -286,33 +356,55 @@ def test_the_z_loss_is_the_square_of_the_log_sum_exp() -> None:
 
 def test_the_block_is_chosen_for_the_device_and_bounded_where_the_vocabulary_is_large() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
-    assert [block_tokens_for(cpu, vocab) for vocab in (100, 32_000, 262_144, 1 << 24, 1 << 30)] == [256, 256, 256, 4, 1]
-    assert [block_tokens_for(cuda, vocab) for vocab in (32_000, 151_936, 262_144, 1 << 20)] == [4096, 4096, 4096, 1024]
+    assert [block_tokens_for(cpu, vocab) for vocab in (100, 32_000, 262_144, 1 << 24, 1 << 30)] == [
+        256,
+        256,
+        256,
+        4,
+        1,
+    ]
+    assert [block_tokens_for(cuda, vocab) for vocab in (32_000, 151_936, 262_144, 1 << 20)] == [
+        4096,
+        4096,
+        4096,
+        1024,
+    ]
     inputs = make_inputs(CASES["plain"], num_tokens=300)
     with watched() as spy:
         fused(inputs, CASES["plain"], block_tokens=None)
-    assert {shape[0] for shape in spy.shapes if shape[1:] == (V,)} - {H} == {150}  # two blocks alike, of at most 256
+    # two blocks alike, of at most 256
+    assert {shape[0] for shape in spy.shapes if shape[1:] == (V,)} - {H} == {150}
 
 
 def test_rows_that_pad_a_vocabulary_get_no_gradient() -> None:
     inputs = make_inputs(CASES["plain"])
-    padded = torch.cat([inputs.weight_VH.detach(), torch.ones(3, H, dtype=torch.float64)]).requires_grad_()
+    padded = torch.cat(
+        [inputs.weight_VH.detach(), torch.ones(3, H, dtype=torch.float64)]
+    ).requires_grad_()
     total = fused(replace(inputs, weight_VH=padded[:V]), CASES["plain"]).total
     (gradient,) = torch.autograd.grad(total, padded)
     assert not gradient[V:].any()
-    assert worst_error([gradient[:V]], with_gradients(fused(inputs, CASES["plain"]).total, inputs)[2:]) < 1e-14
+    assert (
+        worst_error([gradient[:V]], with_gradients(fused(inputs, CASES["plain"]).total, inputs)[2:])
+        < 1e-14
+    )
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_tail_below_float32_still_pulls(name: str) -> None:
-    """The student gives the tail e^-120 of its mass: 1 minus the kept mass would be 0, and so would exp(logit - highest logit)."""
+    """The student gives the tail e^-120 of its mass: 1 minus the kept mass would be 0, and so would
+    exp(logit - highest logit)."""
     case = Case(k=2)
     weight_VH = torch.randn(V, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     hidden_TH = torch.zeros(1, H, dtype=torch.float64)
     bias_V = torch.randn(V, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     bias_V[[3, 8]] = 120.0
     target = CompressedLogits(
-        torch.tensor([[3, 8]], dtype=torch.int32), torch.tensor([[0.3, 0.2]]).log(), torch.tensor([0.5]).log(), torch.zeros(1, 0), V
+        torch.tensor([[3, 8]], dtype=torch.int32),
+        torch.tensor([[0.3, 0.2]]).log(),
+        torch.tensor([0.5]).log(),
+        torch.zeros(1, 0),
+        V,
     )
     exact = Inputs(hidden_TH, weight_VH, bias_V, target, torch.tensor([3])).to(torch.float64)
     single = exact.to(torch.float32)
@@ -328,15 +420,24 @@ def test_bfloat16_weights_lose_no_more_than_autograd_does(case: Case) -> None:
     reference = with_gradients(dense_total(exact, case, "jsd"), exact)
     found = with_gradients(fused(half, case, "jsd").total, half)
     assert [tensor.dtype for tensor in found] == [torch.float32] + [torch.bfloat16] * 3
-    for ours, autograd, wanted in zip(found, with_gradients(dense_total(half, case, "jsd"), half), reference, strict=True):
+    for ours, autograd, wanted in zip(
+        found, with_gradients(dense_total(half, case, "jsd"), half), reference, strict=True
+    ):
         assert worst_error([ours], [wanted]) <= worst_error([autograd], [wanted]) + 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_weights_gradient_is_summed_in_float32_whatever_the_weights_dtype(dtype: torch.dtype) -> None:
-    """64 blocks that nearly cancel out: a product that was rounded to its operands' dtype would leave its rounding behind."""
+def test_the_weights_gradient_is_summed_in_float32_whatever_the_weights_dtype(
+    dtype: torch.dtype,
+) -> None:
+    """64 blocks that nearly cancel out: a product that was rounded to its operands' dtype would
+    leave its rounding behind."""
     random = torch.Generator().manual_seed(0)
-    gradients_NCV = (torch.randn(64, 8, V, generator=random) * torch.tensor([1.0, -1.0]).repeat(32)[:, None, None] + 1.0).to(dtype)
+    gradients_NCV = (
+        torch.randn(64, 8, V, generator=random)
+        * torch.tensor([1.0, -1.0]).repeat(32)[:, None, None]
+        + 1.0
+    ).to(dtype)
     hidden_NCH = torch.ones(64, 8, H, dtype=dtype)
     wanted_VH = (gradients_NCV.double().transpose(1, 2) @ hidden_NCH.double()).sum(0)
     sum_VH = torch.full((V, H), torch.nan)
@@ -352,23 +453,35 @@ def test_the_weights_gradient_in_bfloat16_is_as_exact_as_autograd_of_all_tokens_
     wanted_VH = with_gradients(dense_total(exact, case, "forward_kl"), exact)[2]
     ours_VH, autograd_VH = (
         with_gradients(total, half)[2].double()
-        for total in (fused(half, case, block_tokens=4).total, dense_total(half, case, "forward_kl"))
+        for total in (
+            fused(half, case, block_tokens=4).total,
+            dense_total(half, case, "forward_kl"),
+        )
     )
-    assert (ours_VH - wanted_VH).norm() <= (autograd_VH - wanted_VH).norm() + 1e-4 * wanted_VH.norm()
+    assert (ours_VH - wanted_VH).norm() <= (
+        autograd_VH - wanted_VH
+    ).norm() + 1e-4 * wanted_VH.norm()
 
 
 class Spy(TorchDispatchMode):
-    """Notes the shape of every tensor that an operation returns, and the name of every operation."""
+    """Notes the shape of every tensor that an operation returns, and the name of every
+    operation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: set[tuple[int, ...]] = set()
         self.operations: list[str] = []
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = operation(*args, **(kwargs or {}))
         self.operations.append(str(operation))
-        self.shapes.update(tuple(each.shape) for each in (result if isinstance(result, tuple) else (result,)) if isinstance(each, Tensor))
+        self.shapes.update(
+            tuple(each.shape)
+            for each in (result if isinstance(result, tuple) else (result,))
+            if isinstance(each, Tensor)
+        )
         return result
 
 
@@ -410,20 +523,45 @@ def test_without_grad_only_the_logits_are_multiplied() -> None:
 
 
 def test_large_logits_at_a_low_temperature_cost_no_digits() -> None:
-    """Divided by the temperature first, these two equal students of one teacher lost 0.002 nats to float32."""
+    """Divided by the temperature first, these two equal students of one teacher lost 0.002 nats to
+    float32."""
     student_VH = torch.tensor([0.0, 0.0, 0.0, 1e4, 1e4, 0.0])[:, None]
-    target = make_target(torch.tensor([[-math.inf, 0.0, -math.inf, 1e4, 1e4, 0.0]]), k=1, temperature=0.1)
-    terms = distillation_loss(torch.ones(1, 1), Head(student_VH), target, divergence=divergence_named("reverse_kl", 0.5))
+    target = make_target(
+        torch.tensor([[-math.inf, 0.0, -math.inf, 1e4, 1e4, 0.0]]), k=1, temperature=0.1
+    )
+    terms = distillation_loss(
+        torch.ones(1, 1), Head(student_VH), target, divergence=divergence_named("reverse_kl", 0.5)
+    )
     assert abs(terms.divergence) < 1e-6
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), name=st.sampled_from(sorted(DENSE)), k=st.integers(0, 6), temperature=st.sampled_from([0.1, 1.0, 5.0]))
-def test_nothing_becomes_nan_or_infinite(data: st.DataObject, name: str, k: int, temperature: float) -> None:
+@given(
+    data=st.data(),
+    name=st.sampled_from(sorted(DENSE)),
+    k=st.integers(0, 6),
+    temperature=st.sampled_from([0.1, 1.0, 5.0]),
+)
+def test_nothing_becomes_nan_or_infinite(
+    data: st.DataObject, name: str, k: int, temperature: float
+) -> None:
     extreme = st.one_of(st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, -1e4, 1e4]))
-    student_VH = torch.tensor(data.draw(st.lists(extreme, min_size=6, max_size=6)))[:, None].requires_grad_()
-    teacher_TV = torch.tensor([[*data.draw(st.lists(st.one_of(extreme, st.just(-torch.inf)), min_size=5, max_size=5)), 0.0]])
-    num_draws = data.draw(st.integers(0, 3)) if 0 < k < 6 or (k == 0 and name == "forward_kl") else 0
+    student_VH = torch.tensor(data.draw(st.lists(extreme, min_size=6, max_size=6)))[
+        :, None
+    ].requires_grad_()
+    teacher_TV = torch.tensor(
+        [
+            [
+                *data.draw(
+                    st.lists(st.one_of(extreme, st.just(-torch.inf)), min_size=5, max_size=5)
+                ),
+                0.0,
+            ]
+        ]
+    )
+    num_draws = (
+        data.draw(st.integers(0, 3)) if 0 < k < 6 or (k == 0 and name == "forward_kl") else 0
+    )
     target = make_target(teacher_TV, k=k, num_draws=num_draws, temperature=temperature)
     hidden_TH = torch.ones(1, 1, requires_grad=True)
     terms = distillation_loss(

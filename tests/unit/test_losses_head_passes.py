@@ -1,6 +1,8 @@
-"""The GPU's kernels in Triton's interpreter against torch, and compiled for a GPU that need not be there.
+"""The GPU's kernels in Triton's interpreter against torch, and compiled for a GPU that need not be
+there.
 
-Triton decides when it is imported whether it interprets, so each way has a process of its own; what runs there is named `in_...`.
+Triton decides when it is imported whether it interprets, so each way has a process of its own; what
+runs there is named `in_...`.
 """
 
 import sys
@@ -41,7 +43,9 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def bent_head(dtype: torch.dtype, *, scale: float = 1.0, softcap: float | None = None, **_: Any) -> Head:
+def bent_head(
+    dtype: torch.dtype, *, scale: float = 1.0, softcap: float | None = None, **_: Any
+) -> Head:
     return Head(torch.empty((V, 0), dtype=dtype), scale=scale, softcap=softcap)
 
 
@@ -54,14 +58,18 @@ def random_block(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return products_CV, ids_CK, *torch.randn(2, C, 1, generator=random)
 
 
-def both_passes(passes: Any, products_CV: Tensor, ids_CK: Tensor, share_C1: Tensor, text_share_C1: Tensor) -> list[Tensor]:
+def both_passes(
+    passes: Any, products_CV: Tensor, ids_CK: Tensor, share_C1: Tensor, text_share_C1: Tensor
+) -> list[Tensor]:
     room_CV = passes.products_CV[: len(products_CV)].copy_(products_CV)
     tail = passes.read_(room_CV, ids_CK)
     gradient_CV = passes.write_(room_CV, Shares(tail.peak_C1, share_C1, text_share_C1))
     return [*tail, gradient_CV.scatter(1, ids_CK, 0.0).contiguous()]
 
 
-def in_interpreter_passes(head: Head, options: dict[str, Any], *blocks: tuple[Tensor, ...]) -> list[list[Tensor]]:
+def in_interpreter_passes(
+    head: Head, options: dict[str, Any], *blocks: tuple[Tensor, ...]
+) -> list[list[Tensor]]:
     from stillhouse.losses.head_passes_triton import TritonPasses
 
     passes = TritonPasses(head, C, **options)
@@ -70,26 +78,41 @@ def in_interpreter_passes(head: Head, options: dict[str, Any], *blocks: tuple[Te
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bend", BENDS)
-def test_the_kernels_find_what_torch_finds(interpreter: ProcessPoolExecutor, bend: str, dtype: torch.dtype) -> None:
-    options = {"temperature": 1.0, "text": False} | {name: BENDS[bend][name] for name in ("temperature", "text") if name in BENDS[bend]}
+def test_the_kernels_find_what_torch_finds(
+    interpreter: ProcessPoolExecutor, bend: str, dtype: torch.dtype
+) -> None:
+    options = {"temperature": 1.0, "text": False} | {
+        name: BENDS[bend][name] for name in ("temperature", "text") if name in BENDS[bend]
+    }
     head = bent_head(dtype, **BENDS[bend])
-    blocks = [random_block(0), tuple(tensor[:2] for tensor in random_block(1))]  # the second has fewer tokens, in the same room
+    # the second has fewer tokens, in the same room
+    blocks = [
+        random_block(0),
+        tuple(tensor[:2] for tensor in random_block(1)),
+    ]
     found = interpreter.submit(in_interpreter_passes, head, options, *blocks).result()
     for ours, block in zip(found, blocks, strict=True):
         wanted = both_passes(TorchPasses(head, C, **options), *block)
         assert ours[3].dtype == dtype
         for tail, reference in zip(ours[:3], wanted[:3], strict=True):
             torch.testing.assert_close(tail, reference, rtol=2e-5, atol=1e-5)
-        scale = wanted[3].abs().amax(1, keepdim=True)  # a saturated soft-cap leaves no more than that of its slope's digits
-        rounding = 2**-7 if dtype == torch.bfloat16 else 2e-5  # the interpreter cuts off bits where a GPU rounds
-        torch.testing.assert_close(ours[3].float() / scale, wanted[3] / scale, rtol=rounding, atol=1e-5)
+        # a saturated soft-cap leaves no more than that of its slope's digits
+        scale = wanted[3].abs().amax(1, keepdim=True)
+        # the interpreter cuts off bits where a GPU rounds
+        rounding = 2**-7 if dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(
+            ours[3].float() / scale, wanted[3] / scale, rtol=rounding, atol=1e-5
+        )
 
 
 def test_a_row_of_which_all_is_kept_has_a_finite_tail(interpreter: ProcessPoolExecutor) -> None:
     products_CV, _, *shares = random_block()
     ids_CV = torch.arange(V).expand(C, V)
     ((peak_C1, sum_C1, _, gradient_CV),) = interpreter.submit(
-        in_interpreter_passes, bent_head(torch.float32), {"temperature": 1.0, "text": False}, (products_CV, ids_CV, *shares)
+        in_interpreter_passes,
+        bent_head(torch.float32),
+        {"temperature": 1.0, "text": False},
+        (products_CV, ids_CV, *shares),
     ).result()
     assert (peak_C1 + sum_C1.log()).isfinite().all()
     assert not gradient_CV.any()
@@ -99,7 +122,10 @@ def test_a_nan_among_the_logits_stays_one(interpreter: ProcessPoolExecutor) -> N
     products_CV, ids_CK, *shares = random_block()
     products_CV[1, 4_100] = torch.nan
     ((_, sum_C1, _, _),) = interpreter.submit(
-        in_interpreter_passes, bent_head(torch.float32), {"temperature": 1.0, "text": False}, (products_CV, ids_CK, *shares)
+        in_interpreter_passes,
+        bent_head(torch.float32),
+        {"temperature": 1.0, "text": False},
+        (products_CV, ids_CK, *shares),
     ).result()
     assert sum_C1.isnan().tolist() == [[False], [True], [False]]
 
@@ -118,16 +144,33 @@ def loss_inputs(dtype: torch.dtype) -> tuple[Tensor, Head, CompressedLogits, Ten
         temperature=1.5,
     )
     weight_VH = torch.randn(vocab_size, width, generator=random).to(dtype)
-    head = Head(weight_VH, torch.randn(vocab_size, generator=random).to(dtype), scale=0.8, softcap=9.0)
-    labels_T = torch.stack([ids_TV[0, 0], ids_TV[1, K], ids_TV[2, 50], ids_TV[3, 1], ids_TV[4, 900]])  # kept, drawn, neither, ...
+    head = Head(
+        weight_VH, torch.randn(vocab_size, generator=random).to(dtype), scale=0.8, softcap=9.0
+    )
+    # kept, drawn, neither, ...
+    labels_T = torch.stack(
+        [ids_TV[0, 0], ids_TV[1, K], ids_TV[2, 50], ids_TV[3, 1], ids_TV[4, 900]]
+    )
     return torch.randn(num_tokens, width, generator=random).to(dtype), head, target, labels_T
 
 
 def loss_and_gradients(dtype: torch.dtype, make_passes: Any) -> list[Tensor]:
     hidden_TH, head, target, labels_T = loss_inputs(dtype)
-    leaves = [hidden_TH.requires_grad_(), head.weight_VH.requires_grad_(), head.bias_V.requires_grad_()]
+    leaves = [
+        hidden_TH.requires_grad_(),
+        head.weight_VH.requires_grad_(),
+        head.bias_V.requires_grad_(),
+    ]
     objective = Objective(forward_kl, divergence_weight=0.7, ce_weight=0.4, z_loss_weight=0.1)
-    sums = head_loss(hidden_TH, head, target=target, labels_T=labels_T, objective=objective, block_tokens=2, make_passes=make_passes)
+    sums = head_loss(
+        hidden_TH,
+        head,
+        target=target,
+        labels_T=labels_T,
+        objective=objective,
+        block_tokens=2,
+        make_passes=make_passes,
+    )
     return [*(each.detach() for each in sums), *torch.autograd.grad(sums.total, leaves)]
 
 
@@ -138,10 +181,17 @@ def in_interpreter_loss(dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_whole_loss_is_the_same_by_either_path(interpreter: ProcessPoolExecutor, dtype: torch.dtype) -> None:
-    found, wanted = interpreter.submit(in_interpreter_loss, dtype).result(), loss_and_gradients(dtype, passes_for)
+def test_the_whole_loss_is_the_same_by_either_path(
+    interpreter: ProcessPoolExecutor, dtype: torch.dtype
+) -> None:
+    found, wanted = (
+        interpreter.submit(in_interpreter_loss, dtype).result(),
+        loss_and_gradients(dtype, passes_for),
+    )
     for ours, theirs in zip(found, wanted, strict=True):
-        assert (ours - theirs).abs().max() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= (
+            1e-2 if dtype == torch.bfloat16 else 1e-5
+        ) * theirs.abs().max()
 
 
 def in_interpreter_defect() -> str | None:
@@ -150,14 +200,19 @@ def in_interpreter_defect() -> str | None:
     return defect(torch.device("cpu"))
 
 
-def test_the_kernels_pass_the_check_that_they_are_put_to_before_use(interpreter: ProcessPoolExecutor) -> None:
+def test_the_kernels_pass_the_check_that_they_are_put_to_before_use(
+    interpreter: ProcessPoolExecutor,
+) -> None:
     assert interpreter.submit(in_interpreter_defect).result() is None
 
 
 @pytest.mark.parametrize(
-    ("failure", "num_tries"), [(torch.OutOfMemoryError("CUDA out of memory"), 3), (RuntimeError("no such instruction"), 1)]
+    ("failure", "num_tries"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), 3), (RuntimeError("no such instruction"), 1)],
 )
-def test_a_failure_that_may_pass_is_told_and_tried_again_and_one_that_lasts_is_a_reason(failure: Exception, num_tries: int) -> None:
+def test_a_failure_that_may_pass_is_told_and_tried_again_and_one_that_lasts_is_a_reason(
+    failure: Exception, num_tries: int
+) -> None:
     from stillhouse.losses.head_passes_triton import defect
 
     tries = 0
@@ -170,7 +225,9 @@ def test_a_failure_that_may_pass_is_told_and_tried_again_and_one_that_lasts_is_a
         return TorchPasses(head, num_tokens, **options)
 
     if num_tries == 1:
-        assert "fails on cpu: RuntimeError: ['no such instruction']" in str(defect(torch.device("cpu"), make_passes=make_passes))
+        assert "fails on cpu: RuntimeError: ['no such instruction']" in str(
+            defect(torch.device("cpu"), make_passes=make_passes)
+        )
         assert defect(torch.device("cpu"), make_passes=make_passes) is not None
     else:
         with pytest.raises(torch.OutOfMemoryError):
@@ -191,9 +248,16 @@ def test_on_the_cpu_nobody_imports_triton() -> None:
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     floats = dict.fromkeys(("peaks", "sums", "text_sums", "shares", "text_shares"), "*fp32")
-    types = floats | {"products": "*bf16", "width": "i32", "vocab_size": "i32"} | dict.fromkeys(("scale", "softcap", "inverse"), "fp32")
+    types = (
+        floats
+        | {"products": "*bf16", "width": "i32", "vocab_size": "i32"}
+        | dict.fromkeys(("scale", "softcap", "inverse"), "fp32")
+    )
     constants = {"CAPPED": True, "TEXT": True, "TILE": 4096}
-    kernels = [Kernel("stillhouse.losses.head_passes_triton", name, types, constants) for name in ("_read", "_write")]
+    kernels = [
+        Kernel("stillhouse.losses.head_passes_triton", name, types, constants)
+        for name in ("_read", "_write")
+    ]
     assert all(size > 0 for size in machine_code_sizes(kernels, cache=tmp_path))
 
 

@@ -1,4 +1,5 @@
-"""Heads of many architectures against their models' own logits, and packed documents against the same documents alone."""
+"""Heads of many architectures against their models' own logits, and packed documents against the
+same documents alone."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,26 @@ from transformers import PreTrainedModel
 from helpers.models import make_model
 from stillhouse.config import ModelSection
 from stillhouse.errors import ModelError
-from stillhouse.models import check_head, check_packing, compare_head, final_hidden, head_of, load_model
+from stillhouse.models import (
+    check_head,
+    check_packing,
+    compare_head,
+    final_hidden,
+    head_of,
+    load_model,
+)
 
 VOCAB_SIZE = 259  # of the tokenizer; heads have 300 rows
 SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.0625},
     "cohere2": {"logit_scale": 0.25},
-    "falcon_h1": {"lm_head_multiplier": 0.5, "num_hidden_layers": 1, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_state": 8},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.5,
+        "num_hidden_layers": 1,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 2,
+        "mamba_d_state": 8,
+    },
     "gptj": {"rotary_dim": 8},
     "granite": {"logits_scaling": 8.0},
     "hyperclovax": {"logits_scaling": 4.0},
@@ -28,9 +42,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
 WITH_SCALE = ["cohere", "cohere2", "falcon_h1", "granite", "hyperclovax", "minicpm3"]
 WITH_SOFTCAP = ["gemma2", "nanochat", "recurrent_gemma"]
 WITH_BIAS = ["gptj", "phi"]
-PLAIN = ["gemma3_text", "gpt2", "gpt_neox", "llama", "llama4_text", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen2", "qwen3"]
+PLAIN = [
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "llama4_text",
+    "mistral",
+    "mixtral",
+    "mpt",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+]
 SEEING_PACKED_DOCUMENTS = ["bloom", "falcon_h1", "mamba", "mpt", "opt", "recurrent_gemma"]
-KEEPING_THEM_APART = sorted({*WITH_SCALE, *WITH_SOFTCAP, *WITH_BIAS, *PLAIN} - {*SEEING_PACKED_DOCUMENTS})
+KEEPING_THEM_APART = sorted(
+    {*WITH_SCALE, *WITH_SOFTCAP, *WITH_BIAS, *PLAIN} - {*SEEING_PACKED_DOCUMENTS}
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +69,15 @@ def directories() -> dict[tuple[str, bool], Path]:
 
 
 @pytest.fixture
-def tiny(directories: dict[tuple[str, bool], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that loads a tiny model of an architecture; with a bias where it has one, since new models have zeros there."""
+def tiny(
+    directories: dict[tuple[str, bool], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """A function that loads a tiny model of an architecture; with a bias where it has one, since
+    new models have zeros there."""
 
-    def load(architecture: str, *, tied: bool = True, dtype: str = "float32", weight_std: float = 0.02) -> PreTrainedModel:
+    def load(
+        architecture: str, *, tied: bool = True, dtype: str = "float32", weight_std: float = 0.02
+    ) -> PreTrainedModel:
         key = (f"{architecture} {weight_std}", tied)
         if key not in directories:
             directories[key] = make_model(
@@ -54,7 +89,9 @@ def tiny(directories: dict[tuple[str, bool], Path], tmp_path_factory: pytest.Tem
                 weight_std=weight_std,
                 config=SPECIAL.get(architecture, {}),
             )
-        model = load_model(ModelSection.model_validate({"model": str(directories[key]), "dtype": dtype}))
+        model = load_model(
+            ModelSection.model_validate({"model": str(directories[key]), "dtype": dtype})
+        )
         bias = getattr(model.get_output_embeddings(), "bias", None)
         if bias is not None:
             torch.nn.init.normal_(bias, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -65,18 +102,24 @@ def tiny(directories: dict[tuple[str, bool], Path], tmp_path_factory: pytest.Tem
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", [*WITH_SCALE, *WITH_SOFTCAP, *WITH_BIAS, *PLAIN])
-def test_the_head_read_off_a_model_gives_its_own_logits(tiny: Any, architecture: str, dtype: str) -> None:
+def test_the_head_read_off_a_model_gives_its_own_logits(
+    tiny: Any, architecture: str, dtype: str
+) -> None:
     check_head(tiny(architecture, dtype=dtype), vocab_size=VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "llama", "qwen3", "phi"])
-def test_head_of_and_final_hidden_are_the_logits_of_a_padded_head(tiny: Any, architecture: str) -> None:
+def test_head_of_and_final_hidden_are_the_logits_of_a_padded_head(
+    tiny: Any, architecture: str
+) -> None:
     model = tiny(architecture, tied=False, weight_std=0.5)
     ids = torch.arange(100, 112, dtype=torch.int32).reshape(1, 12)
     positions = torch.arange(12, dtype=torch.int32).reshape(1, 12)
     head = head_of(model, vocab_size=VOCAB_SIZE)
     with torch.no_grad():
-        own = model(input_ids=ids.long(), position_ids=positions.long(), use_cache=False).logits[..., :VOCAB_SIZE]
+        own = model(input_ids=ids.long(), position_ids=positions.long(), use_cache=False).logits[
+            ..., :VOCAB_SIZE
+        ]
         ours = head.logits(final_hidden(model, ids, positions))
     assert head.vocab_size == VOCAB_SIZE
     assert own.std() > 0.5
@@ -126,7 +169,9 @@ def test_inflated_weights_make_the_cap_of_gemma_2_bite_on_plain_text(tiny: Any) 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", WITH_BIAS)
-def test_a_head_that_forgets_its_bias_is_refused_even_where_the_bias_is_small(tiny: Any, architecture: str, dtype: str) -> None:
+def test_a_head_that_forgets_its_bias_is_refused_even_where_the_bias_is_small(
+    tiny: Any, architecture: str, dtype: str
+) -> None:
     model = tiny(architecture, dtype=dtype)
     model.get_output_embeddings().bias.data.mul_(1e-3)
     forgetful = replace(head_of(model, vocab_size=VOCAB_SIZE), bias_V=None)
@@ -137,7 +182,10 @@ def test_a_head_that_forgets_its_bias_is_refused_even_where_the_bias_is_small(ti
 
 def test_a_head_of_another_model_is_refused(tiny: Any) -> None:
     other = tiny("llama")
-    shifted = replace(head_of(other, vocab_size=VOCAB_SIZE), weight_VH=other.get_output_embeddings().weight.data.roll(1, 0)[:VOCAB_SIZE])
+    shifted = replace(
+        head_of(other, vocab_size=VOCAB_SIZE),
+        weight_VH=other.get_output_embeddings().weight.data.roll(1, 0)[:VOCAB_SIZE],
+    )
     with pytest.raises(ModelError, match="on plain text"):
         compare_head(tiny("llama"), shifted)
 
@@ -196,7 +244,9 @@ def test_packed_documents_do_not_see_each_other(tiny: Any, architecture: str) ->
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", SEEING_PACKED_DOCUMENTS)
-def test_an_architecture_whose_packed_documents_see_each_other_is_refused(tiny: Any, architecture: str, dtype: str) -> None:
+def test_an_architecture_whose_packed_documents_see_each_other_is_refused(
+    tiny: Any, architecture: str, dtype: str
+) -> None:
     with pytest.raises(ModelError, match="packed in one row see each other"):
         check_packing(tiny(architecture, dtype=dtype), vocab_size=VOCAB_SIZE)
 
@@ -207,6 +257,8 @@ def test_a_packed_document_has_the_hidden_states_that_it_has_alone(tiny: Any) ->
     positions = torch.cat([torch.arange(6), torch.arange(10)]).reshape(1, 16)
     with torch.no_grad():
         packed = final_hidden(model, ids, positions)
-        torch.testing.assert_close(packed[:, 6:], final_hidden(model, ids[:, 6:], positions[:, 6:]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            packed[:, 6:], final_hidden(model, ids[:, 6:], positions[:, 6:]), rtol=1e-4, atol=1e-5
+        )
         run_on = final_hidden(model, ids, torch.arange(16).reshape(1, 16))
     assert (packed[:, 6:] - run_on[:, 6:]).abs().max() > 0.1

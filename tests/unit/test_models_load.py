@@ -19,8 +19,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("seed", [None, 0])
-def test_the_dtype_is_the_sections_whatever_the_config_says(saved: Path, dtype: str, seed: int | None) -> None:
-    model = load_model(ModelSection.model_validate({"model": str(saved), "dtype": dtype}), random_init_seed=seed)
+def test_the_dtype_is_the_sections_whatever_the_config_says(
+    saved: Path, dtype: str, seed: int | None
+) -> None:
+    model = load_model(
+        ModelSection.model_validate({"model": str(saved), "dtype": dtype}), random_init_seed=seed
+    )
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert not model.training
 
@@ -31,12 +35,17 @@ def test_the_saved_weights_are_those_that_come_back(saved: Path) -> None:
         assert torch.equal(model.state_dict()[name], weight)
 
 
-def test_random_weights_follow_the_seed_and_leave_everybody_elses_randomness_alone(saved: Path) -> None:
+def test_random_weights_follow_the_seed_and_leave_everybody_elses_randomness_alone(
+    saved: Path,
+) -> None:
     section = ModelSection(model=str(saved), dtype="float32")
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    one, same, other = (load_model(section, random_init_seed=seed).get_output_embeddings().weight for seed in (1, 1, 2))
+    one, same, other = (
+        load_model(section, random_init_seed=seed).get_output_embeddings().weight
+        for seed in (1, 1, 2)
+    )
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -78,12 +87,16 @@ def test_weights_that_were_cut_short_are_refused(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("seed", [None, 0])
-def test_a_model_that_is_not_there_is_named_with_what_to_do(model: str, message: str, seed: int | None) -> None:
+def test_a_model_that_is_not_there_is_named_with_what_to_do(
+    model: str, message: str, seed: int | None
+) -> None:
     with pytest.raises(ModelError, match=f"(?s){message}"):
         load_model(ModelSection(model=model), random_init_seed=seed)
 
 
-def test_a_directory_without_weights_or_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_weights_or_of_an_unknown_architecture_is_refused(
+    tmp_path: Path,
+) -> None:
     directory = make_model(tmp_path)
     (directory / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"cannot be loaded.*whole saved model"):

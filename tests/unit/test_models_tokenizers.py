@@ -11,7 +11,9 @@ from stillhouse.errors import ModelError
 from stillhouse.models import check_same_ids, load_tokenizer, tokenizer_digest, vocab_size_of
 
 
-def edited(directory: Path, *, swap: tuple[int, int] | None = None, drop: int | None = None) -> PreTrainedTokenizerFast:
+def edited(
+    directory: Path, *, swap: tuple[int, int] | None = None, drop: int | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of 320 ids with two ids exchanged, or without one."""
     make_tokenizer(directory)
     rules = json.loads((directory / "tokenizer.json").read_text())
@@ -20,7 +22,9 @@ def edited(directory: Path, *, swap: tuple[int, int] | None = None, drop: int | 
         tokens[swap[0]], tokens[swap[1]] = tokens[swap[1]], tokens[swap[0]]
     if drop is not None:
         gone = tokens.pop(drop)
-        rules["model"]["merges"] = [pair for pair in rules["model"]["merges"] if gone not in (*pair, "".join(pair))]
+        rules["model"]["merges"] = [
+            pair for pair in rules["model"]["merges"] if gone not in (*pair, "".join(pair))
+        ]
     rules["model"]["vocab"] = {token: number for number, token in tokens.items()}
     (directory / "tokenizer.json").write_text(json.dumps(rules))
     return load_tokenizer(str(directory))
@@ -72,16 +76,28 @@ def test_ids_that_mean_two_things_are_counted_and_shown(tmp_path: Path) -> None:
 
 
 def test_a_longer_id_map_is_refused_from_either_side(tmp_path: Path) -> None:
-    short, long = make_tokenizer(tmp_path / "short"), make_tokenizer(tmp_path / "long", vocab_size=330)
-    with pytest.raises(ModelError, match=r"teacher's tokenizer ends at id 319, the student's at 329: 10 ids.*the student's \(.*329 is"):
+    short, long = (
+        make_tokenizer(tmp_path / "short"),
+        make_tokenizer(tmp_path / "long", vocab_size=330),
+    )
+    with pytest.raises(
+        ModelError,
+        match=r"teacher's tokenizer ends at id 319, the student's at 329: 10 ids.*the student's "
+        r"\(.*329 is",
+    ):
         check_same_ids(short, long)
-    with pytest.raises(ModelError, match=r"ends at id 329, the student's at 319: 10 ids.*the teacher's"):
+    with pytest.raises(
+        ModelError, match=r"ends at id 329, the student's at 319: 10 ids.*the teacher's"
+    ):
         check_same_ids(long, short)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("/absent", "no directory /absent"), ("owner/absent", "tokenizer of owner/absent cannot be loaded.*the hub was not reached")],
+    [
+        ("/absent", "no directory /absent"),
+        ("owner/absent", "tokenizer of owner/absent cannot be loaded.*the hub was not reached"),
+    ],
 )
 def test_a_tokenizer_that_is_not_there_is_named_with_what_to_do(model: str, message: str) -> None:
     with pytest.raises(ModelError, match=f"(?s){message}"):

@@ -1,4 +1,5 @@
-"""A driver that is told to go waits for ranks that have something to commit, and for nobody else."""
+"""A driver that is told to go waits for ranks that have something to commit, and for nobody
+else."""
 
 import os
 import signal
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 PATIENCE_S = 60.0
 
 
-def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_that_may_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_that_may_never_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(machines, "_SILENT_S", 3.0)
     coordinator, journal, told = Coordinator.create(), ListTracker(), list[PreemptionNotice]()
     found = Machines(coordinator, journal, lambda _now: told[0] if told else None)
@@ -38,7 +41,9 @@ def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_th
             sleep(0.05)
         until = monotonic() + 4.0
         while monotonic() < until:
-            coordinator.heartbeat(Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="commit", phase_s=0.1))
+            coordinator.heartbeat(
+                Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="commit", phase_s=0.1)
+            )
             assert not found.nobody_commits()
             sleep(0.05)
         coordinator.forget("student")  # it has committed and left
@@ -66,7 +71,9 @@ def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successo
 
     found.start()
     try:
-        coordinator.announce("doomed", PreemptionNotice("ray", time() + 300.0, "the node is being drained"))
+        coordinator.announce(
+            "doomed", PreemptionNotice("ray", time() + 300.0, "the node is being drained")
+        )
         wait_until(lambda: "doomed" in found.known)
         kill_one("ray::Coordinator")
         wait_until(lambda: is_asked("notice"))
@@ -79,7 +86,8 @@ def test_what_the_coordinators_process_held_when_it_died_is_told_to_its_successo
 
 
 class FailsOnce(Coordinator):
-    """A coordinator of which the first question for notices fails, as where Ray cannot reach it for a moment."""
+    """A coordinator of which the first question for notices fails, as where Ray cannot reach it for
+    a moment."""
 
     failures: ClassVar[list[HeadGoneError]] = []
 
@@ -92,7 +100,9 @@ class FailsOnce(Coordinator):
 def test_a_question_that_fails_once_is_asked_again() -> None:
     coordinator = FailsOnce(Coordinator.create()._actor)
     found = Machines(coordinator, ListTracker(), lambda _now: None)
-    coordinator.announce("doomed", PreemptionNotice("ray", time() + 300.0, "the node is being drained"))
+    coordinator.announce(
+        "doomed", PreemptionNotice("ray", time() + 300.0, "the node is being drained")
+    )
     FailsOnce.failures.append(HeadGoneError("not now"))
     found.start()
     try:
@@ -116,10 +126,12 @@ class FullJournal(ListTracker):
         super().record(row)
 
 
-def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_written_down_later() -> None:
+def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_written_later() -> None:
     coordinator, journal = Coordinator.create(), FullJournal()
     FullJournal.left[:] = [StoreUnavailable("cannot append: No space left on device")]
-    found = Machines(coordinator, journal, lambda _now: PreemptionNotice("sigterm", time() + 300.0, "SIGTERM"))
+    found = Machines(
+        coordinator, journal, lambda _now: PreemptionNotice("sigterm", time() + 300.0, "SIGTERM")
+    )
     heartbeat = Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1)
     found.start()
     try:
@@ -133,10 +145,14 @@ def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_writt
     finally:
         found.stop()
     assert stop_request.cause == "stop"
-    assert [(row.source, row.node) for row in journal.rows if isinstance(row, NoticeRow)] == [("sigterm", "driver")]
+    assert [(row.source, row.node) for row in journal.rows if isinstance(row, NoticeRow)] == [
+        ("sigterm", "driver")
+    ]
 
 
-def test_what_other_machines_have_to_say_is_said_on_the_drivers_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_other_machines_have_to_say_is_said_on_the_drivers_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     coordinator, said = Coordinator.create(), ""
     found = Machines(coordinator, ListTracker(), lambda _now: None)
     coordinator.say("student, rank 0 has waited for 5 s: the disk is full")

@@ -1,4 +1,5 @@
-"""One command uses a run directory and its checkpoints: a second is refused by name, and a killed one stands in nobody's way."""
+"""One command uses a run directory and its checkpoints: a second is refused by name, and a killed
+one stands in nobody's way."""
 
 import json
 import os
@@ -48,17 +49,29 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "directory":
         return str(tmp_path / "commits")
     bucket = f"owner-{uuid4().hex[:8]}"
-    boto3.client("s3", endpoint_url=request.getfixturevalue("s3_endpoint")).create_bucket(Bucket=bucket)
+    boto3.client("s3", endpoint_url=request.getfixturevalue("s3_endpoint")).create_bucket(
+        Bucket=bucket
+    )
     return f"s3://{bucket}/commits"
 
 
-def test_a_second_command_is_refused_by_name_and_after_a_kill_the_next_begins_at_once(tmp_path: Path) -> None:
+def test_a_second_command_is_refused_by_name_and_after_a_kill_the_next_begins_at_once(
+    tmp_path: Path,
+) -> None:
     """In the same run directory, and in another whose checkpoints go to the same place."""
     run_dir, url, said = tmp_path / "first", str(tmp_path / "commits"), list[str]()
     with holding(run_dir, url) as process:
-        with pytest.raises(ConfigError, match=rf"in use by process {process.pid} on {socket.gethostname()} \(`stillhouse run first\.toml`"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"in use by process {process.pid} on {socket.gethostname()} \(`stillhouse run "
+            r"first\.toml`",
+        ):
             locked(run_dir, here()).__enter__()
-        with pytest.raises(ConfigError, match=rf"in use by process {process.pid} on .* in the run directory {run_dir}\. Two commands"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"in use by process {process.pid} on .* in the run directory {run_dir}\. Two "
+            r"commands",
+        ):
             owned(url, here(), say=said.append)
         kill(process)
         with locked(run_dir, here()), owned(url, here(), say=said.append) as owner:
@@ -69,13 +82,18 @@ def test_a_second_command_is_refused_by_name_and_after_a_kill_the_next_begins_at
 def test_a_lock_is_free_again_when_its_block_ends_and_names_its_new_holder(tmp_path: Path) -> None:
     with locked(tmp_path / "run", here()):
         pass
-    with locked(tmp_path / "run", here()), pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "):
+    with (
+        locked(tmp_path / "run", here()),
+        pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "),
+    ):
         locked(tmp_path / "run", here()).__enter__()
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"cannot make .*lock: Not a directory; name another --run-dir"):
+    with pytest.raises(
+        ConfigError, match=r"cannot make .*lock: Not a directory; name another --run-dir"
+    ):
         locked(tmp_path / "file" / "run", here()).__enter__()
 
 
@@ -92,7 +110,10 @@ def test_an_owner_that_said_goodbye_is_followed_at_once(place: str) -> None:
 def test_an_owner_elsewhere_that_gives_signs_of_life_keeps_its_checkpoints(place: str) -> None:
     said = list[str]()
     with owned(place, elsewhere(), say=said.append, lease=SHORT) as first:
-        with pytest.raises(ConfigError, match=r"in use by process 4711 on faraway .* in the run directory /runs/first"):
+        with pytest.raises(
+            ConfigError,
+            match=r"in use by process 4711 on faraway .* in the run directory /runs/first",
+        ):
             owned(place, here(), say=said.append, lease=replace(SHORT, lease_s=PATIENCE_S))
         assert not first.is_lost()
     assert len(said) == 1
@@ -100,7 +121,9 @@ def test_an_owner_elsewhere_that_gives_signs_of_life_keeps_its_checkpoints(place
     assert "waits up to 60 s for a sign of it" in said[0]
 
 
-def test_an_owner_elsewhere_that_is_silent_is_followed_when_its_lease_is_over_and_finds_out(place: str) -> None:
+def test_an_owner_elsewhere_that_is_silent_is_followed_when_its_lease_is_over_and_finds_out(
+    place: str,
+) -> None:
     silent = replace(SHORT, renew_every_s=PATIENCE_S)
     owned(place, elsewhere(), say=print, lease=silent)  # killed before its first heartbeat
     began = monotonic()
@@ -108,7 +131,10 @@ def test_an_owner_elsewhere_that_is_silent_is_followed_when_its_lease_is_over_an
     assert monotonic() - began >= SHORT.lease_s
     with owned(place, here(), say=print, lease=SHORT) as owner, sleeper:  # it wakes up too late
         until(sleeper.is_lost)
-        with pytest.raises(CheckpointError, match=r"belong to another command now, which owner-00000003\.json names"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"belong to another command now, which owner-00000003\.json names",
+        ):
             sleeper.require()
         assert not owner.is_lost()
     assert newest_owner(Blobs(place)) == owner.number == 3
@@ -118,7 +144,8 @@ def test_an_owner_elsewhere_that_is_silent_is_followed_when_its_lease_is_over_an
 
 
 def test_of_claimants_that_race_for_a_place_one_wins(place: str) -> None:
-    """First for that of a silent owner, then for each that is given back: whoever is inside is alone."""
+    """First for that of a silent owner, then for each that is given back: whoever is inside is
+    alone."""
     owned(place, elsewhere(), say=print)
     inside, won, lock = [0], list[int](), threading.Lock()
     crowded = list[int]()
@@ -182,7 +209,9 @@ def test_a_record_that_is_damaged_is_believed_in_nothing_and_waited_for(tmp_path
         {"born": []},
     ],
 )
-def test_a_record_whose_values_are_no_holders_is_believed_in_nothing(change: dict[str, object]) -> None:
+def test_a_record_whose_values_are_no_holders_is_believed_in_nothing(
+    change: dict[str, object],
+) -> None:
     values = {**asdict(here()), "released": True, **change}
     record = Record.parsed(json.dumps(sealed_json(values)).encode())
     assert (record.holder, record.more) == (None, {})
@@ -200,6 +229,10 @@ def test_a_pid_that_was_given_again_is_another_process() -> None:
 
 def test_a_planted_record_with_the_last_number_is_refused_in_words(place: str) -> None:
     Blobs(place).create(owner_key(99_999_999), b"planted")
-    with pytest.raises(ConfigError, match=r"owner-99999999\.json under .* has the highest number .* Delete it where no command uses these"):
+    with pytest.raises(
+        ConfigError,
+        match=r"owner-99999999\.json under .* has the highest number .* Delete it where no "
+        r"command uses these",
+    ):
         owned(place, here(), say=print, lease=SHORT)
     assert owner_numbers(Blobs(place)) == [99_999_999]

@@ -13,7 +13,15 @@ import pytest
 from helpers.checkpoints import make
 from helpers.damage import fill, leave_no_room, read_only, small_disk
 from helpers.world import TinyWorld
-from stillhouse.errors import ConfigError, InterruptedRunError, ModelError, RecipeError, RunError, StoreError, StoreUnavailable
+from stillhouse.errors import (
+    ConfigError,
+    InterruptedRunError,
+    ModelError,
+    RecipeError,
+    RunError,
+    StoreError,
+    StoreUnavailable,
+)
 from stillhouse.pipeline import Plan, make_plan, open_run, train
 from stillhouse.pipeline.attempt import attempt, learning_attempt
 from stillhouse.pipeline.export import model_card
@@ -24,12 +32,17 @@ from stillhouse.store.consumers import join, registered
 from stillhouse.tracking import EndRow, Role, Row, StartRow, TrainRow, read_journal
 
 
-def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    """Another place of checkpoints gives another name; the store would keep every chunk for the one of before."""
+def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """Another place of checkpoints gives another name; the store would keep every chunk for the one
+    of before."""
     names = []
     for place in (None, tmp_path / "first", tmp_path / "second"):
         changes = {} if place is None else {"checkpoint_url": str(place)}
-        plan = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "store")}, student=changes)
+        plan = tiny_world.plan(
+            tmp_path / "run", store={"url": str(tmp_path / "store")}, student=changes
+        )
         with learning_attempt(plan, "stillhouse run"):
             store = ChunkStore(plan.config.store.url, plan.recipe)
             join(store, plan.jobs()[0].reader(0))
@@ -38,7 +51,9 @@ def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(tiny_world: Ti
     assert len({name for each in names for name in each}) == 3
 
 
-def test_a_finished_run_opens_without_the_weights_that_its_student_began_with(tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_a_finished_run_opens_without_the_weights_that_its_student_began_with(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     copytree(tiny_world.folder / "student", tmp_path / "student")
     plan = plan_of(tiny_world, tmp_path, model=str(tmp_path / "student"))
     with learning_attempt(plan, "stillhouse run"):
@@ -49,10 +64,14 @@ def test_a_finished_run_opens_without_the_weights_that_its_student_began_with(ti
         make_plan(plan.config, run_dir=plan.run_dir, cache_dir=tmp_path / "cache")
 
 
-def test_a_batch_larger_than_the_corpus_is_refused_before_anything_is_written(tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_corpus_is_refused_before_anything_is_written(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     plan = plan_of(tiny_world, tmp_path, global_batch_sequences=1_000_000)
     with (
-        pytest.raises(ConfigError, match=r"global_batch_sequences is 1,000,000, but the corpus has"),
+        pytest.raises(
+            ConfigError, match=r"global_batch_sequences is 1,000,000, but the corpus has"
+        ),
         learning_attempt(plan, "stillhouse run"),
     ):
         pass
@@ -64,7 +83,9 @@ def step(number: int, learning_rate: float, role: Any = "student") -> TrainRow:
 
 
 def plan_of(world: TinyWorld, folder: Path, **student: object) -> Plan:
-    return world.plan(folder / "run", store={"url": str(folder / "store")}, student={"max_steps": 10, **student})
+    return world.plan(
+        folder / "run", store={"url": str(folder / "store")}, student={"max_steps": 10, **student}
+    )
 
 
 def journal_of(plan: Plan) -> list[Row]:
@@ -80,16 +101,25 @@ def trained(plan: Plan, *steps: TrainRow) -> None:
         make(job.checkpoints, steps[-1].step, origin=job.origin)
 
 
-def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    """Whether another one is at work there, the checkpoints are another's, the recipe differs, chunks are missing, or there is no store."""
+def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """Whether another one is at work there, the checkpoints are another's, the recipe differs,
+    chunks are missing, or there is no store."""
     plan, other = plan_of(tiny_world, tmp_path), plan_of(tiny_world, tmp_path, learning_rate=1e-5)
 
     def contents() -> list[bytes]:
-        return [(plan.run_dir / name).read_bytes() for name in ("config.json", "recipe.json", "journal.jsonl")]
+        return [
+            (plan.run_dir / name).read_bytes()
+            for name in ("config.json", "recipe.json", "journal.jsonl")
+        ]
 
     with learning_attempt(plan, "stillhouse run first.toml"):
         before = contents()
-        for refused in (attempt(other, "stillhouse produce"), learning_attempt(other, "stillhouse run")):
+        for refused in (
+            attempt(other, "stillhouse produce"),
+            learning_attempt(other, "stillhouse run"),
+        ):
             with pytest.raises(ConfigError, match="in use by"):
                 refused.__enter__()
         assert contents() == before
@@ -100,7 +130,12 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(tiny_world
         train(other)
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="something else is in its place"):
-        attempt(tiny_world.plan(plan.run_dir, store={"url": str(tmp_path / "file")}, student={"max_steps": 10}), "produce").__enter__()
+        attempt(
+            tiny_world.plan(
+                plan.run_dir, store={"url": str(tmp_path / "file")}, student={"max_steps": 10}
+            ),
+            "produce",
+        ).__enter__()
     assert contents() == before
     assert registered(ChunkStore(other.config.store.url, other.recipe)).readers == []
 
@@ -109,38 +144,60 @@ def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_i
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     def planned(run: str, store: Path, **student: object) -> Plan:
-        return tiny_world.plan(tmp_path / run, store={"url": str(store)}, student={"max_steps": 10, **student})
+        return tiny_world.plan(
+            tmp_path / run, store={"url": str(store)}, student={"max_steps": 10, **student}
+        )
 
     filled = planned("run", tmp_path / "store")
     tiny_world.fill_store(filled)
     ChunkStore.create(str(tmp_path / "empty"), filled.recipe)
-    with read_only(tmp_path / "store", at=tmp_path / "seen") as seen, read_only(tmp_path / "empty", at=tmp_path / "nothing") as nothing:
+    with (
+        read_only(tmp_path / "store", at=tmp_path / "seen") as seen,
+        read_only(tmp_path / "empty", at=tmp_path / "nothing") as nothing,
+    ):
         plan = planned("run", seen)
         with learning_attempt(plan, "stillhouse train", open_store=store_to_read):
             pass
         elsewhere = planned("run", seen, checkpoint_url=str(tmp_path / "commits"))
-        with learning_attempt(elsewhere, "stillhouse train", open_store=store_to_read):  # which takes back what the first was known by
+        with learning_attempt(
+            elsewhere, "stillhouse train", open_store=store_to_read
+        ):  # which takes back what the first was known by
             pass
         with pytest.raises(StoreForbidden, match="permission denied"):
             join(ChunkStore(str(seen), plan.recipe), plan.jobs()[0].reader(0))
         with pytest.raises(
-            StoreError, match=rf"{seen} cannot be written, .*: all {len(plan.chunks)} chunks .*: `stillhouse train` reads them"
+            StoreError,
+            match=rf"{seen} cannot be written, .*: all {len(plan.chunks)} chunks .*: `stillhouse "
+            r"train` reads them",
         ):
             attempt(plan, "stillhouse produce").__enter__()
         plan = planned("other run", nothing)
         missing = rf"{len(plan.chunks)} of {len(plan.chunks)} chunks"
         with pytest.raises(
-            StoreError, match=rf"{nothing} cannot be written, which this command has to do: {missing} are missing there; give write"
+            StoreError,
+            match=rf"{nothing} cannot be written, which this command has to do: {missing} are "
+            r"missing there; give write",
         ):
             learning_attempt(plan, "stillhouse run").__enter__()
-        with pytest.raises(StoreError, match=f"{missing} are not in {nothing}; `stillhouse produce` makes them"):
+        with pytest.raises(
+            StoreError, match=f"{missing} are not in {nothing}; `stillhouse produce` makes them"
+        ):
             learning_attempt(plan, "stillhouse train", open_store=store_to_read).__enter__()
 
 
-def test_two_run_directories_cannot_train_into_one_place(tiny_world: TinyWorld, tmp_path: Path) -> None:
-    first, second = (plan_of(tiny_world, tmp_path / name, checkpoint_url=str(tmp_path / "commits")) for name in ("first", "second"))
+def test_two_run_directories_cannot_train_into_one_place(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    first, second = (
+        plan_of(tiny_world, tmp_path / name, checkpoint_url=str(tmp_path / "commits"))
+        for name in ("first", "second")
+    )
     with learning_attempt(first, "stillhouse run first.toml") as (_, owner):
-        with pytest.raises(ConfigError, match=rf"under {tmp_path}/commits are in use by .*stillhouse run first\.toml.* {first.run_dir}\."):
+        with pytest.raises(
+            ConfigError,
+            match=rf"under {tmp_path}/commits are in use by .*stillhouse run first\.toml.* "
+            rf"{first.run_dir}\.",
+        ):
             learning_attempt(second, "stillhouse run second.toml").__enter__()
         with attempt(second, "stillhouse produce"):  # makes chunks, and no checkpoint
             pass
@@ -149,7 +206,9 @@ def test_two_run_directories_cannot_train_into_one_place(tiny_world: TinyWorld, 
         pass
 
 
-def test_the_end_row_counts_the_steps_of_its_attempt_and_of_all(tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_the_end_row_counts_the_steps_of_its_attempt_and_of_all(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     plan = plan_of(tiny_world, tmp_path)
     with suppress(InterruptedRunError), learning_attempt(plan, "stillhouse run") as (journal, _):
         for number in (1, 2, 3, 2, 3, 4):  # a rank was lost
@@ -162,8 +221,16 @@ def test_the_end_row_counts_the_steps_of_its_attempt_and_of_all(tiny_world: Tiny
             journal.record(step(number, 3e-3))
     with attempt(plan, "stillhouse produce"):
         pass
-    ends = [(row.outcome, row.steps_taken, row.steps_done) for row in journal_of(plan) if isinstance(row, EndRow)]
-    assert ends == [("interrupted", {"student": 6}, {"student": 4}), ("done", {"student": 6}, {"student": 10}), ("done", {}, {})]
+    ends = [
+        (row.outcome, row.steps_taken, row.steps_done)
+        for row in journal_of(plan)
+        if isinstance(row, EndRow)
+    ]
+    assert ends == [
+        ("interrupted", {"student": 6}, {"student": 4}),
+        ("done", {"student": 6}, {"student": 10}),
+        ("done", {}, {}),
+    ]
     starts = [row for row in journal_of(plan) if isinstance(row, StartRow)]
     assert [row.committed_steps for row in starts] == [{"student": 0}, {"student": 4}, {}]
 
@@ -182,7 +249,9 @@ def attempt_on_a_full_disk(plan: Plan, disk: Path) -> Iterator[None]:
         yield
 
 
-def test_a_full_disk_neither_hides_nor_delays_the_end_of_a_command_that_is_stopped(tiny_world: TinyWorld, disk: Path) -> None:
+def test_a_full_disk_neither_hides_nor_delays_the_end_of_a_command_that_is_stopped(
+    tiny_world: TinyWorld, disk: Path
+) -> None:
     plan = plan_of(tiny_world, disk)
     for why in (KeyboardInterrupt("it"), InterruptedRunError("it"), RunError("it")):
         began = monotonic()
@@ -193,7 +262,9 @@ def test_a_full_disk_neither_hides_nor_delays_the_end_of_a_command_that_is_stopp
     assert not any(isinstance(row, EndRow) for row in journal_of(plan))
 
 
-def test_the_end_row_of_a_run_that_is_done_waits_for_room(tiny_world: TinyWorld, disk: Path) -> None:
+def test_the_end_row_of_a_run_that_is_done_waits_for_room(
+    tiny_world: TinyWorld, disk: Path
+) -> None:
     plan = plan_of(tiny_world, disk)
     with attempt_on_a_full_disk(plan, disk):
         room = threading.Timer(1.0, (disk / "ballast").unlink)
@@ -202,11 +273,16 @@ def test_the_end_row_of_a_run_that_is_done_waits_for_room(tiny_world: TinyWorld,
     assert [row.outcome for row in journal_of(plan) if isinstance(row, EndRow)] == ["done"]
 
 
-def test_a_run_that_cannot_write_down_what_is_asked_says_what_is_in_its_way(tiny_world: TinyWorld, disk: Path) -> None:
+def test_a_run_that_cannot_write_down_what_is_asked_says_what_is_in_its_way(
+    tiny_world: TinyWorld, disk: Path
+) -> None:
     plan = plan_of(tiny_world, disk)
     plan.run_dir.mkdir()
     fill(disk / "ballast")
-    with pytest.raises(StoreUnavailable, match=r"cannot write config\.json and recipe\.json in .*run: .*free some space"):
+    with pytest.raises(
+        StoreUnavailable,
+        match=r"cannot write config\.json and recipe\.json in .*run: .*free some space",
+    ):
         claim(plan.run_dir, config=plan.config, recipe=plan.recipe)
 
 
@@ -215,19 +291,31 @@ def test_an_attempt_with_nothing_left_to_train_names_the_settings_that_had_no_ef
 ) -> None:
     trained(plan_of(tiny_world, tmp_path), *(step(number, 3e-3) for number in range(1, 11)))
     assert capsys.readouterr().err == ""
-    with learning_attempt(plan_of(tiny_world, tmp_path, learning_rate=3e-5, warmup_steps=7), "stillhouse run second.toml"):
+    with learning_attempt(
+        plan_of(tiny_world, tmp_path, learning_rate=3e-5, warmup_steps=7),
+        "stillhouse run second.toml",
+    ):
         pass
     words = (
-        "nothing left to train: all 10 steps are committed; these settings differ from those it was trained with and had no effect: "
-        "student.learning_rate = 3e-05 (trained with 0.003), student.warmup_steps = 7 (trained with 5)"
+        "nothing left to train: all 10 steps are committed; these settings differ from those it "
+        "was trained with and had no effect: "
+        "student.learning_rate = 3e-05 (trained with 0.003), student.warmup_steps = 7 (trained "
+        "with 5)"
     )
     (*_, end) = journal_of(plan_of(tiny_world, tmp_path))
     assert isinstance(end, EndRow)
-    assert (end.outcome, end.message, end.steps_taken, end.steps_done) == ("done", words, {}, {"student": 10})
+    assert (end.outcome, end.message, end.steps_taken, end.steps_done) == (
+        "done",
+        words,
+        {},
+        {"student": 10},
+    )
     assert capsys.readouterr().err == words + "\n"
 
 
-def test_steps_that_were_taken_after_all_are_not_called_nothing(tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_steps_that_were_taken_after_all_are_not_called_nothing(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     """The last commit had a flipped bit, which the ranks alone find out."""
     plan = plan_of(tiny_world, tmp_path)
     trained(plan, *(step(number, 3e-3) for number in range(1, 11)))
@@ -238,9 +326,14 @@ def test_steps_that_were_taken_after_all_are_not_called_nothing(tiny_world: Tiny
     assert (end.message, end.steps_taken) == ("", {"student": 1})
 
 
-def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     trained(plan_of(tiny_world, tmp_path), *(step(number, 3e-3) for number in range(1, 7)))
-    trained(plan_of(tiny_world, tmp_path, learning_rate=1e-3), *(step(number, 1e-3) for number in range(7, 11)))
+    trained(
+        plan_of(tiny_world, tmp_path, learning_rate=1e-3),
+        *(step(number, 1e-3) for number in range(7, 11)),
+    )
     last = plan_of(tiny_world, tmp_path, learning_rate=3e-5)
     with learning_attempt(last, "stillhouse run"):
         pass
@@ -251,7 +344,8 @@ def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(t
         return model_card(last.config, last.recipe, journal_of(last), role=role, steps=steps)
 
     assert f"| AdamW | {both} |" in card_of("student", 10)
-    assert str(tiny_world.folder.parent) not in card_of("student", 10)  # whose machine it was is nobody's business
+    # whose machine it was is nobody's business
+    assert str(tiny_world.folder.parent) not in card_of("student", 10)
     halfway = card_of("student", 6)
     assert f"| AdamW | {schedule.format('0.003')} |" in halfway
     assert "| optimiser steps | 6 of 8 sequences |" in halfway

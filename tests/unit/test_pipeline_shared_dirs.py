@@ -1,4 +1,5 @@
-"""Where chunks and checkpoints go, before anything starts; several machines are asked in tests/e2e/test_compose.py."""
+"""Where chunks and checkpoints go, before anything starts; several machines are asked in
+tests/e2e/test_compose.py."""
 
 from pathlib import Path
 
@@ -23,12 +24,19 @@ def test_a_directory_that_need_only_be_read_may_be_read_only(tmp_path: Path) -> 
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "recipe.json").touch()
     with read_only(tmp_path / "store", at=tmp_path / "seen") as seen:
-        require_shared(str(seen), SMALL, what="chunks", setting="store.url", published="recipe.json")
-        with pytest.raises(ConfigError, match=r"nothing can be written: Read-only file system; give store\.url another place"):
+        require_shared(
+            str(seen), SMALL, what="chunks", setting="store.url", published="recipe.json"
+        )
+        with pytest.raises(
+            ConfigError,
+            match=r"nothing can be written: Read-only file system; give store\.url another place",
+        ):
             require_shared(str(seen), SMALL, what="chunks", setting="store.url")
 
 
 def test_a_directory_that_cannot_be_written_is_refused_with_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"nothing can be written: .*; give store\.url another place"):
+    with pytest.raises(
+        ConfigError, match=r"nothing can be written: .*; give store\.url another place"
+    ):
         require_shared(str(tmp_path / "file" / "store"), SMALL, what="chunks", setting="store.url")

@@ -1,4 +1,5 @@
-"""The pool knows no teacher: workers of any kind are leased blocks of any kind, and compared and journalled in their own way."""
+"""The pool knows no teacher: workers of any kind are leased blocks of any kind, and compared and
+journalled in their own way."""
 
 import itertools
 from collections.abc import Callable
@@ -70,7 +71,8 @@ class Written:
 
 @dataclass
 class Writers:
-    """A crew whose workers do at once what they are asked to. `poison` says which row of which block none of them can write."""
+    """A crew whose workers do at once what they are asked to. `poison` says which row of which
+    block none of them can write."""
 
     version_of: Callable[[int], int] = lambda _worker: 7
     poison: frozenset[tuple[int, int]] = frozenset()
@@ -111,8 +113,16 @@ def require_same_version(first: WriterReady, other: WriterReady, worker: int) ->
 
 
 def write_all(crew: Writers) -> list[Row]:
-    recipe, journal = small_recipe(num_sequences=NUM_BLOCKS * NUM_ROWS, chunk_sequences=NUM_ROWS), Rows()
-    limits = Limits(min_workers=2, max_workers=2, watchdog_s=60, budget=Budget(max_failures=1, max_set_aside=1, timeout_s=60))
+    recipe, journal = (
+        small_recipe(num_sequences=NUM_BLOCKS * NUM_ROWS, chunk_sequences=NUM_ROWS),
+        Rows(),
+    )
+    limits = Limits(
+        min_workers=2,
+        max_workers=2,
+        watchdog_s=60,
+        budget=Budget(max_failures=1, max_set_aside=1, timeout_s=60),
+    )
     pool = Dispatcher(
         crew,
         limits,

@@ -1,4 +1,5 @@
-"""The lease table: whatever happens to teachers and chunks, each chunk ends published or set aside, in reading order, within the window."""
+"""The lease table: whatever happens to teachers and chunks, each chunk ends published or set aside,
+in reading order, within the window."""
 
 import numpy as np
 import pytest
@@ -17,13 +18,17 @@ TIMEOUT_S = 100.0
 def table_of(order: list[int], *, settled: set[int] = frozenset(), **budget: object) -> LeaseTable:
     whole = {"max_failures": 2, "max_set_aside": 4, "timeout_s": TIMEOUT_S} | budget
     there = np.array([number in settled for number in order], dtype=bool)
-    return LeaseTable(order, settled=there, num_rows=lambda _number: NUM_ROWS, budget=Budget(**whole))
+    return LeaseTable(
+        order, settled=there, num_rows=lambda _number: NUM_ROWS, budget=Budget(**whole)
+    )
 
 
 class LeaseMachine(RuleBasedStateMachine):
-    """Random teachers against the table. Some rows are poison: they raise, or kill whoever touches them, always and alone.
+    """Random teachers against the table. Some rows are poison: they raise, or kill whoever touches
+    them, always and alone.
 
-    Machines that die, clocks that run out and chunks that are damaged afterwards come on top, as often as they like.
+    Machines that die, clocks that run out and chunks that are damaged afterwards come on top, as
+    often as they like.
     """
 
     @initialize(
@@ -31,16 +36,22 @@ class LeaseMachine(RuleBasedStateMachine):
         size=st.integers(0, MOST_CHUNKS),
         there=st.sets(st.integers(100, 107)),
         poison=st.dictionaries(
-            st.tuples(st.integers(100, 107), st.integers(0, NUM_ROWS - 1)), st.sampled_from(["raises", "kills"]), max_size=4
+            st.tuples(st.integers(100, 107), st.integers(0, NUM_ROWS - 1)),
+            st.sampled_from(["raises", "kills"]),
+            max_size=4,
         ),
     )
-    def begin(self, order: list[int], size: int, there: set[int], poison: dict[tuple[int, int], str]) -> None:
+    def begin(
+        self, order: list[int], size: int, there: set[int], poison: dict[tuple[int, int], str]
+    ) -> None:
         self.order = order[:size]
         self.published = there & set(self.order)
         self.poison = {place: how for place, how in poison.items() if place[0] in self.order}
         self.set_aside: dict[int, set[int]] = {}
         self.out: list[Lease] = []
-        self.void_before: dict[int, int] = {}  # leases that are older than the damage to their chunk
+        self.void_before: dict[
+            int, int
+        ] = {}  # leases that are older than the damage to their chunk
         self.limit = 0
         self.now = 0.0
         self.table = table_of(self.order, settled=self.published)
@@ -63,14 +74,20 @@ class LeaseMachine(RuleBasedStateMachine):
     def hedge(self, teacher: int) -> None:
         lease = self.table.hedge(teacher, now=self.now)
         if lease is not None:
-            others = [other for other in self.out if other.work == lease.work and other.deadline > self.now]
+            others = [
+                other
+                for other in self.out
+                if other.work == lease.work and other.deadline > self.now
+            ]
             assert len([other for other in others if other.holder != teacher]) >= 1
             self.take(lease)
 
     def take(self, lease: Lease | None) -> None:
         if lease is None:
             return
-        assert self.order.index(lease.chunk) < self.limit or any(other.work == lease.work for other in self.out)
+        assert self.order.index(lease.chunk) < self.limit or any(
+            other.work == lease.work for other in self.out
+        )
         assert lease.chunk not in self.published
         assert lease.left_out == self.set_aside.get(lease.chunk, set())
         self.out.append(lease)
@@ -80,8 +97,12 @@ class LeaseMachine(RuleBasedStateMachine):
     def finish(self, which: int) -> None:
         """The teacher does what it was asked to, and meets the poison in it."""
         lease = self.out.pop(which % len(self.out))
-        touched = {lease.trial} if lease.trial is not None else set(range(NUM_ROWS)) - lease.left_out
-        met = {self.poison[lease.chunk, row] for row in touched if (lease.chunk, row) in self.poison}
+        touched = (
+            {lease.trial} if lease.trial is not None else set(range(NUM_ROWS)) - lease.left_out
+        )
+        met = {
+            self.poison[lease.chunk, row] for row in touched if (lease.chunk, row) in self.poison
+        }
         if "kills" in met:
             self.note(self.table.lose(lease, "poison"))
         elif met:
@@ -118,12 +139,17 @@ class LeaseMachine(RuleBasedStateMachine):
     @invariant()
     def the_counts_are_right(self) -> None:
         table = self.table
-        assert (table.num_wanted, table.num_settled, table.num_out) == (len(self.order), len(self.published), len(self.out))
+        assert (table.num_wanted, table.num_settled, table.num_out) == (
+            len(self.order),
+            len(self.published),
+            len(self.out),
+        )
         assert table.num_leased <= len({lease.work for lease in self.out})
         assert table.done == (set(self.order) == self.published)
 
     def teardown(self) -> None:
-        """However it stands, patient teachers end it: every chunk is published, and exactly the poison that was met is set aside."""
+        """However it stands, patient teachers end it: every chunk is published, and exactly the
+        poison that was met is set aside."""
         if not hasattr(self, "table"):
             return
         self.limit = len(self.order)
@@ -253,7 +279,8 @@ def test_a_publication_from_before_the_damage_does_not_count_after_it():
     table.expire(TIMEOUT_S)
     table.publish(lease_of(table, 1, now=TIMEOUT_S), now=TIMEOUT_S)
     assert table.reopen(7)
-    table.publish(slow, now=TIMEOUT_S + 1)  # it lost the race for the chunk that is in quarantine now
+    # it lost the race for the chunk that is in quarantine now
+    table.publish(slow, now=TIMEOUT_S + 1)
     assert not table.done
     assert lease_of(table).chunk == 7
 

@@ -1,4 +1,5 @@
-"""The pool's coordinator at its largest: two thousand teachers, a million chunks, one core, and a memory that does not mind."""
+"""The pool's coordinator at its largest: two thousand teachers, a million chunks, one core, and a
+memory that does not mind."""
 
 import tracemalloc
 from time import process_time
@@ -16,8 +17,12 @@ from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import Row
 
 NUM_TEACHERS = 2000
-BYTES_PER_CHUNK = 10  # 8 for its place in the order, 1 for whether it is settled, 1 for whether the simulation published it
-ITEM = WorkItem(0, Sequences(*(np.zeros((1, 2), dtype) for dtype in (np.int32, np.int32, np.uint8))))
+# 8 for its place in the order, 1 for whether it is settled, 1 for whether the simulation published
+# it
+BYTES_PER_CHUNK = 10
+ITEM = WorkItem(
+    0, Sequences(*(np.zeros((1, 2), dtype) for dtype in (np.int32, np.int32, np.uint8)))
+)
 
 
 class Enough(Exception):
@@ -25,7 +30,8 @@ class Enough(Exception):
 
 
 def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[Dispatcher, SimulatedCrew]:
-    """Teachers that take about two seconds for a chunk, some of them far longer, and whose chunks weigh nothing."""
+    """Teachers that take about two seconds for a chunk, some of them far longer, and whose chunks
+    weigh nothing."""
     published = bytearray(num_chunks)
     random = np.random.default_rng(0)
 
@@ -45,7 +51,9 @@ def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[Dispatcher, Simul
     recipe = small_recipe(num_sequences=num_chunks, chunk_sequences=1)
     pool = Dispatcher(
         crew,
-        limits_of(TeacherSection(model="simulated", min_replicas=num_teachers, max_replicas=num_teachers)),
+        limits_of(
+            TeacherSection(model="simulated", min_replicas=num_teachers, max_replicas=num_teachers)
+        ),
         compare=comparison(recipe),
         store=ChunkStore(f"memory://load-{num_chunks}", recipe),
         order=np.random.default_rng(1).permutation(num_chunks),
@@ -80,7 +88,8 @@ def test_it_hands_out_a_thousand_leases_a_second_to_two_thousand_teachers_on_one
 
 
 def bytes_after(num_chunks: int, num_leases: int) -> int:
-    """What pool and simulation hold in the middle of the work, beyond the fixed bytes of each chunk."""
+    """What pool and simulation hold in the middle of the work, beyond the fixed bytes of each
+    chunk."""
 
     def finished() -> bool:
         if crew.num_submitted >= num_leases:
@@ -99,7 +108,12 @@ def bytes_after(num_chunks: int, num_leases: int) -> int:
 
 
 def test_its_memory_grows_neither_with_the_corpus_nor_with_the_work_done():
-    small, large, later = bytes_after(100_000, 2_000), bytes_after(1_000_000, 2_000), bytes_after(100_000, 10_000)
-    assert 100_000 < small < 1_000_000  # two hundred teachers with two leases each, and their simulation
+    small, large, later = (
+        bytes_after(100_000, 2_000),
+        bytes_after(1_000_000, 2_000),
+        bytes_after(100_000, 10_000),
+    )
+    # two hundred teachers with two leases each, and their simulation
+    assert 100_000 < small < 1_000_000
     assert abs(large - small) < 50_000
     assert later - small < 200_000

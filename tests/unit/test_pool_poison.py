@@ -1,4 +1,5 @@
-"""The search for poison: rows that no worker can compute are found and set aside; what is no single row's fault ends the run by name."""
+"""The search for poison: rows that no worker can compute are found and set aside; what is no single
+row's fault ends the run by name."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,10 @@ FIRST, SECOND = Work(0), Work(1)  # chunks 7 and 8
 
 
 def search_of(**budget: int) -> PoisonSearch:
-    return PoisonSearch(lambda _chunk: NUM_ROWS, Budget(**({"max_failures": 2, "max_set_aside": 4, "timeout_s": 100.0} | budget)))
+    return PoisonSearch(
+        lambda _chunk: NUM_ROWS,
+        Budget(**({"max_failures": 2, "max_set_aside": 4, "timeout_s": 100.0} | budget)),
+    )
 
 
 def rows_of(chunk: Work) -> list[Work]:
@@ -57,10 +61,15 @@ def test_exactly_the_rows_that_fail_are_set_aside_and_the_chunk_is_wanted_again(
     for row in rows_of(FIRST):
         if row.row in poison:
             assert accuse(search, row) == Ruling()
-    rulings = [accuse(search, row, reason="IndexError") if row.row in poison else acquit(search, row) for row in rows_of(FIRST)]
+    rulings = [
+        accuse(search, row, reason="IndexError") if row.row in poison else acquit(search, row)
+        for row in rows_of(FIRST)
+    ]
     assert [ruling.closed for ruling in rulings] == [[row] for row in rows_of(FIRST)]
     assert [ruling.opened for ruling in rulings] == [(), (), [FIRST]]
-    assert rulings[-1].set_aside == (SetAside(7, tuple(sorted(poison)), "IndexError") if poison else None)
+    assert rulings[-1].set_aside == (
+        SetAside(7, tuple(sorted(poison)), "IndexError") if poison else None
+    )
     assert search.left_out(0) == poison
     assert search.num_set_aside == len(poison)
     assert search.wants(FIRST)
@@ -72,7 +81,11 @@ def test_a_chunk_that_fails_though_its_rows_do_not_ends_the_run_by_name():
     for row in rows_of(FIRST):
         assert acquit(search, row).set_aside is None
     accuse(search, FIRST, reason="OutOfMemoryError: first")
-    with pytest.raises(TeacherError, match=r"chunk 7 cannot be made although .* ended with: OutOfMemoryError: second\. Every other"):
+    with pytest.raises(
+        TeacherError,
+        match=r"chunk 7 cannot be made although .* ended with: OutOfMemoryError: second\. Every "
+        r"other",
+    ):
         accuse(search, FIRST, reason="OutOfMemoryError: second")
 
 
@@ -82,7 +95,11 @@ def test_a_failure_of_everything_is_not_taken_for_poison():
     first, second, third = rows_of(FIRST)
     accuse(search, first, reason="RuntimeError: CUDA")
     accuse(search, second, reason="RuntimeError: CUDA")
-    with pytest.raises(TeacherError, match=r"chunk 7 .* \(rows 0, 1, 2\), last with: RuntimeError: CUDA\. With 0 set aside .* which is 2"):
+    with pytest.raises(
+        TeacherError,
+        match=r"chunk 7 .* \(rows 0, 1, 2\), last with: RuntimeError: CUDA\. With 0 set aside .* "
+        r"which is 2",
+    ):
         accuse(search, third, reason="RuntimeError: CUDA")
 
 

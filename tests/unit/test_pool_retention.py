@@ -1,4 +1,5 @@
-"""Several students read one store while teachers fill it: each gets every chunk, and what nobody reads again is deleted, and only that."""
+"""Several students read one store while teachers fill it: each gets every chunk, and what nobody
+reads again is deleted, and only that."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,12 +29,20 @@ STEPS_PER_EPOCH = 12  # of eight sequences, so two chunks
 
 
 def reader(name: str, *, epochs: int = 1, seed: int = 0) -> Consumer:
-    return Consumer(name=name, global_batch_sequences=8, seed=seed, window_chunks=2, total_steps=epochs * STEPS_PER_EPOCH, committed_step=0)
+    return Consumer(
+        name=name,
+        global_batch_sequences=8,
+        seed=seed,
+        window_chunks=2,
+        total_steps=epochs * STEPS_PER_EPOCH,
+        committed_step=0,
+    )
 
 
 @dataclass
 class Student:
-    """Reads as a real one would: a step when all its chunks are there, and a commit after every `every` steps."""
+    """Reads as a real one would: a step when all its chunks are there, and a commit after every
+    `every` steps."""
 
     store: ChunkStore
     reader: Consumer
@@ -52,7 +61,9 @@ class Student:
     def read(self) -> None:
         if self.done:
             return
-        for number in np.unique(self.order.sequences(self.step) // self.store.recipe.chunk_sequences):
+        for number in np.unique(
+            self.order.sequences(self.step) // self.store.recipe.chunk_sequences
+        ):
             if not self.store.exists(int(number)):
                 return
         self.step += 1
@@ -79,7 +90,9 @@ class Run:
     deletes: bool = True
 
     def __post_init__(self) -> None:
-        self.crew = SimulatedCrew(publish=lambda item: publish(self.store, item), is_there=self.store.exists)
+        self.crew = SimulatedCrew(
+            publish=lambda item: publish(self.store, item), is_there=self.store.exists
+        )
         self.rows: list[Row] = []
         self.mailbox = Mailbox()
         self.most_there = 0
@@ -100,12 +113,19 @@ class Run:
             own=[student.reader.name for student in self.students[: self.own]],
             deletes=self.deletes,
             least_ahead=chunks_read_ahead(first),
-            done_after=lambda reader: order_of(reader, RECIPE).steps_until_done_with(reader.total_steps),
-            position=lambda reader: order_of(reader, RECIPE).chunks_finished(reader.committed_step) if reader.seed == first.seed else None,
+            done_after=lambda reader: order_of(reader, RECIPE).steps_until_done_with(
+                reader.total_steps
+            ),
+            position=lambda reader: (
+                order_of(reader, RECIPE).chunks_finished(reader.committed_step)
+                if reader.seed == first.seed
+                else None
+            ),
         )
 
     def go(self, *, kill_after_steps: int | None = None) -> None:
-        """Until every student is done; or until the driver is killed, once the first one has taken so many steps."""
+        """Until every student is done; or until the driver is killed, once the first one has taken
+        so many steps."""
         first = self.students[0]
         pool = Dispatcher(
             self.crew,
@@ -146,7 +166,8 @@ def test_a_read_and_committed_chunk_is_deleted_and_the_store_stays_small(store: 
     assert run.students[0].done
     assert store.published() == set()
     assert sorted(run.made) == list(range(24))  # each once
-    assert run.most_there <= 6 + 2 * 3 + 8  # the window, what is read but not committed, and a look or two
+    # the window, what is read but not committed, and a look or two
+    assert run.most_there <= 6 + 2 * 3 + 8
 
 
 def test_retain_all_deletes_nothing(store: ChunkStore):
@@ -166,7 +187,10 @@ def test_with_several_epochs_nothing_goes_before_the_last_one_has_read_it(store:
 
 def test_the_slowest_of_two_students_decides_and_both_read_everything(store: ChunkStore):
     """The second has another seed, another pace, and reads twice."""
-    run = Run(store, [Student(store, reader("one")), Student(store, reader("two", epochs=2, seed=9), every=4)])
+    run = Run(
+        store,
+        [Student(store, reader("one")), Student(store, reader("two", epochs=2, seed=9), every=4)],
+    )
     run.go()
     assert all(student.done for student in run.students)
     assert sorted(run.made) == list(range(24))
@@ -225,7 +249,10 @@ def test_nothing_is_deleted_while_somebody_reads_who_is_not_understood(store: Ch
     run.crew.at(1001, lambda: stranger.write_text('{"version":2}'))
     run.go()
     assert store.published() == set(range(24))
-    with pytest.raises(StoreError, match=r'store\.retain is "until-read", but nobody knows which chunks .*stranger\.json'):
+    with pytest.raises(
+        StoreError,
+        match=r'store\.retain is "until-read", but nobody knows which chunks .*stranger\.json',
+    ):
         run.go()
 
 
@@ -261,7 +288,8 @@ def test_readers_of_other_runs_hold_teachers_back_but_never_starve_an_own_one(st
     retention = run.retention()
     commit(store, replace(reader("slow"), committed_step=2))
     retention.begin(np.arange(0))
-    assert retention.limit(4, 6) == 4 + chunks_read_ahead(run.students[0].order)  # its own student's next step comes first
+    # its own student's next step comes first
+    assert retention.limit(4, 6) == 4 + chunks_read_ahead(run.students[0].order)
     assert retention.limit(8, 10) == 4 + 10  # two steps of two chunks each
     commit(store, replace(reader("slow"), committed_step=STEPS_PER_EPOCH))
     retention.look()

@@ -1,4 +1,5 @@
-"""The pool's own logic, on simulated teachers and a clock of their own: machines come, go and say so; every chunk is made all the same."""
+"""The pool's own logic, on simulated teachers and a clock of their own: machines come, go and say
+so; every chunk is made all the same."""
 
 import itertools
 from collections import Counter
@@ -43,13 +44,20 @@ class World:
     def __post_init__(self) -> None:
         recipe = small_recipe(num_sequences=4 * self.num_chunks, sequence_length=6)
         self.store = ChunkStore.create(self.url, recipe)
-        self.crew = SimulatedCrew(publish=lambda item: publish(self.store, item), is_there=self.store.is_whole)
+        self.crew = SimulatedCrew(
+            publish=lambda item: publish(self.store, item), is_there=self.store.is_whole
+        )
 
     def record(self, row: Row) -> None:
         self.rows.append(row)
 
     def pool(self) -> Dispatcher:
-        settings = {"min_replicas": 1, "max_replicas": 4, "max_failures": 2, "lease_timeout_s": 300.0} | self.teacher
+        settings = {
+            "min_replicas": 1,
+            "max_replicas": 4,
+            "max_failures": 2,
+            "lease_timeout_s": 300.0,
+        } | self.teacher
         return Dispatcher(
             self.crew,
             limits_of(TeacherSection(model="simulated", **settings)),
@@ -63,7 +71,13 @@ class World:
             wall=self.crew.clock,
         )
 
-    def run(self, *, readers: tuple[str, ...] = (), finished: Callable[[], bool] = lambda: True, limit_s: float = 1e6) -> None:
+    def run(
+        self,
+        *,
+        readers: tuple[str, ...] = (),
+        finished: Callable[[], bool] = lambda: True,
+        limit_s: float = 1e6,
+    ) -> None:
         end = self.crew.now + limit_s
 
         def finished_in_time() -> bool:
@@ -80,7 +94,9 @@ class World:
         return self.of(PoolRow)[-1]
 
     def notice(self, node: str, *, seconds: float) -> None:
-        self.mailbox.notices[node] = PreemptionNotice("aws", self.crew.now + seconds, "spot instance-action terminate")
+        self.mailbox.notices[node] = PreemptionNotice(
+            "aws", self.crew.now + seconds, "spot instance-action terminate"
+        )
 
     def assert_all_is_there(self) -> None:
         assert self.store.published() == set(range(self.num_chunks))
@@ -98,13 +114,18 @@ def test_every_chunk_is_made_once_by_teachers_that_are_well():
 
 @pytest.mark.parametrize("stale", [0, 4])
 def test_a_teacher_of_other_weights_than_planned_ends_the_run_and_publishes_nothing(stale: int):
-    """The first one, which has no fellow to be compared with, and one that comes in place of another when chunks are there already."""
+    """The first one, which has no fellow to be compared with, and one that comes in place of
+    another when chunks are there already."""
     world = World(teacher={"max_replicas": 1})
     planned = world.store.recipe.teacher_digest
     world.crew.weights = lambda teacher: "0" * 64 if teacher == stale else planned
     for death in range(stale):
         world.crew.at(1050.0 + 25 * death, lambda teacher=death: world.crew.die(teacher))
-    with pytest.raises(ChangedWeightsError, match=rf"replica {stale} .*found 0000000000000000, wanted {planned[:16]};.*same command again"):
+    with pytest.raises(
+        ChangedWeightsError,
+        match=rf"replica {stale} .*found 0000000000000000, wanted {planned[:16]};.*same command "
+        r"again",
+    ):
         world.run()
     assert world.crew.num_spawned == stale + 1
     assert bool(world.store.published()) == (stale > 0)
@@ -113,7 +134,9 @@ def test_a_teacher_of_other_weights_than_planned_ends_the_run_and_publishes_noth
 
 def test_a_straggler_at_the_end_is_hedged_and_costs_one_duplicate():
     world = World()
-    world.crew.seconds = lambda teacher, item: 250.0 if item.number == NUM_CHUNKS - 1 and teacher == 3 else 10.0
+    world.crew.seconds = lambda teacher, item: (
+        250.0 if item.number == NUM_CHUNKS - 1 and teacher == 3 else 10.0
+    )
     world.run()
     world.assert_all_is_there()
     assert world.last.hedged >= 1
@@ -151,7 +174,9 @@ def test_a_teacher_that_is_stopped_while_it_starts_is_replaced():
     world.mailbox.beating = lambda: world.crew.placed() - ({0} if world.crew.now > 1002 else set())
     world.run(limit_s=1800)
     world.assert_all_is_there()
-    assert [(stall.rank, stall.phase, stall.chunk) for stall in world.of(StallRow)] == [(0, "start", None)]
+    assert [(stall.rank, stall.phase, stall.chunk) for stall in world.of(StallRow)] == [
+        (0, "start", None)
+    ]
 
 
 def test_a_teacher_that_works_on_a_chunk_for_hours_and_gives_signs_of_life_is_let_be():
@@ -175,7 +200,8 @@ def test_a_teacher_that_waits_for_a_place_for_hours_is_not_silent():
 
 
 def test_a_late_answer_is_accepted():
-    """Both teachers are slower than the deadline: what is late arrives all the same, and who was to make it again finds it there."""
+    """Both teachers are slower than the deadline: what is late arrives all the same, and who was to
+    make it again finds it there."""
     world = World(num_chunks=4, teacher={"max_replicas": 2, "lease_timeout_s": 50.0})
     world.crew.seconds = lambda _teacher, _item: 60.0
     world.run()
@@ -232,7 +258,11 @@ def test_machines_that_vanish_while_teachers_start_are_no_failure_to_start():
 def test_teachers_that_die_as_they_start_one_after_the_other_end_the_run():
     world = World(teacher={"max_replicas": 2, "max_failures": 2})
     world.crew._start = lambda worker: world.crew.die(worker.number, "out of memory")
-    with pytest.raises(TeacherError, match="4 teachers died one after the other while they started, the last with: out of memory"):
+    with pytest.raises(
+        TeacherError,
+        match="4 teachers died one after the other while they started, the last with: out of "
+        "memory",
+    ):
         world.run()
 
 
@@ -245,7 +275,8 @@ def test_a_draining_node_gets_no_new_leases_and_hands_back_what_it_has_not_begun
     world.crew.at(1500, lambda: world.crew.add_node("a", 2))
     world.run()
     world.assert_all_is_there()
-    assert Counter(world.crew.computed) == Counter(range(40))  # what was in work was finished, and nothing was begun twice
+    # what was in work was finished, and nothing was begun twice
+    assert Counter(world.crew.computed) == Counter(range(40))
     assert (world.last.losses, world.last.failures) == (0, 0)
     begun_on_a = [row for row in world.of(ChunkRow) if row.replica in (0, 1)]
     assert len(begun_on_a) == 2  # the ones in work when the notice came
@@ -259,7 +290,8 @@ def test_a_teacher_that_comes_up_on_a_node_that_will_go_gets_nothing():
     world.run()
     world.assert_all_is_there()
     assert {row.replica for row in world.of(ChunkRow)} == {0, 1, 2, 3}
-    assert 4 < len(world.of(TeacherRow)) <= 4 + 3 * 4  # three places are tried, not more than every half minute
+    # three places are tried, not more than every half minute
+    assert 4 < len(world.of(TeacherRow)) <= 4 + 3 * 4
     assert (world.last.losses, world.last.failures) == (0, 0)
 
 
@@ -346,16 +378,25 @@ def test_poison_is_set_aside_by_name_and_its_neighbours_are_trained_on(poison: E
 
 def test_poison_in_several_chunks_is_named_in_each():
     world = World()
-    world.crew.fate = lambda _teacher, item: ValueError("no") if any(touches(item, bad) for bad in (5, 6, 7, 50)) else None
+    world.crew.fate = lambda _teacher, item: (
+        ValueError("no") if any(touches(item, bad) for bad in (5, 6, 7, 50)) else None
+    )
     world.run()
     world.assert_all_is_there()
-    assert sorted((row.chunk, row.sequences) for row in world.of(SetAsideRow)) == [(1, [5, 6, 7]), (12, [50])]
+    assert sorted((row.chunk, row.sequences) for row in world.of(SetAsideRow)) == [
+        (1, [5, 6, 7]),
+        (12, [50]),
+    ]
 
 
 def test_more_poison_than_may_be_set_aside_ends_the_run_by_name():
     world = World(teacher={"max_set_aside": 2})
     world.crew.fate = lambda _teacher, item: ValueError("no") if item.number == 3 else None
-    with pytest.raises(TeacherError, match=r"chunk 3 failed 2 times, .* \(rows 0, 1, 2\), last with: ValueError: no\. With 0 set aside"):
+    with pytest.raises(
+        TeacherError,
+        match=r"chunk 3 failed 2 times, .* \(rows 0, 1, 2\), last with: ValueError: no\. With 0 "
+        r"set aside",
+    ):
         world.run()
 
 
@@ -373,7 +414,12 @@ def test_a_chunk_repaired_after_poison_leaves_the_same_sequences_out():
 
     world.run(finished=report_it_damaged_when_it_is_there)
     assert len(world.of(SetAsideRow)) == 1
-    assert world.store.fetch(1).sequences.loss_mask_SL.any(axis=1).tolist() == [True, False, True, True]
+    assert world.store.fetch(1).sequences.loss_mask_SL.any(axis=1).tolist() == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def damage(store: ChunkStore, number: int) -> None:
@@ -383,7 +429,9 @@ def damage(store: ChunkStore, number: int) -> None:
     blobs.replace(store.key(number), bytes(data))
 
 
-def test_chunks_that_a_power_cut_left_empty_or_cut_are_made_again_when_a_pool_begins(tmp_path: Path):
+def test_chunks_that_a_power_cut_left_empty_or_cut_are_made_again_when_a_pool_begins(
+    tmp_path: Path,
+):
     first = World(num_chunks=6, url=str(tmp_path))
     first.run()
     for number, size in ((2, 0), (4, 300)):
@@ -407,7 +455,8 @@ def test_two_readers_that_report_the_same_chunk_have_it_repaired_once():
             world.mailbox.bad_chunks |= {2}
             told.append(world.crew.now)
         if told:
-            world.mailbox.bad_chunks |= {2}  # the other reader, again and again, until it is repaired and after
+            # the other reader, again and again, until it is repaired and after
+            world.mailbox.bad_chunks |= {2}
         return bool(told) and world.crew.now > told[0] + 60
 
     world.run(finished=report_twice)
@@ -450,11 +499,14 @@ def test_behind_a_closed_window_nothing_is_made_and_the_slowest_reader_decides()
 
 
 def test_teachers_wait_with_a_store_that_is_slow_or_full_and_hold_no_more_than_two_chunks_each():
-    """Publishing takes ten minutes for a while; the backlog stays with the teachers, and none of it is lost or made twice."""
+    """Publishing takes ten minutes for a while; the backlog stays with the teachers, and none of it
+    is lost or made twice."""
     world = World(num_chunks=60, teacher={"lease_timeout_s": 2000.0})
     world.crew.seconds = lambda _teacher, _item: 600.0 if world.crew.now < 2000 else 10.0
     most = []
-    world.run(finished=lambda: most.append(world.crew.num_submitted - len(world.of(ChunkRow))) is None)
+    world.run(
+        finished=lambda: most.append(world.crew.num_submitted - len(world.of(ChunkRow))) is None
+    )
     world.assert_all_is_there()
     assert world.crew.most_held == 2
     assert max(most) == 2 * 4
@@ -471,19 +523,27 @@ def test_a_store_that_refuses_for_long_ends_the_run_with_its_own_words_and_blame
 
 def test_a_store_that_refuses_for_a_while_is_outlasted():
     world = World()
-    world.crew.fate = lambda _teacher, _item: StoreUnavailable("busy") if world.crew.now < 1020 else None
+    world.crew.fate = lambda _teacher, _item: (
+        StoreUnavailable("busy") if world.crew.now < 1020 else None
+    )
     world.run()
     world.assert_all_is_there()
     assert world.last.failures == 0
 
 
 events = st.lists(
-    st.tuples(st.floats(0, 400), st.sampled_from(["die", "remove", "preempt", "drain", "add", "damage", "hang"]), st.integers(0, 9)),
+    st.tuples(
+        st.floats(0, 400),
+        st.sampled_from(["die", "remove", "preempt", "drain", "add", "damage", "hang"]),
+        st.integers(0, 9),
+    ),
     max_size=25,
 )
 
 
-@given(events=events, poison=st.sets(st.integers(0, 4 * 12 - 1), max_size=2), seed=st.integers(0, 9))
+@given(
+    events=events, poison=st.sets(st.integers(0, 4 * 12 - 1), max_size=2), seed=st.integers(0, 9)
+)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
     events: list[tuple[float, str, int]], poison: set[int], seed: int
@@ -492,8 +552,12 @@ def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
     world.crew.nodes = {"a": 2, "b": 1}
     random = np.random.default_rng(seed)
     hanging: set[int] = set()
-    world.crew.seconds = lambda teacher, _item: 1e7 if teacher in hanging else float(random.exponential(15.0))
-    world.crew.fate = lambda _teacher, item: ValueError("poison") if any(touches(item, bad) for bad in poison) else None
+    world.crew.seconds = lambda teacher, _item: (
+        1e7 if teacher in hanging else float(random.exponential(15.0))
+    )
+    world.crew.fate = lambda _teacher, item: (
+        ValueError("poison") if any(touches(item, bad) for bad in poison) else None
+    )
 
     def befall(what: str, which: int) -> None:
         nodes, crew = [*world.crew.nodes], world.crew
@@ -521,4 +585,6 @@ def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
     assert set_aside == poison
     for sequence in range(4 * 12):
         number, row = divmod(sequence, 4)
-        assert world.store.fetch(number).sequences.loss_mask_SL[row].any() == (sequence not in poison)
+        assert world.store.fetch(number).sequences.loss_mask_SL[row].any() == (
+            sequence not in poison
+        )

@@ -1,7 +1,9 @@
-"""The power fails at any moment: what was reported is there afterwards, and what is not whole is made again.
+"""The power fails at any moment: what was reported is there afterwards, and what is not whole is
+made again.
 
-A course of real writes (chunks, a reader's progress, checkpoints of two ranks, a journal) is recorded call by call. Every prefix of the
-record is laid out anew without what had not been synced. Each kind of sync is then left out of a course, to see that it is missed.
+A course of real writes (chunks, a reader's progress, checkpoints of two ranks, a journal) is
+recorded call by call. Every prefix of the record is laid out anew without what had not been synced.
+Each kind of sync is then left out of a course, to see that it is missed.
 """
 
 import json
@@ -27,7 +29,14 @@ from stillhouse.tracking import CheckpointRow, Journal, read_journal
 
 RECIPE = small_recipe()
 CHUNKS = {number: make_chunk(RECIPE, number) for number in range(RECIPE.num_chunks)}
-READER = Consumer(name="student", global_batch_sequences=2, seed=0, window_chunks=2, total_steps=30, committed_step=0)
+READER = Consumer(
+    name="student",
+    global_batch_sequences=2,
+    seed=0,
+    window_chunks=2,
+    total_steps=30,
+    committed_step=0,
+)
 STEPS = (10, 20, 30)
 FOLDER = r"checkpoints/step-\d+\.a"
 STORE = rf"store/{RECIPE.fingerprint[:16]}"
@@ -60,7 +69,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def record_course(root: Path, layer: Recorder, *, rank_1: Recorder | None = None) -> None:
-    """Three chunks, and three checkpoints of two ranks of which two are kept; what is reported is told to the layer at once."""
+    """Three chunks, and three checkpoints of two ranks of which two are kept; what is reported is
+    told to the layer at once."""
     atomic.make_directory(root / "run", files=layer)
     journal = Journal(root / "run" / "journal.jsonl", clock=lambda: 1.0, files=layer)
     store = ChunkStore.create(Blobs(str(root / "store"), files=layer), RECIPE)
@@ -94,15 +104,21 @@ def record_course(root: Path, layer: Recorder, *, rank_1: Recorder | None = None
     ]
     for step in STEPS:
         ranks[0].submit(snapshot_of(step))
-        until((checkpoints / f"step-{step:08d}.a" / part_of(0, 2)).exists)  # rank 1 is the last to write
+        # rank 1 is the last to write
+        until((checkpoints / f"step-{step:08d}.a" / part_of(0, 2)).exists)
         ranks[1].submit(snapshot_of(step, rank=1))
         assert all(rank.wait() for rank in ranks)
 
 
 def require_promises(root: Path, told: list[tuple[str, int]]) -> None:
-    """Raise AssertionError, or an error of ours, where something that was reported is gone, or nobody can go on from what is left."""
+    """Raise AssertionError, or an error of ours, where something that was reported is gone, or
+    nobody can go on from what is left."""
     step = require_commits(Blobs(str(root / "checkpoints")), told)
-    rows = [row.step for row in read_journal(root / "run" / "journal.jsonl") if isinstance(row, CheckpointRow)]
+    rows = [
+        row.step
+        for row in read_journal(root / "run" / "journal.jsonl")
+        if isinstance(row, CheckpointRow)
+    ]
     assert len(rows) >= sum(kind == "row" for kind, _ in told), "a row that was recorded is gone"
     assert step >= max(rows, default=0), "the journal tells of a commit that is gone"
     if any(kind == "reader" for kind, _ in told):
@@ -113,11 +129,15 @@ def require_commits(blobs: Blobs, told: list[tuple[str, int]]) -> int:
     """The step of the newest commit."""
     found = newest(blobs.url)
     step = found.step if found is not None else 0
-    assert step >= max((number for kind, number in told if kind == "commit"), default=0), "a commit that was reported is gone"
+    assert step >= max((number for kind, number in told if kind == "commit"), default=0), (
+        "a commit that was reported is gone"
+    )
     for name in blobs.names():
         values = json.loads(bytes(blobs.read(name)))["commit"]
         files = {file: (size, digest) for file, (size, digest) in values["files"].items()}
-        assert verify(blobs, Commit(values["step"], values["attempt"], 2, ORIGIN, files), files) == "", "a manifest outlasted its files"
+        assert (
+            verify(blobs, Commit(values["step"], values["attempt"], 2, ORIGIN, files), files) == ""
+        ), "a manifest outlasted its files"
     return step
 
 
@@ -127,12 +147,18 @@ def require_store(url: str, told: list[tuple[str, int]], *, newest_step: int) ->
     assert recipe.read_bytes() == RECIPE.canonical_json(), "the recipe is cut"
     store = ChunkStore(url, RECIPE)
     there = store.published()
-    assert there >= {number for kind, number in told if kind == "chunk"}, "a chunk that was published is gone"
+    assert there >= {number for kind, number in told if kind == "chunk"}, (
+        "a chunk that was published is gone"
+    )
     readers, strangers = registered(store)
     assert not strangers, "a reader's progress is cut"
     assert readers, "a reader is gone"
-    assert readers[0].committed_step >= max(number for kind, number in told if kind == "reader"), "a reader's progress is gone"
-    assert readers[0].committed_step <= newest_step, "a reader is past the newest commit: what it needs again may be deleted"
+    assert readers[0].committed_step >= max(number for kind, number in told if kind == "reader"), (
+        "a reader's progress is gone"
+    )
+    assert readers[0].committed_step <= newest_step, (
+        "a reader is past the newest commit: what it needs again may be deleted"
+    )
     for number in there:
         store.verify(number)
 
@@ -147,7 +173,8 @@ def make_the_rest(url: str) -> None:
 
 
 def first_broken(layer: Recorder, folder: Path) -> str:
-    """What the first power cut that breaks a promise breaks, or ''. In between the store is filled up, as by the run that goes on."""
+    """What the first power cut that breaks a promise breaks, or ''. In between the store is filled
+    up, as by the run that goes on."""
     after = After(folder / "after")
     num_chunks = 0
     for remains, told in power_cuts(layer.record):
@@ -173,8 +200,14 @@ def test_after_a_power_cut_at_any_moment_what_was_reported_is_there(course: Path
     layer = Recorder(course)
     record_course(course, layer)
     assert first_broken(layer, tmp_path) == ""
-    assert {kind: sync for kind in KINDS for sync in layer.syncs if re.fullmatch(KINDS[kind], sync)}.keys() == KINDS.keys()
-    assert [sync for sync in layer.syncs if not any(re.fullmatch(pattern, sync) for pattern in KINDS.values())] == []
+    assert {
+        kind: sync for kind in KINDS for sync in layer.syncs if re.fullmatch(KINDS[kind], sync)
+    }.keys() == KINDS.keys()
+    assert [
+        sync
+        for sync in layer.syncs
+        if not any(re.fullmatch(pattern, sync) for pattern in KINDS.values())
+    ] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,7 +218,8 @@ def test_a_sync_that_is_left_out_breaks_a_promise(course: Path, tmp_path: Path, 
 
 
 def test_rank_0_makes_sure_of_what_another_rank_has_not_synced_yet(course: Path, tmp_path: Path):
-    """A part can be seen before the names beside it are on disk: its rank may be about to sync them, or be dead."""
+    """A part can be seen before the names beside it are on disk: its rank may be about to sync
+    them, or be dead."""
     layer = Recorder(course)
     record_course(course, layer, rank_1=layer.losing("directory .*"))
     assert first_broken(layer, tmp_path) == ""

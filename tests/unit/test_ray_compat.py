@@ -1,4 +1,5 @@
-"""What cluster/_ray_compat.py relies on, asked of the Ray that is installed. All has to hold before its cap is raised."""
+"""What cluster/_ray_compat.py relies on, asked of the Ray that is installed. All has to hold before
+its cap is raised."""
 
 import inspect
 import os
@@ -22,7 +23,9 @@ REMEDY = "see to cluster/_ray_compat.py before the cap on Ray is raised"
 @pytest.mark.usefixtures("ray_cluster")
 def test_this_machines_node_says_where_the_head_and_its_raylet_listen() -> None:
     node = _ray_compat.local_node()
-    assert node is not None, f"`_global_node` is not what this process is attached through; {REMEDY}"
+    assert node is not None, (
+        f"`_global_node` is not what this process is attached through; {REMEDY}"
+    )
     assert node.gcs_address == ray.get_runtime_context().gcs_address, REMEDY
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(str(node.raylet_socket))
@@ -32,32 +35,51 @@ def test_resources_are_told_node_by_node_under_rays_ids(ray_cluster: dict[str, f
     ids = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     for resources in (_ray_compat.total_resources(), _ray_compat.free_resources()):
         assert list(resources) == ids, REMEDY
-    (total,), (free,) = _ray_compat.total_resources().values(), _ray_compat.free_resources().values()
+    (total,), (free,) = (
+        _ray_compat.total_resources().values(),
+        _ray_compat.free_resources().values(),
+    )
     assert total["CPU"] == ray_cluster["CPU"], REMEDY
     assert 0 <= free.get("CPU", 0) <= total["CPU"], REMEDY
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_node_is_drained_by_its_id_a_reason_words_and_a_deadline() -> None:
-    assert autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION") == _ray_compat._PREEMPTION, REMEDY
-    _ray_compat.drain_node(secrets.token_hex(28), detail="a test", deadline_ms=int(time() * 1e3) + 60_000)  # of no cluster: nothing ends
+    assert (
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        == _ray_compat._PREEMPTION
+    ), REMEDY
+    # of no cluster: nothing ends
+    _ray_compat.drain_node(
+        secrets.token_hex(28), detail="a test", deadline_ms=int(time() * 1e3) + 60_000
+    )
     assert _ray_compat.drain_deadlines_ms() == {}, REMEDY
 
 
 def test_ray_starts_where_and_as_patient_as_it_is_told() -> None:
     options = _ray_compat.start_options(Path("/tmp/r"), failed_checks=7)
     source = inspect.getsource(ray.init)
-    assert all(f'"{name}"' in source for name in options), f"`ray.init` has no option of this name; {REMEDY}"
+    assert all(f'"{name}"' in source for name in options), (
+        f"`ray.init` has no option of this name; {REMEDY}"
+    )
     known: Any = ray._raylet.Config
-    assert all(hasattr(known, name) for name in options["_system_config"]), f"Ray's own settings have none of this name; {REMEDY}"
+    assert all(hasattr(known, name) for name in options["_system_config"]), (
+        f"Ray's own settings have none of this name; {REMEDY}"
+    )
 
 
-def test_what_starts_in_the_block_is_told_to_listen_on_loopback_and_afterwards_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_starts_in_the_block_is_told_to_listen_on_loopback_and_afterwards_nothing_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
     before = ray_constants.ENABLE_RAY_CLUSTER
     with _ray_compat.on_loopback():
-        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0", f"the variable has another name; {REMEDY}"
-        assert "ray_constants.ENABLE_RAY_CLUSTER:" in inspect.getsource(services.get_node_ip_address), f"it is asked elsewhere; {REMEDY}"
+        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0", (
+            f"the variable has another name; {REMEDY}"
+        )
+        assert "ray_constants.ENABLE_RAY_CLUSTER:" in inspect.getsource(
+            services.get_node_ip_address
+        ), f"it is asked elsewhere; {REMEDY}"
         assert not ray_constants.ENABLE_RAY_CLUSTER
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
     assert before == ray_constants.ENABLE_RAY_CLUSTER
@@ -66,7 +88,9 @@ def test_what_starts_in_the_block_is_told_to_listen_on_loopback_and_afterwards_n
 def test_a_process_that_has_a_token_shows_it_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE")
     _ray_compat.use_token_if_there_is_one()
-    assert os.environ.get("RAY_AUTH_MODE") == "token", f"authentication is turned on in another way; {REMEDY}"
+    assert os.environ.get("RAY_AUTH_MODE") == "token", (
+        f"authentication is turned on in another way; {REMEDY}"
+    )
 
 
 def test_trains_controller_has_a_limit_of_its_own() -> None:

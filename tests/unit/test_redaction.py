@@ -13,7 +13,10 @@ X = "s3cr3t-Do.not~print+this0123456789"
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
 HEX64 = "9f" * 32
 BASIC = "dXNlcjpzM2NyM3QtcHc="  # of user:s3cr3t-pw
-PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIs3cr3tEowIBAAKCAQEA\nq9s3cr3tzz\n-----END RSA PRIVATE KEY-----"
+PEM = (
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIs3cr3tEowIBAAKCAQEA\nq9s3cr3tzz\n-----END RSA PRIVATE "
+    "KEY-----"
+)
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzM2NyM3QiOiJzM2NyM3QifQ.s3cr3t-signature_x"
 
 SECRET_TEXTS = [
@@ -48,7 +51,10 @@ SECRET_TEXTS = [
     ("Authorization: Basic %s", BASIC),
     ("401 for Authorization: Bearer %s", X),
     ("authorization: %s; then it ended", X),
-    ("Authorization: AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/us, Signature=%s", "5cr37" + HEX64),
+    (
+        "Authorization: AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/us, Signature=%s",
+        "5cr37" + HEX64,
+    ),
     ("[('authorization', 'Basic %s')]", BASIC),
     ("X-Api-Key: %s", X),
     ("Set-Cookie: session=%s; Path=/", X),
@@ -106,8 +112,10 @@ INNOCENT_TEXTS = [
     "versity/versitygw:v1.8.0@sha256:" + HEX64,
     "abfss://container@account.dfs.core.windows.net/prefix",
     "write to owner@example.com",
-    "permission denied: check the credentials and their rights to list, read, create and delete here",
-    "no credentials were found: set those of the store's provider in the environment, such as AWS_ACCESS_KEY_ID",
+    "permission denied: check the credentials and their rights to list, read, create and delete "
+    "here",
+    "no credentials were found: set those of the store's provider in the environment, such as "
+    "AWS_ACCESS_KEY_ID",
     "the key model.layers.0.self_attn.q_proj.weight is missing",
     "key: model.layers.0.self_attn.q_proj.weight",
     "AWS_SHARED_CREDENTIALS_FILE=/home/me/.aws/credentials",
@@ -129,7 +137,9 @@ INNOCENT_TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "secret"), SECRET_TEXTS, ids=[text[:40] for text, _ in SECRET_TEXTS])
+@pytest.mark.parametrize(
+    ("text", "secret"), SECRET_TEXTS, ids=[text[:40] for text, _ in SECRET_TEXTS]
+)
 def test_no_part_of_a_secret_stays(text: str, secret: str) -> None:
     scrubbed = scrub(text % secret)
     assert REDACTED in scrubbed
@@ -139,7 +149,9 @@ def test_no_part_of_a_secret_stays(text: str, secret: str) -> None:
     assert BASIC not in scrubbed
 
 
-@pytest.mark.parametrize(("text", "secret"), SECRET_TEXTS, ids=[text[:40] for text, _ in SECRET_TEXTS])
+@pytest.mark.parametrize(
+    ("text", "secret"), SECRET_TEXTS, ids=[text[:40] for text, _ in SECRET_TEXTS]
+)
 def test_what_was_scrubbed_once_does_not_change_again(text: str, secret: str) -> None:
     assert scrub(scrub(text % secret)) == scrub(text % secret)
 
@@ -174,7 +186,8 @@ def test_scrubbing_leaves_what_only_sounds_secret():
         "tokenizer": "acme/tokenizer",
         "tokens_per_s": 1.5,
         "url": "s3://bucket/prefix",
-        "command": "stillhouse run --set 'student.tokenizer = \"acme/small\"' --set 'student.block_tokens = 3'",
+        "command": "stillhouse run --set 'student.tokenizer = \"acme/small\"' --set "
+        "'student.block_tokens = 3'",
         "recipe_fingerprint": "0f" * 32,
         "revision": "a1" * 20,
     }
@@ -182,10 +195,19 @@ def test_scrubbing_leaves_what_only_sounds_secret():
 
 
 def test_the_text_around_a_secret_stays() -> None:
-    assert scrub(f'{{"api_key": "{X}", "region": "eu"}}') == f'{{"api_key": "{REDACTED}", "region": "eu"}}'
+    assert (
+        scrub(f'{{"api_key": "{X}", "region": "eu"}}')
+        == f'{{"api_key": "{REDACTED}", "region": "eu"}}'
+    )
     assert scrub(f"Client(token='{X}', retries=3)") == f"Client(token='{REDACTED}', retries=3)"
-    assert scrub(f"GET https://me:{X}@host/a?sig={X}&b=1: 403") == f"GET https://{REDACTED}@host/a?sig={REDACTED}&b=1: 403"
-    assert scrub(f"401 for Authorization: Bearer {X}; log in") == f"401 for Authorization: Bearer {REDACTED}; log in"
+    assert (
+        scrub(f"GET https://me:{X}@host/a?sig={X}&b=1: 403")
+        == f"GET https://{REDACTED}@host/a?sig={REDACTED}&b=1: 403"
+    )
+    assert (
+        scrub(f"401 for Authorization: Bearer {X}; log in")
+        == f"401 for Authorization: Bearer {REDACTED}; log in"
+    )
 
 
 def test_what_follows_a_part_that_was_replaced_is_not_taken_for_innocent() -> None:
@@ -194,38 +216,87 @@ def test_what_follows_a_part_that_was_replaced_is_not_taken_for_innocent() -> No
 
 
 def test_a_key_that_names_a_secret_hides_all_texts_below_it_and_no_number() -> None:
-    values = {"dbPassword": [X], "credentials": {"user": {"id": X}}, "bytes_per_token": 176, "hf_token": None}
-    assert scrub(values) == {"dbPassword": [REDACTED], "credentials": {"user": {"id": REDACTED}}, "bytes_per_token": 176, "hf_token": None}
+    values = {
+        "dbPassword": [X],
+        "credentials": {"user": {"id": X}},
+        "bytes_per_token": 176,
+        "hf_token": None,
+    }
+    assert scrub(values) == {
+        "dbPassword": [REDACTED],
+        "credentials": {"user": {"id": REDACTED}},
+        "bytes_per_token": 176,
+        "hf_token": None,
+    }
 
 
 def test_a_known_value_is_replaced_wherever_it_occurs() -> None:
-    known = f'{secrets.token_hex(8)} /"{secrets.token_hex(8)}'  # new in each run: a process does not forget
+    # new in each run: a process does not forget
+    known = f'{secrets.token_hex(8)} /"{secrets.token_hex(8)}'
     text = f"x{known}y"
     assert scrub(text) == text
     know([known])
     assert scrub(text) == f"x{REDACTED}y"
     assert scrub([json.dumps(known)]) == [f'"{REDACTED}"']
-    assert scrub("see https://host/" + known.replace(" ", "%20").replace("/", "%2F").replace('"', "%22")) == f"see https://host/{REDACTED}"
+    assert (
+        scrub(
+            "see https://host/" + known.replace(" ", "%20").replace("/", "%2F").replace('"', "%22")
+        )
+        == f"see https://host/{REDACTED}"
+    )
 
 
-def test_secrets_are_what_variables_name_so_hold_and_what_tools_keep_in_files(tmp_path: Path) -> None:
+def test_secrets_are_what_variables_name_so_hold_and_what_tools_keep_in_files(
+    tmp_path: Path,
+) -> None:
     kept = {
         ".cache/huggingface/token": "hub-token-of-a-file\n",
         ".ray/auth_token": "ray-token-of-a-file",
-        ".netrc": "machine api.wandb.ai\n  login user\n  password wandb-key-of-a-file\nmachine x login y password second-password\n",
+        ".netrc": "machine api.wandb.ai\n  login user\n  password wandb-key-of-a-file\nmachine x "
+        "login y password second-password\n",
         "web-identity": "identity-of-a-file",
     }
     for name, text in kept.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     secret = {
-        *("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "GOOGLE_API_KEY", "PGPASSWORD"),
-        *("GOOGLE_SERVICE_ACCOUNT_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_CLIENT_SECRET", "S3_SECRET_KEY"),
+        *(
+            "HF_TOKEN",
+            "WANDB_API_KEY",
+            "AWS_SECRET_ACCESS_KEY",
+            "AWS_SESSION_TOKEN",
+            "RAY_AUTH_TOKEN",
+            "GOOGLE_API_KEY",
+            "PGPASSWORD",
+        ),
+        *(
+            "GOOGLE_SERVICE_ACCOUNT_KEY",
+            "AZURE_STORAGE_ACCOUNT_KEY",
+            "AZURE_STORAGE_SAS_KEY",
+            "AZURE_CLIENT_SECRET",
+            "S3_SECRET_KEY",
+        ),
     }
-    innocent = {"AWS_ACCESS_KEY_ID", "AWS_REGION", "TOKENIZERS_PARALLELISM", "RAY_AUTH_MODE", "GOOGLE_APPLICATION_CREDENTIALS_PATH"}
-    environment = {name: f"value of {name}" for name in secret | innocent} | {"AWS_WEB_IDENTITY_TOKEN_FILE": "~/web-identity"}
-    of_files = {"hub-token-of-a-file", "ray-token-of-a-file", "wandb-key-of-a-file", "second-password", "identity-of-a-file"}
-    assert secrets_of(environment, home=tmp_path) == {f"value of {name}" for name in secret} | of_files
+    innocent = {
+        "AWS_ACCESS_KEY_ID",
+        "AWS_REGION",
+        "TOKENIZERS_PARALLELISM",
+        "RAY_AUTH_MODE",
+        "GOOGLE_APPLICATION_CREDENTIALS_PATH",
+    }
+    environment = {name: f"value of {name}" for name in secret | innocent} | {
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "~/web-identity"
+    }
+    of_files = {
+        "hub-token-of-a-file",
+        "ray-token-of-a-file",
+        "wandb-key-of-a-file",
+        "second-password",
+        "identity-of-a-file",
+    }
+    assert (
+        secrets_of(environment, home=tmp_path) == {f"value of {name}" for name in secret} | of_files
+    )
     assert secrets_of({}, home=tmp_path / "absent") == set()
 
 
@@ -236,6 +307,18 @@ def test_a_known_value_that_is_short_stays_for_it_could_be_a_word() -> None:
 
 def test_a_long_text_takes_no_time_that_grows_with_its_square() -> None:
     began = process_time()
-    for piece in ("a", "key=", "//", "password: ", "token='", "\\", "wandb ", "a:", "a:b@", "secrets: [", "- "):
+    for piece in (
+        "a",
+        "key=",
+        "//",
+        "password: ",
+        "token='",
+        "\\",
+        "wandb ",
+        "a:",
+        "a:b@",
+        "secrets: [",
+        "- ",
+    ):
         scrub(piece * (50_000 // len(piece)))
     assert process_time() - began < 5  # seconds

@@ -14,7 +14,16 @@ from helpers.sealing import sealed_line
 from stillhouse.errors import StoreUnavailable, UserError
 from stillhouse.report import write_report
 from stillhouse.report.figures import training_panels
-from stillhouse.report.summary import Interval, Summary, data_waits, per_second, summarise, teacher_tokens, verdict, window_waits
+from stillhouse.report.summary import (
+    Interval,
+    Summary,
+    data_waits,
+    per_second,
+    summarise,
+    teacher_tokens,
+    verdict,
+    window_waits,
+)
 from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Journal, PoolRow, Row, StartRow, TrainRow
 
 START = StartRow(
@@ -46,7 +55,21 @@ CONTROL = EvalRow("control", 10, 4096, 3.78, 0.62, 0.601, 0.05, 0.644, time=1302
 
 def _training(role: str, steps: range, begin: float, *, num_tokens: int = 200) -> list[Row]:
     return [
-        TrainRow(role, s, 2.0 / s, 1.5 / s, 3.0 + 1 / s, 0.7, 1e-4, num_tokens, 4.0, 1.0, 50.0, world_size=2, time=begin + 4.0 * (i + 1))
+        TrainRow(
+            role,
+            s,
+            2.0 / s,
+            1.5 / s,
+            3.0 + 1 / s,
+            0.7,
+            1e-4,
+            num_tokens,
+            4.0,
+            1.0,
+            50.0,
+            world_size=2,
+            time=begin + 4.0 * (i + 1),
+        )
         for i, s in enumerate(steps)
     ]
 
@@ -62,7 +85,16 @@ def _pool(published: int, at: float, wait_s: float) -> PoolRow:
 CHUNKS: list[Row] = [_chunk(i, 1005.0 + 5 * i) for i in range(8)]
 POOL: list[Row] = [_pool(i, 1005.0 + 5 * i, 2.0 * i) for i in range(8)]
 TRAINED = [*_training("student", range(1, 11), 1050.0), *_training("control", range(1, 11), 1100.0)]
-WHOLE = [START, *CHUNKS, *POOL, *TRAINED, TEACHER, STUDENT, CONTROL, EndRow("done", 305.0, "", time=1305.0)]
+WHOLE = [
+    START,
+    *CHUNKS,
+    *POOL,
+    *TRAINED,
+    TEACHER,
+    STUDENT,
+    CONTROL,
+    EndRow("done", 305.0, "", time=1305.0),
+]
 
 
 def _summary(*rows: Row) -> Summary:
@@ -107,61 +139,88 @@ class _Text(HTMLParser):
     [
         (
             [*TRAINED, TEACHER, STUDENT, CONTROL],
-            "The distilled student reaches a held-out cross-entropy of 3.41 nats a token, against 3.78 for the same student trained on "
-            "the text alone (teacher: 3.05): 51\N{NARROW NO-BREAK SPACE}% of the gap closed, at equal tokens.",
+            "The distilled student reaches a held-out cross-entropy of 3.41 nats a token, against "
+            "3.78 for the same student trained on "
+            "the text alone (teacher: 3.05): 51\N{NARROW NO-BREAK SPACE}% of the gap closed, at "
+            "equal tokens.",
         ),
         (
             [*TRAINED, TEACHER, replace(STUDENT, cross_entropy=3.81), CONTROL],
-            "The distilled student did worse than the same student trained on the text alone (teacher: 3.05): "
+            "The distilled student did worse than the same student trained on the text alone "
+            "(teacher: 3.05): "
             "a held-out cross-entropy of 3.81 against 3.78 nats a token, at equal tokens.",
         ),
         (
             [*TRAINED, TEACHER, replace(STUDENT, cross_entropy=3.782), CONTROL],
-            "Distillation made no difference: the student and the same student trained on the text alone (teacher: 3.05) "
+            "Distillation made no difference: the student and the same student trained on the "
+            "text alone (teacher: 3.05) "
             "both reach 3.78 nats a token held out, at equal tokens.",
         ),
         (
             [*TRAINED, replace(STUDENT, cross_entropy=3.772), CONTROL],
-            "The distilled student reaches a held-out cross-entropy of 3.772 nats a token, against 3.780 for the same student trained "
+            "The distilled student reaches a held-out cross-entropy of 3.772 nats a token, "
+            "against 3.780 for the same student trained "
             "on the text alone, at equal tokens.",
         ),
         (
             [*TRAINED, TEACHER, STUDENT],
-            "The distilled student reaches a held-out cross-entropy of 3.41 nats a token (teacher: 3.05), and KL(teacher ‖ student) is "
-            "0.31. No control was evaluated, so this does not show what distillation gained over training on the text alone.",
+            "The distilled student reaches a held-out cross-entropy of 3.41 nats a token "
+            "(teacher: 3.05), and KL(teacher ‖ student) is "
+            "0.31. No control was evaluated, so this does not show what distillation gained over "
+            "training on the text alone.",
         ),
         (
             TRAINED[:4],
-            "Training stands at step 4 of 10 (divergence from the teacher 0.38 nats a token), and nothing was evaluated yet.",
+            "Training stands at step 4 of 10 (divergence from the teacher 0.38 nats a token), and "
+            "nothing was evaluated yet.",
         ),
         (
             TRAINED,
-            "The student was trained for all of its 10 steps (divergence from the teacher 0.15 nats a token at the last), "
+            "The student was trained for all of its 10 steps (divergence from the teacher 0.15 "
+            "nats a token at the last), "
             "and not evaluated yet.",
         ),
         (CHUNKS[:3], "No step was taken yet; 3 of 8 chunks came out of this run's teachers."),
     ],
-    ids=["better", "worse", "equal", "nearly equal, no teacher", "no control", "halfway", "no evaluation", "no step"],
+    ids=[
+        "better",
+        "worse",
+        "equal",
+        "nearly equal, no teacher",
+        "no control",
+        "halfway",
+        "no evaluation",
+        "no step",
+    ],
 )
 def test_the_verdict_says_what_the_rows_show(rows, says):
     assert verdict(_summary(START, *rows)) == says
 
 
 def test_the_verdict_never_calls_unequal_tokens_equal():
-    unequal = [*_training("student", range(1, 11), 1050.0), *_training("control", range(1, 11), 1100.0, num_tokens=260)]
-    assert "at unequal tokens: 2,000 for the student, 2,600 for the control" in verdict(_summary(START, *unequal, STUDENT, CONTROL))
+    unequal = [
+        *_training("student", range(1, 11), 1050.0),
+        *_training("control", range(1, 11), 1100.0, num_tokens=260),
+    ]
+    assert "at unequal tokens: 2,000 for the student, 2,600 for the control" in verdict(
+        _summary(START, *unequal, STUDENT, CONTROL)
+    )
     assert "does not hold" in verdict(_summary(START, STUDENT, CONTROL))
 
 
 def test_the_verdict_knows_a_student_that_passed_its_teacher_and_a_teacher_with_nothing_to_teach():
     past = replace(STUDENT, cross_entropy=3.01)
-    assert "the whole gap closed, and no worse than its teacher" in verdict(_summary(START, *TRAINED, TEACHER, past, CONTROL))
+    assert "the whole gap closed, and no worse than its teacher" in verdict(
+        _summary(START, *TRAINED, TEACHER, past, CONTROL)
+    )
     weak = replace(TEACHER, cross_entropy=3.9)
     assert "% of the gap" not in verdict(_summary(START, *TRAINED, weak, STUDENT, CONTROL))
 
 
 def test_an_evaluation_halfway_is_called_that():
-    assert "The distilled student after 6 of 10 steps reaches" in verdict(_summary(START, *TRAINED, replace(STUDENT, step=6)))
+    assert "The distilled student after 6 of 10 steps reaches" in verdict(
+        _summary(START, *TRAINED, replace(STUDENT, step=6))
+    )
 
 
 def test_a_resumed_run_counts_steps_and_chunks_once_and_stops_its_clock_between_attempts():
@@ -187,15 +246,26 @@ def test_a_resumed_run_counts_steps_and_chunks_once_and_stops_its_clock_between_
 
 def test_rates_spread_each_amount_over_its_time_and_lose_nothing():
     intervals = [Interval(0.0, 4.0, 8.0), Interval(3.0, 5.0, 2.0), Interval(9.0, 9.0, 5.0)]
-    assert per_second(intervals, np.array([0.0, 2.0, 4.0, 10.0])).tolist() == pytest.approx([2.0, 2.5, 1.0])
+    assert per_second(intervals, np.array([0.0, 2.0, 4.0, 10.0])).tolist() == pytest.approx(
+        [2.0, 2.5, 1.0]
+    )
 
 
 def test_waiting_is_read_off_what_grew_in_each_attempt():
     again = replace(START, attempt=2, time=2000.0)
     summary = _summary(
-        START, _pool(1, 1010.0, 3.0), _pool(2, 1020.0, 8.0), again, _pool(3, 2010.0, 4.0), *_training("student", range(1, 3), 2010.0)
+        START,
+        _pool(1, 1010.0, 3.0),
+        _pool(2, 1020.0, 8.0),
+        again,
+        _pool(3, 2010.0, 4.0),
+        *_training("student", range(1, 3), 2010.0),
     )
-    assert window_waits(summary) == [Interval(0.0, 10.0, 3.0), Interval(10.0, 20.0, 5.0), Interval(20.0, 30.0, 4.0)]
+    assert window_waits(summary) == [
+        Interval(0.0, 10.0, 3.0),
+        Interval(10.0, 20.0, 5.0),
+        Interval(20.0, 30.0, 4.0),
+    ]
     assert data_waits(summary) == [Interval(30.0, 34.0, 1.0), Interval(34.0, 38.0, 1.0)]
     assert teacher_tokens(summary) == []
 
@@ -204,7 +274,11 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
     path = write_report(_run_dir(tmp_path, WHOLE, {"corpus": {"dataset": "acme/text"}}))
     assert path == tmp_path / "report.html"
     page = _Text(path.read_text(encoding="utf-8"))
-    references = [value for name, value in page.attributes if name.split(":")[-1] in {"src", "href", "srcset", "data", "action"}]
+    references = [
+        value
+        for name, value in page.attributes
+        if name.split(":")[-1] in {"src", "href", "srcset", "data", "action"}
+    ]
     assert all(value is not None and value.startswith("#") for value in references)
     assert not {"script", "link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
     assert not re.search(r"@import|url\((?!#)", path.read_text(encoding="utf-8"))
@@ -213,8 +287,13 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
 
 
 def test_the_page_tells_the_runs_figures(tmp_path):
-    config = {"corpus": {"dataset": "acme/text", "split": "train"}, "student": {"divergence": "forward_kl", "divergence_weight": 1.0}}
-    text = _Text(write_report(_run_dir(tmp_path, WHOLE, config)).read_text(encoding="utf-8")).text.replace("\N{NARROW NO-BREAK SPACE}", " ")
+    config = {
+        "corpus": {"dataset": "acme/text", "split": "train"},
+        "student": {"divergence": "forward_kl", "divergence_weight": 1.0},
+    }
+    text = _Text(
+        write_report(_run_dir(tmp_path, WHOLE, config)).read_text(encoding="utf-8")
+    ).text.replace("\N{NARROW NO-BREAK SPACE}", " ")
     assert verdict(_summary(*WHOLE)).replace("\N{NARROW NO-BREAK SPACE}", " ") in text
     assert "Student, distilled 10 3.410 30.27 0.310 71.2 % 3.0 % 78.5 %" in text
     assert "Kept mass 97.0 % mean of 2,000 tokens" in text
@@ -229,19 +308,36 @@ def test_the_page_tells_the_runs_figures(tmp_path):
 
 
 ASKED = replace(START, learning_rate=3e-3, min_learning_rate=0.0, warmup_steps=5)
-LAST_ASKED = {"student": {"learning_rate": 3e-5, "warmup_steps": 7, "epochs": 99, "global_batch_sequences": 8}}
+LAST_ASKED = {
+    "student": {"learning_rate": 3e-5, "warmup_steps": 7, "epochs": 99, "global_batch_sequences": 8}
+}
 
 
 def _facts(folder: Path, *rows: Row) -> str:
     """The words of a page whose config was asked for after all these rows."""
-    return _Text(write_report(_run_dir(folder, list(rows), LAST_ASKED)).read_text(encoding="utf-8")).text
+    return _Text(
+        write_report(_run_dir(folder, list(rows), LAST_ASKED)).read_text(encoding="utf-8")
+    ).text
 
 
-def test_the_page_tells_the_schedule_that_was_trained_and_not_the_one_that_was_asked_for_last(tmp_path):
-    again = replace(ASKED, attempt=2, learning_rate=3e-5, warmup_steps=7, world_size=4, total_steps=8, time=2000.0)
+def test_the_page_tells_the_schedule_that_was_trained_and_not_the_one_that_was_asked_for_last(
+    tmp_path,
+):
+    again = replace(
+        ASKED,
+        attempt=2,
+        learning_rate=3e-5,
+        warmup_steps=7,
+        world_size=4,
+        total_steps=8,
+        time=2000.0,
+    )
     idle = "nothing left to train: 10 steps are committed, and 8 are asked for"
     text = _facts(tmp_path, ASKED, *TRAINED, again, EndRow("done", 1.0, idle, time=2001.0))
-    assert "Optimiser AdamW, sequences a step 8 Schedule learning rate 0.003, warm-up steps 5, then a cosine to 0 at step 10 Steps" in text
+    assert (
+        "Optimiser AdamW, sequences a step 8 Schedule learning rate 0.003, warm-up steps 5, then "
+        "a cosine to 0 at step 10 Steps" in text
+    )
     assert "Steps 10 taken, 8 asked for last" in text
     assert "Ranks 2, DeepSpeed" in text
     assert "2 ranks, ZeRO 2" in text
@@ -250,28 +346,43 @@ def test_the_page_tells_the_schedule_that_was_trained_and_not_the_one_that_was_a
 
 
 def test_the_page_tells_the_steps_of_each_schedule_where_it_changed(tmp_path):
-    """Steps 5 and 6 were lost and taken again; the control was trained by the second attempt alone, on one rank."""
+    """Steps 5 and 6 were lost and taken again; the control was trained by the second attempt alone,
+    on one rank."""
     again = replace(ASKED, attempt=2, learning_rate=1e-3, time=2000.0)
     control = [replace(row, world_size=1) for row in _training("control", range(1, 11), 2100.0)]
-    text = _facts(tmp_path, ASKED, *_training("student", range(1, 7), 1050.0), again, *_training("student", range(5, 11), 2050.0), *control)
+    text = _facts(
+        tmp_path,
+        ASKED,
+        *_training("student", range(1, 7), 1050.0),
+        again,
+        *_training("student", range(5, 11), 2050.0),
+        *control,
+    )
     words = "learning rate {}, warm-up steps 5, then a cosine to 0 at step 10"
     both = f"steps 1 to 4: {words.format('0.003')}; steps 5 to 10: {words.format('0.001')}"
-    assert f"Schedule of the student {both} Schedule of the control {words.format('0.001')} Steps" in text
+    assert (
+        f"Schedule of the student {both} Schedule of the control {words.format('0.001')} Steps"
+        in text
+    )
     assert "learning rate 3e-05" not in text
 
 
 def test_the_page_of_a_journal_without_schedules_tells_the_learning_rates_of_its_steps(tmp_path):
     late = _training("student", range(5, 11), 1050.0)
-    assert "Schedule learning rate up to 0.0001 (the journal does not hold its schedule) Steps" in _facts(
-        tmp_path / "whole", START, *TRAINED
+    assert (
+        "Schedule learning rate up to 0.0001 (the journal does not hold its schedule) Steps"
+        in _facts(tmp_path / "whole", START, *TRAINED)
     )
-    assert "Schedule steps 1 to 4: not in this journal; steps 5 to 10: learning rate up to 0.0001" in _facts(
-        tmp_path / "late", START, *late
+    assert (
+        "Schedule steps 1 to 4: not in this journal; steps 5 to 10: learning rate up to 0.0001"
+        in _facts(tmp_path / "late", START, *late)
     )
 
 
 def test_before_the_first_step_the_page_tells_what_was_asked_for(tmp_path):
-    assert "then a cosine to 0 at step 10; no step was taken yet Steps 10, and" in _facts(tmp_path, ASKED)
+    assert "then a cosine to 0 at step 10; no step was taken yet Steps 10, and" in _facts(
+        tmp_path, ASKED
+    )
 
 
 def test_the_page_follows_the_readers_light_or_dark(tmp_path):
@@ -284,16 +395,26 @@ def test_the_page_follows_the_readers_light_or_dark(tmp_path):
 
 def test_names_and_messages_are_escaped(tmp_path):
     evil = "<script>alert('x')</script>"
-    start = replace(START, student=evil, teacher=f'"{evil}', command=f"run {evil}", versions={evil: evil})
+    start = replace(
+        START, student=evil, teacher=f'"{evil}', command=f"run {evil}", versions={evil: evil}
+    )
     rows = [start, *CHUNKS, EndRow("failed", 1.0, f"cannot load {evil}", time=1060.0)]
-    page = _Text(write_report(_run_dir(tmp_path, rows, {"corpus": {"dataset": evil}})).read_text(encoding="utf-8"))
+    page = _Text(
+        write_report(_run_dir(tmp_path, rows, {"corpus": {"dataset": evil}})).read_text(
+            encoding="utf-8"
+        )
+    )
     assert "script" not in page.tags
     assert page.text.count(evil) >= 7
 
 
 def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path):
     config = {"store": {"url": "s3://me:s3cr3t-0123456789@bucket"}, "api_key": "s3cr3t-0123456789"}
-    page = write_report(_run_dir(tmp_path, [START, EndRow("failed", 1.0, "token=s3cr3t-0123456789", time=1001.0)], config)).read_text()
+    page = write_report(
+        _run_dir(
+            tmp_path, [START, EndRow("failed", 1.0, "token=s3cr3t-0123456789", time=1001.0)], config
+        )
+    ).read_text()
     assert "(redacted)" in page
     assert "s3cr3t" not in page
 
@@ -302,13 +423,25 @@ def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path):
     ("rows", "says"),
     [
         (
-            [START, *CHUNKS[:4], *POOL[:4], *TRAINED[:3], EndRow("interrupted", 70.0, "notice of preemption", time=1070.0)],
+            [
+                START,
+                *CHUNKS[:4],
+                *POOL[:4],
+                *TRAINED[:3],
+                EndRow("interrupted", 70.0, "notice of preemption", time=1070.0),
+            ],
             "notice of preemption",
         ),
         ([START, *CHUNKS[:4], *TRAINED[:3]], "attempt 1 has no end: running, or killed"),
-        ([START, *TRAINED, TEACHER, STUDENT, CONTROL], "No chunk was computed in this run: every target came from the store."),
+        (
+            [START, *TRAINED, TEACHER, STUDENT, CONTROL],
+            "No chunk was computed in this run: every target came from the store.",
+        ),
         ([START, *CHUNKS, *POOL], "No step was taken in this run."),
-        ([START, EndRow("failed", 1.0, "the teacher failed its check", time=1001.0)], "the teacher failed its check"),
+        (
+            [START, EndRow("failed", 1.0, "the teacher failed its check", time=1001.0)],
+            "the teacher failed its check",
+        ),
         ([START], "there is no pace to show"),
     ],
     ids=["interrupted", "killed", "cached", "produced only", "failed at once", "just begun"],
@@ -329,9 +462,15 @@ def test_a_journal_cut_off_in_a_line_is_reported(tmp_path):
 def test_what_a_later_version_wrote_is_left_out_and_said(tmp_path, capsys):
     _run_dir(tmp_path, [START, *TRAINED])
     with (tmp_path / "journal.jsonl").open("ab") as file:
-        file.write(sealed_line(kind="weather", time=1090.0) * 2 + sealed_line(kind="repair", time=1091.0, chunk=3, mood="glad"))
+        file.write(
+            sealed_line(kind="weather", time=1090.0) * 2
+            + sealed_line(kind="repair", time=1091.0, chunk=3, mood="glad")
+        )
     words = "2 rows of a newer version left out; 1 row shown without values of a newer version"
-    assert f"Of the journal: {words}." in _Text(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert (
+        f"Of the journal: {words}."
+        in _Text(write_report(tmp_path).read_text(encoding="utf-8")).text
+    )
     assert capsys.readouterr().err == f"note: {words}\n"
     _run_dir(tmp_path / "without", [START, *TRAINED])
     assert "newer version" not in write_report(tmp_path / "without").read_text(encoding="utf-8")
@@ -342,25 +481,39 @@ def test_a_report_for_which_there_is_no_room_says_so(tmp_path):
     with small_disk(tmp_path / "disk", num_bytes=64 << 10) as disk:
         _run_dir(disk, [START, *TRAINED])
         fill(disk / "ballast")
-        with pytest.raises(StoreUnavailable, match=r"cannot write report\.html in .*free some space"):
+        with pytest.raises(
+            StoreUnavailable, match=r"cannot write report\.html in .*free some space"
+        ):
             write_report(disk)
         assert not (disk / "report.html").exists()
 
 
 def test_targets_of_a_few_bytes_are_reported(tmp_path):
-    text = _Text(write_report(_run_dir(tmp_path, [replace(START, num_targets=2, bytes_per_token=66), *TRAINED])).read_text("utf-8")).text
+    text = _Text(
+        write_report(
+            _run_dir(tmp_path, [replace(START, num_targets=2, bytes_per_token=66), *TRAINED])
+        ).read_text("utf-8")
+    ).text
     assert "66 132 B 1.0" in text.replace("\N{NARROW NO-BREAK SPACE}", " ")
 
 
 def test_models_are_named_without_the_directories_above_them(tmp_path):
-    start = replace(START, teacher="/home/ada/secret project/models/teacher", student="/home/ada/secret project/models/student")
+    start = replace(
+        START,
+        teacher="/home/ada/secret project/models/teacher",
+        student="/home/ada/secret project/models/student",
+    )
     page = write_report(_run_dir(tmp_path, [start, *TRAINED])).read_text("utf-8")
     data = {"corpus": {"dataset": "/home/ada/data/texts.jsonl"}}
-    assert "<td>data/texts.jsonl</td>" in write_report(_run_dir(tmp_path / "data", [START], data)).read_text("utf-8")
+    assert "<td>data/texts.jsonl</td>" in write_report(
+        _run_dir(tmp_path / "data", [START], data)
+    ).read_text("utf-8")
     assert "<title>models/student from models/teacher · Stillhouse report</title>" in page
     assert "Teacher <b>models/teacher</b> → student <b>models/student</b>" in page
     assert "secret project" not in page
-    assert "acme/teacher" in write_report(_run_dir(tmp_path / "hub", [START, *TRAINED])).read_text("utf-8")
+    assert "acme/teacher" in write_report(_run_dir(tmp_path / "hub", [START, *TRAINED])).read_text(
+        "utf-8"
+    )
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
@@ -369,7 +522,9 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 
 
 def test_the_size_of_a_figure_does_not_grow_with_the_run():
-    long = _summary(replace(START, total_steps=20_000), *_training("student", range(1, 20_001), 1000.0))
+    long = _summary(
+        replace(START, total_steps=20_000), *_training("student", range(1, 20_001), 1000.0)
+    )
     panels = training_panels(long)
     assert all(len(panel.svg) < 40_000 for panel in panels)
     assert all("Each point is the mean of 67 steps." in panel.caption for panel in panels)
@@ -377,6 +532,10 @@ def test_the_size_of_a_figure_does_not_grow_with_the_run():
 
 def test_a_loss_that_is_not_finite_does_not_spoil_the_figures(tmp_path):
     broken = replace(TRAINED[3], loss=float("nan"), divergence=float("nan"), grad_norm=float("inf"))
-    text = write_report(_run_dir(tmp_path, [START, *TRAINED[:3], broken])).read_text(encoding="utf-8")
-    assert not [path for path in re.findall(r' d="([^"]*)"', text) if "nan" in path or "inf" in path]
+    text = write_report(_run_dir(tmp_path, [START, *TRAINED[:3], broken])).read_text(
+        encoding="utf-8"
+    )
+    assert not [
+        path for path in re.findall(r' d="([^"]*)"', text) if "nan" in path or "inf" in path
+    ]
     assert text.count("<svg") == 7

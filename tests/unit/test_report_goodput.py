@@ -1,4 +1,5 @@
-"""Where the time went, on made-up journals whose answer is known by hand: every second is in one part, and the parts add up."""
+"""Where the time went, on made-up journals whose answer is known by hand: every second is in one
+part, and the parts add up."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from stillhouse.report import write_report
-from stillhouse.report.goodput import PARTS, Part, Recovery, TimeSpent, incidents, recoveries, student_time, teacher_time
+from stillhouse.report.goodput import (
+    PARTS,
+    Part,
+    Recovery,
+    TimeSpent,
+    incidents,
+    recoveries,
+    student_time,
+    teacher_time,
+)
 from stillhouse.report.summary import Summary, summarise
 from stillhouse.tracking import (
     CheckpointRow,
@@ -58,12 +68,20 @@ def summary_of(*rows: Row) -> Summary:
     return summary
 
 
-def step(number: int, at: float, *, seconds: float = 4.0, waited: float = 1.0, role: str = "student") -> TrainRow:
-    return TrainRow(role, number, 2.0, 1.5, 3.0, 0.7, 1e-4, 200, seconds, waited, 50.0, time=1000.0 + at)
+def step(
+    number: int, at: float, *, seconds: float = 4.0, waited: float = 1.0, role: str = "student"
+) -> TrainRow:
+    return TrainRow(
+        role, number, 2.0, 1.5, 3.0, 0.7, 1e-4, 200, seconds, waited, 50.0, time=1000.0 + at
+    )
 
 
-def chunk(number: int, at: float, *, seconds: float = 5.0, replica: int = 0, duplicate: bool = False) -> ChunkRow:
-    return ChunkRow(number, 250, 44_000, seconds, replica, 0.97, 3e-6, 4e-4, duplicate, time=1000.0 + at)
+def chunk(
+    number: int, at: float, *, seconds: float = 5.0, replica: int = 0, duplicate: bool = False
+) -> ChunkRow:
+    return ChunkRow(
+        number, 250, 44_000, seconds, replica, 0.97, 3e-6, 4e-4, duplicate, time=1000.0 + at
+    )
 
 
 def pool(published: int, at: float, waited: float = 0.0, **more: int) -> PoolRow:
@@ -74,7 +92,9 @@ def teacher(replica: int, at: float, seconds: float = 3.0) -> TeacherRow:
     return TeacherRow(replica, seconds, "cpu", "reference", time=1000.0 + at)
 
 
-def saved(number: int, at: float, *, seconds: float, blocking: float, role: str = "student") -> CheckpointRow:
+def saved(
+    number: int, at: float, *, seconds: float, blocking: float, role: str = "student"
+) -> CheckpointRow:
     return CheckpointRow(role, number, seconds, 1000, blocking, time=1000.0 + at)
 
 
@@ -107,7 +127,14 @@ def test_an_undisturbed_student_starts_works_waits_saves_and_is_done() -> None:
     ]
     found = student_time(summary_of(*sorted(rows, key=lambda row: row.time)))
     assert spent(found) == pytest.approx(
-        {"useful": 13.0, "waiting": 3.0, "checkpointing": 3.5, "starting": 10.0, "other": 0.5, "released": 10.0}
+        {
+            "useful": 13.0,
+            "waiting": 3.0,
+            "checkpointing": 3.5,
+            "starting": 10.0,
+            "other": 0.5,
+            "released": 10.0,
+        }
     )
     assert found is not None
     assert found.total_s == pytest.approx(40.0)
@@ -119,7 +146,9 @@ RECOVERED = [
     step(1, 10.0),
     step(2, 14.0),
     step(3, 18.0),
-    step(2, 36.0),  # the group was lost at 18, had committed step 1, and took step 2 again from 32 to 36
+    step(
+        2, 36.0
+    ),  # the group was lost at 18, had committed step 1, and took step 2 again from 32 to 36
     RecoveryRow("student", "died", "rank 1 was killed", 18.0, 2, 1, 2, time=1036.0),
     step(3, 40.0),
     step(4, 44.0),
@@ -141,11 +170,15 @@ def test_a_notice_that_cost_no_step_is_a_recovery_too() -> None:
         step(1, 10.0),
         step(2, 14.0),
         step(3, 30.0),
-        RecoveryRow("student", "notice", "spot instance-action terminate", 16.0, 1, 2, 0, time=1030.0),
+        RecoveryRow(
+            "student", "notice", "spot instance-action terminate", 16.0, 1, 2, 0, time=1030.0
+        ),
         end(30.0),
     ]
     summary = summary_of(*rows)
-    assert spent(student_time(summary)) == pytest.approx({"starting": 6.0, "useful": 9.0, "waiting": 3.0, "restarting": 12.0})
+    assert spent(student_time(summary)) == pytest.approx(
+        {"starting": 6.0, "useful": 9.0, "waiting": 3.0, "restarting": 12.0}
+    )
     assert [each.lost_steps for each in recoveries(summary)] == [0]
 
 
@@ -163,7 +196,14 @@ def test_a_killed_run_that_goes_on_has_restarted_and_the_time_between_is_nobodys
     summary = summary_of(*rows)
     found = student_time(summary)
     assert spent(found) == pytest.approx(
-        {"starting": 6.0, "useful": 12.0, "waiting": 4.0, "redone": 4.0, "restarting": 8.0, "released": 4.0}
+        {
+            "starting": 6.0,
+            "useful": 12.0,
+            "waiting": 4.0,
+            "redone": 4.0,
+            "restarting": 8.0,
+            "released": 4.0,
+        }
     )
     assert found is not None
     assert found.total_s == pytest.approx(summary.run_s)
@@ -173,12 +213,20 @@ def test_a_killed_run_that_goes_on_has_restarted_and_the_time_between_is_nobodys
 def test_a_run_that_was_interrupted_before_its_first_step_says_so_when_it_goes_on() -> None:
     rows = [START, end(5.0, "interrupted"), again(2, 100.0), step(1, 110.0), end(110.0, "failed")]
     summary = summary_of(*rows)
-    assert spent(student_time(summary)) == pytest.approx({"starting": 5.0, "restarting": 6.0, "useful": 3.0, "waiting": 1.0})
-    assert recoveries(summary) == [Recovery(15.0, "run", "interrupted", 10.0, 0, "attempt 2 goes on")]
+    assert spent(student_time(summary)) == pytest.approx(
+        {"starting": 5.0, "restarting": 6.0, "useful": 3.0, "waiting": 1.0}
+    )
+    assert recoveries(summary) == [
+        Recovery(15.0, "run", "interrupted", 10.0, 0, "attempt 2 goes on")
+    ]
 
 
 def test_the_control_starts_anew_and_its_work_is_useful() -> None:
-    rows = [START, *(step(n, 6.0 + 4.0 * n) for n in range(1, 5)), saved(4, 24.0, seconds=2.0, blocking=0.1)]
+    rows = [
+        START,
+        *(step(n, 6.0 + 4.0 * n) for n in range(1, 5)),
+        saved(4, 24.0, seconds=2.0, blocking=0.1),
+    ]
     rows += [step(1, 32.0, role="control", waited=0.0), end(32.0)]
     assert spent(student_time(summary_of(*rows))) == pytest.approx(
         {"starting": 6.0 + 4.0, "useful": 16.0, "waiting": 4.0, "checkpointing": 2.0}
@@ -230,14 +278,39 @@ def test_a_chunk_made_twice_was_useful_once_and_a_replacement_is_a_restart() -> 
     ]
     summary = summary_of(*rows)
     assert spent(teacher_time(summary)) == pytest.approx(
-        {"starting": 20.0, "useful": 10.0, "redone": 6.0 + 5.0, "restarting": 4.0, "other": 80.0 - 45.0}
+        {
+            "starting": 20.0,
+            "useful": 10.0,
+            "redone": 6.0 + 5.0,
+            "restarting": 4.0,
+            "other": 80.0 - 45.0,
+        }
     )
-    assert incidents(summary) == ["1 lease lost with a teacher", "1 chunk made twice", "1 damaged chunk made anew"]
+    assert incidents(summary) == [
+        "1 lease lost with a teacher",
+        "1 chunk made twice",
+        "1 damaged chunk made anew",
+    ]
 
 
-def test_every_start_of_a_later_attempt_is_a_restart_and_a_store_that_is_full_releases_at_once() -> None:
-    rows = [START, teacher(0, 4.0), teacher(1, 4.0), chunk(0, 9.0), again(2, 100.0), teacher(0, 106.0), teacher(1, 106.0)]
-    rows += [chunk(1, 111.0), pool(4, 111.0), end(111.0), again(3, 200.0), pool(4, 200.0), end(230.0)]
+def test_every_start_of_a_later_attempt_is_a_restart_and_a_full_store_releases_at_once() -> None:
+    rows = [
+        START,
+        teacher(0, 4.0),
+        teacher(1, 4.0),
+        chunk(0, 9.0),
+        again(2, 100.0),
+        teacher(0, 106.0),
+        teacher(1, 106.0),
+    ]
+    rows += [
+        chunk(1, 111.0),
+        pool(4, 111.0),
+        end(111.0),
+        again(3, 200.0),
+        pool(4, 200.0),
+        end(230.0),
+    ]
     assert spent(teacher_time(summary_of(*rows))) == pytest.approx(
         {"starting": 8.0, "restarting": 12.0, "useful": 10.0, "other": 10.0, "released": 60.0}
     )
@@ -259,8 +332,21 @@ def test_nobody_at_work_spent_no_time(rows: Sequence[Row]) -> None:
 
 def test_the_parts_of_any_course_add_up_to_the_run() -> None:
     """Rows in any order and of any length: clocks of other machines may be behind."""
-    rows = [START, teacher(0, 3.0), step(1, 9.0, seconds=20.0), chunk(0, 5.0, seconds=50.0), saved(1, 7.0, seconds=30.0, blocking=30.0)]
-    rows += [step(2, 8.0), again(2, 30.0), step(2, 31.0, seconds=9.0), step(2, 31.0), pool(1, 40.0, waited=99.0), chunk(0, 41.0)]
+    rows = [
+        START,
+        teacher(0, 3.0),
+        step(1, 9.0, seconds=20.0),
+        chunk(0, 5.0, seconds=50.0),
+        saved(1, 7.0, seconds=30.0, blocking=30.0),
+    ]
+    rows += [
+        step(2, 8.0),
+        again(2, 30.0),
+        step(2, 31.0, seconds=9.0),
+        step(2, 31.0),
+        pool(1, 40.0, waited=99.0),
+        chunk(0, 41.0),
+    ]
     summary = summary_of(*rows)
     students, teachers = student_time(summary), teacher_time(summary)
     assert students is not None
@@ -271,7 +357,9 @@ def test_the_parts_of_any_course_add_up_to_the_run() -> None:
     assert teachers.total_s == pytest.approx(2 * summary.run_s)
 
 
-def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(tmp_path: Path) -> None:
+def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
+    tmp_path: Path,
+) -> None:
     more: list[Row] = [
         NoticeRow("aws", "n1", 110.0, "spot", time=1041.0),
         StallRow("student", 1, 3, "step", 30.0, "", time=1042.0),
@@ -282,7 +370,10 @@ def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
         OutageRow("student, rank 1", 61.0, "the store is too busy", time=1044.6),
     ]
     pages = {}
-    for name, rows in {"calm": [START, step(1, 10.0), end(10.0)], "stormy": [*RECOVERED[:-1], *more, RECOVERED[-1]]}.items():
+    for name, rows in {
+        "calm": [START, step(1, 10.0), end(10.0)],
+        "stormy": [*RECOVERED[:-1], *more, RECOVERED[-1]],
+    }.items():
         (tmp_path / name).mkdir()
         for row in rows:
             Journal(tmp_path / name / "journal.jsonl").record(row)

@@ -1,4 +1,5 @@
-"""A store that is away is waited for, told of once, and given up in the end; what cannot be mended by waiting is raised at once."""
+"""A store that is away is waited for, told of once, and given up in the end; what cannot be mended
+by waiting is raised at once."""
 
 from collections.abc import Callable
 
@@ -36,7 +37,13 @@ def away_until(clock: Clock, moment: float) -> Callable[[], str]:
 
 
 def insisted(clock: Clock, call: Callable[[], str], told: list[tuple[float, str]]) -> str:
-    return insist(call, patience=PATIENCE, tell=lambda *words: told.append(words), pause=clock.pause, clock=clock)
+    return insist(
+        call,
+        patience=PATIENCE,
+        tell=lambda *words: told.append(words),
+        pause=clock.pause,
+        clock=clock,
+    )
 
 
 def test_a_short_absence_is_not_told():
@@ -57,7 +64,10 @@ def test_a_long_absence_is_told_once_with_the_stores_words():
 
 def test_the_wait_has_an_end():
     clock, told = Clock(), list[tuple[float, str]]()
-    with pytest.raises(StoreUnavailable, match=r"busy at .* after 1800 s of waiting it is given up.*run again to go on from there"):
+    with pytest.raises(
+        StoreUnavailable,
+        match=r"busy at .* after 1800 s of waiting it is given up.*run again to go on from there",
+    ):
         insisted(clock, away_until(clock, 1e9), told)
     assert len(told) == 1
     assert 2800.0 <= clock.now < 2830.0

@@ -1,4 +1,5 @@
-"""JSON with its checksum: a change of any value is seen, and both forms that are in files are the ones of their readers."""
+"""JSON with its checksum: a change of any value is seen, and both forms that are in files are the
+ones of their readers."""
 
 import json
 from typing import Any
@@ -11,8 +12,13 @@ from stillhouse.sealed import digest_of, opened, sealed
 VALUES: dict[str, Any] = {"b": [1, 2.5, None], "a": {"é": "ü", "z": True}}
 
 
-@pytest.mark.parametrize(("compact", "text"), [(False, r'{"a": {"z": true, "\u00e9": "\u00fc"}, "b": [1, 2.5, null]}'), (True, None)])
-def test_the_checksum_is_of_the_sorted_text_with_spaces_or_without(compact: bool, text: str | None) -> None:
+@pytest.mark.parametrize(
+    ("compact", "text"),
+    [(False, r'{"a": {"z": true, "\u00e9": "\u00fc"}, "b": [1, 2.5, null]}'), (True, None)],
+)
+def test_the_checksum_is_of_the_sorted_text_with_spaces_or_without(
+    compact: bool, text: str | None
+) -> None:
     text = text or r'{"a":{"z":true,"\u00e9":"\u00fc"},"b":[1,2.5,null]}'
     assert digest_of(VALUES, compact=compact) == xxhash.xxh3_64_hexdigest(text.encode())
 
@@ -22,9 +28,16 @@ def test_sealed_values_open_in_any_layout_and_no_other_ones_do(compact: bool) ->
     whole = sealed(VALUES, name="check", compact=compact)
     assert list(whole) == ["b", "a", "check"]
     for layout in ({}, {"indent": 2}, {"sort_keys": True}):
-        assert opened(json.loads(json.dumps(whole, **layout)), name="check", compact=compact) == VALUES
+        assert (
+            opened(json.loads(json.dumps(whole, **layout)), name="check", compact=compact) == VALUES
+        )
     assert "check" in whole  # what is opened stays as it is
-    for other in (whole | {"b": [1, 2.5, 0]}, whole | {"c": 1}, whole | {"check": None}, sealed(VALUES, name="check", compact=not compact)):
+    for other in (
+        whole | {"b": [1, 2.5, 0]},
+        whole | {"c": 1},
+        whole | {"check": None},
+        sealed(VALUES, name="check", compact=not compact),
+    ):
         with pytest.raises(ValueError, match="its checksum differs"):
             opened(other, name="check", compact=compact)
 

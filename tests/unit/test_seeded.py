@@ -5,8 +5,15 @@ import torch
 
 from stillhouse.seeded import GOLDEN, shifted, splitmix64
 
-# The first outputs of the reference implementation (https://prng.di.unimi.it/splitmix64.c) from the state 1234567.
-PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+# The first outputs of the reference implementation (https://prng.di.unimi.it/splitmix64.c) from the
+# state 1234567.
+PUBLISHED = [
+    6457827717110365317,
+    3203168211198807973,
+    9817491932198370423,
+    4593380528125082431,
+    16408922859458223821,
+]
 
 
 def test_the_stream_of_a_seed_is_the_published_one_in_numpy_and_in_torch() -> None:

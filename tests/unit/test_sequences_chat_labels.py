@@ -1,7 +1,9 @@
-"""Packed conversations, token by token: what is learnt is what an assistant wrote, by a rule that knows the text of a template alone.
+"""Packed conversations, token by token: what is learnt is what an assistant wrote, by a rule that
+knows the text of a template alone.
 
-The rule: in the rendered text each character has an owner, and a token is a label iff an assistant owns its first character. A position is
-learnt from iff the token after it lies in the same sequence and the same document, and is a label.
+The rule: in the rendered text each character has an owner, and a token is a label iff an assistant
+owns its first character. A position is learnt from iff the token after it lies in the same sequence
+and the same document, and is a label.
 
 Shapes: S sequences, L tokens in a sequence, N tokens of a stream.
 """
@@ -22,9 +24,13 @@ from stillhouse.config import CorpusSection
 from stillhouse.sequences import Corpus, prepare_corpus
 
 LENGTH = 64
-NO_HEADERS = (  # an assistant's turn has no header, and a system's leaves no trace: a document may begin with an assistant's word
-    "{% for message in messages %}{% if message['role'] == 'user' %}[user]{{ message['content'] }}[/user]"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
+# an assistant's turn has no header, and a system's leaves no trace: a document may begin with an
+# assistant's word
+NO_HEADERS = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}[user]{{ message['content'] "
+    "}}[/user]"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}<|im_end|>{% endif %}{% "
+    "endfor %}"
 )
 Owner = Callable[[str], list[bool]]
 
@@ -53,11 +59,15 @@ def owned_without_headers(text: str) -> list[bool]:
     return owned
 
 
-TEMPLATES: dict[str, tuple[str, Owner]] = {"ChatML": (CHAT_TEMPLATE, owned_in_chatml), "no headers": (NO_HEADERS, owned_without_headers)}
+TEMPLATES: dict[str, tuple[str, Owner]] = {
+    "ChatML": (CHAT_TEMPLATE, owned_in_chatml),
+    "no headers": (NO_HEADERS, owned_without_headers),
+}
 
 
 def conversations(count: int) -> list[list[dict[str, str]]]:
-    """Of one to three answers, some after a system's turn, some of which an assistant opens; each says its number in its first answer."""
+    """Of one to three answers, some after a system's turn, some of which an assistant opens; each
+    says its number in its first answer."""
     random = np.random.default_rng(0)
 
     def said(role: str, words: str, most: int) -> dict[str, str]:
@@ -74,7 +84,9 @@ def conversations(count: int) -> list[list[dict[str, str]]]:
     return found
 
 
-def document(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], owner: Owner) -> Document:
+def document(
+    tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], owner: Owner
+) -> Document:
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     owned = owner(text)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -82,21 +94,28 @@ def document(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], ow
 
 
 def columns(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rows = replace(corpus, order_path=None).rows(0, corpus.num_sequences)  # in the order of their packing
+    # in the order of their packing
+    rows = replace(corpus, order_path=None).rows(0, corpus.num_sequences)
     return rows.token_ids_SL, rows.positions_SL, rows.loss_mask_SL
 
 
-def account_of(stream: Sequence[int], documents: Sequence[Document]) -> tuple[list[int], list[bool]]:
-    """Of each token of documents laid end to end, the last one perhaps cut: which document it is of, and whether it is a label.
+def account_of(
+    stream: Sequence[int], documents: Sequence[Document]
+) -> tuple[list[int], list[bool]]:
+    """Of each token of documents laid end to end, the last one perhaps cut: which document it is
+    of, and whether it is a label.
 
-    No document is the beginning of another; of several that begin with the same few last tokens, any gives the same account.
+    No document is the beginning of another; of several that begin with the same few last tokens,
+    any gives the same account.
     """
     owners: list[int] = []
     labels: list[bool] = []
     left = dict(enumerate(documents))
     while len(owners) < len(stream):
         rest = list(stream[len(owners) :])
-        number = next(number for number, one in left.items() if rest[: len(one.ids)] == one.ids[: len(rest)])
+        number = next(
+            number for number, one in left.items() if rest[: len(one.ids)] == one.ids[: len(rest)]
+        )
         one = left.pop(number)
         owners += [number] * min(len(one.ids), len(rest))
         labels += one.is_label[: len(rest)]
@@ -104,7 +123,8 @@ def account_of(stream: Sequence[int], documents: Sequence[Document]) -> tuple[li
 
 
 def expected_mask(owners: Sequence[int], labels: Sequence[bool]) -> list[int]:
-    """One token after the other: 1 iff the one after it is in the same sequence, of the same document, and a label."""
+    """One token after the other: 1 iff the one after it is in the same sequence, of the same
+    document, and a label."""
     mask = []
     for here in range(len(owners)):
         after = here + 1
@@ -121,8 +141,18 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[list[Corpu
     rows = conversations(160)
     file = tmp_path / "chat.jsonl"
     file.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows))
-    values: dict[str, Any] = {"dataset": str(file), "format": "chat", "sequence_length": LENGTH, "heldout_sequences": 8}
-    split = prepare_corpus(CorpusSection.model_validate(values), tokenizer, tokenizer_digest="digest", cache_dir=tmp_path / "cache")
+    values: dict[str, Any] = {
+        "dataset": str(file),
+        "format": "chat",
+        "sequence_length": LENGTH,
+        "heldout_sequences": 8,
+    }
+    split = prepare_corpus(
+        CorpusSection.model_validate(values),
+        tokenizer,
+        tokenizer_digest="digest",
+        cache_dir=tmp_path / "cache",
+    )
     return [split.heldout, split.train], [document(tokenizer, turns, owner) for turns in rows]
 
 
@@ -137,7 +167,9 @@ def test_a_position_is_learnt_from_iff_the_next_token_of_its_document_is_an_assi
         assert mask_SL.ravel().tolist() == expected_mask(owners, labels)
 
 
-def test_positions_begin_anew_with_each_conversation_and_each_sequence(prepared: tuple[list[Corpus], list[Document]]) -> None:
+def test_positions_begin_anew_with_each_conversation_and_each_sequence(
+    prepared: tuple[list[Corpus], list[Document]],
+) -> None:
     corpora, documents = prepared
     for corpus in corpora:
         ids_SL, positions_SL, _ = columns(corpus)
@@ -149,7 +181,9 @@ def test_positions_begin_anew_with_each_conversation_and_each_sequence(prepared:
             assert found == position
 
 
-def test_a_mask_that_is_shifted_or_ignores_documents_would_be_another(prepared: tuple[list[Corpus], list[Document]]) -> None:
+def test_a_mask_that_is_shifted_or_ignores_documents_would_be_another(
+    prepared: tuple[list[Corpus], list[Document]],
+) -> None:
     """Or these conversations could not tell a wrong mask from a right one."""
     corpora, documents = prepared
     ids_SL, _, _ = columns(corpora[1])

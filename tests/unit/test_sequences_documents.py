@@ -13,14 +13,22 @@ from helpers.conversions import converted_as_told
 from helpers.damage import small_disk
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError, UserError
-from stillhouse.sequences.documents import cure_of_hub, from_dataset, load_documents, looks_like_path, shuffled_order
+from stillhouse.sequences.documents import (
+    cure_of_hub,
+    from_dataset,
+    load_documents,
+    looks_like_path,
+    shuffled_order,
+)
 from stillhouse.sequences.json_files import first_fault
 
 TEXTS = [f"document number {number}" for number in range(20)]
 
 
 def read_all(cache_dir: Path, dataset: str | Path, **settings: object) -> list[object]:
-    documents = load_documents(CorpusSection.model_validate({"dataset": str(dataset), **settings}), cache_dir=cache_dir)
+    documents = load_documents(
+        CorpusSection.model_validate({"dataset": str(dataset), **settings}), cache_dir=cache_dir
+    )
     return [document for _, document in documents]
 
 
@@ -40,12 +48,16 @@ def write_table(directory: Path, suffix: str) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow"])
-def test_every_kind_of_table_gives_the_same_documents_in_the_same_order(tmp_path: Path, suffix: str) -> None:
+def test_every_kind_of_table_gives_the_same_documents_in_the_same_order(
+    tmp_path: Path, suffix: str
+) -> None:
     expected = [TEXTS[number] for number in shuffled_order(len(TEXTS), "corpus", seed=3)]
     assert read_all(tmp_path, write_table(tmp_path, suffix), seed=3) == expected
 
 
-def test_text_files_are_one_document_each_whether_named_by_directory_or_glob(tmp_path: Path) -> None:
+def test_text_files_are_one_document_each_whether_named_by_directory_or_glob(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "deep").mkdir()
     for number, name in enumerate(["a.txt", "b.md", "c.py", "deep/d.text"]):
         (tmp_path / name).write_text(f"first line {number}\nsecond line\n")
@@ -59,7 +71,10 @@ def test_text_files_are_one_document_each_whether_named_by_directory_or_glob(tmp
 def test_the_order_is_a_function_of_number_and_seed_that_never_changes() -> None:
     assert shuffled_order(8, "corpus", seed=0).tolist() == [1, 5, 6, 4, 2, 7, 3, 0]
     assert sorted(shuffled_order(1000, "sequence", seed=1).tolist()) == list(range(1000))
-    assert shuffled_order(1000, "sequence", seed=1).tolist() != shuffled_order(1000, "sequence", seed=2).tolist()
+    assert (
+        shuffled_order(1000, "sequence", seed=1).tolist()
+        != shuffled_order(1000, "sequence", seed=2).tolist()
+    )
 
 
 def test_max_documents_is_taken_after_the_shuffle(tmp_path: Path) -> None:
@@ -71,7 +86,10 @@ def test_the_standard_library_is_source_files_without_their_tests(tmp_path: Path
     documents = read_all(tmp_path, "stdlib")
     assert len(documents) > 300
     assert any("class JSONDecoder" in str(document) for document in documents)
-    assert not any("class TestJson" in str(document) or "import pytest" in str(document) for document in documents)
+    assert not any(
+        "class TestJson" in str(document) or "import pytest" in str(document)
+        for document in documents
+    )
 
 
 def test_the_identity_follows_contents_and_not_the_seed_alone(tmp_path: Path) -> None:
@@ -98,7 +116,10 @@ def test_streamed_and_empty_data_sets_are_refused() -> None:
 
 
 def test_a_path_is_told_from_a_hub_name() -> None:
-    assert all(looks_like_path(name) for name in ["/data", "./data", "~/data", "data/*.bin", "corpus.jsonl", "tests"])
+    assert all(
+        looks_like_path(name)
+        for name in ["/data", "./data", "~/data", "data/*.bin", "corpus.jsonl", "tests"]
+    )
     assert not any(looks_like_path(name) for name in ["wikitext", "owner/name", "owner/name-v1.5"])
 
 
@@ -116,13 +137,21 @@ def test_a_path_is_told_from_a_hub_name() -> None:
         ("text", {"dataset": "a.txt", "column": "body"}, "one column is 'text'"),
         ("text", {"dataset": "a.txt", "subset": "en"}, r"corpus\.subset mean nothing"),
         ("nothing", {"dataset": "stdlib", "revision": "main"}, r"corpus\.revision mean nothing"),
-        ("broken", {"dataset": "a.jsonl"}, r"a\.jsonl, line 2: not JSON.*one JSON object on each line\. Mend or remove the line"),
+        (
+            "broken",
+            {"dataset": "a.jsonl"},
+            r"a\.jsonl, line 2: not JSON.*one JSON object on each line\. Mend or remove the line",
+        ),
         ("table", {"dataset": "a.jsonl", "split": "test"}, "cannot be loaded.*test"),
         ("nothing", {"dataset": "owner/absent"}, "owner/absent cannot be loaded.*hf auth login"),
     ],
 )
 def test_a_source_that_cannot_be_read_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str, settings: dict[str, object], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: str,
+    settings: dict[str, object],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     contents: dict[str, dict[str, bytes]] = {
@@ -146,10 +175,22 @@ ROW = b'{"text": "a", "other": 1}\n'
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("a.jsonl", ROW * 5 + b'{"text": "caf\xe9"}\n' + ROW, "line 6: not UTF-8 text .*convert the file to UTF-8"),
-        ("a.jsonl", ROW + b"\n" + b'{"text": "a\n' + ROW, "line 3: not JSON .*column 12.*Mend or remove the line"),
+        (
+            "a.jsonl",
+            ROW * 5 + b'{"text": "caf\xe9"}\n' + ROW,
+            "line 6: not UTF-8 text .*convert the file to UTF-8",
+        ),
+        (
+            "a.jsonl",
+            ROW + b"\n" + b'{"text": "a\n' + ROW,
+            "line 3: not JSON .*column 12.*Mend or remove the line",
+        ),
         ("a.jsonl", ROW * 3 + b"[1, 2]\n", "line 4: a list; wanted: one JSON object on each line"),
-        ("a.json", b'[{"text": "a"},\n{"text": bad}]', "line 2: not JSON .*wanted: a list of objects"),
+        (
+            "a.json",
+            b'[{"text": "a"},\n{"text": bad}]',
+            "line 2: not JSON .*wanted: a list of objects",
+        ),
         ("a.json", b'[{"text": "a"},\n\n{"text": "caf\xe9"}]', "line 3: not UTF-8 text"),
     ],
 )
@@ -167,13 +208,17 @@ def test_an_object_over_many_lines_is_no_broken_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"text": TEXTS}, indent=1))
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{bad\n')
     assert first_fault([tmp_path / "a.json"]) is None
-    assert "b.jsonl, line 2: not JSON" in str(first_fault([tmp_path / "a.json", tmp_path / "b.jsonl"]))
+    assert "b.jsonl, line 2: not JSON" in str(
+        first_fault([tmp_path / "a.json", tmp_path / "b.jsonl"])
+    )
 
 
 def test_text_in_a_table_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) -> None:
     texts = pa.array([b"a", b"caf\xe9"]).view(pa.string())
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    with pytest.raises(CorpusError, match=r"row 1 of .*a\.parquet: not UTF-8 text .*convert or remove it"):
+    with pytest.raises(
+        CorpusError, match=r"row 1 of .*a\.parquet: not UTF-8 text .*convert or remove it"
+    ):
         read_all(tmp_path / "cache", tmp_path / "a.parquet")
 
 
@@ -187,10 +232,14 @@ def test_text_in_a_table_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) ->
         ({"instruction": "Why?", "input": "", "output": "So."}, "Why?"),
     ],
 )
-def test_questions_and_answers_in_columns_come_with_a_conversion_that_works(tmp_path: Path, row: dict[str, str], asked: str) -> None:
+def test_questions_and_answers_in_columns_come_with_a_conversion_that_works(
+    tmp_path: Path, row: dict[str, str], asked: str
+) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(CorpusError, match=f"no column 'messages'.*make conversations of {next(iter(row))}") as refusal:
+    with pytest.raises(
+        CorpusError, match=f"no column 'messages'.*make conversations of {next(iter(row))}"
+    ) as refusal:
         read_all(tmp_path / "cache", file, format="chat")
     converted = converted_as_told(refusal.value, file, cache_dir=tmp_path / "cache")
     assert read_all(tmp_path / "cache", converted, format="chat") == [
@@ -200,13 +249,24 @@ def test_questions_and_answers_in_columns_come_with_a_conversion_that_works(tmp_
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_another(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=rf"the cache {tmp_path}/file/cache.* cannot be written: Not a directory.*set XDG_CACHE_HOME"):
+    with pytest.raises(
+        UserError,
+        match=rf"the cache {tmp_path}/file/cache.* cannot be written: Not a directory.*set "
+        r"XDG_CACHE_HOME",
+    ):
         read_all(tmp_path / "file" / "cache", write_table(tmp_path, ".jsonl"))
 
 
-@pytest.mark.parametrize("reason", [OSError(errno.ENOSPC, "No space left"), OSError("Not enough disk space. Needed: 1 GiB")])
-def test_a_full_disk_is_no_reason_to_check_the_name_of_a_data_set_of_the_hub(reason: OSError) -> None:
-    failed = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+@pytest.mark.parametrize(
+    "reason",
+    [OSError(errno.ENOSPC, "No space left"), OSError("Not enough disk space. Needed: 1 GiB")],
+)
+def test_a_full_disk_is_no_reason_to_check_the_name_of_a_data_set_of_the_hub(
+    reason: OSError,
+) -> None:
+    failed = datasets.exceptions.DatasetGenerationError(
+        "An error occurred while generating the dataset"
+    )
     failed.__cause__ = reason
     assert "HF_HOME" in cure_of_hub(failed)
     assert "check name" in cure_of_hub(FileNotFoundError(errno.ENOENT, "no such data set"))
@@ -214,6 +274,9 @@ def test_a_full_disk_is_no_reason_to_check_the_name_of_a_data_set_of_the_hub(rea
 
 def test_a_full_disk_of_the_cache_is_told_from_bad_tables(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", num_bytes=4096) as disk:
-        message = rf"the cache {disk}/cache.* cannot be written: No space left.*make room on that disk, or set XDG_CACHE_HOME"
+        message = (
+            rf"the cache {disk}/cache.* cannot be written: No space left.*make room on that "
+            r"disk, or set XDG_CACHE_HOME"
+        )
         with pytest.raises(UserError, match=message):
             read_all(disk / "cache", write_table(tmp_path, ".jsonl"))

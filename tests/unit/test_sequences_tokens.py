@@ -1,4 +1,5 @@
-"""Tokenising: bounded in memory and time, and rows of other forms that are refused with what would make them fit."""
+"""Tokenising: bounded in memory and time, and rows of other forms that are refused with what would
+make them fit."""
 
 import json
 import signal
@@ -39,7 +40,8 @@ class CountingTokenizer:
 
     def __call__(self, texts: Sequence[str], **_settings: object) -> dict[str, list[Any]]:
         self.calls.append(list(texts))
-        offsets_N2 = np.full((len(self.ids), 2), len(QUESTION["content"]))  # all of them in the answer
+        # all of them in the answer
+        offsets_N2 = np.full((len(self.ids), 2), len(QUESTION["content"]))
         return {"input_ids": [self.ids] * len(texts), "offset_mapping": [offsets_N2] * len(texts)}
 
     def apply_chat_template(self, turns: list[dict[str, str]], **_settings: object) -> str:
@@ -48,13 +50,17 @@ class CountingTokenizer:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), vocab_size=400, chat_template=CHAT_TEMPLATE)
+    return make_tokenizer(
+        tmp_path_factory.mktemp("tokenizer"), vocab_size=400, chat_template=CHAT_TEMPLATE
+    )
 
 
 def prepare(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: Any, **settings: Any) -> Split:
     file = folder / "corpus.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    section = CorpusSection.model_validate({"dataset": str(file), "sequence_length": 16, "heldout_sequences": 1, **settings})
+    section = CorpusSection.model_validate(
+        {"dataset": str(file), "sequence_length": 16, "heldout_sequences": 1, **settings}
+    )
     return prepare_corpus(section, tokenizer, tokenizer_digest="digest", cache_dir=folder / "cache")
 
 
@@ -65,21 +71,27 @@ def prepare(folder: Path, rows: Sequence[dict[str, Any]], tokenizer: Any, **sett
     ("as_row", "settings"),
     [
         (lambda text: {"text": text}, {}),
-        (lambda text: {"messages": [QUESTION, {"role": "assistant", "content": text}]}, {"format": "chat"}),
+        (
+            lambda text: {"messages": [QUESTION, {"role": "assistant", "content": text}]},
+            {"format": "chat"},
+        ),
     ],
     ids=["text", "chat"],
 )
 def test_documents_are_tokenised_some_megabytes_of_them_at_a_time(
     tmp_path: Path, as_row: Callable[[str], dict[str, Any]], settings: dict[str, Any]
 ) -> None:
-    """A tokenizer needs some 200 bytes for each of a text. A document that is longer alone than the limit is tokenised alone."""
+    """A tokenizer needs some 200 bytes for each of a text. A document that is longer alone than the
+    limit is tokenised alone."""
     long, longer, limit = "木" * 500_000, "木" * 2_000_000, 4 << 20
     texts = [long, "short"] * 10 + [longer] + ["short"] * 1000
     tokenizer = CountingTokenizer(ids=[1] * 20)
     prepare(tmp_path, [as_row(text) for text in texts], tokenizer, **settings)
     sizes = [sum(len(text.encode()) for text in call) for call in tokenizer.calls]
     assert sum(map(len, tokenizer.calls)) == len(texts)
-    assert [len(call) for call, size in zip(tokenizer.calls, sizes, strict=True) if size > limit] == [1]
+    assert [
+        len(call) for call, size in zip(tokenizer.calls, sizes, strict=True) if size > limit
+    ] == [1]
     assert max(map(len, tokenizer.calls)) == 256
 
 
@@ -87,7 +99,13 @@ def test_a_conversation_that_is_cut_does_not_stay_in_memory_whole(tmp_path: Path
     num_rows, num_tokens = 64, 500_000
     tokenizer = CountingTokenizer(ids=np.ones(num_tokens, dtype=np.int32))
     tracemalloc.start()
-    prepare(tmp_path, [{"messages": [QUESTION, ANSWER]}] * num_rows, tokenizer, format="chat", packing=False)
+    prepare(
+        tmp_path,
+        [{"messages": [QUESTION, ANSWER]}] * num_rows,
+        tokenizer,
+        format="chat",
+        packing=False,
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < num_rows * num_tokens
@@ -104,7 +122,10 @@ def test_a_template_that_does_not_end_is_stopped_and_named(tmp_path: Path) -> No
     endless = make_tokenizer(tmp_path, chat_template=ENDLESS_TEMPLATE)
     section = CorpusSection(dataset="somewhere", format="chat")
     found = tokenise(conversations([QUESTION, ANSWER]), section, endless, template_limit_s=0.2)
-    with pytest.raises(CorpusError, match=r"row 0 of somewhere: the chat template of .* took more than 0\.2 s .*first 2 turns"):
+    with pytest.raises(
+        CorpusError,
+        match=r"row 0 of somewhere: the chat template of .* took more than 0\.2 s .*first 2 turns",
+    ):
         next(found)
 
 
@@ -112,26 +133,57 @@ def test_a_limit_that_was_not_reached_leaves_no_trace(tokenizer: PreTrainedToken
     section = CorpusSection(dataset="somewhere", format="chat")
     before = signal.getsignal(signal.SIGVTALRM)
     assert len(list(tokenise(conversations(*[[QUESTION, ANSWER]] * 3), section, tokenizer))) == 3
-    assert (signal.getitimer(signal.ITIMER_VIRTUAL), signal.getsignal(signal.SIGVTALRM)) == ((0.0, 0.0), before)
+    assert (signal.getitimer(signal.ITIMER_VIRTUAL), signal.getsignal(signal.SIGVTALRM)) == (
+        (0.0, 0.0),
+        before,
+    )
 
 
-def test_conversations_are_rendered_in_other_threads_than_the_main_one_too(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_conversations_are_rendered_in_other_threads_than_the_main_one_too(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     section = CorpusSection(dataset="somewhere", format="chat")
     with ThreadPoolExecutor() as threads:
-        assert len(threads.submit(lambda: list(tokenise(conversations([QUESTION, ANSWER]), section, tokenizer))).result()) == 1
+        assert (
+            len(
+                threads.submit(
+                    lambda: list(tokenise(conversations([QUESTION, ANSWER]), section, tokenizer))
+                ).result()
+            )
+            == 1
+        )
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_conversation_of_which_a_template_writes_nothing_is_left_out(tmp_path: Path, packing: bool) -> None:
+def test_a_conversation_of_which_a_template_writes_nothing_is_left_out(
+    tmp_path: Path, packing: bool
+) -> None:
     """As every sequence is that holds no target."""
     silent = make_tokenizer(
-        tmp_path / "tokenizer", chat_template="{% if messages[0]['content'] != 'hush' %}" + CHAT_TEMPLATE + "{% endif %}"
+        tmp_path / "tokenizer",
+        chat_template="{% if messages[0]['content'] != 'hush' %}" + CHAT_TEMPLATE + "{% endif %}",
     )
     said, unsaid = [QUESTION, ANSWER], [{"role": "user", "content": "hush"}, ANSWER]
     rows = [{"messages": turns} for turns in [said, unsaid] * 6]
-    split = prepare(tmp_path, rows, silent, format="chat", packing=packing, sequence_length=64, heldout_sequences=2)
+    split = prepare(
+        tmp_path,
+        rows,
+        silent,
+        format="chat",
+        packing=packing,
+        sequence_length=64,
+        heldout_sequences=2,
+    )
     (tmp_path / "without").mkdir()
-    others = prepare(tmp_path / "without", rows[::2], silent, format="chat", packing=packing, sequence_length=64, heldout_sequences=2)
+    others = prepare(
+        tmp_path / "without",
+        rows[::2],
+        silent,
+        format="chat",
+        packing=packing,
+        sequence_length=64,
+        heldout_sequences=2,
+    )
     assert split.train.num_targets == others.train.num_targets
     assert split.train.num_sequences == others.train.num_sequences
 
@@ -143,39 +195,78 @@ def test_a_conversation_of_which_a_template_writes_nothing_is_left_out(tmp_path:
     ("row", "message", "expected"),
     [
         (
-            {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Ho"},
+                ]
+            },
             "as turn 0: .*this is the ShareGPT form",
             [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")],
         ),
         (
-            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [{"type": "text", "text": "Ho"}]}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": [{"type": "text", "text": "Ho"}]},
+                ]
+            },
             "as turn 1: .*these are OpenAI content parts",
             [("user", "Hi"), ("assistant", "Ho")],
         ),
     ],
 )
 def test_rows_of_another_form_come_with_a_conversion_that_works(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], message: str, expected: list[tuple[str, str]]
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    row: dict[str, Any],
+    message: str,
+    expected: list[tuple[str, str]],
 ) -> None:
     column = next(iter(row))
     with pytest.raises(CorpusError, match=message) as refusal:
         prepare(tmp_path, [row] * 3, tokenizer, format="chat", column=column)
-    converted = converted_as_told(refusal.value, tmp_path / "corpus.jsonl", cache_dir=tmp_path / "cache")
+    converted = converted_as_told(
+        refusal.value, tmp_path / "corpus.jsonl", cache_dir=tmp_path / "cache"
+    )
     turns = json.loads(converted.read_text().splitlines()[0])["messages"]
     assert [(turn["role"], turn["content"]) for turn in turns] == expected
     prepare(converted.parent, [{"messages": turns}] * 9, tokenizer, format="chat")
 
 
-def test_the_turn_at_fault_is_shown_however_long_those_before_it_are(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "grow", "arguments": "{}"}}]}
-    rows = [{"messages": [{"role": "user", "content": "word " * 200}, call, {"role": "tool", "content": "4"}, ANSWER]}]
+def test_the_turn_at_fault_is_shown_however_long_those_before_it_are(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "grow", "arguments": "{}"}}],
+    }
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "word " * 200},
+                call,
+                {"role": "tool", "content": "4"},
+                ANSWER,
+            ]
+        }
+    ]
     with pytest.raises(
-        CorpusError, match=r"as turn 1: .*'content': None, 'tool_calls'.*grow.*; calls of tools are not read: write the call"
+        CorpusError,
+        match=r"as turn 1: .*'content': None, 'tool_calls'.*grow.*; calls of tools are not read: "
+        r"write the call",
     ):
         prepare(tmp_path, rows, tokenizer, format="chat")
 
 
-def test_a_turn_without_a_text_is_asked_for_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_turn_without_a_text_is_asked_for_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     rows = [{"messages": [QUESTION, {"role": "assistant", "content": None}]}]
-    with pytest.raises(CorpusError, match=r"as turn 1: \{'role': 'assistant', 'content': None\}; give it a text, or leave"):
+    with pytest.raises(
+        CorpusError,
+        match=r"as turn 1: \{'role': 'assistant', 'content': None\}; give it a text, or leave",
+    ):
         prepare(tmp_path, rows, tokenizer, format="chat")

@@ -1,6 +1,8 @@
-"""Whatever befalls requests, disks and processes, what was told stays true; and each planted fault is found by some course.
+"""Whatever befalls requests, disks and processes, what was told stays true; and each planted fault
+is found by some course.
 
-A course that fails is run again by `World(seed).run()`, with the seed from the assertion's message; `World.history` says what happened.
+A course that fails is run again by `World(seed).run()`, with the seed from the assertion's message;
+`World.history` says what happened.
 """
 
 from pathlib import Path
@@ -39,7 +41,10 @@ def test_requests_that_are_lost_doubled_and_late_break_no_promise():
 
 
 def test_a_power_cut_in_the_middle_of_everything_breaks_no_promise(tmp_path: Path):
-    broken = {seed: broken_by(World(seed, folder=folder_in(tmp_path, seed))) for seed in range(NUM_POWER_CUTS)}
+    broken = {
+        seed: broken_by(World(seed, folder=folder_in(tmp_path, seed)))
+        for seed in range(NUM_POWER_CUTS)
+    }
     assert {seed: problem for seed, problem in broken.items() if problem} == {}
 
 
@@ -62,10 +67,25 @@ class LosesSyncs(World):
 
 
 class CreatesOverOthers(Bucket):
-    """It replaces what is there although it was asked to create; only the objects with which it is tried stay."""
+    """It replaces what is there although it was asked to create; only the objects with which it is
+    tried stay."""
 
-    def put(self, _store: Any, path: str, file: bytes, *, mode: str = "overwrite", use_multipart: bool | None = None) -> None:
-        super().put(_store, path, file, mode=mode if "/probe-" in path else "overwrite", use_multipart=use_multipart)
+    def put(
+        self,
+        _store: Any,
+        path: str,
+        file: bytes,
+        *,
+        mode: str = "overwrite",
+        use_multipart: bool | None = None,
+    ) -> None:
+        super().put(
+            _store,
+            path,
+            file,
+            mode=mode if "/probe-" in path else "overwrite",
+            use_multipart=use_multipart,
+        )
 
 
 class IgnoresCreateOnly(World):
@@ -93,7 +113,9 @@ class AsksForNoPart(RankWriter):
 
     def _part(self, folder: str, rank: int) -> Files:
         there = {blob.key for blob in self._blobs.under(folder)}
-        return super()._part(folder, rank) if any(f"part-{rank:05d}" in key for key in there) else {}
+        return (
+            super()._part(folder, rank) if any(f"part-{rank:05d}" in key for key in there) else {}
+        )
 
 
 class CommitsBeforeAPartIsThere(World):
@@ -120,10 +142,16 @@ class SetsAsideWhateverIsLater(Stalling):
 
     def set_aside(self, blobs: Blobs, chosen: Choice) -> None:
         step = chosen.commit.step if chosen.commit is not None else 0
-        super().set_aside(blobs, chosen._replace(passed_over=dict.fromkeys(self._later(blobs, step), "")))
+        super().set_aside(
+            blobs, chosen._replace(passed_over=dict.fromkeys(self._later(blobs, step), ""))
+        )
 
     def _later(self, blobs: Blobs, step: int) -> list[str]:
-        return [name for name in blobs.names() if name.startswith("step-") and name.endswith(".json") and int(name[5:13]) > step]
+        return [
+            name
+            for name in blobs.names()
+            if name.startswith("step-") and name.endswith(".json") and int(name[5:13]) > step
+        ]
 
 
 class LooksForAnOwnerOnce(RankWriter):
@@ -131,7 +159,9 @@ class LooksForAnOwnerOnce(RankWriter):
 
     def _commit(self, made: Commit, *, began: float, blocking_s: float) -> None:
         self._insist(self._require_owner)
-        self._on_commit(self._insist(lambda: publish(self._blobs, made)), self._clock() - began, blocking_s)
+        self._on_commit(
+            self._insist(lambda: publish(self._blobs, made)), self._clock() - began, blocking_s
+        )
 
 
 class LooksForANewerOwnerTooEarly(Stalling):

@@ -1,4 +1,5 @@
-"""A chunk is read back exactly or refused: no flipped bit, no missing byte and no value that means nothing gets through."""
+"""A chunk is read back exactly or refused: no flipped bit, no missing byte and no value that means
+nothing gets through."""
 
 import json
 import math
@@ -38,10 +39,13 @@ def header_of(data: bytes) -> dict:
 
 
 def regions(data: bytes) -> dict[str, int]:
-    """The middle of every region of the file: its length field, header and checksum, and each tensor."""
+    """The middle of every region of the file: its length field, header and checksum, and each
+    tensor."""
     header = header_of(data)
     base = 8 + struct.unpack("<Q", data[:8])[0]
-    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    offsets = {
+        name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"
+    }
     places = {name: base + (first + last) // 2 for name, (first, last) in offsets.items()}
     places |= {f"first byte of {name}": base + first for name, (first, last) in offsets.items()}
     places |= {f"last byte of {name}": base + last - 1 for name, (first, last) in offsets.items()}
@@ -63,7 +67,11 @@ def sealed(data: bytes) -> bytes:
     rows = header_of(data)["row_xxh3"]["shape"][0]
     at = data.index(b'\\"xxh3\\":\\"') + 11
     blank = data[:at] + b"0" * 16 + data[at + 16 :]
-    return data[:at] + xxhash.xxh3_64_hexdigest(blank[: 8 + header_bytes + 16 * rows + 8]).encode() + data[at + 16 :]
+    return (
+        data[:at]
+        + xxhash.xxh3_64_hexdigest(blank[: 8 + header_bytes + 16 * rows + 8]).encode()
+        + data[at + 16 :]
+    )
 
 
 def with_header(header: dict, data: bytes = DATA) -> bytes:
@@ -74,7 +82,12 @@ def with_header(header: dict, data: bytes = DATA) -> bytes:
 
 @pytest.mark.parametrize(
     "recipe",
-    [RECIPE, small_recipe(num_draws=3, value_bits=6), small_recipe(k=0, num_draws=5, temperature=0.5), small_recipe(chunk_sequences=1)],
+    [
+        RECIPE,
+        small_recipe(num_draws=3, value_bits=6),
+        small_recipe(k=0, num_draws=5, temperature=0.5),
+        small_recipe(chunk_sequences=1),
+    ],
 )
 def test_a_chunk_is_read_back_exactly(recipe: Recipe):
     chunk = make_chunk(recipe, recipe.num_chunks - 1)
@@ -82,13 +95,19 @@ def test_a_chunk_is_read_back_exactly(recipe: Recipe):
 
 
 def test_a_chunk_without_a_single_target_is_read_back():
-    chunk = with_arrays(CHUNK, loss_mask_SL=np.zeros_like(CHUNK.sequences.loss_mask_SL), targets_NB=CHUNK.targets_NB[:0])
+    chunk = with_arrays(
+        CHUNK,
+        loss_mask_SL=np.zeros_like(CHUNK.sequences.loss_mask_SL),
+        targets_NB=CHUNK.targets_NB[:0],
+    )
     assert_same(unpack_chunk(pack_chunk(chunk, RECIPE), RECIPE, 1), chunk)
 
 
 def test_the_same_values_are_the_same_bytes():
     strided = with_arrays(
-        CHUNK, token_ids_SL=np.asfortranarray(CHUNK.sequences.token_ids_SL), targets_NB=np.repeat(CHUNK.targets_NB, 2, axis=0)[::2]
+        CHUNK,
+        token_ids_SL=np.asfortranarray(CHUNK.sequences.token_ids_SL),
+        targets_NB=np.repeat(CHUNK.targets_NB, 2, axis=0)[::2],
     )
     assert pack_chunk(strided, RECIPE) == DATA
 
@@ -108,7 +127,9 @@ def test_arrays_that_were_read_can_be_written_to():
 def test_a_row_of_a_chunk_is_a_chunk_of_one_row():
     row = CHUNK.row(2)
     np.testing.assert_array_equal(row.sequences.token_ids_SL, CHUNK.sequences.token_ids_SL[2:3])
-    np.testing.assert_array_equal(row.targets_NB, CHUNK.targets_NB[CHUNK.row_starts[2] : CHUNK.row_starts[3]])
+    np.testing.assert_array_equal(
+        row.targets_NB, CHUNK.targets_NB[CHUNK.row_starts[2] : CHUNK.row_starts[3]]
+    )
     assert row.row_starts.tolist() == [0, len(row.targets_NB)]
 
 
@@ -144,7 +165,10 @@ def test_an_absurd_header_length_is_refused_before_anything_is_allocated(length:
         unpack_chunk(struct.pack("<Q", length) + DATA[8:], RECIPE, 1)
 
 
-@pytest.mark.parametrize("text", [b"[" * 8000, b"null", b"{" + b" " * 40, b'{"__metadata__":7}', b"\xff" * 64, b"1" * 8000])
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 8000, b"null", b"{" + b" " * 40, b'{"__metadata__":7}', b"\xff" * 64, b"1" * 8000],
+)
 def test_a_header_that_is_not_one_is_refused(text: bytes):
     with pytest.raises(ChunkError, match="chunk 1"):
         unpack_chunk(struct.pack("<Q", len(text)) + text + DATA, RECIPE, 1)
@@ -163,10 +187,14 @@ def test_a_header_that_is_not_one_is_refused(text: bytes):
         ("surprise", 1, "surprise 1, wanted None"),
     ],
 )
-def test_metadata_of_another_recipe_is_refused_saying_which_field(key: str, value: object, complaint: str):
+def test_metadata_of_another_recipe_is_refused_saying_which_field(
+    key: str, value: object, complaint: str
+):
     header = header_of(DATA)
     metadata = json.loads(header["__metadata__"]["stillhouse"])
-    header["__metadata__"]["stillhouse"] = json.dumps({**metadata, key: value}, sort_keys=True, separators=(",", ":"))
+    header["__metadata__"]["stillhouse"] = json.dumps(
+        {**metadata, key: value}, sort_keys=True, separators=(",", ":")
+    )
     with pytest.raises(ChunkError, match=complaint):
         unpack_chunk(sealed(with_header(header)), RECIPE, 1)
 
@@ -196,7 +224,9 @@ def test_a_second_metadata_key_or_checksum_is_refused():
     with pytest.raises(ChunkError, match="wanted one key"):
         unpack_chunk(sealed(with_header(header)), RECIPE, 1)
     doubled = DATA.replace(b'{\\"chunk\\"', b'{\\"xxh3\\":\\"0000000000000000\\",\\"chunk\\"')
-    doubled = struct.pack("<Q", struct.unpack("<Q", DATA[:8])[0] + len(doubled) - len(DATA)) + doubled[8:]
+    doubled = (
+        struct.pack("<Q", struct.unpack("<Q", DATA[:8])[0] + len(doubled) - len(DATA)) + doubled[8:]
+    )
     with pytest.raises(ChunkError, match="2 checksums"):
         unpack_chunk(doubled, RECIPE, 1)
 
@@ -210,7 +240,12 @@ def test_a_chunk_under_another_number_or_recipe_is_refused():
 
 def test_row_starts_that_divide_the_records_wrongly_are_refused():
     place = 8 + struct.unpack("<Q", DATA[:8])[0] + 8 * 4
-    for starts in ([1, 2, 3, 4, len(CHUNK.targets_NB)], [0, 9, 8, 20, len(CHUNK.targets_NB)], [0, 1, 2, 3, 4], [0, 0, 0, 0, 44]):
+    for starts in (
+        [1, 2, 3, 4, len(CHUNK.targets_NB)],
+        [0, 9, 8, 20, len(CHUNK.targets_NB)],
+        [0, 1, 2, 3, 4],
+        [0, 0, 0, 0, 44],
+    ):
         damaged = DATA[:place] + np.array(starts, "<i8").tobytes() + DATA[place + 8 * 5 :]
         with pytest.raises(ChunkError, match="row_starts"):
             unpack_chunk(sealed(damaged), RECIPE, 1)
@@ -233,7 +268,10 @@ def changed(field: str, place: tuple[int, int], value: int) -> Chunk:
             with_arrays(CHUNK, token_ids_SL=CHUNK.sequences.token_ids_SL.astype(np.int64)),
             "token_ids of int64 .4, 12., wanted int32 .4, 12.",
         ),
-        (with_arrays(CHUNK, token_ids_SL=CHUNK.sequences.token_ids_SL[:3]), "token_ids of int32 .3, 12., wanted int32 .4, 12."),
+        (
+            with_arrays(CHUNK, token_ids_SL=CHUNK.sequences.token_ids_SL[:3]),
+            "token_ids of int32 .3, 12., wanted int32 .4, 12.",
+        ),
         (replace(CHUNK, targets_NB=CHUNK.targets_NB[:-1]), "targets of uint8"),
         (replace(CHUNK, targets_NB=CHUNK.targets_NB[:, :-1]), "targets of uint8"),
         (replace(CHUNK, number=2), "wanted int32 .2, 12."),
@@ -270,19 +308,26 @@ def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: s
     golden = json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
     data = (ROOT / "tests" / "golden" / f"{name}.safetensors").read_bytes()
     recipe, targets = Recipe(**golden["recipe"]), golden["targets"]
-    tails = [-math.inf if target["tail_logmass"] is None else target["tail_logmass"] for target in targets]
+    tails = [
+        -math.inf if target["tail_logmass"] is None else target["tail_logmass"]
+        for target in targets
+    ]
     wanted = CompressedLogits(
         torch.tensor([target["ids"] for target in targets], dtype=torch.int32),
         torch.tensor([target["logprobs"] for target in targets], dtype=torch.float32),
         torch.tensor(tails, dtype=torch.float32),
-        torch.tensor([target["draws"] for target in targets], dtype=torch.int32).reshape(len(targets), recipe.num_draws),
+        torch.tensor([target["draws"] for target in targets], dtype=torch.int32).reshape(
+            len(targets), recipe.num_draws
+        ),
         vocab_size=recipe.vocab_size,
         temperature=recipe.temperature,
     )
     chunk = Chunk(
         golden["number"],
         Sequences(
-            np.array(golden["token_ids"], np.int32), np.array(golden["positions"], np.int32), np.array(golden["loss_mask"], np.uint8)
+            np.array(golden["token_ids"], np.int32),
+            np.array(golden["positions"], np.int32),
+            np.array(golden["loss_mask"], np.uint8),
         ),
         encode(wanted, recipe.codec).numpy(),
     )
@@ -297,9 +342,14 @@ def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: s
 
 def test_the_sizes_on_the_format_page_are_the_codecs():
     page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^\| (\d+) \| (\d+) \| ([68]) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    lines = re.findall(
+        r"^\| (\d+) \| (\d+) \| ([68]) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE
+    )
     assert len(lines) == 10
     for line in lines:
         k, num_draws, value_bits, *sizes = (int(number) for number in line)
-        codecs = [Codec(v, k, num_draws=num_draws, value_bits=value_bits) for v in (32_000, 128_256, 151_936, 262_144)]
+        codecs = [
+            Codec(v, k, num_draws=num_draws, value_bits=value_bits)
+            for v in (32_000, 128_256, 151_936, 262_144)
+        ]
         assert [codec.bytes_per_token for codec in codecs] == sizes

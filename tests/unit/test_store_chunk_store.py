@@ -1,4 +1,5 @@
-"""The store in a directory: existence is the commit, a bad chunk is found and named, and a failure says what to do."""
+"""The store in a directory: existence is the commit, a bad chunk is found and named, and a failure
+says what to do."""
 
 import multiprocessing
 import os
@@ -46,9 +47,13 @@ def path_of(store: ChunkStore, number: int) -> Path:
 
 def assert_rows(found: Chunk, wanted: Chunk, rows: list[int]) -> None:
     wanted_rows = [wanted.row(row) for row in rows]
-    for array, wanted_array in zip(found.sequences.arrays, joined([row.sequences for row in wanted_rows]).arrays, strict=True):
+    for array, wanted_array in zip(
+        found.sequences.arrays, joined([row.sequences for row in wanted_rows]).arrays, strict=True
+    ):
         np.testing.assert_array_equal(array, wanted_array)
-    np.testing.assert_array_equal(found.targets_NB, np.concatenate([row.targets_NB for row in wanted_rows]))
+    np.testing.assert_array_equal(
+        found.targets_NB, np.concatenate([row.targets_NB for row in wanted_rows])
+    )
 
 
 def test_the_layout_is_the_one_of_the_format_page(store: ChunkStore):
@@ -59,7 +64,12 @@ def test_the_layout_is_the_one_of_the_format_page(store: ChunkStore):
     assert files == [f"{folder}/chunks/0000000002.safetensors", f"{folder}/recipe.json"]
     assert (root / folder / "recipe.json").read_bytes() == RECIPE.canonical_json()
     assert path_of(store, 2).read_bytes() == pack_chunk(make_chunk(RECIPE, 2), RECIPE)
-    assert (ref.name, ref.number, ref.num_bytes, ref.duplicate) == (store.key(2), 2, path_of(store, 2).stat().st_size, False)
+    assert (ref.name, ref.number, ref.num_bytes, ref.duplicate) == (
+        store.key(2),
+        2,
+        path_of(store, 2).stat().st_size,
+        False,
+    )
 
 
 def test_what_is_published_is_fetched(store: ChunkStore):
@@ -98,11 +108,27 @@ def test_extents_near_and_far_overlapping_and_empty_are_read_in_the_order_asked(
     data = np.random.default_rng(0).bytes(2_000_000)
     blobs = Blobs(str(tmp_path))
     blobs.create("a", data)
-    extents = [(1_999_990, 2_000_000), (0, 10), (5, 20), (7, 7), (1_000_000, 1_300_000), (900_000, 900_001), (0, 2_000_000)]
+    extents = [
+        (1_999_990, 2_000_000),
+        (0, 10),
+        (5, 20),
+        (7, 7),
+        (1_000_000, 1_300_000),
+        (900_000, 900_001),
+        (0, 2_000_000),
+    ]
     for asked in (extents, extents[:-1]):
-        assert [bytes(piece) for piece in blobs.read_extents("a", asked)] == [data[start:end] for start, end in asked]
-    assert [len(piece) for piece in blobs.read_extents("a", [(1_999_999, 2_000_005), (0, 5)])] == [1, 5]
-    assert [len(piece) for piece in blobs.read_extents("a", [(2_000_000, 2_000_005), (0, 5)])] == [0, 0]
+        assert [bytes(piece) for piece in blobs.read_extents("a", asked)] == [
+            data[start:end] for start, end in asked
+        ]
+    assert [len(piece) for piece in blobs.read_extents("a", [(1_999_999, 2_000_005), (0, 5)])] == [
+        1,
+        5,
+    ]
+    assert [len(piece) for piece in blobs.read_extents("a", [(2_000_000, 2_000_005), (0, 5)])] == [
+        0,
+        0,
+    ]
     assert blobs.read_start("a", 3_000_000) == (data, 2_000_000)
 
 
@@ -113,7 +139,9 @@ def test_a_row_that_is_not_in_the_chunk_is_refused(store: ChunkStore):
             store.fetch_rows(2, [row])
 
 
-def test_a_chunk_that_is_not_there_yet_is_missing_and_one_outside_the_recipe_is_an_error(store: ChunkStore):
+def test_a_chunk_that_is_not_there_yet_is_missing_and_one_outside_the_recipe_is_an_error(
+    store: ChunkStore,
+):
     for fetch in (store.fetch, store.verify, lambda number: store.fetch_rows(number, [0])):
         with pytest.raises(ChunkMissing, match="chunk 1 is not in"):
             fetch(1)
@@ -150,7 +178,9 @@ def test_many_threads_read_one_store(store: ChunkStore):
         assert_rows(chunk, chunks[number], rows)
 
 
-def test_a_store_travels_to_other_processes_by_its_url_and_recipe(store: ChunkStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_store_travels_to_other_processes_by_its_url_and_recipe(
+    store: ChunkStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     store.publish(make_chunk(RECIPE, 0))
     store.fetch_rows(0, [0])
     twin = pickle.loads(pickle.dumps(store))
@@ -170,7 +200,9 @@ def test_creating_a_store_again_finds_it_and_another_recipe_gets_its_own_place(s
 def test_a_recipe_json_of_another_recipe_is_refused_saying_what_differs(store: ChunkStore):
     path = Path(store.url) / RECIPE.fingerprint[:16] / "recipe.json"
     path.write_bytes(small_recipe(k=5).canonical_json())
-    with pytest.raises(RecipeError, match=r"another recipe: k \(exact entries a token\): 4 against 5"):
+    with pytest.raises(
+        RecipeError, match=r"another recipe: k \(exact entries a token\): 4 against 5"
+    ):
         ChunkStore.create(store.url, RECIPE)
 
 
@@ -182,13 +214,17 @@ def test_file_urls_and_paths_with_spaces_are_directories(tmp_path: Path):
 def test_a_memory_store_is_one_per_process_and_refuses_to_leave_it():
     store = ChunkStore.create("memory://one-per-process", RECIPE)
     store.publish(make_chunk(RECIPE, 0))
-    assert ChunkStore("memory://one-per-process", RECIPE).fetch_rows(0, [1]).sequences.token_ids_SL.shape == (1, 12)
+    assert ChunkStore("memory://one-per-process", RECIPE).fetch_rows(
+        0, [1]
+    ).sequences.token_ids_SL.shape == (1, 12)
     assert ChunkStore("memory://another", RECIPE).published() == set()
     with pytest.raises(StoreError, match="lives in one process"):
         pickle.dumps(store)
 
 
-@pytest.mark.parametrize("url", ["", "ftp://host/path", "http://host/path", "file://host/path", "s3://bucket/../other"])
+@pytest.mark.parametrize(
+    "url", ["", "ftp://host/path", "http://host/path", "file://host/path", "s3://bucket/../other"]
+)
 def test_a_url_that_is_no_store_is_refused(url: str):
     with pytest.raises(StoreError, match="the store's URL is"):
         ChunkStore(url, RECIPE)
@@ -279,7 +315,12 @@ def test_a_store_is_listed_by_recipe(store: ChunkStore, tmp_path: Path):
     (Path(store.url) / ("0" * 16)).mkdir()
     listed = {entry.fingerprint16: entry for entry in list_recipes(store.url)}
     assert listed == {
-        RECIPE.fingerprint[:16]: (RECIPE.fingerprint[:16], RECIPE, 2, sum(ref.num_bytes for ref in refs)),
+        RECIPE.fingerprint[:16]: (
+            RECIPE.fingerprint[:16],
+            RECIPE,
+            2,
+            sum(ref.num_bytes for ref in refs),
+        ),
         other.fingerprint[:16]: (other.fingerprint[:16], other, 0, 0),
     }
 
@@ -294,7 +335,9 @@ def test_verifying_a_store_names_everything_that_is_wrong_and_nothing_else(store
     (root / "00000000deadbeef").mkdir()
     (root / "00000000deadbeef" / "recipe.json").write_bytes(RECIPE.canonical_json())
     found = {finding.key: finding for finding in verify_store(store.url)}
-    problems = {key: finding.problem for key, finding in found.items() if finding.problem is not None}
+    problems = {
+        key: finding.problem for key, finding in found.items() if finding.problem is not None
+    }
     assert set(found) - set(problems) == {f"{folder}/recipe.json", store.key(0), store.key(2)}
     assert {key: finding.number for key, finding in found.items()}[store.key(2)] == 2
     assert "wanted 1" in problems.pop(store.key(1))
@@ -319,7 +362,9 @@ def test_leftovers_of_killed_writers_are_swept_once_they_are_old(store: ChunkSto
 
 def test_a_sweep_beside_writers_whose_staging_files_come_and_go_ends_well(store: ChunkStore):
     store.publish(make_chunk(RECIPE, 0))
-    staging = [path_of(store, 0).with_name(f"0000000001.safetensors#{number}") for number in range(300)]
+    staging = [
+        path_of(store, 0).with_name(f"0000000001.safetensors#{number}") for number in range(300)
+    ]
 
     def come_and_go() -> None:
         for _ in range(10):
@@ -347,7 +392,9 @@ CUTS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_chunk_that_a_power_cut_left_empty_or_cut_is_not_published_and_is_replaced(store: ChunkStore, cut: str):
+def test_a_chunk_that_a_power_cut_left_empty_or_cut_is_not_published_and_is_replaced(
+    store: ChunkStore, cut: str
+):
     chunk = make_chunk(RECIPE, 1)
     for number in range(3):
         store.publish(make_chunk(RECIPE, number))
@@ -384,14 +431,23 @@ NO_FILES = ("pipe", "directory", "link to nothing", "link to a device")
 
 @pytest.mark.timeout(30, method="thread")  # whoever opens a pipe waits for a writer
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_no_file_is_a_damaged_chunk_by_name_is_never_waited_for_and_is_replaced(store: ChunkStore, kind: str):
+def test_what_is_no_file_is_a_damaged_chunk_by_name_is_never_waited_for_and_is_replaced(
+    store: ChunkStore, kind: str
+):
     chunk = make_chunk(RECIPE, 0)
     store.publish(chunk)
     reader = ChunkStore(store.url, RECIPE)
     assert_rows(reader.fetch_rows(0, [1]), chunk, [1])  # it knows the index
     make_no_file(path_of(store, 0), kind)
-    for fetch in (lambda: store.fetch(0), lambda: store.fetch_rows(0, [1]), lambda: reader.fetch_rows(0, [1])):
-        with pytest.raises(ChunkError, match=r"chunk 0 is damaged: .*0000000000\.safetensors is (no file|a link to nothing)"):
+    for fetch in (
+        lambda: store.fetch(0),
+        lambda: store.fetch_rows(0, [1]),
+        lambda: reader.fetch_rows(0, [1]),
+    ):
+        with pytest.raises(
+            ChunkError,
+            match=r"chunk 0 is damaged: .*0000000000\.safetensors is (no file|a link to nothing)",
+        ):
             fetch()
     assert store.exists(0)
     assert not store.is_whole(0)
@@ -433,7 +489,8 @@ def test_a_recipe_that_a_power_cut_left_empty_is_published_anew(store: ChunkStor
 
 
 BIG = small_recipe(num_sequences=4000, sequence_length=1024, chunk_sequences=8)
-FORKING = multiprocessing.get_context("forkserver")  # one import of torch for all the processes below
+# one import of torch for all the processes below
+FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["helpers.chunks"])
 
 
@@ -483,7 +540,10 @@ def test_a_full_store_says_so_and_keeps_no_part_of_the_chunk(store: ChunkStore):
     there.close()
     told = here.recv()
     writer.join()
-    assert told.startswith(f"cannot write {store.key(0)} in {store.url}: the disk is full, or the quota spent: free some space")
+    assert told.startswith(
+        f"cannot write {store.key(0)} in {store.url}: the disk is full, or the quota spent: free "
+        "some space"
+    )
     assert not store.exists(0)
     assert not store.publish(make_chunk(RECIPE, 0)).duplicate
 
@@ -491,22 +551,48 @@ def test_a_full_store_says_so_and_keeps_no_part_of_the_chunk(store: ChunkStore):
 @pytest.mark.parametrize(
     ("error", "kind", "advice"),
     [
-        (GenericError("Generic LocalFileSystem error: No space left on device (os error 28)"), StoreUnavailable, "disk is full"),
-        (GenericError("Generic LocalFileSystem error: Disk quota exceeded (os error 122)"), StoreUnavailable, "quota"),
+        (
+            GenericError("Generic LocalFileSystem error: No space left on device (os error 28)"),
+            StoreUnavailable,
+            "disk is full",
+        ),
+        (
+            GenericError("Generic LocalFileSystem error: Disk quota exceeded (os error 122)"),
+            StoreUnavailable,
+            "quota",
+        ),
         (OSError("Permission denied (os error 13)"), StoreForbidden, "permission denied"),
         (OSError("Read-only file system (os error 30)"), StoreForbidden, "permission denied"),
         (PermissionDeniedError("403 Forbidden"), StoreForbidden, "credentials and their rights"),
         (FileNotFoundError("<Code>NoSuchBucket</Code>"), StoreError, "no such bucket"),
         (GenericError("Received redirect without LOCATION"), StoreError, "set AWS_REGION"),
-        (GenericError("Error performing PUT http://169.254.169.254/latest/api/token"), StoreError, "no credentials were found"),
+        (
+            GenericError("Error performing PUT http://169.254.169.254/latest/api/token"),
+            StoreError,
+            "no credentials were found",
+        ),
         (GenericError("HTTP error: error sending request"), StoreUnavailable, "cannot be reached"),
-        (GenericError("HTTP error: request or response body error"), StoreUnavailable, "cannot be reached"),
-        (PreconditionError("412 Precondition Failed"), StoreUnavailable, "replaced while it was read"),
-        (GenericError("Server returned non-2xx status code: 503 Slow Down"), StoreUnavailable, "too busy"),
+        (
+            GenericError("HTTP error: request or response body error"),
+            StoreUnavailable,
+            "cannot be reached",
+        ),
+        (
+            PreconditionError("412 Precondition Failed"),
+            StoreUnavailable,
+            "replaced while it was read",
+        ),
+        (
+            GenericError("Server returned non-2xx status code: 503 Slow Down"),
+            StoreUnavailable,
+            "too busy",
+        ),
         (GenericError("an oddity\n\nDebug source: many lines"), StoreError, r"\(an oddity\)$"),
     ],
 )
-def test_a_failure_of_the_store_says_what_to_do(error: Exception, kind: type[StoreError], advice: str):
+def test_a_failure_of_the_store_says_what_to_do(
+    error: Exception, kind: type[StoreError], advice: str
+):
     found = explain(error, doing="write a", url="s3://bucket")
     assert type(found) is kind
     with pytest.raises(kind, match=advice):
@@ -515,14 +601,22 @@ def test_a_failure_of_the_store_says_what_to_do(error: Exception, kind: type[Sto
 
 def test_a_root_that_cannot_be_made_or_written_is_refused_for_what_it_is(tmp_path: Path):
     for look in (ChunkStore.create, lambda url, recipe: ChunkStore(url, recipe).published()):
-        with pytest.raises(StoreError, match=r"in /proc/nothing: no directory can be made there: choose another place"):
+        with pytest.raises(
+            StoreError,
+            match=r"in /proc/nothing: no directory can be made there: choose another place",
+        ):
             look("/proc/nothing", RECIPE)
     (tmp_path / "store").mkdir()
-    with read_only(tmp_path / "store", at=tmp_path / "seen") as seen, pytest.raises(StoreForbidden, match="permission denied"):
+    with (
+        read_only(tmp_path / "store", at=tmp_path / "seen") as seen,
+        pytest.raises(StoreForbidden, match="permission denied"),
+    ):
         ChunkStore.create(str(seen / "new"), RECIPE)
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="something else is in its place, or in that of a directory above it"):
+    with pytest.raises(
+        StoreError, match="something else is in its place, or in that of a directory above it"
+    ):
         ChunkStore.create(str(tmp_path / "file"), RECIPE)

@@ -1,4 +1,5 @@
-"""Readers of a store are known to everyone who opens it, as far as they have committed; what is not understood is said."""
+"""Readers of a store are known to everyone who opens it, as far as they have committed; what is not
+understood is said."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,14 @@ from stillhouse.errors import StoreError
 from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import commit, consumer_name, join, leave, registered
 
-READER = Consumer(name="a-student", global_batch_sequences=8, seed=3, window_chunks=4, total_steps=100, committed_step=0)
+READER = Consumer(
+    name="a-student",
+    global_batch_sequences=8,
+    seed=3,
+    window_chunks=4,
+    total_steps=100,
+    committed_step=0,
+)
 
 
 @pytest.fixture
@@ -23,7 +31,10 @@ def test_what_a_reader_commits_is_what_others_find(store: ChunkStore):
     join(store, replace(READER, name="b"))
     commit(store, replace(READER, committed_step=40))
     elsewhere = ChunkStore(store.url, store.recipe)
-    assert registered(elsewhere) == ([replace(READER, committed_step=40), replace(READER, name="b")], [])
+    assert registered(elsewhere) == (
+        [replace(READER, committed_step=40), replace(READER, name="b")],
+        [],
+    )
     commit(store, replace(READER, committed_step=20))
     assert registered(elsewhere).readers[0].committed_step == 20
 
@@ -77,7 +88,9 @@ def test_the_record_is_canonical_json(store: ChunkStore):
         (b'{"committed_step":0', b'[{"committed_step":0'),
     ],
 )
-def test_a_record_that_is_not_understood_is_a_stranger(store: ChunkStore, change: tuple[bytes, bytes]):
+def test_a_record_that_is_not_understood_is_a_stranger(
+    store: ChunkStore, change: tuple[bytes, bytes]
+):
     join(store, READER)
     data = record(store).read_bytes()
     assert change[0] in data
@@ -86,7 +99,11 @@ def test_a_record_that_is_not_understood_is_a_stranger(store: ChunkStore, change
 
 
 def test_runs_with_different_places_have_different_names_that_can_be_keys(store: ChunkStore):
-    names = [consumer_name(place, role) for place in ("/runs/a b", "s3://runs/a b", "/runs/é", "/") for role in ("student", "control")]
+    names = [
+        consumer_name(place, role)
+        for place in ("/runs/a b", "s3://runs/a b", "/runs/é", "/")
+        for role in ("student", "control")
+    ]
     assert len(set(names)) == 8
     assert names[0] == consumer_name("/runs/a b", "student")
     for name in names:

@@ -1,4 +1,5 @@
-"""A download is the object's bytes in order, held a few ranges at a time, whatever single answers are like."""
+"""A download is the object's bytes in order, held a few ranges at a time, whatever single answers
+are like."""
 
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ RANGE_BYTES, IN_FLIGHT = 1000, 3
 
 
 class Shop:
-    """Answers for ranges of DATA. `cuts` are lengths after which its next answers end, with an error or without."""
+    """Answers for ranges of DATA. `cuts` are lengths after which its next answers end, with an
+    error or without."""
 
     def __init__(self, cuts: list[int] | None = None, *, with_error: bool = True) -> None:
         self.asked: list[tuple[int, int]] = []
@@ -54,7 +56,10 @@ def test_an_answer_that_breaks_off_after_its_last_byte_is_whole():
 @pytest.mark.parametrize("with_error", [True, False])
 def test_a_range_of_which_nothing_comes_is_given_up(with_error: bool):
     shop = Shop([600, 0], with_error=with_error)
-    with pytest.raises(StoreUnavailable, match="the connection broke" if with_error else "the bytes from 600 to 1000 was empty"):
+    with pytest.raises(
+        StoreUnavailable,
+        match="the connection broke" if with_error else "the bytes from 600 to 1000 was empty",
+    ):
         downloaded(shop)
 
 

@@ -1,4 +1,5 @@
-"""Objects of any size, streamed: whole or not there, what was handed over is what is kept, and one store waits for no other."""
+"""Objects of any size, streamed: whole or not there, what was handed over is what is kept, and one
+store waits for no other."""
 
 import threading
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def test_what_fails_half_way_leaves_the_key_as_it_was(blobs: Blobs, size: int):
     assert [path.name for path in blobs.directory.iterdir()] == ["a"]
 
 
-def test_names_are_those_at_the_top_and_a_directory_is_not_made_to_look(blobs: Blobs, tmp_path: Path):
+def test_names_are_those_at_the_top_and_a_directory_is_not_made_to_look(
+    blobs: Blobs, tmp_path: Path
+):
     assert blobs.names() == []
     assert not (tmp_path / "root").exists()
     for key in ("b.json", "a.json", "folder/c.json"):
@@ -100,8 +103,12 @@ class Hanging(SystemFiles):
 
 def test_a_directory_that_does_not_answer_holds_up_no_other(tmp_path: Path):
     disk = Hanging()
-    on_it = threading.Thread(target=Blobs(str(tmp_path / "a"), files=disk).create, args=("x", b"1"), daemon=True)
-    elsewhere = threading.Thread(target=Blobs(str(tmp_path / "b")).create, args=("x", b"1"), daemon=True)
+    on_it = threading.Thread(
+        target=Blobs(str(tmp_path / "a"), files=disk).create, args=("x", b"1"), daemon=True
+    )
+    elsewhere = threading.Thread(
+        target=Blobs(str(tmp_path / "b")).create, args=("x", b"1"), daemon=True
+    )
     on_it.start()
     assert disk.is_asked.wait(30)
     elsewhere.start()

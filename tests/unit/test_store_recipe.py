@@ -1,4 +1,5 @@
-"""A recipe is an identity: equal recipes share a fingerprint, unequal ones never do, and a damaged one is refused."""
+"""A recipe is an identity: equal recipes share a fingerprint, unequal ones never do, and a damaged
+one is refused."""
 
 import hashlib
 import json
@@ -38,7 +39,10 @@ def test_the_fingerprint_is_the_sha256_of_the_bytes_of_recipe_json():
 
 
 def test_the_fingerprint_of_a_recipe_does_not_change_from_release_to_release():
-    assert small_recipe().fingerprint == "bc790acc40d8b6ba9892ad8c1b625b35339fb8d879fbca52e2ff9883b2be1a7f"
+    assert (
+        small_recipe().fingerprint
+        == "bc790acc40d8b6ba9892ad8c1b625b35339fb8d879fbca52e2ff9883b2be1a7f"
+    )
 
 
 def test_draws_are_seeded_by_all_that_decides_a_target():
@@ -48,7 +52,9 @@ def test_draws_are_seeded_by_all_that_decides_a_target():
 
 def test_every_field_of_a_recipe_is_in_its_fingerprint():
     assert set(OTHER_VALUES) == {field.name for field in fields(Recipe)}
-    others = {replace(small_recipe(), **{name: value}).fingerprint for name, value in OTHER_VALUES.items()}
+    others = {
+        replace(small_recipe(), **{name: value}).fingerprint for name, value in OTHER_VALUES.items()
+    }
     assert len(others | {small_recipe().fingerprint}) == len(OTHER_VALUES) + 1
 
 
@@ -89,7 +95,10 @@ def test_the_codec_is_the_recipes():
         ({"k": 0}, "k and num_draws are both 0"),
         ({"k": -1}, "k is -1"),
         ({"num_draws": -1}, "num_draws is -1"),
-        ({"k": 300, "num_draws": 2}, "num_draws is 2, but with k = 300 the whole vocabulary is kept"),
+        (
+            {"k": 300, "num_draws": 2},
+            "num_draws is 2, but with k = 300 the whole vocabulary is kept",
+        ),
         ({"value_bits": 7}, "value_bits is 7, wanted 6 or 8"),
         ({"packing": True}, "packing is True, wanted str"),
         ({"packing": "loose"}, "packing is 'loose', wanted 'packed' or 'padded'"),
@@ -110,7 +119,10 @@ def test_a_value_that_no_store_can_have_is_refused(change, complaint):
         (lambda text: b"\xff" + text, "not JSON"),
         (lambda _: b"[" * 100_000, "not JSON"),
         (lambda _: b"[]", "JSON list, wanted an object"),
-        (lambda text: text.replace(b'"format":1', b'"format":2'), "format 2, this Stillhouse reads 1"),
+        (
+            lambda text: text.replace(b'"format":1', b'"format":2'),
+            "format 2, this Stillhouse reads 1",
+        ),
         (lambda text: text.replace(b'"codec_version":1', b'"codec_version":9'), "codec_version 9"),
         (lambda text: text.replace(b'"k":4,', b""), "missing or unknown are k"),
         (lambda text: text.replace(b'"k":4,', b'"k":4,"kk":4,'), "missing or unknown are kk"),

@@ -1,4 +1,5 @@
-"""An exported student is there whole or not at all, and keeps more of the model that it came from than weights."""
+"""An exported student is there whole or not at all, and keeps more of the model that it came from
+than weights."""
 
 import json
 from itertools import count
@@ -49,7 +50,8 @@ class Killed(BaseException):
 
 
 class KilledAt:
-    """A file layer whose process is killed at its `number`-th call that changes anything: neither that one nor a later one is made."""
+    """A file layer whose process is killed at its `number`-th call that changes anything: neither
+    that one nor a later one is made."""
 
     def __init__(self, number: int) -> None:
         self._calls, self._number = count(), number
@@ -63,8 +65,13 @@ class KilledAt:
         return call
 
 
-def test_an_export_killed_at_any_call_leaves_nothing_or_all_of_it_and_the_next_one_tidies_up(folder: Path, tmp_path: Path):
-    model, tokenizer = load_model(StudentSection(model=str(folder), dtype="float32")), load_tokenizer(str(folder))
+def test_an_export_killed_at_any_call_leaves_nothing_or_all_of_it_and_the_next_one_tidies_up(
+    folder: Path, tmp_path: Path
+):
+    model, tokenizer = (
+        load_model(StudentSection(model=str(folder), dtype="float32")),
+        load_tokenizer(str(folder)),
+    )
     parent = tmp_path / "exports"
     parent.mkdir()
     was_killed, was_there = True, list[bool]()
@@ -83,7 +90,8 @@ def test_an_export_killed_at_any_call_leaves_nothing_or_all_of_it_and_the_next_o
         assert [path.name for path in parent.iterdir()] == [out.name]
         out.rename(tmp_path / f"kept {out.name}")
     assert was_there == sorted(was_there)
-    assert was_there.count(False) > len(whole) > 5  # each file is synced before the directory has its name
+    # each file is synced before the directory has its name
+    assert was_there.count(False) > len(whole) > 5
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= whole.keys()
     AutoModelForCausalLM.from_pretrained(tmp_path / "kept 0")
 
@@ -93,7 +101,10 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_an_export_that_cannot_be_written_says_why_and_leaves_nothing(folder: Path, tmp_path: Path):
-    model, tokenizer = load_model(StudentSection(model=str(folder), dtype="float32")), load_tokenizer(str(folder))
+    model, tokenizer = (
+        load_model(StudentSection(model=str(folder), dtype="float32")),
+        load_tokenizer(str(folder)),
+    )
 
     def refusal(out: Path) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -101,10 +112,18 @@ def test_an_export_that_cannot_be_written_says_why_and_leaves_nothing(folder: Pa
         return str(caught.value)
 
     (tmp_path / "file").touch()
-    assert f"cannot write the model to {tmp_path}/file/out: Not a directory; name a new directory" in refusal(tmp_path / "file" / "out")
+    assert (
+        f"cannot write the model to {tmp_path}/file/out: Not a directory; name a new directory"
+        in refusal(tmp_path / "file" / "out")
+    )
     with small_disk(tmp_path / "disk", num_bytes=32 << 10) as disk:
         assert "No space left on device" in refusal(disk / "out")
         assert [*disk.iterdir()] == []
     with small_disk(tmp_path / "mounted", num_bytes=32 << 10) as mounted:
         assert "busy" in refusal(mounted)  # a mount point cannot be renamed over
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["chat", "disk", "file", "mounted"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "chat",
+            "disk",
+            "file",
+            "mounted",
+        ]

@@ -1,6 +1,8 @@
-"""The loader yields the right rows with their targets to every rank, from any step on, and waits for what is late, bad or silent.
+"""The loader yields the right rows with their targets to every rank, from any step on, and waits
+for what is late, bad or silent.
 
-Shapes: B sequences, L positions, T target tokens. All on a real store in a directory; a store that is watched is one that tells.
+Shapes: B sequences, L positions, T target tokens. All on a real store in a directory; a store that
+is watched is one that tells.
 """
 
 import itertools
@@ -23,12 +25,21 @@ from stillhouse.logits import decode
 from stillhouse.retry import Patience
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, Recipe, StoreUnavailable, pack_chunk
-from stillhouse.student.loader import Batch, BatchReader, MicroBatch, chunks_read_ahead, refuse_bad_chunk, steps_in_a_stretch
+from stillhouse.student.loader import (
+    Batch,
+    BatchReader,
+    MicroBatch,
+    chunks_read_ahead,
+    refuse_bad_chunk,
+    steps_in_a_stretch,
+)
 from stillhouse.student.order import Order
 
 RECIPE = small_recipe(num_sequences=22)  # six chunks of four; the last has two
 CHUNKS = [make_chunk(RECIPE, number) for number in range(RECIPE.num_chunks)]
-ORDER = Order(num_sequences=22, chunk_sequences=4, global_batch_sequences=5, seed=3, window_chunks=2)
+ORDER = Order(
+    num_sequences=22, chunk_sequences=4, global_batch_sequences=5, seed=3, window_chunks=2
+)
 NUM_STEPS = 2 * ORDER.steps_per_epoch
 PATIENCE_S = 30
 
@@ -79,9 +90,21 @@ def flip_last_bit(data: bytes) -> bytes:
 
 
 def reader_of(
-    store: ChunkStore, *, order: Order = ORDER, start: int = 0, stop: int = NUM_STEPS, prefetch: int = 2, **changes
+    store: ChunkStore,
+    *,
+    order: Order = ORDER,
+    start: int = 0,
+    stop: int = NUM_STEPS,
+    prefetch: int = 2,
+    **changes,
 ) -> BatchReader:
-    settled = {"rank": 0, "world_size": 1, "micro_batch": 2, "on_bad_chunk": refuse_bad_chunk, "on_outage": pytest.fail} | changes
+    settled = {
+        "rank": 0,
+        "world_size": 1,
+        "micro_batch": 2,
+        "on_bad_chunk": refuse_bad_chunk,
+        "on_outage": pytest.fail,
+    } | changes
     return BatchReader(store, order, start=start, stop=stop, prefetch=prefetch, **settled)
 
 
@@ -93,7 +116,12 @@ def read(store: ChunkStore, *, start: int = 0, stop: int = NUM_STEPS, **changes)
 def assert_micro_batch(found: MicroBatch, sequences: Sequence[int], micro_batch: int) -> None:
     """Each of the sequences, in order, one a row; rows beyond them have no target."""
     assert found.tokens.token_ids_BL.shape == found.tokens.positions_BL.shape == (micro_batch, 12)
-    assert found.tokens.token_ids_BL.dtype == found.tokens.positions_BL.dtype == found.tokens.labels_T.dtype == torch.int64
+    assert (
+        found.tokens.token_ids_BL.dtype
+        == found.tokens.positions_BL.dtype
+        == found.tokens.labels_T.dtype
+        == torch.int64
+    )
     positions, labels, records = [], [], [np.empty((0, RECIPE.codec.bytes_per_token), np.uint8)]
     for row, sequence in enumerate(sequences):
         chunk = CHUNKS[sequence // 4].row(sequence % 4)
@@ -113,8 +141,13 @@ def assert_micro_batch(found: MicroBatch, sequences: Sequence[int], micro_batch:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_every_rank_gets_its_rows_with_labels_and_targets(store: WatchedStore, world_size: int, micro_batch: int):
-    by_rank = [read(store, rank=rank, world_size=world_size, micro_batch=micro_batch) for rank in range(world_size)]
+def test_every_rank_gets_its_rows_with_labels_and_targets(
+    store: WatchedStore, world_size: int, micro_batch: int
+):
+    by_rank = [
+        read(store, rank=rank, world_size=world_size, micro_batch=micro_batch)
+        for rank in range(world_size)
+    ]
     num_micro_batches = -(-5 // (world_size * micro_batch))
     for step in range(NUM_STEPS):
         sequences = ORDER.sequences(step).tolist()
@@ -124,7 +157,9 @@ def test_every_rank_gets_its_rows_with_labels_and_targets(store: WatchedStore, w
             assert batch.sequences == tuple(sequences)
             assert len(batch.micro_batches) == num_micro_batches
             for index, found in enumerate(batch.micro_batches):
-                assert_micro_batch(found, mine[index * micro_batch : (index + 1) * micro_batch], micro_batch)
+                assert_micro_batch(
+                    found, mine[index * micro_batch : (index + 1) * micro_batch], micro_batch
+                )
 
 
 def assert_same(found: Batch, wanted: Batch) -> None:
@@ -137,16 +172,30 @@ def assert_same(found: Batch, wanted: Batch) -> None:
 
 
 @pytest.mark.parametrize("window_chunks", [1, 6])
-def test_a_start_at_any_step_yields_what_a_whole_reading_yields_there(store: WatchedStore, window_chunks: int):
-    order = Order(num_sequences=22, chunk_sequences=4, global_batch_sequences=5, seed=3, window_chunks=window_chunks)
+def test_a_start_at_any_step_yields_what_a_whole_reading_yields_there(
+    store: WatchedStore, window_chunks: int
+):
+    order = Order(
+        num_sequences=22,
+        chunk_sequences=4,
+        global_batch_sequences=5,
+        seed=3,
+        window_chunks=window_chunks,
+    )
     whole = read(store, order=order, rank=1, world_size=2)
     for start in range(NUM_STEPS):
-        for found, wanted in zip(read(store, order=order, rank=1, world_size=2, start=start), whole[start:], strict=True):
+        for found, wanted in zip(
+            read(store, order=order, rank=1, world_size=2, start=start), whole[start:], strict=True
+        ):
             assert_same(found, wanted)
 
 
 def first_step_with(number: int, order: Order = ORDER) -> int:
-    return next(step for step in itertools.count() if number in order.sequences(step) // order.chunk_sequences)
+    return next(
+        step
+        for step in itertools.count()
+        if number in order.sequences(step) // order.chunk_sequences
+    )
 
 
 LATE = int(ORDER.sequences(3)[0] // 4)  # a chunk that the first steps can do without
@@ -178,7 +227,9 @@ def test_a_chunk_that_stays_away_is_missed_aloud(store: WatchedStore):
         assert number == LATE
         store.publish(CHUNKS[LATE])
 
-    for ours, theirs in zip(read(store, on_bad_chunk=make_again, missed_s=0.01), wanted, strict=True):
+    for ours, theirs in zip(
+        read(store, on_bad_chunk=make_again, missed_s=0.01), wanted, strict=True
+    ):
         assert_same(ours, theirs)
 
 
@@ -188,7 +239,11 @@ def test_a_row_that_was_set_aside_is_read_and_teaches_nothing(store: WatchedStor
     path_of(store, LATE).unlink()
     blank = WorkItem(LATE, CHUNKS[LATE].sequences).without(rows)
     starts = CHUNKS[LATE].row_starts
-    kept = [CHUNKS[LATE].targets_NB[starts[row] : starts[row + 1]] for row in range(4) if row not in rows]
+    kept = [
+        CHUNKS[LATE].targets_NB[starts[row] : starts[row + 1]]
+        for row in range(4)
+        if row not in rows
+    ]
     records = np.concatenate([*kept, CHUNKS[LATE].targets_NB[:0]])
     store.publish(Chunk(LATE, blank.sequences, records))
     store.verify(LATE)
@@ -196,8 +251,13 @@ def test_a_row_that_was_set_aside_is_read_and_teaches_nothing(store: WatchedStor
     set_aside = {LATE * 4 + row for row in rows}
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.sequences == theirs.sequences
-        lost = sum(int(CHUNKS[LATE].sequences.loss_mask_SL[sequence % 4].sum()) for sequence in set_aside & set(ours.sequences))
-        num_tokens = [sum(batch.tokens.num_targets for batch in each.micro_batches) for each in (ours, theirs)]
+        lost = sum(
+            int(CHUNKS[LATE].sequences.loss_mask_SL[sequence % 4].sum())
+            for sequence in set_aside & set(ours.sequences)
+        )
+        num_tokens = [
+            sum(batch.tokens.num_targets for batch in each.micro_batches) for each in (ours, theirs)
+        ]
         assert num_tokens[0] == num_tokens[1] - lost
         if not lost:
             assert_same(ours, theirs)
@@ -223,7 +283,9 @@ def test_a_damaged_chunk_is_reported_once_and_read_once_it_is_replaced(store: Wa
 
 
 @pytest.mark.timeout(60, method="thread")
-def test_a_pipe_in_a_chunks_place_is_reported_as_damage_and_read_once_it_is_replaced(store: WatchedStore):
+def test_a_pipe_in_a_chunks_place_is_reported_as_damage_and_read_once_it_is_replaced(
+    store: WatchedStore,
+):
     wanted = read(store)
     path_of(store, LATE).unlink()
     os.mkfifo(path_of(store, LATE))
@@ -233,11 +295,15 @@ def test_a_pipe_in_a_chunks_place_is_reported_as_damage_and_read_once_it_is_repl
         assert store.quarantine(number)
         store.publish(CHUNKS[number])
 
-    for ours, theirs in zip(read(ChunkStore(store.url, RECIPE), on_bad_chunk=replace_it), wanted, strict=True):
+    for ours, theirs in zip(
+        read(ChunkStore(store.url, RECIPE), on_bad_chunk=replace_it), wanted, strict=True
+    ):
         assert_same(ours, theirs)
 
 
-def test_each_read_is_told_as_it_begins_and_as_it_ends_and_waiting_for_a_chunk_is_none(store: WatchedStore):
+def test_each_read_is_told_as_it_begins_and_as_it_ends_and_waiting_for_a_chunk_is_none(
+    store: WatchedStore,
+):
     path_of(store, LATE).unlink()
     reads: list[int | None] = []
     store.before = lambda number: reads.append(-1 - number)
@@ -295,7 +361,9 @@ def test_a_chunk_that_is_replaced_by_another_damaged_one_is_reported_again(store
     assert reported == [LATE, LATE]
 
 
-def test_a_chunk_that_was_published_with_impossible_records_is_reported_and_replaced_too(store: WatchedStore):
+def test_a_chunk_that_was_published_with_impossible_records_is_reported_and_replaced_too(
+    store: WatchedStore,
+):
     """Its hashes are right: only decoding tells."""
     wanted = read(store)
     sound = CHUNKS[LATE]
@@ -309,7 +377,9 @@ def test_a_chunk_that_was_published_with_impossible_records_is_reported_and_repl
         assert store.quarantine(number)
         store.publish(CHUNKS[number])
 
-    for ours, theirs in zip(read(WatchedStore(store.url, RECIPE), on_bad_chunk=replace), wanted, strict=True):
+    for ours, theirs in zip(
+        read(WatchedStore(store.url, RECIPE), on_bad_chunk=replace), wanted, strict=True
+    ):
         assert_same(ours, theirs)
     assert reported == [LATE]
 
@@ -320,7 +390,9 @@ def test_without_a_pool_a_damaged_chunk_ends_the_reading_by_name(store: WatchedS
     with reader_of(ChunkStore(store.url, RECIPE), on_bad_chunk=refuse_bad_chunk) as reader:
         for _ in range(first_step_with(LATE)):
             reader.next()
-        with pytest.raises(StudentError, match=rf"chunk {LATE} in the store is damaged.*store verify URL --repair"):
+        with pytest.raises(
+            StudentError, match=rf"chunk {LATE} in the store is damaged.*store verify URL --repair"
+        ):
             reader.next()
 
 
@@ -348,14 +420,18 @@ def test_a_store_that_stays_away_is_told_once_and_given_up(store: WatchedStore):
     patience = Patience(tell_after_s=0.0, end_after_s=0.2)
     with (
         reader_of(store, patience=patience, on_outage=lambda *words: told.append(words)) as reader,
-        pytest.raises(StoreUnavailable, match=r"busy; after 0 s of waiting it is given up.*run again to go on from there"),
+        pytest.raises(
+            StoreUnavailable,
+            match=r"busy; after 0 s of waiting it is given up.*run again to go on from there",
+        ),
     ):
         reader.next()
     assert told == [(0.0, "busy")]
 
 
 def test_outages_with_an_answer_between_are_not_added_up(store: WatchedStore):
-    """Each chunk is refused once, so no outage lasts; together they would outlast this patience by far."""
+    """Each chunk is refused once, so no outage lasts; together they would outlast this patience by
+    far."""
     wanted = read(store)
     refused: set[int] = set()
 
@@ -402,8 +478,11 @@ def read_threads() -> int:
 
 
 def test_no_more_is_read_ahead_than_was_asked_for(store: WatchedStore):
-    """Here a step is a chunk. Beside the batches that wait there is one in hand, so the consumer's step is never more than 4 behind."""
-    order = Order(num_sequences=20, chunk_sequences=4, global_batch_sequences=4, seed=3, window_chunks=1)
+    """Here a step is a chunk. Beside the batches that wait there is one in hand, so the consumer's
+    step is never more than 4 behind."""
+    order = Order(
+        num_sequences=20, chunk_sequences=4, global_batch_sequences=4, seed=3, window_chunks=1
+    )
     taken = 0
     leads: list[int] = []
     store.before = lambda _number: leads.append(len(store.tried) - taken)
@@ -420,18 +499,31 @@ def test_no_more_is_read_ahead_than_was_asked_for(store: WatchedStore):
 @st.composite
 def orders(draw: st.DrawFn) -> Order:
     number = st.integers(1, 9)
-    return Order(draw(st.integers(1, 60)), draw(number), draw(st.integers(1, 30)), seed=draw(number), window_chunks=draw(st.integers(1, 4)))
+    return Order(
+        draw(st.integers(1, 60)),
+        draw(number),
+        draw(st.integers(1, 30)),
+        seed=draw(number),
+        window_chunks=draw(st.integers(1, 4)),
+    )
 
 
 @given(order=orders(), epochs=st.sampled_from([0.5, 1, 2]))
-@example(order=Order(7, 3, 1, seed=2, window_chunks=1), epochs=1)  # a stretch that runs through the short chunk
+@example(
+    order=Order(7, 3, 1, seed=2, window_chunks=1), epochs=1
+)  # a stretch that runs through the short chunk
 @example(order=Order(60, 2, 30, seed=0, window_chunks=1), epochs=1)  # a step of many windows
 @settings(max_examples=150, deadline=None)
 def test_a_window_of_chunks_read_ahead_lets_every_reader_go_on(order: Order, epochs: float):
-    """Wherever a reader starts, the chunks that it needs before it can yield are within the window of the cursor that it last moved."""
+    """Wherever a reader starts, the chunks that it needs before it can yield are within the window
+    of the cursor that it last moved."""
     stop = max(1, int(epochs * order.steps_per_epoch))
     position = {chunk: index for index, chunk in enumerate(order.chunks_in_reading_order(stop))}
     for first in range(stop):
         steps = range(first, min(stop, first + steps_in_a_stretch(order)))
-        needed = max(position[chunk] for step in steps for chunk in (order.sequences(step) // order.chunk_sequences).tolist())
+        needed = max(
+            position[chunk]
+            for step in steps
+            for chunk in (order.sequences(step) // order.chunk_sequences).tolist()
+        )
         assert needed < order.chunks_finished(first) + chunks_read_ahead(order)

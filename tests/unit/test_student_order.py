@@ -1,4 +1,5 @@
-"""The order of training: each sequence once an epoch, the same for every world size, and never a different one by accident."""
+"""The order of training: each sequence once an epoch, the same for every world size, and never a
+different one by accident."""
 
 from itertools import chain, pairwise
 
@@ -26,7 +27,9 @@ def steps_of(order: Order, epoch: int) -> list[list[int]]:
 
 @quick
 @given(order=orders, epoch=st.integers(0, 3))
-def test_an_epoch_reads_each_sequence_exactly_once_in_full_steps_but_the_last(order: Order, epoch: int) -> None:
+def test_an_epoch_reads_each_sequence_exactly_once_in_full_steps_but_the_last(
+    order: Order, epoch: int
+) -> None:
     steps = steps_of(order, epoch)
     assert sorted(chain.from_iterable(steps)) == list(range(order.num_sequences))
     assert all(len(step) == order.global_batch_sequences for step in steps[:-1])
@@ -34,10 +37,20 @@ def test_an_epoch_reads_each_sequence_exactly_once_in_full_steps_but_the_last(or
 
 
 @quick
-@given(order=orders, step=st.integers(0, 50), world_size=st.integers(1, 9), micro_batch=st.integers(1, 7))
-def test_any_world_size_reads_the_same_global_batches(order: Order, step: int, world_size: int, micro_batch: int) -> None:
+@given(
+    order=orders,
+    step=st.integers(0, 50),
+    world_size=st.integers(1, 9),
+    micro_batch=st.integers(1, 7),
+)
+def test_any_world_size_reads_the_same_global_batches(
+    order: Order, step: int, world_size: int, micro_batch: int
+) -> None:
     batch = order.sequences(step)
-    shares = [rank_rows(batch, rank=rank, world_size=world_size, micro_batch=micro_batch) for rank in range(world_size)]
+    shares = [
+        rank_rows(batch, rank=rank, world_size=world_size, micro_batch=micro_batch)
+        for rank in range(world_size)
+    ]
     assert len({share.shape for share in shares}) == 1
     assert shares[0].shape[1] == micro_batch
     assert (len(shares[0]) - 1) * world_size * micro_batch < len(batch)
@@ -54,21 +67,29 @@ def test_sequences_are_mixed_only_within_a_few_neighbouring_chunks(order: Order)
     read = np.array(list(chain.from_iterable(steps_of(order, 0)))) // order.chunk_sequences
     first = {chunk: int(np.flatnonzero(read == chunk)[0]) for chunk in set(read.tolist())}
     last = {chunk: int(np.flatnonzero(read == chunk)[-1]) for chunk in first}
-    most_open = max(sum(first[chunk] <= at <= last[chunk] for chunk in first) for at in range(len(read)))
+    most_open = max(
+        sum(first[chunk] <= at <= last[chunk] for chunk in first) for at in range(len(read))
+    )
     assert most_open <= order.window_chunks
 
 
 @quick
 @given(order=orders, num_steps=st.integers(0, 40))
 def test_the_reading_order_is_that_of_first_use(order: Order, num_steps: int) -> None:
-    used = [sequence // order.chunk_sequences for step in range(num_steps) for sequence in order.sequences(step).tolist()]
+    used = [
+        sequence // order.chunk_sequences
+        for step in range(num_steps)
+        for sequence in order.sequences(step).tolist()
+    ]
     assert order.chunks_in_reading_order(num_steps) == list(dict.fromkeys(used))
 
 
 @quick
 @given(order=orders)
 def test_a_longer_run_only_adds_to_the_reading_order(order: Order) -> None:
-    lists = [order.chunks_in_reading_order(num_steps) for num_steps in range(order.steps_per_epoch + 2)]
+    lists = [
+        order.chunks_in_reading_order(num_steps) for num_steps in range(order.steps_per_epoch + 2)
+    ]
     assert all(longer[: len(shorter)] == shorter for shorter, longer in pairwise(lists))
     assert sorted(lists[-1]) == list(range(order.num_chunks))
 
@@ -82,7 +103,8 @@ def test_a_finished_chunk_is_never_read_again_in_the_first_epoch(order: Order) -
         finished = reading_order[: order.chunks_finished(done)]
         needed = {sequence // order.chunk_sequences for step in steps[done:] for sequence in step}
         assert not needed.intersection(finished)
-        assert len(needed | set(finished)) > order.num_chunks - order.window_chunks  # and at most one group lags behind
+        # and at most one group lags behind
+        assert len(needed | set(finished)) > order.num_chunks - order.window_chunks
     assert order.chunks_finished(order.steps_per_epoch) == order.num_chunks
     assert order.chunks_finished(7 * order.steps_per_epoch) == order.num_chunks
 
@@ -91,7 +113,10 @@ def test_epochs_and_seeds_differ() -> None:
     order = Order(600, 20, 30, seed=1, window_chunks=4)
     other = Order(600, 20, 30, seed=2, window_chunks=4)
     negative = Order(600, 20, 30, seed=-1, window_chunks=4)
-    epochs = [str(steps_of(order, epoch)) for epoch in range(5)] + [str(steps_of(other, 0)), str(steps_of(negative, 0))]
+    epochs = [str(steps_of(order, epoch)) for epoch in range(5)] + [
+        str(steps_of(other, 0)),
+        str(steps_of(negative, 0)),
+    ]
     assert len(set(epochs)) == 7
 
 
@@ -110,16 +135,33 @@ def test_what_a_caller_does_to_a_batch_does_not_change_the_order() -> None:
 
 def test_a_step_of_a_hundred_million_sequences_costs_only_its_groups() -> None:
     order = Order(10**8, 4096, 512, seed=3, window_chunks=2)
-    assert len(set(order.sequences(order.steps_per_epoch - 1).tolist())) == 10**8 - 512 * (order.steps_per_epoch - 1)
+    assert len(set(order.sequences(order.steps_per_epoch - 1).tolist())) == 10**8 - 512 * (
+        order.steps_per_epoch - 1
+    )
     assert len(order.sequences(12_345)) == 512
     assert 0 <= order.sequences(12_345).min() <= order.sequences(12_345).max() < 10**8
 
 
 def test_the_order_is_what_it_always_was() -> None:
-    """A store's streaming window and a resumed run rely on this: changed numbers here are a changed format."""
-    order = Order(num_sequences=23, chunk_sequences=4, global_batch_sequences=5, seed=7, window_chunks=2)
-    assert steps_of(order, 0) == [[14, 8, 15, 9, 12], [13, 11, 10, 18, 19], [7, 16, 4, 17, 6], [5, 2, 21, 0, 1], [20, 22, 3]]
-    assert steps_of(order, 1) == [[16, 8, 11, 19, 18], [9, 17, 10, 14, 15], [12, 3, 2, 0, 1], [13, 6, 4, 22, 5], [7, 20, 21]]
+    """A store's streaming window and a resumed run rely on this: changed numbers here are a changed
+    format."""
+    order = Order(
+        num_sequences=23, chunk_sequences=4, global_batch_sequences=5, seed=7, window_chunks=2
+    )
+    assert steps_of(order, 0) == [
+        [14, 8, 15, 9, 12],
+        [13, 11, 10, 18, 19],
+        [7, 16, 4, 17, 6],
+        [5, 2, 21, 0, 1],
+        [20, 22, 3],
+    ]
+    assert steps_of(order, 1) == [
+        [16, 8, 11, 19, 18],
+        [9, 17, 10, 14, 15],
+        [12, 3, 2, 0, 1],
+        [13, 6, 4, 22, 5],
+        [7, 20, 21],
+    ]
     assert order.chunks_in_reading_order(5) == [3, 2, 4, 1, 0, 5]
     assert [order.chunks_finished(step) for step in range(6)] == [0, 0, 2, 2, 4, 6]
 

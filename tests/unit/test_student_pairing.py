@@ -1,4 +1,5 @@
-"""Which students need kept entries with most of the teacher's mass, and what a config without them is told."""
+"""Which students need kept entries with most of the teacher's mass, and what a config without them
+is told."""
 
 import pytest
 
@@ -15,10 +16,14 @@ def section(**settings: object) -> StudentSection:
 
 
 @pytest.mark.parametrize("divergence", BUCKETED)
-def test_every_divergence_that_draws_do_not_complete_depends_on_the_kept_mass(divergence: str) -> None:
+def test_every_divergence_that_draws_do_not_complete_depends_on_the_kept_mass(
+    divergence: str,
+) -> None:
     assert depends_on_kept_mass(section(divergence=divergence))
     assert not depends_on_kept_mass(section(divergence=divergence, tail_as_bucket=True))
-    assert not depends_on_kept_mass(section(divergence=divergence, divergence_weight=0.0, ce_weight=1.0))
+    assert not depends_on_kept_mass(
+        section(divergence=divergence, divergence_weight=0.0, ce_weight=1.0)
+    )
 
 
 def test_forward_kl_never_depends_on_the_kept_mass() -> None:
@@ -30,11 +35,23 @@ def test_too_little_kept_mass_is_refused_with_what_was_found_why_and_what_to_do(
         require_kept_mass(section(divergence="tvd"), Codec(1000, 8, num_draws=40), kept_mass=0.404)
     message = str(refusal.value)
     assert 'student.divergence is "tvd"' in message
-    assert "all but the 8 kept entries of a token as one bucket and learns nothing from the 40 draws" in message
-    assert "hold 40.4% of the teacher's mass, wanted at least 80%. The other 59.6% would be that bucket" in message
-    for cure in ('student.divergence = "forward_kl"', "a larger target.k", "student.tail_as_bucket = true"):
+    assert (
+        "all but the 8 kept entries of a token as one bucket and learns nothing from the 40 draws"
+        in message
+    )
+    assert (
+        "hold 40.4% of the teacher's mass, wanted at least 80%. The other 59.6% would be that "
+        "bucket" in message
+    )
+    for cure in (
+        'student.divergence = "forward_kl"',
+        "a larger target.k",
+        "student.tail_as_bucket = true",
+    ):
         assert cure in message
-    with pytest.raises(ConfigError, match="kept entries of a token as one bucket; in the first batch"):
+    with pytest.raises(
+        ConfigError, match="kept entries of a token as one bucket; in the first batch"
+    ):
         require_kept_mass(section(divergence="tvd"), Codec(1000, 8), kept_mass=0.404)
 
 

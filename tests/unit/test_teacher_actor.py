@@ -1,4 +1,5 @@
-"""A teacher's chunk holds the records of all its targets, measured; it is kept while the store cannot take it, and never made twice."""
+"""A teacher's chunk holds the records of all its targets, measured; it is kept while the store
+cannot take it, and never made twice."""
 
 from collections.abc import Iterator
 from itertools import repeat
@@ -10,7 +11,15 @@ import torch
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.engines.base import encoded
 from stillhouse.errors import ChunkError, StoreError
-from stillhouse.logits import Codec, CompressedLogits, compress, concatenate, decode, encode, fidelity
+from stillhouse.logits import (
+    Codec,
+    CompressedLogits,
+    compress,
+    concatenate,
+    decode,
+    encode,
+    fidelity,
+)
 from stillhouse.retry import Patience
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import is_there, publish_when_possible, stored
@@ -47,8 +56,12 @@ def test_a_full_store_is_waited_for(store: RefusingStore):
 def test_a_store_that_stays_away_is_told_once_and_given_up_with_what_it_said(store: RefusingStore):
     store.refusals = repeat(StoreUnavailable("the disk is full"))
     told: list[tuple[float, str]] = []
-    with pytest.raises(StoreUnavailable, match="the disk is full; after 0 s of waiting it is given up"):
-        publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF_END, tell=lambda *words: told.append(words))
+    with pytest.raises(
+        StoreUnavailable, match="the disk is full; after 0 s of waiting it is given up"
+    ):
+        publish_when_possible(
+            store, make_chunk(RECIPE, 1), patience=BRIEF_END, tell=lambda *words: told.append(words)
+        )
     assert told == [(0.0, "the disk is full")]
     assert store.published() == set()
 

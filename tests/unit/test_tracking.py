@@ -73,14 +73,30 @@ START = StartRow(
     time=1000.0,
 )
 TRAIN = TrainRow("student", 1, 2.5, 2.0, None, 0.7, 1e-4, 500, 2.0, 0.5, 250.0, time=1010.0)
-POOL = PoolRow(published=2, needed=8, in_flight=3, window_chunks=4, tokens_per_s=1234.5, window_wait_s=0.5, failures=0, time=1011.0)
+POOL = PoolRow(
+    published=2,
+    needed=8,
+    in_flight=3,
+    window_chunks=4,
+    tokens_per_s=1234.5,
+    window_wait_s=0.5,
+    failures=0,
+    time=1011.0,
+)
 ROWS = [
     START,
     TeacherRow(0, 12.5, "cuda:0", "triton: its kernels passed", time=1001.0),
     ChunkRow(3, 250, 44_000, 1.5, 0, 0.97, 3e-6, 4e-4, False, time=1002.0),
     POOL,
     TRAIN,
-    replace(TRAIN, role="control", loss=float("nan"), divergence=None, cross_entropy=3.5, grad_norm=float("inf")),
+    replace(
+        TRAIN,
+        role="control",
+        loss=float("nan"),
+        divergence=None,
+        cross_entropy=3.5,
+        grad_norm=float("inf"),
+    ),
     CheckpointRow("student", 5, 0.8, 123_456, 0.1, time=1020.0),
     DelayRow("student", 5, 1, "the store is too busy", time=1020.2),
     OutageRow("student, rank 1", 61.0, "the store is too busy", time=1020.3),
@@ -103,13 +119,21 @@ def test_every_row_comes_back_as_it_went_in_non_finite_numbers_included(tmp_path
     journal = Journal(tmp_path / "journal.jsonl")
     for row in ROWS:
         journal.record(row)
-    assert [repr(row) for row in read_journal(journal.path)] == [repr(row) for row in ROWS]  # repr: nan is not equal to itself
+    # repr: nan is not equal to itself
+    assert [repr(row) for row in read_journal(journal.path)] == [repr(row) for row in ROWS]
 
 
 def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path):
     """Starts without a schedule, ends without numbers of steps."""
     whole = {"kind": "start", **asdict(START)}
-    for name in ("learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps", "committed_steps"):
+    for name in (
+        "learning_rate",
+        "min_learning_rate",
+        "warmup_steps",
+        "epochs",
+        "max_steps",
+        "committed_steps",
+    ):
         del whole[name]
     end = {"kind": "end", "time": 1032.0, "outcome": "done", "seconds": 31.0, "message": ""}
     path = tmp_path / "journal.jsonl"
@@ -128,7 +152,8 @@ def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path):
         '{"kind": "repair", "time": 1%s, "chunk": 3}' % ("0" * 400),
         '{"kind": "set_aside", "time": 1.0, "chunk": 3, "sequences": [3, "4"], "reason": ""}',
         '{"kind": "end", "time": 1.0, "outcome": 1, "seconds": 1.0, "message": ""}',
-        '{"kind": "end", "time": 1.0, "outcome": "done", "seconds": 1.0, "message": "", "steps_done": {"student": null}}',
+        '{"kind": "end", "time": 1.0, "outcome": "done", "seconds": 1.0, "message": "", '
+        '"steps_done": {"student": null}}',
     ],
     ids=range(9),
 )
@@ -154,7 +179,9 @@ def test_each_line_is_strict_json_with_its_kind_and_time_first(tmp_path):
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    lines = [json.loads(line, parse_constant=refuse) for line in journal.path.read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=refuse) for line in journal.path.read_text().splitlines()
+    ]
     assert all(list(line)[:2] == ["kind", "time"] for line in lines)
     assert lines[-1]["time"] == 77.0
 
@@ -169,12 +196,16 @@ def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path):
         "    journal.record(PoolRow(n, 8, 3, 4, 1.0, 0.0, 0)); n += 1\n"
         "    print(n, flush=True)\n"
     )
-    writer = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
+    )
     assert writer.stdout is not None
     while int(writer.stdout.readline()) < 50:
         pass
     writer.send_signal(signal.SIGKILL)
-    acknowledged = max([50, *(int(line) for line in writer.stdout.read().splitlines() if line.strip())])
+    acknowledged = max(
+        [50, *(int(line) for line in writer.stdout.read().splitlines() if line.strip())]
+    )
     writer.wait()
     rows = read_journal(path)
     assert [row.published for row in rows if isinstance(row, PoolRow)] == list(range(len(rows)))
@@ -209,7 +240,9 @@ def test_rows_and_values_of_a_later_version_are_left_out_and_counted(tmp_path):
     path = tmp_path / "journal.jsonl"
     Journal(path).record(START)
     with path.open("ab") as file:
-        file.write(sealed_line(**NEWER) + sealed_line(kind="pool", temperature=41.5, **asdict(POOL)))
+        file.write(
+            sealed_line(**NEWER) + sealed_line(kind="pool", temperature=41.5, **asdict(POOL))
+        )
     Journal(path).record(TRAIN)
     reader = JournalReader(path)
     assert reader.new_rows() == [START, NewerRow("weather", time=1012.0), POOL, TRAIN]
@@ -247,7 +280,9 @@ def test_a_line_without_a_checksum_is_refused_behind_one_that_has_one(tmp_path):
     with path.open("a") as file:
         file.write(bare[1])
     for look in (reader.new_rows, lambda: read_journal(path)):
-        with pytest.raises(RunError, match=r"line 3 of .*it has no checksum, and lines before it have one"):
+        with pytest.raises(
+            RunError, match=r"line 3 of .*it has no checksum, and lines before it have one"
+        ):
             look()
 
 
@@ -256,13 +291,21 @@ def test_a_bit_flipped_in_a_line_is_found_wherever_it_is(tmp_path):
     Journal(path).record(START)
     Journal(path).record(TRAIN)
     whole = path.read_bytes()
-    for place in range(len(whole) - 1):  # without the last line's end: that line would be one that was never finished
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
-        with pytest.raises(RunError, match=f"line {1 if place <= whole.index(10) else 2} of .*journal"):
+    for place in range(
+        len(whole) - 1
+    ):  # without the last line's end: that line would be one that was never finished
+        path.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+        )
+        with pytest.raises(
+            RunError, match=f"line {1 if place <= whole.index(10) else 2} of .*journal"
+        ):
             read_journal(path)
 
 
-@pytest.mark.parametrize("broken", ["{", "[]", "7", '{"kind": "song"}', '{"kind": "pool", "published": 3}', "\x00\x00"])
+@pytest.mark.parametrize(
+    "broken", ["{", "[]", "7", '{"kind": "song"}', '{"kind": "pool", "published": 3}', "\x00\x00"]
+)
 def test_a_broken_line_elsewhere_is_refused_with_its_number(tmp_path, broken):
     journal = Journal(tmp_path / "journal.jsonl")
     journal.record(START)
@@ -311,7 +354,10 @@ def _append_many(path: Path, role: str, num_rows: int) -> None:
 def test_processes_append_to_one_journal_without_mixing_their_lines(tmp_path):
     path = tmp_path / "journal.jsonl"
     spawn = multiprocessing.get_context("fork")
-    writers = [spawn.Process(target=_append_many, args=(path, role, 150)) for role in ("student", "control")]
+    writers = [
+        spawn.Process(target=_append_many, args=(path, role, 150))
+        for role in ("student", "control")
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -319,7 +365,9 @@ def test_processes_append_to_one_journal_without_mixing_their_lines(tmp_path):
     rows = read_journal(path)
     assert len(rows) == 300
     for role in ("student", "control"):
-        assert [row.step for row in rows if isinstance(row, TrainRow) and row.role == role] == list(range(150))
+        assert [row.step for row in rows if isinstance(row, TrainRow) and row.role == role] == list(
+            range(150)
+        )
 
 
 def test_a_journal_that_cannot_be_written_says_so(tmp_path):
@@ -328,7 +376,8 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path):
 
 
 class FullDisk(SystemFiles):
-    """A disk that is full for the next so many writes, or syncs; a write that is refused gets as far as its first bytes."""
+    """A disk that is full for the next so many writes, or syncs; a write that is refused gets as
+    far as its first bytes."""
 
     def __init__(self, *, writes: int = 0, syncs: int = 0, error: int = errno.ENOSPC) -> None:
         self._left, self._error = {"write": writes, "sync": syncs}, error
@@ -363,12 +412,20 @@ class StandingClock:
 
 
 def _patient(journal: Journal, clock: StandingClock, told: list[str]) -> PatientTracker:
-    return PatientTracker(tracker=journal, tell=lambda _, why: told.append(why), pause=clock.pause, clock=clock, wall=clock)
+    return PatientTracker(
+        tracker=journal,
+        tell=lambda _, why: told.append(why),
+        pause=clock.pause,
+        clock=clock,
+        wall=clock,
+    )
 
 
 @pytest.mark.parametrize("call", ["writes", "syncs"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
-def test_a_row_waits_while_the_disk_is_full_and_comes_once_behind_what_others_wrote_meanwhile(tmp_path, call, error):
+def test_a_row_waits_while_the_disk_is_full_and_comes_once_behind_what_others_wrote_meanwhile(
+    tmp_path, call, error
+):
     path, clock, told = tmp_path / "journal.jsonl", StandingClock(), list[str]()
     journal = Journal(path, files=FullDisk(**{call: 12}, error=error))
     Journal(path).record(START)
@@ -394,7 +451,11 @@ def test_a_row_that_finds_no_room_for_half_an_hour_is_given_up(tmp_path):
 def test_a_journal_that_may_not_be_written_is_not_waited_for(tmp_path):
     clock = StandingClock()
     with pytest.raises(StoreError, match="give write access"):
-        _patient(Journal(tmp_path / "journal.jsonl", files=FullDisk(writes=1, error=errno.EACCES)), clock, []).record(TRAIN)
+        _patient(
+            Journal(tmp_path / "journal.jsonl", files=FullDisk(writes=1, error=errno.EACCES)),
+            clock,
+            [],
+        ).record(TRAIN)
     assert clock.now == 1000.0
 
 
@@ -407,7 +468,13 @@ def test_of_steps_taken_again_the_last_one_counts():
     rows = [replace(TRAIN, step=step, loss=float(i)) for i, step in enumerate(steps)]
     control = replace(TRAIN, role="control", step=2, loss=99.0)
     latest = latest_train_rows([START, *rows[:2], control, *rows[2:]], "student")
-    assert [(row.step, row.loss) for row in latest] == [(1, 0.0), (2, 1.0), (3, 4.0), (4, 5.0), (5, 6.0)]
+    assert [(row.step, row.loss) for row in latest] == [
+        (1, 0.0),
+        (2, 1.0),
+        (3, 4.0),
+        (4, 5.0),
+        (5, 6.0),
+    ]
     assert latest_train_rows([START, *rows, control], "control") == [control]
 
 
@@ -419,16 +486,21 @@ def test_no_secret_reaches_the_journal(tmp_path):
 
 
 def _wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
-    """All of a finished run's. W&B's service writes the last of them after `finish` has returned."""
+    """All of a finished run's. W&B's service writes the last of them after `finish` has
+    returned."""
     deadline = time.monotonic() + 30
-    while not (records := _records_so_far(path.read_bytes())) or records[-1].WhichOneof("record_type") != "exit":
+    while (
+        not (records := _records_so_far(path.read_bytes()))
+        or records[-1].WhichOneof("record_type") != "exit"
+    ):
         assert time.monotonic() < deadline, "the file has no end"
         time.sleep(0.02)
     return records
 
 
 def _records_so_far(data: bytes) -> list[wandb_internal_pb2.Record]:
-    """Of a .wandb file: 7 bytes of header, then LevelDB's log framing in blocks of 32 KiB, crc32 over type and data."""
+    """Of a .wandb file: 7 bytes of header, then LevelDB's log framing in blocks of 32 KiB, crc32
+    over type and data."""
     at, whole, records = 7, b"", []
     assert data[:4] == b":W&B"
     while at < len(data):
@@ -452,12 +524,18 @@ def _records_so_far(data: bytes) -> list[wandb_internal_pb2.Record]:
 
 def _history(records: list[wandb_internal_pb2.Record]) -> list[dict[str, object]]:
     rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
-    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
+        for row in rows
+    ]
 
 
 def _summary(records: list[wandb_internal_pb2.Record]) -> dict[str, object]:
     updates = [update for record in records for update in record.summary.update]
-    return {update.key or "/".join(update.nested_key): json.loads(update.value_json) for update in updates}
+    return {
+        update.key or "/".join(update.nested_key): json.loads(update.value_json)
+        for update in updates
+    }
 
 
 OFFLINE = TrackingSection(wandb="offline")
@@ -469,7 +547,9 @@ def _mirror(run_dir: Path, rows, *, config=None, section: TrackingSection = OFFL
         for row in rows:
             view.record(row)
         assert view.url is None
-    return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    return sorted(
+        run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns
+    )
 
 
 def test_the_wandb_file_holds_what_the_journal_holds(tmp_path):
@@ -478,18 +558,38 @@ def test_the_wandb_file_holds_what_the_journal_holds(tmp_path):
     [path] = _mirror(tmp_path, [*ROWS[:-1], *more, *pools, ROWS[-1]])
     records = _wandb_records(path)
     history = _history(records)
-    assert [row["student/loss"] for row in history if "student/loss" in row] == [2.5, *(1.0 / step for step in range(2, 40))]
-    assert [row["pool/published"] for row in history if "pool/tokens_per_s" in row] == [2, 3, 4, 5, 6, 7]
+    assert [row["student/loss"] for row in history if "student/loss" in row] == [
+        2.5,
+        *(1.0 / step for step in range(2, 40)),
+    ]
+    assert [row["pool/published"] for row in history if "pool/tokens_per_s" in row] == [
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
     [chunk] = [row for row in history if "chunk/kept_mass" in row]
-    assert (chunk["chunk/kept_mass"], chunk["chunk/codec_kl"], chunk["chunk/duplicate"]) == (0.97, 3e-6, False)
+    assert (chunk["chunk/kept_mass"], chunk["chunk/codec_kl"], chunk["chunk/duplicate"]) == (
+        0.97,
+        3e-6,
+        False,
+    )
     [control] = [row for row in history if "control/cross_entropy" in row]
     assert control["control/cross_entropy"] == 3.5
-    assert {"teacher/seconds_to_ready", "student_checkpoint/num_bytes", "attempt"} <= {name for row in history for name in row}
+    assert {"teacher/seconds_to_ready", "student_checkpoint/num_bytes", "attempt"} <= {
+        name for row in history for name in row
+    }
     summary = _summary(records)
     assert summary["eval/student/cross_entropy"] == 3.41
     assert summary["eval/teacher/cross_entropy"] == 3.05
     assert summary["outcome"] == "done"
-    axes = {record.metric.glob_name: record.metric.step_metric for record in records if record.metric.glob_name}
+    axes = {
+        record.metric.glob_name: record.metric.step_metric
+        for record in records
+        if record.metric.glob_name
+    }
     assert axes["student/*"] == "student/step"
     assert axes["chunk/*"] == "pool/published"
 
@@ -500,7 +600,12 @@ def test_a_resumed_run_keeps_its_wandb_id_and_its_rows_keep_their_numbers(tmp_pa
     after = [replace(START, attempt=2), replace(TRAIN, step=1), replace(TRAIN, step=2)]
     _mirror(tmp_path, before)
     first, second = (_wandb_records(path) for path in _mirror(tmp_path, [*before, *after]))
-    runs = [record.run for records in (first, second) for record in records if record.WhichOneof("record_type") == "run"]
+    runs = [
+        record.run
+        for records in (first, second)
+        for record in records
+        if record.WhichOneof("record_type") == "run"
+    ]
     assert [run.run_id for run in runs] == ["7e57ed01"] * 2
     assert all(run.resume for run in runs)
     assert [row["_step"] for row in _history(first)] == [0, 1, 2, 3, 5]
@@ -512,8 +617,15 @@ def test_no_secret_reaches_any_file_of_wandb(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "5ec7e7" * 7)
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setattr(sys, "argv", ["stillhouse", f"--token={SECRET}"])
-    config = {"store": {"url": f"s3://me:{SECRET}@bucket"}, "api_key": SECRET, "student": {"block_tokens": 64}}
-    rows = [replace(START, command=f"HF_TOKEN={SECRET} stillhouse"), EndRow("failed", 1.0, f"token={SECRET}", time=1.0)]
+    config = {
+        "store": {"url": f"s3://me:{SECRET}@bucket"},
+        "api_key": SECRET,
+        "student": {"block_tokens": 64},
+    }
+    rows = [
+        replace(START, command=f"HF_TOKEN={SECRET} stillhouse"),
+        EndRow("failed", 1.0, f"token={SECRET}", time=1.0),
+    ]
     [path] = _mirror(tmp_path, rows, config=config)
     print(SECRET)
     written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
@@ -536,7 +648,8 @@ def test_an_unreachable_server_means_offline_for_auto_and_a_refusal_for_online(t
         "import pathlib, sys\n"
         "from stillhouse.config import TrackingSection\n"
         "from stillhouse.tracking import WandbView\n"
-        "WandbView(TrackingSection(wandb=sys.argv[1]), pathlib.Path(sys.argv[2]), config={}, run_id='abc', init_timeout_s=1.0).close()\n"
+        "WandbView(TrackingSection(wandb=sys.argv[1]), pathlib.Path(sys.argv[2]), config={}, "
+        "run_id='abc', init_timeout_s=1.0).close()\n"
     )
     environment = {
         "WANDB_API_KEY": "0123456789" * 4,
@@ -544,7 +657,13 @@ def test_an_unreachable_server_means_offline_for_auto_and_a_refusal_for_online(t
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
     }
-    done = subprocess.run([sys.executable, "-c", program, mode, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, mode, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     offline = list(tmp_path.glob("wandb/offline-run-*-abc"))
     if mode == "auto":
         assert done.returncode == 0, done.stderr
@@ -561,12 +680,16 @@ def test_a_broken_wandb_never_breaks_the_run(tmp_path):
         "import pathlib, sys, wandb\n"
         "from stillhouse.config import TrackingSection\n"
         "from stillhouse.tracking import EndRow, PoolRow, WandbView\n"
-        "view = WandbView(TrackingSection(wandb='offline'), pathlib.Path(sys.argv[1]), config={}, run_id='abc')\n"
+        "view = WandbView(TrackingSection(wandb='offline'), pathlib.Path(sys.argv[1]), config={}, "
+        "run_id='abc')\n"
         "wandb.teardown()\n"
-        "view.record(PoolRow(1, 8, 3, 4, 1.0, 0.0, 0)); view.record(EndRow('done', 1.0, '')); view.close()\n"
+        "view.record(PoolRow(1, 8, 3, 4, 1.0, 0.0, 0)); view.record(EndRow('done', 1.0, '')); "
+        "view.close()\n"
         "print('the run goes on')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
     assert "the run goes on" in done.stdout, done.stderr
     assert "the journal goes on" in done.stderr
 
@@ -598,7 +721,10 @@ def test_while_machines_are_on_their_way_it_says_what_is_missing():
     text = io.StringIO()
     with ProgressView(Console(file=text, width=200), clock=_Clock()) as view:
         view.record(WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster"))
-    assert "waiting for machines to join the cluster: GPU: 8 needed (8 teachers), 0 in the cluster | student:" in text.getvalue()
+    assert (
+        "waiting for machines to join the cluster: GPU: 8 needed (8 teachers), 0 in the cluster | "
+        "student:" in text.getvalue()
+    )
 
 
 def test_a_process_that_stood_still_is_named_with_what_it_was_at():
@@ -611,7 +737,8 @@ def test_a_process_that_stood_still_is_named_with_what_it_was_at():
         view.record(StallRow("student", 1, 8, "step", 300.6, ""))
     assert text.getvalue().splitlines() == [
         "teacher 3 stood still for 301 s (work, chunk 12): it is killed and replaced",
-        "student, rank 1, step 7, stood still for 301 s (reading, chunk 12): it is killed and replaced",
+        "student, rank 1, step 7, stood still for 301 s (reading, chunk 12): it is killed and "
+        "replaced",
         "student, rank 1, step 8, stood still for 301 s (step): it is killed and replaced",
     ]
 
@@ -621,14 +748,21 @@ def test_what_a_store_keeps_waiting_is_said_once_a_minute():
     with ProgressView(Console(file=text, width=60), clock=clock) as view:
         for second in range(130):
             clock.now = float(second)
-            view.record(OutageRow(f"student, rank {second}", 61.0, "cannot read a in s3://bucket: it cannot be reached"))
+            view.record(
+                OutageRow(
+                    f"student, rank {second}",
+                    61.0,
+                    "cannot read a in s3://bucket: it cannot be reached",
+                )
+            )
         clock.now = 200.0
         view.record(DelayRow("student", 5, 0, "cannot write b in s3://bucket: it is too busy"))
     assert text.getvalue().splitlines() == [
         "student, rank 0 has waited for 61 s: cannot read a in s3://bucket: it cannot be reached",
         "student, rank 60 has waited for 61 s: cannot read a in s3://bucket: it cannot be reached",
         "student, rank 120 has waited for 61 s: cannot read a in s3://bucket: it cannot be reached",
-        "the student's checkpoint of step 5 cannot be written yet: cannot write b in s3://bucket: it is too busy",
+        "the student's checkpoint of step 5 cannot be written yet: cannot write b in s3://bucket: "
+        "it is too busy",
     ]
 
 
@@ -648,7 +782,9 @@ def test_progress_tells_pace_and_waiting():
         view.record(START)
         for i in range(3):
             view.record(replace(POOL, published=2 * i, time=1000.0 + 60 * i))
-            view.record(replace(TRAIN, step=1 + i, seconds=4.0, data_wait_s=1.0, time=1000.0 + 10 * i))
+            view.record(
+                replace(TRAIN, step=1 + i, seconds=4.0, data_wait_s=1.0, time=1000.0 + 10 * i)
+            )
     last = text.getvalue().splitlines()[-1]
     assert "1,234 tokens/s, ETA 2:00" in last  # 4 of 8 chunks in 120 s
     assert "waiting 25%, ETA 1:10" in last  # 7 steps of 10 s

@@ -20,13 +20,24 @@ from rich.console import Console
 from stillhouse.errors import RunError, StoreError
 from stillhouse.redaction import know
 from stillhouse.tracking import Journal, PoolRow, ProgressView, RepairRow
-from stillhouse.tracking.log import LogPlace, WarningReader, driver_log, failures_logged, handed_on, line_format, process_log, terminal_log
+from stillhouse.tracking.log import (
+    LogPlace,
+    WarningReader,
+    driver_log,
+    failures_logged,
+    handed_on,
+    line_format,
+    process_log,
+    terminal_log,
+)
 
 log = logging.getLogger("stillhouse.store.tests")
 ME = f"{socket.gethostname()}-{os.getpid()}"
 
 
-def record(text: str, *arguments: object, level: int = logging.WARNING, created: float = 0.0) -> logging.LogRecord:
+def record(
+    text: str, *arguments: object, level: int = logging.WARNING, created: float = 0.0
+) -> logging.LogRecord:
     made = logging.LogRecord("stillhouse.store.tests", level, "tests.py", 1, text, arguments, None)
     made.created, made.msecs = created, created % 1 * 1000
     return made
@@ -57,27 +68,42 @@ def level_of(name: str, level: int, *, propagate: bool = True) -> Iterator[None]
 
 def state_of_logging() -> list[object]:
     loggers = [logging.getLogger(name) for name in ("", "stillhouse", "ray", "DeepSpeed")]
-    return [threading.excepthook, warnings.showwarning, *((each.level, each.propagate, [*each.handlers]) for each in loggers)]
+    return [
+        threading.excepthook,
+        warnings.showwarning,
+        *((each.level, each.propagate, [*each.handlers]) for each in loggers),
+    ]
 
 
 def test_a_line_has_its_time_in_utc_its_level_its_process_and_its_module() -> None:
     line = line_format("teacher-3-host-712").format(record("chunk %d", 12, created=1_795_905_601.5))
-    assert line == "2026-11-28T22:40:01.500Z WARNING teacher-3-host-712 stillhouse.store.tests: chunk 12"
+    assert (
+        line
+        == "2026-11-28T22:40:01.500Z WARNING teacher-3-host-712 stillhouse.store.tests: chunk 12"
+    )
 
 
 def test_text_from_outside_shows_no_secret_steers_no_terminal_and_forges_no_line() -> None:
     secret = secrets.token_hex(16)
     know([secret])
-    line = line_format("driver").format(record("%s", f"401 for {secret}\x1b[2J\n1970-01-01T00:00:00.000Z ERROR driver x: forged"))
+    line = line_format("driver").format(
+        record("%s", f"401 for {secret}\x1b[2J\n1970-01-01T00:00:00.000Z ERROR driver x: forged")
+    )
     first, second = line.split("\n")
     assert first.endswith(": 401 for (redacted)\\x1b[2J")
     assert second == "    1970-01-01T00:00:00.000Z ERROR driver x: forged"
 
 
-def test_the_driver_keeps_info_from_itself_and_warnings_of_libraries_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_keeps_info_from_itself_and_warnings_of_libraries_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Libraries whose loggers propagate, and others whose do not."""
-    monkeypatch.setattr(logging.getLogger("DeepSpeed"), "filters", [])  # a command in this process may have silenced it
-    silent = level_of("DeepSpeed", logging.INFO, propagate=False), level_of("torch.tests", logging.INFO, propagate=False)
+    # a command in this process may have silenced it
+    monkeypatch.setattr(logging.getLogger("DeepSpeed"), "filters", [])
+    silent = (
+        level_of("DeepSpeed", logging.INFO, propagate=False),
+        level_of("torch.tests", logging.INFO, propagate=False),
+    )
     with silent[0], silent[1], level_of("ray", logging.INFO), driver_log(tmp_path):
         for name in ("stillhouse.tests", "urllib3.tests", "ray", "DeepSpeed", "torch.tests"):
             for level in ("debug", "info", "warning"):
@@ -85,12 +111,17 @@ def test_the_driver_keeps_info_from_itself_and_warnings_of_libraries_each_once(t
     text = text_of(tmp_path / "logs", "driver")
     wanted = [
         "info of stillhouse.tests",
-        *(f"warning of {name}" for name in ("stillhouse.tests", "urllib3.tests", "ray", "DeepSpeed", "torch.tests")),
+        *(
+            f"warning of {name}"
+            for name in ("stillhouse.tests", "urllib3.tests", "ray", "DeepSpeed", "torch.tests")
+        ),
     ]
     assert [line.partition(": ")[2] for line in text.splitlines() if " of " in line] == wanted
 
 
-def test_a_library_that_sets_level_and_format_of_the_handlers_at_its_logger_has_its_warnings_scrubbed_still(tmp_path: Path) -> None:
+def test_a_library_that_sets_level_and_format_of_its_handlers_has_its_warnings_scrubbed_still(
+    tmp_path: Path,
+) -> None:
     """As `ray.init` does."""
     secret, library = secrets.token_hex(16), logging.getLogger("ray")
     know([secret])
@@ -116,7 +147,9 @@ def test_the_level_of_our_logger_is_that_of_every_process(tmp_path: Path) -> Non
     assert handed_on() is None
 
 
-def test_what_a_process_logs_reaches_no_other_handler_and_afterwards_logging_is_as_it_was(tmp_path: Path) -> None:
+def test_what_a_process_logs_reaches_no_other_handler_and_afterwards_logging_is_as_it_was(
+    tmp_path: Path,
+) -> None:
     """Handlers of others do not scrub: Ray Train has one at the root of every rank."""
     heard = queue.SimpleQueue[logging.LogRecord]()
     other = QueueHandler(heard)
@@ -135,11 +168,15 @@ def test_what_a_process_logs_reaches_no_other_handler_and_afterwards_logging_is_
 def test_journal_events_are_lines_of_the_log(tmp_path: Path) -> None:
     with driver_log(tmp_path):
         Journal(tmp_path / "journal.jsonl").record(RepairRow(7))
-    assert " INFO " in (line := next(line for line in text_of(tmp_path / "logs", "driver").splitlines() if "repair" in line))
+    assert " INFO " in (
+        line := next(
+            line for line in text_of(tmp_path / "logs", "driver").splitlines() if "repair" in line
+        )
+    )
     assert line.endswith("stillhouse.tracking.journal: repair chunk=7")
 
 
-def test_what_ends_a_thread_or_the_process_leaves_its_traceback_in_the_file_and_one_line_of_the_threads_at_the_terminal(
+def test_what_ends_a_thread_or_the_process_leaves_its_traceback_in_the_file_and_says_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
@@ -151,21 +188,34 @@ def test_what_ends_a_thread_or_the_process_leaves_its_traceback_in_the_file_and_
         thread.join()
         raise IndexError("in the driver")
     text, shown = text_of(tmp_path / "logs", "driver"), capsys.readouterr().err
-    for words in ("thread feeder: ZeroDivisionError: in a thread", "in fail", "ended by: IndexError: in the driver", "Traceback"):
+    for words in (
+        "thread feeder: ZeroDivisionError: in a thread",
+        "in fail",
+        "ended by: IndexError: in the driver",
+        "Traceback",
+    ):
         assert words in text
-    assert [line.partition("log: ")[2] for line in shown.splitlines()] == ["thread feeder: ZeroDivisionError: in a thread"]
+    assert [line.partition("log: ")[2] for line in shown.splitlines()] == [
+        "thread feeder: ZeroDivisionError: in a thread"
+    ]
 
 
-def test_an_error_of_ours_is_no_warning_since_whoever_gets_it_tells_the_user(tmp_path: Path) -> None:
+def test_an_error_of_ours_is_no_warning_since_whoever_gets_it_tells_the_user(
+    tmp_path: Path,
+) -> None:
     with process_log("teacher-0", place_in(tmp_path)):
         for error in (RunError("expected"), IndexError("a bug")):
             with suppress(RunError, IndexError), failures_logged(log, "chunk 3"):
                 raise error
-    levels = [line.split()[1] for line in text_of(tmp_path, "teacher-0").splitlines() if "chunk 3" in line]
+    levels = [
+        line.split()[1] for line in text_of(tmp_path, "teacher-0").splitlines() if "chunk 3" in line
+    ]
     assert levels == ["INFO", "ERROR"]
 
 
-def test_warnings_of_python_go_to_the_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_of_python_go_to_the_file_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         with driver_log(tmp_path):
@@ -197,19 +247,27 @@ def test_a_warning_of_another_process_is_shown_by_the_driver_and_what_earlier_at
 
 def test_a_warning_is_shown_by_the_console_that_draws_the_progress_bars(tmp_path: Path) -> None:
     screen = StringIO()
-    with driver_log(tmp_path), ProgressView(Console(file=screen, force_terminal=True, width=200)) as view:
+    with (
+        driver_log(tmp_path),
+        ProgressView(Console(file=screen, force_terminal=True, width=200)) as view,
+    ):
         view.record(PoolRow(1, 2, 1, 2, 10.0, 0.0, 0))
         log.warning("hot")
     assert "stillhouse.store.tests: hot\n" in screen.getvalue()
 
 
-def test_of_many_warnings_at_once_ten_are_shown_and_the_others_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_many_warnings_at_once_ten_are_shown_and_the_others_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with driver_log(tmp_path):
         handed = handed_on()
         line = line_format("rank-0-host-1").format(record("hot"))
         (tmp_path / "logs" / "rank-0-host-1.log").write_text(f"{line}\n" * 25)
     assert handed is not None
-    assert capsys.readouterr().err.splitlines() == [*[line] * 10, f"and 15 more warnings in {handed.directory}"]
+    assert capsys.readouterr().err.splitlines() == [
+        *[line] * 10,
+        f"and 15 more warnings in {handed.directory}",
+    ]
 
 
 def test_a_reader_hands_out_whole_lines_of_our_warnings_once(tmp_path: Path) -> None:
@@ -219,26 +277,34 @@ def test_a_reader_hands_out_whole_lines_of_our_warnings_once(tmp_path: Path) -> 
     torn = line.format("stillhouse.a")
     file.write_text(torn[:30])
     assert reader.new_lines() == []
-    file.write_text(f"{torn}\n{line.format('torch')}\n    {torn}\n{torn.replace('WARNING', 'INFO')}\n")
+    file.write_text(
+        f"{torn}\n{line.format('torch')}\n    {torn}\n{torn.replace('WARNING', 'INFO')}\n"
+    )
     (tmp_path / "driver.log").write_text(f"{torn}\n")
     assert reader.new_lines() == [torn]
     assert reader.new_lines() == []
 
 
-def test_a_process_that_does_not_see_the_run_directory_writes_to_standard_error_and_sends_its_warnings(
+def test_a_process_without_the_run_directory_writes_to_standard_error_and_sends_its_warnings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent: list[str] = []
-    elsewhere = replace(place_in(tmp_path), driver="driver-of-another-machine.log", relay=sent.append)
+    elsewhere = replace(
+        place_in(tmp_path), driver="driver-of-another-machine.log", relay=sent.append
+    )
     with process_log("teacher-3", elsewhere):
         log.info("begun")
         log.warning("hot")
     assert [path.name for path in tmp_path.iterdir()] == ["driver.log"]
     assert "tests: begun" in capsys.readouterr().err
-    assert [line.partition("Z ")[2] for line in sent] == [f"WARNING teacher-3-{ME} stillhouse.store.tests: hot"]
+    assert [line.partition("Z ")[2] for line in sent] == [
+        f"WARNING teacher-3-{ME} stillhouse.store.tests: hot"
+    ]
 
 
-def test_a_driver_that_keeps_no_log_shows_its_own_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_driver_that_keeps_no_log_shows_its_own_warnings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with terminal_log():
         log.warning("hot")
         log.info("begun")
@@ -246,7 +312,7 @@ def test_a_driver_that_keeps_no_log_shows_its_own_warnings(capsys: pytest.Captur
     assert line.endswith("stillhouse.store.tests: hot")
 
 
-def test_a_log_that_cannot_be_made_is_said_with_its_path_and_one_that_cannot_be_written_ends_nothing(
+def test_a_log_that_cannot_be_made_is_said_with_its_path_and_a_failing_one_ends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "logs").write_text("no directory")

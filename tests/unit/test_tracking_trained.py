@@ -1,4 +1,5 @@
-"""What was trained is read off the journal: of each step its last attempt's schedule, and what had no effect."""
+"""What was trained is read off the journal: of each step its last attempt's schedule, and what had
+no effect."""
 
 from dataclasses import replace
 
@@ -6,12 +7,50 @@ import pytest
 
 from stillhouse.tracking import Role, Row, StartRow, TrainRow, nothing_left, stretches, words_of
 
-OLD = StartRow(1, "stillhouse run x.toml", {}, "t", "s", "0f" * 32, 8, 32, 64, 2000, 99, 0, 300, 8, 2, 2, 2, total_steps=10, control=False)
+OLD = StartRow(
+    1,
+    "stillhouse run x.toml",
+    {},
+    "t",
+    "s",
+    "0f" * 32,
+    8,
+    32,
+    64,
+    2000,
+    99,
+    0,
+    300,
+    8,
+    2,
+    2,
+    2,
+    total_steps=10,
+    control=False,
+)
 START = replace(OLD, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=2)
 
 
-def steps(numbers: range, *, role: Role = "student", learning_rate: float = 3e-3, world_size: int = 2) -> list[Row]:
-    return [TrainRow(role, number, 2.0, 1.5, None, 0.7, learning_rate, 200, 4.0, 1.0, 50.0, world_size=world_size) for number in numbers]
+def steps(
+    numbers: range, *, role: Role = "student", learning_rate: float = 3e-3, world_size: int = 2
+) -> list[Row]:
+    return [
+        TrainRow(
+            role,
+            number,
+            2.0,
+            1.5,
+            None,
+            0.7,
+            learning_rate,
+            200,
+            4.0,
+            1.0,
+            50.0,
+            world_size=world_size,
+        )
+        for number in numbers
+    ]
 
 
 def asked(earlier: list[Row], start: StartRow, **committed: int) -> str:
@@ -23,7 +62,12 @@ def test_steps_that_were_lost_and_taken_again_count_for_their_last_attempt() -> 
     rows = [START, *steps(range(1, 9)), again, *steps(range(5, 7), world_size=1)]
     first, second = stretches(rows, "student")
     assert (first.first_step, first.last_step, first.world_sizes) == (1, 4, (2,))
-    assert (second.first_step, second.last_step, second.world_sizes) == (5, 6, (1,))  # 7 and 8 led to other weights
+    # 7 and 8 led to other weights
+    assert (second.first_step, second.last_step, second.world_sizes) == (
+        5,
+        6,
+        (1,),
+    )
     assert first.schedule is not None
     assert second.schedule == replace(first.schedule, learning_rate=1e-3)
     assert stretches(rows, "student", until=3) == [replace(first, last_step=3)]
@@ -31,10 +75,18 @@ def test_steps_that_were_lost_and_taken_again_count_for_their_last_attempt() -> 
 
 
 def test_a_schedule_is_one_in_words_however_many_attempts_it_took() -> None:
-    rows = [START, *steps(range(1, 5)), replace(START, attempt=2, command="another", epochs=7), *steps(range(5, 11), world_size=1)]
+    rows = [
+        START,
+        *steps(range(1, 5)),
+        replace(START, attempt=2, command="another", epochs=7),
+        *steps(range(5, 11), world_size=1),
+    ]
     (whole,) = stretches(rows, "student")
     assert (whole.last_step, whole.world_sizes) == (10, (1, 2))
-    assert words_of([whole]) == "learning rate 0.003, warm-up steps 2, then a cosine to 0.0001 at step 10"
+    assert (
+        words_of([whole])
+        == "learning rate 0.003, warm-up steps 2, then a cosine to 0.0001 at step 10"
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,25 +99,39 @@ def test_a_schedule_is_one_in_words_however_many_attempts_it_took() -> None:
         (
             replace(START, total_steps=8),
             {"student": 10},
-            "nothing left to train: 10 steps are committed, and 8 are asked for; these settings differ from those it was trained with "
+            "nothing left to train: 10 steps are committed, and 8 are asked for; these settings "
+            "differ from those it was trained with "
             "and had no effect: steps = 8 (trained with 10)",
         ),
         (
             replace(START, learning_rate=1e-5, min_learning_rate=0.0),
             {"student": 10},
-            "nothing left to train: all 10 steps are committed; these settings differ from those it was trained with and had no effect: "
-            "student.learning_rate = 1e-05 (trained with 0.003), student.min_learning_rate = 0 (trained with 0.0001)",
+            "nothing left to train: all 10 steps are committed; these settings differ from those "
+            "it was trained with and had no effect: "
+            "student.learning_rate = 1e-05 (trained with 0.003), student.min_learning_rate = 0 "
+            "(trained with 0.0001)",
         ),
     ],
-    ids=["a step left", "the control's step left", "no training", "the same", "fewer steps", "another schedule"],
+    ids=[
+        "a step left",
+        "the control's step left",
+        "no training",
+        "the same",
+        "fewer steps",
+        "another schedule",
+    ],
 )
-def test_a_command_with_nothing_left_to_train_says_what_had_no_effect(start: StartRow, committed: dict[str, int], words: str) -> None:
+def test_a_command_with_nothing_left_to_train_says_what_had_no_effect(
+    start: StartRow, committed: dict[str, int], words: str
+) -> None:
     assert asked([START, *steps(range(1, 11))], start, **committed) == words
 
 
 def test_a_journal_without_schedules_still_tells_that_a_learning_rate_had_no_effect() -> None:
     earlier = [OLD, *steps(range(1, 11))]
     assert asked(earlier, START, student=10) == "nothing left to train: all 10 steps are committed"
-    assert "student.learning_rate = 1e-05 (trained with up to 0.003)" in asked(earlier, replace(START, learning_rate=1e-5), student=10)
+    assert "student.learning_rate = 1e-05 (trained with up to 0.003)" in asked(
+        earlier, replace(START, learning_rate=1e-5), student=10
+    )
     late = [OLD, *steps(range(5, 11), learning_rate=1e-3)]  # the peak is not among its steps
     assert asked(late, START, student=10) == "nothing left to train: all 10 steps are committed"

@@ -1,1 +1,2 @@
-"""Side by side against what users would do instead: what is timed, how, and the figures that come of it."""
+"""Side by side against what users would do instead: what is timed, how, and the figures that come
+of it."""

@@ -1,7 +1,9 @@
-"""What malloc does with memory that is freed while something is timed: it keeps it, wherever it is glibc's.
+"""What malloc does with memory that is freed while something is timed: it keeps it, wherever it is
+glibc's.
 
-By itself glibc gives every block above 32 MB back to the system when it is freed, and pays the page faults again when it is next taken.
-A way that has such temporaries would then be timed mostly by them, and a caller whose memory is reused would never see that figure.
+By itself glibc gives every block above 32 MB back to the system when it is freed, and pays the page
+faults again when it is next taken. A way that has such temporaries would then be timed mostly by
+them, and a caller whose memory is reused would never see that figure.
 """
 
 import ctypes
@@ -14,18 +16,26 @@ _DEFAULT_TRIM_BYTES, _DEFAULT_MMAPS = 128 * 1024, 65536
 _NEVER, _NONE = -1, 0
 
 KEPT = "malloc was told to keep freed memory, so that few page faults are timed"
-NOT_KEPT = "malloc, which is not glibc's, did as it always does: a way with large temporaries may pay page faults"
+NOT_KEPT = (
+    "malloc, which is not glibc's, did as it always does: a way with large temporaries may "
+    "pay page faults"
+)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[str]:
-    """Within, this process gives no freed memory back to the system. Yields KEPT, or NOT_KEPT where malloc cannot be told.
+    """Within, this process gives no freed memory back to the system. Yields KEPT, or NOT_KEPT where
+    malloc cannot be told.
 
     Afterwards it gives back what it can at once, and later what it frees.
     """
     libc = ctypes.CDLL(None)
     mallopt, malloc_trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
-    if mallopt is None or malloc_trim is None or not (mallopt(_MMAP_MAX, _NONE) and mallopt(_TRIM_THRESHOLD, _NEVER)):
+    if (
+        mallopt is None
+        or malloc_trim is None
+        or not (mallopt(_MMAP_MAX, _NONE) and mallopt(_TRIM_THRESHOLD, _NEVER))
+    ):
         yield NOT_KEPT
         return
     try:
@@ -38,7 +48,8 @@ def freed_memory_kept() -> Iterator[str]:
 
 @contextmanager
 def freed_memory_kept_by_children() -> Iterator[None]:
-    """The same for every process that is started within, in any language: glibc reads these variables as a process starts."""
+    """The same for every process that is started within, in any language: glibc reads these
+    variables as a process starts."""
     settings = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

@@ -1,4 +1,5 @@
-"""What the documentation of Ray Train and of DeepSpeed would have one write: synchronous checkpoints, the newest one loaded again.
+"""What the documentation of Ray Train and of DeepSpeed would have one write: synchronous
+checkpoints, the newest one loaded again.
 
 Ray Train's workers import this module and what it asks for, and nothing else of ours.
 """
@@ -12,7 +13,8 @@ import ray.train
 
 
 def train_as_documented(config: dict[str, Any]) -> None:
-    """A rank's training function; rank 0 tells when it is called, when a step is done, and when a checkpoint is there."""
+    """A rank's training function; rank 0 tells when it is called, when a step is done, and when a
+    checkpoint is there."""
     rank, folder = ray.train.get_context().get_world_rank(), Path(config["folder"])
 
     def tell(name: str) -> None:
@@ -34,7 +36,9 @@ def train_as_documented(config: dict[str, Any]) -> None:
         "zero_optimization": {"stage": config["zero_stage"]},
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
     }
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=settings
+    )
     latest = folder / "saved" / "latest"  # DeepSpeed writes it after all else
     if latest.exists():
         engine.load_checkpoint(str(latest.parent))

@@ -1,8 +1,9 @@
-"""`stillhouse bench checkpoint`: how long training stands still for a checkpoint, beside DeepSpeed's own synchronous one.
+"""`stillhouse bench checkpoint`: how long training stands still for a checkpoint, beside
+DeepSpeed's own synchronous one.
 
-Both write the state of the same engine to the same disk, one after the other; each repeat begins with the other one. What is timed is
-the wall clock until training may go on. Ours then has the rest to write, so the time to its commit and a step taken meanwhile are timed
-as well.
+Both write the state of the same engine to the same disk, one after the other; each repeat begins
+with the other one. What is timed is the wall clock until training may go on. Ours then has the rest
+to write, so the time to its commit and a step taken meanwhile are timed as well.
 
 Shapes: T target tokens.
 """
@@ -40,7 +41,8 @@ from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch
 
 SYNCHRONOUS, OURS, COMMITTED, STEP, STEP_MEANWHILE = (
-    "save_checkpoint", "stillhouse, blocking", "stillhouse, to the commit", "a step", "a step, while it is written",
+    "save_checkpoint", "stillhouse, blocking", "stillhouse, to the commit",
+    "a step", "a step, while it is written",
 )  # fmt: skip
 _VOCAB_SIZE, _NUM_TOKENS, _RATE = 16_384, 64, 1e-4
 
@@ -67,13 +69,20 @@ class Measured:
     num_bytes: int  # of a checkpoint
 
 
-def bench_checkpoint(setting: Setting, work_dir: Path, *, repeats: int, command: str, out: Path | None) -> None:
-    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where the setting cannot be measured."""
+def bench_checkpoint(
+    setting: Setting, work_dir: Path, *, repeats: int, command: str, out: Path | None
+) -> None:
+    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where
+    the setting cannot be measured."""
     require_device(setting.device)
-    prepare_process(setting.device, 1)  # for the process that measures, too: it is started with this one's environment
+    # for the process that measures, too: it is started with this one's environment
+    prepare_process(setting.device, 1)
     provenance = Provenance.of(command)
     work_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=work_dir) as folder, ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with (
+        TemporaryDirectory(dir=work_dir) as folder,
+        ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool,
+    ):
         measured = pool.submit(measure, setting, Path(folder), repeats=repeats).result()
     timings = measured.timings
     if out is not None:
@@ -91,23 +100,36 @@ def bench_checkpoint(setting: Setting, work_dir: Path, *, repeats: int, command:
         out.write_text(json.dumps(values, indent=2) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(setting, measured))
-    console.print(f"The first snapshot took {measured.first_blocking_s:.2f} s. Load average at the start: {provenance.load_average}.")
+    console.print(
+        f"The first snapshot took {measured.first_blocking_s:.2f} s. Load average at the start: "
+        f"{provenance.load_average}."
+    )
 
 
 def table(setting: Setting, measured: Measured) -> Table:
     """Medians (least to most)."""
-    size = f"{measured.num_bytes / 1e6:,.0f} MB, {setting.dtype}, ZeRO {setting.zero_stage}, {setting.device}"
-    found = Table(title=f"A checkpoint\n{size}", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    size = (
+        f"{measured.num_bytes / 1e6:,.0f} MB, {setting.dtype}, ZeRO {setting.zero_stage}, "
+        f"{setting.device}"
+    )
+    found = Table(
+        title=f"A checkpoint\n{size}", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for heading in ("", "ms", f"over\n{SYNCHRONOUS}"):
         found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for way in measured.timings.seconds:
-        ratio = "" if way in (STEP, STEP_MEANWHILE) else shown(measured.timings.ratio(way, SYNCHRONOUS), ".3f")
+        ratio = (
+            ""
+            if way in (STEP, STEP_MEANWHILE)
+            else shown(measured.timings.ratio(way, SYNCHRONOUS), ".3f")
+        )
         found.add_row(way, shown(measured.timings.of(way), ".0f", unit=1e-3), ratio)
     return found
 
 
 def measure(setting: Setting, folder: Path, *, repeats: int) -> Measured:
-    """Each way `repeats` times, in turn, after a round that nobody times. This process becomes a rank, so it should be a fresh one."""
+    """Each way `repeats` times, in turn, after a round that nobody times. This process becomes a
+    rank, so it should be a fresh one."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's collectives have new names
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -122,7 +144,11 @@ def measure(setting: Setting, folder: Path, *, repeats: int) -> Measured:
         engine.close()
     finally:
         dist.destroy_process_group()
-    return Measured(Timings({way: [one[way] for one in rounds] for way in rounds[0]}), first[OURS], bench.num_bytes)
+    return Measured(
+        Timings({way: [one[way] for one in rounds] for way in rounds[0]}),
+        first[OURS],
+        bench.num_bytes,
+    )
 
 
 def _round(bench: "_Bench", *, swapped: bool) -> Mapping[str, float]:
@@ -167,7 +193,14 @@ class _Bench:
 
         origin = Origin(self._engine.section.zero_stage, "", {})
         with CheckpointWriter(
-            str(url), origin=origin, attempt="one", rank=0, world_size=1, keep=1, on_commit=on_commit, on_delay=print
+            str(url),
+            origin=origin,
+            attempt="one",
+            rank=0,
+            world_size=1,
+            keep=1,
+            on_commit=on_commit,
+            on_delay=print,
         ) as writer:
             began = monotonic()
             writer.submit(self._engine.snapshot(1))
@@ -193,11 +226,22 @@ def _engine(setting: Setting) -> StudentEngine:
     model: Any = LlamaForCausalLM(config)
     model.to(setting.torch_device, getattr(torch, setting.dtype))
     sizes = {"global_batch_sequences": 1, "micro_batch_sequences": 1}
-    section = StudentSection.model_validate({"model": "random", "dtype": setting.dtype, "zero_stage": setting.zero_stage, **sizes})
-    return StudentEngine(model, section=section, vocab_size=_VOCAB_SIZE, num_micro_batches=1, device=setting.torch_device)
+    section = StudentSection.model_validate(
+        {"model": "random", "dtype": setting.dtype, "zero_stage": setting.zero_stage, **sizes}
+    )
+    return StudentEngine(
+        model,
+        section=section,
+        vocab_size=_VOCAB_SIZE,
+        num_micro_batches=1,
+        device=setting.torch_device,
+    )
 
 
 def _batch() -> MicroBatch:
     ids_T = torch.randint(_VOCAB_SIZE, (_NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
     places_T = torch.arange(_NUM_TOKENS)
-    return MicroBatch(TokenBatch(ids_T[None], places_T[None], places_T, ids_T), compress(torch.randn(_NUM_TOKENS, _VOCAB_SIZE), k=8))
+    return MicroBatch(
+        TokenBatch(ids_T[None], places_T[None], places_T, ids_T),
+        compress(torch.randn(_NUM_TOKENS, _VOCAB_SIZE), k=8),
+    )

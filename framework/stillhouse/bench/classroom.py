@@ -1,6 +1,8 @@
-"""Students side by side in one process: the same beginnings, the same batches and one teacher; they differ in what they learn from alone.
+"""Students side by side in one process: the same beginnings, the same batches and one teacher; they
+differ in what they learn from alone.
 
-The targets are the real ones: compressed, encoded, decoded and met by the fused loss. Only the store, Ray and DeepSpeed are left out.
+The targets are the real ones: compressed, encoded, decoded and met by the fused loss. Only the
+store, Ray and DeepSpeed are left out.
 
 Shapes: S sequences, B of one step, L positions, T target tokens, H hidden, V vocabulary, N draws.
 """
@@ -31,8 +33,9 @@ Kind = Literal["text", "everything", "stored", "independent", "weighted"]
 class Form:
     """What a student learns from: the text, the teacher's whole distribution, or a record.
 
-    "independent" draws are those of RS-KD; "weighted" ones are of the teacher's distribution to the power `proposal`, each with a weight
-    of a byte that makes up for it (arXiv 2503.16870, section 4.2, has such proposals).
+    "independent" draws are those of RS-KD; "weighted" ones are of the teacher's distribution to the
+    power `proposal`, each with a weight of a byte that makes up for it (arXiv 2503.16870, section
+    4.2, has such proposals).
     """
 
     name: str
@@ -78,9 +81,13 @@ def teach(
     seed: int,
     on_step: Callable[[], None],
 ) -> Mapping[str, PreTrainedModel]:
-    """A trained student for each form, by name. `seed` decides the students' weights, the order of the sequences and all draws."""
+    """A trained student for each form, by name. `seed` decides the students' weights, the order of
+    the sequences and all draws."""
     students = {form.name: _student(tokenizer, corpus, lessons, seed=seed) for form in forms}
-    optimisers = {name: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1) for name, model in students.items()}
+    optimisers = {
+        name: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+        for name, model in students.items()
+    }
     teacher_head = head_of(teacher, vocab_size=len(tokenizer))
     pace = replace(Sizes(), num_steps=lessons.num_steps, warmup_steps=lessons.warmup_steps)
     for step, batch in enumerate(_batches(corpus, lessons, seed=seed)):
@@ -90,7 +97,9 @@ def teach(
             student, optimiser = students[form.name], optimisers[form.name]
             for group in optimiser.param_groups:
                 group["lr"] = lessons.learning_rate * learning_rate_share(step, pace)
-            loss = _loss(form, teacher_TV, student, batch, step_seed=seed * lessons.num_steps + step) / len(batch.tokens.labels_T)
+            loss = _loss(
+                form, teacher_TV, student, batch, step_seed=seed * lessons.num_steps + step
+            ) / len(batch.tokens.labels_T)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
             optimiser.step()
@@ -99,25 +108,40 @@ def teach(
     return {name: student.eval() for name, student in students.items()}
 
 
-def target_of(form: Form, teacher_TV: Tensor, seeds_T: Tensor, *, step_seed: int) -> CompressedLogits:
+def target_of(
+    form: Form, teacher_TV: Tensor, seeds_T: Tensor, *, step_seed: int
+) -> CompressedLogits:
     """What a reader of the form's records gets."""
     codec = form.codec
     target = compress(teacher_TV, k=codec.k, tail_draws=codec.num_draws, seeds_T=seeds_T)
     if form.kind == "independent":
         assert codec.k == 0
         generator = torch.Generator().manual_seed(step_seed)
-        draws_TN = torch.multinomial(teacher_TV.softmax(dim=1), codec.num_draws, replacement=True, generator=generator)
+        draws_TN = torch.multinomial(
+            teacher_TV.softmax(dim=1), codec.num_draws, replacement=True, generator=generator
+        )
         target = replace(target, tail_ids_TN=draws_TN.sort(dim=1).values.int())
     return decode(encode(target, codec), codec)
 
 
-def _loss(form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batch, *, step_seed: int) -> Tensor:
+def _loss(
+    form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batch, *, step_seed: int
+) -> Tensor:
     """The sum over the batch's tokens."""
-    hidden_TH, head = hidden_at(student, batch.tokens), head_of(student, vocab_size=form.codec.vocab_size)
+    hidden_TH, head = (
+        hidden_at(student, batch.tokens),
+        head_of(student, vocab_size=form.codec.vocab_size),
+    )
     match form.kind:
         case "text":
             return distillation_loss(
-                hidden_TH, head, None, divergence=forward_kl, labels_T=batch.tokens.labels_T, ce_weight=1.0, divergence_weight=0.0
+                hidden_TH,
+                head,
+                None,
+                divergence=forward_kl,
+                labels_T=batch.tokens.labels_T,
+                ce_weight=1.0,
+                divergence_weight=0.0,
             ).total
         case "everything":
             return _dense(hidden_TH, head, teacher_TV)
@@ -126,33 +150,53 @@ def _loss(form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batc
         case "stored" | "independent":
             target = target_of(form, teacher_TV, batch.seeds_T, step_seed=step_seed)
             return distillation_loss(
-                hidden_TH, head, target, divergence=forward_kl, labels_T=batch.tokens.labels_T, ce_weight=form.ce_weight
+                hidden_TH,
+                head,
+                target,
+                divergence=forward_kl,
+                labels_T=batch.tokens.labels_T,
+                ce_weight=form.ce_weight,
             ).total
 
 
 def _dense(hidden_TH: Tensor, head: Head, teacher_TV: Tensor) -> Tensor:
-    p_TV, q_TV = (functional.log_softmax(logits_TV, dim=-1) for logits_TV in (teacher_TV, head.logits(hidden_TH)))
+    p_TV, q_TV = (
+        functional.log_softmax(logits_TV, dim=-1)
+        for logits_TV in (teacher_TV, head.logits(hidden_TH))
+    )
     return functional.kl_div(q_TV, p_TV, reduction="sum", log_target=True)
 
 
-def _weighted(form: Form, hidden_TH: Tensor, head: Head, teacher_TV: Tensor, *, step_seed: int) -> Tensor:
-    """Cross-entropy to independent draws of the proposal, each weighted by how much likelier the teacher finds it. Weights are exact."""
-    logp_TV, logr_TV = (functional.log_softmax(power * teacher_TV, dim=-1) for power in (1.0, form.proposal))
+def _weighted(
+    form: Form, hidden_TH: Tensor, head: Head, teacher_TV: Tensor, *, step_seed: int
+) -> Tensor:
+    """Cross-entropy to independent draws of the proposal, each weighted by how much likelier the
+    teacher finds it. Weights are exact."""
+    logp_TV, logr_TV = (
+        functional.log_softmax(power * teacher_TV, dim=-1) for power in (1.0, form.proposal)
+    )
     generator = torch.Generator().manual_seed(step_seed)
-    draws_TN = torch.multinomial(logr_TV.exp(), form.codec.num_draws, replacement=True, generator=generator)
+    draws_TN = torch.multinomial(
+        logr_TV.exp(), form.codec.num_draws, replacement=True, generator=generator
+    )
     weights_TN = (logp_TV - logr_TV).gather(1, draws_TN).exp() / form.codec.num_draws
     logq_TN = functional.log_softmax(head.logits(hidden_TH), dim=-1).gather(1, draws_TN)
     return -(weights_TN * logq_TN).sum()
 
 
-def _student(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, lessons: Lessons, *, seed: int) -> PreTrainedModel:
+def _student(
+    tokenizer: PreTrainedTokenizerFast, corpus: Corpus, lessons: Lessons, *, seed: int
+) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(llama_config(lessons.shape, tokenizer, corpus.sequence_length)).train()
+        return LlamaForCausalLM(
+            llama_config(lessons.shape, tokenizer, corpus.sequence_length)
+        ).train()
 
 
 def _batches(corpus: Corpus, lessons: Lessons, *, seed: int) -> Iterator[_Batch]:
-    """The corpus's sequences in an order by seed, as often as it takes; a sequence that comes again has the same draws."""
+    """The corpus's sequences in an order by seed, as often as it takes; a sequence that comes again
+    has the same draws."""
     size, random = lessons.batch_sequences, np.random.default_rng(seed)
     order: list[int] = []
     for _ in range(lessons.num_steps):
@@ -164,5 +208,8 @@ def _batches(corpus: Corpus, lessons: Lessons, *, seed: int) -> Iterator[_Batch]
 
 def _batch(corpus: Corpus, sequences: list[int], *, seed: int) -> _Batch:
     tokens = TokenBatch.of(joined([corpus.rows(sequence, sequence + 1) for sequence in sequences]))
-    row_T, columns_T = tokens.target_positions_T // corpus.sequence_length, tokens.target_positions_T % corpus.sequence_length
+    row_T, columns_T = (
+        tokens.target_positions_T // corpus.sequence_length,
+        tokens.target_positions_T % corpus.sequence_length,
+    )
     return _Batch(tokens, seeds_T=token_seeds(seed, torch.tensor(sequences)[row_T], columns_T))

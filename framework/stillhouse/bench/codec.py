@@ -1,7 +1,9 @@
-"""`stillhouse bench codec`: what a target takes in bytes, what they lose, and how fast it is packed and unpacked.
+"""`stillhouse bench codec`: what a target takes in bytes, what they lose, and how fast it is packed
+and unpacked.
 
-Two kinds of rows: power laws, -a log(rank) plus N(0, 1) with each token's ranks in an order of their own, for six exponents a from flat to
-sharp; and what a trained model says to held-out text, its vocabulary enlarged.
+Two kinds of rows: power laws, -a log(rank) plus N(0, 1) with each token's ranks in an order of
+their own, for six exponents a from flat to sharp; and what a trained model says to held-out text,
+its vocabulary enlarged.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -41,13 +43,22 @@ class Setting:
     def check(self) -> None:
         """Raises ConfigError where this cannot be measured here."""
         if max(self.ks) > self.vocab_size:
-            raise ConfigError(f"--k is {max(self.ks)}, above --vocab, which is {self.vocab_size}; keep no more entries than there are")
+            raise ConfigError(
+                f"--k is {max(self.ks)}, above --vocab, which is {self.vocab_size}; keep no more "
+                "entries than there are"
+            )
         require_device(self.device)
 
     @property
     def codecs(self) -> list[Codec]:
-        drawn = [Codec(self.vocab_size, k, num_draws=num_draws) for k, num_draws in _DRAWN if k + num_draws < self.vocab_size]
-        return [Codec(self.vocab_size, k, value_bits=bits) for bits in (8, 6) for k in self.ks] + drawn
+        drawn = [
+            Codec(self.vocab_size, k, num_draws=num_draws)
+            for k, num_draws in _DRAWN
+            if k + num_draws < self.vocab_size
+        ]
+        return [
+            Codec(self.vocab_size, k, value_bits=bits) for bits in (8, 6) for k in self.ks
+        ] + drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +77,19 @@ class CodecFigures:
     allocator: str  # what malloc did with freed memory meanwhile
 
 
-def bench_codec(setting: Setting, teacher_dir: Path | None, *, repeats: int, cache_dir: Path, command: str, out: Path | None) -> None:
+def bench_codec(
+    setting: Setting,
+    teacher_dir: Path | None,
+    *,
+    repeats: int,
+    cache_dir: Path,
+    command: str,
+    out: Path | None,
+) -> None:
     """Measure, print a table for each kind of rows, and write all that was measured to `out`.
 
-    Raises ConfigError where the setting cannot be measured, or `teacher_dir` holds no model. Without one, and without the demo's, the
-    trained rows are left out.
+    Raises ConfigError where the setting cannot be measured, or `teacher_dir` holds no model.
+    Without one, and without the demo's, the trained rows are left out.
     """
     setting.check()
     torch.set_num_threads(1)
@@ -80,37 +99,59 @@ def bench_codec(setting: Setting, teacher_dir: Path | None, *, repeats: int, cac
         teacher_dir = DEMO_TEACHER
     if teacher_dir is not None:
         trained_TV = trained_logits(teacher_dir, num_tokens=setting.num_tokens, cache_dir=cache_dir)
-        rows[f"a trained model's, its {trained_TV.shape[1]:,} ids enlarged"] = enlarged(trained_TV, setting.vocab_size)
+        rows[f"a trained model's, its {trained_TV.shape[1]:,} ids enlarged"] = enlarged(
+            trained_TV, setting.vocab_size
+        )
     found = {
-        kind: [measure(logits_TV.to(setting.device), codec, repeats=repeats) for codec in setting.codecs]
+        kind: [
+            measure(logits_TV.to(setting.device), codec, repeats=repeats)
+            for codec in setting.codecs
+        ]
         for kind, logits_TV in rows.items()
     }
     if out is not None:
-        values = {"benchmark": "codec", "provenance": asdict(provenance), "setting": asdict(setting), "exponents": EXPONENTS}
+        values = {
+            "benchmark": "codec",
+            "provenance": asdict(provenance),
+            "setting": asdict(setting),
+            "exponents": EXPONENTS,
+        }
         figures = {kind: [asdict(one) for one in of_kind] for kind, of_kind in found.items()}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(values | {"rows": figures}, indent=2) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     for kind, figures_of_kind in found.items():
-        console.print(table(f"{kind}, {setting.vocab_size:,} ids, {setting.device}", figures_of_kind))
+        console.print(
+            table(f"{kind}, {setting.vocab_size:,} ids, {setting.device}", figures_of_kind)
+        )
     console.print(f"Load average at the start: {provenance.load_average}.")
     console.print(f"While it was timed, {found['power laws'][0].allocator}.")
     if teacher_dir is None:
         console.print(
-            f"Left out: a trained model's rows; there is none in {DEMO_TEACHER}, which `stillhouse demo` makes, nor with --teacher."
+            f"Left out: a trained model's rows; there is none in {DEMO_TEACHER}, which "
+            "`stillhouse demo` makes, nor with --teacher."
         )
 
 
 def power_law_logits(num_tokens: int, vocab_size: int, *, exponent: float) -> Tensor:
     """[T, V] logits with a language model's long tail, the same for the same arguments."""
     generator = torch.Generator().manual_seed(round(10 * exponent))
-    ranked_TV = -exponent * torch.arange(1, vocab_size + 1).log() + torch.randn(num_tokens, vocab_size, generator=generator)
-    return torch.stack([row_V[torch.randperm(vocab_size, generator=generator)] for row_V in ranked_TV])
+    ranked_TV = -exponent * torch.arange(1, vocab_size + 1).log() + torch.randn(
+        num_tokens, vocab_size, generator=generator
+    )
+    return torch.stack(
+        [row_V[torch.randperm(vocab_size, generator=generator)] for row_V in ranked_TV]
+    )
 
 
 def _power_laws(setting: Setting) -> Tensor:
     num_each = max(1, setting.num_tokens // len(EXPONENTS))
-    return torch.cat([power_law_logits(num_each, setting.vocab_size, exponent=exponent) for exponent in EXPONENTS])
+    return torch.cat(
+        [
+            power_law_logits(num_each, setting.vocab_size, exponent=exponent)
+            for exponent in EXPONENTS
+        ]
+    )
 
 
 def measure(logits_TV: Tensor, codec: Codec, *, repeats: int) -> CodecFigures:
@@ -122,10 +163,16 @@ def measure(logits_TV: Tensor, codec: Codec, *, repeats: int) -> CodecFigures:
     records_TB = encode(many, codec)
 
     def works(_: int) -> Mapping[str, Work]:
-        return {"encode": lambda: [encode(many, codec)], "decode": lambda: [decode(records_TB, codec).token_ids_TK]}
+        return {
+            "encode": lambda: [encode(many, codec)],
+            "decode": lambda: [decode(records_TB, codec).token_ids_TK],
+        }
 
     timings = time_in_turn(works, repeats=repeats, device=logits_TV.device)
-    encode_speed, decode_speed = (Spread.of(many.num_tokens / seconds for seconds in timings.seconds[way]) for way in ("encode", "decode"))
+    encode_speed, decode_speed = (
+        Spread.of(many.num_tokens / seconds for seconds in timings.seconds[way])
+        for way in ("encode", "decode")
+    )
     return CodecFigures(
         k=codec.k,
         num_draws=codec.num_draws,
@@ -143,10 +190,29 @@ def measure(logits_TV: Tensor, codec: Codec, *, repeats: int) -> CodecFigures:
 def table(kind: str, figures: Sequence[CodecFigures]) -> Table:
     """Kept mass, and speeds in millions of tokens a second; medians."""
     found = Table(title=f"A target in bytes: {kind}", box=box.SIMPLE)
-    for heading in ("k", "draws", "bits", "bytes", "kept", "mean KL", "worst KL", "encode,\nM/s", "decode,\nM/s"):
+    for heading in (
+        "k",
+        "draws",
+        "bits",
+        "bytes",
+        "kept",
+        "mean KL",
+        "worst KL",
+        "encode,\nM/s",
+        "decode,\nM/s",
+    ):
         found.add_column(heading, justify="right")
     for one in figures:
-        sizes = (str(one.k), str(one.num_draws), str(one.value_bits), str(one.bytes_per_token), f"{one.kept_mass:.3f}")
-        speeds = [f"{spread.median / 1e6:.2f}" for spread in (one.encode_tokens_per_s, one.decode_tokens_per_s)]
+        sizes = (
+            str(one.k),
+            str(one.num_draws),
+            str(one.value_bits),
+            str(one.bytes_per_token),
+            f"{one.kept_mass:.3f}",
+        )
+        speeds = [
+            f"{spread.median / 1e6:.2f}"
+            for spread in (one.encode_tokens_per_s, one.decode_tokens_per_s)
+        ]
         found.add_row(*sizes, f"{one.mean_kl:.1e}", f"{one.worst_kl:.1e}", *speeds)
     return found

@@ -1,4 +1,5 @@
-"""Two ways to write the same draws: a multiset in Elias-Fano form, as the codec does, or the distinct ids and how often each was drawn.
+"""Two ways to write the same draws: a multiset in Elias-Fano form, as the codec does, or the
+distinct ids and how often each was drawn.
 
 Shapes: T tokens, N draws, V vocabulary.
 """
@@ -25,7 +26,8 @@ _EXPONENTS = (1.0, 1.5, 2.0, 3.0)
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """Bytes of the draws alone, on the same rows: each id as often as drawn, or the distinct ones with counts."""
+    """Bytes of the draws alone, on the same rows: each id as often as drawn, or the distinct ones
+    with counts."""
 
     rows: str
     num_draws: int
@@ -36,19 +38,24 @@ class Coding:
 
 
 def codings_of(teacher: PreTrainedModel, heldout: Corpus, vocab_size: int) -> list[Coding]:
-    """Of draws from what a trained teacher says to a held-out sequence, and from synthetic rows over a vocabulary of today's models."""
+    """Of draws from what a trained teacher says to a held-out sequence, and from synthetic rows
+    over a vocabulary of today's models."""
     teacher_TV = heldout_logits(teacher, heldout, vocab_size=vocab_size, num_tokens=_NUM_TOKENS)
     rows_of = {f"the teacher's, {vocab_size:,} ids": teacher_TV} | {
-        f"a power law of exponent {exponent}, {_REAL_VOCABULARY:,} ids": power_law_logits(32, _REAL_VOCABULARY, exponent=exponent)
+        f"a power law of exponent {exponent}, {_REAL_VOCABULARY:,} ids": power_law_logits(
+            32, _REAL_VOCABULARY, exponent=exponent
+        )
         for exponent in _EXPONENTS
     }
     return [coding(rows, logits_TV, num_draws=_NUM_DRAWS) for rows, logits_TV in rows_of.items()]
 
 
 def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
-    """What draws from these rows cost as a multiset in Elias-Fano form, and what their distinct ids would with counts.
+    """What draws from these rows cost as a multiset in Elias-Fano form, and what their distinct ids
+    would with counts.
 
-    That is an Elias-Fano set, the number of its ids, and N - 1 bits that say where one id's draws end and the next one's begin.
+    That is an Elias-Fano set, the number of its ids, and N - 1 bits that say where one id's draws
+    end and the next one's begin.
     """
     num_tokens, vocab_size = logits_TV.shape
     seeds_T = token_seeds(0, torch.zeros(num_tokens), torch.arange(num_tokens))
@@ -56,7 +63,11 @@ def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
     num_distinct_T = (draws_TN[:, 1:] != draws_TN[:, :-1]).sum(dim=1) + 1
 
     def counted(num_distinct: int) -> int:
-        return Codec(vocab_size, 0, num_draws=num_distinct).bytes_per_token + -(-num_draws.bit_length() // 8) + -(-(num_draws - 1) // 8)
+        return (
+            Codec(vocab_size, 0, num_draws=num_distinct).bytes_per_token
+            + -(-num_draws.bit_length() // 8)
+            + -(-(num_draws - 1) // 8)
+        )
 
     counted_bytes = [counted(int(number)) for number in num_distinct_T]
     return Coding(
@@ -70,11 +81,23 @@ def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
 
 
 def coding_table(codings: Sequence[Coding]) -> Table:
-    """Draws in bytes: the multiset has one size; counts make it vary, or cost more where one size is wanted."""
+    """Draws in bytes: the multiset has one size; counts make it vary, or cost more where one size
+    is wanted."""
     found = Table(title="Draws alone in bytes", box=box.SIMPLE)
-    for heading in ("rows", "draws", "distinct", "multiset", "distinct +\ncounts, mean", "the same at\none size"):
+    for heading in (
+        "rows",
+        "draws",
+        "distinct",
+        "multiset",
+        "distinct +\ncounts, mean",
+        "the same at\none size",
+    ):
         found.add_column(heading, justify="right")
     for one in codings:
-        sizes = (f"{one.multiset_bytes}", f"{one.mean_counted_bytes:.1f}", f"{one.worst_counted_bytes}")
+        sizes = (
+            f"{one.multiset_bytes}",
+            f"{one.mean_counted_bytes:.1f}",
+            f"{one.worst_counted_bytes}",
+        )
         found.add_row(one.rows, str(one.num_draws), f"{one.mean_distinct:.1f}", *sizes)
     return found

@@ -1,8 +1,10 @@
-"""What a piece of work costs: time of its processor, and memory beyond what it is given and what it returns.
+"""What a piece of work costs: time of its processor, and memory beyond what it is given and what it
+returns.
 
-Ways to do the same work are timed in turn, on the same inputs, with fresh ones for every repeat: what slows the machine for a while slows
-them all, so a ratio is taken within a repeat. While they are timed, malloc keeps what is freed (see `allocator`). Memory is measured in a
-fresh process, where little else has left room to use.
+Ways to do the same work are timed in turn, on the same inputs, with fresh ones for every repeat:
+what slows the machine for a while slows them all, so a ratio is taken within a repeat. While they
+are timed, malloc keeps what is freed (see `allocator`). Memory is measured in a fresh process,
+where little else has left room to use.
 """
 
 import ctypes
@@ -27,23 +29,31 @@ from stillhouse.errors import ConfigError
 Work = Callable[[], Sequence[Tensor]]
 """Does the work, and returns what comes of it."""
 
-_UNTIMED_ROUNDS = 3  # libraries load and compile in the first; after three, malloc holds all the memory that a round takes
+# libraries load and compile in the first; after three, malloc holds all the memory that a round
+# takes
+_UNTIMED_ROUNDS = 3
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of each way, repeat by repeat: of the process on the CPU, of the device's own clock on CUDA."""
+    """Seconds of each way, repeat by repeat: of the process on the CPU, of the device's own clock
+    on CUDA."""
 
     seconds: Mapping[str, Sequence[float]]
-    allocator: str = ""  # what malloc did with freed memory meanwhile; empty where the ways share no process
+    allocator: str = (
+        ""  # what malloc did with freed memory meanwhile; empty where the ways share no process
+    )
 
     def of(self, way: str) -> Spread:
         return Spread.of(self.seconds[way])
 
     def ratio(self, way: str, other: str) -> Spread:
         """Of the seconds of two ways, repeat by repeat."""
-        return Spread.of(ours / theirs for ours, theirs in zip(self.seconds[way], self.seconds[other], strict=True))
+        return Spread.of(
+            ours / theirs
+            for ours, theirs in zip(self.seconds[way], self.seconds[other], strict=True)
+        )
 
 
 def shown(spread: Spread, style: str, *, unit: float = 1.0) -> str:
@@ -55,23 +65,36 @@ def shown(spread: Spread, style: str, *, unit: float = 1.0) -> str:
 def require_device(name: str) -> None:
     """Raises ConfigError where torch does not find the device."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is cuda, but torch finds no such device; choose cpu, or run where nvidia-smi shows a GPU")
+        raise ConfigError(
+            "--device is cuda, but torch finds no such device; choose cpu, or run where "
+            "nvidia-smi shows a GPU"
+        )
 
 
-def time_in_turn(works_of: Callable[[int], Mapping[str, Work]], *, repeats: int, device: torch.device) -> Timings:
-    """Time all of `works_of(repeat)` for each repeat from 1 on, after rounds of number 0 that nobody times."""
+def time_in_turn(
+    works_of: Callable[[int], Mapping[str, Work]], *, repeats: int, device: torch.device
+) -> Timings:
+    """Time all of `works_of(repeat)` for each repeat from 1 on, after rounds of number 0 that
+    nobody times."""
     numbers = [0] * _UNTIMED_ROUNDS + list(range(1, repeats + 1))
     with freed_memory_kept() as allocator:
-        rounds = [{way: _seconds(work, device) for way, work in works_of(number).items()} for number in numbers]
+        rounds = [
+            {way: _seconds(work, device) for way, work in works_of(number).items()}
+            for number in numbers
+        ]
     timed = rounds[_UNTIMED_ROUNDS:]
     return Timings({way: [one[way] for one in timed] for way in timed[0]}, allocator)
 
 
-def extra_bytes(make: Callable[[Any, str], Work], given: Any, ways: Sequence[str], *, device: torch.device) -> dict[str, int]:
-    """The most memory that each way takes at any time, beyond its inputs and what it returns, one after the other in a fresh process.
+def extra_bytes(
+    make: Callable[[Any, str], Work], given: Any, ways: Sequence[str], *, device: torch.device
+) -> dict[str, int]:
+    """The most memory that each way takes at any time, beyond its inputs and what it returns, one
+    after the other in a fresh process.
 
-    `make(given, way)` is called there, and its work done twice: once for what libraries load, compile and keep, once to be measured. On
-    the CPU that is the peak of the process's resident memory, on CUDA the peak of torch's allocator.
+    `make(given, way)` is called there, and its work done twice: once for what libraries load,
+    compile and keep, once to be measured. On the CPU that is the peak of the process's resident
+    memory, on CUDA the peak of torch's allocator.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return {way: pool.submit(_measure, make, given, way, device).result() for way in ways}
@@ -83,11 +106,14 @@ def _measure(make: Callable[[Any, str], Work], given: Any, way: str, device: tor
 
 
 def extra_bytes_of(work: Work, device: torch.device) -> int:
-    """The same of one work in this process, which is exact on CUDA, where torch's allocator counts."""
+    """The same of one work in this process, which is exact on CUDA, where torch's allocator
+    counts."""
     work()
     before = _start_of_peak(device)
     returned = work()
-    return _peak(device) - before - sum(tensor.numel() * tensor.element_size() for tensor in returned)
+    return (
+        _peak(device) - before - sum(tensor.numel() * tensor.element_size() for tensor in returned)
+    )
 
 
 def _seconds(work: Work, device: torch.device) -> float:
@@ -126,9 +152,13 @@ def _peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.is_file():
         return _resident("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _resident(field: str) -> int:
-    (kib,) = (line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    (kib,) = (
+        line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:")
+    )
     return int(kib) * 1024

@@ -1,8 +1,10 @@
-"""From the rows of a journal to the pace of a run: target tokens a second of wall clock, over a stretch in which nothing starts or ends.
+"""From the rows of a journal to the pace of a run: target tokens a second of wall clock, over a
+stretch in which nothing starts or ends.
 
-The stretch begins when a quarter of the steps is done and, where teachers were at work, ends before their last chunk. Both ends are
-moved inwards to the end of a shuffle window: a student reads a window's steps in one go and may then wait for the next window, so a
-stretch that began or ended elsewhere would count waits without their steps, or steps without their waits.
+The stretch begins when a quarter of the steps is done and, where teachers were at work, ends before
+their last chunk. Both ends are moved inwards to the end of a shuffle window: a student reads a
+window's steps in one go and may then wait for the next window, so a stretch that began or ended
+elsewhere would count waits without their steps, or steps without their waits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,8 +25,11 @@ class Pace:
     seconds: float
     data_wait_s: float  # the student waited for chunks
     checkpoint_s: float  # the student stood still for checkpoints
-    teacher_busy_s: float  # of all teachers together, on the chunks that they finished in the stretch
-    chunks_ahead: tuple[float, float]  # published chunks less those that the student had read, at either end of the stretch
+    teacher_busy_s: (
+        float  # of all teachers together, on the chunks that they finished in the stretch
+    )
+    # published chunks less those that the student had read, at either end of the stretch
+    chunks_ahead: tuple[float, float]
     start_up_s: float  # before the stretch: from the start of the run to the end of the first step
 
     @property
@@ -47,10 +52,12 @@ class Spread:
 
 
 def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: float) -> Pace:
-    """The pace of a run that began with nothing done and was not interrupted, from its whole journal.
+    """The pace of a run that began with nothing done and was not interrupted, from its whole
+    journal.
 
-    `window_steps` optimiser steps read one shuffle window of chunks, `chunks_per_step` chunks are read by one step. Raises RunError where
-    less than one window lies between the first quarter and the teachers' last chunk: the run is too short to have had a steady state.
+    `window_steps` optimiser steps read one shuffle window of chunks, `chunks_per_step` chunks are
+    read by one step. Raises RunError where less than one window lies between the first quarter and
+    the teachers' last chunk: the run is too short to have had a steady state.
     """
     steps = latest_train_rows(rows, "student")
     chunks = [row for row in rows if isinstance(row, ChunkRow)]
@@ -59,8 +66,10 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
     last = sum(row.time <= until for row in steps) // window_steps * window_steps
     if last <= first:
         raise RunError(
-            f"the teachers were done when the student had taken {last} of its {len(steps)} steps, so less than one shuffle window "
-            f"({window_steps} steps) lies between the first quarter and the teachers' end; take more steps, or narrow store.window_bytes"
+            f"the teachers were done when the student had taken {last} of its {len(steps)} steps, "
+            "so less than one shuffle window "
+            f"({window_steps} steps) lies between the first quarter and the teachers' end; take "
+            "more steps, or narrow store.window_bytes"
         )
     begin, end = (steps[step - 1].time for step in (first, last))
     stretch = steps[first:last]
@@ -74,7 +83,11 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
         num_tokens=sum(row.num_tokens for row in stretch),
         seconds=end - begin,
         data_wait_s=sum(row.data_wait_s for row in stretch),
-        checkpoint_s=sum(row.blocking_s for row in rows if isinstance(row, CheckpointRow) and begin < row.time <= end),
+        checkpoint_s=sum(
+            row.blocking_s
+            for row in rows
+            if isinstance(row, CheckpointRow) and begin < row.time <= end
+        ),
         teacher_busy_s=sum(row.seconds for row in chunks if begin < row.time <= end),
         chunks_ahead=(ahead(first, begin), ahead(last, end)),
         start_up_s=steps[0].time - rows[0].time,

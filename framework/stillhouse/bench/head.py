@@ -1,7 +1,8 @@
-"""`stillhouse bench head`: from a teacher's last hidden states to packed records, beside the bare matrix product and eager torch.
+"""`stillhouse bench head`: from a teacher's last hidden states to packed records, beside the bare
+matrix product and eager torch.
 
-The product alone is what no way can do without. Eager torch is what people write first: all the logits in float32, their log-sum-exp, and
-torch.topk; it packs nothing.
+The product alone is what no way can do without. Eager torch is what people write first: all the
+logits in float32, their log-sum-exp, and torch.topk; it packs nothing.
 
 Shapes: T tokens, V vocabulary, H hidden.
 """
@@ -39,13 +40,20 @@ class Inputs:
     def of(cls, setting: Setting, seed: int) -> "Inputs":
         dtype, device = getattr(torch, setting.dtype), setting.torch_device
         random = torch.Generator(device).manual_seed(seed)
-        hidden_TH = torch.randn(setting.num_tokens, setting.hidden_size, generator=random, device=device)
-        weight_VH = torch.randn(setting.vocab_size, setting.hidden_size, generator=random, device=device) * (3.0 / setting.hidden_size**0.5)
-        return cls(hidden_TH.to(dtype), Head(weight_VH.to(dtype)), Codec(setting.vocab_size, setting.k))
+        hidden_TH = torch.randn(
+            setting.num_tokens, setting.hidden_size, generator=random, device=device
+        )
+        weight_VH = torch.randn(
+            setting.vocab_size, setting.hidden_size, generator=random, device=device
+        ) * (3.0 / setting.hidden_size**0.5)
+        return cls(
+            hidden_TH.to(dtype), Head(weight_VH.to(dtype)), Codec(setting.vocab_size, setting.k)
+        )
 
 
 def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None) -> None:
-    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where the setting cannot be measured."""
+    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where
+    the setting cannot be measured."""
     setting.check()
     torch.set_num_threads(1)
     provenance = Provenance.of(command)
@@ -67,7 +75,10 @@ def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None
         out.write_text(json.dumps(values, indent=2) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(setting, timings, memory))
-    console.print(f"A record takes {codec.bytes_per_token} bytes. Load average at the start: {provenance.load_average}.")
+    console.print(
+        f"A record takes {codec.bytes_per_token} bytes. Load average at the start: "
+        f"{provenance.load_average}."
+    )
     console.print(f"While it was timed, {timings.allocator}.")
 
 
@@ -77,7 +88,12 @@ def tokens_per_s(setting: Setting, timings: Timings, way: str) -> Spread:
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
     """Medians (least to most)."""
-    found = Table(title=f"From hidden states to targets\n{setting.title}", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    found = Table(
+        title=f"From hidden states to targets\n{setting.title}",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for heading in ("", "tokens/s", "over the\nproduct's", "extra MB"):
         found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for way in _WAYS:
@@ -100,7 +116,11 @@ def eager(inputs: Inputs) -> Sequence[Tensor]:
     return [kept.values - logits_TV.logsumexp(dim=1, keepdim=True), kept.indices]
 
 
-_WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {PRODUCT: product, OURS: ours, EAGER: eager}
+_WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {
+    PRODUCT: product,
+    OURS: ours,
+    EAGER: eager,
+}
 
 
 def work_of(setting: Setting, way: str) -> Work:

@@ -1,7 +1,9 @@
-"""What the pipeline has to beat: teacher and student in turn in one process, in plain PyTorch, with no store, codec, Ray or DeepSpeed.
+"""What the pipeline has to beat: teacher and student in turn in one process, in plain PyTorch, with
+no store, codec, Ray or DeepSpeed.
 
-Two forms: "compressed" has the library's own kernels, so that only the machinery around them is compared; "dense" is what people write
-first, the full logits of both models and torch's KL. Batches, micro-batches, loss and optimiser are those of the pipeline.
+Two forms: "compressed" has the library's own kernels, so that only the machinery around them is
+compared; "dense" is what people write first, the full logits of both models and torch's KL.
+Batches, micro-batches, loss and optimiser are those of the pipeline.
 
 Shapes: S sequences of one step, B of one micro-batch, L positions, T target tokens, V vocabulary.
 """
@@ -63,14 +65,22 @@ class _Lean:
 
     def targets(self, rows: Sequences) -> list[CompressedLogits]:
         whole = concatenate(self._teacher.targets(WorkItem(0, rows)))
-        ends = np.cumsum([part.num_targets for part in _split(rows, self._section.micro_batch_sequences)]).tolist()
+        ends = np.cumsum(
+            [part.num_targets for part in _split(rows, self._section.micro_batch_sequences)]
+        ).tolist()
         spans = [slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
         return [whole.map(itemgetter(span)) for span in spans]
 
     def loss(self, student: PreTrainedModel, batch: TokenBatch, target: CompressedLogits) -> Tensor:
         hidden_TH = hidden_at(student, batch)
         head = head_of(student, vocab_size=self._recipe.vocab_size)
-        return distillation_loss(hidden_TH, head, target, divergence=self._divergence, block_tokens=self._section.block_tokens).total
+        return distillation_loss(
+            hidden_TH,
+            head,
+            target,
+            divergence=self._divergence,
+            block_tokens=self._section.block_tokens,
+        ).total
 
 
 class _Dense:
@@ -82,29 +92,46 @@ class _Dense:
 
     @torch.no_grad()
     def targets(self, rows: Sequences) -> list[Tensor]:
-        return [self._logprobs(self._teacher, TokenBatch.of(part)) for part in _split(rows, self._section.micro_batch_sequences)]
+        return [
+            self._logprobs(self._teacher, TokenBatch.of(part))
+            for part in _split(rows, self._section.micro_batch_sequences)
+        ]
 
     def loss(self, student: PreTrainedModel, batch: TokenBatch, target_TV: Tensor) -> Tensor:
-        return functional.kl_div(self._logprobs(student, batch), target_TV, reduction="sum", log_target=True)
+        return functional.kl_div(
+            self._logprobs(student, batch), target_TV, reduction="sum", log_target=True
+        )
 
     def _logprobs(self, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-        logits_BLV = model(input_ids=batch.token_ids_BL, position_ids=batch.positions_BL, use_cache=False).logits
+        logits_BLV = model(
+            input_ids=batch.token_ids_BL, position_ids=batch.positions_BL, use_cache=False
+        ).logits
         logits_TV = logits_BLV.flatten(0, 1)[batch.target_positions_T, : self._vocab_size]
         return functional.log_softmax(logits_TV.float(), dim=-1)
 
 
 def train_in_turn(lesson: Lesson) -> list[TimedStep]:
-    """Train on the lesson's batches, in this process, with `threads` torch threads; the learning rate is constant."""
+    """Train on the lesson's batches, in this process, with `threads` torch threads; the learning
+    rate is constant."""
     torch.set_num_threads(lesson.threads)
     section = lesson.student
-    student = load_model(section, random_init_seed=section.seed if section.init == "config" else None).train()
+    student = load_model(
+        section, random_init_seed=section.seed if section.init == "config" else None
+    ).train()
     form = _Lean(lesson) if lesson.form == "compressed" else _Dense(lesson)
     optimizer = _adamw(student, section)
-    return [_step(rows, form, student, optimizer, section) for rows in _split(lesson.rows, section.global_batch_sequences)]
+    return [
+        _step(rows, form, student, optimizer, section)
+        for rows in _split(lesson.rows, section.global_batch_sequences)
+    ]
 
 
 def _step(
-    rows: Sequences, form: _Lean | _Dense, student: PreTrainedModel, optimizer: torch.optim.Optimizer, section: StudentSection
+    rows: Sequences,
+    form: _Lean | _Dense,
+    student: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    section: StudentSection,
 ) -> TimedStep:
     began = monotonic()
     targets: list[Any] = form.targets(rows)
@@ -121,7 +148,10 @@ def _step(
 
 
 def _split(rows: Sequences, num_sequences: int) -> Iterator[Sequences]:
-    return (rows.select(slice(start, start + num_sequences)) for start in range(0, len(rows), num_sequences))
+    return (
+        rows.select(slice(start, start + num_sequences))
+        for start in range(0, len(rows), num_sequences)
+    )
 
 
 def _adamw(model: PreTrainedModel, section: StudentSection) -> torch.optim.Optimizer:

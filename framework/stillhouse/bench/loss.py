@@ -1,8 +1,10 @@
-"""`stillhouse bench loss`: the student's head and loss, forward and backward, beside the ways in which people write it.
+"""`stillhouse bench loss`: the student's head and loss, forward and backward, beside the ways in
+which people write it.
 
-Ours holds the logits of a block of tokens, the others those of all. The yardstick is the three bare matrix products that every way needs:
-the logits, and the gradients of hidden states and weight. Targets are synthetic: K ids from all over the vocabulary with probabilities
-that fall with their rank, and a tail of a tenth.
+Ours holds the logits of a block of tokens, the others those of all. The yardstick is the three bare
+matrix products that every way needs: the logits, and the gradients of hidden states and weight.
+Targets are synthetic: K ids from all over the vocabulary with probabilities that fall with their
+rank, and a tail of a tenth.
 
 Shapes: T tokens, K kept entries, K1 = K + 1 buckets with the tail last, V vocabulary, H hidden.
 """
@@ -31,7 +33,8 @@ from stillhouse.losses.head_passes import backend_for, block_tokens_for
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 PRODUCTS, OURS, NAIVE, COMPILED, DISTILLKIT, OUR_TEXT, LIGER = (
-    "three matrix products", "stillhouse", "autograd", "autograd, compiled", "DistillKit", "stillhouse, text alone", "Liger, text alone",
+    "three matrix products", "stillhouse", "autograd", "autograd, compiled", "DistillKit",
+    "stillhouse, text alone", "Liger, text alone",
 )  # fmt: skip
 _MIX = 0.5
 _TAIL_MASS = 0.1
@@ -54,19 +57,25 @@ class Setting:
 
     @property
     def title(self) -> str:
-        sizes = f"{self.num_tokens:,} tokens, {self.vocab_size:,} x {self.hidden_size:,}, k = {self.k}"
+        sizes = (
+            f"{self.num_tokens:,} tokens, {self.vocab_size:,} x {self.hidden_size:,}, k = {self.k}"
+        )
         return f"{sizes}, {self.dtype}, {self.device}"
 
     def check(self) -> None:
         """Raises ConfigError where this cannot be measured here."""
         if self.k > self.vocab_size:
-            raise ConfigError(f"--k is {self.k}, above --vocab, which is {self.vocab_size}; keep no more entries than there are")
+            raise ConfigError(
+                f"--k is {self.k}, above --vocab, which is {self.vocab_size}; keep no more "
+                "entries than there are"
+            )
         require_device(self.device)
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A student's last hidden states and head, both wanting gradients, and what they are to learn."""
+    """A student's last hidden states and head, both wanting gradients, and what they are to
+    learn."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
@@ -80,8 +89,12 @@ class Inputs:
         shape = (setting.num_tokens, setting.k)
         stretch = setting.vocab_size // setting.k  # one id from each, so that none comes twice
         ids_TK = torch.randint(stretch, shape, generator=random, device=device)
-        ids_TK = ids_TK + stretch * torch.rand(shape, generator=random, device=device).argsort(dim=1)
-        ranked_K = (-1.5 * torch.arange(1, setting.k + 1).log()).log_softmax(0) + torch.tensor(1.0 - _TAIL_MASS).log()
+        ids_TK = ids_TK + stretch * torch.rand(shape, generator=random, device=device).argsort(
+            dim=1
+        )
+        ranked_K = (-1.5 * torch.arange(1, setting.k + 1).log()).log_softmax(0) + torch.tensor(
+            1.0 - _TAIL_MASS
+        ).log()
         target = CompressedLogits(
             ids_TK.int(),
             ranked_K.expand(shape).contiguous().to(device),
@@ -89,8 +102,12 @@ class Inputs:
             torch.empty((shape[0], 0), dtype=torch.int32, device=device),
             vocab_size=setting.vocab_size,
         )
-        hidden_TH = torch.randn(setting.num_tokens, setting.hidden_size, generator=random, device=device)
-        weight_VH = torch.randn(setting.vocab_size, setting.hidden_size, generator=random, device=device)
+        hidden_TH = torch.randn(
+            setting.num_tokens, setting.hidden_size, generator=random, device=device
+        )
+        weight_VH = torch.randn(
+            setting.vocab_size, setting.hidden_size, generator=random, device=device
+        )
         weight_VH *= 2.0 / setting.hidden_size**0.5
         labels_T = torch.randint(setting.vocab_size, shape[:1], generator=random, device=device)
         return cls(
@@ -104,8 +121,11 @@ class Inputs:
         return [total.detach(), *torch.autograd.grad(total, [self.hidden_TH, self.weight_VH])]
 
 
-def bench_loss(setting: Setting, *, repeats: int, with_compile: bool, command: str, out: Path | None) -> None:
-    """Measure, print the tables, and write all that was measured to `out`. Raises ConfigError where the setting cannot be measured."""
+def bench_loss(
+    setting: Setting, *, repeats: int, with_compile: bool, command: str, out: Path | None
+) -> None:
+    """Measure, print the tables, and write all that was measured to `out`. Raises ConfigError where
+    the setting cannot be measured."""
     setting.check()
     torch.set_num_threads(1)
     provenance = Provenance.of(command)
@@ -135,7 +155,10 @@ def bench_loss(setting: Setting, *, repeats: int, with_compile: bool, command: s
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(setting, timings, memory))
     console.print(divergences_table(singles))
-    console.print(f"Path: {path.name}, since {path.reason}. Load average at the start: {provenance.load_average}.")
+    console.print(
+        f"Path: {path.name}, since {path.reason}. Load average at the start: "
+        f"{provenance.load_average}."
+    )
     console.print(f"While it was timed, {timings.allocator}.")
     for way, why in missing.items():
         console.print(f"Left out: {way}; {why}.")
@@ -143,12 +166,22 @@ def bench_loss(setting: Setting, *, repeats: int, with_compile: bool, command: s
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
     """Whole operations, forward and backward; medians (least to most)."""
-    found = Table(title=f"Head and loss, forward and backward\n{setting.title}", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    found = Table(
+        title=f"Head and loss, forward and backward\n{setting.title}",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for heading in ("", "ms", "over the\nproducts", "extra MB"):
         found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for way in timings.seconds:
         extra = f"{memory[way] / 1e6:,.0f}" if way in memory else ""
-        found.add_row(way, shown(timings.of(way), ".1f", unit=1e-3), shown(timings.ratio(way, PRODUCTS), ".2f"), extra)
+        found.add_row(
+            way,
+            shown(timings.of(way), ".1f", unit=1e-3),
+            shown(timings.ratio(way, PRODUCTS), ".2f"),
+            extra,
+        )
     return found
 
 
@@ -158,8 +191,13 @@ def divergences_table(timings: Timings) -> Table:
     for heading in ("", "its buckets\nalone", OURS, NAIVE, f"{NAIVE} over\n{OURS}"):
         found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name in DIVERGENCES:
-        cells = [shown(timings.of(f"{name}: {way}"), ".1f", unit=1e-3) for way in ("buckets", OURS, NAIVE)]
-        found.add_row(name, *cells, shown(timings.ratio(f"{name}: {NAIVE}", f"{name}: {OURS}"), ".2f"))
+        cells = [
+            shown(timings.of(f"{name}: {way}"), ".1f", unit=1e-3)
+            for way in ("buckets", OURS, NAIVE)
+        ]
+        found.add_row(
+            name, *cells, shown(timings.ratio(f"{name}: {NAIVE}", f"{name}: {OURS}"), ".2f")
+        )
     return found
 
 
@@ -171,17 +209,32 @@ def products(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def ours(inputs: Inputs, divergence: Divergence = forward_kl) -> Sequence[Tensor]:
-    return inputs.with_gradients(distillation_loss(inputs.hidden_TH, Head(inputs.weight_VH), inputs.target, divergence=divergence).total)
+    return inputs.with_gradients(
+        distillation_loss(
+            inputs.hidden_TH, Head(inputs.weight_VH), inputs.target, divergence=divergence
+        ).total
+    )
 
 
 def our_text(inputs: Inputs) -> Sequence[Tensor]:
     head, labels_T = Head(inputs.weight_VH), inputs.labels_T
-    terms = distillation_loss(inputs.hidden_TH, head, None, divergence=forward_kl, labels_T=labels_T, ce_weight=1.0, divergence_weight=0.0)
+    terms = distillation_loss(
+        inputs.hidden_TH,
+        head,
+        None,
+        divergence=forward_kl,
+        labels_T=labels_T,
+        ce_weight=1.0,
+        divergence_weight=0.0,
+    )
     return inputs.with_gradients(terms.total)
 
 
-def autograd_loss(hidden_TH: Tensor, weight_VH: Tensor, target: CompressedLogits, divergence: Divergence) -> Tensor:
-    """The same loss as one writes it first: all the logits, their log-softmax, and 1 minus the kept mass for the tail."""
+def autograd_loss(
+    hidden_TH: Tensor, weight_VH: Tensor, target: CompressedLogits, divergence: Divergence
+) -> Tensor:
+    """The same loss as one writes it first: all the logits, their log-softmax, and 1 minus the kept
+    mass for the tail."""
     logq_TV = (hidden_TH @ weight_VH.T).float().log_softmax(dim=1)
     kept_TK = logq_TV.gather(1, target.token_ids_TK.long())
     tail_T1 = torch.log1p(-kept_TK.exp().sum(dim=1, keepdim=True).clamp(max=1.0 - 1e-6))
@@ -190,11 +243,15 @@ def autograd_loss(hidden_TH: Tensor, weight_VH: Tensor, target: CompressedLogits
 
 
 def naive(inputs: Inputs, divergence: Divergence = forward_kl) -> Sequence[Tensor]:
-    return inputs.with_gradients(autograd_loss(inputs.hidden_TH, inputs.weight_VH, inputs.target, divergence))
+    return inputs.with_gradients(
+        autograd_loss(inputs.hidden_TH, inputs.weight_VH, inputs.target, divergence)
+    )
 
 
 def compiled(inputs: Inputs) -> Sequence[Tensor]:
-    return inputs.with_gradients(_compiled_loss()(inputs.hidden_TH, inputs.weight_VH, inputs.target, forward_kl))
+    return inputs.with_gradients(
+        _compiled_loss()(inputs.hidden_TH, inputs.weight_VH, inputs.target, forward_kl)
+    )
 
 
 def distillkit(inputs: Inputs) -> Sequence[Tensor]:
@@ -202,13 +259,21 @@ def distillkit(inputs: Inputs) -> Sequence[Tensor]:
 
     logits_1TV = (inputs.hidden_TH @ inputs.weight_VH.T)[None]
     ids_1TK, logprobs_1TK = inputs.target.token_ids_TK.long()[None], inputs.target.logprobs_TK[None]
-    return inputs.with_gradients(sparse_kl_div(logits_1TV, ids_1TK, logprobs_1TK, missing=MissingProbabilityHandling.SYMMETRIC_UNIFORM))
+    return inputs.with_gradients(
+        sparse_kl_div(
+            logits_1TV, ids_1TK, logprobs_1TK, missing=MissingProbabilityHandling.SYMMETRIC_UNIFORM
+        )
+    )
 
 
 def liger(inputs: Inputs) -> Sequence[Tensor]:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    return inputs.with_gradients(LigerFusedLinearCrossEntropyLoss(reduction="sum")(inputs.weight_VH, inputs.hidden_TH, inputs.labels_T))
+    return inputs.with_gradients(
+        LigerFusedLinearCrossEntropyLoss(reduction="sum")(
+            inputs.weight_VH, inputs.hidden_TH, inputs.labels_T
+        )
+    )
 
 
 _WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {
@@ -234,7 +299,11 @@ def _works(setting: Setting, ways: Sequence[str], repeat: int) -> dict[str, Work
 
 def _works_of_divergences(setting: Setting, repeat: int) -> dict[str, Work]:
     inputs = Inputs.of(setting, repeat)
-    logq_TK1 = torch.randn(setting.num_tokens, setting.k + 1, device=setting.torch_device).log_softmax(dim=1).requires_grad_()
+    logq_TK1 = (
+        torch.randn(setting.num_tokens, setting.k + 1, device=setting.torch_device)
+        .log_softmax(dim=1)
+        .requires_grad_()
+    )
     logp_TK1 = torch.cat([inputs.target.logprobs_TK, inputs.target.tail_logmass_T[:, None]], dim=1)
     works: dict[str, Work] = {}
     for name in DIVERGENCES:
@@ -257,15 +326,21 @@ def _compiled_loss() -> Callable[..., Tensor]:
 def _missing(setting: Setting, *, with_compile: bool) -> dict[str, str | None]:
     """Of each way that may not be possible here, why it is not, or None."""
     return {
-        COMPILED: _why_not(lambda: compiled(Inputs.of(setting, 0))) if with_compile else "it was not asked for",
+        COMPILED: _why_not(lambda: compiled(Inputs.of(setting, 0)))
+        if with_compile
+        else "it was not asked for",
         DISTILLKIT: None if find_spec("distillkit") else "distillkit is not installed",
-        LIGER: (None if find_spec("liger_kernel") else "liger-kernel is not installed") if setting.device == "cuda" else "it needs CUDA",
+        LIGER: (None if find_spec("liger_kernel") else "liger-kernel is not installed")
+        if setting.device == "cuda"
+        else "it needs CUDA",
     }
 
 
 def _why_not(work: Callable[[], Any]) -> str | None:
     try:
         work()
-    except Exception as failure:  # whatever a compiler may raise: there is no such figure, and the reason is shown
+    except (
+        Exception
+    ) as failure:  # whatever a compiler may raise: there is no such figure, and the reason is shown
         return f"torch.compile fails: {type(failure).__name__}"
     return None

@@ -1,7 +1,9 @@
-"""`stillhouse bench pipeline`: teachers and student at the same time, against one process that does the same work in turn.
+"""`stillhouse bench pipeline`: teachers and student at the same time, against one process that does
+the same work in turn.
 
-Each round measures every way once, one after the other, and ratios are taken within a round: a machine that is slow for a while is slow
-for all of them. The ways are the same training: the same sequences in the same batches, the same models, loss and optimiser.
+Each round measures every way once, one after the other, and ratios are taken within a round: a
+machine that is slow for a while is slow for all of them. The ways are the same training: the same
+sequences in the same batches, the same models, loss and optimiser.
 """
 
 import json
@@ -43,7 +45,11 @@ class InTurn:
     @classmethod
     def of(cls, steps: Sequence[TimedStep]) -> "InTurn":
         warm = steps[_WARM_UP_STEPS:]
-        return cls(sum(step.num_tokens for step in warm), sum(step.seconds for step in warm), sum(step.teacher_s for step in warm))
+        return cls(
+            sum(step.num_tokens for step in warm),
+            sum(step.seconds for step in warm),
+            sum(step.teacher_s for step in warm),
+        )
 
     @property
     def tokens_per_s(self) -> float:
@@ -60,24 +66,33 @@ class Round:
     in_turn_dense: InTurn
 
 
-def bench_pipeline(work_dir: Path, *, num_steps: int, num_rounds: int, command: str, out: Path | None) -> None:
-    """Measure in a new directory under `work_dir`, print the table; after each round, write all that was measured to `out`.
+def bench_pipeline(
+    work_dir: Path, *, num_steps: int, num_rounds: int, command: str, out: Path | None
+) -> None:
+    """Measure in a new directory under `work_dir`, print the table; after each round, write all
+    that was measured to `out`.
 
     Raises ConfigError where there is too little to measure.
     """
     if num_rounds < 1 or num_steps <= 2 * _WARM_UP_STEPS:
         raise ConfigError(
-            f"{num_rounds} rounds of {num_steps} steps measure nothing; ask for one round or more of {4 * _WARM_UP_STEPS} steps or more"
+            f"{num_rounds} rounds of {num_steps} steps measure nothing; ask for one round or more "
+            f"of {4 * _WARM_UP_STEPS} steps or more"
         )
     console = Console(highlight=False, soft_wrap=True)
     with on_two_cores(), freed_memory_kept_by_children():
         provenance = Provenance.of(command)
         if provenance.load_average > _QUIET:
-            console.print(f"The load average is {provenance.load_average}: other processes want these cores, and the figures will show it.")
+            console.print(
+                f"The load average is {provenance.load_average}: other processes want these "
+                "cores, and the figures will show it."
+            )
         folder = work_dir / provenance.started.replace(":", "")
         folder.mkdir(parents=True)
         config = prepare(folder, num_steps=num_steps)
-        plans = [streaming(config, folder / f"round-{number}") for number in range(1, num_rounds + 1)]
+        plans = [
+            streaming(config, folder / f"round-{number}") for number in range(1, num_rounds + 1)
+        ]
         rounds: list[Round] = []
         for number, plan in enumerate(plans, 1):
             rounds.append(_round(plan, number, console))
@@ -102,13 +117,22 @@ def record(provenance: Provenance, plan: Plan, rounds: Sequence[Round]) -> dict[
 
 def paces(rounds: Sequence[Round]) -> dict[str, Spread]:
     """Target tokens a second of each way."""
-    return {way: Spread.of([getattr(found, way).tokens_per_s for found in rounds]) for way in Round.__slots__}
+    return {
+        way: Spread.of([getattr(found, way).tokens_per_s for found in rounds])
+        for way in Round.__slots__
+    }
 
 
 def ratios(rounds: Sequence[Round]) -> dict[str, Spread]:
-    """Tokens a second of the pipeline over those of a process that works in turn, taken within each round."""
+    """Tokens a second of the pipeline over those of a process that works in turn, taken within each
+    round."""
     return {
-        f"{ours} / {theirs}": Spread.of([getattr(found, ours).tokens_per_s / getattr(found, theirs).tokens_per_s for found in rounds])
+        f"{ours} / {theirs}": Spread.of(
+            [
+                getattr(found, ours).tokens_per_s / getattr(found, theirs).tokens_per_s
+                for found in rounds
+            ]
+        )
         for ours in ("run", "cached")
         for theirs in ("in_turn", "in_turn_dense")
     }
@@ -117,10 +141,20 @@ def ratios(rounds: Sequence[Round]) -> dict[str, Spread]:
 def table(rounds: Sequence[Round]) -> Table:
     """What a person wants to know."""
     found = Table(
-        title=f"{NUM_CORES} cores, {len(rounds)} rounds: median, and least to most", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
+        title=f"{NUM_CORES} cores, {len(rounds)} rounds: median, and least to most",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     found.add_column("", no_wrap=True)
-    for heading in ("tokens/s", "over\nin turn", "over\ndense", "student\nwaits", "teachers\nbusy", "start-up"):
+    for heading in (
+        "tokens/s",
+        "over\nin turn",
+        "over\ndense",
+        "student\nwaits",
+        "teachers\nbusy",
+        "start-up",
+    ):
         found.add_column(heading, justify="right", no_wrap=True)
     speeds, shares = paces(rounds), ratios(rounds)
     for way, name in {"run": "run", "cached": "train, cached"}.items():
@@ -131,7 +165,9 @@ def table(rounds: Sequence[Round]) -> Table:
             _shown(shares[f"{way} / in_turn"], ".2f"),
             _shown(shares[f"{way} / in_turn_dense"], ".2f"),
             f"{median(one.data_wait_s / one.seconds for one in stretches):.0%}",
-            f"{median(one.teacher_busy_s / one.seconds for one in stretches):.2f}" if way == "run" else "",
+            f"{median(one.teacher_busy_s / one.seconds for one in stretches):.2f}"
+            if way == "run"
+            else "",
             f"{median(one.start_up_s for one in stretches):.0f} s",
         )
     for way, name in {"in_turn": "in turn", "in_turn_dense": "in turn, dense"}.items():
@@ -141,7 +177,10 @@ def table(rounds: Sequence[Round]) -> Table:
 
 
 def _round(plan: Plan, number: int, console: Console) -> Round:
-    console.print(f"\nRound {number}: run, the same from the store that it filled, one process in turn, the same with dense targets")
+    console.print(
+        f"\nRound {number}: run, the same from the store that it filled, one process in turn, the "
+        "same with dense targets"
+    )
     again = cached(plan)
     with attached(plan.config.cluster):
         pipeline.run(plan)
@@ -153,7 +192,11 @@ def _round(plan: Plan, number: int, console: Console) -> Round:
         in_turn=_in_a_fresh_process(lesson(plan, "compressed", num_steps=num_steps)),
         in_turn_dense=_in_a_fresh_process(lesson(plan, "dense", num_steps=num_steps)),
     )
-    console.print("  ".join(f"{way} {getattr(found, way).tokens_per_s:,.0f} tokens/s" for way in Round.__slots__))
+    console.print(
+        "  ".join(
+            f"{way} {getattr(found, way).tokens_per_s:,.0f} tokens/s" for way in Round.__slots__
+        )
+    )
     return found
 
 
@@ -168,7 +211,8 @@ def _pace(plan: Plan) -> Pace:
 
 
 def _in_a_fresh_process(work: Lesson) -> InTurn:
-    """In a process of its own, so that neither this one's threads and memory nor the other way's are in the way."""
+    """In a process of its own, so that neither this one's threads and memory nor the other way's
+    are in the way."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return InTurn.of(pool.submit(train_in_turn, work).result())
 

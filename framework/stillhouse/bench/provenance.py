@@ -1,4 +1,5 @@
-"""Where a figure comes from: the machine, the versions, the commit and the command, so that it can be measured again."""
+"""Where a figure comes from: the machine, the versions, the commit and the command, so that it can
+be measured again."""
 
 import os
 import platform
@@ -22,8 +23,13 @@ class Provenance:
     memory_gib: float
     system: str
     python: str
-    versions: dict[str, str]  # of the packages that are installed; not every benchmark needs them all
-    commit: str | None  # of the checkout that the code runs from, '+' behind it where files differ from it; None outside of one
+    # of the packages that are installed; not every benchmark needs them all
+    versions: dict[str, str]
+    commit: (
+        str | None
+        # of the checkout that the code runs from, '+' behind it where files differ from it; None
+        # outside of one
+    )
     load_average: float  # of the minute before the measurement: processes that wanted to run
 
     @classmethod
@@ -32,7 +38,9 @@ class Provenance:
             command=command,
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             processor=_processor(),
-            num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            num_cores=len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1,
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             system=platform.platform(),
             python=platform.python_version(),
@@ -59,10 +67,16 @@ def _processor() -> str:
 def _commit(folder: Path) -> str | None:
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
+            )
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "HEAD")
-    return None if head is None else head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return (
+        None
+        if head is None
+        else head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    )

@@ -1,8 +1,10 @@
-"""`stillhouse bench restart`: from a killed rank to the next step, beside Ray Train and DeepSpeed as their documentation joins them.
+"""`stillhouse bench restart`: from a killed rank to the next step, beside Ray Train and DeepSpeed
+as their documentation joins them.
 
-Both train the same model on two ranks with the same ZeRO stage and commit as often, on one Ray cluster, one after the other; each round
-begins with the other one. A rank is killed once there is a commit, several times in a row. How soon Ray Train calls the training function
-again is told as well: nothing that runs on it comes back sooner.
+Both train the same model on two ranks with the same ZeRO stage and commit as often, on one Ray
+cluster, one after the other; each round begins with the other one. A rank is killed once there is a
+commit, several times in a row. How soon Ray Train calls the training function again is told as
+well: nothing that runs on it comes back sooner.
 """
 
 import json
@@ -42,7 +44,9 @@ PLAIN, CALLED, OURS = "Ray Train + DeepSpeed", "of which until its function is c
 _NUM_RANKS, _COMMIT_EVERY, _ZERO_STAGE = 2, 5, 2
 _ENDLESS_STEPS = 1_000_000
 _WAIT_S, _LOOK_EVERY_S = 300.0, 0.1
-_LAST_STEP_S = 2.0  # a step that was all but done may still end after the kill; no group is back in so little
+_LAST_STEP_S = (
+    2.0  # a step that was all but done may still end after the kill; no group is back in so little
+)
 _WORKER = "ray::RayTrainWorker"
 
 
@@ -63,8 +67,11 @@ class Restart:
     to_call: float | None = None  # of the training function
 
 
-def bench_restart(work_dir: Path, *, num_rounds: int, num_kills: int, command: str, out: Path | None) -> None:
-    """Measure in a new directory under `work_dir`, print the table, and write all that was measured to `out`."""
+def bench_restart(
+    work_dir: Path, *, num_rounds: int, num_kills: int, command: str, out: Path | None
+) -> None:
+    """Measure in a new directory under `work_dir`, print the table, and write all that was measured
+    to `out`."""
     console = Console(highlight=False, soft_wrap=True)
     settle_ray_train()  # for both: how soon a dead rank is seen is Ray's to say
     with on_two_cores():
@@ -74,8 +81,13 @@ def bench_restart(work_dir: Path, *, num_rounds: int, num_kills: int, command: s
         config = prepare(folder, num_steps=_COMMIT_EVERY * 4)
         with attached(config.cluster) as available:
             plan = _filled(config, folder)
-            rounds = [_round(plan, folder / f"round-{number + 1}", available, number, num_kills) for number in range(num_rounds)]
-    timings = Timings({way: [seconds for one in rounds for seconds in one[way]] for way in (PLAIN, CALLED, OURS)})
+            rounds = [
+                _round(plan, folder / f"round-{number + 1}", available, number, num_kills)
+                for number in range(num_rounds)
+            ]
+    timings = Timings(
+        {way: [seconds for one in rounds for seconds in one[way]] for way in (PLAIN, CALLED, OURS)}
+    )
     if out is not None:
         values = {
             "benchmark": "restart",
@@ -103,16 +115,30 @@ def table(timings: Timings) -> Table:
 
 def _filled(config: Config, folder: Path) -> Plan:
     """A run whose chunks are all there."""
-    changes = {"num_workers": _NUM_RANKS, "zero_stage": _ZERO_STAGE, "checkpoint_every_steps": _COMMIT_EVERY, "max_steps": None}
+    changes = {
+        "num_workers": _NUM_RANKS,
+        "zero_stage": _ZERO_STAGE,
+        "checkpoint_every_steps": _COMMIT_EVERY,
+        "max_steps": None,
+    }
     student = config.student.model_copy(update=changes)
     store = config.store.model_copy(update={"url": str(folder / "store")})
-    plan = make_plan(config.model_copy(update={"student": student, "store": store}), run_dir=folder / "fill", cache_dir=folder / "cache")
+    plan = make_plan(
+        config.model_copy(update={"student": student, "store": store}),
+        run_dir=folder / "fill",
+        cache_dir=folder / "cache",
+    )
     pipeline.produce(plan)
     return plan
 
 
-def _round(plan: Plan, folder: Path, available: Mapping[str, float], number: int, num_kills: int) -> dict[str, list[float]]:
-    ways = {PLAIN: partial(_plain, plan, folder / "plain", available), OURS: partial(_ours, plan, folder / "ours", available)}
+def _round(
+    plan: Plan, folder: Path, available: Mapping[str, float], number: int, num_kills: int
+) -> dict[str, list[float]]:
+    ways = {
+        PLAIN: partial(_plain, plan, folder / "plain", available),
+        OURS: partial(_ours, plan, folder / "ours", available),
+    }
     found = {way: ways[way](num_kills) for way in (reversed(ways) if number % 2 else ways)}
     return {
         PLAIN: [each.to_step for each in found[PLAIN]],
@@ -121,9 +147,18 @@ def _round(plan: Plan, folder: Path, available: Mapping[str, float], number: int
     }
 
 
-def _ours(plan: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
+def _ours(
+    plan: Plan, folder: Path, available: Mapping[str, float], num_kills: int
+) -> list[Restart]:
     (folder / "run").mkdir(parents=True)
-    job = TrainJob("student", plan.config.student, plan.recipe, plan.config.store.url, folder / "run", _ENDLESS_STEPS)
+    job = TrainJob(
+        "student",
+        plan.config.student,
+        plan.recipe,
+        plan.config.store.url,
+        folder / "run",
+        _ENDLESS_STEPS,
+    )
     journal, coordinator = Journal(job.journal), Coordinator.create(job.journal)
 
     train = partial(
@@ -140,14 +175,22 @@ def _ours(plan: Plan, folder: Path, available: Mapping[str, float], num_kills: i
 
     def seen() -> Seen:
         rows = read_journal(job.journal) if job.journal.exists() else []
-        steps, commits = ([row.time for row in rows if isinstance(row, kind)] for kind in (TrainRow, CheckpointRow))
+        steps, commits = (
+            [row.time for row in rows if isinstance(row, kind)]
+            for kind in (TrainRow, CheckpointRow)
+        )
         return Seen(steps, commits)
 
-    with _in_the_background(train, stop=lambda: coordinator.request_stop("student", StopRequest("stop", _WAIT_S, "measured"))):
+    with _in_the_background(
+        train,
+        stop=lambda: coordinator.request_stop("student", StopRequest("stop", _WAIT_S, "measured")),
+    ):
         return measured(seen, _kill_a_rank, num_kills=num_kills)
 
 
-def _plain(plan: Plan, folder: Path, available: Mapping[str, float], num_kills: int) -> list[Restart]:
+def _plain(
+    plan: Plan, folder: Path, available: Mapping[str, float], num_kills: int
+) -> list[Restart]:
     folder.mkdir(parents=True)
     section = plan.config.student
     arguments = {
@@ -157,28 +200,40 @@ def _plain(plan: Plan, folder: Path, available: Mapping[str, float], num_kills: 
         "model": section.model,
         "batch": section.micro_batch_sequences,
         "length": plan.config.corpus.sequence_length,
-        "accumulate": section.global_batch_sequences // (section.micro_batch_sequences * _NUM_RANKS),
+        "accumulate": section.global_batch_sequences
+        // (section.micro_batch_sequences * _NUM_RANKS),
         "threads": plan.config.cluster.threads,
     }
     trainer = TorchTrainer(
         train_as_documented,
         train_loop_config=arguments,
-        scaling_config=ray.train.ScalingConfig(num_workers=_NUM_RANKS, resources_per_worker=placement(section, available).times(1)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=_NUM_RANKS, resources_per_worker=placement(section, available).times(1)
+        ),
         run_config=ray.train.RunConfig(
-            name="plain", storage_path=str((folder / "ray").resolve()), failure_config=ray.train.FailureConfig(max_failures=-1)
+            name="plain",
+            storage_path=str((folder / "ray").resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=-1),
         ),
     )
 
     def seen() -> Seen:
         files = [folder / name for name in ("steps", "commits", "calls")]
-        return Seen(*([float(line) for line in path.read_text().splitlines()] if path.exists() else [] for path in files))
+        return Seen(
+            *(
+                [float(line) for line in path.read_text().splitlines()] if path.exists() else []
+                for path in files
+            )
+        )
 
     with _in_the_background(trainer.fit, stop=(folder / "stop").touch):
         return measured(seen, _kill_a_rank, num_kills=num_kills)
 
 
 @contextmanager
-def _in_the_background(train: Callable[[], object], *, stop: Callable[[], object]) -> Iterator[None]:
+def _in_the_background(
+    train: Callable[[], object], *, stop: Callable[[], object]
+) -> Iterator[None]:
     """Training in a thread for as long as the block lasts."""
     thread = threading.Thread(target=train, daemon=True)
     thread.start()
@@ -189,8 +244,11 @@ def _in_the_background(train: Callable[[], object], *, stop: Callable[[], object
         thread.join()
 
 
-def measured(seen: Callable[[], Seen], kill: Callable[[], None], *, num_kills: int) -> list[Restart]:
-    """Kill `num_kills` times, each time once the group that there is has committed and gone a step further."""
+def measured(
+    seen: Callable[[], Seen], kill: Callable[[], None], *, num_kills: int
+) -> list[Restart]:
+    """Kill `num_kills` times, each time once the group that there is has committed and gone a step
+    further."""
     found: list[Restart] = []
     since = time()
     for _ in range(num_kills):
@@ -199,7 +257,10 @@ def measured(seen: Callable[[], Seen], kill: Callable[[], None], *, num_kills: i
         kill()
         since = killed + _LAST_STEP_S
         _until(partial(_has_stepped, seen, since))
-        step, call = (next((each - killed for each in times if each > since), None) for times in (seen().steps, seen().calls))
+        step, call = (
+            next((each - killed for each in times if each > since), None)
+            for times in (seen().steps, seen().calls)
+        )
         assert step is not None
         found.append(Restart(step, call))
     return found
@@ -220,7 +281,11 @@ def _kill_a_rank() -> None:
 
 def _ranks() -> list[psutil.Process]:
     """The processes of the ranks, which this process's own cluster has started."""
-    return [each for each in psutil.Process().children(recursive=True) if _name_of(each).startswith(_WORKER)]
+    return [
+        each
+        for each in psutil.Process().children(recursive=True)
+        if _name_of(each).startswith(_WORKER)
+    ]
 
 
 def _name_of(process: psutil.Process) -> str:

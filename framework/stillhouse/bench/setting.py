@@ -1,6 +1,8 @@
-"""What the pipeline benchmark times: the demo's two models with random weights, which are as fast as any, on a corpus that all have.
+"""What the pipeline benchmark times: the demo's two models with random weights, which are as fast
+as any, on a corpus that all have.
 
-Two teachers and one student rank with one thread each share two cores; what they are compared with has two threads on the same cores.
+Two teachers and one student rank with one thread each share two cores; what they are compared with
+has two threads on the same cores.
 """
 
 import math
@@ -21,19 +23,27 @@ from stillhouse.pipeline.toy import Sizes, make_models
 from stillhouse.sequences.source import whole
 
 NUM_CORES = 2
-_WINDOWS_AHEAD = 3  # shuffle windows that teachers may be ahead: all but unlimited would let them finish before the student has begun
-_DOCUMENTS_PER_STEP = 4  # of the standard library's files: two or three give the 16 sequences of a step
+# shuffle windows that teachers may be ahead: all but unlimited would let them finish before the
+# student has begun
+_WINDOWS_AHEAD = 3
+_DOCUMENTS_PER_STEP = (
+    4  # of the standard library's files: two or three give the 16 sequences of a step
+)
 
 
 @contextmanager
 def on_two_cores() -> Iterator[None]:
-    """Hold this process, and all that it starts, to two cores: on a larger machine one thread more would be one core more."""
+    """Hold this process, and all that it starts, to two cores: on a larger machine one thread more
+    would be one core more."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
     before = os.sched_getaffinity(0)
     if len(before) < NUM_CORES:
-        raise ConfigError(f"this process may use {len(before)} core(s), but the benchmark is of {NUM_CORES}; run it where there are more")
+        raise ConfigError(
+            f"this process may use {len(before)} core(s), but the benchmark is of {NUM_CORES}; "
+            "run it where there are more"
+        )
     os.sched_setaffinity(0, sorted(before)[:NUM_CORES])
     try:
         yield
@@ -78,29 +88,53 @@ def prepare(folder: Path, *, num_steps: int) -> Config:
         }
     )
     models.mkdir()
-    make_models(models, config.corpus, replace(Sizes(), num_steps=0), cache_dir=folder / "cache", console=Console(quiet=True))
+    make_models(
+        models,
+        config.corpus,
+        replace(Sizes(), num_steps=0),
+        cache_dir=folder / "cache",
+        console=Console(quiet=True),
+    )
     return config
 
 
 def streaming(config: Config, folder: Path) -> Plan:
-    """A run on a store of its own, which is empty, with teachers held closely ahead of the student."""
+    """A run on a store of its own, which is empty, with teachers held closely ahead of the
+    student."""
     store = config.store.model_copy(update={"url": str(folder / "store")})
-    plan = make_plan(config.model_copy(update={"store": store}), run_dir=folder / "run", cache_dir=folder.parent / "cache")
+    plan = make_plan(
+        config.model_copy(update={"store": store}),
+        run_dir=folder / "run",
+        cache_dir=folder.parent / "cache",
+    )
     if plan.total_steps > plan.order.steps_per_epoch:
-        raise ConfigError(f"{plan.total_steps} steps are more than the {plan.order.steps_per_epoch} of one epoch; ask for fewer --steps")
-    window_bytes = math.ceil(_WINDOWS_AHEAD * plan.config.student.shuffle_window_chunks * plan.bytes_per_chunk)
+        raise ConfigError(
+            f"{plan.total_steps} steps are more than the {plan.order.steps_per_epoch} of one "
+            "epoch; ask for fewer --steps"
+        )
+    window_bytes = math.ceil(
+        _WINDOWS_AHEAD * plan.config.student.shuffle_window_chunks * plan.bytes_per_chunk
+    )
     store = plan.config.store.model_copy(update={"window_bytes": window_bytes})
     return replace(plan, config=plan.config.model_copy(update={"store": store}))
 
 
 def cached(run: Plan) -> Plan:
-    """The same training on the store that `run` has filled, in a run directory of its own: no teachers, so the student has both threads."""
+    """The same training on the store that `run` has filled, in a run directory of its own: no
+    teachers, so the student has both threads."""
     cluster = run.config.cluster.model_copy(update={"threads": NUM_CORES})
-    return replace(run, config=run.config.model_copy(update={"cluster": cluster}), run_dir=run.run_dir.with_name("cached"))
+    return replace(
+        run,
+        config=run.config.model_copy(update={"cluster": cluster}),
+        run_dir=run.run_dir.with_name("cached"),
+    )
 
 
 def lesson(plan: Plan, form: Form, *, num_steps: int) -> Lesson:
-    """The first steps of the same training, for one process that does teacher and student in turn."""
+    """The first steps of the same training, for one process that does teacher and student in
+    turn."""
     sequences = np.concatenate([plan.order.sequences(step) for step in range(num_steps)])
     rows = whole(plan.sources.train).select(sequences)
-    return Lesson(form, plan.config.teacher, plan.config.student, plan.recipe, rows, threads=NUM_CORES)
+    return Lesson(
+        form, plan.config.teacher, plan.config.student, plan.recipe, rows, threads=NUM_CORES
+    )

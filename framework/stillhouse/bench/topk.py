@@ -1,4 +1,5 @@
-"""`stillhouse bench topk`: from logits to (ids, log-probabilities, log-sum-exp), every path of ours beside what one writes without it.
+"""`stillhouse bench topk`: from logits to (ids, log-probabilities, log-sum-exp), every path of ours
+beside what one writes without it.
 
 Logits are normal, scaled by 4: some tens of ids above the rest, as language models have them.
 
@@ -43,28 +44,41 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{self.num_tokens:,} x {self.vocab_size:,} logits, k = {self.k}, {self.dtype}, {self.device}"
+        return (
+            f"{self.num_tokens:,} x {self.vocab_size:,} logits, k = {self.k}, {self.dtype}, "
+            f"{self.device}"
+        )
 
     def check(self) -> None:
         """Raises ConfigError where this cannot be measured here."""
         if self.k >= self.vocab_size:
-            raise ConfigError(f"--k is {self.k}, but --vocab is {self.vocab_size}; keep fewer entries than there are")
+            raise ConfigError(
+                f"--k is {self.k}, but --vocab is {self.vocab_size}; keep fewer entries than "
+                "there are"
+            )
         require_device(self.device)
 
     def logits(self, seed: int) -> Tensor:
         """Fresh for each seed."""
         random = torch.Generator(self.device).manual_seed(seed)
-        logits_TV = _SCALE * torch.randn(self.num_tokens, self.vocab_size, generator=random, device=self.device)
+        logits_TV = _SCALE * torch.randn(
+            self.num_tokens, self.vocab_size, generator=random, device=self.device
+        )
         return logits_TV.to(getattr(torch, self.dtype))
 
 
-def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: str, out: Path | None) -> None:
-    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where the setting cannot be measured."""
+def bench_topk(
+    setting: Setting, *, repeats: int, with_compile: bool, command: str, out: Path | None
+) -> None:
+    """Measure, print the table, and write all that was measured to `out`. Raises ConfigError where
+    the setting cannot be measured."""
     setting.check()
     torch.set_num_threads(1)
     provenance, device = Provenance.of(command), torch.device(setting.device)
     path = backend_for(setting.logits(0)[:1], k=setting.k)
-    timings = time_in_turn(partial(works_of_ways, setting, with_compile=with_compile), repeats=repeats, device=device)
+    timings = time_in_turn(
+        partial(works_of_ways, setting, with_compile=with_compile), repeats=repeats, device=device
+    )
     memory = extra_bytes(work_of, setting, list(timings.seconds), device=device)
     if out is not None:
         values = {
@@ -81,17 +95,25 @@ def bench_topk(setting: Setting, *, repeats: int, with_compile: bool, command: s
         out.write_text(json.dumps(values, indent=2) + "\n")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(setting, timings, memory))
-    console.print(f"compress takes the path {path.name}: {path.reason}. Load average at the start: {provenance.load_average}.")
+    console.print(
+        f"compress takes the path {path.name}: {path.reason}. Load average at the start: "
+        f"{provenance.load_average}."
+    )
     console.print(f"While it was timed, {timings.allocator}.")
 
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
     """Medians (least to most)."""
-    found = Table(title=f"From logits to the greatest and their log-sum-exp\n{setting.title}", box=box.SIMPLE)
+    found = Table(
+        title=f"From logits to the greatest and their log-sum-exp\n{setting.title}", box=box.SIMPLE
+    )
     for heading in ("", "µs a token", "times eager\ntorch's speed", "extra MB"):
         found.add_column(heading, justify="right" if heading else "left")
     for way in timings.seconds:
-        times, speed = shown(timings.of(way), ".1f", unit=1e-6 * setting.num_tokens), shown(timings.ratio(EAGER, way), ".2f")
+        times, speed = (
+            shown(timings.of(way), ".1f", unit=1e-6 * setting.num_tokens),
+            shown(timings.ratio(EAGER, way), ".2f"),
+        )
         found.add_row(way, times, speed, f"{memory[way] / 1e6:,.0f}")
     return found
 
@@ -112,24 +134,36 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
     works: dict[str, Work] = {
         EAGER: lambda: [*logits_TV.topk(k, dim=1), logits_TV.float().logsumexp(dim=1)],
         "stillhouse": lambda: _tensors(logits_TV, k=k, num_draws=0),
-        f"stillhouse, and {_NUM_DRAWS} draws": lambda: _tensors(logits_TV, k=k, num_draws=_NUM_DRAWS),
+        f"stillhouse, and {_NUM_DRAWS} draws": lambda: _tensors(
+            logits_TV, k=k, num_draws=_NUM_DRAWS
+        ),
         IN_TORCH: lambda: in_raw(partial(blockmax_torch.split, k=k, temperature=1.0)),
     }
     if with_compile:
-        works[COMPILED] = lambda: [*logits_TV.topk(k, dim=1), _compiled_logsumexp()(logits_TV.float(), dim=1)]
+        works[COMPILED] = lambda: [
+            *logits_TV.topk(k, dim=1),
+            _compiled_logsumexp()(logits_TV.float(), dim=1),
+        ]
         works["torch.compile: the filter's pass alone"] = lambda: _compiled_pass()(logits_TV)
     split_rows = blockmax_cpu.compiled().split_rows
     if setting.device == "cpu" and split_rows is not None:
-        works["the filter in C"] = lambda: in_raw(partial(blockmax_cpu.split, split_rows, k=k, temperature=1.0))
+        works["the filter in C"] = lambda: in_raw(
+            partial(blockmax_cpu.split, split_rows, k=k, temperature=1.0)
+        )
     if setting.device == "cuda" and find_spec("triton"):
         from stillhouse.logits.topk import blockmax_triton
 
         if k <= blockmax_triton.MOST_ENTRIES:
-            works[IN_TRITON] = lambda: in_raw(lambda logits_TV: blockmax_triton.launch(logits_TV, k=k, temperature=1.0)[0])
+            works[IN_TRITON] = lambda: in_raw(
+                lambda logits_TV: blockmax_triton.launch(logits_TV, k=k, temperature=1.0)[0]
+            )
     if setting.device == "cuda" and find_spec("flashinfer"):
         import flashinfer
 
-        works["FlashInfer top_k, torch's logsumexp"] = lambda: [*flashinfer.top_k(logits_TV, k), logits_TV.float().logsumexp(dim=1)]
+        works["FlashInfer top_k, torch's logsumexp"] = lambda: [
+            *flashinfer.top_k(logits_TV, k),
+            logits_TV.float().logsumexp(dim=1),
+        ]
     return works
 
 
@@ -142,7 +176,11 @@ def _tensors(logits_TV: Tensor, *, k: int, num_draws: int) -> Sequence[Tensor]:
 def _pass(logits_TV: Tensor) -> Sequence[Tensor]:
     """Block maxima and sums of exponentials: all of the filter that reads every logit."""
     num_blocks = logits_TV.shape[1] // blockmax_torch.BLOCK_IDS
-    blocks_TMB = logits_TV[:, : num_blocks * blockmax_torch.BLOCK_IDS].float().unflatten(1, (num_blocks, blockmax_torch.BLOCK_IDS))
+    blocks_TMB = (
+        logits_TV[:, : num_blocks * blockmax_torch.BLOCK_IDS]
+        .float()
+        .unflatten(1, (num_blocks, blockmax_torch.BLOCK_IDS))
+    )
     maxima_TM = blocks_TMB.amax(dim=2)
     return [maxima_TM, (blocks_TMB - maxima_TM[:, :, None]).exp().sum(dim=2)]
 

@@ -1,4 +1,5 @@
-"""What a trained model says to text that it has not seen, as logits over a vocabulary as large as today's models have.
+"""What a trained model says to text that it has not seen, as logits over a vocabulary as large as
+today's models have.
 
 Shapes: T tokens, V vocabulary of the model, W of the benchmark.
 """
@@ -11,7 +12,14 @@ from transformers import PreTrainedModel
 
 from stillhouse.config import TeacherSection
 from stillhouse.errors import ConfigError
-from stillhouse.models import final_hidden, head_of, load_model, load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.models import (
+    final_hidden,
+    head_of,
+    load_model,
+    load_tokenizer,
+    tokenizer_digest,
+    vocab_size_of,
+)
 from stillhouse.sequences import Corpus, prepare_corpus
 
 DEMO_TEACHER = Path("runs/demo/models/teacher")
@@ -19,45 +27,67 @@ _DOCUMENTS = 100  # the held-out text is in the first of them
 
 
 def trained_logits(teacher_dir: Path, *, num_tokens: int, cache_dir: Path) -> Tensor:
-    """float32 [T, V]: those of a teacher on the held-out files of Python's standard library. Raises ConfigError where it is none."""
-    from stillhouse.pipeline.toy import demo_config  # it brings Ray, which a benchmark of one process does without
+    """float32 [T, V]: those of a teacher on the held-out files of Python's standard library. Raises
+    ConfigError where it is none."""
+    from stillhouse.pipeline.toy import (
+        demo_config,
+    )  # it brings Ray, which a benchmark of one process does without
 
     if not (teacher_dir / "config.json").is_file():
-        raise ConfigError(f"there is no model in {teacher_dir}; name the directory of one with --teacher")
+        raise ConfigError(
+            f"there is no model in {teacher_dir}; name the directory of one with --teacher"
+        )
     section = TeacherSection(model=str(teacher_dir), dtype="float32", device="cpu")
     teacher, tokenizer = load_model(section), load_tokenizer(section.model)
     corpus = demo_config(Path("runs/demo")).corpus.model_copy(update={"max_documents": _DOCUMENTS})
-    split = prepare_corpus(corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir)
-    return heldout_logits(teacher, split.heldout, vocab_size=vocab_size_of(tokenizer), num_tokens=num_tokens)
+    split = prepare_corpus(
+        corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir
+    )
+    return heldout_logits(
+        teacher, split.heldout, vocab_size=vocab_size_of(tokenizer), num_tokens=num_tokens
+    )
 
 
 @torch.no_grad()
-def heldout_logits(teacher: PreTrainedModel, heldout: Corpus, *, vocab_size: int, num_tokens: int) -> Tensor:
+def heldout_logits(
+    teacher: PreTrainedModel, heldout: Corpus, *, vocab_size: int, num_tokens: int
+) -> Tensor:
     """float32 [T, V], of tokens from all over the corpus: T of them, or as many as there are."""
     length = heldout.sequence_length
     num_sequences = min(heldout.num_sequences, -(-num_tokens // length))
     sequences = [number * heldout.num_sequences // num_sequences for number in range(num_sequences)]
     rows = [heldout.rows(sequence, sequence + 1) for sequence in sequences]
-    ids_BL, positions_BL = (torch.cat([torch.tensor(getattr(row, name)) for row in rows]) for name in ("token_ids_SL", "positions_SL"))
+    ids_BL, positions_BL = (
+        torch.cat([torch.tensor(getattr(row, name)) for row in rows])
+        for name in ("token_ids_SL", "positions_SL")
+    )
     hidden_TH = final_hidden(teacher, ids_BL.long(), positions_BL.long()).flatten(0, 1)
     return head_of(teacher, vocab_size=vocab_size).logits(hidden_TH[:num_tokens]).float()
 
 
 def enlarged(logits_TV: Tensor, vocab_size: int) -> Tensor:
-    """The same distributions over W >= V ids: the V are spread evenly among them, and every added id is like one of the row's lower half.
+    """The same distributions over W >= V ids: the V are spread evenly among them, and every added
+    id is like one of the row's lower half.
 
-    An added id has the logit of such a one, less the log of how many there are to each, so that together they weigh as much as the lower
-    half itself: a larger vocabulary divides what is unlikely, and leaves what is likely alone. Raises ConfigError where W is below V.
+    An added id has the logit of such a one, less the log of how many there are to each, so that
+    together they weigh as much as the lower half itself: a larger vocabulary divides what is
+    unlikely, and leaves what is likely alone. Raises ConfigError where W is below V.
     """
     num_tokens, num_ids = logits_TV.shape
     if vocab_size < num_ids:
-        raise ConfigError(f"--vocab is {vocab_size}, less than the {num_ids} ids of the teacher; set it to {num_ids} or more")
+        raise ConfigError(
+            f"--vocab is {vocab_size}, less than the {num_ids} ids of the teacher; set it to "
+            f"{num_ids} or more"
+        )
     if vocab_size == num_ids:
         return logits_TV
     stretch = vocab_size // num_ids
     random = torch.Generator().manual_seed(0)
     lower_TU = logits_TV.sort(dim=1).values[:, : num_ids // 2]
     picks_TW = torch.randint(lower_TU.shape[1], (num_tokens, vocab_size), generator=random)
-    whole_TW = lower_TU.gather(1, picks_TW) - torch.tensor((vocab_size - num_ids) / lower_TU.shape[1]).log()
+    whole_TW = (
+        lower_TU.gather(1, picks_TW)
+        - torch.tensor((vocab_size - num_ids) / lower_TU.shape[1]).log()
+    )
     whole_TW[:, : num_ids * stretch : stretch] = logits_TV
     return whole_TW

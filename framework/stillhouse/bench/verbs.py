@@ -1,4 +1,5 @@
-"""`stillhouse bench ...`: the verbs; what they measure, and all that is heavy, is imported when one is called."""
+"""`stillhouse bench ...`: the verbs; what they measure, and all that is heavy, is imported when one
+is called."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,27 +8,42 @@ import typer
 
 from stillhouse.cluster.environment import cache_dir, quieten, typed
 
-bench_app = typer.Typer(help="Measure Stillhouse against what one would do without it.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure Stillhouse against what one would do without it.", no_args_is_help=True
+)
 
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="In the batch.")]
 VocabSize = Annotated[int, typer.Option("--vocab", min=2)]
 HiddenSize = Annotated[int, typer.Option("--hidden", min=1)]
 Kept = Annotated[int, typer.Option("--k", min=1, help="Exact entries of a target.")]
-TorchDtype = Annotated[Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the logits, or of hidden states and weight.")]
+TorchDtype = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option("--dtype", help="Of the logits, or of hidden states and weight."),
+]
 TorchDevice = Annotated[Literal["cpu", "cuda"], typer.Option("--device")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Times that each way is measured, on fresh data.")]
-WithCompile = Annotated[bool, typer.Option("--compile/--no-compile", help="Also what torch.compile makes of torch's ways.")]
+Repeats = Annotated[
+    int, typer.Option("--repeats", min=1, help="Times that each way is measured, on fresh data.")
+]
+WithCompile = Annotated[
+    bool,
+    typer.Option("--compile/--no-compile", help="Also what torch.compile makes of torch's ways."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")]
 
 
 @bench_app.command(name="pipeline")
 def bench_pipeline(
-    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models, stores and runs go.")] = Path("runs/bench"),
+    work_dir: Annotated[
+        Path, typer.Option("--work-dir", help="Where models, stores and runs go.")
+    ] = Path("runs/bench"),
     num_steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of each way.")] = 160,
-    num_rounds: Annotated[int, typer.Option("--rounds", help="Times that every way is measured.")] = 3,
+    num_rounds: Annotated[
+        int, typer.Option("--rounds", help="Times that every way is measured.")
+    ] = 3,
     out: Out = None,
 ) -> None:
-    """`run`, and the same once cached, against one process that is teacher and student in turn, on two cores."""
+    """`run`, and the same once cached, against one process that is teacher and student in turn, on
+    two cores."""
     quieten()
     from stillhouse.bench.pipeline import bench_pipeline
 
@@ -38,13 +54,20 @@ def bench_pipeline(
 def bench_codec(
     num_tokens: Tokens = 192,
     vocab_size: VocabSize = 151_936,
-    ks: Annotated[list[int] | None, typer.Option("--k", min=1, help="Exact entries; may be said again. Default: 32, 64, 128.")] = None,
-    teacher: Annotated[Path | None, typer.Option("--teacher", help="A model's directory. Default: the demo's, if it is there.")] = None,
+    ks: Annotated[
+        list[int] | None,
+        typer.Option("--k", min=1, help="Exact entries; may be said again. Default: 32, 64, 128."),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option("--teacher", help="A model's directory. Default: the demo's, if it is there."),
+    ] = None,
     device: TorchDevice = "cpu",
     repeats: Repeats = 5,
     out: Out = None,
 ) -> None:
-    """What a target takes in bytes, what they lose, and how fast it is packed and unpacked; one thread, or one GPU."""
+    """What a target takes in bytes, what they lose, and how fast it is packed and unpacked; one
+    thread, or one GPU."""
     quieten()
     from stillhouse.bench.codec import Setting, bench_codec
 
@@ -63,7 +86,8 @@ def bench_topk(
     with_compile: WithCompile = True,
     out: Out = None,
 ) -> None:
-    """From logits to their greatest and their log-sum-exp: every path of ours beside torch, eager and compiled; one thread, or one GPU."""
+    """From logits to their greatest and their log-sum-exp: every path of ours beside torch, eager
+    and compiled; one thread, or one GPU."""
     quieten()
     from stillhouse.bench.topk import Setting, bench_topk
 
@@ -83,7 +107,8 @@ def bench_loss(
     with_compile: WithCompile = True,
     out: Out = None,
 ) -> None:
-    """The student's head and loss against autograd on all the logits, and each divergence; one thread, or one GPU."""
+    """The student's head and loss against autograd on all the logits, and each divergence; one
+    thread, or one GPU."""
     quieten()
     from stillhouse.bench.loss import Setting, bench_loss
 
@@ -102,26 +127,37 @@ def bench_head(
     repeats: Repeats = 5,
     out: Out = None,
 ) -> None:
-    """A teacher's head, from hidden states to packed records, against the bare matrix product and eager torch; one thread, or one GPU."""
+    """A teacher's head, from hidden states to packed records, against the bare matrix product and
+    eager torch; one thread, or one GPU."""
     quieten()
     from stillhouse.bench.head import bench_head
     from stillhouse.bench.loss import Setting
 
-    bench_head(Setting(num_tokens, vocab_size, hidden_size, k, dtype, device), repeats=repeats, command=typed(), out=out)
+    bench_head(
+        Setting(num_tokens, vocab_size, hidden_size, k, dtype, device),
+        repeats=repeats,
+        command=typed(),
+        out=out,
+    )
 
 
 @bench_app.command(name="checkpoint")
 def bench_checkpoint(
-    work_dir: Annotated[Path, typer.Option("--work-dir", help="On the disk that is measured.")] = Path("runs/bench"),
+    work_dir: Annotated[
+        Path, typer.Option("--work-dir", help="On the disk that is measured.")
+    ] = Path("runs/bench"),
     hidden_size: HiddenSize = 512,
     num_layers: Annotated[int, typer.Option("--layers", min=1)] = 4,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the student.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the student.")
+    ] = "float32",
     zero_stage: Annotated[int, typer.Option("--zero-stage", min=1, max=3)] = 1,
     device: TorchDevice = "cpu",
     repeats: Repeats = 9,
     out: Out = None,
 ) -> None:
-    """How long training stands still for a checkpoint, against DeepSpeed's save_checkpoint to the same disk; one thread, or one GPU."""
+    """How long training stands still for a checkpoint, against DeepSpeed's save_checkpoint to the
+    same disk; one thread, or one GPU."""
     quieten()
     from stillhouse.bench.checkpoint import Setting, bench_checkpoint
 
@@ -131,12 +167,19 @@ def bench_checkpoint(
 
 @bench_app.command(name="restart")
 def bench_restart(
-    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models, stores and runs go.")] = Path("runs/bench"),
-    num_rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that both are measured.")] = 3,
-    num_kills: Annotated[int, typer.Option("--kills", min=1, help="Ranks killed in each of them.")] = 2,
+    work_dir: Annotated[
+        Path, typer.Option("--work-dir", help="Where models, stores and runs go.")
+    ] = Path("runs/bench"),
+    num_rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Times that both are measured.")
+    ] = 3,
+    num_kills: Annotated[
+        int, typer.Option("--kills", min=1, help="Ranks killed in each of them.")
+    ] = 2,
     out: Out = None,
 ) -> None:
-    """From a killed rank to the next step, against Ray Train and DeepSpeed joined as their documentation does; two ranks on two cores."""
+    """From a killed rank to the next step, against Ray Train and DeepSpeed joined as their
+    documentation does; two ranks on two cores."""
     quieten()
     from stillhouse.bench.restart import bench_restart
 
@@ -145,17 +188,45 @@ def bench_restart(
 
 @bench_app.command(name="targets")
 def bench_targets(
-    teacher: Annotated[Path | None, typer.Option("--teacher", help="Its directory. Default: the demo's, made where there is none.")] = None,
-    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where models go that are made.")] = Path("runs/bench"),
-    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each student.")] = 420,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            "--teacher", help="Its directory. Default: the demo's, made where there is none."
+        ),
+    ] = None,
+    work_dir: Annotated[
+        Path, typer.Option("--work-dir", help="Where models go that are made.")
+    ] = Path("runs/bench"),
+    num_steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Optimiser steps of each student.")
+    ] = 420,
     num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students of each kind.")] = 3,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps of one seed: whether it runs, not what comes of it.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured; the figure goes beside it.")] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A few steps of one seed: whether it runs, not what comes of it."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="A JSON file for all that was measured; the figure goes beside it."
+        ),
+    ] = None,
 ) -> None:
-    """The forms of a target at equal bytes: exact entries, draws from the tail, or both, between the text alone and the whole teacher."""
+    """The forms of a target at equal bytes: exact entries, draws from the tail, or both, between
+    the text alone and the whole teacher."""
     quieten()
     from stillhouse.bench.targets import QUICK, bench_targets, thorough
 
     effort = QUICK if quick else thorough(num_steps=num_steps, num_seeds=num_seeds)
-    bench_targets(work_dir, teacher, effort=effort, threads=threads, cache_dir=cache_dir(), command=typed(), out=out)
+    bench_targets(
+        work_dir,
+        teacher,
+        effort=effort,
+        threads=threads,
+        cache_dir=cache_dir(),
+        command=typed(),
+        out=out,
+    )

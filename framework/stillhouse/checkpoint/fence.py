@@ -1,10 +1,12 @@
 """Which command may commit in a place of checkpoints: the owner with the highest number.
 
-    <root>/owner-00000003.json     created once, by who becomes the owner; renewed by that command alone
+    <root>/owner-00000003.json     created once, by who becomes the owner; renewed by that command
+    alone
 
-Ownership is taken by creating the next number, which one of several can do, and the newest is never deleted. So whoever sees a higher
-number than its own has been replaced. A group of ranks looks before each commit, for it may have outlived its command, and once more
-before it tells of the commit: it may have stood still in between.
+Ownership is taken by creating the next number, which one of several can do, and the newest is never
+deleted. So whoever sees a higher number than its own has been replaced. A group of ranks looks
+before each commit, for it may have outlived its command, and once more before it tells of the
+commit: it may have stood still in between.
 """
 
 import re
@@ -36,7 +38,9 @@ def require_owner(blobs: Blobs, number: int) -> None:
     newest = newest_owner(blobs)
     if newest > number:
         raise CheckpointError(
-            f"the checkpoints under {blobs.url} belong to another command now, which {owner_key(newest)} names: this one showed no sign of "
-            "life for too long, or was thought to be gone. It commits nothing more, and what it committed before stays. "
+            f"the checkpoints under {blobs.url} belong to another command now, which "
+            f"{owner_key(newest)} names: this one showed no sign of "
+            "life for too long, or was thought to be gone. It commits nothing more, and what it "
+            "committed before stays. "
             "End one of the two; the same command goes on from the newest commit."
         )

@@ -1,12 +1,15 @@
-"""Checkpoints in two steps: every rank writes its files, then ONE create-only manifest makes them a commit.
+"""Checkpoints in two steps: every rank writes its files, then ONE create-only manifest makes them a
+commit.
 
-    <root>/step-00000120.k3f9a2c1/...                          what DeepSpeed writes, and nothing that could be run
-    <root>/step-00000120.k3f9a2c1/part-00001-of-00002.json     {"part": a rank's files with size and xxh3, "xxh3": of that}
-    <root>/step-00000120.json                                  {"commit": all files, and what the checkpoint is of, "xxh3": of that}
+    <root>/step-00000120.k3f9a2c1/...                          what DeepSpeed writes, and nothing
+    that could be run <root>/step-00000120.k3f9a2c1/part-00001-of-00002.json     {"part": a rank's
+    files with size and xxh3, "xxh3": of that} <root>/step-00000120.json
+    {"commit": all files, and what the checkpoint is of, "xxh3": of that}
 
-The root is a directory or an object store. `k3f9a2c1` names an attempt, one life of one group of ranks: whatever an earlier attempt
-left behind at the same step is in nobody's way, and is never chosen. DeepSpeed loads flipped bits without a word; so nothing here
-trusts a folder that no manifest names, or a manifest whose files do not hash to what it says.
+The root is a directory or an object store. `k3f9a2c1` names an attempt, one life of one group of
+ranks: whatever an earlier attempt left behind at the same step is in nobody's way, and is never
+chosen. DeepSpeed loads flipped bits without a word; so nothing here trusts a folder that no
+manifest names, or a manifest whose files do not hash to what it says.
 """
 
 import json
@@ -100,27 +103,34 @@ def read_part(blobs: Blobs, folder: str, *, rank: int, world_size: int) -> Files
         raise
     except _UNREADABLE as error:
         raise CheckpointError(
-            f"{blobs.url}/{folder}/{name}, which rank {rank} has written, cannot be read ({error}): its disk or memory is damaged. "
+            f"{blobs.url}/{folder}/{name}, which rank {rank} has written, cannot be read "
+            f"({error}): its disk or memory is damaged. "
             "Start again: training goes on from the commit before."
         ) from None
     return {**files, name: (len(data), xxhash.xxh3_64_hexdigest(data))}
 
 
 def publish(blobs: Blobs, commit: Commit) -> Commit:
-    """Make the files a commit, and return the one that stands: a group that was thought dead may have been faster at the same step.
+    """Make the files a commit, and return the one that stands: a group that was thought dead may
+    have been faster at the same step.
 
-    Once this has returned the commit outlasts a power cut: only then may anything older be deleted, or anybody be told.
-    Raises CheckpointError where the step was committed by a training of something else.
+    Once this has returned the commit outlasts a power cut: only then may anything older be deleted,
+    or anybody be told. Raises CheckpointError where the step was committed by a training of
+    something else.
     """
     if not commit.files:
-        raise CheckpointError(f"no rank wrote a file for step {commit.step}: there is nothing to commit")
+        raise CheckpointError(
+            f"no rank wrote a file for step {commit.step}: there is nothing to commit"
+        )
     blobs.sync(commit.folder)  # other ranks' files too: the commit must not outlast what it names
     if blobs.create(commit.manifest, _sealed("commit", asdict(commit))):
         return commit
     try:
         standing = _parsed(blobs, commit.manifest)
     except _UNREADABLE as error:
-        raise CheckpointError(f"{blobs.url}/{commit.manifest} exists already, and cannot be read ({error}); remove it") from None
+        raise CheckpointError(
+            f"{blobs.url}/{commit.manifest} exists already, and cannot be read ({error}); remove it"
+        ) from None
     if standing.origin != commit.origin:
         raise CheckpointError(
             f"{blobs.url}/{commit.manifest} exists already, and is of another training:\n"
@@ -132,7 +142,10 @@ def publish(blobs: Blobs, commit: Commit) -> Commit:
 
 def unlike(found: Origin, wanted: Origin) -> list[str]:
     """What differs between two origins, each as 'name: found ..., wanted ...'."""
-    before, after = ({"zero_stage": o.zero_stage, "recipe": o.fingerprint[:16], **o.settings} for o in (found, wanted))
+    before, after = (
+        {"zero_stage": o.zero_stage, "recipe": o.fingerprint[:16], **o.settings}
+        for o in (found, wanted)
+    )
     return [
         f"{name}: found {before.get(name)!r}, wanted {after.get(name)!r}"
         for name in {**before, **after}
@@ -147,17 +160,20 @@ def require_same_training(url: str, commit: Commit, origin: Origin) -> None:
         raise CheckpointError(
             f"{url} belongs to another training:\n"
             + "\n".join(f"  - {line}" for line in differences)
-            + "\nSet them back to go on with it, or use a new run directory and, where one is set, a new student.checkpoint_url."
+            + "\nSet them back to go on with it, or use a new run directory and, where one is "
+            "set, a new student.checkpoint_url."
         )
 
 
 class Choice(NamedTuple):
     commit: Commit | None  # None where nothing was ever committed
-    passed_over: Mapping[str, str]  # newer ones, newest first: the manifest's name, and the problem with it
+    # newer ones, newest first: the manifest's name, and the problem with it
+    passed_over: Mapping[str, str]
 
 
 class Ask(Protocol):
-    """How the store is asked: by whom, and how often. Answers are JSON values: they may come from another rank."""
+    """How the store is asked: by whom, and how often. Answers are JSON values: they may come from
+    another rank."""
 
     def __call__(self, call: Callable[[], _Answer], /) -> _Answer: ...
 
@@ -187,7 +203,8 @@ def choose(blobs: Blobs, problem_with: Callable[[Commit], str], *, ask: Ask = di
         raise CheckpointError(
             f"no checkpoint under {blobs.url} verifies:\n"
             + "\n".join(f"  - {name}: {problem}" for name, problem in problems.items())
-            + f"\nRestore the files from a backup, or remove {blobs.url} to start the training again from step 0."
+            + f"\nRestore the files from a backup, or remove {blobs.url} to start the training "
+            "again from step 0."
         )
     return Choice(None, {})
 
@@ -211,18 +228,26 @@ def newest_step(url: str, *, ask: Ask = directly) -> int:
 
 @contextmanager
 def newest_copy(
-    url: str, wanted: Callable[[Commit], Iterable[str]], *, tell: Tell, patience: Patience = DEFAULT_PATIENCE
+    url: str,
+    wanted: Callable[[Commit], Iterable[str]],
+    *,
+    tell: Tell,
+    patience: Patience = DEFAULT_PATIENCE,
 ) -> Iterator[tuple[Commit, Path] | None]:
-    """The newest commit whose `wanted` files verify, and a local folder with them: its own in a directory, a temporary one for a store.
+    """The newest commit whose `wanted` files verify, and a local folder with them: its own in a
+    directory, a temporary one for a store.
 
-    A store that is unavailable is waited for, which `tell` hears of. Raises StoreUnavailable at the end of the patience.
+    A store that is unavailable is waited for, which `tell` hears of. Raises StoreUnavailable at the
+    end of the patience.
     """
     blobs = Blobs(url, patience_s=patience.request_s)
     ask = partial(insist, patience=patience, tell=tell)
     with scratch_folder() as scratch:
 
         def problem_with(commit: Commit) -> str:
-            problems = (ask(partial(fetch, blobs, commit, [name], into=scratch)) for name in wanted(commit))
+            problems = (
+                ask(partial(fetch, blobs, commit, [name], into=scratch)) for name in wanted(commit)
+            )
             return next(filter(None, problems), "")
 
         found = choose(blobs, problem_with, ask=ask).commit
@@ -235,7 +260,8 @@ def local_folder(blobs: Blobs, commit: Commit, scratch: Path) -> Path:
 
 
 def fetch(blobs: Blobs, commit: Commit, names: Iterable[str], *, into: Path) -> str:
-    """Verify these files of a commit, in place in a directory, else as they are downloaded. The problem with one of them, or ''."""
+    """Verify these files of a commit, in place in a directory, else as they are downloaded. The
+    problem with one of them, or ''."""
     if blobs.directory is not None:
         return verify(blobs, commit, names)
     folder = local_folder(blobs, commit, into)
@@ -271,9 +297,11 @@ def verify(blobs: Blobs, commit: Commit, names: Iterable[str]) -> str:
 
 
 def set_aside(blobs: Blobs, passed_over: Iterable[str]) -> None:
-    """Rename the manifests that were passed over in a choice: they are damaged, and their names are needed again.
+    """Rename the manifests that were passed over in a choice: they are damaged, and their names are
+    needed again.
 
-    A later one that is not among them was committed since by a group that was thought dead, and stays.
+    A later one that is not among them was committed since by a group that was thought dead, and
+    stays.
     """
     for name in passed_over:
         with suppress(FileNotFoundError):  # another group was faster
@@ -281,9 +309,11 @@ def set_aside(blobs: Blobs, passed_over: Iterable[str]) -> None:
 
 
 def retain(blobs: Blobs, keep: int) -> None:
-    """Delete all but the `keep` newest commits, and the folders up to the newest that no commit names.
+    """Delete all but the `keep` newest commits, and the folders up to the newest that no commit
+    names.
 
-    Manifests go first, and for good: never half a commit. Later folders stay: ranks may be writing them.
+    Manifests go first, and for good: never half a commit. Later folders stay: ranks may be writing
+    them.
     """
     manifests = _manifests(blobs)
     if not manifests:
@@ -312,7 +342,11 @@ class Digest:
         return self._size, self._hasher.hexdigest()
 
 
-_TWO_READS = (RANGE_BYTES, RANGE_BYTES - (1 << 20))  # range_bytes of each: the second read sends different requests
+# range_bytes of each: the second read sends different requests
+_TWO_READS = (
+    RANGE_BYTES,
+    RANGE_BYTES - (1 << 20),
+)
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, FileNotFoundError)
 
 
@@ -329,13 +363,18 @@ def _values_or_problem(blobs: Blobs, name: str) -> dict[str, Any] | str:
 
 
 def commit_of(values: Mapping[str, Any]) -> Commit:
-    """The commit whose fields these JSON values are. Raises one of _UNREADABLE where they are of none."""
+    """The commit whose fields these JSON values are. Raises one of _UNREADABLE where they are of
+    none."""
     origin = values["origin"]
     found = Commit(
         _of(int, values["step"]),
         _of(str, values["attempt"]),
         _of(int, values["world_size"]),
-        Origin(_of(int, origin["zero_stage"]), _of(str, origin["fingerprint"]), dict(_of(dict, origin["settings"]))),
+        Origin(
+            _of(int, origin["zero_stage"]),
+            _of(str, origin["fingerprint"]),
+            dict(_of(dict, origin["settings"])),
+        ),
         _files(values["files"]),
     )
     if not found.files:
@@ -368,7 +407,10 @@ def _of(kind: type[_Answer], value: Any) -> _Answer:
 
 
 def _files(values: dict[str, Any]) -> Files:
-    files = {_of(str, name): (_of(int, size), _of(str, digest)) for name, (size, digest) in values.items()}
+    files = {
+        _of(str, name): (_of(int, size), _of(str, digest))
+        for name, (size, digest) in values.items()
+    }
     for name in files:
         if not _is_plain(name):
             raise ValueError(f"it names {name}, which is outside of the checkpoint")
@@ -379,31 +421,44 @@ def _is_plain(name: str) -> bool:
     return re.fullmatch(r"[\w.=-]+", name) is not None and name not in (".", "..")
 
 
-def _problem_with(blobs: Blobs, commit: Commit, names: Iterable[str], digest_of: Callable[[str, int], tuple[int, str]]) -> str:
-    """The first file's problem on which two reads, by ranges of two lengths, agree, or ''. `digest_of` reads (name, range_bytes)."""
+def _problem_with(
+    blobs: Blobs,
+    commit: Commit,
+    names: Iterable[str],
+    digest_of: Callable[[str, int], tuple[int, str]],
+) -> str:
+    """The first file's problem on which two reads, by ranges of two lengths, agree, or ''.
+    `digest_of` reads (name, range_bytes)."""
     for name in names:
         first, second = (partial(digest_of, name, range_bytes) for range_bytes in _TWO_READS)
-        problem = _problem_of_one_read(blobs, commit, name, first) and _problem_of_one_read(blobs, commit, name, second)
+        problem = _problem_of_one_read(blobs, commit, name, first) and _problem_of_one_read(
+            blobs, commit, name, second
+        )
         if problem:
             return problem
     return ""
 
 
-def _problem_of_one_read(blobs: Blobs, commit: Commit, name: str, digest: Callable[[], tuple[int, str]]) -> str:
+def _problem_of_one_read(
+    blobs: Blobs, commit: Commit, name: str, digest: Callable[[], tuple[int, str]]
+) -> str:
     try:
         is_as_committed = digest() == commit.files[name]
     except FileNotFoundError:
         return f"{name} is missing"
     except StoreError as error:
         if blobs.directory is None or isinstance(error, StoreUnavailable):
-            raise  # a bucket that refuses to be read says nothing of the file; a disk that cannot read it does
+            # a bucket that refuses to be read says nothing of the file; a disk that cannot read it
+            # does
+            raise
         return f"{name} cannot be read ({error})"
     return "" if is_as_committed else f"{name} is not what was committed (size or checksum differs)"
 
 
 def _no_room(folder: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"cannot write to {folder}: {error.strerror}; make room for the checkpoint there, or set TMPDIR to a larger disk"
+        f"cannot write to {folder}: {error.strerror}; make room for the checkpoint there, or set "
+        "TMPDIR to a larger disk"
     )
 
 
@@ -412,7 +467,8 @@ def _sealed(kind: str, values: Any) -> bytes:
 
 
 def _read_sealed(blobs: Blobs, key: str, kind: str) -> tuple[bytes, Any]:
-    """The bytes of a part or a manifest, and what they say. Raises one of _UNREADABLE where neither of two reads is whole."""
+    """The bytes of a part or a manifest, and what they say. Raises one of _UNREADABLE where neither
+    of two reads is whole."""
     data = bytes(blobs.read(key))
     try:
         return data, _opened(kind, data)

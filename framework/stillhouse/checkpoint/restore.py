@@ -1,7 +1,8 @@
-"""The group of ranks agrees on a checkpoint to go on from, and each rank gets the files that it will read, every byte verified.
+"""The group of ranks agrees on a checkpoint to go on from, and each rank gets the files that it
+will read, every byte verified.
 
-A checkpoint of another number of ranks is converted by the first rank of each machine, into a temporary folder that the machine's
-other ranks read as well.
+A checkpoint of another number of ranks is converted by the first rank of each machine, into a
+temporary folder that the machine's other ranks read as well.
 """
 
 import re
@@ -16,7 +17,16 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from stillhouse.checkpoint.manifest import Choice, Commit, Origin, choose, fetch, local_folder, require_same_training, set_aside
+from stillhouse.checkpoint.manifest import (
+    Choice,
+    Commit,
+    Origin,
+    choose,
+    fetch,
+    local_folder,
+    require_same_training,
+    set_aside,
+)
 from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.checkpoint.unpickling import opened
 from stillhouse.cluster.collectives import gathered, outcomes
@@ -30,7 +40,8 @@ _Value = TypeVar("_Value")
 
 _PICKLED = ".pt"
 _MEET_EVERY_S = 1.0  # while one rank works and others wait for it
-_OF_RANK = re.compile(r"(?:pp_rank_|^part-)0*(\d+)")  # in the name of a file that one rank alone reads
+# in the name of a file that one rank alone reads
+_OF_RANK = re.compile(r"(?:pp_rank_|^part-)0*(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +51,20 @@ class Restored:
     step: int  # optimiser steps done
     folder: Path
     universal: bool  # whether it was converted, because another number of ranks wrote it
-    passed_over: Sequence[str]  # newer ones that do not verify, each as its manifest's name and the problem with it
+    # newer ones that do not verify, each as its manifest's name and the problem with it
+    passed_over: Sequence[str]
 
 
 @contextmanager
-def restore(url: str, *, origin: Origin, convert: Convert, tell: Tell, patience: Patience = DEFAULT_PATIENCE) -> Iterator[Restored | None]:
-    """The newest checkpoint under `url` whose every byte verifies; None where there is none. Every rank of the process group calls this.
+def restore(
+    url: str, *, origin: Origin, convert: Convert, tell: Tell, patience: Patience = DEFAULT_PATIENCE
+) -> Iterator[Restored | None]:
+    """The newest checkpoint under `url` whose every byte verifies; None where there is none. Every
+    rank of the process group calls this.
 
-    A store that is unavailable is waited for, which `tell` hears of. Raises on every rank CheckpointError where no commit verifies or the
-    newest is of another training or holds more than tensors, and StoreUnavailable at the end of the patience.
+    A store that is unavailable is waited for, which `tell` hears of. Raises on every rank
+    CheckpointError where no commit verifies or the newest is of another training or holds more than
+    tensors, and StoreUnavailable at the end of the patience.
     """
     blobs = Blobs(url, patience_s=patience.request_s)
     with scratch_folder() as scratch:
@@ -62,7 +78,12 @@ def restore(url: str, *, origin: Origin, convert: Convert, tell: Tell, patience:
         universal = group.must_convert(found)
         if universal:
             folder = group.converted(folder, scratch / "universal", convert)
-        yield Restored(found.step, folder, universal, [f"{name}: {problem}" for name, problem in passed_over.items()])
+        yield Restored(
+            found.step,
+            folder,
+            universal,
+            [f"{name}: {problem}" for name, problem in passed_over.items()],
+        )
         dist.barrier()  # another rank may still read what this one deletes now
 
 
@@ -79,7 +100,9 @@ class _Group:
     @classmethod
     def gathered(cls, patience: Patience, tell: Tell) -> "_Group":
         name = socket.gethostname()
-        return cls(dist.get_rank(), dist.get_world_size(), gathered(name).index(name), patience, tell)
+        return cls(
+            dist.get_rank(), dist.get_world_size(), gathered(name).index(name), patience, tell
+        )
 
     def must_convert(self, commit: Commit) -> bool:
         """Stage 0 has the same state on every rank, so any number of them can load it."""
@@ -92,11 +115,19 @@ class _Group:
             for name in self._reads(commit):
                 if problem := self._insist(partial(fetch, blobs, commit, [name], into=scratch)):
                     return problem
-                if name.endswith(_PICKLED):  # what one rank refuses, all refuse now: as DeepSpeed loads, ranks wait for one another
+                if name.endswith(
+                    _PICKLED
+                    # what one rank refuses, all refuse now: as DeepSpeed loads, ranks wait for one
+                    # another
+                ):
                     opened(local_folder(blobs, commit, scratch) / name, map_location="meta")
             return ""
 
-        chosen = choose(blobs, lambda commit: _first_problem(_together(partial(problem_here, commit))), ask=self._ask_first)
+        chosen = choose(
+            blobs,
+            lambda commit: _first_problem(_together(partial(problem_here, commit))),
+            ask=self._ask_first,
+        )
         self._ask_first(lambda: set_aside(blobs, chosen.passed_over))
         return chosen
 
@@ -118,8 +149,10 @@ class _Group:
         here = Path(_together(made)[self.first])
         if not here.is_dir():
             raise CheckpointError(
-                f"rank {self.first} converted the checkpoint into {here}, which rank {self.rank} of the same host name does not see; "
-                "give each machine a host name of its own, or set TMPDIR to a directory that they share"
+                f"rank {self.first} converted the checkpoint into {here}, which rank {self.rank} "
+                "of the same host name does not see; "
+                "give each machine a host name of its own, or set TMPDIR to a directory that they "
+                "share"
             )
         return here
 
@@ -127,7 +160,11 @@ class _Group:
         if self.must_convert(commit):
             return commit.files if self.rank == self.first else ()
         matches = {name: _OF_RANK.search(name) for name in commit.files}
-        return [name for name, match in matches.items() if match is None or int(match[1]) % self.world_size == self.rank]
+        return [
+            name
+            for name, match in matches.items()
+            if match is None or int(match[1]) % self.world_size == self.rank
+        ]
 
 
 def _first_problem(problems: Sequence[str]) -> str:
@@ -141,8 +178,8 @@ def _nothing() -> Any:
 def _together(call: Callable[[], _Value]) -> list[_Value]:
     """Every rank's answer, a JSON value, by rank. Raises on every rank what a rank raised.
 
-    Each works in a thread and meets the others every second until all are done: a collective that lasted for as long as the work would
-    reach the process group's time-out.
+    Each works in a thread and meets the others every second until all are done: a collective that
+    lasted for as long as the work would reach the process group's time-out.
     """
     outcome: list[Any] = []
 

@@ -1,4 +1,5 @@
-"""Temporary folders for whole checkpoints. One that a killed process left behind goes when the next is made: they are too large to stay."""
+"""Temporary folders for whole checkpoints. One that a killed process left behind goes when the next
+is made: they are too large to stay."""
 
 import fcntl
 import shutil
@@ -12,11 +13,15 @@ _PREFIX, _IN_USE = "stillhouse-checkpoint-", "in-use"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder of this process's own, in TMPDIR, while the block lasts. Its lock says that it is in use, and dies with its owner."""
+    """A folder of this process's own, in TMPDIR, while the block lasts. Its lock says that it is in
+    use, and dies with its owner."""
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_IN_USE}"):
         with suppress(OSError), left.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as folder, Path(folder, _IN_USE).open("w") as lock:
+    with (
+        tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as folder,
+        Path(folder, _IN_USE).open("w") as lock,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield Path(folder)

@@ -1,6 +1,8 @@
-"""What a checkpoint holds, copied to host memory: nothing in it is shared with a tensor that a later step changes.
+"""What a checkpoint holds, copied to host memory: nothing in it is shared with a tensor that a
+later step changes.
 
-The copy is all that training waits for. Its memory is used again for the next one: fresh pages cost more than the copying.
+The copy is all that training waits for. Its memory is used again for the next one: fresh pages cost
+more than the copying.
 """
 
 import copy
@@ -14,7 +16,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One rank's part of a checkpoint, by file name. `release` gives its memory back; its tensors may not be read after that."""
+    """One rank's part of a checkpoint, by file name. `release` gives its memory back; its tensors
+    may not be read after that."""
 
     step: int  # optimiser steps done
     files: Mapping[str, Any]  # what torch.save writes
@@ -24,14 +27,16 @@ class Snapshot:
 
 
 class HostMemory:
-    """Host tensors that are kept for the next snapshot: never more than one snapshot's worth of them."""
+    """Host tensors that are kept for the next snapshot: never more than one snapshot's worth of
+    them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: dict[tuple[str, int], Tensor] = {}
 
     def snapshot_of(self, name: str, state: Any) -> tuple[Any, Callable[[], None]]:
-        """A deep copy of one file's state, and what to call when it is no longer needed. `settle` before it is read."""
+        """A deep copy of one file's state, and what to call when it is no longer needed. `settle`
+        before it is read."""
         copier = _Copier(self, name)
         return copier.copy(state), copier.release
 
@@ -52,7 +57,8 @@ class HostMemory:
 
 
 class _Copier:
-    """Copies one state. What shares memory in it shares memory in the copy, such as tied weights."""
+    """Copies one state. What shares memory in it shares memory in the copy, such as tied
+    weights."""
 
     def __init__(self, memory: HostMemory, name: str) -> None:
         self._memory = memory
@@ -63,7 +69,8 @@ class _Copier:
         if isinstance(value, Tensor):
             return self._copy_tensor(value.detach())
         if isinstance(value, dict):
-            made = copy.copy(value)  # keeps its class, and the versions that a module's state dict carries
+            # keeps its class, and the versions that a module's state dict carries
+            made = copy.copy(value)
             for key in made:
                 made[key] = self.copy(made[key])
             return made

@@ -1,7 +1,9 @@
-"""How a checkpoint's pickles are opened: they may build tensors and plain values, and call nothing else.
+"""How a checkpoint's pickles are opened: they may build tensors and plain values, and call nothing
+else.
 
-DeepSpeed asks torch to run whatever a checkpoint's pickle asks for, and a checksum is no signature: whoever can write a file can write its
-checksum. So every file is opened here, by torch's restricted unpickler, whatever DeepSpeed and the environment ask for.
+DeepSpeed asks torch to run whatever a checkpoint's pickle asks for, and a checksum is no signature:
+whoever can write a file can write its checksum. So every file is opened here, by torch's restricted
+unpickler, whatever DeepSpeed and the environment ask for.
 """
 
 import re
@@ -18,7 +20,12 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from stillhouse.errors import CheckpointError
 
-ALLOWED = (LossScaler, ZeroStageEnum, fragment_address)  # all that DeepSpeed's checkpoints hold beside what torch allows by itself
+# all that DeepSpeed's checkpoints hold beside what torch allows by itself
+ALLOWED = (
+    LossScaler,
+    ZeroStageEnum,
+    fragment_address,
+)
 
 _torch_load = torch.load
 _one_at_a_time = threading.Lock()  # the list of what is allowed belongs to the process
@@ -26,9 +33,11 @@ _LONGEST_REASON = 200
 
 
 def opened(path: Path | str, map_location: Any = "cpu", *, mmap: bool | None = None) -> Any:
-    """What a file of a checkpoint holds; with `map_location="meta"` its tensors have shapes and no values, and no more than these is read.
+    """What a file of a checkpoint holds; with `map_location="meta"` its tensors have shapes and no
+    values, and no more than these is read.
 
-    Raises CheckpointError where the file asks for anything else, cannot be read, or holds text that DeepSpeed would take for a path.
+    Raises CheckpointError where the file asks for anything else, cannot be read, or holds text that
+    DeepSpeed would take for a path.
     """
     try:
         with _one_at_a_time, _only_ours_allowed():
@@ -37,13 +46,16 @@ def opened(path: Path | str, map_location: Any = "cpu", *, mmap: bool | None = N
         raise CheckpointError(f"{path} was not opened: {_reason(error)}") from None
     outside = _path_in(state)
     if outside is not None:
-        raise CheckpointError(f"{path} was not used: it names {_shown(outside)}, which is a path. {_STRANGE}")
+        raise CheckpointError(
+            f"{path} was not used: it names {_shown(outside)}, which is a path. {_STRANGE}"
+        )
     return state
 
 
 @contextmanager
 def only_tensors() -> Iterator[None]:
-    """While the block lasts, `torch.load` is `opened` for all code of this process, whatever it says about `weights_only`."""
+    """While the block lasts, `torch.load` is `opened` for all code of this process, whatever it
+    says about `weights_only`."""
 
     def load(path: Any, map_location: Any = None, *, mmap: bool | None = None, **_: Any) -> Any:
         return opened(path, map_location, mmap=mmap)
@@ -56,13 +68,20 @@ def only_tensors() -> Iterator[None]:
         torch.load = before
 
 
-_REMEDY = "remove that checkpoint's manifest to use an older one, or the whole directory to start again from step 0."
-_STRANGE = f"Neither Stillhouse nor the DeepSpeed that it was tried with writes such a file: find out who did, then {_REMEDY}"
+_REMEDY = (
+    "remove that checkpoint's manifest to use an older one, or the whole directory to start "
+    "again from step 0."
+)
+_STRANGE = (
+    "Neither Stillhouse nor the DeepSpeed that it was tried with writes such a file: find "
+    f"out who did, then {_REMEDY}"
+)
 
 
 @contextmanager
 def _only_ours_allowed() -> Iterator[None]:
-    """Libraries allow classes of their own for the whole process, and some of these do more than hold values."""
+    """Libraries allow classes of their own for the whole process, and some of these do more than
+    hold values."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([*ALLOWED])
@@ -77,7 +96,10 @@ def _reason(error: Exception) -> str:
     text = str(error)
     asked = re.search(r"GLOBAL (\S+)", text)
     if asked is not None:
-        return f"it wants to use {_shown(asked[1])}, and a checkpoint holds tensors and plain values. {_STRANGE}"
+        return (
+            f"it wants to use {_shown(asked[1])}, and a checkpoint holds tensors and plain "
+            f"values. {_STRANGE}"
+        )
     first_line = next((line for line in text.splitlines() if line.strip()), "")
     return f"it cannot be read ({type(error).__name__}: {_shown(first_line)}); {_REMEDY}"
 
@@ -87,7 +109,8 @@ def _shown(text: str) -> str:
 
 
 def _path_in(state: Any) -> str | None:
-    """A text in the state that leads out of a folder; DeepSpeed makes files by the names of parameters."""
+    """A text in the state that leads out of a folder; DeepSpeed makes files by the names of
+    parameters."""
     waiting, seen = [state], set()
     while waiting:
         value = waiting.pop()

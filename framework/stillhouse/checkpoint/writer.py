@@ -1,7 +1,9 @@
-"""The background half of a checkpoint: one thread per rank writes a snapshot out while training goes on.
+"""The background half of a checkpoint: one thread per rank writes a snapshot out while training
+goes on.
 
-Ranks meet only in the store: each says in a part which files it has written, and rank 0 publishes the commit when all parts are
-there. So nothing here is a collective, and a rank that dies leaves a torn checkpoint behind, which nobody ever chooses.
+Ranks meet only in the store: each says in a part which files it has written, and rank 0 publishes
+the commit when all parts are there. So nothing here is a collective, and a rank that dies leaves a
+torn checkpoint behind, which nobody ever chooses.
 """
 
 import logging
@@ -17,7 +19,17 @@ from typing import IO, Any, Self, TypeVar, cast
 import torch
 
 from stillhouse.atomic import DISK, FileLayer
-from stillhouse.checkpoint.manifest import Commit, Digest, Files, Origin, folder_of, publish, publish_part, read_part, retain
+from stillhouse.checkpoint.manifest import (
+    Commit,
+    Digest,
+    Files,
+    Origin,
+    folder_of,
+    publish,
+    publish_part,
+    read_part,
+    retain,
+)
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.cluster.collectives import told
 from stillhouse.errors import StoreError
@@ -37,15 +49,17 @@ class _AbandonedError(Exception):
 
 
 def attempt_name() -> str:
-    """A name for this life of the group of ranks, the same on every rank and never given before. Every rank calls this."""
+    """A name for this life of the group of ranks, the same on every rank and never given before.
+    Every rank calls this."""
     return str(told(secrets.token_hex(4)))
 
 
 class RankWriter:
-    """Writes one rank's snapshots in the calling thread. On rank 0 it also commits them, and deletes all but the `keep` newest.
+    """Writes one rank's snapshots in the calling thread. On rank 0 it also commits them, and
+    deletes all but the `keep` newest.
 
-    While the store is unavailable it tries again without an end; `pause` waits between two tries, and may raise to end it. The callbacks
-    are those of `CheckpointWriter`.
+    While the store is unavailable it tries again without an end; `pause` waits between two tries,
+    and may raise to end it. The callbacks are those of `CheckpointWriter`.
     """
 
     def __init__(
@@ -68,20 +82,42 @@ class RankWriter:
         self._require_owner = require_owner
         self._clock, self._pause = clock, pause
         self._step_on_time: int | None = None  # that of what is on its way, until it is late
-        self.outage: tuple[float, StoreUnavailable] | None = None  # since when the store is unavailable, and its words
+        self.outage: tuple[float, StoreUnavailable] | None = (
+            None  # since when the store is unavailable, and its words
+        )
 
     def write(self, snapshot: Snapshot, *, blocking_s: float) -> None:
-        """Return once all is committed on rank 0, and once what this rank owes to it is in the store elsewhere."""
+        """Return once all is committed on rank 0, and once what this rank owes to it is in the
+        store elsewhere."""
         folder, self._step_on_time = folder_of(snapshot.step, self._template.attempt), snapshot.step
         try:
-            files = {name: self._insist(partial(self._put, f"{folder}/{name}", state)) for name, state in snapshot.files.items()}
+            files = {
+                name: self._insist(partial(self._put, f"{folder}/{name}", state))
+                for name, state in snapshot.files.items()
+            }
         finally:
             snapshot.release()
-        self._insist(lambda: publish_part(self._blobs, folder, rank=self._rank, world_size=self._template.world_size, files=files))
+        self._insist(
+            lambda: publish_part(
+                self._blobs,
+                folder,
+                rank=self._rank,
+                world_size=self._template.world_size,
+                files=files,
+            )
+        )
         if self._rank > 0:
             return
-        everything = {name: digest for rank in range(self._template.world_size) for name, digest in self._part(folder, rank).items()}
-        self._commit(replace(self._template, step=snapshot.step, files=everything), began=snapshot.began, blocking_s=blocking_s)
+        everything = {
+            name: digest
+            for rank in range(self._template.world_size)
+            for name, digest in self._part(folder, rank).items()
+        }
+        self._commit(
+            replace(self._template, step=snapshot.step, files=everything),
+            began=snapshot.began,
+            blocking_s=blocking_s,
+        )
         self._step_on_time = None  # it is safe: what comes now may take its time
         self._insist(self._require_owner)
         self._insist(lambda: retain(self._blobs, self._keep))
@@ -90,7 +126,8 @@ class RankWriter:
         """Make the files a commit, and tell of it."""
         self._insist(self._require_owner)
         standing = self._insist(lambda: publish(self._blobs, made))
-        self._insist(self._require_owner)  # again: a commit counts only where it was there before a newer owner looked for one
+        # again: a commit counts only where it was there before a newer owner looked for one
+        self._insist(self._require_owner)
         _log.info("step %d is committed", standing.step)
         self._on_commit(standing, self._clock() - began, blocking_s)
 
@@ -104,7 +141,11 @@ class RankWriter:
         pauses_s = pauses(_FIRST_PAUSE_S, last_s=_LONGEST_PAUSE_S)
         while True:
             try:
-                return self._insist(lambda: read_part(self._blobs, folder, rank=rank, world_size=self._template.world_size))
+                return self._insist(
+                    lambda: read_part(
+                        self._blobs, folder, rank=rank, world_size=self._template.world_size
+                    )
+                )
             except FileNotFoundError:
                 self._pause(next(pauses_s))
 
@@ -129,10 +170,11 @@ class RankWriter:
 class CheckpointWriter:
     """Writes one rank's snapshots in a thread, one at a time, as `RankWriter` does.
 
-    While the store is unavailable it tries again for as long as nobody waits for it; who waits gets StoreUnavailable at the end of the
-    patience. Any other error is raised by whatever is asked of it next. Called in the thread are `on_commit(commit, seconds since the step,
-    seconds of these that training stood still)` on rank 0, and `on_delay(step, why)` once for a snapshot that the store does not take at
-    present.
+    While the store is unavailable it tries again for as long as nobody waits for it; who waits gets
+    StoreUnavailable at the end of the patience. Any other error is raised by whatever is asked of
+    it next. Called in the thread are `on_commit(commit, seconds since the step, seconds of these
+    that training stood still)` on rank 0, and `on_delay(step, why)` once for a snapshot that the
+    store does not take at present.
     """
 
     def __init__(
@@ -150,9 +192,11 @@ class CheckpointWriter:
         patience: Patience = DEFAULT_PATIENCE,
         files: FileLayer = DISK,
     ) -> None:
-        """`require_owner` raises where another command has taken the checkpoints over: then rank 0 commits, tells and deletes nothing more.
+        """`require_owner` raises where another command has taken the checkpoints over: then rank 0
+        commits, tells and deletes nothing more.
 
-        `patience`: how long one request may be tried before `on_delay` is called, and an outage may last while somebody waits.
+        `patience`: how long one request may be tried before `on_delay` is called, and an outage may
+        last while somebody waits.
         """
         self._writer = RankWriter(
             Blobs(url, patience_s=patience.request_s, files=files),
@@ -177,7 +221,8 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot is on its way. Another rank may be ahead or behind: agree before you decide by it."""
+        """Whether a snapshot is on its way. Another rank may be ahead or behind: agree before you
+        decide by it."""
         alive = self._thread is not None and self._thread.is_alive()
         if self._error is not None:
             error, self._error = self._error, None
@@ -185,18 +230,22 @@ class CheckpointWriter:
         return alive
 
     def submit(self, snapshot: Snapshot) -> None:
-        """Begin to write a snapshot, and return; while an earlier one is on its way, wait for that first."""
+        """Begin to write a snapshot, and return; while an earlier one is on its way, wait for that
+        first."""
         came = monotonic()
         self.wait()
         blocking_s = snapshot.blocking_s + monotonic() - came
-        self._thread = threading.Thread(target=self._run, args=(snapshot, blocking_s), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(snapshot, blocking_s), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is on its way: then all is committed on rank 0, and what this rank owes to it is in the store elsewhere.
+        """Wait until nothing is on its way: then all is committed on rank 0, and what this rank
+        owes to it is in the store elsewhere.
 
-        False where `timeout_s` was not enough. Raises StoreUnavailable once the store has been unavailable to this rank for the whole of
-        its patience, counted from now at the earliest.
+        False where `timeout_s` was not enough. Raises StoreUnavailable once the store has been
+        unavailable to this rank for the whole of its patience, counted from now at the earliest.
         """
         began = monotonic()
         deadline = math.inf if timeout_s is None else began + timeout_s
@@ -226,7 +275,8 @@ class CheckpointWriter:
 
 
 class _Stream:
-    """What torch.save writes to: bytes are digested on their way. torch has errors of its own for those of a stream, so they are kept."""
+    """What torch.save writes to: bytes are digested on their way. torch has errors of its own for
+    those of a stream, so they are kept."""
 
     def __init__(self) -> None:
         self.digest = Digest()

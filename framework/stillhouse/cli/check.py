@@ -1,4 +1,5 @@
-"""What `stillhouse check` says: all that follows from a plan, and what would stop its run; no weight is loaded and nothing is written.
+"""What `stillhouse check` says: all that follows from a plan, and what would stop its run; no
+weight is loaded and nothing is written.
 
 Notes are worth knowing; obstacles would stop `stillhouse run`, and make `check` fail.
 """
@@ -34,7 +35,9 @@ from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, re
 from stillhouse.terminal import one_line, printable
 
 _NEARLY = 4  # differing fields up to which another recipe is a near one
-_STATE_BYTES = 16  # a parameter's weight, gradient and Adam states in mixed precision or in float32 (ZeRO, arXiv 1910.02054, section 3.1)
+# a parameter's weight, gradient and Adam states in mixed precision or in float32 (ZeRO, arXiv
+# 1910.02054, section 3.1)
+_STATE_BYTES = 16
 _SPLIT_BYTES = {0: 0, 1: 12, 2: 14, 3: 16}  # how many of them a ZeRO stage divides among the ranks
 
 
@@ -49,7 +52,8 @@ class _Findings:
 
 
 def describe(plan: Plan) -> None:
-    """Print what a run of this plan makes, reads and needs. Raises ConfigError naming everything that would stop it."""
+    """Print what a run of this plan makes, reads and needs. Raises ConfigError naming everything
+    that would stop it."""
     found = _Findings()
     _models(plan, found)
     _corpus(plan, found)
@@ -59,7 +63,9 @@ def describe(plan: Plan) -> None:
     _run_directory(plan, found)
     _print(found)
     if found.obstacles:
-        raise ConfigError("this run would stop:\n" + "\n".join(f"  - {obstacle}" for obstacle in found.obstacles))
+        raise ConfigError(
+            "this run would stop:\n" + "\n".join(f"  - {obstacle}" for obstacle in found.obstacles)
+        )
 
 
 def _models(plan: Plan, found: _Findings) -> None:
@@ -78,16 +84,23 @@ def _models(plan: Plan, found: _Findings) -> None:
         num_bytes = num_parameters * getattr(torch, section.dtype).itemsize
         padding = model.get_output_embeddings().weight.shape[0] - plan.recipe.vocab_size
         shape = f"{_count(num_parameters)} parameters, {decimal(num_bytes)} in {section.dtype}"
-        head = f"its head is padded by {padding:,}, which is cut off" if padding else "its head has a row for each id"
+        head = (
+            f"its head is padded by {padding:,}, which is cut off"
+            if padding
+            else "its head has a row for each id"
+        )
         found.rows.append((role, f"{section.model}{commit}: {shape}; {head}"))
         if isinstance(section, StudentSection):
             found.rows.append(("", _student_memory(section, num_parameters)))
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(limit, int) and limit < plan.recipe.sequence_length:
             found.notes.append(
-                f"corpus.sequence_length is {plan.recipe.sequence_length:,}; the {role} is made for {limit:,} positions at most"
+                f"corpus.sequence_length is {plan.recipe.sequence_length:,}; the {role} is made "
+                f"for {limit:,} positions at most"
             )
-    found.rows.append(("tokenizer", f"the same {plan.recipe.vocab_size:,} ids in teacher and student"))
+    found.rows.append(
+        ("tokenizer", f"the same {plan.recipe.vocab_size:,} ids in teacher and student")
+    )
 
 
 def _student_memory(section: StudentSection, num_parameters: int) -> str:
@@ -105,8 +118,10 @@ def _corpus(plan: Plan, found: _Findings) -> None:
     found.rows.append(
         (
             "corpus",
-            f"{plan.config.corpus.dataset}: {corpus.num_sequences:,} sequences of {corpus.sequence_length:,} tokens,"
-            f" {_count(corpus.num_targets)} of them with a target; {heldout.num_sequences:,} more are held out",
+            f"{plan.config.corpus.dataset}: {corpus.num_sequences:,} sequences of "
+            f"{corpus.sequence_length:,} tokens,"
+            f" {_count(corpus.num_targets)} of them with a target; {heldout.num_sequences:,} more "
+            "are held out",
         )
     )
 
@@ -119,23 +134,35 @@ def _store(plan: Plan, found: _Findings) -> None:
     per_chunk, window_bytes = plan.bytes_per_chunk, plan.window_chunks * plan.bytes_per_chunk
     ahead = min(plan.window_chunks, num_chunks)
     found.rows += [
-        ("targets", f"k = {recipe.k}{_draws(recipe)}, {recipe.codec.name}: {recipe.codec.bytes_per_token:,} bytes each"),
+        (
+            "targets",
+            f"k = {recipe.k}{_draws(recipe)}, {recipe.codec.name}: "
+            f"{recipe.codec.bytes_per_token:,} bytes each",
+        ),
         ("store", f"{url}/{recipe.fingerprint[:16]}"),
-        ("", f"{num_chunks:,} chunks of {recipe.chunk_sequences:,} sequences, {_size(per_chunk)} each; {len(present):,} are there already"),
+        (
+            "",
+            f"{num_chunks:,} chunks of {recipe.chunk_sequences:,} sequences, {_size(per_chunk)} "
+            f"each; {len(present):,} are there already",
+        ),
         ("", f"{_size(num_chunks * per_chunk)} in all"),
-        ("window", f"teachers run up to {ahead:,} chunks ahead of the student: {_size(ahead * per_chunk)}"),
+        (
+            "window",
+            f"teachers run up to {ahead:,} chunks ahead of the student: {_size(ahead * per_chunk)}",
+        ),
     ]
     if ahead < num_chunks and window_bytes > plan.config.store.window_bytes:
         found.notes.append(
-            f"store.window_bytes is {_size(plan.config.store.window_bytes)}, less than a student may need for one step; lower"
+            f"store.window_bytes is {_size(plan.config.store.window_bytes)}, less than a student "
+            "may need for one step; lower"
             " store.chunk_sequences or student.shuffle_window_chunks to come within it"
         )
     _pairing(plan, present, found)
     near = nearest([other.recipe for other in stored], recipe)
     if near is not None and not is_there and len(differences(recipe, near)) <= _NEARLY:
         found.notes.append(
-            f"the store has {near.fingerprint[:16]}, which would serve but for these (this run's value first):\n    "
-            + "\n    ".join(differences(recipe, near))
+            f"the store has {near.fingerprint[:16]}, which would serve but for these (this run's "
+            "value first):\n    " + "\n    ".join(differences(recipe, near))
         )
 
 
@@ -143,24 +170,39 @@ def _pairing(plan: Plan, present: Collection[int], found: _Findings) -> None:
     """What the student's divergence makes of such targets."""
     student, recipe = plan.config.student, plan.recipe
     divergence = divergence_named(student.divergence, student.mix)
-    if student.divergence_weight == 0.0 or (recipe.num_draws and is_unbiased_with_draws(divergence)):
+    if student.divergence_weight == 0.0 or (
+        recipe.num_draws and is_unbiased_with_draws(divergence)
+    ):
         return
-    unused = f"learns nothing from the {recipe.num_draws} draws a token and " if recipe.num_draws else ""
-    cure = "unless another student reads this store, spend their bytes on entries: target.k = 64, target.tail_draws = 0"
+    unused = (
+        f"learns nothing from the {recipe.num_draws} draws a token and " if recipe.num_draws else ""
+    )
+    cure = (
+        "unless another student reads this store, spend their bytes on entries: target.k = 64, "
+        "target.tail_draws = 0"
+    )
     found.notes.append(
-        f"student.divergence is {student.divergence}, which {unused}sees all but the {recipe.k} kept entries as one bucket"
-        + (f"; {cure}" if unused else "; with target.tail_draws above 0 forward_kl would be unbiased")
+        f"student.divergence is {student.divergence}, which {unused}sees all but the {recipe.k} "
+        "kept entries as one bucket"
+        + (
+            f"; {cure}"
+            if unused
+            else "; with target.tail_draws above 0 forward_kl would be unbiased"
+        )
     )
     if not depends_on_kept_mass(student):
         return
     mass = _kept_mass_of_the_first_batch(plan, present)
     if mass is None:
         found.notes.append(
-            f"training stops before its first step unless the kept entries hold {LEAST_KEPT_MASS:.0%} of the teacher's mass in the first"
+            "training stops before its first step unless the kept entries hold "
+            f"{LEAST_KEPT_MASS:.0%} of the teacher's mass in the first"
             " batch, whose chunks are not there yet, or student.tail_as_bucket = true"
         )
         return
-    found.rows.append(("", f"the kept entries hold {mass:.1%} of the teacher's mass in the first batch"))
+    found.rows.append(
+        ("", f"the kept entries hold {mass:.1%} of the teacher's mass in the first batch")
+    )
     try:
         if not _has_begun(plan.jobs()[0].checkpoints):
             require_kept_mass(student, recipe.codec, kept_mass=mass)
@@ -169,7 +211,8 @@ def _pairing(plan: Plan, present: Collection[int], found: _Findings) -> None:
 
 
 def _has_begun(checkpoints: str) -> bool:
-    """Whether training goes on from a commit. No directory is looked into before it is there: the look would make it."""
+    """Whether training goes on from a commit. No directory is looked into before it is there: the
+    look would make it."""
     return ("://" in checkpoints or Path(checkpoints).is_dir()) and newest_step(checkpoints) > 0
 
 
@@ -180,8 +223,13 @@ def _kept_mass_of_the_first_batch(plan: Plan, present: Collection[int]) -> float
         return None
     store = ChunkStore(plan.config.store.url, plan.recipe)
     try:
-        chunks = [store.fetch_rows(number, rows[numbers == number]) for number in np.unique(numbers).tolist()]
-        targets = [decode(torch.from_numpy(chunk.targets_NB), plan.recipe.codec) for chunk in chunks]
+        chunks = [
+            store.fetch_rows(number, rows[numbers == number])
+            for number in np.unique(numbers).tolist()
+        ]
+        targets = [
+            decode(torch.from_numpy(chunk.targets_NB), plan.recipe.codec) for chunk in chunks
+        ]
     except (ChunkError, StoreError):
         return None
     return float(torch.cat([kept_mass(target) for target in targets]).mean())
@@ -192,11 +240,14 @@ def _draws(recipe: Recipe) -> str:
 
 
 def _stored(plan: Plan, found: _Findings) -> list[StoredRecipe]:
-    """The recipes in the store; what keeps it from being read or written becomes an obstacle. It is not written to."""
+    """The recipes in the store; what keeps it from being read or written becomes an obstacle. It is
+    not written to."""
     try:
         where = ChunkStore(plan.config.store.url, plan.recipe).url
         if where.startswith("memory:"):
-            raise StoreError(f"{where} cannot be shared between processes; give a directory or a bucket")
+            raise StoreError(
+                f"{where} cannot be shared between processes; give a directory or a bucket"
+            )
         if "://" not in where:
             _require_writable(Path(where))
         return list_recipes(where)
@@ -224,18 +275,23 @@ def _training(plan: Plan, found: _Findings) -> None:
     found.rows.append(
         (
             "training",
-            f"{steps:,} steps of {batch:,} sequences: {_count(num_tokens)} tokens, {num_sequences / corpus.num_sequences:.3g} epochs;"
+            f"{steps:,} steps of {batch:,} sequences: {_count(num_tokens)} tokens, "
+            f"{num_sequences / corpus.num_sequences:.3g} epochs;"
             f" {student.divergence}, learning rate {student.learning_rate:g}",
         )
     )
     if plan.config.evaluate.control:
         found.rows.append(("", "and the same again for the control, on the text alone"))
     if student.warmup_steps >= steps:
-        found.notes.append(f"student.warmup_steps is {student.warmup_steps:,} of {steps:,} steps: the learning rate never reaches its peak")
+        found.notes.append(
+            f"student.warmup_steps is {student.warmup_steps:,} of {steps:,} steps: the learning "
+            "rate never reaches its peak"
+        )
     in_one_pass = student.micro_batch_sequences * ranks
     if batch % in_one_pass:
         found.notes.append(
-            f"student.global_batch_sequences is {batch:,}, no multiple of the {in_one_pass:,} sequences of one pass over all ranks: every"
+            f"student.global_batch_sequences is {batch:,}, no multiple of the {in_one_pass:,} "
+            "sequences of one pass over all ranks: every"
             " step is filled up with masked rows, which cost time and teach nothing"
         )
 
@@ -246,9 +302,15 @@ def _cluster(plan: Plan, found: _Findings) -> None:
     found.notes += remarks(section)
     try:
         available = _available(section)
-        replicas = f"{teacher.min_replicas:,}" + (f" to {teacher.max_replicas:,}" if teacher.max_replicas > teacher.min_replicas else "")
+        replicas = f"{teacher.min_replicas:,}" + (
+            f" to {teacher.max_replicas:,}" if teacher.max_replicas > teacher.min_replicas else ""
+        )
         found.rows += [
-            ("cluster", f"{section.address or 'this machine'}: {available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs"),
+            (
+                "cluster",
+                f"{section.address or 'this machine'}: {available.get('CPU', 0):g} CPUs, "
+                f"{available.get('GPU', 0):g} GPUs",
+            ),
             ("", f"teachers: {replicas}, each with {_needs(teacher, available)}"),
             ("", f"student ranks: {student.num_workers:,}, each with {_needs(student, available)}"),
         ]
@@ -257,32 +319,55 @@ def _cluster(plan: Plan, found: _Findings) -> None:
         found.obstacles.append(str(error))
         return
     _hours(plan, available, found)
-    cure = "name a larger cluster in cluster.address" if section.address is None else "add machines to the cluster"
+    cure = (
+        "name a larger cluster in cluster.address"
+        if section.address is None
+        else "add machines to the cluster"
+    )
     lower = "lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
     found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
     beside = student_needs(student)
-    room = [count for count in range(teacher.max_replicas + 1) if not shortages({"teachers": (teacher, count)} | beside, available)]
+    room = [
+        count
+        for count in range(teacher.max_replicas + 1)
+        if not shortages({"teachers": (teacher, count)} | beside, available)
+    ]
     if not missing and room[-1] < teacher.max_replicas:
         found.notes.append(
-            f"teacher.max_replicas is {teacher.max_replicas:,}: {room[-1]:,} fit beside the student now, the others join when there is room"
+            f"teacher.max_replicas is {teacher.max_replicas:,}: {room[-1]:,} fit beside the "
+            "student now, the others join when there is room"
         )
     if section.address is not None and "://" not in plan.config.store.url:
-        found.notes.append(f"store.url is a directory, {plan.config.store.url}: every machine of the cluster has to see the same one")
+        found.notes.append(
+            f"store.url is a directory, {plan.config.store.url}: every machine of the cluster has "
+            "to see the same one"
+        )
 
 
 def _hours(plan: Plan, available: Mapping[str, float], found: _Findings) -> None:
     """An estimate, where both models are known and live on GPUs."""
     config, corpus = plan.config, plan.sources.train
-    places = {role: placement(section, available) for role, section in (("teacher", config.teacher), ("student", config.student))}
-    if found.num_parameters.keys() != places.keys() or any(where.device == "cpu" for where in places.values()):
+    places = {
+        role: placement(section, available)
+        for role, section in (("teacher", config.teacher), ("student", config.student))
+    }
+    if found.num_parameters.keys() != places.keys() or any(
+        where.device == "cpu" for where in places.values()
+    ):
         return
     card = estimate.card_of(available) or estimate.ASSUMED
     recipe, student = plan.recipe, config.student
-    num_taught = min(len(plan.chunks) * recipe.chunk_sequences, corpus.num_sequences) * corpus.sequence_length
+    num_taught = (
+        min(len(plan.chunks) * recipe.chunk_sequences, corpus.num_sequences)
+        * corpus.sequence_length
+    )
     num_learnt = plan.total_steps * student.global_batch_sequences * corpus.sequence_length
     checkpointing = student.activation_checkpointing
     targets = estimate.teaching(
-        found.num_parameters["teacher"], num_taught, card=card, num_cards=config.teacher.max_replicas * places["teacher"].num_gpus
+        found.num_parameters["teacher"],
+        num_taught,
+        card=card,
+        num_cards=config.teacher.max_replicas * places["teacher"].num_gpus,
     )
     steps = estimate.training(
         found.num_parameters["student"],
@@ -300,9 +385,11 @@ def _hours(plan: Plan, available: Mapping[str, float], found: _Findings) -> None
         ),
         (
             "",
-            f"by arithmetic: {estimate.FORWARD_OPERATIONS} operations a parameter and token for targets,"
+            f"by arithmetic: {estimate.FORWARD_OPERATIONS} operations a parameter and token for "
+            "targets,"
             f" {estimate.training_operations(checkpointing)} for training, at"
-            f" {estimate.FORWARD_SHARE:.0%} and {estimate.TRAINING_SHARE:.0%} of its data sheet's {estimate.PEAK_TFLOPS[card]:g} TFLOP/s",
+            f" {estimate.FORWARD_SHARE:.0%} and {estimate.TRAINING_SHARE:.0%} of its data sheet's "
+            f"{estimate.PEAK_TFLOPS[card]:g} TFLOP/s",
         ),
     ]
 
@@ -315,18 +402,27 @@ def _available(section: ClusterSection) -> Mapping[str, float]:
     if section.address is not None:
         with attached(section) as resources:
             return dict(resources)
-    return {"CPU": float(section.num_cpus or os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return {
+        "CPU": float(section.num_cpus or os.cpu_count() or 1),
+        "GPU": float(torch.cuda.device_count()),
+    }
 
 
 def _needs(section: ModelSection, available: Mapping[str, float]) -> str:
     asked = placement(section, available)
-    return f"{', '.join(f'{amount:g} {name}' for name, amount in asked.times(1).items())} (on {asked.device})"
+    return (
+        f"{', '.join(f'{amount:g} {name}' for name, amount in asked.times(1).items())} (on "
+        f"{asked.device})"
+    )
 
 
 def _run_directory(plan: Plan, found: _Findings) -> None:
     is_there = (plan.run_dir / "config.json").exists()
     found.rows.append(("run", f"{plan.run_dir}: {'a run to go on with' if is_there else 'new'}"))
-    places = {"--run-dir": str(plan.run_dir), "student.checkpoint_url": plan.config.student.checkpoint_url or ""}
+    places = {
+        "--run-dir": str(plan.run_dir),
+        "student.checkpoint_url": plan.config.student.checkpoint_url or "",
+    }
     for setting, place in places.items():
         try:
             if place and "://" not in place:

@@ -1,7 +1,8 @@
-"""`stillhouse demo`: a teacher made from Python's own standard library, and a whole run that distils it: no network, no GPU, no data set.
+"""`stillhouse demo`: a teacher made from Python's own standard library, and a whole run that
+distils it: no network, no GPU, no data set.
 
-The models are there whole or not at all, so a demo that was stopped goes on where it was. The teacher learns from the corpus's training
-split: no model ever trains on the held-out one.
+The models are there whole or not at all, so a demo that was stopped goes on where it was. The
+teacher learns from the corpus's training split: no model ever trains on the held-out one.
 
 Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
 """
@@ -28,17 +29,26 @@ from stillhouse.tracking import read_journal
 _MAX_THREADS = 4  # more would only wait for each other in matrices this small
 
 
-def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path, command: str = "stillhouse demo") -> None:
-    """Make the models, unless they are there; then plan and run their distillation, and say what came of it.
+def run_demo(
+    run_dir: Path,
+    overrides: Iterable[str] = (),
+    *,
+    cache_dir: Path,
+    command: str = "stillhouse demo",
+) -> None:
+    """Make the models, unless they are there; then plan and run their distillation, and say what
+    came of it.
 
-    All but the tokenised corpus lands in `run_dir`. `command` is what the user typed, for the journal. Raises what
-    `pipeline.make_plan` and `pipeline.run` raise.
+    All but the tokenised corpus lands in `run_dir`. `command` is what the user typed, for the
+    journal. Raises what `pipeline.make_plan` and `pipeline.run` raise.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     config = demo_config(run_dir, overrides)
     require(lacks(config.cluster))  # before a teacher is made for nothing
     console.print(_what_is_begun(config, run_dir))
-    console.print("It takes some minutes. Stop it when you like: the same command goes on where it was.")
+    console.print(
+        "It takes some minutes. Stop it when you like: the same command goes on where it was."
+    )
     with locked(run_dir, Holder.here(command, run_dir, now=time())):
         if not (run_dir / "models").exists():
             torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
@@ -52,22 +62,42 @@ def run_demo(run_dir: Path, overrides: Iterable[str] = (), *, cache_dir: Path, c
     pipeline.export_run(plan, student)
     summary = summarise(read_journal(run_dir / "journal.jsonl"))
     assert summary is not None
-    console.print(printable(f"\n{verdict(summary)}\n\nThe report:  {run_dir / 'report.html'}\nThe student: {student}"))
+    console.print(
+        printable(
+            f"\n{verdict(summary)}\n\nThe report:  {run_dir / 'report.html'}\nThe student: "
+            f"{student}"
+        )
+    )
 
 
 def _what_is_begun(config: Config, run_dir: Path) -> str:
-    who = "A teacher, a student and a control" if config.evaluate.control else "A teacher and a student"
+    who = (
+        "A teacher, a student and a control"
+        if config.evaluate.control
+        else "A teacher and a student"
+    )
     if config.cluster.address is None:
         return f"{who} on this machine alone; everything lands in {run_dir}."
-    return f"{who} on the cluster; what they say lands in {run_dir}, their chunks in {config.store.url}."
+    return (
+        f"{who} on the cluster; what they say lands in {run_dir}, their chunks in "
+        f"{config.store.url}."
+    )
 
 
 def _next_steps(config: Config) -> str:
     """What the pipeline is about to do, in plain words."""
-    draws = f" and {config.target.tail_draws} draws from the rest" if config.target.tail_draws else ""
-    control = " Then a control, the same student, learns from the text alone." if config.evaluate.control else ""
+    draws = (
+        f" and {config.target.tail_draws} draws from the rest" if config.target.tail_draws else ""
+    )
+    control = (
+        " Then a control, the same student, learns from the text alone."
+        if config.evaluate.control
+        else ""
+    )
     return (
-        f"\n3. {config.teacher.max_replicas} teachers on Ray write the {config.target.k} likeliest next tokens{draws} at each place"
+        f"\n3. {config.teacher.max_replicas} teachers on Ray write the {config.target.k} "
+        f"likeliest next tokens{draws} at each place"
         " to a store;"
-        f" a student that knows nothing learns from it as it fills.{control} All are scored on text that none of them has seen.\n"
+        f" a student that knows nothing learns from it as it fills.{control} All are scored on "
+        "text that none of them has seen.\n"
     )

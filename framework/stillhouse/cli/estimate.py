@@ -1,7 +1,8 @@
-"""How long a run will take, from arithmetic alone: a forward pass is 2 operations a parameter and token, a training step 6.
+"""How long a run will take, from arithmetic alone: a forward pass is 2 operations a parameter and
+token, a training step 6.
 
-(Kaplan et al., arXiv 2001.08361, section 2.1.) Nothing is measured, and attention over long sequences is not counted: it says hours or
-days, not minutes.
+(Kaplan et al., arXiv 2001.08361, section 2.1.) Nothing is measured, and attention over long
+sequences is not counted: it says hours or days, not minutes.
 """
 
 from collections.abc import Mapping
@@ -30,19 +31,33 @@ class Estimate:
 
 
 def card_of(available: Mapping[str, float]) -> str | None:
-    """The slowest card that the cluster's resources name, of those that are known here; None where they name none."""
-    named = {name.removeprefix(_RAY_NAMES_IT).partition("-")[0] for name in available if name.startswith(_RAY_NAMES_IT)}
+    """The slowest card that the cluster's resources name, of those that are known here; None where
+    they name none."""
+    named = {
+        name.removeprefix(_RAY_NAMES_IT).partition("-")[0]
+        for name in available
+        if name.startswith(_RAY_NAMES_IT)
+    }
     return min(named & PEAK_TFLOPS.keys(), key=PEAK_TFLOPS.__getitem__, default=None)
 
 
 def teaching(num_parameters: float, num_tokens: float, *, card: str, num_cards: float) -> Estimate:
     """All targets, by so many cards: a teacher's own number times the replicas."""
-    return _estimate(FORWARD_OPERATIONS * num_parameters * num_tokens, FORWARD_SHARE, card, num_cards)
+    return _estimate(
+        FORWARD_OPERATIONS * num_parameters * num_tokens, FORWARD_SHARE, card, num_cards
+    )
 
 
-def training(num_parameters: float, num_tokens: float, *, checkpointing: bool, card: str, num_cards: float) -> Estimate:
+def training(
+    num_parameters: float, num_tokens: float, *, checkpointing: bool, card: str, num_cards: float
+) -> Estimate:
     """All steps of one student; with activation checkpointing each forward pass is done twice."""
-    return _estimate(training_operations(checkpointing) * num_parameters * num_tokens, TRAINING_SHARE, card, num_cards)
+    return _estimate(
+        training_operations(checkpointing) * num_parameters * num_tokens,
+        TRAINING_SHARE,
+        card,
+        num_cards,
+    )
 
 
 def training_operations(checkpointing: bool) -> int:

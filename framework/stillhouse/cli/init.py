@@ -1,10 +1,12 @@
-"""The config that `stillhouse init` writes: what has no default, and the few numbers that every run wants to choose. Nothing is guessed."""
+"""The config that `stillhouse init` writes: what has no default, and the few numbers that every run
+wants to choose. Nothing is guessed."""
 
 import json
 
 
 def starter_toml(*, teacher: str, student: str, dataset: str) -> str:
-    """A whole config for two models and a data set, as TOML that `load_config` reads; every setting that it leaves out has a default."""
+    """A whole config for two models and a data set, as TOML that `load_config` reads; every setting
+    that it leaves out has a default."""
     return f"""\
 [corpus]
 dataset = {_quoted(dataset)}

@@ -1,6 +1,8 @@
-"""What lies in a store, for a person to read: the verbs `stillhouse store ls | stat | verify | sweep`.
+"""What lies in a store, for a person to read: the verbs `stillhouse store ls | stat | verify |
+sweep`.
 
-Nothing in a store changes here but for what `verify --quarantine` moves aside, what `--repair` makes anew, and what `sweep` removes.
+Nothing in a store changes here but for what `verify --quarantine` moves aside, what `--repair`
+makes anew, and what `sweep` removes.
 """
 
 import re
@@ -18,7 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from stillhouse.errors import ChunkError, RecipeError, StoreError
-from stillhouse.store import ChunkStore, Finding, Recipe, StoredRecipe, differences, list_recipes, nearest, sweep, verify_store
+from stillhouse.store import (
+    ChunkStore,
+    Finding,
+    Recipe,
+    StoredRecipe,
+    differences,
+    list_recipes,
+    nearest,
+    sweep,
+    verify_store,
+)
 from stillhouse.terminal import one_line, say
 from stillhouse.tracking import ChunkRow, Row
 
@@ -52,15 +64,28 @@ def list_store(url: str) -> None:
 
 
 def show_recipes(url: str, fingerprint: str) -> None:
-    """Print every field of the recipes whose fingerprint begins with `fingerprint`. Raises StoreError where none does."""
+    """Print every field of the recipes whose fingerprint begins with `fingerprint`. Raises
+    StoreError where none does."""
     recipes = _recipes(url)
-    chosen = [stored for stored in recipes if stored.recipe.fingerprint.startswith(fingerprint.lower())]
+    chosen = [
+        stored for stored in recipes if stored.recipe.fingerprint.startswith(fingerprint.lower())
+    ]
     if not chosen:
-        raise StoreError(f"no recipe in {url} begins with {fingerprint}; there are {', '.join(stored.fingerprint16 for stored in recipes)}")
+        raise StoreError(
+            f"no recipe in {url} begins with {fingerprint}; there are "
+            f"{', '.join(stored.fingerprint16 for stored in recipes)}"
+        )
     for stored in chosen:
         recipe = stored.recipe
-        figures: dict[str, object] = {"fingerprint": recipe.fingerprint, **asdict(recipe), "codec": recipe.codec.name}
-        figures |= {"bytes a target": recipe.codec.bytes_per_token, "chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}"}
+        figures: dict[str, object] = {
+            "fingerprint": recipe.fingerprint,
+            **asdict(recipe),
+            "codec": recipe.codec.name,
+        }
+        figures |= {
+            "bytes a target": recipe.codec.bytes_per_token,
+            "chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}",
+        }
         figures |= {"bytes": f"{stored.num_bytes:,}", **_absent(ChunkStore(url, recipe))}
         say(f"{url}/{stored.fingerprint16}")
         for name, value in figures.items():
@@ -68,10 +93,13 @@ def show_recipes(url: str, fingerprint: str) -> None:
 
 
 def verify(url: str, *, quarantine: bool) -> None:
-    """Check every object, and name the damaged. Raises ChunkError where any is; with `quarantine` damaged chunks are moved aside first."""
+    """Check every object, and name the damaged. Raises ChunkError where any is; with `quarantine`
+    damaged chunks are moved aside first."""
     recipes = {stored.fingerprint16: stored for stored in list_recipes(url)}
     total = len(recipes) + sum(stored.num_chunks for stored in recipes.values())
-    findings = track(verify_store(url), "verifying", total=total, console=Console(stderr=True), transient=True)
+    findings = track(
+        verify_store(url), "verifying", total=total, console=Console(stderr=True), transient=True
+    )
     num_objects, damaged = 0, []
     for finding in findings:
         num_objects += 1
@@ -93,9 +121,11 @@ def verify(url: str, *, quarantine: bool) -> None:
 
 
 def repair(url: str, plan: "Plan") -> None:
-    """Check the chunks of a plan's recipe, have the damaged ones made again by its teacher, and check these. Says what was done.
+    """Check the chunks of a plan's recipe, have the damaged ones made again by its teacher, and
+    check these. Says what was done.
 
-    Raises RecipeError where the store has nothing of this recipe, naming the difference; ChunkError where something stays damaged.
+    Raises RecipeError where the store has nothing of this recipe, naming the difference; ChunkError
+    where something stays damaged.
     """
     from stillhouse import pipeline  # which imports Ray and transformers: only this verb needs them
 
@@ -103,12 +133,25 @@ def repair(url: str, plan: "Plan") -> None:
     store = ChunkStore(url, plan.recipe)
     _require_recipe(url, plan.recipe)
     if store.restore_recipe():
-        say(f"{plan.recipe.fingerprint[:16]}/recipe.json was damaged: it was moved to quarantine/, and published anew")
-    findings = track(store.findings(), "verifying", total=len(store.published()), console=Console(stderr=True), transient=True)
+        say(
+            f"{plan.recipe.fingerprint[:16]}/recipe.json was damaged: it was moved to "
+            "quarantine/, and published anew"
+        )
+    findings = track(
+        store.findings(),
+        "verifying",
+        total=len(store.published()),
+        console=Console(stderr=True),
+        transient=True,
+    )
     damaged = [finding for finding in findings if finding.problem is not None]
     for finding in damaged:
         say(f"{one_line(finding.key)}: {finding.problem}")
-    chunks = [finding.number for finding in damaged if finding.number is not None and finding.number < plan.recipe.num_chunks]
+    chunks = [
+        finding.number
+        for finding in damaged
+        if finding.number is not None and finding.number < plan.recipe.num_chunks
+    ]
     moved = [number for number in chunks if store.quarantine(number)]
     if moved:
         say(f"{len(moved)} chunks moved to quarantine/; a teacher makes them again")
@@ -117,8 +160,14 @@ def repair(url: str, plan: "Plan") -> None:
         store.verify(number)
     if len(damaged) > len(chunks):
         strange = ", ".join(finding.key for finding in damaged if finding.number not in chunks)
-        raise ChunkError(f"{len(moved)} chunks were repaired; these are no chunks of this recipe, and nobody reads them: {strange}")
-    say(f"{len(moved)} chunks were repaired: all {len(store.published())} in {url}/{plan.recipe.fingerprint[:16]} are good")
+        raise ChunkError(
+            f"{len(moved)} chunks were repaired; these are no chunks of this recipe, and nobody "
+            f"reads them: {strange}"
+        )
+    say(
+        f"{len(moved)} chunks were repaired: all {len(store.published())} in "
+        f"{url}/{plan.recipe.fingerprint[:16]} are good"
+    )
 
 
 class _Told:
@@ -143,7 +192,8 @@ def _require_recipe(url: str, recipe: Recipe) -> None:
     assert near is not None
     if near != recipe:
         raise RecipeError(
-            f"{url} has no chunks of the recipe {recipe.fingerprint[:16]}, which this run makes; the nearest there is"
+            f"{url} has no chunks of the recipe {recipe.fingerprint[:16]}, which this run makes; "
+            "the nearest there is"
             f" {near.fingerprint[:16]}, and these differ (this run's value first):\n"
             + "\n".join(f"  - {difference}" for difference in differences(recipe, near))
             + "\nName the run directory or the config that the chunks were made with."
@@ -151,7 +201,8 @@ def _require_recipe(url: str, recipe: Recipe) -> None:
 
 
 def tidy(url: str, *, older_than_s: float) -> None:
-    """Remove the leftovers of killed writers that are `older_than_s` old, and name what lies in quarantine."""
+    """Remove the leftovers of killed writers that are `older_than_s` old, and name what lies in
+    quarantine."""
     swept = sweep(url, older_than_s=older_than_s, now=time.time())
     for path in swept.removed:
         say(f"removed {one_line(str(path))}")
@@ -168,7 +219,10 @@ def _recipes(url: str) -> list[StoredRecipe]:
 
 
 def _nothing_at(url: str) -> StoreError:
-    return StoreError(f"there is no recipe in {url}; give the store.url of a config whose chunks have been produced")
+    return StoreError(
+        f"there is no recipe in {url}; give the store.url of a config whose chunks have been "
+        "produced"
+    )
 
 
 def _moved_aside(url: str, finding: Finding, recipes: dict[str, StoredRecipe]) -> bool:
@@ -182,14 +236,25 @@ def _moved_aside(url: str, finding: Finding, recipes: dict[str, StoredRecipe]) -
 
 
 def _absent(store: ChunkStore) -> dict[str, str]:
-    """What there is to say of the chunks that nobody can read: of those that are known to be damaged, and of all others."""
+    """What there is to say of the chunks that nobody can read: of those that are known to be
+    damaged, and of all others."""
     listing, num_chunks = store.listing(), store.recipe.num_chunks
-    damaged = sorted(number for number in (listing.cut | _quarantined(store)) - listing.published if number < num_chunks)
+    damaged = sorted(
+        number
+        for number in (listing.cut | _quarantined(store)) - listing.published
+        if number < num_chunks
+    )
     known = sorted(number for number in listing.published.union(damaged) if number < num_chunks)
     num_others = num_chunks - len(known)
-    words = {"not there": "none", "damaged": "none known: `stillhouse store verify` reads every byte"}
+    words = {
+        "not there": "none",
+        "damaged": "none known: `stillhouse store verify` reads every byte",
+    }
     if num_others:
-        words["not there"] = f"{_ranges(_gaps(known, num_chunks), num_others)}: not made yet, never needed, or deleted once read"
+        words["not there"] = (
+            f"{_ranges(_gaps(known, num_chunks), num_others)}: not made yet, never needed, or "
+            "deleted once read"
+        )
     if damaged:
         cure = "`--repair RUN_DIR` of `stillhouse store verify` has them made again"
         words["damaged"] = f"{_ranges(_runs(damaged), len(damaged))}: {cure}"
@@ -198,12 +263,15 @@ def _absent(store: ChunkStore) -> dict[str, str]:
 
 def _quarantined(store: ChunkStore) -> set[int]:
     """The numbers of the chunks that were moved aside."""
-    matches = (_QUARANTINED.search(blob.key) for blob in store.blobs.under(f"{store.folder}/quarantine"))
+    matches = (
+        _QUARANTINED.search(blob.key) for blob in store.blobs.under(f"{store.folder}/quarantine")
+    )
     return {int(match[1]) for match in matches if match}
 
 
 def _gaps(numbers: Sequence[int], end: int) -> Iterator[tuple[int, int]]:
-    """The runs of numbers from 0 to `end` that are not among these ascending ones, each as its first and last."""
+    """The runs of numbers from 0 to `end` that are not among these ascending ones, each as its
+    first and last."""
     for before, after in pairwise((-1, *numbers, end)):
         if before + 1 < after:
             yield before + 1, after - 1
@@ -217,6 +285,12 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _ranges(runs: Iterable[tuple[int, int]], num_all: int) -> str:
-    """Runs of numbers as '3, 7-9', cut where that grows long. `num_all`: the numbers in all runs."""
-    shown = [str(first) if first == last else f"{first}-{last}" for first, last in islice(runs, _MOST_RANGES + 1)]
-    return ", ".join(shown[:_MOST_RANGES]) + (f" and more: {num_all:,} in all" if len(shown) > _MOST_RANGES else "")
+    """Runs of numbers as '3, 7-9', cut where that grows long. `num_all`: the numbers in all
+    runs."""
+    shown = [
+        str(first) if first == last else f"{first}-{last}"
+        for first, last in islice(runs, _MOST_RANGES + 1)
+    ]
+    return ", ".join(shown[:_MOST_RANGES]) + (
+        f" and more: {num_all:,} in all" if len(shown) > _MOST_RANGES else ""
+    )

@@ -1,7 +1,8 @@
-"""What Ray does not promise to keep: each private name that is relied on, behind a function that says what for.
+"""What Ray does not promise to keep: each private name that is relied on, behind a function that
+says what for.
 
-Nothing else in the package uses a private name of Ray's. Ray's version is capped in pyproject.toml; tests/unit/test_ray_compat.py says
-what has to hold before the cap is raised.
+Nothing else in the package uses a private name of Ray's. Ray's version is capped in pyproject.toml;
+tests/unit/test_ray_compat.py says what has to hold before the cap is raised.
 """
 
 import os
@@ -13,36 +14,49 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 
 _PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION in Ray's autoscaler.proto
 
 
 @dataclass(frozen=True, slots=True)
 class LocalNode:
-    """This machine's part of the attached cluster: where the head (GCS) and this machine's raylet listen."""
+    """This machine's part of the attached cluster: where the head (GCS) and this machine's raylet
+    listen."""
 
     gcs_address: str  # host:port
     raylet_socket: Path
 
 
 def local_node() -> LocalNode | None:
-    """The node that this process is attached through; None for a client by ray://. No public call names the raylet's socket."""
+    """The node that this process is attached through; None for a client by ray://. No public call
+    names the raylet's socket."""
     node: Any = ray._private.worker._global_node
     return None if node is None else LocalNode(node.gcs_address, Path(node.raylet_socket_name))
 
 
 def start_options(directory: Path, *, failed_checks: int) -> dict[str, Any]:
-    """Options for `ray.init`: where the new cluster's files lie, and how many health checks in a row one of its nodes may fail."""
-    return {"_temp_dir": str(directory), "_system_config": {"health_check_failure_threshold": failed_checks}}
+    """Options for `ray.init`: where the new cluster's files lie, and how many health checks in a
+    row one of its nodes may fail."""
+    return {
+        "_temp_dir": str(directory),
+        "_system_config": {"health_check_failure_threshold": failed_checks},
+    }
 
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """Have what Ray starts in this block listen at 127.0.0.1 alone. Ray does so by itself on systems on which it knows no clusters."""
+    """Have what Ray starts in this block listen at 127.0.0.1 alone. Ray does so by itself on
+    systems on which it knows no clusters."""
     name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
     setting = os.environ.get(name)
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # in the processes that it starts, and in this one
+    # in the processes that it starts, and in this one
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = (
+        "0",
+        False,
+    )
     try:
         yield
     finally:
@@ -54,7 +68,8 @@ def on_loopback() -> Iterator[None]:
 
 
 def use_token_if_there_is_one() -> None:
-    """Have this process show its token to the cluster that it attaches to. Ray does so for "auto" alone, and for no other address."""
+    """Have this process show its token to the cluster that it attaches to. Ray does so for "auto"
+    alone, and for no other address."""
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
@@ -69,11 +84,14 @@ def total_resources() -> Mapping[str, Mapping[str, float]]:
 
 
 def drain_deadlines_ms() -> Mapping[str, int]:
-    """The nodes that are being drained, by id, each with its deadline in unix milliseconds; 0 where none was set."""
+    """The nodes that are being drained, by id, each with its deadline in unix milliseconds; 0 where
+    none was set."""
     return ray._private.state.state.get_draining_nodes()
 
 
 def drain_node(node: str, *, detail: str, deadline_ms: int) -> None:
     """Drain a node because its machine will be taken away; what `ray drain-node` calls."""
     raylet: Any = ray._raylet
-    raylet.GcsClient(address=ray.get_runtime_context().gcs_address).drain_node(node, _PREEMPTION, detail, deadline_ms)
+    raylet.GcsClient(address=ray.get_runtime_context().gcs_address).drain_node(
+        node, _PREEMPTION, detail, deadline_ms
+    )

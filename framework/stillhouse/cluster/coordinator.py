@@ -1,10 +1,13 @@
-"""A run's coordinator: one small actor through which students answer the teacher pool and the driver. It takes no tensors.
+"""A run's coordinator: one small actor through which students answer the teacher pool and the
+driver. It takes no tensors.
 
-It holds how far readers are, which chunks they found damaged, which machines announced their end, and the heartbeats of all ranks. Ray
-starts it again where its process dies; what is lost with it is told again. It lives beside the driver, so it also writes down what ranks on
-other machines have to say: the run directory need not be shared.
+It holds how far readers are, which chunks they found damaged, which machines announced their end,
+and the heartbeats of all ranks. Ray starts it again where its process dies; what is lost with it is
+told again. It lives beside the driver, so it also writes down what ranks on other machines have to
+say: the run directory need not be shared.
 
-No machine's clock is compared with another's: a deadline travels as seconds left, and the coordinator has its own monotonic clock.
+No machine's clock is compared with another's: a deadline travels as seconds left, and the
+coordinator has its own monotonic clock.
 """
 
 import logging
@@ -30,7 +33,8 @@ from stillhouse.tracking.log import LogPlace, handed_on, process_log
 
 _log = logging.getLogger(__name__)
 
-# Loading, reading a chunk that is there, awaiting chunks, computing, copying its state, awaiting the store.
+# Loading, reading a chunk that is there, awaiting chunks, computing, copying its state, awaiting
+# the store.
 Phase = Literal["start", "reading", "data", "step", "snapshot", "commit"]
 Cause = Literal["died", "stalled", "notice", "grown", "stop"]
 
@@ -66,7 +70,8 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class StopRequest:
-    """A group is asked to commit what it has and to leave: on notice, to come back larger, or for good (stop)."""
+    """A group is asked to commit what it has and to leave: on notice, to come back larger, or for
+    good (stop)."""
 
     cause: Cause
     seconds_left: float  # to commit and to leave, from when this was received
@@ -81,17 +86,21 @@ class PreviousAttempt:
     detail: str
     last_step: int  # taken before the end
     seconds_ago: float  # that this step was taken, when the next life began
-    num_failures: int  # lives in a row that were lost without a new commit, this one's predecessor included
+    num_failures: (
+        int  # lives in a row that were lost without a new commit, this one's predecessor included
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class News:
     """What has come in for the teacher pool."""
 
-    cursors: Mapping[str, int]  # reader -> chunks at the front of the reading order that it will never need again
+    # reader -> chunks at the front of the reading order that it will never need again
+    cursors: Mapping[str, int]
     bad_chunks: frozenset[int]  # reported since the last look
     notices: Mapping[str, PreemptionNotice]  # node id -> the end that it announced
-    heard_teachers: frozenset[int] = frozenset()  # numbers of those that gave a heartbeat since the last look
+    # numbers of those that gave a heartbeat since the last look
+    heard_teachers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +115,13 @@ class _Ending:
 class CoordinatorActor:
     """What the actor is. `clock` gives seconds from any beginning, and never goes back."""
 
-    def __init__(self, journal: Path | None, *, log: LogPlace | None = None, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self,
+        journal: Path | None,
+        *,
+        log: LogPlace | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         learn_secrets()
         self._log = None if log is None else process_log("coordinator", log)
         if self._log is not None:
@@ -124,7 +139,8 @@ class CoordinatorActor:
         self._answers: dict[str, Any] = {}  # the newest ones, by question
 
     def once(self, question: str, method: str, *arguments: Any, **named: Any) -> Any:
-        """What a method returns to the question of this id. Asked again, because the answer was lost on its way, it acts no second time."""
+        """What a method returns to the question of this id. Asked again, because the answer was
+        lost on its way, it acts no second time."""
         if question not in self._answers:
             self._answers[question] = getattr(self, method)(*arguments, **named)
             if len(self._answers) > _MOST_ANSWERS:
@@ -166,11 +182,20 @@ class CoordinatorActor:
     def announce(self, node: str, ending: _Ending) -> None:
         if node not in self._endings:
             self._endings[node] = (self._clock() + ending.seconds_left, ending)
-            _log.info("node %s ends in %.0f s: %s: %s", node, ending.seconds_left, ending.source, ending.detail)
+            _log.info(
+                "node %s ends in %.0f s: %s: %s",
+                node,
+                ending.seconds_left,
+                ending.source,
+                ending.detail,
+            )
 
     def notices(self) -> dict[str, _Ending]:
         now = self._clock()
-        return {node: replace(ending, seconds_left=at - now) for node, (at, ending) in self._endings.items()}
+        return {
+            node: replace(ending, seconds_left=at - now)
+            for node, (at, ending) in self._endings.items()
+        }
 
     def read(self) -> tuple[dict[str, int], frozenset[int], dict[str, _Ending], frozenset[int]]:
         bad_chunks, self._bad_chunks = self._bad_chunks, set()
@@ -178,9 +203,12 @@ class CoordinatorActor:
         return dict(self._cursors), frozenset(bad_chunks), self.notices(), frozenset(heard)
 
     def begin(self, group: str, committed_step: int) -> PreviousAttempt | None:
-        """A group begins, from this commit; None where it is the first time on this coordinator. One rank calls this."""
+        """A group begins, from this commit; None where it is the first time on this coordinator.
+        One rank calls this."""
         past = self._group(group).begin(committed_step)
-        _log.info("the %s's ranks begin at step %d; their life before: %s", group, committed_step, past)
+        _log.info(
+            "the %s's ranks begin at step %d; their life before: %s", group, committed_step, past
+        )
         return past
 
     def stepped(self, group: str, step: int) -> None:
@@ -191,7 +219,9 @@ class CoordinatorActor:
         """Give a heartbeat; what comes back asks the whole group to leave."""
         now, group = self._clock(), self._group(heartbeat.group)
         group.heartbeats[heartbeat.rank] = (heartbeat, now)
-        return group.stop_request(now) or _stop_request_of(self.notices(), [heard.node for heard, _ in group.heartbeats.values()])
+        return group.stop_request(now) or _stop_request_of(
+            self.notices(), [heard.node for heard, _ in group.heartbeats.values()]
+        )
 
     def heard(self, group: str) -> list[Heard]:
         """The last heartbeat of each rank of a group."""
@@ -200,7 +230,8 @@ class CoordinatorActor:
         return [Heard(heartbeat, now - at) for heartbeat, at in heartbeats]
 
     def forget(self, group: str, *, rank: int | None = None) -> None:
-        """This rank of a group is done, or all of them are gone: silence means nothing from now on."""
+        """This rank of a group is done, or all of them are gone: silence means nothing from now
+        on."""
         heartbeats = self._groups[group].heartbeats if group in self._groups else {}
         for each in list(heartbeats) if rank is None else [rank]:
             heartbeats.pop(each, None)
@@ -215,7 +246,10 @@ class CoordinatorActor:
 
     def departure(self) -> Cause | None:
         """Why the group that was last at work left on a stop request; None where none did."""
-        return next((group.departure for group in self._groups.values() if group.departure is not None), None)
+        return next(
+            (group.departure for group in self._groups.values() if group.departure is not None),
+            None,
+        )
 
     def finish(self) -> None:
         """All that was to be trained is trained and committed."""
@@ -244,7 +278,9 @@ class _Group:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.heartbeats: dict[int, tuple[Heartbeat, float]] = {}
         self._clock = clock
-        self._stop_request: tuple[float, StopRequest] | None = None  # with its deadline, by the clock
+        self._stop_request: tuple[float, StopRequest] | None = (
+            None  # with its deadline, by the clock
+        )
         self._why: tuple[Cause, str] | None = None
         self._last: tuple[int, float] = (0, clock())
         self._begun_from: int | None = None
@@ -254,7 +290,11 @@ class _Group:
         self._stop_request = (now + stop_request.seconds_left, stop_request)
 
     def stop_request(self, now: float) -> StopRequest | None:
-        return None if self._stop_request is None else replace(self._stop_request[1], seconds_left=self._stop_request[0] - now)
+        return (
+            None
+            if self._stop_request is None
+            else replace(self._stop_request[1], seconds_left=self._stop_request[0] - now)
+        )
 
     def stepped(self, step: int) -> None:
         self._last = (step, self._clock())
@@ -270,7 +310,10 @@ class _Group:
 
     def begin(self, committed_step: int) -> PreviousAttempt | None:
         before, self._begun_from = self._begun_from, committed_step
-        (cause, detail), self._why = self._why or ("died", "a rank was killed, or its machine"), None
+        (cause, detail), self._why = (
+            self._why or ("died", "a rank was killed, or its machine"),
+            None,
+        )
         self.heartbeats.clear()
         if self._stop_request is not None and self._stop_request[1].cause != "stop":
             self._stop_request = None
@@ -288,14 +331,20 @@ def _stop_request_of(endings: Mapping[str, _Ending], nodes: list[str]) -> StopRe
     """The first end that one of the group's machines announced."""
     ours = [endings[node] for node in nodes if node in endings]
     first = min(ours, key=lambda ending: ending.seconds_left, default=None)
-    return None if first is None else StopRequest("notice", first.seconds_left, f"{first.source}: {first.detail}")
+    return (
+        None
+        if first is None
+        else StopRequest("notice", first.seconds_left, f"{first.source}: {first.detail}")
+    )
 
 
 def _relay(actor: Any, line: str) -> None:
     actor.relay.remote(line)
 
 
-def _told(method: Callable[Concatenate[CoordinatorActor, _P], None]) -> Callable[Concatenate["Coordinator", _P], None]:
+def _told(
+    method: Callable[Concatenate[CoordinatorActor, _P], None],
+) -> Callable[Concatenate["Coordinator", _P], None]:
     """The actor's method on its handle. Returns at once; nobody hears of a failure."""
 
     def tell(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> None:
@@ -307,7 +356,8 @@ def _told(method: Callable[Concatenate[CoordinatorActor, _P], None]) -> Callable
 def _asked(
     method: Callable[Concatenate[CoordinatorActor, _P], _Answer], *, once: bool = False
 ) -> Callable[Concatenate["Coordinator", _P], _Answer]:
-    """The actor's method on its handle, which waits for the answer. `once`: it must not act twice where its answer is lost."""
+    """The actor's method on its handle, which waits for the answer. `once`: it must not act twice
+    where its answer is lost."""
 
     def ask(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> _Answer:
         call = self._ask_once if once else self._ask
@@ -318,11 +368,13 @@ def _asked(
 
 @dataclass(frozen=True, slots=True)
 class Coordinator:
-    """A handle to the coordinator; it can be passed to any process. Raises HeadGoneError where the coordinator's machine is gone.
+    """A handle to the coordinator; it can be passed to any process. Raises HeadGoneError where the
+    coordinator's machine is gone.
 
-    The actor lives on the node of the process that made it, the driver: on another it might be taken away from a run that goes on.
-    `wall` is this process's clock, which a `PreemptionNotice` is in. What it does is said at the actor's methods; those that are written
-    out here translate a time, or keep this process's secrets in it.
+    The actor lives on the node of the process that made it, the driver: on another it might be
+    taken away from a run that goes on. `wall` is this process's clock, which a `PreemptionNotice`
+    is in. What it does is said at the actor's methods; those that are written out here translate a
+    time, or keep this process's secrets in it.
     """
 
     _actor: Any
@@ -352,23 +404,37 @@ class Coordinator:
 
     @classmethod
     def create(cls, journal: Path | None = None) -> "Coordinator":
-        """A coordinator that writes rows down in this journal, a file of the driver's machine; without one it takes no rows."""
+        """A coordinator that writes rows down in this journal, a file of the driver's machine;
+        without one it takes no rows."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        options = {
+            "num_cpus": 0,
+            "max_restarts": -1,
+            "max_task_retries": -1,
+            "scheduling_strategy": here,
+        }
         place = handed_on()
-        actor = ray.remote(CoordinatorActor).options(**options).remote(None if journal is None else journal.resolve(), log=place)
-        return cls(actor, log=None if place is None else replace(place, relay=partial(_relay, actor)))
+        actor = (
+            ray.remote(CoordinatorActor)
+            .options(**options)
+            .remote(None if journal is None else journal.resolve(), log=place)
+        )
+        return cls(
+            actor, log=None if place is None else replace(place, relay=partial(_relay, actor))
+        )
 
     def record(self, row: Row) -> None:
-        """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it cannot be written.
+        """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it
+        cannot be written.
 
-        While that disk is full it raises StoreUnavailable at once: the coordinator, which all ask, does not wait. This process's secrets
-        stay in it: the coordinator does not know them.
+        While that disk is full it raises StoreUnavailable at once: the coordinator, which all ask,
+        does not wait. This process's secrets stay in it: the coordinator does not know them.
         """
         self._ask_once("record", scrubbed(row if row.time else replace(row, time=self.wall())))
 
     def mention(self, row: Row) -> None:
-        """Have a row written down where there is a journal that can be written. Returns at once; nobody hears of a failure."""
+        """Have a row written down where there is a journal that can be written. Returns at once;
+        nobody hears of a failure."""
         self._actor.mention.remote(scrubbed(row if row.time else replace(row, time=self.wall())))
 
     def say(self, words: str) -> None:
@@ -376,8 +442,11 @@ class Coordinator:
         self._actor.say.remote(scrub(words))
 
     def announce(self, node: str, notice: PreemptionNotice) -> None:
-        """The machine of Ray's node `node` will be taken away. Returns at once; the first to say so is believed."""
-        self._actor.announce.remote(node, _Ending(notice.source, notice.deadline - self.wall(), notice.detail))
+        """The machine of Ray's node `node` will be taken away. Returns at once; the first to say so
+        is believed."""
+        self._actor.announce.remote(
+            node, _Ending(notice.source, notice.deadline - self.wall(), notice.detail)
+        )
 
     def notices(self) -> dict[str, PreemptionNotice]:
         """Every notice so far, by node id, in this process's time."""
@@ -397,7 +466,8 @@ class Coordinator:
         return self._ask("once", uuid4().hex, method, *arguments, **named)
 
     def _ask(self, method: str, *arguments: object, **named: object) -> Any:
-        """Ray calls again by itself where the coordinator's process died, or its answer was lost. Its machine is the driver's own."""
+        """Ray calls again by itself where the coordinator's process died, or its answer was lost.
+        Its machine is the driver's own."""
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments, **named))
         except ray.exceptions.RayTaskError as error:
@@ -407,4 +477,7 @@ class Coordinator:
 
     def _in_our_time(self, endings: Mapping[str, _Ending]) -> dict[str, PreemptionNotice]:
         now = self.wall()
-        return {node: PreemptionNotice(ending.source, now + ending.seconds_left, ending.detail) for node, ending in endings.items()}
+        return {
+            node: PreemptionNotice(ending.source, now + ending.seconds_left, ending.detail)
+            for node, ending in endings.items()
+        }

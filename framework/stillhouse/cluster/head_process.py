@@ -1,7 +1,9 @@
-"""Whether the attached cluster's head lives. Where it does not, the main thread is interrupted: Ray would wait, and end the process.
+"""Whether the attached cluster's head lives. Where it does not, the main thread is interrupted: Ray
+would wait, and end the process.
 
-Ray's client ends the whole process without a word a minute after its head (GCS) is gone, and at its next large object once the raylet of
-its own machine is. What has to be written down by then is written by the block that is left on this exception.
+Ray's client ends the whole process without a word a minute after its head (GCS) is gone, and at its
+next large object once the raylet of its own machine is. What has to be written down by then is
+written by the block that is left on this exception.
 """
 
 import signal
@@ -15,18 +17,25 @@ from types import FrameType
 
 from stillhouse.errors import HeadGoneError, StillhouseError
 
-GONE = "the cluster's head is gone, and the run's coordinator with it; everything committed stays, and the same command goes on from there"
+GONE = (
+    "the cluster's head is gone, and the run's coordinator with it; everything committed "
+    "stays, and the same command goes on from there"
+)
 
 _CONNECT_S = 5.0
 
 
 class HeadIsGone(BaseException):
-    """Raised in the main thread, like KeyboardInterrupt: no `except Exception` on the way may take it for its own."""
+    """Raised in the main thread, like KeyboardInterrupt: no `except Exception` on the way may take
+    it for its own."""
 
 
 @contextmanager
-def required(is_absent: Callable[[], bool], *, patience_s: float, look_every_s: float = 0.5) -> Iterator[None]:
-    """Leave the block with HeadGoneError once `is_absent` has held for `patience_s`. Main thread only; elsewhere nothing is watched."""
+def required(
+    is_absent: Callable[[], bool], *, patience_s: float, look_every_s: float = 0.5
+) -> Iterator[None]:
+    """Leave the block with HeadGoneError once `is_absent` has held for `patience_s`. Main thread
+    only; elsewhere nothing is watched."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -65,7 +74,8 @@ def required(is_absent: Callable[[], bool], *, patience_s: float, look_every_s: 
 
 
 def nobody_listens(host: str, port: int) -> bool:
-    """Whether nobody takes connections there. A process that is only busy does: its system takes them."""
+    """Whether nobody takes connections there. A process that is only busy does: its system takes
+    them."""
     try:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
     except OSError:
@@ -75,7 +85,8 @@ def nobody_listens(host: str, port: int) -> bool:
 
 @contextmanager
 def held_to(path: Path) -> Iterator[Callable[[], bool]]:
-    """Keep a connection to the process that listens at a socket's path; yields whether it is gone, which its system tells.
+    """Keep a connection to the process that listens at a socket's path; yields whether it is gone,
+    which its system tells.
 
     A new connection each time would fill the log of that process.
     """

@@ -1,8 +1,10 @@
-"""What this machine must offer before a command, or a Ray cluster, starts on it: open files, loopback, places to write, shared memory.
+"""What this machine must offer before a command, or a Ray cluster, starts on it: open files,
+loopback, places to write, shared memory.
 
-Each check returns sentences that say what was found, what is wanted and what to do: one for each thing that is missing. All of them
-together take milliseconds, so they come before the libraries that take seconds to import, and before Ray, which would hang or fail in
-stack traces. They ask the system by trying: root may do by its rights what a read-only file system still refuses.
+Each check returns sentences that say what was found, what is wanted and what to do: one for each
+thing that is missing. All of them together take milliseconds, so they come before the libraries
+that take seconds to import, and before Ray, which would hang or fail in stack traces. They ask the
+system by trying: root may do by its rights what a read-only file system still refuses.
 """
 
 import os
@@ -15,7 +17,8 @@ from pathlib import Path
 from stillhouse.cluster.ray_directory import base_directory, new_directory
 from stillhouse.errors import ConfigError
 
-# Ray's raylet was seen with 53 open files and 3 more for each worker process, its coordinator (GCS) with 56 and 2 more, a rank with 73.
+# Ray's raylet was seen with 53 open files and 3 more for each worker process, its coordinator (GCS)
+# with 56 and 2 more, a rank with 73.
 _LEAST_OPEN_FILES, _OPEN_FILES_PER_CPU = 128, 4
 _MOST_OPEN_FILES = 65536  # to which Ray raises the limit of its drivers
 _LOOPBACK, _CONNECT_S = "127.0.0.1", 1.0
@@ -25,7 +28,9 @@ _SHARED_MEMORY = "/dev/shm"
 def require(missing: Sequence[str]) -> None:
     """Raise ConfigError where something is missing."""
     if missing:
-        raise ConfigError("this machine cannot do it:\n" + "\n".join(f"  - {each}" for each in missing))
+        raise ConfigError(
+            "this machine cannot do it:\n" + "\n".join(f"  - {each}" for each in missing)
+        )
 
 
 def for_any_command(*, cache: Path) -> list[str]:
@@ -36,15 +41,23 @@ def for_any_command(*, cache: Path) -> list[str]:
 def for_ray(environment: Mapping[str, str], *, num_cpus: int | None) -> list[str]:
     """What a cluster that is started on this machine, with so many CPUs or all, would lack."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return [*open_files(limits=limits, num_cpus=num_cpus or os.cpu_count() or 1), *_loopback(), *_ray_directory(environment)]
+    return [
+        *open_files(limits=limits, num_cpus=num_cpus or os.cpu_count() or 1),
+        *_loopback(),
+        *_ray_directory(environment),
+    ]
 
 
 def home() -> list[str]:
-    """A home directory has to be known; it may be read-only. Ray Train looks for it when it is imported."""
+    """A home directory has to be known; it may be read-only. Ray Train looks for it when it is
+    imported."""
     try:
         Path.home()
     except RuntimeError:
-        return [f"no home directory is known: HOME is not set, and user {os.geteuid()} has no account; set HOME to a directory"]
+        return [
+            f"no home directory is known: HOME is not set, and user {os.geteuid()} has no "
+            "account; set HOME to a directory"
+        ]
     return []
 
 
@@ -54,13 +67,15 @@ def open_files(*, limits: tuple[int, int], num_cpus: int) -> list[str]:
     if hard == resource.RLIM_INFINITY or hard >= wanted:
         return []
     return [
-        f"a process here may open {hard:,} files, by its hard limit; Ray on {num_cpus:,} CPUs wants {wanted:,} at least. Raise the limit"
+        f"a process here may open {hard:,} files, by its hard limit; Ray on {num_cpus:,} CPUs "
+        f"wants {wanted:,} at least. Raise the limit"
         " (as root: `ulimit -n 65536`; of a container: --ulimit nofile=65536)"
     ]
 
 
 def raise_open_files() -> None:
-    """Raise the soft limit of open files as far as it goes, for what is started by this process. Ray does so for its drivers alone."""
+    """Raise the soft limit of open files as far as it goes, for what is started by this process.
+    Ray does so for its drivers alone."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -69,24 +84,32 @@ def raise_open_files() -> None:
 
 def remarks(environment: Mapping[str, str], *, object_store_bytes: int) -> list[str]:
     """What would stop no run, and is worth knowing."""
-    return [*shared_memory(num_free_bytes=_free_shared_memory(), wanted_bytes=object_store_bytes), *_other_temporary_directory(environment)]
+    return [
+        *shared_memory(num_free_bytes=_free_shared_memory(), wanted_bytes=object_store_bytes),
+        *_other_temporary_directory(environment),
+    ]
 
 
 def shared_memory(*, num_free_bytes: int, wanted_bytes: int) -> list[str]:
-    """Where it is too small, Ray's object store goes to disk, and ranks on GPUs of one machine may find no room for NCCL's buffers."""
+    """Where it is too small, Ray's object store goes to disk, and ranks on GPUs of one machine may
+    find no room for NCCL's buffers."""
     if num_free_bytes >= wanted_bytes:
         return []
     return [
-        f"{_SHARED_MEMORY} has {num_free_bytes:,} bytes free; Ray's object store, which takes {wanted_bytes:,}, goes to disk instead."
+        f"{_SHARED_MEMORY} has {num_free_bytes:,} bytes free; Ray's object store, which takes "
+        f"{wanted_bytes:,}, goes to disk instead."
         " Ranks on several GPUs need room there, too (NCCL): give a container --shm-size=1g or more"
     ]
 
 
 def why_not_writable(directory: Path) -> str | None:
-    """Why nothing can be written into a directory, or it cannot be made where it is missing; None where it can. Nothing is left there."""
+    """Why nothing can be written into a directory, or it cannot be made where it is missing; None
+    where it can. Nothing is left there."""
     there = next(folder for folder in (directory, *directory.parents) if os.path.exists(folder))
     if not there.is_dir():
-        return f"{there} is a file" + ("" if there == directory else f", so {directory} cannot be a directory")
+        return f"{there} is a file" + (
+            "" if there == directory else f", so {directory} cannot be a directory"
+        )
     try:
         with tempfile.TemporaryFile(dir=there):
             return None
@@ -98,14 +121,20 @@ def _cache_directory(cache: Path) -> list[str]:
     why = why_not_writable(cache)
     if why is None:
         return []
-    return [f"the cache of tokenised corpora, {cache}, cannot be used: {why}; set XDG_CACHE_HOME to another directory"]
+    return [
+        f"the cache of tokenised corpora, {cache}, cannot be used: {why}; set XDG_CACHE_HOME to "
+        "another directory"
+    ]
 
 
 def _temporary_directory() -> list[str]:
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
-        return [f"there is no temporary directory: {error.strerror}; set TMPDIR to a directory that you may write"]
+        return [
+            f"there is no temporary directory: {error.strerror}; set TMPDIR to a directory that "
+            "you may write"
+        ]
     return []
 
 
@@ -124,7 +153,10 @@ def _loopback() -> list[str]:
         ):
             return []
     except OSError as error:
-        return [f"no connection can be made to {_LOOPBACK} ({error}), by which Ray's processes speak; bring it up: `ip link set lo up`"]
+        return [
+            f"no connection can be made to {_LOOPBACK} ({error}), by which Ray's processes speak; "
+            "bring it up: `ip link set lo up`"
+        ]
 
 
 def _ray_directory(environment: Mapping[str, str]) -> list[str]:

@@ -1,7 +1,8 @@
-"""One machine's part in a cluster: Ray is started on it, as the head or as a node of one, and never without a token.
+"""One machine's part in a cluster: Ray is started on it, as the head or as a node of one, and never
+without a token.
 
-Who has the token may run code on every machine of the cluster; nobody else gets in. Ray itself would start without one, open to all who
-reach its ports.
+Who has the token may run code on every machine of the cluster; nobody else gets in. Ray itself
+would start without one, open to all who reach its ports.
 """
 
 import json
@@ -20,24 +21,31 @@ from stillhouse.errors import ConfigError, RunError
 
 PORT = 6379
 TOKEN_FILE = Path("~/.ray/auth_token")  # where Ray looks for it
-OBJECT_STORE_BYTES = 256 << 20  # of Ray's: work items and answers only; the default would take 30 % of the machine's memory
+# of Ray's: work items and answers only; the default would take 30 % of the machine's memory
+OBJECT_STORE_BYTES = 256 << 20
 _LEAST_LENGTH = 16
 _LOOK_EVERY_S, _CONNECT_S = 2.0, 5.0
 
 
 def make_token(path: Path) -> None:
-    """Write a new token, for its owner's eyes alone. Raises ConfigError where there is one already, or none can be written."""
+    """Write a new token, for its owner's eyes alone. Raises ConfigError where there is one already,
+    or none can be written."""
     try:
         atomic.make_directory(path.parent, mode=0o700)
         created = atomic.create(path, secrets.token_hex(32).encode(), mode=0o600)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; set RAY_AUTH_TOKEN_PATH to a file of your own") from None
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; set RAY_AUTH_TOKEN_PATH to a file of your own"
+        ) from None
     if not created:
-        raise ConfigError(f"{path} exists already and stays as it is; a cluster's machines share one token")
+        raise ConfigError(
+            f"{path} exists already and stays as it is; a cluster's machines share one token"
+        )
 
 
 def protected(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment with Ray's authentication on. Raises ConfigError where there is no token, or others may read it."""
+    """The environment with Ray's authentication on. Raises ConfigError where there is no token, or
+    others may read it."""
     token, named = environment.get("RAY_AUTH_TOKEN"), environment.get("RAY_AUTH_TOKEN_PATH")
     if token is None:
         path = Path(named).expanduser() if named else TOKEN_FILE.expanduser()
@@ -51,30 +59,56 @@ def require_unguessable(token: str) -> None:
     length = len(token.strip())  # as Ray reads it
     if length < _LEAST_LENGTH:
         raise ConfigError(
-            f"the token of the cluster has {length} characters; at least {_LEAST_LENGTH}, which nobody can guess, are wanted."
+            f"the token of the cluster has {length} characters; at least {_LEAST_LENGTH}, which "
+            "nobody can guess, are wanted."
             " Unset RAY_AUTH_TOKEN, or give it what `openssl rand -hex 32` makes"
         )
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run `ray start`; blocks where it was told to. Raises ConfigError without a token, RunError where Ray does not start."""
+    """Run `ray start`; blocks where it was told to. Raises ConfigError without a token, RunError
+    where Ray does not start."""
     if subprocess.run(command, env=protected(environment), check=False).returncode != 0:
         raise RunError("Ray did not start here; what it said stands above")
 
 
-def head(*, port: int, resources: Mapping[str, float], autoscaling: Path | None, block: bool, directory: Path) -> list[str]:
-    """The command that makes this machine a head, with Ray's files in `directory`. Its dashboard listens on loopback."""
-    command = [*_ray_start(resources, block=block, directory=directory), "--head", f"--port={port}", "--dashboard-host=127.0.0.1"]
-    return command if autoscaling is None else [*command, f"--autoscaling-config={autoscaling.expanduser()}"]
+def head(
+    *,
+    port: int,
+    resources: Mapping[str, float],
+    autoscaling: Path | None,
+    block: bool,
+    directory: Path,
+) -> list[str]:
+    """The command that makes this machine a head, with Ray's files in `directory`. Its dashboard
+    listens on loopback."""
+    command = [
+        *_ray_start(resources, block=block, directory=directory),
+        "--head",
+        f"--port={port}",
+        "--dashboard-host=127.0.0.1",
+    ]
+    return (
+        command
+        if autoscaling is None
+        else [*command, f"--autoscaling-config={autoscaling.expanduser()}"]
+    )
 
 
-def join(address: str, *, resources: Mapping[str, float], block: bool, directory: Path) -> list[str]:
-    """The command that makes this machine a node of the head at HOST or HOST:PORT, with Ray's files in `directory`."""
-    return [*_ray_start(resources, block=block, directory=directory), f"--address={':'.join(map(str, _host_and_port(address)))}"]
+def join(
+    address: str, *, resources: Mapping[str, float], block: bool, directory: Path
+) -> list[str]:
+    """The command that makes this machine a node of the head at HOST or HOST:PORT, with Ray's files
+    in `directory`."""
+    return [
+        *_ray_start(resources, block=block, directory=directory),
+        f"--address={':'.join(map(str, _host_and_port(address)))}",
+    ]
 
 
 def wait_for_head(address: str, *, patience_s: float, waiting: Callable[[str], None]) -> None:
-    """Return once somebody listens there; `waiting` hears why it takes time. Raises RunError when patience ends."""
+    """Return once somebody listens there; `waiting` hears why it takes time. Raises RunError when
+    patience ends."""
     deadline = monotonic() + patience_s
     while True:
         try:
@@ -83,14 +117,16 @@ def wait_for_head(address: str, *, patience_s: float, waiting: Callable[[str], N
         except OSError as error:
             if monotonic() > deadline:
                 raise RunError(
-                    f"nobody listens at {address} after {patience_s:g} s ({error}); is the head up, and its port open?"
+                    f"nobody listens at {address} after {patience_s:g} s ({error}); is the head "
+                    "up, and its port open?"
                 ) from None
             waiting(f"waiting for the head at {address}: {error}")
         sleep(_LOOK_EVERY_S)
 
 
 def require_health(base: Path) -> None:
-    """Raise RunError where this machine belongs to a cluster whose head does not answer; one that belongs to none is well."""
+    """Raise RunError where this machine belongs to a cluster whose head does not answer; one that
+    belongs to none is well."""
     address = current_address(base)
     if address is None:
         return
@@ -108,7 +144,9 @@ def parse_resources(words: Sequence[str]) -> dict[str, float]:
         try:
             found[name] = float(amount)
         except ValueError:
-            raise ConfigError(f"--resources {word!r} is not NAME=AMOUNT, such as teacher=8") from None
+            raise ConfigError(
+                f"--resources {word!r} is not NAME=AMOUNT, such as teacher=8"
+            ) from None
     return found
 
 
@@ -118,18 +156,26 @@ def _read(path: Path) -> str:
         token = path.read_text().strip()
     except OSError:
         raise ConfigError(
-            f"there is no token for the cluster: RAY_AUTH_TOKEN is not set, and {path} cannot be read. Without one, all who reach this"
-            " machine could run code on it. `stillhouse node token` makes one; every machine of the cluster needs the same"
+            f"there is no token for the cluster: RAY_AUTH_TOKEN is not set, and {path} cannot be "
+            "read. Without one, all who reach this"
+            " machine could run code on it. `stillhouse node token` makes one; every machine of "
+            "the cluster needs the same"
         ) from None
     if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(
-            f"{path} may be read by others (its mode is {stat.S_IMODE(mode):o}); chmod 600 {path}, and make a new one if they did"
+            f"{path} may be read by others (its mode is {stat.S_IMODE(mode):o}); chmod 600 "
+            f"{path}, and make a new one if they did"
         )
     return token
 
 
 def _ray_start(resources: Mapping[str, float], *, block: bool, directory: Path) -> list[str]:
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--disable-usage-stats",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+    ]
     command += [f"--temp-dir={ray_directory(directory)}"]
     command += [f"--resources={json.dumps(dict(resources))}"] if resources else []
     return [*command, "--block"] if block else command

@@ -1,4 +1,5 @@
-"""What the processes of a run ask of a cluster, and whether it has that: values and arithmetic, without Ray."""
+"""What the processes of a run ask of a cluster, and whether it has that: values and arithmetic,
+without Ray."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,9 +7,8 @@ from dataclasses import dataclass
 from stillhouse.config import ModelSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
 
-ResourceNeeds = Mapping[
-    str, tuple[ModelSection, int]
-]  # by what they are called: the section that says what each process needs, and how many
+# by what they are called: the section that says what each process needs, and how many
+ResourceNeeds = Mapping[str, tuple[ModelSection, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +25,35 @@ class Placement:
 
     def times(self, count: int) -> dict[str, float]:
         """The total of `count` such processes, by resource name."""
-        return {name: count * amount for name, amount in {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}.items() if amount}
+        return {
+            name: count * amount
+            for name, amount in {
+                "CPU": self.num_cpus,
+                "GPU": self.num_gpus,
+                **self.resources,
+            }.items()
+            if amount
+        }
 
 
 def placement(section: ModelSection, available: Mapping[str, float]) -> Placement:
-    """Where a process of this section goes: a GPU where `device` says so or the cluster has one, else the CPU."""
-    on_gpu = section.device == "cuda" or (section.device == "auto" and available.get("GPU", 0.0) > 0)
+    """Where a process of this section goes: a GPU where `device` says so or the cluster has one,
+    else the CPU."""
+    on_gpu = section.device == "cuda" or (
+        section.device == "auto" and available.get("GPU", 0.0) > 0
+    )
     default_gpus = 1.0 if on_gpu else 0.0
     num_gpus = default_gpus if section.num_gpus is None else section.num_gpus
     if section.device == "cpu" and num_gpus > 0:
-        raise ConfigError(f"device is 'cpu' but num_gpus is {num_gpus:g}; set num_gpus to 0 or leave it out, or set device = \"cuda\"")
+        raise ConfigError(
+            f"device is 'cpu' but num_gpus is {num_gpus:g}; set num_gpus to 0 or leave it out, or "
+            'set device = "cuda"'
+        )
     if section.device == "cuda" and num_gpus == 0:
-        raise ConfigError("device is 'cuda' but num_gpus is 0; ask for at least a fraction of a GPU, or set device = \"cpu\"")
+        raise ConfigError(
+            "device is 'cuda' but num_gpus is 0; ask for at least a fraction of a GPU, or set "
+            'device = "cpu"'
+        )
     return Placement(section.num_cpus, num_gpus, dict(section.resources))
 
 
@@ -51,7 +68,8 @@ def student_needs(section: StudentSection) -> dict[str, tuple[ModelSection, int]
 
 
 def shortages(crews: ResourceNeeds, available: Mapping[str, float]) -> list[str]:
-    """What would be waited for in vain: each resource of which the crews, by name, together need more than the cluster has."""
+    """What would be waited for in vain: each resource of which the crews, by name, together need
+    more than the cluster has."""
     needed: dict[str, float] = {}
     for section, count in crews.values():
         for name, amount in placement(section, available).times(count).items():
@@ -65,16 +83,21 @@ def shortages(crews: ResourceNeeds, available: Mapping[str, float]) -> list[str]
 
 
 def require_room(crews: ResourceNeeds, available: Mapping[str, float]) -> None:
-    """Raise ConfigError where `shortages` finds any: Ray itself would wait for ever without a word."""
+    """Raise ConfigError where `shortages` finds any: Ray itself would wait for ever without a
+    word."""
     missing = shortages(crews, available)
     if missing:
         raise ConfigError(
             "the cluster is too small for this run:\n"
             + "\n".join(f"  - {line}" for line in missing)
-            + "\nLower min_replicas, num_workers, num_cpus or num_gpus (fractions share a core), or attach to a larger cluster."
+            + "\nLower min_replicas, num_workers, num_cpus or num_gpus (fractions share a core), "
+            "or attach to a larger cluster."
         )
 
 
 def how_many_fit(there: Mapping[str, float], where: Placement) -> int:
     """How many such processes a machine with these resources, by name, has room for."""
-    return min((int(there.get(name, 0.0) / amount + 1e-6) for name, amount in where.times(1).items()), default=0)
+    return min(
+        (int(there.get(name, 0.0) / amount + 1e-6) for name, amount in where.times(1).items()),
+        default=0,
+    )

@@ -1,8 +1,9 @@
 """Notices: a machine says that it will be taken away, and by when.
 
-The clouds say so on a metadata server that every machine reaches at a link-local address; Kubernetes and Slurm send SIGTERM. Nothing
-here ever ends a run: a server that is absent, hangs or talks nonsense has announced nothing. It is asked directly, and neither through
-a proxy nor wherever it redirects to, so that nobody else can answer in its place.
+The clouds say so on a metadata server that every machine reaches at a link-local address;
+Kubernetes and Slurm send SIGTERM. Nothing here ever ends a run: a server that is absent, hangs or
+talks nonsense has announced nothing. It is asked directly, and neither through a proxy nor wherever
+it redirects to, so that nobody else can answer in its place.
 """
 
 import json
@@ -30,7 +31,13 @@ _TIMEOUT_S = 2.0
 _MOST_BYTES = 1 << 20
 _LOOK_AGAIN_S = 60.0  # for a cloud, where none has answered yet
 _GCP_LEFT_S = 30.0  # from the mark to the end: cloud.google.com/compute/docs/instances/preemptible
-_AZURE_ENDS = ("Preempt", "Terminate", "Reboot", "Redeploy")  # the others pause a machine, and let it go on
+# the others pause a machine, and let it go on
+_AZURE_ENDS = (
+    "Preempt",
+    "Terminate",
+    "Reboot",
+    "Redeploy",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +58,8 @@ class Endpoints:
     azure: str = _LINK_LOCAL
 
 
-Ask = Callable[
-    [float], PreemptionNotice | None
-]  # at this moment, in unix seconds: has the end been announced? May raise what `_NO_ANSWER` lists
+# at this moment, in unix seconds: has the end been announced? May raise what `_NO_ANSWER` lists
+Ask = Callable[[float], PreemptionNotice | None]
 
 
 class NoAnswer(Exception):
@@ -64,48 +70,82 @@ _NO_ANSWER = (NoAnswer, OSError, HTTPException)
 
 
 def aws(endpoint: str, now: float) -> PreemptionNotice | None:
-    """EC2's spot interruption notice, about two minutes ahead, by IMDSv2. A rebalance recommendation is a guess, and no notice.
+    """EC2's spot interruption notice, about two minutes ahead, by IMDSv2. A rebalance
+    recommendation is a guess, and no notice.
 
-    In a container the instance's hop limit has to be 2: docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html
+    In a container the instance's hop limit has to be 2:
+    docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html
     """
-    found = _get(endpoint, "/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": _aws_token(endpoint)}, absent=404)
+    found = _get(
+        endpoint,
+        "/latest/meta-data/spot/instance-action",
+        {"X-aws-ec2-metadata-token": _aws_token(endpoint)},
+        absent=404,
+    )
     if found is None:
         return None
     values = _parsed(found)
-    return PreemptionNotice("aws", _unix_seconds(values.get("time"), empty=now), f"spot instance-action {values.get('action')}")
+    return PreemptionNotice(
+        "aws",
+        _unix_seconds(values.get("time"), empty=now),
+        f"spot instance-action {values.get('action')}",
+    )
 
 
 def gcp(endpoint: str, now: float) -> PreemptionNotice | None:
     """Compute Engine's mark on a preempted spot machine, 30 s ahead."""
-    found = _get(endpoint, "/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"}, flavor="Google")
+    found = _get(
+        endpoint,
+        "/computeMetadata/v1/instance/preempted",
+        {"Metadata-Flavor": "Google"},
+        flavor="Google",
+    )
     if found is None or found.strip().upper() != "TRUE":
         return None
     return PreemptionNotice("gcp", now + _GCP_LEFT_S, "instance/preempted is TRUE")
 
 
 def azure(endpoint: str, now: float) -> PreemptionNotice | None:
-    """Azure's scheduled events that end this machine, 30 s ahead at least; those of its neighbours in a scale set are not its own."""
-    document = _parsed(_get(endpoint, "/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"}) or "")
-    events = [event for event in _list_in(document, "Events") if event.get("EventType") in _AZURE_ENDS]
+    """Azure's scheduled events that end this machine, 30 s ahead at least; those of its neighbours
+    in a scale set are not its own."""
+    document = _parsed(
+        _get(endpoint, "/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
+        or ""
+    )
+    events = [
+        event for event in _list_in(document, "Events") if event.get("EventType") in _AZURE_ENDS
+    ]
     if not events:
         return None
     name = _azure_name(endpoint)
     ours = [event for event in events if name is None or name in _names_in(event)]
     notices = [
-        PreemptionNotice("azure", _unix_seconds(event.get("NotBefore"), empty=now), f"scheduled event {event['EventType']}")
+        PreemptionNotice(
+            "azure",
+            _unix_seconds(event.get("NotBefore"), empty=now),
+            f"scheduled event {event['EventType']}",
+        )
         for event in ours
     ]
     return min(notices, key=lambda notice: notice.deadline, default=None)
 
 
-_CLOUDS: Mapping[Cloud, Callable[[str, float], PreemptionNotice | None]] = {"aws": aws, "gcp": gcp, "azure": azure}
+_CLOUDS: Mapping[Cloud, Callable[[str, float], PreemptionNotice | None]] = {
+    "aws": aws,
+    "gcp": gcp,
+    "azure": azure,
+}
 
 
 def cloud_here(endpoints: Endpoints) -> Cloud | None:
     """The cloud whose metadata server answers as only it does; None where none does."""
     probes: Mapping[Cloud, Callable[[], object]] = {
-        "gcp": lambda: _get(endpoints.gcp, "/computeMetadata/v1/", {"Metadata-Flavor": "Google"}, flavor="Google"),
-        "azure": lambda: _parsed(_get(endpoints.azure, "/metadata/versions", {"Metadata": "true"}) or "").__getitem__("apiVersions"),
+        "gcp": lambda: _get(
+            endpoints.gcp, "/computeMetadata/v1/", {"Metadata-Flavor": "Google"}, flavor="Google"
+        ),
+        "azure": lambda: _parsed(
+            _get(endpoints.azure, "/metadata/versions", {"Metadata": "true"}) or ""
+        ).__getitem__("apiVersions"),
         "aws": lambda: _aws_token(endpoints.aws),
     }
     for cloud, probe in probes.items():
@@ -115,8 +155,11 @@ def cloud_here(endpoints: Endpoints) -> Cloud | None:
     return None
 
 
-def local_sources(kind: Literal["auto", "aws", "gcp", "azure", "off"], endpoints: Endpoints) -> list[Ask]:
-    """Whom to ask on this machine. `auto` finds out at the first question, which may take seconds: ask in a thread."""
+def local_sources(
+    kind: Literal["auto", "aws", "gcp", "azure", "off"], endpoints: Endpoints
+) -> list[Ask]:
+    """Whom to ask on this machine. `auto` finds out at the first question, which may take seconds:
+    ask in a thread."""
     match kind:
         case "off":
             return []
@@ -145,9 +188,11 @@ def _whichever_answers(endpoints: Endpoints) -> Ask:
 
 @contextmanager
 def sigterm(grace_s: float, *, clock: Callable[[], float] = time.time) -> Iterator[Ask]:
-    """While the block lasts, SIGTERM is the notice of an end in `grace_s` seconds, and ends nothing by itself. Main thread only.
+    """While the block lasts, SIGTERM is the notice of an end in `grace_s` seconds, and ends nothing
+    by itself. Main thread only.
 
-    Yields whom to ask; asking costs nothing. A second SIGTERM changes nothing: the first one's deadline stands.
+    Yields whom to ask; asking costs nothing. A second SIGTERM changes nothing: the first one's
+    deadline stands.
     """
     notices: list[PreemptionNotice] = []
 
@@ -162,7 +207,8 @@ def sigterm(grace_s: float, *, clock: Callable[[], float] = time.time) -> Iterat
 
 
 class PreemptionWatch:
-    """Asks in a thread until somebody announces the end; use it as a context manager. It holds up nobody: not even its own end waits."""
+    """Asks in a thread until somebody announces the end; use it as a context manager. It holds up
+    nobody: not even its own end waits."""
 
     def __init__(
         self,
@@ -173,7 +219,12 @@ class PreemptionWatch:
         clock: Callable[[], float] = time.time,
     ):
         """`on_notice` is called once, in the thread, after `notice` has been set."""
-        self._sources, self._every_s, self._on_notice, self._clock = sources, every_s, on_notice, clock
+        self._sources, self._every_s, self._on_notice, self._clock = (
+            sources,
+            every_s,
+            on_notice,
+            clock,
+        )
         self._notice: PreemptionNotice | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
@@ -197,7 +248,11 @@ class PreemptionWatch:
                 with suppress(*_NO_ANSWER):
                     self._notice = ask(self._clock())
                 if self._notice is not None:
-                    _log.info("this machine ends in %.0f s: %s", self._notice.deadline - self._clock(), self._notice.detail)
+                    _log.info(
+                        "this machine ends in %.0f s: %s",
+                        self._notice.deadline - self._clock(),
+                        self._notice.detail,
+                    )
                     if self._on_notice is not None:
                         self._on_notice(self._notice)
                     return
@@ -206,16 +261,23 @@ class PreemptionWatch:
 
 def _aws_token(endpoint: str) -> str:
     """A token for one question, so that none can be too old for the next."""
-    token = _request("PUT", endpoint, "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})[1].strip()
+    token = _request(
+        "PUT", endpoint, "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    )[1].strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise NoAnswer("this is no token")
     return token
 
 
 def _azure_name(endpoint: str) -> str | None:
-    """This machine's name among those of an event; None where it cannot be had: then every event may be its own."""
+    """This machine's name among those of an event; None where it cannot be had: then every event
+    may be its own."""
     with suppress(*_NO_ANSWER):
-        found = _get(endpoint, "/metadata/instance/compute/name?api-version=2021-02-01&format=text", {"Metadata": "true"})
+        found = _get(
+            endpoint,
+            "/metadata/instance/compute/name?api-version=2021-02-01&format=text",
+            {"Metadata": "true"},
+        )
         return found.strip().lower() if found else None
     return None
 
@@ -230,8 +292,16 @@ def _list_in(document: Mapping[str, object], name: str) -> list[Mapping[str, obj
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
-def _get(endpoint: str, path: str, headers: Mapping[str, str], *, absent: int = 0, flavor: str | None = None) -> str | None:
-    """The text there; None where the status is `absent`. Raises NoAnswer at every other status, and without the flavor asked for."""
+def _get(
+    endpoint: str,
+    path: str,
+    headers: Mapping[str, str],
+    *,
+    absent: int = 0,
+    flavor: str | None = None,
+) -> str | None:
+    """The text there; None where the status is `absent`. Raises NoAnswer at every other status, and
+    without the flavor asked for."""
     status, text, found_flavor = _request("GET", endpoint, path, headers, allowed=(200, absent))
     if flavor is not None and found_flavor != flavor:
         raise NoAnswer(f"the answer's Metadata-Flavor is {found_flavor}, not {flavor}")
@@ -239,7 +309,12 @@ def _get(endpoint: str, path: str, headers: Mapping[str, str], *, absent: int = 
 
 
 def _request(
-    method: str, endpoint: str, path: str, headers: Mapping[str, str], *, allowed: Sequence[int] = (200,)
+    method: str,
+    endpoint: str,
+    path: str,
+    headers: Mapping[str, str],
+    *,
+    allowed: Sequence[int] = (200,),
 ) -> tuple[int, str, str | None]:
     """Status, text and flavor of an answer. This client knows neither proxies nor redirects."""
     try:
@@ -269,7 +344,8 @@ def _parsed(text: str) -> dict[str, object]:
 
 
 def _unix_seconds(text: object, *, empty: float) -> float:
-    """A moment written as ISO 8601 or as in mail (RFC 5322), in UTC where no zone is said; `empty` where nothing is: it has begun."""
+    """A moment written as ISO 8601 or as in mail (RFC 5322), in UTC where no zone is said; `empty`
+    where nothing is: it has begun."""
     if text == "":
         return empty
     if not isinstance(text, str):

@@ -1,4 +1,5 @@
-"""Processes of a run on a cluster: what they need to start, how one is called, looked at and ended."""
+"""Processes of a run on a cluster: what they need to start, how one is called, looked at and
+ended."""
 
 import os
 import subprocess
@@ -21,7 +22,8 @@ _END_S, _STACK_S = 30.0, 10.0
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """What a process needs to reach gated models; its repr shows nothing, and it travels as an argument, never in a config."""
+    """What a process needs to reach gated models; its repr shows nothing, and it travels as an
+    argument, never in a config."""
 
     hub_token: str | None = field(repr=False)
 
@@ -40,7 +42,8 @@ def local_secrets() -> Secrets:
 
 
 def prepare_process(device: str, threads: int) -> None:
-    """Settle a worker process before its first tensor: torch threads, DeepSpeed's accelerator, and no pickle in any checkpoint."""
+    """Settle a worker process before its first tensor: torch threads, DeepSpeed's accelerator, and
+    no pickle in any checkpoint."""
     import torch
 
     learn_secrets()
@@ -51,12 +54,17 @@ def prepare_process(device: str, threads: int) -> None:
 
 
 def call_remotely(function: Callable[..., Any], *arguments: object, where: Placement) -> Any:
-    """Run a function in a process of its own on the cluster, wait for it, and return its (small) answer.
+    """Run a function in a process of its own on the cluster, wait for it, and return its (small)
+    answer.
 
-    An error that it raises arrives as itself. Raises RunError where its process died, and died again.
+    An error that it raises arrives as itself. Raises RunError where its process died, and died
+    again.
     """
     remote = ray.remote(function).options(
-        num_cpus=where.num_cpus, num_gpus=where.num_gpus, resources=dict(where.resources) or None, max_retries=1
+        num_cpus=where.num_cpus,
+        num_gpus=where.num_gpus,
+        resources=dict(where.resources) or None,
+        max_retries=1,
     )
     try:
         return ray.get(remote.remote(*arguments))
@@ -65,12 +73,14 @@ def call_remotely(function: Callable[..., Any], *arguments: object, where: Place
         raise cause from None if isinstance(cause, StillhouseError) else error
     except ray.exceptions.RayError as error:
         raise RunError(
-            f"the process of `{function.__name__}` was lost ({error}); if its memory ran out, give it a larger machine, or smaller batches"
+            f"the process of `{function.__name__}` was lost ({error}); if its memory ran out, "
+            "give it a larger machine, or smaller batches"
         ) from error
 
 
 def stacks_of(pid: int, *, node: str) -> str | None:
-    """Where a worker of ours on a node stands, empty where that cannot be read; None where it is gone."""
+    """Where a worker of ours on a node stands, empty where that cannot be read; None where it is
+    gone."""
     return _answer(ask_node(node, _stack_of, pid))
 
 
@@ -88,7 +98,9 @@ def ask_node(node: str, function: Callable[..., Any], argument: object) -> Any:
 def _answer(asked: Any) -> Any:
     try:
         return ray.get(asked, timeout=_END_S)
-    except ray.exceptions.RayError:  # the node is gone, or as silent as the process: Ray's own health check sees to it
+    except (
+        ray.exceptions.RayError
+    ):  # the node is gone, or as silent as the process: Ray's own health check sees to it
         return None
 
 
@@ -109,12 +121,21 @@ def _worker_process(pid: int) -> Any:
 
 
 def _stack_of(pid: int) -> str | None:
-    """By py-spy, which comes with Ray and can read a process that was stopped; it needs the right to trace others."""
+    """By py-spy, which comes with Ray and can read a process that was stopped; it needs the right
+    to trace others."""
     if _worker_process(pid) is None:
         return None
-    command = [str(Path(sys.executable).parent / "py-spy"), "dump", "--nonblocking", "--pid", str(pid)]
+    command = [
+        str(Path(sys.executable).parent / "py-spy"),
+        "dump",
+        "--nonblocking",
+        "--pid",
+        str(pid),
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_STACK_S, check=False).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_STACK_S, check=False
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

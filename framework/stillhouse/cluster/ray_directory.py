@@ -1,8 +1,10 @@
-"""Ray's files on this machine: directories that no other user can enter, and the address of the cluster that this machine belongs to.
+"""Ray's files on this machine: directories that no other user can enter, and the address of the
+cluster that this machine belongs to.
 
-Ray opens its own temporary directory to all users (mode 0777): whoever may write there can move its sockets and logs, and can name another
-cluster, to which the next driver would send its token. So that directory lies below one of ours with mode 0700, and what Ray wrote down
-elsewhere is believed only where nobody else can have written it.
+Ray opens its own temporary directory to all users (mode 0777): whoever may write there can move its
+sockets and logs, and can name another cluster, to which the next driver would send its token. So
+that directory lies below one of ours with mode 0700, and what Ray wrote down elsewhere is believed
+only where nobody else can have written it.
 """
 
 import os
@@ -15,34 +17,44 @@ from time import monotonic, sleep
 
 from stillhouse.errors import ConfigError
 
-_CURRENT = "ray_current_cluster"  # where `ray start` writes down the cluster's address, in its temporary directory
-_RAY = "ray"  # the name of Ray's temporary directory; a longer one leaves less of the 107 bytes of a socket's path
+# where `ray start` writes down the cluster's address, in its temporary directory
+_CURRENT = "ray_current_cluster"
+# the name of Ray's temporary directory; a longer one leaves less of the 107 bytes of a socket's
+# path
+_RAY = "ray"
 _LONGEST_BASE = 18
 _MOST_BYTES = 300  # of an address
 _REMOVE_S, _AGAIN_S = 5.0, 0.2
 
 
 def base_directory(environment: Mapping[str, str]) -> Path:
-    """Where directories for Ray are made: RAY_TMPDIR, or /tmp. TMPDIR often differs between two shells of one machine."""
+    """Where directories for Ray are made: RAY_TMPDIR, or /tmp. TMPDIR often differs between two
+    shells of one machine."""
     base = environment.get("RAY_TMPDIR") or "/tmp"
     if len(base) > _LONGEST_BASE:
-        raise ConfigError(f"RAY_TMPDIR is {base!r}: the sockets that Ray makes below it have too long a path; {_LONGEST_BASE} letters fit")
+        raise ConfigError(
+            f"RAY_TMPDIR is {base!r}: the sockets that Ray makes below it have too long a path; "
+            f"{_LONGEST_BASE} letters fit"
+        )
     return Path(base)
 
 
 def new_directory(base: Path) -> Path:
-    """A new directory with a name that nobody can guess, mode 0700. Raises ConfigError where that cannot be made safely."""
+    """A new directory with a name that nobody can guess, mode 0700. Raises ConfigError where that
+    cannot be made safely."""
     _require_safe_parents(base / "new")
     try:
         return Path(tempfile.mkdtemp(prefix="stillhouse-", dir=base))
     except OSError as error:
         raise ConfigError(
-            f"cannot make a directory for Ray in {base}: {error.strerror}; set RAY_TMPDIR to one that you may write"
+            f"cannot make a directory for Ray in {base}: {error.strerror}; set RAY_TMPDIR to one "
+            "that you may write"
         ) from None
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove the directory of a cluster that has ended. Its last processes may still write there, for a moment."""
+    """Remove the directory of a cluster that has ended. Its last processes may still write there,
+    for a moment."""
     deadline = monotonic() + _REMOVE_S
     while directory.exists() and monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)
@@ -50,14 +62,18 @@ def remove_directory(directory: Path) -> None:
 
 
 def machine_directory(base: Path) -> Path:
-    """The one directory of this user on this machine, made where there is none. Raises ConfigError where it is not this user's alone."""
+    """The one directory of this user on this machine, made where there is none. Raises ConfigError
+    where it is not this user's alone."""
     directory = _machine_directory(base)
     try:
         directory.mkdir(mode=0o700)
     except FileExistsError:
         pass
     except OSError as error:
-        raise ConfigError(f"cannot make {directory}: {error.strerror}; set RAY_TMPDIR to a directory that you may write") from None
+        raise ConfigError(
+            f"cannot make {directory}: {error.strerror}; set RAY_TMPDIR to a directory that you "
+            "may write"
+        ) from None
     _require_private(directory)
     return directory
 
@@ -68,7 +84,8 @@ def ray_directory(directory: Path) -> Path:
 
 
 def current_address(base: Path) -> str | None:
-    """The cluster that this machine belongs to, as `stillhouse node` or Ray wrote it down; None where neither did.
+    """The cluster that this machine belongs to, as `stillhouse node` or Ray wrote it down; None
+    where neither did.
 
     Raises ConfigError where somebody else can have written it.
     """
@@ -78,7 +95,8 @@ def current_address(base: Path) -> str | None:
         address = _read_address(directory / _RAY / _CURRENT)
         if address is not None:
             return address
-    return _read_address(base / _RAY / _CURRENT)  # of a `ray start` that others typed: KubeRay, in its containers
+    # of a `ray start` that others typed: KubeRay, in its containers
+    return _read_address(base / _RAY / _CURRENT)
 
 
 def _machine_directory(base: Path) -> Path:
@@ -87,16 +105,23 @@ def _machine_directory(base: Path) -> Path:
 
 def _require_private(directory: Path) -> None:
     found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.geteuid()
+        or stat.S_IMODE(found.st_mode) & 0o077
+    ):
         raise ConfigError(
-            f"{directory} is not a directory of your own that nobody else may enter ({_shown(found)}); mode 0700 is wanted."
-            " Find out who made it and remove it, or set RAY_TMPDIR to a directory that is yours alone"
+            f"{directory} is not a directory of your own that nobody else may enter "
+            f"({_shown(found)}); mode 0700 is wanted."
+            " Find out who made it and remove it, or set RAY_TMPDIR to a directory that is yours "
+            "alone"
         )
     _require_safe_parents(directory)
 
 
 def _require_safe_parents(path: Path) -> None:
-    """Raise ConfigError where another user can move the path away, and put something else in its place."""
+    """Raise ConfigError where another user can move the path away, and put something else in its
+    place."""
     trusted = {os.geteuid(), 0, os.stat("/").st_uid}
     place = path.absolute().parent.resolve()
     for parent in (place, *place.parents):
@@ -104,12 +129,14 @@ def _require_safe_parents(path: Path) -> None:
             found = parent.stat()
         except OSError as error:
             raise ConfigError(
-                f"{parent} cannot hold Ray's files: {error.strerror}; set RAY_TMPDIR to a directory that you may write"
+                f"{parent} cannot hold Ray's files: {error.strerror}; set RAY_TMPDIR to a "
+                "directory that you may write"
             ) from None
         is_open = stat.S_IMODE(found.st_mode) & 0o022 and not found.st_mode & stat.S_ISVTX
         if found.st_uid not in trusted or is_open:
             raise ConfigError(
-                f"others can replace what lies in {parent} ({_shown(found)}), so it is no place for Ray's files;"
+                f"others can replace what lies in {parent} ({_shown(found)}), so it is no place "
+                "for Ray's files;"
                 " set RAY_TMPDIR to a directory that is yours alone"
             )
 
@@ -127,7 +154,11 @@ def _read_address(path: Path) -> str | None:
         for each in (found, directory):
             if each.st_uid != os.geteuid():
                 raise _not_believed(path, _shown(each))
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or stat.S_IMODE(found.st_mode) & 0o022:
+        if (
+            not stat.S_ISREG(found.st_mode)
+            or found.st_nlink != 1
+            or stat.S_IMODE(found.st_mode) & 0o022
+        ):
             raise _not_believed(path, _shown(found))
         text = file.read(_MOST_BYTES).decode(errors="replace").strip()
     host, colon, port = text.rpartition(":")
@@ -138,8 +169,10 @@ def _read_address(path: Path) -> str | None:
 
 def _not_believed(path: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"{path} is to name this machine's cluster, but may be another user's work ({why}); a token is not sent there."
-        ' Start the cluster with `stillhouse node head`, or say where it is: cluster.address = "host:port"'
+        f"{path} is to name this machine's cluster, but may be another user's work ({why}); a "
+        "token is not sent there."
+        " Start the cluster with `stillhouse node head`, or say where it is: cluster.address = "
+        '"host:port"'
     )
 
 

@@ -1,4 +1,5 @@
-"""A session on a Ray cluster: attach to one that is there, or start one on this machine that ends with the command."""
+"""A session on a Ray cluster: attach to one that is there, or start one on this machine that ends
+with the command."""
 
 import logging
 import os
@@ -15,7 +16,13 @@ from stillhouse.cluster import _ray_compat, machine
 from stillhouse.cluster.environment import learn_secrets
 from stillhouse.cluster.head_process import held_to, nobody_listens, required
 from stillhouse.cluster.node import OBJECT_STORE_BYTES, require_unguessable
-from stillhouse.cluster.ray_directory import base_directory, current_address, new_directory, ray_directory, remove_directory
+from stillhouse.cluster.ray_directory import (
+    base_directory,
+    current_address,
+    new_directory,
+    ray_directory,
+    remove_directory,
+)
 from stillhouse.config import ClusterSection
 from stillhouse.errors import ConfigError, RunError
 
@@ -23,16 +30,24 @@ _log = logging.getLogger(__name__)
 
 _NAMESPACE = "stillhouse"
 _REACH_S = 10.0
-_PATIENT_CHECKS = 100  # that one machine's own node may fail in a row, three seconds each: it may be busy, and is never cut off
-_OWN_HEAD_S, _HEAD_S = 1.0, 30.0  # that a head may be away; others' may be started again. Ray ends this process after 60
+# that one machine's own node may fail in a row, three seconds each: it may be busy, and is never
+# cut off
+_PATIENT_CHECKS = 100
+# that a head may be away; others' may be started again. Ray ends this process after 60
+_OWN_HEAD_S, _HEAD_S = (
+    1.0,
+    30.0,
+)
 
 
 @contextmanager
 def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
-    """Attach to the cluster that the section names, or start one on this machine; yields its resources by name.
+    """Attach to the cluster that the section names, or start one on this machine; yields its
+    resources by name.
 
-    A cluster that this started ends with the block. Inside an already attached process (a test session) it is used as it is. Raises
-    HeadGoneError where the cluster's head, or this machine's part of it, is gone before the block is done.
+    A cluster that this started ends with the block. Inside an already attached process (a test
+    session) it is used as it is. Raises HeadGoneError where the cluster's head, or this machine's
+    part of it, is gone before the block is done.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
@@ -46,7 +61,8 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def _own_cluster(section: ClusterSection) -> Iterator[None]:
-    """A cluster of this machine alone: its ports are on loopback, and its files where no other user can enter."""
+    """A cluster of this machine alone: its ports are on loopback, and its files where no other user
+    can enter."""
     machine.require(lacks(section))
     _require_token()
     directory = new_directory(base_directory(os.environ))
@@ -59,13 +75,18 @@ def _own_cluster(section: ClusterSection) -> Iterator[None]:
 
 
 def lacks(section: ClusterSection) -> list[str]:
-    """What this machine lacks to start the section's cluster, as sentences for the user; empty where it attaches to one."""
+    """What this machine lacks to start the section's cluster, as sentences for the user; empty
+    where it attaches to one."""
     return machine.for_ray(os.environ, num_cpus=section.num_cpus) if section.address is None else []
 
 
 def remarks(section: ClusterSection) -> list[str]:
     """What is worth knowing of this machine where the section's cluster is started on it."""
-    return machine.remarks(os.environ, object_store_bytes=OBJECT_STORE_BYTES) if section.address is None else []
+    return (
+        machine.remarks(os.environ, object_store_bytes=OBJECT_STORE_BYTES)
+        if section.address is None
+        else []
+    )
 
 
 def _start(num_cpus: int | None, directory: Path) -> None:
@@ -83,7 +104,8 @@ def _start(num_cpus: int | None, directory: Path) -> None:
         ray.shutdown()
         why = str(error).partition("\n")[0]
         raise RunError(
-            f"Ray did not start on this machine ({why}); where the machine was too busy, the same command goes on later."
+            f"Ray did not start on this machine ({why}); where the machine was too busy, the same "
+            "command goes on later."
             " cluster.address attaches to a cluster that is there already"
         ) from error
 
@@ -98,12 +120,14 @@ def _others_cluster(address: str) -> Iterator[None]:
         _init(address=found)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address!r} ({error}); start one with `stillhouse node head`, or leave cluster.address out"
+            f"no Ray cluster answers at {address!r} ({error}); start one with `stillhouse node "
+            "head`, or leave cluster.address out"
         ) from None
     except ray.exceptions.AuthenticationError as error:
         why = str(error).partition(". ")[0]
         raise ConfigError(
-            f"the Ray cluster at {address!r} lets in who has its token ({why}); put the token of its head into RAY_AUTH_TOKEN, or a file"
+            f"the Ray cluster at {address!r} lets in who has its token ({why}); put the token of "
+            "its head into RAY_AUTH_TOKEN, or a file"
             " that holds it into RAY_AUTH_TOKEN_PATH"
         ) from None
     with _until_shutdown(patience_s=_HEAD_S):
@@ -128,7 +152,10 @@ def _until_shutdown(*, patience_s: float) -> Iterator[None]:
         host, _, port = here.gcs_address.rpartition(":")
         with (
             held_to(here.raylet_socket) as is_raylet_gone,
-            required(lambda: is_raylet_gone() or nobody_listens(host.strip("[]"), int(port)), patience_s=patience_s),
+            required(
+                lambda: is_raylet_gone() or nobody_listens(host.strip("[]"), int(port)),
+                patience_s=patience_s,
+            ),
         ):
             yield
     finally:
@@ -136,7 +163,8 @@ def _until_shutdown(*, patience_s: float) -> Iterator[None]:
 
 
 def _resolved(address: str) -> str:
-    """`auto` as host:port: RAY_ADDRESS, or what this machine was made part of. Ray itself would believe any process and any file."""
+    """`auto` as host:port: RAY_ADDRESS, or what this machine was made part of. Ray itself would
+    believe any process and any file."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address == "auto":
@@ -147,10 +175,12 @@ def _resolved(address: str) -> str:
 
 
 def settle_ray_train() -> None:
-    """How Ray Train shall look after its ranks, before the first trainer is made. The user's own settings win."""
+    """How Ray Train shall look after its ranks, before the first trainer is made. The user's own
+    settings win."""
     settings = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead rank is seen that soon
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process for each life of a group: the driver watches for that
+        # one more process for each life of a group: the driver watches for that
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
     }
     for name, value in settings.items():
@@ -158,10 +188,14 @@ def settle_ray_train() -> None:
 
 
 def _require_token() -> None:
-    """Other users reach the ports of this machine, too: Ray asks who comes where it finds a token, which it reads once."""
+    """Other users reach the ports of this machine, too: Ray asks who comes where it finds a token,
+    which it reads once."""
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode.lower() != "token":
-        raise ConfigError(f"RAY_AUTH_MODE is {mode!r}: all who reach this machine could run code on it; unset it, or set it to 'token'")
+        raise ConfigError(
+            f"RAY_AUTH_MODE is {mode!r}: all who reach this machine could run code on it; unset "
+            "it, or set it to 'token'"
+        )
     require_unguessable(os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32)))
 
 

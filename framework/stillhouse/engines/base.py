@@ -31,26 +31,30 @@ class Capabilities:
 
 
 class Records(NamedTuple):
-    """The targets of some tokens as they are stored, and a sample of them to measure what storing loses."""
+    """The targets of some tokens as they are stored, and a sample of them to measure what storing
+    loses."""
 
     records_TB: Tensor  # uint8, on the engine's device
     sample: CompressedLogits  # of the first tokens, before they were encoded
 
 
 class TeacherEngine(Protocol):
-    """Anything that knows the next-token distribution after each masked-in token. One process has one, and keeps nothing between items."""
+    """Anything that knows the next-token distribution after each masked-in token. One process has
+    one, and keeps nothing between items."""
 
     def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str) -> None:
         """Load the teacher. Raises ModelError or TeacherError for one that cannot be used."""
 
     @property
     def digest(self) -> str | None:
-        """Of the files that it loaded, as `identity` counts it; None where the recipe's digest names what cannot change."""
+        """Of the files that it loaded, as `identity` counts it; None where the recipe's digest
+        names what cannot change."""
         ...
 
     @classmethod
     def describe(cls, section: TeacherSection, /) -> Capabilities:
-        """From the config alone: nothing is loaded. A recipe that wants more is refused before anything starts."""
+        """From the config alone: nothing is loaded. A recipe that wants more is refused before
+        anything starts."""
         ...
 
     @classmethod
@@ -59,7 +63,8 @@ class TeacherEngine(Protocol):
         ...
 
     def records(self, item: WorkItem) -> Iterator[Records]:
-        """The targets of the item's masked-in positions in row-major order, a part at a time; where there are none, a part without rows."""
+        """The targets of the item's masked-in positions in row-major order, a part at a time; where
+        there are none, a part without rows."""
         ...
 
     def probe(self) -> Probe:
@@ -82,17 +87,24 @@ def _first(rows: Tensor) -> Tensor:
 
 
 def draw_seeds(item: WorkItem, recipe: Recipe) -> torch.Tensor:
-    """int64 [S, L]: the seed of each position's draws, a function of the recipe and the position's place in the corpus alone."""
+    """int64 [S, L]: the seed of each position's draws, a function of the recipe and the position's
+    place in the corpus alone."""
     num_sequences, length = item.sequences.token_ids_SL.shape
     sequences_S = item.number * recipe.chunk_sequences + torch.arange(num_sequences)
-    seeds = token_seeds(recipe.draw_seed, sequences_S.repeat_interleave(length), torch.arange(length).repeat(num_sequences))
+    seeds = token_seeds(
+        recipe.draw_seed,
+        sequences_S.repeat_interleave(length),
+        torch.arange(length).repeat(num_sequences),
+    )
     return seeds.view(num_sequences, length)
 
 
 def probe_item(recipe: Recipe, *, num_tokens: int = 64) -> WorkItem:
     """The same short pseudo-random sequence for every replica of a recipe."""
     length = min(num_tokens, recipe.sequence_length)
-    token_ids = np.random.default_rng(0).integers(0, recipe.vocab_size, size=(1, length), dtype=np.int32)
+    token_ids = np.random.default_rng(0).integers(
+        0, recipe.vocab_size, size=(1, length), dtype=np.int32
+    )
     mask = np.ones((1, length), dtype=np.uint8)
     mask[:, -1] = 0
     return WorkItem(-1, Sequences(token_ids, np.arange(length, dtype=np.int32)[None], mask))

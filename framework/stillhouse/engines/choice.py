@@ -13,17 +13,27 @@ def require_capable(capabilities: Capabilities, target: TargetSection, *, engine
     """Raise ConfigError where the config's target is more than the engine can make."""
     most = capabilities.most_entries
     if most is not None and target.k > most:
-        raise ConfigError(f'target.k is {target.k}, but the engine "{engine}" gives {most} entries at most; lower target.k')
+        raise ConfigError(
+            f'target.k is {target.k}, but the engine "{engine}" gives {most} entries at most; '
+            "lower target.k"
+        )
     if target.tail_draws and not capabilities.draws:
-        raise ConfigError(f'target.tail_draws is {target.tail_draws}, but the engine "{engine}" cannot draw from the tail; set it to 0')
+        raise ConfigError(
+            f'target.tail_draws is {target.tail_draws}, but the engine "{engine}" cannot draw '
+            "from the tail; set it to 0"
+        )
 
 
 def engine_named(name: str) -> type[TeacherEngine]:
-    """The engine that a config names. Raises ConfigError where one of the user's own cannot be imported, or is no engine."""
+    """The engine that a config names. Raises ConfigError where one of the user's own cannot be
+    imported, or is no engine."""
     if name == "transformers":
         return TransformersEngine
     found: type[TeacherEngine] = load_extension(name, setting="teacher.engine")
     missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
     if missing:
-        raise ConfigError(f'teacher.engine is "{name}", which has no {", ".join(missing)}; wanted a class with what TeacherEngine lists')
+        raise ConfigError(
+            f'teacher.engine is "{name}", which has no {", ".join(missing)}; wanted a class with '
+            "what TeacherEngine lists"
+        )
     return found

@@ -1,9 +1,11 @@
-"""Whether two replicas are the same teacher: the same weights bit for bit, and answers that differ by rounding alone.
+"""Whether two replicas are the same teacher: the same weights bit for bit, and answers that differ
+by rounding alone.
 
-How far rounding moves an answer depends on the number format, the depth and the weights, and no single limit fits: on small models from
-6e-8 to 1e-2 nats in bfloat16, and below 1e-8 in float32. So each replica measures its own: it answers once more with the output of every
-module rounded otherwise. Two replicas whose matrix products sum in another order are closer to each other than that. A change of the
-weights may be smaller, and so the weights are compared as they are.
+How far rounding moves an answer depends on the number format, the depth and the weights, and no
+single limit fits: on small models from 6e-8 to 1e-2 nats in bfloat16, and below 1e-8 in float32. So
+each replica measures its own: it answers once more with the output of every module rounded
+otherwise. Two replicas whose matrix products sum in another order are closer to each other than
+that. A change of the weights may be smaller, and so the weights are compared as they are.
 
 Shapes: T target tokens, K kept entries.
 """
@@ -36,40 +38,62 @@ class Probe:
 
 
 def require_planned_weights(found: str | None, recipe: Recipe, *, replica: int) -> None:
-    """Raise ChangedWeightsError unless a replica loaded the files that the recipe's teacher digest is of; `found` is None for a hub's."""
+    """Raise ChangedWeightsError unless a replica loaded the files that the recipe's teacher digest
+    is of; `found` is None for a hub's."""
     if found is not None and found != recipe.teacher_digest:
         raise ChangedWeightsError(
-            f"teacher replica {replica} loaded other weights than the run was planned with: found {found[:16]}, wanted"
-            f" {recipe.teacher_digest[:16]}; it has published nothing. Either the files changed after they were looked at, and the same"
-            " command again plans with the new ones; or its machine has other files at that path: give every machine the same"
+            f"teacher replica {replica} loaded other weights than the run was planned with: found "
+            f"{found[:16]}, wanted"
+            f" {recipe.teacher_digest[:16]}; it has published nothing. Either the files changed "
+            "after they were looked at, and the same"
+            " command again plans with the new ones; or its machine has other files at that path: "
+            "give every machine the same"
         )
 
 
 def require_same_teacher(first: Probe, other: Probe, *, replica: int) -> None:
-    """Raise TeacherError unless two replicas have equal weights, and answers whose mean KL over kept entries and tail is one of rounding.
+    """Raise TeacherError unless two replicas have equal weights, and answers whose mean KL over
+    kept entries and tail is one of rounding.
 
-    Parameters that only one of them has, such as those of a quantised format that only its GPU knows, are not compared.
+    Parameters that only one of them has, such as those of a quantised format that only its GPU
+    knows, are not compared.
     """
     shared = first.weight_hashes.keys() & other.weight_hashes.keys()
-    changed = sorted(name for name in shared if first.weight_hashes[name] != other.weight_hashes[name])
+    changed = sorted(
+        name for name in shared if first.weight_hashes[name] != other.weight_hashes[name]
+    )
     if changed:
         raise TeacherError(
-            f"teacher replica {replica} has other weights than the first: {len(changed)} of {len(shared)} parameters differ, the first of "
-            f"them {changed[0]}; wanted the same files everywhere. Look for a stale copy of the model on its machine, or name a revision"
+            f"teacher replica {replica} has other weights than the first: {len(changed)} of "
+            f"{len(shared)} parameters differ, the first of "
+            f"them {changed[0]}; wanted the same files everywhere. Look for a stale copy of the "
+            "model on its machine, or name a revision"
         )
-    limit = max(_LEAST_LIMIT, *(_ROUNDINGS * probe.rounding_kl for probe in (first, other) if math.isfinite(probe.rounding_kl)))
+    limit = max(
+        _LEAST_LIMIT,
+        *(
+            _ROUNDINGS * probe.rounding_kl
+            for probe in (first, other)
+            if math.isfinite(probe.rounding_kl)
+        ),
+    )
     divergence = mean_kl(first.answer, other.answer)
     if not divergence <= limit:
         raise TeacherError(
-            f"teacher replica {replica} disagrees with the first on equal tokens: mean KL {divergence:.2e} nats, wanted at most "
-            f"{limit:.0e}, which rounding explains; do both have the same dtype and library versions?"
+            f"teacher replica {replica} disagrees with the first on equal tokens: mean KL "
+            f"{divergence:.2e} nats, wanted at most "
+            f"{limit:.0e}, which rounding explains; do both have the same dtype and library "
+            "versions?"
         )
 
 
 def hashes_of_weights(model: nn.Module) -> dict[str, int]:
-    """xxh3 of each parameter's bytes, one copied to this process's memory at a time. Those that were put off to a disk are left out."""
+    """xxh3 of each parameter's bytes, one copied to this process's memory at a time. Those that
+    were put off to a disk are left out."""
     return {
-        name: xxhash.xxh3_64_intdigest(parameter.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        name: xxhash.xxh3_64_intdigest(
+            parameter.detach().reshape(-1).view(torch.uint8).cpu().numpy().data
+        )
         for name, parameter in model.named_parameters()
         if not parameter.is_meta
     }
@@ -77,7 +101,8 @@ def hashes_of_weights(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def rounded_otherwise(model: nn.Module) -> Iterator[None]:
-    """Within, each number that a module puts out is moved by up to half a unit in its last place, and rounded; always the same way."""
+    """Within, each number that a module puts out is moved by up to half a unit in its last place,
+    and rounded; always the same way."""
     random = torch.Generator().manual_seed(0)
 
     def move(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -96,8 +121,9 @@ def rounded_otherwise(model: nn.Module) -> Iterator[None]:
 
 
 def mean_kl(first: CompressedLogits, other: CompressedLogits) -> float:
-    """KL(first || other) over first's kept entries and one bucket for the rest, mean over tokens. An entry that only `first` kept is
-    compared with the least that `other` kept: its true value there is at most that."""
+    """KL(first || other) over first's kept entries and one bucket for the rest, mean over tokens.
+    An entry that only `first` kept is compared with the least that `other` kept: its true value
+    there is at most that."""
     same_TKK = first.token_ids_TK[:, :, None] == other.token_ids_TK[:, None, :]
     floor_T1 = other.logprobs_TK.min(dim=1, keepdim=True).values
     matched_TK = torch.where(same_TKK, other.logprobs_TK[:, None, :], -torch.inf).amax(dim=2)
@@ -105,4 +131,8 @@ def mean_kl(first: CompressedLogits, other: CompressedLogits) -> float:
     tail_T = torch.log((1 - matched_TK.double().exp().sum(dim=1)).clamp_min(1e-12))
     p_TK, p_tail_T = first.logprobs_TK.double().exp(), first.tail_logmass_T.double().exp()
     head_T = torch.where(p_TK == 0, 0.0, p_TK * (first.logprobs_TK - matched_TK)).sum(dim=1)
-    return float((head_T + torch.where(p_tail_T <= 1e-12, 0.0, p_tail_T * (first.tail_logmass_T - tail_T))).mean())
+    return float(
+        (
+            head_T + torch.where(p_tail_T <= 1e-12, 0.0, p_tail_T * (first.tail_logmass_T - tail_T))
+        ).mean()
+    )

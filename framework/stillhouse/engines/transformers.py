@@ -1,4 +1,5 @@
-"""The engine for Hugging Face causal language models, in this process: the one to read as an example of an engine.
+"""The engine for Hugging Face causal language models, in this process: the one to read as an
+example of an engine.
 
 Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
 """
@@ -13,24 +14,39 @@ from stillhouse.config import TeacherSection
 from stillhouse.engines.base import Capabilities, Records, draw_seeds, encoded, probe_item
 from stillhouse.engines.probe import Probe, hashes_of_weights, mean_kl, rounded_otherwise
 from stillhouse.logits import Backend, CompressedLogits, backend_for, compress_hidden, concatenate
-from stillhouse.models import ModelIdentity, check_head, check_packing, digest_beside, head_of, load_model, model_identity
+from stillhouse.models import (
+    ModelIdentity,
+    check_head,
+    check_packing,
+    digest_beside,
+    head_of,
+    load_model,
+    model_identity,
+)
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 
-_PROBE_ENTRIES = 128  # whatever the recipe keeps: few entries of a flat distribution are alike in models that are not
+# whatever the recipe keeps: few entries of a flat distribution are alike in models that are not
+_PROBE_ENTRIES = 128
 
 
 class TransformersEngine:
-    """A causal LM in this process. Construction loads it and proves its head and its packing on a probe batch."""
+    """A causal LM in this process. Construction loads it and proves its head and its packing on a
+    probe batch."""
 
     def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str):
         self._section, self._recipe = section, recipe
         many_gpus = device == "cuda" and torch.cuda.device_count() > 1
-        self._model, self.digest = digest_beside(section, lambda: load_model(section, device_map="auto" if many_gpus else device))
+        self._model, self.digest = digest_beside(
+            section, lambda: load_model(section, device_map="auto" if many_gpus else device)
+        )
         check_head(self._model, vocab_size=recipe.vocab_size)
         check_packing(self._model, vocab_size=recipe.vocab_size)
-        self._head = replace(head_of(self._model, vocab_size=recipe.vocab_size), float32_logits=section.logits == "exact")
+        self._head = replace(
+            head_of(self._model, vocab_size=recipe.vocab_size),
+            float32_logits=section.logits == "exact",
+        )
 
     @classmethod
     def describe(cls, _section: TeacherSection, /) -> Capabilities:
@@ -48,18 +64,25 @@ class TransformersEngine:
         return self._compress(item, k=self._recipe.k, tail_draws=self._recipe.num_draws)
 
     def probe(self) -> Probe:
-        """What this replica says to `probe_item`, and of its number format and its weights, to be compared with its fellows' words."""
+        """What this replica says to `probe_item`, and of its number format and its weights, to be
+        compared with its fellows' words."""
         answer = self._answer()
         with rounded_otherwise(self._model):
             rounding_kl = mean_kl(answer, self._answer())
         return Probe(answer, rounding_kl, hashes_of_weights(self._model))
 
     def _answer(self) -> CompressedLogits:
-        parts = self._compress(probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0)
+        parts = self._compress(
+            probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0
+        )
         return concatenate(parts).map(torch.Tensor.cpu)
 
     def backend(self) -> Backend:
-        return backend_for(self._head.logits(self._head.weight_VH[:1]), k=self._recipe.k, temperature=self._recipe.temperature)
+        return backend_for(
+            self._head.logits(self._head.weight_VH[:1]),
+            k=self._recipe.k,
+            temperature=self._recipe.temperature,
+        )
 
     @torch.inference_mode()
     def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> Iterator[CompressedLogits]:

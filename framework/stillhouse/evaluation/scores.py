@@ -1,4 +1,5 @@
-"""The exact comparison: teacher and student side by side on held-out text, both distributions dense, in token blocks.
+"""The exact comparison: teacher and student side by side on held-out text, both distributions
+dense, in token blocks.
 
 Nothing here comes from compressed targets, so nothing here can inherit their error.
 
@@ -36,8 +37,12 @@ class Scores:
     cross_entropy: float
     kl: float  # KL(teacher || model); 0 for the teacher itself
     agreement: float  # share of tokens where the model's first choice is the teacher's
-    calibration_error: float  # expected calibration error of the first choice, 15 equal-width bins (Guo et al. 2017, arXiv 1706.04599)
-    acceptance: float  # mean of sum_v min(p, q): the share of drafts that speculative decoding would accept (arXiv 2211.17192)
+    # expected calibration error of the first choice, 15 equal-width bins (Guo et al. 2017, arXiv
+    # 1706.04599)
+    calibration_error: float
+    # mean of sum_v min(p, q): the share of drafts that speculative decoding would accept (arXiv
+    # 2211.17192)
+    acceptance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,8 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationJob:
-    """Which models to score on which sequences. All are compared with `teacher`, which is scored as well."""
+    """Which models to score on which sequences. All are compared with `teacher`, which is scored as
+    well."""
 
     teacher: ModelSection
     models: Mapping[ModelName, ModelSection | Trained]
@@ -64,7 +70,8 @@ class EvaluationJob:
 
 
 def evaluate(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
-    """Scores of the teacher and each model, by name, on the masked-in tokens of `heldout`. Runs in the calling process."""
+    """Scores of the teacher and each model, by name, on the masked-in tokens of `heldout`. Runs in
+    the calling process."""
     prepare_process(job.device, job.threads)
     job.secrets.adopt()
     with process_log("evaluation", job.log):
@@ -81,7 +88,9 @@ def _evaluated(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores
             hidden = {name: scorer.hidden(batch) for name, scorer in scorers.items()}
             for first in range(0, len(batch.labels_T), job.section.block_tokens):
                 block = slice(first, first + job.section.block_tokens)
-                logprobs = {name: scorer.logprobs(hidden[name][block]) for name, scorer in scorers.items()}
+                logprobs = {
+                    name: scorer.logprobs(hidden[name][block]) for name, scorer in scorers.items()
+                }
                 for name, tally in tallies.items():
                     tally.add(logprobs["teacher"], logprobs[name], batch.labels_T[block])
     return {name: tally.scores() for name, tally in tallies.items()}
@@ -102,9 +111,13 @@ class _Scorer:
 
 def _scorer(wanted: ModelSection | Trained, job: EvaluationJob) -> _Scorer:
     if isinstance(wanted, Trained):
-        from stillhouse.student.export import load_trained  # DeepSpeed, which takes seconds to import
+        from stillhouse.student.export import (
+            load_trained,
+        )  # DeepSpeed, which takes seconds to import
 
-        model: Any = load_trained(wanted.checkpoints, wanted.section, tell=outage_teller(wanted.tracker))[0].eval()
+        model: Any = load_trained(
+            wanted.checkpoints, wanted.section, tell=outage_teller(wanted.tracker)
+        )[0].eval()
         model.to(job.device)
     else:
         many_gpus = job.device == "cuda" and torch.cuda.device_count() > 1
@@ -123,10 +136,12 @@ class _Tally:
 
     num_tokens: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
-    bins: Tensor = field(default_factory=lambda: torch.zeros(3, _NUM_BINS, dtype=torch.float64))  # count, confidence, correct
+    # count, confidence, correct
+    bins: Tensor = field(default_factory=lambda: torch.zeros(3, _NUM_BINS, dtype=torch.float64))
 
     def add(self, teacher_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> None:
-        """One block of tokens. The work is done where the teacher's values are, and 32 numbers come back."""
+        """One block of tokens. The work is done where the teacher's values are, and 32 numbers come
+        back."""
         model_TV, labels_T = model_TV.to(teacher_TV.device), labels_T.to(teacher_TV.device)
         p_TV = teacher_TV.exp()
         confidence_T, choice_T = model_TV.max(dim=-1)
@@ -140,7 +155,9 @@ class _Tally:
         bins_T = (confidence_T * _NUM_BINS).long().clamp_max(_NUM_BINS - 1)
         correct_T = (choice_T == labels_T).double()
         found = torch.zeros(3, _NUM_BINS, dtype=torch.float64, device=bins_T.device)
-        found.index_add_(1, bins_T, torch.stack([torch.ones_like(correct_T), confidence_T.double(), correct_T]))
+        found.index_add_(
+            1, bins_T, torch.stack([torch.ones_like(correct_T), confidence_T.double(), correct_T])
+        )
         self.bins += found.cpu()
 
     def scores(self) -> Scores:

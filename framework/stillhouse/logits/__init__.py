@@ -2,7 +2,14 @@
 
 from stillhouse.logits.backend import Backend
 from stillhouse.logits.codec import decode, encode
-from stillhouse.logits.compressed import CompressedLogits, Fidelity, concatenate, densify, fidelity, kept_mass
+from stillhouse.logits.compressed import (
+    CompressedLogits,
+    Fidelity,
+    concatenate,
+    densify,
+    fidelity,
+    kept_mass,
+)
 from stillhouse.logits.head import Head
 from stillhouse.logits.record import CODEC_VERSION, Codec
 from stillhouse.logits.topk.dispatch import backend_for, compress, compress_hidden

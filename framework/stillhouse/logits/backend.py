@@ -1,4 +1,5 @@
-"""Which implementation does a piece of work, and why: for people to read, in journals and benches."""
+"""Which implementation does a piece of work, and why: for people to read, in journals and
+benches."""
 
 from typing import NamedTuple
 

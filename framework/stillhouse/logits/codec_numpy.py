@@ -26,15 +26,24 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def encode(c: CompressedLogits, codec: Codec) -> Tensor:
-    """Records uint8 [T, codec.bytes_per_token] of a target on the CPU that has the codec's shape. Raises ChunkError."""
+    """Records uint8 [T, codec.bytes_per_token] of a target on the CPU that has the codec's shape.
+    Raises ChunkError."""
     ids_TK, draws_TN = c.token_ids_TK.numpy(), c.tail_ids_TN.numpy()
     logprobs_TK, log_tail_T = c.logprobs_TK.numpy(), c.tail_logmass_T.numpy()
     records_TB = np.empty((c.num_tokens, codec.bytes_per_token), np.uint8)
 
     def write(rows: slice) -> None:
         kept_TK, drawn_TN = ids_TK[rows].astype(np.int64), draws_TN[rows].astype(np.int64)
-        kept = _encode_kept(kept_TK, logprobs_TK[rows], log_tail_T[rows], codec, first_row=rows.start) if codec.k else []
-        drawn = _encode_ids(drawn_TN, codec, first_row=rows.start, distinct=False) if codec.num_draws else []
+        kept = (
+            _encode_kept(kept_TK, logprobs_TK[rows], log_tail_T[rows], codec, first_row=rows.start)
+            if codec.k
+            else []
+        )
+        drawn = (
+            _encode_ids(drawn_TN, codec, first_row=rows.start, distinct=False)
+            if codec.num_draws
+            else []
+        )
         np.concatenate([*kept, *drawn], axis=1, out=records_TB[rows])
 
     _in_blocks(write, c.num_tokens, codec)
@@ -53,7 +62,9 @@ def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
     def read(rows: slice) -> None:
         header, ids, values, draws = np.split(records[rows], ends[:-1], axis=1)
         if codec.k:
-            range_T, log_tail_T[rows] = np.ascontiguousarray(header).view(_HALF).astype(np.float32).T
+            range_T, log_tail_T[rows] = (
+                np.ascontiguousarray(header).view(_HALF).astype(np.float32).T
+            )
             _require(record.wrong_header(range_T, log_tail_T[rows], codec), rows.start)
             kept_TK = _decode_ids(ids, codec.k, codec, first_row=rows.start, distinct=True)
             unsorted_TK = _unpack(values, codec.k, width=codec.value_bits, first_row=rows.start)
@@ -61,7 +72,9 @@ def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
             _require(record.wrong_codes(codes_TK, range_T, codec), rows.start)
             logprobs_TK[rows] = _logprobs(codes_TK, range_T, log_tail_T[rows], codec)
         if codec.num_draws:
-            draws_TN[rows] = _decode_ids(draws, codec.num_draws, codec, first_row=rows.start, distinct=False)
+            draws_TN[rows] = _decode_ids(
+                draws, codec.num_draws, codec, first_row=rows.start, distinct=False
+            )
 
     _in_blocks(read, num_tokens, codec)
     return CompressedLogits(
@@ -75,7 +88,8 @@ def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
 
 
 def _in_blocks(work: Callable[[slice], None], num_tokens: int, codec: Codec) -> None:
-    """`work` on all rows, a block at a time; it raises ChunkError for the first row with some complaint, this for the first with any."""
+    """`work` on all rows, a block at a time; it raises ChunkError for the first row with some
+    complaint, this for the first with any."""
     step = max(1, _BLOCK_ENTRIES // (codec.k + codec.num_draws))
     for start in range(0, num_tokens, step):
         rows = range(start, min(start + step, num_tokens))
@@ -93,30 +107,46 @@ def _require(complaints: Complaints, first_row: int) -> None:
             raise record.refusal(first_row + int(wrong_T.argmax()), complaint)
 
 
-# Ids ----------------------------------------------------------------------------------------------------------------------------------
+# Ids
+# ------------------------------------------------------------------------------------------------
 
 
 def _encode_ids(ids_TM: Ints, codec: Codec, *, first_row: int, distinct: bool) -> list[Bytes]:
     _require(record.wrong_ids(ids_TM, codec, distinct=distinct), first_row)
     num_rows, m = ids_TM.shape
-    low, (_, high_bytes) = record.low_bits(m, codec.vocab_size), record.elias_fano_bytes(m, codec.vocab_size)
+    low, (_, high_bytes) = (
+        record.low_bits(m, codec.vocab_size),
+        record.elias_fano_bytes(m, codec.vocab_size),
+    )
     high_bits = np.zeros((num_rows, 8 * high_bytes), np.uint8)
     np.put_along_axis(high_bits, (ids_TM >> low) + np.arange(m), 1, axis=1)
-    return [_pack(ids_TM & ((1 << low) - 1), low), np.packbits(high_bits, axis=1, bitorder="little")]
+    return [
+        _pack(ids_TM & ((1 << low) - 1), low),
+        np.packbits(high_bits, axis=1, bitorder="little"),
+    ]
 
 
 def _decode_ids(section: Bytes, m: int, codec: Codec, *, first_row: int, distinct: bool) -> Ints:
-    low, (low_bytes, _) = record.low_bits(m, codec.vocab_size), record.elias_fano_bytes(m, codec.vocab_size)
+    low, (low_bytes, _) = (
+        record.low_bits(m, codec.vocab_size),
+        record.elias_fano_bytes(m, codec.vocab_size),
+    )
     high_bits = np.unpackbits(section[:, low_bytes:], axis=1, bitorder="little")
     _require(record.wrong_number(high_bits.sum(axis=1, dtype=np.int64), m), first_row)
     num_rows, num_bits = high_bits.shape
-    ones_TM = np.flatnonzero(high_bits.view(np.bool_)).reshape(num_rows, m) - num_bits * np.arange(num_rows)[:, None]
-    ids_TM = ((ones_TM - np.arange(m)) << low) | _unpack(section[:, :low_bytes], m, width=low, first_row=first_row)
+    ones_TM = (
+        np.flatnonzero(high_bits.view(np.bool_)).reshape(num_rows, m)
+        - num_bits * np.arange(num_rows)[:, None]
+    )
+    ids_TM = ((ones_TM - np.arange(m)) << low) | _unpack(
+        section[:, :low_bytes], m, width=low, first_row=first_row
+    )
     _require(record.wrong_ids(ids_TM, codec, distinct=distinct), first_row)
     return ids_TM
 
 
-# Bit streams --------------------------------------------------------------------------------------------------------------------------
+# Bit streams
+# ------------------------------------------------------------------------------------------------
 
 
 def _pack(values_TM: Ints, width: int) -> Bytes:
@@ -124,7 +154,9 @@ def _pack(values_TM: Ints, width: int) -> Bytes:
     num_rows, m = values_TM.shape
     if width == 0:
         return np.empty((num_rows, 0), np.uint8)
-    bytes_TB = values_TM if width == 8 else _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
+    bytes_TB = (
+        values_TM if width == 8 else _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
+    )
     return bytes_TB.astype(np.uint8)
 
 
@@ -135,8 +167,11 @@ def _unpack(section: Bytes, m: int, *, width: int, first_row: int) -> Ints:
     return fields_TM.astype(np.int64)
 
 
-def _recut(fields_TM: npt.NDArray[Any], count: int, *, width: int, as_width: int) -> npt.NDArray[Any]:
-    """The first `count` fields of `as_width` bits of a stream that comes as fields of `width` bits; behind its end there are zeros."""
+def _recut(
+    fields_TM: npt.NDArray[Any], count: int, *, width: int, as_width: int
+) -> npt.NDArray[Any]:
+    """The first `count` fields of `as_width` bits of a stream that comes as fields of `width` bits;
+    behind its end there are zeros."""
     starts_N = as_width * np.arange(count)
     first_N, skipped_N = starts_N // width, starts_N % width
     num_touched = -(-(width - 1 + as_width) // width)  # at most, by one new field
@@ -150,36 +185,52 @@ def _recut(fields_TM: npt.NDArray[Any], count: int, *, width: int, as_width: int
     return touched_TN
 
 
-# Values -------------------------------------------------------------------------------------------------------------------------------
+# Values
+# ------------------------------------------------------------------------------------------------
 
 
-def _encode_kept(ids_TK: Ints, logprobs_TK: Floats, log_tail_T: Floats, codec: Codec, *, first_row: int) -> list[Bytes]:
+def _encode_kept(
+    ids_TK: Ints, logprobs_TK: Floats, log_tail_T: Floats, codec: Codec, *, first_row: int
+) -> list[Bytes]:
     best_T = logprobs_TK.max(axis=1)
     _require(record.wrong_target(best_T, log_tail_T, codec), first_row)
     drops_TK = np.minimum(best_T[:, None] - logprobs_TK, np.float32(record.MOST_RANGE))
     range_T = np.maximum(drops_TK.max(axis=1), np.float32(record.LEAST_RANGE)).astype(_HALF)
-    roots_TK, range_root_T1 = np.sqrt(1 + drops_TK) - 1, np.sqrt(1 + range_T.astype(np.float32)[:, None]) - 1
+    roots_TK, range_root_T1 = (
+        np.sqrt(1 + drops_TK) - 1,
+        np.sqrt(1 + range_T.astype(np.float32)[:, None]) - 1,
+    )
     codes_TK = record.codes_of(roots_TK, range_root_T1, codec).astype(np.int64)
     limited_T = log_tail_T.clip(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)
     stored_tail_T = np.where(log_tail_T == -np.inf, log_tail_T, limited_T).astype(_HALF)
     header = np.stack([range_T, stored_tail_T], axis=1).view(np.uint8)
     ids_TK, codes_TK = _sort_pairs(ids_TK, codes_TK)
-    return [header, *_encode_ids(ids_TK, codec, first_row=first_row, distinct=True), _pack(codes_TK, codec.value_bits)]
+    return [
+        header,
+        *_encode_ids(ids_TK, codec, first_row=first_row, distinct=True),
+        _pack(codes_TK, codec.value_bits),
+    ]
 
 
 def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, codec: Codec) -> Floats:
-    drops_TK = record.drops_of(codes_TK.astype(np.float64), np.sqrt(1 + range_T[:, None].astype(np.float64)) - 1, codec)
-    best_T = _log_one_minus_exp(log_tail_T.astype(np.float64)) - np.log(np.exp(-drops_TK).sum(axis=1))
+    drops_TK = record.drops_of(
+        codes_TK.astype(np.float64), np.sqrt(1 + range_T[:, None].astype(np.float64)) - 1, codec
+    )
+    best_T = _log_one_minus_exp(log_tail_T.astype(np.float64)) - np.log(
+        np.exp(-drops_TK).sum(axis=1)
+    )
     return (best_T[:, None] - drops_TK).astype(np.float32)
 
 
 def _log_one_minus_exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012, "Accurately computing log(1 -
+    exp(-|a|))")."""
     near_zero = np.maximum(x, -np.log(2))
     return np.where(x > -np.log(2), np.log(-np.expm1(near_zero)), np.log1p(-np.exp(x)))
 
 
 def _sort_pairs(first_TM: Ints, second_TM: Ints) -> tuple[Ints, Ints]:
-    """Each row's pairs of numbers below 2^31, the second not negative, ascending by the first, then by the second."""
+    """Each row's pairs of numbers below 2^31, the second not negative, ascending by the first, then
+    by the second."""
     pairs_TM = np.sort((first_TM << 32) | second_TM, axis=1)
     return pairs_TM >> 32, pairs_TM & 0xFFFFFFFF

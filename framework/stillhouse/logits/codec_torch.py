@@ -1,7 +1,9 @@
-"""Records on any device, in torch: nothing leaves it, and it is waited for once, at the end, to learn what to refuse.
+"""Records on any device, in torch: nothing leaves it, and it is waited for once, at the end, to
+learn what to refuse.
 
-The bytes are those of `codec_numpy`: whole numbers, sorting, and operations that round to nearest (+, -, *, /, square root) decide them.
-Exponentials and logarithms, which differ between libraries, come after them, in float64: decoded values agree to a bit of float32.
+The bytes are those of `codec_numpy`: whole numbers, sorting, and operations that round to nearest
+(+, -, *, /, square root) decide them. Exponentials and logarithms, which differ between libraries,
+come after them, in float64: decoded values agree to a bit of float32.
 
 Shapes: T tokens, K exact head entries, N tail draws, B bytes of a record or section, M = K or N.
 """
@@ -18,19 +20,25 @@ from stillhouse.logits import record
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.record import Codec, Complaints
 
-_BLOCK_ENTRIES = 1 << 21  # ids worked on at one time: enough for a GPU, and some 200 MB of its memory
+# ids worked on at one time: enough for a GPU, and some 200 MB of its memory
+_BLOCK_ENTRIES = 1 << 21
 
 
 def encode(c: CompressedLogits, codec: Codec) -> Tensor:
-    """Records uint8 [T, codec.bytes_per_token], on its device, of a target that has the codec's shape. Raises ChunkError."""
-    blocks = [_encode_block(c.map(itemgetter(rows)), codec) for rows in _row_blocks(c.num_tokens, codec)]
+    """Records uint8 [T, codec.bytes_per_token], on its device, of a target that has the codec's
+    shape. Raises ChunkError."""
+    blocks = [
+        _encode_block(c.map(itemgetter(rows)), codec) for rows in _row_blocks(c.num_tokens, codec)
+    ]
     _require_none([complaints for _, complaints in blocks])
     return torch.cat([records_TB for records_TB, _ in blocks])
 
 
 def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
     """The target that records of the codec's size hold, on their device. Raises ChunkError."""
-    blocks = [_decode_block(records_TB[rows], codec) for rows in _row_blocks(records_TB.shape[0], codec)]
+    blocks = [
+        _decode_block(records_TB[rows], codec) for rows in _row_blocks(records_TB.shape[0], codec)
+    ]
     _require_none([complaints for _, complaints in blocks])
     return concatenate([target for target, _ in blocks])
 
@@ -42,8 +50,11 @@ def _row_blocks(num_tokens: int, codec: Codec) -> Iterator[slice]:
 
 
 def _require_none(by_block: list[Complaints]) -> None:
-    """Raise ChunkError for the first row of which a complaint is true, and for the first of its complaints."""
-    wrong_TC = torch.cat([torch.stack([wrong_T for _, wrong_T in complaints], dim=1) for complaints in by_block])
+    """Raise ChunkError for the first row of which a complaint is true, and for the first of its
+    complaints."""
+    wrong_TC = torch.cat(
+        [torch.stack([wrong_T for _, wrong_T in complaints], dim=1) for complaints in by_block]
+    )
     if wrong_TC.any():
         row = int(wrong_TC.any(dim=1).int().argmax())
         complaint, _ = by_block[0][int(wrong_TC[row].int().argmax())]
@@ -53,7 +64,11 @@ def _require_none(by_block: list[Complaints]) -> None:
 def _encode_block(c: CompressedLogits, codec: Codec) -> tuple[Tensor, Complaints]:
     complaints: Complaints = []
     kept = _encode_kept(c, codec, complaints) if codec.k else []
-    drawn = _encode_ids(c.tail_ids_TN.long(), codec, complaints, distinct=False) if codec.num_draws else []
+    drawn = (
+        _encode_ids(c.tail_ids_TN.long(), codec, complaints, distinct=False)
+        if codec.num_draws
+        else []
+    )
     return torch.cat([*kept, *drawn], dim=1), complaints
 
 
@@ -65,25 +80,39 @@ def _decode_block(records_TB: Tensor, codec: Codec) -> tuple[CompressedLogits, C
         kept = _decode_kept(header, ids, values, codec, complaints)
     if codec.num_draws:
         draws = _decode_ids(draws, codec.num_draws, codec, complaints, distinct=False)
-    return CompressedLogits(*kept, draws.int(), vocab_size=codec.vocab_size, temperature=codec.temperature), complaints
+    return CompressedLogits(
+        *kept, draws.int(), vocab_size=codec.vocab_size, temperature=codec.temperature
+    ), complaints
 
 
-# Ids ----------------------------------------------------------------------------------------------------------------------------------
+# Ids
+# ------------------------------------------------------------------------------------------------
 
 
-def _encode_ids(ids_TM: Tensor, codec: Codec, complaints: Complaints, *, distinct: bool) -> list[Tensor]:
+def _encode_ids(
+    ids_TM: Tensor, codec: Codec, complaints: Complaints, *, distinct: bool
+) -> list[Tensor]:
     complaints += record.wrong_ids(ids_TM, codec, distinct=distinct)
     num_rows, m = ids_TM.shape
-    low, (_, high_bytes) = record.low_bits(m, codec.vocab_size), record.elias_fano_bytes(m, codec.vocab_size)
+    low, (_, high_bytes) = (
+        record.low_bits(m, codec.vocab_size),
+        record.elias_fano_bytes(m, codec.vocab_size),
+    )
     ones_TM = (ids_TM >> low) + torch.arange(m, device=ids_TM.device)
     high_bits = ids_TM.new_zeros((num_rows, 8 * high_bytes), dtype=torch.uint8)
-    high_bits.scatter_(1, ones_TM.clamp(0, 8 * high_bytes - 1), 1)  # clamped: ids that will be refused must not fault the device
-    high_section = (high_bits.view(num_rows, high_bytes, 8) << _bit_numbers(ids_TM)).sum(dim=2, dtype=torch.uint8)
+    # clamped: ids that will be refused must not fault the device
+    high_bits.scatter_(1, ones_TM.clamp(0, 8 * high_bytes - 1), 1)
+    high_section = (high_bits.view(num_rows, high_bytes, 8) << _bit_numbers(ids_TM)).sum(
+        dim=2, dtype=torch.uint8
+    )
     return [_pack(ids_TM & ((1 << low) - 1), low), high_section]
 
 
-def _decode_ids(section: Tensor, m: int, codec: Codec, complaints: Complaints, *, distinct: bool) -> Tensor:
-    """The i-th one is where the count of ones first reaches i: so no shape depends on what the bytes hold."""
+def _decode_ids(
+    section: Tensor, m: int, codec: Codec, complaints: Complaints, *, distinct: bool
+) -> Tensor:
+    """The i-th one is where the count of ones first reaches i: so no shape depends on what the
+    bytes hold."""
     low, sizes = record.low_bits(m, codec.vocab_size), record.elias_fano_bytes(m, codec.vocab_size)
     low_section, high_section = section.split(sizes, dim=1)
     high_bits = ((high_section[:, :, None] >> _bit_numbers(section)) & 1).flatten(1)
@@ -96,7 +125,8 @@ def _decode_ids(section: Tensor, m: int, codec: Codec, complaints: Complaints, *
     return ids_TM
 
 
-# Bit streams --------------------------------------------------------------------------------------------------------------------------
+# Bit streams
+# ------------------------------------------------------------------------------------------------
 
 
 def _pack(values_TM: Tensor, width: int) -> Tensor:
@@ -104,7 +134,9 @@ def _pack(values_TM: Tensor, width: int) -> Tensor:
     num_rows, m = values_TM.shape
     if width == 0:
         return values_TM.new_empty((num_rows, 0), dtype=torch.uint8)
-    bytes_TB = values_TM if width == 8 else _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
+    bytes_TB = (
+        values_TM if width == 8 else _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
+    )
     return bytes_TB.to(torch.uint8)
 
 
@@ -115,7 +147,8 @@ def _unpack(section: Tensor, m: int, width: int, complaints: Complaints) -> Tens
 
 
 def _recut(fields_TM: Tensor, count: int, *, width: int, as_width: int) -> Tensor:
-    """The first `count` fields of `as_width` bits of a stream that comes as fields of `width` bits; behind its end there are zeros."""
+    """The first `count` fields of `as_width` bits of a stream that comes as fields of `width` bits;
+    behind its end there are zeros."""
     starts_N = as_width * torch.arange(count, device=fields_TM.device)
     first_N, skipped_N = starts_N // width, starts_N % width
     num_touched = -(-(width - 1 + as_width) // width)  # at most, by one new field
@@ -130,7 +163,8 @@ def _bit_numbers(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
-# Values -------------------------------------------------------------------------------------------------------------------------------
+# Values
+# ------------------------------------------------------------------------------------------------
 
 
 def _encode_kept(c: CompressedLogits, codec: Codec, complaints: Complaints) -> list[Tensor]:
@@ -142,32 +176,52 @@ def _encode_kept(c: CompressedLogits, codec: Codec, complaints: Complaints) -> l
     stored_tail_T1 = torch.where(log_tail_T1 == -math.inf, log_tail_T1, limited_T1).half()
     header = torch.cat([range_T1, stored_tail_T1], dim=1).view(torch.uint8)
     ids_TK, order_TK = c.token_ids_TK.long().sort(dim=1)
-    codes_TK = record.codes_of(_root(drops_TK), _root(range_T1.float()), codec).long().gather(1, order_TK)
-    return [header, *_encode_ids(ids_TK, codec, complaints, distinct=True), _pack(codes_TK, codec.value_bits)]
+    codes_TK = (
+        record.codes_of(_root(drops_TK), _root(range_T1.float()), codec).long().gather(1, order_TK)
+    )
+    return [
+        header,
+        *_encode_ids(ids_TK, codec, complaints, distinct=True),
+        _pack(codes_TK, codec.value_bits),
+    ]
 
 
-def _decode_kept(header: Tensor, ids: Tensor, values: Tensor, codec: Codec, complaints: Complaints) -> tuple[Tensor, Tensor, Tensor]:
+def _decode_kept(
+    header: Tensor, ids: Tensor, values: Tensor, codec: Codec, complaints: Complaints
+) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and log-probabilities [T, K] in their order, and the tail's [T]."""
     halves_T2 = header.clone(memory_format=torch.contiguous_format).view(torch.float16)
     range_T1, log_tail_T1 = halves_T2.float().split(1, dim=1)
     complaints += record.wrong_header(range_T1[:, 0], log_tail_T1[:, 0], codec)
     ids_TK = _decode_ids(ids, codec.k, codec, complaints, distinct=True)
-    codes_TK, order_TK = _unpack(values, codec.k, codec.value_bits, complaints).sort(dim=1, stable=True)
+    codes_TK, order_TK = _unpack(values, codec.k, codec.value_bits, complaints).sort(
+        dim=1, stable=True
+    )
     complaints += record.wrong_codes(codes_TK, range_T1[:, 0], codec)
-    return ids_TK.gather(1, order_TK).int(), _logprobs(codes_TK, range_T1, log_tail_T1, codec), log_tail_T1[:, 0]
+    return (
+        ids_TK.gather(1, order_TK).int(),
+        _logprobs(codes_TK, range_T1, log_tail_T1, codec),
+        log_tail_T1[:, 0],
+    )
 
 
 def _logprobs(codes_TK: Tensor, range_T1: Tensor, log_tail_T1: Tensor, codec: Codec) -> Tensor:
     drops_TK = record.drops_of(codes_TK.double(), (1 + range_T1.double()).sqrt() - 1, codec)
-    best_T1 = _log_one_minus_exp(log_tail_T1.double()) - (-drops_TK).exp().sum(dim=1, keepdim=True).log()
+    best_T1 = (
+        _log_one_minus_exp(log_tail_T1.double()) - (-drops_TK).exp().sum(dim=1, keepdim=True).log()
+    )
     return (best_T1 - drops_TK).float()
 
 
 def _root(drops: Tensor) -> Tensor:
-    """Through float64, which rounds to the nearest float32; torch's own square root of float32 on a processor is not always that."""
+    """Through float64, which rounds to the nearest float32; torch's own square root of float32 on a
+    processor is not always that."""
     return (1 + drops).double().sqrt().float() - 1
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012, "Accurately computing log(1 - exp(-|a|))")."""
-    return torch.where(x > -math.log(2), (-x.clamp(min=-math.log(2)).expm1()).log(), (-x.exp()).log1p())
+    """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012, "Accurately computing log(1 -
+    exp(-|a|))")."""
+    return torch.where(
+        x > -math.log(2), (-x.clamp(min=-math.log(2)).expm1()).log(), (-x.exp()).log1p()
+    )

@@ -1,4 +1,5 @@
-"""The target as a value: what is kept of a teacher's distribution, so that no kept probability is ever renormalised.
+"""The target as a value: what is kept of a teacher's distribution, so that no kept probability is
+ever renormalised.
 
 Shapes: T tokens, K exact head entries, N draws from the tail, V vocabulary.
 """
@@ -22,7 +23,9 @@ class CompressedLogits:
     token_ids_TK: Tensor  # int32, by logprob descending, ties by id ascending
     logprobs_TK: Tensor  # float32, never renormalised
     tail_logmass_T: Tensor  # float32, log(1 - sum of the kept p); exactly -inf where K = V
-    tail_ids_TN: Tensor  # int32, ascending, repeats allowed: each draw stands for 1/N of the tail's mass; N = 0: one bucket
+    # int32, ascending, repeats allowed: each draw stands for 1/N of the tail's mass; N = 0: one
+    # bucket
+    tail_ids_TN: Tensor
     vocab_size: int
     temperature: float = 1.0
 
@@ -39,7 +42,8 @@ class CompressedLogits:
         return self.tail_ids_TN.shape[1]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "CompressedLogits":
-        """The same target with `change` applied to each of its four tensors: a slice, a device, a pin."""
+        """The same target with `change` applied to each of its four tensors: a slice, a device, a
+        pin."""
         return replace(
             self,
             token_ids_TK=change(self.token_ids_TK),
@@ -49,7 +53,8 @@ class CompressedLogits:
         )
 
     def with_rows(self, rows_R: Tensor, other: "CompressedLogits") -> "CompressedLogits":
-        """The same target with the tokens of these numbers (int64 [R]) taken from another one, which has only them."""
+        """The same target with the tokens of these numbers (int64 [R]) taken from another one,
+        which has only them."""
         return replace(
             self,
             token_ids_TK=self.token_ids_TK.index_copy(0, rows_R, other.token_ids_TK),
@@ -64,7 +69,8 @@ class CompressedLogits:
 
 
 def concatenate(parts: Iterable[CompressedLogits]) -> CompressedLogits:
-    """One target of all the parts' tokens in order. The parts agree on K, N, vocabulary and temperature; there is at least one."""
+    """One target of all the parts' tokens in order. The parts agree on K, N, vocabulary and
+    temperature; there is at least one."""
     parts = list(parts)
     return CompressedLogits(
         torch.cat([part.token_ids_TK for part in parts]),
@@ -77,14 +83,17 @@ def concatenate(parts: Iterable[CompressedLogits]) -> CompressedLogits:
 
 
 def densify(c: CompressedLogits) -> Tensor:
-    """float32 [T, V] log-probabilities: the kept entries as they are, the tail's mass spread evenly over the other ids, or over its draws.
+    """float32 [T, V] log-probabilities: the kept entries as they are, the tail's mass spread evenly
+    over the other ids, or over its draws.
 
     For tests and small vocabularies: its size is that of the logits.
     """
     kept_TK, draws_TN = c.token_ids_TK.long(), c.tail_ids_TN.long()
     shape = (c.num_tokens, c.vocab_size)
     if c.num_draws:
-        shares_TV = c.logprobs_TK.new_zeros(shape).scatter_add_(1, draws_TN, c.logprobs_TK.new_ones(draws_TN.shape))
+        shares_TV = c.logprobs_TK.new_zeros(shape).scatter_add_(
+            1, draws_TN, c.logprobs_TK.new_ones(draws_TN.shape)
+        )
     else:
         shares_TV = c.logprobs_TK.new_ones(shape).scatter_(1, kept_TK, 0.0)
     spread_TV = shares_TV.log() - shares_TV.sum(dim=1, keepdim=True).log()
@@ -106,9 +115,11 @@ class Fidelity:
 
 
 def fidelity(exact: CompressedLogits, decoded: CompressedLogits) -> Fidelity:
-    """Compare two targets of the same tokens, on one device, over their K + 1 buckets (the kept entries and the tail), in float64.
+    """Compare two targets of the same tokens, on one device, over their K + 1 buckets (the kept
+    entries and the tail), in float64.
 
-    Of no tokens, nothing is lost: (1, 0, 0). Raises ChunkError naming the first token for which the two keep different ids.
+    Of no tokens, nothing is lost: (1, 0, 0). Raises ChunkError naming the first token for which the
+    two keep different ids.
     """
     if exact.num_tokens == 0:
         return Fidelity(kept_mass=1.0, codec_kl=0.0, worst_kl=0.0)
@@ -116,13 +127,21 @@ def fidelity(exact: CompressedLogits, decoded: CompressedLogits) -> Fidelity:
     decoded_ids_TK, q_TX = _buckets(decoded)
     other_T = (ids_TK != decoded_ids_TK).any(dim=1)
     if other_T.any():
-        raise ChunkError(f"the decoded target keeps other ids than the exact one at token {int(other_T.int().argmax())}; encode it anew")
+        raise ChunkError(
+            "the decoded target keeps other ids than the exact one at token "
+            f"{int(other_T.int().argmax())}; encode it anew"
+        )
     kl_T = torch.where(p_TX == -torch.inf, 0.0, p_TX.exp() * (p_TX - q_TX)).sum(dim=1)
-    return Fidelity(kept_mass=float(kept_mass(exact).mean()), codec_kl=float(kl_T.mean()), worst_kl=float(kl_T.max()))
+    return Fidelity(
+        kept_mass=float(kept_mass(exact).mean()),
+        codec_kl=float(kl_T.mean()),
+        worst_kl=float(kl_T.max()),
+    )
 
 
 def _buckets(c: CompressedLogits) -> tuple[Tensor, Tensor]:
-    """The kept ids, ascending, and the float64 log-probabilities [T, K + 1] of these and of the tail."""
+    """The kept ids, ascending, and the float64 log-probabilities [T, K + 1] of these and of the
+    tail."""
     ids_TK, order_TK = c.token_ids_TK.sort(dim=1)
     logprobs_TK = c.logprobs_TK.double().gather(1, order_TK)
     return ids_TK, torch.cat([logprobs_TK, c.tail_logmass_T.double()[:, None]], dim=1)

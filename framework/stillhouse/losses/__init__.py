@@ -1,1 +1,2 @@
-"""What a student learns from: divergences on sparse targets, and the fused head that applies them."""
+"""What a student learns from: divergences on sparse targets, and the fused head that applies
+them."""

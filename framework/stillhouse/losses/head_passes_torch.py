@@ -1,4 +1,5 @@
-"""The two passes over a block of logits in torch's own operations: the reference, and the way of the CPU.
+"""The two passes over a block of logits in torch's own operations: the reference, and the way of
+the CPU.
 
 Shapes: C tokens of one block, K kept entries, V vocabulary.
 """
@@ -16,11 +17,13 @@ class Tail(NamedTuple):
 
     peak_C1: Tensor  # the greatest of them, before temperature; finite even where every id is kept
     sum_C1: Tensor  # of exp((logit - peak) / temperature)
-    text_sum_C1: Tensor  # of exp(logit - peak); the same tensor at temperature 1, or where nobody asks for it
+    # of exp(logit - peak); the same tensor at temperature 1, or where nobody asks for it
+    text_sum_C1: Tensor
 
 
 class Shares(NamedTuple):
-    """The gradient in a logit of the tail: share * exp((logit - peak) / temperature) + text_share * exp(logit - peak)."""
+    """The gradient in a logit of the tail: share * exp((logit - peak) / temperature) + text_share *
+    exp(logit - peak)."""
 
     peak_C1: Tensor
     share_C1: Tensor
@@ -28,7 +31,8 @@ class Shares(NamedTuple):
 
 
 class Passes(Protocol):
-    """Both passes over one block after another, each of at most as many tokens as there is room for."""
+    """Both passes over one block after another, each of at most as many tokens as there is room
+    for."""
 
     products_CV: Tensor  # room for the products, in the weight's dtype
 
@@ -36,7 +40,8 @@ class Passes(Protocol):
         """Sum up the tail. The products are lost, or marked for `write_`."""
 
     def write_(self, products_CV: Tensor, shares: Shares) -> Tensor:
-        """[C, V] gradient of the tail in the products, in the place of the products or of a buffer; anything at the kept ids."""
+        """[C, V] gradient of the tail in the products, in the place of the products or of a buffer;
+        anything at the kept ids."""
 
 
 def capped(head: Head, products_CX: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,14 +54,17 @@ def capped(head: Head, products_CX: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TorchPasses:
-    """In torch's own operations, in float32 (float64 where the weight is). Its buffers live as long as it does, and serve every block."""
+    """In torch's own operations, in float32 (float64 where the weight is). Its buffers live as long
+    as it does, and serve every block."""
 
     def __init__(self, head: Head, num_tokens: int, *, temperature: float, text: bool):
         weight_VH = head.weight_VH
         dtype = torch.promote_types(weight_VH.dtype, torch.float32)
 
         def buffer(wanted: bool) -> Tensor | None:
-            return weight_VH.new_empty((num_tokens, head.vocab_size), dtype=dtype) if wanted else None
+            return (
+                weight_VH.new_empty((num_tokens, head.vocab_size), dtype=dtype) if wanted else None
+            )
 
         self.products_CV = weight_VH.new_empty((num_tokens, head.vocab_size))
         self._head, self._temperature = head, temperature
@@ -66,19 +74,24 @@ class TorchPasses:
 
     def read_(self, products_CV: Tensor, ids_CK: Tensor) -> Tail:
         num_tokens = products_CV.shape[0]
-        masses_CV = products_CV if self._wide_CV is None else self._wide_CV[:num_tokens].copy_(products_CV)
+        masses_CV = (
+            products_CV if self._wide_CV is None else self._wide_CV[:num_tokens].copy_(products_CV)
+        )
         if self._head.scale != 1.0:
             masses_CV.mul_(self._head.scale)
         if self._head.softcap is not None and self._slope_CV is not None:
             masses_CV.div_(self._head.softcap).tanh_()
             torch.mul(masses_CV, masses_CV, out=self._slope_CV[:num_tokens]).neg_().add_(1.0)
             masses_CV.mul_(self._head.softcap)
-        masses_CV.scatter_(1, ids_CK, torch.finfo(masses_CV.dtype).min)  # not -inf, which would make NaN of an empty tail
+        # not -inf, which would make NaN of an empty tail
+        masses_CV.scatter_(1, ids_CK, torch.finfo(masses_CV.dtype).min)
         peak_C1 = masses_CV.amax(dim=1, keepdim=True)
         masses_CV.sub_(peak_C1)
         text_sum_C1 = None
         if self._text_CV is not None:
-            text_sum_C1 = torch.exp(masses_CV, out=self._text_CV[:num_tokens]).sum(dim=1, keepdim=True)
+            text_sum_C1 = torch.exp(masses_CV, out=self._text_CV[:num_tokens]).sum(
+                dim=1, keepdim=True
+            )
         if self._temperature != 1.0:
             masses_CV.div_(self._temperature)
         sum_C1 = masses_CV.exp_().sum(dim=1, keepdim=True)
@@ -89,5 +102,9 @@ class TorchPasses:
         gradient_CV = products_CV if self._wide_CV is None else self._wide_CV[:num_tokens]
         gradient_CV.mul_(shares.share_C1 * self._head.scale)
         if self._text_CV is not None:
-            gradient_CV.addcmul_(self._text_CV[:num_tokens], shares.text_share_C1 * self._head.scale)
-        return gradient_CV if self._slope_CV is None else gradient_CV.mul_(self._slope_CV[:num_tokens])
+            gradient_CV.addcmul_(
+                self._text_CV[:num_tokens], shares.text_share_C1 * self._head.scale
+            )
+        return (
+            gradient_CV if self._slope_CV is None else gradient_CV.mul_(self._slope_CV[:num_tokens])
+        )

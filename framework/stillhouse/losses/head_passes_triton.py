@@ -1,7 +1,9 @@
-"""The two passes over a block of logits on a GPU, one kernel each: bfloat16 products are read as they are, and become their gradient.
+"""The two passes over a block of logits on a GPU, one kernel each: bfloat16 products are read as
+they are, and become their gradient.
 
-Sums are in float32. A kept id is marked by -inf among the products, which no finite head makes: it adds nothing, and gets no gradient
-here. The kernels need nothing newer than Triton 3.6, and also run in Triton's interpreter.
+Sums are in float32. A kept id is marked by -inf among the products, which no finite head makes: it
+adds nothing, and gets no gradient here. The kernels need nothing newer than Triton 3.6, and also
+run in Triton's interpreter.
 
 Shapes: C tokens of one block, K kept entries, V vocabulary.
 """
@@ -22,15 +24,19 @@ from stillhouse.losses.head_passes_torch import Passes, Shares, Tail, TorchPasse
 _TILE_LOGITS = 4096  # that a program holds at one time
 _NUM_WARPS = 8
 _ROW_MULTIPLE = 64  # logits: a whole number of cache lines
-_NO_LOGIT = torch.finfo(torch.float32).min  # the peak of an empty tail: finite, so that nothing becomes NaN
+_NO_LOGIT = torch.finfo(
+    torch.float32
+).min  # the peak of an empty tail: finite, so that nothing becomes NaN
 _NO_SUM = torch.finfo(torch.float32).tiny
 
 
 class TritonPasses:
-    """`read_` reads each product once, `write_` reads and writes each once. For a head of any floating dtype but float64.
+    """`read_` reads each product once, `write_` reads and writes each once. For a head of any
+    floating dtype but float64.
 
-    Rows are whole cache lines apart, whatever the vocabulary, for the sake of the loads and of the matrix products; what lies
-    between them is always -inf, so that no kernel looks where a row ends.
+    Rows are whole cache lines apart, whatever the vocabulary, for the sake of the loads and of the
+    matrix products; what lies between them is always -inf, so that no kernel looks where a row
+    ends.
     """
 
     def __init__(self, head: Head, num_tokens: int, *, temperature: float, text: bool):
@@ -39,14 +45,29 @@ class TritonPasses:
         rows_CW[:, head.vocab_size :] = -torch.inf
         self.products_CV = rows_CW[:, : head.vocab_size]
         self._bend = (head.scale, head.softcap or 1.0, 1.0 / temperature)
-        self._options: dict[str, Any] = {"CAPPED": head.softcap is not None, "TEXT": text and temperature != 1.0, "TILE": _TILE_LOGITS}
+        self._options: dict[str, Any] = {
+            "CAPPED": head.softcap is not None,
+            "TEXT": text and temperature != 1.0,
+            "TILE": _TILE_LOGITS,
+        }
 
     def read_(self, products_CV: Tensor, ids_CK: Tensor) -> Tail:
         products_CV.scatter_(1, ids_CK, -torch.inf)
         num_tokens, width = products_CV.shape[0], products_CV.stride(0)
-        peak_C1, sum_C1, text_sum_C1 = (torch.empty((num_tokens, 1), device=products_CV.device) for _ in range(3))
+        peak_C1, sum_C1, text_sum_C1 = (
+            torch.empty((num_tokens, 1), device=products_CV.device) for _ in range(3)
+        )
         tails = (peak_C1, sum_C1, text_sum_C1)
-        run_kernel(_read, (num_tokens,), products_CV, width, *tails, *self._bend, **self._options, num_warps=_NUM_WARPS)
+        run_kernel(
+            _read,
+            (num_tokens,),
+            products_CV,
+            width,
+            *tails,
+            *self._bend,
+            **self._options,
+            num_warps=_NUM_WARPS,
+        )
         return Tail(
             peak_C1.clamp_(min=_NO_LOGIT),
             sum_C1.clamp_(min=_NO_SUM),
@@ -56,26 +77,52 @@ class TritonPasses:
     def write_(self, products_CV: Tensor, shares: Shares) -> Tensor:
         (num_tokens, vocab_size), width = products_CV.shape, products_CV.stride(0)
         tiles = (num_tokens, triton.cdiv(width, _TILE_LOGITS))
-        run_kernel(_write, tiles, products_CV, width, vocab_size, *shares, *self._bend, **self._options, num_warps=_NUM_WARPS)
+        run_kernel(
+            _write,
+            tiles,
+            products_CV,
+            width,
+            vocab_size,
+            *shares,
+            *self._bend,
+            **self._options,
+            num_warps=_NUM_WARPS,
+        )
         return products_CV
 
 
 @cache
-def defect(device: torch.device, *, make_passes: Callable[..., Passes] = TritonPasses) -> str | None:
-    """What is wrong with the kernels on this device, or None. Compiles them, for some seconds, and holds them to `TorchPasses`.
+def defect(
+    device: torch.device, *, make_passes: Callable[..., Passes] = TritonPasses
+) -> str | None:
+    """What is wrong with the kernels on this device, or None. Compiles them, for some seconds, and
+    holds them to `TorchPasses`.
 
-    What is wrong for good is remembered. A failure that may pass is raised, and the next call tries again.
+    What is wrong for good is remembered. A failure that may pass is raised, and the next call tries
+    again.
     """
     for softcap, temperature in ((None, 1.0), (5.0, 2.0)):
-        head = Head(torch.empty((_TILE_LOGITS + 501, 0), dtype=torch.bfloat16, device=device), scale=0.5, softcap=softcap)
+        head = Head(
+            torch.empty((_TILE_LOGITS + 501, 0), dtype=torch.bfloat16, device=device),
+            scale=0.5,
+            softcap=softcap,
+        )
         try:
             found = _tried(make_passes(head, 3, temperature=temperature, text=True), head)
-        except Exception as failure:  # whatever a compiler, a driver or a device may raise: there is another path
+        except (
+            Exception
+        ) as failure:  # whatever a compiler, a driver or a device may raise: there is another path
             if may_pass(failure):
                 raise
-            return f"triton {triton.__version__} fails on {device}: {type(failure).__name__}: {str(failure).splitlines()[:1]}"
+            return (
+                f"triton {triton.__version__} fails on {device}: {type(failure).__name__}: "
+                f"{str(failure).splitlines()[:1]}"
+            )
         wanted = _tried(TorchPasses(head, 3, temperature=temperature, text=True), head)
-        if not all(torch.allclose(ours, theirs, rtol=2e-2, atol=1e-4) for ours, theirs in zip(found, wanted, strict=True)):
+        if not all(
+            torch.allclose(ours, theirs, rtol=2e-2, atol=1e-4)
+            for ours, theirs in zip(found, wanted, strict=True)
+        ):
             return f"triton {triton.__version__} answers wrongly on {device}"
     return None
 
@@ -92,7 +139,14 @@ def _tried(passes: Passes, head: Head) -> list[Tensor]:
 
 
 @triton.jit
-def _logits(row: tl.tensor, ids: tl.tensor, width: tl.tensor, scale: tl.tensor, softcap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
+def _logits(
+    row: tl.tensor,
+    ids: tl.tensor,
+    width: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    CAPPED: tl.constexpr,
+) -> tl.tensor:
     """A tile's logits, -inf where there is none, and their slopes in the products."""
     product = tl.load(row + ids, mask=ids < width, other=-float("inf")).to(tl.float32)
     logit = product * scale
@@ -123,10 +177,14 @@ def _read(
     total = tl.full((), 0.0, tl.float32)
     text_total = tl.full((), 0.0, tl.float32)
     for start in range(0, width, TILE):
-        logit, _ = _logits(products + token * width, start + tl.arange(0, TILE), width, scale, softcap, CAPPED)
+        logit, _ = _logits(
+            products + token * width, start + tl.arange(0, TILE), width, scale, softcap, CAPPED
+        )
         old, peak = peak, tl.maximum(peak, tl.max(logit, axis=0))
         base = tl.where(peak == -float("inf"), 0.0, peak)  # -inf - -inf would be NaN
-        total = total * tl.exp((old - base) * inverse) + tl.sum(tl.exp((logit - base) * inverse), axis=0)
+        total = total * tl.exp((old - base) * inverse) + tl.sum(
+            tl.exp((logit - base) * inverse), axis=0
+        )
         if TEXT:
             text_total = text_total * tl.exp(old - base) + tl.sum(tl.exp(logit - base), axis=0)
     tl.store(peaks + token, peak)
@@ -158,4 +216,6 @@ def _write(
         gradient += tl.load(text_shares + token) * tl.exp(below)
     gradient = tl.where(logit == -float("inf"), 0.0, gradient * slope)
     gradient = tl.where(ids < vocab_size, gradient, -float("inf"))
-    tl.store(products + token * width + ids, gradient.to(products.dtype.element_ty), mask=ids < width)
+    tl.store(
+        products + token * width + ids, gradient.to(products.dtype.element_ty), mask=ids < width
+    )

@@ -1,10 +1,16 @@
-"""Hugging Face causal language models, the same for teacher and student: tokenizer, identity, weights, final hidden states and Head."""
+"""Hugging Face causal language models, the same for teacher and student: tokenizer, identity,
+weights, final hidden states and Head."""
 
 from stillhouse.models.files import require_whole_weights
 from stillhouse.models.heads import check_head, check_packing, compare_head, final_hidden, head_of
 from stillhouse.models.identity import ModelIdentity, digest_beside, forget_identity, model_identity
 from stillhouse.models.load import load_model, resolve_device
-from stillhouse.models.tokenizers import check_same_ids, load_tokenizer, tokenizer_digest, vocab_size_of
+from stillhouse.models.tokenizers import (
+    check_same_ids,
+    load_tokenizer,
+    tokenizer_digest,
+    vocab_size_of,
+)
 
 __all__ = [
     "ModelIdentity",

@@ -42,7 +42,17 @@ class TokenBatch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same batch with `change` applied to each of its tensors."""
-        return type(self)(*(change(tensor) for tensor in (self.token_ids_BL, self.positions_BL, self.target_positions_T, self.labels_T)))
+        return type(self)(
+            *(
+                change(tensor)
+                for tensor in (
+                    self.token_ids_BL,
+                    self.positions_BL,
+                    self.target_positions_T,
+                    self.labels_T,
+                )
+            )
+        )
 
 
 def hidden_at(model: PreTrainedModel, batch: TokenBatch) -> Tensor:

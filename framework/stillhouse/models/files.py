@@ -1,4 +1,5 @@
-"""Whether the weights of a local model are all there: told by the headers of its files, before a model is loaded or a file is hashed."""
+"""Whether the weights of a local model are all there: told by the headers of its files, before a
+model is loaded or a file is hashed."""
 
 import json
 from collections.abc import Iterable
@@ -14,7 +15,8 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def require_whole_weights(model: str) -> None:
-    """Raise ModelError where a local model has no weights, or a safetensors file that is absent, cut short or damaged.
+    """Raise ModelError where a local model has no weights, or a safetensors file that is absent,
+    cut short or damaged.
 
     What the hub's client fetched is whole. Files of pickles have no header that tells their size.
     """
@@ -24,7 +26,8 @@ def require_whole_weights(model: str) -> None:
     files = list(_weight_files(folder))
     if not files and not any(folder.glob(_PICKLED)):
         raise ModelError(
-            f"{model} has a config.json and no weights; put {_WHOLE}, or {_INDEX} and the files that it names, beside it"
+            f"{model} has a config.json and no weights; put {_WHOLE}, or {_INDEX} and the files "
+            "that it names, beside it"
             ' (a student may start without: student.init = "config")'
         )
     for file in files:
@@ -39,22 +42,35 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     if not index.is_file():
         return []
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+        return [
+            folder / name
+            for name in sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is damaged ({error}); fetch it again") from None
 
 
 def _require_whole(file: Path) -> None:
     try:
-        with safe_open(file, framework="np"):  # compares what the header promises with the file's size
+        with safe_open(
+            file, framework="np"
+        ):  # compares what the header promises with the file's size
             pass
     except FileNotFoundError:
-        raise ModelError(f"{file} is absent, but {_INDEX} names it; fetch the whole model") from None
+        raise ModelError(
+            f"{file} is absent, but {_INDEX} names it; fetch the whole model"
+        ) from None
     except (OSError, SafetensorError) as error:
         if _begins_as_pointer(file):
-            raise ModelError(f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull` in its directory") from None
+            raise ModelError(
+                f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull` in its "
+                "directory"
+            ) from None
         raise ModelError(
-            f"{file} is cut short or damaged: of {file.stat().st_size:,} bytes, not what its header promises ({error}); fetch it again"
+            f"{file} is cut short or damaged: of {file.stat().st_size:,} bytes, not what its "
+            f"header promises ({error}); fetch it again"
         ) from None
 
 

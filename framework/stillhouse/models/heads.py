@@ -1,4 +1,5 @@
-"""Final hidden states and the Head that reads them; a Head is proven against the model's own logits, since no list of names can be trusted.
+"""Final hidden states and the Head that reads them; a Head is proven against the model's own
+logits, since no list of names can be trusted.
 
 Shapes: B rows, L tokens in a row, H hidden, V vocabulary.
 """
@@ -15,21 +16,44 @@ from stillhouse.logits import Head
 # What the text configs of transformers call the things between the head's matmul and the logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon H1, Muse
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM 3, Inkling
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma and others, RecurrentGemma, xLSTM
+# Gemma and others, RecurrentGemma, xLSTM
+SOFTCAPS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)
 MULTIPLIES_BY_ITS_DIVISOR = ("hyperclovax",)
 IGNORES_ITS_MULTIPLIER = ("mpt",)
 
-HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest logit; about 4 units in the last place
-PACKING_TOLERANCE = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of a hidden state's norm, packed against alone
-LEAK_FLOOR = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}  # of a hidden state's norm, same shapes and kernels
+# of the largest logit; about 4 units in the last place
+HEAD_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+# of a hidden state's norm, packed against alone
+PACKING_TOLERANCE = {
+    torch.float32: 5e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 5e-2,
+}
+# of a hidden state's norm, same shapes and kernels
+LEAK_FLOOR = {
+    torch.float32: 1e-6,
+    torch.float16: 1e-4,
+    torch.bfloat16: 1e-4,
+}
 INFLATED_LOGIT = 100.0  # above every soft cap in use, which are 15 to 50
 
 
 def final_hidden(model: PreTrainedModel, token_ids_BL: Tensor, positions_BL: Tensor) -> Tensor:
-    """[B, L, H] states that the head reads. Without cache and mask, or documents packed in a row would see each other."""
+    """[B, L, H] states that the head reads. Without cache and mask, or documents packed in a row
+    would see each other."""
     device = _input_device(model)
     ids_BL, positions_BL = token_ids_BL.to(device, torch.long), positions_BL.to(device, torch.long)
-    return _body(model)(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).last_hidden_state
+    return _body(model)(
+        input_ids=ids_BL, position_ids=positions_BL, use_cache=False
+    ).last_hidden_state
 
 
 def head_of(model: PreTrainedModel, *, vocab_size: int) -> Head:
@@ -42,16 +66,23 @@ def head_of(model: PreTrainedModel, *, vocab_size: int) -> Head:
     weight_VH = getattr(layer, "weight", None)
     if weight_VH is None or weight_VH.ndim != 2 or not weight_VH.is_floating_point():
         raise ModelError(
-            f"{name} has no head that is a matrix of floats (found {type(layer).__name__}); use an unquantised causal language model"
+            f"{name} has no head that is a matrix of floats (found {type(layer).__name__}); use "
+            "an unquantised causal language model"
         )
     if weight_VH.shape[0] < vocab_size:
         raise ModelError(
-            f"the head of {name} has {weight_VH.shape[0]} rows, fewer than the tokenizer's {vocab_size} ids;"
+            f"the head of {name} has {weight_VH.shape[0]} rows, fewer than the tokenizer's "
+            f"{vocab_size} ids;"
             " use the tokenizer that belongs to it"
         )
     bias_V = getattr(layer, "bias", None)
     scale, softcap = _scale_and_softcap(model)
-    return Head(_cut(weight_VH, vocab_size), None if bias_V is None else _cut(bias_V, vocab_size), scale=scale, softcap=softcap)
+    return Head(
+        _cut(weight_VH, vocab_size),
+        None if bias_V is None else _cut(bias_V, vocab_size),
+        scale=scale,
+        softcap=softcap,
+    )
 
 
 def _cut(tensor: Tensor, vocab_size: int) -> Tensor:
@@ -62,13 +93,19 @@ def _scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | None]:
     config = model.config.get_text_config()
 
     def numbers(names: tuple[str, ...]) -> list[float]:
-        return [float(value) for name in names if isinstance(value := getattr(config, name, None), int | float)]
+        return [
+            float(value)
+            for name in names
+            if isinstance(value := getattr(config, name, None), int | float)
+        ]
 
     scale = 1.0
     for factor in () if config.model_type in IGNORES_ITS_MULTIPLIER else numbers(MULTIPLIERS):
         scale *= factor
     for divisor in numbers(DIVISORS):
-        scale = scale * divisor if config.model_type in MULTIPLIES_BY_ITS_DIVISOR else scale / divisor
+        scale = (
+            scale * divisor if config.model_type in MULTIPLIES_BY_ITS_DIVISOR else scale / divisor
+        )
     return scale, next(iter(numbers(SOFTCAPS)), None)
 
 
@@ -81,20 +118,26 @@ def _body(model: PreTrainedModel) -> nn.Module:
     for body in (model.base_model, getattr(model, "model", None), model.get_decoder()):
         if isinstance(body, nn.Module) and body is not model:
             return body
-    raise ModelError(f"{type(model).__name__} does not tell its body from its head (base_model); use another architecture")
+    raise ModelError(
+        f"{type(model).__name__} does not tell its body from its head (base_model); use another "
+        "architecture"
+    )
 
 
 def check_head(model: PreTrainedModel, *, vocab_size: int) -> None:
-    """Prove on a probe batch that `head_of` and `final_hidden` give the model's own logits. Raises ModelError."""
+    """Prove on a probe batch that `head_of` and `final_hidden` give the model's own logits. Raises
+    ModelError."""
     compare_head(model, head_of(model, vocab_size=vocab_size))
 
 
 @torch.inference_mode()
 def compare_head(model: PreTrainedModel, head: Head) -> None:
-    """Raise ModelError unless `head` gives the model's own logits, and those are finite and not all equal.
+    """Raise ModelError unless `head` gives the model's own logits, and those are finite and not all
+    equal.
 
-    The model's own path from hidden states to logits is also fed hidden states inflated until any soft cap bites, and zeros, which leave
-    the bias alone: on plain text a young model hides a forgotten soft cap in its rounding errors.
+    The model's own path from hidden states to logits is also fed hidden states inflated until any
+    soft cap bites, and zeros, which leave the bias alone: on plain text a young model hides a
+    forgotten soft cap in its rounding errors.
     """
     name = type(model).__name__
     ids_BL = _probe_ids(head.vocab_size, shape=(2, 16))
@@ -104,17 +147,29 @@ def compare_head(model: PreTrainedModel, head: Head) -> None:
         own_BLV = _own_logits(model, ids_BL, positions_BL)[..., : head.vocab_size]
     except (TypeError, AttributeError, ValueError) as error:
         raise ModelError(
-            f"{name} cannot be called with input_ids, position_ids and use_cache: {error}; use another architecture"
+            f"{name} cannot be called with input_ids, position_ids and use_cache: {error}; use "
+            "another architecture"
         ) from error
     if not torch.isfinite(own_BLV).all():
-        raise ModelError(f"{name} gives logits that are not finite; its weights are damaged, or need a wider dtype (float32 or bfloat16)")
+        raise ModelError(
+            f"{name} gives logits that are not finite; its weights are damaged, or need a wider "
+            "dtype (float32 or bfloat16)"
+        )
     if (own_BLV.amax(-1) - own_BLV.amin(-1)).max() < 1e-6:
-        raise ModelError(f"{name} gives every token the same logit; its weights did not load, or were never trained")
+        raise ModelError(
+            f"{name} gives every token the same logit; its weights did not load, or were never "
+            "trained"
+        )
     _expect_same(name, "on plain text", own_BLV, head.logits(hidden_BLH))
     inflation = max(1.0, INFLATED_LOGIT / float(own_BLV.abs().max()))
-    for case, factor in (("with its hidden states inflated", inflation), ("with its hidden states at zero", 0.0)):
+    for case, factor in (
+        ("with its hidden states inflated", inflation),
+        ("with its hidden states at zero", 0.0),
+    ):
         fed_BLH = hidden_BLH * factor
-        own_BLV = _own_logits(model, ids_BL, positions_BL, instead_BLH=fed_BLH)[..., : head.vocab_size]
+        own_BLV = _own_logits(model, ids_BL, positions_BL, instead_BLH=fed_BLH)[
+            ..., : head.vocab_size
+        ]
         _expect_same(name, case, own_BLV, head.logits(fed_BLH))
 
 
@@ -122,13 +177,17 @@ def compare_head(model: PreTrainedModel, head: Head) -> None:
 def check_packing(model: PreTrainedModel, *, vocab_size: int) -> None:
     """Prove that documents packed in a row do not see each other. Raises ModelError.
 
-    Each document has the hidden states that it has alone, and they do not move when the other documents of its row change: that second test
-    knows no rounding, except what changing another row shows (experts share their kernels between rows).
+    Each document has the hidden states that it has alone, and they do not move when the other
+    documents of its row change: that second test knows no rounding, except what changing another
+    row shows (experts share their kernels between rows).
     """
     first, second = (slice(0, 10), slice(0, 15)), (slice(10, 24), slice(15, 24))  # of rows 0 and 1
     ids_BL, other_BL = _probe_ids(vocab_size, shape=(2, 2, 24))
     positions_BL = torch.stack(
-        [torch.cat([torch.arange(part.stop - part.start) for part in parts]) for parts in zip(first, second, strict=True)]
+        [
+            torch.cat([torch.arange(part.stop - part.start) for part in parts])
+            for parts in zip(first, second, strict=True)
+        ]
     )
     packed_BLH = final_hidden(model, ids_BL, positions_BL)
 
@@ -139,20 +198,29 @@ def check_packing(model: PreTrainedModel, *, vocab_size: int) -> None:
         return _relative_difference(final_hidden(model, changed_BL, positions_BL), packed_BLH)
 
     noise = max(float(after_changing((row, slice(None)))[1 - row].max()) for row in (0, 1))
-    moved = [(after_changing(*enumerate(first)), second), (after_changing(*enumerate(second)), first)]
+    moved = [
+        (after_changing(*enumerate(first)), second),
+        (after_changing(*enumerate(second)), first),
+    ]
     moves = [moved_BL[row, part] for moved_BL, parts in moved for row, part in enumerate(parts)]
-    # Without noise the furthest token tells. With it a few tokens may have gone to other experts: then the middle one does.
+    # Without noise the furthest token tells. With it a few tokens may have gone to other experts:
+    # then the middle one does.
     leak = max(float(move_L.median() if noise else move_L.max()) for move_L in moves)
     alone = 0.0
     for row, part in (*enumerate(first), *enumerate(second)):
-        alone_LH = final_hidden(model, ids_BL[row : row + 1, part], positions_BL[row : row + 1, part])[0]
+        alone_LH = final_hidden(
+            model, ids_BL[row : row + 1, part], positions_BL[row : row + 1, part]
+        )[0]
         alone = max(alone, float(_relative_difference(packed_BLH[row, part], alone_LH).median()))
     rounding = 4 * noise + LEAK_FLOOR[model.dtype]
     if not (leak <= rounding and alone <= PACKING_TOLERANCE[model.dtype]):
         raise ModelError(
-            f"{type(model).__name__} lets documents packed in one row see each other: a document's hidden states move by {leak:.2g} of"
-            f" their norm when its neighbours change (allowed: {rounding:.2g}), and lie {alone:.2g} from those it has alone (allowed:"
-            f" {PACKING_TOLERANCE[model.dtype]:.2g}). Use a model whose attention heeds position_ids (state-space models do not), another"
+            f"{type(model).__name__} lets documents packed in one row see each other: a "
+            f"document's hidden states move by {leak:.2g} of"
+            f" their norm when its neighbours change (allowed: {rounding:.2g}), and lie "
+            f"{alone:.2g} from those it has alone (allowed:"
+            f" {PACKING_TOLERANCE[model.dtype]:.2g}). Use a model whose attention heeds "
+            "position_ids (state-space models do not), another"
             " attention implementation, or corpus.packing = false with chat"
         )
 
@@ -165,21 +233,33 @@ def _relative_difference(a_TH: Tensor, b_TH: Tensor) -> Tensor:
 def _probe_ids(vocab_size: int, *, shape: tuple[int, ...]) -> Tensor:
     """Random ids from the middle of the vocabulary, where no special or image tokens are."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size // 4, max(vocab_size // 2, vocab_size // 4 + 1), shape, generator=generator)
+    return torch.randint(
+        vocab_size // 4, max(vocab_size // 2, vocab_size // 4 + 1), shape, generator=generator
+    )
 
 
-def _own_logits(model: PreTrainedModel, ids_BL: Tensor, positions_BL: Tensor, *, instead_BLH: Tensor | None = None) -> Tensor:
-    """What the model itself makes of ids, or of hidden states that take the place of its own before the head."""
+def _own_logits(
+    model: PreTrainedModel,
+    ids_BL: Tensor,
+    positions_BL: Tensor,
+    *,
+    instead_BLH: Tensor | None = None,
+) -> Tensor:
+    """What the model itself makes of ids, or of hidden states that take the place of its own before
+    the head."""
 
     def replace(_body: nn.Module, _inputs: Any, output: Any) -> Any:
         output.last_hidden_state = instead_BLH
         return output
 
     device = _input_device(model)
-    bodies = {_body(model), model.get_decoder()} - {model} if instead_BLH is not None else set()  # OPT calls its decoder past its body
+    # OPT calls its decoder past its body
+    bodies = {_body(model), model.get_decoder()} - {model} if instead_BLH is not None else set()
     hooks = [body.register_forward_hook(replace) for body in bodies]
     try:
-        return model(input_ids=ids_BL.to(device), position_ids=positions_BL.to(device), use_cache=False).logits
+        return model(
+            input_ids=ids_BL.to(device), position_ids=positions_BL.to(device), use_cache=False
+        ).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -190,6 +270,8 @@ def _expect_same(name: str, case: str, own_BLV: Tensor, head_BLV: Tensor) -> Non
     difference = float((own_BLV.float() - head_BLV.to(own_BLV.device).float()).abs().max())
     if not difference <= allowed:
         raise ModelError(
-            f"the head read off {name} does not give the model's own logits {case}: the largest difference is {difference:.3g} (allowed:"
-            f" {allowed:.2g}). Something between its final hidden states and its logits is not known here; use another architecture"
+            f"the head read off {name} does not give the model's own logits {case}: the largest "
+            f"difference is {difference:.3g} (allowed:"
+            f" {allowed:.2g}). Something between its final hidden states and its logits is not "
+            "known here; use another architecture"
         )

@@ -1,4 +1,5 @@
-"""Which weights a model has, told without reading terabytes twice: the same weights have the same digest in every year."""
+"""Which weights a model has, told without reading terabytes twice: the same weights have the same
+digest in every year."""
 
 import hashlib
 import json
@@ -27,7 +28,8 @@ WEIGHT_FILES = ("config.json", "*.safetensors", "*.bin")
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """A hub model is its commit, a local one the hash of its files; `revision` pins the former and is None for the latter."""
+    """A hub model is its commit, a local one the hash of its files; `revision` pins the former and
+    is None for the latter."""
 
     digest: str
     revision: str | None
@@ -36,26 +38,32 @@ class ModelIdentity:
 def model_identity(section: ModelSection, *, cache_dir: Path) -> ModelIdentity:
     """Identify weights without reading terabytes twice: file hashes are kept in `cache_dir`.
 
-    Raises ModelError: no such model or revision, or neither network nor a cached copy to tell its commit. Raises CacheError.
+    Raises ModelError: no such model or revision, or neither network nor a cached copy to tell its
+    commit. Raises CacheError.
     """
     if not is_local(section):
         commit = _hub_commit(section.model, section.revision)
         return ModelIdentity(commit, revision=commit)
     files = _files_of(section)
-    return ModelIdentity(_digest_of(files, [_noted_hash(file, cache_dir) for file in files]), revision=None)
+    return ModelIdentity(
+        _digest_of(files, [_noted_hash(file, cache_dir) for file in files]), revision=None
+    )
 
 
 def forget_identity(section: ModelSection, *, cache_dir: Path) -> None:
-    """Drop what `cache_dir` holds of a local model's files: the next identity is told from every byte of them."""
+    """Drop what `cache_dir` holds of a local model's files: the next identity is told from every
+    byte of them."""
     notes = [_note_of(file, cache_dir) for file in _files_of(section)]
     with writing_cache(cache_dir):
         atomic.unlink(notes)
 
 
 def digest_beside(section: ModelSection, load: Callable[[], _Loaded]) -> tuple[_Loaded, str | None]:
-    """What `load` makes of a local model, and the digest of the files that it read: every byte of them is hashed meanwhile.
+    """What `load` makes of a local model, and the digest of the files that it read: every byte of
+    them is hashed meanwhile.
 
-    The digest is None for a hub's model, which its commit names. Raises ChangedWeightsError where the files change meanwhile.
+    The digest is None for a hub's model, which its commit names. Raises ChangedWeightsError where
+    the files change meanwhile.
     """
     if not is_local(section):
         return load(), None
@@ -66,7 +74,10 @@ def digest_beside(section: ModelSection, load: Callable[[], _Loaded]) -> tuple[_
         loaded = load()
         digest = _digest_of(files, [each.result() for each in digests])
     if before != [_stamp(file) for file in _files_of(section)]:
-        raise ChangedWeightsError(f"the files of {section.model} changed while they were loaded; run the same command again once they rest")
+        raise ChangedWeightsError(
+            f"the files of {section.model} changed while they were loaded; run the same command "
+            "again once they rest"
+        )
     return loaded, digest
 
 
@@ -75,11 +86,17 @@ def is_local(section: ModelSection) -> bool:
 
 
 def _files_of(section: ModelSection) -> list[Path]:
-    """The files that make a local model what it is. Raises ModelError where there is no config among them."""
+    """The files that make a local model what it is. Raises ModelError where there is no config
+    among them."""
     patterns = (*WEIGHT_FILES, "*.py") if section.trust_remote_code else WEIGHT_FILES
-    files = sorted(file for pattern in patterns for file in Path(source_of(section.model)).glob(pattern))
+    files = sorted(
+        file for pattern in patterns for file in Path(source_of(section.model)).glob(pattern)
+    )
     if not any(file.name == "config.json" for file in files):
-        raise ModelError(f"{section.model} has no config.json; give the directory of a saved model (an adapter has to be merged first)")
+        raise ModelError(
+            f"{section.model} has no config.json; give the directory of a saved model (an adapter "
+            "has to be merged first)"
+        )
     return files
 
 
@@ -94,7 +111,8 @@ def _hash(file: Path) -> str:
 
 
 def _stamp(file: Path) -> list[object]:
-    """What changes with a file's bytes. Whoever keeps size and modification time moves the time of its last change all the same."""
+    """What changes with a file's bytes. Whoever keeps size and modification time moves the time of
+    its last change all the same."""
     stat = file.stat()
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
@@ -123,7 +141,9 @@ def _hub_commit(model: str, revision: str | None) -> str:
         commit = HfApi().model_info(model, revision=revision).sha
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise unusable("model", model, error) from error
-    except Exception as error:  # no network, in whichever of its shapes: a cached copy knows its commit
+    except (
+        Exception
+    ) as error:  # no network, in whichever of its shapes: a cached copy knows its commit
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise unusable("model", model, error) from error

@@ -1,10 +1,17 @@
-"""Weights on a device, in a dtype that is always said; weights that a checkpoint lacks are refused, never invented."""
+"""Weights on a device, in a dtype that is always said; weights that a checkpoint lacks are refused,
+never invented."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from stillhouse.config import ModelSection
 from stillhouse.errors import ConfigError, ModelError
@@ -15,7 +22,10 @@ from stillhouse.models.sources import from_hub
 def resolve_device(device: str) -> torch.device:
     """'auto' is cuda where there is one. Raises ConfigError where cuda is asked for and absent."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no GPU here; set it to 'auto' or 'cpu', or install a CUDA build of torch")
+        raise ConfigError(
+            "device is 'cuda', but torch sees no GPU here; set it to 'auto' or 'cpu', or install "
+            "a CUDA build of torch"
+        )
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -25,12 +35,17 @@ def load_model(
     device_map: str | torch.device | Mapping[str, Any] | None = None,
     random_init_seed: int | None = None,
 ) -> PreTrainedModel:
-    """A model in the section's dtype and eval mode: its weights, placed by `device_map` (None: CPU), or random ones on the CPU, by seed.
+    """A model in the section's dtype and eval mode: its weights, placed by `device_map` (None:
+    CPU), or random ones on the CPU, by seed.
 
-    Raises ModelError: absent, gated, of an unknown architecture, or with weights that its files lack.
+    Raises ModelError: absent, gated, of an unknown architecture, or with weights that its files
+    lack.
     """
     dtype = getattr(torch, section.dtype)
-    source, pinned = source_of(section.model), {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    source, pinned = (
+        source_of(section.model),
+        {"revision": section.revision, "trust_remote_code": section.trust_remote_code},
+    )
     config = from_hub(lambda: AutoConfig.from_pretrained(source, **pinned), "config", section.model)
     _require_causal(section.model, config)
     if random_init_seed is None:
@@ -51,7 +66,9 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_init_seed)
         model = from_hub(
-            lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code),
+            lambda: AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=section.trust_remote_code
+            ),
             "model",
             section.model,
         )
@@ -59,9 +76,12 @@ def load_model(
 
 
 def _require_causal(name: str, config: PretrainedConfig) -> None:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(config, "auto_map", {}):
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
+        config, "auto_map", {}
+    ):
         raise ModelError(
-            f"{name} is a {config.model_type} model, not a causal language model; use one that predicts the next token from those before"
+            f"{name} is a {config.model_type} model, not a causal language model; use one that "
+            "predicts the next token from those before"
         )
 
 
@@ -69,6 +89,8 @@ def _check_loading(name: str, report: Mapping[str, Any]) -> None:
     wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if wrong:
         raise ModelError(
-            f"the files of {name} lack {len(wrong)} of the model's weights, or have them in another shape: {', '.join(wrong[:4])}."
-            " They would be random: fetch the whole model, or use the architecture that it was saved from"
+            f"the files of {name} lack {len(wrong)} of the model's weights, or have them in "
+            f"another shape: {', '.join(wrong[:4])}."
+            " They would be random: fetch the whole model, or use the architecture that it was "
+            "saved from"
         )

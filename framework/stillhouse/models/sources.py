@@ -20,7 +20,13 @@ from stillhouse.errors import ModelError
 from stillhouse.model_path import where_it_was_looked_for
 
 _ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
-_NO_ANSWER = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError, gaierror)
+_NO_ANSWER = (
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    ConnectionError,
+    TimeoutError,
+    gaierror,
+)
 
 
 def from_hub(load: Callable[[], Any], what: str, model: str) -> Any:
@@ -44,9 +50,21 @@ def unusable(what: str, model: str, error: BaseException) -> ModelError:
     elif isinstance(error, torch.OutOfMemoryError):
         cure = "give it more GPUs (num_gpus) or a narrower dtype"
     elif Path(model).expanduser().is_dir():
-        cure = "check that the directory holds a whole saved model: config.json, *.safetensors and tokenizer.json"
+        cure = (
+            "check that the directory holds a whole saved model: config.json, *.safetensors "
+            "and tokenizer.json"
+        )
     elif is_due_to(*_NO_ANSWER) and not is_due_to(*_ABSENT):
-        cure = f"the hub was not reached, and the cache has no copy: check the network, a proxy's settings and HF_HUB_OFFLINE, or {instead}"
+        cure = (
+            "the hub was not reached, and the cache has no copy: check the network, a proxy's "
+            f"settings and HF_HUB_OFFLINE, or {instead}"
+        )
     else:
-        cure = f"check the name and the revision, or {instead}; for a private or gated model run `hf auth login` or set HF_TOKEN"
-    return ModelError(f"the {what} of {model} cannot be loaded: {str(error).strip() or type(error).__name__}; {cure}")
+        cure = (
+            f"check the name and the revision, or {instead}; for a private or gated model run "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    return ModelError(
+        f"the {what} of {model} cannot be loaded: {str(error).strip() or type(error).__name__}; "
+        f"{cure}"
+    )

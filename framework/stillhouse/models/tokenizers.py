@@ -1,4 +1,5 @@
-"""Tokenizers as id maps: loaded, digested, and compared before two models are made to meet over ids."""
+"""Tokenizers as id maps: loaded, digested, and compared before two models are made to meet over
+ids."""
 
 import hashlib
 import json
@@ -10,24 +11,38 @@ from stillhouse.model_path import source_of
 from stillhouse.models.sources import from_hub
 
 
-def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The fast tokenizer beside a model. Raises ModelError: absent, gated, or without a fast implementation."""
+def load_tokenizer(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerFast:
+    """The fast tokenizer beside a model. Raises ModelError: absent, gated, or without a fast
+    implementation."""
     tokenizer = from_hub(
-        lambda: AutoTokenizer.from_pretrained(source_of(model), revision=revision, trust_remote_code=trust_remote_code), "tokenizer", model
+        lambda: AutoTokenizer.from_pretrained(
+            source_of(model), revision=revision, trust_remote_code=trust_remote_code
+        ),
+        "tokenizer",
+        model,
     )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
-            f"the tokenizer of {model} is a {type(tokenizer).__name__}, without a tokenizer.json; only fast tokenizers are supported:"
+            f"the tokenizer of {model} is a {type(tokenizer).__name__}, without a tokenizer.json; "
+            "only fast tokenizers are supported:"
             " convert it, or name another model's with the same ids"
         )
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 over all that decides ids: the tokenizer's rules and vocabulary, its special tokens and its chat template."""
+    """sha256 over all that decides ids: the tokenizer's rules and vocabulary, its special tokens
+    and its chat template."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    decides = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # these change with every call
-    decides["special_tokens_map"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    # these change with every call
+    decides = {
+        name: value for name, value in rules.items() if name not in ("truncation", "padding")
+    }
+    decides["special_tokens_map"] = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items()
+    }
     decides["chat_template"] = tokenizer.chat_template
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
@@ -37,20 +52,34 @@ def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_same_ids(teacher_tokenizer: PreTrainedTokenizerFast, student_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise ModelError unless both end at the same id and no id means two things. How far the heads are padded does not matter."""
+def check_same_ids(
+    teacher_tokenizer: PreTrainedTokenizerFast, student_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Raise ModelError unless both end at the same id and no id means two things. How far the heads
+    are padded does not matter."""
     teacher = {number: token for token, number in teacher_tokenizer.get_vocab().items()}
     student = {number: token for token, number in student_tokenizer.get_vocab().items()}
-    cure = "; distillation needs one id map: choose a student of the same tokenizer, or set student.tokenizer to the teacher's and retrain"
-    differing = sorted(number for number in teacher.keys() & student.keys() if teacher[number] != student[number])
+    cure = (
+        "; distillation needs one id map: choose a student of the same tokenizer, or set "
+        "student.tokenizer to the teacher's and retrain"
+    )
+    differing = sorted(
+        number for number in teacher.keys() & student.keys() if teacher[number] != student[number]
+    )
     if differing:
-        few = ", ".join(f"{number} is {teacher[number]!r} and {student[number]!r}" for number in differing[:4])
-        raise ModelError(f"the tokenizers of teacher and student disagree about {len(differing)} ids: {few}{cure}")
+        few = ", ".join(
+            f"{number} is {teacher[number]!r} and {student[number]!r}" for number in differing[:4]
+        )
+        raise ModelError(
+            f"the tokenizers of teacher and student disagree about {len(differing)} ids: "
+            f"{few}{cure}"
+        )
     if max(teacher) != max(student):
         longer, name = (teacher, "teacher") if max(teacher) > max(student) else (student, "student")
         extra = sorted(teacher.keys() ^ student.keys())
         few = ", ".join(f"{number} is {longer.get(number)!r}" for number in extra[-4:])
         raise ModelError(
-            f"the teacher's tokenizer ends at id {max(teacher)}, the student's at {max(student)}: {len(extra)} ids are in one alone, the"
+            f"the teacher's tokenizer ends at id {max(teacher)}, the student's at {max(student)}: "
+            f"{len(extra)} ids are in one alone, the"
             f" last of them the {name}'s ({few}){cure}"
         )

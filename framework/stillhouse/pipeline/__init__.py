@@ -1,7 +1,18 @@
-"""The steps of a run as functions: make_plan, produce, train, run, repair, evaluate, export. Each can be done again."""
+"""The steps of a run as functions: make_plan, produce, train, run, repair, evaluate, export. Each
+can be done again."""
 
 from stillhouse.pipeline.export import export_run
 from stillhouse.pipeline.plan import Plan, make_plan
 from stillhouse.pipeline.verbs import evaluate_run, open_run, produce, repair, run, train
 
-__all__ = ["Plan", "evaluate_run", "export_run", "make_plan", "open_run", "produce", "repair", "run", "train"]
+__all__ = [
+    "Plan",
+    "evaluate_run",
+    "export_run",
+    "make_plan",
+    "open_run",
+    "produce",
+    "repair",
+    "run",
+    "train",
+]

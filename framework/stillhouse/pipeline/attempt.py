@@ -1,4 +1,5 @@
-"""An attempt: one command's use of a run directory, from the lock to the `end` row of its journal."""
+"""An attempt: one command's use of a run directory, from the lock to the `end` row of its
+journal."""
 
 import threading
 from collections import Counter
@@ -40,26 +41,36 @@ _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datase
 
 @contextmanager
 def attempt(plan: Plan, command: str) -> Iterator[Journal]:
-    """Use the run directory without training: lock it, write down what is asked, journal start and end, and show the journal.
+    """Use the run directory without training: lock it, write down what is asked, journal start and
+    end, and show the journal.
 
-    Raises RecipeError where the directory belongs to another run, and ConfigError where another command is using it; a command that is
-    refused leaves config.json, recipe.json and the journal as they are. The journal does not wait for room, as `patient` makes it do.
+    Raises RecipeError where the directory belongs to another run, and ConfigError where another
+    command is using it; a command that is refused leaves config.json, recipe.json and the journal
+    as they are. The journal does not wait for room, as `patient` makes it do.
     """
     with locked(plan.run_dir, Holder.here(command, plan.run_dir, now=time())):
         require_same_run(plan.run_dir, config=plan.config, recipe=plan.recipe)
-        with _journalled(plan, command, store=store_to_fill(plan.store, plan.chunks), committed={}) as journal:
+        with _journalled(
+            plan, command, store=store_to_fill(plan.store, plan.chunks), committed={}
+        ) as journal:
             yield journal
 
 
 @contextmanager
 def learning_attempt(
-    plan: Plan, command: str, *, open_store: Callable[[ChunkStore, Collection[int]], ChunkStore] = store_to_fill
+    plan: Plan,
+    command: str,
+    *,
+    open_store: Callable[[ChunkStore, Collection[int]], ChunkStore] = store_to_fill,
 ) -> Iterator[tuple[Journal, Owner]]:
-    """The same, for a command that trains: it also owns the place of the checkpoints, which another run directory may name as well.
+    """The same, for a command that trains: it also owns the place of the checkpoints, which another
+    run directory may name as well.
 
     `open_store` raises what keeps the command from beginning with this store.
     """
-    require_full_step(plan.config.student.global_batch_sequences, there=plan.sources.train.num_sequences)
+    require_full_step(
+        plan.config.student.global_batch_sequences, there=plan.sources.train.num_sequences
+    )
     holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].place
     with locked(plan.run_dir, holder):
         require_same_run(plan.run_dir, config=plan.config, recipe=plan.recipe)
@@ -82,7 +93,8 @@ def _committed_step(job: TrainJob) -> int:
 
 @contextmanager
 def visit(run_dir: Path, command: str) -> Iterator[Journal]:
-    """Use the run directory for what is no attempt: lock it, and show what is journalled meanwhile, without a start and an end."""
+    """Use the run directory for what is no attempt: lock it, and show what is journalled meanwhile,
+    without a start and an end."""
     with locked(run_dir, Holder.here(command, run_dir, now=time())), driver_log(run_dir):
         journal = Journal(run_dir / "journal.jsonl")
         reader = JournalReader(journal.path)
@@ -92,8 +104,11 @@ def visit(run_dir: Path, command: str) -> Iterator[Journal]:
 
 
 @contextmanager
-def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mapping[str, int]) -> Iterator[Journal]:
-    """Write down what is asked, then what happens. `committed`: of each role that is trained, the steps in its newest commit."""
+def _journalled(
+    plan: Plan, command: str, *, store: ChunkStore, committed: Mapping[str, int]
+) -> Iterator[Journal]:
+    """Write down what is asked, then what happens. `committed`: of each role that is trained, the
+    steps in its newest commit."""
     # what is asked, once nothing refuses it any more
     began = monotonic()
     before = claim(plan.run_dir, config=plan.config, recipe=plan.recipe)
@@ -104,7 +119,9 @@ def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mappi
     journal = Journal(plan.run_dir / "journal.jsonl")
     reader = JournalReader(journal.path)
     earlier = reader.new_rows()
-    start = _start_row(plan, command, sum(isinstance(row, StartRow) for row in earlier) + 1, committed)
+    start = _start_row(
+        plan, command, sum(isinstance(row, StartRow) for row in earlier) + 1, committed
+    )
     with driver_log(plan.run_dir, attempt=start.attempt):
         patient(journal).record(start)
         idle = nothing_left(earlier, start)
@@ -122,13 +139,28 @@ def _journalled(plan: Plan, command: str, *, store: ChunkStore, committed: Mappi
 class _Ending:
     """Writes the `end` row of an attempt."""
 
-    def __init__(self, journal: Journal, reader: JournalReader, began: float, committed: Mapping[str, int], idle: str) -> None:
-        """`reader` is behind the start row; `idle` is what is said where the attempt takes no step because none is left."""
-        self._journal, self._reader, self._began, self._committed, self._idle = journal, reader, began, committed, idle
+    def __init__(
+        self,
+        journal: Journal,
+        reader: JournalReader,
+        began: float,
+        committed: Mapping[str, int],
+        idle: str,
+    ) -> None:
+        """`reader` is behind the start row; `idle` is what is said where the attempt takes no step
+        because none is left."""
+        self._journal, self._reader, self._began, self._committed, self._idle = (
+            journal,
+            reader,
+            began,
+            committed,
+            idle,
+        )
 
     @contextmanager
     def journalled(self, outcome: Literal["done"] | None = None) -> Iterator[None]:
-        """Journal how the block ended: with `outcome` where it went well and one is given, always where it raised."""
+        """Journal how the block ended: with `outcome` where it went well and one is given, always
+        where it raised."""
         try:
             yield
         except KeyboardInterrupt:
@@ -152,9 +184,13 @@ class _Ending:
         done = dict(self._committed) | {row.role: row.step for row in steps}
         seconds = monotonic() - self._began
         if outcome == "done":
-            patient(self._journal).record(EndRow(outcome, seconds, "" if taken else self._idle, taken, done))
+            patient(self._journal).record(
+                EndRow(outcome, seconds, "" if taken else self._idle, taken, done)
+            )
             return
-        with suppress(StoreError):  # a full disk neither hides what ended the attempt, nor keeps it waiting
+        with suppress(
+            StoreError
+        ):  # a full disk neither hides what ended the attempt, nor keeps it waiting
             self._journal.record(EndRow(outcome, seconds, message, taken, done))
 
 
@@ -162,12 +198,25 @@ def _views(config: Config, run_dir: Path) -> list[ProgressView | WandbView]:
     section = config.tracking
     if section.wandb == "off":
         return [ProgressView()]
-    first = next(row for row in JournalReader(run_dir / "journal.jsonl").new_rows() if isinstance(row, StartRow))
-    return [ProgressView(), WandbView(section, run_dir, config=config.model_dump(mode="json"), run_id=section.run_id or _run_id(first))]
+    first = next(
+        row
+        for row in JournalReader(run_dir / "journal.jsonl").new_rows()
+        if isinstance(row, StartRow)
+    )
+    return [
+        ProgressView(),
+        WandbView(
+            section,
+            run_dir,
+            config=config.model_dump(mode="json"),
+            run_id=section.run_id or _run_id(first),
+        ),
+    ]
 
 
 def _run_id(first: StartRow) -> str:
-    """The W&B id of a run that was given none: the same for as long as its journal keeps its first row."""
+    """The W&B id of a run that was given none: the same for as long as its journal keeps its first
+    row."""
     return f"{first.recipe_fingerprint[:8]}-{round(first.time * 1000):x}"
 
 
@@ -204,7 +253,8 @@ def _start_row(plan: Plan, command: str, number: int, committed: Mapping[str, in
 
 @contextmanager
 def _shown(reader: JournalReader, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
-    """Feed new journal rows to the views from a thread: whatever writes the journal, on whichever machine, is seen."""
+    """Feed new journal rows to the views from a thread: whatever writes the journal, on whichever
+    machine, is seen."""
     stopped = threading.Event()
 
     def feed() -> None:

@@ -1,4 +1,5 @@
-"""What a command says on the terminal, beside what its views show, and the journal that waits for room and says so there."""
+"""What a command says on the terminal, beside what its views show, and the journal that waits for
+room and says so there."""
 
 from collections.abc import Callable
 from time import sleep
@@ -20,5 +21,6 @@ def tell_of_wait(seconds: float, why: str) -> None:
 
 
 def patient(journal: Tracker, *, pause: Callable[[float], None] = sleep) -> PatientTracker:
-    """The journal as a tracker that waits while its disk is full, and says so on the terminal. `pause` may raise to end a wait."""
+    """The journal as a tracker that waits while its disk is full, and says so on the terminal.
+    `pause` may raise to end a wait."""
     return PatientTracker(tracker=journal, tell=tell_of_wait, pause=pause)

@@ -1,4 +1,5 @@
-"""The export of a trained model: a plain Hugging Face directory, and a model card that says what it learned from, and how well."""
+"""The export of a trained model: a plain Hugging Face directory, and a model card that says what it
+learned from, and how well."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,8 +15,11 @@ from stillhouse.tracking import EvalRow, Role, Row, read_journal, stretches, wor
 
 
 def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
-    """Write a trained model as a plain Hugging Face directory; returns the optimiser steps behind it."""
-    from stillhouse.student.export import export  # DeepSpeed, which only this needs here, takes seconds to import
+    """Write a trained model as a plain Hugging Face directory; returns the optimiser steps behind
+    it."""
+    from stillhouse.student.export import (
+        export,
+    )  # DeepSpeed, which only this needs here, takes seconds to import
 
     job = next((job for job in plan.jobs() if job.role == role), None)
     if job is None:
@@ -26,17 +30,23 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
         out,
         section=job.section,
         tokenizer=plan.tokenizer,
-        card=lambda steps: model_card(plan.config, plan.recipe, read_journal(journal), role=role, steps=steps),
+        card=lambda steps: model_card(
+            plan.config, plan.recipe, read_journal(journal), role=role, steps=steps
+        ),
         tell=lambda seconds, why: say(f"the export has waited for {seconds:.0f} s: {why}"),
     )
 
 
-def model_card(config: Config, recipe: Recipe, rows: Sequence[Row], *, role: Role, steps: int) -> str:
-    """The README of a model after `steps` optimiser steps, as far as the rows of its run's journal know them."""
+def model_card(
+    config: Config, recipe: Recipe, rows: Sequence[Row], *, role: Role, steps: int
+) -> str:
+    """The README of a model after `steps` optimiser steps, as far as the rows of its run's journal
+    know them."""
     lesson = (
         "the text alone"
         if role == "control"
-        else f"the top {recipe.k} log-probabilities of {short_name(config.teacher.model)} and {_rest(recipe.num_draws)}"
+        else f"the top {recipe.k} log-probabilities of {short_name(config.teacher.model)} and "
+        f"{_rest(recipe.num_draws)}"
     )
     schedule = words_of(stretches(rows, role, until=steps)) or "not in the run's journal"
     lines = [
@@ -53,8 +63,10 @@ def model_card(config: Config, recipe: Recipe, rows: Sequence[Row], *, role: Rol
         "| --- | --- |",
         f"| student | {short_name(config.student.model)} (from {config.student.init}) |",
         f"| teacher | {short_name(config.teacher.model)}, {config.teacher.dtype} |",
-        f"| data | {short_name(config.corpus.dataset)}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
-        f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, plus {config.student.ce_weight:g} of cross-entropy |",
+        f"| data | {short_name(config.corpus.dataset)}, {recipe.num_sequences:,} sequences of "
+        f"{recipe.sequence_length} tokens |",
+        f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, plus "
+        f"{config.student.ce_weight:g} of cross-entropy |",
         f"| optimiser steps | {steps:,} of {config.student.global_batch_sequences} sequences |",
         f"| AdamW | {schedule} |",
         f"| recipe | `{recipe.fingerprint}` |",
@@ -75,12 +87,12 @@ def _scores(rows: Sequence[Row]) -> list[str]:
         "",
         "Held-out text, exact and dense:",
         "",
-        "| model | after steps | cross-entropy | KL from the teacher | top-1 agreement | acceptance |",
+        "| model | after steps | cross-entropy | KL from the teacher | top-1 agreement | "
+        "acceptance |",
         "| --- | --- | --- | --- | --- | --- |",
         *(
-            f"| {name} | {'' if name == 'teacher' else f'{row.step:,}'} | {row.cross_entropy:.4f} | "
-            + " | ".join(map(_figure, (row.kl, row.agreement, row.acceptance)))
-            + " |"
+            f"| {name} | {'' if name == 'teacher' else f'{row.step:,}'} | {row.cross_entropy:.4f} "
+            "| " + " | ".join(map(_figure, (row.kl, row.agreement, row.acceptance))) + " |"
             for name, row in scores.items()
         ),
     ]

@@ -1,4 +1,5 @@
-"""A process that holds what one command alone may use: who it is, for a refusal that names it, and whether it is still there."""
+"""A process that holds what one command alone may use: who it is, for a refusal that names it, and
+whether it is still there."""
 
 import json
 import os
@@ -13,19 +14,24 @@ from stillhouse.redaction import scrub
 from stillhouse.sealed import opened, sealed
 
 _NO_PROCESS = ""
-_MOST_SINCE = 253_402_300_799.0  # unix seconds: the last of year 9999, up to which dates can be written
+_MOST_SINCE = (
+    253_402_300_799.0  # unix seconds: the last of year 9999, up to which dates can be written
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One use of a run directory by one process. Plain values, so that it can be written beside what is held."""
+    """One use of a run directory by one process. Plain values, so that it can be written beside
+    what is held."""
 
     host: str
     pid: int
     command: str  # as the user typed it, without secrets
     since: float  # unix seconds
     run_dir: str
-    machine: str  # one boot and one process namespace, within which a pid means one process; empty where that cannot be known
+    # one boot and one process namespace, within which a pid means one process; empty where that
+    # cannot be known
+    machine: str
     born: str  # when the process began, as its system counts: a pid is given again
     token: str  # of this one use
 
@@ -33,10 +39,20 @@ class Holder:
     def here(cls, command: str, run_dir: Path, *, now: float) -> Self:
         """This process."""
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, scrub(command), now, str(run_dir), _machine(), _born(pid), uuid4().hex)
+        return cls(
+            socket.gethostname(),
+            pid,
+            scrub(command),
+            now,
+            str(run_dir),
+            _machine(),
+            _born(pid),
+            uuid4().hex,
+        )
 
     def state(self) -> Literal["alive", "gone", "unknown"]:
-        """Whether the process still exists; unknown where it is not on this machine, or in another container of it."""
+        """Whether the process still exists; unknown where it is not on this machine, or in another
+        container of it."""
         if not self.machine or self.machine != _machine():
             return "unknown"
         return "alive" if _born(self.pid) == self.born else "gone"
@@ -52,7 +68,8 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was read: the holder, None where it is damaged or of another version, and what was written beside it."""
+    """What was read: the holder, None where it is damaged or of another version, and what was
+    written beside it."""
 
     data: bytes
     holder: Holder | None
@@ -63,17 +80,26 @@ class Record:
         try:
             values = opened(json.loads(data))
             own = {field.name: values.pop(field.name) for field in fields(Holder)}
-            return cls(data, Holder(**own), values) if _may_be_a_holder(own) else cls(data, None, {})
+            return (
+                cls(data, Holder(**own), values) if _may_be_a_holder(own) else cls(data, None, {})
+            )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return cls(data, None, {})
 
     def words(self) -> str:
-        return "another command, whose record cannot be read" if self.holder is None else self.holder.words()
+        return (
+            "another command, whose record cannot be read"
+            if self.holder is None
+            else self.holder.words()
+        )
 
 
 def _may_be_a_holder(values: dict[str, Any]) -> bool:
     """Whether every value has its type, and the time is one that can be written as a date."""
-    of_their_types = (type(values[field.name]) in ((int, float) if field.type is float else (field.type,)) for field in fields(Holder))
+    of_their_types = (
+        type(values[field.name]) in ((int, float) if field.type is float else (field.type,))
+        for field in fields(Holder)
+    )
     return all(of_their_types) and 0 <= values["since"] <= _MOST_SINCE
 
 
@@ -87,7 +113,8 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str:
-    """The clock ticks between the machine's boot and the start of a process; empty where there is no such process, or only a zombie."""
+    """The clock ticks between the machine's boot and the start of a process; empty where there is
+    no such process, or only a zombie."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

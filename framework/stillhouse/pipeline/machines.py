@@ -1,6 +1,8 @@
-"""What the driver hears of the run's machines: it passes every announced end on to those whom it concerns, and into the journal.
+"""What the driver hears of the run's machines: it passes every announced end on to those whom it
+concerns, and into the journal.
 
-Machines speak through the coordinator, Ray says which nodes it drains, and a SIGTERM to the driver is the end of everything.
+Machines speak through the coordinator, Ray says which nodes it drains, and a SIGTERM to the driver
+is the end of everything.
 """
 
 import logging
@@ -29,7 +31,8 @@ class Machines:
     """The run's machines, as far as their end is announced."""
 
     def __init__(self, coordinator: Coordinator, journal: Tracker, terminated: Ask) -> None:
-        """`journal` must not wait: a row for which it raises StoreUnavailable is kept, and recorded later."""
+        """`journal` must not wait: a row for which it raises StoreUnavailable is kept, and recorded
+        later."""
         self._coordinator, self._journal, self._terminated = coordinator, journal, terminated
         self.known: dict[str, PreemptionNotice] = {}
         self._unwritten: list[NoticeRow] = []
@@ -41,16 +44,22 @@ class Machines:
     def require_driver(self) -> None:
         """Raise InterruptedRunError where the driver itself was told to go."""
         if self._terminated(time()) is not None:
-            raise InterruptedRunError("SIGTERM; what was committed stays, and the same command goes on from there")
+            raise InterruptedRunError(
+                "SIGTERM; what was committed stays, and the same command goes on from there"
+            )
 
     def nobody_commits(self) -> bool:
-        """Whether the driver was told to go a while ago, and no rank is at work that would have to commit first."""
+        """Whether the driver was told to go a while ago, and no rank is at work that would have to
+        commit first."""
         if self._told_at is None or monotonic() - self._told_at < _SILENT_S:
             return False
-        return not any(heard.ago_s < _SILENT_S for role in _ROLES for heard in self._coordinator.heard(role))
+        return not any(
+            heard.ago_s < _SILENT_S for role in _ROLES for heard in self._coordinator.heard(role)
+        )
 
     def pause(self, seconds: float) -> None:
-        """Sleep, for who waits for room. Raises InterruptedRunError once a driver that was told to go has no time left."""
+        """Sleep, for who waits for room. Raises InterruptedRunError once a driver that was told to
+        go has no time left."""
         sleep(seconds)
         end = self._terminated(time())
         if end is not None and time() >= end.deadline:
@@ -65,11 +74,16 @@ class Machines:
 
     def _listen(self) -> None:
         while not self._stopped.wait(_LOOK_EVERY_S):
-            with suppress(HeadGoneError):  # where that is so, whoever attached to the cluster says it; a question may also fail once
+            with suppress(
+                HeadGoneError
+                # where that is so, whoever attached to the cluster says it; a question may also
+                # fail once
+            ):
                 self._look()
 
     def _look(self) -> None:
-        """Take in and pass on. What the coordinator knew and lost with its process is told to it again."""
+        """Take in and pass on. What the coordinator knew and lost with its process is told to it
+        again."""
         for words in self._coordinator.words():
             say(words, error=True)
         for node, notice in draining().items():
@@ -87,7 +101,8 @@ class Machines:
         self._write_down()
 
     def _write_down(self) -> None:
-        """Rows that are due. While the journal's disk is full they are kept for the next look: nobody may wait for them."""
+        """Rows that are due. While the journal's disk is full they are kept for the next look:
+        nobody may wait for them."""
         with suppress(StoreUnavailable):
             while self._unwritten:
                 self._journal.record(self._unwritten[0])
@@ -95,23 +110,33 @@ class Machines:
 
     def _pass_on(self, node: str, notice: PreemptionNotice) -> None:
         seconds_left = notice.deadline - time()
-        _log.warning("node %s ends in %.0f s: %s: %s", node, seconds_left, notice.source, notice.detail)
-        self._unwritten.append(NoticeRow(notice.source, node, seconds_left, notice.detail, time=time()))
+        _log.warning(
+            "node %s ends in %.0f s: %s: %s", node, seconds_left, notice.source, notice.detail
+        )
+        self._unwritten.append(
+            NoticeRow(notice.source, node, seconds_left, notice.detail, time=time())
+        )
         if notice.source != "ray":
             drain(node, notice)
 
     def _stop_all(self, notice: PreemptionNotice) -> None:
         if self._told_at is None:
             self._told_at, self._seconds_left = monotonic(), notice.deadline - time()
-            _log.warning("%s: students commit and leave within %.0f s", notice.detail, self._seconds_left)
-            self._unwritten.append(NoticeRow(notice.source, "driver", self._seconds_left, notice.detail, time=time()))
+            _log.warning(
+                "%s: students commit and leave within %.0f s", notice.detail, self._seconds_left
+            )
+            self._unwritten.append(
+                NoticeRow(notice.source, "driver", self._seconds_left, notice.detail, time=time())
+            )
         seconds_left = self._seconds_left - (monotonic() - self._told_at)
         for role in _ROLES:
             self._coordinator.request_stop(role, StopRequest("stop", seconds_left, notice.detail))
 
 
 @contextmanager
-def watched_machines(coordinator: Coordinator, journal: Tracker, *, grace_s: float) -> Iterator[Machines]:
+def watched_machines(
+    coordinator: Coordinator, journal: Tracker, *, grace_s: float
+) -> Iterator[Machines]:
     """Listen for as long as the block lasts."""
     with sigterm(grace_s) as terminated:
         machines = Machines(coordinator, journal, terminated)

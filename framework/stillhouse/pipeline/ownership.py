@@ -1,10 +1,13 @@
-"""One command at a time: the lock of a run directory, and the owner of a place of checkpoints, which may be a bucket.
+"""One command at a time: the lock of a run directory, and the owner of a place of checkpoints,
+which may be a bucket.
 
-    <run directory>/lock                      locked by the kernel (flock) for as long as the command lives; its text names the holder
-    <place of checkpoints>/owner-00000003.json    the owner, renewed every few seconds; the next owner creates the next number
+    <run directory>/lock                      locked by the kernel (flock) for as long as the
+    command lives; its text names the holder <place of checkpoints>/owner-00000003.json    the
+    owner, renewed every few seconds; the next owner creates the next number
 
-A kill frees the lock at once. An owner that was killed is known to be gone on its own machine; elsewhere it is taken for gone when its
-record has not changed for `Lease.lease_s`, by the clock of the one who watches it, so that no two clocks are compared.
+A kill frees the lock at once. An owner that was killed is known to be gone on its own machine;
+elsewhere it is taken for gone when its record has not changed for `Lease.lease_s`, by the clock of
+the one who watches it, so that no two clocks are compared.
 """
 
 import fcntl
@@ -18,12 +21,20 @@ from time import monotonic, sleep
 from typing import Self
 
 from stillhouse import atomic
-from stillhouse.checkpoint.fence import LAST_OWNER, newest_owner, owner_key, owner_numbers, require_owner
+from stillhouse.checkpoint.fence import (
+    LAST_OWNER,
+    newest_owner,
+    owner_key,
+    owner_numbers,
+    require_owner,
+)
 from stillhouse.errors import CheckpointError, ConfigError, StoreError
 from stillhouse.pipeline.holder import Holder, Record
 from stillhouse.store.object_store import Blobs
 
-_RENEWAL_PATIENCE_S = 5.0  # for one request: a renewal that fails is tried again, and a command that ends does not wait for a store
+# for one request: a renewal that fails is tried again, and a command that ends does not wait for a
+# store
+_RENEWAL_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +73,28 @@ def _lock(descriptor: int, run_dir: Path, holder: Holder) -> None:
         os.ftruncate(descriptor, len(text))
     except BlockingIOError:
         raise ConfigError(
-            f"{run_dir} is in use by {_who_locked(descriptor)}. Two commands in one run directory would overwrite each other's "
-            "checkpoints: wait for that one or end it, then give this command again; or name another --run-dir"
+            f"{run_dir} is in use by {_who_locked(descriptor)}. Two commands in one run directory "
+            "would overwrite each other's "
+            "checkpoints: wait for that one or end it, then give this command again; or name "
+            "another --run-dir"
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"{run_dir} cannot be locked: {error.strerror}; name a --run-dir on a file system that has locks (flock) and room"
+            f"{run_dir} cannot be locked: {error.strerror}; name a --run-dir on a file system "
+            "that has locks (flock) and room"
         ) from None
 
 
 def _who_locked(descriptor: int) -> str:
     record = Record.parsed(os.pread(descriptor, 1 << 16, 0))
-    has_just_begun = record.holder is not None and record.holder.state() == "gone"  # so the text is still of the one before
+    # so the text is still of the one before
+    has_just_begun = record.holder is not None and record.holder.state() == "gone"
     return "another command, which has just begun" if has_just_begun else record.words()
 
 
 class Owner:
-    """The ownership of a place of checkpoints while the block lasts: a thread renews it, and finds out where it was taken over."""
+    """The ownership of a place of checkpoints while the block lasts: a thread renews it, and finds
+    out where it was taken over."""
 
     def __init__(self, url: str, number: int, holder: Holder, lease: Lease) -> None:
         self.number = number
@@ -113,7 +129,9 @@ class Owner:
         while not self._stopped.wait(self._lease.renew_every_s):
             renewal += 1
             try:
-                with suppress(StoreError):  # one that does not answer cannot be written by another owner either
+                with suppress(
+                    StoreError
+                ):  # one that does not answer cannot be written by another owner either
                     renew(self._blobs, self.number, self._holder, renewal=renewal)
             except CheckpointError as error:
                 self._lost = error
@@ -136,19 +154,23 @@ def take_over(
 ) -> int:
     """Become the owner; returns its number, to be renewed from now on.
 
-    `say` is told what is waited for. Raises ConfigError, which names the owner, where that one is alive, and where no number is left.
+    `say` is told what is waited for. Raises ConfigError, which names the owner, where that one is
+    alive, and where no number is left.
     """
     while True:
         newest = newest_owner(blobs)
         if newest == LAST_OWNER:
             raise ConfigError(
-                f"{owner_key(newest)} under {blobs.url} has the highest number that an owner can have, so no command can follow it. No run"
-                " counts that far: somebody has put it there. Delete it where no command uses these checkpoints, then give this one again"
+                f"{owner_key(newest)} under {blobs.url} has the highest number that an owner can "
+                "have, so no command can follow it. No run"
+                " counts that far: somebody has put it there. Delete it where no command uses "
+                "these checkpoints, then give this one again"
             )
         if newest > 0:
             _await_end(blobs, newest, lease, say=say, clock=clock, pause=pause)
         number = newest + 1
-        blobs.create(owner_key(number), holder.packed())  # False also where it was written, and the answer was lost
+        # False also where it was written, and the answer was lost
+        blobs.create(owner_key(number), holder.packed())
         if _is_owner(blobs, number, holder):
             break
     with suppress(StoreError):  # only to tidy up
@@ -158,7 +180,8 @@ def take_over(
 
 
 def renew(blobs: Blobs, number: int, holder: Holder, *, renewal: int) -> None:
-    """Give another heartbeat. Raises CheckpointError where another command has taken the checkpoints over."""
+    """Give another heartbeat. Raises CheckpointError where another command has taken the
+    checkpoints over."""
     require_owner(blobs, number)
     blobs.replace(owner_key(number), holder.packed(renewal=renewal))
 
@@ -169,7 +192,8 @@ def release(blobs: Blobs, number: int, holder: Holder) -> None:
 
 
 def _is_owner(blobs: Blobs, number: int, holder: Holder) -> bool:
-    """Whether this number is ours, and still the newest: who was slow may have created one that was taken and tidied away before."""
+    """Whether this number is ours, and still the newest: who was slow may have created one that was
+    taken and tidied away before."""
     record = _record(blobs, number)
     return record is not None and record.holder == holder and newest_owner(blobs) == number
 
@@ -183,7 +207,8 @@ def _await_end(
     clock: Callable[[], float],
     pause: Callable[[float], None],
 ) -> None:
-    """Return once the owner is gone, or is not the newest any more. Raises ConfigError where it is alive."""
+    """Return once the owner is gone, or is not the newest any more. Raises ConfigError where it is
+    alive."""
     first = _record(blobs, number)
     if first is None or _is_over(first):
         return
@@ -191,7 +216,8 @@ def _await_end(
         raise _refusal(blobs.url, first)
     say(
         f"the checkpoints under {blobs.url} belong to {first.words()}; "
-        f"from here it cannot be seen whether it lives, so this one waits up to {lease.lease_s:g} s for a sign of it"
+        f"from here it cannot be seen whether it lives, so this one waits up to {lease.lease_s:g} "
+        "s for a sign of it"
     )
     deadline = clock() + lease.lease_s
     while clock() < deadline:
@@ -212,12 +238,16 @@ def _record(blobs: Blobs, number: int) -> Record | None:
 
 
 def _is_over(record: Record) -> bool:
-    return bool(record.more.get("released")) or (record.holder is not None and record.holder.state() == "gone")
+    return bool(record.more.get("released")) or (
+        record.holder is not None and record.holder.state() == "gone"
+    )
 
 
 def _refusal(url: str, record: Record) -> ConfigError:
     where = "" if record.holder is None else f" in the run directory {record.holder.run_dir}"
     return ConfigError(
-        f"the checkpoints under {url} are in use by {record.words()}{where}. Two commands would commit over each other: "
-        "wait for that one or end it, then give this command again; or give this run a student.checkpoint_url of its own"
+        f"the checkpoints under {url} are in use by {record.words()}{where}. Two commands would "
+        "commit over each other: "
+        "wait for that one or end it, then give this command again; or give this run a "
+        "student.checkpoint_url of its own"
     )

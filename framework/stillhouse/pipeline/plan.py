@@ -1,4 +1,5 @@
-"""All that follows from a config before anything runs: the sequences, the recipe, which chunks to make and how many steps to take."""
+"""All that follows from a config before anything runs: the sequences, the recipe, which chunks to
+make and how many steps to take."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ _TELL_EVERY_DOCUMENTS = 100
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, decided: `config` has its model revisions pinned, and everything else is a function of these fields."""
+    """A run, decided: `config` has its model revisions pinned, and everything else is a function of
+    these fields."""
 
     config: Config
     run_dir: Path
@@ -51,7 +53,8 @@ class Plan:
 
     @property
     def store(self) -> ChunkStore:
-        """The chunks of this recipe, where the config puts them. Made without touching the store."""
+        """The chunks of this recipe, where the config puts them. Made without touching the
+        store."""
         return ChunkStore(self.config.store.url, self.recipe)
 
     @cached_property
@@ -71,15 +74,19 @@ class Plan:
 
     @property
     def bytes_per_chunk(self) -> float:
-        """The mean size of a full chunk: ids, positions and mask of every token, a record for every target, the header not counted."""
+        """The mean size of a full chunk: ids, positions and mask of every token, a record for every
+        target, the header not counted."""
         corpus = self.sources.train
         targets_per_sequence = corpus.num_targets / corpus.num_sequences
-        per_sequence = 9 * corpus.sequence_length + targets_per_sequence * self.recipe.codec.bytes_per_token
+        per_sequence = (
+            9 * corpus.sequence_length + targets_per_sequence * self.recipe.codec.bytes_per_token
+        )
         return per_sequence * min(self.recipe.chunk_sequences, corpus.num_sequences)
 
     @property
     def window_chunks(self) -> int:
-        """How far teachers may run ahead: what `window_bytes` affords, but never less than a student may need for its next step."""
+        """How far teachers may run ahead: what `window_bytes` affords, but never less than a
+        student may need for its next step."""
         affordable = int(self.config.store.window_bytes / self.bytes_per_chunk)
         return max(affordable, chunks_read_ahead(self.order))
 
@@ -88,13 +95,18 @@ class Plan:
         return WorkItem(number, self.sources.train.block(number))
 
     def jobs(self) -> list[TrainJob]:
-        """The student, then, where the config asks for it, its control: the same in everything but what it learns from."""
+        """The student, then, where the config asks for it, its control: the same in everything but
+        what it learns from."""
         student = self.config.student
         sections: dict[Literal["student", "control"], StudentSection] = {"student": student}
         if self.config.evaluate.control:
-            sections["control"] = student.model_copy(update={"divergence_weight": 0.0, "ce_weight": 1.0})
+            sections["control"] = student.model_copy(
+                update={"divergence_weight": 0.0, "ce_weight": 1.0}
+            )
         return [
-            TrainJob(role, section, self.recipe, self.config.store.url, self.run_dir, self.total_steps)
+            TrainJob(
+                role, section, self.recipe, self.config.store.url, self.run_dir, self.total_steps
+            )
             for role, section in sections.items()
         ]
 
@@ -102,7 +114,8 @@ class Plan:
 def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     """Look whether the models' weights are whole, and resolve the config.
 
-    Raises ModelError, CorpusError, CacheError or ConfigError for what cannot be used, before anything heavy starts.
+    Raises ModelError, CorpusError, CacheError or ConfigError for what cannot be used, before
+    anything heavy starts.
     """
     require_whole_weights(config.teacher.model)
     if config.student.init == "weights":
@@ -111,7 +124,8 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
 
 
 def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
-    """Resolve revisions, compare the tokenizers, open the sources (a corpus is tokenised once, into `cache_dir`) and name the recipe.
+    """Resolve revisions, compare the tokenizers, open the sources (a corpus is tokenised once, into
+    `cache_dir`) and name the recipe.
 
     Raises as `make_plan` does.
 
@@ -119,20 +133,35 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     """
     engine = engine_named(config.teacher.engine)
     require_capable(engine.describe(config.teacher), config.target, engine=config.teacher.engine)
-    teacher, student = engine.identity(config.teacher, cache_dir=cache_dir), model_identity(config.student, cache_dir=cache_dir)
-    config = config.model_copy(update={"teacher": _pinned(config.teacher, teacher), "student": _pinned(config.student, student)})
-    tokenizer = load_tokenizer(config.teacher.model, revision=teacher.revision, trust_remote_code=config.teacher.trust_remote_code)
+    teacher, student = (
+        engine.identity(config.teacher, cache_dir=cache_dir),
+        model_identity(config.student, cache_dir=cache_dir),
+    )
+    config = config.model_copy(
+        update={
+            "teacher": _pinned(config.teacher, teacher),
+            "student": _pinned(config.student, student),
+        }
+    )
+    tokenizer = load_tokenizer(
+        config.teacher.model,
+        revision=teacher.revision,
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
     check_same_ids(tokenizer, _student_tokenizer(config.student))
     vocab_size = vocab_size_of(tokenizer)
     if config.target.k > vocab_size:
         raise ConfigError(
-            f"target.k is {config.target.k}, but the vocabulary has {vocab_size} tokens; set target.k to {vocab_size} or less"
+            f"target.k is {config.target.k}, but the vocabulary has {vocab_size} tokens; set "
+            f"target.k to {vocab_size} or less"
         )
     if config.target.k == vocab_size and config.target.tail_draws > 0:
         raise ConfigError(
-            f"target.k keeps the whole vocabulary of {vocab_size} tokens, so there is no tail to draw from; set target.tail_draws = 0"
+            f"target.k keeps the whole vocabulary of {vocab_size} tokens, so there is no tail to "
+            "draw from; set target.tail_draws = 0"
         )
-    divergence_named(config.student.divergence, config.student.mix)  # one of the user's own is imported and tried
+    # one of the user's own is imported and tried
+    divergence_named(config.student.divergence, config.student.mix)
     digest = tokenizer_digest(tokenizer)
     with _tokenising(config.corpus.dataset) as on_progress:
         sources = open_sources(
@@ -160,7 +189,9 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         value_bits=config.target.value_bits,
     )
     store = config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url})
-    student_section = config.student.model_copy(update={"checkpoint_url": _absolute(config.student.checkpoint_url)})
+    student_section = config.student.model_copy(
+        update={"checkpoint_url": _absolute(config.student.checkpoint_url)}
+    )
     config = config.model_copy(update={"store": store, "student": student_section})
     return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
 
@@ -169,46 +200,66 @@ def require_full_step(wanted: int, *, there: int) -> None:
     """Raise ConfigError where one optimiser step asks for more sequences than the corpus has."""
     if wanted > there:
         raise ConfigError(
-            f"student.global_batch_sequences is {wanted:,}, but the corpus has {there:,} sequences to train on;"
+            f"student.global_batch_sequences is {wanted:,}, but the corpus has {there:,} "
+            "sequences to train on;"
             f" set it to {there:,} or less, or give more documents"
         )
 
 
 def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
-    """The section with its revision resolved and a local directory spelt out: a worker's own directory is another one."""
+    """The section with its revision resolved and a local directory spelt out: a worker's own
+    directory is another one."""
     path = Path(section.model).expanduser()
     model = str(path.resolve()) if path.is_dir() else section.model
     return section.model_copy(update={"model": model, "revision": identity.revision})
 
 
 def _absolute(checkpoint_url: str | None) -> str | None:
-    """The same place seen from a worker's directory. Raises ConfigError where only one process would see it."""
+    """The same place seen from a worker's directory. Raises ConfigError where only one process
+    would see it."""
     if checkpoint_url is None:
         return None
     if checkpoint_url.startswith("memory:"):
-        raise ConfigError("student.checkpoint_url is in memory, which dies with its process; set it to a directory or a bucket")
+        raise ConfigError(
+            "student.checkpoint_url is in memory, which dies with its process; set it to a "
+            "directory or a bucket"
+        )
     return Blobs(checkpoint_url).url
 
 
 def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerFast:
     if section.tokenizer is not None:
         return load_tokenizer(section.tokenizer)
-    return load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    return load_tokenizer(
+        section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
 
 
 @contextmanager
 def _tokenising(dataset: str) -> Iterator[Callable[[int, int], None]]:
-    """Say on the terminal how far tokenising has come; a corpus that was tokenised before passes in silence."""
+    """Say on the terminal how far tokenising has come; a corpus that was tokenised before passes in
+    silence."""
     console = Console(stderr=True)
     with console.status(Text(one_line(f"reading {dataset}"))) as status:
 
         def on_progress(num_documents: int, num_tokens: int) -> None:
             if num_documents % _TELL_EVERY_DOCUMENTS == 0:
-                status.update(Text(one_line(f"tokenising {dataset}: {num_documents:,} documents, {num_tokens:,} tokens")))
+                status.update(
+                    Text(
+                        one_line(
+                            f"tokenising {dataset}: {num_documents:,} documents, {num_tokens:,} "
+                            "tokens"
+                        )
+                    )
+                )
 
         yield on_progress
 
 
 def _number_format(teacher: TeacherSection) -> str:
     """Of the teacher, and of its logits where that is another."""
-    return teacher.dtype if teacher.logits == "fast" or teacher.dtype == "float32" else f"{teacher.dtype}+float32"
+    return (
+        teacher.dtype
+        if teacher.logits == "fast" or teacher.dtype == "float32"
+        else f"{teacher.dtype}+float32"
+    )

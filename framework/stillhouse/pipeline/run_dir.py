@@ -19,15 +19,31 @@ from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
 from stillhouse.student.job import resume_location
 
-# What may differ when a run directory is used again. Everything else decides a target, a batch or a gradient.
+# What may differ when a run directory is used again. Everything else decides a target, a batch or a
+# gradient.
 _PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "block_tokens"}
 _MAY_CHANGE: Mapping[str, set[str]] = {
     "student": _PLACEMENT
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
     | {"tail_as_bucket"}  # it lets a training begin, and decides no weight
     | {"num_workers", "min_workers", "watchdog_s", "regroup_s"}
-    | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "prefetch_batches", "activation_checkpointing"},
-    "teacher": _PLACEMENT | {"engine", "min_replicas", "max_replicas", "batch_sequences", "max_set_aside", "lease_timeout_s", "watchdog_s"},
+    | {
+        "checkpoint_every_steps",
+        "checkpoint_url",
+        "keep_checkpoints",
+        "prefetch_batches",
+        "activation_checkpointing",
+    },
+    "teacher": _PLACEMENT
+    | {
+        "engine",
+        "min_replicas",
+        "max_replicas",
+        "batch_sequences",
+        "max_set_aside",
+        "lease_timeout_s",
+        "watchdog_s",
+    },
     "store": {"url", "window_bytes", "retain"},
 }
 _MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})
@@ -40,12 +56,18 @@ def config_of(run_dir: Path) -> Config:
     """
     path = run_dir / "config.json"
     if not path.is_file():
-        raise RecipeError(f"{run_dir} is not a run directory: it has no config.json; name the --run-dir of an earlier run")
+        raise RecipeError(
+            f"{run_dir} is not a run directory: it has no config.json; name the --run-dir of an "
+            "earlier run"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values = values if values.get("xxh3") is None else opened(values)
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); remove it, and start the run again with its own config file") from None
+        raise ConfigError(
+            f"{path} is damaged ({error}); remove it, and start the run again with its own config "
+            "file"
+        ) from None
     try:
         return parse_config(values)
     except ConfigError as error:
@@ -70,11 +92,14 @@ def changes_that_matter(before: Config, after: Config) -> list[str]:
 
 
 def changes_since(run_dir: Path, *, config: Config, recipe: Recipe) -> list[str]:
-    """What keeps a run that is asked for from going on in this directory; empty where nothing does, or where there is no run yet."""
+    """What keeps a run that is asked for from going on in this directory; empty where nothing does,
+    or where there is no run yet."""
     config_path, recipe_path = run_dir / "config.json", run_dir / "recipe.json"
     changes = changes_that_matter(config_of(run_dir), config) if config_path.exists() else []
     if not changes and recipe_path.exists():
-        changes = differences(parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), recipe)
+        changes = differences(
+            parse_recipe(recipe_path.read_bytes(), where=str(recipe_path)), recipe
+        )
     return changes
 
 
@@ -90,7 +115,8 @@ def require_same_run(run_dir: Path, *, config: Config, recipe: Recipe) -> None:
 
 
 def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
-    """Write down what is asked for. Returns the config that the directory was last used with. Raises StoreError where there is no room."""
+    """Write down what is asked for. Returns the config that the directory was last used with.
+    Raises StoreError where there is no room."""
     before = config_of(run_dir) if (run_dir / "config.json").exists() else None
     try:
         atomic.replace(run_dir / "recipe.json", recipe.canonical_json())
@@ -100,8 +126,11 @@ def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
     return before
 
 
-def leave_former_place(run_dir: Path, store: ChunkStore, *, before: StudentSection, now: StudentSection) -> None:
-    """Where the checkpoints' place changed, nobody reads under the name that it gave: the store would keep every chunk for that one."""
+def leave_former_place(
+    run_dir: Path, store: ChunkStore, *, before: StudentSection, now: StudentSection
+) -> None:
+    """Where the checkpoints' place changed, nobody reads under the name that it gave: the store
+    would keep every chunk for that one."""
     former = resume_location(before, run_dir)
     if former != resume_location(now, run_dir):
         for role in ("student", "control"):

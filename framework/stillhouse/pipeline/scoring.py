@@ -1,10 +1,18 @@
-"""The scores of a run: its teacher, student and control on the held-out split, in one process where a teacher fits."""
+"""The scores of a run: its teacher, student and control on the held-out split, in one process where
+a teacher fits."""
 
 from functools import partial
 
 from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.processes import call_remotely, local_secrets
-from stillhouse.evaluation.scores import EvaluationJob, ModelName, Scores, Trained, evaluate, outage_teller
+from stillhouse.evaluation.scores import (
+    EvaluationJob,
+    ModelName,
+    Scores,
+    Trained,
+    evaluate,
+    outage_teller,
+)
 from stillhouse.pipeline.plan import Plan
 from stillhouse.pipeline.session import Session
 from stillhouse.retry import DEFAULT_PATIENCE, insist
@@ -17,10 +25,15 @@ def score(plan: Plan, session: Session) -> dict[ModelName, Scores]:
     config, jobs = plan.config, plan.jobs()
     where = session.place_of(config.teacher)
     ask = partial(insist, patience=DEFAULT_PATIENCE, tell=outage_teller(session.journal))
-    steps: dict[ModelName, int] = {"teacher": 0, **{job.role: newest_step(job.checkpoints, ask=ask) for job in jobs}}
+    steps: dict[ModelName, int] = {
+        "teacher": 0,
+        **{job.role: newest_step(job.checkpoints, ask=ask) for job in jobs},
+    }
     comparison = EvaluationJob(
         teacher=config.teacher,
-        models={job.role: Trained(job.section, job.checkpoints, session.coordinator) for job in jobs},
+        models={
+            job.role: Trained(job.section, job.checkpoints, session.coordinator) for job in jobs
+        },
         vocab_size=plan.recipe.vocab_size,
         section=config.evaluate,
         device=where.device,
@@ -28,7 +41,9 @@ def score(plan: Plan, session: Session) -> dict[ModelName, Scores]:
         secrets=local_secrets(),
         log=session.coordinator.log,
     )
-    scores: dict[ModelName, Scores] = call_remotely(evaluate, comparison, whole(plan.sources.heldout), where=where)
+    scores: dict[ModelName, Scores] = call_remotely(
+        evaluate, comparison, whole(plan.sources.heldout), where=where
+    )
     for name, found in scores.items():
         session.journal.record(_row(name, found, step=steps[name]))
     return scores

@@ -1,4 +1,5 @@
-"""A command at work on a cluster: once there is room for its processes, and for as long as nobody announces the end of its machines."""
+"""A command at work on a cluster: once there is room for its processes, and for as long as nobody
+announces the end of its machines."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,10 +29,14 @@ class Session:
 
 
 @contextmanager
-def at_work(cluster: ClusterSection, journal: Journal, needs: ResourceNeeds) -> Iterator[tuple[Session, Machines]]:
-    """Await room on the cluster that this process is attached to, and listen to its machines for as long as the block lasts.
+def at_work(
+    cluster: ClusterSection, journal: Journal, needs: ResourceNeeds
+) -> Iterator[tuple[Session, Machines]]:
+    """Await room on the cluster that this process is attached to, and listen to its machines for as
+    long as the block lasts.
 
-    The session's journal waits while its disk is full, but no longer than a driver that was told to go has time.
+    The session's journal waits while its disk is full, but no longer than a driver that was told to
+    go has time.
     """
     coordinator = Coordinator.create(journal.path)
     with watched_machines(coordinator, journal, grace_s=cluster.grace_s) as machines:
@@ -40,8 +45,11 @@ def at_work(cluster: ClusterSection, journal: Journal, needs: ResourceNeeds) -> 
         yield Session(cluster, available, coordinator, rows), machines
 
 
-def enough_room(needs: ResourceNeeds, cluster: ClusterSection, journal: Tracker, *, unless: Callable[[], None]) -> dict[str, float]:
-    """The cluster's resources, once they suffice; the wait is journalled. `unless` raises where they are not waited for any more."""
+def enough_room(
+    needs: ResourceNeeds, cluster: ClusterSection, journal: Tracker, *, unless: Callable[[], None]
+) -> dict[str, float]:
+    """The cluster's resources, once they suffice; the wait is journalled. `unless` raises where
+    they are not waited for any more."""
     told = ""
 
     def waiting(missing: str) -> None:

@@ -1,4 +1,5 @@
-"""Directories that the machines of a run have to share: looked for on each of them before anything is started."""
+"""Directories that the machines of a run have to share: looked for on each of them before anything
+is started."""
 
 from collections.abc import Collection
 from uuid import uuid4
@@ -13,7 +14,13 @@ from stillhouse.store.object_store import Blobs
 
 def require_shared_store(store: ChunkStore, crews: Collection[Placement], *, filling: bool) -> None:
     """As `require_shared`; a command that is not `filling` the store needs to read there only."""
-    require_shared(store.url, crews, what="chunks", setting="store.url", published="" if filling else store.recipe_key)
+    require_shared(
+        store.url,
+        crews,
+        what="chunks",
+        setting="store.url",
+        published="" if filling else store.recipe_key,
+    )
 
 
 def require_shared_checkpoints(url: str, crews: Collection[Placement]) -> None:
@@ -21,11 +28,14 @@ def require_shared_checkpoints(url: str, crews: Collection[Placement]) -> None:
     require_shared(url, crews, what="checkpoints", setting="student.checkpoint_url")
 
 
-def require_shared(url: str, crews: Collection[Placement], *, what: str, setting: str, published: str = "") -> None:
-    """Raise ConfigError where a machine that may have one of these crews does not see this machine's directory. All see a bucket.
+def require_shared(
+    url: str, crews: Collection[Placement], *, what: str, setting: str, published: str = ""
+) -> None:
+    """Raise ConfigError where a machine that may have one of these crews does not see this
+    machine's directory. All see a bucket.
 
-    A file is made in it, to be looked for. Where none can be made, `published` is looked for: the key of an object that is there, given
-    where it is enough to read.
+    A file is made in it, to be looked for. Where none can be made, `published` is looked for: the
+    key of an object that is there, given where it is enough to read.
     """
     directory = Blobs(url).directory
     if directory is None:
@@ -37,7 +47,8 @@ def require_shared(url: str, crews: Collection[Placement], *, what: str, setting
     except OSError as error:
         if not published:
             raise ConfigError(
-                f"{what} go to {directory}, where nothing can be written: {error.strerror}; give {setting} another place"
+                f"{what} go to {directory}, where nothing can be written: {error.strerror}; give "
+                f"{setting} another place"
             ) from None
         blind = who_does_not_see(directory / published, crews)
     else:

@@ -1,4 +1,5 @@
-"""Small models from Python's own standard library, for the demo, the benches and the tests: no network, no GPU, no data set.
+"""Small models from Python's own standard library, for the demo, the benches and the tests: no
+network, no GPU, no data set.
 
 The teacher learns from the training split alone: no model ever trains on the held-out one.
 
@@ -53,36 +54,54 @@ class Sizes:
 
 
 def demo_config(run_dir: Path, overrides: Iterable[str] = ()) -> Config:
-    """The demo's config, which the package carries, with its models and its store in `run_dir`, unless an override says otherwise."""
+    """The demo's config, which the package carries, with its models and its store in `run_dir`,
+    unless an override says otherwise."""
     places = {
         "teacher.model": run_dir / "models" / "teacher",
         "student.model": run_dir / "models" / "student",
         "store.url": run_dir / "store",
     }
     with as_file(files("stillhouse.pipeline") / "demo.toml") as path:
-        own = [f"{name} = {json.dumps(str(place), ensure_ascii=False)}" for name, place in places.items()]
+        own = [
+            f"{name} = {json.dumps(str(place), ensure_ascii=False)}"
+            for name, place in places.items()
+        ]
         return load_config([path], [*own, *overrides])
 
 
-def make_models(directory: Path, corpus: CorpusSection, sizes: Sizes, *, cache_dir: Path, console: Console) -> None:
-    """Write `teacher`, weights and all, and `student`, a config alone, both with one tokenizer, into an existing directory."""
+def make_models(
+    directory: Path, corpus: CorpusSection, sizes: Sizes, *, cache_dir: Path, console: Console
+) -> None:
+    """Write `teacher`, weights and all, and `student`, a config alone, both with one tokenizer,
+    into an existing directory."""
     texts = [text for _, text in load_documents(corpus, cache_dir=cache_dir)]
     num_megabytes = sum(map(len, texts)) / 1e6
-    console.print(f"\n1. A tokenizer of {sizes.vocab_size:,} tokens, learnt from {len(texts)} files of Python's standard library", end="")
+    console.print(
+        f"\n1. A tokenizer of {sizes.vocab_size:,} tokens, learnt from {len(texts)} files of "
+        "Python's standard library",
+        end="",
+    )
     console.print(f" ({num_megabytes:.1f} MB), which are then tokenised")
     tokenizer = train_tokenizer(texts, vocab_size=sizes.vocab_size)
-    split = prepare_corpus(corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir)
+    split = prepare_corpus(
+        corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir
+    )
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(corpus.seed)
         teacher = LlamaForCausalLM(llama_config(sizes.teacher, tokenizer, corpus.sequence_length))
     num_tokens = sizes.num_steps * sizes.batch_sequences * corpus.sequence_length
-    console.print(f"2. A teacher of {teacher.num_parameters() / 1e6:.1f} M parameters reads {num_tokens / 1e6:.1f} M tokens of them")
+    console.print(
+        f"2. A teacher of {teacher.num_parameters() / 1e6:.1f} M parameters reads "
+        f"{num_tokens / 1e6:.1f} M tokens of them"
+    )
     with _progress(console, sizes.num_steps) as show:
         train_teacher(teacher, split.train, sizes, show=show)
 
     teacher.save_pretrained(directory / "teacher")
-    llama_config(sizes.student, tokenizer, corpus.sequence_length).save_pretrained(directory / "student")
+    llama_config(sizes.student, tokenizer, corpus.sequence_length).save_pretrained(
+        directory / "student"
+    )
     for name in ("teacher", "student"):
         tokenizer.save_pretrained(str(directory / name))
 
@@ -102,8 +121,11 @@ def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT)
 
 
-def llama_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> LlamaConfig:
-    """A Llama of this shape over the tokenizer's ids, for sequences of up to `sequence_length` tokens."""
+def llama_config(
+    shape: Shape, tokenizer: PreTrainedTokenizerFast, sequence_length: int
+) -> LlamaConfig:
+    """A Llama of this shape over the tokenizer's ids, for sequences of up to `sequence_length`
+    tokens."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
@@ -118,16 +140,25 @@ def llama_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, sequence_leng
     )
 
 
-def train_teacher(model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[float], None]) -> None:
-    """Next-token prediction over the corpus in its own order, which is shuffled already; `show(loss)` after each step."""
-    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+def train_teacher(
+    model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[float], None]
+) -> None:
+    """Next-token prediction over the corpus in its own order, which is shuffled already;
+    `show(loss)` after each step."""
+    optimiser = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     model.train()
     for step in range(sizes.num_steps):
         for group in optimiser.param_groups:
             group["lr"] = sizes.learning_rate * learning_rate_share(step, sizes)
 
-        start = step * sizes.batch_sequences % max(1, corpus.num_sequences - sizes.batch_sequences + 1)
-        batch = TokenBatch.of(corpus.rows(start, min(start + sizes.batch_sequences, corpus.num_sequences)))
+        start = (
+            step * sizes.batch_sequences % max(1, corpus.num_sequences - sizes.batch_sequences + 1)
+        )
+        batch = TokenBatch.of(
+            corpus.rows(start, min(start + sizes.batch_sequences, corpus.num_sequences))
+        )
         logits_TV = model.lm_head(hidden_at(model, batch))
         loss = functional.cross_entropy(logits_TV, batch.labels_T)
         loss.backward()
@@ -142,7 +173,9 @@ def learning_rate_share(step: int, sizes: Sizes) -> float:
     """A line up from 0 over the warm-up, then half a cosine down to 0."""
     if step < sizes.warmup_steps:
         return (step + 1) / sizes.warmup_steps
-    return 0.5 + 0.5 * math.cos(math.pi * (step - sizes.warmup_steps) / max(1, sizes.num_steps - sizes.warmup_steps))
+    return 0.5 + 0.5 * math.cos(
+        math.pi * (step - sizes.warmup_steps) / max(1, sizes.num_steps - sizes.warmup_steps)
+    )
 
 
 @contextmanager

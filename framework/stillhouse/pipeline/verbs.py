@@ -1,4 +1,5 @@
-"""The verbs of a run as functions of its plan. Each reads what is on disk, so each can be stopped anywhere and done again.
+"""The verbs of a run as functions of its plan. Each reads what is on disk, so each can be stopped
+anywhere and done again.
 
 `command` is what the user typed, for the journal.
 """
@@ -16,7 +17,14 @@ from stillhouse.pipeline.attempt import attempt, learning_attempt, visit
 from stillhouse.pipeline.console import patient, tell_of_wait
 from stillhouse.pipeline.plan import Plan, resolved
 from stillhouse.pipeline.run_dir import config_of
-from stillhouse.pipeline.run_store import register, register_if_allowed, require_chunks, require_shareable, retention_of, store_to_read
+from stillhouse.pipeline.run_store import (
+    register,
+    register_if_allowed,
+    require_chunks,
+    require_shareable,
+    retention_of,
+    store_to_read,
+)
 from stillhouse.pipeline.scoring import score
 from stillhouse.pipeline.session import Session, at_work, enough_room
 from stillhouse.pipeline.shared_dirs import require_shared_checkpoints, require_shared_store
@@ -48,20 +56,27 @@ def produce(plan: Plan, *, command: str = "stillhouse produce") -> None:
 
 
 def repair(plan: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
-    """Have teachers make exactly these chunks, which are out of the store already; neither a run directory nor a student has a part."""
+    """Have teachers make exactly these chunks, which are out of the store already; neither a run
+    directory nor a student has a part."""
     config = plan.config
     require_shareable(config.store.url)
     with terminal_log(), attached(config.cluster):
-        available = enough_room(teacher_needs(config.teacher), config.cluster, journal, unless=lambda: None)
+        available = enough_room(
+            teacher_needs(config.teacher), config.cluster, journal, unless=lambda: None
+        )
         session = Session(config.cluster, available, Coordinator.create(), journal)
         require_shared_store(plan.store, [session.place_of(config.teacher)], filling=True)
         _teach(plan, session, chunks=numbers, readers=(), finished=lambda: True)
 
 
 def train(plan: Plan, *, command: str = "stillhouse train") -> None:
-    """Train on a store that already holds what is needed, then evaluate and report. Raises StoreError where chunks are missing."""
+    """Train on a store that already holds what is needed, then evaluate and report. Raises
+    StoreError where chunks are missing."""
     config, jobs = plan.config, plan.jobs()
-    with learning_attempt(plan, command, open_store=store_to_read) as (journal, owner), attached(config.cluster):
+    with (
+        learning_attempt(plan, command, open_store=store_to_read) as (journal, owner),
+        attached(config.cluster),
+    ):
         with at_work(config.cluster, journal, student_needs(config.student)) as (session, machines):
             teachers, ranks = session.place_of(config.teacher), session.place_of(config.student)
             require_shared_store(plan.store, [ranks], filling=False)
@@ -77,7 +92,8 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> None:
 
 
 def run(plan: Plan, *, command: str = "stillhouse run") -> None:
-    """Produce and train at the same time, then evaluate and report. On an existing run directory it goes on where it stopped."""
+    """Produce and train at the same time, then evaluate and report. On an existing run directory it
+    goes on where it stopped."""
     config, jobs = plan.config, plan.jobs()
     require_shareable(config.store.url)
     with learning_attempt(plan, command) as (journal, owner), attached(config.cluster):
@@ -104,7 +120,9 @@ def evaluate_run(plan: Plan, *, command: str = "stillhouse eval") -> dict[ModelN
     """Score teacher, student and control on the held-out split, and journal the scores."""
     cluster = plan.config.cluster
     with visit(plan.run_dir, command) as journal, attached(cluster) as available:
-        return score(plan, Session(cluster, available, Coordinator.create(journal.path), patient(journal)))
+        return score(
+            plan, Session(cluster, available, Coordinator.create(journal.path), patient(journal))
+        )
 
 
 def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
@@ -112,8 +130,16 @@ def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
     return resolved(config_of(run_dir), run_dir=run_dir, cache_dir=cache_dir)
 
 
-def _teach(plan: Plan, session: Session, *, chunks: Sequence[int], readers: Collection[str], finished: Callable[[], bool]) -> None:
-    """Have teachers make these chunks, as far ahead of the run's students as `readers` on the coordinator let them."""
+def _teach(
+    plan: Plan,
+    session: Session,
+    *,
+    chunks: Sequence[int],
+    readers: Collection[str],
+    finished: Callable[[], bool],
+) -> None:
+    """Have teachers make these chunks, as far ahead of the run's students as `readers` on the
+    coordinator let them."""
     config, store = plan.config, plan.store
     own = register(store, plan.jobs())
     pool = Dispatcher(
@@ -125,7 +151,11 @@ def _teach(plan: Plan, session: Session, *, chunks: Sequence[int], readers: Coll
         item_of=plan.item,
         window_chunks=plan.window_chunks,
         journal=session.journal,
-        retention=retention_of(store, plan.order, own=own, deletes=config.store.retain == "until-read") if readers else None,
+        retention=retention_of(
+            store, plan.order, own=own, deletes=config.store.retain == "until-read"
+        )
+        if readers
+        else None,
     )
     try:
         pool.run(readers=readers, coordinator=session.coordinator, finished=finished)

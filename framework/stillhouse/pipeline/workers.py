@@ -1,4 +1,5 @@
-"""The workers of a run: teachers as a crew for the pool, and student ranks that train while the driver does something else."""
+"""The workers of a run: teachers as a crew for the pool, and student ranks that train while the
+driver does something else."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -19,15 +20,20 @@ _LOOK_EVERY_S = 1.0
 def teacher_crew(session: Session, section: TeacherSection, store: ChunkStore) -> RayCrew:
     """Teachers that fill this store."""
     return RayCrew(
-        TeacherJob(section, store.recipe, store.url, session.cluster.threads, session.cluster.notices),
+        TeacherJob(
+            section, store.recipe, store.url, session.cluster.threads, session.cluster.notices
+        ),
         where=session.place_of(section),
         secrets=local_secrets(),
         coordinator=session.coordinator,
     )
 
 
-def start_students(session: Session, jobs: Sequence[TrainJob], *, owner: int, teachers_at_work: bool) -> "Background":
-    """Have ranks train the jobs, one job after the other, for the command that owns their checkpoints under this number."""
+def start_students(
+    session: Session, jobs: Sequence[TrainJob], *, owner: int, teachers_at_work: bool
+) -> "Background":
+    """Have ranks train the jobs, one job after the other, for the command that owns their
+    checkpoints under this number."""
     return Background(
         lambda: fit(
             [replace(job, owner=owner) for job in jobs],
@@ -47,13 +53,16 @@ class Background:
 
     def __init__(self, call: Callable[[], None]):
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(call,), name="students", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(call,), name="students", daemon=True
+        )
         self._thread.start()
 
     def join(self, *, unless: Callable[[], bool]) -> None:
         """Wait until the call has returned, unless it is given up. Raises what it raised."""
         while not (self.finished() or unless()):
-            self._thread.join(_LOOK_EVERY_S)  # a wait without end would not hear a Ctrl-C on every system
+            # a wait without end would not hear a Ctrl-C on every system
+            self._thread.join(_LOOK_EVERY_S)
 
     def finished(self) -> bool:
         """Whether the call has returned. Raises what it raised."""

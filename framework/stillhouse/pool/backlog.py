@@ -1,4 +1,5 @@
-"""Which work comes next: the open chunks in the order in which students first read them, and before those what came back.
+"""Which work comes next: the open chunks in the order in which students first read them, and before
+those what came back.
 
 It keeps one byte a chunk, and beyond that only what came back.
 """
@@ -25,14 +26,17 @@ class Work(NamedTuple):
 
 
 class Backlog:
-    """`order` names the wanted chunks in reading order, `settled` which positions of it need no work."""
+    """`order` names the wanted chunks in reading order, `settled` which positions of it need no
+    work."""
 
     def __init__(self, order: Sequence[int] | NDArray[np.int64], *, settled: NDArray[np.bool_]):
         self._order = np.asarray(order, dtype=np.int64)
         self._settled = bytearray(settled.astype(np.uint8).tobytes())
         self.num_settled = int(settled.sum())
         self._frontier = 0  # no position from here on has ever been taken
-        self._returned: list[tuple[int, int, int]] = []  # a heap of (position, weight against it, row); the set says which still hold
+        self._returned: list[
+            tuple[int, int, int]
+        ] = []  # a heap of (position, weight against it, row); the set says which still hold
         self._waiting: set[Work] = set()
 
     def __len__(self) -> int:
@@ -50,7 +54,8 @@ class Backlog:
         self.num_settled += 1
 
     def reopen(self, numbers: Collection[int]) -> list[int]:
-        """These chunks have to be made again. Returns the positions that were settled until now; the others are open, or not wanted."""
+        """These chunks have to be made again. Returns the positions that were settled until now;
+        the others are open, or not wanted."""
         settled = np.frombuffer(bytes(self._settled), dtype=bool)
         positions = np.flatnonzero(np.isin(self._order, [*numbers]) & settled).tolist()
         for position in positions:
@@ -62,9 +67,12 @@ class Backlog:
 
     def next(self) -> Work | None:
         """The first in reading order; of the rows of a chunk, the least suspected."""
-        while self._returned and Work(self._returned[0][0], self._returned[0][2]) not in self._waiting:
+        while (
+            self._returned and Work(self._returned[0][0], self._returned[0][2]) not in self._waiting
+        ):
             heapq.heappop(self._returned)
-        self._frontier = self._settled.find(0, self._frontier) % (len(self._order) + 1)  # -1, for none, becomes the end
+        # -1, for none, becomes the end
+        self._frontier = self._settled.find(0, self._frontier) % (len(self._order) + 1)
         if self._returned and self._returned[0][0] < self._frontier:
             return Work(self._returned[0][0], self._returned[0][2])
         return Work(self._frontier) if self._frontier < len(self._order) else None

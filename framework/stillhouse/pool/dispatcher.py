@@ -1,7 +1,9 @@
-"""The dispatcher: work leased to a fleet of workers in reading order, and a window that holds them back.
+"""The dispatcher: work leased to a fleet of workers in reading order, and a window that holds them
+back.
 
-No result passes through here: a worker gets an item, publishes a chunk, and answers with its name and size. Nor does Ray: what starts
-workers, carries work to them and brings their answers is a `Crew`.
+No result passes through here: a worker gets an item, publishes a chunk, and answers with its name
+and size. Nor does Ray: what starts workers, carries work to them and brings their answers is a
+`Crew`.
 """
 
 import logging
@@ -13,7 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.errors import StillhouseError, StoreUnavailable, TeacherError, UserError
-from stillhouse.pool.events import Answer, Answered, Crew, Died, Event, Found, Inbox, ItemT, Passed, Raised, ReadyT, Started
+from stillhouse.pool.events import (
+    Answer,
+    Answered,
+    Crew,
+    Died,
+    Event,
+    Found,
+    Inbox,
+    ItemT,
+    Passed,
+    Raised,
+    ReadyT,
+    Started,
+)
 from stillhouse.pool.fleet import Fleet, Limits, Worker
 from stillhouse.pool.leases import Lease, LeaseTable
 from stillhouse.pool.poison import SetAside
@@ -51,21 +66,36 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         wall: Callable[[], float] = time,
     ):
         wanted = np.asarray(order, dtype=np.int64)
-        self._item_of, self._window_chunks, self._journal, self._clock = item_of, window_chunks, journal, clock
+        self._item_of, self._window_chunks, self._journal, self._clock = (
+            item_of,
+            window_chunks,
+            journal,
+            clock,
+        )
         self._max_failures = limits.budget.max_failures
         self._stock = stock = Stock(store, retention=retention, journal=journal)
-        self._table = LeaseTable(wanted, settled=stock.settled(wanted), num_rows=stock.num_rows, budget=limits.budget)
-        self._fleet = Fleet(crew, limits, compare=compare, give_back=self._table.give_back, wall=wall)
-        self._progress = Progress(self._table, window_chunks=window_chunks, journal=journal, now=clock())
+        self._table = LeaseTable(
+            wanted, settled=stock.settled(wanted), num_rows=stock.num_rows, budget=limits.budget
+        )
+        self._fleet = Fleet(
+            crew, limits, compare=compare, give_back=self._table.give_back, wall=wall
+        )
+        self._progress = Progress(
+            self._table, window_chunks=window_chunks, journal=journal, now=clock()
+        )
         self._cursors: dict[str, int] = {}
         self._num_refused = 0  # publications that the store did not take, one after the other
         self._next_news = -np.inf
 
-    def run(self, *, readers: Collection[str], coordinator: Inbox, finished: Callable[[], bool]) -> None:
-        """Produce until every wanted chunk is published and `finished()`; `readers` are the students that move cursors on the coordinator.
+    def run(
+        self, *, readers: Collection[str], coordinator: Inbox, finished: Callable[[], bool]
+    ) -> None:
+        """Produce until every wanted chunk is published and `finished()`; `readers` are the
+        students that move cursors on the coordinator.
 
-        Without readers nothing holds the workers back. Raises TeacherError where chunks or start-up checks fail too often, and what
-        `finished` raises as soon as it does: behind a closed window a student that has failed would be waited for without end.
+        Without readers nothing holds the workers back. Raises TeacherError where chunks or start-up
+        checks fail too often, and what `finished` raises as soon as it does: behind a closed window
+        a student that has failed would be waited for without end.
         """
         self._record_the_end()  # if there is nothing to make
         try:
@@ -90,11 +120,14 @@ class Dispatcher(Generic[ItemT, ReadyT]):
 
     def _limit(self, readers: Collection[str]) -> int:
         """The position in the reading order that no lease may reach."""
-        own = min((self._cursors.get(reader, 0) for reader in readers), default=self._table.num_wanted)
+        own = min(
+            (self._cursors.get(reader, 0) for reader in readers), default=self._table.num_wanted
+        )
         return self._stock.limit(own, self._window_chunks)
 
     def _advance(self, *, limit: int) -> None:
-        """One round: staff the fleet, hand out what may be handed out, and take in answers for a moment."""
+        """One round: staff the fleet, hand out what may be handed out, and take in answers for a
+        moment."""
         now = self._clock()
         if self._table.done:
             self._fleet.release()  # the processors are the students' now
@@ -108,9 +141,14 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._progress.look(self._clock(), limit=limit, num_ready=self._fleet.num_ready)
 
     def _hand_out(self, limit: int, now: float) -> None:
-        """Leases to workers with room, the idle first; where no work is left, slow work to the idle."""
+        """Leases to workers with room, the idle first; where no work is left, slow work to the
+        idle."""
         for with_room in self._fleet.with_room:
-            while with_room and (lease := self._table.lease(next(iter(with_room)), limit=limit, now=now)) is not None:
+            while (
+                with_room
+                and (lease := self._table.lease(next(iter(with_room)), limit=limit, now=now))
+                is not None
+            ):
                 self._submit(lease)
         idle = self._fleet.with_room[0]
         while idle and (lease := self._table.hedge(next(iter(idle)), now=now)) is not None:
@@ -125,7 +163,8 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._fleet.submit(lease, item)
 
     def _call_in_late_work(self, now: float) -> None:
-        """Work that is past its deadline goes to others; a worker that then stays silent for as long again is given up."""
+        """Work that is past its deadline goes to others; a worker that then stays silent for as
+        long again is given up."""
         for lease in self._table.expire(now):
             self._fleet.note_late(lease, now)
         for worker in self._fleet.overdue(now):
@@ -135,7 +174,17 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         for worker, silent_s in self._fleet.silent(now):
             lease = next(iter(worker.leases.values()), None)
             phase = "start" if worker.node is None else "work"
-            self._journal.record(StallRow("teacher", worker.number, 0, phase, silent_s, "", None if lease is None else lease.chunk))
+            self._journal.record(
+                StallRow(
+                    "teacher",
+                    worker.number,
+                    0,
+                    phase,
+                    silent_s,
+                    "",
+                    None if lease is None else lease.chunk,
+                )
+            )
             self._die(worker, Died(worker.number, f"it gave no heartbeat for {silent_s:.0f} s"))
 
     def _take_in(self, worker: Worker, event: Event[ReadyT]) -> None:
@@ -169,7 +218,9 @@ class Dispatcher(Generic[ItemT, ReadyT]):
 
     def _fail(self, worker: Worker, lease: Lease, cause: BaseException) -> None:
         _log.info("teacher %d failed at chunk %d: %r", worker.number, lease.chunk, cause)
-        if isinstance(cause, StoreUnavailable):  # it waited with the chunk in hand for as long as it may
+        if isinstance(
+            cause, StoreUnavailable
+        ):  # it waited with the chunk in hand for as long as it may
             self._num_refused += 1
             if self._num_refused >= self._max_failures * max(1, self._fleet.num_ready):
                 raise cause
@@ -178,12 +229,17 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         if isinstance(cause, UserError):
             raise cause  # a store without permission: every other attempt would meet it too
         if not isinstance(cause, StillhouseError):
-            self._fleet.retire(worker)  # after an error on the GPU nothing works in that process any more
+            # after an error on the GPU nothing works in that process any more
+            self._fleet.retire(worker)
         self._tell(self._table.fail(lease, f"{type(cause).__name__}: {cause}"))
 
     def _fail_to_start(self, worker: Worker, cause: BaseException) -> None:
         if not self._fleet.begun:  # every other worker would most likely meet the same
-            raise cause if isinstance(cause, StillhouseError) else TeacherError(f"a teacher could not start: {cause!r}") from cause
+            raise (
+                cause
+                if isinstance(cause, StillhouseError)
+                else TeacherError(f"a teacher could not start: {cause!r}")
+            ) from cause
         self._die(worker, Died(worker.number, repr(cause)))
 
     def _die(self, worker: Worker, death: Died) -> None:
@@ -196,15 +252,25 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._fleet.require_starts(death.reason)
 
     def _lose(self, worker: Worker, reason: str, *, blame: bool) -> None:
-        """Give up on a worker. What it had in work may have killed it, but not where its end was announced."""
+        """Give up on a worker. What it had in work may have killed it, but not where its end was
+        announced."""
         lease = self._fleet.lose(worker)
         if lease is not None:
             self._tell(self._table.lose(lease, reason, blame=blame))
 
     def _tell(self, found: SetAside | None) -> None:
         if found is not None:
-            _log.warning("%d sequences of chunk %d are set aside: %s", len(found.rows), found.chunk, found.reason)
-            self._journal.record(SetAsideRow(found.chunk, self._stock.sequences(found.chunk, found.rows), found.reason))
+            _log.warning(
+                "%d sequences of chunk %d are set aside: %s",
+                len(found.rows),
+                found.chunk,
+                found.reason,
+            )
+            self._journal.record(
+                SetAsideRow(
+                    found.chunk, self._stock.sequences(found.chunk, found.rows), found.reason
+                )
+            )
 
     def _record_the_end(self) -> None:
         if self._table.done:

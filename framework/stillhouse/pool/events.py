@@ -1,4 +1,5 @@
-"""What a pool and its workers say to each other, and what the pool hears from outside: its seams, which know neither Ray nor time."""
+"""What a pool and its workers say to each other, and what the pool hears from outside: its seams,
+which know neither Ray nor time."""
 
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeAlias, TypeVar

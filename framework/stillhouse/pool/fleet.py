@@ -1,4 +1,5 @@
-"""The fleet: workers that are started, welcomed, watched and sent away, and the leases that each of them holds.
+"""The fleet: workers that are started, welcomed, watched and sent away, and the leases that each of
+them holds.
 
 Nothing here knows which work is wanted: leases of a worker that goes are handed to `give_back`.
 """
@@ -24,7 +25,8 @@ _DOOMED_PAUSE_S = 30.0  # after one that came up on a machine that goes
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many workers there may be, how long one may be silent, and what is tried before something is given up."""
+    """How many workers there may be, how long one may be silent, and what is tried before something
+    is given up."""
 
     min_workers: int  # that must be ready before work begins
     max_workers: int
@@ -38,7 +40,9 @@ class Worker:
     node: str | None = None  # None until it is ready
     leases: dict[int, Lease] = field(default_factory=dict)  # in the order in which it works on them
     overdue_since: float | None = None
-    leaves_at: float | None = None  # its node is draining: no new leases, and the end of the one in work
+    leaves_at: float | None = (
+        None  # its node is draining: no new leases, and the end of the one in work
+    )
 
 
 @dataclass(slots=True)
@@ -54,11 +58,13 @@ class _Pace:
 
 
 class _Roster:
-    """The workers by number, and those of them that something is to be done about, so that none has to be searched for."""
+    """The workers by number, and those of them that something is to be done about, so that none has
+    to be searched for."""
 
     def __init__(self) -> None:
         self.workers: dict[int, Worker] = {}
-        self.with_room: list[dict[int, Worker]] = [{} for _ in range(ITEMS_PER_WORKER)]  # by the number of their leases
+        # by the number of their leases
+        self.with_room: list[dict[int, Worker]] = [{} for _ in range(ITEMS_PER_WORKER)]
         self.overdue: dict[int, Worker] = {}
         self.leaving: dict[int, Worker] = {}
         self._num_added = 0
@@ -75,7 +81,8 @@ class _Roster:
         return was_there
 
     def file(self, worker: Worker) -> None:
-        """Note what is to be done about a worker that has changed, and how urgently it can take work."""
+        """Note what is to be done about a worker that has changed, and how urgently it can take
+        work."""
         for index in (*self.with_room, self.overdue, self.leaving):
             index.pop(worker.number, None)
         if worker.number not in self.workers:
@@ -84,15 +91,20 @@ class _Roster:
             self.leaving[worker.number] = worker
         if worker.overdue_since is not None:
             self.overdue[worker.number] = worker
-        elif worker.node is not None and worker.leaves_at is None and len(worker.leases) < ITEMS_PER_WORKER:
+        elif (
+            worker.node is not None
+            and worker.leaves_at is None
+            and len(worker.leases) < ITEMS_PER_WORKER
+        ):
             self.with_room[len(worker.leases)][worker.number] = worker
 
 
 class Fleet(Generic[ItemT, ReadyT]):
     """`min_workers` to `max_workers` workers of a crew.
 
-    `compare` raises where a worker (the second, of that number) is not the same as the first that was ready. `wall` gives seconds since
-    1970, which notices are in; `now` is in seconds from any beginning.
+    `compare` raises where a worker (the second, of that number) is not the same as the first that
+    was ready. `wall` gives seconds since 1970, which notices are in; `now` is in seconds from any
+    beginning.
     """
 
     def __init__(
@@ -104,7 +116,13 @@ class Fleet(Generic[ItemT, ReadyT]):
         give_back: Callable[[Lease], None],
         wall: Callable[[], float],
     ):
-        self._crew, self._limits, self._compare, self._give_back, self._wall = crew, limits, compare, give_back, wall
+        self._crew, self._limits, self._compare, self._give_back, self._wall = (
+            crew,
+            limits,
+            compare,
+            give_back,
+            wall,
+        )
         self._roster, self._pulses, self._pace = _Roster(), Pulses(), _Pace()
         self._notices: dict[str, PreemptionNotice] = {}  # by node
         self._first: ReadyT | None = None
@@ -117,7 +135,8 @@ class Fleet(Generic[ItemT, ReadyT]):
         return self._roster.with_room
 
     def staff(self, num_wanted: int, now: float) -> None:
-        """Fill the fleet up, but not with more than are wanted. Those that leave have their successors at once."""
+        """Fill the fleet up, but not with more than are wanted. Those that leave have their
+        successors at once."""
         fewest = 1 if self.begun else self._limits.min_workers
         wanted = min(self._limits.max_workers, max(fewest, num_wanted))
         missing = wanted - (len(self._roster.workers) - len(self._roster.leaving))
@@ -126,7 +145,8 @@ class Fleet(Generic[ItemT, ReadyT]):
         self.begun = self.begun or self.num_ready >= self._limits.min_workers
 
     def events(self, *, timeout_s: float) -> Iterator[tuple[Worker, Event[ReadyT]]]:
-        """What has happened to workers that are still there; waits for the first of it, no longer than the timeout."""
+        """What has happened to workers that are still there; waits for the first of it, no longer
+        than the timeout."""
         for event in self._crew.events(timeout_s=timeout_s):
             worker = self._roster.workers.get(event.worker)
             if worker is not None:  # or it was sent away in this same round
@@ -151,7 +171,8 @@ class Fleet(Generic[ItemT, ReadyT]):
         self._crew.submit(worker.number, lease.id, item, publish=lease.trial is None)
 
     def end(self, worker: Worker, number: int) -> Lease:
-        """Take the lease off its worker, who thereby has given a heartbeat; one that leaves goes now."""
+        """Take the lease off its worker, who thereby has given a heartbeat; one that leaves goes
+        now."""
         lease = worker.leases.pop(number)
         worker.overdue_since = None
         if worker.leaves_at is not None:
@@ -170,19 +191,25 @@ class Fleet(Generic[ItemT, ReadyT]):
         """The workers that have stayed silent for one more lease timeout."""
         longest_s = self._limits.budget.timeout_s
         found = self._roster.overdue.values()
-        return [worker for worker in found if worker.overdue_since is not None and now - worker.overdue_since >= longest_s]
+        return [
+            worker
+            for worker in found
+            if worker.overdue_since is not None and now - worker.overdue_since >= longest_s
+        ]
 
     def hear(self, heard: Collection[int], now: float) -> None:
         """These workers gave heartbeats."""
         self._pulses.hear(heard & self._roster.workers.keys(), now)
 
     def silent(self, now: float) -> list[tuple[Worker, float]]:
-        """The workers without a heartbeat for longer than the watchdog allows, each with its seconds: their processes stand still."""
+        """The workers without a heartbeat for longer than the watchdog allows, each with its
+        seconds: their processes stand still."""
         found = self._pulses.silent(now, longer_than_s=self._limits.watchdog_s)
         return [(self._roster.workers[number], seconds) for number, seconds in found]
 
     def heed(self, notices: Mapping[str, PreemptionNotice], now: float) -> None:
-        """Workers on draining nodes get no new leases, hand back what they have not begun, and go with what they have in work."""
+        """Workers on draining nodes get no new leases, hand back what they have not begun, and go
+        with what they have in work."""
         self._notices.update(notices)
         doomed = self._doomed_nodes()
         for worker in [*self._roster.workers.values()] if doomed else ():
@@ -207,10 +234,15 @@ class Fleet(Generic[ItemT, ReadyT]):
         self._pace.lose(now)
 
     def require_starts(self, reason: str) -> None:
-        """Raise TeacherError where workers do nothing but die as they start, the last for this reason."""
-        if self._pace.num_lost >= self._limits.budget.max_failures * self._limits.max_workers and self.num_ready == 0:
+        """Raise TeacherError where workers do nothing but die as they start, the last for this
+        reason."""
+        if (
+            self._pace.num_lost >= self._limits.budget.max_failures * self._limits.max_workers
+            and self.num_ready == 0
+        ):
             raise TeacherError(
-                f"{self._pace.num_lost} teachers died one after the other while they started, the last with: {reason}; "
+                f"{self._pace.num_lost} teachers died one after the other while they started, the "
+                f"last with: {reason}; "
                 "does the model fit into the memory of their machines?"
             )
 
@@ -231,4 +263,8 @@ class Fleet(Generic[ItemT, ReadyT]):
             self.retire(worker)
 
     def _doomed_nodes(self) -> set[str]:
-        return {node for node, notice in self._notices.items() if self._wall() < notice.deadline + _NOTICE_HOLDS_S}
+        return {
+            node
+            for node, notice in self._notices.items()
+            if self._wall() < notice.deadline + _NOTICE_HOLDS_S
+        }

@@ -1,10 +1,14 @@
-"""Which chunk is made next, and by which worker: a pure state machine over chunk numbers, without Ray and without a clock.
+"""Which chunk is made next, and by which worker: a pure state machine over chunk numbers, without
+Ray and without a clock.
 
-Every wanted chunk is open or settled (published, or needed by nobody). Open ones are leased in the order in which the students first read
-them, within a window of that order, to one worker each; a second one only where the first is late or slow. Whatever becomes of leases,
-workers and clocks, an open chunk can always be leased again, and a chunk that no worker can make is taken apart into its sequences.
+Every wanted chunk is open or settled (published, or needed by nobody). Open ones are leased in the
+order in which the students first read them, within a window of that order, to one worker each; a
+second one only where the first is late or slow. Whatever becomes of leases, workers and clocks, an
+open chunk can always be leased again, and a chunk that no worker can make is taken apart into its
+sequences.
 
-What it remembers grows with the leases that are out, not with the corpus, of which it keeps one byte a chunk.
+What it remembers grows with the leases that are out, not with the corpus, of which it keeps one
+byte a chunk.
 """
 
 from collections import OrderedDict, deque
@@ -35,7 +39,8 @@ class Lease:
 
     @property
     def trial(self) -> int | None:
-        """The row that is computed alone, to see whether it can be; nothing of it is published. None: the chunk is made."""
+        """The row that is computed alone, to see whether it can be; nothing of it is published.
+        None: the chunk is made."""
         return None if self.work.is_whole else self.work.row
 
 
@@ -50,10 +55,16 @@ class Tally:
 
 
 class LeaseTable:
-    """`order` names the wanted chunks in reading order, `settled` which positions of it need no work, `num_rows` how long a chunk is."""
+    """`order` names the wanted chunks in reading order, `settled` which positions of it need no
+    work, `num_rows` how long a chunk is."""
 
     def __init__(
-        self, order: Sequence[int] | NDArray[np.int64], *, settled: NDArray[np.bool_], num_rows: Callable[[int], int], budget: Budget
+        self,
+        order: Sequence[int] | NDArray[np.int64],
+        *,
+        settled: NDArray[np.bool_],
+        num_rows: Callable[[int], int],
+        budget: Budget,
     ):
         self.tally = Tally()
         self._backlog = Backlog(order, settled=settled)
@@ -63,9 +74,12 @@ class LeaseTable:
         self._active: dict[int, Lease] = {}  # by id, so by age
         self._late: dict[int, Lease] = {}  # given back, but with a worker still
         self._held: dict[Work, list[Lease]] = {}
-        self._alone: OrderedDict[Work, Lease] = OrderedDict()  # held by one worker, the longest first
+        # held by one worker, the longest first
+        self._alone: OrderedDict[Work, Lease] = OrderedDict()
         self._durations: deque[float] = deque(maxlen=_REMEMBERED_DURATIONS)
-        self._void_before: dict[int, int] = {}  # position -> leases with a lower id tell nothing about it: it was damaged since
+        self._void_before: dict[
+            int, int
+        ] = {}  # position -> leases with a lower id tell nothing about it: it was damaged since
 
     @property
     def num_wanted(self) -> int:
@@ -95,7 +109,8 @@ class LeaseTable:
         return work is not None and work.position >= limit
 
     def lease(self, holder: int, *, limit: int, now: float) -> Lease | None:
-        """The next work whose position in the reading order is below `limit`, now leased; None where there is none to give."""
+        """The next work whose position in the reading order is below `limit`, now leased; None
+        where there is none to give."""
         work = self._backlog.next()
         if work is None or work.position >= limit:
             return None
@@ -103,7 +118,8 @@ class LeaseTable:
         return self._grant(work, holder, now)
 
     def hedge(self, holder: int, *, now: float) -> Lease | None:
-        """The longest-running work of another worker, if it takes far longer than usual and nobody else was given it too."""
+        """The longest-running work of another worker, if it takes far longer than usual and nobody
+        else was given it too."""
         if not self._alone or not self._durations:
             return None
         slow_s = _SLOW * sorted(self._durations)[len(self._durations) // 2]
@@ -126,7 +142,8 @@ class LeaseTable:
         return expired
 
     def publish(self, lease: Lease, *, now: float) -> None:
-        """Its holder put the chunk into the store, or lost the race for it. A late answer is as good as any."""
+        """Its holder put the chunk into the store, or lost the race for it. A late answer is as
+        good as any."""
         self._durations.append(now - lease.began)
         self.find(lease)
 
@@ -141,16 +158,22 @@ class LeaseTable:
         self._apply(Ruling(closed=self._search.end(position)))
 
     def passed(self, lease: Lease) -> SetAside | None:
-        """The row on trial could be computed. Returns what is set aside, where this was the last row in doubt."""
+        """The row on trial could be computed. Returns what is set aside, where this was the last
+        row in doubt."""
         self._take(lease)
-        return self._apply(self._search.acquit(lease.work, chunk=lease.chunk)) if self._is_open(lease.work) else None
+        return (
+            self._apply(self._search.acquit(lease.work, chunk=lease.chunk))
+            if self._is_open(lease.work)
+            else None
+        )
 
     def give_back(self, lease: Lease) -> None:
         """The lease ended because its holder was sent away, or never began it."""
         self._end(lease)
 
     def lose(self, lease: Lease, reason: str, *, blame: bool = True) -> SetAside | None:
-        """The lease ended because its worker died at it. Raises TeacherError and returns as `fail` does, after three times as many.
+        """The lease ended because its worker died at it. Raises TeacherError and returns as `fail`
+        does, after three times as many.
 
         Without `blame` it says nothing about the work: the machine was taken away.
         """
@@ -161,15 +184,18 @@ class LeaseTable:
         return self._accuse(lease, DIED, reason)
 
     def fail(self, lease: Lease, reason: str) -> SetAside | None:
-        """An attempt raised. After `max_failures` of them a chunk is examined row by row, and a row set aside.
+        """An attempt raised. After `max_failures` of them a chunk is examined row by row, and a row
+        set aside.
 
-        Returns what is set aside, once that is known of every row. Raises TeacherError where rows alone cannot explain it.
+        Returns what is set aside, once that is known of every row. Raises TeacherError where rows
+        alone cannot explain it.
         """
         self.tally.failures += 1
         return self._accuse(lease, RAISED, reason)
 
     def reopen(self, *numbers: int) -> int:
-        """These chunks are not in the store any more and have to be made again; how many are, for the others are not wanted, or open."""
+        """These chunks are not in the store any more and have to be made again; how many are, for
+        the others are not wanted, or open."""
         positions = self._backlog.reopen(numbers) if numbers else []
         self._void_before.update(dict.fromkeys(positions, self._next_id))
         return len(positions)
@@ -222,7 +248,9 @@ class LeaseTable:
         self._take(lease)
         if not self._is_open(lease.work):
             return None
-        found = self._apply(self._search.accuse(lease.work, weight, chunk=lease.chunk, reason=reason))
+        found = self._apply(
+            self._search.accuse(lease.work, weight, chunk=lease.chunk, reason=reason)
+        )
         self._let_go(lease)
         return found
 

@@ -9,7 +9,8 @@ _ROW_EVERY_S = 2.0
 
 
 class Progress:
-    """Counts what the lease table does not: tokens, and the time in which the window held the workers back."""
+    """Counts what the lease table does not: tokens, and the time in which the window held the
+    workers back."""
 
     def __init__(self, table: LeaseTable, *, window_chunks: int, journal: Tracker, now: float):
         self._table, self._window_chunks, self._journal = table, window_chunks, journal
@@ -21,7 +22,8 @@ class Progress:
         self._num_tokens += num_tokens
 
     def look(self, now: float, *, limit: int, num_ready: int) -> None:
-        """See whether the window alone, which ends at `limit`, has workers wait; write a row if one is due."""
+        """See whether the window alone, which ends at `limit`, has workers wait; write a row if one
+        is due."""
         if self._table.held_back(limit=limit) and not self._table.num_leased:
             self._window_wait_s += now - self._last_look
         self._last_look = now

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 
 class Pulses:
-    """When each worker was last heard. One that was never heard is waiting for a place, and is not silent."""
+    """When each worker was last heard. One that was never heard is waiting for a place, and is not
+    silent."""
 
     def __init__(self) -> None:
         self._heard: dict[int, float] = {}  # in the order of their last heartbeats
@@ -19,5 +20,8 @@ class Pulses:
         self._heard.pop(worker, None)
 
     def silent(self, now: float, *, longer_than_s: float) -> list[tuple[int, float]]:
-        """The workers that were silent for longer than that, each with its seconds, the longest silent first."""
-        return [(number, now - at) for number, at in self._heard.items() if now - at > longer_than_s]
+        """The workers that were silent for longer than that, each with its seconds, the longest
+        silent first."""
+        return [
+            (number, now - at) for number, at in self._heard.items() if now - at > longer_than_s
+        ]

@@ -1,4 +1,5 @@
-"""What the store has of the wanted chunks: what is there when a pool begins, and what has to be made again."""
+"""What the store has of the wanted chunks: what is there when a pool begins, and what has to be
+made again."""
 
 import logging
 
@@ -15,21 +16,27 @@ _READERS_EVERY_S = 5.0
 
 
 class Stock:
-    """A store in the eyes of a pool. `retention` knows its registered readers; without one nobody is known to read it."""
+    """A store in the eyes of a pool. `retention` knows its registered readers; without one nobody
+    is known to read it."""
 
     def __init__(self, store: ChunkStore, *, retention: Retention | None, journal: Tracker):
         self._store, self._retention, self._journal = store, retention, journal
         self._next_look = -np.inf
 
     def settled(self, order: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these chunks need no work: they are published, or nobody reads them. Cut ones are put into quarantine."""
+        """Which of these chunks need no work: they are published, or nobody reads them. Cut ones
+        are put into quarantine."""
         found = self._store.listing()
         for number in sorted(found.cut.intersection(order.tolist())):
             if self._store.quarantine(number):
                 self._journal.record(RepairRow(number))
         published = np.fromiter(found.published, dtype=np.int64)
         settled = np.isin(order, published)
-        return settled if self._retention is None else settled | ~self._retention.begin(published)[order]
+        return (
+            settled
+            if self._retention is None
+            else settled | ~self._retention.begin(published)[order]
+        )
 
     def num_rows(self, number: int) -> int:
         return len(self._store.recipe.chunk_rows(number))
@@ -44,7 +51,8 @@ class Stock:
             self._retention.published(number)
 
     def is_lost(self, number: int) -> bool:
-        """A reader found the chunk damaged or gone. The store looks first: readers may err, and two may report the same one."""
+        """A reader found the chunk damaged or gone. The store looks first: readers may err, and two
+        may report the same one."""
         if not self._store.exists(number):
             return True
         if not self._store.quarantine(number):
@@ -61,11 +69,17 @@ class Stock:
         return self._retention.look()
 
     def limit(self, own: int, window_chunks: int) -> int:
-        """The first position that workers must leave alone, where this run's slowest reader has finished `own` positions.
+        """The first position that workers must leave alone, where this run's slowest reader has
+        finished `own` positions.
 
-        A reader of another run may hold it back too, though never so far that the readers of this one would lack what they need next.
+        A reader of another run may hold it back too, though never so far that the readers of this
+        one would lack what they need next.
         """
-        return own + window_chunks if self._retention is None else self._retention.limit(own, window_chunks)
+        return (
+            own + window_chunks
+            if self._retention is None
+            else self._retention.limit(own, window_chunks)
+        )
 
     def finish(self) -> None:
         """The run is done."""

@@ -1,4 +1,5 @@
-"""The report's figures: inline SVG whose colours and fonts are the page's CSS variables, so that light and dark need one drawing.
+"""The report's figures: inline SVG whose colours and fonts are the page's CSS variables, so that
+light and dark need one drawing.
 
 Figures are built on matplotlib's Figure alone: no pyplot, no state that outlives a call.
 """
@@ -24,8 +25,17 @@ from stillhouse.report.words import percent, small
 _MAX_POINTS = 300
 _MAX_BINS = 60
 
-# Colours that mean a CSS variable: matplotlib writes them out, `_render` puts the variable in their place.
-INK, FAINT, TEACHER, STUDENT, CONTROL, GOOD, BAD = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606", "#070707"
+# Colours that mean a CSS variable: matplotlib writes them out, `_render` puts the variable in their
+# place.
+INK, FAINT, TEACHER, STUDENT, CONTROL, GOOD, BAD = (
+    "#010101",
+    "#020202",
+    "#030303",
+    "#040404",
+    "#050505",
+    "#060606",
+    "#070707",
+)
 _CSS_VARIABLES = {
     INK: "--ink-soft",
     FAINT: "--rule",
@@ -35,7 +45,9 @@ _CSS_VARIABLES = {
     GOOD: "--good",
     BAD: "--bad",
 }
-_PARTS: dict[Part, tuple[str, str]] = {  # in the order of the bar; what is left of it are processors that were given back
+_PARTS: dict[
+    Part, tuple[str, str]
+] = {  # in the order of the bar; what is left of it are processors that were given back
     "useful": ("useful", GOOD),
     "waiting": ("waiting for the other side", CONTROL),
     "checkpointing": ("checkpointing", STUDENT),
@@ -85,12 +97,20 @@ class Panel:
 
 def training_panels(summary: Summary) -> list[Panel]:
     """What each step of student and control showed; panels without a single value are left out."""
-    curves = {"control": (summary.control, CONTROL), "student": (summary.student, STUDENT)}  # the student is drawn on top
+    # the student is drawn on top
+    curves = {
+        "control": (summary.control, CONTROL),
+        "student": (summary.student, STUDENT),
+    }
 
     def panel(title: str, column: str, unit: str, words: str, *, log: bool = False) -> Panel | None:
         shown = {}
         for role, (rows, colour) in curves.items():
-            points = [(row.step, value) for row in rows if (value := getattr(row, column)) is not None and np.isfinite(value)]
+            points = [
+                (row.step, value)
+                for row in rows
+                if (value := getattr(row, column)) is not None and np.isfinite(value)
+            ]
             if points and any(value != 0.0 for _, value in points):
                 shown[role] = (_thin(points), colour)
         if not shown:
@@ -116,9 +136,15 @@ def training_panels(summary: Summary) -> list[Panel]:
             "Divergence from the teacher",
             "divergence",
             "nats a token",
-            "Between the stored targets and the student, in training; with draws, the entropy of the teacher's tail comes on top.",
+            "Between the stored targets and the student, in training; with draws, the entropy of "
+            "the teacher's tail comes on top.",
         ),
-        panel("Cross-entropy to the text", "cross_entropy", "nats a token", "On the training batches; held-out values are in the table."),
+        panel(
+            "Cross-entropy to the text",
+            "cross_entropy",
+            "nats a token",
+            "On the training batches; held-out values are in the table.",
+        ),
         panel("Gradient norm", "grad_norm", "", "Before clipping.", log=True),
         panel("Learning rate", "learning_rate", "", "As the schedule set it."),
     ]
@@ -144,12 +170,19 @@ def fidelity_panels(summary: Summary) -> list[Panel]:
         _log_scale(axes, np.concatenate([mean[1], worst[1]]))
 
     return [
-        Panel("Kept mass", _render(draw_kept), "Mean share of the teacher's probability that lies on the kept entries." + merged),
+        Panel(
+            "Kept mass",
+            _render(draw_kept),
+            "Mean share of the teacher's probability that lies on the kept entries." + merged,
+        ),
         Panel(
             "Codec KL, nats",
             _render(draw_kl),
             "KL(exact ‖ decoded) of the records as stored." + merged,
-            [("mean over tokens", _CSS_VARIABLES[TEACHER]), ("worst token", _CSS_VARIABLES[CONTROL])],
+            [
+                ("mean over tokens", _CSS_VARIABLES[TEACHER]),
+                ("worst token", _CSS_VARIABLES[CONTROL]),
+            ],
         ),
     ]
 
@@ -169,27 +202,41 @@ def pace_panels(summary: Summary) -> list[Panel]:
         for intervals, colour in lines.values():
             edges = _edges(summary, intervals)
             rate = numbers.per_second(intervals, edges)
-            axes.stairs(np.where(rate > 0, rate, np.nan), edges / scale, color=colour, linewidth=1.6, baseline=None)
+            axes.stairs(
+                np.where(rate > 0, rate, np.nan),
+                edges / scale,
+                color=colour,
+                linewidth=1.6,
+                baseline=None,
+            )
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_count(value)))
         _time_axis(axes, summary, scale, unit)
 
     if lines:
         legend = [(name, _CSS_VARIABLES[colour]) for name, (_, colour) in lines.items()]
-        words = "Target tokens; the clock stops between attempts" + (", which meet at the dotted lines." if summary.resumed_at else ".")
+        words = "Target tokens; the clock stops between attempts" + (
+            ", which meet at the dotted lines." if summary.resumed_at else "."
+        )
         panels.append(Panel("Tokens a second", _render(draw_rates), words, legend))
 
     waits = {
         "student, for chunks": (numbers.data_waits(summary), STUDENT, 1.0),
         "teachers, for the window": (numbers.window_waits(summary), TEACHER, -1.0),
     }
-    waits = {name: (intervals, colour, sign) for name, (intervals, colour, sign) in waits.items() if intervals}
+    waits = {
+        name: (intervals, colour, sign)
+        for name, (intervals, colour, sign) in waits.items()
+        if intervals
+    }
 
     def draw_waits(axes: Axes) -> None:
         for intervals, colour, sign in waits.values():
             edges = _edges(summary, intervals)
             share = np.minimum(numbers.per_second(intervals, edges), 1.0)
-            axes.stairs(sign * share, edges / scale, color=colour, fill=True, alpha=0.75, linewidth=0)
+            axes.stairs(
+                sign * share, edges / scale, color=colour, fill=True, alpha=0.75, linewidth=0
+            )
         axes.axhline(0.0, color=INK, linewidth=0.8)
         axes.set_ylim(-1, 1)
         axes.set_yticks([-1, -0.5, 0, 0.5, 1], ["100 %", "50 %", "0", "50 %", "100 %"])
@@ -197,7 +244,14 @@ def pace_panels(summary: Summary) -> list[Panel]:
 
     if waits:
         legend = [(name, _CSS_VARIABLES[colour]) for name, (_, colour, _) in waits.items()]
-        panels.append(Panel("Who waited for whom", _render(draw_waits), "Share of time: up, the student; down, the teachers.", legend))
+        panels.append(
+            Panel(
+                "Who waited for whom",
+                _render(draw_waits),
+                "Share of time: up, the student; down, the teachers.",
+                legend,
+            )
+        )
     return panels
 
 
@@ -213,17 +267,22 @@ def time_panel(summary: Summary) -> Panel | None:
         left = np.zeros(len(sides))
         for part in shown:
             width = np.array([spent.share(part) for spent in sides.values()])
-            axes.barh(list(sides), width, left=left, height=0.56, color=_PARTS[part][1], linewidth=0)
+            axes.barh(
+                list(sides), width, left=left, height=0.56, color=_PARTS[part][1], linewidth=0
+            )
             left += width
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.grid(visible=False)
 
     words = "Shares of the run's time; where a bar ends, the side's work was done. " + " ".join(
-        f"Of the {name}' time until then, {percent(spent.goodput)} was useful." for name, spent in reversed(sides.items())
+        f"Of the {name}' time until then, {percent(spent.goodput)} was useful."
+        for name, spent in reversed(sides.items())
     )
     legend = [(_PARTS[part][0], _CSS_VARIABLES[_PARTS[part][1]]) for part in shown]
-    return Panel("Share of time", _render(draw, size=(10.3, 0.55 + 0.5 * len(sides))), words, legend)
+    return Panel(
+        "Share of time", _render(draw, size=(10.3, 0.55 + 0.5 * len(sides))), words, legend
+    )
 
 
 def _dots(axes: Axes, points: tuple[NDArray[np.float64], NDArray[np.float64]], colour: str) -> None:
@@ -233,17 +292,23 @@ def _dots(axes: Axes, points: tuple[NDArray[np.float64], NDArray[np.float64]], c
 
 
 def _thin(
-    points: Sequence[tuple[int, float]], *, reduce: Callable[[NDArray[np.float64]], np.floating] = np.mean
+    points: Sequence[tuple[int, float]],
+    *,
+    reduce: Callable[[NDArray[np.float64]], np.floating] = np.mean,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """At most _MAX_POINTS points: the mean x and the reduced y of as many equal runs of points."""
     table = np.array(points, dtype=np.float64)
     runs = np.array_split(table, min(len(table), _MAX_POINTS))
-    return np.array([run[:, 0].mean() for run in runs]), np.array([reduce(run[:, 1]) for run in runs])
+    return np.array([run[:, 0].mean() for run in runs]), np.array(
+        [reduce(run[:, 1]) for run in runs]
+    )
 
 
 def _edges(summary: Summary, intervals: Sequence[numbers.Interval]) -> NDArray[np.float64]:
     """Bins over the whole run, wide enough that most hold a few events."""
-    return np.linspace(0.0, max(summary.run_s, 1e-9), int(np.clip(len(intervals) // 3, 1, _MAX_BINS)) + 1)
+    return np.linspace(
+        0.0, max(summary.run_s, 1e-9), int(np.clip(len(intervals) // 3, 1, _MAX_BINS)) + 1
+    )
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
@@ -267,7 +332,9 @@ def _log_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     axes.set_yscale("log")
     axes.set_ylim(positive.min() / 1.3, positive.max() * 1.3)
     decades = np.log10(positive.max() / positive.min()) + 0.4
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=8))
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=8)
+    )
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: small(value)))
 
@@ -280,13 +347,24 @@ def _short_count(value: float) -> str:
 
 
 def _render(draw: Callable[[Axes], None], *, size: tuple[float, float] = (5.0, 2.5)) -> str:
-    """SVG of so many inches (five are half the page's width), without the preamble that only a file of its own needs."""
+    """SVG of so many inches (five are half the page's width), without the preamble that only a file
+    of its own needs."""
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
-        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = re.sub(r'^.*?<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', file.getvalue(), flags=re.DOTALL)
+        figure.savefig(
+            file,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
+    svg = re.sub(
+        r'^.*?<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        r'<svg viewBox="\1" role="img">',
+        file.getvalue(),
+        flags=re.DOTALL,
+    )
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)

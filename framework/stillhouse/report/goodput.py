@@ -1,7 +1,7 @@
 """Where the time of students and teachers went, from the journal's rows alone.
 
-Invariant: each moment of a side's time is in one part, so the parts add up: to the run's time for the students, whose ranks step
-together, and to the run's time for each teacher that was asked for.
+Invariant: each moment of a side's time is in one part, so the parts add up: to the run's time for
+the students, whose ranks step together, and to the run's time for each teacher that was asked for.
 
 Times are seconds on the run's own clock, which stands still between attempts.
 """
@@ -34,15 +34,27 @@ from stillhouse.tracking import (
     TrainRow,
 )
 
-Part = Literal["useful", "waiting", "checkpointing", "starting", "restarting", "redone", "other", "released"]
-PARTS: tuple[Part, ...] = ("useful", "waiting", "checkpointing", "starting", "restarting", "redone", "other", "released")
+Part = Literal[
+    "useful", "waiting", "checkpointing", "starting", "restarting", "redone", "other", "released"
+]
+PARTS: tuple[Part, ...] = (
+    "useful",
+    "waiting",
+    "checkpointing",
+    "starting",
+    "restarting",
+    "redone",
+    "other",
+    "released",
+)
 Span = tuple[float, float]
 Spent = dict[Part, float]
 
 
 @dataclass(frozen=True, slots=True)
 class TimeSpent:
-    """The time of one side, by what came of it. Waiting is for chunks (students) or for the window (teachers)."""
+    """The time of one side, by what came of it. Waiting is for chunks (students) or for the window
+    (teachers)."""
 
     seconds: Mapping[Part, float]  # every part; of teachers the sum over all of them
 
@@ -55,7 +67,8 @@ class TimeSpent:
 
     @property
     def goodput(self) -> float:
-        """The useful share of the time until the side's work was done and its processors were given back."""
+        """The useful share of the time until the side's work was done and its processors were given
+        back."""
         return self.seconds["useful"] / max(self.total_s - self.seconds["released"], 1e-9)
 
 
@@ -106,11 +119,18 @@ def student_time(summary: Summary) -> TimeSpent | None:
     return TimeSpent(spent)
 
 
-def _spend_attempt(attempt: _Attempt, spent: Spent, counted: Mapping[tuple[Role, int], int], index: int) -> int:
-    """Add an attempt's time to `spent`; `index` counts the steps of all attempts, and is returned as it then stands."""
+def _spend_attempt(
+    attempt: _Attempt, spent: Spent, counted: Mapping[tuple[Role, int], int], index: int
+) -> int:
+    """Add an attempt's time to `spent`; `index` counts the steps of all attempts, and is returned
+    as it then stands."""
     total_steps = attempt.start.total_steps
-    saving = _spans(_blocked(at, row, total_steps) for at, row in attempt.rows if isinstance(row, CheckpointRow))
-    standing = _spans((at - row.seconds, at) for at, row in attempt.rows if isinstance(row, RecoveryRow))
+    saving = _spans(
+        _blocked(at, row, total_steps) for at, row in attempt.rows if isinstance(row, CheckpointRow)
+    )
+    standing = _spans(
+        (at - row.seconds, at) for at, row in attempt.rows if isinstance(row, RecoveryRow)
+    )
     first_start: Part = "starting" if attempt.number == 0 else "restarting"
     cursor, before = attempt.begin, None
     for at, row in attempt.train_rows():
@@ -122,7 +142,12 @@ def _spend_attempt(attempt: _Attempt, spent: Spent, counted: Mapping[tuple[Role,
         elif row.step != before.step + 1:
             spent["restarting"] += begin - cursor
         else:
-            _divide(spent, (cursor, begin), [("restarting", standing), ("checkpointing", saving)], rest="other")
+            _divide(
+                spent,
+                (cursor, begin),
+                [("restarting", standing), ("checkpointing", saving)],
+                rest="other",
+            )
         cursor = max(at, begin)
         waited = min(row.data_wait_s, cursor - begin)
         if counted[row.role, row.step] == index:
@@ -140,13 +165,17 @@ def _spend_attempt(attempt: _Attempt, spent: Spent, counted: Mapping[tuple[Role,
 
 
 def _blocked(at: float, row: CheckpointRow, total_steps: int) -> Span:
-    """The time for which a checkpoint kept its ranks from going on: all of it where it was the last one."""
+    """The time for which a checkpoint kept its ranks from going on: all of it where it was the last
+    one."""
     begin = at - row.seconds
     return begin, at if row.step >= total_steps else begin + row.blocking_s
 
 
-def _divide(spent: Spent, span: Span, claims: Sequence[tuple[Part, NDArray[np.float64]]], *, rest: Part) -> None:
-    """Give each part what it claims of a span, the first claim first; claims are [N, 2] of begin and end."""
+def _divide(
+    spent: Spent, span: Span, claims: Sequence[tuple[Part, NDArray[np.float64]]], *, rest: Part
+) -> None:
+    """Give each part what it claims of a span, the first claim first; claims are [N, 2] of begin
+    and end."""
     free = [span]
     for part, spans_N2 in claims:
         near_N = (spans_N2[:, 0] < span[1]) & (spans_N2[:, 1] > span[0])
@@ -172,10 +201,13 @@ def _spans(spans: Iterable[Span]) -> NDArray[np.float64]:
 
 
 def teacher_time(summary: Summary) -> TimeSpent | None:
-    """Of as many teachers as each attempt asked for; those that never came were idle (`other`). None where no teacher was at work."""
+    """Of as many teachers as each attempt asked for; those that never came were idle (`other`).
+    None where no teacher was at work."""
     attempts = _attempts(summary)
     made = [row for attempt in attempts for _, row in attempt.rows if isinstance(row, ChunkRow)]
-    if not any(isinstance(row, TeacherRow | ChunkRow) for attempt in attempts for _, row in attempt.rows):
+    if not any(
+        isinstance(row, TeacherRow | ChunkRow) for attempt in attempts for _, row in attempt.rows
+    ):
         return None
     useful = {id(row) for row in {row.chunk: row for row in made if not row.duplicate}.values()}
     spent: Spent = dict.fromkeys(PARTS, 0.0)
@@ -197,16 +229,27 @@ def _spend_teachers(attempt: _Attempt, spent: Spent, useful: set[int]) -> None:
             num_ready += 1
             is_first = num_ready <= num_teachers
             begin = attempt.begin if is_first else at - row.seconds_to_ready
-            busy["starting" if is_first and attempt.number == 0 else "restarting"].append((begin, at))
+            busy["starting" if is_first and attempt.number == 0 else "restarting"].append(
+                (begin, at)
+            )
             done_at = at
     if not any(isinstance(row, PoolRow) and row.published >= row.needed for _, row in attempt.rows):
         done_at = attempt.end
     held = _held_back(attempt)
-    edges = np.unique([attempt.begin, done_at, attempt.end, *_bounds(busy.values(), attempt), *(each.end for each in held)])
+    edges = np.unique(
+        [
+            attempt.begin,
+            done_at,
+            attempt.end,
+            *_bounds(busy.values(), attempt),
+            *(each.end for each in held),
+        ]
+    )
     length = np.diff(edges)
     counts = {part: _covering(spans, edges) for part, spans in busy.items()}
     at_work = np.sum(list(counts.values()), axis=0)
-    scale = np.minimum(1.0, num_teachers / np.maximum(at_work, 1))  # a lost teacher and its successor may overlap
+    # a lost teacher and its successor may overlap
+    scale = np.minimum(1.0, num_teachers / np.maximum(at_work, 1))
     for part, count in counts.items():
         spent[part] += float(np.sum(length * count * scale))
     idle_s = length * np.maximum(num_teachers - at_work, 0)
@@ -223,8 +266,14 @@ def _spend_teachers(attempt: _Attempt, spent: Spent, useful: set[int]) -> None:
 
 def _held_back(attempt: _Attempt) -> list[Interval]:
     """Seconds in which the window held the teachers back, between each two looks at the pool."""
-    looks = [(attempt.begin, 0.0)] + [(at, row.window_wait_s) for at, row in attempt.rows if isinstance(row, PoolRow)]
-    return [Interval(begin, end, max(after - before, 0.0)) for (begin, before), (end, after) in pairwise(looks) if end > begin]
+    looks = [(attempt.begin, 0.0)] + [
+        (at, row.window_wait_s) for at, row in attempt.rows if isinstance(row, PoolRow)
+    ]
+    return [
+        Interval(begin, end, max(after - before, 0.0))
+        for (begin, before), (end, after) in pairwise(looks)
+        if end > begin
+    ]
 
 
 def _bounds(groups: Iterable[Sequence[Span]], attempt: _Attempt) -> Iterator[float]:
@@ -255,38 +304,79 @@ def recoveries(summary: Summary) -> list[Recovery]:
         if not steps:
             continue
         at, first = steps[0]
-        reached = max((row.step for row in _steps(attempts[: later.number]) if row.role == first.role), default=0)
+        reached = max(
+            (row.step for row in _steps(attempts[: later.number]) if row.role == first.role),
+            default=0,
+        )
         cause = earlier.outcome or "killed"
         detail = f"attempt {later.number + 1} goes on"
-        found.append(Recovery(at, "run", cause, at - later.begin, max(reached - first.step + 1, 0), detail))
+        found.append(
+            Recovery(at, "run", cause, at - later.begin, max(reached - first.step + 1, 0), detail)
+        )
     return sorted(found, key=lambda recovery: recovery.at)
 
 
 def incidents(summary: Summary) -> list[str]:
     """What else befell the run, in words: empty where nothing did."""
     rows = [row for _, row in summary.timeline]
-    pools = [[row for _, row in attempt.rows if isinstance(row, PoolRow)] for attempt in _attempts(summary)]
+    pools = [
+        [row for _, row in attempt.rows if isinstance(row, PoolRow)]
+        for attempt in _attempts(summary)
+    ]
     last = [each[-1] for each in pools if each]
     counts = [
         (sum(row.losses for row in last), "lease", "lost with a teacher"),
-        (sum(row.hedged for row in last), "chunk", "given to a second teacher because the first was slow"),
+        (
+            sum(row.hedged for row in last),
+            "chunk",
+            "given to a second teacher because the first was slow",
+        ),
         (sum(isinstance(row, ChunkRow) and row.duplicate for row in rows), "chunk", "made twice"),
         (sum(isinstance(row, RepairRow) for row in rows), "damaged chunk", "made anew"),
-        (sum(len(row.sequences) for row in rows if isinstance(row, SetAsideRow)), "sequence", "set aside"),
-        (len({(row.role, row.step) for row in rows if isinstance(row, DelayRow)}), "checkpoint", "that the store did not take at once"),
-        (sum(isinstance(row, OutageRow) for row in rows), "long wait", "for a store that was unavailable"),
+        (
+            sum(len(row.sequences) for row in rows if isinstance(row, SetAsideRow)),
+            "sequence",
+            "set aside",
+        ),
+        (
+            len({(row.role, row.step) for row in rows if isinstance(row, DelayRow)}),
+            "checkpoint",
+            "that the store did not take at once",
+        ),
+        (
+            sum(isinstance(row, OutageRow) for row in rows),
+            "long wait",
+            "for a store that was unavailable",
+        ),
         (sum(isinstance(row, NoticeRow) for row in rows), "notice", "of a machine's end"),
-        (sum(isinstance(row, StallRow) and row.role != "teacher" for row in rows), "stalled rank", "found by the watchdog"),
-        (sum(isinstance(row, StallRow) and row.role == "teacher" for row in rows), "silent teacher", "killed and replaced"),
+        (
+            sum(isinstance(row, StallRow) and row.role != "teacher" for row in rows),
+            "stalled rank",
+            "found by the watchdog",
+        ),
+        (
+            sum(isinstance(row, StallRow) and row.role == "teacher" for row in rows),
+            "silent teacher",
+            "killed and replaced",
+        ),
     ]
-    return [f"{count:,} {thing}{'s' if count > 1 else ''} {what}" for count, thing, what in counts if count]
+    return [
+        f"{count:,} {thing}{'s' if count > 1 else ''} {what}"
+        for count, thing, what in counts
+        if count
+    ]
 
 
 def _attempts(summary: Summary) -> list[_Attempt]:
     begins = [index for index, (_, row) in enumerate(summary.timeline) if isinstance(row, StartRow)]
-    pieces = [summary.timeline[begin:end] for begin, end in pairwise([*begins, len(summary.timeline)])]
+    pieces = [
+        summary.timeline[begin:end] for begin, end in pairwise([*begins, len(summary.timeline)])
+    ]
     ends = [*(piece[0][0] for piece in pieces[1:]), summary.run_s]
-    return [_Attempt(number, piece[0][0], end, piece) for number, (piece, end) in enumerate(zip(pieces, ends, strict=True))]
+    return [
+        _Attempt(number, piece[0][0], end, piece)
+        for number, (piece, end) in enumerate(zip(pieces, ends, strict=True))
+    ]
 
 
 def _steps(attempts: Sequence[_Attempt]) -> list[TrainRow]:

@@ -1,4 +1,5 @@
-"""Numbers and names as a reader wants them: few digits, a unit, and a space that does not break; no directories of the writer's machine."""
+"""Numbers and names as a reader wants them: few digits, a unit, and a space that does not break; no
+directories of the writer's machine."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -18,12 +19,20 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f}{_NARROW}s"
     if minutes < 60:
         return f"{int(minutes)}{_NARROW}min {seconds % 60:.0f}{_NARROW}s"
-    return f"{int(hours)}{_NARROW}h {int(minutes) % 60}{_NARROW}min" if hours < 48 else f"{hours / 24:.1f}{_NARROW}days"
+    return (
+        f"{int(hours)}{_NARROW}h {int(minutes) % 60}{_NARROW}min"
+        if hours < 48
+        else f"{hours / 24:.1f}{_NARROW}days"
+    )
 
 
 def percent(share: float) -> str:
     """With one decimal, or two where one would round to 100."""
-    return f"{100 * share:.1f}{_NARROW}%" if share < 0.995 or share == 1.0 else f"{100 * share:.2f}{_NARROW}%"
+    return (
+        f"{100 * share:.1f}{_NARROW}%"
+        if share < 0.995 or share == 1.0
+        else f"{100 * share:.2f}{_NARROW}%"
+    )
 
 
 def _scaled(value: float, units: Iterable[tuple[float, str]]) -> str:
@@ -34,11 +43,17 @@ def _scaled(value: float, units: Iterable[tuple[float, str]]) -> str:
 
 
 def large(value: float) -> str:
-    return f"{value:,.0f}" if value < 1e5 else _scaled(value, ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")))
+    return (
+        f"{value:,.0f}"
+        if value < 1e5
+        else _scaled(value, ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")))
+    )
 
 
 def num_bytes(value: float) -> str:
-    return _scaled(value, ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))) + ("" if value >= 1e3 else f"{_NARROW}B")
+    return _scaled(value, ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))) + (
+        "" if value >= 1e3 else f"{_NARROW}B"
+    )
 
 
 def short_name(name: str) -> str:

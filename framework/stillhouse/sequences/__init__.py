@@ -1,4 +1,5 @@
-"""Documents become fixed sequences, in a fixed order, once; afterwards they are read from a memory map."""
+"""Documents become fixed sequences, in a fixed order, once; afterwards they are read from a memory
+map."""
 
 from stillhouse.sequences.corpus import Corpus
 from stillhouse.sequences.packing import Split, prepare_corpus

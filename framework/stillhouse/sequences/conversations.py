@@ -1,33 +1,54 @@
-"""Conversations as their rows hold them: lists of messages with a role and a content, and how to convert the other forms there are."""
+"""Conversations as their rows hold them: lists of messages with a role and a content, and how to
+convert the other forms there are."""
 
 from collections.abc import Collection
 from typing import Any
 
 from stillhouse.errors import CorpusError
 
-_PAIRS = (("prompt", "completion"), ("instruction", "output"), ("prompt", "response"), ("question", "answer"))
+_PAIRS = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
 _EXCERPT = 200  # characters of a value in a message
 
 
 def checked_messages(messages: Any, where: str, column: str) -> list[dict[str, Any]]:
-    """The messages of a row without what they leave empty. Raises CorpusError, with the turn at fault: no text as its role or content."""
-    wanted = f"{where}: column '{column}' is not a list of messages, each with a text 'role' and a text 'content'; found"
+    """The messages of a row without what they leave empty. Raises CorpusError, with the turn at
+    fault: no text as its role or content."""
+    wanted = (
+        f"{where}: column '{column}' is not a list of messages, each with a text 'role' and "
+        "a text 'content'; found"
+    )
     if not isinstance(messages, list):
         raise CorpusError(f"{wanted} {str(messages)[:_EXCERPT]}")
     for number, turn in enumerate(messages):
-        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
-            raise CorpusError(f"{wanted} as turn {number}: {str(_without_gaps(turn))[:_EXCERPT]}{_cure_of_turn(turn, column)}")
+        if not (
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+        ):
+            raise CorpusError(
+                f"{wanted} as turn {number}: "
+                f"{str(_without_gaps(turn))[:_EXCERPT]}{_cure_of_turn(turn, column)}"
+            )
     return [{name: value for name, value in turn.items() if value is not None} for turn in messages]
 
 
 def cure_of_columns(columns: Collection[str]) -> str | None:
-    """How to make conversations of two columns that are a question and its answer; None where no two are."""
+    """How to make conversations of two columns that are a question and its answer; None where no
+    two are."""
     for question, answer in _PAIRS:
         if question in columns and answer in columns:
             asked = f'row["{question}"]'
             if question == "instruction" and "input" in columns:
                 asked = r'(row["instruction"] + "\n" + (row["input"] or "")).strip()'
-            messages = f'{{"role": "user", "content": {asked}}}, {{"role": "assistant", "content": row["{answer}"]}}'
+            messages = (
+                f'{{"role": "user", "content": {asked}}}, {{"role": "assistant", '
+                f'"content": row["{answer}"]}}'
+            )
             return f"make conversations of {question} and {answer}; {_mapped(f'[{messages}]')}"
     return None
 
@@ -38,12 +59,22 @@ def _cure_of_turn(turn: Any, column: str) -> str:
     content = turn.get("content")
     if "from" in turn and "value" in turn:
         roles = '{"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])'
-        return "; this is the ShareGPT form: " + _of_each(f'{{"role": {roles}, "content": turn["value"]}}', column)
+        return "; this is the ShareGPT form: " + _of_each(
+            f'{{"role": {roles}, "content": turn["value"]}}', column
+        )
     if isinstance(content, list):
-        text = 'turn["content"] if isinstance(turn["content"], str) else "".join(part["text"] for part in turn["content"])'
-        return "; these are OpenAI content parts: " + _of_each(f'{{"role": turn["role"], "content": {text}}}', column)
+        text = (
+            'turn["content"] if isinstance(turn["content"], str) else "".join(part["text"] for '
+            'part in turn["content"])'
+        )
+        return "; these are OpenAI content parts: " + _of_each(
+            f'{{"role": turn["role"], "content": {text}}}', column
+        )
     if content is None and turn.get("tool_calls"):
-        return "; calls of tools are not read: write the call into 'content' as the model is to say it, or leave such rows out"
+        return (
+            "; calls of tools are not read: write the call into 'content' as the model is to "
+            "say it, or leave such rows out"
+        )
     if content is None:
         return "; give it a text, or leave such rows out"
     return ""
@@ -55,7 +86,10 @@ def _of_each(turn: str, column: str) -> str:
 
 def _mapped(messages: str) -> str:
     row = f'lambda row: {{"messages": {messages}}}'
-    return f'convert them once, with `datasets`: rows.map({row}, remove_columns=rows.column_names).to_json("chat.jsonl")'
+    return (
+        f"convert them once, with `datasets`: rows.map({row}, "
+        'remove_columns=rows.column_names).to_json("chat.jsonl")'
+    )
 
 
 def _without_gaps(turn: Any) -> Any:

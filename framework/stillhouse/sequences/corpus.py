@@ -1,7 +1,8 @@
-"""Sequences on disk: written once as Arrow, mapped into memory where they lie, and each checked against its hash whenever it is read.
+"""Sequences on disk: written once as Arrow, mapped into memory where they lie, and each checked
+against its hash whenever it is read.
 
-Arrow's own structure is for other readers of the file. This one knows where every column begins, so a damaged structure cannot lead it
-astray: what it hands out is what was written, or CorpusError.
+Arrow's own structure is for other readers of the file. This one knows where every column begins, so
+a damaged structure cannot lead it astray: what it hands out is what was written, or CorpusError.
 
 Shapes: S sequences, L tokens in a sequence, B record batches.
 """
@@ -26,7 +27,9 @@ from stillhouse.sequences.documents import shuffled_order
 
 Number = TypeVar("Number", np.int32, np.uint8)
 
-CACHE_VERSION = 2  # of what sequences mean: a change to tokenising, packing, masks or order raises it, and with it every digest
+# of what sequences mean: a change to tokenising, packing, masks or order raises it, and with it
+# every digest
+CACHE_VERSION = 2
 _MAPS = 32  # of small files that stay mapped: three of each corpus in use
 BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
 
@@ -37,8 +40,11 @@ class Corpus:
 
     path: str
     hashes_path: str  # of the sequences, xxh3 as uint64 [S], as they lie in the file
-    offsets_path: str  # of ids, positions and masks of each record batch in the file, in bytes: int64 [B, 3]
-    order_path: str | None  # of the places in the file, int64 [S] in the corpus's order; None: as they lie
+    offsets_path: (
+        str  # of ids, positions and masks of each record batch in the file, in bytes: int64 [B, 3]
+    )
+    # of the places in the file, int64 [S] in the corpus's order; None: as they lie
+    order_path: str | None
     digest: str  # sha256 over ids, positions, masks, shape and order
     num_sequences: int
     sequence_length: int
@@ -53,18 +59,32 @@ class Corpus:
             raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
         data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
         hashes_S = mapped(self.hashes_path)
-        places_S = np.arange(start, stop) if self.order_path is None else mapped(self.order_path)[start:stop]
-        runs = [(start, stop)] if self.order_path is None else [(place, place + 1) for place in places_S.tolist()]
-        rows = joined([self._together(data, first, last, num_written=len(hashes_S)) for first, last in runs])
+        places_S = (
+            np.arange(start, stop)
+            if self.order_path is None
+            else mapped(self.order_path)[start:stop]
+        )
+        runs = (
+            [(start, stop)]
+            if self.order_path is None
+            else [(place, place + 1) for place in places_S.tolist()]
+        )
+        rows = joined(
+            [self._together(data, first, last, num_written=len(hashes_S)) for first, last in runs]
+        )
         changed = np.flatnonzero(hashes_of(rows) != hashes_S[places_S])
         if len(changed):
             raise CorpusError(
-                f"sequence {start + int(changed[0])} of {self.path} is not what was written there: the file is damaged; "
-                f"remove {Path(self.path).parent}, and the same command makes it again from the documents"
+                f"sequence {start + int(changed[0])} of {self.path} is not what was written "
+                "there: the file is damaged; "
+                f"remove {Path(self.path).parent}, and the same command makes it again from the "
+                "documents"
             )
         return rows
 
-    def _together(self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int) -> Sequences:
+    def _together(
+        self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int
+    ) -> Sequences:
         """The sequences at these places of the file, as its bytes say."""
         size = rows_per_batch(self.sequence_length)
         offsets_B3 = mapped(self.offsets_path)
@@ -73,7 +93,11 @@ class Corpus:
             ids, positions, mask = offsets_B3[number].tolist()
             shape = min(size, num_written - number * size), self.sequence_length
             parts.append(
-                Sequences(_array(data, ids, np.int32, shape), _array(data, positions, np.int32, shape), _array(data, mask, np.uint8, shape))
+                Sequences(
+                    _array(data, ids, np.int32, shape),
+                    _array(data, positions, np.int32, shape),
+                    _array(data, mask, np.uint8, shape),
+                )
             )
         first = start // size * size
         return joined(parts).select(slice(start - first, stop - first))
@@ -84,7 +108,11 @@ class Corpus:
         order_path = Path(self.path).with_suffix(".order.npy")
         np.save(order_path, order_S)
         parts = [self.digest, hashlib.sha256(order_S.data).hexdigest()]
-        return replace(self, order_path=str(order_path), digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+        return replace(
+            self,
+            order_path=str(order_path),
+            digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        )
 
 
 def write_corpus(path: Path, blocks: Iterable[Sequences], length: int) -> Corpus:
@@ -104,7 +132,9 @@ def write_corpus(path: Path, blocks: Iterable[Sequences], length: int) -> Corpus
             columns: list[NDArray[np.generic]] = [array.ravel() for array in rows.arrays]
             for digest, column in zip(digests, columns, strict=True):
                 digest.update(column.data)
-            arrays = [pa.FixedSizeListArray.from_arrays(pa.array(column), length) for column in columns]
+            arrays = [
+                pa.FixedSizeListArray.from_arrays(pa.array(column), length) for column in columns
+            ]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
             hashes.append(hashes_of(rows))
             num_targets += rows.num_targets
@@ -112,13 +142,28 @@ def write_corpus(path: Path, blocks: Iterable[Sequences], length: int) -> Corpus
     hashes_path, offsets_path = path.with_suffix(".xxh3.npy"), path.with_suffix(".offsets.npy")
     np.save(hashes_path, hashes_S)
     np.save(offsets_path, _offsets_in(path))
-    parts = [f"stillhouse corpus {CACHE_VERSION}", len(hashes_S), length, *(digest.hexdigest() for digest in digests)]
+    parts = [
+        f"stillhouse corpus {CACHE_VERSION}",
+        len(hashes_S),
+        length,
+        *(digest.hexdigest() for digest in digests),
+    ]
     of_all = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return Corpus(str(path), str(hashes_path), str(offsets_path), None, of_all, len(hashes_S), length, num_targets)
+    return Corpus(
+        str(path),
+        str(hashes_path),
+        str(offsets_path),
+        None,
+        of_all,
+        len(hashes_S),
+        length,
+        num_targets,
+    )
 
 
 def mapped(path: str) -> NDArray[Any]:
-    """The array of an .npy file, read-only where it lies: its header is parsed once in this process for as long as the file is the same."""
+    """The array of an .npy file, read-only where it lies: its header is parsed once in this process
+    for as long as the file is the same."""
     found = os.stat(path)
     return _mapped(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
@@ -131,14 +176,22 @@ def _mapped(path: str, _identity: tuple[int, ...]) -> NDArray[Any]:
 def hashes_of(rows: Sequences) -> NDArray[np.uint64]:
     """uint64 [S]: xxh3 over the bytes of each sequence's ids, positions and mask."""
     columns = [np.ascontiguousarray(column) for column in rows.arrays]
-    return np.array([xxhash.xxh3_64_intdigest(b"".join(column[row] for column in columns)) for row in range(len(rows))], np.uint64)
+    return np.array(
+        [
+            xxhash.xxh3_64_intdigest(b"".join(column[row] for column in columns))
+            for row in range(len(rows))
+        ],
+        np.uint64,
+    )
 
 
 def rows_per_batch(length: int) -> int:
     return max(1, BLOCK_TOKENS // length)
 
 
-def _array(data: NDArray[np.uint8], offset: int, dtype: type[Number], shape: tuple[int, int]) -> NDArray[Number]:
+def _array(
+    data: NDArray[np.uint8], offset: int, dtype: type[Number], shape: tuple[int, int]
+) -> NDArray[Number]:
     """A view of the values that begin at this byte."""
     num_bytes = shape[0] * shape[1] * np.dtype(dtype).itemsize
     return data[offset : offset + num_bytes].view(dtype).reshape(shape)
@@ -149,12 +202,16 @@ def _offsets_in(path: Path) -> NDArray[np.int64]:
     whole = pa.memory_map(str(path)).read_buffer()
     file = pa.ipc.open_file(whole)
     batches = [file.get_batch(number) for number in range(file.num_record_batches)]
-    found = [[column.values.buffers()[1].address - whole.address for column in batch.columns] for batch in batches]
+    found = [
+        [column.values.buffers()[1].address - whole.address for column in batch.columns]
+        for batch in batches
+    ]
     return np.array(found, np.int64).reshape(-1, 3)
 
 
 def _in_batches(blocks: Iterable[Sequences], size: int) -> Iterator[Sequences]:
-    """The same sequences, `size` at a time, the last ones fewer: a sequence's record batch is then a matter of division."""
+    """The same sequences, `size` at a time, the last ones fewer: a sequence's record batch is then
+    a matter of division."""
     held: list[Sequences] = []
     for block in blocks:
         held.append(block)

@@ -13,7 +13,8 @@ class CpuLimitError(Exception):
 
 @contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raise CpuLimitError within the block once this process has used so much CPU time in it. Waiting does not count.
+    """Raise CpuLimitError within the block once this process has used so much CPU time in it.
+    Waiting does not count.
 
     In other threads than the main one there is no limit: Python handles signals in that alone.
     """
@@ -21,7 +22,8 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _raise)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)  # again, where a destructor has swallowed the first
+    # again, where a destructor has swallowed the first
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""Documents in their shuffled order, whatever they come from; the same section over the same data gives the same order on every machine.
+"""Documents in their shuffled order, whatever they come from; the same section over the same data
+gives the same order on every machine.
 
 This is the only door to `datasets`. A document is a text, or for chat a list of messages.
 """
@@ -29,9 +30,12 @@ from stillhouse.sequences.json_files import first_fault
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".py", ".md"})
 TABLE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _LOADING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException)
-NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+NOT_STDLIB = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+)
 
-logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # its error is told here, with its line
+# its error is told here, with its line
+logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +53,18 @@ class Documents:
         return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(row, document) in order, one after the other: how long a document is, is not known before it is read."""
+        """(row, document) in order, one after the other: how long a document is, is not known
+        before it is read."""
         for row in map(int, self.order):
             yield row, self.read(row)
 
 
 def load_documents(section: CorpusSection, *, cache_dir: str | Path) -> Documents:
-    """The documents that a section names, shuffled by its seed; `cache_dir` holds what local tables are converted to.
+    """The documents that a section names, shuffled by its seed; `cache_dir` holds what local tables
+    are converted to.
 
-    Raises CorpusError: absent, unreadable, streamed or empty data, a missing column, a setting that means nothing for the source.
-    Raises CacheError where `cache_dir` cannot be written.
+    Raises CorpusError: absent, unreadable, streamed or empty data, a missing column, a setting that
+    means nothing for the source. Raises CacheError where `cache_dir` cannot be written.
     """
     if section.dataset == "stdlib":
         _refuse_settings(section, "the standard library", ("subset", "revision"))
@@ -72,51 +78,78 @@ def load_documents(section: CorpusSection, *, cache_dir: str | Path) -> Document
     return from_dataset(_load_tables(files, section, Path(cache_dir)), section, files=files)
 
 
-def from_dataset(dataset: object, section: CorpusSection, *, files: Sequence[Path] = ()) -> Documents:
-    """The documents of a loaded data set's column; `files` are the local ones that it was loaded from.
+def from_dataset(
+    dataset: object, section: CorpusSection, *, files: Sequence[Path] = ()
+) -> Documents:
+    """The documents of a loaded data set's column; `files` are the local ones that it was loaded
+    from.
 
-    Raises CorpusError: streamed or empty data, a missing column. So does reading a text that is not UTF-8.
+    Raises CorpusError: streamed or empty data, a missing column. So does reading a text that is not
+    UTF-8.
     """
     if not isinstance(dataset, datasets.Dataset):
         raise CorpusError(
-            f"the data set {section.dataset} came as {type(dataset).__name__}, whose length is not known;"
+            f"the data set {section.dataset} came as {type(dataset).__name__}, whose length is "
+            "not known;"
             " a fixed order needs a data set on disk: load it without streaming, with one split"
         )
     column = section.text_column
     if column not in dataset.column_names:
+        cure = section.format == "chat" and cure_of_columns(dataset.column_names)
         raise CorpusError(
-            f"the data set {section.dataset} has no column '{column}'; it has {', '.join(sorted(dataset.column_names))}:"
-            f" {(section.format == 'chat' and cure_of_columns(dataset.column_names)) or 'set corpus.column'}"
+            f"the data set {section.dataset} has no column '{column}'; it has "
+            f"{', '.join(sorted(dataset.column_names))}: "
+            f"{cure or 'set corpus.column'}"
         )
     rows = dataset.select_columns([column])
 
     def read(row: int) -> Any:
         try:
             return rows[row][column]
-        except UnicodeDecodeError as error:  # a table's texts are bytes that nobody has looked at before
-            fault = first_fault(_json_of(files)) or f"row {row} of {section.dataset}: not UTF-8 text ({error.reason}); convert or remove it"
+        except (
+            UnicodeDecodeError
+        ) as error:  # a table's texts are bytes that nobody has looked at before
+            fault = (
+                first_fault(_json_of(files))
+                or f"row {row} of {section.dataset}: not UTF-8 text ({error.reason}); convert or "
+                "remove it"
+            )
             raise CorpusError(f"the corpus cannot be read: {fault}") from None
 
     return _shuffled(len(rows), read, f"datasets:{dataset._fingerprint}:{column}", section)
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether `name` is meant as a local path: it starts as one, is a glob, ends in a suffix that we read, or exists."""
+    """Whether `name` is meant as a local path: it starts as one, is a glob, ends in a suffix that
+    we read, or exists."""
     is_explicit = name.startswith(("/", ".", "~")) or any(mark in name for mark in "*?[")
-    return is_explicit or Path(name).suffix in TEXT_SUFFIXES | TABLE_READERS.keys() or Path(name).exists()
+    return (
+        is_explicit
+        or Path(name).suffix in TEXT_SUFFIXES | TABLE_READERS.keys()
+        or Path(name).exists()
+    )
 
 
-def shuffled_order(num_items: int, purpose: Literal["corpus", "sequence"], *, seed: int) -> NDArray[np.int64]:
-    """A permutation of a corpus's documents or sequences, a function of these arguments alone: NumPy's own may change between versions.
+def shuffled_order(
+    num_items: int, purpose: Literal["corpus", "sequence"], *, seed: int
+) -> NDArray[np.int64]:
+    """A permutation of a corpus's documents or sequences, a function of these arguments alone:
+    NumPy's own may change between versions.
 
     Items are sorted by splitmix64 of their number and the seed.
     """
-    start = int.from_bytes(hashlib.sha256(f"stillhouse {purpose} order {seed}".encode()).digest()[:8], "little", signed=True)
+    start = int.from_bytes(
+        hashlib.sha256(f"stillhouse {purpose} order {seed}".encode()).digest()[:8],
+        "little",
+        signed=True,
+    )
     mixed = splitmix64(np.arange(1, num_items + 1, dtype=np.int64) * GOLDEN + start)
     return np.argsort(mixed.view(np.uint64), kind="stable").astype(np.int64)
 
 
-def _shuffled(num_documents: int, read: Callable[[int], Any], identity: str, section: CorpusSection) -> Documents:
+def _shuffled(
+    num_documents: int, read: Callable[[int], Any], identity: str, section: CorpusSection
+) -> Documents:
     if num_documents == 0:
         raise _is_empty(section)
     order = shuffled_order(num_documents, "corpus", seed=section.seed)
@@ -126,13 +159,20 @@ def _shuffled(num_documents: int, read: Callable[[int], Any], identity: str, sec
 def _from_files(files: Sequence[Path], section: CorpusSection) -> Documents:
     if section.format == "chat":
         raise CorpusError(
-            f'{section.dataset} holds plain text files, which have no conversations; set corpus.format = "text", or name a json, jsonl,'
+            f"{section.dataset} holds plain text files, which have no conversations; set "
+            'corpus.format = "text", or name a json, jsonl,'
             " parquet or arrow file with a column of messages"
         )
     if section.split != "train":
-        raise CorpusError(f"{section.dataset} holds plain text files, which have no split '{section.split}'; leave corpus.split at 'train'")
+        raise CorpusError(
+            f"{section.dataset} holds plain text files, which have no split '{section.split}'; "
+            "leave corpus.split at 'train'"
+        )
     if section.text_column != "text":
-        raise CorpusError(f"{section.dataset} holds plain text files, whose one column is 'text'; found corpus.column = '{section.column}'")
+        raise CorpusError(
+            f"{section.dataset} holds plain text files, whose one column is 'text'; found "
+            f"corpus.column = '{section.column}'"
+        )
     stats = [(str(file), file.stat()) for file in files]
     listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     identity = "files:" + hashlib.sha256(listing.encode()).hexdigest()
@@ -143,14 +183,19 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or leave it out") from None
+        raise CorpusError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or "
+            "leave it out"
+        ) from None
     except OSError as error:
         raise CorpusError(f"cannot read {file}: {error.strerror}") from None
 
 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = (file for file in root.rglob("*.py") if NOT_STDLIB.isdisjoint(file.relative_to(root).parts))
+    files = (
+        file for file in root.rglob("*.py") if NOT_STDLIB.isdisjoint(file.relative_to(root).parts)
+    )
     return [file for file in sorted(files) if _is_utf8(file)]
 
 
@@ -166,26 +211,38 @@ def _local_files(name: str) -> list[Path]:
     """The files that a path, directory or glob names, sorted, all of one kind."""
     path = Path(name).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and file.suffix in TEXT_SUFFIXES | TABLE_READERS.keys()]
+        found = [
+            file
+            for file in path.rglob("*")
+            if file.is_file() and file.suffix in TEXT_SUFFIXES | TABLE_READERS.keys()
+        ]
     elif path.is_file():
         found = [path]
     else:
-        found = [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
+        found = [
+            Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()
+        ]
     if not found:
         what = "holds no file that can be read" if path.is_dir() else "does not exist"
         raise CorpusError(
-            f"the corpus {name} {what}; give a file, glob or directory of {', '.join(sorted(TEXT_SUFFIXES | TABLE_READERS.keys()))},"
+            f"the corpus {name} {what}; give a file, glob or directory of "
+            f"{', '.join(sorted(TEXT_SUFFIXES | TABLE_READERS.keys()))},"
             " a hub name such as 'owner/name', or 'stdlib'"
         )
-    kinds = {"text" if file.suffix in TEXT_SUFFIXES else TABLE_READERS.get(file.suffix, file.suffix) for file in found}
+    kinds = {
+        "text" if file.suffix in TEXT_SUFFIXES else TABLE_READERS.get(file.suffix, file.suffix)
+        for file in found
+    }
     unknown = kinds - {"text", *TABLE_READERS.values()}
     if unknown:
         raise CorpusError(
-            f"{name} ends in '{sorted(unknown)[0]}', which is not read; wanted: {', '.join(sorted(TEXT_SUFFIXES | TABLE_READERS.keys()))}"
+            f"{name} ends in '{sorted(unknown)[0]}', which is not read; wanted: "
+            f"{', '.join(sorted(TEXT_SUFFIXES | TABLE_READERS.keys()))}"
         )
     if len(kinds) > 1:
         raise CorpusError(
-            f"{name} holds files of several kinds ({', '.join(sorted(kinds))}); name one kind with a glob such as '{name}/**/*.txt'"
+            f"{name} holds files of several kinds ({', '.join(sorted(kinds))}); name one kind "
+            f"with a glob such as '{name}/**/*.txt'"
         )
     return sorted(file.resolve() for file in found)
 
@@ -196,36 +253,57 @@ def _load_tables(files: Sequence[Path], section: CorpusSection, cache_dir: Path)
     with writing_cache(cache_dir):
         atomic.make_directory(cache_dir)
     try:
-        return datasets.load_dataset(reader, split=section.split, data_files=names, cache_dir=str(cache_dir))
+        return datasets.load_dataset(
+            reader, split=section.split, data_files=names, cache_dir=str(cache_dir)
+        )
     except StopIteration:  # what the reader of json makes of files without a byte
         raise _is_empty(section) from None
     except _LOADING_ERRORS as error:
         if (failed_write := _failed_write(error, cache_dir)) is not None:
             raise unwritable(cache_dir, failed_write) from error
-        is_in_the_files = isinstance(error, (datasets.exceptions.DatasetGenerationError, pa.ArrowException, UnicodeDecodeError))
+        is_in_the_files = isinstance(
+            error,
+            (datasets.exceptions.DatasetGenerationError, pa.ArrowException, UnicodeDecodeError),
+        )
         if is_in_the_files and (fault := first_fault(_json_of(files))) is not None:
             raise CorpusError(f"the corpus cannot be loaded: {fault}") from error
-        raise CorpusError(f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}") from error
+        raise CorpusError(
+            f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}"
+        ) from error
 
 
 def _load_from_hub(section: CorpusSection) -> object:
     try:
-        return datasets.load_dataset(section.dataset, section.subset, split=section.split, revision=section.revision)
+        return datasets.load_dataset(
+            section.dataset, section.subset, split=section.split, revision=section.revision
+        )
     except StopIteration:
         raise _is_empty(section) from None
     except _LOADING_ERRORS as error:
-        raise CorpusError(f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}; {cure_of_hub(error)}") from error
+        raise CorpusError(
+            f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}; "
+            f"{cure_of_hub(error)}"
+        ) from error
 
 
 def cure_of_hub(error: BaseException) -> str:
     """What to do where a data set of the hub cannot be loaded."""
     if any(isinstance(cause, OSError) and is_no_room(cause) for cause in _causes(error)):
-        return "make room on the disk of the Hugging Face cache, or set HF_HOME to a directory on another disk"
-    return "check name, subset and split, and for a gated or private one run `hf auth login` or set HF_TOKEN"
+        return (
+            "make room on the disk of the Hugging Face cache, or set HF_HOME to a directory on "
+            "another disk"
+        )
+    return (
+        "check name, subset and split, and for a gated or private one run `hf auth login` or "
+        "set HF_TOKEN"
+    )
 
 
 def _is_empty(section: CorpusSection) -> CorpusError:
-    return CorpusError(f"the data set {section.dataset} is empty; name one with documents in split '{section.split}'")
+    return CorpusError(
+        f"the data set {section.dataset} is empty; name one with documents in split "
+        f"'{section.split}'"
+    )
 
 
 def _reason_of(error: BaseException) -> str:
@@ -239,9 +317,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _failed_write(error: BaseException, cache_dir: Path) -> OSError | None:
-    """The error behind this one, if any, that says the cache cannot be written; other files are only read."""
+    """The error behind this one, if any, that says the cache cannot be written; other files are
+    only read."""
     for cause in _causes(error):
-        if isinstance(cause, OSError) and (is_no_room(cause) or Path(str(cause.filename)).is_relative_to(cache_dir)):
+        if isinstance(cause, OSError) and (
+            is_no_room(cause) or Path(str(cause.filename)).is_relative_to(cache_dir)
+        ):
             return cause
     return None
 
@@ -253,4 +334,6 @@ def _json_of(files: Sequence[Path]) -> list[Path]:
 def _refuse_settings(section: CorpusSection, source: str, names: Sequence[str]) -> None:
     given = [f"corpus.{name}" for name in names if getattr(section, name) is not None]
     if given:
-        raise CorpusError(f"{' and '.join(given)} mean nothing for {source} ({section.dataset}); leave them out")
+        raise CorpusError(
+            f"{' and '.join(given)} mean nothing for {source} ({section.dataset}); leave them out"
+        )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def first_fault(files: Sequence[Path]) -> str | None:
-    """The first line that is not UTF-8, not JSON or not an object, with its file, its number from 1 and a cure; None: there is none.
+    """The first line that is not UTF-8, not JSON or not an object, with its file, its number from 1
+    and a cure; None: there is none.
 
     It is called once a library has failed at the files, which names neither.
     """
@@ -20,8 +21,14 @@ def _fault_of(file: Path) -> str | None:
         if is_list:  # one value all over the file
             return _fault(stream.read(), file, first_line=1, is_list=True)
         for number, line in enumerate(stream, 1):
-            if line.strip() and (fault := _fault(line, file, first_line=number, is_list=False)) is not None:
-                is_one_object = number == 1 and _fault(file.read_bytes(), file, first_line=1, is_list=False) is None
+            if (
+                line.strip()
+                and (fault := _fault(line, file, first_line=number, is_list=False)) is not None
+            ):
+                is_one_object = (
+                    number == 1
+                    and _fault(file.read_bytes(), file, first_line=1, is_list=False) is None
+                )
                 return None if is_one_object else fault  # one object may take many lines
     return None
 
@@ -33,12 +40,24 @@ def _fault(data: bytes, file: Path, *, first_line: int, is_list: bool) -> str | 
         value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
-        return f"{file}, line {line}: not UTF-8 text ({error.reason}); convert the file to UTF-8, or remove the line"
+        return (
+            f"{file}, line {line}: not UTF-8 text ({error.reason}); convert the file to UTF-8, "
+            "or remove the line"
+        )
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        return f"{file}, line {line}: not JSON ({error.msg}, column {error.colno}); wanted: {wanted}. Mend or remove the line"
+        return (
+            f"{file}, line {line}: not JSON ({error.msg}, column {error.colno}); wanted: "
+            f"{wanted}. Mend or remove the line"
+        )
     except RecursionError:
-        return f"{file}, line {first_line}: JSON nested too deep; wanted: {wanted}. Mend or remove the line"
+        return (
+            f"{file}, line {first_line}: JSON nested too deep; wanted: {wanted}. Mend or "
+            "remove the line"
+        )
     if not isinstance(value, list if is_list else dict):
-        return f"{file}, line {first_line}: a {type(value).__name__}; wanted: {wanted}. Mend or remove the line"
+        return (
+            f"{file}, line {first_line}: a {type(value).__name__}; wanted: {wanted}. Mend or "
+            "remove the line"
+        )
     return None

@@ -1,9 +1,11 @@
-"""Documents become sequences of one fixed length, written once to memory-mapped Arrow; a corpus is the digest of its ids, positions, masks.
+"""Documents become sequences of one fixed length, written once to memory-mapped Arrow; a corpus is
+the digest of its ids, positions, masks.
 
-Packing leaves the parts of a document side by side. So the sequences to train on are shuffled once more: any stretch of them, and so any
-chunk, is a random sample of the corpus.
+Packing leaves the parts of a document side by side. So the sequences to train on are shuffled once
+more: any stretch of them, and so any chunk, is a random sample of the corpus.
 
-Shapes: S sequences, L tokens in a sequence. loss_mask[s, t] = 1 iff token t+1 exists, belongs to the same document and is a label.
+Shapes: S sequences, L tokens in a sequence. loss_mask[s, t] = 1 iff token t+1 exists, belongs to
+the same document and is a label.
 """
 
 import hashlib
@@ -26,7 +28,13 @@ from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
 from stillhouse.sealed import opened, sealed
 from stillhouse.sequence import Sequences
-from stillhouse.sequences.corpus import BLOCK_TOKENS, CACHE_VERSION, Corpus, rows_per_batch, write_corpus
+from stillhouse.sequences.corpus import (
+    BLOCK_TOKENS,
+    CACHE_VERSION,
+    Corpus,
+    rows_per_batch,
+    write_corpus,
+)
 from stillhouse.sequences.documents import Documents, load_documents
 from stillhouse.sequences.tokens import Tokens, tokenise
 
@@ -58,12 +66,14 @@ def prepare_corpus(
     cache_dir: str | Path,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Split:
-    """Tokenise and pack a corpus, or find it in `cache_dir` as made before from the same documents, section and tokenizer.
+    """Tokenise and pack a corpus, or find it in `cache_dir` as made before from the same documents,
+    section and tokenizer.
 
     `on_progress` is told, after each document, how many documents and tokens there were so far.
 
-    The first documents of the shuffle fill the held-out sequences; what is left of the last of them is not used. Sequences without a
-    single target are left out, and so is the last, partial one of packed documents. Raises CorpusError, CacheError.
+    The first documents of the shuffle fill the held-out sequences; what is left of the last of them
+    is not used. Sequences without a single target are left out, and so is the last, partial one of
+    packed documents. Raises CorpusError, CacheError.
     """
     documents = load_documents(section, cache_dir=Path(cache_dir) / "tables")
     key = {
@@ -73,7 +83,11 @@ def prepare_corpus(
         "tokenizer": tokenizer_digest,
         "documents": documents.identity,
     }
-    directory = Path(cache_dir).resolve() / "corpus" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    directory = (
+        Path(cache_dir).resolve()
+        / "corpus"
+        / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    )
     with writing_cache(Path(cache_dir)):
         found = _read_split(directory)
         if found is not None:
@@ -104,28 +118,41 @@ def _build(
     def sequences(limit: int) -> Iterator[Sequences]:
         if section.packing:
             return _packed(tokens, length=length, limit=limit)
-        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        padding = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
         return _padded(tokens, length=length, limit=limit, padding=padding or 0)
 
     corpora = {
-        "heldout": write_corpus(directory / "heldout.arrow", sequences(section.heldout_sequences), length),
-        "train": write_corpus(directory / "train.arrow", sequences(sys.maxsize), length).shuffled(seed=section.seed),
+        "heldout": write_corpus(
+            directory / "heldout.arrow", sequences(section.heldout_sequences), length
+        ),
+        "train": write_corpus(directory / "train.arrow", sequences(sys.maxsize), length).shuffled(
+            seed=section.seed
+        ),
     }
     found = corpora["heldout"].num_sequences + corpora["train"].num_sequences
     if corpora["train"].num_sequences == 0:
         raise CorpusError(
-            f"the corpus {section.dataset} is too small: its {tally.documents} documents hold {tally.tokens} tokens, which make {found}"
-            f" sequences of {length} with a target in them; wanted: {section.heldout_sequences} held-out ones and at least 1 to train on."
+            f"the corpus {section.dataset} is too small: its {tally.documents} documents hold "
+            f"{tally.tokens} tokens, which make {found}"
+            f" sequences of {length} with a target in them; wanted: {section.heldout_sequences} "
+            "held-out ones and at least 1 to train on."
             " Give more documents, or lower corpus.sequence_length or corpus.heldout_sequences"
         )
     sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
     small = {file.name: _file_hash(file) for file in directory.glob("*.npy")}
-    written = {name: _with_paths(asdict(corpus), lambda file: Path(file).name) for name, corpus in corpora.items()}
+    written = {
+        name: _with_paths(asdict(corpus), lambda file: Path(file).name)
+        for name, corpus in corpora.items()
+    }
     values = {"corpora": written, "num_bytes": sizes, "xxh3": small}
     (directory / "corpus.json").write_text(json.dumps(sealed(values, name="check")))
 
 
-def _counted(documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]) -> Iterator[Tokens]:
+def _counted(
+    documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]
+) -> Iterator[Tokens]:
     for document in documents:
         tally.documents += 1
         tally.tokens += len(document)
@@ -137,7 +164,8 @@ def _counted(documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[
 
 
 def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator[Sequences]:
-    """Documents end to end, cut into at most `limit` sequences that hold a target; it takes no document more than it needs."""
+    """Documents end to end, cut into at most `limit` sequences that hold a target; it takes no
+    document more than it needs."""
     pending: list[Tokens] = []
     remaining = limit
     while remaining:
@@ -154,13 +182,22 @@ def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator
         yield rows
 
 
-def _cut(documents: Sequence[Tokens], *, num_rows: int, length: int) -> tuple[Sequences, list[Tokens]]:
-    """The first `num_rows` sequences of documents laid end to end, and what is left of the documents."""
+def _cut(
+    documents: Sequence[Tokens], *, num_rows: int, length: int
+) -> tuple[Sequences, list[Tokens]]:
+    """The first `num_rows` sequences of documents laid end to end, and what is left of the
+    documents."""
     size = num_rows * length
     ends = np.cumsum([len(document) for document in documents])
-    document_SL = np.repeat(np.arange(len(documents)), np.diff(ends, prepend=0))[:size].reshape(num_rows, length)
-    ids_SL = np.concatenate([document.ids for document in documents])[:size].reshape(num_rows, length)
-    is_label_SL = np.concatenate([document.is_label for document in documents])[:size].reshape(num_rows, length)
+    document_SL = np.repeat(np.arange(len(documents)), np.diff(ends, prepend=0))[:size].reshape(
+        num_rows, length
+    )
+    ids_SL = np.concatenate([document.ids for document in documents])[:size].reshape(
+        num_rows, length
+    )
+    is_label_SL = np.concatenate([document.is_label for document in documents])[:size].reshape(
+        num_rows, length
+    )
 
     continues = document_SL[:, 1:] == document_SL[:, :-1]
     mask_SL = np.zeros((num_rows, length), dtype=np.uint8)
@@ -177,10 +214,13 @@ def _cut(documents: Sequence[Tokens], *, num_rows: int, length: int) -> tuple[Se
     return Sequences(ids_SL, positions_SL, mask_SL), left
 
 
-def _padded(documents: Iterator[Tokens], *, length: int, limit: int, padding: int) -> Iterator[Sequences]:
+def _padded(
+    documents: Iterator[Tokens], *, length: int, limit: int, padding: int
+) -> Iterator[Sequences]:
     """Each document its own sequence, cut at `length`; at most `limit` that hold a target.
 
-    Padding comes last and its positions go on: under causal attention no real token sees it, and no model takes it for a second document.
+    Padding comes last and its positions go on: under causal attention no real token sees it, and no
+    model takes it for a second document.
     """
     remaining = limit
     while remaining:
@@ -212,12 +252,20 @@ def _file_hash(path: Path) -> str:
 
 
 def _read_split(directory: Path) -> Split | None:
-    """The two corpora of a directory that was prepared before; None where there is none, or its files are cut short or damaged."""
+    """The two corpora of a directory that was prepared before; None where there is none, or its
+    files are cut short or damaged."""
     try:
         written = opened(json.loads((directory / "corpus.json").read_text()), name="check")
-        corpora = {name: Corpus(**_with_paths(values, lambda file: str(directory / file))) for name, values in written["corpora"].items()}
-        is_whole = all((directory / name).stat().st_size == size for name, size in written["num_bytes"].items())
-        is_whole = is_whole and all(_file_hash(directory / name) == digest for name, digest in written["xxh3"].items())
+        corpora = {
+            name: Corpus(**_with_paths(values, lambda file: str(directory / file)))
+            for name, values in written["corpora"].items()
+        }
+        is_whole = all(
+            (directory / name).stat().st_size == size for name, size in written["num_bytes"].items()
+        )
+        is_whole = is_whole and all(
+            _file_hash(directory / name) == digest for name, digest in written["xxh3"].items()
+        )
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Split(train=corpora["train"], heldout=corpora["heldout"]) if is_whole else None
@@ -229,7 +277,8 @@ def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[st
 
 
 def _move_into_place(building: Path, directory: Path) -> None:
-    """Rename what is on disk, and make way for nothing but a damaged copy: another process may have finished first with the same bytes."""
+    """Rename what is on disk, and make way for nothing but a damaged copy: another process may have
+    finished first with the same bytes."""
     if _read_split(directory) is None:
         shutil.rmtree(directory, ignore_errors=True)
     try:

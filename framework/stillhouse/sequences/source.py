@@ -1,6 +1,8 @@
-"""The door for sources of sequences: what one has to do. A prepared corpus is the one to read as an example.
+"""The door for sources of sequences: what one has to do. A prepared corpus is the one to read as an
+example.
 
-A source is a plan of blocks: block c, scored by a teacher, is chunk c. So a block has to be the same whoever asks for it, and whenever.
+A source is a plan of blocks: block c, scored by a teacher, is chunk c. So a block has to be the
+same whoever asks for it, and whenever.
 """
 
 from collections.abc import Callable
@@ -102,26 +104,38 @@ def open_sources(
     cache_dir: Path,
     on_progress: Callable[[int, int], None],
 ) -> Sources:
-    """The sources that a config names. One of the user's own is a function (section, tokenizer, *, block_sequences, cache_dir) -> Sources.
+    """The sources that a config names. One of the user's own is a function (section, tokenizer, *,
+    block_sequences, cache_dir) -> Sources.
 
-    Raises CorpusError, and ConfigError where one of the user's own cannot be imported, or gives something else.
+    Raises CorpusError, and ConfigError where one of the user's own cannot be imported, or gives
+    something else.
     """
     if section.source != "corpus":
         own: Callable[..., Sources] = load_extension(section.source, setting="corpus.source")
         found = own(section, tokenizer, block_sequences=block_sequences, cache_dir=cache_dir)
         if not isinstance(found, Sources):
             raise ConfigError(
-                f'corpus.source is "{section.source}", which gives a {type(found).__name__}; wanted {Sources.__module__}.Sources'
+                f'corpus.source is "{section.source}", which gives a {type(found).__name__}; '
+                f"wanted {Sources.__module__}.Sources"
             )
         for source in (found.train, found.heldout):
             if source.sequence_length != section.sequence_length:
                 raise ConfigError(
-                    f'corpus.source is "{section.source}", whose sequences have {source.sequence_length} tokens; wanted'
+                    f'corpus.source is "{section.source}", whose sequences have '
+                    f"{source.sequence_length} tokens; wanted"
                     f" corpus.sequence_length, which is {section.sequence_length}"
                 )
         return found
-    split = prepare_corpus(section, tokenizer, tokenizer_digest=tokenizer_digest, cache_dir=cache_dir, on_progress=on_progress)
-    return Sources(CorpusSource(split.train, block_sequences), CorpusSource(split.heldout, block_sequences))
+    split = prepare_corpus(
+        section,
+        tokenizer,
+        tokenizer_digest=tokenizer_digest,
+        cache_dir=cache_dir,
+        on_progress=on_progress,
+    )
+    return Sources(
+        CorpusSource(split.train, block_sequences), CorpusSource(split.heldout, block_sequences)
+    )
 
 
 def whole(source: SequenceSource) -> Sequences:

@@ -1,6 +1,8 @@
-"""Documents become token ids and labels; a token is a label iff a model is to learn to say it: in chat, an assistant's words and end token.
+"""Documents become token ids and labels; a token is a label iff a model is to learn to say it: in
+chat, an assistant's words and end token.
 
-The ids are those that a model meets when it is used: a text as its tokenizer writes it, a conversation as its chat template renders it.
+The ids are those that a model meets when it is used: a text as its tokenizer writes it, a
+conversation as its chat template renders it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 BATCH_DOCUMENTS = 256  # most documents tokenised at one time
-BATCH_BYTES = 4 << 20  # and most of their text: a tokenizer takes some 200 bytes of memory for each; a longer document is tokenised alone
+BATCH_BYTES = (
+    4 << 20
+    # and most of their text: a tokenizer takes some 200 bytes of memory for each; a longer document
+    # is tokenised alone
+)
 TEMPLATE_LIMIT_S = 10.0  # CPU time to write one conversation, which takes milliseconds
 
 
@@ -38,12 +44,17 @@ class Tokens:
 
 
 def tokenise(
-    documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast", *, template_limit_s: float = TEMPLATE_LIMIT_S
+    documents: Documents,
+    section: CorpusSection,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    template_limit_s: float = TEMPLATE_LIMIT_S,
 ) -> Iterator[Tokens]:
     """Every document's tokens, in order. Memory is bounded by the longest document and a constant.
 
-    Raises CorpusError: a tokenizer without EOS or chat template, a row that is no text or conversation, one without an assistant's turn,
-    a template that rewrites earlier turns, or takes longer than the limit for one conversation.
+    Raises CorpusError: a tokenizer without EOS or chat template, a row that is no text or
+    conversation, one without an assistant's turn, a template that rewrites earlier turns, or takes
+    longer than the limit for one conversation.
     """
     if section.format == "text":
         return _tokenise_text(documents, section, tokenizer)
@@ -51,7 +62,8 @@ def tokenise(
 
 
 def batches(items: Iterable[_Item], *, num_bytes: Callable[[_Item], int]) -> Iterator[list[_Item]]:
-    """The items in order, as many at a time as BATCH_DOCUMENTS and BATCH_BYTES allow, or one that is larger."""
+    """The items in order, as many at a time as BATCH_DOCUMENTS and BATCH_BYTES allow, or one that
+    is larger."""
     batch: list[_Item] = []
     size = 0
     for item in items:
@@ -65,12 +77,16 @@ def batches(items: Iterable[_Item], *, num_bytes: Callable[[_Item], int]) -> Ite
         yield batch
 
 
-def _tokenise_text(documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Tokens]:
-    """Each text as its tokenizer writes it (with a beginning-of-sequence token where that adds one), and EOS. Empty texts are left out."""
+def _tokenise_text(
+    documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast"
+) -> Iterator[Tokens]:
+    """Each text as its tokenizer writes it (with a beginning-of-sequence token where that adds
+    one), and EOS. Empty texts are left out."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise CorpusError(
-            f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token to put between documents; set its eos_token"
+            f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token to put between "
+            "documents; set its eos_token"
         )
     for texts in batches(_texts(documents, section), num_bytes=_num_bytes):
         for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
@@ -81,7 +97,10 @@ def _tokenise_text(documents: Documents, section: CorpusSection, tokenizer: "Pre
 def _texts(documents: Documents, section: CorpusSection) -> Iterator[str]:
     for row, text in documents:
         if not isinstance(text, str):
-            raise CorpusError(f"row {row} of {section.dataset} has {type(text).__name__} in column '{section.text_column}'; wanted: text")
+            raise CorpusError(
+                f"row {row} of {section.dataset} has {type(text).__name__} in column "
+                f"'{section.text_column}'; wanted: text"
+            )
         if text:
             yield text
 
@@ -91,15 +110,23 @@ def _num_bytes(text: str) -> int:
 
 
 def _tokenise_chat(
-    documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast", *, limit_s: float
+    documents: Documents,
+    section: CorpusSection,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    limit_s: float,
 ) -> Iterator[Tokens]:
-    """Each conversation through the chat template; a token is a label iff its first character lies in an assistant's turn."""
+    """Each conversation through the chat template; a token is a label iff its first character lies
+    in an assistant's turn."""
     if not tokenizer.chat_template:
         raise CorpusError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template; use that of an instruction-tuned model,"
+            f"the tokenizer {tokenizer.name_or_path} has no chat template; use that of an "
+            "instruction-tuned model,"
             ' or set corpus.format = "text"'
         )
-    rendered = (_render(tokenizer, row, messages, section, limit_s=limit_s) for row, messages in documents)
+    rendered = (
+        _render(tokenizer, row, messages, section, limit_s=limit_s) for row, messages in documents
+    )
     for batch in batches(rendered, num_bytes=lambda one: _num_bytes(one[0])):
         encoded = tokenizer(
             [text for text, _ in batch],
@@ -108,56 +135,87 @@ def _tokenise_chat(
             return_attention_mask=False,
             verbose=False,
         )
-        for ids, offsets, (_, turns) in zip(encoded["input_ids"], encoded["offset_mapping"], batch, strict=True):
+        for ids, offsets, (_, turns) in zip(
+            encoded["input_ids"], encoded["offset_mapping"], batch, strict=True
+        ):
             first_chars = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
-            # The turns are disjoint and ascending: a character lies in one iff it is past an odd number of their borders.
+            # The turns are disjoint and ascending: a character lies in one iff it is past an odd
+            # number of their borders.
             is_label = np.searchsorted(np.array(turns).ravel(), first_chars, side="right") % 2 == 1
             yield Tokens(np.array(ids, dtype=np.int32), is_label)
 
 
 def _render(
-    tokenizer: "PreTrainedTokenizerFast", row: int, messages: Any, section: CorpusSection, *, limit_s: float
+    tokenizer: "PreTrainedTokenizerFast",
+    row: int,
+    messages: Any,
+    section: CorpusSection,
+    *,
+    limit_s: float,
 ) -> tuple[str, list[tuple[int, int]]]:
     """A conversation's text, and the half-open spans of its characters that an assistant wrote.
 
-    A turn runs from the end of the prompt before it (`messages[:i]` with the generation prompt) to the end of `messages[:i + 1]`.
+    A turn runs from the end of the prompt before it (`messages[:i]` with the generation prompt) to
+    the end of `messages[:i + 1]`.
     """
     where = f"row {row} of {section.dataset}"
     turns = checked_messages(messages, where, section.text_column)
     assistants = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not assistants:
-        raise CorpusError(f"{where} has no assistant's turn, so nothing to learn from; remove such rows")
+        raise CorpusError(
+            f"{where} has no assistant's turn, so nothing to learn from; remove such rows"
+        )
 
     def written(first: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        return _apply_template(tokenizer, first, where, add_generation_prompt=add_generation_prompt, limit_s=limit_s)
+        return _apply_template(
+            tokenizer, first, where, add_generation_prompt=add_generation_prompt, limit_s=limit_s
+        )
 
     text = written(turns)
-    ends_of_turn = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    ends_of_turn = tuple(
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+    )
     spans = []
     for number in assistants:
         prompt = written(turns[:number], add_generation_prompt=True)
         through = text if number == len(turns) - 1 else written(turns[: number + 1])
         if not (through.startswith(prompt) and text.startswith(through)):
             raise CorpusError(
-                f"{where}: under the chat template of {tokenizer.name_or_path} the conversation up to turn {number} is not a prefix of"
-                " the whole, so an assistant's words cannot be told from the others; templates that rewrite earlier turns, such as those"
-                " that drop earlier reasoning, do this. Use a template that only appends, or give each row one assistant's turn"
+                f"{where}: under the chat template of {tokenizer.name_or_path} the conversation "
+                f"up to turn {number} is not a prefix of"
+                " the whole, so an assistant's words cannot be told from the others; templates "
+                "that rewrite earlier turns, such as those"
+                " that drop earlier reasoning, do this. Use a template that only appends, or give "
+                "each row one assistant's turn"
             )
-        trimmed = through.rstrip()  # ChatML writes a newline after the end token: not the assistant's
-        spans.append((len(prompt), len(trimmed) if trimmed.endswith(ends_of_turn) else len(through)))
+        # ChatML writes a newline after the end token: not the assistant's
+        trimmed = through.rstrip()
+        spans.append(
+            (len(prompt), len(trimmed) if trimmed.endswith(ends_of_turn) else len(through))
+        )
     return text, spans
 
 
 def _apply_template(
-    tokenizer: "PreTrainedTokenizerFast", turns: list[dict[str, Any]], where: str, *, add_generation_prompt: bool, limit_s: float
+    tokenizer: "PreTrainedTokenizerFast",
+    turns: list[dict[str, Any]],
+    where: str,
+    *,
+    add_generation_prompt: bool,
+    limit_s: float,
 ) -> str:
     template = f"{where}: the chat template of {tokenizer.name_or_path}"
     try:
         with cpu_limit(limit_s):
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
+            return str(
+                tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
     except CpuLimitError:
         raise CorpusError(
-            f"{template} took more than {limit_s:g} s of CPU time for its first {len(turns)} turns; wanted: milliseconds."
+            f"{template} took more than {limit_s:g} s of CPU time for its first {len(turns)} "
+            "turns; wanted: milliseconds."
             " Look for a loop without end in it, or use the template of another model"
         ) from None
     except Exception as error:  # a template is a program of somebody else's: it may raise anything

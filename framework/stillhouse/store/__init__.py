@@ -1,4 +1,5 @@
-"""The shared store: recipes say what a target is of, chunks hold the targets, and only whole, verified chunks are ever seen."""
+"""The shared store: recipes say what a target is of, chunks hold the targets, and only whole,
+verified chunks are ever seen."""
 
 from stillhouse.errors import StoreUnavailable as StoreUnavailable
 from stillhouse.store.chunk import Chunk as Chunk

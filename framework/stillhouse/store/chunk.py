@@ -1,9 +1,12 @@
-"""One chunk as bytes: a safetensors file in which the checksum or a row's hash covers every bit, and no bit is used unchecked.
+"""One chunk as bytes: a safetensors file in which the checksum or a row's hash covers every bit,
+and no bit is used unchecked.
 
-Shapes: S sequences (rows) of a chunk, L tokens of a sequence, N target tokens of all rows, B bytes of a record, R rows asked for.
+Shapes: S sequences (rows) of a chunk, L tokens of a sequence, N target tokens of all rows, B bytes
+of a record, R rows asked for.
 
-The checksum covers the index (header, row hashes and row starts: the first bytes of the file) and the row hashes cover all the rest, so a
-reader of a few rows verifies all that it uses. A chunk is a pure function of its values and its recipe: the same values, the same bytes.
+The checksum covers the index (header, row hashes and row starts: the first bytes of the file) and
+the row hashes cover all the rest, so a reader of a few rows verifies all that it uses. A chunk is a
+pure function of its values and its recipe: the same values, the same bytes.
 """
 
 import json
@@ -27,9 +30,15 @@ MAX_HEADER_BYTES = 8192
 
 _LENGTH_BYTES = 8
 START_BYTES = _LENGTH_BYTES + MAX_HEADER_BYTES  # in which every header ends
-_CHECKSUM_FIELD = b'\\"xxh3\\":\\"'  # as it stands in the header, where the metadata is a JSON text inside a JSON text
+# as it stands in the header, where the metadata is a JSON text inside a JSON text
+_CHECKSUM_FIELD = b'\\"xxh3\\":\\"'
 _CHECKSUM_DIGITS = 16
-_DTYPES: dict[str, np.dtype[Any]] = {"U64": np.dtype("<u8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+}
 
 Buffer = bytes | memoryview
 Extent = tuple[int, int]
@@ -52,7 +61,9 @@ class Chunk:
     def row(self, row: int) -> "Chunk":
         """The chunk of this row alone, sharing its memory."""
         first, last = self.row_starts[row : row + 2]
-        return Chunk(self.number, self.sequences.select(slice(row, row + 1)), self.targets_NB[first:last])
+        return Chunk(
+            self.number, self.sequences.select(slice(row, row + 1)), self.targets_NB[first:last]
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +78,8 @@ class ChunkIndex:
     recipe: Recipe
 
     def row_extents(self, row: int) -> list[Extent]:
-        """The (start, end) in the file of the row's token ids, positions, loss mask and records: what its hash covers, in this order."""
+        """The (start, end) in the file of the row's token ids, positions, loss mask and records:
+        what its hash covers, in this order."""
         length, record_bytes = self.recipe.sequence_length, self.recipe.codec.bytes_per_token
         first, last = int(self.row_starts[row]), int(self.row_starts[row + 1])
         spans = {
@@ -76,7 +88,10 @@ class ChunkIndex:
             "loss_mask": (row * length, (row + 1) * length),
             "targets": (first * record_bytes, last * record_bytes),
         }
-        return [(self.tensor_starts[name] + start, self.tensor_starts[name] + end) for name, (start, end) in spans.items()]
+        return [
+            (self.tensor_starts[name] + start, self.tensor_starts[name] + end)
+            for name, (start, end) in spans.items()
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,8 @@ class _Tensor:
 
 
 def pack_chunk(chunk: Chunk, recipe: Recipe) -> bytes:
-    """The file of a chunk. Raises ChunkError, as `unpack_chunk` does, on values that are not of the recipe."""
+    """The file of a chunk. Raises ChunkError, as `unpack_chunk` does, on values that are not of the
+    recipe."""
     tensors = _tensors_of(chunk, recipe)
     _check_rows(chunk, recipe)
     blank = {**_metadata(recipe, chunk.number), "xxh3": "0" * _CHECKSUM_DIGITS}
@@ -109,19 +125,25 @@ def checksum_of(data: bytes) -> str:
 
 
 def unpack_chunk(data: Buffer, recipe: Recipe, number: int) -> Chunk:
-    """Read a whole chunk. Raises ChunkError naming the chunk unless every byte is what the recipe demands and what was published."""
+    """Read a whole chunk. Raises ChunkError naming the chunk unless every byte is what the recipe
+    demands and what was published."""
     view = memoryview(data)
     index = parse_index(view[: index_bytes(recipe, number)], recipe, number, num_bytes=len(view))
     rows = range(len(index.row_xxh3_S))
-    return unpack_rows(index, rows, [[view[start:end] for start, end in index.row_extents(row)] for row in rows])
+    return unpack_rows(
+        index, rows, [[view[start:end] for start, end in index.row_extents(row)] for row in rows]
+    )
 
 
 def is_whole(start: Buffer, *, num_bytes: int) -> bool:
-    """Whether a file of `num_bytes` is as long as its first `START_BYTES` say. It finds what was cut short, cheaply; not all damage."""
+    """Whether a file of `num_bytes` is as long as its first `START_BYTES` say. It finds what was
+    cut short, cheaply; not all damage."""
     header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
     try:
         header = json.loads(bytes(start[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]))
-        return bool(num_bytes == _LENGTH_BYTES + header_bytes + header["targets"]["data_offsets"][1])
+        return bool(
+            num_bytes == _LENGTH_BYTES + header_bytes + header["targets"]["data_offsets"][1]
+        )
     except (ValueError, TypeError, LookupError, RecursionError):
         return False
 
@@ -132,43 +154,78 @@ def index_bytes(recipe: Recipe, number: int) -> int:
 
 
 def parse_index(head: Buffer, recipe: Recipe, number: int, *, num_bytes: int) -> ChunkIndex:
-    """Verify the index, found in the first `index_bytes` of a file of `num_bytes`. Raises ChunkError."""
+    """Verify the index, found in the first `index_bytes` of a file of `num_bytes`. Raises
+    ChunkError."""
     head, name, num_rows = bytes(head), _name(number), len(recipe.chunk_rows(number))
     header_bytes = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if len(head) < _LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, num_bytes - _LENGTH_BYTES):
-        raise ChunkError(f"{name} claims a header of {header_bytes} bytes in a file of {num_bytes}; the most is {MAX_HEADER_BYTES}")
-    header = _parse_object(head[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes], f"the header of {name}")
+        raise ChunkError(
+            f"{name} claims a header of {header_bytes} bytes in a file of {num_bytes}; the most "
+            f"is {MAX_HEADER_BYTES}"
+        )
+    header = _parse_object(
+        head[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes], f"the header of {name}"
+    )
     tensors, checksum = _check_header(header, recipe, number)
-    ends = list(accumulate((tensor.num_bytes for tensor in tensors), initial=_LENGTH_BYTES + header_bytes))
+    ends = list(
+        accumulate((tensor.num_bytes for tensor in tensors), initial=_LENGTH_BYTES + header_bytes)
+    )
     if ends[-1] != num_bytes:
-        raise ChunkError(f"{name} has {num_bytes} bytes, wanted {ends[-1]}: it was cut short or added to")
+        raise ChunkError(
+            f"{name} has {num_bytes} bytes, wanted {ends[-1]}: it was cut short or added to"
+        )
     if len(head) < ends[2]:
-        raise ChunkError(f"of {name} {len(head)} bytes were read, wanted an index of {ends[2]}: the store's answer was cut short")
+        raise ChunkError(
+            f"of {name} {len(head)} bytes were read, wanted an index of {ends[2]}: the store's "
+            "answer was cut short"
+        )
     _check_checksum(checksum, head[: ends[2]], header_bytes, name)
-    row_xxh3_S, row_starts = np.frombuffer(head[ends[0] : ends[1]], "<u8"), np.frombuffer(head[ends[1] : ends[2]], "<i8")
+    row_xxh3_S, row_starts = (
+        np.frombuffer(head[ends[0] : ends[1]], "<u8"),
+        np.frombuffer(head[ends[1] : ends[2]], "<i8"),
+    )
     counts_S = np.diff(row_starts)
-    if row_starts[0] != 0 or row_starts[-1] != tensors[-1].shape[0] or counts_S.min() < 0 or counts_S.max() >= recipe.sequence_length:
-        raise ChunkError(f"{name} has row_starts that do not divide its {tensors[-1].shape[0]} records among {num_rows} rows")
+    if (
+        row_starts[0] != 0
+        or row_starts[-1] != tensors[-1].shape[0]
+        or counts_S.min() < 0
+        or counts_S.max() >= recipe.sequence_length
+    ):
+        raise ChunkError(
+            f"{name} has row_starts that do not divide its {tensors[-1].shape[0]} records among "
+            f"{num_rows} rows"
+        )
     starts = {tensor.name: start for tensor, start in zip(tensors, ends, strict=False)}
     return ChunkIndex(number, row_starts, row_xxh3_S, starts, num_bytes, recipe)
 
 
-def unpack_rows(index: ChunkIndex, rows: Sequence[int], pieces_R4: Sequence[Sequence[Buffer]]) -> Chunk:
-    """The chunk of these rows alone, from the bytes of their `row_extents`. Raises ChunkError unless each hashes to what was published."""
+def unpack_rows(
+    index: ChunkIndex, rows: Sequence[int], pieces_R4: Sequence[Sequence[Buffer]]
+) -> Chunk:
+    """The chunk of these rows alone, from the bytes of their `row_extents`. Raises ChunkError
+    unless each hashes to what was published."""
     for row, pieces in zip(rows, pieces_R4, strict=True):
         found, wanted = _row_xxh3(pieces), int(index.row_xxh3_S[row])
         if found != wanted:
-            raise ChunkError(f"{_name(index.number)} is damaged: row {row} hashes to {found:016x}, {wanted:016x} was published")
+            raise ChunkError(
+                f"{_name(index.number)} is damaged: row {row} hashes to {found:016x}, "
+                f"{wanted:016x} was published"
+            )
     length, record_bytes = index.recipe.sequence_length, index.recipe.codec.bytes_per_token
     columns = [bytearray().join(pieces[i] for pieces in pieces_R4) for i in range(4)]
     token_ids, positions, loss_mask, targets = (
         np.frombuffer(column, dtype).reshape(-1, width)
-        for column, dtype, width in zip(columns, ("<i4", "<i4", "u1", "u1"), (length, length, length, record_bytes), strict=True)
+        for column, dtype, width in zip(
+            columns, ("<i4", "<i4", "u1", "u1"), (length, length, length, record_bytes), strict=True
+        )
     )
     chunk = Chunk(index.number, Sequences(token_ids, positions, loss_mask), targets)
     counts_R = [int(index.row_starts[row + 1] - index.row_starts[row]) for row in rows]
     if chunk.sequences.loss_mask_SL.sum(axis=1, dtype=np.int64).tolist() != counts_R:
-        raise ChunkError(f"{_name(index.number)} has rows whose loss_mask and row_starts disagree on their number of targets")
+        raise ChunkError(
+            f"{_name(index.number)} has rows whose loss_mask and row_starts disagree on their "
+            "number of targets"
+        )
     _check_rows(chunk, index.recipe)
     return chunk
 
@@ -211,12 +268,24 @@ def _tensors_of(chunk: Chunk, recipe: Recipe) -> dict[str, npt.NDArray[Any]]:
     num_targets = chunk.sequences.num_targets
     for tensor in _layout(recipe, chunk.number, num_targets):
         array = arrays.get(tensor.name)
-        if array is not None and (array.dtype, array.shape) != (_DTYPES[tensor.dtype], tensor.shape):
+        if array is not None and (array.dtype, array.shape) != (
+            _DTYPES[tensor.dtype],
+            tensor.shape,
+        ):
             wanted = f"{_DTYPES[tensor.dtype].name} {list(tensor.shape)}"
-            raise ChunkError(f"{_name(chunk.number)} has {tensor.name} of {array.dtype} {list(array.shape)}, wanted {wanted}")
+            raise ChunkError(
+                f"{_name(chunk.number)} has {tensor.name} of {array.dtype} {list(array.shape)}, "
+                f"wanted {wanted}"
+            )
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     starts = chunk.row_starts
-    rows = zip(arrays["token_ids"], arrays["positions"], arrays["loss_mask"], np.split(arrays["targets"], starts[1:-1]), strict=True)
+    rows = zip(
+        arrays["token_ids"],
+        arrays["positions"],
+        arrays["loss_mask"],
+        np.split(arrays["targets"], starts[1:-1]),
+        strict=True,
+    )
     hashes = [_row_xxh3([_bytes_of(array) for array in row]) for row in rows]
     return {**arrays, "row_starts": starts, "row_xxh3": np.array(hashes, np.uint64)}
 
@@ -246,33 +315,46 @@ def _parse_object(text: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ChunkError(f"{what} is damaged: it is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ChunkError(f"{what} is damaged: it is a JSON {type(value).__name__}, wanted an object")
+        raise ChunkError(
+            f"{what} is damaged: it is a JSON {type(value).__name__}, wanted an object"
+        )
     return value
 
 
 def _check_header(header: dict[str, Any], recipe: Recipe, number: int) -> tuple[list[_Tensor], Any]:
-    """The tensors in the order of their bytes, and the checksum as it is claimed. All else in the header is verified."""
+    """The tensors in the order of their bytes, and the checksum as it is claimed. All else in the
+    header is verified."""
     name = _name(number)
     match header.get("__metadata__"):
         case {"stillhouse": str(text), **others} if not others:
             metadata = _parse_object(text.encode("utf-8", "replace"), f"the metadata of {name}")
             _check_metadata(metadata, recipe, number)
         case found:
-            raise ChunkError(f"{name} has the metadata {found!r}, wanted one key, 'stillhouse', with text")
+            raise ChunkError(
+                f"{name} has the metadata {found!r}, wanted one key, 'stillhouse', with text"
+            )
     most_targets = len(recipe.chunk_rows(number)) * (recipe.sequence_length - 1)
     match header.get("targets"):
         case {"shape": [int(num_targets), _]} if 0 <= num_targets <= most_targets:
             tensors = _layout(recipe, number, num_targets)
         case found:
-            raise ChunkError(f"{name} has targets of {found!r}, wanted a shape of 0 to {most_targets} records")
+            raise ChunkError(
+                f"{name} has targets of {found!r}, wanted a shape of 0 to {most_targets} records"
+            )
     ends = list(accumulate((tensor.num_bytes for tensor in tensors), initial=0))
     wanted = {
-        tensor.name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        tensor.name: {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
         for tensor, start, end in zip(tensors, ends[:-1], ends[1:], strict=True)
     }
     for key in sorted({*wanted, *header} - {"__metadata__"}):
         if header.get(key) != wanted.get(key):
-            raise ChunkError(f"{name} has the tensor {key} {header.get(key)}, wanted {wanted.get(key)}")
+            raise ChunkError(
+                f"{name} has the tensor {key} {header.get(key)}, wanted {wanted.get(key)}"
+            )
     return tensors, metadata.get("xxh3")
 
 
@@ -281,7 +363,8 @@ def _check_metadata(found: dict[str, Any], recipe: Recipe, number: int) -> None:
     for key in sorted({*wanted, *found} - {"xxh3"}):
         if key not in found or key not in wanted or found[key] != wanted[key]:
             raise ChunkError(
-                f"chunk {number} has {key} {found.get(key)!r}, wanted {wanted.get(key)!r}: it is damaged, or of another recipe"
+                f"chunk {number} has {key} {found.get(key)!r}, wanted {wanted.get(key)!r}: it is "
+                "damaged, or of another recipe"
             )
 
 
@@ -293,7 +376,10 @@ def _check_checksum(found: Any, index: bytes, header_bytes: int, name: str) -> N
     blank = index[:start] + b"0" * _CHECKSUM_DIGITS + index[start + _CHECKSUM_DIGITS :]
     wanted = xxhash.xxh3_64_hexdigest(blank)
     if found != wanted:
-        raise ChunkError(f"{name} is damaged: it carries the checksum {found!r}, its first {len(index)} bytes have {wanted!r}")
+        raise ChunkError(
+            f"{name} is damaged: it carries the checksum {found!r}, its first {len(index)} bytes "
+            f"have {wanted!r}"
+        )
 
 
 def _check_rows(chunk: Chunk, recipe: Recipe) -> None:
@@ -301,11 +387,19 @@ def _check_rows(chunk: Chunk, recipe: Recipe) -> None:
     name = _name(chunk.number)
     ids, positions, mask = chunk.sequences.arrays
     if len(ids) and (ids.min() < 0 or ids.max() >= recipe.vocab_size):
-        raise ChunkError(f"{name} has token ids from {ids.min()} to {ids.max()}, wanted 0 to {recipe.vocab_size - 1}")
+        raise ChunkError(
+            f"{name} has token ids from {ids.min()} to {ids.max()}, wanted 0 to "
+            f"{recipe.vocab_size - 1}"
+        )
     if mask.any() and (mask.max() > 1 or mask[:, -1].any()):
-        raise ChunkError(f"{name} has a loss_mask that is not 0 or 1, or that is not 0 in the last column")
+        raise ChunkError(
+            f"{name} has a loss_mask that is not 0 or 1, or that is not 0 in the last column"
+        )
     restarts = positions[:, 1:] == 0
     if positions[:, 0].any() or not (restarts | (positions[:, 1:] == positions[:, :-1] + 1)).all():
         raise ChunkError(f"{name} has positions that neither count up nor restart at 0")
     if (mask[:, :-1].astype(bool) & restarts).any():
-        raise ChunkError(f"{name} has a loss_mask of 1 at the last token of a document, whose next token is of another")
+        raise ChunkError(
+            f"{name} has a loss_mask of 1 at the last token of a document, whose next token is of "
+            "another"
+        )

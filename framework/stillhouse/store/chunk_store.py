@@ -1,8 +1,9 @@
-"""The chunks of one recipe, in a store that many machines share: existence is the commit, so publishing twice is harmless.
+"""The chunks of one recipe, in a store that many machines share: existence is the commit, so
+publishing twice is harmless.
 
-<root>/<first 16 digits of the fingerprint>/recipe.json
-<root>/<the same>/chunks/0000000012.safetensors         created once, never changed
-<root>/<the same>/quarantine/                           chunks that were found bad, out of the readers' sight
+<root>/<first 16 digits of the fingerprint>/recipe.json <root>/<the
+same>/chunks/0000000012.safetensors         created once, never changed <root>/<the
+same>/quarantine/                           chunks that were found bad, out of the readers' sight
 <root>/<the same>/readers/                              who reads them, and how far: see readers.py
 """
 
@@ -78,7 +79,11 @@ class Listing(NamedTuple):
     """The numbers of the chunks in a store."""
 
     published: set[int]
-    cut: set[int]  # that are not as long as they say themselves: what a power cut may leave of a file that was not on disk yet
+    cut: set[
+        int
+        # that are not as long as they say themselves: what a power cut may leave of a file that was
+        # not on disk yet
+    ]
 
 
 class Swept(NamedTuple):
@@ -87,7 +92,8 @@ class Swept(NamedTuple):
 
 
 class ChunkStore:
-    """One recipe's chunks under a root. Made without touching the store, safe to share among threads and to send to other processes."""
+    """One recipe's chunks under a root. Made without touching the store, safe to share among
+    threads and to send to other processes."""
 
     def __init__(self, root: str | Blobs, recipe: Recipe) -> None:
         self._blobs = root if isinstance(root, Blobs) else Blobs(root)
@@ -98,18 +104,23 @@ class ChunkStore:
 
     @classmethod
     def create(cls, root: str | Blobs, recipe: Recipe) -> "ChunkStore":
-        """The store of this recipe, its recipe.json published. Raises RecipeError if another recipe is there, StoreError if it cannot.
+        """The store of this recipe, its recipe.json published. Raises RecipeError if another recipe
+        is there, StoreError if it cannot.
 
         The store has to refuse to create what is there already, and is tried for that.
         """
         store = cls(root, recipe)
         require_create_only(store._blobs, under=f"{store._folder}/")
-        if not store._blobs.create(store.recipe_key, recipe.canonical_json()) and not store.has_recipe():
+        if (
+            not store._blobs.create(store.recipe_key, recipe.canonical_json())
+            and not store.has_recipe()
+        ):
             store.restore_recipe()
         return store
 
     def has_recipe(self) -> bool:
-        """Whether recipe.json is there; a power cut may have left its name alone. Raises RecipeError if it is of another recipe."""
+        """Whether recipe.json is there; a power cut may have left its name alone. Raises
+        RecipeError if it is of another recipe."""
         try:
             if self._blobs.read(self.recipe_key).nbytes == 0:
                 return False
@@ -117,7 +128,10 @@ class ChunkStore:
             return False
         found = _recipe_at(self._blobs, self.recipe_key)
         if found != self.recipe:
-            raise RecipeError(f"{self.url}/{self.recipe_key} is of another recipe: " + "; ".join(differences(self.recipe, found)))
+            raise RecipeError(
+                f"{self.url}/{self.recipe_key} is of another recipe: "
+                + "; ".join(differences(self.recipe, found))
+            )
         return True
 
     @property
@@ -126,14 +140,19 @@ class ChunkStore:
 
     def __reduce__(self) -> tuple[Callable[..., "ChunkStore"], tuple[str, Recipe]]:
         if self.url.startswith("memory:"):
-            raise StoreError(f"{self.url} lives in one process and cannot be sent to another; set store.url to a directory or a bucket")
+            raise StoreError(
+                f"{self.url} lives in one process and cannot be sent to another; set store.url to "
+                "a directory or a bucket"
+            )
         return ChunkStore, (self.url, self.recipe)
 
     def publish(self, chunk: Chunk) -> ChunkRef:
-        """Pack and put a chunk: one create-only put, so it is there whole or not at all, and the first publisher wins.
+        """Pack and put a chunk: one create-only put, so it is there whole or not at all, and the
+        first publisher wins.
 
-        A file that a power cut left in its place, empty or cut short, goes to quarantine first, as does anything there that is no file.
-        Raises ChunkError on a chunk that is not of the recipe, StoreUnavailable if another try may help, StoreError if it cannot.
+        A file that a power cut left in its place, empty or cut short, goes to quarantine first, as
+        does anything there that is no file. Raises ChunkError on a chunk that is not of the recipe,
+        StoreUnavailable if another try may help, StoreError if it cannot.
         """
         data, key = pack_chunk(chunk, self.recipe), self.key(chunk.number)
         try:
@@ -142,14 +161,22 @@ class ChunkStore:
             created = False
         if not created and not self.is_whole(chunk.number) and self.quarantine(chunk.number):
             created = self._blobs.create(key, data)
-        return ChunkRef(key, chunk.number, len(chunk.targets_NB), len(data), checksum_of(data), duplicate=not created)
+        return ChunkRef(
+            key,
+            chunk.number,
+            len(chunk.targets_NB),
+            len(data),
+            checksum_of(data),
+            duplicate=not created,
+        )
 
     def exists(self, number: int) -> bool:
         """Whether there is an object of the chunk's name, whatever its bytes are."""
         return self._blobs.stat(self.key(number)) is not None
 
     def is_whole(self, number: int) -> bool:
-        """Whether the chunk is there, and as long as it says itself; its other bytes are not looked at."""
+        """Whether the chunk is there, and as long as it says itself; its other bytes are not looked
+        at."""
         try:
             head, num_bytes = self._blobs.read_start(self.key(number), START_BYTES)
         except (FileNotFoundError, NotAFileError):
@@ -161,15 +188,21 @@ class ChunkStore:
         return self.listing().published
 
     def listing(self) -> Listing:
-        """The chunks that are there. In a directory each one is opened, for it may be cut short; an object in a bucket is whole."""
+        """The chunks that are there. In a directory each one is opened, for it may be cut short; an
+        object in a bucket is whole."""
         blobs = self._blobs.under(f"{self._folder}/chunks")
         there = {number for blob in blobs if (number := _number_of(blob.key)) is not None}
         may_be_cut = there if self._blobs.directory is not None else ()
-        cut = {number for number in may_be_cut if number < self.recipe.num_chunks and not self.is_whole(number)}
+        cut = {
+            number
+            for number in may_be_cut
+            if number < self.recipe.num_chunks and not self.is_whole(number)
+        }
         return Listing(there - cut, cut)
 
     def fetch(self, number: int) -> Chunk:
-        """A whole chunk, verified. Raises ChunkMissing if it is not there yet, ChunkError if two requests of two kinds find it bad."""
+        """A whole chunk, verified. Raises ChunkMissing if it is not there yet, ChunkError if two
+        requests of two kinds find it bad."""
         key = self.key(number)
         with self._reading(number):
             try:
@@ -179,10 +212,11 @@ class ChunkStore:
         return unpack_chunk(memoryview(again), self.recipe, number)
 
     def fetch_rows(self, number: int, rows: Sequence[int] | npt.NDArray[np.int64]) -> Chunk:
-        """These rows of a chunk (0 .. S - 1, in the order asked), read by byte range and verified by their hashes.
+        """These rows of a chunk (0 .. S - 1, in the order asked), read by byte range and verified
+        by their hashes.
 
-        Raises ChunkMissing if the chunk is not there yet, ChunkError if what was read of it is bad, and is so when it is read once more,
-        IndexError on a row it cannot have.
+        Raises ChunkMissing if the chunk is not there yet, ChunkError if what was read of it is bad,
+        and is so when it is read once more, IndexError on a row it cannot have.
         """
         rows, num_rows = [int(row) for row in rows], len(self.recipe.chunk_rows(number))
         for row in rows:
@@ -194,7 +228,9 @@ class ChunkStore:
             try:
                 return self._read_rows(known, rows)
             except (ChunkError, ChunkMissing):
-                pass  # it may have been repaired since its index was read, by other bytes: see with a new index
+                # it may have been repaired since its index was read, by other bytes: see with a new
+                # index
+                pass
         try:
             index, chunk = self._read_anew(number, rows)
         except ChunkError:  # perhaps on the way alone
@@ -215,7 +251,8 @@ class ChunkStore:
             raise ChunkError(f"chunk {number} is as it was published, but {error}") from None
 
     def quarantine(self, number: int) -> bool:
-        """Move a chunk out of the readers' sight, unless it verifies. True if it must be published anew; False if it is good after all."""
+        """Move a chunk out of the readers' sight, unless it verifies. True if it must be published
+        anew; False if it is good after all."""
         try:
             self.verify(number)
         except ChunkMissing:
@@ -226,7 +263,8 @@ class ChunkStore:
         return False
 
     def delete(self, *numbers: int) -> None:
-        """Take chunks away for good, because nobody will read them again; one that is gone already is no error."""
+        """Take chunks away for good, because nobody will read them again; one that is gone already
+        is no error."""
         self._blobs.delete(*map(self.key, numbers))
 
     @property
@@ -243,10 +281,14 @@ class ChunkStore:
         return f"{self._folder}/recipe.json"
 
     def restore_recipe(self) -> bool:
-        """Publish recipe.json anew if it is missing or damaged; a damaged one goes to quarantine. True if it had to be."""
+        """Publish recipe.json anew if it is missing or damaged; a damaged one goes to quarantine.
+        True if it had to be."""
         key = self.recipe_key
         blob = self._blobs.stat(key)
-        if blob is not None and self.recipe.canonical_json() in (bytes(self._blobs.read(key)), b"".join(self._blobs.pieces(key))):
+        if blob is not None and self.recipe.canonical_json() in (
+            bytes(self._blobs.read(key)),
+            b"".join(self._blobs.pieces(key)),
+        ):
             return False
         if blob is not None:
             self._blobs.move(key, f"{self._folder}/quarantine/recipe-{_moment(blob)}.json")
@@ -254,7 +296,8 @@ class ChunkStore:
         return True
 
     def findings(self) -> Iterator[Finding]:
-        """Read every chunk and say of each object among them whether it is good, or why not. Changes nothing."""
+        """Read every chunk and say of each object among them whether it is good, or why not.
+        Changes nothing."""
         for blob in self._blobs.under(f"{self._folder}/chunks"):
             yield Finding(blob.key, _number_of(blob.key), _problem_with(self, blob))
 
@@ -267,7 +310,9 @@ class ChunkStore:
         if blob is None:
             return
         try:
-            self._blobs.move(blob.key, f"{self._folder}/quarantine/{number:010d}-{_moment(blob)}.safetensors")
+            self._blobs.move(
+                blob.key, f"{self._folder}/quarantine/{number:010d}-{_moment(blob)}.safetensors"
+            )
         except FileNotFoundError:
             return  # somebody else did
 
@@ -277,7 +322,9 @@ class ChunkStore:
 
     def _read_index(self, number: int) -> ChunkIndex:
         with self._reading(number):
-            head, num_bytes = self._blobs.read_start(self.key(number), index_bytes(self.recipe, number))
+            head, num_bytes = self._blobs.read_start(
+                self.key(number), index_bytes(self.recipe, number)
+            )
         return parse_index(head, self.recipe, number, num_bytes=num_bytes)
 
     def _read_rows(self, index: ChunkIndex, rows: Sequence[int]) -> Chunk:
@@ -292,26 +339,34 @@ class ChunkStore:
         try:
             yield
         except FileNotFoundError:
-            raise ChunkMissing(f"chunk {number} is not in {self.url}/{self._folder}: it has not been published yet") from None
+            raise ChunkMissing(
+                f"chunk {number} is not in {self.url}/{self._folder}: it has not been published yet"
+            ) from None
         except NotAFileError as error:
             raise ChunkError(f"chunk {number} is damaged: {error}") from None
 
 
 def list_recipes(url: str) -> list[StoredRecipe]:
-    """Every recipe under a root, with the number and bytes of its chunks. An unreadable recipe is left out: `verify_store` names it."""
+    """Every recipe under a root, with the number and bytes of its chunks. An unreadable recipe is
+    left out: `verify_store` names it."""
     blobs, found = Blobs(url), []
     for folder in _recipe_folders(blobs):
         try:
             recipe = _recipe_in(blobs, folder)
         except RecipeError:
             continue
-        sizes = [blob.num_bytes for blob in blobs.under(f"{folder}/chunks") if _number_of(blob.key) is not None]
+        sizes = [
+            blob.num_bytes
+            for blob in blobs.under(f"{folder}/chunks")
+            if _number_of(blob.key) is not None
+        ]
         found.append(StoredRecipe(folder, recipe, len(sizes), sum(sizes)))
     return found
 
 
 def verify_store(url: str) -> Iterator[Finding]:
-    """Read everything under a root and say of each object whether it is good, or why not. Changes nothing."""
+    """Read everything under a root and say of each object whether it is good, or why not. Changes
+    nothing."""
     blobs = Blobs(url)
     for folder in _recipe_folders(blobs):
         try:
@@ -326,7 +381,8 @@ def verify_store(url: str) -> Iterator[Finding]:
 def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
     """Remove what killed writers left in a local store, and list the quarantine.
 
-    A leftover is removed once it is `older_than_s` at `now` (seconds since 1970): a writer that still lives may own a younger one.
+    A leftover is removed once it is `older_than_s` at `now` (seconds since 1970): a writer that
+    still lives may own a younger one.
     """
     blobs, removed = Blobs(url), []
     for folder in _recipe_folders(blobs):
@@ -339,7 +395,11 @@ def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
                 continue  # its writer lives, and has just given it its name
             except OSError as error:
                 raise explain(error, doing=f"remove {folder}/{path.name}", url=blobs.url) from error
-    quarantined = [blob.key for folder in _recipe_folders(blobs) for blob in blobs.under(f"{folder}/quarantine")]
+    quarantined = [
+        blob.key
+        for folder in _recipe_folders(blobs)
+        for blob in blobs.under(f"{folder}/quarantine")
+    ]
     return Swept(removed, quarantined)
 
 
@@ -373,7 +433,10 @@ def _recipe_in(blobs: Blobs, folder: str) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(f"{where} is missing: nobody can tell what its chunks are of") from None
     if recipe.fingerprint[:16] != folder:
-        raise RecipeError(f"{where} has the fingerprint {recipe.fingerprint[:16]}, its directory is named {folder}: it was moved or edited")
+        raise RecipeError(
+            f"{where} has the fingerprint {recipe.fingerprint[:16]}, its directory is named "
+            f"{folder}: it was moved or edited"
+        )
     return recipe
 
 
@@ -389,4 +452,6 @@ def _problem_with(store: ChunkStore, blob: Blob) -> str | None:
 
 
 def _staging_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if _STAGING_FILE.fullmatch(path.name) and path.is_file())
+    return sorted(
+        path for path in folder.rglob("*") if _STAGING_FILE.fullmatch(path.name) and path.is_file()
+    )

@@ -1,6 +1,8 @@
-"""A whole object of any size, read by ranges: several are in flight, each goes on where it broke off, and memory stays bounded.
+"""A whole object of any size, read by ranges: several are in flight, each goes on where it broke
+off, and memory stays bounded.
 
-No request has to live for as long as the whole object takes, so no limit on one request is a limit on the size of an object.
+No request has to live for as long as the whole object takes, so no limit on one request is a limit
+on the size of an object.
 """
 
 from collections import deque
@@ -23,7 +25,9 @@ class Answer(NamedTuple):
 OpenRange = Callable[[int, int], Answer]  # (start, end), which may lie behind the object's end
 
 
-def download(open_range: OpenRange, *, range_bytes: int = RANGE_BYTES, in_flight: int = RANGES_IN_FLIGHT) -> Iterator[memoryview]:
+def download(
+    open_range: OpenRange, *, range_bytes: int = RANGE_BYTES, in_flight: int = RANGES_IN_FLIGHT
+) -> Iterator[memoryview]:
     """The pieces of an object, in order. Holds at most `in_flight` ranges at one time.
 
     Raises StoreUnavailable once a request for the rest of a range brings nothing at all.
@@ -35,7 +39,9 @@ def download(open_range: OpenRange, *, range_bytes: int = RANGE_BYTES, in_flight
 
     def ask_for_next() -> None:
         if (start := next(starts, None)) is not None:
-            coming.append(pool.submit(_whole_range, open_range, start, min(start + range_bytes, object_bytes)))
+            coming.append(
+                pool.submit(_whole_range, open_range, start, min(start + range_bytes, object_bytes))
+            )
 
     try:
         for _ in range(in_flight - 1):  # the one that is handed out is held as well
@@ -67,8 +73,12 @@ def _whole_range(open_range: OpenRange, start: int, end: int) -> tuple[int, list
         except StoreUnavailable as error:
             problem = error
         if at > end:
-            raise StoreUnavailable(f"the answer to a request for the bytes up to {end} goes on after them; try again")
+            raise StoreUnavailable(
+                f"the answer to a request for the bytes up to {end} goes on after them; try again"
+            )
         if at == end:
             return object_bytes, pieces
         if at == before:
-            raise problem or StoreUnavailable(f"the answer to a request for the bytes from {at} to {end} was empty; try again")
+            raise problem or StoreUnavailable(
+                f"the answer to a request for the bytes from {at} to {end} was empty; try again"
+            )

@@ -1,7 +1,8 @@
 """What the failure of a store means: whether another try may mend it, and what its reader can do.
 
-An object store's answer is judged by its HTTP status and error code, which obstore quotes ahead of its debug dump; a local file system's
-by the system's error number. Words are looked at only where neither is given.
+An object store's answer is judged by its HTTP status and error code, which obstore quotes ahead of
+its debug dump; a local file system's by the system's error number. Words are looked at only where
+neither is given.
 """
 
 import errno
@@ -15,7 +16,8 @@ from stillhouse.errors import StoreError, StoreUnavailable
 
 
 class StoreForbidden(StoreError):
-    """The store does not allow it: these credentials, or this user, may only read, or not even that."""
+    """The store does not allow it: these credentials, or this user, may only read, or not even
+    that."""
 
 
 class Meaning(NamedTuple):
@@ -25,51 +27,117 @@ class Meaning(NamedTuple):
     advice: str
 
 
-_BUSY = Meaning(StoreUnavailable, "it cannot be reached, or is too busy: check the network and, where one is set, the endpoint")
+_BUSY = Meaning(
+    StoreUnavailable,
+    "it cannot be reached, or is too busy: check the network and, where one is set, the endpoint",
+)
 _CUT = Meaning(StoreUnavailable, "what was sent or received is not whole: try again")
 _REPLACED = Meaning(StoreUnavailable, "it was replaced while it was read: read it again")
 _FULL = Meaning(StoreUnavailable, "the disk is full, or the quota spent: free some space")
-_RIGHTS = Meaning(StoreForbidden, "permission denied: check the credentials and their rights to list, read, create and delete here")
-_EXPIRED = Meaning(StoreError, "the credentials have expired: renew them on every machine that uses the store, then run again")
-_INVALID = Meaning(
-    StoreError, "the credentials are not valid here: check key, secret and session token, and that all three are of one account"
+_RIGHTS = Meaning(
+    StoreForbidden,
+    "permission denied: check the credentials and their rights to list, read, create and delete "
+    "here",
 )
-_CLOCK = Meaning(StoreError, "this machine's clock is wrong, so the store refuses what it signs: set the clock, for example by NTP")
-_NO_BUCKET = Meaning(StoreError, "there is no such bucket: create it, or correct the name in store.url")
+_EXPIRED = Meaning(
+    StoreError,
+    "the credentials have expired: renew them on every machine that uses the store, then run again",
+)
+_INVALID = Meaning(
+    StoreError,
+    "the credentials are not valid here: check key, secret and session token, and that all three "
+    "are of one account",
+)
+_CLOCK = Meaning(
+    StoreError,
+    "this machine's clock is wrong, so the store refuses what it signs: set the clock, for "
+    "example by NTP",
+)
+_NO_BUCKET = Meaning(
+    StoreError, "there is no such bucket: create it, or correct the name in store.url"
+)
 _ELSEWHERE = Meaning(StoreError, "the bucket is elsewhere: set AWS_REGION to its region")
 _NO_CREDENTIALS = Meaning(
-    StoreError, "no credentials were found: set those of the store's provider in the environment, such as AWS_ACCESS_KEY_ID"
+    StoreError,
+    "no credentials were found: set those of the store's provider in the environment, such as "
+    "AWS_ACCESS_KEY_ID",
 )
-_TOO_LARGE = Meaning(StoreError, "the store takes no object of this size: raise its limit, or that of the proxy before it")
+_TOO_LARGE = Meaning(
+    StoreError,
+    "the store takes no object of this size: raise its limit, or that of the proxy before it",
+)
 _UNKNOWN_REQUEST = Meaning(
-    StoreError, "the store does not know this request: it, or a proxy before it, does not speak enough of its protocol"
+    StoreError,
+    "the store does not know this request: it, or a proxy before it, does not speak enough of its "
+    "protocol",
 )
-_NO_RANGES = Meaning(StoreError, "it does not answer requests for a range of bytes, which reading needs: use another store or proxy")
+_NO_RANGES = Meaning(
+    StoreError,
+    "it does not answer requests for a range of bytes, which reading needs: use another store or "
+    "proxy",
+)
 _REFUSED = Meaning(
     StoreError,
-    "the store refuses the request as it stands: check store.url, the endpoint, the region, and that no credentials have expired",
+    "the store refuses the request as it stands: check store.url, the endpoint, the region, and "
+    "that no credentials have expired",
 )
 _NO_PLACE = Meaning(StoreError, "no directory can be made there: choose another place")
-_IN_ITS_PLACE = Meaning(StoreError, "something else is in its place, or in that of a directory above it: move it away")
+_IN_ITS_PLACE = Meaning(
+    StoreError, "something else is in its place, or in that of a directory above it: move it away"
+)
 _ODD = Meaning(StoreError, "check store.url, and what its provider wants in the environment")
 
 _BY_CODE: Mapping[str, Meaning] = {
-    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"), _EXPIRED),
-    **dict.fromkeys(("InvalidToken", "InvalidAccessKeyId", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidSecurity"), _INVALID),
+    **dict.fromkeys(
+        ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"),
+        _EXPIRED,
+    ),
+    **dict.fromkeys(
+        (
+            "InvalidToken",
+            "InvalidAccessKeyId",
+            "InvalidClientTokenId",
+            "SignatureDoesNotMatch",
+            "InvalidSecurity",
+        ),
+        _INVALID,
+    ),
     **dict.fromkeys(("AuthenticationFailed", "InvalidAuthenticationInfo"), _INVALID),
     **dict.fromkeys(("AccessDenied", "AllAccessDisabled", "AuthorizationFailure"), _RIGHTS),
     **dict.fromkeys(("RequestTimeTooSkewed", "RequestInTheFuture"), _CLOCK),
-    **dict.fromkeys(("NoSuchBucket", "ContainerNotFound", "FilesystemNotFound", "InvalidBucketName"), _NO_BUCKET),
     **dict.fromkeys(
-        ("AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException"), _ELSEWHERE
+        ("NoSuchBucket", "ContainerNotFound", "FilesystemNotFound", "InvalidBucketName"), _NO_BUCKET
+    ),
+    **dict.fromkeys(
+        (
+            "AuthorizationHeaderMalformed",
+            "PermanentRedirect",
+            "TemporaryRedirect",
+            "IllegalLocationConstraintException",
+        ),
+        _ELSEWHERE,
     ),
     **dict.fromkeys(("EntityTooLarge", "RequestBodyTooLarge"), _TOO_LARGE),
     **dict.fromkeys(("NotImplemented", "MethodNotAllowed"), _UNKNOWN_REQUEST),
     **dict.fromkeys(("QuotaExceeded", "XMinioStorageFull", "InsufficientStorage"), _FULL),
-    **dict.fromkeys(("SlowDown", "ServiceUnavailable", "InternalError", "ServerBusy", "OperationTimedOut"), _BUSY),
-    **dict.fromkeys(("RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"), _BUSY),
+    **dict.fromkeys(
+        ("SlowDown", "ServiceUnavailable", "InternalError", "ServerBusy", "OperationTimedOut"),
+        _BUSY,
+    ),
+    **dict.fromkeys(
+        (
+            "RequestTimeout",
+            "Throttling",
+            "ThrottlingException",
+            "TooManyRequests",
+            "RequestLimitExceeded",
+        ),
+        _BUSY,
+    ),
     **dict.fromkeys(("OperationAborted", "ConditionalRequestConflict", "NoSuchUpload"), _BUSY),
-    **dict.fromkeys(("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "Md5Mismatch"), _CUT),
+    **dict.fromkeys(
+        ("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "Md5Mismatch"), _CUT
+    ),
 }
 
 _BY_STATUS: Mapping[int, Meaning] = {
@@ -85,7 +153,9 @@ _BY_STATUS: Mapping[int, Meaning] = {
     507: _FULL,
 }
 
-_BY_WORDS: Mapping[str, Meaning] = {  # of obstore, where it had no answer, or one that it did not accept
+_BY_WORDS: Mapping[
+    str, Meaning
+] = {  # of obstore, where it had no answer, or one that it did not accept
     "redirect without LOCATION": _ELSEWHERE,
     "non-partial response when range requested": _NO_RANGES,
     "HTTP error: ": _BUSY,
@@ -116,12 +186,14 @@ def explain(error: Exception, *, doing: str, url: str) -> StoreError:
 
 
 def meaning_of(status: int, code: str) -> Meaning:
-    """What an object store means by an answer that is no success; `code` is '' where it gives none. An unknown code goes by its status."""
+    """What an object store means by an answer that is no success; `code` is '' where it gives none.
+    An unknown code goes by its status."""
     return _BY_CODE.get(code) or _BY_STATUS.get(status) or (_BUSY if status >= 500 else _REFUSED)
 
 
 def says_absent(error: Exception) -> bool:
-    """Whether an error says that there is no such object, and no more than that: the bucket is there."""
+    """Whether an error says that there is no such object, and no more than that: the bucket is
+    there."""
     return isinstance(error, FileNotFoundError) and _code_in(_said(error)) not in _BY_CODE
 
 
@@ -132,7 +204,8 @@ def is_past_the_end(error: Exception) -> bool:
 
 
 def _meaning(error: Exception, said: str) -> Meaning:
-    """From what is surest to what is least so: the metadata service's name, an answer, the kind of the error, a system error, words."""
+    """From what is surest to what is least so: the metadata service's name, an answer, the kind of
+    the error, a system error, words."""
     if _METADATA_SERVICE.search(said):
         return _NO_CREDENTIALS
     status, code = _status_in(said), _code_in(said)

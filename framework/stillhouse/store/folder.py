@@ -1,4 +1,5 @@
-"""The write half of a store in a local directory: keys are paths, and what has been written survives a power cut."""
+"""The write half of a store in a local directory: keys are paths, and what has been written
+survives a power cut."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +17,8 @@ _STAGING = re.compile(r".*#\d+")
 
 
 class Folder:
-    """Files below one directory, by key; the directory is made by the first write. Safe to share among threads and processes.
+    """Files below one directory, by key; the directory is made by the first write. Safe to share
+    among threads and processes.
 
     Raises OSError, as the system does.
     """
@@ -26,7 +28,8 @@ class Folder:
         self._named: set[Path] = set()  # directories whose names are on disk
 
     def create(self, key: str, data: bytes) -> bool:
-        """As `atomic.create`. A staging file that a sweep took for a leftover is written once more."""
+        """As `atomic.create`. A staging file that a sweep took for a leftover is written once
+        more."""
         path = self._path(key)
         return self._in_its_directory(path, lambda: atomic.create(path, data, files=self._files))
 
@@ -45,7 +48,8 @@ class Folder:
         atomic.unlink([self._path(key) for key in keys], files=self._files)
 
     def delete_under(self, prefix: str) -> None:
-        """Delete a folder, with what killed writers left in it. Of its files, some may be back after a power cut."""
+        """Delete a folder, with what killed writers left in it. Of its files, some may be back
+        after a power cut."""
         atomic.remove_tree(self._path(prefix), files=self._files)
 
     def move(self, source: str, destination: str) -> None:
@@ -53,19 +57,22 @@ class Folder:
         self._in_its_directory(after, lambda: atomic.move(before, after, files=self._files))
 
     def sync(self, prefix: str) -> None:
-        """Return when the names in a folder are on disk, whoever wrote its files, and its own name is, too."""
+        """Return when the names in a folder are on disk, whoever wrote its files, and its own name
+        is, too."""
         self._files.sync_directory(self._path(prefix))
         self._files.sync_directory(self._path(prefix).parent)
 
     def _path(self, key: str) -> Path:
         if not _PLAIN.fullmatch(key) or _STAGING.fullmatch(key):
             raise StoreError(
-                f"the key {key} leads out of {self._root}, or is none; wanted a relative one, without '..' and without '#1' at its end"
+                f"the key {key} leads out of {self._root}, or is none; wanted a relative one, "
+                "without '..' and without '#1' at its end"
             )
         return self._root / key
 
     def _in_its_directory(self, path: Path, act: Callable[[], _Answer]) -> _Answer:
-        """Act once the file's directory is there; again where somebody removed the directory, or the staging file, meanwhile."""
+        """Act once the file's directory is there; again where somebody removed the directory, or
+        the staging file, meanwhile."""
         self._name(path.parent)
         try:
             return act()
@@ -75,7 +82,8 @@ class Folder:
             return act()
 
     def _name(self, directory: Path) -> None:
-        """Make sure that a directory is there and that its name is on disk: another process may have made it and not have synced it yet."""
+        """Make sure that a directory is there and that its name is on disk: another process may
+        have made it and not have synced it yet."""
         if directory in self._named:
             return
         if directory != self._root:

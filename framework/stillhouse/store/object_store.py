@@ -1,4 +1,5 @@
-"""Bytes under keys, in a directory or an object store: what is there is whole, what is created stays, and every failure is a StoreError."""
+"""Bytes under keys, in a directory or an object store: what is there is whole, what is created
+stays, and every failure is a StoreError."""
 
 import functools
 import os
@@ -28,14 +29,22 @@ _REMOTE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CREATE_ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.05
 _MERGE_BYTES = 256 << 10  # reading on over a gap of this size costs less than asking once more
-_PART_BYTES, _PARTS_IN_FLIGHT = 32 << 20, 4  # of a streamed object: S3 takes 10,000 parts, so up to 312 GB
-_STREAM_BYTES = 2 << 20  # at one time; more stays in no cache, and keeps other threads waiting for the interpreter
-_PIECE_BYTES = 256 << 10  # of a download: what came is kept in pieces of this size where a request breaks off
-_NO_LIMIT = timedelta(days=30)  # obstore has a limit on a whole answer, of 30 s unless it is told another
+# of a streamed object: S3 takes 10,000 parts, so up to 312 GB
+_PART_BYTES, _PARTS_IN_FLIGHT = (
+    32 << 20,
+    4,
+)
+# at one time; more stays in no cache, and keeps other threads waiting for the interpreter
+_STREAM_BYTES = 2 << 20
+# of a download: what came is kept in pieces of this size where a request breaks off
+_PIECE_BYTES = 256 << 10
+# obstore has a limit on a whole answer, of 30 s unless it is told another
+_NO_LIMIT = timedelta(days=30)
 
 
 class NotAFileError(StoreError):
-    """Something else is in the place of an object in a directory: a named pipe, a device, a directory, a link into nothing."""
+    """Something else is in the place of an object in a directory: a named pipe, a device, a
+    directory, a link into nothing."""
 
 
 class Blob(NamedTuple):
@@ -45,17 +54,24 @@ class Blob(NamedTuple):
 
 
 class ObjectLayer(Protocol):
-    """The requests to an object store: the functions of `obstore` of these names. They take, return and raise what those do."""
+    """The requests to an object store: the functions of `obstore` of these names. They take, return
+    and raise what those do."""
 
-    def put(self, store: Any, path: str, file: Any, *, mode: Any = ..., use_multipart: bool | None = ...) -> Any: ...
+    def put(
+        self, store: Any, path: str, file: Any, *, mode: Any = ..., use_multipart: bool | None = ...
+    ) -> Any: ...
 
-    def open_writer(self, store: Any, path: str, *, buffer_size: int = ..., max_concurrency: int = ...) -> Any: ...
+    def open_writer(
+        self, store: Any, path: str, *, buffer_size: int = ..., max_concurrency: int = ...
+    ) -> Any: ...
 
     def head(self, store: Any, path: str) -> Any: ...
 
     def get(self, store: Any, path: str, *, options: Any = ...) -> Any: ...
 
-    def get_ranges(self, store: Any, path: str, *, starts: Any, ends: Any, coalesce: int = ...) -> Any: ...
+    def get_ranges(
+        self, store: Any, path: str, *, starts: Any, ends: Any, coalesce: int = ...
+    ) -> Any: ...
 
     def list(self, store: Any, prefix: str | None = ..., *, chunk_size: int = ...) -> Any: ...
 
@@ -70,9 +86,11 @@ OBSTORE = cast("ObjectLayer", obstore)  # a module: its functions are these
 
 
 class Blobs:
-    """The objects under one root. Safe to use from several threads; opened at the first use, so it costs nothing to make.
+    """The objects under one root. Safe to use from several threads; opened at the first use, so it
+    costs nothing to make.
 
-    What has been written to a directory when a call returns survives a power cut. A bucket's provider sees to that itself.
+    What has been written to a directory when a call returns survives a power cut. A bucket's
+    provider sees to that itself.
     """
 
     def __init__(
@@ -84,10 +102,12 @@ class Blobs:
         objects: ObjectLayer = OBSTORE,
         pause: Callable[[float], None] = sleep,
     ) -> None:
-        """`url`: a directory, file://, s3://, gs://, az:// or memory:// (one process only). Raises StoreError on any other.
+        """`url`: a directory, file://, s3://, gs://, az:// or memory:// (one process only). Raises
+        StoreError on any other.
 
-        A store that refuses or is busy is asked again for `patience_s`; one that falls silent is given up after twice as long. An answer
-        may take any time, as long as it goes on coming. `pause` waits between two tries to create the same object.
+        A store that refuses or is busy is asked again for `patience_s`; one that falls silent is
+        given up after twice as long. An answer may take any time, as long as it goes on coming.
+        `pause` waits between two tries to create the same object.
         """
         self.url = _absolute(url)
         self._patience_s = patience_s
@@ -106,21 +126,28 @@ class Blobs:
                 return LocalStore(self.directory, mkdir=True)
             if self.url.startswith("memory:"):
                 return _process_memory(self.url)
-            return from_url(self.url, client_options=self._client_config(), retry_config=self._retry_config())
+            return from_url(
+                self.url, client_options=self._client_config(), retry_config=self._retry_config()
+            )
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put a new object, whole or not at all. False if there is one already, which stays as it is.
+        """Put a new object, whole or not at all. False if there is one already, which stays as it
+        is.
 
         Raises NotAFileError if what is there is no file.
         """
         if key.startswith("/") or ".." in key.split("/"):
-            raise StoreError(f"the key {key} leads out of {self.url}; wanted a relative one, without '..'")
+            raise StoreError(
+                f"the key {key} leads out of {self.url}; wanted a relative one, without '..'"
+            )
         if self._folder is not None:
             with self._in_words(f"write {key}", absence_is_told=False):
                 try:
                     return self._folder.create(key, data)
                 except FileExistsError as error:
-                    raise NotAFileError(str(explain(error, doing=f"write {key}", url=self.url))) from error
+                    raise NotAFileError(
+                        str(explain(error, doing=f"write {key}", url=self.url))
+                    ) from error
         for attempt in range(_CREATE_ATTEMPTS):
             with self._in_words(f"write {key}"):
                 try:
@@ -132,8 +159,12 @@ class Blobs:
                     raise explain(error, doing=f"write {key}", url=self.url) from error
             if self.stat(key) is not None:
                 return False
-            self._pause(_FIRST_PAUSE_S * 2**attempt)  # S3 answered 409: two writers at once, of whom perhaps neither has won
-        raise StoreUnavailable(f"cannot write {key} in {self.url}: the store says that it exists, and that it does not; try again")
+            # S3 answered 409: two writers at once, of whom perhaps neither has won
+            self._pause(_FIRST_PAUSE_S * 2**attempt)
+        raise StoreUnavailable(
+            f"cannot write {key} in {self.url}: the store says that it exists, and that it does "
+            "not; try again"
+        )
 
     def replace(self, key: str, data: bytes) -> None:
         """Put an object, whole or not at all, in place of what is there."""
@@ -144,8 +175,11 @@ class Blobs:
         with self._in_words(f"write {key}"):
             self._objects.put(self._store, key, data, use_multipart=False)
 
-    def stream(self, key: str, fill: Callable[[Callable[[bytes | memoryview], None]], None]) -> None:
-        """Put an object of any size, whole or not at all, in place of what is there: `fill` is called with a function that takes its bytes.
+    def stream(
+        self, key: str, fill: Callable[[Callable[[bytes | memoryview], None]], None]
+    ) -> None:
+        """Put an object of any size, whole or not at all, in place of what is there: `fill` is
+        called with a function that takes its bytes.
 
         Holds at most 160 MiB at one time. What `fill` raises leaves the key as it was.
         """
@@ -153,12 +187,15 @@ class Blobs:
             self._stream_to_folder(self._folder, key, fill)
             return
         with self._in_words(f"write {key}"):
-            out = self._objects.open_writer(self._store, key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT)
+            out = self._objects.open_writer(
+                self._store, key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT
+            )
 
         def write(data: bytes | memoryview) -> None:
             with self._in_words(f"write {key}"), memoryview(data) as whole:
                 for start in range(0, len(whole), _STREAM_BYTES):
-                    out.write(bytes(whole[start : start + _STREAM_BYTES]))  # obstore reads it after this returns: its owner may change it
+                    # obstore reads it after this returns: its owner may change it
+                    out.write(bytes(whole[start : start + _STREAM_BYTES]))
 
         try:
             fill(write)
@@ -169,7 +206,9 @@ class Blobs:
         with self._in_words(f"write {key}"):
             out.close()
 
-    def _stream_to_folder(self, folder: Folder, key: str, fill: Callable[[Callable[[bytes | memoryview], None]], None]) -> None:
+    def _stream_to_folder(
+        self, folder: Folder, key: str, fill: Callable[[Callable[[bytes | memoryview], None]], None]
+    ) -> None:
         in_words = functools.partial(self._in_words, f"write {key}", absence_is_told=False)
         with in_words():
             staging = folder.staging(key)
@@ -184,10 +223,13 @@ class Blobs:
                 staging.replace()
 
     def stat(self, key: str) -> Blob | None:
-        """Size and time of an object, or of what is in its place in a directory; None if nothing is there."""
+        """Size and time of an object, or of what is in its place in a directory; None if nothing is
+        there."""
         try:
             with self._in_words(f"look for {key}"):
-                if self.directory is not None:  # obstore would open it, and a named pipe never opens
+                if (
+                    self.directory is not None
+                ):  # obstore would open it, and a named pipe never opens
                     return _stat_file(self.directory / key, key)
                 meta = self._objects.head(self._store, key)
         except FileNotFoundError:
@@ -195,7 +237,8 @@ class Blobs:
         return Blob(key, meta["size"], meta["last_modified"])
 
     def _require_file(self, key: str) -> None:
-        """Raise NotAFileError where something else is in its place: to open a named pipe might never end."""
+        """Raise NotAFileError where something else is in its place: to open a named pipe might
+        never end."""
         if self.directory is None:
             return
         path = self.directory / key
@@ -209,23 +252,28 @@ class Blobs:
             raise NotAFileError(f"{path} is no file")
 
     def read(self, key: str) -> memoryview:
-        """A whole object. Raises FileNotFoundError if there is none; as all reads do, NotAFileError if something else is there."""
+        """A whole object. Raises FileNotFoundError if there is none; as all reads do, NotAFileError
+        if something else is there."""
         with self._in_words(f"read {key}"):
             self._require_file(key)
             return memoryview(self._objects.get(self._store, key).bytes())
 
     def pieces(self, key: str, *, range_bytes: int = RANGE_BYTES) -> Iterator[memoryview]:
-        """A whole object of any size, some MiB at a time at most. Raises FileNotFoundError if there is none.
+        """A whole object of any size, some MiB at a time at most. Raises FileNotFoundError if there
+        is none.
 
-        From an object store it comes by ranges of `range_bytes`, as `download` says. A second read with another `range_bytes` sends other
-        requests, so that a caching proxy cannot answer it with what it answered to the first.
+        From an object store it comes by ranges of `range_bytes`, as `download` says. A second read
+        with another `range_bytes` sends other requests, so that a caching proxy cannot answer it
+        with what it answered to the first.
         """
         if self.directory is None:
             yield from download(functools.partial(self._open_range, key), range_bytes=range_bytes)
             return
         with self._in_words(f"read {key}"):
             self._require_file(key)
-            with (self.directory / key).open("rb") as file:  # obstore's own stream is thirty times slower
+            with (self.directory / key).open(
+                "rb"
+            ) as file:  # obstore's own stream is thirty times slower
                 while piece := file.read(_STREAM_BYTES):
                     yield memoryview(piece)
 
@@ -247,13 +295,18 @@ class Blobs:
         return Answer(answer.meta["size"], body())
 
     def read_start(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
-        """The first `num_bytes` of an object, or all that it has, and its size: one request. Raises FileNotFoundError if there is none."""
+        """The first `num_bytes` of an object, or all that it has, and its size: one request. Raises
+        FileNotFoundError if there is none."""
         with self._in_words(f"read the start of {key}"):
             self._require_file(key)
-            if self.directory is not None:  # obstore's way takes several times as long, and a listing does this for every chunk
+            if (
+                self.directory is not None
+            ):  # obstore's way takes several times as long, and a listing does this for every chunk
                 with (self.directory / key).open("rb") as file:
                     size = os.fstat(file.fileno()).st_size
-                    return memoryview(file.read(min(num_bytes, size))), size  # memory is taken for all that is asked for
+                    return memoryview(
+                        file.read(min(num_bytes, size))
+                    ), size  # memory is taken for all that is asked for
             try:
                 answer = self._objects.get(self._store, key, options={"range": (0, num_bytes)})
                 return memoryview(answer.bytes()), answer.meta["size"]
@@ -263,16 +316,22 @@ class Blobs:
                 raise
 
     def read_extents(self, key: str, extents: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """The bytes start .. end of each extent, in the order asked; shorter where the object ends first. Near ones share a request.
+        """The bytes start .. end of each extent, in the order asked; shorter where the object ends
+        first. Near ones share a request.
 
-        All are empty if one begins after the object's end. Raises FileNotFoundError if there is no such object.
+        All are empty if one begins after the object's end. Raises FileNotFoundError if there is no
+        such object.
         """
         spans = _merge(extents)
         with self._in_words(f"read {len(spans)} ranges of {key}"):
             self._require_file(key)
             try:
                 starts, ends = [start for start, _ in spans], [end for _, end in spans]
-                found = self._objects.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0) if spans else []
+                found = (
+                    self._objects.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0)
+                    if spans
+                    else []
+                )
             except BaseError as error:
                 if not is_past_the_end(error):
                     raise
@@ -284,22 +343,30 @@ class Blobs:
         """The objects whose keys begin with `prefix` and a slash, in the order of their keys."""
         with self._in_words(f"list {prefix}"):
             batches = list(self._objects.list(self._store, prefix, chunk_size=1000))
-        blobs = (Blob(meta["path"], meta["size"], meta["last_modified"]) for batch in batches for meta in batch)
+        blobs = (
+            Blob(meta["path"], meta["size"], meta["last_modified"])
+            for batch in batches
+            for meta in batch
+        )
         return iter(sorted(blobs))
 
     def folders(self) -> list[str]:
-        """The first parts of all keys, sorted. A directory that does not exist has none, and is not made."""
+        """The first parts of all keys, sorted. A directory that does not exist has none, and is not
+        made."""
         if self.directory is not None and not self.directory.is_dir():
             return []
         with self._in_words("list the store"):
             return sorted(self._objects.list_with_delimiter(self._store)["common_prefixes"])
 
     def names(self) -> list[str]:
-        """The keys without a slash, sorted. A directory that does not exist has none, and is not made."""
+        """The keys without a slash, sorted. A directory that does not exist has none, and is not
+        made."""
         if self.directory is not None and not self.directory.is_dir():
             return []
         with self._in_words("list the store"):
-            return sorted(meta["path"] for meta in self._objects.list_with_delimiter(self._store)["objects"])
+            return sorted(
+                meta["path"] for meta in self._objects.list_with_delimiter(self._store)["objects"]
+            )
 
     def delete(self, *keys: str) -> None:
         """Delete objects, for good; one that is gone already is no error."""
@@ -312,7 +379,8 @@ class Blobs:
                     self._objects.delete(self._store, key)
 
     def delete_under(self, prefix: str) -> None:
-        """Delete all objects whose keys begin with `prefix` and a slash, and what killed writers left of others."""
+        """Delete all objects whose keys begin with `prefix` and a slash, and what killed writers
+        left of others."""
         if self._folder is not None:
             self._folder.delete_under(prefix)
             return
@@ -329,19 +397,34 @@ class Blobs:
                 self._objects.rename(self._store, source, destination)
 
     def sync(self, prefix: str) -> None:
-        """Return when nothing under `prefix`, whoever wrote it, can be lost with the power: before an object that refers to it is put."""
+        """Return when nothing under `prefix`, whoever wrote it, can be lost with the power: before
+        an object that refers to it is put."""
         if self._folder is not None:
             with self._in_words(f"sync {prefix}"):
                 self._folder.sync(prefix)
 
     def _client_config(self) -> "ClientConfig":
-        # These replace all client options of the environment, AWS_ALLOW_HTTP among them; an endpoint says http or https itself.
+        # These replace all client options of the environment, AWS_ALLOW_HTTP among them; an
+        # endpoint says http or https itself.
         silence = timedelta(seconds=2 * self._patience_s)
-        return {"connect_timeout": "5s", "read_timeout": silence, "timeout": _NO_LIMIT, "allow_http": True}
+        return {
+            "connect_timeout": "5s",
+            "read_timeout": silence,
+            "timeout": _NO_LIMIT,
+            "allow_http": True,
+        }
 
     def _retry_config(self) -> "RetryConfig":
-        backoff: BackoffConfig = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2}
-        return {"max_retries": 1000, "retry_timeout": timedelta(seconds=self._patience_s), "backoff": backoff}
+        backoff: BackoffConfig = {
+            "init_backoff": timedelta(milliseconds=100),
+            "max_backoff": timedelta(seconds=5),
+            "base": 2,
+        }
+        return {
+            "max_retries": 1000,
+            "retry_timeout": timedelta(seconds=self._patience_s),
+            "backoff": backoff,
+        }
 
     @contextmanager
     def _in_words(self, doing: str, *, absence_is_told: bool = True) -> Iterator[None]:
@@ -354,7 +437,8 @@ class Blobs:
 
 
 def _stat_file(path: Path, key: str) -> Blob:
-    """Of the file that a link leads to, or of the link where it leads to none. Raises FileNotFoundError where neither is there."""
+    """Of the file that a link leads to, or of the link where it leads to none. Raises
+    FileNotFoundError where neither is there."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -363,18 +447,27 @@ def _stat_file(path: Path, key: str) -> Blob:
 
 
 def _absolute(url: str) -> str:
-    """A directory as an absolute path, so that it means the same in every process; any other URL without a slash at its end."""
+    """A directory as an absolute path, so that it means the same in every process; any other URL
+    without a slash at its end."""
     if "://" not in url:
         if not url:
-            raise StoreError("the store's URL is empty; set store.url to a directory, or to s3://, gs:// or az:// with bucket and prefix")
+            raise StoreError(
+                "the store's URL is empty; set store.url to a directory, or to s3://, gs:// or "
+                "az:// with bucket and prefix"
+            )
         return str(Path(url).absolute())
     parts = urlsplit(url)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise StoreError(f"the store's URL is {url}: write file:/// with an absolute path, or the path alone")
+            raise StoreError(
+                f"the store's URL is {url}: write file:/// with an absolute path, or the path alone"
+            )
         return str(Path(unquote(parts.path)))
     if parts.scheme not in (*_REMOTE, "memory") or ".." in parts.path.split("/"):
-        raise StoreError(f"the store's URL is {url}: wanted a directory, or s3://, gs:// or az:// with bucket and prefix")
+        raise StoreError(
+            f"the store's URL is {url}: wanted a directory, or s3://, gs:// or az:// with bucket "
+            "and prefix"
+        )
     return url.rstrip("/") if parts.scheme != "memory" else url
 
 
@@ -387,7 +480,8 @@ def _process_memory(_url: str) -> MemoryStore:
 def _merge(extents: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Spans that cover all extents that are not empty, in order and apart from one another.
 
-    Merged here, not by obstore: its own merging panics when the object is shorter than the reader believes.
+    Merged here, not by obstore: its own merging panics when the object is shorter than the reader
+    believes.
     """
     spans: list[tuple[int, int]] = []
     for start, end in sorted(extent for extent in extents if extent[0] < extent[1]):

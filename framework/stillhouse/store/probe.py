@@ -1,4 +1,5 @@
-"""Whether a store keeps what is created: everything here is published by puts that fail where the name is taken."""
+"""Whether a store keeps what is created: everything here is published by puts that fail where the
+name is taken."""
 
 from contextlib import suppress
 from secrets import token_hex
@@ -8,9 +9,11 @@ from stillhouse.store.object_store import Blobs
 
 
 def require_create_only(blobs: Blobs, *, under: str = "") -> None:
-    """Put an object, and put it again, which has to be refused; it is deleted afterwards. A directory refuses by its file system.
+    """Put an object, and put it again, which has to be refused; it is deleted afterwards. A
+    directory refuses by its file system.
 
-    Raises StoreError where a store, or a proxy before it, ignores the condition `If-None-Match: *`, or nothing may be written there.
+    Raises StoreError where a store, or a proxy before it, ignores the condition `If-None-Match: *`,
+    or nothing may be written there.
     """
     if blobs.directory is not None:
         return
@@ -24,6 +27,8 @@ def require_create_only(blobs: Blobs, *, under: str = "") -> None:
     blobs.delete(key)
     if is_replaced:
         raise StoreError(
-            f"{blobs.url} replaces an object that exists already, although it was asked not to (If-None-Match: *): machines that publish "
-            "at once would overwrite each other's chunks and checkpoints. Use a store that honours conditional writes, or a newer version"
+            f"{blobs.url} replaces an object that exists already, although it was asked not to "
+            "(If-None-Match: *): machines that publish "
+            "at once would overwrite each other's chunks and checkpoints. Use a store that "
+            "honours conditional writes, or a newer version"
         )

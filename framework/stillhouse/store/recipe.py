@@ -1,4 +1,5 @@
-"""What a chunk is of: every choice that decides a target, in clear, and its fingerprint. Only equal recipes share chunks."""
+"""What a chunk is of: every choice that decides a target, in clear, and its fingerprint. Only equal
+recipes share chunks."""
 
 import hashlib
 import json
@@ -57,22 +58,37 @@ class Recipe:
 
     @property
     def codec(self) -> Codec:
-        return Codec(self.vocab_size, self.k, num_draws=self.num_draws, value_bits=self.value_bits, temperature=self.temperature)
+        return Codec(
+            self.vocab_size,
+            self.k,
+            num_draws=self.num_draws,
+            value_bits=self.value_bits,
+            temperature=self.temperature,
+        )
 
     @property
     def num_chunks(self) -> int:
         return -(-self.num_sequences // self.chunk_sequences)
 
     def chunk_rows(self, number: int) -> range:
-        """The sequences of chunk `number`; the last chunk may be short. Raises RecipeError outside 0 .. num_chunks - 1."""
+        """The sequences of chunk `number`; the last chunk may be short. Raises RecipeError outside
+        0 .. num_chunks - 1."""
         if not 0 <= number < self.num_chunks:
-            raise RecipeError(f"there is no chunk {number}: this recipe has {self.num_chunks} chunks, counted from 0")
+            raise RecipeError(
+                f"there is no chunk {number}: this recipe has {self.num_chunks} chunks, counted "
+                "from 0"
+            )
         start = number * self.chunk_sequences
         return range(start, min(start + self.chunk_sequences, self.num_sequences))
 
     def canonical_json(self) -> bytes:
-        """ASCII JSON of every field and of the versions: sorted keys, no spaces. These are the bytes of recipe.json."""
-        versions = {"format": FORMAT_VERSION, "codec": self.codec.name, "codec_version": CODEC_VERSION}
+        """ASCII JSON of every field and of the versions: sorted keys, no spaces. These are the
+        bytes of recipe.json."""
+        versions = {
+            "format": FORMAT_VERSION,
+            "codec": self.codec.name,
+            "codec_version": CODEC_VERSION,
+        }
         return canonical_json({**asdict(self), "temperature": float(self.temperature), **versions})
 
     @property
@@ -82,48 +98,79 @@ class Recipe:
 
     @property
     def draw_seed(self) -> int:
-        """What seeds the draws from the tail: the fingerprint's first 64 bits, as a signed number. A chunk made again is the same chunk."""
+        """What seeds the draws from the tail: the fingerprint's first 64 bits, as a signed number.
+        A chunk made again is the same chunk."""
         return int.from_bytes(bytes.fromhex(self.fingerprint[:16]), "big", signed=True)
 
 
 def canonical_json(values: dict[str, Any]) -> bytes:
     """The one way in which this store writes JSON, so that equal values are equal bytes."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+    return json.dumps(
+        values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode("ascii")
 
 
 def parse_recipe(data: bytes, *, where: str) -> Recipe:
-    """Read recipe.json back. Raises RecipeError, naming `where`, unless `data` is exactly what `canonical_json` writes."""
+    """Read recipe.json back. Raises RecipeError, naming `where`, unless `data` is exactly what
+    `canonical_json` writes."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{where} is not JSON ({error}); it is damaged: move its directory away") from None
+        raise RecipeError(
+            f"{where} is not JSON ({error}); it is damaged: move its directory away"
+        ) from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{where} holds a JSON {type(values).__name__}, wanted an object; it is damaged: move its directory away")
+        raise RecipeError(
+            f"{where} holds a JSON {type(values).__name__}, wanted an object; it is damaged: move "
+            "its directory away"
+        )
     for key, wanted in (("format", FORMAT_VERSION), ("codec_version", CODEC_VERSION)):
         if values.get(key) != wanted:
-            raise RecipeError(f"{where} has {key} {values.get(key)!r}, this Stillhouse reads {wanted}; use the version that wrote it")
+            raise RecipeError(
+                f"{where} has {key} {values.get(key)!r}, this Stillhouse reads {wanted}; use the "
+                "version that wrote it"
+            )
     names = [field.name for field in fields(Recipe)]
     strange = sorted(set(values) ^ {*names, "format", "codec", "codec_version"})
     if strange:
-        raise RecipeError(f"{where} does not have the fields of a recipe: missing or unknown are {', '.join(strange)}")
+        raise RecipeError(
+            f"{where} does not have the fields of a recipe: missing or unknown are "
+            f"{', '.join(strange)}"
+        )
     try:
         recipe = Recipe(**{name: values[name] for name in names})
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     if recipe.canonical_json() != data:
-        raise RecipeError(f"{where} is not in canonical form, so its fingerprint means nothing; it was edited: restore or move it away")
+        raise RecipeError(
+            f"{where} is not in canonical form, so its fingerprint means nothing; it was edited: "
+            "restore or move it away"
+        )
     return recipe
 
 
 def differences(recipe: Recipe, other: Recipe) -> list[str]:
-    """The fields in which two recipes differ, in words: the value of the first against that of the second."""
-    pairs = [(field.name, getattr(recipe, field.name), getattr(other, field.name)) for field in fields(Recipe)]
-    return [f"{name} ({_IN_WORDS[name]}): {mine!r} against {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+    """The fields in which two recipes differ, in words: the value of the first against that of the
+    second."""
+    pairs = [
+        (field.name, getattr(recipe, field.name), getattr(other, field.name))
+        for field in fields(Recipe)
+    ]
+    return [
+        f"{name} ({_IN_WORDS[name]}): {mine!r} against {theirs!r}"
+        for name, mine, theirs in pairs
+        if mine != theirs
+    ]
 
 
 def nearest(recipes: Iterable[Recipe], recipe: Recipe) -> Recipe | None:
-    """The one that differs from `recipe` in the fewest fields (of several, the lowest fingerprint); None if there are none."""
-    return min(recipes, key=lambda other: (len(differences(recipe, other)), other.fingerprint), default=None)
+    """The one that differs from `recipe` in the fewest fields (of several, the lowest fingerprint);
+    None if there are none."""
+    return min(
+        recipes,
+        key=lambda other: (len(differences(recipe, other)), other.fingerprint),
+        default=None,
+    )
 
 
 def _wrong_types(recipe: Recipe) -> Iterable[str]:
@@ -131,7 +178,10 @@ def _wrong_types(recipe: Recipe) -> Iterable[str]:
         value = getattr(recipe, field.name)
         wanted = (float, int) if field.type is float else (field.type,)
         if type(value) not in wanted:
-            yield f"{field.name} is {value!r}, wanted {' or '.join(kind.__name__ for kind in wanted if isinstance(kind, type))}"
+            yield (
+                f"{field.name} is {value!r}, wanted "
+                f"{' or '.join(kind.__name__ for kind in wanted if isinstance(kind, type))}"
+            )
 
 
 def _wrong_values(recipe: Recipe) -> Iterable[str]:
@@ -152,11 +202,17 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
         if getattr(recipe, name) > _MOST_COUNT:
             yield f"{name} is {getattr(recipe, name)}, wanted at most {_MOST_COUNT}"
     if recipe.num_sequences > MOST_CHUNKS * recipe.chunk_sequences:
-        yield f"num_sequences is {recipe.num_sequences}, wanted at most {MOST_CHUNKS} chunks of {recipe.chunk_sequences}"
+        yield (
+            f"num_sequences is {recipe.num_sequences}, wanted at most {MOST_CHUNKS} chunks of "
+            f"{recipe.chunk_sequences}"
+        )
     if recipe.k > recipe.vocab_size:
         yield f"k is {recipe.k}, more than the {recipe.vocab_size} tokens of the vocabulary"
     if recipe.k == recipe.vocab_size and recipe.num_draws > 0:
-        yield f"num_draws is {recipe.num_draws}, but with k = {recipe.k} the whole vocabulary is kept, and there is no tail to draw from"
+        yield (
+            f"num_draws is {recipe.num_draws}, but with k = {recipe.k} the whole vocabulary is "
+            "kept, and there is no tail to draw from"
+        )
     if recipe.k == recipe.num_draws == 0:
         yield "k and num_draws are both 0: nothing of the teacher would be kept"
     if recipe.packing not in ("packed", "padded"):

@@ -1,7 +1,8 @@
-"""What DeepSpeed does not promise to keep: each private name that is relied on, behind a function that says what for.
+"""What DeepSpeed does not promise to keep: each private name that is relied on, behind a function
+that says what for.
 
-Nothing else in the package uses a private name of DeepSpeed's. Its version is capped in pyproject.toml;
-tests/unit/test_deepspeed_compat.py says what has to hold before the cap is raised.
+Nothing else in the package uses a private name of DeepSpeed's. Its version is capped in
+pyproject.toml; tests/unit/test_deepspeed_compat.py says what has to hold before the cap is raised.
 """
 
 import importlib
@@ -19,10 +20,11 @@ _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 def initialize(**options: Any) -> Any:
-    """The engine of `deepspeed.initialize`, without the two compilers that it would load or look for.
+    """The engine of `deepspeed.initialize`, without the two compilers that it would load or look
+    for.
 
-    `deepspeed.ops.__compatible_ops__` is found out on first use, by looking for a C++ compiler, and the first engine on a CPU then
-    compiles for a minute.
+    `deepspeed.ops.__compatible_ops__` is found out on first use, by looking for a C++ compiler, and
+    the first engine on a CPU then compiles for a minute.
     """
     deepspeed.ops.__compatible_ops__ = {}
     import_muon()
@@ -31,7 +33,8 @@ def initialize(**options: Any) -> Any:
 
 
 def import_muon() -> None:
-    """Import Muon, as every engine does, with `torch.compile` set aside: its decorators load torch's compiler, which takes 0.7 s."""
+    """Import Muon, as every engine does, with `torch.compile` set aside: its decorators load
+    torch's compiler, which takes 0.7 s."""
     compiles = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
@@ -41,13 +44,15 @@ def import_muon() -> None:
 
 
 def save_through(engine: Any, writer: CheckpointEngine) -> None:
-    """Have `engine.save_checkpoint` hand all files to the writer, and write none itself: it copies scripts into a checkpoint otherwise."""
+    """Have `engine.save_checkpoint` hand all files to the writer, and write none itself: it copies
+    scripts into a checkpoint otherwise."""
     engine.checkpoint_engine = writer
     engine._copy_recovery_script = lambda _folder: None
 
 
 def load(engine: Any, folder: Path, *, universal: bool) -> bool:
-    """Load a checkpoint, as it is or universal; whether there was one. DeepSpeed reads which of the two it is from its config alone."""
+    """Load a checkpoint, as it is or universal; whether there was one. DeepSpeed reads which of the
+    two it is from its config alone."""
     settings = [dict(group, params=None) for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = universal
     with redirect_stdout(io.StringIO()):  # one of its optimisers says what it does
@@ -61,8 +66,9 @@ def load(engine: Any, folder: Path, *, universal: bool) -> bool:
 def _mend(optimizer: Any, settings: list[dict[str, Any]]) -> None:
     """What DeepSpeed 0.19.8 mixes up as it loads a universal checkpoint at stage 3.
 
-    It gives every group the first one's settings, so that gains would decay like matrices, and all states one tensor to count steps in,
-    which would then count each step as often as there are groups.
+    It gives every group the first one's settings, so that gains would decay like matrices, and all
+    states one tensor to count steps in, which would then count each step as often as there are
+    groups.
     """
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group["weight_decay"] = own["weight_decay"]

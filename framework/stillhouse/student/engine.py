@@ -1,7 +1,8 @@
 """A student as a plain module whose forward holds the whole loss, wrapped in a ZeRO engine.
 
-Gradients are normalised by the GLOBAL number of target tokens of the step, so that they do not depend on how the batch was cut into
-ranks and micro-batches. Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
+Gradients are normalised by the GLOBAL number of target tokens of the step, so that they do not
+depend on how the batch was cut into ranks and micro-batches. Shapes: B sequences, L positions, T
+target tokens, H hidden, V vocabulary.
 """
 
 import io
@@ -15,7 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
+    CheckpointCommitInfo,
+    CheckpointEngine,
+)
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -52,7 +56,8 @@ class StepTerms:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What the micro-batches of all ranks come to: means per target token, in nats, and the number of tokens."""
+    """What the micro-batches of all ranks come to: means per target token, in nats, and the number
+    of tokens."""
 
     total: float
     divergence: float
@@ -62,9 +67,12 @@ class Means:
 
 
 class DistillationHead(nn.Module):
-    """The LM head and the loss as one submodule that owns the shared weight: under ZeRO-3 it is gathered once, here."""
+    """The LM head and the loss as one submodule that owns the shared weight: under ZeRO-3 it is
+    gathered once, here."""
 
-    def __init__(self, head: Head, weight: nn.Parameter, bias: nn.Parameter | None, section: StudentSection):
+    def __init__(
+        self, head: Head, weight: nn.Parameter, bias: nn.Parameter | None, section: StudentSection
+    ):
         super().__init__()
         self.weight, self.bias = weight, bias
         self._shape = replace(head, weight_VH=torch.empty(0), bias_V=None)
@@ -74,7 +82,9 @@ class DistillationHead(nn.Module):
 
     def forward(self, hidden_TH: Tensor, batch: MicroBatch) -> LossTerms:
         bias_V = None if self.bias is None else _first_rows(self.bias, self._vocab_size)
-        head = replace(self._shape, weight_VH=_first_rows(self.weight, self._vocab_size), bias_V=bias_V)
+        head = replace(
+            self._shape, weight_VH=_first_rows(self.weight, self._vocab_size), bias_V=bias_V
+        )
         return distillation_loss(
             hidden_TH,
             head,
@@ -89,22 +99,37 @@ class DistillationHead(nn.Module):
 
 
 class StudentModule(nn.Module):
-    """A causal LM from token ids to loss terms; only positions that have a target reach the head."""
+    """A causal LM from token ids to loss terms; only positions that have a target reach the
+    head."""
 
     def __init__(self, lm: PreTrainedModel, *, section: StudentSection, vocab_size: int):
         super().__init__()
         self.lm = lm
         output = lm.get_output_embeddings()
-        self.head = DistillationHead(head_of(lm, vocab_size=vocab_size), output.weight, getattr(output, "bias", None), section)
+        self.head = DistillationHead(
+            head_of(lm, vocab_size=vocab_size),
+            output.weight,
+            getattr(output, "bias", None),
+            section,
+        )
 
     def forward(self, batch: MicroBatch) -> LossTerms:
         return self.head(hidden_at(self.lm, batch.tokens), batch)
 
 
 class StudentEngine:
-    """A student under ZeRO. The process group must exist; every rank calls every method in the same order."""
+    """A student under ZeRO. The process group must exist; every rank calls every method in the same
+    order."""
 
-    def __init__(self, lm: PreTrainedModel, *, section: StudentSection, vocab_size: int, num_micro_batches: int, device: torch.device):
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        section: StudentSection,
+        vocab_size: int,
+        num_micro_batches: int,
+        device: torch.device,
+    ):
         self.section = section
         self.device = device
         self.num_micro_batches = num_micro_batches
@@ -120,12 +145,15 @@ class StudentEngine:
             dist_init_required=False,
         )
         self._copies = _HostCopies(device)
-        _deepspeed_compat.save_through(self._engine, self._copies)  # nothing that could be run goes into a checkpoint
+        # nothing that could be run goes into a checkpoint
+        _deepspeed_compat.save_through(self._engine, self._copies)
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepTerms:
-        """Forward, backward and step over this rank's micro-batches; every rank has `num_micro_batches` of them.
+        """Forward, backward and step over this rank's micro-batches; every rank has
+        `num_micro_batches` of them.
 
-        Raises StudentError on every rank when a loss or gradient is not finite: the weights are then as before the step, or unusable.
+        Raises StudentError on every rank when a loss or gradient is not finite: the weights are
+        then as before the step, or unusable.
         """
         means = self.accumulate(batches)
         _require_finite("loss", means.total)
@@ -141,32 +169,46 @@ class StudentEngine:
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Means:
         """Forward and backward over the micro-batches, up to the step."""
-        num_tokens = self._sum_over_ranks([float(sum(batch.tokens.num_targets for batch in batches))])[0]
-        share = self._world_size / max(num_tokens, 1.0)  # DeepSpeed averages over ranks; this makes it the mean over all tokens
+        num_tokens = self._sum_over_ranks(
+            [float(sum(batch.tokens.num_targets for batch in batches))]
+        )[0]
+        # DeepSpeed averages over ranks; this makes it the mean over all tokens
+        share = self._world_size / max(num_tokens, 1.0)
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             if index > 0:
                 self._engine.step()
             terms: LossTerms = self._engine(batch.to(self.device))
-            sums += torch.stack([terms.total, terms.divergence, terms.cross_entropy, terms.z_loss]).detach().double()
+            sums += (
+                torch.stack([terms.total, terms.divergence, terms.cross_entropy, terms.z_loss])
+                .detach()
+                .double()
+            )
             self._engine.backward(terms.total * share, scale_wrt_gas=False)
-        total, divergence, cross_entropy, z_loss = (value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums.tolist()))
+        total, divergence, cross_entropy, z_loss = (
+            value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums.tolist())
+        )
         return Means(total, divergence, cross_entropy, z_loss, int(num_tokens))
 
     def snapshot(self, step: int) -> Snapshot:
-        """This rank's part of a checkpoint after `step` optimiser steps, copied to host memory; training may go on when this returns."""
+        """This rank's part of a checkpoint after `step` optimiser steps, copied to host memory;
+        training may go on when this returns."""
         began = monotonic()
-        self._engine.save_checkpoint("snapshot", tag=str(step), client_state={"step": step}, save_latest=False)
+        self._engine.save_checkpoint(
+            "snapshot", tag=str(step), client_state={"step": step}, save_latest=False
+        )
         files, release = self._copies.taken()
         return Snapshot(step, files, began, monotonic() - began, release)
 
     def load(self, found: Restored) -> None:
-        """Load weights and optimiser of a checkpoint, as it is or universal. Raises CheckpointError where its files hold anything else."""
+        """Load weights and optimiser of a checkpoint, as it is or universal. Raises CheckpointError
+        where its files hold anything else."""
         with only_tensors():
             is_there = _deepspeed_compat.load(self._engine, found.folder, universal=found.universal)
         if not is_there:
             raise CheckpointError(
-                f"DeepSpeed found nothing to load in {found.folder}; remove that checkpoint's manifest to use an older one"
+                f"DeepSpeed found nothing to load in {found.folder}; remove that checkpoint's "
+                "manifest to use an older one"
             )
 
     @property
@@ -175,8 +217,12 @@ class StudentEngine:
         return self._engine
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """The whole gradient of each parameter of the language model as the next step will see it, by name; after `accumulate`."""
-        return {name: safe_get_full_grad(parameter).clone() for name, parameter in self._engine.module.lm.named_parameters()}
+        """The whole gradient of each parameter of the language model as the next step will see it,
+        by name; after `accumulate`."""
+        return {
+            name: safe_get_full_grad(parameter).clone()
+            for name, parameter in self._engine.module.lm.named_parameters()
+        }
 
     def close(self) -> None:
         """Free hooks and buffers, so that the process can build another engine."""
@@ -186,8 +232,16 @@ class StudentEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         plain = self.section.zero_stage == 0
-        if plain:  # plain DDP clips without telling the norm, and writes NaN into the weights: look before the step
-            norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in self._engine.module.parameters() if p.grad is not None))
+        # plain DDP clips without telling the norm, and writes NaN into the weights: look before the
+        # step
+        if plain:
+            norm = math.sqrt(
+                sum(
+                    p.grad.double().square().sum().item()
+                    for p in self._engine.module.parameters()
+                    if p.grad is not None
+                )
+            )
             _require_finite("gradient", norm)
         skipped = self._engine.skipped_steps
         self._engine.step()
@@ -205,7 +259,8 @@ class StudentEngine:
 
 
 def learning_rate_at(step: int, *, section: StudentSection, total_steps: int) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine from `learning_rate` to `min_learning_rate` at `total_steps`."""
+    """Linear warm-up over `warmup_steps`, then a cosine from `learning_rate` to `min_learning_rate`
+    at `total_steps`."""
     if step < section.warmup_steps:
         return section.learning_rate * (step + 1) / section.warmup_steps
     progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
@@ -219,22 +274,30 @@ def weight_files(commit: Commit) -> Iterable[str]:
 
 
 def consolidated_weights(folder: Path, *, zero_stage: int) -> dict[str, Tensor]:
-    """The plain state dict of the language model in a checkpoint's folder, in its training dtype or float32; Hugging Face's names.
+    """The plain state dict of the language model in a checkpoint's folder, in its training dtype or
+    float32; Hugging Face's names.
 
     Raises CheckpointError where its files hold anything else.
     """
     try:
         if zero_stage == 3:
             with only_tensors(), redirect_stdout(io.StringIO()):  # it reports each of its steps
-                weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+                weights = get_fp32_state_dict_from_zero_checkpoint(
+                    str(folder.parent), tag=folder.name
+                )
         else:  # up to stage 2 rank 0 saves the whole module
             weights = opened(folder / _WHOLE_MODULE)["module"]
-        return {name.removeprefix("lm."): value for name, value in weights.items() if name.startswith("lm.")}
+        return {
+            name.removeprefix("lm."): value
+            for name, value in weights.items()
+            if name.startswith("lm.")
+        }
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"the checkpoint in {folder} does not hold a model's weights ({error!r}); remove its manifest to use an older one"
+            f"the checkpoint in {folder} does not hold a model's weights ({error!r}); remove its "
+            "manifest to use an older one"
         ) from error
 
 
@@ -248,7 +311,8 @@ class _HostCopies(CheckpointEngine):
         self._releases: list[Callable[[], None]] = []
 
     def taken(self) -> tuple[dict[str, Any], Callable[[], None]]:
-        """The files since the last call, when their tensors are there, and what gives their memory back."""
+        """The files since the last call, when their tensors are there, and what gives their memory
+        back."""
         self._memory.settle()
         files, releases = self._files, self._releases
         self._files, self._releases = {}, []
@@ -278,7 +342,8 @@ class _HostCopies(CheckpointEngine):
 
 
 def _first_rows(parameter: nn.Parameter, num_rows: int) -> Tensor:
-    """The parameter itself where it has no more: the gradient of a slice would be copied into one of the whole."""
+    """The parameter itself where it has no more: the gradient of a slice would be copied into one
+    of the whole."""
     return parameter if parameter.shape[0] == num_rows else parameter[:num_rows]
 
 
@@ -299,7 +364,11 @@ def _deepspeed_config(section: StudentSection, num_micro_batches: int) -> dict[s
         "gradient_clipping": section.gradient_clip,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": section.learning_rate, "betas": list(section.betas), "torch_adam": True},
+            "params": {
+                "lr": section.learning_rate,
+                "betas": list(section.betas),
+                "torch_adam": True,
+            },
         },
         "zero_optimization": {"stage": section.zero_stage},
         "checkpoint": {"tag_validation": "Ignore"},  # no one else chooses tags
@@ -308,7 +377,8 @@ def _deepspeed_config(section: StudentSection, num_micro_batches: int) -> dict[s
     }
     if section.dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}  # 64 bf16 accumulations lose 25 times the precision
+        # 64 bf16 accumulations lose 25 times the precision
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
 

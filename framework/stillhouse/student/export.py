@@ -1,4 +1,5 @@
-"""A committed checkpoint as a plain Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens."""
+"""A committed checkpoint as a plain Hugging Face directory that
+`AutoModelForCausalLM.from_pretrained` opens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,12 @@ def export(
     tell: Tell,
     patience: Patience = DEFAULT_PATIENCE,
 ) -> int:
-    """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype, config, tokenizer and model card.
+    """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype,
+    config, tokenizer and model card.
 
-    `card` makes the card of a number of steps; `tell` hears of a store that is waited for. Returns the number of optimiser steps behind
-    the weights. Raises CheckpointError where there is no commit, or where its weights do not fit the model, ConfigError where `out`
-    cannot be written.
+    `card` makes the card of a number of steps; `tell` hears of a store that is waited for. Returns
+    the number of optimiser steps behind the weights. Raises CheckpointError where there is no
+    commit, or where its weights do not fit the model, ConfigError where `out` cannot be written.
     """
     model, steps = load_trained(checkpoints, section, tell=tell, patience=patience)
     model.generation_config = generation_config_of(section) or model.generation_config
@@ -38,8 +40,16 @@ def export(
     return steps
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, card: str, files: FileLayer = DISK) -> None:
-    """Write a directory that was absent or empty, whole or not at all. Raises ConfigError where it cannot be written."""
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    card: str,
+    files: FileLayer = DISK,
+) -> None:
+    """Write a directory that was absent or empty, whole or not at all. Raises ConfigError where it
+    cannot be written."""
     try:
         with whole_directory(out.resolve(), files=files) as draft:
             model.save_pretrained(draft)
@@ -47,21 +57,28 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
             (draft / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"cannot write the model to {out}: {why}; name a new directory, in one with room that you may write") from error
+        raise ConfigError(
+            f"cannot write the model to {out}: {why}; name a new directory, in one with room that "
+            "you may write"
+        ) from error
 
 
 def load_trained(
     checkpoints: str, section: StudentSection, *, tell: Tell, patience: Patience = DEFAULT_PATIENCE
 ) -> tuple[PreTrainedModel, int]:
-    """The model of the newest commit, on the CPU and in the student's dtype, and the optimiser steps behind it. Raises as `export` does.
+    """The model of the newest commit, on the CPU and in the student's dtype, and the optimiser
+    steps behind it. Raises as `export` does.
 
-    A store that is unavailable is waited for, as `tell` hears; StoreUnavailable is raised at the end of the patience.
+    A store that is unavailable is waited for, as `tell` hears; StoreUnavailable is raised at the
+    end of the patience.
     """
     with newest_copy(checkpoints, weight_files, tell=tell, patience=patience) as copy:
         if copy is None:
             raise CheckpointError(
-                f"there is no checkpoint under {checkpoints}; train first, with `stillhouse run` or `stillhouse train`. If that was on"
-                " other machines, student.checkpoint_url has to name a place that this one sees, too"
+                f"there is no checkpoint under {checkpoints}; train first, with `stillhouse run` "
+                "or `stillhouse train`. If that was on"
+                " other machines, student.checkpoint_url has to name a place that this one sees, "
+                "too"
             )
         found, folder = copy
         weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)
@@ -71,7 +88,8 @@ def load_trained(
     if unexpected or set(missing) - tied:
         raise CheckpointError(
             f"the checkpoint of step {found.step} does not fit {section.model}: "
-            f"missing {sorted(set(missing) - tied)[:4]}, unexpected {list(unexpected)[:4]}; was student.model changed?"
+            f"missing {sorted(set(missing) - tied)[:4]}, unexpected {list(unexpected)[:4]}; was "
+            "student.model changed?"
         )
     model.tie_weights()
     model.to(getattr(torch, section.dtype))
@@ -79,7 +97,8 @@ def load_trained(
 
 
 def generation_config_of(section: StudentSection) -> GenerationConfig | None:
-    """What the student came with: a chat model's list of end tokens stands there alone. None where it came with none that can be saved."""
+    """What the student came with: a chat model's list of end tokens stands there alone. None where
+    it came with none that can be saved."""
     try:
         found = GenerationConfig.from_pretrained(section.model, revision=section.revision or "main")
         found.validate(strict=True)

@@ -11,7 +11,8 @@ from stillhouse.store import Consumer, Recipe
 from stillhouse.store.consumers import consumer_name
 from stillhouse.student.order import Order
 
-# Of the student's settings, those without which the same steps would lead to other weights; a schedule may change on the way.
+# Of the student's settings, those without which the same steps would lead to other weights; a
+# schedule may change on the way.
 _DECIDE_WEIGHTS = (
     *("revision", "dtype", "init", "seed", "global_batch_sequences", "shuffle_window_chunks"),
     *("weight_decay", "betas", "gradient_clip"),
@@ -29,7 +30,11 @@ class TrainJob:
     store_url: str
     run_dir: Path
     total_steps: int
-    owner: int | None = None  # the number under which its command owns the place of checkpoints; None: no command does, as in a bench
+    owner: int | None = (
+        # the number under which its command owns the place of checkpoints; None: no command does,
+        # as in a bench
+        None
+    )
 
     @property
     def place(self) -> str:
@@ -45,7 +50,9 @@ class TrainJob:
     def origin(self) -> Origin:
         """What its checkpoints are of."""
         values = self.section.model_dump(mode="json")
-        settings = {name: values[name] for name in _DECIDE_WEIGHTS} | {"model": Path(self.section.model).name}
+        settings = {name: values[name] for name in _DECIDE_WEIGHTS} | {
+            "model": Path(self.section.model).name
+        }
         settings["divergence"] = divergence_identity(self.section.divergence)
         return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
@@ -58,7 +65,8 @@ class TrainJob:
         return order_of(self.section, self.recipe)
 
     def reader(self, committed_step: int) -> Consumer:
-        """This student as a reader of the store, once `committed_step` steps are safe in a checkpoint."""
+        """This student as a reader of the store, once `committed_step` steps are safe in a
+        checkpoint."""
         return Consumer(
             name=consumer_name(resume_location(self.section, self.run_dir), self.role),
             global_batch_sequences=self.section.global_batch_sequences,
@@ -71,20 +79,28 @@ class TrainJob:
 
 def place_of_checkpoints(section: StudentSection, run_dir: Path) -> str:
     """Where the commits of all roles of a run are."""
-    return str(run_dir / "checkpoints") if section.checkpoint_url is None else section.checkpoint_url.rstrip("/")
+    return (
+        str(run_dir / "checkpoints")
+        if section.checkpoint_url is None
+        else section.checkpoint_url.rstrip("/")
+    )
 
 
 def resume_location(section: StudentSection, run_dir: Path) -> str:
-    """What a run has in common with the one that goes on with it, wherever that is: the place of its checkpoints."""
+    """What a run has in common with the one that goes on with it, wherever that is: the place of
+    its checkpoints."""
     return str(run_dir) if section.checkpoint_url is None else section.checkpoint_url.rstrip("/")
 
 
 def order_of(reads: StudentSection | Consumer, recipe: Recipe) -> Order:
-    """The order in which a student of this section, or any registered reader, reads the recipe's sequences."""
+    """The order in which a student of this section, or any registered reader, reads the recipe's
+    sequences."""
     return Order(
         num_sequences=recipe.num_sequences,
         chunk_sequences=recipe.chunk_sequences,
         global_batch_sequences=reads.global_batch_sequences,
         seed=reads.seed,
-        window_chunks=reads.window_chunks if isinstance(reads, Consumer) else reads.shuffle_window_chunks,
+        window_chunks=reads.window_chunks
+        if isinstance(reads, Consumer)
+        else reads.shuffle_window_chunks,
     )

@@ -1,8 +1,9 @@
-"""From chunks to micro-batches: a rank reads only its own rows, verifies them, and decodes them ahead of the step that needs them.
+"""From chunks to micro-batches: a rank reads only its own rows, verifies them, and decodes them
+ahead of the step that needs them.
 
-The loader has no state but the step: what it yields is a pure function of (order, step, rank, world size). A chunk that is not there
-yet is waited for, as is a store that does not answer, but that not for ever; a damaged chunk is reported, and waited for until it has
-been replaced.
+The loader has no state but the step: what it yields is a pure function of (order, step, rank, world
+size). A chunk that is not there yet is waited for, as is a store that does not answer, but that not
+for ever; a damaged chunk is reported, and waited for until it has been replaced.
 
 Shapes: B sequences, L positions, T target tokens.
 """
@@ -26,7 +27,9 @@ from stillhouse.store import Chunk, ChunkMissing, ChunkStore, StoreUnavailable
 from stillhouse.student.order import Order, rank_rows
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.05, 1.0
-_MISSED_S = 30.0  # a chunk that is not there, or damaged, for so long is reported (again): it may have been deleted, the report lost
+# a chunk that is not there, or damaged, for so long is reported (again): it may have been deleted,
+# the report lost
+_MISSED_S = 30.0
 _LOOK_UP_S, _CLOSE_S = 0.2, 2.0
 _PADDING = -1
 
@@ -64,13 +67,15 @@ class Batch:
 
 
 class BatchReader:
-    """Reads the batches of steps [start, stop) in a background thread, `prefetch` of them ahead. Use it as a context manager.
+    """Reads the batches of steps [start, stop) in a background thread, `prefetch` of them ahead.
+    Use it as a context manager.
 
-    With `pin_memory` that thread leaves them in page-locked memory, from which a GPU takes them without its process waiting. An outage of
-    the store is told to `on_outage` and ends the reading with StoreUnavailable, both as `patience` says.
+    With `pin_memory` that thread leaves them in page-locked memory, from which a GPU takes them
+    without its process waiting. An outage of the store is told to `on_outage` and ends the reading
+    with StoreUnavailable, both as `patience` says.
 
-    `on_read` hears of each read from a directory: the chunk's number, then None. The system may never return from one, whereas a request to
-    an object store has its limits.
+    `on_read` hears of each read from a directory: the chunk's number, then None. The system may
+    never return from one, whereas a request to an object store has its limits.
     """
 
     def __init__(
@@ -107,7 +112,8 @@ class BatchReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The thread ends by itself; while a store that does not answer holds it, nobody waits for that."""
+        """The thread ends by itself; while a store that does not answer holds it, nobody waits for
+        that."""
         self._closed.set()
         deadline = time.monotonic() + _CLOSE_S
         while self._thread.is_alive() and time.monotonic() < deadline:
@@ -115,14 +121,16 @@ class BatchReader:
             self._thread.join(timeout=0.05)
 
     def next(self) -> tuple[Batch, float]:
-        """The next batch, and the seconds for which the caller waited for it. Raises what the reading thread met."""
+        """The next batch, and the seconds for which the caller waited for it. Raises what the
+        reading thread met."""
         began = time.monotonic()
         found = self.next_unless(lambda: False)
         assert found is not None
         return found, time.monotonic() - began
 
     def next_unless(self, interrupted: Callable[[], bool]) -> Batch | None:
-        """The next batch, or None once there is something better to do than to wait for it. Raises what the reading thread met."""
+        """The next batch, or None once there is something better to do than to wait for it. Raises
+        what the reading thread met."""
         while True:
             try:
                 found = self._queue.get(timeout=_LOOK_UP_S)
@@ -156,7 +164,8 @@ class BatchReader:
             self._queue.get_nowait()
 
     def _batches(self) -> Iterator[Batch]:
-        """Rows are fetched a stretch of steps at a time: the steps that share one window of chunks."""
+        """Rows are fetched a stretch of steps at a time: the steps that share one window of
+        chunks."""
         stretch = steps_in_a_stretch(self._order)
         for first in range(self._start, self._stop, stretch):
             steps = range(first, min(first + stretch, self._stop))
@@ -168,17 +177,23 @@ class BatchReader:
                 except ChunkError:  # as it was published, but published wrong
                     rows |= self._fetch(rows_AB.ravel(), decoding=True)
                     micro_batches = tuple(self._decode(rows_B, rows) for rows_B in rows_AB)
-                yield Batch(LoaderState(step), micro_batches, tuple(self._order.sequences(step).tolist()))
+                yield Batch(
+                    LoaderState(step), micro_batches, tuple(self._order.sequences(step).tolist())
+                )
 
     def _rows_of(self, step: int) -> np.ndarray:
-        """[A, B] sequence numbers of this rank's A micro-batches, padded; A is the same for every step and rank."""
+        """[A, B] sequence numbers of this rank's A micro-batches, padded; A is the same for every
+        step and rank."""
         sequences = self._order.sequences(step)
         whole = np.full(self._order.global_batch_sequences, _PADDING, dtype=np.int64)
         whole[: len(sequences)] = sequences
-        return rank_rows(whole, rank=self._rank, world_size=self._world_size, micro_batch=self._micro_batch)
+        return rank_rows(
+            whole, rank=self._rank, world_size=self._world_size, micro_batch=self._micro_batch
+        )
 
     def _fetch(self, sequences: np.ndarray, *, decoding: bool = False) -> dict[int, Chunk]:
-        """Each wanted sequence as a chunk of one row. `decoding` its records as well makes sure of a chunk before it is believed."""
+        """Each wanted sequence as a chunk of one row. `decoding` its records as well makes sure of
+        a chunk before it is believed."""
         sequences = sequences[sequences != _PADDING]
         numbers, rows = np.divmod(sequences, self._order.chunk_sequences)
         found: dict[int, Chunk] = {}
@@ -209,7 +224,9 @@ class BatchReader:
                 self._outage.goes_on(error)
             except ChunkError:
                 self._outage.is_over()
-                if time.monotonic() - reported_at > self._missed_s:  # or it was lost with the coordinator's process
+                if (
+                    time.monotonic() - reported_at > self._missed_s
+                ):  # or it was lost with the coordinator's process
                     self._on_bad_chunk(number)
                     reported_at = time.monotonic()
             self._closed.wait(next(pauses_s))
@@ -225,10 +242,22 @@ class BatchReader:
     def _decode(self, sequences_B: np.ndarray, rows: dict[int, Chunk]) -> MicroBatch:
         length, codec = self._store.recipe.sequence_length, self._store.recipe.codec
         chunks = [rows[int(sequence)] for sequence in sequences_B if sequence != _PADDING]
-        blanks = Sequences(*(np.zeros((len(sequences_B) - len(chunks), length), dtype) for dtype in (np.int32, np.int32, np.uint8)))
-        sequences = joined([*(chunk.sequences for chunk in chunks), blanks.without(range(len(blanks)))])
-        records = [np.empty((0, codec.bytes_per_token), dtype=np.uint8), *(chunk.targets_NB for chunk in chunks)]
-        batch = MicroBatch(TokenBatch.of(sequences), decode(torch.from_numpy(np.concatenate(records)), codec))
+        blanks = Sequences(
+            *(
+                np.zeros((len(sequences_B) - len(chunks), length), dtype)
+                for dtype in (np.int32, np.int32, np.uint8)
+            )
+        )
+        sequences = joined(
+            [*(chunk.sequences for chunk in chunks), blanks.without(range(len(blanks)))]
+        )
+        records = [
+            np.empty((0, codec.bytes_per_token), dtype=np.uint8),
+            *(chunk.targets_NB for chunk in chunks),
+        ]
+        batch = MicroBatch(
+            TokenBatch.of(sequences), decode(torch.from_numpy(np.concatenate(records)), codec)
+        )
         return batch.map(Tensor.pin_memory) if self._pin_memory else batch
 
 
@@ -238,19 +267,24 @@ def steps_in_a_stretch(order: Order) -> int:
 
 
 def chunks_read_ahead(order: Order) -> int:
-    """How far into the reading order a reader may have to see, beyond the cursor, before it can yield its next batch.
+    """How far into the reading order a reader may have to see, beyond the cursor, before it can
+    yield its next batch.
 
-    A stretch begins within a group of neighbouring chunks, and among those that it runs through may be the group of the short chunk.
+    A stretch begins within a group of neighbouring chunks, and among those that it runs through may
+    be the group of the short chunk.
     """
     window_sequences = order.window_chunks * order.chunk_sequences
     return (-(-order.global_batch_sequences // window_sequences) + 2) * order.window_chunks
 
 
 def refuse_bad_chunk(number: int) -> None:
-    """For readers without a teacher pool behind them: a damaged or lost chunk ends the run, since nobody will replace it."""
+    """For readers without a teacher pool behind them: a damaged or lost chunk ends the run, since
+    nobody will replace it."""
     raise StudentError(
-        f"chunk {number} in the store is damaged or gone, and no teacher is running that could replace it; "
-        "`stillhouse store verify URL --repair RUN_DIR` has a teacher make damaged chunks again, `stillhouse produce` those that are gone"
+        f"chunk {number} in the store is damaged or gone, and no teacher is running that could "
+        "replace it; "
+        "`stillhouse store verify URL --repair RUN_DIR` has a teacher make damaged chunks again, "
+        "`stillhouse produce` those that are gone"
     )
 
 

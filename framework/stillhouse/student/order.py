@@ -1,9 +1,12 @@
-"""The order of training as a pure function of (seed, epoch, step): any machine and any world size reads the same global batches.
+"""The order of training as a pure function of (seed, epoch, step): any machine and any world size
+reads the same global batches.
 
-An epoch permutes the chunks, takes them in groups of neighbours, and permutes the sequences within each group: so only a few chunks are
-open at one time, and every sequence is read exactly once. Memory is O(chunks), never O(sequences).
+An epoch permutes the chunks, takes them in groups of neighbours, and permutes the sequences within
+each group: so only a few chunks are open at one time, and every sequence is read exactly once.
+Memory is O(chunks), never O(sequences).
 
-Permutations sort the raw words of a bit generator: numpy promises those streams for good, unlike the methods of `Generator` (NEP 19).
+Permutations sort the raw words of a bit generator: numpy promises those streams for good, unlike
+the methods of `Generator` (NEP 19).
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,8 @@ _SEQUENCE_ORDER = 1
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which sequences each optimiser step reads, over all ranks together. The last step of an epoch is shorter where it must be."""
+    """Which sequences each optimiser step reads, over all ranks together. The last step of an epoch
+    is shorter where it must be."""
 
     num_sequences: int
     chunk_sequences: int
@@ -45,9 +49,11 @@ class Order:
         return np.concatenate(groups)[start - starts[first] : stop - starts[first]]
 
     def chunks_in_reading_order(self, num_steps: int) -> list[int]:
-        """The chunks that the first `num_steps` steps read, each once, by first use. More steps only append to the list.
+        """The chunks that the first `num_steps` steps read, each once, by first use. More steps
+        only append to the list.
 
-        The first epoch reads every chunk, so later ones add none. Takes time in proportion to the sequences read.
+        The first epoch reads every chunk, so later ones add none. Takes time in proportion to the
+        sequences read.
         """
         num_read = min(num_steps * self.global_batch_sequences, self.num_sequences)
         chunks: dict[int, None] = {}
@@ -59,9 +65,11 @@ class Order:
         return list(chunks)
 
     def chunks_finished(self, step: int) -> int:
-        """How many chunks at the front of the reading order are read to the end once `step` steps of the first epoch are done.
+        """How many chunks at the front of the reading order are read to the end once `step` steps
+        of the first epoch are done.
 
-        A lower bound: a chunk counts when its whole group is read. Every chunk counts after the first epoch.
+        A lower bound: a chunk counts when its whole group is read. Every chunk counts after the
+        first epoch.
         """
         if step >= self.steps_per_epoch:
             return self.num_chunks
@@ -70,13 +78,18 @@ class Order:
         return min(groups_read * self.window_chunks, self.num_chunks)
 
     def steps_until_done_with(self, num_steps: int) -> NDArray[np.int64]:
-        """int64 [num_chunks]: after how many of the first `num_steps` steps, over all epochs, a chunk will not be read any more.
+        """int64 [num_chunks]: after how many of the first `num_steps` steps, over all epochs, a
+        chunk will not be read any more.
 
-        An upper bound: a chunk is done with when its whole group is. 0 where these steps never read it.
+        An upper bound: a chunk is done with when its whole group is. 0 where these steps never read
+        it.
         """
         whole_epochs, steps_left = divmod(num_steps, self.steps_per_epoch)
         done = np.zeros(self.num_chunks, dtype=np.int64)
-        for epoch, num_read in ((whole_epochs - 1, self.num_sequences), (whole_epochs, steps_left * self.global_batch_sequences)):
+        for epoch, num_read in (
+            (whole_epochs - 1, self.num_sequences),
+            (whole_epochs, steps_left * self.global_batch_sequences),
+        ):
             if epoch < 0:
                 continue
             plan = self._plan(epoch)
@@ -88,31 +101,44 @@ class Order:
         return done
 
     def _plan(self, epoch: int) -> "_EpochPlan":
-        return _epoch_plan(self.num_sequences, self.chunk_sequences, self.window_chunks, self.seed, epoch)
+        return _epoch_plan(
+            self.num_sequences, self.chunk_sequences, self.window_chunks, self.seed, epoch
+        )
 
     def _group(self, epoch: int, group: int) -> NDArray[np.int64]:
-        return _group_sequences(self.num_sequences, self.chunk_sequences, self.window_chunks, self.seed, epoch, group)
+        return _group_sequences(
+            self.num_sequences, self.chunk_sequences, self.window_chunks, self.seed, epoch, group
+        )
 
 
-def rank_rows(sequences: NDArray[np.int64], *, rank: int, world_size: int, micro_batch: int) -> NDArray[np.int64]:
-    """One rank's share of a global batch, int64 [num_micro_batches, micro_batch], where -1 stands for a masked row.
+def rank_rows(
+    sequences: NDArray[np.int64], *, rank: int, world_size: int, micro_batch: int
+) -> NDArray[np.int64]:
+    """One rank's share of a global batch, int64 [num_micro_batches, micro_batch], where -1 stands
+    for a masked row.
 
-    Every rank has the same number of micro batches; together the ranks hold each sequence once, their shares differing by one at most.
+    Every rank has the same number of micro batches; together the ranks hold each sequence once,
+    their shares differing by one at most.
     """
     num_micro_batches = -(-len(sequences) // (world_size * micro_batch))
     rows = np.full(num_micro_batches * micro_batch * world_size, -1, dtype=np.int64)
     rows[: len(sequences)] = sequences
-    return np.ascontiguousarray(rows.reshape(-1, world_size)[:, rank]).reshape(num_micro_batches, micro_batch)
+    return np.ascontiguousarray(rows.reshape(-1, world_size)[:, rank]).reshape(
+        num_micro_batches, micro_batch
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _EpochPlan:
     chunks: NDArray[np.int64]  # every chunk, in this epoch's order
-    group_starts: NDArray[np.int64]  # how many sequences come before each group; the last entry counts them all
+    # how many sequences come before each group; the last entry counts them all
+    group_starts: NDArray[np.int64]
 
 
 @lru_cache(maxsize=4)
-def _epoch_plan(num_sequences: int, chunk_sequences: int, window_chunks: int, seed: int, epoch: int) -> _EpochPlan:
+def _epoch_plan(
+    num_sequences: int, chunk_sequences: int, window_chunks: int, seed: int, epoch: int
+) -> _EpochPlan:
     num_chunks = -(-num_sequences // chunk_sequences)
     chunks = _permutation(num_chunks, _CHUNK_ORDER, seed=seed, epoch=epoch, group=0)
     sizes = np.minimum(chunk_sequences, num_sequences - chunks * chunk_sequences)
@@ -121,16 +147,26 @@ def _epoch_plan(num_sequences: int, chunk_sequences: int, window_chunks: int, se
 
 
 @lru_cache(maxsize=16)
-def _group_sequences(num_sequences: int, chunk_sequences: int, window_chunks: int, seed: int, epoch: int, group: int) -> NDArray[np.int64]:
+def _group_sequences(
+    num_sequences: int, chunk_sequences: int, window_chunks: int, seed: int, epoch: int, group: int
+) -> NDArray[np.int64]:
     plan = _epoch_plan(num_sequences, chunk_sequences, window_chunks, seed, epoch)
     chunks = plan.chunks[group * window_chunks : (group + 1) * window_chunks]
     sequences = (chunks[:, None] * chunk_sequences + np.arange(chunk_sequences)).ravel()
     sequences = sequences[sequences < num_sequences]
-    return _frozen(sequences[_permutation(len(sequences), _SEQUENCE_ORDER, seed=seed, epoch=epoch, group=group)])
+    return _frozen(
+        sequences[
+            _permutation(len(sequences), _SEQUENCE_ORDER, seed=seed, epoch=epoch, group=group)
+        ]
+    )
 
 
-def _permutation(length: int, purpose: int, *, seed: int, epoch: int, group: int) -> NDArray[np.int64]:
-    source = np.random.PCG64(np.random.SeedSequence(seed % 2**64, spawn_key=(purpose, epoch, group)))
+def _permutation(
+    length: int, purpose: int, *, seed: int, epoch: int, group: int
+) -> NDArray[np.int64]:
+    source = np.random.PCG64(
+        np.random.SeedSequence(seed % 2**64, spawn_key=(purpose, epoch, group))
+    )
     return np.argsort(source.random_raw(length), kind="stable").astype(np.int64, copy=False)
 
 

@@ -1,7 +1,7 @@
 """The training loop of a student: read, step, journal, commit, and leave when asked to.
 
-A plain function of a job and an existing process group. It resumes by itself: where the job has a commit that verifies, it goes on from
-there, with however many ranks there are now.
+A plain function of a job and an existing process group. It resumes by itself: where the job has a
+commit that verifies, it goes on from there, with however many ranks there are now.
 """
 
 import logging
@@ -31,16 +31,26 @@ from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
 from stillhouse.student.universal import convert
-from stillhouse.tracking import CheckpointRow, DamagedRow, DelayRow, OutageRow, RecoveryRow, Tracker, TrainRow
+from stillhouse.tracking import (
+    CheckpointRow,
+    DamagedRow,
+    DelayRow,
+    OutageRow,
+    RecoveryRow,
+    Tracker,
+    TrainRow,
+)
 
 _log = logging.getLogger(__name__)
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: DriverLink) -> bool:
-    """Train until `job.total_steps`, on every rank of the existing process group; False where the group left before, on a stop request.
+    """Train until `job.total_steps`, on every rank of the existing process group; False where the
+    group left before, on a stop request.
 
-    It leaves once its last step is committed, or the time to stop is over. Rank 0 journals. Raises ConfigError on every rank before the
-    first step where the divergence cannot learn from such targets, and StudentError on a loss that is not finite.
+    It leaves once its last step is committed, or the time to stop is over. Rank 0 journals. Raises
+    ConfigError on every rank before the first step where the divergence cannot learn from such
+    targets, and StudentError on a loss that is not finite.
     """
     rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
     on_outage = _teller(job, journal, rank=rank)
@@ -51,7 +61,13 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
         done = 0 if found is None else found.step
         began_from = "the beginning" if found is None else f"the commit of step {done}"
         _log.info(
-            "the %s goes on from %s to step %d; rank %d of %d, on %s", job.role, began_from, job.total_steps, rank, world_size, device
+            "the %s goes on from %s to step %d; rank %d of %d, on %s",
+            job.role,
+            began_from,
+            job.total_steps,
+            rank,
+            world_size,
+            device,
         )
         past = _begin(link, job, done) if rank == 0 else None
         for problem in found.passed_over if found is not None and rank == 0 else ():
@@ -63,7 +79,15 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
             engine.load(found)
     try:
         with (
-            _reader(job, link, start=done, rank=rank, world_size=world_size, device=device, on_outage=on_outage) as reader,
+            _reader(
+                job,
+                link,
+                start=done,
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                on_outage=on_outage,
+            ) as reader,
             _writer(job, journal) as writer,
         ):
             submitted, due = done, False
@@ -83,41 +107,59 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
                     return False
                 assert batch is not None
                 if step == 0 and depends_on_kept_mass(section):
-                    require_kept_mass(section, job.recipe.codec, kept_mass=_kept_mass_over_ranks(batch, device))
+                    require_kept_mass(
+                        section, job.recipe.codec, kept_mass=_kept_mass_over_ranks(batch, device)
+                    )
                 row = _train_one(engine, batch, job, link, began=began)
                 if rank == 0:
                     link.at(step + 1, "commit")  # the journal's disk may be full
                     journal.record(row)
                     link.stepped(step + 1, job.order.chunks_finished(step + 1))
                 if past is not None:
-                    journal.record(_recovery(past, job, resumed=done, world_size=world_size, since_begin_s=monotonic() - began_at))
+                    journal.record(
+                        _recovery(
+                            past,
+                            job,
+                            resumed=done,
+                            world_size=world_size,
+                            since_begin_s=monotonic() - began_at,
+                        )
+                    )
                     past = None
                 due = due or (step + 1) % section.checkpoint_every_steps == 0
                 if step + 1 == job.total_steps or (due and not busy):
                     _submit(writer, engine, step + 1, link)
                     submitted, due = step + 1, False
             writer.wait()
-            _log.info("the %s has taken all its %d steps, and they are committed", job.role, job.total_steps)
+            _log.info(
+                "the %s has taken all its %d steps, and they are committed",
+                job.role,
+                job.total_steps,
+            )
     finally:
         engine.close()
     return True
 
 
 def _begin(link: DriverLink, job: TrainJob, done: int) -> PreviousAttempt | None:
-    """Tell the driver where the group begins. Raises StudentError where it was lost too often since the last commit."""
+    """Tell the driver where the group begins. Raises StudentError where it was lost too often since
+    the last commit."""
     past = link.begin(done)
     _tell_the_store(job, done)
     link.stepped(done, job.order.chunks_finished(done))
     if past is not None and past.num_failures > job.section.max_failures:
         raise StudentError(
-            f"the {job.role}'s ranks failed {past.num_failures} times in a row after step {done}, last because: {past.detail}. "
-            "Everything up to that step is committed: mend the cause and run again to go on from there."
+            f"the {job.role}'s ranks failed {past.num_failures} times in a row after step {done}, "
+            f"last because: {past.detail}. "
+            "Everything up to that step is committed: mend the cause and run again to go on from "
+            "there."
         )
     return past
 
 
 def _tell_the_store(job: TrainJob, committed_step: int) -> None:
-    """Which chunks this student will read again. A store that does not answer hears it after the next commit, and keeps them until then.
+    """Which chunks this student will read again. A store that does not answer hears it after the
+    next commit, and keeps them until then.
 
     One that may only be read never hears it, which its command has told.
     """
@@ -131,7 +173,9 @@ def _engine(job: TrainJob, *, device: torch.device, world_size: int) -> StudentE
         load_model(section, random_init_seed=section.seed if section.init == "config" else None),
         section=section,
         vocab_size=job.recipe.vocab_size,
-        num_micro_batches=-(-section.global_batch_sequences // (world_size * section.micro_batch_sequences)),
+        num_micro_batches=-(
+            -section.global_batch_sequences // (world_size * section.micro_batch_sequences)
+        ),
         device=device,
     )
 
@@ -144,7 +188,14 @@ def _teller(job: TrainJob, journal: Tracker, *, rank: int) -> Tell:
 
 
 def _reader(
-    job: TrainJob, link: DriverLink, *, start: int, rank: int, world_size: int, device: torch.device, on_outage: Tell
+    job: TrainJob,
+    link: DriverLink,
+    *,
+    start: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    on_outage: Tell,
 ) -> BatchReader:
     return BatchReader(
         ChunkStore(job.store_url, job.recipe),
@@ -205,7 +256,9 @@ def _fence(job: TrainJob) -> Callable[[], None]:
     return require
 
 
-def _train_one(engine: StudentEngine, batch: Batch, job: TrainJob, link: DriverLink, *, began: float) -> TrainRow:
+def _train_one(
+    engine: StudentEngine, batch: Batch, job: TrainJob, link: DriverLink, *, began: float
+) -> TrainRow:
     step, data_wait_s = batch.state.step, monotonic() - began
     link.at(step + 1, "step")
     torch.manual_seed(hash((job.section.seed, step, dist.get_rank())))
@@ -213,7 +266,10 @@ def _train_one(engine: StudentEngine, batch: Batch, job: TrainJob, link: DriverL
     try:
         terms = engine.train_step(batch.micro_batches, learning_rate=learning_rate)
     except StudentError as error:
-        raise StudentError(f"{job.role}, step {step}: {error}; {_named(batch)}. The last commit is untouched; {_ADVICE}") from None
+        raise StudentError(
+            f"{job.role}, step {step}: {error}; {_named(batch)}. The last commit is untouched; "
+            f"{_ADVICE}"
+        ) from None
     seconds = monotonic() - began
     return TrainRow(
         role=job.role,
@@ -241,15 +297,19 @@ def _named(batch: Batch) -> str:
 
 
 def _submit(writer: CheckpointWriter, engine: StudentEngine, step: int, link: DriverLink) -> None:
-    """Copy the state after `step` steps; what follows goes on beside the training, unless an earlier checkpoint is still on its way."""
+    """Copy the state after `step` steps; what follows goes on beside the training, unless an
+    earlier checkpoint is still on its way."""
     link.at(step, "snapshot")
     snapshot = engine.snapshot(step)
     link.at(step, "commit")
     writer.submit(snapshot)
 
 
-def _agreed(busy: bool, stop_request: StopRequest | None, device: torch.device) -> tuple[bool, StopRequest | None]:
-    """Whether any rank still writes a checkpoint, and the stop request that any of them knows of: the same on every rank."""
+def _agreed(
+    busy: bool, stop_request: StopRequest | None, device: torch.device
+) -> tuple[bool, StopRequest | None]:
+    """Whether any rank still writes a checkpoint, and the stop request that any of them knows of:
+    the same on every rank."""
     flags = torch.tensor([busy, stop_request is not None], dtype=torch.float32, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     if flags[1] == 0.0:
@@ -258,7 +318,11 @@ def _agreed(busy: bool, stop_request: StopRequest | None, device: torch.device) 
     return bool(flags[0]), StopRequest(**next(each for each in known if each is not None))
 
 
-def _recovery(past: PreviousAttempt, job: TrainJob, *, resumed: int, world_size: int, since_begin_s: float) -> RecoveryRow:
+def _recovery(
+    past: PreviousAttempt, job: TrainJob, *, resumed: int, world_size: int, since_begin_s: float
+) -> RecoveryRow:
     cause = "died" if past.cause == "stop" else past.cause
     seconds = past.seconds_ago + since_begin_s
-    return RecoveryRow(job.role, cause, past.detail, seconds, world_size, resumed, max(0, past.last_step - resumed))
+    return RecoveryRow(
+        job.role, cause, past.detail, seconds, world_size, resumed, max(0, past.last_step - resumed)
+    )

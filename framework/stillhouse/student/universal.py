@@ -12,11 +12,13 @@ from stillhouse.errors import CheckpointError
 
 
 def convert(folder: Path, out: Path) -> None:
-    """Make in `out` a universal checkpoint of the one in `folder`, in this process. Raises CheckpointError where it cannot be had."""
+    """Make in `out` a universal checkpoint of the one in `folder`, in this process. Raises
+    CheckpointError where it cannot be had."""
     options = Namespace(
         input_folder=str(folder),
         output_folder=str(out),
-        num_extract_workers=1,  # more are processes, each of which imports everything first, and opens files by itself
+        # more are processes, each of which imports everything first, and opens files by itself
+        num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
@@ -30,6 +32,7 @@ def convert(folder: Path, out: Path) -> None:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"the checkpoint in {folder} cannot be converted to another number of ranks ({error!r}); "
+            f"the checkpoint in {folder} cannot be converted to another number of ranks "
+            f"({error!r}); "
             "go on with the number of ranks that wrote it"
         ) from error

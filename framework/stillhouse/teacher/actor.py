@@ -1,4 +1,5 @@
-"""A teacher actor: it takes a work item, compresses it and publishes the chunk. It keeps no state that anybody would miss."""
+"""A teacher actor: it takes a work item, compresses it and publishes the chunk. It keeps no state
+that anybody would miss."""
 
 import logging
 from collections.abc import Iterable
@@ -44,14 +45,17 @@ class TeacherJob:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A teacher that passed its start-up check: what it says to the probe, for comparison with its fellows'."""
+    """A teacher that passed its start-up check: what it says to the probe, for comparison with its
+    fellows'."""
 
     probe: Probe
     device: str
     topk: str  # the path that its logits take to targets, and why
     seconds: float
     node: str  # Ray's id of the machine's node
-    weights_digest: str | None = None  # of a local model's files as they were loaded; a hub's model is known by its commit
+    weights_digest: str | None = (
+        None  # of a local model's files as they were loaded; a hub's model is known by its commit
+    )
 
     def journal_row(self, worker: int) -> TeacherRow:
         return TeacherRow(worker, self.seconds, self.device, self.topk)
@@ -84,27 +88,49 @@ class Produced:
 
 
 class _TeacherActor:
-    def __init__(self, job: TeacherJob, number: int, device: str, secrets: Secrets, coordinator: Coordinator):
+    def __init__(
+        self, job: TeacherJob, number: int, device: str, secrets: Secrets, coordinator: Coordinator
+    ):
         self._job, self._device, self._node = job, device, this_node()
-        begin_heartbeat(lambda: coordinator.heartbeat_of_teacher(number), every_s=job.section.watchdog_s / BEATS_PER_WATCH)
+        begin_heartbeat(
+            lambda: coordinator.heartbeat_of_teacher(number),
+            every_s=job.section.watchdog_s / BEATS_PER_WATCH,
+        )
         prepare_process(device, job.threads)
         secrets.adopt()
         self._log = process_log(f"teacher-{number}", coordinator.log)
         self._log.__enter__()
         self._coordinator = coordinator
-        self._watch = machine_notices(job.notices, on_notice=lambda notice: coordinator.announce(self._node, notice))
+        self._watch = machine_notices(
+            job.notices, on_notice=lambda notice: coordinator.announce(self._node, notice)
+        )
         self._watch.__enter__()
 
     @failures_logged(_log, "start-up")
     def start(self) -> Ready:
         began = monotonic()
-        self._engine = engine_named(self._job.section.engine)(self._job.section, self._job.recipe, device=self._device)
+        self._engine = engine_named(self._job.section.engine)(
+            self._job.section, self._job.recipe, device=self._device
+        )
         self._store = ChunkStore(self._job.store_url, self._job.recipe)
         probe = self._engine.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         backend = self._engine.backend()
-        ready = Ready(probe, name, f"{backend.name}: {backend.reason}", monotonic() - began, self._node, self._engine.digest)
-        _log.info("%s is ready after %.1f s, on %s, by %s", self._job.section.model, ready.seconds, name, ready.topk)
+        ready = Ready(
+            probe,
+            name,
+            f"{backend.name}: {backend.reason}",
+            monotonic() - began,
+            self._node,
+            self._engine.digest,
+        )
+        _log.info(
+            "%s is ready after %.1f s, on %s, by %s",
+            self._job.section.model,
+            ready.seconds,
+            name,
+            ready.topk,
+        )
         return ready
 
     def produce(self, item: WorkItem) -> Produced | Found:
@@ -122,7 +148,9 @@ class _TeacherActor:
         began = monotonic()
         records_NB, measured = stored(self._engine.records(item), self._job.recipe.codec)
         chunk = Chunk(item.number, item.sequences, records_NB.numpy())
-        ref = publish_when_possible(self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage)
+        ref = publish_when_possible(
+            self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage
+        )
         _log.debug("chunk %d is published after %.2f s", item.number, monotonic() - began)
         return Produced(ref, measured, monotonic() - began)
 
@@ -131,7 +159,8 @@ class _TeacherActor:
 
 
 def is_there(store: ChunkStore, number: int) -> bool:
-    """Whether the chunk is known to be published; a store that does not answer is asked again by whoever publishes."""
+    """Whether the chunk is known to be published; a store that does not answer is asked again by
+    whoever publishes."""
     try:
         return store.is_whole(number)
     except StoreError:
@@ -139,32 +168,50 @@ def is_there(store: ChunkStore, number: int) -> bool:
 
 
 def stored(parts: Iterable[Records], codec: Codec) -> tuple[Tensor, Fidelity]:
-    """The records of a chunk's N targets, uint8 [N, B] in this process's memory, and what they lose, measured on some of every part.
+    """The records of a chunk's N targets, uint8 [N, B] in this process's memory, and what they
+    lose, measured on some of every part.
 
-    Only records leave a GPU, through pinned memory, those of one part while it computes the next; all have arrived when this returns.
-    Raises ChunkError for what cannot be read back: it must not be published.
+    Only records leave a GPU, through pinned memory, those of one part while it computes the next;
+    all have arrived when this returns. Raises ChunkError for what cannot be read back: it must not
+    be published.
     """
     arriving, exact, written = [], [], []
     for records_TB, sample in parts:
         landing_TB = torch.empty_like(records_TB, device="cpu", pin_memory=records_TB.is_cuda)
         arriving.append(landing_TB.copy_(records_TB, non_blocking=True))
         exact.append(sample)
-        written.append(records_TB[: sample.num_tokens].clone())  # a view would keep all of them alive
+        # a view would keep all of them alive
+        written.append(records_TB[: sample.num_tokens].clone())
     measured = fidelity(concatenate(exact), decode(torch.cat(written), codec))
     if records_TB.is_cuda:
         torch.cuda.synchronize(records_TB.device)
     return torch.cat(arriving), measured
 
 
-def publish_when_possible(store: ChunkStore, chunk: Chunk, *, patience: Patience, tell: Tell) -> ChunkRef:
-    """Publish; while the store is full or does not answer, wait with the chunk in hand, so that nothing is dropped or made twice.
+def publish_when_possible(
+    store: ChunkStore, chunk: Chunk, *, patience: Patience, tell: Tell
+) -> ChunkRef:
+    """Publish; while the store is full or does not answer, wait with the chunk in hand, so that
+    nothing is dropped or made twice.
 
-    Raises StoreUnavailable at the end of the patience, and what else the store raises at once: there waiting cannot help.
+    Raises StoreUnavailable at the end of the patience, and what else the store raises at once:
+    there waiting cannot help.
     """
     return insist(lambda: store.publish(chunk), patience=patience, tell=tell)
 
 
-def spawn(job: TeacherJob, number: int, *, where: Placement, secrets: Secrets, coordinator: Coordinator) -> Any:
-    """A new teacher actor on the cluster; its `start` must be awaited before it gets work. Its heartbeats bear the number."""
-    options = {"num_cpus": where.num_cpus, "num_gpus": where.num_gpus, "resources": dict(where.resources) or None}
-    return ray.remote(_TeacherActor).options(**options).remote(job, number, where.device, secrets, coordinator)
+def spawn(
+    job: TeacherJob, number: int, *, where: Placement, secrets: Secrets, coordinator: Coordinator
+) -> Any:
+    """A new teacher actor on the cluster; its `start` must be awaited before it gets work. Its
+    heartbeats bear the number."""
+    options = {
+        "num_cpus": where.num_cpus,
+        "num_gpus": where.num_gpus,
+        "resources": dict(where.resources) or None,
+    }
+    return (
+        ray.remote(_TeacherActor)
+        .options(**options)
+        .remote(job, number, where.device, secrets, coordinator)
+    )

@@ -1,4 +1,5 @@
-"""Teachers as Ray actors: the pool's crew on a real cluster. An actor that dies is told once, whatever it held; it is never waited for."""
+"""Teachers as Ray actors: the pool's crew on a real cluster. An actor that dies is told once,
+whatever it held; it is never waited for."""
 
 from time import sleep
 from typing import Any, NamedTuple
@@ -21,15 +22,24 @@ class _Call(NamedTuple):
 
 
 class RayCrew:
-    """Starts a teacher of `job` for each number that it is given, where the cluster has a place for it."""
+    """Starts a teacher of `job` for each number that it is given, where the cluster has a place for
+    it."""
 
-    def __init__(self, job: TeacherJob, *, where: Placement, secrets: Secrets, coordinator: Coordinator):
+    def __init__(
+        self, job: TeacherJob, *, where: Placement, secrets: Secrets, coordinator: Coordinator
+    ):
         self._job, self._where, self._secrets, self._coordinator = job, where, secrets, coordinator
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, _Call] = {}
 
     def spawn(self, worker: int) -> None:
-        actor = spawn(self._job, worker, where=self._where, secrets=self._secrets, coordinator=self._coordinator)
+        actor = spawn(
+            self._job,
+            worker,
+            where=self._where,
+            secrets=self._secrets,
+            coordinator=self._coordinator,
+        )
         self._actors[worker] = actor
         self._calls[actor.start.remote()] = _Call(worker, None)
 
@@ -45,12 +55,14 @@ class RayCrew:
 
     def events(self, *, timeout_s: float) -> list[Event[Ready]]:
         if not self._calls:
-            sleep(timeout_s)  # nobody is at work: the window is closed, or the students are still at it
+            # nobody is at work: the window is closed, or the students are still at it
+            sleep(timeout_s)
             return []
         waiting = list(self._calls)
         done, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         if done:
-            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)  # and all others that are there by now
+            # and all others that are there by now
+            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         found = [self._event(reference, self._calls.pop(reference)) for reference in done]
         return [event for event in found if event is not None]
 
@@ -61,8 +73,19 @@ class RayCrew:
             answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             return Raised(call.worker, call.lease, cause_of(error))
-        except ray.exceptions.RayError as error:  # the actor died, or its node, or its answer, or memory ran out there
+        except (
+            ray.exceptions.RayError
+        ) as error:  # the actor died, or its node, or its answer, or memory ran out there
             self.kill(call.worker)
             preempted = isinstance(error, ray.exceptions.ActorDiedError) and error.preempted
-            return Died(call.worker, str(error), with_machine=preempted or _NODE_DIED in str(error), preempted=preempted)
-        return Started(call.worker, answer) if call.lease is None else Answered(call.worker, call.lease, answer)
+            return Died(
+                call.worker,
+                str(error),
+                with_machine=preempted or _NODE_DIED in str(error),
+                preempted=preempted,
+            )
+        return (
+            Started(call.worker, answer)
+            if call.lease is None
+            else Answered(call.worker, call.lease, answer)
+        )

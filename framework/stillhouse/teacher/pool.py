@@ -16,7 +16,8 @@ def limits_of(section: TeacherSection) -> Limits:
 
 
 def comparison(recipe: Recipe) -> Callable[[Ready, Ready, int], None]:
-    """A function that raises unless the second replica, of this number, has the weights of the plan and answers the probe as the first."""
+    """A function that raises unless the second replica, of this number, has the weights of the plan
+    and answers the probe as the first."""
 
     def require_same(first: Ready, other: Ready, replica: int) -> None:
         require_planned_weights(other.weights_digest, recipe, replica=replica)

@@ -1,4 +1,5 @@
-"""What happened in a run, row by row: `journal.jsonl` is the record; W&B and the progress bars are views of it."""
+"""What happened in a run, row by row: `journal.jsonl` is the record; W&B and the progress bars are
+views of it."""
 
 from stillhouse.tracking.events import (
     CheckpointRow,

@@ -1,4 +1,5 @@
-"""The rows of the journal: everything that is worth knowing about a run after it, each with its units.
+"""The rows of the journal: everything that is worth knowing about a run after it, each with its
+units.
 
 A row is plain values only, so that its line of JSON reads the same in any language.
 """
@@ -44,12 +45,15 @@ class StartRow(Row):
     num_teachers: int  # replicas asked for
     total_steps: int  # optimiser steps of the student
     control: bool  # whether a control student is trained too
-    learning_rate: float | None = None  # of the schedule that is asked for; None, as below: of a version that did not say it
+    learning_rate: float | None = (
+        None  # of the schedule that is asked for; None, as below: of a version that did not say it
+    )
     min_learning_rate: float | None = None
     warmup_steps: int | None = None
     epochs: int | None = None
     max_steps: int | None = None  # None: not limited, too
-    committed_steps: dict[str, int] = field(default_factory=dict)  # role -> optimiser steps in its newest commit as the attempt begins
+    # role -> optimiser steps in its newest commit as the attempt begins
+    committed_steps: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class TeacherRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class ChunkRow(Row):
-    """A chunk came out of a teacher. The fidelity figures are of its decoded records against the exact targets."""
+    """A chunk came out of a teacher. The fidelity figures are of its decoded records against the
+    exact targets."""
 
     kind: ClassVar[str] = "chunk"
     chunk: int
@@ -94,7 +99,9 @@ class PoolRow(Row):
     replicas: int = 0  # teachers that are ready
     losses: int = 0  # leases whose teacher died, since the attempt began
     late: int = 0  # leases that ran past their deadline, since the attempt began
-    hedged: int = 0  # chunks given to a second teacher because the first is slow, since the attempt began
+    hedged: int = (
+        0  # chunks given to a second teacher because the first is slow, since the attempt began
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,9 @@ class TrainRow(Row):
     seconds: float  # the whole step, waiting included
     data_wait_s: float  # of these, spent waiting for chunks
     tokens_per_s: float  # num_tokens / seconds
-    z_loss: float | None = None  # squared log-sum-exp of the student's logits; None where not computed
+    z_loss: float | None = (
+        None  # squared log-sum-exp of the student's logits; None where not computed
+    )
     world_size: int = 1  # ranks that shared the step
 
 
@@ -131,7 +140,8 @@ class CheckpointRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class DelayRow(Row):
-    """A checkpoint cannot be written at present. Training goes on, and writing is tried again until the store takes it."""
+    """A checkpoint cannot be written at present. Training goes on, and writing is tried again until
+    the store takes it."""
 
     kind: ClassVar[str] = "delay"
     role: Role
@@ -142,7 +152,8 @@ class DelayRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class OutageRow(Row):
-    """A store has been unavailable for a while to a process that waits for it. Told once for each outage."""
+    """A store has been unavailable for a while to a process that waits for it. Told once for each
+    outage."""
 
     kind: ClassVar[str] = "outage"
     who: str  # as "student, rank 0" or "teacher on 4fe1a02c"
@@ -165,7 +176,8 @@ class RecoveryRow(Row):
 
     kind: ClassVar[str] = "recovery"
     role: Role
-    cause: Literal["died", "stalled", "notice", "grown"]  # grown: machines came back, and the group was made larger
+    # grown: machines came back, and the group was made larger
+    cause: Literal["died", "stalled", "notice", "grown"]
     detail: str
     seconds: float  # from the last step before to the first step after
     world_size: int  # ranks from now on
@@ -189,12 +201,15 @@ class WaitRow(Row):
     """The run cannot begin yet: machines that it needs have not joined the cluster."""
 
     kind: ClassVar[str] = "wait"
-    missing: str  # each resource that is short: needed, by whom, and there; empty where that is over
+    missing: (
+        str  # each resource that is short: needed, by whom, and there; empty where that is over
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class StallRow(Row):
-    """A process did nothing for longer than the watchdog allows, and is killed; a teacher is replaced, a rank's group is started again."""
+    """A process did nothing for longer than the watchdog allows, and is killed; a teacher is
+    replaced, a rank's group is started again."""
 
     kind: ClassVar[str] = "stall"
     role: Literal["student", "control", "teacher"]
@@ -208,7 +223,8 @@ class StallRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class SetAsideRow(Row):
-    """Sequences that no teacher could compute: their chunk is published without targets for them."""
+    """Sequences that no teacher could compute: their chunk is published without targets for
+    them."""
 
     kind: ClassVar[str] = "set_aside"
     chunk: int
@@ -226,7 +242,8 @@ class RepairRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class EvalRow(Row):
-    """The exact, dense comparison on held-out text. Entropies and divergences are means over target tokens, in nats."""
+    """The exact, dense comparison on held-out text. Entropies and divergences are means over target
+    tokens, in nats."""
 
     kind: ClassVar[str] = "eval"
     model: Literal["teacher", "student", "control"]
@@ -247,13 +264,16 @@ class EndRow(Row):
     outcome: Literal["done", "interrupted", "failed"]
     seconds: float  # of this attempt
     message: str
-    steps_taken: dict[str, int] = field(default_factory=dict)  # role -> optimiser steps in this attempt, each as often as it was taken
-    steps_done: dict[str, int] = field(default_factory=dict)  # role -> optimiser steps that its weights have now, of all attempts
+    # role -> optimiser steps in this attempt, each as often as it was taken
+    steps_taken: dict[str, int] = field(default_factory=dict)
+    # role -> optimiser steps that its weights have now, of all attempts
+    steps_done: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class NewerRow(Row):
-    """Stands for a row of a kind that a later version writes. It is read and never recorded; of its values only the time is known."""
+    """Stands for a row of a kind that a later version writes. It is read and never recorded; of its
+    values only the time is known."""
 
     kind: ClassVar[str] = "newer"
     name: str  # its kind
@@ -286,7 +306,8 @@ ROW_TYPES: dict[str, type[Row]] = {
 def is_of(value: Any, kind: Any) -> bool:
     """Whether a JSON value may stand in a column of this type.
 
-    A number without a fraction may stand for one with. Any text may stand for one of several: a later version may know more of them.
+    A number without a fraction may stand for one with. Any text may stand for one of several: a
+    later version may know more of them.
     """
     if type(value) is kind:
         return True
@@ -300,7 +321,9 @@ def is_of(value: Any, kind: Any) -> bool:
     if origin is list:
         return type(value) is list and all(is_of(each, arguments[0]) for each in value)
     if origin is dict:
-        return type(value) is dict and all(is_of(key, arguments[0]) and is_of(each, arguments[1]) for key, each in value.items())
+        return type(value) is dict and all(
+            is_of(key, arguments[0]) and is_of(each, arguments[1]) for key, each in value.items()
+        )
     return False
 
 
@@ -311,6 +334,7 @@ class Tracker(Protocol):
 
 
 def latest_train_rows(rows: Iterable[Row], role: Role) -> list[TrainRow]:
-    """The last row for each step, in step order: after a resume, steps since the last checkpoint are taken again."""
+    """The last row for each step, in step order: after a resume, steps since the last checkpoint
+    are taken again."""
     latest = {row.step: row for row in rows if isinstance(row, TrainRow) and row.role == role}
     return [latest[step] for step in sorted(latest)]

@@ -33,7 +33,15 @@ _log = logging.getLogger(__name__)
 _ours = logging.getLogger("stillhouse")
 
 SCRUBBED = "stillhouse_scrubbed"  # an attribute of records that are scrubbed: events of every step
-_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")  # or not yet imported
+# or not yet imported
+_LIBRARIES = (
+    "DeepSpeed",
+    "datasets",
+    "ray",
+    "ray.train",
+    "torch",
+    "transformers",
+)
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers")
 _WARNING = re.compile(r"\S+Z (?:WARNING|ERROR|CRITICAL) \S+ stillhouse[.:]")
 _LOOK_EVERY_S = 1.0
@@ -88,10 +96,17 @@ def driver_log(run_dir: Path, *, attempt: int = 0) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = _LogFile(path, encoding="utf-8")
     except OSError as error:
-        raise StoreError(f"cannot write the log {path}: {error.strerror}; make room or give write access, then resume") from error
+        raise StoreError(
+            f"cannot write the log {path}: {error.strerror}; make room or give write access, then "
+            "resume"
+        ) from error
     _handed_on = LogPlace(directory, path.name, attempt, level)
     try:
-        with _kept(process, level, file), terminal_log(), _shown(WarningReader(directory, but=path.name)):
+        with (
+            _kept(process, level, file),
+            terminal_log(),
+            _shown(WarningReader(directory, but=path.name)),
+        ):
             yield
     finally:
         _handed_on = None
@@ -148,7 +163,9 @@ class WarningReader:
 
     def new_lines(self) -> list[str]:
         """The first line of each that is new since the last call, file by file."""
-        return [line for path in sorted(self.directory.glob("*.log")) for line in self._new_in(path)]
+        return [
+            line for path in sorted(self.directory.glob("*.log")) for line in self._new_in(path)
+        ]
 
     def _new_in(self, path: Path) -> list[str]:
         offset = self._offsets.get(path.name, 0)
@@ -177,7 +194,10 @@ def _shown(reader: WarningReader) -> Iterator[None]:
             for line in lines[:_MOST_AT_ONCE]:
                 say(line, error=True)
             if len(lines) > _MOST_AT_ONCE:
-                say(f"and {len(lines) - _MOST_AT_ONCE} more warnings in {reader.directory}", error=True)
+                say(
+                    f"and {len(lines) - _MOST_AT_ONCE} more warnings in {reader.directory}",
+                    error=True,
+                )
             if last:
                 return
 
@@ -276,15 +296,24 @@ def _not_heard_at_the_root() -> set[str]:
 
     Torch's traces, whose names have a `.__`, cost time where somebody hears them.
     """
-    made = [(name, each) for name, each in [*logging.root.manager.loggerDict.items()] if isinstance(each, logging.Logger)]
-    return {*_LIBRARIES, *(name for name, each in made if not each.propagate and ".__" not in name)} - {_ours.name}
+    made = [
+        (name, each)
+        for name, each in [*logging.root.manager.loggerDict.items()]
+        if isinstance(each, logging.Logger)
+    ]
+    return {
+        *_LIBRARIES,
+        *(name for name, each in made if not each.propagate and ".__" not in name),
+    } - {_ours.name}
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
     """Once: a record comes by its own logger, and by each above it."""
     is_new = not hasattr(record, "stillhouse_kept")
     record.stillhouse_kept = True
-    return is_new and (record.levelno >= logging.WARNING or record.name.partition(".")[0] == _ours.name)
+    return is_new and (
+        record.levelno >= logging.WARNING or record.name.partition(".")[0] == _ours.name
+    )
 
 
 def _log_thread(ended: threading.ExceptHookArgs) -> None:

@@ -1,4 +1,5 @@
-"""What a journal shows was trained: which steps, under which schedule, by how many ranks. A config holds only what was asked for last."""
+"""What a journal shows was trained: which steps, under which schedule, by how many ranks. A config
+holds only what was asked for last."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -43,19 +44,27 @@ class Stretch:
     def words(self) -> str:
         if self.schedule is not None:
             return self.schedule.words()
-        return f"learning rate up to {self.peak_learning_rate:g} (the journal does not hold its schedule)"
+        return (
+            f"learning rate up to {self.peak_learning_rate:g} (the journal does not hold its "
+            "schedule)"
+        )
 
 
 def schedule_of(start: StartRow) -> Schedule | None:
     """What an attempt asked for."""
     if start.learning_rate is None or start.min_learning_rate is None or start.warmup_steps is None:
         return None
-    return Schedule(start.learning_rate, start.min_learning_rate, start.warmup_steps, start.total_steps)
+    return Schedule(
+        start.learning_rate, start.min_learning_rate, start.warmup_steps, start.total_steps
+    )
 
 
 def stretches(rows: Iterable[Row], role: Role, *, until: int | None = None) -> list[Stretch]:
-    """The steps that led to the weights after step `until`, or to the newest ones, as they were last taken."""
-    taken = {step: each for step, each in _taken(rows, role).items() if until is None or step <= until}
+    """The steps that led to the weights after step `until`, or to the newest ones, as they were
+    last taken."""
+    taken = {
+        step: each for step, each in _taken(rows, role).items() if until is None or step <= until
+    }
     found: list[Stretch] = []
     for step in sorted(taken):
         row, schedule = taken[step]
@@ -68,7 +77,8 @@ def stretches(rows: Iterable[Row], role: Role, *, until: int | None = None) -> l
 
 
 def _taken(rows: Iterable[Row], role: Role) -> dict[int, tuple[TrainRow, Schedule | None]]:
-    """Each step's last row, and the schedule of its attempt. Steps after one that is taken again are not part of what follows from it."""
+    """Each step's last row, and the schedule of its attempt. Steps after one that is taken again
+    are not part of what follows from it."""
     schedule: Schedule | None = None
     taken: dict[int, tuple[TrainRow, Schedule | None]] = {}
     for row in rows:
@@ -91,10 +101,13 @@ def _joined(one: Stretch, other: Stretch) -> Stretch:
 
 
 def words_of(found: Sequence[Stretch]) -> str:
-    """The schedules in force, with the steps of each where there are several or where some steps are not in the journal."""
+    """The schedules in force, with the steps of each where there are several or where some steps
+    are not in the journal."""
     if len(found) == 1 and found[0].first_step == 1:
         return found[0].words()
-    return "; ".join(f"steps {first:,} to {last:,}: {words}" for first, last, words in _in_turn(found))
+    return "; ".join(
+        f"steps {first:,} to {last:,}: {words}" for first, last, words in _in_turn(found)
+    )
 
 
 def _in_turn(found: Sequence[Stretch]) -> Iterator[tuple[int, int, str]]:
@@ -107,7 +120,8 @@ def _in_turn(found: Sequence[Stretch]) -> Iterator[tuple[int, int, str]]:
 
 
 def nothing_left(earlier: Sequence[Row], start: StartRow) -> str:
-    """What an attempt says that trains nothing, because all steps are committed: which of its settings have no effect.
+    """What an attempt says that trains nothing, because all steps are committed: which of its
+    settings have no effect.
 
     Empty where there is something to train, or where the attempt does not train.
     """
@@ -118,24 +132,42 @@ def nothing_left(earlier: Sequence[Row], start: StartRow) -> str:
     begin = (
         f"nothing left to train: all {steps:,} steps are committed"
         if steps == start.total_steps
-        else f"nothing left to train: {steps:,} steps are committed, and {start.total_steps:,} are asked for"
+        else f"nothing left to train: {steps:,} steps are committed, and {start.total_steps:,} "
+        "are asked for"
     )
-    without_effect = [words for role in _ROLES if role in committed for words in _without_effect(stretches(earlier, role), asked)]
+    without_effect = [
+        words
+        for role in _ROLES
+        if role in committed
+        for words in _without_effect(stretches(earlier, role), asked)
+    ]
     if not without_effect:
         return begin
-    return f"{begin}; these settings differ from those it was trained with and had no effect: {', '.join(dict.fromkeys(without_effect))}"
+    return (
+        f"{begin}; these settings differ from those it was trained with and had no effect: "
+        f"{', '.join(dict.fromkeys(without_effect))}"
+    )
 
 
 def _without_effect(found: Sequence[Stretch], asked: Schedule) -> Iterator[str]:
-    """The settings of a schedule under which no step was taken, each with those that were in force."""
+    """The settings of a schedule under which no step was taken, each with those that were in
+    force."""
     known = [each.schedule for each in found if each.schedule is not None]
     for name, value in asdict(asked).items():
         in_force = dict.fromkeys(getattr(schedule, name) for schedule in known)
         if in_force and value not in in_force:
-            yield f"{_SETTINGS[name]} = {_number(value)} (trained with {' and '.join(map(_number, in_force))})"
-    peaks = [each.peak_learning_rate for each in found if each.schedule is None and each.first_step == 1]
+            yield (
+                f"{_SETTINGS[name]} = {_number(value)} (trained with "
+                f"{' and '.join(map(_number, in_force))})"
+            )
+    peaks = [
+        each.peak_learning_rate for each in found if each.schedule is None and each.first_step == 1
+    ]
     if peaks and not known and asked.learning_rate not in peaks:
-        yield f"{_SETTINGS['learning_rate']} = {asked.learning_rate:g} (trained with up to {max(peaks):g})"
+        yield (
+            f"{_SETTINGS['learning_rate']} = {asked.learning_rate:g} (trained with up to "
+            f"{max(peaks):g})"
+        )
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,5 @@
-"""Views of the journal: Weights & Biases and the progress bars. They are fed rows; they hold nothing that the journal does not."""
+"""Views of the journal: Weights & Biases and the progress bars. They are fed rows; they hold
+nothing that the journal does not."""
 
 import math
 import time
@@ -18,7 +19,19 @@ from stillhouse.config import TrackingSection
 from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line, say
-from stillhouse.tracking.events import DelayRow, EndRow, EvalRow, NewerRow, OutageRow, PoolRow, Row, StallRow, StartRow, TrainRow, WaitRow
+from stillhouse.tracking.events import (
+    DelayRow,
+    EndRow,
+    EvalRow,
+    NewerRow,
+    OutageRow,
+    PoolRow,
+    Row,
+    StallRow,
+    StartRow,
+    TrainRow,
+    WaitRow,
+)
 
 _SAY_EVERY_S = 60.0
 _WANDB_AXES = {
@@ -31,8 +44,9 @@ _WANDB_AXES = {
 class WandbView:
     """Mirrors the rows of a journal, handed over from its first one on, to Weights & Biases.
 
-    W&B's step is the number of the row, so a journal that is fed again after a resume adds nothing twice, and fills in what W&B had not
-    yet written when it was killed. A view is not the record: once it is open, its failures end the mirroring and never the run.
+    W&B's step is the number of the row, so a journal that is fed again after a resume adds nothing
+    twice, and fills in what W&B had not yet written when it was killed. A view is not the record:
+    once it is open, its failures end the mirroring and never the run.
     """
 
     def __init__(
@@ -48,7 +62,13 @@ class WandbView:
 
         Raises UserError where mode online cannot be had.
         """
-        self._run: Any = _open_run(section, run_dir, config=scrub(dict(config)), run_id=run_id, init_timeout_s=init_timeout_s)
+        self._run: Any = _open_run(
+            section,
+            run_dir,
+            config=scrub(dict(config)),
+            run_id=run_id,
+            init_timeout_s=init_timeout_s,
+        )
         self.url: str | None = None if self._run.offline else self._run.url
         self._next_row = 0
         self._exit_code = 1
@@ -70,17 +90,35 @@ class WandbView:
                 self._run.config.update({"start": values}, allow_val_change=True)
                 self._run.log({"attempt": row.attempt}, step=number)
             case EvalRow():
-                self._run.summary.update({f"eval/{row.model}/{name}": value for name, value in values.items() if name != "model"})
+                self._run.summary.update(
+                    {
+                        f"eval/{row.model}/{name}": value
+                        for name, value in values.items()
+                        if name != "model"
+                    }
+                )
             case EndRow():
                 self._exit_code = 0 if row.outcome == "done" else 1
                 self._run.summary.update({"outcome": row.outcome, "message": values["message"]})
             case _:
-                group = {"train": values.get("role"), "checkpoint": f"{values.get('role')}_checkpoint"}.get(row.kind, row.kind)
-                numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "time"}
-                self._run.log({f"{group}/{name}": value for name, value in numbers.items()} | {"_timestamp": row.time}, step=number)
+                group = {
+                    "train": values.get("role"),
+                    "checkpoint": f"{values.get('role')}_checkpoint",
+                }.get(row.kind, row.kind)
+                numbers = {
+                    name: value
+                    for name, value in values.items()
+                    if isinstance(value, int | float) and name != "time"
+                }
+                self._run.log(
+                    {f"{group}/{name}": value for name, value in numbers.items()}
+                    | {"_timestamp": row.time},
+                    step=number,
+                )
 
     def close(self) -> None:
-        """Write out what is buffered and, online, send it. Without an EndRow of outcome done, W&B shows the run as failed."""
+        """Write out what is buffered and, online, send it. Without an EndRow of outcome done, W&B
+        shows the run as failed."""
         self._guarded(lambda: self._run.finish(exit_code=self._exit_code))
 
     def _guarded(self, act: Callable[[], None]) -> None:
@@ -90,7 +128,9 @@ class WandbView:
             act()
         except Exception as error:
             self._run = None
-            Console(stderr=True).print(Text(one_line(scrub(f"W&B stopped taking rows ({error!r}); the journal goes on"))))
+            Console(stderr=True).print(
+                Text(one_line(scrub(f"W&B stopped taking rows ({error!r}); the journal goes on")))
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -99,13 +139,22 @@ class WandbView:
         self.close()
 
 
-def _open_run(section: TrackingSection, run_dir: Path, *, config: dict[str, Any], run_id: str, init_timeout_s: float) -> Any:
+def _open_run(
+    section: TrackingSection,
+    run_dir: Path,
+    *,
+    config: dict[str, Any],
+    run_id: str,
+    init_timeout_s: float,
+) -> Any:
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
     quiet = wandb.Settings(
         silent=True,
-        console="off",  # what is printed, the command line, the git remote and the host's packages may all hold secrets
+        # what is printed, the command line, the git remote and the host's packages may all hold
+        # secrets
+        console="off",
         x_disable_meta=True,
         x_save_requirements=False,
         disable_git=True,
@@ -129,25 +178,46 @@ def _open_run(section: TrackingSection, run_dir: Path, *, config: dict[str, Any]
         )
 
     try:
-        if section.wandb == "online" or (section.wandb == "auto" and wandb.login(prompt=False, verify=False)):
+        if section.wandb == "online" or (
+            section.wandb == "auto" and wandb.login(prompt=False, verify=False)
+        ):
             return start("online")
     except wandb.Error as error:
         if section.wandb == "online":
-            raise UserError(f'W&B cannot be reached: {error}; run `wandb login`, or set tracking.wandb = "offline"') from error
+            raise UserError(
+                f"W&B cannot be reached: {error}; run `wandb login`, or set tracking.wandb = "
+                '"offline"'
+            ) from error
         wandb.teardown()  # the service still holds the id of the run that it could not start
         wandb.setup(wandb.Settings(silent=True))
         where = run_dir / "wandb"
-        say(one_line(scrub(f"W&B cannot be reached ({error}); its rows go to {where}, from where `wandb sync` sends them")), error=True)
+        say(
+            one_line(
+                scrub(
+                    f"W&B cannot be reached ({error}); its rows go to {where}, from where `wandb "
+                    "sync` sends them"
+                )
+            ),
+            error=True,
+        )
     return start("offline")
 
 
 class ProgressView:
-    """Two bars side by side, teachers and student; where the output is no terminal, one plain line every `every_s` seconds at most.
+    """Two bars side by side, teachers and student; where the output is no terminal, one plain line
+    every `every_s` seconds at most.
 
-    What waits for a store, or stood still, is said in lines between, one a minute at most: an outage meets many processes at once.
+    What waits for a store, or stood still, is said in lines between, one a minute at most: an
+    outage meets many processes at once.
     """
 
-    def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.time, every_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        every_s: float = 10.0,
+    ) -> None:
         self._console = console or Console()
         self._clock = clock
         self._every_s = 0.1 if self._console.is_terminal else every_s
@@ -159,7 +229,9 @@ class ProgressView:
         self._train: TrainRow | None = None
         self._pool_pace = _Pace()
         self._train_pace = _Pace()
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._live = (
+            Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        )
 
     def record(self, row: Row) -> None:
         match row:
@@ -177,7 +249,10 @@ class ProgressView:
                 self._train = row
                 self._train_pace.add(row.time, row.step)
             case DelayRow():
-                self._say(f"the {row.role}'s checkpoint of step {row.step} cannot be written yet: {row.why}")
+                self._say(
+                    f"the {row.role}'s checkpoint of step {row.step} cannot be written yet: "
+                    f"{row.why}"
+                )
                 return
             case OutageRow():
                 self._say(f"{row.who} has waited for {row.seconds:.0f} s: {row.why}")
@@ -220,7 +295,9 @@ class ProgressView:
         sides.add_column(ratio=1)
         sides.add_row(Text(one_line(teachers.title)), Text(one_line(student.title)))
         sides.add_row(teachers.bar, student.bar)
-        sides.add_row(Text(teachers.details.removeprefix(", ")), Text(student.details.removeprefix(", ")))
+        sides.add_row(
+            Text(teachers.details.removeprefix(", ")), Text(student.details.removeprefix(", "))
+        )
         self._live.start()
         self._live.update(sides, refresh=True)
 
@@ -230,14 +307,19 @@ class ProgressView:
             if self._wait is not None and self._train is None:
                 title = f"waiting for machines to join the cluster: {self._wait.missing}"
             return _Side(title, "", ProgressBar(total=1, completed=0))
-        details = f", {row.in_flight} in flight, window {row.window_chunks}, {row.tokens_per_s:,.0f} tokens/s"
+        details = (
+            f", {row.in_flight} in flight, window {row.window_chunks}, "
+            f"{row.tokens_per_s:,.0f} tokens/s"
+        )
         eta = _clock_text(self._pool_pace.seconds_to(row.needed))
         bar = ProgressBar(total=max(row.needed, 1), completed=row.published)
         return _Side(f"teachers {row.published}/{row.needed} chunks", f"{details}, ETA {eta}", bar)
 
     def _student(self) -> "_Side":
         if (row := self._train) is None:
-            return _Side("student: waiting for its first step", "", ProgressBar(total=1, completed=0))
+            return _Side(
+                "student: waiting for its first step", "", ProgressBar(total=1, completed=0)
+            )
         steps = self._start.total_steps if self._start else row.step
         waiting = row.data_wait_s / row.seconds if row.seconds else 0.0
         details = f", loss {row.loss:.3f}, {row.tokens_per_s:,.0f} tokens/s, waiting {waiting:.0%}"
@@ -269,7 +351,11 @@ class _Pace:
 
 
 def _stall_text(row: StallRow) -> str:
-    who = f"teacher {row.rank}" if row.role == "teacher" else f"{row.role}, rank {row.rank}, step {row.step},"
+    who = (
+        f"teacher {row.rank}"
+        if row.role == "teacher"
+        else f"{row.role}, rank {row.rank}, step {row.step},"
+    )
     what = row.phase if row.chunk is None else f"{row.phase}, chunk {row.chunk}"
     return f"{who} stood still for {row.seconds:.0f} s ({what}): it is killed and replaced"
 

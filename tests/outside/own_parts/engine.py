@@ -25,7 +25,11 @@ class PlainEngine:
 
     def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str) -> None:
         self._recipe, self._device = recipe, device
-        self._model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).to(device).eval()
+        self._model = (
+            AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32)
+            .to(device)
+            .eval()
+        )
         self.digest = None
 
     @classmethod
@@ -42,7 +46,11 @@ class PlainEngine:
         return encoded(self._targets(item), self._recipe.codec)
 
     def probe(self) -> Probe:
-        return Probe(concatenate([*self._targets(probe_item(self._recipe))]), rounding_kl=0.0, weight_hashes={})
+        return Probe(
+            concatenate([*self._targets(probe_item(self._recipe))]),
+            rounding_kl=0.0,
+            weight_hashes={},
+        )
 
     def backend(self) -> Backend:
         return Backend("plain", "one document at a time")
@@ -50,7 +58,9 @@ class PlainEngine:
     @torch.inference_mode()
     def _targets(self, item: WorkItem) -> Iterator[CompressedLogits]:
         seeds_SL = draw_seeds(item, self._recipe)
-        for row, (ids_L, positions_L, mask_L) in enumerate(zip(*item.sequences.arrays, strict=True)):
+        for row, (ids_L, positions_L, mask_L) in enumerate(
+            zip(*item.sequences.arrays, strict=True)
+        ):
             starts = np.flatnonzero(positions_L == 0).tolist()
             for start, stop in zip(starts, [*starts[1:], len(ids_L)], strict=True):
                 ids_D = torch.from_numpy(ids_L[start:stop].astype(np.int64)).to(self._device)

@@ -1,4 +1,5 @@
-"""A source: sums in decimal digits, made up as they are asked for. Nothing is prepared and nothing is stored."""
+"""A source: sums in decimal digits, made up as they are asked for. Nothing is prepared and nothing
+is stored."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,20 @@ class Sums:
             ids = self.tokenizer(f"{a} + {b} = {a + b}\n").input_ids[: self.sequence_length]
             ids_SL[row, : len(ids)] = ids
             mask_SL[row, : len(ids) - 1] = 1
-        positions_SL = np.broadcast_to(np.arange(self.sequence_length, dtype=np.int32), ids_SL.shape).copy()
+        positions_SL = np.broadcast_to(
+            np.arange(self.sequence_length, dtype=np.int32), ids_SL.shape
+        ).copy()
         return Sequences(ids_SL, positions_SL, mask_SL)
 
 
-def sums(section: CorpusSection, tokenizer: Any, *, block_sequences: int, cache_dir: Path) -> Sources:
+def sums(
+    section: CorpusSection, tokenizer: Any, *, block_sequences: int, cache_dir: Path
+) -> Sources:
     del cache_dir
     train, heldout = range(_NUM_TRAIN), range(_NUM_TRAIN, _NUM_TRAIN + _NUM_HELDOUT)
-    return Sources(*(Sums(tokenizer, section.sequence_length, block_sequences, numbers) for numbers in (train, heldout)))
+    return Sources(
+        *(
+            Sums(tokenizer, section.sequence_length, block_sequences, numbers)
+            for numbers in (train, heldout)
+        )
+    )

@@ -36,10 +36,19 @@ from stillhouse.losses import head_passes, head_passes_triton
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import forward_kl
 
-_FORMS = ((64, 0, 8), (12, 12, 6), (0, 50, 8))  # entries, draws and bits of a record, beside the default's
+# entries, draws and bits of a record, beside the default's
+_FORMS = (
+    (64, 0, 8),
+    (12, 12, 6),
+    (0, 50, 8),
+)
 _SAME_DRAWS = 0.99  # of the reference's: sums in another order move a draw that is at a border
 _SURE_ROWS = 0.9  # of such logits; a row that is not goes to the reference
-_GRADIENT_ERRORS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the norm; rounded logits take 1e-2
+# of the norm; rounded logits take 1e-2
+_GRADIENT_ERRORS = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+}
 
 Launch = Callable[..., tuple[RawTopK, Tensor]]
 """What `blockmax_triton.launch` is."""
@@ -49,27 +58,49 @@ def machine(scale: Scale, recorder: Recorder) -> None:
     """What the figures depend on."""
     provenance = asdict(Provenance.of("make gpu"))
     on_gpu = scale.device == "cuda"
-    recorder.tell("device", torch.cuda.get_device_name() if on_gpu else "cpu", cuda=str(torch.version.cuda), **provenance)
+    recorder.tell(
+        "device",
+        torch.cuda.get_device_name() if on_gpu else "cpu",
+        cuda=str(torch.version.cuda),
+        **provenance,
+    )
     if on_gpu:
         recorder.tell("memory", torch.cuda.get_device_properties(0).total_memory / 1e9, "GB")
 
 
 def topk(scale: Scale, recorder: Recorder, *, launch: Launch = blockmax_triton.launch) -> None:
     """The teacher's kernels, for rows of an odd number of logits and rows of whole cache lines."""
-    layouts = [(torch.float32, scale.vocab_size), (torch.bfloat16, scale.vocab_size), (torch.bfloat16, scale.row_width)]
+    layouts = [
+        (torch.float32, scale.vocab_size),
+        (torch.bfloat16, scale.vocab_size),
+        (torch.bfloat16, scale.row_width),
+    ]
     for k in scale.ks:
         for dtype, row_stride in layouts:
             name = f"k = {k}, {str(dtype)[6:]}, rows {row_stride:,} apart"
             with recorder.attempt(name):
-                _check_topk(name, _logits(scale, dtype), scale, recorder, launch, k=k, row_stride=row_stride)
+                _check_topk(
+                    name, _logits(scale, dtype), scale, recorder, launch, k=k, row_stride=row_stride
+                )
     path = backend_for(_logits(scale, torch.float32).to(scale.device), k=scale.default_entries)
     right = path.name == "triton" or scale.device == "cpu"
     recorder.tell(f"a teacher's logits take the path {path.name}", right, why=path.reason)
 
 
-def _check_topk(name: str, exact_TV: Tensor, scale: Scale, recorder: Recorder, launch: Launch, *, k: int, row_stride: int) -> None:
+def _check_topk(
+    name: str,
+    exact_TV: Tensor,
+    scale: Scale,
+    recorder: Recorder,
+    launch: Launch,
+    *,
+    k: int,
+    row_stride: int,
+) -> None:
     device, dtype = torch.device(scale.device), exact_TV.dtype
-    logits_TV = torch.empty_strided(exact_TV.shape, (row_stride, 1), dtype=dtype, device=device).copy_(exact_TV)
+    logits_TV = torch.empty_strided(
+        exact_TV.shape, (row_stride, 1), dtype=dtype, device=device
+    ).copy_(exact_TV)
     began = monotonic()
     raw, again_T = launch(logits_TV, k=k, temperature=1.0)
     sure_T = ~again_T.cpu()
@@ -78,12 +109,20 @@ def _check_topk(name: str, exact_TV: Tensor, scale: Scale, recorder: Recorder, l
     wanted = compress_reference(exact_TV, k=k)
     same_ids = torch.equal(found.token_ids_TK.cpu()[sure_T], wanted.token_ids_TK[sure_T])
     pairs = (found.logprobs_TK, wanted.logprobs_TK), (found.tail_logmass_T, wanted.tail_logmass_T)
-    same_values = all(torch.allclose(ours.cpu()[sure_T], theirs[sure_T], rtol=2e-6, atol=4e-6) for ours, theirs in pairs)
+    same_values = all(
+        torch.allclose(ours.cpu()[sure_T], theirs[sure_T], rtol=2e-6, atol=4e-6)
+        for ours, theirs in pairs
+    )
     lse_error = float((lse_T.cpu().double() - exact_TV.double().logsumexp(dim=1)).abs().max())
-    self_test = blockmax_triton.defect(device, vocab_size=scale.vocab_size, k=k, dtype=dtype, row_stride=row_stride)
+    self_test = blockmax_triton.defect(
+        device, vocab_size=scale.vocab_size, k=k, dtype=dtype, row_stride=row_stride
+    )
     recorder.tell(
         name,
-        same_ids and same_values and float(sure_T.float().mean()) >= _SURE_ROWS and self_test is None,
+        same_ids
+        and same_values
+        and float(sure_T.float().mean()) >= _SURE_ROWS
+        and self_test is None,
         same_ids=same_ids,
         same_values=same_values,
         lse_error=lse_error,
@@ -106,7 +145,9 @@ def records(scale: Scale, recorder: Recorder) -> None:
             recorder.tell(f"{name}: the reference's entries", same_ids)
             if num_draws:
                 share = float((found.tail_ids_TN.cpu() == wanted.tail_ids_TN).float().mean())
-                recorder.tell(f"{name}: share of the reference's draws", share, at_least=_SAME_DRAWS)
+                recorder.tell(
+                    f"{name}: share of the reference's draws", share, at_least=_SAME_DRAWS
+                )
             codec = Codec(scale.vocab_size, k, num_draws=num_draws, value_bits=bits)
             same_bytes = _same_bytes(wanted, codec, torch.device(scale.device))
             recorder.tell(f"{name}: the CPU's bytes and targets", same_bytes)
@@ -116,7 +157,11 @@ def _same_bytes(target: CompressedLogits, codec: Codec, device: torch.device) ->
     records_TB = codec_numpy.encode(target, codec)
     on_device_TB = codec_torch.encode(target.map(lambda tensor: tensor.to(device)), codec)
     found, wanted = codec_torch.decode(on_device_TB, codec), codec_numpy.decode(records_TB, codec)
-    exact = [(on_device_TB, records_TB), (found.token_ids_TK, wanted.token_ids_TK), (found.tail_ids_TN, wanted.tail_ids_TN)]
+    exact = [
+        (on_device_TB, records_TB),
+        (found.token_ids_TK, wanted.token_ids_TK),
+        (found.tail_ids_TN, wanted.tail_ids_TN),
+    ]
     same_values = torch.allclose(found.logprobs_TK.cpu(), wanted.logprobs_TK, rtol=1e-6, atol=1e-6)
     return same_values and all(torch.equal(ours.cpu(), theirs) for ours, theirs in exact)
 
@@ -142,7 +187,10 @@ def loss(scale: Scale, recorder: Recorder) -> None:
                 inputs_TH, head_VH = hidden_TH.to(device, dtype), weight_VH.to(device, dtype)
                 ours = _gradients(inputs_TH, head_VH, target)
                 exact = _gradients(inputs_TH.double(), head_VH.double(), target)
-                errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
+                errors = [
+                    float((a.double() - b).norm() / b.norm())
+                    for a, b in zip(ours, exact, strict=True)
+                ]
                 path = head_passes.backend_for(head_VH)
                 recorder.tell(name, max(errors), at_most=most, errors=errors, path=path.name)
 
@@ -157,10 +205,17 @@ def tests(scale: Scale, recorder: Recorder) -> None:
     """`tests/gpu`, a finding for each test; without a GPU they are collected alone."""
     folder = Path(__file__).parents[4] / "tests" / "gpu"
     command = [sys.executable, "-m", "pytest", str(folder), "-p", "no:cacheprovider", "--tb=short"]
-    beside_each_other = ["-n", "6"] if find_spec("xdist") else []  # most of their time is the compiler's
-    options = [f"--findings={recorder.path.absolute()}", *beside_each_other] if scale.is_real else ["--collect-only"]
+    # most of their time is the compiler's
+    beside_each_other = ["-n", "6"] if find_spec("xdist") else []
+    options = (
+        [f"--findings={recorder.path.absolute()}", *beside_each_other]
+        if scale.is_real
+        else ["--collect-only"]
+    )
     code = subprocess.run([*command, *options], check=False).returncode
-    recorder.tell("tests/gpu" if scale.is_real else "tests/gpu can be collected", code == 0, exit_code=code)
+    recorder.tell(
+        "tests/gpu" if scale.is_real else "tests/gpu can be collected", code == 0, exit_code=code
+    )
 
 
 def _logits(scale: Scale, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,13 @@ def run(scale: Scale, recorder: Recorder) -> None:
         config = _config(scale, folder)
         (folder / "models").mkdir()
         sizes = replace(Sizes(), num_steps=0)
-        make_models(folder / "models", config.corpus, sizes, cache_dir=folder / "cache", console=Console(quiet=True))
+        make_models(
+            folder / "models",
+            config.corpus,
+            sizes,
+            cache_dir=folder / "cache",
+            console=Console(quiet=True),
+        )
         plan = pipeline.make_plan(config, run_dir=folder / "run", cache_dir=folder / "cache")
         pipeline.run(plan)
         _tell(read_journal(plan.run_dir / "journal.jsonl"), scale, recorder)
@@ -36,9 +42,13 @@ def _tell(rows: list[Row], scale: Scale, recorder: Recorder) -> None:
     (teacher,) = (row for row in rows if isinstance(row, TeacherRow))
     losses, on_kernels = [row.loss for row in steps], teacher.topk.startswith("triton")
     recorder.tell("the run ended well", isinstance(rows[-1], EndRow) and rows[-1].outcome == "done")
-    recorder.tell("every step was taken", [row.step for row in steps] == list(range(1, scale.num_steps + 1)))
+    recorder.tell(
+        "every step was taken", [row.step for row in steps] == list(range(1, scale.num_steps + 1))
+    )
     recorder.tell("every loss is finite", all(map(math.isfinite, losses)), losses=losses)
-    recorder.tell("the teacher took the kernels", on_kernels or scale.device == "cpu", topk=teacher.topk)
+    recorder.tell(
+        "the teacher took the kernels", on_kernels or scale.device == "cpu", topk=teacher.topk
+    )
     recorder.tell("the teacher's device", teacher.device)
 
 

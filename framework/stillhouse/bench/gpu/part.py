@@ -12,7 +12,9 @@ from stillhouse.bench.gpu.session import FINDINGS, PARTS, Part
 
 def function_of(part: Part) -> Callable[[Scale, Recorder], None]:
     module, name = part.function.split(":")
-    found: Callable[[Scale, Recorder], None] = getattr(import_module(f"stillhouse.bench.gpu.{module}"), name)
+    found: Callable[[Scale, Recorder], None] = getattr(
+        import_module(f"stillhouse.bench.gpu.{module}"), name
+    )
     return found
 
 
@@ -23,7 +25,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     (part,) = (part for part in PARTS if part.name == options.name)
-    function_of(part)(TINY if options.dry_run else REAL, Recorder(options.out / FINDINGS, part.name))
+    function_of(part)(
+        TINY if options.dry_run else REAL, Recorder(options.out / FINDINGS, part.name)
+    )
 
 
 if __name__ == "__main__":

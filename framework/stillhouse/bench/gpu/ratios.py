@@ -35,8 +35,12 @@ def topk(scale: Scale, recorder: Recorder) -> None:
     with recorder.attempt("ceilings"):
         _tell_ceilings(scale, recorder)
     cases = [(scale.wide_vocab_size, False), (scale.vocab_size, False)]
-    for vocab_size, with_compile in [*cases, (scale.wide_vocab_size, True)] if scale.is_real else cases:
-        setting = topk_bench.Setting(scale.time_tokens, vocab_size, scale.k, "bfloat16", scale.device)
+    for vocab_size, with_compile in (
+        [*cases, (scale.wide_vocab_size, True)] if scale.is_real else cases
+    ):
+        setting = topk_bench.Setting(
+            scale.time_tokens, vocab_size, scale.k, "bfloat16", scale.device
+        )
         name = f"{vocab_size:,} ids"
         with recorder.attempt(name):
             works = partial(_topk_works, setting, with_compile=with_compile)
@@ -45,9 +49,13 @@ def topk(scale: Scale, recorder: Recorder) -> None:
             other = topk_bench.COMPILED if with_compile else topk_bench.EAGER
             _tell_times(name, timings, setting.num_tokens, recorder)
             num_bytes = 2 * setting.num_tokens * vocab_size
-            recorder.tell(f"{name}: {ours}, logits read", num_bytes / timings.of(ours).median / 1e12, "TB/s")
+            recorder.tell(
+                f"{name}: {ours}, logits read", num_bytes / timings.of(ours).median / 1e12, "TB/s"
+            )
             ratio = timings.ratio(other, ours).median
-            recorder.tell(f"{name}: speed over {other}", ratio, at_least=scale.promise(_TOPK_PROMISES[other]))
+            recorder.tell(
+                f"{name}: speed over {other}", ratio, at_least=scale.promise(_TOPK_PROMISES[other])
+            )
 
 
 def _tell_ceilings(scale: Scale, recorder: Recorder) -> None:
@@ -55,10 +63,19 @@ def _tell_ceilings(scale: Scale, recorder: Recorder) -> None:
     device, size = torch.device(scale.device), scale.time_tokens
     copied, place = (torch.randn(size, size, device=device) for _ in range(2))
     square = copied.bfloat16()
-    works: dict[str, Work] = {"copy": lambda: [place.copy_(copied)], "product": lambda: [square @ square]}
+    works: dict[str, Work] = {
+        "copy": lambda: [place.copy_(copied)],
+        "product": lambda: [square @ square],
+    }
     timings = time_in_turn(lambda _: works, repeats=scale.repeats, device=device)
-    recorder.tell("a copy, read and written", 8 * size**2 / timings.of("copy").median / 1e12, "TB/s")
-    recorder.tell(f"a product of {size:,} in bfloat16", 2 * size**3 / timings.of("product").median / 1e12, "TFLOP/s")
+    recorder.tell(
+        "a copy, read and written", 8 * size**2 / timings.of("copy").median / 1e12, "TB/s"
+    )
+    recorder.tell(
+        f"a product of {size:,} in bfloat16",
+        2 * size**3 / timings.of("product").median / 1e12,
+        "TFLOP/s",
+    )
 
 
 def _topk_works(setting: topk_bench.Setting, repeat: int, *, with_compile: bool) -> dict[str, Work]:
@@ -74,10 +91,16 @@ def head(scale: Scale, recorder: Recorder) -> None:
         setting = _setting(scale, hidden_size, k=scale.k)
         name = f"H = {hidden_size}"
         with recorder.attempt(name):
-            timings = time_in_turn(partial(_head_works, scale, setting), repeats=scale.repeats, device=device)
+            timings = time_in_turn(
+                partial(_head_works, scale, setting), repeats=scale.repeats, device=device
+            )
             _tell_times(name, timings, setting.num_tokens, recorder)
             share = timings.ratio(head_bench.PRODUCT, _DEFAULT_TARGET).median
-            recorder.tell(f"{name}: {_DEFAULT_TARGET}, of the product's speed", share, at_least=scale.promise(least))
+            recorder.tell(
+                f"{name}: {_DEFAULT_TARGET}, of the product's speed",
+                share,
+                at_least=scale.promise(least),
+            )
             extra = extra_bytes_of(_head_works(scale, setting, 0)[_DEFAULT_TARGET], device)
             recorder.tell(f"{name}: {_DEFAULT_TARGET}, extra memory", extra / 1e6, "MB")
     for k, num_draws in ((scale.default_entries, scale.default_draws), (scale.k, 0)):
@@ -90,7 +113,9 @@ def _head_works(scale: Scale, setting: loss_bench.Setting, repeat: int) -> dict[
     weight_VH = inputs.head.weight_VH
     wide_WH = torch.cat([weight_VH, weight_VH[: scale.row_width - setting.vocab_size]])
     exact = replace(inputs, head=Head(weight_VH, float32_logits=True))
-    seeds_T = token_seeds(0, torch.zeros(setting.num_tokens), torch.arange(setting.num_tokens)).to(setting.torch_device)
+    seeds_T = token_seeds(0, torch.zeros(setting.num_tokens), torch.arange(setting.num_tokens)).to(
+        setting.torch_device
+    )
     default = {"k": scale.default_entries, "num_draws": scale.default_draws}
     return {
         head_bench.PRODUCT: partial(head_bench.product, inputs),
@@ -102,8 +127,12 @@ def _head_works(scale: Scale, setting: loss_bench.Setting, repeat: int) -> dict[
     }
 
 
-def _to_records(inputs: head_bench.Inputs, seeds_T: Tensor, *, k: int, num_draws: int) -> Sequence[Tensor]:
-    target = compress_hidden(inputs.hidden_TH, inputs.head, k=k, tail_draws=num_draws, seeds_T=seeds_T)
+def _to_records(
+    inputs: head_bench.Inputs, seeds_T: Tensor, *, k: int, num_draws: int
+) -> Sequence[Tensor]:
+    target = compress_hidden(
+        inputs.hidden_TH, inputs.head, k=k, tail_draws=num_draws, seeds_T=seeds_T
+    )
     return [encode(target, Codec(inputs.head.vocab_size, k, num_draws=num_draws))]
 
 
@@ -117,7 +146,9 @@ def _time_records(scale: Scale, recorder: Recorder, *, k: int, num_draws: int) -
         "written": lambda: [encode(target, codec)],
         "read": lambda: [decode(records_TB, codec).token_ids_TK],
     }
-    timings = time_in_turn(lambda _: works, repeats=scale.repeats, device=torch.device(scale.device))
+    timings = time_in_turn(
+        lambda _: works, repeats=scale.repeats, device=torch.device(scale.device)
+    )
     for way in works:
         speed = setting.num_tokens / timings.of(way).median / 1e6
         recorder.tell(f"records of {k} entries, {num_draws} draws: {way}", speed, "M tokens/s")
@@ -136,7 +167,9 @@ def loss(scale: Scale, recorder: Recorder) -> None:
         loss_bench.OUR_TEXT: loss_bench.our_text,
     }
     with recorder.attempt("beside three products"):
-        timings = time_in_turn(partial(_loss_works, ways, setting), repeats=scale.repeats, device=device)
+        timings = time_in_turn(
+            partial(_loss_works, ways, setting), repeats=scale.repeats, device=device
+        )
         _tell_times("the loss", timings, setting.num_tokens, recorder)
         ratio = timings.ratio(loss_bench.OURS, loss_bench.PRODUCTS).median
         recorder.tell("seconds over three products", ratio, at_most=scale.promise(_LOSS_PROMISE))
@@ -150,29 +183,43 @@ def loss(scale: Scale, recorder: Recorder) -> None:
             _TUNED_LIGER: _tuned_liger,
         }
         with recorder.attempt("beside Liger"):
-            timings = time_in_turn(partial(_loss_works, texts, setting), repeats=scale.repeats, device=device)
+            timings = time_in_turn(
+                partial(_loss_works, texts, setting), repeats=scale.repeats, device=device
+            )
             _tell_times("the text", timings, setting.num_tokens, recorder)
             ratio = timings.ratio(loss_bench.OUR_TEXT, _TUNED_LIGER).median
-            recorder.tell(f"seconds over {_TUNED_LIGER}", ratio, at_most=scale.promise(_LIGER_PROMISE))
+            recorder.tell(
+                f"seconds over {_TUNED_LIGER}", ratio, at_most=scale.promise(_LIGER_PROMISE)
+            )
 
 
-def _loss_works(ways: Mapping[str, LossWay], setting: loss_bench.Setting, repeat: int) -> dict[str, Work]:
+def _loss_works(
+    ways: Mapping[str, LossWay], setting: loss_bench.Setting, repeat: int
+) -> dict[str, Work]:
     inputs = loss_bench.Inputs.of(setting, repeat)
     return {way: partial(do, inputs) for way, do in ways.items()}
 
 
 def _ours_with_draws(num_draws: int, inputs: loss_bench.Inputs) -> Sequence[Tensor]:
     shape, device = (len(inputs.hidden_TH), num_draws), inputs.hidden_TH.device
-    draws_TN = torch.randint(inputs.target.vocab_size, shape, device=device, dtype=torch.int32).sort(dim=1).values
+    draws_TN = (
+        torch.randint(inputs.target.vocab_size, shape, device=device, dtype=torch.int32)
+        .sort(dim=1)
+        .values
+    )
     return loss_bench.ours(replace(inputs, target=replace(inputs.target, tail_ids_TN=draws_TN)))
 
 
 def _tuned_liger(inputs: loss_bench.Inputs) -> Sequence[Tensor]:
     """With blocks as large as ours, and the weight's gradient summed in float32, as ours is."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
+    from liger_kernel.ops.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyFunction as Function,
+    )
 
     tuned = {"reduction": "sum", "accum_dtype": torch.float32, "chunk_mem_const": _LIGER_CHUNKS}
-    call = signature(Function.forward).bind(None, inputs.hidden_TH, inputs.weight_VH, inputs.labels_T, **tuned)
+    call = signature(Function.forward).bind(
+        None, inputs.hidden_TH, inputs.weight_VH, inputs.labels_T, **tuned
+    )
     call.apply_defaults()  # since `apply` takes no keywords
     return inputs.with_gradients(Function.apply(*call.args[1:])[0])
 

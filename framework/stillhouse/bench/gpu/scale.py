@@ -32,7 +32,8 @@ class Scale:
     default_entries: int  # of the default target
     default_draws: int
     time_tokens: int
-    hidden_promises: tuple[tuple[int, float], ...]  # hidden size; share of the matrix product's speed
+    # hidden size; share of the matrix product's speed
+    hidden_promises: tuple[tuple[int, float], ...]
     repeats: int
     teacher: TeacherShape
     teacher_dtype: str

@@ -20,7 +20,9 @@ from stillhouse.bench.gpu.findings import Recorder, read_findings, table
 from stillhouse.errors import ConfigError, UserError
 
 FINDINGS, LOG, SUMMARY = "findings.jsonl", "log.txt", "summary.txt"
-GRACE_S = 2.0  # from SIGTERM to SIGKILL, and from there until the session goes on without that process
+GRACE_S = (
+    2.0  # from SIGTERM to SIGKILL, and from there until the session goes on without that process
+)
 INSTALL_LIMIT_S = 20.0
 _ASK_LIMIT_S = 60.0  # where that is not enough, nothing follows
 _LOG_TAIL_CHARACTERS = 1500
@@ -51,21 +53,42 @@ PARTS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: every part ended, and all that was promised is so; 1: not; 2: nothing was tried."""
-    parser = argparse.ArgumentParser(prog="python -m stillhouse.bench.gpu", description="Everything that needs a GPU.")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="directory of the findings, whose files are overwritten")
-    parser.add_argument("--only", default="", metavar="PART,PART", help=f"of {', '.join(part.name for part in PARTS)}")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, kernels in Triton's interpreter")
-    parser.add_argument("--wheels", type=Path, help="directory of wheels to use beside the packages that are there")
+    parser = argparse.ArgumentParser(
+        prog="python -m stillhouse.bench.gpu", description="Everything that needs a GPU."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu"),
+        help="directory of the findings, whose files are overwritten",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="PART,PART",
+        help=f"of {', '.join(part.name for part in PARTS)}",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tiny sizes on the CPU, kernels in Triton's interpreter",
+    )
+    parser.add_argument(
+        "--wheels", type=Path, help="directory of wheels to use beside the packages that are there"
+    )
     options = parser.parse_args(arguments)
     try:
         parts = _chosen(options.only)
         if not options.dry_run:
             _require_gpu()
         with tempfile.TemporaryDirectory() as site:
-            environment = _environment(dry_run=options.dry_run) | _import_path(options.wheels, Path(site))
+            environment = _environment(dry_run=options.dry_run) | _import_path(
+                options.wheels, Path(site)
+            )
             out, dry_run = options.out, ["--dry-run"] if options.dry_run else []
             command = [sys.executable, "-m", "stillhouse.bench.gpu.part", *dry_run]
-            usual = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the summary is written then, too
+            # the summary is written then, too
+            usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 passed = hold(parts, lambda part: [*command, part.name, str(out)], out, environment)
                 return 0 if passed else 1
@@ -103,7 +126,9 @@ def hold(
     return all(found.passed is not False for found in findings)
 
 
-def _run(part: Part, command: Sequence[str], out: Path, environment: Mapping[str, str], *, grace_s: float) -> None:
+def _run(
+    part: Part, command: Sequence[str], out: Path, environment: Mapping[str, str], *, grace_s: float
+) -> None:
     """One part, to its end or its limit. How it ended is a finding of its own."""
     began = monotonic()
     with (out / LOG).open("a+", errors="replace") as log:
@@ -165,12 +190,22 @@ def _require_gpu() -> None:
     """Raises ConfigError where torch finds none. A child asks, since a broken driver may hang."""
     ask = "import torch; print(torch.__version__, torch.cuda.is_available())"
     try:
-        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=_ASK_LIMIT_S, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", ask],
+            capture_output=True,
+            text=True,
+            timeout=_ASK_LIMIT_S,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
-        raise ConfigError("torch does not say whether there is a GPU; see whether nvidia-smi answers") from None
+        raise ConfigError(
+            "torch does not say whether there is a GPU; see whether nvidia-smi answers"
+        ) from None
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1]
-        raise ConfigError(f"{sys.executable} cannot import torch: {why}; choose another with PYTHON=")
+        raise ConfigError(
+            f"{sys.executable} cannot import torch: {why}; choose another with PYTHON="
+        )
     version, there = done.stdout.split()
     if there != "True":
         raise ConfigError(
@@ -205,7 +240,11 @@ def _install(files: Sequence[str], site: Path) -> None:
     try:
         subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_LIMIT_S, check=True)
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"pip took more than {INSTALL_LIMIT_S:g} s for the wheels; bring fewer") from None
+        raise ConfigError(
+            f"pip took more than {INSTALL_LIMIT_S:g} s for the wheels; bring fewer"
+        ) from None
     except subprocess.CalledProcessError as failure:
         why = failure.stderr.strip()
-        raise ConfigError(f"{sys.executable} cannot install the wheels: {why}; bring others") from None
+        raise ConfigError(
+            f"{sys.executable} cannot install the wheels: {why}; bring others"
+        ) from None

@@ -35,7 +35,15 @@ def teacher(scale: Scale, recorder: Recorder) -> None:
         _time_targets(scale, model, recorder, num_rows=num_rows, length=length)
 
 
-def _time_forward(scale: Scale, model: PreTrainedModel, recorder: Recorder, *, num_rows: int, length: int, least: float) -> None:
+def _time_forward(
+    scale: Scale,
+    model: PreTrainedModel,
+    recorder: Recorder,
+    *,
+    num_rows: int,
+    length: int,
+    least: float,
+) -> None:
     ids_BL, positions_BL, num_pairs = _packed(scale, num_rows=num_rows, length=length)
     seconds = _seconds(lambda: [final_hidden(model, ids_BL, positions_BL)], scale)
     recorder.tell(f"L = {length}: forward", num_rows * length / seconds, "tokens/s")
@@ -48,22 +56,37 @@ def _time_forward(scale: Scale, model: PreTrainedModel, recorder: Recorder, *, n
         recorder.tell(name, share, at_least=scale.promise(least))
 
 
-def _time_targets(scale: Scale, model: PreTrainedModel, recorder: Recorder, *, num_rows: int, length: int) -> None:
+def _time_targets(
+    scale: Scale, model: PreTrainedModel, recorder: Recorder, *, num_rows: int, length: int
+) -> None:
     ids_BL, positions_BL, _ = _packed(scale, num_rows=num_rows, length=length)
     k, num_draws = scale.default_entries, scale.default_draws
-    head, codec = head_of(model, vocab_size=scale.vocab_size), Codec(scale.vocab_size, k, num_draws=num_draws)
-    seeds_T = token_seeds(0, torch.zeros(num_rows * length), torch.arange(num_rows * length)).to(scale.device)
+    head, codec = (
+        head_of(model, vocab_size=scale.vocab_size),
+        Codec(scale.vocab_size, k, num_draws=num_draws),
+    )
+    seeds_T = token_seeds(0, torch.zeros(num_rows * length), torch.arange(num_rows * length)).to(
+        scale.device
+    )
 
     def work() -> Sequence[Tensor]:
         hidden_TH = final_hidden(model, ids_BL, positions_BL).flatten(0, 1)
-        return [encode(compress_hidden(hidden_TH, head, k=k, tail_draws=num_draws, seeds_T=seeds_T), codec)]
+        return [
+            encode(
+                compress_hidden(hidden_TH, head, k=k, tail_draws=num_draws, seeds_T=seeds_T), codec
+            )
+        ]
 
     seconds = _seconds(work, scale)
-    recorder.tell(f"L = {length}: forward and default target", num_rows * length / seconds, "tokens/s")
+    recorder.tell(
+        f"L = {length}: forward and default target", num_rows * length / seconds, "tokens/s"
+    )
 
 
 def _seconds(work: Work, scale: Scale) -> float:
-    timings = time_in_turn(lambda _: {"work": work}, repeats=_REPEATS, device=torch.device(scale.device))
+    timings = time_in_turn(
+        lambda _: {"work": work}, repeats=_REPEATS, device=torch.device(scale.device)
+    )
     return timings.of("work").median
 
 
@@ -89,7 +112,9 @@ def _model(scale: Scale) -> PreTrainedModel:
         tie_word_embeddings=False,
     )
     with torch.device(scale.device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, scale.teacher_dtype))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, scale.teacher_dtype)
+        )
     return model.eval()
 
 
@@ -109,7 +134,9 @@ def packed_positions(num_rows: int, length: int) -> tuple[Tensor, int]:
 def _flops(model: PreTrainedModel, num_tokens: int, num_pairs: int) -> float:
     """Of the body: 2 for each weight and token, 4 for each pair, layer and channel of attention."""
     named = model.named_parameters()
-    num_weights = sum(weight.numel() for name, weight in named if "embed" not in name and "lm_head" not in name)
+    num_weights = sum(
+        weight.numel() for name, weight in named if "embed" not in name and "lm_head" not in name
+    )
     config = model.config
     channels = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return 2.0 * num_weights * num_tokens + 4.0 * channels * num_pairs

@@ -1,1 +1,2 @@
-"""The k likeliest tokens of a distribution, and draws from the rest: one reference, and faster ways that agree with it."""
+"""The k likeliest tokens of a distribution, and draws from the rest: one reference, and faster ways
+that agree with it."""

@@ -1,14 +1,16 @@
 """The exact block-max filter in plain torch: the top-k out of the few blocks that hold it.
 
-Shapes: T tokens, V vocabulary, K kept entries, B a block's width, N whole blocks of a row, M blocks of a row, the last one perhaps with
-fewer ids, F entries of the found blocks.
+Shapes: T tokens, V vocabulary, K kept entries, B a block's width, N whole blocks of a row, M blocks
+of a row, the last one perhaps with fewer ids, F entries of the found blocks.
 
-The K blocks with the greatest maxima, equal ones in the order of their ids, hold the K greatest entries with ties to the lowest ids: no
-kept entry is below the K-th maximum, and of the entries that equal it, the first K blocks have the first ones. So nothing overflows,
-however many entries tie. (For the filter: Gaihre et al. 2021, "Dr. Top-k".)
+The K blocks with the greatest maxima, equal ones in the order of their ids, hold the K greatest
+entries with ties to the lowest ids: no kept entry is below the K-th maximum, and of the entries
+that equal it, the first K blocks have the first ones. So nothing overflows, however many entries
+tie. (For the filter: Gaihre et al. 2021, "Dr. Top-k".)
 
-Memory is the slow part: a row is read once, and on a CPU its maxima and sums are taken while it and its exponentials lie in the cache. On
-a GPU starting an operation is the slow part, so many rows are read at once.
+Memory is the slow part: a row is read once, and on a CPU its maxima and sums are taken while it and
+its exponentials lie in the cache. On a GPU starting an operation is the slow part, so many rows are
+read at once.
 """
 
 from dataclasses import dataclass
@@ -21,15 +23,25 @@ from stillhouse.logits.topk.found import RawTopK
 BLOCK_IDS = 128
 _CACHED_LOGITS = 1 << 17  # whose two float32 copies stay in a core's cache
 _GROUP_LOGITS = 1 << 23  # whose rows are selected from together: it saves calls
-_GPU_LOGITS = 1 << 24  # that are read and selected from together: 110 rows of today's vocabularies, and two float32 copies of 64 MB
-_UNSHIFTED = (-10.0, 60.0)  # between which a row's greatest logit / T may be: 2^32 times e^60 is in range, and what e^-10 loses is nothing
+_GPU_LOGITS = (
+    1 << 24
+    # that are read and selected from together: 110 rows of today's vocabularies, and two float32
+    # copies of 64 MB
+)
+_UNSHIFTED = (
+    -10.0,
+    60.0,
+    # between which a row's greatest logit / T may be: 2^32 times e^60 is in range, and what e^-10
+    # loses is nothing
+)
 _LEAST_SUM = 1e-30  # of exponentials relative to a row's maximum: below, float32 loses their digits
 _LEAST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """Of each row, its whole blocks' maxima, and the sums of exp((z - base) / temperature) over them."""
+    """Of each row, its whole blocks' maxima, and the sums of exp((z - base) / temperature) over
+    them."""
 
     maxima_TN: Tensor
     sums_TN: Tensor
@@ -42,22 +54,32 @@ def split(logits_TV: Tensor, *, k: int, temperature: float) -> RawTopK:
     rows_read, rows_selected = rows_at_once(logits_TV.device, vocab_size)
     scratch_2RV = _empty(logits_TV, 2, min(num_tokens, rows_read), vocab_size)
     group_TV = logits_TV.split(rows_selected)
-    groups = [_split_group(rows_TV, scratch_2RV, k=k, temperature=temperature) for rows_TV in group_TV]
-    ids_TK, logits_TK, base_T, sums_TM = (torch.cat(columns) for columns in zip(*groups, strict=True))
+    groups = [
+        _split_group(rows_TV, scratch_2RV, k=k, temperature=temperature) for rows_TV in group_TV
+    ]
+    ids_TK, logits_TK, base_T, sums_TM = (
+        torch.cat(columns) for columns in zip(*groups, strict=True)
+    )
     return RawTopK(ids_TK, logits_TK, base_T, sums_TM, BLOCK_IDS)
 
 
 def rows_at_once(device: torch.device, vocab_size: int) -> tuple[int, int]:
     """How many rows are read together, and how many are selected from together."""
-    read, selected = (_CACHED_LOGITS, _GROUP_LOGITS) if device.type == "cpu" else (_GPU_LOGITS, _GPU_LOGITS)
+    read, selected = (
+        (_CACHED_LOGITS, _GROUP_LOGITS) if device.type == "cpu" else (_GPU_LOGITS, _GPU_LOGITS)
+    )
     return max(1, read // vocab_size), max(1, selected // vocab_size)
 
 
-def _split_group(logits_TV: Tensor, scratch_2RV: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _split_group(
+    logits_TV: Tensor, scratch_2RV: Tensor, *, k: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors of a RawTopK."""
     logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
     blocks = _read_once(logits_TV, scratch_2RV, temperature=temperature)
-    found_TK = first_greatest(blocks.maxima_TN, min(k, blocks.maxima_TN.shape[1])).sort(dim=1).values
+    found_TK = (
+        first_greatest(blocks.maxima_TN, min(k, blocks.maxima_TN.shape[1])).sort(dim=1).values
+    )
     values_TF = _entries_of(logits_TV, found_TK).float()
     places_TK = _top_places(values_TF, k, maxima_TK=blocks.maxima_TN.gather(1, found_TK))
     kept_TK = values_TF.gather(1, places_TK)
@@ -65,17 +87,27 @@ def _split_group(logits_TV: Tensor, scratch_2RV: Tensor, *, k: int, temperature:
     left_TF = (values_TF - blocks.base_T1).scatter_(1, places_TK, -torch.inf)
     left_TF = (left_TF.div_(temperature) if temperature != 1.0 else left_TF).exp_()
     num_found = found_TK.shape[1]
-    found_sums_TK = left_TF[:, : num_found * BLOCK_IDS].unflatten(1, (num_found, BLOCK_IDS)).sum(dim=2)
-    last_sum_TX = left_TF[:, num_found * BLOCK_IDS :].sum(dim=1, keepdim=True)[:, : logits_TV.shape[1] % BLOCK_IDS]
-    base_T1, sums_TM = blocks.base_T1, torch.cat([blocks.sums_TN.scatter(1, found_TK, found_sums_TK), last_sum_TX], dim=1)
+    found_sums_TK = (
+        left_TF[:, : num_found * BLOCK_IDS].unflatten(1, (num_found, BLOCK_IDS)).sum(dim=2)
+    )
+    last_sum_TX = left_TF[:, num_found * BLOCK_IDS :].sum(dim=1, keepdim=True)[
+        :, : logits_TV.shape[1] % BLOCK_IDS
+    ]
+    base_T1, sums_TM = (
+        blocks.base_T1,
+        torch.cat([blocks.sums_TN.scatter(1, found_TK, found_sums_TK), last_sum_TX], dim=1),
+    )
     faint_T = sums_TM.sum(dim=1) < _LEAST_SUM
     if faint_T.any():
-        base_T1[faint_T], sums_TM[faint_T] = _rest_alone(logits_TV[faint_T], ids_TK[faint_T], temperature=temperature)
+        base_T1[faint_T], sums_TM[faint_T] = _rest_alone(
+            logits_TV[faint_T], ids_TK[faint_T], temperature=temperature
+        )
     return ids_TK.int(), kept_TK, base_T1[:, 0], sums_TM
 
 
 def _read_once(logits_TV: Tensor, scratch_2RV: Tensor, *, temperature: float) -> _Blocks:
-    """Relative to 0, which language models' logits allow: to subtract a base takes half as long again. Other rows are read twice."""
+    """Relative to 0, which language models' logits allow: to subtract a base takes half as long
+    again. Other rows are read twice."""
     maxima_TN, sums_TN = _maxima_and_sums(logits_TV, None, scratch_2RV, temperature=temperature)
     last_TR = logits_TV[:, maxima_TN.shape[1] * BLOCK_IDS :]
     greatest_T1 = torch.cat([maxima_TN, last_TR.float()], dim=1).amax(dim=1, keepdim=True)
@@ -83,12 +115,17 @@ def _read_once(logits_TV: Tensor, scratch_2RV: Tensor, *, temperature: float) ->
     high_T = ((greatest_T1 < least) | (greatest_T1 > most) | greatest_T1.isnan())[:, 0]
     base_T1 = greatest_T1.clamp_(min=_LEAST).masked_fill_(~high_T[:, None], 0.0)
     if high_T.any():
-        sums_TN[high_T] = _maxima_and_sums(logits_TV[high_T], base_T1[high_T], scratch_2RV, temperature=temperature)[1]
+        sums_TN[high_T] = _maxima_and_sums(
+            logits_TV[high_T], base_T1[high_T], scratch_2RV, temperature=temperature
+        )[1]
     return _Blocks(maxima_TN, sums_TN, base_T1)
 
 
-def _maxima_and_sums(logits_TV: Tensor, base_T1: Tensor | None, scratch_2RV: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of the whole blocks, relative to the base, or to 0. While a row and its exponentials lie in the cache."""
+def _maxima_and_sums(
+    logits_TV: Tensor, base_T1: Tensor | None, scratch_2RV: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Of the whole blocks, relative to the base, or to 0. While a row and its exponentials lie in
+    the cache."""
     num_tokens, num_blocks = logits_TV.shape[0], logits_TV.shape[1] // BLOCK_IDS
     covered, at_once = num_blocks * BLOCK_IDS, scratch_2RV.shape[1]
     maxima_TN, sums_TN = _empty(logits_TV, 2, num_tokens, num_blocks)
@@ -98,8 +135,15 @@ def _maxima_and_sums(logits_TV: Tensor, base_T1: Tensor | None, scratch_2RV: Ten
         float_RV, weights_RV = scratch_2RV[:, : len(rows_RV), :covered]
         rows_RV = rows_RV if rows_RV.dtype == torch.float32 else float_RV.copy_(rows_RV)
         torch.amax(rows_RV.unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=maxima_TN[rows])
-        shifted_RV = rows_RV if base_T1 is None else torch.sub(rows_RV, base_T1[rows], out=weights_RV)
-        torch.exp(shifted_RV if temperature == 1.0 else torch.div(shifted_RV, temperature, out=weights_RV), out=weights_RV)
+        shifted_RV = (
+            rows_RV if base_T1 is None else torch.sub(rows_RV, base_T1[rows], out=weights_RV)
+        )
+        torch.exp(
+            shifted_RV
+            if temperature == 1.0
+            else torch.div(shifted_RV, temperature, out=weights_RV),
+            out=weights_RV,
+        )
         torch.sum(weights_RV.unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=sums_TN[rows])
     return maxima_TN, sums_TN
 
@@ -109,7 +153,8 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def _entries_of(logits_TV: Tensor, found_TK: Tensor) -> Tensor:
-    """[T, F]: the entries of the found blocks (ascending), then those after the last whole block. A row's entries lie side by side."""
+    """[T, F]: the entries of the found blocks (ascending), then those after the last whole block. A
+    row's entries lie side by side."""
     vocab_size = logits_TV.shape[1]
     last_TR = logits_TV[:, vocab_size // BLOCK_IDS * BLOCK_IDS :]
     if found_TK.shape[1] == 0:
@@ -119,10 +164,13 @@ def _entries_of(logits_TV: Tensor, found_TK: Tensor) -> Tensor:
 
 
 def windows(logits_TV: Tensor, first_ids_TX: Tensor, *, width: int) -> Tensor:
-    """[T, X, width] runs of each row, whose entries lie side by side, from these ids on. Copied whole, which torch.gather would not do."""
+    """[T, X, width] runs of each row, whose entries lie side by side, from these ids on. Copied
+    whole, which torch.gather would not do."""
     num_tokens, vocab_size = logits_TV.shape
     stride = logits_TV.stride(0)
-    runs_XB = logits_TV.as_strided(((num_tokens - 1) * stride + vocab_size - width + 1, width), (1, 1))
+    runs_XB = logits_TV.as_strided(
+        ((num_tokens - 1) * stride + vocab_size - width + 1, width), (1, 1)
+    )
     starts_TX = first_ids_TX + stride * torch.arange(num_tokens, device=logits_TV.device)[:, None]
     return runs_XB.index_select(0, starts_TX.flatten()).view(*first_ids_TX.shape, width)
 
@@ -134,34 +182,50 @@ def _ids_of(places_TK: Tensor, found_TK: Tensor, *, vocab_size: int) -> Tensor:
     if num_found == 0:
         return last_TK
     block_TK = found_TK.gather(1, (places_TK // BLOCK_IDS).clamp(max=num_found - 1))
-    return torch.where(places_TK < num_found * BLOCK_IDS, block_TK * BLOCK_IDS + places_TK % BLOCK_IDS, last_TK)
+    return torch.where(
+        places_TK < num_found * BLOCK_IDS, block_TK * BLOCK_IDS + places_TK % BLOCK_IDS, last_TK
+    )
 
 
 def _rest_alone(logits_TV: Tensor, ids_TK: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """float32 [T, 1] and [T, M]: the greatest logit that is not kept, and each block's sum of exponentials relative to it."""
+    """float32 [T, 1] and [T, M]: the greatest logit that is not kept, and each block's sum of
+    exponentials relative to it."""
     rest_TV = logits_TV.float().scatter(1, ids_TK, -torch.inf)
     base_T1 = rest_TV.amax(dim=1, keepdim=True)
     weights_TV = ((rest_TV - base_T1.clamp(min=_LEAST)) / temperature).exp()
-    return base_T1, torch.nn.functional.pad(weights_TV, (0, -weights_TV.shape[1] % BLOCK_IDS)).unflatten(1, (-1, BLOCK_IDS)).sum(dim=2)
+    return base_T1, torch.nn.functional.pad(
+        weights_TV, (0, -weights_TV.shape[1] % BLOCK_IDS)
+    ).unflatten(1, (-1, BLOCK_IDS)).sum(dim=2)
 
 
 def _top_places(values_TF: Tensor, k: int, *, maxima_TK: Tensor) -> Tensor:
-    """`first_greatest`, of entries that include the found blocks' maxima: where these are k, few others reach the least of them."""
+    """`first_greatest`, of entries that include the found blocks' maxima: where these are k, few
+    others reach the least of them."""
     if not 0 < k <= maxima_TK.shape[1]:
         return first_greatest(values_TF, k)
     reach_TF = values_TF >= maxima_TK.amin(dim=1, keepdim=True)
     rows_C, places_C = reach_TF.nonzero().unbind(1)  # by row, then by place
     counts_T = rows_C.bincount(minlength=len(values_TF))
-    nth_C = torch.arange(len(rows_C), device=rows_C.device) - (counts_T.cumsum(0) - counts_T)[rows_C]
+    nth_C = (
+        torch.arange(len(rows_C), device=rows_C.device) - (counts_T.cumsum(0) - counts_T)[rows_C]
+    )
     shape = (len(values_TF), max(k, int(counts_T.max())))
-    few_TC = values_TF.new_full(shape, -torch.inf).index_put_((rows_C, nth_C), values_TF[rows_C, places_C])
-    return places_C.new_zeros(shape).index_put_((rows_C, nth_C), places_C).gather(1, first_greatest(few_TC, k))
+    few_TC = values_TF.new_full(shape, -torch.inf).index_put_(
+        (rows_C, nth_C), values_TF[rows_C, places_C]
+    )
+    return (
+        places_C.new_zeros(shape)
+        .index_put_((rows_C, nth_C), places_C)
+        .gather(1, first_greatest(few_TC, k))
+    )
 
 
 def first_greatest(values_TF: Tensor, k: int) -> Tensor:
-    """int64 [T, k], the places of the k greatest of float32 values, by value descending, ties by place ascending; -0 equals +0.
+    """int64 [T, k], the places of the k greatest of float32 values, by value descending, ties by
+    place ascending; -0 equals +0.
 
-    A value's bits, made to order as integers, above its place counted from the end are one key, so that no two are equal.
+    A value's bits, made to order as integers, above its place counted from the end are one key, so
+    that no two are equal.
     """
     last = values_TF.shape[1] - 1
     bits_TF = (values_TF + 0.0).view(torch.int32)  # -0 becomes +0
