@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.targets import bucketed
 from stillhouse.errors import TeacherError
 from stillhouse.logits import (
     CompressedLogits,
     Head,
+    TargetSpec,
     backend_for,
     compress,
     compress_hidden,
@@ -74,7 +76,7 @@ def assert_equals_the_reference(
     the reference comes."""
     raw = split(logits, k=k, temperature=temperature)
     target, lse = normalise(raw, vocab_size=logits.shape[1], temperature=temperature)
-    wanted = compress_reference(logits, k=k, temperature=temperature)
+    wanted = bucketed(logits, k, temperature=temperature, by=compress_reference)
     assert torch.equal(target.token_ids_TK, wanted.token_ids_TK)
     ids = wanted.token_ids_TK.long()
     assert torch.equal(raw.logits_TK, logits.float().gather(1, ids))
@@ -260,7 +262,9 @@ def test_rows_in_doubt_are_asked_for_a_block_at_a_time() -> None:
 
     hidden = torch.full((24, 3), math.nan)
     with pytest.raises(TeacherError, match=r"token 0 .*20 NaN"):
-        compress_hidden(hidden, Recording(torch.ones(20, 3)), k=2, block_tokens=4)
+        compress_hidden(
+            hidden, Recording(torch.ones(20, 3)), spec=TargetSpec(20, 2), block_tokens=4
+        )
     assert asked == [4] * 7
 
 
@@ -327,7 +331,7 @@ def test_the_path_says_which_and_why() -> None:
 def test_an_extreme_temperature_is_the_references_affair() -> None:
     logits = torch.tensor([[0.0, -1e-36, 2e-36]])
     for way in (compress, compress_reference):
-        c: CompressedLogits = way(logits, k=2, temperature=1e-36)
+        c: CompressedLogits = way(logits, TargetSpec(3, 2, temperature=1e-36))
         assert c.token_ids_TK.tolist() == [[2, 0]]
         assert c.logprobs_TK[0].tolist() == pytest.approx([-0.1698, -2.1698], abs=1e-3)
 
@@ -336,4 +340,4 @@ def test_a_bad_row_in_a_later_block_of_rows_is_named() -> None:
     logits = torch.zeros(70, 131_073, dtype=torch.bfloat16)
     logits[69, 131_072] = math.nan
     with pytest.raises(TeacherError, match=r"token 69 .*1 NaN and 0"):
-        compress(logits, k=3)
+        compress(logits, TargetSpec(logits.shape[1], 3))

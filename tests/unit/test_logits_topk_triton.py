@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.compiling import Kernel, machine_code_sizes
+from helpers.targets import bucketed
 from stillhouse.logits import (
     Backend,
     Head,
+    TargetSpec,
     backend_for,
-    compress_hidden,
     compress_reference,
     token_seeds,
 )
 from stillhouse.logits.topk import blockmax_torch, blockmax_triton
+from stillhouse.logits.topk.dispatch import compress_in_blocks
 from stillhouse.logits.topk.draws import draw_in_blocks
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -48,7 +50,7 @@ def assert_equals_the_reference_or_doubts(
     """The rows that are to be done again."""
     raw, again = blockmax_triton.launch(logits, k=k, temperature=temperature, width=width)
     target, lse = normalise(raw, vocab_size=logits.shape[1], temperature=temperature)
-    wanted = compress_reference(logits, k=k, temperature=temperature)
+    wanted = bucketed(logits, k, temperature=temperature, by=compress_reference)
     sure = ~again
     assert torch.equal(target.token_ids_TK[sure], wanted.token_ids_TK[sure])
     assert torch.equal(
@@ -134,7 +136,9 @@ def test_draws_from_the_kernels_sums_are_the_references() -> None:
     found = draw_in_blocks(logits, raw, seeds, num_draws=8, temperature=1.5)
     assert torch.equal(
         found,
-        compress_reference(logits, k=5, tail_draws=8, temperature=1.5, seeds_T=seeds).tail_ids_TN,
+        compress_reference(
+            logits, TargetSpec(logits.shape[1], 5, num_draws=8, temperature=1.5), seeds_T=seeds
+        ).tail_ids_TN,
     )
 
 
@@ -283,15 +287,15 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
     hidden = torch.randn(13, 8, generator=torch.Generator().manual_seed(0))
     hidden[[0, 2, 3, 4, 7, 8, 9, 11, 12]] = 0.0
     head = Recording(torch.randn(600, 8, generator=torch.Generator().manual_seed(1)))
-    found = compress_hidden(
-        hidden,
-        head,
-        k=3,
+    found = compress_in_blocks(
+        lambda rows: head.logits(hidden[rows]),
+        TargetSpec(600, 3),
+        seeds_T=torch.zeros(13, dtype=torch.int64),
         block_tokens=4,
         choose_backend=lambda *_, **__: Backend("triton", "the interpreter's"),
     )
     assert asked == [4, 4, 4, 1, 4, 4, 1]
-    wanted = compress_reference(hidden @ head.weight_VH.T, k=3)
+    wanted = compress_reference(hidden @ head.weight_VH.T, TargetSpec(600, 3))
     assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)
     torch.testing.assert_close(found.logprobs_TK, wanted.logprobs_TK, rtol=2e-6, atol=4e-6)
 

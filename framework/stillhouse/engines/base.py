@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stillhouse.config import TeacherSection
 from stillhouse.engines.probe import Probe
-from stillhouse.logits import Backend, Codec, CompressedLogits, encode, token_seeds
+from stillhouse.logits import Backend, CompressedLogits, TargetSpec, encode, token_seeds
 from stillhouse.models import ModelIdentity
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
@@ -76,10 +76,10 @@ class TeacherEngine(Protocol):
         ...
 
 
-def encoded(parts: Iterable[CompressedLogits], codec: Codec) -> Iterator[Records]:
+def encoded(parts: Iterable[CompressedLogits], spec: TargetSpec) -> Iterator[Records]:
     """For an engine whose targets are tensors of this process: they are encoded where they lie."""
     for targets in parts:
-        yield Records(encode(targets, codec), targets.map(_first))
+        yield Records(encode(targets, spec), targets.map(_first))
 
 
 def _first(rows: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ import torch
 from stillhouse.config import TeacherSection
 from stillhouse.engines.base import Capabilities, Records, draw_seeds, encoded, probe_item
 from stillhouse.engines.probe import Probe, hashes_of_weights, mean_kl, rounded_otherwise
-from stillhouse.logits import Backend, CompressedLogits, backend_for, compress_hidden, concatenate
+from stillhouse.logits import (
+    Backend,
+    CompressedLogits,
+    TargetSpec,
+    backend_for,
+    compress_hidden,
+    concatenate,
+)
 from stillhouse.models import (
     ModelIdentity,
     check_head,
@@ -57,11 +64,11 @@ class TransformersEngine:
         return model_identity(section, cache_dir=cache_dir)
 
     def records(self, item: WorkItem) -> Iterator[Records]:
-        return encoded(self.targets(item), self._recipe.codec)
+        return encoded(self.targets(item), self._recipe.spec)
 
     def targets(self, item: WorkItem) -> Iterator[CompressedLogits]:
         """The same as tensors, a part for each forward pass, on the teacher's device."""
-        return self._compress(item, k=self._recipe.k, tail_draws=self._recipe.num_draws)
+        return self._compress(item, self._recipe.spec)
 
     def probe(self) -> Probe:
         """What this replica says to `probe_item`, and of its number format and its weights, to be
@@ -72,9 +79,9 @@ class TransformersEngine:
         return Probe(answer, rounding_kl, hashes_of_weights(self._model))
 
     def _answer(self) -> CompressedLogits:
-        parts = self._compress(
-            probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0
-        )
+        num_entries = min(_PROBE_ENTRIES, self._recipe.vocab_size)
+        spec = replace(self._recipe.spec, k=num_entries, num_draws=0)
+        parts = self._compress(probe_item(self._recipe), spec)
         return concatenate(parts).map(torch.Tensor.cpu)
 
     def backend(self) -> Backend:
@@ -85,7 +92,7 @@ class TransformersEngine:
         )
 
     @torch.inference_mode()
-    def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> Iterator[CompressedLogits]:
+    def _compress(self, item: WorkItem, spec: TargetSpec) -> Iterator[CompressedLogits]:
         seeds_SL = draw_seeds(item, self._recipe)
         for start in range(0, len(item.sequences), self._section.batch_sequences):
             rows = slice(start, start + self._section.batch_sequences)
@@ -93,9 +100,7 @@ class TransformersEngine:
             yield compress_hidden(
                 hidden_at(self._model, batch).to(self._head.weight_VH.device),
                 self._head,
-                k=k,
-                tail_draws=tail_draws,
-                temperature=self._recipe.temperature,
+                spec=spec,
                 seeds_T=seeds_SL[rows].flatten()[batch.target_positions_T],
                 block_tokens=self._section.block_tokens,
             )

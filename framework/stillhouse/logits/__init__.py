@@ -11,7 +11,8 @@ from stillhouse.logits.compressed import (
     kept_mass,
 )
 from stillhouse.logits.head import Head
-from stillhouse.logits.record import CODEC_VERSION, Codec
+from stillhouse.logits.record import CODEC_VERSION
+from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk.dispatch import backend_for, compress, compress_hidden
 from stillhouse.logits.topk.draws import token_seeds
 from stillhouse.logits.topk.reference import compress_reference
@@ -20,10 +21,10 @@ from stillhouse.logits.topk.shards import compress_shard
 __all__ = [
     "CODEC_VERSION",
     "Backend",
-    "Codec",
     "CompressedLogits",
     "Fidelity",
     "Head",
+    "TargetSpec",
     "backend_for",
     "compress",
     "compress_hidden",

@@ -15,7 +15,8 @@ from torch import Tensor
 from stillhouse.errors import ChunkError
 from stillhouse.logits import record
 from stillhouse.logits.compressed import CompressedLogits
-from stillhouse.logits.record import Codec, Complaints
+from stillhouse.logits.record import Complaints
+from stillhouse.logits.spec import TargetSpec, elias_fano_bytes, low_bits
 
 _HALF = np.dtype("<f2")
 _BLOCK_ENTRIES = 1 << 16  # ids worked on at one time: bounds the memory, and stays in the cache
@@ -25,72 +26,72 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
-def encode(c: CompressedLogits, codec: Codec) -> Tensor:
-    """Records uint8 [T, codec.bytes_per_token] of a target on the CPU that has the codec's shape.
+def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
+    """Records uint8 [T, spec.bytes_per_token] of a target on the CPU that has the codec's shape.
     Raises ChunkError."""
     ids_TK, draws_TN = c.token_ids_TK.numpy(), c.tail_ids_TN.numpy()
     logprobs_TK, log_tail_T = c.logprobs_TK.numpy(), c.tail_logmass_T.numpy()
-    records_TB = np.empty((c.num_tokens, codec.bytes_per_token), np.uint8)
+    records_TB = np.empty((c.num_tokens, spec.bytes_per_token), np.uint8)
 
     def write(rows: slice) -> None:
         kept_TK, drawn_TN = ids_TK[rows].astype(np.int64), draws_TN[rows].astype(np.int64)
         kept = (
-            _encode_kept(kept_TK, logprobs_TK[rows], log_tail_T[rows], codec, first_row=rows.start)
-            if codec.k
+            _encode_kept(kept_TK, logprobs_TK[rows], log_tail_T[rows], spec, first_row=rows.start)
+            if spec.k
             else []
         )
         drawn = (
-            _encode_ids(drawn_TN, codec, first_row=rows.start, distinct=False)
-            if codec.num_draws
+            _encode_ids(drawn_TN, spec, first_row=rows.start, distinct=False)
+            if spec.num_draws
             else []
         )
         np.concatenate([*kept, *drawn], axis=1, out=records_TB[rows])
 
-    _in_blocks(write, c.num_tokens, codec)
+    _in_blocks(write, c.num_tokens, spec)
     return torch.from_numpy(records_TB)
 
 
-def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
+def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
     """The target that records of the codec's size on the CPU hold. Raises ChunkError."""
     records, num_tokens = records_TB.numpy(), records_TB.shape[0]
-    ids_TK = np.empty((num_tokens, codec.k), np.int32)
-    logprobs_TK = np.empty((num_tokens, codec.k), np.float32)
+    ids_TK = np.empty((num_tokens, spec.k), np.int32)
+    logprobs_TK = np.empty((num_tokens, spec.k), np.float32)
     log_tail_T = np.zeros(num_tokens, np.float32)
-    draws_TN = np.empty((num_tokens, codec.num_draws), np.int32)
-    ends = list(accumulate(codec.section_bytes))
+    draws_TN = np.empty((num_tokens, spec.num_draws), np.int32)
+    ends = list(accumulate(spec.section_bytes))
 
     def read(rows: slice) -> None:
         header, ids, values, draws = np.split(records[rows], ends[:-1], axis=1)
-        if codec.k:
+        if spec.k:
             range_T, log_tail_T[rows] = (
                 np.ascontiguousarray(header).view(_HALF).astype(np.float32).T
             )
-            _require(record.wrong_header(range_T, log_tail_T[rows], codec), rows.start)
-            kept_TK = _decode_ids(ids, codec.k, codec, first_row=rows.start, distinct=True)
-            unsorted_TK = _unpack(values, codec.k, width=codec.value_bits, first_row=rows.start)
+            _require(record.wrong_header(range_T, log_tail_T[rows], spec), rows.start)
+            kept_TK = _decode_ids(ids, spec.k, spec, first_row=rows.start, distinct=True)
+            unsorted_TK = _unpack(values, spec.k, width=spec.value_bits, first_row=rows.start)
             codes_TK, ids_TK[rows] = _sort_pairs(unsorted_TK, kept_TK)
-            _require(record.wrong_codes(codes_TK, range_T, codec), rows.start)
-            logprobs_TK[rows] = _logprobs(codes_TK, range_T, log_tail_T[rows], codec)
-        if codec.num_draws:
+            _require(record.wrong_codes(codes_TK, range_T, spec), rows.start)
+            logprobs_TK[rows] = _logprobs(codes_TK, range_T, log_tail_T[rows], spec)
+        if spec.num_draws:
             draws_TN[rows] = _decode_ids(
-                draws, codec.num_draws, codec, first_row=rows.start, distinct=False
+                draws, spec.num_draws, spec, first_row=rows.start, distinct=False
             )
 
-    _in_blocks(read, num_tokens, codec)
+    _in_blocks(read, num_tokens, spec)
     return CompressedLogits(
         torch.from_numpy(ids_TK),
         torch.from_numpy(logprobs_TK),
         torch.from_numpy(log_tail_T),
         torch.from_numpy(draws_TN),
-        vocab_size=codec.vocab_size,
-        temperature=codec.temperature,
+        vocab_size=spec.vocab_size,
+        temperature=spec.temperature,
     )
 
 
-def _in_blocks(work: Callable[[slice], None], num_tokens: int, codec: Codec) -> None:
+def _in_blocks(work: Callable[[slice], None], num_tokens: int, spec: TargetSpec) -> None:
     """`work` on all rows, a block at a time; it raises ChunkError for the first row with some
     complaint, this for the first with any."""
-    step = max(1, _BLOCK_ENTRIES // (codec.k + codec.num_draws))
+    step = max(1, _BLOCK_ENTRIES // (spec.k + spec.num_draws))
     for start in range(0, num_tokens, step):
         rows = range(start, min(start + step, num_tokens))
         try:
@@ -111,12 +112,12 @@ def _require(complaints: Complaints, first_row: int) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _encode_ids(ids_TM: Ints, codec: Codec, *, first_row: int, distinct: bool) -> list[Bytes]:
-    _require(record.wrong_ids(ids_TM, codec, distinct=distinct), first_row)
+def _encode_ids(ids_TM: Ints, spec: TargetSpec, *, first_row: int, distinct: bool) -> list[Bytes]:
+    _require(record.wrong_ids(ids_TM, spec, distinct=distinct), first_row)
     num_rows, m = ids_TM.shape
     low, (_, high_bytes) = (
-        record.low_bits(m, codec.vocab_size),
-        record.elias_fano_bytes(m, codec.vocab_size),
+        low_bits(m, spec.vocab_size),
+        elias_fano_bytes(m, spec.vocab_size),
     )
     high_bits = np.zeros((num_rows, 8 * high_bytes), np.uint8)
     np.put_along_axis(high_bits, (ids_TM >> low) + np.arange(m), 1, axis=1)
@@ -126,10 +127,12 @@ def _encode_ids(ids_TM: Ints, codec: Codec, *, first_row: int, distinct: bool) -
     ]
 
 
-def _decode_ids(section: Bytes, m: int, codec: Codec, *, first_row: int, distinct: bool) -> Ints:
+def _decode_ids(
+    section: Bytes, m: int, spec: TargetSpec, *, first_row: int, distinct: bool
+) -> Ints:
     low, (low_bytes, _) = (
-        record.low_bits(m, codec.vocab_size),
-        record.elias_fano_bytes(m, codec.vocab_size),
+        low_bits(m, spec.vocab_size),
+        elias_fano_bytes(m, spec.vocab_size),
     )
     high_bits = np.unpackbits(section[:, low_bytes:], axis=1, bitorder="little")
     _require(record.wrong_number(high_bits.sum(axis=1, dtype=np.int64), m), first_row)
@@ -141,7 +144,7 @@ def _decode_ids(section: Bytes, m: int, codec: Codec, *, first_row: int, distinc
     ids_TM = ((ones_TM - np.arange(m)) << low) | _unpack(
         section[:, :low_bytes], m, width=low, first_row=first_row
     )
-    _require(record.wrong_ids(ids_TM, codec, distinct=distinct), first_row)
+    _require(record.wrong_ids(ids_TM, spec, distinct=distinct), first_row)
     return ids_TM
 
 
@@ -190,31 +193,31 @@ def _recut(
 
 
 def _encode_kept(
-    ids_TK: Ints, logprobs_TK: Floats, log_tail_T: Floats, codec: Codec, *, first_row: int
+    ids_TK: Ints, logprobs_TK: Floats, log_tail_T: Floats, spec: TargetSpec, *, first_row: int
 ) -> list[Bytes]:
     best_T = logprobs_TK.max(axis=1)
-    _require(record.wrong_target(best_T, log_tail_T, codec), first_row)
+    _require(record.wrong_target(best_T, log_tail_T, spec), first_row)
     drops_TK = np.minimum(best_T[:, None] - logprobs_TK, np.float32(record.MOST_RANGE))
     range_T = np.maximum(drops_TK.max(axis=1), np.float32(record.LEAST_RANGE)).astype(_HALF)
     roots_TK, range_root_T1 = (
         np.sqrt(1 + drops_TK) - 1,
         np.sqrt(1 + range_T.astype(np.float32)[:, None]) - 1,
     )
-    codes_TK = record.codes_of(roots_TK, range_root_T1, codec).astype(np.int64)
+    codes_TK = record.codes_of(roots_TK, range_root_T1, spec).astype(np.int64)
     limited_T = log_tail_T.clip(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)
     stored_tail_T = np.where(log_tail_T == -np.inf, log_tail_T, limited_T).astype(_HALF)
     header = np.stack([range_T, stored_tail_T], axis=1).view(np.uint8)
     ids_TK, codes_TK = _sort_pairs(ids_TK, codes_TK)
     return [
         header,
-        *_encode_ids(ids_TK, codec, first_row=first_row, distinct=True),
-        _pack(codes_TK, codec.value_bits),
+        *_encode_ids(ids_TK, spec, first_row=first_row, distinct=True),
+        _pack(codes_TK, spec.value_bits),
     ]
 
 
-def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, codec: Codec) -> Floats:
+def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, spec: TargetSpec) -> Floats:
     drops_TK = record.drops_of(
-        codes_TK.astype(np.float64), np.sqrt(1 + range_T[:, None].astype(np.float64)) - 1, codec
+        codes_TK.astype(np.float64), np.sqrt(1 + range_T[:, None].astype(np.float64)) - 1, spec
     )
     best_T = _log_one_minus_exp(log_tail_T.astype(np.float64)) - np.log(
         np.exp(-drops_TK).sum(axis=1)

@@ -18,34 +18,35 @@ from torch.nn import functional
 
 from stillhouse.logits import record
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.record import Codec, Complaints
+from stillhouse.logits.record import Complaints
+from stillhouse.logits.spec import TargetSpec, elias_fano_bytes, low_bits
 
 # ids worked on at one time: enough for a GPU, and some 200 MB of its memory
 _BLOCK_ENTRIES = 1 << 21
 
 
-def encode(c: CompressedLogits, codec: Codec) -> Tensor:
-    """Records uint8 [T, codec.bytes_per_token], on its device, of a target that has the codec's
+def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
+    """Records uint8 [T, spec.bytes_per_token], on its device, of a target that has the codec's
     shape. Raises ChunkError."""
     blocks = [
-        _encode_block(c.map(itemgetter(rows)), codec) for rows in _row_blocks(c.num_tokens, codec)
+        _encode_block(c.map(itemgetter(rows)), spec) for rows in _row_blocks(c.num_tokens, spec)
     ]
     _require_none([complaints for _, complaints in blocks])
     return torch.cat([records_TB for records_TB, _ in blocks])
 
 
-def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
+def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
     """The target that records of the codec's size hold, on their device. Raises ChunkError."""
     blocks = [
-        _decode_block(records_TB[rows], codec) for rows in _row_blocks(records_TB.shape[0], codec)
+        _decode_block(records_TB[rows], spec) for rows in _row_blocks(records_TB.shape[0], spec)
     ]
     _require_none([complaints for _, complaints in blocks])
     return concatenate([target for target, _ in blocks])
 
 
-def _row_blocks(num_tokens: int, codec: Codec) -> Iterator[slice]:
+def _row_blocks(num_tokens: int, spec: TargetSpec) -> Iterator[slice]:
     """One at least."""
-    step = max(1, _BLOCK_ENTRIES // (codec.k + codec.num_draws))
+    step = max(1, _BLOCK_ENTRIES // (spec.k + spec.num_draws))
     return (slice(start, start + step) for start in range(0, max(1, num_tokens), step))
 
 
@@ -61,27 +62,27 @@ def _require_none(by_block: list[Complaints]) -> None:
         raise record.refusal(row, complaint)
 
 
-def _encode_block(c: CompressedLogits, codec: Codec) -> tuple[Tensor, Complaints]:
+def _encode_block(c: CompressedLogits, spec: TargetSpec) -> tuple[Tensor, Complaints]:
     complaints: Complaints = []
-    kept = _encode_kept(c, codec, complaints) if codec.k else []
+    kept = _encode_kept(c, spec, complaints) if spec.k else []
     drawn = (
-        _encode_ids(c.tail_ids_TN.long(), codec, complaints, distinct=False)
-        if codec.num_draws
+        _encode_ids(c.tail_ids_TN.long(), spec, complaints, distinct=False)
+        if spec.num_draws
         else []
     )
     return torch.cat([*kept, *drawn], dim=1), complaints
 
 
-def _decode_block(records_TB: Tensor, codec: Codec) -> tuple[CompressedLogits, Complaints]:
+def _decode_block(records_TB: Tensor, spec: TargetSpec) -> tuple[CompressedLogits, Complaints]:
     complaints: Complaints = []
-    header, ids, values, draws = records_TB.split(codec.section_bytes, dim=1)
+    header, ids, values, draws = records_TB.split(spec.section_bytes, dim=1)
     kept = ids.int(), values.float(), values.new_zeros(len(values), dtype=torch.float32)
-    if codec.k:
-        kept = _decode_kept(header, ids, values, codec, complaints)
-    if codec.num_draws:
-        draws = _decode_ids(draws, codec.num_draws, codec, complaints, distinct=False)
+    if spec.k:
+        kept = _decode_kept(header, ids, values, spec, complaints)
+    if spec.num_draws:
+        draws = _decode_ids(draws, spec.num_draws, spec, complaints, distinct=False)
     return CompressedLogits(
-        *kept, draws.int(), vocab_size=codec.vocab_size, temperature=codec.temperature
+        *kept, draws.int(), vocab_size=spec.vocab_size, temperature=spec.temperature
     ), complaints
 
 
@@ -90,13 +91,13 @@ def _decode_block(records_TB: Tensor, codec: Codec) -> tuple[CompressedLogits, C
 
 
 def _encode_ids(
-    ids_TM: Tensor, codec: Codec, complaints: Complaints, *, distinct: bool
+    ids_TM: Tensor, spec: TargetSpec, complaints: Complaints, *, distinct: bool
 ) -> list[Tensor]:
-    complaints += record.wrong_ids(ids_TM, codec, distinct=distinct)
+    complaints += record.wrong_ids(ids_TM, spec, distinct=distinct)
     num_rows, m = ids_TM.shape
     low, (_, high_bytes) = (
-        record.low_bits(m, codec.vocab_size),
-        record.elias_fano_bytes(m, codec.vocab_size),
+        low_bits(m, spec.vocab_size),
+        elias_fano_bytes(m, spec.vocab_size),
     )
     ones_TM = (ids_TM >> low) + torch.arange(m, device=ids_TM.device)
     high_bits = ids_TM.new_zeros((num_rows, 8 * high_bytes), dtype=torch.uint8)
@@ -109,11 +110,11 @@ def _encode_ids(
 
 
 def _decode_ids(
-    section: Tensor, m: int, codec: Codec, complaints: Complaints, *, distinct: bool
+    section: Tensor, m: int, spec: TargetSpec, complaints: Complaints, *, distinct: bool
 ) -> Tensor:
     """The i-th one is where the count of ones first reaches i: so no shape depends on what the
     bytes hold."""
-    low, sizes = record.low_bits(m, codec.vocab_size), record.elias_fano_bytes(m, codec.vocab_size)
+    low, sizes = low_bits(m, spec.vocab_size), elias_fano_bytes(m, spec.vocab_size)
     low_section, high_section = section.split(sizes, dim=1)
     high_bits = ((high_section[:, :, None] >> _bit_numbers(section)) & 1).flatten(1)
     count_TH = high_bits.cumsum(dim=1, dtype=torch.int32)
@@ -121,7 +122,7 @@ def _decode_ids(
     index_M = torch.arange(m, dtype=torch.int32, device=section.device)
     ones_TM = torch.searchsorted(count_TH, (index_M + 1).repeat(section.shape[0], 1))
     ids_TM = ((ones_TM - index_M) << low) | _unpack(low_section, m, low, complaints)
-    complaints += record.wrong_ids(ids_TM, codec, distinct=distinct)
+    complaints += record.wrong_ids(ids_TM, spec, distinct=distinct)
     return ids_TM
 
 
@@ -167,9 +168,9 @@ def _bit_numbers(like: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def _encode_kept(c: CompressedLogits, codec: Codec, complaints: Complaints) -> list[Tensor]:
+def _encode_kept(c: CompressedLogits, spec: TargetSpec, complaints: Complaints) -> list[Tensor]:
     best_T1, log_tail_T1 = c.logprobs_TK.amax(dim=1, keepdim=True), c.tail_logmass_T[:, None]
-    complaints += record.wrong_target(best_T1[:, 0], c.tail_logmass_T, codec)
+    complaints += record.wrong_target(best_T1[:, 0], c.tail_logmass_T, spec)
     drops_TK = (best_T1 - c.logprobs_TK).clamp(max=record.MOST_RANGE)
     range_T1 = drops_TK.amax(dim=1, keepdim=True).clamp(min=record.LEAST_RANGE).half()
     limited_T1 = log_tail_T1.clamp(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)
@@ -177,36 +178,36 @@ def _encode_kept(c: CompressedLogits, codec: Codec, complaints: Complaints) -> l
     header = torch.cat([range_T1, stored_tail_T1], dim=1).view(torch.uint8)
     ids_TK, order_TK = c.token_ids_TK.long().sort(dim=1)
     codes_TK = (
-        record.codes_of(_root(drops_TK), _root(range_T1.float()), codec).long().gather(1, order_TK)
+        record.codes_of(_root(drops_TK), _root(range_T1.float()), spec).long().gather(1, order_TK)
     )
     return [
         header,
-        *_encode_ids(ids_TK, codec, complaints, distinct=True),
-        _pack(codes_TK, codec.value_bits),
+        *_encode_ids(ids_TK, spec, complaints, distinct=True),
+        _pack(codes_TK, spec.value_bits),
     ]
 
 
 def _decode_kept(
-    header: Tensor, ids: Tensor, values: Tensor, codec: Codec, complaints: Complaints
+    header: Tensor, ids: Tensor, values: Tensor, spec: TargetSpec, complaints: Complaints
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and log-probabilities [T, K] in their order, and the tail's [T]."""
     halves_T2 = header.clone(memory_format=torch.contiguous_format).view(torch.float16)
     range_T1, log_tail_T1 = halves_T2.float().split(1, dim=1)
-    complaints += record.wrong_header(range_T1[:, 0], log_tail_T1[:, 0], codec)
-    ids_TK = _decode_ids(ids, codec.k, codec, complaints, distinct=True)
-    codes_TK, order_TK = _unpack(values, codec.k, codec.value_bits, complaints).sort(
+    complaints += record.wrong_header(range_T1[:, 0], log_tail_T1[:, 0], spec)
+    ids_TK = _decode_ids(ids, spec.k, spec, complaints, distinct=True)
+    codes_TK, order_TK = _unpack(values, spec.k, spec.value_bits, complaints).sort(
         dim=1, stable=True
     )
-    complaints += record.wrong_codes(codes_TK, range_T1[:, 0], codec)
+    complaints += record.wrong_codes(codes_TK, range_T1[:, 0], spec)
     return (
         ids_TK.gather(1, order_TK).int(),
-        _logprobs(codes_TK, range_T1, log_tail_T1, codec),
+        _logprobs(codes_TK, range_T1, log_tail_T1, spec),
         log_tail_T1[:, 0],
     )
 
 
-def _logprobs(codes_TK: Tensor, range_T1: Tensor, log_tail_T1: Tensor, codec: Codec) -> Tensor:
-    drops_TK = record.drops_of(codes_TK.double(), (1 + range_T1.double()).sqrt() - 1, codec)
+def _logprobs(codes_TK: Tensor, range_T1: Tensor, log_tail_T1: Tensor, spec: TargetSpec) -> Tensor:
+    drops_TK = record.drops_of(codes_TK.double(), (1 + range_T1.double()).sqrt() - 1, spec)
     best_T1 = (
         _log_one_minus_exp(log_tail_T1.double()) - (-drops_TK).exp().sum(dim=1, keepdim=True).log()
     )

@@ -20,7 +20,7 @@ from stillhouse.engines.base import Records
 from stillhouse.engines.choice import engine_named
 from stillhouse.engines.probe import Probe
 from stillhouse.errors import StoreError
-from stillhouse.logits import Codec, Fidelity, concatenate, decode, fidelity
+from stillhouse.logits import Fidelity, TargetSpec, concatenate, decode, fidelity
 from stillhouse.pool.events import Found, Passed
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
@@ -139,14 +139,14 @@ class _TeacherActor:
 
     def compute(self, item: WorkItem) -> Passed:
         with failures_logged(_log, f"a sequence of chunk {item.number}, on trial"):
-            stored(self._engine.records(item), self._job.recipe.codec)
+            stored(self._engine.records(item), self._job.recipe.spec)
             return Passed()
 
     def _produce(self, item: WorkItem) -> Produced | Found:
         if is_there(self._store, item.number):  # this lease lost a race before it began
             return Found()
         began = monotonic()
-        records_NB, measured = stored(self._engine.records(item), self._job.recipe.codec)
+        records_NB, measured = stored(self._engine.records(item), self._job.recipe.spec)
         chunk = Chunk(item.number, item.sequences, records_NB.numpy())
         ref = publish_when_possible(
             self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage
@@ -167,7 +167,7 @@ def is_there(store: ChunkStore, number: int) -> bool:
         return False
 
 
-def stored(parts: Iterable[Records], codec: Codec) -> tuple[Tensor, Fidelity]:
+def stored(parts: Iterable[Records], spec: TargetSpec) -> tuple[Tensor, Fidelity]:
     """The records of a chunk's N targets, uint8 [N, B] in this process's memory, and what they
     lose, measured on some of every part.
 
@@ -182,7 +182,7 @@ def stored(parts: Iterable[Records], codec: Codec) -> tuple[Tensor, Fidelity]:
         exact.append(sample)
         # a view would keep all of them alive
         written.append(records_TB[: sample.num_tokens].clone())
-    measured = fidelity(concatenate(exact), decode(torch.cat(written), codec))
+    measured = fidelity(concatenate(exact), decode(torch.cat(written), spec))
     if records_TB.is_cuda:
         torch.cuda.synchronize(records_TB.device)
     return torch.cat(arriving), measured

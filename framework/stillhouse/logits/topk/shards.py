@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stillhouse.errors import TeacherError
+from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits
+from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk.dispatch import raw_topk
 from stillhouse.logits.topk.found import RawTopK, normalise
-from stillhouse.logits.topk.reference import checked_seeds
 
 # of an entry that a shard with fewer than K ids does not have: behind every id that ties with it
 _NO_ID = 2**31 - 1
@@ -59,15 +59,13 @@ def shard_topk(logits_TS: Tensor, *, first_id: int, k: int, temperature: float =
     )
 
 
-def merge_shards(
-    shards: Sequence[Shard], *, k: int, vocab_size: int, temperature: float = 1.0
-) -> RawTopK:
-    """The top-k of all `vocab_size` ids from those of the shards, in any order: what is not kept
-    any more joins the rest, of one block.
+def merge_shards(shards: Sequence[Shard], spec: TargetSpec) -> RawTopK:
+    """The top-k of the whole vocabulary from those of its shards, in any order.
 
-    The shards have disjoint ids and the same tokens, at least K ids between them, and were found
-    with this temperature.
+    The shards have disjoint ids, together all of `spec`, and the same tokens. Entries that are no
+    longer kept join the rest, which is one block.
     """
+    k, temperature = spec.k, spec.temperature
     ids_TX = torch.cat([shard.token_ids_TK for shard in shards], dim=1)
     logits_TX = torch.cat([shard.logits_TK for shard in shards], dim=1)
     bases_TR = torch.stack([shard.rest_base_T for shard in shards], dim=1).double()
@@ -89,45 +87,44 @@ def merge_shards(
         logits_TX.gather(1, kept_TK),
         base_T1[:, 0],
         sum_T1.where(log_rest_T1 != -torch.inf, 0.0).float(),
-        block_ids=vocab_size,
+        block_ids=spec.vocab_size,
     )
 
 
 @torch.no_grad()
 def compress_shard(
     logits_TS: Tensor,
+    spec: TargetSpec,
     *,
     first_id: int,
-    vocab_size: int,
-    k: int,
-    temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> CompressedLogits:
-    """`compress` of the logits [T, vocab_size] of which this rank holds the ids from `first_id` on;
-    the same answer on every rank.
+    """`compress` of [T, V] logits of which this rank holds the ids from `first_id` on.
 
     A collective: every rank of the group calls it for the same tokens, with shards that together
-    hold each id once. Raises ConfigError, and TeacherError naming the token, where `compress` does:
-    on every rank.
+    hold each id once. Every rank gets the same result, and raises the same errors: TeacherError as
+    `compress` does, and ConfigError for a spec with draws, which a split head does not make.
     """
-    checked_seeds(
-        None, logits_TS, k=k, tail_draws=0, vocab_size=vocab_size, temperature=temperature
+    if spec.num_draws:
+        raise ConfigError(
+            f"{spec.num_draws} draws are asked for from a head that is split over ranks, which "
+            "draws nothing; set num_draws to 0"
+        )
+    # this rank's top-k, then every rank's
+    packed_TP = _pack(
+        shard_topk(logits_TS, first_id=first_id, k=spec.k, temperature=spec.temperature)
     )
-    packed_TP = _pack(shard_topk(logits_TS, first_id=first_id, k=k, temperature=temperature))
     gathered = [torch.empty_like(packed_TP) for _ in range(dist.get_world_size(group))]
     if logits_TS.shape[0]:
         dist.all_gather(gathered, packed_TP, group=group)
-    raw = merge_shards(
-        [_unpack(shard_TP) for shard_TP in gathered],
-        k=k,
-        vocab_size=vocab_size,
-        temperature=temperature,
-    )
-    target, lse_T = normalise(raw, vocab_size=vocab_size, temperature=temperature)
+
+    # the top-k of all ids
+    raw = merge_shards([_unpack(shard_TP) for shard_TP in gathered], spec)
+    target, lse_T = normalise(raw, vocab_size=spec.vocab_size, temperature=spec.temperature)
     wrong_T = ~lse_T.isfinite()
     if wrong_T.any():
         token = int(wrong_T.int().argmax())
-        row_S = logits_TS[token].float() / temperature
+        row_S = logits_TS[token].float() / spec.temperature
         raise TeacherError(
             f"the logits of token {token} are no distribution: this shard, ids {first_id} to "
             f"{first_id + len(row_S) - 1}, has "
