@@ -1,4 +1,9 @@
-"""Targets as values and as bytes: what a teacher's logits become, and what a student reads back."""
+"""Targets as values and as bytes: what a teacher's logits become, and what a student reads back.
+
+compress, compress_hidden   logits, or hidden states and a head, to CompressedLogits
+encode, decode              CompressedLogits to records of fixed size, and back
+TargetSpec                  what a target holds, for all four
+"""
 
 from stillhouse.logits.backend import Backend
 from stillhouse.logits.codec import decode, encode
