@@ -50,7 +50,7 @@ def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
 @pytest.mark.parametrize("row_stride", [151_669, 151_680])
 def test_the_kernels_pass_their_own_test(gpu: torch.device, row_stride: int) -> None:
     assert (
-        blockmax_triton.defect(
+        blockmax_triton.self_test_failure(
             gpu, vocab_size=151_669, k=64, dtype=torch.bfloat16, row_stride=row_stride
         )
         is None

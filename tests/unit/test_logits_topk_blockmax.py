@@ -291,13 +291,14 @@ def test_a_broken_compiler_is_a_reason_and_not_an_error(
 ) -> None:
     found = blockmax_cpu.compile_with(executable(tmp_path / "cc", script))
     assert found.split_rows is None
-    assert why in found.why
+    assert why in found.reason
 
 
 def test_a_missing_compiler_is_a_reason(tmp_path: FilePath) -> None:
-    assert "no C compiler" in blockmax_cpu.compile_with(None).why
+    assert "no C compiler" in blockmax_cpu.compile_with(None).reason
     assert (
-        "makes nothing that can be loaded" in blockmax_cpu.compile_with(str(tmp_path / "gone")).why
+        "makes nothing that can be loaded"
+        in blockmax_cpu.compile_with(str(tmp_path / "gone")).reason
     )
 
 
@@ -308,7 +309,9 @@ def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: FilePath) -> No
         return
     (tmp_path / "wrong.c").write_text("int split_rows(void) { return 0; }\n")
     script = f'for last; do :; done; {compiler} -shared -fPIC {tmp_path / "wrong.c"} -o "$last"'
-    assert "answers wrongly" in blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).why
+    assert (
+        "answers wrongly" in blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).reason
+    )
 
 
 def find(name: str) -> str | None:
@@ -322,7 +325,7 @@ def test_the_path_says_which_and_why() -> None:
     assert backend_for(logits, k=3).name == (
         "native" if blockmax_cpu.compiled().split_rows else "blockmax"
     )
-    assert backend_for(logits, k=3).reason == blockmax_cpu.compiled().why
+    assert backend_for(logits, k=3).reason == blockmax_cpu.compiled().reason
     assert backend_for(logits[:0], k=3).reason == "there are no logits"
     assert backend_for(logits, k=3, temperature=1e-35).name == "reference"
     assert backend_for(logits.to("meta"), k=3).reason == "there are no kernels for meta"

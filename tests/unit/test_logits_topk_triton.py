@@ -156,7 +156,7 @@ TRIED = {"vocab_size": 2000, "k": 8, "dtype": torch.float32, "row_stride": 2000}
     ],
 )
 def test_the_self_test_passes_here_for_logits_of_any_kind(change: dict[str, Any]) -> None:
-    assert blockmax_triton.defect(CPU, **(TRIED | change)) is None
+    assert blockmax_triton.self_test_failure(CPU, **(TRIED | change)) is None
 
 
 def test_what_is_tried_is_what_will_be_read() -> None:
@@ -169,7 +169,7 @@ def test_what_is_tried_is_what_will_be_read() -> None:
         )
 
     assert (
-        blockmax_triton.defect(
+        blockmax_triton.self_test_failure(
             CPU, vocab_size=151_669, k=512, dtype=torch.bfloat16, row_stride=151_680, launch=launch
         )
         is None
@@ -209,8 +209,8 @@ class FailingOnce:
 def test_a_failure_that_may_pass_is_told_and_the_next_call_tries_again(failure: Exception) -> None:
     launch = FailingOnce(failure)
     with pytest.raises(type(failure)):
-        blockmax_triton.defect(CPU, **TRIED, launch=launch)
-    assert blockmax_triton.defect(CPU, **TRIED, launch=launch) is None
+        blockmax_triton.self_test_failure(CPU, **TRIED, launch=launch)
+    assert blockmax_triton.self_test_failure(CPU, **TRIED, launch=launch) is None
     assert launch.num_calls == 2
 
 
@@ -226,7 +226,7 @@ def test_a_failure_that_may_pass_is_told_and_the_next_call_tries_again(failure: 
 )
 def test_a_failure_that_lasts_is_a_reason_which_is_remembered(failure: Exception) -> None:
     launch = FailingOnce(failure)
-    reasons = [blockmax_triton.defect(CPU, **TRIED, launch=launch) for _ in range(2)]
+    reasons = [blockmax_triton.self_test_failure(CPU, **TRIED, launch=launch) for _ in range(2)]
     assert reasons[0] == reasons[1]
     assert f"fails on cpu: {type(failure).__name__}: {failure}" in str(reasons[0])
     assert launch.num_calls == 1
@@ -247,7 +247,9 @@ def test_kernels_that_answer_wrongly_or_doubt_every_row_are_refused() -> None:
         )
 
     for launch in (wrong, doubtful):
-        assert "answers wrongly on cpu" in str(blockmax_triton.defect(CPU, **TRIED, launch=launch))
+        assert "answers wrongly on cpu" in str(
+            blockmax_triton.self_test_failure(CPU, **TRIED, launch=launch)
+        )
 
 
 def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

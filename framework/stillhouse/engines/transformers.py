@@ -1,5 +1,4 @@
-"""The engine for Hugging Face causal language models, in this process: the one to read as an
-example of an engine.
+"""`TransformersEngine`: Hugging Face causal language models; the example of an engine to read.
 
 Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
 """
@@ -34,13 +33,16 @@ from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 
-# whatever the recipe keeps: few entries of a flat distribution are alike in models that are not
+# Kept by the probe, whatever the recipe keeps: the few likeliest entries of a flat distribution may
+# agree in models that differ.
 _PROBE_ENTRIES = 128
 
 
 class TransformersEngine:
-    """A causal LM in this process. Construction loads it and proves its head and its packing on a
-    probe batch."""
+    """A causal LM in this process, on one device or spread over its GPUs.
+
+    Construction loads the model and checks its head and its packing on a probe batch.
+    """
 
     def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str):
         self._section, self._recipe = section, recipe
@@ -67,12 +69,11 @@ class TransformersEngine:
         return encoded(self.targets(item), self._recipe.spec)
 
     def targets(self, item: WorkItem) -> Iterator[CompressedLogits]:
-        """The same as tensors, a part for each forward pass, on the teacher's device."""
+        """Targets as tensors on the teacher's device, one part for each forward pass."""
         return self._compress(item, self._recipe.spec)
 
     def probe(self) -> Probe:
-        """What this replica says to `probe_item`, and of its number format and its weights, to be
-        compared with its fellows' words."""
+        """The answer to `probe_item`, how far rounding moves it, and the weights' hashes."""
         answer = self._answer()
         with rounded_otherwise(self._model):
             rounding_kl = mean_kl(answer, self._answer())

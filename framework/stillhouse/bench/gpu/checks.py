@@ -114,7 +114,7 @@ def _check_topk(
         for ours, theirs in pairs
     )
     lse_error = float((lse_T.cpu().double() - exact_TV.double().logsumexp(dim=1)).abs().max())
-    self_test = blockmax_triton.defect(
+    self_test = blockmax_triton.self_test_failure(
         device, vocab_size=scale.vocab_size, k=k, dtype=dtype, row_stride=row_stride
     )
     recorder.tell(

@@ -110,7 +110,7 @@ def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backe
         )
     if device.type == "cpu":
         compiled = blockmax_cpu.compiled()
-        return Backend("native" if compiled.split_rows else "blockmax", compiled.why)
+        return Backend("native" if compiled.split_rows else "blockmax", compiled.reason)
     in_place = len(logits_TV) > 1 and logits_TV.stride(1) == 1
     row_stride = max(logits_TV.stride(0), vocab_size) if in_place else vocab_size
     return _accelerator_backend(
@@ -132,7 +132,7 @@ def _accelerator_backend(
     most = blockmax_triton.MOST_ENTRIES
     if k > most:
         return Backend("reference", f"k is {k}, and the kernels are for {most} entries at most")
-    why_not = blockmax_triton.too_small(vocab_size, k) or blockmax_triton.defect(
+    why_not = blockmax_triton.too_small(vocab_size, k) or blockmax_triton.self_test_failure(
         device, vocab_size=vocab_size, k=k, dtype=dtype, row_stride=row_stride
     )
     if why_not:
