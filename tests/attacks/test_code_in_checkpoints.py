@@ -24,7 +24,8 @@ from helpers.command import stillhouse
 from helpers.ranks import RankGroup
 from helpers.training import ListTracker, refusals_of, refuse_outage, train_and_tell, with_student
 from helpers.world import TinyWorld
-from stillhouse.checkpoint.manifest import Commit, newest
+from stillhouse.checkpoint.choice import newest
+from stillhouse.checkpoint.manifest import Commit
 from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import CheckpointError
 from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate

@@ -20,8 +20,8 @@ from helpers.training import (
     with_student,
 )
 from helpers.world import TinyWorld
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.checkpoint.fence import owner_key
-from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.coordinator import Heard, Heartbeat, StopRequest
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer

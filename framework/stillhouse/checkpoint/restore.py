@@ -17,16 +17,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from stillhouse.checkpoint.manifest import (
-    Choice,
-    Commit,
-    Origin,
-    choose,
-    fetch,
-    local_folder,
-    require_same_training,
-    set_aside,
-)
+from stillhouse.checkpoint.choice import Choice, choose, set_aside
+from stillhouse.checkpoint.integrity import fetch, local_folder
+from stillhouse.checkpoint.manifest import Commit, Origin, require_same_training
 from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.checkpoint.unpickling import opened
 from stillhouse.cluster.collectives import gathered, outcomes

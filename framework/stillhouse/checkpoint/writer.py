@@ -19,16 +19,16 @@ from typing import IO, Any, Self, TypeVar, cast
 import torch
 
 from stillhouse.atomic import DISK, FileLayer
+from stillhouse.checkpoint.choice import retain
+from stillhouse.checkpoint.integrity import Digest
 from stillhouse.checkpoint.manifest import (
     Commit,
-    Digest,
     Files,
     Origin,
     folder_of,
     publish,
     publish_part,
     read_part,
-    retain,
 )
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.cluster.collectives import told

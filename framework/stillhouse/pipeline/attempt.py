@@ -10,7 +10,8 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Literal
 
-from stillhouse.checkpoint.manifest import newest_manifest, require_same_training
+from stillhouse.checkpoint.choice import newest_manifest
+from stillhouse.checkpoint.manifest import require_same_training
 from stillhouse.config import Config
 from stillhouse.errors import InterruptedRunError, RunError, StoreError
 from stillhouse.pipeline.console import patient, say

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stillhouse.atomic import DISK, FileLayer, whole_directory
-from stillhouse.checkpoint.manifest import newest_copy
+from stillhouse.checkpoint.choice import newest_copy
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import load_model
