@@ -32,10 +32,10 @@ from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate
 from stillhouse.models import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt
-from stillhouse.student.engine import consolidated_weights, weight_files
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
 from stillhouse.student.universal import convert
+from stillhouse.student.weights import consolidated_weights, weight_files
 
 STAGES = (0, 1, 2, 3)
 Ranks = dict[int, RankGroup]

@@ -56,16 +56,15 @@ class TritonPasses:
     def reduce_tail_(self, products_CV: Tensor, ids_CK: Tensor) -> TailStats:
         products_CV.scatter_(1, ids_CK, -torch.inf)
         num_tokens, width = products_CV.shape[0], products_CV.stride(0)
-        device = products_CV.device
-        stats = TailStats(*(torch.empty((num_tokens, 1), device=device) for _ in range(3)))
+        peak_C1, sum_C1, ce_sum_C1 = (
+            torch.empty((num_tokens, 1), device=products_CV.device) for _ in range(3)
+        )
+        stats = (peak_C1, sum_C1, ce_sum_C1)
         arguments = (products_CV, width, *stats, *self._scale_softcap_inverse)
         run_kernel(_reduce_tail, (num_tokens,), *arguments, **self._options)
-        stats.peak_C1.clamp_(min=_NO_LOGIT)
-        stats.sum_C1.clamp_(min=_NO_SUM)
-        if not self._options["HAS_CE"]:
-            return stats._replace(ce_sum_C1=stats.sum_C1)
-        stats.ce_sum_C1.clamp_(min=_NO_SUM)
-        return stats
+        for each_C1, least in zip(stats, (_NO_LOGIT, _NO_SUM, _NO_SUM), strict=True):
+            each_C1.clamp_(min=least)
+        return TailStats(peak_C1, sum_C1, ce_sum_C1 if self._options["HAS_CE"] else sum_C1)
 
     def write_grad_(self, products_CV: Tensor, tail: TailGrad) -> Tensor:
         (num_tokens, vocab_size), width = products_CV.shape, products_CV.stride(0)

@@ -72,7 +72,7 @@ def learning_attempt(
     require_full_step(
         plan.config.student.global_batch_sequences, there=plan.sources.train.num_sequences
     )
-    holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].place
+    holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].checkpoints_root
     with locked(plan.run_dir, holder):
         require_same_run(plan.run_dir, config=plan.config, recipe=plan.recipe)
         require_create_only(Blobs(place))

@@ -14,7 +14,7 @@ from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import load_model
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell
-from stillhouse.student.engine import consolidated_weights, weight_files
+from stillhouse.student.weights import consolidated_weights, weight_files
 
 
 def export(

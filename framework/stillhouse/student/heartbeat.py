@@ -24,8 +24,8 @@ from stillhouse.cluster.coordinator import (
 )
 from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.config import NoticeSource
+from stillhouse.student.fetching import refuse_bad_chunk
 from stillhouse.student.job import TrainJob
-from stillhouse.student.loader import refuse_bad_chunk
 
 _log = logging.getLogger(__name__)
 
