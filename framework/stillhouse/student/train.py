@@ -104,7 +104,6 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
                 _begin_checkpoint(writer, engine, event.step, link)
                 last_checkpoint = event.step
         writer.wait()
-        _log.info("the %s has taken and committed all its %d steps", job.role, job.total_steps)
     return True
 
 
