@@ -87,7 +87,7 @@ def _problem_of_one_read(
     except FileNotFoundError:
         return f"{name} is missing"
     except StoreError as error:
-        # a bucket that refuses to be read says nothing of the file; a disk that cannot read it does
+        # a bucket may refuse to read a sound file; a disk that cannot read it has lost it
         if blobs.directory is None or isinstance(error, StoreUnavailable):
             raise
         return f"{name} cannot be read ({error})"

@@ -167,8 +167,8 @@ class CheckpointWriter:
     """Writes one rank's snapshots in a thread, one at a time, as `RankWriter` does. Both callbacks
     are called in the thread, `on_commit` on rank 0 alone.
 
-    While the store is unavailable it tries again for as long as no caller waits for it; a caller
-    who waits gets StoreUnavailable at the end of the patience. Any other error is raised by the
+    While the store is unavailable it tries again for as long as no caller waits for it; a waiting
+    caller gets StoreUnavailable at the end of the patience. Any other error is raised by the
     next method that is called.
     """
 

@@ -5,7 +5,7 @@
     write_grad_    writes it once: each logit of the tail becomes its gradient
 
 A pass takes products, h W^T + b, as they come out of the matmul. The head's scale and soft-cap turn
-them into logits on the way. A trailing underscore says that the products are overwritten, as in
+them into logits on the way. A trailing underscore means that the products are overwritten, as in
 torch.
 
 Shapes: C tokens of one block, K kept entries, V vocabulary.

@@ -1,8 +1,9 @@
-"""DeepSpeed's private interfaces: each private name that is relied on, behind a function that says
-what for.
+"""DeepSpeed's private interfaces: each private name that is relied on, behind a function whose
+docstring gives the reason.
 
 No other file of the package uses a private name of DeepSpeed's. Its version is capped in
-pyproject.toml; tests/unit/test_deepspeed_compat.py says what has to hold before the cap is raised.
+pyproject.toml; tests/unit/test_deepspeed_compat.py holds what must be true before the cap is
+raised.
 """
 
 import importlib

@@ -1,5 +1,5 @@
-"""A rank's link to the driver: heartbeats and progress go out, and a stop request, which asks the
-group to commit and to leave, comes back.
+"""A rank's link to the driver: heartbeats and progress go out, and a stop request, to commit and to
+leave, comes back.
 
 Heartbeats are sent by a thread, so that a rank whose training hangs still reports where: its
 heartbeat then carries the stacks of all its threads.
@@ -34,12 +34,12 @@ _WITH_STACK = ("reading", "step", "snapshot")  # phases that no rank should be i
 
 
 class DriverLink(Protocol):
-    """What the training loop reports to the driver, and hears from it."""
+    """What the training loop reports to the driver, and what comes back."""
 
     @property
     def stop_request(self) -> StopRequest | None:
-        """The request to commit and leave, as far as this rank knows: it may hear of it before or
-        after the others."""
+        """The request to commit and leave, None before it has reached this rank: it may reach the
+        ranks at different moments."""
 
     def begin(self, committed_step: int) -> PreviousAttempt | None:
         """The group begins from a commit; one rank calls this. Returns how its life before this one
@@ -157,13 +157,13 @@ class CoordinatorLink:
             stack=stacks() if is_stalled else "",
             chunk=chunk,
         )
-        # its seconds count from when this rank asked
-        asked = monotonic()
+        # a request's seconds count from when the heartbeat was sent
+        sent = monotonic()
         stop_request = self._coordinator.heartbeat(heartbeat)
         if stop_request is not None:
             if self._stop_request is None:
-                _log.info("the group is asked to commit and leave: %s", stop_request)
-            self._stop_request = (stop_request, asked)
+                _log.info("the group has to commit and leave: %s", stop_request)
+            self._stop_request = (stop_request, sent)
 
 
 def stacks() -> str:

@@ -2,8 +2,8 @@
 the kept entries must hold most of the teacher's mass.
 
 Only forward KL and its multiples get the gradient of the whole vocabulary from draws. Every other
-divergence sees all that a target does not keep as one bucket, and no gradient tells the student
-what is inside it.
+divergence sees all that a target does not keep as one bucket, and gives the student no gradient
+within it.
 """
 
 from stillhouse.config import StudentSection
@@ -18,11 +18,10 @@ ended further from their teacher than students of the text alone."""
 
 
 def depends_on_kept_mass(section: StudentSection) -> bool:
-    """Whether the student sees the tail as one bucket, and its config does not say that this is
-    wanted.
+    """Whether the student sees the tail as one bucket, without `tail_as_bucket` in its config.
 
-    Forward KL never does: its draws are the default, so a config without them has said so by
-    `target.tail_draws = 0`.
+    Forward KL never does: it has draws by default, so `target.tail_draws = 0` is an explicit choice
+    of the bucket.
     """
     if section.divergence_weight == 0.0 or section.tail_as_bucket:
         return False

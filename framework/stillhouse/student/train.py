@@ -145,8 +145,8 @@ def _begin(
 def _commit_as_consumer(job: TrainJob, committed_step: int) -> None:
     """Record in the store which chunks this student will not read again.
 
-    Best effort: a store that is unavailable keeps these chunks until the next commit, and one that
-    may only be read keeps them for good, which the command has said.
+    Best effort: a store that is unavailable keeps these chunks until the next commit, and a
+    read-only one for good, of which the command has warned.
     """
     with suppress(StoreUnavailable, StoreForbidden):
         consumers.commit(ChunkStore(job.store_url, job.recipe), job.consumer(committed_step))

@@ -22,7 +22,7 @@ def convert(folder: Path, out: Path) -> None:
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # stages 1 and 2 save no state of the kind that it asks for
+        inject_missing_state=True,  # stages 1 and 2 save none of what it reads
     )
     printed = io.StringIO()
     try:

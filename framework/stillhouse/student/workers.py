@@ -64,7 +64,7 @@ def fit(
     journal: Tracker,
 ) -> None:
     """Train the jobs one after the other on a Ray Train worker group. Blocks until they are done,
-    or asked to stop.
+    or stopped by request.
 
     A rank that dies or hangs ends its group, and the next group goes on from the last commit. A
     group that leaves on request comes back with as many ranks as there is room for. An error of
@@ -80,15 +80,15 @@ def fit(
     )
     # one group after another
     with watched(jobs, where=where, coordinator=coordinator, journal=journal):
-        for life in count():
-            num_workers = _num_workers(jobs[0].section, where, is_first=life == 0)
+        for group in count():
+            num_workers = _num_workers(jobs[0].section, where, is_first=group == 0)
             _log.info("%d ranks are started", num_workers)
             with _tried_again_if_too_large(jobs[0].section):
                 _trainer(jobs[0], arguments, where=where, num_workers=num_workers).fit()
                 verdict = coordinator.verdict()
                 if verdict is not None:
                     raise verdict
-                # else it left to come back, or the coordinator lost what it was told
+                # else it left to come back, or the coordinator was lost, and what it knew
                 if coordinator.finished() or coordinator.departure() == "stop":
                     return
 
@@ -98,7 +98,7 @@ def _trainer(
 ) -> TorchTrainer:
     timeout_s = int(_peer_timeout(job.section).total_seconds())
     failures = ray.train.FailureConfig(  # type: ignore[call-arg]  # Ray's types are of Train's v1
-        max_failures=-1,  # the coordinator counts: lives in a row without a commit
+        max_failures=-1,  # the coordinator counts attempts in a row without a commit
         # a group that finds no room comes back smaller (0), or waits (-1)
         controller_failure_limit=0 if _is_elastic(job.section) else -1,
     )
