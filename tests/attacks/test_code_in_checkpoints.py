@@ -24,17 +24,18 @@ from helpers.command import stillhouse
 from helpers.ranks import RankGroup
 from helpers.training import ListTracker, refusals_of, refuse_outage, train_and_tell, with_student
 from helpers.world import TinyWorld
-from stillhouse.checkpoint.manifest import Commit, newest
+from stillhouse.checkpoint.choice import newest
+from stillhouse.checkpoint.manifest import Commit
 from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import CheckpointError
 from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate
 from stillhouse.models import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt
-from stillhouse.student.engine import consolidated_weights, weight_files
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
 from stillhouse.student.universal import convert
+from stillhouse.student.weights import consolidated_weights, weight_files
 
 STAGES = (0, 1, 2, 3)
 Ranks = dict[int, RankGroup]

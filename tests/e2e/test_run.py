@@ -26,7 +26,7 @@ from helpers.faults import FaultyS3, publications
 from helpers.s3 import forbid_writing
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.checkpoint import manifest
+from stillhouse.checkpoint import choice
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_that_matter, config_of
@@ -440,7 +440,7 @@ def test_an_export_opens_as_a_plain_model(undisturbed: Plan, tmp_path: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     ids = tokenizer("def merge(a, b):", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
-    newest = manifest.newest(str(undisturbed.run_dir / "checkpoints" / "student"))
+    newest = choice.newest(str(undisturbed.run_dir / "checkpoints" / "student"))
     assert newest is not None
     assert steps == newest.step
     card = (tmp_path / "student" / "README.md").read_text()

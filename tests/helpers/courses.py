@@ -38,16 +38,10 @@ from helpers.checkpoints import ORIGIN
 from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Disk, Recorder, Unsynced
 from stillhouse.atomic import Buffer, FileLayer
+from stillhouse.checkpoint.choice import Choice, choose, set_aside
 from stillhouse.checkpoint.fence import require_owner
-from stillhouse.checkpoint.manifest import (
-    Choice,
-    Commit,
-    choose,
-    part_of,
-    set_aside,
-    tag_of,
-    verify,
-)
+from stillhouse.checkpoint.integrity import verify
+from stillhouse.checkpoint.manifest import Commit, part_of, tag_of
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.checkpoint.writer import RankWriter
 from stillhouse.errors import CheckpointError, StillhouseError

@@ -23,9 +23,10 @@ from stillhouse.models.batch import hidden_at
 from stillhouse.retry import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.student.engine import StudentEngine
+from stillhouse.student.fetching import refuse_bad_chunk
 from stillhouse.student.heartbeat import CoordinatorLink
 from stillhouse.student.job import TrainJob
-from stillhouse.student.loader import BatchReader, refuse_bad_chunk
+from stillhouse.student.loader import BatchReader
 from stillhouse.student.train import train
 from stillhouse.student.universal import convert
 from stillhouse.tracking import Row, TrainRow

@@ -20,7 +20,7 @@ from helpers.s3 import s3_environment
 from helpers.training import ListTracker
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.cluster.processes import Secrets
 from stillhouse.config import ModelSection
 from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate, outage_teller

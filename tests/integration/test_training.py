@@ -20,8 +20,8 @@ from helpers.training import (
     with_student,
 )
 from helpers.world import TinyWorld
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.checkpoint.fence import owner_key
-from stillhouse.checkpoint.manifest import newest_step
 from stillhouse.cluster.coordinator import Heard, Heartbeat, StopRequest
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
@@ -199,7 +199,7 @@ def test_ranks_whose_command_was_replaced_commit_nothing_over_the_new_owner(
     """Settings that may change on the way do not show in a commit's origin: it would stand for the
     new owner's own."""
     mine = replace(with_student(job, checkpoint_url=str(tmp_path)), total_steps=1, owner=1)
-    blobs = Blobs(mine.place)
+    blobs = Blobs(mine.checkpoints_root)
     blobs.create(owner_key(1), b"mine")
     blobs.create(owner_key(2), b"another's")
     with pytest.raises(CheckpointError, match="belong to another command now"):

@@ -45,7 +45,7 @@ def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(
         )
         with learning_attempt(plan, "stillhouse run"):
             store = ChunkStore(plan.config.store.url, plan.recipe)
-            join(store, plan.jobs()[0].reader(0))
+            join(store, plan.jobs()[0].consumer(0))
         names.append([reader.name for reader in registered(store).readers])
     assert [len(each) for each in names] == [1, 1, 1]
     assert len({name for each in names for name in each}) == 3
@@ -164,7 +164,7 @@ def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_i
         ):  # which takes back what the first was known by
             pass
         with pytest.raises(StoreForbidden, match="permission denied"):
-            join(ChunkStore(str(seen), plan.recipe), plan.jobs()[0].reader(0))
+            join(ChunkStore(str(seen), plan.recipe), plan.jobs()[0].consumer(0))
         with pytest.raises(
             StoreError,
             match=rf"{seen} cannot be written, .*: all {len(plan.chunks)} chunks .*: `stillhouse "

@@ -19,7 +19,9 @@ from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Recorder, Unsynced, power_cuts
 from stillhouse import atomic
-from stillhouse.checkpoint.manifest import Commit, newest, part_of, verify
+from stillhouse.checkpoint.choice import newest
+from stillhouse.checkpoint.integrity import verify
+from stillhouse.checkpoint.manifest import Commit, part_of
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import StillhouseError
 from stillhouse.store import ChunkStore, Consumer

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.cli import estimate
 from stillhouse.cluster.machine import why_not_writable
 from stillhouse.cluster.placement import placement, shortages, student_needs, teacher_needs

@@ -10,7 +10,8 @@ from pathlib import Path
 from time import monotonic, time
 from typing import Literal
 
-from stillhouse.checkpoint.manifest import newest_manifest, require_same_training
+from stillhouse.checkpoint.choice import newest_manifest
+from stillhouse.checkpoint.manifest import require_same_training
 from stillhouse.config import Config
 from stillhouse.errors import InterruptedRunError, RunError, StoreError
 from stillhouse.pipeline.console import patient, say
@@ -71,7 +72,7 @@ def learning_attempt(
     require_full_step(
         plan.config.student.global_batch_sequences, there=plan.sources.train.num_sequences
     )
-    holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].place
+    holder, place = Holder.here(command, plan.run_dir, now=time()), plan.jobs()[0].checkpoints_root
     with locked(plan.run_dir, holder):
         require_same_run(plan.run_dir, config=plan.config, recipe=plan.recipe)
         require_create_only(Blobs(place))

@@ -67,7 +67,7 @@ def require_shareable(url: str) -> None:
 def register(store: ChunkStore, jobs: Sequence[TrainJob]) -> list[str]:
     """Register a run's students, and those alone, before anybody counts on what is there; returns
     their names."""
-    own = [job.reader(0) for job in jobs]
+    own = [job.consumer(0) for job in jobs]
     for reader in own:
         join(store, reader)
     names = [reader.name for reader in own]

@@ -3,7 +3,7 @@ a teacher fits."""
 
 from functools import partial
 
-from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.cluster.processes import call_remotely, local_secrets
 from stillhouse.evaluation.scores import (
     EvaluationJob,
