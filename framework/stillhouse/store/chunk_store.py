@@ -21,17 +21,15 @@ import torch
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.logits.codec import decode
 from stillhouse.store.chunk import (
-    START_BYTES,
     Chunk,
     ChunkIndex,
-    checksum_of,
     index_bytes,
-    is_whole,
     pack_chunk,
     parse_index,
     unpack_chunk,
     unpack_rows,
 )
+from stillhouse.store.chunk_header import START_BYTES, checksum_of, is_whole
 from stillhouse.store.explain import NotAFileError
 from stillhouse.store.object_store import Blob, Blobs
 from stillhouse.store.probe import require_create_only
