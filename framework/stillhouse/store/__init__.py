@@ -1,5 +1,5 @@
-"""The shared store: recipes say what a target is of, chunks hold the targets, and only whole,
-verified chunks are ever seen."""
+"""The shared store: a recipe decides the targets, chunks hold them, and a reader gets only whole,
+verified chunks."""
 
 from stillhouse.errors import StoreUnavailable as StoreUnavailable
 from stillhouse.store.chunk import Chunk as Chunk
