@@ -8,7 +8,7 @@ another. The one to blame is silent, or it is the one that got least far.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stillhouse.cluster.coordinator import Heard, Heartbeat
+from stillhouse.cluster.heartbeat import Heard, Heartbeat
 
 _START_ALLOWANCE = 10.0  # loading a model may take this many times what a step may
 # who has its chunks waits for the others in phase "data", too
