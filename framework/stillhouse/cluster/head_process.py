@@ -41,6 +41,7 @@ def head_required(
         return
     over, gone, main = threading.Event(), threading.Event(), threading.get_ident()
 
+    # a thread looks and signals, the main thread raises
     def watch() -> None:
         absent_since: float | None = None
         while not over.wait(look_every_s):

@@ -63,6 +63,7 @@ def _whole_range(open_range: OpenRange, start: int, end: int) -> tuple[int, list
     pieces: list[memoryview] = []
     at = start
     while True:
+        # one request for what is left of the range
         before, problem = at, None
         try:
             object_bytes, body = open_range(at, end)
@@ -74,6 +75,7 @@ def _whole_range(open_range: OpenRange, start: int, end: int) -> tuple[int, list
                     break
         except StoreUnavailable as error:
             problem = error
+        # too much, all of it, or nothing: otherwise another request
         if at > end:
             raise StoreUnavailable(
                 f"the answer to a request for the bytes up to {end} goes on after them; try again"

@@ -3,7 +3,7 @@ stays, and every failure is a StoreError."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from time import sleep
@@ -88,9 +88,11 @@ class Blobs:
             raise StoreError(
                 f"the key {key} leads out of {self.url}; wanted a relative one, without '..'"
             )
+        # a directory
         if self._folder is not None:
             with self._writing(key):
                 return self._folder.create(key, data)
+        # an object store
         pauses_s = pauses(_FIRST_PAUSE_S, last_s=1.0)
         for _ in range(_CREATE_ATTEMPTS):
             with self._writing(key), suppress(AlreadyExistsError):
@@ -150,8 +152,7 @@ class Blobs:
     def read(self, key: str) -> memoryview:
         """A whole object. Raises FileNotFoundError if there is none, and NotAFileError if something
         else is there; so do all reads."""
-        with explained(f"read {key}", url=self.url):
-            self._require_file(key)
+        with self._reading(key, f"read {key}"):
             return memoryview(self._objects.get(self._store, key).bytes())
 
     def pieces(self, key: str, *, range_bytes: int = RANGE_BYTES) -> Iterator[memoryview]:
@@ -164,14 +165,12 @@ class Blobs:
         if self.directory is None:
             yield from download(functools.partial(self._open_range, key), range_bytes=range_bytes)
             return
-        with explained(f"read {key}", url=self.url):
-            self._require_file(key)
+        with self._reading(key, f"read {key}"):
             yield from pieces_of(self.directory / key)
 
     def read_start(self, key: str, num_bytes: int) -> tuple[memoryview, int]:
         """The first `num_bytes` of an object, or all that it has, and its size: one request."""
-        with explained(f"read the start of {key}", url=self.url):
-            self._require_file(key)
+        with self._reading(key, f"read the start of {key}"):
             if self.directory is not None:
                 return start_of(self.directory / key, num_bytes)
             try:
@@ -189,8 +188,7 @@ class Blobs:
         All are empty if one begins after the object's end.
         """
         spans = merged(extents)
-        with explained(f"read {len(spans)} ranges of {key}", url=self.url):
-            self._require_file(key)
+        with self._reading(key, f"read {len(spans)} ranges of {key}"):
             try:
                 found = self._get_ranges(key, spans) if spans else []
             except BaseError as error:
@@ -210,13 +208,11 @@ class Blobs:
         )
 
     def folders(self) -> list[str]:
-        """The first parts of all keys, sorted. A directory that does not exist has none, and is not
-        made."""
+        """The first parts of all keys, sorted. An absent directory has none, and is not made."""
         return sorted(self._list_top()["common_prefixes"])
 
     def names(self) -> list[str]:
-        """The keys without a slash, sorted. A directory that does not exist has none, and is not
-        made."""
+        """The keys without a slash, sorted. An absent directory has none, and is not made."""
         return sorted(meta["path"] for meta in self._list_top()["objects"])
 
     def delete(self, *keys: str) -> None:
@@ -254,9 +250,12 @@ class Blobs:
             with explained(f"sync {prefix}", url=self.url):
                 self._folder.sync(prefix)
 
-    def _require_file(self, key: str) -> None:
-        if self.directory is not None:
-            require_file(self.directory / key)
+    @contextmanager
+    def _reading(self, key: str, doing: str) -> Iterator[None]:
+        with explained(doing, url=self.url):
+            if self.directory is not None:
+                require_file(self.directory / key)
+            yield
 
     def _open_range(self, key: str, start: int, end: int) -> Answer:
         doing = f"read the bytes from {start} to {end} of {key}"

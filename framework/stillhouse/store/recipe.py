@@ -113,6 +113,7 @@ def canonical_json(values: dict[str, Any]) -> bytes:
 def parse_recipe(data: bytes, *, where: str) -> Recipe:
     """Read recipe.json. Raises RecipeError, naming `where`, unless `data` is what `canonical_json`
     writes, byte for byte."""
+    # a JSON object of a version that is known here
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -130,6 +131,7 @@ def parse_recipe(data: bytes, *, where: str) -> Recipe:
                 f"{where} has {key} {values.get(key)!r}, this Stillhouse reads {wanted}; use the "
                 "version that wrote it"
             )
+    # the fields
     names = [field.name for field in fields(Recipe)]
     strange = sorted(set(values) ^ {*names, "format", "codec", "codec_version"})
     if strange:
@@ -141,6 +143,7 @@ def parse_recipe(data: bytes, *, where: str) -> Recipe:
         recipe = Recipe(**{name: values[name] for name in names})
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
+    # the form
     if recipe.canonical_json() != data:
         raise RecipeError(
             f"{where} is not in canonical form, so its fingerprint means nothing; it was edited: "
@@ -182,6 +185,7 @@ def _wrong_types(recipe: Recipe) -> Iterable[str]:
 
 
 def _wrong_values(recipe: Recipe) -> Iterable[str]:
+    # of one field
     for name in ("corpus_digest", "tokenizer_digest", "teacher_digest", "teacher_dtype"):
         if not getattr(recipe, name):
             yield f"{name} is empty"
@@ -198,6 +202,7 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
     for name in ("sequence_length", "chunk_sequences", "vocab_size", "num_draws"):
         if getattr(recipe, name) > _MOST_COUNT:
             yield f"{name} is {getattr(recipe, name)}, wanted at most {_MOST_COUNT}"
+    # of fields together, and of those with few values
     if recipe.num_sequences > MOST_CHUNKS * recipe.chunk_sequences:
         yield (
             f"num_sequences is {recipe.num_sequences}, wanted at most {MOST_CHUNKS} chunks of "
