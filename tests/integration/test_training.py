@@ -22,7 +22,7 @@ from helpers.training import (
 from helpers.world import TinyWorld
 from stillhouse.checkpoint.choice import newest_step
 from stillhouse.checkpoint.fence import owner_key
-from stillhouse.cluster.coordinator import Heard, Heartbeat, StopRequest
+from stillhouse.cluster.heartbeat import Heard, Heartbeat, StopRequest
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.store.object_store import Blobs

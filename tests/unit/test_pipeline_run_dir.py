@@ -46,7 +46,7 @@ def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(
         with learning_attempt(plan, "stillhouse run"):
             store = ChunkStore(plan.config.store.url, plan.recipe)
             join(store, plan.jobs()[0].consumer(0))
-        names.append([reader.name for reader in registered(store).readers])
+        names.append([consumer.name for consumer in registered(store).consumers])
     assert [len(each) for each in names] == [1, 1, 1]
     assert len({name for each in names for name in each}) == 3
 
@@ -137,7 +137,7 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(
             "produce",
         ).__enter__()
     assert contents() == before
-    assert registered(ChunkStore(other.config.store.url, other.recipe)).readers == []
+    assert registered(ChunkStore(other.config.store.url, other.recipe)).consumers == []
 
 
 def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_is_told_why_not(

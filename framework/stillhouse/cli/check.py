@@ -133,6 +133,7 @@ def _store(plan: Plan, found: _Findings) -> None:
     present = ChunkStore(url, recipe).published() & set(plan.chunks) if is_there else set()
     per_chunk, window_bytes = plan.bytes_per_chunk, plan.window_chunks * plan.bytes_per_chunk
     ahead = min(plan.window_chunks, num_chunks)
+    _writable(plan, found, is_complete=len(present) == num_chunks)
     found.rows += [
         (
             "targets",
@@ -238,20 +239,33 @@ def _draws(recipe: Recipe) -> str:
 
 
 def _stored(plan: Plan, found: _Findings) -> list[StoredRecipe]:
-    """The recipes in the store; what keeps it from being read or written becomes an obstacle. It is
-    not written to."""
+    """The recipes in the store; what keeps it from being read becomes an obstacle. It is not
+    written to."""
     try:
         where = ChunkStore(plan.config.store.url, plan.recipe).url
         if where.startswith("memory:"):
             raise StoreError(
                 f"{where} cannot be shared between processes; give a directory or a bucket"
             )
-        if "://" not in where:
-            _require_writable(Path(where))
         return list_recipes(where)
     except StoreError as error:
         found.obstacles.append(f"store.url: {error}")
         return []
+
+
+def _writable(plan: Plan, found: _Findings, *, is_complete: bool) -> None:
+    """A directory that may only be read stops `run`, but not `train` once all chunks are there."""
+    try:
+        directory = ChunkStore(plan.config.store.url, plan.recipe).blobs.directory
+    except StoreError:  # `_stored` has named it
+        return
+    reason = why_not_writable(directory) if directory is not None else None
+    if reason is not None and is_complete:
+        found.notes.append(
+            f"{reason}: all chunks are there, so `stillhouse train` reads them; `run` would stop"
+        )
+    elif reason is not None:
+        found.obstacles.append(f"store.url: {reason}; name another place")
 
 
 def _require_writable(path: Path) -> None:

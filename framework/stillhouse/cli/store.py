@@ -29,6 +29,7 @@ from stillhouse.store import (
     list_recipes,
     nearest,
     sweep,
+    verify_chunks,
     verify_store,
 )
 from stillhouse.terminal import one_line, say
@@ -138,7 +139,7 @@ def repair(url: str, plan: "Plan") -> None:
             "quarantine/, and published anew"
         )
     findings = track(
-        store.findings(),
+        verify_chunks(store),
         "verifying",
         total=len(store.published()),
         console=Console(stderr=True),

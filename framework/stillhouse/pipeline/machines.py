@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep, time
 
-from stillhouse.cluster.coordinator import Coordinator, StopRequest
+from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.head_process import HeadIsGone
+from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.cluster.nodes import drain, draining
 from stillhouse.cluster.preemption import Ask, PreemptionNotice, sigterm
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
@@ -84,7 +85,7 @@ class Machines:
     def _look(self) -> None:
         """Take in and pass on. What the coordinator knew and lost with its process is told to it
         again."""
-        for words in self._coordinator.words():
+        for words in self._coordinator.take_messages():
             say(words, error=True)
         for node, notice in draining().items():
             self._coordinator.announce(node, notice)

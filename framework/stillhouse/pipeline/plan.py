@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from stillhouse.cluster.machine import why_too_long
 from stillhouse.config import Config, ModelSection, StudentSection, TargetSection, TeacherSection
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.errors import ConfigError
@@ -118,6 +119,8 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     Raises ModelError, CorpusError, CacheError or ConfigError for what cannot be used, before
     anything heavy starts.
     """
+    if (reason := why_too_long(run_dir)) is not None:
+        raise ConfigError(f"--run-dir: {reason}; choose shorter names")
     require_whole_weights(config.teacher.model)
     if config.student.init == "weights":
         require_whole_weights(config.student.model)

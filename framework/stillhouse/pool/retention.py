@@ -85,11 +85,11 @@ class Retention:
                 if reader.name in self._own
             }
             self._went_back |= any(
-                reader.committed_step < before.get(reader.name, 0) for reader in found.readers
+                reader.committed_step < before.get(reader.name, 0) for reader in found.consumers
             )
-            self._readers = found.readers
+            self._readers = found.consumers
             if self._deletes:
-                self._delete(understood=not found.strangers)
+                self._delete(understood=not found.unknown)
             return self._missing() if self._went_back else []
         except StoreUnavailable:
             return []
