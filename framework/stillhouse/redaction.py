@@ -44,7 +44,8 @@ _MOST_BYTES = 1 << 16
 
 
 def _token_files(environment: Mapping[str, str], home: Path) -> Iterator[Path]:
-    """Where tools keep their tokens; HF_TOKEN_PATH, RAY_AUTH_TOKEN_PATH and the like say where."""
+    """The files where tools keep tokens: the usual ones, and those in variables such as
+    HF_TOKEN_PATH and RAY_AUTH_TOKEN_PATH."""
     yield Path(environment.get("HF_HOME") or home / ".cache" / "huggingface") / "token"
     yield home / ".ray" / "auth_token"
     yield Path(environment.get("NETRC") or home / ".netrc")

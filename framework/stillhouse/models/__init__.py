@@ -1,4 +1,4 @@
-"""Hugging Face causal language models, for teacher and student alike: tokenizer, identity, weights,
+"""Hugging Face causal language models, of teachers and students: tokenizer, identity, weights,
 final hidden states and Head."""
 
 from stillhouse.models.files import require_whole_weights

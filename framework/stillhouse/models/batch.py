@@ -27,6 +27,7 @@ class TokenBatch:
 
     @classmethod
     def of(cls, sequences: Sequences) -> Self:
+        """The sequences as a batch on the CPU."""
         token_ids_BL = sequences.token_ids_SL.astype(np.int64)
         target_positions_T = np.flatnonzero(sequences.loss_mask_SL)
         return cls(

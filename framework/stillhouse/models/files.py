@@ -48,6 +48,7 @@ def _weight_files(folder: Path) -> Iterable[Path]:
 
 
 def _require_whole(file: Path) -> None:
+    """Raise ModelError where a safetensors file is absent, cut short or damaged."""
     try:
         with safe_open(file, framework="np"):  # compares the header with the file's size
             return

@@ -1,7 +1,7 @@
 """A model's final hidden states, and its Head: the language-model head that makes logits of them.
 
-What a config says of its head cannot be trusted, so a Head is checked against the model's own
-logits on a probe, and so is packing.
+A config may be wrong or incomplete about the head. So a Head is compared with the model's own
+logits on a probe, and packing is tested, too.
 
 Shapes: B rows, L tokens in a row, H hidden, V vocabulary.
 """
@@ -81,7 +81,7 @@ def _cut(tensor: Tensor, vocab_size: int) -> Tensor:
 
 
 def _scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What the config says that the logits are multiplied by, and their soft cap, if any."""
+    """The factor of the logits and their soft cap, if any, by the model's config."""
     config = model.config.get_text_config()
 
     def numbers(names: tuple[str, ...]) -> list[float]:
@@ -144,7 +144,7 @@ def compare_head(model: PreTrainedModel, head: Head) -> None:
             "dtype (float32 or bfloat16)"
         )
 
-    # They have to say something.
+    # They must differ between tokens.
     if (own_BLV.amax(-1) - own_BLV.amin(-1)).max() < 1e-6:
         raise ModelError(
             f"{name} gives every token the same logit; its weights did not load, or were never "
@@ -204,12 +204,11 @@ def check_packing(model: PreTrainedModel, *, vocab_size: int) -> None:
     if not (leak <= rounding and alone <= PACKING_TOLERANCE[model.dtype]):
         raise ModelError(
             f"{type(model).__name__} lets documents packed in one row see each other: a "
-            f"document's hidden states move by {leak:.2g} of"
-            f" their norm when its neighbours change (allowed: {rounding:.2g}), and lie "
-            f"{alone:.2g} from those it has alone (allowed:"
-            f" {PACKING_TOLERANCE[model.dtype]:.2g}). Use a model whose attention heeds "
-            "position_ids (state-space models do not), another"
-            " attention implementation, or corpus.packing = false with chat"
+            f"document's hidden states move by {leak:.2g} of their norm when its neighbours change "
+            f"(allowed: {rounding:.2g}), and are {alone:.2g} from those it has alone (allowed: "
+            f"{PACKING_TOLERANCE[model.dtype]:.2g}). Use a model whose attention heeds "
+            "position_ids (state-space models do not), another attention implementation, or "
+            "corpus.packing = false with chat"
         )
 
 
@@ -252,6 +251,7 @@ def _own_logits(
 
 
 def _expect_same(name: str, case: str, own_BLV: Tensor, head_BLV: Tensor) -> None:
+    """Raise ModelError where the logits differ by more than rounding."""
     allowed = HEAD_TOLERANCE[head_BLV.dtype] * float(own_BLV.abs().max())
     difference = float((own_BLV.float() - head_BLV.to(own_BLV.device).float()).abs().max())
     if not difference <= allowed:

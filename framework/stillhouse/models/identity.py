@@ -135,6 +135,7 @@ def _noted_hash(file: Path, cache_dir: Path) -> str:
 
 
 def _hub_commit(model: str, revision: str | None) -> str:
+    """The commit of a revision on the hub, or in the cache where the hub does not answer."""
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     try:

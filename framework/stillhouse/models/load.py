@@ -83,6 +83,7 @@ def load_model(
 
 
 def _require_causal(name: str, config: PretrainedConfig) -> None:
+    """Raise ModelError unless the architecture is a causal language model."""
     own_classes = getattr(config, "auto_map", {})
     if (
         type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -95,6 +96,7 @@ def _require_causal(name: str, config: PretrainedConfig) -> None:
 
 
 def _check_loading(name: str, report: Mapping[str, Any]) -> None:
+    """Raise ModelError where weights were not in the files; `report` is transformers' own."""
     wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if wrong:
         raise ModelError(

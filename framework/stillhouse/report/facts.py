@@ -28,38 +28,33 @@ def facts_list(summary: Summary, config: Config) -> str:
 
 
 def _of_the_targets(summary: Summary, config: Config) -> list[tuple[str, str]]:
+    """Models, corpus, chunks and targets, each as (name, value)."""
     start, corpus, target = summary.start, config.get("corpus", {}), config.get("target", {})
     dataset = corpus.get("dataset")
+    corpus_words = _listed(
+        ("", dataset and short_name(str(dataset))),
+        ("", corpus.get("subset")),
+        ("split", corpus.get("split")),
+    )
+    target_words = _listed(
+        ("k", start.k),
+        ("draws", target.get("tail_draws")),
+        ("bits", target.get("value_bits")),
+        ("temperature", target.get("temperature")),
+    )
+    length = f"{start.sequence_length:,} tokens, {start.num_targets:,} target tokens"
     return [
         ("Teacher", short_name(start.teacher)),
         ("Student", short_name(start.student)),
-        (
-            "Corpus",
-            _listed(
-                ("", dataset and short_name(str(dataset))),
-                ("", corpus.get("subset")),
-                ("split", corpus.get("split")),
-            ),
-        ),
-        (
-            "Sequences",
-            f"{start.num_sequences:,} of {start.sequence_length:,} tokens, {start.num_targets:,} "
-            "target tokens",
-        ),
+        ("Corpus", corpus_words),
+        ("Sequences", f"{start.num_sequences:,} of {length}"),
         ("Chunks", f"{start.num_chunks:,}, of which this run computed {len(summary.chunks):,}"),
-        (
-            "Targets",
-            _listed(
-                ("k", start.k),
-                ("draws", target.get("tail_draws")),
-                ("bits", target.get("value_bits")),
-                ("temperature", target.get("temperature")),
-            ),
-        ),
+        ("Targets", target_words),
     ]
 
 
 def _of_the_training(summary: Summary, config: Config) -> list[tuple[str, str]]:
+    """Loss, schedule, steps, ranks and versions, each as (name, value)."""
     start, student = summary.start, config.get("student", {})
     terms = [
         (student.get("divergence_weight"), student.get("divergence")),

@@ -84,7 +84,7 @@ Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
 class Panel:
     """One drawing with its words. `legend` pairs a label with the CSS variable of its colour.
 
-    `svg` is empty where the caption alone says all.
+    `svg` is empty where the caption alone is enough.
     """
 
     title: str
@@ -157,6 +157,8 @@ def fidelity_panels(summary: Summary) -> list[Panel]:
     """Chunk by chunk, what the stored targets keep of the teacher; none without a chunk."""
     if not summary.chunks:
         return []
+
+    # The points.
     numbered = list(enumerate(summary.chunks, 1))
     kept = _thin([(i, chunk.kept_mass) for i, chunk in numbered])
     mean = _thin([(i, chunk.codec_kl) for i, chunk in numbered])
@@ -171,6 +173,7 @@ def fidelity_panels(summary: Summary) -> list[Panel]:
         _dots(axes, mean, TEACHER)
         _log_scale(axes, np.concatenate([mean[1], worst[1]]))
 
+    # The words.
     per_point = -(-len(numbered) // _MAX_POINTS)
     merged = f" Each point stands for {per_point} chunks." if per_point > 1 else ""
     share = "Mean share of the teacher's probability that lies on the kept entries."
@@ -192,6 +195,7 @@ def pace_panels(summary: Summary) -> list[Panel]:
 
 
 def _rates_panel(summary: Summary) -> Panel | None:
+    """Target tokens a second of teachers, student and control; None where there are none."""
     found = {
         "teachers": (numbers.teacher_tokens(summary), TEACHER),
         "student": (numbers.train_tokens(summary, "student"), STUDENT),
@@ -216,7 +220,9 @@ def _rates_panel(summary: Summary) -> Panel | None:
 
 
 def _waits_panel(summary: Summary) -> Panel | None:
-    """The share of time that each side waited: a sentence instead of bars too low to be seen."""
+    """The share of time that each side waited; a sentence where the bars would be too low to see.
+    None where nothing was measured."""
+    # The two sides, as far as they were at work.
     found = {
         "student, for chunks": (numbers.data_waits(summary), STUDENT),
         "teachers, for the window": (numbers.window_waits(summary), TEACHER),
@@ -229,6 +235,7 @@ def _waits_panel(summary: Summary) -> Panel | None:
         waits = "; ".join(sides)
         return Panel(title, "", f"The share of time waited ({waits}) was under 1 % throughout.")
 
+    # Bars: the student's up, the teachers' down.
     def draw(axes: Axes) -> None:
         for name, (share, edges, colour) in sides.items():
             upwards = np.minimum(share, 1.0) * (1 if name.startswith("student") else -1)
@@ -246,6 +253,7 @@ def _waits_panel(summary: Summary) -> Panel | None:
 
 def time_panel(summary: Summary) -> Panel | None:
     """Where the time of students and teachers went; None where neither was at work."""
+    # The sides that were at work, and the parts that took any time.
     found = {"teachers": teacher_time(summary), "students": student_time(summary)}
     sides = {name: spent for name, spent in found.items() if spent is not None}
     if not sides:
@@ -263,6 +271,7 @@ def time_panel(summary: Summary) -> Panel | None:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.grid(visible=False)
 
+    # The words.
     useful = " ".join(
         f"Of the {name}' time until then, {percent(side.goodput)} was useful."
         for name, side in reversed(sides.items())

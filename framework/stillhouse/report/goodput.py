@@ -121,10 +121,10 @@ def student_time(summary: Summary) -> TimeSpent | None:
 def _spend_attempt(
     attempt: _Attempt, spent: Spent, counts_at: Mapping[tuple[Role, int], int], index: int
 ) -> int:
-    """Add an attempt's time to `spent`.
+    """Add an attempt's time to `spent`, and return `index` behind its last step.
 
-    `index` counts the steps of all attempts, and is returned as it then stands. `counts_at` says at
-    which of them a step was taken for the last time: that one is useful, those before are redone.
+    `index` counts the steps of all attempts. `counts_at` has the index at which each step was taken
+    for the last time: only then it was useful; the times before, it was redone.
     """
     total_steps = attempt.start.total_steps
     saving = _spans(
@@ -156,7 +156,7 @@ def _spend_attempt(
             spent["redone"] += step_s
         before, index = step, index + 1
 
-    # What is left behind the last step.
+    # The time behind the last step.
     if before is None:
         spent["released" if attempt.outcome == "done" else first_start] += attempt.end - cursor
     else:
@@ -333,13 +333,16 @@ def recoveries(summary: Summary) -> list[Recovery]:
 
 
 def incidents(summary: Summary) -> list[str]:
-    """Whatever else went wrong and was mended, in words; empty where nothing did."""
+    """What else went wrong and was repaired, in words; empty where nothing did."""
+    # The events of each kind.
     timeline = summary.timeline
     pools = [of_kind(attempt.events, PoolRow) for attempt in _attempts(summary)]
     last_pools = [each[-1][1] for each in pools if each]
     chunks_set_aside = [event for _, event in of_kind(timeline, SetAsideRow)]
     delayed = {(delay.role, delay.step) for _, delay in of_kind(timeline, DelayRow)}
     silent = [stall.role == "teacher" for _, stall in of_kind(timeline, StallRow)]
+
+    # How many, of what, and what became of it.
     counts = [
         (sum(pool.losses for pool in last_pools), "lease", "lost with a teacher"),
         (

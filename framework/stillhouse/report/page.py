@@ -25,7 +25,7 @@ def write_report(run_dir: Path) -> Path:
     its path.
 
     Works on a run that still goes on, was interrupted, failed, or used cached chunks only. What a
-    later version wrote to the journal is left out, which the page and a note on standard error say.
+    later version wrote to the journal is left out; the page and a line on standard error say so.
     Raises UserError where no attempt has begun, and StoreError where the page cannot be written.
     """
     reader = JournalReader(run_dir / "journal.jsonl")
@@ -71,7 +71,8 @@ def _config(path: Path) -> Config:
 
 
 def _page(summary: Summary, config: Config, newer: str) -> str:
-    # What the frame needs more than once, and what it says where a section is empty.
+    """The whole page; `newer` says what was left out of the journal, if anything."""
+    # Names and style, and sentences for empty sections.
     student, teacher = (
         escape(short_name(name)) for name in (summary.start.student, summary.start.teacher)
     )

@@ -188,7 +188,7 @@ def mean_rate(intervals: Sequence[Interval]) -> float:
 
 def verdict(summary: Summary) -> str:
     """One or two sentences: what was achieved, against what, and how far that can be trusted."""
-    # What can be said: how far the student was trained, and beside which teacher.
+    # How far the student was trained, and how good its teacher is.
     if (student := summary.evals.get("student")) is None:
         return _without_evaluation(summary)
     teacher, control = summary.evals.get("teacher"), summary.evals.get("control")
@@ -256,6 +256,7 @@ def _tokens_compared(summary: Summary, student: EvalRow, control: EvalRow) -> st
 
 
 def _without_evaluation(summary: Summary) -> str:
+    """The verdict on a run without an evaluation: how far it is."""
     total = summary.start.total_steps
     if not summary.student:
         return (

@@ -34,7 +34,7 @@ _SCORES: list[tuple[str, Callable[[EvalRow], float | None], Callable[[float], st
 
 
 def _of_a_student(scores: EvalRow, value: float | None) -> float | None:
-    """A comparison with the teacher, which says nothing of the teacher itself."""
+    """A score that compares with the teacher; None for the teacher itself."""
     return None if scores.model == "teacher" else value
 
 
@@ -55,6 +55,7 @@ def evaluation_table(summary: Summary) -> str:
 
 
 def _scores_of(scores: EvalRow) -> str:
+    """A model's line of the evaluation table."""
     values = [(read(scores), show) for _, read, show in _SCORES]
     cells = "".join(
         f"<td>{escape(ABSENT if value is None else show(value))}</td>" for value, show in values

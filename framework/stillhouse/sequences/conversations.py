@@ -54,7 +54,8 @@ def cure_of_columns(columns: Collection[str]) -> str | None:
 
 
 def _cure_of_turn(turn: Any, column: str) -> str:
-    """How to mend a turn, with a semicolon before it; empty where its form is not known."""
+    """How to convert a turn, in words behind a semicolon; empty where its form is not known."""
+    # Other forms in use.
     if not isinstance(turn, dict):
         return ""
     content = turn.get("content")
@@ -71,6 +72,8 @@ def _cure_of_turn(turn: Any, column: str) -> str:
         return "; these are OpenAI content parts: " + _of_each(
             f'{{"role": turn["role"], "content": {text}}}', column
         )
+
+    # Turns without a text.
     if content is None and turn.get("tool_calls"):
         return (
             "; calls of tools are not read: write the call into 'content' as the model is to "

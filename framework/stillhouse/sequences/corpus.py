@@ -1,8 +1,9 @@
 """A corpus: sequences on disk, written once as Arrow, memory-mapped, and each checked against its
 hash whenever it is read.
 
-Arrow's own structure is there for other readers. This one keeps the offset of every column, so that
-damage to the structure cannot mislead it: it returns what was written, or raises CorpusError.
+Arrow's own structure is for other programs. Here the offsets of all columns are kept in a file of
+their own, so that damage to that structure cannot mislead: what is read is what was written, or
+CorpusError is raised.
 
 Shapes: S sequences, L tokens in a sequence, B record batches.
 """

@@ -154,6 +154,7 @@ def _shuffled(
 
 
 def _from_files(files: Sequence[Path], section: CorpusSection) -> Documents:
+    """A document of each text file. Raises CorpusError at settings that only tables have."""
     if section.format == "chat":
         raise CorpusError(
             f"{section.dataset} holds plain text files, which have no conversations; set "
@@ -189,6 +190,7 @@ def _read_text(file: Path) -> str:
 
 
 def _stdlib_files() -> list[Path]:
+    """The sources of Python's standard library, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
     return [
         file
@@ -224,7 +226,7 @@ def _local_files(name: str) -> list[Path]:
             "such as 'owner/name', or 'stdlib'"
         )
 
-    # Refuse what is not read, or not alike.
+    # Refuse files of an unknown kind, or of several kinds.
     kinds = {
         "text" if file.suffix in TEXT_SUFFIXES else TABLE_READERS.get(file.suffix, file.suffix)
         for file in found
@@ -251,7 +253,7 @@ def _load_tables(files: Sequence[Path], section: CorpusSection, cache_dir: Path)
         return datasets.load_dataset(
             reader, split=section.split, data_files=names, cache_dir=str(cache_dir)
         )
-    except StopIteration:  # the reader of json raises it at files without a byte
+    except StopIteration:  # raised for JSON files without a byte
         raise _is_empty(section) from None
     except _LOADING_ERRORS as error:
         if (failed_write := _failed_write(error, cache_dir)) is not None:
@@ -267,6 +269,7 @@ def _load_tables(files: Sequence[Path], section: CorpusSection, cache_dir: Path)
 
 
 def _load_from_hub(section: CorpusSection) -> object:
+    """A data set from the hub."""
     try:
         return datasets.load_dataset(
             section.dataset, section.subset, split=section.split, revision=section.revision
@@ -311,8 +314,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _failed_write(error: BaseException, cache_dir: Path) -> OSError | None:
-    """The error behind this one that says that the cache cannot be written; None where there is
-    none. All other files are only read."""
+    """The error of a write to the cache in the chain of causes; None where there is none. All other
+    files are only read."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and (
             is_no_room(cause) or Path(str(cause.filename)).is_relative_to(cache_dir)

@@ -150,6 +150,7 @@ def _build(
 def _counted(
     documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]
 ) -> Iterator[Tokens]:
+    """The same documents, counted as they are taken."""
     for document in documents:
         tally.documents += 1
         tally.tokens += len(document)

@@ -5,7 +5,7 @@ store. So a block is a function of the source's identity and the block's number 
 tokens whenever and wherever it is made.
 
 To write a source of your own, read `SequenceSource`, then `CorpusSource` as the example. A config
-names it as `corpus.source = "package.module:function"`; `open_sources` says what that function is.
+names it as `corpus.source = "package.module:function"`; `open_sources` has the function's contract.
 """
 
 from collections.abc import Callable
@@ -136,7 +136,7 @@ def open_sources(
 
 
 def _check(found: object, section: CorpusSection) -> None:
-    """Raise ConfigError unless these are Sources of the length that the config asks for."""
+    """Raise ConfigError unless these are Sources of the config's sequence length."""
     if not isinstance(found, Sources):
         raise ConfigError(
             f'corpus.source is "{section.source}", which gives a {type(found).__name__}; '

@@ -140,8 +140,8 @@ def _tokenise_chat(
             encoded["input_ids"], encoded["offset_mapping"], batch, strict=True
         ):
             first_chars = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
-            # The turns are disjoint and ascending: a character lies in one iff it is past an odd
-            # number of their borders.
+            # The turns are disjoint and ascending: a character is inside one iff the number of
+            # borders before it is odd.
             is_label = np.searchsorted(np.array(turns).ravel(), first_chars, side="right") % 2 == 1
             yield Tokens(np.array(ids, dtype=np.int32), is_label)
 

@@ -75,6 +75,7 @@ class Journal:
             _log.info("%s", _words(values), extra={SCRUBBED: True})
 
     def _append(self, line: bytes) -> None:
+        """Append a line under the file's lock, and sync it. At an OSError the file is as before."""
         descriptor = self.files.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -171,6 +172,7 @@ class JournalReader:
         return rows
 
     def _row(self, line: bytes, where: str) -> Row:
+        """The event of a complete line. Raises RunError where it is none."""
         try:
             text, is_sealed = _unsealed(line)
             if self._is_sealed and not is_sealed:

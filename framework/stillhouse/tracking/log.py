@@ -150,7 +150,7 @@ def failures_logged(logger: logging.Logger, doing: str) -> Iterator[None]:
 class WarningReader:
     """Reads Stillhouse's warnings in a directory's logs while processes write them.
 
-    Lines that are there at first are of earlier attempts, and left out. So is the file named `but`.
+    Lines that are there at first are of earlier attempts, and left out, as is the file named `but`.
     """
 
     def __init__(self, directory: Path, *, but: str) -> None:
@@ -165,6 +165,7 @@ class WarningReader:
         ]
 
     def _new_in(self, path: Path) -> list[str]:
+        """The warnings in what was appended to a file since the last call."""
         offset = self._offsets.get(path.name, 0)
         if path.name == self._but or path.stat().st_size <= offset:
             return []
@@ -178,8 +179,8 @@ class WarningReader:
 
 @contextmanager
 def _shown(reader: WarningReader) -> Iterator[None]:
-    """Show other processes' warnings from a thread, through `say`, which keeps progress bars
-    whole."""
+    """Show other processes' warnings while the block lasts, from a thread. They are printed with
+    `say`, so that progress bars stay whole."""
     stopped = threading.Event()
 
     def follow() -> None:

@@ -17,8 +17,8 @@ class PatientTracker:
     """Records events with another tracker, and tries again while that one has no room.
 
     The caller waits meanwhile, so events stay in order. `record` raises StoreUnavailable at the end
-    of the patience, and any other error at once. `tell` tells the user that the run waits, which
-    the journal cannot.
+    of the patience, and any other error at once. `tell` shows the user that the run waits, which
+    the journal cannot record.
     """
 
     tracker: Tracker

@@ -1,6 +1,6 @@
 """What was trained, as the journal shows it: which steps, under which schedule, by how many ranks.
 
-The config cannot say it: it holds only what was asked for last.
+The config does not show it: it holds only what was asked for last.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +27,7 @@ class Schedule:
     total_steps: int
 
     def words(self) -> str:
+        """The schedule in a phrase."""
         return (
             f"learning rate {self.learning_rate:g}, warm-up steps {self.warmup_steps:,}, "
             f"then a cosine to {self.min_learning_rate:g} at step {self.total_steps:,}"
@@ -44,6 +45,7 @@ class Stretch:
     world_sizes: tuple[int, ...]  # how many ranks took its steps, ascending
 
     def words(self) -> str:
+        """Its schedule in a phrase, or what is known of it."""
         if self.schedule is not None:
             return self.schedule.words()
         return (
@@ -96,6 +98,7 @@ def _taken(events: Iterable[Row], role: Role) -> dict[int, tuple[TrainRow, Sched
 
 
 def _joined(one: Stretch, other: Stretch) -> Stretch:
+    """Two neighbouring stretches of one schedule as one."""
     return replace(
         one,
         last_step=other.last_step,

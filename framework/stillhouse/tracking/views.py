@@ -63,7 +63,7 @@ class WandbView:
         run_id: str,
         init_timeout_s: float = 60.0,
     ) -> None:
-        """Open the run `run_id`, or open it again; `config` is the resolved configuration.
+        """Open the run `run_id`, or open it again. `config` is the resolved configuration.
 
         Raises UserError where mode online is asked for and W&B cannot be reached.
         """
@@ -83,6 +83,7 @@ class WandbView:
                 self._run.define_metric(name, step_metric=axis)
 
     def record(self, event: Row) -> None:
+        """Send an event to W&B."""
         step, self._num_events = self._num_events, self._num_events + 1
         self._guarded(lambda: self._send(event, step))
 
@@ -117,6 +118,7 @@ class WandbView:
         self._guarded(lambda: self._run.finish(exit_code=self._exit_code))
 
     def _guarded(self, act: Callable[[], None]) -> None:
+        """Call W&B, and end the mirroring where it raises."""
         if self._run is None:
             return
         try:
@@ -150,9 +152,11 @@ def _open_run(
     run_id: str,
     init_timeout_s: float,
 ) -> Any:
-    """A run of W&B, offline where the section says so, or says `auto` and W&B is not at hand."""
+    """Open a run of W&B: online, or offline where the section asks for that, or for `auto` and W&B
+    cannot be used. Raises UserError where it asks for online."""
     import wandb
 
+    # What is the same in both modes.
     wandb.setup(wandb.Settings(silent=True))
     init = partial(
         wandb.init,
@@ -167,7 +171,7 @@ def _open_run(
         settings=_wandb_settings(init_timeout_s),
     )
 
-    # Online, where that is asked for or possible.
+    # Online.
     try:
         if section.wandb == "online" or (
             section.wandb == "auto" and wandb.login(prompt=False, verify=False)
@@ -187,6 +191,7 @@ def _open_run(
         )
         say(_scrubbed_line(words), error=True)
 
+    # Offline.
     return init(mode="offline")
 
 
@@ -236,33 +241,23 @@ class ProgressView:
         self._live = Live(console=self._console, auto_refresh=False) if is_terminal else None
 
     def record(self, event: Row) -> None:
+        """Show an event, now or with the next one."""
         # Lines in between, which leave the bars as they are.
         if (line := _incident_line(event)) is not None:
             self._say(line)
             return
 
         # The bars.
-        latest = self._latest
-        match event:
-            case StartRow():
-                self._latest = _Latest(start=event)
-            case WaitRow():
-                latest.wait = event if event.missing else None
-            case PoolRow():
-                latest.pool = event
-                latest.pool_pace.add(event.time, event.published)
-            case TrainRow():
-                if latest.train is not None and latest.train.role != event.role:
-                    latest.train_pace = _Pace()
-                latest.train = event
-                latest.train_pace.add(event.time, event.step)
-            case _:
-                return
+        if isinstance(event, StartRow):
+            self._latest = _Latest(start=event)
+        elif not self._latest.take(event):
+            return
         self._is_stale = True
         if self._clock() - self._last_shown >= self._every_s:
             self._show()
 
     def _say(self, line: str) -> None:
+        """Print a line in between, or leave it out where the last one is too recent."""
         if self._clock() - self._last_said >= _SAY_EVERY_S:
             self._last_said = self._clock()
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -327,6 +322,23 @@ class _Latest:
     pool_pace: _Pace = field(default_factory=_Pace)
     train_pace: _Pace = field(default_factory=_Pace)
 
+    def take(self, event: Row) -> bool:
+        """Keep an event; False where it is of a kind that the bars do not show."""
+        match event:
+            case WaitRow():
+                self.wait = event if event.missing else None
+            case PoolRow():
+                self.pool = event
+                self.pool_pace.add(event.time, event.published)
+            case TrainRow():
+                if self.train is not None and self.train.role != event.role:
+                    self.train_pace = _Pace()
+                self.train = event
+                self.train_pace.add(event.time, event.step)
+            case _:
+                return False
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class _Side:
@@ -365,8 +377,7 @@ def _student_side(latest: _Latest) -> _Side:
 
 
 def _incident_line(event: Row) -> str | None:
-    """What a user is told at once of an event that stops a process or makes it wait; None of all
-    others."""
+    """The line for an event that stops a process or makes it wait; None for all others."""
     match event:
         case DelayRow():
             return (
