@@ -1,11 +1,11 @@
-"""What was probably meant by a name, a value or a text that the configuration does not know."""
+"""Suggestions: which name, value or command was probably meant by one that is not known."""
 
 import difflib
 import re
 from collections.abc import Collection, Mapping
 
-# Settings of TRL, of Hugging Face's Trainer, of axolotl and of DeepSpeed, and what takes their
-# place here.
+# Settings of TRL, of Hugging Face's Trainer, of axolotl and of DeepSpeed, and what is used here
+# instead.
 ELSEWHERE: Mapping[str, str] = {
     "model_name_or_path": "teacher.model or student.model",
     "model_name": "teacher.model or student.model",
@@ -68,7 +68,7 @@ ELSEWHERE: Mapping[str, str] = {
     "eval_steps": "nothing: the student is scored at the end, and by `stillhouse eval`",
 }
 
-# Other words for the values of settings that are one of a few.
+# Other names for the values of settings that allow a few values only.
 _SHORT: Mapping[str, str] = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -113,72 +113,60 @@ _LITERALS = {"True": "true", "False": "false"}
 
 
 def setting(name: str, *, section: str, known: Mapping[str, Collection[str]]) -> str:
-    """Which setting was meant by `name`, in words; `known` has the names in each section, and in ''
-    those of the sections."""
-    here, homes = (
-        known.get(section, ()),
-        [f"'{other}.{name}'" for other in known if other and name in known[other]],
-    )
+    """Which setting was meant by `name` in a section, in words.
+
+    `known` has the settings of each section, and under '' the names of the sections.
+    """
     if name in ELSEWHERE:
         return f"here it is {ELSEWHERE[name]}"
+    homes = [f"'{other}.{name}'" for other in known if other and name in known[other]]
     if homes:
         return f"did you mean {' or '.join(homes)}?"
+    here = known.get(section, ())
     near = difflib.get_close_matches(name, here, n=1, cutoff=0.5)
     if near:
         return f"did you mean '{near[0]}'?"
     if len(here) <= _MANY:
         return f"known here: {', '.join(here)}"
-    return (
-        f"the nearest of {len(here)} that are known here: "
-        f"{', '.join(difflib.get_close_matches(name, here, n=5, cutoff=0.0))}"
-    )
+    nearest = ", ".join(difflib.get_close_matches(name, here, n=5, cutoff=0.0))
+    return f"the nearest of {len(here)} that are known here: {nearest}"
 
 
 def value(found: str, allowed: Collection[str]) -> str:
-    """Which of the allowed values was meant by `found`, in words, with a comma before them; ''
-    where none is near."""
-    short = _SHORT.get(found.lower())
-    near = (
-        [short]
-        if short in allowed
-        else difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.5)
-    )
-    return f"; did you mean '{near[0]}'?" if near else ""
+    """Which of the allowed values was meant by `found`, in words behind a semicolon; '' where none
+    is similar."""
+    name = _SHORT.get(found.lower())
+    if name not in allowed:
+        near = difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.5)
+        name = near[0] if near else None
+    return f"; did you mean '{name}'?" if name else ""
 
 
 def verb(found: str, known: Collection[str]) -> str:
     """Which command was meant, in words."""
-    near = (
-        [_OTHER_VERBS[found]]
-        if found in _OTHER_VERBS
-        else difflib.get_close_matches(found, known, n=1)
-    )
+    other = _OTHER_VERBS.get(found)
+    near = [other] if other else difflib.get_close_matches(found, known, n=1)
     return f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known)}."
 
 
 def toml(text: str, complaint: str) -> str:
-    """How to make TOML of a text that is none, with a semicolon before it; '' where it is not
-    known. `complaint` is the parser's."""
-    first = next(
-        (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")),
-        "",
-    )
-    if first.lstrip().startswith("{"):
+    """How to make TOML of a text that is none, in words behind a semicolon; '' where that is not
+    known. `complaint` is the parser's error."""
+    # Another format.
+    lines = text.splitlines()
+    settings = (line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    first = next(settings, "")
+    is_json = first.lstrip().startswith("{")
+    if is_json or re.match(r"---|[\w-]+:(\s|$)", first):
         return (
-            "; this is JSON: write a section as [student], and below it a setting as "
-            "learning_rate = 1e-4"
+            f"; this is {'JSON' if is_json else 'YAML'}: write a section as [student], and below "
+            "it a setting as learning_rate = 1e-4"
         )
-    if re.match(r"---|[\w-]+:(\s|$)", first):
-        return (
-            "; this is YAML: write a section as [student], and below it a setting as "
-            "learning_rate = 1e-4"
-        )
-    line = re.search(r"at line (\d+)", complaint)
-    bare = (
-        re.match(r"\s*([\w.-]+)\s*=\s*([A-Za-z/~.][^'\"#]*)", text.splitlines()[int(line[1]) - 1])
-        if line
-        else None
-    )
+
+    # A text without quotes, at the line of which the parser complains.
+    at = re.search(r"at line (\d+)", complaint)
+    line = lines[int(at[1]) - 1] if at else ""
+    bare = re.match(r"\s*([\w.-]+)\s*=\s*([A-Za-z/~.][^'\"#]*)", line)
     if bare is None:
         return ""
     name, word = bare[1], bare[2].strip()
