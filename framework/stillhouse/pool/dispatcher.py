@@ -66,16 +66,15 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         wall: Callable[[], float] = time,
     ):
         wanted = np.asarray(order, dtype=np.int64)
-        self._item_of, self._window_chunks, self._journal, self._clock = (
-            item_of,
-            window_chunks,
-            journal,
-            clock,
-        )
+        self._item_of = item_of
+        self._window_chunks = window_chunks
+        self._journal = journal
+        self._clock = clock
         self._max_failures = limits.budget.max_failures
-        self._stock = stock = Stock(store, retention=retention, journal=journal)
+        self._stock = Stock(store, retention=retention, journal=journal)
+        settled = self._stock.settled(wanted)
         self._table = LeaseTable(
-            wanted, settled=stock.settled(wanted), num_rows=stock.num_rows, budget=limits.budget
+            wanted, settled=settled, num_rows=self._stock.num_rows, budget=limits.budget
         )
         self._fleet = Fleet(
             crew, limits, compare=compare, give_back=self._table.give_back, wall=wall

@@ -116,13 +116,11 @@ class Fleet(Generic[ItemT, ReadyT]):
         give_back: Callable[[Lease], None],
         wall: Callable[[], float],
     ):
-        self._crew, self._limits, self._compare, self._give_back, self._wall = (
-            crew,
-            limits,
-            compare,
-            give_back,
-            wall,
-        )
+        self._crew = crew
+        self._limits = limits
+        self._compare = compare
+        self._give_back = give_back
+        self._wall = wall
         self._roster, self._pulses, self._pace = _Roster(), Pulses(), _Pace()
         self._notices: dict[str, PreemptionNotice] = {}  # by node
         self._first: ReadyT | None = None

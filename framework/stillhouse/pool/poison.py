@@ -60,7 +60,8 @@ class PoisonSearch:
     """`num_rows` says how long a chunk is."""
 
     def __init__(self, num_rows: Callable[[int], int], budget: Budget):
-        self._num_rows, self._budget = num_rows, budget
+        self._num_rows = num_rows
+        self._budget = budget
         self._against: Counter[Work] = Counter()
         self._examinations: dict[int, _Examination] = {}  # by position
         self._left_out: dict[int, frozenset[int]] = {}  # of the positions that were examined

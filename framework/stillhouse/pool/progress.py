@@ -13,7 +13,9 @@ class Progress:
     workers back."""
 
     def __init__(self, table: LeaseTable, *, window_chunks: int, journal: Tracker, now: float):
-        self._table, self._window_chunks, self._journal = table, window_chunks, journal
+        self._table = table
+        self._window_chunks = window_chunks
+        self._journal = journal
         self._last_row = self._last_look = now
         self._num_tokens, self._window_wait_s = 0, 0.0
 

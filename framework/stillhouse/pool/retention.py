@@ -37,13 +37,12 @@ class Retention:
         done_after: Callable[[Consumer], NDArray[np.int64]],
         position: Callable[[Consumer], int | None],
     ):
-        self._store, self._own, self._deletes, self._least_ahead = (
-            store,
-            frozenset(own),
-            deletes,
-            least_ahead,
-        )
-        self._done_after, self._position = done_after, position
+        self._store = store
+        self._own = frozenset(own)
+        self._deletes = deletes
+        self._least_ahead = least_ahead
+        self._done_after = done_after
+        self._position = position
         self._readers: list[Consumer] = []
         self._plans: dict[str, tuple[Consumer, NDArray[np.int64]]] = {}
         self._there = np.zeros(store.recipe.num_chunks, dtype=bool)

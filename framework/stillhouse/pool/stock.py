@@ -20,7 +20,9 @@ class Stock:
     is known to read it."""
 
     def __init__(self, store: ChunkStore, *, retention: Retention | None, journal: Tracker):
-        self._store, self._retention, self._journal = store, retention, journal
+        self._store = store
+        self._retention = retention
+        self._journal = journal
         self._next_look = -np.inf
 
     def settled(self, order: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from stillhouse.errors import StillhouseError, StoreError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import printable, say
+from stillhouse.tracking.follow import followed
 
 _log = logging.getLogger(__name__)
 _ours = logging.getLogger("stillhouse")
@@ -182,32 +183,20 @@ class WarningReader:
 @contextmanager
 def _shown(reader: WarningReader) -> Iterator[None]:
     """Show other processes' warnings, from a thread; by `say`, which tears no progress bar."""
-    stopped = threading.Event()
 
-    def follow() -> None:
-        while True:
-            last = stopped.wait(_LOOK_EVERY_S)
-            try:
-                lines = reader.new_lines()
-            except OSError:  # a file was removed, or its share does not answer: look again
-                lines = []
-            for line in lines[:_MOST_AT_ONCE]:
-                say(line, error=True)
-            if len(lines) > _MOST_AT_ONCE:
-                say(
-                    f"and {len(lines) - _MOST_AT_ONCE} more warnings in {reader.directory}",
-                    error=True,
-                )
-            if last:
-                return
+    def look() -> None:
+        try:
+            lines = reader.new_lines()
+        except OSError:  # a file was removed, or its share does not answer: look again
+            return
+        for line in lines[:_MOST_AT_ONCE]:
+            say(line, error=True)
+        if len(lines) > _MOST_AT_ONCE:
+            num_more = len(lines) - _MOST_AT_ONCE
+            say(f"and {num_more} more warnings in {reader.directory}", error=True)
 
-    thread = threading.Thread(target=follow, name="warnings", daemon=True)
-    thread.start()
-    try:
+    with followed(look, every_s=_LOOK_EVERY_S, name="warnings"):
         yield
-    finally:
-        stopped.set()
-        thread.join()
 
 
 @contextmanager

@@ -1,39 +1,22 @@
-"""The workers of a run: teachers as a crew for the pool, and student ranks that train while the
-driver does something else."""
+"""The students of a run: ranks that train in a thread while the driver does something else."""
 
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from stillhouse.cluster.processes import local_secrets
-from stillhouse.config import TeacherSection
 from stillhouse.pipeline.session import Session
-from stillhouse.store import ChunkStore
 from stillhouse.student.job import TrainJob
 from stillhouse.student.workers import fit
-from stillhouse.teacher.actor import TeacherJob
-from stillhouse.teacher.crew import RayCrew
 
 _LOOK_EVERY_S = 1.0
-
-
-def teacher_crew(session: Session, section: TeacherSection, store: ChunkStore) -> RayCrew:
-    """Teachers that fill this store."""
-    return RayCrew(
-        TeacherJob(
-            section, store.recipe, store.url, session.cluster.threads, session.cluster.notices
-        ),
-        where=session.place_of(section),
-        secrets=local_secrets(),
-        coordinator=session.coordinator,
-    )
 
 
 def start_students(
     session: Session, jobs: Sequence[TrainJob], *, owner: int, teachers_at_work: bool
 ) -> "Background":
-    """Have ranks train the jobs, one job after the other, for the command that owns their
-    checkpoints under this number."""
+    """Have ranks train the jobs, one after the other, for the command that owns their checkpoints
+    under this number."""
     return Background(
         lambda: fit(
             [replace(job, owner=owner) for job in jobs],
@@ -49,7 +32,8 @@ def start_students(
 
 
 class Background:
-    """A call in a thread of its own: Ray Train's `fit` would take the main thread's Ctrl-C away."""
+    """A call in a thread of its own: Ray Train's `fit` would take Ctrl-C away from the main
+    thread."""
 
     def __init__(self, call: Callable[[], None]):
         self._error: BaseException | None = None
@@ -59,9 +43,9 @@ class Background:
         self._thread.start()
 
     def join(self, *, unless: Callable[[], bool]) -> None:
-        """Wait until the call has returned, unless it is given up. Raises what it raised."""
+        """Wait until the call has returned or `unless()`. Raises what the call raised."""
         while not (self.finished() or unless()):
-            # a wait without end would not hear a Ctrl-C on every system
+            # a wait without a timeout would not hear a Ctrl-C on every system
             self._thread.join(_LOOK_EVERY_S)
 
     def finished(self) -> bool:
