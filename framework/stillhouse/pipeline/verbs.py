@@ -28,7 +28,7 @@ from stillhouse.pipeline.run_store import (
 from stillhouse.pipeline.scoring import score
 from stillhouse.pipeline.session import Session, at_work, enough_room
 from stillhouse.pipeline.shared_dirs import require_shared_checkpoints, require_shared_store
-from stillhouse.pipeline.students import start_students
+from stillhouse.pipeline.students import students_at_work
 from stillhouse.pipeline.teachers import teacher_pool
 from stillhouse.report import write_report
 from stillhouse.retry import insist
@@ -87,8 +87,10 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> None:
             require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
             register_if_allowed(store, jobs)
             require_chunks(store, plan.chunks)  # another run may have deleted some just before
-            students = start_students(session, jobs, owner=owner.number, teachers_at_work=False)
-            students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
+            with students_at_work(
+                session, jobs, owner=owner.number, teachers_at_work=False
+            ) as students:
+                students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
             owner.require()
             machines.require_driver()
         score(plan.evaluation, session)
@@ -114,16 +116,20 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> None:
                 own=register(store, jobs),
                 deletes=config.store.retain == "until-read",
             )
-            students = start_students(session, jobs, owner=owner.number, teachers_at_work=True)
+            with (
+                students_at_work(
+                    session, jobs, owner=owner.number, teachers_at_work=True
+                ) as students,
+                teacher_pool(plan.targets, session, consumers=consumers) as pool,
+            ):
 
-            def finished() -> bool:
-                owner.require()
-                done = students.finished() or machines.nobody_commits()
-                if done:
-                    machines.require_driver()
-                return done
+                def finished() -> bool:
+                    owner.require()
+                    done = students.finished() or machines.nobody_commits()
+                    if done:
+                        machines.require_driver()
+                    return done
 
-            with teacher_pool(plan.targets, session, consumers=consumers) as pool:
                 pool.run(readers=("student",), coordinator=session.coordinator, finished=finished)
         score(plan.evaluation, session)
     _report(plan.run_dir)
