@@ -205,7 +205,7 @@ def _pairing(plan: Plan, present: Collection[int], found: _Findings) -> None:
         ("", f"the kept entries hold {mass:.1%} of the teacher's mass in the first batch")
     )
     try:
-        if not _has_begun(plan.jobs()[0].checkpoints):
+        if not _has_begun(plan.jobs[0].checkpoints):
             require_kept_mass(student, recipe.spec, kept_mass=mass)
     except (ConfigError, CheckpointError, StoreError) as error:
         found.obstacles.append(str(error))

@@ -49,7 +49,7 @@ def run_demo(
     console.print(
         "It takes some minutes. Stop it when you like: the same command goes on where it was."
     )
-    with locked(run_dir, Holder.here(command, run_dir, now=time())):
+    with locked(Holder.here(command, run_dir, now=time())):
         if not (run_dir / "models").exists():
             torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
             with whole_directory(run_dir / "models") as draft:

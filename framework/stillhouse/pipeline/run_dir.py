@@ -118,9 +118,10 @@ def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
     """Write down what is asked for. Returns the config that the directory was last used with.
     Raises StoreError where there is no room."""
     before = config_of(run_dir) if (run_dir / "config.json").exists() else None
+    files = {"recipe.json": recipe.canonical_json(), "config.json": _sealed(config)}
     try:
-        atomic.replace(run_dir / "recipe.json", recipe.canonical_json())
-        atomic.replace(run_dir / "config.json", _sealed(config))
+        for name, data in files.items():
+            atomic.replace(run_dir / name, data)
     except OSError as error:
         raise explain(error, doing="write config.json and recipe.json", url=str(run_dir)) from error
     return before

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from stillhouse.cluster import _ray_compat
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.cluster.nodes import room_at_most, room_for
@@ -92,6 +93,11 @@ def fit(
                 # else it left to come back, or the coordinator was lost, and what it knew
                 if coordinator.finished() or coordinator.exit_reason() == "stop":
                     return
+
+
+def give_up() -> None:
+    """End every `fit` of this process at once: in its own thread it raises an error of Ray's."""
+    _ray_compat.kill_train_controllers()
 
 
 def _trainer(

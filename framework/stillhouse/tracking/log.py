@@ -28,6 +28,7 @@ from pathlib import Path
 from stillhouse.errors import StillhouseError, StoreError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import printable, say
+from stillhouse.tracking.follow import followed
 
 _log = logging.getLogger(__name__)
 _ours = logging.getLogger("stillhouse")
@@ -179,31 +180,21 @@ class WarningReader:
 
 @contextmanager
 def _shown(reader: WarningReader) -> Iterator[None]:
-    """Show other processes' warnings while the block lasts, from a thread. They are printed with
-    `say`, so that progress bars stay whole."""
-    stopped = threading.Event()
+    """Show other processes' warnings, from a thread; by `say`, which tears no progress bar."""
 
-    def follow() -> None:
-        while True:
-            last = stopped.wait(_LOOK_EVERY_S)
-            try:
-                lines = reader.new_lines()
-            except OSError:  # a file was removed, or its file system does not answer: try again
-                lines = []
-            for line in lines[:_MOST_AT_ONCE]:
-                say(line, error=True)
-            if (more := len(lines) - _MOST_AT_ONCE) > 0:
-                say(f"and {more} more warnings in {reader.directory}", error=True)
-            if last:
-                return
+    def look() -> None:
+        try:
+            lines = reader.new_lines()
+        except OSError:  # a file was removed, or its file system does not answer: look again
+            return
+        for line in lines[:_MOST_AT_ONCE]:
+            say(line, error=True)
+        if len(lines) > _MOST_AT_ONCE:
+            num_more = len(lines) - _MOST_AT_ONCE
+            say(f"and {num_more} more warnings in {reader.directory}", error=True)
 
-    thread = threading.Thread(target=follow, name="warnings", daemon=True)
-    thread.start()
-    try:
+    with followed(look, every_s=_LOOK_EVERY_S, name="warnings"):
         yield
-    finally:
-        stopped.set()
-        thread.join()
 
 
 @contextmanager
