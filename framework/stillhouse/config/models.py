@@ -48,7 +48,7 @@ class ModelSection(Section):
         description="CPUs that Ray reserves for each process; below 1, processes share a core",
     )
     num_gpus: Annotated[float, Field(ge=0.0, le=1024.0)] | None = Field(
-        None, description="GPUs that Ray reserves for each process; None: 1 on cuda, 0 on cpu"
+        None, description="GPUs that Ray reserves for each process; none: 1 on cuda, 0 on cpu"
     )
     resources: dict[str, Amount] = Field(
         {}, description="custom Ray resources for each process, such as {spot = 1}"
@@ -124,12 +124,12 @@ class StudentSection(ModelSection):
     )
     tokenizer: Name | None = Field(
         None,
-        description="a hub name or a local directory; None: the tokenizer saved with the model",
+        description="a hub name or a local directory; none: the tokenizer saved with the model",
     )
     num_workers: NumProcesses = Field(1, description="ranks, one to a device")
     min_workers: NumProcesses | None = Field(
         None,
-        description="the fewest ranks to train with while machines are lost; None: num_workers",
+        description="the fewest ranks to train with while machines are lost; none: num_workers",
     )
     max_failures: CountOrZero = Field(
         3, description="losses of ranks in a row, without a new checkpoint, before the run fails"
@@ -159,11 +159,11 @@ class StudentSection(ModelSection):
     )
     block_tokens: BlockSize | None = Field(
         None,
-        description="tokens whose logits are in memory at one time; None: chosen for the device",
+        description="tokens whose logits are in memory at one time; none: chosen for the device",
     )
     epochs: Count = Field(1, description="passes over the training sequences")
     max_steps: Count | None = Field(
-        None, description="optimiser steps after which training ends; None: all epochs"
+        None, description="optimiser steps after which training ends; none: all epochs"
     )
     learning_rate: LearningRate = Field(
         1e-4, description="peak learning rate of AdamW, reached after the warm-up"
@@ -215,7 +215,7 @@ class StudentSection(ModelSection):
     keep_checkpoints: Count = Field(2, description="newest checkpoints to keep")
     checkpoint_url: str | None = Field(
         None,
-        description="None: in the run directory; or a directory or s3://, gs:// or az:// that "
+        description="none: in the run directory; or a directory or s3://, gs:// or az:// that "
         "outlives every machine",
     )
     prefetch_batches: Annotated[int, Field(ge=1, le=1 << 16)] = Field(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from stillhouse import suggestions
 from stillhouse.config.fields import shown
 from stillhouse.config.paths import paths_from
-from stillhouse.config.sections import Config
+from stillhouse.config.sections import Config, names_by_section
 from stillhouse.errors import ConfigError
 
 
@@ -97,7 +97,9 @@ def _explain(detail: Mapping[str, Any]) -> str:
     """One mistake: the setting, what was found and what is wanted."""
     kind, place, found = detail["type"], [str(part) for part in detail["loc"]], detail["input"]
     if kind == "extra_forbidden":
-        meant = suggestions.setting(place[-1], section=".".join(place[:-1]), known=_names())
+        meant = suggestions.setting(
+            place[-1], section=".".join(place[:-1]), known=names_by_section()
+        )
         return f"{'.'.join(place)[:200]}: no such setting; {meant}"
     if kind == "missing":
         return f"{'.'.join(place)}: missing; it has no default"
@@ -109,12 +111,3 @@ def _explain(detail: Mapping[str, Any]) -> str:
     allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) if kind == "literal_error" else []
     meant = suggestions.value(found, allowed) if isinstance(found, str) else ""
     return f"{where}{message}; found {shown(found)}{meant}"
-
-
-def _names() -> dict[str, list[str]]:
-    """The names in each section, and those of the sections under ''."""
-    names = {"": list(Config.model_fields)}
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type)
-        names[name] = list(field.annotation.model_fields)
-    return names

@@ -39,7 +39,7 @@ class CorpusSection(Section):
         "text", description="text: plain documents; chat: lists of {role, content} messages"
     )
     column: str | None = Field(
-        None, description="the column to read; None: 'text' for text, 'messages' for chat"
+        None, description="the column to read; none: 'text' for text, 'messages' for chat"
     )
     packing: bool = Field(
         True,
@@ -50,7 +50,7 @@ class CorpusSection(Section):
         2048, description="tokens in one sequence"
     )
     max_documents: Annotated[int, Field(ge=1, le=10**12)] | None = Field(
-        None, description="documents to read at most, after the shuffle; None: all"
+        None, description="documents to read at most, after the shuffle; none: all"
     )
     heldout_sequences: Count = Field(
         64,
@@ -145,11 +145,11 @@ class TrackingSection(Section):
         "auto", description="auto: online where an API key is found, else offline"
     )
     project: str = Field("stillhouse", description="W&B project")
-    entity: str | None = Field(None, description="W&B user or team; None: the key's default")
+    entity: str | None = Field(None, description="W&B user or team; none: the key's default")
     tags: tuple[str, ...] = Field((), description="W&B tags of the run")
     run_id: str | None = Field(
         None,
-        description="W&B run id; None: derived from the run directory's first start, and the same "
+        description="W&B run id; none: derived from the run directory's first start, and the same "
         "after a resume",
     )
 
@@ -158,10 +158,10 @@ class ClusterSection(Section):
     """The Ray cluster."""
 
     address: str | None = Field(
-        None, description="a running cluster: 'auto' or host:port; None: start one on this machine"
+        None, description="a running cluster: 'auto' or host:port; none: start one on this machine"
     )
     num_cpus: Annotated[int, Field(ge=1, le=1 << 16)] | None = Field(
-        None, description="CPUs of the cluster started here; None: every core"
+        None, description="CPUs of the cluster started here; none: every core"
     )
     join_s: Annotated[float, Field(ge=0.0, le=1e9)] = Field(
         600.0, description="seconds to wait for machines that have not joined the cluster yet"
@@ -201,3 +201,18 @@ class Config(Section):
                 'nothing from draws; set student.divergence = "forward_kl", or keep entries'
             )
         return self
+
+
+def section_types() -> dict[str, type[Section]]:
+    """The sections by name, in order."""
+    types = {}
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        types[name] = field.annotation
+    return types
+
+
+def names_by_section() -> dict[str, list[str]]:
+    """The names in each section, and those of the sections under ''."""
+    types = section_types()
+    return {"": list(types)} | {name: list(kind.model_fields) for name, kind in types.items()}

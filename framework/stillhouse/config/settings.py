@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from stillhouse.config.fields import Section
-from stillhouse.config.sections import Config
+from stillhouse import suggestions
+from stillhouse.config.sections import Config, section_types
+from stillhouse.errors import ConfigError
 
 _TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 
@@ -24,15 +25,6 @@ class Setting:
     kind: str
     default: str
     description: str
-
-
-def section_types() -> dict[str, type[Section]]:
-    """The sections by name, in the order of docs/settings.md."""
-    types = {}
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type)
-        types[name] = field.annotation
-    return types
 
 
 def all_settings() -> list[Setting]:
@@ -51,6 +43,25 @@ def all_settings() -> list[Setting]:
             for name, field in kind.model_fields.items()
         ]
     return settings
+
+
+def settings_matching(word: str) -> list[Setting]:
+    """The settings of the section `word`, or else those with the word in name or description; all
+    of them for ''. Raises ConfigError, with near names, where there is none."""
+    settings = all_settings()
+    if word in section_types():
+        return [each for each in settings if each.section == word]
+    lower = word.lower()
+    found = [
+        each
+        for each in settings
+        if lower in f"{each.section}.{each.name} {each.description}".lower()
+    ]
+    if not found:
+        names = {each.name for each in settings}
+        meant = suggestions.setting(word, section="", known={"": sorted(names)})
+        raise ConfigError(f"no setting has '{word[:100]}' in its name or description; {meant}")
+    return found
 
 
 def config_schema() -> dict[str, Any]:
