@@ -55,8 +55,7 @@ def run(plan: "Plan", *, command: str = "stillhouse.run(plan)") -> "dict[ModelNa
     """
     from stillhouse import pipeline
 
-    pipeline.run(plan, command=command)
-    return _newest_scores(plan)
+    return pipeline.run(plan, command=command)
 
 
 def produce(plan: "Plan", *, command: str = "stillhouse.produce(plan)") -> None:
@@ -71,8 +70,7 @@ def train(plan: "Plan", *, command: str = "stillhouse.train(plan)") -> "dict[Mod
     Returns scores as `run` does. Raises StoreError where chunks are missing."""
     from stillhouse import pipeline
 
-    pipeline.train(plan, command=command)
-    return _newest_scores(plan)
+    return pipeline.train(plan, command=command)
 
 
 def evaluate(
@@ -124,23 +122,3 @@ def prepare_process(cache_dir: Path) -> None:
 
 def _opened(run: "Plan | str | Path") -> "Plan":
     return open_run(run) if isinstance(run, str | Path) else run
-
-
-def _newest_scores(plan: "Plan") -> "dict[ModelName, Scores]":
-    """The scores that the run has just written to its journal."""
-    from stillhouse.evaluation.scores import Scores
-    from stillhouse.tracking import EvalRow, read_journal
-
-    rows = read_journal(plan.run_dir / "journal.jsonl")
-    return {
-        row.model: Scores(
-            row.num_tokens,
-            row.cross_entropy,
-            kl=0.0 if row.kl is None else row.kl,
-            agreement=1.0 if row.agreement is None else row.agreement,
-            calibration_error=row.calibration_error,
-            acceptance=1.0 if row.acceptance is None else row.acceptance,
-        )
-        for row in rows
-        if isinstance(row, EvalRow)
-    }

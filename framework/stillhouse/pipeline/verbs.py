@@ -69,7 +69,7 @@ def repair(plan: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
         _teach(plan, session, chunks=numbers, readers=(), finished=lambda: True)
 
 
-def train(plan: Plan, *, command: str = "stillhouse train") -> None:
+def train(plan: Plan, *, command: str = "stillhouse train") -> dict[ModelName, Scores]:
     """Train on a store that already holds what is needed, then evaluate and report. Raises
     StoreError where chunks are missing."""
     config, jobs = plan.config, plan.jobs()
@@ -87,11 +87,12 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> None:
             students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
             owner.require()
             machines.require_driver()
-        score(plan, session)
+        scores = score(plan, session)
     _report(plan.run_dir)
+    return scores
 
 
-def run(plan: Plan, *, command: str = "stillhouse run") -> None:
+def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Scores]:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it
     goes on where it stopped."""
     config, jobs = plan.config, plan.jobs()
@@ -112,8 +113,9 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> None:
                 return done
 
             _teach(plan, session, chunks=plan.chunks, readers=("student",), finished=finished)
-        score(plan, session)
+        scores = score(plan, session)
     _report(plan.run_dir)
+    return scores
 
 
 def evaluate_run(plan: Plan, *, command: str = "stillhouse eval") -> dict[ModelName, Scores]:
