@@ -6,7 +6,7 @@ loads no heavy library.
 A run        load_config  plan  run  produce  train  evaluate  export
 A target     TargetSpec  Head  CompressedLogits  compress  compress_hidden  encode  decode  densify
 A loss       distillation_loss  divergence_named  Divergence
-A store      ChunkStore  Recipe
+A store      ChunkStore  Recipe  list_recipes
 Errors       StillhouseError  UserError  RunError
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from stillhouse.losses.distillation import distillation_loss
     from stillhouse.losses.divergences import Divergence, divergence_named
-    from stillhouse.store import ChunkStore, Recipe
+    from stillhouse.store import ChunkStore, Recipe, list_recipes
 
 _MODULES = {
     "stillhouse.api": ("evaluate", "export", "plan", "produce", "run", "train"),
@@ -47,7 +47,7 @@ _MODULES = {
     ),
     "stillhouse.losses.distillation": ("distillation_loss",),
     "stillhouse.losses.divergences": ("Divergence", "divergence_named"),
-    "stillhouse.store": ("ChunkStore", "Recipe"),
+    "stillhouse.store": ("ChunkStore", "Recipe", "list_recipes"),
 }
 _ALIASES = {"TargetSpec": "Codec"}
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -71,6 +71,7 @@ __all__ = [
     "encode",
     "evaluate",
     "export",
+    "list_recipes",
     "load_config",
     "plan",
     "produce",

@@ -43,45 +43,42 @@ def plan(config: Config, *, run_dir: str | Path, cache_dir: str | Path | None = 
     return pipeline.make_plan(config, run_dir=Path(run_dir), cache_dir=cache)
 
 
-def run(plan: "Plan", *, command: str = "stillhouse.run(plan)") -> "dict[ModelName, Scores]":
+def run(plan: "Plan") -> "dict[ModelName, Scores]":
     """Produce and train at the same time, evaluate, write report.html. Returns the scores of
     teacher, student and control on the held-out text.
 
     In a run directory that has been used before it resumes: chunks in the store are not made again,
-    and training continues from the newest checkpoint. `command` is what the journal and the report
-    name as the way to run it again.
+    and training continues from the newest checkpoint.
 
     Raises RecipeError where the run directory belongs to another run, and what stopped the run.
     """
     from stillhouse import pipeline
 
-    return pipeline.run(plan, command=command)
+    return pipeline.run(plan, command="stillhouse.run(plan)")
 
 
-def produce(plan: "Plan", *, command: str = "stillhouse.produce(plan)") -> None:
+def produce(plan: "Plan") -> None:
     """Fill the store with the teacher's targets; no student. Chunks that are there are kept."""
     from stillhouse import pipeline
 
-    pipeline.produce(plan, command=command)
+    pipeline.produce(plan, command="stillhouse.produce(plan)")
 
 
-def train(plan: "Plan", *, command: str = "stillhouse.train(plan)") -> "dict[ModelName, Scores]":
+def train(plan: "Plan") -> "dict[ModelName, Scores]":
     """Train on a store that `produce` has filled, evaluate, write report.html; no teacher pool.
     Returns scores as `run` does. Raises StoreError where chunks are missing."""
     from stillhouse import pipeline
 
-    return pipeline.train(plan, command=command)
+    return pipeline.train(plan, command="stillhouse.train(plan)")
 
 
-def evaluate(
-    run: "Plan | str | Path", *, command: str = "stillhouse.evaluate(run)"
-) -> "dict[ModelName, Scores]":
+def evaluate(run: "Plan | str | Path") -> "dict[ModelName, Scores]":
     """Score teacher, student and control of a run again, on its held-out text. `run` is a plan, or
     the directory of a run. Raises RecipeError where the directory is no run's."""
     plan = _opened(run)
     from stillhouse import pipeline
 
-    return pipeline.evaluate_run(plan, command=command)
+    return pipeline.evaluate_run(plan, command="stillhouse.evaluate(plan)")
 
 
 def export(run: "Plan | str | Path", out: str | Path) -> int:

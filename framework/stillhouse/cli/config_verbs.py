@@ -9,7 +9,7 @@ import typer
 
 from stillhouse.errors import ConfigError
 
-_PIPE_WIDTH = 160  # rich would cut what a pipe receives at 80 columns
+_PIPE_WIDTH = 400  # a line for each setting, for grep
 
 
 def init(

@@ -60,25 +60,35 @@ def check(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None)
 def run(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Produce and train at the same time, evaluate, report. The same command resumes a run."""
     plan = planned(configs, overrides, run_dir)
-    api.run(plan, command=typed())
+    from stillhouse import pipeline
+
+    pipeline.run(plan, command=typed())
     _announce(plan.run_dir)
 
 
 def produce(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Fill the store with the teacher's targets; no student."""
-    api.produce(planned(configs, overrides, run_dir), command=typed())
+    plan = planned(configs, overrides, run_dir)
+    from stillhouse import pipeline
+
+    pipeline.produce(plan, command=typed())
 
 
 def train(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Train on a store that `produce` has filled, evaluate, report; no teacher pool."""
     plan = planned(configs, overrides, run_dir)
-    api.train(plan, command=typed())
+    from stillhouse import pipeline
+
+    pipeline.train(plan, command=typed())
     _announce(plan.run_dir)
 
 
 def evaluate(run_dir: ExistingRun) -> None:
     """Score teacher, student and control on the held-out split again."""
-    _print_scores(api.evaluate(run_dir, command=typed()))
+    plan = api.open_run(run_dir)
+    from stillhouse import pipeline
+
+    _print_scores(pipeline.evaluate_run(plan, command=typed()))
 
 
 def report(run_dir: ExistingRun) -> None:
