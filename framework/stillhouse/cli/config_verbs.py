@@ -36,7 +36,8 @@ def init(
         ) from None
     print(text, end="")
     named = shlex.quote(str(out))
-    print(f"\nWritten to {out}. Next: `stillhouse check {named}`, then `stillhouse run {named}`.")
+    print(f"\nWritten to {out}, with {SCHEMA_NAME} for editors beside it.")
+    print(f"Next: `stillhouse check {named}`, then `stillhouse run {named}`.")
 
 
 def settings(

@@ -35,16 +35,18 @@ and `student.model` have no default. `stillhouse init` writes a config to start 
 
 ## Relative paths
 
-A relative path in a config file is relative to that file, so that a run does not depend on the
+A relative path in a config file can be relative to that file, so that a run does not depend on the
 directory in which the command is started:
 
-| value in the file | is relative to |
-| --- | --- |
-| `./...` or `../...`, in every setting | the directory of the config file |
-| `corpus.dataset`, `teacher.model`, `student.model`, `student.tokenizer` without dots | the \
-directory of the config file, where it exists there; else it is a hub name, or relative to the \
-current directory |
-| `store.url`, `student.checkpoint_url` without dots | the current directory, as `--run-dir` is |
+| setting | value | is relative to |
+| --- | --- | --- |
+| inputs: `corpus.dataset`, `teacher.model`, `student.model`, `student.tokenizer` | `./data` or \
+`../data` | the directory of the config file |
+| | `data`, where that exists beside the config file | the directory of the config file |
+| | `data`, where it does not | the current directory, or it is a hub name |
+| outputs: `store.url`, `student.checkpoint_url` | `./store` or `../store` | the directory of the \
+config file |
+| | `runs/store` | the current directory, as `--run-dir` is |
 
 A path in `--set`, or in values given from Python, is relative to the current directory. Where a run
 is resumed, two spellings of the same path are the same setting.

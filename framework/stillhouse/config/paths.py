@@ -63,8 +63,8 @@ def _input(value: str, folder: Path) -> str:
         return explicit
     if value == _STDLIB or value.startswith(("/", "~")) or not value.strip():
         return value
-    path = _joined(value, folder)
-    return path if next(iglob(path, recursive=True), None) is not None else value
+    is_there = next(iglob(value, root_dir=folder, recursive=True), None) is not None
+    return _joined(value, folder) if is_there else value
 
 
 def _explicit(value: str, folder: Path) -> str | None:
