@@ -32,7 +32,8 @@ def main() -> None:
     random = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(num_tokens, hidden_size, generator=random)
     teacher_VH = torch.randn(vocab_size, hidden_size, generator=random)
-    target = stillhouse.compress(hidden_TH @ teacher_VH.T, k=64)
+    spec = stillhouse.TargetSpec(vocab_size, k=64)
+    target = stillhouse.compress(hidden_TH @ teacher_VH.T, spec)
 
     student_VH = torch.zeros(vocab_size, hidden_size, requires_grad=True)
     optimiser = torch.optim.Adam([student_VH], lr=0.05)

@@ -28,7 +28,7 @@ def show(chunk, recipe: stillhouse.Recipe) -> None:
     """Print the first targets of a chunk. Its records are those of the positions whose loss mask
     is 1, sequence by sequence."""
     sequences = chunk.sequences
-    target = stillhouse.decode(torch.from_numpy(chunk.targets_NB), recipe.codec)
+    target = stillhouse.decode(torch.from_numpy(chunk.targets_NB), recipe.spec)
     ids_N = sequences.token_ids_SL[sequences.loss_mask_SL == 1]
     print(f"chunk {chunk.number}: {target.num_tokens} targets of {recipe.k} entries")
     for n in range(3):

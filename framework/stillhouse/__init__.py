@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from stillhouse.api import evaluate, export, plan, produce, run, train
     from stillhouse.config import load_config
     from stillhouse.errors import RunError, StillhouseError, UserError
-    from stillhouse.logits import Codec as TargetSpec
     from stillhouse.logits import (
         CompressedLogits,
         Head,
+        TargetSpec,
         compress,
         compress_hidden,
         decode,
@@ -49,7 +49,6 @@ _MODULES = {
     "stillhouse.losses.divergences": ("Divergence", "divergence_named"),
     "stillhouse.store": ("ChunkStore", "Recipe", "list_recipes"),
 }
-_ALIASES = {"TargetSpec": "Codec"}
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
@@ -86,7 +85,7 @@ if not TYPE_CHECKING:  # a type checker reads the imports above, and refuses unk
         if name not in _HOMES:
             raise AttributeError(f"module 'stillhouse' has no attribute '{name}'")
         module = import_module(_HOMES[name])
-        globals()[name] = value = getattr(module, _ALIASES.get(name, name))
+        globals()[name] = value = getattr(module, name)
         return value
 
 

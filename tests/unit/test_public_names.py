@@ -34,19 +34,18 @@ SIGNATURES = {
     "TargetSpec": "(vocab_size: int, k: int, *, num_draws: int = 0, value_bits: int = 8, "
     "temperature: float = 1.0)",
     "UserError": "",
-    "compress": "(logits_TV: Tensor, *, k: int, tail_draws: int = 0, temperature: float = 1.0, "
-    "seeds_T: Tensor | None = None) -> CompressedLogits",
-    "compress_hidden": "(hidden_TH: Tensor, head: Head, *, k: int, tail_draws: int = 0, "
-    "temperature: float = 1.0, seeds_T: Tensor | None = None, block_tokens: int = 1024, "
-    "choose_backend: Callable[..., Backend] = backend_for) -> CompressedLogits",
-    "decode": "(records_TB: Tensor, codec: Codec) -> CompressedLogits",
-    "densify": "(c: CompressedLogits) -> Tensor",
+    "compress": "(logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None) "
+    "-> CompressedLogits",
+    "compress_hidden": "(hidden_TH: Tensor, head: Head, *, spec: TargetSpec, "
+    "seeds_T: Tensor | None = None, block_tokens: int = 1024) -> CompressedLogits",
+    "decode": "(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits",
+    "densify": "(compressed: CompressedLogits) -> Tensor",
     "distillation_loss": "(hidden_TH: Tensor, head: Head, target: CompressedLogits | None, *, "
     "divergence: Divergence, labels_T: Tensor | None = None, ce_weight: float = 0.0, "
     "divergence_weight: float = 1.0, z_loss_weight: float = 0.0, "
     "block_tokens: int | None = None) -> LossTerms",
     "divergence_named": "(name: str, mix: float) -> Divergence",
-    "encode": "(c: CompressedLogits, codec: Codec) -> Tensor",
+    "encode": "(compressed: CompressedLogits, spec: TargetSpec) -> Tensor",
     "evaluate": "(run: Plan | str | Path) -> dict[ModelName, Scores]",
     "export": "(run: Plan | str | Path, out: str | Path) -> int",
     "list_recipes": "(url: str) -> list[StoredRecipe]",
@@ -105,11 +104,11 @@ def test_a_target_goes_through_every_form_and_teaches() -> None:
     random = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(5, 4, generator=random)
     head = stillhouse.Head(torch.randn(30, 4, generator=random))
-    target = stillhouse.compress(head.logits(hidden_TH), k=3)
-    from_hidden = stillhouse.compress_hidden(hidden_TH, head, k=3)
+    spec = stillhouse.TargetSpec(30, 3)
+    target = stillhouse.compress(head.logits(hidden_TH), spec)
+    from_hidden = stillhouse.compress_hidden(hidden_TH, head, spec=spec)
     assert isinstance(target, stillhouse.CompressedLogits)
     assert torch.equal(target.token_ids_TK, from_hidden.token_ids_TK)
-    spec = stillhouse.TargetSpec(30, 3)
     records_TB = stillhouse.encode(target, spec)
     assert records_TB.shape == (5, spec.bytes_per_token)
     decoded = stillhouse.densify(stillhouse.decode(records_TB, spec))
@@ -139,13 +138,10 @@ def test_a_run_is_planned_and_its_store_read(tiny_world: TinyWorld, tmp_path: Pa
     store = stillhouse.ChunkStore.create(str(tmp_path / "store"), plan.recipe)
     sequences = plan.item(0).sequences
     num_targets = int(sequences.loss_mask_SL.sum())
-    spec = stillhouse.TargetSpec(plan.recipe.vocab_size, 8, num_draws=12)
-    target = stillhouse.compress(
-        torch.randn(num_targets, plan.recipe.vocab_size),
-        k=8,
-        tail_draws=12,
-        seeds_T=torch.arange(num_targets),
-    )
+    spec = plan.recipe.spec
+    assert isinstance(spec, stillhouse.TargetSpec)
+    logits_TV = torch.randn(num_targets, plan.recipe.vocab_size)
+    target = stillhouse.compress(logits_TV, spec, seeds_T=torch.arange(num_targets))
     store.publish(Chunk(0, sequences, stillhouse.encode(target, spec).numpy()))
     (stored,) = stillhouse.list_recipes(str(tmp_path / "store"))
     assert (stored.recipe, stored.num_chunks) == (plan.recipe, 1)

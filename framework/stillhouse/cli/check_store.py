@@ -32,9 +32,9 @@ def check_store(plan: Plan, found: Findings) -> None:
     per_chunk = plan.bytes_per_chunk
     ahead = min(plan.window_chunks, num_chunks)
     draws = f", {recipe.num_draws} draws from the tail" if recipe.num_draws else ""
-    codec = recipe.codec
+    spec = recipe.spec
     found.add(
-        "targets", f"k = {recipe.k}{draws}, {codec.name}: {codec.bytes_per_token:,} bytes each"
+        "targets", f"k = {recipe.k}{draws}, {spec.codec_name}: {spec.bytes_per_token:,} bytes each"
     )
     found.add(
         "store",
@@ -103,7 +103,7 @@ def _pairing(plan: Plan, present: Collection[int], found: Findings) -> None:
     found.add("", f"the kept entries hold {mass:.1%} of the teacher's mass in the first batch")
     try:
         if not _has_begun(plan.jobs()[0].checkpoints):
-            require_kept_mass(student, recipe.codec, kept_mass=mass)
+            require_kept_mass(student, recipe.spec, kept_mass=mass)
     except (ConfigError, CheckpointError, StoreError) as error:
         found.obstacles.append(str(error))
 
@@ -125,9 +125,7 @@ def _kept_mass_of_the_first_batch(plan: Plan, present: Collection[int]) -> float
             plan.store.fetch_rows(number, rows[numbers == number])
             for number in np.unique(numbers).tolist()
         ]
-        targets = [
-            decode(torch.from_numpy(chunk.targets_NB), plan.recipe.codec) for chunk in chunks
-        ]
+        targets = [decode(torch.from_numpy(chunk.targets_NB), plan.recipe.spec) for chunk in chunks]
     except (ChunkError, StoreError):
         return None
     return float(torch.cat([kept_mass(target) for target in targets]).mean())
