@@ -27,6 +27,6 @@ def where_it_was_looked_for(model: str) -> str:
     if Path(model).expanduser().is_absolute():
         return ""
     return (
-        f" in {Path.cwd()} (paths are relative to where the command is started, not to the "
+        f" in {Path.cwd()} (a path of --set is relative to the current directory, not to the "
         "config file)"
     )

@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stillhouse import atomic
-from stillhouse.config import Config, StudentSection, parse_config, resolved_json
+from stillhouse.config import (
+    Config,
+    StudentSection,
+    parse_config,
+    resolved_json,
+    with_absolute_inputs,
+)
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.sealed import opened, sealed
 from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
@@ -81,7 +87,7 @@ def _sealed(config: Config) -> bytes:
 
 def changes_that_matter(before: Config, after: Config) -> list[str]:
     """What differs beyond what a resumed run may change, each as 'section.key: before -> after'."""
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    old, new = with_absolute_inputs(before), with_absolute_inputs(after)
     return [
         f"{section}.{key}: {old[section][key]!r} -> {new[section][key]!r}"
         for section in old

@@ -70,7 +70,7 @@ def repair(plan: Plan, numbers: Sequence[int], *, journal: Tracker) -> None:
             pool.run(readers=(), coordinator=session.coordinator, finished=lambda: True)
 
 
-def train(plan: Plan, *, command: str = "stillhouse train") -> None:
+def train(plan: Plan, *, command: str = "stillhouse train") -> dict[ModelName, Scores]:
     """Train on a store that already holds what is needed, then evaluate and report. Raises
     StoreError where chunks are missing."""
     config, store, jobs = plan.config, plan.store, plan.jobs
@@ -93,11 +93,12 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> None:
                 students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
             owner.require()
             machines.require_driver()
-        score(plan.evaluation, session)
+        scores = score(plan.evaluation, session)
     _report(plan.run_dir)
+    return scores
 
 
-def run(plan: Plan, *, command: str = "stillhouse run") -> None:
+def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Scores]:
     """Produce and train at the same time, then evaluate and report. On an existing run directory it
     goes on where it stopped."""
     config, store, jobs = plan.config, plan.store, plan.jobs
@@ -131,8 +132,9 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> None:
                     return done
 
                 pool.run(readers=("student",), coordinator=session.coordinator, finished=finished)
-        score(plan.evaluation, session)
+        scores = score(plan.evaluation, session)
     _report(plan.run_dir)
+    return scores
 
 
 def evaluate_run(plan: Plan, *, command: str = "stillhouse eval") -> dict[ModelName, Scores]:
