@@ -18,9 +18,13 @@ FUZZ_ROUNDS ?= 20
 OUT ?= runs/gpu
 GPU = PYTHONPATH=framework $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m stillhouse.bench.gpu --out $(OUT)
 
-LOCK := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-hashes --no-header --no-annotate \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28
+COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-annotate --python-version 3.11
+LOCK := $(COMPILE) docker/build.in --python-platform x86_64-manylinux_2_28
+# torch comes before the lock, with CUDA or without, and brings triton where it has CUDA.
+LOCK_DEV := printf "torch; sys_platform == 'never'\ntriton; sys_platform == 'never'\n" | $(COMPILE) --extra dev --universal \
+	--overrides - --no-emit-package torch --no-emit-package triton --no-emit-package setuptools
 TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+UPGRADE ?= --upgrade
 
 # Install the Debian packages of commands that are not there, each given as command:package.
 define where_missing
@@ -30,7 +34,8 @@ done; \
 if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
 endef
 
-.PHONY: help system system-slurm demo test test-whole test-parts chaos slurm gpu gpu-dry check lint launch-files format lock bench clean
+.PHONY: help system system-slurm demo test test-whole test-parts chaos slurm gpu gpu-dry check lint launch-files format lock lock-dev \
+	package docs bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -85,9 +90,19 @@ format: $(INSTALLED)  ## format, and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: $(INSTALLED)  ## what the images install, by hash, anew from pyproject.toml
-	$(LOCK) --upgrade --output-file docker/gpu.lock
-	$(LOCK) --upgrade --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
+lock: lock-dev  ## all locks, by hash, anew from pyproject.toml: what the images install, and this checkout
+	$(LOCK) $(UPGRADE) --output-file docker/gpu.lock
+	$(LOCK) $(UPGRADE) --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
+
+lock-dev: $(INSTALLED)  ## the lock of this checkout alone; UPGRADE= keeps the versions that still fit
+	$(LOCK_DEV) $(UPGRADE) --output-file requirements-dev.lock
+
+package: $(INSTALLED)  ## the sdist and the wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
+docs: $(INSTALLED)  ## the pages of docs/ as a site, in site/
+	$(BIN)/mkdocs build --quiet --strict
 
 bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 	$(BIN)/stillhouse bench pipeline
@@ -95,12 +110,14 @@ bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf .venv .venv-sky .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 
-# torch comes first and alone, so that a CPU build that is at hand satisfies everything after it.
-$(INSTALLED): pyproject.toml
+# torch comes first and alone, so that a CPU build that is at hand satisfies everything after it. Then the lock, by its hashes;
+# the last line adds what the lock leaves to the machine (triton), and checks the rest against pyproject.toml.
+$(INSTALLED): pyproject.toml requirements-dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Stillhouse needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check 'torch>=2.9,<2.14'
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 $(SKYPILOT):

@@ -10,7 +10,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/stillhouse
 COPY docker/cpu.lock /tmp/cpu.lock
 RUN /opt/stillhouse/bin/pip install --require-hashes --no-deps --extra-index-url https://download.pytorch.org/whl/cpu -r /tmp/cpu.lock
-COPY pyproject.toml README.md /src/
+COPY pyproject.toml README.md LICENSE /src/
 COPY framework /src/framework
 RUN /opt/stillhouse/bin/pip install --no-deps --no-build-isolation /src
 

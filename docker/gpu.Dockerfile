@@ -11,7 +11,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/stillhouse
 COPY docker/gpu.lock /tmp/gpu.lock
 RUN /opt/stillhouse/bin/pip install --require-hashes --no-deps -r /tmp/gpu.lock
-COPY pyproject.toml README.md /src/
+COPY pyproject.toml README.md LICENSE /src/
 COPY framework /src/framework
 RUN /opt/stillhouse/bin/pip install --no-deps --no-build-isolation /src
 
