@@ -1,4 +1,5 @@
-# Every target builds .venv when it is missing, and uses it as it is when it is not. PYTHON=python3.12 chooses another interpreter.
+# Every target builds .venv when it is missing, and uses it as it is when it is not. PYTHON=python3.12 chooses another interpreter,
+# CPU=1 torch's build without CUDA, which is a tenth of the size.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -23,7 +24,8 @@ LOCK := $(COMPILE) docker/build.in --python-platform x86_64-manylinux_2_28
 # torch comes before the lock, with CUDA or without, and brings triton where it has CUDA.
 LOCK_DEV := printf "torch; sys_platform == 'never'\ntriton; sys_platform == 'never'\n" | $(COMPILE) --extra dev --universal \
 	--overrides - --no-emit-package torch --no-emit-package triton --no-emit-package setuptools
-TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+PYTORCH_CPU := --extra-index-url https://download.pytorch.org/whl/cpu
+TORCH_CPU ?= $(PYTORCH_CPU) --index-strategy unsafe-best-match
 UPGRADE ?= --upgrade
 
 # Install the Debian packages of commands that are not there, each given as command:package.
@@ -115,7 +117,7 @@ clean:  ## remove the environment and caches; runs/ stays
 $(INSTALLED): pyproject.toml requirements-dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Stillhouse needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check 'torch>=2.9,<2.14'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CPU),$(PYTORCH_CPU)) 'torch>=2.9,<2.14'
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement requirements-dev.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
 	@touch $@

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
 
 from helpers.environments import (
     ROOT,
@@ -104,7 +105,7 @@ def compose(text: str) -> list[str]:
     """By the Compose specification's own schema; what services name has to be there, and their
     images have to read their variables."""
     project = yaml.safe_load(text)
-    problems = [problem.message for problem in _compose_specification().iter_errors(project)]
+    problems = by_schema("compose-spec", text)
     told = (ROOT / "docker" / "README.md").read_text()
     problems += [
         f"docker/README.md gives no {name}" for name in expanded_in(text) if f" {name}=" not in told
@@ -198,6 +199,11 @@ def variables_of_sky(text: str) -> list[str]:
     return problems
 
 
+def by_schema(schema: str, text: str) -> list[str]:
+    """What a schema of check-jsonschema's has against a YAML document."""
+    return [error.message for error in _vendored(schema).iter_errors(yaml.safe_load(text))]
+
+
 def keys_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """The way to each key of nested mappings and lists."""
     if isinstance(value, dict):
@@ -227,13 +233,13 @@ def _kuberay(kind: str) -> Draft202012Validator:
 
 
 @cache
-def _compose_specification() -> Draft202012Validator:
+def _vendored(schema: str) -> Any:
+    """A validator of a schema that check-jsonschema brings along."""
     import check_jsonschema
 
-    path = (
-        Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
-    )
-    return Draft202012Validator(json.loads(path.read_text()))
+    folder = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
+    document = json.loads((folder / f"{schema}.json").read_text())
+    return validator_for(document)(document)
 
 
 @cache
