@@ -104,7 +104,7 @@ package: $(INSTALLED)  ## the sdist and the wheel, in dist/
 	$(BIN)/python -m hatchling build
 
 docs: $(INSTALLED)  ## the pages of docs/ as a site, in site/
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 	$(BIN)/stillhouse bench pipeline
