@@ -30,7 +30,7 @@ ENV PATH=/opt/stillhouse/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 WORKDIR /runs
-# Healthy is who has no part in a cluster, or whose part answers.
+# Healthy: this machine is in no cluster, or the head of its cluster answers.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=60s CMD ["stillhouse", "node", "health"]
 ENTRYPOINT ["stillhouse"]
 CMD ["--help"]
