@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# SkyPilot has an environment of its own: it wants other versions of what we have.
+# SkyPilot has an environment of its own, because it needs other versions of our packages.
 SKYPILOT := .venv-sky/.installed
-# Some tests make networks and mounts: whoever is not root becomes it in namespaces of their own, from which no other network is reached.
-# Who is root in a namespace alone mounts no image and becomes no other user: tests of that are left out, and named at the end.
+# Some tests make networks and mounts. Without root, they run as root of namespaces of their own, from which no other network is reached.
+# Root of a namespace can mount no image and become no other user: tests that do are left out, and named at the end.
 ifneq ($(shell id -u),0)
 LEAVE_OUT := --no-machine-root
 ifeq ($(shell unshare --map-root-user --mount --net true 2>/dev/null && echo may),may)
@@ -51,18 +51,18 @@ system-slurm:  ## Debian's packages that `make slurm` needs, where they are miss
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
-test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes; two halves beside each other, for two cores
+test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes; two halves in parallel, for two cores
 	@$(MAKE) --no-print-directory --jobs=2 test-whole test-parts
 
 test-whole: $(INSTALLED)
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/chaos tests/e2e
 
-# What it prints comes when it has ended, so that the progress of the other half can be read.
+# Its output is printed when it has ended, so that the progress of the other half can be read.
 test-parts: $(INSTALLED)
 	@log=$$(mktemp); $(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/conformance tests/fuzz tests/integration tests/unit >$$log 2>&1; code=$$?; \
 	echo; cat $$log; rm $$log; exit $$code
 
-chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
+chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disasters in SEEDS (3) courses, random faults for MINUTES (20), and half as long for teachers alone
 	$(BIN)/pytest tests/fuzz --fuzz-rounds=$(FUZZ_ROUNDS)
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/chaos --chaos-seeds=$(SEEDS)
 	PYTHONPATH=tests $(AS_ROOT) $(BIN)/python -m chaos.soak --minutes $(MINUTES)
@@ -70,25 +70,25 @@ chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disa
 slurm: $(INSTALLED)  ## launch/slurm on a Slurm of two nodes, made here by root; needs `make system system-slurm`
 	$(BIN)/pytest tests/slurm
 
-# What is there is used, and nothing installed: .venv where it is, else PYTHON with the packages that it has, and those of WHEELS.
+# Nothing is installed: it uses .venv if there is one, else PYTHON with its packages and those of WHEELS.
 gpu:  ## all that needs a GPU, in nine minutes at most: kernels, their tests, speed, a run; OUT=runs/gpu, ONLY=part,part, WHEELS=directory
 	$(GPU) $(if $(ONLY),--only $(ONLY)) $(if $(WHEELS),--wheels $(WHEELS))
 
 gpu-dry:  ## the same at tiny sizes on the CPU: whether it runs, not how fast
 	$(GPU) --dry-run $(if $(ONLY),--only $(ONLY))
 
-check: lint launch-files  ## lint, and launch-files
+check: lint launch-files  ## lint, launch-files
 
-lint: $(INSTALLED)  ## format, lint, types and the floors of the design
+lint: $(INSTALLED)  ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-launch-files: $(INSTALLED) $(SKYPILOT)  ## launch, image, compose and config files, by the schemas of those who read them
+launch-files: $(INSTALLED) $(SKYPILOT)  ## launch, image, workflow and config files by their readers' schemas; the package; the pages and their links
 	$(BIN)/pytest tests/launch tests/unit/test_configs.py
 
-format: $(INSTALLED)  ## format, and mend what the linter can
+format: $(INSTALLED)  ## format, and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

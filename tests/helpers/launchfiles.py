@@ -1,8 +1,8 @@
-"""What says of each file under launch/ and docker/ whether those who will read it can: their own
-schemas, or those of whoever wrote theirs.
+"""Validators of files under launch/, docker/ and .github/: the schemas and loaders of the programs
+that read them.
 
-A validator takes a file's text and returns what is wrong with it. None asks a cloud, a cluster or a
-container engine.
+A validator takes a file's text and returns what is wrong with it. None needs a cloud, a cluster or
+a container engine.
 """
 
 import json
@@ -91,7 +91,7 @@ def ray_up(text: str) -> list[str]:
         line for key, lines in config.items() if key.endswith("_commands") for line in lines
     )
     unknown += [
-        f"nobody sets {name}" for name in expanded_in(commands) if not is_set_by_ray_up(name)
+        f"nothing sets {name}" for name in expanded_in(commands) if not is_set_by_ray_up(name)
     ]
     machine = {"aws": _ec2_instance, "gcp": _compute_instance}[config["provider"]["type"]]
     return unknown + [
@@ -164,8 +164,8 @@ def sbatch(text: str) -> list[str]:
 
 
 def skypilot(*texts: str) -> list[str]:
-    """What SkyPilot's own loader refuses of each, where there is something; it lives in an
-    environment of its own."""
+    """What SkyPilot's own loader refuses of each, or an empty text. It runs in its own
+    environment."""
     python = ROOT / ".venv-sky" / "bin" / "python"
     assert python.exists(), "SkyPilot is not here: `make .venv-sky/.installed`"
     command = [python, Path(__file__).with_name("skypilot.py")]
@@ -176,8 +176,8 @@ def skypilot(*texts: str) -> list[str]:
 
 
 def variables_of_sky(text: str) -> list[str]:
-    """Of SkyPilot's tasks, which of their variables nobody reads, and which that their scripts
-    expand nobody sets.
+    """The variables of SkyPilot's tasks that nothing reads, and those that their scripts expand and
+    nothing sets.
 
     What is given to one task is given to all of its group: `--env` and `--secret` are the group's.
     """
@@ -192,7 +192,7 @@ def variables_of_sky(text: str) -> list[str]:
             if name not in read and not is_read_in_our_image(name)
         ]
         problems += [
-            f"nobody sets {name}"
+            f"nothing sets {name}"
             for name in expanded
             if name not in given and not is_set_by_skypilot(name)
         ]

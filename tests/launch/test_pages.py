@@ -65,13 +65,8 @@ def test_every_target_of_make_that_a_page_names_is_there(name: str) -> None:
 
 
 def test_the_site_builds_strictly_and_has_every_page(tmp_path: Path) -> None:
-    command = [
-        Path(sys.executable).with_name("mkdocs"),
-        "build",
-        "--strict",
-        "--site-dir",
-        tmp_path,
-    ]
+    mkdocs = str(Path(sys.executable).with_name("mkdocs"))
+    command = [mkdocs, "build", "--strict", "--site-dir", str(tmp_path)]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
