@@ -3,6 +3,7 @@ development environment agrees with pyproject.toml."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -102,6 +103,21 @@ def test_the_sdist_builds_the_same_wheel(built: Built, tmp_path: Path) -> None:
         sdist.extractall(tmp_path, filter="data")
     (tree,) = tmp_path.iterdir()
     build(tree, tmp_path, "wheel")
+    assert (tmp_path / built.wheel.name).read_bytes() == built.wheel.read_bytes()
+
+
+@pytest.mark.parametrize("image", ["cpu", "gpu"])
+def test_an_image_builds_the_same_wheel(built: Built, tmp_path: Path, image: str) -> None:
+    text = (ROOT / f"docker/{image}.Dockerfile").read_text()
+    for names, place in re.findall(r"^COPY (.+) (/src.*)$", text, flags=re.MULTILINE):
+        for source in (ROOT / name for name in names.split()):
+            target = tmp_path / place.lstrip("/")
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                target.mkdir(exist_ok=True)
+                shutil.copy(source, target)
+    build(tmp_path / "src", tmp_path, "wheel")
     assert (tmp_path / built.wheel.name).read_bytes() == built.wheel.read_bytes()
 
 
