@@ -197,8 +197,8 @@ class Fleet(Generic[ItemT, ReadyT]):
         self._pulses.hear(heard & self._roster.workers.keys(), now)
 
     def silent(self, now: float) -> list[tuple[Worker, float]]:
-        """The workers without a heartbeat for longer than the watchdog allows, whose processes stand
-        still, each with its seconds of silence."""
+        """The workers whose processes stand still: without a heartbeat for longer than the watchdog
+        allows. Each comes with its seconds of silence."""
         found = self._pulses.silent(now, longer_than_s=self._limits.watchdog_s)
         return [(self._roster.workers[number], seconds) for number, seconds in found]
 
