@@ -41,6 +41,7 @@ def model_card(
 ) -> str:
     """The README of a model after `steps` optimiser steps. `rows`: the events of its run's
     journal."""
+    # what it learned from, and how
     lesson = (
         "the text alone"
         if role == "control"
@@ -48,6 +49,8 @@ def model_card(
         f"{_rest(recipe.num_draws)}"
     )
     schedule = words_of(stretches(rows, role, until=steps)) or "not in the run's journal"
+
+    # the page
     lines = [
         "---",
         "library_name: transformers",

@@ -158,6 +158,7 @@ def take_over(
     `say` shows what is waited for. Raises ConfigError where another owner is alive, which it names,
     and where no number is left.
     """
+    # the number after the newest, once its owner is gone
     while True:
         newest = newest_owner(blobs)
         if newest == LAST_OWNER:
@@ -173,7 +174,9 @@ def take_over(
         blobs.create(owner_key(number), holder.packed())
         if _is_owner(blobs, number, holder):
             break
-    with suppress(StoreError):  # only to tidy up
+
+    # earlier records serve nothing any more
+    with suppress(StoreError):
         for earlier in owner_numbers(blobs)[:-1]:
             blobs.delete(owner_key(earlier))
     return number
@@ -209,11 +212,14 @@ def _await_end(
 ) -> None:
     """Return once the owner of this number is gone, or its record is. Raises ConfigError where it
     is alive."""
+    # what can be seen from here
     first = _record(blobs, number)
     if first is None or _is_over(first):
         return
     if first.holder is not None and first.holder.state() == "alive":
         raise _refusal(blobs.url, first)
+
+    # an owner on another machine, which shows by its record that it is alive
     say(
         f"the checkpoints under {blobs.url} belong to {first.words()}; from here it cannot be seen "
         f"whether it lives, so this one waits up to {lease.lease_s:g} s for a sign of it"

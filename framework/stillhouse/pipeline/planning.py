@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedTokenizerFast
 
 from stillhouse.config import Config, ModelSection, TargetSection, TeacherSection
 from stillhouse.engines.choice import engine_named, require_capable
@@ -53,17 +54,9 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     student = _pinned(config.student, model_identity(config.student, cache_dir=cache_dir))
 
     # one tokenizer for both, and a target and a divergence that fit it
-    tokenizer = load_tokenizer(
-        teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
-    )
-    check_same_ids(
-        tokenizer,
-        load_tokenizer(
-            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
-        if student.tokenizer is None
-        else load_tokenizer(student.tokenizer),
-    )
+    tokenizer = _tokenizer_of(teacher)
+    own = student.tokenizer
+    check_same_ids(tokenizer, _tokenizer_of(student) if own is None else load_tokenizer(own))
     vocab_size, digest = vocab_size_of(tokenizer), tokenizer_digest(tokenizer)
     _require_fitting(config.target, vocab_size=vocab_size)
     divergence_named(student.divergence, student.mix)  # a user's own is imported and tried
@@ -113,6 +106,12 @@ def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
     path = Path(section.model).expanduser()
     model = str(path.resolve()) if path.is_dir() else section.model
     return section.model_copy(update={"model": model, "revision": identity.revision})
+
+
+def _tokenizer_of(section: ModelSection) -> PreTrainedTokenizerFast:
+    return load_tokenizer(
+        section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
 
 
 def _require_fitting(target: TargetSection, *, vocab_size: int) -> None:

@@ -44,6 +44,8 @@ def require_shared(
     directory = Blobs(url).directory
     if directory is None:
         return
+
+    # which machines do not see a file of this one
     mark = directory / f".shared-{uuid4().hex}"
     try:
         make_directory(directory)
@@ -60,6 +62,7 @@ def require_shared(
             blind = who_does_not_see(mark, workers)
         finally:
             mark.unlink(missing_ok=True)
+
     if blind:
         raise ConfigError(
             f"{what} go to {directory}, which is not the same directory on {_listed(blind)}; "

@@ -17,11 +17,12 @@ _END_S, _GIVE_UP_EVERY_S = 20.0, 0.5
 
 
 def students_at_work(
-    session: Session, jobs: Sequence[TrainJob], *, owner: int, teachers_at_work: bool
+    session: Session, jobs: Sequence[TrainJob], *, owner: int, with_teachers: bool = False
 ) -> "Background":
     """Ranks that train the jobs, one after the other, for as long as the block lasts.
 
-    `owner` is the number under which the command owns their checkpoints.
+    `owner`: the number under which the command owns their checkpoints. `with_teachers`: chunks that
+    are missing are being made.
     """
 
     def train() -> None:
@@ -32,7 +33,7 @@ def students_at_work(
             secrets=local_secrets(),
             notices=session.cluster.notices,
             coordinator=session.coordinator,
-            teachers_at_work=teachers_at_work,
+            teachers_at_work=with_teachers,
             journal=session.journal,
         )
 
