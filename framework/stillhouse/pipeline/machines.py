@@ -53,7 +53,7 @@ class Machines:
                 "SIGTERM; what was committed stays, and the same command goes on from there"
             )
 
-    def nobody_commits(self) -> bool:
+    def no_rank_commits(self) -> bool:
         """Whether the driver got a SIGTERM some seconds ago, and no rank is at work that would have
         to commit first."""
         if self._told_at is None or monotonic() - self._told_at < _SILENT_S:

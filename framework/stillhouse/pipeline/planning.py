@@ -141,7 +141,7 @@ def _absolute(checkpoint_url: str | None) -> str | None:
         return None
     if checkpoint_url.startswith("memory:"):
         raise ConfigError(
-            "student.checkpoint_url is in memory, which dies with its process; set it to a "
+            "student.checkpoint_url is in memory, which is lost with its process; set it to a "
             "directory or a bucket"
         )
     return Blobs(checkpoint_url).url

@@ -13,7 +13,7 @@ from stillhouse.student.job import TrainJob
 from stillhouse.student.workers import fit, give_up
 
 _LOOK_EVERY_S = 1.0
-_END_S, _GIVE_UP_EVERY_S = 20.0, 0.5
+_END_S, _GIVE_UP_EVERY_S = 20.0, 0.5  # for the call to end
 
 
 def students_at_work(
@@ -41,11 +41,12 @@ def students_at_work(
 
 
 class Background:
-    """A call in a thread of its own, for as long as the block lasts: Ray Train's `fit` would take
-    Ctrl-C away from the main thread.
+    """A call in a thread of its own, for as long as the block lasts: in the main thread, Ray Train's
+    `fit` would replace the handler of Ctrl-C.
 
-    A block that is left early ends the call by `give_up`: a thread that calls Ray while Ray shuts
-    down ends the whole process. Where the cluster's head is gone, neither can be done.
+    Where the block is left early, `give_up` has to end the call: a thread that calls Ray while Ray
+    shuts down ends the whole process. Not so where the cluster's head is gone: no call to it
+    returns.
     """
 
     def __init__(self, call: Callable[[], None], *, give_up: Callable[[], None]) -> None:
@@ -65,7 +66,7 @@ class Background:
     def join(self, *, unless: Callable[[], bool]) -> None:
         """Wait until the call has returned or `unless()`. Raises what the call raised."""
         while not (self.finished() or unless()):
-            # a wait without a timeout would not hear a Ctrl-C on every system
+            # with a timeout: on some systems Ctrl-C does not interrupt a wait without one
             self._thread.join(_LOOK_EVERY_S)
 
     def finished(self) -> bool:
@@ -85,8 +86,8 @@ class Background:
     def _end(self) -> None:
         """Give up the call, again and again: it may be about to start what it waits for.
 
-        From another thread: where the head has just gone, Ray does not answer, and the main thread
-        has to hear of it.
+        In another thread: where the head is lost at this moment, Ray does not answer, and the main
+        thread has to stay open to `HeadIsGone`.
         """
 
         def give_up() -> None:

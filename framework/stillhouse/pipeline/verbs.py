@@ -88,7 +88,7 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> None:
             register_if_allowed(store, jobs)
             require_chunks(store, plan.chunks)  # another run may have deleted some just before
             with students_at_work(session, jobs, owner=owner.number) as students:
-                students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
+                students.join(unless=lambda: owner.is_lost() or machines.no_rank_commits())
             owner.require()
             machines.require_driver()
         score(plan.evaluation, session)
@@ -120,7 +120,7 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> None:
 
                 def finished() -> bool:
                     owner.require()
-                    done = students.finished() or machines.nobody_commits()
+                    done = students.finished() or machines.no_rank_commits()
                     if done:
                         machines.require_driver()
                     return done

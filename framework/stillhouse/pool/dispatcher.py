@@ -119,7 +119,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
             self._fleet.hear(news.heard_teachers, now)
             self._replace_the_silent(now)
             self._table.reopen(*filter(self._stock.is_lost, news.bad_chunks))
-            self._fleet.heed(news.notices, now)
+            self._fleet.take_notices(news.notices, now)
         self._table.reopen(*self._stock.look(now))
 
     def _limit(self, readers: Collection[str]) -> int:

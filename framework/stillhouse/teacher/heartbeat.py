@@ -1,4 +1,4 @@
-"""Heartbeats of teachers: a thread of each says that its process runs; `pool/pulses.py` finds the
+"""Heartbeats of teachers: a thread of each says that its process runs; `pool/heartbeats.py` finds the
 silent.
 
 A process that was stopped, or whose machine is frozen, answers nothing and ends nothing, so Ray
