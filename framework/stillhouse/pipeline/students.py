@@ -41,8 +41,8 @@ def students_at_work(
 
 
 class Background:
-    """A call in a thread of its own, for as long as the block lasts: in the main thread, Ray Train's
-    `fit` would replace the handler of Ctrl-C.
+    """A call in a thread of its own, for as long as the block lasts: in the main thread, Ray
+    Train's `fit` would replace the handler of Ctrl-C.
 
     Where the block is left early, `give_up` has to end the call: a thread that calls Ray while Ray
     shuts down ends the whole process. Not so where the cluster's head is gone: no call to it

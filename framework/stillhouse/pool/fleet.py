@@ -11,9 +11,9 @@ from typing import Generic
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import TeacherError
 from stillhouse.pool.events import Event, ItemT, ReadyT, WorkerBackend
+from stillhouse.pool.heartbeats import Heartbeats
 from stillhouse.pool.leases import Lease
 from stillhouse.pool.poison import Budget
-from stillhouse.pool.heartbeats import Heartbeats
 
 ITEMS_PER_WORKER = 2  # one in work, one waiting, so that no worker is idle for a round trip
 

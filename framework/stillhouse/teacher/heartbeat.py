@@ -1,5 +1,5 @@
-"""Heartbeats of teachers: a thread of each says that its process runs; `pool/heartbeats.py` finds the
-silent.
+"""Heartbeats of teachers: a thread of each says that its process runs; `pool/heartbeats.py` finds
+the silent.
 
 A process that was stopped, or whose machine is frozen, answers nothing and ends nothing, so Ray
 does not miss it. How long a chunk takes says nothing either: a teacher that computes for an hour
