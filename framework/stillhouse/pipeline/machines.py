@@ -15,7 +15,12 @@ from stillhouse.cluster.coordinator import Coordinator, StopRequest
 from stillhouse.cluster.head_process import HeadIsGone
 from stillhouse.cluster.nodes import drain, draining
 from stillhouse.cluster.preemption import Ask, PreemptionNotice, sigterm
-from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
+from stillhouse.errors import (
+    HeadGoneError,
+    InterruptedRunError,
+    StillhouseError,
+    StoreUnavailable,
+)
 from stillhouse.terminal import say
 from stillhouse.tracking import NoticeRow, Role, Tracker
 
@@ -140,9 +145,19 @@ def watched_machines(
         patience_s = _STOP_S
         try:
             yield machines
-        except (HeadIsGone, HeadGoneError):
-            patience_s = _STOP_WITHOUT_HEAD_S  # a call to a head that is gone does not return
-            machines.require_driver()  # a SIGTERM to all processes of a machine ends its head, too
+        except BaseException as error:
+            if head_may_be_gone(error):
+                patience_s = _STOP_WITHOUT_HEAD_S
+            if isinstance(error, HeadIsGone | HeadGoneError):
+                machines.require_driver()  # a SIGTERM to a whole machine ends its head, too
             raise
         finally:
             machines.stop(within_s=patience_s)
+
+
+def head_may_be_gone(error: BaseException | None) -> bool:
+    """Whether a block may be left by this error because the cluster's head is gone: then calls to
+    Ray do not return. Errors of Ray's may come of that, ours do not."""
+    if isinstance(error, HeadIsGone | HeadGoneError):
+        return True
+    return isinstance(error, Exception) and not isinstance(error, StillhouseError)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Self
 
-from stillhouse.cluster.head_process import HeadIsGone
 from stillhouse.cluster.processes import local_secrets
-from stillhouse.errors import HeadGoneError
+from stillhouse.pipeline.machines import head_may_be_gone
 from stillhouse.pipeline.session import Session
 from stillhouse.student.job import TrainJob
 from stillhouse.student.workers import fit, give_up
@@ -45,7 +44,7 @@ class Background:
     Train's `fit` would replace the handler of Ctrl-C.
 
     Where the block is left early, `give_up` has to end the call: a thread that calls Ray while Ray
-    shuts down ends the whole process. Not so where the cluster's head is gone: no call to it
+    shuts down ends the whole process. Not so where the cluster's head may be gone: no call to it
     returns.
     """
 
@@ -59,8 +58,8 @@ class Background:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or not issubclass(kind, HeadIsGone | HeadGoneError):
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if not head_may_be_gone(error):
             self._end()
 
     def join(self, *, unless: Callable[[], bool]) -> None:
