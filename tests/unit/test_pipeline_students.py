@@ -3,8 +3,9 @@
 import threading
 
 import pytest
+from ray.exceptions import RayError
 
-from stillhouse.errors import HeadGoneError
+from stillhouse.errors import HeadGoneError, TeacherError
 from stillhouse.pipeline.students import Background
 
 PATIENCE_S = 60.0
@@ -24,7 +25,7 @@ class Fit:
         self.given_up.set()
 
 
-@pytest.mark.parametrize("why", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("why", [KeyboardInterrupt, TeacherError])
 def test_a_block_that_is_left_early_leaves_no_thread_that_may_call_ray(
     why: type[BaseException],
 ) -> None:
@@ -50,11 +51,15 @@ def test_a_call_that_was_about_to_begin_is_given_up_as_well() -> None:
     assert fit.has_ended.is_set()
 
 
-def test_without_the_clusters_head_nothing_is_asked_of_ray_any_more() -> None:
+@pytest.mark.parametrize("why", [HeadGoneError, RayError])
+def test_where_the_clusters_head_may_be_gone_nothing_is_asked_of_ray_any_more(
+    why: type[BaseException],
+) -> None:
+    """No answer would come, and the command has its end to write down."""
     fit = Fit()
     try:
-        with pytest.raises(HeadGoneError), Background(fit, give_up=fit.give_up):
-            raise HeadGoneError("it is gone")
+        with pytest.raises(why), Background(fit, give_up=fit.give_up):
+            raise why
         assert not fit.given_up.is_set()
     finally:
         fit.give_up()

@@ -102,22 +102,27 @@ def test_trains_controller_has_a_limit_of_its_own() -> None:
     assert issubclass(ray.train.ControllerError, Exception), REMEDY
 
 
+class TrainController:
+    """An actor of the name that Ray Train's has."""
+
+    def run(self) -> None:
+        threading.Event().wait()
+
+
+class Other(TrainController):
+    def answer(self) -> int:
+        return 7
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_thread_that_waits_for_ray_trains_controller_is_freed_by_its_end() -> None:
-    class TrainController:
-        def run(self) -> None:
-            threading.Event().wait()
-
-    class Other(TrainController):
-        def answer(self) -> int:
-            return 7
-
+    theirs = data_parallel_trainer.TrainController
+    assert theirs.__qualname__ == TrainController.__qualname__, REMEDY
     controller = ray.remote(num_cpus=0)(TrainController).remote()
     other = ray.remote(num_cpus=0)(Other).remote()
-    assert ray.get(other.answer.remote()) == 7
-    ray.get(controller.__ray_ready__.remote())
-    assert TrainController.__name__ == data_parallel_trainer.TrainController.__name__, REMEDY
+    ray.get([controller.__ray_ready__.remote(), other.__ray_ready__.remote()], timeout=60)
+    running = controller.run.remote()
     _ray_compat.kill_train_controllers()
     with pytest.raises(ray.exceptions.ActorDiedError):
-        ray.get(controller.run.remote())
-    assert ray.get(other.answer.remote()) == 7, REMEDY
+        ray.get(running, timeout=60)
+    assert ray.get(other.answer.remote(), timeout=60) == 7, REMEDY

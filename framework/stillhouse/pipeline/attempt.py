@@ -157,8 +157,9 @@ def _journalled(
 
         with _failure_journalled(end):
             views = _views(config, run_dir)
-        with _shown(JournalReader(journal.path), views), _failure_journalled(end):
-            yield journal
+        with _shown(JournalReader(journal.path), views):
+            with _failure_journalled(end):
+                yield journal
             end("done")
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedTokenizerFast
 
 from stillhouse.cluster.machine import why_too_long
 from stillhouse.config import Config, ModelSection, TargetSection, TeacherSection
@@ -58,17 +59,9 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     student = _pinned(config.student, model_identity(config.student, cache_dir=cache_dir))
 
     # one tokenizer for both, and a target and a divergence that fit it
-    tokenizer = load_tokenizer(
-        teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
-    )
-    check_same_ids(
-        tokenizer,
-        load_tokenizer(
-            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
-        if student.tokenizer is None
-        else load_tokenizer(student.tokenizer),
-    )
+    tokenizer = _tokenizer_of(teacher)
+    own = student.tokenizer
+    check_same_ids(tokenizer, _tokenizer_of(student) if own is None else load_tokenizer(own))
     digest, spec = tokenizer_digest(tokenizer), _spec(config.target, vocab_size_of(tokenizer))
     divergence_named(student.divergence, student.mix)  # a user's own is imported and tried
 
@@ -115,6 +108,12 @@ def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
     return section.model_copy(update={"model": model, "revision": identity.revision})
 
 
+def _tokenizer_of(section: ModelSection) -> PreTrainedTokenizerFast:
+    return load_tokenizer(
+        section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+
+
 def _spec(section: TargetSection, vocab_size: int) -> TargetSpec:
     """The target that the config asks for. Raises ConfigError where the vocabulary has no such
     target."""
@@ -143,7 +142,7 @@ def _absolute(checkpoint_url: str | None) -> str | None:
         return None
     if checkpoint_url.startswith("memory:"):
         raise ConfigError(
-            "student.checkpoint_url is in memory, which dies with its process; set it to a "
+            "student.checkpoint_url is in memory, which is lost with its process; set it to a "
             "directory or a bucket"
         )
     return Blobs(checkpoint_url).url

@@ -22,6 +22,7 @@ from stillhouse.tracking import EvalRow
 
 def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
     """Score the newest commits, and journal the scores."""
+    # what is scored, and where
     jobs, where = evaluation.jobs, session.place_of(evaluation.teacher)
     ask = partial(insist, patience=DEFAULT_PATIENCE, tell=outage_teller(session.journal))
     steps = {job.role: newest_step(job.checkpoints, ask=ask) for job in jobs}
@@ -37,6 +38,8 @@ def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
         secrets=local_secrets(),
         log=session.coordinator.log,
     )
+
+    # in one process of the cluster
     scores: dict[ModelName, Scores] = call_remotely(
         evaluate, job, whole(evaluation.heldout), where=where
     )

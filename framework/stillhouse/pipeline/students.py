@@ -5,23 +5,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Self
 
-from stillhouse.cluster.head_process import HeadIsGone
 from stillhouse.cluster.processes import local_secrets
-from stillhouse.errors import HeadGoneError
+from stillhouse.pipeline.machines import head_may_be_gone
 from stillhouse.pipeline.session import Session
 from stillhouse.student.job import TrainJob
 from stillhouse.student.workers import fit, give_up
 
 _LOOK_EVERY_S = 1.0
-_END_S, _GIVE_UP_EVERY_S = 20.0, 0.5
+_END_S, _GIVE_UP_EVERY_S = 20.0, 0.5  # for the call to end
 
 
 def students_at_work(
-    session: Session, jobs: Sequence[TrainJob], *, owner: int, teachers_at_work: bool
+    session: Session, jobs: Sequence[TrainJob], *, owner: int, with_teachers: bool = False
 ) -> "Background":
     """Ranks that train the jobs, one after the other, for as long as the block lasts.
 
-    `owner` is the number under which the command owns their checkpoints.
+    `owner`: the number under which the command owns their checkpoints. `with_teachers`: chunks that
+    are missing are being made.
     """
 
     def train() -> None:
@@ -32,7 +32,7 @@ def students_at_work(
             secrets=local_secrets(),
             notices=session.cluster.notices,
             coordinator=session.coordinator,
-            teachers_at_work=teachers_at_work,
+            teachers_at_work=with_teachers,
             journal=session.journal,
         )
 
@@ -40,11 +40,12 @@ def students_at_work(
 
 
 class Background:
-    """A call in a thread of its own, for as long as the block lasts: Ray Train's `fit` would take
-    Ctrl-C away from the main thread.
+    """A call in a thread of its own, for as long as the block lasts: in the main thread, Ray
+    Train's `fit` would replace the handler of Ctrl-C.
 
-    A block that is left early ends the call by `give_up`: a thread that calls Ray while Ray shuts
-    down ends the whole process. Where the cluster's head is gone, neither can be done.
+    Where the block is left early, `give_up` has to end the call: a thread that calls Ray while Ray
+    shuts down ends the whole process. Not so where the cluster's head may be gone: no call to it
+    returns.
     """
 
     def __init__(self, call: Callable[[], None], *, give_up: Callable[[], None]) -> None:
@@ -57,14 +58,14 @@ class Background:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or not issubclass(kind, HeadIsGone | HeadGoneError):
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if not head_may_be_gone(error):
             self._end()
 
     def join(self, *, unless: Callable[[], bool]) -> None:
         """Wait until the call has returned or `unless()`. Raises what the call raised."""
         while not (self.finished() or unless()):
-            # a wait without a timeout would not hear a Ctrl-C on every system
+            # with a timeout: on some systems Ctrl-C does not interrupt a wait without one
             self._thread.join(_LOOK_EVERY_S)
 
     def finished(self) -> bool:
@@ -84,8 +85,8 @@ class Background:
     def _end(self) -> None:
         """Give up the call, again and again: it may be about to start what it waits for.
 
-        From another thread: where the head has just gone, Ray does not answer, and the main thread
-        has to hear of it.
+        In another thread: where the head is lost at this moment, Ray does not answer, and the main
+        thread has to stay open to `HeadIsGone`.
         """
 
         def give_up() -> None:

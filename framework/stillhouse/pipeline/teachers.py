@@ -23,15 +23,15 @@ def teacher_pool(
     """A pool of teachers that makes the targets, to be run. `consumers` of the store keep it within
     the window ahead of them; without them nothing holds it back."""
     section, store, cluster = targets.teacher, targets.store, session.cluster
-    job = TeacherJob(section, store.recipe, store.url, cluster.threads, cluster.notices)
+    backend = RayBackend(
+        TeacherJob(section, store.recipe, store.url, cluster.threads, cluster.notices),
+        where=session.place_of(section),
+        secrets=local_secrets(),
+        coordinator=session.coordinator,
+    )
     try:
         yield Dispatcher(
-            RayBackend(
-                job,
-                where=session.place_of(section),
-                secrets=local_secrets(),
-                coordinator=session.coordinator,
-            ),
+            backend,
             limits_of(section),
             compare=comparison(store.recipe),
             store=store,

@@ -87,10 +87,8 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> dict[ModelName, S
             require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
             register_if_allowed(store, jobs)
             require_chunks(store, plan.chunks)  # another run may have deleted some just before
-            with students_at_work(
-                session, jobs, owner=owner.number, teachers_at_work=False
-            ) as students:
-                students.join(unless=lambda: owner.is_lost() or machines.nobody_commits())
+            with students_at_work(session, jobs, owner=owner.number) as students:
+                students.join(unless=lambda: owner.is_lost() or machines.no_rank_commits())
             owner.require()
             machines.require_driver()
         scores = score(plan.evaluation, session)
@@ -102,36 +100,35 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
     """Produce and train at the same time, then evaluate and report. On an existing run directory it
     goes on where it stopped."""
     config, store, jobs = plan.config, plan.store, plan.jobs
+    needs = teacher_needs(config.teacher) | student_needs(config.student)
     with (
         learning_attempt(plan.request, command, jobs=jobs) as (journal, owner),
         attached(config.cluster),
     ):
-        needs = teacher_needs(config.teacher) | student_needs(config.student)
         with at_work(config.cluster, journal, needs) as (session, machines):
+            # all machines see what they have to, and other runs see these students
             teachers, ranks = session.place_of(config.teacher), session.place_of(config.student)
             require_shared_store(store, [teachers, ranks], filling=True)
             require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
-            consumers = retention_of(
-                store,
-                plan.order,
-                own=register(store, jobs),
-                deletes=config.store.retain == "until-read",
-            )
+            own, deletes = register(store, jobs), config.store.retain == "until-read"
+            consumers = retention_of(store, plan.order, own=own, deletes=deletes)
+
+            # teachers fill the store while students read it
             with (
-                students_at_work(
-                    session, jobs, owner=owner.number, teachers_at_work=True
-                ) as students,
+                students_at_work(session, jobs, owner=owner.number, with_teachers=True) as students,
                 teacher_pool(plan.targets, session, consumers=consumers) as pool,
             ):
 
                 def finished() -> bool:
                     owner.require()
-                    done = students.finished() or machines.nobody_commits()
+                    done = students.finished() or machines.no_rank_commits()
                     if done:
                         machines.require_driver()
                     return done
 
                 pool.run(readers=("student",), coordinator=session.coordinator, finished=finished)
+
+        # what came of it
         scores = score(plan.evaluation, session)
     _report(plan.run_dir)
     return scores

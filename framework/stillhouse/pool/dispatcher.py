@@ -66,12 +66,15 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         clock: Callable[[], float] = monotonic,
         wall: Callable[[], float] = time,
     ):
-        wanted = np.asarray(order, dtype=np.int64)
+        # what is given
         self._item_of = item_of
         self._window_chunks = window_chunks
         self._journal = journal
         self._clock = clock
         self._max_failures = limits.budget.max_failures
+
+        # the parts
+        wanted = np.asarray(order, dtype=np.int64)
         self._stock = Stock(store, retention=retention, journal=journal)
         settled = self._stock.settled(wanted)
         self._table = LeaseTable(
@@ -83,6 +86,8 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._progress = Progress(
             self._table, window_chunks=window_chunks, journal=journal, now=clock()
         )
+
+        # what changes
         self._cursors: dict[str, int] = {}
         self._num_refused = 0  # publications that the store did not take, one after the other
         self._next_news = -np.inf
@@ -114,7 +119,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
             self._fleet.hear(news.heard_teachers, now)
             self._replace_the_silent(now)
             self._table.reopen(*filter(self._stock.is_lost, news.bad_chunks))
-            self._fleet.heed(news.notices, now)
+            self._fleet.take_notices(news.notices, now)
         self._table.reopen(*self._stock.look(now))
 
     def _limit(self, readers: Collection[str]) -> int:

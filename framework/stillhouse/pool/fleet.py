@@ -11,9 +11,9 @@ from typing import Generic
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import TeacherError
 from stillhouse.pool.events import Event, ItemT, ReadyT, WorkerBackend
+from stillhouse.pool.heartbeats import Heartbeats
 from stillhouse.pool.leases import Lease
 from stillhouse.pool.poison import Budget
-from stillhouse.pool.pulses import Pulses
 
 ITEMS_PER_WORKER = 2  # one in work, one waiting, so that no worker is idle for a round trip
 
@@ -120,7 +120,7 @@ class Fleet(Generic[ItemT, ReadyT]):
         self._compare = compare
         self._give_back = give_back
         self._wall = wall
-        self._roster, self._pulses, self._pace = _Roster(), Pulses(), _Pace()
+        self._roster, self._heartbeats, self._pace = _Roster(), Heartbeats(), _Pace()
         self._notices: dict[str, PreemptionNotice] = {}  # by node
         self._first: ReadyT | None = None
         self.begun = False  # True from when `min_workers` were ready at the same time
@@ -194,15 +194,15 @@ class Fleet(Generic[ItemT, ReadyT]):
 
     def hear(self, heard: Collection[int], now: float) -> None:
         """Take in the numbers of workers that gave a heartbeat."""
-        self._pulses.hear(heard & self._roster.workers.keys(), now)
+        self._heartbeats.hear(heard & self._roster.workers.keys(), now)
 
     def silent(self, now: float) -> list[tuple[Worker, float]]:
-        """The workers without a heartbeat for longer than the watchdog allows, whose processes
-        stand still, each with its seconds of silence."""
-        found = self._pulses.silent(now, longer_than_s=self._limits.watchdog_s)
+        """The workers whose processes stand still: without a heartbeat for longer than the watchdog
+        allows. Each comes with its seconds of silence."""
+        found = self._heartbeats.silent(now, longer_than_s=self._limits.watchdog_s)
         return [(self._roster.workers[number], seconds) for number, seconds in found]
 
-    def heed(self, notices: Mapping[str, PreemptionNotice], now: float) -> None:
+    def take_notices(self, notices: Mapping[str, PreemptionNotice], now: float) -> None:
         """Take in preemption notices, by node. Workers on draining nodes get no new leases, give
         back what they have not begun, and end with what they have in work."""
         self._notices.update(notices)
@@ -248,7 +248,7 @@ class Fleet(Generic[ItemT, ReadyT]):
             self._give_back(lease)
         worker.leases.clear()
         self.num_ready -= worker.node is not None
-        self._pulses.forget(worker.number)
+        self._heartbeats.forget(worker.number)
 
     def release(self) -> None:
         """End all workers."""

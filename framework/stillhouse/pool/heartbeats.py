@@ -1,9 +1,9 @@
-"""Heartbeats of workers, as the pool hears them: which workers have been silent for too long."""
+"""Heartbeats of workers, as a pool takes them in: which workers have been silent for too long."""
 
 from collections.abc import Iterable
 
 
-class Pulses:
+class Heartbeats:
     """When each worker was last heard. One that was never heard waits for a free machine, and is
     not silent."""
 
