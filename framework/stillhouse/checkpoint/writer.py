@@ -120,10 +120,10 @@ class RankWriter:
         self._insist(self._require_owner)
         self._insist(lambda: retain(self._blobs, self._keep))
 
-    def _commit(self, made: Commit, *, began: float, blocking_s: float) -> None:
+    def _commit(self, commit: Commit, *, began: float, blocking_s: float) -> None:
         """Publish the commit, and report it."""
         self._insist(self._require_owner)
-        standing = self._insist(lambda: publish(self._blobs, made))
+        standing = self._insist(lambda: publish(self._blobs, commit))
         # again: a commit counts only where it was there before a newer owner looked for one
         self._insist(self._require_owner)
         _log.info("step %d is committed", standing.step)

@@ -185,8 +185,8 @@ def _write_grad(
 ) -> None:
     """One program a tile of one token; the padding of a row stays -inf."""
     token = tl.program_id(0).to(tl.int64)
-    row = products + token * width
     ids = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    row = products + token * width
     logit, slope = _logits_and_slopes(row, ids, width, scale, softcap, HAS_SOFTCAP)
     below = logit - tl.load(peaks + token)
     grad = tl.load(shares + token) * tl.exp(below * inverse)
