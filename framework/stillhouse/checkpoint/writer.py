@@ -199,6 +199,7 @@ class CheckpointWriter:
             require_owner=require_owner,
             pause=self._pause,
         )
+        # the thread that it writes in, one for each snapshot
         self._end_after_s = patience.end_after_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
