@@ -24,7 +24,15 @@ from stillhouse.bench.figures import Spread
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER, enlarged, trained_logits
 from stillhouse.errors import ConfigError
-from stillhouse.logits import Codec, compress, concatenate, decode, encode, fidelity, token_seeds
+from stillhouse.logits import (
+    TargetSpec,
+    compress,
+    concatenate,
+    decode,
+    encode,
+    fidelity,
+    token_seeds,
+)
 
 EXPONENTS = (0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
 _DRAWN = ((12, 12), (0, 50))  # entries and draws
@@ -50,14 +58,14 @@ class Setting:
         require_device(self.device)
 
     @property
-    def codecs(self) -> list[Codec]:
+    def specs(self) -> list[TargetSpec]:
         drawn = [
-            Codec(self.vocab_size, k, num_draws=num_draws)
+            TargetSpec(self.vocab_size, k, num_draws=num_draws)
             for k, num_draws in _DRAWN
             if k + num_draws < self.vocab_size
         ]
         return [
-            Codec(self.vocab_size, k, value_bits=bits) for bits in (8, 6) for k in self.ks
+            TargetSpec(self.vocab_size, k, value_bits=bits) for bits in (8, 6) for k in self.ks
         ] + drawn
 
 
@@ -104,8 +112,7 @@ def bench_codec(
         )
     found = {
         kind: [
-            measure(logits_TV.to(setting.device), codec, repeats=repeats)
-            for codec in setting.codecs
+            measure(logits_TV.to(setting.device), spec, repeats=repeats) for spec in setting.specs
         ]
         for kind, logits_TV in rows.items()
     }
@@ -154,18 +161,18 @@ def _power_laws(setting: Setting) -> Tensor:
     )
 
 
-def measure(logits_TV: Tensor, codec: Codec, *, repeats: int) -> CodecFigures:
+def measure(logits_TV: Tensor, spec: TargetSpec, *, repeats: int) -> CodecFigures:
     """Fidelity on these tokens, and speed on many copies of them, on their device."""
     seeds_T = token_seeds(0, torch.zeros(len(logits_TV)), torch.arange(len(logits_TV)))
-    exact = compress(logits_TV, k=codec.k, tail_draws=codec.num_draws, seeds_T=seeds_T)
-    found = fidelity(exact, decode(encode(exact, codec), codec))
+    exact = compress(logits_TV, spec, seeds_T=seeds_T)
+    found = fidelity(exact, decode(encode(exact, spec), spec))
     many = concatenate([exact] * _COPIES)
-    records_TB = encode(many, codec)
+    records_TB = encode(many, spec)
 
     def works(_: int) -> Mapping[str, Work]:
         return {
-            "encode": lambda: [encode(many, codec)],
-            "decode": lambda: [decode(records_TB, codec).token_ids_TK],
+            "encode": lambda: [encode(many, spec)],
+            "decode": lambda: [decode(records_TB, spec).token_ids_TK],
         }
 
     timings = time_in_turn(works, repeats=repeats, device=logits_TV.device)
@@ -174,10 +181,10 @@ def measure(logits_TV: Tensor, codec: Codec, *, repeats: int) -> CodecFigures:
         for way in ("encode", "decode")
     )
     return CodecFigures(
-        k=codec.k,
-        num_draws=codec.num_draws,
-        value_bits=codec.value_bits,
-        bytes_per_token=codec.bytes_per_token,
+        k=spec.k,
+        num_draws=spec.num_draws,
+        value_bits=spec.value_bits,
+        bytes_per_token=spec.bytes_per_token,
         kept_mass=found.kept_mass,
         mean_kl=found.codec_kl,
         worst_kl=found.worst_kl,

@@ -28,7 +28,7 @@ from stillhouse.cluster.processes import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
-from stillhouse.logits import Codec
+from stillhouse.logits import TargetSpec
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.toy import Sizes, demo_config, make_models
 from stillhouse.sequences import Split, prepare_corpus
@@ -140,29 +140,27 @@ def bench_targets(
 def forms_of(vocab_size: int) -> list[Form]:
     """The two bounds, then every split of every budget, and the independent draws of RS-KD; of one
     budget two splits beside the text."""
-    whole = Codec(vocab_size, vocab_size)
+    whole = TargetSpec(vocab_size, vocab_size)
     forms = [Form("text", "text", whole), Form("everything", "everything", whole)]
     for budget in BUDGETS:
-        most = _most(lambda k: Codec(vocab_size, k).bytes_per_token, budget)
-        bucket = Codec(vocab_size, most)
+        most = _most(lambda k: TargetSpec(vocab_size, k).bytes_per_token, budget)
+        bucket = TargetSpec(vocab_size, most)
         splits = [
-            codec_within(budget, vocab_size, k)
+            spec_within(budget, vocab_size, k)
             for k in dict.fromkeys(round(share * most) for share in SHARES)
         ]
-        forms += [
-            Form(f"{codec.k}+{codec.num_draws}", "stored", codec) for codec in (bucket, *splits)
-        ]
+        forms += [Form(f"{spec.k}+{spec.num_draws}", "stored", spec) for spec in (bucket, *splits)]
         forms.append(Form(f"rs-{splits[-1].num_draws}", "independent", splits[-1]))
         if budget == _BESIDE_TEXT:
             forms += [
-                Form(f"{codec.k}+{codec.num_draws}+text", "stored", codec, ce_weight=1.0)
-                for codec in (bucket, splits[0])
+                Form(f"{spec.k}+{spec.num_draws}+text", "stored", spec, ce_weight=1.0)
+                for spec in (bucket, splits[0])
             ]
-            weighted = Codec(
+            weighted = TargetSpec(
                 vocab_size,
                 0,
                 num_draws=_most(
-                    lambda n: Codec(vocab_size, 0, num_draws=n).bytes_per_token + n, budget
+                    lambda n: TargetSpec(vocab_size, 0, num_draws=n).bytes_per_token + n, budget
                 ),
             )
             forms += [
@@ -172,13 +170,13 @@ def forms_of(vocab_size: int) -> list[Form]:
     return forms
 
 
-def codec_within(budget: int, vocab_size: int, k: int) -> Codec:
+def spec_within(budget: int, vocab_size: int, k: int) -> TargetSpec:
     """k exact entries, and as many draws as a record of `budget` bytes has room for beside them."""
-    return Codec(
+    return TargetSpec(
         vocab_size,
         k,
         num_draws=_most(
-            lambda num_draws: Codec(vocab_size, k, num_draws=num_draws).bytes_per_token, budget
+            lambda num_draws: TargetSpec(vocab_size, k, num_draws=num_draws).bytes_per_token, budget
         ),
     )
 
@@ -267,13 +265,13 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
         within = [
             form
             for form in others
-            if min(each for each in BUDGETS if form.codec.bytes_per_token <= each) == budget
+            if min(each for each in BUDGETS if form.spec.bytes_per_token <= each) == budget
         ]
         split = [form for form in within if form.kind == "stored" and form.ce_weight == 0.0]
         kls = [spread(form) for form in split]
         bars = [[kl.median - kl.least for kl in kls], [kl.most - kl.median for kl in kls]]
         (line, *_) = axes.errorbar(
-            [form.codec.k for form in split],
+            [form.spec.k for form in split],
             [kl.median for kl in kls],
             yerr=bars,
             marker="o",
@@ -302,12 +300,12 @@ def _in_words(form: Form) -> str:
         case "everything":
             return "the whole distribution"
         case "independent":
-            return f"{form.codec.num_draws} independent (RS-KD)"
+            return f"{form.spec.num_draws} independent (RS-KD)"
         case "weighted":
-            return f"{form.codec.num_draws} weighted, p^{form.proposal}"
+            return f"{form.spec.num_draws} weighted, p^{form.proposal}"
         case "stored":
-            tail = f"{form.codec.num_draws} draws" if form.codec.num_draws else "tail"
-            return (f"{form.codec.k} + {tail}" if form.codec.k else tail) + (
+            tail = f"{form.spec.num_draws} draws" if form.spec.num_draws else "tail"
+            return (f"{form.spec.k} + {tail}" if form.spec.k else tail) + (
                 " + text" if form.ce_weight else ""
             )
 

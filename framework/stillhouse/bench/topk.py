@@ -22,7 +22,7 @@ from torch import Tensor
 from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, shown, time_in_turn
 from stillhouse.bench.provenance import Provenance
 from stillhouse.errors import ConfigError
-from stillhouse.logits import backend_for, compress, token_seeds
+from stillhouse.logits import TargetSpec, backend_for, compress, token_seeds
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -169,7 +169,8 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
 
 def _tensors(logits_TV: Tensor, *, k: int, num_draws: int) -> Sequence[Tensor]:
     seeds_T = token_seeds(0, torch.zeros(len(logits_TV)), torch.arange(len(logits_TV)))
-    target = compress(logits_TV, k=k, tail_draws=num_draws, seeds_T=seeds_T)
+    spec = TargetSpec(logits_TV.shape[1], k, num_draws=num_draws)
+    target = compress(logits_TV, spec, seeds_T=seeds_T)
     return [target.token_ids_TK, target.logprobs_TK, target.tail_logmass_T, target.tail_ids_TN]
 
 

@@ -75,7 +75,7 @@ class SequenceFetcher:
             try:
                 chunk = self._read(number, rows)
                 if try_decoding:
-                    decode(torch.from_numpy(chunk.targets_NB), self._store.recipe.codec)
+                    decode(torch.from_numpy(chunk.targets_NB), self._store.recipe.spec)
                 self._outage.is_over()
                 return chunk
             except StoreUnavailable as error:

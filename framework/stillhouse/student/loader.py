@@ -185,16 +185,16 @@ class BatchReader:
     def _decode(self, numbers_B: np.ndarray, chunks: dict[int, Chunk]) -> MicroBatch:
         """A micro-batch of sequences, each in a chunk of its own; padding is a blank without
         targets."""
-        length, codec = self._recipe.sequence_length, self._recipe.codec
+        length, spec = self._recipe.sequence_length, self._recipe.spec
         parts = [chunks[number] for number in numbers_B.tolist() if number != _PADDING]
         blank_shape, dtypes = (len(numbers_B) - len(parts), length), (np.int32, np.int32, np.uint8)
         blanks = Sequences(*(np.zeros(blank_shape, dtype) for dtype in dtypes))
         sequences = joined(
             [*(part.sequences for part in parts), blanks.without(range(len(blanks)))]
         )
-        no_records = np.empty((0, codec.bytes_per_token), dtype=np.uint8)
+        no_records = np.empty((0, spec.bytes_per_token), dtype=np.uint8)
         records_TB = np.concatenate([no_records, *(part.targets_NB for part in parts)])
-        target = decode(torch.from_numpy(records_TB), codec)
+        target = decode(torch.from_numpy(records_TB), spec)
         batch = MicroBatch(TokenBatch.of(sequences), target)
         return batch.map(Tensor.pin_memory) if self._pin_memory else batch
 

@@ -239,7 +239,7 @@ def _require_learnable_targets(batch: Batch, job: TrainJob, device: torch.device
     sums = torch.tensor([mass_T.sum().item(), len(mass_T)], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     mass, num_tokens = sums.tolist()
-    require_kept_mass(job.section, job.recipe.codec, kept_mass=mass / max(num_tokens, 1.0))
+    require_kept_mass(job.section, job.recipe.spec, kept_mass=mass / max(num_tokens, 1.0))
 
 
 def _train_step(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from stillhouse.bench.cost import Work, time_in_turn
 from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
-from stillhouse.logits import Codec, compress_hidden, encode, token_seeds
+from stillhouse.logits import TargetSpec, compress_hidden, encode, token_seeds
 from stillhouse.models import check_head, check_packing, final_hidden, head_of
 
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4}  # dense bfloat16, by the datasheets
@@ -60,22 +60,15 @@ def _time_targets(
     scale: Scale, model: PreTrainedModel, recorder: Recorder, *, num_rows: int, length: int
 ) -> None:
     ids_BL, positions_BL, _ = _packed(scale, num_rows=num_rows, length=length)
-    k, num_draws = scale.default_entries, scale.default_draws
-    head, codec = (
-        head_of(model, vocab_size=scale.vocab_size),
-        Codec(scale.vocab_size, k, num_draws=num_draws),
-    )
+    head = head_of(model, vocab_size=scale.vocab_size)
+    spec = TargetSpec(scale.vocab_size, scale.default_entries, num_draws=scale.default_draws)
     seeds_T = token_seeds(0, torch.zeros(num_rows * length), torch.arange(num_rows * length)).to(
         scale.device
     )
 
     def work() -> Sequence[Tensor]:
         hidden_TH = final_hidden(model, ids_BL, positions_BL).flatten(0, 1)
-        return [
-            encode(
-                compress_hidden(hidden_TH, head, k=k, tail_draws=num_draws, seeds_T=seeds_T), codec
-            )
-        ]
+        return [encode(compress_hidden(hidden_TH, head, spec=spec, seeds_T=seeds_T), spec)]
 
     seconds = _seconds(work, scale)
     recorder.tell(
