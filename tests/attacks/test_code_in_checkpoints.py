@@ -76,7 +76,7 @@ def scene(
     tiny_world.fill_store(plan)
     jobs = {}
     for stage, ranks in itertools.product(STAGES, (1, 2)):
-        job = with_student(plan.jobs()[0], zero_stage=stage)
+        job = with_student(plan.jobs[0], zero_stage=stage)
         jobs[stage, ranks] = replace(job, run_dir=job.run_dir / str(ranks), total_steps=1)
         rank_groups[ranks].call(train_and_tell, jobs[stage, ranks])
     return Scene(plan, jobs)
@@ -180,7 +180,7 @@ def test_the_command_refuses_it_whatever_the_shell_asks_for(
             config=scene.plan.config.model_copy(update={"student": job.section}),
             run_dir=job.run_dir,
         )
-        with attempt(plan, "a test"):
+        with attempt(plan.request, "a test"):
             pass
         outcome = stillhouse("export", job.run_dir, tmp_path / name / "exported")
         assert (outcome.code, outcome.out) == (1, "")

@@ -101,7 +101,7 @@ def job(
     }
     plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
     tiny_world.fill_store(plan)
-    return plan.jobs()[0]
+    return plan.jobs[0]
 
 
 @pytest.fixture

@@ -293,7 +293,7 @@ def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
     assert curve(plan) == curve(undisturbed)
     store = ChunkStore(plan.config.store.url, plan.recipe)
     assert [
-        (reader.committed_step, reader.total_steps) for reader in registered(store).readers
+        (reader.committed_step, reader.total_steps) for reader in registered(store).consumers
     ] == [(60, 60)]
     # every chunk was deleted once it was read, and none was needed again
     assert store.published() == set()

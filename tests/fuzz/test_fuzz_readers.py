@@ -50,9 +50,9 @@ def test_a_readers_file_is_a_reader_or_a_stranger_and_others_are_found_beside_it
         path.write_bytes(data)
         found = bounded(lambda: registered(store), num_bytes=len(data))
         assert found is not None
-        first, *others = found.readers
+        first, *others = found.consumers
         assert first == READER, data
-        assert len(others) + len(found.strangers) == 1, data
+        assert len(others) + len(found.unknown) == 1, data
         for reader in others:
             num_read += 1
             assert reader.name == path.stem, data

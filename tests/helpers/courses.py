@@ -375,7 +375,7 @@ class World:
         }
         joined = {
             reader.name
-            for reader in registered(ChunkStore(str(after.root / "store"), RECIPE)).readers
+            for reader in registered(ChunkStore(str(after.root / "store"), RECIPE)).consumers
         }
         for run in self.runs.values():
             if run.name not in joined:

@@ -14,7 +14,8 @@ from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
 from stillhouse.checkpoint.restore import Restored, restore
-from stillhouse.cluster.coordinator import Cause, Coordinator, Phase, PreviousAttempt, StopRequest
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import Cause, Phase, PreviousAttempt, StopRequest
 from stillhouse.errors import UserError
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named

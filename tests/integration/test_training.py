@@ -22,7 +22,7 @@ from helpers.training import (
 from helpers.world import TinyWorld
 from stillhouse.checkpoint.choice import newest_step
 from stillhouse.checkpoint.fence import owner_key
-from stillhouse.cluster.coordinator import Heard, Heartbeat, StopRequest
+from stillhouse.cluster.heartbeat import Heard, Heartbeat, StopRequest
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.store.object_store import Blobs
@@ -43,7 +43,7 @@ def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trai
         student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"},
     )
     tiny_world.fill_store(plan)
-    return plan.jobs()[0]
+    return plan.jobs[0]
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(
     )
     plan = tiny_world.plan(tmp_path, target=target, student=student)
     tiny_world.fill_store(plan)
-    job = plan.jobs()[0]
+    job = plan.jobs[0]
     alone = rank_groups[1].call(
         train_and_tell, with_student(job, zero_stage=0, micro_batch_sequences=8)
     )[0]

@@ -2,11 +2,11 @@
 
 import pytest
 
-from stillhouse.cli.estimate import card_of, teaching, training
+from stillhouse.cli.estimate import card_of, scoring, training
 
 
 def test_a_billion_tokens_of_a_32b_teacher_take_16_h100s_about_three_hours() -> None:
-    found = teaching(32.8e9, 1e9, card="H100", num_cards=16)
+    found = scoring(32.8e9, 1e9, card="H100", num_cards=16)
     assert found.hours == pytest.approx(2 * 32.8e9 * 1e9 / (0.4 * 989e12 * 16) / 3600)
     assert 2.5 < found.hours < 3.5
 

@@ -14,14 +14,9 @@ import pytest
 
 from helpers.damage import fill, small_disk
 from helpers.processes import kill_one
-from stillhouse.cluster.coordinator import (
-    Coordinator,
-    CoordinatorActor,
-    Heartbeat,
-    News,
-    PreviousAttempt,
-    StopRequest,
-)
+from stillhouse.cluster.coordinator import Coordinator, News
+from stillhouse.cluster.coordinator_actor import CoordinatorActor
+from stillhouse.cluster.heartbeat import Heartbeat, PreviousAttempt, StopRequest
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import StoreError, StoreUnavailable, StudentError
 from stillhouse.redaction import know
@@ -119,7 +114,8 @@ STEPPED = """
 import time
 real, step_s = time.time, 0.0
 time.time = lambda: real() + step_s
-from stillhouse.cluster.coordinator import CoordinatorActor, Heartbeat
+from stillhouse.cluster.coordinator_actor import CoordinatorActor
+from stillhouse.cluster.heartbeat import Heartbeat
 from stillhouse.student.watchdog import stalled
 coordinator = CoordinatorActor(None)
 coordinator.heartbeat(Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1))
@@ -190,10 +186,10 @@ def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_an
 
 
 def test_the_first_verdict_stands(coordinator: Coordinator):
-    assert coordinator.verdict() is None
+    assert coordinator.fatal_error() is None
     coordinator.give_up(StudentError("the loss is nan"))
     coordinator.give_up(StudentError("a peer was lost"))
-    assert str(coordinator.verdict()) == "the loss is nan"
+    assert str(coordinator.fatal_error()) == "the loss is nan"
 
 
 def test_the_board_outlives_its_process(coordinator: Coordinator):

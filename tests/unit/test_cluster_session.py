@@ -63,7 +63,7 @@ def test_a_token_is_found_and_shown_nowhere(
     written = [
         pickle.dumps(plan.config),
         pickle.dumps(job),
-        pickle.dumps(plan.jobs()),
+        pickle.dumps(plan.jobs),
         resolved_json(plan.config).encode(),
     ]
     for data in (*written, plan.recipe.canonical_json()):

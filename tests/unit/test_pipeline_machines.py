@@ -11,7 +11,8 @@ import pytest
 
 from helpers.processes import kill_one
 from helpers.training import ListTracker
-from stillhouse.cluster.coordinator import Coordinator, Heartbeat
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import Heartbeat
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.pipeline import machines

@@ -5,6 +5,7 @@ import inspect
 import os
 import secrets
 import socket
+import threading
 from pathlib import Path
 from time import time
 from typing import Any
@@ -14,6 +15,7 @@ import ray
 import ray.train
 from ray._private import ray_constants, services
 from ray.core.generated import autoscaler_pb2
+from ray.train.v2.api import data_parallel_trainer
 
 from stillhouse.cluster import _ray_compat
 
@@ -98,3 +100,24 @@ def test_trains_controller_has_a_limit_of_its_own() -> None:
     limits: Any = ray.train.FailureConfig
     assert limits(max_failures=-1, controller_failure_limit=0).controller_failure_limit == 0, REMEDY
     assert issubclass(ray.train.ControllerError, Exception), REMEDY
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_thread_that_waits_for_ray_trains_controller_is_freed_by_its_end() -> None:
+    class TrainController:
+        def run(self) -> None:
+            threading.Event().wait()
+
+    class Other(TrainController):
+        def answer(self) -> int:
+            return 7
+
+    controller = ray.remote(num_cpus=0)(TrainController).remote()
+    other = ray.remote(num_cpus=0)(Other).remote()
+    assert ray.get(other.answer.remote()) == 7
+    ray.get(controller.__ray_ready__.remote())
+    assert TrainController.__name__ == data_parallel_trainer.TrainController.__name__, REMEDY
+    _ray_compat.kill_train_controllers()
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(controller.run.remote())
+    assert ray.get(other.answer.remote()) == 7, REMEDY

@@ -31,7 +31,8 @@ from stillhouse.store import (
     sweep,
     verify_store,
 )
-from stillhouse.store.object_store import Blobs, explain
+from stillhouse.store.explain import explain
+from stillhouse.store.object_store import Blobs
 
 RECIPE = small_recipe()
 
@@ -223,7 +224,16 @@ def test_a_memory_store_is_one_per_process_and_refuses_to_leave_it():
 
 
 @pytest.mark.parametrize(
-    "url", ["", "ftp://host/path", "http://host/path", "file://host/path", "s3://bucket/../other"]
+    "url",
+    [
+        "",
+        "ftp://host/path",
+        "http://host/path",
+        "file://host/path",
+        "s3://bucket/../other",
+        "s3://",
+        "gs:///chunks",
+    ],
 )
 def test_a_url_that_is_no_store_is_refused(url: str):
     with pytest.raises(StoreError, match="the store's URL is"):

@@ -36,26 +36,26 @@ def test_what_a_reader_commits_is_what_others_find(store: ChunkStore):
         [],
     )
     commit(store, replace(READER, committed_step=20))
-    assert registered(elsewhere).readers[0].committed_step == 20
+    assert registered(elsewhere).consumers[0].committed_step == 20
 
 
 def test_a_run_that_goes_on_is_not_set_back_by_joining_again(store: ChunkStore):
     commit(store, replace(READER, committed_step=40))
     join(store, READER)
-    assert registered(store).readers == [replace(READER, committed_step=40)]
+    assert registered(store).consumers == [replace(READER, committed_step=40)]
 
 
 def test_a_run_that_goes_on_for_longer_says_so_as_it_joins(store: ChunkStore):
     commit(store, replace(READER, committed_step=100))
     join(store, replace(READER, total_steps=300))
-    assert registered(store).readers == [replace(READER, committed_step=100, total_steps=300)]
+    assert registered(store).consumers == [replace(READER, committed_step=100, total_steps=300)]
 
 
 def test_who_leaves_is_not_waited_for(store: ChunkStore):
     join(store, READER)
     leave(store, READER.name)
     leave(store, READER.name)
-    assert registered(store).readers == []
+    assert registered(store).consumers == []
 
 
 def test_a_store_without_readers_has_none(store: ChunkStore):
@@ -108,6 +108,6 @@ def test_runs_with_different_places_have_different_names_that_can_be_keys(store:
     assert names[0] == consumer_name("/runs/a b", "student")
     for name in names:
         join(store, replace(READER, name=name))
-    assert len(registered(store).readers) == 8
+    assert len(registered(store).consumers) == 8
     with pytest.raises(StoreError, match=r"cannot be called '\.\./x'"):
         join(store, replace(READER, name="../x"))

@@ -4,11 +4,13 @@ store waits for no other."""
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from stillhouse.atomic import SystemFiles
-from stillhouse.store.object_store import Blobs
+from stillhouse.errors import StoreError
+from stillhouse.store.object_store import Blobs, ObjectLayer
 
 LARGE = 40 << 20  # more than one part
 
@@ -87,6 +89,33 @@ def test_what_is_deleted_is_gone_and_may_be_deleted_again(blobs: Blobs):
 def test_nothing_is_read_where_nothing_is(blobs: Blobs):
     with pytest.raises(FileNotFoundError):
         content(blobs, "absent")
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "/".join(["y" * 200] * 25)], ids=["name", "path"])
+def test_a_path_that_no_file_system_takes_is_a_mistake_of_its_user(tmp_path: Path, name: str):
+    blobs = Blobs(str(tmp_path / name))
+    for use in (
+        blobs.names,
+        blobs.folders,
+        lambda: blobs.create("a", b""),
+        lambda: blobs.read("a"),
+    ):
+        with pytest.raises(StoreError, match="shorter names"):
+            use()
+
+
+class Absent:
+    """An object store that answers every put as if its bucket were no more."""
+
+    def put(self, *_: object, **__: object) -> None:
+        raise FileNotFoundError("404 Not Found")
+
+
+def test_a_put_that_finds_no_bucket_says_so_and_is_no_absent_object():
+    blobs = Blobs("s3://test-bucket/runs", objects=cast("ObjectLayer", Absent()))
+    for put in (blobs.create, blobs.replace):
+        with pytest.raises(StoreError, match="cannot write a in s3://test-bucket/runs"):
+            put("a", b"x")
 
 
 class Hanging(SystemFiles):

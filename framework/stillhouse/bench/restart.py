@@ -29,7 +29,8 @@ from stillhouse.bench.as_documented import train_as_documented
 from stillhouse.bench.cost import Timings, shown
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import on_two_cores, prepare
-from stillhouse.cluster.coordinator import Coordinator, StopRequest
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.cluster.session import attached, settle_ray_train

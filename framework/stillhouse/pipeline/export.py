@@ -21,7 +21,7 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
         export,
     )  # DeepSpeed, which only this needs here, takes seconds to import
 
-    job = next((job for job in plan.jobs() if job.role == role), None)
+    job = next((job for job in plan.jobs if job.role == role), None)
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
     journal = plan.run_dir / "journal.jsonl"

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep, time
 
-from stillhouse.cluster.coordinator import Coordinator, StopRequest
+from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.head_process import HeadIsGone
+from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.cluster.nodes import drain, draining
 from stillhouse.cluster.preemption import Ask, PreemptionNotice, sigterm
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
@@ -23,7 +24,8 @@ _log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _SILENT_S = 8.0  # a rank that lives beats every second
-_STOP_S = 5.0
+# for the thread to end its look: a call to Ray while Ray shuts down would end the whole process
+_STOP_S, _STOP_WITHOUT_HEAD_S = 60.0, 5.0
 _ROLES: tuple[Role, ...] = ("student", "control")
 
 
@@ -68,9 +70,10 @@ class Machines:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, *, within_s: float = _STOP_S) -> None:
+        """Listen no more; returns once the thread has ended, or after so many seconds."""
         self._stopped.set()
-        self._thread.join(_STOP_S)  # it may be in a question to a head that is gone
+        self._thread.join(within_s)
 
     def _listen(self) -> None:
         while not self._stopped.wait(_LOOK_EVERY_S):
@@ -84,7 +87,7 @@ class Machines:
     def _look(self) -> None:
         """Take in and pass on. What the coordinator knew and lost with its process is told to it
         again."""
-        for words in self._coordinator.words():
+        for words in self._coordinator.take_messages():
             say(words, error=True)
         for node, notice in draining().items():
             self._coordinator.announce(node, notice)
@@ -141,10 +144,12 @@ def watched_machines(
     with sigterm(grace_s) as terminated:
         machines = Machines(coordinator, journal, terminated)
         machines.start()
+        patience_s = _STOP_S
         try:
             yield machines
         except (HeadIsGone, HeadGoneError):
+            patience_s = _STOP_WITHOUT_HEAD_S  # a call to a head that is gone does not return
             machines.require_driver()  # a SIGTERM to all processes of a machine ends its head, too
             raise
         finally:
-            machines.stop()
+            machines.stop(within_s=patience_s)

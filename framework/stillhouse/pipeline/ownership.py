@@ -47,25 +47,26 @@ class Lease:
 
 
 @contextmanager
-def locked(run_dir: Path, holder: Holder) -> Iterator[None]:
-    """Hold the run directory, which is made where it is not there, for as long as the block lasts.
+def locked(holder: Holder) -> Iterator[None]:
+    """Lock the holder's run directory, which is made where it is not there, for as long as the
+    block lasts.
 
-    Raises ConfigError, which names the holder, where another command holds it.
+    Raises ConfigError, which names the other holder, where another command holds it.
     """
-    path = run_dir / "lock"
+    path = Path(holder.run_dir) / "lock"
     try:
-        atomic.make_directory(run_dir)
+        atomic.make_directory(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"cannot make {path}: {error.strerror}; name another --run-dir") from None
     try:
-        _lock(descriptor, run_dir, holder)
+        _lock(descriptor, holder)
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, run_dir: Path, holder: Holder) -> None:
+def _lock(descriptor: int, holder: Holder) -> None:
     text = holder.packed()
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,15 +74,14 @@ def _lock(descriptor: int, run_dir: Path, holder: Holder) -> None:
         os.ftruncate(descriptor, len(text))
     except BlockingIOError:
         raise ConfigError(
-            f"{run_dir} is in use by {_who_locked(descriptor)}. Two commands in one run directory "
-            "would overwrite each other's "
-            "checkpoints: wait for that one or end it, then give this command again; or name "
-            "another --run-dir"
+            f"{holder.run_dir} is in use by {_who_locked(descriptor)}. Two commands in one run "
+            "directory would overwrite each other's checkpoints: wait for that one or end it, then "
+            "give this command again; or name another --run-dir"
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"{run_dir} cannot be locked: {error.strerror}; name a --run-dir on a file system "
-            "that has locks (flock) and room"
+            f"{holder.run_dir} cannot be locked: {error.strerror}; name a --run-dir on a file "
+            "system that has locks (flock) and room"
         ) from None
 
 

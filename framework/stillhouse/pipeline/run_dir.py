@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stillhouse import atomic
-from stillhouse.config import Config, StudentSection, parse_config, resolved_json
+from stillhouse.config import (
+    Config,
+    StudentSection,
+    parse_config,
+    resolved_json,
+    with_absolute_inputs,
+)
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.sealed import opened, sealed
 from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
@@ -81,7 +87,7 @@ def _sealed(config: Config) -> bytes:
 
 def changes_that_matter(before: Config, after: Config) -> list[str]:
     """What differs beyond what a resumed run may change, each as 'section.key: before -> after'."""
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    old, new = with_absolute_inputs(before), with_absolute_inputs(after)
     return [
         f"{section}.{key}: {old[section][key]!r} -> {new[section][key]!r}"
         for section in old
@@ -118,9 +124,10 @@ def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
     """Write down what is asked for. Returns the config that the directory was last used with.
     Raises StoreError where there is no room."""
     before = config_of(run_dir) if (run_dir / "config.json").exists() else None
+    files = {"recipe.json": recipe.canonical_json(), "config.json": _sealed(config)}
     try:
-        atomic.replace(run_dir / "recipe.json", recipe.canonical_json())
-        atomic.replace(run_dir / "config.json", _sealed(config))
+        for name, data in files.items():
+            atomic.replace(run_dir / name, data)
     except OSError as error:
         raise explain(error, doing="write config.json and recipe.json", url=str(run_dir)) from error
     return before

@@ -14,8 +14,9 @@ from stillhouse.student.order import Order
 
 
 def store_to_fill(store: ChunkStore, chunks: Collection[int]) -> ChunkStore:
-    """The store, for a command that makes these chunks. Raises StoreError where it may only be
-    read."""
+    """The store, for a command that makes these chunks. Raises StoreError where other processes
+    cannot see it, or it may only be read."""
+    require_shareable(store.url)
     try:
         return ChunkStore.create(store.url, store.recipe)
     except StoreForbidden as error:
@@ -98,8 +99,8 @@ def register_if_allowed(store: ChunkStore, jobs: Sequence[TrainJob]) -> None:
 def retention_of(
     store: ChunkStore, order: Order, *, own: Collection[str], deletes: bool
 ) -> Retention:
-    """The readers of the store, the run's own students among them, as they limit teachers that work
-    in this order."""
+    """The consumers of the store, the run's students (`own`, by name) among them, as they limit
+    teachers that work in this order. `deletes`: a chunk that all are done with is deleted."""
 
     def position(reader: Consumer) -> int | None:
         same_order = (reader.seed, reader.window_chunks) == (order.seed, order.window_chunks)

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from uuid import uuid4
 
 from stillhouse.atomic import make_directory
-from stillhouse.cluster.nodes import who_does_not_see
+from stillhouse.cluster.nodes import machines_without
 from stillhouse.cluster.placement import Placement
 from stillhouse.errors import ConfigError
 from stillhouse.store import ChunkStore
@@ -50,10 +50,10 @@ def require_shared(
                 f"{what} go to {directory}, where nothing can be written: {error.strerror}; give "
                 f"{setting} another place"
             ) from None
-        blind = who_does_not_see(directory / published, crews)
+        blind = machines_without(directory / published, crews)
     else:
         try:
-            blind = who_does_not_see(mark, crews)
+            blind = machines_without(mark, crews)
         finally:
             mark.unlink(missing_ok=True)
     if blind:

@@ -14,14 +14,8 @@ from dataclasses import replace
 from time import monotonic
 from typing import Protocol, Self
 
-from stillhouse.cluster.coordinator import (
-    Cause,
-    Coordinator,
-    Heartbeat,
-    Phase,
-    PreviousAttempt,
-    StopRequest,
-)
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import Cause, Heartbeat, Phase, PreviousAttempt, StopRequest
 from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.config import NoticeSource
 from stillhouse.student.fetching import refuse_bad_chunk

@@ -18,7 +18,7 @@ from stillhouse.checkpoint.manifest import Commit
 from stillhouse.checkpoint.restore import Restored, restore
 from stillhouse.checkpoint.writer import CheckpointWriter, attempt_name
 from stillhouse.cluster.collectives import gathered
-from stillhouse.cluster.coordinator import PreviousAttempt, StopRequest
+from stillhouse.cluster.heartbeat import PreviousAttempt, StopRequest
 from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model

@@ -8,7 +8,7 @@ that got least far.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stillhouse.cluster.coordinator import Heard, Heartbeat
+from stillhouse.cluster.heartbeat import Heard, Heartbeat
 
 _START_ALLOWANCE = 10.0  # loading a model may take this many times what a step may
 # how far a rank got in a step; one that has its chunks waits for the others in "data", too

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from stillhouse.cluster.coordinator import Coordinator, StopRequest
+from stillhouse.cluster import _ray_compat
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.cluster.nodes import room_at_most, room_for
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, end_process, prepare_process, stacks_of
@@ -85,12 +87,17 @@ def fit(
             _log.info("%d ranks are started", num_workers)
             with _tried_again_if_too_large(jobs[0].section):
                 _trainer(jobs[0], arguments, where=where, num_workers=num_workers).fit()
-                verdict = coordinator.verdict()
+                verdict = coordinator.fatal_error()
                 if verdict is not None:
                     raise verdict
                 # else it left to come back, or the coordinator was lost, and what it knew
-                if coordinator.finished() or coordinator.departure() == "stop":
+                if coordinator.finished() or coordinator.exit_reason() == "stop":
                     return
+
+
+def give_up() -> None:
+    """End every `fit` of this process at once: in its own thread it raises an error of Ray's."""
+    _ray_compat.kill_train_controllers()
 
 
 def _trainer(
@@ -247,7 +254,7 @@ def _worker(config: dict[str, bytes]) -> None:
     """The process of one rank."""
     arguments: _WorkerArguments = pickle.loads(config["arguments"])
     coordinator = arguments.coordinator
-    if coordinator.verdict() is not None:
+    if coordinator.fatal_error() is not None:
         return
     prepare_process(arguments.device, arguments.threads)
     arguments.secrets.adopt()

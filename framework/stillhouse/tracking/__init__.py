@@ -1,5 +1,4 @@
-"""What happened in a run, row by row: `journal.jsonl` is the record; W&B and the progress bars are
-views of it."""
+"""The events of a run. `journal.jsonl` is their record; W&B and the progress bars are its views."""
 
 from stillhouse.tracking.events import (
     CheckpointRow,

@@ -1,13 +1,16 @@
-"""Views of the journal: Weights & Biases and the progress bars. They are fed rows; they hold
-nothing that the journal does not."""
+"""Views of the journal: Weights & Biases and the progress bars.
+
+A view is given the journal's events one by one, and holds nothing that the journal does not.
+"""
 
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -20,6 +23,7 @@ from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line, say
 from stillhouse.tracking.events import (
+    CheckpointRow,
     DelayRow,
     EndRow,
     EvalRow,
@@ -34,6 +38,7 @@ from stillhouse.tracking.events import (
 )
 
 _SAY_EVERY_S = 60.0
+# What W&B draws its charts over: an axis, and the names of the values that belong to it.
 _WANDB_AXES = {
     "student/step": ["student/*", "student_checkpoint/*"],
     "control/step": ["control/*", "control_checkpoint/*"],
@@ -42,11 +47,11 @@ _WANDB_AXES = {
 
 
 class WandbView:
-    """Mirrors the rows of a journal, handed over from its first one on, to Weights & Biases.
+    """Mirrors a journal's events, from the first one on, to a run of Weights & Biases.
 
-    W&B's step is the number of the row, so a journal that is fed again after a resume adds nothing
-    twice, and fills in what W&B had not yet written when it was killed. A view is not the record:
-    once it is open, its failures end the mirroring and never the run.
+    W&B's step is the number of the event. So a journal that is read again after a resume adds
+    nothing twice, and fills in what a killed process had not yet sent. Errors of W&B end the
+    mirroring and never the run, for the journal is the record.
     """
 
     def __init__(
@@ -58,9 +63,9 @@ class WandbView:
         run_id: str,
         init_timeout_s: float = 60.0,
     ) -> None:
-        """Open the run `run_id`, or open it again; `config` is the resolved configuration.
+        """Open the run `run_id`, or open it again. `config` is the resolved configuration.
 
-        Raises UserError where mode online cannot be had.
+        Raises UserError where mode online is asked for and W&B cannot be reached.
         """
         self._run: Any = _open_run(
             section,
@@ -70,51 +75,42 @@ class WandbView:
             init_timeout_s=init_timeout_s,
         )
         self.url: str | None = None if self._run.offline else self._run.url
-        self._next_row = 0
+        self._num_events = 0
         self._exit_code = 1
         for axis, names in _WANDB_AXES.items():
             self._run.define_metric(axis)
             for name in names:
                 self._run.define_metric(name, step_metric=axis)
 
-    def record(self, row: Row) -> None:
-        number, self._next_row = self._next_row, self._next_row + 1
-        self._guarded(lambda: self._send(row, number))
+    def record(self, event: Row) -> None:
+        """Send an event to W&B."""
+        step, self._num_events = self._num_events, self._num_events + 1
+        self._guarded(lambda: self._send(event, step))
 
-    def _send(self, row: Row, number: int) -> None:
-        values = scrub(asdict(row))
-        match row:
+    def _send(self, event: Row, step: int) -> None:
+        values = scrub(asdict(event))
+        match event:
             case NewerRow():
                 return
             case StartRow():
                 self._run.config.update({"start": values}, allow_val_change=True)
-                self._run.log({"attempt": row.attempt}, step=number)
+                self._run.log({"attempt": event.attempt}, step=step)
             case EvalRow():
+                del values["model"]
                 self._run.summary.update(
-                    {
-                        f"eval/{row.model}/{name}": value
-                        for name, value in values.items()
-                        if name != "model"
-                    }
+                    {f"eval/{event.model}/{name}": value for name, value in values.items()}
                 )
             case EndRow():
-                self._exit_code = 0 if row.outcome == "done" else 1
-                self._run.summary.update({"outcome": row.outcome, "message": values["message"]})
+                self._exit_code = 0 if event.outcome == "done" else 1
+                self._run.summary.update({"outcome": event.outcome, "message": values["message"]})
             case _:
-                group = {
-                    "train": values.get("role"),
-                    "checkpoint": f"{values.get('role')}_checkpoint",
-                }.get(row.kind, row.kind)
+                group = _group_of(event)
                 numbers = {
-                    name: value
+                    f"{group}/{name}": value
                     for name, value in values.items()
                     if isinstance(value, int | float) and name != "time"
                 }
-                self._run.log(
-                    {f"{group}/{name}": value for name, value in numbers.items()}
-                    | {"_timestamp": row.time},
-                    step=number,
-                )
+                self._run.log(numbers | {"_timestamp": event.time}, step=step)
 
     def close(self) -> None:
         """Write out what is buffered and, online, send it. Without an EndRow of outcome done, W&B
@@ -122,21 +118,30 @@ class WandbView:
         self._guarded(lambda: self._run.finish(exit_code=self._exit_code))
 
     def _guarded(self, act: Callable[[], None]) -> None:
+        """Call W&B, and end the mirroring where it raises."""
         if self._run is None:
             return
         try:
             act()
         except Exception as error:
             self._run = None
-            Console(stderr=True).print(
-                Text(one_line(scrub(f"W&B stopped taking rows ({error!r}); the journal goes on")))
-            )
+            say(_scrubbed_line(f"W&B stopped ({error!r}); the journal goes on"), error=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _group_of(event: Row) -> str:
+    """The first part of the names of an event's values in W&B."""
+    match event:
+        case TrainRow():
+            return event.role
+        case CheckpointRow():
+            return f"{event.role}_checkpoint"
+    return event.kind
 
 
 def _open_run(
@@ -147,13 +152,56 @@ def _open_run(
     run_id: str,
     init_timeout_s: float,
 ) -> Any:
+    """Open a run of W&B: online, or offline where the section asks for that, or for `auto` and W&B
+    cannot be used. Raises UserError where it asks for online."""
     import wandb
 
+    # What is the same in both modes.
     wandb.setup(wandb.Settings(silent=True))
-    quiet = wandb.Settings(
+    init = partial(
+        wandb.init,
+        project=section.project,
+        entity=section.entity,
+        tags=section.tags,
+        dir=run_dir,
+        id=run_id,
+        resume="allow",
+        config=config,
+        reinit="create_new",
+        settings=_wandb_settings(init_timeout_s),
+    )
+
+    # Online.
+    try:
+        if section.wandb == "online" or (
+            section.wandb == "auto" and wandb.login(prompt=False, verify=False)
+        ):
+            return init(mode="online")
+    except wandb.Error as error:
+        if section.wandb == "online":
+            raise UserError(
+                f"W&B cannot be reached: {error}; run `wandb login`, or set tracking.wandb = "
+                '"offline"'
+            ) from error
+        wandb.teardown()  # the service still holds the id of the run that it could not start
+        wandb.setup(wandb.Settings(silent=True))
+        words = (
+            f"W&B cannot be reached ({error}); its values go to {run_dir / 'wandb'}, from where "
+            "`wandb sync` sends them"
+        )
+        say(_scrubbed_line(words), error=True)
+
+    # Offline.
+    return init(mode="offline")
+
+
+def _wandb_settings(init_timeout_s: float) -> Any:
+    """Nothing but the events is sent: output, command line, git remote and packages may hold
+    secrets."""
+    import wandb
+
+    return wandb.Settings(
         silent=True,
-        # what is printed, the command line, the git remote and the host's packages may all hold
-        # secrets
         console="off",
         x_disable_meta=True,
         x_save_requirements=False,
@@ -163,52 +211,17 @@ def _open_run(
         finish_timeout=300.0,  # seconds: an upload that hangs must not hold the run's machines
     )
 
-    def start(mode: Literal["online", "offline"]) -> Any:
-        return wandb.init(
-            project=section.project,
-            entity=section.entity,
-            tags=section.tags,
-            dir=run_dir,
-            id=run_id,
-            resume="allow",
-            mode=mode,
-            config=config,
-            reinit="create_new",
-            settings=quiet,
-        )
 
-    try:
-        if section.wandb == "online" or (
-            section.wandb == "auto" and wandb.login(prompt=False, verify=False)
-        ):
-            return start("online")
-    except wandb.Error as error:
-        if section.wandb == "online":
-            raise UserError(
-                f"W&B cannot be reached: {error}; run `wandb login`, or set tracking.wandb = "
-                '"offline"'
-            ) from error
-        wandb.teardown()  # the service still holds the id of the run that it could not start
-        wandb.setup(wandb.Settings(silent=True))
-        where = run_dir / "wandb"
-        say(
-            one_line(
-                scrub(
-                    f"W&B cannot be reached ({error}); its rows go to {where}, from where `wandb "
-                    "sync` sends them"
-                )
-            ),
-            error=True,
-        )
-    return start("offline")
+def _scrubbed_line(text: str) -> str:
+    return one_line(scrub(text))
 
 
 class ProgressView:
-    """Two bars side by side, teachers and student; where the output is no terminal, one plain line
-    every `every_s` seconds at most.
+    """Two bars side by side, teachers and student; where the output is no terminal, at most one
+    plain line every `every_s` seconds.
 
-    What waits for a store, or stood still, is said in lines between, one a minute at most: an
-    outage meets many processes at once.
+    Outages, delays and stalls are lines in between, at most one a minute: one cause may meet many
+    processes at once.
     """
 
     def __init__(
@@ -220,59 +233,38 @@ class ProgressView:
     ) -> None:
         self._console = console or Console()
         self._clock = clock
-        self._every_s = 0.1 if self._console.is_terminal else every_s
+        is_terminal = self._console.is_terminal
+        self._every_s = 0.1 if is_terminal else every_s
         self._last_shown = self._last_said = -math.inf
-        self._stale = False
-        self._start: StartRow | None = None
-        self._wait: WaitRow | None = None
-        self._pool: PoolRow | None = None
-        self._train: TrainRow | None = None
-        self._pool_pace = _Pace()
-        self._train_pace = _Pace()
-        self._live = (
-            Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        )
+        self._is_stale = False
+        self._latest = _Latest()
+        self._live = Live(console=self._console, auto_refresh=False) if is_terminal else None
 
-    def record(self, row: Row) -> None:
-        match row:
-            case StartRow():
-                self._start, self._wait, self._pool, self._train = row, None, None, None
-                self._pool_pace, self._train_pace = _Pace(), _Pace()
-            case WaitRow():
-                self._wait = row if row.missing else None
-            case PoolRow():
-                self._pool = row
-                self._pool_pace.add(row.time, row.published)
-            case TrainRow():
-                if self._train is not None and self._train.role != row.role:
-                    self._train_pace = _Pace()
-                self._train = row
-                self._train_pace.add(row.time, row.step)
-            case DelayRow():
-                self._say(
-                    f"the {row.role}'s checkpoint of step {row.step} cannot be written yet: "
-                    f"{row.why}"
-                )
-                return
-            case OutageRow():
-                self._say(f"{row.who} has waited for {row.seconds:.0f} s: {row.why}")
-                return
-            case StallRow():
-                self._say(_stall_text(row))
-                return
-            case _:
-                return
-        self._stale = True
+    def record(self, event: Row) -> None:
+        """Show an event, now or with the next one."""
+        # Lines in between, which leave the bars as they are.
+        if (line := _incident_line(event)) is not None:
+            self._say(line)
+            return
+
+        # The bars.
+        if isinstance(event, StartRow):
+            self._latest = _Latest(start=event)
+        elif not self._latest.take(event):
+            return
+        self._is_stale = True
         if self._clock() - self._last_shown >= self._every_s:
             self._show()
 
     def _say(self, line: str) -> None:
+        """Print a line in between, or leave it out where the last one is too recent."""
         if self._clock() - self._last_said >= _SAY_EVERY_S:
             self._last_said = self._clock()
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self._stale:
+        """Show the newest state, and stop drawing."""
+        if self._is_stale:
             self._show()
         if self._live is not None:
             self._live.stop()
@@ -284,59 +276,24 @@ class ProgressView:
         self.close()
 
     def _show(self) -> None:
-        self._last_shown, self._stale = self._clock(), False
-        teachers, student = self._teachers(), self._student()
+        self._last_shown, self._is_stale = self._clock(), False
+        sides = [_teachers_side(self._latest), _student_side(self._latest)]
         if self._live is None:
-            line = f"{teachers.title}{teachers.details} | {student.title}{student.details}"
+            line = " | ".join(f"{side.title}{side.details}" for side in sides)
             self._console.print(Text(one_line(line)), soft_wrap=True)
             return
-        sides = Table.grid(padding=(0, 3), expand=True)
-        sides.add_column(ratio=1)
-        sides.add_column(ratio=1)
-        sides.add_row(Text(one_line(teachers.title)), Text(one_line(student.title)))
-        sides.add_row(teachers.bar, student.bar)
-        sides.add_row(
-            Text(teachers.details.removeprefix(", ")), Text(student.details.removeprefix(", "))
-        )
+        grid = Table.grid(padding=(0, 3), expand=True)
+        for _ in sides:
+            grid.add_column(ratio=1)
+        grid.add_row(*(Text(one_line(side.title)) for side in sides))
+        grid.add_row(*(side.bar for side in sides))
+        grid.add_row(*(Text(side.details.removeprefix(", ")) for side in sides))
         self._live.start()
-        self._live.update(sides, refresh=True)
-
-    def _teachers(self) -> "_Side":
-        if (row := self._pool) is None:
-            title = "teachers: starting" if self._train is None else "no teachers at work"
-            if self._wait is not None and self._train is None:
-                title = f"waiting for machines to join the cluster: {self._wait.missing}"
-            return _Side(title, "", ProgressBar(total=1, completed=0))
-        details = (
-            f", {row.in_flight} in flight, window {row.window_chunks}, "
-            f"{row.tokens_per_s:,.0f} tokens/s"
-        )
-        eta = _clock_text(self._pool_pace.seconds_to(row.needed))
-        bar = ProgressBar(total=max(row.needed, 1), completed=row.published)
-        return _Side(f"teachers {row.published}/{row.needed} chunks", f"{details}, ETA {eta}", bar)
-
-    def _student(self) -> "_Side":
-        if (row := self._train) is None:
-            return _Side(
-                "student: waiting for its first step", "", ProgressBar(total=1, completed=0)
-            )
-        steps = self._start.total_steps if self._start else row.step
-        waiting = row.data_wait_s / row.seconds if row.seconds else 0.0
-        details = f", loss {row.loss:.3f}, {row.tokens_per_s:,.0f} tokens/s, waiting {waiting:.0%}"
-        eta = _clock_text(self._train_pace.seconds_to(steps))
-        bar = ProgressBar(total=max(steps, 1), completed=row.step)
-        return _Side(f"{row.role} {row.step}/{steps} steps", f"{details}, ETA {eta}", bar)
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    title: str
-    details: str
-    bar: ProgressBar
+        self._live.update(grid, refresh=True)
 
 
 class _Pace:
-    """How fast a count has grown over its last few sightings."""
+    """How fast a count grows, over the last times that it was seen."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque(maxlen=32)
@@ -344,25 +301,98 @@ class _Pace:
     def add(self, seconds: float, count: int) -> None:
         self._seen.append((seconds, count))
 
-    def seconds_to(self, total: int) -> float | None:
-        """None while there is nothing to judge by."""
+    def eta(self, total: int) -> str:
+        """The time to come until the count is `total`; a question mark while it is not known."""
         (begin, first), (end, last) = self._seen[0], self._seen[-1]
-        return (total - last) * (end - begin) / (last - first) if last > first else None
+        if last <= first:
+            return "?"
+        minutes, seconds = divmod(round((total - last) * (end - begin) / (last - first)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _stall_text(row: StallRow) -> str:
-    who = (
-        f"teacher {row.rank}"
-        if row.role == "teacher"
-        else f"{row.role}, rank {row.rank}, step {row.step},"
+@dataclass(slots=True)
+class _Latest:
+    """The newest events of an attempt, and how fast its counts grow."""
+
+    start: StartRow | None = None
+    wait: WaitRow | None = None
+    pool: PoolRow | None = None
+    train: TrainRow | None = None
+    pool_pace: _Pace = field(default_factory=_Pace)
+    train_pace: _Pace = field(default_factory=_Pace)
+
+    def take(self, event: Row) -> bool:
+        """Keep an event; False where it is of a kind that the bars do not show."""
+        match event:
+            case WaitRow():
+                self.wait = event if event.missing else None
+            case PoolRow():
+                self.pool = event
+                self.pool_pace.add(event.time, event.published)
+            case TrainRow():
+                if self.train is not None and self.train.role != event.role:
+                    self.train_pace = _Pace()
+                self.train = event
+                self.train_pace.add(event.time, event.step)
+            case _:
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of the two bars with its words; `details` begin with a comma, or are empty."""
+
+    title: str
+    details: str
+    bar: ProgressBar
+
+
+def _teachers_side(latest: _Latest) -> _Side:
+    if (pool := latest.pool) is None:
+        title = "teachers: starting" if latest.train is None else "no teachers at work"
+        if latest.wait is not None and latest.train is None:
+            title = f"waiting for machines to join the cluster: {latest.wait.missing}"
+        return _Side(title, "", ProgressBar(total=1, completed=0))
+    details = (
+        f", {pool.in_flight} in flight, window {pool.window_chunks}, "
+        f"{pool.tokens_per_s:,.0f} tokens/s, ETA {latest.pool_pace.eta(pool.needed)}"
     )
-    what = row.phase if row.chunk is None else f"{row.phase}, chunk {row.chunk}"
-    return f"{who} stood still for {row.seconds:.0f} s ({what}): it is killed and replaced"
+    bar = ProgressBar(total=max(pool.needed, 1), completed=pool.published)
+    return _Side(f"teachers {pool.published}/{pool.needed} chunks", details, bar)
 
 
-def _clock_text(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def _student_side(latest: _Latest) -> _Side:
+    if (train := latest.train) is None:
+        return _Side("student: waiting for its first step", "", ProgressBar(total=1, completed=0))
+    steps = latest.start.total_steps if latest.start else train.step
+    waiting = train.data_wait_s / train.seconds if train.seconds else 0.0
+    details = (
+        f", loss {train.loss:.3f}, {train.tokens_per_s:,.0f} tokens/s, waiting {waiting:.0%}, "
+        f"ETA {latest.train_pace.eta(steps)}"
+    )
+    bar = ProgressBar(total=max(steps, 1), completed=train.step)
+    return _Side(f"{train.role} {train.step}/{steps} steps", details, bar)
+
+
+def _incident_line(event: Row) -> str | None:
+    """The line for an event that stops a process or makes it wait; None for all others."""
+    match event:
+        case DelayRow():
+            return (
+                f"the {event.role}'s checkpoint of step {event.step} cannot be written yet: "
+                f"{event.why}"
+            )
+        case OutageRow():
+            return f"{event.who} has waited for {event.seconds:.0f} s: {event.why}"
+        case StallRow():
+            is_teacher = event.role == "teacher"
+            rank = "" if is_teacher else f", rank {event.rank}, step {event.step},"
+            who = f"teacher {event.rank}" if is_teacher else f"{event.role}{rank}"
+            chunk = "" if event.chunk is None else f", chunk {event.chunk}"
+            return (
+                f"{who} stood still for {event.seconds:.0f} s ({event.phase}{chunk}): it is killed "
+                "and replaced"
+            )
+    return None
