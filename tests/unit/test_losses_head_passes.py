@@ -181,7 +181,7 @@ def in_interpreter_loss(dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_whole_loss_is_the_same_by_either_path(
+def test_the_whole_loss_is_the_same_by_either_backend(
     interpreter: ProcessPoolExecutor, dtype: torch.dtype
 ) -> None:
     found, wanted = (
@@ -241,7 +241,7 @@ def in_process_modules() -> set[str]:
     return set(sys.modules)
 
 
-def test_on_the_cpu_nobody_imports_triton() -> None:
+def test_triton_is_not_imported_on_the_cpu() -> None:
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         assert "triton" not in pool.submit(in_process_modules).result()
 
@@ -261,6 +261,9 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     assert all(size > 0 for size in machine_code_sizes(kernels, cache=tmp_path))
 
 
-def test_a_path_says_why_it_was_chosen() -> None:
-    path = backend_for(torch.empty(2, 2))
-    assert (path.name, path.reason) == ("torch", "the kernels are for CUDA, the head is on cpu")
+def test_a_backend_is_chosen_for_a_reason() -> None:
+    backend = backend_for(torch.empty(2, 2))
+    assert (backend.name, backend.reason) == (
+        "torch",
+        "the kernels are for CUDA, the head is on cpu",
+    )

@@ -11,9 +11,9 @@ from pathlib import Path
 import xxhash
 
 from stillhouse.checkpoint.manifest import Commit
-from stillhouse.errors import CheckpointError, StoreError
+from stillhouse.errors import CheckpointError, StoreError, StoreUnavailable
 from stillhouse.store.download import RANGE_BYTES
-from stillhouse.store.object_store import Blobs, StoreUnavailable
+from stillhouse.store.object_store import Blobs
 
 _RANGE_BYTES_OF_TWO_READS = (RANGE_BYTES, RANGE_BYTES - (1 << 20))
 

@@ -146,7 +146,8 @@ class _Group:
 
     def _ask_rank_0(self, call: Callable[[], _Value], /) -> _Value:
         """Rank 0's answer, on every rank."""
-        return _together(lambda: self._insist(call) if self.rank == 0 else None)[0]
+        answers: list[_Value] = _together(lambda: self._insist(call) if self.rank == 0 else None)
+        return answers[0]
 
     def _insist(self, call: Callable[[], _Value]) -> _Value:
         return insist(call, patience=self.patience, tell=self.tell)

@@ -32,9 +32,9 @@ from stillhouse.checkpoint.manifest import (
 )
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.cluster.collectives import told
-from stillhouse.errors import StoreError
+from stillhouse.errors import StoreError, StoreUnavailable
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, given_up, pauses
-from stillhouse.store.object_store import Blobs, StoreUnavailable
+from stillhouse.store.object_store import Blobs
 
 _log = logging.getLogger(__name__)
 
@@ -120,10 +120,10 @@ class RankWriter:
         self._insist(self._require_owner)
         self._insist(lambda: retain(self._blobs, self._keep))
 
-    def _commit(self, made: Commit, *, began: float, blocking_s: float) -> None:
+    def _commit(self, commit: Commit, *, began: float, blocking_s: float) -> None:
         """Publish the commit, and report it."""
         self._insist(self._require_owner)
-        standing = self._insist(lambda: publish(self._blobs, made))
+        standing = self._insist(lambda: publish(self._blobs, commit))
         # again: a commit counts only where it was there before a newer owner looked for one
         self._insist(self._require_owner)
         _log.info("step %d is committed", standing.step)
@@ -199,6 +199,7 @@ class CheckpointWriter:
             require_owner=require_owner,
             pause=self._pause,
         )
+        # the thread that it writes in, one for each snapshot
         self._end_after_s = patience.end_after_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

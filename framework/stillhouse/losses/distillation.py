@@ -62,6 +62,7 @@ def distillation_loss(
     function, and where the target has draws alone, which only forward KL and its multiples can
     learn from; ModelError where the vocabularies differ.
     """
+    # refuse what cannot be computed
     _require_divergence(divergence)
     if ce_weight > 0.0 and labels_T is None:
         raise ConfigError(
@@ -71,6 +72,7 @@ def distillation_loss(
     usable = None
     if divergence_weight > 0.0:
         usable = _usable(target, head, divergence, divergence_weight=divergence_weight)
+    # one pass over the head; a term without weight is left out
     sums = head_loss(
         hidden_TH,
         head,

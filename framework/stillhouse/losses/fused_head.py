@@ -2,12 +2,12 @@
 differentiable operation, in blocks of tokens. Logits of T x V are never in memory.
 
     for each block of C tokens:
-        products_CV = hidden_CH @ weight_VH.T + bias_V          # matmul, into one buffer
-        stats = passes.reduce_tail_(products_CV)                # read once: softmax statistics
-        loss, grad = loss_and_gradient(...)                     # on [C, K + 1] tensors
-        grad_CV = passes.write_grad_(products_CV, grad)         # written once, in place
-        grad_hidden_TH[block] = grad_CV @ weight_VH             # matmul
-        grad_weight_VH += grad_CV.T @ hidden_CH                 # matmul
+        products_CV = hidden_CH @ weight_VH.T + bias_V      # matmul, into one buffer
+        tail = passes.reduce_tail_(products_CV, ids_CK)     # read once: softmax statistics
+        loss, grad = loss_and_gradient(...)                 # on [C, K + 1] tensors
+        grad_CV = passes.write_grad_(products_CV, grad)     # written once, in place
+        grad_hidden_TH[block] = grad_CV @ weight_VH         # matmul
+        grad_weight_VH += grad_CV.T @ hidden_CH             # matmul
 
 So gradients are computed in the forward pass, as Liger does, and the backward pass scales them,
 once: it hands them out without a copy. `loss_and_gradient` is in `sparse_gradient`; `reference` is

@@ -24,7 +24,7 @@ class TailStats(NamedTuple):
 
     peak_C1: Tensor  # the greatest logit, before temperature; finite even where every id is kept
     sum_C1: Tensor  # of exp((logit - peak) / temperature)
-    ce_sum_C1: Tensor  # of exp(logit - peak); sum_C1 where there is no `label_loss`
+    ce_sum_C1: Tensor  # of exp(logit - peak); sum_C1 at temperature 1, or without `label_loss`
 
 
 class TailGrad(NamedTuple):

@@ -154,6 +154,7 @@ def _reduce_tail(
     peak = tl.full((), -float("inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     ce_total = tl.full((), 0.0, tl.float32)
+    # one tile after another
     for start in range(0, width, TILE):
         ids = start + tl.arange(0, TILE)
         logit, _ = _logits_and_slopes(row, ids, width, scale, softcap, HAS_SOFTCAP)
@@ -184,10 +185,12 @@ def _write_grad(
     TILE: tl.constexpr,
 ) -> None:
     """One program a tile of one token; the padding of a row stays -inf."""
+    # logits and slopes again, from the products
     token = tl.program_id(0).to(tl.int64)
-    row = products + token * width
     ids = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    row = products + token * width
     logit, slope = _logits_and_slopes(row, ids, width, scale, softcap, HAS_SOFTCAP)
+    # their gradient; 0 at kept ids
     below = logit - tl.load(peaks + token)
     grad = tl.load(shares + token) * tl.exp(below * inverse)
     if HAS_CE:

@@ -130,14 +130,13 @@ def loss_and_gradient(
     if temperature == 1.0:
         share_C1, ce_share_C1 = share_C1 + ce_share_C1, torch.zeros_like(ce_share_C1)
 
-    # draws and label have their part of the tail's gradient, and what they take off it
+    # draws and label: their part of the tail's gradient, and what comes off it
     others_CO = ids.others
-    below_CO = (logits.others - tail.peak_C1).clamp(max=0.0)  # above 0 only where label is kept
+    below_CO = (logits.others - tail.peak_C1).clamp(max=0.0)  # above 0 only for a kept label
     other_grad_CO = share_C1 * (below_CO / temperature).exp() + ce_share_C1 * below_CO.exp()
     other_grad_CO -= draw_mass_C1 * _count(ids.drawn_CN, others_CO)
-    other_grad_CO -= objective.ce_weight * _is_label(others_CO, ids.label_CL).to(
-        other_grad_CO.dtype
-    )
+    is_label_CO = _is_label(others_CO, ids.label_CL).to(other_grad_CO.dtype)
+    other_grad_CO -= objective.ce_weight * is_label_CO
     kept_grad_CK = (grad_CK1 + ce_grad_CK1)[:, :-1]
     named_CX = torch.cat([kept_grad_CK, other_grad_CO], dim=1)
     return sums_3, LogitsGrad(named_CX, TailGrad(tail.peak_C1, share_C1, ce_share_C1))
@@ -169,7 +168,8 @@ def _divergence_loss(
     grad_sum_C1 = grad_logq_CK1.sum(dim=1, keepdim=True)
     grad_logits_CK1 = grad_logq_CK1 - student.logq_CK1.exp() * grad_sum_C1
     grad_logits_CK1[:, -1:] += mass_C1 * target.num_draws
-    weight = objective.divergence_weight * temperature  # temperature^2, by the chain rule's 1 / T
+    # temperature^2, and the chain rule's 1 / temperature
+    weight = objective.divergence_weight * temperature
     return sum_0, weight * grad_logits_CK1, weight * mass_C1
 
 

@@ -82,9 +82,11 @@ class BatchReader:
         missed_s: float = MISSED_S,
         patience: Patience = DEFAULT_PATIENCE,
     ):
+        # what this rank reads
         self._recipe, self._order, self._steps = store.recipe, order, range(start, stop)
         self._rank, self._world_size, self._micro_batch = rank, world_size, micro_batch
         self._pin_memory = pin_memory
+        # the thread that reads it
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, name="batch-reader", daemon=True)

@@ -64,7 +64,8 @@ class StudentModule(nn.Module):
         self.head = DistillationHead(head, output.weight, bias, section)
 
     def forward(self, batch: MicroBatch) -> LossTerms:
-        return self.head(hidden_at(self.lm, batch.tokens), batch)
+        terms: LossTerms = self.head(hidden_at(self.lm, batch.tokens), batch)
+        return terms
 
 
 def _first_rows(parameter: nn.Parameter, num_rows: int) -> Tensor:

@@ -43,8 +43,6 @@ from stillhouse.tracking import (
 
 _log = logging.getLogger(__name__)
 
-_ADVICE = "lower student.learning_rate or look at those sequences, then run again"
-
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: DriverLink) -> bool:
     """Train up to `job.total_steps` on every rank of the existing process group, and return True
@@ -262,7 +260,7 @@ def _train_step(
         raise StudentError(
             f"{job.role}, step {step}: {error}; its sequences were "
             f"{shown}{', ...' if len(batch.sequences) > 8 else ''}. The last commit is untouched; "
-            f"{_ADVICE}"
+            "lower student.learning_rate or look at those sequences, then run again"
         ) from None
 
     # its event for the journal
