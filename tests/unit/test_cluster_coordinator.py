@@ -239,9 +239,7 @@ def test_a_mentioned_row_is_written_where_it_can_be_and_is_no_error_where_it_can
     for seconds in (61.0, 62.0):
         for each in (coordinator, writing):  # `coordinator` has no journal
             each.mention(OutageRow("teacher on n1", seconds, "too busy"))
-            assert (
-                each.heard("no group") == []
-            )  # calls are served in order, so it has been mentioned
+            assert each.heard("no group") == []  # calls are served in order: it was mentioned
         path.parent.mkdir(exist_ok=True)
     (row,) = read_journal(path)
     assert (row.who, row.seconds, row.why) == ("teacher on n1", 62.0, "too busy")

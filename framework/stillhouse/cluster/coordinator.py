@@ -48,7 +48,7 @@ def _send(
 ) -> Callable[Concatenate["Coordinator", _P], None]:
     """The actor's method on its handle. Returns at once; a failure is not reported."""
 
-    def send(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> None:
+    def send(self: "Coordinator", /, *arguments: _P.args, **named: _P.kwargs) -> None:
         getattr(self._actor, method.__name__).remote(*arguments, **named)
 
     return send
@@ -60,9 +60,10 @@ def _ask(
     """The actor's method on its handle, which waits for the answer. `once`: the method must not act
     twice where its answer is lost."""
 
-    def ask(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> _Answer:
+    def ask(self: "Coordinator", /, *arguments: _P.args, **named: _P.kwargs) -> _Answer:
         call = self._ask_once if once else self._ask
-        return call(method.__name__, *arguments, **named)
+        answer: _Answer = call(method.__name__, *arguments, **named)
+        return answer
 
     return ask
 
