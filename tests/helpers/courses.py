@@ -52,7 +52,8 @@ from stillhouse.retry import Patience, insist
 from stillhouse.store import Chunk, ChunkStore, Consumer, StoreUnavailable
 from stillhouse.store.chunk_store import ChunkMissing
 from stillhouse.store.consumers import commit, join, registered
-from stillhouse.store.object_store import Blobs, ObjectLayer
+from stillhouse.store.object_layer import ObjectLayer
+from stillhouse.store.object_store import Blobs
 
 NUM_CHUNKS, STEPS_A_CHUNK, CHECKPOINT_EVERY = 3, 2, 2
 TOTAL_STEPS = NUM_CHUNKS * STEPS_A_CHUNK

@@ -1,5 +1,5 @@
-"""Who works on a cluster hears soon that its head is gone, wherever the work stands, and not
-because it was busy."""
+"""The watch over the head interrupts work soon once the head is gone, whatever the work does, and
+not because the head is busy."""
 
 import socket
 import threading
@@ -56,7 +56,7 @@ def test_what_fails_while_the_head_is_gone_fails_because_of_that_but_for_our_own
 
 
 def test_a_process_that_is_busy_is_there_and_one_that_ended_is_not(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as head:  # it accepts nobody
+    with socket.create_server(("127.0.0.1", 0)) as head:  # it accepts no connection
         host, port = head.getsockname()
         assert not is_port_closed(host, port)
     assert is_port_closed(host, port)

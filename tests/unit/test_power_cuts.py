@@ -152,14 +152,14 @@ def require_store(url: str, told: list[tuple[str, int]], *, newest_step: int) ->
     assert there >= {number for kind, number in told if kind == "chunk"}, (
         "a chunk that was published is gone"
     )
-    readers, strangers = registered(store)
-    assert not strangers, "a reader's progress is cut"
-    assert readers, "a reader is gone"
-    assert readers[0].committed_step >= max(number for kind, number in told if kind == "reader"), (
-        "a reader's progress is gone"
-    )
-    assert readers[0].committed_step <= newest_step, (
-        "a reader is past the newest commit: what it needs again may be deleted"
+    consumers, unknown = registered(store)
+    assert not unknown, "a consumer's progress is cut"
+    assert consumers, "a consumer is gone"
+    assert consumers[0].committed_step >= max(
+        number for kind, number in told if kind == "reader"
+    ), "a consumer's progress is gone"
+    assert consumers[0].committed_step <= newest_step, (
+        "a consumer is past the newest commit: what it needs again may be deleted"
     )
     for number in there:
         store.verify(number)

@@ -10,7 +10,8 @@ import pytest
 
 from stillhouse.atomic import SystemFiles
 from stillhouse.errors import StoreError
-from stillhouse.store.object_store import Blobs, ObjectLayer
+from stillhouse.store.object_layer import ObjectLayer
+from stillhouse.store.object_store import Blobs
 
 LARGE = 40 << 20  # more than one part
 

@@ -53,25 +53,17 @@ def outcomes(call: Callable[[], Any]) -> list[Any]:
     try:
         own = {"value": call()}
     except StillhouseError as error:
-        own = {"error": packed_error(error)}
+        own = {"kind": type(error).__name__, "message": str(error)}
+    # a kind that is unknown here is a StudentError
+    kinds = _kinds()
     return [
-        unpacked_error(each["error"]) if "error" in each else each["value"]
+        each["value"] if "value" in each else kinds.get(each["kind"], StudentError)(each["message"])
         for each in gathered(own)
     ]
 
 
-def packed_error(error: StillhouseError) -> dict[str, str]:
-    """An error of ours as a JSON value: its kind and its message."""
-    return {"kind": type(error).__name__, "message": str(error)}
-
-
-def unpacked_error(values: dict[str, str]) -> StillhouseError:
-    """The error of ours that another rank has packed; a StudentError where its kind is unknown
-    here."""
-    return _kinds().get(values["kind"], StudentError)(values["message"])
-
-
 def _kinds() -> dict[str, type[StillhouseError]]:
+    """Every kind of error of ours, by name."""
     kinds, waiting = {}, [StillhouseError]
     while waiting:
         kind = waiting.pop()

@@ -43,26 +43,27 @@ def _relay(actor: Any, line: str) -> None:
     actor.relay.remote(line)
 
 
-def _send(
+def _one_way(
     method: Callable[Concatenate[CoordinatorActor, _P], None],
 ) -> Callable[Concatenate["Coordinator", _P], None]:
     """The actor's method on its handle. Returns at once; a failure is not reported."""
 
-    def send(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> None:
+    def send(self: "Coordinator", /, *arguments: _P.args, **named: _P.kwargs) -> None:
         getattr(self._actor, method.__name__).remote(*arguments, **named)
 
     return send
 
 
-def _ask(
+def _answered(
     method: Callable[Concatenate[CoordinatorActor, _P], _Answer], *, once: bool = False
 ) -> Callable[Concatenate["Coordinator", _P], _Answer]:
     """The actor's method on its handle, which waits for the answer. `once`: the method must not act
     twice where its answer is lost."""
 
-    def ask(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> _Answer:
+    def ask(self: "Coordinator", /, *arguments: _P.args, **named: _P.kwargs) -> _Answer:
         call = self._ask_once if once else self._ask
-        return call(method.__name__, *arguments, **named)
+        answer: _Answer = call(method.__name__, *arguments, **named)
+        return answer
 
     return ask
 
@@ -83,25 +84,25 @@ class Coordinator:
     log: LogPlace | None = None  # for `process_log`, in a process that was given this handle
 
     # For consumers and teachers
-    move_cursor = _send(CoordinatorActor.move_cursor)
-    report_bad_chunk = _send(CoordinatorActor.report_bad_chunk)
-    heartbeat_of_teacher = _send(CoordinatorActor.heartbeat_of_teacher)
+    move_cursor = _one_way(CoordinatorActor.move_cursor)
+    report_bad_chunk = _one_way(CoordinatorActor.report_bad_chunk)
+    heartbeat_of_teacher = _one_way(CoordinatorActor.heartbeat_of_teacher)
 
     # For groups of ranks, and those who watch them
-    begin = _ask(CoordinatorActor.begin, once=True)
-    stepped = _send(CoordinatorActor.stepped)
-    heartbeat = _ask(CoordinatorActor.heartbeat)
-    heard = _ask(CoordinatorActor.heard)
-    forget = _ask(CoordinatorActor.forget)
-    request_stop = _ask(CoordinatorActor.request_stop)
-    exit_reason = _ask(CoordinatorActor.exit_reason)
+    begin = _answered(CoordinatorActor.begin, once=True)
+    stepped = _one_way(CoordinatorActor.stepped)
+    heartbeat = _answered(CoordinatorActor.heartbeat)
+    heard = _answered(CoordinatorActor.heard)
+    forget = _answered(CoordinatorActor.forget)
+    request_stop = _answered(CoordinatorActor.request_stop)
+    exit_reason = _answered(CoordinatorActor.exit_reason)
 
     # For all
-    take_messages = _ask(CoordinatorActor.take_messages)
-    finish = _ask(CoordinatorActor.finish)
-    finished = _ask(CoordinatorActor.finished)
-    give_up = _ask(CoordinatorActor.give_up)
-    fatal_error = _ask(CoordinatorActor.fatal_error)
+    take_messages = _answered(CoordinatorActor.take_messages)
+    finish = _answered(CoordinatorActor.finish)
+    finished = _answered(CoordinatorActor.finished)
+    give_up = _answered(CoordinatorActor.give_up)
+    fatal_error = _answered(CoordinatorActor.fatal_error)
 
     @classmethod
     def create(cls, journal: Path | None = None) -> "Coordinator":

@@ -63,7 +63,7 @@ def await_room(
     A cluster with an autoscaler is requested to grow. `waiting` is called once a second with what
     is missing, and may raise. Raises ConfigError where it is still missing after `section.join_s`.
     """
-    available = ray.cluster_resources()
+    available: dict[str, float] = ray.cluster_resources()
     if section.address is not None and shortages(needs, available):
         deadline = monotonic() + section.join_s
         with _requested(needs, available):

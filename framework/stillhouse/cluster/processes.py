@@ -79,7 +79,8 @@ def call_remotely(function: Callable[..., Any], *arguments: object, where: Place
 def stacks_of(pid: int, *, node: str) -> str | None:
     """The stacks of a worker's threads: empty where they cannot be read, None where the worker is
     gone."""
-    return _answer(ask_node(node, _stack_of, pid))
+    stacks: str | None = _answer(ask_node(node, _stack_of, pid))
+    return stacks
 
 
 def end_process(pid: int, *, node: str) -> None:

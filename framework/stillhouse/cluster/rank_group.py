@@ -21,7 +21,7 @@ class RankGroup:
 
     def begin(self, committed_step: int) -> PreviousAttempt | None:
         """An attempt begins from this commit. None where it is the first one."""
-        # what ended the attempt before, and is over with it
+        # the end of the attempt before; its heartbeats and a request to come back go with it
         before, self._begun_from = self._begun_from, committed_step
         cause, detail = self._reason or ("died", "a rank was killed, or its machine")
         self._reason = None

@@ -237,16 +237,13 @@ class ChunkStore:
     def restore_recipe(self) -> bool:
         """Publish recipe.json anew if it is missing or damaged; a damaged one goes to quarantine.
         True if it had to be."""
-        key = self.recipe_key
+        key, data = self.recipe_key, self.recipe.canonical_json()
         blob = self.blobs.stat(key)
-        if blob is not None and self.recipe.canonical_json() in (
-            bytes(self.blobs.read(key)),
-            b"".join(self.blobs.pieces(key)),
-        ):
-            return False
         if blob is not None:
+            if data in (bytes(self.blobs.read(key)), b"".join(self.blobs.pieces(key))):
+                return False
             self.blobs.move(key, f"{self.folder}/quarantine/recipe-{_moment(blob)}.json")
-        self.blobs.create(key, self.recipe.canonical_json())
+        self.blobs.create(key, data)
         return True
 
     def key(self, number: int) -> str:

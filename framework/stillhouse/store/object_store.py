@@ -274,7 +274,7 @@ class Blobs:
                 raise
         return Answer(answer.meta["size"], body())
 
-    def _get_ranges(self, key: str, spans: Sequence[Extent]) -> Sequence[Any]:
+    def _get_ranges(self, key: str, spans: Sequence[Extent]) -> Any:
         starts, ends = zip(*spans, strict=True)
         return self._objects.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0)
 
