@@ -1,9 +1,9 @@
-"""The power fails at any moment: what was reported is there afterwards, and what is not whole is
-made again.
+"""A power cut at any moment: what was reported is there afterwards, and what is not whole is made
+again.
 
-A course of real writes (chunks, a reader's progress, checkpoints of two ranks, a journal) is
-recorded call by call. Every prefix of the record is laid out anew without what had not been synced.
-Each kind of sync is then left out of a course, to see that it is missed.
+A sequence of real writes (chunks, a consumer's progress, checkpoints of two ranks, a journal) is
+recorded call by call. Every prefix of the record is laid out again without the writes that were not
+synced. Then each kind of sync is left out once, which the checks have to detect.
 """
 
 import json

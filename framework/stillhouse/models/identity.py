@@ -110,8 +110,8 @@ def _hash(file: Path) -> str:
 
 
 def _stamp(file: Path) -> list[object]:
-    """Values that change with a file's bytes. A tool can set size and modification time back, but
-    not the time of the last change (ctime)."""
+    """Values that change with a file's bytes: a tool can keep its size and modification time, but
+    not the time of its last change (ctime)."""
     stat = file.stat()
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from stillhouse.report import summary as numbers
 from stillhouse.report.goodput import Part, student_time, teacher_time
 from stillhouse.report.summary import Summary
-from stillhouse.report.words import percent, same_power, small
+from stillhouse.report.words import percent, same_power, scientific, small
 
 _MAX_POINTS = 300
 _MAX_BINS = 60
@@ -237,9 +237,9 @@ def _waits_panel(summary: Summary) -> Panel | None:
 
     # Bars: the student's up, the teachers' down.
     def draw(axes: Axes) -> None:
-        for name, (share, edges, colour) in sides.items():
-            upwards = np.minimum(share, 1.0) * (1 if name.startswith("student") else -1)
-            axes.stairs(upwards, edges, color=colour, fill=True, alpha=0.75, linewidth=0)
+        for share, edges, colour in sides.values():
+            shown = np.minimum(share, 1.0) * (1 if colour == STUDENT else -1)
+            axes.stairs(shown, edges, color=colour, fill=True, alpha=0.75, linewidth=0)
         axes.axhline(0.0, color=INK, linewidth=0.8)
         axes.set_ylim(-1, 1)
         axes.set_yticks([-1, -0.5, 0, 0.5, 1], ["100 %", "50 %", "0", "50 %", "100 %"])
@@ -277,7 +277,8 @@ def time_panel(summary: Summary) -> Panel | None:
         for name, side in reversed(sides.items())
     )
     words = f"Shares of the run's time; where a bar ends, the side's work was done. {useful}"
-    legend = [(label, _CSS_VARIABLES[colour]) for label, colour in map(_PARTS.__getitem__, shown)]
+    keys = [_PARTS[part] for part in shown]
+    legend = [(label, _CSS_VARIABLES[colour]) for label, colour in keys]
     svg = _render(draw, size_inches=(10.3, 0.55 + 0.5 * len(sides)))
     return Panel("Share of time", svg, words, legend)
 
@@ -339,7 +340,8 @@ def _log_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: small(value)))
+    label = small if positive.min() > 1e-3 else scientific  # one notation on one axis
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
 
 
 def _short_count(value: float) -> str:

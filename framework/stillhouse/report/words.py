@@ -74,6 +74,11 @@ def small(value: float) -> str:
     """A number to two digits; as a power of ten up to a thousandth and from ten thousand."""
     if value == 0.0 or 1e-3 < abs(value) < 1e4:
         return f"{value:.2g}" if abs(value) < 100 else f"{value:,.0f}"
+    return scientific(value)
+
+
+def scientific(value: float) -> str:
+    """A number to two digits as a power of ten, such as 3.2·10⁻⁴."""
     mantissa, exponent = f"{value:.1e}".split("e")
     power = f"10{_exponent(int(exponent))}"
     return power if mantissa == "1.0" else f"{mantissa.removesuffix('.0')}·{power}"

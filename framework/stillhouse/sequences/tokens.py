@@ -98,7 +98,7 @@ def _texts(documents: Documents, section: CorpusSection) -> Iterator[str]:
         if not isinstance(text, str):
             raise CorpusError(
                 f"row {row} of {section.dataset} has {type(text).__name__} in column "
-                f"'{section.text_column}'; wanted: text"
+                f"'{section.text_column}'; wanted: text. Convert such rows, or remove them"
             )
         if text:
             yield text

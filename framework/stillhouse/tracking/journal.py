@@ -153,8 +153,8 @@ class JournalReader:
     def new_rows(self) -> list[Row]:
         """The events whose rows were completed since the last call, in the order of the file.
 
-        A NewerRow stands for each of a kind that this version does not know. None while there is no
-        file. Raises RunError at a line that is complete and is no row.
+        A NewerRow stands for each of a kind that this version does not know. There are none while
+        there is no file. Raises RunError at a line that is complete and is no row.
         """
         try:
             with self.path.open("rb") as file:
