@@ -19,6 +19,8 @@ def check_cluster(plan: Plan, found: Findings) -> None:
     config, section = plan.config, plan.config.cluster
     found.obstacles += lacks(section)
     found.notes += remarks(section)
+
+    # what there is, and what is missing
     try:
         available = _available(section)
         _processes(config, available, found)
@@ -28,6 +30,8 @@ def check_cluster(plan: Plan, found: Findings) -> None:
         found.obstacles.append(str(error))
         return
     _hours(plan, available, found)
+
+    # what to do about it
     cure = (
         "name a larger cluster in cluster.address"
         if section.address is None
