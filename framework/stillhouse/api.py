@@ -28,8 +28,9 @@ def plan(config: "Config", *, run_dir: str | Path, cache_dir: str | Path | None 
     """Plan a run: read the tokenizers, tokenise the corpus once, name the recipe. No model is
     loaded and nothing is written but the cache.
 
-    `run_dir` is the directory of the run: its journal, checkpoints and report. `cache_dir` holds
-    tokenised corpora between runs (None: stillhouse/ in the user's cache directory).
+    The plan tells what a run will do: `recipe`, `chunks`, `total_steps`, `store`. `run_dir` is the
+    directory of the run: its journal, checkpoints and report. `cache_dir` holds tokenised corpora
+    between runs (None: stillhouse/ in the user's cache directory).
 
     Raises ConfigError, ModelError, CorpusError or CacheError for what cannot be used.
     """

@@ -123,6 +123,20 @@ ELSEWHERE: Mapping[str, str] = {
     "kd_temperature": "target.temperature",
     "distill_temperature": "target.temperature",
     "logprobs": "target.k",
+    # what there is not
+    "do_train": "the verb, `stillhouse run` or `stillhouse train`",
+    "do_eval": "the verb `stillhouse eval`",
+    "dataloader_num_workers": "student.prefetch_batches, the batches that are read ahead",
+    "remove_unused_columns": "nothing: corpus.column alone is read",
+    "group_by_length": "nothing: documents are packed into sequences of one length",
+    "label_smoothing_factor": "nothing: the teacher's distribution is the target",
+    "chat_template": "nothing: the tokenizer's own chat template is used",
+    "lora_r": "nothing: every weight of the student is trained",
+    "lora_alpha": "nothing: every weight of the student is trained",
+    "peft_config": "nothing: every weight of the student is trained",
+    "adapter": "nothing: every weight of the student is trained",
+    "load_in_4bit": "teacher.dtype and student.dtype, of which none is quantised",
+    "load_in_8bit": "teacher.dtype and student.dtype, of which none is quantised",
 }
 
 # Other names for the values of settings that allow a few values only.

@@ -25,7 +25,7 @@ from helpers.command import Outcome, stillhouse
 from helpers.faults import FaultyS3, publications
 from helpers.s3 import forbid_writing
 from helpers.world import TinyWorld
-from stillhouse import pipeline
+from stillhouse import api, pipeline
 from stillhouse.checkpoint import choice
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
@@ -132,15 +132,16 @@ def test_produce_then_train_through_s3_is_the_same_training_as_run(
         tmp_path / "run", store={"url": "s3://whisky/casks"}, teacher=TEACHERS, student=STUDENT
     )
     with pytest.raises(StoreError, match="stillhouse produce"):
-        pipeline.train(plan)
+        api.train(plan)
     assert "Contents" not in client.list_objects_v2(Bucket="whisky")
-    pipeline.produce(plan)
+    api.produce(plan)
     store = ChunkStore("s3://whisky/casks", plan.recipe)
     assert store.published() == set(plan.chunks)
     before = client.list_objects_v2(Bucket="whisky")["Contents"]
     forbid_writing(client, "whisky")
-    pipeline.train(plan)
+    scores = api.train(plan)
     assert curve(plan) == curve(undisturbed)
+    assert scores.keys() == {"teacher", "student"}
     assert client.list_objects_v2(Bucket="whisky")["Contents"] == before
     assert (
         "s3://whisky/casks may only be read, so this training cannot be registered there"

@@ -148,16 +148,22 @@ def test_a_run_is_planned_and_its_store_read(tiny_world: TinyWorld, tmp_path: Pa
     assert stillhouse.ChunkStore(str(tmp_path / "store"), plan.recipe).published() == {0}
 
 
-def test_what_cannot_be_used_raises_an_error_and_no_exit(
+def test_what_cannot_be_used_raises_an_error_before_a_cluster_starts(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     with pytest.raises(stillhouse.UserError, match="no directory /nowhere/teacher"):
         stillhouse.plan(
             tiny_world.config(teacher={"model": "/nowhere/teacher"}), run_dir=tmp_path / "run"
         )
-    for verb in (stillhouse.evaluate, lambda run: stillhouse.export(run, tmp_path / "out")):
+    in_memory = tiny_world.plan(tmp_path / "run", store={"url": "memory:///store"})
+    for fill in (stillhouse.run, stillhouse.produce):
+        with pytest.raises(stillhouse.UserError, match="cannot be shared between processes"):
+            fill(in_memory)
+    with pytest.raises(stillhouse.UserError, match="stillhouse produce"):
+        stillhouse.train(tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "empty")}))
+    for use in (stillhouse.evaluate, lambda run: stillhouse.export(run, tmp_path / "out")):
         with pytest.raises(stillhouse.UserError, match="is not a run directory"):
-            verb(tmp_path / "absent")
+            use(tmp_path / "absent")
 
 
 def test_a_type_checker_sees_the_names_that_there_are() -> None:

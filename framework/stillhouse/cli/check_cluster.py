@@ -19,6 +19,8 @@ def check_cluster(plan: Plan, found: Findings) -> None:
     config, section = plan.config, plan.config.cluster
     found.obstacles += lacks(section)
     found.notes += remarks(section)
+
+    # what there is, and what is missing
     try:
         available = _available(section)
         _processes(config, available, found)
@@ -28,6 +30,8 @@ def check_cluster(plan: Plan, found: Findings) -> None:
         found.obstacles.append(str(error))
         return
     _hours(plan, available, found)
+
+    # what to do about it
     cure = (
         "name a larger cluster in cluster.address"
         if section.address is None
@@ -103,25 +107,27 @@ def _hours(plan: Plan, available: Mapping[str, float], found: Findings) -> None:
     num_scored = min(len(plan.chunks) * recipe.chunk_sequences, corpus.num_sequences)
     num_trained = plan.total_steps * config.student.global_batch_sequences
     checkpointing = config.student.activation_checkpointing
-    targets = estimate.scoring(
+    teacher_cards = config.teacher.max_replicas * teacher_place.num_gpus
+    student_cards = config.student.num_workers * student_place.num_gpus
+    scoring = estimate.scoring_hours(
         found.num_parameters["teacher"],
         num_scored * corpus.sequence_length,
         card=card,
-        num_cards=config.teacher.max_replicas * teacher_place.num_gpus,
+        num_cards=teacher_cards,
     )
-    steps = estimate.training(
+    training = estimate.training_hours(
         found.num_parameters["student"],
         num_trained * corpus.sequence_length,
         checkpointing=checkpointing,
         card=card,
-        num_cards=config.student.num_workers * student_place.num_gpus,
+        num_cards=student_cards,
     )
 
     again = ", and as much again for the control" if config.evaluate.control else ""
     found.add(
         "hours",
-        f"targets {_hours_words(targets.hours)} on {targets.num_cards:g} {card},"
-        f" training {_hours_words(steps.hours)} on {steps.num_cards:g} {card}{again}",
+        f"targets {_hours_words(scoring)} on {teacher_cards:g} {card},"
+        f" training {_hours_words(training)} on {student_cards:g} {card}{again}",
         f"by arithmetic: {estimate.FORWARD_OPERATIONS} operations a parameter and token for "
         f"targets, {estimate.training_operations(checkpointing)} for training, at"
         f" {estimate.FORWARD_SHARE:.0%} and {estimate.TRAINING_SHARE:.0%} of its data sheet's "

@@ -14,7 +14,7 @@ from stillhouse.errors import CheckpointError, ChunkError, ConfigError, StoreErr
 from stillhouse.logits import decode, kept_mass
 from stillhouse.losses.divergences import divergence_named, is_unbiased_with_draws
 from stillhouse.pipeline import Plan
-from stillhouse.store import ChunkStore, StoredRecipe, differences, list_recipes, nearest
+from stillhouse.store import StoredRecipe, differences, list_recipes, nearest
 from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, require_kept_mass
 
 _MOST_DIFFERENCES = 4  # differing fields up to which another recipe is a near one
@@ -138,7 +138,7 @@ def _stored(plan: Plan, found: Findings) -> list[StoredRecipe]:
     """The recipes in the store. What keeps it from being read becomes an obstacle; nothing is
     written to find out."""
     try:
-        where = ChunkStore(plan.config.store.url, plan.recipe).url
+        where = plan.store.url
         if where.startswith("memory:"):
             raise StoreError(
                 f"{where} cannot be shared between processes; give a directory or a bucket"

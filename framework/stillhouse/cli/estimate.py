@@ -6,7 +6,6 @@ days, not minutes from hours.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 PEAK_TFLOPS: Mapping[str, float] = {  # dense bfloat16, from NVIDIA's data sheets
     "B200": 2250.0,
@@ -22,14 +21,6 @@ FORWARD_OPERATIONS = 2  # a parameter and token
 _RAY_PREFIX = "accelerator_type:"
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """The hours of targets, or of training, on GPUs that do nothing else."""
-
-    hours: float
-    num_cards: float
-
-
 def card_of(available: Mapping[str, float]) -> str | None:
     """The slowest known card among the cluster's resources; None where they name none."""
     named = {
@@ -40,18 +31,20 @@ def card_of(available: Mapping[str, float]) -> str | None:
     return min(named & PEAK_TFLOPS.keys(), key=PEAK_TFLOPS.__getitem__, default=None)
 
 
-def scoring(num_parameters: float, num_tokens: float, *, card: str, num_cards: float) -> Estimate:
-    """The targets of so many tokens. `num_cards`: of all replicas together."""
+def scoring_hours(
+    num_parameters: float, num_tokens: float, *, card: str, num_cards: float
+) -> float:
+    """Hours for the targets of so many tokens, on `num_cards` GPUs that do nothing else."""
     operations = FORWARD_OPERATIONS * num_parameters * num_tokens
-    return _estimate(operations, FORWARD_SHARE, card, num_cards)
+    return _hours(operations, FORWARD_SHARE, card, num_cards)
 
 
-def training(
+def training_hours(
     num_parameters: float, num_tokens: float, *, checkpointing: bool, card: str, num_cards: float
-) -> Estimate:
-    """All steps of one student; activation checkpointing adds a second forward pass."""
+) -> float:
+    """Hours for all steps of one student; activation checkpointing adds a second forward pass."""
     operations = training_operations(checkpointing) * num_parameters * num_tokens
-    return _estimate(operations, TRAINING_SHARE, card, num_cards)
+    return _hours(operations, TRAINING_SHARE, card, num_cards)
 
 
 def training_operations(checkpointing: bool) -> int:
@@ -59,5 +52,5 @@ def training_operations(checkpointing: bool) -> int:
     return FORWARD_OPERATIONS * (4 if checkpointing else 3)
 
 
-def _estimate(operations: float, share: float, card: str, num_cards: float) -> Estimate:
-    return Estimate(operations / (share * PEAK_TFLOPS[card] * 1e12 * num_cards) / 3600, num_cards)
+def _hours(operations: float, share: float, card: str, num_cards: float) -> float:
+    return operations / (share * PEAK_TFLOPS[card] * 1e12 * num_cards) / 3600
