@@ -1,6 +1,5 @@
-"""The pool on simulated teachers and a simulated clock: whichever machines join, leave or fail, every
-chunk is made.
-"""
+"""The pool on simulated teachers and a simulated clock: whichever machines join, leave or fail,
+every chunk is made."""
 
 import itertools
 from collections import Counter
