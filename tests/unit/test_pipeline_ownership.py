@@ -1,5 +1,5 @@
-"""One command uses a run directory and its checkpoints: a second is refused by name, and a killed
-one stands in nobody's way."""
+"""One command at a time uses a run directory and its checkpoints: a second one is refused, with the
+name of the first; a killed one blocks no other."""
 
 import json
 import os

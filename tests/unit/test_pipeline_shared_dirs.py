@@ -1,5 +1,5 @@
-"""Where chunks and checkpoints go, before anything starts; several machines are asked in
-tests/e2e/test_compose.py."""
+"""Directories that machines have to share are looked for before anything starts. With several
+machines: tests/e2e/test_compose.py."""
 
 from pathlib import Path
 

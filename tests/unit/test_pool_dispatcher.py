@@ -1,5 +1,5 @@
-"""The pool knows no teacher: workers of any kind are leased blocks of any kind, and compared and
-journalled in their own way."""
+"""The pool is generic: it leases blocks of any kind to workers of any kind, which are compared and
+journalled by functions that it is given."""
 
 import itertools
 from collections.abc import Callable

@@ -1,9 +1,9 @@
-"""A worker that was heard and then no more is silent; one that was never heard is not."""
+"""A worker whose heartbeats have stopped is silent; one that has given none yet is not."""
 
 from stillhouse.pool.heartbeats import Heartbeats
 
 
-def test_only_who_was_heard_once_and_then_no_more_is_silent():
+def test_only_a_worker_whose_heartbeats_have_stopped_is_silent():
     heartbeats = Heartbeats()
     heartbeats.hear([1, 2, 3], now=10.0)
     heartbeats.hear([1], now=50.0)

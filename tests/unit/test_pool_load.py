@@ -1,5 +1,5 @@
-"""The pool's coordinator at its largest: two thousand teachers, a million chunks, one core, and a
-memory that does not mind."""
+"""The pool at its largest: two thousand teachers and a million chunks, on one core and in bounded
+memory."""
 
 import tracemalloc
 from time import process_time

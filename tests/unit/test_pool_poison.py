@@ -1,5 +1,5 @@
-"""The search for poison: rows that no worker can compute are found and set aside; what is no single
-row's fault ends the run by name."""
+"""The search for poison rows: rows that no worker can compute are found and set aside; a failure
+that rows alone do not explain ends the run."""
 
 import pytest
 from hypothesis import given

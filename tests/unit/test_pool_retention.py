@@ -1,5 +1,5 @@
-"""Several students read one store while teachers fill it: each gets every chunk, and what nobody
-reads again is deleted, and only that."""
+"""Several students read one store while teachers fill it: each gets every chunk, and exactly the
+chunks that no student reads again are deleted."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace

@@ -1,5 +1,5 @@
-"""The pool's own logic, on simulated teachers and a clock of their own: machines come, go and say
-so; every chunk is made all the same."""
+"""The pool on simulated teachers and a simulated clock: whichever machines join, leave or fail,
+every chunk is made."""
 
 import itertools
 from collections import Counter

@@ -102,27 +102,22 @@ def test_trains_controller_has_a_limit_of_its_own() -> None:
     assert issubclass(ray.train.ControllerError, Exception), REMEDY
 
 
-class TrainController:
-    """An actor of the name that Ray Train's has."""
-
-    def run(self) -> None:
-        threading.Event().wait()
-
-
-class Other(TrainController):
-    def answer(self) -> int:
-        return 7
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_thread_that_waits_for_ray_trains_controller_is_freed_by_its_end() -> None:
-    theirs = data_parallel_trainer.TrainController
-    assert theirs.__qualname__ == TrainController.__qualname__, REMEDY
-    controller = ray.remote(num_cpus=0)(TrainController).remote()
-    other = ray.remote(num_cpus=0)(Other).remote()
-    ray.get([controller.__ray_ready__.remote(), other.__ray_ready__.remote()], timeout=60)
-    running = controller.run.remote()
+    def run(_self: object) -> None:
+        threading.Event().wait()
+
+    def started(name: str) -> Any:
+        """An actor whose class has this name, at work without end."""
+        actor = ray.remote(num_cpus=0)(type(name, (), {"run": run})).remote()
+        ray.get(actor.__ray_ready__.remote(), timeout=60)
+        return actor
+
+    controller = started(data_parallel_trainer.TrainController.__qualname__)
+    other = started("Other")
+    running, other_running = controller.run.remote(), other.run.remote()
     _ray_compat.kill_train_controllers()
     with pytest.raises(ray.exceptions.ActorDiedError):
         ray.get(running, timeout=60)
-    assert ray.get(other.answer.remote(), timeout=60) == 7, REMEDY
+    assert ray.wait([other_running], timeout=0)[0] == [], REMEDY
+    ray.kill(other)
