@@ -192,7 +192,7 @@ def test_a_stranger_on_the_same_machine_does_not_get_into_the_cluster_that_a_com
 ) -> None:
     address, token = own_cluster.address, own_cluster.token
 
-    def enter(**knowing: str) -> "subprocess.Popen[str]":
+    def enter(script: str = STRANGER, **knowing: str) -> "subprocess.Popen[str]":
         local = {
             "HOME": str(tmp_path),
             # else Ray would ask at another address of this machine
@@ -200,19 +200,22 @@ def test_a_stranger_on_the_same_machine_does_not_get_into_the_cluster_that_a_com
             "RAY_NUM_REDIS_GET_RETRIES": "2",  # seconds for which a stranger knocks
         }
         environment: Mapping[str, str] = without_token() | local | knowing
-        command = [sys.executable, "-c", STRANGER, address]
+        command = [sys.executable, "-c", script, address]
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     strangers = [enter(), enter(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="f" * 64)]
     friend = enter(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    ours = enter(ATTACH, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="f" * 64, RAY_ADDRESS=address)
     for stranger in strangers:
         said, complained = stranger.communicate(timeout=120)
         assert stranger.returncode != 0
         assert "it is in" not in said
         assert "auth" in complained.lower()
     assert "it is in" in friend.communicate(timeout=120)[0]
+    # the command itself names the token as the mistake
+    assert "lets in who has its token (it refuses" in ours.communicate(timeout=120)[0]
 
 
 @pytest.mark.parametrize(

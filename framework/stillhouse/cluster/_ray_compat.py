@@ -70,6 +70,14 @@ def use_token_if_there_is_one() -> None:
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
+def token_refusal(error: Exception) -> str | None:
+    """Why `ray.init` could not attach for want of the cluster's token; None where it failed for
+    another reason. Ray tells of a wrong token only in the cause of a ConnectionError."""
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return str(error).partition(". ")[0]
+    return "it refuses this process's token" if "InvalidAuthToken" in str(error.__cause__) else None
+
+
 def free_resources() -> Mapping[str, Mapping[str, float]]:
     """The free resources of each live node, by id. Public calls give the sum over the cluster."""
     free: Mapping[str, Mapping[str, float]]

@@ -115,15 +115,15 @@ def _others_cluster(address: str) -> Iterator[None]:
         logging.getLogger("ray").setLevel(logging.ERROR)  # as `_init` will
         _ray_compat.use_token_if_there_is_one()
         _init(address=found)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ray.exceptions.AuthenticationError) as error:
+        refusal = _ray_compat.token_refusal(error)
+        if refusal is None:
+            raise ConfigError(
+                f"no Ray cluster answers at {address!r} ({error}); start one with `stillhouse node "
+                "head`, or leave cluster.address out"
+            ) from None
         raise ConfigError(
-            f"no Ray cluster answers at {address!r} ({error}); start one with `stillhouse node "
-            "head`, or leave cluster.address out"
-        ) from None
-    except ray.exceptions.AuthenticationError as error:
-        reason = str(error).partition(". ")[0]
-        raise ConfigError(
-            f"the Ray cluster at {address!r} lets in who has its token ({reason}); put the token "
+            f"the Ray cluster at {address!r} lets in who has its token ({refusal}); put the token "
             "of its head into RAY_AUTH_TOKEN, or a file that holds it into RAY_AUTH_TOKEN_PATH"
         ) from None
     with _until_shutdown(patience_s=_HEAD_S):
