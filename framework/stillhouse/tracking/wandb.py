@@ -107,7 +107,8 @@ class WandbView:
             act()
         except Exception as error:
             self._run = None
-            say(_scrubbed_line(f"W&B stopped ({error!r}); the journal goes on"), error=True)
+            words = f"W&B failed ({error!r}) and shows no more of this run; the journal goes on"
+            say(_scrubbed_line(words), error=True)
 
     def __enter__(self) -> Self:
         return self
