@@ -1,8 +1,7 @@
-"""On a device records are what they are on the processor: the same bytes, ids and refusals, in
-torch alone, and one wait for the device.
+"""The codec in torch equals the codec in numpy: the same bytes, ids and refusals, with one
+synchronisation with the device.
 
-The processor's own are held to the layout by the tests of the codec. Here torch's run on the
-processor too, called by their name.
+The tests of the codec compare numpy's with the layout. Here both run on the CPU.
 """
 
 import math

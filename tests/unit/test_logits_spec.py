@@ -1,4 +1,4 @@
-"""A spec is checked once, where it is made: what no target has is refused by its name."""
+"""A spec is checked once, where it is made: values that no target can have are refused by name."""
 
 import math
 

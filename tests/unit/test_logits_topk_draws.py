@@ -100,11 +100,11 @@ def test_each_draw_is_where_its_number_falls_in_the_sums_of_whole_masses(
 SPLITS = ["torch", "torch, at once", *(["c"] if blockmax_cpu.compiled().split_rows else [])]
 
 
-@pytest.mark.parametrize("path", ["reference", *SPLITS])
+@pytest.mark.parametrize("backend", ["reference", *SPLITS])
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_every_path_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
-    path: str, data: st.DataObject
+def test_every_backend_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
+    backend: str, data: st.DataObject
 ) -> None:
     """Sums in float32 may move a border between two ids by a few millionths of the tail, and
     nothing else."""
@@ -139,7 +139,7 @@ def test_every_path_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
         torch.arange(num_draws) + torch.tensor(numbers, dtype=torch.float64) * 2.0**-53
     ) / num_draws
 
-    ids = by_path(path, logits, k=k, num_draws=num_draws, temperature=temperature).long()
+    ids = by_backend(backend, logits, k=k, num_draws=num_draws, temperature=temperature).long()
     assert (ids[:, 1:] >= ids[:, :-1]).all()
     assert not (ids[:, :, None] == kept[:, None, :]).any()
     assert (logits.gather(1, ids) > -math.inf)[has_tail].all()
@@ -147,22 +147,22 @@ def test_every_path_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
     assert (places <= borders.gather(1, ids + 1) + 3e-6)[has_tail].all()
 
 
-def by_path(
-    path: str, logits: torch.Tensor, *, k: int, num_draws: int, temperature: float
+def by_backend(
+    backend: str, logits: torch.Tensor, *, k: int, num_draws: int, temperature: float
 ) -> torch.Tensor:
-    """The draws of `seeds`, whatever path `compress` itself would take."""
-    if path == "reference":
+    """The draws of `seeds` by one backend, whichever `compress` would take."""
+    if backend == "reference":
         return compress_reference(
             logits,
             TargetSpec(logits.shape[1], k, num_draws=num_draws, temperature=temperature),
             seeds_T=seeds(len(logits)),
         ).tail_ids_TN
     split_rows = blockmax_cpu.compiled().split_rows
-    if path == "c" and split_rows:
+    if backend == "c" and split_rows:
         raw = blockmax_cpu.split(split_rows, logits, k=k, temperature=temperature)
     else:
         raw = blockmax_torch.split(logits, k=k, temperature=temperature)
-    if path.endswith("at once"):
+    if backend.endswith("at once"):
         return draw_rest(
             logits, raw, seeds(len(logits)), num_draws=num_draws, temperature=temperature
         )

@@ -227,7 +227,7 @@ def test_hidden_states_give_the_target_of_their_logits(
 
 
 class RecordingHead:
-    """A head that notes how many tokens it was asked for at once."""
+    """A head that records the number of tokens of each call."""
 
     vocab_size, weight_VH = 20, torch.zeros(20, 3)
 

@@ -1,7 +1,7 @@
-"""The kernels, in Triton's interpreter: the reference's ids bit for bit, sums to the rounding of
-float32, or doubt.
+"""The Triton kernels equal the reference, or doubt the row: ids bit for bit, sums to the rounding
+of float32.
 
-The interpreter is slow, its sorts slower still: so shapes are small here.
+They run in Triton's interpreter, which is slow, so shapes are small.
 """
 
 import errno
@@ -253,7 +253,7 @@ def test_kernels_that_answer_wrongly_or_doubt_every_row_are_refused() -> None:
 
 
 def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """The description of logits on a GPU, which need not be there."""
+    """Fake logits on a GPU, for which no GPU is needed."""
     with FakeTensorMode():
         return torch.empty((8, vocab_size), dtype=dtype, device="cuda")
 
@@ -262,23 +262,23 @@ def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tens
 def test_more_entries_than_the_kernels_compile_for_take_the_references_way_and_say_so(
     k: int,
 ) -> None:
-    path = backend_for(on_a_gpu(151_936), k=k)
-    assert (path.name, path.reason) == (
+    backend = backend_for(on_a_gpu(151_936), k=k)
+    assert (backend.name, backend.reason) == (
         "reference",
         f"k is {k}, and the kernels are for 512 entries at most",
     )
 
 
 def test_a_small_vocabulary_on_a_gpu_takes_torchs_filter_and_says_so() -> None:
-    path = backend_for(on_a_gpu(300), k=20)
-    assert (path.name, path.reason) == (
+    backend = backend_for(on_a_gpu(300), k=20)
+    assert (backend.name, backend.reason) == (
         "blockmax",
         "300 logits are too few blocks to filter for 20",
     )
 
 
 def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() -> None:
-    """Flat rows hold more entries than there is room for; the others are the kernels' own."""
+    """Flat rows have more candidates than room; the kernels compress the others."""
     asked: list[int] = []
 
     class Recording(Head):

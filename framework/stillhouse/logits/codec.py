@@ -22,12 +22,7 @@ def encode(compressed: CompressedLogits, spec: TargetSpec) -> Tensor:
         records_TB = encode(compress(logits_TV, spec), spec)
         compressed = decode(records_TB, spec)
     """
-    found = (
-        compressed.vocab_size,
-        compressed.k,
-        compressed.num_draws,
-        compressed.temperature,
-    )
+    found = (compressed.vocab_size, compressed.k, compressed.num_draws, compressed.temperature)
     wanted = (spec.vocab_size, spec.k, spec.num_draws, spec.temperature)
     if found != wanted:
         raise ConfigError(

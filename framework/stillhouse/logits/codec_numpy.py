@@ -49,6 +49,7 @@ def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
 
 def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
     """`codec.decode` of CPU records that have the size of `spec`."""
+    # outputs, and where a record's sections end
     records, num_tokens = records_TB.numpy(), records_TB.shape[0]
     ids_TK = np.empty((num_tokens, spec.k), np.int32)
     logprobs_TK = np.empty((num_tokens, spec.k), np.float32)
@@ -72,6 +73,7 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
                 draws, spec.num_draws, spec, first_row=rows.start, distinct=False
             )
 
+    # every block of rows
     _in_blocks(read, num_tokens, spec)
     return CompressedLogits(
         torch.from_numpy(ids_TK),

@@ -70,6 +70,9 @@ def launch(
     """
     assert k <= MOST_ENTRIES, "more entries take another backend"
 
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits_TV.device)
+
     # sizes
     num_tokens, vocab_size = logits_TV.shape
     logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
@@ -79,10 +82,6 @@ def launch(
     chunk_blocks = min(triton.next_power_of_2(k), _GATHERED_LOGITS // width)
 
     # buffers
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=logits_TV.device)
-
     maxima_TM, sums_TM, rest_sums_TM = (empty(num_tokens, num_blocks) for _ in range(3))
     found_TK, ids_TK = (empty(num_tokens, k, dtype=torch.int32) for _ in range(2))
     least_T, top_T = empty(num_tokens, dtype=torch.int32), empty(num_tokens)
@@ -132,8 +131,7 @@ def self_test_failure(
         ours, again_T = launch(logits_TV, k=k, temperature=2.0)
         ids_TK, base_T = ours.token_ids_TK.cpu(), ours.rest_base_T.cpu()
         sums_T, sure_T = ours.rest_sums_TM.sum(dim=1).cpu(), ~again_T.cpu()
-    # whatever a compiler, a driver or a device raises: there is another backend
-    except Exception as failure:
+    except Exception as failure:  # of a compiler, a driver or a device: there is another backend
         if may_pass(failure):
             raise
         return (
