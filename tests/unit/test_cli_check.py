@@ -186,7 +186,7 @@ def test_the_run_directory_of_another_run_is_refused_by_check_and_by_run(
     (run_dir / "recipe.json").write_bytes(filled.recipe.canonical_json())
     same = check()
     assert same.code == 0, same
-    assert "a run to go on with" in rows_of(same)["run"]
+    assert "a run to resume" in rows_of(same)["run"]
     other = check(target={"k": 5})
     assert other.code == 2
     assert f"{run_dir} belongs to another run" in other.err

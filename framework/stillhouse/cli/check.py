@@ -142,7 +142,7 @@ def _training(plan: Plan, found: Findings) -> None:
 
 def _run_directory(plan: Plan, found: Findings) -> None:
     is_there = (plan.run_dir / "config.json").exists()
-    found.add("run", f"{plan.run_dir}: {'a run to go on with' if is_there else 'new'}")
+    found.add("run", f"{plan.run_dir}: {'a run to resume' if is_there else 'new'}")
     places = {
         "--run-dir": str(plan.run_dir),
         "student.checkpoint_url": plan.config.student.checkpoint_url or "",
@@ -158,5 +158,5 @@ def _run_directory(plan: Plan, found: Findings) -> None:
         found.obstacles.append(
             f"{plan.run_dir} belongs to another run; these differ:\n"
             + bullets(changes, "      ")
-            + "\n    set them back to go on with it, or name another --run-dir"
+            + "\n    set them back to resume it, or name another --run-dir"
         )

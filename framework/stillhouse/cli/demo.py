@@ -44,9 +44,7 @@ def run_demo(
     config = demo_config(run_dir, overrides)
     require(lacks(config.cluster))  # before a teacher is made for nothing
     console.print(_opening(config, run_dir))
-    console.print(
-        "It takes some minutes. Stop it when you like: the same command goes on where it was."
-    )
+    console.print("It takes some minutes. Stop it when you like: the same command resumes it.")
     with locked(Holder.here(command, run_dir, now=time())):
         if not (run_dir / "models").exists():
             torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
@@ -80,10 +78,9 @@ def _opening(config: Config, run_dir: Path) -> str:
         else "A teacher and a student"
     )
     if config.cluster.address is None:
-        return f"{who} on this machine alone; everything lands in {run_dir}."
+        return f"{who} on this machine alone; everything is written to {run_dir}."
     return (
-        f"{who} on the cluster; what they say lands in {run_dir}, their chunks in "
-        f"{config.store.url}."
+        f"{who} on the cluster; the run is written to {run_dir}, its chunks to {config.store.url}."
     )
 
 

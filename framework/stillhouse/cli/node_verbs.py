@@ -16,7 +16,9 @@ node_app = typer.Typer(
 
 Resources = Annotated[
     list[str] | None,
-    typer.Option("--resources", metavar="NAME=AMOUNT", help="What configs may ask for: teacher=8."),
+    typer.Option(
+        "--resources", metavar="NAME=AMOUNT", help="Custom resources of this machine: teacher=8."
+    ),
 ]
 Block = Annotated[bool, typer.Option("--block", help="Stay until Ray ends here, and fail then.")]
 

@@ -159,7 +159,9 @@ def _annotation(annotation: Any) -> Any:
     if annotation is inspect.Signature.empty:
         return annotation
     words = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return _Words(re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", words))
+    words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", words)
+    # which numpy spells out, in each release its own way
+    return _Words(re.sub(r"ndarray\[tuple\[[^\]]*\], dtype\[(\w+)\]\]", r"NDArray[\1]", words))
 
 
 def _default(default: Any) -> Any:
