@@ -133,7 +133,8 @@ def measure(setting: Setting, folder: Path, *, repeats: int) -> Measured:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's collectives have new names
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not marked as exported
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         engine = _engine(setting)
         bench = _Bench(engine, _batch(), folder)

@@ -189,9 +189,10 @@ def _student(
 ) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            llama_config(lessons.shape, tokenizer, corpus.sequence_length)
-        ).train()
+        config = llama_config(lessons.shape, tokenizer, corpus.sequence_length)
+        student = LlamaForCausalLM(config)
+        student.train()
+        return student
 
 
 def _batches(corpus: Corpus, lessons: Lessons, *, seed: int) -> Iterator[_Batch]:

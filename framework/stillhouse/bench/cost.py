@@ -127,7 +127,8 @@ def _seconds(work: Work, device: torch.device) -> float:
     work()
     ended_event.record()
     torch.cuda.synchronize(device)
-    return began_event.elapsed_time(ended_event) / 1000
+    elapsed_ms: float = began_event.elapsed_time(ended_event)
+    return elapsed_ms / 1000
 
 
 def _start_of_peak(device: torch.device) -> int:

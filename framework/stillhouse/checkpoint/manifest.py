@@ -24,11 +24,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import xxhash
 
 from stillhouse.checkpoint.scratch import scratch_folder
-from stillhouse.errors import CheckpointError, StoreError
+from stillhouse.errors import CheckpointError, StoreError, StoreUnavailable
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sealed import digest_of
 from stillhouse.store.download import RANGE_BYTES
-from stillhouse.store.object_store import Blobs, StoreUnavailable
+from stillhouse.store.object_store import Blobs
 
 Files = Mapping[str, tuple[int, str]]  # name -> (bytes, xxh3)
 

@@ -133,7 +133,9 @@ class _Group:
 
     def _ask_first(self, call: Callable[[], _Value], /) -> _Value:
         """What rank 0 is answered, on every rank."""
-        return _together((lambda: self._insist(call)) if self.rank == 0 else _nothing)[0]
+        work = (lambda: self._insist(call)) if self.rank == 0 else _nothing
+        answers: list[_Value] = _together(work)
+        return answers[0]
 
     def _insist(self, call: Callable[[], _Value]) -> _Value:
         return insist(call, patience=self.patience, tell=self.tell)

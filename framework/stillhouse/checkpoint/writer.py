@@ -32,9 +32,9 @@ from stillhouse.checkpoint.manifest import (
 )
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.cluster.collectives import told
-from stillhouse.errors import StoreError
+from stillhouse.errors import StoreError, StoreUnavailable
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, given_up, pauses
-from stillhouse.store.object_store import Blobs, StoreUnavailable
+from stillhouse.store.object_store import Blobs
 
 _log = logging.getLogger(__name__)
 

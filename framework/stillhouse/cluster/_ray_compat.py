@@ -75,7 +75,9 @@ def use_token_if_there_is_one() -> None:
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
     """What is free on each live node, by id. Public calls tell the sum over the cluster."""
-    return ray._private.state.state.available_resources_per_node()
+    free: Mapping[str, Mapping[str, float]]
+    free = ray._private.state.state.available_resources_per_node()
+    return free
 
 
 def total_resources() -> Mapping[str, Mapping[str, float]]:

@@ -347,7 +347,7 @@ def _told(
 ) -> Callable[Concatenate["Coordinator", _P], None]:
     """The actor's method on its handle. Returns at once; nobody hears of a failure."""
 
-    def tell(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> None:
+    def tell(self: "Coordinator", /, *arguments: _P.args, **named: _P.kwargs) -> None:
         getattr(self._actor, method.__name__).remote(*arguments, **named)
 
     return tell
@@ -359,9 +359,10 @@ def _asked(
     """The actor's method on its handle, which waits for the answer. `once`: it must not act twice
     where its answer is lost."""
 
-    def ask(self: "Coordinator", *arguments: _P.args, **named: _P.kwargs) -> _Answer:
+    def ask(self: "Coordinator", /, *arguments: _P.args, **named: _P.kwargs) -> _Answer:
         call = self._ask_once if once else self._ask
-        return call(method.__name__, *arguments, **named)
+        answer: _Answer = call(method.__name__, *arguments, **named)
+        return answer
 
     return ask
 

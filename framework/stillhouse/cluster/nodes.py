@@ -63,7 +63,7 @@ def await_room(
     A cluster that can grow is asked to. `waiting` hears what is missing once a second, and may
     raise. Raises ConfigError where it is still missing after `section.join_s`.
     """
-    available = ray.cluster_resources()
+    available: dict[str, float] = ray.cluster_resources()
     if section.address is not None and shortages(crews, available):
         deadline = monotonic() + section.join_s
         with _wanted(crews, available):

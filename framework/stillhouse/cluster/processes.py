@@ -81,7 +81,8 @@ def call_remotely(function: Callable[..., Any], *arguments: object, where: Place
 def stacks_of(pid: int, *, node: str) -> str | None:
     """Where a worker of ours on a node stands, empty where that cannot be read; None where it is
     gone."""
-    return _answer(ask_node(node, _stack_of, pid))
+    stacks: str | None = _answer(ask_node(node, _stack_of, pid))
+    return stacks
 
 
 def end_process(pid: int, *, node: str) -> None:

@@ -138,7 +138,7 @@ def _decode_ids(section: Bytes, m: int, codec: Codec, *, first_row: int, distinc
         np.flatnonzero(high_bits.view(np.bool_)).reshape(num_rows, m)
         - num_bits * np.arange(num_rows)[:, None]
     )
-    ids_TM = ((ones_TM - np.arange(m)) << low) | _unpack(
+    ids_TM: Ints = ((ones_TM - np.arange(m)) << low) | _unpack(
         section[:, :low_bytes], m, width=low, first_row=first_row
     )
     _require(record.wrong_ids(ids_TM, codec, distinct=distinct), first_row)
@@ -219,7 +219,8 @@ def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, codec: Codec)
     best_T = _log_one_minus_exp(log_tail_T.astype(np.float64)) - np.log(
         np.exp(-drops_TK).sum(axis=1)
     )
-    return (best_T[:, None] - drops_TK).astype(np.float32)
+    logprobs_TK: Floats = (best_T[:, None] - drops_TK).astype(np.float32)
+    return logprobs_TK
 
 
 def _log_one_minus_exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -109,7 +109,7 @@ class Codec:
 
     @property
     def most_code(self) -> int:
-        return 2**self.value_bits - 1
+        return (1 << self.value_bits) - 1
 
 
 # Ids
@@ -136,7 +136,8 @@ def elias_fano_bytes(m: int, vocab_size: int) -> tuple[int, int]:
 def codes_of(roots_TK: Array, range_root_T1: Array, codec: Codec) -> Array:
     """The codes, as whole numbers in float32, of drops d below R: of r(d) and r(R), which come as
     the float32 nearest to them."""
-    return ((roots_TK / range_root_T1).clip(max=1) * codec.most_code).round()
+    codes_TK: Array = ((roots_TK / range_root_T1).clip(max=1) * codec.most_code).round()
+    return codes_TK
 
 
 def drops_of(codes_TK: Array, range_root_T1: Array, codec: Codec) -> Array:

@@ -48,6 +48,7 @@ def load_model(
     )
     config = from_hub(lambda: AutoConfig.from_pretrained(source, **pinned), "config", section.model)
     _require_causal(section.model, config)
+    model: PreTrainedModel
     if random_init_seed is None:
         model, report = from_hub(
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -62,7 +63,8 @@ def load_model(
             section.model,
         )
         _check_loading(section.model, report)
-        return model.eval()
+        model.eval()
+        return model
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_init_seed)
         model = from_hub(
@@ -72,7 +74,8 @@ def load_model(
             "model",
             section.model,
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _require_causal(name: str, config: PretrainedConfig) -> None:

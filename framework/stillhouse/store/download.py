@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from stillhouse.store.explain import StoreUnavailable
+from stillhouse.errors import StoreUnavailable
 
 RANGE_BYTES, RANGES_IN_FLIGHT = 16 << 20, 8  # 128 MiB at one time
 

@@ -17,9 +17,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
 from stillhouse.atomic import DISK, FileLayer
-from stillhouse.errors import StoreError
+from stillhouse.errors import StoreError, StoreUnavailable
 from stillhouse.store.download import RANGE_BYTES, Answer, download
-from stillhouse.store.explain import StoreUnavailable, explain, is_past_the_end, says_absent
+from stillhouse.store.explain import explain, is_past_the_end, says_absent
 from stillhouse.store.folder import Folder
 
 if TYPE_CHECKING:

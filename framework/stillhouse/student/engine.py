@@ -114,7 +114,8 @@ class StudentModule(nn.Module):
         )
 
     def forward(self, batch: MicroBatch) -> LossTerms:
-        return self.head(hidden_at(self.lm, batch.tokens), batch)
+        terms: LossTerms = self.head(hidden_at(self.lm, batch.tokens), batch)
+        return terms
 
 
 class StudentEngine:

@@ -241,7 +241,7 @@ def _kept_mass_over_ranks(batch: Batch, device: torch.device) -> float:
     mass_T = torch.cat([kept_mass(micro_batch.target) for micro_batch in batch.micro_batches])
     sums = torch.tensor([mass_T.sum().item(), len(mass_T)], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
-    mass, num_tokens = sums.tolist()
+    mass, num_tokens = map(float, sums)
     return mass / max(num_tokens, 1.0)
 
 

@@ -115,7 +115,8 @@ def _model(scale: Scale) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, scale.teacher_dtype)
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def packed_positions(num_rows: int, length: int) -> tuple[Tensor, int]:
@@ -138,7 +139,7 @@ def _flops(model: PreTrainedModel, num_tokens: int, num_pairs: int) -> float:
         weight.numel() for name, weight in named if "embed" not in name and "lm_head" not in name
     )
     config = model.config
-    channels = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    channels: int = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return 2.0 * num_weights * num_tokens + 4.0 * channels * num_pairs
 
 

@@ -47,7 +47,8 @@ def block_width(vocab_size: int, k: int) -> int:
     """The power of two next above sqrt(V / K), at which the maxima and the entries of K blocks are
     about as many, within limits."""
     least, most = _WIDTHS
-    return max(least, min(most, triton.next_power_of_2(int((vocab_size / max(1, k)) ** 0.5))))
+    width: int = triton.next_power_of_2(int((vocab_size / max(1, k)) ** 0.5))
+    return max(least, min(most, width))
 
 
 def too_small(vocab_size: int, k: int) -> str | None:
