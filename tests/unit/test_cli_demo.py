@@ -57,7 +57,7 @@ SIZES = Sizes(
 class Made:
     """What `make_models` wrote and said, and the cache that it filled."""
 
-    def __init__(self, directory: Path, cache_dir: Path):
+    def __init__(self, directory: Path, cache_dir: Path) -> None:
         self.directory, self.cache_dir = directory, cache_dir
         said = io.StringIO()
         make_models(

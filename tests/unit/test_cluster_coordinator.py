@@ -40,7 +40,7 @@ def heartbeat(group: str, rank: int = 0, *, node: str = "here", step: int = 3) -
     return Heartbeat(group, rank, 2, node, pid=1, step=step, phase="step", phase_s=0.1)
 
 
-def test_the_board_keeps_cursors_and_hands_out_each_report_once(coordinator: Coordinator):
+def test_the_board_keeps_cursors_and_hands_out_each_report_once(coordinator: Coordinator) -> None:
     assert coordinator.read() == News({}, frozenset(), {})
     for cursor in (1, 2, 5, 4):  # a student that resumes goes back
         coordinator.move_cursor("student", cursor)
@@ -51,14 +51,14 @@ def test_the_board_keeps_cursors_and_hands_out_each_report_once(coordinator: Coo
     assert coordinator.read() == News({"student": 4, "control": 7}, frozenset(), {})
 
 
-def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once(coordinator: Coordinator):
+def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once(coordinator: Coordinator) -> None:
     for number in (3, 3, 9):
         coordinator.heartbeat_of_teacher(number)
     assert coordinator.read().heard_teachers == {3, 9}
     assert coordinator.read().heard_teachers == frozenset()
 
 
-def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: Path):
+def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: Path) -> None:
     coordinator = CoordinatorActor(tmp_path / "journal.jsonl")
     for _ in range(2):
         coordinator.once("a row", "record", DamagedRow("student", "step-00000005.json", time=1.0))
@@ -70,7 +70,9 @@ def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: 
     assert isinstance(coordinator.once("the next", "begin", "student", 0), PreviousAttempt)
 
 
-def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(coordinator: Coordinator):
+def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(
+    coordinator: Coordinator,
+) -> None:
     coordinator.announce("doomed", PreemptionNotice("aws", time() + 100.0, "terminate"))
     # the first to say so is believed
     coordinator.announce("doomed", PreemptionNotice("ray", time() + 200.0, "drain"))
@@ -89,7 +91,7 @@ def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(coordinato
 @pytest.mark.parametrize("ahead_s", [-1e6, 3600.0])
 def test_a_deadline_is_as_far_away_on_a_machine_whose_clock_is_set_differently(
     coordinator: Coordinator, ahead_s: float
-):
+) -> None:
     theirs = replace(coordinator, wall=lambda: time() + ahead_s)
     coordinator.announce(f"node {ahead_s}", PreemptionNotice("sigterm", time() + 100.0, "SIGTERM"))
     here, there = (
@@ -99,7 +101,7 @@ def test_a_deadline_is_as_far_away_on_a_machine_whose_clock_is_set_differently(
     assert there == pytest.approx(here, abs=30)
 
 
-def test_heartbeats_and_deadlines_age_by_the_coordinators_own_clock():
+def test_heartbeats_and_deadlines_age_by_the_coordinators_own_clock() -> None:
     now = [1000.0]
     coordinator = CoordinatorActor(None, clock=lambda: now[0])
     coordinator.heartbeat(heartbeat("group"))
@@ -128,13 +130,13 @@ for step_s in (301.0, -301.0):
 """
 
 
-def test_a_step_of_the_wall_clock_makes_no_rank_look_silent():
+def test_a_step_of_the_wall_clock_makes_no_rank_look_silent() -> None:
     assert subprocess.run(
         [sys.executable, "-c", STEPPED], capture_output=True, text=True, check=True
     ).stdout.split() == ["None", "None"]
 
 
-def test_a_group_is_told_how_its_last_life_ended(coordinator: Coordinator):
+def test_a_group_is_told_how_its_last_life_ended(coordinator: Coordinator) -> None:
     assert coordinator.begin("group", committed_step=0) is None
     coordinator.stepped("group", 7)
     found = coordinator.begin("group", committed_step=4)
@@ -148,7 +150,7 @@ def test_a_group_is_told_how_its_last_life_ended(coordinator: Coordinator):
     assert (found.cause, found.detail, found.num_failures) == ("stalled", "rank 1 was silent", 2)
 
 
-def test_only_failures_without_a_new_commit_add_up(coordinator: Coordinator):
+def test_only_failures_without_a_new_commit_add_up(coordinator: Coordinator) -> None:
     def failures_after(*, committed_step: int) -> int:
         past = coordinator.begin("unlucky", committed_step=committed_step)
         return -1 if past is None else past.num_failures
@@ -160,7 +162,7 @@ def test_only_failures_without_a_new_commit_add_up(coordinator: Coordinator):
 
 def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop_does_not(
     coordinator: Coordinator,
-):
+) -> None:
     def asked() -> str | None:
         found = coordinator.heartbeat(heartbeat("called"))
         return None if found is None else found.cause
@@ -177,7 +179,7 @@ def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop
 
 def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_anew(
     coordinator: Coordinator,
-):
+) -> None:
     for rank in (0, 1):
         coordinator.heartbeat(heartbeat("alive", rank))
     heard = coordinator.heard("alive")
@@ -189,14 +191,14 @@ def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_an
     assert coordinator.heard("alive") == coordinator.heard("never begun") == []
 
 
-def test_the_first_verdict_stands(coordinator: Coordinator):
+def test_the_first_verdict_stands(coordinator: Coordinator) -> None:
     assert coordinator.verdict() is None
     coordinator.give_up(StudentError("the loss is nan"))
     coordinator.give_up(StudentError("a peer was lost"))
     assert str(coordinator.verdict()) == "the loss is nan"
 
 
-def test_the_board_outlives_its_process(coordinator: Coordinator):
+def test_the_board_outlives_its_process(coordinator: Coordinator) -> None:
     coordinator.move_cursor("student", 5)
     assert coordinator.read().cursors["student"] == 5
     kill_one("ray::Coordinator")
@@ -208,7 +210,9 @@ def test_the_board_outlives_its_process(coordinator: Coordinator):
     assert coordinator.read() == News({"student": 7}, frozenset({1}), {})
 
 
-def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(tmp_path: Path):
+def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "journal.jsonl"
     Coordinator.create(path).record(DamagedRow("student", "a flipped bit"))
     (row,) = read_journal(path)
@@ -220,7 +224,9 @@ def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(t
         )
 
 
-def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once(tmp_path: Path):
+def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once(
+    tmp_path: Path,
+) -> None:
     with small_disk(tmp_path / "disk", num_bytes=64 << 10) as disk:
         coordinator = Coordinator.create(disk / "journal.jsonl")
         fill(disk / "ballast")
@@ -238,7 +244,7 @@ def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once
 
 def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobody_where_it_cannot(
     coordinator: Coordinator, tmp_path: Path
-):
+) -> None:
     path = tmp_path / "later" / "journal.jsonl"
     writing = Coordinator.create(path)
     for seconds in (61.0, 62.0):
@@ -252,7 +258,7 @@ def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobod
 
 def test_a_secret_that_only_the_sender_knows_does_not_leave_it(
     coordinator: Coordinator, tmp_path: Path
-):
+) -> None:
     secret = secrets.token_hex(16)  # of no variable, so the coordinator's process does not know it
     know([secret])
     Coordinator.create(tmp_path / "journal.jsonl").record(
@@ -272,7 +278,7 @@ def test_a_secret_that_only_the_sender_knows_does_not_leave_it(
 
 def test_a_warning_of_a_process_without_the_run_directory_reaches_the_driver_by_the_coordinator(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     with driver_log(tmp_path):
         coordinator = Coordinator.create()
         assert coordinator.log is not None

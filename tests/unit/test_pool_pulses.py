@@ -3,7 +3,7 @@
 from stillhouse.pool.pulses import Pulses
 
 
-def test_only_who_was_heard_once_and_then_no_more_is_silent():
+def test_only_who_was_heard_once_and_then_no_more_is_silent() -> None:
     pulses = Pulses()
     pulses.hear([1, 2, 3], now=10.0)
     pulses.hear([1], now=50.0)

@@ -196,7 +196,9 @@ def course(tmp_path: Path) -> Path:
     return tmp_path / "course"
 
 
-def test_after_a_power_cut_at_any_moment_what_was_reported_is_there(course: Path, tmp_path: Path):
+def test_after_a_power_cut_at_any_moment_what_was_reported_is_there(
+    course: Path, tmp_path: Path
+) -> None:
     layer = Recorder(course)
     record_course(course, layer)
     assert first_broken(layer, tmp_path) == ""
@@ -211,13 +213,15 @@ def test_after_a_power_cut_at_any_moment_what_was_reported_is_there(course: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sync_that_is_left_out_breaks_a_promise(course: Path, tmp_path: Path, kind: str):
+def test_a_sync_that_is_left_out_breaks_a_promise(course: Path, tmp_path: Path, kind: str) -> None:
     layer = Recorder(course, loses=KINDS[kind])
     record_course(course, layer)
     assert first_broken(layer, tmp_path) != ""
 
 
-def test_rank_0_makes_sure_of_what_another_rank_has_not_synced_yet(course: Path, tmp_path: Path):
+def test_rank_0_makes_sure_of_what_another_rank_has_not_synced_yet(
+    course: Path, tmp_path: Path
+) -> None:
     """A part can be seen before the names beside it are on disk: its rank may be about to sync
     them, or be dead."""
     layer = Recorder(course)

@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> ChunkStore:
     return ChunkStore.create(str(tmp_path / "store"), small_recipe())
 
 
-def test_what_a_reader_commits_is_what_others_find(store: ChunkStore):
+def test_what_a_reader_commits_is_what_others_find(store: ChunkStore) -> None:
     join(store, READER)
     join(store, replace(READER, name="b"))
     commit(store, replace(READER, committed_step=40))
@@ -39,26 +39,26 @@ def test_what_a_reader_commits_is_what_others_find(store: ChunkStore):
     assert registered(elsewhere).readers[0].committed_step == 20
 
 
-def test_a_run_that_goes_on_is_not_set_back_by_joining_again(store: ChunkStore):
+def test_a_run_that_goes_on_is_not_set_back_by_joining_again(store: ChunkStore) -> None:
     commit(store, replace(READER, committed_step=40))
     join(store, READER)
     assert registered(store).readers == [replace(READER, committed_step=40)]
 
 
-def test_a_run_that_goes_on_for_longer_says_so_as_it_joins(store: ChunkStore):
+def test_a_run_that_goes_on_for_longer_says_so_as_it_joins(store: ChunkStore) -> None:
     commit(store, replace(READER, committed_step=100))
     join(store, replace(READER, total_steps=300))
     assert registered(store).readers == [replace(READER, committed_step=100, total_steps=300)]
 
 
-def test_who_leaves_is_not_waited_for(store: ChunkStore):
+def test_who_leaves_is_not_waited_for(store: ChunkStore) -> None:
     join(store, READER)
     leave(store, READER.name)
     leave(store, READER.name)
     assert registered(store).readers == []
 
 
-def test_a_store_without_readers_has_none(store: ChunkStore):
+def test_a_store_without_readers_has_none(store: ChunkStore) -> None:
     assert registered(store) == ([], [])
 
 
@@ -66,7 +66,7 @@ def record(store: ChunkStore) -> Path:
     return Path(store.url) / store.folder / "readers" / "a-student.json"
 
 
-def test_the_record_is_canonical_json(store: ChunkStore):
+def test_the_record_is_canonical_json(store: ChunkStore) -> None:
     join(store, READER)
     assert record(store).read_bytes() == (
         b'{"committed_step":0,"global_batch_sequences":8,"name":"a-student","seed":3,"total_steps":100,"version":1,"window_chunks":4,'
@@ -90,7 +90,7 @@ def test_the_record_is_canonical_json(store: ChunkStore):
 )
 def test_a_record_that_is_not_understood_is_a_stranger(
     store: ChunkStore, change: tuple[bytes, bytes]
-):
+) -> None:
     join(store, READER)
     data = record(store).read_bytes()
     assert change[0] in data
@@ -98,7 +98,9 @@ def test_a_record_that_is_not_understood_is_a_stranger(
     assert registered(store) == ([], [f"{store.folder}/readers/a-student.json"])
 
 
-def test_runs_with_different_places_have_different_names_that_can_be_keys(store: ChunkStore):
+def test_runs_with_different_places_have_different_names_that_can_be_keys(
+    store: ChunkStore,
+) -> None:
     names = [
         consumer_name(place, role)
         for place in ("/runs/a b", "s3://runs/a b", "/runs/é", "/")
