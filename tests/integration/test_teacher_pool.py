@@ -11,9 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from stillhouse.pipeline.attempt import attempt
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
-from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.actor import Ready, TeacherJob
 from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
@@ -85,8 +87,8 @@ def pool_of(
     order: list[int],
     journal: WatchedTracker,
     item_of: Callable[[int], WorkItem],
-    **teacher: object,
-) -> Dispatcher:
+    **teacher: Any,
+) -> Dispatcher[WorkItem, Ready]:
     section = plan.config.teacher.model_copy(update=teacher)
     job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
     return Dispatcher(
@@ -140,7 +142,13 @@ class Story:
         return Path(self.store.url) / self.store.key(number)
 
 
-def live_through_it(story: Story, pool: Dispatcher, coordinator: Coordinator) -> None:
+def has_made(journal: WatchedTracker, chunks: set[int], _rows: list[Row]) -> bool:
+    return journal.made().keys() >= chunks
+
+
+def live_through_it(
+    story: Story, pool: Dispatcher[WorkItem, Ready], coordinator: Coordinator
+) -> None:
     order, journal = story.order, story.journal
     unwanted = story.plan.chunks[NUM_CHUNKS]
     students_are_done = threading.Event()
@@ -189,8 +197,7 @@ def live_through_it(story: Story, pool: Dispatcher, coordinator: Coordinator) ->
             for cursor in range(1, NUM_CHUNKS - WINDOW + 1):
                 coordinator.move_cursor("student", cursor)
                 journal.wait_for(
-                    lambda _rows, end=cursor + WINDOW: journal.made().keys() >= set(order[:end]),
-                    unless=running.done,
+                    partial(has_made, journal, set(order[: cursor + WINDOW])), unless=running.done
                 )
                 story.published_by_cursor.append(story.store.published())
         finally:
@@ -284,9 +291,9 @@ def test_what_is_published_is_never_made_again(story: Story, coordinator: Coordi
         story.plan, coordinator, order=story.order, journal=journal, item_of=story.plan.item
     )
     pool.run(readers=["student"], coordinator=coordinator, finished=lambda: True)
-    assert [(type(row), row.published, row.needed) for row in journal.rows] == [
-        (PoolRow, len(story.order), len(story.order))
-    ]
+    (row,) = journal.rows
+    assert isinstance(row, PoolRow)
+    assert (row.published, row.needed) == (len(story.order), len(story.order))
 
 
 def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(

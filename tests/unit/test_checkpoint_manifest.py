@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,11 @@ def into_directory(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+def list_of(name: str, _commit: Commit) -> list[str]:
+    return [name]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "first byte flipped": lambda path: flip(path, 0),
     "last byte flipped": lambda path: flip(path, -1),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
@@ -385,6 +390,6 @@ def test_what_is_not_wanted_may_be_damaged(tmp_path: Path) -> None:
     made = make(tmp_path, 10, 20)
     flip(tmp_path / made[1].folder / "pp_rank_0_optim.bin", 0)
     for name, step in (("model_states.bin", 20), ("pp_rank_0_optim.bin", 10)):
-        with newest_copy(str(tmp_path), lambda _, name=name: [name], tell=refuse_outage) as found:
+        with newest_copy(str(tmp_path), partial(list_of, name), tell=refuse_outage) as found:
             assert found is not None
             assert found[0].step == step

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import pytest
@@ -101,7 +102,7 @@ def test_instructions_that_do_more_than_build_tensors_are_refused(
     assert not (tmp_path / "it-ran").exists()
 
 
-def load_within_deepspeed(path: Path) -> object:
+def load_within_deepspeed(path: Path) -> Any:
     with only_tensors():
         return torch.load(path, map_location="cpu", weights_only=False)
 

@@ -5,10 +5,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import pytest
 import torch
 
+from helpers.calls import must_not_be_called
 from helpers.checkpoints import ORIGIN, snapshot_of, write_files
 from helpers.rangeserver import RangeServer, Refusal
 from helpers.s3 import s3_environment
@@ -40,7 +42,7 @@ def writer(
         world_size=world_size,
         keep=keep,
         on_commit=on_commit,
-        on_delay=pytest.fail,
+        on_delay=must_not_be_called,
     )
 
 
@@ -143,13 +145,13 @@ def test_who_waits_for_a_store_that_stays_away_gets_its_words_in_the_end(
         for name, value in s3_environment(server.endpoint).items():
             monkeypatch.setenv(name, value)
         delays: list[tuple[int, str]] = []
-        only = {
+        only: dict[str, Any] = {
             "origin": ORIGIN,
             "attempt": "a",
             "rank": 0,
             "world_size": 1,
             "keep": 1,
-            "on_commit": pytest.fail,
+            "on_commit": must_not_be_called,
         }
         patience = Patience(request_s=0.05, end_after_s=0.5)
         with CheckpointWriter(
@@ -187,12 +189,12 @@ def test_nobody_is_told_of_a_commit_that_was_made_after_another_command_took_ove
         if (tmp_path / "step-00000003.json").exists():
             raise CheckpointError("they belong to another command now")
 
-    only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1}
+    only: dict[str, Any] = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1}
     with CheckpointWriter(
         str(tmp_path),
         **only,
-        on_commit=pytest.fail,
-        on_delay=pytest.fail,
+        on_commit=must_not_be_called,
+        on_delay=must_not_be_called,
         require_owner=require_owner,
     ) as own:
         own.submit(snapshot_of(3))
@@ -229,18 +231,18 @@ def test_a_second_snapshot_waits_for_the_first_and_says_how_long(tmp_path: Path)
 
 
 def test_a_copy_shares_nothing_with_what_it_is_of_and_everything_within() -> None:
-    weight = torch.arange(6.0).reshape(2, 3)
+    weight, counts = torch.arange(6.0).reshape(2, 3), [1, 2]
     state = {
         "a": weight,
         "tied": weight,
         "slice": weight[1],
-        "nested": [(weight.t(), {"n": [1, 2]})],
+        "nested": [(weight.t(), {"n": counts})],
         "bf16": weight.bfloat16(),
     }
     copied, _ = HostMemory(CPU).snapshot_of("f", state)
     expected = weight.clone()
     weight.zero_()
-    state["nested"][0][1]["n"].append(3)
+    counts.append(3)
     assert torch.equal(copied["a"], expected)
     assert copied["tied"] is copied["a"]
     assert torch.equal(copied["slice"], expected[1])

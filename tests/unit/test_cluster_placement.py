@@ -1,5 +1,7 @@
 """Who goes where, and what is missing for it."""
 
+from typing import Any
+
 import pytest
 
 from stillhouse.cluster.placement import (
@@ -17,11 +19,11 @@ CPUS_ONLY = {"CPU": 8.0, "memory": 1e9}
 WITH_GPUS = {"CPU": 8.0, "GPU": 4.0}
 
 
-def teacher(**values: object) -> TeacherSection:
+def teacher(**values: Any) -> TeacherSection:
     return TeacherSection.model_validate({"model": "m"} | values)
 
 
-def student(**values: object) -> StudentSection:
+def student(**values: Any) -> StudentSection:
     return StudentSection.model_validate({"model": "m"} | values)
 
 

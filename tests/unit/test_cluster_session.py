@@ -12,6 +12,7 @@ from time import monotonic
 
 import pytest
 
+from helpers.calls import must_not_be_called
 from helpers.remote import die, join, refuse, trip
 from helpers.world import TinyWorld
 from stillhouse.cluster.nodes import await_room
@@ -38,7 +39,7 @@ def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what() -> Non
     with pytest.raises(
         ConfigError, match="too small for this run"
     ):  # nobody else joins a cluster that this command started
-        await_room(crew, ClusterSection(), waiting=pytest.fail)
+        await_room(crew, ClusterSection(), waiting=must_not_be_called)
 
 
 def test_a_token_is_found_and_shown_nowhere(

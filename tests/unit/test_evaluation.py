@@ -160,14 +160,10 @@ def test_every_score_is_the_naive_dense_one(models: Models, heldout: Sequences) 
     found = evaluate(models.job(), heldout)
     assert found.keys() == {"teacher", "student", "control"}
     teacher_TV, labels_T = dense_logprobs(models.teacher, heldout), labels_of(heldout)
-    for name, section in (
-        ("teacher", models.teacher),
-        ("student", models.student),
-        ("control", models.control),
-    ):
-        assert_close(
-            found[name], naive_scores(teacher_TV, dense_logprobs(section, heldout), labels_T)
-        )
+    sections = {"teacher": models.teacher, "student": models.student, "control": models.control}
+    for name, scores in found.items():
+        wanted = naive_scores(teacher_TV, dense_logprobs(sections[name], heldout), labels_T)
+        assert_close(scores, wanted)
     assert found["student"].kl > 0.05
     assert 0.05 < found["student"].acceptance < 0.95
 

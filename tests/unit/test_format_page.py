@@ -128,6 +128,7 @@ def test_the_first_record_of_the_worked_example_is_the_one_decoded_there() -> No
         r"others with (\S+) together",
         PAGE,
     )
+    assert told is not None
     first = wanted["targets"][0]
     assert [int(told[i]) for i in (1, 3, 5)] == first["ids"]
     assert [float(told[i]) for i in (2, 4, 6, 7)] == pytest.approx(

@@ -4,6 +4,7 @@ any batch and any block."""
 import math
 from bisect import bisect_right
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -300,7 +301,7 @@ def test_a_tail_far_below_the_kept_entries_is_drawn_as_finely_as_any() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_made_again_has_the_same_draws_whatever_comes_with_it(dtype: torch.dtype) -> None:
     logits = random_logits(40, 3001).to(dtype)
-    options = {"k": 5, "tail_draws": 9, "temperature": 1.3}
+    options: dict[str, Any] = {"k": 5, "tail_draws": 9, "temperature": 1.3}
     whole = compress(logits, seeds_T=seeds(40), **options).tail_ids_TN
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     assert torch.equal(

@@ -4,7 +4,7 @@ journalled in their own way."""
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import pytest
 
@@ -20,6 +20,9 @@ from stillhouse.tracking import PoolRow, Row, SetAsideRow
 
 NUM_BLOCKS, NUM_ROWS = 6, 4
 _names = itertools.count()
+
+
+RowT = TypeVar("RowT", bound=Row)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def write_all(crew: Writers) -> list[Row]:
     return journal.rows
 
 
-def of(rows: list[Row], kind: type[Row]) -> list[Row]:
+def of(rows: list[Row], kind: type[RowT]) -> list[RowT]:
     return [row for row in rows if isinstance(row, kind)]
 
 

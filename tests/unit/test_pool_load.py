@@ -13,6 +13,7 @@ from stillhouse.config import TeacherSection
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import ChunkRef, ChunkStore
+from stillhouse.teacher.actor import Ready
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import Row
 
@@ -29,7 +30,9 @@ class Enough(Exception):
     pass
 
 
-def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[Dispatcher, SimulatedCrew]:
+def pool_and_crew(
+    num_chunks: int, num_teachers: int
+) -> tuple[Dispatcher[WorkItem, Ready], SimulatedCrew]:
     """Teachers that take about two seconds for a chunk, some of them far longer, and whose chunks
     weigh nothing."""
     published = bytearray(num_chunks)

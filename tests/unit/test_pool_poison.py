@@ -16,7 +16,7 @@ FIRST, SECOND = Work(0), Work(1)  # chunks 7 and 8
 def search_of(**budget: int) -> PoisonSearch:
     return PoisonSearch(
         lambda _chunk: NUM_ROWS,
-        Budget(**({"max_failures": 2, "max_set_aside": 4, "timeout_s": 100.0} | budget)),
+        Budget(budget.get("max_failures", 2), budget.get("max_set_aside", 4), timeout_s=100.0),
     )
 
 

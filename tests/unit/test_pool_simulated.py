@@ -5,8 +5,9 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from stillhouse.config import TeacherSection
 from stillhouse.errors import ChangedWeightsError, StoreError, TeacherError
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
-from stillhouse.store import ChunkStore, StoreUnavailable
+from stillhouse.store import Chunk, ChunkStore, StoreUnavailable
+from stillhouse.teacher.actor import Ready
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, StallRow, TeacherRow
 
@@ -36,7 +38,7 @@ class World:
 
     num_chunks: int = NUM_CHUNKS
     window: int = 1000
-    teacher: dict[str, object] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     mailbox: Mailbox = field(default_factory=Mailbox)
     url: str = field(default_factory=lambda: f"memory://pool-{next(_names)}")
@@ -51,8 +53,8 @@ class World:
     def record(self, row: Row) -> None:
         self.rows.append(row)
 
-    def pool(self) -> Dispatcher:
-        settings = {
+    def pool(self) -> Dispatcher[WorkItem, Ready]:
+        settings: dict[str, Any] = {
             "min_replicas": 1,
             "max_replicas": 4,
             "max_failures": 2,
@@ -93,6 +95,14 @@ class World:
     def last(self) -> PoolRow:
         return self.of(PoolRow)[-1]
 
+    def die_at_start(self, which: Callable[[int], bool]) -> None:
+        def starts(teacher: int) -> bool:
+            if which(teacher):
+                self.crew.die(teacher, "out of memory")
+            return not which(teacher)
+
+        self.crew.starts = starts
+
     def notice(self, node: str, *, seconds: float) -> None:
         self.mailbox.notices[node] = PreemptionNotice(
             "aws", self.crew.now + seconds, "spot instance-action terminate"
@@ -122,7 +132,7 @@ def test_a_teacher_of_other_weights_than_planned_ends_the_run_and_publishes_noth
     planned = world.store.recipe.teacher_digest
     world.crew.weights = lambda teacher: "0" * 64 if teacher == stale else planned
     for death in range(stale):
-        world.crew.at(1050.0 + 25 * death, lambda teacher=death: world.crew.die(teacher))
+        world.crew.at(1050.0 + 25 * death, partial(world.crew.die, death))
     with pytest.raises(
         ChangedWeightsError,
         match=rf"replica {stale} .*found 0000000000000000, wanted {planned[:16]};.*same command "
@@ -171,8 +181,7 @@ def test_one_stopped_teacher_of_one_costs_minutes_and_is_named() -> None:
 
 def test_a_teacher_that_is_stopped_while_it_starts_is_replaced() -> None:
     world = World(num_chunks=2, teacher={"max_replicas": 1})
-    starts = world.crew._start
-    world.crew._start = lambda worker: starts(worker) if worker.number > 0 else None
+    world.crew.starts = lambda teacher: teacher > 0
     world.mailbox.beating = lambda: world.crew.placed() - ({0} if world.crew.now > 1002 else set())
     world.run(limit_s=1800)
     world.assert_all_is_there()
@@ -216,7 +225,7 @@ def test_a_late_answer_is_accepted() -> None:
 def test_a_killed_teacher_costs_at_most_its_leased_chunks() -> None:
     world = World()
     for kill in range(8):
-        world.crew.at(1000 + 9 + 17 * kill, lambda kill=kill: world.crew.die(kill))
+        world.crew.at(1000 + 9 + 17 * kill, partial(world.crew.die, kill))
     world.run()
     world.assert_all_is_there()
     assert 0 < world.last.losses <= 8  # what was in work; what waited beside it had not begun
@@ -259,7 +268,7 @@ def test_machines_that_vanish_while_teachers_start_are_no_failure_to_start() -> 
 
 def test_teachers_that_die_as_they_start_one_after_the_other_end_the_run() -> None:
     world = World(teacher={"max_replicas": 2, "max_failures": 2})
-    world.crew._start = lambda worker: world.crew.die(worker.number, "out of memory")
+    world.die_at_start(lambda _teacher: True)
     with pytest.raises(
         TeacherError,
         match="4 teachers died one after the other while they started, the last with: out of "
@@ -343,15 +352,7 @@ def test_work_begins_with_the_fewest_teachers_and_goes_on_with_fewer() -> None:
 
 def test_teachers_that_die_as_they_start_are_not_asked_for_without_a_pause() -> None:
     world = World(num_chunks=2, teacher={"max_replicas": 1, "max_failures": 5})
-    starts = world.crew._start
-
-    def start(worker: object) -> None:
-        if worker.number < 4:
-            world.crew.die(worker.number, "out of memory")
-        else:
-            starts(worker)
-
-    world.crew._start = start
+    world.die_at_start(lambda teacher: teacher < 4)
     world.run()
     world.assert_all_is_there()
     assert world.crew.now >= 1000 + 5 * 5 + 1 + 2 + 4 + 8
@@ -405,7 +406,7 @@ def test_more_poison_than_may_be_set_aside_ends_the_run_by_name() -> None:
 def test_a_chunk_repaired_after_poison_leaves_the_same_sequences_out() -> None:
     world = World(num_chunks=8)
     world.crew.fate = lambda _teacher, item: ValueError("no") if touches(item, 5) else None
-    reported = []
+    reported: list[Chunk] = []
 
     def report_it_damaged_when_it_is_there() -> bool:
         if world.store.exists(1) and not reported:
@@ -449,7 +450,7 @@ def test_chunks_that_a_power_cut_left_empty_or_cut_are_made_again_when_a_pool_be
 
 def test_two_readers_that_report_the_same_chunk_have_it_repaired_once() -> None:
     world = World(num_chunks=6)
-    told = []
+    told: list[float] = []
 
     def report_twice() -> bool:
         if not told and world.store.exists(2):
@@ -470,7 +471,7 @@ def test_two_readers_that_report_the_same_chunk_have_it_repaired_once() -> None:
 
 def test_a_chunk_that_is_gone_is_made_again_when_a_reader_misses_it() -> None:
     world = World(num_chunks=6)
-    deleted = []
+    deleted: list[int] = []
 
     def delete_one() -> bool:
         if not deleted and len(world.of(ChunkRow)) == 6:
@@ -486,7 +487,7 @@ def test_a_chunk_that_is_gone_is_made_again_when_a_reader_misses_it() -> None:
 
 def test_behind_a_closed_window_nothing_is_made_and_the_slowest_reader_decides() -> None:
     world = World(window=3)
-    seen = []
+    seen: list[int] = []
 
     def finished() -> bool:
         if world.crew.now > 1100 + 100 * len(seen):
@@ -505,10 +506,13 @@ def test_teachers_wait_with_a_slow_or_full_store_and_hold_no_more_than_two_chunk
     is lost or made twice."""
     world = World(num_chunks=60, teacher={"lease_timeout_s": 2000.0})
     world.crew.seconds = lambda _teacher, _item: 600.0 if world.crew.now < 2000 else 10.0
-    most = []
-    world.run(
-        finished=lambda: most.append(world.crew.num_submitted - len(world.of(ChunkRow))) is None
-    )
+    most: list[int] = []
+
+    def finished() -> bool:
+        most.append(world.crew.num_submitted - len(world.of(ChunkRow)))
+        return True
+
+    world.run(finished=finished)
     world.assert_all_is_there()
     assert world.crew.most_held == 2
     assert max(most) == 2 * 4
@@ -580,7 +584,7 @@ def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
             hanging.add(teachers[which % len(teachers)])
 
     for time, what, which in events:
-        world.crew.at(1000 + time, lambda what=what, which=which: befall(what, which))
+        world.crew.at(1000 + time, partial(befall, what, which))
     world.run(finished=lambda: world.crew.now > 1500, limit_s=50_000)
     world.assert_all_is_there()
     set_aside = {sequence for row in world.of(SetAsideRow) for sequence in row.sequences}

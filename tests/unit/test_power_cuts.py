@@ -15,6 +15,7 @@ from time import monotonic, sleep
 
 import pytest
 
+from helpers.calls import must_not_be_called
 from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Recorder, Unsynced, power_cuts
@@ -97,7 +98,7 @@ def record_course(root: Path, layer: Recorder, *, rank_1: Recorder | None = None
             world_size=2,
             keep=2,
             on_commit=on_commit,
-            on_delay=pytest.fail,
+            on_delay=must_not_be_called,
             files=files,
         )
         for rank, files in enumerate((layer, rank_1 or layer))

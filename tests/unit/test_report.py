@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +25,17 @@ from stillhouse.report.summary import (
     verdict,
     window_waits,
 )
-from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Journal, PoolRow, Row, StartRow, TrainRow
+from stillhouse.tracking import (
+    ChunkRow,
+    EndRow,
+    EvalRow,
+    Journal,
+    PoolRow,
+    Role,
+    Row,
+    StartRow,
+    TrainRow,
+)
 
 START = StartRow(
     attempt=1,
@@ -53,7 +64,7 @@ STUDENT = EvalRow("student", 10, 4096, 3.41, 0.31, 0.712, 0.03, 0.785, time=1301
 CONTROL = EvalRow("control", 10, 4096, 3.78, 0.62, 0.601, 0.05, 0.644, time=1302.0)
 
 
-def _training(role: str, steps: range, begin: float, *, num_tokens: int = 200) -> list[Row]:
+def _training(role: Role, steps: range, begin: float, *, num_tokens: int = 200) -> list[TrainRow]:
     return [
         TrainRow(
             role,
@@ -103,7 +114,7 @@ def _summary(*rows: Row) -> Summary:
     return summary
 
 
-def _run_dir(path: Path, rows: list[Row], config: dict[str, object] | None = None) -> Path:
+def _run_dir(path: Path, rows: list[Row], config: Mapping[str, object] | None = None) -> Path:
     path.mkdir(exist_ok=True)
     for row in rows:
         Journal(path / "journal.jsonl").record(row)
@@ -193,7 +204,7 @@ class _Text(HTMLParser):
         "no step",
     ],
 )
-def test_the_verdict_says_what_the_rows_show(rows, says: str) -> None:
+def test_the_verdict_says_what_the_rows_show(rows: list[Row], says: str) -> None:
     assert verdict(_summary(START, *rows)) == says
 
 
@@ -449,7 +460,7 @@ def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path: Path) -> No
     ids=["interrupted", "killed", "cached", "produced only", "failed at once", "just begun"],
 )
 def test_a_run_that_lacks_something_is_reported_all_the_same(
-    tmp_path: Path, rows, says: str
+    tmp_path: Path, rows: list[Row], says: str
 ) -> None:
     text = _Text(write_report(_run_dir(tmp_path, rows)).read_text(encoding="utf-8")).text
     assert says in text

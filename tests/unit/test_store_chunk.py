@@ -7,6 +7,7 @@ import re
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,9 @@ def assert_same(found: Chunk, wanted: Chunk) -> None:
         np.testing.assert_array_equal(mine, theirs)
 
 
-def header_of(data: bytes) -> dict:
-    return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+def header_of(data: bytes) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    return header
 
 
 def regions(data: bytes) -> dict[str, int]:
@@ -74,7 +76,7 @@ def sealed(data: bytes) -> bytes:
     )
 
 
-def with_header(header: dict, data: bytes = DATA) -> bytes:
+def with_header(header: dict[str, Any], data: bytes = DATA) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
@@ -211,7 +213,9 @@ def test_metadata_of_another_recipe_is_refused_saying_which_field(
         ("extra", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "the tensor extra"),
     ],
 )
-def test_a_tensor_out_of_its_place_is_refused(name: str, change: dict, complaint: str) -> None:
+def test_a_tensor_out_of_its_place_is_refused(
+    name: str, change: dict[str, Any], complaint: str
+) -> None:
     header = header_of(DATA)
     header[name] = {**header.get(name, {}), **change}
     with pytest.raises(ChunkError, match=complaint):

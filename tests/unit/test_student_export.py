@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return make_model(tmp_path / "chat", vocab_size=300, hidden_size=8)
 
 
-def write(folder: Path, **values: object) -> StudentSection:
+def write(folder: Path, **values: Any) -> StudentSection:
     (folder / "generation_config.json").write_text(json.dumps(values))
     return StudentSection(model=str(folder), dtype="float32")
 

@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from helpers.calls import must_not_be_called
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.logits import decode
@@ -54,7 +57,7 @@ class WatchedStore(ChunkStore):
         self.before: Callable[[int], None] = lambda _number: None
         self._changed = threading.Condition()
 
-    def fetch_rows(self, number: int, rows: Sequence[int]) -> Chunk:
+    def fetch_rows(self, number: int, rows: Sequence[int] | NDArray[np.signedinteger]) -> Chunk:
         with self._changed:
             self.tried.append(number)
             self._changed.notify_all()
@@ -96,19 +99,21 @@ def reader_of(
     start: int = 0,
     stop: int = NUM_STEPS,
     prefetch: int = 2,
-    **changes,
+    **changes: Any,
 ) -> BatchReader:
-    settled = {
+    settled: dict[str, Any] = {
         "rank": 0,
         "world_size": 1,
         "micro_batch": 2,
         "on_bad_chunk": refuse_bad_chunk,
-        "on_outage": pytest.fail,
+        "on_outage": must_not_be_called,
     } | changes
     return BatchReader(store, order, start=start, stop=stop, prefetch=prefetch, **settled)
 
 
-def read(store: ChunkStore, *, start: int = 0, stop: int = NUM_STEPS, **changes) -> list[Batch]:
+def read(
+    store: ChunkStore, *, start: int = 0, stop: int = NUM_STEPS, **changes: Any
+) -> list[Batch]:
     with reader_of(store, start=start, stop=stop, **changes) as reader:
         return [reader.next()[0] for _ in range(start, stop)]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.calls import must_not_be_called
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.engines.base import encoded
 from stillhouse.errors import ChunkError, StoreError
@@ -48,7 +49,9 @@ def store(tmp_path: Path) -> RefusingStore:
 
 def test_a_full_store_is_waited_for(store: RefusingStore) -> None:
     store.refusals = iter([StoreUnavailable("the disk is full")])
-    ref = publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF, tell=pytest.fail)
+    ref = publish_when_possible(
+        store, make_chunk(RECIPE, 1), patience=BRIEF, tell=must_not_be_called
+    )
     assert (ref.number, ref.duplicate) == (1, False)
     assert store.published() == {1}
 
@@ -71,7 +74,7 @@ def test_a_store_that_stays_away_is_told_once_and_given_up_with_what_it_said(
 def test_a_store_that_forbids_is_not_waited_for(store: RefusingStore) -> None:
     store.refusals = iter([StoreError("permission denied")])
     with pytest.raises(StoreError, match="permission denied"):
-        publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF, tell=pytest.fail)
+        publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF, tell=must_not_be_called)
 
 
 def test_a_chunk_that_was_cut_short_does_not_count_as_made_already(store: RefusingStore) -> None:

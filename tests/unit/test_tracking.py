@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -39,6 +41,8 @@ from stillhouse.tracking import (
     ProgressView,
     RecoveryRow,
     RepairRow,
+    Role,
+    Row,
     SetAsideRow,
     StallRow,
     StartRow,
@@ -158,7 +162,7 @@ def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path: Path) -
     ids=range(9),
 )
 def test_a_line_whose_values_are_not_of_its_columns_types_is_refused_with_its_place(
-    tmp_path: Path, line
+    tmp_path: Path, line: Any
 ) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text(line + "\n")
@@ -216,7 +220,7 @@ def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path: Path
 
 @pytest.mark.parametrize("torn", [b"{", b'{"kind": "pool", "time": 1011.0, "publi', b"\x00" * 40])
 def test_a_torn_last_line_is_not_read_and_the_next_row_takes_its_place(
-    tmp_path: Path, torn
+    tmp_path: Path, torn: bytes
 ) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.record(START)
@@ -267,7 +271,7 @@ def test_rows_and_values_of_a_later_version_are_left_out_and_counted(tmp_path: P
     ids=["no checksum", "damaged", "no time", "too few values", "another type"],
 )
 def test_a_line_is_not_taken_for_one_of_a_later_version_where_it_is_damaged(
-    tmp_path: Path, line
+    tmp_path: Path, line: Any
 ) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path).record(START)
@@ -353,7 +357,7 @@ def test_a_reader_hands_out_each_row_once_as_soon_as_it_is_whole(tmp_path: Path)
     assert reader.num_rows == 2
 
 
-def _append_many(path: Path, role: str, num_rows: int) -> None:
+def _append_many(path: Path, role: Role, num_rows: int) -> None:
     journal = Journal(path)
     for step in range(num_rows):
         journal.record(replace(TRAIN, role=role, step=step))
@@ -432,7 +436,7 @@ def _patient(journal: Journal, clock: StandingClock, told: list[str]) -> Patient
 @pytest.mark.parametrize("call", ["writes", "syncs"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
 def test_a_row_waits_while_the_disk_is_full_and_comes_once_behind_what_others_wrote_meanwhile(
-    tmp_path: Path, call: str, error
+    tmp_path: Path, call: str, error: int
 ) -> None:
     path, clock, told = tmp_path / "journal.jsonl", StandingClock(), list[str]()
     journal = Journal(path, files=FullDisk(**{call: 12}, error=error))
@@ -493,7 +497,7 @@ def test_no_secret_reaches_the_journal(tmp_path: Path) -> None:
     assert b"s3cr3t" not in journal.path.read_bytes()
 
 
-def _wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
+def _wandb_records(path: Path) -> list[Any]:
     """All of a finished run's. W&B's service writes the last of them after `finish` has
     returned."""
     deadline = time.monotonic() + 30
@@ -506,10 +510,11 @@ def _wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
     return records
 
 
-def _records_so_far(data: bytes) -> list[wandb_internal_pb2.Record]:
+def _records_so_far(data: bytes) -> list[Any]:
     """Of a .wandb file: 7 bytes of header, then LevelDB's log framing in blocks of 32 KiB, crc32
     over type and data."""
-    at, whole, records = 7, b"", []
+    at, whole, records = 7, b"", list[Any]()
+    wandb: Any = wandb_internal_pb2
     assert data[:4] == b":W&B"
     while at < len(data):
         left = 32_768 - at % 32_768
@@ -526,11 +531,11 @@ def _records_so_far(data: bytes) -> list[wandb_internal_pb2.Record]:
         at += 7 + length
         whole = body if part in (1, 2) else whole + body
         if part in (1, 4):
-            records.append(wandb_internal_pb2.Record.FromString(whole))
+            records.append(wandb.Record.FromString(whole))
     return records
 
 
-def _history(records: list[wandb_internal_pb2.Record]) -> list[dict[str, object]]:
+def _history(records: list[Any]) -> list[dict[str, object]]:
     rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
@@ -538,7 +543,7 @@ def _history(records: list[wandb_internal_pb2.Record]) -> list[dict[str, object]
     ]
 
 
-def _summary(records: list[wandb_internal_pb2.Record]) -> dict[str, object]:
+def _summary(records: list[Any]) -> dict[str, object]:
     updates = [update for record in records for update in record.summary.update]
     return {
         update.key or "/".join(update.nested_key): json.loads(update.value_json)
@@ -549,7 +554,9 @@ def _summary(records: list[wandb_internal_pb2.Record]) -> dict[str, object]:
 OFFLINE = TrackingSection(wandb="offline")
 
 
-def _mirror(run_dir: Path, rows, *, config=None, section: TrackingSection = OFFLINE) -> list[Path]:
+def _mirror(
+    run_dir: Path, rows: Iterable[Row], *, config: Any = None, section: TrackingSection = OFFLINE
+) -> list[Path]:
     """Feed rows to a view as a driver does; the .wandb files of the run directory, oldest first."""
     with WandbView(section, run_dir, config=config or {}, run_id="7e57ed01") as view:
         for row in rows:
