@@ -8,7 +8,7 @@ raises, or with the teacher's death.
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -104,7 +104,7 @@ class SimulatedCrew:
     _homeless: dict[int, _Worker] = field(default_factory=dict)
     _events: list[Event[Ready]] = field(default_factory=list)
     _agenda: list[tuple[float, int, Callable[[], object]]] = field(default_factory=list)
-    _sequence: count[int] = field(default_factory=count)
+    _sequence: Iterator[int] = field(default_factory=count)
 
     def clock(self) -> float:
         return self.now
