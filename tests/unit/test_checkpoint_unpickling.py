@@ -107,6 +107,7 @@ def load_within_deepspeed(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 def test_a_program_of_torchs_own_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Identity()), tmp_path / "file.pt")
     with pytest.raises(CheckpointError, match=r"file\.pt was not opened"):

@@ -202,17 +202,15 @@ def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path: Path
         "    journal.record(PoolRow(n, 8, 3, 4, 1.0, 0.0, 0)); n += 1\n"
         "    print(n, flush=True)\n"
     )
-    writer = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
-    )
-    assert writer.stdout is not None
-    while int(writer.stdout.readline()) < 50:
-        pass
-    writer.send_signal(signal.SIGKILL)
-    acknowledged = max(
-        [50, *(int(line) for line in writer.stdout.read().splitlines() if line.strip())]
-    )
-    writer.wait()
+    ) as writer:
+        assert writer.stdout is not None
+        while int(writer.stdout.readline()) < 50:
+            pass
+        writer.send_signal(signal.SIGKILL)
+        told = [int(line) for line in writer.stdout.read().splitlines() if line.strip()]
+    acknowledged = max([50, *told])
     rows = read_journal(path)
     assert [row.published for row in rows if isinstance(row, PoolRow)] == list(range(len(rows)))
     assert len(rows) in (acknowledged, acknowledged + 1)
