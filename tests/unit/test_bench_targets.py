@@ -12,14 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from helpers.models import make_model
 from stillhouse.bench.classroom import Form, Lessons, target_of, teach
 from stillhouse.bench.coding import coding
-from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.targets import (
     BUDGETS,
     QUICK,
     codec_within,
     figure,
     forms_of,
-    record,
+    record_of,
     share_of_the_gap,
     table,
 )
@@ -223,13 +222,7 @@ def test_what_was_measured_is_kept_and_drawn(tmp_path: Path) -> None:
         for seed in range(3)
     ]
     codings = [coding("flat", torch.zeros(2, 500), num_draws=5)]
-    found = json.loads(
-        json.dumps(
-            record(
-                Provenance.of("stillhouse bench targets"), QUICK, LESSONS, forms, rounds, codings
-            )
-        )
-    )
+    found = json.loads(json.dumps(record_of(QUICK, LESSONS, forms, rounds, codings)))
     assert len(found["rounds"]) == 3
     assert found["forms"][2]["bytes_per_token"] <= 48
     assert table(forms, rounds).row_count == len(forms)
