@@ -53,9 +53,12 @@ def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None
     setting.check()
     torch.set_num_threads(1)
     provenance = Provenance.of(command)
+    # speed and memory of every way
     timings = time_in_turn(partial(_works, setting), repeats=repeats, device=setting.torch_device)
     memory = extra_bytes(work_of, setting, list(_WAYS), device=setting.torch_device)
     codec = Codec(setting.vocab_size, setting.k)
+
+    # in a file, and in words
     write_record(
         out,
         "head",

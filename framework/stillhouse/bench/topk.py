@@ -71,10 +71,13 @@ def bench_topk(
     setting.check()
     torch.set_num_threads(1)
     provenance, device = Provenance.of(command), torch.device(setting.device)
+    # speed and memory of every way
     backend = backend_for(setting.logits(0)[:1], k=setting.k)
     works_of = partial(works_of_ways, setting, with_compile=with_compile)
     timings = time_in_turn(works_of, repeats=repeats, device=device)
     memory = extra_bytes(work_of, setting, list(timings.seconds), device=device)
+
+    # in a file, and in words
     write_record(
         out,
         "topk",

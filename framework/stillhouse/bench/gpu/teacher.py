@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from stillhouse.bench.cost import Work, time_in_turn
 from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
-from stillhouse.logits import Codec, compress_hidden, encode, token_seeds
+from stillhouse.bench.synthetic import seeds_of
+from stillhouse.logits import Codec, compress_hidden, encode
 from stillhouse.models import check_head, check_packing, final_hidden, head_of
 
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4}  # dense bfloat16, by the datasheets
@@ -61,32 +62,22 @@ def _time_targets(
 ) -> None:
     ids_BL, positions_BL, _ = _packed(scale, num_rows=num_rows, length=length)
     k, num_draws = scale.default_entries, scale.default_draws
-    head, codec = (
-        head_of(model, vocab_size=scale.vocab_size),
-        Codec(scale.vocab_size, k, num_draws=num_draws),
-    )
-    seeds_T = token_seeds(0, torch.zeros(num_rows * length), torch.arange(num_rows * length)).to(
-        scale.device
-    )
+    head = head_of(model, vocab_size=scale.vocab_size)
+    codec = Codec(scale.vocab_size, k, num_draws=num_draws)
+    seeds_T = seeds_of(num_rows * length).to(scale.device)
 
     def work() -> Sequence[Tensor]:
         hidden_TH = final_hidden(model, ids_BL, positions_BL).flatten(0, 1)
-        return [
-            encode(
-                compress_hidden(hidden_TH, head, k=k, tail_draws=num_draws, seeds_T=seeds_T), codec
-            )
-        ]
+        target = compress_hidden(hidden_TH, head, k=k, tail_draws=num_draws, seeds_T=seeds_T)
+        return [encode(target, codec)]
 
-    seconds = _seconds(work, scale)
-    recorder.tell(
-        f"L = {length}: forward and default target", num_rows * length / seconds, "tokens/s"
-    )
+    speed = num_rows * length / _seconds(work, scale)
+    recorder.tell(f"L = {length}: forward and default target", speed, "tokens/s")
 
 
 def _seconds(work: Work, scale: Scale) -> float:
-    timings = time_in_turn(
-        lambda _: {"work": work}, repeats=_REPEATS, device=torch.device(scale.device)
-    )
+    device = torch.device(scale.device)
+    timings = time_in_turn(lambda _: {"work": work}, repeats=_REPEATS, device=device)
     return timings.of("work").median
 
 
@@ -111,10 +102,9 @@ def _model(scale: Scale) -> PreTrainedModel:
         max_position_embeddings=max(length for _, length, _ in scale.length_promises),
         tie_word_embeddings=False,
     )
+    dtype = getattr(torch, scale.teacher_dtype)
     with torch.device(scale.device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, scale.teacher_dtype)
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval()
     return model
 
