@@ -27,8 +27,8 @@ from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.student.workers import watched
 from stillhouse.teacher.actor import TeacherJob
-from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import comparison, limits_of
+from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import Journal, Row, StallRow, TeacherRow, latest_train_rows, read_journal
 
 WATCHDOG_S = 4.0
@@ -82,7 +82,7 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
 
     job = TeacherJob(config.teacher, plan.recipe, config.store.url, threads=1, notices="off")
     pool = Dispatcher(
-        RayCrew(
+        RayBackend(
             job,
             where=placement(config.teacher, ray_cluster),
             secrets=Secrets(None),

@@ -44,8 +44,8 @@ from stillhouse.sequences import Corpus, prepare_corpus
 from stillhouse.store import Chunk, ChunkStore, Consumer, consumers, verify_store
 from stillhouse.student.loader import BatchReader
 from stillhouse.teacher.actor import Ready, TeacherJob, publish_when_possible
-from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import comparison, limits_of
+from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import (
     ChunkRow,
     EndRow,
@@ -458,7 +458,7 @@ def pool_of(
     section = plan.config.teacher
     store = ChunkStore(plan.config.store.url, plan.recipe)
     job = TeacherJob(section, plan.recipe, store.url, threads=1, notices="off")
-    crew = RayCrew(
+    crew = RayBackend(
         job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator
     )
     return Dispatcher(

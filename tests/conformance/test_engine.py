@@ -71,7 +71,7 @@ def records_of(engine: TeacherEngine, item: WorkItem) -> torch.Tensor:
 
 
 def targets_of(engine: TeacherEngine, item: WorkItem, recipe: Recipe) -> CompressedLogits:
-    return decode(records_of(engine, item), recipe.codec)
+    return decode(records_of(engine, item), recipe.spec)
 
 
 def test_there_is_one_record_for_each_target_in_row_major_order(
@@ -81,7 +81,7 @@ def test_there_is_one_record_for_each_target_in_row_major_order(
     together = records_of(engine, item)
     assert (together.dtype, together.shape) == (
         torch.uint8,
-        (item.sequences.num_targets, recipe.codec.bytes_per_token),
+        (item.sequences.num_targets, recipe.spec.bytes_per_token),
     )
     counts = item.sequences.loss_mask_SL.sum(axis=1).tolist()
     alone = [
@@ -89,7 +89,7 @@ def test_there_is_one_record_for_each_target_in_row_major_order(
         for row in range(S)
         if counts[row]
     ]
-    whole = decode(together, recipe.codec)
+    whole = decode(together, recipe.spec)
     assert torch.equal(concatenate(alone).token_ids_TK, whole.token_ids_TK)
 
 
@@ -123,7 +123,7 @@ def test_an_item_without_a_target_has_a_part_without_rows(
 ) -> None:
     assert records_of(engine, item_of(recipe).without(range(S))).shape == (
         0,
-        recipe.codec.bytes_per_token,
+        recipe.spec.bytes_per_token,
     )
 
 
@@ -144,7 +144,7 @@ def test_every_part_brings_a_sample_of_its_first_targets(
 ) -> None:
     for part in engine.records(item_of(recipe)):
         assert min(1, len(part.records_TB)) <= part.sample.num_tokens <= len(part.records_TB)
-        written = decode(part.records_TB[: part.sample.num_tokens].cpu(), recipe.codec)
+        written = decode(part.records_TB[: part.sample.num_tokens].cpu(), recipe.spec)
         assert torch.equal(
             written.token_ids_TK.sort().values, part.sample.token_ids_TK.cpu().sort().values
         )

@@ -122,7 +122,7 @@ def page_recipe(recipe: Recipe) -> dict[str, Any]:
     """As the page's reader takes it."""
     values = {field: getattr(recipe, field) for field in recipe.__dataclass_fields__}
     return values | {
-        "codec": recipe.codec.name,
+        "codec": recipe.spec.codec_name,
         "codec_version": 1,
         "format": 1,
         "temperature": float(recipe.temperature),
@@ -139,7 +139,7 @@ def page_reads(data: bytes, recipe: Recipe, number: int) -> dict[str, Any] | Non
 
 def read(data: bytes, recipe: Recipe, number: int) -> Chunk:
     chunk = unpack_chunk(data, recipe, number)
-    decode(torch.from_numpy(chunk.targets_NB), recipe.codec)
+    decode(torch.from_numpy(chunk.targets_NB), recipe.spec)
     return chunk
 
 

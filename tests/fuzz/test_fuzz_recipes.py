@@ -27,7 +27,7 @@ def mutant(rng: random.Random, recipe: Recipe) -> bytes:
     if rng.random() < 0.2:
         return mutated_bytes(rng, recipe.canonical_json())
     values = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
-    values |= {"codec": recipe.codec.name, "codec_version": 1, "format": 1}
+    values |= {"codec": recipe.spec.codec_name, "codec_version": 1, "format": 1}
     if rng.random() < 0.2:
         huge = {name: rng.choice(HUGE) for name in rng.sample(COUNTS, rng.randint(1, 3))}
         return dumps(values | huge, sort_keys=True, separators=(",", ":"))
@@ -36,7 +36,7 @@ def mutant(rng: random.Random, recipe: Recipe) -> bytes:
 
 def use(recipe: Recipe, data: bytes) -> None:
     """What a reader of any chunk asks of a recipe before it has seen a byte that it trusts."""
-    assert recipe.codec.bytes_per_token > 0
+    assert recipe.spec.bytes_per_token > 0
     assert len(recipe.fingerprint) == 64
     assert -(2**63) <= recipe.draw_seed < 2**63
     for number in (0, recipe.num_chunks - 1):

@@ -13,22 +13,22 @@ from helpers.chunks import make_records
 from helpers.mutants import mutated_bytes
 from helpers.pagereader import read_record
 from stillhouse.errors import ChunkError
-from stillhouse.logits import Codec, CompressedLogits, codec_torch, decode, encode
+from stillhouse.logits import CompressedLogits, TargetSpec, codec_torch, decode, encode
 
-CODECS = {
-    "kept": Codec(300, 4),
-    "six bits": Codec(1000, 7, value_bits=6),
-    "one": Codec(50, 1),
-    "draws": Codec(300, 3, num_draws=5),
-    "draws alone": Codec(17, 0, num_draws=9),
-    "the whole vocabulary": Codec(9, 9, value_bits=6),
-    "more draws than tokens": Codec(6, 2, num_draws=20),
+SPECS = {
+    "kept": TargetSpec(300, 4),
+    "six bits": TargetSpec(1000, 7, value_bits=6),
+    "one": TargetSpec(50, 1),
+    "draws": TargetSpec(300, 3, num_draws=5),
+    "draws alone": TargetSpec(17, 0, num_draws=9),
+    "the whole vocabulary": TargetSpec(9, 9, value_bits=6),
+    "more draws than tokens": TargetSpec(6, 2, num_draws=20),
 }
 MUTANTS = 250
 BYTES = (0, 1, 2, 0x3C, 0x51, 0x7C, 0x7E, 0x80, 0xFC, 0xFF)
 
 
-def mutant(rng: random.Random, record: bytes, codec: Codec) -> bytes:
+def mutant(rng: random.Random, record: bytes, spec: TargetSpec) -> bytes:
     """A record of the same size: flipped, overwritten, of random bytes, or with the numbers of its
     header replaced."""
     match rng.randrange(4):
@@ -36,7 +36,7 @@ def mutant(rng: random.Random, record: bytes, codec: Codec) -> bytes:
             changed = rng.randbytes(len(record))
         case 1:
             changed = bytes(rng.choice(BYTES) if rng.random() < 0.15 else byte for byte in record)
-        case 2 if codec.k:
+        case 2 if spec.k:
             numbers = [
                 rng.choice(
                     (
@@ -62,12 +62,12 @@ def mutant(rng: random.Random, record: bytes, codec: Codec) -> bytes:
     return changed.ljust(len(record), b"\0")[: len(record)]
 
 
-def page_reads(record: bytes, codec: Codec) -> bool:
+def page_reads(record: bytes, spec: TargetSpec) -> bool:
     recipe = {
-        "k": codec.k,
-        "num_draws": codec.num_draws,
-        "vocab_size": codec.vocab_size,
-        "value_bits": codec.value_bits,
+        "k": spec.k,
+        "num_draws": spec.num_draws,
+        "vocab_size": spec.vocab_size,
+        "value_bits": spec.value_bits,
     }
     try:
         read_record(record, recipe)
@@ -76,30 +76,30 @@ def page_reads(record: bytes, codec: Codec) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", SPECS)
 def test_a_record_is_its_targets_own_or_is_refused_with_chunk_error(
     rng: random.Random, name: str
 ) -> None:
-    codec = CODECS[name]
-    whole_TB = make_records(codec, 8, np.random.default_rng(7))
+    spec = SPECS[name]
+    whole_TB = make_records(spec, 8, np.random.default_rng(7))
     for _ in range(MUTANTS):
-        record = mutant(rng, bytes(rng.choice([*whole_TB])), codec)
+        record = mutant(rng, bytes(rng.choice([*whole_TB])), spec)
         records_TB = torch.frombuffer(bytearray(record), dtype=torch.uint8).reshape(1, -1)
         found = bounded(
-            partial(decode, records_TB, codec),
+            partial(decode, records_TB, spec),
             num_bytes=len(record),
             refusal=ChunkError,
         )
         on_device = bounded(
-            partial(codec_torch.decode, records_TB, codec),
+            partial(codec_torch.decode, records_TB, spec),
             num_bytes=len(record),
             refusal=ChunkError,
         )
-        assert (found is not None) == (on_device is not None) == page_reads(record, codec), (
+        assert (found is not None) == (on_device is not None) == page_reads(record, spec), (
             record.hex()
         )
         if found is not None and on_device is not None:
-            assert encode(found, codec).numpy().tobytes() == record, record.hex()
+            assert encode(found, spec).numpy().tobytes() == record, record.hex()
             assert same_ids(found, on_device), record.hex()
 
 
@@ -110,20 +110,20 @@ def same_ids(one: CompressedLogits, other: CompressedLogits) -> bool:
 
 
 def test_of_many_records_the_first_bad_one_is_named(rng: random.Random) -> None:
-    codec = CODECS["draws"]
-    whole_TB = make_records(codec, 40, np.random.default_rng(7))
+    spec = SPECS["draws"]
+    whole_TB = make_records(spec, 40, np.random.default_rng(7))
     for _ in range(MUTANTS // 2):
         records_TB = whole_TB.copy()
         for row in rng.sample(range(40), rng.randrange(4)):
-            records_TB[row] = np.frombuffer(mutant(rng, bytes(records_TB[row]), codec), "u1")
-        bad = [row for row in range(40) if not page_reads(bytes(records_TB[row]), codec)]
-        found = refusal_of(records_TB, codec)
+            records_TB[row] = np.frombuffer(mutant(rng, bytes(records_TB[row]), spec), "u1")
+        bad = [row for row in range(40) if not page_reads(bytes(records_TB[row]), spec)]
+        found = refusal_of(records_TB, spec)
         assert found.startswith(f"the record of row {bad[0]} ") if bad else not found
 
 
-def refusal_of(records_TB: np.ndarray, codec: Codec) -> str:
+def refusal_of(records_TB: np.ndarray, spec: TargetSpec) -> str:
     try:
-        decode(torch.from_numpy(records_TB), codec)
+        decode(torch.from_numpy(records_TB), spec)
     except ChunkError as error:
         return str(error)
     return ""

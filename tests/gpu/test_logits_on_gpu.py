@@ -10,6 +10,7 @@ from stillhouse.errors import TeacherError
 from stillhouse.logits import (
     CompressedLogits,
     Head,
+    TargetSpec,
     backend_for,
     compress,
     compress_hidden,
@@ -49,7 +50,7 @@ def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
 @pytest.mark.parametrize("row_stride", [151_669, 151_680])
 def test_the_kernels_pass_their_own_test(gpu: torch.device, row_stride: int) -> None:
     assert (
-        blockmax_triton.defect(
+        blockmax_triton.self_test_failure(
             gpu, vocab_size=151_669, k=64, dtype=torch.bfloat16, row_stride=row_stride
         )
         is None
@@ -59,7 +60,10 @@ def test_the_kernels_pass_their_own_test(gpu: torch.device, row_stride: int) -> 
 def test_more_entries_than_the_kernels_are_for_equal_the_reference(gpu: torch.device) -> None:
     logits = random_logits(7, 20_000)
     assert backend_for(logits.to(gpu), k=1024).name == "reference"
-    assert_same(compress(logits.to(gpu), k=1024), compress_reference(logits, k=1024))
+    assert_same(
+        compress(logits.to(gpu), TargetSpec(logits.shape[1], 1024)),
+        compress_reference(logits, TargetSpec(logits.shape[1], 1024)),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,8 +75,8 @@ def test_real_shapes_take_the_kernels_and_equal_the_reference(
     assert backend_for(logits.to(gpu), k=k).name == "triton"
     for temperature in (1.0, 0.7):
         assert_same(
-            compress(logits.to(gpu), k=k, temperature=temperature),
-            compress_reference(logits, k=k, temperature=temperature),
+            compress(logits.to(gpu), TargetSpec(logits.shape[1], k, temperature=temperature)),
+            compress_reference(logits, TargetSpec(logits.shape[1], k, temperature=temperature)),
         )
 
 
@@ -92,28 +96,38 @@ def test_ties_sorted_rows_and_rows_of_one_value_equal_the_reference(
     ]
     logits = torch.stack([*rows, faint, random_logits(1, 20_000, step=2.0)[0]]).to(dtype)
     for k in (1, 8, 64):
-        assert_same(compress(logits.to(gpu), k=k), compress_reference(logits, k=k))
+        assert_same(
+            compress(logits.to(gpu), TargetSpec(logits.shape[1], k)),
+            compress_reference(logits, TargetSpec(logits.shape[1], k)),
+        )
 
 
 def test_strided_and_transposed_logits_equal_the_reference(gpu: torch.device) -> None:
     logits = random_logits(16, 30_000)
     for view in (logits.T.contiguous().T, logits[::2], logits[:, 1:29_001]):
-        assert_same(compress(view.to(gpu), k=32), compress_reference(view, k=32))
+        assert_same(
+            compress(view.to(gpu), TargetSpec(view.shape[1], 32)),
+            compress_reference(view, TargetSpec(view.shape[1], 32)),
+        )
 
 
 def test_no_tokens_and_bad_tokens(gpu: torch.device) -> None:
-    assert compress(torch.empty(0, 30_000, device=gpu), k=4).num_tokens == 0
+    assert compress(torch.empty(0, 30_000, device=gpu), TargetSpec(30_000, 4)).num_tokens == 0
     logits = random_logits(9, 30_000).to(gpu)
     for wrong in (math.nan, math.inf):
         logits[7, 29_999] = wrong
         with pytest.raises(TeacherError, match="token 7 "):
-            compress(logits, k=4)
+            compress(logits, TargetSpec(logits.shape[1], 4))
 
 
 def test_draws_are_those_of_the_cpu_but_for_the_rounding_of_borders(gpu: torch.device) -> None:
     logits, seeds = random_logits(200, 30_000), token_seeds(0, torch.zeros(200), torch.arange(200))
-    found = compress(logits.to(gpu), k=12, tail_draws=12, seeds_T=seeds).tail_ids_TN.cpu()
-    wanted = compress_reference(logits, k=12, tail_draws=12, seeds_T=seeds).tail_ids_TN
+    found = compress(
+        logits.to(gpu), TargetSpec(logits.shape[1], 12, num_draws=12), seeds_T=seeds
+    ).tail_ids_TN.cpu()
+    wanted = compress_reference(
+        logits, TargetSpec(logits.shape[1], 12, num_draws=12), seeds_T=seeds
+    ).tail_ids_TN
     assert (found == wanted).float().mean() > 0.99
 
 
@@ -121,10 +135,12 @@ def test_exact_logits_are_float32_sums_and_blocks_change_nothing(gpu: torch.devi
     random = torch.Generator().manual_seed(0)
     weight = (torch.randn(30_000, 256, generator=random) / 4).bfloat16()
     hidden = torch.randn(300, 256, generator=random).bfloat16()
-    wanted = compress_reference(hidden.float() @ weight.float().T, k=32)
+    wanted = compress_reference(hidden.float() @ weight.float().T, TargetSpec(len(weight), 32))
     head = Head(weight.to(gpu), float32_logits=True)
     for block_tokens in (64, 1024):
-        found = compress_hidden(hidden.to(gpu), head, k=32, block_tokens=block_tokens)
+        found = compress_hidden(
+            hidden.to(gpu), head, spec=TargetSpec(head.vocab_size, 32), block_tokens=block_tokens
+        )
         assert (
             found.token_ids_TK.cpu() == wanted.token_ids_TK
         ).float().mean() > 0.999  # products are summed in another order

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
+from stillhouse.logits import CompressedLogits, Head, TargetSpec, compress, token_seeds
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
 from stillhouse.losses.head_passes import backend_for
@@ -69,9 +69,7 @@ def test_loss_and_gradients_are_as_near_to_float64_as_torchs_own(
     seeds = token_seeds(0, torch.zeros(T), torch.arange(T))
     target = compress(
         4 * torch.randn(T, V, generator=random),
-        k=K,
-        tail_draws=num_draws,
-        temperature=temperature,
+        TargetSpec(V, K, num_draws=num_draws, temperature=temperature),
         seeds_T=seeds,
     )
     labels = torch.randint(V, (T,), generator=random)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillhouse.logits import Codec, CompressedLogits, encode
+from stillhouse.logits import CompressedLogits, TargetSpec, encode
 from stillhouse.sequence import Sequences
 from stillhouse.store import Chunk, Recipe
 
@@ -44,7 +44,7 @@ def make_chunk(recipe: Recipe, number: int = 0, *, seed: int = 0) -> Chunk:
     loss_mask_SL = np.zeros(shape, np.uint8)
     loss_mask_SL[:, :-1] = ~starts_SL[:, 1:]
     token_ids_SL = rng.integers(0, recipe.vocab_size, shape)
-    records = make_records(recipe.codec, int(loss_mask_SL.sum()), rng)
+    records = make_records(recipe.spec, int(loss_mask_SL.sum()), rng)
     return Chunk(
         number,
         Sequences(token_ids_SL.astype(np.int32), positions_SL.astype(np.int32), loss_mask_SL),
@@ -74,24 +74,22 @@ def arrays_of(chunk: Chunk) -> dict[str, np.ndarray]:
     }
 
 
-def make_records(codec: Codec, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [num_tokens, codec.bytes_per_token]: the K likeliest of random logits, and random draws
+def make_records(spec: TargetSpec, num_tokens: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [num_tokens, spec.bytes_per_token]: the K likeliest of random logits, and random draws
     from the others."""
-    logits_TV = torch.from_numpy(
-        rng.normal(0, 3, (num_tokens, codec.vocab_size)).astype(np.float32)
-    )
-    logprobs_TK, ids_TK = torch.log_softmax(logits_TV, dim=-1).topk(codec.k)
+    logits_TV = torch.from_numpy(rng.normal(0, 3, (num_tokens, spec.vocab_size)).astype(np.float32))
+    logprobs_TK, ids_TK = torch.log_softmax(logits_TV, dim=-1).topk(spec.k)
     tail_T = torch.log1p(-logprobs_TK.exp().sum(-1).clamp(max=1 - 1e-7))
-    if codec.k == codec.vocab_size:
+    if spec.k == spec.vocab_size:
         tail_T.fill_(-torch.inf)
     draws_TN = torch.from_numpy(
-        np.sort(rng.integers(0, codec.vocab_size, (num_tokens, codec.num_draws)), axis=1).astype(
+        np.sort(rng.integers(0, spec.vocab_size, (num_tokens, spec.num_draws)), axis=1).astype(
             np.int32
         )
     )
     return encode(
         CompressedLogits(
-            ids_TK.int(), logprobs_TK, tail_T, draws_TN, codec.vocab_size, codec.temperature
+            ids_TK.int(), logprobs_TK, tail_T, draws_TN, spec.vocab_size, spec.temperature
         ),
-        codec,
+        spec,
     ).numpy()

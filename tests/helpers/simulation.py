@@ -58,7 +58,7 @@ def item_of(recipe: Recipe, number: int) -> WorkItem:
 def publish(store: ChunkStore, item: WorkItem) -> ChunkRef:
     """What a teacher would, with random targets."""
     records = make_records(
-        store.recipe.codec, item.sequences.num_targets, np.random.default_rng(item.number)
+        store.recipe.spec, item.sequences.num_targets, np.random.default_rng(item.number)
     )
     return store.publish(Chunk(item.number, item.sequences, records))
 

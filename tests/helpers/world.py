@@ -98,5 +98,5 @@ class TinyWorld:
         teacher = TransformersEngine(plan.config.teacher, plan.recipe, device="cpu")
         for number in sorted(missing):
             item = plan.item(number)
-            records = encode(concatenate(teacher.targets(item)), plan.recipe.codec).numpy()
+            records = encode(concatenate(teacher.targets(item)), plan.recipe.spec).numpy()
             store.publish(Chunk(number, item.sequences, records))

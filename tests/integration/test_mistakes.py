@@ -261,10 +261,10 @@ MISTAKES = {
         "student.model = 'other'", "the teacher's tokenizer ends at id 299, the student's at 309"
     ),
     "more entries than the vocabulary": setting(
-        "target.k = 301", "target.k is 301", "set target.k to 300 or less"
+        "target.k = 301", "[target] k is 301", "set k between 0 and 300"
     ),
     "draws from no tail": setting(
-        "target = {k = 300, tail_draws = 2}", "no tail to draw from", "target.tail_draws = 0"
+        "target = {k = 300, tail_draws = 2}", "[target] 2 draws", "no tail to draw from; draw none"
     ),
     "entries beyond all vocabularies": setting(
         "target.k = 100000", "target.k", "less than or equal to 4096"

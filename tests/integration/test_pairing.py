@@ -53,7 +53,7 @@ def mass_of_the_first_batch(job: TrainJob) -> float:
     ]
     records = [torch.from_numpy(store.fetch_rows(chunk, [row]).targets_NB) for chunk, row in rows]
     return (
-        decode(torch.cat(records), job.recipe.codec)
+        decode(torch.cat(records), job.recipe.spec)
         .logprobs_TK.double()
         .exp()
         .sum(dim=1)

@@ -104,7 +104,7 @@ def stored_sequences(job: TrainJob) -> dict[int, Sequence]:
     store, found = ChunkStore(job.store_url, job.recipe), {}
     for number in sorted(store.published()):
         chunk = store.fetch(number)
-        target = decode(torch.from_numpy(chunk.targets_NB), job.recipe.codec)
+        target = decode(torch.from_numpy(chunk.targets_NB), job.recipe.spec)
         logp_NK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1)
         before = 0
         for row, sequence in enumerate(job.recipe.chunk_rows(number)):

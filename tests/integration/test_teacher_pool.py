@@ -33,8 +33,8 @@ from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import Ready, TeacherJob
-from stillhouse.teacher.crew import RayCrew
 from stillhouse.teacher.pool import comparison, limits_of
+from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
 from stillhouse.tracking.log import handed_on
 
@@ -92,7 +92,7 @@ def pool_of(
     section = plan.config.teacher.model_copy(update=teacher)
     job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
     return Dispatcher(
-        RayCrew(
+        RayBackend(
             job,
             where=placement(section, {"CPU": 4.0}),
             secrets=Secrets(None),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.logits import Head, compress
+from stillhouse.logits import Head, TargetSpec, compress
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import Divergence
 
@@ -19,7 +19,7 @@ def test_the_divergence_of_ones_own_trains_as_autograd_of_its_definition_would()
     random = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(9, 6, dtype=torch.float64, generator=random).requires_grad_()
     weight_VH = torch.randn(40, 6, dtype=torch.float64, generator=random).requires_grad_()
-    target = compress(3 * torch.randn(9, 40, generator=random), k=5)
+    target = compress(3 * torch.randn(9, 40, generator=random), TargetSpec(40, 5))
     inputs: dict[str, Any] = {"hidden_TH": hidden_TH, "head": Head(weight_VH), "target": target}
     names: dict[str, Any] = {
         "distillation_loss": distillation_loss,

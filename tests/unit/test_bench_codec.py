@@ -11,7 +11,7 @@ from helpers.command import stillhouse
 from helpers.models import make_model
 from stillhouse.bench.trained import enlarged
 from stillhouse.errors import ConfigError
-from stillhouse.logits import Codec
+from stillhouse.logits import TargetSpec
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,10 @@ def test_the_verb_measures_every_codec_on_both_kinds_of_rows(tmp_path: Path, tea
     for found in rows.values():
         assert [(one["k"], one["num_draws"], one["value_bits"]) for one in found] == wanted
         for one in found:
-            codec = Codec(1000, one["k"], num_draws=one["num_draws"], value_bits=one["value_bits"])
-            assert one["bytes_per_token"] == codec.bytes_per_token
+            spec = TargetSpec(
+                1000, one["k"], num_draws=one["num_draws"], value_bits=one["value_bits"]
+            )
+            assert one["bytes_per_token"] == spec.bytes_per_token
             assert 0 <= one["mean_kl"] <= one["worst_kl"] < 1e-2
             assert one["encode_tokens_per_s"]["median"] > 0 < one["decode_tokens_per_s"]["median"]
     assert done.out.count("A target in bytes") == 2

@@ -15,7 +15,7 @@ from stillhouse.bench.allocator import KEPT
 from stillhouse.bench.cost import Timings, Work, extra_bytes, time_in_turn
 from stillhouse.bench.loss import DIVERGENCES, NAIVE, OURS, PRODUCTS, Inputs, Setting, work_of
 from stillhouse.errors import ConfigError
-from stillhouse.logits import Codec, compress, decode
+from stillhouse.logits import TargetSpec, compress, decode
 from stillhouse.losses.divergences import divergence_named
 
 CPU = torch.device("cpu")
@@ -55,9 +55,10 @@ def test_targets_are_distributions_and_each_seed_has_its_own_data() -> None:
 def test_the_head_benchs_ways_find_the_same_targets() -> None:
     inputs = head.Inputs.of(SMALL, 0)
     (records_TB,), (logprobs_TK, ids_TK) = head.ours(inputs), head.eager(inputs)
-    decoded = decode(records_TB, Codec(SMALL.vocab_size, SMALL.k))
+    decoded = decode(records_TB, TargetSpec(SMALL.vocab_size, SMALL.k))
     assert torch.equal(decoded.token_ids_TK.sort(1).values.long(), ids_TK.sort(1).values)
-    exact = compress(*head.product(inputs), k=SMALL.k)
+    (logits_TV,) = head.product(inputs)
+    exact = compress(logits_TV, TargetSpec(SMALL.vocab_size, SMALL.k))
     torch.testing.assert_close(logprobs_TK, exact.logprobs_TK, rtol=1e-5, atol=1e-5)
 
 
@@ -151,7 +152,7 @@ def test_bench_head_writes_what_it_measured(tmp_path: Path) -> None:
     out = tmp_path / "head.json"
     head.bench_head(SMALL, repeats=2, command="stillhouse bench head", out=out)
     found = json.loads(out.read_text())
-    assert found["bytes_per_token"] == Codec(101, 7).bytes_per_token
+    assert found["bytes_per_token"] == TargetSpec(101, 7).bytes_per_token
     assert all(
         found["tokens_per_s"][way]["least"] > 0 for way in (head.PRODUCT, head.OURS, head.EAGER)
     )

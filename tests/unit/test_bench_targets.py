@@ -15,16 +15,16 @@ from stillhouse.bench.coding import coding
 from stillhouse.bench.targets import (
     BUDGETS,
     QUICK,
-    codec_within,
     figure,
     forms_of,
     record_of,
     share_of_the_gap,
+    spec_within,
     table,
 )
 from stillhouse.config import CorpusSection, TeacherSection
 from stillhouse.evaluation.scores import Scores
-from stillhouse.logits import Codec, compress, token_seeds
+from stillhouse.logits import TargetSpec, compress, token_seeds
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest
 from stillhouse.pipeline.toy import Shape
 from stillhouse.sequences import Corpus, prepare_corpus
@@ -37,7 +37,7 @@ LESSONS = Lessons(
     warmup_steps=1,
 )
 V = 300
-WHOLE = Codec(V, V)
+WHOLE = TargetSpec(V, V)
 
 
 def seeds(num_tokens: int) -> torch.Tensor:
@@ -59,8 +59,8 @@ def test_every_record_fills_its_budget_and_none_is_above_it(vocab_size: int) -> 
             for form in forms
             if form.bytes_per_token is not None and budget - 5 <= form.bytes_per_token <= budget
         ]
-        assert {form.codec.num_draws == 0 for form in within} == {True, False}
-        assert {form.codec.k == 0 for form in within} == {True, False}
+        assert {form.spec.num_draws == 0 for form in within} == {True, False}
+        assert {form.spec.k == 0 for form in within} == {True, False}
         assert "independent" in {form.kind for form in within}
     assert all(
         form.bytes_per_token is None or max(BUDGETS) >= form.bytes_per_token for form in forms
@@ -68,10 +68,8 @@ def test_every_record_fills_its_budget_and_none_is_above_it(vocab_size: int) -> 
 
 
 def test_one_draw_more_would_not_fit() -> None:
-    codec = codec_within(64, 4096, 10)
-    assert (
-        codec.bytes_per_token <= 64 < replace(codec, num_draws=codec.num_draws + 1).bytes_per_token
-    )
+    spec = spec_within(64, 4096, 10)
+    assert spec.bytes_per_token <= 64 < replace(spec, num_draws=spec.num_draws + 1).bytes_per_token
 
 
 School = tuple[PreTrainedModel, PreTrainedTokenizerFast, Corpus]
@@ -127,9 +125,12 @@ def test_a_record_that_keeps_everything_teaches_what_the_whole_distribution_does
 def test_a_student_is_the_same_alone_and_beside_others_and_another_with_another_seed(
     school: School,
 ) -> None:
-    form = Form("4+3", "stored", Codec(V, 4, num_draws=3))
+    form = Form("4+3", "stored", TargetSpec(V, 4, num_draws=3))
     alone = weights_of(form, school)
-    others = (Form("text", "text", WHOLE), Form("rs-6", "independent", Codec(V, 0, num_draws=6)))
+    others = (
+        Form("text", "text", WHOLE),
+        Form("rs-6", "independent", TargetSpec(V, 0, num_draws=6)),
+    )
     assert torch.equal(weights_of(form, school, beside=others), alone)
     assert not torch.equal(weights_of(form, school, seed=1), alone)
     assert not torch.equal(weights_of(replace(form, ce_weight=1.0), school), alone)
@@ -157,22 +158,22 @@ def test_weights_make_up_for_the_proposal(school: School, power: float) -> None:
     whole = weights_of(Form("everything", "everything", WHOLE), school)
     text = weights_of(Form("text", "text", WHOLE), school)
     weighted = weights_of(
-        Form("many", "weighted", Codec(V, 0, num_draws=4000), proposal=power), school
+        Form("many", "weighted", TargetSpec(V, 0, num_draws=4000), proposal=power), school
     )
     assert (whole - weighted).norm() < 0.3 * (whole - text).norm()
 
 
 def test_a_weight_takes_a_byte() -> None:
-    codec = Codec(V, 0, num_draws=9)
-    assert Form("", "weighted", codec).bytes_per_token == codec.bytes_per_token + 9
+    spec = TargetSpec(V, 0, num_draws=9)
+    assert Form("", "weighted", spec).bytes_per_token == spec.bytes_per_token + 9
 
 
 def test_independent_draws_vary_more_than_ours_and_mean_the_same() -> None:
     logits = random_logits(1, 20).expand(5000, 20)
-    codec = Codec(20, 0, num_draws=10)
+    spec = TargetSpec(20, 0, num_draws=10)
     counts = {}
     for kind in ("stored", "independent"):
-        ids = target_of(Form("", kind, codec), logits, seeds(5000), step_seed=3).tail_ids_TN.long()
+        ids = target_of(Form("", kind, spec), logits, seeds(5000), step_seed=3).tail_ids_TN.long()
         counts[kind] = torch.zeros(5000, 20).scatter_add_(1, ids, torch.ones(ids.shape))
     for found in counts.values():
         assert (found.mean(0) - 10 * logits[0].softmax(0)).abs().max() < 0.15
@@ -187,9 +188,9 @@ def test_the_bytes_of_counted_draws_are_those_of_a_code_that_can_be_read_back() 
     found = coding("peaks", logits, num_draws=10)
     assert (found.mean_distinct, found.multiset_bytes) == (
         1.0,
-        Codec(1000, 0, num_draws=10).bytes_per_token,
+        TargetSpec(1000, 0, num_draws=10).bytes_per_token,
     )
-    assert found.mean_counted_bytes == Codec(1000, 0, num_draws=1).bytes_per_token + 1 + 2
+    assert found.mean_counted_bytes == TargetSpec(1000, 0, num_draws=1).bytes_per_token + 1 + 2
     flat = coding("flat", torch.zeros(4, 151_936), num_draws=50)
     assert flat.mean_distinct > 49
     assert (
@@ -232,8 +233,8 @@ def test_what_was_measured_is_kept_and_drawn(tmp_path: Path) -> None:
 
 def test_compression_is_the_teachers_own() -> None:
     logits = random_logits(6)
-    codec = Codec(V, 5, num_draws=4)
-    found = target_of(Form("", "stored", codec), logits, seeds(6), step_seed=0)
-    wanted = compress(logits, k=5, tail_draws=4, seeds_T=seeds(6))
+    spec = TargetSpec(V, 5, num_draws=4)
+    found = target_of(Form("", "stored", spec), logits, seeds(6), step_seed=0)
+    wanted = compress(logits, TargetSpec(logits.shape[1], 5, num_draws=4), seeds_T=seeds(6))
     assert torch.equal(found.tail_ids_TN, wanted.tail_ids_TN)
     assert torch.equal(found.token_ids_TK.sort().values, wanted.token_ids_TK.sort().values)

@@ -81,7 +81,7 @@ def test_it_says_what_follows_from_the_config(check: Check, filled: Plan) -> Non
     assert f"{corpus.num_sequences:,} sequences of 32 tokens" in rows["corpus"]
     assert f"{corpus.num_targets:,} of them with a target; 8 more are held out" in rows["corpus"]
     assert (
-        f"k = 8, 12 draws from the tail, {recipe.codec.name}: {recipe.codec.bytes_per_token} "
+        f"k = 8, 12 draws from the tail, {recipe.spec.codec_name}: {recipe.spec.bytes_per_token} "
         "bytes each" in rows["targets"]
     )
     assert recipe.fingerprint[:16] in rows["store"]

@@ -23,7 +23,7 @@ from stillhouse.engines.base import draw_seeds, probe_item
 from stillhouse.engines.probe import Probe, mean_kl, require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.errors import ModelError, TeacherError
-from stillhouse.logits import CompressedLogits, backend_for, compress, concatenate
+from stillhouse.logits import CompressedLogits, TargetSpec, backend_for, compress, concatenate
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 
@@ -80,7 +80,12 @@ def each_document_alone(section: TeacherSection, item: WorkItem) -> CompressedLo
                 0, :, : RECIPE.vocab_size
             ]
             wanted = torch.from_numpy(mask_L[start:stop] == 1)
-            parts.append(compress(logits_LV[wanted], k=RECIPE.k, temperature=RECIPE.temperature))
+            parts.append(
+                compress(
+                    logits_LV[wanted],
+                    TargetSpec(logits_LV.shape[1], RECIPE.k, temperature=RECIPE.temperature),
+                )
+            )
     return concatenate(parts)
 
 

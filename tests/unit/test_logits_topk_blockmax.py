@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.targets import bucketed
 from stillhouse.errors import TeacherError
 from stillhouse.logits import (
     CompressedLogits,
     Head,
+    TargetSpec,
     backend_for,
     compress,
     compress_hidden,
@@ -74,7 +76,7 @@ def assert_equals_the_reference(
     the reference comes."""
     raw = split(logits, k=k, temperature=temperature)
     target, lse = normalise(raw, vocab_size=logits.shape[1], temperature=temperature)
-    wanted = compress_reference(logits, k=k, temperature=temperature)
+    wanted = bucketed(logits, k, temperature=temperature, by=compress_reference)
     assert torch.equal(target.token_ids_TK, wanted.token_ids_TK)
     ids = wanted.token_ids_TK.long()
     assert torch.equal(raw.logits_TK, logits.float().gather(1, ids))
@@ -260,7 +262,9 @@ def test_rows_in_doubt_are_asked_for_a_block_at_a_time() -> None:
 
     hidden = torch.full((24, 3), math.nan)
     with pytest.raises(TeacherError, match=r"token 0 .*20 NaN"):
-        compress_hidden(hidden, Recording(torch.ones(20, 3)), k=2, block_tokens=4)
+        compress_hidden(
+            hidden, Recording(torch.ones(20, 3)), spec=TargetSpec(20, 2), block_tokens=4
+        )
     assert asked == [4] * 7
 
 
@@ -287,13 +291,14 @@ def test_a_broken_compiler_is_a_reason_and_not_an_error(
 ) -> None:
     found = blockmax_cpu.compile_with(executable(tmp_path / "cc", script))
     assert found.split_rows is None
-    assert why in found.why
+    assert why in found.reason
 
 
 def test_a_missing_compiler_is_a_reason(tmp_path: FilePath) -> None:
-    assert "no C compiler" in blockmax_cpu.compile_with(None).why
+    assert "no C compiler" in blockmax_cpu.compile_with(None).reason
     assert (
-        "makes nothing that can be loaded" in blockmax_cpu.compile_with(str(tmp_path / "gone")).why
+        "makes nothing that can be loaded"
+        in blockmax_cpu.compile_with(str(tmp_path / "gone")).reason
     )
 
 
@@ -304,7 +309,9 @@ def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: FilePath) -> No
         return
     (tmp_path / "wrong.c").write_text("int split_rows(void) { return 0; }\n")
     script = f'for last; do :; done; {compiler} -shared -fPIC {tmp_path / "wrong.c"} -o "$last"'
-    assert "answers wrongly" in blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).why
+    assert (
+        "answers wrongly" in blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).reason
+    )
 
 
 def find(name: str) -> str | None:
@@ -318,7 +325,7 @@ def test_the_path_says_which_and_why() -> None:
     assert backend_for(logits, k=3).name == (
         "native" if blockmax_cpu.compiled().split_rows else "blockmax"
     )
-    assert backend_for(logits, k=3).reason == blockmax_cpu.compiled().why
+    assert backend_for(logits, k=3).reason == blockmax_cpu.compiled().reason
     assert backend_for(logits[:0], k=3).reason == "there are no logits"
     assert backend_for(logits, k=3, temperature=1e-35).name == "reference"
     assert backend_for(logits.to("meta"), k=3).reason == "there are no kernels for meta"
@@ -327,7 +334,7 @@ def test_the_path_says_which_and_why() -> None:
 def test_an_extreme_temperature_is_the_references_affair() -> None:
     logits = torch.tensor([[0.0, -1e-36, 2e-36]])
     for way in (compress, compress_reference):
-        c: CompressedLogits = way(logits, k=2, temperature=1e-36)
+        c: CompressedLogits = way(logits, TargetSpec(3, 2, temperature=1e-36))
         assert c.token_ids_TK.tolist() == [[2, 0]]
         assert c.logprobs_TK[0].tolist() == pytest.approx([-0.1698, -2.1698], abs=1e-3)
 
@@ -336,4 +343,4 @@ def test_a_bad_row_in_a_later_block_of_rows_is_named() -> None:
     logits = torch.zeros(70, 131_073, dtype=torch.bfloat16)
     logits[69, 131_072] = math.nan
     with pytest.raises(TeacherError, match=r"token 69 .*1 NaN and 0"):
-        compress(logits, k=3)
+        compress(logits, TargetSpec(logits.shape[1], 3))

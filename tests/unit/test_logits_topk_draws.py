@@ -4,17 +4,17 @@ any batch and any block."""
 import math
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.targets import bucketed
 from stillhouse.errors import ConfigError
 from stillhouse.logits import (
-    Codec,
     Head,
+    TargetSpec,
     compress,
     compress_hidden,
     compress_reference,
@@ -100,11 +100,11 @@ def test_each_draw_is_where_its_number_falls_in_the_sums_of_whole_masses(
 SPLITS = ["torch", "torch, at once", *(["c"] if blockmax_cpu.compiled().split_rows else [])]
 
 
-@pytest.mark.parametrize("path", ["reference", *SPLITS])
+@pytest.mark.parametrize("backend", ["reference", *SPLITS])
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_every_path_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
-    path: str, data: st.DataObject
+def test_every_backend_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
+    backend: str, data: st.DataObject
 ) -> None:
     """Sums in float32 may move a border between two ids by a few millionths of the tail, and
     nothing else."""
@@ -127,7 +127,7 @@ def test_every_path_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
     logits[:, vocab_size // 2] = data.draw(st.sampled_from([0.0, 60.0]))
     logits = logits.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
 
-    kept = compress_reference(logits, k=k).token_ids_TK.long()
+    kept = bucketed(logits, k, by=compress_reference).token_ids_TK.long()
     tail = (logits.double() / temperature).scatter(1, kept, -math.inf)
     has_tail = tail.amax(dim=1) > -math.inf
     borders = torch.cat([torch.zeros(3, 1), tail.softmax(dim=1).cumsum(dim=1)], dim=1)
@@ -139,7 +139,7 @@ def test_every_path_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
         torch.arange(num_draws) + torch.tensor(numbers, dtype=torch.float64) * 2.0**-53
     ) / num_draws
 
-    ids = by_path(path, logits, k=k, num_draws=num_draws, temperature=temperature).long()
+    ids = by_backend(backend, logits, k=k, num_draws=num_draws, temperature=temperature).long()
     assert (ids[:, 1:] >= ids[:, :-1]).all()
     assert not (ids[:, :, None] == kept[:, None, :]).any()
     assert (logits.gather(1, ids) > -math.inf)[has_tail].all()
@@ -147,20 +147,22 @@ def test_every_path_draws_the_id_in_whose_share_of_the_tail_the_number_falls(
     assert (places <= borders.gather(1, ids + 1) + 3e-6)[has_tail].all()
 
 
-def by_path(
-    path: str, logits: torch.Tensor, *, k: int, num_draws: int, temperature: float
+def by_backend(
+    backend: str, logits: torch.Tensor, *, k: int, num_draws: int, temperature: float
 ) -> torch.Tensor:
-    """The draws of `seeds`, whatever path `compress` itself would take."""
-    if path == "reference":
+    """The draws of `seeds` by one backend, whichever `compress` would take."""
+    if backend == "reference":
         return compress_reference(
-            logits, k=k, tail_draws=num_draws, temperature=temperature, seeds_T=seeds(len(logits))
+            logits,
+            TargetSpec(logits.shape[1], k, num_draws=num_draws, temperature=temperature),
+            seeds_T=seeds(len(logits)),
         ).tail_ids_TN
     split_rows = blockmax_cpu.compiled().split_rows
-    if path == "c" and split_rows:
+    if backend == "c" and split_rows:
         raw = blockmax_cpu.split(split_rows, logits, k=k, temperature=temperature)
     else:
         raw = blockmax_torch.split(logits, k=k, temperature=temperature)
-    if path.endswith("at once"):
+    if backend.endswith("at once"):
         return draw_rest(
             logits, raw, seeds(len(logits)), num_draws=num_draws, temperature=temperature
         )
@@ -199,7 +201,7 @@ def test_draws_follow_the_tail_of_the_teacher(k: int) -> None:
     """Of 31 - k ids, each expected 20 times or more among 60,000 draws: 66 is the chi-square's
     99.99th percentile at 30 degrees."""
     logits = random_logits(1, 31, scale=1.5)
-    c = compress(logits.expand(60_000, 31), k=k, tail_draws=1, seeds_T=seeds(60_000))
+    c = compress(logits.expand(60_000, 31), TargetSpec(31, k, num_draws=1), seeds_T=seeds(60_000))
     tail = logits[0].double().softmax(0)
     tail[c.token_ids_TK[0].long()] = 0
     tail /= tail.sum()
@@ -213,7 +215,9 @@ def test_several_draws_mean_the_tail_and_vary_less_than_independent_ones() -> No
     num_tokens, num_draws = 20_000, 8
     logits = random_logits(1, 25, scale=1.5)
     c = compress(
-        logits.expand(num_tokens, 25), k=2, tail_draws=num_draws, seeds_T=seeds(num_tokens)
+        logits.expand(num_tokens, 25),
+        TargetSpec(25, 2, num_draws=num_draws),
+        seeds_T=seeds(num_tokens),
     )
     tail = logits[0].double().softmax(0)
     tail[c.token_ids_TK[0].long()] = 0
@@ -275,9 +279,12 @@ def test_draws_ascend_and_are_never_kept_and_never_impossible(data: st.DataObjec
     logits[:, vocab_size // 2] = 0.0
     c = compress(
         logits,
-        k=k,
-        tail_draws=num_draws,
-        temperature=data.draw(st.sampled_from([0.5, 1.0, 3.0])),
+        TargetSpec(
+            logits.shape[1],
+            k,
+            num_draws=num_draws,
+            temperature=data.draw(st.sampled_from([0.5, 1.0, 3.0])),
+        ),
         seeds_T=seeds(4),
     )
     ids = c.tail_ids_TN.long()
@@ -292,32 +299,32 @@ def test_draws_ascend_and_are_never_kept_and_never_impossible(data: st.DataObjec
 def test_a_tail_far_below_the_kept_entries_is_drawn_as_finely_as_any() -> None:
     tail = random_logits(1, 40)
     logits = torch.cat([tail - 80.0, torch.tensor([[30.0]])], dim=1)
-    found = compress(logits, k=1, tail_draws=50, seeds_T=seeds(1)).tail_ids_TN
+    found = compress(
+        logits, TargetSpec(logits.shape[1], 1, num_draws=50), seeds_T=seeds(1)
+    ).tail_ids_TN
     assert torch.equal(
-        found, compress(tail - 80.0, k=0, tail_draws=50, seeds_T=seeds(1)).tail_ids_TN
+        found, compress(tail - 80.0, TargetSpec(40, 0, num_draws=50), seeds_T=seeds(1)).tail_ids_TN
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_made_again_has_the_same_draws_whatever_comes_with_it(dtype: torch.dtype) -> None:
     logits = random_logits(40, 3001).to(dtype)
-    options: dict[str, Any] = {"k": 5, "tail_draws": 9, "temperature": 1.3}
-    whole = compress(logits, seeds_T=seeds(40), **options).tail_ids_TN
+    spec = TargetSpec(3001, 5, num_draws=9, temperature=1.3)
+    whole = compress(logits, spec, seeds_T=seeds(40)).tail_ids_TN
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     assert torch.equal(
-        compress(logits[order], seeds_T=seeds(40)[order], **options).tail_ids_TN, whole[order]
+        compress(logits[order], spec, seeds_T=seeds(40)[order]).tail_ids_TN, whole[order]
     )
     for size in (1, 3, 17):
         parts = zip(logits.split(size), seeds(40).split(size), strict=True)
         assert torch.equal(
             torch.cat(
-                [compress(rows, seeds_T=of_rows, **options).tail_ids_TN for rows, of_rows in parts]
+                [compress(rows, spec, seeds_T=of_rows).tail_ids_TN for rows, of_rows in parts]
             ),
             whole,
         )
-    assert not torch.equal(
-        compress(logits, seeds_T=seeds(40, seed=8), **options).tail_ids_TN, whole
-    )
+    assert not torch.equal(compress(logits, spec, seeds_T=seeds(40, seed=8)).tail_ids_TN, whole)
 
 
 @pytest.mark.parametrize("block_tokens", [1, 4, 9, 1024])
@@ -325,12 +332,11 @@ def test_blocks_of_hidden_states_have_the_draws_of_their_logits(block_tokens: in
     hidden, weight = random_logits(9, 6), random_logits(120, 6, seed=1)
     head = Head(weight.round())
     hidden = hidden.round()  # so that every matrix product is exact, however it is cut
-    found = compress_hidden(
-        hidden, head, k=4, tail_draws=7, seeds_T=seeds(9), block_tokens=block_tokens
-    )
+    spec = TargetSpec(120, 4, num_draws=7)
+    found = compress_hidden(hidden, head, spec=spec, seeds_T=seeds(9), block_tokens=block_tokens)
     assert torch.equal(
         found.tail_ids_TN,
-        compress(head.logits(hidden), k=4, tail_draws=7, seeds_T=seeds(9)).tail_ids_TN,
+        compress(head.logits(hidden), spec, seeds_T=seeds(9)).tail_ids_TN,
     )
 
 
@@ -338,9 +344,7 @@ def test_these_draws_are_the_same_in_every_version() -> None:
     logits = torch.linspace(4, -4, 1000).repeat(2, 1)
     c = compress(
         logits,
-        k=2,
-        tail_draws=6,
-        temperature=2.0,
+        TargetSpec(logits.shape[1], 2, num_draws=6, temperature=2.0),
         seeds_T=token_seeds(42, torch.tensor([5, 5]), torch.tensor([0, 1])),
     )
     assert c.tail_ids_TN.tolist() == [[22, 81, 115, 228, 327, 478], [8, 70, 124, 196, 326, 669]]
@@ -350,45 +354,38 @@ def test_these_draws_are_the_same_in_every_version() -> None:
 def test_draws_at_a_real_vocabulary_come_back_from_few_bytes(
     k: int, num_draws: int, most_bytes: int
 ) -> None:
-    codec = Codec(151_936, k, num_draws=num_draws)
-    assert codec.bytes_per_token <= most_bytes
-    c = compress(random_logits(3, 151_936), k=k, tail_draws=num_draws, seeds_T=seeds(3))
-    back = decode(encode(c, codec), codec)
+    spec = TargetSpec(151_936, k, num_draws=num_draws)
+    assert spec.bytes_per_token <= most_bytes
+    c = compress(random_logits(3, 151_936), spec, seeds_T=seeds(3))
+    back = decode(encode(c, spec), spec)
     assert torch.equal(back.tail_ids_TN, c.tail_ids_TN)
     assert torch.equal(back.token_ids_TK, c.token_ids_TK)
     torch.testing.assert_close(densify(back).exp().sum(1), torch.ones(3), rtol=0, atol=1e-3)
 
 
 def test_nothing_is_drawn_unless_asked_for() -> None:
-    assert compress(random_logits(3, 20), k=4).tail_ids_TN.shape == (3, 0)
-    assert compress(torch.empty(0, 20), k=4, tail_draws=5, seeds_T=seeds(0)).tail_ids_TN.shape == (
+    assert compress(random_logits(3, 20), TargetSpec(20, 4)).tail_ids_TN.shape == (3, 0)
+    assert compress(
+        torch.empty(0, 20), TargetSpec(20, 4, num_draws=5), seeds_T=seeds(0)
+    ).tail_ids_TN.shape == (
         0,
         5,
     )
 
 
 @pytest.mark.parametrize(
-    ("k", "tail_draws", "seeds_T", "complaint"),
+    ("seeds_T", "complaint"),
     [
-        (4, -1, None, "-1 draws"),
-        (
-            20,
-            3,
-            seeds(2),
-            r"3 draws are asked for from a tail of 0 ids \(k is 20 of 20\); draw none, or keep "
-            r"fewer",
-        ),
-        (4, 3, None, "3 draws are asked for with no seeds for 2 tokens; pass one for each"),
-        (4, 3, seeds(3), r"with seeds of shape \[3\] for 2 tokens"),
+        (None, "3 draws are asked for with no seeds for 2 tokens; pass one for each"),
+        (seeds(3), r"with seeds of shape \[3\] for 2 tokens"),
     ],
-    ids=["negative", "no tail", "no seeds", "other seeds"],
+    ids=["no seeds", "other seeds"],
 )
-def test_impossible_draws_are_refused(
-    k: int, tail_draws: int, seeds_T: torch.Tensor | None, complaint: str
+def test_draws_without_a_seed_for_each_token_are_refused(
+    seeds_T: torch.Tensor | None, complaint: str
 ) -> None:
+    spec = TargetSpec(20, 4, num_draws=3)
     with pytest.raises(ConfigError, match=complaint):
-        compress(torch.zeros(2, 20), k=k, tail_draws=tail_draws, seeds_T=seeds_T)
+        compress(torch.zeros(2, 20), spec, seeds_T=seeds_T)
     with pytest.raises(ConfigError, match=complaint):
-        compress_hidden(
-            torch.zeros(2, 4), Head(torch.zeros(20, 4)), k=k, tail_draws=tail_draws, seeds_T=seeds_T
-        )
+        compress_hidden(torch.zeros(2, 4), Head(torch.zeros(20, 4)), spec=spec, seeds_T=seeds_T)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.spawn import spawn
 
 from stillhouse.errors import ConfigError, TeacherError
-from stillhouse.logits import CompressedLogits, compress, compress_reference
+from stillhouse.logits import CompressedLogits, TargetSpec, compress, compress_reference
 from stillhouse.logits.topk.found import normalise
 from stillhouse.logits.topk.shards import compress_shard, merge_shards, shard_topk
 
@@ -35,16 +35,14 @@ def assert_same_target(found: CompressedLogits, wanted: CompressedLogits) -> Non
     assert (found.vocab_size, found.temperature) == (wanted.vocab_size, wanted.temperature)
 
 
-def merged(
-    logits: torch.Tensor, bounds: list[int], *, k: int, temperature: float = 1.0
-) -> CompressedLogits:
+def merged(logits: torch.Tensor, bounds: list[int], spec: TargetSpec) -> CompressedLogits:
     edges = [0, *bounds, logits.shape[1]]
     shards = [
-        shard_topk(logits[:, start:stop], first_id=start, k=k, temperature=temperature)
+        shard_topk(logits[:, start:stop], first_id=start, k=spec.k, temperature=spec.temperature)
         for start, stop in pairwise(edges)
     ]
-    raw = merge_shards(shards[::-1], k=k, vocab_size=logits.shape[1], temperature=temperature)
-    return normalise(raw, vocab_size=logits.shape[1], temperature=temperature)[0]
+    raw = merge_shards(shards[::-1], spec)
+    return normalise(raw, vocab_size=spec.vocab_size, temperature=spec.temperature)[0]
 
 
 @given(data=st.data())
@@ -67,20 +65,22 @@ def test_any_split_gives_the_target_of_the_whole(data: st.DataObject) -> None:
     )
     bounds = sorted(data.draw(st.lists(st.integers(0, vocab_size), max_size=4)))
     temperature = data.draw(st.sampled_from([1.0, 0.7, 3.0]))
-    wanted = compress_reference(logits, k=k, temperature=temperature)
-    assert_same_target(merged(logits, bounds, k=k, temperature=temperature), wanted)
+    # with k = 0 a spec has draws, which a merge does not look at
+    spec = TargetSpec(vocab_size, k, num_draws=int(k == 0), temperature=temperature)
+    wanted = compress_reference(logits, spec, seeds_T=torch.zeros(len(logits), dtype=torch.int64))
+    assert_same_target(merged(logits, bounds, spec), wanted)
 
 
 def test_a_tail_below_what_float32_can_hold_keeps_its_digits() -> None:
     logits = torch.zeros(2, 1001)
     logits[0, 500], logits[1, 3] = 100.0, 250.0
-    tails = merged(logits, [400, 900], k=1).tail_logmass_T.tolist()
+    tails = merged(logits, [400, 900], TargetSpec(1001, 1)).tail_logmass_T.tolist()
     assert tails == pytest.approx([math.log(1000) - 100, math.log(1000) - 250], rel=1e-6)
 
 
-def test_an_impossible_k_is_refused_before_anything_is_sent() -> None:
-    with pytest.raises(ConfigError, match="k is 9"):
-        compress_shard(torch.zeros(2, 4), first_id=0, vocab_size=8, k=9)
+def test_draws_are_refused_before_anything_is_sent() -> None:
+    with pytest.raises(ConfigError, match="3 draws are asked for from a head that is split"):
+        compress_shard(torch.zeros(2, 4), TargetSpec(8, 2, num_draws=3), first_id=0)
 
 
 LOGITS = random_logits(5, 1003, seed=7, step=0.5)
@@ -121,10 +121,8 @@ def compress_the_shard_of(
     first, last = EDGES[world_size][rank : rank + 2]
     c = compress_shard(
         logits[:, first:last],
+        TargetSpec(1003, K, temperature=TEMPERATURE),
         first_id=first,
-        vocab_size=1003,
-        k=K,
-        temperature=TEMPERATURE,
         group=group,
     )
     return {name: getattr(c, name) for name in FIELDS}
@@ -141,7 +139,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_rank_has_the_target_of_the_whole(
     found: list[dict[str, Any]], world_size: int, dtype: torch.dtype
 ) -> None:
-    wanted = compress(LOGITS.to(dtype), k=K, temperature=TEMPERATURE)
+    wanted = compress(LOGITS.to(dtype), TargetSpec(LOGITS.shape[1], K, temperature=TEMPERATURE))
     for rank in range(world_size):
         target = CompressedLogits(
             **found[rank][str(world_size)], vocab_size=1003, temperature=TEMPERATURE

@@ -1,7 +1,7 @@
-"""The kernels, in Triton's interpreter: the reference's ids bit for bit, sums to the rounding of
-float32, or doubt.
+"""The Triton kernels equal the reference, or doubt the row: ids bit for bit, sums to the rounding
+of float32.
 
-The interpreter is slow, its sorts slower still: so shapes are small here.
+They run in Triton's interpreter, which is slow, so shapes are small.
 """
 
 import errno
@@ -18,15 +18,17 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.compiling import Kernel, machine_code_sizes
+from helpers.targets import bucketed
 from stillhouse.logits import (
     Backend,
     Head,
+    TargetSpec,
     backend_for,
-    compress_hidden,
     compress_reference,
     token_seeds,
 )
 from stillhouse.logits.topk import blockmax_torch, blockmax_triton
+from stillhouse.logits.topk.dispatch import compress_in_blocks
 from stillhouse.logits.topk.draws import draw_in_blocks
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -48,7 +50,7 @@ def assert_equals_the_reference_or_doubts(
     """The rows that are to be done again."""
     raw, again = blockmax_triton.launch(logits, k=k, temperature=temperature, width=width)
     target, lse = normalise(raw, vocab_size=logits.shape[1], temperature=temperature)
-    wanted = compress_reference(logits, k=k, temperature=temperature)
+    wanted = bucketed(logits, k, temperature=temperature, by=compress_reference)
     sure = ~again
     assert torch.equal(target.token_ids_TK[sure], wanted.token_ids_TK[sure])
     assert torch.equal(
@@ -134,7 +136,9 @@ def test_draws_from_the_kernels_sums_are_the_references() -> None:
     found = draw_in_blocks(logits, raw, seeds, num_draws=8, temperature=1.5)
     assert torch.equal(
         found,
-        compress_reference(logits, k=5, tail_draws=8, temperature=1.5, seeds_T=seeds).tail_ids_TN,
+        compress_reference(
+            logits, TargetSpec(logits.shape[1], 5, num_draws=8, temperature=1.5), seeds_T=seeds
+        ).tail_ids_TN,
     )
 
 
@@ -152,7 +156,7 @@ TRIED = {"vocab_size": 2000, "k": 8, "dtype": torch.float32, "row_stride": 2000}
     ],
 )
 def test_the_self_test_passes_here_for_logits_of_any_kind(change: dict[str, Any]) -> None:
-    assert blockmax_triton.defect(CPU, **(TRIED | change)) is None
+    assert blockmax_triton.self_test_failure(CPU, **(TRIED | change)) is None
 
 
 def test_what_is_tried_is_what_will_be_read() -> None:
@@ -165,7 +169,7 @@ def test_what_is_tried_is_what_will_be_read() -> None:
         )
 
     assert (
-        blockmax_triton.defect(
+        blockmax_triton.self_test_failure(
             CPU, vocab_size=151_669, k=512, dtype=torch.bfloat16, row_stride=151_680, launch=launch
         )
         is None
@@ -205,8 +209,8 @@ class FailingOnce:
 def test_a_failure_that_may_pass_is_told_and_the_next_call_tries_again(failure: Exception) -> None:
     launch = FailingOnce(failure)
     with pytest.raises(type(failure)):
-        blockmax_triton.defect(CPU, **TRIED, launch=launch)
-    assert blockmax_triton.defect(CPU, **TRIED, launch=launch) is None
+        blockmax_triton.self_test_failure(CPU, **TRIED, launch=launch)
+    assert blockmax_triton.self_test_failure(CPU, **TRIED, launch=launch) is None
     assert launch.num_calls == 2
 
 
@@ -222,7 +226,7 @@ def test_a_failure_that_may_pass_is_told_and_the_next_call_tries_again(failure: 
 )
 def test_a_failure_that_lasts_is_a_reason_which_is_remembered(failure: Exception) -> None:
     launch = FailingOnce(failure)
-    reasons = [blockmax_triton.defect(CPU, **TRIED, launch=launch) for _ in range(2)]
+    reasons = [blockmax_triton.self_test_failure(CPU, **TRIED, launch=launch) for _ in range(2)]
     assert reasons[0] == reasons[1]
     assert f"fails on cpu: {type(failure).__name__}: {failure}" in str(reasons[0])
     assert launch.num_calls == 1
@@ -243,11 +247,13 @@ def test_kernels_that_answer_wrongly_or_doubt_every_row_are_refused() -> None:
         )
 
     for launch in (wrong, doubtful):
-        assert "answers wrongly on cpu" in str(blockmax_triton.defect(CPU, **TRIED, launch=launch))
+        assert "answers wrongly on cpu" in str(
+            blockmax_triton.self_test_failure(CPU, **TRIED, launch=launch)
+        )
 
 
 def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """The description of logits on a GPU, which need not be there."""
+    """Fake logits on a GPU, for which no GPU is needed."""
     with FakeTensorMode():
         return torch.empty((8, vocab_size), dtype=dtype, device="cuda")
 
@@ -256,23 +262,23 @@ def on_a_gpu(vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tens
 def test_more_entries_than_the_kernels_compile_for_take_the_references_way_and_say_so(
     k: int,
 ) -> None:
-    path = backend_for(on_a_gpu(151_936), k=k)
-    assert (path.name, path.reason) == (
+    backend = backend_for(on_a_gpu(151_936), k=k)
+    assert (backend.name, backend.reason) == (
         "reference",
         f"k is {k}, and the kernels are for 512 entries at most",
     )
 
 
 def test_a_small_vocabulary_on_a_gpu_takes_torchs_filter_and_says_so() -> None:
-    path = backend_for(on_a_gpu(300), k=20)
-    assert (path.name, path.reason) == (
+    backend = backend_for(on_a_gpu(300), k=20)
+    assert (backend.name, backend.reason) == (
         "blockmax",
         "300 logits are too few blocks to filter for 20",
     )
 
 
 def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() -> None:
-    """Flat rows hold more entries than there is room for; the others are the kernels' own."""
+    """Flat rows have more candidates than room; the kernels compress the others."""
     asked: list[int] = []
 
     class Recording(Head):
@@ -283,15 +289,15 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
     hidden = torch.randn(13, 8, generator=torch.Generator().manual_seed(0))
     hidden[[0, 2, 3, 4, 7, 8, 9, 11, 12]] = 0.0
     head = Recording(torch.randn(600, 8, generator=torch.Generator().manual_seed(1)))
-    found = compress_hidden(
-        hidden,
-        head,
-        k=3,
+    found = compress_in_blocks(
+        lambda rows: head.logits(hidden[rows]),
+        TargetSpec(600, 3),
+        seeds_T=torch.zeros(13, dtype=torch.int64),
         block_tokens=4,
         choose_backend=lambda *_, **__: Backend("triton", "the interpreter's"),
     )
     assert asked == [4, 4, 4, 1, 4, 4, 1]
-    wanted = compress_reference(hidden @ head.weight_VH.T, k=3)
+    wanted = compress_reference(hidden @ head.weight_VH.T, TargetSpec(600, 3))
     assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)
     torch.testing.assert_close(found.logprobs_TK, wanted.logprobs_TK, rtol=2e-6, atol=4e-6)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import ConfigError, ModelError
-from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
+from stillhouse.logits import CompressedLogits, Head, TargetSpec, compress, token_seeds
 from stillhouse.losses.distillation import LossTerms, distillation_loss
 from stillhouse.losses.divergences import (
     Divergence,
@@ -69,7 +69,9 @@ def hidden() -> Tensor:
 
 @pytest.fixture
 def target() -> CompressedLogits:
-    return compress(2 * torch.randn(11, 30, generator=torch.Generator().manual_seed(3)), k=5)
+    return compress(
+        2 * torch.randn(11, 30, generator=torch.Generator().manual_seed(3)), TargetSpec(30, 5)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,7 +154,8 @@ def test_the_total_weighs_the_divergence_by_the_square_of_its_temperature(
     hidden: Tensor, head: Head
 ) -> None:
     target = compress(
-        torch.randn(11, 30, generator=torch.Generator().manual_seed(3)), k=5, temperature=3.0
+        torch.randn(11, 30, generator=torch.Generator().manual_seed(3)),
+        TargetSpec(30, 5, temperature=3.0),
     )
     labels_T = torch.arange(11)
     terms = loss(hidden, head, target, labels_T=labels_T, ce_weight=0.25, divergence_weight=0.5)
@@ -165,7 +168,7 @@ def test_the_total_weighs_the_divergence_by_the_square_of_its_temperature(
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(hidden: Tensor, head: Head) -> None:
     hidden.requires_grad_()
-    target = compress(head.logits(hidden.detach()), k=5)
+    target = compress(head.logits(hidden.detach()), TargetSpec(30, 5))
     for name in NAMES:
         terms = loss(hidden, head, target, divergence=divergence_named(name, MIX))
         (gradient,) = torch.autograd.grad(terms.total, hidden)
@@ -222,7 +225,9 @@ def test_a_target_of_another_vocabulary_is_refused(
 def drawn_target(k: int) -> CompressedLogits:
     logits_TV = 2 * torch.randn(11, 30, generator=torch.Generator().manual_seed(3))
     return compress(
-        logits_TV, k=k, tail_draws=4, seeds_T=token_seeds(1, torch.arange(11), torch.zeros(11))
+        logits_TV,
+        TargetSpec(logits_TV.shape[1], k, num_draws=4),
+        seeds_T=token_seeds(1, torch.arange(11), torch.zeros(11)),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.errors import StudentError
-from stillhouse.logits import CompressedLogits, Head, compress, token_seeds
+from stillhouse.logits import CompressedLogits, Head, TargetSpec, compress, token_seeds
 from stillhouse.losses.distillation import LossTerms, distillation_loss
 from stillhouse.losses.divergences import divergence_named
 from stillhouse.losses.fused_head import add_product_
@@ -256,9 +256,7 @@ def test_over_the_draws_the_mean_gradient_is_that_of_the_dense_forward_kl(
     seeds_T = token_seeds(11, torch.arange(num_seeds), torch.zeros(num_seeds))
     target = compress(
         teacher_V.expand(num_seeds, -1),
-        k=k,
-        tail_draws=num_draws,
-        temperature=temperature,
+        TargetSpec(vocab_size, k, num_draws=num_draws, temperature=temperature),
         seeds_T=seeds_T,
     )
     hidden_TH = student_V.double().expand(num_seeds, -1).clone().requires_grad_()

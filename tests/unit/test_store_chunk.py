@@ -17,7 +17,7 @@ import xxhash
 
 from helpers.chunks import arrays_of, make_chunk, small_recipe, with_arrays
 from stillhouse.errors import ChunkError
-from stillhouse.logits import Codec, CompressedLogits, decode, encode
+from stillhouse.logits import CompressedLogits, TargetSpec, decode, encode
 from stillhouse.sequence import Sequences
 from stillhouse.store import Chunk, Recipe, pack_chunk, unpack_chunk
 from stillhouse.store.chunk import MAX_HEADER_BYTES, checksum_of
@@ -333,12 +333,12 @@ def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: s
             np.array(golden["positions"], np.int32),
             np.array(golden["loss_mask"], np.uint8),
         ),
-        encode(wanted, recipe.codec).numpy(),
+        encode(wanted, recipe.spec).numpy(),
     )
     assert pack_chunk(chunk, recipe) == data
     found = unpack_chunk(data, recipe, golden["number"])
     assert_same(found, chunk)
-    decoded = decode(torch.from_numpy(found.targets_NB), recipe.codec)
+    decoded = decode(torch.from_numpy(found.targets_NB), recipe.spec)
     assert torch.equal(decoded.token_ids_TK, wanted.token_ids_TK)
     assert torch.equal(decoded.tail_ids_TN, wanted.tail_ids_TN)
     torch.testing.assert_close(decoded.logprobs_TK, wanted.logprobs_TK, rtol=0, atol=1e-6)
@@ -352,8 +352,8 @@ def test_the_sizes_on_the_format_page_are_the_codecs() -> None:
     assert len(lines) == 10
     for line in lines:
         k, num_draws, value_bits, *sizes = (int(number) for number in line)
-        codecs = [
-            Codec(v, k, num_draws=num_draws, value_bits=value_bits)
+        specs = [
+            TargetSpec(v, k, num_draws=num_draws, value_bits=value_bits)
             for v in (32_000, 128_256, 151_936, 262_144)
         ]
-        assert [codec.bytes_per_token for codec in codecs] == sizes
+        assert [spec.bytes_per_token for spec in specs] == sizes

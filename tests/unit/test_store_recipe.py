@@ -12,7 +12,7 @@ import pytest
 
 from helpers.chunks import small_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.logits import Codec
+from stillhouse.logits import TargetSpec
 from stillhouse.store import Recipe, differences, nearest
 from stillhouse.store.recipe import parse_recipe
 
@@ -80,7 +80,7 @@ def test_chunks_cover_every_sequence_once() -> None:
 
 def test_the_codec_is_the_recipes() -> None:
     recipe = small_recipe(k=7, num_draws=2, value_bits=6, temperature=0.5)
-    assert recipe.codec == Codec(300, 7, num_draws=2, value_bits=6, temperature=0.5)
+    assert recipe.spec == TargetSpec(300, 7, num_draws=2, value_bits=6, temperature=0.5)
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_the_codec_is_the_recipes() -> None:
         ({"num_sequences": 0}, "num_sequences is 0, wanted at least 1"),
         ({"sequence_length": 1}, "sequence_length is 1, wanted at least 2"),
         ({"chunk_sequences": True}, "chunk_sequences is True, wanted int"),
-        ({"k": 301}, "k is 301, more than the 300 tokens"),
-        ({"k": 0}, "k and num_draws are both 0"),
+        ({"k": 301}, "k is 301, but the vocabulary has 300 ids"),
+        ({"k": 0}, "no entries and no draws"),
         ({"k": -1}, "k is -1"),
-        ({"num_draws": -1}, "num_draws is -1"),
+        ({"num_draws": -1}, "-1 draws are asked for"),
         (
             {"k": 300, "num_draws": 2},
-            "num_draws is 2, but with k = 300 the whole vocabulary is kept",
+            "2 draws are asked for, but k is 300, the whole vocabulary",
         ),
         ({"value_bits": 7}, "value_bits is 7, wanted 6 or 8"),
         ({"packing": True}, "packing is True, wanted str"),

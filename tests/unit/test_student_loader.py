@@ -127,7 +127,7 @@ def assert_micro_batch(found: MicroBatch, sequences: Sequence[int], micro_batch:
         == found.tokens.labels_T.dtype
         == torch.int64
     )
-    positions, labels, records = [], [], [np.empty((0, RECIPE.codec.bytes_per_token), np.uint8)]
+    positions, labels, records = [], [], [np.empty((0, RECIPE.spec.bytes_per_token), np.uint8)]
     for row, sequence in enumerate(sequences):
         chunk = CHUNKS[sequence // 4].row(sequence % 4)
         assert found.tokens.token_ids_BL[row].tolist() == chunk.sequences.token_ids_SL[0].tolist()
@@ -139,7 +139,7 @@ def assert_micro_batch(found: MicroBatch, sequences: Sequence[int], micro_batch:
     assert found.tokens.target_positions_T.tolist() == positions
     assert found.tokens.labels_T.tolist() == labels
     assert found.tokens.num_targets == len(labels)
-    target = decode(torch.from_numpy(np.concatenate(records)), RECIPE.codec)
+    target = decode(torch.from_numpy(np.concatenate(records)), RECIPE.spec)
     for field in ("token_ids_TK", "logprobs_TK", "tail_logmass_T", "tail_ids_TN"):
         assert torch.equal(getattr(found.target, field), getattr(target, field))
 

@@ -7,7 +7,7 @@ import pytest
 
 from stillhouse.config import StudentSection
 from stillhouse.errors import ConfigError
-from stillhouse.logits import Codec
+from stillhouse.logits import TargetSpec
 from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, require_kept_mass
 
 BUCKETED = ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
@@ -34,7 +34,9 @@ def test_forward_kl_never_depends_on_the_kept_mass() -> None:
 
 def test_too_little_kept_mass_is_refused_with_what_was_found_why_and_what_to_do() -> None:
     with pytest.raises(ConfigError) as refusal:
-        require_kept_mass(section(divergence="tvd"), Codec(1000, 8, num_draws=40), kept_mass=0.404)
+        require_kept_mass(
+            section(divergence="tvd"), TargetSpec(1000, 8, num_draws=40), kept_mass=0.404
+        )
     message = str(refusal.value)
     assert 'student.divergence is "tvd"' in message
     assert (
@@ -54,8 +56,8 @@ def test_too_little_kept_mass_is_refused_with_what_was_found_why_and_what_to_do(
     with pytest.raises(
         ConfigError, match="kept entries of a token as one bucket; in the first batch"
     ):
-        require_kept_mass(section(divergence="tvd"), Codec(1000, 8), kept_mass=0.404)
+        require_kept_mass(section(divergence="tvd"), TargetSpec(1000, 8), kept_mass=0.404)
 
 
 def test_enough_kept_mass_is_accepted() -> None:
-    require_kept_mass(section(divergence="tvd"), Codec(1000, 8), kept_mass=LEAST_KEPT_MASS)
+    require_kept_mass(section(divergence="tvd"), TargetSpec(1000, 8), kept_mass=LEAST_KEPT_MASS)

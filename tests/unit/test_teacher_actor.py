@@ -13,8 +13,8 @@ from helpers.chunks import make_chunk, small_recipe
 from stillhouse.engines.base import encoded
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.logits import (
-    Codec,
     CompressedLogits,
+    TargetSpec,
     compress,
     concatenate,
     decode,
@@ -85,32 +85,32 @@ def test_a_chunk_that_was_cut_short_does_not_count_as_made_already(store: Refusi
     assert not is_there(store, 1)
 
 
-CODEC = Codec(300, 7)
+SPEC = TargetSpec(300, 7)
 
 
 def parts_of(*num_tokens: int) -> list[CompressedLogits]:
     """As so many forward passes give them."""
     logits = torch.randn(sum(num_tokens), 300, generator=torch.Generator().manual_seed(0))
-    return [compress(rows, k=7) for rows in logits.split(num_tokens)]
+    return [compress(rows, TargetSpec(rows.shape[1], 7)) for rows in logits.split(num_tokens)]
 
 
 def test_records_are_those_of_all_parts_in_order() -> None:
     parts = parts_of(40, 0, 3, 100)
-    records, measured = stored(encoded(iter(parts), CODEC), CODEC)
+    records, measured = stored(encoded(iter(parts), SPEC), SPEC)
     whole = concatenate(parts)
-    assert torch.equal(records, encode(whole, CODEC))
+    assert torch.equal(records, encode(whole, SPEC))
     assert 0 < measured.codec_kl < measured.worst_kl < 1e-4
 
 
 def test_what_the_records_lose_is_measured_on_tokens_of_every_part() -> None:
     parts = parts_of(1, 2, 64)
-    _, measured = stored(encoded(parts, CODEC), CODEC)
+    _, measured = stored(encoded(parts, SPEC), SPEC)
     whole = concatenate(parts)
-    assert measured == fidelity(whole, decode(encode(whole, CODEC), CODEC))
+    assert measured == fidelity(whole, decode(encode(whole, SPEC), SPEC))
 
 
 def test_targets_that_cannot_be_written_have_no_records() -> None:
     parts = parts_of(5, 5)
     parts[1].logprobs_TK[3] = torch.nan
     with pytest.raises(ChunkError, match="row 3 would hold log-probabilities of no distribution"):
-        stored(encoded(parts, CODEC), CODEC)
+        stored(encoded(parts, SPEC), SPEC)

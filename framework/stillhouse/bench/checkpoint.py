@@ -33,7 +33,7 @@ from stillhouse.checkpoint.manifest import Commit, Origin
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.cluster.processes import prepare_process
 from stillhouse.config import StudentSection
-from stillhouse.logits import compress
+from stillhouse.logits import TargetSpec, compress
 from stillhouse.models.batch import TokenBatch
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch
@@ -231,5 +231,5 @@ def _batch() -> MicroBatch:
     places_T = torch.arange(_NUM_TOKENS)
     return MicroBatch(
         TokenBatch(ids_T[None], places_T[None], places_T, ids_T),
-        compress(torch.randn(_NUM_TOKENS, _VOCAB_SIZE), k=8),
+        compress(torch.randn(_NUM_TOKENS, _VOCAB_SIZE), TargetSpec(_VOCAB_SIZE, k=8)),
     )

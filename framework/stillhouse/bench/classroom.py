@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from stillhouse.logits import Codec, CompressedLogits, Head, compress, decode, encode, token_seeds
+from stillhouse.logits import (
+    CompressedLogits,
+    Head,
+    TargetSpec,
+    compress,
+    decode,
+    encode,
+    token_seeds,
+)
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import forward_kl
 from stillhouse.models import head_of
@@ -40,7 +48,7 @@ class Form:
 
     name: str
     kind: Kind
-    codec: Codec
+    spec: TargetSpec
     ce_weight: float = 0.0  # of the text, beside a record
     proposal: float = 1.0
 
@@ -48,9 +56,9 @@ class Form:
     def bytes_per_token(self) -> int | None:
         match self.kind:
             case "stored" | "independent":
-                return self.codec.bytes_per_token
+                return self.spec.bytes_per_token
             case "weighted":
-                return self.codec.bytes_per_token + self.codec.num_draws
+                return self.spec.bytes_per_token + self.spec.num_draws
         return None
 
 
@@ -114,16 +122,16 @@ def target_of(
     form: Form, teacher_TV: Tensor, seeds_T: Tensor, *, step_seed: int
 ) -> CompressedLogits:
     """What is decoded from the form's records."""
-    codec = form.codec
-    target = compress(teacher_TV, k=codec.k, tail_draws=codec.num_draws, seeds_T=seeds_T)
+    spec = form.spec
+    target = compress(teacher_TV, spec, seeds_T=seeds_T)
     if form.kind == "independent":
-        assert codec.k == 0
+        assert spec.k == 0
         generator = torch.Generator().manual_seed(step_seed)
         draws_TN = torch.multinomial(
-            teacher_TV.softmax(dim=1), codec.num_draws, replacement=True, generator=generator
+            teacher_TV.softmax(dim=1), spec.num_draws, replacement=True, generator=generator
         )
         target = replace(target, tail_ids_TN=draws_TN.sort(dim=1).values.int())
-    return decode(encode(target, codec), codec)
+    return decode(encode(target, spec), spec)
 
 
 def _loss(
@@ -131,7 +139,7 @@ def _loss(
 ) -> Tensor:
     """The sum over the batch's tokens."""
     hidden_TH = hidden_at(student, batch.tokens)
-    head = head_of(student, vocab_size=form.codec.vocab_size)
+    head = head_of(student, vocab_size=form.spec.vocab_size)
     sparse = partial(
         distillation_loss, hidden_TH, head, divergence=forward_kl, labels_T=batch.tokens.labels_T
     )
@@ -165,9 +173,9 @@ def _weighted(
     )
     generator = torch.Generator().manual_seed(step_seed)
     draws_TN = torch.multinomial(
-        logr_TV.exp(), form.codec.num_draws, replacement=True, generator=generator
+        logr_TV.exp(), form.spec.num_draws, replacement=True, generator=generator
     )
-    weights_TN = (logp_TV - logr_TV).gather(1, draws_TN).exp() / form.codec.num_draws
+    weights_TN = (logp_TV - logr_TV).gather(1, draws_TN).exp() / form.spec.num_draws
     logq_TN = functional.log_softmax(head.logits(hidden_TH), dim=-1).gather(1, draws_TN)
     return -(weights_TN * logq_TN).sum()
 

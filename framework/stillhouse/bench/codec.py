@@ -22,7 +22,7 @@ from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.synthetic import power_law_logits, seeds_of
 from stillhouse.bench.trained import DEMO_TEACHER, enlarged, trained_logits
 from stillhouse.errors import ConfigError
-from stillhouse.logits import Codec, compress, concatenate, decode, encode, fidelity
+from stillhouse.logits import TargetSpec, compress, concatenate, decode, encode, fidelity
 
 EXPONENTS = (0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
 _DRAWN = ((12, 12), (0, 50))  # entries and draws
@@ -48,16 +48,16 @@ class Setting:
         require_device(self.device)
 
     @property
-    def codecs(self) -> list[Codec]:
+    def specs(self) -> list[TargetSpec]:
         size = self.vocab_size
-        exact = [Codec(size, k, value_bits=bits) for bits in (8, 6) for k in self.ks]
-        drawn = [Codec(size, k, num_draws=num) for k, num in _DRAWN if k + num < size]
+        exact = [TargetSpec(size, k, value_bits=bits) for bits in (8, 6) for k in self.ks]
+        drawn = [TargetSpec(size, k, num_draws=num) for k, num in _DRAWN if k + num < size]
         return exact + drawn
 
 
 @dataclass(frozen=True, slots=True)
 class CodecFigures:
-    """One codec on the tokens of one kind. KL is over the kept entries and the tail, in nats."""
+    """One spec on the tokens of one kind. KL is over the kept entries and the tail, in nats."""
 
     k: int
     num_draws: int
@@ -100,9 +100,9 @@ def bench_codec(
         kind = f"a trained model's, its {trained_TV.shape[1]:,} ids enlarged"
         logits_of[kind] = enlarged(trained_TV, setting.vocab_size)
 
-    # each codec on each kind
+    # each spec on each kind
     figures = {
-        kind: [measure(logits_TV.to(setting.device), codec, repeats) for codec in setting.codecs]
+        kind: [measure(logits_TV.to(setting.device), spec, repeats) for spec in setting.specs]
         for kind, logits_TV in logits_of.items()
     }
     write_record(
@@ -127,21 +127,20 @@ def bench_codec(
         )
 
 
-def measure(logits_TV: Tensor, codec: Codec, repeats: int) -> CodecFigures:
+def measure(logits_TV: Tensor, spec: TargetSpec, repeats: int) -> CodecFigures:
     """Fidelity on these tokens, and speed on many copies of them, on their device."""
     # fidelity
-    seeds_T = seeds_of(len(logits_TV))
-    exact = compress(logits_TV, k=codec.k, tail_draws=codec.num_draws, seeds_T=seeds_T)
-    found = fidelity(exact, decode(encode(exact, codec), codec))
+    exact = compress(logits_TV, spec, seeds_T=seeds_of(len(logits_TV)))
+    found = fidelity(exact, decode(encode(exact, spec), spec))
 
     # speed
     many = concatenate([exact] * _COPIES)
-    records_TB = encode(many, codec)
+    records_TB = encode(many, spec)
 
     def works(_: int) -> Mapping[str, Work]:
         return {
-            "encode": lambda: [encode(many, codec)],
-            "decode": lambda: [decode(records_TB, codec).token_ids_TK],
+            "encode": lambda: [encode(many, spec)],
+            "decode": lambda: [decode(records_TB, spec).token_ids_TK],
         }
 
     timings = time_in_turn(works, repeats=repeats, device=logits_TV.device)
@@ -150,10 +149,10 @@ def measure(logits_TV: Tensor, codec: Codec, repeats: int) -> CodecFigures:
         for way in ("encode", "decode")
     )
     return CodecFigures(
-        k=codec.k,
-        num_draws=codec.num_draws,
-        value_bits=codec.value_bits,
-        bytes_per_token=codec.bytes_per_token,
+        k=spec.k,
+        num_draws=spec.num_draws,
+        value_bits=spec.value_bits,
+        bytes_per_token=spec.bytes_per_token,
         kept_mass=found.kept_mass,
         mean_kl=found.codec_kl,
         worst_kl=found.worst_kl,

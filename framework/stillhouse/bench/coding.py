@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from stillhouse.bench.output import figures_table
 from stillhouse.bench.synthetic import power_law_logits, seeds_of
 from stillhouse.bench.trained import heldout_logits
-from stillhouse.logits import Codec, compress
+from stillhouse.logits import TargetSpec, compress
 from stillhouse.sequences import Corpus
 
 _NUM_TOKENS, _NUM_SYNTHETIC = 128, 32
@@ -55,20 +55,20 @@ def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
     id's draws end and the next one's begin.
     """
     num_tokens, vocab_size = logits_TV.shape
-    seeds_T = seeds_of(num_tokens)
-    draws_TN = compress(logits_TV, k=0, tail_draws=num_draws, seeds_T=seeds_T).tail_ids_TN
+    spec = TargetSpec(vocab_size, 0, num_draws=num_draws)
+    draws_TN = compress(logits_TV, spec, seeds_T=seeds_of(num_tokens)).tail_ids_TN
     num_distinct_T = (draws_TN[:, 1:] != draws_TN[:, :-1]).sum(dim=1) + 1
 
     def counted(num_distinct: int) -> int:
         counts = -(-num_draws.bit_length() // 8) + -(-(num_draws - 1) // 8)
-        return Codec(vocab_size, 0, num_draws=num_distinct).bytes_per_token + counts
+        return TargetSpec(vocab_size, 0, num_draws=num_distinct).bytes_per_token + counts
 
     counted_bytes = [counted(int(number)) for number in num_distinct_T]
     return Coding(
         rows=rows,
         num_draws=num_draws,
         mean_distinct=float(num_distinct_T.double().mean()),
-        multiset_bytes=Codec(vocab_size, 0, num_draws=num_draws).bytes_per_token,
+        multiset_bytes=spec.bytes_per_token,
         mean_counted_bytes=sum(counted_bytes) / len(counted_bytes),
         worst_counted_bytes=counted(num_draws),
     )

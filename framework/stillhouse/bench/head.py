@@ -21,18 +21,18 @@ from stillhouse.bench.figures import Spread
 from stillhouse.bench.loss import Setting
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
-from stillhouse.logits import Codec, Head, compress_hidden, encode
+from stillhouse.logits import Head, TargetSpec, compress_hidden, encode
 
 PRODUCT, OURS, EAGER = "matrix product", "stillhouse, packed", "eager torch, not packed"
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A teacher's last hidden states and head, and the codec of its targets."""
+    """A teacher's last hidden states and head, and the spec of its targets."""
 
     hidden_TH: Tensor
     head: Head
-    codec: Codec
+    spec: TargetSpec
 
     @classmethod
     def of(cls, setting: Setting, seed: int) -> "Inputs":
@@ -43,7 +43,9 @@ class Inputs:
         weight_VH = randn(setting.vocab_size, setting.hidden_size)
         weight_VH *= 3.0 / setting.hidden_size**0.5
         return cls(
-            hidden_TH.to(dtype), Head(weight_VH.to(dtype)), Codec(setting.vocab_size, setting.k)
+            hidden_TH.to(dtype),
+            Head(weight_VH.to(dtype)),
+            TargetSpec(setting.vocab_size, setting.k),
         )
 
 
@@ -56,7 +58,7 @@ def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None
     # speed and memory of every way
     timings = time_in_turn(partial(_works, setting), repeats=repeats, device=setting.torch_device)
     memory = extra_bytes(work_of, setting, list(_WAYS), device=setting.torch_device)
-    codec = Codec(setting.vocab_size, setting.k)
+    spec = TargetSpec(setting.vocab_size, setting.k)
 
     # in a file, and in words
     write_record(
@@ -65,7 +67,7 @@ def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None
         provenance,
         setting=asdict(setting),
         allocator=timings.allocator,
-        bytes_per_token=codec.bytes_per_token,
+        bytes_per_token=spec.bytes_per_token,
         tokens_per_s={way: asdict(tokens_per_s(setting, timings, way)) for way in _WAYS},
         seconds_over_product={way: asdict(timings.ratio(way, PRODUCT)) for way in _WAYS},
         extra_bytes=memory,
@@ -73,7 +75,7 @@ def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None
     console = terminal()
     console.print(table(setting, timings, memory))
     console.print(
-        f"A record takes {codec.bytes_per_token} bytes. Load average at the start: "
+        f"A record takes {spec.bytes_per_token} bytes. Load average at the start: "
         f"{provenance.load_average}."
     )
     console.print(f"While it was timed, {timings.allocator}.")
@@ -98,12 +100,12 @@ def product(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def ours(inputs: Inputs) -> Sequence[Tensor]:
-    return [encode(compress_hidden(inputs.hidden_TH, inputs.head, k=inputs.codec.k), inputs.codec)]
+    return [encode(compress_hidden(inputs.hidden_TH, inputs.head, spec=inputs.spec), inputs.spec)]
 
 
 def eager(inputs: Inputs) -> Sequence[Tensor]:
     logits_TV = (inputs.hidden_TH @ inputs.head.weight_VH.T).float()
-    kept = logits_TV.topk(inputs.codec.k, dim=1)
+    kept = logits_TV.topk(inputs.spec.k, dim=1)
     return [kept.values - logits_TV.logsumexp(dim=1, keepdim=True), kept.indices]
 
 

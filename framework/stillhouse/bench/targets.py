@@ -27,7 +27,7 @@ from stillhouse.cluster.processes import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
-from stillhouse.logits import Codec
+from stillhouse.logits import TargetSpec
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.toy import Sizes, demo_config, make_models
 from stillhouse.sequences import Split, prepare_corpus
@@ -129,37 +129,37 @@ def forms_of(vocab_size: int) -> list[Form]:
     """The two bounds, then every split of every budget, and the independent draws of RS-KD; of one
     budget two splits beside the text."""
     # the bounds
-    whole = Codec(vocab_size, vocab_size)
+    whole = TargetSpec(vocab_size, vocab_size)
     forms = [Form("text", "text", whole), Form("everything", "everything", whole)]
     for budget in BUDGETS:
         # exact entries alone, their splits with draws, and draws alone
-        most = _most(lambda k: Codec(vocab_size, k).bytes_per_token, budget)
+        most = _most(lambda k: TargetSpec(vocab_size, k).bytes_per_token, budget)
         ks = dict.fromkeys(round(share * most) for share in SHARES)
         bucket, *splits = (
-            Codec(vocab_size, most),
-            *(codec_within(budget, vocab_size, k) for k in ks),
+            TargetSpec(vocab_size, most),
+            *(spec_within(budget, vocab_size, k) for k in ks),
         )
-        for codec in (bucket, *splits):
-            forms.append(Form(f"{codec.k}+{codec.num_draws}", "stored", codec))
+        for spec in (bucket, *splits):
+            forms.append(Form(f"{spec.k}+{spec.num_draws}", "stored", spec))
         forms.append(Form(f"rs-{splits[-1].num_draws}", "independent", splits[-1]))
         if budget != _BESIDE_TEXT:
             continue
 
         # beside the text, and with weights of a byte a draw
-        for codec in (bucket, splits[0]):
-            name = f"{codec.k}+{codec.num_draws}+text"
-            forms.append(Form(name, "stored", codec, ce_weight=1.0))
-        num = _most(lambda n: Codec(vocab_size, 0, num_draws=n).bytes_per_token + n, budget)
-        weighted = Codec(vocab_size, 0, num_draws=num)
+        for spec in (bucket, splits[0]):
+            name = f"{spec.k}+{spec.num_draws}+text"
+            forms.append(Form(name, "stored", spec, ce_weight=1.0))
+        num = _most(lambda n: TargetSpec(vocab_size, 0, num_draws=n).bytes_per_token + n, budget)
+        weighted = TargetSpec(vocab_size, 0, num_draws=num)
         for power in _PROPOSALS:
             forms.append(Form(f"rs-{num}^{power}", "weighted", weighted, proposal=power))
     return forms
 
 
-def codec_within(budget: int, vocab_size: int, k: int) -> Codec:
+def spec_within(budget: int, vocab_size: int, k: int) -> TargetSpec:
     """k exact entries, and as many draws as a record of `budget` bytes has room for beside them."""
-    num_draws = _most(lambda n: Codec(vocab_size, k, num_draws=n).bytes_per_token, budget)
-    return Codec(vocab_size, k, num_draws=num_draws)
+    num_draws = _most(lambda n: TargetSpec(vocab_size, k, num_draws=n).bytes_per_token, budget)
+    return TargetSpec(vocab_size, k, num_draws=num_draws)
 
 
 def share_of_the_gap(scores: Mapping[str, Scores], name: str) -> float:
@@ -233,12 +233,12 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
         within = [
             form
             for form in others
-            if min(each for each in BUDGETS if form.codec.bytes_per_token <= each) == budget
+            if min(each for each in BUDGETS if form.spec.bytes_per_token <= each) == budget
         ]
         split = [form for form in within if form.kind == "stored" and form.ce_weight == 0.0]
         kls = [spread(form) for form in split]
         bars = [[kl.median - kl.least for kl in kls], [kl.most - kl.median for kl in kls]]
-        ks, medians = [form.codec.k for form in split], [kl.median for kl in kls]
+        ks, medians = [form.spec.k for form in split], [kl.median for kl in kls]
         (line, *_) = axes.errorbar(ks, medians, yerr=bars, marker="o", label=f"{budget} bytes")
         for form in (form for form in within if form.kind == "independent"):
             label, color = f"{budget} bytes, independent draws", line.get_color()
@@ -257,12 +257,12 @@ def _in_words(form: Form) -> str:
         case "everything":
             return "the whole distribution"
         case "independent":
-            return f"{form.codec.num_draws} independent (RS-KD)"
+            return f"{form.spec.num_draws} independent (RS-KD)"
         case "weighted":
-            return f"{form.codec.num_draws} weighted, p^{form.proposal}"
+            return f"{form.spec.num_draws} weighted, p^{form.proposal}"
         case "stored":
-            tail = f"{form.codec.num_draws} draws" if form.codec.num_draws else "tail"
-            record = f"{form.codec.k} + {tail}" if form.codec.k else tail
+            tail = f"{form.spec.num_draws} draws" if form.spec.num_draws else "tail"
+            record = f"{form.spec.k} + {tail}" if form.spec.k else tail
             return f"{record} + text" if form.ce_weight else record
 
 

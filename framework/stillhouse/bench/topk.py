@@ -21,7 +21,7 @@ from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.synthetic import seeds_of
 from stillhouse.errors import ConfigError
-from stillhouse.logits import backend_for, compress
+from stillhouse.logits import TargetSpec, backend_for, compress
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -161,7 +161,8 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
 
 
 def _tensors(logits_TV: Tensor, *, k: int, num_draws: int) -> Sequence[Tensor]:
-    target = compress(logits_TV, k=k, tail_draws=num_draws, seeds_T=seeds_of(len(logits_TV)))
+    spec = TargetSpec(logits_TV.shape[1], k, num_draws=num_draws)
+    target = compress(logits_TV, spec, seeds_T=seeds_of(len(logits_TV)))
     return [target.token_ids_TK, target.logprobs_TK, target.tail_logmass_T, target.tail_ids_TN]
 
 

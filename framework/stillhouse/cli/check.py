@@ -136,8 +136,8 @@ def _store(plan: Plan, found: _Findings) -> None:
     found.rows += [
         (
             "targets",
-            f"k = {recipe.k}{_draws(recipe)}, {recipe.codec.name}: "
-            f"{recipe.codec.bytes_per_token:,} bytes each",
+            f"k = {recipe.k}{_draws(recipe)}, {recipe.spec.codec_name}: "
+            f"{recipe.spec.bytes_per_token:,} bytes each",
         ),
         ("store", f"{url}/{recipe.fingerprint[:16]}"),
         (
@@ -205,7 +205,7 @@ def _pairing(plan: Plan, present: Collection[int], found: _Findings) -> None:
     )
     try:
         if not _has_begun(plan.jobs()[0].checkpoints):
-            require_kept_mass(student, recipe.codec, kept_mass=mass)
+            require_kept_mass(student, recipe.spec, kept_mass=mass)
     except (ConfigError, CheckpointError, StoreError) as error:
         found.obstacles.append(str(error))
 
@@ -227,9 +227,7 @@ def _kept_mass_of_the_first_batch(plan: Plan, present: Collection[int]) -> float
             store.fetch_rows(number, rows[numbers == number])
             for number in np.unique(numbers).tolist()
         ]
-        targets = [
-            decode(torch.from_numpy(chunk.targets_NB), plan.recipe.codec) for chunk in chunks
-        ]
+        targets = [decode(torch.from_numpy(chunk.targets_NB), plan.recipe.spec) for chunk in chunks]
     except (ChunkError, StoreError):
         return None
     return float(torch.cat([kept_mass(target) for target in targets]).mean())

@@ -54,7 +54,7 @@ def list_store(url: str) -> None:
         table.add_row(
             fingerprint16,
             Text(one_line(recipe.teacher_digest[:_DIGEST_DIGITS])),
-            recipe.codec.name,
+            recipe.spec.codec_name,
             f"{recipe.k} + {recipe.num_draws} draws" if recipe.num_draws else str(recipe.k),
             f"{recipe.num_sequences:,} x {recipe.sequence_length:,}",
             f"{num_chunks:,} of {recipe.num_chunks:,}",
@@ -80,10 +80,10 @@ def show_recipes(url: str, fingerprint: str) -> None:
         figures: dict[str, object] = {
             "fingerprint": recipe.fingerprint,
             **asdict(recipe),
-            "codec": recipe.codec.name,
+            "codec": recipe.spec.codec_name,
         }
         figures |= {
-            "bytes a target": recipe.codec.bytes_per_token,
+            "bytes a target": recipe.spec.bytes_per_token,
             "chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}",
         }
         figures |= {"bytes": f"{stored.num_bytes:,}", **_absent(ChunkStore(url, recipe))}

@@ -1,2 +1,1 @@
-"""Engines: what runs a teacher. Each turns work items into records, and says of itself what it can
-do."""
+"""Teacher engines: each turns work items into records, and describes what targets it can make."""

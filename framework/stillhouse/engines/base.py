@@ -1,6 +1,8 @@
-"""The door for teacher engines: what one has to do, and what all of them share.
+"""`TeacherEngine`: the protocol for what runs a teacher, and functions that engines share.
 
 Shapes: S sequences of a chunk, L positions, T target tokens of a part, B bytes of a record.
+
+`TransformersEngine` (`engines/transformers.py`) is the example to read.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,81 +16,85 @@ from torch import Tensor
 
 from stillhouse.config import TeacherSection
 from stillhouse.engines.probe import Probe
-from stillhouse.logits import Backend, Codec, CompressedLogits, encode, token_seeds
+from stillhouse.logits import Backend, CompressedLogits, TargetSpec, encode, token_seeds
 from stillhouse.models import ModelIdentity
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 
-_SAMPLE_TOKENS = 64  # of each part, to measure what compression and codec cost
+_SAMPLE_TOKENS = 64  # of each part: kept unencoded, to measure what compression and codec lose
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What targets an engine can make."""
+    """The targets that an engine can make."""
 
-    most_entries: int | None = None  # exact entries a token; None: as many as the vocabulary has
-    draws: bool = True  # from the tail
+    most_entries: int | None = None  # exact entries a token; None: up to the whole vocabulary
+    draws: bool = True  # whether it can draw from the tail
 
 
 class Records(NamedTuple):
-    """The targets of some tokens as they are stored, and a sample of them to measure what storing
-    loses."""
+    """The targets of one part of an item, as they are stored, and a sample to measure the loss."""
 
     records_TB: Tensor  # uint8, on the engine's device
-    sample: CompressedLogits  # of the first tokens, before they were encoded
+    sample: CompressedLogits  # the first tokens before encoding
 
 
 class TeacherEngine(Protocol):
-    """Anything that knows the next-token distribution after each masked-in token. One process has
-    one, and keeps nothing between items."""
+    """Computes the teacher's next-token distribution after every position whose loss mask is 1.
+
+    One instance in each actor's process. Stateless between items: the process can be killed at any
+    time.
+    """
 
     def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str) -> None:
         """Load the teacher. Raises ModelError or TeacherError for one that cannot be used."""
 
     @property
     def digest(self) -> str | None:
-        """Of the files that it loaded, as `identity` counts it; None where the recipe's digest
-        names what cannot change."""
+        """The digest of the files that were loaded, computed as in `identity`; None where the
+        recipe's digest names what cannot change, such as a commit of a hub."""
         ...
 
     @classmethod
     def describe(cls, section: TeacherSection, /) -> Capabilities:
-        """From the config alone: nothing is loaded. A recipe that wants more is refused before
-        anything starts."""
+        """Capabilities, from the config alone: nothing is loaded. A config whose target needs more
+        is refused at plan time."""
         ...
 
     @classmethod
     def identity(cls, section: TeacherSection, *, cache_dir: Path) -> ModelIdentity:
-        """What the teacher is, for the recipe: the same digest, the same distributions."""
+        """The teacher's identity for the recipe: equal digests mean equal distributions."""
         ...
 
     def records(self, item: WorkItem) -> Iterator[Records]:
-        """The targets of the item's masked-in positions in row-major order, a part at a time; where
-        there are none, a part without rows."""
+        """Targets of the item's positions whose loss mask is 1, in row-major order.
+
+        At least one part; without such positions, one part of no tokens.
+        """
         ...
 
     def probe(self) -> Probe:
-        """The answer to `probe_item`, and what tells this replica from another one."""
+        """The answer to `probe_item`, and the weights' hashes, to compare replicas."""
         ...
 
     def backend(self) -> Backend:
-        """How logits become targets here, and why, for people to read."""
+        """The implementation that makes targets of logits here, and the reason, for people."""
         ...
 
 
-def encoded(parts: Iterable[CompressedLogits], codec: Codec) -> Iterator[Records]:
-    """For an engine whose targets are tensors of this process: they are encoded where they lie."""
+def encoded(parts: Iterable[CompressedLogits], spec: TargetSpec) -> Iterator[Records]:
+    """Records of targets that are tensors of this process, encoded on their device."""
     for targets in parts:
-        yield Records(encode(targets, codec), targets.map(_first))
+        # a clone, since a view would keep the whole part in memory
+        sample = targets.map(lambda tensor: tensor[:_SAMPLE_TOKENS].clone())
+        yield Records(encode(targets, spec), sample)
 
 
-def _first(rows: Tensor) -> Tensor:
-    return rows[:_SAMPLE_TOKENS].clone()  # a view would keep all of them alive
+def draw_seeds(item: WorkItem, recipe: Recipe) -> Tensor:
+    """Seeds for the draws of every position, int64 [S, L].
 
-
-def draw_seeds(item: WorkItem, recipe: Recipe) -> torch.Tensor:
-    """int64 [S, L]: the seed of each position's draws, a function of the recipe and the position's
-    place in the corpus alone."""
+    A function of the recipe and the position's place in the corpus alone.
+    """
     num_sequences, length = item.sequences.token_ids_SL.shape
     sequences_S = item.number * recipe.chunk_sequences + torch.arange(num_sequences)
     seeds = token_seeds(
@@ -100,7 +106,7 @@ def draw_seeds(item: WorkItem, recipe: Recipe) -> torch.Tensor:
 
 
 def probe_item(recipe: Recipe, *, num_tokens: int = 64) -> WorkItem:
-    """The same short pseudo-random sequence for every replica of a recipe."""
+    """A short pseudo-random sequence, the same for every replica of a recipe."""
     length = min(num_tokens, recipe.sequence_length)
     token_ids = np.random.default_rng(0).integers(
         0, recipe.vocab_size, size=(1, length), dtype=np.int32

@@ -1,4 +1,4 @@
-"""The engine that a config names, and whether it can make the config's target."""
+"""Choosing the teacher engine that a config names, and checking it against the config's target."""
 
 from stillhouse.config import TargetSection
 from stillhouse.engines.base import Capabilities, TeacherEngine
@@ -10,7 +10,7 @@ _MEMBERS = ("describe", "identity", "records", "probe", "backend")
 
 
 def require_capable(capabilities: Capabilities, target: TargetSection, *, engine: str) -> None:
-    """Raise ConfigError where the config's target is more than the engine can make."""
+    """Raise ConfigError where the engine cannot make the config's target."""
     most = capabilities.most_entries
     if most is not None and target.k > most:
         raise ConfigError(
@@ -25,8 +25,10 @@ def require_capable(capabilities: Capabilities, target: TargetSection, *, engine
 
 
 def engine_named(name: str) -> type[TeacherEngine]:
-    """The engine that a config names. Raises ConfigError where one of the user's own cannot be
-    imported, or is no engine."""
+    """The engine class of `teacher.engine`: a built-in one, or the user's `package.module:name`.
+
+    Raises ConfigError where the user's own cannot be imported or lacks members of TeacherEngine.
+    """
     if name == "transformers":
         return TransformersEngine
     found: type[TeacherEngine] = load_extension(name, setting="teacher.engine")
@@ -34,6 +36,6 @@ def engine_named(name: str) -> type[TeacherEngine]:
     if missing:
         raise ConfigError(
             f'teacher.engine is "{name}", which has no {", ".join(missing)}; wanted a class with '
-            "what TeacherEngine lists"
+            "all members of TeacherEngine"
         )
     return found

@@ -1,5 +1,4 @@
-"""The engine for Hugging Face causal language models, in this process: the one to read as an
-example of an engine.
+"""`TransformersEngine`: Hugging Face causal language models; the example of an engine to read.
 
 Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
 """
@@ -13,7 +12,14 @@ import torch
 from stillhouse.config import TeacherSection
 from stillhouse.engines.base import Capabilities, Records, draw_seeds, encoded, probe_item
 from stillhouse.engines.probe import Probe, hashes_of_weights, mean_kl, rounded_otherwise
-from stillhouse.logits import Backend, CompressedLogits, backend_for, compress_hidden, concatenate
+from stillhouse.logits import (
+    Backend,
+    CompressedLogits,
+    TargetSpec,
+    backend_for,
+    compress_hidden,
+    concatenate,
+)
 from stillhouse.models import (
     ModelIdentity,
     check_head,
@@ -27,13 +33,16 @@ from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 
-# whatever the recipe keeps: few entries of a flat distribution are alike in models that are not
+# Kept by the probe, whatever the recipe keeps: the few likeliest entries of a flat distribution may
+# agree in models that differ.
 _PROBE_ENTRIES = 128
 
 
 class TransformersEngine:
-    """A causal LM in this process. Construction loads it and proves its head and its packing on a
-    probe batch."""
+    """A causal LM in this process, on one device or spread over its GPUs.
+
+    Construction loads the model and checks its head and its packing on a probe batch.
+    """
 
     def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str):
         self._section, self._recipe = section, recipe
@@ -57,24 +66,23 @@ class TransformersEngine:
         return model_identity(section, cache_dir=cache_dir)
 
     def records(self, item: WorkItem) -> Iterator[Records]:
-        return encoded(self.targets(item), self._recipe.codec)
+        return encoded(self.targets(item), self._recipe.spec)
 
     def targets(self, item: WorkItem) -> Iterator[CompressedLogits]:
-        """The same as tensors, a part for each forward pass, on the teacher's device."""
-        return self._compress(item, k=self._recipe.k, tail_draws=self._recipe.num_draws)
+        """Targets as tensors on the teacher's device, one part for each forward pass."""
+        return self._compress(item, self._recipe.spec)
 
     def probe(self) -> Probe:
-        """What this replica says to `probe_item`, and of its number format and its weights, to be
-        compared with its fellows' words."""
+        """The answer to `probe_item`, how far rounding moves it, and the weights' hashes."""
         answer = self._answer()
         with rounded_otherwise(self._model):
             rounding_kl = mean_kl(answer, self._answer())
         return Probe(answer, rounding_kl, hashes_of_weights(self._model))
 
     def _answer(self) -> CompressedLogits:
-        parts = self._compress(
-            probe_item(self._recipe), k=min(_PROBE_ENTRIES, self._recipe.vocab_size), tail_draws=0
-        )
+        num_entries = min(_PROBE_ENTRIES, self._recipe.vocab_size)
+        spec = replace(self._recipe.spec, k=num_entries, num_draws=0)
+        parts = self._compress(probe_item(self._recipe), spec)
         return concatenate(parts).map(torch.Tensor.cpu)
 
     def backend(self) -> Backend:
@@ -85,7 +93,7 @@ class TransformersEngine:
         )
 
     @torch.inference_mode()
-    def _compress(self, item: WorkItem, *, k: int, tail_draws: int) -> Iterator[CompressedLogits]:
+    def _compress(self, item: WorkItem, spec: TargetSpec) -> Iterator[CompressedLogits]:
         seeds_SL = draw_seeds(item, self._recipe)
         for start in range(0, len(item.sequences), self._section.batch_sequences):
             rows = slice(start, start + self._section.batch_sequences)
@@ -93,9 +101,7 @@ class TransformersEngine:
             yield compress_hidden(
                 hidden_at(self._model, batch).to(self._head.weight_VH.device),
                 self._head,
-                k=k,
-                tail_draws=tail_draws,
-                temperature=self._recipe.temperature,
+                spec=spec,
                 seeds_T=seeds_SL[rows].flatten()[batch.target_positions_T],
                 block_tokens=self._section.block_tokens,
             )

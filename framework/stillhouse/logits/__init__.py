@@ -1,4 +1,9 @@
-"""Targets as values and as bytes: what a teacher's logits become, and what a student reads back."""
+"""Targets as values and as bytes: what a teacher's logits become, and what a student reads back.
+
+compress, compress_hidden   logits, or hidden states and a head, to CompressedLogits
+encode, decode              CompressedLogits to records of fixed size, and back
+TargetSpec                  what a target holds, for all four
+"""
 
 from stillhouse.logits.backend import Backend
 from stillhouse.logits.codec import decode, encode
@@ -11,7 +16,8 @@ from stillhouse.logits.compressed import (
     kept_mass,
 )
 from stillhouse.logits.head import Head
-from stillhouse.logits.record import CODEC_VERSION, Codec
+from stillhouse.logits.record import CODEC_VERSION
+from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk.dispatch import backend_for, compress, compress_hidden
 from stillhouse.logits.topk.draws import token_seeds
 from stillhouse.logits.topk.reference import compress_reference
@@ -20,10 +26,10 @@ from stillhouse.logits.topk.shards import compress_shard
 __all__ = [
     "CODEC_VERSION",
     "Backend",
-    "Codec",
     "CompressedLogits",
     "Fidelity",
     "Head",
+    "TargetSpec",
     "backend_for",
     "compress",
     "compress_hidden",

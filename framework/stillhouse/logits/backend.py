@@ -1,11 +1,10 @@
-"""Which implementation does a piece of work, and why: for people to read, in journals and
-benches."""
+"""`Backend`: the name of the implementation that does a piece of work, and the reason for it."""
 
 from typing import NamedTuple
 
 
 class Backend(NamedTuple):
-    """Its name, and the reason why it was chosen."""
+    """A choice among implementations, as journals and benchmarks show it."""
 
     name: str
     reason: str

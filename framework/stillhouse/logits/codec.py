@@ -1,8 +1,7 @@
-"""The target to bytes and back: one record of fixed size for each token, written and read where the
-target or the record lies.
+"""The codec: targets to records, one of fixed size for each token, and back, on any device.
 
-What a record is, `record` says. The same target gives the same bytes on every device, and the same
-bytes the same ids in the same order.
+`record` defines the bytes. The same target gives the same bytes on every device, and the same bytes
+decode to the same ids in the same order.
 """
 
 import torch
@@ -11,47 +10,43 @@ from torch import Tensor
 from stillhouse.errors import ChunkError, ConfigError
 from stillhouse.logits import codec_numpy, codec_torch
 from stillhouse.logits.compressed import CompressedLogits
-from stillhouse.logits.record import Codec
+from stillhouse.logits.spec import TargetSpec
 
 
-def encode(c: CompressedLogits, codec: Codec) -> Tensor:
-    """Records of the target's tokens: uint8 [T, codec.bytes_per_token], on the target's device.
+def encode(compressed: CompressedLogits, spec: TargetSpec) -> Tensor:
+    """Targets as records: uint8 [T, spec.bytes_per_token], on the targets' device.
 
-    Raises ConfigError when the target has another shape than the codec, ChunkError naming the first
-    row that cannot be written.
+    Raises ConfigError when the targets are not of `spec`, and ChunkError naming the first row that
+    cannot be written.
+
+        records_TB = encode(compress(logits_TV, spec), spec)
+        compressed = decode(records_TB, spec)
     """
-    found = (c.vocab_size, c.k, c.num_draws, c.temperature)
-    wanted = (codec.vocab_size, codec.k, codec.num_draws, codec.temperature)
+    found = (compressed.vocab_size, compressed.k, compressed.num_draws, compressed.temperature)
+    wanted = (spec.vocab_size, spec.k, spec.num_draws, spec.temperature)
     if found != wanted:
         raise ConfigError(
-            f"a target of (vocabulary, k, draws, temperature) = {found} meets a codec of "
+            f"a target of (vocabulary, k, draws, temperature) = {found} meets a spec of "
             f"{wanted}; build both from one recipe"
         )
-    return (
-        codec_numpy.encode(c, codec)
-        if c.token_ids_TK.device.type == "cpu"
-        else codec_torch.encode(c, codec)
-    )
+    library = codec_numpy if compressed.token_ids_TK.device.type == "cpu" else codec_torch
+    records_TB: Tensor = library.encode(compressed, spec)
+    return records_TB
 
 
-def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
-    """The target that `records_TB` (uint8 [T, codec.bytes_per_token]) hold, on their device, by
-    logprob descending, ties by id ascending.
+def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
+    """The inverse of `encode`: targets from uint8 [T, spec.bytes_per_token], on the same device.
 
-    Raises ChunkError naming the first row that no encoder writes.
+    Entries are by logprob descending, ties by id ascending. Ids are exact; log-probabilities are
+    quantised to `spec.value_bits`. Raises ChunkError for records of another size, and naming the
+    first row that no encoder writes.
     """
-    if (
-        records_TB.dtype != torch.uint8
-        or records_TB.ndim != 2
-        or records_TB.shape[1] != codec.bytes_per_token
-    ):
+    shape, num_bytes = records_TB.shape, spec.bytes_per_token
+    if records_TB.dtype != torch.uint8 or records_TB.ndim != 2 or shape[1] != num_bytes:
         raise ChunkError(
-            f"records are {records_TB.dtype} {list(records_TB.shape)}, wanted uint8 [tokens, "
-            f"{codec.bytes_per_token}] for {codec}; "
-            "read them with the codec of their recipe"
+            f"records are {records_TB.dtype} {list(shape)}, wanted uint8 [tokens, {num_bytes}] for "
+            f"{spec}; read them with the spec of their recipe"
         )
-    return (
-        codec_numpy.decode(records_TB, codec)
-        if records_TB.device.type == "cpu"
-        else codec_torch.decode(records_TB, codec)
-    )
+    library = codec_numpy if records_TB.device.type == "cpu" else codec_torch
+    compressed: CompressedLogits = library.decode(records_TB, spec)
+    return compressed

@@ -1,4 +1,4 @@
-"""Records on the processor, in numpy: half a million tokens a second and more on one core.
+"""The codec on the CPU, in numpy: half a million tokens a second and more on one core.
 
 Shapes: T tokens, K exact head entries, N tail draws, B bytes of a record or section, M = K or N.
 """
@@ -15,82 +15,83 @@ from torch import Tensor
 from stillhouse.errors import ChunkError
 from stillhouse.logits import record
 from stillhouse.logits.compressed import CompressedLogits
-from stillhouse.logits.record import Codec, Complaints
+from stillhouse.logits.record import Complaints
+from stillhouse.logits.spec import TargetSpec, elias_fano_bytes, low_bits
 
 _HALF = np.dtype("<f2")
-_BLOCK_ENTRIES = 1 << 16  # ids worked on at one time: bounds the memory, and stays in the cache
+_BLOCK_ENTRIES = 1 << 16  # ids of one block: bounds the memory, and stays in the cache
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
-def encode(c: CompressedLogits, codec: Codec) -> Tensor:
-    """Records uint8 [T, codec.bytes_per_token] of a target on the CPU that has the codec's shape.
-    Raises ChunkError."""
+def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
+    """`codec.encode` of CPU tensors that are of `spec`."""
     ids_TK, draws_TN = c.token_ids_TK.numpy(), c.tail_ids_TN.numpy()
     logprobs_TK, log_tail_T = c.logprobs_TK.numpy(), c.tail_logmass_T.numpy()
-    records_TB = np.empty((c.num_tokens, codec.bytes_per_token), np.uint8)
+    records_TB = np.empty((c.num_tokens, spec.bytes_per_token), np.uint8)
 
     def write(rows: slice) -> None:
         kept_TK, drawn_TN = ids_TK[rows].astype(np.int64), draws_TN[rows].astype(np.int64)
-        kept = (
-            _encode_kept(kept_TK, logprobs_TK[rows], log_tail_T[rows], codec, first_row=rows.start)
-            if codec.k
-            else []
-        )
-        drawn = (
-            _encode_ids(drawn_TN, codec, first_row=rows.start, distinct=False)
-            if codec.num_draws
-            else []
-        )
-        np.concatenate([*kept, *drawn], axis=1, out=records_TB[rows])
+        sections = []
+        if spec.k:
+            sections += _encode_kept(
+                kept_TK, logprobs_TK[rows], log_tail_T[rows], spec, first_row=rows.start
+            )
+        if spec.num_draws:
+            sections += _encode_ids(drawn_TN, spec, first_row=rows.start, distinct=False)
+        np.concatenate(sections, axis=1, out=records_TB[rows])
 
-    _in_blocks(write, c.num_tokens, codec)
+    _in_blocks(write, c.num_tokens, spec)
     return torch.from_numpy(records_TB)
 
 
-def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
-    """The target that records of the codec's size on the CPU hold. Raises ChunkError."""
+def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
+    """`codec.decode` of CPU records that have the size of `spec`."""
+    # outputs, and where a record's sections end
     records, num_tokens = records_TB.numpy(), records_TB.shape[0]
-    ids_TK = np.empty((num_tokens, codec.k), np.int32)
-    logprobs_TK = np.empty((num_tokens, codec.k), np.float32)
+    ids_TK = np.empty((num_tokens, spec.k), np.int32)
+    logprobs_TK = np.empty((num_tokens, spec.k), np.float32)
     log_tail_T = np.zeros(num_tokens, np.float32)
-    draws_TN = np.empty((num_tokens, codec.num_draws), np.int32)
-    ends = list(accumulate(codec.section_bytes))
+    draws_TN = np.empty((num_tokens, spec.num_draws), np.int32)
+    ends = list(accumulate(spec.section_bytes))
 
     def read(rows: slice) -> None:
         header, ids, values, draws = np.split(records[rows], ends[:-1], axis=1)
-        if codec.k:
-            range_T, log_tail_T[rows] = (
-                np.ascontiguousarray(header).view(_HALF).astype(np.float32).T
-            )
-            _require(record.wrong_header(range_T, log_tail_T[rows], codec), rows.start)
-            kept_TK = _decode_ids(ids, codec.k, codec, first_row=rows.start, distinct=True)
-            unsorted_TK = _unpack(values, codec.k, width=codec.value_bits, first_row=rows.start)
+        if spec.k:
+            halves_T2 = np.ascontiguousarray(header).view(_HALF)
+            range_T, log_tail_T[rows] = halves_T2.astype(np.float32).T
+            _require(record.wrong_header(range_T, log_tail_T[rows], spec), rows.start)
+            kept_TK = _decode_ids(ids, spec.k, spec, first_row=rows.start, distinct=True)
+            unsorted_TK = _unpack(values, spec.k, width=spec.value_bits, first_row=rows.start)
             codes_TK, ids_TK[rows] = _sort_pairs(unsorted_TK, kept_TK)
-            _require(record.wrong_codes(codes_TK, range_T, codec), rows.start)
-            logprobs_TK[rows] = _logprobs(codes_TK, range_T, log_tail_T[rows], codec)
-        if codec.num_draws:
+            _require(record.wrong_codes(codes_TK, range_T, spec), rows.start)
+            logprobs_TK[rows] = _logprobs(codes_TK, range_T, log_tail_T[rows], spec)
+        if spec.num_draws:
             draws_TN[rows] = _decode_ids(
-                draws, codec.num_draws, codec, first_row=rows.start, distinct=False
+                draws, spec.num_draws, spec, first_row=rows.start, distinct=False
             )
 
-    _in_blocks(read, num_tokens, codec)
+    # every block of rows
+    _in_blocks(read, num_tokens, spec)
     return CompressedLogits(
         torch.from_numpy(ids_TK),
         torch.from_numpy(logprobs_TK),
         torch.from_numpy(log_tail_T),
         torch.from_numpy(draws_TN),
-        vocab_size=codec.vocab_size,
-        temperature=codec.temperature,
+        vocab_size=spec.vocab_size,
+        temperature=spec.temperature,
     )
 
 
-def _in_blocks(work: Callable[[slice], None], num_tokens: int, codec: Codec) -> None:
-    """`work` on all rows, a block at a time; it raises ChunkError for the first row with some
-    complaint, this for the first with any."""
-    step = max(1, _BLOCK_ENTRIES // (codec.k + codec.num_draws))
+def _in_blocks(work: Callable[[slice], None], num_tokens: int, spec: TargetSpec) -> None:
+    """Call `work` for blocks of rows. Raises ChunkError for the first row that is refused.
+
+    `work` raises for the first row that breaks the first broken rule, so a refused block is done
+    again row by row.
+    """
+    step = max(1, _BLOCK_ENTRIES // (spec.k + spec.num_draws))
     for start in range(0, num_tokens, step):
         rows = range(start, min(start + step, num_tokens))
         try:
@@ -111,13 +112,10 @@ def _require(complaints: Complaints, first_row: int) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _encode_ids(ids_TM: Ints, codec: Codec, *, first_row: int, distinct: bool) -> list[Bytes]:
-    _require(record.wrong_ids(ids_TM, codec, distinct=distinct), first_row)
+def _encode_ids(ids_TM: Ints, spec: TargetSpec, *, first_row: int, distinct: bool) -> list[Bytes]:
+    _require(record.wrong_ids(ids_TM, spec, distinct=distinct), first_row)
     num_rows, m = ids_TM.shape
-    low, (_, high_bytes) = (
-        record.low_bits(m, codec.vocab_size),
-        record.elias_fano_bytes(m, codec.vocab_size),
-    )
+    low, (_, high_bytes) = low_bits(m, spec.vocab_size), elias_fano_bytes(m, spec.vocab_size)
     high_bits = np.zeros((num_rows, 8 * high_bytes), np.uint8)
     np.put_along_axis(high_bits, (ids_TM >> low) + np.arange(m), 1, axis=1)
     return [
@@ -126,22 +124,18 @@ def _encode_ids(ids_TM: Ints, codec: Codec, *, first_row: int, distinct: bool) -
     ]
 
 
-def _decode_ids(section: Bytes, m: int, codec: Codec, *, first_row: int, distinct: bool) -> Ints:
-    low, (low_bytes, _) = (
-        record.low_bits(m, codec.vocab_size),
-        record.elias_fano_bytes(m, codec.vocab_size),
-    )
+def _decode_ids(
+    section: Bytes, m: int, spec: TargetSpec, *, first_row: int, distinct: bool
+) -> Ints:
+    low, (low_bytes, _) = low_bits(m, spec.vocab_size), elias_fano_bytes(m, spec.vocab_size)
     high_bits = np.unpackbits(section[:, low_bytes:], axis=1, bitorder="little")
     _require(record.wrong_number(high_bits.sum(axis=1, dtype=np.int64), m), first_row)
     num_rows, num_bits = high_bits.shape
-    ones_TM = (
-        np.flatnonzero(high_bits.view(np.bool_)).reshape(num_rows, m)
-        - num_bits * np.arange(num_rows)[:, None]
-    )
-    ids_TM: Ints = ((ones_TM - np.arange(m)) << low) | _unpack(
-        section[:, :low_bytes], m, width=low, first_row=first_row
-    )
-    _require(record.wrong_ids(ids_TM, codec, distinct=distinct), first_row)
+    ones_TM = np.flatnonzero(high_bits.view(np.bool_)).reshape(num_rows, m)
+    high_TM = ones_TM - num_bits * np.arange(num_rows)[:, None] - np.arange(m)
+    low_TM = _unpack(section[:, :low_bytes], m, width=low, first_row=first_row)
+    ids_TM: Ints = (high_TM << low) | low_TM
+    _require(record.wrong_ids(ids_TM, spec, distinct=distinct), first_row)
     return ids_TM
 
 
@@ -154,14 +148,13 @@ def _pack(values_TM: Ints, width: int) -> Bytes:
     num_rows, m = values_TM.shape
     if width == 0:
         return np.empty((num_rows, 0), np.uint8)
-    bytes_TB = (
-        values_TM if width == 8 else _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
-    )
-    return bytes_TB.astype(np.uint8)
+    if width != 8:
+        values_TM = _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
+    return values_TM.astype(np.uint8)
 
 
 def _unpack(section: Bytes, m: int, *, width: int, first_row: int) -> Ints:
-    """The inverse of `_pack`."""
+    """The inverse of `_pack`, int64 [T, M]."""
     _require(record.wrong_end(section, m * width), first_row)
     fields_TM = section if width == 8 else _recut(section, m, width=8, as_width=width)
     return fields_TM.astype(np.int64)
@@ -170,11 +163,13 @@ def _unpack(section: Bytes, m: int, *, width: int, first_row: int) -> Ints:
 def _recut(
     fields_TM: npt.NDArray[Any], count: int, *, width: int, as_width: int
 ) -> npt.NDArray[Any]:
-    """The first `count` fields of `as_width` bits of a stream that comes as fields of `width` bits;
-    behind its end there are zeros."""
+    """Cut a bit stream, given as fields of `width` bits, into `count` fields of `as_width` bits.
+
+    After the stream's end there are zeros.
+    """
     starts_N = as_width * np.arange(count)
     first_N, skipped_N = starts_N // width, starts_N % width
-    num_touched = -(-(width - 1 + as_width) // width)  # at most, by one new field
+    num_touched = -(-(width - 1 + as_width) // width)  # by one new field, at most
     narrow = np.int32 if num_touched * width < 32 else np.int64  # a fifth faster than the wider one
     padded = np.pad(fields_TM.astype(narrow), ((0, 0), (0, num_touched)))
     touched_TN = padded.take(first_N, axis=1)
@@ -190,35 +185,36 @@ def _recut(
 
 
 def _encode_kept(
-    ids_TK: Ints, logprobs_TK: Floats, log_tail_T: Floats, codec: Codec, *, first_row: int
+    ids_TK: Ints, logprobs_TK: Floats, log_tail_T: Floats, spec: TargetSpec, *, first_row: int
 ) -> list[Bytes]:
+    """The header, ids and values of kept entries."""
     best_T = logprobs_TK.max(axis=1)
-    _require(record.wrong_target(best_T, log_tail_T, codec), first_row)
+    _require(record.wrong_target(best_T, log_tail_T, spec), first_row)
+
+    # values: drops below the best entry, quantised
     drops_TK = np.minimum(best_T[:, None] - logprobs_TK, np.float32(record.MOST_RANGE))
     range_T = np.maximum(drops_TK.max(axis=1), np.float32(record.LEAST_RANGE)).astype(_HALF)
-    roots_TK, range_root_T1 = (
-        np.sqrt(1 + drops_TK) - 1,
-        np.sqrt(1 + range_T.astype(np.float32)[:, None]) - 1,
-    )
-    codes_TK = record.codes_of(roots_TK, range_root_T1, codec).astype(np.int64)
+    roots_TK = np.sqrt(1 + drops_TK) - 1
+    range_root_T1 = np.sqrt(1 + range_T.astype(np.float32)[:, None]) - 1
+    codes_TK = record.codes_of(roots_TK, range_root_T1, spec).astype(np.int64)
+
+    # header
     limited_T = log_tail_T.clip(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)
     stored_tail_T = np.where(log_tail_T == -np.inf, log_tail_T, limited_T).astype(_HALF)
     header = np.stack([range_T, stored_tail_T], axis=1).view(np.uint8)
+
+    # ids ascending, values in their order
     ids_TK, codes_TK = _sort_pairs(ids_TK, codes_TK)
-    return [
-        header,
-        *_encode_ids(ids_TK, codec, first_row=first_row, distinct=True),
-        _pack(codes_TK, codec.value_bits),
-    ]
+    ids = _encode_ids(ids_TK, spec, first_row=first_row, distinct=True)
+    return [header, *ids, _pack(codes_TK, spec.value_bits)]
 
 
-def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, codec: Codec) -> Floats:
-    drops_TK = record.drops_of(
-        codes_TK.astype(np.float64), np.sqrt(1 + range_T[:, None].astype(np.float64)) - 1, codec
-    )
-    best_T = _log_one_minus_exp(log_tail_T.astype(np.float64)) - np.log(
-        np.exp(-drops_TK).sum(axis=1)
-    )
+def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, spec: TargetSpec) -> Floats:
+    """float32 [T, K]: dequantised, and scaled so that kept entries and tail sum to 1."""
+    range_root_T1 = np.sqrt(1 + range_T[:, None].astype(np.float64)) - 1
+    drops_TK = record.drops_of(codes_TK.astype(np.float64), range_root_T1, spec)
+    log_kept_T = _log_one_minus_exp(log_tail_T.astype(np.float64))
+    best_T = log_kept_T - np.log(np.exp(-drops_TK).sum(axis=1))
     logprobs_TK: Floats = (best_T[:, None] - drops_TK).astype(np.float32)
     return logprobs_TK
 
@@ -231,7 +227,9 @@ def _log_one_minus_exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _sort_pairs(first_TM: Ints, second_TM: Ints) -> tuple[Ints, Ints]:
-    """Each row's pairs of numbers below 2^31, the second not negative, ascending by the first, then
-    by the second."""
+    """Each row's pairs ascending by the first number, then by the second.
+
+    Numbers are below 2^31, the second ones not negative.
+    """
     pairs_TM = np.sort((first_TM << 32) | second_TM, axis=1)
     return pairs_TM >> 32, pairs_TM & 0xFFFFFFFF

@@ -1,11 +1,10 @@
-"""Records on any device, in torch: nothing leaves it, and it is waited for once, at the end, to
-learn what to refuse.
-
-The bytes are those of `codec_numpy`: whole numbers, sorting, and operations that round to nearest
-(+, -, *, /, square root) decide them. Exponentials and logarithms, which differ between libraries,
-come after them, in float64: decoded values agree to a bit of float32.
+"""The codec on any device, in torch, with one synchronisation at the end, to learn what to refuse.
 
 Shapes: T tokens, K exact head entries, N tail draws, B bytes of a record or section, M = K or N.
+
+The bytes are those of `codec_numpy`: only whole numbers, sorting, and operations that round to
+nearest (+, -, *, /, square root) decide them. Exponentials and logarithms, which differ between
+libraries, come after them, in float64: decoded values agree to a bit of float32.
 """
 
 import math
@@ -18,40 +17,39 @@ from torch.nn import functional
 
 from stillhouse.logits import record
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.record import Codec, Complaints
+from stillhouse.logits.record import Complaints
+from stillhouse.logits.spec import TargetSpec, elias_fano_bytes, low_bits
 
-# ids worked on at one time: enough for a GPU, and some 200 MB of its memory
-_BLOCK_ENTRIES = 1 << 21
+_BLOCK_ENTRIES = 1 << 21  # ids of one block: enough for a GPU, and some 200 MB of its memory
 
 
-def encode(c: CompressedLogits, codec: Codec) -> Tensor:
-    """Records uint8 [T, codec.bytes_per_token], on its device, of a target that has the codec's
-    shape. Raises ChunkError."""
+def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
+    """`codec.encode` of targets that are of `spec`."""
     blocks = [
-        _encode_block(c.map(itemgetter(rows)), codec) for rows in _row_blocks(c.num_tokens, codec)
+        _encode_block(c.map(itemgetter(rows)), spec) for rows in _row_blocks(c.num_tokens, spec)
     ]
     _require_none([complaints for _, complaints in blocks])
     return torch.cat([records_TB for records_TB, _ in blocks])
 
 
-def decode(records_TB: Tensor, codec: Codec) -> CompressedLogits:
-    """The target that records of the codec's size hold, on their device. Raises ChunkError."""
+def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
+    """`codec.decode` of records that have the size of `spec`."""
     blocks = [
-        _decode_block(records_TB[rows], codec) for rows in _row_blocks(records_TB.shape[0], codec)
+        _decode_block(records_TB[rows], spec) for rows in _row_blocks(records_TB.shape[0], spec)
     ]
     _require_none([complaints for _, complaints in blocks])
     return concatenate([target for target, _ in blocks])
 
 
-def _row_blocks(num_tokens: int, codec: Codec) -> Iterator[slice]:
-    """One at least."""
-    step = max(1, _BLOCK_ENTRIES // (codec.k + codec.num_draws))
+def _row_blocks(num_tokens: int, spec: TargetSpec) -> Iterator[slice]:
+    """Slices of a block of rows each; one at least."""
+    step = max(1, _BLOCK_ENTRIES // (spec.k + spec.num_draws))
     return (slice(start, start + step) for start in range(0, max(1, num_tokens), step))
 
 
 def _require_none(by_block: list[Complaints]) -> None:
-    """Raise ChunkError for the first row of which a complaint is true, and for the first of its
-    complaints."""
+    """Raise ChunkError for the first row that breaks a rule, naming the first rule that it
+    breaks."""
     wrong_TC = torch.cat(
         [torch.stack([wrong_T for _, wrong_T in complaints], dim=1) for complaints in by_block]
     )
@@ -61,28 +59,28 @@ def _require_none(by_block: list[Complaints]) -> None:
         raise record.refusal(row, complaint)
 
 
-def _encode_block(c: CompressedLogits, codec: Codec) -> tuple[Tensor, Complaints]:
+def _encode_block(c: CompressedLogits, spec: TargetSpec) -> tuple[Tensor, Complaints]:
     complaints: Complaints = []
-    kept = _encode_kept(c, codec, complaints) if codec.k else []
-    drawn = (
-        _encode_ids(c.tail_ids_TN.long(), codec, complaints, distinct=False)
-        if codec.num_draws
-        else []
-    )
-    return torch.cat([*kept, *drawn], dim=1), complaints
+    sections: list[Tensor] = []
+    if spec.k:
+        sections += _encode_kept(c, spec, complaints)
+    if spec.num_draws:
+        sections += _encode_ids(c.tail_ids_TN.long(), spec, complaints, distinct=False)
+    return torch.cat(sections, dim=1), complaints
 
 
-def _decode_block(records_TB: Tensor, codec: Codec) -> tuple[CompressedLogits, Complaints]:
+def _decode_block(records_TB: Tensor, spec: TargetSpec) -> tuple[CompressedLogits, Complaints]:
     complaints: Complaints = []
-    header, ids, values, draws = records_TB.split(codec.section_bytes, dim=1)
+    header, ids, values, draws = records_TB.split(spec.section_bytes, dim=1)
     kept = ids.int(), values.float(), values.new_zeros(len(values), dtype=torch.float32)
-    if codec.k:
-        kept = _decode_kept(header, ids, values, codec, complaints)
-    if codec.num_draws:
-        draws = _decode_ids(draws, codec.num_draws, codec, complaints, distinct=False)
-    return CompressedLogits(
-        *kept, draws.int(), vocab_size=codec.vocab_size, temperature=codec.temperature
-    ), complaints
+    if spec.k:
+        kept = _decode_kept(header, ids, values, spec, complaints)
+    if spec.num_draws:
+        draws = _decode_ids(draws, spec.num_draws, spec, complaints, distinct=False)
+    target = CompressedLogits(
+        *kept, draws.int(), vocab_size=spec.vocab_size, temperature=spec.temperature
+    )
+    return target, complaints
 
 
 # Ids
@@ -90,30 +88,26 @@ def _decode_block(records_TB: Tensor, codec: Codec) -> tuple[CompressedLogits, C
 
 
 def _encode_ids(
-    ids_TM: Tensor, codec: Codec, complaints: Complaints, *, distinct: bool
+    ids_TM: Tensor, spec: TargetSpec, complaints: Complaints, *, distinct: bool
 ) -> list[Tensor]:
-    complaints += record.wrong_ids(ids_TM, codec, distinct=distinct)
+    complaints += record.wrong_ids(ids_TM, spec, distinct=distinct)
     num_rows, m = ids_TM.shape
-    low, (_, high_bytes) = (
-        record.low_bits(m, codec.vocab_size),
-        record.elias_fano_bytes(m, codec.vocab_size),
-    )
+    low, (_, high_bytes) = low_bits(m, spec.vocab_size), elias_fano_bytes(m, spec.vocab_size)
     ones_TM = (ids_TM >> low) + torch.arange(m, device=ids_TM.device)
     high_bits = ids_TM.new_zeros((num_rows, 8 * high_bytes), dtype=torch.uint8)
-    # clamped: ids that will be refused must not fault the device
+    # clamped: an id that will be refused must not fault the device
     high_bits.scatter_(1, ones_TM.clamp(0, 8 * high_bytes - 1), 1)
-    high_section = (high_bits.view(num_rows, high_bytes, 8) << _bit_numbers(ids_TM)).sum(
-        dim=2, dtype=torch.uint8
-    )
+    high_bits = high_bits.view(num_rows, high_bytes, 8) << _bit_numbers(ids_TM)
+    high_section = high_bits.sum(dim=2, dtype=torch.uint8)
     return [_pack(ids_TM & ((1 << low) - 1), low), high_section]
 
 
 def _decode_ids(
-    section: Tensor, m: int, codec: Codec, complaints: Complaints, *, distinct: bool
+    section: Tensor, m: int, spec: TargetSpec, complaints: Complaints, *, distinct: bool
 ) -> Tensor:
-    """The i-th one is where the count of ones first reaches i: so no shape depends on what the
-    bytes hold."""
-    low, sizes = record.low_bits(m, codec.vocab_size), record.elias_fano_bytes(m, codec.vocab_size)
+    """Ids [T, m]. The i-th one bit is where the count of ones first reaches i, so that no shape
+    depends on the bytes."""
+    low, sizes = low_bits(m, spec.vocab_size), elias_fano_bytes(m, spec.vocab_size)
     low_section, high_section = section.split(sizes, dim=1)
     high_bits = ((high_section[:, :, None] >> _bit_numbers(section)) & 1).flatten(1)
     count_TH = high_bits.cumsum(dim=1, dtype=torch.int32)
@@ -121,7 +115,7 @@ def _decode_ids(
     index_M = torch.arange(m, dtype=torch.int32, device=section.device)
     ones_TM = torch.searchsorted(count_TH, (index_M + 1).repeat(section.shape[0], 1))
     ids_TM = ((ones_TM - index_M) << low) | _unpack(low_section, m, low, complaints)
-    complaints += record.wrong_ids(ids_TM, codec, distinct=distinct)
+    complaints += record.wrong_ids(ids_TM, spec, distinct=distinct)
     return ids_TM
 
 
@@ -134,10 +128,9 @@ def _pack(values_TM: Tensor, width: int) -> Tensor:
     num_rows, m = values_TM.shape
     if width == 0:
         return values_TM.new_empty((num_rows, 0), dtype=torch.uint8)
-    bytes_TB = (
-        values_TM if width == 8 else _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
-    )
-    return bytes_TB.to(torch.uint8)
+    if width != 8:
+        values_TM = _recut(values_TM, -(-m * width // 8), width=width, as_width=8)
+    return values_TM.to(torch.uint8)
 
 
 def _unpack(section: Tensor, m: int, width: int, complaints: Complaints) -> Tensor:
@@ -147,11 +140,13 @@ def _unpack(section: Tensor, m: int, width: int, complaints: Complaints) -> Tens
 
 
 def _recut(fields_TM: Tensor, count: int, *, width: int, as_width: int) -> Tensor:
-    """The first `count` fields of `as_width` bits of a stream that comes as fields of `width` bits;
-    behind its end there are zeros."""
+    """Cut a bit stream, given as fields of `width` bits, into `count` fields of `as_width` bits.
+
+    After the stream's end there are zeros.
+    """
     starts_N = as_width * torch.arange(count, device=fields_TM.device)
     first_N, skipped_N = starts_N // width, starts_N % width
-    num_touched = -(-(width - 1 + as_width) // width)  # at most, by one new field
+    num_touched = -(-(width - 1 + as_width) // width)  # by one new field, at most
     padded = functional.pad(fields_TM, (0, num_touched))
     touched_TN = padded.index_select(1, first_N)
     for further in range(1, num_touched):
@@ -167,61 +162,59 @@ def _bit_numbers(like: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def _encode_kept(c: CompressedLogits, codec: Codec, complaints: Complaints) -> list[Tensor]:
+def _encode_kept(c: CompressedLogits, spec: TargetSpec, complaints: Complaints) -> list[Tensor]:
+    """The header, ids and values of kept entries."""
     best_T1, log_tail_T1 = c.logprobs_TK.amax(dim=1, keepdim=True), c.tail_logmass_T[:, None]
-    complaints += record.wrong_target(best_T1[:, 0], c.tail_logmass_T, codec)
+    complaints += record.wrong_target(best_T1[:, 0], c.tail_logmass_T, spec)
+
+    # header
     drops_TK = (best_T1 - c.logprobs_TK).clamp(max=record.MOST_RANGE)
     range_T1 = drops_TK.amax(dim=1, keepdim=True).clamp(min=record.LEAST_RANGE).half()
     limited_T1 = log_tail_T1.clamp(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)
     stored_tail_T1 = torch.where(log_tail_T1 == -math.inf, log_tail_T1, limited_T1).half()
     header = torch.cat([range_T1, stored_tail_T1], dim=1).view(torch.uint8)
+
+    # ids ascending, values in their order: drops below the best entry, quantised
     ids_TK, order_TK = c.token_ids_TK.long().sort(dim=1)
-    codes_TK = (
-        record.codes_of(_root(drops_TK), _root(range_T1.float()), codec).long().gather(1, order_TK)
-    )
-    return [
-        header,
-        *_encode_ids(ids_TK, codec, complaints, distinct=True),
-        _pack(codes_TK, codec.value_bits),
-    ]
+    codes_TK = record.codes_of(_root(drops_TK), _root(range_T1.float()), spec).long()
+    ids = _encode_ids(ids_TK, spec, complaints, distinct=True)
+    return [header, *ids, _pack(codes_TK.gather(1, order_TK), spec.value_bits)]
 
 
 def _decode_kept(
-    header: Tensor, ids: Tensor, values: Tensor, codec: Codec, complaints: Complaints
+    header: Tensor, ids: Tensor, values: Tensor, spec: TargetSpec, complaints: Complaints
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and log-probabilities [T, K] in their order, and the tail's [T]."""
+    """Ids and log-probabilities [T, K] by logprob descending, and the tail's log mass [T]."""
     halves_T2 = header.clone(memory_format=torch.contiguous_format).view(torch.float16)
     range_T1, log_tail_T1 = halves_T2.float().split(1, dim=1)
-    complaints += record.wrong_header(range_T1[:, 0], log_tail_T1[:, 0], codec)
-    ids_TK = _decode_ids(ids, codec.k, codec, complaints, distinct=True)
-    codes_TK, order_TK = _unpack(values, codec.k, codec.value_bits, complaints).sort(
-        dim=1, stable=True
-    )
-    complaints += record.wrong_codes(codes_TK, range_T1[:, 0], codec)
+    complaints += record.wrong_header(range_T1[:, 0], log_tail_T1[:, 0], spec)
+    ids_TK = _decode_ids(ids, spec.k, spec, complaints, distinct=True)
+    codes_TK = _unpack(values, spec.k, spec.value_bits, complaints)
+    codes_TK, order_TK = codes_TK.sort(dim=1, stable=True)
+    complaints += record.wrong_codes(codes_TK, range_T1[:, 0], spec)
     return (
         ids_TK.gather(1, order_TK).int(),
-        _logprobs(codes_TK, range_T1, log_tail_T1, codec),
+        _logprobs(codes_TK, range_T1, log_tail_T1, spec),
         log_tail_T1[:, 0],
     )
 
 
-def _logprobs(codes_TK: Tensor, range_T1: Tensor, log_tail_T1: Tensor, codec: Codec) -> Tensor:
-    drops_TK = record.drops_of(codes_TK.double(), (1 + range_T1.double()).sqrt() - 1, codec)
-    best_T1 = (
-        _log_one_minus_exp(log_tail_T1.double()) - (-drops_TK).exp().sum(dim=1, keepdim=True).log()
-    )
+def _logprobs(codes_TK: Tensor, range_T1: Tensor, log_tail_T1: Tensor, spec: TargetSpec) -> Tensor:
+    """float32 [T, K]: dequantised, and scaled so that kept entries and tail sum to 1."""
+    drops_TK = record.drops_of(codes_TK.double(), (1 + range_T1.double()).sqrt() - 1, spec)
+    log_kept_T1 = _log_one_minus_exp(log_tail_T1.double())
+    best_T1 = log_kept_T1 - (-drops_TK).exp().sum(dim=1, keepdim=True).log()
     return (best_T1 - drops_TK).float()
 
 
 def _root(drops: Tensor) -> Tensor:
-    """Through float64, which rounds to the nearest float32; torch's own square root of float32 on a
-    processor is not always that."""
+    """r(d) in float32. Through float64, since torch's float32 square root on a CPU does not always
+    round to nearest."""
     return (1 + drops).double().sqrt().float() - 1
 
 
 def _log_one_minus_exp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x < 0, accurate at both ends (Maechler 2012, "Accurately computing log(1 -
     exp(-|a|))")."""
-    return torch.where(
-        x > -math.log(2), (-x.clamp(min=-math.log(2)).expm1()).log(), (-x.exp()).log1p()
-    )
+    near_zero = x.clamp(min=-math.log(2))
+    return torch.where(x > -math.log(2), (-near_zero.expm1()).log(), (-x.exp()).log1p())

@@ -1,5 +1,4 @@
-"""The target as a value: what is kept of a teacher's distribution, so that no kept probability is
-ever renormalised.
+"""`CompressedLogits`: targets as a value, and what can be computed from it.
 
 Shapes: T tokens, K exact head entries, N draws from the tail, V vocabulary.
 """
@@ -15,16 +14,17 @@ from stillhouse.errors import ChunkError
 
 @dataclass(frozen=True, slots=True)
 class CompressedLogits:
-    """T target distributions over V tokens, each as K exact entries and the mass of all the others.
+    """T target distributions over V ids: K exact entries, the mass of the tail, N draws from it.
 
-    Every value is of softmax(logits / temperature) over the FULL vocabulary.
+    Every value is of softmax(logits / temperature) over the FULL vocabulary; no kept probability is
+    renormalised. All tensors are on one device.
     """
 
     token_ids_TK: Tensor  # int32, by logprob descending, ties by id ascending
     logprobs_TK: Tensor  # float32, never renormalised
     tail_logmass_T: Tensor  # float32, log(1 - sum of the kept p); exactly -inf where K = V
-    # int32, ascending, repeats allowed: each draw stands for 1/N of the tail's mass; N = 0: one
-    # bucket
+    # int32, ascending, repeats allowed. A draw stands for 1/N of the tail's mass; without draws the
+    # tail is one bucket.
     tail_ids_TN: Tensor
     vocab_size: int
     temperature: float = 1.0
@@ -42,8 +42,8 @@ class CompressedLogits:
         return self.tail_ids_TN.shape[1]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "CompressedLogits":
-        """The same target with `change` applied to each of its four tensors: a slice, a device, a
-        pin."""
+        """The same targets with `change` applied to each of the four tensors, such as a slice or a
+        copy to a device."""
         return replace(
             self,
             token_ids_TK=change(self.token_ids_TK),
@@ -53,8 +53,7 @@ class CompressedLogits:
         )
 
     def with_rows(self, rows_R: Tensor, other: "CompressedLogits") -> "CompressedLogits":
-        """The same target with the tokens of these numbers (int64 [R]) taken from another one,
-        which has only them."""
+        """The same targets with tokens rows_R (int64 [R]) replaced by the R tokens of `other`."""
         return replace(
             self,
             token_ids_TK=self.token_ids_TK.index_copy(0, rows_R, other.token_ids_TK),
@@ -64,13 +63,15 @@ class CompressedLogits:
         )
 
     def without_draws(self) -> "CompressedLogits":
-        """The same target with its tail as one bucket."""
+        """The same targets with the tail as one bucket."""
         return replace(self, tail_ids_TN=self.tail_ids_TN[:, :0])
 
 
 def concatenate(parts: Iterable[CompressedLogits]) -> CompressedLogits:
-    """One target of all the parts' tokens in order. The parts agree on K, N, vocabulary and
-    temperature; there is at least one."""
+    """The tokens of all parts, in order, as one value.
+
+    There is at least one part; all have the same K, N, vocabulary and temperature.
+    """
     parts = list(parts)
     return CompressedLogits(
         torch.cat([part.token_ids_TK for part in parts]),
@@ -82,32 +83,35 @@ def concatenate(parts: Iterable[CompressedLogits]) -> CompressedLogits:
     )
 
 
-def densify(c: CompressedLogits) -> Tensor:
-    """float32 [T, V] log-probabilities: the kept entries as they are, the tail's mass spread evenly
-    over the other ids, or over its draws.
+def densify(compressed: CompressedLogits) -> Tensor:
+    """Dense log-probabilities, float32 [T, V]: kept entries as they are, the tail spread out.
 
-    For tests and small vocabularies: its size is that of the logits.
+    The tail's mass is shared by the draws or, without draws, evenly by all other ids. The result is
+    as large as the logits: use it for tests and small vocabularies.
+
+        log_probs_TV = densify(compress(logits_TV, TargetSpec(vocab_size=1000, k=64)))
+        log_probs_TV.exp().sum(dim=1)  # 1 for each token
     """
-    kept_TK, draws_TN = c.token_ids_TK.long(), c.tail_ids_TN.long()
-    shape = (c.num_tokens, c.vocab_size)
-    if c.num_draws:
-        shares_TV = c.logprobs_TK.new_zeros(shape).scatter_add_(
-            1, draws_TN, c.logprobs_TK.new_ones(draws_TN.shape)
-        )
+    kept_TK, logprobs_TK = compressed.token_ids_TK.long(), compressed.logprobs_TK
+    shape = (compressed.num_tokens, compressed.vocab_size)
+    if compressed.num_draws:
+        draws_TN = compressed.tail_ids_TN.long()
+        shares_TV = logprobs_TK.new_zeros(shape)
+        shares_TV.scatter_add_(1, draws_TN, logprobs_TK.new_ones(draws_TN.shape))
     else:
-        shares_TV = c.logprobs_TK.new_ones(shape).scatter_(1, kept_TK, 0.0)
+        shares_TV = logprobs_TK.new_ones(shape).scatter_(1, kept_TK, 0.0)
     spread_TV = shares_TV.log() - shares_TV.sum(dim=1, keepdim=True).log()
-    return (c.tail_logmass_T[:, None] + spread_TV).scatter(1, kept_TK, c.logprobs_TK)
+    return (compressed.tail_logmass_T[:, None] + spread_TV).scatter(1, kept_TK, logprobs_TK)
 
 
-def kept_mass(c: CompressedLogits) -> Tensor:
-    """float64 [T]: the probability that a token's kept entries hold together."""
-    return c.logprobs_TK.double().exp().sum(dim=1)
+def kept_mass(compressed: CompressedLogits) -> Tensor:
+    """The probability of each token's kept entries together, float64 [T]."""
+    return compressed.logprobs_TK.double().exp().sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """What a target keeps of its distribution, and what its bytes lose of that."""
+    """What targets keep of their distributions, and what the codec loses of that."""
 
     kept_mass: float  # mean over tokens of the probability of the kept entries
     codec_kl: float  # mean over tokens of KL(exact || decoded), in nats
@@ -115,11 +119,10 @@ class Fidelity:
 
 
 def fidelity(exact: CompressedLogits, decoded: CompressedLogits) -> Fidelity:
-    """Compare two targets of the same tokens, on one device, over their K + 1 buckets (the kept
-    entries and the tail), in float64.
+    """KL of decoded targets from exact ones, over K + 1 buckets (kept entries and tail), float64.
 
-    Of no tokens, nothing is lost: (1, 0, 0). Raises ChunkError naming the first token for which the
-    two keep different ids.
+    Both are of the same tokens, on one device. Without tokens nothing is lost: (1, 0, 0). Raises
+    ChunkError naming the first token for which the two keep different ids.
     """
     if exact.num_tokens == 0:
         return Fidelity(kept_mass=1.0, codec_kl=0.0, worst_kl=0.0)
@@ -140,8 +143,7 @@ def fidelity(exact: CompressedLogits, decoded: CompressedLogits) -> Fidelity:
 
 
 def _buckets(c: CompressedLogits) -> tuple[Tensor, Tensor]:
-    """The kept ids, ascending, and the float64 log-probabilities [T, K + 1] of these and of the
-    tail."""
+    """Kept ids ascending [T, K], and float64 log-probabilities of these and the tail [T, K + 1]."""
     ids_TK, order_TK = c.token_ids_TK.sort(dim=1)
     logprobs_TK = c.logprobs_TK.double().gather(1, order_TK)
     return ids_TK, torch.cat([logprobs_TK, c.tail_logmass_T.double()[:, None]], dim=1)

@@ -1,9 +1,10 @@
-"""A language-model head as a value: everything between the final hidden states and the logits, and
-nothing else.
+"""`Head`: a language-model head as a value, everything between last hidden states and logits.
 
-Shapes: T tokens, H hidden, V vocabulary. Gemma 2 soft-caps, Cohere multiplies, Granite divides, Phi
-has a bias: a head that forgets one of them trains wrongly and says nothing, so teacher and student
-both read theirs into this one type.
+Shapes: T tokens, H hidden, V vocabulary.
+
+Gemma 2 soft-caps its logits, Cohere multiplies them, Granite divides them, Phi has a bias. A head
+that leaves one of these out trains a wrong student without an error, so teachers and students both
+use this one type.
 """
 
 from dataclasses import dataclass
@@ -11,24 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WIDENED_ROWS = 1 << 14
+_WIDENED_ROWS = 1 << 14  # of the weight, converted to float32 at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """logits = softcap * tanh(a / softcap) with a = scale * (hidden @ weight^T + bias); without a
-    softcap, logits = a.
+    """logits = softcap * tanh(a / softcap), or a without a softcap, where
+    a = scale * (hidden @ weight^T + bias).
 
-    `weight_VH` and `bias_V` have exactly `vocab_size` rows: padded models are sliced before they
-    come here.
+    `weight_VH` and `bias_V` have exactly `vocab_size` rows: a padded head is sliced before.
+
+        head = Head(model.lm_head.weight[:vocab_size])
+        logits_TV = head.logits(hidden_TH)
     """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    # whether narrower weights have their logits in float32, as the products are summed, or rounded
-    # to themselves
+    # For a weight narrower than float32: float32 logits, as matrix products are summed, rather than
+    # logits rounded to the weight's dtype.
     float32_logits: bool = False
 
     @property
@@ -36,7 +39,7 @@ class Head:
         return self.weight_VH.shape[0]
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """[T, V] logits in the dtype of the weight, or in float32 where that is asked for and
+        """Logits [T, V] in the weight's dtype, or in float32 if `float32_logits` and that is
         wider."""
         hidden_TH = hidden_TH.to(self.weight_VH.dtype)
         if self.float32_logits and self.weight_VH.dtype.itemsize < torch.float32.itemsize:
@@ -52,8 +55,8 @@ class Head:
 
 
 def _float32_product(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
-    """hidden @ weight^T without a rounding at its end. Off the GPU, some rows of the weight are
-    widened at a time."""
+    """hidden @ weight^T in float32: one matrix product on a GPU, else some rows of the weight at a
+    time, widened."""
     if hidden_TH.device.type == "cuda":
         return torch.mm(hidden_TH, weight_VH.T, out_dtype=torch.float32)
     return torch.cat(

@@ -1,5 +1,7 @@
-"""The one place where Triton kernels are launched, the teacher's and the student's, and which
-failures of a launch may pass."""
+"""Launching Triton kernels: on the right device, and which failures may be transient.
+
+Every kernel of the package, a teacher's or a student's, is launched by `run_kernel`.
+"""
 
 import errno
 import subprocess
@@ -35,12 +37,11 @@ def run_kernel(
     device_of: Callable[[Tensor], AbstractContextManager[object]] = torch.cuda.device_of,
     **options: Any,
 ) -> None:
-    """Launch `kernel[grid](*arguments, **options)` on the device of the tensors among the
-    arguments, which is one.
+    """Launch `kernel[grid](*arguments, **options)` on the one device of the tensor arguments.
 
-    Triton launches on the stream of the process's current device. Where a model is spread over
-    several GPUs, its logits are on another one: a kernel that starts elsewhere does not wait for
-    them, and reads what was in their memory before.
+    Triton launches on the current device's stream. The logits of a model that is spread over
+    several GPUs may be on another device; a kernel on the current one would not wait for them, and
+    would read what their memory held before.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     assert {tensor.device for tensor in tensors} == {tensors[0].device}, (
@@ -51,12 +52,12 @@ def run_kernel(
 
 
 def may_pass(failure: Exception) -> bool:
-    """Whether the same launch may succeed later: memory, disk or processes were short, or the
-    compiler was killed for want of them."""
+    """Whether a later launch may succeed: memory, disk or processes were short, or a signal ended
+    the compiler."""
     if isinstance(failure, subprocess.CalledProcessError):
-        # ended by a signal; a compiler that cannot do it says so with a status
+        # negative: ended by a signal; a compiler that cannot compile the kernel exits with a status
         return failure.returncode < 0
     short = isinstance(failure, OSError) and failure.errno in _PASSING_NUMBERS
-    # Triton's driver has no class for it
+    # Triton's driver raises no class of its own for it
     out_of_memory = isinstance(failure, RuntimeError) and "out of memory" in str(failure).lower()
     return isinstance(failure, _PASSING_ERRORS) or short or out_of_memory

@@ -233,7 +233,7 @@ def _start_row(plan: Plan, command: str, number: int, committed: Mapping[str, in
         num_sequences=corpus.num_sequences,
         sequence_length=corpus.sequence_length,
         num_targets=corpus.num_targets,
-        bytes_per_token=plan.recipe.codec.bytes_per_token,
+        bytes_per_token=plan.recipe.spec.bytes_per_token,
         num_draws=plan.recipe.num_draws,
         vocab_size=plan.recipe.vocab_size,
         k=plan.recipe.k,

@@ -3,7 +3,7 @@ make and how many steps to take."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from stillhouse.config import Config, ModelSection, StudentSection, TeacherSection
+from stillhouse.config import Config, ModelSection, StudentSection, TargetSection, TeacherSection
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.errors import ConfigError
+from stillhouse.logits import TargetSpec
 from stillhouse.losses.divergences import divergence_named
 from stillhouse.models import (
     ModelIdentity,
@@ -79,7 +80,7 @@ class Plan:
         corpus = self.sources.train
         targets_per_sequence = corpus.num_targets / corpus.num_sequences
         per_sequence = (
-            9 * corpus.sequence_length + targets_per_sequence * self.recipe.codec.bytes_per_token
+            9 * corpus.sequence_length + targets_per_sequence * self.recipe.spec.bytes_per_token
         )
         return per_sequence * min(self.recipe.chunk_sequences, corpus.num_sequences)
 
@@ -150,16 +151,7 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     )
     check_same_ids(tokenizer, _student_tokenizer(config.student))
     vocab_size = vocab_size_of(tokenizer)
-    if config.target.k > vocab_size:
-        raise ConfigError(
-            f"target.k is {config.target.k}, but the vocabulary has {vocab_size} tokens; set "
-            f"target.k to {vocab_size} or less"
-        )
-    if config.target.k == vocab_size and config.target.tail_draws > 0:
-        raise ConfigError(
-            f"target.k keeps the whole vocabulary of {vocab_size} tokens, so there is no tail to "
-            "draw from; set target.tail_draws = 0"
-        )
+    spec = _target_spec(config.target, vocab_size)
     # one of the user's own is imported and tried
     divergence_named(config.student.divergence, config.student.mix)
     digest = tokenizer_digest(tokenizer)
@@ -180,13 +172,9 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         packing="packed" if config.corpus.packing else "padded",
         chunk_sequences=config.store.chunk_sequences,
         tokenizer_digest=digest,
-        vocab_size=vocab_size,
         teacher_digest=teacher.digest,
         teacher_dtype=_number_format(config.teacher),
-        k=config.target.k,
-        num_draws=config.target.tail_draws,
-        temperature=config.target.temperature,
-        value_bits=config.target.value_bits,
+        **asdict(spec),
     )
     store = config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url})
     student_section = config.student.model_copy(
@@ -194,6 +182,21 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     )
     config = config.model_copy(update={"store": store, "student": student_section})
     return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
+
+
+def _target_spec(section: TargetSection, vocab_size: int) -> TargetSpec:
+    """The target that the config asks for. Raises ConfigError where the vocabulary has no such
+    target."""
+    try:
+        return TargetSpec(
+            vocab_size,
+            section.k,
+            num_draws=section.tail_draws,
+            value_bits=section.value_bits,
+            temperature=section.temperature,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"[target] {error}") from None
 
 
 def require_full_step(wanted: int, *, there: int) -> None:

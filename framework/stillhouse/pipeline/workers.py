@@ -12,14 +12,14 @@ from stillhouse.store import ChunkStore
 from stillhouse.student.job import TrainJob
 from stillhouse.student.workers import fit
 from stillhouse.teacher.actor import TeacherJob
-from stillhouse.teacher.crew import RayCrew
+from stillhouse.teacher.ray_backend import RayBackend
 
 _LOOK_EVERY_S = 1.0
 
 
-def teacher_crew(session: Session, section: TeacherSection, store: ChunkStore) -> RayCrew:
+def teacher_crew(session: Session, section: TeacherSection, store: ChunkStore) -> RayBackend:
     """Teachers that fill this store."""
-    return RayCrew(
+    return RayBackend(
         TeacherJob(
             section, store.recipe, store.url, session.cluster.threads, session.cluster.notices
         ),

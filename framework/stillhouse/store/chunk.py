@@ -80,7 +80,7 @@ class ChunkIndex:
     def row_extents(self, row: int) -> list[Extent]:
         """The (start, end) in the file of the row's token ids, positions, loss mask and records:
         what its hash covers, in this order."""
-        length, record_bytes = self.recipe.sequence_length, self.recipe.codec.bytes_per_token
+        length, record_bytes = self.recipe.sequence_length, self.recipe.spec.bytes_per_token
         first, last = int(self.row_starts[row]), int(self.row_starts[row + 1])
         spans = {
             "token_ids": (row * length * 4, (row + 1) * length * 4),
@@ -211,7 +211,7 @@ def unpack_rows(
                 f"{_name(index.number)} is damaged: row {row} hashes to {found:016x}, "
                 f"{wanted:016x} was published"
             )
-    length, record_bytes = index.recipe.sequence_length, index.recipe.codec.bytes_per_token
+    length, record_bytes = index.recipe.sequence_length, index.recipe.spec.bytes_per_token
     columns = [bytearray().join(pieces[i] for pieces in pieces_R4) for i in range(4)]
     token_ids, positions, loss_mask, targets = (
         np.frombuffer(column, dtype).reshape(-1, width)
@@ -239,14 +239,14 @@ def _layout(recipe: Recipe, number: int, num_targets: int) -> list[_Tensor]:
         _Tensor("positions", "I32", (rows, length)),
         _Tensor("token_ids", "I32", (rows, length)),
         _Tensor("loss_mask", "U8", (rows, length)),
-        _Tensor("targets", "U8", (num_targets, recipe.codec.bytes_per_token)),
+        _Tensor("targets", "U8", (num_targets, recipe.spec.bytes_per_token)),
     ]
 
 
 def _metadata(recipe: Recipe, number: int) -> dict[str, Any]:
     return {
         "chunk": number,
-        "codec": recipe.codec.name,
+        "codec": recipe.spec.codec_name,
         "codec_version": CODEC_VERSION,
         "fingerprint": recipe.fingerprint,
         "format": FORMAT_VERSION,

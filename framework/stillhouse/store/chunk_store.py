@@ -246,7 +246,7 @@ class ChunkStore:
         """Read a whole chunk and decode every record. Raises ChunkMissing or ChunkError."""
         chunk = self.fetch(number)
         try:
-            decode(torch.from_numpy(chunk.targets_NB), self.recipe.codec)
+            decode(torch.from_numpy(chunk.targets_NB), self.recipe.spec)
         except ChunkError as error:
             raise ChunkError(f"chunk {number} is as it was published, but {error}") from None
 

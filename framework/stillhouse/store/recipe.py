@@ -3,13 +3,13 @@ recipes share chunks."""
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from stillhouse.errors import RecipeError
-from stillhouse.logits.record import CODEC_VERSION, Codec
+from stillhouse.errors import ConfigError, RecipeError
+from stillhouse.logits.record import CODEC_VERSION
+from stillhouse.logits.spec import TargetSpec
 
 FORMAT_VERSION = 1
 MOST_CHUNKS = 10**10  # whose numbers have ten digits, as the names of chunks do
@@ -57,8 +57,8 @@ class Recipe:
             raise RecipeError("this recipe cannot be used: " + "; ".join(problems))
 
     @property
-    def codec(self) -> Codec:
-        return Codec(
+    def spec(self) -> TargetSpec:
+        return TargetSpec(
             self.vocab_size,
             self.k,
             num_draws=self.num_draws,
@@ -86,7 +86,7 @@ class Recipe:
         bytes of recipe.json."""
         versions = {
             "format": FORMAT_VERSION,
-            "codec": self.codec.name,
+            "codec": self.spec.codec_name,
             "codec_version": CODEC_VERSION,
         }
         return canonical_json({**asdict(self), "temperature": float(self.temperature), **versions})
@@ -192,13 +192,10 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
         ("num_sequences", 1),
         ("sequence_length", 2),
         ("chunk_sequences", 1),
-        ("vocab_size", 1),
-        ("k", 0),
-        ("num_draws", 0),
     ):
         if getattr(recipe, name) < least:
             yield f"{name} is {getattr(recipe, name)}, wanted at least {least}"
-    for name in ("sequence_length", "chunk_sequences", "vocab_size", "num_draws"):
+    for name in ("sequence_length", "chunk_sequences"):
         if getattr(recipe, name) > _MOST_COUNT:
             yield f"{name} is {getattr(recipe, name)}, wanted at most {_MOST_COUNT}"
     if recipe.num_sequences > MOST_CHUNKS * recipe.chunk_sequences:
@@ -206,18 +203,9 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
             f"num_sequences is {recipe.num_sequences}, wanted at most {MOST_CHUNKS} chunks of "
             f"{recipe.chunk_sequences}"
         )
-    if recipe.k > recipe.vocab_size:
-        yield f"k is {recipe.k}, more than the {recipe.vocab_size} tokens of the vocabulary"
-    if recipe.k == recipe.vocab_size and recipe.num_draws > 0:
-        yield (
-            f"num_draws is {recipe.num_draws}, but with k = {recipe.k} the whole vocabulary is "
-            "kept, and there is no tail to draw from"
-        )
-    if recipe.k == recipe.num_draws == 0:
-        yield "k and num_draws are both 0: nothing of the teacher would be kept"
     if recipe.packing not in ("packed", "padded"):
         yield f"packing is {recipe.packing!r}, wanted 'packed' or 'padded'"
-    if recipe.value_bits not in (6, 8):
-        yield f"value_bits is {recipe.value_bits}, wanted 6 or 8"
-    if not 0 < recipe.temperature <= sys.float_info.max:
-        yield f"temperature is {recipe.temperature}, wanted a positive number"
+    try:
+        _ = recipe.spec
+    except ConfigError as error:
+        yield str(error)

@@ -211,7 +211,7 @@ class BatchReader:
             try:
                 chunk = self._read(number, rows)
                 if decoding:
-                    decode(torch.from_numpy(chunk.targets_NB), self._store.recipe.codec)
+                    decode(torch.from_numpy(chunk.targets_NB), self._store.recipe.spec)
                 self._outage.is_over()
                 return chunk
             except ChunkMissing:
@@ -240,7 +240,7 @@ class BatchReader:
             self._on_read(None)
 
     def _decode(self, sequences_B: np.ndarray, rows: dict[int, Chunk]) -> MicroBatch:
-        length, codec = self._store.recipe.sequence_length, self._store.recipe.codec
+        length, spec = self._store.recipe.sequence_length, self._store.recipe.spec
         chunks = [rows[int(sequence)] for sequence in sequences_B if sequence != _PADDING]
         blanks = Sequences(
             *(
@@ -252,11 +252,11 @@ class BatchReader:
             [*(chunk.sequences for chunk in chunks), blanks.without(range(len(blanks)))]
         )
         records = [
-            np.empty((0, codec.bytes_per_token), dtype=np.uint8),
+            np.empty((0, spec.bytes_per_token), dtype=np.uint8),
             *(chunk.targets_NB for chunk in chunks),
         ]
         batch = MicroBatch(
-            TokenBatch.of(sequences), decode(torch.from_numpy(np.concatenate(records)), codec)
+            TokenBatch.of(sequences), decode(torch.from_numpy(np.concatenate(records)), spec)
         )
         return batch.map(Tensor.pin_memory) if self._pin_memory else batch
 

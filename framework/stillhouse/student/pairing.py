@@ -8,7 +8,7 @@ what is inside it.
 
 from stillhouse.config import StudentSection
 from stillhouse.errors import ConfigError
-from stillhouse.logits import Codec
+from stillhouse.logits import TargetSpec
 from stillhouse.losses.divergences import divergence_named, is_unbiased_with_draws
 
 # Measured with reverse KL and JSD on 8 entries: where these held 84 % of the teacher's mass, one
@@ -29,14 +29,14 @@ def depends_on_kept_mass(section: StudentSection) -> bool:
     return not is_unbiased_with_draws(divergence_named(section.divergence, section.mix))
 
 
-def require_kept_mass(section: StudentSection, codec: Codec, *, kept_mass: float) -> None:
+def require_kept_mass(section: StudentSection, spec: TargetSpec, *, kept_mass: float) -> None:
     """Raises ConfigError where the kept entries of a student that `depends_on_kept_mass` hold too
     little of the teacher's mass."""
     if kept_mass >= LEAST_KEPT_MASS:
         return
-    unused = f" and learns nothing from the {codec.num_draws} draws" if codec.num_draws else ""
+    unused = f" and learns nothing from the {spec.num_draws} draws" if spec.num_draws else ""
     raise ConfigError(
-        f'student.divergence is "{section.divergence}", which sees all but the {codec.k} kept '
+        f'student.divergence is "{section.divergence}", which sees all but the {spec.k} kept '
         f"entries of a token as one bucket{unused};"
         f" in the first batch these entries hold {kept_mass:.1%} of the teacher's mass, wanted at "
         f"least {LEAST_KEPT_MASS:.0%}."

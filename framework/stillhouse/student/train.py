@@ -108,7 +108,7 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
                 assert batch is not None
                 if step == 0 and depends_on_kept_mass(section):
                     require_kept_mass(
-                        section, job.recipe.codec, kept_mass=_kept_mass_over_ranks(batch, device)
+                        section, job.recipe.spec, kept_mass=_kept_mass_over_ranks(batch, device)
                     )
                 row = _train_one(engine, batch, job, link, began=began)
                 if rank == 0:

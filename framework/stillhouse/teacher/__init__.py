@@ -1,2 +1,2 @@
-"""The teachers: the actor that turns token ids into targets and publishes them, its Ray backend,
-and what makes a pool one of teachers."""
+"""Teachers: the actor that computes and publishes targets, its Ray backend, and the pool's settings
+for it."""

@@ -1,5 +1,7 @@
-"""A teacher actor: it takes a work item, compresses it and publishes the chunk. It keeps no state
-that anybody would miss."""
+"""The teacher actor: computes the targets of a work item and publishes them as a chunk.
+
+Stateless: any actor can be killed, which re-runs at most the chunks that it had leased.
+"""
 
 import logging
 from collections.abc import Iterable
@@ -20,7 +22,7 @@ from stillhouse.engines.base import Records
 from stillhouse.engines.choice import engine_named
 from stillhouse.engines.probe import Probe
 from stillhouse.errors import StoreError
-from stillhouse.logits import Codec, Fidelity, concatenate, decode, fidelity
+from stillhouse.logits import Fidelity, TargetSpec, concatenate, decode, fidelity
 from stillhouse.pool.events import Found, Passed
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
@@ -34,28 +36,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TeacherJob:
-    """What an actor needs to become a teacher of this recipe."""
+    """What an actor needs to be a teacher of a recipe."""
 
     section: TeacherSection
     recipe: Recipe
     store_url: str
     threads: int
-    notices: NoticeSource  # who announces the end of its machine
+    notices: NoticeSource  # of the preemption of its machine
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A teacher that passed its start-up check: what it says to the probe, for comparison with its
-    fellows'."""
+    """A teacher that passed its start-up check, with its probe, for comparison with the other
+    replicas."""
 
     probe: Probe
     device: str
-    topk: str  # the path that its logits take to targets, and why
+    topk: str  # the backend that makes targets of its logits, and the reason
     seconds: float
     node: str  # Ray's id of the machine's node
-    weights_digest: str | None = (
-        None  # of a local model's files as they were loaded; a hub's model is known by its commit
-    )
+    # Of a local model's files as they were loaded; a commit identifies a model of a hub.
+    weights_digest: str | None = None
 
     def journal_row(self, worker: int) -> TeacherRow:
         return TeacherRow(worker, self.seconds, self.device, self.topk)
@@ -63,7 +64,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Produced:
-    """A chunk that is in the store, and what it took. No tensors: those went to the store."""
+    """A chunk that is in the store, with its measurements. No tensors: those are in the store."""
 
     ref: ChunkRef
     fidelity: Fidelity
@@ -116,22 +117,10 @@ class _TeacherActor:
         probe = self._engine.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         backend = self._engine.backend()
-        ready = Ready(
-            probe,
-            name,
-            f"{backend.name}: {backend.reason}",
-            monotonic() - began,
-            self._node,
-            self._engine.digest,
-        )
-        _log.info(
-            "%s is ready after %.1f s, on %s, by %s",
-            self._job.section.model,
-            ready.seconds,
-            name,
-            ready.topk,
-        )
-        return ready
+        topk, seconds = f"{backend.name}: {backend.reason}", monotonic() - began
+        model = self._job.section.model
+        _log.info("%s is ready after %.1f s, on %s, by %s", model, seconds, name, topk)
+        return Ready(probe, name, topk, seconds, self._node, self._engine.digest)
 
     def produce(self, item: WorkItem) -> Produced | Found:
         with failures_logged(_log, f"chunk {item.number}"):
@@ -139,14 +128,14 @@ class _TeacherActor:
 
     def compute(self, item: WorkItem) -> Passed:
         with failures_logged(_log, f"a sequence of chunk {item.number}, on trial"):
-            stored(self._engine.records(item), self._job.recipe.codec)
+            stored(self._engine.records(item), self._job.recipe.spec)
             return Passed()
 
     def _produce(self, item: WorkItem) -> Produced | Found:
-        if is_there(self._store, item.number):  # this lease lost a race before it began
+        if is_there(self._store, item.number):  # published since it was leased
             return Found()
         began = monotonic()
-        records_NB, measured = stored(self._engine.records(item), self._job.recipe.codec)
+        records_NB, measured = stored(self._engine.records(item), self._job.recipe.spec)
         chunk = Chunk(item.number, item.sequences, records_NB.numpy())
         ref = publish_when_possible(
             self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage
@@ -159,30 +148,31 @@ class _TeacherActor:
 
 
 def is_there(store: ChunkStore, number: int) -> bool:
-    """Whether the chunk is known to be published; a store that does not answer is asked again by
-    whoever publishes."""
+    """Whether the chunk is known to be published; False while the store does not answer.
+
+    Publishing tries such a store again.
+    """
     try:
         return store.is_whole(number)
     except StoreError:
         return False
 
 
-def stored(parts: Iterable[Records], codec: Codec) -> tuple[Tensor, Fidelity]:
-    """The records of a chunk's N targets, uint8 [N, B] in this process's memory, and what they
-    lose, measured on some of every part.
+def stored(parts: Iterable[Records], spec: TargetSpec) -> tuple[Tensor, Fidelity]:
+    """The records of a chunk's N targets, uint8 [N, B] in CPU memory, and their fidelity.
 
-    Only records leave a GPU, through pinned memory, those of one part while it computes the next;
-    all have arrived when this returns. Raises ChunkError for what cannot be read back: it must not
-    be published.
+    Fidelity is measured on a sample of every part. Records leave a GPU through pinned memory, those
+    of one part while the next is computed; all have arrived on return. Raises ChunkError for
+    records that cannot be read back, which must not be published.
     """
     arriving, exact, written = [], [], []
     for records_TB, sample in parts:
         landing_TB = torch.empty_like(records_TB, device="cpu", pin_memory=records_TB.is_cuda)
         arriving.append(landing_TB.copy_(records_TB, non_blocking=True))
         exact.append(sample)
-        # a view would keep all of them alive
+        # a clone, since a view would keep the whole part in memory
         written.append(records_TB[: sample.num_tokens].clone())
-    measured = fidelity(concatenate(exact), decode(torch.cat(written), codec))
+    measured = fidelity(concatenate(exact), decode(torch.cat(written), spec))
     if records_TB.is_cuda:
         torch.cuda.synchronize(records_TB.device)
     return torch.cat(arriving), measured
@@ -191,11 +181,10 @@ def stored(parts: Iterable[Records], codec: Codec) -> tuple[Tensor, Fidelity]:
 def publish_when_possible(
     store: ChunkStore, chunk: Chunk, *, patience: Patience, tell: Tell
 ) -> ChunkRef:
-    """Publish; while the store is full or does not answer, wait with the chunk in hand, so that
-    nothing is dropped or made twice.
+    """Publish a chunk, waiting with it while the store is full or does not answer.
 
-    Raises StoreUnavailable at the end of the patience, and what else the store raises at once:
-    there waiting cannot help.
+    So nothing is dropped or computed twice. Raises StoreUnavailable at the end of the patience, and
+    any other error of the store at once, since waiting cannot help there.
     """
     return insist(lambda: store.publish(chunk), patience=patience, tell=tell)
 
@@ -203,15 +192,14 @@ def publish_when_possible(
 def spawn(
     job: TeacherJob, number: int, *, where: Placement, secrets: Secrets, coordinator: Coordinator
 ) -> Any:
-    """A new teacher actor on the cluster; its `start` must be awaited before it gets work. Its
-    heartbeats bear the number."""
+    """A new teacher actor on the cluster, whose heartbeats carry `number`.
+
+    Its `start` must have returned before it gets work.
+    """
     options = {
         "num_cpus": where.num_cpus,
         "num_gpus": where.num_gpus,
         "resources": dict(where.resources) or None,
     }
-    return (
-        ray.remote(_TeacherActor)
-        .options(**options)
-        .remote(job, number, where.device, secrets, coordinator)
-    )
+    actor = ray.remote(_TeacherActor).options(**options)
+    return actor.remote(job, number, where.device, secrets, coordinator)

@@ -1,30 +1,31 @@
-"""Heartbeats of teachers: a thread of each says that its process runs; `pool/pulses.py` finds the
-silent.
+"""Heartbeats of teachers: a thread in each process, whose beats `pool/pulses.py` watches.
 
-A process that was stopped, or whose machine is frozen, answers nothing and ends nothing, so Ray
-does not miss it. How long a chunk takes says nothing either: a teacher that computes for an hour
-goes on beating.
+Ray does not notice a process that is stopped, or whose machine is frozen: it neither answers nor
+ends. The time that a chunk takes is no sign either: a teacher that computes for an hour has
+heartbeats all the while.
 """
 
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-# heartbeats within the time that the watchdog allows: some may be late, or lost with the
-# coordinator's process
+# Heartbeats in the time that the watchdog allows: some may be late, or lost with the coordinator's
+# process.
 BEATS_PER_WATCH = 30.0
 
 
 def begin_heartbeat(heartbeat: Callable[[], None], *, every_s: float) -> threading.Event:
-    """Call `heartbeat` now and then from a thread of its own, until what this returns is set. A
-    beat that raises is one that is missing."""
+    """Call `heartbeat` every `every_s` seconds from a thread, until the returned event is set.
 
-    def go_on() -> None:
+    A call that raises is a missing heartbeat, and nothing else.
+    """
+
+    def beat() -> None:
         while not ended.is_set():
             with suppress(Exception):
                 heartbeat()
             ended.wait(every_s)
 
     ended = threading.Event()
-    threading.Thread(target=go_on, name="heartbeat", daemon=True).start()
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
     return ended

@@ -1,4 +1,4 @@
-"""What makes a pool one of teachers: its numbers from the config, and how replicas are compared."""
+"""What the pool needs for teachers: its limits from the config, and the comparison of replicas."""
 
 from collections.abc import Callable
 
@@ -16,8 +16,8 @@ def limits_of(section: TeacherSection) -> Limits:
 
 
 def comparison(recipe: Recipe) -> Callable[[Ready, Ready, int], None]:
-    """A function that raises unless the second replica, of this number, has the weights of the plan
-    and answers the probe as the first."""
+    """A function of (first, other, other's number) that raises unless `other` has the planned
+    weights and answers the probe as `first` does."""
 
     def require_same(first: Ready, other: Ready, replica: int) -> None:
         require_planned_weights(other.weights_digest, recipe, replica=replica)

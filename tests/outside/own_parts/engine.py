@@ -41,7 +41,7 @@ class PlainEngine:
         return ModelIdentity(hashlib.sha256(b"plain" + weights).hexdigest(), revision=None)
 
     def records(self, item: WorkItem) -> Iterator[Records]:
-        return encoded(self._targets(item), self._recipe.codec)
+        return encoded(self._targets(item), self._recipe.spec)
 
     def probe(self) -> Probe:
         return Probe(
@@ -66,8 +66,6 @@ class PlainEngine:
                 target_positions_T = np.flatnonzero(mask_L[start:stop])
                 yield compress(
                     logits_DV[target_positions_T],
-                    k=self._recipe.k,
-                    tail_draws=self._recipe.num_draws,
-                    temperature=self._recipe.temperature,
+                    self._recipe.spec,
                     seeds_T=seeds_SL[row, start:stop][target_positions_T],
                 )

@@ -21,9 +21,9 @@ from stillhouse.bench.gpu.scale import Scale
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.synthetic import seeds_of
 from stillhouse.logits import (
-    Codec,
     CompressedLogits,
     Head,
+    TargetSpec,
     backend_for,
     codec_numpy,
     codec_torch,
@@ -95,7 +95,7 @@ def _check_topk(
     found, lse_T = normalise(raw, vocab_size=scale.vocab_size, temperature=1.0)
 
     # the reference, where the kernel is sure of a row, and the kernel's own test
-    wanted = compress_reference(exact_TV, k=k)
+    wanted = compress_reference(exact_TV, TargetSpec(scale.vocab_size, k))
     same_ids = torch.equal(found.token_ids_TK.cpu()[sure_T], wanted.token_ids_TK[sure_T])
     pairs = (found.logprobs_TK, wanted.logprobs_TK), (found.tail_logmass_T, wanted.tail_logmass_T)
     same_values = all(
@@ -103,7 +103,7 @@ def _check_topk(
         for ours, theirs in pairs
     )
     lse_error = float((lse_T.cpu().double() - exact_TV.double().logsumexp(dim=1)).abs().max())
-    self_test = blockmax_triton.defect(
+    self_test = blockmax_triton.self_test_failure(
         device, vocab_size=scale.vocab_size, k=k, dtype=dtype, row_stride=row_stride
     )
     enough_sure = float(sure_T.float().mean()) >= _SURE_ROWS
@@ -126,8 +126,9 @@ def records(scale: Scale, recorder: Recorder) -> None:
     for k, num_draws, bits in ((scale.default_entries, scale.default_draws, 8), *_FORMS):
         name = f"{k} entries, {num_draws} draws, {bits} bits"
         with recorder.attempt(name):
-            wanted = compress_reference(exact_TV, k=k, tail_draws=num_draws, seeds_T=seeds_T)
-            found = compress(exact_TV.to(scale.device), k=k, tail_draws=num_draws, seeds_T=seeds_T)
+            spec = TargetSpec(scale.vocab_size, k, num_draws=num_draws, value_bits=bits)
+            wanted = compress_reference(exact_TV, spec, seeds_T=seeds_T)
+            found = compress(exact_TV.to(scale.device), spec, seeds_T=seeds_T)
             same_ids = torch.equal(found.token_ids_TK.cpu(), wanted.token_ids_TK)
             recorder.tell(f"{name}: the reference's entries", same_ids)
             if num_draws:
@@ -135,15 +136,14 @@ def records(scale: Scale, recorder: Recorder) -> None:
                 recorder.tell(
                     f"{name}: share of the reference's draws", share, at_least=_SAME_DRAWS
                 )
-            codec = Codec(scale.vocab_size, k, num_draws=num_draws, value_bits=bits)
-            same_bytes = _same_bytes(wanted, codec, torch.device(scale.device))
+            same_bytes = _same_bytes(wanted, spec, torch.device(scale.device))
             recorder.tell(f"{name}: the CPU's bytes and targets", same_bytes)
 
 
-def _same_bytes(target: CompressedLogits, codec: Codec, device: torch.device) -> bool:
-    records_TB = codec_numpy.encode(target, codec)
-    on_device_TB = codec_torch.encode(target.map(lambda tensor: tensor.to(device)), codec)
-    found, wanted = codec_torch.decode(on_device_TB, codec), codec_numpy.decode(records_TB, codec)
+def _same_bytes(target: CompressedLogits, spec: TargetSpec, device: torch.device) -> bool:
+    records_TB = codec_numpy.encode(target, spec)
+    on_device_TB = codec_torch.encode(target.map(lambda tensor: tensor.to(device)), spec)
+    found, wanted = codec_torch.decode(on_device_TB, spec), codec_numpy.decode(records_TB, spec)
     exact = [
         (on_device_TB, records_TB),
         (found.token_ids_TK, wanted.token_ids_TK),
@@ -164,7 +164,8 @@ def loss(scale: Scale, recorder: Recorder) -> None:
         random = torch.Generator().manual_seed(0)
         exact_TV = _logits(scale, torch.float32)
         seeds_T = seeds_of(len(exact_TV))
-        target = compress(exact_TV, k=scale.default_entries, tail_draws=num_draws, seeds_T=seeds_T)
+        spec = TargetSpec(scale.vocab_size, scale.default_entries, num_draws=num_draws)
+        target = compress(exact_TV, spec, seeds_T=seeds_T)
         target = target.map(lambda tensor: tensor.to(device))
         hidden_TH = torch.randn(len(exact_TV), scale.check_hidden_size, generator=random)
         weight_VH = torch.randn(scale.vocab_size, scale.check_hidden_size, generator=random)

@@ -21,7 +21,7 @@ from stillhouse.bench.cost import Timings, Work, extra_bytes_of, time_in_turn
 from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
 from stillhouse.bench.synthetic import seeds_of
-from stillhouse.logits import Codec, Head, compress_hidden, decode, encode
+from stillhouse.logits import Head, TargetSpec, compress_hidden, decode, encode
 
 _TOPK_PROMISES = {topk_bench.EAGER: 10.0, topk_bench.COMPILED: 4.0}  # times their speed
 _LOSS_PROMISE, _LIGER_PROMISE = 1.15, 1.0  # times their seconds
@@ -114,20 +114,20 @@ def _head_works(scale: Scale, setting: loss_bench.Setting, repeat: int) -> dict[
 def _to_records(
     inputs: head_bench.Inputs, seeds_T: Tensor, *, k: int, num_draws: int
 ) -> Sequence[Tensor]:
-    head = inputs.head
-    target = compress_hidden(inputs.hidden_TH, head, k=k, tail_draws=num_draws, seeds_T=seeds_T)
-    return [encode(target, Codec(head.vocab_size, k, num_draws=num_draws))]
+    spec = TargetSpec(inputs.head.vocab_size, k, num_draws=num_draws)
+    target = compress_hidden(inputs.hidden_TH, inputs.head, spec=spec, seeds_T=seeds_T)
+    return [encode(target, spec)]
 
 
 def _time_records(scale: Scale, recorder: Recorder, *, k: int, num_draws: int) -> None:
     setting = _setting(scale, scale.check_hidden_size, k=k)
     seeds_T = seeds_of(setting.num_tokens)
     (records_TB,) = _to_records(head_bench.Inputs.of(setting, 0), seeds_T, k=k, num_draws=num_draws)
-    codec = Codec(scale.vocab_size, k, num_draws=num_draws)
-    target = decode(records_TB, codec)
+    spec = TargetSpec(scale.vocab_size, k, num_draws=num_draws)
+    target = decode(records_TB, spec)
     works: dict[str, Work] = {
-        "written": lambda: [encode(target, codec)],
-        "read": lambda: [decode(records_TB, codec).token_ids_TK],
+        "written": lambda: [encode(target, spec)],
+        "read": lambda: [decode(records_TB, spec).token_ids_TK],
     }
     timings = _timed(lambda _: works, scale)
     for way in works:

@@ -13,7 +13,7 @@ from stillhouse.bench.cost import Work, time_in_turn
 from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
 from stillhouse.bench.synthetic import seeds_of
-from stillhouse.logits import Codec, compress_hidden, encode
+from stillhouse.logits import TargetSpec, compress_hidden, encode
 from stillhouse.models import check_head, check_packing, final_hidden, head_of
 
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4}  # dense bfloat16, by the datasheets
@@ -61,15 +61,14 @@ def _time_targets(
     scale: Scale, model: PreTrainedModel, recorder: Recorder, *, num_rows: int, length: int
 ) -> None:
     ids_BL, positions_BL, _ = _packed(scale, num_rows=num_rows, length=length)
-    k, num_draws = scale.default_entries, scale.default_draws
     head = head_of(model, vocab_size=scale.vocab_size)
-    codec = Codec(scale.vocab_size, k, num_draws=num_draws)
+    spec = TargetSpec(scale.vocab_size, scale.default_entries, num_draws=scale.default_draws)
     seeds_T = seeds_of(num_rows * length).to(scale.device)
 
     def work() -> Sequence[Tensor]:
         hidden_TH = final_hidden(model, ids_BL, positions_BL).flatten(0, 1)
-        target = compress_hidden(hidden_TH, head, k=k, tail_draws=num_draws, seeds_T=seeds_T)
-        return [encode(target, codec)]
+        target = compress_hidden(hidden_TH, head, spec=spec, seeds_T=seeds_T)
+        return [encode(target, spec)]
 
     speed = num_rows * length / _seconds(work, scale)
     recorder.tell(f"L = {length}: forward and default target", speed, "tokens/s")

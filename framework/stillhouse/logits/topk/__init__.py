@@ -1,2 +1,2 @@
-"""The k likeliest tokens of a distribution, and draws from the rest: one reference, and faster ways
-that agree with it."""
+"""Top-k of a distribution and draws from the rest: one reference, and faster backends that agree
+with it."""

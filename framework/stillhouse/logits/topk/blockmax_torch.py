@@ -1,16 +1,19 @@
-"""The exact block-max filter in plain torch: the top-k out of the few blocks that hold it.
+"""Block-max filter in plain torch: an exact top-k that reads each logit once.
 
-Shapes: T tokens, V vocabulary, K kept entries, B a block's width, N whole blocks of a row, M blocks
-of a row, the last one perhaps with fewer ids, F entries of the found blocks.
+Shapes: T tokens, V vocabulary, K kept entries, B ids of a block, N whole blocks of a row, M blocks
+of a row, the last one perhaps with fewer ids, F entries of the found blocks, R rows of the scratch.
 
-The K blocks with the greatest maxima, equal ones in the order of their ids, hold the K greatest
-entries with ties to the lowest ids: no kept entry is below the K-th maximum, and of the entries
-that equal it, the first K blocks have the first ones. So nothing overflows, however many entries
-tie. (For the filter: Gaihre et al. 2021, "Dr. Top-k".)
+1. Cut a row into blocks of B ids. One pass gives each block's maximum and sum of exponentials.
+2. Take the K blocks with the greatest maxima, equal ones in the order of their ids.
+3. The K greatest entries of these blocks are the row's, with ties to the lowest ids.
+4. Sums of the found blocks are taken again without the kept entries.
 
-Memory is the slow part: a row is read once, and on a CPU its maxima and sums are taken while it and
-its exponentials lie in the cache. On a GPU starting an operation is the slow part, so many rows are
-read at once.
+Step 3 holds because no kept entry is below the K-th maximum, and of the entries that equal it, the
+first K blocks have the first ones. So nothing overflows, however many entries tie. (For the filter:
+Gaihre et al. 2021, "Dr. Top-k".)
+
+On a CPU memory is the slow part: maxima and sums are taken while a row and its exponentials are in
+the cache. On a GPU launches are the slow part: many rows are read at once.
 """
 
 from dataclasses import dataclass
@@ -21,27 +24,21 @@ from torch import Tensor
 from stillhouse.logits.topk.found import RawTopK
 
 BLOCK_IDS = 128
-_CACHED_LOGITS = 1 << 17  # whose two float32 copies stay in a core's cache
-_GROUP_LOGITS = 1 << 23  # whose rows are selected from together: it saves calls
-_GPU_LOGITS = (
-    1 << 24
-    # that are read and selected from together: 110 rows of today's vocabularies, and two float32
-    # copies of 64 MB
-)
-_UNSHIFTED = (
-    -10.0,
-    60.0,
-    # between which a row's greatest logit / T may be: 2^32 times e^60 is in range, and what e^-10
-    # loses is nothing
-)
+# Logits that are read together, and logits that are selected from together. On a CPU two float32
+# copies of the first stay in a core's cache, and the second saves calls. On a GPU both are 110 rows
+# of today's vocabularies, with two float32 copies of 64 MB.
+_CACHED_LOGITS, _GROUP_LOGITS = 1 << 17, 1 << 23
+_GPU_LOGITS = 1 << 24
+# Limits of a row's greatest logit / T for exponentials relative to 0: 2^32 times e^60 is in range,
+# and e^-10 loses nothing.
+_UNSHIFTED = (-10.0, 60.0)
 _LEAST_SUM = 1e-30  # of exponentials relative to a row's maximum: below, float32 loses their digits
 _LEAST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """Of each row, its whole blocks' maxima, and the sums of exp((z - base) / temperature) over
-    them."""
+    """Of each row, the whole blocks' maxima and sums of exp((z - base) / temperature)."""
 
     maxima_TN: Tensor
     sums_TN: Tensor
@@ -74,29 +71,30 @@ def rows_at_once(device: torch.device, vocab_size: int) -> tuple[int, int]:
 def _split_group(
     logits_TV: Tensor, scratch_2RV: Tensor, *, k: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tensors of a RawTopK."""
+    """`split` of some rows: the tensors of a RawTopK, in its order."""
+    # one pass, and the blocks that hold the top-k
     logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
     blocks = _read_once(logits_TV, scratch_2RV, temperature=temperature)
-    found_TK = (
-        first_greatest(blocks.maxima_TN, min(k, blocks.maxima_TN.shape[1])).sort(dim=1).values
-    )
+    num_found = min(k, blocks.maxima_TN.shape[1])
+    found_TK = first_greatest(blocks.maxima_TN, num_found).sort(dim=1).values
+
+    # the top-k among their entries
     values_TF = _entries_of(logits_TV, found_TK).float()
     places_TK = _top_places(values_TF, k, maxima_TK=blocks.maxima_TN.gather(1, found_TK))
     kept_TK = values_TF.gather(1, places_TK)
     ids_TK = _ids_of(places_TK, found_TK, vocab_size=logits_TV.shape[1])
+
+    # the found blocks' sums without the kept entries
     left_TF = (values_TF - blocks.base_T1).scatter_(1, places_TK, -torch.inf)
     left_TF = (left_TF.div_(temperature) if temperature != 1.0 else left_TF).exp_()
-    num_found = found_TK.shape[1]
-    found_sums_TK = (
-        left_TF[:, : num_found * BLOCK_IDS].unflatten(1, (num_found, BLOCK_IDS)).sum(dim=2)
-    )
-    last_sum_TX = left_TF[:, num_found * BLOCK_IDS :].sum(dim=1, keepdim=True)[
-        :, : logits_TV.shape[1] % BLOCK_IDS
-    ]
-    base_T1, sums_TM = (
-        blocks.base_T1,
-        torch.cat([blocks.sums_TN.scatter(1, found_TK, found_sums_TK), last_sum_TX], dim=1),
-    )
+    whole_TF, last_TR = left_TF.tensor_split([num_found * BLOCK_IDS], dim=1)
+    found_sums_TK = whole_TF.unflatten(1, (num_found, BLOCK_IDS)).sum(dim=2)
+    sums = [blocks.sums_TN.scatter(1, found_TK, found_sums_TK)]
+    if last_TR.shape[1]:
+        sums.append(last_TR.sum(dim=1, keepdim=True))
+    base_T1, sums_TM = blocks.base_T1, torch.cat(sums, dim=1)
+
+    # rows whose kept entries dwarf all others: relative to the greatest of the others
     faint_T = sums_TM.sum(dim=1) < _LEAST_SUM
     if faint_T.any():
         base_T1[faint_T], sums_TM[faint_T] = _rest_alone(
@@ -106,8 +104,10 @@ def _split_group(
 
 
 def _read_once(logits_TV: Tensor, scratch_2RV: Tensor, *, temperature: float) -> _Blocks:
-    """Relative to 0, which language models' logits allow: to subtract a base takes half as long
-    again. Other rows are read twice."""
+    """Maxima, and sums relative to 0, which the logits of language models allow.
+
+    Subtracting a base would take half as long again. Rows that need one are read twice.
+    """
     maxima_TN, sums_TN = _maxima_and_sums(logits_TV, None, scratch_2RV, temperature=temperature)
     last_TR = logits_TV[:, maxima_TN.shape[1] * BLOCK_IDS :]
     greatest_T1 = torch.cat([maxima_TN, last_TR.float()], dim=1).amax(dim=1, keepdim=True)
@@ -124,8 +124,8 @@ def _read_once(logits_TV: Tensor, scratch_2RV: Tensor, *, temperature: float) ->
 def _maxima_and_sums(
     logits_TV: Tensor, base_T1: Tensor | None, scratch_2RV: Tensor, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Of the whole blocks, relative to the base, or to 0. While a row and its exponentials lie in
-    the cache."""
+    """Of the whole blocks, relative to the base or to 0, a few rows at a time, which stay in the
+    cache."""
     num_tokens, num_blocks = logits_TV.shape[0], logits_TV.shape[1] // BLOCK_IDS
     covered, at_once = num_blocks * BLOCK_IDS, scratch_2RV.shape[1]
     maxima_TN, sums_TN = _empty(logits_TV, 2, num_tokens, num_blocks)
@@ -135,15 +135,11 @@ def _maxima_and_sums(
         float_RV, weights_RV = scratch_2RV[:, : len(rows_RV), :covered]
         rows_RV = rows_RV if rows_RV.dtype == torch.float32 else float_RV.copy_(rows_RV)
         torch.amax(rows_RV.unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=maxima_TN[rows])
-        shifted_RV = (
-            rows_RV if base_T1 is None else torch.sub(rows_RV, base_T1[rows], out=weights_RV)
-        )
-        torch.exp(
-            shifted_RV
-            if temperature == 1.0
-            else torch.div(shifted_RV, temperature, out=weights_RV),
-            out=weights_RV,
-        )
+        if base_T1 is not None:
+            rows_RV = torch.sub(rows_RV, base_T1[rows], out=weights_RV)
+        if temperature != 1.0:
+            rows_RV = torch.div(rows_RV, temperature, out=weights_RV)
+        torch.exp(rows_RV, out=weights_RV)
         torch.sum(weights_RV.unflatten(1, (num_blocks, BLOCK_IDS)), dim=2, out=sums_TN[rows])
     return maxima_TN, sums_TN
 
@@ -153,8 +149,10 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def _entries_of(logits_TV: Tensor, found_TK: Tensor) -> Tensor:
-    """[T, F]: the entries of the found blocks (ascending), then those after the last whole block. A
-    row's entries lie side by side."""
+    """[T, F]: the entries of the found blocks (ascending), then those after the last whole block.
+
+    Logits of a row are contiguous.
+    """
     vocab_size = logits_TV.shape[1]
     last_TR = logits_TV[:, vocab_size // BLOCK_IDS * BLOCK_IDS :]
     if found_TK.shape[1] == 0:
@@ -164,8 +162,10 @@ def _entries_of(logits_TV: Tensor, found_TK: Tensor) -> Tensor:
 
 
 def windows(logits_TV: Tensor, first_ids_TX: Tensor, *, width: int) -> Tensor:
-    """[T, X, width] runs of each row, whose entries lie side by side, from these ids on. Copied
-    whole, which torch.gather would not do."""
+    """[T, X, width]: the runs of `width` logits that start at these ids of each row.
+
+    Logits of a row are contiguous. A run is copied whole, where torch.gather would copy entries.
+    """
     num_tokens, vocab_size = logits_TV.shape
     stride = logits_TV.stride(0)
     runs_XB = logits_TV.as_strided(
@@ -176,7 +176,7 @@ def windows(logits_TV: Tensor, first_ids_TX: Tensor, *, width: int) -> Tensor:
 
 
 def _ids_of(places_TK: Tensor, found_TK: Tensor, *, vocab_size: int) -> Tensor:
-    """The ids of places among `_entries_of`."""
+    """The ids of positions among `_entries_of`."""
     num_found = found_TK.shape[1]
     last_TK = places_TK + (vocab_size // BLOCK_IDS - num_found) * BLOCK_IDS
     if num_found == 0:
@@ -188,44 +188,37 @@ def _ids_of(places_TK: Tensor, found_TK: Tensor, *, vocab_size: int) -> Tensor:
 
 
 def _rest_alone(logits_TV: Tensor, ids_TK: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """float32 [T, 1] and [T, M]: the greatest logit that is not kept, and each block's sum of
-    exponentials relative to it."""
+    """The greatest logit that is not kept [T, 1], and the blocks' sums relative to it [T, M]."""
     rest_TV = logits_TV.float().scatter(1, ids_TK, -torch.inf)
     base_T1 = rest_TV.amax(dim=1, keepdim=True)
     weights_TV = ((rest_TV - base_T1.clamp(min=_LEAST)) / temperature).exp()
-    return base_T1, torch.nn.functional.pad(
-        weights_TV, (0, -weights_TV.shape[1] % BLOCK_IDS)
-    ).unflatten(1, (-1, BLOCK_IDS)).sum(dim=2)
+    padded_TV = torch.nn.functional.pad(weights_TV, (0, -weights_TV.shape[1] % BLOCK_IDS))
+    return base_T1, padded_TV.unflatten(1, (-1, BLOCK_IDS)).sum(dim=2)
 
 
 def _top_places(values_TF: Tensor, k: int, *, maxima_TK: Tensor) -> Tensor:
-    """`first_greatest`, of entries that include the found blocks' maxima: where these are k, few
-    others reach the least of them."""
+    """`first_greatest` of entries that include the found blocks' maxima.
+
+    Where these are k, few other entries reach the least of them: those that do are gathered first.
+    """
     if not 0 < k <= maxima_TK.shape[1]:
         return first_greatest(values_TF, k)
     reach_TF = values_TF >= maxima_TK.amin(dim=1, keepdim=True)
     rows_C, places_C = reach_TF.nonzero().unbind(1)  # by row, then by place
     counts_T = rows_C.bincount(minlength=len(values_TF))
-    nth_C = (
-        torch.arange(len(rows_C), device=rows_C.device) - (counts_T.cumsum(0) - counts_T)[rows_C]
-    )
+    firsts_T = counts_T.cumsum(0) - counts_T
+    at = rows_C, torch.arange(len(rows_C), device=rows_C.device) - firsts_T[rows_C]
     shape = (len(values_TF), max(k, int(counts_T.max())))
-    few_TC = values_TF.new_full(shape, -torch.inf).index_put_(
-        (rows_C, nth_C), values_TF[rows_C, places_C]
-    )
-    return (
-        places_C.new_zeros(shape)
-        .index_put_((rows_C, nth_C), places_C)
-        .gather(1, first_greatest(few_TC, k))
-    )
+    values_TC = values_TF.new_full(shape, -torch.inf).index_put_(at, values_TF[rows_C, places_C])
+    places_TC = places_C.new_zeros(shape).index_put_(at, places_C)
+    return places_TC.gather(1, first_greatest(values_TC, k))
 
 
 def first_greatest(values_TF: Tensor, k: int) -> Tensor:
-    """int64 [T, k], the places of the k greatest of float32 values, by value descending, ties by
-    place ascending; -0 equals +0.
+    """int64 [T, k]: the places of the k greatest of float32 values; -0 equals +0.
 
-    A value's bits, made to order as integers, above its place counted from the end are one key, so
-    that no two are equal.
+    By value descending, ties by place ascending. The sort key is one int64: the value's bits, as an
+    integer of the same order, above the place counted from the end. So no two keys are equal.
     """
     last = values_TF.shape[1] - 1
     bits_TF = (values_TF + 0.0).view(torch.int32)  # -0 becomes +0

@@ -1,12 +1,19 @@
-"""`compress`: the reference's answer by the fastest way there is on this machine, and which way
-that is.
+"""`compress` and `compress_hidden`: targets from logits, by the fastest exact backend there is.
 
 Shapes: T tokens, H hidden, V vocabulary, K kept entries, N draws.
 
-Ids never depend on the path; values agree to the rounding of float32, and so do the places of
-draws. A path may doubt a row: because it had no room for its ties, or because the row is no
-distribution. Those rows, and no others, take the reference's way, which is exact for every row or
-says what is wrong with it. So nothing waits for a device before all of its work is queued.
+Backends (`backend_for` chooses, and gives the reason):
+
+    native     `blockmax_cpu`     the block-max filter in C, for logits on the CPU
+    triton     `blockmax_triton`  the same in Triton, for CUDA, where K and V suit the kernels
+    blockmax   `blockmax_torch`   the same in plain torch, for every device
+    reference  `reference`        the definition: for temperatures at which float32 overflows, for
+                                  K above the kernels' limit, and for rows in doubt
+
+Ids never depend on the backend. Values agree to the rounding of float32, and so do the places of
+draws. A backend may doubt a row: it had no room for the row's ties, or the row is no distribution.
+Doubtful rows, and no others, are compressed again by the reference, which is exact for every row or
+raises the error. So no device is waited for before all of its work is queued.
 """
 
 from collections.abc import Callable
@@ -21,26 +28,77 @@ from stillhouse.errors import ConfigError
 from stillhouse.logits.backend import Backend
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.head import Head
+from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.draws import draw_rest
 from stillhouse.logits.topk.found import RawTopK, normalise
 from stillhouse.logits.topk.reference import checked_seeds, compress_reference
 
-# between these, neither they nor their reciprocals overflow a product with a logit's difference
-_GENTLE_TEMPERATURES = (
-    1e-30,
-    1e30,
-)
+# Between these, neither a temperature nor its reciprocal overflows a product with a difference of
+# logits.
+_GENTLE_TEMPERATURES = (1e-30, 1e30)
 
 LogitsOf = Callable[[slice | Tensor], Tensor]
-"""The logits of some tokens: a stretch of them, or those of these numbers."""
+"""The logits of some rows: a slice of them, or the rows of these numbers (int64)."""
+
+
+@torch.no_grad()
+def compress(
+    logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None
+) -> CompressedLogits:
+    """Compress logits to targets: for each row, K exact entries, the tail's mass and N draws.
+
+    logits_TV: float16, bfloat16 or float32, on any device, of any strides; a logit of -inf is a
+    probability of 0. seeds_T: int64 [T], from `token_seeds`, needed for draws; logits and seeds
+    alone decide them. Where the tail has no mass, draws are the lowest id that is not kept.
+
+    Raises ConfigError for logits of another vocabulary or missing seeds, and TeacherError naming
+    the first token whose logits hold NaN or +inf, or nothing above -inf.
+
+        spec = TargetSpec(vocab_size=logits_TV.shape[1], k=64)
+        compressed = compress(logits_TV, spec)
+    """
+    seeds_T = checked_seeds(seeds_T, logits_TV, spec=spec, vocab_size=logits_TV.shape[1])
+    return compress_in_blocks(
+        lambda rows: logits_TV[rows], spec, seeds_T=seeds_T, block_tokens=len(logits_TV)
+    )
+
+
+@torch.no_grad()
+def compress_hidden(
+    hidden_TH: Tensor,
+    head: Head,
+    *,
+    spec: TargetSpec,
+    seeds_T: Tensor | None = None,
+    block_tokens: int = 1024,
+) -> CompressedLogits:
+    """`compress(head.logits(hidden_TH), spec)` in blocks, so that [T, V] logits never exist.
+
+    hidden_TH: a model's last hidden states, on the head's device. No more than `block_tokens` rows
+    of logits exist at once. Raises what `compress` does, and ConfigError for hidden states and a
+    head on different devices.
+
+        compressed = compress_hidden(hidden_TH, head, spec=TargetSpec(head.vocab_size, k=64))
+        records_TB = encode(compressed, spec)
+    """
+    if hidden_TH.device != head.weight_VH.device:
+        raise ConfigError(
+            f"the hidden states are on {hidden_TH.device}, the head's weight on "
+            f"{head.weight_VH.device}; move one to the other"
+        )
+    seeds_T = checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size)
+    return compress_in_blocks(
+        lambda rows: head.logits(hidden_TH[rows]), spec, seeds_T=seeds_T, block_tokens=block_tokens
+    )
 
 
 def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backend:
-    """The path that `compress` takes with such logits. The first call compiles: in C for a third of
-    a second, for a GPU for some.
+    """The backend that `compress` takes for such logits, and the reason.
 
-    Raises what the try of the kernels for a GPU met, where that may pass: nothing is decided by it.
+    The first call compiles: in C for a third of a second, for a GPU for some seconds. Raises a
+    failure of the GPU kernels' self-test that may pass, such as too little memory; the next call
+    tries again.
     """
     least, most = _GENTLE_TEMPERATURES
     vocab_size, device = logits_TV.shape[1], logits_TV.device
@@ -52,131 +110,49 @@ def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backe
         )
     if device.type == "cpu":
         compiled = blockmax_cpu.compiled()
-        return Backend("native" if compiled.split_rows else "blockmax", compiled.why)
-    row_stride = (
-        max(logits_TV.stride(0), vocab_size)
-        if len(logits_TV) > 1 and logits_TV.stride(1) == 1
-        else vocab_size
-    )
-    return _backend_off_the_cpu(
+        return Backend("native" if compiled.split_rows else "blockmax", compiled.reason)
+    in_place = len(logits_TV) > 1 and logits_TV.stride(1) == 1
+    row_stride = max(logits_TV.stride(0), vocab_size) if in_place else vocab_size
+    return _accelerator_backend(
         device, vocab_size=vocab_size, k=k, dtype=logits_TV.dtype, row_stride=row_stride
     )
 
 
-@cache  # a search of the path for every block would show
-def _backend_off_the_cpu(
+@cache  # looking for triton at every block would show
+def _accelerator_backend(
     device: torch.device, *, vocab_size: int, k: int, dtype: torch.dtype, row_stride: int
 ) -> Backend:
+    """`backend_for` off the CPU: triton where its kernels suit K and V and pass their self-test."""
     if device.type != "cuda":
         return Backend("blockmax", f"there are no kernels for {device.type}")
     if find_spec("triton") is None:
         return Backend("blockmax", "triton is not installed")
     from stillhouse.logits.topk import blockmax_triton
 
-    if k > blockmax_triton.MOST_ENTRIES:
-        return Backend(
-            "reference",
-            f"k is {k}, and the kernels are for {blockmax_triton.MOST_ENTRIES} entries at most",
-        )
-    tried = {"vocab_size": vocab_size, "k": k, "dtype": dtype, "row_stride": row_stride}
-    why_not = blockmax_triton.too_small(vocab_size, k) or blockmax_triton.defect(device, **tried)
-    return (
-        Backend("blockmax", why_not)
-        if why_not
-        else Backend("triton", f"its kernels passed their test on {device}")
+    most = blockmax_triton.MOST_ENTRIES
+    if k > most:
+        return Backend("reference", f"k is {k}, and the kernels are for {most} entries at most")
+    why_not = blockmax_triton.too_small(vocab_size, k) or blockmax_triton.self_test_failure(
+        device, vocab_size=vocab_size, k=k, dtype=dtype, row_stride=row_stride
     )
+    if why_not:
+        return Backend("blockmax", why_not)
+    return Backend("triton", f"its kernels passed their test on {device}")
 
 
-@torch.no_grad()
-def compress(
-    logits_TV: Tensor,
-    *,
-    k: int,
-    tail_draws: int = 0,
-    temperature: float = 1.0,
-    seeds_T: Tensor | None = None,
-) -> CompressedLogits:
-    """The target of each row of float16, bfloat16 or float32 logits [T, V], any strides: k exact
-    entries and `tail_draws` draws.
-
-    A logit of -inf is a probability of 0. Draws need `seeds_T` (int64, see `token_seeds`), which
-    with the logits decide them; where the tail has no mass, and so its draws no weight, they are
-    the lowest id that is not kept. Raises ConfigError for an impossible k, number of draws or
-    temperature, and TeacherError naming the first token whose logits hold NaN or +inf, or nothing
-    above -inf.
-    """
-    seeds_T = checked_seeds(
-        seeds_T,
-        logits_TV,
-        k=k,
-        tail_draws=tail_draws,
-        vocab_size=logits_TV.shape[1],
-        temperature=temperature,
-    )
-    return _in_blocks(
-        lambda tokens: logits_TV[tokens],
-        seeds_T,
-        block_tokens=len(logits_TV),
-        k=k,
-        tail_draws=tail_draws,
-        temperature=temperature,
-    )
-
-
-@torch.no_grad()
-def compress_hidden(
-    hidden_TH: Tensor,
-    head: Head,
-    *,
-    k: int,
-    tail_draws: int = 0,
-    temperature: float = 1.0,
-    seeds_T: Tensor | None = None,
-    block_tokens: int = 1024,
-    choose_backend: Callable[..., Backend] = backend_for,
-) -> CompressedLogits:
-    """`compress(head.logits(hidden_TH))`, one block of `block_tokens` tokens at a time: the [T, V]
-    logits never exist at once.
-
-    `choose_backend` decides as `backend_for` does. Raises what `compress` does, and ConfigError
-    where the hidden states and the head are on different devices.
-    """
-    if hidden_TH.device != head.weight_VH.device:
-        raise ConfigError(
-            f"the hidden states are on {hidden_TH.device}, the head's weight on "
-            f"{head.weight_VH.device}; move one to the other"
-        )
-    seeds_T = checked_seeds(
-        seeds_T,
-        hidden_TH,
-        k=k,
-        tail_draws=tail_draws,
-        vocab_size=head.vocab_size,
-        temperature=temperature,
-    )
-    return _in_blocks(
-        lambda tokens: head.logits(hidden_TH[tokens]),
-        seeds_T,
-        block_tokens=block_tokens,
-        k=k,
-        tail_draws=tail_draws,
-        temperature=temperature,
-        choose_backend=choose_backend,
-    )
-
-
-def _in_blocks(
+def compress_in_blocks(
     logits_of: LogitsOf,
-    seeds_T: Tensor,
+    spec: TargetSpec,
     *,
+    seeds_T: Tensor,
     block_tokens: int,
-    k: int,
-    tail_draws: int,
-    temperature: float,
     choose_backend: Callable[..., Backend] = backend_for,
 ) -> CompressedLogits:
-    """The targets of all tokens. No more than `block_tokens` rows of logits are asked for at once,
-    those in doubt included."""
+    """Targets of all rows, `block_tokens` rows of logits at a time; checks nothing of `spec`.
+
+    `choose_backend` is called as `backend_for` is, once a block.
+    """
+    # every block by its backend
     numbers_T = torch.arange(len(seeds_T), device=seeds_T.device)
     blocks = [
         slice(start, start + block_tokens)
@@ -184,32 +160,19 @@ def _in_blocks(
     ]
     parts, doubts = zip(
         *(
-            _compress_block(
-                logits_of(at),
-                seeds_T[at],
-                numbers_T[at],
-                choose_backend,
-                k=k,
-                tail_draws=tail_draws,
-                temperature=temperature,
-            )
+            _compress_block(logits_of(at), spec, seeds_T[at], numbers_T[at], choose_backend)
             for at in blocks
         ),
         strict=True,
     )
     target, doubtful_T = concatenate(parts), torch.cat(doubts)
+
+    # the rows in doubt again, by the reference
     if not doubtful_T.any():
         return target
     rows_T = numbers_T[doubtful_T]
     again = [
-        compress_reference(
-            logits_of(part_T),
-            k=k,
-            tail_draws=tail_draws,
-            temperature=temperature,
-            seeds_T=seeds_T[part_T],
-            tokens_T=part_T,
-        )
+        compress_reference(logits_of(part_T), spec, seeds_T=seeds_T[part_T], tokens_T=part_T)
         for part_T in rows_T.split(block_tokens)
     ]
     return target.with_rows(rows_T, concatenate(again))
@@ -217,50 +180,41 @@ def _in_blocks(
 
 def _compress_block(
     logits_TV: Tensor,
+    spec: TargetSpec,
     seeds_T: Tensor,
     numbers_T: Tensor,
     choose_backend: Callable[..., Backend],
-    *,
-    k: int,
-    tail_draws: int,
-    temperature: float,
 ) -> tuple[CompressedLogits, Tensor]:
-    """The target of the tokens of these numbers, and bool [T]: the rows of which it is not certain
-    to be right."""
+    """Targets of the rows of these numbers, and bool [T]: the rows in doubt."""
+    k, temperature = spec.k, spec.temperature
     backend = choose_backend(logits_TV, k=k, temperature=temperature)
     if backend.name == "reference":
-        target = compress_reference(
-            logits_TV,
-            k=k,
-            tail_draws=tail_draws,
-            temperature=temperature,
-            seeds_T=seeds_T,
-            tokens_T=numbers_T,
-        )
+        target = compress_reference(logits_TV, spec, seeds_T=seeds_T, tokens_T=numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
-    raw, doubtful_T = _by_backend(backend, logits_TV, k=k, temperature=temperature)
-    target, lse_T = normalise(raw, vocab_size=logits_TV.shape[1], temperature=temperature)
-    if tail_draws:
-        draws_TN = draw_rest(logits_TV, raw, seeds_T, num_draws=tail_draws, temperature=temperature)
+    raw, doubtful_T = _raw_topk_by(backend, logits_TV, k=k, temperature=temperature)
+    target, lse_T = normalise(raw, vocab_size=spec.vocab_size, temperature=temperature)
+    if spec.num_draws:
+        draws_TN = draw_rest(
+            logits_TV, raw, seeds_T, num_draws=spec.num_draws, temperature=temperature
+        )
         target = replace(target, tail_ids_TN=draws_TN)
     return target, doubtful_T | ~lse_T.isfinite()
 
 
 def raw_topk(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
-    """The top-k by the path for these logits, at least one, where that is not the reference. Checks
+    """The top-k of at least one logit by a block-max backend, never the reference. Checks
     nothing."""
-    raw, doubtful_T = _by_backend(
-        backend_for(logits_TV, k=k), logits_TV, k=k, temperature=temperature
-    )
-    return (
-        blockmax_torch.split(logits_TV, k=k, temperature=temperature) if doubtful_T.any() else raw
-    )
+    backend = backend_for(logits_TV, k=k)
+    raw, doubtful_T = _raw_topk_by(backend, logits_TV, k=k, temperature=temperature)
+    if doubtful_T.any():
+        return blockmax_torch.split(logits_TV, k=k, temperature=temperature)
+    return raw
 
 
-def _by_backend(
+def _raw_topk_by(
     backend: Backend, logits_TV: Tensor, *, k: int, temperature: float
 ) -> tuple[RawTopK, Tensor]:
-    """The top-k, and bool [T]: the rows for which the path had no room."""
+    """The top-k, and bool [T]: the rows for whose ties the backend had no room."""
     if backend.name == "triton":
         from stillhouse.logits.topk import blockmax_triton
 

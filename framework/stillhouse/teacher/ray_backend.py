@@ -1,5 +1,7 @@
-"""Teachers as Ray actors: the pool's crew on a real cluster. An actor that dies is told once,
-whatever it held; it is never waited for."""
+"""`RayBackend`: the pool's worker backend that runs teachers as Ray actors.
+
+A dead actor is reported once, as `Died`, whatever it was doing; no call waits for it.
+"""
 
 from time import sleep
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from stillhouse.pool.events import Answered, Died, Event, Raised, Started
 from stillhouse.sequence import WorkItem
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 
-_NODE_DIED = "its node has died"  # Ray's own words, in an error that carries nothing else of it
+_NODE_DIED = "its node has died"  # Ray's wording: its error has no attribute for it
 
 
 class _Call(NamedTuple):
@@ -21,8 +23,8 @@ class _Call(NamedTuple):
     lease: int | None  # None: the start-up check
 
 
-class RayCrew:
-    """Starts a teacher of `job` for each number that it is given, where the cluster has a place for
+class RayBackend:
+    """Starts a teacher of `job` under each worker number, where the cluster has resources for
     it."""
 
     def __init__(
@@ -55,37 +57,30 @@ class RayCrew:
 
     def events(self, *, timeout_s: float) -> list[Event[Ready]]:
         if not self._calls:
-            # nobody is at work: the window is closed, or the students are still at it
+            # no teacher works: the window is closed, or only students have work left
             sleep(timeout_s)
             return []
         waiting = list(self._calls)
         done, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         if done:
-            # and all others that are there by now
+            # all other answers that have arrived by now
             done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         found = [self._event(reference, self._calls.pop(reference)) for reference in done]
         return [event for event in found if event is not None]
 
     def _event(self, reference: Any, call: _Call) -> Event[Ready] | None:
         if call.worker not in self._actors:
-            return None  # it was sent away, or its end is told already
+            return None  # killed by the pool, or reported as dead already
         try:
             answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             return Raised(call.worker, call.lease, cause_of(error))
-        except (
-            ray.exceptions.RayError
-        ) as error:  # the actor died, or its node, or its answer, or memory ran out there
+        except ray.exceptions.RayError as error:
+            # the actor or its node died, its answer was lost, or its machine ran out of memory
             self.kill(call.worker)
             preempted = isinstance(error, ray.exceptions.ActorDiedError) and error.preempted
-            return Died(
-                call.worker,
-                str(error),
-                with_machine=preempted or _NODE_DIED in str(error),
-                preempted=preempted,
-            )
-        return (
-            Started(call.worker, answer)
-            if call.lease is None
-            else Answered(call.worker, call.lease, answer)
-        )
+            with_machine = preempted or _NODE_DIED in str(error)
+            return Died(call.worker, str(error), with_machine=with_machine, preempted=preempted)
+        if call.lease is None:
+            return Started(call.worker, answer)
+        return Answered(call.worker, call.lease, answer)
