@@ -183,7 +183,7 @@ def _plain(
     # a training as the documentation has it
     folder.mkdir(parents=True)
     section = plan.config.student
-    sequences_per_step = section.micro_batch_sequences * _NUM_RANKS
+    sequences_at_once = section.micro_batch_sequences * _NUM_RANKS
     arguments = {
         "folder": str(folder.resolve()),
         "zero_stage": _ZERO_STAGE,
@@ -191,7 +191,7 @@ def _plain(
         "model": section.model,
         "batch": section.micro_batch_sequences,
         "length": plan.config.corpus.sequence_length,
-        "accumulate": section.global_batch_sequences // sequences_per_step,
+        "accumulate": section.global_batch_sequences // sequences_at_once,
         "threads": plan.config.cluster.threads,
     }
     trainer = TorchTrainer(
