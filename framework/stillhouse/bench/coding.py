@@ -25,7 +25,7 @@ _EXPONENTS = (1.0, 1.5, 2.0, 3.0)
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """Bytes of the draws alone, on the same rows: each id as often as drawn, or the distinct ones
+    """Bytes of the draws alone, on the same rows: each id as often as drawn, or the distinct ids
     with counts."""
 
     rows: str
@@ -37,8 +37,8 @@ class Coding:
 
 
 def codings_of(teacher: PreTrainedModel, heldout: Corpus, vocab_size: int) -> list[Coding]:
-    """Of draws from what a trained teacher says to a held-out sequence, and from synthetic rows
-    over a vocabulary of today's models."""
+    """The codings of draws from a trained teacher's distributions on held-out text, and from
+    synthetic ones over a vocabulary as large as today's models have."""
     teacher_TV = heldout_logits(teacher, heldout, vocab_size=vocab_size, num_tokens=_NUM_TOKENS)
     logits_of = {f"the teacher's, {vocab_size:,} ids": teacher_TV}
     for exponent in _EXPONENTS:
@@ -51,7 +51,7 @@ def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
     """What draws from these rows cost as a multiset in Elias-Fano form, and what their distinct ids
     would with counts.
 
-    The second form is an Elias-Fano set, the number of its ids, and N - 1 bits that say where one
+    The second form is an Elias-Fano set, the number of its ids, and N - 1 bits that mark where one
     id's draws end and the next one's begin.
     """
     num_tokens, vocab_size = logits_TV.shape

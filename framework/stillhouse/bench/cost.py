@@ -48,7 +48,7 @@ class Timings:
         return Spread.of(self.seconds[way])
 
     def ratio(self, way: str, other: str) -> Spread:
-        """Of the seconds of two ways, repeat by repeat."""
+        """The ratio of the seconds of two ways, taken within each repeat."""
         pairs = zip(self.seconds[way], self.seconds[other], strict=True)
         return Spread.of(ours / theirs for ours, theirs in pairs)
 

@@ -1,8 +1,8 @@
 """`stillhouse bench head`: from a teacher's last hidden states to packed records, beside the bare
 matrix product and eager torch.
 
-The product alone is what no way can do without. Eager torch is what people write first: all the
-logits in float32, their log-sum-exp, and torch.topk; it packs nothing.
+The product alone is a lower bound: every way computes it. Eager torch is the usual first version:
+all the logits in float32, their log-sum-exp, and torch.topk; it packs nothing.
 
 Shapes: T tokens, V vocabulary, H hidden.
 """
@@ -117,7 +117,7 @@ _WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {
 
 
 def work_of(setting: Setting, way: str) -> Work:
-    """One way on inputs of its own; it can travel to another process."""
+    """One way on inputs of its own; can be pickled for another process."""
     return partial(_WAYS[way], Inputs.of(setting, 0))
 
 

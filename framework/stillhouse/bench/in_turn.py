@@ -2,7 +2,7 @@
 no store, codec, Ray or DeepSpeed.
 
 Two forms: "compressed" has the library's own kernels, so that only the machinery around them is
-compared; "dense" is what people write first, the full logits of both models and torch's KL.
+compared; "dense" is the usual first version, the full logits of both models and torch's KL.
 Batches, micro-batches, loss and optimiser are those of the pipeline.
 
 Shapes: S sequences of one step, B of one micro-batch, L positions, T target tokens, V vocabulary.
@@ -35,7 +35,7 @@ Form = Literal["compressed", "dense"]
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Everything that the process needs; it travels to a fresh one."""
+    """Everything that the process needs; can be pickled for a fresh one."""
 
     form: Form
     teacher: TeacherSection

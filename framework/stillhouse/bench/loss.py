@@ -1,5 +1,5 @@
-"""`stillhouse bench loss`: the student's head and loss, forward and backward, beside the ways in
-which people write it.
+"""`stillhouse bench loss`: the student's head and loss, forward and backward, beside the usual ways
+to write them.
 
 Ours holds the logits of a block of tokens, the others those of all. The yardstick is the three bare
 matrix products that every way needs: the logits, and the gradients of hidden states and weight.
@@ -185,7 +185,7 @@ def divergences_table(timings: Timings) -> Table:
 
 
 def products(inputs: Inputs) -> Sequence[Tensor]:
-    """What no way can do without, on logits as they are."""
+    """The three matrix products that every way computes; the logits stand for their gradient."""
     hidden_TH, weight_VH = inputs.hidden_TH.detach(), inputs.weight_VH.detach()
     logits_TV = hidden_TH @ weight_VH.T
     return [logits_TV @ weight_VH, logits_TV.T @ hidden_TH]
@@ -214,8 +214,8 @@ def our_text(inputs: Inputs) -> Sequence[Tensor]:
 def autograd_loss(
     hidden_TH: Tensor, weight_VH: Tensor, target: CompressedLogits, divergence: Divergence
 ) -> Tensor:
-    """The same loss as one writes it first: all the logits, their log-softmax, and 1 minus the kept
-    mass for the tail."""
+    """The same loss in its usual first version: all the logits, their log-softmax, and 1 minus the
+    kept mass for the tail."""
     logq_TV = (hidden_TH @ weight_VH.T).float().log_softmax(dim=1)
     kept_TK = logq_TV.gather(1, target.token_ids_TK.long())
     tail_T1 = torch.log1p(-kept_TK.exp().sum(dim=1, keepdim=True).clamp(max=1.0 - 1e-6))
@@ -261,7 +261,7 @@ _WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {
 
 
 def work_of(setting: Setting, way: str) -> Work:
-    """One way on inputs of its own; it can travel to another process."""
+    """One way on inputs of its own; can be pickled for another process."""
     return partial(_WAYS[way], Inputs.of(setting, 0))
 
 

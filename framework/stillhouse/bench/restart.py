@@ -164,7 +164,7 @@ def _ours(
 
     request = StopRequest("stop", _WAIT_S, "measured")
 
-    # what its journal says, kill by kill
+    # its events so far
     def seen() -> Seen:
         rows = read_journal(job.journal) if job.journal.exists() else []
         steps, commits = (
@@ -207,7 +207,7 @@ def _plain(
         ),
     )
 
-    # what it has written down, kill by kill
+    # its times so far
     def seen() -> Seen:
         return Seen(*(_times_in(folder / name) for name in ("steps", "commits", "calls")))
 
@@ -223,7 +223,7 @@ def _times_in(path: Path) -> list[float]:
 def _in_the_background(
     train: Callable[[], object], *, stop: Callable[[], object]
 ) -> Iterator[None]:
-    """Training in a thread for as long as the block lasts."""
+    """Train in a thread while the block runs, then stop the training and wait for its end."""
     thread = threading.Thread(target=train, daemon=True)
     thread.start()
     try:

@@ -1,5 +1,5 @@
 """`stillhouse bench topk`: from logits to (ids, log-probabilities, log-sum-exp), every backend of
-ours beside what one writes without it.
+ours beside plain torch.
 
 Logits are normal, scaled by 4: some tens of ids above the rest, as language models have them.
 
@@ -56,7 +56,7 @@ class Setting:
         require_device(self.device)
 
     def logits(self, seed: int) -> Tensor:
-        """Fresh for each seed."""
+        """[T, V] logits, others for each seed."""
         random = torch.Generator(self.device).manual_seed(seed)
         shape = self.num_tokens, self.vocab_size
         logits_TV = _SCALE * torch.randn(shape, generator=random, device=self.device)
@@ -110,7 +110,7 @@ def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
 
 
 def work_of(setting: Setting, way: str) -> Work:
-    """One way on logits of its own; it can travel to another process."""
+    """One way on logits of its own; can be pickled for another process."""
     return works_of_ways(setting, 0, with_compile=True)[way]
 
 

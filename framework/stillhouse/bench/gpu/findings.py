@@ -15,7 +15,7 @@ Value = bool | float | str
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One measurement or check. A bool says whether something is right; a float may have bounds."""
+    """One measurement or check: a bool is whether something is right; a float may have bounds."""
 
     part: str
     name: str

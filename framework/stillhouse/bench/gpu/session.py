@@ -189,7 +189,7 @@ def _chosen(only: str) -> list[Part]:
 
 
 def _require_gpu() -> None:
-    """Raises ConfigError where torch finds none. A child asks, since a broken driver may hang."""
+    """Raises ConfigError where torch finds no GPU. In a child process: a broken driver may hang."""
     ask = "import torch; print(torch.__version__, torch.cuda.is_available())"
     try:
         done = subprocess.run(
