@@ -1,11 +1,12 @@
-# Every target builds .venv when it is missing, and uses it as it is when it is not. PYTHON=python3.12 chooses another interpreter.
+# Every target builds .venv when it is missing, and uses it as it is when it is not. PYTHON=python3.12 chooses another interpreter,
+# CPU=1 torch's build without CUDA, which is a tenth of the size.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# SkyPilot has an environment of its own: it wants other versions of what we have.
+# SkyPilot has an environment of its own, because it needs other versions of our packages.
 SKYPILOT := .venv-sky/.installed
-# Some tests make networks and mounts: whoever is not root becomes it in namespaces of their own, from which no other network is reached.
-# Who is root in a namespace alone mounts no image and becomes no other user: tests of that are left out, and named at the end.
+# Some tests make networks and mounts. Without root, they run as root of namespaces of their own, from which no other network is reached.
+# Root of a namespace can mount no image and become no other user: tests that do are left out, and named at the end.
 ifneq ($(shell id -u),0)
 LEAVE_OUT := --no-machine-root
 ifeq ($(shell unshare --map-root-user --mount --net true 2>/dev/null && echo may),may)
@@ -18,9 +19,14 @@ FUZZ_ROUNDS ?= 20
 OUT ?= runs/gpu
 GPU = PYTHONPATH=framework $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m stillhouse.bench.gpu --out $(OUT)
 
-LOCK := $(BIN)/uv pip compile pyproject.toml docker/build.in --quiet --generate-hashes --no-header --no-annotate \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_28
-TORCH_CPU ?= --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-annotate --python-version 3.11
+LOCK := $(COMPILE) docker/build.in --python-platform x86_64-manylinux_2_28
+# torch comes before the lock, with CUDA or without, and brings triton where it has CUDA.
+LOCK_DEV := printf "torch; sys_platform == 'never'\ntriton; sys_platform == 'never'\n" | $(COMPILE) --extra dev --universal \
+	--overrides - --no-emit-package torch --no-emit-package triton --no-emit-package setuptools
+PYTORCH_CPU := --extra-index-url https://download.pytorch.org/whl/cpu
+TORCH_CPU ?= $(PYTORCH_CPU) --index-strategy unsafe-best-match
+UPGRADE ?= --upgrade
 
 # Install the Debian packages of commands that are not there, each given as command:package.
 define where_missing
@@ -30,7 +36,8 @@ done; \
 if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
 endef
 
-.PHONY: help system system-slurm demo test test-whole test-parts chaos slurm gpu gpu-dry check lint launch-files format lock bench clean
+.PHONY: help system system-slurm demo test test-whole test-parts chaos slurm gpu gpu-dry check lint launch-files format lock lock-dev \
+	package docs bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -44,18 +51,18 @@ system-slurm:  ## Debian's packages that `make slurm` needs, where they are miss
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
-test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes; two halves beside each other, for two cores
+test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes; two halves in parallel, for two cores
 	@$(MAKE) --no-print-directory --jobs=2 test-whole test-parts
 
 test-whole: $(INSTALLED)
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/chaos tests/e2e
 
-# What it prints comes when it has ended, so that the progress of the other half can be read.
+# Its output is printed when it has ended, so that the progress of the other half can be read.
 test-parts: $(INSTALLED)
 	@log=$$(mktemp); $(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/conformance tests/fuzz tests/integration tests/unit >$$log 2>&1; code=$$?; \
 	echo; cat $$log; rm $$log; exit $$code
 
-chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disasters in SEEDS (3) courses, then random faults for MINUTES (20), and half as long for teachers alone
+chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disasters in SEEDS (3) courses, random faults for MINUTES (20), and half as long for teachers alone
 	$(BIN)/pytest tests/fuzz --fuzz-rounds=$(FUZZ_ROUNDS)
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/chaos --chaos-seeds=$(SEEDS)
 	PYTHONPATH=tests $(AS_ROOT) $(BIN)/python -m chaos.soak --minutes $(MINUTES)
@@ -63,31 +70,41 @@ chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disa
 slurm: $(INSTALLED)  ## launch/slurm on a Slurm of two nodes, made here by root; needs `make system system-slurm`
 	$(BIN)/pytest tests/slurm
 
-# What is there is used, and nothing installed: .venv where it is, else PYTHON with the packages that it has, and those of WHEELS.
+# Nothing is installed: it uses .venv if there is one, else PYTHON with its packages and those of WHEELS.
 gpu:  ## all that needs a GPU, in nine minutes at most: kernels, their tests, speed, a run; OUT=runs/gpu, ONLY=part,part, WHEELS=directory
 	$(GPU) $(if $(ONLY),--only $(ONLY)) $(if $(WHEELS),--wheels $(WHEELS))
 
 gpu-dry:  ## the same at tiny sizes on the CPU: whether it runs, not how fast
 	$(GPU) --dry-run $(if $(ONLY),--only $(ONLY))
 
-check: lint launch-files  ## lint, and launch-files
+check: lint launch-files  ## lint, launch-files
 
-lint: $(INSTALLED)  ## format, lint, types and the floors of the design
+lint: $(INSTALLED)  ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-launch-files: $(INSTALLED) $(SKYPILOT)  ## launch, image, compose and config files, by the schemas of those who read them
+launch-files: $(INSTALLED) $(SKYPILOT)  ## launch, image, workflow and config files by their readers' schemas; the package; the pages and their links
 	$(BIN)/pytest tests/launch tests/unit/test_configs.py
 
-format: $(INSTALLED)  ## format, and mend what the linter can
+format: $(INSTALLED)  ## format, and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: $(INSTALLED)  ## what the images install, by hash, anew from pyproject.toml
-	$(LOCK) --upgrade --output-file docker/gpu.lock
-	$(LOCK) --upgrade --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
+lock: lock-dev  ## all locks, by hash, anew from pyproject.toml: what the images install, and this checkout
+	$(LOCK) $(UPGRADE) --output-file docker/gpu.lock
+	$(LOCK) $(UPGRADE) --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
+
+lock-dev: $(INSTALLED)  ## the lock of this checkout alone; UPGRADE= keeps the versions that still fit
+	$(LOCK_DEV) $(UPGRADE) --output-file requirements-dev.lock
+
+package: $(INSTALLED)  ## the sdist and the wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
+docs: $(INSTALLED)  ## the pages of docs/ as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 	$(BIN)/stillhouse bench pipeline
@@ -95,12 +112,14 @@ bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf .venv .venv-sky .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 
-# torch comes first and alone, so that a CPU build that is at hand satisfies everything after it.
-$(INSTALLED): pyproject.toml
+# torch comes first and alone, so that a CPU build that is at hand satisfies everything after it. Then the lock, by its hashes;
+# the last line adds what the lock leaves to the machine (triton), and checks the rest against pyproject.toml.
+$(INSTALLED): pyproject.toml requirements-dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Stillhouse needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check 'torch>=2.9,<2.14'
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(CPU),$(PYTORCH_CPU)) 'torch>=2.9,<2.14'
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 $(SKYPILOT):

@@ -10,12 +10,12 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/stillhouse
 COPY docker/cpu.lock /tmp/cpu.lock
 RUN /opt/stillhouse/bin/pip install --require-hashes --no-deps --extra-index-url https://download.pytorch.org/whl/cpu -r /tmp/cpu.lock
-COPY pyproject.toml README.md /src/
+COPY pyproject.toml README.md LICENSE /src/
 COPY framework /src/framework
 RUN /opt/stillhouse/bin/pip install --no-deps --no-build-isolation /src
 
 FROM ${BASE}
-# gcc: the block-max filter is compiled for the very processor that it runs on.
+# gcc: the block-max filter is compiled for the processor that it runs on.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home --shell /usr/sbin/nologin stillhouse \
@@ -27,7 +27,7 @@ ENV PATH=/opt/stillhouse/bin:$PATH \
     RAY_AUTH_MODE=token
 USER 10001:10001
 WORKDIR /runs
-# Healthy is who has no part in a cluster, or whose part answers.
+# Healthy: this machine is in no cluster, or the head of its cluster answers.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=60s CMD ["stillhouse", "node", "health"]
 ENTRYPOINT ["stillhouse"]
 CMD ["--help"]

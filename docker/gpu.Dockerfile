@@ -11,7 +11,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/stillhouse
 COPY docker/gpu.lock /tmp/gpu.lock
 RUN /opt/stillhouse/bin/pip install --require-hashes --no-deps -r /tmp/gpu.lock
-COPY pyproject.toml README.md /src/
+COPY pyproject.toml README.md LICENSE /src/
 COPY framework /src/framework
 RUN /opt/stillhouse/bin/pip install --no-deps --no-build-isolation /src
 
@@ -30,7 +30,7 @@ ENV PATH=/opt/stillhouse/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 WORKDIR /runs
-# Healthy is who has no part in a cluster, or whose part answers.
+# Healthy: this machine is in no cluster, or the head of its cluster answers.
 HEALTHCHECK --interval=30s --timeout=15s --start-period=60s CMD ["stillhouse", "node", "health"]
 ENTRYPOINT ["stillhouse"]
 CMD ["--help"]

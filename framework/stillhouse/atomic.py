@@ -1,11 +1,11 @@
-"""Local files that are there whole or not at all, and that survive a power cut once the call that
-wrote them has returned.
+"""Atomic local files: a file is there whole or not at all, and survives a power cut once the call
+that wrote it has returned.
 
-A write goes to a staging file, `NAME#1` or the next free number, and gets its name when its bytes
-are on disk (fsync). The directory is fsynced last: only then the name is on disk, too. A writer
-that is killed leaves a staging file behind, and nothing else.
+The bytes go to a staging file, `NAME#1` or the next free number, which is renamed once they are on
+disk (fsync). The directory is fsynced last: only then is the name on disk, too. A writer that is
+killed leaves a staging file behind, and nothing else.
 
-All of it goes through a `FileLayer`, so that a test can record the calls and tell what a power cut
+All system calls go through a `FileLayer`, so that a test can record them and show what a power cut
 at any of them would leave.
 """
 
@@ -23,8 +23,8 @@ from typing import Protocol, Self
 Buffer = bytes | memoryview
 
 _MODE = 0o666  # less what the process's umask forbids
-# Of a directory that cannot be synced: the file system does not offer it or is read-only, or we may
-# write into it and not open it.
+# Errors of a directory that cannot be synced: its file system has no such call or is read-only, or
+# this process may write into it and not open it.
 _CANNOT_SYNC_DIRECTORY = (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EACCES)
 
 
@@ -41,12 +41,11 @@ class FileLayer(Protocol):
     def truncate(self, descriptor: int, num_bytes: int) -> None: ...
 
     def sync(self, descriptor: int) -> None:
-        """Return when the file's bytes are on disk. Its name need not be."""
+        """Return when the file's bytes are on disk. Its name may not be yet."""
         ...
 
     def sync_directory(self, path: Path) -> None:
-        """Return when the names in a directory are on disk, as far as its file system can promise
-        that."""
+        """Return when the names in a directory are on disk, if its file system can promise it."""
         ...
 
     def link(self, source: Path, destination: Path) -> None: ...
@@ -61,7 +60,7 @@ class FileLayer(Protocol):
 
 
 class SystemFiles:
-    """The calls themselves."""
+    """The system's own calls."""
 
     def open(self, path: Path, flags: int, mode: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC, mode)
@@ -113,8 +112,8 @@ DISK = SystemFiles()
 
 
 class Staging:
-    """A file that is being written beside the one that it will be. Used in a `with`: what has no
-    name by its end is removed."""
+    """A file that is written under another name. A context manager: a file that was not given its
+    name by the end of the block is removed."""
 
     def __init__(self, path: Path, *, mode: int = _MODE, files: FileLayer = DISK) -> None:
         self._path, self._files = path, files
@@ -132,11 +131,11 @@ class Staging:
         self._files.write(self._descriptor, data)
 
     def create(self) -> bool:
-        """Give the file its name, unless there is one of that name already: then False."""
+        """Give the file its name, and return True; False where the name is taken."""
         self._seal()
         created = self._linked()
         self._discard()
-        # also for another process's file: it may have been killed before it came to this
+        # also where another process made the file: it may have been killed before its sync
         self._files.sync_directory(self._path.parent)
         return created
 
@@ -162,8 +161,8 @@ class Staging:
         os.close(self._descriptor)
 
     def _linked(self) -> bool:
-        """Whether the staging file could be given the name as a second one: the one call that is
-        exclusive and atomic everywhere."""
+        """Whether the staging file could be given the final name as a second one. `link` is the one
+        call that is exclusive and atomic on all file systems."""
         while True:
             try:
                 self._files.link(self._staging, self._path)
@@ -171,10 +170,9 @@ class Staging:
             except FileExistsError:
                 if self._path.is_file():
                     return False
-                if os.path.lexists(self._path):
-                    # a directory, or a link into nothing: neither is a file that somebody published
+                if os.path.lexists(self._path):  # a directory, or a link to nothing
                     raise
-            # it was taken away between the two looks
+            # the file was removed in between: try again
 
     def _discard(self) -> None:
         if self._is_there:
@@ -184,8 +182,10 @@ class Staging:
 
 
 def create(path: Path, data: Buffer, *, mode: int = _MODE, files: FileLayer = DISK) -> bool:
-    """Write a new file. False if there is one already, which stays as it is. Of several processes
-    at once, one gets True."""
+    """Write a new file, and return True; False if there is one already, which stays as it is.
+
+    Of several processes at once, one gets True.
+    """
     with Staging(path, mode=mode, files=files) as staging:
         staging.write(data)
         return staging.create()
@@ -202,14 +202,13 @@ def move(source: Path, destination: Path, *, files: FileLayer = DISK) -> None:
     """Give a file another name, also in another directory. Raises FileNotFoundError if there is
     none."""
     files.rename(source, destination)
-    for directory in dict.fromkeys(
-        (destination.parent, source.parent)
-    ):  # in this order it has one of the two names at any moment
+    # In this order, one of the two names is on disk at any moment.
+    for directory in dict.fromkeys((destination.parent, source.parent)):
         files.sync_directory(directory)
 
 
 def unlink(paths: Iterable[Path], *, files: FileLayer = DISK) -> None:
-    """Remove files; those that are gone already are no error. Each directory is synced once."""
+    """Remove files; one that does not exist is no error. Each directory is synced once."""
     removed = []
     for path in paths:
         with suppress(FileNotFoundError):
@@ -220,8 +219,8 @@ def unlink(paths: Iterable[Path], *, files: FileLayer = DISK) -> None:
 
 
 def remove_tree(path: Path, *, files: FileLayer = DISK) -> None:
-    """Remove a directory and all in it, as far as that goes. It may be back after a power cut,
-    whole or in part."""
+    """Remove a directory and all in it, as far as possible. A power cut may bring some or all of it
+    back."""
     for folder, directories, names in os.walk(path, topdown=False):
         for name in names:
             with suppress(OSError):
@@ -234,15 +233,13 @@ def remove_tree(path: Path, *, files: FileLayer = DISK) -> None:
 
 
 def make_directory(path: Path, *, mode: int = 0o777, files: FileLayer = DISK) -> None:
-    """Make a directory and those above it that are missing. One that is there already counts as
-    made, and is synced into its parent."""
+    """Make a directory and its missing parents. One that exists already is no error, and is synced
+    into its parent."""
     if not path.parent.is_dir():
         make_directory(path.parent, files=files)
     try:
         files.mkdir(path, mode)
-    except OSError:  # the system may answer for one that exists that it is read-only, or not ours
-        if not os.path.lexists(path):
-            raise
+    except OSError:  # of one that exists, an error of permission or of a read-only system may come
         if not path.is_dir():
             if os.path.lexists(path):
                 raise NotADirectoryError(
@@ -254,7 +251,7 @@ def make_directory(path: Path, *, mode: int = 0o777, files: FileLayer = DISK) ->
 
 def move_directory(draft: Path, directory: Path, *, files: FileLayer = DISK) -> None:
     """Give a finished directory its name, once all in it is on disk. Raises OSError where another
-    that is not empty has the name."""
+    one of that name is not empty."""
     for folder, _, names in os.walk(draft):
         for name in names:
             _sync_file(Path(folder, name), files)
@@ -265,18 +262,19 @@ def move_directory(draft: Path, directory: Path, *, files: FileLayer = DISK) -> 
 
 @contextmanager
 def whole_directory(directory: Path, *, files: FileLayer = DISK) -> Iterator[Path]:
-    """A draft to write, which becomes `directory` (absent before, or empty) once the block has
-    succeeded and all in it is on disk.
+    """A draft to write into, which becomes `directory` (absent before, or empty) once the block has
+    succeeded and all in the draft is on disk.
 
-    The draft lies beside the directory, and is locked while it is written: one that a killed
-    process left is removed by the next that writes the same directory. Raises OSError where the
-    draft cannot be made or renamed.
+    The draft is beside the directory, and locked while it is written. A draft that a killed process
+    left is not locked: the next process that writes the same directory removes it. Raises OSError
+    where the draft cannot be made or renamed.
     """
-    # what killed processes left; where directories cannot be locked, nobody can tell, and it stays
+    # Drafts of killed processes. They stay where the file system has no locks of directories.
     for left in directory.parent.glob(f"{glob.escape(directory.name)}.unfinished-*"):
         with suppress(OSError), _locked(left):
             remove_tree(left, files=files)
 
+    # A draft of our own.
     draft = directory.with_name(f"{directory.name}.unfinished-{token_hex(4)}")
     make_directory(draft, files=files)
     try:
@@ -291,8 +289,8 @@ def whole_directory(directory: Path, *, files: FileLayer = DISK) -> Iterator[Pat
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Raises OSError where another process has locked the directory, or its file system has no such
-    locks."""
+    """Hold the lock of a directory. Raises OSError where another process holds it, or the file
+    system has no such locks."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

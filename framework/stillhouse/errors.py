@@ -1,8 +1,8 @@
-"""The error tree: a `UserError` is a mistake that its reader can mend (exit code 2), a `RunError`
+"""The error tree: a `UserError` is a mistake that the user can correct (exit code 2), a `RunError`
 is a run that failed (exit code 1).
 
 Every message says what was found, what was wanted and what to do. No class here has an `__init__`
-of its own: such exceptions fail to unpickle on their way out of a Ray actor.
+of its own: Ray pickles the exceptions of actors, and such ones cannot be unpickled.
 """
 
 
@@ -11,7 +11,7 @@ class StillhouseError(Exception):
 
 
 class UserError(StillhouseError):
-    """Something the user wrote or chose has to change before the run can go on."""
+    """The user has to change something, a config or a machine, before the run can go on."""
 
 
 class ConfigError(UserError):
@@ -19,7 +19,7 @@ class ConfigError(UserError):
 
 
 class CorpusError(UserError):
-    """The documents cannot become sequences: empty, streamed, mis-columned, without a single
+    """The documents cannot become sequences: empty, streamed, without their column, or without a
     target."""
 
 
@@ -28,8 +28,7 @@ class CacheError(UserError):
 
 
 class ModelError(UserError):
-    """A model or tokenizer cannot be used as asked: absent, unreadable, or of another
-    vocabulary."""
+    """A model or tokenizer cannot be used: absent, unreadable, or of another vocabulary."""
 
 
 class ChangedWeightsError(ModelError):
@@ -54,11 +53,11 @@ class RunError(StillhouseError):
 
 
 class InterruptedRunError(RunError):
-    """The driver was told to go; everything up to there is committed (exit code 143)."""
+    """The driver was asked to stop, and committed everything up to there (exit code 143)."""
 
 
 class HeadGoneError(RunError):
-    """The head of the cluster is gone, or the driver's machine has no more part in it."""
+    """The cluster's head node is gone, or the driver's machine has left the cluster."""
 
 
 class ChunkError(RunError):
@@ -74,4 +73,4 @@ class StudentError(RunError):
 
 
 class CheckpointError(RunError):
-    """No commit of a checkpoint directory verifies, or a commit could not be written."""
+    """No commit in a checkpoint directory verifies, or a commit could not be written."""

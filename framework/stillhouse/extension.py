@@ -1,5 +1,7 @@
-"""What users add from outside: an object of their own package, which a config names as
-`package.module:name`."""
+"""Extensions: an object of the user's own package, which a config names as `package.module:name`.
+
+Engines, sources of sequences and divergences can be added in this way.
+"""
 
 import hashlib
 import importlib
@@ -18,16 +20,18 @@ def is_extension(name: str) -> bool:
 
 
 def load_extension(name: str, *, setting: str) -> Any:
-    """The object. Raises ConfigError where its module cannot be imported, or has no such name; what
-    else the module raises is its own."""
+    """The object of this name; `setting` is where the config has it.
+
+    Raises ConfigError where its module cannot be imported, or has no such name. Any other error of
+    the module is raised as it is.
+    """
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f'{setting} is "{name}", whose module cannot be imported ({error}); install its '
-            "package on every machine, or name its"
-            " directory in PYTHONPATH"
+            "package on every machine, or name its directory in PYTHONPATH"
         ) from error
     if not hasattr(module, attribute):
         raise ConfigError(
@@ -38,8 +42,8 @@ def load_extension(name: str, *, setting: str) -> Any:
 
 
 def extension_digest(name: str) -> str:
-    """16 hexadecimal digits of the file that holds the object: another text of it is another
-    object."""
+    """16 hexadecimal digits, the sha256 of the file that defines the object: a changed file counts
+    as another object."""
     file = importlib.import_module(name.partition(":")[0]).__file__
     assert file is not None, f"{name} is in no file"
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]

@@ -1,5 +1,7 @@
-"""What a config calls a model: a local directory, or a name on the hub. It imports nothing heavy,
-so a wrong path is refused at once."""
+"""The name of a model in a config: a local directory, or a name on the hub.
+
+Nothing heavy is imported here, so that a wrong path is refused at once.
+"""
 
 from pathlib import Path
 
@@ -7,8 +9,8 @@ from stillhouse.errors import ModelError
 
 
 def source_of(model: str) -> str:
-    """A local directory, spelt out, or the hub name as it is. Raises ModelError for a path without
-    a directory."""
+    """The path of a local directory, or a hub name as it is. Raises ModelError for a path without a
+    directory."""
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path)
@@ -21,10 +23,10 @@ def source_of(model: str) -> str:
 
 
 def where_it_was_looked_for(model: str) -> str:
-    """What a relative path is relative to, in words; '' for an absolute one."""
+    """The directory that a relative path starts from, in words; '' for an absolute path."""
     if Path(model).expanduser().is_absolute():
         return ""
     return (
-        f" in {Path.cwd()} (paths are relative to where the command is started, not to the "
+        f" in {Path.cwd()} (a path of --set is relative to the current directory, not to the "
         "config file)"
     )

@@ -1,8 +1,8 @@
-"""Secrets are taken out of whatever is written down: the journal, W&B, the report, the terminal.
+"""Redaction: secrets are removed from all output: journal, logs, W&B, report and terminal.
 
-A text is secret for one of three reasons: this process knows it (`know`), it stands next to a name
-that says so (`password: ...`), or it has the form of what services hand out (`ghp_...`, a private
-key, the password in a URL).
+A text is secret for one of three reasons: its value is known to this process (`know`), it stands
+next to a name of secrets (`password: ...`), or it has the form of a credential (`ghp_...`, a
+private key, the password in a URL).
 """
 
 import json
@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import quote
 
 REDACTED = "(redacted)"
-_LEAST_LENGTH = 8  # of a known value: a shorter one would be found inside ordinary words
+_LEAST_LENGTH = 8  # of a known value: a shorter one may be part of ordinary words
 _known: set[str] = set()
 
 
 def know(values: Iterable[str]) -> None:
-    """From now on, replace these values wherever this process writes them. Values of fewer than 8
+    """Replace these values from now on wherever this process writes them. Values of fewer than 8
     characters are left out."""
     for value in values:
         if len(value) >= _LEAST_LENGTH:
@@ -26,7 +26,7 @@ def know(values: Iterable[str]) -> None:
 
 
 def secrets_of(environment: Mapping[str, str], *, home: Path) -> set[str]:
-    """What is secret in an environment: the values of variables whose names say so, and the tokens
+    """The secrets of an environment: the values of variables with a name of secrets, and the tokens
     in the files where tools keep them."""
     found = {value.strip() for name, value in environment.items() if _SECRET_VARIABLE.search(name)}
     return found.union(*(_secrets_in(path) for path in _token_files(environment, home)))
@@ -44,13 +44,12 @@ _MOST_BYTES = 1 << 16
 
 
 def _token_files(environment: Mapping[str, str], home: Path) -> Iterator[Path]:
+    """The files where tools keep tokens: the usual ones, and those in variables such as
+    HF_TOKEN_PATH and RAY_AUTH_TOKEN_PATH."""
     yield Path(environment.get("HF_HOME") or home / ".cache" / "huggingface") / "token"
     yield home / ".ray" / "auth_token"
     yield Path(environment.get("NETRC") or home / ".netrc")
-    for (
-        name,
-        value,
-    ) in environment.items():  # HF_TOKEN_PATH, RAY_AUTH_TOKEN_PATH, AWS_WEB_IDENTITY_TOKEN_FILE
+    for name, value in environment.items():
         if _TOKEN_FILE_VARIABLE.search(name):
             yield Path(value.replace("~", str(home), 1) if value.startswith("~") else value)
 
@@ -67,8 +66,8 @@ def _secrets_in(path: Path) -> set[str]:
 
 
 def scrub(values: Any, *, secret: bool = False) -> Any:
-    """The same plain values with every secret text replaced; in a mapping, a key that names a
-    secret hides all texts below it."""
+    """The same plain values with every secret text replaced. In a mapping, a key that is a name of
+    secrets hides all texts below it."""
     if isinstance(values, Mapping):
         return {
             name: scrub(value, secret=secret or _key_names_a_secret(str(name)))
@@ -82,12 +81,12 @@ def scrub(values: Any, *, secret: bool = False) -> Any:
 
 
 def _without_known(text: str) -> str:
-    for value in sorted(_known, key=len, reverse=True):  # the longest first: one may hold another
+    for value in sorted(_known, key=len, reverse=True):  # the longest first: one may be in another
         text = text.replace(value, REDACTED)
     return text
 
 
-# The form of what services hand out. A group in front of the secret stays.
+# The forms of credentials. A group in front of the secret is kept.
 _FORMATS = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -124,71 +123,25 @@ def _without_formats(text: str) -> str:
     return text
 
 
-_KEY_WORDS = frozenset(
-    [
-        "token",
-        "key",
-        "apikey",
-        "secret",
-        "password",
-        "passwd",
-        "passphrase",
-        "credential",
-        "credentials",
-        "authorization",
-    ]
+# A word of a mapping's key that hides all texts below it.
+_KEY_WORD = re.compile(
+    "token|key|apikey|secret|password|passwd|passphrase|credentials?|authorization"
 )
-_SECRET_ENDINGS = (
-    "password",
-    "passwd",
-    "passphrase",
-    "secret",
-    "apikey",
-    "accesskey",
-    "secretkey",
-    "privatekey",
-    "authtoken",
+# The last word of a name of secrets; words before `key` that make it one; words before `token` and
+# `pwd` that do not, as in pad_token and OLDPWD.
+_SECRET_WORD = re.compile(
+    ".*(?:password|passwd|passphrase|secret|apikey|accesskey|secretkey|privatekey|authtoken)"
 )
-_SECRET_KEYS = frozenset(
-    [
-        "api",
-        "access",
-        "private",
-        "secret",
-        "account",
-        "client",
-        "signing",
-        "encryption",
-        "ssh",
-        "master",
-        "shared",
-        "auth",
-    ]
+_BEFORE_KEY = re.compile(
+    "api|access|private|secret|account|client|signing|encryption|ssh|master|shared|auth"
+)
+_NOT_BEFORE_TOKEN = re.compile(
+    "per|pad|eos|bos|unk|sep|cls|mask|special|next|first|last|stop|added|old"
 )
 _SECRET_PAIRS = frozenset([("amz", "signature"), ("storage", "sas"), ("azure", "sas")])
-# pad_token, OLDPWD
-_NO_ACCESS = frozenset(
-    [
-        "per",
-        "pad",
-        "eos",
-        "bos",
-        "unk",
-        "sep",
-        "cls",
-        "mask",
-        "special",
-        "next",
-        "first",
-        "last",
-        "stop",
-        "added",
-        "old",
-    ]
-)
 _PLURALS = frozenset(["secrets", "passwords", "credentials", "keys", "apikeys", "cookies"])
 
-# A name, and what stands between it and its value in JSON, YAML, TOML, Python, Rust's debug output,
+# A name, and what is between it and its value in JSON, YAML, TOML, Python, Rust's debug output,
 # XML, headers, assignments, options.
 _NAME = re.compile(
     r"""(?:(?P<indent>^[ \t]*(?:-[ \t]+)?) | (?<![\w.-])) (?P<name>[\w.-]+) (?:\\*["'])?
@@ -212,8 +165,9 @@ _HEADER = re.compile(
 _DONE = re.compile(rf"(?:(?i:basic|bearer)[ \t]+)?{re.escape(REDACTED)}(?=[\s\"'&<>.,;)}}\]]|\Z)")
 _LINE = re.compile(r"[^\n]*")
 _WORD = re.compile(r"""[^\s"'&<>]{0,4096}""")
-# what a value is like, by what its name says of it; names with other uses besides ask for more
-_LOOKS = {
+# The form that a value must have to count as a secret, by the kind of its name. It is narrower for
+# names that have other uses, too.
+_FORMS_OF = {
     "any": re.compile(r"(?!(?i:none|null|true|false)$).+", re.DOTALL),
     "credential": re.compile(r".+", re.DOTALL),
     "header": re.compile(r"(?!(?i:none|null|true|false)$).+"),
@@ -225,8 +179,7 @@ _LOOKS = {
 
 
 def _without_named(text: str) -> str:
-    """The text without what stands next to names that say secret, whatever the notation and the
-    quoting."""
+    """The text without the values of names of secrets, in any notation and quoting."""
     kept, at = list[str](), 0
     for found in _NAME.finditer(text):
         if found.start() < at or (found["option"] and not found["name"].startswith("-")):
@@ -238,41 +191,39 @@ def _without_named(text: str) -> str:
         is_parameter = text.endswith(("?", "&"), 0, found.start())  # of a URL
         if _is_in_a_sentence(found, kind, text[found.end() : end]):
             continue
-        if begin < end and (is_parameter or _LOOKS[kind].fullmatch(text[begin:end])):
+        if begin < end and (is_parameter or _FORMS_OF[kind].fullmatch(text[begin:end])):
             kept += [text[at:begin], REDACTED]
             at = end
     return "".join([*kept, text[at:]])
 
 
 def _is_in_a_sentence(found: re.Match[str], kind: str, words: str) -> bool:
-    """Whether a word without quotes follows, as in `the worst token: power laws`, and not in a line
-    of its own, as in YAML."""
+    """Whether plain words follow the name, as in `the worst token: power laws`, and the line is not
+    of a form such as YAML's."""
     is_possible = kind == "credential" or (kind == "token" and found["indent"] is None)
     return is_possible and ":" in (found["between"] or "") and words.rstrip(".,;").isalpha()
 
 
 def _kind_of_secret(name: str) -> str | None:
-    """Which of the `_LOOKS` a value next to this name has to have to be secret; None where the name
-    does not say so."""
+    """The kind of a name, a key of `_FORMS_OF`; None where it is no name of secrets."""
     words = _words(name.rstrip("0123456789._-"))
     last, before = (words[-1] if words else ""), (words[-2] if len(words) > 1 else "")
     last = last.removesuffix("s") if last in _PLURALS else last
     if (
-        last.endswith(_SECRET_ENDINGS)
-        or (last == "key" and before in _SECRET_KEYS)
+        _SECRET_WORD.fullmatch(last)
+        or (last == "key" and _BEFORE_KEY.fullmatch(before))
         or (before, last) in _SECRET_PAIRS
     ):
         return "any"
-    if last in ("token", "pwd") and before not in _NO_ACCESS:
+    if last in ("token", "pwd") and not _NOT_BEFORE_TOKEN.fullmatch(before):
         return "token"
-    of_their_own = ("credential", "cookie", "key", "signature")
-    return (
-        last if last in of_their_own else {"authorization": "header", "sig": "signature"}.get(last)
-    )
+    if last in ("credential", "cookie", "key", "signature"):
+        return last
+    return {"authorization": "header", "sig": "signature"}.get(last)
 
 
 def _value(text: str, found: re.Match[str], kind: str) -> tuple[int, int]:
-    """Where the value behind a name begins and ends, without its quotes."""
+    """Where the value of a name begins and ends, without its quotes."""
     begin = found.end()
     if quoted := _QUOTED.match(text, begin):
         begin, end, behind = quoted.start("inner"), quoted.end("inner"), quoted.end()
@@ -282,23 +233,20 @@ def _value(text: str, found: re.Match[str], kind: str) -> tuple[int, int]:
     if kind in ("any", "credential") and (compound := _COMPOUND.match(text, begin)):
         return compound.span()
     is_yaml = kind == "any" and found["indent"] is not None and ":" in (found["between"] or "")
-    is_open = text.startswith(('"', "'"), begin)  # a quote that nothing closes
+    is_open = text.startswith(('"', "'"), begin)  # a quote that is not closed
     whole_line = is_yaml or is_open or kind == "cookie"
     value = (_LINE if whole_line else _HEADER if kind == "header" else _WORD).match(text, begin)
     assert value is not None
-    return begin, value.end() if value[0].endswith(REDACTED) else begin + len(
-        value[0].rstrip(",;)]}")
-    )
+    if value[0].endswith(REDACTED):
+        return begin, value.end()
+    return begin, begin + len(value[0].rstrip(",;)]}"))
 
 
 def _key_names_a_secret(name: str) -> bool:
-    return not _KEY_WORDS.isdisjoint(_words(name))
+    return any(map(_KEY_WORD.fullmatch, _words(name)))
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name, in small letters: api_key, apiKey and API-KEY are two."""
-    return [
-        word
-        for word in re.split(r"[^a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower())
-        if word
-    ]
+    """The words of a name, in small letters: api_key, apiKey and API-KEY are two each."""
+    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower()
+    return re.findall(r"[a-z0-9]+", spaced)

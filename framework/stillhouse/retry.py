@@ -1,5 +1,4 @@
-"""Waiting for a store that is unavailable: the wait is told once it has lasted, and it has an
-end."""
+"""Retry: waiting for a store that is unavailable, with a report after a while and an end."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -13,17 +12,17 @@ _log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
-Tell = Callable[[float, str], None]  # (seconds that the outage has lasted, the store's words)
+Tell = Callable[[float, str], None]  # (seconds that the outage has lasted, the store's error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long an unavailable store is waited for, from the first request that failed on."""
+    """How long to wait for an unavailable store, counted from the first request that failed."""
 
     request_s: float = 30.0  # for which one request is tried again before it fails; see Blobs
     tell_after_s: float = 60.0
     end_after_s: float = 1800.0
-    first_pause_s: float = 0.5  # between two tries; the next is twice as long
+    first_pause_s: float = 0.5  # between two tries; each pause is twice as long as the one before
     last_pause_s: float = 30.0
 
 
@@ -31,7 +30,7 @@ DEFAULT_PATIENCE = Patience()
 
 
 class Outage:
-    """The time for which a store has been unavailable to one caller. Not for several threads."""
+    """For how long a store has been unavailable to one caller. Not thread-safe."""
 
     def __init__(
         self, patience: Patience, *, tell: Tell, clock: Callable[[], float] = monotonic
@@ -41,7 +40,7 @@ class Outage:
         self._told = False
 
     def goes_on(self, error: StoreUnavailable) -> None:
-        """Another try has failed. Raises StoreUnavailable once the outage has lasted for
+        """Record that a try failed. Raises StoreUnavailable once the outage has lasted for
         `end_after_s`."""
         now = self._clock()
         self._since = now if self._since is None else self._since
@@ -54,26 +53,25 @@ class Outage:
             self._tell(lasted_s, str(error))
 
     def is_over(self) -> None:
-        """The store has answered."""
+        """Record that the store has answered."""
         if self._since is not None:
             _log.info("the store answers again, after %.1f s", self._clock() - self._since)
         self._since, self._told = None, False
 
 
 def pauses(first_s: float, *, last_s: float) -> Iterator[float]:
-    """Seconds to wait before each next try, without an end: twice as long each time, and never
-    longer than `last_s`."""
+    """Exponential backoff: the seconds to wait before each next try, doubled each time up to
+    `last_s`, without an end."""
     while True:
         yield first_s
         first_s = min(2 * first_s, last_s)
 
 
 def given_up(error: StoreUnavailable, waited_s: float) -> StoreUnavailable:
-    """What is raised at the end of a wait."""
+    """The error to raise at the end of a wait."""
     return StoreUnavailable(
-        f"{error}; after {waited_s:.0f} s of waiting it is given up. Everything that was "
-        "published or committed stays: mend the cause and "
-        "run again to go on from there"
+        f"{error}; after {waited_s:.0f} s of waiting it is given up. Everything that was published "
+        "or committed stays: mend the cause and run again to go on from there"
     )
 
 
@@ -85,12 +83,12 @@ def insist(
     pause: Callable[[float], None] = sleep,
     clock: Callable[[], float] = monotonic,
 ) -> _Answer:
-    """Call again while the store is unavailable; raises what else is raised at once,
-    StoreUnavailable at the end of the patience."""
-    outage, pauses_s = (
-        Outage(patience, tell=tell, clock=clock),
-        pauses(patience.first_pause_s, last_s=patience.last_pause_s),
-    )
+    """What `call` returns, which is repeated while the store is unavailable.
+
+    Raises StoreUnavailable at the end of the patience, and any other error at once.
+    """
+    outage = Outage(patience, tell=tell, clock=clock)
+    pauses_s = pauses(patience.first_pause_s, last_s=patience.last_pause_s)
     while True:
         try:
             answer = call()

@@ -1,8 +1,7 @@
-"""JSON values with their checksum beside them: a flipped bit or a cut file is seen, whatever the
-layout of the text.
+"""Sealed JSON: values with their checksum beside them. A flipped bit or a cut file is found.
 
-The checksum is the xxh3 of the values as JSON with sorted keys. Two forms of that are in files:
-`compact` has no spaces.
+The checksum is the xxh3 of the values as JSON with sorted keys, so the layout of the file's text
+does not matter. Files have it over one of two forms: `compact` is without spaces.
 """
 
 import json
@@ -13,7 +12,7 @@ import xxhash
 
 
 def digest_of(values: Any, *, compact: bool = False) -> str:
-    """16 hexadecimal digits."""
+    """The checksum of values, 16 hexadecimal digits."""
     separators = (",", ":") if compact else None
     return xxhash.xxh3_64_hexdigest(
         json.dumps(values, sort_keys=True, separators=separators).encode("ascii")
@@ -23,13 +22,13 @@ def digest_of(values: Any, *, compact: bool = False) -> str:
 def sealed(
     values: Mapping[str, Any], *, name: str = "xxh3", compact: bool = False
 ) -> dict[str, Any]:
-    """The values, and last their checksum under this name."""
+    """The values, and behind them their checksum under this name."""
     return {**values, name: digest_of(values, compact=compact)}
 
 
 def opened(whole: Any, *, name: str = "xxh3", compact: bool = False) -> dict[str, Any]:
-    """The values without their checksum. Raises ValueError where it is not theirs; KeyError or
-    TypeError where there can be none."""
+    """The values without their checksum. Raises ValueError where it differs, and KeyError or
+    TypeError where there is none."""
     values = {**whole}
     if values.pop(name) != digest_of(values, compact=compact):
         raise ValueError("its checksum differs")

@@ -1,13 +1,13 @@
-"""Numbers that look random and are a function of a seed and a place alone: the same on every
+"""Pseudo-random numbers as a function of a seed and an index alone (splitmix64): the same on every
 machine, in NumPy and in torch.
 
-Everything works on int64 that wraps around, which both have; the bits are those of the published
-unsigned arithmetic.
+They are computed in int64 that wraps around, which both libraries have. The bits are those of the
+published algorithm, which is unsigned.
 """
 
 from typing import Any, TypeVar
 
-GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as an int64, like the two below
+GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio; an int64, as are the two below
 _FIRST_FACTOR = -0x40A7B892E31B1A47
 _SECOND_FACTOR = -0x6B2FB644ECCEEE15
 
@@ -25,7 +25,7 @@ def splitmix64(x: Numbers) -> Numbers:
 
 
 def shifted(x: Numbers, num_bits: int) -> Numbers:
-    """x >> num_bits of the unsigned number that an int64 stands for."""
+    """x >> num_bits, where an int64 is read as an unsigned number."""
     values: Any = x
     kept: Numbers = (values >> num_bits) & ((1 << (64 - num_bits)) - 1)
     return kept

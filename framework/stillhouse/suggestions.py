@@ -1,11 +1,11 @@
-"""What was probably meant by a name, a value or a text that the configuration does not know."""
+"""Suggestions: which name, value or command was probably meant by one that is not known."""
 
 import difflib
 import re
 from collections.abc import Collection, Mapping
 
-# Settings of TRL, of Hugging Face's Trainer, of axolotl and of DeepSpeed, and what takes their
-# place here.
+# Settings of TRL, of Hugging Face's Trainer, of axolotl and of DeepSpeed, and what is used here
+# instead.
 ELSEWHERE: Mapping[str, str] = {
     "model_name_or_path": "teacher.model or student.model",
     "model_name": "teacher.model or student.model",
@@ -66,9 +66,80 @@ ELSEWHERE: Mapping[str, str] = {
     "resume_from_checkpoint": "nothing: the same command goes on from the newest checkpoint",
     "logging_steps": "nothing: every step is journalled",
     "eval_steps": "nothing: the student is scored at the end, and by `stillhouse eval`",
+    "eval_strategy": "nothing: the student is scored at the end, and by `stillhouse eval`",
+    "evals_per_epoch": "nothing: the student is scored at the end, and by `stillhouse eval`",
+    "load_best_model_at_end": "nothing: `stillhouse export` writes the newest checkpoint",
+    "save_strategy": "student.checkpoint_every_steps",
+    "saves_per_epoch": "student.checkpoint_every_steps",
+    "logging_strategy": "nothing: every step is journalled",
+    "logging_dir": "nothing: the journal is in the directory of --run-dir",
+    "log_level": "the option --log-level, before the verb",
+    "push_to_hub": "nothing: `stillhouse export` writes a directory, and `hf upload` sends it",
+    "hub_model_id": "nothing: `stillhouse export` writes a directory, and `hf upload` sends it",
+    "wandb_run_id": "tracking.run_id",
+    "wandb_watch": "nothing: loss and gradient norm of every step are tracked",
+    "wandb_mode": "tracking.wandb",
+    # the optimiser and its schedule
+    "optim": "AdamW, always",
+    "optimizer": "AdamW, always",
+    "adam_epsilon": "nothing: AdamW's epsilon is 1e-8",
+    "lr_scheduler": "a cosine, always, down to student.min_learning_rate",
+    "lr_scheduler_kwargs": "student.min_learning_rate, where the cosine ends",
+    "clip_grad": "student.gradient_clip",
+    "stage": "student.zero_stage",
+    "fsdp": "student.zero_stage, which at 3 divides weights, gradients and Adam's states",
+    "fsdp_config": "student.zero_stage, which at 3 divides weights, gradients and Adam's states",
+    "activation_checkpointing_kwargs": "student.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "student.activation_checkpointing",
+    "ddp_timeout": "student.watchdog_s",
+    "use_liger_kernel": "nothing: the student's head and loss are fused, always",
+    "attn_implementation": "nothing: the fastest attention that keeps packed documents apart",
+    "flash_attention": "nothing: the fastest attention that keeps packed documents apart",
+    # models and their processes
+    "model_init_kwargs": "the settings of the sections teacher and student, such as student.dtype",
+    "teacher_model_init_kwargs": "the settings of the section teacher, such as teacher.dtype",
+    "teacher_model_revision": "teacher.revision",
+    "tokenizer_name": "student.tokenizer",
+    "tokenizer_name_or_path": "student.tokenizer",
+    "use_cpu": "teacher.device and student.device",
+    "nproc_per_node": "student.num_workers",
+    "num_processes": "student.num_workers",
+    # data
+    "data_seed": "corpus.seed",
+    "train_dataset": "corpus.dataset",
+    "train_file": "corpus.dataset",
+    "train_split": "corpus.split",
+    "dataset_split": "corpus.split",
+    "val_set_size": "corpus.heldout_sequences, a number of sequences",
+    "test_split_size": "corpus.heldout_sequences, a number of sequences",
+    "pad_to_sequence_len": "corpus.packing, which pads where it is false",
+    "padding_free": "corpus.packing, without padding",
+    "dataset_prepared_path": "nothing: tokenised corpora are kept in the cache directory",
+    "train_on_inputs": "nothing: of a chat, the assistant's turns alone are targets",
+    "assistant_only_loss": "nothing: of a chat, the assistant's turns alone are targets",
+    # the loss of a distillation
+    "kd_alpha": "student.divergence_weight",
+    "kd_ce_alpha": "student.ce_weight",
+    "kd_temperature": "target.temperature",
+    "distill_temperature": "target.temperature",
+    "logprobs": "target.k",
+    # what there is not
+    "do_train": "the verb, `stillhouse run` or `stillhouse train`",
+    "do_eval": "the verb `stillhouse eval`",
+    "dataloader_num_workers": "student.prefetch_batches, the batches that are read ahead",
+    "remove_unused_columns": "nothing: corpus.column alone is read",
+    "group_by_length": "nothing: documents are packed into sequences of one length",
+    "label_smoothing_factor": "nothing: the teacher's distribution is the target",
+    "chat_template": "nothing: the tokenizer's own chat template is used",
+    "lora_r": "nothing: every weight of the student is trained",
+    "lora_alpha": "nothing: every weight of the student is trained",
+    "peft_config": "nothing: every weight of the student is trained",
+    "adapter": "nothing: every weight of the student is trained",
+    "load_in_4bit": "teacher.dtype and student.dtype, of which none is quantised",
+    "load_in_8bit": "teacher.dtype and student.dtype, of which none is quantised",
 }
 
-# Other words for the values of settings that are one of a few.
+# Other names for the values of settings that allow a few values only.
 _SHORT: Mapping[str, str] = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -113,72 +184,60 @@ _LITERALS = {"True": "true", "False": "false"}
 
 
 def setting(name: str, *, section: str, known: Mapping[str, Collection[str]]) -> str:
-    """Which setting was meant by `name`, in words; `known` has the names in each section, and in ''
-    those of the sections."""
-    here, homes = (
-        known.get(section, ()),
-        [f"'{other}.{name}'" for other in known if other and name in known[other]],
-    )
+    """Which setting was meant by `name` in a section, in words.
+
+    `known` has the settings of each section, and under '' the names of the sections.
+    """
     if name in ELSEWHERE:
         return f"here it is {ELSEWHERE[name]}"
+    homes = [f"'{other}.{name}'" for other in known if other and name in known[other]]
     if homes:
         return f"did you mean {' or '.join(homes)}?"
+    here = known.get(section, ())
     near = difflib.get_close_matches(name, here, n=1, cutoff=0.5)
     if near:
         return f"did you mean '{near[0]}'?"
     if len(here) <= _MANY:
         return f"known here: {', '.join(here)}"
-    return (
-        f"the nearest of {len(here)} that are known here: "
-        f"{', '.join(difflib.get_close_matches(name, here, n=5, cutoff=0.0))}"
-    )
+    nearest = ", ".join(difflib.get_close_matches(name, here, n=5, cutoff=0.0))
+    return f"the nearest of {len(here)} that are known here: {nearest}"
 
 
 def value(found: str, allowed: Collection[str]) -> str:
-    """Which of the allowed values was meant by `found`, in words, with a comma before them; ''
-    where none is near."""
-    short = _SHORT.get(found.lower())
-    near = (
-        [short]
-        if short in allowed
-        else difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.5)
-    )
-    return f"; did you mean '{near[0]}'?" if near else ""
+    """Which of the allowed values was meant by `found`, in words behind a semicolon; '' where none
+    is similar."""
+    name = _SHORT.get(found.lower())
+    if name not in allowed:
+        near = difflib.get_close_matches(found.lower(), allowed, n=1, cutoff=0.5)
+        name = near[0] if near else None
+    return f"; did you mean '{name}'?" if name else ""
 
 
 def verb(found: str, known: Collection[str]) -> str:
     """Which command was meant, in words."""
-    near = (
-        [_OTHER_VERBS[found]]
-        if found in _OTHER_VERBS
-        else difflib.get_close_matches(found, known, n=1)
-    )
+    other = _OTHER_VERBS.get(found)
+    near = [other] if other else difflib.get_close_matches(found, known, n=1)
     return f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(known)}."
 
 
 def toml(text: str, complaint: str) -> str:
-    """How to make TOML of a text that is none, with a semicolon before it; '' where it is not
-    known. `complaint` is the parser's."""
-    first = next(
-        (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")),
-        "",
-    )
-    if first.lstrip().startswith("{"):
+    """How to make TOML of a text that is none, in words behind a semicolon; '' where that is not
+    known. `complaint` is the parser's error."""
+    # Another format.
+    lines = text.splitlines()
+    settings = (line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    first = next(settings, "")
+    is_json = first.lstrip().startswith("{")
+    if is_json or re.match(r"---|[\w-]+:(\s|$)", first):
         return (
-            "; this is JSON: write a section as [student], and below it a setting as "
-            "learning_rate = 1e-4"
+            f"; this is {'JSON' if is_json else 'YAML'}: write a section as [student], and below "
+            "it a setting as learning_rate = 1e-4"
         )
-    if re.match(r"---|[\w-]+:(\s|$)", first):
-        return (
-            "; this is YAML: write a section as [student], and below it a setting as "
-            "learning_rate = 1e-4"
-        )
-    line = re.search(r"at line (\d+)", complaint)
-    bare = (
-        re.match(r"\s*([\w.-]+)\s*=\s*([A-Za-z/~.][^'\"#]*)", text.splitlines()[int(line[1]) - 1])
-        if line
-        else None
-    )
+
+    # A text without quotes, at the line of which the parser complains.
+    at = re.search(r"at line (\d+)", complaint)
+    line = lines[int(at[1]) - 1] if at else ""
+    bare = re.match(r"\s*([\w.-]+)\s*=\s*([A-Za-z/~.][^'\"#]*)", line)
     if bare is None:
         return ""
     name, word = bare[1], bare[2].strip()

@@ -24,17 +24,18 @@ from helpers.command import stillhouse
 from helpers.ranks import RankGroup
 from helpers.training import ListTracker, refusals_of, refuse_outage, train_and_tell, with_student
 from helpers.world import TinyWorld
-from stillhouse.checkpoint.manifest import Commit, newest
+from stillhouse.checkpoint.choice import newest
+from stillhouse.checkpoint.manifest import Commit
 from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import CheckpointError
 from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate
 from stillhouse.models import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt
-from stillhouse.student.engine import consolidated_weights, weight_files
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
 from stillhouse.student.universal import convert
+from stillhouse.student.weights import consolidated_weights, weight_files
 
 STAGES = (0, 1, 2, 3)
 Ranks = dict[int, RankGroup]
@@ -75,7 +76,7 @@ def scene(
     tiny_world.fill_store(plan)
     jobs = {}
     for stage, ranks in itertools.product(STAGES, (1, 2)):
-        job = with_student(plan.jobs()[0], zero_stage=stage)
+        job = with_student(plan.jobs[0], zero_stage=stage)
         jobs[stage, ranks] = replace(job, run_dir=job.run_dir / str(ranks), total_steps=1)
         rank_groups[ranks].call(train_and_tell, jobs[stage, ranks])
     return Scene(plan, jobs)
@@ -179,7 +180,7 @@ def test_the_command_refuses_it_whatever_the_shell_asks_for(
             config=scene.plan.config.model_copy(update={"student": job.section}),
             run_dir=job.run_dir,
         )
-        with attempt(plan, "a test"):
+        with attempt(plan.request, "a test"):
             pass
         outcome = stillhouse("export", job.run_dir, tmp_path / name / "exported")
         assert (outcome.code, outcome.out) == (1, "")

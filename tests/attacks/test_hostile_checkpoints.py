@@ -9,16 +9,9 @@ import xxhash
 
 from helpers.checkpoints import ORIGIN, make, write_files
 from helpers.sealing import canonical
-from stillhouse.checkpoint.manifest import (
-    Commit,
-    Digest,
-    choose,
-    newest,
-    part_of,
-    publish,
-    read_part,
-    retain,
-)
+from stillhouse.checkpoint.choice import choose, newest, retain
+from stillhouse.checkpoint.integrity import Digest
+from stillhouse.checkpoint.manifest import Commit, part_of, publish, read_part
 from stillhouse.errors import CheckpointError
 from stillhouse.store.object_store import Blobs
 

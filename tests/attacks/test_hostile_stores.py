@@ -168,7 +168,7 @@ def test_a_checksum_is_its_16_digits_and_nothing_more(store: ChunkStore, checksu
         {"committed_step": -1},
     ],
 )
-def test_a_reader_of_absurd_values_is_a_stranger_and_stands_in_nobodys_way(
+def test_a_consumer_of_absurd_values_is_unknown_and_hides_no_other(
     store: ChunkStore, change: dict[str, object]
 ) -> None:
     sound = Consumer(

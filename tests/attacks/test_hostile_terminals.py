@@ -190,7 +190,7 @@ def test_the_last_row_of_a_journal_has_no_secret(tiny_world: TinyWorld, tmp_path
     plan = tiny_world.plan(tmp_path / "run")
     secret = secrets.token_hex(16)
     know([secret])
-    with pytest.raises(StoreError), attempt(plan, f"stillhouse run --token {secret[:20]}"):
+    with pytest.raises(StoreError), attempt(plan.request, f"stillhouse run --token {secret[:20]}"):
         raise StoreError(f'401 {{"api_key": "{secret[:20]}"}}, then {secret}')
     start, end = (
         row

@@ -20,7 +20,8 @@ from helpers.mortals import Halt, Mortals
 from helpers.ranks import RankGroup
 from helpers.training import restored_through
 from helpers.world import TinyWorld
-from stillhouse.checkpoint.manifest import Commit, newest, newest_step
+from stillhouse.checkpoint.choice import newest, newest_step
+from stillhouse.checkpoint.manifest import Commit
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.retry import Patience
 from stillhouse.store.object_store import Blobs
@@ -100,7 +101,7 @@ def job(
     }
     plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
     tiny_world.fill_store(plan)
-    return plan.jobs()[0]
+    return plan.jobs[0]
 
 
 @pytest.fixture

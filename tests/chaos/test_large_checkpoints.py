@@ -12,7 +12,7 @@ import xxhash
 
 from helpers.rangeserver import RangeServer, sparse_file
 from helpers.s3 import s3_environment
-from stillhouse.checkpoint.manifest import Digest
+from stillhouse.checkpoint.integrity import Digest
 from stillhouse.store.object_store import Blobs
 
 NUM_BYTES = 5_000_000_000

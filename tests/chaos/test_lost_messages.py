@@ -107,7 +107,7 @@ def test_a_run_whose_cluster_loses_messages_ends_with_the_losses_of_an_undisturb
     assert rows[-1].outcome == "done"
     assert curve(rows) == wanted.curve
     assert len({repr(row) for row in rows}) == len(rows)  # each bears the time at which it was sent
-    (job,) = plan.jobs()
+    (job,) = plan.jobs
     require_kept(
         rows,
         checkpoints={"student": job.checkpoints},

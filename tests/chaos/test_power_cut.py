@@ -9,7 +9,8 @@ from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.damage import cut_power, file_system_in
 from helpers.history import require_kept
-from stillhouse.checkpoint.manifest import Commit, newest
+from stillhouse.checkpoint.choice import newest
+from stillhouse.checkpoint.manifest import Commit
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.store import ChunkStore
 from stillhouse.tracking import CheckpointRow, Journal, read_journal

@@ -137,7 +137,7 @@ def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_killed_and_the_
     plan: Plan, tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
 ) -> None:
     tiny_world.fill_store(plan)
-    (job,) = plan.jobs()
+    (job,) = plan.jobs
     undisturbed = rank_groups[1].call(
         train_and_tell, replace(job, run_dir=tmp_path / "undisturbed")
     )[0]

@@ -235,7 +235,7 @@ def full_disk(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -
     moved = replace(
         plan, config=plan.config.model_copy(update={"store": section}), run_dir=folder / "run"
     )
-    checkpoints = {"student": moved.jobs()[0].checkpoints}
+    checkpoints = {"student": moved.jobs[0].checkpoints}
     require_kept(
         read_journal(moved.run_dir / "journal.jsonl"),
         store=ChunkStore(section.url, plan.recipe),
@@ -314,7 +314,7 @@ def test_a_run_with_everything_on_a_full_disk_waits_says_so_and_ends_with_the_un
     assert not any(isinstance(row, RecoveryRow | StallRow) for row in rows)
     assert (plan.run_dir / "report.html").is_file()
     undisturbed = rank_groups[1].call(
-        train_and_tell, replace(plan.jobs()[0], run_dir=tmp_path / "undisturbed")
+        train_and_tell, replace(plan.jobs[0], run_dir=tmp_path / "undisturbed")
     )[0]
     steps = [(row.step, row.loss, row.grad_norm) for row in rows if isinstance(row, TrainRow)]
     assert steps == [(row.step, row.loss, row.grad_norm) for row in undisturbed]
@@ -520,7 +520,7 @@ def test_a_run_through_a_server_that_fails_and_is_slow_has_the_undisturbed_loss_
         tmp_path / "run", store={"url": str(tmp_path / "store")}, student={"max_steps": NUM_STEPS}
     )
     tiny_world.fill_store(plan)
-    steady = plan.jobs()[0]
+    steady = plan.jobs[0]
     undisturbed = rank_groups[1].call(
         train_and_tell, replace(steady, run_dir=tmp_path / "undisturbed")
     )[0]

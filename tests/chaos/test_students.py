@@ -48,5 +48,5 @@ def test_when_everything_is_lost_the_run_goes_on_from_the_bucket(disaster: Disas
     assert elsewhere[-1] == disaster.plan.total_steps
     (reader,) = registered(
         disaster.store
-    ).readers  # the store takes both for one: nothing is kept for the one that is gone
+    ).consumers  # the store takes both for one: nothing is kept for the one that is gone
     assert reader.committed_step == disaster.plan.total_steps

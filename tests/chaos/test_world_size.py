@@ -28,7 +28,7 @@ def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trai
     }
     plan = tiny_world.plan(tmp_path_factory.mktemp("run"), student=student)
     tiny_world.fill_store(plan)
-    return plan.jobs()[0]
+    return plan.jobs[0]
 
 
 def lose_after(job: TrainJob, step: int) -> None:

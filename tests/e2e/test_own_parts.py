@@ -14,7 +14,7 @@ import pytest
 
 from helpers.command import as_toml
 from helpers.models import make_model
-from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.store import list_recipes
 from stillhouse.tracking import (
     CheckpointRow,

@@ -26,8 +26,8 @@ from helpers.command import Outcome, stillhouse
 from helpers.faults import FaultyS3, publications
 from helpers.s3 import forbid_writing
 from helpers.world import TinyWorld
-from stillhouse import pipeline
-from stillhouse.checkpoint import manifest
+from stillhouse import api, pipeline
+from stillhouse.checkpoint import choice
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_that_matter, config_of
@@ -133,15 +133,16 @@ def test_produce_then_train_through_s3_is_the_same_training_as_run(
         tmp_path / "run", store={"url": "s3://whisky/casks"}, teacher=TEACHERS, student=STUDENT
     )
     with pytest.raises(StoreError, match="stillhouse produce"):
-        pipeline.train(plan)
+        api.train(plan)
     assert "Contents" not in client.list_objects_v2(Bucket="whisky")
-    pipeline.produce(plan)
+    api.produce(plan)
     store = ChunkStore("s3://whisky/casks", plan.recipe)
     assert store.published() == set(plan.chunks)
     before = client.list_objects_v2(Bucket="whisky")["Contents"]
     forbid_writing(client, "whisky")
-    pipeline.train(plan)
+    scores = api.train(plan)
     assert curve(plan) == curve(undisturbed)
+    assert scores.keys() == {"teacher", "student"}
     assert client.list_objects_v2(Bucket="whisky")["Contents"] == before
     assert (
         "s3://whisky/casks may only be read, so this training cannot be registered there"
@@ -294,7 +295,7 @@ def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
     assert curve(plan) == curve(undisturbed)
     store = ChunkStore(plan.config.store.url, plan.recipe)
     assert [
-        (reader.committed_step, reader.total_steps) for reader in registered(store).readers
+        (reader.committed_step, reader.total_steps) for reader in registered(store).consumers
     ] == [(60, 60)]
     # every chunk was deleted once it was read, and none was needed again
     assert store.published() == set()
@@ -442,7 +443,7 @@ def test_an_export_opens_as_a_plain_model(undisturbed: Plan, tmp_path: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     ids = tokenizer("def merge(a, b):", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
-    newest = manifest.newest(str(undisturbed.run_dir / "checkpoints" / "student"))
+    newest = choice.newest(str(undisturbed.run_dir / "checkpoints" / "student"))
     assert newest is not None
     assert steps == newest.step
     card = (tmp_path / "student" / "README.md").read_text()

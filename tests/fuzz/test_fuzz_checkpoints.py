@@ -14,16 +14,9 @@ from helpers.bounded import bounded
 from helpers.checkpoints import make, write_files
 from helpers.mutants import dumps, mutated_bytes, mutated_json
 from helpers.sealing import canonical
-from stillhouse.checkpoint.manifest import (
-    Commit,
-    choose,
-    newest,
-    newest_step,
-    part_of,
-    read_part,
-    retain,
-    verify,
-)
+from stillhouse.checkpoint.choice import choose, newest, newest_step, retain
+from stillhouse.checkpoint.integrity import verify
+from stillhouse.checkpoint.manifest import Commit, part_of, read_part
 from stillhouse.errors import CheckpointError
 from stillhouse.store.object_store import Blobs
 

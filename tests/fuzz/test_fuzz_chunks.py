@@ -23,12 +23,12 @@ from stillhouse.store import Recipe
 from stillhouse.store.chunk import (
     Chunk,
     index_bytes,
-    is_whole,
     pack_chunk,
     parse_index,
     unpack_chunk,
     unpack_rows,
 )
+from stillhouse.store.chunk_header import is_whole
 
 SHAPE: dict[str, Any] = {
     "num_sequences": 5,

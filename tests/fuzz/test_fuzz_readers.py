@@ -1,5 +1,5 @@
-"""Whatever a reader's file says, it is a reader whose way through the chunks can be computed, or a
-stranger; never an error."""
+"""Whatever a consumer's file holds: it is understood, and the consumer's order of chunks can be
+computed, or it is reported as unknown; never an error."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import join, registered
 from stillhouse.student.job import order_of
 
-READER = Consumer(
+CONSUMER = Consumer(
     name="a-student",
     global_batch_sequences=8,
     seed=3,
@@ -23,7 +23,7 @@ READER = Consumer(
     total_steps=100,
     committed_step=7,
 )
-OTHER = replace(READER, name="b-student")
+OTHER = replace(CONSUMER, name="b-student")
 MUTANTS = 500
 
 
@@ -39,11 +39,11 @@ def mutant(rng: random.Random) -> bytes:
     )
 
 
-def test_a_readers_file_is_a_reader_or_a_stranger_and_others_are_found_beside_it(
+def test_a_consumers_file_is_understood_or_unknown_and_others_are_found_beside_it(
     rng: random.Random, tmp_path: Path
 ) -> None:
     store = ChunkStore.create(str(tmp_path / "store"), small_recipe())
-    join(store, READER)
+    join(store, CONSUMER)
     path = Path(store.url) / store.folder / "readers" / "b-student.json"
     num_read = 0
     for _ in range(MUTANTS):
@@ -51,9 +51,9 @@ def test_a_readers_file_is_a_reader_or_a_stranger_and_others_are_found_beside_it
         path.write_bytes(data)
         found = bounded(lambda: registered(store), num_bytes=len(data))
         assert found is not None
-        first, *others = found.readers
-        assert first == READER, data
-        assert len(others) + len(found.strangers) == 1, data
+        first, *others = found.consumers
+        assert first == CONSUMER, data
+        assert len(others) + len(found.unknown) == 1, data
         for reader in others:
             num_read += 1
             assert reader.name == path.stem, data

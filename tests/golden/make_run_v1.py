@@ -100,7 +100,7 @@ def take_back(plan: pipeline.Plan) -> None:
     store = ChunkStore(plan.config.store.url, plan.recipe)
     for number in plan.chunks[-2:]:
         Path(store.url, store.key(number)).unlink()
-    consumers.commit(store, plan.jobs()[0].reader(HALF))
+    consumers.commit(store, plan.jobs[0].consumer(HALF))
     for path in (plan.run_dir / "checkpoints" / "student").glob(f"step-{2 * HALF:08}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in plan.run_dir.rglob("*"):  # what says where and by whom it was made, and the page

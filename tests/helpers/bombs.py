@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from stillhouse.checkpoint.manifest import Commit, Digest, newest, publish
+from stillhouse.checkpoint.choice import newest
+from stillhouse.checkpoint.integrity import Digest
+from stillhouse.checkpoint.manifest import Commit, publish
 from stillhouse.store.object_store import Blobs
 
 

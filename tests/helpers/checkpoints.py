@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stillhouse.checkpoint.integrity import Digest
 from stillhouse.checkpoint.manifest import (
     Commit,
-    Digest,
     Origin,
     folder_of,
     publish,

@@ -38,16 +38,10 @@ from helpers.checkpoints import ORIGIN
 from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Disk, Recorder, Unsynced
 from stillhouse.atomic import Buffer, FileLayer
+from stillhouse.checkpoint.choice import Choice, choose, set_aside
 from stillhouse.checkpoint.fence import require_owner
-from stillhouse.checkpoint.manifest import (
-    Choice,
-    Commit,
-    choose,
-    part_of,
-    set_aside,
-    tag_of,
-    verify,
-)
+from stillhouse.checkpoint.integrity import verify
+from stillhouse.checkpoint.manifest import Commit, part_of, tag_of
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.checkpoint.writer import RankWriter
 from stillhouse.errors import CheckpointError, StillhouseError
@@ -58,7 +52,8 @@ from stillhouse.retry import Patience, insist
 from stillhouse.store import Chunk, ChunkStore, Consumer, StoreUnavailable
 from stillhouse.store.chunk_store import ChunkMissing
 from stillhouse.store.consumers import commit, join, registered
-from stillhouse.store.object_store import Blobs, ObjectLayer
+from stillhouse.store.object_layer import ObjectLayer
+from stillhouse.store.object_store import Blobs
 
 NUM_CHUNKS, STEPS_A_CHUNK, CHECKPOINT_EVERY = 3, 2, 2
 TOTAL_STEPS = NUM_CHUNKS * STEPS_A_CHUNK
@@ -381,7 +376,7 @@ class World:
         }
         joined = {
             reader.name
-            for reader in registered(ChunkStore(str(after.root / "store"), RECIPE)).readers
+            for reader in registered(ChunkStore(str(after.root / "store"), RECIPE)).consumers
         }
         for run in self.runs.values():
             if run.name not in joined:

@@ -236,7 +236,7 @@ def go_on_elsewhere(disaster: Disaster, ranks: RankGroup | None) -> None:
         pipeline.run(plan)
         disaster.rows_elsewhere = read_journal(run_dir / "journal.jsonl")
     else:
-        disaster.rows_elsewhere = [*ranks.call(train_and_tell, plan.jobs()[0])[0]]
+        disaster.rows_elsewhere = [*ranks.call(train_and_tell, plan.jobs[0])[0]]
 
 
 def steps_of(rows: list[Row]) -> list[int]:

@@ -1,8 +1,8 @@
 """Which environment variables the programs of an image read, and which ones a launcher sets for the
 scripts that it starts.
 
-Installed programs are asked themselves, by their interface or by the names in their code; the
-others are in schemas/environment.toml.
+Installed programs are inspected, by their interface or by the names in their code; the others are
+in schemas/environment.toml.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ _READERS = {
 
 
 def is_read_in_our_image(name: str) -> bool:
-    """Whether Stillhouse, or something that it is made of, reads a variable of this name."""
+    """Whether Stillhouse, or a package that it depends on, reads a variable of this name."""
     names = (_own_names, _names_in_packages, _names_of_pip, _names_of_python)
     is_listed = name in _listed("system") | _listed("nvidia_container_toolkit")
     return is_listed or any(name in of() for of in names) or _is_of_an_object_store(name)
@@ -53,7 +53,7 @@ def is_set_by_skypilot(name: str) -> bool:
 
 def expanded_in(script: str) -> set[str]:
     """The names in capital letters that a shell script expands and does not assign itself: what its
-    environment has to have."""
+    environment must hold."""
     return set(_EXPANDED.findall(script)) - set(_ASSIGNED.findall(script))
 
 
@@ -127,7 +127,7 @@ def _is_of_an_object_store(name: str) -> bool:
         store("bucket", config={name.lower(): "a value"})
     except UnknownConfigurationKeyError:
         return False
-    except Exception:  # it knows the option, and misses another, or does not like the value
+    except Exception:  # the option is known, and another is missing, or the value is refused
         return True
     return True
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from stillhouse.checkpoint.manifest import Commit, choose, tag_of, verify
+from stillhouse.checkpoint.choice import choose
+from stillhouse.checkpoint.integrity import verify
+from stillhouse.checkpoint.manifest import Commit, tag_of
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs

@@ -41,6 +41,6 @@ def kill(process: Any) -> None:
 
 def _hold(run_dir: Path, url: str, connection: Connection) -> None:
     holder = Holder.here("stillhouse run first.toml", run_dir, now=time())
-    with locked(run_dir, holder), owned(url, holder, say=print):
+    with locked(holder), owned(url, holder, say=print):
         connection.send("held")
         connection.recv()

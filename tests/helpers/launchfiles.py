@@ -1,8 +1,8 @@
-"""What says of each file under launch/ and docker/ whether those who will read it can: their own
-schemas, or those of whoever wrote theirs.
+"""Validators of files under launch/, docker/ and .github/: the schemas and loaders of the programs
+that read them.
 
-A validator takes a file's text and returns what is wrong with it. None asks a cloud, a cluster or a
-container engine.
+A validator takes a file's text and returns what is wrong with it. None needs a cloud, a cluster or
+a container engine.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
 
 from helpers.environments import (
     ROOT,
@@ -90,7 +91,7 @@ def ray_up(text: str) -> list[str]:
         line for key, lines in config.items() if key.endswith("_commands") for line in lines
     )
     unknown += [
-        f"nobody sets {name}" for name in expanded_in(commands) if not is_set_by_ray_up(name)
+        f"nothing sets {name}" for name in expanded_in(commands) if not is_set_by_ray_up(name)
     ]
     machine = {"aws": _ec2_instance, "gcp": _compute_instance}[config["provider"]["type"]]
     return unknown + [
@@ -104,7 +105,7 @@ def compose(text: str) -> list[str]:
     """By the Compose specification's own schema; what services name has to be there, and their
     images have to read their variables."""
     project = yaml.safe_load(text)
-    problems = [problem.message for problem in _compose_specification().iter_errors(project)]
+    problems = by_schema("compose-spec", text)
     told = (ROOT / "docker" / "README.md").read_text()
     problems += [
         f"docker/README.md gives no {name}" for name in expanded_in(text) if f" {name}=" not in told
@@ -163,8 +164,8 @@ def sbatch(text: str) -> list[str]:
 
 
 def skypilot(*texts: str) -> list[str]:
-    """What SkyPilot's own loader refuses of each, where there is something; it lives in an
-    environment of its own."""
+    """What SkyPilot's own loader refuses of each, or an empty text. It runs in its own
+    environment."""
     python = ROOT / ".venv-sky" / "bin" / "python"
     assert python.exists(), "SkyPilot is not here: `make .venv-sky/.installed`"
     command = [python, Path(__file__).with_name("skypilot.py")]
@@ -175,8 +176,8 @@ def skypilot(*texts: str) -> list[str]:
 
 
 def variables_of_sky(text: str) -> list[str]:
-    """Of SkyPilot's tasks, which of their variables nobody reads, and which that their scripts
-    expand nobody sets.
+    """The variables of SkyPilot's tasks that nothing reads, and those that their scripts expand and
+    nothing sets.
 
     What is given to one task is given to all of its group: `--env` and `--secret` are the group's.
     """
@@ -191,11 +192,16 @@ def variables_of_sky(text: str) -> list[str]:
             if name not in read and not is_read_in_our_image(name)
         ]
         problems += [
-            f"nobody sets {name}"
+            f"nothing sets {name}"
             for name in expanded
             if name not in given and not is_set_by_skypilot(name)
         ]
     return problems
+
+
+def by_schema(schema: str, text: str) -> list[str]:
+    """What a schema of check-jsonschema's has against a YAML document."""
+    return [error.message for error in _vendored(schema).iter_errors(yaml.safe_load(text))]
 
 
 def keys_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
@@ -227,13 +233,13 @@ def _kuberay(kind: str) -> Draft202012Validator:
 
 
 @cache
-def _compose_specification() -> Draft202012Validator:
+def _vendored(schema: str) -> Any:
+    """A validator of a schema that check-jsonschema brings along."""
     import check_jsonschema
 
-    path = (
-        Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
-    )
-    return Draft202012Validator(json.loads(path.read_text()))
+    folder = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
+    document = json.loads((folder / f"{schema}.json").read_text())
+    return validator_for(document)(document)
 
 
 @cache

@@ -15,7 +15,7 @@ from helpers.training import CPU, Alone, ListTracker, refuse_outage
 from stillhouse.checkpoint.restore import restore
 from stillhouse.checkpoint.writer import attempt_name
 from stillhouse.cluster.collectives import gathered, outcomes, told
-from stillhouse.cluster.coordinator import StopRequest
+from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.errors import StillhouseError, StoreUnavailable, StudentError
 from stillhouse.student.job import TrainJob
 from stillhouse.student.train import train

@@ -159,7 +159,7 @@ class Undisturbed:
     def trained(cls, plan: Plan, ranks: RankGroup) -> "Undisturbed":
         """By the training loop alone, in processes that are there already, on a store that is
         full."""
-        (job,) = plan.jobs()
+        (job,) = plan.jobs
         return cls(plan, curve(ranks.call(train_and_tell, job)[0]))
 
     def chunk(self, number: int) -> bytes:

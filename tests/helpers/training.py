@@ -15,7 +15,8 @@ from torch.distributed import distributed_c10d
 
 from helpers.checkpoints import ORIGIN
 from stillhouse.checkpoint.restore import Restored, restore
-from stillhouse.cluster.coordinator import Cause, Coordinator, Phase, PreviousAttempt, StopRequest
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import Cause, Phase, PreviousAttempt, StopRequest
 from stillhouse.errors import UserError
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import divergence_named
@@ -24,9 +25,10 @@ from stillhouse.models.batch import hidden_at
 from stillhouse.retry import Patience
 from stillhouse.store import ChunkStore, StoreUnavailable
 from stillhouse.student.engine import StudentEngine
+from stillhouse.student.fetching import refuse_bad_chunk
 from stillhouse.student.heartbeat import CoordinatorLink
 from stillhouse.student.job import TrainJob
-from stillhouse.student.loader import BatchReader, refuse_bad_chunk
+from stillhouse.student.loader import BatchReader
 from stillhouse.student.train import train
 from stillhouse.student.universal import convert
 from stillhouse.tracking import Row, TrainRow

@@ -20,7 +20,7 @@ from helpers.s3 import s3_environment
 from helpers.training import ListTracker
 from helpers.world import TinyWorld
 from stillhouse import pipeline
-from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.cluster.processes import Secrets
 from stillhouse.config import ModelSection
 from stillhouse.evaluation.scores import EvaluationJob, Trained, evaluate, outage_teller
@@ -79,9 +79,7 @@ def claim_and_commit(plan: Plan) -> None:
     """What a run leaves, as far as an export reads it."""
     plan.run_dir.mkdir()
     claim(plan.run_dir, config=plan.config, recipe=plan.recipe)
-    commit_weights(
-        plan.jobs()[0].checkpoints, load_model(plan.config.student, random_init_seed=1), 7
-    )
+    commit_weights(plan.jobs[0].checkpoints, load_model(plan.config.student, random_init_seed=1), 7)
 
 
 # ---- a bucket that is away
@@ -125,7 +123,7 @@ def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(
     plan: Plan, proxy: FaultyS3
 ) -> None:
     proxy.refuse(reads, status=NOT_YET, times=2)
-    job, heldout = plan.jobs()[0], plan.sources.heldout
+    job, heldout = plan.jobs[0], plan.sources.heldout
     comparison = EvaluationJob(
         teacher=ModelSection(model=plan.config.teacher.model, dtype="float32"),
         models={"student": Trained(job.section, job.checkpoints, ListTracker())},
@@ -143,7 +141,7 @@ def test_an_evaluation_asks_again_where_a_request_found_the_bucket_away(
 def test_a_bucket_that_is_away_for_long_is_told_and_waited_for_and_one_that_stays_away_is_given_up(
     plan: Plan, proxy: FaultyS3
 ) -> None:
-    job, tracker = plan.jobs()[0], ListTracker()
+    job, tracker = plan.jobs[0], ListTracker()
     patience = Patience(request_s=0.1, tell_after_s=0.3, last_pause_s=0.1)
     proxy.refuse(everything, status=503)
     with ThreadPoolExecutor(1) as threads:

@@ -145,7 +145,7 @@ MISTAKES = {
     "a sequence beyond int32": setting(
         "corpus.sequence_length = 9007199254740992",
         "corpus.sequence_length",
-        "less than 2147483648",
+        "less than or equal to 16777216",
     ),
     "a beta of one": setting("student.betas = [0.9, 1]", "student.betas.1", "less than 1; found 1"),
     "a share above one": setting(
@@ -282,10 +282,10 @@ MISTAKES = {
         "corpus.format = 'chat'", "no column 'messages'; it has text", "set corpus.column"
     ),
     "a sequence longer than the corpus": setting(
-        "corpus.sequence_length = 1000000000", "is too small", "lower corpus.sequence_length"
+        "corpus.sequence_length = 10000000", "is too small", "lower corpus.sequence_length"
     ),
     "a batch larger than the corpus": setting(
-        "student.global_batch_sequences = 1000000000000", "1,000,000,000,000", "or less"
+        "student.global_batch_sequences = 10000000", "10,000,000", "or less"
     ),
     "a batch larger than the corpus, for run": Mistake(
         ("run", "tiny.toml", "--set", "student.global_batch_sequences = 1000000"),

@@ -42,7 +42,7 @@ def plan_of(
 def job_of(
     tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, Any], **student: Any
 ) -> TrainJob:
-    return plan_of(tiny_world, run_dir, target=target, **student).jobs()[0]
+    return plan_of(tiny_world, run_dir, target=target, **student).jobs[0]
 
 
 def mass_of_the_first_batch(job: TrainJob) -> float:

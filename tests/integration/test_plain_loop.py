@@ -97,7 +97,7 @@ def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trai
         student=STUDENT | {"model": str(student)},
     )
     tiny_world.fill_store(plan)
-    return plan.jobs()[0]
+    return plan.jobs[0]
 
 
 def stored_sequences(job: TrainJob) -> dict[int, Sequence]:

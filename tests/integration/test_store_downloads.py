@@ -14,7 +14,9 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.faults import FaultyS3, Matches
 from helpers.rangeserver import RangeServer, sparse_file
 from helpers.s3 import s3_environment
-from stillhouse.checkpoint.manifest import Commit, Origin, choose, fetch, newest, verify
+from stillhouse.checkpoint.choice import choose, newest
+from stillhouse.checkpoint.integrity import fetch, verify
+from stillhouse.checkpoint.manifest import Commit, Origin
 from stillhouse.errors import ChunkError, StoreError
 from stillhouse.store import ChunkStore, StoreUnavailable, pack_chunk
 from stillhouse.store.object_store import Blobs

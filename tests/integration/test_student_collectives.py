@@ -38,7 +38,7 @@ def test_a_training_opens_no_object_of_a_peer(
         tmp_path, student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"}
     )
     tiny_world.fill_store(plan)
-    job = replace(with_student(plan.jobs()[0], zero_stage=3), total_steps=1)
+    job = replace(with_student(plan.jobs[0], zero_stage=3), total_steps=1)
     rank_groups[1].call(train_and_tell, job)
     for total_steps in (2, 3):
         assert rank_groups[2].call(
@@ -54,7 +54,7 @@ def test_a_summons_that_one_rank_knows_of_is_heeded_by_all(
     )
     tiny_world.fill_store(plan)
     first, second = rank_groups[2].call(
-        peers.train_until_rank_1_is_summoned, with_student(plan.jobs()[0], zero_stage=1)
+        peers.train_until_rank_1_is_summoned, with_student(plan.jobs[0], zero_stage=1)
     )
     assert first == (False, [("explain", "notice", "a machine: “weg”")])
     assert second == (False, [])

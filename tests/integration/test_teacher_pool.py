@@ -333,7 +333,7 @@ def poisoned_attempt(
     plan = new_plan(tiny_world, tmp_path_factory.mktemp("poison"))
     sound, bad = plan.chunks[:2]
     journal = WatchedTracker()
-    with redirect_stderr(StringIO()) as shown, attempt(plan, "stillhouse produce"):
+    with redirect_stderr(StringIO()) as shown, attempt(plan.request, "stillhouse produce"):
         pool = pool_of(
             plan,
             replace(coordinator, log=handed_on()),

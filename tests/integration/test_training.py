@@ -20,9 +20,9 @@ from helpers.training import (
     with_student,
 )
 from helpers.world import TinyWorld
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.checkpoint.fence import owner_key
-from stillhouse.checkpoint.manifest import newest_step
-from stillhouse.cluster.coordinator import Heard, Heartbeat, StopRequest
+from stillhouse.cluster.heartbeat import Heard, Heartbeat, StopRequest
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.models import load_tokenizer
 from stillhouse.store.object_store import Blobs
@@ -43,7 +43,7 @@ def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trai
         student={"checkpoint_every_steps": 100, "ce_weight": 0.25, "init": "config"},
     )
     tiny_world.fill_store(plan)
-    return plan.jobs()[0]
+    return plan.jobs[0]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_ranks_whose_command_was_replaced_commit_nothing_over_the_new_owner(
     """Settings that may change on the way do not show in a commit's origin: it would stand for the
     new owner's own."""
     mine = replace(with_student(job, checkpoint_url=str(tmp_path)), total_steps=1, owner=1)
-    blobs = Blobs(mine.place)
+    blobs = Blobs(mine.checkpoints_root)
     blobs.create(owner_key(1), b"mine")
     blobs.create(owner_key(2), b"another's")
     with pytest.raises(CheckpointError, match="belong to another command now"):
@@ -250,7 +250,7 @@ def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(
     )
     plan = tiny_world.plan(tmp_path, target=target, student=student)
     tiny_world.fill_store(plan)
-    job = plan.jobs()[0]
+    job = plan.jobs[0]
     alone = rank_groups[1].call(
         train_and_tell, with_student(job, zero_stage=0, micro_batch_sequences=8)
     )[0]

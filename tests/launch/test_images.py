@@ -1,4 +1,4 @@
-"""The images install what was locked, hold no secret, and run as nobody in particular."""
+"""The images install what was locked, hold no secret, and run as an unprivileged user."""
 
 import re
 import socket

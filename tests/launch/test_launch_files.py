@@ -1,5 +1,5 @@
-"""Every file under launch/ and docker/ is one that its reader understands, and no misspelt field in
-it goes unnoticed."""
+"""Every file under launch/ and docker/ is valid for the program that reads it, and a misspelt field
+in it is refused."""
 
 import re
 from pathlib import Path
@@ -36,17 +36,8 @@ TEXT: dict[str, Validator] = {
     "launch/slurm/run.sbatch": sbatch,
 }
 FREE = {  # mappings whose keys are the writer's own
-    *(
-        "labels",
-        "annotations",
-        "rayStartParams",
-        "nodeSelector",
-        "requests",
-        "limits",
-        "available_node_types",
-        "volumes",
-    ),
-    *("services", "networks", "file_mounts", "resources"),
+    *("labels", "annotations", "rayStartParams", "nodeSelector", "requests", "limits"),
+    *("available_node_types", "file_mounts", "resources", "services", "networks", "volumes"),
 }
 
 
@@ -78,9 +69,8 @@ def test_each_misspelt_field_is_refused(name: str) -> None:
         for path in keys_of(document):
             if len(path) > 1 and path[-2] in FREE:
                 continue
-            if str(path[0]).startswith(
-                "x-"
-            ):  # an extension: it is seen where it is merged into a service
+            # an extension: it is checked where it is merged into a service
+            if str(path[0]).startswith("x-"):
                 continue
             changed = [*documents]
             changed[index] = misspelt(document, path)
@@ -111,23 +101,19 @@ def test_skypilot_understands_its_job_group_and_refuses_each_misspelt_field() ->
     paths, texts = list[tuple[object, ...]](), [(ROOT / SKY).read_text()]
     for index, document in enumerate(documents):
         for path in keys_of(document):
-            if not (
-                len(path) > 1 and path[-2] in ("envs", "secrets")
-            ):  # whose names are the writer's own
-                paths.append((index, *path))
-                texts.append(
-                    yaml.safe_dump_all(
-                        [*documents[:index], misspelt(document, path), *documents[index + 1 :]]
-                    )
-                )
-    as_it_is, *changed = skypilot(*texts)
+            if len(path) > 1 and path[-2] in ("envs", "secrets"):  # whose keys are the writer's own
+                continue
+            changed = [*documents]
+            changed[index] = misspelt(document, path)
+            paths.append((index, *path))
+            texts.append(yaml.safe_dump_all(changed))
+    as_it_is, *problems = skypilot(*texts)
     assert as_it_is == ""
-    assert [path for path, problem in zip(paths, changed, strict=True) if not problem] == []
+    assert [path for path, problem in zip(paths, problems, strict=True) if not problem] == []
 
 
-VARIABLES: dict[
-    str, tuple[Validator, str]
-] = {  # a file's reader, and where the names of environment variables stand in it
+# a file's reader, and where the names of environment variables stand in it
+VARIABLES: dict[str, tuple[Validator, str]] = {
     "docker/compose.yaml": (compose, r"\$\{(\w+)|^ {4,6}([A-Z]\w+):"),
     "docker/cpu.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
     "docker/gpu.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),

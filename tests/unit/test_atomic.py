@@ -1,4 +1,4 @@
-"""Files in a directory: of several writers one wins, a killed one leaves no half of a file, and a
+"""Atomic files: of several writers one wins, a killed writer leaves no half of a file, and a
 refusal says what to do."""
 
 import errno

@@ -13,24 +13,26 @@ import xxhash
 
 from helpers.checkpoints import FILES, ORIGIN, commit_files, make, write_files
 from helpers.training import refuse_outage
-from stillhouse.checkpoint.manifest import (
+from stillhouse.checkpoint.choice import (
     Choice,
-    Commit,
-    Origin,
     choose,
-    folder_of,
     newest,
     newest_copy,
     newest_step,
+    retain,
+    set_aside,
+)
+from stillhouse.checkpoint.integrity import verify
+from stillhouse.checkpoint.manifest import (
+    Commit,
+    Origin,
+    folder_of,
     part_of,
     publish,
     publish_part,
     read_part,
-    retain,
-    set_aside,
     tag_of,
     unlike,
-    verify,
 )
 from stillhouse.errors import CheckpointError
 from stillhouse.store.object_store import Blobs

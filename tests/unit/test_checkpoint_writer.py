@@ -14,7 +14,8 @@ from helpers.calls import must_not_be_called
 from helpers.checkpoints import ORIGIN, snapshot_of, write_files
 from helpers.rangeserver import RangeServer, Refusal
 from helpers.s3 import s3_environment
-from stillhouse.checkpoint.manifest import Commit, Origin, folder_of, newest, part_of
+from stillhouse.checkpoint.choice import newest
+from stillhouse.checkpoint.manifest import Commit, Origin, folder_of, part_of
 from stillhouse.checkpoint.snapshot import HostMemory, Snapshot
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import CheckpointError, StoreError

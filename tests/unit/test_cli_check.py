@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from helpers.checkpoints import make as make_checkpoints
 from helpers.command import Outcome, as_toml, stillhouse
+from helpers.damage import read_only
 from helpers.models import make_model
 from helpers.world import TinyWorld, merged
 from stillhouse.errors import StoreError
@@ -238,6 +239,30 @@ def test_a_store_that_is_a_file_is_named_once(check: Check, tmp_path: Path) -> N
     outcome = check(store={"url": str(tmp_path / "file")})
     assert outcome.code == 2
     assert f"store.url: {tmp_path}/file is a file; name another place" in outcome.err
+
+
+def test_a_store_that_may_only_be_read_is_no_obstacle_once_all_its_chunks_are_there(
+    check: Check, filled: Plan, tmp_path: Path
+) -> None:
+    with read_only(Path(filled.config.store.url), at=tmp_path / "seen") as seen:
+        outcome = check(store={"url": str(seen)})
+        assert outcome.code == 0, outcome
+        assert "note: nothing can be written in" in outcome.out
+        assert "`stillhouse train` reads them" in outcome.out
+        incomplete = check(store={"url": str(seen)}, target={"k": 5})
+    assert incomplete.code == 2
+    assert "store.url: nothing can be written in" in incomplete.err
+
+
+def test_a_run_directory_with_a_name_that_no_file_system_takes_is_a_mistake(
+    check: Check, tmp_path: Path, cache: Path
+) -> None:
+    check()
+    outcome = stillhouse(
+        "check", tmp_path / "config.toml", "--run-dir", tmp_path / ("x" * 256), cache=cache
+    )
+    assert outcome.code == 2, outcome
+    assert "longer than the 255 bytes" in outcome.err
 
 
 def test_a_window_smaller_than_the_shuffle_needs_is_noted(check: Check, filled: Plan) -> None:

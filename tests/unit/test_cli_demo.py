@@ -174,7 +174,7 @@ def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
 
 def test_a_second_demo_does_not_make_models_beside_the_first(tmp_path: Path) -> None:
     with (
-        locked(tmp_path, Holder.here("stillhouse demo", tmp_path, now=0.0)),
+        locked(Holder.here("stillhouse demo", tmp_path, now=0.0)),
         pytest.raises(ConfigError, match=f"{tmp_path} is in use by"),
     ):
         run_demo(tmp_path, cache_dir=tmp_path)

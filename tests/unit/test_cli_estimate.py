@@ -2,18 +2,18 @@
 
 import pytest
 
-from stillhouse.cli.estimate import card_of, teaching, training
+from stillhouse.cli.estimate import card_of, scoring_hours, training_hours
 
 
 def test_a_billion_tokens_of_a_32b_teacher_take_16_h100s_about_three_hours() -> None:
-    found = teaching(32.8e9, 1e9, card="H100", num_cards=16)
-    assert found.hours == pytest.approx(2 * 32.8e9 * 1e9 / (0.4 * 989e12 * 16) / 3600)
-    assert 2.5 < found.hours < 3.5
+    hours = scoring_hours(32.8e9, 1e9, card="H100", num_cards=16)
+    assert hours == pytest.approx(2 * 32.8e9 * 1e9 / (0.4 * 989e12 * 16) / 3600)
+    assert 2.5 < hours < 3.5
 
 
 def test_recomputing_activations_costs_a_third_more() -> None:
     plain, again = (
-        training(4e9, 1e9, checkpointing=checkpointing, card="H100", num_cards=8).hours
+        training_hours(4e9, 1e9, checkpointing=checkpointing, card="H100", num_cards=8)
         for checkpointing in (False, True)
     )
     assert again / plain == pytest.approx(8 / 6)

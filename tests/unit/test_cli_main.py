@@ -4,6 +4,7 @@ traceback."""
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from helpers.models import CHAT_TEMPLATE, make_model
 from helpers.world import TinyWorld
 from stillhouse.cli.main import Verbs
 from stillhouse.config import load_config
+from stillhouse.config.settings import config_schema
 from stillhouse.errors import ConfigError, TeacherError
 
 COMMAND = Path(sys.executable).parent / "stillhouse"
@@ -27,7 +29,8 @@ import stillhouse
 from stillhouse.cli.main import app
 
 for verb in ("", "init", "demo", "check", "run", "produce", "train", "eval", "report", "export",
-              "store", "store ls", "store stat", "store verify", "store sweep",
+             "settings", "schema", "store", "store ls", "store stat", "store verify",
+             "store sweep",
              "bench", "bench pipeline", "bench loss", "bench head"):
     try:
         app([*verb.split(), "--help"])
@@ -89,6 +92,8 @@ def test_help_takes_less_than_a_second() -> None:
         "eval",
         "report",
         "export",
+        "settings",
+        "schema",
         "store",
         "bench",
     ):
@@ -97,6 +102,33 @@ def test_help_takes_less_than_a_second() -> None:
 
 def test_the_version_is_shown() -> None:
     assert stillhouse("--version").out.startswith("stillhouse 0.")
+
+
+def test_the_package_run_as_a_module_is_the_command() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "stillhouse", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout == stillhouse("--version").out
+
+
+def test_a_shell_completes_verbs_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        asked = {
+            "_STILLHOUSE_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"stillhouse {words}",
+            "COMP_CWORD": str(len(words.split())),
+        }
+        answer = subprocess.run(
+            [COMMAND], env=os.environ | asked, capture_output=True, text=True, check=True
+        )
+        return answer.stdout.split()
+
+    assert completed("s") == ["settings", "schema", "store"]
+    assert completed("store v") == ["verify"]
+    assert "--run-dir" in completed("run --r")
 
 
 def test_the_level_of_logs_is_an_option_or_a_variable_and_the_option_wins(
@@ -182,6 +214,9 @@ def test_init_writes_a_config_that_loads_and_never_overwrites_one() -> None:
     written = Path("distil.toml").read_text()
     assert written in first.out
     assert load_config(["distil.toml"]).teacher.model == "owner/teacher"
+    directive = re.match(r"#:schema (\./\S+)\n", written)
+    assert directive is not None
+    assert json.loads(Path(directive[1]).read_text()) == config_schema()
     assert (
         "`stillhouse check 'my run.toml'`, then `stillhouse run 'my run.toml'`"
         in stillhouse("init", "a", "b", "c", "--out", "my run.toml").out

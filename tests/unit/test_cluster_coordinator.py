@@ -1,5 +1,4 @@
-"""What is pinned to the coordinator, who is told what, and what of it outlives the coordinator's
-own process."""
+"""The coordinator: what each caller is answered, and which of its state outlives its process."""
 
 import logging
 import pickle
@@ -14,14 +13,9 @@ import pytest
 
 from helpers.damage import fill, small_disk
 from helpers.processes import kill_one
-from stillhouse.cluster.coordinator import (
-    Coordinator,
-    CoordinatorActor,
-    Heartbeat,
-    News,
-    PreviousAttempt,
-    StopRequest,
-)
+from stillhouse.cluster.coordinator import Coordinator, News
+from stillhouse.cluster.coordinator_actor import CoordinatorActor
+from stillhouse.cluster.heartbeat import Heartbeat, PreviousAttempt, StopRequest
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import StoreError, StoreUnavailable, StudentError
 from stillhouse.redaction import know
@@ -40,7 +34,9 @@ def heartbeat(group: str, rank: int = 0, *, node: str = "here", step: int = 3) -
     return Heartbeat(group, rank, 2, node, pid=1, step=step, phase="step", phase_s=0.1)
 
 
-def test_the_board_keeps_cursors_and_hands_out_each_report_once(coordinator: Coordinator) -> None:
+def test_the_coordinator_keeps_cursors_and_hands_out_each_report_once(
+    coordinator: Coordinator,
+) -> None:
     assert coordinator.read() == News({}, frozenset(), {})
     for cursor in (1, 2, 5, 4):  # a student that resumes goes back
         coordinator.move_cursor("student", cursor)
@@ -51,7 +47,7 @@ def test_the_board_keeps_cursors_and_hands_out_each_report_once(coordinator: Coo
     assert coordinator.read() == News({"student": 4, "control": 7}, frozenset(), {})
 
 
-def test_the_board_hands_out_each_sign_of_life_of_a_teacher_once(coordinator: Coordinator) -> None:
+def test_each_heartbeat_of_a_teacher_is_handed_out_once(coordinator: Coordinator) -> None:
     for number in (3, 3, 9):
         coordinator.heartbeat_of_teacher(number)
     assert coordinator.read().heard_teachers == {3, 9}
@@ -70,9 +66,7 @@ def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: 
     assert isinstance(coordinator.once("the next", "begin", "student", 0), PreviousAttempt)
 
 
-def test_a_machines_end_summons_the_groups_that_it_holds_and_no_other(
-    coordinator: Coordinator,
-) -> None:
+def test_a_notice_stops_the_groups_on_its_machine_and_no_other(coordinator: Coordinator) -> None:
     coordinator.announce("doomed", PreemptionNotice("aws", time() + 100.0, "terminate"))
     # the first to say so is believed
     coordinator.announce("doomed", PreemptionNotice("ray", time() + 200.0, "drain"))
@@ -121,7 +115,8 @@ STEPPED = """
 import time
 real, step_s = time.time, 0.0
 time.time = lambda: real() + step_s
-from stillhouse.cluster.coordinator import CoordinatorActor, Heartbeat
+from stillhouse.cluster.coordinator_actor import CoordinatorActor
+from stillhouse.cluster.heartbeat import Heartbeat
 from stillhouse.student.watchdog import stalled
 coordinator = CoordinatorActor(None)
 coordinator.heartbeat(Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="step", phase_s=0.1))
@@ -160,7 +155,7 @@ def test_only_failures_without_a_new_commit_add_up(coordinator: Coordinator) -> 
     assert failures_after(committed_step=5) == 0
 
 
-def test_a_summons_to_come_back_ends_with_the_life_that_it_ended_and_one_to_stop_does_not(
+def test_a_stop_request_for_good_holds_for_the_next_attempt_and_no_other_does(
     coordinator: Coordinator,
 ) -> None:
     def asked() -> str | None:
@@ -192,13 +187,13 @@ def test_signs_of_life_are_kept_until_a_rank_is_forgotten_or_its_group_begins_an
 
 
 def test_the_first_verdict_stands(coordinator: Coordinator) -> None:
-    assert coordinator.verdict() is None
+    assert coordinator.fatal_error() is None
     coordinator.give_up(StudentError("the loss is nan"))
     coordinator.give_up(StudentError("a peer was lost"))
-    assert str(coordinator.verdict()) == "the loss is nan"
+    assert str(coordinator.fatal_error()) == "the loss is nan"
 
 
-def test_the_board_outlives_its_process(coordinator: Coordinator) -> None:
+def test_the_coordinator_outlives_its_process(coordinator: Coordinator) -> None:
     coordinator.move_cursor("student", 5)
     assert coordinator.read().cursors["student"] == 5
     kill_one("ray::Coordinator")
@@ -225,7 +220,7 @@ def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(
         )
 
 
-def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once(
+def test_a_full_disk_fails_a_record_at_once_and_keeps_no_other_caller_waiting(
     tmp_path: Path,
 ) -> None:
     with small_disk(tmp_path / "disk", num_bytes=64 << 10) as disk:
@@ -243,7 +238,7 @@ def test_the_board_does_not_wait_for_room_and_whoever_has_a_row_hears_it_at_once
         ] == ["a checkpoint"]
 
 
-def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobody_where_it_cannot(
+def test_a_mentioned_row_is_written_where_it_can_be_and_is_no_error_where_it_cannot(
     coordinator: Coordinator, tmp_path: Path
 ) -> None:
     path = tmp_path / "later" / "journal.jsonl"
@@ -251,7 +246,7 @@ def test_a_row_that_is_mentioned_is_written_down_where_it_can_be_and_harms_nobod
     for seconds in (61.0, 62.0):
         for each in (coordinator, writing):  # `coordinator` has no journal
             each.mention(OutageRow("teacher on n1", seconds, "too busy"))
-            assert each.heard("nobody") == []  # calls are served in order, so it has been mentioned
+            assert each.heard("no group") == []  # calls are served in order: it was mentioned
         path.parent.mkdir(exist_ok=True)
     (row,) = read_journal(path)
     assert isinstance(row, OutageRow)
@@ -289,7 +284,7 @@ def test_a_warning_of_a_process_without_the_run_directory_reaches_the_driver_by_
         )
         with process_log("teacher-9", handed):
             logging.getLogger("stillhouse.tests").warning("hot")
-        assert coordinator.heard("nobody") == []  # calls are served in order, so it has arrived
+        assert coordinator.heard("no group") == []  # calls are served in order, so it has arrived
     (line,) = [
         line for line in capsys.readouterr().err.splitlines() if " WARNING coordinator-" in line
     ]

@@ -1,4 +1,4 @@
-"""Who goes where, and what is missing for it."""
+"""The placement of processes, and the shortages of a cluster."""
 
 from typing import Any
 
@@ -76,26 +76,26 @@ def test_what_many_processes_need_is_added_up_without_zeros() -> None:
 
 
 def test_a_cluster_that_is_large_enough_is_short_of_nothing() -> None:
-    crews = teacher_needs(teacher(min_replicas=3, max_replicas=99, num_cpus=1)) | student_needs(
+    needs = teacher_needs(teacher(min_replicas=3, max_replicas=99, num_cpus=1)) | student_needs(
         student(num_workers=50, num_cpus=0.1)
     )
-    assert shortages(crews, CPUS_ONLY) == []
-    require_room(crews, CPUS_ONLY)
+    assert shortages(needs, CPUS_ONLY) == []
+    require_room(needs, CPUS_ONLY)
     tenths = student_needs(student(num_workers=10, num_cpus=0.1))
     assert shortages(tenths, {"CPU": 1.0}) == []  # ten tenths are one, rounding or not
 
 
 def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there() -> None:
-    crews = teacher_needs(
+    needs = teacher_needs(
         teacher(min_replicas=3, max_replicas=4, num_cpus=2, resources={"spot": 1})
     ) | student_needs(student(num_workers=4, device="cuda"))
-    assert shortages(crews, CPUS_ONLY) == [
+    assert shortages(needs, CPUS_ONLY) == [
         "CPU: 10 needed (3 teachers and 4 student ranks), 8 in the cluster",
         "spot: 3 needed (3 teachers and 4 student ranks), 0 in the cluster",
         "GPU: 4 needed (3 teachers and 4 student ranks), 0 in the cluster",
     ]
     with pytest.raises(ConfigError) as caught:
-        require_room(crews, CPUS_ONLY)
+        require_room(needs, CPUS_ONLY)
     assert "the cluster is too small for this run:\n  - CPU: 10 needed" in str(caught.value)
     assert "Lower min_replicas, num_workers, num_cpus or num_gpus" in str(caught.value)
 

@@ -1,5 +1,5 @@
-"""What a run waits for, what secrets do not show, and how answers and errors come back from other
-processes."""
+"""Sessions on a cluster: what is waited for, what the repr of secrets hides, and how answers and
+errors of other processes come back."""
 
 import os
 import pickle
@@ -32,14 +32,14 @@ SHARED = Placement(0.1, 0.0, {})
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what() -> None:
     heard: list[str] = []
-    crew = teacher_needs(TeacherSection(model="m", resources={"spot": 1}))
+    needs = teacher_needs(TeacherSection(model="m", resources={"spot": 1}))
     with pytest.raises(ConfigError, match="too small for this run"):
-        await_room(crew, ClusterSection(address="auto", join_s=1.5), waiting=heard.append)
+        await_room(needs, ClusterSection(address="auto", join_s=1.5), waiting=heard.append)
     assert set(heard) == {"spot: 1 needed (1 teachers), 0 in the cluster"}
     with pytest.raises(
         ConfigError, match="too small for this run"
     ):  # nobody else joins a cluster that this command started
-        await_room(crew, ClusterSection(), waiting=must_not_be_called)
+        await_room(needs, ClusterSection(), waiting=must_not_be_called)
 
 
 def test_a_token_is_found_and_shown_nowhere(
@@ -64,7 +64,7 @@ def test_a_token_is_found_and_shown_nowhere(
     written = [
         pickle.dumps(plan.config),
         pickle.dumps(job),
-        pickle.dumps(plan.jobs()),
+        pickle.dumps(plan.jobs),
         resolved_json(plan.config).encode(),
     ]
     for data in (*written, plan.recipe.canonical_json()):

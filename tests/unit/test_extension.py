@@ -1,5 +1,5 @@
-"""Parts of a user's own are refused before anything starts where they are not what their setting
-wants, in words that say what is."""
+"""Extensions: a user's own part that is not what its setting needs is refused before anything
+starts, with what is wrong."""
 
 from pathlib import Path
 from typing import Any

@@ -23,8 +23,9 @@ from helpers.history import (
     told_in,
     violations,
 )
+from stillhouse.checkpoint.choice import set_aside
 from stillhouse.checkpoint.fence import owner_key, require_owner
-from stillhouse.checkpoint.manifest import Commit, set_aside
+from stillhouse.checkpoint.manifest import Commit
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore

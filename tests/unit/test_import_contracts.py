@@ -53,11 +53,6 @@ def test_a_module_in_the_wrong_room_breaks_its_contract(
 
 PRIVATE_OF_OTHERS = {  # beside what the files named _*_compat.py are for
     "sequences/documents.py": ["dataset._fingerprint"],
-    "store/chunk_store.py": [
-        "store._blobs",
-        "store._folder",
-        "store._blobs",
-    ],  # its own, in a second constructor
     "student/heartbeat.py": ["sys._current_frames"],
 }
 

@@ -20,6 +20,8 @@ from stillhouse.losses.distillation import LossTerms, distillation_loss
 from stillhouse.losses.divergences import divergence_named
 from stillhouse.losses.fused_head import add_product_
 from stillhouse.losses.head_passes import block_tokens_for
+from stillhouse.losses.reference import reference_loss
+from stillhouse.losses.sparse_gradient import Objective
 
 T, H, V, K = 13, 7, 37, 5
 MIX = 0.3
@@ -206,6 +208,18 @@ def fused(
     )
 
 
+def plain(inputs: Inputs, case: Case, name: str) -> Tensor:
+    return reference_loss(
+        inputs.hidden_TH,
+        Head(inputs.weight_VH, inputs.bias_V, case.scale, case.softcap),
+        target=inputs.target if name == "forward_kl" else inputs.target.without_draws(),
+        labels_T=inputs.labels_T,
+        objective=Objective(
+            divergence_named(name, MIX), case.divergence_weight, case.ce_weight, case.z_loss_weight
+        ),
+    )
+
+
 def with_gradients(total: Tensor, inputs: Inputs) -> list[Tensor]:
     return [total.detach(), *torch.autograd.grad(total, inputs.leaves())]
 
@@ -226,6 +240,7 @@ def test_loss_and_gradients_are_those_of_the_dense_form(name: str, case: Case) -
     reference = with_gradients(dense_total(inputs, case, name), inputs)
     exact = with_gradients(fused(inputs, case, name).total, inputs)
     assert worst_error(exact, reference) < 1e-12
+    assert worst_error(with_gradients(plain(inputs, case, name), inputs), reference) < 1e-12
     single = inputs.to(torch.float32)
     rounded = single.to(torch.float64)
     reference = with_gradients(dense_total(rounded, case, name), rounded)

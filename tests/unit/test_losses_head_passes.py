@@ -21,7 +21,7 @@ from stillhouse.logits import CompressedLogits, Head
 from stillhouse.losses.divergences import forward_kl
 from stillhouse.losses.fused_head import head_loss
 from stillhouse.losses.head_passes import backend_for, passes_for
-from stillhouse.losses.head_passes_torch import Shares, TorchPasses
+from stillhouse.losses.head_passes_torch import TailGrad, TorchPasses
 from stillhouse.losses.sparse_gradient import Objective
 
 C, V, K = 3, 4_133, 5  # more than a tile, and no multiple of anything
@@ -30,7 +30,7 @@ BENDS = {
     "plain": {},
     "temperature": {"temperature": 2.0},
     "softcap": {"scale": 0.7, "softcap": 3.0},
-    "everything": {"scale": 1.3, "softcap": 5.0, "temperature": 0.6, "text": True},
+    "everything": {"scale": 1.3, "softcap": 5.0, "temperature": 0.6, "label_loss": True},
 }
 
 
@@ -59,11 +59,11 @@ def random_block(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def both_passes(
-    passes: Any, products_CV: Tensor, ids_CK: Tensor, share_C1: Tensor, text_share_C1: Tensor
+    passes: Any, products_CV: Tensor, ids_CK: Tensor, share_C1: Tensor, ce_share_C1: Tensor
 ) -> list[Tensor]:
     room_CV = passes.products_CV[: len(products_CV)].copy_(products_CV)
-    tail = passes.read_(room_CV, ids_CK)
-    gradient_CV = passes.write_(room_CV, Shares(tail.peak_C1, share_C1, text_share_C1))
+    tail = passes.reduce_tail_(room_CV, ids_CK)
+    gradient_CV = passes.write_grad_(room_CV, TailGrad(tail.peak_C1, share_C1, ce_share_C1))
     return [*tail, gradient_CV.scatter(1, ids_CK, 0.0).contiguous()]
 
 
@@ -81,8 +81,8 @@ def in_interpreter_passes(
 def test_the_kernels_find_what_torch_finds(
     interpreter: ProcessPoolExecutor, bend: str, dtype: torch.dtype
 ) -> None:
-    options: dict[str, Any] = {"temperature": 1.0, "text": False} | {
-        name: BENDS[bend][name] for name in ("temperature", "text") if name in BENDS[bend]
+    options: dict[str, Any] = {"temperature": 1.0, "label_loss": False} | {
+        name: BENDS[bend][name] for name in ("temperature", "label_loss") if name in BENDS[bend]
     }
     head = bent_head(dtype, **BENDS[bend])
     # the second has fewer tokens, in the same room
@@ -111,7 +111,7 @@ def test_a_row_of_which_all_is_kept_has_a_finite_tail(interpreter: ProcessPoolEx
     ((peak_C1, sum_C1, _, gradient_CV),) = interpreter.submit(
         in_interpreter_passes,
         bent_head(torch.float32),
-        {"temperature": 1.0, "text": False},
+        {"temperature": 1.0, "label_loss": False},
         (products_CV, ids_CV, *shares),
     ).result()
     assert (peak_C1 + sum_C1.log()).isfinite().all()
@@ -124,7 +124,7 @@ def test_a_nan_among_the_logits_stays_one(interpreter: ProcessPoolExecutor) -> N
     ((_, sum_C1, _, _),) = interpreter.submit(
         in_interpreter_passes,
         bent_head(torch.float32),
-        {"temperature": 1.0, "text": False},
+        {"temperature": 1.0, "label_loss": False},
         (products_CV, ids_CK, *shares),
     ).result()
     assert sum_C1.isnan().tolist() == [[False], [True], [False]]
@@ -178,7 +178,7 @@ def in_interpreter_loss(dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_whole_loss_is_the_same_by_either_path(
+def test_the_whole_loss_is_the_same_by_either_backend(
     interpreter: ProcessPoolExecutor, dtype: torch.dtype
 ) -> None:
     found, wanted = (
@@ -191,16 +191,16 @@ def test_the_whole_loss_is_the_same_by_either_path(
         ) * theirs.abs().max()
 
 
-def in_interpreter_defect() -> str | None:
-    from stillhouse.losses.head_passes_triton import defect
+def in_interpreter_self_test() -> str | None:
+    from stillhouse.losses.head_passes_triton import self_test_failure
 
-    return defect(torch.device("cpu"))
+    return self_test_failure(torch.device("cpu"))
 
 
 def test_the_kernels_pass_the_check_that_they_are_put_to_before_use(
     interpreter: ProcessPoolExecutor,
 ) -> None:
-    assert interpreter.submit(in_interpreter_defect).result() is None
+    assert interpreter.submit(in_interpreter_self_test).result() is None
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_the_kernels_pass_the_check_that_they_are_put_to_before_use(
 def test_a_failure_that_may_pass_is_told_and_tried_again_and_one_that_lasts_is_a_reason(
     failure: Exception, num_tries: int
 ) -> None:
-    from stillhouse.losses.head_passes_triton import defect
+    from stillhouse.losses.head_passes_triton import self_test_failure
 
     tries = 0
 
@@ -223,13 +223,13 @@ def test_a_failure_that_may_pass_is_told_and_tried_again_and_one_that_lasts_is_a
 
     if num_tries == 1:
         assert "fails on cpu: RuntimeError: ['no such instruction']" in str(
-            defect(torch.device("cpu"), make_passes=make_passes)
+            self_test_failure(torch.device("cpu"), make_passes=make_passes)
         )
-        assert defect(torch.device("cpu"), make_passes=make_passes) is not None
+        assert self_test_failure(torch.device("cpu"), make_passes=make_passes) is not None
     else:
         with pytest.raises(torch.OutOfMemoryError):
-            defect(torch.device("cpu"), make_passes=make_passes)
-        assert defect(torch.device("cpu"), make_passes=make_passes) is None
+            self_test_failure(torch.device("cpu"), make_passes=make_passes)
+        assert self_test_failure(torch.device("cpu"), make_passes=make_passes) is None
     assert tries == num_tries  # a try is of two heads
 
 
@@ -238,26 +238,29 @@ def in_process_modules() -> set[str]:
     return set(sys.modules)
 
 
-def test_on_the_cpu_nobody_imports_triton() -> None:
+def test_triton_is_not_imported_on_the_cpu() -> None:
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         assert "triton" not in pool.submit(in_process_modules).result()
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    floats = dict.fromkeys(("peaks", "sums", "text_sums", "shares", "text_shares"), "*fp32")
+    floats = dict.fromkeys(("peaks", "sums", "ce_sums", "shares", "ce_shares"), "*fp32")
     types = (
         floats
         | {"products": "*bf16", "width": "i32", "vocab_size": "i32"}
         | dict.fromkeys(("scale", "softcap", "inverse"), "fp32")
     )
-    constants = {"CAPPED": True, "TEXT": True, "TILE": 4096}
+    constants = {"HAS_SOFTCAP": True, "HAS_CE": True, "TILE": 4096}
     kernels = [
         Kernel("stillhouse.losses.head_passes_triton", name, types, constants)
-        for name in ("_read", "_write")
+        for name in ("_reduce_tail", "_write_grad")
     ]
     assert all(size > 0 for size in machine_code_sizes(kernels, cache=tmp_path))
 
 
-def test_a_path_says_why_it_was_chosen() -> None:
-    path = backend_for(torch.empty(2, 2))
-    assert (path.name, path.reason) == ("torch", "the kernels are for CUDA, the head is on cpu")
+def test_a_backend_is_chosen_for_a_reason() -> None:
+    backend = backend_for(torch.empty(2, 2))
+    assert (backend.name, backend.reason) == (
+        "torch",
+        "the kernels are for CUDA, the head is on cpu",
+    )

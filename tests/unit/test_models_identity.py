@@ -1,4 +1,4 @@
-"""Identity: of weights and config, not of names and dates, and without reading files twice."""
+"""Identity: a digest of weights and config, not of names and dates, without reading files twice."""
 
 import os
 import shutil

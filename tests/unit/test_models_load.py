@@ -1,4 +1,4 @@
-"""Weights: an explicit dtype, a seed that decides, and refusals in words."""
+"""Loading: the dtype of the config, a seed that decides random weights, and refusals in words."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tokenizers: what their digest is of, and which two may meet."""
+"""Tokenizers: what their digest covers, and which two are compatible."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A driver that is told to go waits for ranks that have something to commit, and for nobody
+"""A driver that gets a SIGTERM waits for ranks that have something to commit, and for nothing
 else."""
 
 import os
@@ -11,7 +11,8 @@ import pytest
 
 from helpers.processes import kill_one
 from helpers.training import ListTracker
-from stillhouse.cluster.coordinator import Coordinator, Heartbeat
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import Heartbeat
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.pipeline import machines
@@ -44,10 +45,10 @@ def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_th
             coordinator.heartbeat(
                 Heartbeat("student", 0, 1, "here", pid=1, step=3, phase="commit", phase_s=0.1)
             )
-            assert not found.nobody_commits()
+            assert not found.no_rank_commits()
             sleep(0.05)
         coordinator.forget("student")  # it has committed and left
-        assert found.nobody_commits()
+        assert found.no_rank_commits()
     finally:
         found.stop()
 

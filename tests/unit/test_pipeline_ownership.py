@@ -66,7 +66,7 @@ def test_a_second_command_is_refused_by_name_and_after_a_kill_the_next_begins_at
             match=rf"in use by process {process.pid} on {socket.gethostname()} \(`stillhouse run "
             r"first\.toml`",
         ):
-            locked(run_dir, here()).__enter__()
+            locked(here(run_dir)).__enter__()
         with pytest.raises(
             ConfigError,
             match=rf"in use by process {process.pid} on .* in the run directory {run_dir}\. Two "
@@ -74,19 +74,19 @@ def test_a_second_command_is_refused_by_name_and_after_a_kill_the_next_begins_at
         ):
             owned(url, here(), say=said.append)
         kill(process)
-        with locked(run_dir, here()), owned(url, here(), say=said.append) as owner:
+        with locked(here(run_dir)), owned(url, here(), say=said.append) as owner:
             assert owner.number == 2
     assert said == []  # nothing was waited for
 
 
 def test_a_lock_is_free_again_when_its_block_ends_and_names_its_new_holder(tmp_path: Path) -> None:
-    with locked(tmp_path / "run", here()):
+    with locked(here(tmp_path / "run")):
         pass
     with (
-        locked(tmp_path / "run", here()),
+        locked(here(tmp_path / "run")),
         pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "),
     ):
-        locked(tmp_path / "run", here()).__enter__()
+        locked(here(tmp_path / "run")).__enter__()
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_run_directory_that_cannot_be_made_is_refused_in_words(tmp_path: Path)
     with pytest.raises(
         ConfigError, match=r"cannot make .*lock: Not a directory; name another --run-dir"
     ):
-        locked(tmp_path / "file" / "run", here()).__enter__()
+        locked(here(tmp_path / "file" / "run")).__enter__()
 
 
 def test_an_owner_that_said_goodbye_is_followed_at_once(place: str) -> None:

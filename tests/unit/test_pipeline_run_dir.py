@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from shutil import copytree
 from time import monotonic
@@ -23,13 +23,20 @@ from stillhouse.errors import (
     StoreUnavailable,
 )
 from stillhouse.pipeline import Plan, make_plan, open_run, train
-from stillhouse.pipeline.attempt import attempt, learning_attempt
+from stillhouse.pipeline.attempt import OpenStore, attempt, learning_attempt
 from stillhouse.pipeline.export import model_card
+from stillhouse.pipeline.ownership import Owner
 from stillhouse.pipeline.run_dir import claim
-from stillhouse.pipeline.run_store import store_to_read
+from stillhouse.pipeline.run_store import store_to_fill, store_to_read
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.consumers import join, registered
-from stillhouse.tracking import EndRow, Role, Row, StartRow, TrainRow, read_journal
+from stillhouse.tracking import EndRow, Journal, Role, Row, StartRow, TrainRow, read_journal
+
+
+def training(
+    plan: Plan, command: str, open_store: OpenStore = store_to_fill
+) -> AbstractContextManager[tuple[Journal, Owner]]:
+    return learning_attempt(plan.request, command, jobs=plan.jobs, open_store=open_store)
 
 
 def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(
@@ -43,10 +50,10 @@ def test_a_run_whose_checkpoints_go_elsewhere_is_one_reader_still(
         plan = tiny_world.plan(
             tmp_path / "run", store={"url": str(tmp_path / "store")}, student=changes
         )
-        with learning_attempt(plan, "stillhouse run"):
+        with training(plan, "stillhouse run"):
             store = ChunkStore(plan.config.store.url, plan.recipe)
-            join(store, plan.jobs()[0].reader(0))
-        names.append([reader.name for reader in registered(store).readers])
+            join(store, plan.jobs[0].consumer(0))
+        names.append([consumer.name for consumer in registered(store).consumers])
     assert [len(each) for each in names] == [1, 1, 1]
     assert len({name for each in names for name in each}) == 3
 
@@ -56,7 +63,7 @@ def test_a_finished_run_opens_without_the_weights_that_its_student_began_with(
 ) -> None:
     copytree(tiny_world.folder / "student", tmp_path / "student")
     plan = plan_of(tiny_world, tmp_path, model=str(tmp_path / "student"))
-    with learning_attempt(plan, "stillhouse run"):
+    with training(plan, "stillhouse run"):
         pass
     (tmp_path / "student" / "model.safetensors").unlink()
     assert open_run(plan.run_dir, cache_dir=tmp_path / "cache").recipe == plan.recipe
@@ -72,7 +79,7 @@ def test_a_batch_larger_than_the_corpus_is_refused_before_anything_is_written(
         pytest.raises(
             ConfigError, match=r"global_batch_sequences is 1,000,000, but the corpus has"
         ),
-        learning_attempt(plan, "stillhouse run"),
+        training(plan, "stillhouse run"),
     ):
         pass
     assert not plan.run_dir.exists()
@@ -94,10 +101,10 @@ def journal_of(plan: Plan) -> list[Row]:
 
 def trained(plan: Plan, *steps: TrainRow) -> None:
     """What an attempt leaves that took these steps, and committed the last one."""
-    with learning_attempt(plan, "stillhouse run first.toml") as (journal, _):
+    with training(plan, "stillhouse run first.toml") as (journal, _):
         for row in steps:
             journal.record(row)
-        job = plan.jobs()[0]
+        job = plan.jobs[0]
         make(job.checkpoints, steps[-1].step, origin=job.origin)
 
 
@@ -114,18 +121,18 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(
             for name in ("config.json", "recipe.json", "journal.jsonl")
         ]
 
-    with learning_attempt(plan, "stillhouse run first.toml"):
+    with training(plan, "stillhouse run first.toml"):
         before = contents()
         for refused in (
-            attempt(other, "stillhouse produce"),
-            learning_attempt(other, "stillhouse run"),
+            attempt(other.request, "stillhouse produce"),
+            training(other, "stillhouse run"),
         ):
             with pytest.raises(ConfigError, match="in use by"):
                 refused.__enter__()
         assert contents() == before
     before = contents()
     with pytest.raises(RecipeError, match=r"student\.seed: 0 -> 7"):
-        learning_attempt(plan_of(tiny_world, tmp_path, seed=7), "stillhouse run").__enter__()
+        training(plan_of(tiny_world, tmp_path, seed=7), "stillhouse run").__enter__()
     with pytest.raises(StoreError, match="chunks are not in"):
         train(other)
     (tmp_path / "file").touch()
@@ -133,11 +140,11 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(
         attempt(
             tiny_world.plan(
                 plan.run_dir, store={"url": str(tmp_path / "file")}, student={"max_steps": 10}
-            ),
+            ).request,
             "produce",
         ).__enter__()
     assert contents() == before
-    assert registered(ChunkStore(other.config.store.url, other.recipe)).readers == []
+    assert registered(ChunkStore(other.config.store.url, other.recipe)).consumers == []
 
 
 def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_is_told_why_not(
@@ -156,21 +163,21 @@ def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_i
         read_only(tmp_path / "empty", at=tmp_path / "nothing") as nothing,
     ):
         plan = planned("run", seen)
-        with learning_attempt(plan, "stillhouse train", open_store=store_to_read):
+        with training(plan, "stillhouse train", open_store=store_to_read):
             pass
         elsewhere = planned("run", seen, checkpoint_url=str(tmp_path / "commits"))
-        with learning_attempt(
+        with training(
             elsewhere, "stillhouse train", open_store=store_to_read
         ):  # which takes back what the first was known by
             pass
         with pytest.raises(StoreForbidden, match="permission denied"):
-            join(ChunkStore(str(seen), plan.recipe), plan.jobs()[0].reader(0))
+            join(ChunkStore(str(seen), plan.recipe), plan.jobs[0].consumer(0))
         with pytest.raises(
             StoreError,
             match=rf"{seen} cannot be written, .*: all {len(plan.chunks)} chunks .*: `stillhouse "
             r"train` reads them",
         ):
-            attempt(plan, "stillhouse produce").__enter__()
+            attempt(plan.request, "stillhouse produce").__enter__()
         plan = planned("other run", nothing)
         missing = rf"{len(plan.chunks)} of {len(plan.chunks)} chunks"
         with pytest.raises(
@@ -178,11 +185,11 @@ def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_i
             match=rf"{nothing} cannot be written, which this command has to do: {missing} are "
             r"missing there; give write",
         ):
-            learning_attempt(plan, "stillhouse run").__enter__()
+            training(plan, "stillhouse run").__enter__()
         with pytest.raises(
             StoreError, match=f"{missing} are not in {nothing}; `stillhouse produce` makes them"
         ):
-            learning_attempt(plan, "stillhouse train", open_store=store_to_read).__enter__()
+            training(plan, "stillhouse train", open_store=store_to_read).__enter__()
 
 
 def test_two_run_directories_cannot_train_into_one_place(
@@ -192,17 +199,17 @@ def test_two_run_directories_cannot_train_into_one_place(
         plan_of(tiny_world, tmp_path / name, checkpoint_url=str(tmp_path / "commits"))
         for name in ("first", "second")
     )
-    with learning_attempt(first, "stillhouse run first.toml") as (_, owner):
+    with training(first, "stillhouse run first.toml") as (_, owner):
         with pytest.raises(
             ConfigError,
             match=rf"under {tmp_path}/commits are in use by .*stillhouse run first\.toml.* "
             rf"{first.run_dir}\.",
         ):
-            learning_attempt(second, "stillhouse run second.toml").__enter__()
-        with attempt(second, "stillhouse produce"):  # makes chunks, and no checkpoint
+            training(second, "stillhouse run second.toml").__enter__()
+        with attempt(second.request, "stillhouse produce"):  # makes chunks, and no checkpoint
             pass
         assert not owner.is_lost()
-    with learning_attempt(second, "stillhouse run second.toml"):
+    with training(second, "stillhouse run second.toml"):
         pass
 
 
@@ -210,16 +217,16 @@ def test_the_end_row_counts_the_steps_of_its_attempt_and_of_all(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     plan = plan_of(tiny_world, tmp_path)
-    with suppress(InterruptedRunError), learning_attempt(plan, "stillhouse run") as (journal, _):
+    with suppress(InterruptedRunError), training(plan, "stillhouse run") as (journal, _):
         for number in (1, 2, 3, 2, 3, 4):  # a rank was lost
             journal.record(step(number, 3e-3))
-        job = plan.jobs()[0]
+        job = plan.jobs[0]
         make(job.checkpoints, 4, origin=job.origin)
         raise InterruptedRunError("SIGTERM")
-    with learning_attempt(plan, "stillhouse run") as (journal, _):
+    with training(plan, "stillhouse run") as (journal, _):
         for number in range(5, 11):
             journal.record(step(number, 3e-3))
-    with attempt(plan, "stillhouse produce"):
+    with attempt(plan.request, "stillhouse produce"):
         pass
     ends = [
         (row.outcome, row.steps_taken, row.steps_done)
@@ -244,7 +251,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @contextmanager
 def attempt_on_a_full_disk(plan: Plan, disk: Path) -> Iterator[None]:
     """One whose journal finds no room any more once it has begun."""
-    with attempt(plan, "stillhouse run") as journal:
+    with attempt(plan.request, "stillhouse run") as journal:
         leave_no_room(disk / "ballast", journal.path)
         yield
 
@@ -291,7 +298,7 @@ def test_an_attempt_with_nothing_left_to_train_names_the_settings_that_had_no_ef
 ) -> None:
     trained(plan_of(tiny_world, tmp_path), *(step(number, 3e-3) for number in range(1, 11)))
     assert capsys.readouterr().err == ""
-    with learning_attempt(
+    with training(
         plan_of(tiny_world, tmp_path, learning_rate=3e-5, warmup_steps=7),
         "stillhouse run second.toml",
     ):
@@ -319,7 +326,7 @@ def test_steps_that_were_taken_after_all_are_not_called_nothing(
     """The last commit had a flipped bit, which the ranks alone find out."""
     plan = plan_of(tiny_world, tmp_path)
     trained(plan, *(step(number, 3e-3) for number in range(1, 11)))
-    with learning_attempt(plan, "stillhouse run") as (journal, _):
+    with training(plan, "stillhouse run") as (journal, _):
         journal.record(step(10, 3e-3))
     (*_, end) = journal_of(plan)
     assert isinstance(end, EndRow)
@@ -335,7 +342,7 @@ def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(
         *(step(number, 1e-3) for number in range(7, 11)),
     )
     last = plan_of(tiny_world, tmp_path, learning_rate=3e-5)
-    with learning_attempt(last, "stillhouse run"):
+    with training(last, "stillhouse run"):
         pass
     schedule = "learning rate {}, warm-up steps 5, then a cosine to 0 at step 10"
     both = f"steps 1 to 6: {schedule.format('0.003')}; steps 7 to 10: {schedule.format('0.001')}"

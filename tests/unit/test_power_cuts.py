@@ -1,9 +1,9 @@
-"""The power fails at any moment: what was reported is there afterwards, and what is not whole is
-made again.
+"""A power cut at any moment: what was reported is there afterwards, and what is not whole is made
+again.
 
-A course of real writes (chunks, a reader's progress, checkpoints of two ranks, a journal) is
-recorded call by call. Every prefix of the record is laid out anew without what had not been synced.
-Each kind of sync is then left out of a course, to see that it is missed.
+A sequence of real writes (chunks, a consumer's progress, checkpoints of two ranks, a journal) is
+recorded call by call. Every prefix of the record is laid out again without the writes that were not
+synced. Then each kind of sync is left out once, which the checks have to detect.
 """
 
 import json
@@ -20,7 +20,9 @@ from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Recorder, Unsynced, power_cuts
 from stillhouse import atomic
-from stillhouse.checkpoint.manifest import Commit, newest, part_of, verify
+from stillhouse.checkpoint.choice import newest
+from stillhouse.checkpoint.integrity import verify
+from stillhouse.checkpoint.manifest import Commit, part_of
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import StillhouseError
 from stillhouse.store import ChunkStore, Consumer
@@ -151,14 +153,14 @@ def require_store(url: str, told: list[tuple[str, int]], *, newest_step: int) ->
     assert there >= {number for kind, number in told if kind == "chunk"}, (
         "a chunk that was published is gone"
     )
-    readers, strangers = registered(store)
-    assert not strangers, "a reader's progress is cut"
-    assert readers, "a reader is gone"
-    assert readers[0].committed_step >= max(number for kind, number in told if kind == "reader"), (
-        "a reader's progress is gone"
-    )
-    assert readers[0].committed_step <= newest_step, (
-        "a reader is past the newest commit: what it needs again may be deleted"
+    consumers, unknown = registered(store)
+    assert not unknown, "a consumer's progress is cut"
+    assert consumers, "a consumer is gone"
+    assert consumers[0].committed_step >= max(
+        number for kind, number in told if kind == "reader"
+    ), "a consumer's progress is gone"
+    assert consumers[0].committed_step <= newest_step, (
+        "a consumer is past the newest commit: what it needs again may be deleted"
     )
     for number in there:
         store.verify(number)

@@ -5,6 +5,7 @@ import inspect
 import os
 import secrets
 import socket
+import threading
 from pathlib import Path
 from time import time
 from typing import Any
@@ -14,6 +15,7 @@ import ray
 import ray.train
 from ray._private import ray_constants, services
 from ray.core.generated import autoscaler_pb2
+from ray.train.v2.api import data_parallel_trainer
 
 from stillhouse.cluster import _ray_compat
 
@@ -98,3 +100,30 @@ def test_trains_controller_has_a_limit_of_its_own() -> None:
     limits: Any = ray.train.FailureConfig
     assert limits(max_failures=-1, controller_failure_limit=0).controller_failure_limit == 0, REMEDY
     assert issubclass(ray.train.ControllerError, Exception), REMEDY
+
+
+class TrainController:
+    """An actor of the name that Ray Train's has."""
+
+    def run(self) -> None:
+        threading.Event().wait()
+
+
+class Other(TrainController):
+    def answer(self) -> int:
+        return 7
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_thread_that_waits_for_ray_trains_controller_is_freed_by_its_end() -> None:
+    trainer: Any = data_parallel_trainer
+    theirs = trainer.TrainController
+    assert theirs.__qualname__ == TrainController.__qualname__, REMEDY
+    controller: Any = ray.remote(num_cpus=0)(TrainController).remote()
+    other: Any = ray.remote(num_cpus=0)(Other).remote()
+    ray.get([controller.__ray_ready__.remote(), other.__ray_ready__.remote()], timeout=60)
+    running = controller.run.remote()
+    _ray_compat.kill_train_controllers()
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(running, timeout=60)
+    assert ray.get(other.answer.remote(), timeout=60) == 7, REMEDY

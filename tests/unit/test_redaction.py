@@ -1,4 +1,4 @@
-"""A secret is taken out of a text wherever it stands; what only sounds or looks like one stays."""
+"""Redaction: a secret is removed wherever it is in a text; what only looks like one stays."""
 
 import json
 import secrets

@@ -14,7 +14,7 @@ from helpers.damage import fill, small_disk
 from helpers.sealing import sealed_line
 from stillhouse.errors import StoreUnavailable, UserError
 from stillhouse.report import write_report
-from stillhouse.report.figures import training_panels
+from stillhouse.report.figures import pace_panels, training_panels
 from stillhouse.report.summary import (
     Interval,
     Summary,
@@ -25,6 +25,7 @@ from stillhouse.report.summary import (
     verdict,
     window_waits,
 )
+from stillhouse.report.words import same_power
 from stillhouse.tracking import (
     ChunkRow,
     EndRow,
@@ -531,6 +532,20 @@ def test_models_are_named_without_the_directories_above_them(tmp_path: Path) -> 
     assert "acme/teacher" in write_report(_run_dir(tmp_path / "hub", [START, *TRAINED])).read_text(
         "utf-8"
     )
+
+
+def test_a_run_in_which_neither_side_waited_says_so_without_an_empty_chart() -> None:
+    still = [_pool(i, 1005.0 + 5 * i, 0.0) for i in range(8)]
+    busy = [replace(step, data_wait_s=0.01) for step in TRAINED if isinstance(step, TrainRow)]
+    waits = pace_panels(_summary(START, *CHUNKS, *still, *busy))[1]
+    assert waits.svg == ""
+    assert "(student, for chunks; teachers, for the window) was under 1 %" in waits.caption
+    assert "<svg" in pace_panels(_summary(START, *CHUNKS, *POOL, *TRAINED))[1].svg
+
+
+def test_the_ticks_of_one_axis_have_one_power_of_ten() -> None:
+    ticks = [same_power(value, largest=1.5e-3) for value in (0.0, 2e-4, 1e-3, 1.4e-3)]
+    assert ticks == ["0", "0.2·10⁻³", "1·10⁻³", "1.4·10⁻³"]
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Where the time went, on made-up journals whose answer is known by hand: every second is in one
-part, and the parts add up."""
+"""Where the time went, on made-up journals with a known answer: every second is in one part, and
+the parts add up."""
 
 from collections.abc import Sequence
 from dataclasses import replace

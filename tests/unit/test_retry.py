@@ -1,5 +1,5 @@
-"""A store that is away is waited for, told of once, and given up in the end; what cannot be mended
-by waiting is raised at once."""
+"""Retry: an unavailable store is waited for, reported once, and given up in the end; an error that
+waiting cannot change is raised at once."""
 
 from collections.abc import Callable
 

@@ -1,5 +1,5 @@
-"""JSON with its checksum: a change of any value is seen, and both forms that are in files are the
-ones of their readers."""
+"""Sealed JSON: a change of any value is found, and both forms of the checksum are those that
+readers of the files expect."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""splitmix64 gives the published numbers, in NumPy and in torch alike."""
+"""splitmix64 gives the published numbers, in NumPy and in torch."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Documents: every source, one order, and errors that say what to do."""
+"""Documents: every source, in one order, and errors that say what to do."""
 
 import errno
 import json

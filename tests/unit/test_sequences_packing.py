@@ -1,5 +1,5 @@
-"""Sequences: ids, positions and masks against a token-by-token account of what they mean, and a
-cache that is found again."""
+"""Packing: ids, positions and masks against a plain account of every token, and a cache that is
+found again."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
-"""Tokenising: bounded in memory and time, and rows of other forms that are refused with what would
-make them fit."""
+"""Tokenising: bounded memory and time, and rows of another form refused with a way to convert
+them."""
 
 import json
 import signal

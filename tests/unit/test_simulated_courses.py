@@ -12,7 +12,8 @@ import pytest
 
 from helpers.courses import RECIPE, Broken, Bucket, Run, World
 from helpers.powercut import Recorder
-from stillhouse.checkpoint.manifest import Choice, Commit, Files, publish
+from stillhouse.checkpoint.choice import Choice
+from stillhouse.checkpoint.manifest import Commit, Files, publish
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.checkpoint.writer import RankWriter
 from stillhouse.store.object_store import Blobs

@@ -20,7 +20,7 @@ from stillhouse.errors import ChunkError
 from stillhouse.logits import CompressedLogits, TargetSpec, decode, encode
 from stillhouse.sequence import Sequences
 from stillhouse.store import Chunk, Recipe, pack_chunk, unpack_chunk
-from stillhouse.store.chunk import MAX_HEADER_BYTES, checksum_of
+from stillhouse.store.chunk_header import MAX_HEADER_BYTES, checksum_of
 
 ROOT = Path(__file__).parents[2]
 RECIPE = small_recipe()

@@ -230,7 +230,16 @@ def test_a_memory_store_is_one_per_process_and_refuses_to_leave_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "ftp://host/path", "http://host/path", "file://host/path", "s3://bucket/../other"]
+    "url",
+    [
+        "",
+        "ftp://host/path",
+        "http://host/path",
+        "file://host/path",
+        "s3://bucket/../other",
+        "s3://",
+        "gs:///chunks",
+    ],
 )
 def test_a_url_that_is_no_store_is_refused(url: str) -> None:
     with pytest.raises(StoreError, match="the store's URL is"):

@@ -1,5 +1,5 @@
-"""Readers of a store are known to everyone who opens it, as far as they have committed; what is not
-understood is said."""
+"""Consumers of a store: every process that opens it finds them and their committed progress, and a
+record that it does not understand is reported."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from stillhouse.errors import StoreError
 from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import commit, consumer_name, join, leave, registered
 
-READER = Consumer(
+CONSUMER = Consumer(
     name="a-student",
     global_batch_sequences=8,
     seed=3,
@@ -26,39 +26,39 @@ def store(tmp_path: Path) -> ChunkStore:
     return ChunkStore.create(str(tmp_path / "store"), small_recipe())
 
 
-def test_what_a_reader_commits_is_what_others_find(store: ChunkStore) -> None:
-    join(store, READER)
-    join(store, replace(READER, name="b"))
-    commit(store, replace(READER, committed_step=40))
+def test_what_a_consumer_commits_is_what_others_find(store: ChunkStore) -> None:
+    join(store, CONSUMER)
+    join(store, replace(CONSUMER, name="b"))
+    commit(store, replace(CONSUMER, committed_step=40))
     elsewhere = ChunkStore(store.url, store.recipe)
     assert registered(elsewhere) == (
-        [replace(READER, committed_step=40), replace(READER, name="b")],
+        [replace(CONSUMER, committed_step=40), replace(CONSUMER, name="b")],
         [],
     )
-    commit(store, replace(READER, committed_step=20))
-    assert registered(elsewhere).readers[0].committed_step == 20
+    commit(store, replace(CONSUMER, committed_step=20))
+    assert registered(elsewhere).consumers[0].committed_step == 20
 
 
-def test_a_run_that_goes_on_is_not_set_back_by_joining_again(store: ChunkStore) -> None:
-    commit(store, replace(READER, committed_step=40))
-    join(store, READER)
-    assert registered(store).readers == [replace(READER, committed_step=40)]
+def test_joining_again_keeps_the_committed_step(store: ChunkStore) -> None:
+    commit(store, replace(CONSUMER, committed_step=40))
+    join(store, CONSUMER)
+    assert registered(store).consumers == [replace(CONSUMER, committed_step=40)]
 
 
-def test_a_run_that_goes_on_for_longer_says_so_as_it_joins(store: ChunkStore) -> None:
-    commit(store, replace(READER, committed_step=100))
-    join(store, replace(READER, total_steps=300))
-    assert registered(store).readers == [replace(READER, committed_step=100, total_steps=300)]
+def test_joining_again_takes_over_more_steps(store: ChunkStore) -> None:
+    commit(store, replace(CONSUMER, committed_step=100))
+    join(store, replace(CONSUMER, total_steps=300))
+    assert registered(store).consumers == [replace(CONSUMER, committed_step=100, total_steps=300)]
 
 
-def test_who_leaves_is_not_waited_for(store: ChunkStore) -> None:
-    join(store, READER)
-    leave(store, READER.name)
-    leave(store, READER.name)
-    assert registered(store).readers == []
+def test_a_consumer_that_left_is_not_registered(store: ChunkStore) -> None:
+    join(store, CONSUMER)
+    leave(store, CONSUMER.name)
+    leave(store, CONSUMER.name)
+    assert registered(store).consumers == []
 
 
-def test_a_store_without_readers_has_none(store: ChunkStore) -> None:
+def test_a_store_without_consumers_has_none(store: ChunkStore) -> None:
     assert registered(store) == ([], [])
 
 
@@ -67,7 +67,7 @@ def record(store: ChunkStore) -> Path:
 
 
 def test_the_record_is_canonical_json(store: ChunkStore) -> None:
-    join(store, READER)
+    join(store, CONSUMER)
     assert record(store).read_bytes() == (
         b'{"committed_step":0,"global_batch_sequences":8,"name":"a-student","seed":3,"total_steps":100,"version":1,"window_chunks":4,'
         b'"xxh3":"71ffabcfbc50a5d6"}'
@@ -88,10 +88,10 @@ def test_the_record_is_canonical_json(store: ChunkStore) -> None:
         (b'{"committed_step":0', b'[{"committed_step":0'),
     ],
 )
-def test_a_record_that_is_not_understood_is_a_stranger(
+def test_a_record_that_is_not_understood_is_reported_by_its_key(
     store: ChunkStore, change: tuple[bytes, bytes]
 ) -> None:
-    join(store, READER)
+    join(store, CONSUMER)
     data = record(store).read_bytes()
     assert change[0] in data
     record(store).write_bytes(data.replace(*change))
@@ -109,7 +109,7 @@ def test_runs_with_different_places_have_different_names_that_can_be_keys(
     assert len(set(names)) == 8
     assert names[0] == consumer_name("/runs/a b", "student")
     for name in names:
-        join(store, replace(READER, name=name))
-    assert len(registered(store).readers) == 8
+        join(store, replace(CONSUMER, name=name))
+    assert len(registered(store).consumers) == 8
     with pytest.raises(StoreError, match=r"cannot be called '\.\./x'"):
-        join(store, replace(READER, name="../x"))
+        join(store, replace(CONSUMER, name="../x"))

@@ -4,10 +4,13 @@ store waits for no other."""
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from stillhouse.atomic import SystemFiles
+from stillhouse.errors import StoreError
+from stillhouse.store.object_layer import ObjectLayer
 from stillhouse.store.object_store import Blobs
 
 LARGE = 40 << 20  # more than one part
@@ -87,6 +90,35 @@ def test_what_is_deleted_is_gone_and_may_be_deleted_again(blobs: Blobs) -> None:
 def test_nothing_is_read_where_nothing_is(blobs: Blobs) -> None:
     with pytest.raises(FileNotFoundError):
         content(blobs, "absent")
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "/".join(["y" * 200] * 25)], ids=["name", "path"])
+def test_a_path_that_no_file_system_takes_is_a_mistake_of_its_user(
+    tmp_path: Path, name: str
+) -> None:
+    blobs = Blobs(str(tmp_path / name))
+    for use in (
+        blobs.names,
+        blobs.folders,
+        lambda: blobs.create("a", b""),
+        lambda: blobs.read("a"),
+    ):
+        with pytest.raises(StoreError, match="shorter names"):
+            use()
+
+
+class Absent:
+    """An object store that answers every put as if its bucket were no more."""
+
+    def put(self, *_: object, **__: Any) -> None:
+        raise FileNotFoundError("404 Not Found")
+
+
+def test_a_put_that_finds_no_bucket_says_so_and_is_no_absent_object() -> None:
+    blobs = Blobs("s3://test-bucket/runs", objects=cast("ObjectLayer", Absent()))
+    for put in (blobs.create, blobs.replace):
+        with pytest.raises(StoreError, match="cannot write a in s3://test-bucket/runs"):
+            put("a", b"x")
 
 
 class Hanging(SystemFiles):

@@ -28,12 +28,12 @@ from stillhouse.logits import decode
 from stillhouse.retry import Patience
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkMissing, ChunkStore, Recipe, StoreUnavailable, pack_chunk
+from stillhouse.student.fetching import refuse_bad_chunk
 from stillhouse.student.loader import (
     Batch,
     BatchReader,
     MicroBatch,
     chunks_read_ahead,
-    refuse_bad_chunk,
     steps_in_a_stretch,
 )
 from stillhouse.student.order import Order
@@ -158,7 +158,7 @@ def test_every_rank_gets_its_rows_with_labels_and_targets(
         sequences = ORDER.sequences(step).tolist()
         for rank, batches in enumerate(by_rank):
             batch, mine = batches[step], sequences[rank::world_size]
-            assert batch.state.step == step
+            assert batch.step == step
             assert batch.sequences == tuple(sequences)
             assert len(batch.micro_batches) == num_micro_batches
             for index, found in enumerate(batch.micro_batches):
@@ -168,7 +168,7 @@ def test_every_rank_gets_its_rows_with_labels_and_targets(
 
 
 def assert_same(found: Batch, wanted: Batch) -> None:
-    assert (found.state, found.sequences) == (wanted.state, wanted.sequences)
+    assert (found.step, found.sequences) == (wanted.step, wanted.sequences)
     for ours, theirs in zip(found.micro_batches, wanted.micro_batches, strict=True):
         for field in ("token_ids_BL", "positions_BL", "target_positions_T", "labels_T"):
             assert torch.equal(getattr(ours.tokens, field), getattr(theirs.tokens, field))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from stillhouse.cluster.coordinator import Heard, Heartbeat, Phase
+from stillhouse.cluster.heartbeat import Heard, Heartbeat, Phase
 from stillhouse.student.watchdog import has_shrunk, stalled
 
 PATIENCE_S = 60.0

@@ -1,4 +1,4 @@
-"""Logs: what a line looks like, what gets one, and whom warnings reach."""
+"""Logs: the form of a line, which events get one, and where warnings are shown."""
 
 import logging
 import os

@@ -1,5 +1,5 @@
-"""What was trained is read off the journal: of each step its last attempt's schedule, and what had
-no effect."""
+"""What was trained, read off the journal: each step's schedule in its last attempt, and which
+settings had no effect."""
 
 from dataclasses import replace
 

@@ -27,7 +27,8 @@ from stillhouse.bench.cost import Timings
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import on_two_cores, prepare
-from stillhouse.cluster.coordinator import Coordinator, StopRequest
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.cluster.session import attached, settle_ray_train

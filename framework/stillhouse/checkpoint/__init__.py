@@ -1,1 +1,1 @@
-"""Checkpoints: files of all ranks that one manifest makes a commit."""
+"""Checkpoints: files of all ranks, and one manifest that makes them a commit."""

@@ -1,12 +1,11 @@
-"""Which command may commit in a place of checkpoints: the owner with the highest number.
+"""Fencing: of the commands that use one root of checkpoints, only the owner may commit.
 
-    <root>/owner-00000003.json     created once, by who becomes the owner; renewed by that command
-    alone
+    <root>/owner-00000003.json     create-only; renewed by the owner alone
 
-Ownership is taken by creating the next number, which one of several can do, and the newest is never
-deleted. So whoever sees a higher number than its own has been replaced. A group of ranks looks
-before each commit, for it may have outlived its command, and once more before it tells of the
-commit: it may have stood still in between.
+The owner is the command with the highest number. A command becomes the owner by creating the next
+number, which one of several can do. The newest record is never deleted, so a command that finds a
+higher number than its own has been replaced. Ranks may outlive their command, and may stand still
+at any moment. So they check before each commit, and again before they report it.
 """
 
 import re
@@ -24,7 +23,7 @@ def owner_key(number: int) -> str:
 
 
 def owner_numbers(blobs: Blobs) -> list[int]:
-    """The owners whose records are there, oldest first; the last one is the owner."""
+    """The numbers of all owners that have a record, ascending; the last one is the owner."""
     return sorted(int(match[1]) for name in blobs.names() if (match := _OWNER.fullmatch(name)))
 
 
@@ -34,13 +33,12 @@ def newest_owner(blobs: Blobs) -> int:
 
 
 def require_owner(blobs: Blobs, number: int) -> None:
-    """Raise CheckpointError where another command has become the owner since."""
+    """Raise CheckpointError where a command with a higher number than this is the owner."""
     newest = newest_owner(blobs)
     if newest > number:
         raise CheckpointError(
             f"the checkpoints under {blobs.url} belong to another command now, which "
-            f"{owner_key(newest)} names: this one showed no sign of "
-            "life for too long, or was thought to be gone. It commits nothing more, and what it "
-            "committed before stays. "
-            "End one of the two; the same command goes on from the newest commit."
+            f"{owner_key(newest)} names: this one showed no sign of life for too long, or was "
+            "thought to be gone. It commits nothing more, and what it committed before stays. End "
+            "one of the two; the same command goes on from the newest commit."
         )

@@ -1,8 +1,8 @@
-"""The group of ranks agrees on a checkpoint to go on from, and each rank gets the files that it
-will read, every byte verified.
+"""Restoring: the ranks agree on a commit to go on from, and each gets the files that it will load,
+every byte verified.
 
 A checkpoint of another number of ranks is converted by the first rank of each machine, into a
-temporary folder that the machine's other ranks read as well.
+temporary folder that the machine's other ranks load from, too.
 """
 
 import re
@@ -17,16 +17,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from stillhouse.checkpoint.manifest import (
-    Choice,
-    Commit,
-    Origin,
-    choose,
-    fetch,
-    local_folder,
-    require_same_training,
-    set_aside,
-)
+from stillhouse.checkpoint.choice import Choice, choose, set_aside
+from stillhouse.checkpoint.integrity import fetch, local_folder
+from stillhouse.checkpoint.manifest import Commit, Origin, require_same_training
 from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.checkpoint.unpickling import opened
 from stillhouse.cluster.collectives import gathered, outcomes
@@ -38,9 +31,8 @@ Convert = Callable[[Path, Path], None]  # (a checkpoint's folder, the folder to 
 
 _Value = TypeVar("_Value")
 
-_PICKLED = ".pt"
 _MEET_EVERY_S = 1.0  # while one rank works and others wait for it
-# in the name of a file that one rank alone reads
+# in the name of a file that one rank alone loads
 _OF_RANK = re.compile(r"(?:pp_rank_|^part-)0*(\d+)")
 
 
@@ -51,45 +43,42 @@ class Restored:
     step: int  # optimiser steps done
     folder: Path
     universal: bool  # whether it was converted, because another number of ranks wrote it
-    # newer ones that do not verify, each as its manifest's name and the problem with it
-    passed_over: Sequence[str]
+    passed_over: Sequence[str]  # newer manifests that do not verify: "name: the problem with it"
 
 
 @contextmanager
 def restore(
     url: str, *, origin: Origin, convert: Convert, tell: Tell, patience: Patience = DEFAULT_PATIENCE
 ) -> Iterator[Restored | None]:
-    """The newest checkpoint under `url` whose every byte verifies; None where there is none. Every
-    rank of the process group calls this.
+    """The newest checkpoint under `url` whose every byte verifies; None where there is none. A
+    collective: every rank of the process group calls it.
 
-    A store that is unavailable is waited for, which `tell` hears of. Raises on every rank
-    CheckpointError where no commit verifies or the newest is of another training or holds more than
-    tensors, and StoreUnavailable at the end of the patience.
+    Waits while the store is unavailable, and reports that to `tell`. Raises on every rank:
+    CheckpointError where no commit verifies, or the newest is of another training or holds more
+    than tensors; StoreUnavailable at the end of the patience.
     """
     blobs = Blobs(url, patience_s=patience.request_s)
     with scratch_folder() as scratch:
+        # agree on a commit
         group = _Group.gathered(patience, tell)
         found, passed_over = group.choose(blobs, scratch)
         if found is None:
             yield None
             return
         require_same_training(url, found, origin)
+        # make it loadable by this number of ranks
         folder = local_folder(blobs, found, scratch)
         universal = group.must_convert(found)
         if universal:
             folder = group.converted(folder, scratch / "universal", convert)
-        yield Restored(
-            found.step,
-            folder,
-            universal,
-            [f"{name}: {problem}" for name, problem in passed_over.items()],
-        )
-        dist.barrier()  # another rank may still read what this one deletes now
+        problems = [f"{name}: {problem}" for name, problem in passed_over.items()]
+        yield Restored(found.step, folder, universal, problems)
+        dist.barrier()  # another rank may still load what this one deletes now
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """This rank among the others. Its methods are collectives, except where they only ask."""
+    """This rank among the others. All methods but `must_convert` are collectives."""
 
     rank: int
     world_size: int
@@ -100,9 +89,8 @@ class _Group:
     @classmethod
     def gathered(cls, patience: Patience, tell: Tell) -> "_Group":
         name = socket.gethostname()
-        return cls(
-            dist.get_rank(), dist.get_world_size(), gathered(name).index(name), patience, tell
-        )
+        first = gathered(name).index(name)
+        return cls(dist.get_rank(), dist.get_world_size(), first, patience, tell)
 
     def must_convert(self, commit: Commit) -> bool:
         """Stage 0 has the same state on every rank, so any number of them can load it."""
@@ -112,53 +100,41 @@ class _Group:
         """All ranks try what rank 0 finds, newest first, until a commit is whole on every rank."""
 
         def problem_here(commit: Commit) -> str:
-            for name in self._reads(commit):
+            for name in self._loads(commit):
                 if problem := self._insist(partial(fetch, blobs, commit, [name], into=scratch)):
                     return problem
-                if name.endswith(
-                    _PICKLED
-                    # what one rank refuses, all refuse now: as DeepSpeed loads, ranks wait for one
-                    # another
-                ):
+                # a file that one rank refuses is refused by all, and now: ranks wait for one
+                # another while DeepSpeed loads
+                if name.endswith(".pt"):
                     opened(local_folder(blobs, commit, scratch) / name, map_location="meta")
             return ""
 
-        chosen = choose(
-            blobs,
-            lambda commit: _first_problem(_together(partial(problem_here, commit))),
-            ask=self._ask_first,
-        )
-        self._ask_first(lambda: set_aside(blobs, chosen.passed_over))
+        def problem_anywhere(commit: Commit) -> str:
+            return next(filter(None, _together(partial(problem_here, commit))), "")
+
+        chosen = choose(blobs, problem_anywhere, ask=self._ask_rank_0)
+        self._ask_rank_0(lambda: set_aside(blobs, chosen.passed_over))
         return chosen
 
-    def _ask_first(self, call: Callable[[], _Value], /) -> _Value:
-        """What rank 0 is answered, on every rank."""
-        work = (lambda: self._insist(call)) if self.rank == 0 else _nothing
-        answers: list[_Value] = _together(work)
-        return answers[0]
-
-    def _insist(self, call: Callable[[], _Value]) -> _Value:
-        return insist(call, patience=self.patience, tell=self.tell)
-
     def converted(self, folder: Path, out: Path, convert: Convert) -> Path:
-        """Where this machine's universal checkpoint is."""
+        """The folder of this machine's universal checkpoint."""
 
-        def made() -> str:
+        def convert_once() -> str:
             if self.rank == self.first:
                 convert(folder, out)
             return str(out)
 
-        here = Path(_together(made)[self.first])
+        here = Path(_together(convert_once)[self.first])
         if not here.is_dir():
             raise CheckpointError(
                 f"rank {self.first} converted the checkpoint into {here}, which rank {self.rank} "
-                "of the same host name does not see; "
-                "give each machine a host name of its own, or set TMPDIR to a directory that they "
-                "share"
+                "of the same host name does not see; give each machine a host name of its own, or "
+                "set TMPDIR to a directory that they share"
             )
         return here
 
-    def _reads(self, commit: Commit) -> Iterable[str]:
+    def _loads(self, commit: Commit) -> Iterable[str]:
+        """The files of a commit that this rank loads or converts."""
         if self.must_convert(commit):
             return commit.files if self.rank == self.first else ()
         matches = {name: _OF_RANK.search(name) for name in commit.files}
@@ -168,20 +144,20 @@ class _Group:
             if match is None or int(match[1]) % self.world_size == self.rank
         ]
 
+    def _ask_rank_0(self, call: Callable[[], _Value], /) -> _Value:
+        """Rank 0's answer, on every rank."""
+        answers: list[_Value] = _together(lambda: self._insist(call) if self.rank == 0 else None)
+        return answers[0]
 
-def _first_problem(problems: Sequence[str]) -> str:
-    return next((problem for problem in problems if problem), "")
+    def _insist(self, call: Callable[[], _Value]) -> _Value:
+        return insist(call, patience=self.patience, tell=self.tell)
 
 
-def _nothing() -> Any:
-    """What a rank does that waits for another's answer."""
+def _together(call: Callable[[], Any]) -> list[Any]:
+    """Every rank's answer, a JSON value, by rank. Raises on every rank what one rank raised.
 
-
-def _together(call: Callable[[], _Value]) -> list[_Value]:
-    """Every rank's answer, a JSON value, by rank. Raises on every rank what a rank raised.
-
-    Each works in a thread and meets the others every second until all are done: a collective that
-    lasted for as long as the work would reach the process group's time-out.
+    Each rank works in a thread, and meets the others every second until all are done: one
+    collective that took as long as the work would reach the process group's time-out.
     """
     outcome: list[Any] = []
 
@@ -203,7 +179,6 @@ def _together(call: Callable[[], _Value]) -> list[_Value]:
     while not everyone_is_done:
         thread.join(_MEET_EVERY_S)
         everyone_is_done = all(gathered(not thread.is_alive()))
-
     # compare
     answers = outcomes(answer)
     for each in answers:

@@ -1,5 +1,5 @@
-"""Temporary folders for whole checkpoints. One that a killed process left behind goes when the next
-is made: they are too large to stay."""
+"""Temporary folders for whole checkpoints. They are too large to stay: one that a killed process
+left behind is deleted when the next one is made."""
 
 import fcntl
 import shutil
@@ -13,8 +13,8 @@ _PREFIX, _IN_USE = "stillhouse-checkpoint-", "in-use"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder of this process's own, in TMPDIR, while the block lasts. Its lock says that it is in
-    use, and dies with its owner."""
+    """A folder of this process's own, in TMPDIR, while the block lasts. A lock on a file in it
+    marks it as in use; the system releases the lock when the process ends."""
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_IN_USE}"):
         with suppress(OSError), left.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""What a checkpoint holds, copied to host memory: nothing in it is shared with a tensor that a
+"""Snapshots: the state of a checkpoint copied to host memory, sharing nothing with tensors that a
 later step changes.
 
-The copy is all that training waits for. Its memory is used again for the next one: fresh pages cost
+Training waits for the copy alone. Its memory is used again by the next snapshot: fresh pages cost
 more than the copying.
 """
 
@@ -16,37 +16,36 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One rank's part of a checkpoint, by file name. `release` gives its memory back; its tensors
-    may not be read after that."""
+    """One rank's files of a checkpoint, in memory. `release` gives the memory back; the tensors may
+    not be read after that."""
 
     step: int  # optimiser steps done
-    files: Mapping[str, Any]  # what torch.save writes
+    files: Mapping[str, Any]  # by name: what torch.save writes
     began: float  # by the monotonic clock
-    blocking_s: float  # that it took
+    blocking_s: float  # for which training waited
     release: Callable[[], None]
 
 
 class HostMemory:
-    """Host tensors that are kept for the next snapshot: never more than one snapshot's worth of
-    them."""
+    """Host tensors that are kept for the next snapshot: at most one snapshot's worth of them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: dict[tuple[str, int], Tensor] = {}
 
     def snapshot_of(self, name: str, state: Any) -> tuple[Any, Callable[[], None]]:
-        """A deep copy of one file's state, and what to call when it is no longer needed. `settle`
-        before it is read."""
+        """A deep copy of one file's state, and what releases it. Call `settle` before it is
+        read."""
         copier = _Copier(self, name)
         return copier.copy(state), copier.release
 
     def settle(self) -> None:
-        """Wait until all copies are there."""
+        """Wait until all copies have arrived."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def take(self, slot: tuple[str, int], like: Tensor) -> Tensor:
-        """A tensor of this shape and dtype that nobody else uses."""
+        """A tensor of this shape and dtype that is not in use."""
         free = self._free.pop(slot, None)
         if free is not None and free.shape == like.shape and free.dtype == like.dtype:
             return free
@@ -57,8 +56,7 @@ class HostMemory:
 
 
 class _Copier:
-    """Copies one state. What shares memory in it shares memory in the copy, such as tied
-    weights."""
+    """Copies one state. Tensors that share memory, such as tied weights, share it in the copy."""
 
     def __init__(self, memory: HostMemory, name: str) -> None:
         self._memory = memory
@@ -70,10 +68,10 @@ class _Copier:
             return self._copy_tensor(value.detach())
         if isinstance(value, dict):
             # keeps its class, and the versions that a module's state dict carries
-            made = copy.copy(value)
-            for key in made:
-                made[key] = self.copy(made[key])
-            return made
+            copied = copy.copy(value)
+            for key in copied:
+                copied[key] = self.copy(copied[key])
+            return copied
         if type(value) in (list, tuple):
             return type(value)(self.copy(item) for item in value)
         return copy.deepcopy(value)
@@ -85,6 +83,6 @@ class _Copier:
     def _copy_tensor(self, value: Tensor) -> Tensor:
         key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if key not in self._tensors:
-            made = self._memory.take((self._name, len(self._tensors)), value)
-            self._tensors[key] = made.copy_(value, non_blocking=True)
+            host = self._memory.take((self._name, len(self._tensors)), value)
+            self._tensors[key] = host.copy_(value, non_blocking=True)
         return self._tensors[key]

@@ -1,9 +1,9 @@
-"""How a checkpoint's pickles are opened: they may build tensors and plain values, and call nothing
+"""Safe unpickling: the pickles of a checkpoint may build tensors and plain values, and call nothing
 else.
 
-DeepSpeed asks torch to run whatever a checkpoint's pickle asks for, and a checksum is no signature:
-whoever can write a file can write its checksum. So every file is opened here, by torch's restricted
-unpickler, whatever DeepSpeed and the environment ask for.
+DeepSpeed has torch run whatever a checkpoint's pickle names (`weights_only=False`), and a checksum
+is no signature: a program that can write a file can write its checksum. So every file is opened
+here, by torch's restricted unpickler, whatever DeepSpeed and the environment ask for.
 """
 
 import re
@@ -21,28 +21,33 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from stillhouse.errors import CheckpointError
 
 # all that DeepSpeed's checkpoints hold beside what torch allows by itself
-ALLOWED = (
-    LossScaler,
-    ZeroStageEnum,
-    fragment_address,
-)
+ALLOWED = (LossScaler, ZeroStageEnum, fragment_address)
 
 _torch_load = torch.load
-_one_at_a_time = threading.Lock()  # the list of what is allowed belongs to the process
+_allow_list_lock = threading.Lock()  # the list belongs to the process
 _LONGEST_REASON = 200
+
+_REMEDY = (
+    "remove that checkpoint's manifest to use an older one, or the whole directory to start "
+    "again from step 0."
+)
+_STRANGE = (
+    "Neither Stillhouse nor the DeepSpeed that it was tried with writes such a file: find "
+    f"out who did, then {_REMEDY}"
+)
 
 
 def opened(path: Path | str, map_location: Any = "cpu", *, mmap: bool | None = None) -> Any:
-    """What a file of a checkpoint holds; with `map_location="meta"` its tensors have shapes and no
-    values, and no more than these is read.
+    """The state in a file of a checkpoint. With `map_location="meta"` its tensors have shapes and
+    no values, which are not read.
 
-    Raises CheckpointError where the file asks for anything else, cannot be read, or holds text that
-    DeepSpeed would take for a path.
+    Raises CheckpointError where the file asks for anything else, cannot be read, or holds a string
+    that DeepSpeed would take for a path.
     """
     try:
-        with _one_at_a_time, _only_ours_allowed():
+        with _allow_list_lock, _only_ours_allowed():
             state = _torch_load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except Exception as error:  # a file of anybody's making can fail in any way
+    except Exception as error:  # a file from anywhere can fail in any way
         raise CheckpointError(f"{path} was not opened: {_reason(error)}") from None
     outside = _path_in(state)
     if outside is not None:
@@ -54,8 +59,8 @@ def opened(path: Path | str, map_location: Any = "cpu", *, mmap: bool | None = N
 
 @contextmanager
 def only_tensors() -> Iterator[None]:
-    """While the block lasts, `torch.load` is `opened` for all code of this process, whatever it
-    says about `weights_only`."""
+    """While the block lasts, `torch.load` is `opened` for all code of this process, whatever value
+    of `weights_only` is passed."""
 
     def load(path: Any, map_location: Any = None, *, mmap: bool | None = None, **_: Any) -> Any:
         return opened(path, map_location, mmap=mmap)
@@ -68,20 +73,10 @@ def only_tensors() -> Iterator[None]:
         torch.load = before
 
 
-_REMEDY = (
-    "remove that checkpoint's manifest to use an older one, or the whole directory to start "
-    "again from step 0."
-)
-_STRANGE = (
-    "Neither Stillhouse nor the DeepSpeed that it was tried with writes such a file: find "
-    f"out who did, then {_REMEDY}"
-)
-
-
 @contextmanager
 def _only_ours_allowed() -> Iterator[None]:
-    """Libraries allow classes of their own for the whole process, and some of these do more than
-    hold values."""
+    """Sets aside the classes that libraries have allowed for the whole process: some of these do
+    more than hold values."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([*ALLOWED])
@@ -92,7 +87,7 @@ def _only_ours_allowed() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """In one line, with advice of our own: torch's is to open the file in the unsafe way."""
+    """One line, with advice of our own: torch's is to open the file in the unsafe way."""
     text = str(error)
     asked = re.search(r"GLOBAL (\S+)", text)
     if asked is not None:
@@ -105,12 +100,12 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(text: str) -> str:
-    return ascii(text[:_LONGEST_REASON])  # it is the file's, and would be printed
+    """Text of the file's, fit to be printed."""
+    return ascii(text[:_LONGEST_REASON])
 
 
 def _path_in(state: Any) -> str | None:
-    """A text in the state that leads out of a folder; DeepSpeed makes files by the names of
-    parameters."""
+    """A string in the state that is a path: DeepSpeed names files after the parameters in it."""
     waiting, seen = [state], set()
     while waiting:
         value = waiting.pop()

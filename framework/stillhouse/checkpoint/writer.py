@@ -1,9 +1,9 @@
-"""The background half of a checkpoint: one thread per rank writes a snapshot out while training
-goes on.
+"""The asynchronous half of a checkpoint: one thread a rank writes a snapshot to the store while
+training goes on.
 
-Ranks meet only in the store: each says in a part which files it has written, and rank 0 publishes
-the commit when all parts are there. So nothing here is a collective, and a rank that dies leaves a
-torn checkpoint behind, which nobody ever chooses.
+Ranks meet in the store alone. Each publishes a part, which lists its files, and rank 0 publishes
+the manifest when all parts are there. Nothing here is a collective: a rank that is killed leaves a
+torn checkpoint, which is never chosen.
 """
 
 import logging
@@ -19,16 +19,16 @@ from typing import IO, Any, Self, TypeVar, cast
 import torch
 
 from stillhouse.atomic import DISK, FileLayer
+from stillhouse.checkpoint.choice import retain
+from stillhouse.checkpoint.integrity import Digest
 from stillhouse.checkpoint.manifest import (
     Commit,
-    Digest,
     Files,
     Origin,
     folder_of,
     publish,
     publish_part,
     read_part,
-    retain,
 )
 from stillhouse.checkpoint.snapshot import Snapshot
 from stillhouse.cluster.collectives import told
@@ -43,23 +43,29 @@ _Answer = TypeVar("_Answer")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 2.0
 _LOOK_EVERY_S = 0.5
 
+OnCommit = Callable[[Commit, float, float], None]
+"""Called with a commit, the seconds since its step, and those of them for which training waited."""
+
+OnDelay = Callable[[int, str], None]
+"""Called with a step and the store's error, once for a snapshot that the store does not take at
+present."""
+
 
 class _AbandonedError(Exception):
-    """Nobody waits for this checkpoint any more."""
+    """The checkpoint is not waited for any more."""
 
 
 def attempt_name() -> str:
-    """A name for this life of the group of ranks, the same on every rank and never given before.
-    Every rank calls this."""
+    """A new name for this life of the group of ranks, the same on every rank. A collective."""
     return str(told(secrets.token_hex(4)))
 
 
 class RankWriter:
     """Writes one rank's snapshots in the calling thread. On rank 0 it also commits them, and
-    deletes all but the `keep` newest.
+    deletes all commits but the `keep` newest.
 
     While the store is unavailable it tries again without an end; `pause` waits between two tries,
-    and may raise to end it. The callbacks are those of `CheckpointWriter`.
+    and may raise to end it.
     """
 
     def __init__(
@@ -69,27 +75,29 @@ class RankWriter:
         template: Commit,
         rank: int,
         keep: int,
-        on_commit: Callable[[Commit, float, float], None],
-        on_delay: Callable[[int, str], None],
+        on_commit: OnCommit,
+        on_delay: OnDelay,
         require_owner: Callable[[], None],
         clock: Callable[[], float] = monotonic,
         pause: Callable[[float], None],
     ) -> None:
-        """`template`: of all commits here; step and files differ."""
+        """`template`: any commit of this attempt; step and files are replaced. `require_owner`
+        raises where another command owns the checkpoints: then rank 0 commits, reports and deletes
+        nothing more."""
         self._blobs, self._template = blobs, template
         self._rank, self._keep = rank, keep
         self._on_commit, self._on_delay = on_commit, on_delay
         self._require_owner = require_owner
         self._clock, self._pause = clock, pause
-        self._step_on_time: int | None = None  # that of what is on its way, until it is late
-        self.outage: tuple[float, StoreUnavailable] | None = (
-            None  # since when the store is unavailable, and its words
-        )
+        self._undelayed_step: int | None = None  # being written, and no delay of it reported yet
+        # since when the store is unavailable, and its error
+        self.outage: tuple[float, StoreUnavailable] | None = None
 
     def write(self, snapshot: Snapshot, *, blocking_s: float) -> None:
-        """Return once all is committed on rank 0, and once what this rank owes to it is in the
-        store elsewhere."""
-        folder, self._step_on_time = folder_of(snapshot.step, self._template.attempt), snapshot.step
+        """Return once the snapshot is committed (rank 0), or this rank's part of it published."""
+        # this rank's files and part
+        template, folder = self._template, folder_of(snapshot.step, self._template.attempt)
+        self._undelayed_step = snapshot.step
         try:
             files = {
                 name: self._insist(partial(self._put, f"{folder}/{name}", state))
@@ -97,35 +105,25 @@ class RankWriter:
             }
         finally:
             snapshot.release()
-        self._insist(
-            lambda: publish_part(
-                self._blobs,
-                folder,
-                rank=self._rank,
-                world_size=self._template.world_size,
-                files=files,
-            )
-        )
+        publish_own = partial(publish_part, rank=self._rank, world_size=template.world_size)
+        self._insist(partial(publish_own, self._blobs, folder, files=files))
         if self._rank > 0:
             return
-        everything = {
-            name: digest
-            for rank in range(self._template.world_size)
-            for name, digest in self._part(folder, rank).items()
-        }
-        self._commit(
-            replace(self._template, step=snapshot.step, files=everything),
-            began=snapshot.began,
-            blocking_s=blocking_s,
-        )
-        self._step_on_time = None  # it is safe: what comes now may take its time
+        # the commit, of all ranks' files
+        everything: dict[str, tuple[int, str]] = {}
+        for rank in range(template.world_size):
+            everything |= self._part(folder, rank)
+        commit = replace(template, step=snapshot.step, files=everything)
+        self._commit(commit, began=snapshot.began, blocking_s=blocking_s)
+        # what is older; a delay of this is not reported
+        self._undelayed_step = None
         self._insist(self._require_owner)
         self._insist(lambda: retain(self._blobs, self._keep))
 
-    def _commit(self, made: Commit, *, began: float, blocking_s: float) -> None:
-        """Make the files a commit, and tell of it."""
+    def _commit(self, commit: Commit, *, began: float, blocking_s: float) -> None:
+        """Publish the commit, and report it."""
         self._insist(self._require_owner)
-        standing = self._insist(lambda: publish(self._blobs, made))
+        standing = self._insist(lambda: publish(self._blobs, commit))
         # again: a commit counts only where it was there before a newer owner looked for one
         self._insist(self._require_owner)
         _log.info("step %d is committed", standing.step)
@@ -137,15 +135,13 @@ class RankWriter:
         return stream.digest.value
 
     def _part(self, folder: str, rank: int) -> Files:
-        """A rank's part, as soon as it is there."""
+        """A rank's part, as soon as it is published."""
         pauses_s = pauses(_FIRST_PAUSE_S, last_s=_LONGEST_PAUSE_S)
+        world_size = self._template.world_size
+        read = partial(read_part, self._blobs, folder, rank=rank, world_size=world_size)
         while True:
             try:
-                return self._insist(
-                    lambda: read_part(
-                        self._blobs, folder, rank=rank, world_size=self._template.world_size
-                    )
-                )
+                return self._insist(read)
             except FileNotFoundError:
                 self._pause(next(pauses_s))
 
@@ -159,22 +155,21 @@ class RankWriter:
             except StoreUnavailable as error:
                 _log.info("a checkpoint cannot be written yet: %s", error)
                 outage = (self.outage[0] if self.outage is not None else self._clock(), error)
-                if self._step_on_time is not None:
-                    self._on_delay(self._step_on_time, str(error))
-                    self._step_on_time = None
+                if self._undelayed_step is not None:
+                    self._on_delay(self._undelayed_step, str(error))
+                    self._undelayed_step = None
             finally:
                 self.outage = outage
             self._pause(next(pauses_s))
 
 
 class CheckpointWriter:
-    """Writes one rank's snapshots in a thread, one at a time, as `RankWriter` does.
+    """Writes one rank's snapshots in a thread, one at a time, as `RankWriter` does. Both callbacks
+    are called in the thread, `on_commit` on rank 0 alone.
 
-    While the store is unavailable it tries again for as long as nobody waits for it; who waits gets
-    StoreUnavailable at the end of the patience. Any other error is raised by whatever is asked of
-    it next. Called in the thread are `on_commit(commit, seconds since the step, seconds of these
-    that training stood still)` on rank 0, and `on_delay(step, why)` once for a snapshot that the
-    store does not take at present.
+    While the store is unavailable it tries again for as long as no caller waits for it; a waiting
+    caller gets StoreUnavailable at the end of the patience. Any other error is raised by the
+    next method that is called.
     """
 
     def __init__(
@@ -186,18 +181,14 @@ class CheckpointWriter:
         rank: int,
         world_size: int,
         keep: int,
-        on_commit: Callable[[Commit, float, float], None],
-        on_delay: Callable[[int, str], None],
+        on_commit: OnCommit,
+        on_delay: OnDelay,
         require_owner: Callable[[], None] = lambda: None,
         patience: Patience = DEFAULT_PATIENCE,
         files: FileLayer = DISK,
     ) -> None:
-        """`require_owner` raises where another command has taken the checkpoints over: then rank 0
-        commits, tells and deletes nothing more.
-
-        `patience`: how long one request may be tried before `on_delay` is called, and an outage may
-        last while somebody waits.
-        """
+        """`patience`: how long one request may be tried before `on_delay` is called, and an outage
+        may last while a caller waits."""
         self._writer = RankWriter(
             Blobs(url, patience_s=patience.request_s, files=files),
             template=Commit(0, attempt, world_size, origin, {}),
@@ -208,6 +199,7 @@ class CheckpointWriter:
             require_owner=require_owner,
             pause=self._pause,
         )
+        # the thread that it writes in, one for each snapshot
         self._end_after_s = patience.end_after_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -221,8 +213,8 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot is on its way. Another rank may be ahead or behind: agree before you
-        decide by it."""
+        """Whether a snapshot is being written by this rank. Other ranks may be ahead or behind:
+        agree before you decide by it."""
         alive = self._thread is not None and self._thread.is_alive()
         if self._error is not None:
             error, self._error = self._error, None
@@ -230,8 +222,8 @@ class CheckpointWriter:
         return alive
 
     def submit(self, snapshot: Snapshot) -> None:
-        """Begin to write a snapshot, and return; while an earlier one is on its way, wait for that
-        first."""
+        """Begin to write a snapshot, and return. Waits first while an earlier one is being
+        written."""
         came = monotonic()
         self.wait()
         blocking_s = snapshot.blocking_s + monotonic() - came
@@ -241,11 +233,11 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is on its way: then all is committed on rank 0, and what this rank
-        owes to it is in the store elsewhere.
+        """Wait until all that was submitted is committed (rank 0), or this rank's parts of it
+        published. False where `timeout_s` was not enough.
 
-        False where `timeout_s` was not enough. Raises StoreUnavailable once the store has been
-        unavailable to this rank for the whole of its patience, counted from now at the earliest.
+        Raises StoreUnavailable once the store has been unavailable to this rank for the whole of
+        its patience, counted from now at the earliest.
         """
         began = monotonic()
         deadline = math.inf if timeout_s is None else began + timeout_s
@@ -258,7 +250,7 @@ class CheckpointWriter:
         return not self.busy
 
     def close(self) -> None:
-        """Abandon what is on its way, without waiting."""
+        """Abandon what is being written, without waiting."""
         self._abandoned.set()
 
     def _run(self, snapshot: Snapshot, blocking_s: float) -> None:
@@ -275,8 +267,8 @@ class CheckpointWriter:
 
 
 class _Stream:
-    """What torch.save writes to: bytes are digested on their way. torch has errors of its own for
-    those of a stream, so they are kept."""
+    """The file that torch.save writes to: bytes are digested on their way to the store. torch
+    replaces an error of the stream by one of its own, so it is kept, and raised in its place."""
 
     def __init__(self) -> None:
         self.digest = Digest()

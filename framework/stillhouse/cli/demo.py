@@ -1,10 +1,8 @@
-"""`stillhouse demo`: a teacher made from Python's own standard library, and a whole run that
-distils it: no network, no GPU, no data set.
+"""`stillhouse demo`: a teacher trained on Python's own standard library, and a whole run that
+distils it. It needs no network, no GPU and no data set.
 
-The models are there whole or not at all, so a demo that was stopped goes on where it was. The
-teacher learns from the corpus's training split: no model ever trains on the held-out one.
-
-Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
+The two models are written atomically, so a demo that was stopped resumes. The teacher learns from
+the corpus's training split: no model is trained on the held-out one.
 """
 
 from collections.abc import Iterable
@@ -26,7 +24,7 @@ from stillhouse.report.summary import summarise, verdict
 from stillhouse.terminal import printable
 from stillhouse.tracking import read_journal
 
-_MAX_THREADS = 4  # more would only wait for each other in matrices this small
+_MAX_THREADS = 4  # with more, matrices this small are slower
 
 
 def run_demo(
@@ -36,30 +34,34 @@ def run_demo(
     cache_dir: Path,
     command: str = "stillhouse demo",
 ) -> None:
-    """Make the models, unless they are there; then plan and run their distillation, and say what
-    came of it.
+    """Make the models, unless they are there; plan and run their distillation; print the verdict.
 
-    All but the tokenised corpus lands in `run_dir`. `command` is what the user typed, for the
-    journal. Raises what `pipeline.make_plan` and `pipeline.run` raise.
+    Everything but the tokenised corpus is written to `run_dir`. `command` is what the user typed,
+    for the journal. Raises what `pipeline.make_plan` and `pipeline.run` raise.
     """
+    # the models
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     config = demo_config(run_dir, overrides)
     require(lacks(config.cluster))  # before a teacher is made for nothing
-    console.print(_what_is_begun(config, run_dir))
+    console.print(_opening(config, run_dir))
     console.print(
         "It takes some minutes. Stop it when you like: the same command goes on where it was."
     )
-    with locked(run_dir, Holder.here(command, run_dir, now=time())):
+    with locked(Holder.here(command, run_dir, now=time())):
         if not (run_dir / "models").exists():
             torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
             with whole_directory(run_dir / "models") as draft:
                 make_models(draft, config.corpus, Sizes(), cache_dir=cache_dir, console=console)
-    console.print(_next_steps(config))
+
+    # their distillation
+    console.print(_third_step(config))
     plan = pipeline.make_plan(config, run_dir=run_dir, cache_dir=cache_dir)
     pipeline.run(plan, command=command)
     student = run_dir / "export" / "student"
     remove_tree(student)  # of an earlier demo in this directory
     pipeline.export_run(plan, student)
+
+    # what came of it
     summary = summarise(read_journal(run_dir / "journal.jsonl"))
     assert summary is not None
     console.print(
@@ -70,7 +72,8 @@ def run_demo(
     )
 
 
-def _what_is_begun(config: Config, run_dir: Path) -> str:
+def _opening(config: Config, run_dir: Path) -> str:
+    """What is run, and where its files are."""
     who = (
         "A teacher, a student and a control"
         if config.evaluate.control
@@ -84,8 +87,8 @@ def _what_is_begun(config: Config, run_dir: Path) -> str:
     )
 
 
-def _next_steps(config: Config) -> str:
-    """What the pipeline is about to do, in plain words."""
+def _third_step(config: Config) -> str:
+    """What the pipeline does, in plain words; the first two steps make the models."""
     draws = (
         f" and {config.target.tail_draws} draws from the rest" if config.target.tail_draws else ""
     )

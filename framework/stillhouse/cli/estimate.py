@@ -1,14 +1,13 @@
-"""How long a run will take, from arithmetic alone: a forward pass is 2 operations a parameter and
-token, a training step 6.
+"""An estimate of a run's hours, by arithmetic alone: a forward pass is 2 operations a parameter and
+token, a training step 6 (Kaplan et al., arXiv 2001.08361, section 2.1).
 
-(Kaplan et al., arXiv 2001.08361, section 2.1.) Nothing is measured, and attention over long
-sequences is not counted: it says hours or days, not minutes.
+Nothing is measured, and attention over long sequences is not counted: the result tells hours from
+days, not minutes from hours.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-PEAK_TFLOPS = {  # dense bfloat16, from NVIDIA's data sheets
+PEAK_TFLOPS: Mapping[str, float] = {  # dense bfloat16, from NVIDIA's data sheets
     "B200": 2250.0,
     "H200": 989.0,
     "H100": 989.0,
@@ -19,51 +18,39 @@ PEAK_TFLOPS = {  # dense bfloat16, from NVIDIA's data sheets
 ASSUMED = "H100"
 FORWARD_SHARE, TRAINING_SHARE = 0.4, 0.35  # of the peak: assumed
 FORWARD_OPERATIONS = 2  # a parameter and token
-_RAY_NAMES_IT = "accelerator_type:"
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Hours of one half of a run, had it its machines to itself."""
-
-    hours: float
-    num_cards: float
+_RAY_PREFIX = "accelerator_type:"
 
 
 def card_of(available: Mapping[str, float]) -> str | None:
-    """The slowest card that the cluster's resources name, of those that are known here; None where
-    they name none."""
+    """The slowest known card among the cluster's resources; None where they name none."""
     named = {
-        name.removeprefix(_RAY_NAMES_IT).partition("-")[0]
+        name.removeprefix(_RAY_PREFIX).partition("-")[0]
         for name in available
-        if name.startswith(_RAY_NAMES_IT)
+        if name.startswith(_RAY_PREFIX)
     }
     return min(named & PEAK_TFLOPS.keys(), key=PEAK_TFLOPS.__getitem__, default=None)
 
 
-def teaching(num_parameters: float, num_tokens: float, *, card: str, num_cards: float) -> Estimate:
-    """All targets, by so many cards: a teacher's own number times the replicas."""
-    return _estimate(
-        FORWARD_OPERATIONS * num_parameters * num_tokens, FORWARD_SHARE, card, num_cards
-    )
+def scoring_hours(
+    num_parameters: float, num_tokens: float, *, card: str, num_cards: float
+) -> float:
+    """Hours for the targets of so many tokens, on `num_cards` GPUs that do nothing else."""
+    operations = FORWARD_OPERATIONS * num_parameters * num_tokens
+    return _hours(operations, FORWARD_SHARE, card, num_cards)
 
 
-def training(
+def training_hours(
     num_parameters: float, num_tokens: float, *, checkpointing: bool, card: str, num_cards: float
-) -> Estimate:
-    """All steps of one student; with activation checkpointing each forward pass is done twice."""
-    return _estimate(
-        training_operations(checkpointing) * num_parameters * num_tokens,
-        TRAINING_SHARE,
-        card,
-        num_cards,
-    )
+) -> float:
+    """Hours for all steps of one student; activation checkpointing adds a second forward pass."""
+    operations = training_operations(checkpointing) * num_parameters * num_tokens
+    return _hours(operations, TRAINING_SHARE, card, num_cards)
 
 
 def training_operations(checkpointing: bool) -> int:
-    """A parameter and token: forward, and twice as much backward."""
+    """Operations a parameter and token: forward, and twice as many backward."""
     return FORWARD_OPERATIONS * (4 if checkpointing else 3)
 
 
-def _estimate(operations: float, share: float, card: str, num_cards: float) -> Estimate:
-    return Estimate(operations / (share * PEAK_TFLOPS[card] * 1e12 * num_cards) / 3600, num_cards)
+def _hours(operations: float, share: float, card: str, num_cards: float) -> float:
+    return operations / (share * PEAK_TFLOPS[card] * 1e12 * num_cards) / 3600

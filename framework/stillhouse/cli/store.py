@@ -1,8 +1,7 @@
-"""What lies in a store, for a person to read: the verbs `stillhouse store ls | stat | verify |
-sweep`.
+"""`stillhouse store ls | stat | verify | sweep`: the contents of a chunk store, for people.
 
-Nothing in a store changes here but for what `verify --quarantine` moves aside, what `--repair`
-makes anew, and what `sweep` removes.
+Only three options write to a store: `verify --quarantine` moves chunks aside, `verify --repair`
+makes them again, and `sweep` removes leftovers.
 """
 
 import re
@@ -29,6 +28,7 @@ from stillhouse.store import (
     list_recipes,
     nearest,
     sweep,
+    verify_chunks,
     verify_store,
 )
 from stillhouse.terminal import one_line, say
@@ -44,7 +44,7 @@ _PIPE_WIDTH = 160  # rich would cut what a pipe receives at 80 columns
 
 
 def list_store(url: str) -> None:
-    """Print a line for each recipe. Raises StoreError where there is none."""
+    """Print a line for each recipe in a store. Raises StoreError where there is none."""
     table = Table(box=None, header_style="bold")
     for heading in ("recipe", "teacher", "codec"):
         table.add_column(heading, no_wrap=True)
@@ -66,10 +66,8 @@ def list_store(url: str) -> None:
 def show_recipes(url: str, fingerprint: str) -> None:
     """Print every field of the recipes whose fingerprint begins with `fingerprint`. Raises
     StoreError where none does."""
-    recipes = _recipes(url)
-    chosen = [
-        stored for stored in recipes if stored.recipe.fingerprint.startswith(fingerprint.lower())
-    ]
+    recipes, prefix = _recipes(url), fingerprint.lower()
+    chosen = [stored for stored in recipes if stored.recipe.fingerprint.startswith(prefix)]
     if not chosen:
         raise StoreError(
             f"no recipe in {url} begins with {fingerprint}; there are "
@@ -81,31 +79,22 @@ def show_recipes(url: str, fingerprint: str) -> None:
             "fingerprint": recipe.fingerprint,
             **asdict(recipe),
             "codec": recipe.spec.codec_name,
-        }
-        figures |= {
             "bytes a target": recipe.spec.bytes_per_token,
             "chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}",
+            "bytes": f"{stored.num_bytes:,}",
+            **_unreadable(ChunkStore(url, recipe)),
         }
-        figures |= {"bytes": f"{stored.num_bytes:,}", **_absent(ChunkStore(url, recipe))}
         say(f"{url}/{stored.fingerprint16}")
         for name, value in figures.items():
             say(f"  {name:<16}  {one_line(str(value))}")
 
 
 def verify(url: str, *, quarantine: bool) -> None:
-    """Check every object, and name the damaged. Raises ChunkError where any is; with `quarantine`
-    damaged chunks are moved aside first."""
+    """Check every object and print the damaged ones. Raises ChunkError where any is damaged; with
+    `quarantine` damaged chunks are moved aside first."""
     recipes = {stored.fingerprint16: stored for stored in list_recipes(url)}
     total = len(recipes) + sum(stored.num_chunks for stored in recipes.values())
-    findings = track(
-        verify_store(url), "verifying", total=total, console=Console(stderr=True), transient=True
-    )
-    num_objects, damaged = 0, []
-    for finding in findings:
-        num_objects += 1
-        if finding.problem is not None:
-            damaged.append(finding)
-            say(f"{one_line(finding.key)}: {finding.problem}")
+    num_objects, damaged = _checked(verify_store(url), total)
     if not num_objects:
         raise _nothing_at(url)
     if not damaged:
@@ -121,48 +110,45 @@ def verify(url: str, *, quarantine: bool) -> None:
 
 
 def repair(url: str, plan: "Plan") -> None:
-    """Check the chunks of a plan's recipe, have the damaged ones made again by its teacher, and
-    check these. Says what was done.
+    """Check the chunks of a plan's recipe, have its teacher make the damaged ones again, and check
+    those. Prints what was done.
 
-    Raises RecipeError where the store has nothing of this recipe, naming the difference; ChunkError
-    where something stays damaged.
+    Raises RecipeError, which names the difference, where the store has nothing of this recipe;
+    ChunkError where something stays damaged.
     """
-    from stillhouse import pipeline  # which imports Ray and transformers: only this verb needs them
+    from stillhouse import pipeline  # Ray and transformers, which only this verb needs
 
     plan = _moved_to(plan, url)
     store = ChunkStore(url, plan.recipe)
     _require_recipe(url, plan.recipe)
+
+    # find the damaged
     if store.restore_recipe():
         say(
             f"{plan.recipe.fingerprint[:16]}/recipe.json was damaged: it was moved to "
             "quarantine/, and published anew"
         )
-    findings = track(
-        store.findings(),
-        "verifying",
-        total=len(store.published()),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    damaged = [finding for finding in findings if finding.problem is not None]
-    for finding in damaged:
-        say(f"{one_line(finding.key)}: {finding.problem}")
+    _, damaged = _checked(verify_chunks(store), len(store.published()))
     chunks = [
         finding.number
         for finding in damaged
         if finding.number is not None and finding.number < plan.recipe.num_chunks
     ]
+
+    # make them again
     moved = [number for number in chunks if store.quarantine(number)]
     if moved:
         say(f"{len(moved)} chunks moved to quarantine/; a teacher makes them again")
-        pipeline.repair(plan, moved, journal=_Told())
+        pipeline.repair(plan, moved, journal=_Printed())
     for number in moved:
         store.verify(number)
+
+    # report
     if len(damaged) > len(chunks):
         strange = ", ".join(finding.key for finding in damaged if finding.number not in chunks)
         raise ChunkError(
-            f"{len(moved)} chunks were repaired; these are no chunks of this recipe, and nobody "
-            f"reads them: {strange}"
+            f"{len(moved)} chunks were repaired; these are no chunks of this recipe, and are "
+            f"never read: {strange}"
         )
     say(
         f"{len(moved)} chunks were repaired: all {len(store.published())} in "
@@ -170,8 +156,20 @@ def repair(url: str, plan: "Plan") -> None:
     )
 
 
-class _Told:
-    """A tracker that tells of each chunk as it is made."""
+def _checked(findings: Iterable[Finding], total: int) -> tuple[int, list[Finding]]:
+    """How many objects there were, and the damaged ones, which are printed as they are found."""
+    console = Console(stderr=True)
+    num_objects, damaged = 0, []
+    for finding in track(findings, "verifying", total=total, console=console, transient=True):
+        num_objects += 1
+        if finding.problem is not None:
+            damaged.append(finding)
+            say(f"{one_line(finding.key)}: {finding.problem}")
+    return num_objects, damaged
+
+
+class _Printed:
+    """A tracker that prints each chunk as it is made."""
 
     def record(self, row: Row) -> None:
         if isinstance(row, ChunkRow):
@@ -179,7 +177,7 @@ class _Told:
 
 
 def _moved_to(plan: "Plan", url: str) -> "Plan":
-    """The plan with its store elsewhere."""
+    """The plan with its store at `url`."""
     section = plan.config.store.model_copy(update={"url": ChunkStore(url, plan.recipe).url})
     return replace(plan, config=plan.config.model_copy(update={"store": section}))
 
@@ -231,13 +229,12 @@ def _moved_aside(url: str, finding: Finding, recipes: dict[str, StoredRecipe]) -
         return False
     try:
         return ChunkStore(url, stored.recipe).quarantine(finding.number)
-    except RecipeError:  # a number that the recipe does not have: nobody reads it
+    except RecipeError:  # the recipe has no such number, so it is never read
         return False
 
 
-def _absent(store: ChunkStore) -> dict[str, str]:
-    """What there is to say of the chunks that nobody can read: of those that are known to be
-    damaged, and of all others."""
+def _unreadable(store: ChunkStore) -> dict[str, str]:
+    """The chunks that cannot be read, in words: those known to be damaged, and those not there."""
     listing, num_chunks = store.listing(), store.recipe.num_chunks
     damaged = sorted(
         number
@@ -285,8 +282,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _ranges(runs: Iterable[tuple[int, int]], num_all: int) -> str:
-    """Runs of numbers as '3, 7-9', cut where that grows long. `num_all`: the numbers in all
-    runs."""
+    """Runs of numbers as '3, 7-9', cut after some. `num_all` is how many numbers they hold."""
     shown = [
         str(first) if first == last else f"{first}-{last}"
         for first, last in islice(runs, _MOST_RANGES + 1)

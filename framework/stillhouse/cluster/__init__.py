@@ -1,2 +1,2 @@
-"""Machines: the Ray cluster, the coordinator of a run, and what is known of machines that will
-end."""
+"""The Ray cluster: its session, nodes and processes, the coordinator of a run, heartbeats and
+preemption notices."""

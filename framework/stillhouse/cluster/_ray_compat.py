@@ -1,8 +1,8 @@
-"""What Ray does not promise to keep: each private name that is relied on, behind a function that
-says what for.
+"""Compatibility with Ray: each private name of Ray's that is relied on, behind a function that says
+what for.
 
-Nothing else in the package uses a private name of Ray's. Ray's version is capped in pyproject.toml;
-tests/unit/test_ray_compat.py says what has to hold before the cap is raised.
+No other module of the package uses a private name of Ray's. Ray's version is capped in
+pyproject.toml; tests/unit/test_ray_compat.py says what has to hold before the cap is raised.
 """
 
 import os
@@ -23,8 +23,8 @@ _PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION in Ray's autoscaler.proto
 
 @dataclass(frozen=True, slots=True)
 class LocalNode:
-    """This machine's part of the attached cluster: where the head (GCS) and this machine's raylet
-    listen."""
+    """This machine's part of the attached cluster: the addresses at which the head (GCS) and this
+    machine's raylet listen."""
 
     gcs_address: str  # host:port
     raylet_socket: Path
@@ -38,8 +38,8 @@ def local_node() -> LocalNode | None:
 
 
 def start_options(directory: Path, *, failed_checks: int) -> dict[str, Any]:
-    """Options for `ray.init`: where the new cluster's files lie, and how many health checks in a
-    row one of its nodes may fail."""
+    """Options for `ray.init`: the directory of the new cluster's files, and how many health checks
+    in a row one of its nodes may fail."""
     return {
         "_temp_dir": str(directory),
         "_system_config": {"health_check_failure_threshold": failed_checks},
@@ -48,15 +48,12 @@ def start_options(directory: Path, *, failed_checks: int) -> dict[str, Any]:
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """Have what Ray starts in this block listen at 127.0.0.1 alone. Ray does so by itself on
-    systems on which it knows no clusters."""
+    """What Ray starts in this block listens at 127.0.0.1 alone, as Ray's own default is on systems
+    for which it has no clusters."""
     name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
     setting = os.environ.get(name)
-    # in the processes that it starts, and in this one
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = (
-        "0",
-        False,
-    )
+    os.environ[name] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one
     try:
         yield
     finally:
@@ -68,20 +65,20 @@ def on_loopback() -> Iterator[None]:
 
 
 def use_token_if_there_is_one() -> None:
-    """Have this process show its token to the cluster that it attaches to. Ray does so for "auto"
-    alone, and for no other address."""
+    """Send this process's token to the cluster that it attaches to. Ray does so by itself only for
+    the address "auto"."""
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """What is free on each live node, by id. Public calls tell the sum over the cluster."""
+    """The free resources of each live node, by id. Public calls give the sum over the cluster."""
     free: Mapping[str, Mapping[str, float]]
     free = ray._private.state.state.available_resources_per_node()
     return free
 
 
 def total_resources() -> Mapping[str, Mapping[str, float]]:
-    """What each live node has, by id."""
+    """All resources of each live node, by id."""
     return ray._private.state.state.total_resources_per_node()
 
 
@@ -92,8 +89,18 @@ def drain_deadlines_ms() -> Mapping[str, int]:
 
 
 def drain_node(node: str, *, detail: str, deadline_ms: int) -> None:
-    """Drain a node because its machine will be taken away; what `ray drain-node` calls."""
+    """Drain a node because its machine will be taken away, as `ray drain-node` does."""
     raylet: Any = ray._raylet
     raylet.GcsClient(address=ray.get_runtime_context().gcs_address).drain_node(
         node, _PREEMPTION, detail, deadline_ms
     )
+
+
+def kill_train_controllers() -> None:
+    """Kill this job's Ray Train controllers: `fit` hands out no handle to its own, and ends in a
+    thread by no other means."""
+    job = ray.get_runtime_context().job_id
+    worker: Any = ray._private.worker.global_worker
+    for actor, about in ray._private.state.state.actor_table(None, job, "ALIVE").items():
+        if about["ActorClassName"] == "TrainController":
+            worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)

@@ -1,5 +1,5 @@
-"""What ranks say to one another beside tensors: JSON, which is read and never run, whoever has
-joined their group.
+"""Collectives for JSON values: broadcast and gather between ranks. No pickle, so that a process
+that has joined the group cannot make a rank run code.
 
 Every rank of the process group calls each of these, in the same order.
 """
@@ -18,8 +18,8 @@ _MOST_BYTES = 64 << 20  # of one message, or of all that are gathered
 
 
 def told(value: Any, *, most_bytes: int = _MOST_BYTES) -> Any:
-    """What rank 0 says, a JSON value; what the others pass is ignored. Raises StudentError where it
-    is too long, or no JSON."""
+    """Broadcast: the JSON value of rank 0; those of the others are ignored. Raises StudentError
+    where it is too long, or no JSON."""
     data = _packed(value) if dist.get_rank() == 0 else b""
     length = torch.tensor([len(data)], dtype=torch.int64, device=_device())
     dist.broadcast(length, src=0)
@@ -31,8 +31,8 @@ def told(value: Any, *, most_bytes: int = _MOST_BYTES) -> Any:
 
 
 def gathered(value: Any, *, most_bytes: int = _MOST_BYTES) -> list[Any]:
-    """Every rank's JSON value, by rank. Raises StudentError on every rank where they are too long,
-    or one of them is no JSON."""
+    """Gather: every rank's JSON value, by rank. Raises StudentError on every rank where they are
+    too long, or one of them is no JSON."""
     data, device, world_size = _packed(value), _device(), dist.get_world_size()
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
     dist.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64, device=device))
@@ -48,30 +48,22 @@ def gathered(value: Any, *, most_bytes: int = _MOST_BYTES) -> list[Any]:
 
 
 def outcomes(call: Callable[[], Any]) -> list[Any]:
-    """What each rank's call returned, a JSON value, or the StillhouseError that it raised, by
-    rank."""
+    """Call, and gather the results by rank: the JSON value that a rank's call returned, or the
+    StillhouseError that it raised."""
     try:
         own = {"value": call()}
     except StillhouseError as error:
-        own = {"error": packed_error(error)}
+        own = {"kind": type(error).__name__, "message": str(error)}
+    # a kind that is unknown here is a StudentError
+    kinds = _kinds()
     return [
-        unpacked_error(each["error"]) if "error" in each else each["value"]
+        each["value"] if "value" in each else kinds.get(each["kind"], StudentError)(each["message"])
         for each in gathered(own)
     ]
 
 
-def packed_error(error: StillhouseError) -> dict[str, str]:
-    """An error of ours as a JSON value: its kind and its message."""
-    return {"kind": type(error).__name__, "message": str(error)}
-
-
-def unpacked_error(values: dict[str, str]) -> StillhouseError:
-    """The error of ours that another rank has packed; one of a kind that is not known here is a
-    StudentError."""
-    return _kinds().get(values["kind"], StudentError)(values["message"])
-
-
 def _kinds() -> dict[str, type[StillhouseError]]:
+    """Every kind of error of ours, by name."""
     kinds, waiting = {}, [StillhouseError]
     while waiting:
         kind = waiting.pop()
@@ -81,12 +73,9 @@ def _kinds() -> dict[str, type[StillhouseError]]:
 
 
 def _device() -> torch.device:
-    """Where the group's backend wants its tensors."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )
+    """The device on which the group's backend wants its tensors."""
+    on_gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _packed(value: Any) -> bytes:
@@ -103,19 +92,16 @@ def _unpacked(bytes_B: Tensor, *, rank: int) -> Any:
 
 
 def _bytes_of(data: bytes, num_bytes: int) -> Tensor:
-    bytes_B = torch.zeros(num_bytes, dtype=torch.uint8)
-    bytes_B[: len(data)] = (
-        torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else bytes_B[:0]
-    )
-    return bytes_B.to(_device())
+    padded = bytearray(data) + bytes(num_bytes - len(data))
+    return torch.frombuffer(padded, dtype=torch.uint8).to(_device())
 
 
 def _require_lengths(nums_bytes: list[int], most_bytes: int) -> None:
-    if min(nums_bytes) < 1 or sum(nums_bytes) > most_bytes:
+    total = sum(nums_bytes)
+    if min(nums_bytes) < 1 or total > most_bytes:
         worst = min(nums_bytes) if min(nums_bytes) < 1 else max(nums_bytes)
         raise StudentError(
-            f"rank {nums_bytes.index(worst)} wants to send {worst} bytes, of {sum(nums_bytes)} in "
-            "all; "
+            f"rank {nums_bytes.index(worst)} wants to send {worst} bytes, of {total} in all; "
             f"at least 1 of each rank and at most {most_bytes} in all are taken. {_ADVICE}"
         )
 

@@ -1,5 +1,5 @@
-"""What the command knows of the shell that it was typed into: its arguments, and its
-environment."""
+"""The environment of this process: variables that are read and set, secrets that must not be
+written down, and the command line."""
 
 import logging
 import os
@@ -11,19 +11,18 @@ from stillhouse.redaction import know, secrets_of
 
 
 def cache_dir() -> Path:
-    """Where tokenised corpora and digests are kept between runs."""
+    """The directory of tokenised corpora and digests, which runs share."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse"
 
 
 def learn_secrets() -> None:
-    """Keep the secrets that this process was given, by its environment and its user's files, out of
-    all that it writes down."""
+    """Register the secrets in this process's environment and in its user's files for redaction."""
     know(secrets_of(os.environ, home=Path(os.path.expanduser("~"))))
 
 
 def quieten() -> None:
-    """Settle the libraries before they are imported: what is said here is ours to say, where the
-    user's own settings do not win."""
+    """Set how the libraries log and wait, before they are imported. The user's own settings
+    stay."""
     settings = {
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
@@ -41,20 +40,19 @@ def quieten() -> None:
         )
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = (
-        "0"  # else a thread that calls Ray after its end starts a second cluster
-    )
-    # a level would be set back by its import
+    # otherwise a thread that calls Ray after its end starts a second cluster
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    # a filter, because DeepSpeed's import sets its level
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def forbid_pickled_code() -> None:
-    """Have torch run no code of a pickle in this process and all that it starts, whatever the user
-    or a caller of torch.load asks for."""
+    """Make torch.load run no code of a pickle (`weights_only`), in this process and in all that it
+    starts, whatever its caller or the user sets."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # with both, torch opens nothing
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # with both, torch loads nothing
 
 
 def typed() -> str:
-    """What the user typed, for the record."""
+    """The command line as the user typed it, for the journal."""
     return shlex.join(["stillhouse", *sys.argv[1:]])

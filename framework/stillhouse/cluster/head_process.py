@@ -1,9 +1,9 @@
-"""Whether the attached cluster's head lives. Where it does not, the main thread is interrupted: Ray
-would wait, and end the process.
+"""A liveness watch over the attached cluster's head, which interrupts the main thread once the head
+is gone.
 
-Ray's client ends the whole process without a word a minute after its head (GCS) is gone, and at its
-next large object once the raylet of its own machine is. What has to be written down by then is
-written by the block that is left on this exception.
+Ray's client ends the whole process without a message, a minute after the head (GCS) is gone, and at
+its next large object once the raylet of its own machine is gone. The interrupt comes first, so that
+blocks that are left by it can still write their records.
 """
 
 import signal
@@ -26,21 +26,22 @@ _CONNECT_S = 5.0
 
 
 class HeadIsGone(BaseException):
-    """Raised in the main thread, like KeyboardInterrupt: no `except Exception` on the way may take
-    it for its own."""
+    """The interrupt, raised in the main thread. A BaseException, as KeyboardInterrupt is, so that
+    no `except Exception` catches it."""
 
 
 @contextmanager
-def required(
+def head_required(
     is_absent: Callable[[], bool], *, patience_s: float, look_every_s: float = 0.5
 ) -> Iterator[None]:
-    """Leave the block with HeadGoneError once `is_absent` has held for `patience_s`. Main thread
-    only; elsewhere nothing is watched."""
+    """Interrupt the block with HeadGoneError once `is_absent` has held for `patience_s`. In another
+    thread than the main one, nothing is watched."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     over, gone, main = threading.Event(), threading.Event(), threading.get_ident()
 
+    # a thread looks and signals, the main thread raises
     def watch() -> None:
         absent_since: float | None = None
         while not over.wait(look_every_s):
@@ -56,8 +57,9 @@ def required(
             raise HeadIsGone
 
     before = signal.signal(signal.SIGUSR1, receive)
-    thread = threading.Thread(target=watch, name="head", daemon=True)
-    thread.start()
+    threading.Thread(target=watch, name="head", daemon=True).start()
+
+    # the ways out of the block
     try:
         yield
     except HeadIsGone:
@@ -65,7 +67,7 @@ def required(
     except StillhouseError:
         raise
     except Exception as error:
-        if gone.is_set() or is_absent():  # whatever else failed, failed because of that
+        if gone.is_set() or is_absent():  # the error is a consequence of that
             raise HeadGoneError(GONE) from error
         raise
     finally:
@@ -73,9 +75,8 @@ def required(
         signal.signal(signal.SIGUSR1, before if before is not None else signal.SIG_DFL)
 
 
-def nobody_listens(host: str, port: int) -> bool:
-    """Whether nobody takes connections there. A process that is only busy does: its system takes
-    them."""
+def is_port_closed(host: str, port: int) -> bool:
+    """Whether no process accepts connections there. A busy one does: its system accepts them."""
     try:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
     except OSError:
@@ -84,11 +85,11 @@ def nobody_listens(host: str, port: int) -> bool:
 
 
 @contextmanager
-def held_to(path: Path) -> Iterator[Callable[[], bool]]:
-    """Keep a connection to the process that listens at a socket's path; yields whether it is gone,
-    which its system tells.
+def watched_socket(path: Path) -> Iterator[Callable[[], bool]]:
+    """Keep a connection to the process that listens at a socket's path. Yields a function: whether
+    that process is gone, by the state of the connection.
 
-    A new connection each time would fill the log of that process.
+    A new connection for each look would fill the log of that process.
     """
     with socket.socket(socket.AF_UNIX) as line:
         line.settimeout(_CONNECT_S)

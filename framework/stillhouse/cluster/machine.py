@@ -1,10 +1,10 @@
-"""What this machine must offer before a command, or a Ray cluster, starts on it: open files,
-loopback, places to write, shared memory.
+"""Preflight checks of this machine before a command, or a Ray cluster, starts on it: open files,
+loopback, directories to write, shared memory.
 
-Each check returns sentences that say what was found, what is wanted and what to do: one for each
-thing that is missing. All of them together take milliseconds, so they come before the libraries
-that take seconds to import, and before Ray, which would hang or fail in stack traces. They ask the
-system by trying: root may do by its rights what a read-only file system still refuses.
+Each check returns one sentence for each thing that is missing: what was found, what is wanted and
+what to do. All of them together take milliseconds, so they come before the libraries that take
+seconds to import, and before Ray, which would hang or fail with stack traces. A check tries the
+operation instead of reading permissions: a read-only file system refuses root, too.
 """
 
 import os
@@ -26,7 +26,7 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 def require(missing: Sequence[str]) -> None:
-    """Raise ConfigError where something is missing."""
+    """Raise ConfigError with the sentences of the checks, if there are any."""
     if missing:
         raise ConfigError(
             "this machine cannot do it:\n" + "\n".join(f"  - {each}" for each in missing)
@@ -34,12 +34,12 @@ def require(missing: Sequence[str]) -> None:
 
 
 def for_any_command(*, cache: Path) -> list[str]:
-    """What reading a config's models and corpus lacks here: a cache and a temporary directory."""
+    """The checks for reading a config's models and corpus: cache and temporary directory."""
     return [*_cache_directory(cache), *_temporary_directory()]
 
 
 def for_ray(environment: Mapping[str, str], *, num_cpus: int | None) -> list[str]:
-    """What a cluster that is started on this machine, with so many CPUs or all, would lack."""
+    """The checks for a cluster that is started on this machine, with so many CPUs or all (None)."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     return [
         *open_files(limits=limits, num_cpus=num_cpus or os.cpu_count() or 1),
@@ -49,8 +49,8 @@ def for_ray(environment: Mapping[str, str], *, num_cpus: int | None) -> list[str
 
 
 def home() -> list[str]:
-    """A home directory has to be known; it may be read-only. Ray Train looks for it when it is
-    imported."""
+    """The check for a home directory, which Ray Train looks for when it is imported. It may be
+    read-only."""
     try:
         Path.home()
     except RuntimeError:
@@ -62,20 +62,21 @@ def home() -> list[str]:
 
 
 def open_files(*, limits: tuple[int, int], num_cpus: int) -> list[str]:
-    """`limits`: the soft limit, which is raised where it is too low, and the hard one."""
+    """The check for open files. `limits`: the soft limit, which is raised where it is too low, and
+    the hard one."""
     wanted, (_, hard) = _LEAST_OPEN_FILES + _OPEN_FILES_PER_CPU * num_cpus, limits
     if hard == resource.RLIM_INFINITY or hard >= wanted:
         return []
     return [
         f"a process here may open {hard:,} files, by its hard limit; Ray on {num_cpus:,} CPUs "
-        f"wants {wanted:,} at least. Raise the limit"
-        " (as root: `ulimit -n 65536`; of a container: --ulimit nofile=65536)"
+        f"wants {wanted:,} at least. Raise the limit (as root: `ulimit -n 65536`; of a container: "
+        "--ulimit nofile=65536)"
     ]
 
 
 def raise_open_files() -> None:
-    """Raise the soft limit of open files as far as it goes, for what is started by this process.
-    Ray does so for its drivers alone."""
+    """Raise the soft limit of open files to the hard one, for all that this process starts. Ray
+    itself does so for its drivers alone."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -83,7 +84,7 @@ def raise_open_files() -> None:
 
 
 def remarks(environment: Mapping[str, str], *, object_store_bytes: int) -> list[str]:
-    """What would stop no run, and is worth knowing."""
+    """The checks whose results stop no run: shared memory, another temporary directory."""
     return [
         *shared_memory(num_free_bytes=_free_shared_memory(), wanted_bytes=object_store_bytes),
         *_other_temporary_directory(environment),
@@ -91,25 +92,27 @@ def remarks(environment: Mapping[str, str], *, object_store_bytes: int) -> list[
 
 
 def shared_memory(*, num_free_bytes: int, wanted_bytes: int) -> list[str]:
-    """Where it is too small, Ray's object store goes to disk, and ranks on GPUs of one machine may
-    find no room for NCCL's buffers."""
+    """The check for /dev/shm. Where it is too small, Ray's object store goes to disk, and ranks on
+    several GPUs may find no room for NCCL's buffers."""
     if num_free_bytes >= wanted_bytes:
         return []
     return [
         f"{_SHARED_MEMORY} has {num_free_bytes:,} bytes free; Ray's object store, which takes "
-        f"{wanted_bytes:,}, goes to disk instead."
-        " Ranks on several GPUs need room there, too (NCCL): give a container --shm-size=1g or more"
+        f"{wanted_bytes:,}, goes to disk instead. Ranks on several GPUs need room there, too "
+        "(NCCL): give a container --shm-size=1g or more"
     ]
 
 
 def why_not_writable(directory: Path) -> str | None:
     """Why nothing can be written into a directory, or it cannot be made where it is missing; None
     where it can. Nothing is left there."""
-    there = next(folder for folder in (directory, *directory.parents) if os.path.exists(folder))
+    there = _existing(directory)
+    if there == directory and not there.is_dir():
+        return f"{there} is a file"
     if not there.is_dir():
-        return f"{there} is a file" + (
-            "" if there == directory else f", so {directory} cannot be a directory"
-        )
+        return f"{there} is a file, so {directory} cannot be a directory"
+    if (reason := why_too_long(directory)) is not None:
+        return reason
     try:
         with tempfile.TemporaryFile(dir=there):
             return None
@@ -117,12 +120,25 @@ def why_not_writable(directory: Path) -> str | None:
         return f"nothing can be written in {there} ({error.strerror})"
 
 
+def why_too_long(path: Path) -> str | None:
+    """Why a path cannot be made, because of a name in it that is too long; None where none is."""
+    most_bytes = os.pathconf(_existing(path), "PC_NAME_MAX")
+    if all(len(os.fsencode(part)) <= most_bytes for part in path.parts):
+        return None
+    return f"a name in {path} is longer than the {most_bytes} bytes that fit there"
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or the nearest one above it that exists."""
+    return next(folder for folder in (directory, *directory.parents) if os.path.exists(folder))
+
+
 def _cache_directory(cache: Path) -> list[str]:
-    why = why_not_writable(cache)
-    if why is None:
+    reason = why_not_writable(cache)
+    if reason is None:
         return []
     return [
-        f"the cache of tokenised corpora, {cache}, cannot be used: {why}; set XDG_CACHE_HOME to "
+        f"the cache of tokenised corpora, {cache}, cannot be used: {reason}; set XDG_CACHE_HOME to "
         "another directory"
     ]
 

@@ -1,8 +1,8 @@
-"""One machine's part in a cluster: Ray is started on it, as the head or as a node of one, and never
-without a token.
+"""Starting Ray on one machine, as a cluster's head or as a node of it, always with token
+authentication.
 
-Who has the token may run code on every machine of the cluster; nobody else gets in. Ray itself
-would start without one, open to all who reach its ports.
+With the token, a process may run code on every machine of the cluster; without it, none can
+connect. Ray itself would start without a token, open to all who reach its ports.
 """
 
 import json
@@ -21,15 +21,15 @@ from stillhouse.errors import ConfigError, RunError
 
 PORT = 6379
 TOKEN_FILE = Path("~/.ray/auth_token")  # where Ray looks for it
-# of Ray's: work items and answers only; the default would take 30 % of the machine's memory
+# of Ray's object store, for work items and answers; its default is 30 % of the machine's memory
 OBJECT_STORE_BYTES = 256 << 20
 _LEAST_LENGTH = 16
 _LOOK_EVERY_S, _CONNECT_S = 2.0, 5.0
 
 
 def make_token(path: Path) -> None:
-    """Write a new token, for its owner's eyes alone. Raises ConfigError where there is one already,
-    or none can be written."""
+    """Write a new token that only its owner can read (mode 0600). Raises ConfigError where there is
+    one already, or none can be written."""
     try:
         atomic.make_directory(path.parent, mode=0o700)
         created = atomic.create(path, secrets.token_hex(32).encode(), mode=0o600)
@@ -46,30 +46,27 @@ def make_token(path: Path) -> None:
 def protected(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment with Ray's authentication on. Raises ConfigError where there is no token, or
     others may read it."""
-    token, named = environment.get("RAY_AUTH_TOKEN"), environment.get("RAY_AUTH_TOKEN_PATH")
-    if token is None:
-        path = Path(named).expanduser() if named else TOKEN_FILE.expanduser()
-        token = _read(path)
-    require_unguessable(token)
+    token, path = environment.get("RAY_AUTH_TOKEN"), environment.get("RAY_AUTH_TOKEN_PATH")
+    require_unguessable(_read(Path(path or TOKEN_FILE).expanduser()) if token is None else token)
     return {**environment, "RAY_AUTH_MODE": "token"}
 
 
 def require_unguessable(token: str) -> None:
-    """Raise ConfigError where the token of a cluster is short or blank."""
+    """Raise ConfigError where a cluster's token is short or blank."""
     length = len(token.strip())  # as Ray reads it
     if length < _LEAST_LENGTH:
         raise ConfigError(
             f"the token of the cluster has {length} characters; at least {_LEAST_LENGTH}, which "
-            "nobody can guess, are wanted."
-            " Unset RAY_AUTH_TOKEN, or give it what `openssl rand -hex 32` makes"
+            "nobody can guess, are wanted. Unset RAY_AUTH_TOKEN, or give it what `openssl rand "
+            "-hex 32` makes"
         )
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run `ray start`; blocks where it was told to. Raises ConfigError without a token, RunError
-    where Ray does not start."""
+    """Run `ray start`; blocks where the command has --block. Raises ConfigError without a token,
+    RunError where Ray does not start."""
     if subprocess.run(command, env=protected(environment), check=False).returncode != 0:
-        raise RunError("Ray did not start here; what it said stands above")
+        raise RunError("Ray did not start here; its messages are above")
 
 
 def head(
@@ -88,11 +85,9 @@ def head(
         f"--port={port}",
         "--dashboard-host=127.0.0.1",
     ]
-    return (
-        command
-        if autoscaling is None
-        else [*command, f"--autoscaling-config={autoscaling.expanduser()}"]
-    )
+    if autoscaling is not None:
+        command.append(f"--autoscaling-config={autoscaling.expanduser()}")
+    return command
 
 
 def join(
@@ -100,15 +95,16 @@ def join(
 ) -> list[str]:
     """The command that makes this machine a node of the head at HOST or HOST:PORT, with Ray's files
     in `directory`."""
+    host, port = _host_and_port(address)
     return [
         *_ray_start(resources, block=block, directory=directory),
-        f"--address={':'.join(map(str, _host_and_port(address)))}",
+        f"--address={host}:{port}",
     ]
 
 
 def wait_for_head(address: str, *, patience_s: float, waiting: Callable[[str], None]) -> None:
-    """Return once somebody listens there; `waiting` hears why it takes time. Raises RunError when
-    patience ends."""
+    """Return once the head's port is open. `waiting` is called with the reason after each failed
+    try; raises RunError after `patience_s`."""
     deadline = monotonic() + patience_s
     while True:
         try:
@@ -125,8 +121,8 @@ def wait_for_head(address: str, *, patience_s: float, waiting: Callable[[str], N
 
 
 def require_health(base: Path) -> None:
-    """Raise RunError where this machine belongs to a cluster whose head does not answer; one that
-    belongs to none is well."""
+    """Raise RunError where this machine belongs to a cluster whose head does not answer. A machine
+    that belongs to none is healthy."""
     address = current_address(base)
     if address is None:
         return
@@ -152,19 +148,18 @@ def parse_resources(words: Sequence[str]) -> dict[str, float]:
 
 def _read(path: Path) -> str:
     try:
-        mode = path.stat().st_mode
+        mode = stat.S_IMODE(path.stat().st_mode)
         token = path.read_text().strip()
     except OSError:
         raise ConfigError(
             f"there is no token for the cluster: RAY_AUTH_TOKEN is not set, and {path} cannot be "
-            "read. Without one, all who reach this"
-            " machine could run code on it. `stillhouse node token` makes one; every machine of "
-            "the cluster needs the same"
+            "read. Without one, all who reach this machine could run code on it. `stillhouse node "
+            "token` makes one; every machine of the cluster needs the same"
         ) from None
-    if stat.S_IMODE(mode) & 0o077:
+    if mode & 0o077:
         raise ConfigError(
-            f"{path} may be read by others (its mode is {stat.S_IMODE(mode):o}); chmod 600 "
-            f"{path}, and make a new one if they did"
+            f"{path} may be read by others (its mode is {mode:o}); chmod 600 {path}, and make a "
+            "new one if they did"
         )
     return token
 
@@ -175,8 +170,8 @@ def _ray_start(resources: Mapping[str, float], *, block: bool, directory: Path) 
         "start",
         "--disable-usage-stats",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
+        f"--temp-dir={ray_directory(directory)}",
     ]
-    command += [f"--temp-dir={ray_directory(directory)}"]
     command += [f"--resources={json.dumps(dict(resources))}"] if resources else []
     return [*command, "--block"] if block else command
 

@@ -1,5 +1,5 @@
-"""The nodes of a cluster: which there are, how much room they have, and which will be taken
-away."""
+"""The nodes of a Ray cluster: their resources, the files that they see, and which of them will be
+taken away."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,8 +35,8 @@ _ANSWER_S = 30.0
 
 
 def metadata_endpoints() -> Endpoints:
-    """Where this machine's cloud answers: at its usual address, or where the variables say that the
-    cloud's own tools go by."""
+    """The addresses of the clouds' metadata servers: the usual ones, or those of the variables that
+    the clouds' own tools read."""
     usual = Endpoints()
     gcp_host = os.environ.get("GCE_METADATA_HOST")
     return Endpoints(
@@ -49,48 +49,46 @@ def metadata_endpoints() -> Endpoints:
 def machine_notices(
     kind: NoticeSource, *, on_notice: Callable[[PreemptionNotice], None] | None = None
 ) -> PreemptionWatch:
-    """A watch over this machine's own end, to be entered in a process that runs on it. `kind` is
-    `cluster.notices` of the config."""
+    """A watch for preemption notices of this machine, to be entered in a process that runs on it.
+    `kind` is `cluster.notices` of the config."""
     return PreemptionWatch(local_sources(kind, metadata_endpoints()), on_notice=on_notice)
 
 
 def await_room(
-    crews: ResourceNeeds, section: ClusterSection, *, waiting: Callable[[str], None]
+    needs: ResourceNeeds, section: ClusterSection, *, waiting: Callable[[str], None]
 ) -> dict[str, float]:
-    """The cluster's resources, once they suffice for these crews: machines of a cluster that was
-    there before may still be on their way.
+    """Wait until the cluster's resources cover the needs; returns them. Machines of a cluster that
+    this run attaches to may still be joining.
 
-    A cluster that can grow is asked to. `waiting` hears what is missing once a second, and may
-    raise. Raises ConfigError where it is still missing after `section.join_s`.
+    A cluster with an autoscaler is requested to grow. `waiting` is called once a second with what
+    is missing, and may raise. Raises ConfigError where it is still missing after `section.join_s`.
     """
     available: dict[str, float] = ray.cluster_resources()
-    if section.address is not None and shortages(crews, available):
+    if section.address is not None and shortages(needs, available):
         deadline = monotonic() + section.join_s
-        with _wanted(crews, available):
-            while (
-                missing := shortages(crews, available := ray.cluster_resources())
-            ) and monotonic() < deadline:
+        with _requested(needs, available):
+            while (missing := shortages(needs, available)) and monotonic() < deadline:
                 waiting("; ".join(missing))
                 sleep(_LOOK_EVERY_S)
-    require_room(crews, available)
+                available = ray.cluster_resources()
+    require_room(needs, available)
     return available
 
 
 @contextmanager
-def _wanted(crews: ResourceNeeds, available: Mapping[str, float]) -> Iterator[None]:
-    """For as long as the block and this process last, Ray's autoscaler, where there is one, sees
-    that all of them want room."""
-    wanted = placement_group(
-        [
-            placement(section, available).times(1)
-            for section, count in crews.values()
-            for _ in range(count)
-        ]
-    )
+def _requested(needs: ResourceNeeds, available: Mapping[str, float]) -> Iterator[None]:
+    """A placement group of all the needs, for as long as the block and this process last: what
+    Ray's autoscaler, where there is one, makes room for."""
+    bundles = [
+        placement(section, available).times(1)
+        for section, count in needs.values()
+        for _ in range(count)
+    ]
+    group = placement_group(bundles)
     try:
         yield
     finally:
-        remove_placement_group(wanted)
+        remove_placement_group(group)
 
 
 def this_node() -> str:
@@ -99,25 +97,25 @@ def this_node() -> str:
 
 
 def draining() -> dict[str, PreemptionNotice]:
-    """The nodes that Ray will take away, by id, with the end that was set for each."""
-    found = _ray_compat.drain_deadlines_ms()
+    """The nodes that Ray drains, by id, with the deadline that was set for each."""
+    deadlines = {
+        node: ms / 1e3 if ms else time() + _DRAIN_S
+        for node, ms in _ray_compat.drain_deadlines_ms().items()
+    }
     return {
-        node: PreemptionNotice(
-            "ray", ms / 1e3 if ms else time() + _DRAIN_S, "the node is being drained"
-        )
-        for node, ms in found.items()
+        node: PreemptionNotice("ray", deadline, "the node is being drained")
+        for node, deadline in deadlines.items()
     }
 
 
 def drain(node: str, notice: PreemptionNotice) -> None:
-    """Let Ray start nothing more on a node whose machine will be taken away."""
-    _ray_compat.drain_node(
-        node, detail=f"{notice.source}: {notice.detail}", deadline_ms=int(notice.deadline * 1e3)
-    )
+    """Make Ray start nothing more on a node whose machine will be taken away."""
+    detail, deadline_ms = f"{notice.source}: {notice.detail}", int(notice.deadline * 1e3)
+    _ray_compat.drain_node(node, detail=detail, deadline_ms=deadline_ms)
 
 
 def room_for(where: Placement) -> int:
-    """How many such processes fit into what is free, on nodes that will stay."""
+    """How many such processes fit into what is free, on nodes that are not drained."""
     return _room_in(_ray_compat.free_resources(), where)
 
 
@@ -128,33 +126,29 @@ def room_at_most(where: Placement) -> int:
 
 def _room_in(resources_by_node: Mapping[str, Mapping[str, float]], where: Placement) -> int:
     leaving = draining()
-    return sum(
-        how_many_fit(there, where)
-        for node, there in resources_by_node.items()
-        if node not in leaving
-    )
+    staying = [there for node, there in resources_by_node.items() if node not in leaving]
+    return sum(how_many_fit(there, where) for there in staying)
 
 
-def who_does_not_see(path: Path, crews: Collection[Placement]) -> list[str]:
-    """The addresses of the other machines with resources for one of a crew on which there is no
-    such file, or nobody who could tell."""
-    resources = _ray_compat.total_resources()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != this_node()]
-    fitting = [
-        node
-        for node in others
-        if any(how_many_fit(resources.get(node["NodeID"], {}), crew) for crew in crews)
-    ]
-    asked = {
-        ask_node(node["NodeID"], os.path.exists, path): node["NodeManagerAddress"]
-        for node in fitting
-    }
-    answered, silent = (
-        ray.wait([*asked], num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
-    )
-    return sorted(
-        asked[answer] for answer in (*silent, *answered) if answer in silent or not _sees(answer)
-    )
+def machines_without(path: Path, placements: Collection[Placement]) -> list[str]:
+    """The addresses of the other machines on which there is no such file, or that do not answer. Of
+    those alone that have the resources for one of the placements."""
+    # every machine that may run one of the processes is asked at once
+    resources, here = _ray_compat.total_resources(), this_node()
+    addresses: dict[Any, str] = {}  # by the reference to the answer
+    for node in ray.nodes():
+        there = resources.get(node["NodeID"], {})
+        fits = any(how_many_fit(there, where) for where in placements)
+        if node["Alive"] and node["NodeID"] != here and fits:
+            answer = ask_node(node["NodeID"], os.path.exists, path)
+            addresses[answer] = node["NodeManagerAddress"]
+    if not addresses:
+        return []
+    # those without an answer in time, or with a bad one
+    answers = [*addresses]
+    answered, silent = ray.wait(answers, num_returns=len(answers), timeout=_ANSWER_S)
+    blind = [*silent, *(answer for answer in answered if not _sees(answer))]
+    return sorted(addresses[answer] for answer in blind)
 
 
 def _sees(answer: Any) -> bool:

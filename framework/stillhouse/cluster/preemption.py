@@ -1,9 +1,9 @@
-"""Notices: a machine says that it will be taken away, and by when.
+"""Preemption notices: the announcement that a machine will be taken away, and its deadline.
 
-The clouds say so on a metadata server that every machine reaches at a link-local address;
+The clouds announce it on a metadata server that every machine reaches at a link-local address;
 Kubernetes and Slurm send SIGTERM. Nothing here ever ends a run: a server that is absent, hangs or
-talks nonsense has announced nothing. It is asked directly, and neither through a proxy nor wherever
-it redirects to, so that nobody else can answer in its place.
+answers nonsense has announced nothing. Requests go to the server directly, without proxies and
+redirects, so that no other server can answer in its place.
 """
 
 import json
@@ -31,18 +31,13 @@ _TIMEOUT_S = 2.0
 _MOST_BYTES = 1 << 20
 _LOOK_AGAIN_S = 60.0  # for a cloud, where none has answered yet
 _GCP_LEFT_S = 30.0  # from the mark to the end: cloud.google.com/compute/docs/instances/preemptible
-# the others pause a machine, and let it go on
-_AZURE_ENDS = (
-    "Preempt",
-    "Terminate",
-    "Reboot",
-    "Redeploy",
-)
+# events that end a machine; the others pause it
+_AZURE_ENDS = ("Preempt", "Terminate", "Reboot", "Redeploy")
 
 
 @dataclass(frozen=True, slots=True)
 class PreemptionNotice:
-    """The end of a machine, announced. What it holds has to be safe elsewhere by `deadline`."""
+    """The announced end of a machine. Its data has to be safe elsewhere by `deadline`."""
 
     source: Source
     deadline: float  # unix seconds
@@ -51,19 +46,20 @@ class PreemptionNotice:
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where each cloud's metadata server answers, as URLs."""
+    """The URL of each cloud's metadata server."""
 
     aws: str = _LINK_LOCAL
     gcp: str = _LINK_LOCAL  # its name, metadata.google.internal, would need a name server
     azure: str = _LINK_LOCAL
 
 
-# at this moment, in unix seconds: has the end been announced? May raise what `_NO_ANSWER` lists
+# takes the time in unix seconds; the notice, or None where there is none. May raise what
+# `_NO_ANSWER` lists
 Ask = Callable[[float], PreemptionNotice | None]
 
 
 class NoAnswer(Exception):
-    """A metadata server answered in a way that says nothing: another status, or no sense."""
+    """A metadata server's answer cannot be used: an unexpected status, or nonsense."""
 
 
 _NO_ANSWER = (NoAnswer, OSError, HTTPException)
@@ -71,61 +67,45 @@ _NO_ANSWER = (NoAnswer, OSError, HTTPException)
 
 def aws(endpoint: str, now: float) -> PreemptionNotice | None:
     """EC2's spot interruption notice, about two minutes ahead, by IMDSv2. A rebalance
-    recommendation is a guess, and no notice.
+    recommendation is no notice.
 
     In a container the instance's hop limit has to be 2:
     docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html
     """
-    found = _get(
-        endpoint,
-        "/latest/meta-data/spot/instance-action",
-        {"X-aws-ec2-metadata-token": _aws_token(endpoint)},
-        absent=404,
-    )
+    token = {"X-aws-ec2-metadata-token": _aws_token(endpoint)}
+    found = _get(endpoint, "/latest/meta-data/spot/instance-action", token, absent=404)
     if found is None:
         return None
     values = _parsed(found)
-    return PreemptionNotice(
-        "aws",
-        _unix_seconds(values.get("time"), empty=now),
-        f"spot instance-action {values.get('action')}",
-    )
+    deadline = _unix_seconds(values.get("time"), empty=now)
+    return PreemptionNotice("aws", deadline, f"spot instance-action {values.get('action')}")
 
 
 def gcp(endpoint: str, now: float) -> PreemptionNotice | None:
     """Compute Engine's mark on a preempted spot machine, 30 s ahead."""
-    found = _get(
-        endpoint,
-        "/computeMetadata/v1/instance/preempted",
-        {"Metadata-Flavor": "Google"},
-        flavor="Google",
-    )
+    found = _get_gcp(endpoint, "/computeMetadata/v1/instance/preempted")
     if found is None or found.strip().upper() != "TRUE":
         return None
     return PreemptionNotice("gcp", now + _GCP_LEFT_S, "instance/preempted is TRUE")
 
 
 def azure(endpoint: str, now: float) -> PreemptionNotice | None:
-    """Azure's scheduled events that end this machine, 30 s ahead at least; those of its neighbours
-    in a scale set are not its own."""
-    document = _parsed(
-        _get(endpoint, "/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
-        or ""
-    )
-    events = [
-        event for event in _list_in(document, "Events") if event.get("EventType") in _AZURE_ENDS
-    ]
-    if not events:
+    """Azure's scheduled events that end this machine, 30 s ahead at least. Events of the other
+    machines of a scale set are left out."""
+    found = _parsed(_get_azure(endpoint, "/metadata/scheduledevents?api-version=2020-07-01"))
+    events = [event for event in _list_in(found, "Events") if isinstance(event, dict)]
+    endings = [event for event in events if event.get("EventType") in _AZURE_ENDS]
+    if not endings:
         return None
     name = _azure_name(endpoint)
-    ours = [event for event in events if name is None or name in _names_in(event)]
     notices = [
         PreemptionNotice(
             "azure",
             _unix_seconds(event.get("NotBefore"), empty=now),
             f"scheduled event {event['EventType']}",
         )
-        for event in ours
+        for event in endings
+        if name is None or name in _names_in(event)
     ]
     return min(notices, key=lambda notice: notice.deadline, default=None)
 
@@ -138,14 +118,10 @@ _CLOUDS: Mapping[Cloud, Callable[[str, float], PreemptionNotice | None]] = {
 
 
 def cloud_here(endpoints: Endpoints) -> Cloud | None:
-    """The cloud whose metadata server answers as only it does; None where none does."""
+    """The cloud whose metadata server answers in that cloud's own way; None where none does."""
     probes: Mapping[Cloud, Callable[[], object]] = {
-        "gcp": lambda: _get(
-            endpoints.gcp, "/computeMetadata/v1/", {"Metadata-Flavor": "Google"}, flavor="Google"
-        ),
-        "azure": lambda: _parsed(
-            _get(endpoints.azure, "/metadata/versions", {"Metadata": "true"}) or ""
-        ).__getitem__("apiVersions"),
+        "gcp": lambda: _get_gcp(endpoints.gcp, "/computeMetadata/v1/"),
+        "azure": lambda: _parsed(_get_azure(endpoints.azure, "/metadata/versions"))["apiVersions"],
         "aws": lambda: _aws_token(endpoints.aws),
     }
     for cloud, probe in probes.items():
@@ -158,41 +134,29 @@ def cloud_here(endpoints: Endpoints) -> Cloud | None:
 def local_sources(
     kind: Literal["auto", "aws", "gcp", "azure", "off"], endpoints: Endpoints
 ) -> list[Ask]:
-    """Whom to ask on this machine. `auto` finds out at the first question, which may take seconds:
-    ask in a thread."""
-    match kind:
-        case "off":
-            return []
-        case "auto":
-            return [_whichever_answers(endpoints)]
-        case "aws" | "gcp" | "azure":
-            return [_asking(kind, endpoints)]
-
-
-def _asking(cloud: Cloud, endpoints: Endpoints) -> Ask:
-    return lambda now: _CLOUDS[cloud](getattr(endpoints, cloud), now)
-
-
-def _whichever_answers(endpoints: Endpoints) -> Ask:
-    here: Cloud | None = None
+    """The sources of notices on this machine. `auto` looks for the cloud at the first call, which
+    may take seconds: call it in a thread."""
+    if kind == "off":
+        return []
+    here: Cloud | None = None if kind == "auto" else kind
     next_look = 0.0
 
     def ask(now: float) -> PreemptionNotice | None:
         nonlocal here, next_look
         if here is None and now >= next_look:
             here, next_look = cloud_here(endpoints), now + _LOOK_AGAIN_S
-        return _asking(here, endpoints)(now) if here is not None else None
+        return _CLOUDS[here](getattr(endpoints, here), now) if here is not None else None
 
-    return ask
+    return [ask]
 
 
 @contextmanager
 def sigterm(grace_s: float, *, clock: Callable[[], float] = time.time) -> Iterator[Ask]:
-    """While the block lasts, SIGTERM is the notice of an end in `grace_s` seconds, and ends nothing
-    by itself. Main thread only.
+    """SIGTERM as a notice: while the block lasts, it announces an end in `grace_s` seconds, and
+    ends nothing by itself. Main thread only.
 
-    Yields whom to ask; asking costs nothing. A second SIGTERM changes nothing: the first one's
-    deadline stands.
+    Yields the source, which answers at once. A second SIGTERM changes nothing: the deadline of the
+    first one stands.
     """
     notices: list[PreemptionNotice] = []
 
@@ -207,8 +171,8 @@ def sigterm(grace_s: float, *, clock: Callable[[], float] = time.time) -> Iterat
 
 
 class PreemptionWatch:
-    """Asks in a thread until somebody announces the end; use it as a context manager. It holds up
-    nobody: not even its own end waits."""
+    """A thread that asks the sources until one announces the end; a context manager. Nothing waits
+    for the thread, its own exit included."""
 
     def __init__(
         self,
@@ -219,19 +183,15 @@ class PreemptionWatch:
         clock: Callable[[], float] = time.time,
     ):
         """`on_notice` is called once, in the thread, after `notice` has been set."""
-        self._sources, self._every_s, self._on_notice, self._clock = (
-            sources,
-            every_s,
-            on_notice,
-            clock,
-        )
+        self._sources, self._every_s = sources, every_s
+        self._on_notice, self._clock = on_notice, clock
         self._notice: PreemptionNotice | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
 
     @property
     def notice(self) -> PreemptionNotice | None:
-        """What has been announced; once it is there, it stays."""
+        """The notice, or None so far. Once it is there, it stays."""
         return self._notice
 
     def __enter__(self) -> "PreemptionWatch":
@@ -248,11 +208,8 @@ class PreemptionWatch:
                 with suppress(*_NO_ANSWER):
                     self._notice = ask(self._clock())
                 if self._notice is not None:
-                    _log.info(
-                        "this machine ends in %.0f s: %s",
-                        self._notice.deadline - self._clock(),
-                        self._notice.detail,
-                    )
+                    left_s = self._notice.deadline - self._clock()
+                    _log.info("this machine ends in %.0f s: %s", left_s, self._notice.detail)
                     if self._on_notice is not None:
                         self._on_notice(self._notice)
                     return
@@ -260,36 +217,40 @@ class PreemptionWatch:
 
 
 def _aws_token(endpoint: str) -> str:
-    """A token for one question, so that none can be too old for the next."""
-    token = _request(
-        "PUT", endpoint, "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
-    )[1].strip()
+    """A token for one request, so that it cannot be too old for the next."""
+    lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    token = _request("PUT", endpoint, "/latest/api/token", lifetime)[1].strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise NoAnswer("this is no token")
     return token
 
 
+def _get_gcp(endpoint: str, path: str) -> str | None:
+    """Raises NoAnswer where another server than Google's answers."""
+    return _get(endpoint, path, {"Metadata-Flavor": "Google"}, flavor="Google")
+
+
+def _get_azure(endpoint: str, path: str) -> str:
+    return _get(endpoint, path, {"Metadata": "true"}) or ""
+
+
 def _azure_name(endpoint: str) -> str | None:
-    """This machine's name among those of an event; None where it cannot be had: then every event
-    may be its own."""
+    """This machine's name as events have it; None where the server does not give it: then any
+    event may be this machine's."""
+    path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
     with suppress(*_NO_ANSWER):
-        found = _get(
-            endpoint,
-            "/metadata/instance/compute/name?api-version=2021-02-01&format=text",
-            {"Metadata": "true"},
-        )
+        found = _get_azure(endpoint, path)
         return found.strip().lower() if found else None
     return None
 
 
 def _names_in(event: Mapping[str, object]) -> list[str]:
-    resources = event.get("Resources")
-    return [str(resource).lower() for resource in resources] if isinstance(resources, list) else []
+    return [str(resource).lower() for resource in _list_in(event, "Resources")]
 
 
-def _list_in(document: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
-    found = document.get(name)
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+def _list_in(values: Mapping[str, object], name: str) -> list[object]:
+    found = values.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _get(
@@ -300,8 +261,8 @@ def _get(
     absent: int = 0,
     flavor: str | None = None,
 ) -> str | None:
-    """The text there; None where the status is `absent`. Raises NoAnswer at every other status, and
-    without the flavor asked for."""
+    """The text at a path; None where the status is `absent`. Raises NoAnswer at every other status,
+    and where the answer's flavor is another."""
     status, text, found_flavor = _request("GET", endpoint, path, headers, allowed=(200, absent))
     if flavor is not None and found_flavor != flavor:
         raise NoAnswer(f"the answer's Metadata-Flavor is {found_flavor}, not {flavor}")
@@ -316,7 +277,7 @@ def _request(
     *,
     allowed: Sequence[int] = (200,),
 ) -> tuple[int, str, str | None]:
-    """Status, text and flavor of an answer. This client knows neither proxies nor redirects."""
+    """Status, text and flavor of an answer. Uses neither proxies nor redirects."""
     try:
         where = urlsplit(endpoint)
         connection = HTTPConnection(where.hostname or "", where.port, timeout=_TIMEOUT_S)
@@ -344,8 +305,8 @@ def _parsed(text: str) -> dict[str, object]:
 
 
 def _unix_seconds(text: object, *, empty: float) -> float:
-    """A moment written as ISO 8601 or as in mail (RFC 5322), in UTC where no zone is said; `empty`
-    where nothing is: it has begun."""
+    """A time in ISO 8601 or as in mail (RFC 5322), in UTC where it has no zone; `empty` for an
+    empty text, which means that the event has begun. Raises NoAnswer on another text."""
     if text == "":
         return empty
     if not isinstance(text, str):

@@ -1,5 +1,5 @@
-"""Processes of a run on a cluster: what they need to start, how one is called, looked at and
-ended."""
+"""Processes of a run on a Ray cluster: the secrets and settings of a new one, remote calls, stack
+dumps, kills."""
 
 import os
 import subprocess
@@ -22,28 +22,28 @@ _END_S, _STACK_S = 30.0, 10.0
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """What a process needs to reach gated models; its repr shows nothing, and it travels as an
+    """The credentials of a process for gated models. They are not in the repr, and travel as an
     argument, never in a config."""
 
     hub_token: str | None = field(repr=False)
 
     def adopt(self) -> None:
-        """Make the secrets this process's own, where Hugging Face looks for them."""
+        """Set the secrets in this process's environment, where Hugging Face looks for them."""
         if self.hub_token is not None:
             os.environ["HF_TOKEN"] = self.hub_token
             know([self.hub_token])
 
 
 def local_secrets() -> Secrets:
-    """The hub token of the person who starts the run: HF_TOKEN, or what `hf auth login` stored."""
+    """The hub token of the user who starts the run: HF_TOKEN, or what `hf auth login` stored."""
     from huggingface_hub import get_token
 
     return Secrets(hub_token=get_token())
 
 
 def prepare_process(device: str, threads: int) -> None:
-    """Settle a worker process before its first tensor: torch threads, DeepSpeed's accelerator, and
-    no pickle in any checkpoint."""
+    """Set up a worker process before its first tensor: torch threads, DeepSpeed's accelerator, and
+    no pickled code in any checkpoint."""
     import torch
 
     learn_secrets()
@@ -54,11 +54,9 @@ def prepare_process(device: str, threads: int) -> None:
 
 
 def call_remotely(function: Callable[..., Any], *arguments: object, where: Placement) -> Any:
-    """Run a function in a process of its own on the cluster, wait for it, and return its (small)
-    answer.
+    """Run a function in a new process on the cluster, wait for it, and return its (small) answer.
 
-    An error that it raises arrives as itself. Raises RunError where its process died, and died
-    again.
+    Raises the error that the function raises, and RunError where its process died twice.
     """
     remote = ray.remote(function).options(
         num_cpus=where.num_cpus,
@@ -79,19 +77,19 @@ def call_remotely(function: Callable[..., Any], *arguments: object, where: Place
 
 
 def stacks_of(pid: int, *, node: str) -> str | None:
-    """Where a worker of ours on a node stands, empty where that cannot be read; None where it is
+    """The stacks of a worker's threads: empty where they cannot be read, None where the worker is
     gone."""
     stacks: str | None = _answer(ask_node(node, _stack_of, pid))
     return stacks
 
 
 def end_process(pid: int, *, node: str) -> None:
-    """Kill a worker of ours on a node, where it is still there."""
+    """Kill a worker on a node, if it is still there."""
     _answer(ask_node(node, _end_process, pid))
 
 
 def ask_node(node: str, function: Callable[..., Any], argument: object) -> Any:
-    """Begin to run a function on this node; what it will answer."""
+    """Start a function on this node. Returns Ray's reference to its answer."""
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(argument)
 
@@ -99,9 +97,7 @@ def ask_node(node: str, function: Callable[..., Any], argument: object) -> Any:
 def _answer(asked: Any) -> Any:
     try:
         return ray.get(asked, timeout=_END_S)
-    except (
-        ray.exceptions.RayError
-    ):  # the node is gone, or as silent as the process: Ray's own health check sees to it
+    except ray.exceptions.RayError:  # the node is gone, or hangs: Ray's health check ends it
         return None
 
 
@@ -122,17 +118,12 @@ def _worker_process(pid: int) -> Any:
 
 
 def _stack_of(pid: int) -> str | None:
-    """By py-spy, which comes with Ray and can read a process that was stopped; it needs the right
-    to trace others."""
+    """By py-spy, which comes with Ray and can read a stopped process; it needs the right to trace
+    others."""
     if _worker_process(pid) is None:
         return None
-    command = [
-        str(Path(sys.executable).parent / "py-spy"),
-        "dump",
-        "--nonblocking",
-        "--pid",
-        str(pid),
-    ]
+    py_spy = str(Path(sys.executable).parent / "py-spy")
+    command = [py_spy, "dump", "--nonblocking", "--pid", str(pid)]
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=_STACK_S, check=False
@@ -142,6 +133,6 @@ def _stack_of(pid: int) -> str | None:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error that a remote process raised, out of the one that Ray wrapped it in."""
+    """The error that a remote process raised, unwrapped from Ray's own."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error

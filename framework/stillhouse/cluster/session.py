@@ -1,4 +1,4 @@
-"""A session on a Ray cluster: attach to one that is there, or start one on this machine that ends
+"""A session on a Ray cluster: attach to one that exists, or start one on this machine, which ends
 with the command."""
 
 import logging
@@ -14,7 +14,7 @@ import ray
 
 from stillhouse.cluster import _ray_compat, machine
 from stillhouse.cluster.environment import learn_secrets
-from stillhouse.cluster.head_process import held_to, nobody_listens, required
+from stillhouse.cluster.head_process import head_required, is_port_closed, watched_socket
 from stillhouse.cluster.node import OBJECT_STORE_BYTES, require_unguessable
 from stillhouse.cluster.ray_directory import (
     base_directory,
@@ -30,14 +30,13 @@ _log = logging.getLogger(__name__)
 
 _NAMESPACE = "stillhouse"
 _REACH_S = 10.0
-# that one machine's own node may fail in a row, three seconds each: it may be busy, and is never
-# cut off
+# failed health checks in a row, of three seconds each, after which Ray drops a node: on one machine
+# a node may be busy, and is never cut off
 _PATIENT_CHECKS = 100
-# that a head may be away; others' may be started again. Ray ends this process after 60
-_OWN_HEAD_S, _HEAD_S = (
-    1.0,
-    30.0,
-)
+# for how long a head may be absent, our own or that of a cluster that we attach to, which may be
+# started again. Ray ends this process after 60 s
+_OWN_HEAD_S = 1.0
+_HEAD_S = 30.0
 
 
 @contextmanager
@@ -45,8 +44,8 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
     """Attach to the cluster that the section names, or start one on this machine; yields its
     resources by name.
 
-    A cluster that this started ends with the block. Inside an already attached process (a test
-    session) it is used as it is. Raises HeadGoneError where the cluster's head, or this machine's
+    A cluster that was started here ends with the block. A process that is attached already, such
+    as a test session, stays so. Raises HeadGoneError where the cluster's head, or this machine's
     part of it, is gone before the block is done.
     """
     if ray.is_initialized():
@@ -61,8 +60,8 @@ def attached(section: ClusterSection) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def _own_cluster(section: ClusterSection) -> Iterator[None]:
-    """A cluster of this machine alone: its ports are on loopback, and its files where no other user
-    can enter."""
+    """A cluster of this machine alone: its ports are on loopback, and no other user can enter the
+    directory of its files."""
     machine.require(lacks(section))
     _require_token()
     directory = new_directory(base_directory(os.environ))
@@ -75,18 +74,16 @@ def _own_cluster(section: ClusterSection) -> Iterator[None]:
 
 
 def lacks(section: ClusterSection) -> list[str]:
-    """What this machine lacks to start the section's cluster, as sentences for the user; empty
-    where it attaches to one."""
+    """The failed preflight checks of this machine, as sentences for the user; none where the
+    section attaches to a cluster."""
     return machine.for_ray(os.environ, num_cpus=section.num_cpus) if section.address is None else []
 
 
 def remarks(section: ClusterSection) -> list[str]:
-    """What is worth knowing of this machine where the section's cluster is started on it."""
-    return (
-        machine.remarks(os.environ, object_store_bytes=OBJECT_STORE_BYTES)
-        if section.address is None
-        else []
-    )
+    """The checks of this machine that stop no run; none where the section attaches to a cluster."""
+    if section.address is not None:
+        return []
+    return machine.remarks(os.environ, object_store_bytes=OBJECT_STORE_BYTES)
 
 
 def _start(num_cpus: int | None, directory: Path) -> None:
@@ -100,13 +97,13 @@ def _start(num_cpus: int | None, directory: Path) -> None:
                 object_store_memory=OBJECT_STORE_BYTES,
                 **_ray_compat.start_options(directory, failed_checks=_PATIENT_CHECKS),
             )
-    except Exception as error:  # Ray has no class for it
+    except Exception as error:  # Ray has no class of its own for it
         ray.shutdown()
-        why = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise RunError(
-            f"Ray did not start on this machine ({why}); where the machine was too busy, the same "
-            "command goes on later."
-            " cluster.address attaches to a cluster that is there already"
+            f"Ray did not start on this machine ({reason}); where the machine was too busy, the "
+            "same command goes on later. cluster.address attaches to a cluster that is there "
+            "already"
         ) from error
 
 
@@ -124,11 +121,10 @@ def _others_cluster(address: str) -> Iterator[None]:
             "head`, or leave cluster.address out"
         ) from None
     except ray.exceptions.AuthenticationError as error:
-        why = str(error).partition(". ")[0]
+        reason = str(error).partition(". ")[0]
         raise ConfigError(
-            f"the Ray cluster at {address!r} lets in who has its token ({why}); put the token of "
-            "its head into RAY_AUTH_TOKEN, or a file"
-            " that holds it into RAY_AUTH_TOKEN_PATH"
+            f"the Ray cluster at {address!r} lets in who has its token ({reason}); put the token "
+            "of its head into RAY_AUTH_TOKEN, or a file that holds it into RAY_AUTH_TOKEN_PATH"
         ) from None
     with _until_shutdown(patience_s=_HEAD_S):
         yield
@@ -137,7 +133,7 @@ def _others_cluster(address: str) -> Iterator[None]:
 def _init(**options: Any) -> None:
     ray.init(**options, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     for handler in logging.getLogger("ray").handlers:
-        if isinstance(handler, logging.StreamHandler):  # which prints: warnings are for the log
+        if isinstance(handler, logging.StreamHandler):  # it prints; warnings are for the log alone
             handler.setLevel(logging.ERROR)
     logging.getLogger("ray").setLevel(logging.WARNING)
 
@@ -146,14 +142,14 @@ def _init(**options: Any) -> None:
 def _until_shutdown(*, patience_s: float) -> Iterator[None]:
     here = _ray_compat.local_node()
     try:
-        if here is None:  # a client by ray://, which its server tells
+        if here is None:  # a client by ray://, whose server reports the end
             yield
             return
         host, _, port = here.gcs_address.rpartition(":")
         with (
-            held_to(here.raylet_socket) as is_raylet_gone,
-            required(
-                lambda: is_raylet_gone() or nobody_listens(host.strip("[]"), int(port)),
+            watched_socket(here.raylet_socket) as is_raylet_gone,
+            head_required(
+                lambda: is_raylet_gone() or is_port_closed(host.strip("[]"), int(port)),
                 patience_s=patience_s,
             ),
         ):
@@ -163,8 +159,8 @@ def _until_shutdown(*, patience_s: float) -> Iterator[None]:
 
 
 def _resolved(address: str) -> str:
-    """`auto` as host:port: RAY_ADDRESS, or what this machine was made part of. Ray itself would
-    believe any process and any file."""
+    """`auto` as host:port: RAY_ADDRESS, or the cluster that this machine belongs to. Ray itself
+    would trust any process and any file that names one. Raises ValueError where there is none."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
     if address == "auto":
@@ -175,11 +171,11 @@ def _resolved(address: str) -> str:
 
 
 def settle_ray_train() -> None:
-    """How Ray Train shall look after its ranks, before the first trainer is made. The user's own
-    settings win."""
+    """Set how Ray Train watches its ranks, before the first trainer is made. The user's own
+    settings stay."""
     settings = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead rank is seen that soon
-        # one more process for each life of a group: the driver watches for that
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # within which a dead rank is found
+        # it would be one more process for each attempt, and the driver watches itself
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
     }
@@ -188,8 +184,8 @@ def settle_ray_train() -> None:
 
 
 def _require_token() -> None:
-    """Other users reach the ports of this machine, too: Ray asks who comes where it finds a token,
-    which it reads once."""
+    """Make sure that Ray authenticates by a token, since other users reach this machine's ports,
+    too. Ray reads the token once. Raises ConfigError on a mode without one, or a weak token."""
     mode = os.environ.get("RAY_AUTH_MODE", "token")
     if mode.lower() != "token":
         raise ConfigError(
@@ -200,7 +196,7 @@ def _require_token() -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise OSError where nobody listens at host:port: Ray itself would try for minutes."""
+    """Raise OSError where no process listens at host:port: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S):

@@ -1,1 +1,1 @@
-"""Teacher, student and control on held-out text."""
+"""Evaluation: the scores of teacher, student and control on held-out text."""

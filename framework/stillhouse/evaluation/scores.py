@@ -1,7 +1,7 @@
-"""The exact comparison: teacher and student side by side on held-out text, both distributions
-dense, in token blocks.
+"""Evaluation: teacher, student and control side by side on held-out text, with dense distributions,
+in token blocks.
 
-Nothing here comes from compressed targets, so nothing here can inherit their error.
+No compressed target is used, so the scores have none of their error.
 
 Shapes: B sequences, L positions, T tokens, V vocabulary.
 """
@@ -31,33 +31,30 @@ _NUM_BINS = 15
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What one model does on the held-out tokens. Means per target token; nats."""
+    """Scores of one model: means over the held-out target tokens, in nats."""
 
     num_tokens: int
     cross_entropy: float
     kl: float  # KL(teacher || model); 0 for the teacher itself
-    agreement: float  # share of tokens where the model's first choice is the teacher's
-    # expected calibration error of the first choice, 15 equal-width bins (Guo et al. 2017, arXiv
-    # 1706.04599)
+    agreement: float  # share of tokens where the model's first choice is the teacher's (top-1)
+    # expected calibration error of the first choice, in 15 bins of equal width (arXiv 1706.04599)
     calibration_error: float
-    # mean of sum_v min(p, q): the share of drafts that speculative decoding would accept (arXiv
-    # 2211.17192)
+    # mean of sum_v min(p, q): the share of drafts that speculative decoding accepts (2211.17192)
     acceptance: float
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model as its newest commit has it, wherever it is scored."""
+    """A model in its newest commit, which the process that scores it reads."""
 
     section: StudentSection
     checkpoints: str  # a URL
-    tracker: Tracker  # hears of an outage of their store, which is waited for
+    tracker: Tracker  # journals an outage of their store, which is waited for
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationJob:
-    """Which models to score on which sequences. All are compared with `teacher`, which is scored as
-    well."""
+    """Which models to score, and how. All are compared with `teacher`, which is scored as well."""
 
     teacher: ModelSection
     models: Mapping[ModelName, ModelSection | Trained]
@@ -70,8 +67,8 @@ class EvaluationJob:
 
 
 def evaluate(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
-    """Scores of the teacher and each model, by name, on the masked-in tokens of `heldout`. Runs in
-    the calling process."""
+    """Scores of the teacher and of each model, by name, on the target tokens of `heldout` (those of
+    its loss mask). Computed in the calling process."""
     prepare_process(job.device, job.threads)
     job.secrets.adopt()
     with process_log("evaluation", job.log):
@@ -79,6 +76,7 @@ def evaluate(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
 
 
 def _evaluated(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
+    """All models at the same time: no distribution is kept beyond its block of tokens."""
     models: dict[ModelName, ModelSection | Trained] = {"teacher": job.teacher, **job.models}
     scorers = {name: _scorer(model, job) for name, model in models.items()}
     tallies = {name: _Tally() for name in scorers}
@@ -98,6 +96,8 @@ def _evaluated(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores
 
 @dataclass(frozen=True, slots=True)
 class _Scorer:
+    """A model, and its head as it is read off it."""
+
     model: PreTrainedModel
     head: Head
 
@@ -111,14 +111,12 @@ class _Scorer:
 
 def _scorer(wanted: ModelSection | Trained, job: EvaluationJob) -> _Scorer:
     if isinstance(wanted, Trained):
-        from stillhouse.student.export import (
-            load_trained,
-        )  # DeepSpeed, which takes seconds to import
+        # late: DeepSpeed takes seconds to import
+        from stillhouse.student.export import load_trained
 
-        model: Any = load_trained(
-            wanted.checkpoints, wanted.section, tell=outage_teller(wanted.tracker)
-        )[0].eval()
-        model.to(job.device)
+        tell = outage_teller(wanted.tracker)
+        trained, _ = load_trained(wanted.checkpoints, wanted.section, tell=tell)
+        model: Any = trained.eval().to(job.device)
     else:
         many_gpus = job.device == "cuda" and torch.cuda.device_count() > 1
         model = load_model(wanted, device_map="auto" if many_gpus else job.device)
@@ -126,13 +124,13 @@ def _scorer(wanted: ModelSection | Trained, job: EvaluationJob) -> _Scorer:
 
 
 def outage_teller(tracker: Tracker) -> Tell:
-    """Who journals that the checkpoints' store is waited for."""
+    """A function that journals that the checkpoints' store is waited for."""
     return lambda seconds, why: tracker.record(OutageRow("the evaluation", seconds, why))
 
 
 @dataclass(slots=True)
 class _Tally:
-    """Sums over tokens; float64, so that their order does not matter."""
+    """Sums over tokens, in float64: their order changes no digit that is shown."""
 
     num_tokens: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
@@ -140,8 +138,9 @@ class _Tally:
     bins: Tensor = field(default_factory=lambda: torch.zeros(3, _NUM_BINS, dtype=torch.float64))
 
     def add(self, teacher_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> None:
-        """One block of tokens. The work is done where the teacher's values are, and 32 numbers come
-        back."""
+        """Add one block of tokens. It is computed on the device of the teacher's values; only the
+        sums are copied to the CPU."""
+        # the sums
         model_TV, labels_T = model_TV.to(teacher_TV.device), labels_T.to(teacher_TV.device)
         p_TV = teacher_TV.exp()
         confidence_T, choice_T = model_TV.max(dim=-1)
@@ -152,6 +151,8 @@ class _Tally:
         acceptance = torch.minimum(p_TV, model_TV.exp()).sum(dtype=torch.float64)
         self.num_tokens += len(labels_T)
         self.sums += torch.stack([cross_entropy, kl, agreement, acceptance]).cpu()
+
+        # the bins
         bins_T = (confidence_T * _NUM_BINS).long().clamp_max(_NUM_BINS - 1)
         correct_T = (choice_T == labels_T).double()
         found = torch.zeros(3, _NUM_BINS, dtype=torch.float64, device=bins_T.device)

@@ -1,2 +1,1 @@
-"""What a student learns from: divergences on sparse targets, and the fused head that applies
-them."""
+"""What a student learns from: divergences on sparse targets, and the fused head and loss."""

@@ -1,18 +1,24 @@
-"""Divergences between bucketed distributions: the type, and six instances.
+"""Divergences of teacher p and student q on sparse targets: forward and reverse KL, skewed KL,
+Jensen-Shannon (JSD) and total variation (TVD).
 
-A divergence sees, for each token, the K kept entries and one bucket of all the others, never
-renormalised: so every divergence here is a lower bound of the same divergence of the full
-distributions, and is 0 only where the buckets agree.
+A target keeps K entries of the teacher's distribution. All other ids, the tail, are one bucket. A
+divergence is a function of the log-masses of these K + 1 buckets, which are never renormalised:
 
-Forward KL falls into that of the buckets and p_tail times that within the tail. Where the target
-has draws from the teacher's tail, it uses them for the second part, with p_tail times the entropy
-of the teacher's tail on top, which is not stored. So its gradient is that of the full distributions
-in expectation; its value is too, but for that constant: it does not fall to 0, and with K = 0 it is
-the cross-entropy of the whole teacher (RS-KD, arXiv 2503.16870). A divergence that holds forward KL
-as a part says so (`forward_kl_share`), and that part uses the draws alike; whatever else it holds
-sees the tail as one bucket.
+    divergence.of(logp_TK1, logq_TK1) -> loss_T    # nats
 
-Shapes: T tokens, K kept entries, K1 = K + 1 buckets with the tail last, H hidden.
+Merging ids into a bucket never raises an f-divergence (data processing inequality). So each of the
+six here is at most its value on the whole vocabulary, and is 0 only where the buckets agree.
+
+Draws from the tail (RS-KD, random-sampled distillation, arXiv 2503.16870) complete forward KL,
+
+    KL(p || q) = KL of the buckets + p_tail * KL within the tail,
+
+since they estimate the second term without bias, up to p_tail times the entropy of the teacher's
+tail, a constant that a target does not store. So the gradient is that of the whole vocabulary in
+expectation, but the value does not fall to 0; with K = 0 it is the cross-entropy of the whole
+teacher. `sparse_gradient` adds the term as many times as a divergence holds forward KL.
+
+Shapes: T tokens, K kept entries, K1 = K + 1 buckets with the tail last.
 """
 
 import math
@@ -25,77 +31,28 @@ from torch import Tensor
 from stillhouse.errors import ConfigError
 from stillhouse.extension import extension_digest, is_extension, load_extension
 
-# nats; stands for no mass at all: exp(-100) is below every float32 that is not subnormal
+# nats; the log of no mass at all: exp(-100) is below every float32 that is not subnormal
 LOG_FLOOR = -100.0
 
 
 class Divergence(NamedTuple):
-    """A distance between teacher and student, and how much of it draws from the tail can complete.
+    """A divergence of teacher and student, and how much of it draws from the tail can complete.
 
-    `of` is (logp_TK1, logq_TK1) -> loss_T: teacher's and student's log-masses of the same buckets,
-    the tail's last. No log p is below LOG_FLOOR, so none is -inf.
+    `of(logp_TK1, logq_TK1) -> loss_T`: log-masses of the same buckets, the teacher's first, with
+    the tail last; nats, differentiable in logq_TK1. No log p is below LOG_FLOOR, so none is -inf.
 
-    `forward_kl_share` is how many times the divergence holds forward KL: 1 for forward KL itself
-    and for its sum with another divergence, 0.5 for half of it. That part has the whole
-    vocabulary's gradient in expectation where the target has draws. The rest, and all of a
-    divergence of share 0, sees the tail as one bucket.
+    `forward_kl_share`: how many times `of` holds forward KL. 1 for forward KL itself and for its
+    sum with anything else, 0.5 for half of it. Where the target has draws, that part has the
+    gradient of the whole vocabulary in expectation. All else in `of` sees the tail as one bucket.
+
+        def squared_hellinger(logp_TK1, logq_TK1):
+            return 1.0 - (0.5 * (logp_TK1 + logq_TK1)).exp().sum(dim=-1)
+
+        distillation_loss(hidden_TH, head, target, divergence=Divergence(squared_hellinger))
     """
 
     of: Callable[[Tensor, Tensor], Tensor]
     forward_kl_share: float = 0.0
-
-
-def divergence_named(name: str, mix: float) -> Divergence:
-    """The divergence that a config names; `mix` is beta of jsd and alpha of the skewed ones, unused
-    by the others.
-
-    Raises ConfigError for an unknown name, and for one of the user's own that is no usable
-    Divergence.
-    """
-    match name:
-        case "forward_kl":
-            return forward_kl
-        case "reverse_kl":
-            return reverse_kl
-        case "jsd":
-            return jsd(mix)
-        case "skew_forward_kl":
-            return skew_forward_kl(mix)
-        case "skew_reverse_kl":
-            return skew_reverse_kl(mix)
-        case "tvd":
-            return tvd
-    if is_extension(name):
-        return _proven(load_extension(name, setting="student.divergence"), name)
-    raise ConfigError(
-        f"no divergence '{name}'; known: forward_kl, reverse_kl, jsd, skew_forward_kl, "
-        "skew_reverse_kl, tvd"
-    )
-
-
-def divergence_identity(name: str) -> str:
-    """What a checkpoint remembers: the name, and for one of the user's own the digest of its
-    file."""
-    return f"{name}@{extension_digest(name)}" if is_extension(name) else name
-
-
-def _proven(found: Any, name: str) -> Divergence:
-    """The user's own divergence, tried on two tokens. Raises ConfigError where it is none."""
-    if not isinstance(found, Divergence):
-        raise ConfigError(
-            f'student.divergence is "{name}", a {type(found).__name__}; wanted a '
-            "stillhouse.losses.divergences.Divergence"
-        )
-    logp_TK1 = torch.tensor([[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]).log().clamp(min=LOG_FLOOR)
-    logq_TK1 = torch.tensor([[0.2, 0.3, 0.5], [0.4, 0.4, 0.2]]).log().requires_grad_()
-    loss_T = found.of(logp_TK1, logq_TK1)
-    if loss_T.shape != (2,) or not (loss_T.isfinite().all() and loss_T.requires_grad):
-        raise ConfigError(
-            f'student.divergence is "{name}", whose `of` gives {list(loss_T.shape)} for '
-            "log-masses of [2, 3]; wanted a finite loss for each"
-            " token, [2], differentiable in the second argument"
-        )
-    return found
 
 
 def _kl(loga_TK1: Tensor, logb_TK1: Tensor) -> Tensor:
@@ -110,77 +67,128 @@ def _total_variation(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
     return 0.5 * (logp_TK1.exp() - logq_TK1.exp()).abs().sum(dim=-1)
 
 
+def _log_mixture(loga_TK1: Tensor, logb_TK1: Tensor, *, weight_of_a: float) -> Tensor:
+    return torch.logaddexp(loga_TK1 + math.log(weight_of_a), logb_TK1 + math.log1p(-weight_of_a))
+
+
 forward_kl = Divergence(_kl, forward_kl_share=1.0)
-"""KL(p || q) = sum p log(p / q): covers all that the teacher does (Hinton et al. 2015). With draws
-unbiased."""
+"""KL(p || q) = sum p log(p / q). Mode-covering (Hinton et al. 2015, arXiv 1503.02531). The one
+divergence that draws make unbiased."""
 
 reverse_kl = Divergence(_reverse_kl)
-"""KL(q || p) = sum q log(q / p): keeps to what the teacher does (MiniLLM, arXiv 2306.08543)."""
+"""KL(q || p) = sum q log(q / p). Mode-seeking (MiniLLM, arXiv 2306.08543)."""
 
 tvd = Divergence(_total_variation)
-"""Total variation distance, half of sum |p - q|: bounded gradients (f-distill, arXiv
+"""Total variation distance, sum |p - q| / 2. Its gradients are bounded (f-distill, arXiv
 2307.15190)."""
 
 
 def jsd(beta: float) -> Divergence:
-    """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta)
-    q (GKD, arXiv 2306.13649).
+    """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649).
 
-    Raises ConfigError unless 0 < beta < 1: at either end it is 0 for every student.
+    beta KL(p || m) + (1 - beta) KL(q || m), with m = beta p + (1 - beta) q. Raises ConfigError
+    unless 0 < beta < 1: at either end it is 0 for every student.
     """
     _require_proper_mix("jsd", beta)
 
-    def divergence(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
+    def jensen_shannon(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
         logm_TK1 = _log_mixture(logp_TK1, logq_TK1, weight_of_a=beta)
         return beta * _kl(logp_TK1, logm_TK1) + (1.0 - beta) * _kl(logq_TK1, logm_TK1)
 
-    return Divergence(divergence)
+    return Divergence(jensen_shannon)
 
 
 def skew_forward_kl(alpha: float) -> Divergence:
-    """KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898). Raises ConfigError unless 0 <
-    alpha < 1."""
+    """Skewed forward KL, KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898).
+
+    Raises ConfigError unless 0 < alpha < 1.
+    """
     _require_proper_mix("skew_forward_kl", alpha)
-    return Divergence(
-        lambda logp_TK1, logq_TK1: _kl(
-            logp_TK1, _log_mixture(logp_TK1, logq_TK1, weight_of_a=alpha)
-        )
-    )
+
+    def skewed(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
+        return _kl(logp_TK1, _log_mixture(logp_TK1, logq_TK1, weight_of_a=alpha))
+
+    return Divergence(skewed)
 
 
 def skew_reverse_kl(alpha: float) -> Divergence:
-    """KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv 2402.03898). Raises ConfigError unless 0 <
-    alpha < 1."""
+    """Skewed reverse KL, KL(q || alpha q + (1 - alpha) p) (DistiLLM, arXiv 2402.03898).
+
+    Raises ConfigError unless 0 < alpha < 1.
+    """
     _require_proper_mix("skew_reverse_kl", alpha)
-    return Divergence(
-        lambda logp_TK1, logq_TK1: _kl(
-            logq_TK1, _log_mixture(logq_TK1, logp_TK1, weight_of_a=alpha)
-        )
-    )
+
+    def skewed(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
+        return _kl(logq_TK1, _log_mixture(logq_TK1, logp_TK1, weight_of_a=alpha))
+
+    return Divergence(skewed)
+
+
+_BUILT_IN: dict[str, Callable[[float], Divergence]] = {
+    "forward_kl": lambda _mix: forward_kl,
+    "reverse_kl": lambda _mix: reverse_kl,
+    "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": lambda _mix: tvd,
+}
+
+
+def divergence_named(name: str, mix: float = 0.5) -> Divergence:
+    """The divergence of a name: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd,
+    or "package.module:name" for one of your own.
+
+    `mix` is beta of jsd and alpha of the skewed KLs, strictly between 0 and 1; the others do not
+    use it. Raises ConfigError for an unknown name, a mix out of range, and where the name is of one
+    of your own that is no usable Divergence.
+
+        divergence_named("jsd", 0.1).of(logp_TK1, logq_TK1)    # [T], nats
+    """
+    if name in _BUILT_IN:
+        return _BUILT_IN[name](mix)
+    if is_extension(name):
+        return _proven(load_extension(name, setting="student.divergence"), name)
+    raise ConfigError(f"no divergence '{name}'; known: {', '.join(_BUILT_IN)}")
+
+
+def divergence_identity(name: str) -> str:
+    """What a checkpoint holds of a divergence: its name, and the digest of its file where it is of
+    the user's own."""
+    return f"{name}@{extension_digest(name)}" if is_extension(name) else name
 
 
 def is_unbiased_with_draws(divergence: Divergence) -> bool:
-    """Whether draws complete the divergence, so that its gradient is the whole vocabulary's in
-    expectation.
+    """Whether the divergence is `forward_kl_share` times forward KL, and nothing else.
 
-    That is so where it is `forward_kl_share` times forward KL and nothing else, as it proves on a
-    fixed pair of distributions.
+    Then draws give it the gradient of the whole vocabulary in expectation. Tried on one pair of
+    distributions.
     """
     if divergence.forward_kl_share == 0.0:
         return False
     logp_12, logq_12 = (
         torch.tensor([[mass, 1.0 - mass]], dtype=torch.float64).log() for mass in (0.3, 0.6)
     )
-    return torch.allclose(
-        divergence.of(logp_12, logq_12),
-        divergence.forward_kl_share * _kl(logp_12, logq_12),
-        rtol=1e-6,
-        atol=0.0,
-    )
+    wanted_1 = divergence.forward_kl_share * _kl(logp_12, logq_12)
+    return torch.allclose(divergence.of(logp_12, logq_12), wanted_1, rtol=1e-6, atol=0.0)
 
 
-def _log_mixture(loga_TK1: Tensor, logb_TK1: Tensor, *, weight_of_a: float) -> Tensor:
-    return torch.logaddexp(loga_TK1 + math.log(weight_of_a), logb_TK1 + math.log1p(-weight_of_a))
+def _proven(found: Any, name: str) -> Divergence:
+    """A divergence of the user's own, tried on two tokens. Raises ConfigError where it is none."""
+    if not isinstance(found, Divergence):
+        raise ConfigError(
+            f'student.divergence is "{name}", a {type(found).__name__}; wanted a '
+            "stillhouse.losses.divergences.Divergence"
+        )
+    logp_TK1 = torch.tensor([[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]).log().clamp(min=LOG_FLOOR)
+    logq_TK1 = torch.tensor([[0.2, 0.3, 0.5], [0.4, 0.4, 0.2]]).log().requires_grad_()
+    loss_T = found.of(logp_TK1, logq_TK1)
+    if loss_T.shape != (2,) or not (loss_T.isfinite().all() and loss_T.requires_grad):
+        raise ConfigError(
+            f'student.divergence is "{name}", whose `of` gives {list(loss_T.shape)} for '
+            "log-masses of [2, 3]; wanted a finite loss for each token, [2], differentiable in the "
+            "second argument"
+        )
+    return found
 
 
 def _require_proper_mix(name: str, mix: float) -> None:

@@ -1,11 +1,14 @@
-"""The two passes over a block of logits on a GPU, one kernel each: bfloat16 products are read as
-they are, and become their gradient.
+"""The two passes over a block of logits on a GPU, one Triton kernel each; the plain reference is
+`head_passes_torch`.
 
-Sums are in float32. A kept id is marked by -inf among the products, which no finite head makes: it
-adds nothing, and gets no gradient here. The kernels need nothing newer than Triton 3.6, and also
-run in Triton's interpreter.
+`_reduce_tail` is an online softmax over each token's products. `_write_grad` overwrites the
+products with their gradient. Both read and write 16-bit products as they are, and compute in
+float32. A kept id is marked by -inf among the products, which no finite head makes: it adds nothing
+to the sums, and gets no gradient here.
 
-Shapes: C tokens of one block, K kept entries, V vocabulary.
+The kernels need nothing newer than Triton 3.6, and also run in Triton's interpreter.
+
+Shapes: C tokens of one block, K kept entries, V vocabulary, W row stride in logits.
 """
 
 from collections.abc import Callable
@@ -19,203 +22,179 @@ from torch import Tensor
 
 from stillhouse.logits import Head
 from stillhouse.logits.launching import may_pass, run_kernel
-from stillhouse.losses.head_passes_torch import Passes, Shares, Tail, TorchPasses
+from stillhouse.losses.head_passes_torch import Passes, TailGrad, TailStats, TorchPasses
 
-_TILE_LOGITS = 4096  # that a program holds at one time
+_TILE_LOGITS = 4096  # of one program at one time
 _NUM_WARPS = 8
 _ROW_MULTIPLE = 64  # logits: a whole number of cache lines
-_NO_LOGIT = torch.finfo(
-    torch.float32
-).min  # the peak of an empty tail: finite, so that nothing becomes NaN
+# peak and sum of an empty tail: finite, so that nothing becomes NaN
+_NO_LOGIT = torch.finfo(torch.float32).min
 _NO_SUM = torch.finfo(torch.float32).tiny
 
 
 class TritonPasses:
-    """`read_` reads each product once, `write_` reads and writes each once. For a head of any
-    floating dtype but float64.
+    """`Passes` in Triton kernels, for a weight of any floating dtype but float64.
 
-    Rows are whole cache lines apart, whatever the vocabulary, for the sake of the loads and of the
-    matrix products; what lies between them is always -inf, so that no kernel looks where a row
-    ends.
+    `reduce_tail_` reads each product once, `write_grad_` reads and writes each once. Rows are whole
+    cache lines apart, whatever the vocabulary, which loads and matmuls need for their speed. The
+    padding between two rows is always -inf, so that kernels need not mask it.
     """
 
-    def __init__(self, head: Head, num_tokens: int, *, temperature: float, text: bool):
+    def __init__(self, head: Head, num_tokens: int, *, temperature: float, label_loss: bool):
         width = triton.cdiv(head.vocab_size, _ROW_MULTIPLE) * _ROW_MULTIPLE
         rows_CW = head.weight_VH.new_empty((num_tokens, width))
         rows_CW[:, head.vocab_size :] = -torch.inf
         self.products_CV = rows_CW[:, : head.vocab_size]
-        self._bend = (head.scale, head.softcap or 1.0, 1.0 / temperature)
+        self._scale_softcap_inverse = (head.scale, head.softcap or 1.0, 1.0 / temperature)
         self._options: dict[str, Any] = {
-            "CAPPED": head.softcap is not None,
-            "TEXT": text and temperature != 1.0,
+            "HAS_SOFTCAP": head.softcap is not None,
+            "HAS_CE": label_loss and temperature != 1.0,
             "TILE": _TILE_LOGITS,
+            "num_warps": _NUM_WARPS,
         }
 
-    def read_(self, products_CV: Tensor, ids_CK: Tensor) -> Tail:
+    def reduce_tail_(self, products_CV: Tensor, ids_CK: Tensor) -> TailStats:
         products_CV.scatter_(1, ids_CK, -torch.inf)
         num_tokens, width = products_CV.shape[0], products_CV.stride(0)
-        peak_C1, sum_C1, text_sum_C1 = (
+        peak_C1, sum_C1, ce_sum_C1 = (
             torch.empty((num_tokens, 1), device=products_CV.device) for _ in range(3)
         )
-        tails = (peak_C1, sum_C1, text_sum_C1)
-        run_kernel(
-            _read,
-            (num_tokens,),
-            products_CV,
-            width,
-            *tails,
-            *self._bend,
-            **self._options,
-            num_warps=_NUM_WARPS,
-        )
-        return Tail(
-            peak_C1.clamp_(min=_NO_LOGIT),
-            sum_C1.clamp_(min=_NO_SUM),
-            text_sum_C1.clamp_(min=_NO_SUM) if self._options["TEXT"] else sum_C1,
-        )
+        stats = (peak_C1, sum_C1, ce_sum_C1)
+        arguments = (products_CV, width, *stats, *self._scale_softcap_inverse)
+        run_kernel(_reduce_tail, (num_tokens,), *arguments, **self._options)
+        for each_C1, least in zip(stats, (_NO_LOGIT, _NO_SUM, _NO_SUM), strict=True):
+            each_C1.clamp_(min=least)
+        return TailStats(peak_C1, sum_C1, ce_sum_C1 if self._options["HAS_CE"] else sum_C1)
 
-    def write_(self, products_CV: Tensor, shares: Shares) -> Tensor:
+    def write_grad_(self, products_CV: Tensor, tail: TailGrad) -> Tensor:
         (num_tokens, vocab_size), width = products_CV.shape, products_CV.stride(0)
+        arguments = (products_CV, width, vocab_size, *tail, *self._scale_softcap_inverse)
         tiles = (num_tokens, triton.cdiv(width, _TILE_LOGITS))
-        run_kernel(
-            _write,
-            tiles,
-            products_CV,
-            width,
-            vocab_size,
-            *shares,
-            *self._bend,
-            **self._options,
-            num_warps=_NUM_WARPS,
-        )
+        run_kernel(_write_grad, tiles, *arguments, **self._options)
         return products_CV
 
 
 @cache
-def defect(
+def self_test_failure(
     device: torch.device, *, make_passes: Callable[..., Passes] = TritonPasses
 ) -> str | None:
-    """What is wrong with the kernels on this device, or None. Compiles them, for some seconds, and
-    holds them to `TorchPasses`.
+    """Why the kernels cannot be used on this device, or None. Compiles them, which takes seconds,
+    and compares them with `TorchPasses`.
 
-    What is wrong for good is remembered. A failure that may pass is raised, and the next call tries
-    again.
+    The answer is cached, except that a failure which may pass (such as no memory) is raised, and
+    the next call tests again.
     """
+    version = f"triton {triton.__version__}"
     for softcap, temperature in ((None, 1.0), (5.0, 2.0)):
-        head = Head(
-            torch.empty((_TILE_LOGITS + 501, 0), dtype=torch.bfloat16, device=device),
-            scale=0.5,
-            softcap=softcap,
-        )
+        weight_V0 = torch.empty((_TILE_LOGITS + 501, 0), dtype=torch.bfloat16, device=device)
+        head = Head(weight_V0, scale=0.5, softcap=softcap)
+        options: dict[str, Any] = {"temperature": temperature, "label_loss": True}
         try:
-            found = _tried(make_passes(head, 3, temperature=temperature, text=True), head)
-        except (
-            Exception
-        ) as failure:  # whatever a compiler, a driver or a device may raise: there is another path
-            if may_pass(failure):
+            found = _results_on_sample(make_passes(head, 3, **options), head)
+        except Exception as error:  # of a compiler, a driver or a device: torch can do it
+            if may_pass(error):
                 raise
-            return (
-                f"triton {triton.__version__} fails on {device}: {type(failure).__name__}: "
-                f"{str(failure).splitlines()[:1]}"
-            )
-        wanted = _tried(TorchPasses(head, 3, temperature=temperature, text=True), head)
-        if not all(
-            torch.allclose(ours, theirs, rtol=2e-2, atol=1e-4)
-            for ours, theirs in zip(found, wanted, strict=True)
-        ):
-            return f"triton {triton.__version__} answers wrongly on {device}"
+            lines = str(error).splitlines()[:1]
+            return f"{version} fails on {device}: {type(error).__name__}: {lines}"
+        wanted = _results_on_sample(TorchPasses(head, 3, **options), head)
+        pairs = zip(found, wanted, strict=True)
+        if not all(torch.allclose(ours, theirs, rtol=2e-2, atol=1e-4) for ours, theirs in pairs):
+            return f"{version} answers wrongly on {device}"
     return None
 
 
-def _tried(passes: Passes, head: Head) -> list[Tensor]:
-    """All that both passes make of three tokens with logits of the usual size."""
+def _results_on_sample(passes: Passes, head: Head) -> list[Tensor]:
+    """All that both passes compute of three random tokens, with logits of the usual size."""
     random, device = torch.Generator().manual_seed(0), head.weight_VH.device
     products_CV = passes.products_CV.copy_(8 * torch.randn(3, head.vocab_size, generator=random))
     ids_CK = torch.randint(head.vocab_size, (3, 5), generator=random).to(device)
-    share_C1, text_share_C1 = torch.rand(2, 3, 1, generator=random).to(device)
-    tail = passes.read_(products_CV, ids_CK)
-    gradient_CV = passes.write_(products_CV, Shares(tail.peak_C1, share_C1, text_share_C1))
-    return [*tail, gradient_CV.float().scatter(1, ids_CK, 0.0)]
+    share_C1, ce_share_C1 = torch.rand(2, 3, 1, generator=random).to(device)
+    stats = passes.reduce_tail_(products_CV, ids_CK)
+    grad_CV = passes.write_grad_(products_CV, TailGrad(stats.peak_C1, share_C1, ce_share_C1))
+    return [*stats, grad_CV.float().scatter(1, ids_CK, 0.0)]
 
 
 @triton.jit
-def _logits(
+def _logits_and_slopes(
     row: tl.tensor,
     ids: tl.tensor,
     width: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
-    CAPPED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ) -> tl.tensor:
-    """A tile's logits, -inf where there is none, and their slopes in the products."""
+    """A tile's logits, -inf where there is none, and d logit / d product at each."""
     product = tl.load(row + ids, mask=ids < width, other=-float("inf")).to(tl.float32)
     logit = product * scale
     slope = tl.full(logit.shape, 1.0, tl.float32) * scale
-    if CAPPED:
-        bent = 2.0 * tl.sigmoid(2.0 * logit / softcap) - 1.0  # tanh
-        logit = bent * softcap
-        slope = (1.0 - bent * bent) * scale
+    if HAS_SOFTCAP:
+        tanh = 2.0 * tl.sigmoid(2.0 * logit / softcap) - 1.0
+        logit = tanh * softcap
+        slope = (1.0 - tanh * tanh) * scale
     return tl.where(product == -float("inf"), -float("inf"), logit), slope
 
 
 @triton.jit
-def _read(
+def _reduce_tail(
     products: tl.tensor,
     width: tl.tensor,
     peaks: tl.tensor,
     sums: tl.tensor,
-    text_sums: tl.tensor,
+    ce_sums: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     inverse: tl.tensor,
-    CAPPED: tl.constexpr,
-    TEXT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
+    """One program a token: an online softmax, whose sums are rescaled where the peak rises."""
     token = tl.program_id(0).to(tl.int64)
+    row = products + token * width
     peak = tl.full((), -float("inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    text_total = tl.full((), 0.0, tl.float32)
+    ce_total = tl.full((), 0.0, tl.float32)
+    # one tile after another
     for start in range(0, width, TILE):
-        logit, _ = _logits(
-            products + token * width, start + tl.arange(0, TILE), width, scale, softcap, CAPPED
-        )
+        ids = start + tl.arange(0, TILE)
+        logit, _ = _logits_and_slopes(row, ids, width, scale, softcap, HAS_SOFTCAP)
         old, peak = peak, tl.maximum(peak, tl.max(logit, axis=0))
         base = tl.where(peak == -float("inf"), 0.0, peak)  # -inf - -inf would be NaN
-        total = total * tl.exp((old - base) * inverse) + tl.sum(
-            tl.exp((logit - base) * inverse), axis=0
-        )
-        if TEXT:
-            text_total = text_total * tl.exp(old - base) + tl.sum(tl.exp(logit - base), axis=0)
+        kept = total * tl.exp((old - base) * inverse)
+        total = kept + tl.sum(tl.exp((logit - base) * inverse), axis=0)
+        if HAS_CE:
+            ce_total = ce_total * tl.exp(old - base) + tl.sum(tl.exp(logit - base), axis=0)
     tl.store(peaks + token, peak)
     tl.store(sums + token, total)
-    tl.store(text_sums + token, text_total)
+    tl.store(ce_sums + token, ce_total)
 
 
 @triton.jit
-def _write(
+def _write_grad(
     products: tl.tensor,
     width: tl.tensor,
     vocab_size: tl.tensor,
     peaks: tl.tensor,
     shares: tl.tensor,
-    text_shares: tl.tensor,
+    ce_shares: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     inverse: tl.tensor,
-    CAPPED: tl.constexpr,
-    TEXT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_CE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
+    """One program a tile of one token; the padding of a row stays -inf."""
+    # logits and slopes again, from the products
     token = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    logit, slope = _logits(products + token * width, ids, width, scale, softcap, CAPPED)
+    row = products + token * width
+    logit, slope = _logits_and_slopes(row, ids, width, scale, softcap, HAS_SOFTCAP)
+    # their gradient; 0 at kept ids
     below = logit - tl.load(peaks + token)
-    gradient = tl.load(shares + token) * tl.exp(below * inverse)
-    if TEXT:
-        gradient += tl.load(text_shares + token) * tl.exp(below)
-    gradient = tl.where(logit == -float("inf"), 0.0, gradient * slope)
-    gradient = tl.where(ids < vocab_size, gradient, -float("inf"))
-    tl.store(
-        products + token * width + ids, gradient.to(products.dtype.element_ty), mask=ids < width
-    )
+    grad = tl.load(shares + token) * tl.exp(below * inverse)
+    if HAS_CE:
+        grad += tl.load(ce_shares + token) * tl.exp(below)
+    grad = tl.where(logit == -float("inf"), 0.0, grad * slope)
+    grad = tl.where(ids < vocab_size, grad, -float("inf"))
+    tl.store(row + ids, grad.to(products.dtype.element_ty), mask=ids < width)

@@ -1,19 +1,19 @@
-"""The loss of a block of tokens, and its gradient, from few numbers of each: the logits that it
-names, and what all the others sum to.
+"""The loss of a block of tokens and its gradient in the logits, from a few numbers of each token:
+the logits at the ids that the loss names, and the softmax statistics of all others.
 
-One gradient serves every divergence. A loss of the K kept entries and of the tail's mass changes
-the K kept logits one by one, and all other logits of a token through ONE number, shared out by the
-softmax within the tail. That number comes from autograd on [C, K + 1] tensors, so a divergence is a
-few lines of torch. Cross-entropy and the z-loss have gradients of the same kind.
+One sparse gradient serves every divergence. A function of the K kept log-masses and the tail's has
+K gradients of its own in the kept logits, and ONE for all logits of the tail together, which the
+softmax within the tail shares out. Autograd computes these K + 1 numbers on [C, K + 1] tensors, so
+that a divergence is a few lines of torch. The label loss, which is cross-entropy to the label and
+the z-loss, has a gradient of the same form.
 
-Draws from the teacher's tail add the cross-entropy within it: p_tail times the mean of -log(q(draw)
-/ q_tail). In expectation, that is what forward KL over the whole vocabulary has beyond its buckets,
-but for the entropy of the teacher's tail, which no student changes. A divergence adds it as many
-times as it holds forward KL: its `forward_kl_share`.
+Draws add the cross-entropy within the tail, p_tail times the mean over draws of
+-log(q(draw) / q_tail), times the divergence's `forward_kl_share`. In expectation that is what
+forward KL has beyond its buckets, up to the entropy of the teacher's tail, a constant (RS-KD, arXiv
+2503.16870).
 
 Shapes: C tokens of one block, K kept entries, K1 = K + 1 buckets with the tail last, N draws, L = 1
-label, or 0 where the text is not learnt, O = N + L ids that are named beside the kept ones, X = K +
-O named ids.
+label, or 0 without cross-entropy, O = N + L other named ids, X = K + O named ids.
 """
 
 from dataclasses import dataclass
@@ -24,17 +24,18 @@ from torch import Tensor
 
 from stillhouse.logits import CompressedLogits
 from stillhouse.losses.divergences import LOG_FLOOR, Divergence
-from stillhouse.losses.head_passes_torch import Shares, Tail
+from stillhouse.losses.head_passes_torch import TailGrad, TailStats
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is summed over tokens: divergence_weight * temperature^2 * D + ce_weight * CE +
-    z_loss_weight * lse^2.
+    """The weights of a loss, which sums over tokens
 
-    D is the divergence of the buckets and, where the target has draws, forward_kl_share times the
-    cross-entropy within the tail; CE is to the label, and lse the log-sum-exp of the student's
-    logits (PaLM, arXiv 2204.02311, section 5), both at temperature 1.
+    divergence_weight * temperature^2 * D + ce_weight * CE + z_loss_weight * lse^2.
+
+    D is the divergence of the buckets, and where the target has draws forward_kl_share times the
+    cross-entropy within the tail. CE is the cross-entropy to the label and lse the log-sum-exp of
+    the student's logits (z-loss: PaLM, arXiv 2204.02311, section 5), both at temperature 1.
     """
 
     divergence: Divergence
@@ -44,9 +45,8 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """Something for each id that a token's loss names: the id itself, the logit there, or the
-    gradient."""
+class AtNamedIds:
+    """One value for each id that a token's loss names: the id, its logit, or a gradient there."""
 
     kept_CK: Tensor
     drawn_CN: Tensor
@@ -54,22 +54,18 @@ class Named:
 
     @property
     def others(self) -> Tensor:
-        """[C, O] of draws and label, where an id may be more than once; the label may be a kept
-        one."""
+        """[C, O]: draws and label. An id may be there twice, and the label may be a kept id."""
         return torch.cat([self.drawn_CN, self.label_CL], dim=1)
 
     @property
     def every(self) -> Tensor:
-        """[C, X] of kept, draws and label."""
+        """[C, X]: kept ids, draws and label."""
         return torch.cat([self.kept_CK, self.drawn_CN, self.label_CL], dim=1)
 
-    def split(self, values_CX: Tensor) -> "Named":
-        """Such values for these ids, told apart."""
-        return Named(
-            *values_CX.split(
-                [self.kept_CK.shape[1], self.drawn_CN.shape[1], self.label_CL.shape[1]], dim=1
-            )
-        )
+    def split(self, values_CX: Tensor) -> "AtNamedIds":
+        """Values in the order of `every`, by kind of id."""
+        sizes = [each.shape[1] for each in (self.kept_CK, self.drawn_CN, self.label_CL)]
+        return AtNamedIds(*values_CX.split(sizes, dim=1))
 
 
 def named_ids(
@@ -78,157 +74,167 @@ def named_ids(
     *,
     num_tokens: int,
     device: torch.device,
-) -> Named:
-    """int64; the draws ascend."""
+) -> AtNamedIds:
+    """The ids that the loss of each token names, int64; the draws ascend."""
     none_C0 = torch.empty((num_tokens, 0), dtype=torch.int64, device=device)
     label_CL = none_C0 if labels_C is None else labels_C.long()[:, None]
-    return (
-        Named(none_C0, none_C0, label_CL)
-        if target is None
-        else Named(target.token_ids_TK.long(), target.tail_ids_TN.long(), label_CL)
-    )
+    if target is None:
+        return AtNamedIds(none_C0, none_C0, label_CL)
+    return AtNamedIds(target.token_ids_TK.long(), target.tail_ids_TN.long(), label_CL)
 
 
-class Gradient(NamedTuple):
-    """Of the weighted total in the logits, before temperature."""
+class LogitsGrad(NamedTuple):
+    """The gradient of the objective in the logits.
 
-    # kept, draws, label; in full, not on top of the tail's share; a label that is kept has no
-    # meaning of its own
+    At named ids it is the whole gradient, not what comes on top of the tail's. Where the label is a
+    kept id, the kept one's counts.
+    """
+
     named_CX: Tensor
-    shares: Shares  # of all other logits
+    tail: TailGrad  # of all other logits
 
 
 def loss_and_gradient(
-    ids: Named,
-    logits: Named,
-    tail: Tail,
+    ids: AtNamedIds,
+    logits: AtNamedIds,
+    tail: TailStats,
     target: CompressedLogits | None,
     *,
     objective: Objective,
-    needed: bool,
-) -> tuple[Tensor, Gradient | None]:
-    """Sums over C of (divergence, cross-entropy, lse^2), and the gradient of their weighted total,
-    where it is needed.
+    needs_grad: bool,
+) -> tuple[Tensor, LogitsGrad | None]:
+    """Sums over C of (divergence, cross-entropy, lse^2), unweighted, and the gradient of their
+    weighted total; None where it is not needed.
 
-    What has no weight is not measured: its sum is 0. Without a target there are no kept ids, and
-    the temperature is 1.
+    A term without weight is not computed: its sum is 0. `target` is None without a divergence; then
+    there are no kept ids, and the temperature is 1.
     """
-    temperature = 1.0 if target is None else target.temperature
+    # each part of the loss, and its gradient in the K + 1 buckets
     sums_3 = logits.kept_CK.new_zeros(3)
-    pull_CK1 = text_pull_CK1 = logits.kept_CK.new_zeros(
-        (logits.kept_CK.shape[0], logits.kept_CK.shape[1] + 1)
-    )
-    drawn_mass_C1 = pull_CK1[:, -1:]
+    num_tokens, num_kept = logits.kept_CK.shape
+    grad_CK1 = ce_grad_CK1 = logits.kept_CK.new_zeros((num_tokens, num_kept + 1))
+    draw_mass_C1, temperature = grad_CK1[:, -1:], 1.0
     if target is not None:
-        sums_3[0], pull_CK1, drawn_mass_C1 = _from_teacher(
-            logits, tail, target, objective=objective, needed=needed
+        temperature = target.temperature
+        sums_3[0], grad_CK1, draw_mass_C1 = _divergence_loss(
+            logits, tail, target, objective=objective, needs_grad=needs_grad
         )
     if ids.label_CL.shape[1] or objective.z_loss_weight > 0.0:
-        sums_3[1:], text_pull_CK1 = _from_text(ids, logits, tail, target, objective=objective)
-    if not needed:
+        sums_3[1:], ce_grad_CK1 = _label_loss(ids, logits, tail, target, objective=objective)
+    if not needs_grad:
         return sums_3, None
-    share_C1, text_share_C1 = (
-        pull_CK1[:, -1:] / tail.sum_C1,
-        text_pull_CK1[:, -1:] / tail.text_sum_C1,
-    )
+
+    # the tail's gradient as a share for each unit of exp(logit - peak)
+    share_C1 = grad_CK1[:, -1:] / tail.sum_C1
+    ce_share_C1 = ce_grad_CK1[:, -1:] / tail.ce_sum_C1
     if temperature == 1.0:
-        share_C1, text_share_C1 = share_C1 + text_share_C1, torch.zeros_like(text_share_C1)
-    below_CO = (logits.others - tail.peak_C1).clamp(max=0.0)  # above 0 only where the label is kept
-    others_CO = share_C1 * (below_CO / temperature).exp() + text_share_C1 * below_CO.exp()
-    others_CO -= drawn_mass_C1 * _count(ids.drawn_CN, ids.others)
-    others_CO -= objective.ce_weight * _is_label(ids.others, ids.label_CL).to(others_CO.dtype)
-    named_CX = torch.cat([(pull_CK1 + text_pull_CK1)[:, :-1], others_CO], dim=1)
-    return sums_3, Gradient(named_CX, Shares(tail.peak_C1, share_C1, text_share_C1))
+        share_C1, ce_share_C1 = share_C1 + ce_share_C1, torch.zeros_like(ce_share_C1)
+
+    # draws and label: their part of the tail's gradient, and what comes off it
+    others_CO = ids.others
+    below_CO = (logits.others - tail.peak_C1).clamp(max=0.0)  # above 0 only for a kept label
+    other_grad_CO = share_C1 * (below_CO / temperature).exp() + ce_share_C1 * below_CO.exp()
+    other_grad_CO -= draw_mass_C1 * _count(ids.drawn_CN, others_CO)
+    is_label_CO = _is_label(others_CO, ids.label_CL).to(other_grad_CO.dtype)
+    other_grad_CO -= objective.ce_weight * is_label_CO
+    kept_grad_CK = (grad_CK1 + ce_grad_CK1)[:, :-1]
+    named_CX = torch.cat([kept_grad_CK, other_grad_CO], dim=1)
+    return sums_3, LogitsGrad(named_CX, TailGrad(tail.peak_C1, share_C1, ce_share_C1))
 
 
-class _Student(NamedTuple):
-    """The student's distribution at one temperature, in buckets. Sums are relative to `top`, so
-    that large logits cost no digits."""
-
-    logq_CK1: Tensor
-    top_C1: Tensor  # the greatest logit, before temperature
-    log_total_C1: Tensor  # logsumexp of all (logits - top) / temperature
-    log_tail_C1: Tensor  # and of the tail's
-
-
-def _student(
-    logits: Named,
-    peak_C1: Tensor,
-    sum_C1: Tensor,
-    target: CompressedLogits | None,
+def _divergence_loss(
+    logits: AtNamedIds,
+    tail: TailStats,
+    target: CompressedLogits,
     *,
-    temperature: float,
-) -> _Student:
-    logits_CK1 = torch.cat([logits.kept_CK, peak_C1], dim=1)
-    top_C1 = logits_CK1.amax(dim=1, keepdim=True)
-    logits_CK1 = (logits_CK1 - top_C1) / temperature
-    logits_CK1[:, -1:] += sum_C1.log()
-    log_total_C1 = logits_CK1.logsumexp(dim=1, keepdim=True)
-    logq_CK1 = logits_CK1 - log_total_C1
-    if target is not None and target.k == target.vocab_size:
-        logq_CK1[:, -1] = LOG_FLOOR
-    return _Student(logq_CK1, top_C1, log_total_C1, logits_CK1[:, -1:])
-
-
-def _from_teacher(
-    logits: Named, tail: Tail, target: CompressedLogits, *, objective: Objective, needed: bool
+    objective: Objective,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over tokens; its weighted gradient in the kept logits and, summed, in the tail's; and
-    what each draw takes off that."""
-    student = _student(logits, tail.peak_C1, tail.sum_C1, target, temperature=target.temperature)
-    logp_CK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1).to(
-        student.logq_CK1.dtype
+    """The divergence's sum over tokens; its weighted gradient in the kept logits and, summed, the
+    tail's; and the part of that which each draw takes off."""
+    # of the buckets
+    temperature, share = target.temperature, objective.divergence.forward_kl_share
+    student = _buckets(logits, tail.peak_C1, tail.sum_C1, target, temperature=temperature)
+    logp_CK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1)
+    logp_CK1 = logp_CK1.to(student.logq_CK1.dtype)
+    sum_0, grad_logq_CK1 = _divergence_and_gradient(
+        logp_CK1.clamp(min=LOG_FLOOR), student.logq_CK1, objective.divergence, needs_grad=needs_grad
     )
-    sum_0, gradient_CK1 = _divergence(
-        logp_CK1.clamp(min=LOG_FLOOR), student.logq_CK1, objective.divergence, needed=needed
-    )
-    mass_C1 = (
-        objective.divergence.forward_kl_share * logp_CK1[:, -1:].exp() / max(1, target.num_draws)
-    )
-    sum_0 = (
-        sum_0
-        + (
-            mass_C1
-            * (student.log_tail_C1 - (logits.drawn_CN - student.top_C1) / target.temperature)
-        ).sum()
-    )
-    pull_CK1 = gradient_CK1 - student.logq_CK1.exp() * gradient_CK1.sum(dim=1, keepdim=True)
-    pull_CK1[:, -1:] += mass_C1 * target.num_draws
+    # of the draws: cross-entropy within the tail
+    mass_C1 = share * logp_CK1[:, -1:].exp() / max(1, target.num_draws)
+    drawn_CN = (logits.drawn_CN - student.top_C1) / temperature
+    sum_0 = sum_0 + (mass_C1 * (student.log_tail_C1 - drawn_CN)).sum()
+    # from log q to logits: log-softmax backward
+    grad_sum_C1 = grad_logq_CK1.sum(dim=1, keepdim=True)
+    grad_logits_CK1 = grad_logq_CK1 - student.logq_CK1.exp() * grad_sum_C1
+    grad_logits_CK1[:, -1:] += mass_C1 * target.num_draws
     # temperature^2, and the chain rule's 1 / temperature
-    weight = objective.divergence_weight * target.temperature
-    return sum_0, weight * pull_CK1, weight * mass_C1
+    weight = objective.divergence_weight * temperature
+    return sum_0, weight * grad_logits_CK1, weight * mass_C1
 
 
-def _divergence(
-    logp_CK1: Tensor, logq_CK1: Tensor, divergence: Divergence, *, needed: bool
+def _divergence_and_gradient(
+    logp_CK1: Tensor, logq_CK1: Tensor, divergence: Divergence, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The sum over tokens, and its gradient in log q (zeros where not needed)."""
-    if not needed:
+    """The sum over tokens, and its gradient in log q by autograd (zeros where not needed)."""
+    if not needs_grad:
         return divergence.of(logp_CK1, logq_CK1).sum(), torch.zeros_like(logq_CK1)
     with torch.enable_grad():
         leaf_CK1 = logq_CK1.detach().requires_grad_()
         sum_0 = divergence.of(logp_CK1, leaf_CK1).sum()
-        (gradient_CK1,) = torch.autograd.grad(sum_0, leaf_CK1)
-    return sum_0.detach(), gradient_CK1
+        (grad_logq_CK1,) = torch.autograd.grad(sum_0, leaf_CK1)
+    return sum_0.detach(), grad_logq_CK1
 
 
-def _from_text(
-    ids: Named, logits: Named, tail: Tail, target: CompressedLogits | None, *, objective: Objective
+def _label_loss(
+    ids: AtNamedIds,
+    logits: AtNamedIds,
+    tail: TailStats,
+    target: CompressedLogits | None,
+    *,
+    objective: Objective,
 ) -> tuple[Tensor, Tensor]:
     """Sums over tokens of (cross-entropy, lse^2); their weighted gradient in the kept logits and,
-    but for the label's own, the tail's."""
-    student = _student(logits, tail.peak_C1, tail.text_sum_C1, target, temperature=1.0)
+    summed, the tail's, the label's own -ce_weight left out where it is in the tail."""
+    student = _buckets(logits, tail.peak_C1, tail.ce_sum_C1, target, temperature=1.0)
     cross_entropy = (student.log_total_C1 - (logits.label_CL - student.top_C1)).sum()
     lse_C1 = student.top_C1 + student.log_total_C1
-    squares = (
-        lse_C1.square().sum() if objective.z_loss_weight > 0.0 else torch.zeros_like(cross_entropy)
-    )
+    has_z_loss = objective.z_loss_weight > 0.0
+    z_loss = lse_C1.square().sum() if has_z_loss else torch.zeros_like(cross_entropy)
     weight_C1 = objective.ce_weight * ids.label_CL.shape[1] + 2.0 * objective.z_loss_weight * lse_C1
-    pull_CK1 = weight_C1 * student.logq_CK1.exp()
-    pull_CK1[:, :-1] -= objective.ce_weight * _is_label(ids.kept_CK, ids.label_CL).to(
-        pull_CK1.dtype
-    )
-    return torch.stack([cross_entropy, squares]), pull_CK1
+    grad_CK1 = weight_C1 * student.logq_CK1.exp()
+    is_label_CK = _is_label(ids.kept_CK, ids.label_CL).to(grad_CK1.dtype)
+    grad_CK1[:, :-1] -= objective.ce_weight * is_label_CK
+    return torch.stack([cross_entropy, z_loss]), grad_CK1
+
+
+class _Buckets(NamedTuple):
+    """The student's distribution over the buckets at one temperature. Its sums are of
+    exp((logit - top) / temperature), so that large logits cost no digits."""
+
+    logq_CK1: Tensor
+    top_C1: Tensor  # the greatest logit, before temperature
+    log_total_C1: Tensor  # log of the sum over the vocabulary
+    log_tail_C1: Tensor  # and over the tail
+
+
+def _buckets(
+    logits: AtNamedIds,
+    peak_C1: Tensor,
+    tail_sum_C1: Tensor,
+    target: CompressedLogits | None,
+    *,
+    temperature: float,
+) -> _Buckets:
+    logits_CK1 = torch.cat([logits.kept_CK, peak_C1], dim=1)
+    top_C1 = logits_CK1.amax(dim=1, keepdim=True)
+    logits_CK1 = (logits_CK1 - top_C1) / temperature
+    logits_CK1[:, -1:] += tail_sum_C1.log()
+    log_total_C1 = logits_CK1.logsumexp(dim=1, keepdim=True)
+    logq_CK1 = logits_CK1 - log_total_C1
+    if target is not None and target.k == target.vocab_size:  # the tail is empty
+        logq_CK1[:, -1] = LOG_FLOOR
+    return _Buckets(logq_CK1, top_C1, log_total_C1, logits_CK1[:, -1:])
 
 
 def _is_label(ids_CX: Tensor, label_CL: Tensor) -> Tensor:
@@ -236,6 +242,6 @@ def _is_label(ids_CX: Tensor, label_CL: Tensor) -> Tensor:
 
 
 def _count(ascending_CX: Tensor, wanted_CY: Tensor) -> Tensor:
-    return torch.searchsorted(ascending_CX, wanted_CY, right=True) - torch.searchsorted(
-        ascending_CX, wanted_CY
-    )
+    """How many times each wanted id is there."""
+    end_CY = torch.searchsorted(ascending_CX, wanted_CY, right=True)
+    return end_CY - torch.searchsorted(ascending_CX, wanted_CY)

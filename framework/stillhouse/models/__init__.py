@@ -1,5 +1,5 @@
-"""Hugging Face causal language models, the same for teacher and student: tokenizer, identity,
-weights, final hidden states and Head."""
+"""Hugging Face causal language models, of teachers and students: tokenizer, identity, weights,
+final hidden states and Head."""
 
 from stillhouse.models.files import require_whole_weights
 from stillhouse.models.heads import check_head, check_packing, compare_head, final_hidden, head_of

@@ -1,4 +1,4 @@
-"""One forward pass's tokens, and the hidden states that its targets are read from.
+"""The tokens of one forward pass, and the hidden states at its target positions.
 
 Shapes: B sequences, L positions, T target tokens, H hidden.
 """
@@ -18,15 +18,16 @@ from stillhouse.sequence import Sequences
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """B sequences as tensors; the T targets lie in row-major order."""
+    """B sequences as tensors of int64; the T target tokens are in row-major order."""
 
-    token_ids_BL: Tensor  # int64
-    positions_BL: Tensor  # int64
-    target_positions_T: Tensor  # int64, into the flattened [B * L] positions
-    labels_T: Tensor  # int64
+    token_ids_BL: Tensor
+    positions_BL: Tensor
+    target_positions_T: Tensor  # indices into the flattened [B * L] tokens
+    labels_T: Tensor  # the token that follows each target position
 
     @classmethod
     def of(cls, sequences: Sequences) -> Self:
+        """The sequences as a batch on the CPU."""
         token_ids_BL = sequences.token_ids_SL.astype(np.int64)
         target_positions_T = np.flatnonzero(sequences.loss_mask_SL)
         return cls(
@@ -43,19 +44,14 @@ class TokenBatch:
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same batch with `change` applied to each of its tensors."""
         return type(self)(
-            *(
-                change(tensor)
-                for tensor in (
-                    self.token_ids_BL,
-                    self.positions_BL,
-                    self.target_positions_T,
-                    self.labels_T,
-                )
-            )
+            token_ids_BL=change(self.token_ids_BL),
+            positions_BL=change(self.positions_BL),
+            target_positions_T=change(self.target_positions_T),
+            labels_T=change(self.labels_T),
         )
 
 
 def hidden_at(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """[T, H]: the final hidden states at the targets. The model takes the batch where it lies."""
+    """[T, H]: the final hidden states at the target positions, on the model's device."""
     hidden_BLH = final_hidden(model, batch.token_ids_BL, batch.positions_BL)
     return hidden_BLH.flatten(0, 1).index_select(0, batch.target_positions_T.to(hidden_BLH.device))

@@ -1,5 +1,5 @@
-"""Whether the weights of a local model are all there: told by the headers of its files, before a
-model is loaded or a file is hashed."""
+"""Whether a local model's weights are complete, by the headers of its files: before a model is
+loaded or a file is hashed."""
 
 import json
 from collections.abc import Iterable
@@ -18,46 +18,40 @@ def require_whole_weights(model: str) -> None:
     """Raise ModelError where a local model has no weights, or a safetensors file that is absent,
     cut short or damaged.
 
-    What the hub's client fetched is whole. Files of pickles have no header that tells their size.
+    A model from the hub was checked when it was fetched. Pickles have no header with their size.
     """
     folder = Path(source_of(model))
     if not (folder / "config.json").is_file():
-        return  # a name on the hub, or no model's directory: who identifies it says what is wrong
+        return  # a name on the hub, or no model's directory, which `model_identity` refuses
     files = list(_weight_files(folder))
     if not files and not any(folder.glob(_PICKLED)):
         raise ModelError(
             f"{model} has a config.json and no weights; put {_WHOLE}, or {_INDEX} and the files "
-            "that it names, beside it"
-            ' (a student may start without: student.init = "config")'
+            'that it names, beside it (a student may start without: student.init = "config")'
         )
     for file in files:
         _require_whole(file)
 
 
 def _weight_files(folder: Path) -> Iterable[Path]:
-    """Those that are loaded: one file, or what an index names."""
+    """The files that are loaded: one, or those that an index names."""
     if (folder / _WHOLE).is_file():
         return [folder / _WHOLE]
     index = folder / _INDEX
     if not index.is_file():
         return []
     try:
-        return [
-            folder / name
-            for name in sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        ]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [folder / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is damaged ({error}); fetch it again") from None
 
 
 def _require_whole(file: Path) -> None:
+    """Raise ModelError where a safetensors file is absent, cut short or damaged."""
     try:
-        with safe_open(
-            file, framework="np"
-        ):  # compares what the header promises with the file's size
-            pass
+        with safe_open(file, framework="np"):  # compares the header with the file's size
+            return
     except FileNotFoundError:
         raise ModelError(
             f"{file} is absent, but {_INDEX} names it; fetch the whole model"

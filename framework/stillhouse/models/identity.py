@@ -1,5 +1,7 @@
-"""Which weights a model has, told without reading terabytes twice: the same weights have the same
-digest in every year."""
+"""A model's identity: a digest of its weights, computed without reading terabytes twice.
+
+The same weights always have the same digest.
+"""
 
 import hashlib
 import json
@@ -22,48 +24,46 @@ from stillhouse.models.sources import unusable
 
 _Loaded = TypeVar("_Loaded")
 
-_FILES_AT_ONCE = 4  # hashed beside the loading: sha256 takes a core for every 1 to 2 GB/s
+_FILES_AT_ONCE = 4  # hashed while the model loads: sha256 takes a core for every 1 to 2 GB/s
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """A hub model is its commit, a local one the hash of its files; `revision` pins the former and
-    is None for the latter."""
+    """Of a model from the hub its commit, of a local one the hash of its files."""
 
     digest: str
-    revision: str | None
+    revision: str | None  # the commit to load; None for a local model
 
 
 def model_identity(section: ModelSection, *, cache_dir: Path) -> ModelIdentity:
-    """Identify weights without reading terabytes twice: file hashes are kept in `cache_dir`.
+    """The identity of a model's weights. Hashes of local files are kept in `cache_dir`.
 
-    Raises ModelError: no such model or revision, or neither network nor a cached copy to tell its
-    commit. Raises CacheError.
+    Raises ModelError: no such model or revision, or neither network nor a cached copy from which
+    its commit is known. Raises CacheError.
     """
     if not is_local(section):
         commit = _hub_commit(section.model, section.revision)
         return ModelIdentity(commit, revision=commit)
     files = _files_of(section)
-    return ModelIdentity(
-        _digest_of(files, [_noted_hash(file, cache_dir) for file in files]), revision=None
-    )
+    digests = [_noted_hash(file, cache_dir) for file in files]
+    return ModelIdentity(_digest_of(files, digests), revision=None)
 
 
 def forget_identity(section: ModelSection, *, cache_dir: Path) -> None:
-    """Drop what `cache_dir` holds of a local model's files: the next identity is told from every
-    byte of them."""
+    """Drop the hashes of a local model's files from `cache_dir`: the next identity is computed from
+    every byte of them."""
     notes = [_note_of(file, cache_dir) for file in _files_of(section)]
     with writing_cache(cache_dir):
         atomic.unlink(notes)
 
 
 def digest_beside(section: ModelSection, load: Callable[[], _Loaded]) -> tuple[_Loaded, str | None]:
-    """What `load` makes of a local model, and the digest of the files that it read: every byte of
-    them is hashed meanwhile.
+    """What `load` returns for a model, and the digest of the local files that it read, all of whose
+    bytes are hashed meanwhile.
 
-    The digest is None for a hub's model, which its commit names. Raises ChangedWeightsError where
-    the files change meanwhile.
+    The digest is None for a model from the hub, whose commit was given. Raises ChangedWeightsError
+    where the files change meanwhile.
     """
     if not is_local(section):
         return load(), None
@@ -86,12 +86,11 @@ def is_local(section: ModelSection) -> bool:
 
 
 def _files_of(section: ModelSection) -> list[Path]:
-    """The files that make a local model what it is. Raises ModelError where there is no config
+    """The files that decide what a local model computes. Raises ModelError where there is no config
     among them."""
     patterns = (*WEIGHT_FILES, "*.py") if section.trust_remote_code else WEIGHT_FILES
-    files = sorted(
-        file for pattern in patterns for file in Path(source_of(section.model)).glob(pattern)
-    )
+    folder = Path(source_of(section.model))
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     if not any(file.name == "config.json" for file in files):
         raise ModelError(
             f"{section.model} has no config.json; give the directory of a saved model (an adapter "
@@ -111,18 +110,19 @@ def _hash(file: Path) -> str:
 
 
 def _stamp(file: Path) -> list[object]:
-    """What changes with a file's bytes. Whoever keeps size and modification time moves the time of
-    its last change all the same."""
+    """Values that change with a file's bytes: a tool can keep its size and modification time, but
+    not the time of its last change (ctime)."""
     stat = file.stat()
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _note_of(file: Path, cache_dir: Path) -> Path:
-    """Where the hash of a file as it is now is kept."""
+    """The file that holds the hash of a model's file, as long as that one does not change."""
     return cache_dir / "weights" / hashlib.sha256(json.dumps(_stamp(file)).encode()).hexdigest()
 
 
 def _noted_hash(file: Path, cache_dir: Path) -> str:
+    """The sha256 of a file: kept from before, or computed and kept."""
     note = _note_of(file, cache_dir)
     with writing_cache(cache_dir):
         if note.exists() and re.fullmatch(r"[0-9a-f]{64}", known := note.read_text()):
@@ -135,15 +135,14 @@ def _noted_hash(file: Path, cache_dir: Path) -> str:
 
 
 def _hub_commit(model: str, revision: str | None) -> str:
+    """The commit of a revision on the hub, or in the cache where the hub does not answer."""
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     try:
         commit = HfApi().model_info(model, revision=revision).sha
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise unusable("model", model, error) from error
-    except (
-        Exception
-    ) as error:  # no network, in whichever of its shapes: a cached copy knows its commit
+    except Exception as error:  # no network, in any form: the path of a cached copy has the commit
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise unusable("model", model, error) from error

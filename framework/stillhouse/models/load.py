@@ -1,5 +1,7 @@
-"""Weights on a device, in a dtype that is always said; weights that a checkpoint lacks are refused,
-never invented."""
+"""Loading a model: its weights in the config's dtype, on a device.
+
+A model some of whose weights are not in its files is refused: they would be random.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +22,10 @@ from stillhouse.models.sources import from_hub
 
 
 def resolve_device(device: str) -> torch.device:
-    """'auto' is cuda where there is one. Raises ConfigError where cuda is asked for and absent."""
+    """The torch device; 'auto' is cuda where there is a GPU.
+
+    Raises ConfigError where cuda is asked for and absent.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device is 'cuda', but torch sees no GPU here; set it to 'auto' or 'cpu', or install "
@@ -35,20 +40,20 @@ def load_model(
     device_map: str | torch.device | Mapping[str, Any] | None = None,
     random_init_seed: int | None = None,
 ) -> PreTrainedModel:
-    """A model in the section's dtype and eval mode: its weights, placed by `device_map` (None:
-    CPU), or random ones on the CPU, by seed.
+    """A model in the section's dtype and in eval mode: with its weights, placed by `device_map`
+    (None: CPU), or with random ones on the CPU, by seed.
 
-    Raises ModelError: absent, gated, of an unknown architecture, or with weights that its files
-    lack.
+    Raises ModelError: absent, gated, of an unknown architecture, or with weights that are not in
+    its files.
     """
-    dtype = getattr(torch, section.dtype)
-    source, pinned = (
-        source_of(section.model),
-        {"revision": section.revision, "trust_remote_code": section.trust_remote_code},
-    )
+    # Its architecture.
+    source, dtype = source_of(section.model), getattr(torch, section.dtype)
+    pinned = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     config = from_hub(lambda: AutoConfig.from_pretrained(source, **pinned), "config", section.model)
     _require_causal(section.model, config)
     model: PreTrainedModel
+
+    # With its own weights.
     if random_init_seed is None:
         model, report = from_hub(
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -65,6 +70,8 @@ def load_model(
         _check_loading(section.model, report)
         model.eval()
         return model
+
+    # With random weights.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_init_seed)
         model = from_hub(
@@ -79,8 +86,11 @@ def load_model(
 
 
 def _require_causal(name: str, config: PretrainedConfig) -> None:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
-        config, "auto_map", {}
+    """Raise ModelError unless the architecture is a causal language model."""
+    own_classes = getattr(config, "auto_map", {})
+    if (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        and "AutoModelForCausalLM" not in own_classes
     ):
         raise ModelError(
             f"{name} is a {config.model_type} model, not a causal language model; use one that "
@@ -89,11 +99,11 @@ def _require_causal(name: str, config: PretrainedConfig) -> None:
 
 
 def _check_loading(name: str, report: Mapping[str, Any]) -> None:
+    """Raise ModelError where weights were not in the files; `report` is transformers' own."""
     wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if wrong:
         raise ModelError(
             f"the files of {name} lack {len(wrong)} of the model's weights, or have them in "
-            f"another shape: {', '.join(wrong[:4])}."
-            " They would be random: fetch the whole model, or use the architecture that it was "
-            "saved from"
+            f"another shape: {', '.join(wrong[:4])}. They would be random: fetch the whole model, "
+            "or use the architecture that it was saved from"
         )

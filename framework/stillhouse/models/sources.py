@@ -1,4 +1,4 @@
-"""Where a model comes from, and what to tell its user when it cannot be had."""
+"""Errors of models that cannot be loaded, from the hub or a directory, and what to do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +30,7 @@ _NO_ANSWER = (
 
 
 def from_hub(load: Callable[[], Any], what: str, model: str) -> Any:
+    """What `load` returns. Raises ModelError in place of the errors of Hugging Face's libraries."""
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -37,6 +38,8 @@ def from_hub(load: Callable[[], Any], what: str, model: str) -> Any:
 
 
 def unusable(what: str, model: str, error: BaseException) -> ModelError:
+    """The error to raise where `what` of a model (its config, its tokenizer) cannot be loaded."""
+    # The chain of errors, in which the reason may be deep.
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
@@ -44,6 +47,7 @@ def unusable(what: str, model: str, error: BaseException) -> ModelError:
     def is_due_to(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
+    # What to do about it.
     instead = f"give a local directory: there is no {model}{where_it_was_looked_for(model)}"
     if is_due_to(GatedRepoError):
         cure = "it is gated: accept its terms on its page, then run `hf auth login` or set HF_TOKEN"

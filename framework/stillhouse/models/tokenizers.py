@@ -1,5 +1,4 @@
-"""Tokenizers as id maps: loaded, digested, and compared before two models are made to meet over
-ids."""
+"""Tokenizers as maps of ids: loaded, digested, and compared between teacher and student."""
 
 import hashlib
 import json
@@ -26,8 +25,8 @@ def load_tokenizer(
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
             f"the tokenizer of {model} is a {type(tokenizer).__name__}, without a tokenizer.json; "
-            "only fast tokenizers are supported:"
-            " convert it, or name another model's with the same ids"
+            "only fast tokenizers are supported: convert it, or name another model's with the same "
+            "ids"
         )
     return tokenizer
 
@@ -35,11 +34,9 @@ def load_tokenizer(
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 over all that decides ids: the tokenizer's rules and vocabulary, its special tokens
     and its chat template."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    # these change with every call
-    decides = {
-        name: value for name, value in rules.items() if name not in ("truncation", "padding")
-    }
+    decides = json.loads(tokenizer.backend_tokenizer.to_str())
+    for of_the_last_call in ("truncation", "padding"):
+        decides.pop(of_the_last_call, None)
     decides["special_tokens_map"] = {
         name: str(token) for name, token in tokenizer.special_tokens_map.items()
     }
@@ -48,17 +45,21 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The highest id + 1, which is the vocabulary of every target."""
+    """V, the size of the vocabulary of every target: the highest id + 1."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_same_ids(
     teacher_tokenizer: PreTrainedTokenizerFast, student_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Raise ModelError unless both end at the same id and no id means two things. How far the heads
-    are padded does not matter."""
+    """Raise ModelError unless both have the same highest id and no id stands for two tokens.
+
+    The models' heads may be padded to different sizes.
+    """
     teacher = {number: token for token, number in teacher_tokenizer.get_vocab().items()}
     student = {number: token for token, number in student_tokenizer.get_vocab().items()}
+
+    # The same token for each id that both have.
     cure = (
         "; distillation needs one id map: choose a student of the same tokenizer, or set "
         "student.tokenizer to the teacher's and retrain"
@@ -74,12 +75,13 @@ def check_same_ids(
             f"the tokenizers of teacher and student disagree about {len(differing)} ids: "
             f"{few}{cure}"
         )
+
+    # The same highest id.
     if max(teacher) != max(student):
         longer, name = (teacher, "teacher") if max(teacher) > max(student) else (student, "student")
         extra = sorted(teacher.keys() ^ student.keys())
         few = ", ".join(f"{number} is {longer.get(number)!r}" for number in extra[-4:])
         raise ModelError(
             f"the teacher's tokenizer ends at id {max(teacher)}, the student's at {max(student)}: "
-            f"{len(extra)} ids are in one alone, the"
-            f" last of them the {name}'s ({few}){cure}"
+            f"{len(extra)} ids are in one alone, the last of them the {name}'s ({few}){cure}"
         )

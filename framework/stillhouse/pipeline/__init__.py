@@ -2,7 +2,8 @@
 can be done again."""
 
 from stillhouse.pipeline.export import export_run
-from stillhouse.pipeline.plan import Plan, make_plan
+from stillhouse.pipeline.plan import Plan
+from stillhouse.pipeline.planning import make_plan
 from stillhouse.pipeline.verbs import evaluate_run, open_run, produce, repair, run, train
 
 __all__ = [

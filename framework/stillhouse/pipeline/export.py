@@ -1,4 +1,4 @@
-"""The export of a trained model: a plain Hugging Face directory, and a model card that says what it
+"""The export of a trained model: a Hugging Face directory, with a model card that says what it
 learned from, and how well."""
 
 from collections.abc import Sequence
@@ -15,13 +15,12 @@ from stillhouse.tracking import EvalRow, Role, Row, read_journal, stretches, wor
 
 
 def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
-    """Write a trained model as a plain Hugging Face directory; returns the optimiser steps behind
-    it."""
-    from stillhouse.student.export import (
-        export,
-    )  # DeepSpeed, which only this needs here, takes seconds to import
+    """Write a trained model as a Hugging Face directory. Returns its optimiser steps. Raises
+    CheckpointError where the run has no such role, or no commit of it."""
+    # late: DeepSpeed takes seconds to import, and only this function needs it here
+    from stillhouse.student.export import export
 
-    job = next((job for job in plan.jobs() if job.role == role), None)
+    job = next((job for job in plan.jobs if job.role == role), None)
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
     journal = plan.run_dir / "journal.jsonl"
@@ -40,8 +39,9 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
 def model_card(
     config: Config, recipe: Recipe, rows: Sequence[Row], *, role: Role, steps: int
 ) -> str:
-    """The README of a model after `steps` optimiser steps, as far as the rows of its run's journal
-    know them."""
+    """The README of a model after `steps` optimiser steps. `rows`: the events of its run's
+    journal."""
+    # what it learned from, and how
     lesson = (
         "the text alone"
         if role == "control"
@@ -49,6 +49,8 @@ def model_card(
         f"{_rest(recipe.num_draws)}"
     )
     schedule = words_of(stretches(rows, role, until=steps)) or "not in the run's journal"
+
+    # the page
     lines = [
         "---",
         "library_name: transformers",
@@ -79,7 +81,8 @@ def _rest(num_draws: int) -> str:
 
 
 def _scores(rows: Sequence[Row]) -> list[str]:
-    """The last evaluation of each model; it may be of an earlier step than the exported one."""
+    """A table of the last evaluation of each model, which may be of an earlier step than the
+    export."""
     scores = {row.model: row for row in rows if isinstance(row, EvalRow)}
     if not scores:
         return []

@@ -1,43 +1,56 @@
-"""All that follows from a config before anything runs: the sequences, the recipe, which chunks to
-make and how many steps to take."""
+"""A plan: all that follows from a config before anything runs, and the values that a run hands to
+its parts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
 
-from rich.console import Console
-from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from stillhouse.config import Config, ModelSection, StudentSection, TargetSection, TeacherSection
-from stillhouse.engines.choice import engine_named, require_capable
+from stillhouse.config import Config, EvaluateSection, TeacherSection
 from stillhouse.errors import ConfigError
-from stillhouse.logits import TargetSpec
-from stillhouse.losses.divergences import divergence_named
-from stillhouse.models import (
-    ModelIdentity,
-    check_same_ids,
-    load_tokenizer,
-    model_identity,
-    require_whole_weights,
-    tokenizer_digest,
-    vocab_size_of,
-)
 from stillhouse.sequence import WorkItem
-from stillhouse.sequences.source import Sources, open_sources
+from stillhouse.sequences.source import SequenceSource, Sources
 from stillhouse.store import ChunkStore, Recipe
-from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
-from stillhouse.terminal import one_line
+from stillhouse.tracking import StartRow
 
-_Section = TypeVar("_Section", bound=ModelSection)
 
-_TELL_EVERY_DOCUMENTS = 100
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a command asks of a run directory."""
+
+    run_dir: Path
+    config: Config
+    recipe: Recipe
+    store: ChunkStore
+    chunks: Sequence[int]  # that the command makes or reads
+    start: StartRow  # but for what the attempt adds: number, command, versions, committed steps
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What teachers make: chunks, in the order in which students first read them."""
+
+    teacher: TeacherSection
+    store: ChunkStore
+    chunks: Sequence[int]
+    item_of: Callable[[int], WorkItem]  # the sequences of a chunk, by its number
+    window_chunks: int  # how far teachers may run ahead of the slowest student
+    cache_dir: Path  # remembers the teacher's identity
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What is scored: the teacher and the newest commit of each job, on held-out sequences."""
+
+    teacher: TeacherSection
+    jobs: Sequence[TrainJob]
+    section: EvaluateSection
+    heldout: SequenceSource
 
 
 @dataclass(frozen=True)
@@ -95,108 +108,64 @@ class Plan:
         """What a teacher needs to make chunk `number`."""
         return WorkItem(number, self.sources.train.block(number))
 
-    def jobs(self) -> list[TrainJob]:
-        """The student, then, where the config asks for it, its control: the same in everything but
-        what it learns from."""
-        student = self.config.student
-        sections: dict[Literal["student", "control"], StudentSection] = {"student": student}
-        if self.config.evaluate.control:
-            sections["control"] = student.model_copy(
-                update={"divergence_weight": 0.0, "ce_weight": 1.0}
-            )
-        return [
-            TrainJob(
-                role, section, self.recipe, self.config.store.url, self.run_dir, self.total_steps
-            )
-            for role, section in sections.items()
-        ]
+    @cached_property
+    def jobs(self) -> tuple[TrainJob, ...]:
+        """The student's training, then, where the config asks for it, that of its control: the same
+        in everything but what it learns from."""
+        section, url = self.config.student, self.config.store.url
+        student = TrainJob("student", section, self.recipe, url, self.run_dir, self.total_steps)
+        if not self.config.evaluate.control:
+            return (student,)
+        text_alone = section.model_copy(update={"divergence_weight": 0.0, "ce_weight": 1.0})
+        return student, replace(student, role="control", section=text_alone)
 
-
-def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
-    """Look whether the models' weights are whole, and resolve the config.
-
-    Raises ModelError, CorpusError, CacheError or ConfigError for what cannot be used, before
-    anything heavy starts.
-    """
-    require_whole_weights(config.teacher.model)
-    if config.student.init == "weights":
-        require_whole_weights(config.student.model)
-    return resolved(config, run_dir=run_dir, cache_dir=cache_dir)
-
-
-def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
-    """Resolve revisions, compare the tokenizers, open the sources (a corpus is tokenised once, into
-    `cache_dir`) and name the recipe.
-
-    Raises as `make_plan` does.
-
-    What is done with a finished run needs no more: not the weights that its student began with.
-    """
-    engine = engine_named(config.teacher.engine)
-    require_capable(engine.describe(config.teacher), config.target, engine=config.teacher.engine)
-    teacher, student = (
-        engine.identity(config.teacher, cache_dir=cache_dir),
-        model_identity(config.student, cache_dir=cache_dir),
-    )
-    config = config.model_copy(
-        update={
-            "teacher": _pinned(config.teacher, teacher),
-            "student": _pinned(config.student, student),
-        }
-    )
-    tokenizer = load_tokenizer(
-        config.teacher.model,
-        revision=teacher.revision,
-        trust_remote_code=config.teacher.trust_remote_code,
-    )
-    check_same_ids(tokenizer, _student_tokenizer(config.student))
-    vocab_size = vocab_size_of(tokenizer)
-    spec = _target_spec(config.target, vocab_size)
-    # one of the user's own is imported and tried
-    divergence_named(config.student.divergence, config.student.mix)
-    digest = tokenizer_digest(tokenizer)
-    with _tokenising(config.corpus.dataset) as on_progress:
-        sources = open_sources(
-            config.corpus,
-            tokenizer,
-            tokenizer_digest=digest,
-            block_sequences=config.store.chunk_sequences,
-            cache_dir=cache_dir,
-            on_progress=on_progress,
+    @property
+    def targets(self) -> Targets:
+        return Targets(
+            teacher=self.config.teacher,
+            store=self.store,
+            chunks=self.chunks,
+            item_of=self.item,
+            window_chunks=self.window_chunks,
+            cache_dir=self.cache_dir,
         )
-    identity = sources.train.identity
-    recipe = Recipe(
-        corpus_digest=identity.digest if identity.kind == "corpus" else ":".join(identity),
-        num_sequences=sources.train.num_sequences,
-        sequence_length=config.corpus.sequence_length,
-        packing="packed" if config.corpus.packing else "padded",
-        chunk_sequences=config.store.chunk_sequences,
-        tokenizer_digest=digest,
-        teacher_digest=teacher.digest,
-        teacher_dtype=_number_format(config.teacher),
-        **asdict(spec),
-    )
-    store = config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url})
-    student_section = config.student.model_copy(
-        update={"checkpoint_url": _absolute(config.student.checkpoint_url)}
-    )
-    config = config.model_copy(update={"store": store, "student": student_section})
-    return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
 
-
-def _target_spec(section: TargetSection, vocab_size: int) -> TargetSpec:
-    """The target that the config asks for. Raises ConfigError where the vocabulary has no such
-    target."""
-    try:
-        return TargetSpec(
-            vocab_size,
-            section.k,
-            num_draws=section.tail_draws,
-            value_bits=section.value_bits,
-            temperature=section.temperature,
+    @property
+    def evaluation(self) -> Evaluation:
+        return Evaluation(
+            self.config.teacher, self.jobs, self.config.evaluate, self.sources.heldout
         )
-    except ConfigError as error:
-        raise ConfigError(f"[target] {error}") from None
+
+    @property
+    def request(self) -> Request:
+        config, student, corpus = self.config, self.config.student, self.sources.train
+        start = StartRow(
+            attempt=0,
+            command="",
+            versions={},
+            teacher=config.teacher.model,
+            student=student.model,
+            recipe_fingerprint=self.recipe.fingerprint,
+            num_chunks=len(self.chunks),
+            num_sequences=corpus.num_sequences,
+            sequence_length=corpus.sequence_length,
+            num_targets=corpus.num_targets,
+            bytes_per_token=self.recipe.spec.bytes_per_token,
+            num_draws=self.recipe.num_draws,
+            vocab_size=self.recipe.vocab_size,
+            k=self.recipe.k,
+            world_size=student.num_workers,
+            zero_stage=student.zero_stage,
+            num_teachers=config.teacher.max_replicas,
+            total_steps=self.total_steps,
+            control=config.evaluate.control,
+            learning_rate=student.learning_rate,
+            min_learning_rate=student.min_learning_rate,
+            warmup_steps=student.warmup_steps,
+            epochs=student.epochs,
+            max_steps=student.max_steps,
+        )
+        return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start)
 
 
 def require_full_step(wanted: int, *, there: int) -> None:
@@ -207,62 +176,3 @@ def require_full_step(wanted: int, *, there: int) -> None:
             "sequences to train on;"
             f" set it to {there:,} or less, or give more documents"
         )
-
-
-def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
-    """The section with its revision resolved and a local directory spelt out: a worker's own
-    directory is another one."""
-    path = Path(section.model).expanduser()
-    model = str(path.resolve()) if path.is_dir() else section.model
-    return section.model_copy(update={"model": model, "revision": identity.revision})
-
-
-def _absolute(checkpoint_url: str | None) -> str | None:
-    """The same place seen from a worker's directory. Raises ConfigError where only one process
-    would see it."""
-    if checkpoint_url is None:
-        return None
-    if checkpoint_url.startswith("memory:"):
-        raise ConfigError(
-            "student.checkpoint_url is in memory, which dies with its process; set it to a "
-            "directory or a bucket"
-        )
-    return Blobs(checkpoint_url).url
-
-
-def _student_tokenizer(section: StudentSection) -> PreTrainedTokenizerFast:
-    if section.tokenizer is not None:
-        return load_tokenizer(section.tokenizer)
-    return load_tokenizer(
-        section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
-
-
-@contextmanager
-def _tokenising(dataset: str) -> Iterator[Callable[[int, int], None]]:
-    """Say on the terminal how far tokenising has come; a corpus that was tokenised before passes in
-    silence."""
-    console = Console(stderr=True)
-    with console.status(Text(one_line(f"reading {dataset}"))) as status:
-
-        def on_progress(num_documents: int, num_tokens: int) -> None:
-            if num_documents % _TELL_EVERY_DOCUMENTS == 0:
-                status.update(
-                    Text(
-                        one_line(
-                            f"tokenising {dataset}: {num_documents:,} documents, {num_tokens:,} "
-                            "tokens"
-                        )
-                    )
-                )
-
-        yield on_progress
-
-
-def _number_format(teacher: TeacherSection) -> str:
-    """Of the teacher, and of its logits where that is another."""
-    return (
-        teacher.dtype
-        if teacher.logits == "fast" or teacher.dtype == "float32"
-        else f"{teacher.dtype}+float32"
-    )

@@ -1,9 +1,9 @@
-"""The run directory: whose it is, and what may change when it is used again.
+"""The run directory: which run it belongs to, and what may change when it is used again.
 
 config.json  recipe.json     what was asked
-journal.jsonl  lock          what happened, and who uses it now
-checkpoints/                 what came of it
-wandb/  report.html          how it looks
+journal.jsonl  logs/  lock   what happened, and which command uses it now
+checkpoints/                 the commits, unless student.checkpoint_url names another place
+wandb/  report.html          views of the journal
 """
 
 import json
@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stillhouse import atomic
-from stillhouse.config import Config, StudentSection, parse_config, resolved_json
+from stillhouse.config import (
+    Config,
+    StudentSection,
+    parse_config,
+    resolved_json,
+    with_absolute_inputs,
+)
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.sealed import opened, sealed
 from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
@@ -19,31 +25,18 @@ from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
 from stillhouse.student.job import resume_location
 
-# What may differ when a run directory is used again. Everything else decides a target, a batch or a
-# gradient.
+# The settings that may differ when a run directory is used again. All others decide a target, a
+# batch or a gradient.
 _PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "block_tokens"}
 _MAY_CHANGE: Mapping[str, set[str]] = {
     "student": _PLACEMENT
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
     | {"tail_as_bucket"}  # it lets a training begin, and decides no weight
-    | {"num_workers", "min_workers", "watchdog_s", "regroup_s"}
-    | {
-        "checkpoint_every_steps",
-        "checkpoint_url",
-        "keep_checkpoints",
-        "prefetch_batches",
-        "activation_checkpointing",
-    },
+    | {"num_workers", "min_workers", "watchdog_s", "regroup_s", "prefetch_batches"}
+    | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "activation_checkpointing"},
     "teacher": _PLACEMENT
-    | {
-        "engine",
-        "min_replicas",
-        "max_replicas",
-        "batch_sequences",
-        "max_set_aside",
-        "lease_timeout_s",
-        "watchdog_s",
-    },
+    | {"engine", "min_replicas", "max_replicas", "batch_sequences"}
+    | {"max_set_aside", "lease_timeout_s", "watchdog_s"},
     "store": {"url", "window_bytes", "retain"},
 }
 _MAY_CHANGE_WHOLLY = frozenset({"evaluate", "tracking", "cluster"})
@@ -75,13 +68,13 @@ def config_of(run_dir: Path) -> Config:
 
 
 def _sealed(config: Config) -> bytes:
-    """What config.json holds: every value, and their checksum."""
+    """The bytes of config.json: every value, and their checksum."""
     return (json.dumps(sealed(json.loads(resolved_json(config))), indent=2) + "\n").encode()
 
 
 def changes_that_matter(before: Config, after: Config) -> list[str]:
-    """What differs beyond what a resumed run may change, each as 'section.key: before -> after'."""
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    """The differences that a resumed run may not have, each as 'section.key: before -> after'."""
+    old, new = with_absolute_inputs(before), with_absolute_inputs(after)
     return [
         f"{section}.{key}: {old[section][key]!r} -> {new[section][key]!r}"
         for section in old
@@ -92,8 +85,8 @@ def changes_that_matter(before: Config, after: Config) -> list[str]:
 
 
 def changes_since(run_dir: Path, *, config: Config, recipe: Recipe) -> list[str]:
-    """What keeps a run that is asked for from going on in this directory; empty where nothing does,
-    or where there is no run yet."""
+    """The differences that keep a run from going on in this directory; none where there is no run
+    yet."""
     config_path, recipe_path = run_dir / "config.json", run_dir / "recipe.json"
     changes = changes_that_matter(config_of(run_dir), config) if config_path.exists() else []
     if not changes and recipe_path.exists():
@@ -115,12 +108,13 @@ def require_same_run(run_dir: Path, *, config: Config, recipe: Recipe) -> None:
 
 
 def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
-    """Write down what is asked for. Returns the config that the directory was last used with.
-    Raises StoreError where there is no room."""
+    """Write config.json and recipe.json. Returns the config that the directory was last used with.
+    Raises StoreError where they cannot be written."""
     before = config_of(run_dir) if (run_dir / "config.json").exists() else None
+    files = {"recipe.json": recipe.canonical_json(), "config.json": _sealed(config)}
     try:
-        atomic.replace(run_dir / "recipe.json", recipe.canonical_json())
-        atomic.replace(run_dir / "config.json", _sealed(config))
+        for name, data in files.items():
+            atomic.replace(run_dir / name, data)
     except OSError as error:
         raise explain(error, doing="write config.json and recipe.json", url=str(run_dir)) from error
     return before
@@ -129,8 +123,8 @@ def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
 def leave_former_place(
     run_dir: Path, store: ChunkStore, *, before: StudentSection, now: StudentSection
 ) -> None:
-    """Where the checkpoints' place changed, nobody reads under the name that it gave: the store
-    would keep every chunk for that one."""
+    """Take back the consumers of a run whose place of checkpoints has changed, and their names with
+    it: the store would keep every chunk for them."""
     former = resume_location(before, run_dir)
     if former != resume_location(now, run_dir):
         for role in ("student", "control"):

@@ -1,7 +1,10 @@
-"""The store of a run: opened to be filled or to be read, its readers registered, and what may be
-deleted of it."""
+"""The store of a run: it is opened to be filled or to be read, the run's students are registered as
+its consumers, and teachers learn what consumers need."""
 
 from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stillhouse.errors import StoreError
 from stillhouse.pipeline.console import say
@@ -14,8 +17,9 @@ from stillhouse.student.order import Order
 
 
 def store_to_fill(store: ChunkStore, chunks: Collection[int]) -> ChunkStore:
-    """The store, for a command that makes these chunks. Raises StoreError where it may only be
-    read."""
+    """The store, for a command that makes these chunks. Raises StoreError where other processes
+    cannot see it, or it may only be read."""
+    require_shareable(store.url)
     try:
         return ChunkStore.create(store.url, store.recipe)
     except StoreForbidden as error:
@@ -36,16 +40,14 @@ def store_to_fill(store: ChunkStore, chunks: Collection[int]) -> ChunkStore:
 
 
 def store_to_read(store: ChunkStore, chunks: Collection[int]) -> ChunkStore:
-    """The store, for a command that makes no chunk; nothing is written where recipe.json is there.
-
-    Raises StoreError where chunks are missing.
-    """
+    """The store, for a command that makes no chunk. It is written only where recipe.json is
+    missing. Raises StoreError where chunks are missing."""
     require_chunks(store, chunks)
     return store if store.has_recipe() else ChunkStore.create(store.url, store.recipe)
 
 
 def require_chunks(store: ChunkStore, chunks: Collection[int]) -> None:
-    """Raise StoreError where the store has not all these chunks, which training reads."""
+    """Raise StoreError where chunks are missing, of those that training reads."""
     num_missing = len(set(chunks) - store.published())
     if num_missing:
         raise StoreError(
@@ -65,57 +67,50 @@ def require_shareable(url: str) -> None:
 
 
 def register(store: ChunkStore, jobs: Sequence[TrainJob]) -> list[str]:
-    """Register a run's students, and those alone, before anybody counts on what is there; returns
-    their names."""
-    own = [job.reader(0) for job in jobs]
-    for reader in own:
-        join(store, reader)
-    names = [reader.name for reader in own]
-    for role in ("student", "control"):
-        if (
-            name := consumer_name(resume_location(jobs[0].section, jobs[0].run_dir), role)
-        ) not in names:
-            # of an earlier attempt with another config: it would keep every chunk for ever
-            leave(store, name)
-    return names
+    """Register a run's students as consumers, and take back roles that the run has no more. Returns
+    their names. Chunks that are there can be relied on from now on."""
+    own = [job.consumer(0) for job in jobs]
+    for consumer in own:
+        join(store, consumer)
+    # of an earlier attempt with another config: the store would keep every chunk for it
+    place = resume_location(jobs[0].section, jobs[0].run_dir)
+    for role in {"student", "control"} - {job.role for job in jobs}:
+        leave(store, consumer_name(place, role))
+    return [consumer.name for consumer in own]
 
 
 def register_if_allowed(store: ChunkStore, jobs: Sequence[TrainJob]) -> None:
-    """Register a run's students, so that nobody deletes their chunks; say so where the store may
-    only be read."""
+    """Register a run's students where the store can be written, and warn where it cannot: then
+    another run may delete their chunks."""
     try:
         register(store, jobs)
     except StoreForbidden:
         say(
             f"{store.url} may only be read, so this training cannot be registered there: a run "
-            "elsewhere with"
-            ' store.retain = "until-read" may delete chunks that are still to be read here, which '
-            "would end this command;"
-            " what is committed stays"
+            'elsewhere with store.retain = "until-read" may delete chunks that are still to be '
+            "read here, which would end this command; what is committed stays"
         )
 
 
 def retention_of(
     store: ChunkStore, order: Order, *, own: Collection[str], deletes: bool
 ) -> Retention:
-    """The readers of the store, the run's own students among them, as they limit teachers that work
-    in this order."""
+    """The consumers of the store, the run's students (`own`, by name) among them, as they limit
+    teachers that work in this order. `deletes`: a chunk that all are done with is deleted."""
 
-    def position(reader: Consumer) -> int | None:
-        same_order = (reader.seed, reader.window_chunks) == (order.seed, order.window_chunks)
-        return (
-            order_of(reader, store.recipe).chunks_finished(reader.committed_step)
-            if same_order
-            else None
-        )
+    def position(consumer: Consumer) -> int | None:
+        if (consumer.seed, consumer.window_chunks) != (order.seed, order.window_chunks):
+            return None
+        return order_of(consumer, store.recipe).chunks_finished(consumer.committed_step)
+
+    def done_after(consumer: Consumer) -> NDArray[np.int64]:
+        return order_of(consumer, store.recipe).steps_until_done_with(consumer.total_steps)
 
     return Retention(
         store,
         own=own,
         deletes=deletes,
         least_ahead=chunks_read_ahead(order),
-        done_after=lambda reader: order_of(reader, store.recipe).steps_until_done_with(
-            reader.total_steps
-        ),
+        done_after=done_after,
         position=position,
     )

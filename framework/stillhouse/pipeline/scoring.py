@@ -3,7 +3,7 @@ a teacher fits."""
 
 from functools import partial
 
-from stillhouse.checkpoint.manifest import newest_step
+from stillhouse.checkpoint.choice import newest_step
 from stillhouse.cluster.processes import call_remotely, local_secrets
 from stillhouse.evaluation.scores import (
     EvaluationJob,
@@ -13,51 +13,48 @@ from stillhouse.evaluation.scores import (
     evaluate,
     outage_teller,
 )
-from stillhouse.pipeline.plan import Plan
+from stillhouse.pipeline.plan import Evaluation
 from stillhouse.pipeline.session import Session
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.source import whole
 from stillhouse.tracking import EvalRow
 
 
-def score(plan: Plan, session: Session) -> dict[ModelName, Scores]:
+def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
     """Score the newest commits, and journal the scores."""
-    config, jobs = plan.config, plan.jobs()
-    where = session.place_of(config.teacher)
+    # what is scored, and where
+    jobs, where = evaluation.jobs, session.place_of(evaluation.teacher)
     ask = partial(insist, patience=DEFAULT_PATIENCE, tell=outage_teller(session.journal))
-    steps: dict[ModelName, int] = {
-        "teacher": 0,
-        **{job.role: newest_step(job.checkpoints, ask=ask) for job in jobs},
-    }
-    comparison = EvaluationJob(
-        teacher=config.teacher,
+    steps = {job.role: newest_step(job.checkpoints, ask=ask) for job in jobs}
+    job = EvaluationJob(
+        teacher=evaluation.teacher,
         models={
             job.role: Trained(job.section, job.checkpoints, session.coordinator) for job in jobs
         },
-        vocab_size=plan.recipe.vocab_size,
-        section=config.evaluate,
+        vocab_size=jobs[0].recipe.vocab_size,
+        section=evaluation.section,
         device=where.device,
-        threads=config.cluster.threads,
+        threads=session.cluster.threads,
         secrets=local_secrets(),
         log=session.coordinator.log,
     )
+
+    # in one process of the cluster
     scores: dict[ModelName, Scores] = call_remotely(
-        evaluate, comparison, whole(plan.sources.heldout), where=where
+        evaluate, job, whole(evaluation.heldout), where=where
     )
     for name, found in scores.items():
-        session.journal.record(_row(name, found, step=steps[name]))
+        is_teacher = name == "teacher"  # which is compared with no other
+        session.journal.record(
+            EvalRow(
+                model=name,
+                step=0 if name == "teacher" else steps[name],
+                num_tokens=found.num_tokens,
+                cross_entropy=found.cross_entropy,
+                kl=None if is_teacher else found.kl,
+                agreement=None if is_teacher else found.agreement,
+                calibration_error=found.calibration_error,
+                acceptance=None if is_teacher else found.acceptance,
+            )
+        )
     return scores
-
-
-def _row(name: ModelName, found: Scores, *, step: int) -> EvalRow:
-    is_teacher = name == "teacher"  # which is compared with nobody
-    return EvalRow(
-        model=name,
-        step=step,
-        num_tokens=found.num_tokens,
-        cross_entropy=found.cross_entropy,
-        kl=None if is_teacher else found.kl,
-        agreement=None if is_teacher else found.agreement,
-        calibration_error=found.calibration_error,
-        acceptance=None if is_teacher else found.acceptance,
-    )

@@ -1,5 +1,4 @@
-"""A command at work on a cluster: once there is room for its processes, and for as long as nobody
-announces the end of its machines."""
+"""A session: one command at work on a cluster, from when there is room for its processes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from stillhouse.tracking import Journal, Tracker, WaitRow
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What all processes of one command have in common."""
+    """What all processes of one command share."""
 
     cluster: ClusterSection
     available: Mapping[str, float]  # the cluster's resources, by name
@@ -24,7 +23,7 @@ class Session:
     journal: Tracker
 
     def place_of(self, section: ModelSection) -> Placement:
-        """Where a process of this section goes."""
+        """What a process of this section asks of Ray."""
         return placement(section, self.available)
 
 
@@ -32,11 +31,11 @@ class Session:
 def at_work(
     cluster: ClusterSection, journal: Journal, needs: ResourceNeeds
 ) -> Iterator[tuple[Session, Machines]]:
-    """Await room on the cluster that this process is attached to, and listen to its machines for as
-    long as the block lasts.
+    """Wait for room on the cluster that this process is attached to, and listen to its machines for
+    as long as the block lasts.
 
-    The session's journal waits while its disk is full, but no longer than a driver that was told to
-    go has time.
+    The session's journal waits while its disk is full, but no longer than the time that a SIGTERM
+    leaves the driver.
     """
     coordinator = Coordinator.create(journal.path)
     with watched_machines(coordinator, journal, grace_s=cluster.grace_s) as machines:
@@ -48,18 +47,18 @@ def at_work(
 def enough_room(
     needs: ResourceNeeds, cluster: ClusterSection, journal: Tracker, *, unless: Callable[[], None]
 ) -> dict[str, float]:
-    """The cluster's resources, once they suffice; the wait is journalled. `unless` raises where
-    they are not waited for any more."""
-    told = ""
+    """The cluster's resources by name, once they suffice; the wait is journalled. `unless` raises
+    to end the wait."""
+    last = ""
 
     def waiting(missing: str) -> None:
-        nonlocal told
+        nonlocal last
         unless()
-        if missing != told:
+        if missing != last:
             journal.record(WaitRow(missing))
-            told = missing
+            last = missing
 
     available = await_room(needs, cluster, waiting=waiting)
-    if told:
+    if last:
         journal.record(WaitRow(""))
     return available

@@ -1,45 +1,51 @@
-"""Directories that the machines of a run have to share: looked for on each of them before anything
-is started."""
+"""Directories that the machines of a run have to share: they are looked for on each machine before
+anything is started."""
 
 from collections.abc import Collection
 from uuid import uuid4
 
 from stillhouse.atomic import make_directory
-from stillhouse.cluster.nodes import who_does_not_see
+from stillhouse.cluster.nodes import machines_without
 from stillhouse.cluster.placement import Placement
 from stillhouse.errors import ConfigError
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
 
 
-def require_shared_store(store: ChunkStore, crews: Collection[Placement], *, filling: bool) -> None:
-    """As `require_shared`; a command that is not `filling` the store needs to read there only."""
+def require_shared_store(
+    store: ChunkStore, workers: Collection[Placement], *, filling: bool
+) -> None:
+    """As `require_shared`, for the chunks. A command that is not `filling` the store needs only to
+    read it."""
     require_shared(
         store.url,
-        crews,
+        workers,
         what="chunks",
         setting="store.url",
         published="" if filling else store.recipe_key,
     )
 
 
-def require_shared_checkpoints(url: str, crews: Collection[Placement]) -> None:
-    """As `require_shared`, of teachers, too: the student is scored where one fits."""
-    require_shared(url, crews, what="checkpoints", setting="student.checkpoint_url")
+def require_shared_checkpoints(url: str, workers: Collection[Placement]) -> None:
+    """As `require_shared`, for the checkpoints. Teachers are among the workers: the student is
+    scored on a machine where one fits."""
+    require_shared(url, workers, what="checkpoints", setting="student.checkpoint_url")
 
 
 def require_shared(
-    url: str, crews: Collection[Placement], *, what: str, setting: str, published: str = ""
+    url: str, workers: Collection[Placement], *, what: str, setting: str, published: str = ""
 ) -> None:
-    """Raise ConfigError where a machine that may have one of these crews does not see this
-    machine's directory. All see a bucket.
+    """Raise ConfigError where a machine with room for one of these processes does not see this
+    machine's directory. A bucket is seen by all.
 
-    A file is made in it, to be looked for. Where none can be made, `published` is looked for: the
-    key of an object that is there, given where it is enough to read.
+    A file is made in the directory, and looked for. Where none can be made and reading is enough,
+    `published` is looked for: the key of an object that is there.
     """
     directory = Blobs(url).directory
     if directory is None:
         return
+
+    # which machines do not see a file of this one
     mark = directory / f".shared-{uuid4().hex}"
     try:
         make_directory(directory)
@@ -50,12 +56,13 @@ def require_shared(
                 f"{what} go to {directory}, where nothing can be written: {error.strerror}; give "
                 f"{setting} another place"
             ) from None
-        blind = who_does_not_see(directory / published, crews)
+        blind = machines_without(directory / published, workers)
     else:
         try:
-            blind = who_does_not_see(mark, crews)
+            blind = machines_without(mark, workers)
         finally:
             mark.unlink(missing_ok=True)
+
     if blind:
         raise ConfigError(
             f"{what} go to {directory}, which is not the same directory on {_listed(blind)}; "
@@ -64,5 +71,5 @@ def require_shared(
 
 
 def _listed(addresses: list[str]) -> str:
-    few = ", ".join(addresses[:3])
-    return few if len(addresses) <= 3 else f"{few} and {len(addresses) - 3} more"
+    more = f" and {len(addresses) - 3} more" if len(addresses) > 3 else ""
+    return ", ".join(addresses[:3]) + more

@@ -1,7 +1,7 @@
-"""Small models from Python's own standard library, for the demo, the benches and the tests: no
-network, no GPU, no data set.
+"""Toy models, trained on the source of Python's standard library: for the demo, the benches and the
+tests, without network, GPU or data set.
 
-The teacher learns from the training split alone: no model ever trains on the held-out one.
+The teacher learns from the training split alone: no model trains on the held-out one.
 
 Shapes: B sequences, L positions, T target tokens, H hidden, V vocabulary.
 """
@@ -54,39 +54,39 @@ class Sizes:
 
 
 def demo_config(run_dir: Path, overrides: Iterable[str] = ()) -> Config:
-    """The demo's config, which the package carries, with its models and its store in `run_dir`,
-    unless an override says otherwise."""
+    """The demo's config (demo.toml of the package), with its models and its store in `run_dir`,
+    unless an override names other places."""
     places = {
-        "teacher.model": run_dir / "models" / "teacher",
-        "student.model": run_dir / "models" / "student",
-        "store.url": run_dir / "store",
+        "teacher.model": "models/teacher",
+        "student.model": "models/student",
+        "store.url": "store",
     }
+    own = [
+        f"{name} = {json.dumps(str(run_dir / place), ensure_ascii=False)}"
+        for name, place in places.items()
+    ]
     with as_file(files("stillhouse.pipeline") / "demo.toml") as path:
-        own = [
-            f"{name} = {json.dumps(str(place), ensure_ascii=False)}"
-            for name, place in places.items()
-        ]
         return load_config([path], [*own, *overrides])
 
 
 def make_models(
     directory: Path, corpus: CorpusSection, sizes: Sizes, *, cache_dir: Path, console: Console
 ) -> None:
-    """Write `teacher`, weights and all, and `student`, a config alone, both with one tokenizer,
-    into an existing directory."""
+    """Write `teacher`, with weights, and `student`, a config alone, into an existing directory.
+    Both have one tokenizer."""
+    # a tokenizer, and the corpus by it
     texts = [text for _, text in load_documents(corpus, cache_dir=cache_dir)]
     num_megabytes = sum(map(len, texts)) / 1e6
     console.print(
         f"\n1. A tokenizer of {sizes.vocab_size:,} tokens, learnt from {len(texts)} files of "
-        "Python's standard library",
-        end="",
+        f"Python's standard library ({num_megabytes:.1f} MB), which are then tokenised"
     )
-    console.print(f" ({num_megabytes:.1f} MB), which are then tokenised")
     tokenizer = train_tokenizer(texts, vocab_size=sizes.vocab_size)
     split = prepare_corpus(
         corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir
     )
 
+    # a teacher, which learns
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(corpus.seed)
         teacher = LlamaForCausalLM(llama_config(sizes.teacher, tokenizer, corpus.sequence_length))
@@ -98,6 +98,7 @@ def make_models(
     with _progress(console, sizes.num_steps) as show:
         train_teacher(teacher, split.train, sizes, show=show)
 
+    # the directories
     teacher.save_pretrained(directory / "teacher")
     llama_config(sizes.student, tokenizer, corpus.sequence_length).save_pretrained(
         directory / "student"
@@ -107,7 +108,7 @@ def make_models(
 
 
 def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with an end-of-text token: any text survives it."""
+    """A byte-level BPE with an end-of-text token; it encodes any text without loss."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -143,8 +144,8 @@ def llama_config(
 def train_teacher(
     model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[float], None]
 ) -> None:
-    """Next-token prediction over the corpus in its own order, which is shuffled already;
-    `show(loss)` after each step."""
+    """Train by next-token prediction over the corpus in its own order, which is shuffled already.
+    `show(loss)` is called after each step."""
     optimiser = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -153,12 +154,10 @@ def train_teacher(
         for group in optimiser.param_groups:
             group["lr"] = sizes.learning_rate * learning_rate_share(step, sizes)
 
-        start = (
-            step * sizes.batch_sequences % max(1, corpus.num_sequences - sizes.batch_sequences + 1)
-        )
-        batch = TokenBatch.of(
-            corpus.rows(start, min(start + sizes.batch_sequences, corpus.num_sequences))
-        )
+        num_starts = max(1, corpus.num_sequences - sizes.batch_sequences + 1)
+        start = step * sizes.batch_sequences % num_starts
+        stop = min(start + sizes.batch_sequences, corpus.num_sequences)
+        batch = TokenBatch.of(corpus.rows(start, stop))
         logits_TV = model.lm_head(hidden_at(model, batch))
         loss = functional.cross_entropy(logits_TV, batch.labels_T)
         loss.backward()
@@ -170,17 +169,16 @@ def train_teacher(
 
 
 def learning_rate_share(step: int, sizes: Sizes) -> float:
-    """A line up from 0 over the warm-up, then half a cosine down to 0."""
+    """Linear warm-up from 0 to 1, then half a cosine down to 0."""
     if step < sizes.warmup_steps:
         return (step + 1) / sizes.warmup_steps
-    return 0.5 + 0.5 * math.cos(
-        math.pi * (step - sizes.warmup_steps) / max(1, sizes.num_steps - sizes.warmup_steps)
-    )
+    num_after = max(1, sizes.num_steps - sizes.warmup_steps)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - sizes.warmup_steps) / num_after)
 
 
 @contextmanager
 def _progress(console: Console, num_steps: int) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal, a line at every tenth elsewhere."""
+    """A progress bar on a terminal; elsewhere a line at every tenth of the steps."""
     columns = (
         TextColumn("   step {task.completed:,} of {task.total:,}"),
         BarColumn(),

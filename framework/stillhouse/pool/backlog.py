@@ -1,7 +1,7 @@
-"""Which work comes next: the open chunks in the order in which students first read them, and before
-those what came back.
+"""The backlog: open chunks in the order in which students first read them; returned work comes
+first.
 
-It keeps one byte a chunk, and beyond that only what came back.
+Memory: one byte a chunk, and the work that was returned.
 """
 
 import heapq
@@ -34,9 +34,8 @@ class Backlog:
         self._settled = bytearray(settled.astype(np.uint8).tobytes())
         self.num_settled = int(settled.sum())
         self._frontier = 0  # no position from here on has ever been taken
-        self._returned: list[
-            tuple[int, int, int]
-        ] = []  # a heap of (position, weight against it, row); the set says which still hold
+        # a heap of (position, weight against it, row); `_waiting` says which are still valid
+        self._returned: list[tuple[int, int, int]] = []
         self._waiting: set[Work] = set()
 
     def __len__(self) -> int:
@@ -49,13 +48,13 @@ class Backlog:
         return bool(self._settled[position])
 
     def settle(self, position: int) -> None:
-        """An open position needs no work any more."""
+        """Mark an open position as one that needs no work."""
         self._settled[position] = 1
         self.num_settled += 1
 
     def reopen(self, numbers: Collection[int]) -> list[int]:
-        """These chunks have to be made again. Returns the positions that were settled until now;
-        the others are open, or not wanted."""
+        """Have these chunks made again. Returns the positions that were settled until now; the
+        others are open already, or not wanted."""
         settled = np.frombuffer(bytes(self._settled), dtype=bool)
         positions = np.flatnonzero(np.isin(self._order, [*numbers]) & settled).tolist()
         for position in positions:
@@ -66,15 +65,14 @@ class Backlog:
         return positions
 
     def next(self) -> Work | None:
-        """The first in reading order; of the rows of a chunk, the least suspected."""
-        while (
-            self._returned and Work(self._returned[0][0], self._returned[0][2]) not in self._waiting
-        ):
+        """The first work in reading order; of the rows of a chunk, the one with the least against
+        it. None where all work is taken."""
+        while (returned := self._first_returned()) and returned not in self._waiting:
             heapq.heappop(self._returned)
         # -1, for none, becomes the end
         self._frontier = self._settled.find(0, self._frontier) % (len(self._order) + 1)
-        if self._returned and self._returned[0][0] < self._frontier:
-            return Work(self._returned[0][0], self._returned[0][2])
+        if returned and returned.position < self._frontier:
+            return returned
         return Work(self._frontier) if self._frontier < len(self._order) else None
 
     def take(self, work: Work) -> None:
@@ -86,10 +84,16 @@ class Backlog:
             self._frontier = work.position + 1
 
     def put_back(self, work: Work, *, weight: int) -> None:
-        """Open work that was taken waits again."""
+        """Return open work that was taken."""
         self._waiting.add(work)
         heapq.heappush(self._returned, (work.position, weight, work.row))
 
     def discard(self, work: Work) -> None:
-        """It is wanted no more."""
+        """Forget work that is not wanted any more."""
         self._waiting.discard(work)
+
+    def _first_returned(self) -> Work | None:
+        if not self._returned:
+            return None
+        position, _, row = self._returned[0]
+        return Work(position, row)

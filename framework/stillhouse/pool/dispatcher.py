@@ -1,13 +1,13 @@
-"""The dispatcher: work leased to a fleet of workers in reading order, and a window that holds them
-back.
+"""The dispatcher: it leases work to a fleet of workers in reading order, within a window.
 
-No result passes through here: a worker gets an item, publishes a chunk, and answers with its name
-and size. Nor does Ray: what starts workers, carries work to them and brings their answers is a
-`Crew`.
+No result passes through it: a worker gets an item, publishes a chunk, and answers with its name and
+size. It does not use Ray: a `WorkerBackend` starts workers, passes work to them and their answers
+back.
 """
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from time import monotonic, time
 from typing import Generic
 
@@ -18,7 +18,6 @@ from stillhouse.errors import StillhouseError, StoreUnavailable, TeacherError, U
 from stillhouse.pool.events import (
     Answer,
     Answered,
-    Crew,
     Died,
     Event,
     Found,
@@ -28,6 +27,7 @@ from stillhouse.pool.events import (
     Raised,
     ReadyT,
     Started,
+    WorkerBackend,
 )
 from stillhouse.pool.fleet import Fleet, Limits, Worker
 from stillhouse.pool.leases import Lease, LeaseTable
@@ -45,14 +45,15 @@ _NEWS_EVERY_S = 0.1
 
 
 class Dispatcher(Generic[ItemT, ReadyT]):
-    """Makes the wanted chunks with the workers of a fleet; `run` until it is told to stop.
+    """Makes the chunks of `order`, in that order, with the workers of a fleet.
 
-    `compare` and `wall` are as in `Fleet`; `clock` gives seconds from any beginning.
+    `item_of(chunk)` is what a worker needs to make it; `retention` is as in `Stock`, `compare` and
+    `wall` are as in `Fleet`; `clock` is in seconds from any beginning.
     """
 
     def __init__(
         self,
-        crew: Crew[ItemT, ReadyT],
+        backend: WorkerBackend[ItemT, ReadyT],
         limits: Limits,
         *,
         compare: Callable[[ReadyT, ReadyT, int], None],
@@ -65,24 +66,28 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         clock: Callable[[], float] = monotonic,
         wall: Callable[[], float] = time,
     ):
-        wanted = np.asarray(order, dtype=np.int64)
-        self._item_of, self._window_chunks, self._journal, self._clock = (
-            item_of,
-            window_chunks,
-            journal,
-            clock,
-        )
+        # what is given
+        self._item_of = item_of
+        self._window_chunks = window_chunks
+        self._journal = journal
+        self._clock = clock
         self._max_failures = limits.budget.max_failures
-        self._stock = stock = Stock(store, retention=retention, journal=journal)
+
+        # the parts
+        wanted = np.asarray(order, dtype=np.int64)
+        self._stock = Stock(store, retention=retention, journal=journal)
+        settled = self._stock.settled(wanted)
         self._table = LeaseTable(
-            wanted, settled=stock.settled(wanted), num_rows=stock.num_rows, budget=limits.budget
+            wanted, settled=settled, num_rows=self._stock.num_rows, budget=limits.budget
         )
         self._fleet = Fleet(
-            crew, limits, compare=compare, give_back=self._table.give_back, wall=wall
+            backend, limits, compare=compare, give_back=self._table.give_back, wall=wall
         )
         self._progress = Progress(
             self._table, window_chunks=window_chunks, journal=journal, now=clock()
         )
+
+        # what changes
         self._cursors: dict[str, int] = {}
         self._num_refused = 0  # publications that the store did not take, one after the other
         self._next_news = -np.inf
@@ -90,14 +95,13 @@ class Dispatcher(Generic[ItemT, ReadyT]):
     def run(
         self, *, readers: Collection[str], coordinator: Inbox, finished: Callable[[], bool]
     ) -> None:
-        """Produce until every wanted chunk is published and `finished()`; `readers` are the
-        students that move cursors on the coordinator.
+        """Produce until every wanted chunk is published and `finished()`.
 
-        Without readers nothing holds the workers back. Raises TeacherError where chunks or start-up
-        checks fail too often, and what `finished` raises as soon as it does: behind a closed window
-        a student that has failed would be waited for without end.
+        `readers`: the students whose cursors on the coordinator move the window; without any,
+        nothing holds the workers back. Raises TeacherError where chunks or start-up checks fail too
+        often, and at once what `finished` raises: a student that has failed never moves the window.
         """
-        self._record_the_end()  # if there is nothing to make
+        self._record_if_done()  # if there is nothing to make
         try:
             while not (finished() and self._table.done):
                 self._look_around(coordinator, self._clock())
@@ -107,30 +111,29 @@ class Dispatcher(Generic[ItemT, ReadyT]):
             self._fleet.release()
 
     def _look_around(self, coordinator: Inbox, now: float) -> None:
-        """Take in what others know, each as often as it may matter."""
+        """Take in what other processes report: through the coordinator, then through the store."""
         if now >= self._next_news:
-            news = coordinator.read()
             self._next_news = now + _NEWS_EVERY_S
+            news = coordinator.read()
             self._cursors.update(news.cursors)
             self._fleet.hear(news.heard_teachers, now)
             self._replace_the_silent(now)
             self._table.reopen(*filter(self._stock.is_lost, news.bad_chunks))
-            self._fleet.heed(news.notices, now)
+            self._fleet.take_notices(news.notices, now)
         self._table.reopen(*self._stock.look(now))
 
     def _limit(self, readers: Collection[str]) -> int:
-        """The position in the reading order that no lease may reach."""
-        own = min(
-            (self._cursors.get(reader, 0) for reader in readers), default=self._table.num_wanted
-        )
+        """The first position in the reading order that must not be leased."""
+        cursors = [self._cursors.get(reader, 0) for reader in readers]
+        own = min(cursors, default=self._table.num_wanted)
         return self._stock.limit(own, self._window_chunks)
 
     def _advance(self, *, limit: int) -> None:
-        """One round: staff the fleet, hand out what may be handed out, and take in answers for a
+        """One round: staff the fleet, lease what may be leased, and take in answers for a
         moment."""
         now = self._clock()
         if self._table.done:
-            self._fleet.release()  # the processors are the students' now
+            self._fleet.release()  # the students can have the processors
         else:
             self._fleet.staff(self._table.num_wanted - self._table.num_settled, now)
         self._call_in_late_work(now)
@@ -141,17 +144,17 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._progress.look(self._clock(), limit=limit, num_ready=self._fleet.num_ready)
 
     def _hand_out(self, limit: int, now: float) -> None:
-        """Leases to workers with room, the idle first; where no work is left, slow work to the
-        idle."""
+        """Lease work to workers with room, idle ones first; where no work is left, lease slow work
+        a second time to idle ones."""
         for with_room in self._fleet.with_room:
-            while (
-                with_room
-                and (lease := self._table.lease(next(iter(with_room)), limit=limit, now=now))
-                is not None
-            ):
-                self._submit(lease)
-        idle = self._fleet.with_room[0]
-        while idle and (lease := self._table.hedge(next(iter(idle)), now=now)) is not None:
+            self._hand_out_to(with_room, partial(self._table.lease, limit=limit, now=now))
+        self._hand_out_to(self._fleet.with_room[0], partial(self._table.hedge, now=now))
+
+    def _hand_out_to(
+        self, with_room: Mapping[int, Worker], lease_to: Callable[[int], Lease | None]
+    ) -> None:
+        """Lease to these workers until none of them has room, or there is nothing to lease."""
+        while with_room and (lease := lease_to(next(iter(with_room)))) is not None:
             self._submit(lease)
 
     def _submit(self, lease: Lease) -> None:
@@ -163,28 +166,20 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._fleet.submit(lease, item)
 
     def _call_in_late_work(self, now: float) -> None:
-        """Work that is past its deadline goes to others; a worker that then stays silent for as
-        long again is given up."""
+        """Lease work that is past its deadline to other workers; give up a worker that then does
+        not answer for as long again."""
         for lease in self._table.expire(now):
             self._fleet.note_late(lease, now)
         for worker in self._fleet.overdue(now):
             self._lose(worker, "it did not answer for two lease timeouts", blame=True)
 
     def _replace_the_silent(self, now: float) -> None:
+        """End workers without heartbeats: the fleet starts others."""
         for worker, silent_s in self._fleet.silent(now):
             lease = next(iter(worker.leases.values()), None)
             phase = "start" if worker.node is None else "work"
-            self._journal.record(
-                StallRow(
-                    "teacher",
-                    worker.number,
-                    0,
-                    phase,
-                    silent_s,
-                    "",
-                    None if lease is None else lease.chunk,
-                )
-            )
+            chunk = None if lease is None else lease.chunk
+            self._journal.record(StallRow("teacher", worker.number, 0, phase, silent_s, "", chunk))
             self._die(worker, Died(worker.number, f"it gave no heartbeat for {silent_s:.0f} s"))
 
     def _take_in(self, worker: Worker, event: Event[ReadyT]) -> None:
@@ -204,7 +199,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
     def _accept(self, worker: Worker, lease: Lease, answer: Answer) -> None:
         match answer:
             case Passed():
-                self._tell(self._table.passed(lease))
+                self._report(self._table.passed(lease))
             case Found():
                 self._table.find(lease)
                 self._stock.published(lease.chunk)
@@ -214,36 +209,32 @@ class Dispatcher(Generic[ItemT, ReadyT]):
                 self._stock.published(lease.chunk)
                 self._progress.add(answer.num_tokens)
                 self._journal.record(answer.journal_row(worker.number))
-        self._record_the_end()
+        self._record_if_done()
 
     def _fail(self, worker: Worker, lease: Lease, cause: BaseException) -> None:
         _log.info("teacher %d failed at chunk %d: %r", worker.number, lease.chunk, cause)
-        if isinstance(
-            cause, StoreUnavailable
-        ):  # it waited with the chunk in hand for as long as it may
+        if isinstance(cause, StoreUnavailable):  # the worker waited for the store as long as it may
             self._num_refused += 1
             if self._num_refused >= self._max_failures * max(1, self._fleet.num_ready):
                 raise cause
             self._table.give_back(lease)
             return
         if isinstance(cause, UserError):
-            raise cause  # a store without permission: every other attempt would meet it too
+            raise cause  # a store without permission, say: every other attempt would fail, too
         if not isinstance(cause, StillhouseError):
             # after an error on the GPU nothing works in that process any more
             self._fleet.retire(worker)
-        self._tell(self._table.fail(lease, f"{type(cause).__name__}: {cause}"))
+        self._report(self._table.fail(lease, f"{type(cause).__name__}: {cause}"))
 
     def _fail_to_start(self, worker: Worker, cause: BaseException) -> None:
-        if not self._fleet.begun:  # every other worker would most likely meet the same
-            raise (
-                cause
-                if isinstance(cause, StillhouseError)
-                else TeacherError(f"a teacher could not start: {cause!r}")
-            ) from cause
+        if not self._fleet.begun:  # every other worker would most likely fail in the same way
+            if isinstance(cause, StillhouseError):
+                raise cause
+            raise TeacherError(f"a teacher could not start: {cause!r}") from cause
         self._die(worker, Died(worker.number, repr(cause)))
 
     def _die(self, worker: Worker, death: Died) -> None:
-        """A worker is gone, as machines go. Whoever staffs the fleet next replaces it."""
+        """Take in that a worker is gone; the next round of the fleet replaces it."""
         _log.info("teacher %d is gone: %s", worker.number, death.reason)
         announced = death.preempted or worker.leaves_at is not None
         if worker.node is None and not announced and not death.with_machine:
@@ -252,26 +243,18 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._fleet.require_starts(death.reason)
 
     def _lose(self, worker: Worker, reason: str, *, blame: bool) -> None:
-        """Give up on a worker. What it had in work may have killed it, but not where its end was
-        announced."""
+        """End a worker that is lost. `blame`: what it had in work may have killed it."""
         lease = self._fleet.lose(worker)
         if lease is not None:
-            self._tell(self._table.lose(lease, reason, blame=blame))
+            self._report(self._table.lose(lease, reason, blame=blame))
 
-    def _tell(self, found: SetAside | None) -> None:
+    def _report(self, found: SetAside | None) -> None:
         if found is not None:
-            _log.warning(
-                "%d sequences of chunk %d are set aside: %s",
-                len(found.rows),
-                found.chunk,
-                found.reason,
-            )
-            self._journal.record(
-                SetAsideRow(
-                    found.chunk, self._stock.sequences(found.chunk, found.rows), found.reason
-                )
-            )
+            num_rows, chunk, reason = len(found.rows), found.chunk, found.reason
+            _log.warning("%d sequences of chunk %d are set aside: %s", num_rows, chunk, reason)
+            sequences = self._stock.sequences(chunk, found.rows)
+            self._journal.record(SetAsideRow(chunk, sequences, reason))
 
-    def _record_the_end(self) -> None:
+    def _record_if_done(self) -> None:
         if self._table.done:
             self._progress.record(self._clock(), num_ready=self._fleet.num_ready)

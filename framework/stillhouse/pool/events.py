@@ -1,5 +1,5 @@
-"""What a pool and its workers say to each other, and what the pool hears from outside: its seams,
-which know neither Ray nor time."""
+"""The protocols of a pool: what it needs of its workers, of their backend and of the coordinator,
+and the events that it receives. Neither Ray nor time is known here."""
 
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeAlias, TypeVar
@@ -9,7 +9,7 @@ from stillhouse.tracking import Row
 
 
 class Item(Protocol):
-    """What a worker needs to make one block. Its rows can be computed alone, or set aside."""
+    """What a worker needs to make one block, of which rows can be left out."""
 
     def only(self, row: int) -> Self: ...
 
@@ -25,29 +25,29 @@ class Ready(Protocol):
         ...
 
     def journal_row(self, worker: int) -> Row:
-        """What the journal keeps of it."""
+        """The journal's event."""
         ...
 
 
 class Produced(Protocol):
-    """A block that is in the store."""
+    """A worker's answer: it published the block."""
 
     @property
     def num_tokens(self) -> int: ...
 
     def journal_row(self, worker: int) -> Row:
-        """What the journal keeps of it."""
+        """The journal's event."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Another publisher was there first; nothing was computed."""
+    """A worker's answer: the block was in the store already; nothing was computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A row on trial could be computed; nothing of it was published."""
+    """A worker's answer: the row on trial could be computed; nothing of it was published."""
 
 
 Answer: TypeAlias = Produced | Found | Passed
@@ -66,6 +66,8 @@ class Started(Generic[ReadyT]):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
+    """A worker ended the work of a lease."""
+
     worker: int
     lease: int
     answer: Answer
@@ -73,7 +75,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """The worker lives, but its start (lease None) or its work raised."""
+    """A worker's start (`lease` is None) or its work raised; its process is still there."""
 
     worker: int
     lease: int | None
@@ -82,7 +84,7 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The worker is gone, with all that it held. Told once."""
+    """A worker is gone, with all its leases. There is one such event for it."""
 
     worker: int
     reason: str
@@ -93,28 +95,29 @@ class Died:
 Event: TypeAlias = Started[ReadyT] | Answered | Raised | Died
 
 
-class Crew(Protocol[ItemT_contra, ReadyT]):
-    """The worker backend: starts workers, under numbers that the pool chooses, and talks to them.
+class WorkerBackend(Protocol[ItemT_contra, ReadyT]):
+    """Starts workers, under numbers that the pool chooses, and passes work and events.
 
     A worker does its work in the order of `submit`.
     """
 
     def spawn(self, worker: int) -> None:
-        """Begin to start a worker; it may wait for a place without end."""
+        """Begin to start a worker. Returns at once: the worker may wait for a free machine for any
+        time."""
         ...
 
     def submit(self, worker: int, lease: int, item: ItemT_contra, *, publish: bool) -> None: ...
 
     def kill(self, worker: int) -> None:
-        """End a worker. Nothing is heard of it any more."""
+        """End a worker. It has no events any more."""
         ...
 
     def events(self, *, timeout_s: float) -> list[Event[ReadyT]]:
-        """All that has happened; waits for the first of it, no longer than the timeout."""
+        """All events so far; waits for the first one, but no longer than the timeout."""
         ...
 
 
 class Inbox(Protocol):
-    """Where students and machines leave their messages; a Coordinator is one."""
+    """Where students and machines leave messages for the pool; a Coordinator is one."""
 
     def read(self) -> News: ...

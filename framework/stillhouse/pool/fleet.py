@@ -1,7 +1,6 @@
-"""The fleet: workers that are started, welcomed, watched and sent away, and the leases that each of
-them holds.
+"""The fleet: it starts workers, watches them and ends them, and knows which leases each one holds.
 
-Nothing here knows which work is wanted: leases of a worker that goes are handed to `give_back`.
+It does not know which work is wanted: leases of a worker that is ended go to `give_back`.
 """
 
 import math
@@ -11,22 +10,22 @@ from typing import Generic
 
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import TeacherError
-from stillhouse.pool.events import Crew, Event, ItemT, ReadyT
+from stillhouse.pool.events import Event, ItemT, ReadyT, WorkerBackend
+from stillhouse.pool.heartbeats import Heartbeats
 from stillhouse.pool.leases import Lease
 from stillhouse.pool.poison import Budget
-from stillhouse.pool.pulses import Pulses
 
-ITEMS_PER_WORKER = 2  # one in work, one waiting beside it, so that no worker idles for a round trip
+ITEMS_PER_WORKER = 2  # one in work, one waiting, so that no worker is idle for a round trip
 
-_NOTICE_HOLDS_S = 300.0  # after its deadline: a machine that lives on was not meant after all
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 60.0  # between workers that die as they start
-_DOOMED_PAUSE_S = 30.0  # after one that came up on a machine that goes
+_NOTICE_HOLDS_S = 300.0  # after its deadline: a machine that is still there stays after all
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 60.0  # between workers that are lost as they start
+_DOOMED_PAUSE_S = 30.0  # after one that started on a machine that will be taken away
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many workers there may be, how long one may be silent, and what is tried before something
-    is given up."""
+    """How many workers there may be, how long one may be silent, and what is tried before work is
+    given up."""
 
     min_workers: int  # that must be ready before work begins
     max_workers: int
@@ -36,18 +35,19 @@ class Limits:
 
 @dataclass(slots=True)
 class Worker:
+    """A worker as the fleet knows it."""
+
     number: int
     node: str | None = None  # None until it is ready
     leases: dict[int, Lease] = field(default_factory=dict)  # in the order in which it works on them
     overdue_since: float | None = None
-    leaves_at: float | None = (
-        None  # its node is draining: no new leases, and the end of the one in work
-    )
+    leaves_at: float | None = None  # when its draining node ends; it gets no new leases
 
 
 @dataclass(slots=True)
 class _Pace:
-    """When the next worker may be started: later and later after workers that die as they start."""
+    """When the next worker may be started: after a pause that doubles with each one that was lost
+    as it started (backoff)."""
 
     num_lost: int = 0  # one after the other
     not_before: float = -math.inf
@@ -58,8 +58,8 @@ class _Pace:
 
 
 class _Roster:
-    """The workers by number, and those of them that something is to be done about, so that none has
-    to be searched for."""
+    """The workers by number, and indexes of those that something is to be done about: thousands of
+    workers are never searched."""
 
     def __init__(self) -> None:
         self.workers: dict[int, Worker] = {}
@@ -75,14 +75,13 @@ class _Roster:
         return worker
 
     def drop(self, worker: Worker) -> bool:
-        """Whether it was there."""
+        """Remove the worker. Returns whether it was there."""
         was_there = self.workers.pop(worker.number, None) is not None
         self.file(worker)
         return was_there
 
     def file(self, worker: Worker) -> None:
-        """Note what is to be done about a worker that has changed, and how urgently it can take
-        work."""
+        """Bring the indexes up to date for a worker that has changed."""
         for index in (*self.with_room, self.overdue, self.leaving):
             index.pop(worker.number, None)
         if worker.number not in self.workers:
@@ -100,60 +99,57 @@ class _Roster:
 
 
 class Fleet(Generic[ItemT, ReadyT]):
-    """`min_workers` to `max_workers` workers of a crew.
+    """`min_workers` to `max_workers` workers of a backend.
 
-    `compare` raises where a worker (the second, of that number) is not the same as the first that
-    was ready. `wall` gives seconds since 1970, which notices are in; `now` is in seconds from any
-    beginning.
+    `compare(first, other, number)` raises where the worker of that number does not give the same
+    results as the first one that was ready. `wall` is in unix seconds, as preemption notices are;
+    `now` is in seconds from any beginning.
     """
 
     def __init__(
         self,
-        crew: Crew[ItemT, ReadyT],
+        backend: WorkerBackend[ItemT, ReadyT],
         limits: Limits,
         *,
         compare: Callable[[ReadyT, ReadyT, int], None],
         give_back: Callable[[Lease], None],
         wall: Callable[[], float],
     ):
-        self._crew, self._limits, self._compare, self._give_back, self._wall = (
-            crew,
-            limits,
-            compare,
-            give_back,
-            wall,
-        )
-        self._roster, self._pulses, self._pace = _Roster(), Pulses(), _Pace()
+        self._backend = backend
+        self._limits = limits
+        self._compare = compare
+        self._give_back = give_back
+        self._wall = wall
+        self._roster, self._heartbeats, self._pace = _Roster(), Heartbeats(), _Pace()
         self._notices: dict[str, PreemptionNotice] = {}  # by node
         self._first: ReadyT | None = None
-        self.begun = False  # once `min_workers` have been ready together, it stays begun
+        self.begun = False  # True from when `min_workers` were ready at the same time
         self.num_ready = 0
 
     @property
     def with_room(self) -> list[dict[int, Worker]]:
-        """The workers that can take work, by the number of leases that they have."""
+        """The workers that can take work: element n has those with n leases."""
         return self._roster.with_room
 
     def staff(self, num_wanted: int, now: float) -> None:
-        """Fill the fleet up, but not with more than are wanted. Those that leave have their
-        successors at once."""
+        """Start workers up to the number that is wanted. One that leaves is replaced at once."""
         fewest = 1 if self.begun else self._limits.min_workers
         wanted = min(self._limits.max_workers, max(fewest, num_wanted))
         missing = wanted - (len(self._roster.workers) - len(self._roster.leaving))
         for _ in range(missing if now >= self._pace.not_before else 0):
-            self._crew.spawn(self._roster.add().number)
+            self._backend.spawn(self._roster.add().number)
         self.begun = self.begun or self.num_ready >= self._limits.min_workers
 
     def events(self, *, timeout_s: float) -> Iterator[tuple[Worker, Event[ReadyT]]]:
-        """What has happened to workers that are still there; waits for the first of it, no longer
-        than the timeout."""
-        for event in self._crew.events(timeout_s=timeout_s):
+        """Events of workers that are still there; waits for the first one, but no longer than the
+        timeout."""
+        for event in self._backend.events(timeout_s=timeout_s):
             worker = self._roster.workers.get(event.worker)
-            if worker is not None:  # or it was sent away in this same round
+            if worker is not None:  # it was not ended in this same round
                 yield worker, event
 
     def welcome(self, worker: Worker, ready: ReadyT, now: float) -> None:
-        """It passed its start-up check. Raises what `compare` does."""
+        """Take in a worker that passed its start-up check. Raises what `compare` does."""
         self._first = self._first or ready
         self._compare(self._first, ready, worker.number)
         worker.node = ready.node
@@ -165,14 +161,14 @@ class Fleet(Generic[ItemT, ReadyT]):
             self._pace.not_before = now + _DOOMED_PAUSE_S
 
     def submit(self, lease: Lease, item: ItemT) -> None:
+        """Give the lease's holder its work."""
         worker = self._roster.workers[lease.holder]
         worker.leases[lease.id] = lease
         self._roster.file(worker)
-        self._crew.submit(worker.number, lease.id, item, publish=lease.trial is None)
+        self._backend.submit(worker.number, lease.id, item, publish=lease.trial is None)
 
     def end(self, worker: Worker, number: int) -> Lease:
-        """Take the lease off its worker, who thereby has given a heartbeat; one that leaves goes
-        now."""
+        """Take the lease off a worker that has answered. A worker that leaves is ended now."""
         lease = worker.leases.pop(number)
         worker.overdue_since = None
         if worker.leaves_at is not None:
@@ -181,35 +177,34 @@ class Fleet(Generic[ItemT, ReadyT]):
         return lease
 
     def note_late(self, lease: Lease, now: float) -> None:
-        """Work is past its deadline: its worker gets no more until it answers."""
+        """Give no more work to a worker whose lease is past its deadline, until it answers."""
         worker = self._roster.workers[lease.holder]
         if worker.overdue_since is None:
             worker.overdue_since = now
             self._roster.file(worker)
 
     def overdue(self, now: float) -> list[Worker]:
-        """The workers that have stayed silent for one more lease timeout."""
+        """The workers that have not answered for one more lease timeout."""
         longest_s = self._limits.budget.timeout_s
-        found = self._roster.overdue.values()
         return [
             worker
-            for worker in found
+            for worker in self._roster.overdue.values()
             if worker.overdue_since is not None and now - worker.overdue_since >= longest_s
         ]
 
     def hear(self, heard: Collection[int], now: float) -> None:
-        """These workers gave heartbeats."""
-        self._pulses.hear(heard & self._roster.workers.keys(), now)
+        """Take in the numbers of workers that gave a heartbeat."""
+        self._heartbeats.hear(heard & self._roster.workers.keys(), now)
 
     def silent(self, now: float) -> list[tuple[Worker, float]]:
-        """The workers without a heartbeat for longer than the watchdog allows, each with its
-        seconds: their processes stand still."""
-        found = self._pulses.silent(now, longer_than_s=self._limits.watchdog_s)
+        """The workers whose processes stand still: without a heartbeat for longer than the watchdog
+        allows. Each comes with its seconds of silence."""
+        found = self._heartbeats.silent(now, longer_than_s=self._limits.watchdog_s)
         return [(self._roster.workers[number], seconds) for number, seconds in found]
 
-    def heed(self, notices: Mapping[str, PreemptionNotice], now: float) -> None:
-        """Workers on draining nodes get no new leases, hand back what they have not begun, and go
-        with what they have in work."""
+    def take_notices(self, notices: Mapping[str, PreemptionNotice], now: float) -> None:
+        """Take in preemption notices, by node. Workers on draining nodes get no new leases, give
+        back what they have not begun, and end with what they have in work."""
         self._notices.update(notices)
         doomed = self._doomed_nodes()
         for worker in [*self._roster.workers.values()] if doomed else ():
@@ -223,42 +218,40 @@ class Fleet(Generic[ItemT, ReadyT]):
                 self.retire(worker)
 
     def lose(self, worker: Worker) -> Lease | None:
-        """Give up on a worker. Returns what it had in work: only that may have killed it."""
+        """End a worker that is lost. Returns the lease that it had in work, which alone may have
+        killed it; the others are given back."""
         in_work = next(iter(worker.leases), None)
-        lease = worker.leases.pop(in_work) if in_work is not None else None
+        lease = None if in_work is None else worker.leases.pop(in_work)
         self.retire(worker)
         return lease
 
     def lose_at_start(self, now: float) -> None:
-        """A worker died while it started: the next one is started after a pause."""
+        """Note that a worker was lost while it started: the next one is started after a pause."""
         self._pace.lose(now)
 
     def require_starts(self, reason: str) -> None:
-        """Raise TeacherError where workers do nothing but die as they start, the last for this
-        reason."""
-        if (
-            self._pace.num_lost >= self._limits.budget.max_failures * self._limits.max_workers
-            and self.num_ready == 0
-        ):
+        """Raise TeacherError where one worker after the other is lost as it starts, the last one
+        for this reason."""
+        most = self._limits.budget.max_failures * self._limits.max_workers
+        if self._pace.num_lost >= most and self.num_ready == 0:
             raise TeacherError(
                 f"{self._pace.num_lost} teachers died one after the other while they started, the "
-                f"last with: {reason}; "
-                "does the model fit into the memory of their machines?"
+                f"last with: {reason}; does the model fit into the memory of their machines?"
             )
 
     def retire(self, worker: Worker) -> None:
-        """Send a worker away, if it is there: what it still held is given back."""
+        """End a worker, if it is there, and give back the leases that it holds."""
         if not self._roster.drop(worker):
             return
-        self._crew.kill(worker.number)
+        self._backend.kill(worker.number)
         for lease in worker.leases.values():
             self._give_back(lease)
         worker.leases.clear()
         self.num_ready -= worker.node is not None
-        self._pulses.forget(worker.number)
+        self._heartbeats.forget(worker.number)
 
     def release(self) -> None:
-        """Send all workers away."""
+        """End all workers."""
         for worker in [*self._roster.workers.values()]:
             self.retire(worker)
 

@@ -1,14 +1,12 @@
-"""Which chunk is made next, and by which worker: a pure state machine over chunk numbers, without
-Ray and without a clock.
+"""Leases: which chunk is made next, and by which worker. A pure state machine over chunk numbers,
+without Ray and without a clock.
 
-Every wanted chunk is open or settled (published, or needed by nobody). Open ones are leased in the
-order in which the students first read them, within a window of that order, to one worker each; a
-second one only where the first is late or slow. Whatever becomes of leases, workers and clocks, an
-open chunk can always be leased again, and a chunk that no worker can make is taken apart into its
-sequences.
+A wanted chunk is open or settled (published, or needed by no consumer). Open chunks are leased in
+the order in which students first read them, within a window of that order, to one worker each; a
+late or slow one also to a second worker. Whatever happens to leases, workers and clocks, an open
+chunk can always be leased again. A chunk that no worker can make is taken apart into its rows.
 
-What it remembers grows with the leases that are out, not with the corpus, of which it keeps one
-byte a chunk.
+Memory: one byte a chunk, and what the leases that are out need.
 """
 
 from collections import OrderedDict, deque
@@ -27,7 +25,7 @@ _REMEMBERED_DURATIONS = 63
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A piece of work in the hands of one worker, until `deadline`."""
+    """A piece of work that one worker holds, until `deadline`."""
 
     id: int
     work: Work
@@ -39,14 +37,14 @@ class Lease:
 
     @property
     def trial(self) -> int | None:
-        """The row that is computed alone, to see whether it can be; nothing of it is published.
-        None: the chunk is made."""
+        """The row that is computed alone, to find out whether it can be; nothing of it is
+        published. None: the whole chunk is made."""
         return None if self.work.is_whole else self.work.row
 
 
 @dataclass(slots=True)
 class Tally:
-    """Leases that did not end as they should, under the names that the journal has for them."""
+    """Leases that ended in another way than by an answer, under the journal's names for them."""
 
     failures: int = 0
     losses: int = 0
@@ -55,8 +53,11 @@ class Tally:
 
 
 class LeaseTable:
-    """`order` names the wanted chunks in reading order, `settled` which positions of it need no
-    work, `num_rows` how long a chunk is."""
+    """Leases of wanted chunks.
+
+    `order`: the wanted chunks in reading order. `settled`: which positions of it need no work.
+    `num_rows(chunk)`: the number of its rows.
+    """
 
     def __init__(
         self,
@@ -72,14 +73,13 @@ class LeaseTable:
         self._timeout_s = budget.timeout_s
         self._next_id = 0
         self._active: dict[int, Lease] = {}  # by id, so by age
-        self._late: dict[int, Lease] = {}  # given back, but with a worker still
+        self._late: dict[int, Lease] = {}  # given back, but still in a worker's hands
         self._held: dict[Work, list[Lease]] = {}
         # held by one worker, the longest first
         self._alone: OrderedDict[Work, Lease] = OrderedDict()
         self._durations: deque[float] = deque(maxlen=_REMEMBERED_DURATIONS)
-        self._void_before: dict[
-            int, int
-        ] = {}  # position -> leases with a lower id tell nothing about it: it was damaged since
+        # position -> first lease that counts: the chunk was damaged after all earlier ones
+        self._void_before: dict[int, int] = {}
 
     @property
     def num_wanted(self) -> int:
@@ -91,7 +91,7 @@ class LeaseTable:
 
     @property
     def num_leased(self) -> int:
-        """Pieces of work that a worker holds and that are still wanted."""
+        """Pieces of wanted work that a worker holds."""
         return len(self._held)
 
     @property
@@ -104,13 +104,13 @@ class LeaseTable:
         return self.num_settled == self.num_wanted
 
     def held_back(self, *, limit: int) -> bool:
-        """Whether work is waiting that only the window keeps from being leased."""
+        """Whether the next work may not be leased only because the window ends at `limit`."""
         work = self._backlog.next()
         return work is not None and work.position >= limit
 
     def lease(self, holder: int, *, limit: int, now: float) -> Lease | None:
-        """The next work whose position in the reading order is below `limit`, now leased; None
-        where there is none to give."""
+        """Lease the next work, if its position in the reading order is below `limit`; None where
+        there is none to lease."""
         work = self._backlog.next()
         if work is None or work.position >= limit:
             return None
@@ -118,8 +118,8 @@ class LeaseTable:
         return self._grant(work, holder, now)
 
     def hedge(self, holder: int, *, now: float) -> Lease | None:
-        """The longest-running work of another worker, if it takes far longer than usual and nobody
-        else was given it too."""
+        """Lease the longest-running work of another worker a second time (a hedge), if it takes far
+        longer than usual and no other worker holds it."""
         if not self._alone or not self._durations:
             return None
         slow_s = _SLOW * sorted(self._durations)[len(self._durations) // 2]
@@ -132,23 +132,24 @@ class LeaseTable:
         return None
 
     def expire(self, now: float) -> list[Lease]:
-        """The leases whose deadline has come, now given back. Their holders may still answer."""
+        """Give back the leases whose deadline has come, and return them. Their holders may still
+        answer."""
         expired = []
         while self._active and (oldest := next(iter(self._active.values()))).deadline <= now:
             self.tally.late += self._is_open(oldest.work)
-            self._end(oldest)
+            self.give_back(oldest)
             self._late[oldest.id] = oldest
             expired.append(oldest)
         return expired
 
     def publish(self, lease: Lease, *, now: float) -> None:
-        """Its holder put the chunk into the store, or lost the race for it. A late answer is as
+        """End a lease whose holder published the chunk, or was second to do so. A late answer is as
         good as any."""
         self._durations.append(now - lease.began)
         self.find(lease)
 
     def find(self, lease: Lease) -> None:
-        """Its holder found the chunk in the store, and had nothing to do."""
+        """End a lease whose holder found the chunk in the store and computed nothing."""
         self._take(lease)
         position = lease.work.position
         if self._backlog.is_settled(position) or lease.id < self._void_before.get(position, 0):
@@ -158,34 +159,34 @@ class LeaseTable:
         self._apply(Ruling(closed=self._search.end(position)))
 
     def passed(self, lease: Lease) -> SetAside | None:
-        """The row on trial could be computed. Returns what is set aside, where this was the last
-        row in doubt."""
+        """End a lease whose row on trial could be computed. Returns what is set aside, where this
+        was the last row in doubt."""
         self._take(lease)
-        return (
-            self._apply(self._search.acquit(lease.work, chunk=lease.chunk))
-            if self._is_open(lease.work)
-            else None
-        )
+        if not self._is_open(lease.work):
+            return None
+        return self._apply(self._search.acquit(lease.work, chunk=lease.chunk))
 
     def give_back(self, lease: Lease) -> None:
-        """The lease ended because its holder was sent away, or never began it."""
-        self._end(lease)
+        """End a lease whose holder was sent away, never began it or is late: other workers may have
+        the work."""
+        self._take(lease)
+        self._let_go(lease)
 
     def lose(self, lease: Lease, reason: str, *, blame: bool = True) -> SetAside | None:
-        """The lease ended because its worker died at it. Raises TeacherError and returns as `fail`
-        does, after three times as many.
+        """End a lease whose worker was lost. Raises TeacherError and returns as `fail` does, after
+        three times as many.
 
-        Without `blame` it says nothing about the work: the machine was taken away.
+        `blame`: the work may have killed the worker; not so where its machine was taken away.
         """
         self.tally.losses += 1
         if not blame:
-            self._end(lease)
+            self.give_back(lease)
             return None
         return self._accuse(lease, DIED, reason)
 
     def fail(self, lease: Lease, reason: str) -> SetAside | None:
-        """An attempt raised. After `max_failures` of them a chunk is examined row by row, and a row
-        set aside.
+        """End a lease whose worker raised. After `max_failures` of them a chunk is examined row by
+        row, and a row set aside.
 
         Returns what is set aside, once that is known of every row. Raises TeacherError where rows
         alone cannot explain it.
@@ -194,8 +195,8 @@ class LeaseTable:
         return self._accuse(lease, RAISED, reason)
 
     def reopen(self, *numbers: int) -> int:
-        """These chunks are not in the store any more and have to be made again; how many are, for
-        the others are not wanted, or open."""
+        """Have chunks made again that are not in the store any more. Returns how many were settled;
+        the others are open already, or not wanted."""
         positions = self._backlog.reopen(numbers) if numbers else []
         self._void_before.update(dict.fromkeys(positions, self._next_id))
         return len(positions)
@@ -209,17 +210,14 @@ class LeaseTable:
         self._watch(work)
         return lease
 
-    def _end(self, lease: Lease) -> None:
-        self._take(lease)
-        self._let_go(lease)
-
     def _take(self, lease: Lease) -> None:
-        """The holder has the lease no more. Raises KeyError where it never had."""
+        """Take the lease off the list of leases that are out. Raises KeyError where it is not on
+        it."""
         if self._late.pop(lease.id, None) is None:
             del self._active[lease.id]
 
     def _let_go(self, lease: Lease) -> None:
-        """Work that is wanted and that nobody else holds waits again."""
+        """Return the lease's work to the backlog, if it is wanted and no other worker holds it."""
         holders = self._held.get(lease.work, [])
         if lease not in holders:
             return
@@ -230,7 +228,7 @@ class LeaseTable:
             self._put_back(lease.work)
 
     def _watch(self, work: Work) -> None:
-        """Keep the book of works that a single worker holds."""
+        """Keep `_alone` true for this work."""
         self._alone.pop(work, None)
         if len(self._held[work]) == 1:
             self._alone[work] = lease = self._held[work][0]
@@ -248,14 +246,14 @@ class LeaseTable:
         self._take(lease)
         if not self._is_open(lease.work):
             return None
-        found = self._apply(
-            self._search.accuse(lease.work, weight, chunk=lease.chunk, reason=reason)
-        )
+        ruling = self._search.accuse(lease.work, weight, chunk=lease.chunk, reason=reason)
+        found = self._apply(ruling)
         self._let_go(lease)
         return found
 
     def _apply(self, ruling: Ruling) -> SetAside | None:
-        """Work that nobody wants any more is forgotten, and whoever still holds it may finish."""
+        """Forget closed work, whose holders may still finish it, and add opened work to the
+        backlog."""
         for work in ruling.closed:
             self._held.pop(work, None)
             self._alone.pop(work, None)

@@ -1,8 +1,8 @@
-"""The search for poison: a chunk that failed too often is taken apart, its rows are tried one by
-one, and those that fail are set aside.
+"""The search for poison rows: a chunk that failed too often is taken apart, its rows are tried one
+by one, and those that fail are set aside.
 
-A pure state machine. What it says to others is a `Ruling`: which work is wanted no more, and which
-has to be done instead.
+A pure state machine. Its answer is a `Ruling`: which work is not wanted any more, and which has to
+be done instead. A row is a sequence of a chunk.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ RAISED, DIED = 3, 1  # the weight of a failure: a lost machine is seldom the chu
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What is tried before something is given up. A death counts a third of an attempt that
+    """What is tried before work is given up. A lost worker counts a third of an attempt that
     raised."""
 
     max_failures: int  # attempts at one chunk, and then at one of its rows
@@ -32,7 +32,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """Rows of a chunk that no worker could compute."""
+    """Rows of a chunk that no worker could compute; the chunk is published without them."""
 
     chunk: int
     rows: tuple[int, ...]
@@ -42,14 +42,14 @@ class SetAside:
 class Ruling(NamedTuple):
     """What follows from an attempt."""
 
-    closed: Sequence[Work] = ()  # wanted no more
+    closed: Sequence[Work] = ()  # not wanted any more
     opened: Sequence[Work] = ()  # to be done now
     set_aside: SetAside | None = None
 
 
 @dataclass(slots=True)
 class _Examination:
-    """A chunk whose rows are tried, each alone."""
+    """A chunk whose rows are tried one by one."""
 
     undecided: set[int]
     condemned: list[int]
@@ -57,58 +57,55 @@ class _Examination:
 
 
 class PoisonSearch:
-    """`num_rows` says how long a chunk is."""
+    """Counts failures against work, examines chunks, and sets rows aside. `num_rows(chunk)` is the
+    number of a chunk's rows."""
 
     def __init__(self, num_rows: Callable[[int], int], budget: Budget):
-        self._num_rows, self._budget = num_rows, budget
+        self._num_rows = num_rows
+        self._budget = budget
         self._against: Counter[Work] = Counter()
         self._examinations: dict[int, _Examination] = {}  # by position
         self._left_out: dict[int, frozenset[int]] = {}  # of the positions that were examined
         self.num_set_aside = 0
 
     def left_out(self, position: int) -> frozenset[int]:
-        """The rows of a chunk that are set aside."""
+        """The rows that are set aside, of the chunk at this position."""
         return self._left_out.get(position, frozenset())
 
     def weight_against(self, work: Work) -> int:
         return self._against[work]
 
     def wants(self, work: Work) -> bool:
-        """Whether an open chunk is to be made by this work: as a whole, or on trial row by row."""
+        """Whether this work is still to be done for an open chunk: the chunk as a whole, or one row
+        of it on trial."""
         examination = self._examinations.get(work.position)
-        return (
-            examination is None
-            if work.is_whole
-            else examination is not None and work.row in examination.undecided
-        )
+        if examination is None:
+            return work.is_whole
+        return work.row in examination.undecided
 
     def accuse(self, work: Work, weight: int, *, chunk: int, reason: str) -> Ruling:
-        """An attempt at wanted work failed. Raises TeacherError where rows alone cannot explain
-        it."""
+        """Count a failed attempt at wanted work. Raises TeacherError where rows alone cannot
+        explain it."""
         self._against[work] += weight
         if not work.is_whole:
             self._refuse_a_general_failure(work, chunk, reason)
         if self._against[work] < self._budget.weight:
             return Ruling()
-        return (
-            self._examine(work, chunk, reason)
-            if work.is_whole
-            else self._condemn(work, chunk, reason)
-        )
+        if work.is_whole:
+            return self._examine(work, chunk, reason)
+        return self._condemn(work, chunk, reason)
 
     def acquit(self, work: Work, *, chunk: int) -> Ruling:
-        """The row on trial could be computed."""
+        """Clear the row on trial: it could be computed."""
         self._examinations[work.position].undecided.remove(work.row)
         return self._conclude(work, chunk)
 
     def end(self, position: int) -> list[Work]:
-        """The chunk is published. Returns the work that is wanted no more."""
+        """End the search in a chunk that is published. Returns the work that is not wanted any
+        more."""
         examination = self._examinations.pop(position, None)
-        undecided = () if examination is None else examination.undecided
-        return [
-            self._close(work)
-            for work in (Work(position), *(Work(position, row) for row in undecided))
-        ]
+        rows = () if examination is None else examination.undecided
+        return [self._close(work) for work in (Work(position), *(Work(position, r) for r in rows))]
 
     def _close(self, work: Work) -> Work:
         self._against.pop(work, None)
@@ -119,18 +116,17 @@ class PoisonSearch:
         if work.position in self._left_out:
             raise TeacherError(
                 f"chunk {chunk} cannot be made although each of its sequences could be computed "
-                "alone; the last attempt ended with: "
-                f"{reason}. Every other published chunk is kept: see whether it exhausts the "
-                "memory of its teacher "
-                "(teacher.batch_sequences, teacher.block_tokens), and run again to go on from here."
+                f"alone; the last attempt ended with: {reason}. Every other published chunk is "
+                "kept: see whether it exhausts the memory of its teacher (teacher.batch_sequences, "
+                "teacher.block_tokens), and run again to go on from here."
             )
         rows = range(self._num_rows(chunk))
         self._examinations[work.position] = _Examination(set(rows), [], reason)
         return Ruling([self._close(work)], [Work(work.position, row) for row in rows])
 
     def _refuse_a_general_failure(self, work: Work, chunk: int, reason: str) -> None:
-        """Raise TeacherError where more rows are in doubt than may be set aside: then the fault is
-        in no single one of them."""
+        """Raise TeacherError where more rows are in doubt than may be set aside: then no single row
+        is at fault."""
         examination = self._examinations[work.position]
         doubtful = [
             row
@@ -141,11 +137,10 @@ class PoisonSearch:
             shown = ", ".join(map(str, sorted([*examination.condemned, *doubtful])))
             raise TeacherError(
                 f"chunk {chunk} failed {self._budget.max_failures} times, and then its sequences "
-                f"did one by one (rows {shown}), "
-                f"last with: {reason}. With {self.num_set_aside} set aside that is more than "
-                "teacher.max_set_aside, "
-                f"which is {self._budget.max_set_aside}. Every published chunk is kept: mend the "
-                "cause and run again to go on from here."
+                f"did one by one (rows {shown}), last with: {reason}. With {self.num_set_aside} "
+                "set aside that is more than teacher.max_set_aside, which is "
+                f"{self._budget.max_set_aside}. Every published chunk is kept: mend the cause and "
+                "run again to go on from here."
             )
 
     def _condemn(self, work: Work, chunk: int, reason: str) -> Ruling:
@@ -157,16 +152,13 @@ class PoisonSearch:
         return self._conclude(work, chunk)
 
     def _conclude(self, decided: Work, chunk: int) -> Ruling:
-        """Once every row is decided the chunk is leased again, without the condemned ones and with
-        its budget as new."""
+        """End the examination once every row is decided: the chunk is leased again as a whole,
+        without the condemned rows and with a new budget."""
         closed, examination = [self._close(decided)], self._examinations[decided.position]
         if examination.undecided:
             return Ruling(closed)
         del self._examinations[decided.position]
         condemned = tuple(sorted(examination.condemned))
         self._left_out[decided.position] = frozenset(condemned)
-        return Ruling(
-            closed,
-            [Work(decided.position)],
-            SetAside(chunk, condemned, examination.reason) if condemned else None,
-        )
+        set_aside = SetAside(chunk, condemned, examination.reason) if condemned else None
+        return Ruling(closed, [Work(decided.position)], set_aside)

@@ -1,4 +1,4 @@
-"""How far a pool is: its rows in the journal, every two seconds and at the end."""
+"""Progress of a pool: its events in the journal, every two seconds and at the end."""
 
 from dataclasses import asdict
 
@@ -9,21 +9,23 @@ _ROW_EVERY_S = 2.0
 
 
 class Progress:
-    """Counts what the lease table does not: tokens, and the time in which the window held the
-    workers back."""
+    """Counts what the lease table does not: published tokens, and the time in which only the window
+    kept workers idle."""
 
     def __init__(self, table: LeaseTable, *, window_chunks: int, journal: Tracker, now: float):
-        self._table, self._window_chunks, self._journal = table, window_chunks, journal
+        self._table = table
+        self._window_chunks = window_chunks
+        self._journal = journal
         self._last_row = self._last_look = now
         self._num_tokens, self._window_wait_s = 0, 0.0
 
     def add(self, num_tokens: int) -> None:
-        """So many target tokens were published."""
+        """Count target tokens that were published."""
         self._num_tokens += num_tokens
 
     def look(self, now: float, *, limit: int, num_ready: int) -> None:
-        """See whether the window alone, which ends at `limit`, has workers wait; write a row if one
-        is due."""
+        """Note whether workers wait only because the window ends at `limit`; journal an event if
+        one is due."""
         if self._table.held_back(limit=limit) and not self._table.num_leased:
             self._window_wait_s += now - self._last_look
         self._last_look = now
@@ -31,6 +33,7 @@ class Progress:
             self.record(now, num_ready=num_ready)
 
     def record(self, now: float, *, num_ready: int) -> None:
+        """Journal an event now."""
         table, seconds = self._table, now - self._last_row
         self._journal.record(
             PoolRow(

@@ -1,9 +1,9 @@
-"""Who reads the store, and what follows for the teachers: how far ahead they may run, what nobody
-needs, and what must be made again.
+"""Retention: what the registered consumers of a store mean for a pool. They limit how far it may
+run ahead, and say which chunks can be deleted and which must be made again.
 
-A chunk is deleted only when every registered reader, over all its epochs, has committed past its
-last use of it; and only at a second look, so that a reader which joins meanwhile is seen. A chunk
-that an own reader will read again and that is gone is made again.
+A chunk is deleted only when every registered consumer, over all its epochs, has committed past its
+last use of it; and only at a second look, so that a consumer that joins meanwhile is seen. A chunk
+that a student of this run will read again and that is gone is made again.
 """
 
 from collections.abc import Callable, Collection
@@ -20,11 +20,12 @@ _MOST_DELETED_AT_ONCE = 256  # a look must not take long
 
 
 class Retention:
-    """The registered readers of a store, of whom `own` are the students of this run.
+    """The registered consumers of a store. `own` names those that are students of this run.
 
-    `done_after(reader)` says, for every chunk, after how many steps the reader will not read it any
-    more; `position(reader)` how far it is in the order in which this run's teachers work, or None
-    where it reads in another order, which says nothing about that.
+    `deletes`: chunks that no consumer needs are deleted. `least_ahead`: the chunks that an own
+    student may need for its next step. `done_after(consumer)` is, for every chunk, the step after
+    which the consumer does not read it any more; `position(consumer)` how far it is in the order in
+    which this run's teachers work, None where it reads in another order.
     """
 
     def __init__(
@@ -37,28 +38,28 @@ class Retention:
         done_after: Callable[[Consumer], NDArray[np.int64]],
         position: Callable[[Consumer], int | None],
     ):
-        self._store, self._own, self._deletes, self._least_ahead = (
-            store,
-            frozenset(own),
-            deletes,
-            least_ahead,
-        )
-        self._done_after, self._position = done_after, position
-        self._readers: list[Consumer] = []
-        self._plans: dict[str, tuple[Consumer, NDArray[np.int64]]] = {}
+        self._store = store
+        self._own = frozenset(own)
+        self._deletes = deletes
+        self._least_ahead = least_ahead
+        self._done_after = done_after
+        self._position = position
+        self._consumers: list[Consumer] = []
+        # by name: `done_after` of a consumer, which is given beside it with no step committed
+        self._uses: dict[str, tuple[Consumer, NDArray[np.int64]]] = {}
         self._there = np.zeros(store.recipe.num_chunks, dtype=bool)
         self._doomed = np.zeros(store.recipe.num_chunks, dtype=bool)
         self._went_back = False
 
     def begin(self, published: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Take in who reads, and what is there. Returns, for every chunk, whether this run's
-        readers will read it (again).
+        """Take in which chunks are published. Returns, for every chunk, whether this run's students
+        will read it (again).
 
-        Raises StoreError where chunks are to be deleted and somebody reads whom this version does
-        not understand.
+        Raises StoreError where chunks are to be deleted and a consumer is registered that this
+        version does not understand.
         """
         self._there[published] = True
-        self._readers, strangers = registered(self._store)
+        self._consumers, strangers = registered(self._store)
         if strangers and self._deletes:
             raise StoreError(
                 f'store.retain is "until-read", but nobody knows which chunks {strangers[0]} in '
@@ -68,84 +69,81 @@ class Retention:
         return self._needed()
 
     def published(self, number: int) -> None:
-        """The chunk is in the store."""
+        """Note that the chunk is in the store."""
         self._there[number] = True
 
     def look(self) -> list[int]:
-        """See how far the readers are; delete what they are all done with. Returns chunks to make
-        again, for an own reader that went back.
+        """See how far the consumers are, and delete what they are all done with. Returns chunks to
+        make again, for an own student that went back.
 
-        A store that does not answer is asked again at the next look.
+        A store that does not answer is looked at again the next time.
         """
         try:
-            found = registered(self._store)
-            before = {
-                reader.name: reader.committed_step
-                for reader in self._readers
-                if reader.name in self._own
-            }
+            before = {each.name: each.committed_step for each in self._own_consumers()}
+            self._consumers, strangers = registered(self._store)
             self._went_back |= any(
-                reader.committed_step < before.get(reader.name, 0) for reader in found.readers
+                each.committed_step < before.get(each.name, 0) for each in self._consumers
             )
-            self._readers = found.readers
             if self._deletes:
-                self._delete(understood=not found.strangers)
+                self._delete(understood=not strangers)
             return self._missing() if self._went_back else []
         except StoreUnavailable:
             return []
 
     def finish(self) -> None:
-        """The run is done: what it leaves to nobody goes at once. Whoever joins in this moment
-        would have it made again."""
+        """Delete at once what no consumer needs after the run. A chunk that a consumer wants which
+        joins at this moment would be made again."""
         self.look()
         self.look()
 
     def limit(self, own: int, window: int) -> int:
-        """The first position that teachers must leave alone, where this run's slowest reader has
-        finished `own` positions.
+        """The first position in the reading order that teachers must leave alone. `own`: the
+        positions that this run's slowest student has finished.
 
-        Readers of other runs hold it back too while they are on their way, but never so far that an
-        own one would wait for them.
+        Consumers of other runs hold teachers back too while they read, but never so far that an own
+        student would wait for them.
         """
         others = [
-            reader
-            for reader in self._readers
-            if reader.name not in self._own and 0 < reader.committed_step < reader.total_steps
+            self._position(each)
+            for each in self._consumers
+            if each.name not in self._own and 0 < each.committed_step < each.total_steps
         ]
-        positions = [
-            position for reader in others if (position := self._position(reader)) is not None
-        ]
-        return max(own + self._least_ahead, min([own, *positions]) + window)
+        slowest = min([own, *(position for position in others if position is not None)])
+        return max(own + self._least_ahead, slowest + window)
+
+    def _own_consumers(self) -> list[Consumer]:
+        return [each for each in self._consumers if each.name in self._own]
 
     def _needed(self) -> NDArray[np.bool_]:
-        own = [reader for reader in self._readers if reader.name in self._own]
+        """For every chunk, whether an own student will read it; all, where none is registered."""
+        own = self._own_consumers()
         needed = np.full(len(self._there), not own)
-        for reader in own:
-            needed |= self._plan(reader) > reader.committed_step
+        for each in own:
+            needed |= self._uses_of(each) > each.committed_step
         return needed
 
     def _missing(self) -> list[int]:
-        """What an own reader will read again, and the store has not."""
+        """The chunks that an own student will read again and the store does not have."""
         there = np.zeros_like(self._there)
         there[list(self._store.published())] = True
         self._there, self._went_back = there, False
-        return [int(number) for number in np.flatnonzero(self._needed() & ~there)]
+        return np.flatnonzero(self._needed() & ~self._there).tolist()
 
     def _delete(self, *, understood: bool) -> None:
-        """Delete what everybody was done with at the last look, and is now."""
-        all_known = understood and self._own <= {reader.name for reader in self._readers}
+        """Delete the chunks that all consumers were done with at the last look, and are now."""
+        all_known = understood and self._own <= {each.name for each in self._consumers}
         done_with = self._there & all_known
-        for reader in self._readers:
-            done_with &= self._plan(reader) <= reader.committed_step
+        for each in self._consumers:
+            done_with &= self._uses_of(each) <= each.committed_step
         doomed, self._doomed = self._doomed & done_with, done_with
         gone = np.flatnonzero(doomed)[:_MOST_DELETED_AT_ONCE]
         self._store.delete(*gone.tolist())
         self._there[gone] = self._doomed[gone] = False
 
-    def _plan(self, reader: Consumer) -> NDArray[np.int64]:
-        """`done_after`, computed once for as long as the reader's order stays what it is."""
-        way = replace(reader, committed_step=0)
-        known = self._plans.get(reader.name)
-        if known is None or known[0] != way:
-            known = self._plans[reader.name] = (way, self._done_after(way))
+    def _uses_of(self, consumer: Consumer) -> NDArray[np.int64]:
+        """`done_after`, computed once for as long as the consumer's order stays what it is."""
+        order = replace(consumer, committed_step=0)
+        known = self._uses.get(consumer.name)
+        if known is None or known[0] != order:
+            known = self._uses[consumer.name] = (order, self._done_after(order))
         return known[1]

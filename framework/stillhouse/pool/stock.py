@@ -1,5 +1,5 @@
-"""What the store has of the wanted chunks: what is there when a pool begins, and what has to be
-made again."""
+"""The stock: which of the wanted chunks the store has when a pool begins, and which have to be made
+again."""
 
 import logging
 
@@ -12,31 +12,31 @@ from stillhouse.tracking import RepairRow, Tracker
 
 _log = logging.getLogger(__name__)
 
-_READERS_EVERY_S = 5.0
+_LOOK_EVERY_S = 5.0  # at the consumers, each an object in the store
 
 
 class Stock:
-    """A store in the eyes of a pool. `retention` knows its registered readers; without one nobody
-    is known to read it."""
+    """A store as a pool sees it. `retention` knows its registered consumers; None: there are none,
+    and no chunk is deleted."""
 
     def __init__(self, store: ChunkStore, *, retention: Retention | None, journal: Tracker):
-        self._store, self._retention, self._journal = store, retention, journal
+        self._store = store
+        self._retention = retention
+        self._journal = journal
         self._next_look = -np.inf
 
     def settled(self, order: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these chunks need no work: they are published, or nobody reads them. Cut ones
-        are put into quarantine."""
+        """Which of these chunks need no work: they are published, or no consumer reads them. Chunks
+        that were cut off are put into quarantine."""
         found = self._store.listing()
         for number in sorted(found.cut.intersection(order.tolist())):
             if self._store.quarantine(number):
                 self._journal.record(RepairRow(number))
         published = np.fromiter(found.published, dtype=np.int64)
         settled = np.isin(order, published)
-        return (
-            settled
-            if self._retention is None
-            else settled | ~self._retention.begin(published)[order]
-        )
+        if self._retention is not None:
+            settled |= ~self._retention.begin(published)[order]
+        return settled
 
     def num_rows(self, number: int) -> int:
         return len(self._store.recipe.chunk_rows(number))
@@ -51,37 +51,30 @@ class Stock:
             self._retention.published(number)
 
     def is_lost(self, number: int) -> bool:
-        """A reader found the chunk damaged or gone. The store looks first: readers may err, and two
-        may report the same one."""
+        """Whether a chunk that a student reported has to be made again. The store is looked at
+        first: the report may be wrong, or the second of its kind."""
         if not self._store.exists(number):
             return True
         if not self._store.quarantine(number):
             return False
-        _log.warning("chunk %d was damaged: it lies in quarantine, and is made again", number)
+        _log.warning("chunk %d was damaged: it is in quarantine, and is made again", number)
         self._journal.record(RepairRow(number))
         return True
 
     def look(self, now: float) -> list[int]:
-        """See now and then how far the readers are. Returns chunks to make again."""
+        """See how far the consumers are, if it is time. Returns chunks to make again."""
         if self._retention is None or now < self._next_look:
             return []
-        self._next_look = now + _READERS_EVERY_S
+        self._next_look = now + _LOOK_EVERY_S
         return self._retention.look()
 
     def limit(self, own: int, window_chunks: int) -> int:
-        """The first position that workers must leave alone, where this run's slowest reader has
-        finished `own` positions.
-
-        A reader of another run may hold it back too, though never so far that the readers of this
-        one would lack what they need next.
-        """
-        return (
-            own + window_chunks
-            if self._retention is None
-            else self._retention.limit(own, window_chunks)
-        )
+        """The first position in the reading order that must not be leased: as `Retention.limit`."""
+        if self._retention is None:
+            return own + window_chunks
+        return self._retention.limit(own, window_chunks)
 
     def finish(self) -> None:
-        """The run is done."""
+        """Have what no consumer needs deleted at the end of the run."""
         if self._retention is not None:
             self._retention.finish()

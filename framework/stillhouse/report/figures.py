@@ -1,13 +1,14 @@
 """The report's figures: inline SVG whose colours and fonts are the page's CSS variables, so that
-light and dark need one drawing.
+one drawing serves light and dark mode.
 
-Figures are built on matplotlib's Figure alone: no pyplot, no state that outlives a call.
+Stateless: each is drawn on a matplotlib Figure of its own, without pyplot.
 """
 
 import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -20,22 +21,14 @@ from numpy.typing import NDArray
 from stillhouse.report import summary as numbers
 from stillhouse.report.goodput import Part, student_time, teacher_time
 from stillhouse.report.summary import Summary
-from stillhouse.report.words import percent, small
+from stillhouse.report.words import percent, same_power, scientific, small
 
 _MAX_POINTS = 300
 _MAX_BINS = 60
+_VISIBLE_WAIT = 0.01  # of a bin's time: a bar below it is thinner than a line
 
-# Colours that mean a CSS variable: matplotlib writes them out, `_render` puts the variable in their
-# place.
-INK, FAINT, TEACHER, STUDENT, CONTROL, GOOD, BAD = (
-    "#010101",
-    "#020202",
-    "#030303",
-    "#040404",
-    "#050505",
-    "#060606",
-    "#070707",
-)
+# Each stands for a CSS variable: matplotlib writes the colour, `_render` puts the variable there.
+INK, FAINT, TEACHER, STUDENT, CONTROL, GOOD, BAD = (f"#0{n}0{n}0{n}" for n in range(1, 8))
 _CSS_VARIABLES = {
     INK: "--ink-soft",
     FAINT: "--rule",
@@ -45,9 +38,8 @@ _CSS_VARIABLES = {
     GOOD: "--good",
     BAD: "--bad",
 }
-_PARTS: dict[
-    Part, tuple[str, str]
-] = {  # in the order of the bar; what is left of it are processors that were given back
+# In the order of the bar. The rest of a bar is time after the side's processors were given back.
+_PARTS: dict[Part, tuple[str, str]] = {
     "useful": ("useful", GOOD),
     "waiting": ("waiting for the other side", CONTROL),
     "checkpointing": ("checkpointing", STUDENT),
@@ -85,9 +77,15 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
+
+
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One drawing with its words. `legend` pairs a label with the CSS variable of its colour."""
+    """One drawing with its words. `legend` pairs a label with the CSS variable of its colour.
+
+    `svg` is empty where the caption alone is enough.
+    """
 
     title: str
     svg: str
@@ -97,68 +95,74 @@ class Panel:
 
 def training_panels(summary: Summary) -> list[Panel]:
     """What each step of student and control showed; panels without a single value are left out."""
-    # the student is drawn on top
-    curves = {
-        "control": (summary.control, CONTROL),
-        "student": (summary.student, STUDENT),
-    }
-
-    def panel(title: str, column: str, unit: str, words: str, *, log: bool = False) -> Panel | None:
-        shown = {}
-        for role, (rows, colour) in curves.items():
-            points = [
-                (row.step, value)
-                for row in rows
-                if (value := getattr(row, column)) is not None and np.isfinite(value)
-            ]
-            if points and any(value != 0.0 for _, value in points):
-                shown[role] = (_thin(points), colour)
-        if not shown:
-            return None
-
-        def draw(axes: Axes) -> None:
-            for (x, y), colour in shown.values():
-                axes.plot(x, y, color=colour, marker="." if len(x) == 1 else "")
-            if log:
-                _log_scale(axes, np.concatenate([y for (_, y), _ in shown.values()]))
-            elif max(y.max() for (_, y), _ in shown.values()) < 0.01:
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: small(value)))
-            axes.set_xlabel("optimiser step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-        per_point = -(-max(len(rows) for rows, _ in curves.values()) // _MAX_POINTS)
-        mean = f" Each point is the mean of {per_point} steps." if per_point > 1 else ""
-        legend = [(role, _CSS_VARIABLES[colour]) for role, (_, colour) in reversed(shown.items())]
-        return Panel(f"{title}, {unit}" if unit else title, _render(draw), words + mean, legend)
-
     panels = [
-        panel(
-            "Divergence from the teacher",
+        _training_panel(
+            summary,
             "divergence",
-            "nats a token",
-            "Between the stored targets and the student, in training; with draws, the entropy of "
-            "the teacher's tail comes on top.",
+            title="Divergence from the teacher, nats a token",
+            caption="Between the stored targets and the student, in training; with draws, the "
+            "entropy of the teacher's tail comes on top.",
         ),
-        panel(
-            "Cross-entropy to the text",
+        _training_panel(
+            summary,
             "cross_entropy",
-            "nats a token",
-            "On the training batches; held-out values are in the table.",
+            title="Cross-entropy to the text, nats a token",
+            caption="On the training batches; held-out values are in the table.",
         ),
-        panel("Gradient norm", "grad_norm", "", "Before clipping.", log=True),
-        panel("Learning rate", "learning_rate", "", "As the schedule set it."),
+        _training_panel(
+            summary, "grad_norm", title="Gradient norm", caption="Before clipping.", log=True
+        ),
+        _training_panel(
+            summary, "learning_rate", title="Learning rate", caption="As the schedule set it."
+        ),
     ]
-    return [each for each in panels if each is not None]
+    return [panel for panel in panels if panel is not None]
+
+
+def _training_panel(
+    summary: Summary, column: str, *, title: str, caption: str, log: bool = False
+) -> Panel | None:
+    """One column of the steps of student and control; None where it has no value but zeros."""
+    # The curves. The student's is drawn last, on top.
+    roles = {"control": (summary.control, CONTROL), "student": (summary.student, STUDENT)}
+    curves: dict[str, tuple[Points, str]] = {}
+    for role, (steps, colour) in roles.items():
+        values = [(step.step, getattr(step, column)) for step in steps]
+        points = [(x, y) for x, y in values if y is not None and np.isfinite(y)]
+        if any(y != 0.0 for _, y in points):
+            curves[role] = (_thin(points), colour)
+    if not curves:
+        return None
+    values_N = np.concatenate([y for (_, y), _ in curves.values()])
+
+    def draw(axes: Axes) -> None:
+        for (x, y), colour in curves.values():
+            axes.plot(x, y, color=colour, marker="." if len(x) == 1 else "")
+        if log:
+            _log_scale(axes, values_N)
+        elif 0.0 < (largest := float(values_N.max())) < 0.01:
+            power = partial(same_power, largest=largest)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+        axes.set_xlabel("optimiser step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+    # The words.
+    per_point = -(-max(len(steps) for steps, _ in roles.values()) // _MAX_POINTS)
+    mean = f" Each point is the mean of {per_point} steps." if per_point > 1 else ""
+    legend = [(role, _CSS_VARIABLES[colour]) for role, (_, colour) in reversed(curves.items())]
+    return Panel(title, _render(draw), caption + mean, legend)
 
 
 def fidelity_panels(summary: Summary) -> list[Panel]:
-    """Chunk by chunk, what the stored targets keep of the teacher. Needs at least one chunk."""
-    kept = _thin([(i, row.kept_mass) for i, row in enumerate(summary.chunks, 1)])
-    mean = _thin([(i, row.codec_kl) for i, row in enumerate(summary.chunks, 1)])
-    worst = _thin([(i, row.worst_kl) for i, row in enumerate(summary.chunks, 1)], reduce=np.max)
+    """Chunk by chunk, what the stored targets keep of the teacher; none without a chunk."""
+    if not summary.chunks:
+        return []
 
-    per_point = -(-len(summary.chunks) // _MAX_POINTS)
-    merged = f" Each point stands for {per_point} chunks." if per_point > 1 else ""
+    # The points.
+    numbered = list(enumerate(summary.chunks, 1))
+    kept = _thin([(i, chunk.kept_mass) for i, chunk in numbered])
+    mean = _thin([(i, chunk.codec_kl) for i, chunk in numbered])
+    worst = _thin([(i, chunk.worst_kl) for i, chunk in numbered], reduce=np.max)
 
     def draw_kept(axes: Axes) -> None:
         _dots(axes, kept, TEACHER)
@@ -169,123 +173,120 @@ def fidelity_panels(summary: Summary) -> list[Panel]:
         _dots(axes, mean, TEACHER)
         _log_scale(axes, np.concatenate([mean[1], worst[1]]))
 
+    # The words.
+    per_point = -(-len(numbered) // _MAX_POINTS)
+    merged = f" Each point stands for {per_point} chunks." if per_point > 1 else ""
+    share = "Mean share of the teacher's probability that lies on the kept entries."
+    legend = [
+        ("mean over tokens", _CSS_VARIABLES[TEACHER]),
+        ("worst token", _CSS_VARIABLES[CONTROL]),
+    ]
+    loss = "KL(exact ‖ decoded) of the records as stored."
     return [
-        Panel(
-            "Kept mass",
-            _render(draw_kept),
-            "Mean share of the teacher's probability that lies on the kept entries." + merged,
-        ),
-        Panel(
-            "Codec KL, nats",
-            _render(draw_kl),
-            "KL(exact ‖ decoded) of the records as stored." + merged,
-            [
-                ("mean over tokens", _CSS_VARIABLES[TEACHER]),
-                ("worst token", _CSS_VARIABLES[CONTROL]),
-            ],
-        ),
+        Panel("Kept mass", _render(draw_kept), share + merged),
+        Panel("Codec KL, nats", _render(draw_kl), loss + merged, legend),
     ]
 
 
 def pace_panels(summary: Summary) -> list[Panel]:
-    """Both sides' speed over time, and who waited for whom; panels without events are left out."""
-    panels = []
-    scale, unit = _time_unit(summary.run_s)
-    lines = {
+    """Both sides' speed over time, and who waited for whom; a panel without data is left out."""
+    waits, rates = _waits_panel(summary), _rates_panel(summary)
+    return [panel for panel in (rates, waits) if panel is not None]
+
+
+def _rates_panel(summary: Summary) -> Panel | None:
+    """Target tokens a second of teachers, student and control; None where there are none."""
+    found = {
         "teachers": (numbers.teacher_tokens(summary), TEACHER),
         "student": (numbers.train_tokens(summary, "student"), STUDENT),
         "control": (numbers.train_tokens(summary, "control"), CONTROL),
     }
-    lines = {name: (intervals, colour) for name, (intervals, colour) in lines.items() if intervals}
+    lines = {name: _binned(summary, *line) for name, line in found.items() if line[0]}
+    if not lines:
+        return None
 
-    def draw_rates(axes: Axes) -> None:
-        for intervals, colour in lines.values():
-            edges = _edges(summary, intervals)
-            rate = numbers.per_second(intervals, edges)
-            axes.stairs(
-                np.where(rate > 0, rate, np.nan),
-                edges / scale,
-                color=colour,
-                linewidth=1.6,
-                baseline=None,
-            )
+    def draw(axes: Axes) -> None:
+        for rate, edges, colour in lines.values():
+            shown = np.where(rate > 0, rate, np.nan)
+            axes.stairs(shown, edges, color=colour, linewidth=1.6, baseline=None)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_count(value)))
-        _time_axis(axes, summary, scale, unit)
+        _time_axis(axes, summary)
 
-    if lines:
-        legend = [(name, _CSS_VARIABLES[colour]) for name, (_, colour) in lines.items()]
-        words = "Target tokens; the clock stops between attempts" + (
-            ", which meet at the dotted lines." if summary.resumed_at else "."
-        )
-        panels.append(Panel("Tokens a second", _render(draw_rates), words, legend))
+    words = "Target tokens; the clock stops between attempts"
+    meet = ", which meet at the dotted lines." if summary.resumed_at else "."
+    legend = [(name, _CSS_VARIABLES[colour]) for name, (_, _, colour) in lines.items()]
+    return Panel("Tokens a second", _render(draw), words + meet, legend)
 
-    waits = {
-        "student, for chunks": (numbers.data_waits(summary), STUDENT, 1.0),
-        "teachers, for the window": (numbers.window_waits(summary), TEACHER, -1.0),
+
+def _waits_panel(summary: Summary) -> Panel | None:
+    """The share of time that each side waited; a sentence where the bars would be too low to see.
+    None where nothing was measured."""
+    # The two sides, as far as they were at work.
+    found = {
+        "student, for chunks": (numbers.data_waits(summary), STUDENT),
+        "teachers, for the window": (numbers.window_waits(summary), TEACHER),
     }
-    waits = {
-        name: (intervals, colour, sign)
-        for name, (intervals, colour, sign) in waits.items()
-        if intervals
-    }
+    sides = {name: _binned(summary, *side) for name, side in found.items() if side[0]}
+    if not sides:
+        return None
+    title = "Who waited for whom"
+    if all(share.max() < _VISIBLE_WAIT for share, _, _ in sides.values()):
+        waits = "; ".join(sides)
+        return Panel(title, "", f"The share of time waited ({waits}) was under 1 % throughout.")
 
-    def draw_waits(axes: Axes) -> None:
-        for intervals, colour, sign in waits.values():
-            edges = _edges(summary, intervals)
-            share = np.minimum(numbers.per_second(intervals, edges), 1.0)
-            axes.stairs(
-                sign * share, edges / scale, color=colour, fill=True, alpha=0.75, linewidth=0
-            )
+    # Bars: the student's up, the teachers' down.
+    def draw(axes: Axes) -> None:
+        for share, edges, colour in sides.values():
+            shown = np.minimum(share, 1.0) * (1 if colour == STUDENT else -1)
+            axes.stairs(shown, edges, color=colour, fill=True, alpha=0.75, linewidth=0)
         axes.axhline(0.0, color=INK, linewidth=0.8)
         axes.set_ylim(-1, 1)
         axes.set_yticks([-1, -0.5, 0, 0.5, 1], ["100 %", "50 %", "0", "50 %", "100 %"])
-        _time_axis(axes, summary, scale, unit)
+        _time_axis(axes, summary)
 
-    if waits:
-        legend = [(name, _CSS_VARIABLES[colour]) for name, (_, colour, _) in waits.items()]
-        panels.append(
-            Panel(
-                "Who waited for whom",
-                _render(draw_waits),
-                "Share of time: up, the student; down, the teachers.",
-                legend,
-            )
-        )
-    return panels
+    legend = [(name, _CSS_VARIABLES[colour]) for name, (_, _, colour) in sides.items()]
+    return Panel(
+        title, _render(draw), "Share of time: up, the student; down, the teachers.", legend
+    )
 
 
 def time_panel(summary: Summary) -> Panel | None:
     """Where the time of students and teachers went; None where neither was at work."""
+    # The sides that were at work, and the parts that took any time.
     found = {"teachers": teacher_time(summary), "students": student_time(summary)}
     sides = {name: spent for name, spent in found.items() if spent is not None}
     if not sides:
         return None
-    shown = [part for part in _PARTS if any(spent.share(part) > 0.0005 for spent in sides.values())]
+    shown = [part for part in _PARTS if any(side.share(part) > 0.0005 for side in sides.values())]
 
     def draw(axes: Axes) -> None:
         left = np.zeros(len(sides))
         for part in shown:
-            width = np.array([spent.share(part) for spent in sides.values()])
-            axes.barh(
-                list(sides), width, left=left, height=0.56, color=_PARTS[part][1], linewidth=0
-            )
+            width = np.array([side.share(part) for side in sides.values()])
+            colour = _PARTS[part][1]
+            axes.barh([*sides], width, left=left, height=0.56, color=colour, linewidth=0)
             left += width
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.grid(visible=False)
 
-    words = "Shares of the run's time; where a bar ends, the side's work was done. " + " ".join(
-        f"Of the {name}' time until then, {percent(spent.goodput)} was useful."
-        for name, spent in reversed(sides.items())
+    # The words.
+    useful = " ".join(
+        f"Of the {name}' time until then, {percent(side.goodput)} was useful."
+        for name, side in reversed(sides.items())
     )
-    legend = [(_PARTS[part][0], _CSS_VARIABLES[_PARTS[part][1]]) for part in shown]
-    return Panel(
-        "Share of time", _render(draw, size=(10.3, 0.55 + 0.5 * len(sides))), words, legend
-    )
+    words = f"Shares of the run's time; where a bar ends, the side's work was done. {useful}"
+    keys = [_PARTS[part] for part in shown]
+    legend = [(label, _CSS_VARIABLES[colour]) for label, colour in keys]
+    svg = _render(draw, size_inches=(10.3, 0.55 + 0.5 * len(sides)))
+    return Panel("Share of time", svg, words, legend)
 
 
-def _dots(axes: Axes, points: tuple[NDArray[np.float64], NDArray[np.float64]], colour: str) -> None:
+# ---- Points, bins and axes
+
+
+def _dots(axes: Axes, points: Points, colour: str) -> None:
     axes.plot(*points, color=colour, linestyle="none", marker="o", markersize=3, markeredgewidth=0)
     axes.set_xlabel("chunk, in order of publication")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -295,32 +296,36 @@ def _thin(
     points: Sequence[tuple[int, float]],
     *,
     reduce: Callable[[NDArray[np.float64]], np.floating] = np.mean,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> Points:
     """At most _MAX_POINTS points: the mean x and the reduced y of as many equal runs of points."""
     table = np.array(points, dtype=np.float64)
     runs = np.array_split(table, min(len(table), _MAX_POINTS))
-    return np.array([run[:, 0].mean() for run in runs]), np.array(
-        [reduce(run[:, 1]) for run in runs]
-    )
+    x = np.array([run[:, 0].mean() for run in runs])
+    return x, np.array([reduce(run[:, 1]) for run in runs])
 
 
-def _edges(summary: Summary, intervals: Sequence[numbers.Interval]) -> NDArray[np.float64]:
-    """Bins over the whole run, wide enough that most hold a few events."""
-    return np.linspace(
-        0.0, max(summary.run_s, 1e-9), int(np.clip(len(intervals) // 3, 1, _MAX_BINS)) + 1
-    )
+def _binned(
+    summary: Summary, intervals: Sequence[numbers.Interval], colour: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
+    """The rate in each of B bins over the whole run, their B + 1 edges on the time axis, and the
+    colour. Bins are wide enough that most hold a few events."""
+    num_bins = int(np.clip(len(intervals) // 3, 1, _MAX_BINS))
+    edges_s = np.linspace(0.0, max(summary.run_s, 1e-9), num_bins + 1)
+    return numbers.per_second(intervals, edges_s), edges_s / _time_unit(summary)[0], colour
 
 
-def _time_unit(seconds: float) -> tuple[float, str]:
-    if seconds > 3 * 3600:
+def _time_unit(summary: Summary) -> tuple[float, str]:
+    """The unit of the time axis: its seconds and its name."""
+    if summary.run_s > 3 * 3600:
         return 3600.0, "hours"
-    return (60.0, "minutes") if seconds > 180 else (1.0, "seconds")
+    return (60.0, "minutes") if summary.run_s > 180 else (1.0, "seconds")
 
 
-def _time_axis(axes: Axes, summary: Summary, scale: float, unit: str) -> None:
+def _time_axis(axes: Axes, summary: Summary) -> None:
+    unit_s, unit = _time_unit(summary)
     for at in summary.resumed_at:
-        axes.axvline(at / scale, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.set_xlim(0, max(summary.run_s, 1e-9) / scale)
+        axes.axvline(at / unit_s, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.set_xlim(0, max(summary.run_s, 1e-9) / unit_s)
     axes.set_xlabel(f"{unit} of run time")
 
 
@@ -332,11 +337,11 @@ def _log_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     axes.set_yscale("log")
     axes.set_ylim(positive.min() / 1.3, positive.max() * 1.3)
     decades = np.log10(positive.max() / positive.min()) + 0.4
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=8)
-    )
+    subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: small(value)))
+    label = small if positive.min() > 1e-3 else scientific  # one notation on one axis
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
 
 
 def _short_count(value: float) -> str:
@@ -346,25 +351,22 @@ def _short_count(value: float) -> str:
     return f"{value:g}"
 
 
-def _render(draw: Callable[[Axes], None], *, size: tuple[float, float] = (5.0, 2.5)) -> str:
-    """SVG of so many inches (five are half the page's width), without the preamble that only a file
-    of its own needs."""
+# ---- SVG
+
+
+def _render(draw: Callable[[Axes], None], *, size_inches: tuple[float, float] = (5.0, 2.5)) -> str:
+    """The drawing as SVG to be put into a page: five inches are half the page's width."""
+    # Draw it.
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size_inches, layout="constrained")
         draw(figure.add_subplot())
-        figure.savefig(
-            file,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
-    svg = re.sub(
-        r'^.*?<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        r'<svg viewBox="\1" role="img">',
-        file.getvalue(),
-        flags=re.DOTALL,
-    )
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+
+    # Leave out what only a file of its own needs, and put the page's variables in.
+    opening, plain = r'^.*?<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">'
+    svg = re.sub(opening, plain, file.getvalue(), flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)

@@ -1,20 +1,22 @@
-"""Where the time of students and teachers went, from the journal's rows alone.
+"""Goodput: where the time of students and teachers went, from the journal's events alone.
 
 Invariant: each moment of a side's time is in one part, so the parts add up: to the run's time for
 the students, whose ranks step together, and to the run's time for each teacher that was asked for.
 
-Times are seconds on the run's own clock, which stands still between attempts.
+Times are seconds on the run's own clock, which stands still between attempts. A span is a pair of
+them, begin and end.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.report.summary import Interval, Summary
+from stillhouse.report.summary import Interval, Summary, Timeline, of_kind
+from stillhouse.report.words import counted
 from stillhouse.tracking import (
     CheckpointRow,
     ChunkRow,
@@ -26,7 +28,6 @@ from stillhouse.tracking import (
     RecoveryRow,
     RepairRow,
     Role,
-    Row,
     SetAsideRow,
     StallRow,
     StartRow,
@@ -37,24 +38,17 @@ from stillhouse.tracking import (
 Part = Literal[
     "useful", "waiting", "checkpointing", "starting", "restarting", "redone", "other", "released"
 ]
-PARTS: tuple[Part, ...] = (
-    "useful",
-    "waiting",
-    "checkpointing",
-    "starting",
-    "restarting",
-    "redone",
-    "other",
-    "released",
-)
+PARTS: tuple[Part, ...] = get_args(Part)
 Span = tuple[float, float]
 Spent = dict[Part, float]
 
 
 @dataclass(frozen=True, slots=True)
 class TimeSpent:
-    """The time of one side, by what came of it. Waiting is for chunks (students) or for the window
-    (teachers)."""
+    """The time of one side, by part: the students' or the teachers'.
+
+    Students wait for chunks, teachers for the window to move on.
+    """
 
     seconds: Mapping[Part, float]  # every part; of teachers the sum over all of them
 
@@ -74,9 +68,9 @@ class TimeSpent:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Training stood still, and went on."""
+    """A time for which training stood still because ranks, or the whole run, had gone."""
 
-    at: float  # when it went on
+    at: float  # when training went on
     whose: str  # student, control, or run
     cause: str
     seconds: float
@@ -86,76 +80,83 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
+    """The events from one StartRow up to the next."""
+
     number: int  # from 0
     begin: float
     end: float
-    rows: Sequence[tuple[float, Row]]
+    events: Timeline
 
     @property
     def start(self) -> StartRow:
-        first = self.rows[0][1]
+        first = self.events[0][1]
         assert isinstance(first, StartRow)
         return first
 
     @property
     def outcome(self) -> str | None:
-        """None where it was killed, or goes on."""
-        return next((row.outcome for _, row in self.rows if isinstance(row, EndRow)), None)
+        """How it ended; None where it was killed, or goes on."""
+        return next((end.outcome for _, end in of_kind(self.events, EndRow)), None)
 
-    def train_rows(self) -> list[tuple[float, TrainRow]]:
-        return [(at, row) for at, row in self.rows if isinstance(row, TrainRow)]
+    def steps(self) -> list[tuple[float, TrainRow]]:
+        return of_kind(self.events, TrainRow)
+
+
+# ---- Students
 
 
 def student_time(summary: Summary) -> TimeSpent | None:
-    """None where no step was taken."""
+    """Where the students' time went; None where no step was taken."""
     attempts = _attempts(summary)
-    counted = {(row.role, row.step): index for index, row in enumerate(_steps(attempts))}
-    if not counted:
+    counts_at = {(step.role, step.step): index for index, step in enumerate(_steps(attempts))}
+    if not counts_at:
         return None
     spent: Spent = dict.fromkeys(PARTS, 0.0)
     index = 0
     for attempt in attempts:
-        index = _spend_attempt(attempt, spent, counted, index)
+        index = _spend_attempt(attempt, spent, counts_at, index)
     return TimeSpent(spent)
 
 
 def _spend_attempt(
-    attempt: _Attempt, spent: Spent, counted: Mapping[tuple[Role, int], int], index: int
+    attempt: _Attempt, spent: Spent, counts_at: Mapping[tuple[Role, int], int], index: int
 ) -> int:
-    """Add an attempt's time to `spent`; `index` counts the steps of all attempts, and is returned
-    as it then stands."""
+    """Add an attempt's time to `spent`, and return `index` behind its last step.
+
+    `index` counts the steps of all attempts. `counts_at` has the index at which each step was taken
+    for the last time: only then it was useful; the times before, it was redone.
+    """
     total_steps = attempt.start.total_steps
     saving = _spans(
-        _blocked(at, row, total_steps) for at, row in attempt.rows if isinstance(row, CheckpointRow)
+        _blocked(at, commit, total_steps) for at, commit in of_kind(attempt.events, CheckpointRow)
     )
-    standing = _spans(
-        (at - row.seconds, at) for at, row in attempt.rows if isinstance(row, RecoveryRow)
-    )
+    standing = _spans((at - each.seconds, at) for at, each in of_kind(attempt.events, RecoveryRow))
     first_start: Part = "starting" if attempt.number == 0 else "restarting"
     cursor, before = attempt.begin, None
-    for at, row in attempt.train_rows():
-        begin = max(at - row.seconds, cursor)
+    for at, step in attempt.steps():
+        # The gap before the step: a start, another role's start, a restart, or a commit.
+        gap = cursor, max(at - step.seconds, cursor)
         if before is None:
-            spent[first_start] += begin - cursor
-        elif row.role != before.role:
-            _divide(spent, (cursor, begin), [("checkpointing", saving)], rest="starting")
-        elif row.step != before.step + 1:
-            spent["restarting"] += begin - cursor
+            spent[first_start] += gap[1] - gap[0]
+        elif step.role != before.role:
+            _divide(spent, gap, [("checkpointing", saving)], rest="starting")
+        elif step.step != before.step + 1:
+            spent["restarting"] += gap[1] - gap[0]
         else:
-            _divide(
-                spent,
-                (cursor, begin),
-                [("restarting", standing), ("checkpointing", saving)],
-                rest="other",
-            )
-        cursor = max(at, begin)
-        waited = min(row.data_wait_s, cursor - begin)
-        if counted[row.role, row.step] == index:
-            spent["waiting"] += waited
-            spent["useful"] += cursor - begin - waited
+            _divide(spent, gap, [("restarting", standing), ("checkpointing", saving)], rest="other")
+
+        # The step itself.
+        cursor = max(at, gap[1])
+        step_s = cursor - gap[1]
+        if counts_at[step.role, step.step] == index:
+            waited_s = min(step.data_wait_s, step_s)
+            spent["waiting"] += waited_s
+            spent["useful"] += step_s - waited_s
         else:
-            spent["redone"] += cursor - begin
-        before, index = row, index + 1
+            spent["redone"] += step_s
+        before, index = step, index + 1
+
+    # The time behind the last step.
     if before is None:
         spent["released" if attempt.outcome == "done" else first_start] += attempt.end - cursor
     else:
@@ -164,18 +165,20 @@ def _spend_attempt(
     return index
 
 
-def _blocked(at: float, row: CheckpointRow, total_steps: int) -> Span:
-    """The time for which a checkpoint kept its ranks from going on: all of it where it was the last
+def _blocked(at: float, commit: CheckpointRow, total_steps: int) -> Span:
+    """The span in which a checkpoint kept its ranks from going on: all of it where it was the last
     one."""
-    begin = at - row.seconds
-    return begin, at if row.step >= total_steps else begin + row.blocking_s
+    begin = at - commit.seconds
+    return begin, at if commit.step >= total_steps else begin + commit.blocking_s
 
 
 def _divide(
     spent: Spent, span: Span, claims: Sequence[tuple[Part, NDArray[np.float64]]], *, rest: Part
 ) -> None:
-    """Give each part what it claims of a span, the first claim first; claims are [N, 2] of begin
-    and end."""
+    """Give each part what it claims of a span, the first claim first, and `rest` what is left.
+
+    A claim's spans are [N, 2], begin and end.
+    """
     free = [span]
     for part, spans_N2 in claims:
         near_N = (spans_N2[:, 0] < span[1]) & (spans_N2[:, 1] > span[0])
@@ -186,6 +189,7 @@ def _divide(
 
 
 def _without(span: Span, hole: Span) -> Iterator[Span]:
+    """What is left of a span on both sides of a hole."""
     begin, end = span
     if hole[0] >= end or hole[1] <= begin:
         yield span
@@ -200,41 +204,50 @@ def _spans(spans: Iterable[Span]) -> NDArray[np.float64]:
     return np.array(list(spans), np.float64).reshape(-1, 2)
 
 
+# ---- Teachers
+
+
 def teacher_time(summary: Summary) -> TimeSpent | None:
-    """Of as many teachers as each attempt asked for; those that never came were idle (`other`).
-    None where no teacher was at work."""
-    attempts = _attempts(summary)
-    made = [row for attempt in attempts for _, row in attempt.rows if isinstance(row, ChunkRow)]
-    if not any(
-        isinstance(row, TeacherRow | ChunkRow) for attempt in attempts for _, row in attempt.rows
-    ):
+    """Where the teachers' time went; None where no teacher was at work.
+
+    Counted for as many teachers as each attempt asked for; one that never came was idle (`other`).
+    """
+    made = [chunk for _, chunk in of_kind(summary.timeline, ChunkRow)]
+    if not made and not of_kind(summary.timeline, TeacherRow):
         return None
-    useful = {id(row) for row in {row.chunk: row for row in made if not row.duplicate}.values()}
+    last_made = {chunk.chunk: chunk for chunk in made if not chunk.duplicate}
+    useful = {id(chunk) for chunk in last_made.values()}
     spent: Spent = dict.fromkeys(PARTS, 0.0)
-    for attempt in attempts:
+    for attempt in _attempts(summary):
         _spend_teachers(attempt, spent, useful)
     return TimeSpent(spent)
 
 
 def _spend_teachers(attempt: _Attempt, spent: Spent, useful: set[int]) -> None:
+    """Add an attempt's time, of each of its teachers, to `spent`; `useful` are the ids of the
+    ChunkRow objects that count."""
     num_teachers = attempt.start.num_teachers
+
+    # What teachers were doing, and when the last of them had done its work.
     busy: dict[Part, list[Span]] = {"useful": [], "redone": [], "starting": [], "restarting": []}
     num_ready = 0
     done_at = attempt.begin
-    for at, row in attempt.rows:
-        if isinstance(row, ChunkRow):
-            busy["useful" if id(row) in useful else "redone"].append((at - row.seconds, at))
+    for at, event in attempt.events:
+        if isinstance(event, ChunkRow):
+            busy["useful" if id(event) in useful else "redone"].append((at - event.seconds, at))
             done_at = at
-        elif isinstance(row, TeacherRow):
+        elif isinstance(event, TeacherRow):
             num_ready += 1
             is_first = num_ready <= num_teachers
-            begin = attempt.begin if is_first else at - row.seconds_to_ready
-            busy["starting" if is_first and attempt.number == 0 else "restarting"].append(
-                (begin, at)
-            )
+            begin = attempt.begin if is_first else at - event.seconds_to_ready
+            part: Part = "starting" if is_first and attempt.number == 0 else "restarting"
+            busy[part].append((begin, at))
             done_at = at
-    if not any(isinstance(row, PoolRow) and row.published >= row.needed for _, row in attempt.rows):
+    pools = of_kind(attempt.events, PoolRow)
+    if not any(pool.published >= pool.needed for _, pool in pools):
         done_at = attempt.end
+
+    # The stretches between two moments at which any of that changes.
     held = _held_back(attempt)
     edges = np.unique(
         [
@@ -246,6 +259,8 @@ def _spend_teachers(attempt: _Attempt, spent: Spent, useful: set[int]) -> None:
         ]
     )
     length = np.diff(edges)
+
+    # In each stretch: teachers at work, and of the idle ones those that the window held back.
     counts = {part: _covering(spans, edges) for part, spans in busy.items()}
     at_work = np.sum(list(counts.values()), axis=0)
     # a lost teacher and its successor may overlap
@@ -266,8 +281,9 @@ def _spend_teachers(attempt: _Attempt, spent: Spent, useful: set[int]) -> None:
 
 def _held_back(attempt: _Attempt) -> list[Interval]:
     """Seconds in which the window held the teachers back, between each two looks at the pool."""
-    looks = [(attempt.begin, 0.0)] + [
-        (at, row.window_wait_s) for at, row in attempt.rows if isinstance(row, PoolRow)
+    looks = [
+        (attempt.begin, 0.0),
+        *((at, pool.window_wait_s) for at, pool in of_kind(attempt.events, PoolRow)),
     ]
     return [
         Interval(begin, end, max(after - before, 0.0))
@@ -277,6 +293,7 @@ def _held_back(attempt: _Attempt) -> list[Interval]:
 
 
 def _bounds(groups: Iterable[Sequence[Span]], attempt: _Attempt) -> Iterator[float]:
+    """Both ends of every span, within the attempt."""
     for spans in groups:
         for span in spans:
             yield from (min(max(bound, attempt.begin), attempt.end) for bound in span)
@@ -291,23 +308,22 @@ def _covering(spans: Sequence[Span], edges: NDArray[np.float64]) -> NDArray[np.f
     return np.cumsum(change)[:-1]
 
 
+# ---- Recoveries and incidents
+
+
 def recoveries(summary: Summary) -> list[Recovery]:
-    """Every time that training stood still because ranks, or the whole run, had gone, in order."""
+    """Every recovery of ranks, and every attempt that went on from another one, in order."""
     found = [
-        Recovery(at, row.role, row.cause, row.seconds, row.lost_steps, row.detail)
-        for at, row in summary.timeline
-        if isinstance(row, RecoveryRow)
+        Recovery(at, each.role, each.cause, each.seconds, each.lost_steps, each.detail)
+        for at, each in of_kind(summary.timeline, RecoveryRow)
     ]
     attempts = _attempts(summary)
     for earlier, later in pairwise(attempts):
-        steps = later.train_rows()
-        if not steps:
+        if not (steps := later.steps()):
             continue
         at, first = steps[0]
-        reached = max(
-            (row.step for row in _steps(attempts[: later.number]) if row.role == first.role),
-            default=0,
-        )
+        before = _steps(attempts[: later.number])
+        reached = max((step.step for step in before if step.role == first.role), default=0)
         cause = earlier.outcome or "killed"
         detail = f"attempt {later.number + 1} goes on"
         found.append(
@@ -317,61 +333,40 @@ def recoveries(summary: Summary) -> list[Recovery]:
 
 
 def incidents(summary: Summary) -> list[str]:
-    """What else befell the run, in words: empty where nothing did."""
-    rows = [row for _, row in summary.timeline]
-    pools = [
-        [row for _, row in attempt.rows if isinstance(row, PoolRow)]
-        for attempt in _attempts(summary)
-    ]
-    last = [each[-1] for each in pools if each]
+    """What else went wrong and was repaired, in words; empty where nothing did."""
+    # The events of each kind.
+    timeline = summary.timeline
+    pools = [of_kind(attempt.events, PoolRow) for attempt in _attempts(summary)]
+    last_pools = [each[-1][1] for each in pools if each]
+    chunks_set_aside = [event for _, event in of_kind(timeline, SetAsideRow)]
+    delayed = {(delay.role, delay.step) for _, delay in of_kind(timeline, DelayRow)}
+    silent = [stall.role == "teacher" for _, stall in of_kind(timeline, StallRow)]
+
+    # How many, of what, and what became of it.
     counts = [
-        (sum(row.losses for row in last), "lease", "lost with a teacher"),
+        (sum(pool.losses for pool in last_pools), "lease", "lost with a teacher"),
         (
-            sum(row.hedged for row in last),
+            sum(pool.hedged for pool in last_pools),
             "chunk",
             "given to a second teacher because the first was slow",
         ),
-        (sum(isinstance(row, ChunkRow) and row.duplicate for row in rows), "chunk", "made twice"),
-        (sum(isinstance(row, RepairRow) for row in rows), "damaged chunk", "made anew"),
-        (
-            sum(len(row.sequences) for row in rows if isinstance(row, SetAsideRow)),
-            "sequence",
-            "set aside",
-        ),
-        (
-            len({(row.role, row.step) for row in rows if isinstance(row, DelayRow)}),
-            "checkpoint",
-            "that the store did not take at once",
-        ),
-        (
-            sum(isinstance(row, OutageRow) for row in rows),
-            "long wait",
-            "for a store that was unavailable",
-        ),
-        (sum(isinstance(row, NoticeRow) for row in rows), "notice", "of a machine's end"),
-        (
-            sum(isinstance(row, StallRow) and row.role != "teacher" for row in rows),
-            "stalled rank",
-            "found by the watchdog",
-        ),
-        (
-            sum(isinstance(row, StallRow) and row.role == "teacher" for row in rows),
-            "silent teacher",
-            "killed and replaced",
-        ),
+        (sum(chunk.duplicate for _, chunk in of_kind(timeline, ChunkRow)), "chunk", "made twice"),
+        (len(of_kind(timeline, RepairRow)), "damaged chunk", "made anew"),
+        (sum(len(event.sequences) for event in chunks_set_aside), "sequence", "set aside"),
+        (len(delayed), "checkpoint", "that the store did not take at once"),
+        (len(of_kind(timeline, OutageRow)), "long wait", "for a store that was unavailable"),
+        (len(of_kind(timeline, NoticeRow)), "notice", "of a machine's end"),
+        (silent.count(False), "stalled rank", "found by the watchdog"),
+        (silent.count(True), "silent teacher", "killed and replaced"),
     ]
-    return [
-        f"{count:,} {thing}{'s' if count > 1 else ''} {what}"
-        for count, thing, what in counts
-        if count
-    ]
+    return [f"{counted(count, thing)} {what}" for count, thing, what in counts if count]
 
 
 def _attempts(summary: Summary) -> list[_Attempt]:
-    begins = [index for index, (_, row) in enumerate(summary.timeline) if isinstance(row, StartRow)]
-    pieces = [
-        summary.timeline[begin:end] for begin, end in pairwise([*begins, len(summary.timeline)])
-    ]
+    """The run's attempts, each up to where the next one begins."""
+    timeline = summary.timeline
+    begins = [index for index, (_, event) in enumerate(timeline) if isinstance(event, StartRow)]
+    pieces = [timeline[begin:end] for begin, end in pairwise([*begins, len(timeline)])]
     ends = [*(piece[0][0] for piece in pieces[1:]), summary.run_s]
     return [
         _Attempt(number, piece[0][0], end, piece)
@@ -380,4 +375,4 @@ def _attempts(summary: Summary) -> list[_Attempt]:
 
 
 def _steps(attempts: Sequence[_Attempt]) -> list[TrainRow]:
-    return [row for attempt in attempts for _, row in attempt.train_rows()]
+    return [step for attempt in attempts for _, step in attempt.steps()]

@@ -1,12 +1,12 @@
-"""A journal boiled down to what the report says: which rows count, on which clock, and the verdict
-in words.
+"""A run as its report needs it: the journal's events that count, on one clock, and the verdict.
 
-Invariant: nothing is claimed that the rows do not show: no control, no evaluation, or a student
-that got worse, and the verdict says so.
+Invariant: the verdict claims nothing that the events do not show. Where no control or no evaluation
+was recorded, or the student got worse, the verdict says so.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,25 +28,37 @@ from stillhouse.tracking import (
 _ROLES: tuple[Role, ...] = ("student", "control")
 _SAME = 0.005  # nats: cross-entropies nearer than this are called equal
 
+Kind = TypeVar("Kind", bound=Row)
+Timeline = Sequence[tuple[float, Row]]  # seconds on the run's own clock, and the event
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run, with resumed steps and recomputed chunks counted once."""
+    """A run, with resumed steps and recomputed chunks counted once.
+
+    The run's own clock stands still between attempts.
+    """
 
     start: StartRow  # of the last attempt
     end: EndRow | None  # of the last attempt; None where it still runs or was killed
-    num_attempts: int
     commands: list[str]  # each once, in the order in which they were first given
     first_time: float  # unix seconds
-    run_s: float  # with the time between attempts left out
     idle_s: float  # between attempts
-    # seconds on the run's own clock, which stops between attempts
-    timeline: list[tuple[float, Row]]
+    timeline: Timeline
     chunks: list[ChunkRow]  # in the order in which they were published
     student: list[TrainRow]
     control: list[TrainRow]
-    trained: dict[Role, list[Stretch]]  # of each role that took a step: under which settings
+    trained: dict[Role, list[Stretch]]  # the schedules of each role that took a step
     evals: dict[str, EvalRow]  # the last for each model
+
+    @property
+    def run_s(self) -> float:
+        """Seconds that the run took, without the time between attempts."""
+        return self.timeline[-1][0]
+
+    @property
+    def num_attempts(self) -> int:
+        return len(of_kind(self.timeline, StartRow))
 
     @property
     def student_done(self) -> bool:
@@ -54,47 +66,55 @@ class Summary:
 
     @property
     def resumed_at(self) -> list[float]:
-        """Seconds on the run's clock."""
-        return [elapsed for elapsed, row in self.timeline if isinstance(row, StartRow)][1:]
+        """Seconds on the run's clock at which each attempt but the first began."""
+        return [elapsed_s for elapsed_s, _ in of_kind(self.timeline, StartRow)][1:]
 
 
-def summarise(rows: Sequence[Row]) -> Summary | None:
-    """None where no attempt has begun."""
-    starts = [row for row in rows if isinstance(row, StartRow)]
+def of_kind(timeline: Timeline, kind: type[Kind]) -> list[tuple[float, Kind]]:
+    """The events of one kind, each with its time."""
+    return [(at, event) for at, event in timeline if isinstance(event, kind)]
+
+
+def summarise(events: Sequence[Row]) -> Summary | None:
+    """The summary of a journal; None where no attempt has begun."""
+    starts = [event for event in events if isinstance(event, StartRow)]
     if not starts:
         return None
-    timeline, idle_s = _timeline(rows)
-    after_start = rows[rows.index(starts[-1]) :]
-    trained: dict[Role, list[Stretch]] = {
-        role: found for role in _ROLES if (found := stretches(rows, role))
+    timeline, idle_s = _timeline(events)
+    last_attempt = events[events.index(starts[-1]) :]
+    chunks = {
+        event.chunk: event
+        for event in events
+        if isinstance(event, ChunkRow) and not event.duplicate
     }
-    chunks = {row.chunk: row for row in rows if isinstance(row, ChunkRow) and not row.duplicate}
     return Summary(
         start=starts[-1],
-        end=next((row for row in after_start if isinstance(row, EndRow)), None),
-        num_attempts=len(starts),
-        commands=list(dict.fromkeys(row.command for row in starts)),
-        first_time=rows[0].time,
-        run_s=timeline[-1][0],
+        end=next((event for event in last_attempt if isinstance(event, EndRow)), None),
+        commands=list(dict.fromkeys(start.command for start in starts)),
+        first_time=events[0].time,
         idle_s=idle_s,
         timeline=timeline,
-        chunks=sorted(chunks.values(), key=lambda row: row.time),
-        student=latest_train_rows(rows, "student"),
-        control=latest_train_rows(rows, "control"),
-        trained=trained,
-        evals={row.model: row for row in rows if isinstance(row, EvalRow)},
+        chunks=sorted(chunks.values(), key=lambda event: event.time),
+        student=latest_train_rows(events, "student"),
+        control=latest_train_rows(events, "control"),
+        trained={role: found for role in _ROLES if (found := stretches(events, role))},
+        evals={event.model: event for event in events if isinstance(event, EvalRow)},
     )
 
 
-def _timeline(rows: Sequence[Row]) -> tuple[list[tuple[float, Row]], float]:
+def _timeline(events: Sequence[Row]) -> tuple[Timeline, float]:
+    """The events on the run's clock, and the seconds between attempts that it leaves out."""
     timeline: list[tuple[float, Row]] = []
-    shift, elapsed = rows[0].time, 0.0
-    for row in rows:
-        if isinstance(row, StartRow):
-            shift = row.time - elapsed
-        elapsed = max(elapsed, row.time - shift)  # two machines' clocks may differ a little
-        timeline.append((elapsed, row))
-    return timeline, max(shift - rows[0].time, 0.0)
+    shift, elapsed = events[0].time, 0.0
+    for event in events:
+        if isinstance(event, StartRow):
+            shift = event.time - elapsed
+        elapsed = max(elapsed, event.time - shift)  # two machines' clocks may differ a little
+        timeline.append((elapsed, event))
+    return timeline, max(shift - events[0].time, 0.0)
+
+
+# ---- Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +127,30 @@ class Interval:
 
 
 def teacher_tokens(summary: Summary) -> list[Interval]:
+    """Target tokens of each chunk that this run published."""
     return [
-        Interval(max(at - row.seconds, 0.0), at, row.num_tokens)
-        for at, row in summary.timeline
-        if isinstance(row, ChunkRow) and not row.duplicate
+        Interval(max(at - chunk.seconds, 0.0), at, chunk.num_tokens)
+        for at, chunk in of_kind(summary.timeline, ChunkRow)
+        if not chunk.duplicate
     ]
 
 
 def train_tokens(summary: Summary, role: Role) -> list[Interval]:
-    """Steps that were taken again count each time: they took their time each time."""
+    """Target tokens of each step. A step that was taken again counts each time, as its time
+    does."""
     return [
-        Interval(max(at - row.seconds, 0.0), at, row.num_tokens)
-        for at, row in _train_rows(summary, role)
+        Interval(max(at - step.seconds, 0.0), at, step.num_tokens)
+        for at, step in of_kind(summary.timeline, TrainRow)
+        if step.role == role
     ]
 
 
 def data_waits(summary: Summary) -> list[Interval]:
-    """Seconds in which the student waited for chunks."""
+    """Seconds of each step in which the student waited for chunks."""
     return [
-        Interval(max(at - row.seconds, 0.0), at, row.data_wait_s)
-        for at, row in _train_rows(summary, "student")
+        Interval(max(at - step.seconds, 0.0), at, step.data_wait_s)
+        for at, step in of_kind(summary.timeline, TrainRow)
+        if step.role == "student"
     ]
 
 
@@ -134,23 +158,17 @@ def window_waits(summary: Summary) -> list[Interval]:
     """Seconds in which the window held the teachers back: the growth of a count that begins anew
     with each attempt."""
     waits, last_at, last_wait_s = [], 0.0, 0.0
-    for at, row in summary.timeline:
-        if isinstance(row, StartRow):
+    for at, event in summary.timeline:
+        if isinstance(event, StartRow):
             last_at, last_wait_s = at, 0.0
-        if isinstance(row, PoolRow):
-            waits.append(Interval(last_at, at, max(row.window_wait_s - last_wait_s, 0.0)))
-            last_at, last_wait_s = at, row.window_wait_s
+        if isinstance(event, PoolRow):
+            waits.append(Interval(last_at, at, max(event.window_wait_s - last_wait_s, 0.0)))
+            last_at, last_wait_s = at, event.window_wait_s
     return waits
 
 
-def _train_rows(summary: Summary, role: Role) -> list[tuple[float, TrainRow]]:
-    return [
-        (at, row) for at, row in summary.timeline if isinstance(row, TrainRow) and row.role == role
-    ]
-
-
 def per_second(intervals: Sequence[Interval], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean rate of what falls between each two neighbouring edges."""
+    """The mean rate between each two neighbouring edges: E edges give E - 1 rates."""
     begin, end, amount = (
         np.array([(each.begin, each.end, each.amount) for each in intervals]).reshape(-1, 3).T
     )
@@ -161,12 +179,16 @@ def per_second(intervals: Sequence[Interval], edges: NDArray[np.float64]) -> NDA
 
 def mean_rate(intervals: Sequence[Interval]) -> float:
     """Amount for each second between the first beginning and the last end."""
-    span = max(each.end for each in intervals) - min(each.begin for each in intervals)
-    return sum(each.amount for each in intervals) / max(span, 1e-9)
+    span_s = max(each.end for each in intervals) - min(each.begin for each in intervals)
+    return sum(each.amount for each in intervals) / max(span_s, 1e-9)
+
+
+# ---- The verdict
 
 
 def verdict(summary: Summary) -> str:
     """One or two sentences: what was achieved, against what, and how far that can be trusted."""
+    # How far the student was trained, and how good its teacher is.
     if (student := summary.evals.get("student")) is None:
         return _without_evaluation(summary)
     teacher, control = summary.evals.get("teacher"), summary.evals.get("control")
@@ -177,14 +199,17 @@ def verdict(summary: Summary) -> str:
         else ""
     )
     reached = f"{student.cross_entropy:.2f}"
+
+    # Without a control, the gain of distillation is not known.
     if control is None:
         kl = "" if student.kl is None else f", and KL(teacher ‖ student) is {student.kl:.2f}"
         return (
             f"The distilled student{short} reaches a held-out cross-entropy of {reached} nats a "
-            f"token{beside}{kl}. "
-            "No control was evaluated, so this does not show what distillation gained over "
-            "training on the text alone."
+            f"token{beside}{kl}. No control was evaluated, so this does not show what distillation "
+            "gained over training on the text alone."
         )
+
+    # Against the control: equal, worse or better, with a third digit where they are close.
     same_text = f"the same student trained on the text alone{beside}"
     others = f"{control.cross_entropy:.2f}"
     gain = control.cross_entropy - student.cross_entropy
@@ -198,18 +223,18 @@ def verdict(summary: Summary) -> str:
         reached, others = f"{student.cross_entropy:.3f}", f"{control.cross_entropy:.3f}"
     if gain < 0:
         return (
-            f"The distilled student{short} did worse than {same_text}: "
-            f"a held-out cross-entropy of {reached} against {others} nats a token, {tokens}."
+            f"The distilled student{short} did worse than {same_text}: a held-out cross-entropy of "
+            f"{reached} against {others} nats a token, {tokens}."
         )
     gap = f": {_gap_closed(teacher, student, control)}" if teacher else ""
     return (
         f"The distilled student{short} reaches a held-out cross-entropy of {reached} nats a "
-        f"token, against {others} "
-        f"for {same_text}{gap}, {tokens}."
+        f"token, against {others} for {same_text}{gap}, {tokens}."
     )
 
 
 def _gap_closed(teacher: EvalRow, student: EvalRow, control: EvalRow) -> str:
+    """Which share of the control's distance to the teacher the student made good, in words."""
     gap = control.cross_entropy - teacher.cross_entropy
     if gap <= 0:
         return "better than its teacher, which the control had passed as well"
@@ -220,8 +245,9 @@ def _gap_closed(teacher: EvalRow, student: EvalRow, control: EvalRow) -> str:
 
 
 def _tokens_compared(summary: Summary, student: EvalRow, control: EvalRow) -> str:
-    ours = sum(row.num_tokens for row in summary.student if row.step <= student.step)
-    theirs = sum(row.num_tokens for row in summary.control if row.step <= control.step)
+    """On how many training tokens the two were compared, in words."""
+    ours = sum(each.num_tokens for each in summary.student if each.step <= student.step)
+    theirs = sum(each.num_tokens for each in summary.control if each.step <= control.step)
     if not ours or not theirs:
         return "over numbers of training tokens that the journal does not hold"
     if abs(ours - theirs) <= 0.001 * theirs:
@@ -230,6 +256,7 @@ def _tokens_compared(summary: Summary, student: EvalRow, control: EvalRow) -> st
 
 
 def _without_evaluation(summary: Summary) -> str:
+    """The verdict on a run without an evaluation: how far it is."""
     total = summary.start.total_steps
     if not summary.student:
         return (

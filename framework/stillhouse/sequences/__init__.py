@@ -1,5 +1,5 @@
-"""Documents become fixed sequences, in a fixed order, once; afterwards they are read from a memory
-map."""
+"""Sources of sequences. The corpus: documents are tokenised and packed once, into sequences of one
+length in a fixed order, which are then read from a memory map."""
 
 from stillhouse.sequences.corpus import Corpus
 from stillhouse.sequences.packing import Split, prepare_corpus

@@ -1,5 +1,5 @@
-"""Conversations as their rows hold them: lists of messages with a role and a content, and how to
-convert the other forms there are."""
+"""Conversations: lists of messages with a role and a content, as a corpus for chat holds them, and
+how to convert the other forms in use."""
 
 from collections.abc import Collection
 from typing import Any
@@ -16,8 +16,10 @@ _EXCERPT = 200  # characters of a value in a message
 
 
 def checked_messages(messages: Any, where: str, column: str) -> list[dict[str, Any]]:
-    """The messages of a row without what they leave empty. Raises CorpusError, with the turn at
-    fault: no text as its role or content."""
+    """The messages of a row, without their empty fields; a field of None is empty.
+
+    Raises CorpusError, with the turn at fault, where a role or a content is not a text.
+    """
     wanted = (
         f"{where}: column '{column}' is not a list of messages, each with a text 'role' and "
         "a text 'content'; found"
@@ -30,16 +32,14 @@ def checked_messages(messages: Any, where: str, column: str) -> list[dict[str, A
             and isinstance(turn.get("role"), str)
             and isinstance(turn.get("content"), str)
         ):
-            raise CorpusError(
-                f"{wanted} as turn {number}: "
-                f"{str(_without_gaps(turn))[:_EXCERPT]}{_cure_of_turn(turn, column)}"
-            )
+            excerpt = str(_as_in_its_file(turn))[:_EXCERPT]
+            raise CorpusError(f"{wanted} as turn {number}: {excerpt}{_cure_of_turn(turn, column)}")
     return [{name: value for name, value in turn.items() if value is not None} for turn in messages]
 
 
 def cure_of_columns(columns: Collection[str]) -> str | None:
-    """How to make conversations of two columns that are a question and its answer; None where no
-    two are."""
+    """How to make conversations of two columns that hold a question and its answer; None where no
+    two do."""
     for question, answer in _PAIRS:
         if question in columns and answer in columns:
             asked = f'row["{question}"]'
@@ -54,6 +54,8 @@ def cure_of_columns(columns: Collection[str]) -> str | None:
 
 
 def _cure_of_turn(turn: Any, column: str) -> str:
+    """How to convert a turn, in words behind a semicolon; empty where its form is not known."""
+    # Other forms in use.
     if not isinstance(turn, dict):
         return ""
     content = turn.get("content")
@@ -70,6 +72,8 @@ def _cure_of_turn(turn: Any, column: str) -> str:
         return "; these are OpenAI content parts: " + _of_each(
             f'{{"role": turn["role"], "content": {text}}}', column
         )
+
+    # Turns without a text.
     if content is None and turn.get("tool_calls"):
         return (
             "; calls of tools are not read: write the call into 'content' as the model is to "
@@ -92,8 +96,8 @@ def _mapped(messages: str) -> str:
     )
 
 
-def _without_gaps(turn: Any) -> Any:
-    """A turn as its file has it: `datasets` gives every turn the fields of all others, as None."""
+def _as_in_its_file(turn: Any) -> Any:
+    """A turn without the fields that only other turns have: `datasets` adds them to it, as None."""
     if not isinstance(turn, dict):
         return turn
     return {name: value for name, value in turn.items() if value is not None or name == "content"}

@@ -1,8 +1,9 @@
-"""Sequences on disk: written once as Arrow, mapped into memory where they lie, and each checked
-against its hash whenever it is read.
+"""A corpus: sequences on disk, written once as Arrow, memory-mapped, and each checked against its
+hash whenever it is read.
 
-Arrow's own structure is for other readers of the file. This one knows where every column begins, so
-a damaged structure cannot lead it astray: what it hands out is what was written, or CorpusError.
+Arrow's own structure is for other programs. Here the offsets of all columns are kept in a file of
+their own, so that damage to that structure cannot mislead: what is read is what was written, or
+CorpusError is raised.
 
 Shapes: S sequences, L tokens in a sequence, B record batches.
 """
@@ -27,65 +28,59 @@ from stillhouse.sequences.documents import shuffled_order
 
 Number = TypeVar("Number", np.int32, np.uint8)
 
-# of what sequences mean: a change to tokenising, packing, masks or order raises it, and with it
-# every digest
+# A change to tokenising, packing, masks or order raises it, and with it every digest.
 CACHE_VERSION = 2
-_MAPS = 32  # of small files that stay mapped: three of each corpus in use
+_MAPS = 32  # small files that stay mapped: three of each corpus in use
 BLOCK_TOKENS = 1 << 18  # tokens in one Arrow record batch; bounds memory
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A file of sequences as a plain value: it holds nothing open, and pickles."""
+    """A file of sequences as a plain value: it holds nothing open, and can be pickled."""
 
     path: str
-    hashes_path: str  # of the sequences, xxh3 as uint64 [S], as they lie in the file
-    offsets_path: (
-        str  # of ids, positions and masks of each record batch in the file, in bytes: int64 [B, 3]
-    )
-    # of the places in the file, int64 [S] in the corpus's order; None: as they lie
-    order_path: str | None
+    hashes_path: str  # xxh3 of each sequence: uint64 [S], in the order of the file
+    offsets_path: str  # bytes before each record batch's ids, positions and masks: int64 [B, 3]
+    order_path: str | None  # each sequence's index in the file: int64 [S]; None: 0 to S - 1
     digest: str  # sha256 over ids, positions, masks, shape and order
     num_sequences: int
     sequence_length: int
     num_targets: int  # ones of the loss mask
 
     def rows(self, start: int, stop: int) -> Sequences:
-        """Sequences start <= s < stop: views of the memory map where they lie together in it.
+        """Sequences start <= s < stop; views of the memory map where they are adjacent in the file.
 
         Raises IndexError out of range, CorpusError where the file is damaged.
         """
+        # Read them, a run of neighbours in the file at a time.
         if not 0 <= start < stop <= self.num_sequences:
             raise IndexError(f"sequences {start} to {stop} of a corpus of {self.num_sequences}")
         data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
         hashes_S = mapped(self.hashes_path)
-        places_S = (
+        indices_S = (
             np.arange(start, stop)
             if self.order_path is None
             else mapped(self.order_path)[start:stop]
         )
-        runs = (
-            [(start, stop)]
-            if self.order_path is None
-            else [(place, place + 1) for place in places_S.tolist()]
-        )
+        runs = np.split(indices_S, np.flatnonzero(np.diff(indices_S) != 1) + 1)
         rows = joined(
-            [self._together(data, first, last, num_written=len(hashes_S)) for first, last in runs]
+            [self._run(data, run[0], run[-1] + 1, num_written=len(hashes_S)) for run in runs]
         )
-        changed = np.flatnonzero(hashes_of(rows) != hashes_S[places_S])
+
+        # Check each against its hash.
+        changed = np.flatnonzero(hashes_of(rows) != hashes_S[indices_S])
         if len(changed):
             raise CorpusError(
                 f"sequence {start + int(changed[0])} of {self.path} is not what was written "
-                "there: the file is damaged; "
-                f"remove {Path(self.path).parent}, and the same command makes it again from the "
-                "documents"
+                f"there: the file is damaged; remove {Path(self.path).parent}, and the same "
+                "command makes it again from the documents"
             )
         return rows
 
-    def _together(
+    def _run(
         self, data: NDArray[np.uint8], start: int, stop: int, *, num_written: int
     ) -> Sequences:
-        """The sequences at these places of the file, as its bytes say."""
+        """Sequences start <= s < stop of the file's `num_written`, unchecked."""
         size = rows_per_batch(self.sequence_length)
         offsets_B3 = mapped(self.offsets_path)
         parts = []
@@ -103,7 +98,7 @@ class Corpus:
         return joined(parts).select(slice(start - first, stop - first))
 
     def shuffled(self, *, seed: int) -> "Corpus":
-        """The same sequences in an order by seed, which is written beside them."""
+        """The same sequences in an order that the seed decides; the order is written to a file."""
         order_S = shuffled_order(self.num_sequences, "sequence", seed=seed)
         order_path = Path(self.path).with_suffix(".order.npy")
         np.save(order_path, order_S)
@@ -116,7 +111,9 @@ class Corpus:
 
 
 def write_corpus(path: Path, blocks: Iterable[Sequences], length: int) -> Corpus:
-    """Write sequences of `length` tokens to `path`, and what finds and checks them beside it."""
+    """Write sequences of `length` tokens to `path`, and their hashes and offsets to files beside
+    it."""
+    # The sequences, digested while they are written.
     schema = pa.schema(
         [
             ("token_ids", pa.list_(pa.int32(), length)),
@@ -138,6 +135,8 @@ def write_corpus(path: Path, blocks: Iterable[Sequences], length: int) -> Corpus
             writer.write_batch(pa.record_batch(arrays, schema=schema))
             hashes.append(hashes_of(rows))
             num_targets += rows.num_targets
+
+    # The files beside it, and the digest of all.
     hashes_S = np.concatenate(hashes)
     hashes_path, offsets_path = path.with_suffix(".xxh3.npy"), path.with_suffix(".offsets.npy")
     np.save(hashes_path, hashes_S)
@@ -148,27 +147,26 @@ def write_corpus(path: Path, blocks: Iterable[Sequences], length: int) -> Corpus
         length,
         *(digest.hexdigest() for digest in digests),
     ]
-    of_all = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Corpus(
-        str(path),
-        str(hashes_path),
-        str(offsets_path),
-        None,
-        of_all,
-        len(hashes_S),
-        length,
-        num_targets,
+        path=str(path),
+        hashes_path=str(hashes_path),
+        offsets_path=str(offsets_path),
+        order_path=None,
+        digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        num_sequences=len(hashes_S),
+        sequence_length=length,
+        num_targets=num_targets,
     )
 
 
 def mapped(path: str) -> NDArray[Any]:
-    """The array of an .npy file, read-only where it lies: its header is parsed once in this process
-    for as long as the file is the same."""
+    """The array of an .npy file, as a read-only memory map. The file is opened once in a process,
+    as long as it is the same file."""
     found = os.stat(path)
     return _mapped(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
 
-@lru_cache(maxsize=_MAPS)  # by the file's identity, too: one that was written again is another
+@lru_cache(maxsize=_MAPS)  # the identity is part of the key: a file may be written again
 def _mapped(path: str, _identity: tuple[int, ...]) -> NDArray[Any]:
     return np.asarray(np.load(path, mmap_mode="r"))
 
@@ -186,6 +184,7 @@ def hashes_of(rows: Sequences) -> NDArray[np.uint64]:
 
 
 def rows_per_batch(length: int) -> int:
+    """Sequences in a record batch; the last one of a file may hold fewer."""
     return max(1, BLOCK_TOKENS // length)
 
 
@@ -210,8 +209,8 @@ def _offsets_in(path: Path) -> NDArray[np.int64]:
 
 
 def _in_batches(blocks: Iterable[Sequences], size: int) -> Iterator[Sequences]:
-    """The same sequences, `size` at a time, the last ones fewer: a sequence's record batch is then
-    a matter of division."""
+    """The same sequences, `size` at a time, so that a sequence's record batch is found by a
+    division. The last batch may hold fewer."""
     held: list[Sequences] = []
     for block in blocks:
         held.append(block)
@@ -219,6 +218,5 @@ def _in_batches(blocks: Iterable[Sequences], size: int) -> Iterator[Sequences]:
             together = joined(held)
             yield together.select(slice(size))
             held = [together.select(slice(size, None))]
-    rest = joined(held) if held else None
-    if rest is not None and len(rest):
-        yield rest
+    if any(map(len, held)):
+        yield joined(held)

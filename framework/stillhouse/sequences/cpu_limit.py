@@ -1,4 +1,4 @@
-"""A limit on the CPU time of a block, for programs that others wrote and that need not end."""
+"""A limit on the CPU time of a block of code, for foreign programs that may run without an end."""
 
 import signal
 import threading
@@ -13,16 +13,16 @@ class CpuLimitError(Exception):
 
 @contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raise CpuLimitError within the block once this process has used so much CPU time in it.
-    Waiting does not count.
+    """Raise CpuLimitError within the block once it has used so much CPU time. Waiting does not
+    count.
 
-    In other threads than the main one there is no limit: Python handles signals in that alone.
+    There is no limit in other threads than the main one: Python handles signals in that one alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _raise)
-    # again, where a destructor has swallowed the first
+    # repeated, for a destructor may have swallowed the first signal
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Documents in their shuffled order, whatever they come from; the same section over the same data
-gives the same order on every machine.
+"""Documents: from the hub, local tables, text files or the standard library, in a shuffled order.
 
-This is the only door to `datasets`. A document is a text, or for chat a list of messages.
+The same section over the same data gives the same order on every machine. A document is a text, or
+for chat a list of messages. No other module imports `datasets`.
 """
 
 import glob
@@ -29,42 +29,45 @@ from stillhouse.sequences.json_files import first_fault
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".py", ".md"})
 TABLE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_SUFFIXES = TEXT_SUFFIXES | TABLE_READERS.keys()
 _LOADING_ERRORS = (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException)
+_FAULTS_OF_FILES = (
+    datasets.exceptions.DatasetGenerationError,
+    pa.ArrowException,
+    UnicodeDecodeError,
+)
 NOT_STDLIB = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
 
-# its error is told here, with its line
+# It logs an error that is raised here, too, with its line.
 logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """`order[i]` is the row, in the source, of document i; `read` fetches one row.
+    """Documents that are read one at a time."""
 
-    `identity` changes whenever a document may have changed.
-    """
-
-    identity: str
-    order: NDArray[np.int64]
-    read: Callable[[int], Any]
+    identity: str  # another one whenever a document may have changed
+    order: NDArray[np.int64]  # the row, in the data set, of document i
+    read: Callable[[int], Any]  # the document in a row
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(row, document) in order, one after the other: how long a document is, is not known
-        before it is read."""
+        """(row, document) in order. One at a time, for the length of a document is not known before
+        it is read."""
         for row in map(int, self.order):
             yield row, self.read(row)
 
 
 def load_documents(section: CorpusSection, *, cache_dir: str | Path) -> Documents:
-    """The documents that a section names, shuffled by its seed; `cache_dir` holds what local tables
-    are converted to.
+    """The documents that a section names, shuffled by its seed. `cache_dir` holds local tables as
+    Arrow files.
 
-    Raises CorpusError: absent, unreadable, streamed or empty data, a missing column, a setting that
-    means nothing for the source. Raises CacheError where `cache_dir` cannot be written.
+    Raises CorpusError: absent, unreadable, streamed or empty data, a missing column, or a setting
+    that has no meaning for the source. Raises CacheError where `cache_dir` cannot be written.
     """
     if section.dataset == "stdlib":
         _refuse_settings(section, "the standard library", ("subset", "revision"))
@@ -81,37 +84,37 @@ def load_documents(section: CorpusSection, *, cache_dir: str | Path) -> Document
 def from_dataset(
     dataset: object, section: CorpusSection, *, files: Sequence[Path] = ()
 ) -> Documents:
-    """The documents of a loaded data set's column; `files` are the local ones that it was loaded
+    """The documents in a column of a loaded data set; `files` are the local ones that it was loaded
     from.
 
-    Raises CorpusError: streamed or empty data, a missing column. So does reading a text that is not
-    UTF-8.
+    Raises CorpusError: streamed or empty data, or a missing column. Reading raises it, too, at a
+    text that is not UTF-8.
     """
+    # Refuse what has no fixed order, or no such column.
     if not isinstance(dataset, datasets.Dataset):
         raise CorpusError(
             f"the data set {section.dataset} came as {type(dataset).__name__}, whose length is "
-            "not known;"
-            " a fixed order needs a data set on disk: load it without streaming, with one split"
+            "not known; a fixed order needs a data set on disk: load it without streaming, with "
+            "one split"
         )
     column = section.text_column
     if column not in dataset.column_names:
         cure = section.format == "chat" and cure_of_columns(dataset.column_names)
+        columns = ", ".join(sorted(dataset.column_names))
         raise CorpusError(
-            f"the data set {section.dataset} has no column '{column}'; it has "
-            f"{', '.join(sorted(dataset.column_names))}: "
+            f"the data set {section.dataset} has no column '{column}'; it has {columns}: "
             f"{cure or 'set corpus.column'}"
         )
+
+    # Read its rows one by one.
     rows = dataset.select_columns([column])
 
     def read(row: int) -> Any:
         try:
             return rows[row][column]
-        except (
-            UnicodeDecodeError
-        ) as error:  # a table's texts are bytes that nobody has looked at before
-            fault = (
-                first_fault(_json_of(files))
-                or f"row {row} of {section.dataset}: not UTF-8 text ({error.reason}); convert or "
+        except UnicodeDecodeError as error:  # a table's texts are bytes, decoded only here
+            fault = first_fault(_json_of(files)) or (
+                f"row {row} of {section.dataset}: not UTF-8 text ({error.reason}); convert or "
                 "remove it"
             )
             raise CorpusError(f"the corpus cannot be read: {fault}") from None
@@ -121,28 +124,22 @@ def from_dataset(
 
 def looks_like_path(name: str) -> bool:
     """Whether `name` is meant as a local path: it starts as one, is a glob, ends in a suffix that
-    we read, or exists."""
+    is read, or exists."""
     is_explicit = name.startswith(("/", ".", "~")) or any(mark in name for mark in "*?[")
-    return (
-        is_explicit
-        or Path(name).suffix in TEXT_SUFFIXES | TABLE_READERS.keys()
-        or Path(name).exists()
-    )
+    return is_explicit or Path(name).suffix in _SUFFIXES or Path(name).exists()
 
 
 def shuffled_order(
     num_items: int, purpose: Literal["corpus", "sequence"], *, seed: int
 ) -> NDArray[np.int64]:
-    """A permutation of a corpus's documents or sequences, a function of these arguments alone:
-    NumPy's own may change between versions.
+    """A permutation of a corpus's documents or sequences: int64 [num_items], a function of these
+    arguments alone.
 
-    Items are sorted by splitmix64 of their number and the seed.
+    Items are sorted by splitmix64 of their number and the seed. NumPy's permutations are not used,
+    for they may change between its versions.
     """
-    start = int.from_bytes(
-        hashlib.sha256(f"stillhouse {purpose} order {seed}".encode()).digest()[:8],
-        "little",
-        signed=True,
-    )
+    digest = hashlib.sha256(f"stillhouse {purpose} order {seed}".encode()).digest()
+    start = int.from_bytes(digest[:8], "little", signed=True)
     mixed = splitmix64(np.arange(1, num_items + 1, dtype=np.int64) * GOLDEN + start)
     return np.argsort(mixed.view(np.uint64), kind="stable").astype(np.int64)
 
@@ -157,11 +154,12 @@ def _shuffled(
 
 
 def _from_files(files: Sequence[Path], section: CorpusSection) -> Documents:
+    """A document of each text file. Raises CorpusError at settings that only tables have."""
     if section.format == "chat":
         raise CorpusError(
             f"{section.dataset} holds plain text files, which have no conversations; set "
-            'corpus.format = "text", or name a json, jsonl,'
-            " parquet or arrow file with a column of messages"
+            'corpus.format = "text", or name a json, jsonl, parquet or arrow file with a column of '
+            "messages"
         )
     if section.split != "train":
         raise CorpusError(
@@ -192,11 +190,13 @@ def _read_text(file: Path) -> str:
 
 
 def _stdlib_files() -> list[Path]:
+    """The sources of Python's standard library, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = (
-        file for file in root.rglob("*.py") if NOT_STDLIB.isdisjoint(file.relative_to(root).parts)
-    )
-    return [file for file in sorted(files) if _is_utf8(file)]
+    return [
+        file
+        for file in sorted(root.rglob("*.py"))
+        if NOT_STDLIB.isdisjoint(file.relative_to(root).parts) and _is_utf8(file)
+    ]
 
 
 def _is_utf8(file: Path) -> bool:
@@ -209,26 +209,24 @@ def _is_utf8(file: Path) -> bool:
 
 def _local_files(name: str) -> list[Path]:
     """The files that a path, directory or glob names, sorted, all of one kind."""
+    # Find them.
     path = Path(name).expanduser()
     if path.is_dir():
-        found = [
-            file
-            for file in path.rglob("*")
-            if file.is_file() and file.suffix in TEXT_SUFFIXES | TABLE_READERS.keys()
-        ]
+        found = [file for file in path.rglob("*") if file.is_file() and file.suffix in _SUFFIXES]
     elif path.is_file():
         found = [path]
     else:
-        found = [
-            Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()
-        ]
+        matches = map(Path, glob.glob(str(path), recursive=True))
+        found = [match for match in matches if match.is_file()]
+    suffixes = ", ".join(sorted(_SUFFIXES))
     if not found:
         what = "holds no file that can be read" if path.is_dir() else "does not exist"
         raise CorpusError(
-            f"the corpus {name} {what}; give a file, glob or directory of "
-            f"{', '.join(sorted(TEXT_SUFFIXES | TABLE_READERS.keys()))},"
-            " a hub name such as 'owner/name', or 'stdlib'"
+            f"the corpus {name} {what}; give a file, glob or directory of {suffixes}, a hub name "
+            "such as 'owner/name', or 'stdlib'"
         )
+
+    # Refuse files of an unknown kind, or of several kinds.
     kinds = {
         "text" if file.suffix in TEXT_SUFFIXES else TABLE_READERS.get(file.suffix, file.suffix)
         for file in found
@@ -236,8 +234,7 @@ def _local_files(name: str) -> list[Path]:
     unknown = kinds - {"text", *TABLE_READERS.values()}
     if unknown:
         raise CorpusError(
-            f"{name} ends in '{sorted(unknown)[0]}', which is not read; wanted: "
-            f"{', '.join(sorted(TEXT_SUFFIXES | TABLE_READERS.keys()))}"
+            f"{name} ends in '{sorted(unknown)[0]}', which is not read; wanted: {suffixes}"
         )
     if len(kinds) > 1:
         raise CorpusError(
@@ -248,7 +245,7 @@ def _local_files(name: str) -> list[Path]:
 
 
 def _load_tables(files: Sequence[Path], section: CorpusSection, cache_dir: Path) -> object:
-    """Tables on this machine, by way of what they are converted to in `cache_dir`."""
+    """A data set of local tables, which `datasets` converts to Arrow files in `cache_dir`."""
     reader, names = TABLE_READERS[files[0].suffix], [str(file) for file in files]
     with writing_cache(cache_dir):
         atomic.make_directory(cache_dir)
@@ -256,16 +253,15 @@ def _load_tables(files: Sequence[Path], section: CorpusSection, cache_dir: Path)
         return datasets.load_dataset(
             reader, split=section.split, data_files=names, cache_dir=str(cache_dir)
         )
-    except StopIteration:  # what the reader of json makes of files without a byte
+    except StopIteration:  # raised for JSON files without a byte
         raise _is_empty(section) from None
     except _LOADING_ERRORS as error:
         if (failed_write := _failed_write(error, cache_dir)) is not None:
             raise unwritable(cache_dir, failed_write) from error
-        is_in_the_files = isinstance(
-            error,
-            (datasets.exceptions.DatasetGenerationError, pa.ArrowException, UnicodeDecodeError),
-        )
-        if is_in_the_files and (fault := first_fault(_json_of(files))) is not None:
+        if (
+            isinstance(error, _FAULTS_OF_FILES)
+            and (fault := first_fault(_json_of(files))) is not None
+        ):
             raise CorpusError(f"the corpus cannot be loaded: {fault}") from error
         raise CorpusError(
             f"the data set {section.dataset} cannot be loaded: {_reason_of(error)}"
@@ -273,6 +269,7 @@ def _load_tables(files: Sequence[Path], section: CorpusSection, cache_dir: Path)
 
 
 def _load_from_hub(section: CorpusSection) -> object:
+    """A data set from the hub."""
     try:
         return datasets.load_dataset(
             section.dataset, section.subset, split=section.split, revision=section.revision
@@ -287,7 +284,7 @@ def _load_from_hub(section: CorpusSection) -> object:
 
 
 def cure_of_hub(error: BaseException) -> str:
-    """What to do where a data set of the hub cannot be loaded."""
+    """What to do where a data set from the hub cannot be loaded."""
     if any(isinstance(cause, OSError) and is_no_room(cause) for cause in _causes(error)):
         return (
             "make room on the disk of the Hugging Face cache, or set HF_HOME to a directory on "
@@ -317,8 +314,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _failed_write(error: BaseException, cache_dir: Path) -> OSError | None:
-    """The error behind this one, if any, that says the cache cannot be written; other files are
-    only read."""
+    """The error of a write to the cache in the chain of causes; None where there is none. All other
+    files are only read."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and (
             is_no_room(cause) or Path(str(cause.filename)).is_relative_to(cache_dir)

@@ -1,8 +1,7 @@
-"""Documents become sequences of one fixed length, written once to memory-mapped Arrow; a corpus is
-the digest of its ids, positions, masks.
+"""Packing: documents become sequences of one fixed length, written once to a corpus on disk.
 
-Packing leaves the parts of a document side by side. So the sequences to train on are shuffled once
-more: any stretch of them, and so any chunk, is a random sample of the corpus.
+Packing leaves the parts of a document side by side. The sequences to train on are therefore
+shuffled once more: any stretch of them, and any chunk, is a random sample of the corpus.
 
 Shapes: S sequences, L tokens in a sequence. loss_mask[s, t] = 1 iff token t+1 exists, belongs to
 the same document and is a label.
@@ -52,7 +51,7 @@ class Split:
 
 @dataclass(slots=True)
 class _Tally:
-    """What went by."""
+    """What was tokenised so far."""
 
     documents: int = 0
     tokens: int = 0
@@ -67,14 +66,14 @@ def prepare_corpus(
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Split:
     """Tokenise and pack a corpus, or find it in `cache_dir` as made before from the same documents,
-    section and tokenizer.
-
-    `on_progress` is told, after each document, how many documents and tokens there were so far.
+    section and tokenizer. Raises CorpusError, CacheError.
 
     The first documents of the shuffle fill the held-out sequences; what is left of the last of them
-    is not used. Sequences without a single target are left out, and so is the last, partial one of
-    packed documents. Raises CorpusError, CacheError.
+    is not used. Left out are sequences without a target, and the last, partial one of packed
+    documents. `on_progress` is called after each document, with the numbers of documents and tokens
+    so far.
     """
+    # All that decides the corpus names its directory.
     documents = load_documents(section, cache_dir=Path(cache_dir) / "tables")
     key = {
         "version": CACHE_VERSION,
@@ -83,11 +82,10 @@ def prepare_corpus(
         "tokenizer": tokenizer_digest,
         "documents": documents.identity,
     }
-    directory = (
-        Path(cache_dir).resolve()
-        / "corpus"
-        / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    )
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    directory = Path(cache_dir).resolve() / "corpus" / digest[:32]
+
+    # Find it there, or build it beside and rename it.
     with writing_cache(Path(cache_dir)):
         found = _read_split(directory)
         if found is not None:
@@ -111,6 +109,8 @@ def _build(
     tokenizer: "PreTrainedTokenizerFast",
     on_progress: Callable[[int, int], None],
 ) -> None:
+    """Write both corpora, and their description, into a directory."""
+    # The corpora: held out first, from the same stream of documents.
     tally = _Tally()
     tokens = _counted(tokenise(documents, section, tokenizer), tally, on_progress)
     length = section.sequence_length
@@ -118,41 +118,39 @@ def _build(
     def sequences(limit: int) -> Iterator[Sequences]:
         if section.packing:
             return _packed(tokens, length=length, limit=limit)
-        padding = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
-        return _padded(tokens, length=length, limit=limit, padding=padding or 0)
+        given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        padding = next((token for token in given if token is not None), 0)
+        return _padded(tokens, length=length, limit=limit, padding=padding)
 
-    corpora = {
-        "heldout": write_corpus(
-            directory / "heldout.arrow", sequences(section.heldout_sequences), length
-        ),
-        "train": write_corpus(directory / "train.arrow", sequences(sys.maxsize), length).shuffled(
-            seed=section.seed
-        ),
-    }
-    found = corpora["heldout"].num_sequences + corpora["train"].num_sequences
-    if corpora["train"].num_sequences == 0:
+    few = sequences(section.heldout_sequences)
+    heldout = write_corpus(directory / "heldout.arrow", few, length)
+    ordered = write_corpus(directory / "train.arrow", sequences(sys.maxsize), length)
+    train = ordered.shuffled(seed=section.seed)
+    if train.num_sequences == 0:
         raise CorpusError(
             f"the corpus {section.dataset} is too small: its {tally.documents} documents hold "
-            f"{tally.tokens} tokens, which make {found}"
-            f" sequences of {length} with a target in them; wanted: {section.heldout_sequences} "
-            "held-out ones and at least 1 to train on."
-            " Give more documents, or lower corpus.sequence_length or corpus.heldout_sequences"
+            f"{tally.tokens} tokens, which make {heldout.num_sequences} sequences of {length} with "
+            f"a target in them; wanted: {section.heldout_sequences} held-out ones and at least 1 "
+            "to train on. Give more documents, or lower corpus.sequence_length or "
+            "corpus.heldout_sequences"
         )
-    sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
-    small = {file.name: _file_hash(file) for file in directory.glob("*.npy")}
-    written = {
-        name: _with_paths(asdict(corpus), lambda file: Path(file).name)
-        for name, corpus in corpora.items()
+
+    # Their description: large files by size (their sequences have hashes), small ones by hash.
+    values = {
+        "corpora": {
+            name: _with_paths(asdict(corpus), lambda file: Path(file).name)
+            for name, corpus in (("heldout", heldout), ("train", train))
+        },
+        "num_bytes": {file.name: file.stat().st_size for file in directory.iterdir()},
+        "xxh3": {file.name: _file_hash(file) for file in directory.glob("*.npy")},
     }
-    values = {"corpora": written, "num_bytes": sizes, "xxh3": small}
     (directory / "corpus.json").write_text(json.dumps(sealed(values, name="check")))
 
 
 def _counted(
     documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]
 ) -> Iterator[Tokens]:
+    """The same documents, counted as they are taken."""
     for document in documents:
         tally.documents += 1
         tally.tokens += len(document)
@@ -164,8 +162,10 @@ def _counted(
 
 
 def _packed(documents: Iterator[Tokens], *, length: int, limit: int) -> Iterator[Sequences]:
-    """Documents end to end, cut into at most `limit` sequences that hold a target; it takes no
-    document more than it needs."""
+    """Documents end to end, cut into at most `limit` sequences that hold a target.
+
+    It takes no more documents than it needs.
+    """
     pending: list[Tokens] = []
     remaining = limit
     while remaining:
@@ -187,25 +187,24 @@ def _cut(
 ) -> tuple[Sequences, list[Tokens]]:
     """The first `num_rows` sequences of documents laid end to end, and what is left of the
     documents."""
-    size = num_rows * length
+    # End to end: of each token its id, its document, and whether it is a label.
+    shape, size = (num_rows, length), num_rows * length
     ends = np.cumsum([len(document) for document in documents])
-    document_SL = np.repeat(np.arange(len(documents)), np.diff(ends, prepend=0))[:size].reshape(
-        num_rows, length
-    )
-    ids_SL = np.concatenate([document.ids for document in documents])[:size].reshape(
-        num_rows, length
-    )
-    is_label_SL = np.concatenate([document.is_label for document in documents])[:size].reshape(
-        num_rows, length
-    )
+    document_of = np.repeat(np.arange(len(documents)), np.diff(ends, prepend=0))
+    document_SL = document_of[:size].reshape(shape)
+    ids_SL = np.concatenate([document.ids for document in documents])[:size].reshape(shape)
+    is_label = np.concatenate([document.is_label for document in documents])
+    is_label_SL = is_label[:size].reshape(shape)
 
+    # Masks and positions, which begin anew where the next token is of another document.
     continues = document_SL[:, 1:] == document_SL[:, :-1]
-    mask_SL = np.zeros((num_rows, length), dtype=np.uint8)
+    mask_SL = np.zeros(shape, dtype=np.uint8)
     mask_SL[:, :-1] = continues & is_label_SL[:, 1:]
-    starts_SL = np.zeros((num_rows, length), dtype=np.int32)
+    starts_SL = np.zeros(shape, dtype=np.int32)
     starts_SL[:, 1:] = np.where(continues, 0, np.arange(1, length, dtype=np.int32))
     positions_SL = np.arange(length, dtype=np.int32) - np.maximum.accumulate(starts_SL, axis=1)
 
+    # What is left.
     used = int(np.searchsorted(ends, size, side="right"))
     left = list(documents[used:])
     if left:
@@ -217,10 +216,10 @@ def _cut(
 def _padded(
     documents: Iterator[Tokens], *, length: int, limit: int, padding: int
 ) -> Iterator[Sequences]:
-    """Each document its own sequence, cut at `length`; at most `limit` that hold a target.
+    """A sequence of each document, cut at `length`; at most `limit` that hold a target.
 
-    Padding comes last and its positions go on: under causal attention no real token sees it, and no
-    model takes it for a second document.
+    Padding comes last, and its positions count on: under causal attention no real token sees it,
+    and it is not taken for a second document.
     """
     remaining = limit
     while remaining:
@@ -241,6 +240,7 @@ def _padded(
 
 
 def _with_targets(rows: Sequences) -> Sequences:
+    """Those that have a target."""
     return rows.select(np.any(rows.loss_mask_SL != 0, axis=1))
 
 
@@ -262,8 +262,7 @@ def _read_split(directory: Path) -> Split | None:
         }
         is_whole = all(
             (directory / name).stat().st_size == size for name, size in written["num_bytes"].items()
-        )
-        is_whole = is_whole and all(
+        ) and all(
             _file_hash(directory / name) == digest for name, digest in written["xxh3"].items()
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -272,13 +271,14 @@ def _read_split(directory: Path) -> Split | None:
 
 
 def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The fields of a Corpus with each of its paths changed."""
     paths = [name for name in corpus if name.endswith("path") and corpus[name] is not None]
     return corpus | {name: change(corpus[name]) for name in paths}
 
 
 def _move_into_place(building: Path, directory: Path) -> None:
-    """Rename what is on disk, and make way for nothing but a damaged copy: another process may have
-    finished first with the same bytes."""
+    """Rename a finished directory. In its place may be a damaged copy, which is removed, or a whole
+    one, which another process finished first with the same bytes and which stays."""
     if _read_split(directory) is None:
         shutil.rmtree(directory, ignore_errors=True)
     try:

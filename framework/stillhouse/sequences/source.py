@@ -1,8 +1,11 @@
-"""The door for sources of sequences: what one has to do. A prepared corpus is the one to read as an
-example.
+"""Sources of sequences: the protocol, and its implementation over a prepared corpus.
 
-A source is a plan of blocks: block c, scored by a teacher, is chunk c. So a block has to be the
-same whoever asks for it, and whenever.
+A source is a plan of numbered blocks of sequences. Block c, scored by a teacher, is chunk c of the
+store. So a block is a function of the source's identity and the block's number alone: the same
+tokens whenever and wherever it is made.
+
+To write a source of your own, read `SequenceSource`, then `CorpusSource` as the example. A config
+names it as `corpus.source = "package.module:function"`; `open_sources` has the function's contract.
 """
 
 from collections.abc import Callable
@@ -22,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class Identity(NamedTuple):
-    """What decides every block of a source."""
+    """What decides every block of a source. It is part of the recipe, and so of the fingerprint."""
 
-    kind: str  # "corpus", or a word of a source's own
-    digest: str  # another plan of blocks, another digest
+    kind: str  # "corpus", or a name that a source of your own chooses
+    digest: str  # another one for every other plan of blocks
 
 
 class SequenceSource(Protocol):
-    """Blocks of sequences of one length, by number. It travels to no other process."""
+    """Numbered blocks of sequences, all of one length. It stays in the process that opened it."""
 
     @property
     def identity(self) -> Identity: ...
@@ -39,25 +42,27 @@ class SequenceSource(Protocol):
 
     @property
     def num_sequences(self) -> int:
-        """Of all blocks; every block but the last has the same number of them."""
+        """Sequences in all blocks. Every block but the last has the same number of them."""
         ...
 
     @property
     def num_targets(self) -> int:
-        """Ones of all loss masks."""
+        """Target tokens in all blocks: the ones of their loss masks."""
         ...
 
     @property
-    def sequence_length(self) -> int: ...
+    def sequence_length(self) -> int:
+        """Tokens in each sequence."""
+        ...
 
     def block(self, number: int) -> Sequences:
-        """Block 0 <= number < num_blocks."""
+        """The sequences of block 0 <= number < num_blocks."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Two sources that share no document."""
+    """What to train on, and what to evaluate on; they share no document."""
 
     train: SequenceSource
     heldout: SequenceSource
@@ -65,7 +70,7 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class CorpusSource:
-    """The sequences of a prepared corpus, `block_sequences` to a block."""
+    """The sequences of a prepared corpus, `block_sequences` in each block but the last."""
 
     corpus: Corpus
     block_sequences: int
@@ -104,28 +109,20 @@ def open_sources(
     cache_dir: Path,
     on_progress: Callable[[int, int], None],
 ) -> Sources:
-    """The sources that a config names. One of the user's own is a function (section, tokenizer, *,
-    block_sequences, cache_dir) -> Sources.
+    """The sources that a config names.
 
-    Raises CorpusError, and ConfigError where one of the user's own cannot be imported, or gives
+    A source of your own is a function `(section, tokenizer, *, block_sequences, cache_dir) ->
+    Sources`. Raises CorpusError, and ConfigError where that function cannot be imported, or returns
     something else.
     """
+    # A source of the user's own.
     if section.source != "corpus":
         own: Callable[..., Sources] = load_extension(section.source, setting="corpus.source")
         found = own(section, tokenizer, block_sequences=block_sequences, cache_dir=cache_dir)
-        if not isinstance(found, Sources):
-            raise ConfigError(
-                f'corpus.source is "{section.source}", which gives a {type(found).__name__}; '
-                f"wanted {Sources.__module__}.Sources"
-            )
-        for source in (found.train, found.heldout):
-            if source.sequence_length != section.sequence_length:
-                raise ConfigError(
-                    f'corpus.source is "{section.source}", whose sequences have '
-                    f"{source.sequence_length} tokens; wanted"
-                    f" corpus.sequence_length, which is {section.sequence_length}"
-                )
+        _check(found, section)
         return found
+
+    # The corpus.
     split = prepare_corpus(
         section,
         tokenizer,
@@ -138,6 +135,22 @@ def open_sources(
     )
 
 
+def _check(found: object, section: CorpusSection) -> None:
+    """Raise ConfigError unless these are Sources of the config's sequence length."""
+    if not isinstance(found, Sources):
+        raise ConfigError(
+            f'corpus.source is "{section.source}", which gives a {type(found).__name__}; '
+            f"wanted {Sources.__module__}.Sources"
+        )
+    for source in (found.train, found.heldout):
+        if source.sequence_length != section.sequence_length:
+            raise ConfigError(
+                f'corpus.source is "{section.source}", whose sequences have '
+                f"{source.sequence_length} tokens; wanted corpus.sequence_length, which is "
+                f"{section.sequence_length}"
+            )
+
+
 def whole(source: SequenceSource) -> Sequences:
-    """All of its sequences, in this process's memory."""
+    """All sequences of a source, in this process's memory."""
     return joined([source.block(number) for number in range(source.num_blocks)])

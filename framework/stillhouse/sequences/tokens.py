@@ -1,12 +1,13 @@
-"""Documents become token ids and labels; a token is a label iff a model is to learn to say it: in
-chat, an assistant's words and end token.
+"""Tokenising: documents become token ids and labels.
 
-The ids are those that a model meets when it is used: a text as its tokenizer writes it, a
-conversation as its chat template renders it.
+A token is a label iff a model is to learn to predict it: in chat, an assistant's words and end
+token. The ids are those of a model in use: a text as the tokenizer encodes it, a conversation as
+the chat template renders it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -24,12 +25,10 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 BATCH_DOCUMENTS = 256  # most documents tokenised at one time
-BATCH_BYTES = (
-    4 << 20
-    # and most of their text: a tokenizer takes some 200 bytes of memory for each; a longer document
-    # is tokenised alone
-)
-TEMPLATE_LIMIT_S = 10.0  # CPU time to write one conversation, which takes milliseconds
+# Most bytes of their text, each of which takes a tokenizer about 200 bytes of memory. A longer
+# document is tokenised alone.
+BATCH_BYTES = 4 << 20
+TEMPLATE_LIMIT_S = 10.0  # CPU time to render one conversation, which takes milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,8 @@ def tokenise(
     """Every document's tokens, in order. Memory is bounded by the longest document and a constant.
 
     Raises CorpusError: a tokenizer without EOS or chat template, a row that is no text or
-    conversation, one without an assistant's turn, a template that rewrites earlier turns, or takes
-    longer than the limit for one conversation.
+    conversation, a conversation without an assistant's turn, a template that rewrites earlier turns
+    or takes longer than the limit for one conversation.
     """
     if section.format == "text":
         return _tokenise_text(documents, section, tokenizer)
@@ -62,8 +61,8 @@ def tokenise(
 
 
 def batches(items: Iterable[_Item], *, num_bytes: Callable[[_Item], int]) -> Iterator[list[_Item]]:
-    """The items in order, as many at a time as BATCH_DOCUMENTS and BATCH_BYTES allow, or one that
-    is larger."""
+    """The items in order, at most BATCH_DOCUMENTS and BATCH_BYTES of them at a time; a larger item
+    alone."""
     batch: list[_Item] = []
     size = 0
     for item in items:
@@ -80,7 +79,7 @@ def batches(items: Iterable[_Item], *, num_bytes: Callable[[_Item], int]) -> Ite
 def _tokenise_text(
     documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast"
 ) -> Iterator[Tokens]:
-    """Each text as its tokenizer writes it (with a beginning-of-sequence token where that adds
+    """Each text as its tokenizer encodes it (with a beginning-of-sequence token where that adds
     one), and EOS. Empty texts are left out."""
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -99,7 +98,7 @@ def _texts(documents: Documents, section: CorpusSection) -> Iterator[str]:
         if not isinstance(text, str):
             raise CorpusError(
                 f"row {row} of {section.dataset} has {type(text).__name__} in column "
-                f"'{section.text_column}'; wanted: text"
+                f"'{section.text_column}'; wanted: text. Convert such rows, or remove them"
             )
         if text:
             yield text
@@ -116,17 +115,19 @@ def _tokenise_chat(
     *,
     limit_s: float,
 ) -> Iterator[Tokens]:
-    """Each conversation through the chat template; a token is a label iff its first character lies
+    """Each conversation through the chat template; a token is a label iff its first character is
     in an assistant's turn."""
+    # Conversations as text.
     if not tokenizer.chat_template:
         raise CorpusError(
             f"the tokenizer {tokenizer.name_or_path} has no chat template; use that of an "
-            "instruction-tuned model,"
-            ' or set corpus.format = "text"'
+            'instruction-tuned model, or set corpus.format = "text"'
         )
     rendered = (
         _render(tokenizer, row, messages, section, limit_s=limit_s) for row, messages in documents
     )
+
+    # Text as tokens.
     for batch in batches(rendered, num_bytes=lambda one: _num_bytes(one[0])):
         encoded = tokenizer(
             [text for text, _ in batch],
@@ -139,8 +140,8 @@ def _tokenise_chat(
             encoded["input_ids"], encoded["offset_mapping"], batch, strict=True
         ):
             first_chars = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
-            # The turns are disjoint and ascending: a character lies in one iff it is past an odd
-            # number of their borders.
+            # The turns are disjoint and ascending: a character is inside one iff the number of
+            # borders before it is odd.
             is_label = np.searchsorted(np.array(turns).ravel(), first_chars, side="right") % 2 == 1
             yield Tokens(np.array(ids, dtype=np.int32), is_label)
 
@@ -153,11 +154,12 @@ def _render(
     *,
     limit_s: float,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation's text, and the half-open spans of its characters that an assistant wrote.
+    """A conversation's text, and the half-open spans of its characters that are an assistant's.
 
-    A turn runs from the end of the prompt before it (`messages[:i]` with the generation prompt) to
-    the end of `messages[:i + 1]`.
+    Turn i begins at the end of `messages[:i]` with the generation prompt, and ends at the end of
+    `messages[:i + 1]`.
     """
+    # The turns.
     where = f"row {row} of {section.dataset}"
     turns = checked_messages(messages, where, section.text_column)
     assistants = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -166,44 +168,40 @@ def _render(
             f"{where} has no assistant's turn, so nothing to learn from; remove such rows"
         )
 
-    def written(first: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        return _apply_template(
-            tokenizer, first, where, add_generation_prompt=add_generation_prompt, limit_s=limit_s
-        )
+    render = partial(_apply_template, tokenizer, where=where, limit_s=limit_s)
 
-    text = written(turns)
+    # The span of each, which is known only if the template leaves earlier turns as they are.
+    text = render(turns)
     ends_of_turn = tuple(
         token.content for token in tokenizer.added_tokens_decoder.values() if token.special
     )
     spans = []
     for number in assistants:
-        prompt = written(turns[:number], add_generation_prompt=True)
-        through = text if number == len(turns) - 1 else written(turns[: number + 1])
+        prompt = render(turns[:number], add_generation_prompt=True)
+        through = text if number == len(turns) - 1 else render(turns[: number + 1])
         if not (through.startswith(prompt) and text.startswith(through)):
             raise CorpusError(
                 f"{where}: under the chat template of {tokenizer.name_or_path} the conversation "
-                f"up to turn {number} is not a prefix of"
-                " the whole, so an assistant's words cannot be told from the others; templates "
-                "that rewrite earlier turns, such as those"
-                " that drop earlier reasoning, do this. Use a template that only appends, or give "
-                "each row one assistant's turn"
+                f"up to turn {number} is not a prefix of the whole, so an assistant's words cannot "
+                "be told from the others; templates that rewrite earlier turns, such as those that "
+                "drop earlier reasoning, do this. Use a template that only appends, or give each "
+                "row one assistant's turn"
             )
-        # ChatML writes a newline after the end token: not the assistant's
-        trimmed = through.rstrip()
-        spans.append(
-            (len(prompt), len(trimmed) if trimmed.endswith(ends_of_turn) else len(through))
-        )
+        trimmed = through.rstrip()  # ChatML has a newline behind the end token: not a label
+        end = len(trimmed) if trimmed.endswith(ends_of_turn) else len(through)
+        spans.append((len(prompt), end))
     return text, spans
 
 
 def _apply_template(
     tokenizer: "PreTrainedTokenizerFast",
     turns: list[dict[str, Any]],
-    where: str,
     *,
-    add_generation_prompt: bool,
+    where: str,
     limit_s: float,
+    add_generation_prompt: bool = False,
 ) -> str:
+    """Turns as text. Raises CorpusError where the template raises, or exceeds the limit."""
     template = f"{where}: the chat template of {tokenizer.name_or_path}"
     try:
         with cpu_limit(limit_s):
@@ -215,8 +213,8 @@ def _apply_template(
     except CpuLimitError:
         raise CorpusError(
             f"{template} took more than {limit_s:g} s of CPU time for its first {len(turns)} "
-            "turns; wanted: milliseconds."
-            " Look for a loop without end in it, or use the template of another model"
+            "turns; wanted: milliseconds. Look for a loop without end in it, or use the template "
+            "of another model"
         ) from None
-    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+    except Exception as error:  # a template is a foreign program, which may raise anything
         raise CorpusError(f"{template} refuses its first {len(turns)} turns: {error}") from error

@@ -9,8 +9,6 @@ the row hashes cover all the rest, so a reader of a few rows verifies all that i
 pure function of its values and its recipe: the same values, the same bytes.
 """
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,26 +20,21 @@ import safetensors.numpy
 import xxhash
 
 from stillhouse.errors import ChunkError
-from stillhouse.logits.record import CODEC_VERSION
 from stillhouse.sequence import Sequences
-from stillhouse.store.recipe import FORMAT_VERSION, Recipe, canonical_json
-
-MAX_HEADER_BYTES = 8192
-
-_LENGTH_BYTES = 8
-START_BYTES = _LENGTH_BYTES + MAX_HEADER_BYTES  # in which every header ends
-# as it stands in the header, where the metadata is a JSON text inside a JSON text
-_CHECKSUM_FIELD = b'\\"xxh3\\":\\"'
-_CHECKSUM_DIGITS = 16
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "U8": np.dtype("u1"),
-}
-
-Buffer = bytes | memoryview
-Extent = tuple[int, int]
+from stillhouse.store.chunk_header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    Buffer,
+    blank_metadata,
+    check_checksum,
+    header_length,
+    index_end,
+    layout,
+    parse_header,
+    with_checksum,
+)
+from stillhouse.store.ranges import Extent
+from stillhouse.store.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,9 +54,8 @@ class Chunk:
     def row(self, row: int) -> "Chunk":
         """The chunk of this row alone, sharing its memory."""
         first, last = self.row_starts[row : row + 2]
-        return Chunk(
-            self.number, self.sequences.select(slice(row, row + 1)), self.targets_NB[first:last]
-        )
+        sequence = self.sequences.select(slice(row, row + 1))
+        return Chunk(self.number, sequence, self.targets_NB[first:last])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,21 +80,8 @@ class ChunkIndex:
             "loss_mask": (row * length, (row + 1) * length),
             "targets": (first * record_bytes, last * record_bytes),
         }
-        return [
-            (self.tensor_starts[name] + start, self.tensor_starts[name] + end)
-            for name, (start, end) in spans.items()
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        starts = self.tensor_starts
+        return [(starts[name] + start, starts[name] + end) for name, (start, end) in spans.items()]
 
 
 def pack_chunk(chunk: Chunk, recipe: Recipe) -> bytes:
@@ -110,18 +89,8 @@ def pack_chunk(chunk: Chunk, recipe: Recipe) -> bytes:
     recipe."""
     tensors = _tensors_of(chunk, recipe)
     _check_rows(chunk, recipe)
-    blank = {**_metadata(recipe, chunk.number), "xxh3": "0" * _CHECKSUM_DIGITS}
-    data = safetensors.numpy.save(tensors, {"stillhouse": canonical_json(blank).decode("ascii")})
-    index_end = _index_end(int.from_bytes(data[:_LENGTH_BYTES], "little"), len(chunk.sequences))
-    start = data.index(_CHECKSUM_FIELD) + len(_CHECKSUM_FIELD)
-    checksum = xxhash.xxh3_64_hexdigest(data[:index_end]).encode("ascii")
-    return b"".join([data[:start], checksum, memoryview(data)[start + _CHECKSUM_DIGITS :]])
-
-
-def checksum_of(data: bytes) -> str:
-    """The checksum that a packed chunk carries: 16 hexadecimal digits."""
-    start = data.index(_CHECKSUM_FIELD) + len(_CHECKSUM_FIELD)
-    return data[start : start + _CHECKSUM_DIGITS].decode("ascii")
+    data = safetensors.numpy.save(tensors, blank_metadata(recipe, chunk.number))
+    return with_checksum(data, len(chunk.sequences))
 
 
 def unpack_chunk(data: Buffer, recipe: Recipe, number: int) -> Chunk:
@@ -135,41 +104,25 @@ def unpack_chunk(data: Buffer, recipe: Recipe, number: int) -> Chunk:
     )
 
 
-def is_whole(start: Buffer, *, num_bytes: int) -> bool:
-    """Whether a file of `num_bytes` is as long as its first `START_BYTES` say. It finds what was
-    cut short, cheaply; not all damage."""
-    header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
-    try:
-        header = json.loads(bytes(start[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]))
-        return bool(
-            num_bytes == _LENGTH_BYTES + header_bytes + header["targets"]["data_offsets"][1]
-        )
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return False
-
-
 def index_bytes(recipe: Recipe, number: int) -> int:
     """As many first bytes of the file as hold the index, whatever the length of its header."""
-    return _index_end(MAX_HEADER_BYTES, len(recipe.chunk_rows(number)))
+    return index_end(MAX_HEADER_BYTES, len(recipe.chunk_rows(number)))
 
 
 def parse_index(head: Buffer, recipe: Recipe, number: int, *, num_bytes: int) -> ChunkIndex:
     """Verify the index, found in the first `index_bytes` of a file of `num_bytes`. Raises
     ChunkError."""
-    head, name, num_rows = bytes(head), _name(number), len(recipe.chunk_rows(number))
-    header_bytes = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    if len(head) < _LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, num_bytes - _LENGTH_BYTES):
+    head, name, header_bytes = bytes(head), f"chunk {number}", header_length(head)
+    # the header
+    if len(head) < LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, num_bytes - LENGTH_BYTES):
         raise ChunkError(
             f"{name} claims a header of {header_bytes} bytes in a file of {num_bytes}; the most "
             f"is {MAX_HEADER_BYTES}"
         )
-    header = _parse_object(
-        head[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes], f"the header of {name}"
-    )
-    tensors, checksum = _check_header(header, recipe, number)
-    ends = list(
-        accumulate((tensor.num_bytes for tensor in tensors), initial=_LENGTH_BYTES + header_bytes)
-    )
+    data_start = LENGTH_BYTES + header_bytes
+    tensors, checksum = parse_header(head[LENGTH_BYTES:data_start], recipe, number)
+    # the lengths of the file and of what was read of it
+    ends = [*accumulate((tensor.num_bytes for tensor in tensors), initial=data_start)]
     if ends[-1] != num_bytes:
         raise ChunkError(
             f"{name} has {num_bytes} bytes, wanted {ends[-1]}: it was cut short or added to"
@@ -179,21 +132,16 @@ def parse_index(head: Buffer, recipe: Recipe, number: int, *, num_bytes: int) ->
             f"of {name} {len(head)} bytes were read, wanted an index of {ends[2]}: the store's "
             "answer was cut short"
         )
-    _check_checksum(checksum, head[: ends[2]], header_bytes, name)
-    row_xxh3_S, row_starts = (
-        np.frombuffer(head[ends[0] : ends[1]], "<u8"),
-        np.frombuffer(head[ends[1] : ends[2]], "<i8"),
-    )
-    counts_S = np.diff(row_starts)
-    if (
-        row_starts[0] != 0
-        or row_starts[-1] != tensors[-1].shape[0]
-        or counts_S.min() < 0
-        or counts_S.max() >= recipe.sequence_length
-    ):
+    # the checksum, and what it covers
+    check_checksum(checksum, head[: ends[2]], number)
+    row_xxh3_S = np.frombuffer(head[ends[0] : ends[1]], "<u8")
+    row_starts = np.frombuffer(head[ends[1] : ends[2]], "<i8")
+    num_records, counts_S = tensors[-1].shape[0], np.diff(row_starts)
+    spans_all = row_starts[0] == 0 and row_starts[-1] == num_records
+    if not spans_all or counts_S.min() < 0 or counts_S.max() >= recipe.sequence_length:
         raise ChunkError(
-            f"{name} has row_starts that do not divide its {tensors[-1].shape[0]} records among "
-            f"{num_rows} rows"
+            f"{name} has row_starts that do not divide its {num_records} records among "
+            f"{len(counts_S)} rows"
         )
     starts = {tensor.name: start for tensor, start in zip(tensors, ends, strict=False)}
     return ChunkIndex(number, row_starts, row_xxh3_S, starts, num_bytes, recipe)
@@ -204,58 +152,32 @@ def unpack_rows(
 ) -> Chunk:
     """The chunk of these rows alone, from the bytes of their `row_extents`. Raises ChunkError
     unless each hashes to what was published."""
+    # every byte, by the hashes
     for row, pieces in zip(rows, pieces_R4, strict=True):
         found, wanted = _row_xxh3(pieces), int(index.row_xxh3_S[row])
         if found != wanted:
             raise ChunkError(
-                f"{_name(index.number)} is damaged: row {row} hashes to {found:016x}, "
+                f"chunk {index.number} is damaged: row {row} hashes to {found:016x}, "
                 f"{wanted:016x} was published"
             )
+    # the arrays
     length, record_bytes = index.recipe.sequence_length, index.recipe.spec.bytes_per_token
     columns = [bytearray().join(pieces[i] for pieces in pieces_R4) for i in range(4)]
+    layouts = (("<i4", length), ("<i4", length), ("u1", length), ("u1", record_bytes))
     token_ids, positions, loss_mask, targets = (
         np.frombuffer(column, dtype).reshape(-1, width)
-        for column, dtype, width in zip(
-            columns, ("<i4", "<i4", "u1", "u1"), (length, length, length, record_bytes), strict=True
-        )
+        for column, (dtype, width) in zip(columns, layouts, strict=True)
     )
     chunk = Chunk(index.number, Sequences(token_ids, positions, loss_mask), targets)
+    # what they mean together
     counts_R = [int(index.row_starts[row + 1] - index.row_starts[row]) for row in rows]
     if chunk.sequences.loss_mask_SL.sum(axis=1, dtype=np.int64).tolist() != counts_R:
         raise ChunkError(
-            f"{_name(index.number)} has rows whose loss_mask and row_starts disagree on their "
+            f"chunk {index.number} has rows whose loss_mask and row_starts disagree on their "
             "number of targets"
         )
     _check_rows(chunk, index.recipe)
     return chunk
-
-
-def _layout(recipe: Recipe, number: int, num_targets: int) -> list[_Tensor]:
-    """The tensors in the order of their bytes."""
-    rows, length = len(recipe.chunk_rows(number)), recipe.sequence_length
-    return [
-        _Tensor("row_xxh3", "U64", (rows,)),
-        _Tensor("row_starts", "I64", (rows + 1,)),
-        _Tensor("positions", "I32", (rows, length)),
-        _Tensor("token_ids", "I32", (rows, length)),
-        _Tensor("loss_mask", "U8", (rows, length)),
-        _Tensor("targets", "U8", (num_targets, recipe.spec.bytes_per_token)),
-    ]
-
-
-def _metadata(recipe: Recipe, number: int) -> dict[str, Any]:
-    return {
-        "chunk": number,
-        "codec": recipe.spec.codec_name,
-        "codec_version": CODEC_VERSION,
-        "fingerprint": recipe.fingerprint,
-        "format": FORMAT_VERSION,
-        "k": recipe.k,
-        "num_draws": recipe.num_draws,
-        "temperature": float(recipe.temperature),
-        "value_bits": recipe.value_bits,
-        "vocab_size": recipe.vocab_size,
-    }
 
 
 def _tensors_of(chunk: Chunk, recipe: Recipe) -> dict[str, npt.NDArray[Any]]:
@@ -265,29 +187,18 @@ def _tensors_of(chunk: Chunk, recipe: Recipe) -> dict[str, npt.NDArray[Any]]:
         "loss_mask": chunk.sequences.loss_mask_SL,
         "targets": chunk.targets_NB,
     }
-    num_targets = chunk.sequences.num_targets
-    for tensor in _layout(recipe, chunk.number, num_targets):
-        array = arrays.get(tensor.name)
-        if array is not None and (array.dtype, array.shape) != (
-            _DTYPES[tensor.dtype],
-            tensor.shape,
-        ):
-            wanted = f"{_DTYPES[tensor.dtype].name} {list(tensor.shape)}"
+    for tensor in layout(recipe, chunk.number, chunk.sequences.num_targets):
+        array, wanted = arrays.get(tensor.name), (tensor.numpy_dtype, tensor.shape)
+        if array is not None and (array.dtype, array.shape) != wanted:
             raise ChunkError(
-                f"{_name(chunk.number)} has {tensor.name} of {array.dtype} {list(array.shape)}, "
-                f"wanted {wanted}"
+                f"chunk {chunk.number} has {tensor.name} of {array.dtype} {list(array.shape)}, "
+                f"wanted {tensor.numpy_dtype.name} {list(tensor.shape)}"
             )
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    starts = chunk.row_starts
-    rows = zip(
-        arrays["token_ids"],
-        arrays["positions"],
-        arrays["loss_mask"],
-        np.split(arrays["targets"], starts[1:-1]),
-        strict=True,
-    )
+    ids, positions, mask, targets = arrays.values()
+    rows = zip(ids, positions, mask, np.split(targets, chunk.row_starts[1:-1]), strict=True)
     hashes = [_row_xxh3([_bytes_of(array) for array in row]) for row in rows]
-    return {**arrays, "row_starts": starts, "row_xxh3": np.array(hashes, np.uint64)}
+    return {**arrays, "row_starts": chunk.row_starts, "row_xxh3": np.array(hashes, np.uint64)}
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
@@ -301,90 +212,9 @@ def _row_xxh3(pieces: Sequence[Buffer]) -> int:
     return digest.intdigest()
 
 
-def _index_end(header_bytes: int, num_rows: int) -> int:
-    return _LENGTH_BYTES + header_bytes + 8 * num_rows + 8 * (num_rows + 1)
-
-
-def _name(number: int) -> str:
-    return f"chunk {number}"
-
-
-def _parse_object(text: bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text.decode("ascii"))
-    except (ValueError, RecursionError) as error:
-        raise ChunkError(f"{what} is damaged: it is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ChunkError(
-            f"{what} is damaged: it is a JSON {type(value).__name__}, wanted an object"
-        )
-    return value
-
-
-def _check_header(header: dict[str, Any], recipe: Recipe, number: int) -> tuple[list[_Tensor], Any]:
-    """The tensors in the order of their bytes, and the checksum as it is claimed. All else in the
-    header is verified."""
-    name = _name(number)
-    match header.get("__metadata__"):
-        case {"stillhouse": str(text), **others} if not others:
-            metadata = _parse_object(text.encode("utf-8", "replace"), f"the metadata of {name}")
-            _check_metadata(metadata, recipe, number)
-        case found:
-            raise ChunkError(
-                f"{name} has the metadata {found!r}, wanted one key, 'stillhouse', with text"
-            )
-    most_targets = len(recipe.chunk_rows(number)) * (recipe.sequence_length - 1)
-    match header.get("targets"):
-        case {"shape": [int(num_targets), _]} if 0 <= num_targets <= most_targets:
-            tensors = _layout(recipe, number, num_targets)
-        case found:
-            raise ChunkError(
-                f"{name} has targets of {found!r}, wanted a shape of 0 to {most_targets} records"
-            )
-    ends = list(accumulate((tensor.num_bytes for tensor in tensors), initial=0))
-    wanted = {
-        tensor.name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-        for tensor, start, end in zip(tensors, ends[:-1], ends[1:], strict=True)
-    }
-    for key in sorted({*wanted, *header} - {"__metadata__"}):
-        if header.get(key) != wanted.get(key):
-            raise ChunkError(
-                f"{name} has the tensor {key} {header.get(key)}, wanted {wanted.get(key)}"
-            )
-    return tensors, metadata.get("xxh3")
-
-
-def _check_metadata(found: dict[str, Any], recipe: Recipe, number: int) -> None:
-    wanted = _metadata(recipe, number)
-    for key in sorted({*wanted, *found} - {"xxh3"}):
-        if key not in found or key not in wanted or found[key] != wanted[key]:
-            raise ChunkError(
-                f"chunk {number} has {key} {found.get(key)!r}, wanted {wanted.get(key)!r}: it is "
-                "damaged, or of another recipe"
-            )
-
-
-def _check_checksum(found: Any, index: bytes, header_bytes: int, name: str) -> None:
-    num_fields = index.count(_CHECKSUM_FIELD, 0, _LENGTH_BYTES + header_bytes)
-    if num_fields != 1:
-        raise ChunkError(f"{name} has {num_fields} checksums in its header, wanted 1")
-    start = index.index(_CHECKSUM_FIELD) + len(_CHECKSUM_FIELD)
-    blank = index[:start] + b"0" * _CHECKSUM_DIGITS + index[start + _CHECKSUM_DIGITS :]
-    wanted = xxhash.xxh3_64_hexdigest(blank)
-    if found != wanted:
-        raise ChunkError(
-            f"{name} is damaged: it carries the checksum {found!r}, its first {len(index)} bytes "
-            f"have {wanted!r}"
-        )
-
-
 def _check_rows(chunk: Chunk, recipe: Recipe) -> None:
-    """What the hashes cannot tell: that these values mean something."""
-    name = _name(chunk.number)
+    """Raise ChunkError on values that are well hashed, and yet mean nothing."""
+    name = f"chunk {chunk.number}"
     ids, positions, mask = chunk.sequences.arrays
     if len(ids) and (ids.min() < 0 or ids.max() >= recipe.vocab_size):
         raise ChunkError(

@@ -1,11 +1,11 @@
-"""Who reads a store, and how far they are: one small object for each reader, in the store itself,
-so that any pool on any cluster sees it.
+"""The consumers of a store, and their progress: one small object for each, in the store itself, so
+that any pool on any cluster sees it.
 
-<root>/<first 16 digits of the fingerprint>/readers/<name>.json      replaced by its reader alone,
+<root>/<first 16 digits of the fingerprint>/readers/<name>.json      replaced by its consumer alone,
 with each checkpoint
 
-A chunk that every registered reader has committed past may be deleted. So what cannot be understood
-here has to be kept from being guessed.
+Retention: a chunk that every consumer has committed past may be deleted. So an object that cannot
+be understood is reported, never guessed at.
 """
 
 import hashlib
@@ -22,119 +22,115 @@ from stillhouse.store.chunk_store import ChunkStore
 from stillhouse.store.explain import StoreForbidden
 from stillhouse.store.recipe import canonical_json
 
-READER_VERSION = 1
+CONSUMER_VERSION = 1
 
-_MOST_NUMBER = 2**53  # up to which every reader of JSON has the same number
+_MOST_NUMBER = 2**53  # up to which every parser of JSON has the same number
 _LEAST = {"global_batch_sequences": 1, "window_chunks": 1, "total_steps": 0, "committed_step": 0}
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consumer:
-    """One student's way through the sequences of a recipe, and how much of it is behind it for
-    good."""
+    """A student's registration: the order in which it reads the sequences of a recipe, and its
+    progress."""
 
     name: str
     global_batch_sequences: int
     seed: int
     window_chunks: int  # neighbouring chunks whose sequences are mixed
     total_steps: int
-    # steps that are safe in a checkpoint: it will not go back behind them, unless that checkpoint
-    # is lost
+    # steps that are safe in a checkpoint: training resumes from an earlier one only where that
+    # checkpoint is lost
     committed_step: int
 
 
 class Registered(NamedTuple):
-    readers: list[Consumer]  # by name
-    # what this version does not understand, as keys: nobody knows which chunks they still need
-    strangers: list[str]
+    """What is registered in a store."""
+
+    consumers: list[Consumer]  # by name
+    # keys of what this version does not understand: which chunks those need is unknown
+    unknown: list[str]
 
 
 def consumer_name(place: str, role: str) -> str:
-    """A name that a run keeps when it goes on from its checkpoints in `place`, and that one with
-    another place does not have."""
+    """A consumer's name: the same whenever a run resumes from its checkpoints in `place`, and
+    another one for another place."""
     run = re.sub(r"[^A-Za-z0-9._-]", "-", PurePath(place).name)[:64] or "run"
     return f"{run}-{hashlib.sha256(place.encode()).hexdigest()[:8]}-{role}"
 
 
-def join(store: ChunkStore, reader: Consumer) -> None:
-    """Register a reader that is about to begin; where it is known already, because its run goes on,
-    it keeps what it has committed.
+def join(store: ChunkStore, consumer: Consumer) -> None:
+    """Register a consumer before it begins; one that is known already, because its run resumes,
+    keeps its `committed_step`.
 
-    Raises StoreForbidden where the store may only be read: then nobody who deletes chunks knows of
-    this reader.
+    Raises StoreForbidden where the store is read-only: then retention does not know of this
+    consumer.
     """
-    key = _key(store, reader.name)
-    if not store.blobs.create(key, _packed(reader)):
+    key = _key(store, consumer.name)
+    if not store.blobs.create(key, _packed(consumer)):
         before = _parsed(bytes(store.blobs.read(key)))
-        if before is not None and before != reader:
-            commit(store, replace(reader, committed_step=before.committed_step))
+        if before is not None and before != consumer:
+            commit(store, replace(consumer, committed_step=before.committed_step))
 
 
 def leave(store: ChunkStore, name: str) -> None:
-    """Take back a reader that will never read; it need not be there. Where the store may only be
-    read, it stays."""
+    """Remove the registration of a consumer that will not read any more; it need not be there. In a
+    read-only store it stays."""
     with suppress(StoreForbidden):
         store.blobs.delete(_key(store, name))
 
 
-def commit(store: ChunkStore, reader: Consumer) -> None:
-    """Tell that a reader has committed `reader.committed_step`, which may be lower than before
-    where a checkpoint was lost.
+def commit(store: ChunkStore, consumer: Consumer) -> None:
+    """Record that a consumer has committed `committed_step`, which may be lower than before where a
+    checkpoint was lost.
 
-    Raises StoreUnavailable where the store does not answer: then chunks are kept for longer, and
-    the next commit tells it. Raises StoreForbidden where the store may only be read.
+    Raises StoreUnavailable where the store does not answer: then chunks are kept for longer, until
+    the next commit. Raises StoreForbidden where the store is read-only.
     """
-    store.blobs.replace(_key(store, reader.name), _packed(reader))
+    store.blobs.replace(_key(store, consumer.name), _packed(consumer))
 
 
 def registered(store: ChunkStore) -> Registered:
-    """Everyone who reads the store's chunks."""
+    """Every consumer of the store's chunks."""
     found = Registered([], [])
     for blob in store.blobs.under(f"{store.folder}/readers"):
         try:
-            reader = _parsed(bytes(store.blobs.read(blob.key)))
+            consumer = _parsed(bytes(store.blobs.read(blob.key)))
         except FileNotFoundError:
-            continue  # somebody has just taken it away
-        if reader is not None and blob.key == f"{store.folder}/readers/{reader.name}.json":
-            found.readers.append(reader)
+            continue  # it has left since the listing
+        if consumer is not None and blob.key == _key(store, consumer.name):
+            found.consumers.append(consumer)
         else:
-            found.strangers.append(blob.key)
+            found.unknown.append(blob.key)
     return found
 
 
 def _key(store: ChunkStore, name: str) -> str:
     if not _NAME.fullmatch(name):
         raise StoreError(
-            f"a reader cannot be called {name!r}; wanted up to 128 letters, digits, dots, hyphens "
-            "and underscores"
+            f"a consumer cannot be called {name!r}; wanted up to 128 letters, digits, dots, "
+            "hyphens and underscores"
         )
     return f"{store.folder}/readers/{name}.json"
 
 
-def _packed(reader: Consumer) -> bytes:
-    values = {**asdict(reader), "version": READER_VERSION}
+def _packed(consumer: Consumer) -> bytes:
+    values = {**asdict(consumer), "version": CONSUMER_VERSION}
     return canonical_json(sealed(values, compact=True))
 
 
 def _parsed(data: bytes) -> Consumer | None:
-    names = [field.name for field in fields(Consumer)]
+    """None where this version does not understand it. The checksum is verified because a flipped
+    bit in a number of steps would have chunks deleted too early."""
+    wanted = {field.name: field.type for field in fields(Consumer)}
     try:
-        # a flipped bit in a number of steps would have chunks deleted too early
         values = opened(json.loads(data), compact=True)
-        whole = [
-            type(values[name]) is (str if name == "name" else int) for name in (*names, "version")
-        ]
-        if not (
-            values["version"] == READER_VERSION
-            and all(whole)
-            and set(values) == {*names, "version"}
-        ):
+        if type(version := values.pop("version")) is not int or version != CONSUMER_VERSION:
             return None
-        if _NAME.fullmatch(values["name"]) and all(
-            least <= values[name] <= _MOST_NUMBER for name, least in _LEAST.items()
-        ):
-            return Consumer(**{name: values[name] for name in names})
+        types = {name: type(value) for name, value in values.items()}
+        in_range = all(least <= values[name] <= _MOST_NUMBER for name, least in _LEAST.items())
+        if types == wanted and in_range and _NAME.fullmatch(values["name"]):
+            return Consumer(**values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
+        pass
     return None

@@ -1,8 +1,8 @@
-"""A whole object of any size, read by ranges: several are in flight, each goes on where it broke
-off, and memory stays bounded.
+"""Downloading an object of any size by ranges: several are in flight, each is continued where its
+answer broke off, and memory is bounded.
 
-No request has to live for as long as the whole object takes, so no limit on one request is a limit
-on the size of an object.
+No request takes as long as the whole object, so a limit on the time of one request is no limit on
+the size of an object.
 """
 
 from collections import deque
@@ -32,35 +32,38 @@ def download(
 
     Raises StoreUnavailable once a request for the rest of a range brings nothing at all.
     """
+    # the first range, which also gives the size
     object_bytes, pieces = _whole_range(open_range, 0, range_bytes)
     starts = iter(range(range_bytes, object_bytes, range_bytes))
-    coming: deque[Future[tuple[int, list[memoryview]]]] = deque()
+    in_order: deque[Future[tuple[int, list[memoryview]]]] = deque()
     pool = ThreadPoolExecutor(in_flight, thread_name_prefix="download")
 
-    def ask_for_next() -> None:
+    def request_next() -> None:
         if (start := next(starts, None)) is not None:
-            coming.append(
-                pool.submit(_whole_range, open_range, start, min(start + range_bytes, object_bytes))
-            )
+            end = min(start + range_bytes, object_bytes)
+            in_order.append(pool.submit(_whole_range, open_range, start, end))
 
+    # the others, requested ahead and yielded in order
     try:
-        for _ in range(in_flight - 1):  # the one that is handed out is held as well
-            ask_for_next()
+        for _ in range(in_flight - 1):  # the range that is being yielded is in memory as well
+            request_next()
         yield from pieces
-        while coming:
-            pieces = coming.popleft().result()[1]
+        while in_order:
+            pieces = in_order.popleft().result()[1]
             yield from pieces
             pieces.clear()
-            ask_for_next()
+            request_next()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _whole_range(open_range: OpenRange, start: int, end: int) -> tuple[int, list[memoryview]]:
-    """The object's size, and the range's bytes, as far as the object goes."""
+    """The object's size, and the range's bytes, as far as the object goes. An answer that breaks
+    off is continued; raises StoreUnavailable on one that brings nothing, or too much."""
     pieces: list[memoryview] = []
     at = start
     while True:
+        # one request for what is left of the range
         before, problem = at, None
         try:
             object_bytes, body = open_range(at, end)
@@ -72,6 +75,7 @@ def _whole_range(open_range: OpenRange, start: int, end: int) -> tuple[int, list
                     break
         except StoreUnavailable as error:
             problem = error
+        # too much, all of it, or nothing: otherwise another request
         if at > end:
             raise StoreUnavailable(
                 f"the answer to a request for the bytes up to {end} goes on after them; try again"

@@ -1,23 +1,37 @@
-"""What the failure of a store means: whether another try may mend it, and what its reader can do.
+"""What a failed request to a store means: whether another try may mend it, and what the user can
+do.
 
-An object store's answer is judged by its HTTP status and error code, which obstore quotes ahead of
+An object store's answer is judged by its HTTP status and error code, which obstore quotes before
 its debug dump; a local file system's by the system's error number. Words are looked at only where
 neither is given.
 """
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from obstore.exceptions import PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.exceptions import (
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 
 from stillhouse.errors import StoreError, StoreUnavailable
 
+# what a failed request raises, of obstore's or of the system's
+FAILURES = (BaseError, OSError, ValueError)
+
 
 class StoreForbidden(StoreError):
-    """The store does not allow it: these credentials, or this user, may only read, or not even
-    that."""
+    """The store refuses it: these credentials, or this user, may only read, or not even that."""
+
+
+class NotAFileError(StoreError):
+    """Something else is in the place of an object in a directory: a named pipe, a device, a
+    directory, a link to nothing."""
 
 
 class Meaning(NamedTuple):
@@ -82,80 +96,45 @@ _REFUSED = Meaning(
     "that no credentials have expired",
 )
 _NO_PLACE = Meaning(StoreError, "no directory can be made there: choose another place")
-_IN_ITS_PLACE = Meaning(
-    StoreError, "something else is in its place, or in that of a directory above it: move it away"
+_IN_ITS_PLACE = "something else is in its place, or in that of a directory above it: move it away"
+_TOO_LONG = Meaning(
+    StoreError, "a name in the path, or the path itself, is too long here: choose shorter names"
 )
 _ODD = Meaning(StoreError, "check store.url, and what its provider wants in the environment")
 
-_BY_CODE: Mapping[str, Meaning] = {
-    **dict.fromkeys(
-        ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"),
-        _EXPIRED,
-    ),
-    **dict.fromkeys(
-        (
-            "InvalidToken",
-            "InvalidAccessKeyId",
-            "InvalidClientTokenId",
-            "SignatureDoesNotMatch",
-            "InvalidSecurity",
-        ),
-        _INVALID,
-    ),
-    **dict.fromkeys(("AuthenticationFailed", "InvalidAuthenticationInfo"), _INVALID),
-    **dict.fromkeys(("AccessDenied", "AllAccessDisabled", "AuthorizationFailure"), _RIGHTS),
-    **dict.fromkeys(("RequestTimeTooSkewed", "RequestInTheFuture"), _CLOCK),
-    **dict.fromkeys(
-        ("NoSuchBucket", "ContainerNotFound", "FilesystemNotFound", "InvalidBucketName"), _NO_BUCKET
-    ),
-    **dict.fromkeys(
-        (
-            "AuthorizationHeaderMalformed",
-            "PermanentRedirect",
-            "TemporaryRedirect",
-            "IllegalLocationConstraintException",
-        ),
-        _ELSEWHERE,
-    ),
-    **dict.fromkeys(("EntityTooLarge", "RequestBodyTooLarge"), _TOO_LARGE),
-    **dict.fromkeys(("NotImplemented", "MethodNotAllowed"), _UNKNOWN_REQUEST),
-    **dict.fromkeys(("QuotaExceeded", "XMinioStorageFull", "InsufficientStorage"), _FULL),
-    **dict.fromkeys(
-        ("SlowDown", "ServiceUnavailable", "InternalError", "ServerBusy", "OperationTimedOut"),
-        _BUSY,
-    ),
-    **dict.fromkeys(
-        (
-            "RequestTimeout",
-            "Throttling",
-            "ThrottlingException",
-            "TooManyRequests",
-            "RequestLimitExceeded",
-        ),
-        _BUSY,
-    ),
-    **dict.fromkeys(("OperationAborted", "ConditionalRequestConflict", "NoSuchUpload"), _BUSY),
-    **dict.fromkeys(
-        ("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "Md5Mismatch"), _CUT
-    ),
+_CODES: Mapping[Meaning, str] = {
+    _EXPIRED: "ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired",
+    _INVALID: "InvalidToken InvalidAccessKeyId InvalidClientTokenId SignatureDoesNotMatch "
+    "InvalidSecurity AuthenticationFailed InvalidAuthenticationInfo",
+    _RIGHTS: "AccessDenied AllAccessDisabled AuthorizationFailure",
+    _CLOCK: "RequestTimeTooSkewed RequestInTheFuture",
+    _NO_BUCKET: "NoSuchBucket ContainerNotFound FilesystemNotFound InvalidBucketName",
+    _ELSEWHERE: "AuthorizationHeaderMalformed PermanentRedirect TemporaryRedirect "
+    "IllegalLocationConstraintException",
+    _TOO_LARGE: "EntityTooLarge RequestBodyTooLarge",
+    _UNKNOWN_REQUEST: "NotImplemented MethodNotAllowed",
+    _FULL: "QuotaExceeded XMinioStorageFull InsufficientStorage",
+    _BUSY: "SlowDown ServiceUnavailable InternalError ServerBusy OperationTimedOut RequestTimeout "
+    "Throttling ThrottlingException TooManyRequests RequestLimitExceeded OperationAborted "
+    "ConditionalRequestConflict NoSuchUpload",
+    _CUT: "IncompleteBody BadDigest XAmzContentSHA256Mismatch Md5Mismatch",
 }
-
-_BY_STATUS: Mapping[int, Meaning] = {
-    **dict.fromkeys((301, 302, 307, 308), _ELSEWHERE),
-    401: _INVALID,
-    403: _RIGHTS,
-    404: _NO_BUCKET,
-    405: _UNKNOWN_REQUEST,
-    **dict.fromkeys((408, 409, 425, 429), _BUSY),
-    **dict.fromkeys((412, 416), _REPLACED),
-    413: _TOO_LARGE,
-    **dict.fromkeys((501, 505), _UNKNOWN_REQUEST),
-    507: _FULL,
+_STATUSES: Mapping[Meaning, tuple[int, ...]] = {
+    _ELSEWHERE: (301, 302, 307, 308),
+    _INVALID: (401,),
+    _RIGHTS: (403,),
+    _NO_BUCKET: (404,),
+    _UNKNOWN_REQUEST: (405, 501, 505),
+    _BUSY: (408, 409, 425, 429),
+    _REPLACED: (412, 416),
+    _TOO_LARGE: (413,),
+    _FULL: (507,),
 }
+_BY_CODE = {code: meaning for meaning, codes in _CODES.items() for code in codes.split()}
+_BY_STATUS = {status: meaning for meaning, those in _STATUSES.items() for status in those}
 
-_BY_WORDS: Mapping[
-    str, Meaning
-] = {  # of obstore, where it had no answer, or one that it did not accept
+# of obstore, where it had no answer, or one that it did not accept
+_BY_WORDS: Mapping[str, Meaning] = {
     "redirect without LOCATION": _ELSEWHERE,
     "non-partial response when range requested": _NO_RANGES,
     "HTTP error: ": _BUSY,
@@ -166,8 +145,10 @@ _BY_WORDS: Mapping[
 _BY_SYSTEM_ERROR: Mapping[int, Meaning] = {
     **dict.fromkeys((errno.EPERM, errno.EACCES, errno.EROFS), _RIGHTS),
     **dict.fromkeys((errno.EFBIG, errno.ENOSPC, errno.EDQUOT), _FULL),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), Meaning(StoreError, _IN_ITS_PLACE)),
+    errno.EEXIST: Meaning(NotAFileError, _IN_ITS_PLACE),
     errno.ENOENT: _NO_PLACE,
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _IN_ITS_PLACE),
+    errno.ENAMETOOLONG: _TOO_LONG,
 }
 
 _DEBUG_DUMP = "\n\nDebug source:"
@@ -176,6 +157,18 @@ _CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>|\(code: ([\w.]+)\)")
 _BODY = re.compile(r"<\?xml|<Error")
 _SYSTEM_ERROR = re.compile(r"os error (\d+)\)")
 _METADATA_SERVICE = re.compile(r"169\.254\.169\.254|metadata\.google")
+
+
+@contextmanager
+def explained(doing: str, *, url: str, absence_passes: bool = True) -> Iterator[None]:
+    """Raise a failure in the block as `explain` words it; an absent object stays a
+    FileNotFoundError where `absence_passes`."""
+    try:
+        yield
+    except FAILURES as error:
+        if absence_passes and says_absent(error):
+            raise
+        raise explain(error, doing=doing, url=url) from error
 
 
 def explain(error: Exception, *, doing: str, url: str) -> StoreError:
@@ -187,7 +180,7 @@ def explain(error: Exception, *, doing: str, url: str) -> StoreError:
 
 def meaning_of(status: int, code: str) -> Meaning:
     """What an object store means by an answer that is no success; `code` is '' where it gives none.
-    An unknown code goes by its status."""
+    An unknown code is judged by its status."""
     return _BY_CODE.get(code) or _BY_STATUS.get(status) or (_BUSY if status >= 500 else _REFUSED)
 
 
@@ -204,8 +197,8 @@ def is_past_the_end(error: Exception) -> bool:
 
 
 def _meaning(error: Exception, said: str) -> Meaning:
-    """From what is surest to what is least so: the metadata service's name, an answer, the kind of
-    the error, a system error, words."""
+    """From the surest evidence to the least sure: the metadata service's name, an answer, the kind
+    of the error, a system error, words."""
     if _METADATA_SERVICE.search(said):
         return _NO_CREDENTIALS
     status, code = _status_in(said), _code_in(said)
@@ -218,10 +211,7 @@ def _meaning(error: Exception, said: str) -> Meaning:
     number = _SYSTEM_ERROR.search(said)
     if number is not None:
         return _BY_SYSTEM_ERROR.get(int(number[1]), _ODD)
-    for words, meaning in _BY_WORDS.items():
-        if words in said:
-            return meaning
-    return _ODD
+    return next((meaning for words, meaning in _BY_WORDS.items() if words in said), _ODD)
 
 
 def _said(error: Exception) -> str:

@@ -1,5 +1,5 @@
-"""The write half of a store in a local directory: keys are paths, and what has been written
-survives a power cut."""
+"""Writing to a store in a local directory: keys are paths, and what has been written survives a
+power cut (fsync of each file, then of its directory)."""
 
 import re
 from collections.abc import Callable
@@ -17,19 +17,15 @@ _STAGING = re.compile(r".*#\d+")
 
 
 class Folder:
-    """Files below one directory, by key; the directory is made by the first write. Safe to share
-    among threads and processes.
-
-    Raises OSError, as the system does.
-    """
+    """Files below one directory, by key; the first write makes the directory. Safe to share among
+    threads and processes. Raises OSError, as the system does."""
 
     def __init__(self, root: Path, *, files: FileLayer) -> None:
         self._root, self._files = root, files
-        self._named: set[Path] = set()  # directories whose names are on disk
+        self._synced: set[Path] = set()  # directories whose names are on disk
 
     def create(self, key: str, data: bytes) -> bool:
-        """As `atomic.create`. A staging file that a sweep took for a leftover is written once
-        more."""
+        """As `atomic.create`, and once more where a sweep removed the staging file."""
         path = self._path(key)
         return self._in_its_directory(path, lambda: atomic.create(path, data, files=self._files))
 
@@ -39,7 +35,7 @@ class Folder:
         self._in_its_directory(path, lambda: atomic.replace(path, data, files=self._files))
 
     def staging(self, key: str) -> Staging:
-        """Where an object of any size is written before it has its key."""
+        """A file for an object of any size, which is written before it has its key."""
         path = self._path(key)
         return self._in_its_directory(path, lambda: Staging(path, files=self._files))
 
@@ -48,17 +44,18 @@ class Folder:
         atomic.unlink([self._path(key) for key in keys], files=self._files)
 
     def delete_under(self, prefix: str) -> None:
-        """Delete a folder, with what killed writers left in it. Of its files, some may be back
-        after a power cut."""
+        """Delete a folder, with what killed writers left in it. Some of its files may be back after
+        a power cut."""
         atomic.remove_tree(self._path(prefix), files=self._files)
 
     def move(self, source: str, destination: str) -> None:
+        """As `atomic.move`, and once more as in `create`."""
         before, after = self._path(source), self._path(destination)
         self._in_its_directory(after, lambda: atomic.move(before, after, files=self._files))
 
     def sync(self, prefix: str) -> None:
-        """Return when the names in a folder are on disk, whoever wrote its files, and its own name
-        is, too."""
+        """Return when the names in a folder are on disk, also those of other processes' files, and
+        the folder's own name."""
         self._files.sync_directory(self._path(prefix))
         self._files.sync_directory(self._path(prefix).parent)
 
@@ -71,22 +68,22 @@ class Folder:
         return self._root / key
 
     def _in_its_directory(self, path: Path, act: Callable[[], _Answer]) -> _Answer:
-        """Act once the file's directory is there; again where somebody removed the directory, or
-        the staging file, meanwhile."""
-        self._name(path.parent)
+        """Act once the file's directory is there; again where another process removed the
+        directory, or the staging file, meanwhile."""
+        self._make(path.parent)
         try:
             return act()
         except FileNotFoundError:
-            self._named.clear()
-            self._name(path.parent)
+            self._synced.clear()
+            self._make(path.parent)
             return act()
 
-    def _name(self, directory: Path) -> None:
+    def _make(self, directory: Path) -> None:
         """Make sure that a directory is there and that its name is on disk: another process may
         have made it and not have synced it yet."""
-        if directory in self._named:
+        if directory in self._synced:
             return
         if directory != self._root:
-            self._name(directory.parent)
+            self._make(directory.parent)
         atomic.make_directory(directory, files=self._files)
-        self._named.add(directory)
+        self._synced.add(directory)

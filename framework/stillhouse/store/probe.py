@@ -1,5 +1,5 @@
-"""Whether a store keeps what is created: everything here is published by puts that fail where the
-name is taken."""
+"""A probe of a store for create-only puts, by which everything is published: they have to fail
+where the key is taken."""
 
 from contextlib import suppress
 from secrets import token_hex
@@ -10,7 +10,7 @@ from stillhouse.store.object_store import Blobs
 
 def require_create_only(blobs: Blobs, *, under: str = "") -> None:
     """Put an object, and put it again, which has to be refused; it is deleted afterwards. A
-    directory refuses by its file system.
+    directory is not tried: its file system refuses.
 
     Raises StoreError where a store, or a proxy before it, ignores the condition `If-None-Match: *`,
     or nothing may be written there.
@@ -21,7 +21,7 @@ def require_create_only(blobs: Blobs, *, under: str = "") -> None:
     try:
         is_replaced = blobs.create(key, b"first") and blobs.create(key, b"second")
     except StoreError:
-        with suppress(StoreError):  # what has gone wrong first is told
+        with suppress(StoreError):  # the first error is the one to raise
             blobs.delete(key)
         raise
     blobs.delete(key)

@@ -1,5 +1,5 @@
-"""What a chunk is of: every choice that decides a target, in clear, and its fingerprint. Only equal
-recipes share chunks."""
+"""The recipe of a store: every choice that decides a target, in clear, and its fingerprint. Only
+equal recipes share chunks."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ _IN_WORDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides a target. Raises RecipeError on a value that no store can have."""
+    """Every choice that decides a target. Raises RecipeError on a value that no store can have."""
 
     corpus_digest: str
     num_sequences: int
@@ -98,21 +98,22 @@ class Recipe:
 
     @property
     def draw_seed(self) -> int:
-        """What seeds the draws from the tail: the fingerprint's first 64 bits, as a signed number.
-        A chunk made again is the same chunk."""
+        """The seed of the draws from the tail: the fingerprint's first 64 bits, as a signed number.
+        So a chunk made again is the same chunk."""
         return int.from_bytes(bytes.fromhex(self.fingerprint[:16]), "big", signed=True)
 
 
 def canonical_json(values: dict[str, Any]) -> bytes:
-    """The one way in which this store writes JSON, so that equal values are equal bytes."""
+    """Canonical JSON, the one form that a store holds: equal values are equal bytes."""
     return json.dumps(
         values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode("ascii")
 
 
 def parse_recipe(data: bytes, *, where: str) -> Recipe:
-    """Read recipe.json back. Raises RecipeError, naming `where`, unless `data` is exactly what
-    `canonical_json` writes."""
+    """Read recipe.json. Raises RecipeError, naming `where`, unless `data` is what `canonical_json`
+    writes, byte for byte."""
+    # a JSON object of a version that is known here
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -130,6 +131,7 @@ def parse_recipe(data: bytes, *, where: str) -> Recipe:
                 f"{where} has {key} {values.get(key)!r}, this Stillhouse reads {wanted}; use the "
                 "version that wrote it"
             )
+    # the fields
     names = [field.name for field in fields(Recipe)]
     strange = sorted(set(values) ^ {*names, "format", "codec", "codec_version"})
     if strange:
@@ -141,6 +143,7 @@ def parse_recipe(data: bytes, *, where: str) -> Recipe:
         recipe = Recipe(**{name: values[name] for name in names})
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
+    # the form
     if recipe.canonical_json() != data:
         raise RecipeError(
             f"{where} is not in canonical form, so its fingerprint means nothing; it was edited: "
@@ -152,25 +155,22 @@ def parse_recipe(data: bytes, *, where: str) -> Recipe:
 def differences(recipe: Recipe, other: Recipe) -> list[str]:
     """The fields in which two recipes differ, in words: the value of the first against that of the
     second."""
-    pairs = [
-        (field.name, getattr(recipe, field.name), getattr(other, field.name))
-        for field in fields(Recipe)
-    ]
+    mine, theirs = asdict(recipe), asdict(other)
     return [
-        f"{name} ({_IN_WORDS[name]}): {mine!r} against {theirs!r}"
-        for name, mine, theirs in pairs
-        if mine != theirs
+        f"{name} ({words}): {mine[name]!r} against {theirs[name]!r}"
+        for name, words in _IN_WORDS.items()
+        if mine[name] != theirs[name]
     ]
 
 
 def nearest(recipes: Iterable[Recipe], recipe: Recipe) -> Recipe | None:
     """The one that differs from `recipe` in the fewest fields (of several, the lowest fingerprint);
     None if there are none."""
-    return min(
-        recipes,
-        key=lambda other: (len(differences(recipe, other)), other.fingerprint),
-        default=None,
-    )
+
+    def distance(other: Recipe) -> tuple[int, str]:
+        return len(differences(recipe, other)), other.fingerprint
+
+    return min(recipes, key=distance, default=None)
 
 
 def _wrong_types(recipe: Recipe) -> Iterable[str]:
@@ -185,6 +185,7 @@ def _wrong_types(recipe: Recipe) -> Iterable[str]:
 
 
 def _wrong_values(recipe: Recipe) -> Iterable[str]:
+    # of one field
     for name in ("corpus_digest", "tokenizer_digest", "teacher_digest", "teacher_dtype"):
         if not getattr(recipe, name):
             yield f"{name} is empty"
@@ -198,6 +199,7 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
     for name in ("sequence_length", "chunk_sequences"):
         if getattr(recipe, name) > _MOST_COUNT:
             yield f"{name} is {getattr(recipe, name)}, wanted at most {_MOST_COUNT}"
+    # of fields together, and of those with few values
     if recipe.num_sequences > MOST_CHUNKS * recipe.chunk_sequences:
         yield (
             f"num_sequences is {recipe.num_sequences}, wanted at most {MOST_CHUNKS} chunks of "

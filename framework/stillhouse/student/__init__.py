@@ -1,2 +1,2 @@
-"""The student: the order in which it reads, the loss that it learns from, and the engine that
-trains it."""
+"""The student: the order in which it reads, its data loader, and the engine and loop that train
+it."""

@@ -1,8 +1,9 @@
-"""What DeepSpeed does not promise to keep: each private name that is relied on, behind a function
-that says what for.
+"""DeepSpeed's private interfaces: each private name that is relied on, behind a function whose
+docstring gives the reason.
 
-Nothing else in the package uses a private name of DeepSpeed's. Its version is capped in
-pyproject.toml; tests/unit/test_deepspeed_compat.py says what has to hold before the cap is raised.
+No other file of the package uses a private name of DeepSpeed's. Its version is capped in
+pyproject.toml; tests/unit/test_deepspeed_compat.py holds what must be true before the cap is
+raised.
 """
 
 import importlib
@@ -23,8 +24,8 @@ def initialize(**options: Any) -> Any:
     """The engine of `deepspeed.initialize`, without the two compilers that it would load or look
     for.
 
-    `deepspeed.ops.__compatible_ops__` is found out on first use, by looking for a C++ compiler, and
-    the first engine on a CPU then compiles for a minute.
+    `deepspeed.ops.__compatible_ops__` is filled on first use by looking for a C++ compiler, and the
+    first engine on a CPU then compiles for a minute.
     """
     deepspeed.ops.__compatible_ops__ = {}
     import_muon()
@@ -44,31 +45,31 @@ def import_muon() -> None:
 
 
 def save_through(engine: Any, writer: CheckpointEngine) -> None:
-    """Have `engine.save_checkpoint` hand all files to the writer, and write none itself: it copies
+    """Make `engine.save_checkpoint` hand all files to the writer, and write none itself: it copies
     scripts into a checkpoint otherwise."""
     engine.checkpoint_engine = writer
     engine._copy_recovery_script = lambda _folder: None
 
 
 def load(engine: Any, folder: Path, *, universal: bool) -> bool:
-    """Load a checkpoint, as it is or universal; whether there was one. DeepSpeed reads which of the
-    two it is from its config alone."""
+    """Load a checkpoint, as it is or universal, which DeepSpeed reads from its config alone.
+    Returns whether there was one."""
     settings = [dict(group, params=None) for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = universal
-    with redirect_stdout(io.StringIO()):  # one of its optimisers says what it does
+    with redirect_stdout(io.StringIO()):  # one of its optimisers prints what it does
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     engine._config.load_universal_checkpoint = False
     if path is not None and universal:
-        _mend(engine.optimizer, settings)
+        _repair(engine.optimizer, settings)
     return path is not None
 
 
-def _mend(optimizer: Any, settings: list[dict[str, Any]]) -> None:
-    """What DeepSpeed 0.19.8 mixes up as it loads a universal checkpoint at stage 3.
+def _repair(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+    """Undo what DeepSpeed 0.19.8 does wrong as it loads a universal checkpoint at stage 3.
 
-    It gives every group the first one's settings, so that gains would decay like matrices, and all
-    states one tensor to count steps in, which would then count each step as often as there are
-    groups.
+    It gives every group the settings of the first, so that gains would decay like matrices. And it
+    gives all states one tensor to count steps in, which would then count each step once for each
+    group.
     """
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group["weight_decay"] = own["weight_decay"]

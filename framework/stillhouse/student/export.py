@@ -1,4 +1,4 @@
-"""A committed checkpoint as a plain Hugging Face directory that
+"""Export: a committed checkpoint as a plain Hugging Face directory, which
 `AutoModelForCausalLM.from_pretrained` opens."""
 
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stillhouse.atomic import DISK, FileLayer, whole_directory
-from stillhouse.checkpoint.manifest import newest_copy
+from stillhouse.checkpoint.choice import newest_copy
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import load_model
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell
-from stillhouse.student.engine import consolidated_weights, weight_files
+from stillhouse.student.weights import consolidated_weights, weight_files
 
 
 def export(
@@ -28,11 +28,11 @@ def export(
     patience: Patience = DEFAULT_PATIENCE,
 ) -> int:
     """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype,
-    config, tokenizer and model card.
+    config, tokenizer and model card. Returns the optimiser steps behind the weights.
 
-    `card` makes the card of a number of steps; `tell` hears of a store that is waited for. Returns
-    the number of optimiser steps behind the weights. Raises CheckpointError where there is no
-    commit, or where its weights do not fit the model, ConfigError where `out` cannot be written.
+    `card(steps)` is the text of the card. Waits while the store is unavailable, and reports that to
+    `tell`. Raises CheckpointError where there is no commit, or its weights do not fit the model;
+    ConfigError where `out` cannot be written; StoreUnavailable at the end of the patience.
     """
     model, steps = load_trained(checkpoints, section, tell=tell, patience=patience)
     model.generation_config = generation_config_of(section) or model.generation_config
@@ -48,8 +48,8 @@ def write_model(
     card: str,
     files: FileLayer = DISK,
 ) -> None:
-    """Write a directory that was absent or empty, whole or not at all. Raises ConfigError where it
-    cannot be written."""
+    """Write model, tokenizer and card to a directory that is absent or empty, atomically. Raises
+    ConfigError where it cannot be written."""
     try:
         with whole_directory(out.resolve(), files=files) as draft:
             model.save_pretrained(draft)
@@ -67,29 +67,25 @@ def load_trained(
     checkpoints: str, section: StudentSection, *, tell: Tell, patience: Patience = DEFAULT_PATIENCE
 ) -> tuple[PreTrainedModel, int]:
     """The model of the newest commit, on the CPU and in the student's dtype, and the optimiser
-    steps behind it. Raises as `export` does.
-
-    A store that is unavailable is waited for, as `tell` hears; StoreUnavailable is raised at the
-    end of the patience.
-    """
+    steps behind it. Waits and raises as `export` does."""
+    # the weights
     with newest_copy(checkpoints, weight_files, tell=tell, patience=patience) as copy:
         if copy is None:
             raise CheckpointError(
                 f"there is no checkpoint under {checkpoints}; train first, with `stillhouse run` "
-                "or `stillhouse train`. If that was on"
-                " other machines, student.checkpoint_url has to name a place that this one sees, "
-                "too"
+                "or `stillhouse train`. If that was on other machines, student.checkpoint_url has "
+                "to name a place that this one sees, too"
             )
         found, folder = copy
         weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)
+    # in a model of the student's architecture
     model = load_model(section, random_init_seed=0)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(model.all_tied_weights_keys)
-    if unexpected or set(missing) - tied:
+    missing = sorted(set(missing) - set(model.all_tied_weights_keys))
+    if unexpected or missing:
         raise CheckpointError(
-            f"the checkpoint of step {found.step} does not fit {section.model}: "
-            f"missing {sorted(set(missing) - tied)[:4]}, unexpected {list(unexpected)[:4]}; was "
-            "student.model changed?"
+            f"the checkpoint of step {found.step} does not fit {section.model}: missing "
+            f"{missing[:4]}, unexpected {list(unexpected)[:4]}; was student.model changed?"
         )
     model.tie_weights()
     model.to(getattr(torch, section.dtype))
@@ -97,8 +93,8 @@ def load_trained(
 
 
 def generation_config_of(section: StudentSection) -> GenerationConfig | None:
-    """What the student came with: a chat model's list of end tokens stands there alone. None where
-    it came with none that can be saved."""
+    """The generation config that the student came with, which alone has a chat model's list of end
+    tokens. None where it came with none that can be saved."""
     try:
         found = GenerationConfig.from_pretrained(section.model, revision=section.revision or "main")
         found.validate(strict=True)

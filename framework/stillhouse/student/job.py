@@ -1,4 +1,4 @@
-"""A training job as a value: what every rank of one student receives."""
+"""A training job as a value: all that every rank of one student receives."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,8 @@ from stillhouse.store import Consumer, Recipe
 from stillhouse.store.consumers import consumer_name
 from stillhouse.student.order import Order
 
-# Of the student's settings, those without which the same steps would lead to other weights; a
-# schedule may change on the way.
+# The settings of a student that decide its weights: with another value, the same steps lead to
+# other weights. A schedule may change on the way.
 _DECIDE_WEIGHTS = (
     *("revision", "dtype", "init", "seed", "global_batch_sequences", "shuffle_window_chunks"),
     *("weight_decay", "betas", "gradient_clip"),
@@ -22,7 +22,7 @@ _DECIDE_WEIGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """One student's training, as every rank of it receives it."""
+    """The training of one student."""
 
     role: Literal["student", "control"]
     section: StudentSection
@@ -30,29 +30,26 @@ class TrainJob:
     store_url: str
     run_dir: Path
     total_steps: int
-    owner: int | None = (
-        # the number under which its command owns the place of checkpoints; None: no command does,
-        # as in a bench
-        None
-    )
+    # of the command that owns `checkpoints_root` (see checkpoint.fence); None: owned by none, as in
+    # a bench
+    owner: int | None = None
 
     @property
-    def place(self) -> str:
-        """The URL under which the commits of all roles are; one command owns it."""
-        return place_of_checkpoints(self.section, self.run_dir)
+    def checkpoints_root(self) -> str:
+        """The URL under which all roles commit. One command owns it."""
+        return checkpoints_root_of(self.section, self.run_dir)
 
     @property
     def checkpoints(self) -> str:
-        """The URL under which its commits are."""
-        return f"{self.place}/{self.role}"
+        """The URL under which this role commits."""
+        return f"{self.checkpoints_root}/{self.role}"
 
     @property
     def origin(self) -> Origin:
         """What its checkpoints are of."""
         values = self.section.model_dump(mode="json")
-        settings = {name: values[name] for name in _DECIDE_WEIGHTS} | {
-            "model": Path(self.section.model).name
-        }
+        settings = {name: values[name] for name in _DECIDE_WEIGHTS}
+        settings["model"] = Path(self.section.model).name
         settings["divergence"] = divergence_identity(self.section.divergence)
         return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
@@ -64,9 +61,8 @@ class TrainJob:
     def order(self) -> Order:
         return order_of(self.section, self.recipe)
 
-    def reader(self, committed_step: int) -> Consumer:
-        """This student as a reader of the store, once `committed_step` steps are safe in a
-        checkpoint."""
+    def consumer(self, committed_step: int) -> Consumer:
+        """This student as a consumer of the store, after a commit of `committed_step` steps."""
         return Consumer(
             name=consumer_name(resume_location(self.section, self.run_dir), self.role),
             global_batch_sequences=self.section.global_batch_sequences,
@@ -76,24 +72,32 @@ class TrainJob:
             committed_step=committed_step,
         )
 
+    def is_checkpoint_due(self, num_steps: int, *, last: int, is_busy: bool) -> bool:
+        """Whether to begin a checkpoint after `num_steps` steps, when the last one is of `last`.
 
-def place_of_checkpoints(section: StudentSection, run_dir: Path) -> str:
-    """Where the commits of all roles of a run are."""
-    return (
-        str(run_dir / "checkpoints")
-        if section.checkpoint_url is None
-        else section.checkpoint_url.rstrip("/")
-    )
+        After the last step of all, always. Else once in every `checkpoint_every_steps`, as soon as
+        no rank is busy writing an earlier one.
+        """
+        every = self.section.checkpoint_every_steps
+        has_passed_one = num_steps // every > last // every
+        return num_steps == self.total_steps or (has_passed_one and not is_busy)
+
+
+def checkpoints_root_of(section: StudentSection, run_dir: Path) -> str:
+    """The URL under which all roles of a run commit."""
+    if section.checkpoint_url is None:
+        return str(run_dir / "checkpoints")
+    return section.checkpoint_url.rstrip("/")
 
 
 def resume_location(section: StudentSection, run_dir: Path) -> str:
-    """What a run has in common with the one that goes on with it, wherever that is: the place of
-    its checkpoints."""
+    """What a run and the run that goes on from its checkpoints, from whatever directory, have in
+    common: `checkpoint_url`, or else the run directory."""
     return str(run_dir) if section.checkpoint_url is None else section.checkpoint_url.rstrip("/")
 
 
 def order_of(reads: StudentSection | Consumer, recipe: Recipe) -> Order:
-    """The order in which a student of this section, or any registered reader, reads the recipe's
+    """The order in which a student, given by its section or as a consumer, reads the recipe's
     sequences."""
     return Order(
         num_sequences=recipe.num_sequences,

@@ -1,12 +1,12 @@
 """The order of training as a pure function of (seed, epoch, step): any machine and any world size
 reads the same global batches.
 
-An epoch permutes the chunks, takes them in groups of neighbours, and permutes the sequences within
-each group: so only a few chunks are open at one time, and every sequence is read exactly once.
-Memory is O(chunks), never O(sequences).
+An epoch shuffles the chunks, takes them in groups of neighbours, and shuffles the sequences within
+each group. So only a few chunks are open at one time, and every sequence is read once. Memory is
+O(chunks), never O(sequences).
 
-Permutations sort the raw words of a bit generator: numpy promises those streams for good, unlike
-the methods of `Generator` (NEP 19).
+Permutations sort the raw words of a bit generator: numpy keeps those streams the same for good,
+unlike the methods of `Generator` (NEP 19).
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _SEQUENCE_ORDER = 1
 @dataclass(frozen=True, slots=True)
 class Order:
     """Which sequences each optimiser step reads, over all ranks together. The last step of an epoch
-    is shorter where it must be."""
+    may be shorter."""
 
     num_sequences: int
     chunk_sequences: int
@@ -39,10 +39,12 @@ class Order:
         return -(-self.num_sequences // self.global_batch_sequences)
 
     def sequences(self, step: int) -> NDArray[np.int64]:
-        """The sequence numbers of one global step, counted from 0 over all epochs."""
+        """The sequence numbers of one step, counted from 0 over all epochs."""
+        # the step's range in its epoch
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.global_batch_sequences
         stop = min(start + self.global_batch_sequences, self.num_sequences)
+        # the groups that it runs through
         starts = self._plan(epoch).group_starts
         first, last = np.searchsorted(starts, (start, stop - 1), side="right") - 1
         groups = [self._group(epoch, group) for group in range(int(first), int(last) + 1)]
@@ -65,11 +67,11 @@ class Order:
         return list(chunks)
 
     def chunks_finished(self, step: int) -> int:
-        """How many chunks at the front of the reading order are read to the end once `step` steps
-        of the first epoch are done.
+        """How many chunks at the front of the reading order the first epoch will not read again
+        after `step` steps.
 
-        A lower bound: a chunk counts when its whole group is read. Every chunk counts after the
-        first epoch.
+        A lower bound: a chunk counts when its whole group is read. After the first epoch every
+        chunk counts.
         """
         if step >= self.steps_per_epoch:
             return self.num_chunks
@@ -79,10 +81,10 @@ class Order:
 
     def steps_until_done_with(self, num_steps: int) -> NDArray[np.int64]:
         """int64 [num_chunks]: after how many of the first `num_steps` steps, over all epochs, a
-        chunk will not be read any more.
+        chunk will not be read again.
 
-        An upper bound: a chunk is done with when its whole group is. 0 where these steps never read
-        it.
+        An upper bound: a chunk counts as read until its whole group is. 0 where these steps do not
+        read it.
         """
         whole_epochs, steps_left = divmod(num_steps, self.steps_per_epoch)
         done = np.zeros(self.num_chunks, dtype=np.int64)
@@ -114,25 +116,22 @@ class Order:
 def rank_rows(
     sequences: NDArray[np.int64], *, rank: int, world_size: int, micro_batch: int
 ) -> NDArray[np.int64]:
-    """One rank's share of a global batch, int64 [num_micro_batches, micro_batch], where -1 stands
-    for a masked row.
+    """One rank's share of a global batch, int64 [num_micro_batches, micro_batch], padded with -1.
 
-    Every rank has the same number of micro batches; together the ranks hold each sequence once,
-    their shares differing by one at most.
+    Every rank has the same number of micro-batches. Together the ranks hold each sequence once, and
+    their shares differ by one sequence at most.
     """
     num_micro_batches = -(-len(sequences) // (world_size * micro_batch))
-    rows = np.full(num_micro_batches * micro_batch * world_size, -1, dtype=np.int64)
-    rows[: len(sequences)] = sequences
-    return np.ascontiguousarray(rows.reshape(-1, world_size)[:, rank]).reshape(
-        num_micro_batches, micro_batch
-    )
+    padded = np.full(num_micro_batches * micro_batch * world_size, -1, dtype=np.int64)
+    padded[: len(sequences)] = sequences
+    own = np.ascontiguousarray(padded.reshape(-1, world_size)[:, rank])
+    return own.reshape(num_micro_batches, micro_batch)
 
 
 @dataclass(frozen=True, slots=True)
 class _EpochPlan:
     chunks: NDArray[np.int64]  # every chunk, in this epoch's order
-    # how many sequences come before each group; the last entry counts them all
-    group_starts: NDArray[np.int64]
+    group_starts: NDArray[np.int64]  # sequences before each group, and last those of all
 
 
 @lru_cache(maxsize=4)
@@ -154,20 +153,16 @@ def _group_sequences(
     chunks = plan.chunks[group * window_chunks : (group + 1) * window_chunks]
     sequences = (chunks[:, None] * chunk_sequences + np.arange(chunk_sequences)).ravel()
     sequences = sequences[sequences < num_sequences]
-    return _frozen(
-        sequences[
-            _permutation(len(sequences), _SEQUENCE_ORDER, seed=seed, epoch=epoch, group=group)
-        ]
-    )
+    shuffle = _permutation(len(sequences), _SEQUENCE_ORDER, seed=seed, epoch=epoch, group=group)
+    return _frozen(sequences[shuffle])
 
 
 def _permutation(
     length: int, purpose: int, *, seed: int, epoch: int, group: int
 ) -> NDArray[np.int64]:
-    source = np.random.PCG64(
-        np.random.SeedSequence(seed % 2**64, spawn_key=(purpose, epoch, group))
-    )
-    return np.argsort(source.random_raw(length), kind="stable").astype(np.int64, copy=False)
+    entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(purpose, epoch, group))
+    words = np.random.PCG64(entropy).random_raw(length)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
 def _frozen(array: NDArray[np.int64]) -> NDArray[np.int64]:

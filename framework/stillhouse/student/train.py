@@ -1,12 +1,12 @@
-"""The training loop of a student: read, step, journal, commit, and leave when asked to.
+"""The training loop of a student: read a batch, take an optimiser step, journal it, checkpoint, and
+leave on a stop request.
 
-A plain function of a job and an existing process group. It resumes by itself: where the job has a
-commit that verifies, it goes on from there, with however many ranks there are now.
+`train` is a plain function of a job and of an existing process group. It resumes by itself from the
+newest commit of the job that verifies, with any number of ranks.
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from time import monotonic
 
@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from stillhouse.checkpoint.fence import require_owner
 from stillhouse.checkpoint.manifest import Commit
-from stillhouse.checkpoint.restore import restore
+from stillhouse.checkpoint.restore import Restored, restore
 from stillhouse.checkpoint.writer import CheckpointWriter, attempt_name
 from stillhouse.cluster.collectives import gathered
-from stillhouse.cluster.coordinator import PreviousAttempt, StopRequest
+from stillhouse.cluster.heartbeat import PreviousAttempt, StopRequest
 from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
 from stillhouse.models import load_model
@@ -45,163 +45,140 @@ _log = logging.getLogger(__name__)
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: DriverLink) -> bool:
-    """Train until `job.total_steps`, on every rank of the existing process group; False where the
-    group left before, on a stop request.
+    """Train up to `job.total_steps` on every rank of the existing process group, and return True
+    once the last step is committed. False where the group left before, on a stop request.
 
-    It leaves once its last step is committed, or the time to stop is over. Rank 0 journals. Raises
-    ConfigError on every rank before the first step where the divergence cannot learn from such
-    targets, and StudentError on a loss that is not finite.
+    Rank 0 journals the steps. Raises on every rank: ConfigError before the first step, where the
+    divergence cannot learn from such targets; StudentError where a loss is not finite.
     """
-    rank, world_size, section = dist.get_rank(), dist.get_world_size(), job.section
-    on_outage = _teller(job, journal, rank=rank)
-    link.at(0, "commit")  # a large checkpoint takes long to read, and a bucket may be away
+    # resume from the newest commit that verifies
+    on_outage = _outage_teller(job, journal)
+    link.at(0, "commit")  # reading a large checkpoint, or waiting for a store, may take long
     with restore(job.checkpoints, origin=job.origin, convert=convert, tell=on_outage) as found:
         link.at(0, "start")
-        began_at = monotonic()
-        done = 0 if found is None else found.step
-        began_from = "the beginning" if found is None else f"the commit of step {done}"
-        _log.info(
-            "the %s goes on from %s to step %d; rank %d of %d, on %s",
-            job.role,
-            began_from,
-            job.total_steps,
-            rank,
-            world_size,
-            device,
-        )
-        past = _begin(link, job, done) if rank == 0 else None
-        for problem in found.passed_over if found is not None and rank == 0 else ():
-            journal.record(DamagedRow(job.role, problem))
-        if done >= job.total_steps:
+        began_at, resumed = monotonic(), 0 if found is None else found.step
+        previous = _begin(job, found, device=device, journal=journal, link=link)
+        if resumed >= job.total_steps:
             return True
-        engine = _engine(job, device=device, world_size=world_size)
-        if found is not None:
-            engine.load(found)
-    try:
-        with (
-            _reader(
-                job,
-                link,
-                start=done,
-                rank=rank,
-                world_size=world_size,
-                device=device,
-                on_outage=on_outage,
-            ) as reader,
-            _writer(job, journal) as writer,
-        ):
-            submitted, due = done, False
-            for step in range(done, job.total_steps):
-                began = monotonic()
-                link.at(step + 1, "data")
-                batch = reader.next_unless(lambda: link.stop_request is not None)
-                busy, stop_request = _agreed(writer.busy, link.stop_request, device)
-                if stop_request is not None:
-                    leave_at = monotonic() + stop_request.seconds_left
-                    _log.info("the group commits step %d and leaves: %s", step, stop_request)
-                    if submitted < step:
-                        _submit(writer, engine, step, link)
-                    writer.wait(max(0.0, leave_at - monotonic()))
-                    if rank == 0:
-                        link.explain(stop_request.cause, stop_request.detail)
-                    return False
-                assert batch is not None
-                if step == 0 and depends_on_kept_mass(section):
-                    require_kept_mass(
-                        section, job.recipe.spec, kept_mass=_kept_mass_over_ranks(batch, device)
-                    )
-                row = _train_one(engine, batch, job, link, began=began)
-                if rank == 0:
-                    link.at(step + 1, "commit")  # the journal's disk may be full
-                    journal.record(row)
-                    link.stepped(step + 1, job.order.chunks_finished(step + 1))
-                if past is not None:
-                    journal.record(
-                        _recovery(
-                            past,
-                            job,
-                            resumed=done,
-                            world_size=world_size,
-                            since_begin_s=monotonic() - began_at,
-                        )
-                    )
-                    past = None
-                due = due or (step + 1) % section.checkpoint_every_steps == 0
-                if step + 1 == job.total_steps or (due and not busy):
-                    _submit(writer, engine, step + 1, link)
-                    submitted, due = step + 1, False
-            writer.wait()
-            _log.info(
-                "the %s has taken all its %d steps, and they are committed",
-                job.role,
-                job.total_steps,
-            )
-    finally:
-        engine.close()
+        engine = _engine(job, found, device=device)
+
+    with (
+        closing(engine),
+        _reader(job, link, start=resumed, device=device, on_outage=on_outage) as reader,
+        _writer(job, journal) as writer,
+    ):
+        last_checkpoint = resumed
+        for step in range(resumed, job.total_steps):
+            # the batch of this step, or a stop request that comes while it is waited for
+            began = monotonic()
+            link.at(step + 1, "data")
+            batch = reader.next_unless(lambda: link.stop_request is not None)
+            is_busy, stop_request = _agreed(writer.busy, link.stop_request, device)
+            if stop_request is not None:
+                _log.info("the group commits step %d and leaves: %s", step, stop_request)
+                deadline = monotonic() + stop_request.seconds_left
+                if last_checkpoint < step:
+                    _begin_checkpoint(writer, engine, step, link)
+                writer.wait(max(0.0, deadline - monotonic()))
+                if dist.get_rank() == 0:
+                    link.explain(stop_request.cause, stop_request.detail)
+                return False
+            assert batch is not None
+            _require_learnable_targets(batch, job, device)
+
+            # forward, backward and the optimiser step
+            event = _train_step(engine, batch, job, link, began=began)
+
+            # rank 0 reports it
+            if dist.get_rank() == 0:
+                link.at(event.step, "commit")  # the journal's disk may be full
+                journal.record(event)
+                link.stepped(event.step, job.order.chunks_finished(event.step))
+            if previous is not None and step == resumed:
+                journal.record(_recovery(previous, event, since_begin_s=monotonic() - began_at))
+
+            # begin a checkpoint, which is written while training goes on
+            if job.is_checkpoint_due(event.step, last=last_checkpoint, is_busy=is_busy):
+                _begin_checkpoint(writer, engine, event.step, link)
+                last_checkpoint = event.step
+        writer.wait()
     return True
 
 
-def _begin(link: DriverLink, job: TrainJob, done: int) -> PreviousAttempt | None:
-    """Tell the driver where the group begins. Raises StudentError where it was lost too often since
-    the last commit."""
-    past = link.begin(done)
-    _tell_the_store(job, done)
-    link.stepped(done, job.order.chunks_finished(done))
-    if past is not None and past.num_failures > job.section.max_failures:
+def _begin(
+    job: TrainJob,
+    found: Restored | None,
+    *,
+    device: torch.device,
+    journal: Tracker,
+    link: DriverLink,
+) -> PreviousAttempt | None:
+    """Report where the group begins. On rank 0, how its life before this one ended, or None where
+    there was none; None on the others.
+
+    Raises StudentError where the ranks failed too often since the last commit.
+    """
+    # to the log, on every rank
+    rank, world_size, resumed = dist.get_rank(), dist.get_world_size(), found.step if found else 0
+    of_group = f"rank {rank} of {world_size}, on {device}"
+    _log.info("the %s is at step %d of %d; %s", job.role, resumed, job.total_steps, of_group)
+    if rank > 0:
+        return None
+    # to the driver and the store
+    previous = link.begin(resumed)
+    _commit_as_consumer(job, resumed)
+    link.stepped(resumed, job.order.chunks_finished(resumed))
+    if previous is not None and previous.num_failures > job.section.max_failures:
         raise StudentError(
-            f"the {job.role}'s ranks failed {past.num_failures} times in a row after step {done}, "
-            f"last because: {past.detail}. "
-            "Everything up to that step is committed: mend the cause and run again to go on from "
-            "there."
+            f"the {job.role}'s ranks failed {previous.num_failures} times in a row after step "
+            f"{resumed}, last because: {previous.detail}. Everything up to that step is committed: "
+            "mend the cause and run again to go on from there."
         )
-    return past
+    # to the journal
+    for problem in found.passed_over if found is not None else ():
+        journal.record(DamagedRow(job.role, problem))
+    return previous
 
 
-def _tell_the_store(job: TrainJob, committed_step: int) -> None:
-    """Which chunks this student will read again. A store that does not answer hears it after the
-    next commit, and keeps them until then.
+def _commit_as_consumer(job: TrainJob, committed_step: int) -> None:
+    """Record in the store which chunks this student will not read again.
 
-    One that may only be read never hears it, which its command has told.
+    Best effort: a store that is unavailable keeps these chunks until the next commit, and a
+    read-only one for good, of which the command has warned.
     """
     with suppress(StoreUnavailable, StoreForbidden):
-        consumers.commit(ChunkStore(job.store_url, job.recipe), job.reader(committed_step))
+        consumers.commit(ChunkStore(job.store_url, job.recipe), job.consumer(committed_step))
 
 
-def _engine(job: TrainJob, *, device: torch.device, world_size: int) -> StudentEngine:
+def _engine(job: TrainJob, found: Restored | None, *, device: torch.device) -> StudentEngine:
+    """The engine with the state of a checkpoint, or at the beginning."""
     section = job.section
-    return StudentEngine(
+    sequences_at_once = dist.get_world_size() * section.micro_batch_sequences
+    engine = StudentEngine(
         load_model(section, random_init_seed=section.seed if section.init == "config" else None),
         section=section,
         vocab_size=job.recipe.vocab_size,
-        num_micro_batches=-(
-            -section.global_batch_sequences // (world_size * section.micro_batch_sequences)
-        ),
+        num_micro_batches=-(-section.global_batch_sequences // sequences_at_once),
         device=device,
     )
+    if found is not None:
+        engine.load(found)
+    return engine
 
 
-def _teller(job: TrainJob, journal: Tracker, *, rank: int) -> Tell:
-    def tell(seconds: float, why: str) -> None:
-        journal.record(OutageRow(f"{job.role}, rank {rank}", seconds, why))
-
-    return tell
+def _outage_teller(job: TrainJob, journal: Tracker) -> Tell:
+    who = f"{job.role}, rank {dist.get_rank()}"
+    return lambda seconds, why: journal.record(OutageRow(who, seconds, why))
 
 
 def _reader(
-    job: TrainJob,
-    link: DriverLink,
-    *,
-    start: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    on_outage: Tell,
+    job: TrainJob, link: DriverLink, *, start: int, device: torch.device, on_outage: Tell
 ) -> BatchReader:
     return BatchReader(
         ChunkStore(job.store_url, job.recipe),
         job.order,
-        rank=rank,
-        world_size=world_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
         micro_batch=job.section.micro_batch_sequences,
         start=start,
         stop=job.total_steps,
@@ -214,14 +191,18 @@ def _reader(
 
 
 def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
-    rank = dist.get_rank()
+    rank, root = dist.get_rank(), Blobs(job.checkpoints_root)
 
-    def on_commit(made: Commit, seconds: float, blocking_s: float) -> None:
-        journal.record(CheckpointRow(job.role, made.step, seconds, made.num_bytes, blocking_s))
-        _tell_the_store(job, made.step)
+    def on_commit(commit: Commit, seconds: float, blocking_s: float) -> None:
+        journal.record(CheckpointRow(job.role, commit.step, seconds, commit.num_bytes, blocking_s))
+        _commit_as_consumer(job, commit.step)
 
     def on_delay(step: int, why: str) -> None:
         journal.record(DelayRow(job.role, step, rank, why))
+
+    def require_own_command() -> None:
+        if job.owner is not None:
+            require_owner(root, job.owner)
 
     return CheckpointWriter(
         job.checkpoints,
@@ -232,44 +213,57 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
         keep=job.section.keep_checkpoints,
         on_commit=on_commit,
         on_delay=on_delay,
-        require_owner=_fence(job),
+        require_owner=require_own_command,
     )
 
 
-def _kept_mass_over_ranks(batch: Batch, device: torch.device) -> float:
-    """The mean over the tokens of a batch of all ranks, the same on every rank."""
+def _agreed(
+    is_busy: bool, stop_request: StopRequest | None, device: torch.device
+) -> tuple[bool, StopRequest | None]:
+    """Whether any rank is busy writing a checkpoint, and a stop request that any rank has received:
+    the same on every rank. A collective."""
+    flags = torch.tensor([is_busy, stop_request is not None], dtype=torch.float32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    if flags[1] == 0.0:
+        return bool(flags[0]), None
+    known = gathered(None if stop_request is None else asdict(stop_request))
+    return bool(flags[0]), StopRequest(**next(each for each in known if each is not None))
+
+
+def _require_learnable_targets(batch: Batch, job: TrainJob, device: torch.device) -> None:
+    """Of the first batch of a training. Raises ConfigError on every rank where the divergence sees
+    the tail as one bucket, and the kept entries of all ranks hold too little mass. A collective."""
+    if batch.step > 0 or not depends_on_kept_mass(job.section):
+        return
     mass_T = torch.cat([kept_mass(micro_batch.target) for micro_batch in batch.micro_batches])
     sums = torch.tensor([mass_T.sum().item(), len(mass_T)], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
-    mass, num_tokens = map(float, sums)
-    return mass / max(num_tokens, 1.0)
+    mass, num_tokens = sums.tolist()
+    require_kept_mass(job.section, job.recipe.spec, kept_mass=mass / max(num_tokens, 1.0))
 
 
-def _fence(job: TrainJob) -> Callable[[], None]:
-    """What raises once another command owns the place of the checkpoints."""
-    blobs = Blobs(job.place)
-
-    def require() -> None:
-        if job.owner is not None:
-            require_owner(blobs, job.owner)
-
-    return require
-
-
-def _train_one(
+def _train_step(
     engine: StudentEngine, batch: Batch, job: TrainJob, link: DriverLink, *, began: float
 ) -> TrainRow:
-    step, data_wait_s = batch.state.step, monotonic() - began
+    """Train on a batch; `began`: when the step began, which includes waiting for the batch."""
+    # a seed for dropout and the like, which a resumed training repeats
+    step, data_wait_s = batch.step, monotonic() - began
     link.at(step + 1, "step")
     torch.manual_seed(hash((job.section.seed, step, dist.get_rank())))
+
+    # the step
     learning_rate = learning_rate_at(step, section=job.section, total_steps=job.total_steps)
     try:
         terms = engine.train_step(batch.micro_batches, learning_rate=learning_rate)
     except StudentError as error:
+        shown = ", ".join(map(str, batch.sequences[:8]))
         raise StudentError(
-            f"{job.role}, step {step}: {error}; {_named(batch)}. The last commit is untouched; "
-            f"{_ADVICE}"
+            f"{job.role}, step {step}: {error}; its sequences were "
+            f"{shown}{', ...' if len(batch.sequences) > 8 else ''}. The last commit is untouched; "
+            "lower student.learning_rate or look at those sequences, then run again"
         ) from None
+
+    # its event for the journal
     seconds = monotonic() - began
     return TrainRow(
         role=job.role,
@@ -288,41 +282,26 @@ def _train_one(
     )
 
 
-_ADVICE = "lower student.learning_rate or look at those sequences, then run again"
-
-
-def _named(batch: Batch) -> str:
-    shown = ", ".join(map(str, batch.sequences[:8]))
-    return f"its sequences were {shown}{', ...' if len(batch.sequences) > 8 else ''}"
-
-
-def _submit(writer: CheckpointWriter, engine: StudentEngine, step: int, link: DriverLink) -> None:
-    """Copy the state after `step` steps; what follows goes on beside the training, unless an
-    earlier checkpoint is still on its way."""
+def _begin_checkpoint(
+    writer: CheckpointWriter, engine: StudentEngine, step: int, link: DriverLink
+) -> None:
+    """Copy the state after `step` steps to host memory, and hand it to the writer's thread. Waits
+    first while an earlier checkpoint is being written."""
     link.at(step, "snapshot")
     snapshot = engine.snapshot(step)
     link.at(step, "commit")
     writer.submit(snapshot)
 
 
-def _agreed(
-    busy: bool, stop_request: StopRequest | None, device: torch.device
-) -> tuple[bool, StopRequest | None]:
-    """Whether any rank still writes a checkpoint, and the stop request that any of them knows of:
-    the same on every rank."""
-    flags = torch.tensor([busy, stop_request is not None], dtype=torch.float32, device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    if flags[1] == 0.0:
-        return bool(flags[0]), None
-    known = gathered(None if stop_request is None else asdict(stop_request))
-    return bool(flags[0]), StopRequest(**next(each for each in known if each is not None))
-
-
-def _recovery(
-    past: PreviousAttempt, job: TrainJob, *, resumed: int, world_size: int, since_begin_s: float
-) -> RecoveryRow:
-    cause = "died" if past.cause == "stop" else past.cause
-    seconds = past.seconds_ago + since_begin_s
+def _recovery(previous: PreviousAttempt, first: TrainRow, *, since_begin_s: float) -> RecoveryRow:
+    """What was lost since the life before this one, up to the `first` step of this one."""
+    resumed = first.step - 1
     return RecoveryRow(
-        job.role, cause, past.detail, seconds, world_size, resumed, max(0, past.last_step - resumed)
+        first.role,
+        cause="died" if previous.cause == "stop" else previous.cause,
+        detail=previous.detail,
+        seconds=previous.seconds_ago + since_begin_s,
+        world_size=first.world_size,
+        resumed_step=resumed,
+        lost_steps=max(0, previous.last_step - resumed),
     )

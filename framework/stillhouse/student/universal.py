@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints: the form that any number of ranks can load."""
+"""DeepSpeed's universal checkpoints: the format that any number of ranks can load."""
 
 import io
 from argparse import Namespace
@@ -12,8 +12,8 @@ from stillhouse.errors import CheckpointError
 
 
 def convert(folder: Path, out: Path) -> None:
-    """Make in `out` a universal checkpoint of the one in `folder`, in this process. Raises
-    CheckpointError where it cannot be had."""
+    """Convert the checkpoint in `folder` to a universal one in `out`, in this process. Raises
+    CheckpointError where it cannot be converted."""
     options = Namespace(
         input_folder=str(folder),
         output_folder=str(out),
@@ -22,17 +22,16 @@ def convert(folder: Path, out: Path) -> None:
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # stages 1 and 2 save none of what it asks for
+        inject_missing_state=True,  # stages 1 and 2 save none of what it reads
     )
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with only_tensors(), redirect_stdout(said), redirect_stderr(said):
+        with only_tensors(), redirect_stdout(printed), redirect_stderr(printed):
             ds_to_universal.main(options)
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint in {folder} cannot be converted to another number of ranks "
-            f"({error!r}); "
-            "go on with the number of ranks that wrote it"
+            f"({error!r}); go on with the number of ranks that wrote it"
         ) from error

@@ -1,26 +1,28 @@
-"""The Ray Train worker group that runs training jobs: it is started again from the last commit,
-with as many ranks as there is room for.
+"""The Ray Train worker group that runs training jobs: elastic, and restarted from the last commit.
 
-Ray Train replaces lost ranks. A thread beside it looks after what Ray does not see: ranks that
-hang, and machines that came back. A group whose size has to change leaves, and the next one is made
-by the room that there is. Ray Train's controller imports this module before any worker starts, so
-nothing here imports DeepSpeed or a model early.
+Ray Train replaces lost ranks. A watchdog thread beside it looks for what Ray does not see: ranks
+that hang, and machines that came back. A group whose size has to change leaves, and the next one
+has as many ranks as there is room for. Ray Train's controller imports this module before any worker
+starts, so nothing here imports DeepSpeed or a model early.
 """
 
 import logging
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from stillhouse.cluster.coordinator import Coordinator, StopRequest
+from stillhouse.cluster import _ray_compat
+from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.cluster.nodes import room_at_most, room_for
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, end_process, prepare_process, stacks_of
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
-_GROW_WITHIN_S = 600.0  # for the commit before a group is made larger
-_SETTLE_S, _SETTLE_EVERY_S = 5.0, 0.2  # for what the last group held to be free again
+_GROW_WITHIN_S = 600.0  # for the commit before a group leaves to come back larger
+_SETTLE_S, _SETTLE_EVERY_S = 5.0, 0.2  # until resources of the last group are free again
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +65,50 @@ def fit(
     teachers_at_work: bool,
     journal: Tracker,
 ) -> None:
-    """Train the jobs one after the other on a Ray Train worker group; blocks until they are done,
-    or were told to stop.
+    """Train the jobs one after the other on a Ray Train worker group. Blocks until they are done,
+    or stopped by request.
 
-    A rank that dies or hangs takes the group with it, and the group goes on from the last commit. A
-    group that was asked to leave comes back with as many ranks as there is room for. An error of
-    ours (a diverged loss, a damaged checkpoint) would only come again: it ends the training and is
+    A rank that dies or hangs ends its group, and the next group goes on from the last commit. A
+    group that leaves on request comes back with as many ranks as there is room for. An error of
+    ours (a diverged loss, a damaged checkpoint) would come again: it ends the training, and is
     raised here.
     """
+    # what every rank needs; the controller does not open it
     settle_ray_train()
-    arguments = pickle.dumps(  # the controller need not open it
+    arguments = pickle.dumps(
         _WorkerArguments(
             jobs, where.device, threads, secrets, notices, coordinator, teachers_at_work
         )
     )
+    # one group after another
     with watched(jobs, where=where, coordinator=coordinator, journal=journal):
-        is_first = True
-        while True:
-            num_workers = _num_workers(jobs[0].section, where, is_first=is_first)
-            is_first = False
+        for group in count():
+            num_workers = _num_workers(jobs[0].section, where, is_first=group == 0)
             _log.info("%d ranks are started", num_workers)
             with _tried_again_if_too_large(jobs[0].section):
                 _trainer(jobs[0], arguments, where=where, num_workers=num_workers).fit()
-                verdict = coordinator.verdict()
+                verdict = coordinator.fatal_error()
                 if verdict is not None:
                     raise verdict
-                if (
-                    coordinator.finished() or coordinator.departure() == "stop"
-                ):  # else it left to come back, or the coordinator lost what it was told
+                # else it left to come back, or the coordinator was lost, and what it knew
+                if coordinator.finished() or coordinator.exit_reason() == "stop":
                     return
+
+
+def give_up() -> None:
+    """End every `fit` of this process at once: in its own thread it raises an error of Ray's."""
+    _ray_compat.kill_train_controllers()
 
 
 def _trainer(
     job: "TrainJob", arguments: bytes, *, where: Placement, num_workers: int
 ) -> TorchTrainer:
     timeout_s = int(_peer_timeout(job.section).total_seconds())
+    failures = ray.train.FailureConfig(  # type: ignore[call-arg]  # Ray's types are of Train's v1
+        max_failures=-1,  # the coordinator counts attempts in a row without a commit
+        # a group that finds no room comes back smaller (0), or waits (-1)
+        controller_failure_limit=0 if _is_elastic(job.section) else -1,
+    )
     return TorchTrainer(
         _worker,
         train_loop_config={"arguments": arguments},
@@ -110,12 +121,7 @@ def _trainer(
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=str((job.run_dir / "ray").resolve()),
-            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # Ray's types are those of Train's first version
-                max_failures=-1,  # the coordinator counts: lives in a row without a commit
-                controller_failure_limit=0
-                if _is_elastic(job.section)
-                else -1,  # a group that finds no room comes back smaller, or waits
-            ),
+            failure_config=failures,
         ),
     )
 
@@ -125,10 +131,10 @@ def _is_elastic(section: StudentSection) -> bool:
 
 
 def _num_workers(section: StudentSection, where: Placement, *, is_first: bool) -> int:
-    """How many ranks the next group has: all, or what there is room for once the last group's is
-    free again; at least `min_workers`.
+    """How many ranks the next group has: all, or what there is room for once the last group's
+    resources are free again; at least `min_workers`.
 
-    The first group gives machines that are just joining a moment.
+    The first group waits a moment for machines that are just joining.
     """
     if not _is_elastic(section):
         return section.num_workers
@@ -143,7 +149,8 @@ def _num_workers(section: StudentSection, where: Placement, *, is_first: bool) -
 
 @contextmanager
 def _tried_again_if_too_large(section: StudentSection) -> Iterator[None]:
-    """A machine that was counted on is gone: Ray gave up to wait for it. Count again."""
+    """Returns where an elastic group found less room than was counted: a machine is gone, and Ray
+    has given up waiting for it."""
     try:
         yield
     except ray.train.ControllerError as error:
@@ -153,8 +160,7 @@ def _tried_again_if_too_large(section: StudentSection) -> Iterator[None]:
 
 
 def _peer_timeout(section: StudentSection) -> timedelta:
-    """After which a collective gives up by itself: the watchdog, which names the rank, comes
-    first."""
+    """The time-out of a collective, after that of the watchdog, which names the rank."""
     return timedelta(seconds=2 * section.watchdog_s)
 
 
@@ -162,13 +168,10 @@ def _peer_timeout(section: StudentSection) -> timedelta:
 def watched(
     jobs: "Sequence[TrainJob]", *, where: Placement, coordinator: Coordinator, journal: Tracker
 ) -> Iterator[None]:
+    """Runs the watchdog in a thread while the block lasts."""
     stopped = threading.Event()
-    thread = threading.Thread(
-        target=_watch,
-        args=(jobs, where, coordinator, journal, stopped),
-        name="watchdog",
-        daemon=True,
-    )
+    arguments = (jobs, where, coordinator, journal, stopped)
+    thread = threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True)
     thread.start()
     try:
         yield
@@ -184,71 +187,62 @@ def _watch(
     journal: Tracker,
     stopped: threading.Event,
 ) -> None:
-    """Once a second: end a rank that holds its group up, and ask a group that has shrunk to come
+    """Once a second: kill a rank that holds its group up, and ask a group that has shrunk to come
     back larger once there is room.
 
-    That the cluster is gone is told by whoever waits for the students: this ends with them.
+    Errors of Ray are passed over: that the cluster is gone is found by the caller of `fit`.
     """
     looked_for_room = monotonic()
     while not stopped.wait(_LOOK_EVERY_S):
         for job in jobs:
-            try:
+            with suppress(HeadGoneError, ray.exceptions.RayError):
                 section, heard = job.section, coordinator.heard(job.role)
+                # a rank that hangs
                 stall = stalled(heard, patience_s=section.watchdog_s)
                 if stall is not None:
                     _end(stall, job, coordinator, journal)
-                elif (
-                    has_shrunk(heard, num_workers=section.num_workers)
-                    and monotonic() - looked_for_room > section.regroup_s
-                ):
+                    continue
+                # a group that could be larger
+                has_waited = monotonic() - looked_for_room > section.regroup_s
+                if has_waited and has_shrunk(heard, num_workers=section.num_workers):
                     looked_for_room = monotonic()
                     if room_for(where) > 0:
-                        coordinator.request_stop(
-                            job.role,
-                            StopRequest("grown", _GROW_WITHIN_S, "there is room for more ranks"),
-                        )
-            except (HeadGoneError, ray.exceptions.RayError):
-                continue
+                        detail = "there is room for more ranks"
+                        request = StopRequest("grown", _GROW_WITHIN_S, detail)
+                        coordinator.request_stop(job.role, request)
 
 
 def _end(stall: Stall, job: "TrainJob", coordinator: Coordinator, journal: Tracker) -> None:
-    """Say which rank stands still and where, and kill it: Ray Train then starts its group again.
-    One that died is Ray Train's to find."""
-    heartbeat = stall.heartbeat
-    stacks = stacks_of(heartbeat.pid, node=heartbeat.node)
+    """Report which rank stands still and where, and kill it: Ray Train then starts its group again.
+    Does not report a rank whose process has ended: Ray Train finds that."""
+    last = stall.heartbeat
+    stacks = stacks_of(last.pid, node=last.node)
     if stacks is not None:
-        how = (
-            "silent"
-            if stall.silent
-            else "at "
-            f"{heartbeat.phase}{'' if heartbeat.chunk is None else f' chunk {heartbeat.chunk}'}"
-        )
-        why = f"rank {heartbeat.rank} was {how} for {stall.seconds:.0f} s in step {heartbeat.step}"
-        _log.warning(
-            "%s of the %s, process %d on node %s: it is killed, and its group started again",
-            why,
-            job.role,
-            heartbeat.pid,
-            heartbeat.node,
-        )
+        # report
+        where = f"at {last.phase}" + ("" if last.chunk is None else f" chunk {last.chunk}")
+        how = "silent" if stall.silent else where
+        why = f"rank {last.rank} was {how} for {stall.seconds:.0f} s in step {last.step}"
+        process = f"process {last.pid} on node {last.node}"
+        _log.warning("%s of the %s: killing %s, its group is started again", why, job.role, process)
         coordinator.explain(job.role, "stalled", why)
         journal.record(
             StallRow(
                 job.role,
-                heartbeat.rank,
-                heartbeat.step,
-                heartbeat.phase,
+                last.rank,
+                last.step,
+                last.phase,
                 stall.seconds,
-                stacks or heartbeat.stack,
-                heartbeat.chunk,
+                stacks or last.stack,
+                last.chunk,
             )
         )
-        end_process(heartbeat.pid, node=heartbeat.node)
+        # kill
+        end_process(last.pid, node=last.node)
     coordinator.forget(job.role)
 
 
 def _patient(coordinator: Coordinator, job: "TrainJob", rank: int) -> PatientTracker:
-    """The coordinator as a tracker that waits while the journal's disk is full."""
+    """The coordinator as a tracker of events, which waits while the journal's disk is full."""
 
     def tell(seconds: float, why: str) -> None:
         coordinator.say(f"{job.role}, rank {rank} has waited for {seconds:.0f} s: {why}")
@@ -257,16 +251,16 @@ def _patient(coordinator: Coordinator, job: "TrainJob", rank: int) -> PatientTra
 
 
 def _worker(config: dict[str, bytes]) -> None:
+    """The process of one rank."""
     arguments: _WorkerArguments = pickle.loads(config["arguments"])
     coordinator = arguments.coordinator
-    if coordinator.verdict() is not None:
+    if coordinator.fatal_error() is not None:
         return
     prepare_process(arguments.device, arguments.threads)
     arguments.secrets.adopt()
     attempt = coordinator.log.attempt if coordinator.log is not None else 0
-    with process_log(
-        f"attempt-{attempt}-rank-{ray.train.get_context().get_world_rank()}", coordinator.log
-    ):
+    rank = ray.train.get_context().get_world_rank()
+    with process_log(f"attempt-{attempt}-rank-{rank}", coordinator.log):
         _train(arguments, coordinator)
 
 
@@ -277,39 +271,36 @@ def _train(arguments: _WorkerArguments, coordinator: Coordinator) -> None:
     from stillhouse.student.heartbeat import CoordinatorLink
     from stillhouse.student.train import train
 
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if arguments.device == "cuda"
-        else torch.device("cpu")
-    )
+    is_cuda = arguments.device == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     for job in arguments.jobs:
-        # ZeRO makes groups of its own, which would wait for ever
+        # also for the groups that ZeRO makes, which would wait for ever
         distributed_c10d.default_pg_timeout = _peer_timeout(job.section)
         try:
-            line = CoordinatorLink(
+            with CoordinatorLink(
                 coordinator,
                 job,
                 arguments.notices,
                 rank=rank,
                 world_size=world_size,
                 teachers_at_work=arguments.teachers_at_work,
-            )
-            with line as link:
-                finished = train(
-                    job, device=device, journal=_patient(coordinator, job, rank), link=link
-                )
+            ) as link:
+                journal = _patient(coordinator, job, rank)
+                finished = train(job, device=device, journal=journal, link=link)
+        # no coordinator to report to: the cluster is gone, or this machine is cut off from it
         except HeadGoneError:
-            # nobody is there to be told; or this machine is cut off, and the group goes on without
-            # it
             raise
+        # it would come again: the training ends
         except StillhouseError as error:
             coordinator.give_up(error)
             raise
+        # the group is started again
         except Exception as error:
             coordinator.explain(job.role, "died", f"{type(error).__name__}: {error}")
             raise
         if not finished:
             return
+        _log.info("the %s has taken and committed all its %d steps", job.role, job.total_steps)
     coordinator.finish()

@@ -1,4 +1,5 @@
-"""Heartbeats of teachers: a thread in each process, whose beats `pool/pulses.py` watches.
+"""Heartbeats of teachers: a thread of each says that its process runs; `pool/heartbeats.py` finds
+the silent.
 
 Ray does not notice a process that is stopped, or whose machine is frozen: it neither answers nor
 ends. The time that a chunk takes is no sign either: a teacher that computes for an hour has

@@ -1,5 +1,7 @@
-"""What happened in a run, row by row: `journal.jsonl` is the record; W&B and the progress bars are
-views of it."""
+"""The events of a run. `journal.jsonl` is their record; W&B and the progress bars are its views.
+
+A view is given the journal's events one by one, and holds nothing that the journal does not.
+"""
 
 from stillhouse.tracking.events import (
     CheckpointRow,
@@ -26,9 +28,10 @@ from stillhouse.tracking.events import (
     latest_train_rows,
 )
 from stillhouse.tracking.journal import Journal, JournalReader, read_journal, scrubbed
+from stillhouse.tracking.progress import ProgressView
 from stillhouse.tracking.room import ROOM_PATIENCE, PatientTracker
 from stillhouse.tracking.trained import Stretch, nothing_left, schedule_of, stretches, words_of
-from stillhouse.tracking.views import ProgressView, WandbView
+from stillhouse.tracking.wandb import WandbView
 
 __all__ = [
     "ROOM_PATIENCE",

@@ -1,7 +1,8 @@
-"""The rows of the journal: everything that is worth knowing about a run after it, each with its
-units.
+"""The events of a run: everything that is worth knowing after it, with units. Each is a row of the
+journal.
 
-A row is plain values only, so that its line of JSON reads the same in any language.
+An event holds plain values only, so that its row of JSON can be read in any language. Fields that
+a later version added have a default, so that older journals stay readable.
 """
 
 import sys
@@ -15,7 +16,7 @@ Role = Literal["student", "control"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the journal. `time` is in unix seconds; 0 lets the journal fill it in."""
+    """One event. `time` is in unix seconds; 0 lets the journal fill it in."""
 
     kind: ClassVar[str]
     time: float = field(default=0.0, kw_only=True)
@@ -23,7 +24,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class StartRow(Row):
-    """An attempt begins: the first row of a run, and again after each resume."""
+    """An attempt begins: the first event of a run, and again after each resume."""
 
     kind: ClassVar[str] = "start"
     attempt: int  # counts from 1
@@ -45,15 +46,13 @@ class StartRow(Row):
     num_teachers: int  # replicas asked for
     total_steps: int  # optimiser steps of the student
     control: bool  # whether a control student is trained too
-    learning_rate: float | None = (
-        None  # of the schedule that is asked for; None, as below: of a version that did not say it
-    )
+    # The schedule that is asked for; None in the journal of a version that did not write it.
+    learning_rate: float | None = None
     min_learning_rate: float | None = None
     warmup_steps: int | None = None
     epochs: int | None = None
     max_steps: int | None = None  # None: not limited, too
-    # role -> optimiser steps in its newest commit as the attempt begins
-    committed_steps: dict[str, int] = field(default_factory=dict)
+    committed_steps: dict[str, int] = field(default_factory=dict)  # role -> steps committed so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +63,19 @@ class TeacherRow(Row):
     replica: int
     seconds_to_ready: float
     device: str
-    topk: str  # the path that its logits take to targets, and why
+    topk: str  # the backend that makes targets of its logits, and the reason
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRow(Row):
-    """A chunk came out of a teacher. The fidelity figures are of its decoded records against the
-    exact targets."""
+    """A teacher published a chunk. Its fidelity figures compare decoded records with the exact
+    targets."""
 
     kind: ClassVar[str] = "chunk"
     chunk: int
     num_tokens: int  # target tokens
     num_bytes: int
-    seconds: float  # from the work item to the published chunk
+    seconds: float  # from the arrival of the work item to the published chunk
     replica: int
     kept_mass: float  # mean over tokens, 0..1
     codec_kl: float  # mean, nats
@@ -92,16 +91,14 @@ class PoolRow(Row):
     published: int  # chunks
     needed: int  # chunks
     in_flight: int  # chunks leased to teachers
-    window_chunks: int  # how far teachers may run ahead of the slowest reader
-    tokens_per_s: float  # target tokens, all replicas, mean since the row before
+    window_chunks: int  # how far teachers may be ahead of the slowest consumer
+    tokens_per_s: float  # target tokens, all replicas, mean since the PoolRow before
     window_wait_s: float  # seconds in which the window held teachers back, since the attempt began
     failures: int  # since the attempt began
     replicas: int = 0  # teachers that are ready
-    losses: int = 0  # leases whose teacher died, since the attempt began
+    losses: int = 0  # leases whose teacher was lost, since the attempt began
     late: int = 0  # leases that ran past their deadline, since the attempt began
-    hedged: int = (
-        0  # chunks given to a second teacher because the first is slow, since the attempt began
-    )
+    hedged: int = 0  # chunks given to a second teacher too, as the first is slow; as above
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +115,9 @@ class TrainRow(Row):
     learning_rate: float
     num_tokens: int  # target tokens, all ranks
     seconds: float  # the whole step, waiting included
-    data_wait_s: float  # of these, spent waiting for chunks
+    data_wait_s: float  # of `seconds`, spent waiting for chunks
     tokens_per_s: float  # num_tokens / seconds
-    z_loss: float | None = (
-        None  # squared log-sum-exp of the student's logits; None where not computed
-    )
+    z_loss: float | None = None  # squared log-sum-exp of its logits; None where not computed
     world_size: int = 1  # ranks that shared the step
 
 
@@ -135,30 +130,29 @@ class CheckpointRow(Row):
     step: int
     seconds: float  # from the end of the step to the commit
     num_bytes: int
-    blocking_s: float = 0.0  # of these, training stood still; the rest was uploaded beside it
+    blocking_s: float = 0.0  # of `seconds`, training stood still; the rest was beside training
 
 
 @dataclass(frozen=True, slots=True)
 class DelayRow(Row):
-    """A checkpoint cannot be written at present. Training goes on, and writing is tried again until
-    the store takes it."""
+    """A checkpoint cannot be written at present. Training goes on, and the write is tried again
+    until it succeeds."""
 
     kind: ClassVar[str] = "delay"
     role: Role
     step: int
     rank: int
-    why: str  # the store's words
+    why: str  # the store's error
 
 
 @dataclass(frozen=True, slots=True)
 class OutageRow(Row):
-    """A store has been unavailable for a while to a process that waits for it. Told once for each
-    outage."""
+    """A process has waited for an unavailable store for some time. Recorded once an outage."""
 
     kind: ClassVar[str] = "outage"
-    who: str  # as "student, rank 0" or "teacher on 4fe1a02c"
-    seconds: float  # for which it has waited
-    why: str  # the store's words
+    who: str  # such as "student, rank 0" or "teacher on 4fe1a02c"
+    seconds: float  # waited so far
+    why: str  # the store's error
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,27 +161,27 @@ class DamagedRow(Row):
 
     kind: ClassVar[str] = "damaged"
     role: Role
-    problem: str  # the manifest's name, and which file is not what was committed
+    problem: str  # the manifest's name, and the file that is not as it was committed
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveryRow(Row):
-    """The ranks of a student were lost or sent away, and go on."""
+    """The ranks of a student were lost, or stopped on request, and train again."""
 
     kind: ClassVar[str] = "recovery"
     role: Role
-    # grown: machines came back, and the group was made larger
+    # notice: of preemption; grown: machines came back, and the group was made larger
     cause: Literal["died", "stalled", "notice", "grown"]
     detail: str
     seconds: float  # from the last step before to the first step after
     world_size: int  # ranks from now on
-    resumed_step: int  # steps taken in the commit that it goes on from
+    resumed_step: int  # steps in the commit that training goes on from
     lost_steps: int  # steps that have to be taken again
 
 
 @dataclass(frozen=True, slots=True)
 class NoticeRow(Row):
-    """A machine of the run announced its end."""
+    """Preemption notice: a machine of the run will be taken away."""
 
     kind: ClassVar[str] = "notice"
     source: str  # aws, gcp, azure, sigterm or ray
@@ -201,35 +195,35 @@ class WaitRow(Row):
     """The run cannot begin yet: machines that it needs have not joined the cluster."""
 
     kind: ClassVar[str] = "wait"
-    missing: (
-        str  # each resource that is short: needed, by whom, and there; empty where that is over
-    )
+    missing: str  # each resource that is short: needed, for what, and found; empty: it can begin
 
 
 @dataclass(frozen=True, slots=True)
 class StallRow(Row):
-    """A process did nothing for longer than the watchdog allows, and is killed; a teacher is
-    replaced, a rank's group is started again."""
+    """A process sent no heartbeat for longer than the watchdog allows, and is killed.
+
+    A teacher is replaced, the group of a rank is started again.
+    """
 
     kind: ClassVar[str] = "stall"
     role: Literal["student", "control", "teacher"]
     rank: int  # of a teacher, its replica
-    step: int  # that it was in; 0 for a teacher
+    step: int  # during which it stalled; 0 for a teacher
     phase: str  # data, reading, step, snapshot or start; of a teacher, start or work
     seconds: float  # without a heartbeat
-    stack: str  # of its threads, where it could be had
-    chunk: int | None = None  # that a rank was reading, or a teacher making
+    stack: str  # of its threads, where it could be read
+    chunk: int | None = None  # that a rank was reading, or a teacher was making
 
 
 @dataclass(frozen=True, slots=True)
 class SetAsideRow(Row):
-    """Sequences that no teacher could compute: their chunk is published without targets for
+    """Poison: sequences that every teacher failed at. Their chunk is published without targets for
     them."""
 
     kind: ClassVar[str] = "set_aside"
     chunk: int
     sequences: list[int]
-    reason: str  # the last failure's words
+    reason: str  # the error of the last failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +236,10 @@ class RepairRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class EvalRow(Row):
-    """The exact, dense comparison on held-out text. Entropies and divergences are means over target
-    tokens, in nats."""
+    """The dense scores of one model on held-out text: no compressed targets.
+
+    Entropies and divergences are means over target tokens, in nats.
+    """
 
     kind: ClassVar[str] = "eval"
     model: Literal["teacher", "student", "control"]
@@ -266,17 +262,17 @@ class EndRow(Row):
     message: str
     # role -> optimiser steps in this attempt, each as often as it was taken
     steps_taken: dict[str, int] = field(default_factory=dict)
-    # role -> optimiser steps that its weights have now, of all attempts
+    # role -> optimiser steps in its weights now, over all attempts
     steps_done: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class NewerRow(Row):
-    """Stands for a row of a kind that a later version writes. It is read and never recorded; of its
-    values only the time is known."""
+    """A row of a kind that only a later version knows. It is read and never recorded; of its values
+    only the time is known."""
 
     kind: ClassVar[str] = "newer"
-    name: str  # its kind
+    name: str  # the row's kind
 
 
 ROW_TYPES: dict[str, type[Row]] = {
@@ -304,10 +300,10 @@ ROW_TYPES: dict[str, type[Row]] = {
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a JSON value may stand in a column of this type.
+    """Whether a JSON value is valid for a field of this type.
 
-    A number without a fraction may stand for one with. Any text may stand for one of several: a
-    later version may know more of them.
+    An integer is valid for a float. Any text is valid for a Literal of texts, for a later version
+    may know more of them.
     """
     if type(value) is kind:
         return True
@@ -328,13 +324,14 @@ def is_of(value: Any, kind: Any) -> bool:
 
 
 class Tracker(Protocol):
-    """Anything that takes rows."""
+    """What events are recorded with: the journal, a view of it, or a test's list."""
 
-    def record(self, row: Row) -> None: ...
+    def record(self, event: Row) -> None: ...
 
 
-def latest_train_rows(rows: Iterable[Row], role: Role) -> list[TrainRow]:
-    """The last row for each step, in step order: after a resume, steps since the last checkpoint
-    are taken again."""
-    latest = {row.step: row for row in rows if isinstance(row, TrainRow) and row.role == role}
+def latest_train_rows(events: Iterable[Row], role: Role) -> list[TrainRow]:
+    """The last event of each step, in the order of steps: after a resume, steps since the last
+    checkpoint are taken again."""
+    steps = (event for event in events if isinstance(event, TrainRow) and event.role == role)
+    latest = {event.step: event for event in steps}
     return [latest[step] for step in sorted(latest)]

@@ -1,13 +1,13 @@
-"""`journal.jsonl`, the record of a run.
+"""`journal.jsonl`, the append-only record of a run: each event is a row, a line of JSON.
 
-Invariant: a row for which `Journal.record` has returned is on disk, whole, behind everything that
-was there before. Several processes append to one journal; what a killed one left half-written is
-cut off by whoever appends next, and never read. Each line ends with the CRC-32 of the rest of it,
-so that a flipped bit is found and not believed.
+Invariant: an event for which `Journal.record` has returned is on disk, whole, behind everything
+that was there before. Several processes append to one journal. A row that a killed process left
+half-written is never read, and the next process to append cuts it off. Each row ends with the
+CRC-32 of the rest of it, so that a flipped bit is found.
 
-Earlier versions wrote no checksums: a journal may begin with lines that have none. A later version
-may write kinds of rows, and values in them, that this one does not know: those are left out, where
-the line's checksum shows that it is as it was written.
+Earlier versions wrote no checksums: a journal may begin with rows that have none. A later version
+may write kinds of rows, and values in them, that this one does not know: they are left out, where
+the checksum shows that the row is as it was written.
 """
 
 import errno
@@ -40,22 +40,24 @@ _SEAL = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """The record of a run: a Tracker. It opens its file anew for each row, so it can be pickled and
-    sent to another process."""
+    """Appends events to a file: a Tracker.
+
+    The file is opened anew for each event, so a Journal can be pickled and sent to other processes.
+    """
 
     path: Path
     clock: Callable[[], float] = time.time
     files: FileLayer = DISK
 
-    def record(self, row: Row) -> None:
-        """Append one row and return when it is on disk, scrubbed of secrets.
+    def record(self, event: Row) -> None:
+        """Append one event, scrubbed of secrets, and return when it is on disk.
 
-        Raises StoreUnavailable while the disk is full, StoreError where it cannot be written for
-        another reason: the journal is as before.
+        Raises StoreUnavailable while the disk is full, and StoreError where the file cannot be
+        written for another reason: then the journal is as before.
         """
-        assert row.kind in ROW_TYPES, f"{row} cannot be read back"
-        stamped = scrubbed(row if row.time else replace(row, time=self.clock()))
-        values = {"kind": row.kind, "time": stamped.time} | asdict(stamped)
+        assert event.kind in ROW_TYPES, f"{event} cannot be read back"
+        stamped = scrubbed(event if event.time else replace(event, time=self.clock()))
+        values = {"kind": event.kind, "time": stamped.time} | asdict(stamped)
         line = json.dumps(
             {name: _finite_or_text(value) for name, value in values.items()}, allow_nan=False
         ).encode()
@@ -73,11 +75,12 @@ class Journal:
             _log.info("%s", _words(values), extra={SCRUBBED: True})
 
     def _append(self, line: bytes) -> None:
+        """Append a line under the file's lock, and sync it. At an OSError the file is as before."""
         descriptor = self.files.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_size == 0:
-                # a file that is new, and whose name may not be on disk
+                # the file is new: its name may not be on disk yet
                 self.files.sync_directory(self.path.parent)
             _cut_torn_line(descriptor, self.files)
             size = os.fstat(descriptor).st_size
@@ -86,26 +89,26 @@ class Journal:
                 self.files.sync(descriptor)
             except OSError:
                 with suppress(OSError):
-                    # or a row that is recorded again would be there twice
+                    # the caller may record the event again: it would be there twice
                     self.files.truncate(descriptor, size)
                 raise
         finally:
             os.close(descriptor)
 
 
-def scrubbed(row: Row) -> Row:
-    """The row without secrets."""
-    return replace(row, **scrub(asdict(row)))
+def scrubbed(event: Row) -> Row:
+    """The event without secrets."""
+    return replace(event, **scrub(asdict(event)))
 
 
 def _sealed(line: bytes) -> bytes:
-    """A line of JSON with its checksum as one more value."""
+    """A row with its checksum as one more value."""
     return line[:-1] + b', "crc": "%08x"}' % zlib.crc32(line)
 
 
 def _unsealed(line: bytes) -> tuple[bytes, bool]:
-    """The line without its checksum, and whether it had one. Raises ValueError where that is not
-    the line's."""
+    """The row without its checksum, and whether it had one. Raises ValueError where the checksum
+    differs."""
     seal = _SEAL.search(line)
     if seal is None:
         return line, False
@@ -116,13 +119,14 @@ def _unsealed(line: bytes) -> tuple[bytes, bool]:
 
 
 def _cut_torn_line(descriptor: int, files: FileLayer) -> None:
+    """Cut off a last line without a newline: its writer was killed."""
     size = os.fstat(descriptor).st_size
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
         files.truncate(descriptor, os.pread(descriptor, size, 0).rfind(b"\n") + 1)
 
 
 def _words(values: dict[str, Any]) -> str:
-    """A row as a line of the log."""
+    """An event as a line of the log."""
     shown = {
         name: f"{value:.6g}" if isinstance(value, float) else repr(value)
         for name, value in values.items()
@@ -132,29 +136,25 @@ def _words(values: dict[str, Any]) -> str:
 
 
 def _finite_or_text(value: Any) -> Any:
+    """JSON has no number that is not finite: those become text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class JournalReader:
-    """Reads a journal while others write it: each call hands out the rows that have become whole
-    since the last."""
+    """Reads a journal while other processes append to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.num_rows = 0  # handed out so far
-        self.num_shortened = (
-            0  # of these, how many have values of a later version, which were left out
-        )
+        self.num_rows = 0  # read so far
+        self.num_shortened = 0  # of these, rows whose values of a later version were left out
         self._offset = 0
-        self._is_sealed = (
-            False  # whether a line with a checksum was read: then those behind it have one, too
-        )
+        self._is_sealed = False  # whether a row had a checksum: all behind it must have one
 
     def new_rows(self) -> list[Row]:
-        """Rows in the order of the file, a NewerRow for each of a kind that this version does not
-        know; none while there is no file.
+        """The events whose rows were completed since the last call, in the order of the file.
 
-        Raises RunError at a line that is whole but is no row.
+        A NewerRow stands for each of a kind that this version does not know. There are none while
+        there is no file. Raises RunError at a line that is complete and is no row.
         """
         try:
             with self.path.open("rb") as file:
@@ -172,6 +172,7 @@ class JournalReader:
         return rows
 
     def _row(self, line: bytes, where: str) -> Row:
+        """The event of a complete line. Raises RunError where it is none."""
         try:
             text, is_sealed = _unsealed(line)
             if self._is_sealed and not is_sealed:
@@ -181,22 +182,25 @@ class JournalReader:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
                 f"{where} is not a row of this version's journal ({type(error).__name__}: "
-                f"{error}); "
-                "restore the file, or take that line out, then go on"
+                f"{error}); restore the file, or take that line out, then go on"
             ) from error
         self.num_shortened += not is_whole
         return row
 
 
 def read_journal(path: Path) -> list[Row]:
-    """Every whole row so far: none where there is no journal yet; a torn last line is left out.
-    Raises RunError at a broken line."""
+    """Every event so far: none where there is no journal yet; a torn last line is left out.
+
+    Raises RunError at a broken line.
+    """
     return JournalReader(path).new_rows()
 
 
 def _parsed(values: dict[str, Any], *, may_be_newer: bool) -> tuple[Row, bool]:
-    """The row of a line, and whether it has all of the line's values. Raises as Python does where
-    it is none."""
+    """The event of a row, and whether it has all of the row's values.
+
+    Raises ValueError, KeyError, TypeError or AttributeError where the values are no event.
+    """
     kind = values.pop("kind")
     if may_be_newer and type(kind) is str and kind not in ROW_TYPES:
         return _checked(NewerRow(kind, time=values["time"])), True
@@ -209,9 +213,9 @@ def _parsed(values: dict[str, Any], *, may_be_newer: bool) -> tuple[Row, bool]:
     return _checked(row_type(**found)), len(found) == len(values)
 
 
-def _checked(row: Row) -> Row:
-    """The row. Raises TypeError where a value is not of its column's type."""
-    for column in fields(row):
-        if not is_of(getattr(row, column.name), column.type):
-            raise TypeError(f"{column.name} is {getattr(row, column.name)!r:.100}")
-    return row
+def _checked(event: Row) -> Row:
+    """The event. Raises TypeError where a value is not of its field's type."""
+    for column in fields(event):
+        if not is_of(value := getattr(event, column.name), column.type):
+            raise TypeError(f"{column.name} is {value!r:.100}")
+    return event

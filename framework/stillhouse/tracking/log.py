@@ -3,12 +3,12 @@
     <run directory>/logs/<role>-<host>-<pid>.log
     2026-11-28T22:40:01.123Z ERROR teacher-3-host-712 stillhouse.teacher.actor: chunk 12: IndexError
 
-A file outlives its process, so the driver finds warnings by reading the files, and shows them on
-its standard error. A process that does not see the run directory writes to its own standard error,
+The driver reads the other processes' files, which outlive them, and shows their warnings on its
+standard error. A process that does not share the run directory writes to its own standard error,
 which Ray keeps on that machine, and sends its warnings to the coordinator, whose file has them.
 
-Every line is scrubbed of secrets and of what steers a terminal. All lines of a text but its first
-are indented: no text from outside can pass for a line of the log.
+Every line is scrubbed of secrets and of control sequences. All lines of a text but its first are
+indented, so that no text from outside can pass for a line of the log.
 """
 
 import logging
@@ -28,24 +28,18 @@ from pathlib import Path
 from stillhouse.errors import StillhouseError, StoreError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import printable, say
+from stillhouse.tracking.follow import followed
 
 _log = logging.getLogger(__name__)
 _ours = logging.getLogger("stillhouse")
 
-SCRUBBED = "stillhouse_scrubbed"  # an attribute of records that are scrubbed: events of every step
-# or not yet imported
-_LIBRARIES = (
-    "DeepSpeed",
-    "datasets",
-    "ray",
-    "ray.train",
-    "torch",
-    "transformers",
-)
+SCRUBBED = "stillhouse_scrubbed"  # an attribute of log records that need not be scrubbed again
+# Their loggers do not propagate, or will not once they are imported.
+_LIBRARIES = ("DeepSpeed", "datasets", "ray", "ray.train", "torch", "transformers")
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers")
 _WARNING = re.compile(r"\S+Z (?:WARNING|ERROR|CRITICAL) \S+ stillhouse[.:]")
 _LOOK_EVERY_S = 1.0
-_MOST_AT_ONCE = 10  # lines: one cause may make every process of a cluster warn
+_MOST_AT_ONCE = 10  # lines: one cause may make all processes of a cluster warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +47,17 @@ class LogPlace:
     """Where the processes of an attempt keep their logs; the driver hands it to each of them."""
 
     directory: Path
-    driver: str  # the name of the driver's file: a process that sees it shares the directory
+    driver: str  # the name of the driver's file: a process that finds it shares the directory
     attempt: int  # 0: of no attempt
-    level: int  # of our own lines; of libraries, warnings are kept
-    relay: Callable[[str], None] | None = None  # takes a line to the coordinator
+    level: int  # of Stillhouse's own lines; of libraries, warnings are kept
+    relay: Callable[[str], None] | None = None  # sends a line to the coordinator
 
 
 _handed_on: LogPlace | None = None
 
 
 def handed_on() -> LogPlace | None:
-    """What this driver hands to the processes that it starts; None where it keeps no log."""
+    """The LogPlace for the processes that this driver starts; None where it keeps no log."""
     return _handed_on
 
 
@@ -75,11 +69,11 @@ class _Formatter(logging.Formatter):
 
 
 def line_format(process: str) -> logging.Formatter:
-    """How a process writes: time, level, process, module and text."""
+    """The format of a process's lines: time, level, process, module and text."""
     text = f"%(asctime)s.%(msecs)03dZ %(levelname)s {process} %(name)s: %(message)s"
-    made = _Formatter(text, "%Y-%m-%dT%H:%M:%S")
-    made.converter = time.gmtime
-    return made
+    formatter = _Formatter(text, "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    return formatter
 
 
 @contextmanager
@@ -89,6 +83,7 @@ def driver_log(run_dir: Path, *, attempt: int = 0) -> Iterator[None]:
     The level is that of the logger `stillhouse`, INFO where it has none. Raises StoreError where no
     file can be made.
     """
+    # The driver's own file.
     global _handed_on
     directory, process = run_dir / "logs", _process("driver")
     path, level = directory / f"{process}.log", _ours.level or logging.INFO
@@ -100,6 +95,8 @@ def driver_log(run_dir: Path, *, attempt: int = 0) -> Iterator[None]:
             f"cannot write the log {path}: {error.strerror}; make room or give write access, then "
             "resume"
         ) from error
+
+    # Its lines, and the warnings of the processes that it starts.
     _handed_on = LogPlace(directory, path.name, attempt, level)
     try:
         with (
@@ -114,7 +111,7 @@ def driver_log(run_dir: Path, *, attempt: int = 0) -> Iterator[None]:
 
 @contextmanager
 def process_log(role: str, place: LogPlace | None) -> Iterator[None]:
-    """Keep the log of a process that the driver started, while the block or the process lasts."""
+    """Keep the log of a process that the driver started, while the block lasts."""
     process, level, relay = _process(role), logging.INFO, None
     handler: logging.Handler = logging.StreamHandler()
     if place is not None:
@@ -122,26 +119,27 @@ def process_log(role: str, place: LogPlace | None) -> Iterator[None]:
         try:
             (place.directory / place.driver).stat()
             handler = _LogFile(path, encoding="utf-8")
-        except OSError:  # not shared with this machine, or not to be written there
+        except OSError:  # the directory is not shared with this machine, or cannot be written
             relay = place.relay
-    with _kept(process, level, handler), nullcontext() if relay is None else _told(process, relay):
+    relaying = nullcontext() if relay is None else _warnings_sent(process, to=relay)
+    with _kept(process, level, handler), relaying:
         yield
 
 
 def terminal_log() -> AbstractContextManager[None]:
     """Show this driver's own warnings on standard error while the block lasts."""
-    return _told(_process("driver"), partial(say, error=True))
+    return _warnings_sent(_process("driver"), to=partial(say, error=True))
 
 
 @contextmanager
 def failures_logged(logger: logging.Logger, doing: str) -> Iterator[None]:
-    """Log what ends the block, with its traceback.
+    """Log the exception that ends the block, with its traceback.
 
-    An error of ours is no warning: whoever gets it tells the user.
+    A StillhouseError is logged as INFO: its message reaches the user another way.
     """
     try:
         yield
-    except GeneratorExit:  # an actor is sent away
+    except GeneratorExit:  # the actor is being stopped
         raise
     except BaseException as error:
         is_bug = isinstance(error, Exception) and not isinstance(error, StillhouseError)
@@ -151,9 +149,9 @@ def failures_logged(logger: logging.Logger, doing: str) -> Iterator[None]:
 
 
 class WarningReader:
-    """Reads our warnings in a directory's logs, while they are written.
+    """Reads Stillhouse's warnings in a directory's logs while processes write them.
 
-    What stands there at first is of earlier attempts, and left out, as is the file named `but`.
+    Lines that are there at first are of earlier attempts, and left out, as is the file named `but`.
     """
 
     def __init__(self, directory: Path, *, but: str) -> None:
@@ -162,12 +160,13 @@ class WarningReader:
         self.new_lines()
 
     def new_lines(self) -> list[str]:
-        """The first line of each that is new since the last call, file by file."""
+        """The first line of each warning since the last call, file by file."""
         return [
             line for path in sorted(self.directory.glob("*.log")) for line in self._new_in(path)
         ]
 
     def _new_in(self, path: Path) -> list[str]:
+        """The warnings in what was appended to a file since the last call."""
         offset = self._offsets.get(path.name, 0)
         if path.name == self._but or path.stat().st_size <= offset:
             return []
@@ -182,49 +181,38 @@ class WarningReader:
 @contextmanager
 def _shown(reader: WarningReader) -> Iterator[None]:
     """Show other processes' warnings, from a thread; by `say`, which tears no progress bar."""
-    stopped = threading.Event()
 
-    def follow() -> None:
-        while True:
-            last = stopped.wait(_LOOK_EVERY_S)
-            try:
-                lines = reader.new_lines()
-            except OSError:  # a file was removed, or its share does not answer: look again
-                lines = []
-            for line in lines[:_MOST_AT_ONCE]:
-                say(line, error=True)
-            if len(lines) > _MOST_AT_ONCE:
-                say(
-                    f"and {len(lines) - _MOST_AT_ONCE} more warnings in {reader.directory}",
-                    error=True,
-                )
-            if last:
-                return
+    def look() -> None:
+        try:
+            lines = reader.new_lines()
+        except OSError:  # a file was removed, or its file system does not answer: look again
+            return
+        for line in lines[:_MOST_AT_ONCE]:
+            say(line, error=True)
+        if len(lines) > _MOST_AT_ONCE:
+            num_more = len(lines) - _MOST_AT_ONCE
+            say(f"and {num_more} more warnings in {reader.directory}", error=True)
 
-    thread = threading.Thread(target=follow, name="warnings", daemon=True)
-    thread.start()
-    try:
+    with followed(look, every_s=_LOOK_EVERY_S, name="warnings"):
         yield
-    finally:
-        stopped.set()
-        thread.join()
 
 
 @contextmanager
 def _kept(process: str, level: int, handler: logging.Handler) -> Iterator[None]:
-    """Give the handler our lines from `level` on, and the warnings of libraries and of Python.
-
-    Exceptions that end a thread, or the block, are lines of ours.
-    """
+    """Send Stillhouse's lines from `level` on to the handler, with the warnings of libraries and of
+    Python, and the exceptions that end a thread or the block."""
+    # Change the process's logging.
     handler.setFormatter(line_format(process))
     handler.addFilter(_is_worth_a_line)
     level_before, propagate_before, hook_before = _ours.level, _ours.propagate, threading.excepthook
     _ours.setLevel(level)
-    _ours.propagate = False  # handlers of others do not scrub
+    _ours.propagate = False  # to handlers of the root, which do not scrub
     threading.excepthook = _log_thread
     logging.captureWarnings(True)
+
+    # Log the block, then change everything back.
     try:
-        with _added(handler, "", _ours.name), _added(_Carrier(handler), *_not_heard_at_the_root()):
+        with _added(handler, "", _ours.name), _added(_Carrier(handler), *_not_propagating()):
             versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONED)
             _log.info("begins: %s, Python %s", versions, sys.version.partition(" ")[0])
             try:
@@ -236,12 +224,13 @@ def _kept(process: str, level: int, handler: logging.Handler) -> Iterator[None]:
         logging.captureWarnings(False)
         _ours.setLevel(level_before)
         _ours.propagate, threading.excepthook = propagate_before, hook_before
-        with suppress(OSError):  # of a full disk
+        with suppress(OSError):  # the disk is full
             handler.close()
 
 
 @contextmanager
 def _added(handler: logging.Handler, *names: str) -> Iterator[None]:
+    """Add a handler to these loggers while the block lasts."""
     loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addHandler(handler)
@@ -253,30 +242,31 @@ def _added(handler: logging.Handler, *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told(process: str, tell: Callable[[str], None]) -> Iterator[None]:
-    handler = _Teller(tell)
+def _warnings_sent(process: str, *, to: Callable[[str], None]) -> Iterator[None]:
+    """Pass the first line of each of this process's warnings to a function."""
+    handler = _FirstLines(to)
     handler.setFormatter(line_format(process))
     handler.setLevel(logging.WARNING)
     with _added(handler, _ours.name):
         yield
 
 
-class _Teller(logging.Handler):
-    """Tells somebody the first line of each text: its traceback is in the file."""
+class _FirstLines(logging.Handler):
+    """Passes on the first line of each text: the traceback behind it is in the file."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, send: Callable[[str], None]) -> None:
         super().__init__()
-        self._tell = tell
+        self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._tell(self.format(record).partition("\n")[0])
+            self._send(self.format(record).partition("\n")[0])
         except Exception:
             self.handleError(record)
 
 
 class _Carrier(logging.Handler):
-    """Carries records to another handler: libraries set level and format of those they find."""
+    """Passes records on to another handler, whose level and format libraries then cannot change."""
 
     def __init__(self, to: logging.Handler) -> None:
         super().__init__()
@@ -288,27 +278,26 @@ class _Carrier(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """A full disk must neither end a run nor fill its terminal; the journal tells of it."""
+        """Do nothing: a full disk must not end a run; the journal records it."""
 
 
-def _not_heard_at_the_root() -> set[str]:
-    """Loggers of libraries that do not propagate, or may not once they are there.
+def _not_propagating() -> set[str]:
+    """Loggers of libraries whose records do not reach the root, or will not once they are imported.
 
-    Torch's traces, whose names have a `.__`, cost time where somebody hears them.
+    Torch's traces, whose names have a `.__`, are left out: they cost time once they have a handler.
     """
-    made = [
-        (name, each)
-        for name, each in [*logging.root.manager.loggerDict.items()]
-        if isinstance(each, logging.Logger)
-    ]
-    return {
-        *_LIBRARIES,
-        *(name for name, each in made if not each.propagate and ".__" not in name),
-    } - {_ours.name}
+    loggers = [*logging.root.manager.loggerDict.items()]
+    found = {
+        name
+        for name, logger in loggers
+        if isinstance(logger, logging.Logger) and not logger.propagate and ".__" not in name
+    }
+    return found.union(_LIBRARIES) - {_ours.name}
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Once: a record comes by its own logger, and by each above it."""
+    """Whether a record is one of ours or a warning, and new: it comes from its own logger and from
+    each logger above."""
     is_new = not hasattr(record, "stillhouse_kept")
     record.stillhouse_kept = True
     return is_new and (
@@ -317,6 +306,7 @@ def _is_worth_a_line(record: logging.LogRecord) -> bool:
 
 
 def _log_thread(ended: threading.ExceptHookArgs) -> None:
+    """Log the exception that ended a thread."""
     if ended.exc_type is not SystemExit and ended.exc_value is not None:
         name = "a thread" if ended.thread is None else f"thread {ended.thread.name}"
         found = (ended.exc_type, ended.exc_value, ended.exc_traceback)

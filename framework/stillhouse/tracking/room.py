@@ -1,5 +1,4 @@
-"""Rows wait for room: a tracker that records a row again and again while the journal's disk is
-full."""
+"""A tracker that waits while the journal's disk is full, and then records the event."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,17 +7,18 @@ from time import monotonic, sleep, time
 from stillhouse.retry import Patience, Tell, insist
 from stillhouse.tracking.events import Row, Tracker
 
-# A run whose journal waits stands still, so it says so soon. A local disk may be asked often.
+# A run stands still while its journal waits, so the user is told soon. Tries at a local disk are
+# cheap, so they are frequent.
 ROOM_PATIENCE = Patience(tell_after_s=3.0, last_pause_s=2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatientTracker:
-    """Hands rows on to another tracker. While that one has no room for a row, the caller waits with
-    it, so rows stay in order.
+    """Records events with another tracker, and tries again while that one has no room.
 
-    `record` raises StoreUnavailable at the end of the patience, and what else the tracker raises at
-    once. `tell` says on a terminal that the run waits: the journal cannot.
+    The caller waits meanwhile, so events stay in order. `record` raises StoreUnavailable at the end
+    of the patience, and any other error at once. `tell` shows the user that the run waits, which
+    the journal cannot record.
     """
 
     tracker: Tracker
@@ -28,9 +28,9 @@ class PatientTracker:
     clock: Callable[[], float] = monotonic
     wall: Callable[[], float] = time
 
-    def record(self, row: Row) -> None:
-        # when it happened, not when there was room
-        stamped = row if row.time else replace(row, time=self.wall())
+    def record(self, event: Row) -> None:
+        # the time at which it happened, not at which there was room
+        stamped = event if event.time else replace(event, time=self.wall())
         insist(
             lambda: self.tracker.record(stamped),
             patience=self.patience,

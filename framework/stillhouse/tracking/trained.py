@@ -1,5 +1,7 @@
-"""What a journal shows was trained: which steps, under which schedule, by how many ranks. A config
-holds only what was asked for last."""
+"""What was trained, as the journal shows it: which steps, under which schedule, by how many ranks.
+
+The config does not show it: it holds only what was asked for last.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from stillhouse.tracking.events import Role, Row, StartRow, TrainRow
 
 _ROLES: tuple[Role, ...] = ("student", "control")
-_SETTINGS = {  # of a schedule, as a config names them
+_SETTINGS = {  # the fields of a schedule, as the config names them
     "learning_rate": "student.learning_rate",
     "min_learning_rate": "student.min_learning_rate",
     "warmup_steps": "student.warmup_steps",
@@ -17,7 +19,7 @@ _SETTINGS = {  # of a schedule, as a config names them
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """All that the learning rate of a step follows from. It may change between attempts."""
+    """All that decides the learning rate of a step. It may change between attempts."""
 
     learning_rate: float
     min_learning_rate: float
@@ -25,6 +27,7 @@ class Schedule:
     total_steps: int
 
     def words(self) -> str:
+        """The schedule in a phrase."""
         return (
             f"learning rate {self.learning_rate:g}, warm-up steps {self.warmup_steps:,}, "
             f"then a cosine to {self.min_learning_rate:g} at step {self.total_steps:,}"
@@ -33,15 +36,16 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Neighbouring steps that were trained under one schedule."""
+    """Consecutive steps that were trained under one schedule."""
 
     first_step: int
     last_step: int
-    schedule: Schedule | None  # None: its attempt was of a version that did not journal it
+    schedule: Schedule | None  # None: the journal is of a version that did not write it
     peak_learning_rate: float
     world_sizes: tuple[int, ...]  # how many ranks took its steps, ascending
 
     def words(self) -> str:
+        """Its schedule in a phrase, or what is known of it."""
         if self.schedule is not None:
             return self.schedule.words()
         return (
@@ -51,7 +55,7 @@ class Stretch:
 
 
 def schedule_of(start: StartRow) -> Schedule | None:
-    """What an attempt asked for."""
+    """The schedule that an attempt asked for; None where its version did not write it."""
     if start.learning_rate is None or start.min_learning_rate is None or start.warmup_steps is None:
         return None
     return Schedule(
@@ -59,16 +63,16 @@ def schedule_of(start: StartRow) -> Schedule | None:
     )
 
 
-def stretches(rows: Iterable[Row], role: Role, *, until: int | None = None) -> list[Stretch]:
-    """The steps that led to the weights after step `until`, or to the newest ones, as they were
-    last taken."""
-    taken = {
-        step: each for step, each in _taken(rows, role).items() if until is None or step <= until
-    }
+def stretches(events: Iterable[Row], role: Role, *, until: int | None = None) -> list[Stretch]:
+    """The steps that led to the weights after step `until`, or to the newest weights.
+
+    A step that was taken again counts as it was last taken.
+    """
     found: list[Stretch] = []
-    for step in sorted(taken):
-        row, schedule = taken[step]
-        own = Stretch(step, step, schedule, row.learning_rate, (row.world_size,))
+    for step, (event, schedule) in sorted(_taken(events, role).items()):
+        if until is not None and step > until:
+            break
+        own = Stretch(step, step, schedule, event.learning_rate, (event.world_size,))
         if found and found[-1].last_step == step - 1 and found[-1].schedule == schedule:
             found[-1] = _joined(found[-1], own)
         else:
@@ -76,22 +80,25 @@ def stretches(rows: Iterable[Row], role: Role, *, until: int | None = None) -> l
     return found
 
 
-def _taken(rows: Iterable[Row], role: Role) -> dict[int, tuple[TrainRow, Schedule | None]]:
-    """Each step's last row, and the schedule of its attempt. Steps after one that is taken again
-    are not part of what follows from it."""
+def _taken(events: Iterable[Row], role: Role) -> dict[int, tuple[TrainRow, Schedule | None]]:
+    """Each step's last event, and the schedule of its attempt.
+
+    Where a step is taken again, the steps behind it no longer lead to the weights.
+    """
     schedule: Schedule | None = None
     taken: dict[int, tuple[TrainRow, Schedule | None]] = {}
-    for row in rows:
-        if isinstance(row, StartRow):
-            schedule = schedule_of(row)
-        elif isinstance(row, TrainRow) and row.role == role:
-            for later in [step for step in taken if step > row.step] if row.step in taken else ():
-                del taken[later]
-            taken[row.step] = (row, schedule)
+    for event in events:
+        if isinstance(event, StartRow):
+            schedule = schedule_of(event)
+        elif isinstance(event, TrainRow) and event.role == role:
+            if event.step in taken:
+                taken = {step: each for step, each in taken.items() if step < event.step}
+            taken[event.step] = (event, schedule)
     return taken
 
 
 def _joined(one: Stretch, other: Stretch) -> Stretch:
+    """Two neighbouring stretches of one schedule as one."""
     return replace(
         one,
         last_step=other.last_step,
@@ -101,7 +108,7 @@ def _joined(one: Stretch, other: Stretch) -> Stretch:
 
 
 def words_of(found: Sequence[Stretch]) -> str:
-    """The schedules in force, with the steps of each where there are several or where some steps
+    """The schedules in words, with the steps of each where there are several, or where some steps
     are not in the journal."""
     if len(found) == 1 and found[0].first_step == 1:
         return found[0].words()
@@ -111,6 +118,7 @@ def words_of(found: Sequence[Stretch]) -> str:
 
 
 def _in_turn(found: Sequence[Stretch]) -> Iterator[tuple[int, int, str]]:
+    """First step, last step and words of each stretch, and of each gap between two."""
     expected = 1
     for each in found:
         if each.first_step > expected:
@@ -120,11 +128,12 @@ def _in_turn(found: Sequence[Stretch]) -> Iterator[tuple[int, int, str]]:
 
 
 def nothing_left(earlier: Sequence[Row], start: StartRow) -> str:
-    """What an attempt says that trains nothing, because all steps are committed: which of its
-    settings have no effect.
+    """The message of an attempt that has nothing to train, because all its steps are committed, and
+    which of its settings have no effect.
 
-    Empty where there is something to train, or where the attempt does not train.
+    Empty where there are steps to train, or where the attempt does not train.
     """
+    # Whether all steps are committed.
     committed, asked = start.committed_steps, schedule_of(start)
     if not committed or asked is None or min(committed.values()) < start.total_steps:
         return ""
@@ -135,6 +144,8 @@ def nothing_left(earlier: Sequence[Row], start: StartRow) -> str:
         else f"nothing left to train: {steps:,} steps are committed, and {start.total_steps:,} "
         "are asked for"
     )
+
+    # Settings that were changed since.
     without_effect = [
         words
         for role in _ROLES
@@ -150,8 +161,8 @@ def nothing_left(earlier: Sequence[Row], start: StartRow) -> str:
 
 
 def _without_effect(found: Sequence[Stretch], asked: Schedule) -> Iterator[str]:
-    """The settings of a schedule under which no step was taken, each with those that were in
-    force."""
+    """The settings of a schedule under which no step was taken, each with the values under which
+    steps were taken."""
     known = [each.schedule for each in found if each.schedule is not None]
     for name, value in asdict(asked).items():
         in_force = dict.fromkeys(getattr(schedule, name) for schedule in known)

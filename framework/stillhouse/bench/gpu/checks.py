@@ -157,7 +157,7 @@ def loss(scale: Scale, recorder: Recorder) -> None:
     """The student's two kernels, and loss and gradients beside those of float64."""
     device = torch.device(scale.device)
     with recorder.attempt("the kernels' own test"):
-        self_test = head_passes_triton.defect(device)
+        self_test = head_passes_triton.self_test_failure(device)
         recorder.tell("the kernels' own test", self_test is None, why=self_test or "passed")
     for num_draws in (0, scale.default_draws):
         # inputs

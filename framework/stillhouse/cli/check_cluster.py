@@ -1,0 +1,139 @@
+"""`stillhouse check`, its third part: room in the cluster, and an estimate of the hours."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from stillhouse.cli import estimate
+from stillhouse.cli.findings import Findings
+from stillhouse.cluster.placement import placement, shortages, student_needs, teacher_needs
+from stillhouse.cluster.session import attached, lacks, remarks
+from stillhouse.config import ClusterSection, Config, ModelSection
+from stillhouse.errors import ConfigError
+from stillhouse.pipeline import Plan
+
+
+def check_cluster(plan: Plan, found: Findings) -> None:
+    """Describe the cluster and what each process needs of it; estimate the hours on GPUs."""
+    config, section = plan.config, plan.config.cluster
+    found.obstacles += lacks(section)
+    found.notes += remarks(section)
+
+    # what there is, and what is missing
+    try:
+        available = _available(section)
+        _processes(config, available, found)
+        needs = teacher_needs(config.teacher) | student_needs(config.student)
+        missing = shortages(needs, available)
+    except ConfigError as error:
+        found.obstacles.append(str(error))
+        return
+    _hours(plan, available, found)
+
+    # what to do about it
+    cure = (
+        "name a larger cluster in cluster.address"
+        if section.address is None
+        else "add machines to the cluster"
+    )
+    lower = "lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
+    found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
+    if not missing:
+        _replicas_that_fit(config, available, found)
+    if section.address is not None and "://" not in config.store.url:
+        found.notes.append(
+            f"store.url is a directory, {config.store.url}: every machine of the cluster has "
+            "to see the same one"
+        )
+
+
+def _available(section: ClusterSection) -> Mapping[str, float]:
+    """The resources of the cluster, by name; of a cluster started here, those it would have."""
+    if section.address is not None:
+        with attached(section) as resources:
+            return dict(resources)
+    return {
+        "CPU": float(section.num_cpus or os.cpu_count() or 1),
+        "GPU": float(torch.cuda.device_count()),
+    }
+
+
+def _processes(config: Config, available: Mapping[str, float], found: Findings) -> None:
+    teacher, student = config.teacher, config.student
+    replicas = f"{teacher.min_replicas:,}"
+    if teacher.max_replicas > teacher.min_replicas:
+        replicas += f" to {teacher.max_replicas:,}"
+    found.add(
+        "cluster",
+        f"{config.cluster.address or 'this machine'}: {available.get('CPU', 0):g} CPUs, "
+        f"{available.get('GPU', 0):g} GPUs",
+        f"teachers: {replicas}, each with {_needs(teacher, available)}",
+        f"student ranks: {student.num_workers:,}, each with {_needs(student, available)}",
+    )
+
+
+def _needs(section: ModelSection, available: Mapping[str, float]) -> str:
+    where = placement(section, available)
+    amounts = ", ".join(f"{amount:g} {name}" for name, amount in where.times(1).items())
+    return f"{amounts} (on {where.device})"
+
+
+def _replicas_that_fit(config: Config, available: Mapping[str, float], found: Findings) -> None:
+    teacher, beside = config.teacher, student_needs(config.student)
+    most = max(
+        count
+        for count in range(teacher.max_replicas + 1)
+        if not shortages({"teachers": (teacher, count)} | beside, available)
+    )
+    if most < teacher.max_replicas:
+        found.notes.append(
+            f"teacher.max_replicas is {teacher.max_replicas:,}: {most:,} fit beside the "
+            "student now, the others join when there is room"
+        )
+
+
+def _hours(plan: Plan, available: Mapping[str, float], found: Findings) -> None:
+    """Estimate the hours where the size of both models is known and both run on GPUs."""
+    config, corpus, recipe = plan.config, plan.sources.train, plan.recipe
+    teacher_place = placement(config.teacher, available)
+    student_place = placement(config.student, available)
+    on_cpu = "cpu" in (teacher_place.device, student_place.device)
+    if on_cpu or found.num_parameters.keys() != {"teacher", "student"}:
+        return
+
+    # targets of every sequence that is read, once; training on each as often as it is read
+    card = estimate.card_of(available) or estimate.ASSUMED
+    num_scored = min(len(plan.chunks) * recipe.chunk_sequences, corpus.num_sequences)
+    num_trained = plan.total_steps * config.student.global_batch_sequences
+    checkpointing = config.student.activation_checkpointing
+    teacher_cards = config.teacher.max_replicas * teacher_place.num_gpus
+    student_cards = config.student.num_workers * student_place.num_gpus
+    scoring = estimate.scoring_hours(
+        found.num_parameters["teacher"],
+        num_scored * corpus.sequence_length,
+        card=card,
+        num_cards=teacher_cards,
+    )
+    training = estimate.training_hours(
+        found.num_parameters["student"],
+        num_trained * corpus.sequence_length,
+        checkpointing=checkpointing,
+        card=card,
+        num_cards=student_cards,
+    )
+
+    again = ", and as much again for the control" if config.evaluate.control else ""
+    found.add(
+        "hours",
+        f"targets {_hours_words(scoring)} on {teacher_cards:g} {card},"
+        f" training {_hours_words(training)} on {student_cards:g} {card}{again}",
+        f"by arithmetic: {estimate.FORWARD_OPERATIONS} operations a parameter and token for "
+        f"targets, {estimate.training_operations(checkpointing)} for training, at"
+        f" {estimate.FORWARD_SHARE:.0%} and {estimate.TRAINING_SHARE:.0%} of its data sheet's "
+        f"{estimate.PEAK_TFLOPS[card]:g} TFLOP/s",
+    )
+
+
+def _hours_words(hours: float) -> str:
+    return f"about {hours:.2g} h" if hours >= 0.1 else "minutes"

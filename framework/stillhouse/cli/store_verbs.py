@@ -1,0 +1,82 @@
+"""The verbs `stillhouse store ...`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillhouse import api
+from stillhouse.cli.run_verbs import planned
+
+store_app = typer.Typer(help="Look at, verify and tidy a chunk store.", no_args_is_help=True)
+
+StoreUrl = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL", help="A directory, or s3://, gs:// or az:// with bucket and prefix."
+    ),
+]
+
+
+@store_app.command(name="ls")
+def store_ls(url: StoreUrl) -> None:
+    """The recipes in a store, and how much of each is there."""
+    from stillhouse.cli import store
+
+    store.list_store(url)
+
+
+@store_app.command(name="stat")
+def store_stat(
+    url: StoreUrl,
+    fingerprint: Annotated[
+        str,
+        typer.Argument(metavar="[FINGERPRINT]", help="Its first digits; default: every recipe."),
+    ] = "",
+) -> None:
+    """Every field of a recipe, and which of its chunks are missing."""
+    from stillhouse.cli import store
+
+    store.show_recipes(url, fingerprint)
+
+
+@store_app.command(name="verify")
+def store_verify(
+    url: StoreUrl,
+    quarantine: Annotated[
+        bool,
+        typer.Option(
+            "--quarantine", help="Move damaged chunks away: `produce` then makes them again."
+        ),
+    ] = False,
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            "--repair",
+            metavar="RUN_DIR|CONFIG",
+            help="Make damaged chunks of this run's recipe again, with its teacher.",
+        ),
+    ] = None,
+) -> None:
+    """Read every chunk and check every bit of it; exit code 1 where any is damaged, and was not
+    repaired."""
+    from stillhouse.cli import store
+
+    if repair is not None:
+        store.repair(url, api.open_run(repair) if repair.is_dir() else planned([repair]))
+        return
+    store.verify(url, quarantine=quarantine)
+
+
+@store_app.command(name="sweep")
+def store_sweep(
+    url: StoreUrl,
+    older_than_hours: Annotated[
+        float,
+        typer.Option("--older-than-hours", min=0.0, help="A younger one may still be written."),
+    ] = 24.0,
+) -> None:
+    """Remove what killed writers left behind, and name what lies in quarantine."""
+    from stillhouse.cli import store
+
+    store.tidy(url, older_than_s=older_than_hours * 3600)

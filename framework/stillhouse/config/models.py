@@ -1,0 +1,255 @@
+"""The sections [teacher] and [student]: a model, its workers, and what they do with it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stillhouse import suggestions
+from stillhouse.config.fields import (
+    DIVERGENCES,
+    Amount,
+    BatchSize,
+    Beta,
+    BlockSize,
+    Count,
+    CountOrZero,
+    Dtype,
+    Fraction,
+    LearningRate,
+    LossWeight,
+    Name,
+    NumProcesses,
+    Seconds,
+    Section,
+    Seed,
+    shown,
+)
+from stillhouse.extension import is_extension
+
+
+class ModelSection(Section):
+    """A causal language model: its source, its number format and the resources of each process."""
+
+    model: Name = Field(description="a Hugging Face hub name, or a local directory")
+    revision: str | None = Field(
+        None,
+        description="a branch, tag or commit of a hub model; resolved to a commit when the run "
+        "is planned",
+    )
+    trust_remote_code: bool = Field(
+        False, description="run Python code that the model repository ships"
+    )
+    dtype: Dtype = Field("bfloat16", description="number format of weights and activations")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one"
+    )
+    num_cpus: Amount = Field(
+        1.0,
+        description="CPUs that Ray reserves for each process; below 1, processes share a core",
+    )
+    num_gpus: Annotated[float, Field(ge=0.0, le=1024.0)] | None = Field(
+        None, description="GPUs that Ray reserves for each process; none: 1 on cuda, 0 on cpu"
+    )
+    resources: dict[str, Amount] = Field(
+        {}, description="custom Ray resources for each process, such as {spot = 1}"
+    )
+
+
+class TeacherSection(ModelSection):
+    """The teacher and its pool of actors."""
+
+    engine: str = Field(
+        "transformers",
+        description="what runs the teacher: transformers, or 'package.module:name', a "
+        "TeacherEngine of your own",
+    )
+    min_replicas: NumProcesses = Field(1, description="actors that must be up before a run begins")
+    max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
+    batch_sequences: BatchSize = Field(4, description="sequences in one forward pass")
+    block_tokens: BlockSize = Field(
+        1024, description="tokens whose logits are in memory at one time"
+    )
+    logits: Literal["exact", "fast"] = Field(
+        "exact",
+        description="exact: float32 logits; fast: in the teacher's dtype, which is faster at the "
+        "head, and whose bfloat16 rounding loses more than the codec",
+    )
+    max_failures: Count = Field(
+        3,
+        description="failed attempts at a chunk, or at one sequence of it, before it is given up",
+    )
+    max_set_aside: CountOrZero = Field(
+        8, description="sequences that no teacher could compute before the run fails"
+    )
+    lease_timeout_s: Seconds = Field(
+        3600.0,
+        description="seconds after which a chunk is leased to a second teacher as well",
+    )
+    watchdog_s: Seconds = Field(
+        300.0,
+        description="seconds without a heartbeat after which an actor is killed and replaced; a "
+        "chunk may take longer than that",
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _is_an_engine(cls, name: str) -> str:
+        if name == "transformers" or is_extension(name):
+            return name
+        raise ValueError(
+            f"no engine {name!r}; known: transformers, or 'package.module:name' for one of your own"
+        )
+
+    @model_validator(mode="after")
+    def _replicas_are_a_range(self) -> "TeacherSection":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, above max_replicas, which is "
+                f"{self.max_replicas}"
+            )
+        return self
+
+
+class StudentSection(ModelSection):
+    """The student, its ranks, its loss, its optimiser and its checkpoints."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="number format of weights and activations; the optimiser is in float32",
+    )
+    init: Literal["weights", "config"] = Field(
+        "weights",
+        description="weights: start from the model's weights; config: from random ones of its "
+        "config",
+    )
+    tokenizer: Name | None = Field(
+        None,
+        description="a hub name or a local directory; none: the tokenizer saved with the model",
+    )
+    num_workers: NumProcesses = Field(1, description="ranks, one to a device")
+    min_workers: NumProcesses | None = Field(
+        None,
+        description="the fewest ranks to train with while machines are lost; none: num_workers",
+    )
+    max_failures: CountOrZero = Field(
+        3, description="losses of ranks in a row, without a new checkpoint, before the run fails"
+    )
+    watchdog_s: Seconds = Field(
+        300.0,
+        description="seconds without progress after which a rank is named, killed and replaced",
+    )
+    regroup_s: Seconds = Field(
+        60.0, description="seconds between attempts to bring back ranks that were lost"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what DeepSpeed ZeRO divides among the ranks: 0 nothing, 1 Adam's states, 2 "
+        "gradients too, 3 weights too",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass: less memory, a third more "
+        "time",
+    )
+    global_batch_sequences: BatchSize = Field(
+        64, description="sequences in one optimiser step, over all ranks"
+    )
+    micro_batch_sequences: BatchSize = Field(
+        4, description="sequences in one forward pass of one rank"
+    )
+    block_tokens: BlockSize | None = Field(
+        None,
+        description="tokens whose logits are in memory at one time; none: chosen for the device",
+    )
+    epochs: Count = Field(1, description="passes over the training sequences")
+    max_steps: Count | None = Field(
+        None, description="optimiser steps after which training ends; none: all epochs"
+    )
+    learning_rate: LearningRate = Field(
+        1e-4, description="peak learning rate of AdamW, reached after the warm-up"
+    )
+    min_learning_rate: Fraction = Field(
+        0.0, description="learning rate at the end of the cosine schedule"
+    )
+    warmup_steps: CountOrZero = Field(
+        100, description="optimiser steps of linear warm-up, before the cosine begins"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = Field(
+        0.1, description="AdamW's weight decay, of matrices only"
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's beta1 and beta2")
+    gradient_clip: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="L2 norm to which the gradient of a step is clipped; 1e30 never clips"
+    )
+    divergence: str = Field(
+        "forward_kl",
+        description="the loss: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, "
+        "tvd, or 'package.module:name', a Divergence of your own; forward_kl is unbiased with "
+        "draws, the others see the tail as one bucket and need entries that hold 80 % of the mass",
+    )
+    tail_as_bucket: bool = Field(
+        False,
+        description="train on one bucket for the tail however little mass the entries hold; "
+        "forward_kl never needs this",
+    )
+    divergence_weight: Fraction = Field(
+        1.0, description="weight of the divergence; 0 trains on the text alone"
+    )
+    mix: Fraction = Field(
+        0.5,
+        description="beta of jsd, alpha of the skewed divergences; unused by the others",
+    )
+    ce_weight: LossWeight = Field(
+        0.0, description="weight of the cross-entropy to the text's next token"
+    )
+    z_loss_weight: LossWeight = Field(
+        0.0,
+        description="weight of the squared log-sum-exp of the logits, which keeps them from "
+        "drifting; PaLM took 1e-4",
+    )
+    seed: Seed = Field(0, description="seed of the training order and of random weights")
+    shuffle_window_chunks: Count = Field(
+        4, description="neighbouring chunks among which sequences are mixed"
+    )
+    checkpoint_every_steps: Count = Field(200, description="optimiser steps between checkpoints")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints to keep")
+    checkpoint_url: str | None = Field(
+        None,
+        description="none: in the run directory; or a directory or s3://, gs:// or az:// that "
+        "outlives every machine",
+    )
+    prefetch_batches: Annotated[int, Field(ge=1, le=1 << 16)] = Field(
+        4, description="batches that the loader reads ahead"
+    )
+
+    @field_validator("divergence")
+    @classmethod
+    def _is_a_divergence(cls, name: str) -> str:
+        if name in DIVERGENCES or is_extension(name):
+            return name
+        raise ValueError(
+            f"wanted {', '.join(DIVERGENCES)}, or 'package.module:name' of your own; found "
+            f"{shown(name)}{suggestions.value(name, DIVERGENCES)}"
+        )
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> "StudentSection":
+        if self.divergence_weight == 0.0 and self.ce_weight == 0.0:
+            raise ValueError(
+                "divergence_weight and ce_weight are both 0: the student would learn nothing; set "
+                "one of them above 0"
+            )
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError(
+                'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
+            )
+        needs_mix = self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl")
+        if needs_mix and not 0.0 < self.mix < 1.0:
+            raise ValueError(
+                f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1"
+            )
+        return self

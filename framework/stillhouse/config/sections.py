@@ -1,0 +1,218 @@
+"""The other sections, and the whole: `Config`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stillhouse.config.fields import (
+    DIVERGENCES,
+    BatchSize,
+    BlockSize,
+    Count,
+    Name,
+    NoticeSource,
+    NumBytes,
+    Seconds,
+    Section,
+    Seed,
+)
+from stillhouse.config.models import StudentSection, TeacherSection
+from stillhouse.extension import is_extension
+
+
+class CorpusSection(Section):
+    """The documents, and how they become sequences of one length."""
+
+    source: str = Field(
+        "corpus",
+        description="corpus: documents, tokenised and packed; 'package.module:name' opens Sources "
+        "of your own",
+    )
+    dataset: Name = Field(
+        description="a hub data set; local text, json(l), parquet or arrow files, a glob or a "
+        "directory; or 'stdlib', the Python files of the standard library"
+    )
+    subset: str | None = Field(None, description="the hub data set's configuration name")
+    split: str = Field("train", description="the data set's split")
+    revision: str | None = Field(None, description="a branch, tag or commit of a hub data set")
+    format: Literal["text", "chat"] = Field(
+        "text", description="text: plain documents; chat: lists of {role, content} messages"
+    )
+    column: str | None = Field(
+        None, description="the column to read; none: 'text' for text, 'messages' for chat"
+    )
+    packing: bool = Field(
+        True,
+        description="pack documents end to end, none of which attends to another; false pads each "
+        "conversation to a sequence (chat only)",
+    )
+    sequence_length: Annotated[int, Field(ge=2, le=1 << 24)] = Field(
+        2048, description="tokens in one sequence"
+    )
+    max_documents: Annotated[int, Field(ge=1, le=10**12)] | None = Field(
+        None, description="documents to read at most, after the shuffle; none: all"
+    )
+    heldout_sequences: Count = Field(
+        64,
+        description="sequences set apart for evaluation, from documents that are never trained on",
+    )
+    seed: Seed = Field(0, description="seed of the shuffle of documents")
+
+    @model_validator(mode="after")
+    def _padding_is_for_chat(self) -> "CorpusSection":
+        if self.format == "text" and not self.packing:
+            raise ValueError(
+                "packing = false pads conversations, but format is 'text'; set format = \"chat\" "
+                "or leave packing on"
+            )
+        return self
+
+    @field_validator("source")
+    @classmethod
+    def _is_a_source(cls, name: str) -> str:
+        if name == "corpus" or is_extension(name):
+            return name
+        raise ValueError(
+            f"no source {name!r}; known: corpus, or 'package.module:name' for one of your own"
+        )
+
+    @property
+    def text_column(self) -> str:
+        return self.column or ("text" if self.format == "text" else "messages")
+
+
+class TargetSection(Section):
+    """The target of a token: what is kept of the teacher's distribution."""
+
+    k: Annotated[int, Field(ge=0, le=4096)] = Field(
+        8, description="entries: the likeliest tokens, kept with their log-probabilities"
+    )
+    tail_draws: Annotated[int, Field(ge=0, le=4096)] = Field(
+        40,
+        description="draws from the tail, which make forward_kl unbiased and which no other "
+        "divergence uses; 0: the tail is one bucket",
+    )
+    value_bits: Literal[6, 8] = Field(8, description="bits of each kept log-probability")
+    temperature: Annotated[float, Field(ge=0.01, le=100.0)] = Field(
+        1.0, description="targets are of softmax(logits / temperature)"
+    )
+
+    @model_validator(mode="after")
+    def _something_is_kept(self) -> "TargetSection":
+        if self.k == 0 and self.tail_draws == 0:
+            raise ValueError(
+                "k and tail_draws are both 0: nothing of the teacher would be kept; set one of "
+                "them above 0"
+            )
+        return self
+
+
+class StoreSection(Section):
+    """The store of chunks."""
+
+    url: str = Field(
+        "runs/store", description="a directory, or s3://, gs:// or az:// with bucket and prefix"
+    )
+    chunk_sequences: BatchSize = Field(64, description="sequences in one chunk")
+    window_bytes: NumBytes = Field(
+        4 << 30,
+        description="bytes of chunks that teachers may be ahead of the slowest student of a run",
+    )
+    retain: Literal["all", "until-read"] = Field(
+        "all",
+        description="until-read: `run` deletes a chunk once every registered consumer has read it "
+        "and has that in a checkpoint",
+    )
+
+
+class EvaluateSection(Section):
+    """The dense comparison of student and teacher on held-out text, at the end of a run."""
+
+    control: bool = Field(
+        False,
+        description="also train a control student on the text alone: same tokens, same seed",
+    )
+    batch_sequences: BatchSize = Field(4, description="sequences in one forward pass")
+    block_tokens: BlockSize = Field(
+        512, description="tokens whose two dense distributions are in memory at one time"
+    )
+
+
+class TrackingSection(Section):
+    """Weights & Biases, as a view of the journal."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="auto: online where an API key is found, else offline"
+    )
+    project: str = Field("stillhouse", description="W&B project")
+    entity: str | None = Field(None, description="W&B user or team; none: the key's default")
+    tags: tuple[str, ...] = Field((), description="W&B tags of the run")
+    run_id: str | None = Field(
+        None,
+        description="W&B run id; none: derived from the run directory's first start, and the same "
+        "after a resume",
+    )
+
+
+class ClusterSection(Section):
+    """The Ray cluster."""
+
+    address: str | None = Field(
+        None, description="a running cluster: 'auto' or host:port; none: start one on this machine"
+    )
+    num_cpus: Annotated[int, Field(ge=1, le=1 << 16)] | None = Field(
+        None, description="CPUs of the cluster started here; none: every core"
+    )
+    join_s: Annotated[float, Field(ge=0.0, le=1e9)] = Field(
+        600.0, description="seconds to wait for machines that have not joined the cluster yet"
+    )
+    threads: Annotated[int, Field(ge=1, le=4096)] = Field(
+        1, description="torch threads of each teacher and student process on the CPU"
+    )
+    notices: NoticeSource = Field(
+        "auto",
+        description="the cloud whose metadata server is polled for preemption notices; auto: the "
+        "one that answers",
+    )
+    grace_s: Seconds = Field(
+        30.0, description="seconds between SIGTERM and SIGKILL, as Kubernetes or Slurm are set to"
+    )
+
+
+class Config(Section):
+    """The configuration of a run."""
+
+    corpus: CorpusSection
+    teacher: TeacherSection
+    student: StudentSection
+    target: TargetSection = TargetSection()
+    store: StoreSection = StoreSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    tracking: TrackingSection = TrackingSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _the_divergence_can_use_the_target(self) -> "Config":
+        student = self.student
+        uses_entries_only = student.divergence in DIVERGENCES[1:] and student.divergence_weight > 0
+        if self.target.k == 0 and uses_entries_only:
+            raise ValueError(
+                f'target.k is 0, and student.divergence is "{student.divergence}", which learns '
+                'nothing from draws; set student.divergence = "forward_kl", or keep entries'
+            )
+        return self
+
+
+def section_types() -> dict[str, type[Section]]:
+    """The sections by name, in order."""
+    types = {}
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        types[name] = field.annotation
+    return types
+
+
+def names_by_section() -> dict[str, list[str]]:
+    """The names in each section, and those of the sections under ''."""
+    types = section_types()
+    return {"": list(types)} | {name: list(kind.model_fields) for name, kind in types.items()}

@@ -1,0 +1,161 @@
+"""From a config to its plan: revisions are resolved, tokenizers compared, the sources opened, and
+the recipe is named."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from stillhouse.cluster.machine import why_too_long
+from stillhouse.config import Config, ModelSection, TargetSection, TeacherSection
+from stillhouse.engines.choice import engine_named, require_capable
+from stillhouse.errors import ConfigError
+from stillhouse.logits import TargetSpec
+from stillhouse.losses.divergences import divergence_named
+from stillhouse.models import (
+    ModelIdentity,
+    check_same_ids,
+    load_tokenizer,
+    model_identity,
+    require_whole_weights,
+    tokenizer_digest,
+    vocab_size_of,
+)
+from stillhouse.pipeline.plan import Plan
+from stillhouse.sequences.source import open_sources
+from stillhouse.store import ChunkStore, Recipe
+from stillhouse.store.object_store import Blobs
+from stillhouse.terminal import one_line
+
+_Section = TypeVar("_Section", bound=ModelSection)
+
+_SHOW_EVERY_DOCUMENTS = 100
+
+
+def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
+    """The plan of a config. Raises ModelError, CorpusError, CacheError or ConfigError for what
+    cannot be used, weights that are not whole included, before anything heavy starts."""
+    if (reason := why_too_long(run_dir)) is not None:
+        raise ConfigError(f"--run-dir: {reason}; choose shorter names")
+    require_whole_weights(config.teacher.model)
+    if config.student.init == "weights":
+        require_whole_weights(config.student.model)
+    return resolved(config, run_dir=run_dir, cache_dir=cache_dir)
+
+
+def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
+    """As `make_plan`, for a run that may be finished: the weights that its student began with need
+    not be there any more. A corpus is tokenised once, into `cache_dir`."""
+    # the models: what the engine can do, and the revisions that the run is pinned to
+    engine = engine_named(config.teacher.engine)
+    require_capable(engine.describe(config.teacher), config.target, engine=config.teacher.engine)
+    identity = engine.identity(config.teacher, cache_dir=cache_dir)
+    teacher = _pinned(config.teacher, identity)
+    student = _pinned(config.student, model_identity(config.student, cache_dir=cache_dir))
+
+    # one tokenizer for both, and a target and a divergence that fit it
+    tokenizer = _tokenizer_of(teacher)
+    own = student.tokenizer
+    check_same_ids(tokenizer, _tokenizer_of(student) if own is None else load_tokenizer(own))
+    digest, spec = tokenizer_digest(tokenizer), _spec(config.target, vocab_size_of(tokenizer))
+    divergence_named(student.divergence, student.mix)  # a user's own is imported and tried
+
+    # the sequences
+    with _tokenising(config.corpus.dataset) as on_progress:
+        sources = open_sources(
+            config.corpus,
+            tokenizer,
+            tokenizer_digest=digest,
+            block_sequences=config.store.chunk_sequences,
+            cache_dir=cache_dir,
+            on_progress=on_progress,
+        )
+
+    # the recipe, and the URLs as every worker sees them
+    corpus = sources.train.identity
+    recipe = Recipe(
+        corpus_digest=corpus.digest if corpus.kind == "corpus" else ":".join(corpus),
+        num_sequences=sources.train.num_sequences,
+        sequence_length=config.corpus.sequence_length,
+        packing="packed" if config.corpus.packing else "padded",
+        chunk_sequences=config.store.chunk_sequences,
+        tokenizer_digest=digest,
+        teacher_digest=identity.digest,
+        teacher_dtype=_number_format(config.teacher),
+        **asdict(spec),
+    )
+    url = ChunkStore(config.store.url, recipe).url
+    checkpoint_url = _absolute(student.checkpoint_url)
+    sections = {
+        "teacher": teacher,
+        "student": student.model_copy(update={"checkpoint_url": checkpoint_url}),
+        "store": config.store.model_copy(update={"url": url}),
+    }
+    config = config.model_copy(update=sections)
+    return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
+
+
+def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
+    """The section with its revision resolved and a local directory absolute: a worker's working
+    directory is another one."""
+    path = Path(section.model).expanduser()
+    model = str(path.resolve()) if path.is_dir() else section.model
+    return section.model_copy(update={"model": model, "revision": identity.revision})
+
+
+def _tokenizer_of(section: ModelSection) -> PreTrainedTokenizerFast:
+    return load_tokenizer(
+        section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+
+
+def _spec(section: TargetSection, vocab_size: int) -> TargetSpec:
+    """The target that the config asks for. Raises ConfigError where the vocabulary has no such
+    target."""
+    try:
+        return TargetSpec(
+            vocab_size,
+            section.k,
+            num_draws=section.tail_draws,
+            value_bits=section.value_bits,
+            temperature=section.temperature,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"[target] {error}") from None
+
+
+def _number_format(teacher: TeacherSection) -> str:
+    """The teacher's number format, and that of its logits where it is another."""
+    is_one_format = teacher.logits == "fast" or teacher.dtype == "float32"
+    return teacher.dtype if is_one_format else f"{teacher.dtype}+float32"
+
+
+def _absolute(checkpoint_url: str | None) -> str | None:
+    """The same location from a worker's working directory. Raises ConfigError where only one
+    process would see it."""
+    if checkpoint_url is None:
+        return None
+    if checkpoint_url.startswith("memory:"):
+        raise ConfigError(
+            "student.checkpoint_url is in memory, which is lost with its process; set it to a "
+            "directory or a bucket"
+        )
+    return Blobs(checkpoint_url).url
+
+
+@contextmanager
+def _tokenising(dataset: str) -> Iterator[Callable[[int, int], None]]:
+    """Show on the terminal how far tokenising is; nothing is shown for a corpus that is cached."""
+    with Console(stderr=True).status(Text(one_line(f"reading {dataset}"))) as status:
+
+        def on_progress(num_documents: int, num_tokens: int) -> None:
+            if num_documents % _SHOW_EVERY_DOCUMENTS == 0:
+                counts = f"{num_documents:,} documents, {num_tokens:,} tokens"
+                status.update(Text(one_line(f"tokenising {dataset}: {counts}")))
+
+        yield on_progress

@@ -1,0 +1,46 @@
+"""The teachers of a run: a pool of Ray actors that make targets."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stillhouse.cluster.processes import local_secrets
+from stillhouse.errors import ChangedWeightsError
+from stillhouse.models import forget_identity
+from stillhouse.pipeline.plan import Targets
+from stillhouse.pipeline.session import Session
+from stillhouse.pool.dispatcher import Dispatcher
+from stillhouse.pool.retention import Retention
+from stillhouse.sequence import WorkItem
+from stillhouse.teacher.actor import Ready, TeacherJob
+from stillhouse.teacher.pool import comparison, limits_of
+from stillhouse.teacher.ray_backend import RayBackend
+
+
+@contextmanager
+def teacher_pool(
+    targets: Targets, session: Session, *, consumers: Retention | None = None
+) -> Iterator[Dispatcher[WorkItem, Ready]]:
+    """A pool of teachers that makes the targets, to be run. `consumers` of the store keep it within
+    the window ahead of them; without them nothing holds it back."""
+    section, store, cluster = targets.teacher, targets.store, session.cluster
+    backend = RayBackend(
+        TeacherJob(section, store.recipe, store.url, cluster.threads, cluster.notices),
+        where=session.place_of(section),
+        secrets=local_secrets(),
+        coordinator=session.coordinator,
+    )
+    try:
+        yield Dispatcher(
+            backend,
+            limits_of(section),
+            compare=comparison(store.recipe),
+            store=store,
+            order=targets.chunks,
+            item_of=targets.item_of,
+            window_chunks=targets.window_chunks,
+            journal=session.journal,
+            retention=consumers,
+        )
+    except ChangedWeightsError:  # the next plan looks at the weights themselves
+        forget_identity(section, cache_dir=targets.cache_dir)
+        raise

@@ -1,0 +1,105 @@
+"""The report's list of facts: models, corpus, targets, schedule, ranks and versions of a run.
+
+They are taken from the journal where it has them: a config holds only what was asked for last.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stillhouse.report.markup import escape
+from stillhouse.report.summary import Summary
+from stillhouse.report.words import date, short_name
+from stillhouse.tracking import schedule_of, words_of
+
+Config = Mapping[str, Mapping[str, Any]]  # section -> setting -> value
+
+
+def facts_list(summary: Summary, config: Config) -> str:
+    """The facts as a table of two columns; one that is not known is left out."""
+    start = summary.start
+    found = [*_of_the_targets(summary, config), *_of_the_training(summary, config)]
+    body = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+        for name, value in found
+        if value
+    )
+    recipe = f"<tr><th>Recipe</th><td><code>{escape(start.recipe_fingerprint)}</code></td></tr>"
+    return f'<table class="facts"><tbody>{body}{recipe}</tbody></table>'
+
+
+def _of_the_targets(summary: Summary, config: Config) -> list[tuple[str, str]]:
+    """Models, corpus, chunks and targets, each as (name, value)."""
+    start, corpus, target = summary.start, config.get("corpus", {}), config.get("target", {})
+    dataset = corpus.get("dataset")
+    corpus_words = _listed(
+        ("", dataset and short_name(str(dataset))),
+        ("", corpus.get("subset")),
+        ("split", corpus.get("split")),
+    )
+    target_words = _listed(
+        ("k", start.k),
+        ("draws", target.get("tail_draws")),
+        ("bits", target.get("value_bits")),
+        ("temperature", target.get("temperature")),
+    )
+    length = f"{start.sequence_length:,} tokens, {start.num_targets:,} target tokens"
+    return [
+        ("Teacher", short_name(start.teacher)),
+        ("Student", short_name(start.student)),
+        ("Corpus", corpus_words),
+        ("Sequences", f"{start.num_sequences:,} of {length}"),
+        ("Chunks", f"{start.num_chunks:,}, of which this run computed {len(summary.chunks):,}"),
+        ("Targets", target_words),
+    ]
+
+
+def _of_the_training(summary: Summary, config: Config) -> list[tuple[str, str]]:
+    """Loss, schedule, steps, ranks and versions, each as (name, value)."""
+    start, student = summary.start, config.get("student", {})
+    terms = [
+        (student.get("divergence_weight"), student.get("divergence")),
+        (student.get("ce_weight"), "cross-entropy"),
+    ]
+    batch = student.get("global_batch_sequences")
+    control = ", and as many of a control on the text alone" if start.control else ""
+    return [
+        ("Loss", " + ".join(f"{weight} × {name}" for weight, name in terms if weight)),
+        ("Optimiser", _listed(("AdamW, sequences a step", batch))),
+        *_schedules(summary),
+        ("Steps", f"{_steps(summary)}{control}"),
+        ("Ranks", f"{num_ranks(summary)}, DeepSpeed ZeRO stage {start.zero_stage}"),
+        ("Attempts", f"{summary.num_attempts}, the first begun {date(summary.first_time)}"),
+        ("Versions", _listed(*sorted(start.versions.items()))),
+    ]
+
+
+def _listed(*parts: tuple[str, Any]) -> str:
+    """Names and values, without those that have no value."""
+    return ", ".join(f"{name} {value}".strip() for name, value in parts if value is not None)
+
+
+def _schedules(summary: Summary) -> list[tuple[str, str]]:
+    """The learning rates of the steps that were taken; before the first, those asked for."""
+    trained = {role: words_of(found) for role, found in summary.trained.items()}
+    if not trained:
+        asked = schedule_of(summary.start)
+        return [("Schedule", f"{asked.words()}; no step was taken yet")] if asked else []
+    if len(set(trained.values())) == 1:
+        return [("Schedule", next(iter(trained.values())))]
+    return [(f"Schedule of the {role}", words) for role, words in trained.items()]
+
+
+def _steps(summary: Summary) -> str:
+    total = summary.start.total_steps
+    taken = summary.student[-1].step if summary.student else total
+    return f"{total:,}" if taken == total else f"{taken:,} taken, {total:,} asked for last"
+
+
+def num_ranks(summary: Summary) -> str:
+    """How many ranks took the student's steps, such as "2 to 4"; before the first step, how many
+    are asked for."""
+    stretches = summary.trained.get("student", ())
+    sizes = sorted({size for each in stretches for size in each.world_sizes})
+    if not sizes:
+        return f"{summary.start.world_size}"
+    return f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

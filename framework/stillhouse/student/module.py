@@ -1,0 +1,74 @@
+"""A student as a plain PyTorch module: a causal LM whose forward returns the whole loss.
+
+Shapes: T target tokens, H hidden, V vocabulary.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stillhouse.config import StudentSection
+from stillhouse.logits import Head
+from stillhouse.losses.distillation import LossTerms, distillation_loss
+from stillhouse.losses.divergences import divergence_named
+from stillhouse.models import head_of
+from stillhouse.models.batch import hidden_at
+from stillhouse.student.loader import MicroBatch
+
+
+class DistillationHead(nn.Module):
+    """The LM head and the loss as one submodule, which owns the head's weight: ZeRO-3 gathers a
+    module's parameters for its forward, so that the weight is gathered once for all token
+    blocks."""
+
+    def __init__(
+        self, head: Head, weight: nn.Parameter, bias: nn.Parameter | None, section: StudentSection
+    ):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._head_without_weights = replace(head, weight_VH=torch.empty(0), bias_V=None)
+        self._vocab_size = head.vocab_size
+        self._divergence = divergence_named(section.divergence, section.mix)
+        self._section = section
+
+    def forward(self, hidden_TH: Tensor, batch: MicroBatch) -> LossTerms:
+        head = replace(
+            self._head_without_weights,
+            weight_VH=_first_rows(self.weight, self._vocab_size),
+            bias_V=None if self.bias is None else _first_rows(self.bias, self._vocab_size),
+        )
+        return distillation_loss(
+            hidden_TH,
+            head,
+            batch.target,
+            divergence=self._divergence,
+            labels_T=batch.tokens.labels_T,
+            ce_weight=self._section.ce_weight,
+            divergence_weight=self._section.divergence_weight,
+            z_loss_weight=self._section.z_loss_weight,
+            block_tokens=self._section.block_tokens,
+        )
+
+
+class StudentModule(nn.Module):
+    """A causal LM from a micro-batch to its loss. Only positions that have a target reach the
+    head."""
+
+    def __init__(self, lm: PreTrainedModel, *, section: StudentSection, vocab_size: int):
+        super().__init__()
+        self.lm = lm
+        output = lm.get_output_embeddings()
+        head, bias = head_of(lm, vocab_size=vocab_size), getattr(output, "bias", None)
+        self.head = DistillationHead(head, output.weight, bias, section)
+
+    def forward(self, batch: MicroBatch) -> LossTerms:
+        terms: LossTerms = self.head(hidden_at(self.lm, batch.tokens), batch)
+        return terms
+
+
+def _first_rows(parameter: nn.Parameter, num_rows: int) -> Tensor:
+    """The first rows; the parameter itself where it has no more, since the gradient of a slice is
+    copied into one of the whole."""
+    return parameter if parameter.shape[0] == num_rows else parameter[:num_rows]
