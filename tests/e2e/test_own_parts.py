@@ -76,10 +76,10 @@ def start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
         "PYTHONPATH": f"{config.parent / 'outside'}{os.pathsep}{os.environ['PYTHONPATH']}",
         "XDG_CACHE_HOME": str(config.parent / "cache"),
     }
-    log = (config.parent / "log").open("ab")
-    return subprocess.Popen(
-        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    with (config.parent / "log").open("ab") as log:
+        return subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def rows_of(run_dir: Path) -> list[Row]:

@@ -95,8 +95,10 @@ def answer_of(process: "subprocess.Popen[str]", request: dict[str, Any]) -> dict
 def end_with_its_input(process: "subprocess.Popen[str]") -> None:
     """Close a server's input, and wait for it to end."""
     assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.close()
     process.wait(timeout=60)
+    process.stdout.close()
 
 
 def answers_to() -> IO[str]:
