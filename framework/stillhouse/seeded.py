@@ -20,10 +20,12 @@ def splitmix64(x: Numbers) -> Numbers:
     mixed: Any = x
     mixed = (mixed ^ shifted(mixed, 30)) * _FIRST_FACTOR
     mixed = (mixed ^ shifted(mixed, 27)) * _SECOND_FACTOR
-    return mixed ^ shifted(mixed, 31)
+    finished: Numbers = mixed ^ shifted(mixed, 31)
+    return finished
 
 
 def shifted(x: Numbers, num_bits: int) -> Numbers:
     """x >> num_bits, where an int64 is read as an unsigned number."""
     values: Any = x
-    return (values >> num_bits) & ((1 << (64 - num_bits)) - 1)
+    kept: Numbers = (values >> num_bits) & ((1 << (64 - num_bits)) - 1)
+    return kept

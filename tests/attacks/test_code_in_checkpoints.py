@@ -199,7 +199,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("plant", [beside_the_rest, in_the_old_format, as_a_plain_pickle, instead])
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_are_read_without_running_code(
-    scene: Scene, plant: Callable[[Path, Bomb], None], stage: int, tmp_path: Path
+    scene: Scene, plant: Callable[..., None], stage: int, tmp_path: Path
 ) -> None:
     for name in scene.pickles(stage):
         marker = tmp_path / f"{name}-ran"
@@ -218,7 +218,7 @@ def test_weights_are_read_without_running_code(
 @pytest.mark.parametrize("plant", [beside_the_rest, in_the_old_format, as_a_plain_pickle, instead])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_checkpoint_is_converted_without_running_code(
-    scene: Scene, plant: Callable[[Path, Bomb], None], stage: int, tmp_path: Path
+    scene: Scene, plant: Callable[..., None], stage: int, tmp_path: Path
 ) -> None:
     for name in scene.pickles(stage):
         marker = tmp_path / f"{name}-ran"

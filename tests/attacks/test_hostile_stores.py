@@ -91,7 +91,7 @@ def test_a_recipe_that_is_none_is_refused_by_name(store: ChunkStore, text: str) 
         ChunkStore.create(store.url, store.recipe)
 
 
-def recipe_values(**changes: object) -> dict[str, Any]:
+def recipe_values(**changes: Any) -> dict[str, Any]:
     return {**json.loads(small_recipe().canonical_json()), **changes}
 
 

@@ -197,5 +197,7 @@ def test_the_last_row_of_a_journal_has_no_secret(tiny_world: TinyWorld, tmp_path
         for row in read_journal(tmp_path / "run" / "journal.jsonl")
         if isinstance(row, StartRow | EndRow)
     )
+    assert isinstance(start, StartRow)
+    assert isinstance(end, EndRow)
     assert start.command == "stillhouse run --token (redacted)"
     assert end.message == '401 {"api_key": "(redacted)"}, then (redacted)'

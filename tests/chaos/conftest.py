@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def long_form(request: pytest.FixtureRequest) -> bool:
     """Whether there is time: `make chaos`, and not `make test`."""
-    return request.config.getoption("--chaos-seeds", 0) > 0
+    return int(request.config.getoption("--chaos-seeds", 0)) > 0
 
 
 @pytest.fixture(scope="package")

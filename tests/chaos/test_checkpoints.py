@@ -118,7 +118,7 @@ def steady(job: TrainJob, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     return steady
 
 
-def in_folder(job: TrainJob, folder: Path, **changes: object) -> TrainJob:
+def in_folder(job: TrainJob, folder: Path, **changes: Any) -> TrainJob:
     return replace(job, run_dir=folder, section=job.section.model_copy(update=changes))
 
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_waits_for_a_store_that_is_away_says_why_and_is_committed_w
     def on_commit(*plan: Any) -> None:
         committed.append(plan)
 
-    only = {
+    only: dict[str, Any] = {
         "origin": ORIGIN,
         "attempt": "a",
         "rank": 0,

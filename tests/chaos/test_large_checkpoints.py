@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import xxhash
@@ -38,7 +39,7 @@ def test_5_gb_are_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.Mon
     assert max(grown) < MOST_BYTES
 
 
-def write_sparsely(file, piece: memoryview) -> None:
+def write_sparsely(file: BinaryIO, piece: memoryview) -> None:
     zeros = bytes(1 << 16)
     for start in range(0, len(piece), len(zeros)):
         part = piece[start : start + len(zeros)]

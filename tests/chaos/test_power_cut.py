@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.calls import must_not_be_called
 from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.damage import cut_power, file_system_in
@@ -36,7 +37,7 @@ def publish_and_commit(root: Path) -> None:
         world_size=1,
         keep=2,
         on_commit=on_commit,
-        on_delay=pytest.fail,
+        on_delay=must_not_be_called,
     ) as writer:
         for step in STEPS:
             writer.submit(snapshot_of(step, num_floats=50_000))

@@ -7,19 +7,21 @@ Checkpoints have tests of their own.
 import io
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import boto3
 import numpy as np
 import psutil
 import pytest
 
+from helpers.calls import must_not_be_called
 from helpers.chunks import make_chunk, small_recipe
 from helpers.command import as_toml, stillhouse
 from helpers.damage import flip_bit, leave_no_room, places, small_disk, with_flipped_bit
@@ -37,10 +39,11 @@ from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_since, config_of
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.retry import Patience
+from stillhouse.sequence import WorkItem
 from stillhouse.sequences import Corpus, prepare_corpus
 from stillhouse.store import Chunk, ChunkStore, Consumer, consumers, verify_store
 from stillhouse.student.loader import BatchReader
-from stillhouse.teacher.actor import TeacherJob, publish_when_possible
+from stillhouse.teacher.actor import Ready, TeacherJob, publish_when_possible
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import (
@@ -84,19 +87,9 @@ def refusal(look: Callable[[], object]) -> str | None:
 
 
 def same_rows(chunk: Chunk, other: Chunk) -> bool:
-    pairs = zip(
-        (
-            chunk.sequences.token_ids_SL,
-            chunk.sequences.positions_SL,
-            chunk.sequences.loss_mask_SL,
-            chunk.targets_NB,
-        ),
-        (
-            other.sequences.token_ids_SL,
-            other.sequences.positions_SL,
-            other.sequences.loss_mask_SL,
-            other.targets_NB,
-        ),
+    pairs: Iterator[tuple[Any, Any]] = zip(
+        (*chunk.sequences.arrays, chunk.targets_NB),
+        (*other.sequences.arrays, other.targets_NB),
         strict=True,
     )
     return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
@@ -224,7 +217,7 @@ class FullDisk:
 def full_disk(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> FullDisk:
     folder, said, over = tmp_path_factory.mktemp("full"), io.StringIO(), threading.Event()
     with small_disk(folder / "disk", num_bytes=64 << 20) as disk:
-        everything_on_it = {
+        everything_on_it: dict[str, Any] = {
             "store": {"url": str(disk / "store"), "window_bytes": WINDOW_BYTES},
             "student": SHORT_STUDENT,
         }
@@ -424,7 +417,7 @@ def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go
     )
     tiny_world.fill_store(plan)
     store = ChunkStore(plan.config.store.url, plan.recipe)
-    expected = batches_of(plan, on_bad_chunk=pytest.fail)
+    expected = batches_of(plan, on_bad_chunk=must_not_be_called)
     damaged = plan.chunks[3]
     path = Path(store.url) / store.key(damaged)
     whole = path.read_bytes()
@@ -459,7 +452,9 @@ def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go
     require_kept(journal.rows, store=store)
 
 
-def pool_of(plan: Plan, coordinator: Coordinator, journal: ListTracker) -> Dispatcher:
+def pool_of(
+    plan: Plan, coordinator: Coordinator, journal: ListTracker
+) -> Dispatcher[WorkItem, Ready]:
     section = plan.config.teacher
     store = ChunkStore(plan.config.store.url, plan.recipe)
     job = TeacherJob(section, plan.recipe, store.url, threads=1, notices="off")
@@ -484,7 +479,7 @@ def batches_of(
     """What a student of one rank is given: the sequences of each step, and the ids of their tokens
     and targets."""
     store = ChunkStore(plan.config.store.url, plan.recipe)
-    whole = {
+    whole: dict[str, Any] = {
         "rank": 0,
         "world_size": 1,
         "micro_batch": 8,
@@ -492,7 +487,7 @@ def batches_of(
         "stop": NUM_STEPS,
         "prefetch": 2,
     }
-    report = {
+    report: dict[str, Any] = {
         "on_bad_chunk": lambda number: on_bad_chunk(number) and None,
         "on_outage": refuse_outage,
     }

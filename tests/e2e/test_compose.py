@@ -136,7 +136,7 @@ def service(name: str) -> Service:
     demo += "".join(f" --set '{each}'" for each in SMALLER)
     unshared = demo + " --set 'student.checkpoint_url = \"/runs/unshared\"'"
     return Service(
-        [*shell, f"{begin}\n{unshared} && exit 99\nexec {demo}"], found.environment | SECRETS
+        [*shell, f"{begin}\n{unshared} && exit 99\nexec {demo}"], {**found.environment, **SECRETS}
     )
 
 

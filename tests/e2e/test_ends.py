@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from time import monotonic, sleep
@@ -43,6 +44,10 @@ def rays_place() -> Iterator[Path]:
 def rows_of(plan: Plan) -> list[Row]:
     path = plan.run_dir / "journal.jsonl"
     return read_journal(path) if path.exists() else []
+
+
+def is_held(s3: FaultyS3, name: str) -> bool:
+    return any(f"/{name}/" in request.path for request in s3.held)
 
 
 def until(condition: Callable[[], bool], *, words: Callable[[], str]) -> None:
@@ -98,10 +103,7 @@ def test_a_command_whose_head_or_raylet_dies_ends_in_one_line_and_a_row(
             for name, plan in plans.items()
         }
         for name, command in commands.items():
-            until(
-                lambda name=name: any(f"/{name}/" in request.path for request in faulty_s3.held),
-                words=command.words,
-            )
+            until(partial(is_held, faulty_s3, name), words=command.words)
             kill(command.pid, victims[name])
         for name, plan in plans.items():
             command = commands[name]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import psutil
 import pytest
@@ -35,7 +36,7 @@ PATIENCE_S = 240.0
 def config(tmp_path: Path) -> Path:
     make_model(tmp_path / "teacher", vocab_size=300, weight_std=0.3, seed=1)
     make_model(tmp_path / "student", vocab_size=300, hidden_size=16, seed=2)
-    values = {
+    values: dict[str, dict[str, Any]] = {
         "corpus": {"source": "own_parts.source:sums", "dataset": "sums", "sequence_length": 24},
         "teacher": {
             "model": str(tmp_path / "teacher"),
@@ -75,10 +76,10 @@ def start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
         "PYTHONPATH": f"{config.parent / 'outside'}{os.pathsep}{os.environ['PYTHONPATH']}",
         "XDG_CACHE_HOME": str(config.parent / "cache"),
     }
-    log = (config.parent / "log").open("ab")
-    return subprocess.Popen(
-        command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    with (config.parent / "log").open("ab") as log:
+        return subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def rows_of(run_dir: Path) -> list[Row]:

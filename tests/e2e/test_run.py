@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import boto3
 import pytest
@@ -227,7 +228,7 @@ def disturbed(
     """With its checkpoints in a bucket, too, so that another run directory can name them."""
     folder = tmp_path_factory.mktemp("disturbed")
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="grappa")
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "store": {"url": "s3://grappa/casks", "retain": "until-read"},
         "cluster": {"num_cpus": 4},
     }
@@ -395,12 +396,13 @@ def test_report_and_model_card_say_what_was_trained(
 def test_a_run_directory_is_refused_to_another_recipe_and_another_batch(
     undisturbed: Plan, tiny_world: TinyWorld
 ) -> None:
-    def again(**changes: dict[str, object]) -> Plan:
-        store = {"url": undisturbed.config.store.url}
-        return tiny_world.plan(
-            undisturbed.run_dir,
-            **{"store": store, "teacher": TEACHERS, "student": STUDENT, **changes},
-        )
+    def again(**changes: dict[str, Any]) -> Plan:
+        settings: dict[str, dict[str, Any]] = {
+            "store": {"url": undisturbed.config.store.url},
+            "teacher": TEACHERS,
+            "student": STUDENT,
+        }
+        return tiny_world.plan(undisturbed.run_dir, **(settings | changes))
 
     with pytest.raises(RecipeError, match=r"target\.k: 8 -> 9"):
         pipeline.run(again(target={"k": 9}))

@@ -4,6 +4,7 @@ and the commit before is found."""
 import json
 import random
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def mutant(rng: random.Random, kind: str, whole: bytes) -> bytes:
 
 def is_sealed(data: bytes, kind: str) -> bool:
     whole = json.loads(data)
-    return whole["xxh3"] == xxhash.xxh3_64_hexdigest(canonical(whole[kind]))
+    return bool(whole["xxh3"] == xxhash.xxh3_64_hexdigest(canonical(whole[kind])))
 
 
 def without_strange_keys(data: bytes) -> Any:
@@ -74,6 +75,7 @@ def test_a_manifest_is_a_commit_as_it_was_written_or_the_one_before_is_chosen(
         read = bounded(lambda: choose(blobs, lambda _: "").commit, num_bytes=len(data) + FEW_BYTES)
         if read != sound:
             num_read += 1
+            assert read is not None
             assert canonical(asdict(read)) == canonical(without_strange_keys(data)), data
             assert read.manifest == last.manifest, data
             assert is_sealed(data, "commit"), data
@@ -83,6 +85,7 @@ def test_a_manifest_is_a_commit_as_it_was_written_or_the_one_before_is_chosen(
                 for name in read.files
             ), data
         chosen = bounded(lambda: newest(str(tmp_path)), num_bytes=len(data) + FEW_BYTES)
+        assert chosen is not None
         assert chosen in (sound, read), data
         assert chosen == sound or verify(blobs, last, chosen.files) == "", data
     assert num_read > 0
@@ -98,7 +101,7 @@ def test_old_commits_go_and_new_folders_stay_whatever_the_manifests_say(
         damaged = root / rng.choice(("step-00000004.json", "step-00000008.json"))
         damaged.write_bytes(mutant(rng, "commit", damaged.read_bytes()))
         bounded(
-            lambda root=root: retain(Blobs(str(root)), 2),
+            partial(retain, Blobs(str(root)), 2),
             num_bytes=damaged.stat().st_size if damaged.exists() else FEW_BYTES,
         )
         assert newest(str(root)) == last

@@ -5,6 +5,7 @@ The mutants' checksums and hashes are made right again, so that every rule below
 """
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,13 +153,12 @@ def test_a_chunk_is_read_where_the_page_allows_it_and_refused_with_chunk_error_e
     for _ in range(MUTANTS):
         data = mutant(rng, whole, recipe)
         found = bounded(
-            lambda data=data: read(data, recipe, number), num_bytes=len(data), refusal=ChunkError
+            partial(read, data, recipe, number), num_bytes=len(data), refusal=ChunkError
         )
         wanted = page_reads(data, recipe, number)
         assert (found is None) == (wanted is None), data.hex()
-        assert bounded(
-            lambda data=data: is_whole(data, num_bytes=len(data)), num_bytes=len(data)
-        ) in (True, False)
+        look = partial(is_whole, data, num_bytes=len(data))
+        assert isinstance(bounded(look, num_bytes=len(data)), bool)
         if found is not None and wanted is not None:
             num_read += 1
             assert found.sequences.token_ids_SL.tolist() == wanted["token_ids"], data.hex()
@@ -187,7 +187,7 @@ def test_rows_are_read_as_they_were_written_or_refused_with_chunk_error(
             (mutated_bytes(rng, pieces[at]), pieces[at][:-1], pieces[rng.randrange(4)])
         )
         found = bounded(
-            lambda row=row, pieces=pieces: unpack_rows(index, [row], [pieces]),
+            partial(unpack_rows, index, [row], [pieces]),
             num_bytes=len(data),
             refusal=ChunkError,
         )
@@ -211,7 +211,7 @@ def test_an_index_is_read_whole_or_refused_with_chunk_error_whatever_a_server_sa
         )
         sealed = sealed_chunk(head, num_rows=num_rows)
         index = bounded(
-            lambda sealed=sealed, size=size: parse_index(sealed, recipe, number, num_bytes=size),
+            partial(parse_index, sealed, recipe, number, num_bytes=size),
             num_bytes=len(data),
             refusal=ChunkError,
         )

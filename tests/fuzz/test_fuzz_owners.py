@@ -4,6 +4,7 @@ error."""
 import json
 import random
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from helpers.bounded import bounded
@@ -36,7 +37,7 @@ def test_a_record_names_its_holder_or_says_that_it_cannot_be_read(rng: random.Ra
     num_read = 0
     for _ in range(MUTANTS):
         data = mutant(rng)
-        record = bounded(lambda data=data: use(data), num_bytes=len(data))
+        record = bounded(partial(use, data), num_bytes=len(data))
         assert record is not None
         assert record.data == data
         if record.holder is not None:

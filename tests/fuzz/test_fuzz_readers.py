@@ -4,6 +4,7 @@ computed, or it is reported as unknown; never an error."""
 import json
 import random
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from helpers.bounded import bounded
@@ -61,7 +62,7 @@ def test_a_consumers_file_is_understood_or_unknown_and_others_are_found_beside_i
             ) == dumps(json.loads(data), sort_keys=True), data
             order = order_of(reader, store.recipe)
             done = bounded(
-                lambda order=order, reader=reader: order.steps_until_done_with(reader.total_steps),
+                partial(order.steps_until_done_with, reader.total_steps),
                 num_bytes=len(data),
             )
             assert done is not None

@@ -2,6 +2,7 @@
 be asked for."""
 
 import random
+from functools import partial
 
 from helpers.bounded import bounded
 from helpers.chunks import make_chunk, small_recipe
@@ -42,7 +43,7 @@ def use(recipe: Recipe, data: bytes) -> None:
         head = data[: index_bytes(recipe, number)]
         for num_bytes in (len(data), 2**62):
             bounded(
-                lambda h=head, b=num_bytes, n=number: parse_index(h, recipe, n, num_bytes=b),
+                partial(parse_index, head, recipe, number, num_bytes=num_bytes),
                 num_bytes=len(data),
                 refusal=ChunkError,
             )
@@ -54,7 +55,7 @@ def test_a_recipe_is_what_was_written_or_is_refused_with_recipe_error(rng: rando
     for _ in range(MUTANTS):
         data = mutant(rng, rng.choice(BASES))
         recipe = bounded(
-            lambda data=data: parse_recipe(data, where="recipe.json"),
+            partial(parse_recipe, data, where="recipe.json"),
             num_bytes=len(data),
             refusal=RecipeError,
         )

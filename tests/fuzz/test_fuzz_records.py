@@ -2,6 +2,7 @@
 device, or it is refused with ChunkError."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -85,12 +86,12 @@ def test_a_record_is_its_targets_own_or_is_refused_with_chunk_error(
         record = mutant(rng, bytes(rng.choice([*whole_TB])), spec)
         records_TB = torch.frombuffer(bytearray(record), dtype=torch.uint8).reshape(1, -1)
         found = bounded(
-            lambda records_TB=records_TB: decode(records_TB, spec),
+            partial(decode, records_TB, spec),
             num_bytes=len(record),
             refusal=ChunkError,
         )
         on_device = bounded(
-            lambda records_TB=records_TB: codec_torch.decode(records_TB, spec),
+            partial(codec_torch.decode, records_TB, spec),
             num_bytes=len(record),
             refusal=ChunkError,
         )

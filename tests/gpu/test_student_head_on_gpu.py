@@ -1,6 +1,8 @@
 """On a GPU the student's head takes its kernels by itself; its loss and gradients are as near to
 float64 as torch's own on the CPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def gradients(
     labels: Tensor,
     *,
     block_tokens: int | None = None,
-    **setting: float,
+    **setting: Any,
 ) -> list[Tensor]:
     """Loss, and its gradients in hidden states and weight, in float64 on the CPU."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -54,7 +56,7 @@ def gradients(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: ", ".join(setting) or "plain")
 def test_loss_and_gradients_are_as_near_to_float64_as_torchs_own(
-    gpu: torch.device, setting: dict[str, float], dtype: torch.dtype
+    gpu: torch.device, setting: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Relative to the norm of each. Torch's path in the same dtype, on the CPU, sets how near that
     has to be."""

@@ -1,7 +1,9 @@
 """Small checkpoints, written as ranks write them: files, parts, commit."""
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +31,10 @@ FILES = {
 }
 
 
+def _write(data: bytes, write: Callable[[bytes], None]) -> None:
+    write(data)
+
+
 def write_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2) -> str:
     """What all ranks write before the commit; rank 0 has all the files. Returns the folder."""
     blobs, folder = Blobs(url), folder_of(step, attempt)
@@ -38,7 +44,7 @@ def write_files(url: str, step: int, *, attempt: str = "a", world_size: int = 2)
         digest = Digest()
         digest.add(whole)
         written[name] = digest.value
-        blobs.stream(f"{folder}/{name}", lambda write, whole=whole: write(whole))
+        blobs.stream(f"{folder}/{name}", partial(_write, whole))
     for rank in range(world_size):
         publish_part(
             blobs, folder, rank=rank, world_size=world_size, files=written if rank == 0 else {}

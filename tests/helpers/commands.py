@@ -35,7 +35,7 @@ class Command:
         assert self.wait(timeout_s=30) == -signal.SIGKILL
 
     def has_ended(self) -> bool:
-        return psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
 
     def wait(self, *, timeout_s: float) -> int:
         """Its exit code, or the negative number of the signal that ended it. It can be had once."""
@@ -87,15 +87,18 @@ def answer_of(process: "subprocess.Popen[str]", request: dict[str, Any]) -> dict
     process.stdin.write(json.dumps(request) + "\n")
     process.stdin.flush()
     line = process.stdout.readline()
-    assert line, f"{process.args} ended while it was asked for {request}"
-    return json.loads(line)
+    assert line, f"{process.args!r} ended while it was asked for {request}"
+    answer: dict[str, Any] = json.loads(line)
+    return answer
 
 
 def end_with_its_input(process: "subprocess.Popen[str]") -> None:
     """Close a server's input, and wait for it to end."""
     assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.close()
     process.wait(timeout=60)
+    process.stdout.close()
 
 
 def answers_to() -> IO[str]:

@@ -101,17 +101,14 @@ class Container:
         root.mkdir()
         self.tmp.mkdir()
         self.tmp.chmod(0o1777)
-        places = [
+        places: list[tuple[object, object]] = [
             (self.tmp, "/tmp"),
             (sys.base_prefix, sys.base_prefix),
             (sys.prefix, sys.prefix),
             (sys.prefix, _ENVIRONMENT),
         ]
         # any of which may lie below /tmp
-        places += [
-            (ROOT / "framework", ROOT / "framework"),
-            (runs, "/runs"),
-        ]
+        places += [(ROOT / "framework", ROOT / "framework"), (runs, "/runs")]
         binds.write_text("".join(f"{here} {there}\n" for here, there in places))
         environment = dict(service.environment) | {
             "PATH": service.environment["PATH"].replace("$PATH", os.defpath)

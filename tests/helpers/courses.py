@@ -111,7 +111,7 @@ class Schedule:
         self.num_turns = 0
         self.actors: list[Actor] = []
         self.failure: BaseException | None = None
-        self._agenda: list[tuple[float, int, Actor | Callable[[], None]]] = []
+        self._agenda: list[tuple[float, int, Actor | Callable[[], object]]] = []
         self._number = itertools.count()
         self._main = threading.Lock()
         self._main.acquire()
@@ -128,7 +128,7 @@ class Schedule:
         self._push(self.now, actor)
         return actor
 
-    def at(self, time: float, action: Callable[[], None]) -> None:
+    def at(self, time: float, action: Callable[[], object]) -> None:
         """Do something that does not pause, at that time."""
         self._push(time, action)
 
@@ -162,7 +162,7 @@ class Schedule:
         if self.failure is not None:
             raise self.failure
 
-    def _push(self, time: float, what: Actor | Callable[[], None]) -> None:
+    def _push(self, time: float, what: Actor | Callable[[], object]) -> None:
         heapq.heappush(self._agenda, (time, next(self._number), what))
 
     def _live(self, actor: Actor) -> None:
@@ -468,7 +468,7 @@ class World:
         wanted = [int(number) for number in np.flatnonzero(needed) if number not in there]
         while True:
             for number in wanted:
-                self.insist(lambda number=number: store.publish(chunk_of(number, seed)))
+                self.insist(partial(store.publish, chunk_of(number, seed)))
                 retention.published(number)
                 self.told_chunks |= {number} & self.published.keys()
             self.schedule.pause(3.0)
@@ -477,7 +477,7 @@ class World:
             wanted += [
                 number
                 for number in sorted(self.missed)
-                if not self.insist(lambda number=number: store.is_whole(number))
+                if not self.insist(partial(store.is_whole, number))
             ]
             self.missed.clear()
 
@@ -688,7 +688,7 @@ class Bucket:
         del use_multipart
         self._change(partial(self._put, path, bytes(file), mode))
 
-    def open_writer(self, _store: Any, path: str, **_options: int) -> "_Upload":
+    def open_writer(self, store: Any, path: str, **_options: int) -> "_Upload":  # noqa: ARG002
         self._ask()
         return _Upload(lambda data: self._change(partial(self._put, path, data, "overwrite")))
 

@@ -63,7 +63,7 @@ class FaultyS3:
     """The proxy. Its faults begin and end while requests are under way; the newest that matches a
     request strikes."""
 
-    def __init__(self, upstream: str):
+    def __init__(self, upstream: str) -> None:
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -152,7 +152,9 @@ def _lost(told: Mapping[str, Mapping[int, Told]], left: Left) -> Iterator[str]:
 
 
 def _changed(published: Mapping[int, Published], left: Left) -> Iterator[str]:
-    for chunk, event in published.items() if left.chunks is not None else ():
+    if left.chunks is None:
+        return
+    for chunk, event in published.items():
         found = left.chunks.get(chunk)
         if found is None:
             yield f"chunk {chunk} was published by {event.by}, and is gone at the end"

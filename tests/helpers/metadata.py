@@ -34,7 +34,7 @@ class MetadataServer:
 
     def __init__(
         self, cloud: Literal["aws", "gcp", "azure"], *, token_seconds: float | None = None
-    ):
+    ) -> None:
         server = self
         self.answers: dict[str, Answer] = {}
         self.asked: list[tuple[str, str]] = []

@@ -45,7 +45,7 @@ _STRANGE_TEXTS = (
     _DEEP,
     _LONG,
 )
-_STRANGE = (
+_STRANGE: tuple[Any, ...] = (
     None,
     True,
     False,

@@ -42,13 +42,9 @@ def elias_fano_bytes(num_ids: int, vocab_size: int) -> tuple[int, int]:
 
 def record_bytes(recipe: dict[str, Any]) -> int:
     k, draws, vocab_size = recipe["k"], recipe["num_draws"], recipe["vocab_size"]
-    values = math.ceil(k * recipe["value_bits"] / 8)
-    return (
-        (4 if k else 0)
-        + sum(elias_fano_bytes(k, vocab_size))
-        + values
-        + sum(elias_fano_bytes(draws, vocab_size))
-    )
+    values: int = math.ceil(k * recipe["value_bits"] / 8)
+    ids = sum(elias_fano_bytes(k, vocab_size)) + sum(elias_fano_bytes(draws, vocab_size))
+    return (4 if k else 0) + values + ids
 
 
 def bits_of(stream: bytes) -> list[int]:
@@ -171,7 +167,7 @@ def read_index(
     must(xxhash.xxh3_64_hexdigest(blank) == metadata["xxh3"], "the checksum")
     starts = tensors["row_starts"]
     must(
-        starts[0] == 0 and starts[-1] == num_targets and (np.diff(starts) >= 0).all(),
+        bool(starts[0] == 0 and starts[-1] == num_targets and (np.diff(starts) >= 0).all()),
         "row_starts from 0 to N",
     )
     return tensors, rows

@@ -16,8 +16,7 @@ from stillhouse.checkpoint.restore import restore
 from stillhouse.checkpoint.writer import attempt_name
 from stillhouse.cluster.collectives import gathered, outcomes, told
 from stillhouse.cluster.heartbeat import StopRequest
-from stillhouse.errors import StillhouseError, StudentError
-from stillhouse.store.object_store import StoreUnavailable
+from stillhouse.errors import StillhouseError, StoreUnavailable, StudentError
 from stillhouse.student.job import TrainJob
 from stillhouse.student.train import train
 

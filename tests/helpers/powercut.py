@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from stillhouse.atomic import Buffer, FileLayer, SystemFiles
@@ -41,6 +42,14 @@ Names = Callable[[_Directory], dict[str, "_File | _Directory"]]
 Call = Callable[["Disk"], None]
 # paths in order, with their bytes; None for a directory
 Remains = tuple[tuple[str, bytes | None], ...]
+
+
+def _now_in_one(one: _Directory, directory: _Directory) -> dict[str, "_File | _Directory"]:
+    return directory.now if directory is one else directory.synced
+
+
+def _synced_in_one(one: _Directory, directory: _Directory) -> dict[str, "_File | _Directory"]:
+    return directory.synced if directory is one else directory.now
 
 
 class Disk:
@@ -74,6 +83,10 @@ class Disk:
             source.name
         ]
 
+    def rename(self, path: Path, source: Path) -> None:
+        self.name(path, source)
+        self.remove(source)
+
     def remove(self, path: Path) -> None:
         del self._directory(path.parent).now[path.name]
 
@@ -95,12 +108,7 @@ class Disk:
             removals,
         ]
         for one in unsure:
-            choices.append(
-                lambda directory, one=one: directory.now if directory is one else directory.synced
-            )
-            choices.append(
-                lambda directory, one=one: directory.synced if directory is one else directory.now
-            )
+            choices += [partial(_now_in_one, one), partial(_synced_in_one, one)]
         return {
             tuple(sorted(_listed(self._root, names, cut)))
             for names in choices
@@ -176,7 +184,7 @@ class Recorder:
         before, after = self._inside(source), self._inside(destination)
         with self._lock:
             self._files.rename(source, destination)
-            self._keep(lambda disk: (disk.name(after, before), disk.remove(before)))
+            self._keep(lambda disk: disk.rename(after, before))
 
     def unlink(self, path: Path) -> None:
         inside = self._inside(path)

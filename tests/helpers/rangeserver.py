@@ -180,6 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
             while at < last:
                 size = min(_AT_ONCE, last - at)
                 if file is None:
+                    assert isinstance(found, bytes)
                     self.wfile.write(found[at : at + size])
                 else:
                     size = os.sendfile(self.connection.fileno(), file.fileno(), at, size)

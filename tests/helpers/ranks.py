@@ -49,7 +49,9 @@ class RankGroup:
     def start(cls, world_size: int, *, meeting: Path) -> "RankGroup":
         """Returns at once: the processes find one another by a file, which must not be there yet,
         while the test does other things."""
-        actors = [ray.remote(_Rank).options(num_cpus=0).remote() for _ in range(world_size)]
+        actors: list[Any] = [
+            ray.remote(_Rank).options(num_cpus=0).remote() for _ in range(world_size)
+        ]
         return cls(
             actors,
             [actor.join.remote(rank, world_size, meeting) for rank, actor in enumerate(actors)],

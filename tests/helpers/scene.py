@@ -126,7 +126,7 @@ class Scene:
         """The students' ranks, once there are any."""
         return self.cluster.workers(HUB, _RANK)
 
-    def plan(self, world: TinyWorld, run_dir: Path, **changes: dict[str, object]) -> Plan:
+    def plan(self, world: TinyWorld, run_dir: Path, **changes: dict[str, Any]) -> Plan:
         """A run on this cluster."""
         return world.plan(
             run_dir, **merged(PLACES | {"cluster": {"address": self.cluster.address}}, changes)
@@ -233,7 +233,8 @@ def published_in(bucket: str) -> list[Published]:
 
 
 def contents(bucket: str, key: str) -> bytes:
-    return _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
+    data: bytes = _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
+    return data
 
 
 def put(bucket: str, key: str, data: bytes) -> None:

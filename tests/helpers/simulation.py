@@ -8,8 +8,9 @@ raises, or with the teacher's death.
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -89,6 +90,7 @@ class SimulatedCrew:
     seconds: Callable[[int, WorkItem], float] = lambda _teacher, _item: 10.0
     fate: Callable[[int, WorkItem], Exception | None] = lambda _teacher, _item: None
     start_s: float = 5.0
+    starts: Callable[[int], bool] = lambda _teacher: True  # or it hangs
     # the digest of the files that a teacher loaded
     weights: Callable[[int], str | None] = lambda _teacher: None
     drained: set[str] = field(default_factory=set)  # nodes on which nothing more is started
@@ -100,14 +102,14 @@ class SimulatedCrew:
     computed: list[int] = field(default_factory=list)  # to the end
     _workers: dict[int, _Worker] = field(default_factory=dict)
     _homeless: dict[int, _Worker] = field(default_factory=dict)
-    _events: list[Event] = field(default_factory=list)
-    _agenda: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
-    _sequence: count = field(default_factory=count)
+    _events: list[Event[Ready]] = field(default_factory=list)
+    _agenda: list[tuple[float, int, Callable[[], object]]] = field(default_factory=list)
+    _sequence: Iterator[int] = field(default_factory=count)
 
     def clock(self) -> float:
         return self.now
 
-    def at(self, time: float, action: Callable[[], None]) -> None:
+    def at(self, time: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._agenda, (time, next(self._sequence), action))
 
     # What the pool sees of a crew.
@@ -131,7 +133,7 @@ class SimulatedCrew:
             self.nodes[worker.node] += 1
             self._find_homes()
 
-    def events(self, *, timeout_s: float) -> list[Event]:
+    def events(self, *, timeout_s: float) -> list[Event[Ready]]:
         end = self.now + timeout_s
         while not self._events and self._agenda and self._agenda[0][0] <= end:
             self._step()
@@ -191,10 +193,10 @@ class SimulatedCrew:
                 del self._homeless[worker.number]
                 self.nodes[node] -= 1
                 worker.node = node
-                self.at(self.now + self.start_s, lambda worker=worker: self._start(worker))
+                self.at(self.now + self.start_s, partial(self._start, worker))
 
     def _start(self, worker: _Worker) -> None:
-        if self._workers.get(worker.number) is worker:
+        if self._workers.get(worker.number) is worker and self.starts(worker.number):
             ready = Ready(
                 _PROBE,
                 "cpu",

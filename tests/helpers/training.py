@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -249,7 +250,7 @@ def loss_of_step(job: TrainJob, step: int, *, model: Path) -> float:
     without an engine."""
     section = job.section.model_copy(update={"model": str(model), "init": "weights"})
     store = ChunkStore(job.store_url, job.recipe)
-    where = {
+    where: dict[str, Any] = {
         "rank": 0,
         "world_size": 1,
         "micro_batch": 64,
@@ -277,7 +278,7 @@ def loss_of_step(job: TrainJob, step: int, *, model: Path) -> float:
     return terms.total.item() / whole.tokens.num_targets
 
 
-def with_student(job: TrainJob, **changes: object) -> TrainJob:
+def with_student(job: TrainJob, **changes: Any) -> TrainJob:
     """The job with other settings of its student, and a directory of its own."""
     section = job.section.model_copy(update=changes)
     name = "-".join(f"{key}-{value}" for key, value in changes.items())

@@ -24,7 +24,7 @@ def write_documents(path: Path) -> None:
     texts = [
         text
         for module in (textwrap, bisect, heapq)
-        for text in Path(module.__file__).read_text().split("\n\n")
+        for text in Path(module.__file__ or "").read_text().split("\n\n")
     ]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 

@@ -6,6 +6,7 @@ a product is the processor's.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -27,7 +28,7 @@ from stillhouse.tracking import (
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-CLOSE = {"rel": 1e-6, "abs": 1e-9}
+CLOSE: dict[str, Any] = {"rel": 1e-6, "abs": 1e-9}
 LISTED = "fe87516355db46cb  8aed18cfa6c5  ef-sqrt8  8 + 12 draws  230 x 16  8 of 29  44.7 kB"
 FIGURES = (
     "step 6 of 10",

@@ -508,7 +508,9 @@ def test_a_wrong_name_and_a_hub_that_does_not_answer_are_told_apart(tmp_path: Pa
 
 
 def test_what_takes_the_place_of_another_trainers_setting_exists() -> None:
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    sections: dict[str, Any] = {
+        name: field.annotation for name, field in Config.model_fields.items()
+    }
     for name, words in ELSEWHERE.items():
         for word in words.replace(",", " ").split():
             section, _, key = word.partition(".")

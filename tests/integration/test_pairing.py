@@ -3,6 +3,7 @@ a sharp teacher's is learnt from."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ SHARP = {"k": 8, "tail_draws": 12, "temperature": 0.1}
 
 
 def plan_of(
-    tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, object], **student: object
+    tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, Any], **student: Any
 ) -> Plan:
     """A plan of four steps whose chunks are all in its store."""
     plan = tiny_world.plan(run_dir, target=target, student=STUDENT | student)
@@ -39,7 +40,7 @@ def plan_of(
 
 
 def job_of(
-    tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, object], **student: object
+    tiny_world: TinyWorld, run_dir: Path, *, target: dict[str, Any], **student: Any
 ) -> TrainJob:
     return plan_of(tiny_world, run_dir, target=target, **student).jobs[0]
 

@@ -81,7 +81,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
 @pytest.mark.parametrize(("status", "code", "kind", "advice"), ANSWERS)
 def test_an_answer_means_the_same_to_every_call(
     server: RangeServer, status: int, code: str, kind: type[StoreError], advice: str
-):
+) -> None:
     """Through obstore, whose texts quote the server's body and dump its own settings: here both are
     full of misleading words."""
     server.refusal = Refusal(status, code)
@@ -100,7 +100,7 @@ def test_an_answer_means_the_same_to_every_call(
     assert not any("timed out" in str(verdict) for verdict in verdicts.values())
 
 
-def test_a_bare_refusal_of_a_look_is_permanent(server: RangeServer):
+def test_a_bare_refusal_of_a_look_is_permanent(server: RangeServer) -> None:
     """An answer to HEAD has no body, so no code: expired credentials are a plain 400 there."""
     server.refusal = Refusal(400, "ExpiredToken")
     with pytest.raises(StoreError, match="no credentials have expired") as caught:
@@ -110,7 +110,7 @@ def test_a_bare_refusal_of_a_look_is_permanent(server: RangeServer):
 
 def test_a_store_that_replaces_what_it_should_keep_is_refused_at_start_and_left_clean(
     server: RangeServer,
-):
+) -> None:
     server.honours_conditions = False
     with pytest.raises(
         StoreError, match=r"If-None-Match: \*.*Use a store that honours conditional writes"
@@ -119,7 +119,7 @@ def test_a_store_that_replaces_what_it_should_keep_is_refused_at_start_and_left_
     assert server.objects == {}
 
 
-def test_a_store_that_keeps_what_it_has_is_tried_without_a_trace(server: RangeServer):
+def test_a_store_that_keeps_what_it_has_is_tried_without_a_trace(server: RangeServer) -> None:
     store = ChunkStore.create("s3://bucket/root", small_recipe())
     ChunkStore.create("s3://bucket/root", small_recipe())
     assert list(server.objects) == [f"/bucket/root/{store.folder}/recipe.json"]
@@ -128,7 +128,7 @@ def test_a_store_that_keeps_what_it_has_is_tried_without_a_trace(server: RangeSe
 @pytest.mark.parametrize("verb", [run, train])
 def test_a_run_whose_checkpoints_would_be_replaced_is_refused_before_it_starts(
     server: RangeServer, tiny_world: TinyWorld, tmp_path: Path, verb: Callable[..., None]
-):
+) -> None:
     server.honours_conditions = False
     plan = tiny_world.plan(tmp_path / "run", student={"checkpoint_url": "s3://bucket/checkpoints"})
     with pytest.raises(

@@ -67,7 +67,7 @@ def committed(path: Path) -> Commit:
 
 def test_a_checkpoint_file_that_takes_many_times_a_requests_patience_is_read_whole(
     server: RangeServer, large: Path, tmp_path: Path
-):
+) -> None:
     """A request's limits are 0.3 s and 0.6 s here, instead of 30 s and 60 s; each range takes
     longer, and most break off on the way."""
     commit = committed(large)
@@ -83,7 +83,9 @@ def test_a_checkpoint_file_that_takes_many_times_a_requests_patience_is_read_who
     assert max(request.end - request.start for request in server.asked) <= 16 << 20
 
 
-def test_a_file_that_stops_coming_is_given_up_and_not_condemned(server: RangeServer, large: Path):
+def test_a_file_that_stops_coming_is_given_up_and_not_condemned(
+    server: RangeServer, large: Path
+) -> None:
     commit = committed(large)
     server.objects[f"/bucket/root/{commit.folder}/large.pt"] = large
     server.silent_from = 1_000_000
@@ -92,13 +94,15 @@ def test_a_file_that_stops_coming_is_given_up_and_not_condemned(server: RangeSer
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 999, 1000, 1001, 5000, 8500])
-def test_pieces_are_the_object_whatever_its_size_among_ranges(server: RangeServer, num_bytes: int):
+def test_pieces_are_the_object_whatever_its_size_among_ranges(
+    server: RangeServer, num_bytes: int
+) -> None:
     data = np.random.default_rng(num_bytes).bytes(num_bytes)
     server.objects["/bucket/a"] = data
     assert b"".join(Blobs("s3://bucket").pieces("a", range_bytes=1000)) == data
 
 
-def test_an_object_that_is_not_there_is_told_from_one_that_is_empty(server: RangeServer):
+def test_an_object_that_is_not_there_is_told_from_one_that_is_empty(server: RangeServer) -> None:
     server.objects["/bucket/empty"] = b""
     blobs = Blobs("s3://bucket")
     assert list(blobs.pieces("empty")) == []
@@ -110,7 +114,7 @@ def reads(name: str) -> Matches:
     return lambda request: request.method == "GET" and name in request.path
 
 
-def test_a_truncated_answer_condemns_no_chunk(proxy: FaultyS3, bucket: str):
+def test_a_truncated_answer_condemns_no_chunk(proxy: FaultyS3, bucket: str) -> None:
     store = ChunkStore.create(f"s3://{bucket}/store", RECIPE)
     store.publish(make_chunk(RECIPE, 0))
     proxy.truncate(reads("0000000000.safetensors"), times=1)
@@ -125,7 +129,7 @@ def test_a_truncated_answer_condemns_no_chunk(proxy: FaultyS3, bucket: str):
     )
 
 
-def test_a_truncated_answer_moves_no_recipe(proxy: FaultyS3, bucket: str):
+def test_a_truncated_answer_moves_no_recipe(proxy: FaultyS3, bucket: str) -> None:
     store = ChunkStore.create(f"s3://{bucket}/store", RECIPE)
     proxy.truncate(reads("recipe.json"), times=1)
     assert not store.restore_recipe()
@@ -134,7 +138,7 @@ def test_a_truncated_answer_moves_no_recipe(proxy: FaultyS3, bucket: str):
 
 
 @pytest.mark.usefixtures("proxy")
-def test_a_chunk_that_is_really_damaged_is_condemned(bucket: str, s3_endpoint: str):
+def test_a_chunk_that_is_really_damaged_is_condemned(bucket: str, s3_endpoint: str) -> None:
     store = ChunkStore.create(f"s3://{bucket}/store", RECIPE)
     data = pack_chunk(make_chunk(RECIPE, 0), RECIPE)
     client = boto3.client("s3", endpoint_url=s3_endpoint, **KEYS)
@@ -148,14 +152,16 @@ def test_a_chunk_that_is_really_damaged_is_condemned(bucket: str, s3_endpoint: s
 
 
 @pytest.mark.parametrize("name", ["step-00000020.json", *(name for name in FILES if FILES[name])])
-def test_a_truncated_answer_condemns_no_checkpoint(proxy: FaultyS3, bucket: str, name: str):
+def test_a_truncated_answer_condemns_no_checkpoint(proxy: FaultyS3, bucket: str, name: str) -> None:
     url = f"s3://{bucket}/checkpoints"
     _, last = make(url, 10, 20)
     proxy.truncate(reads(name), times=1)
     assert newest(url) == last
 
 
-def test_a_store_that_refuses_to_be_read_condemns_no_checkpoint(proxy: FaultyS3, bucket: str):
+def test_a_store_that_refuses_to_be_read_condemns_no_checkpoint(
+    proxy: FaultyS3, bucket: str
+) -> None:
     url = f"s3://{bucket}/checkpoints"
     make(url, 10, 20)
     proxy.refuse(
@@ -165,7 +171,7 @@ def test_a_store_that_refuses_to_be_read_condemns_no_checkpoint(proxy: FaultyS3,
         choose(Blobs(url), lambda commit: verify(Blobs(url), commit, commit.files))
 
 
-def test_a_truncated_answer_about_a_part_keeps_no_commit_back(proxy: FaultyS3, bucket: str):
+def test_a_truncated_answer_about_a_part_keeps_no_commit_back(proxy: FaultyS3, bucket: str) -> None:
     url = f"s3://{bucket}/checkpoints"
     proxy.truncate(reads("part-00000-of-00002.json"), times=1)
     (made,) = make(url, 10)

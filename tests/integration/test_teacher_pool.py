@@ -11,9 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from stillhouse.pipeline.attempt import attempt
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
-from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.actor import Ready, TeacherJob
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
@@ -85,8 +87,8 @@ def pool_of(
     order: list[int],
     journal: WatchedTracker,
     item_of: Callable[[int], WorkItem],
-    **teacher: object,
-) -> Dispatcher:
+    **teacher: Any,
+) -> Dispatcher[WorkItem, Ready]:
     section = plan.config.teacher.model_copy(update=teacher)
     job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
     return Dispatcher(
@@ -140,7 +142,13 @@ class Story:
         return Path(self.store.url) / self.store.key(number)
 
 
-def live_through_it(story: Story, pool: Dispatcher, coordinator: Coordinator) -> None:
+def has_made(journal: WatchedTracker, chunks: set[int], _rows: list[Row]) -> bool:
+    return journal.made().keys() >= chunks
+
+
+def live_through_it(
+    story: Story, pool: Dispatcher[WorkItem, Ready], coordinator: Coordinator
+) -> None:
     order, journal = story.order, story.journal
     unwanted = story.plan.chunks[NUM_CHUNKS]
     students_are_done = threading.Event()
@@ -189,8 +197,7 @@ def live_through_it(story: Story, pool: Dispatcher, coordinator: Coordinator) ->
             for cursor in range(1, NUM_CHUNKS - WINDOW + 1):
                 coordinator.move_cursor("student", cursor)
                 journal.wait_for(
-                    lambda _rows, end=cursor + WINDOW: journal.made().keys() >= set(order[:end]),
-                    unless=running.done,
+                    partial(has_made, journal, set(order[: cursor + WINDOW])), unless=running.done
                 )
                 story.published_by_cursor.append(story.store.published())
         finally:
@@ -233,12 +240,12 @@ def story(
     return story
 
 
-def test_work_begins_when_the_fewest_teachers_are_ready(story: Story):
+def test_work_begins_when_the_fewest_teachers_are_ready(story: Story) -> None:
     rows = [row for row in story.journal.rows if isinstance(row, ChunkRow | TeacherRow)]
     assert {row.replica for row in rows[:2] if isinstance(row, TeacherRow)} == {0, 1}
 
 
-def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story):
+def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story) -> None:
     assert [row.replica for row in story.journal.rows if isinstance(row, TeacherRow)][2:] == [2]
     # the first was damaged, and made anew
     assert story.journal.made() == Counter([*story.order, story.order[0]])
@@ -247,7 +254,7 @@ def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story)
         story.store.verify(number)
 
 
-def test_behind_a_closed_window_nothing_is_made(story: Story):
+def test_behind_a_closed_window_nothing_is_made(story: Story) -> None:
     assert story.published_by_cursor == [
         set(story.order[: WINDOW + cursor]) for cursor in range(NUM_CHUNKS - WINDOW + 1)
     ]
@@ -264,7 +271,7 @@ def test_behind_a_closed_window_nothing_is_made(story: Story):
     )
 
 
-def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(story: Story):
+def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(story: Story) -> None:
     number = story.order[0]
     assert len(story.quarantined) == 1
     assert story.quarantined[0].startswith(f"{number:010d}-")
@@ -272,26 +279,26 @@ def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(sto
     assert [row.chunk for row in story.journal.rows if isinstance(row, RepairRow)] == [number]
 
 
-def test_a_false_report_changes_nothing(story: Story):
+def test_a_false_report_changes_nothing(story: Story) -> None:
     number = story.order[1]
     assert story.path_of(number).read_bytes() == story.bytes_before[number]
     assert story.journal.made()[number] == 1
 
 
-def test_what_is_published_is_never_made_again(story: Story, coordinator: Coordinator):
+def test_what_is_published_is_never_made_again(story: Story, coordinator: Coordinator) -> None:
     journal = WatchedTracker()
     pool = pool_of(
         story.plan, coordinator, order=story.order, journal=journal, item_of=story.plan.item
     )
     pool.run(readers=["student"], coordinator=coordinator, finished=lambda: True)
-    assert [(type(row), row.published, row.needed) for row in journal.rows] == [
-        (PoolRow, len(story.order), len(story.order))
-    ]
+    (row,) = journal.rows
+    assert isinstance(row, PoolRow)
+    assert (row.published, row.needed) == (len(story.order), len(story.order))
 
 
 def test_a_student_that_failed_ends_the_run_before_the_chunks_are_made(
     story: Story, coordinator: Coordinator
-):
+) -> None:
     def finished() -> bool:
         raise StudentError("the loss is nan")
 
@@ -343,7 +350,7 @@ def poisoned_attempt(
 
 def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_raised_is_replaced(
     poisoned_attempt: Poisoned,
-):
+) -> None:
     """After an error on a GPU nothing works any more in that process: it would fail chunk after
     chunk."""
     plan, journal = poisoned_attempt.plan, poisoned_attempt.journal
@@ -366,7 +373,7 @@ def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_
 
 def test_what_a_teacher_met_is_in_its_log_with_its_traceback_and_at_the_driver_in_a_line(
     poisoned_attempt: Poisoned,
-):
+) -> None:
     bad = poisoned_attempt.plan.chunks[1]
     words = f"stillhouse.teacher.actor: chunk {bad}: IndexError: index out of range"
     assert words in poisoned_attempt.log_of("teacher-0")
@@ -379,7 +386,7 @@ def test_what_a_teacher_met_is_in_its_log_with_its_traceback_and_at_the_driver_i
 
 def test_a_model_that_is_not_there_is_said_as_it_is(
     tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path
-):
+) -> None:
     plan = new_plan(tiny_world, tmp_path)
     pool = pool_of(
         plan,
@@ -395,7 +402,7 @@ def test_a_model_that_is_not_there_is_said_as_it_is(
 
 def test_weights_that_the_cache_told_wrong_end_the_run_and_the_same_command_plans_anew(
     tiny_world: TinyWorld, tmp_path: Path
-):
+) -> None:
     world = replace(tiny_world, folder=tmp_path)  # with a cache of its own
 
     def planned() -> Plan:
@@ -421,7 +428,7 @@ def test_weights_that_the_cache_told_wrong_end_the_run_and_the_same_command_plan
 
 def test_a_store_that_cannot_be_written_ends_the_run_at_once(
     tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path
-):
+) -> None:
     plan = new_plan(tiny_world, tmp_path)
     asked: list[int] = []
 

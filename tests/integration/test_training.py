@@ -48,9 +48,9 @@ def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trai
 
 @pytest.fixture(scope="module")
 def reference(job: TrainJob, rank_groups: Ranks) -> list[TrainRow]:
-    return rank_groups[1].call(
-        train_and_tell, with_student(job, zero_stage=0, micro_batch_sequences=8)
-    )[0]
+    whole = with_student(job, zero_stage=0, micro_batch_sequences=8)
+    rows: list[TrainRow] = rank_groups[1].call(train_and_tell, whole)[0]
+    return rows
 
 
 def relative_gap(ours: list[TrainRow], theirs: list[TrainRow]) -> float:
@@ -125,9 +125,8 @@ def test_a_rank_whose_row_waits_for_room_is_not_taken_for_one_that_hangs(
 
 @pytest.fixture(scope="module")
 def whole_gradients(job: TrainJob, rank_groups: Ranks) -> dict[str, torch.Tensor]:
-    gradients = rank_groups[1].call(
-        first_gradients, with_student(job, zero_stage=0, micro_batch_sequences=8)
-    )[0]
+    whole = with_student(job, zero_stage=0, micro_batch_sequences=8)
+    gradients: dict[str, torch.Tensor] = rank_groups[1].call(first_gradients, whole)[0]
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     return gradients
 

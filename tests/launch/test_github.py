@@ -7,7 +7,8 @@ import tomllib
 import pytest
 import yaml
 
-from helpers.launchfiles import ROOT, by_schema, keys_of, misspelt
+from helpers.environments import ROOT
+from helpers.launchfiles import by_schema, keys_of, misspelt
 
 WORKFLOWS = [f".github/workflows/{name}.yml" for name in ("check", "test", "release")]
 SCHEMAS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from helpers.launchfiles import ROOT
+from helpers.environments import ROOT
 from stillhouse.cluster import node
 from stillhouse.cluster.ray_directory import machine_directory, ray_directory
 from stillhouse.errors import RunError

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.environments import is_read_by_the_s3_server, is_read_in_our_image
+from helpers.environments import ROOT, is_read_by_the_s3_server, is_read_in_our_image
 from helpers.launchfiles import (
-    ROOT,
     Validator,
     compose,
     dockerfile,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from helpers.launchfiles import ROOT
+from helpers.environments import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MADE_FOR_THE_MACHINE = {"torch", "triton"}  # with CUDA or without: installed before the lock

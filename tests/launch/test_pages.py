@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.launchfiles import ROOT
+from helpers.environments import ROOT
 
 FOLDERS = ("docs", "launch", "docker")
 PAGES = [

@@ -8,11 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers.command import as_toml
-from helpers.launchfiles import ROOT
+from helpers.environments import ROOT
 from helpers.scene import curve
 from helpers.slurm import FIRST, SECOND, URGENT, Job, Slurm, wait_until
 from helpers.world import TinyWorld, merged
@@ -115,7 +116,7 @@ class Sbatch:
     world: TinyWorld
     environment: Mapping[str, str]
 
-    def __call__(self, run_dir: Path, **changes: dict[str, object]) -> Submitted:
+    def __call__(self, run_dir: Path, **changes: dict[str, Any]) -> Submitted:
         config = run_dir.with_suffix(".toml")
         config.write_text(
             as_toml(

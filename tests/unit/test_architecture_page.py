@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +20,11 @@ def test_the_divergence_of_ones_own_trains_as_autograd_of_its_definition_would()
     hidden_TH = torch.randn(9, 6, dtype=torch.float64, generator=random).requires_grad_()
     weight_VH = torch.randn(40, 6, dtype=torch.float64, generator=random).requires_grad_()
     target = compress(3 * torch.randn(9, 40, generator=random), TargetSpec(40, 5))
-    inputs = {"hidden_TH": hidden_TH, "head": Head(weight_VH), "target": target}
-    names = {"distillation_loss": distillation_loss, "Divergence": Divergence} | inputs
+    inputs: dict[str, Any] = {"hidden_TH": hidden_TH, "head": Head(weight_VH), "target": target}
+    names: dict[str, Any] = {
+        "distillation_loss": distillation_loss,
+        "Divergence": Divergence,
+    } | inputs
     exec(code, names)
     assert len(code.split("\n\n\n")[0].splitlines()) <= 5
 

@@ -37,7 +37,7 @@ def create_all(url: str, writer: int, told: Connection) -> None:
     )
 
 
-def test_of_eight_processes_one_creates_each_object(tmp_path: Path):
+def test_of_eight_processes_one_creates_each_object(tmp_path: Path) -> None:
     pipes = [FORKING.Pipe(duplex=False) for _ in range(NUM_WRITERS)]
     writers = [
         FORKING.Process(target=create_all, args=(str(tmp_path), i, pipes[i][1]))
@@ -63,7 +63,7 @@ def replace_until_killed(path: Path, started: Connection) -> None:
             replace(path, bytes([letter]) * (8 << 20))
 
 
-def test_a_killed_writer_leaves_one_of_the_two_files_and_a_leftover_at_most(tmp_path: Path):
+def test_a_killed_writer_leaves_one_of_the_two_files_and_a_leftover_at_most(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for _ in range(3):
         replace(path, b"a" * (8 << 20))
@@ -131,7 +131,7 @@ WRITES: dict[str, Callable[[Blobs, str], object]] = {
 )
 def test_a_refusal_is_told_in_words_and_leaves_nothing(
     tmp_path: Path, write: str, call: str, number: int, kind: type[StoreError], advice: str
-):
+) -> None:
     blobs = Blobs(str(tmp_path), files=Refusing(call, number))
     with pytest.raises(kind, match=f"cannot write a in {tmp_path}: {advice}") as caught:
         WRITES[write](blobs, "a")
@@ -145,7 +145,7 @@ def test_a_refusal_is_told_in_words_and_leaves_nothing(
 @pytest.mark.parametrize("write", WRITES)
 def test_no_key_leads_out_of_a_directory_or_looks_like_a_leftover(
     tmp_path: Path, write: str, key: str
-):
+) -> None:
     with pytest.raises(StoreError, match="key"):
         WRITES[write](Blobs(str(tmp_path / "root")), key)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -165,7 +165,7 @@ class Swept(SystemFiles):
 
 
 @pytest.mark.parametrize("write", ["create", "replace"])
-def test_a_staging_file_that_was_swept_away_is_written_again(tmp_path: Path, write: str):
+def test_a_staging_file_that_was_swept_away_is_written_again(tmp_path: Path, write: str) -> None:
     files = Swept()
     WRITES[write](Blobs(str(tmp_path), files=files), "a")
     assert files.num_swept == 1
@@ -175,7 +175,7 @@ def test_a_staging_file_that_was_swept_away_is_written_again(tmp_path: Path, wri
 @pytest.mark.parametrize("in_the_way", [Path.mkdir, lambda path: path.symlink_to("nowhere")])
 def test_what_is_no_file_is_not_taken_for_one_that_was_published(
     tmp_path: Path, in_the_way: Callable[[Path], None]
-):
+) -> None:
     in_the_way(tmp_path / "a")
     with pytest.raises(StoreError, match="something else is in its place") as caught:
         Blobs(str(tmp_path)).create("a", b"data")
@@ -183,7 +183,7 @@ def test_what_is_no_file_is_not_taken_for_one_that_was_published(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_new_file_has_the_mode_that_was_asked_for_and_the_data(tmp_path: Path):
+def test_a_new_file_has_the_mode_that_was_asked_for_and_the_data(tmp_path: Path) -> None:
     assert create(tmp_path / "secret", b"token", mode=0o600)
     assert not create(tmp_path / "secret", b"other", mode=0o644)
     assert ((tmp_path / "secret").stat().st_mode & 0o777, (tmp_path / "secret").read_bytes()) == (
@@ -209,7 +209,7 @@ class Ordered(SystemFiles):
         self.order.append(("renamed", source.name))
 
 
-def test_all_in_a_directory_is_on_disk_before_the_directory_has_its_name(tmp_path: Path):
+def test_all_in_a_directory_is_on_disk_before_the_directory_has_its_name(tmp_path: Path) -> None:
     draft = tmp_path / "draft"
     (draft / "inner").mkdir(parents=True)
     for name in ("a", "b", "inner/c"):
@@ -228,7 +228,9 @@ class ReadOnlyFiles(SystemFiles):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
 
-def test_a_directory_that_cannot_be_made_is_told_with_the_systems_own_reason(tmp_path: Path):
+def test_a_directory_that_cannot_be_made_is_told_with_the_systems_own_reason(
+    tmp_path: Path,
+) -> None:
     make_directory(tmp_path, files=ReadOnlyFiles())  # it is there, whatever the system says
     with pytest.raises(OSError, match="Read-only file system"):
         make_directory(tmp_path / "new", files=ReadOnlyFiles())
@@ -237,7 +239,7 @@ def test_a_directory_that_cannot_be_made_is_told_with_the_systems_own_reason(tmp
         make_directory(tmp_path / "file")
 
 
-def test_each_new_directory_is_synced_into_the_one_above_it(tmp_path: Path):
+def test_each_new_directory_is_synced_into_the_one_above_it(tmp_path: Path) -> None:
     files = Ordered()
     make_directory(tmp_path / "a" / "b" / "c", files=files)
     assert [name for _, name in files.order] == [tmp_path.name, "a", "b"]

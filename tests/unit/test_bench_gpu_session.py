@@ -190,7 +190,7 @@ def test_each_test_that_needs_a_gpu_is_a_finding(tmp_path: Path) -> None:
         "pytest",
         "-p",
         "no:cacheprovider",
-        tests,
+        str(tests),
         f"--findings={tmp_path / FINDINGS}",
     ]
     done = subprocess.run(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from stillhouse.bench import head, loss
 from stillhouse.bench.allocator import KEPT
@@ -56,7 +57,8 @@ def test_the_head_benchs_ways_find_the_same_targets() -> None:
     (records_TB,), (logprobs_TK, ids_TK) = head.ours(inputs), head.eager(inputs)
     decoded = decode(records_TB, TargetSpec(SMALL.vocab_size, SMALL.k))
     assert torch.equal(decoded.token_ids_TK.sort(1).values.long(), ids_TK.sort(1).values)
-    exact = compress(*head.product(inputs), TargetSpec(SMALL.vocab_size, SMALL.k))
+    (logits_TV,) = head.product(inputs)
+    exact = compress(logits_TV, TargetSpec(SMALL.vocab_size, SMALL.k))
     torch.testing.assert_close(logprobs_TK, exact.logprobs_TK, rtol=1e-5, atol=1e-5)
 
 
@@ -71,8 +73,12 @@ def test_a_ratio_is_taken_within_a_repeat() -> None:
 def test_the_first_rounds_are_not_timed_and_every_repeat_has_fresh_work() -> None:
     done: list[tuple[int, str]] = []
 
+    def work(repeat: int, way: str) -> list[Tensor]:
+        done.append((repeat, way))
+        return []
+
     def works_of(repeat: int) -> dict[str, Work]:
-        return {way: lambda way=way: done.append((repeat, way)) or [] for way in ("a", "b")}
+        return {way: partial(work, repeat, way) for way in ("a", "b")}
 
     timings = time_in_turn(works_of, repeats=2, device=CPU)
     assert done == [(0, "a"), (0, "b")] * 3 + [(1, "a"), (1, "b"), (2, "a"), (2, "b")]

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from helpers.models import make_model
 from stillhouse.bench.classroom import Form, Lessons, target_of, teach
 from stillhouse.bench.coding import coding
-from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.targets import (
     BUDGETS,
     QUICK,
     figure,
     forms_of,
-    record,
+    record_of,
     share_of_the_gap,
     spec_within,
     table,
@@ -72,8 +72,11 @@ def test_one_draw_more_would_not_fit() -> None:
     assert spec.bytes_per_token <= 64 < replace(spec, num_draws=spec.num_draws + 1).bytes_per_token
 
 
+School = tuple[PreTrainedModel, PreTrainedTokenizerFast, Corpus]
+
+
 @pytest.fixture(scope="module")
-def school(tmp_path_factory: pytest.TempPathFactory):
+def school(tmp_path_factory: pytest.TempPathFactory) -> School:
     folder = make_model(tmp_path_factory.mktemp("teacher"), vocab_size=V, weight_std=0.3)
     documents = tmp_path_factory.mktemp("documents") / "all.jsonl"
     documents.write_text(
@@ -91,7 +94,7 @@ def school(tmp_path_factory: pytest.TempPathFactory):
 
 
 def weights_of(
-    form: Form, school: tuple, *, seed: int = 0, beside: tuple[Form, ...] = ()
+    form: Form, school: School, *, seed: int = 0, beside: tuple[Form, ...] = ()
 ) -> torch.Tensor:
     teacher, tokenizer, corpus = school
     steps: list[None] = []
@@ -111,7 +114,7 @@ def weights_of(
 
 
 def test_a_record_that_keeps_everything_teaches_what_the_whole_distribution_does(
-    school: tuple,
+    school: School,
 ) -> None:
     whole = weights_of(Form("everything", "everything", WHOLE), school)
     stored = weights_of(Form("all", "stored", WHOLE), school)
@@ -120,7 +123,7 @@ def test_a_record_that_keeps_everything_teaches_what_the_whole_distribution_does
 
 
 def test_a_student_is_the_same_alone_and_beside_others_and_another_with_another_seed(
-    school: tuple,
+    school: School,
 ) -> None:
     form = Form("4+3", "stored", TargetSpec(V, 4, num_draws=3))
     alone = weights_of(form, school)
@@ -133,7 +136,7 @@ def test_a_student_is_the_same_alone_and_beside_others_and_another_with_another_
     assert not torch.equal(weights_of(replace(form, ce_weight=1.0), school), alone)
 
 
-def test_corpora_shorter_than_the_lessons_are_read_again(school: tuple) -> None:
+def test_corpora_shorter_than_the_lessons_are_read_again(school: School) -> None:
     teacher, tokenizer, corpus = school
     assert isinstance(corpus, Corpus)
     long = replace(LESSONS, num_steps=corpus.num_sequences // LESSONS.batch_sequences + 2)
@@ -149,7 +152,7 @@ def test_corpora_shorter_than_the_lessons_are_read_again(school: tuple) -> None:
 
 
 @pytest.mark.parametrize("power", [0.8, 1.0, 1.25])
-def test_weights_make_up_for_the_proposal(school: tuple, power: float) -> None:
+def test_weights_make_up_for_the_proposal(school: School, power: float) -> None:
     """With many draws, a student of the weighted ones learns what the whole distribution
     teaches."""
     whole = weights_of(Form("everything", "everything", WHOLE), school)
@@ -220,13 +223,7 @@ def test_what_was_measured_is_kept_and_drawn(tmp_path: Path) -> None:
         for seed in range(3)
     ]
     codings = [coding("flat", torch.zeros(2, 500), num_draws=5)]
-    found = json.loads(
-        json.dumps(
-            record(
-                Provenance.of("stillhouse bench targets"), QUICK, LESSONS, forms, rounds, codings
-            )
-        )
-    )
+    found = json.loads(json.dumps(record_of(QUICK, LESSONS, forms, rounds, codings)))
     assert len(found["rounds"]) == 3
     assert found["forms"][2]["bytes_per_token"] <= 48
     assert table(forms, rounds).row_count == len(forms)

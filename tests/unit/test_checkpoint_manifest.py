@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def step_of_newest(root: Path) -> int | None:
     return None if found is None else found.step
 
 
-def test_a_commit_tells_what_it_is_of(tmp_path: Path):
+def test_a_commit_tells_what_it_is_of(tmp_path: Path) -> None:
     (made,) = make(tmp_path, 40)
     assert newest(str(tmp_path)) == made
     assert (made.step, made.attempt, made.world_size, made.origin) == (40, "a", 2, ORIGIN)
@@ -56,7 +57,7 @@ def test_a_commit_tells_what_it_is_of(tmp_path: Path):
     assert made.num_bytes == sum(path.stat().st_size for path in (tmp_path / made.folder).iterdir())
 
 
-def test_where_nothing_was_committed_there_is_none_and_nothing_is_made(tmp_path: Path):
+def test_where_nothing_was_committed_there_is_none_and_nothing_is_made(tmp_path: Path) -> None:
     assert newest(str(tmp_path / "absent")) is None
     assert newest_step(str(tmp_path / "absent")) == 0
     assert not (tmp_path / "absent").exists()
@@ -64,12 +65,12 @@ def test_where_nothing_was_committed_there_is_none_and_nothing_is_made(tmp_path:
     assert newest(str(tmp_path)) is None
 
 
-def test_the_newest_step_is_chosen_and_not_the_newest_file(tmp_path: Path):
+def test_the_newest_step_is_chosen_and_not_the_newest_file(tmp_path: Path) -> None:
     make(tmp_path, 1000, 20, 9)
     assert step_of_newest(tmp_path) == newest_step(str(tmp_path)) == 1000
 
 
-def test_a_checkpoint_without_its_manifest_is_never_chosen(tmp_path: Path):
+def test_a_checkpoint_without_its_manifest_is_never_chosen(tmp_path: Path) -> None:
     make(tmp_path, 10)
     write_files(str(tmp_path), 20)
     # killed as it published
@@ -79,27 +80,27 @@ def test_a_checkpoint_without_its_manifest_is_never_chosen(tmp_path: Path):
     assert step_of_newest(tmp_path) == 10
 
 
-def test_what_an_attempt_left_torn_hinders_no_other_at_the_same_step(tmp_path: Path):
+def test_what_an_attempt_left_torn_hinders_no_other_at_the_same_step(tmp_path: Path) -> None:
     write_files(str(tmp_path), 10, attempt="torn", world_size=3)
     made = make(tmp_path, 10, attempt="whole")
     assert newest(str(tmp_path)) == made[0]
     assert made[0].folder == folder_of(10, "whole")
 
 
-def test_a_checkpoint_without_a_file_is_not_committed(tmp_path: Path):
+def test_a_checkpoint_without_a_file_is_not_committed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no rank wrote a file for step 10"):
         publish(Blobs(str(tmp_path)), Commit(10, "a", 1, ORIGIN, {}))
     assert newest(str(tmp_path)) is None
 
 
-def test_the_first_commit_of_a_step_stands(tmp_path: Path):
+def test_the_first_commit_of_a_step_stands(tmp_path: Path) -> None:
     """A group that was thought dead may finish: both have trained the same steps."""
     (first,) = make(tmp_path, 10, attempt="first")
     write_files(str(tmp_path), 10, attempt="second")
     assert commit_files(str(tmp_path), 10, attempt="second") == first == newest(str(tmp_path))
 
 
-def test_another_training_cannot_commit_between(tmp_path: Path):
+def test_another_training_cannot_commit_between(tmp_path: Path) -> None:
     make(tmp_path, 10)
     before = manifest_of(tmp_path, 10).read_bytes()
     write_files(str(tmp_path), 10, attempt="b")
@@ -116,7 +117,7 @@ def test_another_training_cannot_commit_between(tmp_path: Path):
     assert manifest_of(tmp_path, 10).read_bytes() == before
 
 
-def test_origins_differ_by_name():
+def test_origins_differ_by_name() -> None:
     assert unlike(ORIGIN, ORIGIN) == []
     assert unlike(ORIGIN, Origin(1, "cd" * 32, {"seed": 0})) == [
         "zero_stage: found 3, wanted 1",
@@ -136,7 +137,11 @@ def into_directory(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+def list_of(name: str, _commit: Commit) -> list[str]:
+    return [name]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "first byte flipped": lambda path: flip(path, 0),
     "last byte flipped": lambda path: flip(path, -1),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
@@ -149,20 +154,22 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("name", [*(name for name, data in FILES.items() if data), PART])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_any_damage_to_any_file_means_the_commit_before(tmp_path: Path, damage: str, name: str):
+def test_any_damage_to_any_file_means_the_commit_before(
+    tmp_path: Path, damage: str, name: str
+) -> None:
     made = make(tmp_path, 10, 20)
     DAMAGES[damage](tmp_path / made[-1].folder / name)
     assert step_of_newest(tmp_path) == 10
 
 
-def test_a_file_that_was_empty_must_be_there_and_stay_empty(tmp_path: Path):
+def test_a_file_that_was_empty_must_be_there_and_stay_empty(tmp_path: Path) -> None:
     for step, damage in ((20, Path.unlink), (40, lambda path: path.write_bytes(b"!"))):
         made = make(tmp_path, step - 10, step)
         damage(tmp_path / made[-1].folder / "pp_rank_1_optim.bin")
         assert step_of_newest(tmp_path) == step - 10
 
 
-def test_any_bit_flipped_in_a_manifest_means_the_commit_before(tmp_path: Path):
+def test_any_bit_flipped_in_a_manifest_means_the_commit_before(tmp_path: Path) -> None:
     first, second = make(tmp_path, 10, 20)
     manifest = manifest_of(tmp_path, 20)
     sound = manifest.read_bytes()
@@ -177,7 +184,7 @@ def test_any_bit_flipped_in_a_manifest_means_the_commit_before(tmp_path: Path):
     assert harmless < 0.05 * len(sound)  # one kind of white space became another
 
 
-def test_any_bit_flipped_in_a_part_is_found_before_it_is_committed(tmp_path: Path):
+def test_any_bit_flipped_in_a_part_is_found_before_it_is_committed(tmp_path: Path) -> None:
     folder = write_files(str(tmp_path), 10)
     part = tmp_path / folder / part_of(0, 2)
     sound = part.read_bytes()
@@ -192,7 +199,7 @@ def test_any_bit_flipped_in_a_part_is_found_before_it_is_committed(tmp_path: Pat
             assert {name: found[name] for name in FILES} == {name: expected[name] for name in FILES}
 
 
-def test_a_damaged_part_is_named(tmp_path: Path):
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     folder = write_files(str(tmp_path), 10)
     flip(tmp_path / folder / part_of(0, 2), 20)
     with pytest.raises(
@@ -202,14 +209,16 @@ def test_a_damaged_part_is_named(tmp_path: Path):
         commit_files(str(tmp_path), 10)
 
 
-def test_a_part_may_be_published_again(tmp_path: Path):
+def test_a_part_may_be_published_again(tmp_path: Path) -> None:
     blobs = Blobs(str(tmp_path))
     for size in (1, 2):
         publish_part(blobs, "step-00000001.a", rank=0, world_size=1, files={"x": (size, "00")})
     assert read_part(blobs, "step-00000001.a", rank=0, world_size=1)["x"] == (2, "00")
 
 
-def test_where_no_commit_verifies_each_is_named_with_its_problem_and_what_to_do(tmp_path: Path):
+def test_where_no_commit_verifies_each_is_named_with_its_problem_and_what_to_do(
+    tmp_path: Path,
+) -> None:
     made = make(tmp_path, 10, 20, 30)
     flip(tmp_path / made[0].folder / "model_states.bin", 5)
     (tmp_path / made[1].folder / "pp_rank_0_optim.bin").unlink()
@@ -232,7 +241,7 @@ def forge(root: Path, step: int, changes: dict[str, object]) -> None:
     path.write_text(json.dumps({"commit": values, "xxh3": xxhash.xxh3_64_hexdigest(text.encode())}))
 
 
-def test_a_manifest_with_the_right_checksum_is_believed(tmp_path: Path):
+def test_a_manifest_with_the_right_checksum_is_believed(tmp_path: Path) -> None:
     """Or the tests below would prove nothing: `forge` makes what `publish` makes."""
     make(tmp_path, 10)
     forge(tmp_path, 10, {})
@@ -242,7 +251,9 @@ def test_a_manifest_with_the_right_checksum_is_believed(tmp_path: Path):
 @pytest.mark.parametrize(
     "name", ["../secret", "../../secret", "/etc/passwd", "link/secret", "..", "."]
 )
-def test_a_manifest_may_not_name_what_lies_outside_of_its_checkpoint(tmp_path: Path, name: str):
+def test_a_manifest_may_not_name_what_lies_outside_of_its_checkpoint(
+    tmp_path: Path, name: str
+) -> None:
     root = tmp_path / "checkpoints"
     made = make(root, 10, 20)
     (root / made[1].folder / "link").symlink_to(tmp_path)
@@ -272,7 +283,9 @@ def test_a_manifest_may_not_name_what_lies_outside_of_its_checkpoint(tmp_path: P
         {"files": {"nul\0.pt": [0, ""]}},
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_passed_over(tmp_path: Path, changes: dict[str, object]):
+def test_a_manifest_that_makes_no_sense_is_passed_over(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
     make(tmp_path, 10, 20)
     forge(tmp_path, 20, changes)
     assert step_of_newest(tmp_path) == 10
@@ -281,7 +294,7 @@ def test_a_manifest_that_makes_no_sense_is_passed_over(tmp_path: Path, changes: 
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", "{", '{"commit": 3, "xxh3": ""}', '{"commit": {}}', "\udcff"]
 )
-def test_a_manifest_that_is_none_is_passed_over(tmp_path: Path, text: str):
+def test_a_manifest_that_is_none_is_passed_over(tmp_path: Path, text: str) -> None:
     make(tmp_path, 10, 20)
     manifest_of(tmp_path, 20).write_bytes(os.fsencode(text))
     assert step_of_newest(tmp_path) == 10
@@ -292,7 +305,7 @@ def chosen_in(root: Path) -> Choice:
     return choose(blobs, lambda commit: verify(blobs, commit, commit.files))
 
 
-def test_what_was_set_aside_gives_its_name_back(tmp_path: Path):
+def test_what_was_set_aside_gives_its_name_back(tmp_path: Path) -> None:
     made = make(tmp_path, 10, 20, 30)
     for commit in made[1:]:
         flip(tmp_path / commit.folder / "model_states.bin", 0)
@@ -305,13 +318,15 @@ def test_what_was_set_aside_gives_its_name_back(tmp_path: Path):
     assert step_of_newest(tmp_path) == 20
 
 
-def test_nothing_is_set_aside_where_the_newest_verifies(tmp_path: Path):
+def test_nothing_is_set_aside_where_the_newest_verifies(tmp_path: Path) -> None:
     made = make(tmp_path, 10, 20)
     set_aside(Blobs(str(tmp_path)), chosen_in(tmp_path).passed_over)
     assert newest(str(tmp_path)) == made[-1]
 
 
-def test_a_commit_that_a_group_thought_dead_made_after_the_choice_is_not_set_aside(tmp_path: Path):
+def test_a_commit_that_a_group_thought_dead_made_after_the_choice_is_not_set_aside(
+    tmp_path: Path,
+) -> None:
     made = make(tmp_path, 10, 20)
     flip(tmp_path / made[-1].folder / "model_states.bin", 0)
     chosen = chosen_in(tmp_path)
@@ -320,7 +335,7 @@ def test_a_commit_that_a_group_thought_dead_made_after_the_choice_is_not_set_asi
     assert newest(str(tmp_path)) == late
 
 
-def test_what_was_passed_over_and_is_gone_needs_no_setting_aside(tmp_path: Path):
+def test_what_was_passed_over_and_is_gone_needs_no_setting_aside(tmp_path: Path) -> None:
     made = make(tmp_path, 10, 20)
     flip(tmp_path / made[-1].folder / "model_states.bin", 0)
     chosen = chosen_in(tmp_path)
@@ -330,7 +345,7 @@ def test_what_was_passed_over_and_is_gone_needs_no_setting_aside(tmp_path: Path)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 9])
-def test_the_newest_are_kept_and_torn_ones_before_them_go(tmp_path: Path, keep: int):
+def test_the_newest_are_kept_and_torn_ones_before_them_go(tmp_path: Path, keep: int) -> None:
     made = make(tmp_path, 5, 10, 100, 1000)
     for step in (50, 1000):
         write_files(str(tmp_path), step, attempt="torn")
@@ -346,7 +361,7 @@ def test_the_newest_are_kept_and_torn_ones_before_them_go(tmp_path: Path, keep: 
     assert step_of_newest(tmp_path) == 1000
 
 
-def test_retaining_leaves_what_is_no_checkpoint_alone(tmp_path: Path):
+def test_retaining_leaves_what_is_no_checkpoint_alone(tmp_path: Path) -> None:
     make(tmp_path, 10, 20)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes.json").write_text("mine")
@@ -355,7 +370,7 @@ def test_retaining_leaves_what_is_no_checkpoint_alone(tmp_path: Path):
     assert (tmp_path / "notes.json").read_text() == "mine"
 
 
-def test_retaining_does_not_touch_what_a_damaged_manifest_may_have_named(tmp_path: Path):
+def test_retaining_does_not_touch_what_a_damaged_manifest_may_have_named(tmp_path: Path) -> None:
     made = make(tmp_path, 10, 20, 30)
     manifest_of(tmp_path, 20).write_text("{")
     retain(Blobs(str(tmp_path)), 2)
@@ -363,7 +378,7 @@ def test_retaining_does_not_touch_what_a_damaged_manifest_may_have_named(tmp_pat
     assert not (tmp_path / made[0].folder).exists()
 
 
-def test_a_directory_is_read_in_place(tmp_path: Path):
+def test_a_directory_is_read_in_place(tmp_path: Path) -> None:
     (made,) = make(tmp_path, 10)
     with newest_copy(str(tmp_path), lambda commit: commit.files, tell=refuse_outage) as found:
         assert found == (made, tmp_path / made.folder)
@@ -373,10 +388,10 @@ def test_a_directory_is_read_in_place(tmp_path: Path):
         assert found is None
 
 
-def test_what_is_not_wanted_may_be_damaged(tmp_path: Path):
+def test_what_is_not_wanted_may_be_damaged(tmp_path: Path) -> None:
     made = make(tmp_path, 10, 20)
     flip(tmp_path / made[1].folder / "pp_rank_0_optim.bin", 0)
     for name, step in (("model_states.bin", 20), ("pp_rank_0_optim.bin", 10)):
-        with newest_copy(str(tmp_path), lambda _, name=name: [name], tell=refuse_outage) as found:
+        with newest_copy(str(tmp_path), partial(list_of, name), tell=refuse_outage) as found:
             assert found is not None
             assert found[0].step == step

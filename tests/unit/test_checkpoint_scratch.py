@@ -10,7 +10,7 @@ from stillhouse.checkpoint.scratch import scratch_folder
 
 def test_what_a_dead_process_left_goes_and_what_is_in_use_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with scratch_folder() as used:
         (used / "zero.pt").write_bytes(b"x")

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import pytest
@@ -101,11 +102,12 @@ def test_instructions_that_do_more_than_build_tensors_are_refused(
     assert not (tmp_path / "it-ran").exists()
 
 
-def load_within_deepspeed(path: Path) -> object:
+def load_within_deepspeed(path: Path) -> Any:
     with only_tensors():
         return torch.load(path, map_location="cpu", weights_only=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 def test_a_program_of_torchs_own_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Identity()), tmp_path / "file.pt")
     with pytest.raises(CheckpointError, match=r"file\.pt was not opened"):

@@ -5,10 +5,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import pytest
 import torch
 
+from helpers.calls import must_not_be_called
 from helpers.checkpoints import ORIGIN, snapshot_of, write_files
 from helpers.rangeserver import RangeServer, Refusal
 from helpers.s3 import s3_environment
@@ -41,7 +43,7 @@ def writer(
         world_size=world_size,
         keep=keep,
         on_commit=on_commit,
-        on_delay=pytest.fail,
+        on_delay=must_not_be_called,
     )
 
 
@@ -52,7 +54,7 @@ def until(condition: Callable[[], bool], *, within_s: float = 30.0) -> None:
         sleep(0.005)
 
 
-def test_a_snapshot_becomes_a_commit_that_torch_can_load(tmp_path: Path):
+def test_a_snapshot_becomes_a_commit_that_torch_can_load(tmp_path: Path) -> None:
     told = []
     with writer(tmp_path, on_commit=lambda *values: told.append(values)) as own:
         own.submit(snapshot_of(7, num_floats=100_000))
@@ -66,7 +68,7 @@ def test_a_snapshot_becomes_a_commit_that_torch_can_load(tmp_path: Path):
     assert torch.equal(loaded["weights"], torch.full((100_000,), 7.0))
 
 
-def test_rank_0_commits_when_every_part_is_there_and_not_before(tmp_path: Path):
+def test_rank_0_commits_when_every_part_is_there_and_not_before(tmp_path: Path) -> None:
     ranks = [writer(tmp_path, rank=rank, world_size=3) for rank in range(3)]
     for own in (ranks[0], ranks[2]):
         own.submit(snapshot_of(5, rank=ranks.index(own)))
@@ -83,7 +85,9 @@ def test_rank_0_commits_when_every_part_is_there_and_not_before(tmp_path: Path):
     } == found.files.keys()
 
 
-def test_an_abandoned_checkpoint_is_torn_and_the_next_attempt_commits_the_same_step(tmp_path: Path):
+def test_an_abandoned_checkpoint_is_torn_and_the_next_attempt_commits_the_same_step(
+    tmp_path: Path,
+) -> None:
     first = writer(tmp_path, world_size=2, attempt="first")
     first.submit(snapshot_of(5))
     until(lambda: (tmp_path / folder_of(5, "first") / part_of(0, 2)).exists())
@@ -99,7 +103,9 @@ def test_an_abandoned_checkpoint_is_torn_and_the_next_attempt_commits_the_same_s
     assert not (tmp_path / folder_of(5, "first")).exists()
 
 
-def test_old_commits_go_after_the_callback_and_a_training_in_progress_is_left_alone(tmp_path: Path):
+def test_old_commits_go_after_the_callback_and_a_training_in_progress_is_left_alone(
+    tmp_path: Path,
+) -> None:
     seen = []
 
     def look(made: Commit, _seconds: float, _blocking_s: float) -> None:
@@ -119,7 +125,7 @@ def test_old_commits_go_after_the_callback_and_a_training_in_progress_is_left_al
     ]
 
 
-def test_an_error_comes_back_in_the_training_thread_once(tmp_path: Path):
+def test_an_error_comes_back_in_the_training_thread_once(tmp_path: Path) -> None:
     with writer(tmp_path, attempt="mine") as own:
         own.submit(snapshot_of(3))
         own.wait()
@@ -134,19 +140,19 @@ def test_an_error_comes_back_in_the_training_thread_once(tmp_path: Path):
 
 def test_who_waits_for_a_store_that_stays_away_gets_its_words_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     """Training alone would go on, and the checkpoint be tried again, for as long as it takes."""
     with RangeServer(refusal=Refusal(503, "SlowDown")).running() as server:
         for name, value in s3_environment(server.endpoint).items():
             monkeypatch.setenv(name, value)
         delays: list[tuple[int, str]] = []
-        only = {
+        only: dict[str, Any] = {
             "origin": ORIGIN,
             "attempt": "a",
             "rank": 0,
             "world_size": 1,
             "keep": 1,
-            "on_commit": pytest.fail,
+            "on_commit": must_not_be_called,
         }
         patience = Patience(request_s=0.05, end_after_s=0.5)
         with CheckpointWriter(
@@ -165,7 +171,7 @@ def test_who_waits_for_a_store_that_stays_away_gets_its_words_in_the_end(
     assert delays[0][0] == 3
 
 
-def test_an_error_is_told_to_who_only_asks(tmp_path: Path):
+def test_an_error_is_told_to_who_only_asks(tmp_path: Path) -> None:
     """A rank with an error would otherwise look idle to itself and late to rank 0, for ever."""
     (tmp_path / "file").write_bytes(b"")
     with writer(tmp_path / "file") as own:
@@ -174,7 +180,9 @@ def test_an_error_is_told_to_who_only_asks(tmp_path: Path):
             until(lambda: not own.busy)
 
 
-def test_nobody_is_told_of_a_commit_that_was_made_after_another_command_took_over(tmp_path: Path):
+def test_nobody_is_told_of_a_commit_that_was_made_after_another_command_took_over(
+    tmp_path: Path,
+) -> None:
     """The owner is looked for before a commit and after it: in between a rank may have stood still
     for minutes."""
 
@@ -182,12 +190,12 @@ def test_nobody_is_told_of_a_commit_that_was_made_after_another_command_took_ove
         if (tmp_path / "step-00000003.json").exists():
             raise CheckpointError("they belong to another command now")
 
-    only = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1}
+    only: dict[str, Any] = {"origin": ORIGIN, "attempt": "a", "rank": 0, "world_size": 1, "keep": 1}
     with CheckpointWriter(
         str(tmp_path),
         **only,
-        on_commit=pytest.fail,
-        on_delay=pytest.fail,
+        on_commit=must_not_be_called,
+        on_delay=must_not_be_called,
         require_owner=require_owner,
     ) as own:
         own.submit(snapshot_of(3))
@@ -195,7 +203,7 @@ def test_nobody_is_told_of_a_commit_that_was_made_after_another_command_took_ove
             own.wait()
 
 
-def test_an_error_of_the_callback_comes_back_too(tmp_path: Path):
+def test_an_error_of_the_callback_comes_back_too(tmp_path: Path) -> None:
     def refuse(*_: object) -> None:
         raise OSError("the journal is full")
 
@@ -206,7 +214,7 @@ def test_an_error_of_the_callback_comes_back_too(tmp_path: Path):
     assert newest(str(tmp_path)) is not None
 
 
-def test_a_second_snapshot_waits_for_the_first_and_says_how_long(tmp_path: Path):
+def test_a_second_snapshot_waits_for_the_first_and_says_how_long(tmp_path: Path) -> None:
     gate, told = threading.Event(), []
 
     def hold(made: Commit, _seconds: float, blocking_s: float) -> None:
@@ -223,19 +231,19 @@ def test_a_second_snapshot_waits_for_the_first_and_says_how_long(tmp_path: Path)
     assert told[1][1] >= 0.25 + 0.4
 
 
-def test_a_copy_shares_nothing_with_what_it_is_of_and_everything_within():
-    weight = torch.arange(6.0).reshape(2, 3)
+def test_a_copy_shares_nothing_with_what_it_is_of_and_everything_within() -> None:
+    weight, counts = torch.arange(6.0).reshape(2, 3), [1, 2]
     state = {
         "a": weight,
         "tied": weight,
         "slice": weight[1],
-        "nested": [(weight.t(), {"n": [1, 2]})],
+        "nested": [(weight.t(), {"n": counts})],
         "bf16": weight.bfloat16(),
     }
     copied, _ = HostMemory(CPU).snapshot_of("f", state)
     expected = weight.clone()
     weight.zero_()
-    state["nested"][0][1]["n"].append(3)
+    counts.append(3)
     assert torch.equal(copied["a"], expected)
     assert copied["tied"] is copied["a"]
     assert torch.equal(copied["slice"], expected[1])
@@ -244,7 +252,7 @@ def test_a_copy_shares_nothing_with_what_it_is_of_and_everything_within():
     assert copied["bf16"].dtype == torch.bfloat16
 
 
-def test_memory_is_used_again_once_it_was_given_back_and_never_before():
+def test_memory_is_used_again_once_it_was_given_back_and_never_before() -> None:
     memory, state = HostMemory(CPU), {"a": torch.ones(5), "b": torch.ones(3)}
     first, release = memory.snapshot_of("f", state)
     state["a"].fill_(2)
@@ -257,7 +265,7 @@ def test_memory_is_used_again_once_it_was_given_back_and_never_before():
     assert torch.equal(third["a"], torch.full((5,), 2.0))
 
 
-def test_a_tensor_that_grew_gets_memory_of_its_own():
+def test_a_tensor_that_grew_gets_memory_of_its_own() -> None:
     memory = HostMemory(CPU)
     _, release = memory.snapshot_of("f", {"a": torch.ones(5)})
     release()
@@ -265,7 +273,7 @@ def test_a_tensor_that_grew_gets_memory_of_its_own():
     assert torch.equal(grown["a"], torch.ones(7))
 
 
-def test_the_writer_gives_the_memory_back(tmp_path: Path):
+def test_the_writer_gives_the_memory_back(tmp_path: Path) -> None:
     released = threading.Event()
     with writer(tmp_path) as own:
         own.submit(Snapshot(1, {"x": torch.ones(1)}, 0.0, 0.0, released.set))

@@ -1,8 +1,10 @@
 """`check` says what a run makes and needs, and what would stop it; it loads no weights and writes
 nothing."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+Check = Callable[..., Outcome]
+
+
 @pytest.fixture(scope="module")
 def filled(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A plan whose chunks are all in its store."""
@@ -34,11 +39,11 @@ def filled(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def check(tiny_world: TinyWorld, tmp_path: Path, cache: Path):
+def check(tiny_world: TinyWorld, tmp_path: Path, cache: Path) -> Check:
     """Runs `stillhouse check` on the tiny world, with changes, in a run directory and a store that
     do not exist."""
 
-    def run(**changes: dict[str, object]) -> Outcome:
+    def run(**changes: dict[str, Any]) -> Outcome:
         config = tmp_path / "config.toml"
         values = merged(tiny_world.values, {"store": {"url": str(tmp_path / "store")}})
         config.write_text(as_toml(merged(values, changes)))
@@ -57,7 +62,7 @@ def rows_of(outcome: Outcome) -> dict[str, str]:
     return rows
 
 
-def test_a_run_on_gpus_has_its_hours_estimated_and_is_told_how(check):
+def test_a_run_on_gpus_has_its_hours_estimated_and_is_told_how(check: Check) -> None:
     on_gpus = {"device": "cuda", "num_gpus": 1.0, "num_cpus": 0.25}
     rows = rows_of(
         check(teacher=on_gpus | {"max_replicas": 3}, student=on_gpus | {"num_workers": 2})
@@ -69,7 +74,7 @@ def test_a_run_on_gpus_has_its_hours_estimated_and_is_told_how(check):
     assert "hours" not in rows_of(check())
 
 
-def test_it_says_what_follows_from_the_config(check, filled: Plan):
+def test_it_says_what_follows_from_the_config(check: Check, filled: Plan) -> None:
     outcome = check()
     assert outcome.code == 0, outcome
     rows, corpus, recipe = rows_of(outcome), filled.sources.train, filled.recipe
@@ -88,12 +93,12 @@ def test_it_says_what_follows_from_the_config(check, filled: Plan):
     assert "Nothing stands in the way" in outcome.out
 
 
-def test_it_says_how_many_draws_a_target_has(check):
+def test_it_says_how_many_draws_a_target_has(check: Check) -> None:
     rows = rows_of(check(target={"k": 0, "tail_draws": 5}))
     assert "k = 0, 5 draws from the tail, ef-sqrt8: 6 bytes each" in rows["targets"]
 
 
-def test_it_says_where_draws_are_of_no_use(check):
+def test_it_says_where_draws_are_of_no_use(check: Check) -> None:
     assert (
         "jsd, which learns nothing from the 12 draws a token"
         in check(student={"divergence": "jsd"}).out
@@ -101,7 +106,7 @@ def test_it_says_where_draws_are_of_no_use(check):
     assert "learns nothing from" not in check().out
 
 
-def test_it_says_what_one_bucket_asks_of_the_teacher_before_a_chunk_is_there(check):
+def test_it_says_what_one_bucket_asks_of_the_teacher_before_a_chunk_is_there(check: Check) -> None:
     outcome = check(student={"divergence": "jsd"})
     assert outcome.code == 0, outcome
     assert (
@@ -118,8 +123,8 @@ def test_it_says_what_one_bucket_asks_of_the_teacher_before_a_chunk_is_there(che
 
 
 def test_one_bucket_of_a_flat_teacher_is_an_obstacle_once_the_first_batch_shows_it(
-    check, filled: Plan, tmp_path: Path
-):
+    check: Check, filled: Plan, tmp_path: Path
+) -> None:
     store = {"url": filled.config.store.url}
     refused = check(store=store, student={"divergence": "jsd"})
     assert refused.code == 2, refused
@@ -132,30 +137,32 @@ def test_one_bucket_of_a_flat_teacher_is_an_obstacle_once_the_first_batch_shows_
     assert check(store=store, student={"divergence": "jsd"}).code == 0
 
 
-def test_the_bytes_that_it_promises_are_those_that_the_store_takes(filled: Plan):
+def test_the_bytes_that_it_promises_are_those_that_the_store_takes(filled: Plan) -> None:
     sizes = [path.stat().st_size for path in Path(filled.config.store.url).rglob("*.safetensors")]
     promised = filled.bytes_per_chunk * len(filled.chunks)
     assert promised <= sum(sizes) <= promised + 2048 * len(sizes)
 
 
-def test_it_writes_nothing(check, tmp_path: Path):
+def test_it_writes_nothing(check: Check, tmp_path: Path) -> None:
     check()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml"]
 
 
-def test_it_counts_the_chunks_that_are_there_already(check, filled: Plan):
+def test_it_counts_the_chunks_that_are_there_already(check: Check, filled: Plan) -> None:
     outcome = check(store={"url": filled.config.store.url})
     assert f"{len(filled.chunks)} are there already" in rows_of(outcome)["store"]
 
 
-def test_a_store_that_nearly_matches_is_named_with_the_fields_that_differ(check, filled: Plan):
+def test_a_store_that_nearly_matches_is_named_with_the_fields_that_differ(
+    check: Check, filled: Plan
+) -> None:
     outcome = check(store={"url": filled.config.store.url}, target={"k": 5})
     assert outcome.code == 0, outcome
     assert f"the store has {filled.recipe.fingerprint[:16]}" in outcome.out
     assert "k (exact entries a token): 5 against 8" in outcome.out
 
 
-def test_no_weight_is_read(check, tmp_path: Path):
+def test_no_weight_is_read(check: Check, tmp_path: Path) -> None:
     make_model(tmp_path / "strange", vocab_size=300)
     # a whole file, and none of the model's weights
     save_file({"peat": torch.zeros(1)}, tmp_path / "strange" / "model.safetensors")
@@ -166,7 +173,7 @@ def test_no_weight_is_read(check, tmp_path: Path):
     assert "parameters" in rows_of(outcome)["teacher"]
 
 
-def test_a_padded_head_is_fine_and_a_narrow_one_is_not(check, tmp_path: Path):
+def test_a_padded_head_is_fine_and_a_narrow_one_is_not(check: Check, tmp_path: Path) -> None:
     make_model(tmp_path / "padded", vocab_size=384, tokenizer_vocab_size=300)
     make_model(tmp_path / "narrow", vocab_size=299, tokenizer_vocab_size=300)
     padded = check(student={"model": str(tmp_path / "padded")})
@@ -178,8 +185,8 @@ def test_a_padded_head_is_fine_and_a_narrow_one_is_not(check, tmp_path: Path):
 
 
 def test_the_run_directory_of_another_run_is_refused_by_check_and_by_run(
-    check, filled: Plan, tmp_path: Path
-):
+    check: Check, filled: Plan, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text(filled.config.model_dump_json())
@@ -197,7 +204,7 @@ def test_the_run_directory_of_another_run_is_refused_by_check_and_by_run(
     assert "target.k: 8 -> 5" in refused.err
 
 
-def test_what_is_unwise_is_noted_and_stops_nothing(check):
+def test_what_is_unwise_is_noted_and_stops_nothing(check: Check) -> None:
     student, teacher = {"warmup_steps": 50, "global_batch_sequences": 6}, {"max_replicas": 20}
     outcome = check(
         student=student, teacher=teacher, corpus={"sequence_length": 513}, cluster={"num_cpus": 3}
@@ -213,13 +220,13 @@ def test_what_is_unwise_is_noted_and_stops_nothing(check):
         assert any(words in note for note in notes), words
 
 
-def test_a_store_of_which_nothing_is_known_stays_as_it_was(check, tmp_path: Path):
+def test_a_store_of_which_nothing_is_known_stays_as_it_was(check: Check, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     check()
     assert list((tmp_path / "store").iterdir()) == []
 
 
-def test_every_obstacle_is_named_at_once(check, tmp_path: Path):
+def test_every_obstacle_is_named_at_once(check: Check, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     outcome = check(student={"num_cpus": 1000}, store={"url": str(tmp_path / "file" / "store")})
     assert outcome.code == 2
@@ -227,7 +234,7 @@ def test_every_obstacle_is_named_at_once(check, tmp_path: Path):
     assert "is a file" in outcome.err
 
 
-def test_a_store_that_is_a_file_is_named_once(check, tmp_path: Path):
+def test_a_store_that_is_a_file_is_named_once(check: Check, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     outcome = check(store={"url": str(tmp_path / "file")})
     assert outcome.code == 2
@@ -235,8 +242,8 @@ def test_a_store_that_is_a_file_is_named_once(check, tmp_path: Path):
 
 
 def test_a_store_that_may_only_be_read_is_no_obstacle_once_all_its_chunks_are_there(
-    check, filled: Plan, tmp_path: Path
-):
+    check: Check, filled: Plan, tmp_path: Path
+) -> None:
     with read_only(Path(filled.config.store.url), at=tmp_path / "seen") as seen:
         outcome = check(store={"url": str(seen)})
         assert outcome.code == 0, outcome
@@ -248,8 +255,8 @@ def test_a_store_that_may_only_be_read_is_no_obstacle_once_all_its_chunks_are_th
 
 
 def test_a_run_directory_with_a_name_that_no_file_system_takes_is_a_mistake(
-    check, tmp_path: Path, cache: Path
-):
+    check: Check, tmp_path: Path, cache: Path
+) -> None:
     check()
     outcome = stillhouse(
         "check", tmp_path / "config.toml", "--run-dir", tmp_path / ("x" * 256), cache=cache
@@ -258,13 +265,13 @@ def test_a_run_directory_with_a_name_that_no_file_system_takes_is_a_mistake(
     assert "longer than the 255 bytes" in outcome.err
 
 
-def test_a_window_smaller_than_the_shuffle_needs_is_noted(check, filled: Plan):
+def test_a_window_smaller_than_the_shuffle_needs_is_noted(check: Check, filled: Plan) -> None:
     outcome = check(store={"window_bytes": 100}, student={"max_steps": 1000})
     assert "less than a student may need for one step" in outcome.out
     assert ChunkStore(filled.config.store.url, filled.recipe).published() == set(filled.chunks)
 
 
-def test_a_placement_that_contradicts_itself_is_an_obstacle_like_any_other(check):
+def test_a_placement_that_contradicts_itself_is_an_obstacle_like_any_other(check: Check) -> None:
     outcome = check(teacher={"device": "cpu", "num_gpus": 1})
     assert outcome.code == 2
     assert "num_gpus is 1" in outcome.err
@@ -273,7 +280,7 @@ def test_a_placement_that_contradicts_itself_is_an_obstacle_like_any_other(check
 
 def test_exact_and_fast_logits_of_a_narrow_teacher_are_different_targets(
     tiny_world: TinyWorld, tmp_path: Path
-):
+) -> None:
     def fingerprint(**teacher: str) -> str:
         return tiny_world.plan(tmp_path / "run", teacher=teacher).recipe.fingerprint
 
@@ -289,7 +296,7 @@ def test_exact_and_fast_logits_of_a_narrow_teacher_are_different_targets(
 
 def test_training_alone_counts_a_chunk_that_was_cut_short_as_missing_and_says_who_makes_it(
     filled: Plan, tmp_path: Path
-):
+) -> None:
     store = ChunkStore(filled.config.store.url, filled.recipe)
     path = Path(store.url) / store.key(filled.chunks[0])
     whole = path.read_bytes()

@@ -70,14 +70,14 @@ def assert_mistake(outcome: Outcome, *words: str) -> None:
         assert word in outcome.err
 
 
-def test_help_for_every_verb_loads_nothing_heavy():
+def test_help_for_every_verb_loads_nothing_heavy() -> None:
     answer = subprocess.run(
         [sys.executable, "-c", ASK_EVERY_VERB], capture_output=True, text=True, check=False
     )
     assert answer.returncode == 0, answer.stderr
 
 
-def test_help_takes_less_than_a_second():
+def test_help_takes_less_than_a_second() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     answer = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -100,11 +100,11 @@ def test_help_takes_less_than_a_second():
         assert f" {verb} " in answer.stdout
 
 
-def test_the_version_is_shown():
+def test_the_version_is_shown() -> None:
     assert stillhouse("--version").out.startswith("stillhouse 0.")
 
 
-def test_the_package_run_as_a_module_is_the_command():
+def test_the_package_run_as_a_module_is_the_command() -> None:
     answer = subprocess.run(
         [sys.executable, "-m", "stillhouse", "--version"],
         capture_output=True,
@@ -114,7 +114,7 @@ def test_the_package_run_as_a_module_is_the_command():
     assert answer.stdout == stillhouse("--version").out
 
 
-def test_a_shell_completes_verbs_and_options():
+def test_a_shell_completes_verbs_and_options() -> None:
     def completed(words: str) -> list[str]:
         asked = {
             "_STILLHOUSE_COMPLETE": "complete_bash",
@@ -133,7 +133,7 @@ def test_a_shell_completes_verbs_and_options():
 
 def test_the_level_of_logs_is_an_option_or_a_variable_and_the_option_wins(
     monkeypatch: pytest.MonkeyPatch, in_empty_folder: Path
-):
+) -> None:
     logger = logging.getLogger("stillhouse")
     before, found = logger.level, list[int]()
     monkeypatch.setenv("STILLHOUSE_LOG", "error")
@@ -169,7 +169,7 @@ def test_the_level_of_logs_is_an_option_or_a_variable_and_the_option_wins(
         ("bench", "tub"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_points_to_the_help(arguments: tuple[str, ...]):
+def test_wrong_usage_ends_with_2_and_points_to_the_help(arguments: tuple[str, ...]) -> None:
     outcome = stillhouse(*arguments)
     assert outcome.code == 2
     assert "--help' for help" in outcome.err
@@ -185,14 +185,14 @@ def test_wrong_usage_ends_with_2_and_points_to_the_help(arguments: tuple[str, ..
 )
 def test_what_a_verb_raises_becomes_one_line_and_an_exit_code(
     raised: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     with pytest.raises(SystemExit) as end:
         app_that_raises(raised)([])
     assert end.value.code == code
     assert capsys.readouterr().err == message + "\n"
 
 
-def test_a_bug_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         app_that_raises(ZeroDivisionError("a bug"))([])
 
@@ -208,7 +208,7 @@ def app_that_raises(error: BaseException) -> typer.Typer:
 
 
 @pytest.mark.usefixtures("in_empty_folder")
-def test_init_writes_a_config_that_loads_and_never_overwrites_one():
+def test_init_writes_a_config_that_loads_and_never_overwrites_one() -> None:
     first = stillhouse("init", "owner/teacher", "owner/student", "stdlib")
     assert first.code == 0
     written = Path("distil.toml").read_text()
@@ -231,14 +231,14 @@ def test_init_writes_a_config_that_loads_and_never_overwrites_one():
 
 
 @pytest.mark.usefixtures("in_empty_folder")
-def test_a_config_that_cannot_be_read_is_refused_before_anything_is_loaded():
+def test_a_config_that_cannot_be_read_is_refused_before_anything_is_loaded() -> None:
     Path("wrong.toml").write_text("[student\n")
     assert_mistake(stillhouse("run", "absent.toml"), "absent.toml", "give the path of a TOML file")
     assert_mistake(stillhouse("run", "wrong.toml"), "wrong.toml is not TOML")
 
 
 @pytest.mark.usefixtures("in_empty_folder")
-def test_documents_that_cannot_teach_are_refused(config: Path, cache: Path, tmp_path: Path):
+def test_documents_that_cannot_teach_are_refused(config: Path, cache: Path, tmp_path: Path) -> None:
     empty, one_word = tmp_path / "empty.jsonl", tmp_path / "one_word.jsonl"
     empty.write_text("")
     one_word.write_text('{"text": "peat"}\n')
@@ -251,7 +251,7 @@ def test_documents_that_cannot_teach_are_refused(config: Path, cache: Path, tmp_
 @pytest.mark.usefixtures("in_empty_folder")
 def test_a_conversation_without_an_assistant_is_refused_by_its_row(
     config: Path, cache: Path, tmp_path: Path
-):
+) -> None:
     make_model(tmp_path / "chatty", vocab_size=300, chat_template=CHAT_TEMPLATE)
     rows = [
         [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Why not?"}],
@@ -269,7 +269,7 @@ def test_a_conversation_without_an_assistant_is_refused_by_its_row(
 
 def test_a_store_or_run_directory_below_a_file_is_refused_by_every_verb(
     config: Path, cache: Path, in_empty_folder: Path
-):
+) -> None:
     Path("file").write_text("")
     for verb in ("check", "run", "produce", "train"):
         store = stillhouse(
@@ -285,12 +285,12 @@ def test_a_store_or_run_directory_below_a_file_is_refused_by_every_verb(
 
 
 @pytest.mark.usefixtures("in_empty_folder")
-def test_verbs_of_a_run_refuse_what_is_none():
+def test_verbs_of_a_run_refuse_what_is_none() -> None:
     for verb in (("eval", "absent"), ("report", "absent"), ("export", "absent", "out")):
         assert_mistake(stillhouse(*verb), "absent")
 
 
-def test_the_environment_is_left_alone_by_help():
+def test_the_environment_is_left_alone_by_help() -> None:
     before = dict(os.environ)
     stillhouse("--help")
     assert dict(os.environ) == before

@@ -36,7 +36,7 @@ def damaged(url: str) -> str:
     return url
 
 
-def test_ls_has_a_line_for_each_recipe_with_chunks_present_and_bytes(url: str):
+def test_ls_has_a_line_for_each_recipe_with_chunks_present_and_bytes(url: str) -> None:
     outcome = stillhouse("store", "ls", url)
     assert outcome.code == 0
     lines = {line.split()[0]: line for line in outcome.out.splitlines()[1:]}
@@ -46,7 +46,7 @@ def test_ls_has_a_line_for_each_recipe_with_chunks_present_and_bytes(url: str):
     assert "0 of 3" in lines[OTHER.fingerprint[:16]]
 
 
-def test_stat_shows_every_field_and_the_chunks_that_are_not_there(url: str):
+def test_stat_shows_every_field_and_the_chunks_that_are_not_there(url: str) -> None:
     outcome = stillhouse("store", "stat", url, RECIPE.fingerprint[:6])
     shown = dict(line.strip().split(maxsplit=1) for line in outcome.out.splitlines()[1:])
     assert shown["fingerprint"] == RECIPE.fingerprint
@@ -66,7 +66,7 @@ def test_stat_shows_every_field_and_the_chunks_that_are_not_there(url: str):
     assert "chunks            2 of 3\n" in outcome.out
 
 
-def test_stat_without_a_fingerprint_shows_all_and_a_wrong_one_names_them(url: str):
+def test_stat_without_a_fingerprint_shows_all_and_a_wrong_one_names_them(url: str) -> None:
     outcome = stillhouse("store", "stat", url)
     assert RECIPE.fingerprint in outcome.out
     assert OTHER.fingerprint in outcome.out
@@ -75,7 +75,9 @@ def test_stat_without_a_fingerprint_shows_all_and_a_wrong_one_names_them(url: st
     assert RECIPE.fingerprint[:16] in wrong.err
 
 
-def test_stat_of_a_store_of_which_a_part_was_needed_does_not_speak_of_damage(tmp_path: Path):
+def test_stat_of_a_store_of_which_a_part_was_needed_does_not_speak_of_damage(
+    tmp_path: Path,
+) -> None:
     recipe = small_recipe(num_sequences=377 * 4)
     store = ChunkStore.create(str(tmp_path), recipe)
     for number in range(0, 24, 2):
@@ -93,7 +95,7 @@ def test_stat_of_a_store_of_which_a_part_was_needed_does_not_speak_of_damage(tmp
     assert "missing" not in outcome.out
 
 
-def test_stat_tells_damaged_chunks_from_those_that_were_never_made(url: str):
+def test_stat_tells_damaged_chunks_from_those_that_were_never_made(url: str) -> None:
     store = ChunkStore(url, RECIPE)
     path = Path(url) / store.key(0)
     path.write_bytes(path.read_bytes()[:-1])
@@ -113,7 +115,7 @@ def test_stat_tells_damaged_chunks_from_those_that_were_never_made(url: str):
     )
 
 
-def test_stat_needs_memory_for_what_is_there_alone(tmp_path: Path):
+def test_stat_needs_memory_for_what_is_there_alone(tmp_path: Path) -> None:
     """A recipe can have ten billion chunks; two million would be seen."""
     recipe = small_recipe(num_sequences=4 * 2_000_000)
     store = ChunkStore.create(str(tmp_path), recipe)
@@ -124,13 +126,13 @@ def test_stat_needs_memory_for_what_is_there_alone(tmp_path: Path):
     assert "not there         0-6, 8-1999999: not made yet" in outcome.out
 
 
-def test_verify_says_when_all_is_well(url: str):
+def test_verify_says_when_all_is_well(url: str) -> None:
     outcome = stillhouse("store", "verify", url)
     assert outcome.code == 0
     assert "4 objects" in outcome.out
 
 
-def test_verify_names_a_damaged_chunk_and_leaves_it(damaged: str):
+def test_verify_names_a_damaged_chunk_and_leaves_it(damaged: str) -> None:
     outcome = stillhouse("store", "verify", damaged)
     assert outcome.code == 1
     assert "0000000002.safetensors" in outcome.out
@@ -139,7 +141,7 @@ def test_verify_names_a_damaged_chunk_and_leaves_it(damaged: str):
     assert ChunkStore(damaged, RECIPE).published() == {0, 2}
 
 
-def test_quarantine_moves_damaged_chunks_so_that_they_are_made_again(damaged: str):
+def test_quarantine_moves_damaged_chunks_so_that_they_are_made_again(damaged: str) -> None:
     outcome = stillhouse("store", "verify", damaged, "--quarantine")
     assert outcome.code == 1
     assert "1 chunks were moved" in outcome.err
@@ -148,14 +150,14 @@ def test_quarantine_moves_damaged_chunks_so_that_they_are_made_again(damaged: st
     assert "0000000002" in stillhouse("store", "sweep", damaged).out
 
 
-def test_verify_names_a_damaged_recipe(url: str):
+def test_verify_names_a_damaged_recipe(url: str) -> None:
     (Path(url) / OTHER.fingerprint[:16] / "recipe.json").write_text("{}")
     outcome = stillhouse("store", "verify", url, "--quarantine")
     assert outcome.code == 1
     assert f"{OTHER.fingerprint[:16]}/recipe.json" in outcome.out
 
 
-def test_sweep_removes_old_leftovers_only(url: str):
+def test_sweep_removes_old_leftovers_only(url: str) -> None:
     chunks = Path(url) / RECIPE.fingerprint[:16] / "chunks"
     old, young = chunks / "0000000001.safetensors#1", chunks / "0000000001.safetensors#2"
     for path in (old, young):
@@ -171,7 +173,7 @@ def test_sweep_removes_old_leftovers_only(url: str):
 
 def test_a_store_that_may_only_be_read_is_shown_and_verified_and_swept_with_a_refusal_in_words(
     url: str, tmp_path: Path
-):
+) -> None:
     (Path(url) / RECIPE.fingerprint[:16] / "chunks" / "0000000001.safetensors#1").touch()
     with read_only(Path(url), at=tmp_path / "seen") as seen:
         assert [stillhouse("store", verb, seen).code for verb in ("ls", "stat", "verify")] == [
@@ -188,7 +190,7 @@ def test_a_store_that_may_only_be_read_is_shown_and_verified_and_swept_with_a_re
 
 
 @pytest.mark.parametrize("verb", ["ls", "stat", "verify"])
-def test_a_mistyped_url_is_no_empty_store(verb: str, tmp_path: Path):
+def test_a_mistyped_url_is_no_empty_store(verb: str, tmp_path: Path) -> None:
     outcome = stillhouse("store", verb, str(tmp_path / "absent"))
     assert outcome.code == 2
     assert "there is no recipe in" in outcome.err

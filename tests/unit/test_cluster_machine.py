@@ -79,7 +79,7 @@ def test_a_run_is_refused_before_ray_is_asked_where_the_machine_lacks(
     config: Path,
     tmp_path: Path,
 ) -> None:
-    given = {"XDG_CACHE_HOME": str(tmp_path / "cache")} | environment
+    given = {"XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
     assert_refused(
         on_such_a_machine(limits, "run", config, "--run-dir", tmp_path / "run", **given), words
     )

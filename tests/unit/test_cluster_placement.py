@@ -1,5 +1,7 @@
 """The placement of processes, and the shortages of a cluster."""
 
+from typing import Any
+
 import pytest
 
 from stillhouse.cluster.placement import (
@@ -17,11 +19,11 @@ CPUS_ONLY = {"CPU": 8.0, "memory": 1e9}
 WITH_GPUS = {"CPU": 8.0, "GPU": 4.0}
 
 
-def teacher(**values: object) -> TeacherSection:
+def teacher(**values: Any) -> TeacherSection:
     return TeacherSection.model_validate({"model": "m"} | values)
 
 
-def student(**values: object) -> StudentSection:
+def student(**values: Any) -> StudentSection:
     return StudentSection.model_validate({"model": "m"} | values)
 
 
@@ -43,7 +45,7 @@ def student(**values: object) -> StudentSection:
 )
 def test_a_process_goes_where_its_section_says(
     values: dict[str, object], available: dict[str, float], expected: tuple[float, float, str]
-):
+) -> None:
     where = placement(teacher(**values), available)
     assert (where.num_cpus, where.num_gpus, where.device) == expected
 
@@ -63,17 +65,17 @@ def test_a_process_goes_where_its_section_says(
 )
 def test_a_device_and_gpus_that_contradict_each_other_are_refused(
     values: dict[str, object], message: str
-):
+) -> None:
     with pytest.raises(ConfigError, match=message):
         placement(student(**values), WITH_GPUS)
 
 
-def test_what_many_processes_need_is_added_up_without_zeros():
+def test_what_many_processes_need_is_added_up_without_zeros() -> None:
     assert Placement(0.5, 0.0, {"spot": 1.0}).times(3) == {"CPU": 1.5, "spot": 3.0}
     assert Placement(2.0, 0.25, {}).times(2) == {"CPU": 4.0, "GPU": 0.5}
 
 
-def test_a_cluster_that_is_large_enough_is_short_of_nothing():
+def test_a_cluster_that_is_large_enough_is_short_of_nothing() -> None:
     needs = teacher_needs(teacher(min_replicas=3, max_replicas=99, num_cpus=1)) | student_needs(
         student(num_workers=50, num_cpus=0.1)
     )
@@ -83,7 +85,7 @@ def test_a_cluster_that_is_large_enough_is_short_of_nothing():
     assert shortages(tenths, {"CPU": 1.0}) == []  # ten tenths are one, rounding or not
 
 
-def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there():
+def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there() -> None:
     needs = teacher_needs(
         teacher(min_replicas=3, max_replicas=4, num_cpus=2, resources={"spot": 1})
     ) | student_needs(student(num_workers=4, device="cuda"))
@@ -98,7 +100,7 @@ def test_every_shortage_says_what_is_needed_by_whom_and_what_is_there():
     assert "Lower min_replicas, num_workers, num_cpus or num_gpus" in str(caught.value)
 
 
-def test_a_crew_alone_is_measured_alone():
+def test_a_crew_alone_is_measured_alone() -> None:
     assert shortages(teacher_needs(teacher(min_replicas=9, max_replicas=9)), CPUS_ONLY) == [
         "CPU: 9 needed (9 teachers), 8 in the cluster"
     ]

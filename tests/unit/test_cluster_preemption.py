@@ -42,7 +42,8 @@ DEADLINE = datetime(2031, 5, 4, 3, 2, 1, tzinfo=UTC).timestamp()
 
 @pytest.fixture(params=CLOUDS)
 def cloud(request: pytest.FixtureRequest) -> Cloud:
-    return request.param
+    name: Cloud = request.param
+    return name
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from time import monotonic
 
 import pytest
 
+from helpers.calls import must_not_be_called
 from helpers.remote import die, join, refuse, trip
 from helpers.world import TinyWorld
 from stillhouse.cluster.nodes import await_room
@@ -29,7 +30,7 @@ SHARED = Placement(0.1, 0.0, {})
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what():
+def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what() -> None:
     heard: list[str] = []
     needs = teacher_needs(TeacherSection(model="m", resources={"spot": 1}))
     with pytest.raises(ConfigError, match="too small for this run"):
@@ -38,12 +39,12 @@ def test_a_run_waits_for_machines_that_may_still_join_and_says_for_what():
     with pytest.raises(
         ConfigError, match="too small for this run"
     ):  # nobody else joins a cluster that this command started
-        await_room(needs, ClusterSection(), waiting=pytest.fail)
+        await_room(needs, ClusterSection(), waiting=must_not_be_called)
 
 
 def test_a_token_is_found_and_shown_nowhere(
     tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     secrets = local_secrets()
     assert secrets.hub_token == TOKEN
@@ -70,7 +71,9 @@ def test_a_token_is_found_and_shown_nowhere(
         assert TOKEN.encode() not in data
 
 
-def test_a_process_adopts_the_token_and_none_takes_none_away(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_adopts_the_token_and_none_takes_none_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_own")
     Secrets(None).adopt()
     assert os.environ["HF_TOKEN"] == "hf_own"
@@ -78,7 +81,7 @@ def test_a_process_adopts_the_token_and_none_takes_none_away(monkeypatch: pytest
     assert local_secrets().hub_token == TOKEN
 
 
-def test_an_attached_process_uses_its_cluster_as_it_is(ray_cluster: dict[str, float]):
+def test_an_attached_process_uses_its_cluster_as_it_is(ray_cluster: dict[str, float]) -> None:
     with attached(ClusterSection(address="nobody.invalid:1")) as available:
         assert available["CPU"] == ray_cluster["CPU"]
     with attached(ClusterSection()) as again:  # it did not end with the block
@@ -111,7 +114,7 @@ except RunError as error:
 """
 
 
-def test_a_ray_that_does_not_start_is_a_failed_run_in_words_and_leaves_nothing():
+def test_a_ray_that_does_not_start_is_a_failed_run_in_words_and_leaves_nothing() -> None:
     place = Path(tempfile.mkdtemp(dir="/tmp", prefix="s-"))  # the path of a socket is short
     broken = {"RAY_TMPDIR": str(place), "RAY_GCS_SERVER_PORT": "no port"}
     done = subprocess.run(
@@ -129,7 +132,7 @@ def test_a_ray_that_does_not_start_is_a_failed_run_in_words_and_leaves_nothing()
     place.rmdir()
 
 
-def test_an_address_at_which_nobody_answers_is_said_at_once():
+def test_an_address_at_which_nobody_answers_is_said_at_once() -> None:
     """In a process of its own, since this one may be attached already."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
@@ -163,7 +166,7 @@ def test_an_address_at_which_nobody_answers_is_said_at_once():
     [{"RAY_AUTH_TOKEN_PATH": os.devnull}, {"RAY_AUTH_TOKEN": "  "}],
     ids=["a blank file", "blank"],
 )
-def test_a_blank_token_for_a_cluster_is_a_mistake_in_words(token: dict[str, str]):
+def test_a_blank_token_for_a_cluster_is_a_mistake_in_words(token: dict[str, str]) -> None:
     knowing = {
         name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"
     } | token
@@ -177,14 +180,14 @@ def test_a_blank_token_for_a_cluster_is_a_mistake_in_words(token: dict[str, str]
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_call_is_answered_by_another_process():
+def test_a_call_is_answered_by_another_process() -> None:
     words, pid = call_remotely(join, "cut", "the", "heads", where=SHARED)
     assert words == "cut the heads"
     assert pid != os.getpid()
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_error_of_ours_arrives_as_itself():
+def test_an_error_of_ours_arrives_as_itself() -> None:
     with pytest.raises(ChunkMissing) as caught:
         call_remotely(refuse, "chunk 3 is not there", where=SHARED)
     assert type(caught.value) is ChunkMissing
@@ -193,7 +196,7 @@ def test_an_error_of_ours_arrives_as_itself():
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_any_other_error_arrives_as_itself_with_the_trace_of_where_it_was_raised():
+def test_any_other_error_arrives_as_itself_with_the_trace_of_where_it_was_raised() -> None:
     with pytest.raises(KeyError) as caught:
         call_remotely(trip, "a bug", where=SHARED)
     assert type(caught.value) is KeyError
@@ -201,11 +204,11 @@ def test_any_other_error_arrives_as_itself_with_the_trace_of_where_it_was_raised
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_process_that_dies_is_a_run_that_failed():
+def test_a_process_that_dies_is_a_run_that_failed() -> None:
     with pytest.raises(RunError, match="the process of `die` was lost"):
         call_remotely(die, where=SHARED)
 
 
-def test_the_cause_of_an_error_that_wraps_none_is_itself():
+def test_the_cause_of_an_error_that_wraps_none_is_itself() -> None:
     error = ChunkError("as it is")
     assert cause_of(error) is error

@@ -32,11 +32,11 @@ def refusal(*paths: Path, overrides: tuple[str, ...] = ()) -> str:
     return str(caught.value)
 
 
-def test_three_names_are_enough(least: Path):
+def test_three_names_are_enough(least: Path) -> None:
     assert load_config([least]) == parse_config(LEAST)
 
 
-def test_files_are_merged_left_to_right_key_by_key(least: Path, tmp_path: Path):
+def test_files_are_merged_left_to_right_key_by_key(least: Path, tmp_path: Path) -> None:
     over = tmp_path / "over.toml"
     over.write_text("student.model = 'tiny'\ntarget.k = 8\n")
     config = load_config([least, over])
@@ -44,7 +44,7 @@ def test_files_are_merged_left_to_right_key_by_key(least: Path, tmp_path: Path):
     assert load_config([over, least]).student.model == "small"
 
 
-def test_overrides_are_toml_and_win_over_files(least: Path):
+def test_overrides_are_toml_and_win_over_files(least: Path) -> None:
     overrides = [
         "student.zero_stage = 3",
         "student.betas = [0.8, 0.9]",
@@ -85,13 +85,13 @@ def test_overrides_are_toml_and_win_over_files(least: Path):
 )
 def test_a_wrong_value_is_named_with_what_was_found_and_what_is_wanted(
     least: Path, override: str, place: str, cure: str
-):
+) -> None:
     message = refusal(least, overrides=(override,))
     assert f"  - {place}: " in message
     assert cure in message
 
 
-def test_every_mistake_is_named_at_once(least: Path):
+def test_every_mistake_is_named_at_once(least: Path) -> None:
     message = refusal(
         least, overrides=("target.k = -1", "student.seeed = 1", "store.window_bytes = -1")
     )
@@ -102,7 +102,7 @@ def test_every_mistake_is_named_at_once(least: Path):
     ]
 
 
-def test_draws_alone_need_the_divergence_that_learns_from_them(least: Path):
+def test_draws_alone_need_the_divergence_that_learns_from_them(least: Path) -> None:
     draws = ("target.k = 0", "target.tail_draws = 50")
     assert load_config([least], draws).target.tail_draws == 50
     message = refusal(least, overrides=(*draws, "student.divergence = 'jsd'"))
@@ -118,38 +118,38 @@ def test_draws_alone_need_the_divergence_that_learns_from_them(least: Path):
     assert load_config([least], (*draws, *unused)).target.k == 0
 
 
-def test_what_has_no_default_is_asked_for():
+def test_what_has_no_default_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"teacher\.model: missing"):
         parse_config(LEAST | {"teacher": {}})
 
 
 @pytest.mark.parametrize("content", [b"[corpus\n", b"student.dtype = float32\n", b"\xff\xfe"])
-def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes):
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "wrong.toml"
     path.write_bytes(content)
     assert f"{path} is not TOML" in refusal(path)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path / 'absent.toml'}: No such file or directory" in refusal(
         tmp_path / "absent.toml"
     )
     assert "Is a directory" in refusal(tmp_path)
 
 
-def test_an_override_that_is_not_toml_says_how_to_quote(least: Path):
+def test_an_override_that_is_not_toml_says_how_to_quote(least: Path) -> None:
     message = refusal(least, overrides=("student.dtype = float32",))
     assert "--set 'student.dtype = float32' is not TOML" in message
     assert "quote text, as in 'student.dtype = \"float32\"'" in message
 
 
-def test_a_config_is_never_mutated(least: Path):
+def test_a_config_is_never_mutated(least: Path) -> None:
     config = load_config([least])
     with pytest.raises(ValidationError):
-        config.target.k = 5
+        config.target.k = 5  # type: ignore[misc]
 
 
-def test_the_resolved_config_is_read_back_the_same():
+def test_the_resolved_config_is_read_back_the_same() -> None:
     config = parse_config(
         LEAST
         | {
@@ -164,7 +164,7 @@ def test_the_resolved_config_is_read_back_the_same():
 @pytest.mark.parametrize(
     "name", ["owner/name", 'quo"te', "back\\slash", "/data/größe/*.txt", "new\nline"]
 )
-def test_the_starter_config_holds_what_it_was_given_and_defaults(tmp_path: Path, name: str):
+def test_the_starter_config_holds_what_it_was_given_and_defaults(tmp_path: Path, name: str) -> None:
     path = tmp_path / "starter.toml"
     path.write_text(starter_toml(teacher=name, student=name, dataset=name), encoding="utf-8")
     config = load_config([path])
@@ -178,12 +178,12 @@ def test_the_starter_config_holds_what_it_was_given_and_defaults(tmp_path: Path,
     )
 
 
-def test_the_starter_config_is_about_ten_lines():
+def test_the_starter_config_is_about_ten_lines() -> None:
     lines = starter_toml(teacher="a", student="b", dataset="c").splitlines()
     assert len([line for line in lines if line]) <= 13
 
 
-def test_the_readme_shows_what_init_writes():
+def test_the_readme_shows_what_init_writes() -> None:
     readme = Path(__file__).parents[2] / "README.md"
     assert (
         starter_toml(

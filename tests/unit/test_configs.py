@@ -11,14 +11,14 @@ from stillhouse.errors import ConfigError
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
 
-def test_there_is_a_config_for_the_demo_a_small_card_a_cluster_and_chat():
+def test_there_is_a_config_for_the_demo_a_small_card_a_cluster_and_chat() -> None:
     assert {"demo", "small-24gb", "one-node", "qwen3-32b-to-4b", "llama-70b-to-8b", "chat"} <= {
         path.stem for path in CONFIGS
     }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_loads_and_its_numbers_fit_together(path: Path):
+def test_it_loads_and_its_numbers_fit_together(path: Path) -> None:
     config = load_config([path])
     student = config.student
     assert (
@@ -35,7 +35,7 @@ def test_it_loads_and_its_numbers_fit_together(path: Path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_misspelt_field_is_refused_by_its_name(path: Path):
+def test_each_misspelt_field_is_refused_by_its_name(path: Path) -> None:
     values = tomllib.loads(path.read_text())
     fields = [(section, key) for section, table in values.items() for key in table]
     for section, key in fields:
@@ -46,11 +46,11 @@ def test_each_misspelt_field_is_refused_by_its_name(path: Path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_says_what_it_is_for(path: Path):
+def test_it_says_what_it_is_for(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
-def test_the_single_card_config_fits_on_one_card():
+def test_the_single_card_config_fits_on_one_card() -> None:
     config = load_config([next(path for path in CONFIGS if path.stem == "small-24gb")])
     shares = [config.teacher.num_gpus, config.student.num_gpus]
     assert sum(share for share in shares if share is not None) == pytest.approx(1.0)

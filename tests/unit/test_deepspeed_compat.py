@@ -74,7 +74,8 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, f"{done.stderr}\n{REMEDY}"
-    return json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def test_no_compiler_is_looked_for(facts: dict[str, Any]) -> None:

@@ -156,18 +156,14 @@ def assert_close(found: Scores, wanted: Scores, *, atol: float = 2e-6) -> None:
     np.testing.assert_allclose(astuple(found), astuple(wanted), rtol=0, atol=atol)
 
 
-def test_every_score_is_the_naive_dense_one(models: Models, heldout: Sequences):
+def test_every_score_is_the_naive_dense_one(models: Models, heldout: Sequences) -> None:
     found = evaluate(models.job(), heldout)
     assert found.keys() == {"teacher", "student", "control"}
     teacher_TV, labels_T = dense_logprobs(models.teacher, heldout), labels_of(heldout)
-    for name, section in (
-        ("teacher", models.teacher),
-        ("student", models.student),
-        ("control", models.control),
-    ):
-        assert_close(
-            found[name], naive_scores(teacher_TV, dense_logprobs(section, heldout), labels_T)
-        )
+    sections = {"teacher": models.teacher, "student": models.student, "control": models.control}
+    for name, scores in found.items():
+        wanted = naive_scores(teacher_TV, dense_logprobs(sections[name], heldout), labels_T)
+        assert_close(scores, wanted)
     assert found["student"].kl > 0.05
     assert 0.05 < found["student"].acceptance < 0.95
 
@@ -175,7 +171,7 @@ def test_every_score_is_the_naive_dense_one(models: Models, heldout: Sequences):
 @pytest.mark.parametrize(("batch_sequences", "block_tokens"), [(1, 1), (2, 5), (7, 10_000)])
 def test_batches_and_blocks_change_nothing(
     models: Models, heldout: Sequences, batch_sequences: int, block_tokens: int
-):
+) -> None:
     found = evaluate(
         models.job(batch_sequences=batch_sequences, block_tokens=block_tokens), heldout
     )
@@ -184,7 +180,9 @@ def test_batches_and_blocks_change_nothing(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_teacher_against_itself_is_perfect(models: Models, heldout: Sequences, dtype: str):
+def test_the_teacher_against_itself_is_perfect(
+    models: Models, heldout: Sequences, dtype: str
+) -> None:
     """In bfloat16 most rows have their greatest logit more than once: a first choice is one of
     them, and both models' the same."""
     teacher = models.teacher.model_copy(update={"dtype": dtype})
@@ -196,7 +194,7 @@ def test_the_teacher_against_itself_is_perfect(models: Models, heldout: Sequence
 
 def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(
     models: Models, heldout: Sequences, tmp_path: Path
-):
+) -> None:
     twins = AutoModelForCausalLM.from_pretrained(models.control.model, dtype=torch.float32)
     twins.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -207,7 +205,7 @@ def test_two_rows_of_the_head_that_are_equal_are_no_disagreement(
     assert scores["student"].agreement == 1.0
 
 
-def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Sequences):
+def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Sequences) -> None:
     """What stands behind the mask decides nothing: not the last token of a document, nor a row
     without a target."""
     silent = Sequences(
@@ -222,7 +220,7 @@ def test_a_token_that_has_no_target_is_not_scored(models: Models, heldout: Seque
 
 def test_a_certain_and_wrong_model_is_badly_calibrated(
     models: Models, heldout: Sequences, tmp_path: Path
-):
+) -> None:
     """A head that is a thousand times as loud is sure of itself, and right no more often than
     before."""
     loud = AutoModelForCausalLM.from_pretrained(models.control.model, dtype=torch.float32)

@@ -2,6 +2,7 @@
 starts, with what is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,10 +119,11 @@ def test_what_opens_no_usable_sources_is_refused(
     parts: str, tmp_path: Path, name: str, words: str
 ) -> None:
     section = CorpusSection(dataset="anything", source=f"{parts}:{name}", sequence_length=8)
+    no_tokenizer: Any = None  # not looked at
     with pytest.raises(ConfigError, match=words):
         open_sources(
             section,
-            None,
+            no_tokenizer,
             tokenizer_digest="",
             block_sequences=4,
             cache_dir=tmp_path,

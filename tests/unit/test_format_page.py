@@ -47,7 +47,7 @@ def block_after(words: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_reader_written_from_the_page_reads_the_golden_chunk(name: str):
+def test_a_reader_written_from_the_page_reads_the_golden_chunk(name: str) -> None:
     data, wanted, recipe, fingerprint = golden(name)
     found = read_chunk(data, recipe, fingerprint, wanted["number"])
     assert [found[key] for key in ("token_ids", "positions", "loss_mask")] == [
@@ -66,7 +66,9 @@ def test_a_reader_written_from_the_page_reads_the_golden_chunk(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_page_obliges_a_reader_to_verify_finds_every_flipped_bit_and_every_cut(name: str):
+def test_what_the_page_obliges_a_reader_to_verify_finds_every_flipped_bit_and_every_cut(
+    name: str,
+) -> None:
     data, wanted, recipe, fingerprint = golden(name)
     for place in range(len(data)):
         damaged = bytearray(data)
@@ -92,7 +94,7 @@ def test_what_the_page_obliges_a_reader_to_verify_finds_every_flipped_bit_and_ev
         lambda record: record[:7] + b"\xf1\x00\xfe",
     ],
 )
-def test_a_record_that_the_page_forbids_is_refused(change: Callable[[bytes], bytes]):
+def test_a_record_that_the_page_forbids_is_refused(change: Callable[[bytes], bytes]) -> None:
     _, _, recipe, _ = golden("chunk_v1_top3")
     record = bytes.fromhex("2a 44 32 c4 90 0a 0b f1 00 ff")
     read_record(record, recipe)
@@ -100,7 +102,7 @@ def test_a_record_that_the_page_forbids_is_refused(change: Callable[[bytes], byt
         read_record(change(record), recipe)
 
 
-def test_the_worked_example_is_the_golden_chunk():
+def test_the_worked_example_is_the_golden_chunk() -> None:
     data, _, recipe, fingerprint = golden("chunk_v1_top3")
     text = block_after("bytes of `recipe.json`:").encode("ascii")
     assert json.loads(text) == recipe
@@ -114,7 +116,7 @@ def test_the_worked_example_is_the_golden_chunk():
     assert f"{len(data)} bytes" in PAGE
 
 
-def test_the_first_record_of_the_worked_example_is_the_one_decoded_there():
+def test_the_first_record_of_the_worked_example_is_the_one_decoded_there() -> None:
     data, wanted, recipe, fingerprint = golden("chunk_v1_top3")
     tensors, _ = read_index(data, recipe, fingerprint, wanted["number"])
     assert (
@@ -126,6 +128,7 @@ def test_the_first_record_of_the_worked_example_is_the_one_decoded_there():
         r"others with (\S+) together",
         PAGE,
     )
+    assert told is not None
     first = wanted["targets"][0]
     assert [int(told[i]) for i in (1, 3, 5)] == first["ids"]
     assert [float(told[i]) for i in (2, 4, 6, 7)] == pytest.approx(
@@ -133,7 +136,7 @@ def test_the_first_record_of_the_worked_example_is_the_one_decoded_there():
     )
 
 
-def test_the_sizes_are_those_of_the_pages_own_formula():
+def test_the_sizes_are_those_of_the_pages_own_formula() -> None:
     lines = re.findall(
         r"^\| (\d+) \| (\d+) \| ([68]) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE
     )

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from helpers.calls import must_not_be_called
 from helpers.checkpoints import ORIGIN, make, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.history import (
@@ -199,7 +201,7 @@ def commit_steps(
     def on_commit(made: Commit, seconds: float, _blocking_s: float) -> None:
         Journal(journal).record(CheckpointRow("student", made.step, seconds, made.num_bytes))
 
-    only = {
+    only: dict[str, Any] = {
         "origin": ORIGIN,
         "attempt": attempt,
         "rank": 0,
@@ -207,7 +209,7 @@ def commit_steps(
         "keep": 20,
         "require_owner": require,
     }
-    with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=pytest.fail) as writer:
+    with CheckpointWriter(url, **only, on_commit=on_commit, on_delay=must_not_be_called) as writer:
         for step in range(1, 11):
             writer.submit(snapshot_of(step))
         writer.wait()

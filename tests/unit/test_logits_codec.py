@@ -102,7 +102,11 @@ def elias_fano(ids: list[int], vocab_size: int) -> bytes:
 
 
 def root(drop: np.float32) -> np.float32:
-    return np.sqrt(np.float32(1) + drop) - np.float32(1)
+    return np.float32(np.sqrt(np.float32(1) + drop) - np.float32(1))
+
+
+def token_of(c: CompressedLogits, row: int) -> CompressedLogits:
+    return c.map(lambda tensor: tensor[row : row + 1])
 
 
 def spelled_out(c: CompressedLogits, spec: TargetSpec) -> bytes:
@@ -112,7 +116,7 @@ def spelled_out(c: CompressedLogits, spec: TargetSpec) -> bytes:
         best = max(logprob for _, logprob in entries)
         drops = [np.minimum(best - logprob, np.float32(40)) for _, logprob in entries]
         half_range = np.float16(max(*drops, np.float32(1)))
-        tail = c.tail_logmass_T[0].numpy()
+        tail = float(c.tail_logmass_T[0])
         half_tail = np.float16(tail if tail == -math.inf else min(max(tail, -65504), -(2**-24)))
         top = np.float32(2**spec.value_bits - 1)
         codes = [
@@ -156,9 +160,7 @@ def test_records_are_what_the_layout_spells_out(case: tuple[CompressedLogits, Ta
     records = encode(c, spec)
     assert (records.dtype, records.shape) == (torch.uint8, (c.num_tokens, spec.bytes_per_token))
     for row, record in enumerate(records):
-        assert record.numpy().tobytes() == spelled_out(
-            c.map(lambda t, row=row: t[row : row + 1]), spec
-        )
+        assert record.numpy().tobytes() == spelled_out(token_of(c, row), spec)
 
 
 @given(case=cases())
@@ -380,7 +382,7 @@ def test_no_tokens_have_no_records() -> None:
 def test_many_rows_are_the_rows_one_by_one_wherever_they_lie_in_memory() -> None:
     spec = TargetSpec(5000, 4096, num_draws=4)
     c = target_of(torch.randn(40, 5000, generator=torch.Generator().manual_seed(0)), spec)
-    rows = [c.map(lambda t, row=row: t[row : row + 1]) for row in range(40)]
+    rows = [token_of(c, row) for row in range(40)]
     records = encode(c, spec)
     assert torch.equal(records, torch.cat([encode(row, spec) for row in rows]))
     backwards = decode(records.flip(0).T.contiguous().T, spec)

@@ -6,6 +6,7 @@ The tests of the codec compare numpy's with the layout. Here both run on the CPU
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def target_of(
     spread: float = 5.0,
     rounded: bool = False,
     ruled_out: float = 0.0,
-):
+) -> CompressedLogits:
     """Distinct ids from anywhere with log-probabilities below their best, in no order; a part of
     them impossible. Draws with repeats."""
     random = np.random.default_rng(seed)
@@ -200,8 +201,7 @@ def test_damaged_records_are_refused_by_the_same_row_for_the_same_reason(
     for row, place, flip in damages:
         records[row % len(records), place % spec.bytes_per_token] ^= flip
     found, wanted = (
-        outcome(lambda library=library: library.decode(records, spec))
-        for library in (codec_torch, codec_numpy)
+        outcome(partial(library.decode, records, spec)) for library in (codec_torch, codec_numpy)
     )
     if isinstance(wanted, str):
         assert found == wanted
@@ -209,7 +209,7 @@ def test_damaged_records_are_refused_by_the_same_row_for_the_same_reason(
         assert_same(found, wanted)
 
 
-NONSENSE = {
+NONSENSE: dict[str, list[float]] = {
     "token_ids_TK": [-1, 0, 1, 262_146, 2**31 - 1, -(2**31)],
     "logprobs_TK": [math.nan, math.inf, -math.inf, 0.0, 3e38],
     "tail_logmass_T": [math.nan, math.inf, -math.inf, 0.0, 5e-4, 0.5, -1e-9, -1e6],
@@ -235,8 +235,7 @@ def test_targets_that_cannot_be_written_are_refused_by_the_same_row_for_the_same
         if len(values):
             values[place % len(values)] = value
     found, wanted = (
-        outcome(lambda library=library: library.encode(c, spec))
-        for library in (codec_torch, codec_numpy)
+        outcome(partial(library.encode, c, spec)) for library in (codec_torch, codec_numpy)
     )
     assert found == wanted if isinstance(wanted, str) else torch.equal(found, wanted)
 
@@ -267,7 +266,7 @@ class Answers(TorchDispatchMode):
     depend on them, and copies."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_waits = 0
 
     def __torch_dispatch__(

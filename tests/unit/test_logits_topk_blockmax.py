@@ -244,7 +244,7 @@ class Reads(TorchDispatchMode):
 def test_a_gpu_reads_many_rows_at_once_and_a_cpu_as_many_as_its_cache_holds() -> None:
     vocab_size = 40_000
     rows_read, _ = blockmax_torch.rows_at_once(torch.device("cpu"), vocab_size)
-    with Reads() as reads:
+    with Reads() as reads:  # type: ignore[no-untyped-call]
         by_torch(random_logits(10, vocab_size, seed=0), k=4)
     assert (rows_read, reads.num) == (3, 4)
     rows_read, rows_selected = blockmax_torch.rows_at_once(torch.device("cuda", 1), 151_936)

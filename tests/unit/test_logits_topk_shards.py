@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.spawn import spawn
 
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits import CompressedLogits, TargetSpec, compress, compress_reference
@@ -130,7 +131,7 @@ def compress_the_shard_of(
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_a_rank, args=(str(directory),), nprocs=4)
+    spawn(on_a_rank, args=(str(directory),), nprocs=4)
     return [torch.load(Path(directory) / f"{rank}.pt") for rank in range(4)]
 
 

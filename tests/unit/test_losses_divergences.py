@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +52,9 @@ def distributions(*, seed: int = 0, size: int = 9) -> tuple[Tensor, Tensor]:
 
 
 def loss(
-    hidden_TH: Tensor, head: Head, target: CompressedLogits | None, **options: object
+    hidden_TH: Tensor, head: Head, target: CompressedLogits | None, **options: Any
 ) -> LossTerms:
-    return distillation_loss(hidden_TH, head, target, **{"divergence": forward_kl, **options})
+    return distillation_loss(hidden_TH, head, target, **({"divergence": forward_kl} | options))
 
 
 @pytest.fixture
@@ -138,8 +140,7 @@ def test_an_unknown_divergence_is_refused_with_the_known_names() -> None:
 def test_terms_are_sums_over_tokens(hidden: Tensor, head: Head, target: CompressedLogits) -> None:
     whole = loss(hidden, head, target)
     parts = [
-        loss(hidden[t : t + 1], head, target.map(lambda tensor, t=t: tensor[t : t + 1]))
-        for t in range(11)
+        loss(hidden[t : t + 1], head, target.map(itemgetter(slice(t, t + 1)))) for t in range(11)
     ]
     torch.testing.assert_close(
         whole.divergence, torch.stack([part.divergence for part in parts]).sum()

@@ -141,7 +141,8 @@ def make_inputs(case: Case, *, num_tokens: int = T, seed: int = 0) -> Inputs:
 
 
 def kl(a: Tensor, b: Tensor) -> Tensor:
-    return (torch.special.xlogy(a, a) - torch.special.xlogy(a, b)).sum(-1)
+    divergences: Tensor = (torch.special.xlogy(a, a) - torch.special.xlogy(a, b)).sum(-1)
+    return divergences
 
 
 DENSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -481,7 +482,7 @@ class Spy(TorchDispatchMode):
     operation."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: set[tuple[int, ...]] = set()
         self.operations: list[str] = []
 
@@ -516,6 +517,7 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
 def test_a_frozen_weight_costs_no_gradient() -> None:
     inputs = make_inputs(CASES["bias"])
     wanted = with_gradients(fused(inputs, CASES["bias"]).total, inputs)
+    assert inputs.bias_V is not None
     frozen = replace(inputs, weight_VH=inputs.weight_VH.detach(), bias_V=inputs.bias_V.detach())
     with watched() as spy:
         total = fused(frozen, CASES["bias"]).total

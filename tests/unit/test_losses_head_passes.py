@@ -81,7 +81,7 @@ def in_interpreter_passes(
 def test_the_kernels_find_what_torch_finds(
     interpreter: ProcessPoolExecutor, bend: str, dtype: torch.dtype
 ) -> None:
-    options = {"temperature": 1.0, "label_loss": False} | {
+    options: dict[str, Any] = {"temperature": 1.0, "label_loss": False} | {
         name: BENDS[bend][name] for name in ("temperature", "label_loss") if name in BENDS[bend]
     }
     head = bent_head(dtype, **BENDS[bend])
@@ -156,11 +156,8 @@ def loss_inputs(dtype: torch.dtype) -> tuple[Tensor, Head, CompressedLogits, Ten
 
 def loss_and_gradients(dtype: torch.dtype, make_passes: Any) -> list[Tensor]:
     hidden_TH, head, target, labels_T = loss_inputs(dtype)
-    leaves = [
-        hidden_TH.requires_grad_(),
-        head.weight_VH.requires_grad_(),
-        head.bias_V.requires_grad_(),
-    ]
+    assert head.bias_V is not None
+    leaves = [tensor.requires_grad_() for tensor in (hidden_TH, head.weight_VH, head.bias_V)]
     objective = Objective(forward_kl, divergence_weight=0.7, ce_weight=0.4, z_loss_weight=0.1)
     sums = head_loss(
         hidden_TH,

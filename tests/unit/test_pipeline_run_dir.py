@@ -89,7 +89,7 @@ def step(number: int, learning_rate: float, role: Any = "student") -> TrainRow:
     return TrainRow(role, number, 2.0, 1.5, None, 0.7, learning_rate, 200, 4.0, 1.0, 50.0)
 
 
-def plan_of(world: TinyWorld, folder: Path, **student: object) -> Plan:
+def plan_of(world: TinyWorld, folder: Path, **student: Any) -> Plan:
     return world.plan(
         folder / "run", store={"url": str(folder / "store")}, student={"max_steps": 10, **student}
     )
@@ -150,7 +150,7 @@ def test_a_command_that_is_refused_leaves_the_run_directory_as_it_was(
 def test_chunks_that_may_only_be_read_can_be_trained_from_and_who_has_to_write_is_told_why_not(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
-    def planned(run: str, store: Path, **student: object) -> Plan:
+    def planned(run: str, store: Path, **student: Any) -> Plan:
         return tiny_world.plan(
             tmp_path / run, store={"url": str(store)}, student={"max_steps": 10, **student}
         )

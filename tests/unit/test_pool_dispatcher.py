@@ -4,7 +4,7 @@ journalled by functions that it is given."""
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import pytest
 
@@ -20,6 +20,9 @@ from stillhouse.tracking import PoolRow, Row, SetAsideRow
 
 NUM_BLOCKS, NUM_ROWS = 6, 4
 _names = itertools.count()
+
+
+RowT = TypeVar("RowT", bound=Row)
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,11 @@ def write_all(crew: Writers) -> list[Row]:
     return journal.rows
 
 
-def of(rows: list[Row], kind: type[Row]) -> list[Row]:
+def of(rows: list[Row], kind: type[RowT]) -> list[RowT]:
     return [row for row in rows if isinstance(row, kind)]
 
 
-def test_workers_that_are_no_teachers_make_every_block_once_and_are_journalled_in_their_own_rows():
+def test_workers_that_are_no_teachers_make_every_block_once_and_have_events_of_their_own() -> None:
     rows = write_all(Writers(mortal={1}))
     assert {row.number for row in of(rows, WriterRow)} >= {0, 1}
     assert sorted(row.block for row in of(rows, WrittenRow)) == list(range(NUM_BLOCKS))
@@ -150,7 +153,7 @@ def test_workers_that_are_no_teachers_make_every_block_once_and_are_journalled_i
     assert (last.published, last.needed, last.losses) == (NUM_BLOCKS, NUM_BLOCKS, 1)
 
 
-def test_a_row_that_none_of_them_can_make_is_set_aside_and_the_rest_of_its_block_is_made():
+def test_a_row_that_none_of_them_can_make_is_set_aside_and_the_rest_of_its_block_is_made() -> None:
     rows = write_all(Writers(poison=frozenset([(2, 1)])))
     (aside,) = of(rows, SetAsideRow)
     assert (aside.chunk, aside.sequences) == (2, [2 * NUM_ROWS + 1])
@@ -159,6 +162,6 @@ def test_a_row_that_none_of_them_can_make_is_set_aside_and_the_rest_of_its_block
     }
 
 
-def test_a_worker_that_is_not_the_same_as_the_first_ends_the_run():
+def test_a_worker_that_is_not_the_same_as_the_first_ends_the_run() -> None:
     with pytest.raises(TeacherError, match="writer 1 has version 8, not 7"):
         write_all(Writers(version_of=lambda worker: 7 + worker))

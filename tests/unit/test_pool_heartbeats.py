@@ -3,7 +3,7 @@
 from stillhouse.pool.heartbeats import Heartbeats
 
 
-def test_only_a_worker_whose_heartbeats_have_stopped_is_silent():
+def test_only_a_worker_whose_heartbeats_have_stopped_is_silent() -> None:
     heartbeats = Heartbeats()
     heartbeats.hear([1, 2, 3], now=10.0)
     heartbeats.hear([1], now=50.0)

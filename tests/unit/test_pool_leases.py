@@ -1,6 +1,9 @@
 """The lease table: whatever happens to teachers and chunks, each chunk ends published or set aside,
 in reading order, within the window."""
 
+from collections.abc import Callable, Set
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -15,8 +18,8 @@ NUM_ROWS = 3
 TIMEOUT_S = 100.0
 
 
-def table_of(order: list[int], *, settled: set[int] = frozenset(), **budget: object) -> LeaseTable:
-    whole = {"max_failures": 2, "max_set_aside": 4, "timeout_s": TIMEOUT_S} | budget
+def table_of(order: list[int], *, settled: Set[int] = frozenset(), **budget: Any) -> LeaseTable:
+    whole: dict[str, Any] = {"max_failures": 2, "max_set_aside": 4, "timeout_s": TIMEOUT_S} | budget
     there = np.array([number in settled for number in order], dtype=bool)
     return LeaseTable(
         order, settled=there, num_rows=lambda _number: NUM_ROWS, budget=Budget(**whole)
@@ -171,19 +174,27 @@ LeaseMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=
 TestLeaseTable = LeaseMachine.TestCase
 
 
-def lease_of(table: LeaseTable, holder: int = 0, *, now: float = 0.0) -> Lease:
-    lease = table.lease(holder, limit=table.num_wanted, now=now)
+def lease_of(
+    table: LeaseTable, holder: int = 0, *, limit: int | None = None, now: float = 0.0
+) -> Lease:
+    lease = table.lease(holder, limit=table.num_wanted if limit is None else limit, now=now)
     assert lease is not None
     return lease
 
 
-def test_a_chunk_that_comes_back_goes_first_again():
+def hedge_of(table: LeaseTable, holder: int, *, now: float) -> Lease:
+    hedge = table.hedge(holder, now=now)
+    assert hedge is not None
+    return hedge
+
+
+def test_a_chunk_that_comes_back_goes_first_again() -> None:
     table = table_of([5, 3, 9])
-    first, second = table.lease(0, limit=2, now=0), table.lease(0, limit=2, now=0)
+    first, second = lease_of(table, limit=2), lease_of(table, limit=2)
     assert (first.chunk, second.chunk, table.lease(0, limit=2, now=0)) == (5, 3, None)
     assert table.held_back(limit=2)
     table.give_back(first)
-    again = table.lease(0, limit=2, now=0)
+    again = lease_of(table, limit=2)
     assert again.chunk == 5
     table.publish(again, now=1)
     table.fail(second, "ValueError: no")
@@ -191,7 +202,7 @@ def test_a_chunk_that_comes_back_goes_first_again():
     assert [lease_of(table).chunk for _ in range(3)] == [5, 3, 9]
 
 
-def test_work_that_is_late_is_given_to_another_and_the_late_one_is_still_welcome():
+def test_work_that_is_late_is_given_to_another_and_the_late_one_is_still_welcome() -> None:
     table = table_of([7])
     slow = lease_of(table, 0)
     assert table.expire(TIMEOUT_S - 1) == []
@@ -204,20 +215,20 @@ def test_work_that_is_late_is_given_to_another_and_the_late_one_is_still_welcome
     assert (table.tally.late, table.num_settled, table.num_out) == (1, 1, 0)
 
 
-def test_slow_work_is_given_to_one_idle_teacher_more_and_to_no_third():
+def test_slow_work_is_given_to_one_idle_teacher_more_and_to_no_third() -> None:
     table = table_of(list(range(8)))
     for now in range(6):
         table.publish(lease_of(table, 0, now=10.0 * now), now=10.0 * now + 10)
     slow, recent = lease_of(table, 0, now=60), lease_of(table, 1, now=75)
     assert table.hedge(2, now=80) is None  # not twice the usual ten seconds
     assert table.hedge(0, now=81) is None  # its own
-    hedge = table.hedge(2, now=81)
+    hedge = hedge_of(table, 2, now=81)
     assert (hedge.chunk, hedge.holder) == (slow.chunk, 2)
     assert table.hedge(3, now=90) is None
     table.give_back(hedge)
-    assert table.hedge(3, now=90).chunk == slow.chunk
+    assert hedge_of(table, 3, now=90).chunk == slow.chunk
     table.publish(slow, now=91)
-    assert table.hedge(4, now=200).chunk == recent.chunk
+    assert hedge_of(table, 4, now=200).chunk == recent.chunk
     assert table.tally.hedged == 3
 
 
@@ -226,7 +237,7 @@ def raise_until_examined(table: LeaseTable, times: int = 2) -> None:
         assert table.fail(lease_of(table), "IndexError: no") is None
 
 
-def test_a_row_that_raises_is_found_and_set_aside():
+def test_a_row_that_raises_is_found_and_set_aside() -> None:
     table = table_of([7, 8])
     raise_until_examined(table)
     found = None
@@ -242,7 +253,7 @@ def test_a_row_that_raises_is_found_and_set_aside():
     assert (again.chunk, again.trial, again.left_out) == (7, None, frozenset([1]))
 
 
-def test_deaths_of_machines_that_said_so_count_for_nothing():
+def test_deaths_of_machines_that_said_so_count_for_nothing() -> None:
     table = table_of([7])
     for _ in range(50):
         table.lose(lease_of(table), "preempted", blame=False)
@@ -250,7 +261,7 @@ def test_deaths_of_machines_that_said_so_count_for_nothing():
     assert table.tally.losses == 50
 
 
-def test_failures_of_different_chunks_do_not_add_up():
+def test_failures_of_different_chunks_do_not_add_up() -> None:
     table = table_of(list(range(10)))
     leases = [lease_of(table) for _ in range(10)]
     for lease in leases:
@@ -259,7 +270,7 @@ def test_failures_of_different_chunks_do_not_add_up():
     assert [lease_of(table).trial for _ in range(10)] == [None] * 10
 
 
-def test_a_chunk_that_comes_late_after_all_ends_the_search_for_its_poison():
+def test_a_chunk_that_comes_late_after_all_ends_the_search_for_its_poison() -> None:
     table = table_of([7])
     slow = lease_of(table, 0)
     table.expire(TIMEOUT_S)
@@ -273,7 +284,7 @@ def test_a_chunk_that_comes_late_after_all_ends_the_search_for_its_poison():
     assert table.lease(1, limit=1, now=TIMEOUT_S + 2) is None
 
 
-def test_a_publication_from_before_the_damage_does_not_count_after_it():
+def test_a_publication_from_before_the_damage_does_not_count_after_it() -> None:
     table = table_of([7])
     slow = lease_of(table, 0)
     table.expire(TIMEOUT_S)
@@ -286,7 +297,7 @@ def test_a_publication_from_before_the_damage_does_not_count_after_it():
 
 
 @pytest.mark.parametrize("end", [LeaseTable.find, LeaseTable.give_back, LeaseTable.passed])
-def test_nobody_ends_a_lease_twice(end):
+def test_nobody_ends_a_lease_twice(end: Callable[[LeaseTable, Lease], object]) -> None:
     table = table_of([1, 2])
     lease = lease_of(table)
     table.give_back(lease)

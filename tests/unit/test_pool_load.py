@@ -13,6 +13,7 @@ from stillhouse.config import TeacherSection
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import ChunkRef, ChunkStore
+from stillhouse.teacher.actor import Ready
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import Row
 
@@ -29,7 +30,9 @@ class Enough(Exception):
     pass
 
 
-def pool_and_crew(num_chunks: int, num_teachers: int) -> tuple[Dispatcher, SimulatedCrew]:
+def pool_and_crew(
+    num_chunks: int, num_teachers: int
+) -> tuple[Dispatcher[WorkItem, Ready], SimulatedCrew]:
     """Teachers that take about two seconds for a chunk, some of them far longer, and whose chunks
     weigh nothing."""
     published = bytearray(num_chunks)
@@ -78,7 +81,7 @@ class _Deaf:
         pass
 
 
-def test_it_hands_out_a_thousand_leases_a_second_to_two_thousand_teachers_on_one_core():
+def test_it_hands_out_a_thousand_leases_a_second_to_two_thousand_teachers_on_one_core() -> None:
     pool, crew = pool_and_crew(20_000, NUM_TEACHERS)
     began = process_time()
     pool.run(readers=(), coordinator=Mailbox(), finished=lambda: True)
@@ -107,7 +110,7 @@ def bytes_after(num_chunks: int, num_leases: int) -> int:
     return held - num_chunks * BYTES_PER_CHUNK
 
 
-def test_its_memory_grows_neither_with_the_corpus_nor_with_the_work_done():
+def test_its_memory_grows_neither_with_the_corpus_nor_with_the_work_done() -> None:
     small, large, later = (
         bytes_after(100_000, 2_000),
         bytes_after(1_000_000, 2_000),

@@ -16,7 +16,7 @@ FIRST, SECOND = Work(0), Work(1)  # chunks 7 and 8
 def search_of(**budget: int) -> PoisonSearch:
     return PoisonSearch(
         lambda _chunk: NUM_ROWS,
-        Budget(**({"max_failures": 2, "max_set_aside": 4, "timeout_s": 100.0} | budget)),
+        Budget(budget.get("max_failures", 2), budget.get("max_set_aside", 4), timeout_s=100.0),
     )
 
 
@@ -39,7 +39,7 @@ def take_apart(search: PoisonSearch, chunk: Work) -> None:
     assert accuse(search, chunk) == Ruling([chunk], rows_of(chunk))
 
 
-def test_a_chunk_that_fails_twice_is_wanted_row_by_row_and_no_more_as_a_whole():
+def test_a_chunk_that_fails_twice_is_wanted_row_by_row_and_no_more_as_a_whole() -> None:
     search = search_of()
     take_apart(search, FIRST)
     assert not search.wants(FIRST)
@@ -47,7 +47,7 @@ def test_a_chunk_that_fails_twice_is_wanted_row_by_row_and_no_more_as_a_whole():
     assert search.wants(SECOND)
 
 
-def test_deaths_are_forgiven_three_times_as_long_as_errors():
+def test_deaths_are_forgiven_three_times_as_long_as_errors() -> None:
     search = search_of()
     for _ in range(5):
         assert accuse(search, FIRST, weight=DIED) == Ruling()
@@ -55,7 +55,9 @@ def test_deaths_are_forgiven_three_times_as_long_as_errors():
 
 
 @given(st.sets(st.integers(0, NUM_ROWS - 1)))
-def test_exactly_the_rows_that_fail_are_set_aside_and_the_chunk_is_wanted_again(poison: set[int]):
+def test_exactly_the_rows_that_fail_are_set_aside_and_the_chunk_is_wanted_again(
+    poison: set[int],
+) -> None:
     search = search_of()
     take_apart(search, FIRST)
     for row in rows_of(FIRST):
@@ -75,7 +77,7 @@ def test_exactly_the_rows_that_fail_are_set_aside_and_the_chunk_is_wanted_again(
     assert search.wants(FIRST)
 
 
-def test_a_chunk_that_fails_though_its_rows_do_not_ends_the_run_by_name():
+def test_a_chunk_that_fails_though_its_rows_do_not_ends_the_run_by_name() -> None:
     search = search_of()
     take_apart(search, FIRST)
     for row in rows_of(FIRST):
@@ -89,7 +91,7 @@ def test_a_chunk_that_fails_though_its_rows_do_not_ends_the_run_by_name():
         accuse(search, FIRST, reason="OutOfMemoryError: second")
 
 
-def test_a_failure_of_everything_is_not_taken_for_poison():
+def test_a_failure_of_everything_is_not_taken_for_poison() -> None:
     search = search_of(max_set_aside=2)
     take_apart(search, FIRST)
     first, second, third = rows_of(FIRST)
@@ -103,7 +105,7 @@ def test_a_failure_of_everything_is_not_taken_for_poison():
         accuse(search, third, reason="RuntimeError: CUDA")
 
 
-def test_more_poison_than_may_be_set_aside_ends_the_run():
+def test_more_poison_than_may_be_set_aside_ends_the_run() -> None:
     search = search_of(max_set_aside=1)
     take_apart(search, FIRST)
     first, second, third = rows_of(FIRST)
@@ -116,7 +118,7 @@ def test_more_poison_than_may_be_set_aside_ends_the_run():
         accuse(search, rows_of(SECOND)[0], reason="poison")
 
 
-def test_a_chunk_that_is_published_after_all_ends_the_search_in_it():
+def test_a_chunk_that_is_published_after_all_ends_the_search_in_it() -> None:
     search = search_of()
     take_apart(search, FIRST)
     first, *others = rows_of(FIRST)

@@ -160,7 +160,7 @@ def store(tmp_path: Path) -> ChunkStore:
     return ChunkStore.create(str(tmp_path / "store"), RECIPE)
 
 
-def test_a_read_and_committed_chunk_is_deleted_and_the_store_stays_small(store: ChunkStore):
+def test_a_read_and_committed_chunk_is_deleted_and_the_store_stays_small(store: ChunkStore) -> None:
     run = Run(store, [Student(store, reader("one"))])
     run.go()
     assert run.students[0].done
@@ -170,13 +170,15 @@ def test_a_read_and_committed_chunk_is_deleted_and_the_store_stays_small(store: 
     assert run.most_there <= 6 + 2 * 3 + 8
 
 
-def test_retain_all_deletes_nothing(store: ChunkStore):
+def test_retain_all_deletes_nothing(store: ChunkStore) -> None:
     run = Run(store, [Student(store, reader("one"))], deletes=False)
     run.go()
     assert store.published() == set(range(24))
 
 
-def test_with_several_epochs_nothing_goes_before_the_last_one_has_read_it(store: ChunkStore):
+def test_with_several_epochs_nothing_goes_before_the_last_one_has_read_it(
+    store: ChunkStore,
+) -> None:
     run = Run(store, [Student(store, reader("one", epochs=3))])
     run.go()
     assert run.students[0].done
@@ -185,7 +187,7 @@ def test_with_several_epochs_nothing_goes_before_the_last_one_has_read_it(store:
     assert store.published() == set()
 
 
-def test_the_slowest_of_two_students_decides_and_both_read_everything(store: ChunkStore):
+def test_the_slowest_of_two_students_decides_and_both_read_everything(store: ChunkStore) -> None:
     """The second has another seed, another pace, and reads twice."""
     run = Run(
         store,
@@ -197,7 +199,7 @@ def test_the_slowest_of_two_students_decides_and_both_read_everything(store: Chu
     assert store.published() == set()
 
 
-def test_a_control_that_reads_after_the_student_finds_everything(store: ChunkStore):
+def test_a_control_that_reads_after_the_student_finds_everything(store: ChunkStore) -> None:
     student = Student(store, reader("student"))
     control = Student(store, reader("control"))
     run = Run(store, [student], own=1)
@@ -213,7 +215,7 @@ def test_a_control_that_reads_after_the_student_finds_everything(store: ChunkSto
     assert store.published() == set()
 
 
-def test_a_run_that_goes_on_does_not_make_again_what_is_behind_it(store: ChunkStore):
+def test_a_run_that_goes_on_does_not_make_again_what_is_behind_it(store: ChunkStore) -> None:
     student = Student(store, reader("one"))
     first = Run(store, [student])
     first.go(kill_after_steps=8)
@@ -227,7 +229,7 @@ def test_a_run_that_goes_on_does_not_make_again_what_is_behind_it(store: ChunkSt
     assert not set(first.made) & set(second.made)
 
 
-def test_a_reader_that_falls_back_behind_deleted_chunks_gets_them_again(store: ChunkStore):
+def test_a_reader_that_falls_back_behind_deleted_chunks_gets_them_again(store: ChunkStore) -> None:
     """Its newest checkpoints turned out damaged, and it begins anew."""
     student = Student(store, reader("one"))
     run = Run(store, [student])
@@ -243,7 +245,7 @@ def test_a_reader_that_falls_back_behind_deleted_chunks_gets_them_again(store: C
     assert store.published() == set()
 
 
-def test_nothing_is_deleted_while_somebody_reads_who_is_not_understood(store: ChunkStore):
+def test_nothing_is_deleted_while_somebody_reads_who_is_not_understood(store: ChunkStore) -> None:
     run = Run(store, [Student(store, reader("one"))])
     stranger = Path(store.url) / store.folder / "readers" / "stranger.json"
     run.crew.at(1001, lambda: stranger.write_text('{"version":2}'))
@@ -256,7 +258,7 @@ def test_nothing_is_deleted_while_somebody_reads_who_is_not_understood(store: Ch
         run.go()
 
 
-def test_nothing_is_deleted_once_an_own_record_is_gone(store: ChunkStore):
+def test_nothing_is_deleted_once_an_own_record_is_gone(store: ChunkStore) -> None:
     run = Run(store, [Student(store, reader("one"), commits=False), Student(store, reader("two"))])
     run.crew.at(1001, lambda: (Path(store.url) / store.folder / "readers" / "one.json").unlink())
     run.go()
@@ -264,7 +266,7 @@ def test_nothing_is_deleted_once_an_own_record_is_gone(store: ChunkStore):
     assert store.published() == set(range(24))
 
 
-def test_who_joins_between_two_looks_is_seen_before_anything_goes(store: ChunkStore):
+def test_who_joins_between_two_looks_is_seen_before_anything_goes(store: ChunkStore) -> None:
     run = Run(store, [Student(store, reader("one"))])
     for number in range(24):
         publish(store, item_of(RECIPE, number))
@@ -283,7 +285,9 @@ def test_who_joins_between_two_looks_is_seen_before_anything_goes(store: ChunkSt
     assert store.published() == set()
 
 
-def test_readers_of_other_runs_hold_teachers_back_but_never_starve_an_own_one(store: ChunkStore):
+def test_readers_of_other_runs_hold_teachers_back_but_never_starve_an_own_one(
+    store: ChunkStore,
+) -> None:
     run = Run(store, [Student(store, reader("one"))])
     retention = run.retention()
     commit(store, replace(reader("slow"), committed_step=2))
@@ -310,7 +314,7 @@ def test_readers_of_other_runs_hold_teachers_back_but_never_starve_an_own_one(st
 @settings(max_examples=150, deadline=None)
 def test_a_chunk_is_done_with_after_its_last_use_and_not_much_later(
     num_sequences: int, chunk_sequences: int, batch: int, window: int, seed: int, num_steps: int
-):
+) -> None:
     order = Order(num_sequences, chunk_sequences, batch, seed, window)
     last_use = np.zeros(order.num_chunks, dtype=np.int64)
     for step in range(num_steps):

@@ -5,8 +5,9 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from stillhouse.config import TeacherSection
 from stillhouse.errors import ChangedWeightsError, StoreError, TeacherError
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
-from stillhouse.store import ChunkStore, StoreUnavailable
+from stillhouse.store import Chunk, ChunkStore, StoreUnavailable
+from stillhouse.teacher.actor import Ready
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, StallRow, TeacherRow
 
@@ -36,7 +38,7 @@ class World:
 
     num_chunks: int = NUM_CHUNKS
     window: int = 1000
-    teacher: dict[str, object] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     mailbox: Mailbox = field(default_factory=Mailbox)
     url: str = field(default_factory=lambda: f"memory://pool-{next(_names)}")
@@ -51,8 +53,8 @@ class World:
     def record(self, row: Row) -> None:
         self.rows.append(row)
 
-    def pool(self) -> Dispatcher:
-        settings = {
+    def pool(self) -> Dispatcher[WorkItem, Ready]:
+        settings: dict[str, Any] = {
             "min_replicas": 1,
             "max_replicas": 4,
             "max_failures": 2,
@@ -93,6 +95,14 @@ class World:
     def last(self) -> PoolRow:
         return self.of(PoolRow)[-1]
 
+    def die_at_start(self, which: Callable[[int], bool]) -> None:
+        def starts(teacher: int) -> bool:
+            if which(teacher):
+                self.crew.die(teacher, "out of memory")
+            return not which(teacher)
+
+        self.crew.starts = starts
+
     def notice(self, node: str, *, seconds: float) -> None:
         self.mailbox.notices[node] = PreemptionNotice(
             "aws", self.crew.now + seconds, "spot instance-action terminate"
@@ -104,7 +114,7 @@ class World:
             self.store.verify(number)
 
 
-def test_every_chunk_is_made_once_by_teachers_that_are_well():
+def test_every_chunk_is_made_once_by_teachers_that_are_well() -> None:
     world = World()
     world.run()
     world.assert_all_is_there()
@@ -113,14 +123,16 @@ def test_every_chunk_is_made_once_by_teachers_that_are_well():
 
 
 @pytest.mark.parametrize("stale", [0, 4])
-def test_a_teacher_of_other_weights_than_planned_ends_the_run_and_publishes_nothing(stale: int):
+def test_a_teacher_of_other_weights_than_planned_ends_the_run_and_publishes_nothing(
+    stale: int,
+) -> None:
     """The first one, which has no fellow to be compared with, and one that comes in place of
     another when chunks are there already."""
     world = World(teacher={"max_replicas": 1})
     planned = world.store.recipe.teacher_digest
     world.crew.weights = lambda teacher: "0" * 64 if teacher == stale else planned
     for death in range(stale):
-        world.crew.at(1050.0 + 25 * death, lambda teacher=death: world.crew.die(teacher))
+        world.crew.at(1050.0 + 25 * death, partial(world.crew.die, death))
     with pytest.raises(
         ChangedWeightsError,
         match=rf"replica {stale} .*found 0000000000000000, wanted {planned[:16]};.*same command "
@@ -132,7 +144,7 @@ def test_a_teacher_of_other_weights_than_planned_ends_the_run_and_publishes_noth
     assert [row.replica for row in world.of(TeacherRow)] == [*range(stale)]
 
 
-def test_a_straggler_at_the_end_is_hedged_and_costs_one_duplicate():
+def test_a_straggler_at_the_end_is_hedged_and_costs_one_duplicate() -> None:
     world = World()
     world.crew.seconds = lambda teacher, item: (
         250.0 if item.number == NUM_CHUNKS - 1 and teacher == 3 else 10.0
@@ -144,7 +156,7 @@ def test_a_straggler_at_the_end_is_hedged_and_costs_one_duplicate():
     assert Counter(world.crew.begun) == Counter([*range(NUM_CHUNKS), NUM_CHUNKS - 1])
 
 
-def test_a_chunk_on_a_teacher_that_hangs_is_made_by_another_and_the_teacher_is_replaced():
+def test_a_chunk_on_a_teacher_that_hangs_is_made_by_another_and_the_teacher_is_replaced() -> None:
     world = World(num_chunks=60, teacher={"max_replicas": 2})
     world.crew.seconds = lambda teacher, item: 1e9 if teacher == 0 and item.number >= 4 else 60.0
     world.run()
@@ -154,7 +166,7 @@ def test_a_chunk_on_a_teacher_that_hangs_is_made_by_another_and_the_teacher_is_r
     assert world.last.failures == 0
 
 
-def test_one_stopped_teacher_of_one_costs_minutes_and_is_named():
+def test_one_stopped_teacher_of_one_costs_minutes_and_is_named() -> None:
     world = World(num_chunks=6, teacher={"max_replicas": 1, "lease_timeout_s": 3600.0})
     world.crew.seconds = lambda teacher, item: 1e9 if teacher == 0 and item.number == 2 else 60.0
     world.mailbox.beating = lambda: world.crew.placed() - ({0} if world.crew.now > 1200 else set())
@@ -167,10 +179,9 @@ def test_one_stopped_teacher_of_one_costs_minutes_and_is_named():
     assert world.last.losses == 1
 
 
-def test_a_teacher_that_is_stopped_while_it_starts_is_replaced():
+def test_a_teacher_that_is_stopped_while_it_starts_is_replaced() -> None:
     world = World(num_chunks=2, teacher={"max_replicas": 1})
-    starts = world.crew._start
-    world.crew._start = lambda worker: starts(worker) if worker.number > 0 else None
+    world.crew.starts = lambda teacher: teacher > 0
     world.mailbox.beating = lambda: world.crew.placed() - ({0} if world.crew.now > 1002 else set())
     world.run(limit_s=1800)
     world.assert_all_is_there()
@@ -179,7 +190,7 @@ def test_a_teacher_that_is_stopped_while_it_starts_is_replaced():
     ]
 
 
-def test_a_teacher_that_works_on_a_chunk_for_hours_and_gives_signs_of_life_is_let_be():
+def test_a_teacher_that_works_on_a_chunk_for_hours_and_gives_signs_of_life_is_let_be() -> None:
     world = World(num_chunks=2, teacher={"max_replicas": 1, "lease_timeout_s": 20_000.0})
     world.crew.seconds = lambda _teacher, _item: 15_000.0
     world.mailbox.beating = world.crew.placed
@@ -189,7 +200,7 @@ def test_a_teacher_that_works_on_a_chunk_for_hours_and_gives_signs_of_life_is_le
     assert Counter(world.crew.computed) == Counter(range(2))
 
 
-def test_a_teacher_that_waits_for_a_place_for_hours_is_not_silent():
+def test_a_teacher_that_waits_for_a_place_for_hours_is_not_silent() -> None:
     world = World(num_chunks=2, teacher={"max_replicas": 1})
     world.crew.nodes = {}
     world.crew.at(20_000, lambda: world.crew.add_node("a", 1))
@@ -199,7 +210,7 @@ def test_a_teacher_that_waits_for_a_place_for_hours_is_not_silent():
     assert not world.of(StallRow)
 
 
-def test_a_late_answer_is_accepted():
+def test_a_late_answer_is_accepted() -> None:
     """Both teachers are slower than the deadline: what is late arrives all the same, and who was to
     make it again finds it there."""
     world = World(num_chunks=4, teacher={"max_replicas": 2, "lease_timeout_s": 50.0})
@@ -211,10 +222,10 @@ def test_a_late_answer_is_accepted():
     assert Counter(world.crew.computed) == Counter(range(4))
 
 
-def test_a_killed_teacher_costs_at_most_its_leased_chunks():
+def test_a_killed_teacher_costs_at_most_its_leased_chunks() -> None:
     world = World()
     for kill in range(8):
-        world.crew.at(1000 + 9 + 17 * kill, lambda kill=kill: world.crew.die(kill))
+        world.crew.at(1000 + 9 + 17 * kill, partial(world.crew.die, kill))
     world.run()
     world.assert_all_is_there()
     assert 0 < world.last.losses <= 8  # what was in work; what waited beside it had not begun
@@ -222,7 +233,7 @@ def test_a_killed_teacher_costs_at_most_its_leased_chunks():
     assert not world.of(SetAsideRow)
 
 
-def test_no_number_of_preemptions_is_final():
+def test_no_number_of_preemptions_is_final() -> None:
     world = World(num_chunks=6, teacher={"max_replicas": 1, "max_failures": 1})
     world.crew.seconds = lambda _teacher, _item: 50.0
 
@@ -240,7 +251,7 @@ def test_no_number_of_preemptions_is_final():
     assert not world.of(SetAsideRow)
 
 
-def test_machines_that_vanish_while_teachers_start_are_no_failure_to_start():
+def test_machines_that_vanish_while_teachers_start_are_no_failure_to_start() -> None:
     world = World(num_chunks=2, teacher={"max_replicas": 1, "max_failures": 1})
     world.crew.nodes = {"node-0": 1}
 
@@ -255,9 +266,9 @@ def test_machines_that_vanish_while_teachers_start_are_no_failure_to_start():
     world.assert_all_is_there()
 
 
-def test_teachers_that_die_as_they_start_one_after_the_other_end_the_run():
+def test_teachers_that_die_as_they_start_one_after_the_other_end_the_run() -> None:
     world = World(teacher={"max_replicas": 2, "max_failures": 2})
-    world.crew._start = lambda worker: world.crew.die(worker.number, "out of memory")
+    world.die_at_start(lambda _teacher: True)
     with pytest.raises(
         TeacherError,
         match="4 teachers died one after the other while they started, the last with: out of "
@@ -266,7 +277,7 @@ def test_teachers_that_die_as_they_start_one_after_the_other_end_the_run():
         world.run()
 
 
-def test_a_draining_node_gets_no_new_leases_and_hands_back_what_it_has_not_begun():
+def test_a_draining_node_gets_no_new_leases_and_hands_back_what_it_has_not_begun() -> None:
     world = World(num_chunks=40, teacher={"max_replicas": 4})
     world.crew.nodes = {"a": 2, "b": 2}
     world.crew.at(1012, lambda: world.notice("a", seconds=30))
@@ -282,7 +293,7 @@ def test_a_draining_node_gets_no_new_leases_and_hands_back_what_it_has_not_begun
     assert len(begun_on_a) == 2  # the ones in work when the notice came
 
 
-def test_a_teacher_that_comes_up_on_a_node_that_will_go_gets_nothing():
+def test_a_teacher_that_comes_up_on_a_node_that_will_go_gets_nothing() -> None:
     world = World(num_chunks=40)
     world.crew.nodes = {"b": 1, "a": 10}
     world.crew.at(1012, lambda: world.notice("a", seconds=100))
@@ -295,7 +306,7 @@ def test_a_teacher_that_comes_up_on_a_node_that_will_go_gets_nothing():
     assert (world.last.losses, world.last.failures) == (0, 0)
 
 
-def test_work_that_outlasts_a_notice_is_made_elsewhere_and_nobody_is_blamed():
+def test_work_that_outlasts_a_notice_is_made_elsewhere_and_nobody_is_blamed() -> None:
     world = World(num_chunks=8, teacher={"max_failures": 1, "max_replicas": 2})
     world.crew.nodes = {"a": 1, "b": 1}
     world.crew.seconds = lambda _teacher, _item: 100.0
@@ -307,7 +318,7 @@ def test_work_that_outlasts_a_notice_is_made_elsewhere_and_nobody_is_blamed():
     assert {row.replica for row in world.of(ChunkRow)} == {1}
 
 
-def test_a_machine_that_lives_on_after_its_notice_is_used_again():
+def test_a_machine_that_lives_on_after_its_notice_is_used_again() -> None:
     world = World(num_chunks=10, teacher={"max_replicas": 1})
     world.crew.nodes = {"a": 1}
     world.crew.at(1012, lambda: world.notice("a", seconds=30))
@@ -316,7 +327,7 @@ def test_a_machine_that_lives_on_after_its_notice_is_used_again():
     assert world.crew.now > 1042 + 300
 
 
-def test_teachers_without_a_place_hold_nothing_up_and_join_when_machines_come():
+def test_teachers_without_a_place_hold_nothing_up_and_join_when_machines_come() -> None:
     world = World(num_chunks=60, teacher={"max_replicas": 4})
     world.crew.nodes = {"a": 1}
     world.crew.at(1100, lambda: world.crew.add_node("b", 3))
@@ -328,7 +339,7 @@ def test_teachers_without_a_place_hold_nothing_up_and_join_when_machines_come():
     assert Counter(world.crew.computed) == Counter(range(60))
 
 
-def test_work_begins_with_the_fewest_teachers_and_goes_on_with_fewer():
+def test_work_begins_with_the_fewest_teachers_and_goes_on_with_fewer() -> None:
     world = World(teacher={"min_replicas": 3, "max_replicas": 4})
     world.crew.nodes = {"a": 2, "b": 2}
     world.crew.at(1030, lambda: world.crew.remove_node("b"))
@@ -339,17 +350,9 @@ def test_work_begins_with_the_fewest_teachers_and_goes_on_with_fewer():
     assert world.last.replicas == 2
 
 
-def test_teachers_that_die_as_they_start_are_not_asked_for_without_a_pause():
+def test_teachers_that_die_as_they_start_are_not_asked_for_without_a_pause() -> None:
     world = World(num_chunks=2, teacher={"max_replicas": 1, "max_failures": 5})
-    starts = world.crew._start
-
-    def start(worker: object) -> None:
-        if worker.number < 4:
-            world.crew.die(worker.number, "out of memory")
-        else:
-            starts(worker)
-
-    world.crew._start = start
+    world.die_at_start(lambda teacher: teacher < 4)
     world.run()
     world.assert_all_is_there()
     assert world.crew.now >= 1000 + 5 * 5 + 1 + 2 + 4 + 8
@@ -360,7 +363,7 @@ def touches(item: WorkItem, sequence: int) -> bool:
 
 
 @pytest.mark.parametrize("poison", [ValueError("a poison sequence"), Death("out of memory")])
-def test_poison_is_set_aside_by_name_and_its_neighbours_are_trained_on(poison: Exception):
+def test_poison_is_set_aside_by_name_and_its_neighbours_are_trained_on(poison: Exception) -> None:
     world = World()
     world.crew.fate = lambda _teacher, item: poison if touches(item, 41) else None
     world.run()
@@ -376,7 +379,7 @@ def test_poison_is_set_aside_by_name_and_its_neighbours_are_trained_on(poison: E
     assert world.last.failures + world.last.losses == whole + alone
 
 
-def test_poison_in_several_chunks_is_named_in_each():
+def test_poison_in_several_chunks_is_named_in_each() -> None:
     world = World()
     world.crew.fate = lambda _teacher, item: (
         ValueError("no") if any(touches(item, bad) for bad in (5, 6, 7, 50)) else None
@@ -389,7 +392,7 @@ def test_poison_in_several_chunks_is_named_in_each():
     ]
 
 
-def test_more_poison_than_may_be_set_aside_ends_the_run_by_name():
+def test_more_poison_than_may_be_set_aside_ends_the_run_by_name() -> None:
     world = World(teacher={"max_set_aside": 2})
     world.crew.fate = lambda _teacher, item: ValueError("no") if item.number == 3 else None
     with pytest.raises(
@@ -400,10 +403,10 @@ def test_more_poison_than_may_be_set_aside_ends_the_run_by_name():
         world.run()
 
 
-def test_a_chunk_repaired_after_poison_leaves_the_same_sequences_out():
+def test_a_chunk_repaired_after_poison_leaves_the_same_sequences_out() -> None:
     world = World(num_chunks=8)
     world.crew.fate = lambda _teacher, item: ValueError("no") if touches(item, 5) else None
-    reported = []
+    reported: list[Chunk] = []
 
     def report_it_damaged_when_it_is_there() -> bool:
         if world.store.exists(1) and not reported:
@@ -431,7 +434,7 @@ def damage(store: ChunkStore, number: int) -> None:
 
 def test_chunks_that_a_power_cut_left_empty_or_cut_are_made_again_when_a_pool_begins(
     tmp_path: Path,
-):
+) -> None:
     first = World(num_chunks=6, url=str(tmp_path))
     first.run()
     for number, size in ((2, 0), (4, 300)):
@@ -445,9 +448,9 @@ def test_chunks_that_a_power_cut_left_empty_or_cut_are_made_again_when_a_pool_be
     assert not any(row.duplicate for row in second.of(ChunkRow))
 
 
-def test_two_readers_that_report_the_same_chunk_have_it_repaired_once():
+def test_two_readers_that_report_the_same_chunk_have_it_repaired_once() -> None:
     world = World(num_chunks=6)
-    told = []
+    told: list[float] = []
 
     def report_twice() -> bool:
         if not told and world.store.exists(2):
@@ -466,9 +469,9 @@ def test_two_readers_that_report_the_same_chunk_have_it_repaired_once():
     assert len(list(world.store.blobs.under(f"{world.store.folder}/quarantine"))) == 1
 
 
-def test_a_chunk_that_is_gone_is_made_again_when_a_reader_misses_it():
+def test_a_chunk_that_is_gone_is_made_again_when_a_reader_misses_it() -> None:
     world = World(num_chunks=6)
-    deleted = []
+    deleted: list[int] = []
 
     def delete_one() -> bool:
         if not deleted and len(world.of(ChunkRow)) == 6:
@@ -482,9 +485,9 @@ def test_a_chunk_that_is_gone_is_made_again_when_a_reader_misses_it():
     assert not world.of(RepairRow)
 
 
-def test_behind_a_closed_window_nothing_is_made_and_the_slowest_reader_decides():
+def test_behind_a_closed_window_nothing_is_made_and_the_slowest_reader_decides() -> None:
     world = World(window=3)
-    seen = []
+    seen: list[int] = []
 
     def finished() -> bool:
         if world.crew.now > 1100 + 100 * len(seen):
@@ -498,22 +501,25 @@ def test_behind_a_closed_window_nothing_is_made_and_the_slowest_reader_decides()
     assert not world.last.hedged
 
 
-def test_teachers_wait_with_a_store_that_is_slow_or_full_and_hold_no_more_than_two_chunks_each():
+def test_teachers_wait_with_a_slow_or_full_store_and_hold_no_more_than_two_chunks_each() -> None:
     """Publishing takes ten minutes for a while; the backlog stays with the teachers, and none of it
     is lost or made twice."""
     world = World(num_chunks=60, teacher={"lease_timeout_s": 2000.0})
     world.crew.seconds = lambda _teacher, _item: 600.0 if world.crew.now < 2000 else 10.0
-    most = []
-    world.run(
-        finished=lambda: most.append(world.crew.num_submitted - len(world.of(ChunkRow))) is None
-    )
+    most: list[int] = []
+
+    def finished() -> bool:
+        most.append(world.crew.num_submitted - len(world.of(ChunkRow)))
+        return True
+
+    world.run(finished=finished)
     world.assert_all_is_there()
     assert world.crew.most_held == 2
     assert max(most) == 2 * 4
     assert Counter(world.crew.computed) == Counter(range(60))
 
 
-def test_a_store_that_refuses_for_long_ends_the_run_with_its_own_words_and_blames_no_chunk():
+def test_a_store_that_refuses_for_long_ends_the_run_in_its_own_words_and_blames_no_chunk() -> None:
     world = World()
     world.crew.fate = lambda _teacher, _item: StoreUnavailable("the disk is full")
     with pytest.raises(StoreError, match="the disk is full"):
@@ -521,7 +527,7 @@ def test_a_store_that_refuses_for_long_ends_the_run_with_its_own_words_and_blame
     assert not world.of(SetAsideRow)
 
 
-def test_a_store_that_refuses_for_a_while_is_outlasted():
+def test_a_store_that_refuses_for_a_while_is_outlasted() -> None:
     world = World()
     world.crew.fate = lambda _teacher, _item: (
         StoreUnavailable("busy") if world.crew.now < 1020 else None
@@ -547,7 +553,7 @@ events = st.lists(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
     events: list[tuple[float, str, int]], poison: set[int], seed: int
-):
+) -> None:
     world = World(num_chunks=12, teacher={"lease_timeout_s": 200.0})
     world.crew.nodes = {"a": 2, "b": 1}
     random = np.random.default_rng(seed)
@@ -578,7 +584,7 @@ def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
             hanging.add(teachers[which % len(teachers)])
 
     for time, what, which in events:
-        world.crew.at(1000 + time, lambda what=what, which=which: befall(what, which))
+        world.crew.at(1000 + time, partial(befall, what, which))
     world.run(finished=lambda: world.crew.now > 1500, limit_s=50_000)
     world.assert_all_is_there()
     set_aside = {sequence for row in world.of(SetAsideRow) for sequence in row.sequences}

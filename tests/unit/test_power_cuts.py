@@ -15,6 +15,7 @@ from time import monotonic, sleep
 
 import pytest
 
+from helpers.calls import must_not_be_called
 from helpers.checkpoints import ORIGIN, snapshot_of
 from helpers.chunks import make_chunk, small_recipe
 from helpers.powercut import After, Recorder, Unsynced, power_cuts
@@ -99,7 +100,7 @@ def record_course(root: Path, layer: Recorder, *, rank_1: Recorder | None = None
             world_size=2,
             keep=2,
             on_commit=on_commit,
-            on_delay=pytest.fail,
+            on_delay=must_not_be_called,
             files=files,
         )
         for rank, files in enumerate((layer, rank_1 or layer))
@@ -198,7 +199,9 @@ def course(tmp_path: Path) -> Path:
     return tmp_path / "course"
 
 
-def test_after_a_power_cut_at_any_moment_what_was_reported_is_there(course: Path, tmp_path: Path):
+def test_after_a_power_cut_at_any_moment_what_was_reported_is_there(
+    course: Path, tmp_path: Path
+) -> None:
     layer = Recorder(course)
     record_course(course, layer)
     assert first_broken(layer, tmp_path) == ""
@@ -213,13 +216,15 @@ def test_after_a_power_cut_at_any_moment_what_was_reported_is_there(course: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sync_that_is_left_out_breaks_a_promise(course: Path, tmp_path: Path, kind: str):
+def test_a_sync_that_is_left_out_breaks_a_promise(course: Path, tmp_path: Path, kind: str) -> None:
     layer = Recorder(course, loses=KINDS[kind])
     record_course(course, layer)
     assert first_broken(layer, tmp_path) != ""
 
 
-def test_rank_0_makes_sure_of_what_another_rank_has_not_synced_yet(course: Path, tmp_path: Path):
+def test_rank_0_makes_sure_of_what_another_rank_has_not_synced_yet(
+    course: Path, tmp_path: Path
+) -> None:
     """A part can be seen before the names beside it are on disk: its rank may be about to sync
     them, or be dead."""
     layer = Recorder(course)

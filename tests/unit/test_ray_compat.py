@@ -47,9 +47,9 @@ def test_resources_are_told_node_by_node_under_rays_ids(ray_cluster: dict[str, f
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_node_is_drained_by_its_id_a_reason_words_and_a_deadline() -> None:
+    reasons: Any = autoscaler_pb2
     assert (
-        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        == _ray_compat._PREEMPTION
+        reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION") == _ray_compat._PREEMPTION
     ), REMEDY
     # of no cluster: nothing ends
     _ray_compat.drain_node(
@@ -64,8 +64,8 @@ def test_ray_starts_where_and_as_patient_as_it_is_told() -> None:
     assert all(f'"{name}"' in source for name in options), (
         f"`ray.init` has no option of this name; {REMEDY}"
     )
-    known: Any = ray._raylet.Config
-    assert all(hasattr(known, name) for name in options["_system_config"]), (
+    raylet: Any = ray._raylet
+    assert all(hasattr(raylet.Config, name) for name in options["_system_config"]), (
         f"Ray's own settings have none of this name; {REMEDY}"
     )
 
@@ -109,11 +109,12 @@ def test_a_thread_that_waits_for_ray_trains_controller_is_freed_by_its_end() -> 
 
     def started(name: str) -> Any:
         """An actor whose class has this name, at work without end."""
-        actor = ray.remote(num_cpus=0)(type(name, (), {"run": run})).remote()
+        actor: Any = ray.remote(num_cpus=0)(type(name, (), {"run": run})).remote()
         ray.get(actor.__ray_ready__.remote(), timeout=60)
         return actor
 
-    controller = started(data_parallel_trainer.TrainController.__qualname__)
+    trainer: Any = data_parallel_trainer
+    controller = started(trainer.TrainController.__qualname__)
     other = started("Other")
     running, other_running = controller.run.remote(), other.run.remote()
     _ray_compat.kill_train_controllers()

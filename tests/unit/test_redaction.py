@@ -4,6 +4,7 @@ import json
 import secrets
 from pathlib import Path
 from time import process_time
+from typing import Any
 
 import pytest
 
@@ -175,11 +176,11 @@ def test_what_only_sounds_secret_stays(text: str) -> None:
         {"message": f"cannot log in with hf_{X[:6] + '0' * 20}"},
     ],
 )
-def test_secrets_are_scrubbed_by_name_and_by_look(values):
+def test_secrets_are_scrubbed_by_name_and_by_look(values: dict[str, Any]) -> None:
     assert "s3cr3t" not in json.dumps(scrub(values))
 
 
-def test_scrubbing_leaves_what_only_sounds_secret():
+def test_scrubbing_leaves_what_only_sounds_secret() -> None:
     values = {
         "block_tokens": 512,
         "bytes_per_token": 176,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +26,17 @@ from stillhouse.report.summary import (
     window_waits,
 )
 from stillhouse.report.words import same_power
-from stillhouse.tracking import ChunkRow, EndRow, EvalRow, Journal, PoolRow, Row, StartRow, TrainRow
+from stillhouse.tracking import (
+    ChunkRow,
+    EndRow,
+    EvalRow,
+    Journal,
+    PoolRow,
+    Role,
+    Row,
+    StartRow,
+    TrainRow,
+)
 
 START = StartRow(
     attempt=1,
@@ -54,7 +65,7 @@ STUDENT = EvalRow("student", 10, 4096, 3.41, 0.31, 0.712, 0.03, 0.785, time=1301
 CONTROL = EvalRow("control", 10, 4096, 3.78, 0.62, 0.601, 0.05, 0.644, time=1302.0)
 
 
-def _training(role: str, steps: range, begin: float, *, num_tokens: int = 200) -> list[Row]:
+def _training(role: Role, steps: range, begin: float, *, num_tokens: int = 200) -> list[TrainRow]:
     return [
         TrainRow(
             role,
@@ -104,7 +115,7 @@ def _summary(*rows: Row) -> Summary:
     return summary
 
 
-def _run_dir(path: Path, rows: list[Row], config: dict[str, object] | None = None) -> Path:
+def _run_dir(path: Path, rows: list[Row], config: Mapping[str, object] | None = None) -> Path:
     path.mkdir(exist_ok=True)
     for row in rows:
         Journal(path / "journal.jsonl").record(row)
@@ -194,11 +205,11 @@ class _Text(HTMLParser):
         "no step",
     ],
 )
-def test_the_verdict_says_what_the_rows_show(rows, says):
+def test_the_verdict_says_what_the_rows_show(rows: list[Row], says: str) -> None:
     assert verdict(_summary(START, *rows)) == says
 
 
-def test_the_verdict_never_calls_unequal_tokens_equal():
+def test_the_verdict_never_calls_unequal_tokens_equal() -> None:
     unequal = [
         *_training("student", range(1, 11), 1050.0),
         *_training("control", range(1, 11), 1100.0, num_tokens=260),
@@ -209,7 +220,7 @@ def test_the_verdict_never_calls_unequal_tokens_equal():
     assert "does not hold" in verdict(_summary(START, STUDENT, CONTROL))
 
 
-def test_the_verdict_knows_a_student_that_passed_its_teacher_and_a_teacher_with_nothing_to_teach():
+def test_the_verdict_knows_a_student_past_its_teacher_and_a_teacher_with_nothing_to_teach() -> None:
     past = replace(STUDENT, cross_entropy=3.01)
     assert "the whole gap closed, and no worse than its teacher" in verdict(
         _summary(START, *TRAINED, TEACHER, past, CONTROL)
@@ -218,13 +229,13 @@ def test_the_verdict_knows_a_student_that_passed_its_teacher_and_a_teacher_with_
     assert "% of the gap" not in verdict(_summary(START, *TRAINED, weak, STUDENT, CONTROL))
 
 
-def test_an_evaluation_halfway_is_called_that():
+def test_an_evaluation_halfway_is_called_that() -> None:
     assert "The distilled student after 6 of 10 steps reaches" in verdict(
         _summary(START, *TRAINED, replace(STUDENT, step=6))
     )
 
 
-def test_a_resumed_run_counts_steps_and_chunks_once_and_stops_its_clock_between_attempts():
+def test_a_resumed_run_counts_steps_and_chunks_once_and_stops_its_clock_between_attempts() -> None:
     again = replace(START, attempt=2, time=9000.0, command="stillhouse train runs/x")
     rows = [
         START,
@@ -245,14 +256,14 @@ def test_a_resumed_run_counts_steps_and_chunks_once_and_stops_its_clock_between_
     assert summary.end is None
 
 
-def test_rates_spread_each_amount_over_its_time_and_lose_nothing():
+def test_rates_spread_each_amount_over_its_time_and_lose_nothing() -> None:
     intervals = [Interval(0.0, 4.0, 8.0), Interval(3.0, 5.0, 2.0), Interval(9.0, 9.0, 5.0)]
     assert per_second(intervals, np.array([0.0, 2.0, 4.0, 10.0])).tolist() == pytest.approx(
         [2.0, 2.5, 1.0]
     )
 
 
-def test_waiting_is_read_off_what_grew_in_each_attempt():
+def test_waiting_is_read_off_what_grew_in_each_attempt() -> None:
     again = replace(START, attempt=2, time=2000.0)
     summary = _summary(
         START,
@@ -271,7 +282,7 @@ def test_waiting_is_read_off_what_grew_in_each_attempt():
     assert teacher_tokens(summary) == []
 
 
-def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
+def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path: Path) -> None:
     path = write_report(_run_dir(tmp_path, WHOLE, {"corpus": {"dataset": "acme/text"}}))
     assert path == tmp_path / "report.html"
     page = _Text(path.read_text(encoding="utf-8"))
@@ -287,7 +298,7 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
     assert not [each for each in tmp_path.iterdir() if each.suffix == ".partial"]
 
 
-def test_the_page_tells_the_runs_figures(tmp_path):
+def test_the_page_tells_the_runs_figures(tmp_path: Path) -> None:
     config = {
         "corpus": {"dataset": "acme/text", "split": "train"},
         "student": {"divergence": "forward_kl", "divergence_weight": 1.0},
@@ -322,8 +333,8 @@ def _facts(folder: Path, *rows: Row) -> str:
 
 
 def test_the_page_tells_the_schedule_that_was_trained_and_not_the_one_that_was_asked_for_last(
-    tmp_path,
-):
+    tmp_path: Path,
+) -> None:
     again = replace(
         ASKED,
         attempt=2,
@@ -346,7 +357,7 @@ def test_the_page_tells_the_schedule_that_was_trained_and_not_the_one_that_was_a
     assert "for all of its 10 steps" in text
 
 
-def test_the_page_tells_the_steps_of_each_schedule_where_it_changed(tmp_path):
+def test_the_page_tells_the_steps_of_each_schedule_where_it_changed(tmp_path: Path) -> None:
     """Steps 5 and 6 were lost and taken again; the control was trained by the second attempt alone,
     on one rank."""
     again = replace(ASKED, attempt=2, learning_rate=1e-3, time=2000.0)
@@ -368,7 +379,9 @@ def test_the_page_tells_the_steps_of_each_schedule_where_it_changed(tmp_path):
     assert "learning rate 3e-05" not in text
 
 
-def test_the_page_of_a_journal_without_schedules_tells_the_learning_rates_of_its_steps(tmp_path):
+def test_the_page_of_a_journal_without_schedules_tells_the_learning_rates_of_its_steps(
+    tmp_path: Path,
+) -> None:
     late = _training("student", range(5, 11), 1050.0)
     assert (
         "Schedule learning rate up to 0.0001 (the journal does not hold its schedule) Steps"
@@ -380,13 +393,13 @@ def test_the_page_of_a_journal_without_schedules_tells_the_learning_rates_of_its
     )
 
 
-def test_before_the_first_step_the_page_tells_what_was_asked_for(tmp_path):
+def test_before_the_first_step_the_page_tells_what_was_asked_for(tmp_path: Path) -> None:
     assert "then a cosine to 0 at step 10; no step was taken yet Steps 10, and" in _facts(
         tmp_path, ASKED
     )
 
 
-def test_the_page_follows_the_readers_light_or_dark(tmp_path):
+def test_the_page_follows_the_readers_light_or_dark(tmp_path: Path) -> None:
     page = write_report(_run_dir(tmp_path, WHOLE)).read_text(encoding="utf-8")
     svgs = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert "prefers-color-scheme: dark" in page
@@ -394,7 +407,7 @@ def test_the_page_follows_the_readers_light_or_dark(tmp_path):
     assert not [colour for svg in svgs for colour in re.findall(r"#[0-9a-f]{6}\b", svg)]
 
 
-def test_names_and_messages_are_escaped(tmp_path):
+def test_names_and_messages_are_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>"
     start = replace(
         START, student=evil, teacher=f'"{evil}', command=f"run {evil}", versions={evil: evil}
@@ -409,7 +422,7 @@ def test_names_and_messages_are_escaped(tmp_path):
     assert page.text.count(evil) >= 7
 
 
-def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path):
+def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path: Path) -> None:
     config = {"store": {"url": "s3://me:s3cr3t-0123456789@bucket"}, "api_key": "s3cr3t-0123456789"}
     page = write_report(
         _run_dir(
@@ -447,20 +460,24 @@ def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path):
     ],
     ids=["interrupted", "killed", "cached", "produced only", "failed at once", "just begun"],
 )
-def test_a_run_that_lacks_something_is_reported_all_the_same(tmp_path, rows, says):
+def test_a_run_that_lacks_something_is_reported_all_the_same(
+    tmp_path: Path, rows: list[Row], says: str
+) -> None:
     text = _Text(write_report(_run_dir(tmp_path, rows)).read_text(encoding="utf-8")).text
     assert says in text
     assert "no readable config.json" in text
 
 
-def test_a_journal_cut_off_in_a_line_is_reported(tmp_path):
+def test_a_journal_cut_off_in_a_line_is_reported(tmp_path: Path) -> None:
     _run_dir(tmp_path, [START, *TRAINED[:3]])
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"kind": "train", "ti')
     assert "Training stands at step 3 of 10" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
-def test_what_a_later_version_wrote_is_left_out_and_said(tmp_path, capsys):
+def test_what_a_later_version_wrote_is_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _run_dir(tmp_path, [START, *TRAINED])
     with (tmp_path / "journal.jsonl").open("ab") as file:
         file.write(
@@ -478,7 +495,7 @@ def test_what_a_later_version_wrote_is_left_out_and_said(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_report_for_which_there_is_no_room_says_so(tmp_path):
+def test_a_report_for_which_there_is_no_room_says_so(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", num_bytes=64 << 10) as disk:
         _run_dir(disk, [START, *TRAINED])
         fill(disk / "ballast")
@@ -489,7 +506,7 @@ def test_a_report_for_which_there_is_no_room_says_so(tmp_path):
         assert not (disk / "report.html").exists()
 
 
-def test_targets_of_a_few_bytes_are_reported(tmp_path):
+def test_targets_of_a_few_bytes_are_reported(tmp_path: Path) -> None:
     text = _Text(
         write_report(
             _run_dir(tmp_path, [replace(START, num_targets=2, bytes_per_token=66), *TRAINED])
@@ -498,7 +515,7 @@ def test_targets_of_a_few_bytes_are_reported(tmp_path):
     assert "66 132 B 1.0" in text.replace("\N{NARROW NO-BREAK SPACE}", " ")
 
 
-def test_models_are_named_without_the_directories_above_them(tmp_path):
+def test_models_are_named_without_the_directories_above_them(tmp_path: Path) -> None:
     start = replace(
         START,
         teacher="/home/ada/secret project/models/teacher",
@@ -517,7 +534,7 @@ def test_models_are_named_without_the_directories_above_them(tmp_path):
     )
 
 
-def test_a_run_in_which_neither_side_waited_says_so_without_an_empty_chart():
+def test_a_run_in_which_neither_side_waited_says_so_without_an_empty_chart() -> None:
     still = [_pool(i, 1005.0 + 5 * i, 0.0) for i in range(8)]
     busy = [replace(step, data_wait_s=0.01) for step in TRAINED if isinstance(step, TrainRow)]
     waits = pace_panels(_summary(START, *CHUNKS, *still, *busy))[1]
@@ -526,17 +543,17 @@ def test_a_run_in_which_neither_side_waited_says_so_without_an_empty_chart():
     assert "<svg" in pace_panels(_summary(START, *CHUNKS, *POOL, *TRAINED))[1].svg
 
 
-def test_the_ticks_of_one_axis_have_one_power_of_ten():
+def test_the_ticks_of_one_axis_have_one_power_of_ten() -> None:
     ticks = [same_power(value, largest=1.5e-3) for value in (0.0, 2e-4, 1e-3, 1.4e-3)]
     assert ticks == ["0", "0.2·10⁻³", "1·10⁻³", "1.4·10⁻³"]
 
 
-def test_a_directory_without_a_run_is_refused(tmp_path):
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run to report"):
         write_report(tmp_path)
 
 
-def test_the_size_of_a_figure_does_not_grow_with_the_run():
+def test_the_size_of_a_figure_does_not_grow_with_the_run() -> None:
     long = _summary(
         replace(START, total_steps=20_000), *_training("student", range(1, 20_001), 1000.0)
     )
@@ -545,7 +562,7 @@ def test_the_size_of_a_figure_does_not_grow_with_the_run():
     assert all("Each point is the mean of 67 steps." in panel.caption for panel in panels)
 
 
-def test_a_loss_that_is_not_finite_does_not_spoil_the_figures(tmp_path):
+def test_a_loss_that_is_not_finite_does_not_spoil_the_figures(tmp_path: Path) -> None:
     broken = replace(TRAINED[3], loss=float("nan"), divergence=float("nan"), grad_norm=float("inf"))
     text = write_report(_run_dir(tmp_path, [START, *TRAINED[:3], broken])).read_text(
         encoding="utf-8"

@@ -4,6 +4,7 @@ the parts add up."""
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -30,6 +31,7 @@ from stillhouse.tracking import (
     PoolRow,
     RecoveryRow,
     RepairRow,
+    Role,
     Row,
     SetAsideRow,
     StallRow,
@@ -69,7 +71,7 @@ def summary_of(*rows: Row) -> Summary:
 
 
 def step(
-    number: int, at: float, *, seconds: float = 4.0, waited: float = 1.0, role: str = "student"
+    number: int, at: float, *, seconds: float = 4.0, waited: float = 1.0, role: Role = "student"
 ) -> TrainRow:
     return TrainRow(
         role, number, 2.0, 1.5, 3.0, 0.7, 1e-4, 200, seconds, waited, 50.0, time=1000.0 + at
@@ -93,12 +95,12 @@ def teacher(replica: int, at: float, seconds: float = 3.0) -> TeacherRow:
 
 
 def saved(
-    number: int, at: float, *, seconds: float, blocking: float, role: str = "student"
+    number: int, at: float, *, seconds: float, blocking: float, role: Role = "student"
 ) -> CheckpointRow:
     return CheckpointRow(role, number, seconds, 1000, blocking, time=1000.0 + at)
 
 
-def end(at: float, outcome: str = "done") -> EndRow:
+def end(at: float, outcome: Literal["done", "interrupted", "failed"] = "done") -> EndRow:
     return EndRow(outcome, at, "", time=1000.0 + at)
 
 

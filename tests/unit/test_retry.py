@@ -46,14 +46,14 @@ def insisted(clock: Clock, call: Callable[[], str], told: list[tuple[float, str]
     )
 
 
-def test_a_short_absence_is_not_told():
+def test_a_short_absence_is_not_told() -> None:
     clock, told = Clock(), list[tuple[float, str]]()
     assert insisted(clock, away_until(clock, 1050.0), told) == "an answer"
     assert told == []
     assert clock.pauses[:4] == [0.5, 1.0, 2.0, 4.0]
 
 
-def test_a_long_absence_is_told_once_with_the_stores_words():
+def test_a_long_absence_is_told_once_with_the_stores_words() -> None:
     clock, told = Clock(), list[tuple[float, str]]()
     assert insisted(clock, away_until(clock, 1900.0), told) == "an answer"
     ((seconds, why),) = told
@@ -62,7 +62,7 @@ def test_a_long_absence_is_told_once_with_the_stores_words():
     assert max(clock.pauses) == 30.0
 
 
-def test_the_wait_has_an_end():
+def test_the_wait_has_an_end() -> None:
     clock, told = Clock(), list[tuple[float, str]]()
     with pytest.raises(
         StoreUnavailable,
@@ -73,7 +73,7 @@ def test_the_wait_has_an_end():
     assert 2800.0 <= clock.now < 2830.0
 
 
-def test_what_waiting_cannot_mend_is_raised_at_once():
+def test_what_waiting_cannot_mend_is_raised_at_once() -> None:
     def refuse() -> str:
         raise StoreError("the credentials have expired")
 
@@ -83,7 +83,7 @@ def test_what_waiting_cannot_mend_is_raised_at_once():
     assert clock.pauses == []
 
 
-def test_an_answer_ends_an_outage_and_the_next_begins_anew():
+def test_an_answer_ends_an_outage_and_the_next_begins_anew() -> None:
     clock, told = Clock(), list[tuple[float, str]]()
     outage = Outage(PATIENCE, tell=lambda *words: told.append(words), clock=clock)
     for _ in range(3):

@@ -88,6 +88,7 @@ def document(
     tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], owner: Owner
 ) -> Document:
     text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert isinstance(text, str)
     owned = owner(text)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return Document(found["input_ids"], [owned[first] for first, _ in found["offset_mapping"]])

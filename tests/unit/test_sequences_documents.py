@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -25,7 +26,7 @@ from stillhouse.sequences.json_files import first_fault
 TEXTS = [f"document number {number}" for number in range(20)]
 
 
-def read_all(cache_dir: Path, dataset: str | Path, **settings: object) -> list[object]:
+def read_all(cache_dir: Path, dataset: str | Path, **settings: Any) -> list[Any]:
     documents = load_documents(
         CorpusSection.model_validate({"dataset": str(dataset), **settings}), cache_dir=cache_dir
     )

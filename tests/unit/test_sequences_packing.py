@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def documents_in(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> list[str
     return [
         name
         for ids in columns(corpus)[0]
-        for name in re.findall(r"doc\d{4}", tokenizer.decode(ids))
+        for name in re.findall(r"doc\d{4}", text_of(tokenizer, ids))
     ]
 
 
@@ -101,7 +101,7 @@ def test_every_token_is_used_once_in_the_order_of_the_shuffle(
 ) -> None:
     texts = make_texts(60)
     split = prepare(tmp_path, texts, tokenizer, heldout_sequences=1)
-    whole = tokenizer.decode(columns(as_packed(split.train))[0].ravel())
+    whole = text_of(tokenizer, columns(as_packed(split.train))[0].ravel())
     documents = whole.split(EOS)
     # training starts with a whole document: the held-out one's rest is not used
     assert documents[0] in texts
@@ -160,16 +160,22 @@ def test_a_text_that_spells_the_end_token_ends_once(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     split = prepare(tmp_path, ["a" + EOS] * 40, tokenizer)
-    text = tokenizer.decode(columns(as_packed(split.train))[0].ravel())
+    text = text_of(tokenizer, columns(as_packed(split.train))[0].ravel())
     assert EOS + EOS not in text
 
 
 # ---- chat
 
 
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> str:
+    text = tokenizer.decode([*ids])
+    assert isinstance(text, str)
+    return text
+
+
 def labels_of(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, row: int) -> str:
     ids_SL, _, mask_SL = columns(corpus)
-    return tokenizer.decode(ids_SL[row, 1:][mask_SL[row, :-1] == 1])
+    return text_of(tokenizer, ids_SL[row, 1:][mask_SL[row, :-1] == 1])
 
 
 def test_only_what_an_assistant_says_and_its_end_token_is_learnt(
@@ -206,12 +212,12 @@ def test_padded_conversations_have_a_sequence_each_and_padding_comes_last_unlear
     ids_SL, positions_SL, mask_SL = columns(split.train)
     assert len(ids_SL) == 10
     assert (positions_SL == np.arange(64)).all()
-    whole = [tokenizer.apply_chat_template(row, tokenize=False) for row in conversations]
+    whole = [str(tokenizer.apply_chat_template(row, tokenize=False)) for row in conversations]
     for ids, mask in zip(ids_SL, mask_SL, strict=True):
         last_label = int(np.flatnonzero(mask)[-1]) + 1
-        rest = tokenizer.decode(ids[last_label + 1 :])
+        rest = text_of(tokenizer, ids[last_label + 1 :])
         assert rest == "" or re.fullmatch(rf"\n({re.escape(EOS)})*", rest)
-        assert any(text.startswith(tokenizer.decode(ids).split(EOS)[0]) for text in whole)
+        assert any(text.startswith(text_of(tokenizer, ids).split(EOS)[0]) for text in whole)
 
 
 def test_packed_conversations_run_on_and_a_long_one_is_cut_with_positions_from_zero(
@@ -459,7 +465,7 @@ def test_a_corpus_is_a_value_that_travels(
 def test_rows_are_views_of_the_map_and_any_range_reads_the_same(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    letters = tokenizer.decode(range(100, 300)) * 15
+    letters = text_of(tokenizer, range(100, 300)) * 15
     split = prepare(
         tmp_path, [letters[number:] for number in range(140)], tokenizer, sequence_length=512
     )
@@ -477,11 +483,7 @@ def test_rows_are_views_of_the_map_and_any_range_reads_the_same(
         array.flags.owndata or array.flags.writeable
         for array in (inside.token_ids_SL, inside.positions_SL, inside.loss_mask_SL)
     )
-    assert (inside.token_ids_SL.dtype, inside.positions_SL.dtype, inside.loss_mask_SL.dtype) == (
-        np.int32,
-        np.int32,
-        np.uint8,
-    )
+    assert [array.dtype for array in inside.arrays] == [np.int32, np.int32, np.uint8]
     for start, stop in ((-1, 2), (5, 5), (0, corpus.num_sequences + 1)):
         with pytest.raises(IndexError):
             corpus.rows(start, stop)

@@ -38,13 +38,13 @@ class CountingTokenizer:
     chat_template = "it has one"
     added_tokens_decoder: dict[int, Any] = field(default_factory=dict)
 
-    def __call__(self, texts: Sequence[str], **_settings: object) -> dict[str, list[Any]]:
+    def __call__(self, texts: Sequence[str], **_settings: Any) -> dict[str, list[Any]]:
         self.calls.append(list(texts))
         # all of them in the answer
         offsets_N2 = np.full((len(self.ids), 2), len(QUESTION["content"]))
         return {"input_ids": [self.ids] * len(texts), "offset_mapping": [offsets_N2] * len(texts)}
 
-    def apply_chat_template(self, turns: list[dict[str, str]], **_settings: object) -> str:
+    def apply_chat_template(self, turns: list[dict[str, str]], **_settings: Any) -> str:
         return "".join(turn["content"] for turn in turns)
 
 

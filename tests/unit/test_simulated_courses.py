@@ -36,12 +36,12 @@ def folder_in(tmp_path: Path, seed: int) -> Path:
     return folder
 
 
-def test_requests_that_are_lost_doubled_and_late_break_no_promise():
+def test_requests_that_are_lost_doubled_and_late_break_no_promise() -> None:
     broken = {seed: broken_by(World(seed)) for seed in range(NUM_COURSES)}
     assert {seed: problem for seed, problem in broken.items() if problem} == {}
 
 
-def test_a_power_cut_in_the_middle_of_everything_breaks_no_promise(tmp_path: Path):
+def test_a_power_cut_in_the_middle_of_everything_breaks_no_promise(tmp_path: Path) -> None:
     broken = {
         seed: broken_by(World(seed, folder=folder_in(tmp_path, seed)))
         for seed in range(NUM_POWER_CUTS)
@@ -50,7 +50,7 @@ def test_a_power_cut_in_the_middle_of_everything_breaks_no_promise(tmp_path: Pat
 
 
 @pytest.mark.parametrize("seed", [7, 14, 80])
-def test_a_seed_is_a_course(seed: int):
+def test_a_seed_is_a_course(seed: int) -> None:
     first, second = Stalling(seed), Stalling(seed)
     assert broken_by(first) == broken_by(second) == ""
     assert first.history == second.history
@@ -181,7 +181,7 @@ PLANTS: list[type[World]] = [
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_planted_fault_is_found(plant: type[World]):
+def test_a_planted_fault_is_found(plant: type[World]) -> None:
     assert any(broken_by(plant(seed)) for seed in range(400))
 
 
@@ -199,7 +199,7 @@ SYNCS = {
 
 
 @pytest.mark.parametrize("kind", SYNCS)
-def test_a_sync_that_is_left_out_is_found(tmp_path: Path, kind: str):
+def test_a_sync_that_is_left_out_is_found(tmp_path: Path, kind: str) -> None:
     def world(seed: int) -> World:
         return LosesSyncs(seed, folder=folder_in(tmp_path, seed), loses=SYNCS[kind])
 

@@ -7,6 +7,7 @@ import re
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,9 @@ def assert_same(found: Chunk, wanted: Chunk) -> None:
         np.testing.assert_array_equal(mine, theirs)
 
 
-def header_of(data: bytes) -> dict:
-    return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+def header_of(data: bytes) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    return header
 
 
 def regions(data: bytes) -> dict[str, int]:
@@ -74,7 +76,7 @@ def sealed(data: bytes) -> bytes:
     )
 
 
-def with_header(header: dict, data: bytes = DATA) -> bytes:
+def with_header(header: dict[str, Any], data: bytes = DATA) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
@@ -89,12 +91,12 @@ def with_header(header: dict, data: bytes = DATA) -> bytes:
         small_recipe(chunk_sequences=1),
     ],
 )
-def test_a_chunk_is_read_back_exactly(recipe: Recipe):
+def test_a_chunk_is_read_back_exactly(recipe: Recipe) -> None:
     chunk = make_chunk(recipe, recipe.num_chunks - 1)
     assert_same(unpack_chunk(pack_chunk(chunk, recipe), recipe, chunk.number), chunk)
 
 
-def test_a_chunk_without_a_single_target_is_read_back():
+def test_a_chunk_without_a_single_target_is_read_back() -> None:
     chunk = with_arrays(
         CHUNK,
         loss_mask_SL=np.zeros_like(CHUNK.sequences.loss_mask_SL),
@@ -103,7 +105,7 @@ def test_a_chunk_without_a_single_target_is_read_back():
     assert_same(unpack_chunk(pack_chunk(chunk, RECIPE), RECIPE, 1), chunk)
 
 
-def test_the_same_values_are_the_same_bytes():
+def test_the_same_values_are_the_same_bytes() -> None:
     strided = with_arrays(
         CHUNK,
         token_ids_SL=np.asfortranarray(CHUNK.sequences.token_ids_SL),
@@ -112,19 +114,19 @@ def test_the_same_values_are_the_same_bytes():
     assert pack_chunk(strided, RECIPE) == DATA
 
 
-def test_any_safetensors_reader_opens_a_chunk():
+def test_any_safetensors_reader_opens_a_chunk() -> None:
     tensors = safetensors.numpy.load(DATA)
     np.testing.assert_array_equal(tensors["token_ids"], CHUNK.sequences.token_ids_SL)
     np.testing.assert_array_equal(tensors["row_starts"], CHUNK.row_starts)
     np.testing.assert_array_equal(tensors["targets"], CHUNK.targets_NB)
 
 
-def test_arrays_that_were_read_can_be_written_to():
+def test_arrays_that_were_read_can_be_written_to() -> None:
     chunk = unpack_chunk(DATA, RECIPE, 1)
     assert all(array.flags.writeable for array in (*chunk.sequences.arrays, chunk.targets_NB))
 
 
-def test_a_row_of_a_chunk_is_a_chunk_of_one_row():
+def test_a_row_of_a_chunk_is_a_chunk_of_one_row() -> None:
     row = CHUNK.row(2)
     np.testing.assert_array_equal(row.sequences.token_ids_SL, CHUNK.sequences.token_ids_SL[2:3])
     np.testing.assert_array_equal(
@@ -134,7 +136,7 @@ def test_a_row_of_a_chunk_is_a_chunk_of_one_row():
 
 
 @pytest.mark.parametrize("region", regions(DATA))
-def test_a_flipped_bit_is_found_in_every_region(region: str):
+def test_a_flipped_bit_is_found_in_every_region(region: str) -> None:
     place = regions(DATA)[region]
     for bit in range(8):
         damaged = bytearray(DATA)
@@ -143,7 +145,7 @@ def test_a_flipped_bit_is_found_in_every_region(region: str):
             unpack_chunk(bytes(damaged), RECIPE, 1)
 
 
-def test_a_flipped_bit_is_found_in_every_byte():
+def test_a_flipped_bit_is_found_in_every_byte() -> None:
     for place in range(len(DATA)):
         damaged = bytearray(DATA)
         damaged[place] ^= 1 << (place % 8)
@@ -151,7 +153,7 @@ def test_a_flipped_bit_is_found_in_every_byte():
             unpack_chunk(bytes(damaged), RECIPE, 1)
 
 
-def test_every_truncation_and_every_addition_is_found():
+def test_every_truncation_and_every_addition_is_found() -> None:
     for length in range(len(DATA)):
         with pytest.raises(ChunkError, match="chunk 1"):
             unpack_chunk(DATA[:length], RECIPE, 1)
@@ -160,7 +162,7 @@ def test_every_truncation_and_every_addition_is_found():
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 1 << 40, (1 << 64) - 1])
-def test_an_absurd_header_length_is_refused_before_anything_is_allocated(length: int):
+def test_an_absurd_header_length_is_refused_before_anything_is_allocated(length: int) -> None:
     with pytest.raises(ChunkError, match=f"claims a header of {length} bytes"):
         unpack_chunk(struct.pack("<Q", length) + DATA[8:], RECIPE, 1)
 
@@ -169,7 +171,7 @@ def test_an_absurd_header_length_is_refused_before_anything_is_allocated(length:
     "text",
     [b"[" * 8000, b"null", b"{" + b" " * 40, b'{"__metadata__":7}', b"\xff" * 64, b"1" * 8000],
 )
-def test_a_header_that_is_not_one_is_refused(text: bytes):
+def test_a_header_that_is_not_one_is_refused(text: bytes) -> None:
     with pytest.raises(ChunkError, match="chunk 1"):
         unpack_chunk(struct.pack("<Q", len(text)) + text + DATA, RECIPE, 1)
 
@@ -189,7 +191,7 @@ def test_a_header_that_is_not_one_is_refused(text: bytes):
 )
 def test_metadata_of_another_recipe_is_refused_saying_which_field(
     key: str, value: object, complaint: str
-):
+) -> None:
     header = header_of(DATA)
     metadata = json.loads(header["__metadata__"]["stillhouse"])
     header["__metadata__"]["stillhouse"] = json.dumps(
@@ -211,14 +213,16 @@ def test_metadata_of_another_recipe_is_refused_saying_which_field(
         ("extra", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "the tensor extra"),
     ],
 )
-def test_a_tensor_out_of_its_place_is_refused(name: str, change: dict, complaint: str):
+def test_a_tensor_out_of_its_place_is_refused(
+    name: str, change: dict[str, Any], complaint: str
+) -> None:
     header = header_of(DATA)
     header[name] = {**header.get(name, {}), **change}
     with pytest.raises(ChunkError, match=complaint):
         unpack_chunk(sealed(with_header(header)), RECIPE, 1)
 
 
-def test_a_second_metadata_key_or_checksum_is_refused():
+def test_a_second_metadata_key_or_checksum_is_refused() -> None:
     header = header_of(DATA)
     header["__metadata__"]["another"] = "key"
     with pytest.raises(ChunkError, match="wanted one key"):
@@ -231,14 +235,14 @@ def test_a_second_metadata_key_or_checksum_is_refused():
         unpack_chunk(doubled, RECIPE, 1)
 
 
-def test_a_chunk_under_another_number_or_recipe_is_refused():
+def test_a_chunk_under_another_number_or_recipe_is_refused() -> None:
     with pytest.raises(ChunkError, match="chunk 0 has chunk 1, wanted 0"):
         unpack_chunk(DATA, RECIPE, 0)
     with pytest.raises(ChunkError, match="of another recipe"):
         unpack_chunk(DATA, small_recipe(teacher_digest="sha256:other"), 1)
 
 
-def test_row_starts_that_divide_the_records_wrongly_are_refused():
+def test_row_starts_that_divide_the_records_wrongly_are_refused() -> None:
     place = 8 + struct.unpack("<Q", DATA[:8])[0] + 8 * 4
     for starts in (
         [1, 2, 3, 4, len(CHUNK.targets_NB)],
@@ -277,12 +281,12 @@ def changed(field: str, place: tuple[int, int], value: int) -> Chunk:
         (replace(CHUNK, number=2), "wanted int32 .2, 12."),
     ],
 )
-def test_a_chunk_that_is_not_of_the_recipe_is_not_packed(chunk: Chunk, complaint: str):
+def test_a_chunk_that_is_not_of_the_recipe_is_not_packed(chunk: Chunk, complaint: str) -> None:
     with pytest.raises(ChunkError, match=complaint):
         pack_chunk(chunk, RECIPE)
 
 
-def test_a_mask_at_the_last_column_or_across_documents_is_not_packed():
+def test_a_mask_at_the_last_column_or_across_documents_is_not_packed() -> None:
     mask = np.zeros_like(CHUNK.sequences.loss_mask_SL)
     mask[0, -1] = 1
     with pytest.raises(ChunkError, match="last column"):
@@ -298,13 +302,13 @@ def test_a_mask_at_the_last_column_or_across_documents_is_not_packed():
         pack_chunk(with_arrays(CHUNK, loss_mask_SL=mask, targets_NB=CHUNK.targets_NB[:1]), RECIPE)
 
 
-def test_the_checksum_is_the_one_in_the_file():
+def test_the_checksum_is_the_one_in_the_file() -> None:
     assert checksum_of(DATA) == json.loads(header_of(DATA)["__metadata__"]["stillhouse"])["xxh3"]
     assert len(checksum_of(DATA)) == 16
 
 
 @pytest.mark.parametrize("name", ["chunk_v1_top3", "chunk_v1_draws"])
-def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: str):
+def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: str) -> None:
     golden = json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
     data = (ROOT / "tests" / "golden" / f"{name}.safetensors").read_bytes()
     recipe, targets = Recipe(**golden["recipe"]), golden["targets"]
@@ -340,7 +344,7 @@ def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: s
     torch.testing.assert_close(decoded.logprobs_TK, wanted.logprobs_TK, rtol=0, atol=1e-6)
 
 
-def test_the_sizes_on_the_format_page_are_the_codecs():
+def test_the_sizes_on_the_format_page_are_the_codecs() -> None:
     page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     lines = re.findall(
         r"^\| (\d+) \| (\d+) \| ([68]) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE

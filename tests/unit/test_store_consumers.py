@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> ChunkStore:
     return ChunkStore.create(str(tmp_path / "store"), small_recipe())
 
 
-def test_what_a_consumer_commits_is_what_others_find(store: ChunkStore):
+def test_what_a_consumer_commits_is_what_others_find(store: ChunkStore) -> None:
     join(store, CONSUMER)
     join(store, replace(CONSUMER, name="b"))
     commit(store, replace(CONSUMER, committed_step=40))
@@ -39,26 +39,26 @@ def test_what_a_consumer_commits_is_what_others_find(store: ChunkStore):
     assert registered(elsewhere).consumers[0].committed_step == 20
 
 
-def test_joining_again_keeps_the_committed_step(store: ChunkStore):
+def test_joining_again_keeps_the_committed_step(store: ChunkStore) -> None:
     commit(store, replace(CONSUMER, committed_step=40))
     join(store, CONSUMER)
     assert registered(store).consumers == [replace(CONSUMER, committed_step=40)]
 
 
-def test_joining_again_takes_over_more_steps(store: ChunkStore):
+def test_joining_again_takes_over_more_steps(store: ChunkStore) -> None:
     commit(store, replace(CONSUMER, committed_step=100))
     join(store, replace(CONSUMER, total_steps=300))
     assert registered(store).consumers == [replace(CONSUMER, committed_step=100, total_steps=300)]
 
 
-def test_a_consumer_that_left_is_not_registered(store: ChunkStore):
+def test_a_consumer_that_left_is_not_registered(store: ChunkStore) -> None:
     join(store, CONSUMER)
     leave(store, CONSUMER.name)
     leave(store, CONSUMER.name)
     assert registered(store).consumers == []
 
 
-def test_a_store_without_consumers_has_none(store: ChunkStore):
+def test_a_store_without_consumers_has_none(store: ChunkStore) -> None:
     assert registered(store) == ([], [])
 
 
@@ -66,7 +66,7 @@ def record(store: ChunkStore) -> Path:
     return Path(store.url) / store.folder / "readers" / "a-student.json"
 
 
-def test_the_record_is_canonical_json(store: ChunkStore):
+def test_the_record_is_canonical_json(store: ChunkStore) -> None:
     join(store, CONSUMER)
     assert record(store).read_bytes() == (
         b'{"committed_step":0,"global_batch_sequences":8,"name":"a-student","seed":3,"total_steps":100,"version":1,"window_chunks":4,'
@@ -90,7 +90,7 @@ def test_the_record_is_canonical_json(store: ChunkStore):
 )
 def test_a_record_that_is_not_understood_is_reported_by_its_key(
     store: ChunkStore, change: tuple[bytes, bytes]
-):
+) -> None:
     join(store, CONSUMER)
     data = record(store).read_bytes()
     assert change[0] in data
@@ -98,7 +98,9 @@ def test_a_record_that_is_not_understood_is_reported_by_its_key(
     assert registered(store) == ([], [f"{store.folder}/readers/a-student.json"])
 
 
-def test_runs_with_different_places_have_different_names_that_can_be_keys(store: ChunkStore):
+def test_runs_with_different_places_have_different_names_that_can_be_keys(
+    store: ChunkStore,
+) -> None:
     names = [
         consumer_name(place, role)
         for place in ("/runs/a b", "s3://runs/a b", "/runs/é", "/")

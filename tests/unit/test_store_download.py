@@ -41,7 +41,7 @@ def downloaded(shop: Shop) -> bytes:
 
 
 @pytest.mark.parametrize("with_error", [True, False])
-def test_each_range_goes_on_where_it_broke_off(with_error: bool):
+def test_each_range_goes_on_where_it_broke_off(with_error: bool) -> None:
     shop = Shop([600, 250, 100, 10], with_error=with_error)
     assert downloaded(shop) == DATA
     assert len(shop.asked) == 11 + 4
@@ -49,12 +49,12 @@ def test_each_range_goes_on_where_it_broke_off(with_error: bool):
     assert (600, 1000) in shop.asked
 
 
-def test_an_answer_that_breaks_off_after_its_last_byte_is_whole():
+def test_an_answer_that_breaks_off_after_its_last_byte_is_whole() -> None:
     assert downloaded(Shop([1000])) == DATA
 
 
 @pytest.mark.parametrize("with_error", [True, False])
-def test_a_range_of_which_nothing_comes_is_given_up(with_error: bool):
+def test_a_range_of_which_nothing_comes_is_given_up(with_error: bool) -> None:
     shop = Shop([600, 0], with_error=with_error)
     with pytest.raises(
         StoreUnavailable,
@@ -63,7 +63,7 @@ def test_a_range_of_which_nothing_comes_is_given_up(with_error: bool):
         downloaded(shop)
 
 
-def test_an_answer_that_goes_on_after_its_range_is_not_swallowed():
+def test_an_answer_that_goes_on_after_its_range_is_not_swallowed() -> None:
     def endless(_start: int, _end: int) -> Answer:
         return Answer(len(DATA), more())
 
@@ -75,7 +75,7 @@ def test_an_answer_that_goes_on_after_its_range_is_not_swallowed():
         list(download(endless, range_bytes=RANGE_BYTES))
 
 
-def test_no_more_ranges_are_asked_for_than_may_be_held():
+def test_no_more_ranges_are_asked_for_than_may_be_held() -> None:
     shop = Shop()
     pieces = download(shop.open_range, range_bytes=RANGE_BYTES, in_flight=IN_FLIGHT)
     taken = 0

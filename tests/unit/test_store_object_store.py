@@ -4,7 +4,7 @@ store waits for no other."""
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -27,7 +27,7 @@ def content(blobs: Blobs, key: str) -> bytes:
     return b"".join(blobs.pieces(key))
 
 
-def test_a_stream_of_many_parts_is_what_was_written(blobs: Blobs):
+def test_a_stream_of_many_parts_is_what_was_written(blobs: Blobs) -> None:
     data = bytes(range(256)) * (LARGE // 256)
 
     def fill(write: Write) -> None:
@@ -42,7 +42,7 @@ def test_a_stream_of_many_parts_is_what_was_written(blobs: Blobs):
     assert content(blobs, "empty") == b""
 
 
-def test_a_buffer_may_change_as_soon_as_it_was_taken(blobs: Blobs):
+def test_a_buffer_may_change_as_soon_as_it_was_taken(blobs: Blobs) -> None:
     def fill(write: Write) -> None:
         buffer = bytearray(5)
         for letter in b"abc":
@@ -54,7 +54,7 @@ def test_a_buffer_may_change_as_soon_as_it_was_taken(blobs: Blobs):
 
 
 @pytest.mark.parametrize("size", [5, LARGE])
-def test_what_fails_half_way_leaves_the_key_as_it_was(blobs: Blobs, size: int):
+def test_what_fails_half_way_leaves_the_key_as_it_was(blobs: Blobs, size: int) -> None:
     def fail(write: Write) -> None:
         write(b"y" * size)
         raise KeyError("half way")
@@ -70,7 +70,7 @@ def test_what_fails_half_way_leaves_the_key_as_it_was(blobs: Blobs, size: int):
 
 def test_names_are_those_at_the_top_and_a_directory_is_not_made_to_look(
     blobs: Blobs, tmp_path: Path
-):
+) -> None:
     assert blobs.names() == []
     assert not (tmp_path / "root").exists()
     for key in ("b.json", "a.json", "folder/c.json"):
@@ -78,7 +78,7 @@ def test_names_are_those_at_the_top_and_a_directory_is_not_made_to_look(
     assert (blobs.names(), blobs.folders()) == (["a.json", "b.json"], ["folder"])
 
 
-def test_what_is_deleted_is_gone_and_may_be_deleted_again(blobs: Blobs):
+def test_what_is_deleted_is_gone_and_may_be_deleted_again(blobs: Blobs) -> None:
     for key in ("a", "folder/b", "folder/deep/c", "folder2/d"):
         blobs.create(key, b"x")
     for _ in range(2):
@@ -87,13 +87,15 @@ def test_what_is_deleted_is_gone_and_may_be_deleted_again(blobs: Blobs):
     assert (blobs.names(), blobs.folders()) == ([], ["folder2"])
 
 
-def test_nothing_is_read_where_nothing_is(blobs: Blobs):
+def test_nothing_is_read_where_nothing_is(blobs: Blobs) -> None:
     with pytest.raises(FileNotFoundError):
         content(blobs, "absent")
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "/".join(["y" * 200] * 25)], ids=["name", "path"])
-def test_a_path_that_no_file_system_takes_is_a_mistake_of_its_user(tmp_path: Path, name: str):
+def test_a_path_that_no_file_system_takes_is_a_mistake_of_its_user(
+    tmp_path: Path, name: str
+) -> None:
     blobs = Blobs(str(tmp_path / name))
     for use in (
         blobs.names,
@@ -108,11 +110,11 @@ def test_a_path_that_no_file_system_takes_is_a_mistake_of_its_user(tmp_path: Pat
 class Absent:
     """An object store that answers every put as if its bucket were no more."""
 
-    def put(self, *_: object, **__: object) -> None:
+    def put(self, *_: object, **__: Any) -> None:
         raise FileNotFoundError("404 Not Found")
 
 
-def test_a_put_that_finds_no_bucket_says_so_and_is_no_absent_object():
+def test_a_put_that_finds_no_bucket_says_so_and_is_no_absent_object() -> None:
     blobs = Blobs("s3://test-bucket/runs", objects=cast("ObjectLayer", Absent()))
     for put in (blobs.create, blobs.replace):
         with pytest.raises(StoreError, match="cannot write a in s3://test-bucket/runs"):
@@ -131,7 +133,7 @@ class Hanging(SystemFiles):
         super().mkdir(path, mode)
 
 
-def test_a_directory_that_does_not_answer_holds_up_no_other(tmp_path: Path):
+def test_a_directory_that_does_not_answer_holds_up_no_other(tmp_path: Path) -> None:
     disk = Hanging()
     on_it = threading.Thread(
         target=Blobs(str(tmp_path / "a"), files=disk).create, args=("x", b"1"), daemon=True

@@ -23,12 +23,12 @@ def folder(tmp_path: Path) -> Path:
     return make_model(tmp_path / "chat", vocab_size=300, hidden_size=8)
 
 
-def write(folder: Path, **values: object) -> StudentSection:
+def write(folder: Path, **values: Any) -> StudentSection:
     (folder / "generation_config.json").write_text(json.dumps(values))
     return StudentSection(model=str(folder), dtype="float32")
 
 
-def test_a_chat_model_keeps_its_end_tokens_and_its_sampling(folder: Path, tmp_path: Path):
+def test_a_chat_model_keeps_its_end_tokens_and_its_sampling(folder: Path, tmp_path: Path) -> None:
     section = write(folder, eos_token_id=[1, 2], do_sample=True, temperature=0.7)
     found = generation_config_of(section)
     assert found is not None
@@ -39,7 +39,7 @@ def test_a_chat_model_keeps_its_end_tokens_and_its_sampling(folder: Path, tmp_pa
     assert (saved["eos_token_id"], saved["do_sample"], saved["temperature"]) == ([1, 2], True, 0.7)
 
 
-def test_settings_that_cannot_be_saved_are_left_behind(folder: Path):
+def test_settings_that_cannot_be_saved_are_left_behind(folder: Path) -> None:
     assert generation_config_of(write(folder, do_sample=False, temperature=0.7)) is None
     (folder / "generation_config.json").unlink()
     assert generation_config_of(StudentSection(model=str(folder))) is None
@@ -67,7 +67,7 @@ class KilledAt:
 
 def test_an_export_killed_at_any_call_leaves_nothing_or_all_of_it_and_the_next_one_tidies_up(
     folder: Path, tmp_path: Path
-):
+) -> None:
     model, tokenizer = (
         load_model(StudentSection(model=str(folder), dtype="float32")),
         load_tokenizer(str(folder)),
@@ -100,7 +100,9 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_an_export_that_cannot_be_written_says_why_and_leaves_nothing(folder: Path, tmp_path: Path):
+def test_an_export_that_cannot_be_written_says_why_and_leaves_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
     model, tokenizer = (
         load_model(StudentSection(model=str(folder), dtype="float32")),
         load_tokenizer(str(folder)),

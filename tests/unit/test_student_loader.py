@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from helpers.calls import must_not_be_called
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import StoreError, StudentError
 from stillhouse.logits import decode
@@ -54,7 +57,7 @@ class WatchedStore(ChunkStore):
         self.before: Callable[[int], None] = lambda _number: None
         self._changed = threading.Condition()
 
-    def fetch_rows(self, number: int, rows: Sequence[int]) -> Chunk:
+    def fetch_rows(self, number: int, rows: Sequence[int] | NDArray[np.signedinteger]) -> Chunk:
         with self._changed:
             self.tried.append(number)
             self._changed.notify_all()
@@ -96,19 +99,21 @@ def reader_of(
     start: int = 0,
     stop: int = NUM_STEPS,
     prefetch: int = 2,
-    **changes,
+    **changes: Any,
 ) -> BatchReader:
-    settled = {
+    settled: dict[str, Any] = {
         "rank": 0,
         "world_size": 1,
         "micro_batch": 2,
         "on_bad_chunk": refuse_bad_chunk,
-        "on_outage": pytest.fail,
+        "on_outage": must_not_be_called,
     } | changes
     return BatchReader(store, order, start=start, stop=stop, prefetch=prefetch, **settled)
 
 
-def read(store: ChunkStore, *, start: int = 0, stop: int = NUM_STEPS, **changes) -> list[Batch]:
+def read(
+    store: ChunkStore, *, start: int = 0, stop: int = NUM_STEPS, **changes: Any
+) -> list[Batch]:
     with reader_of(store, start=start, stop=stop, **changes) as reader:
         return [reader.next()[0] for _ in range(start, stop)]
 
@@ -143,7 +148,7 @@ def assert_micro_batch(found: MicroBatch, sequences: Sequence[int], micro_batch:
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_every_rank_gets_its_rows_with_labels_and_targets(
     store: WatchedStore, world_size: int, micro_batch: int
-):
+) -> None:
     by_rank = [
         read(store, rank=rank, world_size=world_size, micro_batch=micro_batch)
         for rank in range(world_size)
@@ -174,7 +179,7 @@ def assert_same(found: Batch, wanted: Batch) -> None:
 @pytest.mark.parametrize("window_chunks", [1, 6])
 def test_a_start_at_any_step_yields_what_a_whole_reading_yields_there(
     store: WatchedStore, window_chunks: int
-):
+) -> None:
     order = Order(
         num_sequences=22,
         chunk_sequences=4,
@@ -201,7 +206,7 @@ def first_step_with(number: int, order: Order = ORDER) -> int:
 LATE = int(ORDER.sequences(3)[0] // 4)  # a chunk that the first steps can do without
 
 
-def test_a_chunk_that_is_published_late_is_waited_for(store: WatchedStore):
+def test_a_chunk_that_is_published_late_is_waited_for(store: WatchedStore) -> None:
     assert first_step_with(LATE) > 0
     wanted = read(store)
     path_of(store, LATE).unlink()
@@ -218,7 +223,7 @@ def test_a_chunk_that_is_published_late_is_waited_for(store: WatchedStore):
         assert_same(ours, theirs)
 
 
-def test_a_chunk_that_stays_away_is_missed_aloud(store: WatchedStore):
+def test_a_chunk_that_stays_away_is_missed_aloud(store: WatchedStore) -> None:
     """It may have been deleted, and the teachers believe that it is there."""
     wanted = read(store)
     path_of(store, LATE).unlink()
@@ -234,7 +239,9 @@ def test_a_chunk_that_stays_away_is_missed_aloud(store: WatchedStore):
 
 
 @pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]])
-def test_a_row_that_was_set_aside_is_read_and_teaches_nothing(store: WatchedStore, rows: list[int]):
+def test_a_row_that_was_set_aside_is_read_and_teaches_nothing(
+    store: WatchedStore, rows: list[int]
+) -> None:
     wanted = read(store)
     path_of(store, LATE).unlink()
     blank = WorkItem(LATE, CHUNKS[LATE].sequences).without(rows)
@@ -264,7 +271,7 @@ def test_a_row_that_was_set_aside_is_read_and_teaches_nothing(store: WatchedStor
     assert any(set_aside & set(batch.sequences) for batch in found)
 
 
-def test_a_damaged_chunk_is_reported_once_and_read_once_it_is_replaced(store: WatchedStore):
+def test_a_damaged_chunk_is_reported_once_and_read_once_it_is_replaced(store: WatchedStore) -> None:
     wanted = read(store)
     path = path_of(store, LATE)
     path.write_bytes(flip_last_bit(path.read_bytes()))
@@ -285,7 +292,7 @@ def test_a_damaged_chunk_is_reported_once_and_read_once_it_is_replaced(store: Wa
 @pytest.mark.timeout(60, method="thread")
 def test_a_pipe_in_a_chunks_place_is_reported_as_damage_and_read_once_it_is_replaced(
     store: WatchedStore,
-):
+) -> None:
     wanted = read(store)
     path_of(store, LATE).unlink()
     os.mkfifo(path_of(store, LATE))
@@ -303,7 +310,7 @@ def test_a_pipe_in_a_chunks_place_is_reported_as_damage_and_read_once_it_is_repl
 
 def test_each_read_is_told_as_it_begins_and_as_it_ends_and_waiting_for_a_chunk_is_none(
     store: WatchedStore,
-):
+) -> None:
     path_of(store, LATE).unlink()
     reads: list[int | None] = []
     store.before = lambda number: reads.append(-1 - number)
@@ -320,7 +327,7 @@ def test_each_read_is_told_as_it_begins_and_as_it_ends_and_waiting_for_a_chunk_i
         assert (inside, ended) == (-1 - begun, None)
 
 
-def test_a_damaged_chunk_whose_report_is_lost_is_reported_again(store: WatchedStore):
+def test_a_damaged_chunk_whose_report_is_lost_is_reported_again(store: WatchedStore) -> None:
     path, reported = path_of(store, LATE), []
     path.write_bytes(flip_last_bit(path.read_bytes()))
 
@@ -334,7 +341,9 @@ def test_a_damaged_chunk_whose_report_is_lost_is_reported_again(store: WatchedSt
     assert reported == [LATE] * 3
 
 
-def test_a_chunk_that_is_replaced_by_another_damaged_one_is_reported_again(store: WatchedStore):
+def test_a_chunk_that_is_replaced_by_another_damaged_one_is_reported_again(
+    store: WatchedStore,
+) -> None:
     path, reported = path_of(store, LATE), []
     path.write_bytes(flip_last_bit(path.read_bytes()))
     told = threading.Semaphore(0)
@@ -363,7 +372,7 @@ def test_a_chunk_that_is_replaced_by_another_damaged_one_is_reported_again(store
 
 def test_a_chunk_that_was_published_with_impossible_records_is_reported_and_replaced_too(
     store: WatchedStore,
-):
+) -> None:
     """Its hashes are right: only decoding tells."""
     wanted = read(store)
     sound = CHUNKS[LATE]
@@ -384,7 +393,7 @@ def test_a_chunk_that_was_published_with_impossible_records_is_reported_and_repl
     assert reported == [LATE]
 
 
-def test_without_a_pool_a_damaged_chunk_ends_the_reading_by_name(store: WatchedStore):
+def test_without_a_pool_a_damaged_chunk_ends_the_reading_by_name(store: WatchedStore) -> None:
     path = path_of(store, LATE)
     path.write_bytes(flip_last_bit(path.read_bytes()))
     with reader_of(ChunkStore(store.url, RECIPE), on_bad_chunk=refuse_bad_chunk) as reader:
@@ -396,7 +405,7 @@ def test_without_a_pool_a_damaged_chunk_ends_the_reading_by_name(store: WatchedS
             reader.next()
 
 
-def test_a_store_that_does_not_answer_is_asked_again(store: WatchedStore):
+def test_a_store_that_does_not_answer_is_asked_again(store: WatchedStore) -> None:
     wanted = read(store)
     answers = iter([StoreUnavailable("busy"), ChunkMissing("not yet"), StoreUnavailable("busy")])
 
@@ -411,7 +420,7 @@ def test_a_store_that_does_not_answer_is_asked_again(store: WatchedStore):
     assert next(answers, None) is None
 
 
-def test_a_store_that_stays_away_is_told_once_and_given_up(store: WatchedStore):
+def test_a_store_that_stays_away_is_told_once_and_given_up(store: WatchedStore) -> None:
     def refuse(_number: int) -> None:
         raise StoreUnavailable("busy")
 
@@ -429,7 +438,7 @@ def test_a_store_that_stays_away_is_told_once_and_given_up(store: WatchedStore):
     assert told == [(0.0, "busy")]
 
 
-def test_outages_with_an_answer_between_are_not_added_up(store: WatchedStore):
+def test_outages_with_an_answer_between_are_not_added_up(store: WatchedStore) -> None:
     """Each chunk is refused once, so no outage lasts; together they would outlast this patience by
     far."""
     wanted = read(store)
@@ -446,7 +455,7 @@ def test_outages_with_an_answer_between_are_not_added_up(store: WatchedStore):
     assert refused == set(range(RECIPE.num_chunks))
 
 
-def test_any_other_error_of_the_store_is_raised_as_itself(store: WatchedStore):
+def test_any_other_error_of_the_store_is_raised_as_itself(store: WatchedStore) -> None:
     def refuse(_number: int) -> None:
         raise StoreError("permission denied")
 
@@ -455,7 +464,7 @@ def test_any_other_error_of_the_store_is_raised_as_itself(store: WatchedStore):
         reader.next()
 
 
-def test_closing_does_not_wait_for_a_chunk_that_is_not_there(store: WatchedStore):
+def test_closing_does_not_wait_for_a_chunk_that_is_not_there(store: WatchedStore) -> None:
     for number in range(RECIPE.num_chunks):
         path_of(store, number).unlink()
     with reader_of(store):
@@ -467,7 +476,7 @@ def test_closing_does_not_wait_for_a_chunk_that_is_not_there(store: WatchedStore
     assert len(store.tried) == num_tried
 
 
-def test_closing_does_not_wait_for_a_consumer(store: WatchedStore):
+def test_closing_does_not_wait_for_a_consumer(store: WatchedStore) -> None:
     with reader_of(store, prefetch=1) as reader:
         reader.next()
     assert read_threads() == 0
@@ -477,7 +486,7 @@ def read_threads() -> int:
     return sum(thread.name == "batch-reader" for thread in threading.enumerate())
 
 
-def test_no_more_is_read_ahead_than_was_asked_for(store: WatchedStore):
+def test_no_more_is_read_ahead_than_was_asked_for(store: WatchedStore) -> None:
     """Here a step is a chunk. Beside the batches that wait there is one in hand, so the consumer's
     step is never more than 4 behind."""
     order = Order(
@@ -514,7 +523,7 @@ def orders(draw: st.DrawFn) -> Order:
 )  # a stretch that runs through the short chunk
 @example(order=Order(60, 2, 30, seed=0, window_chunks=1), epochs=1)  # a step of many windows
 @settings(max_examples=150, deadline=None)
-def test_a_window_of_chunks_read_ahead_lets_every_reader_go_on(order: Order, epochs: float):
+def test_a_window_of_chunks_read_ahead_lets_every_reader_go_on(order: Order, epochs: float) -> None:
     """Wherever a reader starts, the chunks that it needs before it can yield are within the window
     of the cursor that it last moved."""
     stop = max(1, int(epochs * order.steps_per_epoch))

@@ -1,6 +1,8 @@
 """Which students need kept entries with most of the teacher's mass, and what a config without them
 is told."""
 
+from typing import Any
+
 import pytest
 
 from stillhouse.config import StudentSection
@@ -11,7 +13,7 @@ from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, re
 BUCKETED = ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 
 
-def section(**settings: object) -> StudentSection:
+def section(**settings: Any) -> StudentSection:
     return StudentSection.model_validate({"model": "student", **settings})
 
 

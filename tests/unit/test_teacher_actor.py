@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.calls import must_not_be_called
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.engines.base import encoded
 from stillhouse.errors import ChunkError, StoreError
@@ -46,14 +47,18 @@ def store(tmp_path: Path) -> RefusingStore:
     return RefusingStore(str(tmp_path / "store"), RECIPE)
 
 
-def test_a_full_store_is_waited_for(store: RefusingStore):
+def test_a_full_store_is_waited_for(store: RefusingStore) -> None:
     store.refusals = iter([StoreUnavailable("the disk is full")])
-    ref = publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF, tell=pytest.fail)
+    ref = publish_when_possible(
+        store, make_chunk(RECIPE, 1), patience=BRIEF, tell=must_not_be_called
+    )
     assert (ref.number, ref.duplicate) == (1, False)
     assert store.published() == {1}
 
 
-def test_a_store_that_stays_away_is_told_once_and_given_up_with_what_it_said(store: RefusingStore):
+def test_a_store_that_stays_away_is_told_once_and_given_up_with_what_it_said(
+    store: RefusingStore,
+) -> None:
     store.refusals = repeat(StoreUnavailable("the disk is full"))
     told: list[tuple[float, str]] = []
     with pytest.raises(
@@ -66,13 +71,13 @@ def test_a_store_that_stays_away_is_told_once_and_given_up_with_what_it_said(sto
     assert store.published() == set()
 
 
-def test_a_store_that_forbids_is_not_waited_for(store: RefusingStore):
+def test_a_store_that_forbids_is_not_waited_for(store: RefusingStore) -> None:
     store.refusals = iter([StoreError("permission denied")])
     with pytest.raises(StoreError, match="permission denied"):
-        publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF, tell=pytest.fail)
+        publish_when_possible(store, make_chunk(RECIPE, 1), patience=BRIEF, tell=must_not_be_called)
 
 
-def test_a_chunk_that_was_cut_short_does_not_count_as_made_already(store: RefusingStore):
+def test_a_chunk_that_was_cut_short_does_not_count_as_made_already(store: RefusingStore) -> None:
     store.publish(make_chunk(RECIPE, 1))
     assert is_there(store, 1)
     path = Path(store.url) / store.key(1)
@@ -89,7 +94,7 @@ def parts_of(*num_tokens: int) -> list[CompressedLogits]:
     return [compress(rows, TargetSpec(rows.shape[1], 7)) for rows in logits.split(num_tokens)]
 
 
-def test_records_are_those_of_all_parts_in_order():
+def test_records_are_those_of_all_parts_in_order() -> None:
     parts = parts_of(40, 0, 3, 100)
     records, measured = stored(encoded(iter(parts), SPEC), SPEC)
     whole = concatenate(parts)
@@ -97,14 +102,14 @@ def test_records_are_those_of_all_parts_in_order():
     assert 0 < measured.codec_kl < measured.worst_kl < 1e-4
 
 
-def test_what_the_records_lose_is_measured_on_tokens_of_every_part():
+def test_what_the_records_lose_is_measured_on_tokens_of_every_part() -> None:
     parts = parts_of(1, 2, 64)
     _, measured = stored(encoded(parts, SPEC), SPEC)
     whole = concatenate(parts)
     assert measured == fidelity(whole, decode(encode(whole, SPEC), SPEC))
 
 
-def test_targets_that_cannot_be_written_have_no_records():
+def test_targets_that_cannot_be_written_have_no_records() -> None:
     parts = parts_of(5, 5)
     parts[1].logprobs_TK[3] = torch.nan
     with pytest.raises(ChunkError, match="row 3 would hold log-probabilities of no distribution"):

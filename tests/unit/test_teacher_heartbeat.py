@@ -20,7 +20,7 @@ def compute(seconds: float) -> None:
         sorted(range(200_000, 0, -1))
 
 
-def test_a_process_that_computes_without_a_pause_is_never_silent_for_the_watchdogs_time():
+def test_a_process_that_computes_without_a_pause_is_never_silent_for_the_watchdogs_time() -> None:
     heartbeats = [monotonic()]
     ended = begin_heartbeat(
         lambda: heartbeats.append(monotonic()), every_s=WATCHDOG_S / BEATS_PER_WATCH
@@ -35,7 +35,7 @@ def test_a_process_that_computes_without_a_pause_is_never_silent_for_the_watchdo
     assert len(heartbeats) > BEATS_PER_WATCH / 2
 
 
-def test_a_heartbeat_that_fails_is_followed_by_others():
+def test_a_heartbeat_that_fails_is_followed_by_others() -> None:
     heartbeats = threading.Semaphore(0)
 
     def fail() -> None:

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -39,6 +41,8 @@ from stillhouse.tracking import (
     ProgressView,
     RecoveryRow,
     RepairRow,
+    Role,
+    Row,
     SetAsideRow,
     StallRow,
     StartRow,
@@ -115,7 +119,7 @@ ROWS = [
 SECRET = "s3cr3t-do-not-print-this-0123456789"
 
 
-def test_every_row_comes_back_as_it_went_in_non_finite_numbers_included(tmp_path):
+def test_every_row_comes_back_as_it_went_in_non_finite_numbers_included(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     for row in ROWS:
         journal.record(row)
@@ -123,7 +127,7 @@ def test_every_row_comes_back_as_it_went_in_non_finite_numbers_included(tmp_path
     assert [repr(row) for row in read_journal(journal.path)] == [repr(row) for row in ROWS]
 
 
-def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path):
+def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path: Path) -> None:
     """Starts without a schedule, ends without numbers of steps."""
     whole = {"kind": "start", **asdict(START)}
     for name in (
@@ -157,21 +161,23 @@ def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path):
     ],
     ids=range(9),
 )
-def test_a_line_whose_values_are_not_of_its_columns_types_is_refused_with_its_place(tmp_path, line):
+def test_a_line_whose_values_are_not_of_its_columns_types_is_refused_with_its_place(
+    tmp_path: Path, line: Any
+) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(RunError, match=r"^line 1 of .*journal\.jsonl is not a row"):
         read_journal(path)
 
 
-def test_a_number_without_a_fraction_may_stand_for_one_with(tmp_path):
+def test_a_number_without_a_fraction_may_stand_for_one_with(tmp_path: Path) -> None:
     """As other languages write 1.0."""
     path = tmp_path / "journal.jsonl"
     path.write_text('{"kind": "repair", "time": 1, "chunk": 3}\n')
     assert read_journal(path) == [RepairRow(3, time=1.0)]
 
 
-def test_each_line_is_strict_json_with_its_kind_and_time_first(tmp_path):
+def test_each_line_is_strict_json_with_its_kind_and_time_first(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl", clock=lambda: 77.0)
     for row in [*ROWS, replace(TRAIN, time=0.0)]:
         journal.record(row)
@@ -186,7 +192,7 @@ def test_each_line_is_strict_json_with_its_kind_and_time_first(tmp_path):
     assert lines[-1]["time"] == 77.0
 
 
-def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path):
+def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     program = (
         "import dataclasses, pathlib, sys\n"
@@ -196,24 +202,24 @@ def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path):
         "    journal.record(PoolRow(n, 8, 3, 4, 1.0, 0.0, 0)); n += 1\n"
         "    print(n, flush=True)\n"
     )
-    writer = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
-    )
-    assert writer.stdout is not None
-    while int(writer.stdout.readline()) < 50:
-        pass
-    writer.send_signal(signal.SIGKILL)
-    acknowledged = max(
-        [50, *(int(line) for line in writer.stdout.read().splitlines() if line.strip())]
-    )
-    writer.wait()
+    ) as writer:
+        assert writer.stdout is not None
+        while int(writer.stdout.readline()) < 50:
+            pass
+        writer.send_signal(signal.SIGKILL)
+        told = [int(line) for line in writer.stdout.read().splitlines() if line.strip()]
+    acknowledged = max([50, *told])
     rows = read_journal(path)
     assert [row.published for row in rows if isinstance(row, PoolRow)] == list(range(len(rows)))
     assert len(rows) in (acknowledged, acknowledged + 1)
 
 
 @pytest.mark.parametrize("torn", [b"{", b'{"kind": "pool", "time": 1011.0, "publi', b"\x00" * 40])
-def test_a_torn_last_line_is_not_read_and_the_next_row_takes_its_place(tmp_path, torn):
+def test_a_torn_last_line_is_not_read_and_the_next_row_takes_its_place(
+    tmp_path: Path, torn: bytes
+) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.record(START)
     with journal.path.open("ab") as file:
@@ -223,7 +229,9 @@ def test_a_torn_last_line_is_not_read_and_the_next_row_takes_its_place(tmp_path,
     assert read_journal(journal.path) == [START, TRAIN]
 
 
-def test_a_figure_that_a_row_may_lack_may_be_missing_from_a_line_without_a_checksum(tmp_path):
+def test_a_figure_that_a_row_may_lack_may_be_missing_from_a_line_without_a_checksum(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path).record(replace(TRAIN, z_loss=7.0))
     assert read_journal(path) == [replace(TRAIN, z_loss=7.0)]
@@ -236,7 +244,7 @@ def test_a_figure_that_a_row_may_lack_may_be_missing_from_a_line_without_a_check
 NEWER = {"kind": "weather", "time": 1012.0, "mood": {"of": ["the", 7, None]}}
 
 
-def test_rows_and_values_of_a_later_version_are_left_out_and_counted(tmp_path):
+def test_rows_and_values_of_a_later_version_are_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path).record(START)
     with path.open("ab") as file:
@@ -260,7 +268,9 @@ def test_rows_and_values_of_a_later_version_are_left_out_and_counted(tmp_path):
     ],
     ids=["no checksum", "damaged", "no time", "too few values", "another type"],
 )
-def test_a_line_is_not_taken_for_one_of_a_later_version_where_it_is_damaged(tmp_path, line):
+def test_a_line_is_not_taken_for_one_of_a_later_version_where_it_is_damaged(
+    tmp_path: Path, line: Any
+) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path).record(START)
     with path.open("ab") as file:
@@ -269,7 +279,7 @@ def test_a_line_is_not_taken_for_one_of_a_later_version_where_it_is_damaged(tmp_
         read_journal(path)
 
 
-def test_a_line_without_a_checksum_is_refused_behind_one_that_has_one(tmp_path):
+def test_a_line_without_a_checksum_is_refused_behind_one_that_has_one(tmp_path: Path) -> None:
     """Whoever follows the journal knows it, too."""
     path = tmp_path / "journal.jsonl"
     bare = [json.dumps({"kind": row.kind, **asdict(row)}) + "\n" for row in (START, POOL)]
@@ -286,7 +296,7 @@ def test_a_line_without_a_checksum_is_refused_behind_one_that_has_one(tmp_path):
             look()
 
 
-def test_a_bit_flipped_in_a_line_is_found_wherever_it_is(tmp_path):
+def test_a_bit_flipped_in_a_line_is_found_wherever_it_is(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     Journal(path).record(START)
     Journal(path).record(TRAIN)
@@ -306,7 +316,7 @@ def test_a_bit_flipped_in_a_line_is_found_wherever_it_is(tmp_path):
 @pytest.mark.parametrize(
     "broken", ["{", "[]", "7", '{"kind": "song"}', '{"kind": "pool", "published": 3}', "\x00\x00"]
 )
-def test_a_broken_line_elsewhere_is_refused_with_its_number(tmp_path, broken):
+def test_a_broken_line_elsewhere_is_refused_with_its_number(tmp_path: Path, broken: str) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.record(START)
     with journal.path.open("a") as file:
@@ -316,7 +326,7 @@ def test_a_broken_line_elsewhere_is_refused_with_its_number(tmp_path, broken):
         read_journal(journal.path)
 
 
-def test_a_reader_that_follows_names_the_line_of_the_whole_file(tmp_path):
+def test_a_reader_that_follows_names_the_line_of_the_whole_file(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     reader = JournalReader(journal.path)
     for row in ROWS:
@@ -328,7 +338,7 @@ def test_a_reader_that_follows_names_the_line_of_the_whole_file(tmp_path):
         reader.new_rows()
 
 
-def test_a_reader_hands_out_each_row_once_as_soon_as_it_is_whole(tmp_path):
+def test_a_reader_hands_out_each_row_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     reader = JournalReader(journal.path)
     assert reader.new_rows() == []
@@ -345,13 +355,13 @@ def test_a_reader_hands_out_each_row_once_as_soon_as_it_is_whole(tmp_path):
     assert reader.num_rows == 2
 
 
-def _append_many(path: Path, role: str, num_rows: int) -> None:
+def _append_many(path: Path, role: Role, num_rows: int) -> None:
     journal = Journal(path)
     for step in range(num_rows):
         journal.record(replace(TRAIN, role=role, step=step))
 
 
-def test_processes_append_to_one_journal_without_mixing_their_lines(tmp_path):
+def test_processes_append_to_one_journal_without_mixing_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     spawn = multiprocessing.get_context("fork")
     writers = [
@@ -370,7 +380,7 @@ def test_processes_append_to_one_journal_without_mixing_their_lines(tmp_path):
         )
 
 
-def test_a_journal_that_cannot_be_written_says_so(tmp_path):
+def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot append"):
         Journal(tmp_path / "absent" / "journal.jsonl").record(START)
 
@@ -424,8 +434,8 @@ def _patient(journal: Journal, clock: StandingClock, told: list[str]) -> Patient
 @pytest.mark.parametrize("call", ["writes", "syncs"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
 def test_a_row_waits_while_the_disk_is_full_and_comes_once_behind_what_others_wrote_meanwhile(
-    tmp_path, call, error
-):
+    tmp_path: Path, call: str, error: int
+) -> None:
     path, clock, told = tmp_path / "journal.jsonl", StandingClock(), list[str]()
     journal = Journal(path, files=FullDisk(**{call: 12}, error=error))
     Journal(path).record(START)
@@ -441,14 +451,14 @@ def test_a_row_waits_while_the_disk_is_full_and_comes_once_behind_what_others_wr
     assert str(path) in why
 
 
-def test_a_row_that_finds_no_room_for_half_an_hour_is_given_up(tmp_path):
+def test_a_row_that_finds_no_room_for_half_an_hour_is_given_up(tmp_path: Path) -> None:
     path, clock = tmp_path / "journal.jsonl", StandingClock()
     with pytest.raises(StoreUnavailable, match="after 1800 s of waiting it is given up"):
         _patient(Journal(path, files=FullDisk(writes=10**6)), clock, []).record(TRAIN)
     assert read_journal(path) == []
 
 
-def test_a_journal_that_may_not_be_written_is_not_waited_for(tmp_path):
+def test_a_journal_that_may_not_be_written_is_not_waited_for(tmp_path: Path) -> None:
     clock = StandingClock()
     with pytest.raises(StoreError, match="give write access"):
         _patient(
@@ -459,11 +469,11 @@ def test_a_journal_that_may_not_be_written_is_not_waited_for(tmp_path):
     assert clock.now == 1000.0
 
 
-def test_a_run_that_has_not_begun_has_no_rows(tmp_path):
+def test_a_run_that_has_not_begun_has_no_rows(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "journal.jsonl") == []
 
 
-def test_of_steps_taken_again_the_last_one_counts():
+def test_of_steps_taken_again_the_last_one_counts() -> None:
     steps = [1, 2, 3, 4, 3, 4, 5]
     rows = [replace(TRAIN, step=step, loss=float(i)) for i, step in enumerate(steps)]
     control = replace(TRAIN, role="control", step=2, loss=99.0)
@@ -478,14 +488,14 @@ def test_of_steps_taken_again_the_last_one_counts():
     assert latest_train_rows([START, *rows, control], "control") == [control]
 
 
-def test_no_secret_reaches_the_journal(tmp_path):
+def test_no_secret_reaches_the_journal(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.record(replace(START, command=f"HF_TOKEN={SECRET} stillhouse run x.toml"))
     journal.record(EndRow("failed", 1.0, f"GET https://me:{SECRET}@host: 403"))
     assert b"s3cr3t" not in journal.path.read_bytes()
 
 
-def _wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
+def _wandb_records(path: Path) -> list[Any]:
     """All of a finished run's. W&B's service writes the last of them after `finish` has
     returned."""
     deadline = time.monotonic() + 30
@@ -498,10 +508,11 @@ def _wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
     return records
 
 
-def _records_so_far(data: bytes) -> list[wandb_internal_pb2.Record]:
+def _records_so_far(data: bytes) -> list[Any]:
     """Of a .wandb file: 7 bytes of header, then LevelDB's log framing in blocks of 32 KiB, crc32
     over type and data."""
-    at, whole, records = 7, b"", []
+    at, whole, records = 7, b"", list[Any]()
+    wandb: Any = wandb_internal_pb2
     assert data[:4] == b":W&B"
     while at < len(data):
         left = 32_768 - at % 32_768
@@ -518,11 +529,11 @@ def _records_so_far(data: bytes) -> list[wandb_internal_pb2.Record]:
         at += 7 + length
         whole = body if part in (1, 2) else whole + body
         if part in (1, 4):
-            records.append(wandb_internal_pb2.Record.FromString(whole))
+            records.append(wandb.Record.FromString(whole))
     return records
 
 
-def _history(records: list[wandb_internal_pb2.Record]) -> list[dict[str, object]]:
+def _history(records: list[Any]) -> list[dict[str, object]]:
     rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
@@ -530,7 +541,7 @@ def _history(records: list[wandb_internal_pb2.Record]) -> list[dict[str, object]
     ]
 
 
-def _summary(records: list[wandb_internal_pb2.Record]) -> dict[str, object]:
+def _summary(records: list[Any]) -> dict[str, object]:
     updates = [update for record in records for update in record.summary.update]
     return {
         update.key or "/".join(update.nested_key): json.loads(update.value_json)
@@ -541,7 +552,9 @@ def _summary(records: list[wandb_internal_pb2.Record]) -> dict[str, object]:
 OFFLINE = TrackingSection(wandb="offline")
 
 
-def _mirror(run_dir: Path, rows, *, config=None, section: TrackingSection = OFFLINE) -> list[Path]:
+def _mirror(
+    run_dir: Path, rows: Iterable[Row], *, config: Any = None, section: TrackingSection = OFFLINE
+) -> list[Path]:
     """Feed rows to a view as a driver does; the .wandb files of the run directory, oldest first."""
     with WandbView(section, run_dir, config=config or {}, run_id="7e57ed01") as view:
         for row in rows:
@@ -552,7 +565,7 @@ def _mirror(run_dir: Path, rows, *, config=None, section: TrackingSection = OFFL
     )
 
 
-def test_the_wandb_file_holds_what_the_journal_holds(tmp_path):
+def test_the_wandb_file_holds_what_the_journal_holds(tmp_path: Path) -> None:
     more = [replace(TRAIN, step=step, loss=1.0 / step) for step in range(2, 40)]
     pools = [replace(POOL, published=n) for n in range(3, 8)]
     [path] = _mirror(tmp_path, [*ROWS[:-1], *more, *pools, ROWS[-1]])
@@ -594,7 +607,7 @@ def test_the_wandb_file_holds_what_the_journal_holds(tmp_path):
     assert axes["chunk/*"] == "pool/published"
 
 
-def test_a_resumed_run_keeps_its_wandb_id_and_its_rows_keep_their_numbers(tmp_path):
+def test_a_resumed_run_keeps_its_wandb_id_and_its_rows_keep_their_numbers(tmp_path: Path) -> None:
     """Those of a later version, which are left out, keep theirs."""
     before = [*ROWS[:4], NewerRow("weather", time=1009.0), TRAIN]
     after = [replace(START, attempt=2), replace(TRAIN, step=1), replace(TRAIN, step=2)]
@@ -613,7 +626,9 @@ def test_a_resumed_run_keeps_its_wandb_id_and_its_rows_keep_their_numbers(tmp_pa
     assert [row["attempt"] for row in _history(second) if "attempt" in row] == [1, 2]
 
 
-def test_no_secret_reaches_any_file_of_wandb(tmp_path, monkeypatch, capsys):
+def test_no_secret_reaches_any_file_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "5ec7e7" * 7)
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setattr(sys, "argv", ["stillhouse", f"--token={SECRET}"])
@@ -636,14 +651,16 @@ def test_no_secret_reaches_any_file_of_wandb(tmp_path, monkeypatch, capsys):
     assert "s3cr3t" in capsys.readouterr().out
 
 
-def test_auto_without_a_key_is_offline(tmp_path, monkeypatch):
+def test_auto_without_a_key_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     assert len(_mirror(tmp_path, [START], section=TrackingSection(wandb="auto"))) == 1
 
 
 @pytest.mark.parametrize("mode", ["auto", "online"])
-def test_an_unreachable_server_means_offline_for_auto_and_a_refusal_for_online(tmp_path, mode):
+def test_an_unreachable_server_means_offline_for_auto_and_a_refusal_for_online(
+    tmp_path: Path, mode: str
+) -> None:
     program = (
         "import pathlib, sys\n"
         "from stillhouse.config import TrackingSection\n"
@@ -675,7 +692,7 @@ def test_an_unreachable_server_means_offline_for_auto_and_a_refusal_for_online(t
         assert not offline
 
 
-def test_a_broken_wandb_never_breaks_the_run(tmp_path):
+def test_a_broken_wandb_never_breaks_the_run(tmp_path: Path) -> None:
     program = (
         "import pathlib, sys, wandb\n"
         "from stillhouse.config import TrackingSection\n"
@@ -702,7 +719,7 @@ class _Clock:
         return self.now
 
 
-def test_progress_off_a_terminal_is_one_plain_line_in_ten_seconds_and_a_last_one():
+def test_progress_off_a_terminal_is_one_plain_line_in_ten_seconds_and_a_last_one() -> None:
     clock, text = _Clock(), io.StringIO()
     with ProgressView(Console(file=text, width=60), clock=clock) as view:
         view.record(START)
@@ -717,7 +734,7 @@ def test_progress_off_a_terminal_is_one_plain_line_in_ten_seconds_and_a_last_one
     assert "student 25/10 steps" in lines[-1]
 
 
-def test_while_machines_are_on_their_way_it_says_what_is_missing():
+def test_while_machines_are_on_their_way_it_says_what_is_missing() -> None:
     text = io.StringIO()
     with ProgressView(Console(file=text, width=200), clock=_Clock()) as view:
         view.record(WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster"))
@@ -727,7 +744,7 @@ def test_while_machines_are_on_their_way_it_says_what_is_missing():
     )
 
 
-def test_a_process_that_stood_still_is_named_with_what_it_was_at():
+def test_a_process_that_stood_still_is_named_with_what_it_was_at() -> None:
     clock, text = _Clock(), io.StringIO()
     with ProgressView(Console(file=text, width=60), clock=clock) as view:
         view.record(StallRow("teacher", 3, 0, "work", 301.4, "", 12))
@@ -743,7 +760,7 @@ def test_a_process_that_stood_still_is_named_with_what_it_was_at():
     ]
 
 
-def test_what_a_store_keeps_waiting_is_said_once_a_minute():
+def test_what_a_store_keeps_waiting_is_said_once_a_minute() -> None:
     clock, text = _Clock(), io.StringIO()
     with ProgressView(Console(file=text, width=60), clock=clock) as view:
         for second in range(130):
@@ -766,7 +783,7 @@ def test_what_a_store_keeps_waiting_is_said_once_a_minute():
     ]
 
 
-def test_a_student_that_reads_a_full_store_has_no_teachers_at_work():
+def test_a_student_that_reads_a_full_store_has_no_teachers_at_work() -> None:
     text = io.StringIO()
     with ProgressView(Console(file=text), clock=_Clock()) as view:
         view.record(START)
@@ -776,7 +793,7 @@ def test_a_student_that_reads_a_full_store_has_no_teachers_at_work():
     assert lines[-1].startswith("no teachers at work | student 1/10 steps")
 
 
-def test_progress_tells_pace_and_waiting():
+def test_progress_tells_pace_and_waiting() -> None:
     clock, text = _Clock(), io.StringIO()
     with ProgressView(Console(file=text), clock=clock) as view:
         view.record(START)
@@ -790,7 +807,7 @@ def test_progress_tells_pace_and_waiting():
     assert "waiting 25%, ETA 1:10" in last  # 7 steps of 10 s
 
 
-def test_progress_on_a_terminal_shows_both_bars_side_by_side():
+def test_progress_on_a_terminal_shows_both_bars_side_by_side() -> None:
     text = io.StringIO()
     with ProgressView(Console(file=text, force_terminal=True, width=140), clock=_Clock()) as view:
         for row in ROWS:

@@ -1,2 +1,2 @@
-"""Side by side against what users would do instead: what is timed, how, and the figures that come
-of it."""
+"""Benchmarks: each times Stillhouse beside the alternatives of its users, in one session on one
+machine."""

@@ -1,9 +1,8 @@
-"""What malloc does with memory that is freed while something is timed: it keeps it, wherever it is
-glibc's.
+"""Settings of glibc's malloc for benchmarks: freed memory is kept while something is timed.
 
-By itself glibc gives every block above 32 MB back to the system when it is freed, and pays the page
-faults again when it is next taken. A way that has such temporaries would then be timed mostly by
-them, and a caller whose memory is reused would never see that figure.
+By default glibc returns every block above 32 MB to the system when it is freed, and pays the page
+faults again when it is next taken. The time of a way with such temporaries would mostly be that of
+the page faults, which a caller whose memory is reused does not have.
 """
 
 import ctypes

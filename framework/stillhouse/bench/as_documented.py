@@ -1,7 +1,7 @@
-"""What the documentation of Ray Train and of DeepSpeed would have one write: synchronous
-checkpoints, the newest one loaded again.
+"""A training function as the documentation of Ray Train and of DeepSpeed shows it: synchronous
+checkpoints, and the newest one loaded after a restart.
 
-Ray Train's workers import this module and what it asks for, and nothing else of ours.
+Ray Train's workers import this module and what it imports, and nothing else of ours.
 """
 
 import os
@@ -13,8 +13,8 @@ import ray.train
 
 
 def train_as_documented(config: dict[str, Any]) -> None:
-    """A rank's training function; rank 0 tells when it is called, when a step is done, and when a
-    checkpoint is there."""
+    """A rank's training function. Rank 0 writes down when it is called, when a step is done, and
+    when a checkpoint is there; it ends once there is a file `stop` in the folder."""
     rank, folder = ray.train.get_context().get_world_rank(), Path(config["folder"])
 
     def tell(name: str) -> None:
@@ -28,6 +28,7 @@ def train_as_documented(config: dict[str, Any]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # an engine, from the newest checkpoint where there is one
     torch.set_num_threads(config["threads"])
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config["model"]))
     settings = {
@@ -42,6 +43,8 @@ def train_as_documented(config: dict[str, Any]) -> None:
     latest = folder / "saved" / "latest"  # DeepSpeed writes it after all else
     if latest.exists():
         engine.load_checkpoint(str(latest.parent))
+
+    # optimiser steps until it is stopped
     ids_BL = torch.randint(model.config.vocab_size, (config["batch"], config["length"]))
     while not (folder / "stop").exists():
         for _ in range(config["accumulate"]):

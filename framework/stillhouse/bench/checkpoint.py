@@ -8,7 +8,6 @@ to write, so the time to its commit and a step taken meanwhile are timed as well
 Shapes: T target tokens.
 """
 
-import json
 import os
 import shutil
 import warnings
@@ -24,12 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse.bench.cost import Timings, require_device, shown
+from stillhouse.bench.cost import Timings, require_device
+from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.checkpoint.manifest import Commit, Origin
 from stillhouse.checkpoint.writer import CheckpointWriter
@@ -85,20 +83,18 @@ def bench_checkpoint(
     ):
         measured = pool.submit(measure, setting, Path(folder), repeats=repeats).result()
     timings = measured.timings
-    if out is not None:
-        values = {
-            "benchmark": "checkpoint",
-            "provenance": asdict(provenance),
-            "setting": asdict(setting),
-            "num_bytes": measured.num_bytes,
-            "first_blocking_s": measured.first_blocking_s,
-            "seconds": {way: asdict(timings.of(way)) for way in timings.seconds},
-            "blocking_over_synchronous": asdict(timings.ratio(OURS, SYNCHRONOUS)),
-            "every_repeat": dict(timings.seconds),
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(values, indent=2) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
+    write_record(
+        out,
+        "checkpoint",
+        provenance,
+        setting=asdict(setting),
+        num_bytes=measured.num_bytes,
+        first_blocking_s=measured.first_blocking_s,
+        seconds={way: asdict(timings.of(way)) for way in timings.seconds},
+        blocking_over_synchronous=asdict(timings.ratio(OURS, SYNCHRONOUS)),
+        every_repeat=dict(timings.seconds),
+    )
+    console = terminal()
     console.print(table(setting, measured))
     console.print(
         f"The first snapshot took {measured.first_blocking_s:.2f} s. Load average at the start: "
@@ -108,32 +104,24 @@ def bench_checkpoint(
 
 def table(setting: Setting, measured: Measured) -> Table:
     """Medians (least to most)."""
-    size = (
-        f"{measured.num_bytes / 1e6:,.0f} MB, {setting.dtype}, ZeRO {setting.zero_stage}, "
-        f"{setting.device}"
-    )
-    found = Table(
-        title=f"A checkpoint\n{size}", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for heading in ("", "ms", f"over\n{SYNCHRONOUS}"):
-        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    student = f"{setting.dtype}, ZeRO {setting.zero_stage}, {setting.device}"
+    title = f"A checkpoint\n{measured.num_bytes / 1e6:,.0f} MB, {student}"
+    found = figures_table(title, ["", "ms", f"over\n{SYNCHRONOUS}"])
     for way in measured.timings.seconds:
-        ratio = (
-            ""
-            if way in (STEP, STEP_MEANWHILE)
-            else shown(measured.timings.ratio(way, SYNCHRONOUS), ".3f")
-        )
+        is_step = way in (STEP, STEP_MEANWHILE)
+        ratio = "" if is_step else shown(measured.timings.ratio(way, SYNCHRONOUS), ".3f")
         found.add_row(way, shown(measured.timings.of(way), ".0f", unit=1e-3), ratio)
     return found
 
 
 def measure(setting: Setting, folder: Path, *, repeats: int) -> Measured:
-    """Each way `repeats` times, in turn, after a round that nobody times. This process becomes a
-    rank, so it should be a fresh one."""
+    """Each way `repeats` times, in turn, after an untimed round. This process becomes a rank, so it
+    should be a fresh one."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's collectives have new names
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not marked as exported
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         engine = _engine(setting)
         bench = _Bench(engine, _batch(), folder)
@@ -160,7 +148,7 @@ def _round(bench: "_Bench", *, swapped: bool) -> Mapping[str, float]:
 
 
 class _Bench:
-    """The ways, each with a directory of its own that is gone when it returns."""
+    """The ways; each writes into a directory of its own, and removes it before it returns."""
 
     def __init__(self, engine: StudentEngine, batch: MicroBatch, folder: Path) -> None:
         self.num_bytes = 0
@@ -172,7 +160,7 @@ class _Bench:
         return monotonic() - began
 
     def synchronous(self) -> Mapping[str, float]:
-        """What DeepSpeed does, as it comes."""
+        """DeepSpeed's own checkpoint, with its default settings."""
         inner = self._engine.inner
         ours, inner.checkpoint_engine = inner.checkpoint_engine, TorchCheckpointEngine()
         inner.checkpoint_engine.zipfile_serialization = True  # its default in a config

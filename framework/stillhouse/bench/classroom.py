@@ -1,7 +1,7 @@
-"""Students side by side in one process: the same beginnings, the same batches and one teacher; they
-differ in what they learn from alone.
+"""Students side by side in one process: the same initial weights, the same batches and one teacher.
+They differ only in the form of their targets.
 
-The targets are the real ones: compressed, encoded, decoded and met by the fused loss. Only the
+The targets are the real ones: compressed, encoded, decoded, and used by the fused loss. Only the
 store, Ray and DeepSpeed are left out.
 
 Shapes: S sequences, B of one step, L positions, T target tokens, H hidden, V vocabulary, N draws.
@@ -9,6 +9,7 @@ Shapes: S sequences, B of one step, L positions, T target tokens, H hidden, V vo
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -41,9 +42,8 @@ Kind = Literal["text", "everything", "stored", "independent", "weighted"]
 class Form:
     """What a student learns from: the text, the teacher's whole distribution, or a record.
 
-    "independent" draws are those of RS-KD; "weighted" ones are of the teacher's distribution to the
-    power `proposal`, each with a weight of a byte that makes up for it (arXiv 2503.16870, section
-    4.2, has such proposals).
+    "independent" draws are those of RS-KD. "weighted" draws are from the teacher's distribution to
+    the power `proposal` (arXiv 2503.16870, section 4.2); each has an importance weight of a byte.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Lessons:
-    """How long, and in which steps, every student learns."""
+    """The schedule of every student."""
 
     num_steps: int
     batch_sequences: int
@@ -91,6 +91,7 @@ def teach(
 ) -> Mapping[str, PreTrainedModel]:
     """A trained student for each form, by name. `seed` decides the students' weights, the order of
     the sequences and all draws."""
+    # equal students
     students = {form.name: _student(tokenizer, corpus, lessons, seed=seed) for form in forms}
     optimisers = {
         name: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
@@ -98,17 +99,18 @@ def teach(
     }
     teacher_head = head_of(teacher, vocab_size=len(tokenizer))
     pace = replace(Sizes(), num_steps=lessons.num_steps, warmup_steps=lessons.warmup_steps)
+
+    # each step: the teacher once, then every student
     for step, batch in enumerate(_batches(corpus, lessons, seed=seed)):
         with torch.no_grad():
             teacher_TV = teacher_head.logits(hidden_at(teacher, batch.tokens))
+        step_seed = seed * lessons.num_steps + step
         for form in forms:
             student, optimiser = students[form.name], optimisers[form.name]
             for group in optimiser.param_groups:
                 group["lr"] = lessons.learning_rate * learning_rate_share(step, pace)
-            loss = _loss(
-                form, teacher_TV, student, batch, step_seed=seed * lessons.num_steps + step
-            ) / len(batch.tokens.labels_T)
-            loss.backward()
+            loss = _loss(form, teacher_TV, student, batch, step_seed=step_seed)
+            (loss / len(batch.tokens.labels_T)).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
             optimiser.step()
             optimiser.zero_grad()
@@ -119,7 +121,7 @@ def teach(
 def target_of(
     form: Form, teacher_TV: Tensor, seeds_T: Tensor, *, step_seed: int
 ) -> CompressedLogits:
-    """What a reader of the form's records gets."""
+    """What is decoded from the form's records."""
     spec = form.spec
     target = compress(teacher_TV, spec, seeds_T=seeds_T)
     if form.kind == "independent":
@@ -136,35 +138,21 @@ def _loss(
     form: Form, teacher_TV: Tensor, student: PreTrainedModel, batch: _Batch, *, step_seed: int
 ) -> Tensor:
     """The sum over the batch's tokens."""
-    hidden_TH, head = (
-        hidden_at(student, batch.tokens),
-        head_of(student, vocab_size=form.spec.vocab_size),
+    hidden_TH = hidden_at(student, batch.tokens)
+    head = head_of(student, vocab_size=form.spec.vocab_size)
+    sparse = partial(
+        distillation_loss, hidden_TH, head, divergence=forward_kl, labels_T=batch.tokens.labels_T
     )
     match form.kind:
         case "text":
-            return distillation_loss(
-                hidden_TH,
-                head,
-                None,
-                divergence=forward_kl,
-                labels_T=batch.tokens.labels_T,
-                ce_weight=1.0,
-                divergence_weight=0.0,
-            ).total
+            return sparse(None, ce_weight=1.0, divergence_weight=0.0).total
         case "everything":
             return _dense(hidden_TH, head, teacher_TV)
         case "weighted":
             return _weighted(form, hidden_TH, head, teacher_TV, step_seed=step_seed)
         case "stored" | "independent":
             target = target_of(form, teacher_TV, batch.seeds_T, step_seed=step_seed)
-            return distillation_loss(
-                hidden_TH,
-                head,
-                target,
-                divergence=forward_kl,
-                labels_T=batch.tokens.labels_T,
-                ce_weight=form.ce_weight,
-            ).total
+            return sparse(target, ce_weight=form.ce_weight).total
 
 
 def _dense(hidden_TH: Tensor, head: Head, teacher_TV: Tensor) -> Tensor:
@@ -178,8 +166,8 @@ def _dense(hidden_TH: Tensor, head: Head, teacher_TV: Tensor) -> Tensor:
 def _weighted(
     form: Form, hidden_TH: Tensor, head: Head, teacher_TV: Tensor, *, step_seed: int
 ) -> Tensor:
-    """Cross-entropy to independent draws of the proposal, each weighted by how much likelier the
-    teacher finds it. Weights are exact."""
+    """Cross-entropy to independent draws from the proposal, each with its importance weight: the
+    teacher's probability over the proposal's. Weights are not rounded."""
     logp_TV, logr_TV = (
         functional.log_softmax(power * teacher_TV, dim=-1) for power in (1.0, form.proposal)
     )
@@ -197,14 +185,15 @@ def _student(
 ) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            llama_config(lessons.shape, tokenizer, corpus.sequence_length)
-        ).train()
+        config = llama_config(lessons.shape, tokenizer, corpus.sequence_length)
+        student = LlamaForCausalLM(config)
+        student.train()
+        return student
 
 
 def _batches(corpus: Corpus, lessons: Lessons, *, seed: int) -> Iterator[_Batch]:
-    """The corpus's sequences in an order by seed, as often as it takes; a sequence that comes again
-    has the same draws."""
+    """Batches of the corpus's sequences, shuffled by seed, again from the first where they run out.
+    A sequence has the same draws each time."""
     size, random = lessons.batch_sequences, np.random.default_rng(seed)
     order: list[int] = []
     for _ in range(lessons.num_steps):
@@ -216,8 +205,6 @@ def _batches(corpus: Corpus, lessons: Lessons, *, seed: int) -> Iterator[_Batch]
 
 def _batch(corpus: Corpus, sequences: list[int], *, seed: int) -> _Batch:
     tokens = TokenBatch.of(joined([corpus.rows(sequence, sequence + 1) for sequence in sequences]))
-    row_T, columns_T = (
-        tokens.target_positions_T // corpus.sequence_length,
-        tokens.target_positions_T % corpus.sequence_length,
-    )
-    return _Batch(tokens, seeds_T=token_seeds(seed, torch.tensor(sequences)[row_T], columns_T))
+    places_T, length = tokens.target_positions_T, corpus.sequence_length
+    sequences_T = torch.tensor(sequences)[places_T // length]
+    return _Batch(tokens, seeds_T=token_seeds(seed, sequences_T, places_T % length))

@@ -1,38 +1,28 @@
 """`stillhouse bench codec`: what a target takes in bytes, what they lose, and how fast it is packed
 and unpacked.
 
-Two kinds of rows: power laws, -a log(rank) plus N(0, 1) with each token's ranks in an order of
-their own, for six exponents a from flat to sharp; and what a trained model says to held-out text,
-its vocabulary enlarged.
+Two kinds of logits: power laws of six exponents from flat to sharp (see `synthetic`), and a
+trained model's on held-out text, its vocabulary enlarged.
 
 Shapes: T tokens, V vocabulary.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from stillhouse.bench.cost import Work, require_device, time_in_turn
 from stillhouse.bench.figures import Spread
+from stillhouse.bench.output import figures_table, terminal, write_record
 from stillhouse.bench.provenance import Provenance
+from stillhouse.bench.synthetic import power_law_logits, seeds_of
 from stillhouse.bench.trained import DEMO_TEACHER, enlarged, trained_logits
 from stillhouse.errors import ConfigError
-from stillhouse.logits import (
-    TargetSpec,
-    compress,
-    concatenate,
-    decode,
-    encode,
-    fidelity,
-    token_seeds,
-)
+from stillhouse.logits import TargetSpec, compress, concatenate, decode, encode, fidelity
 
 EXPONENTS = (0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
 _DRAWN = ((12, 12), (0, 50))  # entries and draws
@@ -59,19 +49,15 @@ class Setting:
 
     @property
     def specs(self) -> list[TargetSpec]:
-        drawn = [
-            TargetSpec(self.vocab_size, k, num_draws=num_draws)
-            for k, num_draws in _DRAWN
-            if k + num_draws < self.vocab_size
-        ]
-        return [
-            TargetSpec(self.vocab_size, k, value_bits=bits) for bits in (8, 6) for k in self.ks
-        ] + drawn
+        size = self.vocab_size
+        exact = [TargetSpec(size, k, value_bits=bits) for bits in (8, 6) for k in self.ks]
+        drawn = [TargetSpec(size, k, num_draws=num) for k, num in _DRAWN if k + num < size]
+        return exact + drawn
 
 
 @dataclass(frozen=True, slots=True)
 class CodecFigures:
-    """One codec on the tokens of one kind. KL is over the kept entries and the tail, in nats."""
+    """One spec on the tokens of one kind. KL is over the kept entries and the tail, in nats."""
 
     k: int
     num_draws: int
@@ -94,45 +80,46 @@ def bench_codec(
     command: str,
     out: Path | None,
 ) -> None:
-    """Measure, print a table for each kind of rows, and write all that was measured to `out`.
+    """Measure, print a table for each kind of logits, and write all that was measured to `out`.
 
     Raises ConfigError where the setting cannot be measured, or `teacher_dir` holds no model.
-    Without one, and without the demo's, the trained rows are left out.
+    Without `teacher_dir` the demo's teacher is used; where there is none, the trained model's
+    logits are left out.
     """
+    # the logits of each kind
     setting.check()
     torch.set_num_threads(1)
     provenance = Provenance.of(command)
-    rows = {"power laws": _power_laws(setting)}
+    num_each = max(1, setting.num_tokens // len(EXPONENTS))
+    laws = [power_law_logits(num_each, setting.vocab_size, exponent=each) for each in EXPONENTS]
+    logits_of = {"power laws": torch.cat(laws)}
     if teacher_dir is None and DEMO_TEACHER.exists():
         teacher_dir = DEMO_TEACHER
     if teacher_dir is not None:
         trained_TV = trained_logits(teacher_dir, num_tokens=setting.num_tokens, cache_dir=cache_dir)
-        rows[f"a trained model's, its {trained_TV.shape[1]:,} ids enlarged"] = enlarged(
-            trained_TV, setting.vocab_size
-        )
-    found = {
-        kind: [
-            measure(logits_TV.to(setting.device), spec, repeats=repeats) for spec in setting.specs
-        ]
-        for kind, logits_TV in rows.items()
+        kind = f"a trained model's, its {trained_TV.shape[1]:,} ids enlarged"
+        logits_of[kind] = enlarged(trained_TV, setting.vocab_size)
+
+    # each spec on each kind
+    figures = {
+        kind: [measure(logits_TV.to(setting.device), spec, repeats) for spec in setting.specs]
+        for kind, logits_TV in logits_of.items()
     }
-    if out is not None:
-        values = {
-            "benchmark": "codec",
-            "provenance": asdict(provenance),
-            "setting": asdict(setting),
-            "exponents": EXPONENTS,
-        }
-        figures = {kind: [asdict(one) for one in of_kind] for kind, of_kind in found.items()}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(values | {"rows": figures}, indent=2) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
-    for kind, figures_of_kind in found.items():
-        console.print(
-            table(f"{kind}, {setting.vocab_size:,} ids, {setting.device}", figures_of_kind)
-        )
+    write_record(
+        out,
+        "codec",
+        provenance,
+        setting=asdict(setting),
+        exponents=EXPONENTS,
+        rows={kind: [asdict(one) for one in of_kind] for kind, of_kind in figures.items()},
+    )
+
+    # the same in words
+    console = terminal()
+    for kind, of_kind in figures.items():
+        console.print(table(f"{kind}, {setting.vocab_size:,} ids, {setting.device}", of_kind))
     console.print(f"Load average at the start: {provenance.load_average}.")
-    console.print(f"While it was timed, {found['power laws'][0].allocator}.")
+    console.print(f"While it was timed, {figures['power laws'][0].allocator}.")
     if teacher_dir is None:
         console.print(
             f"Left out: a trained model's rows; there is none in {DEMO_TEACHER}, which "
@@ -140,32 +127,13 @@ def bench_codec(
         )
 
 
-def power_law_logits(num_tokens: int, vocab_size: int, *, exponent: float) -> Tensor:
-    """[T, V] logits with a language model's long tail, the same for the same arguments."""
-    generator = torch.Generator().manual_seed(round(10 * exponent))
-    ranked_TV = -exponent * torch.arange(1, vocab_size + 1).log() + torch.randn(
-        num_tokens, vocab_size, generator=generator
-    )
-    return torch.stack(
-        [row_V[torch.randperm(vocab_size, generator=generator)] for row_V in ranked_TV]
-    )
-
-
-def _power_laws(setting: Setting) -> Tensor:
-    num_each = max(1, setting.num_tokens // len(EXPONENTS))
-    return torch.cat(
-        [
-            power_law_logits(num_each, setting.vocab_size, exponent=exponent)
-            for exponent in EXPONENTS
-        ]
-    )
-
-
-def measure(logits_TV: Tensor, spec: TargetSpec, *, repeats: int) -> CodecFigures:
+def measure(logits_TV: Tensor, spec: TargetSpec, repeats: int) -> CodecFigures:
     """Fidelity on these tokens, and speed on many copies of them, on their device."""
-    seeds_T = token_seeds(0, torch.zeros(len(logits_TV)), torch.arange(len(logits_TV)))
-    exact = compress(logits_TV, spec, seeds_T=seeds_T)
+    # fidelity
+    exact = compress(logits_TV, spec, seeds_T=seeds_of(len(logits_TV)))
     found = fidelity(exact, decode(encode(exact, spec), spec))
+
+    # speed
     many = concatenate([exact] * _COPIES)
     records_TB = encode(many, spec)
 
@@ -196,30 +164,12 @@ def measure(logits_TV: Tensor, spec: TargetSpec, *, repeats: int) -> CodecFigure
 
 def table(kind: str, figures: Sequence[CodecFigures]) -> Table:
     """Kept mass, and speeds in millions of tokens a second; medians."""
-    found = Table(title=f"A target in bytes: {kind}", box=box.SIMPLE)
-    for heading in (
-        "k",
-        "draws",
-        "bits",
-        "bytes",
-        "kept",
-        "mean KL",
-        "worst KL",
-        "encode,\nM/s",
-        "decode,\nM/s",
-    ):
-        found.add_column(heading, justify="right")
+    headings = "k", "draws", "bits", "bytes", "kept", "mean KL", "worst KL"
+    speeds = "encode,\nM/s", "decode,\nM/s"
+    found = figures_table(f"A target in bytes: {kind}", [*headings, *speeds])
     for one in figures:
-        sizes = (
-            str(one.k),
-            str(one.num_draws),
-            str(one.value_bits),
-            str(one.bytes_per_token),
-            f"{one.kept_mass:.3f}",
-        )
-        speeds = [
-            f"{spread.median / 1e6:.2f}"
-            for spread in (one.encode_tokens_per_s, one.decode_tokens_per_s)
-        ]
-        found.add_row(*sizes, f"{one.mean_kl:.1e}", f"{one.worst_kl:.1e}", *speeds)
+        sizes = map(str, (one.k, one.num_draws, one.value_bits, one.bytes_per_token))
+        losses = f"{one.kept_mass:.3f}", f"{one.mean_kl:.1e}", f"{one.worst_kl:.1e}"
+        both = one.encode_tokens_per_s, one.decode_tokens_per_s
+        found.add_row(*sizes, *losses, *(f"{speed.median / 1e6:.2f}" for speed in both))
     return found

@@ -7,18 +7,17 @@ Shapes: T tokens, N draws, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from rich import box
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillhouse.bench.codec import power_law_logits
+from stillhouse.bench.output import figures_table
+from stillhouse.bench.synthetic import power_law_logits, seeds_of
 from stillhouse.bench.trained import heldout_logits
-from stillhouse.logits import TargetSpec, compress, token_seeds
+from stillhouse.logits import TargetSpec, compress
 from stillhouse.sequences import Corpus
 
-_NUM_TOKENS = 128
+_NUM_TOKENS, _NUM_SYNTHETIC = 128, 32
 _NUM_DRAWS = 50
 _REAL_VOCABULARY = 151_936
 _EXPONENTS = (1.0, 1.5, 2.0, 3.0)
@@ -26,7 +25,7 @@ _EXPONENTS = (1.0, 1.5, 2.0, 3.0)
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """Bytes of the draws alone, on the same rows: each id as often as drawn, or the distinct ones
+    """Bytes of the draws alone, on the same rows: each id as often as drawn, or the distinct ids
     with counts."""
 
     rows: str
@@ -38,37 +37,31 @@ class Coding:
 
 
 def codings_of(teacher: PreTrainedModel, heldout: Corpus, vocab_size: int) -> list[Coding]:
-    """Of draws from what a trained teacher says to a held-out sequence, and from synthetic rows
-    over a vocabulary of today's models."""
+    """The codings of draws from a trained teacher's distributions on held-out text, and from
+    synthetic ones over a vocabulary as large as today's models have."""
     teacher_TV = heldout_logits(teacher, heldout, vocab_size=vocab_size, num_tokens=_NUM_TOKENS)
-    rows_of = {f"the teacher's, {vocab_size:,} ids": teacher_TV} | {
-        f"a power law of exponent {exponent}, {_REAL_VOCABULARY:,} ids": power_law_logits(
-            32, _REAL_VOCABULARY, exponent=exponent
-        )
-        for exponent in _EXPONENTS
-    }
-    return [coding(rows, logits_TV, num_draws=_NUM_DRAWS) for rows, logits_TV in rows_of.items()]
+    logits_of = {f"the teacher's, {vocab_size:,} ids": teacher_TV}
+    for exponent in _EXPONENTS:
+        name = f"a power law of exponent {exponent}, {_REAL_VOCABULARY:,} ids"
+        logits_of[name] = power_law_logits(_NUM_SYNTHETIC, _REAL_VOCABULARY, exponent=exponent)
+    return [coding(name, logits_TV, num_draws=_NUM_DRAWS) for name, logits_TV in logits_of.items()]
 
 
 def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
     """What draws from these rows cost as a multiset in Elias-Fano form, and what their distinct ids
     would with counts.
 
-    That is an Elias-Fano set, the number of its ids, and N - 1 bits that say where one id's draws
-    end and the next one's begin.
+    The second form is an Elias-Fano set, the number of its ids, and N - 1 bits that mark where one
+    id's draws end and the next one's begin.
     """
     num_tokens, vocab_size = logits_TV.shape
-    seeds_T = token_seeds(0, torch.zeros(num_tokens), torch.arange(num_tokens))
     spec = TargetSpec(vocab_size, 0, num_draws=num_draws)
-    draws_TN = compress(logits_TV, spec, seeds_T=seeds_T).tail_ids_TN
+    draws_TN = compress(logits_TV, spec, seeds_T=seeds_of(num_tokens)).tail_ids_TN
     num_distinct_T = (draws_TN[:, 1:] != draws_TN[:, :-1]).sum(dim=1) + 1
 
     def counted(num_distinct: int) -> int:
-        return (
-            TargetSpec(vocab_size, 0, num_draws=num_distinct).bytes_per_token
-            + -(-num_draws.bit_length() // 8)
-            + -(-(num_draws - 1) // 8)
-        )
+        counts = -(-num_draws.bit_length() // 8) + -(-(num_draws - 1) // 8)
+        return TargetSpec(vocab_size, 0, num_draws=num_distinct).bytes_per_token + counts
 
     counted_bytes = [counted(int(number)) for number in num_distinct_T]
     return Coding(
@@ -84,21 +77,10 @@ def coding(rows: str, logits_TV: Tensor, *, num_draws: int) -> Coding:
 def coding_table(codings: Sequence[Coding]) -> Table:
     """Draws in bytes: the multiset has one size; counts make it vary, or cost more where one size
     is wanted."""
-    found = Table(title="Draws alone in bytes", box=box.SIMPLE)
-    for heading in (
-        "rows",
-        "draws",
-        "distinct",
-        "multiset",
-        "distinct +\ncounts, mean",
-        "the same at\none size",
-    ):
-        found.add_column(heading, justify="right")
+    headings = "rows", "draws", "distinct", "multiset", "distinct +\ncounts, mean"
+    found = figures_table("Draws alone in bytes", [*headings, "the same at\none size"])
     for one in codings:
-        sizes = (
-            f"{one.multiset_bytes}",
-            f"{one.mean_counted_bytes:.1f}",
-            f"{one.worst_counted_bytes}",
-        )
-        found.add_row(one.rows, str(one.num_draws), f"{one.mean_distinct:.1f}", *sizes)
+        sizes = str(one.multiset_bytes), f"{one.mean_counted_bytes:.1f}"
+        worst = str(one.worst_counted_bytes)
+        found.add_row(one.rows, str(one.num_draws), f"{one.mean_distinct:.1f}", *sizes, worst)
     return found

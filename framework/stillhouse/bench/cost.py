@@ -41,25 +41,16 @@ class Timings:
     on CUDA."""
 
     seconds: Mapping[str, Sequence[float]]
-    allocator: str = (
-        ""  # what malloc did with freed memory meanwhile; empty where the ways share no process
-    )
+    # what malloc did with freed memory meanwhile; empty where the ways share no process
+    allocator: str = ""
 
     def of(self, way: str) -> Spread:
         return Spread.of(self.seconds[way])
 
     def ratio(self, way: str, other: str) -> Spread:
-        """Of the seconds of two ways, repeat by repeat."""
-        return Spread.of(
-            ours / theirs
-            for ours, theirs in zip(self.seconds[way], self.seconds[other], strict=True)
-        )
-
-
-def shown(spread: Spread, style: str, *, unit: float = 1.0) -> str:
-    """The median, and from least to most below it, in units of `unit`."""
-    median, least, most = (value / unit for value in (spread.median, spread.least, spread.most))
-    return f"{median:{style}}\n{least:{style}}–{most:{style}}"
+        """The ratio of the seconds of two ways, taken within each repeat."""
+        pairs = zip(self.seconds[way], self.seconds[other], strict=True)
+        return Spread.of(ours / theirs for ours, theirs in pairs)
 
 
 def require_device(name: str) -> None:
@@ -74,8 +65,8 @@ def require_device(name: str) -> None:
 def time_in_turn(
     works_of: Callable[[int], Mapping[str, Work]], *, repeats: int, device: torch.device
 ) -> Timings:
-    """Time all of `works_of(repeat)` for each repeat from 1 on, after rounds of number 0 that
-    nobody times."""
+    """Time all of `works_of(repeat)` for each repeat from 1 on, after untimed rounds of number
+    0."""
     numbers = [0] * _UNTIMED_ROUNDS + list(range(1, repeats + 1))
     with freed_memory_kept() as allocator:
         rounds = [
@@ -106,14 +97,11 @@ def _measure(make: Callable[[Any, str], Work], given: Any, way: str, device: tor
 
 
 def extra_bytes_of(work: Work, device: torch.device) -> int:
-    """The same of one work in this process, which is exact on CUDA, where torch's allocator
-    counts."""
+    """The same of one work in this process: exact on CUDA, where torch's allocator counts."""
     work()
     before = _start_of_peak(device)
     returned = work()
-    return (
-        _peak(device) - before - sum(tensor.numel() * tensor.element_size() for tensor in returned)
-    )
+    return _peak(device) - before - sum(tensor.nbytes for tensor in returned)
 
 
 def _seconds(work: Work, device: torch.device) -> float:
@@ -127,7 +115,8 @@ def _seconds(work: Work, device: torch.device) -> float:
     work()
     ended_event.record()
     torch.cuda.synchronize(device)
-    return began_event.elapsed_time(ended_event) / 1000
+    elapsed_ms: float = began_event.elapsed_time(ended_event)
+    return elapsed_ms / 1000
 
 
 def _start_of_peak(device: torch.device) -> int:
@@ -152,9 +141,8 @@ def _peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.is_file():
         return _resident("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
 def _resident(field: str) -> int:

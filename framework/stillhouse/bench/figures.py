@@ -1,10 +1,10 @@
-"""From the rows of a journal to the pace of a run: target tokens a second of wall clock, over a
+"""From the events of a journal to the pace of a run: target tokens a second of wall clock, over a
 stretch in which nothing starts or ends.
 
 The stretch begins when a quarter of the steps is done and, where teachers were at work, ends before
-their last chunk. Both ends are moved inwards to the end of a shuffle window: a student reads a
-window's steps in one go and may then wait for the next window, so a stretch that began or ended
-elsewhere would count waits without their steps, or steps without their waits.
+their last chunk. Both ends are moved inwards to the end of a shuffle window: a student takes a
+window's steps without a pause and may then wait for the next window, so a stretch that began or
+ended elsewhere would count waits without their steps, or steps without their waits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,10 +24,8 @@ class Pace:
     num_tokens: int  # target tokens trained on between the two
     seconds: float
     data_wait_s: float  # the student waited for chunks
-    checkpoint_s: float  # the student stood still for checkpoints
-    teacher_busy_s: (
-        float  # of all teachers together, on the chunks that they finished in the stretch
-    )
+    checkpoint_s: float  # the student was blocked by checkpoints
+    teacher_busy_s: float  # of all teachers, on the chunks that they finished in the stretch
     # published chunks less those that the student had read, at either end of the stretch
     chunks_ahead: tuple[float, float]
     start_up_s: float  # before the stretch: from the start of the run to the end of the first step
@@ -59,6 +57,7 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
     read by one step. Raises RunError where less than one window lies between the first quarter and
     the teachers' last chunk: the run is too short to have had a steady state.
     """
+    # the stretch
     steps = latest_train_rows(rows, "student")
     chunks = [row for row in rows if isinstance(row, ChunkRow)]
     until = chunks[-1].time if chunks else steps[-1].time
@@ -71,8 +70,11 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
             f"({window_steps} steps) lies between the first quarter and the teachers' end; take "
             "more steps, or narrow store.window_bytes"
         )
+
+    # what happened in it
     begin, end = (steps[step - 1].time for step in (first, last))
     stretch = steps[first:last]
+    checkpoints = [row for row in rows if isinstance(row, CheckpointRow)]
 
     def ahead(step: int, now: float) -> float:
         return sum(row.time <= now for row in chunks) - step * chunks_per_step if chunks else 0.0
@@ -83,11 +85,7 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
         num_tokens=sum(row.num_tokens for row in stretch),
         seconds=end - begin,
         data_wait_s=sum(row.data_wait_s for row in stretch),
-        checkpoint_s=sum(
-            row.blocking_s
-            for row in rows
-            if isinstance(row, CheckpointRow) and begin < row.time <= end
-        ),
+        checkpoint_s=sum(row.blocking_s for row in checkpoints if begin < row.time <= end),
         teacher_busy_s=sum(row.seconds for row in chunks if begin < row.time <= end),
         chunks_ahead=(ahead(first, begin), ahead(last, end)),
         start_up_s=steps[0].time - rows[0].time,

@@ -1,27 +1,25 @@
 """`stillhouse bench head`: from a teacher's last hidden states to packed records, beside the bare
 matrix product and eager torch.
 
-The product alone is what no way can do without. Eager torch is what people write first: all the
-logits in float32, their log-sum-exp, and torch.topk; it packs nothing.
+The product alone is a lower bound: every way computes it. Eager torch is the usual first version:
+all the logits in float32, their log-sum-exp, and torch.topk; it packs nothing.
 
 Shapes: T tokens, V vocabulary, H hidden.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stillhouse.bench.cost import Timings, Work, extra_bytes, shown, time_in_turn
+from stillhouse.bench.cost import Timings, Work, extra_bytes, time_in_turn
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.loss import Setting
+from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.logits import Head, TargetSpec, compress_hidden, encode
 
@@ -40,12 +38,10 @@ class Inputs:
     def of(cls, setting: Setting, seed: int) -> "Inputs":
         dtype, device = getattr(torch, setting.dtype), setting.torch_device
         random = torch.Generator(device).manual_seed(seed)
-        hidden_TH = torch.randn(
-            setting.num_tokens, setting.hidden_size, generator=random, device=device
-        )
-        weight_VH = torch.randn(
-            setting.vocab_size, setting.hidden_size, generator=random, device=device
-        ) * (3.0 / setting.hidden_size**0.5)
+        randn = partial(torch.randn, generator=random, device=device)
+        hidden_TH = randn(setting.num_tokens, setting.hidden_size)
+        weight_VH = randn(setting.vocab_size, setting.hidden_size)
+        weight_VH *= 3.0 / setting.hidden_size**0.5
         return cls(
             hidden_TH.to(dtype),
             Head(weight_VH.to(dtype)),
@@ -59,23 +55,24 @@ def bench_head(setting: Setting, *, repeats: int, command: str, out: Path | None
     setting.check()
     torch.set_num_threads(1)
     provenance = Provenance.of(command)
+    # speed and memory of every way
     timings = time_in_turn(partial(_works, setting), repeats=repeats, device=setting.torch_device)
     memory = extra_bytes(work_of, setting, list(_WAYS), device=setting.torch_device)
     spec = TargetSpec(setting.vocab_size, setting.k)
-    if out is not None:
-        values = {
-            "benchmark": "head",
-            "provenance": asdict(provenance),
-            "setting": asdict(setting),
-            "allocator": timings.allocator,
-            "bytes_per_token": spec.bytes_per_token,
-            "tokens_per_s": {way: asdict(tokens_per_s(setting, timings, way)) for way in _WAYS},
-            "seconds_over_product": {way: asdict(timings.ratio(way, PRODUCT)) for way in _WAYS},
-            "extra_bytes": memory,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(values, indent=2) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
+
+    # in a file, and in words
+    write_record(
+        out,
+        "head",
+        provenance,
+        setting=asdict(setting),
+        allocator=timings.allocator,
+        bytes_per_token=spec.bytes_per_token,
+        tokens_per_s={way: asdict(tokens_per_s(setting, timings, way)) for way in _WAYS},
+        seconds_over_product={way: asdict(timings.ratio(way, PRODUCT)) for way in _WAYS},
+        extra_bytes=memory,
+    )
+    console = terminal()
     console.print(table(setting, timings, memory))
     console.print(
         f"A record takes {spec.bytes_per_token} bytes. Load average at the start: "
@@ -90,14 +87,8 @@ def tokens_per_s(setting: Setting, timings: Timings, way: str) -> Spread:
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
     """Medians (least to most)."""
-    found = Table(
-        title=f"From hidden states to targets\n{setting.title}",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for heading in ("", "tokens/s", "over the\nproduct's", "extra MB"):
-        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    title = f"From hidden states to targets\n{setting.title}"
+    found = figures_table(title, ["", "tokens/s", "over the\nproduct's", "extra MB"])
     for way in _WAYS:
         speed, share = tokens_per_s(setting, timings, way), timings.ratio(PRODUCT, way)
         found.add_row(way, shown(speed, ",.0f"), shown(share, ".2f"), f"{memory[way] / 1e6:,.0f}")
@@ -126,7 +117,7 @@ _WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {
 
 
 def work_of(setting: Setting, way: str) -> Work:
-    """One way on inputs of its own; it can travel to another process."""
+    """One way on inputs of its own; can be pickled for another process."""
     return partial(_WAYS[way], Inputs.of(setting, 0))
 
 

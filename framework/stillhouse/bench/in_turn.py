@@ -1,8 +1,8 @@
-"""What the pipeline has to beat: teacher and student in turn in one process, in plain PyTorch, with
+"""The baseline of the pipeline: teacher and student in turn in one process, in plain PyTorch, with
 no store, codec, Ray or DeepSpeed.
 
 Two forms: "compressed" has the library's own kernels, so that only the machinery around them is
-compared; "dense" is what people write first, the full logits of both models and torch's KL.
+compared; "dense" is the usual first version, the full logits of both models and torch's KL.
 Batches, micro-batches, loss and optimiser are those of the pipeline.
 
 Shapes: S sequences of one step, B of one micro-batch, L positions, T target tokens, V vocabulary.
@@ -10,11 +10,11 @@ Shapes: S sequences of one step, B of one micro-batch, L positions, T target tok
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
 from time import monotonic
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,7 +35,7 @@ Form = Literal["compressed", "dense"]
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Everything that the process needs; it travels to a fresh one."""
+    """Everything that the process needs; can be pickled for a fresh one."""
 
     form: Form
     teacher: TeacherSection
@@ -65,22 +65,20 @@ class _Lean:
 
     def targets(self, rows: Sequences) -> list[CompressedLogits]:
         whole = concatenate(self._teacher.targets(WorkItem(0, rows)))
-        ends = np.cumsum(
-            [part.num_targets for part in _split(rows, self._section.micro_batch_sequences)]
-        ).tolist()
-        spans = [slice(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
-        return [whole.map(itemgetter(span)) for span in spans]
+        ends = [0]
+        for part in _split(rows, self._section.micro_batch_sequences):
+            ends.append(ends[-1] + part.num_targets)
+        return [whole.map(itemgetter(slice(*span))) for span in pairwise(ends)]
 
     def loss(self, student: PreTrainedModel, batch: TokenBatch, target: CompressedLogits) -> Tensor:
-        hidden_TH = hidden_at(student, batch)
-        head = head_of(student, vocab_size=self._recipe.vocab_size)
-        return distillation_loss(
-            hidden_TH,
-            head,
+        terms = distillation_loss(
+            hidden_at(student, batch),
+            head_of(student, vocab_size=self._recipe.vocab_size),
             target,
             divergence=self._divergence,
             block_tokens=self._section.block_tokens,
-        ).total
+        )
+        return terms.total
 
 
 class _Dense:
@@ -98,9 +96,8 @@ class _Dense:
         ]
 
     def loss(self, student: PreTrainedModel, batch: TokenBatch, target_TV: Tensor) -> Tensor:
-        return functional.kl_div(
-            self._logprobs(student, batch), target_TV, reduction="sum", log_target=True
-        )
+        logq_TV = self._logprobs(student, batch)
+        return functional.kl_div(logq_TV, target_TV, reduction="sum", log_target=True)
 
     def _logprobs(self, model: PreTrainedModel, batch: TokenBatch) -> Tensor:
         logits_BLV = model(
@@ -115,9 +112,8 @@ def train_in_turn(lesson: Lesson) -> list[TimedStep]:
     rate is constant."""
     torch.set_num_threads(lesson.threads)
     section = lesson.student
-    student = load_model(
-        section, random_init_seed=section.seed if section.init == "config" else None
-    ).train()
+    init_seed = section.seed if section.init == "config" else None
+    student = load_model(section, random_init_seed=init_seed).train()
     form = _Lean(lesson) if lesson.form == "compressed" else _Dense(lesson)
     optimizer = _adamw(student, section)
     return [

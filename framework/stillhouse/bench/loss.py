@@ -1,5 +1,5 @@
-"""`stillhouse bench loss`: the student's head and loss, forward and backward, beside the ways in
-which people write it.
+"""`stillhouse bench loss`: the student's head and loss, forward and backward, beside the usual ways
+to write them.
 
 Ours holds the logits of a block of tokens, the others those of all. The yardstick is the three bare
 matrix products that every way needs: the logits, and the gradients of hidden states and weight.
@@ -9,21 +9,18 @@ rank, and a tail of a tenth.
 Shapes: T tokens, K kept entries, K1 = K + 1 buckets with the tail last, V vocabulary, H hidden.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, shown, time_in_turn
+from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, time_in_turn
+from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.errors import ConfigError
 from stillhouse.logits import CompressedLogits, Head
@@ -57,10 +54,8 @@ class Setting:
 
     @property
     def title(self) -> str:
-        sizes = (
-            f"{self.num_tokens:,} tokens, {self.vocab_size:,} x {self.hidden_size:,}, k = {self.k}"
-        )
-        return f"{sizes}, {self.dtype}, {self.device}"
+        head = f"{self.vocab_size:,} x {self.hidden_size:,}"
+        return f"{self.num_tokens:,} tokens, {head}, k = {self.k}, {self.dtype}, {self.device}"
 
     def check(self) -> None:
         """Raises ConfigError where this cannot be measured here."""
@@ -86,15 +81,18 @@ class Inputs:
     def of(cls, setting: Setting, seed: int) -> "Inputs":
         dtype, device = getattr(torch, setting.dtype), setting.torch_device
         random = torch.Generator(device).manual_seed(seed)
+        rand, randn, randint = (
+            partial(draw, generator=random, device=device)
+            for draw in (torch.rand, torch.randn, torch.randint)
+        )
+
+        # the target
         shape = (setting.num_tokens, setting.k)
         stretch = setting.vocab_size // setting.k  # one id from each, so that none comes twice
-        ids_TK = torch.randint(stretch, shape, generator=random, device=device)
-        ids_TK = ids_TK + stretch * torch.rand(shape, generator=random, device=device).argsort(
-            dim=1
-        )
-        ranked_K = (-1.5 * torch.arange(1, setting.k + 1).log()).log_softmax(0) + torch.tensor(
-            1.0 - _TAIL_MASS
-        ).log()
+        ids_TK = randint(stretch, shape)
+        ids_TK = ids_TK + stretch * rand(shape).argsort(dim=1)
+        falling_K = (-1.5 * torch.arange(1, setting.k + 1).log()).log_softmax(0)
+        ranked_K = falling_K + torch.tensor(1.0 - _TAIL_MASS).log()
         target = CompressedLogits(
             ids_TK.int(),
             ranked_K.expand(shape).contiguous().to(device),
@@ -102,14 +100,12 @@ class Inputs:
             torch.empty((shape[0], 0), dtype=torch.int32, device=device),
             vocab_size=setting.vocab_size,
         )
-        hidden_TH = torch.randn(
-            setting.num_tokens, setting.hidden_size, generator=random, device=device
-        )
-        weight_VH = torch.randn(
-            setting.vocab_size, setting.hidden_size, generator=random, device=device
-        )
+
+        # the student
+        hidden_TH = randn(setting.num_tokens, setting.hidden_size)
+        weight_VH = randn(setting.vocab_size, setting.hidden_size)
         weight_VH *= 2.0 / setting.hidden_size**0.5
-        labels_T = torch.randint(setting.vocab_size, shape[:1], generator=random, device=device)
+        labels_T = randint(setting.vocab_size, shape[:1])
         return cls(
             hidden_TH.to(dtype).requires_grad_(),
             weight_VH.to(dtype).requires_grad_(),
@@ -132,31 +128,33 @@ def bench_loss(
     missing = {way: why for way, why in _missing(setting, with_compile=with_compile).items() if why}
     ways = [way for way in _WAYS if way not in missing]
     device = setting.torch_device
+
+    # the measurements
     timings = time_in_turn(partial(_works, setting, ways), repeats=repeats, device=device)
     memory = extra_bytes(work_of, setting, [way for way in ways if way != PRODUCTS], device=device)
     singles = time_in_turn(partial(_works_of_divergences, setting), repeats=repeats, device=device)
-    path = backend_for(Inputs.of(setting, 0).weight_VH)
-    if out is not None:
-        values = {
-            "benchmark": "loss",
-            "provenance": asdict(provenance),
-            "setting": asdict(setting),
-            "allocator": timings.allocator,
-            "path": {"name": path.name, "why": path.reason},
-            "block_tokens": block_tokens_for(device, setting.vocab_size),
-            "seconds": {way: asdict(timings.of(way)) for way in ways},
-            "over_products": {way: asdict(timings.ratio(way, PRODUCTS)) for way in ways},
-            "extra_bytes": memory,
-            "left_out": missing,
-            "divergences": {way: asdict(singles.of(way)) for way in singles.seconds},
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(values, indent=2) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
+    backend = backend_for(Inputs.of(setting, 0).weight_VH)
+    write_record(
+        out,
+        "loss",
+        provenance,
+        setting=asdict(setting),
+        allocator=timings.allocator,
+        path={"name": backend.name, "why": backend.reason},
+        block_tokens=block_tokens_for(device, setting.vocab_size),
+        seconds={way: asdict(timings.of(way)) for way in ways},
+        over_products={way: asdict(timings.ratio(way, PRODUCTS)) for way in ways},
+        extra_bytes=memory,
+        left_out=missing,
+        divergences={way: asdict(singles.of(way)) for way in singles.seconds},
+    )
+
+    # the same in words
+    console = terminal()
     console.print(table(setting, timings, memory))
     console.print(divergences_table(singles))
     console.print(
-        f"Path: {path.name}, since {path.reason}. Load average at the start: "
+        f"Backend: {backend.name}, since {backend.reason}. Load average at the start: "
         f"{provenance.load_average}."
     )
     console.print(f"While it was timed, {timings.allocator}.")
@@ -166,54 +164,37 @@ def bench_loss(
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
     """Whole operations, forward and backward; medians (least to most)."""
-    found = Table(
-        title=f"Head and loss, forward and backward\n{setting.title}",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for heading in ("", "ms", "over the\nproducts", "extra MB"):
-        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    title = f"Head and loss, forward and backward\n{setting.title}"
+    found = figures_table(title, ["", "ms", "over the\nproducts", "extra MB"])
     for way in timings.seconds:
+        milliseconds = shown(timings.of(way), ".1f", unit=1e-3)
         extra = f"{memory[way] / 1e6:,.0f}" if way in memory else ""
-        found.add_row(
-            way,
-            shown(timings.of(way), ".1f", unit=1e-3),
-            shown(timings.ratio(way, PRODUCTS), ".2f"),
-            extra,
-        )
+        found.add_row(way, milliseconds, shown(timings.ratio(way, PRODUCTS), ".2f"), extra)
     return found
 
 
 def divergences_table(timings: Timings) -> Table:
     """Each divergence, forward and backward; medians (least to most)."""
-    found = Table(title="Each divergence, ms", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("", "its buckets\nalone", OURS, NAIVE, f"{NAIVE} over\n{OURS}"):
-        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings = ["", "its buckets\nalone", OURS, NAIVE, f"{NAIVE} over\n{OURS}"]
+    found = figures_table("Each divergence, ms", headings)
     for name in DIVERGENCES:
-        cells = [
-            shown(timings.of(f"{name}: {way}"), ".1f", unit=1e-3)
-            for way in ("buckets", OURS, NAIVE)
-        ]
-        found.add_row(
-            name, *cells, shown(timings.ratio(f"{name}: {NAIVE}", f"{name}: {OURS}"), ".2f")
-        )
+        buckets, ours, naive = (f"{name}: {way}" for way in ("buckets", OURS, NAIVE))
+        cells = [shown(timings.of(way), ".1f", unit=1e-3) for way in (buckets, ours, naive)]
+        found.add_row(name, *cells, shown(timings.ratio(naive, ours), ".2f"))
     return found
 
 
 def products(inputs: Inputs) -> Sequence[Tensor]:
-    """What no way can do without, on logits as they are."""
+    """The three matrix products that every way computes; the logits stand for their gradient."""
     hidden_TH, weight_VH = inputs.hidden_TH.detach(), inputs.weight_VH.detach()
     logits_TV = hidden_TH @ weight_VH.T
     return [logits_TV @ weight_VH, logits_TV.T @ hidden_TH]
 
 
 def ours(inputs: Inputs, divergence: Divergence = forward_kl) -> Sequence[Tensor]:
-    return inputs.with_gradients(
-        distillation_loss(
-            inputs.hidden_TH, Head(inputs.weight_VH), inputs.target, divergence=divergence
-        ).total
-    )
+    head = Head(inputs.weight_VH)
+    terms = distillation_loss(inputs.hidden_TH, head, inputs.target, divergence=divergence)
+    return inputs.with_gradients(terms.total)
 
 
 def our_text(inputs: Inputs) -> Sequence[Tensor]:
@@ -233,8 +214,8 @@ def our_text(inputs: Inputs) -> Sequence[Tensor]:
 def autograd_loss(
     hidden_TH: Tensor, weight_VH: Tensor, target: CompressedLogits, divergence: Divergence
 ) -> Tensor:
-    """The same loss as one writes it first: all the logits, their log-softmax, and 1 minus the kept
-    mass for the tail."""
+    """The same loss in its usual first version: all the logits, their log-softmax, and 1 minus the
+    kept mass for the tail."""
     logq_TV = (hidden_TH @ weight_VH.T).float().log_softmax(dim=1)
     kept_TK = logq_TV.gather(1, target.token_ids_TK.long())
     tail_T1 = torch.log1p(-kept_TK.exp().sum(dim=1, keepdim=True).clamp(max=1.0 - 1e-6))
@@ -243,15 +224,13 @@ def autograd_loss(
 
 
 def naive(inputs: Inputs, divergence: Divergence = forward_kl) -> Sequence[Tensor]:
-    return inputs.with_gradients(
-        autograd_loss(inputs.hidden_TH, inputs.weight_VH, inputs.target, divergence)
-    )
+    total = autograd_loss(inputs.hidden_TH, inputs.weight_VH, inputs.target, divergence)
+    return inputs.with_gradients(total)
 
 
 def compiled(inputs: Inputs) -> Sequence[Tensor]:
-    return inputs.with_gradients(
-        _compiled_loss()(inputs.hidden_TH, inputs.weight_VH, inputs.target, forward_kl)
-    )
+    total = _compiled_loss()(inputs.hidden_TH, inputs.weight_VH, inputs.target, forward_kl)
+    return inputs.with_gradients(total)
 
 
 def distillkit(inputs: Inputs) -> Sequence[Tensor]:
@@ -259,21 +238,15 @@ def distillkit(inputs: Inputs) -> Sequence[Tensor]:
 
     logits_1TV = (inputs.hidden_TH @ inputs.weight_VH.T)[None]
     ids_1TK, logprobs_1TK = inputs.target.token_ids_TK.long()[None], inputs.target.logprobs_TK[None]
-    return inputs.with_gradients(
-        sparse_kl_div(
-            logits_1TV, ids_1TK, logprobs_1TK, missing=MissingProbabilityHandling.SYMMETRIC_UNIFORM
-        )
-    )
+    uniform = MissingProbabilityHandling.SYMMETRIC_UNIFORM
+    return inputs.with_gradients(sparse_kl_div(logits_1TV, ids_1TK, logprobs_1TK, missing=uniform))
 
 
 def liger(inputs: Inputs) -> Sequence[Tensor]:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    return inputs.with_gradients(
-        LigerFusedLinearCrossEntropyLoss(reduction="sum")(
-            inputs.weight_VH, inputs.hidden_TH, inputs.labels_T
-        )
-    )
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return inputs.with_gradients(loss(inputs.weight_VH, inputs.hidden_TH, inputs.labels_T))
 
 
 _WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {
@@ -288,7 +261,7 @@ _WAYS: dict[str, Callable[[Inputs], Sequence[Tensor]]] = {
 
 
 def work_of(setting: Setting, way: str) -> Work:
-    """One way on inputs of its own; it can travel to another process."""
+    """One way on inputs of its own; can be pickled for another process."""
     return partial(_WAYS[way], Inputs.of(setting, 0))
 
 
@@ -324,23 +297,19 @@ def _compiled_loss() -> Callable[..., Tensor]:
 
 
 def _missing(setting: Setting, *, with_compile: bool) -> dict[str, str | None]:
-    """Of each way that may not be possible here, why it is not, or None."""
+    """For each way that may not be possible here, why it is not, or None."""
+    no_liger = None if find_spec("liger_kernel") else "liger-kernel is not installed"
     return {
-        COMPILED: _why_not(lambda: compiled(Inputs.of(setting, 0)))
-        if with_compile
-        else "it was not asked for",
+        COMPILED: _compile_failure(setting) if with_compile else "it was not asked for",
         DISTILLKIT: None if find_spec("distillkit") else "distillkit is not installed",
-        LIGER: (None if find_spec("liger_kernel") else "liger-kernel is not installed")
-        if setting.device == "cuda"
-        else "it needs CUDA",
+        LIGER: no_liger if setting.device == "cuda" else "it needs CUDA",
     }
 
 
-def _why_not(work: Callable[[], Any]) -> str | None:
+def _compile_failure(setting: Setting) -> str | None:
+    """Why the loss cannot be compiled here, whatever the compiler raises; None where it can be."""
     try:
-        work()
-    except (
-        Exception
-    ) as failure:  # whatever a compiler may raise: there is no such figure, and the reason is shown
+        compiled(Inputs.of(setting, 0))
+    except Exception as failure:
         return f"torch.compile fails: {type(failure).__name__}"
     return None

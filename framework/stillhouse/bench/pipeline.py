@@ -6,16 +6,13 @@ machine that is slow for a while is slow for all of them. The ways are the same 
 sequences in the same batches, the same models, loss and optimiser.
 """
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +20,7 @@ from stillhouse import pipeline
 from stillhouse.bench.allocator import KEPT, freed_memory_kept_by_children
 from stillhouse.bench.figures import Pace, Spread, steady_pace
 from stillhouse.bench.in_turn import Lesson, TimedStep, train_in_turn
+from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import NUM_CORES, cached, lesson, on_two_cores, prepare, streaming
 from stillhouse.cluster.session import attached
@@ -79,7 +77,7 @@ def bench_pipeline(
             f"{num_rounds} rounds of {num_steps} steps measure nothing; ask for one round or more "
             f"of {4 * _WARM_UP_STEPS} steps or more"
         )
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal()
     with on_two_cores(), freed_memory_kept_by_children():
         provenance = Provenance.of(command)
         if provenance.load_average > _QUIET:
@@ -87,32 +85,25 @@ def bench_pipeline(
                 f"The load average is {provenance.load_average}: other processes want these "
                 "cores, and the figures will show it."
             )
+        # every round is planned before the first begins, so that what cannot be measured fails now
         folder = work_dir / provenance.started.replace(":", "")
         folder.mkdir(parents=True)
         config = prepare(folder, num_steps=num_steps)
-        plans = [
-            streaming(config, folder / f"round-{number}") for number in range(1, num_rounds + 1)
-        ]
+        plans = [streaming(config, folder / f"round-{number + 1}") for number in range(num_rounds)]
         rounds: list[Round] = []
         for number, plan in enumerate(plans, 1):
             rounds.append(_round(plan, number, console))
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(record(provenance, plans[0], rounds), indent=2) + "\n")
+            write_record(
+                out,
+                "pipeline",
+                provenance,
+                config=plans[0].config.model_dump(mode="json"),
+                rounds=[asdict(each) for each in rounds],
+                tokens_per_s={way: asdict(spread) for way, spread in paces(rounds).items()},
+                ratios={ratio: asdict(spread) for ratio, spread in ratios(rounds).items()},
+            )
     console.print(table(rounds))
     console.print(f"In all processes, where it is glibc's, {KEPT}.")
-
-
-def record(provenance: Provenance, plan: Plan, rounds: Sequence[Round]) -> dict[str, Any]:
-    """All that was measured and all that it depends on, as plain values."""
-    return {
-        "benchmark": "pipeline",
-        "provenance": asdict(provenance),
-        "config": plan.config.model_dump(mode="json"),
-        "rounds": [asdict(found) for found in rounds],
-        "tokens_per_s": {way: asdict(spread) for way, spread in paces(rounds).items()},
-        "ratios": {ratio: asdict(spread) for ratio, spread in ratios(rounds).items()},
-    }
 
 
 def paces(rounds: Sequence[Round]) -> dict[str, Spread]:
@@ -126,53 +117,42 @@ def paces(rounds: Sequence[Round]) -> dict[str, Spread]:
 def ratios(rounds: Sequence[Round]) -> dict[str, Spread]:
     """Tokens a second of the pipeline over those of a process that works in turn, taken within each
     round."""
+
+    def pace(each: Round, way: str) -> float:
+        return float(getattr(each, way).tokens_per_s)
+
     return {
-        f"{ours} / {theirs}": Spread.of(
-            [
-                getattr(found, ours).tokens_per_s / getattr(found, theirs).tokens_per_s
-                for found in rounds
-            ]
-        )
+        f"{ours} / {theirs}": Spread.of(pace(each, ours) / pace(each, theirs) for each in rounds)
         for ours in ("run", "cached")
         for theirs in ("in_turn", "in_turn_dense")
     }
 
 
 def table(rounds: Sequence[Round]) -> Table:
-    """What a person wants to know."""
-    found = Table(
-        title=f"{NUM_CORES} cores, {len(rounds)} rounds: median, and least to most",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    found.add_column("", no_wrap=True)
-    for heading in (
-        "tokens/s",
-        "over\nin turn",
-        "over\ndense",
-        "student\nwaits",
-        "teachers\nbusy",
-        "start-up",
-    ):
-        found.add_column(heading, justify="right", no_wrap=True)
+    """Speeds and ratios of each way, and where its time went."""
+    title = f"{NUM_CORES} cores, {len(rounds)} rounds: median, and least to most"
+    ratio_headings = "over\nin turn", "over\ndense"
+    share_headings = "student\nwaits", "teachers\nbusy", "start-up"
+    found = figures_table(title, ["", "tokens/s", *ratio_headings, *share_headings])
     speeds, shares = paces(rounds), ratios(rounds)
+    # the pipeline
     for way, name in {"run": "run", "cached": "train, cached"}.items():
         stretches: list[Pace] = [getattr(one, way) for one in rounds]
+        waits = median(one.data_wait_s / one.seconds for one in stretches)
+        busy = median(one.teacher_busy_s / one.seconds for one in stretches)
         found.add_row(
             name,
-            _shown(speeds[way], ",.0f"),
-            _shown(shares[f"{way} / in_turn"], ".2f"),
-            _shown(shares[f"{way} / in_turn_dense"], ".2f"),
-            f"{median(one.data_wait_s / one.seconds for one in stretches):.0%}",
-            f"{median(one.teacher_busy_s / one.seconds for one in stretches):.2f}"
-            if way == "run"
-            else "",
+            shown(speeds[way], ",.0f"),
+            shown(shares[f"{way} / in_turn"], ".2f"),
+            shown(shares[f"{way} / in_turn_dense"], ".2f"),
+            f"{waits:.0%}",
+            f"{busy:.2f}" if way == "run" else "",
             f"{median(one.start_up_s for one in stretches):.0f} s",
         )
+    # one process that works in turn
     for way, name in {"in_turn": "in turn", "in_turn_dense": "in turn, dense"}.items():
         busy = median(getattr(one, way).teacher_s / getattr(one, way).seconds for one in rounds)
-        found.add_row(name, _shown(speeds[way], ",.0f"), "", "", "", f"{busy:.2f}", "")
+        found.add_row(name, shown(speeds[way], ",.0f"), "", "", "", f"{busy:.2f}", "")
     return found
 
 
@@ -192,11 +172,8 @@ def _round(plan: Plan, number: int, console: Console) -> Round:
         in_turn=_in_a_fresh_process(lesson(plan, "compressed", num_steps=num_steps)),
         in_turn_dense=_in_a_fresh_process(lesson(plan, "dense", num_steps=num_steps)),
     )
-    console.print(
-        "  ".join(
-            f"{way} {getattr(found, way).tokens_per_s:,.0f} tokens/s" for way in Round.__slots__
-        )
-    )
+    speeds = {way: getattr(found, way).tokens_per_s for way in Round.__slots__}
+    console.print("  ".join(f"{way} {speed:,.0f} tokens/s" for way, speed in speeds.items()))
     return found
 
 
@@ -211,11 +188,7 @@ def _pace(plan: Plan) -> Pace:
 
 
 def _in_a_fresh_process(work: Lesson) -> InTurn:
-    """In a process of its own, so that neither this one's threads and memory nor the other way's
-    are in the way."""
+    """In a process of its own, which shares no threads and no memory with this one or another
+    way's."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return InTurn.of(pool.submit(train_in_turn, work).result())
-
-
-def _shown(spread: Spread, style: str) -> str:
-    return f"{spread.median:{style}}\n{spread.least:{style}}–{spread.most:{style}}"

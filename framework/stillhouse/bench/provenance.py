@@ -25,11 +25,9 @@ class Provenance:
     python: str
     # of the packages that are installed; not every benchmark needs them all
     versions: dict[str, str]
-    commit: (
-        str | None
-        # of the checkout that the code runs from, '+' behind it where files differ from it; None
-        # outside of one
-    )
+    # of the checkout that the code runs from, '+' behind it where files differ from it; None
+    # outside of one
+    commit: str | None
     load_average: float  # of the minute before the measurement: processes that wanted to run
 
     @classmethod
@@ -38,9 +36,7 @@ class Provenance:
             command=command,
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             processor=_processor(),
-            num_cores=len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1,
+            num_cores=_num_cores(),
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             system=platform.platform(),
             python=platform.python_version(),
@@ -48,6 +44,11 @@ class Provenance:
             commit=_commit(Path(__file__).parent),
             load_average=round(os.getloadavg()[0], 2),
         )
+
+
+def _num_cores() -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def _version(name: str) -> str | None:
@@ -75,8 +76,5 @@ def _commit(folder: Path) -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "HEAD")
-    return (
-        None
-        if head is None
-        else head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    )
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return f"{head}+" if head and changed else head

@@ -3,11 +3,10 @@ as their documentation joins them.
 
 Both train the same model on two ranks with the same ZeRO stage and commit as often, on one Ray
 cluster, one after the other; each round begins with the other one. A rank is killed once there is a
-commit, several times in a row. How soon Ray Train calls the training function again is told as
-well: nothing that runs on it comes back sooner.
+commit, several times in a row. The time until Ray Train calls the training function again is
+measured as well: it is a lower bound for whatever runs on Ray Train.
 """
 
-import json
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +19,12 @@ from time import monotonic, sleep, time
 import psutil
 import ray.train
 from ray.train.torch import TorchTrainer
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from stillhouse import pipeline
 from stillhouse.bench.as_documented import train_as_documented
-from stillhouse.bench.cost import Timings, shown
+from stillhouse.bench.cost import Timings
+from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.setting import on_two_cores, prepare
 from stillhouse.cluster.coordinator import Coordinator
@@ -45,9 +43,7 @@ PLAIN, CALLED, OURS = "Ray Train + DeepSpeed", "of which until its function is c
 _NUM_RANKS, _COMMIT_EVERY, _ZERO_STAGE = 2, 5, 2
 _ENDLESS_STEPS = 1_000_000
 _WAIT_S, _LOOK_EVERY_S = 300.0, 0.1
-_LAST_STEP_S = (
-    2.0  # a step that was all but done may still end after the kill; no group is back in so little
-)
+_LAST_STEP_S = 2.0  # a step that was nearly done may still end after the kill; no restart is faster
 _WORKER = "ray::RayTrainWorker"
 
 
@@ -73,8 +69,8 @@ def bench_restart(
 ) -> None:
     """Measure in a new directory under `work_dir`, print the table, and write all that was measured
     to `out`."""
-    console = Console(highlight=False, soft_wrap=True)
-    settle_ray_train()  # for both: how soon a dead rank is seen is Ray's to say
+    settle_ray_train()  # for both: how soon a dead rank is seen is a setting of Ray's
+    # both ways, round by round
     with on_two_cores():
         provenance = Provenance.of(command)
         folder = work_dir / provenance.started.replace(":", "")
@@ -89,16 +85,17 @@ def bench_restart(
     timings = Timings(
         {way: [seconds for one in rounds for seconds in one[way]] for way in (PLAIN, CALLED, OURS)}
     )
-    if out is not None:
-        values = {
-            "benchmark": "restart",
-            "provenance": asdict(provenance),
-            "seconds": {way: asdict(timings.of(way)) for way in timings.seconds},
-            "ours_over_plain": asdict(timings.ratio(OURS, PLAIN)),
-            "every_restart": dict(timings.seconds),
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(values, indent=2) + "\n")
+
+    # what was measured, in a file and in words
+    write_record(
+        out,
+        "restart",
+        provenance,
+        seconds={way: asdict(timings.of(way)) for way in timings.seconds},
+        ours_over_plain=asdict(timings.ratio(OURS, PLAIN)),
+        every_restart=dict(timings.seconds),
+    )
+    console = terminal()
     console.print(table(timings))
     console.print(f"Load average at the start: {provenance.load_average}.")
 
@@ -106,9 +103,7 @@ def bench_restart(
 def table(timings: Timings) -> Table:
     """Medians (least to most)."""
     title = f"From a killed rank of {_NUM_RANKS} to the next step, ZeRO {_ZERO_STAGE}"
-    found = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("", "seconds", f"over\n{PLAIN}"):
-        found.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    found = figures_table(title, ["", "seconds", f"over\n{PLAIN}"])
     for way in timings.seconds:
         found.add_row(way, shown(timings.of(way), ".1f"), shown(timings.ratio(way, PLAIN), ".2f"))
     return found
@@ -151,17 +146,11 @@ def _round(
 def _ours(
     plan: Plan, folder: Path, available: Mapping[str, float], num_kills: int
 ) -> list[Restart]:
-    (folder / "run").mkdir(parents=True)
-    job = TrainJob(
-        "student",
-        plan.config.student,
-        plan.recipe,
-        plan.config.store.url,
-        folder / "run",
-        _ENDLESS_STEPS,
-    )
+    # a training that ends when it is stopped
+    run_dir, student, store_url = folder / "run", plan.config.student, plan.config.store.url
+    run_dir.mkdir(parents=True)
+    job = TrainJob("student", student, plan.recipe, store_url, run_dir, _ENDLESS_STEPS)
     journal, coordinator = Journal(job.journal), Coordinator.create(job.journal)
-
     train = partial(
         fit,
         (job,),
@@ -174,6 +163,9 @@ def _ours(
         journal=journal,
     )
 
+    request = StopRequest("stop", _WAIT_S, "measured")
+
+    # its events so far
     def seen() -> Seen:
         rows = read_journal(job.journal) if job.journal.exists() else []
         steps, commits = (
@@ -182,18 +174,17 @@ def _ours(
         )
         return Seen(steps, commits)
 
-    with _in_the_background(
-        train,
-        stop=lambda: coordinator.request_stop("student", StopRequest("stop", _WAIT_S, "measured")),
-    ):
+    with _in_the_background(train, stop=partial(coordinator.request_stop, "student", request)):
         return measured(seen, _kill_a_rank, num_kills=num_kills)
 
 
 def _plain(
     plan: Plan, folder: Path, available: Mapping[str, float], num_kills: int
 ) -> list[Restart]:
+    # a training as the documentation has it
     folder.mkdir(parents=True)
     section = plan.config.student
+    sequences_at_once = section.micro_batch_sequences * _NUM_RANKS
     arguments = {
         "folder": str(folder.resolve()),
         "zero_stage": _ZERO_STAGE,
@@ -201,8 +192,7 @@ def _plain(
         "model": section.model,
         "batch": section.micro_batch_sequences,
         "length": plan.config.corpus.sequence_length,
-        "accumulate": section.global_batch_sequences
-        // (section.micro_batch_sequences * _NUM_RANKS),
+        "accumulate": section.global_batch_sequences // sequences_at_once,
         "threads": plan.config.cluster.threads,
     }
     trainer = TorchTrainer(
@@ -218,24 +208,23 @@ def _plain(
         ),
     )
 
+    # its times so far
     def seen() -> Seen:
-        files = [folder / name for name in ("steps", "commits", "calls")]
-        return Seen(
-            *(
-                [float(line) for line in path.read_text().splitlines()] if path.exists() else []
-                for path in files
-            )
-        )
+        return Seen(*(_times_in(folder / name) for name in ("steps", "commits", "calls")))
 
     with _in_the_background(trainer.fit, stop=(folder / "stop").touch):
         return measured(seen, _kill_a_rank, num_kills=num_kills)
+
+
+def _times_in(path: Path) -> list[float]:
+    return [float(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @contextmanager
 def _in_the_background(
     train: Callable[[], object], *, stop: Callable[[], object]
 ) -> Iterator[None]:
-    """Training in a thread for as long as the block lasts."""
+    """Train in a thread while the block runs, then stop the training and wait for its end."""
     thread = threading.Thread(target=train, daemon=True)
     thread.start()
     try:
@@ -248,8 +237,8 @@ def _in_the_background(
 def measured(
     seen: Callable[[], Seen], kill: Callable[[], None], *, num_kills: int
 ) -> list[Restart]:
-    """Kill `num_kills` times, each time once the group that there is has committed and gone a step
-    further."""
+    """The restarts after `num_kills` kills, each made once the present group of ranks has committed
+    and taken a step more."""
     found: list[Restart] = []
     since = time()
     for _ in range(num_kills):
@@ -282,11 +271,8 @@ def _kill_a_rank() -> None:
 
 def _ranks() -> list[psutil.Process]:
     """The processes of the ranks, which this process's own cluster has started."""
-    return [
-        each
-        for each in psutil.Process().children(recursive=True)
-        if _name_of(each).startswith(_WORKER)
-    ]
+    children = psutil.Process().children(recursive=True)
+    return [each for each in children if _name_of(each).startswith(_WORKER)]
 
 
 def _name_of(process: psutil.Process) -> str:

@@ -1,5 +1,5 @@
-"""What the pipeline benchmark times: the demo's two models with random weights, which are as fast
-as any, on a corpus that all have.
+"""What the pipeline benchmark times: the demo's two models with random weights, whose speed is that
+of trained ones, on the files of Python's standard library.
 
 Two teachers and one student rank with one thread each share two cores; what they are compared with
 has two threads on the same cores.
@@ -23,18 +23,16 @@ from stillhouse.pipeline.toy import Sizes, make_models
 from stillhouse.sequences.source import whole
 
 NUM_CORES = 2
-# shuffle windows that teachers may be ahead: all but unlimited would let them finish before the
-# student has begun
+# shuffle windows that teachers may be ahead: without a limit they would finish before the student
+# has begun
 _WINDOWS_AHEAD = 3
-_DOCUMENTS_PER_STEP = (
-    4  # of the standard library's files: two or three give the 16 sequences of a step
-)
+_DOCUMENTS_PER_STEP = 4  # files: two or three give the 16 sequences of a step
 
 
 @contextmanager
 def on_two_cores() -> Iterator[None]:
-    """Hold this process, and all that it starts, to two cores: on a larger machine one thread more
-    would be one core more."""
+    """Limit this process, and all that it starts, to two cores, so that the figures do not depend
+    on how many more there are. Raises ConfigError where there are fewer."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -53,6 +51,7 @@ def on_two_cores() -> Iterator[None]:
 
 def prepare(folder: Path, *, num_steps: int) -> Config:
     """The config of so many steps, and its two models, made in the existing directory `folder`."""
+    # the config
     models = folder / "models"
     config = parse_config(
         {
@@ -87,14 +86,11 @@ def prepare(folder: Path, *, num_steps: int) -> Config:
             "tracking": {"wandb": "off"},
         }
     )
+
+    # the models
     models.mkdir()
-    make_models(
-        models,
-        config.corpus,
-        replace(Sizes(), num_steps=0),
-        cache_dir=folder / "cache",
-        console=Console(quiet=True),
-    )
+    untrained, quiet = replace(Sizes(), num_steps=0), Console(quiet=True)
+    make_models(models, config.corpus, untrained, cache_dir=folder / "cache", console=quiet)
     return config
 
 
@@ -102,19 +98,15 @@ def streaming(config: Config, folder: Path) -> Plan:
     """A run on a store of its own, which is empty, with teachers held closely ahead of the
     student."""
     store = config.store.model_copy(update={"url": str(folder / "store")})
-    plan = make_plan(
-        config.model_copy(update={"store": store}),
-        run_dir=folder / "run",
-        cache_dir=folder.parent / "cache",
-    )
+    config = config.model_copy(update={"store": store})
+    plan = make_plan(config, run_dir=folder / "run", cache_dir=folder.parent / "cache")
     if plan.total_steps > plan.order.steps_per_epoch:
         raise ConfigError(
             f"{plan.total_steps} steps are more than the {plan.order.steps_per_epoch} of one "
             "epoch; ask for fewer --steps"
         )
-    window_bytes = math.ceil(
-        _WINDOWS_AHEAD * plan.config.student.shuffle_window_chunks * plan.bytes_per_chunk
-    )
+    window_chunks = _WINDOWS_AHEAD * plan.config.student.shuffle_window_chunks
+    window_bytes = math.ceil(window_chunks * plan.bytes_per_chunk)
     store = plan.config.store.model_copy(update={"window_bytes": window_bytes})
     return replace(plan, config=plan.config.model_copy(update={"store": store}))
 
@@ -123,11 +115,8 @@ def cached(run: Plan) -> Plan:
     """The same training on the store that `run` has filled, in a run directory of its own: no
     teachers, so the student has both threads."""
     cluster = run.config.cluster.model_copy(update={"threads": NUM_CORES})
-    return replace(
-        run,
-        config=run.config.model_copy(update={"cluster": cluster}),
-        run_dir=run.run_dir.with_name("cached"),
-    )
+    config = run.config.model_copy(update={"cluster": cluster})
+    return replace(run, config=config, run_dir=run.run_dir.with_name("cached"))
 
 
 def lesson(plan: Plan, form: Form, *, num_steps: int) -> Lesson:

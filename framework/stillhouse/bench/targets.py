@@ -5,7 +5,6 @@ between two bounds: the text alone, and the teacher's whole distribution. Every 
 has the same weights at first and reads the same sequences.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,6 +20,7 @@ from stillhouse.atomic import whole_directory
 from stillhouse.bench.classroom import Form, Lessons, teach
 from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
+from stillhouse.bench.output import figures_table, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER
 from stillhouse.cluster.processes import Secrets
@@ -79,59 +78,48 @@ def bench_targets(
 
     Raises ConfigError where `teacher_dir` holds no model.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    # the teacher, the text and what students may learn from
+    console = terminal()
     torch.set_num_threads(threads)
     provenance = Provenance.of(command)
-    if teacher_dir is None:
-        teacher_dir = (
-            DEMO_TEACHER if DEMO_TEACHER.exists() else _made(work_dir, effort, cache_dir, console)
-        )
-    if not (teacher_dir / "config.json").is_file():
-        raise ConfigError(
-            f"there is no model in {teacher_dir}; name the directory of a teacher, or leave "
-            "--teacher out to have one made"
-        )
-    section = TeacherSection(model=str(teacher_dir), dtype="float32", device="cpu")
+    section = _teacher(work_dir, teacher_dir, effort, cache_dir, console)
     teacher, tokenizer = load_model(section), load_tokenizer(section.model)
     corpus = demo_config(work_dir).corpus.model_copy(
         update={"heldout_sequences": effort.heldout_sequences}
     )
-    split = prepare_corpus(
-        corpus, tokenizer, tokenizer_digest=tokenizer_digest(tokenizer), cache_dir=cache_dir
-    )
-    forms = forms_of(vocab_size_of(tokenizer))
-    lessons = Lessons(
-        effort.num_steps,
-        effort.batch_sequences,
-        Sizes().student,
-        learning_rate=2e-3,
-        warmup_steps=20,
-    )
-    codings = codings_of(teacher, split.heldout, vocab_size_of(tokenizer))
+    digest, vocab_size = tokenizer_digest(tokenizer), vocab_size_of(tokenizer)
+    split = prepare_corpus(corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir)
+    forms = forms_of(vocab_size)
+    sizes = effort.num_steps, effort.batch_sequences, Sizes().student
+    lessons = Lessons(*sizes, learning_rate=2e-3, warmup_steps=20)
+    codings = codings_of(teacher, split.heldout, vocab_size)
+
+    # the students of each seed
     rounds: list[Mapping[str, Scores]] = []
     for seed in range(effort.num_seeds):
         with Progress(console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task(f"seed {seed}, {len(forms)} students", total=effort.num_steps)
-            advance = partial(bar.advance, task)
             students = teach(
-                forms, teacher, tokenizer, split.train, lessons, seed=seed, on_step=advance
+                forms,
+                teacher,
+                tokenizer,
+                split.train,
+                lessons,
+                seed=seed,
+                on_step=partial(bar.advance, task),
             )
+        scores = {}
         for name, student in students.items():
             student.save_pretrained(work_dir / "students" / name)
-        rounds.append(
-            {
-                name: _scores(work_dir / "students" / name, section, split, threads)
-                for name in students
-            }
-        )
-        kls = (f"{name} {scores.kl:.3f}" for name, scores in rounds[-1].items())
+            scores[name] = _scores(work_dir / "students" / name, section, split, threads)
+        rounds.append(scores)
+        kls = (f"{name} {each.kl:.3f}" for name, each in scores.items())
         console.print(f"seed {seed}, KL from the teacher: {', '.join(kls)}")
-        if out is not None:  # before the next seed begins
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(
-                json.dumps(record(provenance, effort, lessons, forms, rounds, codings), indent=2)
-                + "\n"
-            )
+
+        # written before the next seed begins, so that an interruption loses one seed at most
+        values = record_of(effort, lessons, forms, rounds, codings)
+        write_record(out, "targets", provenance, **values)
+        if out is not None:
             figure(forms, rounds).savefig(out.with_suffix(".svg"))
     console.print(table(forms, rounds))
     console.print(coding_table(codings))
@@ -140,45 +128,38 @@ def bench_targets(
 def forms_of(vocab_size: int) -> list[Form]:
     """The two bounds, then every split of every budget, and the independent draws of RS-KD; of one
     budget two splits beside the text."""
+    # the bounds
     whole = TargetSpec(vocab_size, vocab_size)
     forms = [Form("text", "text", whole), Form("everything", "everything", whole)]
     for budget in BUDGETS:
+        # exact entries alone, their splits with draws, and draws alone
         most = _most(lambda k: TargetSpec(vocab_size, k).bytes_per_token, budget)
-        bucket = TargetSpec(vocab_size, most)
-        splits = [
-            spec_within(budget, vocab_size, k)
-            for k in dict.fromkeys(round(share * most) for share in SHARES)
-        ]
-        forms += [Form(f"{spec.k}+{spec.num_draws}", "stored", spec) for spec in (bucket, *splits)]
+        ks = dict.fromkeys(round(share * most) for share in SHARES)
+        bucket, *splits = (
+            TargetSpec(vocab_size, most),
+            *(spec_within(budget, vocab_size, k) for k in ks),
+        )
+        for spec in (bucket, *splits):
+            forms.append(Form(f"{spec.k}+{spec.num_draws}", "stored", spec))
         forms.append(Form(f"rs-{splits[-1].num_draws}", "independent", splits[-1]))
-        if budget == _BESIDE_TEXT:
-            forms += [
-                Form(f"{spec.k}+{spec.num_draws}+text", "stored", spec, ce_weight=1.0)
-                for spec in (bucket, splits[0])
-            ]
-            weighted = TargetSpec(
-                vocab_size,
-                0,
-                num_draws=_most(
-                    lambda n: TargetSpec(vocab_size, 0, num_draws=n).bytes_per_token + n, budget
-                ),
-            )
-            forms += [
-                Form(f"rs-{weighted.num_draws}^{power}", "weighted", weighted, proposal=power)
-                for power in _PROPOSALS
-            ]
+        if budget != _BESIDE_TEXT:
+            continue
+
+        # beside the text, and with weights of a byte a draw
+        for spec in (bucket, splits[0]):
+            name = f"{spec.k}+{spec.num_draws}+text"
+            forms.append(Form(name, "stored", spec, ce_weight=1.0))
+        num = _most(lambda n: TargetSpec(vocab_size, 0, num_draws=n).bytes_per_token + n, budget)
+        weighted = TargetSpec(vocab_size, 0, num_draws=num)
+        for power in _PROPOSALS:
+            forms.append(Form(f"rs-{num}^{power}", "weighted", weighted, proposal=power))
     return forms
 
 
 def spec_within(budget: int, vocab_size: int, k: int) -> TargetSpec:
     """k exact entries, and as many draws as a record of `budget` bytes has room for beside them."""
-    return TargetSpec(
-        vocab_size,
-        k,
-        num_draws=_most(
-            lambda num_draws: TargetSpec(vocab_size, k, num_draws=num_draws).bytes_per_token, budget
-        ),
-    )
+    num_draws = _most(lambda n: TargetSpec(vocab_size, k, num_draws=n).bytes_per_token, budget)
+    return TargetSpec(vocab_size, k, num_draws=num_draws)
 
 
 def share_of_the_gap(scores: Mapping[str, Scores], name: str) -> float:
@@ -188,18 +169,15 @@ def share_of_the_gap(scores: Mapping[str, Scores], name: str) -> float:
     return (worst - scores[name].kl) / (worst - best)
 
 
-def record(
-    provenance: Provenance,
+def record_of(
     effort: Effort,
     lessons: Lessons,
     forms: Sequence[Form],
     rounds: Sequence[Mapping[str, Scores]],
     codings: Sequence[Coding],
 ) -> dict[str, object]:
-    """All that was measured and all that it depends on, as plain values."""
+    """All that was measured and its settings, as plain values."""
     return {
-        "benchmark": "targets",
-        "provenance": asdict(provenance),
         "effort": asdict(effort),
         "lessons": asdict(lessons),
         "forms": [asdict(form) | {"bytes_per_token": form.bytes_per_token} for form in forms],
@@ -213,18 +191,12 @@ def record(
 
 
 def table(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Table:
-    """What a person wants to know: medians over the seeds, and for the share of the gap the least
-    and the most."""
-    found = Table(
-        title=f"What a student learns from, {len(rounds)} seeds: held-out medians",
-        box=box.SIMPLE,
-        padding=0,
-    )
-    found.add_column("target", no_wrap=True)
-    for heading in ("bytes", "loss", "KL", "of the gap, %", "top-1", "accepted", "ECE"):
-        found.add_column(heading, justify="right", no_wrap=True)
+    """Medians over the seeds, and for the share of the gap the least and the most."""
+    title = f"What a student learns from, {len(rounds)} seeds: held-out medians"
+    headings = "bytes", "loss", "KL", "of the gap, %", "top-1", "accepted", "ECE"
+    found = figures_table(title, ["target", *headings])
     for form in forms:
-        spread = {
+        median = {
             field.name: Spread.of(getattr(one[form.name], field.name) for one in rounds).median
             for field in fields(Scores)
         }
@@ -232,12 +204,12 @@ def table(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Tabl
         found.add_row(
             _in_words(form),
             "" if form.bytes_per_token is None else str(form.bytes_per_token),
-            f"{spread['cross_entropy']:.3f}",
-            f"{spread['kl']:.3f}",
+            f"{median['cross_entropy']:.3f}",
+            f"{median['kl']:.3f}",
             f"{100 * gap.median:.0f} ({100 * gap.least:.0f}..{100 * gap.most:.0f})",
-            f"{spread['agreement']:.1%}",
-            f"{spread['acceptance']:.3f}",
-            f"{spread['calibration_error']:.3f}",
+            f"{median['agreement']:.1%}",
+            f"{median['acceptance']:.3f}",
+            f"{median['calibration_error']:.3f}",
         )
     return found
 
@@ -250,17 +222,13 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
     def spread(form: Form) -> Spread:
         return Spread.of(one[form.name].kl for one in rounds)
 
+    # the two bounds
     text, everything, *others = forms
-    axes.axhline(
-        spread(everything).median,
-        color="0.5",
-        linestyle="--",
-        linewidth=1,
-        label=_in_words(everything),
-    )
-    axes.axhline(
-        spread(text).median, color="0.5", linestyle=":", linewidth=1, label=_in_words(text)
-    )
+    for form, style in ((everything, "--"), (text, ":")):
+        label = _in_words(form)
+        axes.axhline(spread(form).median, color="0.5", linestyle=style, linewidth=1, label=label)
+
+    # a line for each budget
     for budget in BUDGETS:
         within = [
             form
@@ -270,23 +238,12 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
         split = [form for form in within if form.kind == "stored" and form.ce_weight == 0.0]
         kls = [spread(form) for form in split]
         bars = [[kl.median - kl.least for kl in kls], [kl.most - kl.median for kl in kls]]
-        (line, *_) = axes.errorbar(
-            [form.spec.k for form in split],
-            [kl.median for kl in kls],
-            yerr=bars,
-            marker="o",
-            label=f"{budget} bytes",
-        )
+        ks, medians = [form.spec.k for form in split], [kl.median for kl in kls]
+        (line, *_) = axes.errorbar(ks, medians, yerr=bars, marker="o", label=f"{budget} bytes")
         for form in (form for form in within if form.kind == "independent"):
-            label = f"{budget} bytes, independent draws"
-            axes.plot(
-                [0],
-                [spread(form).median],
-                marker="x",
-                linestyle="",
-                color=line.get_color(),
-                label=label,
-            )
+            label, color = f"{budget} bytes, independent draws", line.get_color()
+            kl = spread(form).median
+            axes.plot([0], [kl], marker="x", linestyle="", color=color, label=label)
     axes.set_xlabel("exact entries; the rest of the bytes are draws from the tail")
     axes.set_ylabel("held-out KL from the teacher, nats")
     axes.legend(frameon=False, fontsize=8)
@@ -305,27 +262,37 @@ def _in_words(form: Form) -> str:
             return f"{form.spec.num_draws} weighted, p^{form.proposal}"
         case "stored":
             tail = f"{form.spec.num_draws} draws" if form.spec.num_draws else "tail"
-            return (f"{form.spec.k} + {tail}" if form.spec.k else tail) + (
-                " + text" if form.ce_weight else ""
-            )
+            record = f"{form.spec.k} + {tail}" if form.spec.k else tail
+            return f"{record} + text" if form.ce_weight else record
 
 
 def _most(size: Callable[[int], int], budget: int) -> int:
-    """The greatest number of which `size` bytes are within the budget; an id takes more than a
-    bit."""
+    """The greatest number for which `size` is at most `budget` bytes, 0 where there is none. It is
+    below 8 * budget, since an id takes more than a bit."""
     return max((number for number in range(1, 8 * budget) if size(number) <= budget), default=0)
 
 
-def _made(work_dir: Path, effort: Effort, cache_dir: Path, console: Console) -> Path:
-    """The demo's teacher, made in the working directory unless it is there."""
-    folder = work_dir / f"models-{effort.teacher_steps}"
-    if not folder.exists():
-        sizes = replace(Sizes(), num_steps=effort.teacher_steps)
-        with whole_directory(folder) as draft:
-            make_models(
-                draft, demo_config(work_dir).corpus, sizes, cache_dir=cache_dir, console=console
-            )
-    return folder / "teacher"
+def _teacher(
+    work_dir: Path, teacher_dir: Path | None, effort: Effort, cache_dir: Path, console: Console
+) -> TeacherSection:
+    """The teacher that was asked for; else the demo's; else one that is made in `work_dir`, unless
+    it is there. Raises ConfigError where the directory holds no model."""
+    if teacher_dir is None and DEMO_TEACHER.exists():
+        teacher_dir = DEMO_TEACHER
+    if teacher_dir is None:
+        folder = work_dir / f"models-{effort.teacher_steps}"
+        if not folder.exists():
+            sizes = replace(Sizes(), num_steps=effort.teacher_steps)
+            corpus = demo_config(work_dir).corpus
+            with whole_directory(folder) as draft:
+                make_models(draft, corpus, sizes, cache_dir=cache_dir, console=console)
+        teacher_dir = folder / "teacher"
+    if not (teacher_dir / "config.json").is_file():
+        raise ConfigError(
+            f"there is no model in {teacher_dir}; name the directory of a teacher, or leave "
+            "--teacher out to have one made"
+        )
+    return TeacherSection(model=str(teacher_dir), dtype="float32", device="cpu")
 
 
 def _scores(folder: Path, teacher: TeacherSection, split: Split, threads: int) -> Scores:

@@ -1,12 +1,11 @@
-"""`stillhouse bench topk`: from logits to (ids, log-probabilities, log-sum-exp), every path of ours
-beside what one writes without it.
+"""`stillhouse bench topk`: from logits to (ids, log-probabilities, log-sum-exp), every backend of
+ours beside plain torch.
 
 Logits are normal, scaled by 4: some tens of ids above the rest, as language models have them.
 
-Shapes: T tokens, V vocabulary, K kept entries.
+Shapes: T tokens, V vocabulary, U of it in whole blocks, M blocks of B ids, K kept entries.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -14,15 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, shown, time_in_turn
+from stillhouse.bench.cost import Timings, Work, extra_bytes, require_device, time_in_turn
+from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
+from stillhouse.bench.synthetic import seeds_of
 from stillhouse.errors import ConfigError
-from stillhouse.logits import TargetSpec, backend_for, compress, token_seeds
+from stillhouse.logits import TargetSpec, backend_for, compress
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -44,10 +43,8 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return (
-            f"{self.num_tokens:,} x {self.vocab_size:,} logits, k = {self.k}, {self.dtype}, "
-            f"{self.device}"
-        )
+        shape = f"{self.num_tokens:,} x {self.vocab_size:,}"
+        return f"{shape} logits, k = {self.k}, {self.dtype}, {self.device}"
 
     def check(self) -> None:
         """Raises ConfigError where this cannot be measured here."""
@@ -59,11 +56,10 @@ class Setting:
         require_device(self.device)
 
     def logits(self, seed: int) -> Tensor:
-        """Fresh for each seed."""
+        """[T, V] logits, others for each seed."""
         random = torch.Generator(self.device).manual_seed(seed)
-        logits_TV = _SCALE * torch.randn(
-            self.num_tokens, self.vocab_size, generator=random, device=self.device
-        )
+        shape = self.num_tokens, self.vocab_size
+        logits_TV = _SCALE * torch.randn(shape, generator=random, device=self.device)
         return logits_TV.to(getattr(torch, self.dtype))
 
 
@@ -75,28 +71,28 @@ def bench_topk(
     setting.check()
     torch.set_num_threads(1)
     provenance, device = Provenance.of(command), torch.device(setting.device)
-    path = backend_for(setting.logits(0)[:1], k=setting.k)
-    timings = time_in_turn(
-        partial(works_of_ways, setting, with_compile=with_compile), repeats=repeats, device=device
-    )
+    # speed and memory of every way
+    backend = backend_for(setting.logits(0)[:1], k=setting.k)
+    works_of = partial(works_of_ways, setting, with_compile=with_compile)
+    timings = time_in_turn(works_of, repeats=repeats, device=device)
     memory = extra_bytes(work_of, setting, list(timings.seconds), device=device)
-    if out is not None:
-        values = {
-            "benchmark": "topk",
-            "provenance": asdict(provenance),
-            "setting": asdict(setting),
-            "allocator": timings.allocator,
-            "path": {"name": path.name, "why": path.reason},
-            "seconds": {way: asdict(timings.of(way)) for way in timings.seconds},
-            "times_eager": {way: asdict(timings.ratio(EAGER, way)) for way in timings.seconds},
-            "extra_bytes": memory,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(values, indent=2) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
+
+    # in a file, and in words
+    write_record(
+        out,
+        "topk",
+        provenance,
+        setting=asdict(setting),
+        allocator=timings.allocator,
+        path={"name": backend.name, "why": backend.reason},
+        seconds={way: asdict(timings.of(way)) for way in timings.seconds},
+        times_eager={way: asdict(timings.ratio(EAGER, way)) for way in timings.seconds},
+        extra_bytes=memory,
+    )
+    console = terminal()
     console.print(table(setting, timings, memory))
     console.print(
-        f"compress takes the path {path.name}: {path.reason}. Load average at the start: "
+        f"compress takes the path {backend.name}: {backend.reason}. Load average at the start: "
         f"{provenance.load_average}."
     )
     console.print(f"While it was timed, {timings.allocator}.")
@@ -104,22 +100,17 @@ def bench_topk(
 
 def table(setting: Setting, timings: Timings, memory: dict[str, int]) -> Table:
     """Medians (least to most)."""
-    found = Table(
-        title=f"From logits to the greatest and their log-sum-exp\n{setting.title}", box=box.SIMPLE
-    )
-    for heading in ("", "µs a token", "times eager\ntorch's speed", "extra MB"):
-        found.add_column(heading, justify="right" if heading else "left")
+    title = f"From logits to the greatest and their log-sum-exp\n{setting.title}"
+    found = figures_table(title, ["", "µs a token", "times eager\ntorch's speed", "extra MB"])
     for way in timings.seconds:
-        times, speed = (
-            shown(timings.of(way), ".1f", unit=1e-6 * setting.num_tokens),
-            shown(timings.ratio(EAGER, way), ".2f"),
-        )
+        times = shown(timings.of(way), ".1f", unit=1e-6 * setting.num_tokens)
+        speed = shown(timings.ratio(EAGER, way), ".2f")
         found.add_row(way, times, speed, f"{memory[way] / 1e6:,.0f}")
     return found
 
 
 def work_of(setting: Setting, way: str) -> Work:
-    """One way on logits of its own; it can travel to another process."""
+    """One way on logits of its own; can be pickled for another process."""
     return works_of_ways(setting, 0, with_compile=True)[way]
 
 
@@ -131,12 +122,12 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
         target, lse_T = normalise(split(logits_TV), vocab_size=setting.vocab_size, temperature=1.0)
         return [target.token_ids_TK, target.logprobs_TK, lse_T]
 
+    # on any device
+    with_draws = partial(_tensors, logits_TV, k=k, num_draws=_NUM_DRAWS)
     works: dict[str, Work] = {
         EAGER: lambda: [*logits_TV.topk(k, dim=1), logits_TV.float().logsumexp(dim=1)],
-        "stillhouse": lambda: _tensors(logits_TV, k=k, num_draws=0),
-        f"stillhouse, and {_NUM_DRAWS} draws": lambda: _tensors(
-            logits_TV, k=k, num_draws=_NUM_DRAWS
-        ),
+        "stillhouse": partial(_tensors, logits_TV, k=k, num_draws=0),
+        f"stillhouse, and {_NUM_DRAWS} draws": with_draws,
         IN_TORCH: lambda: in_raw(partial(blockmax_torch.split, k=k, temperature=1.0)),
     }
     if with_compile:
@@ -145,6 +136,8 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
             _compiled_logsumexp()(logits_TV.float(), dim=1),
         ]
         works["torch.compile: the filter's pass alone"] = lambda: _compiled_pass()(logits_TV)
+
+    # on one kind of device, where the package or compiler is there
     split_rows = blockmax_cpu.compiled().split_rows
     if setting.device == "cpu" and split_rows is not None:
         works["the filter in C"] = lambda: in_raw(
@@ -168,20 +161,16 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
 
 
 def _tensors(logits_TV: Tensor, *, k: int, num_draws: int) -> Sequence[Tensor]:
-    seeds_T = token_seeds(0, torch.zeros(len(logits_TV)), torch.arange(len(logits_TV)))
     spec = TargetSpec(logits_TV.shape[1], k, num_draws=num_draws)
-    target = compress(logits_TV, spec, seeds_T=seeds_T)
+    target = compress(logits_TV, spec, seeds_T=seeds_of(len(logits_TV)))
     return [target.token_ids_TK, target.logprobs_TK, target.tail_logmass_T, target.tail_ids_TN]
 
 
 def _pass(logits_TV: Tensor) -> Sequence[Tensor]:
     """Block maxima and sums of exponentials: all of the filter that reads every logit."""
-    num_blocks = logits_TV.shape[1] // blockmax_torch.BLOCK_IDS
-    blocks_TMB = (
-        logits_TV[:, : num_blocks * blockmax_torch.BLOCK_IDS]
-        .float()
-        .unflatten(1, (num_blocks, blockmax_torch.BLOCK_IDS))
-    )
+    num_blocks, block_ids = logits_TV.shape[1] // blockmax_torch.BLOCK_IDS, blockmax_torch.BLOCK_IDS
+    whole_TU = logits_TV[:, : num_blocks * block_ids].float()
+    blocks_TMB = whole_TU.unflatten(1, (num_blocks, block_ids))
     maxima_TM = blocks_TMB.amax(dim=2)
     return [maxima_TM, (blocks_TMB - maxima_TM[:, :, None]).exp().sum(dim=2)]
 

@@ -1,7 +1,7 @@
-"""What a trained model says to text that it has not seen, as logits over a vocabulary as large as
-today's models have.
+"""The logits of a trained model on held-out text, over a vocabulary as large as today's models
+have.
 
-Shapes: T tokens, V vocabulary of the model, W of the benchmark.
+Shapes: T tokens, V vocabulary of the model, U of its lower half, W of the benchmark.
 """
 
 from pathlib import Path
@@ -27,11 +27,10 @@ _DOCUMENTS = 100  # the held-out text is in the first of them
 
 
 def trained_logits(teacher_dir: Path, *, num_tokens: int, cache_dir: Path) -> Tensor:
-    """float32 [T, V]: those of a teacher on the held-out files of Python's standard library. Raises
-    ConfigError where it is none."""
-    from stillhouse.pipeline.toy import (
-        demo_config,
-    )  # it brings Ray, which a benchmark of one process does without
+    """float32 [T, V]: a teacher's logits on the held-out files of Python's standard library. Raises
+    ConfigError where `teacher_dir` holds no model."""
+    # imports Ray, without which a benchmark of one process starts
+    from stillhouse.pipeline.toy import demo_config
 
     if not (teacher_dir / "config.json").is_file():
         raise ConfigError(
@@ -66,12 +65,12 @@ def heldout_logits(
 
 
 def enlarged(logits_TV: Tensor, vocab_size: int) -> Tensor:
-    """The same distributions over W >= V ids: the V are spread evenly among them, and every added
-    id is like one of the row's lower half.
+    """[T, W] logits of nearly the same distributions over W >= V ids: the V ids are spread evenly
+    among the W.
 
-    An added id has the logit of such a one, less the log of how many there are to each, so that
-    together they weigh as much as the lower half itself: a larger vocabulary divides what is
-    unlikely, and leaves what is likely alone. Raises ConfigError where W is below V.
+    Every added id has the logit of a random id of the row's lower half, less the log of how many
+    are added for each of these. So the added ids together have the mass of that lower half, and the
+    likely ids are left as they are. Raises ConfigError where W is below V.
     """
     num_tokens, num_ids = logits_TV.shape
     if vocab_size < num_ids:
@@ -85,9 +84,7 @@ def enlarged(logits_TV: Tensor, vocab_size: int) -> Tensor:
     random = torch.Generator().manual_seed(0)
     lower_TU = logits_TV.sort(dim=1).values[:, : num_ids // 2]
     picks_TW = torch.randint(lower_TU.shape[1], (num_tokens, vocab_size), generator=random)
-    whole_TW = (
-        lower_TU.gather(1, picks_TW)
-        - torch.tensor((vocab_size - num_ids) / lower_TU.shape[1]).log()
-    )
+    num_added_each = (vocab_size - num_ids) / lower_TU.shape[1]
+    whole_TW = lower_TU.gather(1, picks_TW) - torch.tensor(num_added_each).log()
     whole_TW[:, : num_ids * stretch : stretch] = logits_TV
     return whole_TW

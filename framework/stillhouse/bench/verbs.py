@@ -1,5 +1,5 @@
-"""`stillhouse bench ...`: the verbs; what they measure, and all that is heavy, is imported when one
-is called."""
+"""`stillhouse bench ...`: the subcommands. Each imports what it measures, and so the heavy
+libraries, when it is called."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +12,11 @@ bench_app = typer.Typer(
     help="Measure Stillhouse against what one would do without it.", no_args_is_help=True
 )
 
+WorkDir = Annotated[Path, typer.Option("--work-dir", help="Where all that it makes goes.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Times that every way is measured.")]
+Teacher = Annotated[
+    Path | None, typer.Option("--teacher", help="A model's directory. Default: the demo's.")
+]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="In the batch.")]
 VocabSize = Annotated[int, typer.Option("--vocab", min=2)]
 HiddenSize = Annotated[int, typer.Option("--hidden", min=1)]
@@ -29,21 +34,18 @@ WithCompile = Annotated[
     typer.Option("--compile/--no-compile", help="Also what torch.compile makes of torch's ways."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="A JSON file for all that was measured.")]
+_WORK_DIR = Path("runs/bench")
 
 
 @bench_app.command(name="pipeline")
 def bench_pipeline(
-    work_dir: Annotated[
-        Path, typer.Option("--work-dir", help="Where models, stores and runs go.")
-    ] = Path("runs/bench"),
+    work_dir: WorkDir = _WORK_DIR,
     num_steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of each way.")] = 160,
-    num_rounds: Annotated[
-        int, typer.Option("--rounds", help="Times that every way is measured.")
-    ] = 3,
+    num_rounds: Rounds = 3,
     out: Out = None,
 ) -> None:
-    """`run`, and the same once cached, against one process that is teacher and student in turn, on
-    two cores."""
+    """`run`, and the same once its chunks are cached, against one process that does the work of
+    teacher and student in turn; two cores."""
     quieten()
     from stillhouse.bench.pipeline import bench_pipeline
 
@@ -58,10 +60,7 @@ def bench_codec(
         list[int] | None,
         typer.Option("--k", min=1, help="Exact entries; may be said again. Default: 32, 64, 128."),
     ] = None,
-    teacher: Annotated[
-        Path | None,
-        typer.Option("--teacher", help="A model's directory. Default: the demo's, if it is there."),
-    ] = None,
+    teacher: Teacher = None,
     device: TorchDevice = "cpu",
     repeats: Repeats = 5,
     out: Out = None,
@@ -86,8 +85,8 @@ def bench_topk(
     with_compile: WithCompile = True,
     out: Out = None,
 ) -> None:
-    """From logits to their greatest and their log-sum-exp: every path of ours beside torch, eager
-    and compiled; one thread, or one GPU."""
+    """From logits to their greatest and their log-sum-exp: every backend of ours beside torch,
+    eager and compiled; one thread, or one GPU."""
     quieten()
     from stillhouse.bench.topk import Setting, bench_topk
 
@@ -145,7 +144,7 @@ def bench_head(
 def bench_checkpoint(
     work_dir: Annotated[
         Path, typer.Option("--work-dir", help="On the disk that is measured.")
-    ] = Path("runs/bench"),
+    ] = _WORK_DIR,
     hidden_size: HiddenSize = 512,
     num_layers: Annotated[int, typer.Option("--layers", min=1)] = 4,
     dtype: Annotated[
@@ -156,8 +155,8 @@ def bench_checkpoint(
     repeats: Repeats = 9,
     out: Out = None,
 ) -> None:
-    """How long training stands still for a checkpoint, against DeepSpeed's save_checkpoint to the
-    same disk; one thread, or one GPU."""
+    """How long a checkpoint blocks training, against DeepSpeed's save_checkpoint to the same disk;
+    one thread, or one GPU."""
     quieten()
     from stillhouse.bench.checkpoint import Setting, bench_checkpoint
 
@@ -167,19 +166,13 @@ def bench_checkpoint(
 
 @bench_app.command(name="restart")
 def bench_restart(
-    work_dir: Annotated[
-        Path, typer.Option("--work-dir", help="Where models, stores and runs go.")
-    ] = Path("runs/bench"),
-    num_rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Times that both are measured.")
-    ] = 3,
-    num_kills: Annotated[
-        int, typer.Option("--kills", min=1, help="Ranks killed in each of them.")
-    ] = 2,
+    work_dir: WorkDir = _WORK_DIR,
+    num_rounds: Rounds = 3,
+    num_kills: Annotated[int, typer.Option("--kills", min=1, help="In each round.")] = 2,
     out: Out = None,
 ) -> None:
-    """From a killed rank to the next step, against Ray Train and DeepSpeed joined as their
-    documentation does; two ranks on two cores."""
+    """From a killed rank to the next step, against Ray Train and DeepSpeed used as they document;
+    two ranks on two cores."""
     quieten()
     from stillhouse.bench.restart import bench_restart
 
@@ -188,35 +181,18 @@ def bench_restart(
 
 @bench_app.command(name="targets")
 def bench_targets(
-    teacher: Annotated[
-        Path | None,
-        typer.Option(
-            "--teacher", help="Its directory. Default: the demo's, made where there is none."
-        ),
-    ] = None,
-    work_dir: Annotated[
-        Path, typer.Option("--work-dir", help="Where models go that are made.")
-    ] = Path("runs/bench"),
-    num_steps: Annotated[
-        int, typer.Option("--steps", min=1, help="Optimiser steps of each student.")
-    ] = 420,
+    teacher: Teacher = None,
+    work_dir: WorkDir = _WORK_DIR,
+    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Of each student.")] = 420,
     num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students of each kind.")] = 3,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
     quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="A few steps of one seed: whether it runs, not what comes of it."
-        ),
+        bool, typer.Option("--quick", help="A few steps of one seed: to see that it runs.")
     ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="A JSON file for all that was measured; the figure goes beside it."
-        ),
-    ] = None,
+    out: Out = None,
 ) -> None:
     """The forms of a target at equal bytes: exact entries, draws from the tail, or both, between
-    the text alone and the whole teacher."""
+    the text alone and the whole teacher. A figure goes beside the file of --out."""
     quieten()
     from stillhouse.bench.targets import QUICK, bench_targets, thorough
 

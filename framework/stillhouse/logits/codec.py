@@ -30,7 +30,8 @@ def encode(compressed: CompressedLogits, spec: TargetSpec) -> Tensor:
             f"{wanted}; build both from one recipe"
         )
     library = codec_numpy if compressed.token_ids_TK.device.type == "cpu" else codec_torch
-    return library.encode(compressed, spec)
+    records_TB: Tensor = library.encode(compressed, spec)
+    return records_TB
 
 
 def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
@@ -47,4 +48,5 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
             f"{spec}; read them with the spec of their recipe"
         )
     library = codec_numpy if records_TB.device.type == "cpu" else codec_torch
-    return library.decode(records_TB, spec)
+    compressed: CompressedLogits = library.decode(records_TB, spec)
+    return compressed

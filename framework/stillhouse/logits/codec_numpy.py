@@ -134,7 +134,7 @@ def _decode_ids(
     ones_TM = np.flatnonzero(high_bits.view(np.bool_)).reshape(num_rows, m)
     high_TM = ones_TM - num_bits * np.arange(num_rows)[:, None] - np.arange(m)
     low_TM = _unpack(section[:, :low_bytes], m, width=low, first_row=first_row)
-    ids_TM = (high_TM << low) | low_TM
+    ids_TM: Ints = (high_TM << low) | low_TM
     _require(record.wrong_ids(ids_TM, spec, distinct=distinct), first_row)
     return ids_TM
 
@@ -215,7 +215,8 @@ def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, spec: TargetS
     drops_TK = record.drops_of(codes_TK.astype(np.float64), range_root_T1, spec)
     log_kept_T = _log_one_minus_exp(log_tail_T.astype(np.float64))
     best_T = log_kept_T - np.log(np.exp(-drops_TK).sum(axis=1))
-    return (best_T[:, None] - drops_TK).astype(np.float32)
+    logprobs_TK: Floats = (best_T[:, None] - drops_TK).astype(np.float32)
+    return logprobs_TK
 
 
 def _log_one_minus_exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

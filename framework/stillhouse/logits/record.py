@@ -77,7 +77,8 @@ Complaints = list[tuple[str, Any]]
 
 def codes_of(roots_TK: Array, range_root_T1: Array, spec: TargetSpec) -> Array:
     """Quantise drops d: whole numbers in float32, from r(d) and r(R) in float32."""
-    return ((roots_TK / range_root_T1).clip(max=1) * spec.max_code).round()
+    codes_TK: Array = ((roots_TK / range_root_T1).clip(max=1) * spec.max_code).round()
+    return codes_TK
 
 
 def drops_of(codes_TK: Array, range_root_T1: Array, spec: TargetSpec) -> Array:

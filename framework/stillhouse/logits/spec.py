@@ -55,7 +55,7 @@ class TargetSpec:
     @property
     def max_code(self) -> int:
         """The largest code of a stored log-probability; the smallest is 0."""
-        return 2**self.value_bits - 1
+        return (1 << self.value_bits) - 1
 
 
 def low_bits(m: int, vocab_size: int) -> int:

@@ -42,7 +42,8 @@ def final_hidden(model: PreTrainedModel, token_ids_BL: Tensor, positions_BL: Ten
     device = _input_device(model)
     ids_BL, positions_BL = token_ids_BL.to(device, torch.long), positions_BL.to(device, torch.long)
     output = _body(model)(input_ids=ids_BL, position_ids=positions_BL, use_cache=False)
-    return output.last_hidden_state
+    hidden_BLH: Tensor = output.last_hidden_state
+    return hidden_BLH
 
 
 def head_of(model: PreTrainedModel, *, vocab_size: int) -> Head:
@@ -214,7 +215,8 @@ def check_packing(model: PreTrainedModel, *, vocab_size: int) -> None:
 
 def _relative_difference(a_TH: Tensor, b_TH: Tensor) -> Tensor:
     """[T] distances, as fractions of the norm of b; T may be several dimensions."""
-    return (a_TH.float() - b_TH.float()).norm(dim=-1) / b_TH.float().norm(dim=-1)
+    shares_T: Tensor = (a_TH.float() - b_TH.float()).norm(dim=-1) / b_TH.float().norm(dim=-1)
+    return shares_T
 
 
 def _probe_ids(vocab_size: int, *, shape: tuple[int, ...]) -> Tensor:
@@ -242,9 +244,10 @@ def _own_logits(
     bodies = {_body(model), model.get_decoder()} - {model} if instead_BLH is not None else set()
     hooks = [body.register_forward_hook(replace) for body in bodies]
     try:
-        return model(
+        logits_BLV: Tensor = model(
             input_ids=ids_BL.to(device), position_ids=positions_BL.to(device), use_cache=False
         ).logits
+        return logits_BLV
     finally:
         for hook in hooks:
             hook.remove()

@@ -51,6 +51,7 @@ def load_model(
     pinned = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     config = from_hub(lambda: AutoConfig.from_pretrained(source, **pinned), "config", section.model)
     _require_causal(section.model, config)
+    model: PreTrainedModel
 
     # With its own weights.
     if random_init_seed is None:
@@ -67,7 +68,8 @@ def load_model(
             section.model,
         )
         _check_loading(section.model, report)
-        return model.eval()
+        model.eval()
+        return model
 
     # With random weights.
     with torch.random.fork_rng(devices=[]):
@@ -79,7 +81,8 @@ def load_model(
             "model",
             section.model,
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _require_causal(name: str, config: PretrainedConfig) -> None:

@@ -95,7 +95,7 @@ def _may_be_a_holder(values: dict[str, Any]) -> bool:
         types = (int, float) if field.type is float else (field.type,)
         if type(values[field.name]) not in types:
             return False
-    return 0 <= values["since"] <= _MOST_SINCE
+    return bool(0 <= values["since"] <= _MOST_SINCE)
 
 
 def _machine() -> str:

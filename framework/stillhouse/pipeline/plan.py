@@ -138,6 +138,7 @@ class Plan:
 
     @property
     def request(self) -> Request:
+        # the values of the journal's `start` event that the plan knows; an attempt sets the others
         config, student, corpus = self.config, self.config.student, self.sources.train
         start = StartRow(
             attempt=0,

@@ -6,6 +6,7 @@ Shapes: D tokens of a document, T target tokens of it, V vocabulary.
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,8 @@ class PlainEngine:
 
     def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str) -> None:
         self._recipe, self._device = recipe, device
-        self._model = (
-            AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32)
-            .to(device)
-            .eval()
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32)
+        self._model = model.to(device).eval()
         self.digest = None
 
     @classmethod

@@ -1,6 +1,6 @@
 """Whether all runs on this GPU, and is right: kernels, records and gradients beside references.
 
-Torch, triton and numpy are all that these parts need, but for `tests`, which is pytest.
+These parts need torch, triton and numpy alone; `tests` needs pytest too.
 
 Shapes: T tokens, V vocabulary, H hidden, K kept entries, N draws.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
 from stillhouse.bench.provenance import Provenance
+from stillhouse.bench.synthetic import seeds_of
 from stillhouse.logits import (
     CompressedLogits,
     Head,
@@ -28,7 +29,6 @@ from stillhouse.logits import (
     codec_torch,
     compress,
     compress_reference,
-    token_seeds,
 )
 from stillhouse.logits.topk import blockmax_triton
 from stillhouse.logits.topk.found import RawTopK, normalise
@@ -36,19 +36,10 @@ from stillhouse.losses import head_passes, head_passes_triton
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import forward_kl
 
-# entries, draws and bits of a record, beside the default's
-_FORMS = (
-    (64, 0, 8),
-    (12, 12, 6),
-    (0, 50, 8),
-)
+_FORMS = ((64, 0, 8), (12, 12, 6), (0, 50, 8))  # entries, draws and bits, beside the default's
 _SAME_DRAWS = 0.99  # of the reference's: sums in another order move a draw that is at a border
-_SURE_ROWS = 0.9  # of such logits; a row that is not goes to the reference
-# of the norm; rounded logits take 1e-2
-_GRADIENT_ERRORS = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 5e-2,
-}
+_SURE_ROWS = 0.9  # of such logits; the kernel leaves the others to the reference
+_GRADIENT_ERRORS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the norm; rounding takes 1e-2
 
 Launch = Callable[..., tuple[RawTopK, Tensor]]
 """What `blockmax_triton.launch` is."""
@@ -56,14 +47,9 @@ Launch = Callable[..., tuple[RawTopK, Tensor]]
 
 def machine(scale: Scale, recorder: Recorder) -> None:
     """What the figures depend on."""
-    provenance = asdict(Provenance.of("make gpu"))
     on_gpu = scale.device == "cuda"
-    recorder.tell(
-        "device",
-        torch.cuda.get_device_name() if on_gpu else "cpu",
-        cuda=str(torch.version.cuda),
-        **provenance,
-    )
+    name, cuda = torch.cuda.get_device_name() if on_gpu else "cpu", str(torch.version.cuda)
+    recorder.tell("device", name, cuda=cuda, **asdict(Provenance.of("make gpu")))
     if on_gpu:
         recorder.tell("memory", torch.cuda.get_device_properties(0).total_memory / 1e9, "GB")
 
@@ -82,9 +68,9 @@ def topk(scale: Scale, recorder: Recorder, *, launch: Launch = blockmax_triton.l
                 _check_topk(
                     name, _logits(scale, dtype), scale, recorder, launch, k=k, row_stride=row_stride
                 )
-    path = backend_for(_logits(scale, torch.float32).to(scale.device), k=scale.default_entries)
-    right = path.name == "triton" or scale.device == "cpu"
-    recorder.tell(f"a teacher's logits take the path {path.name}", right, why=path.reason)
+    backend = backend_for(_logits(scale, torch.float32).to(scale.device), k=scale.default_entries)
+    right = backend.name == "triton" or scale.device == "cpu"
+    recorder.tell(f"a teacher's logits take the path {backend.name}", right, why=backend.reason)
 
 
 def _check_topk(
@@ -97,15 +83,18 @@ def _check_topk(
     k: int,
     row_stride: int,
 ) -> None:
+    # the kernel on rows of this layout
     device, dtype = torch.device(scale.device), exact_TV.dtype
-    logits_TV = torch.empty_strided(
-        exact_TV.shape, (row_stride, 1), dtype=dtype, device=device
-    ).copy_(exact_TV)
+    strides = row_stride, 1
+    logits_TV = torch.empty_strided(exact_TV.shape, strides, dtype=dtype, device=device)
+    logits_TV.copy_(exact_TV)
     began = monotonic()
     raw, again_T = launch(logits_TV, k=k, temperature=1.0)
     sure_T = ~again_T.cpu()
     first_call_s = monotonic() - began
     found, lse_T = normalise(raw, vocab_size=scale.vocab_size, temperature=1.0)
+
+    # the reference, where the kernel is sure of a row, and the kernel's own test
     wanted = compress_reference(exact_TV, TargetSpec(scale.vocab_size, k))
     same_ids = torch.equal(found.token_ids_TK.cpu()[sure_T], wanted.token_ids_TK[sure_T])
     pairs = (found.logprobs_TK, wanted.logprobs_TK), (found.tail_logmass_T, wanted.tail_logmass_T)
@@ -117,12 +106,10 @@ def _check_topk(
     self_test = blockmax_triton.self_test_failure(
         device, vocab_size=scale.vocab_size, k=k, dtype=dtype, row_stride=row_stride
     )
+    enough_sure = float(sure_T.float().mean()) >= _SURE_ROWS
     recorder.tell(
         name,
-        same_ids
-        and same_values
-        and float(sure_T.float().mean()) >= _SURE_ROWS
-        and self_test is None,
+        same_ids and same_values and enough_sure and self_test is None,
         same_ids=same_ids,
         same_values=same_values,
         lse_error=lse_error,
@@ -135,7 +122,7 @@ def _check_topk(
 def records(scale: Scale, recorder: Recorder) -> None:
     """Targets with draws beside the reference's, and records beside NumPy's, byte for byte."""
     exact_TV = _logits(scale, torch.float32)
-    seeds_T = token_seeds(0, torch.zeros(len(exact_TV)), torch.arange(len(exact_TV)))
+    seeds_T = seeds_of(len(exact_TV))
     for k, num_draws, bits in ((scale.default_entries, scale.default_draws, 8), *_FORMS):
         name = f"{k} entries, {num_draws} draws, {bits} bits"
         with recorder.attempt(name):
@@ -173,27 +160,28 @@ def loss(scale: Scale, recorder: Recorder) -> None:
         self_test = head_passes_triton.self_test_failure(device)
         recorder.tell("the kernels' own test", self_test is None, why=self_test or "passed")
     for num_draws in (0, scale.default_draws):
+        # inputs
         random = torch.Generator().manual_seed(0)
         exact_TV = _logits(scale, torch.float32)
-        seeds_T = token_seeds(0, torch.zeros(len(exact_TV)), torch.arange(len(exact_TV)))
+        seeds_T = seeds_of(len(exact_TV))
         spec = TargetSpec(scale.vocab_size, scale.default_entries, num_draws=num_draws)
         target = compress(exact_TV, spec, seeds_T=seeds_T)
         target = target.map(lambda tensor: tensor.to(device))
         hidden_TH = torch.randn(len(exact_TV), scale.check_hidden_size, generator=random)
         weight_VH = torch.randn(scale.vocab_size, scale.check_hidden_size, generator=random)
         weight_VH *= 3.0 / scale.check_hidden_size**0.5
+
+        # loss and gradients in each format
         for dtype, most in _GRADIENT_ERRORS.items():
             name = f"{num_draws} draws, {str(dtype)[6:]}: greatest error of loss and gradients"
             with recorder.attempt(name):
                 inputs_TH, head_VH = hidden_TH.to(device, dtype), weight_VH.to(device, dtype)
                 ours = _gradients(inputs_TH, head_VH, target)
                 exact = _gradients(inputs_TH.double(), head_VH.double(), target)
-                errors = [
-                    float((a.double() - b).norm() / b.norm())
-                    for a, b in zip(ours, exact, strict=True)
-                ]
-                path = head_passes.backend_for(head_VH)
-                recorder.tell(name, max(errors), at_most=most, errors=errors, path=path.name)
+                pairs = zip(ours, exact, strict=True)
+                errors = [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+                backend = head_passes.backend_for(head_VH)
+                recorder.tell(name, max(errors), at_most=most, errors=errors, path=backend.name)
 
 
 def _gradients(hidden_TH: Tensor, weight_VH: Tensor, target: CompressedLogits) -> Sequence[Tensor]:
@@ -206,17 +194,13 @@ def tests(scale: Scale, recorder: Recorder) -> None:
     """`tests/gpu`, a finding for each test; without a GPU they are collected alone."""
     folder = Path(__file__).parents[4] / "tests" / "gpu"
     command = [sys.executable, "-m", "pytest", str(folder), "-p", "no:cacheprovider", "--tb=short"]
-    # most of their time is the compiler's
-    beside_each_other = ["-n", "6"] if find_spec("xdist") else []
-    options = (
-        [f"--findings={recorder.path.absolute()}", *beside_each_other]
-        if scale.is_real
-        else ["--collect-only"]
-    )
+    name, options = "tests/gpu can be collected", ["--collect-only"]
+    if scale.is_real:
+        # several processes, since most of the time is the compiler's
+        in_parallel = ["-n", "6"] if find_spec("xdist") else []
+        name, options = "tests/gpu", [f"--findings={recorder.path.absolute()}", *in_parallel]
     code = subprocess.run([*command, *options], check=False).returncode
-    recorder.tell(
-        "tests/gpu" if scale.is_real else "tests/gpu can be collected", code == 0, exit_code=code
-    )
+    recorder.tell(name, code == 0, exit_code=code)
 
 
 def _logits(scale: Scale, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ Value = bool | float | str
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One measurement or check. A bool says whether something is right; a float may have bounds."""
+    """One measurement or check: a bool is whether something is right; a float may have bounds."""
 
     part: str
     name: str
@@ -56,9 +56,8 @@ class Recorder:
     ) -> None:
         found = Finding(self.part, name, value, unit, at_least, at_most, details)
         line = json.dumps(asdict(found) | {"passed": found.passed}, default=str) + "\n"
-        with self.path.open(
-            "ab", buffering=0
-        ) as file:  # in one call, so that a kill cuts no line in two
+        # unbuffered, so that a line is one write, and no kill leaves a part of one
+        with self.path.open("ab", buffering=0) as file:
             file.write(line.encode())
         print(line_of(found), flush=True)
 
@@ -89,14 +88,13 @@ def line_of(found: Finding) -> str:
     verdict = {True: "passed", False: "FAILED", None: ""}[found.passed]
     bounds = [("at least", found.at_least), ("at most", found.at_most)]
     wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
-    number = isinstance(found.value, float) and not isinstance(found.value, bool)
-    shown = (
-        ""
-        if isinstance(found.value, bool)
-        else f"{found.value:.4g}"
-        if number
-        else str(found.value)
-    )
+    match found.value:
+        case bool():
+            shown = ""
+        case float():
+            shown = f"{found.value:.4g}"
+        case _:
+            shown = str(found.value)
     value = f"{shown} {found.unit}".strip()
     columns = f"{found.part:12}{found.name:60} {value:20} {wanted:14}"
     error = " ".join(str(found.details.get("error", "")).split())

@@ -23,16 +23,11 @@ def run(scale: Scale, recorder: Recorder) -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         config = _config(scale, folder)
-        (folder / "models").mkdir()
-        sizes = replace(Sizes(), num_steps=0)
-        make_models(
-            folder / "models",
-            config.corpus,
-            sizes,
-            cache_dir=folder / "cache",
-            console=Console(quiet=True),
-        )
-        plan = pipeline.make_plan(config, run_dir=folder / "run", cache_dir=folder / "cache")
+        models, cache_dir = folder / "models", folder / "cache"
+        models.mkdir()
+        untrained, quiet = replace(Sizes(), num_steps=0), Console(quiet=True)
+        make_models(models, config.corpus, untrained, cache_dir=cache_dir, console=quiet)
+        plan = pipeline.make_plan(config, run_dir=folder / "run", cache_dir=cache_dir)
         pipeline.run(plan)
         _tell(read_journal(plan.run_dir / "journal.jsonl"), scale, recorder)
 
@@ -53,9 +48,12 @@ def _tell(rows: list[Row], scale: Scale, recorder: Recorder) -> None:
 
 
 def _config(scale: Scale, folder: Path) -> Config:
+    # the GPU, which teacher and student share
     place = {"device": scale.device, "dtype": scale.teacher_dtype, "num_cpus": 0.5}
     if scale.device == "cuda":
-        place["num_gpus"] = 0.5  # both on the one that there is
+        place["num_gpus"] = 0.5
+
+    # a small run
     models = folder / "models"
     return parse_config(
         {

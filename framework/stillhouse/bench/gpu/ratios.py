@@ -20,7 +20,8 @@ from stillhouse.bench import topk as topk_bench
 from stillhouse.bench.cost import Timings, Work, extra_bytes_of, time_in_turn
 from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
-from stillhouse.logits import Head, TargetSpec, compress_hidden, decode, encode, token_seeds
+from stillhouse.bench.synthetic import seeds_of
+from stillhouse.logits import Head, TargetSpec, compress_hidden, decode, encode
 
 _TOPK_PROMISES = {topk_bench.EAGER: 10.0, topk_bench.COMPILED: 4.0}  # times their speed
 _LOSS_PROMISE, _LIGER_PROMISE = 1.15, 1.0  # times their seconds
@@ -35,27 +36,21 @@ def topk(scale: Scale, recorder: Recorder) -> None:
     with recorder.attempt("ceilings"):
         _tell_ceilings(scale, recorder)
     cases = [(scale.wide_vocab_size, False), (scale.vocab_size, False)]
-    for vocab_size, with_compile in (
-        [*cases, (scale.wide_vocab_size, True)] if scale.is_real else cases
-    ):
-        setting = topk_bench.Setting(
-            scale.time_tokens, vocab_size, scale.k, "bfloat16", scale.device
-        )
+    if scale.is_real:
+        cases.append((scale.wide_vocab_size, True))
+    for vocab_size, with_compile in cases:
+        sizes = scale.time_tokens, vocab_size, scale.k
+        setting = topk_bench.Setting(*sizes, "bfloat16", scale.device)
         name = f"{vocab_size:,} ids"
         with recorder.attempt(name):
-            works = partial(_topk_works, setting, with_compile=with_compile)
-            timings = time_in_turn(works, repeats=scale.repeats, device=torch.device(scale.device))
-            ours = topk_bench.IN_TRITON if topk_bench.IN_TRITON in timings.seconds else "stillhouse"
-            other = topk_bench.COMPILED if with_compile else topk_bench.EAGER
+            timings = _timed(partial(_topk_works, setting, with_compile=with_compile), scale)
             _tell_times(name, timings, setting.num_tokens, recorder)
-            num_bytes = 2 * setting.num_tokens * vocab_size
-            recorder.tell(
-                f"{name}: {ours}, logits read", num_bytes / timings.of(ours).median / 1e12, "TB/s"
-            )
-            ratio = timings.ratio(other, ours).median
-            recorder.tell(
-                f"{name}: speed over {other}", ratio, at_least=scale.promise(_TOPK_PROMISES[other])
-            )
+            ours = topk_bench.IN_TRITON if topk_bench.IN_TRITON in timings.seconds else "stillhouse"
+            speed = 2 * setting.num_tokens * vocab_size / timings.of(ours).median / 1e12
+            recorder.tell(f"{name}: {ours}, logits read", speed, "TB/s")
+            other = topk_bench.COMPILED if with_compile else topk_bench.EAGER
+            ratio, least = timings.ratio(other, ours).median, scale.promise(_TOPK_PROMISES[other])
+            recorder.tell(f"{name}: speed over {other}", ratio, at_least=least)
 
 
 def _tell_ceilings(scale: Scale, recorder: Recorder) -> None:
@@ -67,15 +62,11 @@ def _tell_ceilings(scale: Scale, recorder: Recorder) -> None:
         "copy": lambda: [place.copy_(copied)],
         "product": lambda: [square @ square],
     }
-    timings = time_in_turn(lambda _: works, repeats=scale.repeats, device=device)
-    recorder.tell(
-        "a copy, read and written", 8 * size**2 / timings.of("copy").median / 1e12, "TB/s"
-    )
-    recorder.tell(
-        f"a product of {size:,} in bfloat16",
-        2 * size**3 / timings.of("product").median / 1e12,
-        "TFLOP/s",
-    )
+    timings = _timed(lambda _: works, scale)
+    copy_speed = 8 * size**2 / timings.of("copy").median / 1e12
+    recorder.tell("a copy, read and written", copy_speed, "TB/s")
+    product_speed = 2 * size**3 / timings.of("product").median / 1e12
+    recorder.tell(f"a product of {size:,} in bfloat16", product_speed, "TFLOP/s")
 
 
 def _topk_works(setting: topk_bench.Setting, repeat: int, *, with_compile: bool) -> dict[str, Work]:
@@ -91,16 +82,11 @@ def head(scale: Scale, recorder: Recorder) -> None:
         setting = _setting(scale, hidden_size, k=scale.k)
         name = f"H = {hidden_size}"
         with recorder.attempt(name):
-            timings = time_in_turn(
-                partial(_head_works, scale, setting), repeats=scale.repeats, device=device
-            )
+            timings = _timed(partial(_head_works, scale, setting), scale)
             _tell_times(name, timings, setting.num_tokens, recorder)
             share = timings.ratio(head_bench.PRODUCT, _DEFAULT_TARGET).median
-            recorder.tell(
-                f"{name}: {_DEFAULT_TARGET}, of the product's speed",
-                share,
-                at_least=scale.promise(least),
-            )
+            words = f"{name}: {_DEFAULT_TARGET}, of the product's speed"
+            recorder.tell(words, share, at_least=scale.promise(least))
             extra = extra_bytes_of(_head_works(scale, setting, 0)[_DEFAULT_TARGET], device)
             recorder.tell(f"{name}: {_DEFAULT_TARGET}, extra memory", extra / 1e6, "MB")
     for k, num_draws in ((scale.default_entries, scale.default_draws), (scale.k, 0)):
@@ -113,9 +99,7 @@ def _head_works(scale: Scale, setting: loss_bench.Setting, repeat: int) -> dict[
     weight_VH = inputs.head.weight_VH
     wide_WH = torch.cat([weight_VH, weight_VH[: scale.row_width - setting.vocab_size]])
     exact = replace(inputs, head=Head(weight_VH, float32_logits=True))
-    seeds_T = token_seeds(0, torch.zeros(setting.num_tokens), torch.arange(setting.num_tokens)).to(
-        setting.torch_device
-    )
+    seeds_T = seeds_of(setting.num_tokens).to(setting.torch_device)
     default = {"k": scale.default_entries, "num_draws": scale.default_draws}
     return {
         head_bench.PRODUCT: partial(head_bench.product, inputs),
@@ -137,7 +121,7 @@ def _to_records(
 
 def _time_records(scale: Scale, recorder: Recorder, *, k: int, num_draws: int) -> None:
     setting = _setting(scale, scale.check_hidden_size, k=k)
-    seeds_T = token_seeds(0, torch.zeros(setting.num_tokens), torch.arange(setting.num_tokens))
+    seeds_T = seeds_of(setting.num_tokens)
     (records_TB,) = _to_records(head_bench.Inputs.of(setting, 0), seeds_T, k=k, num_draws=num_draws)
     spec = TargetSpec(scale.vocab_size, k, num_draws=num_draws)
     target = decode(records_TB, spec)
@@ -145,9 +129,7 @@ def _time_records(scale: Scale, recorder: Recorder, *, k: int, num_draws: int) -
         "written": lambda: [encode(target, spec)],
         "read": lambda: [decode(records_TB, spec).token_ids_TK],
     }
-    timings = time_in_turn(
-        lambda _: works, repeats=scale.repeats, device=torch.device(scale.device)
-    )
+    timings = _timed(lambda _: works, scale)
     for way in works:
         speed = setting.num_tokens / timings.of(way).median / 1e6
         recorder.tell(f"records of {k} entries, {num_draws} draws: {way}", speed, "M tokens/s")
@@ -158,6 +140,8 @@ def loss(scale: Scale, recorder: Recorder) -> None:
     hidden_size = scale.hidden_promises[0][0]
     setting = replace(_setting(scale, hidden_size, k=scale.k), vocab_size=scale.wide_vocab_size)
     device = setting.torch_device
+
+    # beside the three products
     ways: dict[str, LossWay] = {
         loss_bench.PRODUCTS: loss_bench.products,
         loss_bench.OURS: loss_bench.ours,
@@ -166,30 +150,27 @@ def loss(scale: Scale, recorder: Recorder) -> None:
         loss_bench.OUR_TEXT: loss_bench.our_text,
     }
     with recorder.attempt("beside three products"):
-        timings = time_in_turn(
-            partial(_loss_works, ways, setting), repeats=scale.repeats, device=device
-        )
+        timings = _timed(partial(_loss_works, ways, setting), scale)
         _tell_times("the loss", timings, setting.num_tokens, recorder)
         ratio = timings.ratio(loss_bench.OURS, loss_bench.PRODUCTS).median
         recorder.tell("seconds over three products", ratio, at_most=scale.promise(_LOSS_PROMISE))
         for way in (loss_bench.OURS, loss_bench.NAIVE):
             extra = extra_bytes_of(_loss_works(ways, setting, 0)[way], device)
             recorder.tell(f"the loss: {way}, extra memory", extra / 1e6, "MB")
-    if scale.device == "cuda" and find_spec("liger_kernel"):
-        texts: dict[str, LossWay] = {
-            loss_bench.OUR_TEXT: loss_bench.our_text,
-            loss_bench.LIGER: loss_bench.liger,
-            _TUNED_LIGER: _tuned_liger,
-        }
-        with recorder.attempt("beside Liger"):
-            timings = time_in_turn(
-                partial(_loss_works, texts, setting), repeats=scale.repeats, device=device
-            )
-            _tell_times("the text", timings, setting.num_tokens, recorder)
-            ratio = timings.ratio(loss_bench.OUR_TEXT, _TUNED_LIGER).median
-            recorder.tell(
-                f"seconds over {_TUNED_LIGER}", ratio, at_most=scale.promise(_LIGER_PROMISE)
-            )
+
+    # beside Liger, on the text alone
+    if scale.device != "cuda" or not find_spec("liger_kernel"):
+        return
+    texts: dict[str, LossWay] = {
+        loss_bench.OUR_TEXT: loss_bench.our_text,
+        loss_bench.LIGER: loss_bench.liger,
+        _TUNED_LIGER: _tuned_liger,
+    }
+    with recorder.attempt("beside Liger"):
+        timings = _timed(partial(_loss_works, texts, setting), scale)
+        _tell_times("the text", timings, setting.num_tokens, recorder)
+        ratio = timings.ratio(loss_bench.OUR_TEXT, _TUNED_LIGER).median
+        recorder.tell(f"seconds over {_TUNED_LIGER}", ratio, at_most=scale.promise(_LIGER_PROMISE))
 
 
 def _loss_works(
@@ -200,13 +181,11 @@ def _loss_works(
 
 
 def _ours_with_draws(num_draws: int, inputs: loss_bench.Inputs) -> Sequence[Tensor]:
-    shape, device = (len(inputs.hidden_TH), num_draws), inputs.hidden_TH.device
-    draws_TN = (
-        torch.randint(inputs.target.vocab_size, shape, device=device, dtype=torch.int32)
-        .sort(dim=1)
-        .values
-    )
-    return loss_bench.ours(replace(inputs, target=replace(inputs.target, tail_ids_TN=draws_TN)))
+    target, device = inputs.target, inputs.hidden_TH.device
+    shape = len(inputs.hidden_TH), num_draws
+    ids_TN = torch.randint(target.vocab_size, shape, device=device, dtype=torch.int32)
+    target = replace(target, tail_ids_TN=ids_TN.sort(dim=1).values)
+    return loss_bench.ours(replace(inputs, target=target))
 
 
 def _tuned_liger(inputs: loss_bench.Inputs) -> Sequence[Tensor]:
@@ -226,6 +205,10 @@ def _tuned_liger(inputs: loss_bench.Inputs) -> Sequence[Tensor]:
 def _setting(scale: Scale, hidden_size: int, *, k: int) -> loss_bench.Setting:
     sizes = scale.time_tokens, scale.vocab_size, hidden_size, k
     return loss_bench.Setting(*sizes, dtype="bfloat16", device=scale.device)
+
+
+def _timed(works_of: Callable[[int], Mapping[str, Work]], scale: Scale) -> Timings:
+    return time_in_turn(works_of, repeats=scale.repeats, device=torch.device(scale.device))
 
 
 def _tell_times(name: str, timings: Timings, num_tokens: int, recorder: Recorder) -> None:

@@ -20,9 +20,8 @@ from stillhouse.bench.gpu.findings import Recorder, read_findings, table
 from stillhouse.errors import ConfigError, UserError
 
 FINDINGS, LOG, SUMMARY = "findings.jsonl", "log.txt", "summary.txt"
-GRACE_S = (
-    2.0  # from SIGTERM to SIGKILL, and from there until the session goes on without that process
-)
+# from SIGTERM to SIGKILL, and from there until the session goes on without that process
+GRACE_S = 2.0
 INSTALL_LIMIT_S = 20.0
 _ASK_LIMIT_S = 60.0  # where that is not enough, nothing follows
 _LOG_TAIL_CHARACTERS = 1500
@@ -130,6 +129,7 @@ def _run(
     part: Part, command: Sequence[str], out: Path, environment: Mapping[str, str], *, grace_s: float
 ) -> None:
     """One part, to its end or its limit. How it ended is a finding of its own."""
+    # the process, all of whose output is in the log
     began = monotonic()
     with (out / LOG).open("a+", errors="replace") as log:
         log.write(f"===== {part.name}\n")
@@ -150,6 +150,8 @@ def _run(
             error = f"it ran out of its {part.limit_s:g} s"
         finally:
             _end(process, grace_s=grace_s)
+
+        # how it ended
         log.seek(start)
         tail = log.read()[-_LOG_TAIL_CHARACTERS:]
     if error:
@@ -187,7 +189,7 @@ def _chosen(only: str) -> list[Part]:
 
 
 def _require_gpu() -> None:
-    """Raises ConfigError where torch finds none. A child asks, since a broken driver may hang."""
+    """Raises ConfigError where torch finds no GPU. In a child process: a broken driver may hang."""
     ask = "import torch; print(torch.__version__, torch.cuda.is_available())"
     try:
         done = subprocess.run(

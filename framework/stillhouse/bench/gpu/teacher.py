@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from stillhouse.bench.cost import Work, time_in_turn
 from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
-from stillhouse.logits import TargetSpec, compress_hidden, encode, token_seeds
+from stillhouse.bench.synthetic import seeds_of
+from stillhouse.logits import TargetSpec, compress_hidden, encode
 from stillhouse.models import check_head, check_packing, final_hidden, head_of
 
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4}  # dense bfloat16, by the datasheets
@@ -62,24 +63,20 @@ def _time_targets(
     ids_BL, positions_BL, _ = _packed(scale, num_rows=num_rows, length=length)
     head = head_of(model, vocab_size=scale.vocab_size)
     spec = TargetSpec(scale.vocab_size, scale.default_entries, num_draws=scale.default_draws)
-    seeds_T = token_seeds(0, torch.zeros(num_rows * length), torch.arange(num_rows * length)).to(
-        scale.device
-    )
+    seeds_T = seeds_of(num_rows * length).to(scale.device)
 
     def work() -> Sequence[Tensor]:
         hidden_TH = final_hidden(model, ids_BL, positions_BL).flatten(0, 1)
-        return [encode(compress_hidden(hidden_TH, head, spec=spec, seeds_T=seeds_T), spec)]
+        target = compress_hidden(hidden_TH, head, spec=spec, seeds_T=seeds_T)
+        return [encode(target, spec)]
 
-    seconds = _seconds(work, scale)
-    recorder.tell(
-        f"L = {length}: forward and default target", num_rows * length / seconds, "tokens/s"
-    )
+    speed = num_rows * length / _seconds(work, scale)
+    recorder.tell(f"L = {length}: forward and default target", speed, "tokens/s")
 
 
 def _seconds(work: Work, scale: Scale) -> float:
-    timings = time_in_turn(
-        lambda _: {"work": work}, repeats=_REPEATS, device=torch.device(scale.device)
-    )
+    device = torch.device(scale.device)
+    timings = time_in_turn(lambda _: {"work": work}, repeats=_REPEATS, device=device)
     return timings.of("work").median
 
 
@@ -104,11 +101,11 @@ def _model(scale: Scale) -> PreTrainedModel:
         max_position_embeddings=max(length for _, length, _ in scale.length_promises),
         tie_word_embeddings=False,
     )
+    dtype = getattr(torch, scale.teacher_dtype)
     with torch.device(scale.device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, scale.teacher_dtype)
-        )
-    return model.eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.eval()
+    return model
 
 
 def packed_positions(num_rows: int, length: int) -> tuple[Tensor, int]:
@@ -131,7 +128,7 @@ def _flops(model: PreTrainedModel, num_tokens: int, num_pairs: int) -> float:
         weight.numel() for name, weight in named if "embed" not in name and "lm_head" not in name
     )
     config = model.config
-    channels = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    channels: int = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return 2.0 * num_weights * num_tokens + 4.0 * channels * num_pairs
 
 

@@ -50,7 +50,8 @@ def block_width(vocab_size: int, k: int) -> int:
     There the M maxima and the K B entries of the found blocks are about as many.
     """
     least, most = _WIDTHS
-    return max(least, min(most, triton.next_power_of_2(int((vocab_size / max(1, k)) ** 0.5))))
+    width: int = triton.next_power_of_2(int((vocab_size / max(1, k)) ** 0.5))
+    return max(least, min(most, width))
 
 
 def too_small(vocab_size: int, k: int) -> str | None:
