@@ -63,7 +63,7 @@ class Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=Verbs,
-    help="Distil large language models through exact compressed top-k logits.",
+    help="Distil large language models at cluster scale.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -89,7 +89,7 @@ def options(
         ),
     ] = "info",
 ) -> None:
-    """Distil large language models through exact compressed top-k logits."""
+    """Distil large language models at cluster scale."""
     logging.getLogger("stillhouse").setLevel(log_level.upper())
 
 
