@@ -40,11 +40,11 @@ SIGNATURES = {
     "seeds_T: Tensor | None = None, block_tokens: int = 1024) -> CompressedLogits",
     "decode": "(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits",
     "densify": "(compressed: CompressedLogits) -> Tensor",
-    "distillation_loss": "(hidden_TH: Tensor, head: Head, target: CompressedLogits | None, *, "
-    "divergence: Divergence, labels_T: Tensor | None = None, ce_weight: float = 0.0, "
-    "divergence_weight: float = 1.0, z_loss_weight: float = 0.0, "
+    "distillation_loss": "(hidden_TH: Tensor, head: Head, target: CompressedLogits | None = None, "
+    "*, divergence: Divergence = forward_kl, labels_T: Tensor | None = None, "
+    "divergence_weight: float = 1.0, ce_weight: float = 0.0, z_loss_weight: float = 0.0, "
     "block_tokens: int | None = None) -> LossTerms",
-    "divergence_named": "(name: str, mix: float) -> Divergence",
+    "divergence_named": "(name: str, mix: float = 0.5) -> Divergence",
     "encode": "(compressed: CompressedLogits, spec: TargetSpec) -> Tensor",
     "evaluate": "(run: Plan | str | Path) -> dict[ModelName, Scores]",
     "export": "(run: Plan | str | Path, out: str | Path) -> int",

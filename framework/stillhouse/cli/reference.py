@@ -127,7 +127,7 @@ def signature_of(value: Any) -> str:
         return ""
     signature = inspect.signature(value)
     parameters = [
-        each.replace(annotation=_annotation(each.annotation), default=_default(each.default))
+        each.replace(annotation=_annotation(each.annotation), default=_default(each.default, value))
         for each in signature.parameters.values()
     ]
     is_class = isinstance(value, type)
@@ -164,8 +164,12 @@ def _annotation(annotation: Any) -> Any:
     return _Words(re.sub(r"ndarray\[tuple\[[^\]]*\], dtype\[(\w+)\]\]", r"NDArray[\1]", words))
 
 
-def _default(default: Any) -> Any:
-    return _Words(default.__name__) if inspect.isfunction(default) else default
+def _default(default: Any, owner: Any) -> Any:
+    """A function or a tuple of the owner's module by its name there; another value as it is."""
+    if not (inspect.isfunction(default) or (isinstance(default, tuple) and default)):
+        return default
+    names = vars(sys.modules[owner.__module__])
+    return next((_Words(name) for name, value in names.items() if value is default), default)
 
 
 def _entry(name: str, value: Any) -> Iterator[str]:
