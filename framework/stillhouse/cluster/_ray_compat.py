@@ -107,7 +107,7 @@ def drain_node(node: str, *, detail: str, deadline_ms: int) -> None:
 def kill_train_controllers() -> None:
     """Kill this job's Ray Train controllers: `fit` hands out no handle to its own, and ends in a
     thread by no other means."""
-    job = ray.get_runtime_context().job_id
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     worker: Any = ray._private.worker.global_worker
     for actor, about in ray._private.state.state.actor_table(None, job, "ALIVE").items():
         if about["ActorClassName"] == "TrainController":
