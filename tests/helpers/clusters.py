@@ -98,7 +98,7 @@ class RayMachines:
         for process in (*owner.children(recursive=True), owner):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self._process.wait()
+        self._process.communicate(timeout=_PATIENCE_S)  # waits, and closes the pipes
         self.raylets.clear()
 
     def is_lost(self) -> bool:
