@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
+from helpers.batches import next_batch
 from helpers.calls import must_not_be_called
 from helpers.chunks import make_chunk, small_recipe
 from helpers.command import as_toml, stillhouse
@@ -492,7 +493,7 @@ def batches_of(
         "on_outage": refuse_outage,
     }
     with BatchReader(store, plan.order, **whole, **report) as reader:
-        batches = [reader.next()[0] for _ in range(NUM_STEPS)]
+        batches = [next_batch(reader) for _ in range(NUM_STEPS)]
     return [
         (
             batch.sequences,

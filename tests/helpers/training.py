@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from helpers.batches import next_batch
 from helpers.checkpoints import ORIGIN
 from stillhouse.checkpoint.restore import Restored, restore
 from stillhouse.cluster.coordinator import Coordinator
@@ -213,7 +214,7 @@ def first_gradients(job: TrainJob) -> dict[str, Tensor]:
         on_outage=refuse_outage,
     )
     with reader:
-        batch, _ = reader.next()
+        batch = next_batch(reader)
         engine.accumulate(batch.micro_batches)
     gradients = engine.full_gradients()
     engine.close()
@@ -262,7 +263,7 @@ def loss_of_step(job: TrainJob, step: int, *, model: Path) -> float:
         store, job.order, **where, on_bad_chunk=refuse_bad_chunk, on_outage=refuse_outage
     )
     with reader:
-        batch, _ = reader.next()
+        batch = next_batch(reader)
     (whole,) = batch.micro_batches
     lm = load_model(section)
     with torch.no_grad():

@@ -253,7 +253,7 @@ def test_nothing_is_deleted_while_somebody_reads_who_is_not_understood(store: Ch
     assert store.published() == set(range(24))
     with pytest.raises(
         StoreError,
-        match=r'store\.retain is "until-read", but nobody knows which chunks .*stranger\.json',
+        match=r'store\.retain is "until-read", but it is unknown which chunks .*stranger\.json',
     ):
         run.go()
 

@@ -21,6 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from helpers.batches import next_batch
 from helpers.calls import must_not_be_called
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.errors import StoreError, StudentError
@@ -115,7 +116,7 @@ def read(
     store: ChunkStore, *, start: int = 0, stop: int = NUM_STEPS, **changes: Any
 ) -> list[Batch]:
     with reader_of(store, start=start, stop=stop, **changes) as reader:
-        return [reader.next()[0] for _ in range(start, stop)]
+        return [next_batch(reader) for _ in range(start, stop)]
 
 
 def assert_micro_batch(found: MicroBatch, sequences: Sequence[int], micro_batch: int) -> None:
@@ -211,14 +212,13 @@ def test_a_chunk_that_is_published_late_is_waited_for(store: WatchedStore) -> No
     wanted = read(store)
     path_of(store, LATE).unlink()
     with reader_of(store) as reader, ThreadPoolExecutor() as threads:
-        found = [reader.next()[0] for _ in range(first_step_with(LATE))]
-        waiting = threads.submit(reader.next)
+        found = [next_batch(reader) for _ in range(first_step_with(LATE))]
+        waiting = threads.submit(next_batch, reader)
         store.wait_for(lambda: store.failed.count((LATE, "ChunkMissing")) >= 2)
         assert not waiting.done()
         store.publish(CHUNKS[LATE])
-        batch, waited_s = waiting.result(timeout=PATIENCE_S)
-        found += [batch] + [reader.next()[0] for _ in range(len(found) + 1, NUM_STEPS)]
-    assert waited_s > 0
+        batch = waiting.result(timeout=PATIENCE_S)
+        found += [batch] + [next_batch(reader) for _ in range(len(found) + 1, NUM_STEPS)]
     for ours, theirs in zip(found, wanted, strict=True):
         assert_same(ours, theirs)
 
@@ -278,12 +278,12 @@ def test_a_damaged_chunk_is_reported_once_and_read_once_it_is_replaced(store: Wa
     reported: list[int] = []
     fresh = WatchedStore(store.url, RECIPE)  # knows nothing of the chunk as it was
     with reader_of(fresh, on_bad_chunk=reported.append) as reader:
-        found = [reader.next()[0] for _ in range(first_step_with(LATE))]
+        found = [next_batch(reader) for _ in range(first_step_with(LATE))]
         fresh.wait_for(lambda: fresh.failed.count((LATE, "ChunkError")) >= 3)
         assert reported == [LATE]
         assert store.quarantine(LATE)
         store.publish(CHUNKS[LATE])
-        found += [reader.next()[0] for _ in range(len(found), NUM_STEPS)]
+        found += [next_batch(reader) for _ in range(len(found), NUM_STEPS)]
     assert reported == [LATE]
     for ours, theirs in zip(found, wanted, strict=True):
         assert_same(ours, theirs)
@@ -316,11 +316,11 @@ def test_each_read_is_told_as_it_begins_and_as_it_ends_and_waiting_for_a_chunk_i
     store.before = lambda number: reads.append(-1 - number)
     with reader_of(store, on_read=reads.append) as reader:
         for _ in range(first_step_with(LATE)):
-            reader.next()
+            next_batch(reader)
         store.wait_for(lambda: store.failed.count((LATE, "ChunkMissing")) >= 3)
         store.publish(CHUNKS[LATE])
         for _ in range(first_step_with(LATE), NUM_STEPS):
-            reader.next()
+            next_batch(reader)
     assert reads.count(LATE) >= 4
     for begun, inside, ended in zip(reads[::3], reads[1::3], reads[2::3], strict=True):
         assert begun is not None
@@ -355,7 +355,7 @@ def test_a_chunk_that_is_replaced_by_another_damaged_one_is_reported_again(
     fresh = WatchedStore(store.url, RECIPE)
     with reader_of(fresh, on_bad_chunk=report) as reader:
         for _ in range(first_step_with(LATE)):
-            reader.next()
+            next_batch(reader)
         assert told.acquire(timeout=PATIENCE_S)
         assert store.quarantine(LATE)
         fresh.wait_for(lambda: (LATE, "ChunkMissing") in fresh.failed)
@@ -366,7 +366,7 @@ def test_a_chunk_that_is_replaced_by_another_damaged_one_is_reported_again(
         assert store.quarantine(LATE)
         store.publish(CHUNKS[LATE])
         for _ in range(first_step_with(LATE), NUM_STEPS):
-            reader.next()
+            next_batch(reader)
     assert reported == [LATE, LATE]
 
 
@@ -398,11 +398,11 @@ def test_without_a_pool_a_damaged_chunk_ends_the_reading_by_name(store: WatchedS
     path.write_bytes(flip_last_bit(path.read_bytes()))
     with reader_of(ChunkStore(store.url, RECIPE), on_bad_chunk=refuse_bad_chunk) as reader:
         for _ in range(first_step_with(LATE)):
-            reader.next()
+            next_batch(reader)
         with pytest.raises(
             StudentError, match=rf"chunk {LATE} in the store is damaged.*store verify URL --repair"
         ):
-            reader.next()
+            next_batch(reader)
 
 
 def test_a_store_that_does_not_answer_is_asked_again(store: WatchedStore) -> None:
@@ -434,7 +434,7 @@ def test_a_store_that_stays_away_is_told_once_and_given_up(store: WatchedStore) 
             match=r"busy; after 0 s of waiting it is given up.*run again to go on from there",
         ),
     ):
-        reader.next()
+        next_batch(reader)
     assert told == [(0.0, "busy")]
 
 
@@ -461,7 +461,7 @@ def test_any_other_error_of_the_store_is_raised_as_itself(store: WatchedStore) -
 
     store.before = refuse
     with reader_of(store) as reader, pytest.raises(StoreError, match="permission denied"):
-        reader.next()
+        next_batch(reader)
 
 
 def test_closing_does_not_wait_for_a_chunk_that_is_not_there(store: WatchedStore) -> None:
@@ -478,7 +478,7 @@ def test_closing_does_not_wait_for_a_chunk_that_is_not_there(store: WatchedStore
 
 def test_closing_does_not_wait_for_a_consumer(store: WatchedStore) -> None:
     with reader_of(store, prefetch=1) as reader:
-        reader.next()
+        next_batch(reader)
     assert read_threads() == 0
 
 
@@ -500,7 +500,7 @@ def test_no_more_is_read_ahead_than_was_asked_for(store: WatchedStore) -> None:
         read(ChunkStore(store.url, RECIPE))  # time enough for a reader that would read on
         assert len(store.tried) == 4
         for _ in range(15):
-            reader.next()
+            next_batch(reader)
             taken += 1
     assert max(leads) <= 5  # one more where the reader was faster than this count
 

@@ -62,9 +62,9 @@ class Retention:
         self._consumers, strangers = registered(self._store)
         if strangers and self._deletes:
             raise StoreError(
-                f'store.retain is "until-read", but nobody knows which chunks {strangers[0]} in '
-                f"{self._store.url} stands for: "
-                'delete it if nobody reads there any more, or set store.retain = "all"'
+                f'store.retain is "until-read", but it is unknown which chunks {strangers[0]} in '
+                f"{self._store.url} needs: delete it if that consumer has ended, or set "
+                'store.retain = "all"'
             )
         return self._needed()
 

@@ -113,14 +113,6 @@ class BatchReader:
                 self._queue.get_nowait()
             self._thread.join(timeout=0.05)
 
-    def next(self) -> tuple[Batch, float]:
-        """The next batch, and the seconds for which the caller waited for it. Raises what the
-        reading thread raised."""
-        began = time.monotonic()
-        found = self.next_unless(lambda: False)
-        assert found is not None
-        return found, time.monotonic() - began
-
     def next_unless(self, interrupted: Callable[[], bool]) -> Batch | None:
         """The next batch, or None where `interrupted()` becomes true before it is there. Raises
         what the reading thread raised."""
