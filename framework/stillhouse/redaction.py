@@ -109,7 +109,8 @@ _FORMATS = [
         r"()\bxox[a-z]-[\w-]{8,}",
         r"()\b(?:AIza|ya29\.)[\w-]{20,}",
         # an id, and its secret beside it
-        r"""()\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b(?:[\s:,;/|"']{1,4}[A-Za-z0-9/+=]{40}(?![A-Za-z0-9/+=]))?""",
+        r"()\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"
+        r"""(?:[\s:,;/|"']{1,4}[A-Za-z0-9/+=]{40}(?![A-Za-z0-9/+=]))?""",
         r"()\b(?:sk|nvapi)-(?=[\w-]*\d)[\w-]{12,}",
         r"()\b(?:(?:hvs\.|dckr_pat_|pypi-AgE)[\w-]{20,}|npm_[A-Za-z0-9]{36}|dapi[0-9a-f]{32})",
         r"()\beyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]*)?",  # a JSON web token
@@ -151,7 +152,8 @@ _NAME = re.compile(
     re.VERBOSE | re.MULTILINE,
 )
 _QUOTED = re.compile(
-    r"""[bBrRuU]{0,2}(?P<quote>\"{3}|'{3}|\\+["']|["'])(?P<inner>(?:\\.|[^\\]){0,4096}?)(?P=quote)""",
+    r"""[bBrRuU]{0,2}(?P<quote>\"{3}|'{3}|\\+["']|["'])"""
+    r"(?P<inner>(?:\\.|[^\\]){0,4096}?)(?P=quote)",
     re.DOTALL,
 )
 # a YAML block, a list, a table
