@@ -21,7 +21,7 @@ from stillhouse.errors import StoreError
 from stillhouse.pipeline.attempt import attempt
 from stillhouse.redaction import know
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import EndRow, ProgressView, StartRow, WaitRow, read_journal
+from stillhouse.tracking import EndEvent, ProgressView, StartEvent, WaitEvent, read_journal
 
 CLEAR = "\x1b[2J"
 STEERING = f"[/x]{CLEAR}\x07\x9b2J\r\u202ex"
@@ -152,7 +152,7 @@ def test_the_progress_view_shows_what_machines_are_missing(is_terminal: bool) ->
             Console(file=out, width=200, force_terminal=is_terminal, color_system=None),
             clock=lambda: 100.0,
         ) as view:
-            view.record(WaitRow(missing, time=100.0))
+            view.record(WaitEvent(missing, time=100.0))
         shown[missing] = out.getvalue()
     # what rich itself says to a terminal
     assert steers(shown[STEERING]) == steers(shown["nothing"])
@@ -195,9 +195,9 @@ def test_the_last_row_of_a_journal_has_no_secret(tiny_world: TinyWorld, tmp_path
     start, end = (
         row
         for row in read_journal(tmp_path / "run" / "journal.jsonl")
-        if isinstance(row, StartRow | EndRow)
+        if isinstance(row, StartEvent | EndEvent)
     )
-    assert isinstance(start, StartRow)
-    assert isinstance(end, EndRow)
+    assert isinstance(start, StartEvent)
+    assert isinstance(end, EndEvent)
     assert start.command == "stillhouse run --token (redacted)"
     assert end.message == '401 {"api_key": "(redacted)"}, then (redacted)'

@@ -85,6 +85,8 @@ def disaster(
     live_through(disaster, random.Random(request.param), long_form=long_form)
     go_on_elsewhere(disaster, None if long_form else rank_groups[2])
     commits = {"student": f"s3://{bucket}/commits/student"}
-    require_kept(disaster.rows, disaster.rows_elsewhere, checkpoints=commits, store=disaster.store)
+    require_kept(
+        disaster.events, disaster.events_elsewhere, checkpoints=commits, store=disaster.store
+    )
     assert violations(published_in(bucket), Left(chunks=chunks_in(disaster.store))) == []
     return disaster

@@ -45,7 +45,7 @@ from stillhouse.pipeline import Plan
 from stillhouse.report.goodput import PARTS, incidents, recoveries, student_time, teacher_time
 from stillhouse.report.summary import summarise
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import TrainRow
+from stillhouse.tracking import TrainEvent
 
 EVERY_S = 60.0
 MACHINES = (LEFT, RIGHT)
@@ -120,7 +120,7 @@ class Soak:
         self.run = self.scene.run(self.plan)
 
     def num_steps(self) -> int:
-        return max((row.step for row in self.run.rows if isinstance(row, TrainRow)), default=0)
+        return max((row.step for row in self.run.events if isinstance(row, TrainEvent)), default=0)
 
     def strike(self, faults: Sequence[Callable[["Soak"], None]]) -> None:
         """The next fault: each of them once, in an order that is drawn, and then again in
@@ -214,7 +214,7 @@ def soak(story: Soak, *, minutes: float, faults: Sequence[Callable[[Soak], None]
 def untrue(story: Soak) -> list[str]:
     """What the run told of commits and chunks, and was not so in the end."""
     commits = {"student": commits_in(f"s3://{story.bucket}/{story.plan.run_dir.name}/student")}
-    return violations(told_in(story.run.rows), Left(commits, chunks_in(story.store)))
+    return violations(told_in(story.run.events), Left(commits, chunks_in(story.store)))
 
 
 def undisturbed(longest: Soak, world: TinyWorld) -> LiveRun:
@@ -239,7 +239,7 @@ def doubled(story: Soak) -> list[str]:
 
 
 def differing(story: Soak, other: LiveRun) -> list[str]:
-    ours, theirs = curve(story.run.rows), curve(other.rows)
+    ours, theirs = curve(story.run.events), curve(other.events)
     if [step for step, *_ in ours] != [*range(1, len(ours) + 1)]:
         return [f"{story.bucket}: steps are missing from its journal"]
     return [
@@ -251,7 +251,7 @@ def differing(story: Soak, other: LiveRun) -> list[str]:
 
 def tell(story: Soak) -> None:
     """What happened, how the run went on, and where the time went."""
-    summary = summarise(story.run.rows)
+    summary = summarise(story.run.events)
     assert summary is not None
     print(f"\nfaults: {dict(story.struck)}")
     print("\n".join(incidents(summary)))

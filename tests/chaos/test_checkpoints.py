@@ -26,7 +26,7 @@ from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.retry import Patience
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob
-from stillhouse.tracking import CheckpointRow, DamagedRow, JournalReader, Row, TrainRow
+from stillhouse.tracking import CheckpointEvent, DamagedEvent, JournalReader, RunEvent, TrainEvent
 
 COLLECTIVES_S = 3.0  # the time-out of the process group in tests of restoring
 STEPS, EVERY = (
@@ -45,7 +45,7 @@ class Phase(NamedTuple):
     victim: int
     second_is_whole: bool
     request: Matches | None = None
-    halt: type[TrainRow | CheckpointRow] | None = None
+    halt: type[TrainEvent | CheckpointEvent] | None = None
 
 
 def puts(name: str) -> Matches:
@@ -72,7 +72,7 @@ def step_in(name: str) -> int:
 
 
 PHASES = {
-    "before the snapshot": Phase(0, False, halt=TrainRow),
+    "before the snapshot": Phase(0, False, halt=TrainEvent),
     "in the upload of the first rank's first file": Phase(
         0, False, puts("mp_rank_00_model_states.pt")
     ),
@@ -83,7 +83,7 @@ PHASES = {
         1, False, puts("part-00001-of-00002.json")
     ),
     "when all parts are there, before the manifest": Phase(0, False, manifests),
-    "after the manifest": Phase(0, True, halt=CheckpointRow),
+    "after the manifest": Phase(0, True, halt=CheckpointEvent),
     "while the one before is deleted": Phase(0, True, deletes),
 }
 
@@ -122,12 +122,16 @@ def in_folder(job: TrainJob, folder: Path, **changes: Any) -> TrainJob:
     return replace(job, run_dir=folder, section=job.section.model_copy(update=changes))
 
 
-def rows_of(job: TrainJob) -> list[Row]:
-    return list(JournalReader(job.journal).new_rows())
+def rows_of(job: TrainJob) -> list[RunEvent]:
+    return list(JournalReader(job.journal).new_events())
 
 
-def losses(rows: list[Row]) -> list[tuple[int, float, float]]:
-    return [(row.step, row.loss, row.grad_norm) for row in rows if isinstance(row, TrainRow)]
+def losses(events: list[RunEvent]) -> list[tuple[int, float, float]]:
+    return [
+        (event.step, event.loss, event.grad_norm)
+        for event in events
+        if isinstance(event, TrainEvent)
+    ]
 
 
 def until(condition: Callable[[], object], *, within_s: float = 120.0) -> None:
@@ -160,7 +164,7 @@ def test_a_rank_killed_at_any_phase_of_a_checkpoint_leaves_the_newest_whole_one(
     Mortals(elsewhere, world_size=2, environment={}).finish()
     again = rows_of(elsewhere)
     assert losses(again) == losses(rows_of(steady))[resumes_after:]
-    assert not any(isinstance(row, DamagedRow) for row in again)
+    assert not any(isinstance(event, DamagedEvent) for event in again)
     assert newest_step(killed.checkpoints) == STEPS
     require_kept(rows_of(killed), again, checkpoints={"student": killed.checkpoints})
 
@@ -178,7 +182,10 @@ def test_training_does_not_wait_for_a_store_that_holds_its_checkpoints_up(
     proxy.end()
     ranks.finish()
     assert losses(rows_of(slow)) == losses(rows_of(steady))
-    assert [row.step for row in rows_of(slow) if isinstance(row, CheckpointRow)] == [EVERY, STEPS]
+    assert [event.step for event in rows_of(slow) if isinstance(event, CheckpointEvent)] == [
+        EVERY,
+        STEPS,
+    ]
     require_kept(rows_of(slow), checkpoints={"student": slow.checkpoints})
 
 
@@ -284,7 +291,7 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_named_and_the_on
     damaged.write_bytes(data)
     Mortals(copy, world_size=2, environment={}).finish()
     assert losses(rows_of(copy)) == losses(rows_of(steady))[before:]
-    (row,) = (row for row in rows_of(copy) if isinstance(row, DamagedRow))
-    assert damaged.name in row.problem
+    (event,) = (event for event in rows_of(copy) if isinstance(event, DamagedEvent))
+    assert damaged.name in event.problem
     assert newest_step(copy.checkpoints) == STEPS
     require_kept(rows_of(steady), rows_of(copy), checkpoints={"student": copy.checkpoints})

@@ -22,12 +22,19 @@ from helpers.world import TinyWorld
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
 from stillhouse.student.loader import steps_in_a_stretch
-from stillhouse.tracking import CheckpointRow, EndRow, NoticeRow, RecoveryRow, Row, TrainRow
+from stillhouse.tracking import (
+    CheckpointEvent,
+    EndEvent,
+    NoticeEvent,
+    RecoveryEvent,
+    RunEvent,
+    TrainEvent,
+)
 
 # of which most goes to starting processes, on a machine that others may use
 pytestmark = pytest.mark.timeout(900)
 
-AnyRow = TypeVar("AnyRow", bound=Row)
+AnyEvent = TypeVar("AnyEvent", bound=RunEvent)
 
 BUCKET = "elastic"
 STUDENT = {
@@ -61,10 +68,10 @@ class Journey:
 
     @property
     def last_step(self) -> int:
-        return max((row.step for row in self.of(TrainRow)), default=0)
+        return max((row.step for row in self.of(TrainEvent)), default=0)
 
-    def of(self, kind: type[AnyRow]) -> list[AnyRow]:
-        return [row for row in self.run.rows if isinstance(row, kind)]
+    def of(self, kind: type[AnyEvent]) -> list[AnyEvent]:
+        return [row for row in self.run.events if isinstance(row, kind)]
 
     def let_read(self, num_chunks: int) -> None:
         allowed = set(self.plan.chunks[:num_chunks])
@@ -85,7 +92,7 @@ class Journey:
         """A reader fetches the chunks of several steps together, counted from where its group
         began."""
         order, stretch = self.plan.order, steps_in_a_stretch(self.plan.order)
-        begun = max((row.resumed_step for row in self.of(RecoveryRow)), default=0)
+        begun = max((row.resumed_step for row in self.of(RecoveryEvent)), default=0)
         for first in range(begun, self.plan.total_steps, stretch):
             needed = (
                 np.concatenate([order.sequences(step) for step in range(first, first + stretch)])
@@ -99,18 +106,18 @@ class Journey:
 def lose_a_machine_on_notice(journey: Journey) -> None:
     journey.scene.metadata[RIGHT].announce(time() + 60.0)
     journey.run.until(
-        lambda: any(row.step == journey.last_step for row in journey.of(CheckpointRow))
+        lambda: any(row.step == journey.last_step for row in journey.of(CheckpointEvent))
     )
     journey.let_read(32)
-    journey.run.until(lambda: len(journey.of(RecoveryRow)) == 1)
+    journey.run.until(lambda: len(journey.of(RecoveryEvent)) == 1)
     journey.scene.cluster.kill_node(RIGHT)
 
 
 def get_another(journey: Journey) -> None:
     journey.scene.join(RIGHT)
-    journey.run.until(lambda: len(journey.of(CheckpointRow)) == 2)
+    journey.run.until(lambda: len(journey.of(CheckpointEvent)) == 2)
     journey.let_read(42)
-    journey.run.until(lambda: len(journey.of(RecoveryRow)) == 2)
+    journey.run.until(lambda: len(journey.of(RecoveryEvent)) == 2)
 
 
 def tell_the_driver_to_go(journey: Journey) -> None:
@@ -148,7 +155,9 @@ def journey(
             journey.read(42)
         tell_the_driver_to_go(journey)
         require_kept(
-            journey.run.rows, checkpoints={"student": f"s3://{BUCKET}/commits/student"}, store=store
+            journey.run.events,
+            checkpoints={"student": f"s3://{BUCKET}/commits/student"},
+            store=store,
         )
         yield journey
     finally:
@@ -159,7 +168,7 @@ def journey(
 def test_every_step_is_taken_once_and_loses_what_it_would_on_ranks_that_never_changed(
     journey: Journey, undisturbed: Undisturbed
 ) -> None:
-    steps = journey.of(TrainRow)
+    steps = journey.of(TrainEvent)
     assert [row.step for row in steps] == list(range(1, journey.stops[-1] + 1))
     for (step, loss, norm), (_, wanted_loss, wanted_norm) in zip(
         curve(steps), undisturbed.curve, strict=False
@@ -171,10 +180,10 @@ def test_every_step_is_taken_once_and_loses_what_it_would_on_ranks_that_never_ch
 def test_an_announced_end_is_journalled_and_the_group_goes_on_without_that_machine(
     journey: Journey,
 ) -> None:
-    assert [(row.source, row.detail) for row in journey.of(NoticeRow)][:1] == [
+    assert [(row.source, row.detail) for row in journey.of(NoticeEvent)][:1] == [
         ("aws", "spot instance-action terminate")
     ]
-    shrunk = journey.of(RecoveryRow)[0]
+    shrunk = journey.of(RecoveryEvent)[0]
     assert (shrunk.cause, shrunk.world_size, shrunk.resumed_step, shrunk.lost_steps) == (
         "notice",
         1,
@@ -185,13 +194,13 @@ def test_an_announced_end_is_journalled_and_the_group_goes_on_without_that_machi
 
 @pytest.mark.long_form
 def test_a_machine_that_comes_back_makes_the_group_whole_after_a_commit(journey: Journey) -> None:
-    grown = journey.of(RecoveryRow)[1]
+    grown = journey.of(RecoveryEvent)[1]
     assert (grown.cause, grown.world_size, grown.lost_steps) == ("grown", 2, 0)
     alone = range(journey.stops[0] + 1, grown.resumed_step + 1)
-    assert {row.step for row in journey.of(TrainRow) if row.world_size == 1} == set(alone)
+    assert {row.step for row in journey.of(TrainEvent) if row.world_size == 1} == set(alone)
 
 
 def test_a_driver_that_is_told_to_go_commits_the_last_step_first(journey: Journey) -> None:
     assert journey.exit_code == 143
-    assert journey.of(CheckpointRow)[-1].step == journey.stops[-1]
-    assert journey.of(EndRow)[-1].outcome == "interrupted"
+    assert journey.of(CheckpointEvent)[-1].step == journey.stops[-1]
+    assert journey.of(EndEvent)[-1].outcome == "interrupted"

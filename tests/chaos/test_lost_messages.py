@@ -16,7 +16,7 @@ from helpers.ranks import RankGroup
 from helpers.scene import Undisturbed, curve
 from helpers.world import TinyWorld
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import EndRow, WaitRow, read_journal
+from stillhouse.tracking import EndEvent, WaitEvent, read_journal
 
 # Each process loses some of the first messages of these kinds that it sends: the message itself, or
 # the reply to one that has arrived.
@@ -52,12 +52,12 @@ from pathlib import Path
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection
-from stillhouse.tracking import WaitRow
+from stillhouse.tracking import WaitEvent
 
 with attached(ClusterSection(num_cpus=1)):
     coordinator = Coordinator.create(Path(sys.argv[1]))
     for number in range(20):
-        coordinator.record(WaitRow(f"row {number}"))
+        coordinator.record(WaitEvent(f"row {number}"))
 """
 
 
@@ -70,11 +70,11 @@ def test_a_row_whose_acknowledgement_is_lost_is_written_down_once(tmp_path: Path
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
-    rows = read_journal(tmp_path / "journal.jsonl")
-    assert [row.missing for row in rows if isinstance(row, WaitRow)] == [
+    events = read_journal(tmp_path / "journal.jsonl")
+    assert [event.missing for event in events if isinstance(event, WaitEvent)] == [
         f"row {number}" for number in range(20)
     ]
-    assert len(rows) == 20
+    assert len(events) == 20
 
 
 @pytest.mark.long_form  # Ray Train starts its ranks again for each of its own messages that is lost
@@ -102,14 +102,16 @@ def test_a_run_whose_cluster_loses_messages_ends_with_the_losses_of_an_undisturb
         assert command.wait(timeout_s=240.0) == 0, command.words()
     finally:
         server.close()
-    rows = read_journal(plan.run_dir / "journal.jsonl")
-    assert isinstance(rows[-1], EndRow)
-    assert rows[-1].outcome == "done"
-    assert curve(rows) == wanted.curve
-    assert len({repr(row) for row in rows}) == len(rows)  # each bears the time at which it was sent
+    events = read_journal(plan.run_dir / "journal.jsonl")
+    assert isinstance(events[-1], EndEvent)
+    assert events[-1].outcome == "done"
+    assert curve(events) == wanted.curve
+    assert len({repr(event) for event in events}) == len(
+        events
+    )  # each bears the time at which it was sent
     (job,) = plan.jobs
     require_kept(
-        rows,
+        events,
         checkpoints={"student": job.checkpoints},
         store=ChunkStore(plan.config.store.url, plan.recipe),
     )

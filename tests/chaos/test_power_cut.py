@@ -13,7 +13,7 @@ from stillhouse.checkpoint.choice import newest
 from stillhouse.checkpoint.manifest import Commit
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import CheckpointRow, Journal, read_journal
+from stillhouse.tracking import CheckpointEvent, Journal, read_journal
 
 RECIPE = small_recipe()
 STEPS = [10, 20, 30, 40, 50, 60]
@@ -27,7 +27,7 @@ def publish_and_commit(root: Path) -> None:
     journal = Journal(root / "journal.jsonl")
 
     def on_commit(made: Commit, seconds: float, _blocking_s: float) -> None:
-        journal.record(CheckpointRow("student", made.step, seconds, made.num_bytes))
+        journal.record(CheckpointEvent("student", made.step, seconds, made.num_bytes))
 
     with CheckpointWriter(
         str(root / "checkpoints"),
@@ -51,13 +51,13 @@ def test_what_was_reported_before_the_power_was_cut_is_on_the_disk(tmp_path: Pat
         publish_and_commit(disk)
         cut_power(image, left)
     with file_system_in(left, tmp_path / "after") as root:
-        rows = read_journal(root / "journal.jsonl")
+        events = read_journal(root / "journal.jsonl")
         found = newest(str(root / "checkpoints"))
-        assert [row.step for row in rows if isinstance(row, CheckpointRow)] == STEPS
+        assert [event.step for event in events if isinstance(event, CheckpointEvent)] == STEPS
         assert found is not None
         assert found.step == STEPS[-1]
         store = ChunkStore(str(root / "store"), RECIPE)
         assert store.published() == set(range(RECIPE.num_chunks))
         for number in range(RECIPE.num_chunks):
             store.verify(number)
-        require_kept(rows, checkpoints={"student": str(root / "checkpoints")}, store=store)
+        require_kept(events, checkpoints={"student": str(root / "checkpoints")}, store=store)

@@ -29,7 +29,14 @@ from stillhouse.student.workers import watched
 from stillhouse.teacher.actor import TeacherJob
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.teacher.ray_backend import RayBackend
-from stillhouse.tracking import Journal, Row, StallRow, TeacherRow, latest_train_rows, read_journal
+from stillhouse.tracking import (
+    Journal,
+    RunEvent,
+    StallEvent,
+    TeacherEvent,
+    latest_train_events,
+    read_journal,
+)
 
 WATCHDOG_S = 4.0
 PATIENCE_S = 120.0
@@ -99,7 +106,7 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
     pool.run(readers=(), coordinator=coordinator, finished=lambda: True)
 
     rows = read_journal(journal.path)
-    (stall,) = [row for row in rows if isinstance(row, StallRow)]
+    (stall,) = [row for row in rows if isinstance(row, StallEvent)]
     assert (stall.role, stall.rank, stall.phase, stall.chunk) == (
         "teacher",
         0,
@@ -107,7 +114,7 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
         plan.chunks[0],
     )
     assert WATCHDOG_S <= stall.seconds < 10 * WATCHDOG_S
-    assert [row.replica for row in rows if isinstance(row, TeacherRow)] == [0, 1]
+    assert [row.replica for row in rows if isinstance(row, TeacherEvent)] == [0, 1]
     until(lambda: has_ended(stopped[0]))
     undisturbed = tiny_world.plan(tmp_path / "undisturbed", store={"url": str(tmp_path / "other")})
     tiny_world.fill_store(undisturbed)
@@ -154,14 +161,14 @@ def test_a_rank_whose_read_never_returns_is_named_with_its_chunk_killed_and_the_
     ):
         ranks.call(train_on_a_line, job, coordinator)
 
-    def rows() -> list[Row]:
+    def rows() -> list[RunEvent]:
         return read_journal(job.journal)
 
-    (stall,) = [row for row in rows() if isinstance(row, StallRow)]
+    (stall,) = [row for row in rows() if isinstance(row, StallEvent)]
     assert (stall.role, stall.rank, stall.phase, stall.chunk) == ("student", 0, "reading", chunk)
     assert stall.seconds >= WATCHDOG_S
     assert "fetch_rows" in stall.stack
     rank_groups[1].call(train_on_a_line, job, coordinator)
-    assert latest_train_rows(rows(), "student")[-1].step == job.total_steps
-    ours = [(row.step, row.loss, row.grad_norm) for row in latest_train_rows(rows(), "student")]
+    assert latest_train_events(rows(), "student")[-1].step == job.total_steps
+    ours = [(row.step, row.loss, row.grad_norm) for row in latest_train_events(rows(), "student")]
     assert ours == [(row.step, row.loss, row.grad_norm) for row in undisturbed]

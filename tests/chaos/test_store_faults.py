@@ -48,13 +48,13 @@ from stillhouse.teacher.actor import Ready, TeacherJob, publish_when_possible
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import (
-    ChunkRow,
-    EndRow,
-    PoolRow,
-    RecoveryRow,
-    RepairRow,
-    StallRow,
-    TrainRow,
+    ChunkEvent,
+    EndEvent,
+    PoolEvent,
+    RecoveryEvent,
+    RepairEvent,
+    StallEvent,
+    TrainEvent,
     read_journal,
 )
 
@@ -254,7 +254,8 @@ def fill_and_watch(
     counts: list[int] = []
     memory: list[int] = []
     wait_until(
-        lambda: any(isinstance(row, TrainRow) for row in read_journal(journal)), unless=over.is_set
+        lambda: any(isinstance(row, TrainEvent) for row in read_journal(journal)),
+        unless=over.is_set,
     )
     deadline = monotonic() + PATIENCE_S
     try:
@@ -299,9 +300,9 @@ def test_once_there_is_room_every_chunk_comes_once_and_none_was_given_up(
 ) -> None:
     plan = full_disk.plan
     rows = read_journal(plan.run_dir / "journal.jsonl")
-    assert sorted(row.chunk for row in rows if isinstance(row, ChunkRow)) == sorted(plan.chunks)
-    assert not any(row.duplicate for row in rows if isinstance(row, ChunkRow))
-    assert {row.failures for row in rows if isinstance(row, PoolRow)} == {0}
+    assert sorted(row.chunk for row in rows if isinstance(row, ChunkEvent)) == sorted(plan.chunks)
+    assert not any(row.duplicate for row in rows if isinstance(row, ChunkEvent))
+    assert {row.failures for row in rows if isinstance(row, PoolEvent)} == {0}
     assert ChunkStore(plan.config.store.url, plan.recipe).published() == set(plan.chunks)
 
 
@@ -311,13 +312,13 @@ def test_a_run_with_everything_on_a_full_disk_waits_says_so_and_ends_with_the_un
     plan = full_disk.plan
     rows = read_journal(plan.run_dir / "journal.jsonl")
     assert "journal.jsonl" in full_disk.said
-    assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["done"]
-    assert not any(isinstance(row, RecoveryRow | StallRow) for row in rows)
+    assert [row.outcome for row in rows if isinstance(row, EndEvent)] == ["done"]
+    assert not any(isinstance(row, RecoveryEvent | StallEvent) for row in rows)
     assert (plan.run_dir / "report.html").is_file()
     undisturbed = rank_groups[1].call(
         train_and_tell, replace(plan.jobs[0], run_dir=tmp_path / "undisturbed")
     )[0]
-    steps = [(row.step, row.loss, row.grad_norm) for row in rows if isinstance(row, TrainRow)]
+    steps = [(row.step, row.loss, row.grad_norm) for row in rows if isinstance(row, TrainEvent)]
     assert steps == [(row.step, row.loss, row.grad_norm) for row in undisturbed]
 
 
@@ -446,8 +447,8 @@ def test_two_readers_that_report_the_same_chunk_both_get_the_repaired_one_and_go
         teaching.result(timeout=PATIENCE_S)
     assert found == [expected, expected]
     assert reports == [damaged, damaged]
-    assert [row.chunk for row in journal.rows if isinstance(row, ChunkRow)] == [damaged]
-    assert [row.chunk for row in journal.rows if isinstance(row, RepairRow)] == [damaged]
+    assert [row.chunk for row in journal.rows if isinstance(row, ChunkEvent)] == [damaged]
+    assert [row.chunk for row in journal.rows if isinstance(row, RepairEvent)] == [damaged]
     assert len(list(Path(store.url).rglob("quarantine/*"))) == 1
     assert path.read_bytes() == whole
     require_kept(journal.rows, store=store)

@@ -5,7 +5,7 @@ import pytest
 
 from helpers.disasters import TEACHERS, Disaster
 from helpers.scene import Undisturbed, contents, times_written
-from stillhouse.tracking import PoolRow
+from stillhouse.tracking import PoolEvent
 
 # of which most goes to starting processes, on a machine that others may use
 pytestmark = pytest.mark.timeout(1200)
@@ -26,7 +26,7 @@ def test_every_chunk_is_published_once_and_is_the_undisturbed_runs(
 
 def test_a_teachers_death_costs_its_leased_chunks_at_most(disaster: Disaster) -> None:
     num_made = sum(len(disaster.published(name)) for name in TEACHERS) + disaster.num_unpublished
-    num_hedged = max(row.hedged for row in disaster.rows if isinstance(row, PoolRow))
+    num_hedged = max(event.hedged for event in disaster.events if isinstance(event, PoolEvent))
     assert 0 < num_made - len(disaster.plan.chunks) <= LEASES * disaster.num_deaths + num_hedged
 
 

@@ -12,7 +12,7 @@ from helpers.world import TinyWorld
 from stillhouse.checkpoint.manifest import tag_of
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.job import TrainJob
-from stillhouse.tracking import TrainRow
+from stillhouse.tracking import TrainEvent
 
 Ranks = dict[int, RankGroup]
 
@@ -39,7 +39,7 @@ def lose_after(job: TrainJob, step: int) -> None:
             blobs.delete(name)
 
 
-def gap(ours: list[TrainRow], theirs: list[TrainRow], *, since: int) -> float:
+def gap(ours: list[TrainEvent], theirs: list[TrainEvent], *, since: int) -> float:
     """The largest relative difference of losses; rates, steps and numbers of tokens have to be the
     same."""
     theirs = theirs[since:]

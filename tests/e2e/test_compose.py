@@ -19,15 +19,15 @@ from helpers.networks import Machine, Network, inside
 from stillhouse.config import CorpusSection
 from stillhouse.pipeline.toy import Shape, Sizes, make_models
 from stillhouse.tracking import (
-    ChunkRow,
-    EndRow,
-    EvalRow,
+    ChunkEvent,
+    EndEvent,
+    EvalEvent,
     JournalReader,
-    Row,
-    StartRow,
-    TeacherRow,
-    TrainRow,
-    WaitRow,
+    RunEvent,
+    StartEvent,
+    TeacherEvent,
+    TrainEvent,
+    WaitEvent,
     read_journal,
 )
 
@@ -69,7 +69,7 @@ class Demo:
     received: Mapping[str, int]
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RunEvent]:
         return read_journal(self.runs["head"] / "demo" / "journal.jsonl")
 
 
@@ -120,7 +120,7 @@ def demo(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def wait_until_the_run_waits(head: Container, runs: Path) -> None:
     """For machines: from then on it is sure that one joins later."""
     journal, deadline = JournalReader(runs / "demo" / "journal.jsonl"), monotonic() + PATIENCE_S
-    while not any(isinstance(row, WaitRow) for row in journal.new_rows()):
+    while not any(isinstance(row, WaitEvent) for row in journal.new_events()):
         assert not head.has_ended(), head.words()
         assert monotonic() < deadline
         sleep(0.1)
@@ -152,17 +152,17 @@ def link_bytes(hub: Machine, counter: str) -> dict[str, int]:
 def test_the_demo_ends_well_on_machines_that_share_nothing_but_a_bucket(demo: Demo) -> None:
     assert demo.exit_code == 0, demo.words
     rows = demo.rows
-    assert isinstance(rows[-1], EndRow)
+    assert isinstance(rows[-1], EndEvent)
     assert rows[-1].outcome == "done"
-    assert [row.step for row in rows if isinstance(row, TrainRow)] == list(range(1, 41))
-    assert {row.model for row in rows if isinstance(row, EvalRow)} == {"teacher", "student"}
+    assert [row.step for row in rows if isinstance(row, TrainEvent)] == list(range(1, 41))
+    assert {row.model for row in rows if isinstance(row, EvalEvent)} == {"teacher", "student"}
     assert (demo.runs["head"] / "demo" / "report.html").stat().st_size > 10_000
     for name in ("teacher-a", "teacher-b", "student"):
         assert [path.name for path in (demo.runs[name] / "demo").iterdir()] == ["models"]
 
 
 def test_every_target_crosses_the_teachers_links_once_and_the_students(demo: Demo) -> None:
-    made = [row for row in demo.rows if isinstance(row, ChunkRow)]
+    made = [row for row in demo.rows if isinstance(row, ChunkEvent)]
     num_bytes = sum(row.num_bytes for row in made)
     assert {row.replica for row in made} == {0, 1}
     # to the bucket, and not to the driver as well
@@ -171,7 +171,7 @@ def test_every_target_crosses_the_teachers_links_once_and_the_students(demo: Dem
 
 
 def test_a_run_waits_for_a_machine_that_joins_late(demo: Demo) -> None:
-    first, *_, last = (row for row in demo.rows if isinstance(row, WaitRow))
+    first, *_, last = (row for row in demo.rows if isinstance(row, WaitEvent))
     assert "student: 1 needed (2 teachers and 1 student ranks), 0 in the cluster" in first.missing
     assert last.missing == ""
 
@@ -187,9 +187,9 @@ def test_checkpoints_in_a_directory_that_machines_do_not_share_are_refused_befor
     assert (
         "give student.checkpoint_url a bucket, or a directory that all machines mount" in demo.words
     )
-    first, second = (row for row in demo.rows if isinstance(row, StartRow))
+    first, second = (row for row in demo.rows if isinstance(row, StartEvent))
     assert first.attempt + 1 == second.attempt
-    assert not any(isinstance(row, TeacherRow) and row.time < second.time for row in demo.rows)
+    assert not any(isinstance(row, TeacherEvent) and row.time < second.time for row in demo.rows)
 
 
 def test_no_secret_of_any_machine_is_written_anywhere(demo: Demo, s3_endpoint: str) -> None:

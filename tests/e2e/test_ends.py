@@ -24,7 +24,7 @@ from helpers.commands import CommandServer
 from helpers.faults import FaultyS3, publications
 from helpers.world import TinyWorld
 from stillhouse.pipeline import Plan
-from stillhouse.tracking import EndRow, Row, TrainRow, read_journal
+from stillhouse.tracking import EndEvent, RunEvent, TrainEvent, read_journal
 
 PATIENCE_S = 100.0
 LOOK_EVERY_S = 0.05
@@ -41,7 +41,7 @@ def rays_place() -> Iterator[Path]:
     rmtree(place, ignore_errors=True)
 
 
-def rows_of(plan: Plan) -> list[Row]:
+def rows_of(plan: Plan) -> list[RunEvent]:
     path = plan.run_dir / "journal.jsonl"
     return read_journal(path) if path.exists() else []
 
@@ -109,7 +109,7 @@ def test_a_command_whose_head_or_raylet_dies_ends_in_one_line_and_a_row(
             command = commands[name]
             assert command.wait(timeout_s=45.0) == 1, command.words()
             last = rows_of(plan)[-1]
-            assert isinstance(last, EndRow), command.words()
+            assert isinstance(last, EndEvent), command.words()
             assert last.outcome == "failed"
             assert "the cluster's head is gone" in last.message
             assert command.words().splitlines()[-1] == f"error: {last.message}"
@@ -189,7 +189,7 @@ def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(
     def num_steps() -> int:
         terminal.screen()
         sessions.update(rays_place.glob("**/session_2*"))
-        return sum(isinstance(row, TrainRow) for row in rows_of(plan))
+        return sum(isinstance(event, TrainEvent) for event in rows_of(plan))
 
     try:
         until(lambda: num_steps() >= 2, words=terminal.screen)
@@ -214,7 +214,7 @@ def test_a_run_outlives_its_coordinator_and_ends_by_one_ctrl_c_in_one_line(
             -1000:
         ].encode()
         last = rows_of(plan)[-1]
-        assert isinstance(last, EndRow)
+        assert isinstance(last, EndEvent)
         assert last.outcome == "interrupted"
         assert len(sessions) == 1, sessions  # none was started on the way out
         assert list(rays_place.iterdir()) == []

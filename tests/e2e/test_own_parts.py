@@ -17,14 +17,14 @@ from helpers.models import make_model
 from stillhouse.checkpoint.choice import newest_step
 from stillhouse.store import list_recipes
 from stillhouse.tracking import (
-    CheckpointRow,
-    EndRow,
-    EvalRow,
-    Row,
-    StartRow,
-    TeacherRow,
-    TrainRow,
-    latest_train_rows,
+    CheckpointEvent,
+    EndEvent,
+    EvalEvent,
+    RunEvent,
+    StartEvent,
+    TeacherEvent,
+    TrainEvent,
+    latest_train_events,
     read_journal,
 )
 
@@ -82,7 +82,7 @@ def start(config: Path, run_dir: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def rows_of(run_dir: Path) -> list[Row]:
+def rows_of(run_dir: Path) -> list[RunEvent]:
     return read_journal(run_dir / "journal.jsonl")
 
 
@@ -94,7 +94,7 @@ def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path:
     # killed, with its cluster, once some steps are committed
     process = start(config, run_dir)
     deadline = monotonic() + PATIENCE_S
-    while not any(isinstance(row, CheckpointRow) for row in rows_of(run_dir)):
+    while not any(isinstance(row, CheckpointEvent) for row in rows_of(run_dir)):
         assert process.poll() is None, (tmp_path / "log").read_text()
         assert monotonic() < deadline, (tmp_path / "log").read_text()
         sleep(0.02)
@@ -108,21 +108,21 @@ def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path:
     # the same command goes on from there
     assert start(config, run_dir).wait(timeout=PATIENCE_S) == 0, (tmp_path / "log").read_text()
     rows = rows_of(run_dir)
-    second = max(index for index, row in enumerate(rows) if isinstance(row, StartRow))
-    steps = [row.step for row in rows[second:] if isinstance(row, TrainRow)]
+    second = max(index for index, row in enumerate(rows) if isinstance(row, StartEvent))
+    steps = [row.step for row in rows[second:] if isinstance(row, TrainEvent)]
     assert steps == list(range(committed + 1, 61))
-    assert isinstance(rows[-1], EndRow)
+    assert isinstance(rows[-1], EndEvent)
     assert rows[-1].outcome == "done"
 
     # the parts did their work
-    assert {row.topk for row in rows if isinstance(row, TeacherRow)} == {
+    assert {row.topk for row in rows if isinstance(row, TeacherEvent)} == {
         "plain: one document at a time"
     }
     (stored,) = list_recipes(str(tmp_path / "store"))
     assert stored.recipe.corpus_digest == "sums:0-96x24"
-    losses = [row.loss for row in latest_train_rows(rows, "student")]
+    losses = [row.loss for row in latest_train_events(rows, "student")]
     assert losses[-1] < losses[0] < 1.0  # a squared Hellinger distance is below 1
-    assert {row.model for row in rows if isinstance(row, EvalRow)} == {"teacher", "student"}
+    assert {row.model for row in rows if isinstance(row, EvalEvent)} == {"teacher", "student"}
     assert "own_parts.divergence:squared_hellinger" in (run_dir / "report.html").read_text()
 
     # another text of the divergence does not go on with its checkpoints

@@ -35,15 +35,15 @@ from stillhouse.redaction import secrets_of
 from stillhouse.store import ChunkStore
 from stillhouse.store.consumers import registered
 from stillhouse.tracking import (
-    ChunkRow,
-    EndRow,
-    EvalRow,
+    ChunkEvent,
+    EndEvent,
+    EvalEvent,
     Role,
-    Row,
-    StartRow,
-    TeacherRow,
-    TrainRow,
-    latest_train_rows,
+    RunEvent,
+    StartEvent,
+    TeacherEvent,
+    TrainEvent,
+    latest_train_events,
     read_journal,
 )
 
@@ -53,12 +53,12 @@ TEACHERS = {"min_replicas": 2, "max_replicas": 2}
 STUDENT = {"zero_stage": 2, "max_steps": 60}
 
 
-def journal(plan: Plan) -> list[Row]:
+def journal(plan: Plan) -> list[RunEvent]:
     return read_journal(plan.run_dir / "journal.jsonl")
 
 
 def curve(plan: Plan, role: Role = "student") -> list[tuple[int, float, float]]:
-    return [(row.step, row.loss, row.grad_norm) for row in latest_train_rows(journal(plan), role)]
+    return [(row.step, row.loss, row.grad_norm) for row in latest_train_events(journal(plan), role)]
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +78,15 @@ def undisturbed(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_run_ends_with_every_chunk_every_step_and_a_report(undisturbed: Plan) -> None:
     rows = journal(undisturbed)
-    made_once = Counter(row.chunk for row in rows if isinstance(row, ChunkRow))
+    made_once = Counter(row.chunk for row in rows if isinstance(row, ChunkEvent))
     assert made_once == Counter(undisturbed.chunks)
     assert ChunkStore(undisturbed.config.store.url, undisturbed.recipe).published() == set(
         undisturbed.chunks
     )
-    assert {row.replica for row in rows if isinstance(row, TeacherRow)} == {0, 1}
+    assert {row.replica for row in rows if isinstance(row, TeacherEvent)} == {0, 1}
     for role in ("student", "control"):
         assert [step for step, *_ in curve(undisturbed, role)] == list(range(1, 61))
-    assert isinstance(rows[-1], EndRow)
+    assert isinstance(rows[-1], EndEvent)
     assert rows[-1].outcome == "done"
     assert (undisturbed.run_dir / "report.html").stat().st_size > 10_000
 
@@ -110,7 +110,7 @@ def test_every_process_of_a_run_leaves_its_log_beside_the_journal_and_no_secret_
 
 
 def test_the_student_is_nearer_to_its_teacher_than_the_control(undisturbed: Plan) -> None:
-    scores = {row.model: row for row in journal(undisturbed) if isinstance(row, EvalRow)}
+    scores = {row.model: row for row in journal(undisturbed) if isinstance(row, EvalEvent)}
     assert scores.keys() == {"teacher", "student", "control"}
     student, control = scores["student"], scores["control"]
     assert student.kl is not None
@@ -160,7 +160,7 @@ def run_until(
     config: Path,
     stop: signal.Signals,
     *,
-    reached: Callable[[list[Row]], bool],
+    reached: Callable[[list[RunEvent]], bool],
     s3: FaultyS3,
     meanwhile: Callable[[int], None] = lambda _pid: None,
 ) -> int:
@@ -196,14 +196,14 @@ def run_until(
             process.kill()
 
 
-def attempt_has_trained(number: int) -> Callable[[list[Row]], bool]:
+def attempt_has_trained(number: int) -> Callable[[list[RunEvent]], bool]:
     """Whether the journal shows that the attempt is a few steps past a checkpoint."""
 
-    def reached(rows: list[Row]) -> bool:
-        starts = [index for index, row in enumerate(rows) if isinstance(row, StartRow)]
+    def reached(rows: list[RunEvent]) -> bool:
+        starts = [index for index, row in enumerate(rows) if isinstance(row, StartEvent)]
         return (
             len(starts) == number
-            and sum(isinstance(row, TrainRow) for row in rows[starts[-1] :]) >= 6
+            and sum(isinstance(row, TrainEvent) for row in rows[starts[-1] :]) >= 6
         )
 
     return reached
@@ -290,8 +290,8 @@ def test_a_run_killed_and_then_interrupted_goes_on_bit_identically(
 ) -> None:
     plan = disturbed.plan
     rows = journal(plan)
-    assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]
-    assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["interrupted", "done"]
+    assert [row.attempt for row in rows if isinstance(row, StartEvent)] == [1, 2, 3]
+    assert [row.outcome for row in rows if isinstance(row, EndEvent)] == ["interrupted", "done"]
     assert curve(plan) == curve(undisturbed)
     store = ChunkStore(plan.config.store.url, plan.recipe)
     assert [
@@ -363,7 +363,7 @@ def test_a_run_with_nothing_left_to_train_says_so_and_which_settings_had_no_effe
     assert outcome.code == 0, outcome
     assert words in outcome.err
     end = journal(plan)[-1]
-    assert isinstance(end, EndRow)
+    assert isinstance(end, EndEvent)
     assert (end.outcome, end.message, end.steps_taken, end.steps_done) == (
         "done",
         words,

@@ -16,8 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from helpers.bounded import bounded
 from helpers.mutants import dumps, mutated_bytes, mutated_json
 from stillhouse.errors import RunError
-from stillhouse.tracking import Journal, NewerRow, Row, read_journal
-from stillhouse.tracking.events import ROW_TYPES
+from stillhouse.tracking import Journal, NewerEvent, RunEvent, read_journal
+from stillhouse.tracking.events import EVENT_TYPES
 from stillhouse.tracking.journal import scrubbed
 
 MUTANTS = 800
@@ -38,9 +38,9 @@ def example_of(kind: Any) -> Any:
     return {int: 3, float: 0.5, str: "words", bool: True}[kind]
 
 
-def examples() -> Iterator[Row]:
+def examples() -> Iterator[RunEvent]:
     """A row of each kind."""
-    for row_type in ROW_TYPES.values():
+    for row_type in EVENT_TYPES.values():
         yield row_type(**{column.name: example_of(column.type) for column in fields(row_type)})
 
 
@@ -62,7 +62,7 @@ def is_of(value: Any, kind: Any) -> bool:
     )
 
 
-def mutant(rng: random.Random, row: Row, *, sealed: bool) -> bytes:
+def mutant(rng: random.Random, row: RunEvent, *, sealed: bool) -> bytes:
     values = mutated_json(rng, {"kind": row.kind, **asdict(row)})
     line = dumps(values)
     if sealed and line.endswith(b"}") and len(line) > 2:
@@ -106,8 +106,8 @@ def test_a_line_is_a_row_of_its_types_or_is_refused_with_run_error(
         assert [repr(found[0]), repr(found[-1])] == [repr(first), repr(last)]
         row = found[1]
         assert all(is_of(getattr(row, column.name), column.type) for column in fields(row)), line
-        if isinstance(row, NewerRow):
-            assert row.name not in ROW_TYPES, line
+        if isinstance(row, NewerEvent):
+            assert row.name not in EVENT_TYPES, line
             continue
         again.unlink(missing_ok=True)
         Journal(again).record(row)

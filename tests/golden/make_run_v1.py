@@ -22,7 +22,7 @@ from stillhouse import pipeline
 from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection, parse_config
 from stillhouse.store import ChunkStore, consumers
-from stillhouse.tracking import CheckpointRow, EvalRow, latest_train_rows, read_journal
+from stillhouse.tracking import CheckpointEvent, EvalEvent, latest_train_events, read_journal
 
 VOCAB_SIZE = 264
 TEXTS = Path(__file__).parents[2] / "docs" / "format.md"
@@ -65,7 +65,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def outcome(plan: pipeline.Plan) -> dict[str, object]:
-    rows = read_journal(plan.run_dir / "journal.jsonl")
+    events = read_journal(plan.run_dir / "journal.jsonl")
     store = ChunkStore(plan.config.store.url, plan.recipe)
     chunks = {
         number: xxhash.xxh3_64_hexdigest(Path(store.url, store.key(number)).read_bytes())
@@ -74,15 +74,18 @@ def outcome(plan: pipeline.Plan) -> dict[str, object]:
     return {
         "fingerprint": plan.recipe.fingerprint,
         "curve": [
-            [row.step, row.loss, row.grad_norm] for row in latest_train_rows(rows, "student")
+            [event.step, event.loss, event.grad_norm]
+            for event in latest_train_events(events, "student")
         ],
         "chunks": chunks,
         "scores": {
-            row.model: {
-                name: value for name, value in asdict(row).items() if name not in ("model", "time")
+            event.model: {
+                name: value
+                for name, value in asdict(event).items()
+                if name not in ("model", "time")
             }
-            for row in rows
-            if isinstance(row, EvalRow)
+            for event in events
+            if isinstance(event, EvalEvent)
         },
     }
 
@@ -90,11 +93,11 @@ def outcome(plan: pipeline.Plan) -> dict[str, object]:
 def take_back(plan: pipeline.Plan) -> None:
     """To half its steps."""
     journal = plan.run_dir / "journal.jsonl"
-    lines, rows = journal.read_text().splitlines(), read_journal(journal)
+    lines, events = journal.read_text().splitlines(), read_journal(journal)
     (end,) = (
         index
-        for index, row in enumerate(rows)
-        if isinstance(row, CheckpointRow) and row.step == HALF
+        for index, event in enumerate(events)
+        if isinstance(event, CheckpointEvent) and event.step == HALF
     )
     journal.write_text("\n".join(lines[: end + 1]) + "\n")
     store = ChunkStore(plan.config.store.url, plan.recipe)

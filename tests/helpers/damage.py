@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stillhouse.errors import StoreError
-from stillhouse.tracking import Journal, WaitRow
+from stillhouse.tracking import Journal, WaitEvent
 
 
 def with_flipped_bit(data: bytes, place: int) -> bytes:
@@ -65,7 +65,7 @@ def leave_no_room(ballast: Path, journal: Path) -> None:
     fill(ballast)
     with suppress(StoreError):
         while True:
-            Journal(journal).record(WaitRow(""))
+            Journal(journal).record(WaitEvent(""))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import CheckpointRow, RecoveryRow, Row, TrainRow, read_journal
+from stillhouse.tracking import CheckpointEvent, RecoveryEvent, RunEvent, TrainEvent, read_journal
 
 TEACHERS = (LEFT, RIGHT)
 NUM_CHUNKS_AT_A_TIME = 20  # that the students may read between two blows
@@ -47,8 +47,8 @@ class Disaster:
         self.published_by_the_joined: list[int] = []
         self.orphan = -1  # the chunk that a teacher was about to publish when it was cut off
         self.stopped: psutil.Process | None = None
-        self.rows: list[Row] = []  # of the run directory, until it was lost
-        self.rows_elsewhere: list[Row] = []  # of the one that was begun then
+        self.events: list[RunEvent] = []  # of the run directory, until it was lost
+        self.events_elsewhere: list[RunEvent] = []  # of the one that was begun then
 
     def students(self) -> dict[str, object]:
         """What all that goes on with this run says of its students."""
@@ -108,12 +108,13 @@ class Disaster:
         self.run.until(lambda: bool(self.scene.s3[HUB].held) and self._has_committed())
 
     def _has_committed(self) -> bool:
-        return any(isinstance(row, CheckpointRow) for row in self.run.rows)
+        return any(isinstance(event, CheckpointEvent) for event in self.run.events)
 
     def until_recovered(self, cause: str) -> None:
         self.run.until(
             lambda: any(
-                isinstance(row, RecoveryRow) and row.cause == cause for row in self.run.rows
+                isinstance(event, RecoveryEvent) and event.cause == cause
+                for event in self.run.events
             )
         )
 
@@ -220,7 +221,7 @@ def lose_everything(disaster: Disaster) -> None:
     """The driver, the cluster and the run directory; what is left is in the bucket."""
     disaster.run.command.kill()
     disaster.scene.cluster.lose()
-    disaster.rows = disaster.run.rows
+    disaster.events = disaster.run.events
     disaster.plan.run_dir.rename(disaster.folder / "out of reach")
 
 
@@ -234,15 +235,15 @@ def go_on_elsewhere(disaster: Disaster, ranks: RankGroup | None) -> None:
     assert plan.recipe == disaster.plan.recipe
     if ranks is None:
         pipeline.run(plan)
-        disaster.rows_elsewhere = read_journal(run_dir / "journal.jsonl")
+        disaster.events_elsewhere = read_journal(run_dir / "journal.jsonl")
     else:
-        disaster.rows_elsewhere = [*ranks.call(train_and_tell, plan.jobs[0])[0]]
+        disaster.events_elsewhere = [*ranks.call(train_and_tell, plan.jobs[0])[0]]
 
 
-def steps_of(rows: list[Row]) -> list[int]:
+def steps_of(events: list[RunEvent]) -> list[int]:
     """The steps taken, in order; those that were lost come again."""
-    return [row.step for row in rows if isinstance(row, TrainRow)]
+    return [event.step for event in events if isinstance(event, TrainEvent)]
 
 
-def last_commit_of(rows: list[Row]) -> int:
-    return max((row.step for row in rows if isinstance(row, CheckpointRow)), default=0)
+def last_commit_of(events: list[RunEvent]) -> int:
+    return max((event.step for event in events if isinstance(event, CheckpointEvent)), default=0)

@@ -18,13 +18,13 @@ from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
 from stillhouse.tracking import (
-    CheckpointRow,
-    ChunkRow,
-    DamagedRow,
-    RepairRow,
-    Row,
-    StartRow,
-    TrainRow,
+    CheckpointEvent,
+    ChunkEvent,
+    DamagedEvent,
+    RepairEvent,
+    RunEvent,
+    StartEvent,
+    TrainEvent,
 )
 
 
@@ -166,31 +166,31 @@ def _changed(published: Mapping[int, Published], left: Left) -> Iterator[str]:
 # ------------------------------------------------------------------------------------
 
 
-def told_in(*journals: Sequence[Row]) -> Iterator[Event]:
+def told_in(*journals: Sequence[RunEvent]) -> Iterator[Event]:
     """The events of journals, each of which was over when the next was begun."""
     for number, rows in enumerate(journals, 1):
         by, last_steps = f"journal {number}", dict[str, int]()
         for row in rows:
             match row:
-                case StartRow():
+                case StartEvent():
                     by = f"journal {number}, attempt {row.attempt}"
                     yield from (Resumed(role, step) for role, step in row.committed_steps.items())
-                case TrainRow():
+                case TrainEvent():
                     if (
                         row.step != last_steps.get(row.role, -1) + 1
                     ):  # its group has just begun, from a commit
                         yield Resumed(row.role, row.step - 1)
                     last_steps[row.role] = row.step
-                case CheckpointRow():
+                case CheckpointEvent():
                     yield Told(row.role, row.step, by)
-                case DamagedRow():
+                case DamagedEvent():
                     yield Damaged(
                         row.role,
                         int(row.problem.removeprefix("step-")[: len(tag_of(0)) - len("step-")]),
                     )
-                case ChunkRow() if not row.duplicate:
+                case ChunkEvent() if not row.duplicate:
                     yield Published(row.chunk, f"{by}, replica {row.replica}")
-                case RepairRow():
+                case RepairEvent():
                     yield Repaired(row.chunk)
 
 
@@ -217,7 +217,7 @@ def chunks_in(store: ChunkStore) -> dict[int, str]:
 
 
 def require_kept(
-    *journals: Sequence[Row],
+    *journals: Sequence[RunEvent],
     checkpoints: Mapping[str, str] | None = None,
     store: ChunkStore | None = None,
 ) -> None:

@@ -17,7 +17,7 @@ from helpers.training import CPU, Alone
 from stillhouse.cluster.processes import prepare_process
 from stillhouse.student.job import TrainJob
 from stillhouse.student.train import train
-from stillhouse.tracking import CheckpointRow, Journal, Row, TrainRow
+from stillhouse.tracking import CheckpointEvent, Journal, RunEvent, TrainEvent
 
 _JOIN_S = 120
 
@@ -27,7 +27,7 @@ class Halt:
     """Where rank 0 stands still: once it has journalled a row of this kind. The file `reached` says
     that it is there."""
 
-    row: type[TrainRow | CheckpointRow]
+    event: type[TrainEvent | CheckpointEvent]
     step: int  # or a later one
     reached: Path
 
@@ -39,9 +39,13 @@ class HaltingJournal:
     journal: Journal
     halt: Halt | None
 
-    def record(self, row: Row) -> None:
-        self.journal.record(row)
-        if self.halt is not None and isinstance(row, self.halt.row) and row.step >= self.halt.step:
+    def record(self, event: RunEvent) -> None:
+        self.journal.record(event)
+        if (
+            self.halt is not None
+            and isinstance(event, self.halt.event)
+            and event.step >= self.halt.step
+        ):
             self.halt.reached.touch()
             threading.Event().wait()
 

@@ -31,7 +31,7 @@ from helpers.training import train_and_tell
 from helpers.world import TinyWorld, merged
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import JournalReader, Row, latest_train_rows
+from stillhouse.tracking import JournalReader, RunEvent, latest_train_events
 
 HUB, LEFT, RIGHT = "hub", "left", "right"
 _TEACHER, _RANK = "ray::_TeacherActor", "ray::RayTrainWorker"
@@ -167,9 +167,12 @@ class Undisturbed:
         return (Path(store.url) / store.key(number)).read_bytes()
 
 
-def curve(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+def curve(events: Sequence[RunEvent]) -> list[tuple[float, ...]]:
     """Step, loss and gradient of each step, as it was last taken."""
-    return [(row.step, row.loss, row.grad_norm) for row in latest_train_rows(rows, "student")]
+    return [
+        (event.step, event.loss, event.grad_norm)
+        for event in latest_train_events(events, "student")
+    ]
 
 
 class LiveRun:
@@ -177,13 +180,16 @@ class LiveRun:
 
     def __init__(self, plan: Plan, command: Command) -> None:
         self.plan, self.command = plan, command
-        self._journal, self._rows = JournalReader(plan.run_dir / "journal.jsonl"), list[Row]()
+        self._journal, self._events = (
+            JournalReader(plan.run_dir / "journal.jsonl"),
+            list[RunEvent](),
+        )
 
     @property
-    def rows(self) -> list[Row]:
+    def events(self) -> list[RunEvent]:
         """Of its journal, so far."""
-        self._rows += self._journal.new_rows()
-        return self._rows
+        self._events += self._journal.new_events()
+        return self._events
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for it. Fails where the command ends before."""

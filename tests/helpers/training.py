@@ -32,7 +32,7 @@ from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import BatchReader
 from stillhouse.student.train import train
 from stillhouse.student.universal import convert
-from stillhouse.tracking import Row, TrainRow
+from stillhouse.tracking import RunEvent, TrainEvent
 
 CPU = torch.device("cpu")
 
@@ -41,9 +41,9 @@ CPU = torch.device("cpu")
 class ListTracker:
     """A tracker that keeps its rows."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RunEvent] = field(default_factory=list)
 
-    def record(self, row: Row) -> None:
+    def record(self, row: RunEvent) -> None:
         self.rows.append(row)
 
 
@@ -95,7 +95,7 @@ class ToldToLeave(Alone):
 
 def train_until_told(
     job: TrainJob, stop_request: StopRequest, after_steps: int
-) -> tuple[bool, list[Row]]:
+) -> tuple[bool, list[RunEvent]]:
     """Train until the stop request: whether the job is done, and what was journalled when the loop
     returned."""
     tracker = ListTracker()
@@ -108,11 +108,11 @@ def train_until_told(
     return done, list(tracker.rows)
 
 
-def train_and_tell(job: TrainJob) -> list[TrainRow]:
+def train_and_tell(job: TrainJob) -> list[TrainEvent]:
     """Train the job; rank 0's training rows, in order."""
     tracker = ListTracker()
     train(job, device=CPU, journal=tracker, link=Alone())
-    return [row for row in tracker.rows if isinstance(row, TrainRow)]
+    return [row for row in tracker.rows if isinstance(row, TrainEvent)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +122,8 @@ class PhaseTracker:
     link: Alone
     phases: list[object] = field(default_factory=list)
 
-    def record(self, row: Row) -> None:
-        if isinstance(row, TrainRow):
+    def record(self, row: RunEvent) -> None:
+        if isinstance(row, TrainEvent):
             *_, (_, _, phase) = (each for each in self.link.told if each[0] == "at")
             self.phases.append(phase)
 
@@ -153,7 +153,7 @@ def refusal_of(job: TrainJob) -> str:
     return ""
 
 
-def train_through(job: TrainJob, endpoint: str) -> list[TrainRow]:
+def train_through(job: TrainJob, endpoint: str) -> list[TrainEvent]:
     """The same, with the object store at another endpoint than the session's."""
     before = os.environ["AWS_ENDPOINT_URL"]
     os.environ["AWS_ENDPOINT_URL"] = endpoint

@@ -30,7 +30,7 @@ from stillhouse.pipeline.run_dir import claim
 from stillhouse.retry import Patience
 from stillhouse.store import StoreUnavailable
 from stillhouse.student.export import load_trained
-from stillhouse.tracking import OutageRow
+from stillhouse.tracking import OutageEvent
 
 PATIENCE_S = 60.0
 
@@ -156,10 +156,10 @@ def test_a_bucket_that_is_away_for_long_is_told_and_waited_for_and_one_that_stay
         proxy.end()
         _, steps = loading.result(timeout=PATIENCE_S)
     assert steps == newest_step(job.checkpoints) == 7
-    (row,) = tracker.rows
-    assert isinstance(row, OutageRow)
-    assert row.who == "the evaluation"
-    assert "too busy" in row.why
+    (event,) = tracker.rows
+    assert isinstance(event, OutageEvent)
+    assert event.who == "the evaluation"
+    assert "too busy" in event.why
     proxy.refuse(everything, status=503)
     brief = Patience(request_s=0.1, end_after_s=0.2, first_pause_s=0.1, last_pause_s=0.1)
     with pytest.raises(StoreUnavailable, match="after 0 s of waiting it is given up"):

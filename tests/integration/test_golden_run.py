@@ -17,12 +17,12 @@ from stillhouse import pipeline
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore, verify_store
 from stillhouse.tracking import (
-    CheckpointRow,
-    ChunkRow,
-    EvalRow,
-    StartRow,
-    TrainRow,
-    latest_train_rows,
+    CheckpointEvent,
+    ChunkEvent,
+    EvalEvent,
+    StartEvent,
+    TrainEvent,
+    latest_train_events,
     read_journal,
 )
 
@@ -66,8 +66,8 @@ def planned(golden: GoldenRun, run_dir: Path) -> Plan:
 
 def curve(run_dir: Path) -> list[float]:
     """Step, loss and gradient norm of each step in turn."""
-    rows = latest_train_rows(read_journal(run_dir / "journal.jsonl"), "student")
-    return [value for row in rows for value in (row.step, row.loss, row.grad_norm)]
+    events = latest_train_events(read_journal(run_dir / "journal.jsonl"), "student")
+    return [value for event in events for value in (event.step, event.loss, event.grad_norm)]
 
 
 def expected_curve(golden: GoldenRun) -> list[float]:
@@ -80,15 +80,21 @@ def test_a_run_of_an_earlier_tree_is_finished_to_the_same_numbers(golden: Golden
     pipeline.run(plan)
 
     # the attempt took up the commit of step 5
-    rows = read_journal(golden.run_dir / "journal.jsonl")
-    starts = [index for index, row in enumerate(rows) if isinstance(row, StartRow)]
+    events = read_journal(golden.run_dir / "journal.jsonl")
+    starts = [index for index, event in enumerate(events) if isinstance(event, StartEvent)]
     assert len(starts) == 2
-    assert [row.step for row in rows[starts[1] :] if isinstance(row, TrainRow)] == [6, 7, 8, 9, 10]
-    assert [row.step for row in rows if isinstance(row, CheckpointRow)] == [5, 10]
+    assert [event.step for event in events[starts[1] :] if isinstance(event, TrainEvent)] == [
+        6,
+        7,
+        8,
+        9,
+        10,
+    ]
+    assert [event.step for event in events if isinstance(event, CheckpointEvent)] == [5, 10]
 
     # the two chunks that were missing are the ones that the earlier tree made, and the others were
     # not made again
-    assert {row.chunk for row in rows[starts[1] :] if isinstance(row, ChunkRow)} == set(
+    assert {event.chunk for event in events[starts[1] :] if isinstance(event, ChunkEvent)} == set(
         plan.chunks[-2:]
     )
     store = ChunkStore(plan.config.store.url, plan.recipe)
@@ -100,13 +106,13 @@ def test_a_run_of_an_earlier_tree_is_finished_to_the_same_numbers(golden: Golden
 
     # losses, gradients and scores
     assert curve(golden.run_dir) == pytest.approx(expected_curve(golden), **CLOSE)
-    for row in (row for row in rows if isinstance(row, EvalRow)):
+    for event in (event for event in events if isinstance(event, EvalEvent)):
         scores = {
             name: value
-            for name, value in expected["scores"][row.model].items()
+            for name, value in expected["scores"][event.model].items()
             if value is not None
         }
-        assert {name: getattr(row, name) for name in scores} == pytest.approx(scores, **CLOSE)
+        assert {name: getattr(event, name) for name in scores} == pytest.approx(scores, **CLOSE)
 
 
 def test_a_new_student_reads_the_store_of_an_earlier_tree(

@@ -16,7 +16,7 @@ from stillhouse.logits import decode
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore
 from stillhouse.student.job import TrainJob
-from stillhouse.tracking import EndRow, TrainRow, read_journal
+from stillhouse.tracking import EndEvent, TrainEvent, read_journal
 
 Ranks = dict[int, RankGroup]
 FLAT = {"k": 8, "tail_draws": 12}
@@ -106,5 +106,5 @@ def test_the_command_ends_as_a_users_mistake_before_any_step(
     assert refused.code == 2, refused
     assert "student.tail_as_bucket = true" in refused.err
     rows = read_journal(plan.run_dir / "journal.jsonl")
-    assert not [row for row in rows if isinstance(row, TrainRow)]
-    assert [row.outcome for row in rows if isinstance(row, EndRow)] == ["failed"]
+    assert not [row for row in rows if isinstance(row, TrainEvent)]
+    assert [row.outcome for row in rows if isinstance(row, EndEvent)] == ["failed"]

@@ -32,7 +32,7 @@ from stillhouse.models import load_tokenizer
 from stillhouse.store import ChunkStore
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
-from stillhouse.tracking import TrainRow
+from stillhouse.tracking import TrainEvent
 
 STEPS, WARMUP, PEAK_RATE, LAST_RATE = 60, 7, 3e-3, 1e-3
 BETAS, DECAY, CLIP = (0.8, 0.97), 0.4, 0.2
@@ -193,7 +193,7 @@ def test_two_ranks_train_as_a_plain_torch_loop_with_every_setting_at_work(
     # an epoch's last step is short
     assert len(job.order.sequences(job.order.steps_per_epoch - 1)) < 7
 
-    rows: list[TrainRow] = rank_groups[2].call(train_and_tell, job)[0]
+    rows: list[TrainEvent] = rank_groups[2].call(train_and_tell, job)[0]
     lm = AutoModelForCausalLM.from_pretrained(job.section.model, dtype=torch.float64).train()
     wanted = list(plain_training(job, lm))
     assert [row.step for row in rows] == list(range(1, STEPS + 1))

@@ -35,7 +35,14 @@ from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import Ready, TeacherJob
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.teacher.ray_backend import RayBackend
-from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, TeacherRow
+from stillhouse.tracking import (
+    ChunkEvent,
+    PoolEvent,
+    RepairEvent,
+    RunEvent,
+    SetAsideEvent,
+    TeacherEvent,
+)
 from stillhouse.tracking.log import handed_on
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -49,16 +56,16 @@ PATIENCE_S = 120
 class WatchedTracker:
     """A tracker that keeps its rows, and tells whoever waits for one."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RunEvent] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def record(self, row: Row) -> None:
+    def record(self, row: RunEvent) -> None:
         with self._changed:
             self.rows.append(row)
             self._changed.notify_all()
 
     def wait_for(
-        self, condition: Callable[[list[Row]], bool], *, unless: Callable[[], bool]
+        self, condition: Callable[[list[RunEvent]], bool], *, unless: Callable[[], bool]
     ) -> None:
         """Until the rows meet the condition; no longer once `unless`, since then nobody writes
         any."""
@@ -74,8 +81,8 @@ class WatchedTracker:
     def made(self) -> Counter[int]:
         """What was published. What was computed beside it has to come of work that was hedged,
         because a teacher was slow."""
-        chunks = [row for row in self.rows if isinstance(row, ChunkRow)]
-        num_hedged = max((row.hedged for row in self.rows if isinstance(row, PoolRow)), default=0)
+        chunks = [row for row in self.rows if isinstance(row, ChunkEvent)]
+        num_hedged = max((row.hedged for row in self.rows if isinstance(row, PoolEvent)), default=0)
         assert sum(row.duplicate for row in chunks) <= num_hedged
         return Counter(row.chunk for row in chunks if not row.duplicate)
 
@@ -130,7 +137,7 @@ class Story:
     order: list[int]
     journal: WatchedTracker
     published_by_cursor: list[set[int]] = field(default_factory=list)
-    row_behind_the_window: PoolRow | None = None
+    row_behind_the_window: PoolEvent | None = None
     bytes_before: dict[int, bytes] = field(default_factory=dict)
     quarantined: list[str] = field(default_factory=list)
 
@@ -142,7 +149,7 @@ class Story:
         return Path(self.store.url) / self.store.key(number)
 
 
-def has_made(journal: WatchedTracker, chunks: set[int], _rows: list[Row]) -> bool:
+def has_made(journal: WatchedTracker, chunks: set[int], _rows: list[RunEvent]) -> bool:
     return journal.made().keys() >= chunks
 
 
@@ -153,8 +160,8 @@ def live_through_it(
     unwanted = story.plan.chunks[NUM_CHUNKS]
     students_are_done = threading.Event()
 
-    def window_is_closed(rows: list[Row]) -> bool:
-        return any(isinstance(row, PoolRow) and row.window_wait_s > 0 for row in rows)
+    def window_is_closed(rows: list[RunEvent]) -> bool:
+        return any(isinstance(row, PoolEvent) and row.window_wait_s > 0 for row in rows)
 
     with ThreadPoolExecutor() as threads:
         running = threads.submit(
@@ -168,7 +175,7 @@ def live_through_it(
             journal.wait_for(window_is_closed, unless=running.done)
             story.published_by_cursor.append(story.store.published())
             story.row_behind_the_window = next(
-                row for row in reversed(journal.rows) if isinstance(row, PoolRow)
+                row for row in reversed(journal.rows) if isinstance(row, PoolEvent)
             )
 
             story.bytes_before = {
@@ -191,7 +198,9 @@ def live_through_it(
             )
 
             journal.wait_for(
-                lambda rows: any(isinstance(row, TeacherRow) and row.replica == 2 for row in rows),
+                lambda rows: any(
+                    isinstance(row, TeacherEvent) and row.replica == 2 for row in rows
+                ),
                 unless=running.done,
             )
             for cursor in range(1, NUM_CHUNKS - WINDOW + 1):
@@ -241,12 +250,12 @@ def story(
 
 
 def test_work_begins_when_the_fewest_teachers_are_ready(story: Story) -> None:
-    rows = [row for row in story.journal.rows if isinstance(row, ChunkRow | TeacherRow)]
-    assert {row.replica for row in rows[:2] if isinstance(row, TeacherRow)} == {0, 1}
+    rows = [row for row in story.journal.rows if isinstance(row, ChunkEvent | TeacherEvent)]
+    assert {row.replica for row in rows[:2] if isinstance(row, TeacherEvent)} == {0, 1}
 
 
 def test_a_killed_teacher_is_replaced_and_every_chunk_is_made_once(story: Story) -> None:
-    assert [row.replica for row in story.journal.rows if isinstance(row, TeacherRow)][2:] == [2]
+    assert [row.replica for row in story.journal.rows if isinstance(row, TeacherEvent)][2:] == [2]
     # the first was damaged, and made anew
     assert story.journal.made() == Counter([*story.order, story.order[0]])
     assert story.store.published() == set(story.order)
@@ -258,7 +267,7 @@ def test_behind_a_closed_window_nothing_is_made(story: Story) -> None:
     assert story.published_by_cursor == [
         set(story.order[: WINDOW + cursor]) for cursor in range(NUM_CHUNKS - WINDOW + 1)
     ]
-    assert max(row.replicas for row in story.journal.rows if isinstance(row, PoolRow)) == 2
+    assert max(row.replicas for row in story.journal.rows if isinstance(row, PoolEvent)) == 2
     assert story.order != sorted(story.order)  # or the reading order would prove nothing
     row = story.row_behind_the_window
     assert row is not None
@@ -276,7 +285,7 @@ def test_a_damaged_chunk_is_quarantined_once_and_made_anew_to_the_same_bytes(sto
     assert len(story.quarantined) == 1
     assert story.quarantined[0].startswith(f"{number:010d}-")
     assert story.path_of(number).read_bytes() == story.bytes_before[number]
-    assert [row.chunk for row in story.journal.rows if isinstance(row, RepairRow)] == [number]
+    assert [row.chunk for row in story.journal.rows if isinstance(row, RepairEvent)] == [number]
 
 
 def test_a_false_report_changes_nothing(story: Story) -> None:
@@ -292,7 +301,7 @@ def test_what_is_published_is_never_made_again(story: Story, coordinator: Coordi
     )
     pool.run(readers=["student"], coordinator=coordinator, finished=lambda: True)
     (row,) = journal.rows
-    assert isinstance(row, PoolRow)
+    assert isinstance(row, PoolEvent)
     assert (row.published, row.needed) == (len(story.order), len(story.order))
 
 
@@ -356,13 +365,13 @@ def test_a_sequence_that_no_teacher_can_compute_is_set_aside_and_a_teacher_that_
     plan, journal = poisoned_attempt.plan, poisoned_attempt.journal
     sound, bad = plan.chunks[:2]
     # for the chunk and for its first sequence
-    assert [row.replica for row in journal.rows if isinstance(row, TeacherRow)] == [
+    assert [row.replica for row in journal.rows if isinstance(row, TeacherEvent)] == [
         0,
         1,
         2,
     ]
     assert journal.made() == Counter([sound, bad])
-    (row,) = [row for row in journal.rows if isinstance(row, SetAsideRow)]
+    (row,) = [row for row in journal.rows if isinstance(row, SetAsideEvent)]
     assert (row.chunk, row.sequences) == (bad, [plan.recipe.chunk_rows(bad)[0]])
     assert row.reason.startswith("IndexError: index out of range")
     made_chunk, item = ChunkStore(plan.config.store.url, plan.recipe).fetch(bad), plan.item(bad)

@@ -29,7 +29,7 @@ from stillhouse.store.object_store import Blobs
 from stillhouse.student.export import export
 from stillhouse.student.job import TrainJob
 from stillhouse.student.watchdog import stalled
-from stillhouse.tracking import CheckpointRow, TrainRow
+from stillhouse.tracking import CheckpointEvent, TrainEvent
 
 Ranks = dict[int, RankGroup]
 # ZeRO stage, ranks, micro-batch; 3 does not divide the batch of 8
@@ -47,18 +47,18 @@ def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trai
 
 
 @pytest.fixture(scope="module")
-def reference(job: TrainJob, rank_groups: Ranks) -> list[TrainRow]:
+def reference(job: TrainJob, rank_groups: Ranks) -> list[TrainEvent]:
     whole = with_student(job, zero_stage=0, micro_batch_sequences=8)
-    rows: list[TrainRow] = rank_groups[1].call(train_and_tell, whole)[0]
+    rows: list[TrainEvent] = rank_groups[1].call(train_and_tell, whole)[0]
     return rows
 
 
-def relative_gap(ours: list[TrainRow], theirs: list[TrainRow]) -> float:
+def relative_gap(ours: list[TrainEvent], theirs: list[TrainEvent]) -> float:
     assert [row.step for row in ours] == [row.step for row in theirs]
     return max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_the_student_learns(reference: list[TrainRow]) -> None:
+def test_the_student_learns(reference: list[TrainEvent]) -> None:
     assert len(reference) == 50
     # the draws' part of it does not fall to 0: it has the tail's own entropy
     assert reference[-1].loss < reference[0].loss - 0.15
@@ -67,7 +67,7 @@ def test_the_student_learns(reference: list[TrainRow]) -> None:
 @pytest.mark.parametrize(("stage", "ranks", "micro_batch"), CUTS)
 def test_fifty_steps_lose_the_same_however_they_are_cut(
     job: TrainJob,
-    reference: list[TrainRow],
+    reference: list[TrainEvent],
     rank_groups: Ranks,
     stage: int,
     ranks: int,
@@ -109,8 +109,8 @@ def test_a_group_that_is_told_to_leave_commits_first_whatever_its_clock_shows(
     )
     assert not done
     assert not theirs_done
-    assert [row.step for row in rows if isinstance(row, TrainRow)] == [1, 2, 3]
-    assert [row.step for row in rows if isinstance(row, CheckpointRow)] == [3]
+    assert [row.step for row in rows if isinstance(row, TrainEvent)] == [1, 2, 3]
+    assert [row.step for row in rows if isinstance(row, CheckpointEvent)] == [3]
 
 
 def test_a_rank_whose_row_waits_for_room_is_not_taken_for_one_that_hangs(
@@ -267,7 +267,7 @@ def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(
 
 
 def test_the_z_loss_is_part_of_the_loss_and_has_a_figure_of_its_own(
-    job: TrainJob, reference: list[TrainRow], rank_groups: Ranks, tmp_path: Path
+    job: TrainJob, reference: list[TrainEvent], rank_groups: Ranks, tmp_path: Path
 ) -> None:
     short = replace(
         with_student(job, z_loss_weight=0.01, ce_weight=0.25), run_dir=tmp_path, total_steps=3
@@ -282,7 +282,7 @@ def test_the_z_loss_is_part_of_the_loss_and_has_a_figure_of_its_own(
 
 
 def test_bfloat16_trains_within_its_rounding(
-    job: TrainJob, reference: list[TrainRow], rank_groups: Ranks
+    job: TrainJob, reference: list[TrainEvent], rank_groups: Ranks
 ) -> None:
     rows = rank_groups[2].call(train_and_tell, with_student(job, zero_stage=2, dtype="bfloat16"))[0]
     assert relative_gap(rows, reference) <= 0.02

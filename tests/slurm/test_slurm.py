@@ -17,7 +17,7 @@ from helpers.environments import ROOT
 from helpers.scene import curve
 from helpers.slurm import FIRST, SECOND, URGENT, Job, Slurm, wait_until
 from helpers.world import TinyWorld, merged
-from stillhouse.tracking import ChunkRow, EndRow, Row, StartRow, TrainRow, read_journal
+from stillhouse.tracking import ChunkEvent, EndEvent, RunEvent, StartEvent, TrainEvent, read_journal
 
 # five starts of everything; half a minute each on a free machine, minutes on a busy one
 pytestmark = pytest.mark.timeout(1800)
@@ -53,7 +53,7 @@ class Submitted:
     places: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     @property
-    def rows(self) -> list[Row]:
+    def events(self) -> list[RunEvent]:
         return read_journal(self.run_dir / "journal.jsonl")
 
     @property
@@ -68,12 +68,13 @@ class Submitted:
         """Wait until that attempt has taken so many steps."""
 
         def trained() -> bool:
-            rows = self.rows
-            starts = [index for index, row in enumerate(rows) if isinstance(row, StartRow)]
+            events = self.events
+            starts = [index for index, event in enumerate(events) if isinstance(event, StartEvent)]
             assert not self.job.has_ended(), self.job.log()
             return (
                 len(starts) == attempt
-                and sum(isinstance(row, TrainRow) for row in rows[starts[-1] :]) >= num_steps
+                and sum(isinstance(event, TrainEvent) for event in events[starts[-1] :])
+                >= num_steps
             )
 
         wait_until(trained)
@@ -150,14 +151,14 @@ def undisturbed(sbatch: Sbatch, tmp_path_factory: pytest.TempPathFactory) -> Sub
 
 def test_a_job_ends_well_with_every_chunk_made_once(undisturbed: Submitted) -> None:
     assert undisturbed.outcome == ("COMPLETED", "0:0", "0"), undisturbed.job.log()
-    start, *rows, end = undisturbed.rows
-    assert isinstance(start, StartRow)
-    assert isinstance(end, EndRow)
+    start, *events, end = undisturbed.events
+    assert isinstance(start, StartEvent)
+    assert isinstance(end, EndEvent)
     assert end.outcome == "done"
-    assert Counter(row.chunk for row in rows if isinstance(row, ChunkRow)) == Counter(
+    assert Counter(event.chunk for event in events if isinstance(event, ChunkEvent)) == Counter(
         range(start.num_chunks)
     )
-    assert [step for step, *_ in curve(rows)] == list(range(1, start.total_steps + 1))
+    assert [step for step, *_ in curve(events)] == list(range(1, start.total_steps + 1))
 
 
 def test_ranks_are_on_the_first_node_and_teachers_on_the_other(undisturbed: Submitted) -> None:
@@ -177,16 +178,16 @@ def test_a_job_told_to_go_and_then_preempted_goes_on_from_its_commits_to_the_sam
     run.wait_for_end()
     assert urgent["JobState"] == "COMPLETED"
     assert run.outcome == ("COMPLETED", "0:0", "2"), run.job.log()
-    rows = run.rows
-    assert [row.attempt for row in rows if isinstance(row, StartRow)] == [1, 2, 3]
-    assert [row.outcome for row in rows if isinstance(row, EndRow)] == [
+    events = run.events
+    assert [event.attempt for event in events if isinstance(event, StartEvent)] == [1, 2, 3]
+    assert [event.outcome for event in events if isinstance(event, EndEvent)] == [
         "interrupted",
         "interrupted",
         "done",
     ]
     # no step was taken twice
-    assert len([row for row in rows if isinstance(row, TrainRow)]) == len(curve(rows))
-    assert curve(rows) == curve(undisturbed.rows)
+    assert len([event for event in events if isinstance(event, TrainEvent)]) == len(curve(events))
+    assert curve(events) == curve(undisturbed.events)
 
 
 def test_a_run_that_fails_fails_its_job_with_its_own_exit_code_and_leaves_nothing(

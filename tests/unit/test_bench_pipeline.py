@@ -26,7 +26,7 @@ from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch
-from stillhouse.tracking import CheckpointRow, ChunkRow, Row, StartRow, TrainRow
+from stillhouse.tracking import CheckpointEvent, ChunkEvent, RunEvent, StartEvent, TrainEvent
 
 TOKENS = 1000  # of a step
 
@@ -34,8 +34,8 @@ TOKENS = 1000  # of a step
 # ------------------------------------------------------------------------------------------------
 
 
-def start_row(time: float, *, attempt: int = 1) -> StartRow:
-    return StartRow(
+def start_row(time: float, *, attempt: int = 1) -> StartEvent:
+    return StartEvent(
         attempt,
         "run",
         {},
@@ -59,12 +59,12 @@ def start_row(time: float, *, attempt: int = 1) -> StartRow:
     )
 
 
-def train_row(step: int, time: float, *, wait: float = 0.0, tokens: int = TOKENS) -> TrainRow:
-    return TrainRow("student", step, 1.0, 1.0, None, 1.0, 1e-3, tokens, 1.0, wait, 1.0, time=time)
+def train_row(step: int, time: float, *, wait: float = 0.0, tokens: int = TOKENS) -> TrainEvent:
+    return TrainEvent("student", step, 1.0, 1.0, None, 1.0, 1e-3, tokens, 1.0, wait, 1.0, time=time)
 
 
-def chunk_row(number: int, time: float) -> ChunkRow:
-    return ChunkRow(number, 500, 100, 2.0, 0, 0.9, 1e-6, 1e-6, False, time=time)
+def chunk_row(number: int, time: float) -> ChunkEvent:
+    return ChunkEvent(number, 500, 100, 2.0, 0, 0.9, 1e-6, 1e-6, False, time=time)
 
 
 def test_a_steady_run_has_the_pace_of_its_steps_and_its_start_up_is_told_apart() -> None:
@@ -75,9 +75,9 @@ def test_a_steady_run_has_the_pace_of_its_steps_and_its_start_up_is_told_apart()
     assert pace.start_up_s == 30.0
 
 
-def in_bursts(num_windows: int) -> list[Row]:
+def in_bursts(num_windows: int) -> list[RunEvent]:
     """A student that waits 6 s for each window's two chunks and then takes four steps of 1 s."""
-    rows: list[Row] = [start_row(0.0)]
+    rows: list[RunEvent] = [start_row(0.0)]
     for window in range(num_windows):
         now = 50.0 + 10.0 * window
         rows += [chunk_row(2 * window, now + 3.0), chunk_row(2 * window + 1, now + 6.0)]
@@ -120,7 +120,7 @@ def test_a_lead_that_teachers_built_up_before_the_stretch_is_told() -> None:
 def test_checkpoints_within_the_stretch_are_counted() -> None:
     steps = [train_row(step, 20.0 + step) for step in range(1, 17)]
     checkpoints = [
-        CheckpointRow("student", step, 0.75, 1000, 0.25, time=20.5 + step)
+        CheckpointEvent("student", step, 0.75, 1000, 0.25, time=20.5 + step)
         for step in (2, 8, 12, 16)
     ]
     assert (

@@ -19,7 +19,7 @@ from stillhouse.cluster.heartbeat import Heartbeat, PreviousAttempt, StopRequest
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import StoreError, StoreUnavailable, StudentError
 from stillhouse.redaction import know
-from stillhouse.tracking import DamagedRow, OutageRow, read_journal
+from stillhouse.tracking import DamagedEvent, OutageEvent, read_journal
 from stillhouse.tracking.log import driver_log, process_log
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -57,7 +57,7 @@ def test_each_heartbeat_of_a_teacher_is_handed_out_once(coordinator: Coordinator
 def test_what_is_asked_again_because_its_answer_was_lost_is_done_once(tmp_path: Path) -> None:
     coordinator = CoordinatorActor(tmp_path / "journal.jsonl")
     for _ in range(2):
-        coordinator.once("a row", "record", DamagedRow("student", "step-00000005.json", time=1.0))
+        coordinator.once("a row", "record", DamagedEvent("student", "step-00000005.json", time=1.0))
     assert len(read_journal(tmp_path / "journal.jsonl")) == 1
     coordinator.report_bad_chunk(3)
     assert [coordinator.once("news", "read")[1] for _ in range(2)] == [{3}, {3}]
@@ -209,14 +209,14 @@ def test_a_row_is_on_disk_when_it_is_recorded_and_a_disk_that_refuses_is_named(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "journal.jsonl"
-    Coordinator.create(path).record(DamagedRow("student", "a flipped bit"))
-    (row,) = read_journal(path)
-    assert isinstance(row, DamagedRow)
-    assert row.problem == "a flipped bit"
-    assert row.time == pytest.approx(time(), abs=60)
+    Coordinator.create(path).record(DamagedEvent("student", "a flipped bit"))
+    (event,) = read_journal(path)
+    assert isinstance(event, DamagedEvent)
+    assert event.problem == "a flipped bit"
+    assert event.time == pytest.approx(time(), abs=60)
     with pytest.raises(StoreError, match=r"cannot append to .*absent"):
         Coordinator.create(tmp_path / "absent" / "journal.jsonl").record(
-            DamagedRow("student", "another")
+            DamagedEvent("student", "another")
         )
 
 
@@ -227,14 +227,14 @@ def test_a_full_disk_fails_a_record_at_once_and_keeps_no_other_caller_waiting(
         coordinator = Coordinator.create(disk / "journal.jsonl")
         fill(disk / "ballast")
         with pytest.raises(StoreUnavailable, match="No space left"):
-            coordinator.record(DamagedRow("student", "a checkpoint"))
+            coordinator.record(DamagedEvent("student", "a checkpoint"))
         assert coordinator.heartbeat(heartbeat("meanwhile")) is None
         (disk / "ballast").unlink()
-        coordinator.record(DamagedRow("student", "a checkpoint"))
+        coordinator.record(DamagedEvent("student", "a checkpoint"))
         assert [
-            row.problem
-            for row in read_journal(disk / "journal.jsonl")
-            if isinstance(row, DamagedRow)
+            event.problem
+            for event in read_journal(disk / "journal.jsonl")
+            if isinstance(event, DamagedEvent)
         ] == ["a checkpoint"]
 
 
@@ -245,12 +245,12 @@ def test_a_mentioned_row_is_written_where_it_can_be_and_is_no_error_where_it_can
     writing = Coordinator.create(path)
     for seconds in (61.0, 62.0):
         for each in (coordinator, writing):  # `coordinator` has no journal
-            each.mention(OutageRow("teacher on n1", seconds, "too busy"))
+            each.mention(OutageEvent("teacher on n1", seconds, "too busy"))
             assert each.heard("no group") == []  # calls are served in order: it was mentioned
         path.parent.mkdir(exist_ok=True)
-    (row,) = read_journal(path)
-    assert isinstance(row, OutageRow)
-    assert (row.who, row.seconds, row.why) == ("teacher on n1", 62.0, "too busy")
+    (event,) = read_journal(path)
+    assert isinstance(event, OutageEvent)
+    assert (event.who, event.seconds, event.why) == ("teacher on n1", 62.0, "too busy")
 
 
 def test_a_secret_that_only_the_sender_knows_does_not_leave_it(
@@ -259,12 +259,12 @@ def test_a_secret_that_only_the_sender_knows_does_not_leave_it(
     secret = secrets.token_hex(16)  # of no variable, so the coordinator's process does not know it
     know([secret])
     Coordinator.create(tmp_path / "journal.jsonl").record(
-        DamagedRow("student", f"401 for {secret}")
+        DamagedEvent("student", f"401 for {secret}")
     )
     assert [
-        row.problem
-        for row in read_journal(tmp_path / "journal.jsonl")
-        if isinstance(row, DamagedRow)
+        event.problem
+        for event in read_journal(tmp_path / "journal.jsonl")
+        if isinstance(event, DamagedEvent)
     ] == ["401 for (redacted)"]
     coordinator.begin("told", committed_step=0)
     coordinator.explain("told", "died", f"401 for {secret}")

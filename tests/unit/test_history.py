@@ -31,13 +31,13 @@ from stillhouse.errors import CheckpointError
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
 from stillhouse.tracking import (
-    CheckpointRow,
-    ChunkRow,
-    DamagedRow,
+    CheckpointEvent,
+    ChunkEvent,
+    DamagedEvent,
     Journal,
-    RepairRow,
-    Row,
-    TrainRow,
+    RepairEvent,
+    RunEvent,
+    TrainEvent,
     read_journal,
 )
 
@@ -155,19 +155,19 @@ def test_a_broken_promise_is_named(case: str) -> None:
     assert any(words in each for each in violations(events, left))
 
 
-def train(*steps: int) -> list[Row]:
+def train(*steps: int) -> list[RunEvent]:
     return [
-        TrainRow("student", step, 1.0, 1.0, None, 1.0, 1e-3, 8, 1.0, 0.0, 8.0) for step in steps
+        TrainEvent("student", step, 1.0, 1.0, None, 1.0, 1e-3, 8, 1.0, 0.0, 8.0) for step in steps
     ]
 
 
 def test_a_journal_tells_where_each_group_began_and_what_came_of_it() -> None:
     commit, damaged = (
-        CheckpointRow("student", 2, 1.0, 8),
-        DamagedRow("student", "step-00000002.json: model.pt is missing"),
+        CheckpointEvent("student", 2, 1.0, 8),
+        DamagedEvent("student", "step-00000002.json: model.pt is missing"),
     )
-    chunks = [ChunkRow(5, 8, 8, 1.0, 3, 0.9, 0.0, 0.0, duplicate) for duplicate in (False, True)]
-    rows = [*train(1, 2), commit, *train(3, 4), *train(3), damaged, *chunks, RepairRow(5)]
+    chunks = [ChunkEvent(5, 8, 8, 1.0, 3, 0.9, 0.0, 0.0, duplicate) for duplicate in (False, True)]
+    rows = [*train(1, 2), commit, *train(3, 4), *train(3), damaged, *chunks, RepairEvent(5)]
     assert [*told_in(rows, train(3))] == [
         Resumed("student", 0),
         Told("student", 2, "journal 1"),
@@ -199,7 +199,7 @@ def commit_steps(
     """Ten commits of one command, as a rank makes and journals them."""
 
     def on_commit(made: Commit, seconds: float, _blocking_s: float) -> None:
-        Journal(journal).record(CheckpointRow("student", made.step, seconds, made.num_bytes))
+        Journal(journal).record(CheckpointEvent("student", made.step, seconds, made.num_bytes))
 
     only: dict[str, Any] = {
         "origin": ORIGIN,
@@ -246,7 +246,7 @@ def test_of_two_commands_that_ask_who_owns_the_place_one_commits_and_the_history
 def test_a_commit_that_was_set_aside_without_a_word_is_found(tmp_path: Path) -> None:
     url = str(tmp_path)
     make(url, 10, 20)
-    rows = [CheckpointRow("student", step, 1.0, 8) for step in (10, 20)]
+    rows = [CheckpointEvent("student", step, 1.0, 8) for step in (10, 20)]
     require_kept(rows, checkpoints={"student": url})
     set_aside(Blobs(url), ["step-00000020.json"])
     with pytest.raises(AssertionError, match="the newest commit at the end is of step 10"):

@@ -17,7 +17,7 @@ from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import HeadGoneError, InterruptedRunError, StoreUnavailable
 from stillhouse.pipeline import machines
 from stillhouse.pipeline.machines import Machines, watched_machines
-from stillhouse.tracking import NoticeRow, Row
+from stillhouse.tracking import NoticeEvent, RunEvent
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -37,7 +37,7 @@ def test_a_driver_that_is_told_to_go_waits_for_its_ranks_and_not_for_machines_th
         with pytest.raises(InterruptedRunError):
             found.require_driver()
         deadline = monotonic() + PATIENCE_S
-        while not any(isinstance(row, NoticeRow) for row in journal.rows):
+        while not any(isinstance(event, NoticeEvent) for event in journal.rows):
             assert monotonic() < deadline
             sleep(0.05)
         until = monotonic() + 4.0
@@ -121,10 +121,10 @@ class FullJournal(ListTracker):
 
     left: ClassVar[list[StoreUnavailable]] = []
 
-    def record(self, row: Row) -> None:
+    def record(self, event: RunEvent) -> None:
         if self.left:
             raise self.left.pop()
-        super().record(row)
+        super().record(event)
 
 
 def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_written_later() -> None:
@@ -146,9 +146,9 @@ def test_an_announced_end_is_passed_on_while_the_journals_disk_is_full_and_writt
     finally:
         found.stop()
     assert stop_request.cause == "stop"
-    assert [(row.source, row.node) for row in journal.rows if isinstance(row, NoticeRow)] == [
-        ("sigterm", "driver")
-    ]
+    assert [
+        (event.source, event.node) for event in journal.rows if isinstance(event, NoticeEvent)
+    ] == [("sigterm", "driver")]
 
 
 def test_what_other_machines_have_to_say_is_said_on_the_drivers_terminal(

@@ -30,7 +30,15 @@ from stillhouse.pipeline.run_dir import claim
 from stillhouse.pipeline.run_store import store_to_fill, store_to_read
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.consumers import join, registered
-from stillhouse.tracking import EndRow, Journal, Role, Row, StartRow, TrainRow, read_journal
+from stillhouse.tracking import (
+    EndEvent,
+    Journal,
+    Role,
+    RunEvent,
+    StartEvent,
+    TrainEvent,
+    read_journal,
+)
 
 
 def training(
@@ -85,8 +93,8 @@ def test_a_batch_larger_than_the_corpus_is_refused_before_anything_is_written(
     assert not plan.run_dir.exists()
 
 
-def step(number: int, learning_rate: float, role: Any = "student") -> TrainRow:
-    return TrainRow(role, number, 2.0, 1.5, None, 0.7, learning_rate, 200, 4.0, 1.0, 50.0)
+def step(number: int, learning_rate: float, role: Any = "student") -> TrainEvent:
+    return TrainEvent(role, number, 2.0, 1.5, None, 0.7, learning_rate, 200, 4.0, 1.0, 50.0)
 
 
 def plan_of(world: TinyWorld, folder: Path, **student: Any) -> Plan:
@@ -95,11 +103,11 @@ def plan_of(world: TinyWorld, folder: Path, **student: Any) -> Plan:
     )
 
 
-def journal_of(plan: Plan) -> list[Row]:
+def journal_of(plan: Plan) -> list[RunEvent]:
     return read_journal(plan.run_dir / "journal.jsonl")
 
 
-def trained(plan: Plan, *steps: TrainRow) -> None:
+def trained(plan: Plan, *steps: TrainEvent) -> None:
     """What an attempt leaves that took these steps, and committed the last one."""
     with training(plan, "stillhouse run first.toml") as (journal, _):
         for row in steps:
@@ -231,14 +239,14 @@ def test_the_end_row_counts_the_steps_of_its_attempt_and_of_all(
     ends = [
         (row.outcome, row.steps_taken, row.steps_done)
         for row in journal_of(plan)
-        if isinstance(row, EndRow)
+        if isinstance(row, EndEvent)
     ]
     assert ends == [
         ("interrupted", {"student": 6}, {"student": 4}),
         ("done", {"student": 6}, {"student": 10}),
         ("done", {}, {}),
     ]
-    starts = [row for row in journal_of(plan) if isinstance(row, StartRow)]
+    starts = [row for row in journal_of(plan) if isinstance(row, StartEvent)]
     assert [row.committed_steps for row in starts] == [{"student": 0}, {"student": 4}, {}]
 
 
@@ -266,7 +274,7 @@ def test_a_full_disk_neither_hides_nor_delays_the_end_of_a_command_that_is_stopp
             raise why
         assert monotonic() - began < 60.0  # and not half an hour
         (disk / "ballast").unlink()
-    assert not any(isinstance(row, EndRow) for row in journal_of(plan))
+    assert not any(isinstance(row, EndEvent) for row in journal_of(plan))
 
 
 def test_the_end_row_of_a_run_that_is_done_waits_for_room(
@@ -277,7 +285,7 @@ def test_the_end_row_of_a_run_that_is_done_waits_for_room(
         room = threading.Timer(1.0, (disk / "ballast").unlink)
         room.start()
     room.join()
-    assert [row.outcome for row in journal_of(plan) if isinstance(row, EndRow)] == ["done"]
+    assert [row.outcome for row in journal_of(plan) if isinstance(row, EndEvent)] == ["done"]
 
 
 def test_a_run_that_cannot_write_down_what_is_asked_says_what_is_in_its_way(
@@ -310,7 +318,7 @@ def test_an_attempt_with_nothing_left_to_train_names_the_settings_that_had_no_ef
         "with 5)"
     )
     (*_, end) = journal_of(plan_of(tiny_world, tmp_path))
-    assert isinstance(end, EndRow)
+    assert isinstance(end, EndEvent)
     assert (end.outcome, end.message, end.steps_taken, end.steps_done) == (
         "done",
         words,
@@ -329,7 +337,7 @@ def test_steps_that_were_taken_after_all_are_not_called_nothing(
     with training(plan, "stillhouse run") as (journal, _):
         journal.record(step(10, 3e-3))
     (*_, end) = journal_of(plan)
-    assert isinstance(end, EndRow)
+    assert isinstance(end, EndEvent)
     assert (end.message, end.steps_taken) == ("", {"student": 1})
 
 

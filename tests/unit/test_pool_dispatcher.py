@@ -16,13 +16,13 @@ from stillhouse.pool.events import Answered, Died, Event, Passed, Raised, Starte
 from stillhouse.pool.fleet import Limits
 from stillhouse.pool.poison import Budget
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import PoolRow, Row, SetAsideRow
+from stillhouse.tracking import PoolEvent, RunEvent, SetAsideEvent
 
 NUM_BLOCKS, NUM_ROWS = 6, 4
 _names = itertools.count()
 
 
-RowT = TypeVar("RowT", bound=Row)
+RowT = TypeVar("RowT", bound=RunEvent)
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Prompts:
 
 
 @dataclass(frozen=True, slots=True)
-class WriterRow(Row):
+class WriterEvent(RunEvent):
     kind: ClassVar[str] = "writer"
     number: int
     version: int
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenRow(Row):
+class WrittenEvent(RunEvent):
     kind: ClassVar[str] = "written"
     number: int
     block: int
@@ -59,8 +59,8 @@ class WriterReady:
     version: int
     node: str = "a"
 
-    def journal_row(self, worker: int) -> WriterRow:
-        return WriterRow(worker, self.version)
+    def journal_event(self, worker: int) -> WriterEvent:
+        return WriterEvent(worker, self.version)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Written:
     item: Prompts
     num_tokens: int = 10
 
-    def journal_row(self, worker: int) -> WrittenRow:
-        return WrittenRow(worker, self.item.block, sorted(self.item.rows))
+    def journal_event(self, worker: int) -> WrittenEvent:
+        return WrittenEvent(worker, self.item.block, sorted(self.item.rows))
 
 
 @dataclass
@@ -104,9 +104,9 @@ class Writers:
 
 @dataclass
 class Rows:
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RunEvent] = field(default_factory=list)
 
-    def record(self, row: Row) -> None:
+    def record(self, row: RunEvent) -> None:
         self.rows.append(row)
 
 
@@ -115,7 +115,7 @@ def require_same_version(first: WriterReady, other: WriterReady, worker: int) ->
         raise TeacherError(f"writer {worker} has version {other.version}, not {first.version}")
 
 
-def write_all(crew: Writers) -> list[Row]:
+def write_all(crew: Writers) -> list[RunEvent]:
     recipe, journal = (
         small_recipe(num_sequences=NUM_BLOCKS * NUM_ROWS, chunk_sequences=NUM_ROWS),
         Rows(),
@@ -140,24 +140,24 @@ def write_all(crew: Writers) -> list[Row]:
     return journal.rows
 
 
-def of(rows: list[Row], kind: type[RowT]) -> list[RowT]:
+def of(rows: list[RunEvent], kind: type[RowT]) -> list[RowT]:
     return [row for row in rows if isinstance(row, kind)]
 
 
 def test_workers_that_are_no_teachers_make_every_block_once_and_have_events_of_their_own() -> None:
     rows = write_all(Writers(mortal={1}))
-    assert {row.number for row in of(rows, WriterRow)} >= {0, 1}
-    assert sorted(row.block for row in of(rows, WrittenRow)) == list(range(NUM_BLOCKS))
+    assert {row.number for row in of(rows, WriterEvent)} >= {0, 1}
+    assert sorted(row.block for row in of(rows, WrittenEvent)) == list(range(NUM_BLOCKS))
     last = rows[-1]
-    assert isinstance(last, PoolRow)
+    assert isinstance(last, PoolEvent)
     assert (last.published, last.needed, last.losses) == (NUM_BLOCKS, NUM_BLOCKS, 1)
 
 
 def test_a_row_that_none_of_them_can_make_is_set_aside_and_the_rest_of_its_block_is_made() -> None:
     rows = write_all(Writers(poison=frozenset([(2, 1)])))
-    (aside,) = of(rows, SetAsideRow)
+    (aside,) = of(rows, SetAsideEvent)
     assert (aside.chunk, aside.sequences) == (2, [2 * NUM_ROWS + 1])
-    assert {row.block: row.rows for row in of(rows, WrittenRow)} == {
+    assert {row.block: row.rows for row in of(rows, WrittenEvent)} == {
         block: [0, 2, 3] if block == 2 else list(range(NUM_ROWS)) for block in range(NUM_BLOCKS)
     }
 

@@ -15,7 +15,7 @@ from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import ChunkRef, ChunkStore
 from stillhouse.teacher.actor import Ready
 from stillhouse.teacher.pool import comparison, limits_of
-from stillhouse.tracking import Row
+from stillhouse.tracking import RunEvent
 
 NUM_TEACHERS = 2000
 # 8 for its place in the order, 1 for whether it is settled, 1 for whether the simulation published
@@ -77,7 +77,7 @@ class _Forgetful(list[int]):
 
 
 class _Deaf:
-    def record(self, row: Row) -> None:
+    def record(self, row: RunEvent) -> None:
         pass
 
 

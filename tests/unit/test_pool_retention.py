@@ -22,7 +22,7 @@ from stillhouse.student.job import order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
 from stillhouse.teacher.pool import comparison, limits_of
-from stillhouse.tracking import ChunkRow, Row
+from stillhouse.tracking import ChunkEvent, RunEvent
 
 RECIPE = small_recipe(num_sequences=4 * 24, sequence_length=6)
 STEPS_PER_EPOCH = 12  # of eight sequences, so two chunks
@@ -93,18 +93,18 @@ class Run:
         self.crew = SimulatedCrew(
             publish=lambda item: publish(self.store, item), is_there=self.store.exists
         )
-        self.rows: list[Row] = []
+        self.rows: list[RunEvent] = []
         self.mailbox = Mailbox()
         self.most_there = 0
         for student in self.students:
             join(self.store, student.reader)
 
-    def record(self, row: Row) -> None:
+    def record(self, row: RunEvent) -> None:
         self.rows.append(row)
 
     @property
     def made(self) -> list[int]:
-        return [row.chunk for row in self.rows if isinstance(row, ChunkRow)]
+        return [row.chunk for row in self.rows if isinstance(row, ChunkEvent)]
 
     def retention(self) -> Retention:
         first = self.students[0].order

@@ -24,9 +24,17 @@ from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkStore, StoreUnavailable
 from stillhouse.teacher.actor import Ready
 from stillhouse.teacher.pool import comparison, limits_of
-from stillhouse.tracking import ChunkRow, PoolRow, RepairRow, Row, SetAsideRow, StallRow, TeacherRow
+from stillhouse.tracking import (
+    ChunkEvent,
+    PoolEvent,
+    RepairEvent,
+    RunEvent,
+    SetAsideEvent,
+    StallEvent,
+    TeacherEvent,
+)
 
-_Row = TypeVar("_Row", bound=Row)
+_Event = TypeVar("_Event", bound=RunEvent)
 _names = itertools.count()
 
 NUM_CHUNKS = 20
@@ -39,7 +47,7 @@ class World:
     num_chunks: int = NUM_CHUNKS
     window: int = 1000
     teacher: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RunEvent] = field(default_factory=list)
     mailbox: Mailbox = field(default_factory=Mailbox)
     url: str = field(default_factory=lambda: f"memory://pool-{next(_names)}")
 
@@ -50,7 +58,7 @@ class World:
             publish=lambda item: publish(self.store, item), is_there=self.store.is_whole
         )
 
-    def record(self, row: Row) -> None:
+    def record(self, row: RunEvent) -> None:
         self.rows.append(row)
 
     def pool(self) -> Dispatcher[WorkItem, Ready]:
@@ -88,12 +96,12 @@ class World:
 
         self.pool().run(readers=readers, coordinator=self.mailbox, finished=finished_in_time)
 
-    def of(self, kind: type[_Row]) -> list[_Row]:
+    def of(self, kind: type[_Event]) -> list[_Event]:
         return [row for row in self.rows if isinstance(row, kind)]
 
     @property
-    def last(self) -> PoolRow:
-        return self.of(PoolRow)[-1]
+    def last(self) -> PoolEvent:
+        return self.of(PoolEvent)[-1]
 
     def die_at_start(self, which: Callable[[int], bool]) -> None:
         def starts(teacher: int) -> bool:
@@ -141,7 +149,7 @@ def test_a_teacher_of_other_weights_than_planned_ends_the_run_and_publishes_noth
         world.run()
     assert world.crew.num_spawned == stale + 1
     assert bool(world.store.published()) == (stale > 0)
-    assert [row.replica for row in world.of(TeacherRow)] == [*range(stale)]
+    assert [row.replica for row in world.of(TeacherEvent)] == [*range(stale)]
 
 
 def test_a_straggler_at_the_end_is_hedged_and_costs_one_duplicate() -> None:
@@ -162,7 +170,7 @@ def test_a_chunk_on_a_teacher_that_hangs_is_made_by_another_and_the_teacher_is_r
     world.run()
     world.assert_all_is_there()
     assert world.last.late >= 1
-    assert [row.replica for row in world.of(TeacherRow)] == [0, 1, 2]
+    assert [row.replica for row in world.of(TeacherEvent)] == [0, 1, 2]
     assert world.last.failures == 0
 
 
@@ -172,8 +180,8 @@ def test_one_stopped_teacher_of_one_costs_minutes_and_is_named() -> None:
     world.mailbox.beating = lambda: world.crew.placed() - ({0} if world.crew.now > 1200 else set())
     world.run(limit_s=1800)
     world.assert_all_is_there()
-    assert [row.replica for row in world.of(TeacherRow)] == [0, 1]
-    (stall,) = world.of(StallRow)
+    assert [row.replica for row in world.of(TeacherEvent)] == [0, 1]
+    (stall,) = world.of(StallEvent)
     assert (stall.role, stall.rank, stall.phase, stall.chunk) == ("teacher", 0, "work", 2)
     assert stall.seconds == pytest.approx(300, abs=1)
     assert world.last.losses == 1
@@ -185,7 +193,7 @@ def test_a_teacher_that_is_stopped_while_it_starts_is_replaced() -> None:
     world.mailbox.beating = lambda: world.crew.placed() - ({0} if world.crew.now > 1002 else set())
     world.run(limit_s=1800)
     world.assert_all_is_there()
-    assert [(stall.rank, stall.phase, stall.chunk) for stall in world.of(StallRow)] == [
+    assert [(stall.rank, stall.phase, stall.chunk) for stall in world.of(StallEvent)] == [
         (0, "start", None)
     ]
 
@@ -196,7 +204,7 @@ def test_a_teacher_that_works_on_a_chunk_for_hours_and_gives_signs_of_life_is_le
     world.mailbox.beating = world.crew.placed
     world.run()
     world.assert_all_is_there()
-    assert not world.of(StallRow)
+    assert not world.of(StallEvent)
     assert Counter(world.crew.computed) == Counter(range(2))
 
 
@@ -207,7 +215,7 @@ def test_a_teacher_that_waits_for_a_place_for_hours_is_not_silent() -> None:
     world.mailbox.beating = world.crew.placed
     world.run()
     world.assert_all_is_there()
-    assert not world.of(StallRow)
+    assert not world.of(StallEvent)
 
 
 def test_a_late_answer_is_accepted() -> None:
@@ -218,7 +226,7 @@ def test_a_late_answer_is_accepted() -> None:
     world.run()
     world.assert_all_is_there()
     assert world.last.late >= 2
-    assert len(world.of(TeacherRow)) == 2
+    assert len(world.of(TeacherEvent)) == 2
     assert Counter(world.crew.computed) == Counter(range(4))
 
 
@@ -230,7 +238,7 @@ def test_a_killed_teacher_costs_at_most_its_leased_chunks() -> None:
     world.assert_all_is_there()
     assert 0 < world.last.losses <= 8  # what was in work; what waited beside it had not begun
     assert len(world.crew.begun) - NUM_CHUNKS <= world.last.losses
-    assert not world.of(SetAsideRow)
+    assert not world.of(SetAsideEvent)
 
 
 def test_no_number_of_preemptions_is_final() -> None:
@@ -248,7 +256,7 @@ def test_no_number_of_preemptions_is_final() -> None:
     world.run()
     world.assert_all_is_there()
     assert world.last.losses >= 40
-    assert not world.of(SetAsideRow)
+    assert not world.of(SetAsideEvent)
 
 
 def test_machines_that_vanish_while_teachers_start_are_no_failure_to_start() -> None:
@@ -289,7 +297,7 @@ def test_a_draining_node_gets_no_new_leases_and_hands_back_what_it_has_not_begun
     # what was in work was finished, and nothing was begun twice
     assert Counter(world.crew.computed) == Counter(range(40))
     assert (world.last.losses, world.last.failures) == (0, 0)
-    begun_on_a = [row for row in world.of(ChunkRow) if row.replica in (0, 1)]
+    begun_on_a = [row for row in world.of(ChunkEvent) if row.replica in (0, 1)]
     assert len(begun_on_a) == 2  # the ones in work when the notice came
 
 
@@ -300,9 +308,9 @@ def test_a_teacher_that_comes_up_on_a_node_that_will_go_gets_nothing() -> None:
     world.crew.at(1112, lambda: world.crew.remove_node("a"))
     world.run()
     world.assert_all_is_there()
-    assert {row.replica for row in world.of(ChunkRow)} == {0, 1, 2, 3}
+    assert {row.replica for row in world.of(ChunkEvent)} == {0, 1, 2, 3}
     # three places are tried, not more than every half minute
-    assert 4 < len(world.of(TeacherRow)) <= 4 + 3 * 4
+    assert 4 < len(world.of(TeacherEvent)) <= 4 + 3 * 4
     assert (world.last.losses, world.last.failures) == (0, 0)
 
 
@@ -315,7 +323,7 @@ def test_work_that_outlasts_a_notice_is_made_elsewhere_and_nobody_is_blamed() ->
     world.run()
     world.assert_all_is_there()
     assert (world.last.losses, world.last.failures, world.last.late) == (0, 0, 0)
-    assert {row.replica for row in world.of(ChunkRow)} == {1}
+    assert {row.replica for row in world.of(ChunkEvent)} == {1}
 
 
 def test_a_machine_that_lives_on_after_its_notice_is_used_again() -> None:
@@ -334,8 +342,8 @@ def test_teachers_without_a_place_hold_nothing_up_and_join_when_machines_come() 
     world.run()
     world.assert_all_is_there()
     assert world.crew.num_spawned == 4
-    assert max(row.replicas for row in world.of(PoolRow)) == 4
-    assert {row.replica for row in world.of(ChunkRow)} == {0, 1, 2, 3}
+    assert max(row.replicas for row in world.of(PoolEvent)) == 4
+    assert {row.replica for row in world.of(ChunkEvent)} == {0, 1, 2, 3}
     assert Counter(world.crew.computed) == Counter(range(60))
 
 
@@ -345,8 +353,8 @@ def test_work_begins_with_the_fewest_teachers_and_goes_on_with_fewer() -> None:
     world.crew.at(1030, lambda: world.crew.remove_node("b"))
     world.run()
     world.assert_all_is_there()
-    first_chunk = next(index for index, row in enumerate(world.rows) if isinstance(row, ChunkRow))
-    assert len([row for row in world.rows[:first_chunk] if isinstance(row, TeacherRow)]) >= 3
+    first_chunk = next(index for index, row in enumerate(world.rows) if isinstance(row, ChunkEvent))
+    assert len([row for row in world.rows[:first_chunk] if isinstance(row, TeacherEvent)]) >= 3
     assert world.last.replicas == 2
 
 
@@ -368,7 +376,7 @@ def test_poison_is_set_aside_by_name_and_its_neighbours_are_trained_on(poison: E
     world.crew.fate = lambda _teacher, item: poison if touches(item, 41) else None
     world.run()
     world.assert_all_is_there()
-    (row,) = world.of(SetAsideRow)
+    (row,) = world.of(SetAsideEvent)
     assert (row.chunk, row.sequences) == (10, [41])
     assert str(poison) in row.reason
     chunk = world.store.fetch(10)
@@ -386,7 +394,7 @@ def test_poison_in_several_chunks_is_named_in_each() -> None:
     )
     world.run()
     world.assert_all_is_there()
-    assert sorted((row.chunk, row.sequences) for row in world.of(SetAsideRow)) == [
+    assert sorted((row.chunk, row.sequences) for row in world.of(SetAsideEvent)) == [
         (1, [5, 6, 7]),
         (12, [50]),
     ]
@@ -413,10 +421,10 @@ def test_a_chunk_repaired_after_poison_leaves_the_same_sequences_out() -> None:
             reported.append(world.store.fetch(1))
             damage(world.store, 1)
             world.mailbox.bad_chunks |= {1}
-        return len(world.of(ChunkRow)) == 9
+        return len(world.of(ChunkEvent)) == 9
 
     world.run(finished=report_it_damaged_when_it_is_there)
-    assert len(world.of(SetAsideRow)) == 1
+    assert len(world.of(SetAsideEvent)) == 1
     assert world.store.fetch(1).sequences.loss_mask_SL.any(axis=1).tolist() == [
         True,
         False,
@@ -444,8 +452,8 @@ def test_chunks_that_a_power_cut_left_empty_or_cut_are_made_again_when_a_pool_be
     second.run()
     second.assert_all_is_there()
     assert second.crew.computed == [2, 4]
-    assert [row.chunk for row in second.of(RepairRow)] == [2, 4]
-    assert not any(row.duplicate for row in second.of(ChunkRow))
+    assert [row.chunk for row in second.of(RepairEvent)] == [2, 4]
+    assert not any(row.duplicate for row in second.of(ChunkEvent))
 
 
 def test_two_readers_that_report_the_same_chunk_have_it_repaired_once() -> None:
@@ -464,8 +472,8 @@ def test_two_readers_that_report_the_same_chunk_have_it_repaired_once() -> None:
 
     world.run(finished=report_twice)
     world.assert_all_is_there()
-    assert [row.chunk for row in world.of(RepairRow)] == [2]
-    assert Counter(row.chunk for row in world.of(ChunkRow))[2] == 2
+    assert [row.chunk for row in world.of(RepairEvent)] == [2]
+    assert Counter(row.chunk for row in world.of(ChunkEvent))[2] == 2
     assert len(list(world.store.blobs.under(f"{world.store.folder}/quarantine"))) == 1
 
 
@@ -474,15 +482,15 @@ def test_a_chunk_that_is_gone_is_made_again_when_a_reader_misses_it() -> None:
     deleted: list[int] = []
 
     def delete_one() -> bool:
-        if not deleted and len(world.of(ChunkRow)) == 6:
+        if not deleted and len(world.of(ChunkEvent)) == 6:
             world.store.delete(3)
             deleted.append(3)
             world.mailbox.bad_chunks |= {3}
-        return len(world.of(ChunkRow)) == 7
+        return len(world.of(ChunkEvent)) == 7
 
     world.run(finished=delete_one)
     world.assert_all_is_there()
-    assert not world.of(RepairRow)
+    assert not world.of(RepairEvent)
 
 
 def test_behind_a_closed_window_nothing_is_made_and_the_slowest_reader_decides() -> None:
@@ -509,7 +517,7 @@ def test_teachers_wait_with_a_slow_or_full_store_and_hold_no_more_than_two_chunk
     most: list[int] = []
 
     def finished() -> bool:
-        most.append(world.crew.num_submitted - len(world.of(ChunkRow)))
+        most.append(world.crew.num_submitted - len(world.of(ChunkEvent)))
         return True
 
     world.run(finished=finished)
@@ -524,7 +532,7 @@ def test_a_store_that_refuses_for_long_ends_the_run_in_its_own_words_and_blames_
     world.crew.fate = lambda _teacher, _item: StoreUnavailable("the disk is full")
     with pytest.raises(StoreError, match="the disk is full"):
         world.run()
-    assert not world.of(SetAsideRow)
+    assert not world.of(SetAsideEvent)
 
 
 def test_a_store_that_refuses_for_a_while_is_outlasted() -> None:
@@ -587,7 +595,7 @@ def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
         world.crew.at(1000 + time, partial(befall, what, which))
     world.run(finished=lambda: world.crew.now > 1500, limit_s=50_000)
     world.assert_all_is_there()
-    set_aside = {sequence for row in world.of(SetAsideRow) for sequence in row.sequences}
+    set_aside = {sequence for row in world.of(SetAsideEvent) for sequence in row.sequences}
     assert set_aside == poison
     for sequence in range(4 * 12):
         number, row = divmod(sequence, 4)

@@ -28,7 +28,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.store import ChunkStore, Consumer
 from stillhouse.store.consumers import commit, join, registered
 from stillhouse.store.object_store import Blobs
-from stillhouse.tracking import CheckpointRow, Journal, read_journal
+from stillhouse.tracking import CheckpointEvent, Journal, read_journal
 
 RECIPE = small_recipe()
 CHUNKS = {number: make_chunk(RECIPE, number) for number in range(RECIPE.num_chunks)}
@@ -85,7 +85,7 @@ def record_course(root: Path, layer: Recorder, *, rank_1: Recorder | None = None
 
     def on_commit(made: Commit, _seconds: float, _blocking_s: float) -> None:
         layer.tell("commit", made.step)
-        journal.record(CheckpointRow("student", made.step, 1.0, made.num_bytes))
+        journal.record(CheckpointEvent("student", made.step, 1.0, made.num_bytes))
         layer.tell("row", made.step)
         commit(store, replace(READER, committed_step=made.step))
         layer.tell("reader", made.step)
@@ -120,7 +120,7 @@ def require_promises(root: Path, told: list[tuple[str, int]]) -> None:
     rows = [
         row.step
         for row in read_journal(root / "run" / "journal.jsonl")
-        if isinstance(row, CheckpointRow)
+        if isinstance(row, CheckpointEvent)
     ]
     assert len(rows) >= sum(kind == "row" for kind, _ in told), "a row that was recorded is gone"
     assert step >= max(rows, default=0), "the journal tells of a commit that is gone"

@@ -27,18 +27,18 @@ from stillhouse.report.summary import (
 )
 from stillhouse.report.words import same_power
 from stillhouse.tracking import (
-    ChunkRow,
-    EndRow,
-    EvalRow,
+    ChunkEvent,
+    EndEvent,
+    EvalEvent,
     Journal,
-    PoolRow,
+    PoolEvent,
     Role,
-    Row,
-    StartRow,
-    TrainRow,
+    RunEvent,
+    StartEvent,
+    TrainEvent,
 )
 
-START = StartRow(
+START = StartEvent(
     attempt=1,
     command="stillhouse run configs/demo.toml",
     versions={"torch": "2.13.0", "ray": "2.60.0"},
@@ -60,14 +60,14 @@ START = StartRow(
     control=True,
     time=1000.0,
 )
-TEACHER = EvalRow("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1300.0)
-STUDENT = EvalRow("student", 10, 4096, 3.41, 0.31, 0.712, 0.03, 0.785, time=1301.0)
-CONTROL = EvalRow("control", 10, 4096, 3.78, 0.62, 0.601, 0.05, 0.644, time=1302.0)
+TEACHER = EvalEvent("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1300.0)
+STUDENT = EvalEvent("student", 10, 4096, 3.41, 0.31, 0.712, 0.03, 0.785, time=1301.0)
+CONTROL = EvalEvent("control", 10, 4096, 3.78, 0.62, 0.601, 0.05, 0.644, time=1302.0)
 
 
-def _training(role: Role, steps: range, begin: float, *, num_tokens: int = 200) -> list[TrainRow]:
+def _training(role: Role, steps: range, begin: float, *, num_tokens: int = 200) -> list[TrainEvent]:
     return [
-        TrainRow(
+        TrainEvent(
             role,
             s,
             2.0 / s,
@@ -86,16 +86,16 @@ def _training(role: Role, steps: range, begin: float, *, num_tokens: int = 200) 
     ]
 
 
-def _chunk(number: int, at: float, *, duplicate: bool = False) -> ChunkRow:
-    return ChunkRow(number, 250, 44_000, 5.0, 0, 0.97, 3e-6, 4e-4, duplicate, time=at)
+def _chunk(number: int, at: float, *, duplicate: bool = False) -> ChunkEvent:
+    return ChunkEvent(number, 250, 44_000, 5.0, 0, 0.97, 3e-6, 4e-4, duplicate, time=at)
 
 
-def _pool(published: int, at: float, wait_s: float) -> PoolRow:
-    return PoolRow(published, 8, 3, 4, 50.0, wait_s, 0, time=at)
+def _pool(published: int, at: float, wait_s: float) -> PoolEvent:
+    return PoolEvent(published, 8, 3, 4, 50.0, wait_s, 0, time=at)
 
 
-CHUNKS: list[Row] = [_chunk(i, 1005.0 + 5 * i) for i in range(8)]
-POOL: list[Row] = [_pool(i, 1005.0 + 5 * i, 2.0 * i) for i in range(8)]
+CHUNKS: list[RunEvent] = [_chunk(i, 1005.0 + 5 * i) for i in range(8)]
+POOL: list[RunEvent] = [_pool(i, 1005.0 + 5 * i, 2.0 * i) for i in range(8)]
 TRAINED = [*_training("student", range(1, 11), 1050.0), *_training("control", range(1, 11), 1100.0)]
 WHOLE = [
     START,
@@ -105,17 +105,17 @@ WHOLE = [
     TEACHER,
     STUDENT,
     CONTROL,
-    EndRow("done", 305.0, "", time=1305.0),
+    EndEvent("done", 305.0, "", time=1305.0),
 ]
 
 
-def _summary(*rows: Row) -> Summary:
+def _summary(*rows: RunEvent) -> Summary:
     summary = summarise(list(rows))
     assert summary is not None
     return summary
 
 
-def _run_dir(path: Path, rows: list[Row], config: Mapping[str, object] | None = None) -> Path:
+def _run_dir(path: Path, rows: list[RunEvent], config: Mapping[str, object] | None = None) -> Path:
     path.mkdir(exist_ok=True)
     for row in rows:
         Journal(path / "journal.jsonl").record(row)
@@ -205,7 +205,7 @@ class _Text(HTMLParser):
         "no step",
     ],
 )
-def test_the_verdict_says_what_the_rows_show(rows: list[Row], says: str) -> None:
+def test_the_verdict_says_what_the_rows_show(rows: list[RunEvent], says: str) -> None:
     assert verdict(_summary(START, *rows)) == says
 
 
@@ -325,7 +325,7 @@ LAST_ASKED = {
 }
 
 
-def _facts(folder: Path, *rows: Row) -> str:
+def _facts(folder: Path, *rows: RunEvent) -> str:
     """The words of a page whose config was asked for after all these rows."""
     return _Text(
         write_report(_run_dir(folder, list(rows), LAST_ASKED)).read_text(encoding="utf-8")
@@ -345,7 +345,7 @@ def test_the_page_tells_the_schedule_that_was_trained_and_not_the_one_that_was_a
         time=2000.0,
     )
     idle = "nothing left to train: 10 steps are committed, and 8 are asked for"
-    text = _facts(tmp_path, ASKED, *TRAINED, again, EndRow("done", 1.0, idle, time=2001.0))
+    text = _facts(tmp_path, ASKED, *TRAINED, again, EndEvent("done", 1.0, idle, time=2001.0))
     assert (
         "Optimiser AdamW, sequences a step 8 Schedule learning rate 0.003, warm-up steps 5, then "
         "a cosine to 0 at step 10 Steps" in text
@@ -412,7 +412,7 @@ def test_names_and_messages_are_escaped(tmp_path: Path) -> None:
     start = replace(
         START, student=evil, teacher=f'"{evil}', command=f"run {evil}", versions={evil: evil}
     )
-    rows = [start, *CHUNKS, EndRow("failed", 1.0, f"cannot load {evil}", time=1060.0)]
+    rows = [start, *CHUNKS, EndEvent("failed", 1.0, f"cannot load {evil}", time=1060.0)]
     page = _Text(
         write_report(_run_dir(tmp_path, rows, {"corpus": {"dataset": evil}})).read_text(
             encoding="utf-8"
@@ -426,7 +426,9 @@ def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path: Path) -> No
     config = {"store": {"url": "s3://me:s3cr3t-0123456789@bucket"}, "api_key": "s3cr3t-0123456789"}
     page = write_report(
         _run_dir(
-            tmp_path, [START, EndRow("failed", 1.0, "token=s3cr3t-0123456789", time=1001.0)], config
+            tmp_path,
+            [START, EndEvent("failed", 1.0, "token=s3cr3t-0123456789", time=1001.0)],
+            config,
         )
     ).read_text()
     assert "(redacted)" in page
@@ -442,7 +444,7 @@ def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path: Path) -> No
                 *CHUNKS[:4],
                 *POOL[:4],
                 *TRAINED[:3],
-                EndRow("interrupted", 70.0, "notice of preemption", time=1070.0),
+                EndEvent("interrupted", 70.0, "notice of preemption", time=1070.0),
             ],
             "notice of preemption",
         ),
@@ -453,7 +455,7 @@ def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path: Path) -> No
         ),
         ([START, *CHUNKS, *POOL], "No step was taken in this run."),
         (
-            [START, EndRow("failed", 1.0, "the teacher failed its check", time=1001.0)],
+            [START, EndEvent("failed", 1.0, "the teacher failed its check", time=1001.0)],
             "the teacher failed its check",
         ),
         ([START], "there is no pace to show"),
@@ -461,7 +463,7 @@ def test_secrets_in_config_or_message_stay_out_of_the_page(tmp_path: Path) -> No
     ids=["interrupted", "killed", "cached", "produced only", "failed at once", "just begun"],
 )
 def test_a_run_that_lacks_something_is_reported_all_the_same(
-    tmp_path: Path, rows: list[Row], says: str
+    tmp_path: Path, rows: list[RunEvent], says: str
 ) -> None:
     text = _Text(write_report(_run_dir(tmp_path, rows)).read_text(encoding="utf-8")).text
     assert says in text
@@ -536,7 +538,7 @@ def test_models_are_named_without_the_directories_above_them(tmp_path: Path) -> 
 
 def test_a_run_in_which_neither_side_waited_says_so_without_an_empty_chart() -> None:
     still = [_pool(i, 1005.0 + 5 * i, 0.0) for i in range(8)]
-    busy = [replace(step, data_wait_s=0.01) for step in TRAINED if isinstance(step, TrainRow)]
+    busy = [replace(step, data_wait_s=0.01) for step in TRAINED if isinstance(step, TrainEvent)]
     waits = pace_panels(_summary(START, *CHUNKS, *still, *busy))[1]
     assert waits.svg == ""
     assert "(student, for chunks; teachers, for the window) was under 1 %" in waits.caption

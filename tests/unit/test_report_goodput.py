@@ -21,26 +21,26 @@ from stillhouse.report.goodput import (
 )
 from stillhouse.report.summary import Summary, summarise
 from stillhouse.tracking import (
-    CheckpointRow,
-    ChunkRow,
-    DelayRow,
-    EndRow,
+    CheckpointEvent,
+    ChunkEvent,
+    DelayEvent,
+    EndEvent,
     Journal,
-    NoticeRow,
-    OutageRow,
-    PoolRow,
-    RecoveryRow,
-    RepairRow,
+    NoticeEvent,
+    OutageEvent,
+    PoolEvent,
+    RecoveryEvent,
+    RepairEvent,
     Role,
-    Row,
-    SetAsideRow,
-    StallRow,
-    StartRow,
-    TeacherRow,
-    TrainRow,
+    RunEvent,
+    SetAsideEvent,
+    StallEvent,
+    StartEvent,
+    TeacherEvent,
+    TrainEvent,
 )
 
-START = StartRow(
+START = StartEvent(
     attempt=1,
     command="stillhouse run x.toml",
     versions={},
@@ -64,7 +64,7 @@ START = StartRow(
 )
 
 
-def summary_of(*rows: Row) -> Summary:
+def summary_of(*rows: RunEvent) -> Summary:
     summary = summarise(list(rows))
     assert summary is not None
     return summary
@@ -72,39 +72,39 @@ def summary_of(*rows: Row) -> Summary:
 
 def step(
     number: int, at: float, *, seconds: float = 4.0, waited: float = 1.0, role: Role = "student"
-) -> TrainRow:
-    return TrainRow(
+) -> TrainEvent:
+    return TrainEvent(
         role, number, 2.0, 1.5, 3.0, 0.7, 1e-4, 200, seconds, waited, 50.0, time=1000.0 + at
     )
 
 
 def chunk(
     number: int, at: float, *, seconds: float = 5.0, replica: int = 0, duplicate: bool = False
-) -> ChunkRow:
-    return ChunkRow(
+) -> ChunkEvent:
+    return ChunkEvent(
         number, 250, 44_000, seconds, replica, 0.97, 3e-6, 4e-4, duplicate, time=1000.0 + at
     )
 
 
-def pool(published: int, at: float, waited: float = 0.0, **more: int) -> PoolRow:
-    return PoolRow(published, 4, 0, 4, 50.0, waited, 0, time=1000.0 + at, **more)
+def pool(published: int, at: float, waited: float = 0.0, **more: int) -> PoolEvent:
+    return PoolEvent(published, 4, 0, 4, 50.0, waited, 0, time=1000.0 + at, **more)
 
 
-def teacher(replica: int, at: float, seconds: float = 3.0) -> TeacherRow:
-    return TeacherRow(replica, seconds, "cpu", "reference", time=1000.0 + at)
+def teacher(replica: int, at: float, seconds: float = 3.0) -> TeacherEvent:
+    return TeacherEvent(replica, seconds, "cpu", "reference", time=1000.0 + at)
 
 
 def saved(
     number: int, at: float, *, seconds: float, blocking: float, role: Role = "student"
-) -> CheckpointRow:
-    return CheckpointRow(role, number, seconds, 1000, blocking, time=1000.0 + at)
+) -> CheckpointEvent:
+    return CheckpointEvent(role, number, seconds, 1000, blocking, time=1000.0 + at)
 
 
-def end(at: float, outcome: Literal["done", "interrupted", "failed"] = "done") -> EndRow:
-    return EndRow(outcome, at, "", time=1000.0 + at)
+def end(at: float, outcome: Literal["done", "interrupted", "failed"] = "done") -> EndEvent:
+    return EndEvent(outcome, at, "", time=1000.0 + at)
 
 
-def again(attempt: int, at: float) -> StartRow:
+def again(attempt: int, at: float) -> StartEvent:
     return replace(START, attempt=attempt, time=1000.0 + at)
 
 
@@ -151,7 +151,7 @@ RECOVERED = [
     step(
         2, 36.0
     ),  # the group was lost at 18, had committed step 1, and took step 2 again from 32 to 36
-    RecoveryRow("student", "died", "rank 1 was killed", 18.0, 2, 1, 2, time=1036.0),
+    RecoveryEvent("student", "died", "rank 1 was killed", 18.0, 2, 1, 2, time=1036.0),
     step(3, 40.0),
     step(4, 44.0),
     end(44.0),
@@ -172,7 +172,7 @@ def test_a_notice_that_cost_no_step_is_a_recovery_too() -> None:
         step(1, 10.0),
         step(2, 14.0),
         step(3, 30.0),
-        RecoveryRow(
+        RecoveryEvent(
             "student", "notice", "spot instance-action terminate", 16.0, 1, 2, 0, time=1030.0
         ),
         end(30.0),
@@ -273,7 +273,7 @@ def test_a_chunk_made_twice_was_useful_once_and_a_replacement_is_a_restart() -> 
         chunk(0, 16.0, replica=1, seconds=6.0, duplicate=True),
         teacher(2, 24.0, seconds=4.0),
         chunk(1, 30.0, replica=2),
-        RepairRow(1, time=1031.0),
+        RepairEvent(1, time=1031.0),
         chunk(1, 40.0, replica=0),
         pool(4, 40.0, losses=1),
         end(40.0),
@@ -324,7 +324,7 @@ def test_more_teachers_at_once_than_were_asked_for_do_not_make_more_time() -> No
 
 
 @pytest.mark.parametrize("rows", [[], [end(5.0, "failed")], [pool(4, 1.0), end(2.0)]])
-def test_nobody_at_work_spent_no_time(rows: Sequence[Row]) -> None:
+def test_nobody_at_work_spent_no_time(rows: Sequence[RunEvent]) -> None:
     summary = summary_of(START, *rows)
     assert student_time(summary) is None
     assert teacher_time(summary) is None
@@ -362,14 +362,14 @@ def test_the_parts_of_any_course_add_up_to_the_run() -> None:
 def test_the_page_tells_recoveries_with_their_causes_and_only_if_there_were_any(
     tmp_path: Path,
 ) -> None:
-    more: list[Row] = [
-        NoticeRow("aws", "n1", 110.0, "spot", time=1041.0),
-        StallRow("student", 1, 3, "step", 30.0, "", time=1042.0),
-        StallRow("teacher", 0, 0, "work", 301.0, "", 7, time=1042.5),
-        SetAsideRow(3, [1, 2], "IndexError", time=1043.0),
-        DelayRow("student", 2, 0, "the store is too busy", time=1044.0),
-        DelayRow("student", 2, 1, "the store is too busy", time=1044.5),
-        OutageRow("student, rank 1", 61.0, "the store is too busy", time=1044.6),
+    more: list[RunEvent] = [
+        NoticeEvent("aws", "n1", 110.0, "spot", time=1041.0),
+        StallEvent("student", 1, 3, "step", 30.0, "", time=1042.0),
+        StallEvent("teacher", 0, 0, "work", 301.0, "", 7, time=1042.5),
+        SetAsideEvent(3, [1, 2], "IndexError", time=1043.0),
+        DelayEvent("student", 2, 0, "the store is too busy", time=1044.0),
+        DelayEvent("student", 2, 1, "the store is too busy", time=1044.5),
+        OutageEvent("student, rank 1", 61.0, "the store is too busy", time=1044.6),
     ]
     pages = {}
     for name, rows in {

@@ -25,36 +25,36 @@ from stillhouse.atomic import Buffer, SystemFiles
 from stillhouse.config import TrackingSection
 from stillhouse.errors import RunError, StoreError, StoreUnavailable
 from stillhouse.tracking import (
-    CheckpointRow,
-    ChunkRow,
-    DamagedRow,
-    DelayRow,
-    EndRow,
-    EvalRow,
+    CheckpointEvent,
+    ChunkEvent,
+    DamagedEvent,
+    DelayEvent,
+    EndEvent,
+    EvalEvent,
     Journal,
     JournalReader,
-    NewerRow,
-    NoticeRow,
-    OutageRow,
+    NewerEvent,
+    NoticeEvent,
+    OutageEvent,
     PatientTracker,
-    PoolRow,
+    PoolEvent,
     ProgressView,
-    RecoveryRow,
-    RepairRow,
+    RecoveryEvent,
+    RepairEvent,
     Role,
-    Row,
-    SetAsideRow,
-    StallRow,
-    StartRow,
-    TeacherRow,
-    TrainRow,
-    WaitRow,
+    RunEvent,
+    SetAsideEvent,
+    StallEvent,
+    StartEvent,
+    TeacherEvent,
+    TrainEvent,
+    WaitEvent,
     WandbView,
-    latest_train_rows,
+    latest_train_events,
     read_journal,
 )
 
-START = StartRow(
+START = StartEvent(
     attempt=1,
     command="stillhouse run configs/demo.toml",
     versions={"torch": "2.13.0"},
@@ -76,8 +76,8 @@ START = StartRow(
     control=True,
     time=1000.0,
 )
-TRAIN = TrainRow("student", 1, 2.5, 2.0, None, 0.7, 1e-4, 500, 2.0, 0.5, 250.0, time=1010.0)
-POOL = PoolRow(
+TRAIN = TrainEvent("student", 1, 2.5, 2.0, None, 0.7, 1e-4, 500, 2.0, 0.5, 250.0, time=1010.0)
+POOL = PoolEvent(
     published=2,
     needed=8,
     in_flight=3,
@@ -89,8 +89,8 @@ POOL = PoolRow(
 )
 ROWS = [
     START,
-    TeacherRow(0, 12.5, "cuda:0", "triton: its kernels passed", time=1001.0),
-    ChunkRow(3, 250, 44_000, 1.5, 0, 0.97, 3e-6, 4e-4, False, time=1002.0),
+    TeacherEvent(0, 12.5, "cuda:0", "triton: its kernels passed", time=1001.0),
+    ChunkEvent(3, 250, 44_000, 1.5, 0, 0.97, 3e-6, 4e-4, False, time=1002.0),
     POOL,
     TRAIN,
     replace(
@@ -101,20 +101,20 @@ ROWS = [
         cross_entropy=3.5,
         grad_norm=float("inf"),
     ),
-    CheckpointRow("student", 5, 0.8, 123_456, 0.1, time=1020.0),
-    DelayRow("student", 5, 1, "the store is too busy", time=1020.2),
-    OutageRow("student, rank 1", 61.0, "the store is too busy", time=1020.3),
-    DamagedRow("student", "step-00000005.json: its checksum differs", time=1020.5),
-    RecoveryRow("student", "notice", "aws: terminate", 6.5, 1, 5, 0, time=1021.0),
-    NoticeRow("aws", "f00", 110.0, "terminate", time=1021.5),
-    WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster", time=1000.5),
-    StallRow("student", 1, 6, "reading", 61.0, "File train.py, line 1", 12, time=1022.0),
-    StallRow("teacher", 1, 0, "work", 301.0, "", time=1022.5),
-    SetAsideRow(4, [33], "IndexError: index out of range", time=1023.0),
-    RepairRow(3, time=1024.0),
-    EvalRow("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1030.0),
-    EvalRow("student", 10, 4096, 3.41, 0.31, 0.71, 0.03, 0.78, time=1031.0),
-    EndRow("done", 31.0, "", {"student": 6}, {"student": 10}, time=1032.0),
+    CheckpointEvent("student", 5, 0.8, 123_456, 0.1, time=1020.0),
+    DelayEvent("student", 5, 1, "the store is too busy", time=1020.2),
+    OutageEvent("student, rank 1", 61.0, "the store is too busy", time=1020.3),
+    DamagedEvent("student", "step-00000005.json: its checksum differs", time=1020.5),
+    RecoveryEvent("student", "notice", "aws: terminate", 6.5, 1, 5, 0, time=1021.0),
+    NoticeEvent("aws", "f00", 110.0, "terminate", time=1021.5),
+    WaitEvent("GPU: 8 needed (8 teachers), 0 in the cluster", time=1000.5),
+    StallEvent("student", 1, 6, "reading", 61.0, "File train.py, line 1", 12, time=1022.0),
+    StallEvent("teacher", 1, 0, "work", 301.0, "", time=1022.5),
+    SetAsideEvent(4, [33], "IndexError: index out of range", time=1023.0),
+    RepairEvent(3, time=1024.0),
+    EvalEvent("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1030.0),
+    EvalEvent("student", 10, 4096, 3.41, 0.31, 0.71, 0.03, 0.78, time=1031.0),
+    EndEvent("done", 31.0, "", {"student": 6}, {"student": 10}, time=1032.0),
 ]
 SECRET = "s3cr3t-do-not-print-this-0123456789"
 
@@ -142,7 +142,7 @@ def test_a_journal_of_a_version_that_knew_fewer_values_is_read(tmp_path: Path) -
     end = {"kind": "end", "time": 1032.0, "outcome": "done", "seconds": 31.0, "message": ""}
     path = tmp_path / "journal.jsonl"
     path.write_text("".join(json.dumps(values) + "\n" for values in (whole, end)))
-    assert read_journal(path) == [START, EndRow("done", 31.0, "", time=1032.0)]
+    assert read_journal(path) == [START, EndEvent("done", 31.0, "", time=1032.0)]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_number_without_a_fraction_may_stand_for_one_with(tmp_path: Path) -> N
     """As other languages write 1.0."""
     path = tmp_path / "journal.jsonl"
     path.write_text('{"kind": "repair", "time": 1, "chunk": 3}\n')
-    assert read_journal(path) == [RepairRow(3, time=1.0)]
+    assert read_journal(path) == [RepairEvent(3, time=1.0)]
 
 
 def test_each_line_is_strict_json_with_its_kind_and_time_first(tmp_path: Path) -> None:
@@ -196,10 +196,10 @@ def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path: Path
     path = tmp_path / "journal.jsonl"
     program = (
         "import dataclasses, pathlib, sys\n"
-        "from stillhouse.tracking import Journal, PoolRow\n"
+        "from stillhouse.tracking import Journal, PoolEvent\n"
         "journal, n = Journal(pathlib.Path(sys.argv[1])), 0\n"
         "while True:\n"
-        "    journal.record(PoolRow(n, 8, 3, 4, 1.0, 0.0, 0)); n += 1\n"
+        "    journal.record(PoolEvent(n, 8, 3, 4, 1.0, 0.0, 0)); n += 1\n"
         "    print(n, flush=True)\n"
     )
     with subprocess.Popen(
@@ -212,7 +212,7 @@ def test_a_kill_without_notice_loses_no_row_that_was_acknowledged(tmp_path: Path
         told = [int(line) for line in writer.stdout.read().splitlines() if line.strip()]
     acknowledged = max([50, *told])
     rows = read_journal(path)
-    assert [row.published for row in rows if isinstance(row, PoolRow)] == list(range(len(rows)))
+    assert [row.published for row in rows if isinstance(row, PoolEvent)] == list(range(len(rows)))
     assert len(rows) in (acknowledged, acknowledged + 1)
 
 
@@ -253,7 +253,7 @@ def test_rows_and_values_of_a_later_version_are_left_out_and_counted(tmp_path: P
         )
     Journal(path).record(TRAIN)
     reader = JournalReader(path)
-    assert reader.new_rows() == [START, NewerRow("weather", time=1012.0), POOL, TRAIN]
+    assert reader.new_events() == [START, NewerEvent("weather", time=1012.0), POOL, TRAIN]
     assert reader.num_shortened == 1
 
 
@@ -286,10 +286,10 @@ def test_a_line_without_a_checksum_is_refused_behind_one_that_has_one(tmp_path: 
     path.write_text(bare[0])
     reader = JournalReader(path)
     Journal(path).record(TRAIN)
-    assert reader.new_rows() == [START, TRAIN]  # an earlier version began this journal
+    assert reader.new_events() == [START, TRAIN]  # an earlier version began this journal
     with path.open("a") as file:
         file.write(bare[1])
-    for look in (reader.new_rows, lambda: read_journal(path)):
+    for look in (reader.new_events, lambda: read_journal(path)):
         with pytest.raises(
             RunError, match=r"line 3 of .*it has no checksum, and lines before it have one"
         ):
@@ -331,27 +331,27 @@ def test_a_reader_that_follows_names_the_line_of_the_whole_file(tmp_path: Path) 
     reader = JournalReader(journal.path)
     for row in ROWS:
         journal.record(row)
-    reader.new_rows()
+    reader.new_events()
     with journal.path.open("a") as file:
         file.write("nonsense\n")
     with pytest.raises(RunError, match=f"line {len(ROWS) + 1} of "):
-        reader.new_rows()
+        reader.new_events()
 
 
 def test_a_reader_hands_out_each_row_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     reader = JournalReader(journal.path)
-    assert reader.new_rows() == []
+    assert reader.new_events() == []
     journal.record(START)
-    assert reader.new_rows() == [START]
+    assert reader.new_events() == [START]
     line = sealed_line(kind="pool", **asdict(POOL)).decode()
     with journal.path.open("a") as file:
         file.write(line[:30])
         file.flush()
-        assert reader.new_rows() == []
+        assert reader.new_events() == []
         file.write(line[30:])
-    assert reader.new_rows() == [POOL]
-    assert reader.new_rows() == []
+    assert reader.new_events() == [POOL]
+    assert reader.new_events() == []
     assert reader.num_rows == 2
 
 
@@ -375,9 +375,9 @@ def test_processes_append_to_one_journal_without_mixing_their_lines(tmp_path: Pa
     rows = read_journal(path)
     assert len(rows) == 300
     for role in ("student", "control"):
-        assert [row.step for row in rows if isinstance(row, TrainRow) and row.role == role] == list(
-            range(150)
-        )
+        assert [
+            row.step for row in rows if isinstance(row, TrainEvent) and row.role == role
+        ] == list(range(150))
 
 
 def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_of_steps_taken_again_the_last_one_counts() -> None:
     steps = [1, 2, 3, 4, 3, 4, 5]
     rows = [replace(TRAIN, step=step, loss=float(i)) for i, step in enumerate(steps)]
     control = replace(TRAIN, role="control", step=2, loss=99.0)
-    latest = latest_train_rows([START, *rows[:2], control, *rows[2:]], "student")
+    latest = latest_train_events([START, *rows[:2], control, *rows[2:]], "student")
     assert [(row.step, row.loss) for row in latest] == [
         (1, 0.0),
         (2, 1.0),
@@ -485,13 +485,13 @@ def test_of_steps_taken_again_the_last_one_counts() -> None:
         (4, 5.0),
         (5, 6.0),
     ]
-    assert latest_train_rows([START, *rows, control], "control") == [control]
+    assert latest_train_events([START, *rows, control], "control") == [control]
 
 
 def test_no_secret_reaches_the_journal(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     journal.record(replace(START, command=f"HF_TOKEN={SECRET} stillhouse run x.toml"))
-    journal.record(EndRow("failed", 1.0, f"GET https://me:{SECRET}@host: 403"))
+    journal.record(EndEvent("failed", 1.0, f"GET https://me:{SECRET}@host: 403"))
     assert b"s3cr3t" not in journal.path.read_bytes()
 
 
@@ -553,7 +553,11 @@ OFFLINE = TrackingSection(wandb="offline")
 
 
 def _mirror(
-    run_dir: Path, rows: Iterable[Row], *, config: Any = None, section: TrackingSection = OFFLINE
+    run_dir: Path,
+    rows: Iterable[RunEvent],
+    *,
+    config: Any = None,
+    section: TrackingSection = OFFLINE,
 ) -> list[Path]:
     """Feed rows to a view as a driver does; the .wandb files of the run directory, oldest first."""
     with WandbView(section, run_dir, config=config or {}, run_id="7e57ed01") as view:
@@ -609,7 +613,7 @@ def test_the_wandb_file_holds_what_the_journal_holds(tmp_path: Path) -> None:
 
 def test_a_resumed_run_keeps_its_wandb_id_and_its_rows_keep_their_numbers(tmp_path: Path) -> None:
     """Those of a later version, which are left out, keep theirs."""
-    before = [*ROWS[:4], NewerRow("weather", time=1009.0), TRAIN]
+    before = [*ROWS[:4], NewerEvent("weather", time=1009.0), TRAIN]
     after = [replace(START, attempt=2), replace(TRAIN, step=1), replace(TRAIN, step=2)]
     _mirror(tmp_path, before)
     first, second = (_wandb_records(path) for path in _mirror(tmp_path, [*before, *after]))
@@ -639,7 +643,7 @@ def test_no_secret_reaches_any_file_of_wandb(
     }
     rows = [
         replace(START, command=f"HF_TOKEN={SECRET} stillhouse"),
-        EndRow("failed", 1.0, f"token={SECRET}", time=1.0),
+        EndEvent("failed", 1.0, f"token={SECRET}", time=1.0),
     ]
     [path] = _mirror(tmp_path, rows, config=config)
     print(SECRET)
@@ -696,11 +700,11 @@ def test_a_broken_wandb_never_breaks_the_run(tmp_path: Path) -> None:
     program = (
         "import pathlib, sys, wandb\n"
         "from stillhouse.config import TrackingSection\n"
-        "from stillhouse.tracking import EndRow, PoolRow, WandbView\n"
+        "from stillhouse.tracking import EndEvent, PoolEvent, WandbView\n"
         "view = WandbView(TrackingSection(wandb='offline'), pathlib.Path(sys.argv[1]), config={}, "
         "run_id='abc')\n"
         "wandb.teardown()\n"
-        "view.record(PoolRow(1, 8, 3, 4, 1.0, 0.0, 0)); view.record(EndRow('done', 1.0, '')); "
+        "view.record(PoolEvent(1, 8, 3, 4, 1.0, 0.0, 0)); view.record(EndEvent('done', 1.0, '')); "
         "view.close()\n"
         "print('the run goes on')\n"
     )
@@ -737,7 +741,7 @@ def test_progress_off_a_terminal_is_one_plain_line_in_ten_seconds_and_a_last_one
 def test_while_machines_are_on_their_way_it_says_what_is_missing() -> None:
     text = io.StringIO()
     with ProgressView(Console(file=text, width=200), clock=_Clock()) as view:
-        view.record(WaitRow("GPU: 8 needed (8 teachers), 0 in the cluster"))
+        view.record(WaitEvent("GPU: 8 needed (8 teachers), 0 in the cluster"))
     assert (
         "waiting for machines to join the cluster: GPU: 8 needed (8 teachers), 0 in the cluster | "
         "student:" in text.getvalue()
@@ -747,11 +751,11 @@ def test_while_machines_are_on_their_way_it_says_what_is_missing() -> None:
 def test_a_process_that_stood_still_is_named_with_what_it_was_at() -> None:
     clock, text = _Clock(), io.StringIO()
     with ProgressView(Console(file=text, width=60), clock=clock) as view:
-        view.record(StallRow("teacher", 3, 0, "work", 301.4, "", 12))
+        view.record(StallEvent("teacher", 3, 0, "work", 301.4, "", 12))
         clock.now += 61.0
-        view.record(StallRow("student", 1, 7, "reading", 300.6, "File loader.py, line 1", 12))
+        view.record(StallEvent("student", 1, 7, "reading", 300.6, "File loader.py, line 1", 12))
         clock.now += 61.0
-        view.record(StallRow("student", 1, 8, "step", 300.6, ""))
+        view.record(StallEvent("student", 1, 8, "step", 300.6, ""))
     assert text.getvalue().splitlines() == [
         "teacher 3 stood still for 301 s (work, chunk 12): it is killed and replaced",
         "student, rank 1, step 7, stood still for 301 s (reading, chunk 12): it is killed and "
@@ -766,14 +770,14 @@ def test_what_a_store_keeps_waiting_is_said_once_a_minute() -> None:
         for second in range(130):
             clock.now = float(second)
             view.record(
-                OutageRow(
+                OutageEvent(
                     f"student, rank {second}",
                     61.0,
                     "cannot read a in s3://bucket: it cannot be reached",
                 )
             )
         clock.now = 200.0
-        view.record(DelayRow("student", 5, 0, "cannot write b in s3://bucket: it is too busy"))
+        view.record(DelayEvent("student", 5, 0, "cannot write b in s3://bucket: it is too busy"))
     assert text.getvalue().splitlines() == [
         "student, rank 0 has waited for 61 s: cannot read a in s3://bucket: it cannot be reached",
         "student, rank 60 has waited for 61 s: cannot read a in s3://bucket: it cannot be reached",

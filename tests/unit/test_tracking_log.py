@@ -19,7 +19,7 @@ from rich.console import Console
 
 from stillhouse.errors import RunError, StoreError
 from stillhouse.redaction import know
-from stillhouse.tracking import Journal, PoolRow, ProgressView, RepairRow
+from stillhouse.tracking import Journal, PoolEvent, ProgressView, RepairEvent
 from stillhouse.tracking.log import (
     LogPlace,
     WarningReader,
@@ -167,7 +167,7 @@ def test_what_a_process_logs_reaches_no_other_handler_and_afterwards_logging_is_
 
 def test_journal_events_are_lines_of_the_log(tmp_path: Path) -> None:
     with driver_log(tmp_path):
-        Journal(tmp_path / "journal.jsonl").record(RepairRow(7))
+        Journal(tmp_path / "journal.jsonl").record(RepairEvent(7))
     assert " INFO " in (
         line := next(
             line for line in text_of(tmp_path / "logs", "driver").splitlines() if "repair" in line
@@ -251,7 +251,7 @@ def test_a_warning_is_shown_by_the_console_that_draws_the_progress_bars(tmp_path
         driver_log(tmp_path),
         ProgressView(Console(file=screen, force_terminal=True, width=200)) as view,
     ):
-        view.record(PoolRow(1, 2, 1, 2, 10.0, 0.0, 0))
+        view.record(PoolEvent(1, 2, 1, 2, 10.0, 0.0, 0))
         log.warning("hot")
     assert "stillhouse.store.tests: hot\n" in screen.getvalue()
 

@@ -5,9 +5,17 @@ from dataclasses import replace
 
 import pytest
 
-from stillhouse.tracking import Role, Row, StartRow, TrainRow, nothing_left, stretches, words_of
+from stillhouse.tracking import (
+    Role,
+    RunEvent,
+    StartEvent,
+    TrainEvent,
+    nothing_left,
+    stretches,
+    words_of,
+)
 
-OLD = StartRow(
+OLD = StartEvent(
     1,
     "stillhouse run x.toml",
     {},
@@ -33,9 +41,9 @@ START = replace(OLD, learning_rate=3e-3, min_learning_rate=1e-4, warmup_steps=2)
 
 def steps(
     numbers: range, *, role: Role = "student", learning_rate: float = 3e-3, world_size: int = 2
-) -> list[Row]:
+) -> list[RunEvent]:
     return [
-        TrainRow(
+        TrainEvent(
             role,
             number,
             2.0,
@@ -53,14 +61,14 @@ def steps(
     ]
 
 
-def asked(earlier: list[Row], start: StartRow, **committed: int) -> str:
+def asked(earlier: list[RunEvent], start: StartEvent, **committed: int) -> str:
     return nothing_left(earlier, replace(start, committed_steps=committed))
 
 
 def test_steps_that_were_lost_and_taken_again_count_for_their_last_attempt() -> None:
     again = replace(START, attempt=2, learning_rate=1e-3)
-    rows = [START, *steps(range(1, 9)), again, *steps(range(5, 7), world_size=1)]
-    first, second = stretches(rows, "student")
+    events = [START, *steps(range(1, 9)), again, *steps(range(5, 7), world_size=1)]
+    first, second = stretches(events, "student")
     assert (first.first_step, first.last_step, first.world_sizes) == (1, 4, (2,))
     # 7 and 8 led to other weights
     assert (second.first_step, second.last_step, second.world_sizes) == (
@@ -70,18 +78,18 @@ def test_steps_that_were_lost_and_taken_again_count_for_their_last_attempt() -> 
     )
     assert first.schedule is not None
     assert second.schedule == replace(first.schedule, learning_rate=1e-3)
-    assert stretches(rows, "student", until=3) == [replace(first, last_step=3)]
-    assert stretches(rows, "control") == []
+    assert stretches(events, "student", until=3) == [replace(first, last_step=3)]
+    assert stretches(events, "control") == []
 
 
 def test_a_schedule_is_one_in_words_however_many_attempts_it_took() -> None:
-    rows = [
+    events = [
         START,
         *steps(range(1, 5)),
         replace(START, attempt=2, command="another", epochs=7),
         *steps(range(5, 11), world_size=1),
     ]
-    (whole,) = stretches(rows, "student")
+    (whole,) = stretches(events, "student")
     assert (whole.last_step, whole.world_sizes) == (10, (1, 2))
     assert (
         words_of([whole])
@@ -122,7 +130,7 @@ def test_a_schedule_is_one_in_words_however_many_attempts_it_took() -> None:
     ],
 )
 def test_a_command_with_nothing_left_to_train_says_what_had_no_effect(
-    start: StartRow, committed: dict[str, int], words: str
+    start: StartEvent, committed: dict[str, int], words: str
 ) -> None:
     assert asked([START, *steps(range(1, 11))], start, **committed) == words
 

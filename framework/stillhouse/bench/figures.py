@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from stillhouse.errors import RunError
-from stillhouse.tracking import CheckpointRow, ChunkRow, Row, latest_train_rows
+from stillhouse.tracking import CheckpointEvent, ChunkEvent, RunEvent, latest_train_events
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Spread:
         return cls(median(found), min(found), max(found))
 
 
-def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: float) -> Pace:
+def steady_pace(events: Sequence[RunEvent], *, window_steps: int, chunks_per_step: float) -> Pace:
     """The pace of a run that began with nothing done and was not interrupted, from its whole
     journal.
 
@@ -58,11 +58,11 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
     the teachers' last chunk: the run is too short to have had a steady state.
     """
     # the stretch
-    steps = latest_train_rows(rows, "student")
-    chunks = [row for row in rows if isinstance(row, ChunkRow)]
+    steps = latest_train_events(events, "student")
+    chunks = [event for event in events if isinstance(event, ChunkEvent)]
     until = chunks[-1].time if chunks else steps[-1].time
     first = -(-len(steps) // (4 * window_steps)) * window_steps
-    last = sum(row.time <= until for row in steps) // window_steps * window_steps
+    last = sum(event.time <= until for event in steps) // window_steps * window_steps
     if last <= first:
         raise RunError(
             f"the teachers were done when the student had taken {last} of its {len(steps)} steps, "
@@ -74,19 +74,21 @@ def steady_pace(rows: Sequence[Row], *, window_steps: int, chunks_per_step: floa
     # what happened in it
     begin, end = (steps[step - 1].time for step in (first, last))
     stretch = steps[first:last]
-    checkpoints = [row for row in rows if isinstance(row, CheckpointRow)]
+    checkpoints = [event for event in events if isinstance(event, CheckpointEvent)]
 
     def ahead(step: int, now: float) -> float:
-        return sum(row.time <= now for row in chunks) - step * chunks_per_step if chunks else 0.0
+        return (
+            sum(event.time <= now for event in chunks) - step * chunks_per_step if chunks else 0.0
+        )
 
     return Pace(
         first_step=first,
         last_step=last,
-        num_tokens=sum(row.num_tokens for row in stretch),
+        num_tokens=sum(event.num_tokens for event in stretch),
         seconds=end - begin,
-        data_wait_s=sum(row.data_wait_s for row in stretch),
-        checkpoint_s=sum(row.blocking_s for row in checkpoints if begin < row.time <= end),
-        teacher_busy_s=sum(row.seconds for row in chunks if begin < row.time <= end),
+        data_wait_s=sum(event.data_wait_s for event in stretch),
+        checkpoint_s=sum(event.blocking_s for event in checkpoints if begin < event.time <= end),
+        teacher_busy_s=sum(event.seconds for event in chunks if begin < event.time <= end),
         chunks_ahead=(ahead(first, begin), ahead(last, end)),
-        start_up_s=steps[0].time - rows[0].time,
+        start_up_s=steps[0].time - events[0].time,
     )

@@ -37,7 +37,7 @@ from stillhouse.errors import RunError
 from stillhouse.pipeline import Plan, make_plan
 from stillhouse.student.job import TrainJob
 from stillhouse.student.workers import fit
-from stillhouse.tracking import CheckpointRow, Journal, TrainRow, read_journal
+from stillhouse.tracking import CheckpointEvent, Journal, TrainEvent, read_journal
 
 PLAIN, CALLED, OURS = "Ray Train + DeepSpeed", "of which until its function is called", "stillhouse"
 _NUM_RANKS, _COMMIT_EVERY, _ZERO_STAGE = 2, 5, 2
@@ -167,10 +167,10 @@ def _ours(
 
     # its events so far
     def seen() -> Seen:
-        rows = read_journal(job.journal) if job.journal.exists() else []
+        events = read_journal(job.journal) if job.journal.exists() else []
         steps, commits = (
-            [row.time for row in rows if isinstance(row, kind)]
-            for kind in (TrainRow, CheckpointRow)
+            [event.time for event in events if isinstance(event, kind)]
+            for kind in (TrainEvent, CheckpointEvent)
         )
         return Seen(steps, commits)
 

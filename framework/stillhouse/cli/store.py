@@ -32,7 +32,7 @@ from stillhouse.store import (
     verify_store,
 )
 from stillhouse.terminal import one_line, say
-from stillhouse.tracking import ChunkRow, Row
+from stillhouse.tracking import ChunkEvent, RunEvent
 
 if TYPE_CHECKING:
     from stillhouse.pipeline import Plan
@@ -171,9 +171,10 @@ def _checked(findings: Iterable[Finding], total: int) -> tuple[int, list[Finding
 class _Printed:
     """A tracker that prints each chunk as it is made."""
 
-    def record(self, row: Row) -> None:
-        if isinstance(row, ChunkRow):
-            say(f"chunk {row.chunk} made again by teacher {row.replica} in {row.seconds:.1f} s")
+    def record(self, event: RunEvent) -> None:
+        if isinstance(event, ChunkEvent):
+            chunk, seconds = event.chunk, event.seconds
+            say(f"chunk {chunk} made again by teacher {event.replica} in {seconds:.1f} s")
 
 
 def _moved_to(plan: "Plan", url: str) -> "Plan":

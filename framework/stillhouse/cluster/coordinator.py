@@ -20,7 +20,7 @@ from stillhouse.cluster.heartbeat import Cause
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.errors import HeadGoneError, StillhouseError
 from stillhouse.redaction import scrub
-from stillhouse.tracking import Row, scrubbed
+from stillhouse.tracking import RunEvent, scrubbed
 from stillhouse.tracking.log import LogPlace, handed_on
 
 _P = ParamSpec("_P")
@@ -116,19 +116,19 @@ class Coordinator:
         actor = remote.remote(None if journal is None else journal.resolve(), log=log)
         return cls(actor, log=None if log is None else replace(log, relay=partial(_relay, actor)))
 
-    def record(self, row: Row) -> None:
+    def record(self, event: RunEvent) -> None:
         """As a Tracker: returns when the row is on the driver's disk. Raises StoreError where it
         cannot be written.
 
         While that disk is full it raises StoreUnavailable at once: the coordinator, which all
         processes call, does not wait.
         """
-        self._ask_once("record", self._sendable(row))
+        self._ask_once("record", self._sendable(event))
 
-    def mention(self, row: Row) -> None:
+    def mention(self, event: RunEvent) -> None:
         """Write a row where there is a journal that can be written. Returns at once; a failure is
         not reported."""
-        self._actor.mention.remote(self._sendable(row))
+        self._actor.mention.remote(self._sendable(event))
 
     def say(self, message: str) -> None:
         """Print a message on the driver's terminal, for what no row holds. Returns at once."""
@@ -155,10 +155,10 @@ class Coordinator:
         """Why a group's attempt is about to end; the first reason stands."""
         self._ask("explain", group, cause, scrub(detail))
 
-    def _sendable(self, row: Row) -> Row:
+    def _sendable(self, event: RunEvent) -> RunEvent:
         """The row with its time, and without this process's secrets, which the coordinator does not
         know."""
-        return scrubbed(row if row.time else replace(row, time=self.wall()))
+        return scrubbed(event if event.time else replace(event, time=self.wall()))
 
     def _ask_once(self, method: str, *arguments: object, **named: object) -> Any:
         """As `_ask`, for a method that must not act twice."""

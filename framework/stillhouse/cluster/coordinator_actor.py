@@ -23,7 +23,7 @@ from stillhouse.cluster.heartbeat import Cause, Heard, Heartbeat, PreviousAttemp
 from stillhouse.cluster.preemption import Source
 from stillhouse.cluster.rank_group import RankGroup
 from stillhouse.errors import StillhouseError, StoreError
-from stillhouse.tracking import Journal, Row
+from stillhouse.tracking import Journal, RunEvent
 from stillhouse.tracking.log import LogPlace, process_log
 
 _log = logging.getLogger(__name__)
@@ -78,14 +78,14 @@ class CoordinatorActor:
 
     # The journal and the driver's terminal
 
-    def record(self, row: Row) -> None:
+    def record(self, event: RunEvent) -> None:
         assert self._journal is not None
-        self._journal.record(row)
+        self._journal.record(event)
 
-    def mention(self, row: Row) -> None:
+    def mention(self, event: RunEvent) -> None:
         if self._journal is not None:
             with suppress(StoreError):
-                self._journal.record(row)
+                self._journal.record(event)
 
     def say(self, message: str) -> None:
         self._messages.append(message)

@@ -21,7 +21,7 @@ from stillhouse.models import head_of, load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.retry import Tell
 from stillhouse.sequence import Sequences
-from stillhouse.tracking import OutageRow, Tracker
+from stillhouse.tracking import OutageEvent, Tracker
 from stillhouse.tracking.log import LogPlace, process_log
 
 ModelName = Literal["teacher", "student", "control"]
@@ -125,7 +125,7 @@ def _scorer(wanted: ModelSection | Trained, job: EvaluationJob) -> _Scorer:
 
 def outage_teller(tracker: Tracker) -> Tell:
     """A function that journals that the checkpoints' store is waited for."""
-    return lambda seconds, why: tracker.record(OutageRow("the evaluation", seconds, why))
+    return lambda seconds, why: tracker.record(OutageEvent("the evaluation", seconds, why))
 
 
 @dataclass(slots=True)

@@ -25,12 +25,12 @@ from stillhouse.store.object_store import Blobs
 from stillhouse.store.probe import require_create_only
 from stillhouse.student.job import TrainJob
 from stillhouse.tracking import (
-    EndRow,
+    EndEvent,
     Journal,
     JournalReader,
     ProgressView,
-    StartRow,
-    TrainRow,
+    StartEvent,
+    TrainEvent,
     WandbView,
     nothing_left,
 )
@@ -90,7 +90,7 @@ def visit(run_dir: Path, command: str) -> Iterator[Journal]:
     with locked(Holder.here(command, run_dir, now=time())), driver_log(run_dir):
         journal = Journal(run_dir / "journal.jsonl")
         reader = JournalReader(journal.path)
-        reader.new_rows()
+        reader.new_events()
         with _shown(reader, [ProgressView()]):
             yield journal
 
@@ -131,10 +131,10 @@ def _journalled(
     # the start event, and what it leads to
     journal = Journal(run_dir / "journal.jsonl")
     waiting, reader = patient(journal), JournalReader(journal.path)
-    earlier = reader.new_rows()
+    earlier = reader.new_events()
     start = replace(
         request.start,
-        attempt=sum(isinstance(row, StartRow) for row in earlier) + 1,
+        attempt=sum(isinstance(event, StartEvent) for event in earlier) + 1,
         command=command,
         versions={name: version(name) for name in _VERSIONED},
         committed_steps=dict(committed),
@@ -150,10 +150,10 @@ def _journalled(
             taken, done = _steps(reader, committed)
             seconds = monotonic() - began
             if outcome == "done":
-                waiting.record(EndRow(outcome, seconds, "" if taken else idle, taken, done))
+                waiting.record(EndEvent(outcome, seconds, "" if taken else idle, taken, done))
                 return
             with suppress(StoreError):  # a full disk neither hides nor delays another outcome
-                journal.record(EndRow(outcome, seconds, message, taken, done))
+                journal.record(EndEvent(outcome, seconds, message, taken, done))
 
         with _failure_journalled(end):
             views = _views(config, run_dir)
@@ -185,19 +185,19 @@ def _steps(
     """By role: the steps that this attempt took, and the number of its last one. `reader` is behind
     the start event."""
     try:
-        steps = [row for row in reader.new_rows() if isinstance(row, TrainRow)]
+        steps = [event for event in reader.new_events() if isinstance(event, TrainEvent)]
     except RunError:
         steps = []  # a damaged journal must not hide what ended the attempt
-    done = dict(committed) | {row.role: row.step for row in steps}
-    return dict(Counter[str](row.role for row in steps)), done
+    done = dict(committed) | {event.role: event.step for event in steps}
+    return dict(Counter[str](event.role for event in steps)), done
 
 
 def _views(config: Config, run_dir: Path) -> list[ProgressView | WandbView]:
     section = config.tracking
     if section.wandb == "off":
         return [ProgressView()]
-    events = JournalReader(run_dir / "journal.jsonl").new_rows()
-    first = next(event for event in events if isinstance(event, StartRow))
+    events = JournalReader(run_dir / "journal.jsonl").new_events()
+    first = next(event for event in events if isinstance(event, StartEvent))
     # a run that was given no id has the same one for as long as its journal keeps its first event
     own_id = f"{first.recipe_fingerprint[:8]}-{round(first.time * 1000):x}"
     settings = config.model_dump(mode="json")
@@ -211,9 +211,9 @@ def _shown(reader: JournalReader, views: Sequence[ProgressView | WandbView]) -> 
     it."""
 
     def look() -> None:
-        for row in reader.new_rows():
+        for event in reader.new_events():
             for view in views:
-                view.record(row)
+                view.record(event)
 
     try:
         with followed(look, every_s=_FOLLOW_EVERY_S, name="journal-views"):

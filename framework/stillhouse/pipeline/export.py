@@ -11,7 +11,7 @@ from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Plan
 from stillhouse.report.words import short_name
 from stillhouse.store import Recipe
-from stillhouse.tracking import EvalRow, Role, Row, read_journal, stretches, words_of
+from stillhouse.tracking import EvalEvent, Role, RunEvent, read_journal, stretches, words_of
 
 
 def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
@@ -37,7 +37,7 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
 
 
 def model_card(
-    config: Config, recipe: Recipe, rows: Sequence[Row], *, role: Role, steps: int
+    config: Config, recipe: Recipe, events: Sequence[RunEvent], *, role: Role, steps: int
 ) -> str:
     """The README of a model after `steps` optimiser steps. `rows`: the events of its run's
     journal."""
@@ -48,7 +48,7 @@ def model_card(
         else f"the top {recipe.k} log-probabilities of {short_name(config.teacher.model)} and "
         f"{_rest(recipe.num_draws)}"
     )
-    schedule = words_of(stretches(rows, role, until=steps)) or "not in the run's journal"
+    schedule = words_of(stretches(events, role, until=steps)) or "not in the run's journal"
 
     # the page
     lines = [
@@ -73,17 +73,17 @@ def model_card(
         f"| AdamW | {schedule} |",
         f"| recipe | `{recipe.fingerprint}` |",
     ]
-    return "\n".join(lines + _scores(rows)) + "\n"
+    return "\n".join(lines + _scores(events)) + "\n"
 
 
 def _rest(num_draws: int) -> str:
     return f"{num_draws} draws from the rest" if num_draws else "the mass of the rest"
 
 
-def _scores(rows: Sequence[Row]) -> list[str]:
+def _scores(events: Sequence[RunEvent]) -> list[str]:
     """A table of the last evaluation of each model, which may be of an earlier step than the
     export."""
-    scores = {row.model: row for row in rows if isinstance(row, EvalRow)}
+    scores = {event.model: event for event in events if isinstance(event, EvalEvent)}
     if not scores:
         return []
     return [
@@ -94,9 +94,10 @@ def _scores(rows: Sequence[Row]) -> list[str]:
         "acceptance |",
         "| --- | --- | --- | --- | --- | --- |",
         *(
-            f"| {name} | {'' if name == 'teacher' else f'{row.step:,}'} | {row.cross_entropy:.4f} "
-            "| " + " | ".join(map(_figure, (row.kl, row.agreement, row.acceptance))) + " |"
-            for name, row in scores.items()
+            f"| {name} | {'' if name == 'teacher' else f'{event.step:,}'} "
+            f"| {event.cross_entropy:.4f} "
+            "| " + " | ".join(map(_figure, (event.kl, event.agreement, event.acceptance))) + " |"
+            for name, event in scores.items()
         ),
     ]
 

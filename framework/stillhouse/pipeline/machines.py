@@ -23,7 +23,7 @@ from stillhouse.errors import (
     StoreUnavailable,
 )
 from stillhouse.terminal import say
-from stillhouse.tracking import NoticeRow, Role, Tracker
+from stillhouse.tracking import NoticeEvent, Role, Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Machines:
         self._journal = journal
         self._terminated = terminated
         self.known: dict[str, PreemptionNotice] = {}  # by node
-        self._unwritten: list[NoticeRow] = []
+        self._unwritten: list[NoticeEvent] = []
         self._told_at: float | None = None  # when the driver's own notice was taken in
         self._seconds_left = 0.0  # at that time
         self._stopped = threading.Event()
@@ -119,7 +119,7 @@ class Machines:
     def _note(self, machine: str, notice: PreemptionNotice) -> None:
         left_s, source, detail = notice.deadline - time(), notice.source, notice.detail
         _log.warning("preemption notice for %s, %.0f s: %s: %s", machine, left_s, source, detail)
-        self._unwritten.append(NoticeRow(source, machine, left_s, detail, time=time()))
+        self._unwritten.append(NoticeEvent(source, machine, left_s, detail, time=time()))
 
     def _pass_on(self, node: str, notice: PreemptionNotice) -> None:
         self._note(node, notice)

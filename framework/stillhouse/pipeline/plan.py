@@ -16,7 +16,7 @@ from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
-from stillhouse.tracking import StartRow
+from stillhouse.tracking import StartEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Request:
     recipe: Recipe
     store: ChunkStore
     chunks: Sequence[int]  # that the command makes or reads
-    start: StartRow  # but for what the attempt adds: number, command, versions, committed steps
+    start: StartEvent  # but for what the attempt adds: number, command, versions, committed steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Plan:
     def request(self) -> Request:
         # the values of the journal's `start` event that the plan knows; an attempt sets the others
         config, student, corpus = self.config, self.config.student, self.sources.train
-        start = StartRow(
+        start = StartEvent(
             attempt=0,
             command="",
             versions={},

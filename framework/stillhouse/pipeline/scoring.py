@@ -17,7 +17,7 @@ from stillhouse.pipeline.plan import Evaluation
 from stillhouse.pipeline.session import Session
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.source import whole
-from stillhouse.tracking import EvalRow
+from stillhouse.tracking import EvalEvent
 
 
 def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
@@ -46,7 +46,7 @@ def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
     for name, found in scores.items():
         is_teacher = name == "teacher"  # which is compared with no other
         session.journal.record(
-            EvalRow(
+            EvalEvent(
                 model=name,
                 step=0 if name == "teacher" else steps[name],
                 num_tokens=found.num_tokens,

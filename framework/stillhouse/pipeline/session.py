@@ -10,7 +10,7 @@ from stillhouse.cluster.placement import Placement, ResourceNeeds, placement
 from stillhouse.config import ClusterSection, ModelSection
 from stillhouse.pipeline.console import patient
 from stillhouse.pipeline.machines import Machines, watched_machines
-from stillhouse.tracking import Journal, Tracker, WaitRow
+from stillhouse.tracking import Journal, Tracker, WaitEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ def at_work(
     """
     coordinator = Coordinator.create(journal.path)
     with watched_machines(coordinator, journal, grace_s=cluster.grace_s) as machines:
-        rows = patient(journal, pause=machines.pause)
-        available = enough_room(needs, cluster, rows, unless=machines.require_driver)
-        yield Session(cluster, available, coordinator, rows), machines
+        events = patient(journal, pause=machines.pause)
+        available = enough_room(needs, cluster, events, unless=machines.require_driver)
+        yield Session(cluster, available, coordinator, events), machines
 
 
 def enough_room(
@@ -55,10 +55,10 @@ def enough_room(
         nonlocal last
         unless()
         if missing != last:
-            journal.record(WaitRow(missing))
+            journal.record(WaitEvent(missing))
             last = missing
 
     available = await_room(needs, cluster, waiting=waiting)
     if last:
-        journal.record(WaitRow(""))
+        journal.record(WaitEvent(""))
     return available

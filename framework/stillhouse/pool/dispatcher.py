@@ -36,7 +36,7 @@ from stillhouse.pool.progress import Progress
 from stillhouse.pool.retention import Retention
 from stillhouse.pool.stock import Stock
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import SetAsideRow, StallRow, Tracker
+from stillhouse.tracking import SetAsideEvent, StallEvent, Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -179,14 +179,16 @@ class Dispatcher(Generic[ItemT, ReadyT]):
             lease = next(iter(worker.leases.values()), None)
             phase = "start" if worker.node is None else "work"
             chunk = None if lease is None else lease.chunk
-            self._journal.record(StallRow("teacher", worker.number, 0, phase, silent_s, "", chunk))
+            self._journal.record(
+                StallEvent("teacher", worker.number, 0, phase, silent_s, "", chunk)
+            )
             self._die(worker, Died(worker.number, f"it gave no heartbeat for {silent_s:.0f} s"))
 
     def _take_in(self, worker: Worker, event: Event[ReadyT]) -> None:
         match event:
             case Started(ready=ready):
                 self._fleet.welcome(worker, ready, self._clock())
-                self._journal.record(ready.journal_row(worker.number))
+                self._journal.record(ready.journal_event(worker.number))
             case Answered(lease=number, answer=answer):
                 self._accept(worker, self._fleet.end(worker, number), answer)
             case Raised(lease=None, error=error):
@@ -208,7 +210,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
                 self._table.publish(lease, now=self._clock())
                 self._stock.published(lease.chunk)
                 self._progress.add(answer.num_tokens)
-                self._journal.record(answer.journal_row(worker.number))
+                self._journal.record(answer.journal_event(worker.number))
         self._record_if_done()
 
     def _fail(self, worker: Worker, lease: Lease, cause: BaseException) -> None:
@@ -253,7 +255,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
             num_rows, chunk, reason = len(found.rows), found.chunk, found.reason
             _log.warning("%d sequences of chunk %d are set aside: %s", num_rows, chunk, reason)
             sequences = self._stock.sequences(chunk, found.rows)
-            self._journal.record(SetAsideRow(chunk, sequences, reason))
+            self._journal.record(SetAsideEvent(chunk, sequences, reason))
 
     def _record_if_done(self) -> None:
         if self._table.done:

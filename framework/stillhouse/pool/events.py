@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeAlias, TypeVar
 
 from stillhouse.cluster.coordinator import News
-from stillhouse.tracking import Row
+from stillhouse.tracking import RunEvent
 
 
 class Item(Protocol):
@@ -24,7 +24,7 @@ class Ready(Protocol):
         """Ray's id of its machine's node."""
         ...
 
-    def journal_row(self, worker: int) -> Row:
+    def journal_event(self, worker: int) -> RunEvent:
         """The journal's event."""
         ...
 
@@ -35,7 +35,7 @@ class Produced(Protocol):
     @property
     def num_tokens(self) -> int: ...
 
-    def journal_row(self, worker: int) -> Row:
+    def journal_event(self, worker: int) -> RunEvent:
         """The journal's event."""
         ...
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from stillhouse.pool.leases import LeaseTable
-from stillhouse.tracking import PoolRow, Tracker
+from stillhouse.tracking import PoolEvent, Tracker
 
 _ROW_EVERY_S = 2.0
 
@@ -36,7 +36,7 @@ class Progress:
         """Journal an event now."""
         table, seconds = self._table, now - self._last_row
         self._journal.record(
-            PoolRow(
+            PoolEvent(
                 published=table.num_settled,
                 needed=table.num_wanted,
                 in_flight=table.num_leased,

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from stillhouse.pool.retention import Retention
 from stillhouse.store import ChunkStore
-from stillhouse.tracking import RepairRow, Tracker
+from stillhouse.tracking import RepairEvent, Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Stock:
         found = self._store.listing()
         for number in sorted(found.cut.intersection(order.tolist())):
             if self._store.quarantine(number):
-                self._journal.record(RepairRow(number))
+                self._journal.record(RepairEvent(number))
         published = np.fromiter(found.published, dtype=np.int64)
         settled = np.isin(order, published)
         if self._retention is not None:
@@ -58,7 +58,7 @@ class Stock:
         if not self._store.quarantine(number):
             return False
         _log.warning("chunk %d was damaged: it is in quarantine, and is made again", number)
-        self._journal.record(RepairRow(number))
+        self._journal.record(RepairEvent(number))
         return True
 
     def look(self, now: float) -> list[int]:

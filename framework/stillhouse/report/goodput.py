@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 from stillhouse.report.summary import Interval, Summary, Timeline, of_kind
 from stillhouse.report.words import counted
 from stillhouse.tracking import (
-    CheckpointRow,
-    ChunkRow,
-    DelayRow,
-    EndRow,
-    NoticeRow,
-    OutageRow,
-    PoolRow,
-    RecoveryRow,
-    RepairRow,
+    CheckpointEvent,
+    ChunkEvent,
+    DelayEvent,
+    EndEvent,
+    NoticeEvent,
+    OutageEvent,
+    PoolEvent,
+    RecoveryEvent,
+    RepairEvent,
     Role,
-    SetAsideRow,
-    StallRow,
-    StartRow,
-    TeacherRow,
-    TrainRow,
+    SetAsideEvent,
+    StallEvent,
+    StartEvent,
+    TeacherEvent,
+    TrainEvent,
 )
 
 Part = Literal[
@@ -80,7 +80,7 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """The events from one StartRow up to the next."""
+    """The events from one StartEvent up to the next."""
 
     number: int  # from 0
     begin: float
@@ -88,18 +88,18 @@ class _Attempt:
     events: Timeline
 
     @property
-    def start(self) -> StartRow:
+    def start(self) -> StartEvent:
         first = self.events[0][1]
-        assert isinstance(first, StartRow)
+        assert isinstance(first, StartEvent)
         return first
 
     @property
     def outcome(self) -> str | None:
         """How it ended; None where it was killed, or goes on."""
-        return next((end.outcome for _, end in of_kind(self.events, EndRow)), None)
+        return next((end.outcome for _, end in of_kind(self.events, EndEvent)), None)
 
-    def steps(self) -> list[tuple[float, TrainRow]]:
-        return of_kind(self.events, TrainRow)
+    def steps(self) -> list[tuple[float, TrainEvent]]:
+        return of_kind(self.events, TrainEvent)
 
 
 # ---- Students
@@ -128,9 +128,11 @@ def _spend_attempt(
     """
     total_steps = attempt.start.total_steps
     saving = _spans(
-        _blocked(at, commit, total_steps) for at, commit in of_kind(attempt.events, CheckpointRow)
+        _blocked(at, commit, total_steps) for at, commit in of_kind(attempt.events, CheckpointEvent)
     )
-    standing = _spans((at - each.seconds, at) for at, each in of_kind(attempt.events, RecoveryRow))
+    standing = _spans(
+        (at - each.seconds, at) for at, each in of_kind(attempt.events, RecoveryEvent)
+    )
     first_start: Part = "starting" if attempt.number == 0 else "restarting"
     cursor, before = attempt.begin, None
     for at, step in attempt.steps():
@@ -165,7 +167,7 @@ def _spend_attempt(
     return index
 
 
-def _blocked(at: float, commit: CheckpointRow, total_steps: int) -> Span:
+def _blocked(at: float, commit: CheckpointEvent, total_steps: int) -> Span:
     """The span in which a checkpoint kept its ranks from going on: all of it where it was the last
     one."""
     begin = at - commit.seconds
@@ -212,8 +214,8 @@ def teacher_time(summary: Summary) -> TimeSpent | None:
 
     Counted for as many teachers as each attempt asked for; one that never came was idle (`other`).
     """
-    made = [chunk for _, chunk in of_kind(summary.timeline, ChunkRow)]
-    if not made and not of_kind(summary.timeline, TeacherRow):
+    made = [chunk for _, chunk in of_kind(summary.timeline, ChunkEvent)]
+    if not made and not of_kind(summary.timeline, TeacherEvent):
         return None
     last_made = {chunk.chunk: chunk for chunk in made if not chunk.duplicate}
     useful = {id(chunk) for chunk in last_made.values()}
@@ -225,7 +227,7 @@ def teacher_time(summary: Summary) -> TimeSpent | None:
 
 def _spend_teachers(attempt: _Attempt, spent: Spent, useful: set[int]) -> None:
     """Add an attempt's time, of each of its teachers, to `spent`; `useful` are the ids of the
-    ChunkRow objects that count."""
+    ChunkEvent objects that count."""
     num_teachers = attempt.start.num_teachers
 
     # What teachers were doing, and when the last of them had done its work.
@@ -233,17 +235,17 @@ def _spend_teachers(attempt: _Attempt, spent: Spent, useful: set[int]) -> None:
     num_ready = 0
     done_at = attempt.begin
     for at, event in attempt.events:
-        if isinstance(event, ChunkRow):
+        if isinstance(event, ChunkEvent):
             busy["useful" if id(event) in useful else "redone"].append((at - event.seconds, at))
             done_at = at
-        elif isinstance(event, TeacherRow):
+        elif isinstance(event, TeacherEvent):
             num_ready += 1
             is_first = num_ready <= num_teachers
             begin = attempt.begin if is_first else at - event.seconds_to_ready
             part: Part = "starting" if is_first and attempt.number == 0 else "restarting"
             busy[part].append((begin, at))
             done_at = at
-    pools = of_kind(attempt.events, PoolRow)
+    pools = of_kind(attempt.events, PoolEvent)
     if not any(pool.published >= pool.needed for _, pool in pools):
         done_at = attempt.end
 
@@ -283,7 +285,7 @@ def _held_back(attempt: _Attempt) -> list[Interval]:
     """Seconds in which the window held the teachers back, between each two looks at the pool."""
     looks = [
         (attempt.begin, 0.0),
-        *((at, pool.window_wait_s) for at, pool in of_kind(attempt.events, PoolRow)),
+        *((at, pool.window_wait_s) for at, pool in of_kind(attempt.events, PoolEvent)),
     ]
     return [
         Interval(begin, end, max(after - before, 0.0))
@@ -315,7 +317,7 @@ def recoveries(summary: Summary) -> list[Recovery]:
     """Every recovery of ranks, and every attempt that went on from another one, in order."""
     found = [
         Recovery(at, each.role, each.cause, each.seconds, each.lost_steps, each.detail)
-        for at, each in of_kind(summary.timeline, RecoveryRow)
+        for at, each in of_kind(summary.timeline, RecoveryEvent)
     ]
     attempts = _attempts(summary)
     for earlier, later in pairwise(attempts):
@@ -336,11 +338,11 @@ def incidents(summary: Summary) -> list[str]:
     """What else went wrong and was repaired, in words; empty where nothing did."""
     # The events of each kind.
     timeline = summary.timeline
-    pools = [of_kind(attempt.events, PoolRow) for attempt in _attempts(summary)]
+    pools = [of_kind(attempt.events, PoolEvent) for attempt in _attempts(summary)]
     last_pools = [each[-1][1] for each in pools if each]
-    chunks_set_aside = [event for _, event in of_kind(timeline, SetAsideRow)]
-    delayed = {(delay.role, delay.step) for _, delay in of_kind(timeline, DelayRow)}
-    silent = [stall.role == "teacher" for _, stall in of_kind(timeline, StallRow)]
+    chunks_set_aside = [event for _, event in of_kind(timeline, SetAsideEvent)]
+    delayed = {(delay.role, delay.step) for _, delay in of_kind(timeline, DelayEvent)}
+    silent = [stall.role == "teacher" for _, stall in of_kind(timeline, StallEvent)]
 
     # How many, of what, and what became of it.
     counts = [
@@ -350,12 +352,12 @@ def incidents(summary: Summary) -> list[str]:
             "chunk",
             "given to a second teacher because the first was slow",
         ),
-        (sum(chunk.duplicate for _, chunk in of_kind(timeline, ChunkRow)), "chunk", "made twice"),
-        (len(of_kind(timeline, RepairRow)), "damaged chunk", "made anew"),
+        (sum(chunk.duplicate for _, chunk in of_kind(timeline, ChunkEvent)), "chunk", "made twice"),
+        (len(of_kind(timeline, RepairEvent)), "damaged chunk", "made anew"),
         (sum(len(event.sequences) for event in chunks_set_aside), "sequence", "set aside"),
         (len(delayed), "checkpoint", "that the store did not take at once"),
-        (len(of_kind(timeline, OutageRow)), "long wait", "for a store that was unavailable"),
-        (len(of_kind(timeline, NoticeRow)), "notice", "of a machine's end"),
+        (len(of_kind(timeline, OutageEvent)), "long wait", "for a store that was unavailable"),
+        (len(of_kind(timeline, NoticeEvent)), "notice", "of a machine's end"),
         (silent.count(False), "stalled rank", "found by the watchdog"),
         (silent.count(True), "silent teacher", "killed and replaced"),
     ]
@@ -365,7 +367,7 @@ def incidents(summary: Summary) -> list[str]:
 def _attempts(summary: Summary) -> list[_Attempt]:
     """The run's attempts, each up to where the next one begins."""
     timeline = summary.timeline
-    begins = [index for index, (_, event) in enumerate(timeline) if isinstance(event, StartRow)]
+    begins = [index for index, (_, event) in enumerate(timeline) if isinstance(event, StartEvent)]
     pieces = [timeline[begin:end] for begin, end in pairwise([*begins, len(timeline)])]
     ends = [*(piece[0][0] for piece in pieces[1:]), summary.run_s]
     return [
@@ -374,5 +376,5 @@ def _attempts(summary: Summary) -> list[_Attempt]:
     ]
 
 
-def _steps(attempts: Sequence[_Attempt]) -> list[TrainRow]:
+def _steps(attempts: Sequence[_Attempt]) -> list[TrainEvent]:
     return [step for attempt in attempts for _, step in attempt.steps()]

@@ -17,7 +17,7 @@ from stillhouse.report.tables import costs_table, evaluation_table, kept_of, rec
 from stillhouse.report.words import counted, date, duration, large, percent, short_name, small
 from stillhouse.store.explain import explain
 from stillhouse.terminal import say
-from stillhouse.tracking import JournalReader, NewerRow, Row
+from stillhouse.tracking import JournalReader, NewerEvent, RunEvent
 
 
 def write_report(run_dir: Path) -> Path:
@@ -29,7 +29,7 @@ def write_report(run_dir: Path) -> Path:
     Raises UserError where no attempt has begun, and StoreError where the page cannot be written.
     """
     reader = JournalReader(run_dir / "journal.jsonl")
-    events = reader.new_rows()
+    events = reader.new_events()
     summary = summarise(events)
     if summary is None:
         raise UserError(
@@ -47,10 +47,10 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _left_out(events: Sequence[Row], num_shortened: int) -> str:
+def _left_out(events: Sequence[RunEvent], num_shortened: int) -> str:
     """What is left out of a journal that a later version has written to; empty where nothing is."""
     found = (
-        (sum(isinstance(event, NewerRow) for event in events), "of a newer version left out"),
+        (sum(isinstance(event, NewerEvent) for event in events), "of a newer version left out"),
         (num_shortened, "shown without values of a newer version"),
     )
     return "; ".join(f"{counted(number, 'row')} {words}" for number, words in found if number)

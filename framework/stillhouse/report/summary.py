@@ -12,24 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.tracking import (
-    ChunkRow,
-    EndRow,
-    EvalRow,
-    PoolRow,
+    ChunkEvent,
+    EndEvent,
+    EvalEvent,
+    PoolEvent,
     Role,
-    Row,
-    StartRow,
+    RunEvent,
+    StartEvent,
     Stretch,
-    TrainRow,
-    latest_train_rows,
+    TrainEvent,
+    latest_train_events,
     stretches,
 )
 
 _ROLES: tuple[Role, ...] = ("student", "control")
 _SAME = 0.005  # nats: cross-entropies nearer than this are called equal
 
-Kind = TypeVar("Kind", bound=Row)
-Timeline = Sequence[tuple[float, Row]]  # seconds on the run's own clock, and the event
+Kind = TypeVar("Kind", bound=RunEvent)
+Timeline = Sequence[tuple[float, RunEvent]]  # seconds on the run's own clock, and the event
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,17 @@ class Summary:
     The run's own clock stands still between attempts.
     """
 
-    start: StartRow  # of the last attempt
-    end: EndRow | None  # of the last attempt; None where it still runs or was killed
+    start: StartEvent  # of the last attempt
+    end: EndEvent | None  # of the last attempt; None where it still runs or was killed
     commands: list[str]  # each once, in the order in which they were first given
     first_time: float  # unix seconds
     idle_s: float  # between attempts
     timeline: Timeline
-    chunks: list[ChunkRow]  # in the order in which they were published
-    student: list[TrainRow]
-    control: list[TrainRow]
+    chunks: list[ChunkEvent]  # in the order in which they were published
+    student: list[TrainEvent]
+    control: list[TrainEvent]
     trained: dict[Role, list[Stretch]]  # the schedules of each role that took a step
-    evals: dict[str, EvalRow]  # the last for each model
+    evals: dict[str, EvalEvent]  # the last for each model
 
     @property
     def run_s(self) -> float:
@@ -58,7 +58,7 @@ class Summary:
 
     @property
     def num_attempts(self) -> int:
-        return len(of_kind(self.timeline, StartRow))
+        return len(of_kind(self.timeline, StartEvent))
 
     @property
     def student_done(self) -> bool:
@@ -67,7 +67,7 @@ class Summary:
     @property
     def resumed_at(self) -> list[float]:
         """Seconds on the run's clock at which each attempt but the first began."""
-        return [elapsed_s for elapsed_s, _ in of_kind(self.timeline, StartRow)][1:]
+        return [elapsed_s for elapsed_s, _ in of_kind(self.timeline, StartEvent)][1:]
 
 
 def of_kind(timeline: Timeline, kind: type[Kind]) -> list[tuple[float, Kind]]:
@@ -75,9 +75,9 @@ def of_kind(timeline: Timeline, kind: type[Kind]) -> list[tuple[float, Kind]]:
     return [(at, event) for at, event in timeline if isinstance(event, kind)]
 
 
-def summarise(events: Sequence[Row]) -> Summary | None:
+def summarise(events: Sequence[RunEvent]) -> Summary | None:
     """The summary of a journal; None where no attempt has begun."""
-    starts = [event for event in events if isinstance(event, StartRow)]
+    starts = [event for event in events if isinstance(event, StartEvent)]
     if not starts:
         return None
     timeline, idle_s = _timeline(events)
@@ -85,29 +85,29 @@ def summarise(events: Sequence[Row]) -> Summary | None:
     chunks = {
         event.chunk: event
         for event in events
-        if isinstance(event, ChunkRow) and not event.duplicate
+        if isinstance(event, ChunkEvent) and not event.duplicate
     }
     return Summary(
         start=starts[-1],
-        end=next((event for event in last_attempt if isinstance(event, EndRow)), None),
+        end=next((event for event in last_attempt if isinstance(event, EndEvent)), None),
         commands=list(dict.fromkeys(start.command for start in starts)),
         first_time=events[0].time,
         idle_s=idle_s,
         timeline=timeline,
         chunks=sorted(chunks.values(), key=lambda event: event.time),
-        student=latest_train_rows(events, "student"),
-        control=latest_train_rows(events, "control"),
+        student=latest_train_events(events, "student"),
+        control=latest_train_events(events, "control"),
         trained={role: found for role in _ROLES if (found := stretches(events, role))},
-        evals={event.model: event for event in events if isinstance(event, EvalRow)},
+        evals={event.model: event for event in events if isinstance(event, EvalEvent)},
     )
 
 
-def _timeline(events: Sequence[Row]) -> tuple[Timeline, float]:
+def _timeline(events: Sequence[RunEvent]) -> tuple[Timeline, float]:
     """The events on the run's clock, and the seconds between attempts that it leaves out."""
-    timeline: list[tuple[float, Row]] = []
+    timeline: list[tuple[float, RunEvent]] = []
     shift, elapsed = events[0].time, 0.0
     for event in events:
-        if isinstance(event, StartRow):
+        if isinstance(event, StartEvent):
             shift = event.time - elapsed
         elapsed = max(elapsed, event.time - shift)  # two machines' clocks may differ a little
         timeline.append((elapsed, event))
@@ -130,7 +130,7 @@ def teacher_tokens(summary: Summary) -> list[Interval]:
     """Target tokens of each chunk that this run published."""
     return [
         Interval(max(at - chunk.seconds, 0.0), at, chunk.num_tokens)
-        for at, chunk in of_kind(summary.timeline, ChunkRow)
+        for at, chunk in of_kind(summary.timeline, ChunkEvent)
         if not chunk.duplicate
     ]
 
@@ -140,7 +140,7 @@ def train_tokens(summary: Summary, role: Role) -> list[Interval]:
     does."""
     return [
         Interval(max(at - step.seconds, 0.0), at, step.num_tokens)
-        for at, step in of_kind(summary.timeline, TrainRow)
+        for at, step in of_kind(summary.timeline, TrainEvent)
         if step.role == role
     ]
 
@@ -149,7 +149,7 @@ def data_waits(summary: Summary) -> list[Interval]:
     """Seconds of each step in which the student waited for chunks."""
     return [
         Interval(max(at - step.seconds, 0.0), at, step.data_wait_s)
-        for at, step in of_kind(summary.timeline, TrainRow)
+        for at, step in of_kind(summary.timeline, TrainEvent)
         if step.role == "student"
     ]
 
@@ -159,9 +159,9 @@ def window_waits(summary: Summary) -> list[Interval]:
     with each attempt."""
     waits, last_at, last_wait_s = [], 0.0, 0.0
     for at, event in summary.timeline:
-        if isinstance(event, StartRow):
+        if isinstance(event, StartEvent):
             last_at, last_wait_s = at, 0.0
-        if isinstance(event, PoolRow):
+        if isinstance(event, PoolEvent):
             waits.append(Interval(last_at, at, max(event.window_wait_s - last_wait_s, 0.0)))
             last_at, last_wait_s = at, event.window_wait_s
     return waits
@@ -233,7 +233,7 @@ def verdict(summary: Summary) -> str:
     )
 
 
-def _gap_closed(teacher: EvalRow, student: EvalRow, control: EvalRow) -> str:
+def _gap_closed(teacher: EvalEvent, student: EvalEvent, control: EvalEvent) -> str:
     """Which share of the control's distance to the teacher the student made good, in words."""
     gap = control.cross_entropy - teacher.cross_entropy
     if gap <= 0:
@@ -244,7 +244,7 @@ def _gap_closed(teacher: EvalRow, student: EvalRow, control: EvalRow) -> str:
     return f"{100 * closed:.0f}\N{NARROW NO-BREAK SPACE}% of the gap closed"
 
 
-def _tokens_compared(summary: Summary, student: EvalRow, control: EvalRow) -> str:
+def _tokens_compared(summary: Summary, student: EvalEvent, control: EvalEvent) -> str:
     """On how many training tokens the two were compared, in words."""
     ours = sum(each.num_tokens for each in summary.student if each.step <= student.step)
     theirs = sum(each.num_tokens for each in summary.control if each.step <= control.step)

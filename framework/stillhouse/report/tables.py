@@ -7,7 +7,7 @@ from stillhouse.report.goodput import incidents, recoveries
 from stillhouse.report.markup import ABSENT, escape, note, table
 from stillhouse.report.summary import Summary
 from stillhouse.report.words import duration, large, num_bytes, percent, times
-from stillhouse.tracking import EvalRow, StartRow
+from stillhouse.tracking import EvalEvent, StartEvent
 
 _MODELS = {
     "teacher": "Teacher",
@@ -15,7 +15,7 @@ _MODELS = {
     "control": "Control, text alone",
 }
 # A column: its name, its value for a model, and how that is written.
-_SCORES: list[tuple[str, Callable[[EvalRow], float | None], Callable[[float], str]]] = [
+_SCORES: list[tuple[str, Callable[[EvalEvent], float | None], Callable[[float], str]]] = [
     ("Cross-entropy", lambda scores: scores.cross_entropy, lambda value: f"{value:.3f}"),
     (
         "Perplexity",
@@ -33,7 +33,7 @@ _SCORES: list[tuple[str, Callable[[EvalRow], float | None], Callable[[float], st
 ]
 
 
-def _of_a_student(scores: EvalRow, value: float | None) -> float | None:
+def _of_a_student(scores: EvalEvent, value: float | None) -> float | None:
     """A score that compares with the teacher; None for the teacher itself."""
     return None if scores.model == "teacher" else value
 
@@ -54,7 +54,7 @@ def evaluation_table(summary: Summary) -> str:
     return table("scores", names, "".join(map(_scores_of, found))) + note(words)
 
 
-def _scores_of(scores: EvalRow) -> str:
+def _scores_of(scores: EvalEvent) -> str:
     """A model's line of the evaluation table."""
     values = [(read(scores), show) for _, read, show in _SCORES]
     cells = "".join(
@@ -100,6 +100,6 @@ def costs_table(summary: Summary) -> str:
     return table("costs", names, body) + note("Bars are logarithmic.")
 
 
-def kept_of(start: StartRow) -> str:
+def kept_of(start: StartEvent) -> str:
     """What a target keeps of the teacher's distribution, in words."""
     return f"k = {start.k}" + (f" and {start.num_draws} draws" if start.num_draws else "")

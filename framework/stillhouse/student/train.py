@@ -32,13 +32,13 @@ from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
 from stillhouse.student.universal import convert
 from stillhouse.tracking import (
-    CheckpointRow,
-    DamagedRow,
-    DelayRow,
-    OutageRow,
-    RecoveryRow,
+    CheckpointEvent,
+    DamagedEvent,
+    DelayEvent,
+    OutageEvent,
+    RecoveryEvent,
     Tracker,
-    TrainRow,
+    TrainEvent,
 )
 
 _log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _begin(
         )
     # to the journal
     for problem in found.passed_over if found is not None else ():
-        journal.record(DamagedRow(job.role, problem))
+        journal.record(DamagedEvent(job.role, problem))
     return previous
 
 
@@ -168,7 +168,7 @@ def _engine(job: TrainJob, found: Restored | None, *, device: torch.device) -> S
 
 def _outage_teller(job: TrainJob, journal: Tracker) -> Tell:
     who = f"{job.role}, rank {dist.get_rank()}"
-    return lambda seconds, why: journal.record(OutageRow(who, seconds, why))
+    return lambda seconds, why: journal.record(OutageEvent(who, seconds, why))
 
 
 def _reader(
@@ -194,11 +194,13 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
     rank, root = dist.get_rank(), Blobs(job.checkpoints_root)
 
     def on_commit(commit: Commit, seconds: float, blocking_s: float) -> None:
-        journal.record(CheckpointRow(job.role, commit.step, seconds, commit.num_bytes, blocking_s))
+        journal.record(
+            CheckpointEvent(job.role, commit.step, seconds, commit.num_bytes, blocking_s)
+        )
         _commit_as_consumer(job, commit.step)
 
     def on_delay(step: int, why: str) -> None:
-        journal.record(DelayRow(job.role, step, rank, why))
+        journal.record(DelayEvent(job.role, step, rank, why))
 
     def require_own_command() -> None:
         if job.owner is not None:
@@ -244,7 +246,7 @@ def _require_learnable_targets(batch: Batch, job: TrainJob, device: torch.device
 
 def _train_step(
     engine: StudentEngine, batch: Batch, job: TrainJob, link: DriverLink, *, began: float
-) -> TrainRow:
+) -> TrainEvent:
     """Train on a batch; `began`: when the step began, which includes waiting for the batch."""
     # a seed for dropout and the like, which a resumed training repeats
     step, data_wait_s = batch.step, monotonic() - began
@@ -265,7 +267,7 @@ def _train_step(
 
     # its event for the journal
     seconds = monotonic() - began
-    return TrainRow(
+    return TrainEvent(
         role=job.role,
         step=step + 1,
         loss=terms.loss,
@@ -293,10 +295,12 @@ def _begin_checkpoint(
     writer.submit(snapshot)
 
 
-def _recovery(previous: PreviousAttempt, first: TrainRow, *, since_begin_s: float) -> RecoveryRow:
+def _recovery(
+    previous: PreviousAttempt, first: TrainEvent, *, since_begin_s: float
+) -> RecoveryEvent:
     """What was lost since the life before this one, up to the `first` step of this one."""
     resumed = first.step - 1
-    return RecoveryRow(
+    return RecoveryEvent(
         first.role,
         cause="died" if previous.cause == "stop" else previous.cause,
         detail=previous.detail,

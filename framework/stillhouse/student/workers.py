@@ -30,7 +30,7 @@ from stillhouse.cluster.session import settle_ray_train
 from stillhouse.config import NoticeSource, StudentSection
 from stillhouse.errors import HeadGoneError, StillhouseError
 from stillhouse.student.watchdog import Stall, has_shrunk, stalled
-from stillhouse.tracking import PatientTracker, StallRow, Tracker
+from stillhouse.tracking import PatientTracker, StallEvent, Tracker
 from stillhouse.tracking.log import process_log
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _end(stall: Stall, job: "TrainJob", coordinator: Coordinator, journal: Track
         _log.warning("%s of the %s: killing %s, its group is started again", why, job.role, process)
         coordinator.explain(job.role, "stalled", why)
         journal.record(
-            StallRow(
+            StallEvent(
                 job.role,
                 last.rank,
                 last.step,

@@ -28,7 +28,7 @@ from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
-from stillhouse.tracking import ChunkRow, OutageRow, TeacherRow
+from stillhouse.tracking import ChunkEvent, OutageEvent, TeacherEvent
 from stillhouse.tracking.log import failures_logged, process_log
 
 _log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ class Ready:
     # Of a local model's files as they were loaded; a commit identifies a model of a hub.
     weights_digest: str | None = None
 
-    def journal_row(self, worker: int) -> TeacherRow:
-        return TeacherRow(worker, self.seconds, self.device, self.topk)
+    def journal_event(self, worker: int) -> TeacherEvent:
+        return TeacherEvent(worker, self.seconds, self.device, self.topk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ class Produced:
     def num_tokens(self) -> int:
         return self.ref.num_tokens
 
-    def journal_row(self, worker: int) -> ChunkRow:
-        return ChunkRow(
+    def journal_event(self, worker: int) -> ChunkEvent:
+        return ChunkEvent(
             chunk=self.ref.number,
             num_tokens=self.ref.num_tokens,
             num_bytes=self.ref.num_bytes,
@@ -144,7 +144,7 @@ class _TeacherActor:
         return Produced(ref, measured, monotonic() - began)
 
     def _tell_of_outage(self, seconds: float, why: str) -> None:
-        self._coordinator.mention(OutageRow(f"teacher on {self._node[:8]}", seconds, why))
+        self._coordinator.mention(OutageEvent(f"teacher on {self._node[:8]}", seconds, why))
 
 
 def is_there(store: ChunkStore, number: int) -> bool:

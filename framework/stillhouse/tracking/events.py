@@ -15,7 +15,7 @@ Role = Literal["student", "control"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RunEvent:
     """One event. `time` is in unix seconds; 0 lets the journal fill it in."""
 
     kind: ClassVar[str]
@@ -23,7 +23,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class StartRow(Row):
+class StartEvent(RunEvent):
     """An attempt begins: the first event of a run, and again after each resume."""
 
     kind: ClassVar[str] = "start"
@@ -56,7 +56,7 @@ class StartRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherRow(Row):
+class TeacherEvent(RunEvent):
     """A teacher replica has passed its start-up check."""
 
     kind: ClassVar[str] = "teacher"
@@ -67,7 +67,7 @@ class TeacherRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkRow(Row):
+class ChunkEvent(RunEvent):
     """A teacher published a chunk. Its fidelity figures compare decoded records with the exact
     targets."""
 
@@ -84,7 +84,7 @@ class ChunkRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class PoolRow(Row):
+class PoolEvent(RunEvent):
     """The teacher pool at one moment."""
 
     kind: ClassVar[str] = "pool"
@@ -92,7 +92,7 @@ class PoolRow(Row):
     needed: int  # chunks
     in_flight: int  # chunks leased to teachers
     window_chunks: int  # how far teachers may be ahead of the slowest consumer
-    tokens_per_s: float  # target tokens, all replicas, mean since the PoolRow before
+    tokens_per_s: float  # target tokens, all replicas, mean since the PoolEvent before
     window_wait_s: float  # seconds in which the window held teachers back, since the attempt began
     failures: int  # since the attempt began
     replicas: int = 0  # teachers that are ready
@@ -102,7 +102,7 @@ class PoolRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class TrainRow(Row):
+class TrainEvent(RunEvent):
     """One optimiser step. Losses are means over the step's target tokens, in nats."""
 
     kind: ClassVar[str] = "train"
@@ -122,7 +122,7 @@ class TrainRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointRow(Row):
+class CheckpointEvent(RunEvent):
     """A checkpoint was committed."""
 
     kind: ClassVar[str] = "checkpoint"
@@ -134,7 +134,7 @@ class CheckpointRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class DelayRow(Row):
+class DelayEvent(RunEvent):
     """A checkpoint cannot be written at present. Training goes on, and the write is tried again
     until it succeeds."""
 
@@ -146,7 +146,7 @@ class DelayRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class OutageRow(Row):
+class OutageEvent(RunEvent):
     """A process has waited for an unavailable store for some time. Recorded once an outage."""
 
     kind: ClassVar[str] = "outage"
@@ -156,7 +156,7 @@ class OutageRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class DamagedRow(Row):
+class DamagedEvent(RunEvent):
     """A checkpoint that does not verify was passed over for the one before it."""
 
     kind: ClassVar[str] = "damaged"
@@ -165,7 +165,7 @@ class DamagedRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class RecoveryRow(Row):
+class RecoveryEvent(RunEvent):
     """The ranks of a student were lost, or stopped on request, and train again."""
 
     kind: ClassVar[str] = "recovery"
@@ -180,7 +180,7 @@ class RecoveryRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class NoticeRow(Row):
+class NoticeEvent(RunEvent):
     """Preemption notice: a machine of the run will be taken away."""
 
     kind: ClassVar[str] = "notice"
@@ -191,7 +191,7 @@ class NoticeRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class WaitRow(Row):
+class WaitEvent(RunEvent):
     """The run cannot begin yet: machines that it needs have not joined the cluster."""
 
     kind: ClassVar[str] = "wait"
@@ -199,7 +199,7 @@ class WaitRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class StallRow(Row):
+class StallEvent(RunEvent):
     """A process sent no heartbeat for longer than the watchdog allows, and is killed.
 
     A teacher is replaced, the group of a rank is started again.
@@ -216,7 +216,7 @@ class StallRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class SetAsideRow(Row):
+class SetAsideEvent(RunEvent):
     """Poison: sequences that every teacher failed at. Their chunk is published without targets for
     them."""
 
@@ -227,7 +227,7 @@ class SetAsideRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class RepairRow(Row):
+class RepairEvent(RunEvent):
     """A damaged chunk was moved to quarantine and will be made anew."""
 
     kind: ClassVar[str] = "repair"
@@ -235,7 +235,7 @@ class RepairRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class EvalRow(Row):
+class EvalEvent(RunEvent):
     """The dense scores of one model on held-out text: no compressed targets.
 
     Entropies and divergences are means over target tokens, in nats.
@@ -253,7 +253,7 @@ class EvalRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class EndRow(Row):
+class EndEvent(RunEvent):
     """An attempt ended by itself; a killed one has no such row."""
 
     kind: ClassVar[str] = "end"
@@ -267,7 +267,7 @@ class EndRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class NewerRow(Row):
+class NewerEvent(RunEvent):
     """A row of a kind that only a later version knows. It is read and never recorded; of its values
     only the time is known."""
 
@@ -275,26 +275,26 @@ class NewerRow(Row):
     name: str  # the row's kind
 
 
-ROW_TYPES: dict[str, type[Row]] = {
-    row.kind: row
-    for row in (
-        StartRow,
-        TeacherRow,
-        ChunkRow,
-        PoolRow,
-        TrainRow,
-        CheckpointRow,
-        DelayRow,
-        OutageRow,
-        DamagedRow,
-        RecoveryRow,
-        NoticeRow,
-        WaitRow,
-        StallRow,
-        SetAsideRow,
-        RepairRow,
-        EvalRow,
-        EndRow,
+EVENT_TYPES: dict[str, type[RunEvent]] = {
+    event.kind: event
+    for event in (
+        StartEvent,
+        TeacherEvent,
+        ChunkEvent,
+        PoolEvent,
+        TrainEvent,
+        CheckpointEvent,
+        DelayEvent,
+        OutageEvent,
+        DamagedEvent,
+        RecoveryEvent,
+        NoticeEvent,
+        WaitEvent,
+        StallEvent,
+        SetAsideEvent,
+        RepairEvent,
+        EvalEvent,
+        EndEvent,
     )
 }
 
@@ -326,12 +326,12 @@ def is_of(value: Any, kind: Any) -> bool:
 class Tracker(Protocol):
     """What events are recorded with: the journal, a view of it, or a test's list."""
 
-    def record(self, event: Row) -> None: ...
+    def record(self, event: RunEvent) -> None: ...
 
 
-def latest_train_rows(events: Iterable[Row], role: Role) -> list[TrainRow]:
+def latest_train_events(events: Iterable[RunEvent], role: Role) -> list[TrainEvent]:
     """The last event of each step, in the order of steps: after a resume, steps since the last
     checkpoint are taken again."""
-    steps = (event for event in events if isinstance(event, TrainRow) and event.role == role)
+    steps = (event for event in events if isinstance(event, TrainEvent) and event.role == role)
     latest = {event.step: event for event in steps}
     return [latest[step] for step in sorted(latest)]

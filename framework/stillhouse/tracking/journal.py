@@ -28,7 +28,7 @@ from typing import Any
 from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import RunError, StoreError, StoreUnavailable
 from stillhouse.redaction import scrub
-from stillhouse.tracking.events import ROW_TYPES, NewerRow, Row, is_of
+from stillhouse.tracking.events import EVENT_TYPES, NewerEvent, RunEvent, is_of
 from stillhouse.tracking.log import SCRUBBED
 
 _log = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class Journal:
     clock: Callable[[], float] = time.time
     files: FileLayer = DISK
 
-    def record(self, event: Row) -> None:
+    def record(self, event: RunEvent) -> None:
         """Append one event, scrubbed of secrets, and return when it is on disk.
 
         Raises StoreUnavailable while the disk is full, and StoreError where the file cannot be
         written for another reason: then the journal is as before.
         """
-        assert event.kind in ROW_TYPES, f"{event} cannot be read back"
+        assert event.kind in EVENT_TYPES, f"{event} cannot be read back"
         stamped = scrubbed(event if event.time else replace(event, time=self.clock()))
         values = {"kind": event.kind, "time": stamped.time} | asdict(stamped)
         line = json.dumps(
@@ -96,7 +96,7 @@ class Journal:
             os.close(descriptor)
 
 
-def scrubbed(event: Row) -> Row:
+def scrubbed(event: RunEvent) -> RunEvent:
     """The event without secrets."""
     return replace(event, **scrub(asdict(event)))
 
@@ -150,10 +150,10 @@ class JournalReader:
         self._offset = 0
         self._is_sealed = False  # whether a row had a checksum: all behind it must have one
 
-    def new_rows(self) -> list[Row]:
+    def new_events(self) -> list[RunEvent]:
         """The events whose rows were completed since the last call, in the order of the file.
 
-        A NewerRow stands for each of a kind that this version does not know. There are none while
+        A NewerEvent stands for each of a kind that this version does not know. There are none while
         there is no file. Raises RunError at a line that is complete and is no row.
         """
         try:
@@ -163,57 +163,57 @@ class JournalReader:
         except FileNotFoundError:
             return []
         whole = data[: data.rfind(b"\n") + 1]
-        rows = [
-            self._row(line, f"line {self.num_rows + i} of {self.path}")
+        events = [
+            self._event(line, f"line {self.num_rows + i} of {self.path}")
             for i, line in enumerate(whole.splitlines(), 1)
         ]
         self._offset += len(whole)
-        self.num_rows += len(rows)
-        return rows
+        self.num_rows += len(events)
+        return events
 
-    def _row(self, line: bytes, where: str) -> Row:
+    def _event(self, line: bytes, where: str) -> RunEvent:
         """The event of a complete line. Raises RunError where it is none."""
         try:
             text, is_sealed = _unsealed(line)
             if self._is_sealed and not is_sealed:
                 raise ValueError("it has no checksum, and lines before it have one")
             self._is_sealed = is_sealed
-            row, is_whole = _parsed(json.loads(text), may_be_newer=is_sealed)
+            event, is_whole = _parsed(json.loads(text), may_be_newer=is_sealed)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
                 f"{where} is not a row of this version's journal ({type(error).__name__}: "
                 f"{error}); restore the file, or take that line out, then go on"
             ) from error
         self.num_shortened += not is_whole
-        return row
+        return event
 
 
-def read_journal(path: Path) -> list[Row]:
+def read_journal(path: Path) -> list[RunEvent]:
     """Every event so far: none where there is no journal yet; a torn last line is left out.
 
     Raises RunError at a broken line.
     """
-    return JournalReader(path).new_rows()
+    return JournalReader(path).new_events()
 
 
-def _parsed(values: dict[str, Any], *, may_be_newer: bool) -> tuple[Row, bool]:
+def _parsed(values: dict[str, Any], *, may_be_newer: bool) -> tuple[RunEvent, bool]:
     """The event of a row, and whether it has all of the row's values.
 
     Raises ValueError, KeyError, TypeError or AttributeError where the values are no event.
     """
     kind = values.pop("kind")
-    if may_be_newer and type(kind) is str and kind not in ROW_TYPES:
-        return _checked(NewerRow(kind, time=values["time"])), True
-    row_type = ROW_TYPES[kind]
-    known = {column.name: column.type for column in fields(row_type)}
+    if may_be_newer and type(kind) is str and kind not in EVENT_TYPES:
+        return _checked(NewerEvent(kind, time=values["time"])), True
+    event_type = EVENT_TYPES[kind]
+    known = {column.name: column.type for column in fields(event_type)}
     found = {name: value for name, value in values.items() if name in known or not may_be_newer}
     for name, value in found.items():
         if known.get(name) in _FLOAT_TYPES and isinstance(value, str):
             found[name] = float(value)
-    return _checked(row_type(**found)), len(found) == len(values)
+    return _checked(event_type(**found)), len(found) == len(values)
 
 
-def _checked(event: Row) -> Row:
+def _checked(event: RunEvent) -> RunEvent:
     """The event. Raises TypeError where a value is not of its field's type."""
     for column in fields(event):
         if not is_of(value := getattr(event, column.name), column.type):

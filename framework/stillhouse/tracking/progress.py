@@ -15,14 +15,14 @@ from rich.text import Text
 
 from stillhouse.terminal import one_line
 from stillhouse.tracking.events import (
-    DelayRow,
-    OutageRow,
-    PoolRow,
-    Row,
-    StallRow,
-    StartRow,
-    TrainRow,
-    WaitRow,
+    DelayEvent,
+    OutageEvent,
+    PoolEvent,
+    RunEvent,
+    StallEvent,
+    StartEvent,
+    TrainEvent,
+    WaitEvent,
 )
 
 _SAY_EVERY_S = 60.0
@@ -52,7 +52,7 @@ class ProgressView:
         self._latest = _Latest()
         self._live = Live(console=self._console, auto_refresh=False) if is_terminal else None
 
-    def record(self, event: Row) -> None:
+    def record(self, event: RunEvent) -> None:
         """Show an event, now or with the next one."""
         # Lines in between, which leave the bars as they are.
         if (line := _incident_line(event)) is not None:
@@ -60,7 +60,7 @@ class ProgressView:
             return
 
         # The bars.
-        if isinstance(event, StartRow):
+        if isinstance(event, StartEvent):
             self._latest = _Latest(start=event)
         elif not self._latest.take(event):
             return
@@ -127,22 +127,22 @@ class _Pace:
 class _Latest:
     """The newest events of an attempt, and how fast its counts grow."""
 
-    start: StartRow | None = None
-    wait: WaitRow | None = None
-    pool: PoolRow | None = None
-    train: TrainRow | None = None
+    start: StartEvent | None = None
+    wait: WaitEvent | None = None
+    pool: PoolEvent | None = None
+    train: TrainEvent | None = None
     pool_pace: _Pace = field(default_factory=_Pace)
     train_pace: _Pace = field(default_factory=_Pace)
 
-    def take(self, event: Row) -> bool:
+    def take(self, event: RunEvent) -> bool:
         """Keep an event; False where it is of a kind that the bars do not show."""
         match event:
-            case WaitRow():
+            case WaitEvent():
                 self.wait = event if event.missing else None
-            case PoolRow():
+            case PoolEvent():
                 self.pool = event
                 self.pool_pace.add(event.time, event.published)
-            case TrainRow():
+            case TrainEvent():
                 if self.train is not None and self.train.role != event.role:
                     self.train_pace = _Pace()
                 self.train = event
@@ -188,17 +188,17 @@ def _student_side(latest: _Latest) -> _Side:
     return _Side(f"{train.role} {train.step}/{steps} steps", details, bar)
 
 
-def _incident_line(event: Row) -> str | None:
+def _incident_line(event: RunEvent) -> str | None:
     """The line for an event that stops a process or makes it wait; None for all others."""
     match event:
-        case DelayRow():
+        case DelayEvent():
             return (
                 f"the {event.role}'s checkpoint of step {event.step} cannot be written yet: "
                 f"{event.why}"
             )
-        case OutageRow():
+        case OutageEvent():
             return f"{event.who} has waited for {event.seconds:.0f} s: {event.why}"
-        case StallRow():
+        case StallEvent():
             is_teacher = event.role == "teacher"
             rank = "" if is_teacher else f", rank {event.rank}, step {event.step},"
             who = f"teacher {event.rank}" if is_teacher else f"{event.role}{rank}"

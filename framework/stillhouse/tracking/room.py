@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from time import monotonic, sleep, time
 
 from stillhouse.retry import Patience, Tell, insist
-from stillhouse.tracking.events import Row, Tracker
+from stillhouse.tracking.events import RunEvent, Tracker
 
 # A run stands still while its journal waits, so the user is told soon. Tries at a local disk are
 # cheap, so they are frequent.
@@ -28,7 +28,7 @@ class PatientTracker:
     clock: Callable[[], float] = monotonic
     wall: Callable[[], float] = time
 
-    def record(self, event: Row) -> None:
+    def record(self, event: RunEvent) -> None:
         # the time at which it happened, not at which there was room
         stamped = event if event.time else replace(event, time=self.wall())
         insist(

@@ -6,7 +6,7 @@ The config does not show it: it holds only what was asked for last.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from stillhouse.tracking.events import Role, Row, StartRow, TrainRow
+from stillhouse.tracking.events import Role, RunEvent, StartEvent, TrainEvent
 
 _ROLES: tuple[Role, ...] = ("student", "control")
 _SETTINGS = {  # the fields of a schedule, as the config names them
@@ -54,7 +54,7 @@ class Stretch:
         )
 
 
-def schedule_of(start: StartRow) -> Schedule | None:
+def schedule_of(start: StartEvent) -> Schedule | None:
     """The schedule that an attempt asked for; None where its version did not write it."""
     if start.learning_rate is None or start.min_learning_rate is None or start.warmup_steps is None:
         return None
@@ -63,7 +63,7 @@ def schedule_of(start: StartRow) -> Schedule | None:
     )
 
 
-def stretches(events: Iterable[Row], role: Role, *, until: int | None = None) -> list[Stretch]:
+def stretches(events: Iterable[RunEvent], role: Role, *, until: int | None = None) -> list[Stretch]:
     """The steps that led to the weights after step `until`, or to the newest weights.
 
     A step that was taken again counts as it was last taken.
@@ -80,17 +80,17 @@ def stretches(events: Iterable[Row], role: Role, *, until: int | None = None) ->
     return found
 
 
-def _taken(events: Iterable[Row], role: Role) -> dict[int, tuple[TrainRow, Schedule | None]]:
+def _taken(events: Iterable[RunEvent], role: Role) -> dict[int, tuple[TrainEvent, Schedule | None]]:
     """Each step's last event, and the schedule of its attempt.
 
     Where a step is taken again, the steps behind it no longer lead to the weights.
     """
     schedule: Schedule | None = None
-    taken: dict[int, tuple[TrainRow, Schedule | None]] = {}
+    taken: dict[int, tuple[TrainEvent, Schedule | None]] = {}
     for event in events:
-        if isinstance(event, StartRow):
+        if isinstance(event, StartEvent):
             schedule = schedule_of(event)
-        elif isinstance(event, TrainRow) and event.role == role:
+        elif isinstance(event, TrainEvent) and event.role == role:
             if event.step in taken:
                 taken = {step: each for step, each in taken.items() if step < event.step}
             taken[event.step] = (event, schedule)
@@ -127,7 +127,7 @@ def _in_turn(found: Sequence[Stretch]) -> Iterator[tuple[int, int, str]]:
         expected = each.last_step + 1
 
 
-def nothing_left(earlier: Sequence[Row], start: StartRow) -> str:
+def nothing_left(earlier: Sequence[RunEvent], start: StartEvent) -> str:
     """The message of an attempt that has nothing to train, because all its steps are committed, and
     which of its settings have no effect.
 

@@ -11,13 +11,13 @@ from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line, say
 from stillhouse.tracking.events import (
-    CheckpointRow,
-    EndRow,
-    EvalRow,
-    NewerRow,
-    Row,
-    StartRow,
-    TrainRow,
+    CheckpointEvent,
+    EndEvent,
+    EvalEvent,
+    NewerEvent,
+    RunEvent,
+    StartEvent,
+    TrainEvent,
 )
 
 # What W&B draws its charts over: an axis, and the names of the values that belong to it.
@@ -64,25 +64,25 @@ class WandbView:
             for name in names:
                 self._run.define_metric(name, step_metric=axis)
 
-    def record(self, event: Row) -> None:
+    def record(self, event: RunEvent) -> None:
         """Send an event to W&B."""
         step, self._num_events = self._num_events, self._num_events + 1
         self._guarded(lambda: self._send(event, step))
 
-    def _send(self, event: Row, step: int) -> None:
+    def _send(self, event: RunEvent, step: int) -> None:
         values = scrub(asdict(event))
         match event:
-            case NewerRow():
+            case NewerEvent():
                 return
-            case StartRow():
+            case StartEvent():
                 self._run.config.update({"start": values}, allow_val_change=True)
                 self._run.log({"attempt": event.attempt}, step=step)
-            case EvalRow():
+            case EvalEvent():
                 del values["model"]
                 self._run.summary.update(
                     {f"eval/{event.model}/{name}": value for name, value in values.items()}
                 )
-            case EndRow():
+            case EndEvent():
                 self._exit_code = 0 if event.outcome == "done" else 1
                 self._run.summary.update({"outcome": event.outcome, "message": values["message"]})
             case _:
@@ -95,7 +95,7 @@ class WandbView:
                 self._run.log(numbers | {"_timestamp": event.time}, step=step)
 
     def close(self) -> None:
-        """Write out what is buffered and, online, send it. Without an EndRow of outcome done, W&B
+        """Write out what is buffered and, online, send it. Without an EndEvent of outcome done, W&B
         shows the run as failed."""
         self._guarded(lambda: self._run.finish(exit_code=self._exit_code))
 
@@ -117,12 +117,12 @@ class WandbView:
         self.close()
 
 
-def _group_of(event: Row) -> str:
+def _group_of(event: RunEvent) -> str:
     """The first part of the names of an event's values in W&B."""
     match event:
-        case TrainRow():
+        case TrainEvent():
             return event.role
-        case CheckpointRow():
+        case CheckpointEvent():
             return f"{event.role}_checkpoint"
     return event.kind
 

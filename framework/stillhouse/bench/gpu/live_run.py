@@ -12,7 +12,7 @@ from stillhouse.bench.gpu.findings import Recorder
 from stillhouse.bench.gpu.scale import Scale
 from stillhouse.config import Config, parse_config
 from stillhouse.pipeline.toy import Sizes, make_models
-from stillhouse.tracking import EndRow, Row, TeacherRow, latest_train_rows, read_journal
+from stillhouse.tracking import EndEvent, RunEvent, TeacherEvent, latest_train_events, read_journal
 
 _GLOBAL_BATCH = 8
 _DOCUMENTS_PER_STEP = 4  # of the standard library's files: several sequences each
@@ -32,13 +32,16 @@ def run(scale: Scale, recorder: Recorder) -> None:
         _tell(read_journal(plan.run_dir / "journal.jsonl"), scale, recorder)
 
 
-def _tell(rows: list[Row], scale: Scale, recorder: Recorder) -> None:
-    steps = latest_train_rows(rows, "student")
-    (teacher,) = (row for row in rows if isinstance(row, TeacherRow))
-    losses, on_kernels = [row.loss for row in steps], teacher.topk.startswith("triton")
-    recorder.tell("the run ended well", isinstance(rows[-1], EndRow) and rows[-1].outcome == "done")
+def _tell(events: list[RunEvent], scale: Scale, recorder: Recorder) -> None:
+    steps = latest_train_events(events, "student")
+    (teacher,) = (event for event in events if isinstance(event, TeacherEvent))
+    losses, on_kernels = [event.loss for event in steps], teacher.topk.startswith("triton")
     recorder.tell(
-        "every step was taken", [row.step for row in steps] == list(range(1, scale.num_steps + 1))
+        "the run ended well", isinstance(events[-1], EndEvent) and events[-1].outcome == "done"
+    )
+    recorder.tell(
+        "every step was taken",
+        [event.step for event in steps] == list(range(1, scale.num_steps + 1)),
     )
     recorder.tell("every loss is finite", all(map(math.isfinite, losses)), losses=losses)
     recorder.tell(
