@@ -4,12 +4,23 @@ Shapes: T tokens, K exact head entries, N draws from the tail, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stillhouse.errors import ChunkError
+
+_TENSORS = (
+    "token_ids_TK",
+    "logprobs_TK",
+    "tail_logmass_T",
+    "tail_ids_TN",
+    "draw_logprobs_TN",
+    "label_logprob_T",
+    "tail_entropy_T",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,12 @@ class CompressedLogits:
     tail_ids_TN: Tensor
     vocab_size: int
     temperature: float = 1.0
+    _: KW_ONLY
+    # What a target may have more, or None. float32: log p of each draw, where draws are weighted;
+    # log p of the token that really follows; the entropy of the distribution within the tail, nats
+    draw_logprobs_TN: Tensor | None = None
+    label_logprob_T: Tensor | None = None
+    tail_entropy_T: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -41,30 +58,29 @@ class CompressedLogits:
     def num_draws(self) -> int:
         return self.tail_ids_TN.shape[1]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, by the name of their field; each has T rows."""
+        return {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "CompressedLogits":
-        """The same targets with `change` applied to each of the four tensors, such as a slice or a
-        copy to a device."""
-        return replace(
-            self,
-            token_ids_TK=change(self.token_ids_TK),
-            logprobs_TK=change(self.logprobs_TK),
-            tail_logmass_T=change(self.tail_logmass_T),
-            tail_ids_TN=change(self.tail_ids_TN),
-        )
+        """The same targets with `change` applied to each tensor, such as a slice or a copy to a
+        device."""
+        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors.items()}
+        return replace(self, **changed)
 
     def with_rows(self, rows_R: Tensor, other: "CompressedLogits") -> "CompressedLogits":
-        """The same targets with tokens rows_R (int64 [R]) replaced by the R tokens of `other`."""
-        return replace(
-            self,
-            token_ids_TK=self.token_ids_TK.index_copy(0, rows_R, other.token_ids_TK),
-            logprobs_TK=self.logprobs_TK.index_copy(0, rows_R, other.logprobs_TK),
-            tail_logmass_T=self.tail_logmass_T.index_copy(0, rows_R, other.tail_logmass_T),
-            tail_ids_TN=self.tail_ids_TN.index_copy(0, rows_R, other.tail_ids_TN),
-        )
+        """The same targets with tokens rows_R (int64 [R]) replaced by the R tokens of `other`,
+        which has the same tensors."""
+        theirs = other.tensors
+        changed: dict[str, Any] = {
+            name: value.index_copy(0, rows_R, theirs[name]) for name, value in self.tensors.items()
+        }
+        return replace(self, **changed)
 
     def without_draws(self) -> "CompressedLogits":
         """The same targets with the tail as one bucket."""
-        return replace(self, tail_ids_TN=self.tail_ids_TN[:, :0])
+        return replace(self, tail_ids_TN=self.tail_ids_TN[:, :0], draw_logprobs_TN=None)
 
 
 def concatenate(parts: Iterable[CompressedLogits]) -> CompressedLogits:
@@ -72,15 +88,12 @@ def concatenate(parts: Iterable[CompressedLogits]) -> CompressedLogits:
 
     There is at least one part; all have the same K, N, vocabulary and temperature.
     """
-    parts = list(parts)
-    return CompressedLogits(
-        torch.cat([part.token_ids_TK for part in parts]),
-        torch.cat([part.logprobs_TK for part in parts]),
-        torch.cat([part.tail_logmass_T for part in parts]),
-        torch.cat([part.tail_ids_TN for part in parts]),
-        vocab_size=parts[0].vocab_size,
-        temperature=parts[0].temperature,
-    )
+    first, *others = list(parts)
+    joined: dict[str, Any] = {
+        name: torch.cat([value, *(other.tensors[name] for other in others)])
+        for name, value in first.tensors.items()
+    }
+    return replace(first, **joined)
 
 
 def densify(compressed: CompressedLogits) -> Tensor:

@@ -30,6 +30,9 @@ class TargetSpec:
     num_draws: int = 0  # ids drawn from the tail
     value_bits: int = 8  # bits of a stored log-probability, 6 or 8
     temperature: float = 1.0  # targets are of softmax(logits / temperature)
+    weighted: bool = False  # each draw has its log-probability, so that any divergence can use it
+    label_logprob: bool = False  # the log-probability of the token that really follows
+    tail_entropy: bool = False  # the entropy within the tail, which takes the constant off a loss
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))

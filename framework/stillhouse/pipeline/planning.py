@@ -3,7 +3,6 @@ the recipe is named."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,7 +86,11 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         tokenizer_digest=digest,
         teacher_digest=identity.digest,
         teacher_dtype=_number_format(config.teacher),
-        **asdict(spec),
+        vocab_size=spec.vocab_size,
+        k=spec.k,
+        num_draws=spec.num_draws,
+        temperature=spec.temperature,
+        value_bits=spec.value_bits,
     )
     url = ChunkStore(config.store.url, recipe).url
     checkpoint_url = _absolute(student.checkpoint_url)
