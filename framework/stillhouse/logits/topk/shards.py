@@ -124,7 +124,7 @@ def compress_shard(
     # the top-k of all ids
     raw = merge_shards([_unpack(shard_TP) for shard_TP in gathered], spec)
     target, lse_T = normalise(raw, vocab_size=spec.vocab_size, temperature=spec.temperature)
-    wrong_T = ~lse_T.isfinite()
+    wrong_T = lse_T.isnan()
     if wrong_T.any():
         token = int(wrong_T.int().argmax())
         row_S = logits_TS[token].float() / spec.temperature
