@@ -2,6 +2,7 @@
 (log p of draws and label, the tail's entropy) is the same from every backend."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_every_backend_holds_the_same_beside_the_entries(backend: str, data: st.
     # log-probabilities and the entropy
     ids, kept = c.tail_ids_TN.long(), c.token_ids_TK.long()
     wanted = (logits.double() / temperature).log_softmax(dim=1)
-    close = {"rtol": 1e-6, "atol": 4e-6, "check_dtype": False}
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 4e-6, "check_dtype": False}
     torch.testing.assert_close(c.draw_logprobs_TN, wanted.gather(1, ids), **close)
     torch.testing.assert_close(c.label_logprob_T, wanted.gather(1, labels[:, None])[:, 0], **close)
     tail = tail_of(logits, kept, temperature)
