@@ -293,6 +293,7 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
         lambda rows: head.logits(hidden[rows]),
         TargetSpec(600, 3),
         seeds_T=torch.zeros(13, dtype=torch.int64),
+        labels_T=torch.zeros(13, dtype=torch.int64),
         block_tokens=4,
         choose_backend=lambda *_, **__: Backend("triton", "the interpreter's"),
     )

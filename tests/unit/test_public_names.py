@@ -34,10 +34,11 @@ SIGNATURES = {
     "TargetSpec": "(vocab_size: int, k: int, *, num_draws: int = 0, value_bits: int = 8, "
     "temperature: float = 1.0)",
     "UserError": "",
-    "compress": "(logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None) "
-    "-> CompressedLogits",
+    "compress": "(logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None, "
+    "labels_T: Tensor | None = None) -> CompressedLogits",
     "compress_hidden": "(hidden_TH: Tensor, head: Head, *, spec: TargetSpec, "
-    "seeds_T: Tensor | None = None, block_tokens: int = 1024) -> CompressedLogits",
+    "seeds_T: Tensor | None = None, labels_T: Tensor | None = None, block_tokens: int = 1024) "
+    "-> CompressedLogits",
     "decode": "(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits",
     "densify": "(compressed: CompressedLogits) -> Tensor",
     "distillation_loss": "(hidden_TH: Tensor, head: Head, target: CompressedLogits | None = None, "

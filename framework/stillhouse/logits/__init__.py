@@ -11,7 +11,6 @@ from stillhouse.logits.compressed import (
     CompressedLogits,
     Fidelity,
     concatenate,
-    densify,
     fidelity,
     kept_mass,
 )
@@ -22,6 +21,7 @@ from stillhouse.logits.topk.dispatch import backend_for, compress, compress_hidd
 from stillhouse.logits.topk.draws import token_seeds
 from stillhouse.logits.topk.reference import compress_reference
 from stillhouse.logits.topk.shards import compress_shard
+from stillhouse.logits.weights import densify, draw_log_weights
 
 __all__ = [
     "CODEC_VERSION",
@@ -38,6 +38,7 @@ __all__ = [
     "concatenate",
     "decode",
     "densify",
+    "draw_log_weights",
     "encode",
     "fidelity",
     "kept_mass",

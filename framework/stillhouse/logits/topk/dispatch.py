@@ -31,8 +31,13 @@ from stillhouse.logits.head import Head
 from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.draws import draw_rest
-from stillhouse.logits.topk.found import RawTopK, normalise
-from stillhouse.logits.topk.reference import checked_seeds, compress_reference
+from stillhouse.logits.topk.found import (
+    RawTopK,
+    entropy_of_rest,
+    logprobs_at,
+    normalise,
+)
+from stillhouse.logits.topk.reference import checked_labels, checked_seeds, compress_reference
 
 # Between these, neither a temperature nor its reciprocal overflows a product with a difference of
 # logits.
@@ -44,23 +49,32 @@ LogitsOf = Callable[[slice | Tensor], Tensor]
 
 @torch.no_grad()
 def compress(
-    logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None
+    logits_TV: Tensor,
+    spec: TargetSpec,
+    *,
+    seeds_T: Tensor | None = None,
+    labels_T: Tensor | None = None,
 ) -> CompressedLogits:
     """Compress logits to targets: for each row, K exact entries, the tail's mass and N draws.
 
     logits_TV: float16, bfloat16 or float32, on any device, of any strides; a logit of -inf is a
     probability of 0. seeds_T: int64 [T], from `token_seeds`, needed for draws; logits and seeds
     alone decide them. Where the tail has no mass, draws are the lowest id that is not kept.
+    labels_T: int64 [T], the ids of the tokens that really follow, for a spec with label_logprob.
 
-    Raises ConfigError for logits of another vocabulary or missing seeds, and TeacherError naming
-    the first token whose logits hold NaN or +inf, or nothing above -inf.
+    Raises ConfigError for logits of another vocabulary, and for seeds or labels that are missing or
+    of no use, and TeacherError naming the first token whose logits hold NaN or +inf, or nothing
+    above -inf.
 
         spec = TargetSpec(vocab_size=logits_TV.shape[1], k=64)
         compressed = compress(logits_TV, spec)
     """
-    seeds_T = checked_seeds(seeds_T, logits_TV, spec=spec, vocab_size=logits_TV.shape[1])
     return compress_in_blocks(
-        lambda rows: logits_TV[rows], spec, seeds_T=seeds_T, block_tokens=len(logits_TV)
+        lambda rows: logits_TV[rows],
+        spec,
+        seeds_T=checked_seeds(seeds_T, logits_TV, spec=spec, vocab_size=logits_TV.shape[1]),
+        labels_T=checked_labels(labels_T, logits_TV, spec=spec),
+        block_tokens=len(logits_TV),
     )
 
 
@@ -71,6 +85,7 @@ def compress_hidden(
     *,
     spec: TargetSpec,
     seeds_T: Tensor | None = None,
+    labels_T: Tensor | None = None,
     block_tokens: int = 1024,
 ) -> CompressedLogits:
     """`compress(head.logits(hidden_TH), spec)` in blocks, so that [T, V] logits never exist.
@@ -87,9 +102,12 @@ def compress_hidden(
             f"the hidden states are on {hidden_TH.device}, the head's weight on "
             f"{head.weight_VH.device}; move one to the other"
         )
-    seeds_T = checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size)
     return compress_in_blocks(
-        lambda rows: head.logits(hidden_TH[rows]), spec, seeds_T=seeds_T, block_tokens=block_tokens
+        lambda rows: head.logits(hidden_TH[rows]),
+        spec,
+        seeds_T=checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size),
+        labels_T=checked_labels(labels_T, hidden_TH, spec=spec),
+        block_tokens=block_tokens,
     )
 
 
@@ -145,6 +163,7 @@ def compress_in_blocks(
     spec: TargetSpec,
     *,
     seeds_T: Tensor,
+    labels_T: Tensor,
     block_tokens: int,
     choose_backend: Callable[..., Backend] = backend_for,
 ) -> CompressedLogits:
@@ -160,7 +179,14 @@ def compress_in_blocks(
     ]
     parts, doubts = zip(
         *(
-            _compress_block(logits_of(at), spec, seeds_T[at], numbers_T[at], choose_backend)
+            _compress_block(
+                logits_of(at),
+                spec,
+                seeds_T=seeds_T[at],
+                labels_T=labels_T[at],
+                numbers_T=numbers_T[at],
+                choose_backend=choose_backend,
+            )
             for at in blocks
         ),
         strict=True,
@@ -172,16 +198,25 @@ def compress_in_blocks(
         return target
     rows_T = numbers_T[doubtful_T]
     again = [
-        compress_reference(logits_of(part_T), spec, seeds_T=seeds_T[part_T], tokens_T=part_T)
+        _by_reference(logits_of(part_T), spec, seeds_T[part_T], labels_T[part_T], part_T)
         for part_T in rows_T.split(block_tokens)
     ]
     return target.with_rows(rows_T, concatenate(again))
 
 
+def _by_reference(
+    logits_TV: Tensor, spec: TargetSpec, seeds_T: Tensor, labels_T: Tensor, numbers_T: Tensor
+) -> CompressedLogits:
+    labels = labels_T if spec.label_logprob else None
+    return compress_reference(logits_TV, spec, seeds_T=seeds_T, labels_T=labels, tokens_T=numbers_T)
+
+
 def _compress_block(
     logits_TV: Tensor,
     spec: TargetSpec,
+    *,
     seeds_T: Tensor,
+    labels_T: Tensor,
     numbers_T: Tensor,
     choose_backend: Callable[..., Backend],
 ) -> tuple[CompressedLogits, Tensor]:
@@ -189,16 +224,36 @@ def _compress_block(
     k, temperature = spec.k, spec.temperature
     backend = choose_backend(logits_TV, k=k, temperature=temperature)
     if backend.name == "reference":
-        target = compress_reference(logits_TV, spec, seeds_T=seeds_T, tokens_T=numbers_T)
+        target = _by_reference(logits_TV, spec, seeds_T, labels_T, numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
+
+    # the top-k, the tail's mass, and draws from the tail
     raw, doubtful_T = _raw_topk_by(backend, logits_TV, k=k, temperature=temperature)
     target, lse_T = normalise(raw, vocab_size=spec.vocab_size, temperature=temperature)
     if spec.num_draws:
         draws_TN = draw_rest(
-            logits_TV, raw, seeds_T, num_draws=spec.num_draws, temperature=temperature
+            logits_TV,
+            raw,
+            seeds_T,
+            num_draws=spec.num_draws,
+            temperature=temperature,
+            weighted=spec.weighted,
         )
         target = replace(target, tail_ids_TN=draws_TN)
-    return target, doubtful_T | ~lse_T.isfinite()
+
+    # what else the target holds
+    if spec.weighted:
+        logprobs_TN = logprobs_at(
+            logits_TV, target.tail_ids_TN, lse_T=lse_T, temperature=temperature
+        )
+        target = replace(target, draw_logprobs_TN=logprobs_TN)
+    if spec.label_logprob:
+        label_T1 = logprobs_at(logits_TV, labels_T[:, None], lse_T=lse_T, temperature=temperature)
+        target = replace(target, label_logprob_T=label_T1[:, 0])
+    if spec.tail_entropy:
+        entropy_T = entropy_of_rest(logits_TV, raw.token_ids_TK, temperature=temperature)
+        target = replace(target, tail_entropy_T=entropy_T)
+    return target, doubtful_T | lse_T.isnan()
 
 
 def raw_topk(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
