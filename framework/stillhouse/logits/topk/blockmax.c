@@ -31,12 +31,6 @@ static inline void read_quickly(Floats z[VECTORS], const char *from, int is_bflo
     }
 }
 
-static inline Floats greatest_of(const Floats z[VECTORS]) {
-    Floats max = -INFINITY + (Floats){0};
-    for (int v = 0; v < VECTORS; v++) max = greater(z[v], max);
-    return max;
-}
-
 static inline Floats sum_of(const Floats z[VECTORS], float max, float exponent) {
     float from = max == -INFINITY ? 0 : max;
     Floats sum = {0};
@@ -242,9 +236,8 @@ int scratch_for(Scratch *scratch, int64_t num_blocks, int64_t k) {
 int32_t split_rows(const void *logits, int32_t is_bfloat16, int64_t stride, int64_t num_rows,
                    int64_t vocab_size, int64_t k, double temperature, int32_t *ids, float *values,
                    float *rest_base, float *rest_sums) {
-    int64_t num_blocks = (vocab_size + BLOCK - 1) / BLOCK;
-    Row row = {logits, is_bfloat16, vocab_size, num_blocks,
-               (float)(1.4426950408889634 / temperature)};
+    Row row = row_of(logits, is_bfloat16, vocab_size, temperature);
+    int64_t num_blocks = row.num_blocks;
     Scratch scratch;
     if (!scratch_for(&scratch, num_blocks, k)) return -1;
     for (int64_t i = 0; i < num_rows; i++) {

@@ -14,6 +14,12 @@ typedef struct {
     float exponent; /* 1 / (T ln 2), since exp is computed as a power of two */
 } Row;
 
+static inline Row row_of(const void *logits, int is_bfloat16, int64_t vocab_size,
+                         double temperature) {
+    float exponent = (float)(1.4426950408889634 / temperature);
+    return (Row){logits, is_bfloat16, vocab_size, (vocab_size + BLOCK - 1) / BLOCK, exponent};
+}
+
 typedef struct {
     int64_t num;     /* the kept entries: k, or fewer where the row has NaN */
     uint64_t *keys;  /* [num] by value descending, ties by id ascending; see `value_of`, `id_of` */
@@ -99,6 +105,12 @@ static inline void read_rest(Floats z[VECTORS], const Row *row, int64_t block, u
         Ints is_kept = (z[v] > least) | ((z[v] == least) & (ids <= last_id));
         z[v] = choose(is_kept, -INFINITY + (Floats){0}, z[v]);
     }
+}
+
+static inline Floats greatest_of(const Floats z[VECTORS]) {
+    Floats max = -INFINITY + (Floats){0};
+    for (int v = 0; v < VECTORS; v++) max = greater(z[v], max);
+    return max;
 }
 
 #endif

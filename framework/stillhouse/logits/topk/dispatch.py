@@ -191,6 +191,10 @@ def _compress_block(
     if backend.name == "reference":
         target = compress_reference(logits_TV, spec, seeds_T=seeds_T, tokens_T=numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
+    make_targets = blockmax_cpu.compiled().make_targets if backend.name == "native" else None
+    if make_targets and blockmax_cpu.suits(spec):
+        target, lse_T = blockmax_cpu.targets(make_targets, logits_TV, spec, seeds_T)
+        return target, ~lse_T.isfinite()
     raw, doubtful_T = _raw_topk_by(backend, logits_TV, k=k, temperature=temperature)
     target, lse_T = normalise(raw, vocab_size=spec.vocab_size, temperature=temperature)
     if spec.num_draws:
