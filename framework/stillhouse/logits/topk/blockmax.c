@@ -39,7 +39,7 @@ static inline Floats sum_of(const Floats z[VECTORS], float max, float exponent) 
     return max == -INFINITY ? 0 * sum : sum;
 }
 
-/* The pass over all logits, a strip of 16 blocks at a time: their maxima together, then their sums
+/* The pass over all logits, a strip of LANES blocks at a time: their maxima together, then their sums
    together, from the cache. While it sums, the logits of a later strip are fetched; otherwise a
    third of the time is waiting for memory. */
 static inline void pass(const Row *row, int is_bfloat16, float *maxima, float *sums) {
@@ -64,7 +64,7 @@ static inline void pass(const Row *row, int is_bfloat16, float *maxima, float *s
         for (int i = 0; i < num; i++) {
             uintptr_t later = (uintptr_t)from[i] + AHEAD;
             for (int64_t at = 0; at < block_bytes; at += LINE)
-                __builtin_prefetch((const void *)(later + at), 0, 2);
+                __builtin_prefetch((const void *)(later + at), 0, 3);
             read_quickly(z, from[i], is_bfloat16);
             of[i] = sum_of(z, maxima[first + i], row->exponent);
         }

@@ -5,7 +5,7 @@
 
 #include "vectors.h"
 
-enum { VECTORS = 8, BLOCK = LANES * VECTORS };
+enum { BLOCK = 128, VECTORS = BLOCK / LANES };
 
 typedef struct {
     const void *logits;
@@ -81,7 +81,6 @@ static inline const void *block_at(const Row *row, int64_t block, Padded *padded
 /* A block's logits in the order of their ids. One vector at a time: compilers copy a whole block in
    narrower pieces, and the wider reads that follow wait for them. */
 static inline void read_block(Floats z[VECTORS], const Row *row, int64_t block) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
     Padded padded;
     const char *from = block_at(row, block, &padded);
     for (int v = 0; v < VECTORS; v++) {
@@ -96,14 +95,15 @@ static inline void read_block(Floats z[VECTORS], const Row *row, int64_t block) 
 
 /* The same with -inf for what is kept: the entries before or at the last key, in its order. */
 static inline void read_rest(Floats z[VECTORS], const Row *row, int64_t block, uint64_t last) {
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     float least = value_of(last);
     int32_t last_id = (int32_t)id_of(last), first = (int32_t)(block * BLOCK);
+    Ints ids;
+    for (int i = 0; i < LANES; i++) ids[i] = first + i;
     read_block(z, row, block);
     for (int v = 0; v < VECTORS; v++) {
-        Ints ids = lanes + (first + v * LANES);
         Ints is_kept = (z[v] > least) | ((z[v] == least) & (ids <= last_id));
         z[v] = choose(is_kept, -INFINITY + (Floats){0}, z[v]);
+        ids += LANES;
     }
 }
 

@@ -1,5 +1,5 @@
-/* Vectors of 16 float32, for `blockmax.c` and `targets.c`: one register with AVX-512, several
-   otherwise. GCC's and clang's vector extensions, and intrinsics where both compile them badly. */
+/* Vectors of as many float32 as a register of the machine holds, for `blockmax.c` and `targets.c`.
+   GCC's and clang's vector extensions, and an intrinsic where these have no operator. */
 
 #ifndef STILLHOUSE_VECTORS_H
 #define STILLHOUSE_VECTORS_H
@@ -7,14 +7,40 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
-enum { LANES = 16 };
+#if defined(__AVX512F__)
+#define LANES 16
+#define GREATER(a, b) _mm512_max_ps((__m512)(a), (__m512)(b))
+#define REACHING(z, least) _mm512_cmp_ps_mask((__m512)(z), _mm512_set1_ps(least), _CMP_GE_OQ)
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX2__)
+#define LANES 8
+#define GREATER(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
+#define REACHING(z, least) _mm256_movemask_ps((__m256)((z) >= (least)))
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define LANES 4
+#ifdef __SSE2__
+#define GREATER(a, b) _mm_max_ps((__m128)(a), (__m128)(b))
+#define REACHING(z, least) _mm_movemask_ps((__m128)((z) >= (least)))
+#else
+#define GREATER(a, b) choose((a) > (b), a, b)
+#define REACHING(z, least) \
+    (((z)[0] >= (least)) | ((z)[1] >= (least)) << 1 | ((z)[2] >= (least)) << 2 | \
+     ((z)[3] >= (least)) << 3)
+#endif
+#define EVENS 0, 2, 4, 6
+#define ODDS 1, 3, 5, 7
+#endif
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 /* Which of each pair, by a mask of all bits or none; C has no ?: on vectors. */
 static inline Floats choose(Ints mask, Floats yes, Floats no) {
@@ -22,24 +48,10 @@ static inline Floats choose(Ints mask, Floats yes, Floats no) {
 }
 
 /* The greater of each pair, b where one of them is NaN. */
-static inline Floats greater(Floats a, Floats b) {
-#ifdef __AVX512F__
-    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    return choose(a > b, a, b);
-#endif
-}
+static inline Floats greater(Floats a, Floats b) { return (Floats)GREATER(a, b); }
 
 /* Bit i says whether z[i] >= least. */
-static inline uint32_t reaching(Floats z, float least) {
-#ifdef __AVX512F__
-    return _mm512_cmp_ps_mask((__m512)z, _mm512_set1_ps(least), _CMP_GE_OQ);
-#else
-    uint32_t bits = 0;
-    for (int i = 0; i < LANES; i++) bits |= (uint32_t)(z[i] >= least) << i;
-    return bits;
-#endif
-}
+static inline uint32_t reaching(Floats z, float least) { return (uint32_t)REACHING(z, least); }
 
 /* 2^t for t <= 0, within 2e-7 relative; NaN for NaN. Below -126 it is 2^-126, which does not change
    a sum that has a term of 1. */
@@ -59,19 +71,15 @@ static inline Floats power_of_two(Floats t) {
 
 /* Lanes 0, 2, 4... of a and then of b, and lanes 1, 3, 5... */
 #ifdef __clang__
-#define EVEN_LANES(a, b) \
-    __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-#define ODD_LANES(a, b) \
-    __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#define EVEN_LANES(a, b) __builtin_shufflevector(a, b, EVENS)
+#define ODD_LANES(a, b) __builtin_shufflevector(a, b, ODDS)
 #else
-#define EVEN_LANES(a, b) \
-    __builtin_shuffle(a, b, (Ints){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30})
-#define ODD_LANES(a, b) \
-    __builtin_shuffle(a, b, (Ints){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31})
+#define EVEN_LANES(a, b) __builtin_shuffle(a, b, (Ints){EVENS})
+#define ODD_LANES(a, b) __builtin_shuffle(a, b, (Ints){ODDS})
 #endif
 
-/* The greatest lane of each of 16 vectors, which are overwritten: neighbouring lanes are joined
-   until one is left of each, at a quarter of the cost of 16 vectors one by one. */
+/* The greatest lane of each of LANES vectors, which are overwritten: neighbouring lanes are joined
+   until one is left of each, which costs less than the vectors one by one. */
 static inline Floats greatest_lanes(Floats of[LANES]) {
     for (int num = LANES / 2; num; num /= 2)
         for (int i = 0; i < num; i++) {
@@ -81,7 +89,7 @@ static inline Floats greatest_lanes(Floats of[LANES]) {
     return of[0];
 }
 
-/* The sum of the lanes of each of 16 vectors, which are overwritten. */
+/* The sum of the lanes of each of LANES vectors, which are overwritten. */
 static inline Floats sums_of_lanes(Floats of[LANES]) {
     for (int num = LANES / 2; num; num /= 2)
         for (int i = 0; i < num; i++) {
