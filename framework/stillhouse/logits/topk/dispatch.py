@@ -227,6 +227,12 @@ def _compress_block(
         target = _by_reference(logits_TV, spec, seeds_T, labels_T, numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
 
+    # all at once, where the target is one that C makes whole
+    make_targets = blockmax_cpu.compiled().make_targets if backend.name == "native" else None
+    if make_targets and blockmax_cpu.suits(spec):
+        target, lse_T = blockmax_cpu.targets(make_targets, logits_TV, spec, seeds_T)
+        return target, ~lse_T.isfinite()
+
     # the top-k, the tail's mass, and draws from the tail
     raw, doubtful_T = _raw_topk_by(backend, logits_TV, k=k, temperature=temperature)
     target, lse_T = normalise(raw, vocab_size=spec.vocab_size, temperature=temperature)
