@@ -256,7 +256,10 @@ def test_targets_made_in_c_are_the_filters_normalised_and_drawn_from(
     assert torch.equal(target.tail_logmass_T.isinf(), wanted.tail_logmass_T.isinf())
     found = target.logprobs_TK, target.tail_logmass_T, lse
     torch.testing.assert_close(
-        found, (wanted.logprobs_TK, wanted.tail_logmass_T, wanted_lse), rtol=3e-7, atol=1e-12
+        found,
+        (wanted.logprobs_TK, wanted.tail_logmass_T, wanted_lse.float()),
+        rtol=3e-7,
+        atol=1e-12,
     )
     drawn = draw_in_blocks(logits, raw, seeds, num_draws=num_draws, temperature=temperature)
     drawn = or_lowest(drawn, raw.token_ids_TK, vocab_size=vocab_size)
