@@ -148,7 +148,7 @@ class Case:
         ).tensors
 
 
-NUM_CASES = 60
+NUM_CASES = 30
 
 
 def on_a_rank(rank: int, directory: str) -> None:

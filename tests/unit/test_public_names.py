@@ -21,7 +21,9 @@ from stillhouse.store import Chunk
 SIGNATURES = {
     "ChunkStore": "(root: str | Blobs, recipe: Recipe)",
     "CompressedLogits": "(token_ids_TK: Tensor, logprobs_TK: Tensor, tail_logmass_T: Tensor, "
-    "tail_ids_TN: Tensor, vocab_size: int, temperature: float = 1.0)",
+    "tail_ids_TN: Tensor, vocab_size: int, temperature: float = 1.0, *, "
+    "draw_logprobs_TN: Tensor | None = None, label_logprob_T: Tensor | None = None, "
+    "tail_entropy_T: Tensor | None = None)",
     "Divergence": "(of: Callable[[Tensor, Tensor], Tensor], forward_kl_share: float = 0.0)",
     "Head": "(weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, "
     "softcap: float | None = None, float32_logits: bool = False)",
@@ -32,7 +34,8 @@ SIGNATURES = {
     "RunError": "",
     "StillhouseError": "",
     "TargetSpec": "(vocab_size: int, k: int, *, num_draws: int = 0, value_bits: int = 8, "
-    "temperature: float = 1.0)",
+    "temperature: float = 1.0, weighted: bool = False, label_logprob: bool = False, "
+    "tail_entropy: bool = False)",
     "UserError": "",
     "compress": "(logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None, "
     "labels_T: Tensor | None = None) -> CompressedLogits",
