@@ -22,7 +22,8 @@ SIGNATURES = {
     "ChunkStore": "(root: str | Blobs, recipe: Recipe)",
     "CompressedLogits": "(token_ids_TK: Tensor, logprobs_TK: Tensor, tail_logmass_T: Tensor, "
     "tail_ids_TN: Tensor, vocab_size: int, temperature: float = 1.0)",
-    "Divergence": "(of: Callable[[Tensor, Tensor], Tensor], forward_kl_share: float = 0.0)",
+    "Divergence": "(of: Callable[[Tensor, Tensor], Tensor], forward_kl_share: float = 0.0, "
+    "generator: Callable[[Tensor], Tensor] | None = None)",
     "Head": "(weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, "
     "softcap: float | None = None, float32_logits: bool = False)",
     "Recipe": "(*, corpus_digest: str, num_sequences: int, sequence_length: int, packing: str, "
