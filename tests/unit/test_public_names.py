@@ -24,7 +24,8 @@ SIGNATURES = {
     "tail_ids_TN: Tensor, vocab_size: int, temperature: float = 1.0, *, "
     "draw_logprobs_TN: Tensor | None = None, label_logprob_T: Tensor | None = None, "
     "tail_entropy_T: Tensor | None = None)",
-    "Divergence": "(of: Callable[[Tensor, Tensor], Tensor], forward_kl_share: float = 0.0)",
+    "Divergence": "(of: Callable[[Tensor, Tensor], Tensor], forward_kl_share: float = 0.0, "
+    "generator: Callable[[Tensor], Tensor] | None = None)",
     "Head": "(weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, "
     "softcap: float | None = None, float32_logits: bool = False)",
     "Recipe": "(*, corpus_digest: str, num_sequences: int, sequence_length: int, packing: str, "
