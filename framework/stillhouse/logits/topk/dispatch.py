@@ -27,7 +27,7 @@ from torch import Tensor
 from stillhouse.errors import ConfigError
 from stillhouse.logits.backend import Backend
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.head import Head
+from stillhouse.logits.head import AS_IT_IS, Curve, Head, products_in_blocks
 from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.draws import draw_rest
@@ -88,8 +88,9 @@ def compress_hidden(
             f"{head.weight_VH.device}; move one to the other"
         )
     seeds_T = checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size)
+    products_of, curve = products_in_blocks(head, hidden_TH, block_tokens=block_tokens)
     return compress_in_blocks(
-        lambda rows: head.logits(hidden_TH[rows]), spec, seeds_T=seeds_T, block_tokens=block_tokens
+        products_of, spec, seeds_T=seeds_T, block_tokens=block_tokens, curve=curve
     )
 
 
@@ -146,11 +147,13 @@ def compress_in_blocks(
     *,
     seeds_T: Tensor,
     block_tokens: int,
+    curve: Curve = AS_IT_IS,
     choose_backend: Callable[..., Backend] = backend_for,
 ) -> CompressedLogits:
     """Targets of all rows, `block_tokens` rows of logits at a time; checks nothing of `spec`.
 
-    `choose_backend` is called as `backend_for` is, once a block.
+    `logits_of` may give products, of which `curve` makes the logits; the rows of one call are done
+    with before the next. `choose_backend` is called as `backend_for` is, once a block.
     """
     # every block by its backend
     numbers_T = torch.arange(len(seeds_T), device=seeds_T.device)
@@ -160,7 +163,7 @@ def compress_in_blocks(
     ]
     parts, doubts = zip(
         *(
-            _compress_block(logits_of(at), spec, seeds_T[at], numbers_T[at], choose_backend)
+            _compress_block(logits_of(at), curve, spec, seeds_T[at], numbers_T[at], choose_backend)
             for at in blocks
         ),
         strict=True,
@@ -172,14 +175,17 @@ def compress_in_blocks(
         return target
     rows_T = numbers_T[doubtful_T]
     again = [
-        compress_reference(logits_of(part_T), spec, seeds_T=seeds_T[part_T], tokens_T=part_T)
+        compress_reference(
+            curve.logits(logits_of(part_T)), spec, seeds_T=seeds_T[part_T], tokens_T=part_T
+        )
         for part_T in rows_T.split(block_tokens)
     ]
     return target.with_rows(rows_T, concatenate(again))
 
 
 def _compress_block(
-    logits_TV: Tensor,
+    products_TV: Tensor,
+    curve: Curve,
     spec: TargetSpec,
     seeds_T: Tensor,
     numbers_T: Tensor,
@@ -187,7 +193,13 @@ def _compress_block(
 ) -> tuple[CompressedLogits, Tensor]:
     """Targets of the rows of these numbers, and bool [T]: the rows in doubt."""
     k, temperature = spec.k, spec.temperature
-    backend = choose_backend(logits_TV, k=k, temperature=temperature)
+    backend = choose_backend(products_TV, k=k, temperature=temperature)
+    has_more = spec.weighted or spec.label_logprob or spec.tail_entropy
+    if backend.name == "triton" and not has_more:
+        from stillhouse.logits.topk import blockmax_triton
+
+        return blockmax_triton.compress_block(products_TV, curve, spec, seeds_T=seeds_T)
+    logits_TV = curve.logits(products_TV)
     if backend.name == "reference":
         target = compress_reference(logits_TV, spec, seeds_T=seeds_T, tokens_T=numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
