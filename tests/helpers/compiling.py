@@ -1,7 +1,9 @@
 """Triton kernels compiled for a GPU that need not be there: what its compiler refuses, no
-interpreter would have noticed."""
+interpreter would have noticed, nor what a kernel's loads and registers are."""
 
 import os
+import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -12,40 +14,80 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel by its name, the types of its arguments, and the values of its constants."""
+    """A kernel by its name, the types of its arguments, and the values of its constants.
+
+    A type may end in ":16": the argument, or the address, is a multiple of 16.
+    """
 
     module: str
     name: str
     types: Mapping[str, str]
     constants: Mapping[str, object]
+    num_warps: int = 4
 
 
-def machine_code_sizes(kernels: Sequence[Kernel], *, cache: Path) -> list[int]:
-    """Bytes of each kernel's machine code for an H100. In a process of its own: this one may be the
+@dataclass(frozen=True, slots=True)
+class MachineCode:
+    """What an H100 would run."""
+
+    registers: int  # of each thread
+    stack_bytes: int  # of each thread: registers that did not suffice
+    loads: tuple[str, ...]  # from global memory, as LDG.E.128
+
+    @property
+    def num_wide_loads(self) -> int:
+        return sum(".128" in load for load in self.loads)
+
+    @property
+    def num_narrow_loads(self) -> int:
+        """Of less than 4 bytes."""
+        return sum(re.search(r"\.[US](8|16)\b", load) is not None for load in self.loads)
+
+
+def machine_code(kernels: Sequence[Kernel], *, cache: Path) -> list[MachineCode]:
+    """Each kernel's machine code for an H100. In a process of its own: this one may be the
     interpreter's."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_compile, kernels, cache).result()
 
 
-def _compile(kernels: Sequence[Kernel], cache: Path) -> list[int]:
+def _compile(kernels: Sequence[Kernel], cache: Path) -> list[MachineCode]:
     os.environ["TRITON_INTERPRET"] = "0"
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     triton.knobs.cache.dir = str(cache)
-    sizes = []
-    for kernel in kernels:
+    found = []
+    for number, kernel in enumerate(kernels):
+        # types, and what is known of the numbers
         function = getattr(import_module(kernel.module), kernel.name)
-        types = {
-            name: "constexpr" if name in kernel.constants else kernel.types[name]
-            for name in function.arg_names
-        }
+        types, attributes = {}, {}
+        for place, name in enumerate(function.arg_names):
+            of, _, multiple = kernel.types.get(name, "").partition(":")
+            types[name] = "constexpr" if name in kernel.constants else of
+            if multiple and name not in kernel.constants:
+                attributes[(place,)] = [["tt.divisibility", int(multiple)]]
         values = {
             (function.arg_names.index(name),): value for name, value in kernel.constants.items()
         }
+
+        # machine code, and what NVIDIA's tools, which come with Triton, say of it
         compiled = triton.compile(
-            ASTSource(function, types, values), target=GPUTarget("cuda", 90, 32)
+            ASTSource(function, types, values, attributes),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": kernel.num_warps},
         )
-        sizes.append(len(compiled.asm["cubin"]))
-    return sizes
+        binary = cache / f"{number}.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        usage = _output(tools / "cuobjdump", "-res-usage", binary)
+        registers, stack_bytes = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
+        loads = re.findall(r"\bLDG\.[\w.]+", _output(tools / "nvdisasm", "-c", binary))
+        found.append(MachineCode(int(registers), int(stack_bytes), tuple(loads)))
+    return found
+
+
+def _output(*command: object) -> str:
+    words = list(map(str, command))
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout

@@ -79,3 +79,18 @@ def test_float32_logits_of_many_ids_are_made_some_at_a_time() -> None:
         rtol=1e-6,
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("float32_logits", [False, True])
+def test_products_in_rows_of_whole_cache_lines_are_the_products(
+    bias: torch.Tensor | None, float32_logits: bool
+) -> None:
+    narrow_bias = None if bias is None else bias.bfloat16()
+    head = Head(WEIGHT.bfloat16(), narrow_bias, scale=2.0, float32_logits=float32_logits)
+    rows = head.product_rows(9)
+    assert (rows.shape, rows.stride()) == ((9, 30), (64, 1))
+    products = head.products(HIDDEN, out_TV=rows[:5])
+    assert products.data_ptr() == rows.data_ptr()
+    assert torch.equal(products, head.products(HIDDEN))
+    assert torch.equal(head.curve.logits(products), head.logits(HIDDEN))

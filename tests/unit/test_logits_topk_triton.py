@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.compiling import Kernel, machine_code_sizes
+from helpers.compiling import Kernel, machine_code
 from helpers.targets import bucketed
 from stillhouse.logits import (
     Backend,
@@ -27,8 +28,10 @@ from stillhouse.logits import (
     compress_reference,
     token_seeds,
 )
+from stillhouse.logits.head import Curve
 from stillhouse.logits.topk import blockmax_torch, blockmax_triton
-from stillhouse.logits.topk.dispatch import compress_in_blocks
+from stillhouse.logits.topk.blockmax_triton import compress_block
+from stillhouse.logits.topk.dispatch import Tokens, compress_in_blocks
 from stillhouse.logits.topk.draws import draw_in_blocks
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -140,6 +143,64 @@ def test_draws_from_the_kernels_sums_are_the_references() -> None:
             logits, TargetSpec(logits.shape[1], 5, num_draws=8, temperature=1.5), seeds_T=seeds
         ).tail_ids_TN,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("k", "num_draws", "curve", "temperature"),
+    [
+        (5, 11, Curve(), 1.0),
+        (0, 9, Curve(scale=0.25), 0.7),
+        (6, 0, Curve(scale=2.0, softcap=9.0), 1.0),
+        (3, 17, Curve(softcap=5.0), 3.0),
+        (4, 8, Curve(scale=-1.0), 1.0),
+    ],
+)
+def test_targets_of_products_in_padded_rows_are_the_references_of_their_logits(
+    k: int, num_draws: int, curve: Curve, temperature: float, dtype: torch.dtype
+) -> None:
+    """Whatever lies between two rows."""
+    products = torch.full((5, 1024), math.nan, dtype=dtype)[:, :1003]
+    products.copy_(random_logits(5, 1003, seed=k))
+    spec = TargetSpec(1003, k, num_draws=num_draws, temperature=temperature)
+    seeds = token_seeds(2, torch.zeros(5), torch.arange(5))
+    found, doubtful = compress_block(products, curve, spec, seeds_T=seeds)
+    wanted = compress_reference(curve.logits(products.float()), spec, seeds_T=seeds)
+    assert not doubtful.any()
+    assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)
+    assert torch.equal(found.tail_ids_TN, wanted.tail_ids_TN)
+    for ours, theirs in (
+        (found.logprobs_TK, wanted.logprobs_TK),
+        (found.tail_logmass_T, wanted.tail_logmass_T),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=4e-6)
+
+
+class Counting(TorchDispatchMode):
+    """Counts kernels, which it does not launch, and what torch launches."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.launched: list[str] = []
+
+    def run(self, kernel: Any, *_: object, **__: object) -> None:
+        self.launched.append(kernel.fn.__name__)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if not func.is_view and "empty" not in func.name():
+            self.launched.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_block_of_the_default_target_takes_few_launches() -> None:
+    """With the head's matrix product, at most twelve."""
+    products, seeds = torch.zeros(4, 1500), torch.zeros(4, dtype=torch.int64)
+    with Counting() as counting:
+        spec = TargetSpec(1500, 8, num_draws=40)
+        compress_block(products, Curve(2.0, 30.0), spec, seeds_T=seeds, run=counting.run)
+    assert counting.launched == ["read", "pick", "gather", "finish", "draw"]
 
 
 CPU = torch.device("cpu")
@@ -292,8 +353,7 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
     found = compress_in_blocks(
         lambda rows: head.logits(hidden[rows]),
         TargetSpec(600, 3),
-        seeds_T=torch.zeros(13, dtype=torch.int64),
-        labels_T=torch.zeros(13, dtype=torch.int64),
+        Tokens.of(*torch.zeros(2, 13, dtype=torch.int64)),
         block_tokens=4,
         choose_backend=lambda *_, **__: Backend("triton", "the interpreter's"),
     )
@@ -318,29 +378,53 @@ def test_a_small_vocabulary_is_no_work_for_blocks() -> None:
     assert blockmax_triton.too_small(300, 20) == "300 logits are too few blocks to filter for 20"
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_kernels_compile_for_a_gpu(tmp_path: FilePath, dtype: str) -> None:
-    """At the shapes of K = 64 over 151,936 ids."""
-    floats = dict.fromkeys(("maxima", "sums", "rest_sums", "tops", "values_out"), "*fp32")
-    wholes = dict.fromkeys(("found", "least", "counts", "ids_out"), "*i32") | {"keys": "*i64"}
+def over_an_odd_vocabulary(
+    name: str, *, k: int = 8, dtype: str = "bf16", softcap: bool = False
+) -> Kernel:
+    """A kernel as it runs over 151,669 ids, in rows of whole cache lines."""
+    # types
+    floats = ("maxima", "sums", "rest_sums", "tops", "values_out", "values_in", "logprobs_out")
+    wholes = ("found", "least", "counts", "ids_out", "ids_in", "draws_out")
     types = (
-        floats
-        | wholes
-        | {"logits": f"*{dtype}", "inverse": "fp32"}
-        | dict.fromkeys(("row_stride", "vocab_size", "num_blocks"), "i32")
+        dict.fromkeys((*floats, "tails_out"), "*fp32:16")
+        | dict.fromkeys(wholes, "*i32:16")
+        | dict.fromkeys(("keys", "seeds"), "*i64:16")
+        | {"rest_totals": "*fp64:16", "doubtful": "*i1:16", "products": f"*{dtype}:16"}
+        | dict.fromkeys(("inverse", "inverse_low", "scale", "softcap"), "fp32")
+        | dict.fromkeys(("vocab_size", "num_blocks", "num_draws"), "i32")
+        | dict.fromkeys(("row_stride", "readable"), "i32:16")
     )
-    width, chunk = (
-        blockmax_triton.block_width(151_936, 64),
-        {"K": 64, "C": 256, "B": 64, "CHUNK": 32},
-    )
-    constants = {
-        "_read": {"B": width, "TILE": 64},
-        "_pick": {"K": 64, "M": 4096},
-        "_gather": chunk,
-        "_rank": chunk,
+
+    # constants
+    width = blockmax_triton.block_width(151_669, k)
+    padded = 1 << (-(-151_669 // width) - 1).bit_length()
+    capped: dict[str, object] = {"HAS_SOFTCAP": softcap}
+    found = {"K": k, "C": 4 * k, "B": width, "CHUNK": min(k, 2048 // width)} | capped
+    constants: dict[str, dict[str, object]] = {
+        "read": {"B": width, "TILE": 4096 // width} | capped,
+        "pick": {"K": k, "M": padded, "BITS": 16 if dtype == "bf16" else 32},
+        "gather": found,
+        "finish": found,
+        "draw": {"K": k, "B": width, "M": padded, "D": 8} | capped,
     }
-    wanted = [
-        Kernel("stillhouse.logits.topk.blockmax_triton", name, types, constants[name])
-        for name in constants
+    warps = {"pick": padded // 256, "draw": padded // 256}
+    module = "stillhouse.logits.topk.blockmax_kernels_triton"
+    return Kernel(module, name, types, constants[name], warps.get(name, 4))
+
+
+def test_kernels_compile_within_a_gpus_registers_and_read_16_bytes_at_a_time(
+    tmp_path: FilePath,
+) -> None:
+    most_registers = {"read": 64, "pick": 96, "gather": 64, "finish": 64, "draw": 128}
+    default = [over_an_odd_vocabulary(name, dtype="fp32") for name in most_registers]
+    others = [
+        over_an_odd_vocabulary("read"),
+        over_an_odd_vocabulary("read", softcap=True),
+        over_an_odd_vocabulary("pick", k=64),
     ]
-    assert all(size > 0 for size in machine_code_sizes(wanted, cache=tmp_path))
+    codes = machine_code([*default, *others], cache=tmp_path)
+    assert [code.stack_bytes for code in codes] == [0] * len(codes)
+    limits = [*most_registers.values(), 64, 64, 96]
+    assert all(code.registers <= most for code, most in zip(codes, limits, strict=True)), codes
+    of_read = [(code.num_wide_loads, code.num_narrow_loads) for code in codes[:1] + codes[5:7]]
+    assert of_read == [(8, 0), (4, 0), (4, 0)]

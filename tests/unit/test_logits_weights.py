@@ -23,7 +23,7 @@ from stillhouse.logits import (
     token_seeds,
 )
 from stillhouse.logits.topk import blockmax_cpu
-from stillhouse.logits.topk.dispatch import compress_in_blocks
+from stillhouse.logits.topk.dispatch import Tokens, compress_in_blocks
 
 BACKENDS: list[str] = ["reference", "blockmax"]
 BACKENDS += ["native"] if blockmax_cpu.compiled().split_rows else []
@@ -63,8 +63,7 @@ def by_backend(
     return compress_in_blocks(
         lambda rows: logits[rows],
         spec,
-        seeds_T=seeds(len(logits)),
-        labels_T=labels,
+        Tokens.of(seeds(len(logits)), labels),
         block_tokens=len(logits),
         choose_backend=lambda *_, **__: Backend(backend, "it is asked for"),
     )

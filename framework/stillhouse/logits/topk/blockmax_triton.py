@@ -1,47 +1,55 @@
-"""Block-max filter in Triton: an exact top-k that reads each logit once.
+"""Block-max filter in Triton: an exact top-k that reads each logit once, and the target from it.
 
-Shapes: T tokens, V vocabulary, K kept entries, B ids of a block, M blocks of a row, C candidates
-that there is room for. The algorithm, and why it is exact, are in `blockmax_torch`.
+Shapes: T tokens, V vocabulary, K kept entries, N draws, B ids of a block, M blocks of a row, C
+candidates that there is room for. The algorithm, and why it is exact, are in `blockmax_torch`.
 
     kernel  programs   reads          writes
     read    T x tiles  every logit    each block's maximum and sum of exponentials
     pick    T          M maxima       the K blocks with the top-k, and the sums of the other blocks
     gather  T          K B logits     candidates: entries that reach the K-th maximum, about 1.3 K
-    rank    T          C candidates,  ids and logits in order, and the sums of the K blocks without
-                       K B logits     the kept entries
+    finish  T          C candidates,  ids and log-probabilities in order, the tail's, the doubt, and
+                       K B logits     the sums of the K blocks without the kept entries
+    draw    T x N / D  M sums,        D draws
+                       D B logits
 
 Kernels communicate through global memory, one launch after the other, so no kernel waits for its
 own writes. The sort key of an entry is one int64: the value's bits, as an integer of the same
-order, above the id counted from the end.
+order, above the id counted from the end. They read a head's products and apply its scale and
+soft-cap on the way, in float32.
 
-A row is doubtful, to be compressed another way, if it has more candidates than room, or if its rest
-is too faint for float32 beside its maximum; no other row is. All kernels also run in Triton's
-interpreter, on the CPU.
+A row is doubtful, to be compressed another way, if it has more candidates than room, if its rest is
+too faint for float32 beside its maximum, or if it is no distribution; no other row is. All kernels
+also run in Triton's interpreter, on the CPU.
 """
 
 from collections.abc import Callable
+from ctypes import c_float
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from stillhouse.logits.compressed import CompressedLogits
+from stillhouse.logits.head import AS_IT_IS, Curve
 from stillhouse.logits.launching import may_pass, run_kernel
+from stillhouse.logits.spec import TargetSpec
+from stillhouse.logits.topk import blockmax_kernels_triton as kernels
 from stillhouse.logits.topk import blockmax_torch
 from stillhouse.logits.topk.found import RawTopK
 
-# Of K; above it `_pick` and `_rank` need more registers than there are, and minutes of compiling.
+# Of K; above it `pick` and `finish` need more registers than there are, and minutes of compiling.
 MOST_ENTRIES = 512
-_TILE_LOGITS = 4096  # read by one program of `_read`
-_GATHERED_LOGITS = 2048  # read at a time by `_gather` and `_rank`
+_TILE_LOGITS = 4096  # read by one program of `read`
+_GATHERED_LOGITS = 2048  # read at a time by `gather` and `finish`
+_DRAWS_AT_ONCE = 8  # by one program of `draw`
+_WIDE_LOAD = 16  # logits of two loads of 16 bytes, or of four
+# Of the highest bits of a maximum's order: others are the same in all numbers of the format.
+_SEARCHED_BITS = {torch.bfloat16: 16, torch.float16: 19}
+_BLOCKS_PER_WARP = 256  # of `pick` and `draw`, which hold all blocks of a row in registers
 _ROOM_PER_ENTRY = 4  # candidates for each kept entry; language models' logits had 1.7 at most
-_LEAST_SUM = 1e-30  # of exponentials relative to a row's maximum: below, float32 loses their digits
 _WIDTHS = (16, 128)  # the least and the greatest width of a block
-# An id XOR this one counts from the end, so that ties go to the lowest id.
-_LAST_ID = tl.constexpr(2**31 - 1)
-_NO_KEY = tl.constexpr(-(2**63))
-_LEAST_ORDER = tl.constexpr(-(2**31))
 
 
 def block_width(vocab_size: int, k: int) -> int:
@@ -61,6 +69,16 @@ def too_small(vocab_size: int, k: int) -> str | None:
     return f"{vocab_size} logits are too few blocks to filter for {k}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A block of rows: their top-k, and their target but for draws."""
+
+    raw: RawTopK
+    logprobs_TK: Tensor
+    tail_logmass_T: Tensor
+    doubtful_T: Tensor
+
+
 def launch(
     logits_TV: Tensor, *, k: int, temperature: float, width: int | None = None
 ) -> tuple[RawTopK, Tensor]:
@@ -69,42 +87,170 @@ def launch(
     K is at most MOST_ENTRIES. `width` overrides `block_width`: a power of two of which V has at
     least 2 K.
     """
+    found = _find(_Rows.of(logits_TV, AS_IT_IS), k=k, temperature=temperature, width=width)
+    return found.raw, found.doubtful_T
+
+
+def compress_block(
+    products_TV: Tensor,
+    curve: Curve,
+    spec: TargetSpec,
+    *,
+    seeds_T: Tensor,
+    run: Callable[..., None] = run_kernel,
+) -> tuple[CompressedLogits, Tensor]:
+    """Targets of the logits that `curve` makes of products, with blind draws, and bool [T]: the
+    doubtful rows. Asynchronous.
+
+    A curve that falls is applied by torch before, since no maximum of products is one of logits.
+    `run` is called as `run_kernel` is.
+    """
+    if curve.scale <= 0:
+        products_TV, curve = curve.logits(products_TV), AS_IT_IS
+    rows = _Rows.of(products_TV, curve)
+    found = _find(rows, k=spec.k, temperature=spec.temperature, run=run)
+    draws_TN = _draw(rows, found.raw, seeds_T, spec, run=run)
+    target = CompressedLogits(
+        found.raw.token_ids_TK,
+        found.logprobs_TK,
+        found.tail_logmass_T,
+        draws_TN,
+        vocab_size=spec.vocab_size,
+        temperature=spec.temperature,
+    )
+    return target, found.doubtful_T
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Products, and how kernels read them."""
+
+    products_TV: Tensor
+    curve: Curve
+
+    @classmethod
+    def of(cls, products_TV: Tensor, curve: Curve) -> "_Rows":
+        in_place = products_TV.stride(1) == 1
+        return cls(products_TV if in_place else products_TV.contiguous(), curve)
+
+    @property
+    def arguments(self) -> tuple[Tensor, int, int, float, float]:
+        stride, vocab_size = self.products_TV.stride(0), self.products_TV.shape[1]
+        return (self.products_TV, stride, vocab_size, self.curve.scale, self.curve.softcap or 1.0)
+
+    @property
+    def has_softcap(self) -> bool:
+        return self.curve.softcap is not None
+
+    @property
+    def searched_bits(self) -> int:
+        """Of the block maxima, in which not all numbers of float32 occur."""
+        exact = self.curve == AS_IT_IS
+        return _SEARCHED_BITS.get(self.products_TV.dtype, 32) if exact else 32
+
+    @property
+    def readable(self) -> int:
+        """Columns that exist in memory, V of them products: up to a multiple of `_WIDE_LOAD` where
+        the next row begins behind it."""
+        rows_TV = self.products_TV
+        num_tokens, vocab_size = rows_TV.shape
+        wide = triton.cdiv(vocab_size, _WIDE_LOAD) * _WIDE_LOAD
+        start = rows_TV.storage_offset() + (num_tokens - 1) * rows_TV.stride(0)
+        room = rows_TV.untyped_storage().nbytes() // rows_TV.element_size() - start
+        return wide if wide <= min(rows_TV.stride(0), room) else vocab_size
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.products_TV.device)
+
+
+def _find(
+    rows: _Rows,
+    *,
+    k: int,
+    temperature: float,
+    width: int | None = None,
+    run: Callable[..., None] = run_kernel,
+) -> _Found:
+    """One pass over the logits, then what is left of them."""
     assert k <= MOST_ENTRIES, "more entries take another backend"
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=logits_TV.device)
-
     # sizes
-    num_tokens, vocab_size = logits_TV.shape
-    logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
+    num_tokens, vocab_size = rows.products_TV.shape
     width = width or block_width(vocab_size, k)
     num_blocks, room = triton.cdiv(vocab_size, width), triton.next_power_of_2(_ROOM_PER_ENTRY * k)
+    assert num_blocks < 1 << 15, "`pick` counts blocks in 15 bits"
     tile_blocks = _TILE_LOGITS // width
-    chunk_blocks = min(triton.next_power_of_2(k), _GATHERED_LOGITS // width)
+    chunk_blocks = min(triton.next_power_of_2(max(1, k)), _GATHERED_LOGITS // width)
 
     # buffers
-    maxima_TM, sums_TM, rest_sums_TM = (empty(num_tokens, num_blocks) for _ in range(3))
-    found_TK, ids_TK = (empty(num_tokens, k, dtype=torch.int32) for _ in range(2))
-    least_T, top_T = empty(num_tokens, dtype=torch.int32), empty(num_tokens)
-    keys_TC = empty(num_tokens, room, dtype=torch.int64)
-    counts_T = torch.zeros(num_tokens, dtype=torch.int32, device=logits_TV.device)
-    values_TK = empty(num_tokens, k)
+    maxima_TM, sums_TM, rest_sums_TM = (rows.empty(num_tokens, num_blocks) for _ in range(3))
+    found_TK, ids_TK = (rows.empty(num_tokens, k, dtype=torch.int32) for _ in range(2))
+    least_T, counts_T = (rows.empty(num_tokens, dtype=torch.int32) for _ in range(2))
+    top_T, tail_T = rows.empty(num_tokens), rows.empty(num_tokens)
+    rest_T = rows.empty(num_tokens, dtype=torch.float64)
+    keys_TC = rows.empty(num_tokens, max(1, room), dtype=torch.int64)
+    values_TK, logprobs_TK = rows.empty(num_tokens, k), rows.empty(num_tokens, k)
+    doubtful_T = rows.empty(num_tokens, dtype=torch.bool)
 
-    # kernels: one pass over the logits, then what is left of them
-    rows = (logits_TV, logits_TV.stride(0), vocab_size)
-    scale = (num_blocks, 1.0 / temperature)
-    each, tiles = (num_tokens,), (num_tokens, triton.cdiv(num_blocks, tile_blocks))
-    run_kernel(_read, tiles, *rows, maxima_TM, sums_TM, *scale, B=width, TILE=tile_blocks)
-    picked = (found_TK, least_T, top_T, rest_sums_TM)
-    padded = triton.next_power_of_2(num_blocks)
-    run_kernel(_pick, each, maxima_TM, sums_TM, *scale, *picked, K=k, M=padded)
-    if k:
-        sizes = {"K": k, "C": room, "B": width, "CHUNK": chunk_blocks}
-        run_kernel(_gather, each, *rows, found_TK, least_T, keys_TC, counts_T, **sizes)
-        candidates, outputs = (keys_TC, counts_T, top_T), (ids_TK, values_TK, rest_sums_TM)
-        run_kernel(_rank, each, *rows, *scale, found_TK, *candidates, *outputs, **sizes)
+    # kernels
+    inverse, inverse_low = _two_floats(1.0 / temperature)
+    scale, each = (num_blocks, inverse), (num_tokens,)
+    softcap = {"HAS_SOFTCAP": rows.has_softcap}
+    found = (maxima_TM, sums_TM, *scale)
+    tiles = (num_tokens, triton.cdiv(num_blocks, tile_blocks))
+    reading = {"B": width, "TILE": tile_blocks} | softcap
+    run(kernels.read, tiles, *rows.arguments, rows.readable, *found, **reading)
+    picked = (found_TK, least_T, top_T, rest_sums_TM, rest_T)
+    run(
+        kernels.pick, each, *found, *picked, K=k, BITS=rows.searched_bits, **_all_blocks(num_blocks)
+    )
+    sizes = {"K": k, "C": max(1, room), "B": width, "CHUNK": chunk_blocks} | softcap
+    run(kernels.gather, each, *rows.arguments, found_TK, least_T, keys_TC, counts_T, **sizes)
+    inputs = (found_TK, keys_TC, counts_T, top_T, rest_T)
+    outputs = (ids_TK, values_TK, rest_sums_TM, logprobs_TK, tail_T, doubtful_T)
+    run(kernels.finish, each, *rows.arguments, *scale, inverse_low, *inputs, *outputs, **sizes)
     raw = RawTopK(ids_TK, values_TK, top_T, rest_sums_TM, block_ids=width)
-    return raw, (counts_T > room) | (rest_sums_TM.sum(dim=1) < _LEAST_SUM)
+    return _Found(raw, logprobs_TK, tail_T, doubtful_T)
+
+
+def _draw(
+    rows: _Rows, raw: RawTopK, seeds_T: Tensor, spec: TargetSpec, *, run: Callable[..., None]
+) -> Tensor:
+    """int32 [T, N] draws; any ids where the row is doubtful."""
+    num_tokens, num_blocks = raw.rest_sums_TM.shape
+    draws_TN = rows.empty(num_tokens, spec.num_draws, dtype=torch.int32)
+    if spec.num_draws == 0:
+        return draws_TN
+    inverse, _ = _two_floats(1.0 / spec.temperature)
+    inputs = (num_blocks, inverse, raw.rest_sums_TM, raw.token_ids_TK, raw.logits_TK, seeds_T)
+    grid = (num_tokens, triton.cdiv(spec.num_draws, _DRAWS_AT_ONCE))
+    run(
+        kernels.draw,
+        grid,
+        *rows.arguments,
+        *inputs,
+        spec.num_draws,
+        draws_TN,
+        K=spec.k,
+        B=raw.block_ids,
+        D=_DRAWS_AT_ONCE,
+        HAS_SOFTCAP=rows.has_softcap,
+        **_all_blocks(num_blocks),
+    )
+    return draws_TN
+
+
+def _all_blocks(num_blocks: int) -> dict[str, int]:
+    """Options of kernels that hold all blocks of a row: more warps where registers are the
+    limit."""
+    padded: int = triton.next_power_of_2(num_blocks)
+    return {"M": padded, "num_warps": max(4, min(16, padded // _BLOCKS_PER_WARP))}
+
+
+def _two_floats(number: float) -> tuple[float, float]:
+    """A number in float32, and what that loses of it."""
+    nearest = c_float(number).value
+    return nearest, number - nearest
 
 
 @cache
@@ -148,178 +294,3 @@ def self_test_failure(
     if sure_T.any() and same_ids and same_sums:
         return None
     return f"triton {triton.__version__} answers wrongly on {device}"
-
-
-@triton.jit
-def _ordered(z: tl.tensor) -> tl.tensor:
-    """int64 in the order of the float32; -0 as +0."""
-    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-
-
-@triton.jit
-def _entries(
-    logits: tl.tensor,
-    row: tl.tensor,
-    row_stride: tl.tensor,
-    vocab_size: tl.tensor,
-    found: tl.tensor,
-    start: tl.tensor,
-    K: tl.constexpr,
-    B: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> tl.tensor:
-    """Logits [CHUNK * B] of the row's found blocks from number `start` on, their ids, and whether
-    they exist."""
-    which = start + tl.arange(0, CHUNK)
-    blocks = tl.load(found + row * K + which, mask=which < K, other=0)
-    ids = blocks[:, None] * B + tl.arange(0, B)[None, :]
-    exist = (which < K)[:, None] & (ids < vocab_size)
-    z = tl.load(logits + row * row_stride + ids, mask=exist, other=-float("inf")).to(tl.float32)
-    return (
-        tl.reshape(z, [CHUNK * B]),
-        tl.reshape(ids, [CHUNK * B]),
-        tl.reshape(exist.to(tl.int32), [CHUNK * B]) != 0,
-    )
-
-
-@triton.jit
-def _read(
-    logits: tl.tensor,
-    row_stride: tl.tensor,
-    vocab_size: tl.tensor,
-    maxima: tl.tensor,
-    sums: tl.tensor,
-    num_blocks: tl.tensor,
-    inverse: tl.tensor,
-    B: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    """A tile of blocks: each one's maximum, and sum of exp((z - maximum) / temperature)."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    ids = blocks[:, None] * B + tl.arange(0, B)[None, :]
-    z = tl.load(logits + row * row_stride + ids, mask=ids < vocab_size, other=-float("inf"))
-    z = z.to(tl.float32)
-    top = tl.max(z, axis=1)
-    base = tl.where(top == -float("inf"), 0.0, top)  # -inf - -inf would be NaN
-    total = tl.sum(tl.exp((z - base[:, None]) * inverse), axis=1)
-    tl.store(maxima + row * num_blocks + blocks, top, mask=blocks < num_blocks)
-    tl.store(sums + row * num_blocks + blocks, total, mask=blocks < num_blocks)
-
-
-@triton.jit
-def _pick(
-    maxima: tl.tensor,
-    sums: tl.tensor,
-    num_blocks: tl.tensor,
-    inverse: tl.tensor,
-    found: tl.tensor,
-    least: tl.tensor,
-    tops: tl.tensor,
-    rest_sums: tl.tensor,
-    K: tl.constexpr,
-    M: tl.constexpr,
-) -> None:
-    """The K blocks with the greatest maxima, the K-th maximum, and the sums of the other blocks."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, M)
-    exist = blocks < num_blocks
-    maximum = tl.load(maxima + row * num_blocks + blocks, mask=exist, other=-float("inf"))
-    total = tl.load(sums + row * num_blocks + blocks, mask=exist, other=0.0)
-
-    # the K-th maximum: the greatest number that at least K maxima reach, from its highest bit down
-    order = tl.where(exist, _ordered(maximum), _LEAST_ORDER - 1)
-    threshold = tl.full((), _LEAST_ORDER, tl.int64)
-    for i in range(32):
-        candidate = threshold + (tl.full((), 1, tl.int64) << (31 - i))
-        num_reaching = tl.sum((order >= candidate).to(tl.int32), axis=0)
-        threshold = tl.where(num_reaching >= K, candidate, threshold)
-
-    # all blocks above it, and the first of those that equal it
-    above, level = (order > threshold).to(tl.int32), (order == threshold).to(tl.int32)
-    room = K - tl.sum(above, axis=0)
-    taken = above + level * (tl.cumsum(level, axis=0) <= room).to(tl.int32)
-    tl.store(found + row * K + tl.cumsum(taken, axis=0) - 1, blocks, mask=taken != 0)
-
-    # the other blocks' sums, relative to the row's maximum
-    top = tl.max(maximum, axis=0)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    tl.store(least + row, threshold.to(tl.int32))
-    tl.store(tops + row, top)
-    left = total * tl.exp((maximum - base) * inverse)
-    tl.store(rest_sums + row * num_blocks + blocks, left, mask=exist & (taken == 0))
-
-
-@triton.jit
-def _gather(
-    logits: tl.tensor,
-    row_stride: tl.tensor,
-    vocab_size: tl.tensor,
-    found: tl.tensor,
-    least: tl.tensor,
-    keys: tl.tensor,
-    counts: tl.tensor,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    B: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
-    """The keys of the found blocks' entries that reach the K-th maximum, and how many there are."""
-    row = tl.program_id(0).to(tl.int64)
-    threshold = tl.load(least + row).to(tl.int64)
-    count = tl.full((), 0, tl.int32)
-    for start in range(0, K, CHUNK):
-        z, ids, exist = _entries(logits, row, row_stride, vocab_size, found, start, K, B, CHUNK)
-        order = _ordered(z)
-        reach = (exist & (order >= threshold)).to(tl.int32)
-        places = count + tl.cumsum(reach, axis=0) - 1
-        key = (order << 32) | (ids ^ _LAST_ID).to(tl.int64)
-        tl.store(keys + row * C + places, key, mask=(reach != 0) & (places < C))
-        count += tl.sum(reach, axis=0)
-    tl.store(counts + row, count)
-
-
-@triton.jit
-def _rank(
-    logits: tl.tensor,
-    row_stride: tl.tensor,
-    vocab_size: tl.tensor,
-    num_blocks: tl.tensor,
-    inverse: tl.tensor,
-    found: tl.tensor,
-    keys: tl.tensor,
-    counts: tl.tensor,
-    tops: tl.tensor,
-    ids_out: tl.tensor,
-    values_out: tl.tensor,
-    rest_sums: tl.tensor,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    B: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
-    """The K greatest candidates, and the found blocks' sums without them."""
-    # the candidates, sorted, back to ids and logits
-    row = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, C)
-    key = tl.load(keys + row * C + places, mask=places < tl.load(counts + row), other=_NO_KEY)
-    key = tl.sort(key, descending=True)
-    bits = (key >> 32).to(tl.int32)
-    values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    ids_of_keys = ((key & _LAST_ID) ^ _LAST_ID).to(tl.int32)
-    tl.store(ids_out + row * K + places, ids_of_keys, mask=places < K)
-    tl.store(values_out + row * K + places, values, mask=places < K)
-
-    # what is not kept: entries whose key is below the last kept one
-    last = tl.sum(tl.where(places == K - 1, key, 0), axis=0)
-    top = tl.load(tops + row)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    for start in range(0, K, CHUNK):
-        z, ids, exist = _entries(logits, row, row_stride, vocab_size, found, start, K, B, CHUNK)
-        kept = ((_ordered(z) << 32) | (ids ^ _LAST_ID).to(tl.int64)) >= last
-        left = tl.where(kept | (exist == 0), 0.0, tl.exp((z - base) * inverse))
-        which = start + tl.arange(0, CHUNK)
-        blocks = tl.load(found + row * K + which, mask=which < K, other=0)
-        sums = tl.sum(tl.reshape(left, [CHUNK, B]), axis=1)
-        tl.store(rest_sums + row * num_blocks + blocks, sums, mask=which < K)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from torch import Tensor
 from stillhouse.errors import ConfigError
 from stillhouse.logits.backend import Backend
 from stillhouse.logits.compressed import CompressedLogits, concatenate
-from stillhouse.logits.head import Head
+from stillhouse.logits.head import AS_IT_IS, Curve, Head, products_in_blocks
 from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.draws import draw_rest
@@ -72,8 +73,10 @@ def compress(
     return compress_in_blocks(
         lambda rows: logits_TV[rows],
         spec,
-        seeds_T=checked_seeds(seeds_T, logits_TV, spec=spec, vocab_size=logits_TV.shape[1]),
-        labels_T=checked_labels(labels_T, logits_TV, spec=spec),
+        Tokens.of(
+            checked_seeds(seeds_T, logits_TV, spec=spec, vocab_size=logits_TV.shape[1]),
+            checked_labels(labels_T, logits_TV, spec=spec),
+        ),
         block_tokens=len(logits_TV),
     )
 
@@ -102,13 +105,12 @@ def compress_hidden(
             f"the hidden states are on {hidden_TH.device}, the head's weight on "
             f"{head.weight_VH.device}; move one to the other"
         )
-    return compress_in_blocks(
-        lambda rows: head.logits(hidden_TH[rows]),
-        spec,
-        seeds_T=checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size),
-        labels_T=checked_labels(labels_T, hidden_TH, spec=spec),
-        block_tokens=block_tokens,
+    tokens = Tokens.of(
+        checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size),
+        checked_labels(labels_T, hidden_TH, spec=spec),
     )
+    products_of, curve = products_in_blocks(head, hidden_TH, block_tokens=block_tokens)
+    return compress_in_blocks(products_of, spec, tokens, block_tokens=block_tokens, curve=curve)
 
 
 def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backend:
@@ -158,35 +160,45 @@ def _accelerator_backend(
     return Backend("triton", f"its kernels passed their test on {device}")
 
 
+class Tokens(NamedTuple):
+    """What is known of each token beside its logits, int64 [T]."""
+
+    numbers_T: Tensor  # from 0, for errors
+    seeds_T: Tensor
+    labels_T: Tensor  # zeros where the target keeps no label
+
+    @classmethod
+    def of(cls, seeds_T: Tensor, labels_T: Tensor) -> Self:
+        return cls(torch.arange(len(seeds_T), device=seeds_T.device), seeds_T, labels_T)
+
+    def at(self, rows: slice | Tensor) -> Self:
+        """Those of some rows."""
+        return type(self)(*(tensor[rows] for tensor in self))
+
+
 def compress_in_blocks(
     logits_of: LogitsOf,
     spec: TargetSpec,
+    tokens: Tokens,
     *,
-    seeds_T: Tensor,
-    labels_T: Tensor,
     block_tokens: int,
+    curve: Curve = AS_IT_IS,
     choose_backend: Callable[..., Backend] = backend_for,
 ) -> CompressedLogits:
     """Targets of all rows, `block_tokens` rows of logits at a time; checks nothing of `spec`.
 
-    `choose_backend` is called as `backend_for` is, once a block.
+    `logits_of` may give products, of which `curve` makes the logits; the rows of one call are done
+    with before the next. `choose_backend` is called as `backend_for` is, once a block.
     """
     # every block by its backend
-    numbers_T = torch.arange(len(seeds_T), device=seeds_T.device)
+    num_tokens = len(tokens.numbers_T)
     blocks = [
         slice(start, start + block_tokens)
-        for start in range(0, max(1, len(seeds_T)), max(1, block_tokens))
+        for start in range(0, max(1, num_tokens), max(1, block_tokens))
     ]
     parts, doubts = zip(
         *(
-            _compress_block(
-                logits_of(at),
-                spec,
-                seeds_T=seeds_T[at],
-                labels_T=labels_T[at],
-                numbers_T=numbers_T[at],
-                choose_backend=choose_backend,
-            )
+            _compress_block(logits_of(at), curve, spec, tokens.at(at), choose_backend)
             for at in blocks
         ),
         strict=True,
@@ -196,41 +208,47 @@ def compress_in_blocks(
     # the rows in doubt again, by the reference
     if not doubtful_T.any():
         return target
-    rows_T = numbers_T[doubtful_T]
+    rows_T = tokens.numbers_T[doubtful_T]
     again = [
-        _by_reference(logits_of(part_T), spec, seeds_T[part_T], labels_T[part_T], part_T)
+        _by_reference(curve.logits(logits_of(part_T)), spec, tokens.at(part_T))
         for part_T in rows_T.split(block_tokens)
     ]
     return target.with_rows(rows_T, concatenate(again))
 
 
-def _by_reference(
-    logits_TV: Tensor, spec: TargetSpec, seeds_T: Tensor, labels_T: Tensor, numbers_T: Tensor
-) -> CompressedLogits:
-    labels = labels_T if spec.label_logprob else None
-    return compress_reference(logits_TV, spec, seeds_T=seeds_T, labels_T=labels, tokens_T=numbers_T)
+def _by_reference(logits_TV: Tensor, spec: TargetSpec, tokens: Tokens) -> CompressedLogits:
+    return compress_reference(
+        logits_TV,
+        spec,
+        seeds_T=tokens.seeds_T,
+        labels_T=tokens.labels_T if spec.label_logprob else None,
+        tokens_T=tokens.numbers_T,
+    )
 
 
 def _compress_block(
-    logits_TV: Tensor,
+    products_TV: Tensor,
+    curve: Curve,
     spec: TargetSpec,
-    *,
-    seeds_T: Tensor,
-    labels_T: Tensor,
-    numbers_T: Tensor,
+    tokens: Tokens,
     choose_backend: Callable[..., Backend],
 ) -> tuple[CompressedLogits, Tensor]:
-    """Targets of the rows of these numbers, and bool [T]: the rows in doubt."""
+    """Targets of the rows of these tokens, and bool [T]: the rows in doubt."""
+    # all at once, where kernels or C make such a target whole
     k, temperature = spec.k, spec.temperature
-    backend = choose_backend(logits_TV, k=k, temperature=temperature)
-    if backend.name == "reference":
-        target = _by_reference(logits_TV, spec, seeds_T, labels_T, numbers_T)
-        return target, torch.zeros_like(numbers_T, dtype=torch.bool)
+    backend = choose_backend(products_TV, k=k, temperature=temperature)
+    has_more = spec.weighted or spec.label_logprob or spec.tail_entropy
+    if backend.name == "triton" and not has_more:
+        from stillhouse.logits.topk import blockmax_triton
 
-    # all at once, where the target is one that C makes whole
+        return blockmax_triton.compress_block(products_TV, curve, spec, seeds_T=tokens.seeds_T)
+    logits_TV = curve.logits(products_TV)
+    if backend.name == "reference":
+        target = _by_reference(logits_TV, spec, tokens)
+        return target, torch.zeros_like(tokens.numbers_T, dtype=torch.bool)
     make_targets = blockmax_cpu.compiled().make_targets if backend.name == "native" else None
     if make_targets and blockmax_cpu.suits(spec):
-        target, lse_T = blockmax_cpu.targets(make_targets, logits_TV, spec, seeds_T)
+        target, lse_T = blockmax_cpu.targets(make_targets, logits_TV, spec, tokens.seeds_T)
         return target, ~lse_T.isfinite()
 
     # the top-k, the tail's mass, and draws from the tail
@@ -240,7 +258,7 @@ def _compress_block(
         draws_TN = draw_rest(
             logits_TV,
             raw,
-            seeds_T,
+            tokens.seeds_T,
             num_draws=spec.num_draws,
             temperature=temperature,
             weighted=spec.weighted,
@@ -254,7 +272,9 @@ def _compress_block(
         )
         target = replace(target, draw_logprobs_TN=logprobs_TN)
     if spec.label_logprob:
-        label_T1 = logprobs_at(logits_TV, labels_T[:, None], lse_T=lse_T, temperature=temperature)
+        label_T1 = logprobs_at(
+            logits_TV, tokens.labels_T[:, None], lse_T=lse_T, temperature=temperature
+        )
         target = replace(target, label_logprob_T=label_T1[:, 0])
     if spec.tail_entropy:
         entropy_T = entropy_of_rest(logits_TV, raw.token_ids_TK, temperature=temperature)
