@@ -2,7 +2,7 @@
 
 Shapes: T tokens, K kept entries, M blocks of a row.
 
-All backends share `normalise`, so that they round alike.
+All backends share `normalise`, or repeat its arithmetic (`targets.c`), so that they round alike.
 """
 
 from dataclasses import dataclass
