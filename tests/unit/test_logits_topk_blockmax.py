@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path as FilePath
+from platform import machine
 from typing import Any
 
 import pytest
@@ -379,6 +380,22 @@ def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: FilePath) -> No
     assert (
         "answers wrongly" in blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).reason
     )
+
+
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
+def test_narrower_vectors_of_other_machines_give_the_same(tmp_path: FilePath, without: str) -> None:
+    if machine() != "x86_64" or blockmax_cpu.compiled().split_rows is None:
+        return  # neither option is known there
+    script = f'exec {find("cc") or find("gcc") or find("clang")} "$@" {without}'
+    split_rows = blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).split_rows
+    assert split_rows is not None
+
+    def split(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
+        return blockmax_cpu.split(split_rows, logits, k=k, temperature=temperature)
+
+    for dtype in DTYPES:
+        for k in (0, 5, 300):
+            assert_equals_the_reference(split, random_logits(3, 701, seed=k).to(dtype), k=k)
 
 
 def find(name: str) -> str | None:

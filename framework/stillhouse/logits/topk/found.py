@@ -2,7 +2,8 @@
 
 Shapes: T tokens, V vocabulary, K kept entries, M blocks of a row, X ids of each token.
 
-All backends share these functions, so that they round alike.
+All backends share these functions, or repeat their arithmetic (`targets.c`), so that they round
+alike.
 """
 
 from dataclasses import dataclass
