@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits import (
     Backend,
     CompressedLogits,
@@ -150,6 +150,24 @@ def test_every_backend_holds_the_same_beside_the_entries(backend: str, data: st.
     theirs = by_backend("reference", logits, spec, labels=labels).tail_ids_TN.long()
     assert (borders.gather(1, ids) <= borders.gather(1, theirs + 1) + 3e-6)[has_tail].all()
     assert (borders.gather(1, theirs) <= borders.gather(1, ids + 1) + 3e-6)[has_tail].all()
+
+
+def test_draws_found_by_blocks_are_those_of_the_reference() -> None:
+    """All but those within float32 rounding of the border between two ids."""
+    logits, labels = random_logits(50, 4000), torch.arange(50)
+    spec = whole_spec(4000, 8, num_draws=15)
+    wanted = by_backend("reference", logits, spec, labels=labels).tail_ids_TN
+    for backend in BACKENDS[1:]:
+        found = by_backend(backend, logits, spec, labels=labels).tail_ids_TN
+        assert (found != wanted).sum() <= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_no_distribution_is_refused_by_its_number(backend: str) -> None:
+    logits = random_logits(3, 700)
+    logits[2] = math.nan
+    with pytest.raises(TeacherError, match="token 2 are no distribution: 700 NaN"):
+        by_backend(backend, logits, whole_spec(700, 4, num_draws=1), labels=torch.arange(3))
 
 
 def test_a_tail_without_mass_is_its_lowest_id_of_no_weight() -> None:

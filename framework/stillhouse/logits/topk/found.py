@@ -62,13 +62,9 @@ def normalise(
 
 
 def logprobs_at(logits_TV: Tensor, ids_TX: Tensor, *, lse_T: Tensor, temperature: float) -> Tensor:
-    """float32 [T, X]: log p of some ids, from the float64 log-sum-exp of `normalise`.
-
-    An id that is V, which a row in doubt may have, is read as the last one.
-    """
-    ids_TX = ids_TX.long().clamp(max=logits_TV.shape[1] - 1)
-    scaled_TX = logits_TV.gather(1, ids_TX).double() / temperature
-    return (scaled_TX - lse_T.double()[:, None]).float()
+    """float32 [T, X]: log p of some ids, from the float64 log-sum-exp of `normalise`."""
+    scaled_TX = logits_TV.gather(1, ids_TX.long()).double() / temperature
+    return (scaled_TX - lse_T[:, None]).float()
 
 
 def entropy_sums(tail_TV: Tensor, peaks_T1: Tensor) -> tuple[Tensor, Tensor]:
