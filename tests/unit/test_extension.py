@@ -24,6 +24,11 @@ sound = Divergence(function)
 one_number = Divergence(lambda p, q: function(p, q).sum())
 not_finite = Divergence(lambda p, q: function(p, q) / 0)
 constant = Divergence(lambda p, q: function(p, q).detach())
+kl = lambda p, q: (p.exp() * (p - q)).sum(dim=-1)
+generated = Divergence(kl, generator=lambda x: -x)
+not_its_generator = Divergence(kl, generator=lambda x: x.exp() * x)
+not_0_at_0 = Divergence(kl, generator=lambda x: 1 - x)
+not_elementwise = Divergence(kl, generator=lambda x: -x.sum())
 
 class HalfAnEngine:
     def probe(self): ...
@@ -73,6 +78,13 @@ def test_an_error_inside_of_a_module_is_its_own(parts: str) -> None:
 def test_what_is_no_usable_divergence_is_refused(parts: str, name: str) -> None:
     with pytest.raises(ConfigError, match=r"student\.divergence is"):
         divergence_named(f"{parts}:{name}", 0.5)
+
+
+@pytest.mark.parametrize("name", ["not_its_generator", "not_0_at_0", "not_elementwise"])
+def test_a_generator_of_something_else_is_refused(parts: str, name: str) -> None:
+    assert divergence_named(f"{parts}:generated").generator is not None
+    with pytest.raises(ConfigError, match="`generator` is not that of its `of`; wanted g"):
+        divergence_named(f"{parts}:{name}")
 
 
 def test_a_divergence_is_known_by_its_name_and_the_text_of_its_file(

@@ -17,7 +17,7 @@ from stillhouse.losses.sparse_gradient import Objective
 
 
 class LossTerms(NamedTuple):
-    """Sums over tokens and their largest log-ratio, 0-dimensional tensors. Only `total` has a
+    """Sums over tokens, and extremes of their draws, 0-dimensional tensors. Only `total` has a
     gradient. A term whose weight is 0 is not computed, and is 0."""
 
     total: Tensor  # weighted, with temperature^2 on the divergence
@@ -25,6 +25,7 @@ class LossTerms(NamedTuple):
     cross_entropy: Tensor  # nats at temperature 1, unweighted
     z_loss: Tensor  # squared log-sum-exp of the logits at temperature 1, unweighted
     max_logratio: Tensor  # the largest log(student / teacher) of a weighted draw, at least 0; nats
+    max_draw_mass: Tensor  # the largest mass of the student that one weighted draw stands for
     num_tokens: Tensor  # int64
 
 

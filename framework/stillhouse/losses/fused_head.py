@@ -41,7 +41,9 @@ class Sums(NamedTuple):
     divergence: Tensor
     cross_entropy: Tensor
     z_loss: Tensor
-    max_logratio: Tensor  # no sum: the largest log(q / p) of a weighted draw, at least 0
+    # no sums, but the largest of a weighted draw: log(q / p), and w q / p; 0 without them
+    max_logratio: Tensor
+    max_draw_mass: Tensor
 
 
 def head_loss(
@@ -166,17 +168,19 @@ def _run_blocks(
     )
     # each adds to the sums and to the gradients
     sums_3 = torch.zeros(3, dtype=dtype, device=hidden_TH.device)
-    max_logratio = sums_3.new_zeros(())
+    extremes_2 = sums_3.new_zeros(2)
     for start in range(0, num_tokens, max(1, block_tokens)):
         block = slice(start, start + block_tokens)
         measured = _run_block(hidden_TH, work, block, passes, gradients=gradients)
         sums_3 += measured.sums_3
-        max_logratio = max_logratio.maximum(measured.max_logratio_0)
+        extremes_2 = extremes_2.maximum(measured.extremes_2)
     # the weighted total
     divergence, cross_entropy, z_loss = (sums_3[i].clone() for i in range(3))
     total = objective.divergence_weight * work.temperature**2 * divergence
     total = total + objective.ce_weight * cross_entropy + objective.z_loss_weight * z_loss
-    return Sums(total, divergence, cross_entropy, z_loss, max_logratio)
+    return Sums(
+        total, divergence, cross_entropy, z_loss, extremes_2[0].clone(), extremes_2[1].clone()
+    )
 
 
 def _run_block(

@@ -26,7 +26,7 @@ from torch import Tensor
 from stillhouse.logits import CompressedLogits
 from stillhouse.losses.divergences import LOG_FLOOR, Divergence
 from stillhouse.losses.head_passes_torch import TailGrad, TailStats
-from stillhouse.losses.weighted_draws import max_logratio, tail_rest
+from stillhouse.losses.weighted_draws import extremes, tail_rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Measured(NamedTuple):
     """What is told of a block's loss."""
 
     sums_3: Tensor  # over C: divergence, cross-entropy, lse^2; unweighted
-    max_logratio_0: Tensor  # the largest log(q / p) of a weighted draw, at least 0
+    extremes_2: Tensor  # see `extremes`; 0 without weighted draws
 
 
 class LogitsGrad(NamedTuple):
@@ -122,13 +122,13 @@ def loss_and_gradient(
     sums_3 = logits.kept_CK.new_zeros(3)
     num_tokens, num_kept = logits.kept_CK.shape
     grad_CK1 = ce_grad_CK1 = logits.kept_CK.new_zeros((num_tokens, num_kept + 1))
-    drawn_grad_CN, max_logratio_0, temperature = logits.drawn_CN, sums_3.new_zeros(()), 1.0
+    drawn_grad_CN, extremes_2, temperature = logits.drawn_CN, sums_3.new_zeros(2), 1.0
     if target is not None:
         temperature = target.temperature
-        sums_3[0], max_logratio_0, grad_CK1, drawn_grad_CN = _divergence_loss(
+        sums_3[0], extremes_2, grad_CK1, drawn_grad_CN = _divergence_loss(
             logits, tail, target, objective=objective, needs_grad=needs_grad
         )
-    measured = Measured(sums_3, max_logratio_0)
+    measured = Measured(sums_3, extremes_2)
     if ids.label_CL.shape[1] or objective.z_loss_weight > 0.0:
         sums_3[1:], ce_grad_CK1 = _label_loss(ids, logits, tail, target, objective=objective)
     if not needs_grad:
@@ -160,8 +160,8 @@ def _divergence_loss(
     objective: Objective,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The divergence's sum over tokens; the largest log-ratio; its weighted gradient in the kept
-    logits and, summed, the tail's; and the part of the latter that each draw has for itself."""
+    """The divergence's sum over tokens; the extremes of its weighted draws; its weighted gradient
+    in the kept logits and, summed, the tail's; and what each draw has on top of its share."""
     # of the buckets and, where they have weights, the draws
     temperature, divergence = target.temperature, objective.divergence
     student = _buckets(logits, tail.peak_C1, tail.sum_C1, target, temperature=temperature)
@@ -181,11 +181,11 @@ def _divergence_loss(
     grad_logits_CK1 = grad_logq_CK1 - student.logq_CK1.exp() * grad_sum_C1
     if target.draw_logprobs_TN is not None:
         within_CN, logq_tail_C1 = drawn_CN - student.log_tail_C1, student.logq_CK1[:, -1:]
-        max_logratio_0 = max_logratio(target, within_CN, logq_tail_C1)
+        extremes_2 = extremes(target, within_CN, logq_tail_C1)
         grad_logits_CK1[:, -1:] -= grad_within_CN.sum(dim=1, keepdim=True)
     else:
         # blind draws: cross-entropy within the tail, less the tail's entropy
-        max_logratio_0 = sum_0.new_zeros(())
+        extremes_2 = sum_0.new_zeros(2)
         tail_mass_C1 = divergence.forward_kl_share * logp_CK1[:, -1:].exp()
         mass_C1 = tail_mass_C1 / max(1, target.num_draws)
         sum_0 = sum_0 + (mass_C1 * (student.log_tail_C1 - drawn_CN)).sum()
@@ -195,7 +195,7 @@ def _divergence_loss(
         grad_within_CN = (-mass_C1).expand_as(drawn_CN)
     # temperature^2, and the chain rule's 1 / temperature
     weight = objective.divergence_weight * temperature
-    return sum_0, max_logratio_0, weight * grad_logits_CK1, weight * grad_within_CN
+    return sum_0, extremes_2, weight * grad_logits_CK1, weight * grad_within_CN
 
 
 def _divergence_and_gradient(

@@ -42,16 +42,20 @@ def tail_rest(
     of_tail_T1, beyond_TN = _logratios(target, within_TN, logq_tail_T1)
     value_T1, slope_T1 = _value_and_slope(generator, of_tail_T1)
     rest_TN = generator(of_tail_T1 + beyond_TN) - value_T1 - slope_T1 * beyond_TN.expm1()
-    floored_TN = _logprobs(target).clamp(min=LEAST_LOGPROB)
-    log_weights_TN = draw_log_weights(replace(target, draw_logprobs_TN=floored_TN))
-    return (log_weights_TN.to(rest_TN.dtype).exp() * rest_TN).sum(dim=1)
+    return (_log_weights(target).to(rest_TN.dtype).exp() * rest_TN).sum(dim=1)
 
 
-def max_logratio(target: CompressedLogits, within_TN: Tensor, logq_tail_T1: Tensor) -> Tensor:
-    """The largest log(q / p) of all draws, 0-dimensional, at least 0."""
+def extremes(target: CompressedLogits, within_TN: Tensor, logq_tail_T1: Tensor) -> Tensor:
+    """[2]: over all draws, the largest log(q / p) and the largest w q / p; each at least 0.
+
+    The first alone is no alarm: a draw with a tiny p has a weight as small. The second is the mass
+    of the student that one draw stands for: above 1, single draws decide the gradient.
+    """
     of_tail_T1, beyond_TN = _logratios(target, within_TN, logq_tail_T1)
     logratio_TN = of_tail_T1 + beyond_TN
-    return torch.cat([logratio_TN.flatten(), logratio_TN.new_zeros(1)]).max()
+    mass_TN = (_log_weights(target).to(logratio_TN.dtype) + logratio_TN).exp()
+    largest = (torch.cat([x.flatten(), x.new_zeros(1)]).max() for x in (logratio_TN, mass_TN))
+    return torch.stack([*largest])
 
 
 def _logratios(
@@ -59,7 +63,7 @@ def _logratios(
 ) -> tuple[Tensor, Tensor]:
     """log r0 of each token, and log r - log r0 of each draw; 0 without a tail."""
     logp_tail_T1 = target.tail_logmass_T[:, None].to(within_TN.dtype)
-    logp_TN = _logprobs(target).to(within_TN.dtype).clamp(min=LEAST_LOGPROB)
+    logp_TN = _logprobs(target).to(within_TN.dtype)
     has_tail_T1 = logp_tail_T1 > LEAST_LOGPROB
     logp_tail_T1 = logp_tail_T1.clamp(min=LEAST_LOGPROB)
     return (
@@ -70,7 +74,11 @@ def _logratios(
 
 def _logprobs(target: CompressedLogits) -> Tensor:
     assert target.draw_logprobs_TN is not None, "blind draws have no log-probabilities"
-    return target.draw_logprobs_TN
+    return target.draw_logprobs_TN.clamp(min=LEAST_LOGPROB)
+
+
+def _log_weights(target: CompressedLogits) -> Tensor:
+    return draw_log_weights(replace(target, draw_logprobs_TN=_logprobs(target)))
 
 
 def _value_and_slope(generator: Generator, at_T1: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,7 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     own = student.tokenizer
     check_same_ids(tokenizer, _tokenizer_of(student) if own is None else load_tokenizer(own))
     digest, spec = tokenizer_digest(tokenizer), _spec(config.target, vocab_size_of(tokenizer))
+    _require_storable(spec)
     divergence_named(student.divergence, student.mix)  # a user's own is imported and tried
 
     # the sequences
@@ -127,9 +128,21 @@ def _spec(section: TargetSection, vocab_size: int) -> TargetSpec:
             num_draws=section.tail_draws,
             value_bits=section.value_bits,
             temperature=section.temperature,
+            weighted=section.weighted_draws,
+            label_logprob=section.label_logprob,
+            tail_entropy=section.tail_entropy,
         )
     except ConfigError as error:
         raise ConfigError(f"[target] {error}") from None
+
+
+def _require_storable(spec: TargetSpec) -> None:
+    """Raise ConfigError for a target that a store of format 1 cannot hold."""
+    if spec.weighted or spec.label_logprob or spec.tail_entropy:
+        raise ConfigError(
+            "[target] weighted_draws, label_logprob or tail_entropy is true, but this version's "
+            "stores hold none of them; leave them out"
+        )
 
 
 def _number_format(teacher: TeacherSection) -> str:
