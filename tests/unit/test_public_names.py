@@ -31,7 +31,9 @@ SIGNATURES = {
     "Recipe": "(*, corpus_digest: str, num_sequences: int, sequence_length: int, packing: str, "
     "chunk_sequences: int, tokenizer_digest: str, vocab_size: int, teacher_digest: str, "
     "teacher_dtype: str, k: int, num_draws: int = 0, temperature: float = 1.0, "
-    "value_bits: int = 8)",
+    "value_bits: int = 8, weighted: bool = False, label_logprob: bool = False, "
+    "tail_entropy: bool = False, source_kind: str = 'corpus', teacher_kind: str = 'weights', "
+    "format: int = 2)",
     "RunError": "",
     "StillhouseError": "",
     "TargetSpec": "(vocab_size: int, k: int, *, num_draws: int = 0, value_bits: int = 8, "

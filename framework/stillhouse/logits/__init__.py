@@ -15,7 +15,6 @@ from stillhouse.logits.compressed import (
     kept_mass,
 )
 from stillhouse.logits.head import Head
-from stillhouse.logits.record import CODEC_VERSION
 from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk.dispatch import backend_for, compress, compress_hidden
 from stillhouse.logits.topk.draws import token_seeds
@@ -24,7 +23,6 @@ from stillhouse.logits.topk.shards import compress_shard
 from stillhouse.logits.weights import densify, draw_log_weights
 
 __all__ = [
-    "CODEC_VERSION",
     "Backend",
     "CompressedLogits",
     "Fidelity",
