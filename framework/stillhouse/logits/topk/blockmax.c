@@ -123,7 +123,7 @@ static void pick(int32_t *places, const uint32_t *levels, int64_t num, int64_t k
     for (int64_t i = 0; i < num; i++) num_above += levels[i] > least;
     int64_t room = k - (num_above < k ? num_above : k); /* for those that equal the least */
     for (int64_t i = 0; i < num && num_picked < k; i++)
-        if (levels[i] >= least && (levels[i] > least || room-- > 0)) 
+        if (levels[i] >= least && (levels[i] > least || room-- > 0))
             places[num_picked++] = (int32_t)i;
 }
 
