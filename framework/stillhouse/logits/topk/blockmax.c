@@ -39,9 +39,9 @@ static inline Floats sum_of(const Floats z[VECTORS], float max, float exponent) 
     return max == -INFINITY ? 0 * sum : sum;
 }
 
-/* The pass over all logits, a strip of LANES blocks at a time: their maxima together, then their sums
-   together, from the cache. While it sums, the logits of a later strip are fetched; otherwise a
-   third of the time is waiting for memory. */
+/* The pass over all logits, a strip of LANES blocks at a time: their maxima together, then their
+   sums together, from the cache. While these are taken, the logits of a later strip are fetched;
+   otherwise a third of the time is waiting for memory. */
 static inline void pass(const Row *row, int is_bfloat16, float *maxima, float *sums) {
     int64_t block_bytes = BLOCK * (is_bfloat16 ? 2 : 4);
     for (int64_t first = 0; first < row->num_blocks; first += LANES) {
@@ -101,16 +101,16 @@ static float share_base(const Row *row, const float *maxima, float *sums) {
 
 /* Selection ------------------------------------------------------------------------------------ */
 
-/* The k-th greatest of num levels, 0 < k <= num: the greatest number that k of them reach, found
-   bit by bit from the top. */
-static uint32_t kth_greatest(const uint32_t *levels, int64_t num, int64_t k) {
+/* A level that at least k of num levels reach, 0 < k <= num, while fewer than k are above it, or
+   exactly k reach it: found bit by bit from the top. */
+static uint32_t threshold(const uint32_t *levels, int64_t num, int64_t k) {
     uint32_t found = 0;
     for (int bit = 31; bit >= 0; bit--) {
         uint32_t next = found | 1u << bit;
         int32_t num_reaching = 0;
         for (int64_t i = 0; i < num; i++) num_reaching += levels[i] >= next;
         if (num_reaching >= k) found = next;
-        if (num_reaching == k) break; /* the same k as reach the k-th greatest */
+        if (num_reaching == k) break;
     }
     return found;
 }
@@ -118,12 +118,12 @@ static uint32_t kth_greatest(const uint32_t *levels, int64_t num, int64_t k) {
 /* Places of the k greatest levels, ascending; equal ones are taken in the order of their places. */
 static void pick(int32_t *places, const uint32_t *levels, int64_t num, int64_t k) {
     if (k == 0) return;
-    uint32_t least = k < num ? kth_greatest(levels, num, k) : 0;
+    uint32_t least = k < num ? threshold(levels, num, k) : 0;
     int64_t num_above = 0, num_picked = 0;
     for (int64_t i = 0; i < num; i++) num_above += levels[i] > least;
     int64_t room = k - (num_above < k ? num_above : k); /* for those that equal the least */
     for (int64_t i = 0; i < num && num_picked < k; i++)
-        if (levels[i] >= least && (levels[i] > least || room-- > 0)) 
+        if (levels[i] >= least && (levels[i] > least || room-- > 0))
             places[num_picked++] = (int32_t)i;
 }
 
