@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.logits.topk.blockmax_torch import windows
-from stillhouse.logits.topk.found import RawTopK
+from stillhouse.logits.topk.found import RawTopK, peaks
 from stillhouse.seeded import GOLDEN, shifted, splitmix64
 
 _ONE = 2.0**40  # the whole number for the greatest mass of a row; 2^22 of these fit into an int64
@@ -63,11 +63,6 @@ def draw(
     up_to_TV = masses_TV.cumsum_(dim=1)
     places_TN = whole_places(seeds_T, up_to_TV[:, -1:], num_draws=num_draws)
     return torch.searchsorted(up_to_TV, places_TN, right=True, out_int32=True)
-
-
-def peaks(logits_TV: Tensor) -> Tensor:
-    """[T, 1]: the greatest logit of each row, or the least number where all are -inf."""
-    return logits_TV.amax(dim=1, keepdim=True).clamp(min=torch.finfo(logits_TV.dtype).min)
 
 
 def whole_masses(logits_TV: Tensor, peaks_T1: Tensor) -> Tensor:

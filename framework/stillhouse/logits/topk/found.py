@@ -67,6 +67,11 @@ def logprobs_at(logits_TV: Tensor, ids_TX: Tensor, *, lse_T: Tensor, temperature
     return (scaled_TX - lse_T[:, None]).float()
 
 
+def peaks(logits_TV: Tensor) -> Tensor:
+    """[T, 1]: the greatest logit of each row, or the least number where all are -inf."""
+    return logits_TV.amax(dim=1, keepdim=True).clamp(min=torch.finfo(logits_TV.dtype).min)
+
+
 def entropy_sums(tail_TV: Tensor, peaks_T1: Tensor) -> tuple[Tensor, Tensor]:
     """[T] and [T]: the sums of e^x and of x e^x, with x the logits less a row's peak.
 
@@ -90,13 +95,10 @@ def entropy_of_rest(logits_TV: Tensor, kept_ids_TK: Tensor, *, temperature: floa
     One more read of the logits, a few rows at a time, which stay in a CPU core's cache.
     """
     at_once = _CACHED_LOGITS if logits_TV.device.type == "cpu" else _GPU_LOGITS
+    num_rows = max(1, at_once // logits_TV.shape[1])
     parts = []
-    for rows_TV, ids_TK in zip(
-        *(t.split(max(1, at_once // logits_TV.shape[1])) for t in (logits_TV, kept_ids_TK)),
-        strict=True,
-    ):
+    for rows_TV, ids_TK in zip(logits_TV.split(num_rows), kept_ids_TK.split(num_rows), strict=True):
         tail_TV = rows_TV.float().scatter(1, ids_TK.long(), -torch.inf)
         tail_TV = tail_TV.div_(temperature) if temperature != 1.0 else tail_TV
-        peaks_T1 = tail_TV.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        parts.append(tail_entropy(*entropy_sums(tail_TV, peaks_T1)))
+        parts.append(tail_entropy(*entropy_sums(tail_TV, peaks(tail_TV))))
     return torch.cat(parts)

@@ -8,8 +8,8 @@ For each row z of logits, with p = softmax(z / temperature) over all V ids:
 2. Their log-probabilities are log p, never renormalised.
 3. The tail's log mass is log(1 - sum of the kept p).
 4. The draws are N ids from the rest of p (`draws`); weighted ones have their log p.
-5. The label's log-probability is log p of the token that really follows.
-6. The tail's entropy is that of the rest of p, normalised, in nats.
+5. The tail's entropy is that of the rest of p, normalised, in nats.
+6. The label's log-probability is log p of the token that really follows.
 
 Step 1 compares the logits as they came, widened to float32, before temperature and normalisation,
 which both round. So two correct implementations agree on every id and on the order of ids, however
@@ -22,8 +22,8 @@ from torch import Tensor
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.spec import TargetSpec
-from stillhouse.logits.topk.draws import draw, or_lowest, others, peaks
-from stillhouse.logits.topk.found import entropy_sums, tail_entropy
+from stillhouse.logits.topk.draws import draw, or_lowest, others
+from stillhouse.logits.topk.found import entropy_sums, peaks, tail_entropy
 
 # Logits of one block of rows. A block needs a few float32 copies of them beside the logits, and
 # costs tens of launches and some waits on a GPU, however few its rows.
@@ -153,7 +153,7 @@ def _compress_block(
     draws_TN = or_lowest(draws_TN, ids_TK, vocab_size=spec.vocab_size)
     draw_logprobs_TN = shifted_TV.gather(1, draws_TN.long()) - lse_T[:, None]
 
-    # 5. the tail's entropy
+    # 5. the tail's entropy, in float64
     entropy_T = None
     if spec.tail_entropy:
         exact_TV = tail_TV.double()

@@ -32,7 +32,6 @@ from stillhouse.logits.topk.draws import (
     half_uniform,
     or_lowest,
     others,
-    peaks,
     whole_masses,
     whole_places,
 )
@@ -41,6 +40,7 @@ from stillhouse.logits.topk.found import (
     entropy_sums,
     logprobs_at,
     normalise,
+    peaks,
     tail_entropy,
 )
 from stillhouse.logits.topk.reference import checked_labels, checked_seeds
