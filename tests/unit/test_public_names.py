@@ -36,7 +36,8 @@ SIGNATURES = {
     "RunError": "",
     "StillhouseError": "",
     "TargetSpec": "(vocab_size: int, k: int, *, num_draws: int = 0, value_bits: int = 8, "
-    "temperature: float = 1.0)",
+    "temperature: float = 1.0, weighted: bool = False, label_logprob: bool = False, "
+    "tail_entropy: bool = False)",
     "UserError": "",
     "compress": "(logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None) "
     "-> CompressedLogits",
