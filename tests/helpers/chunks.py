@@ -100,7 +100,7 @@ def make_records(spec: TargetSpec, num_tokens: int, rng: np.random.Generator) ->
             spec.temperature,
             draw_logprobs_TN=all_TV.gather(1, draws_TN.long()) if spec.weighted else None,
             label_logprob_T=all_TV[:, 0].contiguous() if spec.label_logprob else None,
-            tail_entropy_T=torch.rand(num_tokens) * 5 if spec.tail_entropy else None,
+            tail_entropy_T=all_TV[:, -1].neg() if spec.tail_entropy else None,
         ),
         spec,
     ).numpy()

@@ -2,7 +2,7 @@
 publishing twice is harmless.
 
 <root>/<first 16 digits of the fingerprint>/recipe.json
-<root>/<the same>/chunks/b2/0000000012.safetensors      created once, never changed
+<root>/<the same>/chunks/20/0000000012.safetensors      created once, never changed
 <root>/<the same>/quarantine/                           chunks that were found bad; never read
 <root>/<the same>/readers/                              its consumers: see consumers.py
 
