@@ -120,6 +120,15 @@ def test_a_target_that_an_engine_cannot_make_is_refused(
     require_capable(Capabilities(most_entries=20), TargetSection(k=20, tail_draws=4), engine="mine")
 
 
+@pytest.mark.parametrize("name", ["weighted_draws", "label_logprob", "tail_entropy"])
+def test_what_an_engine_does_not_make_is_refused_by_name(name: str) -> None:
+    target = TargetSection.model_validate({name: True})
+    with pytest.raises(ConfigError, match=f"target.{name} is true, but the engine"):
+        require_capable(Capabilities(), target, engine="mine")
+    able: Any = {name: True}
+    require_capable(Capabilities(**able), target, engine="mine")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -59,7 +59,7 @@ class TransformersEngine:
 
     @classmethod
     def describe(cls, _section: TeacherSection, /) -> Capabilities:
-        return Capabilities()
+        return Capabilities(weighted_draws=True, label_logprob=True, tail_entropy=True)
 
     @classmethod
     def identity(cls, section: TeacherSection, *, cache_dir: Path) -> ModelIdentity:
