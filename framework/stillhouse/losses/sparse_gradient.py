@@ -167,11 +167,11 @@ def _divergence_loss(
     student = _buckets(logits, tail.peak_C1, tail.sum_C1, target, temperature=temperature)
     logp_CK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1)
     logp_CK1 = logp_CK1.to(student.logq_CK1.dtype)
-    drawn_CN = (logits.drawn_CN - student.top_C1) / temperature
+    within_CN = (logits.drawn_CN - student.top_C1) / temperature - student.log_tail_C1
     sum_0, grad_logq_CK1, grad_within_CN = _divergence_and_gradient(
         logp_CK1.clamp(min=LOG_FLOOR),
         student.logq_CK1,
-        drawn_CN - student.log_tail_C1,
+        within_CN,
         target,
         divergence=divergence,
         needs_grad=needs_grad,
@@ -180,19 +180,18 @@ def _divergence_loss(
     grad_sum_C1 = grad_logq_CK1.sum(dim=1, keepdim=True)
     grad_logits_CK1 = grad_logq_CK1 - student.logq_CK1.exp() * grad_sum_C1
     if target.draw_logprobs_TN is not None:
-        within_CN, logq_tail_C1 = drawn_CN - student.log_tail_C1, student.logq_CK1[:, -1:]
-        extremes_2 = extremes(target, within_CN, logq_tail_C1)
+        extremes_2 = extremes(target, within_CN, student.logq_CK1[:, -1:])
         grad_logits_CK1[:, -1:] -= grad_within_CN.sum(dim=1, keepdim=True)
     else:
         # blind draws: cross-entropy within the tail, less the tail's entropy
         extremes_2 = sum_0.new_zeros(2)
         tail_mass_C1 = divergence.forward_kl_share * logp_CK1[:, -1:].exp()
         mass_C1 = tail_mass_C1 / max(1, target.num_draws)
-        sum_0 = sum_0 + (mass_C1 * (student.log_tail_C1 - drawn_CN)).sum()
+        sum_0 = sum_0 - (mass_C1 * within_CN).sum()
         if target.num_draws and target.tail_entropy_T is not None:
             sum_0 = sum_0 - (tail_mass_C1[:, 0] * target.tail_entropy_T).sum()
         grad_logits_CK1[:, -1:] += mass_C1 * target.num_draws
-        grad_within_CN = (-mass_C1).expand_as(drawn_CN)
+        grad_within_CN = (-mass_C1).expand_as(within_CN)
     # temperature^2, and the chain rule's 1 / temperature
     weight = objective.divergence_weight * temperature
     return sum_0, extremes_2, weight * grad_logits_CK1, weight * grad_within_CN
