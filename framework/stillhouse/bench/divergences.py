@@ -147,6 +147,7 @@ def _loss(
     done: float,
 ) -> Tensor:
     """The sum over the batch's tokens."""
+    # the bounds
     divergence = lesson.divergence_at(done)
     if lesson.form == "everything":
         return divergence.of(logp_TV, student.logq(contexts_T)).sum()
@@ -161,6 +162,7 @@ def _loss(
             ce_weight=1.0,
             divergence_weight=0.0,
         ).total
+    # a record
     spec = lesson.form
     target = decode(encode(compress(logp_TV, spec, seeds_T=seeds_T), spec), spec)
     return distillation_loss(hidden_TH, student.head, target, divergence=divergence).total

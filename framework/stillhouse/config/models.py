@@ -240,18 +240,11 @@ class StudentSection(ModelSection):
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> "StudentSection":
+        # the loss
         if self.divergence_weight == 0.0 and self.ce_weight == 0.0:
             raise ValueError(
                 "divergence_weight and ce_weight are both 0: the student would learn nothing; set "
                 "one of them above 0"
-            )
-        if self.zero_stage == 0 and self.dtype == "bfloat16":
-            raise ValueError(
-                'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
-            )
-        if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(
-                f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
             )
         if self.forward_kl_steps and self.divergence == "forward_kl":
             raise ValueError(
@@ -267,5 +260,14 @@ class StudentSection(ModelSection):
         if needs_mix and not 0.0 < self.mix < 1.0:
             raise ValueError(
                 f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1"
+            )
+        # the engine and its ranks
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError(
+                'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
             )
         return self

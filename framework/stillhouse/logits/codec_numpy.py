@@ -33,6 +33,7 @@ def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
     records_TB = np.empty((c.num_tokens, spec.bytes_per_token), np.uint8)
 
     def write(rows: slice) -> None:
+        # entries and draws
         kept_TK, drawn_TN = ids_TK[rows].astype(np.int64), draws_TN[rows].astype(np.int64)
         sections = []
         if spec.k:
@@ -51,6 +52,7 @@ def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
                     first_row=rows.start,
                 )
             )
+        # the label and the tail's entropy
         if c.label_logprob_T is not None:
             label_T = c.label_logprob_T.numpy()[rows]
             _require(record.wrong_new_label(label_T), rows.start)
@@ -61,6 +63,7 @@ def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
             sections.append(_halves(entropy_T))
         np.concatenate(sections, axis=1, out=records_TB[rows])
 
+    # every block of rows
     _in_blocks(write, c.num_tokens, spec)
     return torch.from_numpy(records_TB)
 
@@ -79,6 +82,7 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
     ends = list(accumulate(spec.section_bytes))
 
     def read(rows: slice) -> None:
+        # the kept entries
         header, ids, values, draws, draw_values, label, entropy = np.split(
             records[rows], ends[:-1], axis=1
         )
@@ -94,6 +98,7 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
             best_T1, drops_TK = _best_and_drops(codes_TK, range_T, log_tail_T[rows], spec)
             logprobs_TK[rows] = best_T1 - drops_TK
             least_T1 = best_T1 - drops_TK[:, -1:]
+        # draws
         if spec.num_draws:
             draws_TN[rows] = _decode_ids(
                 draws, spec.num_draws, spec, first_row=rows.start, distinct=False
@@ -102,6 +107,7 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
             _require(record.wrong_draw_codes(draws_TN[rows], draw_values), rows.start)
             below_TN = record.draw_drops_of(draw_values.astype(np.float64))
             draw_logprobs_TN[rows] = least_T1 - below_TN
+        # the label and the tail's entropy
         if label_T is not None:
             label_T[rows] = np.ascontiguousarray(label).view(_HALF)[:, 0]
             _require(record.wrong_label(label_T[rows]), rows.start)
@@ -110,7 +116,6 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
             _require(record.wrong_sign(entropy), rows.start)
             _require(record.wrong_entropy(entropy_T[rows]), rows.start)
 
-    # every block of rows
     _in_blocks(read, num_tokens, spec)
     return CompressedLogits(
         torch.from_numpy(ids_TK),

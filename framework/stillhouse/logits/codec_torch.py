@@ -80,6 +80,7 @@ def _encode_block(c: CompressedLogits, spec: TargetSpec) -> tuple[Tensor, Compla
 
 
 def _decode_block(records_TB: Tensor, spec: TargetSpec) -> tuple[CompressedLogits, Complaints]:
+    # the kept entries
     complaints: Complaints = []
     header, ids, values, draws, draw_values, label, entropy = records_TB.split(
         spec.section_bytes, dim=1
@@ -89,11 +90,13 @@ def _decode_block(records_TB: Tensor, spec: TargetSpec) -> tuple[CompressedLogit
     kept = ids.int(), values.float(), values.new_zeros(len(values), dtype=torch.float32)
     if spec.k:
         kept, least_T1 = _decode_kept(header, ids, values, spec, complaints)
+    # draws
     if spec.num_draws:
         draws = _decode_ids(draws, spec.num_draws, spec, complaints, distinct=False)
     if spec.weighted:
         complaints += record.wrong_draw_codes(draws, draw_values)
         more["draw_logprobs_TN"] = (least_T1 - record.draw_drops_of(draw_values.double())).float()
+    # the label and the tail's entropy
     if spec.label_logprob:
         more["label_logprob_T"] = _half_in(label)
         complaints += record.wrong_label(more["label_logprob_T"])

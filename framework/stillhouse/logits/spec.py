@@ -84,6 +84,7 @@ def elias_fano_bytes(m: int, vocab_size: int) -> tuple[int, int]:
 
 
 def _problems(spec: TargetSpec) -> Iterator[str]:
+    # the vocabulary, and what is kept of it
     vocab_size, k, num_draws = spec.vocab_size, spec.k, spec.num_draws
     if not 0 < vocab_size <= _MOST_COUNT:
         yield f"vocab_size is {vocab_size}; set it between 1 and {_MOST_COUNT}"
@@ -98,6 +99,7 @@ def _problems(spec: TargetSpec) -> Iterator[str]:
         )
     elif k == num_draws == 0:
         yield "no entries and no draws: nothing of the teacher is kept; keep or draw at least one"
+    # draws, and what is kept of the tail
     if not 0 <= num_draws <= _MOST_COUNT:
         yield f"{num_draws} draws are asked for; set a number between 0 and {_MOST_COUNT}"
     if spec.weighted and spec.num_draws == 0:
@@ -107,6 +109,7 @@ def _problems(spec: TargetSpec) -> Iterator[str]:
             f"the tail's entropy is asked for, but k is {k}, the whole vocabulary, and there is no "
             "tail; lower k, or leave it out"
         )
+    # numbers
     if spec.value_bits not in (6, 8):
         yield f"value_bits is {spec.value_bits}, wanted 6 or 8"
     if not 0.0 < spec.temperature <= sys.float_info.max:

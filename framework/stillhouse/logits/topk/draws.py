@@ -102,6 +102,7 @@ def draw_rest(
 
     Where these have no mass, a draw is the lowest of them.
     """
+    # few draws: each looks at one block
     vocab_size = logits_TV.shape[1]
     if 2 * num_draws * raw.block_ids <= vocab_size:
         draws_TN = draw_in_blocks(
@@ -113,6 +114,7 @@ def draw_rest(
             weighted=weighted,
         )
         return or_lowest(draws_TN, raw.token_ids_TK, vocab_size=vocab_size)
+    # many: some rows at a time, all of their ids
     at_once = max(1, _LOGITS_AT_ONCE // vocab_size)
     blocks = (tensor.split(at_once) for tensor in (logits_TV, raw.token_ids_TK, seeds_T))
     draws = []
