@@ -192,6 +192,7 @@ def _compress_block(
     choose_backend: Callable[..., Backend],
 ) -> tuple[CompressedLogits, Tensor]:
     """Targets of the rows of these numbers, and bool [T]: the rows in doubt."""
+    # a backend that makes the whole target
     k, temperature = spec.k, spec.temperature
     backend = choose_backend(products_TV, k=k, temperature=temperature)
     has_more = spec.weighted or spec.label_logprob or spec.tail_entropy
@@ -203,6 +204,8 @@ def _compress_block(
     if backend.name == "reference":
         target = compress_reference(logits_TV, spec, seeds_T=seeds_T, tokens_T=numbers_T)
         return target, torch.zeros_like(numbers_T, dtype=torch.bool)
+
+    # the top-k by another, then the target from it
     raw, doubtful_T = _raw_topk_by(backend, logits_TV, k=k, temperature=temperature)
     target, lse_T = normalise(raw, vocab_size=spec.vocab_size, temperature=temperature)
     if spec.num_draws:
