@@ -48,6 +48,9 @@ def recipe(section: TeacherSection, engine_name: str, tmp_path: Path) -> Recipe:
         teacher_dtype=section.dtype,
         k=min(8, capabilities.most_entries or 8),
         num_draws=12 if capabilities.draws else 0,
+        weighted=capabilities.weighted_draws,
+        label_logprob=capabilities.label_logprob,
+        tail_entropy=capabilities.tail_entropy,
     )
 
 
@@ -116,6 +119,20 @@ def test_the_targets_are_the_teachers_distribution_of_each_document_alone(
     kept = wanted_TV.exp().gather(1, found.token_ids_TK.long()).sum(dim=1)
     best = wanted_TV.exp().topk(recipe.k, dim=1).values.sum(dim=1)
     assert (best - kept).abs().max() < ROUNDING
+
+    # what else the engine says that it makes
+    if found.draw_logprobs_TN is not None:
+        wanted_TN = wanted_TV.gather(1, found.tail_ids_TN.long())
+        torch.testing.assert_close(found.draw_logprobs_TN, wanted_TN, atol=0.3, rtol=0.01)
+    if found.label_logprob_T is not None:
+        labels_SL = np.roll(item.sequences.token_ids_SL, -1, axis=1).astype(np.int64)
+        labels_T = torch.from_numpy(labels_SL[item.sequences.loss_mask_SL == 1])
+        wanted_T = wanted_TV.gather(1, labels_T[:, None])[:, 0]
+        torch.testing.assert_close(found.label_logprob_T, wanted_T, atol=0.01, rtol=0.01)
+    if found.tail_entropy_T is not None:
+        tail_TV = wanted_TV.scatter(1, found.token_ids_TK.long(), -1e9).log_softmax(dim=1)
+        wanted_T = -(tail_TV.exp() * tail_TV).sum(dim=1)
+        torch.testing.assert_close(found.tail_entropy_T, wanted_T, atol=0.01, rtol=0.01)
 
 
 def test_an_item_without_a_target_has_a_part_without_rows(

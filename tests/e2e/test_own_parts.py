@@ -119,7 +119,7 @@ def test_own_parts_are_killed_resumed_reported_and_named(config: Path, tmp_path:
         "plain: one document at a time"
     }
     (stored,) = list_recipes(str(tmp_path / "store"))
-    assert stored.recipe.corpus_digest == "sums:0-96x24"
+    assert (stored.recipe.source_kind, stored.recipe.corpus_digest) == ("sums", "0-96x24")
     losses = [row.loss for row in latest_train_events(rows, "student")]
     assert losses[-1] < losses[0] < 1.0  # a squared Hellinger distance is below 1
     assert {row.model for row in rows if isinstance(row, EvalEvent)} == {"teacher", "student"}

@@ -4,6 +4,7 @@ refused with ChunkError elsewhere.
 The mutants' checksums and hashes are made right again, so that every rule below them is reached.
 """
 
+import json
 import random
 from functools import partial
 from typing import Any
@@ -41,6 +42,19 @@ CASES = {
     "six bits and draws": (small_recipe(**SHAPE, k=5, num_draws=3, value_bits=6), 1),
     "draws alone": (small_recipe(**SHAPE, k=0, num_draws=4, temperature=2.5), 0),
     "the whole vocabulary": (small_recipe(**{**SHAPE, "vocab_size": 5}, k=5), 1),
+    "format 2": (small_recipe(**SHAPE, k=2, num_draws=3, format=2), 0),
+    "all that a record may have": (
+        small_recipe(
+            **SHAPE,
+            k=2,
+            num_draws=3,
+            weighted=True,
+            label_logprob=True,
+            tail_entropy=True,
+            format=2,
+        ),
+        1,
+    ),
 }
 MUTANTS = 300
 STRANGE = (0, 1, -1, 2, 3, 5, 6, 39, 40, 41, 255, 2**31 - 1, -(2**31), 2**62, -(2**63))
@@ -120,13 +134,8 @@ def _with_other_targets(rng: random.Random, arrays: Arrays, metadata: bytes) -> 
 
 def page_recipe(recipe: Recipe) -> dict[str, Any]:
     """As the page's reader takes it."""
-    values = {field: getattr(recipe, field) for field in recipe.__dataclass_fields__}
-    return values | {
-        "codec": recipe.spec.codec_name,
-        "codec_version": 1,
-        "format": 1,
-        "temperature": float(recipe.temperature),
-    }
+    values: dict[str, Any] = json.loads(recipe.canonical_json())
+    return values
 
 
 def page_reads(data: bytes, recipe: Recipe, number: int) -> dict[str, Any] | None:

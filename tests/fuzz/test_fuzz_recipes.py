@@ -1,6 +1,7 @@
 """Whatever recipe.json says, it is refused with RecipeError or is a recipe of which every part can
 be asked for."""
 
+import json
 import random
 from functools import partial
 
@@ -16,6 +17,8 @@ BASES = (
     small_recipe(),
     small_recipe(k=0, num_draws=3, packing="padded", temperature=0.5),
     small_recipe(value_bits=6, num_draws=4),
+    small_recipe(format=2),
+    small_recipe(format=2, num_draws=4, weighted=True, label_logprob=True, tail_entropy=True),
 )
 MUTANTS = 1200
 COUNTS = ("num_sequences", "sequence_length", "chunk_sequences", "vocab_size", "num_draws")
@@ -26,8 +29,7 @@ def mutant(rng: random.Random, recipe: Recipe) -> bytes:
     """Its bytes changed, or its values, which are then written as a recipe is."""
     if rng.random() < 0.2:
         return mutated_bytes(rng, recipe.canonical_json())
-    values = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
-    values |= {"codec": recipe.spec.codec_name, "codec_version": 1, "format": 1}
+    values = json.loads(recipe.canonical_json())
     if rng.random() < 0.2:
         huge = {name: rng.choice(HUGE) for name in rng.sample(COUNTS, rng.randint(1, 3))}
         return dumps(values | huge, sort_keys=True, separators=(",", ":"))

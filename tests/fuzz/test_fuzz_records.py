@@ -23,6 +23,11 @@ SPECS = {
     "draws alone": TargetSpec(17, 0, num_draws=9),
     "the whole vocabulary": TargetSpec(9, 9, value_bits=6),
     "more draws than tokens": TargetSpec(6, 2, num_draws=20),
+    "weighted draws": TargetSpec(30, 3, num_draws=4, weighted=True),
+    "all that there is": TargetSpec(
+        6, 1, num_draws=5, weighted=True, label_logprob=True, tail_entropy=True
+    ),
+    "weighted draws and label": TargetSpec(17, 0, num_draws=4, weighted=True, label_logprob=True),
 }
 MUTANTS = 250
 BYTES = (0, 1, 2, 0x3C, 0x51, 0x7C, 0x7E, 0x80, 0xFC, 0xFF)
@@ -68,6 +73,9 @@ def page_reads(record: bytes, spec: TargetSpec) -> bool:
         "num_draws": spec.num_draws,
         "vocab_size": spec.vocab_size,
         "value_bits": spec.value_bits,
+        "draws": "weighted" if spec.weighted else "ids",
+        "label_logprob": 2 if spec.label_logprob else 0,
+        "tail_entropy": 2 if spec.tail_entropy else 0,
     }
     try:
         read_record(record, recipe)

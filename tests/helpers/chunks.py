@@ -13,8 +13,10 @@ from stillhouse.store import Chunk, Recipe
 
 
 def small_recipe(**changes: Any) -> Recipe:
-    """Ten sequences of 12 tokens in chunks of four, so that the third and last chunk has two."""
+    """Ten sequences of 12 tokens in chunks of four, so that the third and last chunk has two; of
+    format 1, unless `changes` has another."""
     values: dict[str, Any] = {
+        "format": 1,
         "corpus_digest": "xxh3:corpus",
         "num_sequences": 10,
         "sequence_length": 12,
@@ -87,9 +89,18 @@ def make_records(spec: TargetSpec, num_tokens: int, rng: np.random.Generator) ->
             np.int32
         )
     )
+    all_TV = torch.log_softmax(logits_TV, dim=-1)
     return encode(
         CompressedLogits(
-            ids_TK.int(), logprobs_TK, tail_T, draws_TN, spec.vocab_size, spec.temperature
+            ids_TK.int(),
+            logprobs_TK,
+            tail_T,
+            draws_TN,
+            spec.vocab_size,
+            spec.temperature,
+            draw_logprobs_TN=all_TV.gather(1, draws_TN.long()) if spec.weighted else None,
+            label_logprob_T=all_TV[:, 0].contiguous() if spec.label_logprob else None,
+            tail_entropy_T=all_TV[:, -1].neg() if spec.tail_entropy else None,
         ),
         spec,
     ).numpy()

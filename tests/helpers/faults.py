@@ -20,7 +20,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 _LOOK_EVERY_S = 0.05
-_CHUNK = re.compile(r"/chunks/(\d{10})\.safetensors")
+_CHUNK = re.compile(r"/chunks/(?:[0-9a-f]{2}/)?(\d{10})\.safetensors")
 _FIRST_BYTE = re.compile(r"bytes (\d+)-")
 _NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 

@@ -23,6 +23,15 @@ SAME_AS_RECIPE = (
 )
 
 
+def same_as_recipe(recipe: dict[str, Any]) -> tuple[str, ...]:
+    """Keys of a chunk's metadata that are those of its recipe."""
+    only_in_2 = ("draws", "label_logprob", "tail_entropy")
+    return SAME_AS_RECIPE + (only_in_2 if recipe["format"] == 2 else ())
+
+
+IN_PYTHON = ("source_kind", "teacher_kind", "weighted", "label_logprob", "tail_entropy")
+
+
 class Refused(Exception):
     """The page says that a reader must refuse this."""
 
@@ -44,7 +53,9 @@ def record_bytes(recipe: dict[str, Any]) -> int:
     k, draws, vocab_size = recipe["k"], recipe["num_draws"], recipe["vocab_size"]
     values: int = math.ceil(k * recipe["value_bits"] / 8)
     ids = sum(elias_fano_bytes(k, vocab_size)) + sum(elias_fano_bytes(draws, vocab_size))
-    return (4 if k else 0) + values + ids
+    more: int = draws if recipe.get("draws") == "weighted" else 0
+    halves: int = recipe.get("label_logprob", 0) + recipe.get("tail_entropy", 0)
+    return (4 if k else 0) + values + ids + more + halves
 
 
 def bits_of(stream: bytes) -> list[int]:
@@ -79,11 +90,14 @@ def read_record(record: bytes, recipe: dict[str, Any]) -> dict[str, Any]:
         4 if k else 0,
         sum(elias_fano_bytes(k, vocab_size)),
         math.ceil(k * recipe["value_bits"] / 8),
+        sum(elias_fano_bytes(num_draws, vocab_size)),
+        num_draws if recipe.get("draws") == "weighted" else 0,
+        recipe.get("label_logprob", 0),
     ]
-    header, ids_bytes, values, draws_bytes = (
+    header, ids_bytes, values, draws_bytes, weights, label, entropy = (
         bytes(part) for part in np.split(np.frombuffer(record, "u1"), np.cumsum(sizes))
     )
-    entries, log_tail = [], 0.0
+    entries, log_tail, least = [], 0.0, 0.0
     if k:
         ids = read_ids(ids_bytes, k, vocab_size)
         must(len(set(ids)) == k, "no kept id twice")
@@ -99,14 +113,35 @@ def read_record(record: bytes, recipe: dict[str, Any]) -> dict[str, Any]:
         roots = [(math.sqrt(1 + r_max) - 1) * code / top for code in codes]
         drops = [x * (2 + x) for x in roots]
         best = math.log1p(-math.exp(log_tail)) - math.log(sum(math.exp(-drop) for drop in drops))
+        least = best - max(drops)
         entries = sorted((-(best - drop), token) for drop, token in zip(drops, ids, strict=True))
     draws = read_ids(draws_bytes, num_draws, vocab_size) if num_draws else []
-    return {
+    target = {
         "ids": [i for _, i in entries],
         "logprobs": [-m for m, _ in entries],
         "tail_logmass": log_tail,
         "draws": draws,
     }
+    return target | read_more(draws, least, weights=weights, label=label, entropy=entropy)
+
+
+def read_more(
+    draws: list[int], least: float, *, weights: bytes, label: bytes, entropy: bytes
+) -> dict[str, Any]:
+    """Section 4: what a record of format 2 may have more."""
+    more: dict[str, Any] = {}
+    if weights:
+        codes = dict(zip(draws, weights, strict=True))
+        must([codes[token] for token in draws] == list(weights), "one code for one drawn id")
+        roots = [code / 255 * (math.sqrt(41) - 1) for code in weights]
+        more["draw_logprobs"] = [least - x * (2 + x) for x in roots]
+    if label:
+        (more["label_logprob"],) = struct.unpack("<e", label)
+        must(-65504 <= more["label_logprob"] <= -(2**-24), "the label's log-probability")
+    if entropy:
+        (more["tail_entropy"],) = struct.unpack("<e", entropy)
+        must(entropy[1] < 0x80 and more["tail_entropy"] <= 65504, "the tail's entropy")
+    return more
 
 
 def read_index(
@@ -124,7 +159,7 @@ def read_index(
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise Refused("a header of the page's shape") from error
     must(list(header["__metadata__"]) == ["stillhouse"], "one metadata key")
-    wanted = {key: recipe[key] for key in SAME_AS_RECIPE} | {
+    wanted = {key: recipe[key] for key in same_as_recipe(recipe)} | {
         "chunk": number,
         "fingerprint": fingerprint,
     }
@@ -204,6 +239,26 @@ def read_chunk(
 
 
 def recipe_json(values: dict[str, Any]) -> bytes:
-    """Section 2, for a recipe whose texts are ASCII."""
-    whole = {**values, "format": 1, "codec": f"ef-sqrt{values['value_bits']}", "codec_version": 1}
+    """Section 2, for a recipe whose texts are ASCII, by the fields of a `Recipe`."""
+    version = values.get("format", 1)
+    whole = {
+        **{name: value for name, value in values.items() if name not in IN_PYTHON},
+        "format": version,
+        "codec": f"ef-sqrt{values['value_bits']}",
+        "codec_version": version,
+    }
+    if version == 2:
+        names = ("corpus_digest", "teacher_digest", "teacher_dtype")
+        corpus_digest, teacher_digest, numerics = (whole.pop(name) for name in names)
+        whole |= {
+            "source": {"kind": values["source_kind"], "digest": corpus_digest},
+            "teacher": {
+                "kind": values["teacher_kind"],
+                "digest": teacher_digest,
+                "numerics": numerics,
+            },
+            "draws": "weighted" if values["weighted"] else "ids",
+            "label_logprob": 2 if values["label_logprob"] else 0,
+            "tail_entropy": 2 if values["tail_entropy"] else 0,
+        }
     return json.dumps(whole, sort_keys=True, separators=(",", ":")).encode("ascii")

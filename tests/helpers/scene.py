@@ -223,7 +223,7 @@ def published_in(bucket: str) -> list[Published]:
     )
     found = []
     for version in versions:
-        number = re.search(r"/chunks/(\d{10})\.safetensors$", version["Key"])
+        number = re.search(r"/chunks/(?:[0-9a-f]{2}/)?(\d{10})\.safetensors$", version["Key"])
         if number is not None:
             data = client.get_object(
                 Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"]

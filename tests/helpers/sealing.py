@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from helpers.pagereader import DTYPES, SAME_AS_RECIPE
+from helpers.pagereader import DTYPES, same_as_recipe
 
 _CHECKSUM = b'\\"xxh3\\":\\"'
 _ORDER = {
@@ -41,7 +41,7 @@ def sealed_line(**values: Any) -> bytes:
 
 def metadata_of(recipe: dict[str, Any], number: int) -> dict[str, Any]:
     fingerprint = hashlib.sha256(canonical(recipe)).hexdigest()
-    return {key: recipe[key] for key in SAME_AS_RECIPE} | {
+    return {key: recipe[key] for key in same_as_recipe(recipe)} | {
         "chunk": number,
         "fingerprint": fingerprint,
         "xxh3": "0" * 16,

@@ -215,7 +215,7 @@ def first_gradients(job: TrainJob) -> dict[str, Tensor]:
     )
     with reader:
         batch = next_batch(reader)
-        engine.accumulate(batch.micro_batches)
+        engine.accumulate(batch.micro_batches, step=batch.step)
     gradients = engine.full_gradients()
     engine.close()
     return gradients

@@ -223,7 +223,9 @@ def test_in_turn_takes_the_steps_that_the_engine_takes(lesson: Lesson) -> None:
         micro_batch(lesson.rows.select(slice(start, start + 2))) for start in range(0, 12, 2)
     ]
     expected = [
-        engine.train_step(batches[2 * step : 2 * step + 2], learning_rate=section.learning_rate)
+        engine.train_step(
+            batches[2 * step : 2 * step + 2], step=step, learning_rate=section.learning_rate
+        )
         for step in range(3)
     ]
     engine.close()

@@ -68,6 +68,14 @@ def test_overrides_are_toml_and_win_over_files(least: Path) -> None:
         ("target.zebra = 1", "target.zebra", "known here: k, tail_draws, value_bits, temperature"),
         ("target.k = -1", "target.k", "greater than or equal to 0; found -1"),
         ("target = {k = 0, tail_draws = 0}", "target", "k and tail_draws are both 0"),
+        ("target = {tail_draws = 0, weighted_draws = true}", "target", "set tail_draws above 0"),
+        ("student.forward_kl_steps = 5", "student", "divergence is forward_kl already"),
+        (
+            "student = {model = 's', divergence = 'jsd', forward_kl_steps = 5, ce_weight = 1, "
+            "divergence_weight = 0}",
+            "student",
+            "but divergence_weight is 0",
+        ),
         ("target.tail_draws = -1", "target.tail_draws", "greater than or equal to 0; found -1"),
         ("student.epochs = 'many'", "student.epochs", "found 'many'"),
         ("student.zero_stage = 4", "student.zero_stage", "0, 1, 2 or 3; found 4"),

@@ -24,6 +24,11 @@ sound = Divergence(function)
 one_number = Divergence(lambda p, q: function(p, q).sum())
 not_finite = Divergence(lambda p, q: function(p, q) / 0)
 constant = Divergence(lambda p, q: function(p, q).detach())
+kl = lambda p, q: (p.exp() * (p - q)).sum(dim=-1)
+generated = Divergence(kl, generator=lambda x: -x)
+not_its_generator = Divergence(kl, generator=lambda x: x.exp() * x)
+not_0_at_0 = Divergence(kl, generator=lambda x: 1 - x)
+not_elementwise = Divergence(kl, generator=lambda x: -x.sum())
 
 class HalfAnEngine:
     def probe(self): ...
@@ -75,6 +80,13 @@ def test_what_is_no_usable_divergence_is_refused(parts: str, name: str) -> None:
         divergence_named(f"{parts}:{name}", 0.5)
 
 
+@pytest.mark.parametrize("name", ["not_its_generator", "not_0_at_0", "not_elementwise"])
+def test_a_generator_of_something_else_is_refused(parts: str, name: str) -> None:
+    assert divergence_named(f"{parts}:generated").generator is not None
+    with pytest.raises(ConfigError, match="`generator` is not that of its `of`; wanted g"):
+        divergence_named(f"{parts}:{name}")
+
+
 def test_a_divergence_is_known_by_its_name_and_the_text_of_its_file(
     parts: str, tmp_path: Path
 ) -> None:
@@ -106,6 +118,15 @@ def test_a_target_that_an_engine_cannot_make_is_refused(
     with pytest.raises(ConfigError, match=words):
         require_capable(capabilities, TargetSection(k=20, tail_draws=4), engine="mine")
     require_capable(Capabilities(most_entries=20), TargetSection(k=20, tail_draws=4), engine="mine")
+
+
+@pytest.mark.parametrize("name", ["weighted_draws", "label_logprob", "tail_entropy"])
+def test_what_an_engine_does_not_make_is_refused_by_name(name: str) -> None:
+    target = TargetSection.model_validate({name: True})
+    with pytest.raises(ConfigError, match=f"target.{name} is true, but the engine"):
+        require_capable(Capabilities(), target, engine="mine")
+    able: Any = {name: True}
+    require_capable(Capabilities(**able), target, engine="mine")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from helpers.pagereader import (
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
 GOLDEN = ROOT / "tests" / "golden"
-NAMES = ["chunk_v1_top3", "chunk_v1_draws"]
+NAMES = ["chunk_v1_top3", "chunk_v1_draws", "chunk_v2_weighted"]
 
 
 def golden(name: str) -> tuple[bytes, dict[str, Any], dict[str, Any], str]:

@@ -4,7 +4,9 @@ near to float64 as the reference's."""
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path as FilePath
+from platform import machine
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from stillhouse.logits import (
     compress_reference,
 )
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch, reference
+from stillhouse.logits.topk.draws import draw_in_blocks, draw_rest, or_lowest
 from stillhouse.logits.topk.found import RawTopK, normalise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -213,6 +216,70 @@ def test_the_logits_are_left_as_they_were(split: Split, vocab_size: int) -> None
     assert torch.equal(logits, before)
 
 
+def targets(
+    logits: torch.Tensor, spec: TargetSpec, seeds: torch.Tensor
+) -> tuple[CompressedLogits, torch.Tensor]:
+    """In C, or without a compiler as elsewhere."""
+    make_targets = blockmax_cpu.compiled().make_targets
+    if make_targets:
+        return blockmax_cpu.targets(make_targets, logits, spec, seeds)
+    raw, at = by_torch(logits, k=spec.k, temperature=spec.temperature), spec.temperature
+    target, lse = normalise(raw, vocab_size=spec.vocab_size, temperature=at)
+    drawn = draw_rest(logits, raw, seeds, num_draws=spec.num_draws, temperature=at)
+    return replace(target, tail_ids_TN=drawn), lse
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_targets_made_in_c_are_the_filters_normalised_and_drawn_from(
+    data: st.DataObject,
+) -> None:
+    """Draws are equal but for those that fall within float32 rounding of a border of ids."""
+    vocab_size = data.draw(st.sampled_from([128, 129, 700, 2304, 11_000]))
+    k = data.draw(st.one_of(st.integers(0, 20), st.integers(0, vocab_size - 1)))
+    num_draws = data.draw(st.integers(0 if k else 1, 30))
+    temperature = data.draw(st.sampled_from([1.0, 0.6]))
+    step, scale = data.draw(st.sampled_from([0.0, 0.5])), data.draw(st.sampled_from([0.1, 4.0]))
+    logits = random_logits(
+        3, vocab_size, seed=data.draw(st.integers(0, 10**6)), step=step, scale=scale
+    )
+    excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k))
+    logits.masked_fill_(excluded < data.draw(st.sampled_from([0.0, 0.9])), -math.inf)
+    logits[:, vocab_size // 2] = 60.0
+    logits = logits.to(data.draw(st.sampled_from(DTYPES)))
+    spec = TargetSpec(vocab_size, k, num_draws=num_draws, temperature=temperature)
+    seeds = torch.arange(6)[::2]
+
+    raw = SPLITS[-1](logits, k=k, temperature=temperature)
+    wanted, wanted_lse = normalise(raw, vocab_size=vocab_size, temperature=temperature)
+    target, lse = targets(logits, spec, seeds)
+    assert torch.equal(target.token_ids_TK, wanted.token_ids_TK)
+    assert torch.equal(target.tail_logmass_T.isinf(), wanted.tail_logmass_T.isinf())
+    found = target.logprobs_TK, target.tail_logmass_T, lse
+    torch.testing.assert_close(
+        found,
+        (wanted.logprobs_TK, wanted.tail_logmass_T, wanted_lse.float()),
+        rtol=3e-7,
+        atol=1e-12,
+    )
+    drawn = draw_in_blocks(logits, raw, seeds, num_draws=num_draws, temperature=temperature)
+    drawn = or_lowest(drawn, raw.token_ids_TK, vocab_size=vocab_size)
+    tail = (logits.double() / temperature).scatter(1, wanted.token_ids_TK.long(), -math.inf)
+    up_to = tail.softmax(dim=1).cumsum(dim=1)
+    first, last = torch.stack([drawn, target.tail_ids_TN]).long().aminmax(dim=0)
+    between = up_to.gather(1, (last - 1).clamp(min=0)) - up_to.gather(1, first)
+    assert ((first == last) | (between <= 3e-6)).all()
+
+
+def test_a_row_that_is_no_distribution_has_no_finite_log_sum_exp_in_its_target() -> None:
+    logits = random_logits(5, 1001, seed=3)
+    logits[0, 1000], logits[1, 5], logits[2], logits[3] = math.nan, math.inf, -math.inf, 3e38
+    for k, num_draws in ((0, 3), (8, 3), (1001, 0)):
+        spec = TargetSpec(1001, k, num_draws=num_draws, temperature=0.1)
+        _, lse = targets(logits, spec, torch.zeros(5, dtype=torch.int64))
+        assert lse.isfinite().tolist() == [False, False, False, False, True]
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
@@ -307,11 +374,28 @@ def test_a_compiler_that_computes_wrongly_is_found_out(tmp_path: FilePath) -> No
     if compiler is None:
         assert blockmax_cpu.compiled().split_rows is None
         return
-    (tmp_path / "wrong.c").write_text("int split_rows(void) { return 0; }\n")
+    wrong = "int split_rows(void) { return 0; }\nint make_targets(void) { return 0; }\n"
+    (tmp_path / "wrong.c").write_text(wrong)
     script = f'for last; do :; done; {compiler} -shared -fPIC {tmp_path / "wrong.c"} -o "$last"'
     assert (
         "answers wrongly" in blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).reason
     )
+
+
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
+def test_narrower_vectors_of_other_machines_give_the_same(tmp_path: FilePath, without: str) -> None:
+    if machine() != "x86_64" or blockmax_cpu.compiled().split_rows is None:
+        return  # neither option is known there
+    script = f'exec {find("cc") or find("gcc") or find("clang")} "$@" {without}'
+    split_rows = blockmax_cpu.compile_with(executable(tmp_path / "cc", script)).split_rows
+    assert split_rows is not None
+
+    def split(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:
+        return blockmax_cpu.split(split_rows, logits, k=k, temperature=temperature)
+
+    for dtype in DTYPES:
+        for k in (0, 5, 300):
+            assert_equals_the_reference(split, random_logits(3, 701, seed=k).to(dtype), k=k)
 
 
 def find(name: str) -> str | None:

@@ -2,8 +2,10 @@
 whatever the split."""
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,8 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.spawn import spawn
 
-from stillhouse.errors import ConfigError, TeacherError
-from stillhouse.logits import CompressedLogits, TargetSpec, compress, compress_reference
+from stillhouse.errors import TeacherError
+from stillhouse.logits import (
+    CompressedLogits,
+    TargetSpec,
+    compress,
+    compress_reference,
+    token_seeds,
+)
 from stillhouse.logits.topk.found import normalise
 from stillhouse.logits.topk.shards import compress_shard, merge_shards, shard_topk
 
@@ -78,11 +86,6 @@ def test_a_tail_below_what_float32_can_hold_keeps_its_digits() -> None:
     assert tails == pytest.approx([math.log(1000) - 100, math.log(1000) - 250], rel=1e-6)
 
 
-def test_draws_are_refused_before_anything_is_sent() -> None:
-    with pytest.raises(ConfigError, match="3 draws are asked for from a head that is split"):
-        compress_shard(torch.zeros(2, 4), TargetSpec(8, 2, num_draws=3), first_id=0)
-
-
 LOGITS = random_logits(5, 1003, seed=7, step=0.5)
 BAD = LOGITS.index_put((torch.tensor([3]), torch.tensor([1002])), torch.tensor(math.nan))
 # uneven: one shard has fewer ids than k, one has none
@@ -91,6 +94,61 @@ EDGES = {
     4: [0, 500, 503, 503, 1003],
 }
 K, TEMPERATURE = 16, 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target with draws, and one of the ways to split its logits over four ranks."""
+
+    logits: torch.Tensor
+    spec: TargetSpec
+    edges: list[int]
+    ranks: list[int]  # the shards are not in the order of the ranks
+    seeds: torch.Tensor
+    labels: torch.Tensor | None
+
+    @classmethod
+    def of(cls, number: int) -> "Case":
+        random = Random(number)
+        num_tokens, vocab_size = random.randint(1, 4), random.choice([2, 7, 130, 1003])
+        k = random.randint(0, min(12, vocab_size - 1))
+        logits = random_logits(num_tokens, vocab_size, seed=number, step=random.choice([0, 4]))
+        excluded = torch.rand(logits.shape, generator=torch.Generator().manual_seed(number))
+        logits[excluded < random.choice([0.0, 0.9])] = -math.inf
+        logits[:, vocab_size // 2] = random.choice([0.0, 60.0])
+        more = random.random() < 0.7
+        spec = TargetSpec(
+            vocab_size,
+            k,
+            num_draws=random.randint(1, 30),
+            temperature=random.choice([1.0, 0.7, 3.0]),
+            weighted=more,
+            label_logprob=more,
+            tail_entropy=more,
+        )
+        generator = torch.Generator().manual_seed(number)
+        labels = torch.randint(vocab_size, (num_tokens,), generator=generator)
+        return cls(
+            logits.to(random.choice([torch.float32, torch.bfloat16])),
+            spec,
+            [0, *sorted(random.choices(range(vocab_size + 1), k=3)), vocab_size],
+            random.sample(range(4), 4),
+            token_seeds(number, torch.zeros(num_tokens), torch.arange(num_tokens)),
+            labels if more else None,
+        )
+
+    def on(self, rank: int) -> dict[str, torch.Tensor]:
+        first, last = self.edges[self.ranks[rank] :][:2]
+        return compress_shard(
+            self.logits[:, first:last],
+            self.spec,
+            first_id=first,
+            seeds_T=self.seeds,
+            labels_T=self.labels,
+        ).tensors
+
+
+NUM_CASES = 30
 
 
 def on_a_rank(rank: int, directory: str) -> None:
@@ -104,6 +162,7 @@ def on_a_rank(rank: int, directory: str) -> None:
     found: dict[str, Any] = {
         "4": compress_the_shard_of(rank, 4, LOGITS, None),
         "none": compress_the_shard_of(rank, 4, LOGITS[:0], None),
+        "draws": [Case.of(number).on(rank) for number in range(NUM_CASES)],
     }
     if rank < 2:
         found["2"] = compress_the_shard_of(rank, 2, LOGITS.bfloat16(), pair)
@@ -147,6 +206,21 @@ def test_every_rank_has_the_target_of_the_whole(
         assert_same_target(target, wanted)
         for name in FIELDS:
             assert torch.equal(getattr(target, name), found[0][str(world_size)][name])
+
+
+def test_every_rank_has_the_draws_of_the_whole(found: list[dict[str, Any]]) -> None:
+    """Ids bit for bit, whatever the split; other values to the rounding of float32."""
+    for number in range(NUM_CASES):
+        case = Case.of(number)
+        wanted = compress_reference(
+            case.logits, case.spec, seeds_T=case.seeds, labels_T=case.labels
+        ).tensors
+        every = [found[rank]["draws"][number] for rank in range(4)]
+        assert all(list(tensors) == list(wanted) for tensors in every)
+        assert torch.equal(every[0]["tail_ids_TN"], wanted["tail_ids_TN"])
+        for name, value in wanted.items():
+            torch.testing.assert_close(every[0][name], value, rtol=2e-6, atol=4e-6)
+            assert all(torch.equal(tensors[name], every[0][name]) for tensors in every)
 
 
 def test_no_tokens_are_no_collective(found: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from stillhouse.logits import (
 from stillhouse.logits.head import Curve
 from stillhouse.logits.topk import blockmax_torch, blockmax_triton
 from stillhouse.logits.topk.blockmax_triton import compress_block
-from stillhouse.logits.topk.dispatch import compress_in_blocks
+from stillhouse.logits.topk.dispatch import Tokens, compress_in_blocks
 from stillhouse.logits.topk.draws import draw_in_blocks
 from stillhouse.logits.topk.found import RawTopK, normalise
 
@@ -353,7 +353,7 @@ def test_hidden_states_take_the_kernels_and_rows_in_doubt_a_block_at_a_time() ->
     found = compress_in_blocks(
         lambda rows: head.logits(hidden[rows]),
         TargetSpec(600, 3),
-        seeds_T=torch.zeros(13, dtype=torch.int64),
+        Tokens.of(*torch.zeros(2, 13, dtype=torch.int64)),
         block_tokens=4,
         choose_backend=lambda *_, **__: Backend("triton", "the interpreter's"),
     )

@@ -21,23 +21,30 @@ from stillhouse.store import Chunk
 SIGNATURES = {
     "ChunkStore": "(root: str | Blobs, recipe: Recipe)",
     "CompressedLogits": "(token_ids_TK: Tensor, logprobs_TK: Tensor, tail_logmass_T: Tensor, "
-    "tail_ids_TN: Tensor, vocab_size: int, temperature: float = 1.0)",
-    "Divergence": "(of: Callable[[Tensor, Tensor], Tensor], forward_kl_share: float = 0.0)",
+    "tail_ids_TN: Tensor, vocab_size: int, temperature: float = 1.0, *, "
+    "draw_logprobs_TN: Tensor | None = None, label_logprob_T: Tensor | None = None, "
+    "tail_entropy_T: Tensor | None = None)",
+    "Divergence": "(of: Callable[[Tensor, Tensor], Tensor], forward_kl_share: float = 0.0, "
+    "generator: Callable[[Tensor], Tensor] | None = None)",
     "Head": "(weight_VH: Tensor, bias_V: Tensor | None = None, scale: float = 1.0, "
     "softcap: float | None = None, float32_logits: bool = False)",
     "Recipe": "(*, corpus_digest: str, num_sequences: int, sequence_length: int, packing: str, "
     "chunk_sequences: int, tokenizer_digest: str, vocab_size: int, teacher_digest: str, "
     "teacher_dtype: str, k: int, num_draws: int = 0, temperature: float = 1.0, "
-    "value_bits: int = 8)",
+    "value_bits: int = 8, weighted: bool = False, label_logprob: bool = False, "
+    "tail_entropy: bool = False, source_kind: str = 'corpus', teacher_kind: str = 'weights', "
+    "format: int = 2)",
     "RunError": "",
     "StillhouseError": "",
     "TargetSpec": "(vocab_size: int, k: int, *, num_draws: int = 0, value_bits: int = 8, "
-    "temperature: float = 1.0)",
+    "temperature: float = 1.0, weighted: bool = False, label_logprob: bool = False, "
+    "tail_entropy: bool = False)",
     "UserError": "",
-    "compress": "(logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None) "
-    "-> CompressedLogits",
+    "compress": "(logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None, "
+    "labels_T: Tensor | None = None) -> CompressedLogits",
     "compress_hidden": "(hidden_TH: Tensor, head: Head, *, spec: TargetSpec, "
-    "seeds_T: Tensor | None = None, block_tokens: int = 1024) -> CompressedLogits",
+    "seeds_T: Tensor | None = None, labels_T: Tensor | None = None, block_tokens: int = 1024) "
+    "-> CompressedLogits",
     "decode": "(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits",
     "densify": "(compressed: CompressedLogits) -> Tensor",
     "distillation_loss": "(hidden_TH: Tensor, head: Head, target: CompressedLogits | None = None, "

@@ -23,6 +23,11 @@ from stillhouse.store import Chunk, Recipe, pack_chunk, unpack_chunk
 from stillhouse.store.chunk_header import MAX_HEADER_BYTES, checksum_of
 
 ROOT = Path(__file__).parents[2]
+OF_FORMAT_2 = {
+    "draw_logprobs_TN": "draw_logprobs",
+    "label_logprob_T": "label_logprob",
+    "tail_entropy_T": "tail_entropy",
+}
 RECIPE = small_recipe()
 CHUNK = make_chunk(RECIPE, 1)
 DATA = pack_chunk(CHUNK, RECIPE)
@@ -307,15 +312,20 @@ def test_the_checksum_is_the_one_in_the_file() -> None:
     assert len(checksum_of(DATA)) == 16
 
 
-@pytest.mark.parametrize("name", ["chunk_v1_top3", "chunk_v1_draws"])
+@pytest.mark.parametrize("name", ["chunk_v1_top3", "chunk_v1_draws", "chunk_v2_weighted"])
 def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: str) -> None:
     golden = json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
     data = (ROOT / "tests" / "golden" / f"{name}.safetensors").read_bytes()
-    recipe, targets = Recipe(**golden["recipe"]), golden["targets"]
+    recipe, targets = Recipe(**{"format": 1, **golden["recipe"]}), golden["targets"]
     tails = [
         -math.inf if target["tail_logmass"] is None else target["tail_logmass"]
         for target in targets
     ]
+    more: dict[str, Any] = {
+        field: torch.tensor([target[name] for target in targets])
+        for field, name in OF_FORMAT_2.items()
+        if name in targets[0]
+    }
     wanted = CompressedLogits(
         torch.tensor([target["ids"] for target in targets], dtype=torch.int32),
         torch.tensor([target["logprobs"] for target in targets], dtype=torch.float32),
@@ -325,6 +335,7 @@ def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: s
         ),
         vocab_size=recipe.vocab_size,
         temperature=recipe.temperature,
+        **more,
     )
     chunk = Chunk(
         golden["number"],
@@ -341,7 +352,31 @@ def test_the_golden_chunks_are_written_to_the_byte_and_read_to_the_value(name: s
     decoded = decode(torch.from_numpy(found.targets_NB), recipe.spec)
     assert torch.equal(decoded.token_ids_TK, wanted.token_ids_TK)
     assert torch.equal(decoded.tail_ids_TN, wanted.tail_ids_TN)
-    torch.testing.assert_close(decoded.logprobs_TK, wanted.logprobs_TK, rtol=0, atol=1e-6)
+    for field, tensor in wanted.tensors.items():
+        torch.testing.assert_close(decoded.tensors[field], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_weighted_target_keeps_its_probabilities_and_the_default_has_at_most_100_bytes() -> None:
+    spec = TargetSpec(151_936, 8, num_draws=24, weighted=True)
+    assert spec.bytes_per_token <= 100
+    logprobs_TV = torch.linspace(3, -30, 400).log_softmax(0).expand(2, 400)
+    draws_TN = torch.tensor([[4, 40, 399], [5, 5, 80]], dtype=torch.int32)
+    wanted_TN = logprobs_TV.gather(1, draws_TN.long())
+    wanted_TN[0, 2] = -torch.inf
+    spec = TargetSpec(400, 4, num_draws=3, weighted=True)
+    target = CompressedLogits(
+        torch.arange(4, dtype=torch.int32).expand(2, 4).contiguous(),
+        logprobs_TV[:, :4].contiguous(),
+        (1 - logprobs_TV[:, :4].exp().sum(1)).log(),
+        draws_TN,
+        400,
+        draw_logprobs_TN=wanted_TN,
+    )
+    found_TN = decode(encode(target, spec), spec).tensors["draw_logprobs_TN"]
+    torch.testing.assert_close(
+        found_TN[wanted_TN > -1e9], wanted_TN[wanted_TN > -1e9], rtol=0, atol=0.11
+    )
+    assert found_TN[0, 2] < -40
 
 
 def test_the_sizes_on_the_format_page_are_the_codecs() -> None:

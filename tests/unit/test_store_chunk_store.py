@@ -15,6 +15,7 @@ from time import time
 
 import numpy as np
 import pytest
+import xxhash
 from obstore.exceptions import GenericError, PermissionDeniedError, PreconditionError
 
 from helpers.chunks import make_chunk, small_recipe
@@ -32,6 +33,7 @@ from stillhouse.store import (
     sweep,
     verify_store,
 )
+from stillhouse.store.chunk_store import number_of
 from stillhouse.store.explain import explain
 from stillhouse.store.object_store import Blobs
 
@@ -646,3 +648,28 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
         StoreError, match="something else is in its place, or in that of a directory above it"
     ):
         ChunkStore.create(str(tmp_path / "file"), RECIPE)
+
+
+def test_chunks_of_format_2_are_spread_over_prefixes_and_those_of_format_1_are_not(
+    tmp_path: Path,
+) -> None:
+    recipe = small_recipe(format=2)
+    store = ChunkStore.create(str(tmp_path), recipe)
+    for number in range(3):
+        store.publish(make_chunk(recipe, number))
+    spread = {
+        number: xxhash.xxh3_64_hexdigest(f"{number:010d}".encode())[:2] for number in range(3)
+    }
+    assert {number: store.key(number) for number in range(3)} == {
+        number: f"{store.folder}/chunks/{two}/{number:010d}.safetensors"
+        for number, two in spread.items()
+    }
+    assert store.published() == {0, 1, 2}
+    assert [each.problem for each in verify_store(str(tmp_path))] == [None] * 4
+    (listed,) = list_recipes(str(tmp_path))
+    assert listed.num_chunks == 3
+
+    # a chunk at the place of the other format is none
+    for version, place in ((1, f"{spread[0]}/"), (2, ""), (2, "zz/"), (2, "00/")):
+        key = f"{store.folder}/chunks/{place}0000000000.safetensors"
+        assert number_of(key, version) is None

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from stillhouse.logits import TargetSpec
 from stillhouse.store import Recipe, differences, nearest
 from stillhouse.store.recipe import parse_recipe
 
-OTHER_VALUES = {
+OTHER_VALUES: dict[str, Any] = {
     "corpus_digest": "xxh3:another",
     "num_sequences": 11,
     "sequence_length": 13,
@@ -30,6 +30,12 @@ OTHER_VALUES = {
     "num_draws": 1,
     "temperature": 2.0,
     "value_bits": 6,
+    "format": 1,
+    "source_kind": "sums",
+    "teacher_kind": "api",
+    "weighted": True,
+    "label_logprob": True,
+    "tail_entropy": True,
 }
 
 
@@ -54,8 +60,9 @@ def test_draws_are_seeded_by_all_that_decides_a_target() -> None:
 
 def test_every_field_of_a_recipe_is_in_its_fingerprint() -> None:
     assert set(OTHER_VALUES) == {field.name for field in fields(Recipe)}
-    others = {small_recipe(**{name: value}).fingerprint for name, value in OTHER_VALUES.items()}
-    assert len(others | {small_recipe().fingerprint}) == len(OTHER_VALUES) + 1
+    recipe = small_recipe(format=2, num_draws=2)
+    others = {replace(recipe, **{name: value}).fingerprint for name, value in OTHER_VALUES.items()}
+    assert len(others | {recipe.fingerprint}) == len(OTHER_VALUES) + 1
 
 
 def test_a_whole_number_as_temperature_is_the_same_recipe() -> None:
@@ -64,8 +71,46 @@ def test_a_whole_number_as_temperature_is_the_same_recipe() -> None:
 
 def test_a_recipe_survives_its_json_and_a_pickle() -> None:
     recipe = small_recipe(temperature=0.7, num_draws=3, teacher_digest="tête")
-    assert parse_recipe(recipe.canonical_json(), where="here") == recipe
-    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    full: dict[str, Any] = {
+        "weighted": True,
+        "label_logprob": True,
+        "tail_entropy": True,
+        "teacher_kind": "api",
+    }
+    for each in (recipe, replace(recipe, format=2), replace(recipe, format=2, **full)):
+        assert parse_recipe(each.canonical_json(), where="here") == each
+        assert pickle.loads(pickle.dumps(each)) == each
+
+
+def test_format_1_holds_what_it_has_a_place_for_and_refuses_the_rest_in_words() -> None:
+    newest = small_recipe(format=2, num_draws=2)
+    assert newest.in_format_1() == small_recipe(num_draws=2)
+    own = replace(newest, source_kind="sums", corpus_digest="0-96x24")
+    assert own.in_format_1() == small_recipe(num_draws=2, corpus_digest="sums:0-96x24")
+    for name in ("weighted", "label_logprob", "tail_entropy"):
+        asked: dict[str, Any] = {name: True}
+        assert replace(newest, **asked).in_format_1() is None
+        with pytest.raises(RecipeError, match=f"{name} is True, which format 1 cannot hold"):
+            small_recipe(num_draws=2, **asked)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        ((b'"format":2', b'"format":1'), "codec_version 2"),
+        ((b'"source":{', b'"source":7,"s":{'), "s, source.digest, source.kind"),
+        ((b'"numerics"', b'"dtype"'), "teacher.dtype, teacher.numerics"),
+        ((b'"draws":"ids"', b'"draws":[]'), "weighted is \\[\\]"),
+        ((b'"draws":"ids"', b'"draws":true'), "not in canonical form|no draws"),
+        ((b'"label_logprob":0', b'"label_logprob":1'), "label_logprob is 1, wanted bool"),
+        ((b'"tail_entropy":0', b'"tail_entropy":false'), "not in canonical form"),
+    ],
+)
+def test_a_damaged_recipe_of_format_2_is_refused_saying_why(
+    damage: tuple[bytes, bytes], complaint: str
+) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        parse_recipe(small_recipe(format=2).canonical_json().replace(*damage), where="here")
 
 
 def test_chunks_cover_every_sequence_once() -> None:
@@ -120,8 +165,8 @@ def test_a_value_that_no_store_can_have_is_refused(change: dict[str, Any], compl
         (lambda _: b"[" * 100_000, "not JSON"),
         (lambda _: b"[]", "JSON list, wanted an object"),
         (
-            lambda text: text.replace(b'"format":1', b'"format":2'),
-            "format 2, this Stillhouse reads 1",
+            lambda text: text.replace(b'"format":1', b'"format":3'),
+            "format 3, this Stillhouse reads 1 to 2",
         ),
         (lambda text: text.replace(b'"codec_version":1', b'"codec_version":9'), "codec_version 9"),
         (lambda text: text.replace(b'"k":4,', b""), "missing or unknown are k"),

@@ -1,4 +1,4 @@
-"""When a training job is due to begin a checkpoint."""
+"""When a training job is due to begin a checkpoint, and what its checkpoints are of."""
 
 from pathlib import Path
 
@@ -50,3 +50,18 @@ def test_a_checkpoint_that_is_due_while_a_rank_is_busy_begins_as_soon_as_none_is
     busy_steps: set[int], wanted: list[int]
 ) -> None:
     assert checkpoints_of(resumed=0, every=4, busy_steps=busy_steps) == wanted
+
+
+def test_a_schedule_of_divergences_is_a_part_of_what_a_checkpoint_is_of_where_there_is_one() -> (
+    None
+):
+    sections = (
+        StudentSection(model="student", divergence="jsd", forward_kl_steps=steps)
+        for steps in (0, 5)
+    )
+    plain, scheduled = (
+        TrainJob("student", section, small_recipe(), "store", Path("run"), TOTAL_STEPS).origin
+        for section in sections
+    )
+    assert "forward_kl_steps" not in plain.settings  # as in checkpoints of earlier versions
+    assert scheduled.settings == {**plain.settings, "forward_kl_steps": 5}

@@ -21,15 +21,17 @@ def section(**settings: Any) -> StudentSection:
 def test_every_divergence_that_draws_do_not_complete_depends_on_the_kept_mass(
     divergence: str,
 ) -> None:
-    assert depends_on_kept_mass(section(divergence=divergence))
-    assert not depends_on_kept_mass(section(divergence=divergence, tail_as_bucket=True))
+    blind, weighted = (TargetSpec(1000, 8, num_draws=9, weighted=each) for each in (False, True))
+    assert depends_on_kept_mass(section(divergence=divergence), blind)
+    assert not depends_on_kept_mass(section(divergence=divergence), weighted)
+    assert not depends_on_kept_mass(section(divergence=divergence, tail_as_bucket=True), blind)
     assert not depends_on_kept_mass(
-        section(divergence=divergence, divergence_weight=0.0, ce_weight=1.0)
+        section(divergence=divergence, divergence_weight=0.0, ce_weight=1.0), blind
     )
 
 
 def test_forward_kl_never_depends_on_the_kept_mass() -> None:
-    assert not depends_on_kept_mass(section(divergence="forward_kl"))
+    assert not depends_on_kept_mass(section(divergence="forward_kl"), TargetSpec(1000, 8))
 
 
 def test_too_little_kept_mass_is_refused_with_what_was_found_why_and_what_to_do() -> None:
@@ -48,6 +50,7 @@ def test_too_little_kept_mass_is_refused_with_what_was_found_why_and_what_to_do(
         "bucket" in message
     )
     for cure in (
+        "target.weighted_draws = true, target.tail_draws = 25",
         'student.divergence = "forward_kl"',
         "a larger target.k",
         "student.tail_as_bucket = true",

@@ -156,7 +156,7 @@ class _Bench:
 
     def step(self) -> float:
         began = monotonic()
-        self._engine.train_step([self._batch], learning_rate=_RATE)
+        self._engine.train_step([self._batch], step=0, learning_rate=_RATE)
         return monotonic() - began
 
     def synchronous(self) -> Mapping[str, float]:

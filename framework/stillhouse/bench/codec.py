@@ -25,7 +25,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.logits import TargetSpec, compress, concatenate, decode, encode, fidelity
 
 EXPONENTS = (0.6, 1.0, 1.5, 2.0, 3.0, 4.0)
-_DRAWN = ((12, 12), (0, 50))  # entries and draws
+_DRAWN = ((8, 40), (12, 12), (0, 50))  # entries and draws; first the default target
 _COPIES = 50  # of the tokens, so that packing and unpacking take long enough to be timed
 
 

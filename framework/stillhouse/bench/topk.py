@@ -27,8 +27,9 @@ from stillhouse.logits.topk.found import RawTopK, normalise
 
 EAGER, COMPILED = "torch: topk, logsumexp", "torch: topk, compiled logsumexp"
 IN_TORCH, IN_TRITON = "the filter in torch", "the filter in Triton"
+OURS, DEFAULT_TARGET = "stillhouse", "stillhouse: 8 entries, 40 draws"
+_DEFAULT_ENTRIES, _DEFAULT_DRAWS = 8, 40
 _SCALE = 4.0
-_NUM_DRAWS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +124,15 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
         return [target.token_ids_TK, target.logprobs_TK, lse_T]
 
     # on any device
-    with_draws = partial(_tensors, logits_TV, k=k, num_draws=_NUM_DRAWS)
     works: dict[str, Work] = {
         EAGER: lambda: [*logits_TV.topk(k, dim=1), logits_TV.float().logsumexp(dim=1)],
-        "stillhouse": partial(_tensors, logits_TV, k=k, num_draws=0),
-        f"stillhouse, and {_NUM_DRAWS} draws": with_draws,
+        OURS: partial(_tensors, logits_TV, k=k, num_draws=0),
         IN_TORCH: lambda: in_raw(partial(blockmax_torch.split, k=k, temperature=1.0)),
     }
+    if setting.vocab_size > _DEFAULT_ENTRIES:
+        works[DEFAULT_TARGET] = partial(
+            _tensors, logits_TV, k=_DEFAULT_ENTRIES, num_draws=_DEFAULT_DRAWS
+        )
     if with_compile:
         works[COMPILED] = lambda: [
             *logits_TV.topk(k, dim=1),

@@ -206,3 +206,20 @@ def bench_targets(
         command=typed(),
         out=out,
     )
+
+
+@bench_app.command(name="divergences")
+def bench_divergences(
+    vocab_size: VocabSize = 4_096,
+    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Of each student.")] = 120,
+    num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Languages of each kind.")] = 3,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
+    out: Out = None,
+) -> None:
+    """Every divergence on every form of target at equal bytes, in an exact language: flat and sharp
+    teachers, students from random weights and warm ones."""
+    quieten()
+    from stillhouse.bench.divergences import Effort, bench_divergences
+
+    effort = Effort(num_seeds, num_steps)
+    bench_divergences(vocab_size, effort, threads=threads, command=typed(), out=out)

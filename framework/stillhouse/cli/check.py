@@ -125,7 +125,15 @@ def _training(plan: Plan, found: Findings) -> None:
     if plan.config.evaluate.control:
         found.add("", "and the same again for the control, on the text alone")
 
+    if student.forward_kl_steps:
+        found.add("", f"forward_kl for the first {student.forward_kl_steps:,} steps")
+
     # settings that go badly together
+    if student.forward_kl_steps >= steps:
+        found.notes.append(
+            f"student.forward_kl_steps is {student.forward_kl_steps:,}, but training ends after "
+            f"{steps:,} steps: none is on {student.divergence}"
+        )
     if student.warmup_steps >= steps:
         found.notes.append(
             f"student.warmup_steps is {student.warmup_steps:,} of {steps:,} steps: the learning "

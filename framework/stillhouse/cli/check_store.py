@@ -73,7 +73,8 @@ def _pairing(plan: Plan, present: Collection[int], found: Findings) -> None:
     would refuse them."""
     student, recipe = plan.config.student, plan.recipe
     divergence = divergence_named(student.divergence, student.mix)
-    is_unbiased = recipe.num_draws and is_unbiased_with_draws(divergence)
+    weighted = recipe.spec.weighted
+    is_unbiased = recipe.num_draws and is_unbiased_with_draws(divergence, weighted=weighted)
     if student.divergence_weight == 0.0 or is_unbiased:
         return
 
@@ -82,8 +83,10 @@ def _pairing(plan: Plan, present: Collection[int], found: Findings) -> None:
         f"learns nothing from the {recipe.num_draws} draws a token and " if recipe.num_draws else ""
     )
     cure = (
-        "unless another student reads this store, spend their bytes on entries: target.k = 64, "
-        "target.tail_draws = 0"
+        "store draws that it can use: target.weighted_draws = true, target.tail_draws = 25"
+        if divergence.generator is not None
+        else "unless another student reads this store, spend their bytes on entries: "
+        "target.k = 64, target.tail_draws = 0"
         if unused
         else "with target.tail_draws above 0 forward_kl would be unbiased"
     )
@@ -91,7 +94,7 @@ def _pairing(plan: Plan, present: Collection[int], found: Findings) -> None:
         f"student.divergence is {student.divergence}, which {unused}sees all but the {recipe.k} "
         f"kept entries as one bucket; {cure}"
     )
-    if not depends_on_kept_mass(student):
+    if not depends_on_kept_mass(student, recipe.spec):
         return
 
     # whether the entries hold enough

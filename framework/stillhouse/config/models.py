@@ -185,7 +185,13 @@ class StudentSection(ModelSection):
         "forward_kl",
         description="the loss: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, "
         "tvd, or 'package.module:name', a Divergence of your own; forward_kl is unbiased with "
-        "draws, the others see the tail as one bucket and need entries that hold 80 % of the mass",
+        "draws, the others with weighted draws, and else they see the tail as one bucket and need "
+        "entries that hold 80 % of the mass",
+    )
+    forward_kl_steps: CountOrZero = Field(
+        0,
+        description="optimiser steps on forward_kl before divergence begins, for a student that is "
+        "far from its teacher: there reverse_kl and jsd are noisy; 0: divergence from the first",
     )
     tail_as_bucket: bool = Field(
         False,
@@ -246,6 +252,16 @@ class StudentSection(ModelSection):
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
                 f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
+            )
+        if self.forward_kl_steps and self.divergence == "forward_kl":
+            raise ValueError(
+                f"forward_kl_steps is {self.forward_kl_steps}, and divergence is forward_kl "
+                "already; leave forward_kl_steps out, or name the divergence that follows"
+            )
+        if self.forward_kl_steps and self.divergence_weight == 0.0:
+            raise ValueError(
+                f"forward_kl_steps is {self.forward_kl_steps}, but divergence_weight is 0: no "
+                "divergence is trained on; leave one of them out"
             )
         needs_mix = self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl")
         if needs_mix and not 0.0 < self.mix < 1.0:

@@ -89,12 +89,25 @@ class TargetSection(Section):
     )
     tail_draws: Annotated[int, Field(ge=0, le=4096)] = Field(
         40,
-        description="draws from the tail, which make forward_kl unbiased and which no other "
-        "divergence uses; 0: the tail is one bucket",
+        description="draws from the tail, which make forward_kl unbiased, and every divergence "
+        "where weighted_draws is true; 0: the tail is one bucket",
     )
     value_bits: Literal[6, 8] = Field(8, description="bits of each kept log-probability")
     temperature: Annotated[float, Field(ge=0.01, le=100.0)] = Field(
         1.0, description="targets are of softmax(logits / temperature)"
+    )
+    weighted_draws: bool = Field(
+        False,
+        description="each draw has its log-probability, a byte more, so that every divergence can "
+        "use it; forward_kl learns as well or better from plain draws",
+    )
+    label_logprob: bool = Field(
+        False, description="keep the log-probability of the token that really follows"
+    )
+    tail_entropy: bool = Field(
+        False,
+        description="keep the entropy of the tail, so that the loss of forward_kl with draws falls "
+        "to 0",
     )
 
     @model_validator(mode="after")
@@ -103,6 +116,11 @@ class TargetSection(Section):
             raise ValueError(
                 "k and tail_draws are both 0: nothing of the teacher would be kept; set one of "
                 "them above 0"
+            )
+        if self.weighted_draws and self.tail_draws == 0:
+            raise ValueError(
+                "weighted_draws is true, but tail_draws is 0: there is nothing to weigh; set "
+                "tail_draws above 0, such as 25"
             )
         return self
 
@@ -195,10 +213,11 @@ class Config(Section):
     def _the_divergence_can_use_the_target(self) -> "Config":
         student = self.student
         uses_entries_only = student.divergence in DIVERGENCES[1:] and student.divergence_weight > 0
-        if self.target.k == 0 and uses_entries_only:
+        if self.target.k == 0 and uses_entries_only and not self.target.weighted_draws:
             raise ValueError(
                 f'target.k is 0, and student.divergence is "{student.divergence}", which learns '
-                'nothing from draws; set student.divergence = "forward_kl", or keep entries'
+                'nothing from draws; set student.divergence = "forward_kl", or keep entries, or '
+                "give draws weights (target.weighted_draws = true)"
             )
         return self
 

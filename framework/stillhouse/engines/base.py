@@ -30,6 +30,11 @@ class Capabilities:
 
     most_entries: int | None = None  # exact entries a token; None: up to the whole vocabulary
     draws: bool = True  # whether it can draw from the tail
+    # whether it can give each draw its log-probability, and keep those of labels and the entropy of
+    # the tail; an engine that hands `spec`, seeds and labels to `compress` can
+    weighted_draws: bool = False
+    label_logprob: bool = False
+    tail_entropy: bool = False
 
 
 class Records(NamedTuple):

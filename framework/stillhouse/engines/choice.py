@@ -22,6 +22,12 @@ def require_capable(capabilities: Capabilities, target: TargetSection, *, engine
             f'target.tail_draws is {target.tail_draws}, but the engine "{engine}" cannot draw '
             "from the tail; set it to 0"
         )
+    for name in ("weighted_draws", "label_logprob", "tail_entropy"):
+        if getattr(target, name) and not getattr(capabilities, name):
+            raise ConfigError(
+                f'target.{name} is true, but the engine "{engine}" does not make it; leave it out, '
+                "or take another engine"
+            )
 
 
 def engine_named(name: str) -> type[TeacherEngine]:

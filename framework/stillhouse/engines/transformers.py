@@ -59,7 +59,7 @@ class TransformersEngine:
 
     @classmethod
     def describe(cls, _section: TeacherSection, /) -> Capabilities:
-        return Capabilities()
+        return Capabilities(weighted_draws=True, label_logprob=True, tail_entropy=True)
 
     @classmethod
     def identity(cls, section: TeacherSection, *, cache_dir: Path) -> ModelIdentity:
@@ -81,7 +81,9 @@ class TransformersEngine:
 
     def _answer(self) -> CompressedLogits:
         num_entries = min(_PROBE_ENTRIES, self._recipe.vocab_size)
-        spec = replace(self._recipe.spec, k=num_entries, num_draws=0)
+        spec = TargetSpec(
+            self._recipe.vocab_size, num_entries, temperature=self._recipe.temperature
+        )
         parts = self._compress(probe_item(self._recipe), spec)
         return concatenate(parts).map(torch.Tensor.cpu)
 
@@ -103,5 +105,6 @@ class TransformersEngine:
                 self._head,
                 spec=spec,
                 seeds_T=seeds_SL[rows].flatten()[batch.target_positions_T],
+                labels_T=batch.labels_T if spec.label_logprob else None,
                 block_tokens=self._section.block_tokens,
             )

@@ -11,20 +11,18 @@ from stillhouse.logits.compressed import (
     CompressedLogits,
     Fidelity,
     concatenate,
-    densify,
     fidelity,
     kept_mass,
 )
 from stillhouse.logits.head import Head
-from stillhouse.logits.record import CODEC_VERSION
 from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk.dispatch import backend_for, compress, compress_hidden
 from stillhouse.logits.topk.draws import token_seeds
 from stillhouse.logits.topk.reference import compress_reference
 from stillhouse.logits.topk.shards import compress_shard
+from stillhouse.logits.weights import densify, draw_log_weights
 
 __all__ = [
-    "CODEC_VERSION",
     "Backend",
     "CompressedLogits",
     "Fidelity",
@@ -38,6 +36,7 @@ __all__ = [
     "concatenate",
     "decode",
     "densify",
+    "draw_log_weights",
     "encode",
     "fidelity",
     "kept_mass",

@@ -29,6 +29,20 @@ def encode(compressed: CompressedLogits, spec: TargetSpec) -> Tensor:
             f"a target of (vocabulary, k, draws, temperature) = {found} meets a spec of "
             f"{wanted}; build both from one recipe"
         )
+    held = tuple(
+        tensor is not None
+        for tensor in (
+            compressed.draw_logprobs_TN,
+            compressed.label_logprob_T,
+            compressed.tail_entropy_T,
+        )
+    )
+    asked = (spec.weighted, spec.label_logprob, spec.tail_entropy)
+    if held != asked:
+        raise ConfigError(
+            f"a target with (draws' log-probabilities, label, tail entropy) = {held} meets a spec "
+            f"of {asked}; build both from one recipe"
+        )
     library = codec_numpy if compressed.token_ids_TK.device.type == "cpu" else codec_torch
     records_TB: Tensor = library.encode(compressed, spec)
     return records_TB

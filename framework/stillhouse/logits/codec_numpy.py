@@ -41,6 +41,24 @@ def encode(c: CompressedLogits, spec: TargetSpec) -> Tensor:
             )
         if spec.num_draws:
             sections += _encode_ids(drawn_TN, spec, first_row=rows.start, distinct=False)
+        if c.draw_logprobs_TN is not None:
+            sections.append(
+                _encode_draw_values(
+                    drawn_TN,
+                    c.draw_logprobs_TN.numpy()[rows],
+                    logprobs_TK[rows],
+                    spec,
+                    first_row=rows.start,
+                )
+            )
+        if c.label_logprob_T is not None:
+            label_T = c.label_logprob_T.numpy()[rows]
+            _require(record.wrong_new_label(label_T), rows.start)
+            sections.append(_halves(label_T.clip(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)))
+        if c.tail_entropy_T is not None:
+            entropy_T = c.tail_entropy_T.numpy()[rows] + np.float32(0)  # -0 becomes 0
+            _require(record.wrong_entropy(entropy_T), rows.start)
+            sections.append(_halves(entropy_T))
         np.concatenate(sections, axis=1, out=records_TB[rows])
 
     _in_blocks(write, c.num_tokens, spec)
@@ -55,10 +73,16 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
     logprobs_TK = np.empty((num_tokens, spec.k), np.float32)
     log_tail_T = np.zeros(num_tokens, np.float32)
     draws_TN = np.empty((num_tokens, spec.num_draws), np.int32)
+    draw_logprobs_TN = np.empty(draws_TN.shape, np.float32) if spec.weighted else None
+    label_T = np.empty(num_tokens, np.float32) if spec.label_logprob else None
+    entropy_T = np.empty(num_tokens, np.float32) if spec.tail_entropy else None
     ends = list(accumulate(spec.section_bytes))
 
     def read(rows: slice) -> None:
-        header, ids, values, draws = np.split(records[rows], ends[:-1], axis=1)
+        header, ids, values, draws, draw_values, label, entropy = np.split(
+            records[rows], ends[:-1], axis=1
+        )
+        least_T1: npt.NDArray[np.float64] = np.zeros((1, 1))
         if spec.k:
             halves_T2 = np.ascontiguousarray(header).view(_HALF)
             range_T, log_tail_T[rows] = halves_T2.astype(np.float32).T
@@ -67,11 +91,24 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
             unsorted_TK = _unpack(values, spec.k, width=spec.value_bits, first_row=rows.start)
             codes_TK, ids_TK[rows] = _sort_pairs(unsorted_TK, kept_TK)
             _require(record.wrong_codes(codes_TK, range_T, spec), rows.start)
-            logprobs_TK[rows] = _logprobs(codes_TK, range_T, log_tail_T[rows], spec)
+            best_T1, drops_TK = _best_and_drops(codes_TK, range_T, log_tail_T[rows], spec)
+            logprobs_TK[rows] = best_T1 - drops_TK
+            least_T1 = best_T1 - drops_TK[:, -1:]
         if spec.num_draws:
             draws_TN[rows] = _decode_ids(
                 draws, spec.num_draws, spec, first_row=rows.start, distinct=False
             )
+        if draw_logprobs_TN is not None:
+            _require(record.wrong_draw_codes(draws_TN[rows], draw_values), rows.start)
+            below_TN = record.draw_drops_of(draw_values.astype(np.float64))
+            draw_logprobs_TN[rows] = least_T1 - below_TN
+        if label_T is not None:
+            label_T[rows] = np.ascontiguousarray(label).view(_HALF)[:, 0]
+            _require(record.wrong_label(label_T[rows]), rows.start)
+        if entropy_T is not None:
+            entropy_T[rows] = np.ascontiguousarray(entropy).view(_HALF)[:, 0]
+            _require(record.wrong_sign(entropy), rows.start)
+            _require(record.wrong_entropy(entropy_T[rows]), rows.start)
 
     # every block of rows
     _in_blocks(read, num_tokens, spec)
@@ -82,7 +119,19 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
         torch.from_numpy(draws_TN),
         vocab_size=spec.vocab_size,
         temperature=spec.temperature,
+        draw_logprobs_TN=_tensor(draw_logprobs_TN),
+        label_logprob_T=_tensor(label_T),
+        tail_entropy_T=_tensor(entropy_T),
     )
+
+
+def _tensor(array: Floats | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+def _halves(numbers_T: Floats) -> Bytes:
+    """A section of one binary16 number, uint8 [T, 2]."""
+    return numbers_T.astype(_HALF)[:, None].view(np.uint8)
 
 
 def _in_blocks(work: Callable[[slice], None], num_tokens: int, spec: TargetSpec) -> None:
@@ -192,11 +241,7 @@ def _encode_kept(
     _require(record.wrong_target(best_T, log_tail_T, spec), first_row)
 
     # values: drops below the best entry, quantised
-    drops_TK = np.minimum(best_T[:, None] - logprobs_TK, np.float32(record.MOST_RANGE))
-    range_T = np.maximum(drops_TK.max(axis=1), np.float32(record.LEAST_RANGE)).astype(_HALF)
-    roots_TK = np.sqrt(1 + drops_TK) - 1
-    range_root_T1 = np.sqrt(1 + range_T.astype(np.float32)[:, None]) - 1
-    codes_TK = record.codes_of(roots_TK, range_root_T1, spec).astype(np.int64)
+    range_T, codes_TK = _range_and_codes(best_T, logprobs_TK, spec)
 
     # header
     limited_T = log_tail_T.clip(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)
@@ -209,14 +254,47 @@ def _encode_kept(
     return [header, *ids, _pack(codes_TK, spec.value_bits)]
 
 
-def _logprobs(codes_TK: Ints, range_T: Floats, log_tail_T: Floats, spec: TargetSpec) -> Floats:
-    """float32 [T, K]: dequantised, and scaled so that kept entries and tail sum to 1."""
+def _range_and_codes(best_T: Floats, logprobs_TK: Floats, spec: TargetSpec) -> tuple[Any, Ints]:
+    """R as binary16 [T], and the codes of kept entries."""
+    drops_TK = np.minimum(best_T[:, None] - logprobs_TK, np.float32(record.MOST_RANGE))
+    range_T = np.maximum(drops_TK.max(axis=1), np.float32(record.LEAST_RANGE)).astype(_HALF)
+    range_root_T1 = _root(range_T.astype(np.float32)[:, None])
+    codes_TK = record.codes_of(_root(drops_TK), range_root_T1, spec).astype(np.int64)
+    return range_T, codes_TK
+
+
+def _encode_draw_values(
+    ids_TN: Ints, draw_logprobs_TN: Floats, logprobs_TK: Floats, spec: TargetSpec, *, first_row: int
+) -> Bytes:
+    """The values of weighted draws, by the least kept entry as it decodes."""
+    _require(record.wrong_draws(ids_TN, draw_logprobs_TN), first_row)
+    below_TN = -draw_logprobs_TN
+    if spec.k:
+        best_T = logprobs_TK.max(axis=1)
+        range_T, codes_TK = _range_and_codes(best_T, logprobs_TK, spec)
+        largest_T = codes_TK.max(axis=1).astype(np.float64)
+        range_root_T = np.sqrt(1 + range_T.astype(np.float64)) - 1
+        least_T = record.drops_of(largest_T, range_root_T, spec).astype(np.float32)
+        below_TN = (best_T[:, None] - draw_logprobs_TN) - least_T[:, None]
+    return record.draw_codes_of(below_TN, _root).astype(np.uint8)
+
+
+def _root(drops: Floats) -> Floats:
+    """r(d) in float32."""
+    roots: Floats = np.sqrt(1 + drops) - 1
+    return roots
+
+
+def _best_and_drops(
+    codes_TK: Ints, range_T: Floats, log_tail_T: Floats, spec: TargetSpec
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The best entry's log-probability [T, 1], such that kept entries and tail sum to 1, and the
+    drops below it [T, K]."""
     range_root_T1 = np.sqrt(1 + range_T[:, None].astype(np.float64)) - 1
     drops_TK = record.drops_of(codes_TK.astype(np.float64), range_root_T1, spec)
     log_kept_T = _log_one_minus_exp(log_tail_T.astype(np.float64))
     best_T = log_kept_T - np.log(np.exp(-drops_TK).sum(axis=1))
-    logprobs_TK: Floats = (best_T[:, None] - drops_TK).astype(np.float32)
-    return logprobs_TK
+    return best_T[:, None], drops_TK
 
 
 def _log_one_minus_exp(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

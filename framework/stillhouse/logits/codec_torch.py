@@ -10,6 +10,7 @@ libraries, come after them, in float64: decoded values agree to a bit of float32
 import math
 from collections.abc import Iterator
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,21 +67,50 @@ def _encode_block(c: CompressedLogits, spec: TargetSpec) -> tuple[Tensor, Compla
         sections += _encode_kept(c, spec, complaints)
     if spec.num_draws:
         sections += _encode_ids(c.tail_ids_TN.long(), spec, complaints, distinct=False)
+    if spec.weighted:
+        sections.append(_encode_draw_values(c, spec, complaints))
+    if c.label_logprob_T is not None:
+        complaints += record.wrong_new_label(c.label_logprob_T)
+        label_T = c.label_logprob_T.clamp(record.LEAST_LOG_TAIL, record.MOST_LOG_TAIL)
+        sections.append(label_T.half()[:, None].view(torch.uint8))
+    if c.tail_entropy_T is not None:
+        complaints += record.wrong_entropy(c.tail_entropy_T)
+        sections.append((c.tail_entropy_T + 0.0).half()[:, None].view(torch.uint8))
     return torch.cat(sections, dim=1), complaints
 
 
 def _decode_block(records_TB: Tensor, spec: TargetSpec) -> tuple[CompressedLogits, Complaints]:
     complaints: Complaints = []
-    header, ids, values, draws = records_TB.split(spec.section_bytes, dim=1)
+    header, ids, values, draws, draw_values, label, entropy = records_TB.split(
+        spec.section_bytes, dim=1
+    )
+    more: dict[str, Any] = {}
+    least_T1 = torch.zeros((1, 1), dtype=torch.float64, device=records_TB.device)
     kept = ids.int(), values.float(), values.new_zeros(len(values), dtype=torch.float32)
     if spec.k:
-        kept = _decode_kept(header, ids, values, spec, complaints)
+        kept, least_T1 = _decode_kept(header, ids, values, spec, complaints)
     if spec.num_draws:
         draws = _decode_ids(draws, spec.num_draws, spec, complaints, distinct=False)
+    if spec.weighted:
+        complaints += record.wrong_draw_codes(draws, draw_values)
+        more["draw_logprobs_TN"] = (least_T1 - record.draw_drops_of(draw_values.double())).float()
+    if spec.label_logprob:
+        more["label_logprob_T"] = _half_in(label)
+        complaints += record.wrong_label(more["label_logprob_T"])
+    if spec.tail_entropy:
+        more["tail_entropy_T"] = _half_in(entropy)
+        complaints += record.wrong_sign(entropy)
+        complaints += record.wrong_entropy(more["tail_entropy_T"])
     target = CompressedLogits(
-        *kept, draws.int(), vocab_size=spec.vocab_size, temperature=spec.temperature
+        *kept, draws.int(), vocab_size=spec.vocab_size, temperature=spec.temperature, **more
     )
     return target, complaints
+
+
+def _half_in(section: Tensor) -> Tensor:
+    """The binary16 number that a section of two bytes holds, float32 [T]."""
+    whole = section.clone(memory_format=torch.contiguous_format)
+    return whole.view(torch.float16)[:, 0].float()
 
 
 # Ids
@@ -181,10 +211,27 @@ def _encode_kept(c: CompressedLogits, spec: TargetSpec, complaints: Complaints) 
     return [header, *ids, _pack(codes_TK.gather(1, order_TK), spec.value_bits)]
 
 
+def _encode_draw_values(c: CompressedLogits, spec: TargetSpec, complaints: Complaints) -> Tensor:
+    """The values of weighted draws, by the least kept entry as it decodes."""
+    assert c.draw_logprobs_TN is not None
+    complaints += record.wrong_draws(c.tail_ids_TN, c.draw_logprobs_TN)
+    below_TN = -c.draw_logprobs_TN
+    if spec.k:
+        best_T1, least_T1 = c.logprobs_TK.aminmax(dim=1, keepdim=True)[::-1]
+        drop_T1 = (best_T1 - least_T1).clamp(max=record.MOST_RANGE)
+        range_T1 = drop_T1.clamp(min=record.LEAST_RANGE).half().float()
+        largest_T1 = record.codes_of(_root(drop_T1), _root(range_T1), spec).double()
+        stored_T1 = record.drops_of(largest_T1, (1 + range_T1.double()).sqrt() - 1, spec)
+        below_TN = (best_T1 - c.draw_logprobs_TN) - stored_T1.float()
+    # clamped: a number that will be refused must not fault the device
+    return record.draw_codes_of(below_TN, _root).nan_to_num(0).to(torch.uint8)
+
+
 def _decode_kept(
     header: Tensor, ids: Tensor, values: Tensor, spec: TargetSpec, complaints: Complaints
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and log-probabilities [T, K] by logprob descending, and the tail's log mass [T]."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Ids and log-probabilities [T, K] by logprob descending, the tail's log mass [T], and the
+    least log-probability in float64 [T, 1]."""
     halves_T2 = header.clone(memory_format=torch.contiguous_format).view(torch.float16)
     range_T1, log_tail_T1 = halves_T2.float().split(1, dim=1)
     complaints += record.wrong_header(range_T1[:, 0], log_tail_T1[:, 0], spec)
@@ -192,19 +239,17 @@ def _decode_kept(
     codes_TK = _unpack(values, spec.k, spec.value_bits, complaints)
     codes_TK, order_TK = codes_TK.sort(dim=1, stable=True)
     complaints += record.wrong_codes(codes_TK, range_T1[:, 0], spec)
-    return (
-        ids_TK.gather(1, order_TK).int(),
-        _logprobs(codes_TK, range_T1, log_tail_T1, spec),
-        log_tail_T1[:, 0],
-    )
+    logprobs_TK = _logprobs(codes_TK, range_T1, log_tail_T1, spec)
+    kept = ids_TK.gather(1, order_TK).int(), logprobs_TK.float(), log_tail_T1[:, 0]
+    return kept, logprobs_TK[:, -1:]
 
 
 def _logprobs(codes_TK: Tensor, range_T1: Tensor, log_tail_T1: Tensor, spec: TargetSpec) -> Tensor:
-    """float32 [T, K]: dequantised, and scaled so that kept entries and tail sum to 1."""
+    """float64 [T, K]: dequantised, and scaled so that kept entries and tail sum to 1."""
     drops_TK = record.drops_of(codes_TK.double(), (1 + range_T1.double()).sqrt() - 1, spec)
     log_kept_T1 = _log_one_minus_exp(log_tail_T1.double())
     best_T1 = log_kept_T1 - (-drops_TK).exp().sum(dim=1, keepdim=True).log()
-    return (best_T1 - drops_TK).float()
+    return best_T1 - drops_TK
 
 
 def _root(drops: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ class CompressedLogits:
     token_ids_TK: Tensor  # int32, by logprob descending, ties by id ascending
     logprobs_TK: Tensor  # float32, never renormalised
     tail_logmass_T: Tensor  # float32, log(1 - sum of the kept p); exactly -inf where K = V
-    # int32, ascending, repeats allowed. A draw stands for 1/N of the tail's mass; without draws the
-    # tail is one bucket.
+    # int32, ascending, repeats allowed; `draw_log_weights` says what mass each draw stands for.
+    # Without draws the tail is one bucket.
     tail_ids_TN: Tensor
     vocab_size: int
     temperature: float = 1.0
@@ -94,27 +94,6 @@ def concatenate(parts: Iterable[CompressedLogits]) -> CompressedLogits:
         for name, value in first.tensors.items()
     }
     return replace(first, **joined)
-
-
-def densify(compressed: CompressedLogits) -> Tensor:
-    """Dense log-probabilities, float32 [T, V]: kept entries as they are, the tail spread out.
-
-    The tail's mass is shared by the draws or, without draws, evenly by all other ids. The result is
-    as large as the logits: use it for tests and small vocabularies.
-
-        log_probs_TV = densify(compress(logits_TV, TargetSpec(vocab_size=1000, k=64)))
-        log_probs_TV.exp().sum(dim=1)  # 1 for each token
-    """
-    kept_TK, logprobs_TK = compressed.token_ids_TK.long(), compressed.logprobs_TK
-    shape = (compressed.num_tokens, compressed.vocab_size)
-    if compressed.num_draws:
-        draws_TN = compressed.tail_ids_TN.long()
-        shares_TV = logprobs_TK.new_zeros(shape)
-        shares_TV.scatter_add_(1, draws_TN, logprobs_TK.new_ones(draws_TN.shape))
-    else:
-        shares_TV = logprobs_TK.new_ones(shape).scatter_(1, kept_TK, 0.0)
-    spread_TV = shares_TV.log() - shares_TV.sum(dim=1, keepdim=True).log()
-    return (compressed.tail_logmass_T[:, None] + spread_TV).scatter(1, kept_TK, logprobs_TK)
 
 
 def kept_mass(compressed: CompressedLogits) -> Tensor:

@@ -15,6 +15,9 @@ Layout
                                               bits each, in the order of the ids
         draws   E(N) bytes if N > 0           the N drawn ids, ascending with repeats allowed, in
                                               Elias-Fano form
+        draw values  N bytes if weighted      a code for each draw, in the order of the draws
+        label   2 bytes if there is one       log p of the token that follows, binary16
+        tail entropy  2 bytes if there is one  in nats, binary16
 
     All numbers are little-endian. A bit stream fills each byte from its least significant bit
     upwards; the bits after its last one, up to the end of the byte, are 0.
@@ -45,11 +48,24 @@ Tail
 
     Without kept entries (K = 0) there is neither header nor values, and log p_tail is 0.
 
+Values of draws
+    A weighted draw is at or below the least kept entry, which decodes to d_K nats below the best.
+    With e = logprob_best - logprob - d_K, held within 0 and 40, its code is
+    round(255 r(e) / r(40)), halves to even: finest where the tail's mass is. Without kept entries
+    logprob_best and d_K are 0. Two draws of one id have one code. (The rounding
+    is of p by 1 % at the top of the tail and by 3 % five nats below, root mean square; drawing
+    itself has an error of the order of 100 % a draw.)
+
+Label and tail entropy
+    The label's log-probability is held within [-65504, -2^-24]. The entropy of the distribution
+    within the tail is from 0 to 65504, and 0 where the tail has no mass.
+
 Codes, ids and headers that no encoder writes are refused, so an accepted record is exactly what its
 own decoded target encodes to.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -58,12 +74,14 @@ from torch import Tensor
 from stillhouse.errors import ChunkError
 from stillhouse.logits.spec import TargetSpec
 
-CODEC_VERSION = 1
-
 LEAST_RANGE = 1.0  # nats; below it, steps would be finer than float32 log-probabilities are
 MOST_RANGE = 40.0  # nats
 LEAST_LOG_TAIL = -65504.0  # binary16's most negative finite number
 MOST_LOG_TAIL = -(2.0**-24)  # binary16's negative number nearest to 0
+MOST_ENTROPY = 65504.0  # binary16's largest finite number
+MOST_DRAW_CODE = 255
+# r(40) as a float32, so that float32 and float64 arithmetic begin with one number
+_DRAW_RANGE_ROOT = 5.4031243324279785
 _ROUNDING = 1e-3  # a log tail mass above 0 by no more than this is the rounding of a full tail
 
 Array = TypeVar("Array", npt.NDArray[Any], Tensor)
@@ -79,6 +97,22 @@ def codes_of(roots_TK: Array, range_root_T1: Array, spec: TargetSpec) -> Array:
     """Quantise drops d: whole numbers in float32, from r(d) and r(R) in float32."""
     codes_TK: Array = ((roots_TK / range_root_T1).clip(max=1) * spec.max_code).round()
     return codes_TK
+
+
+def draw_codes_of(below_TN: Array, root_of: Callable[[Array], Array]) -> Array:
+    """Quantise draws: whole numbers in float32, from the nats below the least kept entry, float32.
+
+    `root_of` is r in float32.
+    """
+    roots_TN = root_of(below_TN.clip(0, MOST_RANGE))
+    codes_TN: Array = ((roots_TN / _DRAW_RANGE_ROOT).clip(max=1) * MOST_DRAW_CODE).round()
+    return codes_TN
+
+
+def draw_drops_of(codes_TN: Array) -> Array:
+    """Dequantise draws: nats below the least kept entry, float64 like the codes."""
+    roots_TN = codes_TN * (_DRAW_RANGE_ROOT / MOST_DRAW_CODE)
+    return roots_TN * (2 + roots_TN)
 
 
 def drops_of(codes_TK: Array, range_root_T1: Array, spec: TargetSpec) -> Array:
@@ -140,6 +174,51 @@ def wrong_codes(codes_TK: Array, range_T: Array, spec: TargetSpec) -> Complaints
         ("has no best entry", codes_TK[:, 0] != 0),
         ("has values that do not fill their range", unfilled_T),
     ]
+
+
+def wrong_draws(ids_TN: Any, logprobs_TN: Any) -> Complaints:
+    """Before encoding: weighted draws and their log-probabilities."""
+    torn_TN = (ids_TN[:, 1:] == ids_TN[:, :-1]) & (logprobs_TN[:, 1:] != logprobs_TN[:, :-1])
+    return [
+        ("would hold log-probabilities of no distribution", ~(logprobs_TN <= _ROUNDING).all(1)),
+        ("would hold one drawn id with two log-probabilities", torn_TN.any(1)),
+    ]
+
+
+def wrong_draw_codes(ids_TN: Any, codes_TN: Any) -> Complaints:
+    """After reading: weighted draws and their codes."""
+    torn_TN = (ids_TN[:, 1:] == ids_TN[:, :-1]) & (codes_TN[:, 1:] != codes_TN[:, :-1])
+    return [("has one drawn id with two log-probabilities", torn_TN.any(1))]
+
+
+def wrong_label(label_T: Array) -> Complaints:
+    """After reading: the label's log-probability."""
+    return [
+        (
+            "has a label's log-probability that is none",
+            ~((label_T >= LEAST_LOG_TAIL) & (label_T <= MOST_LOG_TAIL)),
+        )
+    ]
+
+
+def wrong_new_label(label_T: Array) -> Complaints:
+    """Before encoding: the label's log-probability, -inf where p is 0."""
+    return [("would hold a label's log-probability that is none", ~(label_T <= _ROUNDING))]
+
+
+def wrong_entropy(entropy_T: Array) -> Complaints:
+    """Before encoding and after reading: the tail's entropy."""
+    return [
+        (
+            "has a tail entropy that is none",
+            ~((entropy_T >= 0) & (entropy_T <= MOST_ENTROPY)),
+        )
+    ]
+
+
+def wrong_sign(section_T2: Array) -> Complaints:
+    """After reading: the bytes of a tail entropy, which is not -0."""
+    return [("has a tail entropy that is none", section_T2[:, 1] >= 0x80)]
 
 
 def refusal(row: int, complaint: str) -> ChunkError:

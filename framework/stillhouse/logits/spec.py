@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from stillhouse.errors import ConfigError
 
 HEADER_BYTES = 4
+HALF_BYTES = 2  # of a binary16 number
 _MOST_COUNT = 2**31 - 1  # ids are stored in 32 bits
 
 
@@ -50,10 +51,18 @@ class TargetSpec:
         return sum(self.section_bytes)
 
     @property
-    def section_bytes(self) -> tuple[int, int, int, int]:
-        """Bytes of a record's header, ids, values and draws."""
+    def section_bytes(self) -> tuple[int, int, int, int, int, int, int]:
+        """Bytes of a record's header, ids, values, draws, draws' values, label and tail entropy."""
         ids, draws = (sum(elias_fano_bytes(m, self.vocab_size)) for m in (self.k, self.num_draws))
-        return HEADER_BYTES if self.k else 0, ids, -(-self.k * self.value_bits // 8), draws
+        return (
+            HEADER_BYTES if self.k else 0,
+            ids,
+            -(-self.k * self.value_bits // 8),
+            draws,
+            self.num_draws if self.weighted else 0,
+            HALF_BYTES if self.label_logprob else 0,
+            HALF_BYTES if self.tail_entropy else 0,
+        )
 
     @property
     def max_code(self) -> int:
@@ -91,6 +100,13 @@ def _problems(spec: TargetSpec) -> Iterator[str]:
         yield "no entries and no draws: nothing of the teacher is kept; keep or draw at least one"
     if not 0 <= num_draws <= _MOST_COUNT:
         yield f"{num_draws} draws are asked for; set a number between 0 and {_MOST_COUNT}"
+    if spec.weighted and spec.num_draws == 0:
+        yield "weighted draws are asked for, but no draws; draw some, or set weighted to False"
+    if spec.tail_entropy and k == vocab_size:
+        yield (
+            f"the tail's entropy is asked for, but k is {k}, the whole vocabulary, and there is no "
+            "tail; lower k, or leave it out"
+        )
     if spec.value_bits not in (6, 8):
         yield f"value_bits is {spec.value_bits}, wanted 6 or 8"
     if not 0.0 < spec.temperature <= sys.float_info.max:

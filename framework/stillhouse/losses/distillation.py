@@ -17,13 +17,15 @@ from stillhouse.losses.sparse_gradient import Objective
 
 
 class LossTerms(NamedTuple):
-    """Sums over tokens, 0-dimensional tensors. Only `total` has a gradient. A term whose weight is
-    0 is not computed, and is 0."""
+    """Sums over tokens, and extremes of their draws, 0-dimensional tensors. Only `total` has a
+    gradient. A term whose weight is 0 is not computed, and is 0."""
 
     total: Tensor  # weighted, with temperature^2 on the divergence
     divergence: Tensor  # nats at the target's temperature, unweighted
     cross_entropy: Tensor  # nats at temperature 1, unweighted
     z_loss: Tensor  # squared log-sum-exp of the logits at temperature 1, unweighted
+    max_logratio: Tensor  # the largest log(student / teacher) of a weighted draw, at least 0; nats
+    max_draw_mass: Tensor  # the largest mass of the student that one weighted draw stands for
     num_tokens: Tensor  # int64
 
 
@@ -55,12 +57,14 @@ def distillation_loss(
     D, from teacher to student, is at the target's temperature; temperature^2 keeps the size of its
     gradients (Hinton et al. 2015, arXiv 1503.02531, section 2). Cross-entropy (CE) and the z-loss
     are at temperature 1. The z-loss keeps lse, the log-sum-exp of the logits, near 0 (PaLM, arXiv
-    2204.02311, section 5: weight 1e-4). Draws serve the divergence's `forward_kl_share`; all else
-    in it takes the tail as one bucket. T = 0 is allowed: everything is zero, gradients too.
+    2204.02311, section 5: weight 1e-4). Weighted draws serve every divergence that has a
+    `generator`, blind ones the divergence's `forward_kl_share`; all else in it takes the tail as
+    one bucket. With blind draws D has a constant more, unless the target holds the tail's entropy.
+    T = 0 is allowed: everything is zero, gradients too.
 
     Raises ConfigError where the target or the labels are missing, where `divergence` is a bare
-    function, and where the target has draws alone, which only forward KL and its multiples can
-    learn from; ModelError where the vocabularies differ.
+    function, and where the target has draws alone, from which the divergence cannot learn: blind
+    ones serve only forward KL and its multiples; ModelError where the vocabularies differ.
     """
     # refuse what cannot be computed
     _require_divergence(divergence)
@@ -97,7 +101,7 @@ def _require_divergence(divergence: object) -> None:
 def _usable(
     target: CompressedLogits | None, head: Head, divergence: Divergence, *, divergence_weight: float
 ) -> CompressedLogits:
-    """The target, without its draws where the divergence holds no forward KL. Raises as
+    """The target, without its draws where the divergence does not use them. Raises as
     `distillation_loss` does."""
     if target is None:
         raise ConfigError(
@@ -110,10 +114,15 @@ def _usable(
             f"{head.vocab_size}; slice the head to the tokenizer's highest id + 1, or use targets "
             "of the same vocabulary"
         )
-    # draws alone are one bucket of mass 1: whatever is not forward KL would be left out in silence
-    if target.num_draws and target.k == 0 and not is_unbiased_with_draws(divergence):
+    # draws alone are one bucket of mass 1: what they do not serve would be left out in silence
+    weighted = target.draw_logprobs_TN is not None
+    is_unbiased = is_unbiased_with_draws(divergence, weighted=weighted)
+    if target.num_draws and target.k == 0 and not is_unbiased:
+        wanted = "a divergence with a generator" if weighted else "only forward_kl"
         raise ConfigError(
-            f"the target is {target.num_draws} draws and no exact entries, which only forward_kl "
-            "can learn from; use it, or keep entries"
+            f"the target is {target.num_draws} draws and no exact entries, which {wanted} can "
+            "learn from; use it, or keep entries"
         )
+    if weighted:
+        return target if divergence.tail_generator is not None else target.without_draws()
     return target if divergence.forward_kl_share else target.without_draws()

@@ -31,7 +31,7 @@ from stillhouse.errors import StudentError
 from stillhouse.logits import CompressedLogits, Head
 from stillhouse.losses.head_passes import block_tokens_for, passes_for
 from stillhouse.losses.head_passes_torch import Passes, logits_and_slopes
-from stillhouse.losses.sparse_gradient import Objective, loss_and_gradient, named_ids
+from stillhouse.losses.sparse_gradient import Measured, Objective, loss_and_gradient, named_ids
 
 
 class Sums(NamedTuple):
@@ -41,6 +41,9 @@ class Sums(NamedTuple):
     divergence: Tensor
     cross_entropy: Tensor
     z_loss: Tensor
+    # no sums, but the largest of a weighted draw: log(q / p), and w q / p; 0 without them
+    max_logratio: Tensor
+    max_draw_mass: Tensor
 
 
 def head_loss(
@@ -165,20 +168,25 @@ def _run_blocks(
     )
     # each adds to the sums and to the gradients
     sums_3 = torch.zeros(3, dtype=dtype, device=hidden_TH.device)
+    extremes_2 = sums_3.new_zeros(2)
     for start in range(0, num_tokens, max(1, block_tokens)):
         block = slice(start, start + block_tokens)
-        sums_3 += _run_block(hidden_TH, work, block, passes, gradients=gradients)
+        measured = _run_block(hidden_TH, work, block, passes, gradients=gradients)
+        sums_3 += measured.sums_3
+        extremes_2 = extremes_2.maximum(measured.extremes_2)
     # the weighted total
     divergence, cross_entropy, z_loss = (sums_3[i].clone() for i in range(3))
     total = objective.divergence_weight * work.temperature**2 * divergence
     total = total + objective.ce_weight * cross_entropy + objective.z_loss_weight * z_loss
-    return Sums(total, divergence, cross_entropy, z_loss)
+    return Sums(
+        total, divergence, cross_entropy, z_loss, extremes_2[0].clone(), extremes_2[1].clone()
+    )
 
 
 def _run_block(
     hidden_TH: Tensor, work: _Work, block: slice, passes: Passes, *, gradients: _Gradients
-) -> Tensor:
-    """A block's sums of (divergence, cross-entropy, lse^2). Writes its part of the gradients."""
+) -> Measured:
+    """The terms of a block's loss. Writes its part of the gradients."""
     # the block's part of the inputs
     head = work.head
     hidden_CH = hidden_TH[block].to(head.weight_VH.dtype)
@@ -192,7 +200,7 @@ def _run_block(
     logits_CX, slopes_CX = logits_and_slopes(head, products_CV.gather(1, ids.every).to(dtype))
     tail = passes.reduce_tail_(products_CV, ids.kept_CK)
     # the loss, and its gradient in the logits
-    sums_3, grad = loss_and_gradient(
+    measured, grad = loss_and_gradient(
         ids,
         ids.split(logits_CX),
         tail,
@@ -206,7 +214,7 @@ def _run_block(
         named = ids.split((grad.named_CX * slopes_CX).to(grad_CV.dtype))
         grad_CV.scatter_(1, ids.others, named.others).scatter_(1, ids.kept_CK, named.kept_CK)
         _backpropagate_(gradients, grad_CV, products_CV, hidden_CH, head.weight_VH, block=block)
-    return sums_3
+    return measured
 
 
 def _multiply(hidden_CH: Tensor, head: Head, *, out: Tensor) -> Tensor:

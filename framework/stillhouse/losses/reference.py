@@ -11,6 +11,7 @@ from torch import Tensor
 from stillhouse.logits import CompressedLogits, Head
 from stillhouse.losses.divergences import LOG_FLOOR
 from stillhouse.losses.sparse_gradient import Objective
+from stillhouse.losses.weighted_draws import tail_rest
 
 
 def reference_loss(
@@ -33,10 +34,16 @@ def reference_loss(
         logp_TK1 = torch.cat([target.logprobs_TK, target.tail_logmass_T[:, None]], dim=1)
         logp_TK1 = logp_TK1.to(logq_TK1.dtype)
         loss_T = divergence.of(logp_TK1.clamp(min=LOG_FLOOR), logq_TK1)
-        # the draws: cross-entropy within the tail
-        if target.num_draws:
-            surprise_T = (tail_T1 - logq_TV.gather(1, draws_TN)).mean(dim=1)
-            loss_T = loss_T + divergence.forward_kl_share * logp_TK1[:, -1].exp() * surprise_T
+        # the draws: the rest of the divergence, or the cross-entropy within the tail
+        within_TN = logq_TV.gather(1, draws_TN) - tail_T1
+        generator, share_T = divergence.tail_generator, logp_TK1[:, -1].exp()
+        if target.draw_logprobs_TN is not None and generator is not None:
+            loss_T = loss_T + tail_rest(target, within_TN, tail_T1, generator=generator)
+        elif target.num_draws:
+            share_T = divergence.forward_kl_share * share_T
+            loss_T = loss_T - share_T * within_TN.mean(dim=1)
+            if target.tail_entropy_T is not None:
+                loss_T = loss_T - share_T * target.tail_entropy_T
         total = objective.divergence_weight * target.temperature**2 * loss_T.sum()
     # the label loss, at temperature 1
     if labels_T is not None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from stillhouse.cluster.machine import why_too_long
 from stillhouse.config import Config, ModelSection, TargetSection, TeacherSection
 from stillhouse.engines.choice import engine_named, require_capable
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, StoreError
 from stillhouse.logits import TargetSpec
 from stillhouse.losses.divergences import divergence_named
 from stillhouse.models import (
@@ -27,7 +27,7 @@ from stillhouse.models import (
 )
 from stillhouse.pipeline.plan import Plan
 from stillhouse.sequences.source import open_sources
-from stillhouse.store import ChunkStore, Recipe
+from stillhouse.store import ChunkStore, Recipe, parse_recipe
 from stillhouse.store.object_store import Blobs
 from stillhouse.terminal import one_line
 
@@ -78,7 +78,8 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     # the recipe, and the URLs as every worker sees them
     corpus = sources.train.identity
     recipe = Recipe(
-        corpus_digest=corpus.digest if corpus.kind == "corpus" else ":".join(corpus),
+        source_kind=corpus.kind,
+        corpus_digest=corpus.digest,
         num_sequences=sources.train.num_sequences,
         sequence_length=config.corpus.sequence_length,
         packing="packed" if config.corpus.packing else "padded",
@@ -91,7 +92,11 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         num_draws=spec.num_draws,
         temperature=spec.temperature,
         value_bits=spec.value_bits,
+        weighted=spec.weighted,
+        label_logprob=spec.label_logprob,
+        tail_entropy=spec.tail_entropy,
     )
+    recipe = _as_begun(recipe, run_dir=run_dir, url=config.store.url)
     url = ChunkStore(config.store.url, recipe).url
     checkpoint_url = _absolute(student.checkpoint_url)
     sections = {
@@ -127,9 +132,32 @@ def _spec(section: TargetSection, vocab_size: int) -> TargetSpec:
             num_draws=section.tail_draws,
             value_bits=section.value_bits,
             temperature=section.temperature,
+            weighted=section.weighted_draws,
+            label_logprob=section.label_logprob,
+            tail_entropy=section.tail_entropy,
         )
     except ConfigError as error:
         raise ConfigError(f"[target] {error}") from None
+
+
+def _as_begun(recipe: Recipe, *, run_dir: Path, url: str) -> Recipe:
+    """The recipe, in format 1 where its run directory or its store was begun in format 1: the run
+    then goes on with that store's chunks. Raises RecipeError for a damaged run directory."""
+    earlier = recipe.in_format_1()
+    if earlier is None:
+        return recipe
+    # a run keeps its format, wherever its store is now
+    begun = run_dir / "recipe.json"
+    if begun.exists():
+        found = parse_recipe(begun.read_bytes(), where=str(begun))
+        return earlier if found == earlier else recipe
+    # a new run fills the store that is there
+    stores = ChunkStore(url, recipe), ChunkStore(url, earlier)
+    try:
+        is_there = [store.blobs.stat(store.recipe_key) is not None for store in stores]
+    except StoreError:  # whatever uses the store next says what is wrong with it
+        return recipe
+    return earlier if is_there == [False, True] else recipe
 
 
 def _number_format(teacher: TeacherSection) -> str:

@@ -56,8 +56,11 @@ def _of_the_targets(summary: Summary, config: Config) -> list[tuple[str, str]]:
 def _of_the_training(summary: Summary, config: Config) -> list[tuple[str, str]]:
     """Loss, schedule, steps, ranks and versions, each as (name, value)."""
     start, student = summary.start, config.get("student", {})
+    divergence, first_steps = student.get("divergence"), student.get("forward_kl_steps")
+    if first_steps:
+        divergence = f"{divergence} (forward_kl for the first {first_steps:,} steps)"
     terms = [
-        (student.get("divergence_weight"), student.get("divergence")),
+        (student.get("divergence_weight"), divergence),
         (student.get("ce_weight"), "cross-entropy"),
     ]
     batch = student.get("global_batch_sequences")

@@ -15,8 +15,7 @@ import numpy as np
 import xxhash
 
 from stillhouse.errors import ChunkError
-from stillhouse.logits.record import CODEC_VERSION
-from stillhouse.store.recipe import FORMAT_VERSION, Recipe, canonical_json
+from stillhouse.store.recipe import Recipe, canonical_json
 
 Buffer = bytes | memoryview
 
@@ -163,18 +162,7 @@ def _checksum_start(data: bytes) -> int:
 
 
 def _metadata(recipe: Recipe, number: int) -> dict[str, Any]:
-    return {
-        "chunk": number,
-        "codec": recipe.spec.codec_name,
-        "codec_version": CODEC_VERSION,
-        "fingerprint": recipe.fingerprint,
-        "format": FORMAT_VERSION,
-        "k": recipe.k,
-        "num_draws": recipe.num_draws,
-        "temperature": float(recipe.temperature),
-        "value_bits": recipe.value_bits,
-        "vocab_size": recipe.vocab_size,
-    }
+    return {"chunk": number, "fingerprint": recipe.fingerprint, **recipe.target_values}
 
 
 def _check_metadata(found: dict[str, Any], recipe: Recipe, number: int) -> None:

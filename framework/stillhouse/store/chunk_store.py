@@ -2,9 +2,11 @@
 publishing twice is harmless.
 
 <root>/<first 16 digits of the fingerprint>/recipe.json
-<root>/<the same>/chunks/0000000012.safetensors         created once, never changed
+<root>/<the same>/chunks/20/0000000012.safetensors      created once, never changed
 <root>/<the same>/quarantine/                           chunks that were found bad; never read
 <root>/<the same>/readers/                              its consumers: see consumers.py
+
+In format 1 chunks lie in chunks/ itself.
 """
 
 import re
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.logits.codec import decode
@@ -35,7 +38,7 @@ from stillhouse.store.object_store import Blob, Blobs
 from stillhouse.store.probe import require_create_only
 from stillhouse.store.recipe import Recipe, differences, parse_recipe
 
-_CHUNK_KEY = re.compile(r"[0-9a-f]{16}/chunks/([0-9]{10})\.safetensors")
+_CHUNK_KEY = re.compile(r"[0-9a-f]{16}/chunks/((?:[0-9a-f]{2}/)?([0-9]{10})\.safetensors)")
 _MOST_INDEXES = 1024
 
 
@@ -156,8 +159,8 @@ class ChunkStore:
     def listing(self) -> Listing:
         """The chunks that are there. In a directory each one is opened, since it may be cut short;
         an object in a bucket is whole."""
-        blobs = self.blobs.under(f"{self.folder}/chunks")
-        there = {number for blob in blobs if (number := number_of(blob.key)) is not None}
+        blobs, version = self.blobs.under(f"{self.folder}/chunks"), self.recipe.format
+        there = {number for blob in blobs if (number := number_of(blob.key, version)) is not None}
         if self.blobs.directory is None:
             return Listing(there, cut=set())
         known = {number for number in there if number < self.recipe.num_chunks}
@@ -250,7 +253,7 @@ class ChunkStore:
         """A chunk's key under the root. Raises RecipeError on a number that the recipe does not
         have."""
         self.recipe.chunk_rows(number)
-        return f"{self.folder}/chunks/{number:010d}.safetensors"
+        return f"{self.folder}/chunks/{_chunk_name(number, self.recipe.format)}"
 
     def _read_anew(self, number: int, rows: Sequence[int]) -> tuple[ChunkIndex, Chunk]:
         most_bytes = index_bytes(self.recipe, number)
@@ -284,10 +287,19 @@ def _moment(blob: Blob) -> str:
     return blob.modified.strftime("%Y%m%dT%H%M%S.%f")
 
 
-def number_of(key: str) -> int | None:
-    """The number of the chunk with this key; None where it is no chunk's key."""
+def number_of(key: str, version: int) -> int | None:
+    """The number of the chunk with this key in a store of format `version`; None where it is no
+    chunk's key, as that of another format is not."""
     match = _CHUNK_KEY.fullmatch(key)
-    return int(match[1]) if match else None
+    return int(match[2]) if match and match[1] == _chunk_name(int(match[2]), version) else None
+
+
+def _chunk_name(number: int, version: int) -> str:
+    """A chunk's key under chunks/. Format 2 spreads chunks over 256 prefixes, by the XXH3 of the
+    number's ten digits: object stores limit the requests to a prefix."""
+    digits = f"{number:010d}"
+    spread = "" if version == 1 else f"{xxhash.xxh3_64_hexdigest(digits.encode('ascii'))[:2]}/"
+    return f"{spread}{digits}.safetensors"
 
 
 def recipe_at(blobs: Blobs, key: str) -> Recipe:

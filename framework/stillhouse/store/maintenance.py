@@ -51,7 +51,9 @@ def list_recipes(url: str) -> list[StoredRecipe]:
         except RecipeError:
             continue
         objects = blobs.under(f"{folder}/chunks")
-        sizes = [blob.num_bytes for blob in objects if number_of(blob.key) is not None]
+        sizes = [
+            blob.num_bytes for blob in objects if number_of(blob.key, recipe.format) is not None
+        ]
         found.append(StoredRecipe(folder, recipe, len(sizes), sum(sizes)))
     return found
 
@@ -73,7 +75,7 @@ def verify_store(url: str) -> Iterator[Finding]:
 def verify_chunks(store: ChunkStore) -> Iterator[Finding]:
     """Read every chunk of a recipe: a finding for each object among them. Changes nothing."""
     for blob in store.blobs.under(f"{store.folder}/chunks"):
-        number = number_of(blob.key)
+        number = number_of(blob.key, store.recipe.format)
         yield Finding(blob.key, number, _problem_with(store, number))
 
 

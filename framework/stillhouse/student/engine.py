@@ -42,6 +42,8 @@ class StepTerms:
     cross_entropy: float | None
     z_loss: float | None  # nats squared
     num_tokens: int
+    max_log_ratio: float | None = None  # of a weighted draw: see `TrainEvent`
+    max_draw_mass: float | None = None
     grad_norm: float = math.nan  # before clipping; NaN before the optimiser step
 
 
@@ -76,18 +78,20 @@ class StudentEngine:
         self._copies = _HostCopies(device)
         _deepspeed_compat.save_through(self._engine, self._copies)
 
-    def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepTerms:
+    def train_step(
+        self, batches: Sequence[MicroBatch], *, step: int, learning_rate: float
+    ) -> StepTerms:
         """Forward, backward and optimiser step over this rank's micro-batches, of which every rank
-        has `num_micro_batches`.
+        has `num_micro_batches`. `step`: the optimiser steps before it, which choose the divergence.
 
         Raises StudentError on every rank where a loss or gradient is not finite: the weights are
         then as before the step, or unusable.
         """
-        terms = self.accumulate(batches)
+        terms = self.accumulate(batches, step=step)
         _require_finite("loss", terms.loss)
         return replace(terms, grad_norm=self._optimiser_step(learning_rate))
 
-    def accumulate(self, batches: Sequence[MicroBatch]) -> StepTerms:
+    def accumulate(self, batches: Sequence[MicroBatch], *, step: int) -> StepTerms:
         """Forward and backward over the micro-batches, without the optimiser step."""
         # DeepSpeed averages over ranks: this makes that the mean over all tokens
         own_tokens = float(sum(batch.tokens.num_targets for batch in batches))
@@ -95,22 +99,33 @@ class StudentEngine:
         share = self._world_size / max(num_tokens, 1.0)
         # gradients add up in the engine
         sums_4 = torch.zeros(4, dtype=torch.float64, device=self.device)
+        extremes_2 = sums_4[:2].clone()
         for index, batch in enumerate(batches):
             if index > 0:
                 self._engine.step()  # ends a micro-batch; the optimiser steps at the last one
-            terms: LossTerms = self._engine(batch.to(self.device))
+            terms: LossTerms = self._engine(batch.to(self.device), step=step)
             sums_4 += torch.stack(terms[:4]).detach().double()
+            largest_2 = torch.stack([terms.max_logratio, terms.max_draw_mass])
+            extremes_2 = extremes_2.maximum(largest_2.double())
             self._engine.backward(terms.total * share, scale_wrt_gas=False)
         # means over the tokens of all ranks
         loss, divergence, cross_entropy, z_loss = (
             value / max(num_tokens, 1.0) for value in self._sum_over_ranks(sums_4.tolist())
         )
+        has_weights = self.section.divergence_weight > 0 and any(
+            batch.target.draw_logprobs_TN is not None for batch in batches
+        )
+        if has_weights:
+            dist.all_reduce(extremes_2, op=dist.ReduceOp.MAX)
+        max_log_ratio, max_draw_mass = extremes_2.tolist() if has_weights else (None, None)
         return StepTerms(
             loss,
             divergence if self.section.divergence_weight > 0 else None,
             cross_entropy if self.section.ce_weight > 0 else None,
             z_loss if self.section.z_loss_weight > 0 else None,
             int(num_tokens),
+            max_log_ratio,
+            max_draw_mass,
         )
 
     def snapshot(self, step: int) -> Snapshot:

@@ -51,6 +51,8 @@ class TrainJob:
         settings = {name: values[name] for name in _DECIDE_WEIGHTS}
         settings["model"] = Path(self.section.model).name
         settings["divergence"] = divergence_identity(self.section.divergence)
+        if self.section.forward_kl_steps:  # left out at 0: checkpoints from before it was known
+            settings["forward_kl_steps"] = self.section.forward_kl_steps
         return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
     @property

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from stillhouse.config import StudentSection
 from stillhouse.logits import Head
 from stillhouse.losses.distillation import LossTerms, distillation_loss
-from stillhouse.losses.divergences import divergence_named
+from stillhouse.losses.divergences import divergence_named, forward_kl
 from stillhouse.models import head_of
 from stillhouse.models.batch import hidden_at
 from stillhouse.student.loader import MicroBatch
@@ -21,7 +21,9 @@ from stillhouse.student.loader import MicroBatch
 class DistillationHead(nn.Module):
     """The LM head and the loss as one submodule, which owns the head's weight: ZeRO-3 gathers a
     module's parameters for its forward, so that the weight is gathered once for all token
-    blocks."""
+    blocks.
+
+    The divergence is a pure function of the step, so that a resumed training has the same."""
 
     def __init__(
         self, head: Head, weight: nn.Parameter, bias: nn.Parameter | None, section: StudentSection
@@ -33,7 +35,8 @@ class DistillationHead(nn.Module):
         self._divergence = divergence_named(section.divergence, section.mix)
         self._section = section
 
-    def forward(self, hidden_TH: Tensor, batch: MicroBatch) -> LossTerms:
+    def forward(self, hidden_TH: Tensor, batch: MicroBatch, step: int) -> LossTerms:
+        is_near = step >= self._section.forward_kl_steps
         head = replace(
             self._head_without_weights,
             weight_VH=_first_rows(self.weight, self._vocab_size),
@@ -43,7 +46,7 @@ class DistillationHead(nn.Module):
             hidden_TH,
             head,
             batch.target,
-            divergence=self._divergence,
+            divergence=self._divergence if is_near else forward_kl,
             labels_T=batch.tokens.labels_T,
             ce_weight=self._section.ce_weight,
             divergence_weight=self._section.divergence_weight,
@@ -53,8 +56,8 @@ class DistillationHead(nn.Module):
 
 
 class StudentModule(nn.Module):
-    """A causal LM from a micro-batch to its loss. Only positions that have a target reach the
-    head."""
+    """A causal LM from a micro-batch, and the number of optimiser steps before it, to its loss.
+    Only positions that have a target reach the head."""
 
     def __init__(self, lm: PreTrainedModel, *, section: StudentSection, vocab_size: int):
         super().__init__()
@@ -63,8 +66,8 @@ class StudentModule(nn.Module):
         head, bias = head_of(lm, vocab_size=vocab_size), getattr(output, "bias", None)
         self.head = DistillationHead(head, output.weight, bias, section)
 
-    def forward(self, batch: MicroBatch) -> LossTerms:
-        terms: LossTerms = self.head(hidden_at(self.lm, batch.tokens), batch)
+    def forward(self, batch: MicroBatch, *, step: int) -> LossTerms:
+        terms: LossTerms = self.head(hidden_at(self.lm, batch.tokens), batch, step)
         return terms
 
 

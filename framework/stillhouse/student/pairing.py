@@ -1,9 +1,9 @@
 """Whether a student's divergence can learn from its targets: where it sees the tail as one bucket,
 the kept entries must hold most of the teacher's mass.
 
-Only forward KL and its multiples get the gradient of the whole vocabulary from draws. Every other
-divergence sees all that a target does not keep as one bucket, and gives the student no gradient
-within it.
+Weighted draws give every divergence with a generator the gradient of the whole vocabulary, blind
+draws only forward KL and its multiples. Every other pairing sees all that a target does not keep as
+one bucket, and gives the student no gradient within it.
 """
 
 from stillhouse.config import StudentSection
@@ -17,15 +17,17 @@ bucket reached three quarters of what the whole distribution gains. Where they h
 ended further from their teacher than students of the text alone."""
 
 
-def depends_on_kept_mass(section: StudentSection) -> bool:
-    """Whether the student sees the tail as one bucket, without `tail_as_bucket` in its config.
+def depends_on_kept_mass(section: StudentSection, spec: TargetSpec) -> bool:
+    """Whether the student sees the tail of such targets as one bucket, without `tail_as_bucket` in
+    its config.
 
     Forward KL never does: it has draws by default, so `target.tail_draws = 0` is an explicit choice
     of the bucket.
     """
     if section.divergence_weight == 0.0 or section.tail_as_bucket:
         return False
-    return not is_unbiased_with_draws(divergence_named(section.divergence, section.mix))
+    divergence = divergence_named(section.divergence, section.mix)
+    return not is_unbiased_with_draws(divergence, weighted=spec.weighted)
 
 
 def require_kept_mass(section: StudentSection, spec: TargetSpec, *, kept_mass: float) -> None:
@@ -39,7 +41,18 @@ def require_kept_mass(section: StudentSection, spec: TargetSpec, *, kept_mass: f
         f"entries of a token as one bucket{unused}; in the first batch these entries hold "
         f"{kept_mass:.1%} of the teacher's mass, wanted at least {LEAST_KEPT_MASS:.0%}. The other "
         f"{1.0 - kept_mass:.1%} would be that bucket: measured with 60 % in it, such students "
-        "ended further from their teacher than students that never met it. Set student.divergence "
+        "ended further from their teacher than students that never met it. "
+        f"{_cure_by_weights(section)}Set student.divergence "
         '= "forward_kl", which draws (target.tail_draws = 40) keep unbiased; or keep more entries '
         "(a larger target.k); or say that one bucket is wanted: student.tail_as_bucket = true"
+    )
+
+
+def _cure_by_weights(section: StudentSection) -> str:
+    """What to store for a divergence that weighted draws complete; nothing for another one."""
+    if divergence_named(section.divergence, section.mix).generator is None:
+        return ""
+    return (
+        "Store draws that this divergence can use (target.weighted_draws = true, "
+        "target.tail_draws = 25), which needs a store of their own. Or else: "
     )

@@ -235,7 +235,7 @@ def _agreed(
 def _require_learnable_targets(batch: Batch, job: TrainJob, device: torch.device) -> None:
     """Of the first batch of a training. Raises ConfigError on every rank where the divergence sees
     the tail as one bucket, and the kept entries of all ranks hold too little mass. A collective."""
-    if batch.step > 0 or not depends_on_kept_mass(job.section):
+    if batch.step > 0 or not depends_on_kept_mass(job.section, job.recipe.spec):
         return
     mass_T = torch.cat([kept_mass(micro_batch.target) for micro_batch in batch.micro_batches])
     sums = torch.tensor([mass_T.sum().item(), len(mass_T)], dtype=torch.float64, device=device)
@@ -256,7 +256,7 @@ def _train_step(
     # the step
     learning_rate = learning_rate_at(step, section=job.section, total_steps=job.total_steps)
     try:
-        terms = engine.train_step(batch.micro_batches, learning_rate=learning_rate)
+        terms = engine.train_step(batch.micro_batches, step=step, learning_rate=learning_rate)
     except StudentError as error:
         shown = ", ".join(map(str, batch.sequences[:8]))
         raise StudentError(
@@ -281,6 +281,9 @@ def _train_step(
         data_wait_s=data_wait_s,
         tokens_per_s=terms.num_tokens / seconds,
         world_size=dist.get_world_size(),
+        clipped=terms.grad_norm > job.section.gradient_clip,
+        max_log_ratio=terms.max_log_ratio,
+        max_draw_mass=terms.max_draw_mass,
     )
 
 

@@ -119,6 +119,11 @@ class TrainEvent(RunEvent):
     tokens_per_s: float  # num_tokens / seconds
     z_loss: float | None = None  # squared log-sum-exp of its logits; None where not computed
     world_size: int = 1  # ranks that shared the step
+    clipped: bool | None = None  # whether the gradient was; None in a journal before it was written
+    # Over the step's weighted draws, None without them. A log-ratio alone is no alarm, since a draw
+    # that is rare in the teacher weighs little; a mass above 1 is: one draw decides the gradient.
+    max_log_ratio: float | None = None  # the largest log(student / teacher), at least 0, nats
+    max_draw_mass: float | None = None  # the largest mass of the student that a draw stands for
 
 
 @dataclass(frozen=True, slots=True)

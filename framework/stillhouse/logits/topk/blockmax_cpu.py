@@ -1,11 +1,12 @@
-"""Block-max filter in C: an exact top-k that reads each logit once, on one CPU core or several.
+"""Block-max filter in C: an exact top-k that reads each logit once, and targets of it, on one CPU
+core or several.
 
-Shapes: T tokens, V vocabulary, K kept entries, M blocks of a row.
+Shapes: T tokens, V vocabulary, K kept entries, N draws, M blocks of a row.
 
-`blockmax.c` is compiled at its first use in a process. It is plain C without torch's headers, so
-the machine's own compiler needs a third of a second, and compiles for its very processor. Nothing
-is kept on disk that could be stale, or of another machine. Without a compiler, or with a wrong
-result of one, the reason is a value, and the caller takes another backend.
+`blockmax.c` and `targets.c` are compiled at their first use in a process. They are plain C without
+torch's headers, so the machine's own compiler needs less than a second, and compiles for its very
+processor. Nothing is kept on disk that could be stale, or of another machine. Without a compiler,
+or with a wrong result of one, the reason is a value, and the caller takes another backend.
 """
 
 import ctypes
@@ -18,13 +19,17 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stillhouse.logits.compressed import CompressedLogits
+from stillhouse.logits.spec import TargetSpec
+from stillhouse.logits.topk.draws import draw, or_lowest
 from stillhouse.logits.topk.found import RawTopK
 
-_SOURCE = Path(__file__).with_name("blockmax.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("blockmax.c", "targets.c")]
 _OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_TIMEOUT_S = 60
@@ -36,9 +41,11 @@ _LOGITS_PER_CONVERSION = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """`split_rows` of `blockmax.c` and the compiler's name, or None and the reason."""
+    """`split_rows` of `blockmax.c`, `make_targets` of `targets.c` and the compiler's name, or None
+    twice and the reason."""
 
     split_rows: Callable[..., int] | None
+    make_targets: Callable[..., int] | None
     reason: str
 
 
@@ -56,32 +63,39 @@ def compile_with(compiler: str | None) -> Compiled:
     """
     # compile and load
     if compiler is None:
-        return Compiled(None, f"there is no C compiler ({', '.join(_COMPILERS)}) on the path")
+        return _without(f"there is no C compiler ({', '.join(_COMPILERS)}) on the path")
     with TemporaryDirectory(prefix="stillhouse-") as directory:
         library = Path(directory) / "blockmax.so"
         try:
             subprocess.run(
-                [compiler, *_OPTIONS, str(_SOURCE), "-o", str(library)],
+                [compiler, *_OPTIONS, *map(str, _SOURCES), "-lm", "-o", str(library)],
                 check=True,
                 capture_output=True,
                 timeout=_COMPILE_TIMEOUT_S,
             )
-            split_rows = ctypes.CDLL(str(library)).split_rows
+            loaded = ctypes.CDLL(str(library))
+            split_rows, make_targets = loaded.split_rows, loaded.make_targets
         except subprocess.CalledProcessError as failure:
             found = failure.stderr.decode(errors="replace").strip()
             found = found or f"exit status {failure.returncode}"
-            return Compiled(
-                None, f"{compiler} does not compile {_SOURCE.name}: {found.splitlines()[0]}"
+            return _without(
+                f"{compiler} does not compile {_SOURCES[0].name}: {found.splitlines()[0]}"
             )
         except (OSError, AttributeError, subprocess.TimeoutExpired) as failure:
-            return Compiled(None, f"{compiler} makes nothing that can be loaded: {failure}")
+            return _without(f"{compiler} makes nothing that can be loaded: {failure}")
 
     # declare and try
-    pointer, counts = ctypes.c_void_p, 4 * [ctypes.c_int64]
-    split_rows.argtypes = [pointer, ctypes.c_int32, *counts, ctypes.c_double, *(4 * [pointer])]
-    if not _is_right(split_rows):
-        return Compiled(None, f"{compiler} makes a {_SOURCE.name} that answers wrongly")
-    return Compiled(split_rows, f"compiled by {compiler}")
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    rows: list[Any] = [pointer, ctypes.c_int32, *(4 * [count]), ctypes.c_double]
+    split_rows.argtypes = [*rows, *(4 * [pointer])]
+    make_targets.argtypes = [*rows, count, *(6 * [pointer])]
+    if not _is_right(split_rows, make_targets):
+        return _without(f"{compiler} makes a {_SOURCES[0].name} that answers wrongly")
+    return Compiled(split_rows, make_targets, f"compiled by {compiler}")
+
+
+def _without(reason: str) -> Compiled:
+    return Compiled(None, None, reason)
 
 
 def split(
@@ -92,19 +106,74 @@ def split(
     V is at least 1. Contiguous rows of float32 or bfloat16 are read in place; others are converted
     or copied, some at a time. Raises MemoryError.
     """
-    # outputs
     num_tokens, vocab_size = logits_TV.shape
     ids_TK = torch.empty((num_tokens, k), dtype=torch.int32)
     values_TK, rest_base_T = torch.empty((num_tokens, k)), torch.empty(num_tokens)
     rest_sums_TM = torch.empty((num_tokens, -(-vocab_size // _BLOCK_IDS)))
 
-    def fill(start: int, stop: int) -> None:
+    def fill(rows: slice, *row_arguments: int) -> int:
+        outputs = (out[rows].data_ptr() for out in (ids_TK, values_TK, rest_base_T, rest_sums_TM))
+        return split_rows(*row_arguments, k, temperature, *outputs)
+
+    _for_rows(logits_TV, fill)
+    return RawTopK(ids_TK, values_TK, rest_base_T, rest_sums_TM, _BLOCK_IDS)
+
+
+def suits(spec: TargetSpec) -> bool:
+    """Whether `targets` makes targets of this spec: blind draws, from few of a row's blocks."""
+    has_more = spec.weighted or spec.label_logprob or spec.tail_entropy
+    return not has_more and 2 * spec.num_draws * _BLOCK_IDS <= spec.vocab_size
+
+
+def targets(
+    make_targets: Callable[..., int], logits_TV: Tensor, spec: TargetSpec, seeds_T: Tensor
+) -> tuple[CompressedLogits, Tensor]:
+    """What `normalise` makes of a `split`, with the draws of `draw_rest`, and the log-sum-exp, for
+    a spec that `suits`.
+
+    Logits as for `split`; seeds_T: int64 [T]. Raises MemoryError.
+    """
+    # everything by row
+    num_tokens, num_draws = len(logits_TV), spec.num_draws
+    seeds_T = seeds_T.contiguous()
+    ids_TK, draws_TN = (
+        torch.empty((num_tokens, num), dtype=torch.int32) for num in (spec.k, num_draws)
+    )
+    logprobs_TK = torch.empty((num_tokens, spec.k))
+    tail_logmass_T, lse_T = torch.empty(num_tokens), torch.empty(num_tokens)
+
+    def fill(rows: slice, *row_arguments: int) -> int:
+        given_and_made = seeds_T, ids_TK, logprobs_TK, tail_logmass_T, lse_T, draws_TN
+        pointers = (tensor[rows].data_ptr() for tensor in given_and_made)
+        return make_targets(*row_arguments, spec.k, spec.temperature, num_draws, *pointers)
+
+    _for_rows(logits_TV, fill)
+
+    # draws where there is no mass
+    if num_draws and bool((tail_logmass_T == -torch.inf).any()):
+        draws_TN = or_lowest(draws_TN, ids_TK, vocab_size=spec.vocab_size)
+    target = CompressedLogits(
+        ids_TK,
+        logprobs_TK,
+        tail_logmass_T,
+        draws_TN,
+        vocab_size=spec.vocab_size,
+        temperature=spec.temperature,
+    )
+    return target, lse_T
+
+
+def _for_rows(logits_TV: Tensor, fill: Callable[..., int]) -> None:
+    """Call `fill(rows, ...)` for stretches of rows, with the arguments of C that say where the
+    logits of these rows are: address, whether they are bfloat16, stride, number of rows, V."""
+    num_tokens, vocab_size = logits_TV.shape
+
+    def fill_stretch(start: int, stop: int) -> None:
         rows_TV = logits_TV[start:stop]
         rows_TV = (rows_TV if rows_TV.dtype in _READ_AS_THEY_ARE else rows_TV.float()).detach()
         rows_TV = rows_TV if rows_TV.stride(1) == 1 or vocab_size == 1 else rows_TV.contiguous()
-        outputs = (out[start:].data_ptr() for out in (ids_TK, values_TK, rest_base_T, rest_sums_TM))
-        rows = (rows_TV.data_ptr(), rows_TV.dtype == torch.bfloat16, rows_TV.stride(0))
-        if split_rows(*rows, stop - start, vocab_size, k, temperature, *outputs) != 0:
+        place = (rows_TV.data_ptr(), rows_TV.dtype == torch.bfloat16, rows_TV.stride(0))
+        if fill(slice(start, stop), *place, stop - start, vocab_size) != 0:
             raise MemoryError(f"no memory for the top-k of {vocab_size} logits")
 
     # stretches of rows: one for each thread, or as many as are converted at a time
@@ -117,22 +186,35 @@ def split(
     bounds = list(pairwise([*range(0, num_tokens, max(1, rows_at_once)), num_tokens]))
     if num_threads == 1:
         for start, stop in bounds:
-            fill(start, stop)
+            fill_stretch(start, stop)
     else:
         with ThreadPoolExecutor(num_threads) as pool:  # C runs without the interpreter's lock
-            list(pool.map(fill, *zip(*bounds, strict=True)))
-    return RawTopK(ids_TK, values_TK, rest_base_T, rest_sums_TM, _BLOCK_IDS)
+            list(pool.map(fill_stretch, *zip(*bounds, strict=True)))
 
 
-def _is_right(split_rows: Callable[..., int]) -> bool:
-    """Whether a few rows of distinct numbers have the result of a sort and a log-sum-exp."""
+def _is_right(split_rows: Callable[..., int], make_targets: Callable[..., int]) -> bool:
+    """Whether a few rows of distinct numbers have the result of a sort and a log-sum-exp, and the
+    draws of the definition."""
+    # the definition, in float64
     random = torch.Generator().manual_seed(0)
     logits_TV = torch.randn(3, 300, generator=random, dtype=torch.float64).float()
+    seeds_T, spec = torch.arange(3), TargetSpec(300, 5, num_draws=1, temperature=2.0)
     values_TV, ids_TV = logits_TV.sort(dim=1, descending=True)
+    ids_TK, lse_T = ids_TV[:, :5], (logits_TV / 2).logsumexp(dim=1)
+    wanted_rest_T = (values_TV[:, 5:] / 2).logsumexp(dim=1)
+    tail_TV = logits_TV.scatter(1, ids_TK, -torch.inf) / 2
+
+    # what C makes of them
     raw = split(split_rows, logits_TV, k=5, temperature=2.0)
     rest_T = raw.rest_base_T / 2 + raw.rest_sums_TM.sum(dim=1).log()
+    target, found_lse_T = targets(make_targets, logits_TV, spec, seeds_T)
     return (
-        torch.equal(raw.token_ids_TK.long(), ids_TV[:, :5])
+        torch.equal(raw.token_ids_TK.long(), ids_TK)
         and torch.equal(raw.logits_TK, values_TV[:, :5])
-        and torch.allclose(rest_T, (values_TV[:, 5:] / 2).logsumexp(dim=1), atol=1e-5)
+        and torch.allclose(rest_T, wanted_rest_T, atol=1e-5)
+        and torch.equal(target.token_ids_TK.long(), ids_TK)
+        and torch.allclose(target.logprobs_TK, values_TV[:, :5] / 2 - lse_T[:, None], atol=1e-5)
+        and torch.allclose(target.tail_logmass_T, wanted_rest_T - lse_T, atol=1e-5)
+        and torch.allclose(found_lse_T, lse_T, atol=1e-5)
+        and torch.equal(target.tail_ids_TN, draw(tail_TV, seeds_T, num_draws=1))
     )

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -31,8 +32,13 @@ from stillhouse.logits.head import AS_IT_IS, Curve, Head, products_in_blocks
 from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk import blockmax_cpu, blockmax_torch
 from stillhouse.logits.topk.draws import draw_rest
-from stillhouse.logits.topk.found import RawTopK, normalise
-from stillhouse.logits.topk.reference import checked_seeds, compress_reference
+from stillhouse.logits.topk.found import (
+    RawTopK,
+    entropy_of_rest,
+    logprobs_at,
+    normalise,
+)
+from stillhouse.logits.topk.reference import checked_labels, checked_seeds, compress_reference
 
 # Between these, neither a temperature nor its reciprocal overflows a product with a difference of
 # logits.
@@ -44,23 +50,34 @@ LogitsOf = Callable[[slice | Tensor], Tensor]
 
 @torch.no_grad()
 def compress(
-    logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None
+    logits_TV: Tensor,
+    spec: TargetSpec,
+    *,
+    seeds_T: Tensor | None = None,
+    labels_T: Tensor | None = None,
 ) -> CompressedLogits:
     """Compress logits to targets: for each row, K exact entries, the tail's mass and N draws.
 
     logits_TV: float16, bfloat16 or float32, on any device, of any strides; a logit of -inf is a
     probability of 0. seeds_T: int64 [T], from `token_seeds`, needed for draws; logits and seeds
     alone decide them. Where the tail has no mass, draws are the lowest id that is not kept.
+    labels_T: int64 [T], the ids of the tokens that really follow, for a spec with label_logprob.
 
-    Raises ConfigError for logits of another vocabulary or missing seeds, and TeacherError naming
-    the first token whose logits hold NaN or +inf, or nothing above -inf.
+    Raises ConfigError for logits of another vocabulary, and for seeds or labels that are missing or
+    of no use, and TeacherError naming the first token whose logits hold NaN or +inf, or nothing
+    above -inf.
 
         spec = TargetSpec(vocab_size=logits_TV.shape[1], k=64)
         compressed = compress(logits_TV, spec)
     """
-    seeds_T = checked_seeds(seeds_T, logits_TV, spec=spec, vocab_size=logits_TV.shape[1])
     return compress_in_blocks(
-        lambda rows: logits_TV[rows], spec, seeds_T=seeds_T, block_tokens=len(logits_TV)
+        lambda rows: logits_TV[rows],
+        spec,
+        Tokens.of(
+            checked_seeds(seeds_T, logits_TV, spec=spec, vocab_size=logits_TV.shape[1]),
+            checked_labels(labels_T, logits_TV, spec=spec),
+        ),
+        block_tokens=len(logits_TV),
     )
 
 
@@ -71,6 +88,7 @@ def compress_hidden(
     *,
     spec: TargetSpec,
     seeds_T: Tensor | None = None,
+    labels_T: Tensor | None = None,
     block_tokens: int = 1024,
 ) -> CompressedLogits:
     """`compress(head.logits(hidden_TH), spec)` in blocks, so that [T, V] logits never exist.
@@ -87,17 +105,18 @@ def compress_hidden(
             f"the hidden states are on {hidden_TH.device}, the head's weight on "
             f"{head.weight_VH.device}; move one to the other"
         )
-    seeds_T = checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size)
-    products_of, curve = products_in_blocks(head, hidden_TH, block_tokens=block_tokens)
-    return compress_in_blocks(
-        products_of, spec, seeds_T=seeds_T, block_tokens=block_tokens, curve=curve
+    tokens = Tokens.of(
+        checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size),
+        checked_labels(labels_T, hidden_TH, spec=spec),
     )
+    products_of, curve = products_in_blocks(head, hidden_TH, block_tokens=block_tokens)
+    return compress_in_blocks(products_of, spec, tokens, block_tokens=block_tokens, curve=curve)
 
 
 def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backend:
     """The backend that `compress` takes for such logits, and the reason.
 
-    The first call compiles: in C for a third of a second, for a GPU for some seconds. Raises a
+    The first call compiles: in C for less than a second, for a GPU for some seconds. Raises a
     failure of the GPU kernels' self-test that may pass, such as too little memory; the next call
     tries again.
     """
@@ -141,11 +160,27 @@ def _accelerator_backend(
     return Backend("triton", f"its kernels passed their test on {device}")
 
 
+class Tokens(NamedTuple):
+    """What is known of each token beside its logits, int64 [T]."""
+
+    numbers_T: Tensor  # from 0, for errors
+    seeds_T: Tensor
+    labels_T: Tensor  # zeros where the target keeps no label
+
+    @classmethod
+    def of(cls, seeds_T: Tensor, labels_T: Tensor) -> Self:
+        return cls(torch.arange(len(seeds_T), device=seeds_T.device), seeds_T, labels_T)
+
+    def at(self, rows: slice | Tensor) -> Self:
+        """Those of some rows."""
+        return type(self)(*(tensor[rows] for tensor in self))
+
+
 def compress_in_blocks(
     logits_of: LogitsOf,
     spec: TargetSpec,
+    tokens: Tokens,
     *,
-    seeds_T: Tensor,
     block_tokens: int,
     curve: Curve = AS_IT_IS,
     choose_backend: Callable[..., Backend] = backend_for,
@@ -156,14 +191,14 @@ def compress_in_blocks(
     with before the next. `choose_backend` is called as `backend_for` is, once a block.
     """
     # every block by its backend
-    numbers_T = torch.arange(len(seeds_T), device=seeds_T.device)
+    num_tokens = len(tokens.numbers_T)
     blocks = [
         slice(start, start + block_tokens)
-        for start in range(0, max(1, len(seeds_T)), max(1, block_tokens))
+        for start in range(0, max(1, num_tokens), max(1, block_tokens))
     ]
     parts, doubts = zip(
         *(
-            _compress_block(logits_of(at), curve, spec, seeds_T[at], numbers_T[at], choose_backend)
+            _compress_block(logits_of(at), curve, spec, tokens.at(at), choose_backend)
             for at in blocks
         ),
         strict=True,
@@ -173,47 +208,78 @@ def compress_in_blocks(
     # the rows in doubt again, by the reference
     if not doubtful_T.any():
         return target
-    rows_T = numbers_T[doubtful_T]
+    rows_T = tokens.numbers_T[doubtful_T]
     again = [
-        compress_reference(
-            curve.logits(logits_of(part_T)), spec, seeds_T=seeds_T[part_T], tokens_T=part_T
-        )
+        _by_reference(curve.logits(logits_of(part_T)), spec, tokens.at(part_T))
         for part_T in rows_T.split(block_tokens)
     ]
     return target.with_rows(rows_T, concatenate(again))
+
+
+def _by_reference(logits_TV: Tensor, spec: TargetSpec, tokens: Tokens) -> CompressedLogits:
+    return compress_reference(
+        logits_TV,
+        spec,
+        seeds_T=tokens.seeds_T,
+        labels_T=tokens.labels_T if spec.label_logprob else None,
+        tokens_T=tokens.numbers_T,
+    )
 
 
 def _compress_block(
     products_TV: Tensor,
     curve: Curve,
     spec: TargetSpec,
-    seeds_T: Tensor,
-    numbers_T: Tensor,
+    tokens: Tokens,
     choose_backend: Callable[..., Backend],
 ) -> tuple[CompressedLogits, Tensor]:
-    """Targets of the rows of these numbers, and bool [T]: the rows in doubt."""
-    # a backend that makes the whole target
+    """Targets of the rows of these tokens, and bool [T]: the rows in doubt."""
+    # all at once, where kernels or C make such a target whole
     k, temperature = spec.k, spec.temperature
     backend = choose_backend(products_TV, k=k, temperature=temperature)
     has_more = spec.weighted or spec.label_logprob or spec.tail_entropy
     if backend.name == "triton" and not has_more:
         from stillhouse.logits.topk import blockmax_triton
 
-        return blockmax_triton.compress_block(products_TV, curve, spec, seeds_T=seeds_T)
+        return blockmax_triton.compress_block(products_TV, curve, spec, seeds_T=tokens.seeds_T)
     logits_TV = curve.logits(products_TV)
     if backend.name == "reference":
-        target = compress_reference(logits_TV, spec, seeds_T=seeds_T, tokens_T=numbers_T)
-        return target, torch.zeros_like(numbers_T, dtype=torch.bool)
+        target = _by_reference(logits_TV, spec, tokens)
+        return target, torch.zeros_like(tokens.numbers_T, dtype=torch.bool)
+    make_targets = blockmax_cpu.compiled().make_targets if backend.name == "native" else None
+    if make_targets and blockmax_cpu.suits(spec):
+        target, lse_T = blockmax_cpu.targets(make_targets, logits_TV, spec, tokens.seeds_T)
+        return target, ~lse_T.isfinite()
 
-    # the top-k by another, then the target from it
+    # the top-k, the tail's mass, and draws from the tail
     raw, doubtful_T = _raw_topk_by(backend, logits_TV, k=k, temperature=temperature)
     target, lse_T = normalise(raw, vocab_size=spec.vocab_size, temperature=temperature)
     if spec.num_draws:
         draws_TN = draw_rest(
-            logits_TV, raw, seeds_T, num_draws=spec.num_draws, temperature=temperature
+            logits_TV,
+            raw,
+            tokens.seeds_T,
+            num_draws=spec.num_draws,
+            temperature=temperature,
+            weighted=spec.weighted,
         )
         target = replace(target, tail_ids_TN=draws_TN)
-    return target, doubtful_T | ~lse_T.isfinite()
+
+    # what else the target holds
+    if spec.weighted:
+        logprobs_TN = logprobs_at(
+            logits_TV, target.tail_ids_TN, lse_T=lse_T, temperature=temperature
+        )
+        target = replace(target, draw_logprobs_TN=logprobs_TN)
+    if spec.label_logprob:
+        label_T1 = logprobs_at(
+            logits_TV, tokens.labels_T[:, None], lse_T=lse_T, temperature=temperature
+        )
+        target = replace(target, label_logprob_T=label_T1[:, 0])
+    if spec.tail_entropy:
+        entropy_T = entropy_of_rest(logits_TV, raw.token_ids_TK, temperature=temperature)
+        target = replace(target, tail_entropy_T=entropy_T)
+    return target, doubtful_T | lse_T.isnan()
 
 
 def raw_topk(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> RawTopK:

@@ -1,8 +1,9 @@
-"""`RawTopK`: what every fast backend finds, and `normalise`, which makes it a target.
+"""`RawTopK`: what every fast backend finds, and functions that make it a target.
 
-Shapes: T tokens, K kept entries, M blocks of a row.
+Shapes: T tokens, V vocabulary, K kept entries, M blocks of a row, X ids of each token.
 
-All backends share `normalise`, so that they round alike.
+All backends share these functions, or repeat their arithmetic (`targets.c`), so that they round
+alike.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 from stillhouse.logits.compressed import CompressedLogits
+
+# Logits that are read together: two float32 copies of them stay in a CPU core's cache, or 64 MB.
+_CACHED_LOGITS, _GPU_LOGITS = 1 << 17, 1 << 24
+_NO_MASS = -1000.0  # a log mass whose exponential is 0, in float32 and in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +37,11 @@ class RawTopK:
 def normalise(
     raw: RawTopK, *, vocab_size: int, temperature: float
 ) -> tuple[CompressedLogits, Tensor]:
-    """The target without draws, and the log-sum-exp of logits / temperature, float32 [T].
+    """The target without draws, and the log-sum-exp of logits / temperature, float64 [T].
 
-    The log-sum-exp is not finite where a row is no distribution. The arithmetic is in float64 and
-    relative to the greatest logit, so neither a tail of e^-90 nor a kept mass of 1e-6 loses digits.
+    The log-sum-exp is NaN where a row is no distribution in float32. The arithmetic is in float64
+    and relative to the greatest logit, so neither a tail of e^-90 nor a kept mass of 1e-6 loses
+    digits.
     """
     kept_TK, rest_base_T1 = raw.logits_TK.double(), raw.rest_base_T.double()[:, None]
     top_T1 = torch.cat([kept_TK, rest_base_T1], dim=1).amax(dim=1, keepdim=True)
@@ -51,4 +57,48 @@ def normalise(
         vocab_size=vocab_size,
         temperature=temperature,
     )
-    return target, (top_T1 / temperature + log_sum_T1)[:, 0].float()
+    lse_T = (top_T1 / temperature + log_sum_T1)[:, 0]
+    return target, lse_T.where(lse_T.float().isfinite(), torch.nan)
+
+
+def logprobs_at(logits_TV: Tensor, ids_TX: Tensor, *, lse_T: Tensor, temperature: float) -> Tensor:
+    """float32 [T, X]: log p of some ids, from the float64 log-sum-exp of `normalise`."""
+    scaled_TX = logits_TV.gather(1, ids_TX.long()).double() / temperature
+    return (scaled_TX - lse_T[:, None]).float()
+
+
+def peaks(logits_TV: Tensor) -> Tensor:
+    """[T, 1]: the greatest logit of each row, or the least number where all are -inf."""
+    return logits_TV.amax(dim=1, keepdim=True).clamp(min=torch.finfo(logits_TV.dtype).min)
+
+
+def entropy_sums(tail_TV: Tensor, peaks_T1: Tensor) -> tuple[Tensor, Tensor]:
+    """[T] and [T]: the sums of e^x and of x e^x, with x the logits less a row's peak.
+
+    The logits are divided by the temperature, and -inf for ids outside the tail. In place.
+    """
+    shifted_TV = tail_TV.sub_(peaks_T1).clamp_(min=_NO_MASS)  # 0 times -inf would be NaN
+    masses_TV = shifted_TV.exp()
+    return masses_TV.sum(dim=1), torch.linalg.vecdot(masses_TV, shifted_TV)
+
+
+def tail_entropy(sums_T: Tensor, weighted_sums_T: Tensor) -> Tensor:
+    """float32 [T]: the entropy in nats from `entropy_sums` of a whole tail; 0 without mass."""
+    sums_T, weighted_sums_T = sums_T.double(), weighted_sums_T.double()
+    entropy_T = (sums_T.log() - weighted_sums_T / sums_T).clamp(min=0.0)
+    return entropy_T.where(sums_T >= 1.0, 0.0).float()
+
+
+def entropy_of_rest(logits_TV: Tensor, kept_ids_TK: Tensor, *, temperature: float) -> Tensor:
+    """float32 [T]: the entropy in nats of the distribution over the ids that are not kept.
+
+    One more read of the logits, a few rows at a time, which stay in a CPU core's cache.
+    """
+    at_once = _CACHED_LOGITS if logits_TV.device.type == "cpu" else _GPU_LOGITS
+    num_rows = max(1, at_once // logits_TV.shape[1])
+    parts = []
+    for rows_TV, ids_TK in zip(logits_TV.split(num_rows), kept_ids_TK.split(num_rows), strict=True):
+        tail_TV = rows_TV.float().scatter(1, ids_TK.long(), -torch.inf)
+        tail_TV = tail_TV.div_(temperature) if temperature != 1.0 else tail_TV
+        parts.append(tail_entropy(*entropy_sums(tail_TV, peaks(tail_TV))))
+    return torch.cat(parts)

@@ -7,7 +7,9 @@ For each row z of logits, with p = softmax(z / temperature) over all V ids:
 1. The kept entries are the K greatest logits, ties to the lowest ids.
 2. Their log-probabilities are log p, never renormalised.
 3. The tail's log mass is log(1 - sum of the kept p).
-4. The draws are N ids from the rest of p (`draws`).
+4. The draws are N ids from the rest of p (`draws`); weighted ones have their log p.
+5. The tail's entropy is that of the rest of p, normalised, in nats.
+6. The label's log-probability is log p of the token that really follows.
 
 Step 1 compares the logits as they came, widened to float32, before temperature and normalisation,
 which both round. So two correct implementations agree on every id and on the order of ids, however
@@ -20,7 +22,8 @@ from torch import Tensor
 from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits.compressed import CompressedLogits, concatenate
 from stillhouse.logits.spec import TargetSpec
-from stillhouse.logits.topk.draws import draw, or_lowest
+from stillhouse.logits.topk.draws import draw, or_lowest, others
+from stillhouse.logits.topk.found import entropy_sums, peaks, tail_entropy
 
 # Logits of one block of rows. A block needs a few float32 copies of them beside the logits, and
 # costs tens of launches and some waits on a GPU, however few its rows.
@@ -34,6 +37,7 @@ def compress_reference(
     spec: TargetSpec,
     *,
     seeds_T: Tensor | None = None,
+    labels_T: Tensor | None = None,
     tokens_T: Tensor | None = None,
 ) -> CompressedLogits:
     """`compress` by its definition: slow, and exact for every row.
@@ -43,11 +47,18 @@ def compress_reference(
     """
     num_tokens, vocab_size = logits_TV.shape
     seeds_T = checked_seeds(seeds_T, logits_TV, spec=spec, vocab_size=vocab_size)
+    labels_T = checked_labels(labels_T, logits_TV, spec=spec)
     tokens_T = torch.arange(num_tokens) if tokens_T is None else tokens_T
     step = rows_at_once(logits_TV.device, vocab_size)
     blocks = [slice(start, start + step) for start in range(0, max(1, num_tokens), step)]
     parts = [
-        _compress_block(logits_TV[at].float().contiguous(), spec, tokens_T[at], seeds_T[at])
+        _compress_block(
+            logits_TV[at].float().contiguous(),
+            spec,
+            tokens_T=tokens_T[at],
+            seeds_T=seeds_T[at],
+            labels_T=labels_T[at],
+        )
         for at in blocks
     ]
     return concatenate(parts)
@@ -80,8 +91,38 @@ def checked_seeds(
     return seeds_T.to(rows_TX.device)
 
 
+def checked_labels(labels_T: Tensor | None, rows_TX: Tensor, *, spec: TargetSpec) -> Tensor:
+    """One label for each row, int64 on the rows' device: `labels_T`, or zeros where `spec` has no
+    label.
+
+    Raises ConfigError where labels are missing, too many, or not of the vocabulary. Labels on the
+    CPU are checked without waiting for another device.
+    """
+    num_tokens, vocab_size = rows_TX.shape[0], spec.vocab_size
+    if not spec.label_logprob:
+        if labels_T is not None:
+            raise ConfigError(
+                "labels are given for a spec without label_logprob, which keeps nothing of them; "
+                "set label_logprob, or give none"
+            )
+        return torch.zeros(num_tokens, dtype=torch.int64, device=rows_TX.device)
+    if labels_T is None or labels_T.shape != rows_TX.shape[:1]:
+        found = "no labels" if labels_T is None else f"labels of shape {list(labels_T.shape)}"
+        raise ConfigError(
+            f"label_logprob is asked for with {found} for {num_tokens} tokens; pass one for each, "
+            "the id of the token that follows"
+        )
+    if num_tokens and not 0 <= int(labels_T.min()) <= int(labels_T.max()) < vocab_size:
+        wrong = next(label for label in labels_T.tolist() if not 0 <= label < vocab_size)
+        raise ConfigError(
+            f"a label is {wrong}, wanted ids from 0 to {vocab_size - 1}; make the spec of the "
+            "vocabulary of the tokens"
+        )
+    return labels_T.long().to(rows_TX.device)
+
+
 def _compress_block(
-    logits_TV: Tensor, spec: TargetSpec, tokens_T: Tensor, seeds_T: Tensor
+    logits_TV: Tensor, spec: TargetSpec, *, tokens_T: Tensor, seeds_T: Tensor, labels_T: Tensor
 ) -> CompressedLogits:
     """The definition, on contiguous float32 logits.
 
@@ -95,25 +136,38 @@ def _compress_block(
     lse_T = shifted_TV.logsumexp(dim=1)
     _require_distributions(lse_T, scaled_TV, tokens_T)
 
-    # 2. the kept entries
+    # 2. the kept entries, and the label before it is overwritten
     ids_TK = _exact_topk(logits_TV, spec.k)
     logprobs_TK = shifted_TV.gather(1, ids_TK) - lse_T[:, None]
+    label_logprob_T = (shifted_TV.gather(1, labels_T[:, None]) - lse_T[:, None])[:, 0]
 
     # 3. the tail's mass
     kept_mass_T = logprobs_TK.exp().sum(dim=1)
     others_T = shifted_TV.scatter_(1, ids_TK, -torch.inf).logsumexp(dim=1) - lse_T
     tail_logmass_T = torch.where(kept_mass_T < 0.5, torch.log1p(-kept_mass_T), others_T)
 
-    # 4. draws from the tail
+    # 4. draws from the tail, of which none is kept
     tail_TV = scaled_TV.scatter_(1, ids_TK, -torch.inf)
-    draws_TN = draw(tail_TV, seeds_T, num_draws=spec.num_draws)
+    others_TV = others(tail_TV, ids_TK) if spec.weighted else None
+    draws_TN = draw(tail_TV, seeds_T, num_draws=spec.num_draws, others_TV=others_TV)
+    draws_TN = or_lowest(draws_TN, ids_TK, vocab_size=spec.vocab_size)
+    draw_logprobs_TN = shifted_TV.gather(1, draws_TN.long()) - lse_T[:, None]
+
+    # 5. the tail's entropy, in float64
+    entropy_T = None
+    if spec.tail_entropy:
+        exact_TV = tail_TV.double()
+        entropy_T = tail_entropy(*entropy_sums(exact_TV, peaks(exact_TV)))
     return CompressedLogits(
         ids_TK.int(),
         logprobs_TK,
         tail_logmass_T,
-        or_lowest(draws_TN, ids_TK, vocab_size=spec.vocab_size),
+        draws_TN,
         vocab_size=spec.vocab_size,
         temperature=spec.temperature,
+        draw_logprobs_TN=draw_logprobs_TN if spec.weighted else None,
+        label_logprob_T=label_logprob_T if spec.label_logprob else None,
+        tail_entropy_T=entropy_T,
     )
 
 
