@@ -195,6 +195,7 @@ def gather(
     HAS_SOFTCAP: tl.constexpr,
 ) -> None:
     """The keys of the found blocks' entries that reach the K-th maximum, and how many there are."""
+    # some of the found blocks after the others
     row = tl.program_id(0).to(tl.int64)
     threshold = tl.load(least + row)
     count = tl.full((), 0, tl.int32)
@@ -204,6 +205,7 @@ def gather(
         z, ids, exist = _entries(
             products, row_stride, vocab_size, scale, softcap, row, blocks, which < K, B, HAS_SOFTCAP
         )
+        # each entry behind those that reach the threshold before it
         order = _ordered(z)
         reach = tl.reshape((exist & (order >= threshold)).to(tl.int32), [CHUNK * B])
         places = count + tl.cumsum(reach, axis=0) - 1
@@ -211,6 +213,31 @@ def gather(
         tl.store(keys + row * C + places, key, mask=(reach != 0) & (places < C))
         count += tl.sum(reach, axis=0)
     tl.store(counts + row, count)
+
+
+@triton.jit
+def _rank(
+    keys: tl.tensor,
+    count: tl.tensor,
+    ids_out: tl.tensor,
+    values_out: tl.tensor,
+    K: tl.constexpr,
+    C: tl.constexpr,
+) -> tl.tensor:
+    """Store the ids and logits of a row's K greatest keys; the sorted logits and the last key."""
+    places = tl.arange(0, C)
+    key = tl.sort(tl.load(keys + places, mask=places < count, other=_NO_KEY), descending=True)
+    bits = (key >> 32).to(tl.int32)
+    values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    tl.store(ids_out + places, ((key & _LAST_ID) ^ _LAST_ID).to(tl.int32), mask=places < K)
+    tl.store(values_out + places, values, mask=places < K)
+    return values, tl.sum(tl.where(places == K - 1, key, 0), axis=0)
+
+
+@triton.jit
+def _log(total: tl.tensor) -> tl.tensor:
+    """Finite for no mass at all, for a row that will be in doubt."""
+    return tl.log(tl.maximum(total, _LEAST_SUM))
 
 
 @triton.jit
@@ -242,20 +269,14 @@ def finish(
 ) -> None:
     """A row's target without draws: the K greatest candidates, their log-probabilities and the
     tail's; the found blocks' sums without the kept entries; and whether the row is in doubt."""
-    # the candidates, sorted, back to ids and logits
+    # the kept entries
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, C)
     count = tl.load(counts + row)
-    key = tl.load(keys + row * C + places, mask=places < count, other=_NO_KEY)
-    key = tl.sort(key, descending=True)
-    bits = (key >> 32).to(tl.int32)
-    values = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    kept_ids = ((key & _LAST_ID) ^ _LAST_ID).to(tl.int32)
-    tl.store(ids_out + row * K + places, kept_ids, mask=places < K)
-    tl.store(values_out + row * K + places, values, mask=places < K)
+    at = row * K
+    values, last = _rank(keys + row * C, count, ids_out + at, values_out + at, K, C)
 
     # what is not kept: entries whose key is below the last kept one
-    last = tl.sum(tl.where(places == K - 1, key, 0), axis=0)
     top = tl.load(tops + row)
     base = tl.where(top == -float("inf"), 0.0, top)
     rest_total = tl.load(rest_totals + row)
@@ -270,19 +291,16 @@ def finish(
         tl.store(rest_sums + row * num_blocks + blocks, sums, mask=which < K)
         rest_total += tl.sum(sums.to(tl.float64), axis=0)
 
-    # log-probabilities, in float64 and relative to the greatest logit
-    exactly = tl.zeros((), tl.float64) + inverse + inverse_low
-    below = (values.to(tl.float64) - base.to(tl.float64)) * exactly
+    # log-probabilities, relative to the greatest logit
+    below = (values.to(tl.float64) - base) * (tl.zeros((), tl.float64) + inverse + inverse_low)
     kept_total = tl.sum(tl.where(places < K, tl.exp(below), 0.0), axis=0)
-    log_rest = tl.log(tl.maximum(rest_total, _LEAST_SUM))
-    log_sum = tl.log(tl.maximum(kept_total + rest_total, _LEAST_SUM))
-    tl.store(logprobs_out + row * K + places, (below - log_sum).to(tl.float32), mask=places < K)
-    tl.store(tails_out + row, (log_rest - log_sum).to(tl.float32))
+    log_sum = _log(kept_total + rest_total)
+    tl.store(logprobs_out + at + places, (below - log_sum).to(tl.float32), mask=places < K)
+    tl.store(tails_out + row, (_log(rest_total) - log_sum).to(tl.float32))
 
     # sure: room for all, a tail that float32 can tell, and no NaN or infinity
-    is_sure = (count <= C) & (tl.abs(top) < float("inf")) & (kept_total < float("inf"))
-    is_sure = is_sure & (rest_total >= _LEAST_SUM) & (rest_total < float("inf"))
-    tl.store(doubtful + row, is_sure == 0)
+    is_finite = (tl.abs(top) < float("inf")) & (kept_total + rest_total < float("inf"))
+    tl.store(doubtful + row, (is_finite & (count <= C) & (rest_total >= _LEAST_SUM)) == 0)
 
 
 @triton.jit
