@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -191,7 +192,7 @@ def bench_divergences(
     for teacher, top8_mass in TOP8_MASSES.items():
         for seed in range(effort.num_seeds):
             with Progress(console=console, disable=not console.is_terminal) as bar:
-                task = bar.add_task(f"{teacher}, seed {seed}", total=len(_lessons(vocab_size)))
+                task = bar.add_task(f"{teacher}, seed {seed}", total=_num_lessons(vocab_size))
                 for result in measured(teacher, top8_mass, vocab_size, effort, seed=seed):
                     results.append(result)
                     bar.advance(task)
@@ -223,38 +224,39 @@ def measured(
     before = Lesson("forward_kl", "far", "everything", "everything")
     learn(language, warm, before, effort, seed=10_000 + seed)
 
-    # the bounds of a divergence come first, and its forms are placed between them
-    bounds: dict[tuple[Start, str], dict[str, float]] = {}
-    for lesson in _lessons(vocab_size):
-        student = deepcopy(warm if lesson.start == "warm" else fresh)
-        divergence = divergence_named(lesson.name, DIVERGENCES[lesson.name])
-        found = bounds.setdefault((lesson.start, lesson.name), {})
-        if lesson.start == "warm":
-            found.setdefault("worst", language_scores(language, student, divergence).divergence)
-        clipped = learn(language, student, lesson, effort, seed=seed)
-        scores = language_scores(language, student, divergence)
-        if lesson.form == "text":
-            found.setdefault("worst", scores.divergence)
-        if lesson.form == "everything":
-            found["best"] = scores.divergence
-        worst, best = found["worst"], found.get("best", math.nan)
-        share = (worst - scores.divergence) / (worst - best)
-        yield Result(
-            teacher, seed, lesson.start, lesson.name, lesson.form_name, clipped, scores, share
-        )
+    # a divergence's students from one start, then their places between the bounds
+    for start, name in product(STARTS, DIVERGENCES):
+        divergence = divergence_named(name, DIVERGENCES[name])
+        first = warm if start == "warm" else fresh
+        found: dict[str, tuple[float, LanguageScores]] = {}
+        for lesson in _lessons(name, start, vocab_size):
+            student = deepcopy(first)
+            clipped = learn(language, student, lesson, effort, seed=seed)
+            found[lesson.form_name] = clipped, language_scores(language, student, divergence)
+        if not found:
+            continue
+        best, worst = (found[bound][1].divergence for bound in ("everything", "text"))
+        if start == "warm":
+            worst = language_scores(language, first, divergence).divergence
+        for form_name, (clipped, scores) in found.items():
+            share = (worst - scores.divergence) / (worst - best)
+            yield Result(teacher, seed, start, name, form_name, clipped, scores, share)
 
 
-def _lessons(vocab_size: int) -> list[Lesson]:
-    """Every start, divergence and form that differs from the others: forward KL needs no schedule,
-    and blind draws serve it alone."""
+def _lessons(name: str, start: Start, vocab_size: int) -> list[Lesson]:
+    """Every form from which this divergence can differ: forward KL needs no schedule, and blind
+    draws serve it alone."""
+    if start == "schedule" and name == "forward_kl":
+        return []
     return [
         Lesson(name, start, form_name, form)
-        for start in STARTS
-        for name in DIVERGENCES
         for form_name, form in forms_of(vocab_size).items()
-        if not (start == "schedule" and name == "forward_kl")
-        and not (_is_blind(form) and name != "forward_kl")
+        if not (_is_blind(form) and name != "forward_kl")
     ]
+
+
+def _num_lessons(vocab_size: int) -> int:
+    return sum(len(_lessons(*at, vocab_size)) for at in product(DIVERGENCES, STARTS))
 
 
 def _is_blind(form: Form) -> bool:

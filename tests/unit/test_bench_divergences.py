@@ -1,0 +1,62 @@
+"""Divergences are compared fairly: equal bytes, equal beginnings, and shares between the bounds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillhouse.bench.divergences import (
+    BUDGET,
+    DIVERGENCES,
+    REAL_VOCAB,
+    Effort,
+    bench_divergences,
+    forms_of,
+)
+from stillhouse.bench.language import Language, LanguageStudent, language_scores
+from stillhouse.logits import TargetSpec
+from stillhouse.losses.divergences import forward_kl
+
+QUICK = Effort(num_seeds=1, num_steps=2, batch_tokens=8, num_contexts=6)
+
+
+def test_a_form_affords_what_fits_into_the_budget_at_a_real_vocabulary() -> None:
+    specs = [form for form in forms_of(REAL_VOCAB).values() if isinstance(form, TargetSpec)]
+    assert [(spec.k, spec.num_draws, spec.weighted) for spec in specs] == [
+        (8, 0, False),
+        (34, 0, False),
+        (8, 40, False),
+        (8, 25, True),
+    ]
+    assert all(spec.bytes_per_token <= BUDGET for spec in specs)
+
+
+@pytest.mark.parametrize("top8_mass", [0.5, 0.85])
+def test_a_language_is_as_sharp_as_it_was_asked_for(top8_mass: float) -> None:
+    language = Language.of(num_contexts=8, vocab_size=600, top8_mass=top8_mass, seed=0)
+    best = language.logp_CV.exp().topk(8, dim=1).values.sum(dim=1).mean()
+    assert float(best) == pytest.approx(top8_mass, abs=1e-3)
+
+
+def test_scores_are_those_of_the_whole_distribution() -> None:
+    language = Language.of(num_contexts=4, vocab_size=100, top8_mass=0.6, seed=0)
+    student = LanguageStudent(language, seed=0)
+    p, q = language.logp_CV.exp(), student.logq(torch.arange(4)).exp().detach()
+    scores = language_scores(language, student, forward_kl)
+    assert scores.divergence == scores.forward_kl
+    kl, distance = (p * (p / q).log()).sum(dim=1).mean(), (p - q).abs().sum(dim=1).mean() / 2
+    assert scores.forward_kl == pytest.approx(float(kl), rel=1e-4)
+    assert scores.acceptance == pytest.approx(1 - float(distance), rel=1e-4)
+
+
+def test_every_divergence_meets_every_form_and_a_bound_has_its_share(tmp_path: Path) -> None:
+    out = tmp_path / "divergences.json"
+    bench_divergences(200, QUICK, threads=1, command="a test", out=out)
+    results = json.loads(out.read_text())["results"]
+    assert {each["teacher"] for each in results} == {"flat", "sharp"}
+    weighted = {each["divergence"] for each in results if each["form"] == "8 + 25 weighted"}
+    assert weighted == set(DIVERGENCES)
+    assert {each["share_of_gain"] for each in results if each["form"] == "everything"} == {1.0}
+    far = [each for each in results if each["form"] == "text" and each["start"] == "far"]
+    assert {each["share_of_gain"] for each in far} == {0.0}
