@@ -266,6 +266,34 @@ def test_draws_from_the_tail_teach_and_lose_the_same_on_two_ranks(
     )
 
 
+def test_weighted_draws_from_a_store_teach_jsd_and_lose_the_same_on_two_ranks(
+    tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path
+) -> None:
+    """A record holds all that there is; the entries alone hold too little mass for JSD."""
+    target = {
+        **{"k": 4, "tail_draws": 6, "weighted_draws": True},
+        **{"label_logprob": True, "tail_entropy": True},
+    }
+    student = {
+        **{"checkpoint_every_steps": 100, "init": "config", "max_steps": 20},
+        **{"learning_rate": 1e-2, "divergence": "jsd"},
+    }
+    plan = tiny_world.plan(tmp_path, target=target, student=student)
+    tiny_world.fill_store(plan)
+    job = plan.jobs[0]
+    alone, shared = (
+        rank_groups[ranks].call(train_and_tell, with_student(job, micro_batch_sequences=size))[0]
+        for ranks, size in ((1, 8), (2, 3))
+    )
+    assert alone[-1].loss < alone[0].loss - 0.01
+    assert relative_gap(shared, alone) <= 1e-6
+    for one, two in zip(alone, shared, strict=True):
+        assert one.max_draw_mass is not None
+        assert one.max_draw_mass > 0.0
+        assert two.max_draw_mass == pytest.approx(one.max_draw_mass, rel=1e-4)
+        assert two.max_log_ratio == pytest.approx(one.max_log_ratio, rel=1e-4)
+
+
 def test_the_z_loss_is_part_of_the_loss_and_has_a_figure_of_its_own(
     job: TrainJob, reference: list[TrainEvent], rank_groups: Ranks, tmp_path: Path
 ) -> None:
