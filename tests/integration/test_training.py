@@ -271,12 +271,18 @@ def test_weighted_draws_from_a_store_teach_jsd_and_lose_the_same_on_two_ranks(
 ) -> None:
     """A record holds all that there is; the entries alone hold too little mass for JSD."""
     target = {
-        **{"k": 4, "tail_draws": 6, "weighted_draws": True},
-        **{"label_logprob": True, "tail_entropy": True},
+        "k": 4,
+        "tail_draws": 6,
+        "weighted_draws": True,
+        "label_logprob": True,
+        "tail_entropy": True,
     }
     student = {
-        **{"checkpoint_every_steps": 100, "init": "config", "max_steps": 20},
-        **{"learning_rate": 1e-2, "divergence": "jsd"},
+        "checkpoint_every_steps": 100,
+        "init": "config",
+        "max_steps": 20,
+        "learning_rate": 1e-2,
+        "divergence": "jsd",
     }
     plan = tiny_world.plan(tmp_path, target=target, student=student)
     tiny_world.fill_store(plan)
