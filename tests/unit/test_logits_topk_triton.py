@@ -405,7 +405,7 @@ def over_an_odd_vocabulary(
         "pick": {"K": k, "M": padded, "BITS": 16 if dtype == "bf16" else 32},
         "gather": found,
         "finish": found,
-        "draw": {"K": k, "B": width, "M": padded, "D": 8} | capped,
+        "draw": {"K": k, "B": width, "M": padded, "D": 16} | capped,
     }
     warps = {"pick": padded // 256, "draw": padded // 256}
     module = "stillhouse.logits.topk.blockmax_kernels_triton"
@@ -415,7 +415,7 @@ def over_an_odd_vocabulary(
 def test_kernels_compile_within_a_gpus_registers_and_read_16_bytes_at_a_time(
     tmp_path: FilePath,
 ) -> None:
-    most_registers = {"read": 64, "pick": 96, "gather": 64, "finish": 64, "draw": 128}
+    most_registers = {"read": 64, "pick": 96, "gather": 64, "finish": 64, "draw": 80}
     default = [over_an_odd_vocabulary(name, dtype="fp32") for name in most_registers]
     others = [
         over_an_odd_vocabulary("read"),

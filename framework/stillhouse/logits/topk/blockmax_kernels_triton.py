@@ -313,6 +313,42 @@ def _random_bits(seed: tl.tensor, index: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _blocks_of(
+    shares: tl.tensor,
+    sums: tl.tensor,
+    num_blocks: tl.tensor,
+    M: tl.constexpr,
+    S: tl.constexpr,
+) -> tl.tensor:
+    """The block in which each share of a row's mass ends, and the fraction of the block before it.
+
+    First the S blocks among which it is, then the block, so that no draw looks at every block.
+    """
+    # whole numbers for the blocks' masses
+    groups = tl.arange(0, M // S)
+    blocks = groups[:, None] * S + tl.arange(0, S)[None, :]
+    rest = tl.load(sums + blocks, mask=blocks < num_blocks, other=0.0).to(tl.float64)
+    unit = _ROW_MASS / tl.sum(tl.sum(rest, axis=1), axis=0)
+    up_to = tl.cumsum(tl.sum((rest * unit).to(tl.int64), axis=1), axis=0)
+    places = shares * tl.max(up_to, axis=0).to(tl.float64)
+
+    # the S blocks
+    passed = up_to[None, :] <= places.to(tl.int64)[:, None]
+    first = tl.minimum(tl.sum(passed.to(tl.int32), axis=1), M // S - 1) * S
+    before = tl.max(tl.where(passed, up_to[None, :], 0), axis=1)
+
+    # the block
+    among = first[:, None] + tl.arange(0, S)[None, :]
+    masses = tl.load(sums + among, mask=among < num_blocks, other=0.0).to(tl.float64) * unit
+    up_to = before[:, None] + tl.cumsum(masses.to(tl.int64), axis=1)
+    passed = up_to <= places.to(tl.int64)[:, None]
+    block = tl.minimum(first + tl.sum(passed.to(tl.int32), axis=1), num_blocks - 1)
+    before = tl.maximum(before, tl.max(tl.where(passed, up_to, 0), axis=1))
+    mass = (tl.load(sums + block).to(tl.float64) * unit).to(tl.int64)
+    return block, (places - before.to(tl.float64)) / mass.to(tl.float64)
+
+
+@triton.jit
 def draw(
     products: tl.tensor,
     row_stride: tl.tensor,
@@ -334,26 +370,14 @@ def draw(
     HAS_SOFTCAP: tl.constexpr,
 ) -> None:
     """D draws of a row from the ids that are not kept, as `draws.draw_in_blocks` makes them."""
-    # whole numbers for the blocks' masses; each draw's place among them
+    # the place of each draw: its block, and the fraction of the block's mass before it
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * D + tl.arange(0, D)
-    blocks_M = tl.arange(0, M)
-    sums_at = rest_sums + row * num_blocks
-    rest = tl.load(sums_at + blocks_M, mask=blocks_M < num_blocks, other=0.0).to(tl.float64)
-    unit = _ROW_MASS / tl.sum(rest, axis=0)
-    masses = (rest * unit).to(tl.int64)
-    up_to = tl.cumsum(masses, axis=0)
     random = (_random_bits(tl.load(seeds + row), index + 1) >> 11).to(tl.float64) * _ULP_OF_ONE
     below_one = tl.full((D,), _BELOW_ONE, tl.float64)
     shares = tl.minimum((index.to(tl.float64) + random) / num_draws, below_one)
-    places = shares * tl.sum(masses, axis=0).to(tl.float64)
-
-    # its block, and the fraction of the block's mass before it
-    passed = up_to[None, :] <= places.to(tl.int64)[:, None]
-    blocks = tl.minimum(tl.sum(passed.to(tl.int32), axis=1), num_blocks - 1)
-    before = tl.max(tl.where(passed, up_to[None, :], 0), axis=1)
-    mass = (tl.load(sums_at + blocks).to(tl.float64) * unit).to(tl.int64)
-    fractions = (places - before.to(tl.float64)) / mass.to(tl.float64)
+    sums_at = rest_sums + row * num_blocks
+    blocks, fractions = _blocks_of(shares, sums_at, num_blocks, M, M if M < 64 else 64)
     fractions = tl.minimum(tl.maximum(fractions, 0.0), below_one)
 
     # the block's entries that are not kept, and the id at the same fraction of their mass

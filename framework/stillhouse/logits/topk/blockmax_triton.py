@@ -43,7 +43,7 @@ from stillhouse.logits.topk.found import RawTopK
 MOST_ENTRIES = 512
 _TILE_LOGITS = 4096  # read by one program of `read`
 _GATHERED_LOGITS = 2048  # read at a time by `gather` and `finish`
-_DRAWS_AT_ONCE = 8  # by one program of `draw`
+_DRAWS_AT_ONCE = 16  # by one program of `draw`
 _WIDE_LOAD = 16  # logits of two loads of 16 bytes, or of four
 # Of the highest bits of a maximum's order: others are the same in all numbers of the format.
 _SEARCHED_BITS = {torch.bfloat16: 16, torch.float16: 19}
