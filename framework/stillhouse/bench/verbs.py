@@ -213,6 +213,7 @@ def bench_divergences(
     vocab_size: VocabSize = 4_096,
     num_steps: Annotated[int, typer.Option("--steps", min=1, help="Of each student.")] = 120,
     num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Languages of each kind.")] = 3,
+    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each step.")] = 256,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
     out: Out = None,
 ) -> None:
@@ -221,5 +222,5 @@ def bench_divergences(
     quieten()
     from stillhouse.bench.divergences import Effort, bench_divergences
 
-    effort = Effort(num_seeds, num_steps)
+    effort = Effort(num_seeds, num_steps, batch_tokens=num_tokens)
     bench_divergences(vocab_size, effort, threads=threads, command=typed(), out=out)
