@@ -447,7 +447,7 @@ def test_a_store_that_cannot_be_written_ends_the_run_at_once(
 
     pool = pool_of(plan, coordinator, order=plan.chunks, journal=WatchedTracker(), item_of=item_of)
     store = ChunkStore(plan.config.store.url, plan.recipe)
-    (Path(store.url) / store.key(0)).parent.write_text("where the chunks should go")
+    (Path(store.url) / store.key(0)).parents[1].write_text("where the chunks should go")
     with pytest.raises(StoreError, match="cannot write"):
         pool.run(readers=[], coordinator=coordinator, finished=lambda: True)
     assert asked == plan.chunks[:2]  # what one teacher is given, and no second try
