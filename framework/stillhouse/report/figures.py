@@ -100,8 +100,8 @@ def training_panels(summary: Summary) -> list[Panel]:
             summary,
             "divergence",
             title="Divergence from the teacher, nats a token",
-            caption="Between the stored targets and the student, in training; with draws, the "
-            "entropy of the teacher's tail comes on top.",
+            caption="Between the stored targets and the student, in training; with draws that have "
+            "no weights, the entropy of the teacher's tail comes on top, unless targets hold it.",
         ),
         _training_panel(
             summary,
