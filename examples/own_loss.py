@@ -22,9 +22,14 @@ def _squared_hellinger(logp_TK1: Tensor, logq_TK1: Tensor) -> Tensor:
     return 1.0 - (0.5 * (logp_TK1 + logq_TK1)).exp().sum(dim=-1)
 
 
-# It holds no forward KL, so draws from the tail cannot complete it: `forward_kl_share` stays 0, and
-# a run with it wants entries alone: target.k = 64, target.tail_draws = 0.
-squared_hellinger = stillhouse.Divergence(_squared_hellinger)
+def _generator(logratio: Tensor) -> Tensor:
+    """g of the f-divergence, a function of log(q / p): the distance is the sum of p g."""
+    return 0.5 * torch.expm1(0.5 * logratio).square()
+
+
+# With its generator, weighted draws complete it: target.weighted_draws = true, target.tail_draws =
+# 25. It holds no forward KL, so plain draws cannot.
+squared_hellinger = stillhouse.Divergence(_squared_hellinger, generator=_generator)
 
 
 def main() -> None:

@@ -47,21 +47,14 @@ class Language:
                 high = sharpness
         return cls((low * logits_CV).log_softmax(dim=1))
 
-    @property
-    def entropy(self) -> float:
-        """Nats a token."""
-        return float(-(self.logp_CV.exp() * self.logp_CV).sum(dim=1).mean())
-
 
 class LanguageStudent(nn.Module):
     """A hidden state for each context, and a head with a bias."""
 
     def __init__(self, language: Language, *, seed: int) -> None:
         super().__init__()
-        (num_contexts, vocab_size), random = (
-            language.logp_CV.shape,
-            torch.Generator().manual_seed(seed),
-        )
+        num_contexts, vocab_size = language.logp_CV.shape
+        random = torch.Generator().manual_seed(seed)
         self.hidden_CH = nn.Parameter(
             0.3 * torch.randn(num_contexts, _STUDENT_RANK, generator=random)
         )
