@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -37,6 +38,7 @@ from stillhouse.tracking import (
     NoticeEvent,
     OutageEvent,
     PatientTracker,
+    PhaseEvent,
     PoolEvent,
     ProgressView,
     RecoveryEvent,
@@ -108,6 +110,7 @@ ROWS = [
     RecoveryEvent("student", "notice", "aws: terminate", 6.5, 1, 5, 0, time=1021.0),
     NoticeEvent("aws", "f00", 110.0, "terminate", time=1021.5),
     WaitEvent("GPU: 8 needed (8 teachers), 0 in the cluster", time=1000.5),
+    PhaseEvent("run", "starting Ray", time=1000.6),
     StallEvent("student", 1, 6, "reading", 61.0, "File train.py, line 1", 12, time=1022.0),
     StallEvent("teacher", 1, 0, "work", 301.0, "", time=1022.5),
     SetAsideEvent(4, [33], "IndexError: index out of range", time=1023.0),
@@ -795,6 +798,88 @@ def test_a_student_that_reads_a_full_store_has_no_teachers_at_work() -> None:
     lines = text.getvalue().splitlines()
     assert lines[0].startswith("teachers: starting | student: waiting for its first step")
     assert lines[-1].startswith("no teachers at work | student 1/10 steps")
+
+
+def test_what_is_begun_and_counts_nothing_is_told_with_its_time() -> None:
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text, width=60), clock=clock) as view:
+        for seconds, event in (
+            (1000, START),
+            (1001, PhaseEvent("run", "starting Ray", time=1001.0)),
+            (1062, PhaseEvent("teacher", "loading", time=1030.0)),
+            (1072, PhaseEvent("teacher", "proving", time=1070.0)),
+            (1082, replace(ROWS[1], time=1082.0)),
+            (1092, PhaseEvent("student", "loading", time=1031.0)),
+            (1102, replace(POOL, replicas=1, time=1102.0)),
+            (1112, replace(TRAIN, time=1112.0)),
+            (1122, PhaseEvent("control", "loading", time=1121.0)),
+            (1132, replace(TRAIN, role="control", time=1132.0)),
+            (1133, PhaseEvent("run", "evaluating", time=1133.0)),
+        ):
+            clock.now = float(seconds)
+            view.record(event)
+    beginnings = [
+        line.split(", window")[0].split(" steps")[0] for line in text.getvalue().splitlines()
+    ]
+    assert beginnings == [
+        "teachers: starting | student: waiting for its first step",
+        "starting Ray, 0:00",
+        "teachers: loading, 0:32, 0 of 2 ready | student: waiting for its first step",
+        "teachers: proving, 0:02, 0 of 2 ready | student: waiting for its first step",
+        "teachers: proving, 0:12, 1 of 2 ready | student: waiting for its first step",
+        "teachers: proving, 0:22, 1 of 2 ready | student: loading, 1:01",
+        "teachers 2/8 chunks, 3 in flight",
+        "teachers 2/8 chunks, 3 in flight",
+        "teachers 2/8 chunks, 3 in flight",
+        "teachers 2/8 chunks, 3 in flight",
+        "evaluating, 0:00",
+    ]
+
+
+def test_on_a_terminal_the_time_of_a_phase_goes_on_between_events() -> None:
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text, force_terminal=True, width=80), clock=clock) as view:
+        clock.now = 1000.0
+        view.record(PhaseEvent("run", "evaluating", time=1000.0))
+        clock.now = 1031.0
+        view.tick()
+    assert "evaluating, 0:31" in text.getvalue()
+    assert "student" not in text.getvalue()  # of a command that only evaluates
+
+
+def test_speeds_are_of_the_last_minute_and_not_of_the_last_event() -> None:
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text, width=200), clock=clock) as view:
+        for second in range(0, 121, 10):
+            clock.now = float(second)
+            view.record(
+                replace(POOL, tokens_per_s=700.0 if second in (70, 120) else 0.0, time=clock.now)
+            )
+            fast = second != 120
+            view.record(
+                replace(TRAIN, num_tokens=1000, seconds=1.0 if fast else 5.0, time=clock.now)
+            )
+    last = text.getvalue().splitlines()[-1]
+    assert "window 4, 200 tokens/s" in last  # 14,000 tokens in 70 s
+    assert "loss 2.500, 636 tokens/s" in last  # 7,000 tokens in 11 s
+
+
+def test_bars_fit_the_eighty_columns_of_a_terminal() -> None:
+    text = io.StringIO()
+    large = replace(
+        POOL, published=123_456, needed=345_678, in_flight=128, window_chunks=4096, replicas=64
+    )
+    with ProgressView(Console(file=text, force_terminal=True, width=80), clock=_Clock()) as view:
+        view.record(replace(START, total_steps=100_000))
+        view.record(replace(large, published=0, tokens_per_s=0.0, time=0.0))
+        view.record(replace(large, tokens_per_s=1_234_567.0, time=86_400.0))
+        view.record(replace(TRAIN, step=99, tokens_per_s=123_456.0))
+    lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in text.getvalue().splitlines()]
+    assert all(len(line) <= 80 for line in lines)
+    assert "teachers 123456/345678 chunks, 128 in flight, window 4096" in text.getvalue()
+    assert (
+        "student 99/100000 steps, loss 2.500, 250 tokens/s, waiting 25%, ETA ?" in text.getvalue()
+    )
 
 
 def test_progress_tells_pace_and_waiting() -> None:

@@ -91,7 +91,7 @@ def visit(run_dir: Path, command: str) -> Iterator[Journal]:
         journal = Journal(run_dir / "journal.jsonl")
         reader = JournalReader(journal.path)
         reader.new_events()
-        with _shown(reader, [ProgressView()]):
+        with _shown(reader, ProgressView()):
             yield journal
 
 
@@ -156,8 +156,9 @@ def _journalled(
                 journal.record(EndEvent(outcome, seconds, message, taken, done))
 
         with _failure_journalled(end):
-            views = _views(config, run_dir)
-        with _shown(JournalReader(journal.path), views):
+            wandb = _wandb_view(config, run_dir)
+        others = [] if wandb is None else [wandb]
+        with _shown(JournalReader(journal.path), ProgressView(), *others):
             with _failure_journalled(end):
                 yield journal
             end("done")
@@ -192,28 +193,29 @@ def _steps(
     return dict(Counter[str](event.role for event in steps)), done
 
 
-def _views(config: Config, run_dir: Path) -> list[ProgressView | WandbView]:
+def _wandb_view(config: Config, run_dir: Path) -> WandbView | None:
     section = config.tracking
     if section.wandb == "off":
-        return [ProgressView()]
+        return None
     events = JournalReader(run_dir / "journal.jsonl").new_events()
     first = next(event for event in events if isinstance(event, StartEvent))
     # a run that was given no id has the same one for as long as its journal keeps its first event
     own_id = f"{first.recipe_fingerprint[:8]}-{round(first.time * 1000):x}"
     settings = config.model_dump(mode="json")
-    wandb = WandbView(section, run_dir, config=settings, run_id=section.run_id or own_id)
-    return [ProgressView(), wandb]
+    return WandbView(section, run_dir, config=settings, run_id=section.run_id or own_id)
 
 
 @contextmanager
-def _shown(reader: JournalReader, views: Sequence[ProgressView | WandbView]) -> Iterator[None]:
+def _shown(reader: JournalReader, progress: ProgressView, *others: WandbView) -> Iterator[None]:
     """Show the views new events of the journal, whichever process on whichever machine writes
     it."""
+    views: list[ProgressView | WandbView] = [progress, *others]
 
     def look() -> None:
         for event in reader.new_events():
             for view in views:
                 view.record(event)
+        progress.tick()
 
     try:
         with followed(look, every_s=_FOLLOW_EVERY_S, name="journal-views"):

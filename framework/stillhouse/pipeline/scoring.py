@@ -17,7 +17,7 @@ from stillhouse.pipeline.plan import Evaluation
 from stillhouse.pipeline.session import Session
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.source import whole
-from stillhouse.tracking import EvalEvent
+from stillhouse.tracking import EvalEvent, PhaseEvent
 
 
 def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
@@ -40,6 +40,7 @@ def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
     )
 
     # in one process of the cluster
+    session.journal.record(PhaseEvent("run", "evaluating"))
     scores: dict[ModelName, Scores] = call_remotely(
         evaluate, job, whole(evaluation.heldout), where=where
     )

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.nodes import await_room
 from stillhouse.cluster.placement import Placement, ResourceNeeds, placement
+from stillhouse.cluster.session import attached
 from stillhouse.config import ClusterSection, ModelSection
 from stillhouse.pipeline.console import patient
 from stillhouse.pipeline.machines import Machines, watched_machines
-from stillhouse.tracking import Journal, Tracker, WaitEvent
+from stillhouse.tracking import Journal, PhaseEvent, Tracker, WaitEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,15 @@ class Session:
     def place_of(self, section: ModelSection) -> Placement:
         """What a process of this section asks of Ray."""
         return placement(section, self.available)
+
+
+@contextmanager
+def on_ray(cluster: ClusterSection, journal: Journal) -> Iterator[dict[str, float]]:
+    """This process on the cluster, for as long as the block lasts; its resources by name."""
+    phase = "starting Ray" if cluster.address is None else f"joining {cluster.address}"
+    patient(journal).record(PhaseEvent("run", phase))
+    with attached(cluster) as available:
+        yield available
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from stillhouse.pipeline.run_store import (
     store_to_read,
 )
 from stillhouse.pipeline.scoring import score
-from stillhouse.pipeline.session import Session, at_work, enough_room
+from stillhouse.pipeline.session import Session, at_work, enough_room, on_ray
 from stillhouse.pipeline.shared_dirs import require_shared_checkpoints, require_shared_store
 from stillhouse.pipeline.students import students_at_work
 from stillhouse.pipeline.teachers import teacher_pool
@@ -41,7 +41,7 @@ def produce(plan: Plan, *, command: str = "stillhouse produce") -> None:
     config, store = plan.config, plan.store
     with (
         attempt(plan.request, command) as journal,
-        attached(config.cluster),
+        on_ray(config.cluster, journal),
         at_work(config.cluster, journal, teacher_needs(config.teacher)) as (session, machines),
     ):
         require_shared_store(store, [session.place_of(config.teacher)], filling=True)
@@ -79,7 +79,7 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> dict[ModelName, S
             journal,
             owner,
         ),
-        attached(config.cluster),
+        on_ray(config.cluster, journal),
     ):
         with at_work(config.cluster, journal, student_needs(config.student)) as (session, machines):
             teachers, ranks = session.place_of(config.teacher), session.place_of(config.student)
@@ -103,7 +103,7 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
     needs = teacher_needs(config.teacher) | student_needs(config.student)
     with (
         learning_attempt(plan.request, command, jobs=jobs) as (journal, owner),
-        attached(config.cluster),
+        on_ray(config.cluster, journal),
     ):
         with at_work(config.cluster, journal, needs) as (session, machines):
             # all machines see what they have to, and other runs see these students
@@ -137,7 +137,7 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
 def evaluate_run(plan: Plan, *, command: str = "stillhouse eval") -> dict[ModelName, Scores]:
     """Score teacher, student and control on the held-out split, and journal the scores."""
     cluster = plan.config.cluster
-    with visit(plan.run_dir, command) as journal, attached(cluster) as available:
+    with visit(plan.run_dir, command) as journal, on_ray(cluster, journal) as available:
         coordinator = Coordinator.create(journal.path)
         session = Session(cluster, available, coordinator, patient(journal))
         return score(plan.evaluation, session)

@@ -36,6 +36,7 @@ from stillhouse.tracking import (
     DamagedEvent,
     DelayEvent,
     OutageEvent,
+    PhaseEvent,
     RecoveryEvent,
     Tracker,
     TrainEvent,
@@ -137,6 +138,8 @@ def _begin(
     # to the journal
     for problem in found.passed_over if found is not None else ():
         journal.record(DamagedEvent(job.role, problem))
+    if resumed < job.total_steps:
+        journal.record(PhaseEvent(job.role, "loading"))
     return previous
 
 

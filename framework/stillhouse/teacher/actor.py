@@ -28,7 +28,7 @@ from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
-from stillhouse.tracking import ChunkEvent, OutageEvent, TeacherEvent
+from stillhouse.tracking import ChunkEvent, OutageEvent, PhaseEvent, TeacherEvent
 from stillhouse.tracking.log import failures_logged, process_log
 
 _log = logging.getLogger(__name__)
@@ -110,10 +110,12 @@ class _TeacherActor:
     @failures_logged(_log, "start-up")
     def start(self) -> Ready:
         began = monotonic()
+        self._coordinator.mention(PhaseEvent("teacher", "loading"))
         self._engine = engine_named(self._job.section.engine)(
             self._job.section, self._job.recipe, device=self._device
         )
         self._store = ChunkStore(self._job.store_url, self._job.recipe)
+        self._coordinator.mention(PhaseEvent("teacher", "proving"))
         probe = self._engine.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         backend = self._engine.backend()

@@ -204,6 +204,15 @@ class WaitEvent(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseEvent(RunEvent):
+    """A part of the run begins a phase that may take long and in which nothing is counted."""
+
+    kind: ClassVar[str] = "phase"
+    who: Literal["run", "teacher", "student", "control"]
+    phase: str  # such as "starting Ray", "loading", "proving" or "evaluating"
+
+
+@dataclass(frozen=True, slots=True)
 class StallEvent(RunEvent):
     """A process sent no heartbeat for longer than the watchdog allows, and is killed.
 
@@ -295,6 +304,7 @@ EVENT_TYPES: dict[str, type[RunEvent]] = {
         RecoveryEvent,
         NoticeEvent,
         WaitEvent,
+        PhaseEvent,
         StallEvent,
         SetAsideEvent,
         RepairEvent,

@@ -3,11 +3,11 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -17,20 +17,24 @@ from stillhouse.terminal import one_line
 from stillhouse.tracking.events import (
     DelayEvent,
     OutageEvent,
+    PhaseEvent,
     PoolEvent,
     RunEvent,
     StallEvent,
     StartEvent,
+    TeacherEvent,
     TrainEvent,
     WaitEvent,
 )
 
 _SAY_EVERY_S = 60.0
+_RATE_OVER_S = 60.0
+_WIDE = 120  # columns, from which on both bars fit side by side
 
 
 class ProgressView:
-    """Two bars side by side, teachers and student; where the output is no terminal, at most one
-    plain line every `every_s` seconds.
+    """Two bars, of teachers and student, below the phase that the run is in; where the output is no
+    terminal, at most one plain line every `every_s` seconds, and one for each phase of the run.
 
     Outages, delays and stalls are lines in between, at most one a minute: one cause may meet many
     processes at once.
@@ -65,7 +69,13 @@ class ProgressView:
         elif not self._latest.take(event):
             return
         self._is_stale = True
-        if self._clock() - self._last_shown >= self._every_s:
+        is_new_phase = isinstance(event, PhaseEvent) and event.who == "run"
+        if is_new_phase or self._clock() - self._last_shown >= self._every_s:
+            self._show()
+
+    def tick(self) -> None:
+        """Let the times of phases go on, on a terminal."""
+        if self._live is not None and self._live.is_started:
             self._show()
 
     def _say(self, line: str) -> None:
@@ -89,19 +99,44 @@ class ProgressView:
 
     def _show(self) -> None:
         self._last_shown, self._is_stale = self._clock(), False
-        sides = [_teachers_side(self._latest), _student_side(self._latest)]
+        phase = self._latest.phases.get("run")
+        in_words = "" if phase is None else _since(phase.phase, phase.time, self._clock())
+        sides = self._sides()
         if self._live is None:
-            line = " | ".join(f"{side.title}{side.details}" for side in sides)
+            parts = [f"{side.title}{side.details}" for side in sides]
+            line = " | ".join([in_words] if in_words else parts)
             self._console.print(Text(one_line(line)), soft_wrap=True)
             return
-        grid = Table.grid(padding=(0, 3), expand=True)
-        for _ in sides:
-            grid.add_column(ratio=1)
-        grid.add_row(*(Text(one_line(side.title)) for side in sides))
-        grid.add_row(*(side.bar for side in sides))
-        grid.add_row(*(Text(side.details.removeprefix(", ")) for side in sides))
         self._live.start()
-        self._live.update(grid, refresh=True)
+        drawn = _side_by_side if self._console.width >= _WIDE else _stacked
+        shown = [Text(one_line(in_words), "bold")] if in_words else []
+        self._live.update(Group(*shown, drawn(sides)), refresh=True)
+
+    def _sides(self) -> "list[_Side]":
+        """Of an attempt; a command that only evaluates has none."""
+        latest, now = self._latest, self._clock()
+        if latest.start is None and latest.phases:
+            return []
+        return [_teachers_side(latest, now), _student_side(latest, now)]
+
+
+def _side_by_side(sides: Sequence["_Side"]) -> Table:
+    grid = Table.grid(padding=(0, 3), expand=True)
+    for _ in sides:
+        grid.add_column(ratio=1, no_wrap=True)
+    grid.add_row(*(Text(one_line(side.title)) for side in sides))
+    grid.add_row(*(side.bar for side in sides))
+    grid.add_row(*(Text(side.details.removeprefix(", ")) for side in sides))
+    return grid
+
+
+def _stacked(sides: Sequence["_Side"]) -> Table:
+    grid = Table.grid(expand=True)
+    grid.add_column(no_wrap=True)
+    for side in sides:
+        grid.add_row(Text(one_line(side.title + side.details)))
+        grid.add_row(side.bar)
+    return grid
 
 
 class _Pace:
@@ -118,9 +153,23 @@ class _Pace:
         (begin, first), (end, last) = self._seen[0], self._seen[-1]
         if last <= first:
             return "?"
-        minutes, seconds = divmod(round((total - last) * (end - begin) / (last - first)), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        return _clock_time((total - last) * (end - begin) / (last - first))
+
+
+class _Rate:
+    """Tokens a second over the last minute: of one chunk or step it would jump about."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float, float]] = deque()  # end, seconds, tokens
+
+    def add(self, end: float, seconds: float, num_tokens: float) -> None:
+        self._seen.append((end, seconds, num_tokens))
+        while self._seen[0][0] < end - _RATE_OVER_S:
+            self._seen.popleft()
+
+    def __str__(self) -> str:
+        seconds = sum(seconds for _, seconds, _ in self._seen)
+        return f"{sum(num for _, _, num in self._seen) / seconds if seconds else 0.0:,.0f} tokens/s"
 
 
 @dataclass(slots=True)
@@ -131,25 +180,44 @@ class _Latest:
     wait: WaitEvent | None = None
     pool: PoolEvent | None = None
     train: TrainEvent | None = None
+    phases: dict[str, PhaseEvent] = field(default_factory=dict)  # of whom they are the phase
+    num_ready: int = 0  # teachers so far
     pool_pace: _Pace = field(default_factory=_Pace)
     train_pace: _Pace = field(default_factory=_Pace)
+    pool_rate: _Rate = field(default_factory=_Rate)
+    train_rate: _Rate = field(default_factory=_Rate)
 
     def take(self, event: RunEvent) -> bool:
         """Keep an event; False where it is of a kind that the bars do not show."""
         match event:
             case WaitEvent():
                 self.wait = event if event.missing else None
+            case PhaseEvent():
+                self._enter(event)
+            case TeacherEvent():
+                self.num_ready += 1
             case PoolEvent():
+                before = event.time if self.pool is None else self.pool.time
                 self.pool = event
                 self.pool_pace.add(event.time, event.published)
+                seconds = event.time - before
+                self.pool_rate.add(event.time, seconds, seconds * event.tokens_per_s)
             case TrainEvent():
                 if self.train is not None and self.train.role != event.role:
-                    self.train_pace = _Pace()
+                    self.train_pace, self.train_rate = _Pace(), _Rate()
                 self.train = event
+                self.phases.pop(event.role, None)
                 self.train_pace.add(event.time, event.step)
+                self.train_rate.add(event.time, event.seconds, event.num_tokens)
             case _:
                 return False
         return True
+
+    def _enter(self, event: PhaseEvent) -> None:
+        """A part is in a new phase. That of the whole run ends where a part begins one."""
+        if event.who != "run":
+            self.phases.pop("run", None)
+        self.phases[event.who] = event
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,31 +229,61 @@ class _Side:
     bar: ProgressBar
 
 
-def _teachers_side(latest: _Latest) -> _Side:
-    if (pool := latest.pool) is None:
-        title = "teachers: starting" if latest.train is None else "no teachers at work"
-        if latest.wait is not None and latest.train is None:
-            title = f"waiting for machines to join the cluster: {latest.wait.missing}"
-        return _Side(title, "", ProgressBar(total=1, completed=0))
+def _teachers_side(latest: _Latest, now: float) -> _Side:
+    pool = latest.pool
+    if pool is None or (pool.published == 0 and pool.replicas == 0):
+        return _Side(_teachers_to_come(latest, now), "", ProgressBar(total=1, completed=0))
     details = (
-        f", {pool.in_flight} in flight, window {pool.window_chunks}, "
-        f"{pool.tokens_per_s:,.0f} tokens/s, ETA {latest.pool_pace.eta(pool.needed)}"
+        f", {pool.in_flight} in flight, window {pool.window_chunks}, {latest.pool_rate}, "
+        f"ETA {latest.pool_pace.eta(pool.needed)}"
     )
     bar = ProgressBar(total=max(pool.needed, 1), completed=pool.published)
     return _Side(f"teachers {pool.published}/{pool.needed} chunks", details, bar)
 
 
-def _student_side(latest: _Latest) -> _Side:
+def _teachers_to_come(latest: _Latest, now: float) -> str:
+    if latest.train is not None:
+        return "no teachers at work"
+    if latest.wait is not None:
+        return f"waiting for machines to join the cluster: {latest.wait.missing}"
+    if (phase := latest.phases.get("teacher")) is None:
+        return "teachers: starting"
+    ready = (
+        "" if latest.start is None else f", {latest.num_ready} of {latest.start.num_teachers} ready"
+    )
+    return f"teachers: {_since(phase.phase, phase.time, now)}{ready}"
+
+
+def _student_side(latest: _Latest, now: float) -> _Side:
+    # loading, or not there yet
+    for who in ("student", "control"):
+        if (phase := latest.phases.get(who)) is not None:
+            title = f"{who}: {_since(phase.phase, phase.time, now)}"
+            return _Side(title, "", ProgressBar(total=1, completed=0))
     if (train := latest.train) is None:
         return _Side("student: waiting for its first step", "", ProgressBar(total=1, completed=0))
+
+    # its steps
     steps = latest.start.total_steps if latest.start else train.step
     waiting = train.data_wait_s / train.seconds if train.seconds else 0.0
     details = (
-        f", loss {train.loss:.3f}, {train.tokens_per_s:,.0f} tokens/s, waiting {waiting:.0%}, "
+        f", loss {train.loss:.3f}, {latest.train_rate}, waiting {waiting:.0%}, "
         f"ETA {latest.train_pace.eta(steps)}"
     )
     bar = ProgressBar(total=max(steps, 1), completed=train.step)
     return _Side(f"{train.role} {train.step}/{steps} steps", details, bar)
+
+
+def _since(phase: str, begin: float, now: float) -> str:
+    """A phase and how long it has lasted."""
+    return f"{phase}, {_clock_time(max(0.0, now - begin))}"
+
+
+def _clock_time(seconds: float) -> str:
+    """As on a clock: 0:07, 12:30, 1:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _incident_line(event: RunEvent) -> str | None:
