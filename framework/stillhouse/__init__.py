@@ -3,7 +3,7 @@
 The names below are the public ones. Each is imported when it is first used: `import stillhouse`
 loads no heavy library.
 
-A run        load_config  plan  run  produce  train  evaluate  export
+A run        load_config  plan  run  produce  train  evaluate  export  push
 A target     TargetSpec  Head  CompressedLogits  compress  compress_hidden  encode  decode  densify
 A loss       distillation_loss  divergence_named  Divergence
 A store      ChunkStore  Recipe  list_recipes
@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stillhouse.api import evaluate, export, plan, produce, run, train
+    from stillhouse.api import evaluate, export, plan, produce, push, run, train
     from stillhouse.config import load_config
     from stillhouse.errors import RunError, StillhouseError, UserError
     from stillhouse.logits import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stillhouse.store import ChunkStore, Recipe, list_recipes
 
 _MODULES = {
-    "stillhouse.api": ("evaluate", "export", "plan", "produce", "run", "train"),
+    "stillhouse.api": ("evaluate", "export", "plan", "produce", "push", "run", "train"),
     "stillhouse.config": ("load_config",),
     "stillhouse.errors": ("RunError", "StillhouseError", "UserError"),
     "stillhouse.logits": (
@@ -74,6 +74,7 @@ __all__ = [
     "load_config",
     "plan",
     "produce",
+    "push",
     "run",
     "train",
 ]

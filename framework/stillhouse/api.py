@@ -99,6 +99,19 @@ def export(run: "Plan | str | Path", out: str | Path) -> int:
     return pipeline.export_run(plan, out)
 
 
+def push(run: "Plan | str | Path", name: str, *, private: bool = False) -> str:
+    """Export the student of a run to the hub's repository `owner/name`, which is made where it does
+    not exist; returns its address.
+
+    The token is that of `hf auth login`, or HF_TOKEN. Raises ModelError without a token and where
+    the hub refuses it, CheckpointError where the run has no checkpoint.
+    """
+    plan = _opened(run)
+    from stillhouse import pipeline
+
+    return pipeline.push_run(plan, name, private=private)
+
+
 def open_run(run_dir: str | Path, *, cache_dir: str | Path | None = None) -> "Plan":
     """The plan of a run directory that exists already. Raises RecipeError where it is no run's."""
     cache = environment.cache_dir() if cache_dir is None else Path(cache_dir)

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+import yaml
 
 from helpers.checkpoints import make
 from helpers.damage import fill, leave_no_room, read_only, small_disk
@@ -24,7 +25,7 @@ from stillhouse.errors import (
 )
 from stillhouse.pipeline import Plan, make_plan, open_run, train
 from stillhouse.pipeline.attempt import OpenStore, attempt, learning_attempt
-from stillhouse.pipeline.export import model_card
+from stillhouse.pipeline.export import card_data, model_card
 from stillhouse.pipeline.ownership import Owner
 from stillhouse.pipeline.run_dir import claim
 from stillhouse.pipeline.run_store import store_to_fill, store_to_read
@@ -365,3 +366,27 @@ def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(
     assert f"| AdamW | {schedule.format('0.003')} |" in halfway
     assert "| optimiser steps | 6 of 8 sequences |" in halfway
     assert "| AdamW | not in the run's journal |" in card_of("control", 10)
+
+
+def test_the_model_cards_metadata_names_what_the_hub_has_and_no_path_of_this_machine(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    config = plan_of(tiny_world, tmp_path).config
+    local = yaml.safe_load(card_data(config).to_yaml())
+    assert {"base_model", "teacher", "datasets", "license"}.isdisjoint(local)
+    assert str(tiny_world.folder.parent) not in str(local)
+
+    # on the hub, where this process reads no card
+    on_hub = config.model_copy(
+        update={
+            "student": config.student.model_copy(update={"model": "acme/student"}),
+            "teacher": config.teacher.model_copy(update={"model": "acme/teacher"}),
+            "corpus": config.corpus.model_copy(update={"dataset": "acme/texts"}),
+        }
+    )
+    found = yaml.safe_load(card_data(on_hub).to_yaml())
+    assert (found["base_model"], found["base_model_relation"]) == ("acme/student", "finetune")
+    assert (found["teacher"], found["datasets"]) == ("acme/teacher", ["acme/texts"])
+    from_config = on_hub.student.model_copy(update={"init": "config"})
+    fresh = card_data(on_hub.model_copy(update={"student": from_config}))
+    assert "base_model" not in yaml.safe_load(fresh.to_yaml())

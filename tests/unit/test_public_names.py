@@ -60,6 +60,7 @@ SIGNATURES = {
     "overrides: str | Iterable[str] = ()) -> Config",
     "plan": "(config: Config, *, run_dir: str | Path, cache_dir: str | Path | None = None) -> Plan",
     "produce": "(plan: Plan) -> None",
+    "push": "(run: Plan | str | Path, name: str, *, private: bool = False) -> str",
     "run": "(plan: Plan) -> dict[ModelName, Scores]",
     "train": "(plan: Plan) -> dict[ModelName, Scores]",
 }

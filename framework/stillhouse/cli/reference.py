@@ -73,7 +73,7 @@ Shapes in names: T tokens, H hidden, V vocabulary, K kept entries, N draws, B by
 
 _WIDTH = 80  # of a signature on one line
 _GROUPS = {
-    "A run": ("load_config", "plan", "run", "produce", "train", "evaluate", "export"),
+    "A run": ("load_config", "plan", "run", "produce", "train", "evaluate", "export", "push"),
     "A target": (
         "TargetSpec",
         "Head",

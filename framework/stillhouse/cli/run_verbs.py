@@ -1,4 +1,4 @@
-"""The verbs of a run: demo, check, run, produce, train, eval, report, export."""
+"""The verbs of a run: demo, check, run, produce, train, eval, report, export, push."""
 
 import os
 import shlex
@@ -108,6 +108,17 @@ def export(
         f"{out}: the student after {steps} steps; AutoModelForCausalLM.from_pretrained('{out}') "
         "opens it"
     )
+
+
+def push(
+    run_dir: ExistingRun,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it is new.")
+    ] = False,
+) -> None:
+    """Export the student to the Hugging Face hub, with its model card."""
+    print(api.push(run_dir, name, private=private))
 
 
 def planned(

@@ -1,15 +1,21 @@
-"""The export of a trained model: a Hugging Face directory, with a model card that says what it
-learned from, and how well."""
+"""The export of a trained model: a Hugging Face directory or a repository of the hub, with a model
+card that says what it learned from, and how well."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import ModelCardData
 
 from stillhouse.config import Config
 from stillhouse.errors import CheckpointError
+from stillhouse.models.hub import licence_of, upload
+from stillhouse.models.identity import is_local
 from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Plan
 from stillhouse.report.words import short_name
+from stillhouse.sequences.documents import looks_like_path
 from stillhouse.store import Recipe
 from stillhouse.tracking import EvalEvent, Role, RunEvent, read_journal, stretches, words_of
 
@@ -36,11 +42,20 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
     )
 
 
+def push_run(plan: Plan, name: str, *, private: bool) -> str:
+    """Export the student and commit it to the hub's repository `owner/name`; returns its address.
+    Raises what `export_run` does, and ModelError where the hub refuses it."""
+    with TemporaryDirectory(dir=plan.run_dir, prefix="push-") as folder:
+        out = Path(folder) / "model"
+        steps = export_run(plan, out)
+        message = f"The student after {steps} steps, recipe {plan.recipe.fingerprint[:16]}"
+        return upload(out, name, private=private, message=message)
+
+
 def model_card(
     config: Config, recipe: Recipe, events: Sequence[RunEvent], *, role: Role, steps: int
 ) -> str:
-    """The README of a model after `steps` optimiser steps. `rows`: the events of its run's
-    journal."""
+    """The README of a model after `steps` optimiser steps. `events`: of its run's journal."""
     # what it learned from, and how
     lesson = (
         "the text alone"
@@ -53,9 +68,7 @@ def model_card(
     # the page
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [distillation, stillhouse]",
+        card_data(config).to_yaml(),
         "---",
         f"# {Path(config.student.model).name}, distilled from {Path(config.teacher.model).name}",
         "",
@@ -74,6 +87,25 @@ def model_card(
         f"| recipe | `{recipe.fingerprint}` |",
     ]
     return "\n".join(lines + _scores(events)) + "\n"
+
+
+def card_data(config: Config) -> ModelCardData:
+    """The card's metadata, as the hub reads it: names of the hub alone, since a path of this
+    machine means nothing there."""
+    student, corpus = config.student, config.corpus
+    keeps_weights = student.init == "weights"
+    on_hub = keeps_weights and not is_local(student)
+    is_data_on_hub = corpus.dataset != "stdlib" and not looks_like_path(corpus.dataset)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["distillation", "stillhouse"],
+        base_model=student.model if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        teacher=None if is_local(config.teacher) else config.teacher.model,
+        license=licence_of(student.model) if keeps_weights else None,
+        datasets=[corpus.dataset] if is_data_on_hub else None,
+    )
 
 
 def _rest(num_draws: int) -> str:
