@@ -40,7 +40,8 @@ def run_demo(
     for the journal. Raises what `pipeline.make_plan` and `pipeline.run` raise.
     """
     # the models
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.soft_wrap = not console.is_terminal
     config = demo_config(run_dir, overrides)
     require(lacks(config.cluster))  # before a teacher is made for nothing
     console.print(_opening(config, run_dir))
@@ -62,12 +63,9 @@ def run_demo(
     # what came of it
     summary = summarise(read_journal(run_dir / "journal.jsonl"))
     assert summary is not None
-    console.print(
-        printable(
-            f"\n{verdict(summary)}\n\nThe report:  {run_dir / 'report.html'}\nThe student: "
-            f"{student}"
-        )
-    )
+    console.print(printable(f"\n{verdict(summary)}\n"))
+    where = f"The report:  {run_dir / 'report.html'}\nThe student: {student}"
+    console.print(printable(where), soft_wrap=True)
 
 
 def _opening(config: Config, run_dir: Path) -> str:

@@ -4,7 +4,7 @@ final hidden states and Head."""
 from stillhouse.models.files import require_whole_weights
 from stillhouse.models.heads import check_head, check_packing, compare_head, final_hidden, head_of
 from stillhouse.models.identity import ModelIdentity, digest_beside, forget_identity, model_identity
-from stillhouse.models.load import load_model, resolve_device
+from stillhouse.models.load import load_model, resolve_device, save_model
 from stillhouse.models.tokenizers import (
     check_same_ids,
     load_tokenizer,
@@ -27,6 +27,7 @@ __all__ = [
     "model_identity",
     "require_whole_weights",
     "resolve_device",
+    "save_model",
     "tokenizer_digest",
     "vocab_size_of",
 ]

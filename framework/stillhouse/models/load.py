@@ -4,6 +4,7 @@ A model some of whose weights are not in its files is refused: they would be ran
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from stillhouse.config import ModelSection
 from stillhouse.errors import ConfigError, ModelError
@@ -83,6 +85,18 @@ def load_model(
         )
     model.eval()
     return model
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write config and weights as safetensors; without the bar of transformers, which would stand
+    among our own."""
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _require_causal(name: str, config: PretrainedConfig) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillhouse.config import Config, CorpusSection, load_config
-from stillhouse.models import tokenizer_digest
+from stillhouse.models import save_model, tokenizer_digest
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.sequences import Corpus, prepare_corpus
 from stillhouse.sequences.documents import load_documents
@@ -99,7 +99,7 @@ def make_models(
         train_teacher(teacher, split.train, sizes, show=show)
 
     # the directories
-    teacher.save_pretrained(directory / "teacher")
+    save_model(teacher, directory / "teacher")
     llama_config(sizes.student, tokenizer, corpus.sequence_length).save_pretrained(
         directory / "student"
     )

@@ -12,7 +12,7 @@ from stillhouse.atomic import DISK, FileLayer, whole_directory
 from stillhouse.checkpoint.choice import newest_copy
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
-from stillhouse.models import load_model
+from stillhouse.models import load_model, save_model
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell
 from stillhouse.student.weights import consolidated_weights, weight_files
 
@@ -52,7 +52,7 @@ def write_model(
     ConfigError where it cannot be written."""
     try:
         with whole_directory(out.resolve(), files=files) as draft:
-            model.save_pretrained(draft)
+            save_model(model, draft)
             tokenizer.save_pretrained(draft)
             (draft / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
