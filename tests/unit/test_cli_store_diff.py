@@ -1,4 +1,4 @@
-"""`store diff` tells in words in which choices two recipes differ, and by its exit code whether any
+"""`store diff` tells in words in which choices two recipes differ; its exit code says whether they
 do."""
 
 from pathlib import Path
