@@ -47,7 +47,7 @@ def read_json(data: bytes, *keys: str) -> dict[str, Any]:
         raise Refused("JSON") from error
     must(type(values) is dict and set(values) == {*keys, "version"}, "these keys")
     must(canonical(values) == data, "canonical JSON")
-    must(values["version"] == 1, "version 1")
+    must(type(values["version"]) is int and values["version"] == 1, "version 1")
     return dict(values)
 
 

@@ -131,5 +131,5 @@ def test_ls_lists_the_newest_runs_of_each_recipe_and_stat_all_of_one(store: Chun
 def test_ls_names_the_teacher_and_the_data_set(store: ChunkStore) -> None:
     put_label(store, LABEL)
     *_, heading, line = stillhouse("store", "ls", store.url).out.splitlines()
-    assert heading.split() == ["recipe", "begun", "teacher", "data", "set", "run"]
+    assert heading.split() == ["recipe", "begun", "(UTC)", "teacher", "data", "set", "run"]
     assert line.split() == [store.folder, "2026-11-29", "08:00", "big", "a.jsonl", "demo-18c"]

@@ -20,7 +20,9 @@ def print_runs(stores: Sequence[ChunkStore], console: Console) -> None:
 
     # a table of the runs
     runs = [(folder, label) for folder, labels in found.items() for label in labels.labels]
-    table = Table("recipe", "begun", "teacher", "data set", "run", box=None, header_style="bold")
+    table = Table(
+        "recipe", "begun (UTC)", "teacher", "data set", "run", box=None, header_style="bold"
+    )
     for column in table.columns:
         column.no_wrap = True
     for folder, label in sorted(runs, key=lambda each: each[1].created):

@@ -54,9 +54,9 @@ def store_stat(
 @store_app.command(name="diff")
 def store_diff(one: RecipePlace, other: RecipePlace) -> None:
     """What differs between two recipes: exit code 0 where nothing does, else 1."""
-    from stillhouse.cli import store_diff
+    from stillhouse.cli.store_diff import compare
 
-    if not store_diff.compare(one, other):
+    if not compare(one, other):
         raise typer.Exit(1)
 
 

@@ -23,7 +23,7 @@ def leave_label(plan: Plan) -> None:
     try:
         put_label(plan.store, label_of(plan, first))
     except StoreError as error:
-        _log.warning("this run has no label in its store, for `stillhouse store ls`: %s", error)
+        _log.warning("the store has no label of this run, for `stillhouse store ls`: %s", error)
 
 
 def label_of(plan: Plan, first: StartEvent) -> Label:

@@ -37,8 +37,8 @@ _SHOW_EVERY_DOCUMENTS = 100
 
 
 def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
-    """The plan of a config. Raises ModelError, CorpusError, CacheError or ConfigError for what
-    cannot be used, weights that are not whole included, before anything heavy starts."""
+    """The plan of a config. Raises ModelError, CorpusError, CacheError, StoreError or ConfigError
+    for what cannot be used, weights that are not whole included, before anything heavy starts."""
     if (reason := why_too_long(run_dir)) is not None:
         raise ConfigError(f"--run-dir: {reason}; choose shorter names")
     require_whole_weights(config.teacher.model)

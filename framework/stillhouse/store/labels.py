@@ -57,17 +57,17 @@ def labels_of(store: ChunkStore, *, most: int | None = None) -> Labels:
     blobs = sorted(
         store.blobs.under(f"{store.folder}/labels"), key=lambda blob: (blob.modified, blob.key)
     )
-    found = Labels([], [], num_older=0)
-    while blobs and len(found.labels) != most:
+    labels, broken = list[Label](), list[str]()
+    while blobs and len(labels) != most:
         key = blobs.pop().key
         with suppress(FileNotFoundError):  # a person has deleted it since the listing
             label = _read(store, key)
             if label is None:
-                found.broken.append(key)
+                broken.append(key)
             else:
-                found.labels.append(label)
-    found.labels.sort(key=lambda label: (label.created, label.run))
-    return found._replace(num_older=len(blobs))
+                labels.append(label)
+    labels.sort(key=lambda label: (label.created, label.run))
+    return Labels(labels, broken, num_older=len(blobs))
 
 
 def _read(store: ChunkStore, key: str) -> Label | None:
