@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 
 from stillhouse.errors import StoreError
-from stillhouse.store import Recipe, differences, find_recipes
+from stillhouse.store import Recipe, differences
+from stillhouse.store.maintenance import find_recipes
 from stillhouse.terminal import one_line, say
 
 _PREFIX = re.compile(r"[0-9a-fA-F]{1,64}")

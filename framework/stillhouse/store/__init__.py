@@ -14,7 +14,6 @@ from stillhouse.store.explain import StoreForbidden as StoreForbidden
 from stillhouse.store.maintenance import Finding as Finding
 from stillhouse.store.maintenance import StoredRecipe as StoredRecipe
 from stillhouse.store.maintenance import Swept as Swept
-from stillhouse.store.maintenance import find_recipes as find_recipes
 from stillhouse.store.maintenance import list_recipes as list_recipes
 from stillhouse.store.maintenance import sweep as sweep
 from stillhouse.store.maintenance import verify_chunks as verify_chunks

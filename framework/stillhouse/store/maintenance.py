@@ -42,7 +42,8 @@ class Swept(NamedTuple):
 
 
 def list_recipes(url: str) -> list[StoredRecipe]:
-    """Every recipe under a root, as `find_recipes`, with the number and bytes of its chunks."""
+    """Every recipe under a root, with the number and bytes of its chunks. An unreadable recipe is
+    left out: `verify_store` names it."""
     blobs, found = Blobs(url), []
     for recipe in find_recipes(url):
         folder = recipe.fingerprint[:16]
@@ -55,7 +56,7 @@ def list_recipes(url: str) -> list[StoredRecipe]:
 
 
 def find_recipes(url: str) -> list[Recipe]:
-    """Every recipe under a root. An unreadable one is left out: `verify_store` names it."""
+    """Every recipe under a root, as `list_recipes`, without a look at the chunks."""
     blobs, found = Blobs(url), []
     for folder in _recipe_folders(blobs):
         with suppress(RecipeError):
