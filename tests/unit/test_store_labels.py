@@ -20,9 +20,9 @@ LABEL = Label(
 )
 
 
-@pytest.fixture(params=[1, 2])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ChunkStore:
-    store = ChunkStore.create(str(tmp_path / "store"), small_recipe(format=request.param))
+@pytest.fixture
+def store(tmp_path: Path) -> ChunkStore:
+    store = ChunkStore.create(str(tmp_path / "store"), small_recipe(format=2))
     store.publish(make_chunk(store.recipe, 0))
     return store
 
@@ -35,7 +35,9 @@ def path_of(store: ChunkStore, run: str) -> Path:
     return Path(store.url) / store.folder / "labels" / f"{run}.json"
 
 
-def test_a_label_is_found_as_it_was_put_and_is_never_changed(store: ChunkStore) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_label_is_found_as_it_was_put_and_is_never_changed(tmp_path: Path, version: int) -> None:
+    store = ChunkStore.create(str(tmp_path), small_recipe(format=version))
     assert labels_of(store) == ([], [], 0)
     assert put_label(store, LABEL)
     data = path_of(store, LABEL.run).read_bytes()
@@ -80,24 +82,29 @@ def test_what_is_no_label_is_broken_and_hides_no_other(
     store: ChunkStore, change: dict[str, object]
 ) -> None:
     put_label(store, LABEL)
+    values = json.loads(path_of(store, LABEL.run).read_bytes())
+    path_of(store, "b").write_bytes(canonical({**values, "run": "b"}))
+    assert labels_of(store).broken == []
+    path_of(store, "b").write_bytes(canonical({**values, "run": "b", **change}))
+    assert labels_of(store) == ([LABEL], [f"{store.folder}/labels/b.json"], 0)
+
+
+def test_a_broken_label_is_a_line_of_ls_and_stat(store: ChunkStore) -> None:
+    put_label(store, LABEL)
     data = path_of(store, LABEL.run).read_bytes()
     for name, broken in (
-        ("changed", canonical({**json.loads(data), "run": "changed", **change})),
         ("cut", data.replace(b"demo-18c", b"cut")[:-1]),
         ("spaced", data.replace(b"demo-18c", b"spaced") + b"\n"),
         ("large", canonical({**json.loads(data), "run": "large", "names": {"x": "y" * 70_000}})),
         ("nested", b"[" * 50_000),
     ):
         path_of(store, name).write_bytes(broken)
-    names = ("changed", "cut", "large", "nested", "spaced")
-    wanted = [f"{store.folder}/labels/{name}.json" for name in names]
-    found = labels_of(store)
-    assert (found.labels, sorted(found.broken), found.num_older) == ([LABEL], wanted, 0)
     for verb in ("ls", "stat"):
         outcome = stillhouse("store", verb, store.url)
         assert outcome.code == 0
         assert LABEL.run in outcome.out
-        assert [f"{key} is no label" in outcome.out for key in wanted] == [True] * 5
+        for name in ("cut", "spaced", "large", "nested"):
+            assert f"{store.folder}/labels/{name}.json is no label" in outcome.out
 
 
 def test_labels_are_no_chunks_and_no_leftovers(store: ChunkStore) -> None:
