@@ -2,33 +2,51 @@
 or written on its word."""
 
 import json
+import os
 import struct
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from helpers.chunks import arrays_of, make_chunk, small_recipe
+from helpers.command import stillhouse
 from helpers.sealing import canonical, chunk_file, header_of, metadata_of, sealed_chunk, sealed_json
 from stillhouse.errors import ChunkError, RecipeError, StoreError
-from stillhouse.store import ChunkStore, Consumer, consumers, list_recipes, verify_store
+from stillhouse.store import ChunkStore, Consumer, Recipe, consumers, list_recipes, verify_store
 from stillhouse.store.chunk import pack_chunk, parse_index
+from stillhouse.store.labels import Label, put_label
 from stillhouse.store.recipe import parse_recipe
 
 MUCH = 64 << 20  # bytes
+FORMATS: dict[int, dict[str, Any]] = {
+    1: {},
+    2: {"num_draws": 3, "weighted": True, "label_logprob": True, "tail_entropy": True},
+}
+in_both_formats = pytest.mark.parametrize("version", FORMATS)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ChunkStore:
-    store = ChunkStore.create(str(tmp_path / "store"), small_recipe())
+def recipe_of(version: int, **changes: Any) -> Recipe:
+    """A small recipe of a format, with all that its records can hold."""
+    return small_recipe(format=version, **FORMATS[version], **changes)
+
+
+@pytest.fixture(params=FORMATS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ChunkStore:
+    """A store of each format in turn, with one chunk."""
+    store = ChunkStore.create(str(tmp_path / "store"), recipe_of(request.param))
     store.publish(make_chunk(store.recipe, 0))
     return store
 
 
 def path_of(store: ChunkStore, number: int) -> Path:
-    return Path(store.url) / store.key(number)
+    """Where a chunk is, or would be."""
+    path = Path(store.url) / store.key(number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @pytest.mark.parametrize("length", [2**63 - 1, 2**40, 100 << 20])
@@ -91,10 +109,6 @@ def test_a_recipe_that_is_none_is_refused_by_name(store: ChunkStore, text: str) 
         ChunkStore.create(store.url, store.recipe)
 
 
-def recipe_values(**changes: Any) -> dict[str, Any]:
-    return {**json.loads(small_recipe().canonical_json()), **changes}
-
-
 ABSURD = {
     "a temperature that no float holds": {"temperature": 10**400},
     "a chunk of more rows than can be counted": {"chunk_sequences": 2**63, "num_sequences": 2**63},
@@ -104,9 +118,12 @@ ABSURD = {
 }
 
 
+@in_both_formats
 @pytest.mark.parametrize("case", ABSURD)
-def test_a_recipe_of_absurd_numbers_is_refused_by_name(tmp_path: Path, case: str) -> None:
-    data = canonical(recipe_values(**ABSURD[case]))
+def test_a_recipe_of_absurd_numbers_is_refused_by_name(
+    tmp_path: Path, case: str, version: int
+) -> None:
+    data = canonical({**json.loads(recipe_of(version).canonical_json()), **ABSURD[case]})
     with pytest.raises(RecipeError, match=r"^recipe\.json: this recipe cannot be used"):
         parse_recipe(data, where="recipe.json")
     (tmp_path / ("0" * 16)).mkdir()
@@ -115,14 +132,35 @@ def test_a_recipe_of_absurd_numbers_is_refused_by_name(tmp_path: Path, case: str
     assert list_recipes(str(tmp_path)) == []
 
 
-def test_a_recipe_of_many_rows_takes_no_memory_for_a_chunk_that_has_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label_logprob": 2**63},
+        {"tail_entropy": -2},
+        {"draws": {"weighted": True}},
+        {"source": {"kind": "corpus", "digest": ["xxh3:corpus"]}},
+        {"source": {"kind": "../..", "digest": ""}},
+        {"teacher": "sha256:teacher"},
+        {"teacher": {"kind": "shell", "digest": "sha256:teacher", "numerics": "float32"}},
+    ],
+)
+def test_a_recipe_whose_parts_are_of_another_kind_is_refused_by_name(
+    change: dict[str, object],
+) -> None:
+    data = canonical({**json.loads(recipe_of(2).canonical_json()), **change})
+    with pytest.raises(RecipeError, match=r"^recipe\.json"):
+        parse_recipe(data, where="recipe.json")
+
+
+@in_both_formats
+def test_a_recipe_of_many_rows_takes_no_memory_for_a_chunk_that_has_none(
+    tmp_path: Path, version: int
+) -> None:
     """A reader of rows asks for as many bytes as the index of such a chunk may have: 32 GiB."""
-    store = ChunkStore.create(
-        str(tmp_path), small_recipe(num_sequences=2**31 - 1, chunk_sequences=2**31 - 1)
-    )
-    path = path_of(store, 0)
-    path.parent.mkdir()
-    path.write_bytes(pack_chunk(make_chunk(small_recipe()), small_recipe()))
+    many = {"num_sequences": 2**31 - 1, "chunk_sequences": 2**31 - 1}
+    store = ChunkStore.create(str(tmp_path), recipe_of(version, **many))
+    path, few = path_of(store, 0), recipe_of(version)
+    path.write_bytes(pack_chunk(make_chunk(few), few))
     tracemalloc.start()
     with pytest.raises(ChunkError):
         store.fetch_rows(0, [0])
@@ -154,6 +192,21 @@ def test_a_checksum_is_its_16_digits_and_nothing_more(store: ChunkStore, checksu
     path_of(store, 0).write_bytes(chunk_file(arrays, canonical(header_of(arrays, changed))))
     with pytest.raises(ChunkError, match="carries the checksum"):
         store.fetch(0)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0xFF])
+def test_records_of_nonsense_with_right_checksums_are_found_and_moved_aside(
+    store: ChunkStore, byte: int
+) -> None:
+    arrays = arrays_of(make_chunk(store.recipe, 0))
+    arrays["targets"] = np.full_like(arrays["targets"], byte)
+    metadata = canonical(metadata_of(json.loads(store.recipe.canonical_json()), 0))
+    path_of(store, 0).write_bytes(chunk_file(arrays, canonical(header_of(arrays, metadata))))
+    store.fetch(0)
+    with pytest.raises(ChunkError, match="chunk 0 is as it was published, but the record of row 0"):
+        store.verify(0)
+    assert store.quarantine(0)
+    assert store.published() == set()
 
 
 @pytest.mark.parametrize(
@@ -193,3 +246,23 @@ def test_a_chunk_has_the_name_that_its_number_gives_it(store: ChunkStore) -> Non
     )
     assert store.published() == {0}
     assert store.listing().cut == set()
+
+
+def test_a_label_steers_no_terminal_and_opens_no_other_file(store: ChunkStore) -> None:
+    """The pipe would never open, and the link leads out of the store."""
+    folder = Path(store.url) / store.folder / "labels"
+    names = {"teacher": "[/x]\x1b[2J", "dataset": "\u202ea\nb"}
+    put_label(store, Label(run="demo", created="2026-11-29T08:00:00Z", names=names))
+    secret = json.dumps({"run": "link", "names": {"password": "hunter2"}})
+    (folder.parent.parent.parent / "secret.json").write_text(secret)
+    (folder / "link.json").symlink_to("../../../secret.json")
+    os.mkfifo(folder / "pipe.json")
+    (folder / "\x9b2J.json").write_bytes(b"{}")
+    for verb in ("ls", "stat"):
+        outcome = stillhouse("store", verb, store.url)
+        assert outcome.code == 0, outcome
+        assert "[/x]\\x1b[2J" in outcome.out
+        assert "\\u202ea\\nb" in outcome.out
+        assert f"{store.folder}/labels/link.json is no label" in outcome.out
+        assert "hunter2" not in outcome.out
+        assert not {"\x1b", "\x9b", "\u202e"} & set(outcome.out)

@@ -34,6 +34,7 @@ from stillhouse.pipeline.run_dir import changes_that_matter, config_of
 from stillhouse.redaction import secrets_of
 from stillhouse.store import ChunkStore
 from stillhouse.store.consumers import registered
+from stillhouse.store.labels import labels_of
 from stillhouse.tracking import (
     ChunkEvent,
     EndEvent,
@@ -138,6 +139,9 @@ def test_produce_then_train_through_s3_is_the_same_training_as_run(
     api.produce(plan)
     store = ChunkStore("s3://whisky/casks", plan.recipe)
     assert store.published() == set(plan.chunks)
+    assert [label.names["teacher"] for label in labels_of(store).labels] == [
+        plan.config.teacher.model
+    ]
     before = client.list_objects_v2(Bucket="whisky")["Contents"]
     forbid_writing(client, "whisky")
     scores = api.train(plan)

@@ -16,6 +16,7 @@ from helpers.goldenrun import GoldenRun
 from stillhouse import pipeline
 from stillhouse.pipeline import Plan
 from stillhouse.store import ChunkStore, verify_store
+from stillhouse.store.labels import labels_of, moment
 from stillhouse.tracking import (
     CheckpointEvent,
     ChunkEvent,
@@ -103,6 +104,13 @@ def test_a_run_of_an_earlier_tree_is_finished_to_the_same_numbers(golden: Golden
         for number in plan.chunks
     }
     assert digests == expected["chunks"]
+
+    # its store is labelled now, as of the time at which the run began
+    (label,) = labels_of(store).labels
+    assert (label.created, label.names["student"]) == (
+        moment(events[0].time),
+        plan.config.student.model,
+    )
 
     # losses, gradients and scores
     assert curve(golden.run_dir) == pytest.approx(expected_curve(golden), **CLOSE)

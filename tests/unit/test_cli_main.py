@@ -29,8 +29,8 @@ import stillhouse
 from stillhouse.cli.main import app
 
 for verb in ("", "init", "demo", "check", "run", "produce", "train", "eval", "report", "export",
-             "settings", "schema", "store", "store ls", "store stat", "store verify",
-             "store sweep",
+             "settings", "schema", "store", "store ls", "store stat", "store diff",
+             "store verify", "store sweep",
              "bench", "bench pipeline", "bench loss", "bench head"):
     try:
         app([*verb.split(), "--help"])

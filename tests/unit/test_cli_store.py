@@ -8,8 +8,9 @@ import pytest
 
 from helpers.bounded import bounded, measured_memory
 from helpers.chunks import make_chunk, small_recipe
-from helpers.command import stillhouse
+from helpers.command import config_of, stillhouse
 from helpers.damage import read_only
+from helpers.world import TinyWorld
 from stillhouse.store import ChunkStore
 
 RECIPE = small_recipe()
@@ -155,6 +156,22 @@ def test_verify_names_a_damaged_recipe(url: str) -> None:
     outcome = stillhouse("store", "verify", url, "--quarantine")
     assert outcome.code == 1
     assert f"{OTHER.fingerprint[:16]}/recipe.json" in outcome.out
+
+
+def test_a_store_of_format_1_is_repaired_by_a_config_whose_store_is_elsewhere(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """The config's own store does not exist, so that a run of it would begin in format 2."""
+    plan = tiny_world.plan(tmp_path / "run", store={"url": str(tmp_path / "elsewhere")})
+    earlier = plan.recipe.in_format_1()
+    assert earlier is not None
+    store = ChunkStore.create(str(tmp_path / "store"), earlier)
+    store.publish(make_chunk(earlier))
+    outcome = stillhouse(
+        "store", "verify", store.url, "--repair", config_of(plan), cache=tiny_world.folder
+    )
+    assert outcome.code == 0, outcome
+    assert f"all 1 in {store.url}/{store.folder} are good" in outcome.out
 
 
 def test_sweep_removes_old_leftovers_only(url: str) -> None:

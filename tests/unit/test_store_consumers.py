@@ -113,3 +113,10 @@ def test_runs_with_different_places_have_different_names_that_can_be_keys(
     assert len(registered(store).consumers) == 8
     with pytest.raises(StoreError, match=r"cannot be called '\.\./x'"):
         join(store, replace(CONSUMER, name="../x"))
+
+
+def test_a_run_in_a_hidden_directory_has_a_name_that_can_be_registered(store: ChunkStore) -> None:
+    for place in ("/runs/.distil", "/runs/..."):
+        hidden = replace(CONSUMER, name=consumer_name(place, "student"))
+        join(store, hidden)
+        assert hidden in registered(store).consumers

@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from stillhouse.cli.store_labels import lines_of_labels, print_runs
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.store import (
     ChunkStore,
@@ -50,7 +51,8 @@ def list_store(url: str) -> None:
         table.add_column(heading, no_wrap=True)
     for heading in ("k", "sequences", "chunks", "bytes"):
         table.add_column(heading, justify="right")
-    for fingerprint16, recipe, num_chunks, num_bytes in _recipes(url):
+    recipes = _recipes(url)
+    for fingerprint16, recipe, num_chunks, num_bytes in recipes:
         table.add_row(
             fingerprint16,
             Text(one_line(recipe.teacher_digest[:_DIGEST_DIGITS])),
@@ -60,7 +62,9 @@ def list_store(url: str) -> None:
             f"{num_chunks:,} of {recipe.num_chunks:,}",
             decimal(num_bytes),
         )
-    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    console.print(table)
+    print_runs([ChunkStore(url, stored.recipe) for stored in recipes], console)
 
 
 def show_recipes(url: str, fingerprint: str) -> None:
@@ -85,7 +89,8 @@ def show_recipes(url: str, fingerprint: str) -> None:
             **_unreadable(ChunkStore(url, recipe)),
         }
         say(f"{url}/{stored.fingerprint16}")
-        for name, value in figures.items():
+        labels = lines_of_labels(ChunkStore(url, recipe))
+        for name, value in [*figures.items(), *labels]:
             say(f"  {name:<16}  {one_line(str(value))}")
 
 

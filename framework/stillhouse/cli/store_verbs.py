@@ -1,12 +1,16 @@
 """The verbs `stillhouse store ...`."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stillhouse import api
 from stillhouse.cli.run_verbs import planned
+
+if TYPE_CHECKING:
+    from stillhouse.pipeline import Plan
 
 store_app = typer.Typer(help="Look at, verify and tidy a chunk store.", no_args_is_help=True)
 
@@ -14,6 +18,13 @@ StoreUrl = Annotated[
     str,
     typer.Argument(
         metavar="URL", help="A directory, or s3://, gs:// or az:// with bucket and prefix."
+    ),
+]
+RecipePlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL[/FINGERPRINT]",
+        help="A store of one recipe; or a store, a slash and a fingerprint's first digits.",
     ),
 ]
 
@@ -40,6 +51,15 @@ def store_stat(
     store.show_recipes(url, fingerprint)
 
 
+@store_app.command(name="diff")
+def store_diff(one: RecipePlace, other: RecipePlace) -> None:
+    """What differs between two recipes: exit code 0 where nothing does, else 1."""
+    from stillhouse.cli.store_diff import compare
+
+    if not compare(one, other):
+        raise typer.Exit(1)
+
+
 @store_app.command(name="verify")
 def store_verify(
     url: StoreUrl,
@@ -62,10 +82,18 @@ def store_verify(
     repaired."""
     from stillhouse.cli import store
 
-    if repair is not None:
-        store.repair(url, api.open_run(repair) if repair.is_dir() else planned([repair]))
-        return
-    store.verify(url, quarantine=quarantine)
+    if repair is None:
+        store.verify(url, quarantine=quarantine)
+    else:
+        store.repair(url, _plan_of(repair, url))
+
+
+def _plan_of(repair: Path, url: str) -> "Plan":
+    """The plan of a run directory, or of a config for this store: what is there decides the format
+    of its recipe."""
+    if repair.is_dir():
+        return api.open_run(repair)
+    return planned([repair], [f"store.url = {json.dumps(url, ensure_ascii=False)}"])
 
 
 @store_app.command(name="sweep")

@@ -27,7 +27,7 @@ from stillhouse.models import (
 )
 from stillhouse.pipeline.plan import Plan
 from stillhouse.sequences.source import open_sources
-from stillhouse.store import ChunkStore, Recipe, parse_recipe
+from stillhouse.store import ChunkStore, Recipe, StoreForbidden, StoreUnavailable, parse_recipe
 from stillhouse.store.object_store import Blobs
 from stillhouse.terminal import one_line
 
@@ -37,8 +37,8 @@ _SHOW_EVERY_DOCUMENTS = 100
 
 
 def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
-    """The plan of a config. Raises ModelError, CorpusError, CacheError or ConfigError for what
-    cannot be used, weights that are not whole included, before anything heavy starts."""
+    """The plan of a config. Raises ModelError, CorpusError, CacheError, StoreError or ConfigError
+    for what cannot be used, weights that are not whole included, before anything heavy starts."""
     if (reason := why_too_long(run_dir)) is not None:
         raise ConfigError(f"--run-dir: {reason}; choose shorter names")
     require_whole_weights(config.teacher.model)
@@ -142,7 +142,11 @@ def _spec(section: TargetSection, vocab_size: int) -> TargetSpec:
 
 def _as_begun(recipe: Recipe, *, run_dir: Path, url: str) -> Recipe:
     """The recipe, in format 1 where its run directory or its store was begun in format 1: the run
-    then goes on with that store's chunks. Raises RecipeError for a damaged run directory."""
+    then goes on with that store's chunks.
+
+    Raises RecipeError for a damaged run directory, and StoreUnavailable or StoreForbidden where the
+    store cannot be asked: begun anew, one of format 1 would have all its chunks made again.
+    """
     earlier = recipe.in_format_1()
     if earlier is None:
         return recipe
@@ -155,7 +159,9 @@ def _as_begun(recipe: Recipe, *, run_dir: Path, url: str) -> Recipe:
     stores = ChunkStore(url, recipe), ChunkStore(url, earlier)
     try:
         is_there = [store.blobs.stat(store.recipe_key) is not None for store in stores]
-    except StoreError:  # whatever uses the store next says what is wrong with it
+    except (StoreUnavailable, StoreForbidden):
+        raise
+    except StoreError:  # there is none, nor can there be: what uses it next says why
         return recipe
     return earlier if is_there == [False, True] else recipe
 

@@ -14,6 +14,7 @@ from stillhouse.cluster.session import attached
 from stillhouse.evaluation.scores import ModelName, Scores
 from stillhouse.pipeline.attempt import attempt, learning_attempt, visit
 from stillhouse.pipeline.console import patient, tell_of_wait
+from stillhouse.pipeline.labels import leave_label
 from stillhouse.pipeline.plan import Plan
 from stillhouse.pipeline.planning import resolved
 from stillhouse.pipeline.run_dir import config_of
@@ -46,6 +47,7 @@ def produce(plan: Plan, *, command: str = "stillhouse produce") -> None:
     ):
         require_shared_store(store, [session.place_of(config.teacher)], filling=True)
         register(store, plan.jobs)
+        leave_label(plan)
 
         def finished() -> bool:
             machines.require_driver()
@@ -112,6 +114,7 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
             require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
             own, deletes = register(store, jobs), config.store.retain == "until-read"
             consumers = retention_of(store, plan.order, own=own, deletes=deletes)
+            leave_label(plan)
 
             # teachers fill the store while students read it
             with (

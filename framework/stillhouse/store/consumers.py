@@ -10,7 +10,6 @@ be understood is reported, never guessed at.
 
 import hashlib
 import json
-import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import PurePath
@@ -20,13 +19,13 @@ from stillhouse.errors import StoreError
 from stillhouse.sealed import opened, sealed
 from stillhouse.store.chunk_store import ChunkStore
 from stillhouse.store.explain import StoreForbidden
+from stillhouse.store.names import is_name, name_like
 from stillhouse.store.recipe import canonical_json
 
 CONSUMER_VERSION = 1
 
 _MOST_NUMBER = 2**53  # up to which every parser of JSON has the same number
 _LEAST = {"global_batch_sequences": 1, "window_chunks": 1, "total_steps": 0, "committed_step": 0}
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +54,8 @@ class Registered(NamedTuple):
 def consumer_name(place: str, role: str) -> str:
     """A consumer's name: the same whenever a run resumes from its checkpoints in `place`, and
     another one for another place."""
-    run = re.sub(r"[^A-Za-z0-9._-]", "-", PurePath(place).name)[:64] or "run"
-    return f"{run}-{hashlib.sha256(place.encode()).hexdigest()[:8]}-{role}"
+    digits = hashlib.sha256(place.encode()).hexdigest()[:8]
+    return f"{name_like(PurePath(place).name)}-{digits}-{role}"
 
 
 def join(store: ChunkStore, consumer: Consumer) -> None:
@@ -106,7 +105,7 @@ def registered(store: ChunkStore) -> Registered:
 
 
 def _key(store: ChunkStore, name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise StoreError(
             f"a consumer cannot be called {name!r}; wanted up to 128 letters, digits, dots, "
             "hyphens and underscores"
@@ -129,7 +128,7 @@ def _parsed(data: bytes) -> Consumer | None:
             return None
         types = {name: type(value) for name, value in values.items()}
         in_range = all(least <= values[name] <= _MOST_NUMBER for name, least in _LEAST.items())
-        if types == wanted and in_range and _NAME.fullmatch(values["name"]):
+        if types == wanted and in_range and is_name(values["name"]):
             return Consumer(**values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass

@@ -45,16 +45,22 @@ def list_recipes(url: str) -> list[StoredRecipe]:
     """Every recipe under a root, with the number and bytes of its chunks. An unreadable recipe is
     left out: `verify_store` names it."""
     blobs, found = Blobs(url), []
-    for folder in _recipe_folders(blobs):
-        try:
-            recipe = _recipe_in(blobs, folder)
-        except RecipeError:
-            continue
+    for recipe in find_recipes(url):
+        folder = recipe.fingerprint[:16]
         objects = blobs.under(f"{folder}/chunks")
         sizes = [
             blob.num_bytes for blob in objects if number_of(blob.key, recipe.format) is not None
         ]
         found.append(StoredRecipe(folder, recipe, len(sizes), sum(sizes)))
+    return found
+
+
+def find_recipes(url: str) -> list[Recipe]:
+    """Every recipe under a root, as `list_recipes`, without a look at the chunks."""
+    blobs, found = Blobs(url), []
+    for folder in _recipe_folders(blobs):
+        with suppress(RecipeError):
+            found.append(_recipe_in(blobs, folder))
     return found
 
 

@@ -6,6 +6,7 @@ from urllib.parse import unquote, urlsplit
 from stillhouse.errors import StoreError
 
 _BUCKET_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+_SCHEMES = (*_BUCKET_SCHEMES, "file", "memory")
 _WANTED = "a directory, or s3://, gs:// or az:// with bucket and prefix"
 
 
@@ -15,6 +16,12 @@ def absolute_url(url: str) -> str:
     if not url:
         raise StoreError(f"the store's URL is empty; set store.url to {_WANTED}")
     if "://" not in url:
+        scheme, colon, _ = url.partition(":")
+        if colon and scheme.lower() in _SCHEMES:
+            raise StoreError(
+                f"the store's URL is {url}: wanted {_WANTED}; for a directory that is called so, "
+                f"write ./{url}"
+            )
         return str(Path(url).absolute())
     parts = urlsplit(url)
     if parts.scheme == "file":
