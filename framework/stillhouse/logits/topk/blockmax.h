@@ -24,9 +24,9 @@ typedef struct {
     int64_t num;     /* the kept entries: k, or fewer where the row has NaN */
     uint64_t *keys;  /* [num] by value descending, ties by id ascending; see `value_of`, `id_of` */
     float rest_base; /* the greatest logit of the other ids; -inf where they have no mass */
-    float *rest_sums; /* [num_blocks]: sums of exp((z - rest_base) / T) over the other ids */
-    float *rest_moments; /* [num_blocks]: of t 2^t with 2^t these exponentials, or NULL */
-    float *rest_maxima;  /* [num_blocks]: the greatest logits of the other ids */
+    float *rest_sums;    /* [num_blocks]: sums of 2^t = exp((z - rest_base) / T) over the others */
+    float *rest_moments; /* [num_blocks]: sums of t 2^t over them; NULL where not wanted */
+    float *rest_maxima;  /* [num_blocks]: their greatest logits */
 } Split;
 
 /* Room for the work on one row of so many blocks, of which k entries are kept. */

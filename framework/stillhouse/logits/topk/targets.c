@@ -1,6 +1,6 @@
-/* Targets of rows of logits: what the filter of `blockmax.c` finds, normalised, draws from the tail,
-   log-probabilities of draws and of a label, and the entropy of the tail. The same arithmetic as
-   `found.normalise` and `draws.draw_in_blocks`, by row. */
+/* Targets of rows of logits: what the filter of `blockmax.c` finds, normalised; draws from the tail,
+   log p of these and of a label; the entropy of the tail. The same arithmetic as in `found.py` and
+   as `draws.draw_in_blocks`, by row. */
 
 #include "blockmax.h"
 
@@ -10,7 +10,7 @@ static const double LOG_2 = 0.6931471805599453;
 /* The double before 1: a number times it, rounded, is still less than that number. */
 static const double BELOW_ONE = 1.0 - 0x1p-53;
 
-/* What a token's target is written to; the last three are NULL where it has no such thing. */
+/* What a token's target is written to; the last three may be NULL, where they are not wanted. */
 typedef struct {
     int32_t *ids;
     float *logprobs, *tail_logmass, *log_sum_exp;
@@ -73,17 +73,17 @@ typedef struct {
     double *masses, *up_to; /* [num_blocks]: of each block, and of all blocks up to its end */
 } Proposal;
 
-/* Fill in what the blocks have of the tail, and returns all of it. */
-static double lay_out_rest(Proposal *proposal, const Row *row, const Split *split) {
+/* Fill in what the blocks have of the tail, and all of it. */
+static void lay_out_rest(Proposal *proposal, const Row *row, const Split *split) {
     double sum = 0;
     for (int64_t b = 0; b < row->num_blocks; b++) {
         proposal->masses[b] = split->rest_sums[b];
         proposal->up_to[b] = sum += proposal->masses[b];
     }
-    return proposal->rest_sum = sum;
+    proposal->rest_sum = sum;
 }
 
-/* Make these masses their share of the tail, and add the share of the ids that are not kept. */
+/* Make these masses their shares of the tail, and add the blocks' shares of the num_others ids. */
 static void lay_out_mixed(Proposal *proposal, const Row *row, const Split *split) {
     double *masses = proposal->masses, sum = 0;
     for (int64_t b = 0; b < row->num_blocks; b++) masses[b] = BLOCK;
@@ -94,27 +94,21 @@ static void lay_out_mixed(Proposal *proposal, const Row *row, const Split *split
     for (int64_t b = 0; b < row->num_blocks; b++) proposal->up_to[b] = sum += masses[b];
 }
 
-/* (z - peak) / (T ln 2) of a block's ids, whose peak is the greatest; -inf for kept ones. */
-static inline void rest_exponents(Floats t[VECTORS], const Row *row, const Split *split,
-                                  int64_t block) {
+/* 2^t = exp((z - peak) / T) and t of a block's ids that are not kept, whose peak is the greatest; 0
+   and -126 for kept ones and for -inf. */
+static void weigh(float weights[BLOCK], float exponents[BLOCK], const Row *row, const Split *split,
+                  int64_t block) {
+    Floats z[VECTORS];
     if (split->num)
-        read_rest(t, row, block, split->keys[split->num - 1]);
+        read_rest(z, row, block, split->keys[split->num - 1]);
     else
-        read_block(t, row, block);
-    float peak = greatest_lane(greatest_of(t)), from = peak == -INFINITY ? 0 : peak;
-    for (int v = 0; v < VECTORS; v++) t[v] = (t[v] - from) * row->exponent;
-}
-
-/* 2^t, and 0 where that is less than 2^-126. */
-static inline Floats weights_of(Floats t) {
-    return choose(t > -126.0f, power_of_two(floored(t)), (Floats){0});
-}
-
-/* exp((z - peak) / T) of a block's ids, 0 for kept ones and for -inf. */
-static void weigh(float weights[BLOCK], const Row *row, const Split *split, int64_t block) {
-    Floats t[VECTORS];
-    rest_exponents(t, row, split, block);
-    for (int v = 0; v < VECTORS; v++) store(weights + v * LANES, weights_of(t[v]));
+        read_block(z, row, block);
+    float peak = greatest_lane(greatest_of(z)), from = peak == -INFINITY ? 0 : peak;
+    for (int v = 0; v < VECTORS; v++) {
+        Floats t = floored((z[v] - from) * row->exponent);
+        store(exponents + v * LANES, t);
+        store(weights + v * LANES, choose(t > -126.0f, power_of_two(t), (Floats){0}));
+    }
 }
 
 /* Add the uniform half to the weights of the rest: 1 for each id that is not kept. */
@@ -162,7 +156,7 @@ static int find(const float weights[BLOCK], double fraction) {
 static void draw(int32_t *draws, const Proposal *proposal, const Row *row, const Split *split,
                  int64_t num_draws, uint64_t seed) {
     const double *up_to = proposal->up_to;
-    float weights[BLOCK];
+    float weights[BLOCK], exponents[BLOCK];
     int64_t block = 0, weighed = -1;
     for (int64_t i = 0; i < num_draws; i++) {
         /* the block, and the fraction of its mass before the draw */
@@ -178,7 +172,7 @@ static void draw(int32_t *draws, const Proposal *proposal, const Row *row, const
 
         /* the id at the same fraction of the block's weights */
         if (block != weighed) {
-            weigh(weights, row, split, weighed = block);
+            weigh(weights, exponents, row, split, weighed = block);
             if (proposal->is_mixed) mix_in_uniform(weights, proposal, row, split, block);
         }
         draws[i] = (int32_t)(block * BLOCK + find(weights, fraction));
@@ -192,10 +186,10 @@ static void draw(int32_t *draws, const Proposal *proposal, const Row *row, const
    anew in double precision and without the 1 of this logit: where the sum is near 1, all of the
    entropy is in what is beyond 1. */
 static double entropy_of(const Row *row, const Split *split) {
-    /* the first block of the greatest logit; none where there is no mass or NaN */
+    /* the first block of the greatest logit; NaN may leave none */
     int64_t peak = 0;
     while (peak < row->num_blocks && split->rest_maxima[peak] != split->rest_base) peak++;
-    if (peak == row->num_blocks || split->rest_base == -INFINITY) return 0;
+    if (peak == row->num_blocks) return NAN;
 
     /* the other blocks */
     double sum = 0, moment = 0;
@@ -205,17 +199,14 @@ static double entropy_of(const Row *row, const Split *split) {
     }
 
     /* this block, without the greatest */
-    Floats t[VECTORS];
-    int is_without = 0;
-    rest_exponents(t, row, split, peak);
-    for (int v = 0; v < VECTORS; v++) {
-        Floats weights = weights_of(t[v]), exponents = floored(t[v]);
-        for (int lane = 0; lane < LANES; lane++)
-            if (is_without || weights[lane] != 1) {
-                sum += weights[lane];
-                moment += (double)weights[lane] * exponents[lane];
-            } else
-                is_without = 1;
+    float weights[BLOCK], exponents[BLOCK];
+    int greatest = 0;
+    weigh(weights, exponents, row, split, peak);
+    while (greatest < BLOCK - 1 && weights[greatest] != 1) greatest++;
+    weights[greatest] = 0;
+    for (int i = 0; i < BLOCK; i++) {
+        sum += weights[i];
+        moment += (double)weights[i] * exponents[i];
     }
     return log1p(sum) - LOG_2 * moment / (1 + sum);
 }
@@ -234,9 +225,9 @@ static void make_target(const Target *to, const Row *row, const Scratch *scratch
                         Proposal *proposal, int64_t k, double temperature, int64_t num_draws,
                         uint64_t seed, int64_t label) {
     Split split = split_row(row, k, scratch);
-    double rest_sum = lay_out_rest(proposal, row, &split);
-    Normal normal = normalise(to, &split, k, rest_sum, temperature);
-    if (proposal->is_mixed && rest_sum != 0) lay_out_mixed(proposal, row, &split);
+    lay_out_rest(proposal, row, &split);
+    Normal normal = normalise(to, &split, k, proposal->rest_sum, temperature);
+    if (proposal->is_mixed && proposal->rest_sum != 0) lay_out_mixed(proposal, row, &split);
     draw(to->draws, proposal, row, &split, num_draws, seed);
     for (int64_t i = 0; to->draw_logprobs && i < num_draws; i++) {
         double z = to->draws[i] < row->vocab_size ? logit_at(row, to->draws[i]) : -INFINITY;
@@ -249,14 +240,14 @@ static void make_target(const Target *to, const Row *row, const Scratch *scratch
 /* The targets of num_rows rows.
 
    logits         as for `split_rows`
-   seeds, labels  [num_rows], of the draws, and ids; what follows from one that is NULL is not asked for
+   seeds, labels  [num_rows]: of the draws, and ids of the vocabulary
    ids, logprobs  [num_rows, k]: the k greatest, by value descending, ties by id ascending
    tail_logmass   [num_rows]: log of the mass of the other ids
    log_sum_exp    [num_rows]: of logits / T; not finite where a row is no distribution
    draws          [num_rows, num_draws]: ascending; vocab_size where the other ids have no mass
    draw_logprobs  [num_rows, num_draws] of weighted draws, or NULL for blind ones
-   label_logprobs [num_rows], or NULL and labels too
-   tail_entropy   [num_rows] in nats, or NULL
+   label_logprobs [num_rows], or NULL where none are wanted
+   tail_entropy   [num_rows], in nats, or NULL where none is wanted
 
    Returns 0, or -1 if out of memory. */
 int32_t make_targets(const void *logits, int32_t is_bfloat16, int64_t stride, int64_t num_rows,
@@ -280,8 +271,8 @@ int32_t make_targets(const void *logits, int32_t is_bfloat16, int64_t stride, in
                      draw_logprobs ? draw_logprobs + i * num_draws : NULL,
                      label_logprobs ? label_logprobs + i : NULL,
                      tail_entropy ? tail_entropy + i : NULL};
-        make_target(&to, &row, &scratch, &proposal, k, temperature, num_draws,
-                    (uint64_t)seeds[i], labels ? labels[i] : 0);
+        make_target(&to, &row, &scratch, &proposal, k, temperature, num_draws, (uint64_t)seeds[i],
+                    labels[i]);
     }
     free(masses);
     free(scratch.memory);

@@ -53,8 +53,8 @@ static inline Floats greater(Floats a, Floats b) { return (Floats)GREATER(a, b);
 /* Bit i says whether z[i] >= least. */
 static inline uint32_t reaching(Floats z, float least) { return (uint32_t)REACHING(z, least); }
 
-/* Exponents that `power_of_two` takes: t, or -126 where it is less. 2^-126 does not change a sum that
-   has a term of 1. NaN stays NaN. */
+/* Exponents that `power_of_two` takes: t, or -126 where t is less, since 2^-126 does not change a
+   sum that has a term of 1. NaN stays NaN. */
 static inline Floats floored(Floats t) { return greater(-126.0f + (Floats){0}, t); }
 
 /* 2^t for t in [-126, 0], within 2e-7 relative; NaN for NaN. */
