@@ -214,8 +214,12 @@ static Split keep(const Row *row, int64_t k, const Scratch *scratch, int64_t num
     }
 
     /* the k greatest of them, by value */
-    Split split = {num < k ? num : k, scratch->keys,    -INFINITY,
-                   scratch->sums,     scratch->moments, scratch->maxima};
+    Split split = {.num = num < k ? num : k,
+                   .keys = scratch->keys,
+                   .rest_base = -INFINITY,
+                   .rest_sums = scratch->sums,
+                   .rest_moments = scratch->moments,
+                   .rest_maxima = scratch->maxima};
     pick(scratch->places, scratch->levels, num, split.num);
     for (int64_t i = 0; i < split.num; i++) {
         int32_t place = scratch->places[i];

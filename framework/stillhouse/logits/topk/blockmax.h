@@ -32,7 +32,7 @@ typedef struct {
 /* Room for the work on one row of so many blocks, of which k entries are kept. */
 typedef struct {
     float *maxima, *sums, *moments; /* [num_blocks up to a multiple of LANES]; moments or NULL */
-    uint32_t *levels;     /* of the maxima, then of the entries that may be kept */
+    uint32_t *levels;               /* of the maxima, then of the entries that may be kept */
     int32_t *found, *ids, *places;
     uint64_t *keys, *spare_keys;
     void *memory;

@@ -4,7 +4,7 @@ core or several.
 Shapes: T tokens, V vocabulary, K kept entries, N draws, M blocks of a row.
 
 `blockmax.c` and `targets.c` are compiled at their first use in a process. They are plain C without
-torch's headers, so the machine's own compiler needs less than a second, and compiles for its very
+torch's headers, so the machine's own compiler needs about a second, and compiles for its very
 processor. Nothing is kept on disk that could be stale, or of another machine. Without a compiler,
 or with a wrong result of one, the reason is a value, and the caller takes another backend.
 """
@@ -153,9 +153,16 @@ def targets(
     )
     lse_T = torch.empty(num_tokens)
     given_and_made = (
-        *(seeds_T.contiguous(), labels_T.contiguous(), made.token_ids_TK, made.logprobs_TK),
-        *(made.tail_logmass_T, lse_T, made.tail_ids_TN),
-        *(made.draw_logprobs_TN, made.label_logprob_T, made.tail_entropy_T),
+        seeds_T.contiguous(),
+        labels_T.contiguous(),
+        made.token_ids_TK,
+        made.logprobs_TK,
+        made.tail_logmass_T,
+        lse_T,
+        made.tail_ids_TN,
+        made.draw_logprobs_TN,
+        made.label_logprob_T,
+        made.tail_entropy_T,
     )
 
     def fill(rows: slice, *row_arguments: int) -> int:

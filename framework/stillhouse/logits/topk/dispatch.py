@@ -116,7 +116,7 @@ def compress_hidden(
 def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backend:
     """The backend that `compress` takes for such logits, and the reason.
 
-    The first call compiles: in C for less than a second, for a GPU for some seconds. Raises a
+    The first call compiles: in C for about a second, for a GPU for some seconds. Raises a
     failure of the GPU kernels' self-test that may pass, such as too little memory; the next call
     tries again.
     """
