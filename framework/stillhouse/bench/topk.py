@@ -29,7 +29,7 @@ EAGER, COMPILED = "torch: topk, logsumexp", "torch: topk, compiled logsumexp"
 IN_TORCH, IN_TRITON = "the filter in torch", "the filter in Triton"
 OURS, DEFAULT_TARGET = "stillhouse", "stillhouse: 8 entries, 40 draws"
 WEIGHTED_TARGET = "stillhouse: 8 entries, 25 weighted draws"
-WHOLE_TARGET = "stillhouse: 8 + 25 weighted, label, entropy"
+WHOLE_TARGET = "stillhouse: 8 + 25, label and entropy"
 _ENTRIES = 8
 _SCALE = 4.0
 
