@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.command import stillhouse
-from stillhouse.bench.topk import Setting
+from stillhouse.bench.topk import DEFAULT_TARGET, WEIGHTED_TARGET, WHOLE_TARGET, Setting
 from stillhouse.logits.topk import blockmax_cpu
 
 
@@ -40,6 +40,7 @@ def test_the_verb_writes_what_it_measured(tmp_path: Path) -> None:
     has_compiler = blockmax_cpu.compiled().split_rows is not None
     assert found["path"]["name"] == ("native" if has_compiler else "blockmax")
     assert ("the filter in C" in found["seconds"]) == has_compiler
+    assert found["seconds"].keys() >= {DEFAULT_TARGET, WEIGHTED_TARGET, WHOLE_TARGET}
     assert found["seconds"].keys() == found["times_eager"].keys() == found["extra_bytes"].keys()
     assert found["times_eager"]["torch: topk, logsumexp"] == {
         "median": 1.0,

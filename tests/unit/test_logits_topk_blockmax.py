@@ -222,11 +222,14 @@ def targets(
     """In C, or without a compiler as elsewhere."""
     make_targets = blockmax_cpu.compiled().make_targets
     if make_targets:
-        return blockmax_cpu.targets(make_targets, logits, spec, seeds)
+        labels = torch.zeros_like(seeds)
+        return blockmax_cpu.targets(make_targets, logits, spec=spec, seeds_T=seeds, labels_T=labels)
     raw, at = by_torch(logits, k=spec.k, temperature=spec.temperature), spec.temperature
     target, lse = normalise(raw, vocab_size=spec.vocab_size, temperature=at)
-    drawn = draw_rest(logits, raw, seeds, num_draws=spec.num_draws, temperature=at)
-    return replace(target, tail_ids_TN=drawn), lse
+    drawn = draw_rest(
+        logits, raw, seeds, num_draws=spec.num_draws, temperature=at, weighted=spec.weighted
+    )
+    return replace(target, tail_ids_TN=drawn), lse.float()
 
 
 @given(data=st.data())
@@ -238,6 +241,7 @@ def test_targets_made_in_c_are_the_filters_normalised_and_drawn_from(
     vocab_size = data.draw(st.sampled_from([128, 129, 700, 2304, 11_000]))
     k = data.draw(st.one_of(st.integers(0, 20), st.integers(0, vocab_size - 1)))
     num_draws = data.draw(st.integers(0 if k else 1, 30))
+    weighted = num_draws > 0 and data.draw(st.booleans())
     temperature = data.draw(st.sampled_from([1.0, 0.6]))
     step, scale = data.draw(st.sampled_from([0.0, 0.5])), data.draw(st.sampled_from([0.1, 4.0]))
     logits = random_logits(
@@ -247,7 +251,9 @@ def test_targets_made_in_c_are_the_filters_normalised_and_drawn_from(
     logits.masked_fill_(excluded < data.draw(st.sampled_from([0.0, 0.9])), -math.inf)
     logits[:, vocab_size // 2] = 60.0
     logits = logits.to(data.draw(st.sampled_from(DTYPES)))
-    spec = TargetSpec(vocab_size, k, num_draws=num_draws, temperature=temperature)
+    spec = TargetSpec(
+        vocab_size, k, num_draws=num_draws, temperature=temperature, weighted=weighted
+    )
     seeds = torch.arange(6)[::2]
 
     raw = SPLITS[-1](logits, k=k, temperature=temperature)
@@ -262,10 +268,14 @@ def test_targets_made_in_c_are_the_filters_normalised_and_drawn_from(
         rtol=3e-7,
         atol=1e-12,
     )
-    drawn = draw_in_blocks(logits, raw, seeds, num_draws=num_draws, temperature=temperature)
+    drawn = draw_in_blocks(
+        logits, raw, seeds, num_draws=num_draws, temperature=temperature, weighted=weighted
+    )
     drawn = or_lowest(drawn, raw.token_ids_TK, vocab_size=vocab_size)
     tail = (logits.double() / temperature).scatter(1, wanted.token_ids_TK.long(), -math.inf)
-    up_to = tail.softmax(dim=1).cumsum(dim=1)
+    others = torch.ones_like(tail).scatter_(1, wanted.token_ids_TK.long(), 0.0)
+    half_uniform = (tail.softmax(dim=1) + others / others.sum(dim=1, keepdim=True)) / 2
+    up_to = (half_uniform if weighted else tail.softmax(dim=1)).cumsum(dim=1)
     first, last = torch.stack([drawn, target.tail_ids_TN]).long().aminmax(dim=0)
     between = up_to.gather(1, (last - 1).clamp(min=0)) - up_to.gather(1, first)
     assert ((first == last) | (between <= 3e-6)).all()

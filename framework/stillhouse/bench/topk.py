@@ -7,7 +7,7 @@ Shapes: T tokens, V vocabulary, U of it in whole blocks, M blocks of B ids, K ke
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,9 @@ from stillhouse.logits.topk.found import RawTopK, normalise
 EAGER, COMPILED = "torch: topk, logsumexp", "torch: topk, compiled logsumexp"
 IN_TORCH, IN_TRITON = "the filter in torch", "the filter in Triton"
 OURS, DEFAULT_TARGET = "stillhouse", "stillhouse: 8 entries, 40 draws"
-_DEFAULT_ENTRIES, _DEFAULT_DRAWS = 8, 40
+WEIGHTED_TARGET = "stillhouse: 8 entries, 25 weighted draws"
+WHOLE_TARGET = "stillhouse: 8 + 25, label and entropy"
+_ENTRIES = 8
 _SCALE = 4.0
 
 
@@ -126,13 +128,11 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
     # on any device
     works: dict[str, Work] = {
         EAGER: lambda: [*logits_TV.topk(k, dim=1), logits_TV.float().logsumexp(dim=1)],
-        OURS: partial(_tensors, logits_TV, k=k, num_draws=0),
+        OURS: partial(_tensors, logits_TV, TargetSpec(setting.vocab_size, k)),
         IN_TORCH: lambda: in_raw(partial(blockmax_torch.split, k=k, temperature=1.0)),
     }
-    if setting.vocab_size > _DEFAULT_ENTRIES:
-        works[DEFAULT_TARGET] = partial(
-            _tensors, logits_TV, k=_DEFAULT_ENTRIES, num_draws=_DEFAULT_DRAWS
-        )
+    for way, spec in _targets(setting.vocab_size).items():
+        works[way] = partial(_tensors, logits_TV, spec)
     if with_compile:
         works[COMPILED] = lambda: [
             *logits_TV.topk(k, dim=1),
@@ -163,10 +163,23 @@ def works_of_ways(setting: Setting, repeat: int, *, with_compile: bool) -> dict[
     return works
 
 
-def _tensors(logits_TV: Tensor, *, k: int, num_draws: int) -> Sequence[Tensor]:
-    spec = TargetSpec(logits_TV.shape[1], k, num_draws=num_draws)
-    target = compress(logits_TV, spec, seeds_T=seeds_of(len(logits_TV)))
-    return [target.token_ids_TK, target.logprobs_TK, target.tail_logmass_T, target.tail_ids_TN]
+def _targets(vocab_size: int) -> dict[str, TargetSpec]:
+    """The targets that are timed beside the top-k alone; none where all ids would be kept."""
+    if vocab_size <= _ENTRIES:
+        return {}
+    weighted = TargetSpec(vocab_size, _ENTRIES, num_draws=25, weighted=True)
+    return {
+        DEFAULT_TARGET: TargetSpec(vocab_size, _ENTRIES, num_draws=40),
+        WEIGHTED_TARGET: weighted,
+        WHOLE_TARGET: replace(weighted, label_logprob=True, tail_entropy=True),
+    }
+
+
+def _tensors(logits_TV: Tensor, spec: TargetSpec) -> Sequence[Tensor]:
+    num_tokens = len(logits_TV)
+    labels_T = torch.arange(num_tokens) % spec.vocab_size if spec.label_logprob else None
+    target = compress(logits_TV, spec, seeds_T=seeds_of(num_tokens), labels_T=labels_T)
+    return list(target.tensors.values())
 
 
 def _pass(logits_TV: Tensor) -> Sequence[Tensor]:

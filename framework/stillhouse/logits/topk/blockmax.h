@@ -24,19 +24,22 @@ typedef struct {
     int64_t num;     /* the kept entries: k, or fewer where the row has NaN */
     uint64_t *keys;  /* [num] by value descending, ties by id ascending; see `value_of`, `id_of` */
     float rest_base; /* the greatest logit of the other ids; -inf where they have no mass */
-    float *rest_sums; /* [num_blocks]: sums of exp((z - rest_base) / T) over the other ids */
+    float *rest_sums;    /* [num_blocks]: sums of 2^t = exp((z - rest_base) / T) over the others */
+    float *rest_moments; /* [num_blocks]: sums of t 2^t over them; NULL where not wanted */
+    float *rest_maxima;  /* [num_blocks]: their greatest logits */
 } Split;
 
 /* Room for the work on one row of so many blocks, of which k entries are kept. */
 typedef struct {
-    float *maxima, *sums; /* [num_blocks up to a multiple of LANES] */
-    uint32_t *levels;     /* of the maxima, then of the entries that may be kept */
+    float *maxima, *sums, *moments; /* [num_blocks up to a multiple of LANES]; moments or NULL */
+    uint32_t *levels;               /* of the maxima, then of the entries that may be kept */
     int32_t *found, *ids, *places;
     uint64_t *keys, *spare_keys;
     void *memory;
 } Scratch;
 
-int scratch_for(Scratch *scratch, int64_t num_blocks, int64_t k); /* 0 if out of memory */
+/* 0 if out of memory */
+int scratch_for(Scratch *scratch, int64_t num_blocks, int64_t k, int with_moments);
 Split split_row(const Row *row, int64_t k, const Scratch *scratch);
 
 /* Keys: an entry's value in order-preserving bits (its level) above the complement of its id. So
@@ -93,16 +96,25 @@ static inline void read_block(Floats z[VECTORS], const Row *row, int64_t block) 
     }
 }
 
-/* The same with -inf for what is kept: the entries before or at the last key, in its order. */
-static inline void read_rest(Floats z[VECTORS], const Row *row, int64_t block, uint64_t last) {
-    float least = value_of(last);
-    int32_t last_id = (int32_t)id_of(last), first = (int32_t)(block * BLOCK);
+/* The ids of a block's first vector. */
+static inline Ints first_ids(int64_t block) {
     Ints ids;
-    for (int i = 0; i < LANES; i++) ids[i] = first + i;
+    for (int i = 0; i < LANES; i++) ids[i] = (int32_t)(block * BLOCK) + i;
+    return ids;
+}
+
+/* Which entries are kept: those before or at the last key, in its order. */
+static inline Ints are_kept(Floats z, Ints ids, uint64_t last) {
+    float least = value_of(last);
+    return (z > least) | ((z == least) & (ids <= (int32_t)id_of(last)));
+}
+
+/* The same as `read_block` with -inf for what is kept. */
+static inline void read_rest(Floats z[VECTORS], const Row *row, int64_t block, uint64_t last) {
+    Ints ids = first_ids(block);
     read_block(z, row, block);
     for (int v = 0; v < VECTORS; v++) {
-        Ints is_kept = (z[v] > least) | ((z[v] == least) & (ids <= last_id));
-        z[v] = choose(is_kept, -INFINITY + (Floats){0}, z[v]);
+        z[v] = choose(are_kept(z[v], ids, last), -INFINITY + (Floats){0}, z[v]);
         ids += LANES;
     }
 }

@@ -4,7 +4,7 @@ core or several.
 Shapes: T tokens, V vocabulary, K kept entries, N draws, M blocks of a row.
 
 `blockmax.c` and `targets.c` are compiled at their first use in a process. They are plain C without
-torch's headers, so the machine's own compiler needs less than a second, and compiles for its very
+torch's headers, so the machine's own compiler needs about a second, and compiles for its very
 processor. Nothing is kept on disk that could be stale, or of another machine. Without a compiler,
 or with a wrong result of one, the reason is a value, and the caller takes another backend.
 """
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from stillhouse.logits.compressed import CompressedLogits
 from stillhouse.logits.spec import TargetSpec
-from stillhouse.logits.topk.draws import draw, or_lowest
+from stillhouse.logits.topk.draws import or_lowest
 from stillhouse.logits.topk.found import RawTopK
+from stillhouse.logits.topk.reference import compress_reference
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("blockmax.c", "targets.c")]
 _OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
@@ -88,7 +89,7 @@ def compile_with(compiler: str | None) -> Compiled:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     rows: list[Any] = [pointer, ctypes.c_int32, *(4 * [count]), ctypes.c_double]
     split_rows.argtypes = [*rows, *(4 * [pointer])]
-    make_targets.argtypes = [*rows, count, *(6 * [pointer])]
+    make_targets.argtypes = [*rows, count, *(10 * [pointer])]
     if not _is_right(split_rows, make_targets):
         return _without(f"{compiler} makes a {_SOURCES[0].name} that answers wrongly")
     return Compiled(split_rows, make_targets, f"compiled by {compiler}")
@@ -120,47 +121,63 @@ def split(
 
 
 def suits(spec: TargetSpec) -> bool:
-    """Whether `targets` makes targets of this spec: blind draws, from few of a row's blocks."""
-    has_more = spec.weighted or spec.label_logprob or spec.tail_entropy
-    return not has_more and 2 * spec.num_draws * _BLOCK_IDS <= spec.vocab_size
+    """Whether `targets` makes targets of this spec: its draws are from few of a row's blocks."""
+    return 2 * spec.num_draws * _BLOCK_IDS <= spec.vocab_size
 
 
 def targets(
-    make_targets: Callable[..., int], logits_TV: Tensor, spec: TargetSpec, seeds_T: Tensor
+    make_targets: Callable[..., int],
+    logits_TV: Tensor,
+    *,
+    spec: TargetSpec,
+    seeds_T: Tensor,
+    labels_T: Tensor,
 ) -> tuple[CompressedLogits, Tensor]:
-    """What `normalise` makes of a `split`, with the draws of `draw_rest`, and the log-sum-exp, for
-    a spec that `suits`.
+    """What `normalise` makes of a `split`, with the draws of `draw_rest`, all that the spec asks
+    for besides, and the log-sum-exp, for a spec that `suits`.
 
-    Logits as for `split`; seeds_T: int64 [T]. Raises MemoryError.
+    Logits as for `split`; seeds_T and labels_T: int64 [T]. Raises MemoryError.
     """
     # everything by row
     num_tokens, num_draws = len(logits_TV), spec.num_draws
-    seeds_T = seeds_T.contiguous()
-    ids_TK, draws_TN = (
-        torch.empty((num_tokens, num), dtype=torch.int32) for num in (spec.k, num_draws)
+    made = CompressedLogits(
+        torch.empty((num_tokens, spec.k), dtype=torch.int32),
+        torch.empty((num_tokens, spec.k)),
+        torch.empty(num_tokens),
+        torch.empty((num_tokens, num_draws), dtype=torch.int32),
+        vocab_size=spec.vocab_size,
+        temperature=spec.temperature,
+        draw_logprobs_TN=torch.empty((num_tokens, num_draws)) if spec.weighted else None,
+        label_logprob_T=torch.empty(num_tokens) if spec.label_logprob else None,
+        tail_entropy_T=torch.empty(num_tokens) if spec.tail_entropy else None,
     )
-    logprobs_TK = torch.empty((num_tokens, spec.k))
-    tail_logmass_T, lse_T = torch.empty(num_tokens), torch.empty(num_tokens)
+    lse_T = torch.empty(num_tokens)
+    given_and_made = (
+        seeds_T.contiguous(),
+        labels_T.contiguous(),
+        made.token_ids_TK,
+        made.logprobs_TK,
+        made.tail_logmass_T,
+        lse_T,
+        made.tail_ids_TN,
+        made.draw_logprobs_TN,
+        made.label_logprob_T,
+        made.tail_entropy_T,
+    )
 
     def fill(rows: slice, *row_arguments: int) -> int:
-        given_and_made = seeds_T, ids_TK, logprobs_TK, tail_logmass_T, lse_T, draws_TN
-        pointers = (tensor[rows].data_ptr() for tensor in given_and_made)
+        pointers = (
+            None if tensor is None else tensor[rows].data_ptr() for tensor in given_and_made
+        )
         return make_targets(*row_arguments, spec.k, spec.temperature, num_draws, *pointers)
 
     _for_rows(logits_TV, fill)
 
     # draws where there is no mass
-    if num_draws and bool((tail_logmass_T == -torch.inf).any()):
-        draws_TN = or_lowest(draws_TN, ids_TK, vocab_size=spec.vocab_size)
-    target = CompressedLogits(
-        ids_TK,
-        logprobs_TK,
-        tail_logmass_T,
-        draws_TN,
-        vocab_size=spec.vocab_size,
-        temperature=spec.temperature,
-    )
-    return target, lse_T
+    if num_draws and bool((made.tail_logmass_T == -torch.inf).any()):
+        draws_TN = or_lowest(made.tail_ids_TN, made.token_ids_TK, vocab_size=spec.vocab_size)
+        made = replace(made, tail_ids_TN=draws_TN)
+    return made, lse_T
 
 
 def _for_rows(logits_TV: Tensor, fill: Callable[..., int]) -> None:
@@ -194,27 +211,32 @@ def _for_rows(logits_TV: Tensor, fill: Callable[..., int]) -> None:
 
 def _is_right(split_rows: Callable[..., int], make_targets: Callable[..., int]) -> bool:
     """Whether a few rows of distinct numbers have the result of a sort and a log-sum-exp, and the
-    draws of the definition."""
-    # the definition, in float64
+    targets of the reference."""
+    # the top-k, in float64
     random = torch.Generator().manual_seed(0)
     logits_TV = torch.randn(3, 300, generator=random, dtype=torch.float64).float()
-    seeds_T, spec = torch.arange(3), TargetSpec(300, 5, num_draws=1, temperature=2.0)
     values_TV, ids_TV = logits_TV.sort(dim=1, descending=True)
-    ids_TK, lse_T = ids_TV[:, :5], (logits_TV / 2).logsumexp(dim=1)
-    wanted_rest_T = (values_TV[:, 5:] / 2).logsumexp(dim=1)
-    tail_TV = logits_TV.scatter(1, ids_TK, -torch.inf) / 2
-
-    # what C makes of them
     raw = split(split_rows, logits_TV, k=5, temperature=2.0)
     rest_T = raw.rest_base_T / 2 + raw.rest_sums_TM.sum(dim=1).log()
-    target, found_lse_T = targets(make_targets, logits_TV, spec, seeds_T)
-    return (
-        torch.equal(raw.token_ids_TK.long(), ids_TK)
+    is_right = (
+        torch.equal(raw.token_ids_TK.long(), ids_TV[:, :5])
         and torch.equal(raw.logits_TK, values_TV[:, :5])
-        and torch.allclose(rest_T, wanted_rest_T, atol=1e-5)
-        and torch.equal(target.token_ids_TK.long(), ids_TK)
-        and torch.allclose(target.logprobs_TK, values_TV[:, :5] / 2 - lse_T[:, None], atol=1e-5)
-        and torch.allclose(target.tail_logmass_T, wanted_rest_T - lse_T, atol=1e-5)
-        and torch.allclose(found_lse_T, lse_T, atol=1e-5)
-        and torch.equal(target.tail_ids_TN, draw(tail_TV, seeds_T, num_draws=1))
+        and torch.allclose(rest_T, (values_TV[:, 5:] / 2).logsumexp(dim=1), atol=1e-5)
     )
+
+    # targets with and without all that one may hold
+    blind = TargetSpec(300, 5, num_draws=1, temperature=2.0)
+    whole = replace(blind, weighted=True, label_logprob=True, tail_entropy=True)
+    seeds_T, labels_T = torch.arange(3), torch.tensor([1, 77, 299])
+    for spec in (blind, whole):
+        labels = {"labels_T": labels_T} if spec.label_logprob else {}
+        wanted = compress_reference(logits_TV, spec, seeds_T=seeds_T, **labels)
+        found, lse_T = targets(
+            make_targets, logits_TV, spec=spec, seeds_T=seeds_T, labels_T=labels_T
+        )
+        is_right &= torch.allclose(lse_T, (logits_TV / 2).logsumexp(dim=1), atol=1e-5)
+        is_right &= all(
+            torch.allclose(value, wanted.tensors[name], rtol=0, atol=1e-5)
+            for name, value in found.tensors.items()
+        )
+    return is_right

@@ -116,7 +116,7 @@ def compress_hidden(
 def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backend:
     """The backend that `compress` takes for such logits, and the reason.
 
-    The first call compiles: in C for less than a second, for a GPU for some seconds. Raises a
+    The first call compiles: in C for about a second, for a GPU for some seconds. Raises a
     failure of the GPU kernels' self-test that may pass, such as too little memory; the next call
     tries again.
     """
@@ -248,7 +248,9 @@ def _compress_block(
         return target, torch.zeros_like(tokens.numbers_T, dtype=torch.bool)
     make_targets = blockmax_cpu.compiled().make_targets if backend.name == "native" else None
     if make_targets and blockmax_cpu.suits(spec):
-        target, lse_T = blockmax_cpu.targets(make_targets, logits_TV, spec, tokens.seeds_T)
+        target, lse_T = blockmax_cpu.targets(
+            make_targets, logits_TV, spec=spec, seeds_T=tokens.seeds_T, labels_T=tokens.labels_T
+        )
         return target, ~lse_T.isfinite()
 
     # the top-k, the tail's mass, and draws from the tail

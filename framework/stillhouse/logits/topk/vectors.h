@@ -53,12 +53,14 @@ static inline Floats greater(Floats a, Floats b) { return (Floats)GREATER(a, b);
 /* Bit i says whether z[i] >= least. */
 static inline uint32_t reaching(Floats z, float least) { return (uint32_t)REACHING(z, least); }
 
-/* 2^t for t <= 0, within 2e-7 relative; NaN for NaN. Below -126 it is 2^-126, which does not change
-   a sum that has a term of 1. */
+/* Exponents that `power_of_two` takes: t, or -126 where t is less, since 2^-126 does not change a
+   sum that has a term of 1. NaN stays NaN. */
+static inline Floats floored(Floats t) { return greater(-126.0f + (Floats){0}, t); }
+
+/* 2^t for t in [-126, 0], within 2e-7 relative; NaN for NaN. */
 static inline Floats power_of_two(Floats t) {
     /* 1.5 * 2^23 leaves an integer in the low bits; 127 is the exponent's bias */
     const float to_integer = 12582912.0f + 127;
-    t = greater(-126.0f + (Floats){0}, t);
     Floats shifted = t + to_integer, f = t - (shifted - to_integer);
     /* minimax polynomial of 2^f on [-1/2, 1/2], of relative error 9.1e-8, exactly 1 at 0 */
     Floats p = f * 1.3264715e-3f + 9.671513e-3f;
