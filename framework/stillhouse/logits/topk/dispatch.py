@@ -97,7 +97,8 @@ def compress_hidden(
 
     hidden_TH: a model's last hidden states, on the head's device. No more than `block_tokens` rows
     of logits exist at once. overlap: read a block while a GPU multiplies the next one, with twice
-    the rows of logits; the targets are the same. Raises what `compress` does, and ConfigError for
+    the rows of logits; the targets are the same. A GPU applies the head's scale and soft-cap in
+    float32, whatever the dtype of its products. Raises what `compress` does, and ConfigError for
     hidden states and a head on different devices.
 
         compressed = compress_hidden(hidden_TH, head, spec=TargetSpec(head.vocab_size, k=64))
