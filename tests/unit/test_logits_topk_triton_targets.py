@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stillhouse.logits import (
     Backend,
@@ -96,6 +98,28 @@ def test_all_that_a_target_may_hold_is_the_references(
     assert math.isinf(found.label_logprob_T[2]) == (curve.softcap is None)
 
 
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_any_row_has_the_references_target_or_is_doubted(data: st.DataObject) -> None:
+    """Ties at the least kept entry, ids that are ruled out, faint tails, blocks of few ids."""
+    k, vocab_size = data.draw(st.integers(0, 7)), data.draw(st.sampled_from([400, 513, 1003]))
+    logits = random_logits(1, vocab_size, seed=data.draw(st.integers(0, 10**6)))
+    logits = logits.round() if data.draw(st.booleans()) else logits
+    random = torch.rand(logits.shape, generator=torch.Generator().manual_seed(k))
+    logits[random < data.draw(st.sampled_from([0.0, 0.5]))] = -math.inf
+    logits[:, vocab_size // 2] = data.draw(st.sampled_from([0.0, 30.0, 90.0]))
+    logits = logits.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    temperature = data.draw(st.sampled_from([1.0, 0.6, 2.5]))
+    spec = whole_spec(vocab_size, k, num_draws=9, temperature=temperature)
+    labels = torch.tensor([data.draw(st.integers(0, vocab_size - 1))])
+    found, doubtful = compress_block(logits, AS_IT_IS, spec, seeds_T=seeds(1), labels_T=labels)
+    if doubtful.any():
+        return
+    wanted = compress_reference(logits, spec, seeds_T=seeds(1), labels_T=labels)
+    for name, value in wanted.tensors.items():
+        torch.testing.assert_close(found.tensors[name], value, rtol=4e-6, atol=8e-6)
+
+
 def test_weighted_draws_are_of_ids_without_mass_too() -> None:
     """Half of them are spread evenly over all ids that are not kept."""
     logits = torch.full((1, 1003), -math.inf)
@@ -117,7 +141,7 @@ def test_weighted_draws_are_of_ids_without_mass_too() -> None:
 )
 def test_records_are_the_references_byte_for_byte(spec: TargetSpec) -> None:
     """But for a value that lies at the edge between two codes: float32 sums in another order move
-    it to the next code in about one byte of 200,000, counted over 20,000 random rows."""
+    it to the next code. Of 20,000 random rows by the filter in torch, one byte in 200,000 did."""
     logits, labels = random_logits(4, 1003, seed=9), torch.arange(4) * 7
     found, doubtful = compress_block(logits, AS_IT_IS, spec, seeds_T=seeds(4), labels_T=labels)
     wanted = compress_reference(

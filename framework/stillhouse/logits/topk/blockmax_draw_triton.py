@@ -8,7 +8,12 @@ that decide a draw are of whole numbers, so that they are exact in any order.
 import triton
 import triton.language as tl
 
-from stillhouse.logits.topk.blockmax_kernels_triton import _below, _capped, _entries
+from stillhouse.logits.topk.blockmax_kernels_triton import (
+    _LEAST_SUM,
+    _below,
+    _capped,
+    _entries,
+)
 
 # The whole numbers for the mass of a row's blocks, and for the greatest mass in a block.
 _ROW_MASS = tl.constexpr(2.0**52)
@@ -76,7 +81,7 @@ def _blocks_of(
     groups = tl.arange(0, M // S)
     blocks = groups[:, None] * S + tl.arange(0, S)[None, :]
     rest = tl.load(sums + blocks, mask=blocks < num_blocks, other=0.0).to(tl.float64)
-    unit = _ROW_MASS / tl.sum(tl.sum(rest, axis=1), axis=0)
+    unit = _ROW_MASS / tl.maximum(tl.sum(tl.sum(rest, axis=1), axis=0), _LEAST_SUM)
     masses, _ = _masses(sums, num_kept, blocks, num_blocks, unit, each, vocab_size, B, WEIGHTED)
     up_to = tl.cumsum(tl.sum(masses, axis=1), axis=0)
     places = shares * tl.max(up_to, axis=0).to(tl.float64)
@@ -94,6 +99,7 @@ def _blocks_of(
     block = tl.minimum(first + tl.sum(passed.to(tl.int32), axis=1), num_blocks - 1)
     before = tl.maximum(before, tl.max(tl.where(passed, up_to, 0), axis=1))
     mass, tail = _masses(sums, num_kept, block, num_blocks, unit, each, vocab_size, B, WEIGHTED)
+    mass = tl.maximum(mass, 1)
     return block, (places - before.to(tl.float64)) / mass.to(tl.float64), mass, tail
 
 
@@ -103,7 +109,7 @@ def _mixed(
 ) -> tl.tensor:
     """int64: for each draw, whole masses in proportion to the proposal in a block: to `masses`, as
     much in all as the tail's part of the block's mass, and to `each` where there is an id."""
-    unit = tl.full((), _ROW_MASS, tl.float64) / tl.maximum(mass, 1).to(tl.float64)
+    unit = tl.full((), _ROW_MASS, tl.float64) / mass.to(tl.float64)
     sums = tl.maximum(tl.sum(masses, axis=1), 1).to(tl.float64)
     of_tail = masses.to(tl.float64) * (tail.to(tl.float64) * unit / sums)[:, None]
     of_each = (each.to(tl.float64) * unit).to(tl.int64)

@@ -11,9 +11,10 @@ Backends (`backend_for` chooses, and gives the reason):
                                   K above the kernels' limit, and for rows in doubt
 
 Ids never depend on the backend. Values agree to the rounding of float32, and so do the places of
-draws. A backend may doubt a row: it had no room for the row's ties, or the row is no distribution.
-Doubtful rows, and no others, are compressed again by the reference, which is exact for every row or
-raises the error. So no device is waited for before all of its work is queued.
+draws: of the bytes of records, one in some 200,000 is that of the next code. A backend may doubt a
+row: it had no room for the row's ties, or the row is no distribution. Doubtful rows, and no others,
+are compressed again by the reference, which is exact for every row or raises the error. So no
+device is waited for before all of its work is queued.
 """
 
 from collections.abc import Callable
