@@ -2,8 +2,8 @@
 
 Arguments are pointers to contiguous tensors, but for the products, whose rows are `row_stride`
 apart. `rests` holds all rows' sums, then their moments, and `tails_out` log masses, then entropies.
- `inverse` is 1 / temperature in float32, and `inverse_low` what float32 loses of it. What
-decides a value of the target is computed in float64.
+`inverse` is 1 / temperature in float32, and `inverse_low` what float32 loses of it. What decides a
+value of the target is computed in float64.
 
 A first moment is the sum of x exp(x) over some ids, for the tail's entropy: x is (logit - base) /
 temperature, where the base is the block's maximum, or the row's. What a target does not hold is

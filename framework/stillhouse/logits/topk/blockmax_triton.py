@@ -92,9 +92,7 @@ class _Found:
 
     raw: RawTopK
     logprobs_TK: Tensor
-    tails_2T: (
-        Tensor  # the tails' log masses; their entropies, or any numbers where the spec has none
-    )
+    tails_2T: Tensor  # their log masses, and, where the spec has them, their entropies
     num_kept_TM: Tensor  # int16: of the ids of each block; none where draws are blind
     log_sum_T: Tensor  # float64: of all exponentials, relative to the greatest logit
     doubtful_T: Tensor
