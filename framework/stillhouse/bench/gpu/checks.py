@@ -133,10 +133,10 @@ def records(scale: Scale, recorder: Recorder) -> None:
         name = f"{spec.k} entries, {spec.num_draws} draws, {spec.value_bits} bits"
         name += ", and all else" if spec.weighted else ""
         with recorder.attempt(name):
-            _check_records(name, spec, scale, recorder)
+            _check_target(name, spec, scale, recorder)
 
 
-def _check_records(name: str, spec: TargetSpec, scale: Scale, recorder: Recorder) -> None:
+def _check_target(name: str, spec: TargetSpec, scale: Scale, recorder: Recorder) -> None:
     # a target by this device and by the reference
     exact_TV = _logits(scale, torch.float32)
     seeds_T = seeds_of(len(exact_TV))
