@@ -39,6 +39,17 @@ def random_logits(num_tokens: int, vocab_size: int, *, step: float = 0.0) -> tor
     return (logits / step).round() * step if step else logits
 
 
+def seeds(num_tokens: int) -> torch.Tensor:
+    return token_seeds(0, torch.zeros(num_tokens), torch.arange(num_tokens))
+
+
+def whole_spec(vocab_size: int, k: int) -> TargetSpec:
+    """A target that holds everything a target may hold."""
+    return TargetSpec(
+        vocab_size, k, num_draws=24, weighted=True, label_logprob=True, tail_entropy=True
+    )
+
+
 def assert_same(found: CompressedLogits, wanted: CompressedLogits) -> None:
     assert torch.equal(found.token_ids_TK.cpu(), wanted.token_ids_TK)
     torch.testing.assert_close(found.logprobs_TK.cpu(), wanted.logprobs_TK, rtol=2e-6, atol=4e-6)
@@ -145,3 +156,59 @@ def test_exact_logits_are_float32_sums_and_blocks_change_nothing(gpu: torch.devi
             found.token_ids_TK.cpu() == wanted.token_ids_TK
         ).float().mean() > 0.999  # products are summed in another order
         torch.testing.assert_close(found.logprobs_TK.cpu(), wanted.logprobs_TK, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab_size", "k"), [(151_669, 8), (128_256, 64), (32_000, 0)])
+def test_weighted_draws_labels_and_entropies_are_the_references(
+    gpu: torch.device, vocab_size: int, k: int, dtype: torch.dtype
+) -> None:
+    logits, seeds_T = random_logits(37, vocab_size).to(dtype), seeds(37)
+    labels_T = torch.arange(37) * 800
+    labels_T[:9] = logits[:9].float().argmax(dim=1)
+    spec = whole_spec(vocab_size, k)
+    found = compress(logits.to(gpu), spec, seeds_T=seeds_T, labels_T=labels_T)
+    wanted = compress_reference(logits, spec, seeds_T=seeds_T, labels_T=labels_T)
+    assert_same(found, wanted)
+    same_TN = found.tail_ids_TN.cpu() == wanted.tail_ids_TN
+    assert same_TN.float().mean() > 0.99
+    for name in ("draw_logprobs_TN", "label_logprob_T", "tail_entropy_T"):
+        ours, theirs = found.tensors[name].cpu(), wanted.tensors[name]
+        ours = ours.where(same_TN, theirs) if name == "draw_logprobs_TN" else ours
+        torch.testing.assert_close(ours, theirs, rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("block_tokens", [64, 256])
+def test_two_streams_give_the_targets_of_one_bit_for_bit(
+    gpu: torch.device, block_tokens: int
+) -> None:
+    """Again and again, since a race would be lost now and then."""
+    random = torch.Generator().manual_seed(0)
+    head = Head((torch.randn(151_669, 512, generator=random) / 6).bfloat16().to(gpu), softcap=30.0)
+    hidden = torch.randn(1000, 512, generator=random).bfloat16().to(gpu)
+    hidden[300] = 0.0  # all logits tie: a row in doubt
+    spec, seeds_T, labels_T = whole_spec(head.vocab_size, 8), seeds(1000), torch.arange(1000)
+    alone, *others = (
+        compress_hidden(
+            hidden,
+            head,
+            spec=spec,
+            seeds_T=seeds_T,
+            labels_T=labels_T,
+            block_tokens=block_tokens,
+            overlap=overlap,
+        )
+        for overlap in (False, *(5 * [True]))
+    )
+    for other in others:
+        for name, value in alone.tensors.items():
+            assert torch.equal(other.tensors[name], value)
+
+
+def test_rows_in_doubt_are_capped_in_float32_as_all_others_are(gpu: torch.device) -> None:
+    """In bfloat16 the cap would make a tie: 20.625 and 20.75 would both become 17.875."""
+    weight = torch.tensor([20.625, 20.75]).repeat(10_000)[:, None].bfloat16()
+    head = Head(weight.to(gpu), softcap=30.0)
+    hidden = torch.ones(2, 1, dtype=torch.bfloat16, device=gpu)
+    found = compress_hidden(hidden, head, spec=TargetSpec(head.vocab_size, 8))
+    assert found.token_ids_TK.tolist() == 2 * [list(range(1, 16, 2))]

@@ -78,10 +78,12 @@ def test_no_kernel_is_launched_anywhere_else() -> None:
         path: path.read_text() for path in SOURCE.rglob("*.py") if "@triton.jit" in path.read_text()
     }
     assert {path.name for path in with_kernels} == {
+        "blockmax_draw_triton.py",
         "blockmax_kernels_triton.py",
         "head_passes_triton.py",
     }
     assert {path.name: launches_in(source) for path, source in with_kernels.items()} == {
+        "blockmax_draw_triton.py": [],
         "blockmax_kernels_triton.py": [],
         "head_passes_triton.py": [],
     }

@@ -164,7 +164,7 @@ def test_targets_of_products_in_padded_rows_are_the_references_of_their_logits(
     products.copy_(random_logits(5, 1003, seed=k))
     spec = TargetSpec(1003, k, num_draws=num_draws, temperature=temperature)
     seeds = token_seeds(2, torch.zeros(5), torch.arange(5))
-    found, doubtful = compress_block(products, curve, spec, seeds_T=seeds)
+    found, doubtful = compress_block(products, curve, spec, seeds_T=seeds, labels_T=seeds)
     wanted = compress_reference(curve.logits(products.float()), spec, seeds_T=seeds)
     assert not doubtful.any()
     assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)
@@ -194,13 +194,18 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_block_of_the_default_target_takes_few_launches() -> None:
+@pytest.mark.parametrize("more", [False, True])
+def test_a_block_of_any_target_takes_few_launches(more: bool) -> None:
     """With the head's matrix product, at most twelve."""
     products, seeds = torch.zeros(4, 1500), torch.zeros(4, dtype=torch.int64)
+    names = ("weighted", "label_logprob", "tail_entropy")
+    spec = TargetSpec(1500, 8, num_draws=40, **dict.fromkeys(names, more))
+    curve = Curve(2.0, 30.0)
     with Counting() as counting:
-        spec = TargetSpec(1500, 8, num_draws=40)
-        compress_block(products, Curve(2.0, 30.0), spec, seeds_T=seeds, run=counting.run)
-    assert counting.launched == ["read", "pick", "gather", "finish", "draw"]
+        compress_block(products, curve, spec, seeds_T=seeds, labels_T=seeds, run=counting.run)
+    counts, looks = (["aten::zero_"], ["look_up", "look_up"]) if more else ([], [])
+    wanted = ["read", "pick", "gather", *counts, "finish", "draw", *looks]
+    assert counting.launched == wanted
 
 
 CPU = torch.device("cpu")
@@ -379,19 +384,21 @@ def test_a_small_vocabulary_is_no_work_for_blocks() -> None:
 
 
 def over_an_odd_vocabulary(
-    name: str, *, k: int = 8, dtype: str = "bf16", softcap: bool = False
+    name: str, *, k: int = 8, dtype: str = "bf16", softcap: bool = False, more: bool = False
 ) -> Kernel:
-    """A kernel as it runs over 151,669 ids, in rows of whole cache lines."""
+    """A kernel as it runs over 151,669 ids, in rows of whole cache lines; for the default target,
+    or for one that holds more."""
     # types
-    floats = ("maxima", "sums", "rest_sums", "tops", "values_out", "values_in", "logprobs_out")
+    floats = "maxima sums moments rest_sums tops values_out values_in logprobs_out tails_out"
     wholes = ("found", "least", "counts", "ids_out", "ids_in", "draws_out")
     types = (
-        dict.fromkeys((*floats, "tails_out"), "*fp32:16")
+        dict.fromkeys(floats.split(), "*fp32:16")
         | dict.fromkeys(wholes, "*i32:16")
         | dict.fromkeys(("keys", "seeds"), "*i64:16")
-        | {"rest_totals": "*fp64:16", "doubtful": "*i1:16", "products": f"*{dtype}:16"}
+        | dict.fromkeys(("rests", "log_sums"), "*fp64:16")
+        | {"num_kept": "*i16:16", "doubtful": "*i1:16", "products": f"*{dtype}:16"}
         | dict.fromkeys(("inverse", "inverse_low", "scale", "softcap"), "fp32")
-        | dict.fromkeys(("vocab_size", "num_blocks", "num_draws"), "i32")
+        | dict.fromkeys(("vocab_size", "num_blocks", "num_draws", "num_ids"), "i32")
         | dict.fromkeys(("row_stride", "readable"), "i32:16")
     )
 
@@ -399,32 +406,40 @@ def over_an_odd_vocabulary(
     width = blockmax_triton.block_width(151_669, k)
     padded = 1 << (-(-151_669 // width) - 1).bit_length()
     capped: dict[str, object] = {"HAS_SOFTCAP": softcap}
+    entropy: dict[str, object] = {"HAS_ENTROPY": more}
+    weighted: dict[str, object] = {"WEIGHTED": more}
     found = {"K": k, "C": 4 * k, "B": width, "CHUNK": min(k, 2048 // width)} | capped
+    bits = 16 if dtype == "bf16" else 32
     constants: dict[str, dict[str, object]] = {
-        "read": {"B": width, "TILE": 4096 // width} | capped,
-        "pick": {"K": k, "M": padded, "BITS": 16 if dtype == "bf16" else 32},
+        "read": {"B": width, "TILE": 4096 // width} | capped | entropy,
+        "pick": {"K": k, "M": padded, "BITS": bits} | entropy,
         "gather": found,
-        "finish": found,
-        "draw": {"K": k, "B": width, "M": padded, "D": 16} | capped,
+        "finish": found | entropy | weighted,
+        "draw": {"K": k, "B": width, "M": padded, "D": 16} | capped | weighted,
+        "look_up": {"X": 32} | capped,
     }
     warps = {"pick": padded // 256, "draw": padded // 256}
-    module = "stillhouse.logits.topk.blockmax_kernels_triton"
-    return Kernel(module, name, types, constants[name], warps.get(name, 4))
+    module = f"blockmax_{'draw' if name in ('draw', 'look_up') else 'kernels'}_triton"
+    return Kernel(
+        f"stillhouse.logits.topk.{module}", name, types, constants[name], warps.get(name, 4)
+    )
 
 
 def test_kernels_compile_within_a_gpus_registers_and_read_16_bytes_at_a_time(
     tmp_path: FilePath,
 ) -> None:
     most_registers = {"read": 64, "pick": 96, "gather": 64, "finish": 64, "draw": 80}
+    more_registers = {"read": 64, "pick": 96, "finish": 64, "draw": 112, "look_up": 32}
     default = [over_an_odd_vocabulary(name, dtype="fp32") for name in most_registers]
+    more = [over_an_odd_vocabulary(name, dtype="fp32", more=True) for name in more_registers]
     others = [
         over_an_odd_vocabulary("read"),
-        over_an_odd_vocabulary("read", softcap=True),
+        over_an_odd_vocabulary("read", softcap=True, more=True),
         over_an_odd_vocabulary("pick", k=64),
     ]
-    codes = machine_code([*default, *others], cache=tmp_path)
+    codes = machine_code([*default, *more, *others], cache=tmp_path)
     assert [code.stack_bytes for code in codes] == [0] * len(codes)
-    limits = [*most_registers.values(), 64, 64, 96]
+    limits = [*most_registers.values(), *more_registers.values(), 64, 64, 96]
     assert all(code.registers <= most for code, most in zip(codes, limits, strict=True)), codes
-    of_read = [(code.num_wide_loads, code.num_narrow_loads) for code in codes[:1] + codes[5:7]]
-    assert of_read == [(8, 0), (4, 0), (4, 0)]
+    of_read = [(codes[i].num_wide_loads, codes[i].num_narrow_loads) for i in (0, 5, 10, 11)]
+    assert of_read == [(8, 0), (8, 0), (4, 0), (4, 0)]

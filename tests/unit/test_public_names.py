@@ -43,8 +43,8 @@ SIGNATURES = {
     "compress": "(logits_TV: Tensor, spec: TargetSpec, *, seeds_T: Tensor | None = None, "
     "labels_T: Tensor | None = None) -> CompressedLogits",
     "compress_hidden": "(hidden_TH: Tensor, head: Head, *, spec: TargetSpec, "
-    "seeds_T: Tensor | None = None, labels_T: Tensor | None = None, block_tokens: int = 1024) "
-    "-> CompressedLogits",
+    "seeds_T: Tensor | None = None, labels_T: Tensor | None = None, block_tokens: int = 1024, "
+    "overlap: bool = False) -> CompressedLogits",
     "decode": "(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits",
     "densify": "(compressed: CompressedLogits) -> Tensor",
     "distillation_loss": "(hidden_TH: Tensor, head: Head, target: CompressedLogits | None = None, "

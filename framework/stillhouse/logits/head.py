@@ -9,6 +9,7 @@ use this one type.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -25,11 +26,16 @@ class Curve(NamedTuple):
     softcap: float | None = None
 
     def logits(self, products_TV: Tensor) -> Tensor:
-        """The same tensor where there is nothing to do."""
+        """In the products' dtype. The same tensor where there is nothing to do."""
         logits_TV = products_TV if self.scale == 1.0 else products_TV * self.scale
         if self.softcap is not None:
             logits_TV = self.softcap * torch.tanh(logits_TV / self.softcap)
         return logits_TV
+
+    def float32_logits(self, products_TV: Tensor) -> Tensor:
+        """As kernels compute them, without rounding to a narrower dtype, which would make ties. The
+        same tensor where there is nothing to do."""
+        return products_TV if self == AS_IT_IS else self.logits(products_TV.float())
 
 
 AS_IT_IS = Curve()
@@ -99,21 +105,22 @@ class Head:
 
 
 def products_in_blocks(
-    head: Head, hidden_TH: Tensor, *, block_tokens: int
+    head: Head, hidden_TH: Tensor, *, block_tokens: int, num_buffers: int = 1
 ) -> tuple[Callable[[slice | Tensor], Tensor], Curve]:
     """The products of some rows of hidden states, by slice or by number, and the curve that is
     still to be applied to them.
 
-    On a GPU all rows that are asked for, `block_tokens` at most, are in one buffer: the next call
-    overwrites them. Elsewhere they are logits, and nothing is left to do.
+    On a GPU all rows that are asked for, `block_tokens` at most, are in a buffer, which the call
+    after `num_buffers` calls overwrites. Elsewhere they are logits, and nothing is left to do.
     """
     if hidden_TH.device.type != "cuda":
         return lambda rows: head.logits(hidden_TH[rows]), AS_IT_IS
-    rows_TV = head.product_rows(min(block_tokens, len(hidden_TH)))
+    num_rows = min(block_tokens, len(hidden_TH))
+    buffers = cycle([head.product_rows(num_rows) for _ in range(num_buffers)])
 
     def products_of(rows: slice | Tensor) -> Tensor:
         some_TH = hidden_TH[rows]
-        return head.products(some_TH, out_TV=rows_TV[: len(some_TH)])
+        return head.products(some_TH, out_TV=next(buffers)[: len(some_TH)])
 
     return products_of, head.curve
 

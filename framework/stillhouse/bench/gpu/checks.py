@@ -8,7 +8,7 @@ Shapes: T tokens, V vocabulary, H hidden, K kept entries, N draws.
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
@@ -37,7 +37,9 @@ from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import forward_kl
 
 _FORMS = ((64, 0, 8), (12, 12, 6), (0, 50, 8))  # entries, draws and bits, beside the default's
-_SAME_DRAWS = 0.99  # of the reference's: sums in another order move a draw that is at a border
+# Shares of the reference's: sums in another order move a draw that is at a border, and a value that
+# is at the edge of a code.
+_SAME_DRAWS = _SAME_BYTES = 0.99
 _SURE_ROWS = 0.9  # of such logits; the kernel leaves the others to the reference
 _GRADIENT_ERRORS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the norm; rounding takes 1e-2
 
@@ -121,23 +123,39 @@ def _check_topk(
 
 def records(scale: Scale, recorder: Recorder) -> None:
     """Targets with draws beside the reference's, and records beside NumPy's, byte for byte."""
+    size, default = scale.vocab_size, (scale.default_entries, scale.default_draws, 8)
+    specs = [
+        TargetSpec(size, k, num_draws=num_draws, value_bits=bits)
+        for k, num_draws, bits in (default, *_FORMS)
+    ]
+    specs.append(replace(specs[0], weighted=True, label_logprob=True, tail_entropy=True))
+    for spec in specs:
+        name = f"{spec.k} entries, {spec.num_draws} draws, {spec.value_bits} bits"
+        name += ", and all else" if spec.weighted else ""
+        with recorder.attempt(name):
+            _check_target(name, spec, scale, recorder)
+
+
+def _check_target(name: str, spec: TargetSpec, scale: Scale, recorder: Recorder) -> None:
+    # a target by this device and by the reference
     exact_TV = _logits(scale, torch.float32)
     seeds_T = seeds_of(len(exact_TV))
-    for k, num_draws, bits in ((scale.default_entries, scale.default_draws, 8), *_FORMS):
-        name = f"{k} entries, {num_draws} draws, {bits} bits"
-        with recorder.attempt(name):
-            spec = TargetSpec(scale.vocab_size, k, num_draws=num_draws, value_bits=bits)
-            wanted = compress_reference(exact_TV, spec, seeds_T=seeds_T)
-            found = compress(exact_TV.to(scale.device), spec, seeds_T=seeds_T)
-            same_ids = torch.equal(found.token_ids_TK.cpu(), wanted.token_ids_TK)
-            recorder.tell(f"{name}: the reference's entries", same_ids)
-            if num_draws:
-                share = float((found.tail_ids_TN.cpu() == wanted.tail_ids_TN).float().mean())
-                recorder.tell(
-                    f"{name}: share of the reference's draws", share, at_least=_SAME_DRAWS
-                )
-            same_bytes = _same_bytes(wanted, spec, torch.device(scale.device))
-            recorder.tell(f"{name}: the CPU's bytes and targets", same_bytes)
+    labels_T = 7 * torch.arange(len(exact_TV)) if spec.label_logprob else None
+    wanted = compress_reference(exact_TV, spec, seeds_T=seeds_T, labels_T=labels_T)
+    found = compress(exact_TV.to(scale.device), spec, seeds_T=seeds_T, labels_T=labels_T)
+    found = found.map(Tensor.cpu)
+    same_ids = torch.equal(found.token_ids_TK, wanted.token_ids_TK)
+    recorder.tell(f"{name}: the reference's entries", same_ids)
+    if spec.num_draws:
+        share = float((found.tail_ids_TN == wanted.tail_ids_TN).float().mean())
+        recorder.tell(f"{name}: share of the reference's draws", share, at_least=_SAME_DRAWS)
+
+    # their records, and one record by both codecs
+    same_TB = codec_numpy.encode(found, spec) == codec_numpy.encode(wanted, spec)
+    share = float(same_TB.float().mean())
+    recorder.tell(f"{name}: share of the reference's bytes", share, at_least=_SAME_BYTES)
+    same_bytes = _same_bytes(wanted, spec, torch.device(scale.device))
+    recorder.tell(f"{name}: the CPU's bytes and targets", same_bytes)
 
 
 def _same_bytes(target: CompressedLogits, spec: TargetSpec, device: torch.device) -> bool:

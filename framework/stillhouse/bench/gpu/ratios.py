@@ -100,30 +100,40 @@ def _head_works(scale: Scale, setting: loss_bench.Setting, repeat: int) -> dict[
     wide_WH = torch.cat([weight_VH, weight_VH[: scale.row_width - setting.vocab_size]])
     exact = replace(inputs, head=Head(weight_VH, float32_logits=True))
     seeds_T = seeds_of(setting.num_tokens).to(setting.torch_device)
-    default = {"k": scale.default_entries, "num_draws": scale.default_draws}
+    spec = TargetSpec(setting.vocab_size, scale.default_entries, num_draws=scale.default_draws)
+    more = replace(spec, weighted=True, label_logprob=True, tail_entropy=True)
     return {
         head_bench.PRODUCT: partial(head_bench.product, inputs),
         f"{head_bench.PRODUCT}, {scale.row_width:,} ids": lambda: [inputs.hidden_TH @ wide_WH.T],
-        _DEFAULT_TARGET: partial(_to_records, exact, seeds_T, **default),
-        f"{_DEFAULT_TARGET}, bfloat16 logits": partial(_to_records, inputs, seeds_T, **default),
+        _DEFAULT_TARGET: partial(_to_records, exact, seeds_T, spec),
+        f"{_DEFAULT_TARGET}, two streams": partial(_to_records, exact, seeds_T, spec, overlap=True),
+        f"{_DEFAULT_TARGET}, bfloat16 logits": partial(_to_records, inputs, seeds_T, spec),
+        f"{_DEFAULT_TARGET}, weighted, label, entropy": partial(_to_records, exact, seeds_T, more),
         f"{setting.k} entries, bfloat16 logits": partial(head_bench.ours, inputs),
         head_bench.EAGER: partial(head_bench.eager, inputs),
     }
 
 
 def _to_records(
-    inputs: head_bench.Inputs, seeds_T: Tensor, *, k: int, num_draws: int
+    inputs: head_bench.Inputs, seeds_T: Tensor, spec: TargetSpec, *, overlap: bool = False
 ) -> Sequence[Tensor]:
-    spec = TargetSpec(inputs.head.vocab_size, k, num_draws=num_draws)
-    target = compress_hidden(inputs.hidden_TH, inputs.head, spec=spec, seeds_T=seeds_T)
+    labels_T = torch.arange(len(inputs.hidden_TH)) if spec.label_logprob else None
+    target = compress_hidden(
+        inputs.hidden_TH,
+        inputs.head,
+        spec=spec,
+        seeds_T=seeds_T,
+        labels_T=labels_T,
+        overlap=overlap,
+    )
     return [encode(target, spec)]
 
 
 def _time_records(scale: Scale, recorder: Recorder, *, k: int, num_draws: int) -> None:
     setting = _setting(scale, scale.check_hidden_size, k=k)
     seeds_T = seeds_of(setting.num_tokens)
-    (records_TB,) = _to_records(head_bench.Inputs.of(setting, 0), seeds_T, k=k, num_draws=num_draws)
     spec = TargetSpec(scale.vocab_size, k, num_draws=num_draws)
+    (records_TB,) = _to_records(head_bench.Inputs.of(setting, 0), seeds_T, spec)
     target = decode(records_TB, spec)
     works: dict[str, Work] = {
         "written": lambda: [encode(target, spec)],

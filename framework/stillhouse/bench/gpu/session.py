@@ -39,7 +39,7 @@ class Part:
 PARTS = (
     Part("machine", 15, "checks:machine"),
     Part("topk", 85, "checks:topk"),
-    Part("records", 15, "checks:records"),
+    Part("records", 18, "checks:records"),
     Part("loss", 25, "checks:loss"),
     Part("tests", 105, "checks:tests"),
     Part("time-topk", 45, "ratios:topk"),

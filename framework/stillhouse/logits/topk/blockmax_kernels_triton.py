@@ -1,9 +1,13 @@
 """The kernels of `blockmax_triton`, which has their order, their sizes and the names of shapes.
 
 Arguments are pointers to contiguous tensors, but for the products, whose rows are `row_stride`
-apart. `inverse` is 1 / temperature in float32, and `inverse_low` what float32 loses of it. D is the
-number of draws of one program. What decides a value of the target is computed in float64, and sums
-that decide a draw are of whole numbers, so that they are exact in any order.
+apart. `rests` holds all rows' sums, then their moments, and `tails_out` log masses, then entropies.
+`inverse` is 1 / temperature in float32, and `inverse_low` what float32 loses of it. What decides a
+value of the target is computed in float64.
+
+A first moment is the sum of x exp(x) over some ids, for the tail's entropy: x is (logit - base) /
+temperature, where the base is the block's maximum, or the row's. What a target does not hold is
+neither read nor written: HAS_ENTROPY and WEIGHTED say what it holds.
 """
 
 import triton
@@ -14,15 +18,8 @@ _LAST_ID = tl.constexpr(2**31 - 1)
 _NO_KEY = tl.constexpr(-(2**63))
 _LEAST_SUM = tl.constexpr(1e-30)  # relative to a row's maximum: below, float32 loses the digits
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# The whole numbers for the mass of a row's blocks, and for the greatest mass in a block.
-_ROW_MASS = tl.constexpr(2.0**52)
-_GREATEST_MASS = tl.constexpr(2.0**40)
-_BELOW_ONE = tl.constexpr(1.0 - 2.0**-53)
-_ULP_OF_ONE = tl.constexpr(2.0**-53)
-# Of splitmix64 (`stillhouse.seeded`), here as unsigned numbers.
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_FIRST_FACTOR = tl.constexpr(0xBF58476D1CE4E5B9)
-_SECOND_FACTOR = tl.constexpr(0x94D049BB133111EB)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_NO_MASS = tl.constexpr(-1000.0)  # an exponent whose power is 0, of 2 and of e
 
 
 @triton.jit
@@ -77,13 +74,16 @@ def read(
     readable: tl.tensor,
     maxima: tl.tensor,
     sums: tl.tensor,
+    moments: tl.tensor,
     num_blocks: tl.tensor,
     inverse: tl.tensor,
     B: tl.constexpr,
     TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
 ) -> None:
-    """A tile of blocks: each one's greatest logit, and sum of exp((logit - it) / temperature).
+    """A tile of blocks: each one's greatest logit, sum of exp((logit - it) / temperature), and
+    first moment.
 
     Loads are masked by the `readable` columns, which may be more than V, so that they are as wide
     as the row's alignment allows; the last tile drops what is no logit.
@@ -109,42 +109,23 @@ def read(
     base = tl.where(top == -float("inf"), 0.0, top)  # -inf - -inf would be NaN
     shared = base * factor
     lost = tl.fma(base, factor, -shared)
-    total = tl.sum(tl.exp2(tl.fma(z, factor, -shared[:, None])), axis=1) * tl.exp2(-lost)
+    exponents = tl.fma(z, factor, -shared[:, None])
+    powers = tl.exp2(exponents)
+    total = tl.sum(powers, axis=1)
+    at, exist = row * num_blocks + blocks, blocks < num_blocks
+    if HAS_ENTROPY:
+        moment = tl.sum(powers * tl.maximum(exponents, _NO_MASS), axis=1) - lost * total
+        tl.store(moments + at, moment * (tl.exp2(-lost) * _LN_2), mask=exist)
     if not HAS_SOFTCAP:
         top *= scale
-    tl.store(maxima + row * num_blocks + blocks, top, mask=blocks < num_blocks)
-    tl.store(sums + row * num_blocks + blocks, total, mask=blocks < num_blocks)
+    tl.store(maxima + at, top, mask=exist)
+    tl.store(sums + at, total * tl.exp2(-lost), mask=exist)
 
 
 @triton.jit
-def pick(
-    maxima: tl.tensor,
-    sums: tl.tensor,
-    num_blocks: tl.tensor,
-    inverse: tl.tensor,
-    found: tl.tensor,
-    least: tl.tensor,
-    tops: tl.tensor,
-    rest_sums: tl.tensor,
-    rest_totals: tl.tensor,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    BITS: tl.constexpr,
-) -> None:
-    """The K blocks with the greatest maxima, the K-th maximum, and the sums of the other blocks.
-
-    Maxima differ in the highest `BITS` bits of their order alone, and M is less than 2^15.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, M)
-    exist = blocks < num_blocks
-    maximum = tl.load(maxima + row * num_blocks + blocks, mask=exist, other=-float("inf"))
-    total = tl.load(sums + row * num_blocks + blocks, mask=exist, other=0.0)
-
-    # a number that at least K maxima reach, from its highest bit down: the greatest, or the first
-    # that exactly K reach. As an unsigned number, in which a block that is not there is the least.
-    order = tl.where(exist, _ordered(maximum), -(2**31))
-    rank = order.to(tl.uint32, bitcast=True) ^ (1 << 31)
+def _reached(rank: tl.tensor, K: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
+    """uint32: a number that at least K ranks reach, from its highest bit down: the greatest, or the
+    first that exactly K reach."""
     threshold = tl.zeros((), tl.uint32)
     bit = tl.full((), 1 << 31, tl.uint32)
     num_left = tl.full((), BITS, tl.int32)
@@ -154,6 +135,41 @@ def pick(
         threshold = tl.where(num_reaching >= K, candidate, threshold)
         bit = bit >> 1
         num_left = tl.where(num_reaching == K, 0, num_left - 1)
+    return threshold
+
+
+@triton.jit
+def pick(
+    maxima: tl.tensor,
+    sums: tl.tensor,
+    moments: tl.tensor,
+    num_blocks: tl.tensor,
+    inverse: tl.tensor,
+    found: tl.tensor,
+    least: tl.tensor,
+    tops: tl.tensor,
+    rest_sums: tl.tensor,
+    rests: tl.tensor,
+    K: tl.constexpr,
+    M: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+) -> None:
+    """The K blocks with the greatest maxima, the K-th maximum, and the sums and moments of the
+    other blocks, which keep no entry.
+
+    Maxima differ in the highest `BITS` bits of their order alone, and M is less than 2^15.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    blocks = tl.arange(0, M)
+    exist = blocks < num_blocks
+    maximum = tl.load(maxima + row * num_blocks + blocks, mask=exist, other=-float("inf"))
+    total = tl.load(sums + row * num_blocks + blocks, mask=exist, other=0.0)
+
+    # as unsigned numbers, in which a block that is not there is the least
+    order = tl.where(exist, _ordered(maximum), -(2**31))
+    rank = order.to(tl.uint32, bitcast=True) ^ (1 << 31)
+    threshold = _reached(rank, K, BITS)
 
     # all blocks above the least maximum that reaches it, and the first of those that equal it; one
     # scan counts both
@@ -174,7 +190,12 @@ def pick(
     left = tl.where(taken, 0.0, total * weight)
     tl.store(tops + row, top)
     tl.store(rest_sums + row * num_blocks + blocks, left, mask=exist)
-    tl.store(rest_totals + row, tl.sum(left.to(tl.float64), axis=0))
+    tl.store(rests + row, tl.sum(left.to(tl.float64), axis=0))
+    if HAS_ENTROPY:
+        moment = tl.load(moments + row * num_blocks + blocks, mask=exist, other=0.0)
+        lower = tl.maximum((maximum - base) * inverse, _NO_MASS)
+        moved = tl.where(taken, 0.0, weight * (moment + lower * total))
+        tl.store(rests + tl.num_programs(0) + row, tl.sum(moved.to(tl.float64), axis=0))
 
 
 @triton.jit
@@ -241,6 +262,60 @@ def _log(total: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _below(z: tl.tensor, base: tl.tensor, inverse: tl.tensor, inverse_low: tl.tensor) -> tl.tensor:
+    """float64: (logit - base) / temperature."""
+    return (z.to(tl.float64) - base) * (tl.zeros((), tl.float64) + inverse + inverse_low)
+
+
+@triton.jit
+def _left(
+    products: tl.tensor,
+    row_stride: tl.tensor,
+    vocab_size: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    row: tl.tensor,
+    base: tl.tensor,
+    inverse: tl.tensor,
+    found: tl.tensor,
+    last: tl.tensor,
+    rest_sums: tl.tensor,
+    num_kept: tl.tensor,
+    rest: tl.tensor,
+    K: tl.constexpr,
+    B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+) -> tl.tensor:
+    """The rest's sum and moment with the found blocks' entries that are not kept: those whose key
+    is below the last kept one. Stores these blocks' sums, and how many entries of each are kept."""
+    total = tl.load(rest)
+    moment = tl.load(rest + tl.num_programs(0)) if HAS_ENTROPY else 0.0
+    for start in range(0, K, CHUNK):
+        # some of the found blocks after the others
+        which = start + tl.arange(0, CHUNK)
+        blocks = tl.load(found + which, mask=which < K, other=0)
+        z, ids, _ = _entries(
+            products, row_stride, vocab_size, scale, softcap, row, blocks, which < K, B, HAS_SOFTCAP
+        )
+        kept = _key(_ordered(z), ids) >= last
+        lower = (z - base) * inverse
+        powers = tl.where(kept, 0.0, tl.exp(lower))
+        sums = tl.sum(powers, axis=1)
+        tl.store(rest_sums + blocks, sums, mask=which < K)
+        total += tl.sum(sums.to(tl.float64), axis=0)
+        if HAS_ENTROPY:
+            moments = tl.sum(powers * tl.maximum(lower, _NO_MASS), axis=1)
+            moment += tl.sum(moments.to(tl.float64), axis=0)
+        if WEIGHTED:
+            counts = tl.sum(kept.to(tl.int32), axis=1).to(tl.int16)
+            tl.store(num_kept + blocks, counts, mask=which < K)
+    return total, moment
+
+
+@triton.jit
 def finish(
     products: tl.tensor,
     row_stride: tl.tensor,
@@ -254,146 +329,50 @@ def finish(
     keys: tl.tensor,
     counts: tl.tensor,
     tops: tl.tensor,
-    rest_totals: tl.tensor,
+    rests: tl.tensor,
     ids_out: tl.tensor,
     values_out: tl.tensor,
     rest_sums: tl.tensor,
+    num_kept: tl.tensor,
     logprobs_out: tl.tensor,
     tails_out: tl.tensor,
+    log_sums: tl.tensor,
     doubtful: tl.tensor,
     K: tl.constexpr,
     C: tl.constexpr,
     B: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ) -> None:
-    """A row's target without draws: the K greatest candidates, their log-probabilities and the
-    tail's; the found blocks' sums without the kept entries; and whether the row is in doubt."""
+    """A row's target without draws and label, what these need, and whether the row is in doubt."""
     # the kept entries
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, C)
     count = tl.load(counts + row)
-    at = row * K
-    values, last = _rank(keys + row * C, count, ids_out + at, values_out + at, K, C)
+    values, last = _rank(keys + row * C, count, ids_out + row * K, values_out + row * K, K, C)
 
     # what is not kept: entries whose key is below the last kept one
     top = tl.load(tops + row)
     base = tl.where(top == -float("inf"), 0.0, top)
-    rest_total = tl.load(rest_totals + row)
-    for start in range(0, K, CHUNK):
-        which = start + tl.arange(0, CHUNK)
-        blocks = tl.load(found + row * K + which, mask=which < K, other=0)
-        z, ids, _ = _entries(
-            products, row_stride, vocab_size, scale, softcap, row, blocks, which < K, B, HAS_SOFTCAP
-        )
-        kept = _key(_ordered(z), ids) >= last
-        sums = tl.sum(tl.where(kept, 0.0, tl.exp((z - base) * inverse)), axis=1)
-        tl.store(rest_sums + row * num_blocks + blocks, sums, mask=which < K)
-        rest_total += tl.sum(sums.to(tl.float64), axis=0)
+    rest_total, rest_moment = _left(
+        products, row_stride, vocab_size, scale, softcap, row, base, inverse, found + row * K,
+        last, rest_sums + row * num_blocks, num_kept + row * num_blocks, rests + row,
+        K, B, CHUNK, HAS_SOFTCAP, HAS_ENTROPY, WEIGHTED,
+    )  # fmt: skip
 
     # log-probabilities, relative to the greatest logit
-    below = (values.to(tl.float64) - base) * (tl.zeros((), tl.float64) + inverse + inverse_low)
+    below = _below(values, base, inverse, inverse_low)
     kept_total = tl.sum(tl.where(places < K, tl.exp(below), 0.0), axis=0)
     log_sum = _log(kept_total + rest_total)
-    tl.store(logprobs_out + at + places, (below - log_sum).to(tl.float32), mask=places < K)
+    tl.store(logprobs_out + row * K + places, (below - log_sum).to(tl.float32), mask=places < K)
     tl.store(tails_out + row, (_log(rest_total) - log_sum).to(tl.float32))
+    tl.store(log_sums + row, log_sum)
+    if HAS_ENTROPY:
+        entropy = _log(rest_total) - rest_moment / tl.maximum(rest_total, _LEAST_SUM)
+        tl.store(tails_out + tl.num_programs(0) + row, tl.maximum(entropy, 0.0).to(tl.float32))
 
     # sure: room for all, a tail that float32 can tell, and no NaN or infinity
     is_finite = (tl.abs(top) < float("inf")) & (kept_total + rest_total < float("inf"))
     tl.store(doubtful + row, (is_finite & (count <= C) & (rest_total >= _LEAST_SUM)) == 0)
-
-
-@triton.jit
-def _random_bits(seed: tl.tensor, index: tl.tensor) -> tl.tensor:
-    """uint64: splitmix64 of the seed and the numbers from 1 on."""
-    x = seed.to(tl.uint64) + _GOLDEN * index.to(tl.uint64)
-    x = (x ^ (x >> 30)) * _FIRST_FACTOR
-    x = (x ^ (x >> 27)) * _SECOND_FACTOR
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def _blocks_of(
-    shares: tl.tensor,
-    sums: tl.tensor,
-    num_blocks: tl.tensor,
-    M: tl.constexpr,
-    S: tl.constexpr,
-) -> tl.tensor:
-    """The block in which each share of a row's mass ends, and the fraction of the block before it.
-
-    First the S blocks among which it is, then the block, so that no draw looks at every block.
-    """
-    # whole numbers for the blocks' masses
-    groups = tl.arange(0, M // S)
-    blocks = groups[:, None] * S + tl.arange(0, S)[None, :]
-    rest = tl.load(sums + blocks, mask=blocks < num_blocks, other=0.0).to(tl.float64)
-    unit = _ROW_MASS / tl.sum(tl.sum(rest, axis=1), axis=0)
-    up_to = tl.cumsum(tl.sum((rest * unit).to(tl.int64), axis=1), axis=0)
-    places = shares * tl.max(up_to, axis=0).to(tl.float64)
-
-    # the S blocks
-    passed = up_to[None, :] <= places.to(tl.int64)[:, None]
-    first = tl.minimum(tl.sum(passed.to(tl.int32), axis=1), M // S - 1) * S
-    before = tl.max(tl.where(passed, up_to[None, :], 0), axis=1)
-
-    # the block
-    among = first[:, None] + tl.arange(0, S)[None, :]
-    masses = tl.load(sums + among, mask=among < num_blocks, other=0.0).to(tl.float64) * unit
-    up_to = before[:, None] + tl.cumsum(masses.to(tl.int64), axis=1)
-    passed = up_to <= places.to(tl.int64)[:, None]
-    block = tl.minimum(first + tl.sum(passed.to(tl.int32), axis=1), num_blocks - 1)
-    before = tl.maximum(before, tl.max(tl.where(passed, up_to, 0), axis=1))
-    mass = (tl.load(sums + block).to(tl.float64) * unit).to(tl.int64)
-    return block, (places - before.to(tl.float64)) / mass.to(tl.float64)
-
-
-@triton.jit
-def draw(
-    products: tl.tensor,
-    row_stride: tl.tensor,
-    vocab_size: tl.tensor,
-    scale: tl.tensor,
-    softcap: tl.tensor,
-    num_blocks: tl.tensor,
-    inverse: tl.tensor,
-    rest_sums: tl.tensor,
-    ids_in: tl.tensor,
-    values_in: tl.tensor,
-    seeds: tl.tensor,
-    num_draws: tl.tensor,
-    draws_out: tl.tensor,
-    K: tl.constexpr,
-    B: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-) -> None:
-    """D draws of a row from the ids that are not kept, as `draws.draw_in_blocks` makes them."""
-    # the place of each draw: its block, and the fraction of the block's mass before it
-    row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * D + tl.arange(0, D)
-    random = (_random_bits(tl.load(seeds + row), index + 1) >> 11).to(tl.float64) * _ULP_OF_ONE
-    below_one = tl.full((D,), _BELOW_ONE, tl.float64)
-    shares = tl.minimum((index.to(tl.float64) + random) / num_draws, below_one)
-    sums_at = rest_sums + row * num_blocks
-    blocks, fractions = _blocks_of(shares, sums_at, num_blocks, M, M if M < 64 else 64)
-    fractions = tl.minimum(tl.maximum(fractions, 0.0), below_one)
-
-    # the block's entries that are not kept, and the id at the same fraction of their mass
-    z, ids, _ = _entries(
-        products, row_stride, vocab_size, scale, softcap, row, blocks, index >= 0, B, HAS_SOFTCAP
-    )
-    if K > 0:
-        least, last = tl.load(values_in + row * K + K - 1), tl.load(ids_in + row * K + K - 1)
-        kept = (z > least) | ((z == least) & (ids <= last))
-        z = tl.where(kept, -float("inf"), z)
-    peaks = tl.max(z, axis=1)
-    peaks = tl.where(peaks == -float("inf"), 0.0, peaks)
-    weights = tl.exp((z - peaks[:, None]) * inverse).to(tl.float64)
-    within = tl.cumsum((weights * _GREATEST_MASS).to(tl.int64), axis=1)
-    total = tl.max(within, axis=1)
-    wanted = (fractions * total.to(tl.float64)).to(tl.int64)
-    offset = tl.sum((within <= wanted[:, None]).to(tl.int32), axis=1)
-    drawn = tl.minimum(blocks * B + offset, vocab_size - 1)
-    tl.store(draws_out + row * num_draws + index, drawn, mask=index < num_draws)

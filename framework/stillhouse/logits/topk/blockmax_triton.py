@@ -4,13 +4,18 @@ Shapes: T tokens, V vocabulary, K kept entries, N draws, B ids of a block, M blo
 candidates that there is room for. The algorithm, and why it is exact, are in `blockmax_torch`.
 
     kernel  programs   reads          writes
-    read    T x tiles  every logit    each block's maximum and sum of exponentials
-    pick    T          M maxima       the K blocks with the top-k, and the sums of the other blocks
+    read    T x tiles  every logit    each block's maximum and sum of exponentials, (e) its moment
+    pick    T          M maxima       the K blocks with the top-k; the sums, (e) moments, of others
     gather  T          K B logits     candidates: entries that reach the K-th maximum, about 1.3 K
     finish  T          C candidates,  ids and log-probabilities in order, the tail's, the doubt, and
-                       K B logits     the sums of the K blocks without the kept entries
-    draw    T x N / D  M sums,        D draws
+                       K B logits     the sums of the K blocks without the kept entries, (e) the
+                                      tail's entropy, (w) how many entries of each are kept
+    draw    T x N / D  M sums, (w) M  D draws
+                       counts,
                        D B logits
+    look_up T          1 or N logits  (l) the label's log-probability, (w) the draws'
+
+What (e) is for a target's tail entropy alone, (l) for its label, (w) for weighted draws.
 
 Kernels communicate through global memory, one launch after the other, so no kernel waits for its
 own writes. The sort key of an entry is one int64: the value's bits, as an integer of the same
@@ -24,7 +29,7 @@ also run in Triton's interpreter, on the CPU.
 
 from collections.abc import Callable
 from ctypes import c_float
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -37,6 +42,7 @@ from stillhouse.logits.launching import may_pass, run_kernel
 from stillhouse.logits.spec import TargetSpec
 from stillhouse.logits.topk import blockmax_kernels_triton as kernels
 from stillhouse.logits.topk import blockmax_torch
+from stillhouse.logits.topk.blockmax_draw_triton import draw, look_up
 from stillhouse.logits.topk.found import RawTopK
 
 # Of K; above it `pick` and `finish` need more registers than there are, and minutes of compiling.
@@ -70,12 +76,25 @@ def too_small(vocab_size: int, k: int) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Picked:
+    """Of a block of rows: the blocks that hold the top-k, and what is known of the others."""
+
+    found_TK: Tensor  # int32
+    least_T: Tensor  # int32: the order of the K-th maximum
+    top_T: Tensor
+    rest_sums_TM: Tensor
+    rests_2T: Tensor  # float64: the rows' sums and moments over these blocks
+
+
+@dataclass(frozen=True, slots=True)
 class _Found:
-    """A block of rows: their top-k, and their target but for draws."""
+    """Of a block of rows: the top-k, the target but for draws, and what these need."""
 
     raw: RawTopK
     logprobs_TK: Tensor
-    tail_logmass_T: Tensor
+    tails_2T: Tensor  # their log masses, and, where the spec has them, their entropies
+    num_kept_TM: Tensor  # int16: of the ids of each block; none where draws are blind
+    log_sum_T: Tensor  # float64: of all exponentials, relative to the greatest logit
     doubtful_T: Tensor
 
 
@@ -87,7 +106,9 @@ def launch(
     K is at most MOST_ENTRIES. `width` overrides `block_width`: a power of two of which V has at
     least 2 K.
     """
-    found = _find(_Rows.of(logits_TV, AS_IT_IS), k=k, temperature=temperature, width=width)
+    spec = TargetSpec(logits_TV.shape[1], k, num_draws=int(k == 0), temperature=temperature)
+    rows = _Rows.of(logits_TV, AS_IT_IS)
+    found = _find(rows, spec, width=width)
     return found.raw, found.doubtful_T
 
 
@@ -97,27 +118,37 @@ def compress_block(
     spec: TargetSpec,
     *,
     seeds_T: Tensor,
+    labels_T: Tensor,
     run: Callable[..., None] = run_kernel,
 ) -> tuple[CompressedLogits, Tensor]:
-    """Targets of the logits that `curve` makes of products, with blind draws, and bool [T]: the
-    doubtful rows. Asynchronous.
+    """Targets of the logits that `curve` makes of products, and bool [T]: the doubtful rows.
+    Asynchronous.
 
-    A curve that falls is applied by torch before, since no maximum of products is one of logits.
-    `run` is called as `run_kernel` is.
+    Seeds are read for draws, and labels for their log-probability. A curve that falls is applied by
+    torch before, since no maximum of products is one of logits. `run` is called as `run_kernel` is.
     """
     if curve.scale <= 0:
-        products_TV, curve = curve.logits(products_TV), AS_IT_IS
+        products_TV, curve = curve.float32_logits(products_TV), AS_IT_IS
     rows = _Rows.of(products_TV, curve)
-    found = _find(rows, k=spec.k, temperature=spec.temperature, run=run)
-    draws_TN = _draw(rows, found.raw, seeds_T, spec, run=run)
+    found = _find(rows, spec, run=run)
+    draws_TN = _draw(rows, found, seeds_T, spec, run=run)
     target = CompressedLogits(
         found.raw.token_ids_TK,
         found.logprobs_TK,
-        found.tail_logmass_T,
+        found.tails_2T[0],
         draws_TN,
         vocab_size=spec.vocab_size,
         temperature=spec.temperature,
+        tail_entropy_T=found.tails_2T[1] if spec.tail_entropy else None,
     )
+
+    # log-probabilities of given ids
+    if spec.label_logprob:
+        label_T1 = _look_up(rows, found, labels_T[:, None], spec, run=run)
+        target = replace(target, label_logprob_T=label_T1[:, 0])
+    if spec.weighted:
+        logprobs_TN = _look_up(rows, found, draws_TN, spec, run=run)
+        target = replace(target, draw_logprobs_TN=logprobs_TN)
     return target, found.doubtful_T
 
 
@@ -165,79 +196,116 @@ class _Rows:
 
 def _find(
     rows: _Rows,
+    spec: TargetSpec,
     *,
-    k: int,
-    temperature: float,
     width: int | None = None,
     run: Callable[..., None] = run_kernel,
 ) -> _Found:
     """One pass over the logits, then what is left of them."""
-    assert k <= MOST_ENTRIES, "more entries take another backend"
+    assert spec.k <= MOST_ENTRIES, "more entries take another backend"
 
-    # sizes
-    num_tokens, vocab_size = rows.products_TV.shape
+    # the blocks
+    (num_tokens, vocab_size), k = rows.products_TV.shape, spec.k
     width = width or block_width(vocab_size, k)
-    num_blocks, room = triton.cdiv(vocab_size, width), triton.next_power_of_2(_ROOM_PER_ENTRY * k)
+    picked = _pick(rows, spec, width=width, run=run)
+    found_TK, rest_sums_TM, each = picked.found_TK, picked.rest_sums_TM, (num_tokens,)
+
+    # their entries that may be kept
+    room = max(1, triton.next_power_of_2(_ROOM_PER_ENTRY * k))
+    chunk_blocks = min(triton.next_power_of_2(max(1, k)), _GATHERED_LOGITS // width)
+    keys_TC = rows.empty(num_tokens, room, dtype=torch.int64)
+    counts_T = rows.empty(num_tokens, dtype=torch.int32)
+    sizes = {"K": k, "C": room, "B": width, "CHUNK": chunk_blocks, "HAS_SOFTCAP": rows.has_softcap}
+    gathered = (found_TK, picked.least_T, keys_TC, counts_T)
+    run(kernels.gather, each, *rows.arguments, *gathered, **sizes)
+
+    # the target
+    ids_TK = rows.empty(num_tokens, k, dtype=torch.int32)
+    values_TK, logprobs_TK = rows.empty(num_tokens, k), rows.empty(num_tokens, k)
+    tails_2T = rows.empty(2, num_tokens)
+    log_sum_T = rows.empty(num_tokens, dtype=torch.float64)
+    doubtful_T = rows.empty(num_tokens, dtype=torch.bool)
+    num_counted = num_tokens if spec.weighted else 0
+    num_kept_TM = rows.empty(num_counted, rest_sums_TM.shape[1], dtype=torch.int16)
+    if spec.weighted:
+        num_kept_TM.zero_()  # the kernel counts in the found blocks
+    inputs = (found_TK, keys_TC, counts_T, picked.top_T, picked.rests_2T)
+    outputs = (ids_TK, values_TK, rest_sums_TM, num_kept_TM)
+    numbers = (logprobs_TK, tails_2T, log_sum_T, doubtful_T)
+    scale = (rest_sums_TM.shape[1], *_two_floats(1.0 / spec.temperature))
+    asked = {"HAS_ENTROPY": spec.tail_entropy, "WEIGHTED": spec.weighted}
+    arguments = (*rows.arguments, *scale, *inputs, *outputs, *numbers)
+    run(kernels.finish, each, *arguments, **sizes, **asked)
+    raw = RawTopK(ids_TK, values_TK, picked.top_T, rest_sums_TM, block_ids=width)
+    return _Found(raw, logprobs_TK, tails_2T, num_kept_TM, log_sum_T, doubtful_T)
+
+
+def _pick(rows: _Rows, spec: TargetSpec, *, width: int, run: Callable[..., None]) -> _Picked:
+    """Read every logit, then look at every block."""
+    # sizes
+    (num_tokens, vocab_size), k = rows.products_TV.shape, spec.k
+    num_blocks = triton.cdiv(vocab_size, width)
     assert num_blocks < 1 << 15, "`pick` counts blocks in 15 bits"
     tile_blocks = _TILE_LOGITS // width
-    chunk_blocks = min(triton.next_power_of_2(max(1, k)), _GATHERED_LOGITS // width)
+    inverse, _ = _two_floats(1.0 / spec.temperature)
+    asked = {"HAS_ENTROPY": spec.tail_entropy}
 
-    # buffers
+    # every logit
     maxima_TM, sums_TM, rest_sums_TM = (rows.empty(num_tokens, num_blocks) for _ in range(3))
-    found_TK, ids_TK = (rows.empty(num_tokens, k, dtype=torch.int32) for _ in range(2))
-    least_T, counts_T = (rows.empty(num_tokens, dtype=torch.int32) for _ in range(2))
-    top_T, tail_T = rows.empty(num_tokens), rows.empty(num_tokens)
-    rest_T = rows.empty(num_tokens, dtype=torch.float64)
-    keys_TC = rows.empty(num_tokens, max(1, room), dtype=torch.int64)
-    values_TK, logprobs_TK = rows.empty(num_tokens, k), rows.empty(num_tokens, k)
-    doubtful_T = rows.empty(num_tokens, dtype=torch.bool)
-
-    # kernels
-    inverse, inverse_low = _two_floats(1.0 / temperature)
-    scale, each = (num_blocks, inverse), (num_tokens,)
-    softcap = {"HAS_SOFTCAP": rows.has_softcap}
-    found = (maxima_TM, sums_TM, *scale)
+    moments_TM = rows.empty(num_tokens if spec.tail_entropy else 0, num_blocks)
+    blocks = (maxima_TM, sums_TM, moments_TM, num_blocks, inverse)
     tiles = (num_tokens, triton.cdiv(num_blocks, tile_blocks))
-    reading = {"B": width, "TILE": tile_blocks} | softcap
-    run(kernels.read, tiles, *rows.arguments, rows.readable, *found, **reading)
-    picked = (found_TK, least_T, top_T, rest_sums_TM, rest_T)
-    run(
-        kernels.pick, each, *found, *picked, K=k, BITS=rows.searched_bits, **_all_blocks(num_blocks)
-    )
-    sizes = {"K": k, "C": max(1, room), "B": width, "CHUNK": chunk_blocks} | softcap
-    run(kernels.gather, each, *rows.arguments, found_TK, least_T, keys_TC, counts_T, **sizes)
-    inputs = (found_TK, keys_TC, counts_T, top_T, rest_T)
-    outputs = (ids_TK, values_TK, rest_sums_TM, logprobs_TK, tail_T, doubtful_T)
-    run(kernels.finish, each, *rows.arguments, *scale, inverse_low, *inputs, *outputs, **sizes)
-    raw = RawTopK(ids_TK, values_TK, top_T, rest_sums_TM, block_ids=width)
-    return _Found(raw, logprobs_TK, tail_T, doubtful_T)
+    sizes = {"B": width, "TILE": tile_blocks, "HAS_SOFTCAP": rows.has_softcap}
+    run(kernels.read, tiles, *rows.arguments, rows.readable, *blocks, **sizes, **asked)
+
+    # every block
+    found_TK = rows.empty(num_tokens, k, dtype=torch.int32)
+    least_T, top_T = rows.empty(num_tokens, dtype=torch.int32), rows.empty(num_tokens)
+    rests_2T = rows.empty(2, num_tokens, dtype=torch.float64)
+    picked = (found_TK, least_T, top_T, rest_sums_TM, rests_2T)
+    sizes = {"K": k, "BITS": rows.searched_bits} | _all_blocks(num_blocks)
+    run(kernels.pick, (num_tokens,), *blocks, *picked, **sizes, **asked)
+    return _Picked(*picked)
 
 
 def _draw(
-    rows: _Rows, raw: RawTopK, seeds_T: Tensor, spec: TargetSpec, *, run: Callable[..., None]
+    rows: _Rows, found: _Found, seeds_T: Tensor, spec: TargetSpec, *, run: Callable[..., None]
 ) -> Tensor:
     """int32 [T, N] draws; any ids where the row is doubtful."""
+    raw = found.raw
     num_tokens, num_blocks = raw.rest_sums_TM.shape
     draws_TN = rows.empty(num_tokens, spec.num_draws, dtype=torch.int32)
     if spec.num_draws == 0:
         return draws_TN
     inverse, _ = _two_floats(1.0 / spec.temperature)
-    inputs = (num_blocks, inverse, raw.rest_sums_TM, raw.token_ids_TK, raw.logits_TK, seeds_T)
-    grid = (num_tokens, triton.cdiv(spec.num_draws, _DRAWS_AT_ONCE))
+    blocks, entries = (raw.rest_sums_TM, found.num_kept_TM), (raw.token_ids_TK, raw.logits_TK)
     run(
-        kernels.draw,
-        grid,
+        draw,
+        (num_tokens, triton.cdiv(spec.num_draws, _DRAWS_AT_ONCE)),
         *rows.arguments,
-        *inputs,
-        spec.num_draws,
-        draws_TN,
+        *(num_blocks, inverse, *blocks, *entries, seeds_T, spec.num_draws, draws_TN),
         K=spec.k,
         B=raw.block_ids,
         D=_DRAWS_AT_ONCE,
         HAS_SOFTCAP=rows.has_softcap,
+        WEIGHTED=spec.weighted,
         **_all_blocks(num_blocks),
     )
     return draws_TN
+
+
+def _look_up(
+    rows: _Rows, found: _Found, ids_TX: Tensor, spec: TargetSpec, *, run: Callable[..., None]
+) -> Tensor:
+    """float32 [T, X]: log p of some ids; any numbers where the row is doubtful."""
+    num_tokens, num_ids = ids_TX.shape
+    logprobs_TX = rows.empty(num_tokens, num_ids)
+    products_TV, row_stride, _, *curve = rows.arguments
+    scale = (*curve, *_two_floats(1.0 / spec.temperature))
+    inputs = (found.raw.rest_base_T, found.log_sum_T, ids_TX.contiguous(), num_ids)
+    sizes = {"X": triton.next_power_of_2(num_ids), "HAS_SOFTCAP": rows.has_softcap}
+    run(look_up, (num_tokens,), products_TV, row_stride, *scale, *inputs, logprobs_TX, **sizes)
+    return logprobs_TX
 
 
 def _all_blocks(num_blocks: int) -> dict[str, int]:

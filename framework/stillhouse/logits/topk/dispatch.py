@@ -11,9 +11,10 @@ Backends (`backend_for` chooses, and gives the reason):
                                   K above the kernels' limit, and for rows in doubt
 
 Ids never depend on the backend. Values agree to the rounding of float32, and so do the places of
-draws. A backend may doubt a row: it had no room for the row's ties, or the row is no distribution.
-Doubtful rows, and no others, are compressed again by the reference, which is exact for every row or
-raises the error. So no device is waited for before all of its work is queued.
+draws: of the bytes of records, one in some 200,000 is that of the next code. A backend may doubt a
+row: it had no room for the row's ties, or the row is no distribution. Doubtful rows, and no others,
+are compressed again by the reference, which is exact for every row or raises the error. So no
+device is waited for before all of its work is queued.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from stillhouse.logits.topk.found import (
     normalise,
 )
 from stillhouse.logits.topk.reference import checked_labels, checked_seeds, compress_reference
+from stillhouse.logits.topk.streams import NUM_BUFFERS, Streams, in_turn
 
 # Between these, neither a temperature nor its reciprocal overflows a product with a difference of
 # logits.
@@ -90,12 +92,15 @@ def compress_hidden(
     seeds_T: Tensor | None = None,
     labels_T: Tensor | None = None,
     block_tokens: int = 1024,
+    overlap: bool = False,
 ) -> CompressedLogits:
     """`compress(head.logits(hidden_TH), spec)` in blocks, so that [T, V] logits never exist.
 
     hidden_TH: a model's last hidden states, on the head's device. No more than `block_tokens` rows
-    of logits exist at once. Raises what `compress` does, and ConfigError for hidden states and a
-    head on different devices.
+    of logits exist at once. overlap: read a block while a GPU multiplies the next one, with twice
+    the rows of logits; the targets are the same. A GPU applies the head's scale and soft-cap in
+    float32, whatever the dtype of its products. Raises what `compress` does, and ConfigError for
+    hidden states and a head on different devices.
 
         compressed = compress_hidden(hidden_TH, head, spec=TargetSpec(head.vocab_size, k=64))
         records_TB = encode(compressed, spec)
@@ -109,8 +114,15 @@ def compress_hidden(
         checked_seeds(seeds_T, hidden_TH, spec=spec, vocab_size=head.vocab_size),
         checked_labels(labels_T, hidden_TH, spec=spec),
     )
-    products_of, curve = products_in_blocks(head, hidden_TH, block_tokens=block_tokens)
-    return compress_in_blocks(products_of, spec, tokens, block_tokens=block_tokens, curve=curve)
+
+    # in blocks
+    streams = Streams.of(hidden_TH.device) if overlap else None
+    products_of, curve = products_in_blocks(
+        head, hidden_TH, block_tokens=block_tokens, num_buffers=NUM_BUFFERS if streams else 1
+    )
+    return compress_in_blocks(
+        products_of, spec, tokens, block_tokens=block_tokens, curve=curve, streams=streams
+    )
 
 
 def backend_for(logits_TV: Tensor, *, k: int, temperature: float = 1.0) -> Backend:
@@ -184,11 +196,13 @@ def compress_in_blocks(
     block_tokens: int,
     curve: Curve = AS_IT_IS,
     choose_backend: Callable[..., Backend] = backend_for,
+    streams: Streams | None = None,
 ) -> CompressedLogits:
     """Targets of all rows, `block_tokens` rows of logits at a time; checks nothing of `spec`.
 
     `logits_of` may give products, of which `curve` makes the logits; the rows of one call are done
-    with before the next. `choose_backend` is called as `backend_for` is, once a block.
+    with before the next, or, with `streams`, before the next but one. `choose_backend` is called as
+    `backend_for` is, once a block.
     """
     # every block by its backend
     num_tokens = len(tokens.numbers_T)
@@ -196,21 +210,20 @@ def compress_in_blocks(
         slice(start, start + block_tokens)
         for start in range(0, max(1, num_tokens), max(1, block_tokens))
     ]
-    parts, doubts = zip(
-        *(
-            _compress_block(logits_of(at), curve, spec, tokens.at(at), choose_backend)
-            for at in blocks
-        ),
-        strict=True,
-    )
+
+    def read(at: slice, products_TV: Tensor) -> tuple[CompressedLogits, Tensor]:
+        return _compress_block(products_TV, curve, spec, tokens.at(at), choose_backend)
+
+    parts, doubts = zip(*in_turn(blocks, logits_of, read, streams=streams), strict=True)
     target, doubtful_T = concatenate(parts), torch.cat(doubts)
 
-    # the rows in doubt again, by the reference
+    # the rows in doubt again, by the reference; the first line waits until the parts are read, for
+    # another stream may reuse their memory once they are dropped
     if not doubtful_T.any():
         return target
     rows_T = tokens.numbers_T[doubtful_T]
     again = [
-        _by_reference(curve.logits(logits_of(part_T)), spec, tokens.at(part_T))
+        _by_reference(curve.float32_logits(logits_of(part_T)), spec, tokens.at(part_T))
         for part_T in rows_T.split(block_tokens)
     ]
     return target.with_rows(rows_T, concatenate(again))
@@ -237,12 +250,13 @@ def _compress_block(
     # all at once, where kernels or C make such a target whole
     k, temperature = spec.k, spec.temperature
     backend = choose_backend(products_TV, k=k, temperature=temperature)
-    has_more = spec.weighted or spec.label_logprob or spec.tail_entropy
-    if backend.name == "triton" and not has_more:
+    if backend.name == "triton":
         from stillhouse.logits.topk import blockmax_triton
 
-        return blockmax_triton.compress_block(products_TV, curve, spec, seeds_T=tokens.seeds_T)
-    logits_TV = curve.logits(products_TV)
+        return blockmax_triton.compress_block(
+            products_TV, curve, spec, seeds_T=tokens.seeds_T, labels_T=tokens.labels_T
+        )
+    logits_TV = curve.float32_logits(products_TV)
     if backend.name == "reference":
         target = _by_reference(logits_TV, spec, tokens)
         return target, torch.zeros_like(tokens.numbers_T, dtype=torch.bool)
