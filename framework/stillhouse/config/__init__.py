@@ -6,7 +6,7 @@ settings                    the same as a table and as a JSON Schema
 """
 
 from stillhouse.config.fields import DIVERGENCES, NoticeSource, Section
-from stillhouse.config.models import ModelSection, StudentSection, TeacherSection
+from stillhouse.config.models import LoraSection, ModelSection, StudentSection, TeacherSection
 from stillhouse.config.paths import with_absolute_inputs
 from stillhouse.config.reading import load_config, parse_config, resolved_json
 from stillhouse.config.sections import (
@@ -25,6 +25,7 @@ __all__ = [
     "Config",
     "CorpusSection",
     "EvaluateSection",
+    "LoraSection",
     "ModelSection",
     "NoticeSource",
     "Section",

@@ -110,6 +110,25 @@ class TeacherSection(ModelSection):
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters, trained in place of the student's weights (LoRA, arXiv 2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=1 << 14)] = Field(
+        16, description="rank of the product that is added to each adapted matrix"
+    )
+    alpha: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
+        None, description="that product is scaled by alpha / rank; none: alpha is twice the rank"
+    )
+    targets: tuple[Name, ...] = Field(
+        (),
+        description="names of the linear layers to adapt, or the last parts of their names; none: "
+        "all but the head",
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of an adapter's inputs that a training step leaves out"
+    )
+
+
 class StudentSection(ModelSection):
     """The student, its ranks, its loss, its optimiser and its checkpoints."""
 
@@ -121,6 +140,11 @@ class StudentSection(ModelSection):
         "weights",
         description="weights: start from the model's weights; config: from random ones of its "
         "config",
+    )
+    lora: LoraSection | None = Field(
+        None,
+        description="train low-rank adapters beside frozen weights, for much less memory; {} takes "
+        "the defaults: rank 16, alpha 32, all linear layers but the head; needs the extra 'lora'",
     )
     tokenizer: Name | None = Field(
         None,
@@ -260,6 +284,12 @@ class StudentSection(ModelSection):
         if needs_mix and not 0.0 < self.mix < 1.0:
             raise ValueError(
                 f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1"
+            )
+        # what is trained
+        if self.lora is not None and self.init == "config":
+            raise ValueError(
+                'init is "config", and lora trains adapters beside weights that would stay '
+                'random; set init = "weights", or leave lora out'
             )
         # the engine and its ranks
         if self.zero_stage == 0 and self.dtype == "bfloat16":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from stillhouse.config import Config
+from stillhouse.config import Config, StudentSection
 from stillhouse.errors import CheckpointError
 from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Plan
@@ -14,9 +14,10 @@ from stillhouse.store import Recipe
 from stillhouse.tracking import EvalEvent, Role, RunEvent, read_journal, stretches, words_of
 
 
-def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
-    """Write a trained model as a Hugging Face directory. Returns its optimiser steps. Raises
-    CheckpointError where the run has no such role, or no commit of it."""
+def export_run(plan: Plan, out: Path, *, role: Role = "student", adapter: bool = False) -> int:
+    """Write a trained model as a Hugging Face directory, or its adapters alone as one of peft's.
+    Returns its optimiser steps. Raises CheckpointError where the run has no such role, or no commit
+    of it; ConfigError where it has no adapters."""
     # late: DeepSpeed takes seconds to import, and only this function needs it here
     from stillhouse.student.export import export
 
@@ -32,6 +33,7 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
         card=lambda steps: model_card(
             plan.config, plan.recipe, read_journal(journal), role=role, steps=steps
         ),
+        adapter=adapter,
         tell=lambda seconds, why: say(f"the export has waited for {seconds:.0f} s: {why}"),
     )
 
@@ -63,7 +65,7 @@ def model_card(
         "",
         "| | |",
         "| --- | --- |",
-        f"| student | {short_name(config.student.model)} (from {config.student.init}) |",
+        f"| student | {short_name(config.student.model)} (from {_beginning(config.student)}) |",
         f"| teacher | {short_name(config.teacher.model)}, {config.teacher.dtype} |",
         f"| data | {short_name(config.corpus.dataset)}, {recipe.num_sequences:,} sequences of "
         f"{recipe.sequence_length} tokens |",
@@ -74,6 +76,11 @@ def model_card(
         f"| recipe | `{recipe.fingerprint}` |",
     ]
     return "\n".join(lines + _scores(events)) + "\n"
+
+
+def _beginning(student: StudentSection) -> str:
+    lora = student.lora
+    return student.init + (f", LoRA of rank {lora.rank}" if lora is not None else "")
 
 
 def _rest(num_draws: int) -> str:

@@ -29,6 +29,7 @@ from stillhouse.pipeline.plan import Plan
 from stillhouse.sequences.source import open_sources
 from stillhouse.store import ChunkStore, Recipe, parse_recipe
 from stillhouse.store.object_store import Blobs
+from stillhouse.student.adapters import require_trainable
 from stillhouse.terminal import one_line
 
 _Section = TypeVar("_Section", bound=ModelSection)
@@ -44,6 +45,7 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     require_whole_weights(config.teacher.model)
     if config.student.init == "weights":
         require_whole_weights(config.student.model)
+    require_trainable(config.student)
     return resolved(config, run_dir=run_dir, cache_dir=cache_dir)
 
 

@@ -28,6 +28,7 @@ from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.losses.distillation import LossTerms
 from stillhouse.student import _deepspeed_compat
+from stillhouse.student.adapters import FROZEN, frozen_digest, require_same_frozen
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule
 
@@ -67,6 +68,7 @@ class StudentEngine:
         if section.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
+        self._frozen_digest = frozen_digest(lm)
         module = StudentModule(lm, section=section, vocab_size=vocab_size)
         # ZeRO round it; no code goes into its checkpoints
         self._engine = _deepspeed_compat.initialize(
@@ -132,9 +134,15 @@ class StudentEngine:
         """This rank's part of a checkpoint after `step` optimiser steps, copied to host memory;
         training may go on when this returns."""
         began = monotonic()
-        state = {"step": step}
+        state: dict[str, object] = {"step": step}
+        if self._frozen_digest is not None:
+            state[FROZEN] = self._frozen_digest
         self._engine.save_checkpoint(
-            "snapshot", tag=str(step), client_state=state, save_latest=False
+            "snapshot",
+            tag=str(step),
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=self._frozen_digest is not None,
         )
         files, release = self._copies.taken()
         return Snapshot(step, files, began, monotonic() - began, release)
@@ -142,15 +150,17 @@ class StudentEngine:
     def load(self, found: Restored) -> None:
         """Load weights and optimiser state of a checkpoint, as it is or universal.
 
-        Raises CheckpointError where its files hold anything else.
+        Raises CheckpointError where its files hold anything else, or belong to other frozen
+        weights.
         """
         with only_tensors():
-            is_there = _deepspeed_compat.load(self._engine, found.folder, universal=found.universal)
-        if not is_there:
+            state = _deepspeed_compat.load(self._engine, found.folder, universal=found.universal)
+        if state is None:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {found.folder}; remove that checkpoint's "
                 "manifest to use an older one"
             )
+        require_same_frozen(self._frozen_digest, wanted=state.get(FROZEN), model=self.section.model)
 
     @property
     def inner(self) -> Any:
@@ -158,11 +168,12 @@ class StudentEngine:
         return self._engine
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """The whole gradient of each parameter of the language model as the next optimiser step
-        will use it, by name; after `accumulate`."""
+        """The whole gradient of each parameter of the language model that is trained, as the next
+        optimiser step will use it, by name; after `accumulate`."""
         return {
             name: safe_get_full_grad(parameter).clone()
             for name, parameter in self._engine.module.lm.named_parameters()
+            if parameter.requires_grad
         }
 
     def close(self) -> None:
