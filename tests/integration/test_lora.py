@@ -1,5 +1,5 @@
-"""Students with adapters (LoRA) beside frozen weights, on real DeepSpeed engines: the same training
-however it is cut, small checkpoints, and exports that compute what was trained."""
+"""Students of which a part is trained, adapters (LoRA) or some weights, on real DeepSpeed engines:
+the same training however it is cut, small checkpoints, exports that compute what was trained."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from helpers.world import TinyWorld
 from stillhouse.checkpoint.choice import newest_manifest
 from stillhouse.config import LoraSection
 from stillhouse.errors import CheckpointError
-from stillhouse.models import load_tokenizer
+from stillhouse.models import load_model, load_tokenizer
 from stillhouse.student.adapters import initial_student
 from stillhouse.student.export import export, load_trained
 from stillhouse.student.job import TrainJob
@@ -161,3 +161,19 @@ def test_a_checkpoint_holds_adapters_alone_and_belongs_to_the_weights_beside_the
         load_trained(mine.checkpoints, mine.section, tell=refuse_outage)
     with pytest.raises(CheckpointError, match=message):
         trained(job, rank_groups[1], tmp_path / "run", **changes)
+
+
+def test_a_student_with_frozen_embeddings_trains_resumes_and_is_exported_whole(
+    job: TrainJob, rank_groups: Ranks, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"lora": None, "freeze": ("model.embed_tokens*",), "zero_stage": 2}
+    _, whole = trained(job, rank_groups[2], tmp_path / "whole", **changes)
+    _, first = trained(job, rank_groups[2], tmp_path / "parts", **changes, total_steps=3)
+    mine, second = trained(job, rank_groups[2], tmp_path / "parts", **changes)
+    assert [row.loss for row in first + second] == [row.loss for row in whole]
+    found, steps = load_trained(mine.checkpoints, mine.section, tell=refuse_outage)
+    assert steps == NUM_STEPS
+    before, after = load_model(mine.section).state_dict(), found.state_dict()
+    assert before.keys() == after.keys()
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert unchanged == {"model.embed_tokens.weight", "lm_head.weight"}

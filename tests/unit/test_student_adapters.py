@@ -1,5 +1,5 @@
-"""Adapters (LoRA): which layers get them, which gradients they get, and what the model is once they
-are merged."""
+"""Adapters (LoRA) and frozen weights: which layers get adapters, what has gradients, and what the
+model is once adapters are merged."""
 
 import sys
 from pathlib import Path
@@ -177,8 +177,39 @@ def test_adapters_beside_random_weights_and_unknown_keys_are_refused() -> None:
         return str(caught.value)
 
     assert 'set init = "weights", or leave lora out' in refusal(lora={}, init="config")
+    assert "leave freeze out" in refusal(lora={}, freeze=["*norm*"])
     assert "student.lora.rnk: no such setting; did you mean 'rank'?" in refusal(lora={"rnk": 8})
     assert "student.lora.rank: " in refusal(lora={"rank": 0})
+
+
+def test_weights_are_frozen_by_pattern_under_any_name_of_theirs(folder: Path) -> None:
+    section = StudentSection(
+        model=str(folder), dtype="float32", freeze=("lm_head.*", "*.layers.1.*norm.weight")
+    )
+    lm = initial_student(section)
+    is_tied = lm.config.tie_word_embeddings
+    assert {name for name, each in lm.named_parameters() if not each.requires_grad} == {
+        "model.embed_tokens.weight" if is_tied else "lm_head.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+    }
+    loss_of(lm, section).backward()
+    for name, parameter in lm.named_parameters():
+        assert (parameter.grad is not None) is parameter.requires_grad, name
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["lm_haed*"], r"no weight of .* is named 'lm_haed\*'; its weights are lm_head.weight, .*"),
+        (["*"], r"'\*' freeze every weight of .*; leave some to be trained"),
+    ],
+)
+def test_patterns_that_freeze_nothing_or_everything_are_refused(
+    tied: Path, patterns: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"student.freeze: {message}"):
+        require_trainable(StudentSection.model_validate({"model": str(tied), "freeze": patterns}))
 
 
 def test_without_peft_the_extra_that_brings_it_is_named(

@@ -146,6 +146,11 @@ class StudentSection(ModelSection):
         description="train low-rank adapters beside frozen weights, for much less memory; {} takes "
         "the defaults: rank 16, alpha 32, all linear layers but the head; needs the extra 'lora'",
     )
+    freeze: tuple[Name, ...] = Field(
+        (),
+        description="names of weights that are not trained, as patterns: 'model.embed_tokens*'; * "
+        "stands for any text",
+    )
     tokenizer: Name | None = Field(
         None,
         description="a hub name or a local directory; none: the tokenizer saved with the model",
@@ -290,6 +295,11 @@ class StudentSection(ModelSection):
             raise ValueError(
                 'init is "config", and lora trains adapters beside weights that would stay '
                 'random; set init = "weights", or leave lora out'
+            )
+        if self.lora is not None and self.freeze:
+            raise ValueError(
+                "freeze and lora are both set, and lora freezes every weight of the model already; "
+                "leave freeze out, and choose what is adapted by lora.targets"
             )
         # the engine and its ranks
         if self.zero_stage == 0 and self.dtype == "bfloat16":

@@ -1,11 +1,13 @@
-"""Which weights of a student are trained: all, or low-rank adapters beside frozen ones (LoRA, arXiv
-2106.09685), which peft puts into the model.
+"""Which weights of a student are trained: all, all but some, or low-rank adapters beside frozen
+ones (LoRA, arXiv 2106.09685), which peft puts into the model.
 
 A checkpoint holds no frozen weights. They are read again from where the student came from, and have
 to have the same digest as when the training began.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any
 
@@ -33,19 +35,46 @@ def initial_student(section: StudentSection) -> PreTrainedModel:
 def make_trainable(lm: PreTrainedModel, section: StudentSection) -> PreTrainedModel:
     """The same model with the section's adapters in it, and `requires_grad` where it is trained.
 
-    Raises ConfigError where a setting fits none of its layers, or peft is not installed.
+    Raises ConfigError where a setting fits none of its layers or leaves nothing to train, or peft
+    is not installed.
     """
     if section.lora is not None:
         _adapt(lm, section.lora, model=section.model, seed=section.seed)
+    _freeze(lm, section.freeze, model=section.model)
     return lm
 
 
+def has_frozen(section: StudentSection) -> bool:
+    """Whether some weights of the student are not trained."""
+    return section.lora is not None or bool(section.freeze)
+
+
 def require_trainable(section: StudentSection) -> None:
-    """Raise ConfigError where the section's adapters do not fit its model. Nothing is loaded but
-    the model's config."""
-    if section.lora is not None:
+    """Raise ConfigError where the section's adapters, or names of frozen weights, do not fit its
+    model. Nothing is loaded but the model's config."""
+    if has_frozen(section):
         with torch.device("meta"):
             make_trainable(load_model(section, random_init_seed=0), section)
+
+
+def _freeze(lm: PreTrainedModel, patterns: Sequence[str], *, model: str) -> None:
+    """Freeze the parameters with these names; a tied one has several."""
+    parameters = list(lm.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        found = [parameter for name, parameter in parameters if fnmatchcase(name, pattern)]
+        if not found:
+            kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name, _ in parameters})
+            raise ConfigError(
+                f"student.freeze: no weight of {model} is named {pattern!r}; its weights are "
+                f"{_some(kinds)}"
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for _, parameter in parameters):
+        raise ConfigError(
+            f"student.freeze: {', '.join(map(repr, patterns))} freeze every weight of {model}; "
+            "leave some to be trained"
+        )
 
 
 def _adapt(lm: PreTrainedModel, lora: LoraSection, *, model: str, seed: int) -> None:

@@ -20,6 +20,7 @@ from stillhouse.student.adapters import (
     adapter_files,
     frozen_digest,
     frozen_names,
+    has_frozen,
     initial_student,
     merge_adapters,
     require_same_frozen,
@@ -147,11 +148,12 @@ def _committed(
         weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)
         frozen = frozen_digest_in(folder)
     # in the model that it began with, or one of its architecture
-    if section.lora is None:
+    if not has_frozen(section):
         model = load_model(section, random_init_seed=0)
     else:
         model = initial_student(section)
         require_same_frozen(frozen_digest(model), wanted=frozen, model=section.model)
+    if section.lora is not None:
         model.float()
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = sorted(set(missing) - set(model.all_tied_weights_keys) - frozen_names(model))

@@ -55,6 +55,8 @@ class TrainJob:
             settings["forward_kl_steps"] = self.section.forward_kl_steps
         if self.section.lora is not None:
             settings["lora"] = values["lora"]
+        if self.section.freeze:
+            settings["freeze"] = values["freeze"]
         return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
     @property
