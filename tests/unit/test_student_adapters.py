@@ -21,8 +21,8 @@ from stillhouse.student.adapters import (
     frozen_digest,
     initial_student,
     merge_adapters,
+    outline,
     require_same_frozen,
-    require_trainable,
 )
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule
@@ -165,8 +165,8 @@ def test_targets_that_fit_nothing_and_the_head_are_refused_from_the_config_alone
 ) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=f"student.lora.targets: {message}"):
-        require_trainable(section_of(folder, targets=["q_proj", target]))
-    require_trainable(section_of(folder))
+        outline(section_of(folder, targets=["q_proj", target]))
+    outline(section_of(folder))
 
 
 def test_adapters_beside_random_weights_and_unknown_keys_are_refused() -> None:
@@ -209,7 +209,7 @@ def test_patterns_that_freeze_nothing_or_everything_are_refused(
     tied: Path, patterns: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"student.freeze: {message}"):
-        require_trainable(StudentSection.model_validate({"model": str(tied), "freeze": patterns}))
+        outline(StudentSection.model_validate({"model": str(tied), "freeze": patterns}))
 
 
 def test_without_peft_the_extra_that_brings_it_is_named(
@@ -217,7 +217,7 @@ def test_without_peft_the_extra_that_brings_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'stillhouse\[lora\]'"):
-        require_trainable(section_of(tied))
+        outline(section_of(tied))
 
 
 def test_frozen_weights_are_told_from_others_by_their_digest(tied: Path) -> None:

@@ -23,12 +23,18 @@ from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.plan import require_full_step
 from stillhouse.pipeline.run_dir import changes_since
-from stillhouse.student.adapters import make_trainable
+from stillhouse.student.adapters import outline
 
 # bytes of a parameter's weight, gradient and Adam states in mixed precision or in float32, and how
 # many of them each ZeRO stage divides among the ranks (arXiv 1910.02054, section 3.1)
 _STATE_BYTES = 16
 _SPLIT_BYTES: Mapping[int, int] = {0: 0, 1: 12, 2: 14, 3: 16}
+
+_STARTS: Mapping[str, str] = {
+    "weights": "from its weights",
+    "config": "from random weights",
+    "layers": "from some of its layers",
+}
 
 
 def describe(plan: Plan) -> None:
@@ -54,7 +60,11 @@ def _models(plan: Plan, found: Findings) -> None:
         # the model, without memory for its weights
         try:
             with torch.device("meta"):
-                model = load_model(section, random_init_seed=0)
+                model = (
+                    outline(section)
+                    if isinstance(section, StudentSection)
+                    else load_model(section, random_init_seed=0)
+                )
             head_of(model, vocab_size=vocab_size)
         except ModelError as error:
             found.obstacles.append(f"{role}: {error}")
@@ -74,8 +84,6 @@ def _models(plan: Plan, found: Findings) -> None:
         parameters = f"{count_words(num_parameters)} parameters"
         found.add(role, f"{name}: {parameters}, {size} in {section.dtype}; {head}")
         if isinstance(section, StudentSection):
-            with torch.device("meta"):
-                make_trainable(model, section)
             found.add("", _student_memory(section, model))
 
         # its context
@@ -98,7 +106,7 @@ def _student_memory(section: StudentSection, model: nn.Module) -> str:
     num_bytes = num_trained * (_STATE_BYTES - split + split / section.num_workers)
     parts = section.num_workers if section.zero_stage == 3 else 1
     num_bytes += num_frozen * getattr(torch, section.dtype).itemsize / parts
-    start = "from its weights" if section.init == "weights" else "from random weights"
+    start = _STARTS[section.init if isinstance(section.init, str) else "layers"]
     part = f", {count_words(num_trained)} parameters are trained" if num_frozen else ""
     return (
         f"{start}{part}; weights, gradients and Adam take at least {size_words(num_bytes)} a rank"

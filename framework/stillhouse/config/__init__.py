@@ -6,7 +6,13 @@ settings                    the same as a table and as a JSON Schema
 """
 
 from stillhouse.config.fields import DIVERGENCES, NoticeSource, Section
-from stillhouse.config.models import LoraSection, ModelSection, StudentSection, TeacherSection
+from stillhouse.config.models import (
+    CutSection,
+    LoraSection,
+    ModelSection,
+    StudentSection,
+    TeacherSection,
+)
 from stillhouse.config.paths import with_absolute_inputs
 from stillhouse.config.reading import load_config, parse_config, resolved_json
 from stillhouse.config.sections import (
@@ -24,6 +30,7 @@ __all__ = [
     "ClusterSection",
     "Config",
     "CorpusSection",
+    "CutSection",
     "EvaluateSection",
     "LoraSection",
     "ModelSection",

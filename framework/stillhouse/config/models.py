@@ -2,11 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from stillhouse import suggestions
 from stillhouse.config.fields import (
     DIVERGENCES,
+    TABLE,
+    WORD,
     Amount,
     BatchSize,
     Beta,
@@ -110,6 +112,25 @@ class TeacherSection(ModelSection):
         return self
 
 
+class CutSection(Section):
+    """A student that begins as a part of another model."""
+
+    layers: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = Field(
+        description="the layers of student.model to begin with, numbered from 0, in their order"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _are_in_order(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if list(layers) != sorted(set(layers)):
+            raise ValueError(f"wanted each layer once, in ascending order; found {shown(layers)}")
+        return layers
+
+
+def _init_is(value: object) -> str:
+    return TABLE if isinstance(value, dict | CutSection) else WORD
+
+
 class LoraSection(Section):
     """Low-rank adapters, trained in place of the student's weights (LoRA, arXiv 2106.09685)."""
 
@@ -136,10 +157,14 @@ class StudentSection(ModelSection):
         "bfloat16",
         description="number format of weights and activations; the optimiser is in float32",
     )
-    init: Literal["weights", "config"] = Field(
+    init: Annotated[
+        Annotated[Literal["weights", "config"], Tag(WORD)] | Annotated[CutSection, Tag(TABLE)],
+        Discriminator(_init_is),
+    ] = Field(
         "weights",
         description="weights: start from the model's weights; config: from random ones of its "
-        "config",
+        "config; { layers = [0, 2, 4] }: from these layers of the model, such as the teacher, and "
+        "all that is outside of its layers",
     )
     lora: LoraSection | None = Field(
         None,
@@ -290,7 +315,12 @@ class StudentSection(ModelSection):
             raise ValueError(
                 f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1"
             )
-        # what is trained
+        # where it begins, and what is trained
+        if isinstance(self.init, CutSection) and self.trust_remote_code:
+            raise ValueError(
+                "init.layers cuts a model of Transformers' own; leave trust_remote_code out, or "
+                'set init = "weights"'
+            )
         if self.lora is not None and self.init == "config":
             raise ValueError(
                 'init is "config", and lora trains adapters beside weights that would stay '

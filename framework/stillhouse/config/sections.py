@@ -16,7 +16,7 @@ from stillhouse.config.fields import (
     Section,
     Seed,
 )
-from stillhouse.config.models import LoraSection, StudentSection, TeacherSection
+from stillhouse.config.models import CutSection, LoraSection, StudentSection, TeacherSection
 from stillhouse.extension import is_extension
 
 
@@ -234,7 +234,7 @@ def section_types() -> dict[str, type[Section]]:
 def names_by_section() -> dict[str, list[str]]:
     """The names in each section and in each table of one, and those of the sections under ''."""
     types = section_types()
-    tables = {"student.lora": LoraSection}
+    tables: dict[str, type[Section]] = {"student.init": CutSection, "student.lora": LoraSection}
     return {"": list(types)} | {
         name: list(kind.model_fields) for name, kind in (types | tables).items()
     }

@@ -79,8 +79,9 @@ def config_schema() -> dict[str, Any]:
 
 def _kind(schema: Mapping[str, Any], tables: Mapping[str, Any]) -> str:
     """A JSON Schema's type and range in words; `tables` has the schemas that it refers to."""
-    if "anyOf" in schema:  # an optional setting; its default says none
-        kinds = [_kind(each, tables) for each in schema["anyOf"] if each.get("type") != "null"]
+    if variants := schema.get("anyOf", schema.get("oneOf")):
+        # an optional setting has null; its default says none
+        kinds = [_kind(each, tables) for each in variants if each.get("type") != "null"]
         return " or ".join(kinds)
     if "$ref" in schema:
         keys = tables[schema["$ref"].rpartition("/")[2]]["properties"]

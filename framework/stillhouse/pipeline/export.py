@@ -79,8 +79,9 @@ def model_card(
 
 
 def _beginning(student: StudentSection) -> str:
-    lora = student.lora
-    return student.init + (f", LoRA of rank {lora.rank}" if lora is not None else "")
+    start, lora = student.init, student.lora
+    words = start if isinstance(start, str) else f"its layers {', '.join(map(str, start.layers))}"
+    return words + (f", LoRA of rank {lora.rank}" if lora is not None else "")
 
 
 def _rest(num_draws: int) -> str:

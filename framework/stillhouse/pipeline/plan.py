@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from stillhouse.config import Config, EvaluateSection, TeacherSection
+from stillhouse.config import Config, CutSection, EvaluateSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.sequence import WorkItem
 from stillhouse.sequences.source import SequenceSource, Sources
@@ -108,11 +108,21 @@ class Plan:
         """What a teacher needs to make chunk `number`."""
         return WorkItem(number, self.sources.train.block(number))
 
+    @property
+    def initial_section(self) -> StudentSection:
+        """The student's section with the model that its ranks load: where it is cut from another
+        one, a folder of the run directory, of the same name, into which the cut is written."""
+        section = self.config.student
+        if not isinstance(section.init, CutSection):
+            return section
+        folder = self.run_dir / "student" / Path(section.model).name
+        return section.model_copy(update={"model": str(folder)})
+
     @cached_property
     def jobs(self) -> tuple[TrainJob, ...]:
         """The student's training, then, where the config asks for it, that of its control: the same
         in everything but what it learns from."""
-        section, url = self.config.student, self.config.store.url
+        section, url = self.initial_section, self.config.store.url
         student = TrainJob("student", section, self.recipe, url, self.run_dir, self.total_steps)
         if not self.config.evaluate.control:
             return (student,)

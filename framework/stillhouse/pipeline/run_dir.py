@@ -2,6 +2,7 @@
 
 config.json  recipe.json     what was asked
 journal.jsonl  logs/  lock   what happened, and which command uses it now
+student/                     the model that a student is cut to, before its first step
 checkpoints/                 the commits, unless student.checkpoint_url names another place
 wandb/  report.html          views of the journal
 """

@@ -16,9 +16,9 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillhouse.config import LoraSection, StudentSection
+from stillhouse.config import CutSection, LoraSection, StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
-from stillhouse.models import load_model
+from stillhouse.models import cut_layers, load_model
 
 FROZEN = "frozen_digest"  # in the files of a checkpoint
 
@@ -30,6 +30,16 @@ def initial_student(section: StudentSection) -> PreTrainedModel:
     do."""
     seed = section.seed if section.init == "config" else None
     return make_trainable(load_model(section, random_init_seed=seed), section)
+
+
+def outline(section: StudentSection) -> PreTrainedModel:
+    """The student as it will be trained, on the meta device: shapes without values. Nothing is
+    loaded but its model's config. Raises as `initial_student` and `cut_layers` do."""
+    with torch.device("meta"):
+        lm = load_model(section, random_init_seed=0)
+        if isinstance(section.init, CutSection):
+            cut_layers(lm, section.init.layers, model=section.model)
+        return make_trainable(lm, section)
 
 
 def make_trainable(lm: PreTrainedModel, section: StudentSection) -> PreTrainedModel:
@@ -47,14 +57,6 @@ def make_trainable(lm: PreTrainedModel, section: StudentSection) -> PreTrainedMo
 def has_frozen(section: StudentSection) -> bool:
     """Whether some weights of the student are not trained."""
     return section.lora is not None or bool(section.freeze)
-
-
-def require_trainable(section: StudentSection) -> None:
-    """Raise ConfigError where the section's adapters, or names of frozen weights, do not fit its
-    model. Nothing is loaded but the model's config."""
-    if has_frozen(section):
-        with torch.device("meta"):
-            make_trainable(load_model(section, random_init_seed=0), section)
 
 
 def _freeze(lm: PreTrainedModel, patterns: Sequence[str], *, model: str) -> None:

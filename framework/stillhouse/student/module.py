@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from stillhouse.config import StudentSection
@@ -89,6 +88,6 @@ def _leave_out_frozen(
         state.pop(name, None)
 
 
-def _miss_no_frozen(module: nn.Module, keys: _IncompatibleKeys) -> None:
+def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
     frozen = frozen_names(module)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
