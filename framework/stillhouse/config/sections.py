@@ -16,7 +16,8 @@ from stillhouse.config.fields import (
     Section,
     Seed,
 )
-from stillhouse.config.models import CutSection, LoraSection, StudentSection, TeacherSection
+from stillhouse.config.models import TeacherSection
+from stillhouse.config.student import CutSection, LoraSection, StudentSection
 from stillhouse.extension import is_extension
 
 

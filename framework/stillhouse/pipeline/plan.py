@@ -15,6 +15,7 @@ from stillhouse.sequences.source import SequenceSource, Sources
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
+from stillhouse.student.optimiser import decay_steps_of
 from stillhouse.student.order import Order
 from stillhouse.tracking import StartEvent
 
@@ -175,6 +176,10 @@ class Plan:
             warmup_steps=student.warmup_steps,
             epochs=student.epochs,
             max_steps=student.max_steps,
+            schedule=student.schedule,
+            decay_steps=decay_steps_of(student, total_steps=self.total_steps)
+            if student.schedule == "wsd"
+            else None,
         )
         return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start)
 

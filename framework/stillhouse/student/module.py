@@ -75,6 +75,14 @@ class StudentModule(nn.Module):
         return terms
 
 
+def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
+    """Compute the activations of one in `every` layers again in the backward pass."""
+    # Transformers has renamed the method between 5.17 and 5.23
+    name = "activation_checkpointing_enable"
+    enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, every_n_layers=every)
+
+
 def _first_rows(parameter: nn.Parameter, num_rows: int) -> Tensor:
     """The first rows; the parameter itself where it has no more, since the gradient of a slice is
     copied into one of the whole."""

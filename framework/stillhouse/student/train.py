@@ -25,10 +25,11 @@ from stillhouse.retry import Tell
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, consumers
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.adapters import initial_student
-from stillhouse.student.engine import StudentEngine, learning_rate_at
+from stillhouse.student.engine import StudentEngine
 from stillhouse.student.heartbeat import DriverLink
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import Batch, BatchReader
+from stillhouse.student.optimiser import learning_rate_at
 from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
 from stillhouse.student.universal import convert
 from stillhouse.tracking import (
