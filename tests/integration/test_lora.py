@@ -24,7 +24,7 @@ from stillhouse.student.job import TrainJob
 from stillhouse.tracking import TrainEvent
 
 Ranks = dict[int, RankGroup]
-NUM_STEPS = 6
+NUM_STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ def job(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trai
     plan = tiny_world.plan(
         tmp_path_factory.mktemp("lora"),
         student={
-            "lora": {"rank": 4, "alpha": 8.0},
+            "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"]},
             "learning_rate": 1e-2,
             "min_learning_rate": 1e-2,
             "warmup_steps": 0,
             "max_steps": NUM_STEPS,
-            "checkpoint_every_steps": 3,
+            "checkpoint_every_steps": 100,
         },
     )
     tiny_world.fill_store(plan)
@@ -59,17 +59,6 @@ def dropping(job: TrainJob) -> dict[str, Any]:
     return {"lora": job.section.lora.model_copy(update={"dropout": 0.2})}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_train_adapters_as_one_does(
-    job: TrainJob, rank_groups: Ranks, alone: list[TrainEvent], stage: int, tmp_path: Path
-) -> None:
-    _, rows = trained(job, rank_groups[2], tmp_path, zero_stage=stage, micro_batch_sequences=3)
-    assert [row.loss for row in rows] == pytest.approx([row.loss for row in alone], rel=1e-6)
-    norms = [row.grad_norm for row in alone]
-    assert min(norms) > 1e-3
-    assert [row.grad_norm for row in rows] == pytest.approx(norms, rel=1e-4)
-
-
 @pytest.fixture(scope="module")
 def alone(
     job: TrainJob, rank_groups: Ranks, tmp_path_factory: pytest.TempPathFactory
@@ -84,9 +73,9 @@ def test_a_resumed_training_with_dropout_is_bit_identical(
 ) -> None:
     changes = dropping(job) | {"zero_stage": stage}
     _, whole = trained(job, rank_groups[ranks], tmp_path / "whole", **changes)
-    _, first = trained(job, rank_groups[ranks], tmp_path / "parts", **changes, total_steps=3)
+    _, first = trained(job, rank_groups[ranks], tmp_path / "parts", **changes, total_steps=2)
     _, second = trained(job, rank_groups[ranks], tmp_path / "parts", **changes)
-    assert [row.step for row in second] == [4, 5, 6]
+    assert [row.step for row in second] == [3, 4]
     assert [(row.loss, row.grad_norm) for row in first + second] == [
         (row.loss, row.grad_norm) for row in whole
     ]
@@ -94,11 +83,12 @@ def test_a_resumed_training_with_dropout_is_bit_identical(
 
 # of peft, which asks Transformers by a former name
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("stage", [1, 3])
-def test_one_rank_goes_on_from_two_and_the_export_is_the_model_that_it_trains(
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_train_adapters_as_one_does_which_goes_on_and_the_export_is_what_it_trains(
     job: TrainJob, rank_groups: Ranks, alone: list[TrainEvent], stage: int, tmp_path: Path
 ) -> None:
-    mine, _ = trained(job, rank_groups[2], tmp_path / "run", zero_stage=stage, total_steps=3)
+    run_dir, changes = tmp_path / "run", {"zero_stage": stage, "micro_batch_sequences": 3}
+    mine, rows = trained(job, rank_groups[2], run_dir, total_steps=2, **changes)
     # merged, and as an adapter
     merged, adapter = tmp_path / "merged", tmp_path / "adapter"
     for out in (merged, adapter):
@@ -111,7 +101,7 @@ def test_one_rank_goes_on_from_two_and_the_export_is_the_model_that_it_trains(
             tell=refuse_outage,
             adapter=out == adapter,
         )
-        assert steps == 3
+        assert steps == 2
     ids_BL = torch.arange(40).view(2, 20)
     with torch.inference_mode():
         base, as_merged, as_adapter = (
@@ -124,12 +114,14 @@ def test_one_rank_goes_on_from_two_and_the_export_is_the_model_that_it_trains(
         )
     assert (as_merged - base).abs().max() > 1e-3
     torch.testing.assert_close(as_adapter, as_merged, rtol=1e-5, atol=1e-6)
-    # the training that goes on has the loss of the merged model
-    _, following = trained(job, rank_groups[1], tmp_path / "run", zero_stage=stage)
-    assert loss_of_step(mine, 3, model=merged) == pytest.approx(following[0].loss, rel=1e-5)
-    assert [row.loss for row in following] == pytest.approx(
-        [row.loss for row in alone[3:]], rel=1e-6
-    )
+    # one rank goes on, with the loss of the merged model
+    _, following = trained(job, rank_groups[1], run_dir, **changes)
+    assert loss_of_step(mine, 2, model=merged) == pytest.approx(following[0].loss, rel=1e-5)
+    # all as one process without ZeRO
+    for found, expected in zip((*rows, *following), alone, strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+        assert expected.grad_norm > 1e-3
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -168,7 +160,7 @@ def test_a_student_with_frozen_embeddings_trains_resumes_and_is_exported_whole(
 ) -> None:
     changes: dict[str, Any] = {"lora": None, "freeze": ("model.embed_tokens*",), "zero_stage": 2}
     _, whole = trained(job, rank_groups[2], tmp_path / "whole", **changes)
-    _, first = trained(job, rank_groups[2], tmp_path / "parts", **changes, total_steps=3)
+    _, first = trained(job, rank_groups[2], tmp_path / "parts", **changes, total_steps=2)
     mine, second = trained(job, rank_groups[2], tmp_path / "parts", **changes)
     assert [row.loss for row in first + second] == [row.loss for row in whole]
     found, steps = load_trained(mine.checkpoints, mine.section, tell=refuse_outage)

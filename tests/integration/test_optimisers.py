@@ -14,7 +14,7 @@ from stillhouse.student.job import TrainJob
 from stillhouse.tracking import TrainEvent
 
 Ranks = dict[int, RankGroup]
-STUDENT = {"learning_rate": 3e-3, "min_learning_rate": 3e-3, "warmup_steps": 0, "max_steps": 6}
+STUDENT = {"learning_rate": 3e-3, "min_learning_rate": 3e-3, "warmup_steps": 0, "max_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def plain(job: TrainJob, rank_groups: Ranks) -> list[TrainEvent]:
     [
         {"zero_stage": 1, "fused_adamw": True, "overlap_comm": True},
         {"zero_stage": 2, "offload": "cpu"},
-        {"zero_stage": 3, "offload": "cpu", "lora": None, "overlap_comm": False},
+        {"zero_stage": 3, "offload": "cpu", "overlap_comm": False},
     ],
 )
 def test_fused_overlapped_and_offloaded_optimisers_train_alike_and_resume_bit_for_bit(
@@ -49,7 +49,7 @@ def test_fused_overlapped_and_offloaded_optimisers_train_alike_and_resume_bit_fo
     whole = rank_groups[2].call(train_and_tell, mine)[0]
     assert [row.loss for row in whole] == pytest.approx([row.loss for row in plain], rel=1e-5)
     parts = replace(mine, run_dir=tmp_path / "parts")
-    first = rank_groups[2].call(train_and_tell, replace(parts, total_steps=3))[0]
+    first = rank_groups[2].call(train_and_tell, replace(parts, total_steps=2))[0]
     second = rank_groups[2].call(train_and_tell, parts)[0]
-    assert [row.step for row in second] == [4, 5, 6]
+    assert [row.step for row in second] == [3, 4]
     assert [row.loss for row in first + second] == [row.loss for row in whole]

@@ -68,6 +68,7 @@ def rows_of(outcome: Outcome) -> dict[str, str]:
     [
         ({"lora": {"rank": 4}}, r"from its weights, 2,944 parameters are trained; .* at least"),
         ({"init": {"layers": [1]}}, "from some of its layers; .* at least"),
+        ({"zero_stage": 2, "offload": "cpu"}, "from its weights; .* at least"),
     ],
 )
 def test_what_of_a_student_is_kept_and_trained_is_told_and_counted(

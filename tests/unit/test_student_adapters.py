@@ -23,6 +23,7 @@ from stillhouse.student.adapters import (
     merge_adapters,
     outline,
     require_same_frozen,
+    widen_adapters,
 )
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule
@@ -106,6 +107,25 @@ def test_adapters_have_the_gradients_that_the_chain_rule_gives_them_from_the_mer
     assert {name for name, each in gradients.items() if each.grad is not None} == {
         name for name in gradients if ".lora_" in name
     }
+
+
+def test_adapters_are_merged_in_float32_and_the_sum_is_rounded_once(tied: Path) -> None:
+    section = section_of(tied).model_copy(update={"dtype": "bfloat16"})
+    lm = initial_student(section)
+    widen_adapters(lm)
+    weights = {
+        name: each.detach().clone() for name, each in with_nonzero_products(lm).named_parameters()
+    }
+    merge_adapters(lm)
+    for name, merged in lm.named_parameters():
+        path, _, kind = name.rpartition(".")
+        if f"{path}.base_layer.{kind}" not in weights:
+            assert torch.equal(merged, weights[name])
+            continue
+        a_RI, b_OR = (weights[f"{path}.lora_{which}.default.weight"] for which in "AB")
+        sum_OI = weights[f"{path}.base_layer.{kind}"].float() + SCALE * (b_OR @ a_RI)
+        assert merged.dtype == torch.bfloat16
+        torch.testing.assert_close(merged.float(), sum_OI, rtol=2**-8, atol=1e-6)
 
 
 class HeadMatmuls(TorchDispatchMode):

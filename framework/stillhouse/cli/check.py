@@ -102,8 +102,9 @@ def _student_memory(section: StudentSection, model: nn.Module) -> str:
         for is_trained in (True, False)
     )
     # what a rank has of each trained weight, and of each frozen one
-    split = _SPLIT_BYTES[section.zero_stage]
-    num_bytes = num_trained * (_STATE_BYTES - split + split / section.num_workers)
+    split, elsewhere = _SPLIT_BYTES[section.zero_stage], 0 if section.offload == "none" else 12
+    per_trained = _STATE_BYTES - split + (split - elsewhere) / section.num_workers
+    num_bytes = num_trained * per_trained
     parts = section.num_workers if section.zero_stage == 3 else 1
     num_bytes += num_frozen * getattr(torch, section.dtype).itemsize / parts
     start = _STARTS[section.init if isinstance(section.init, str) else "layers"]

@@ -49,7 +49,7 @@ def make_trainable(lm: PreTrainedModel, section: StudentSection) -> PreTrainedMo
     is not installed.
     """
     if section.lora is not None:
-        _adapt(lm, section.lora, model=section.model, seed=section.seed)
+        _adapt(lm, section.lora, section)
     _freeze(lm, section.freeze, model=section.model)
     return lm
 
@@ -79,19 +79,20 @@ def _freeze(lm: PreTrainedModel, patterns: Sequence[str], *, model: str) -> None
         )
 
 
-def _adapt(lm: PreTrainedModel, lora: LoraSection, *, model: str, seed: int) -> None:
+def _adapt(lm: PreTrainedModel, lora: LoraSection, section: StudentSection) -> None:
     """Put adapters into the model, at which it computes what it did, and freeze all else."""
     peft = _peft()
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_targets(lm, lora.targets, model=model),
-        base_model_name_or_path=model,
+        target_modules=_targets(lm, lora.targets, model=section.model),
+        base_model_name_or_path=section.model,
+        revision=section.revision,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(section.seed)
         peft.inject_adapter_in_model(config, lm)
 
 
@@ -127,13 +128,22 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def widen_adapters(lm: PreTrainedModel) -> None:
+    """Put the adapters alone in float32, for their trained values."""
+    for parameter in lm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def merge_adapters(lm: PreTrainedModel) -> None:
-    """Add each adapter's product to its matrix: a plain model, with the same logits."""
+    """Add each adapter's product to its matrix: a plain model, with the same logits. Added in
+    float32, and rounded once to the matrix's dtype."""
     layer_type: Any = _peft().tuners.tuners_utils.BaseTunerLayer
     adapted = [(path, each) for path, each in lm.named_modules() if isinstance(each, layer_type)]
     for path, layer in adapted:
-        layer.merge(safe_merge=True)
-        lm.set_submodule(path, layer.get_base_layer())
+        dtype = layer.get_base_layer().weight.dtype
+        layer.float().merge(safe_merge=True)
+        lm.set_submodule(path, layer.get_base_layer().to(dtype))
     del lm.peft_config
 
 

@@ -24,6 +24,7 @@ from stillhouse.student.adapters import (
     initial_student,
     merge_adapters,
     require_same_frozen,
+    widen_adapters,
 )
 from stillhouse.student.weights import consolidated_weights, frozen_digest_in, weight_files
 
@@ -57,7 +58,8 @@ def export(
     if adapter:
         write_adapter(model, tokenizer, out, card=card(steps), section=section)
         return steps
-    _make_plain(model, section)
+    if section.lora is not None:
+        merge_adapters(model)
     model.generation_config = generation_config_of(section) or model.generation_config
     write_model(model, tokenizer, out, card=card(steps))
     return steps
@@ -120,22 +122,16 @@ def load_trained(
     """The model of the newest commit, on the CPU and in the student's dtype, with its adapters
     merged, and the optimiser steps behind it. Waits and raises as `export` does."""
     model, steps = _committed(checkpoints, section, tell=tell, patience=patience)
-    _make_plain(model, section)
-    return model, steps
-
-
-def _make_plain(model: PreTrainedModel, section: StudentSection) -> None:
-    """Merge the adapters, and put the model in the student's dtype."""
     if section.lora is not None:
         merge_adapters(model)
-    model.to(getattr(torch, section.dtype))
+    return model, steps
 
 
 def _committed(
     checkpoints: str, section: StudentSection, *, tell: Tell, patience: Patience
 ) -> tuple[PreTrainedModel, int]:
-    """The model of the newest commit as it was trained. With adapters it is in float32, since a
-    merged matrix is rounded once."""
+    """The model of the newest commit in the student's dtype, and its adapters, where it has some,
+    in float32."""
     # the weights that were trained
     with newest_copy(checkpoints, weight_files, tell=tell, patience=patience) as copy:
         if copy is None:
@@ -154,7 +150,7 @@ def _committed(
         model = initial_student(section)
         require_same_frozen(frozen_digest(model), wanted=frozen, model=section.model)
     if section.lora is not None:
-        model.float()
+        widen_adapters(model)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = sorted(set(missing) - set(model.all_tied_weights_keys) - frozen_names(model))
     if unexpected or missing:
@@ -163,6 +159,8 @@ def _committed(
             f"{missing[:4]}, unexpected {list(unexpected)[:4]}; was student.model changed?"
         )
     model.tie_weights()
+    if section.lora is None:
+        model.to(getattr(torch, section.dtype))
     return model, found.step
 
 
