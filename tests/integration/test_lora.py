@@ -67,11 +67,18 @@ def alone(
     return trained(job, rank_groups[1], tmp_path_factory.mktemp("alone"), zero_stage=0)[1]
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("changes", "ranks"),
+    [
+        ({"zero_stage": 0}, 1),
+        ({"zero_stage": 1, "dtype": "bfloat16"}, 2),
+        ({"zero_stage": 3, "offload": "cpu", "overlap_comm": False}, 2),
+    ],
+)
 def test_a_resumed_training_with_dropout_is_bit_identical(
-    job: TrainJob, rank_groups: Ranks, stage: int, ranks: int, tmp_path: Path
+    job: TrainJob, rank_groups: Ranks, changes: dict[str, Any], ranks: int, tmp_path: Path
 ) -> None:
-    changes = dropping(job) | {"zero_stage": stage}
+    changes = dropping(job) | changes
     _, whole = trained(job, rank_groups[ranks], tmp_path / "whole", **changes)
     _, first = trained(job, rank_groups[ranks], tmp_path / "parts", **changes, total_steps=2)
     _, second = trained(job, rank_groups[ranks], tmp_path / "parts", **changes)
@@ -121,7 +128,7 @@ def test_two_ranks_train_adapters_as_one_does_which_goes_on_and_the_export_is_wh
     for found, expected in zip((*rows, *following), alone, strict=True):
         assert found.loss == pytest.approx(expected.loss, rel=1e-6)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
-        assert expected.grad_norm > 1e-3
+        assert expected.grad_norm > 1e-4
 
 
 @pytest.mark.parametrize("stage", [0, 3])
