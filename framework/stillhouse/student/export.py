@@ -142,7 +142,7 @@ def _committed(
             )
         found, folder = copy
         weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)
-        frozen = frozen_digest_in(folder)
+        frozen = frozen_digest_in(folder) if has_frozen(section) else None
     # in the model that it began with, or one of its architecture
     if not has_frozen(section):
         model = load_model(section, random_init_seed=0)

@@ -23,10 +23,12 @@ def weight_files(commit: Commit) -> Iterable[str]:
 
 
 def frozen_digest_in(folder: Path) -> str | None:
-    """The digest of the frozen weights beside which those in a checkpoint's folder were trained."""
-    any_of_them = min(folder.glob("*mp_rank_00_model_states.pt"))
-    digest: str | None = opened(any_of_them, map_location="meta").get(FROZEN)
-    return digest
+    """The digest of the frozen weights beside which those in a checkpoint's folder were trained;
+    None where its files do not say."""
+    for file in sorted(folder.glob("*mp_rank_00_model_states.pt")):
+        digest: str | None = opened(file, map_location="meta").get(FROZEN)
+        return digest
+    return None
 
 
 def consolidated_weights(folder: Path, *, zero_stage: int) -> dict[str, Tensor]:
