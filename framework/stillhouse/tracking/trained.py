@@ -32,11 +32,13 @@ class Schedule:
 
     def words(self) -> str:
         """The schedule in a phrase."""
-        fall = f"a {'cosine' if self.shape == 'cosine' else 'line'} to {self.min_learning_rate:g}"
-        stable = "" if self.decay_steps is None else f"its peak, in the last {self.decay_steps:,} "
+        peak, steps = "", self.decay_steps
+        if steps is not None:
+            peak = f"its peak until the last {'step' if steps == 1 else f'{steps:,} steps'}, then "
+        fall = "cosine" if self.shape == "cosine" else "line"
         return (
             f"learning rate {self.learning_rate:g}, warm-up steps {self.warmup_steps:,}, "
-            f"then {stable}{fall} at step {self.total_steps:,}"
+            f"then {peak}a {fall} to {self.min_learning_rate:g} at step {self.total_steps:,}"
         )
 
 
