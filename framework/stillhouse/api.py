@@ -83,12 +83,14 @@ def evaluate(run: "Plan | str | Path") -> "dict[ModelName, Scores]":
     return pipeline.evaluate_run(plan, command="stillhouse.evaluate(plan)")
 
 
-def export(run: "Plan | str | Path", out: str | Path) -> int:
+def export(run: "Plan | str | Path", out: str | Path, *, adapter: bool = False) -> int:
     """Write the student of a run as a plain Hugging Face directory with a model card. Returns the
     optimiser steps behind it.
 
-    `run` is a plan, or the directory of a run; `out` is a directory that is new or empty. Raises
-    ConfigError where it is not, CheckpointError where the run has no checkpoint.
+    `run` is a plan, or the directory of a run; `out` is a directory that is new or empty. `adapter`
+    writes the adapters of a student with LoRA alone, for peft; else they are merged. Raises
+    ConfigError where `out` is neither or there are no adapters, CheckpointError where the run has
+    no checkpoint.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -96,7 +98,7 @@ def export(run: "Plan | str | Path", out: str | Path) -> int:
     plan = _opened(run)
     from stillhouse import pipeline
 
-    return pipeline.export_run(plan, out)
+    return pipeline.export_run(plan, out, adapter=adapter)
 
 
 def push(run: "Plan | str | Path", name: str, *, private: bool = False) -> str:

@@ -1,6 +1,7 @@
 """`check` says what a run makes and needs, and what would stop it; it loads no weights and writes
 nothing."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,25 @@ def rows_of(outcome: Outcome) -> dict[str, str]:
         label = line[:11].strip() or label
         rows[label] = f"{rows.get(label, '')} {line[11:].strip()}".strip()
     return rows
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({"lora": {"rank": 4}}, r"from its weights, 2,944 parameters are trained; .* at least"),
+        ({"init": {"layers": [1]}}, "from some of its layers; .* at least"),
+        ({"zero_stage": 2, "offload": "cpu"}, "from its weights; .* at least"),
+    ],
+)
+def test_what_of_a_student_is_kept_and_trained_is_told_and_counted(
+    check: Check, student: dict[str, Any], words: str
+) -> None:
+    def num_bytes(outcome: Outcome) -> float:
+        return float(re.findall(r"at least ([\d.]+) kB a rank", outcome.out)[0])
+
+    whole, part = check(), check(student=student)
+    assert re.search(words, part.out)
+    assert num_bytes(part) < 0.8 * num_bytes(whole)
 
 
 def test_a_run_on_gpus_has_its_hours_estimated_and_is_told_how(check: Check) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from helpers.command import stillhouse
 from helpers.damage import small_disk
 from helpers.models import make_model
+from helpers.world import TinyWorld
 from stillhouse.atomic import SystemFiles
 from stillhouse.config import StudentSection
 from stillhouse.errors import ConfigError
 from stillhouse.models import load_model, load_tokenizer
+from stillhouse.pipeline.run_dir import claim
 from stillhouse.student.export import generation_config_of, write_model
 
 
@@ -129,3 +132,15 @@ def test_an_export_that_cannot_be_written_says_why_and_leaves_nothing(
             "file",
             "mounted",
         ]
+
+
+def test_an_adapter_of_a_student_without_adapters_is_refused(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    plan = tiny_world.plan(tmp_path / "run")
+    plan.run_dir.mkdir()
+    claim(plan.run_dir, config=plan.config, recipe=plan.recipe)
+    outcome = stillhouse("export", plan.run_dir, tmp_path / "out", "--adapter")
+    assert outcome.code == 2
+    assert "trained without student.lora, so it has no adapter" in outcome.err
+    assert not (tmp_path / "out").exists()

@@ -143,3 +143,21 @@ def test_a_journal_without_schedules_still_tells_that_a_learning_rate_had_no_eff
     )
     late = [OLD, *steps(range(5, 11), learning_rate=1e-3)]  # the peak is not among its steps
     assert asked(late, START, student=10) == "nothing left to train: all 10 steps are committed"
+
+
+@pytest.mark.parametrize(
+    ("shape", "decay_steps", "words"),
+    [
+        ("linear", None, "then a line to 0.0001 at step 10"),
+        ("wsd", 4, "then its peak until the last 4 steps, then a line to 0.0001 at step 10"),
+        ("wsd", 1, "then its peak until the last step, then a line to 0.0001 at step 10"),
+    ],
+)
+def test_other_schedules_than_a_cosine_are_told_and_a_change_of_them_is_noticed(
+    shape: str, decay_steps: int | None, words: str
+) -> None:
+    start = replace(START, schedule=shape, decay_steps=decay_steps)
+    rows = [start, *steps(range(1, 11))]
+    assert words_of(stretches(rows, "student")) == f"learning rate 0.003, warm-up steps 2, {words}"
+    committed = replace(START, committed_steps={"student": 10})
+    assert f"student.schedule = cosine (trained with {shape})" in nothing_left(rows, committed)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from stillhouse.cli.check_cluster import check_cluster
 from stillhouse.cli.check_store import check_store
@@ -22,11 +23,18 @@ from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.plan import require_full_step
 from stillhouse.pipeline.run_dir import changes_since
+from stillhouse.student.adapters import outline
 
 # bytes of a parameter's weight, gradient and Adam states in mixed precision or in float32, and how
 # many of them each ZeRO stage divides among the ranks (arXiv 1910.02054, section 3.1)
 _STATE_BYTES = 16
 _SPLIT_BYTES: Mapping[int, int] = {0: 0, 1: 12, 2: 14, 3: 16}
+
+_STARTS: Mapping[str, str] = {
+    "weights": "from its weights",
+    "config": "from random weights",
+    "layers": "from some of its layers",
+}
 
 
 def describe(plan: Plan) -> None:
@@ -52,7 +60,11 @@ def _models(plan: Plan, found: Findings) -> None:
         # the model, without memory for its weights
         try:
             with torch.device("meta"):
-                model = load_model(section, random_init_seed=0)
+                model = (
+                    outline(section)
+                    if isinstance(section, StudentSection)
+                    else load_model(section, random_init_seed=0)
+                )
             head_of(model, vocab_size=vocab_size)
         except ModelError as error:
             found.obstacles.append(f"{role}: {error}")
@@ -72,7 +84,7 @@ def _models(plan: Plan, found: Findings) -> None:
         parameters = f"{count_words(num_parameters)} parameters"
         found.add(role, f"{name}: {parameters}, {size} in {section.dtype}; {head}")
         if isinstance(section, StudentSection):
-            found.add("", _student_memory(section, num_parameters))
+            found.add("", _student_memory(section, model))
 
         # its context
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -84,12 +96,21 @@ def _models(plan: Plan, found: Findings) -> None:
     found.add("tokenizer", f"the same {vocab_size:,} ids in teacher and student")
 
 
-def _student_memory(section: StudentSection, num_parameters: int) -> str:
-    split = _SPLIT_BYTES[section.zero_stage]
-    num_bytes = num_parameters * (_STATE_BYTES - split + split / section.num_workers)
-    start = "from its weights" if section.init == "weights" else "from random weights"
+def _student_memory(section: StudentSection, model: nn.Module) -> str:
+    num_trained, num_frozen = (
+        sum(each.numel() for each in model.parameters() if each.requires_grad is is_trained)
+        for is_trained in (True, False)
+    )
+    # what a rank has of each trained weight, and of each frozen one
+    split, elsewhere = _SPLIT_BYTES[section.zero_stage], 0 if section.offload == "none" else 12
+    per_trained = _STATE_BYTES - split + (split - elsewhere) / section.num_workers
+    num_bytes = num_trained * per_trained
+    parts = section.num_workers if section.zero_stage == 3 else 1
+    num_bytes += num_frozen * getattr(torch, section.dtype).itemsize / parts
+    start = _STARTS[section.init if isinstance(section.init, str) else "layers"]
+    part = f", {count_words(num_trained)} parameters are trained" if num_frozen else ""
     return (
-        f"{start}; weights, gradients and Adam take at least {size_words(num_bytes)} a rank"
+        f"{start}{part}; weights, gradients and Adam take at least {size_words(num_bytes)} a rank"
         f" ({section.num_workers} with ZeRO stage {section.zero_stage}), activations not counted"
     )
 

@@ -101,13 +101,14 @@ def report(run_dir: ExistingRun) -> None:
 def export(
     run_dir: ExistingRun,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a student with LoRA: its adapter alone.")
+    ] = False,
 ) -> None:
     """Write the student as a plain Hugging Face directory."""
-    steps = api.export(run_dir, out)
-    print(
-        f"{out}: the student after {steps} steps; AutoModelForCausalLM.from_pretrained('{out}') "
-        "opens it"
-    )
+    steps = api.export(run_dir, out, adapter=adapter)
+    opener = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    print(f"{out}: the student after {steps} steps; {opener}.from_pretrained('{out}') opens it")
 
 
 def push(

@@ -1,12 +1,13 @@
 """The configuration of a run: typed, frozen, read from TOML. It imports nothing heavy.
 
-fields, models, sections    what can be set: types and ranges, then the sections
+fields, models,
+student, sections           what can be set: types and ranges, then the sections
 reading, paths              how a file becomes a Config, and what a relative path is relative to
 settings                    the same as a table and as a JSON Schema
 """
 
 from stillhouse.config.fields import DIVERGENCES, NoticeSource, Section
-from stillhouse.config.models import ModelSection, StudentSection, TeacherSection
+from stillhouse.config.models import ModelSection, TeacherSection
 from stillhouse.config.paths import with_absolute_inputs
 from stillhouse.config.reading import load_config, parse_config, resolved_json
 from stillhouse.config.sections import (
@@ -18,13 +19,16 @@ from stillhouse.config.sections import (
     TargetSection,
     TrackingSection,
 )
+from stillhouse.config.student import CutSection, LoraSection, StudentSection
 
 __all__ = [
     "DIVERGENCES",
     "ClusterSection",
     "Config",
     "CorpusSection",
+    "CutSection",
     "EvaluateSection",
+    "LoraSection",
     "ModelSection",
     "NoticeSource",
     "Section",

@@ -28,6 +28,10 @@ NoticeSource = Literal["auto", "aws", "gcp", "azure", "off"]
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
+# the variants of a setting that is a word or a table; pydantic names them in an error's place
+WORD, TABLE = "a word", "a table"
+
+
 class Section(BaseModel):
     """A section of the configuration: frozen, and closed to unknown names."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from stillhouse import suggestions
-from stillhouse.config.fields import shown
+from stillhouse.config.fields import TABLE, WORD, shown
 from stillhouse.config.paths import paths_from
 from stillhouse.config.sections import Config, names_by_section
 from stillhouse.errors import ConfigError
@@ -95,7 +95,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(detail: Mapping[str, Any]) -> str:
     """One mistake: the setting, what was found and what is wanted."""
-    kind, place, found = detail["type"], [str(part) for part in detail["loc"]], detail["input"]
+    kind, found = detail["type"], detail["input"]
+    place = [str(part) for part in detail["loc"] if part not in (WORD, TABLE)]
     if kind == "extra_forbidden":
         meant = suggestions.setting(
             place[-1], section=".".join(place[:-1]), known=names_by_section()

@@ -16,7 +16,8 @@ from stillhouse.config.fields import (
     Section,
     Seed,
 )
-from stillhouse.config.models import StudentSection, TeacherSection
+from stillhouse.config.models import TeacherSection
+from stillhouse.config.student import CutSection, LoraSection, StudentSection
 from stillhouse.extension import is_extension
 
 
@@ -232,6 +233,9 @@ def section_types() -> dict[str, type[Section]]:
 
 
 def names_by_section() -> dict[str, list[str]]:
-    """The names in each section, and those of the sections under ''."""
+    """The names in each section and in each table of one, and those of the sections under ''."""
     types = section_types()
-    return {"": list(types)} | {name: list(kind.model_fields) for name, kind in types.items()}
+    tables: dict[str, type[Section]] = {"student.init": CutSection, "student.lora": LoraSection}
+    return {"": list(types)} | {
+        name: list(kind.model_fields) for name, kind in (types | tables).items()
+    }

@@ -31,12 +31,13 @@ def all_settings() -> list[Setting]:
     """Every setting of every section, in order."""
     settings = []
     for section, kind in section_types().items():
-        schemas = kind.model_json_schema()["properties"]
+        schema = kind.model_json_schema()
+        schemas, tables = schema["properties"], schema.get("$defs", {})
         settings += [
             Setting(
                 section,
                 name,
-                _kind(schemas[name]),
+                _kind(schemas[name], tables),
                 _default(field),
                 field.description or "",
             )
@@ -76,18 +77,23 @@ def config_schema() -> dict[str, Any]:
     return schema
 
 
-def _kind(schema: Mapping[str, Any]) -> str:
-    """A JSON Schema's type and range in words."""
-    if "anyOf" in schema:  # an optional setting; its default says none
-        return " or ".join(_kind(each) for each in schema["anyOf"] if each.get("type") != "null")
+def _kind(schema: Mapping[str, Any], tables: Mapping[str, Any]) -> str:
+    """A JSON Schema's type and range in words; `tables` has the schemas that it refers to."""
+    if variants := schema.get("anyOf", schema.get("oneOf")):
+        # an optional setting has null; its default says none
+        kinds = [_kind(each, tables) for each in variants if each.get("type") != "null"]
+        return " or ".join(kinds)
+    if "$ref" in schema:
+        keys = tables[schema["$ref"].rpartition("/")[2]]["properties"]
+        return f"table of {', '.join(keys)}"
     if "enum" in schema:
         return ", ".join(json.dumps(value) for value in schema["enum"])
     if schema["type"] == "array" and "prefixItems" in schema:
-        return f"list of {len(schema['prefixItems'])}: {_kind(schema['prefixItems'][0])}"
+        return f"list of {len(schema['prefixItems'])}: {_kind(schema['prefixItems'][0], tables)}"
     if schema["type"] == "array":
-        return f"list of {_kind(schema['items'])}"
+        return f"list of {_kind(schema['items'], tables)}"
     if schema["type"] == "object":
-        return f"table of {_kind(schema['additionalProperties'])}"
+        return f"table of {_kind(schema['additionalProperties'], tables)}"
     return " ".join(filter(None, (_TYPES[schema["type"]], _range(schema))))
 
 

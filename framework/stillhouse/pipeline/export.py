@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCardData
 
-from stillhouse.config import Config
+from stillhouse.config import Config, StudentSection
 from stillhouse.errors import CheckpointError
 from stillhouse.models.hub import licence_of, upload
 from stillhouse.models.identity import is_local
@@ -20,9 +20,10 @@ from stillhouse.store import Recipe
 from stillhouse.tracking import EvalEvent, Role, RunEvent, read_journal, stretches, words_of
 
 
-def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
-    """Write a trained model as a Hugging Face directory. Returns its optimiser steps. Raises
-    CheckpointError where the run has no such role, or no commit of it."""
+def export_run(plan: Plan, out: Path, *, role: Role = "student", adapter: bool = False) -> int:
+    """Write a trained model as a Hugging Face directory, or its adapters alone as one of peft's.
+    Returns its optimiser steps. Raises CheckpointError where the run has no such role, or no commit
+    of it; ConfigError where it has no adapters."""
     # late: DeepSpeed takes seconds to import, and only this function needs it here
     from stillhouse.student.export import export
 
@@ -38,6 +39,7 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
         card=lambda steps: model_card(
             plan.config, plan.recipe, read_journal(journal), role=role, steps=steps
         ),
+        adapter=adapter,
         tell=lambda seconds, why: say(f"the export has waited for {seconds:.0f} s: {why}"),
     )
 
@@ -76,7 +78,7 @@ def model_card(
         "",
         "| | |",
         "| --- | --- |",
-        f"| student | {short_name(config.student.model)} (from {config.student.init}) |",
+        f"| student | {short_name(config.student.model)} (from {_beginning(config.student)}) |",
         f"| teacher | {short_name(config.teacher.model)}, {config.teacher.dtype} |",
         f"| data | {short_name(config.corpus.dataset)}, {recipe.num_sequences:,} sequences of "
         f"{recipe.sequence_length} tokens |",
@@ -93,7 +95,7 @@ def card_data(config: Config) -> ModelCardData:
     """The card's metadata, as the hub reads it: names of the hub alone, since a path of this
     machine means nothing there."""
     student, corpus = config.student, config.corpus
-    keeps_weights = student.init == "weights"
+    keeps_weights = student.init != "config"
     on_hub = keeps_weights and not is_local(student)
     is_data_on_hub = corpus.dataset != "stdlib" and not looks_like_path(corpus.dataset)
     return ModelCardData(
@@ -106,6 +108,12 @@ def card_data(config: Config) -> ModelCardData:
         license=licence_of(student.model) if keeps_weights else None,
         datasets=[corpus.dataset] if is_data_on_hub else None,
     )
+
+
+def _beginning(student: StudentSection) -> str:
+    start, lora = student.init, student.lora
+    words = start if isinstance(start, str) else f"its layers {', '.join(map(str, start.layers))}"
+    return words + (f", LoRA of rank {lora.rank}" if lora is not None else "")
 
 
 def _rest(num_draws: int) -> str:

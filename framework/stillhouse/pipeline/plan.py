@@ -8,13 +8,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from stillhouse.config import Config, EvaluateSection, TeacherSection
+from stillhouse.config import Config, CutSection, EvaluateSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.sequence import WorkItem
 from stillhouse.sequences.source import SequenceSource, Sources
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
+from stillhouse.student.optimiser import decay_steps_of
 from stillhouse.student.order import Order
 from stillhouse.tracking import StartEvent
 
@@ -108,11 +109,21 @@ class Plan:
         """What a teacher needs to make chunk `number`."""
         return WorkItem(number, self.sources.train.block(number))
 
+    @property
+    def initial_section(self) -> StudentSection:
+        """The student's section with the model that its ranks load: where it is cut from another
+        one, a folder of the run directory, of the same name, into which the cut is written."""
+        section = self.config.student
+        if not isinstance(section.init, CutSection):
+            return section
+        folder = self.run_dir / "student" / Path(section.model).name
+        return section.model_copy(update={"model": str(folder)})
+
     @cached_property
     def jobs(self) -> tuple[TrainJob, ...]:
         """The student's training, then, where the config asks for it, that of its control: the same
         in everything but what it learns from."""
-        section, url = self.config.student, self.config.store.url
+        section, url = self.initial_section, self.config.store.url
         student = TrainJob("student", section, self.recipe, url, self.run_dir, self.total_steps)
         if not self.config.evaluate.control:
             return (student,)
@@ -165,6 +176,10 @@ class Plan:
             warmup_steps=student.warmup_steps,
             epochs=student.epochs,
             max_steps=student.max_steps,
+            schedule=student.schedule,
+            decay_steps=decay_steps_of(student, total_steps=self.total_steps)
+            if student.schedule == "wsd"
+            else None,
         )
         return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start)
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.cluster.machine import why_too_long
-from stillhouse.config import Config, ModelSection, TargetSection, TeacherSection
+from stillhouse.config import Config, CutSection, ModelSection, TargetSection, TeacherSection
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.errors import ConfigError, StoreError
 from stillhouse.logits import TargetSpec
@@ -29,6 +29,7 @@ from stillhouse.pipeline.plan import Plan
 from stillhouse.sequences.source import open_sources
 from stillhouse.store import ChunkStore, Recipe, StoreForbidden, StoreUnavailable, parse_recipe
 from stillhouse.store.object_store import Blobs
+from stillhouse.student.adapters import has_frozen, outline
 from stillhouse.terminal import one_line
 
 _Section = TypeVar("_Section", bound=ModelSection)
@@ -42,8 +43,10 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     if (reason := why_too_long(run_dir)) is not None:
         raise ConfigError(f"--run-dir: {reason}; choose shorter names")
     require_whole_weights(config.teacher.model)
-    if config.student.init == "weights":
+    if config.student.init != "config":
         require_whole_weights(config.student.model)
+    if has_frozen(config.student) or isinstance(config.student.init, CutSection):
+        outline(config.student)
     return resolved(config, run_dir=run_dir, cache_dir=cache_dir)
 
 

@@ -2,6 +2,7 @@
 
 config.json  recipe.json     what was asked
 journal.jsonl  logs/  lock   what happened, and which command uses it now
+student/                     the model that a student is cut to, before its first step
 checkpoints/                 the commits, unless student.checkpoint_url names another place
 wandb/  report.html          views of the journal
 """
@@ -31,6 +32,7 @@ _PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "bl
 _MAY_CHANGE: Mapping[str, set[str]] = {
     "student": _PLACEMENT
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
+    | {"schedule", "decay_steps", "overlap_comm", "activation_checkpointing_every"}
     | {"tail_as_bucket"}  # it lets a training begin, and decides no weight
     | {"num_workers", "min_workers", "watchdog_s", "regroup_s", "prefetch_batches"}
     | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "activation_checkpointing"},

@@ -14,6 +14,7 @@ from stillhouse.cluster.session import attached
 from stillhouse.evaluation.scores import ModelName, Scores
 from stillhouse.pipeline.attempt import attempt, learning_attempt, visit
 from stillhouse.pipeline.console import patient, tell_of_wait
+from stillhouse.pipeline.cuts import make_cut
 from stillhouse.pipeline.labels import leave_label
 from stillhouse.pipeline.plan import Plan
 from stillhouse.pipeline.planning import resolved
@@ -87,6 +88,7 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> dict[ModelName, S
             teachers, ranks = session.place_of(config.teacher), session.place_of(config.student)
             require_shared_store(store, [ranks], filling=False)
             require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
+            make_cut(plan, [teachers, ranks])
             register_if_allowed(store, jobs)
             require_chunks(store, plan.chunks)  # another run may have deleted some just before
             with students_at_work(session, jobs, owner=owner.number) as students:
@@ -112,6 +114,7 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
             teachers, ranks = session.place_of(config.teacher), session.place_of(config.student)
             require_shared_store(store, [teachers, ranks], filling=True)
             require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
+            make_cut(plan, [teachers, ranks])
             own, deletes = register(store, jobs), config.store.retain == "until-read"
             consumers = retention_of(store, plan.order, own=own, deletes=deletes)
             leave_label(plan)

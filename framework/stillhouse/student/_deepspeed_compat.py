@@ -51,17 +51,19 @@ def save_through(engine: Any, writer: CheckpointEngine) -> None:
     engine._copy_recovery_script = lambda _folder: None
 
 
-def load(engine: Any, folder: Path, *, universal: bool) -> bool:
+def load(engine: Any, folder: Path, *, universal: bool) -> dict[str, Any] | None:
     """Load a checkpoint, as it is or universal, which DeepSpeed reads from its config alone.
-    Returns whether there was one."""
+    Returns the client's state in it; None where there was no checkpoint."""
     settings = [dict(group, params=None) for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = universal
     with redirect_stdout(io.StringIO()):  # one of its optimisers prints what it does
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     engine._config.load_universal_checkpoint = False
-    if path is not None and universal:
+    if path is None:
+        return None
+    if universal:
         _repair(engine.optimizer, settings)
-    return path is not None
+    return dict(state)
 
 
 def _repair(optimizer: Any, settings: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
     CheckpointEngine,
 )
 from deepspeed.utils import safe_get_full_grad
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillhouse.checkpoint.restore import Restored
@@ -28,8 +28,10 @@ from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.losses.distillation import LossTerms
 from stillhouse.student import _deepspeed_compat
+from stillhouse.student.adapters import FROZEN, frozen_digest, require_same_frozen
 from stillhouse.student.loader import MicroBatch
-from stillhouse.student.module import StudentModule
+from stillhouse.student.module import StudentModule, checkpoint_activations
+from stillhouse.student.optimiser import deepspeed_config, parameter_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +67,15 @@ class StudentEngine:
         self._world_size = dist.get_world_size()
         # the plain module
         if section.activation_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(lm, every=section.activation_checkpointing_every)
         lm.train()
+        self._frozen_digest = frozen_digest(lm)
         module = StudentModule(lm, section=section, vocab_size=vocab_size)
         # ZeRO round it; no code goes into its checkpoints
         self._engine = _deepspeed_compat.initialize(
             model=module,
-            model_parameters=_parameter_groups(module, section.weight_decay),
-            config=_deepspeed_config(section, num_micro_batches),
+            model_parameters=parameter_groups(module, section.weight_decay),
+            config=deepspeed_config(section, num_micro_batches, device=device),
             dist_init_required=False,
         )
         self._copies = _HostCopies(device)
@@ -132,9 +135,15 @@ class StudentEngine:
         """This rank's part of a checkpoint after `step` optimiser steps, copied to host memory;
         training may go on when this returns."""
         began = monotonic()
-        state = {"step": step}
+        state: dict[str, object] = {"step": step}
+        if self._frozen_digest is not None:
+            state[FROZEN] = self._frozen_digest
         self._engine.save_checkpoint(
-            "snapshot", tag=str(step), client_state=state, save_latest=False
+            "snapshot",
+            tag=str(step),
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=self._frozen_digest is not None,
         )
         files, release = self._copies.taken()
         return Snapshot(step, files, began, monotonic() - began, release)
@@ -142,15 +151,17 @@ class StudentEngine:
     def load(self, found: Restored) -> None:
         """Load weights and optimiser state of a checkpoint, as it is or universal.
 
-        Raises CheckpointError where its files hold anything else.
+        Raises CheckpointError where its files hold anything else, or belong to other frozen
+        weights.
         """
         with only_tensors():
-            is_there = _deepspeed_compat.load(self._engine, found.folder, universal=found.universal)
-        if not is_there:
+            state = _deepspeed_compat.load(self._engine, found.folder, universal=found.universal)
+        if state is None:
             raise CheckpointError(
                 f"DeepSpeed found nothing to load in {found.folder}; remove that checkpoint's "
                 "manifest to use an older one"
             )
+        require_same_frozen(self._frozen_digest, wanted=state.get(FROZEN), model=self.section.model)
 
     @property
     def inner(self) -> Any:
@@ -158,11 +169,12 @@ class StudentEngine:
         return self._engine
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """The whole gradient of each parameter of the language model as the next optimiser step
-        will use it, by name; after `accumulate`."""
+        """The whole gradient of each parameter of the language model that is trained, as the next
+        optimiser step will use it, by name; after `accumulate`."""
         return {
             name: safe_get_full_grad(parameter).clone()
             for name, parameter in self._engine.module.lm.named_parameters()
+            if parameter.requires_grad
         }
 
     def close(self) -> None:
@@ -195,16 +207,6 @@ class StudentEngine:
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return summed.tolist()
-
-
-def learning_rate_at(step: int, *, section: StudentSection, total_steps: int) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine from `learning_rate` to `min_learning_rate`
-    at `total_steps`."""
-    if step < section.warmup_steps:
-        return section.learning_rate * (step + 1) / section.warmup_steps
-    progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return section.min_learning_rate + (section.learning_rate - section.min_learning_rate) * cosine
 
 
 class _HostCopies(CheckpointEngine):
@@ -246,35 +248,6 @@ class _HostCopies(CheckpointEngine):
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return bool(info.tag)
-
-
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; gains and biases do not."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _deepspeed_config(section: StudentSection, num_micro_batches: int) -> dict[str, Any]:
-    adamw = {"lr": section.learning_rate, "betas": list(section.betas), "torch_adam": True}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": section.micro_batch_sequences,
-        "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": section.gradient_clip,
-        "optimizer": {"type": "AdamW", "params": adamw},
-        "zero_optimization": {"stage": section.zero_stage},
-        "checkpoint": {"tag_validation": "Ignore"},  # all ranks have the same tag
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
-    if section.dtype == "bfloat16":
-        config["bf16"] = {"enabled": True}
-        # 64 bf16 accumulations lose 25 times the precision
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
 
 
 def _require_finite(what: str, value: float) -> None:

@@ -1,11 +1,13 @@
 """Export: a committed checkpoint as a plain Hugging Face directory, which
-`AutoModelForCausalLM.from_pretrained` opens."""
+`AutoModelForCausalLM.from_pretrained` opens, or as an adapter of peft's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stillhouse.atomic import DISK, FileLayer, whole_directory
@@ -14,7 +16,17 @@ from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import load_model, save_model
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell
-from stillhouse.student.weights import consolidated_weights, weight_files
+from stillhouse.student.adapters import (
+    adapter_files,
+    frozen_digest,
+    frozen_names,
+    has_frozen,
+    initial_student,
+    merge_adapters,
+    require_same_frozen,
+    widen_adapters,
+)
+from stillhouse.student.weights import consolidated_weights, frozen_digest_in, weight_files
 
 
 def export(
@@ -25,16 +37,29 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     card: Callable[[int], str],
     tell: Tell,
+    adapter: bool = False,
     patience: Patience = DEFAULT_PATIENCE,
 ) -> int:
     """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype,
     config, tokenizer and model card. Returns the optimiser steps behind the weights.
 
-    `card(steps)` is the text of the card. Waits while the store is unavailable, and reports that to
-    `tell`. Raises CheckpointError where there is no commit, or its weights do not fit the model;
-    ConfigError where `out` cannot be written; StoreUnavailable at the end of the patience.
+    `adapter` writes the adapters of a student with LoRA alone, as peft reads them; else they are
+    merged into the weights. `card(steps)` is the text of the card. Waits while the store is
+    unavailable, and reports that to `tell`. Raises CheckpointError where there is no commit, or its
+    weights do not fit the model; ConfigError where `out` cannot be written, or there are no
+    adapters; StoreUnavailable at the end of the patience.
     """
-    model, steps = load_trained(checkpoints, section, tell=tell, patience=patience)
+    if adapter and section.lora is None:
+        raise ConfigError(
+            "this student was trained without student.lora, so it has no adapter; leave --adapter "
+            "out, to write the whole model"
+        )
+    model, steps = _committed(checkpoints, section, tell=tell, patience=patience)
+    if adapter:
+        write_adapter(model, tokenizer, out, card=card(steps), section=section)
+        return steps
+    if section.lora is not None:
+        merge_adapters(model)
     model.generation_config = generation_config_of(section) or model.generation_config
     write_model(model, tokenizer, out, card=card(steps))
     return steps
@@ -50,11 +75,39 @@ def write_model(
 ) -> None:
     """Write model, tokenizer and card to a directory that is absent or empty, atomically. Raises
     ConfigError where it cannot be written."""
+    with _written(out, files) as draft:
+        save_model(model, draft)
+        tokenizer.save_pretrained(draft)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    card: str,
+    section: StudentSection,
+) -> None:
+    """As `write_model`, but of the weights the adapters alone: `PeftModel.from_pretrained` adds
+    them to the model that the student came from."""
+    config, weights = adapter_files(model)
+    dtype = getattr(torch, section.dtype)
+    in_dtype = {name: weight.to(dtype) for name, weight in weights.items()}
+    with _written(out, DISK) as draft:
+        config.save_pretrained(draft)
+        save_file(in_dtype, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(draft)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _written(out: Path, files: FileLayer) -> Iterator[Path]:
+    """The directory that is `out` once the block ends. Raises ConfigError where it cannot be
+    written."""
     try:
         with whole_directory(out.resolve(), files=files) as draft:
-            save_model(model, draft)
-            tokenizer.save_pretrained(draft)
-            (draft / "README.md").write_text(card, encoding="utf-8")
+            yield draft
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(
@@ -66,9 +119,20 @@ def write_model(
 def load_trained(
     checkpoints: str, section: StudentSection, *, tell: Tell, patience: Patience = DEFAULT_PATIENCE
 ) -> tuple[PreTrainedModel, int]:
-    """The model of the newest commit, on the CPU and in the student's dtype, and the optimiser
-    steps behind it. Waits and raises as `export` does."""
-    # the weights
+    """The model of the newest commit, on the CPU and in the student's dtype, with its adapters
+    merged, and the optimiser steps behind it. Waits and raises as `export` does."""
+    model, steps = _committed(checkpoints, section, tell=tell, patience=patience)
+    if section.lora is not None:
+        merge_adapters(model)
+    return model, steps
+
+
+def _committed(
+    checkpoints: str, section: StudentSection, *, tell: Tell, patience: Patience
+) -> tuple[PreTrainedModel, int]:
+    """The model of the newest commit in the student's dtype, and its adapters, where it has some,
+    in float32."""
+    # the weights that were trained
     with newest_copy(checkpoints, weight_files, tell=tell, patience=patience) as copy:
         if copy is None:
             raise CheckpointError(
@@ -78,17 +142,25 @@ def load_trained(
             )
         found, folder = copy
         weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)
-    # in a model of the student's architecture
-    model = load_model(section, random_init_seed=0)
+        frozen = frozen_digest_in(folder) if has_frozen(section) else None
+    # in the model that it began with, or one of its architecture
+    if not has_frozen(section):
+        model = load_model(section, random_init_seed=0)
+    else:
+        model = initial_student(section)
+        require_same_frozen(frozen_digest(model), wanted=frozen, model=section.model)
+    if section.lora is not None:
+        widen_adapters(model)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = sorted(set(missing) - set(model.all_tied_weights_keys))
+    missing = sorted(set(missing) - set(model.all_tied_weights_keys) - frozen_names(model))
     if unexpected or missing:
         raise CheckpointError(
             f"the checkpoint of step {found.step} does not fit {section.model}: missing "
             f"{missing[:4]}, unexpected {list(unexpected)[:4]}; was student.model changed?"
         )
     model.tie_weights()
-    model.to(getattr(torch, section.dtype))
+    if section.lora is None:
+        model.to(getattr(torch, section.dtype))
     return model, found.step
 
 

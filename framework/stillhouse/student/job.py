@@ -53,6 +53,10 @@ class TrainJob:
         settings["divergence"] = divergence_identity(self.section.divergence)
         if self.section.forward_kl_steps:  # left out at 0: checkpoints from before it was known
             settings["forward_kl_steps"] = self.section.forward_kl_steps
+        if self.section.lora is not None:
+            settings["lora"] = values["lora"]
+        if self.section.freeze:
+            settings["freeze"] = values["freeze"]
         return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
     @property

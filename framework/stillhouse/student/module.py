@@ -4,6 +4,7 @@ Shapes: T target tokens, H hidden, V vocabulary.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from stillhouse.losses.distillation import LossTerms, distillation_loss
 from stillhouse.losses.divergences import divergence_named, forward_kl
 from stillhouse.models import head_of
 from stillhouse.models.batch import hidden_at
+from stillhouse.student.adapters import frozen_names
 from stillhouse.student.loader import MicroBatch
 
 
@@ -57,7 +59,7 @@ class DistillationHead(nn.Module):
 
 class StudentModule(nn.Module):
     """A causal LM from a micro-batch, and the number of optimiser steps before it, to its loss.
-    Only positions that have a target reach the head."""
+    Only positions that have a target reach the head. Its state dict holds no frozen weights."""
 
     def __init__(self, lm: PreTrainedModel, *, section: StudentSection, vocab_size: int):
         super().__init__()
@@ -65,13 +67,35 @@ class StudentModule(nn.Module):
         output = lm.get_output_embeddings()
         head, bias = head_of(lm, vocab_size=vocab_size), getattr(output, "bias", None)
         self.head = DistillationHead(head, output.weight, bias, section)
+        nn.Module.register_state_dict_post_hook(self, _leave_out_frozen)
+        nn.Module.register_load_state_dict_post_hook(self, _miss_no_frozen)
 
     def forward(self, batch: MicroBatch, *, step: int) -> LossTerms:
         terms: LossTerms = self.head(hidden_at(self.lm, batch.tokens), batch, step)
         return terms
 
 
+def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
+    """Compute the activations of one in `every` layers again in the backward pass."""
+    # Transformers has renamed the method between 5.17 and 5.23
+    name = "activation_checkpointing_enable"
+    enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False}, every_n_layers=every)
+
+
 def _first_rows(parameter: nn.Parameter, num_rows: int) -> Tensor:
     """The first rows; the parameter itself where it has no more, since the gradient of a slice is
     copied into one of the whole."""
     return parameter if parameter.shape[0] == num_rows else parameter[:num_rows]
+
+
+def _leave_out_frozen(
+    module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: object
+) -> None:
+    for name in frozen_names(module):
+        state.pop(name, None)
+
+
+def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
+    frozen = frozen_names(module)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]

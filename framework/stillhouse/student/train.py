@@ -21,14 +21,15 @@ from stillhouse.cluster.collectives import gathered
 from stillhouse.cluster.heartbeat import PreviousAttempt, StopRequest
 from stillhouse.errors import StudentError
 from stillhouse.logits import kept_mass
-from stillhouse.models import load_model
 from stillhouse.retry import Tell
 from stillhouse.store import ChunkStore, StoreForbidden, StoreUnavailable, consumers
 from stillhouse.store.object_store import Blobs
-from stillhouse.student.engine import StudentEngine, learning_rate_at
+from stillhouse.student.adapters import initial_student
+from stillhouse.student.engine import StudentEngine
 from stillhouse.student.heartbeat import DriverLink
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import Batch, BatchReader
+from stillhouse.student.optimiser import learning_rate_at
 from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
 from stillhouse.student.universal import convert
 from stillhouse.tracking import (
@@ -158,7 +159,7 @@ def _engine(job: TrainJob, found: Restored | None, *, device: torch.device) -> S
     section = job.section
     sequences_at_once = dist.get_world_size() * section.micro_batch_sequences
     engine = StudentEngine(
-        load_model(section, random_init_seed=section.seed if section.init == "config" else None),
+        initial_student(section),
         section=section,
         vocab_size=job.recipe.vocab_size,
         num_micro_batches=-(-section.global_batch_sequences // sequences_at_once),

@@ -11,6 +11,7 @@ from torch import Tensor
 from stillhouse.checkpoint.manifest import Commit
 from stillhouse.checkpoint.unpickling import only_tensors, opened
 from stillhouse.errors import CheckpointError
+from stillhouse.student.adapters import FROZEN
 
 _WHOLE_MODULE = "mp_rank_00_model_states.pt"  # up to stage 2, rank 0 saves the whole module
 _PREFIX = "lm."  # of the language model in `StudentModule`
@@ -21,9 +22,18 @@ def weight_files(commit: Commit) -> Iterable[str]:
     return commit.files if commit.origin.zero_stage == 3 else (_WHOLE_MODULE,)
 
 
+def frozen_digest_in(folder: Path) -> str | None:
+    """The digest of the frozen weights beside which those in a checkpoint's folder were trained;
+    None where its files do not say."""
+    for file in sorted(folder.glob("*mp_rank_00_model_states.pt")):
+        digest: str | None = opened(file, map_location="meta").get(FROZEN)
+        return digest
+    return None
+
+
 def consolidated_weights(folder: Path, *, zero_stage: int) -> dict[str, Tensor]:
     """The weights of the language model in a checkpoint's folder by Hugging Face's names, in the
-    training dtype, or at stage 3 in float32.
+    training dtype, or at stage 3 in float32; frozen ones are not in it.
 
     Raises CheckpointError where the files hold anything else.
     """

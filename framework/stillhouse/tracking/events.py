@@ -53,6 +53,8 @@ class StartEvent(RunEvent):
     epochs: int | None = None
     max_steps: int | None = None  # None: not limited, too
     committed_steps: dict[str, int] = field(default_factory=dict)  # role -> steps committed so far
+    schedule: str = "cosine"  # what follows the warm-up
+    decay_steps: int | None = None  # of "wsd"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ _SETTINGS = {  # the fields of a schedule, as the config names them
     "min_learning_rate": "student.min_learning_rate",
     "warmup_steps": "student.warmup_steps",
     "total_steps": "steps",
+    "shape": "student.schedule",
+    "decay_steps": "student.decay_steps",
 }
 
 
@@ -25,12 +27,18 @@ class Schedule:
     min_learning_rate: float
     warmup_steps: int
     total_steps: int
+    shape: str = "cosine"  # how it falls after the warm-up
+    decay_steps: int | None = None  # in which it falls, where it is not at once
 
     def words(self) -> str:
         """The schedule in a phrase."""
+        peak, steps = "", self.decay_steps
+        if steps is not None:
+            peak = f"its peak until the last {'step' if steps == 1 else f'{steps:,} steps'}, then "
+        fall = "cosine" if self.shape == "cosine" else "line"
         return (
             f"learning rate {self.learning_rate:g}, warm-up steps {self.warmup_steps:,}, "
-            f"then a cosine to {self.min_learning_rate:g} at step {self.total_steps:,}"
+            f"then {peak}a {fall} to {self.min_learning_rate:g} at step {self.total_steps:,}"
         )
 
 
@@ -59,7 +67,12 @@ def schedule_of(start: StartEvent) -> Schedule | None:
     if start.learning_rate is None or start.min_learning_rate is None or start.warmup_steps is None:
         return None
     return Schedule(
-        start.learning_rate, start.min_learning_rate, start.warmup_steps, start.total_steps
+        start.learning_rate,
+        start.min_learning_rate,
+        start.warmup_steps,
+        start.total_steps,
+        start.schedule,
+        start.decay_steps,
     )
 
 
@@ -181,5 +194,7 @@ def _without_effect(found: Sequence[Stretch], asked: Schedule) -> Iterator[str]:
         )
 
 
-def _number(value: float) -> str:
+def _number(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return str(value or "none")
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"

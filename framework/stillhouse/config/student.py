@@ -1,0 +1,304 @@
+"""The section [student]: where it begins, what of it is trained and how, and its checkpoints."""
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from stillhouse import suggestions
+from stillhouse.config.fields import (
+    DIVERGENCES,
+    TABLE,
+    WORD,
+    BatchSize,
+    Beta,
+    BlockSize,
+    Count,
+    CountOrZero,
+    Fraction,
+    LearningRate,
+    LossWeight,
+    Name,
+    NumProcesses,
+    Seconds,
+    Section,
+    Seed,
+    shown,
+)
+from stillhouse.config.models import ModelSection
+from stillhouse.extension import is_extension
+
+
+class CutSection(Section):
+    """A student that begins as a part of another model."""
+
+    layers: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = Field(
+        description="the layers of student.model to begin with, numbered from 0, in their order"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _are_in_order(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if list(layers) != sorted(set(layers)):
+            raise ValueError(f"wanted each layer once, in ascending order; found {shown(layers)}")
+        return layers
+
+
+def _init_is(value: object) -> str:
+    return TABLE if isinstance(value, dict | CutSection) else WORD
+
+
+class LoraSection(Section):
+    """Low-rank adapters, trained in place of the student's weights (LoRA, arXiv 2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=1 << 14)] = Field(
+        16, description="rank of the product that is added to each adapted matrix"
+    )
+    alpha: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
+        None, description="that product is scaled by alpha / rank; none: alpha is twice the rank"
+    )
+    targets: tuple[Name, ...] = Field(
+        (),
+        description="names of the linear layers to adapt, or the last parts of their names; none: "
+        "all but the head",
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of an adapter's inputs that a training step leaves out"
+    )
+
+
+class StudentSection(ModelSection):
+    """The student, its ranks, its loss, its optimiser and its checkpoints."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="number format of weights and activations; the optimiser is in float32",
+    )
+    init: Annotated[
+        Annotated[Literal["weights", "config"], Tag(WORD)] | Annotated[CutSection, Tag(TABLE)],
+        Discriminator(_init_is),
+    ] = Field(
+        "weights",
+        description="weights: start from the model's weights; config: from random ones of its "
+        "config; { layers = [0, 2, 4] }: from these layers of the model, such as the teacher, and "
+        "all that is outside of its layers",
+    )
+    lora: LoraSection | None = Field(
+        None,
+        description="train low-rank adapters beside frozen weights, for much less memory; {} takes "
+        "the defaults: rank 16, alpha 32, all linear layers but the head; needs the extra 'lora'",
+    )
+    freeze: tuple[Name, ...] = Field(
+        (),
+        description="names of weights that are not trained, as patterns: 'model.embed_tokens*'; * "
+        "stands for any text",
+    )
+    tokenizer: Name | None = Field(
+        None,
+        description="a hub name or a local directory; none: the tokenizer saved with the model",
+    )
+    num_workers: NumProcesses = Field(1, description="ranks, one to a device")
+    min_workers: NumProcesses | None = Field(
+        None,
+        description="the fewest ranks to train with while machines are lost; none: num_workers",
+    )
+    max_failures: CountOrZero = Field(
+        3, description="losses of ranks in a row, without a new checkpoint, before the run fails"
+    )
+    watchdog_s: Seconds = Field(
+        300.0,
+        description="seconds without progress after which a rank is named, killed and replaced",
+    )
+    regroup_s: Seconds = Field(
+        60.0, description="seconds between attempts to bring back ranks that were lost"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what DeepSpeed ZeRO divides among the ranks: 0 nothing, 1 Adam's states, 2 "
+        "gradients too, 3 weights too",
+    )
+    overlap_comm: bool | None = Field(
+        None,
+        description="reduce gradients among the ranks while the backward pass goes on; none: "
+        "DeepSpeed's choice, which is true with zero_stage = 3 alone",
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: Adam's states, and its step, in the host's memory, for 12 bytes a "
+        "parameter less on a GPU; needs zero_stage 2 or 3",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass: less memory, a third more "
+        "time",
+    )
+    activation_checkpointing_every: Count = Field(
+        1,
+        description="with activation_checkpointing, the layers of which one is computed again: 2 "
+        "for every other layer, which saves half the memory for half the time",
+    )
+    global_batch_sequences: BatchSize = Field(
+        64, description="sequences in one optimiser step, over all ranks"
+    )
+    micro_batch_sequences: BatchSize = Field(
+        4, description="sequences in one forward pass of one rank"
+    )
+    block_tokens: BlockSize | None = Field(
+        None,
+        description="tokens whose logits are in memory at one time; none: chosen for the device",
+    )
+    epochs: Count = Field(1, description="passes over the training sequences")
+    max_steps: Count | None = Field(
+        None, description="optimiser steps after which training ends; none: all epochs"
+    )
+    learning_rate: LearningRate = Field(
+        1e-4, description="peak learning rate of AdamW, reached after the warm-up"
+    )
+    min_learning_rate: Fraction = Field(0.0, description="learning rate at the end of the schedule")
+    schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine",
+        description="how the learning rate falls after the warm-up: by a cosine, by a line, or wsd "
+        "(warm-up, stable, decay): not before the last decay_steps, and then by a line",
+    )
+    decay_steps: Count | None = Field(
+        None, description="optimiser steps of the decay of wsd; none: a tenth of all"
+    )
+    warmup_steps: CountOrZero = Field(
+        100, description="optimiser steps of linear warm-up, before the schedule begins"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = Field(
+        0.1, description="AdamW's weight decay, of matrices only"
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's beta1 and beta2")
+    fused_adamw: bool = Field(
+        False, description="AdamW's step in one kernel: faster, and rounded in another way"
+    )
+    gradient_clip: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="L2 norm to which the gradient of a step is clipped; 1e30 never clips"
+    )
+    divergence: str = Field(
+        "forward_kl",
+        description="the loss: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, "
+        "tvd, or 'package.module:name', a Divergence of your own; forward_kl is unbiased with "
+        "draws, the others with weighted draws, and else they see the tail as one bucket and need "
+        "entries that hold 80 % of the mass",
+    )
+    forward_kl_steps: CountOrZero = Field(
+        0,
+        description="optimiser steps on forward_kl before divergence begins, for a student that is "
+        "far from its teacher: there reverse_kl and jsd are noisy; 0: divergence from the first",
+    )
+    tail_as_bucket: bool = Field(
+        False,
+        description="train on one bucket for the tail however little mass the entries hold; "
+        "forward_kl never needs this",
+    )
+    divergence_weight: Fraction = Field(
+        1.0, description="weight of the divergence; 0 trains on the text alone"
+    )
+    mix: Fraction = Field(
+        0.5,
+        description="beta of jsd, alpha of the skewed divergences; unused by the others",
+    )
+    ce_weight: LossWeight = Field(
+        0.0, description="weight of the cross-entropy to the text's next token"
+    )
+    z_loss_weight: LossWeight = Field(
+        0.0,
+        description="weight of the squared log-sum-exp of the logits, which keeps them from "
+        "drifting; PaLM took 1e-4",
+    )
+    seed: Seed = Field(0, description="seed of the training order and of random weights")
+    shuffle_window_chunks: Count = Field(
+        4, description="neighbouring chunks among which sequences are mixed"
+    )
+    checkpoint_every_steps: Count = Field(200, description="optimiser steps between checkpoints")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints to keep")
+    checkpoint_url: str | None = Field(
+        None,
+        description="none: in the run directory; or a directory or s3://, gs:// or az:// that "
+        "outlives every machine",
+    )
+    prefetch_batches: Annotated[int, Field(ge=1, le=1 << 16)] = Field(
+        4, description="batches that the loader reads ahead"
+    )
+
+    @field_validator("divergence")
+    @classmethod
+    def _is_a_divergence(cls, name: str) -> str:
+        if name in DIVERGENCES or is_extension(name):
+            return name
+        raise ValueError(
+            f"wanted {', '.join(DIVERGENCES)}, or 'package.module:name' of your own; found "
+            f"{shown(name)}{suggestions.value(name, DIVERGENCES)}"
+        )
+
+    @model_validator(mode="after")
+    def _losses_go_together(self) -> "StudentSection":
+        if self.divergence_weight == 0.0 and self.ce_weight == 0.0:
+            raise ValueError(
+                "divergence_weight and ce_weight are both 0: the student would learn nothing; set "
+                "one of them above 0"
+            )
+        if self.forward_kl_steps and self.divergence == "forward_kl":
+            raise ValueError(
+                f"forward_kl_steps is {self.forward_kl_steps}, and divergence is forward_kl "
+                "already; leave forward_kl_steps out, or name the divergence that follows"
+            )
+        if self.forward_kl_steps and self.divergence_weight == 0.0:
+            raise ValueError(
+                f"forward_kl_steps is {self.forward_kl_steps}, but divergence_weight is 0: no "
+                "divergence is trained on; leave one of them out"
+            )
+        needs_mix = self.divergence in ("jsd", "skew_forward_kl", "skew_reverse_kl")
+        if needs_mix and not 0.0 < self.mix < 1.0:
+            raise ValueError(
+                f"mix is {self.mix}, but {self.divergence} wants it strictly between 0 and 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _beginning_and_trained_part_go_together(self) -> "StudentSection":
+        if isinstance(self.init, CutSection) and self.trust_remote_code:
+            raise ValueError(
+                "init.layers cuts a model of Transformers' own; leave trust_remote_code out, or "
+                'set init = "weights"'
+            )
+        if self.lora is not None and self.init == "config":
+            raise ValueError(
+                'init is "config", and lora trains adapters beside weights that would stay '
+                'random; set init = "weights", or leave lora out'
+            )
+        if self.lora is not None and self.freeze:
+            raise ValueError(
+                "freeze and lora are both set, and lora freezes every weight of the model already; "
+                "leave freeze out, and choose what is adapted by lora.targets"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimiser_and_ranks_go_together(self) -> "StudentSection":
+        # the optimiser
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f'decay_steps is {self.decay_steps}, but schedule is "{self.schedule}", which '
+                'falls from the warm-up on; leave decay_steps out, or set schedule = "wsd"'
+            )
+        if self.offload == "cpu" and self.zero_stage < 2:
+            raise ValueError(
+                f'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is {self.zero_stage}'
+            )
+        if self.activation_checkpointing_every > 1 and not self.activation_checkpointing:
+            raise ValueError(
+                f"activation_checkpointing_every is {self.activation_checkpointing_every}, but "
+                "activation_checkpointing is false: nothing is computed again; set it to true"
+            )
+        # the engine and its ranks
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError(
+                'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
+            )
+        return self

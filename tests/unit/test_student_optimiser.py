@@ -1,0 +1,106 @@
+"""The learning rate of each step, what DeepSpeed is told, and which layers are computed again."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.models import make_model
+from stillhouse.config import StudentSection, parse_config
+from stillhouse.errors import ConfigError
+from stillhouse.models import final_hidden, load_model
+from stillhouse.student.module import checkpoint_activations
+from stillhouse.student.optimiser import deepspeed_config, learning_rate_at
+
+TOTAL_STEPS = 20
+
+
+def rates(**changes: Any) -> list[float]:
+    values = {"model": "s", "learning_rate": 1.0, "min_learning_rate": 0.2, "warmup_steps": 4}
+    section = StudentSection.model_validate(values | changes)
+    steps = range(TOTAL_STEPS + 1)
+    return [learning_rate_at(step, section=section, total_steps=TOTAL_STEPS) for step in steps]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_every_schedule_warms_up_and_falls_to_the_least_rate_at_the_end(schedule: str) -> None:
+    found = rates(schedule=schedule)
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert found[4] == 1.0
+    assert found[4:] == sorted(found[4:], reverse=True)
+    assert found[TOTAL_STEPS] == pytest.approx(0.2)
+
+
+def test_a_line_falls_evenly_and_a_cosine_is_the_default_and_at_half_of_it_in_the_middle() -> None:
+    assert rates(schedule="linear")[4:] == pytest.approx([1.0 - 0.05 * i for i in range(17)])
+    assert rates() == rates(schedule="cosine")
+    assert rates()[12] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("changes", "num_falling"), [({}, 2), ({"decay_steps": 5}, 5)])
+def test_warm_up_stable_decay_stays_at_its_peak_before_the_last_steps(
+    changes: dict[str, int], num_falling: int
+) -> None:
+    found = rates(schedule="wsd", **changes)
+    assert found[4 : TOTAL_STEPS - num_falling + 1] == [1.0] * (TOTAL_STEPS - num_falling - 3)
+    falls = [before - after for before, after in pairwise(found)]
+    assert falls[-num_falling:] == pytest.approx([0.8 / num_falling] * num_falling)
+
+
+def test_a_decay_that_would_begin_in_the_warm_up_begins_after_it() -> None:
+    assert rates(schedule="wsd", decay_steps=100) == rates(schedule="linear")
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"decay_steps": 5}, 'decay_steps is 5, but schedule is "cosine"'),
+        ({"offload": "cpu"}, 'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is 1'),
+        ({"activation_checkpointing_every": 2}, "activation_checkpointing is false"),
+        ({"schedule": "cosin"}, "student.schedule: .* did you mean 'cosine'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    student: dict[str, Any], message: str
+) -> None:
+    values = {"corpus": {"dataset": "d"}, "teacher": {"model": "t"}}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(values | {"student": {"model": "s", **student}})
+
+
+def test_deepspeed_is_told_only_what_is_set() -> None:
+    def told(**changes: Any) -> dict[str, Any]:
+        section = StudentSection.model_validate({"model": "s", "dtype": "float32", **changes})
+        return deepspeed_config(section, 2, device=torch.device("cpu"))
+
+    assert told()["zero_optimization"] == {"stage": 1}
+    assert told()["optimizer"]["params"].keys() == {"lr", "betas", "torch_adam"}
+    assert told(fused_adamw=True)["optimizer"]["params"]["fused"] is True
+    assert told(overlap_comm=False)["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    offloaded = told(offload="cpu", zero_stage=2)
+    assert offloaded["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert offloaded["optimizer"]["params"]["fused"] is True
+
+
+@pytest.mark.parametrize(("every", "num_computed_again"), [(1, 5), (2, 3), (9, 1)])
+def test_one_in_so_many_layers_is_computed_again_and_gradients_are_the_same(
+    every: int, num_computed_again: int, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "student", num_layers=5)
+    section = StudentSection(model=str(folder), dtype="float32")
+    plain, checkpointed = load_model(section).train(), load_model(section).train()
+    checkpoint_activations(checkpointed, every=every)
+    calls: list[nn.Module] = []
+    for lm in (plain, checkpointed):
+        for name, module in lm.named_modules():
+            if name.endswith(".self_attn"):
+                module.register_forward_pre_hook(lambda each, _: calls.append(each))
+        calls.clear()
+        ids_BL = torch.arange(24).view(2, 12)
+        final_hidden(lm, ids_BL, torch.arange(12).expand(2, 12)).square().sum().backward()
+    assert len(calls) == 5 + num_computed_again
+    for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
