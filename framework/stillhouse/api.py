@@ -20,7 +20,8 @@ from stillhouse.model_path import source_of
 
 if TYPE_CHECKING:
     from stillhouse.config import Config
-    from stillhouse.evaluation.scores import ModelName, Scores
+    from stillhouse.evaluation.scores import ModelName
+    from stillhouse.losses.score import Scores
     from stillhouse.pipeline import Plan
 
 

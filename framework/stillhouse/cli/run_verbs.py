@@ -13,7 +13,8 @@ from stillhouse.cluster import machine
 from stillhouse.cluster.environment import cache_dir, typed
 
 if TYPE_CHECKING:
-    from stillhouse.evaluation.scores import ModelName, Scores
+    from stillhouse.evaluation.scores import ModelName
+    from stillhouse.losses.score import Scores
     from stillhouse.pipeline import Plan
 
 Configs = Annotated[

@@ -8,11 +8,11 @@ from stillhouse.cluster.processes import call_remotely, local_secrets
 from stillhouse.evaluation.scores import (
     EvaluationJob,
     ModelName,
-    Scores,
     Trained,
     evaluate,
     outage_teller,
 )
+from stillhouse.losses.score import Scores
 from stillhouse.pipeline.plan import Evaluation
 from stillhouse.pipeline.session import Session
 from stillhouse.retry import DEFAULT_PATIENCE, insist

@@ -11,7 +11,8 @@ from pathlib import Path
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import student_needs, teacher_needs
 from stillhouse.cluster.session import attached
-from stillhouse.evaluation.scores import ModelName, Scores
+from stillhouse.evaluation.scores import ModelName
+from stillhouse.losses.score import Scores
 from stillhouse.pipeline.attempt import attempt, learning_attempt, visit
 from stillhouse.pipeline.console import patient, tell_of_wait
 from stillhouse.pipeline.plan import Plan
