@@ -9,6 +9,7 @@ from stillhouse.config.fields import (
     BatchSize,
     BlockSize,
     Count,
+    CountOrZero,
     Name,
     NoticeSource,
     NumBytes,
@@ -144,7 +145,8 @@ class StoreSection(Section):
 
 
 class EvaluateSection(Section):
-    """The dense comparison of student and teacher on held-out text, at the end of a run."""
+    """The dense comparison of student and teacher on held-out text: at the end of a run, and, on
+    less text, while students learn."""
 
     control: bool = Field(
         False,
@@ -153,6 +155,15 @@ class EvaluateSection(Section):
     batch_sequences: BatchSize = Field(4, description="sequences in one forward pass")
     block_tokens: BlockSize = Field(
         512, description="tokens whose two dense distributions are in memory at one time"
+    )
+    every_steps: CountOrZero = Field(
+        0,
+        description="optimiser steps between two evaluations while students learn, which draw the "
+        "held-out curves; 0: at the end alone",
+    )
+    tokens_while_learning: Count = Field(
+        4096,
+        description="held-out target tokens that every_steps scores, up to the next whole sequence",
     )
 
 

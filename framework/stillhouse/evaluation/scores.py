@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stillhouse.cluster.processes import Secrets, prepare_process
 from stillhouse.config import EvaluateSection, ModelSection, StudentSection
 from stillhouse.logits import Head
-from stillhouse.losses.score import Scores, no_sums, score_sums, scores_of
+from stillhouse.losses.score import Scores, head_logprobs, no_sums, score_sums, scores_of
 from stillhouse.models import head_of, load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.retry import Tell
@@ -63,7 +63,7 @@ def evaluate(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
 def _evaluated(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
     """All models at the same time: no distribution is kept beyond its block of tokens."""
     models: dict[ModelName, ModelSection | Trained] = {"teacher": job.teacher, **job.models}
-    scorers = {name: _scorer(model, job) for name, model in models.items()}
+    scorers = {name: scorer_of(model, job) for name, model in models.items()}
     sums = {name: no_sums() for name in scorers}
     with torch.inference_mode():
         for start in range(0, len(heldout), job.section.batch_sequences):
@@ -81,7 +81,7 @@ def _evaluated(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores
 
 
 @dataclass(frozen=True, slots=True)
-class _Scorer:
+class Scorer:
     """A model, and its head as it is read off it."""
 
     model: PreTrainedModel
@@ -91,11 +91,11 @@ class _Scorer:
         return hidden_at(self.model, batch)
 
     def logprobs(self, hidden_TH: Tensor) -> Tensor:
-        logits_TV = self.head.logits(hidden_TH.to(self.head.weight_VH.device))
-        return torch.log_softmax(logits_TV.float(), dim=-1)
+        return head_logprobs(hidden_TH, self.head)
 
 
-def _scorer(wanted: ModelSection | Trained, job: EvaluationJob) -> _Scorer:
+def scorer_of(wanted: ModelSection | Trained, job: EvaluationJob) -> Scorer:
+    """The model, loaded on the device of the job."""
     if isinstance(wanted, Trained):
         # late: DeepSpeed takes seconds to import
         from stillhouse.student.export import load_trained
@@ -106,7 +106,7 @@ def _scorer(wanted: ModelSection | Trained, job: EvaluationJob) -> _Scorer:
     else:
         many_gpus = job.device == "cuda" and torch.cuda.device_count() > 1
         model = load_model(wanted, device_map="auto" if many_gpus else job.device)
-    return _Scorer(model, head_of(model, vocab_size=job.vocab_size))
+    return Scorer(model, head_of(model, vocab_size=job.vocab_size))
 
 
 def outage_teller(tracker: Tracker) -> Tell:

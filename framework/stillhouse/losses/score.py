@@ -4,13 +4,15 @@ speculative acceptance and calibration error, from both models' logits.
 No compressed target is used, so the scores have none of its error. Everything is a sum over tokens:
 sums of blocks, or of ranks, are added up, and made into means at the end.
 
-Shapes: T tokens, V vocabulary, X sums.
+Shapes: T tokens, H hidden, V vocabulary, X sums.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from stillhouse.logits import Head
 
 _NUM_BINS = 15
 # tokens, cross-entropy, KL, agreement, acceptance; then three for each bin: tokens, confidence and
@@ -36,6 +38,13 @@ class Scores:
 def no_sums(device: torch.device | str = "cpu") -> Tensor:
     """[X] sums over no token, to which `score_sums` of blocks are added."""
     return torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
+
+
+def head_logprobs(hidden_TH: Tensor, head: Head) -> Tensor:
+    """[T, V]: the log-probabilities of these final hidden states, in float32 on the head's
+    device."""
+    logits_TV = head.logits(hidden_TH.to(head.weight_VH.device))
+    return torch.log_softmax(logits_TV.float(), dim=-1)
 
 
 def score_sums(teacher_TV: Tensor, model_TV: Tensor, labels_T: Tensor) -> Tensor:

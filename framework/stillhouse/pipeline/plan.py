@@ -177,3 +177,13 @@ def require_full_step(wanted: int, *, there: int) -> None:
             "sequences to train on;"
             f" set it to {there:,} or less, or give more documents"
         )
+
+
+def require_heldout(source: SequenceSource) -> None:
+    """Raise ConfigError where there is no held-out text to score a model on."""
+    if source.num_sequences == 0 or source.num_targets == 0:
+        raise ConfigError(
+            f"the held-out text has {source.num_sequences:,} sequences and {source.num_targets:,} "
+            "target tokens, wanted at least one of each: models are scored on it; let "
+            "corpus.source set some sequences apart"
+        )

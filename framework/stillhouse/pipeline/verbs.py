@@ -13,6 +13,7 @@ from stillhouse.cluster.placement import student_needs, teacher_needs
 from stillhouse.cluster.session import attached
 from stillhouse.evaluation.scores import ModelName
 from stillhouse.losses.score import Scores
+from stillhouse.pipeline import heldout
 from stillhouse.pipeline.attempt import attempt, learning_attempt, visit
 from stillhouse.pipeline.console import patient, tell_of_wait
 from stillhouse.pipeline.plan import Plan
@@ -88,7 +89,8 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> dict[ModelName, S
             require_shared_checkpoints(jobs[0].checkpoints, [teachers, ranks])
             register_if_allowed(store, jobs)
             require_chunks(store, plan.chunks)  # another run may have deleted some just before
-            with students_at_work(session, jobs, owner=owner.number) as students:
+            held = heldout.publish(plan.evaluation, session)
+            with students_at_work(session, jobs, owner=owner.number, heldout=held) as students:
                 students.join(unless=lambda: owner.is_lost() or machines.no_rank_commits())
             owner.require()
             machines.require_driver()
@@ -115,8 +117,11 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
             consumers = retention_of(store, plan.order, own=own, deletes=deletes)
 
             # teachers fill the store while students read it
+            held = heldout.publish(plan.evaluation, session)
             with (
-                students_at_work(session, jobs, owner=owner.number, with_teachers=True) as students,
+                students_at_work(
+                    session, jobs, owner=owner.number, heldout=held, with_teachers=True
+                ) as students,
                 teacher_pool(plan.targets, session, consumers=consumers) as pool,
             ):
 

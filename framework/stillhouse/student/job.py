@@ -21,6 +21,19 @@ _DECIDE_WEIGHTS = (
 
 
 @dataclass(frozen=True, slots=True)
+class HeldoutPlan:
+    """When students are scored while they learn, and beside what: see `student.heldout`."""
+
+    every_steps: int
+    key: str  # of the teacher's part, under the root of the checkpoints
+    block_tokens: int  # whose two dense distributions are in memory at one time
+
+    def is_due(self, num_steps: int, *, total_steps: int) -> bool:
+        """Whether to score after `num_steps` steps; also before the first, and after the last."""
+        return num_steps % self.every_steps == 0 or num_steps == total_steps
+
+
+@dataclass(frozen=True, slots=True)
 class TrainJob:
     """The training of one student."""
 
@@ -33,6 +46,7 @@ class TrainJob:
     # of the command that owns `checkpoints_root` (see checkpoint.fence); None: owned by none, as in
     # a bench
     owner: int | None = None
+    heldout: HeldoutPlan | None = None  # None: it is not scored while it learns
 
     @property
     def checkpoints_root(self) -> str:

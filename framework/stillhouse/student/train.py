@@ -30,6 +30,7 @@ from stillhouse.student.heartbeat import DriverLink
 from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
+from stillhouse.student.scoring import HeldoutScorer
 from stillhouse.student.universal import convert
 from stillhouse.tracking import (
     CheckpointEvent,
@@ -67,7 +68,10 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
         _reader(job, link, start=resumed, device=device, on_outage=on_outage) as reader,
         _writer(job, journal) as writer,
     ):
+        scorer = _scorer(job, link, device=device, journal=journal, on_outage=on_outage)
         last_checkpoint = resumed
+        if scorer is not None and resumed == 0:
+            scorer.score_if_due(engine, 0)
         for step in range(resumed, job.total_steps):
             # the batch of this step, or a stop request that comes while it is waited for
             began = monotonic()
@@ -75,13 +79,7 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
             batch = reader.next_unless(lambda: link.stop_request is not None)
             is_busy, stop_request = _agreed(writer.busy, link.stop_request, device)
             if stop_request is not None:
-                _log.info("the group commits step %d and leaves: %s", step, stop_request)
-                deadline = monotonic() + stop_request.seconds_left
-                if last_checkpoint < step:
-                    _begin_checkpoint(writer, engine, step, link)
-                writer.wait(max(0.0, deadline - monotonic()))
-                if dist.get_rank() == 0:
-                    link.explain(stop_request.cause, stop_request.detail)
+                _leave(stop_request, writer, engine, step, link, must_commit=last_checkpoint < step)
                 return False
             assert batch is not None
             _require_learnable_targets(batch, job, device)
@@ -97,12 +95,36 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
             if previous is not None and step == resumed:
                 journal.record(_recovery(previous, event, since_begin_s=monotonic() - began_at))
 
+            # score it, before its checkpoint: what is committed is scored already
+            if scorer is not None:
+                scorer.score_if_due(engine, event.step)
+
             # begin a checkpoint, which is written while training goes on
             if job.is_checkpoint_due(event.step, last=last_checkpoint, is_busy=is_busy):
                 _begin_checkpoint(writer, engine, event.step, link)
                 last_checkpoint = event.step
         writer.wait()
     return True
+
+
+def _leave(
+    stop_request: StopRequest,
+    writer: CheckpointWriter,
+    engine: StudentEngine,
+    step: int,
+    link: DriverLink,
+    *,
+    must_commit: bool,
+) -> None:
+    """Commit the state after `step` steps, unless it is committed already, within the time that the
+    request leaves."""
+    _log.info("the group commits step %d and leaves: %s", step, stop_request)
+    deadline = monotonic() + stop_request.seconds_left
+    if must_commit:
+        _begin_checkpoint(writer, engine, step, link)
+    writer.wait(max(0.0, deadline - monotonic()))
+    if dist.get_rank() == 0:
+        link.explain(stop_request.cause, stop_request.detail)
 
 
 def _begin(
@@ -164,6 +186,17 @@ def _engine(job: TrainJob, found: Restored | None, *, device: torch.device) -> S
     if found is not None:
         engine.load(found)
     return engine
+
+
+def _scorer(
+    job: TrainJob, link: DriverLink, *, device: torch.device, journal: Tracker, on_outage: Tell
+) -> HeldoutScorer | None:
+    """What scores the student while it learns; None where that is not asked for."""
+    if job.heldout is None:
+        return None
+    return HeldoutScorer(
+        job.heldout, job, device=device, journal=journal, link=link, on_outage=on_outage
+    )
 
 
 def _outage_teller(job: TrainJob, journal: Tracker) -> Tell:

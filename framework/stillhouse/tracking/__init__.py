@@ -10,6 +10,7 @@ from stillhouse.tracking.events import (
     DelayEvent,
     EndEvent,
     EvalEvent,
+    HeldoutEvent,
     NewerEvent,
     NoticeEvent,
     OutageEvent,
@@ -25,6 +26,7 @@ from stillhouse.tracking.events import (
     Tracker,
     TrainEvent,
     WaitEvent,
+    latest_heldout_events,
     latest_train_events,
 )
 from stillhouse.tracking.journal import Journal, JournalReader, read_journal, scrubbed
@@ -41,6 +43,7 @@ __all__ = [
     "DelayEvent",
     "EndEvent",
     "EvalEvent",
+    "HeldoutEvent",
     "Journal",
     "JournalReader",
     "NewerEvent",
@@ -62,6 +65,7 @@ __all__ = [
     "TrainEvent",
     "WaitEvent",
     "WandbView",
+    "latest_heldout_events",
     "latest_train_events",
     "nothing_left",
     "read_journal",

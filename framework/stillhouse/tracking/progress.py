@@ -16,6 +16,7 @@ from rich.text import Text
 from stillhouse.terminal import one_line
 from stillhouse.tracking.events import (
     DelayEvent,
+    HeldoutEvent,
     OutageEvent,
     PoolEvent,
     RunEvent,
@@ -131,6 +132,7 @@ class _Latest:
     wait: WaitEvent | None = None
     pool: PoolEvent | None = None
     train: TrainEvent | None = None
+    heldout: HeldoutEvent | None = None
     pool_pace: _Pace = field(default_factory=_Pace)
     train_pace: _Pace = field(default_factory=_Pace)
 
@@ -147,6 +149,8 @@ class _Latest:
                     self.train_pace = _Pace()
                 self.train = event
                 self.train_pace.add(event.time, event.step)
+            case HeldoutEvent():
+                self.heldout = event
             case _:
                 return False
         return True
@@ -180,9 +184,12 @@ def _student_side(latest: _Latest) -> _Side:
         return _Side("student: waiting for its first step", "", ProgressBar(total=1, completed=0))
     steps = latest.start.total_steps if latest.start else train.step
     waiting = train.data_wait_s / train.seconds if train.seconds else 0.0
+    score, heldout = "", latest.heldout
+    if heldout is not None and heldout.role == train.role:
+        score = f", held-out KL {heldout.kl:.3f}"
     details = (
-        f", loss {train.loss:.3f}, {train.tokens_per_s:,.0f} tokens/s, waiting {waiting:.0%}, "
-        f"ETA {latest.train_pace.eta(steps)}"
+        f", loss {train.loss:.3f}{score}, {train.tokens_per_s:,.0f} tokens/s, "
+        f"waiting {waiting:.0%}, ETA {latest.train_pace.eta(steps)}"
     )
     bar = ProgressBar(total=max(steps, 1), completed=train.step)
     return _Side(f"{train.role} {train.step}/{steps} steps", details, bar)
