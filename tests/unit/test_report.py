@@ -565,6 +565,21 @@ def test_the_size_of_a_figure_does_not_grow_with_the_run() -> None:
     assert all("Each point is the mean of 67 steps." in panel.caption for panel in panels)
 
 
+@pytest.mark.parametrize(
+    ("constant", "title"),
+    [
+        (True, "Divergence from the teacher, with a constant, nats a token"),
+        (False, "Divergence from the teacher, nats a token"),
+    ],
+)
+def test_a_loss_with_a_constant_is_named_so(constant: bool, title: str) -> None:
+    summary = _summary(replace(START, loss_constant=constant), *TRAINED[:3])
+    panel = training_panels(summary)[0]
+    assert panel.title == title
+    assert ("does not fall to 0" in panel.caption) == constant
+    assert ("with a constant" in verdict(summary)) == constant
+
+
 def test_held_out_scores_are_curves_of_both_roles_and_of_one_text() -> None:
     """Of the text that was scored last, and each step once."""
 

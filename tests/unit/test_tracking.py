@@ -816,6 +816,16 @@ def test_progress_tells_pace_and_waiting() -> None:
     assert "waiting 25%, ETA 1:10" in last  # 7 steps of 10 s
 
 
+def test_progress_says_when_the_students_loss_has_a_constant() -> None:
+    text = io.StringIO()
+    with ProgressView(Console(file=text), clock=_Clock(), every_s=0.0) as view:
+        for row in (replace(START, loss_constant=True), TRAIN, replace(TRAIN, role="control")):
+            view.record(row)
+    _, student, control = text.getvalue().splitlines()
+    assert "loss 2.500 (with a constant), 250 tokens/s" in student
+    assert "loss 2.500, 250 tokens/s" in control
+
+
 def test_progress_tells_the_newest_held_out_score_of_the_role_that_trains() -> None:
     clock, text = _Clock(), io.StringIO()
     with ProgressView(Console(file=text), clock=clock, every_s=0.0) as view:

@@ -1,8 +1,6 @@
 """The verbs of a run: demo, check, run, produce, train, eval, report, export."""
 
 import os
-import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +11,6 @@ from stillhouse.cluster import machine
 from stillhouse.cluster.environment import cache_dir, typed
 
 if TYPE_CHECKING:
-    from stillhouse.evaluation.scores import ModelName
-    from stillhouse.losses.score import Scores
     from stillhouse.pipeline import Plan
 
 Configs = Annotated[
@@ -62,9 +58,9 @@ def run(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -
     """Produce and train at the same time, evaluate, report. The same command resumes a run."""
     plan = planned(configs, overrides, run_dir)
     from stillhouse import pipeline
+    from stillhouse.cli.closing import say_what_came_of_it
 
-    pipeline.run(plan, command=typed())
-    _announce(plan.run_dir)
+    say_what_came_of_it(plan, pipeline.run(plan, command=typed()))
 
 
 def produce(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
@@ -79,17 +75,18 @@ def train(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None)
     """Train on a store that `produce` has filled, evaluate, report; no teacher pool."""
     plan = planned(configs, overrides, run_dir)
     from stillhouse import pipeline
+    from stillhouse.cli.closing import say_what_came_of_it
 
-    pipeline.train(plan, command=typed())
-    _announce(plan.run_dir)
+    say_what_came_of_it(plan, pipeline.train(plan, command=typed()))
 
 
 def evaluate(run_dir: ExistingRun) -> None:
     """Score teacher, student and control on the held-out split again."""
     plan = api.open_run(run_dir)
     from stillhouse import pipeline
+    from stillhouse.cli.closing import print_scores
 
-    _print_scores(pipeline.evaluate_run(plan, command=typed()))
+    print_scores(pipeline.evaluate_run(plan, command=typed()))
 
 
 def report(run_dir: ExistingRun) -> None:
@@ -125,35 +122,3 @@ def planned(
     if starts_ray and config.cluster.address is None:
         machine.require(machine.for_ray(os.environ, num_cpus=config.cluster.num_cpus))
     return api.plan(config, run_dir=run_dir or Path("runs") / configs[-1].stem)
-
-
-def _announce(run_dir: Path) -> None:
-    named = shlex.quote(str(run_dir))
-    print(
-        f"{run_dir / 'report.html'} tells the whole run; `stillhouse export {named} OUT` writes "
-        "the student as a Hugging Face model"
-    )
-
-
-def _print_scores(scores: "Mapping[ModelName, Scores]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    num_tokens = max(score.num_tokens for score in scores.values())
-    table = Table(
-        box=None,
-        header_style="bold",
-        caption=f"means over {num_tokens:,} held-out tokens, both models dense; nats",
-    )
-    table.add_column("model")
-    for heading in ("cross-entropy", "KL from teacher", "agreement", "acceptance", "calibration"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, score in scores.items():
-        compared = [
-            f"{value:.4f}" if name != "teacher" else ""
-            for value in (score.kl, score.agreement, score.acceptance)
-        ]
-        table.add_row(
-            name, f"{score.cross_entropy:.4f}", *compared, f"{score.calibration_error:.4f}"
-        )
-    Console().print(table)

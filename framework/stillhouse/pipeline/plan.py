@@ -16,6 +16,7 @@ from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.order import Order
+from stillhouse.student.pairing import has_loss_constant
 from stillhouse.tracking import StartEvent
 
 
@@ -165,6 +166,7 @@ class Plan:
             warmup_steps=student.warmup_steps,
             epochs=student.epochs,
             max_steps=student.max_steps,
+            loss_constant=has_loss_constant(student, self.recipe.spec),
         )
         return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start)
 

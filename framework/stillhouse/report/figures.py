@@ -51,13 +51,13 @@ _PARTS: dict[Part, tuple[str, str]] = {
 def training_panels(summary: Summary) -> list[Panel]:
     """What each step of student and control showed; panels without a single value are left out."""
     steps = _curves_of(summary.student, summary.control)
+    constant = ", with a constant" if summary.start.loss_constant else ""
     panels = [
         _steps_panel(
             steps,
             "divergence",
-            title="Divergence from the teacher, nats a token",
-            caption="Between the stored targets and the student, in training; with draws that have "
-            "no weights, the entropy of the teacher's tail comes on top, unless targets hold it.",
+            title=f"Divergence from the teacher{constant}, nats a token",
+            caption=f"Between the stored targets and the student, in training{_why(summary)}.",
         ),
         _steps_panel(
             steps,
@@ -73,6 +73,22 @@ def training_panels(summary: Summary) -> list[Panel]:
         ),
     ]
     return [panel for panel in panels if panel is not None]
+
+
+def _why(summary: Summary) -> str:
+    """Why the divergence has a constant on top, or when it has."""
+    match summary.start.loss_constant:
+        case True:
+            return (
+                "; the entropy of the teacher's tail, which draws without weights bring in and the "
+                "targets do not hold, is on top, so it does not fall to 0"
+            )
+        case False:
+            return ""
+    return (
+        "; with draws that have no weights, the entropy of the teacher's tail comes on top, unless "
+        "targets hold it"
+    )
 
 
 def heldout_panels(summary: Summary) -> list[Panel]:

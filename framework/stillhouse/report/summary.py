@@ -268,10 +268,11 @@ def _without_evaluation(summary: Summary) -> str:
             "chunks came out of this run's teachers."
         )
     last = summary.student[-1]
+    constant = ", with a constant," if summary.start.loss_constant else ""
     how = (
         f"loss {last.loss:.2f}"
         if last.divergence is None
-        else f"divergence from the teacher {last.divergence:.2f}"
+        else f"divergence from the teacher{constant} {last.divergence:.2f}"
     )
     if summary.student_done:
         all_steps = max(total, last.step)  # fewer may be asked for than were taken

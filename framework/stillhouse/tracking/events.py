@@ -53,6 +53,8 @@ class StartEvent(RunEvent):
     epochs: int | None = None
     max_steps: int | None = None  # None: not limited, too
     committed_steps: dict[str, int] = field(default_factory=dict)  # role -> steps committed so far
+    # whether the student's divergence has the entropy of the teacher's tail on top, a constant
+    loss_constant: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,11 +184,13 @@ def _student_side(latest: _Latest) -> _Side:
         return _Side("student: waiting for its first step", "", ProgressBar(total=1, completed=0))
     steps = latest.start.total_steps if latest.start else train.step
     waiting = train.data_wait_s / train.seconds if train.seconds else 0.0
+    has_constant = latest.start is not None and latest.start.loss_constant
+    constant = " (with a constant)" if has_constant and train.role == "student" else ""
     score, heldout = "", latest.heldout
     if heldout is not None and heldout.role == train.role:
         score = f", held-out KL {heldout.kl:.3f}"
     details = (
-        f", loss {train.loss:.3f}{score}, {train.tokens_per_s:,.0f} tokens/s, "
+        f", loss {train.loss:.3f}{constant}{score}, {train.tokens_per_s:,.0f} tokens/s, "
         f"waiting {waiting:.0%}, ETA {latest.train_pace.eta(steps)}"
     )
     bar = ProgressBar(total=max(steps, 1), completed=train.step)
