@@ -601,6 +601,9 @@ def test_held_out_scores_are_curves_of_both_roles_and_of_one_text() -> None:
     assert kl.title.startswith("Held-out KL")
     assert [name for name, _ in kl.legend] == ["student", "control"]
     assert "4,096 held-out target tokens" in cross_entropy.caption
+    assert "nearest" not in kl.caption
+    worse = _summary(START, scored("student", 2, 0.25), scored("student", 4, 0.5))
+    assert "nearest to its teacher after step 2: 0.250." in heldout_panels(worse)[0].caption
     assert heldout_panels(_summary(*WHOLE)) == []
 
 

@@ -103,13 +103,25 @@ def heldout_panels(summary: Summary) -> list[Panel]:
     )
     panels = [
         _steps_panel(
-            scores, "kl", title="Held-out KL(teacher ‖ model), nats a token", caption=text
+            scores,
+            "kl",
+            title="Held-out KL(teacher ‖ model), nats a token",
+            caption=f"{text}{_lowest(summary)}",
         ),
         _steps_panel(
             scores, "cross_entropy", title="Held-out cross-entropy, nats a token", caption=text
         ),
     ]
     return [panel for panel in panels if panel is not None]
+
+
+def _lowest(summary: Summary) -> str:
+    """Where the student was nearest to its teacher, where that was not at the last score."""
+    found = summary.heldout["student"]
+    best = min(found, key=lambda event: event.kl, default=None)
+    if best is None or best.kl == found[-1].kl:
+        return ""
+    return f" The student was nearest to its teacher after step {best.step:,}: {best.kl:.3f}."
 
 
 _Steps = Sequence[TrainEvent] | Sequence[HeldoutEvent]
