@@ -84,12 +84,14 @@ def evaluate(run: "Plan | str | Path") -> "dict[ModelName, Scores]":
     return pipeline.evaluate_run(plan, command="stillhouse.evaluate(plan)")
 
 
-def export(run: "Plan | str | Path", out: str | Path) -> int:
+def export(run: "Plan | str | Path", out: str | Path, *, best: bool = False) -> int:
     """Write the student of a run as a plain Hugging Face directory with a model card. Returns the
     optimiser steps behind it.
 
-    `run` is a plan, or the directory of a run; `out` is a directory that is new or empty. Raises
-    ConfigError where it is not, CheckpointError where the run has no checkpoint.
+    `run` is a plan, or the directory of a run; `out` is a directory that is new or empty. `best`
+    writes the student of the step with the lowest held-out KL, which evaluate.keep_best keeps; else
+    the newest is written. Raises ConfigError where `out` is neither or no best one was kept,
+    CheckpointError where the run has no checkpoint.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -97,7 +99,7 @@ def export(run: "Plan | str | Path", out: str | Path) -> int:
     plan = _opened(run)
     from stillhouse import pipeline
 
-    return pipeline.export_run(plan, out)
+    return pipeline.export_run(plan, out, best=best)
 
 
 def open_run(run_dir: str | Path, *, cache_dir: str | Path | None = None) -> "Plan":

@@ -28,6 +28,7 @@ from helpers.s3 import forbid_writing
 from helpers.world import TinyWorld
 from stillhouse import api, pipeline
 from stillhouse.checkpoint import choice
+from stillhouse.cli.closing import verdict_of
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_that_matter, config_of
@@ -126,7 +127,7 @@ def test_both_students_are_scored_while_they_learn(undisturbed: Plan) -> None:
         scores = latest_heldout_events(events, role)
         assert [score.step for score in scores] == [0, 25, 50, 60]
         assert {score.num_tokens >= 64 for score in scores} == {True}
-        assert scores[-1].cross_entropy < scores[0].cross_entropy
+        assert scores[-1].kl < scores[0].kl
     report = (undisturbed.run_dir / "report.html").read_text(encoding="utf-8")
     assert "Held-out KL(teacher ‖ model)" in report
 
@@ -399,7 +400,7 @@ def test_a_command_that_trains_ends_with_the_verdict_the_scores_and_where_everyt
 ) -> None:
     plan, outcome = asked_again
     out = outcome.out
-    verdict = out.index("The distilled student reaches a held-out cross-entropy of")
+    verdict = out.index(verdict_of(plan.run_dir))
     scores = out.index("KL from teacher")
     assert verdict < scores < out.index(f"The report:      {plan.run_dir / 'report.html'}")
     assert f"The targets:     {plan.store.url}\n" in out

@@ -10,6 +10,7 @@ from helpers.models import make_model
 from helpers.ranks import RankGroup
 from helpers.training import (
     heldout_of,
+    refuse_outage,
     train_and_keep_rows,
     train_and_tell,
     train_until_told,
@@ -18,15 +19,18 @@ from helpers.training import (
 from helpers.world import TinyWorld
 from stillhouse.cluster.heartbeat import StopRequest
 from stillhouse.cluster.processes import Secrets
+from stillhouse.config import ModelSection
 from stillhouse.evaluation.heldout import heldout_teacher
 from stillhouse.evaluation.scores import EvaluationJob, evaluate
 from stillhouse.losses.score import Scores
+from stillhouse.models import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.heldout import first_sequences
 from stillhouse.store.object_store import Blobs
+from stillhouse.student.export import export
 from stillhouse.student.heldout import write_heldout
 from stillhouse.student.job import HeldoutPlan, TrainJob
-from stillhouse.tracking import HeldoutEvent
+from stillhouse.tracking import EarlyStopEvent, HeldoutEvent, RunEvent, TrainEvent
 
 Ranks = dict[int, RankGroup]
 KEY = "heldout/of-this-test.safetensors"
@@ -131,3 +135,52 @@ def test_a_resumed_training_has_the_same_scores(
     second = rank_groups[2].call(train_and_keep_rows, job)[0]
     assert heldout_of(first + second) == heldout_of(whole)
     assert [step for step, _ in heldout_of(second)] == [6, STEPS]
+
+
+def test_a_student_that_gets_worse_stops_early_and_its_best_is_kept_and_exported(
+    plan: Plan, rank_groups: Ranks, tmp_path: Path
+) -> None:
+    """A training that was stopped on the way decides the same, and one that is over takes no
+    step."""
+
+    def wild(run_dir: Path) -> TrainJob:
+        job = scored(plan, run_dir, learning_rate=0.3, warmup_steps=0, keep_checkpoints=1)
+        plan_of_scores = HeldoutPlan(1, KEY, block_tokens=13, patience=2, keep_best=True)
+        return replace(job, heldout=plan_of_scores, total_steps=40)
+
+    def steps(rows: list[RunEvent]) -> list[int]:
+        return [row.step for row in rows if isinstance(row, TrainEvent)]
+
+    # it stops, two scores after the best
+    job = wild(tmp_path / "whole")
+    whole = rank_groups[2].call(train_and_keep_rows, job)[0]
+    (end,) = [row for row in whole if isinstance(row, EarlyStopEvent)]
+    assert steps(whole)[-1] == end.step == end.best_step + 2 < 40
+    kls = {row.step: row.kl for row in whole if isinstance(row, HeldoutEvent) and row.step > 0}
+    assert end.best_kl == min(kls.values()) == kls[end.best_step]
+    assert steps(rank_groups[2].call(train_and_keep_rows, job)[0]) == []
+
+    # stopped by a notice on the way
+    stopped = wild(tmp_path / "stopped")
+    notice = StopRequest("notice", 60.0, "aws: terminate")
+    first = rank_groups[2].call(train_until_told, stopped, notice, end.step - 1)[0][1]
+    second = rank_groups[2].call(train_and_keep_rows, stopped)[0]
+    assert heldout_of(first + second) == heldout_of(whole)
+    assert [replace(row, time=0.0) for row in second if isinstance(row, EarlyStopEvent)] == [end]
+
+    # the best is exported
+    out = tmp_path / "best"
+    found = export(
+        job.checkpoints,
+        out,
+        section=job.section,
+        tokenizer=load_tokenizer(plan.config.teacher.model),
+        card=str,
+        step=end.best_step,
+        tell=refuse_outage,
+    )
+    assert found == end.best_step
+    student = ModelSection(model=str(out), dtype="float32")
+    text = first_sequences(plan.sources.heldout, num_targets=100)
+    scores = evaluate(replace(evaluation_of(plan), models={"student": student}), text)["student"]
+    assert scores.kl == pytest.approx(end.best_kl, abs=1e-6)

@@ -99,9 +99,12 @@ def report(run_dir: ExistingRun) -> None:
 def export(
     run_dir: ExistingRun,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    best: Annotated[
+        bool, typer.Option("--best", help="The student with the lowest held-out KL, not the last.")
+    ] = False,
 ) -> None:
     """Write the student as a plain Hugging Face directory."""
-    steps = api.export(run_dir, out)
+    steps = api.export(run_dir, out, best=best)
     print(
         f"{out}: the student after {steps} steps; AutoModelForCausalLM.from_pretrained('{out}') "
         "opens it"

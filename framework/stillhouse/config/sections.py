@@ -165,6 +165,26 @@ class EvaluateSection(Section):
         4096,
         description="held-out target tokens that every_steps scores, up to the next whole sequence",
     )
+    patience: CountOrZero = Field(
+        0,
+        description="held-out scores in a row without a lower KL after which a student stops "
+        "early; 0: it takes all its steps",
+    )
+    keep_best: bool = Field(
+        False,
+        description="keep the checkpoint with the lowest held-out KL as well, for "
+        "`stillhouse export --best`",
+    )
+
+    @model_validator(mode="after")
+    def _there_are_scores_to_decide_by(self) -> "EvaluateSection":
+        if self.every_steps == 0 and (self.patience > 0 or self.keep_best):
+            name = "patience" if self.patience > 0 else "keep_best"
+            raise ValueError(
+                f"{name} is set, but every_steps is 0: nothing is scored while a student learns; "
+                "set every_steps, such as 100"
+            )
+        return self
 
 
 class TrackingSection(Section):

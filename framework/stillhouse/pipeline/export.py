@@ -8,15 +8,17 @@ from pathlib import Path
 from stillhouse.config import Config
 from stillhouse.errors import CheckpointError
 from stillhouse.pipeline.console import say
+from stillhouse.pipeline.heldout import best_step
 from stillhouse.pipeline.plan import Plan
 from stillhouse.report.words import short_name
 from stillhouse.store import Recipe
 from stillhouse.tracking import EvalEvent, Role, RunEvent, read_journal, stretches, words_of
 
 
-def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
-    """Write a trained model as a Hugging Face directory. Returns its optimiser steps. Raises
-    CheckpointError where the run has no such role, or no commit of it."""
+def export_run(plan: Plan, out: Path, *, role: Role = "student", best: bool = False) -> int:
+    """Write a trained model as a Hugging Face directory: its newest commit, or the `best` one by
+    held-out scores. Returns its optimiser steps. Raises CheckpointError where the run has no such
+    role, or no commit of it; ConfigError where the best one was not kept."""
     # late: DeepSpeed takes seconds to import, and only this function needs it here
     from stillhouse.student.export import export
 
@@ -24,6 +26,10 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
     journal = plan.run_dir / "journal.jsonl"
+
+    def tell(seconds: float, why: str) -> None:
+        say(f"the export has waited for {seconds:.0f} s: {why}")
+
     return export(
         job.checkpoints,
         out,
@@ -32,7 +38,8 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student") -> int:
         card=lambda steps: model_card(
             plan.config, plan.recipe, read_journal(journal), role=role, steps=steps
         ),
-        tell=lambda seconds, why: say(f"the export has waited for {seconds:.0f} s: {why}"),
+        step=best_step(plan.evaluation, job, tell=tell) if best else None,
+        tell=tell,
     )
 
 

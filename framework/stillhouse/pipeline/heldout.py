@@ -6,17 +6,19 @@ import hashlib
 import numpy as np
 
 from stillhouse.cluster.processes import call_remotely
+from stillhouse.errors import ConfigError
 from stillhouse.evaluation.heldout import publish_heldout
 from stillhouse.evaluation.scores import outage_teller
 from stillhouse.pipeline.plan import Evaluation
 from stillhouse.pipeline.scoring import evaluation_job
 from stillhouse.pipeline.session import Session
-from stillhouse.retry import DEFAULT_PATIENCE, insist
+from stillhouse.retry import DEFAULT_PATIENCE, Tell, insist
 from stillhouse.sequence import Sequences, joined
 from stillhouse.sequences.source import SequenceSource
 from stillhouse.store import Recipe
 from stillhouse.store.object_store import Blobs
-from stillhouse.student.job import HeldoutPlan
+from stillhouse.student.best import read_history
+from stillhouse.student.job import HeldoutPlan, TrainJob
 
 _FOLDER, _DIGITS = "heldout", 16
 
@@ -25,15 +27,11 @@ def publish(evaluation: Evaluation, session: Session) -> HeldoutPlan | None:
     """The plan that ranks score students by while they learn, None where the config does not ask
     for it. What they need of the teacher is published first, by a process that has room for one,
     unless it is there already."""
-    section, job = evaluation.section, evaluation.jobs[0]
-    if section.every_steps == 0:
+    if evaluation.section.every_steps == 0:
         return None
-    # which text, and under which name
-    sequences = first_sequences(evaluation.heldout, num_targets=section.tokens_while_learning)
-    name = _fingerprint(job.recipe, sequences, dtype=evaluation.teacher.dtype)
-    plan = HeldoutPlan(section.every_steps, f"{_FOLDER}/{name}.safetensors", section.block_tokens)
-    # the teacher's part
-    blobs = Blobs(job.checkpoints_root)
+    sequences = scored_sequences(evaluation)
+    plan = _plan_of(evaluation, sequences)
+    blobs = Blobs(evaluation.jobs[0].checkpoints_root)
     tell = outage_teller(session.journal)
     if insist(lambda: blobs.stat(plan.key), patience=DEFAULT_PATIENCE, tell=tell) is None:
         where = session.place_of(evaluation.teacher)
@@ -42,6 +40,41 @@ def publish(evaluation: Evaluation, session: Session) -> HeldoutPlan | None:
             publish_heldout, own, sequences, blobs.url, plan.key, session.coordinator, where=where
         )
     return plan
+
+
+def best_step(evaluation: Evaluation, job: TrainJob, *, tell: Tell) -> int:
+    """The step after which a student's held-out KL was lowest. Raises ConfigError where it was not
+    kept."""
+    plan = None
+    if evaluation.section.keep_best:
+        plan = _plan_of(evaluation, scored_sequences(evaluation))
+        root, key = Blobs(job.checkpoints_root), plan.history_key(job.role)
+        best = read_history(root, key, tell=tell).best
+    if plan is None or best is None:
+        found = "evaluate.keep_best is false" if plan is None else f"{key} holds no score"
+        raise ConfigError(
+            f"no best checkpoint of the {job.role} was kept: {found}; train with "
+            "evaluate.every_steps and evaluate.keep_best = true, or leave --best out"
+        )
+    return best[0]
+
+
+def scored_sequences(evaluation: Evaluation) -> Sequences:
+    """The held-out text that students are scored on while they learn."""
+    wanted = evaluation.section.tokens_while_learning
+    return first_sequences(evaluation.heldout, num_targets=wanted)
+
+
+def _plan_of(evaluation: Evaluation, sequences: Sequences) -> HeldoutPlan:
+    section, recipe = evaluation.section, evaluation.jobs[0].recipe
+    name = _fingerprint(recipe, sequences, dtype=evaluation.teacher.dtype)
+    return HeldoutPlan(
+        section.every_steps,
+        f"{_FOLDER}/{name}.safetensors",
+        section.block_tokens,
+        section.patience,
+        section.keep_best,
+    )
 
 
 def first_sequences(source: SequenceSource, *, num_targets: int) -> Sequences:

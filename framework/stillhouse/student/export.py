@@ -25,16 +25,18 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     card: Callable[[int], str],
     tell: Tell,
+    step: int | None = None,
     patience: Patience = DEFAULT_PATIENCE,
 ) -> int:
-    """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype,
-    config, tokenizer and model card. Returns the optimiser steps behind the weights.
+    """Write the newest commit of `checkpoints`, or that of `step`, to `out`: safetensors in the
+    student's dtype, config, tokenizer and model card. Returns the optimiser steps behind the
+    weights.
 
     `card(steps)` is the text of the card. Waits while the store is unavailable, and reports that to
     `tell`. Raises CheckpointError where there is no commit, or its weights do not fit the model;
     ConfigError where `out` cannot be written; StoreUnavailable at the end of the patience.
     """
-    model, steps = load_trained(checkpoints, section, tell=tell, patience=patience)
+    model, steps = load_trained(checkpoints, section, step=step, tell=tell, patience=patience)
     model.generation_config = generation_config_of(section) or model.generation_config
     write_model(model, tokenizer, out, card=card(steps))
     return steps
@@ -64,17 +66,23 @@ def write_model(
 
 
 def load_trained(
-    checkpoints: str, section: StudentSection, *, tell: Tell, patience: Patience = DEFAULT_PATIENCE
+    checkpoints: str,
+    section: StudentSection,
+    *,
+    tell: Tell,
+    step: int | None = None,
+    patience: Patience = DEFAULT_PATIENCE,
 ) -> tuple[PreTrainedModel, int]:
-    """The model of the newest commit, on the CPU and in the student's dtype, and the optimiser
-    steps behind it. Waits and raises as `export` does."""
+    """The model of the newest commit, or of that of `step`, on the CPU and in the student's dtype,
+    and the optimiser steps behind it. Waits and raises as `export` does."""
     # the weights
-    with newest_copy(checkpoints, weight_files, tell=tell, patience=patience) as copy:
+    with newest_copy(checkpoints, weight_files, step=step, tell=tell, patience=patience) as copy:
         if copy is None:
+            of_step = "" if step is None else f"of step {step} "
             raise CheckpointError(
-                f"there is no checkpoint under {checkpoints}; train first, with `stillhouse run` "
-                "or `stillhouse train`. If that was on other machines, student.checkpoint_url has "
-                "to name a place that this one sees, too"
+                f"there is no checkpoint {of_step}under {checkpoints}; train first, with "
+                "`stillhouse run` or `stillhouse train`. If that was on other machines, "
+                "student.checkpoint_url has to name a place that this one sees, too"
             )
         found, folder = copy
         weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)

@@ -7,7 +7,7 @@ newest commit of the job that verifies, with any number of ranks.
 
 import logging
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import monotonic
 
 import torch
@@ -36,6 +36,7 @@ from stillhouse.tracking import (
     CheckpointEvent,
     DamagedEvent,
     DelayEvent,
+    EarlyStopEvent,
     OutageEvent,
     RecoveryEvent,
     Tracker,
@@ -46,8 +47,9 @@ _log = logging.getLogger(__name__)
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: DriverLink) -> bool:
-    """Train up to `job.total_steps` on every rank of the existing process group, and return True
-    once the last step is committed. False where the group left before, on a stop request.
+    """Train up to `job.total_steps` on every rank of the existing process group, or until held-out
+    scores end it; return True once the last step is committed, False where the group left before,
+    on a stop request.
 
     Rank 0 journals the steps. Raises on every rank: ConfigError before the first step, where the
     divergence cannot learn from such targets; StudentError where a loss is not finite.
@@ -61,17 +63,20 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
         previous = _begin(job, found, device=device, journal=journal, link=link)
         if resumed >= job.total_steps:
             return True
+        scorer = HeldoutScorer.begin(
+            job, resumed=resumed, device=device, journal=journal, link=link, on_outage=on_outage
+        )
+        if _stop_if_over(job, scorer, resumed, journal, link):
+            return True
         engine = _engine(job, found, device=device)
 
     with (
         closing(engine),
         _reader(job, link, start=resumed, device=device, on_outage=on_outage) as reader,
-        _writer(job, journal) as writer,
+        _writer(job, journal, scorer) as writer,
     ):
-        scorer = _scorer(job, link, device=device, journal=journal, on_outage=on_outage)
         last_checkpoint = resumed
-        if scorer is not None and resumed == 0:
-            scorer.score_if_due(engine, 0)
+        scorer.score_at_begin(engine)
         for step in range(resumed, job.total_steps):
             # the batch of this step, or a stop request that comes while it is waited for
             began = monotonic()
@@ -86,24 +91,20 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
 
             # forward, backward and the optimiser step
             event = _train_step(engine, batch, job, link, began=began)
-
-            # rank 0 reports it
-            if dist.get_rank() == 0:
-                link.at(event.step, "commit")  # the journal's disk may be full
-                journal.record(event)
-                link.stepped(event.step, job.order.chunks_finished(event.step))
+            _report(event, job, journal, link)
             if previous is not None and step == resumed:
                 journal.record(_recovery(previous, event, since_begin_s=monotonic() - began_at))
 
-            # score it, before its checkpoint: what is committed is scored already
-            if scorer is not None:
-                scorer.score_if_due(engine, event.step)
-
-            # begin a checkpoint, which is written while training goes on
-            if job.is_checkpoint_due(event.step, last=last_checkpoint, is_busy=is_busy):
+            # score it; then begin a checkpoint, which is written while training goes on
+            must_commit = scorer.score_if_due(engine, event.step)
+            is_due = job.is_checkpoint_due(event.step, last=last_checkpoint, is_busy=is_busy)
+            if is_due or must_commit:
                 _begin_checkpoint(writer, engine, event.step, link)
                 last_checkpoint = event.step
+            if scorer.is_over:
+                break
         writer.wait()
+    _stop_if_over(job, scorer, last_checkpoint, journal, link)
     return True
 
 
@@ -188,15 +189,29 @@ def _engine(job: TrainJob, found: Restored | None, *, device: torch.device) -> S
     return engine
 
 
-def _scorer(
-    job: TrainJob, link: DriverLink, *, device: torch.device, journal: Tracker, on_outage: Tell
-) -> HeldoutScorer | None:
-    """What scores the student while it learns; None where that is not asked for."""
-    if job.heldout is None:
-        return None
-    return HeldoutScorer(
-        job.heldout, job, device=device, journal=journal, link=link, on_outage=on_outage
-    )
+def _report(event: TrainEvent, job: TrainJob, journal: Tracker, link: DriverLink) -> None:
+    """Journal a step, and tell the driver of it. On rank 0 alone."""
+    if dist.get_rank() == 0:
+        link.at(event.step, "commit")  # the journal's disk may be full
+        journal.record(event)
+        link.stepped(event.step, job.order.chunks_finished(event.step))
+
+
+def _stop_if_over(
+    job: TrainJob, scorer: HeldoutScorer, step: int, journal: Tracker, link: DriverLink
+) -> bool:
+    """Whether training stops early after `step`, which is committed. Rank 0 then reports it, and
+    that nothing is read any more."""
+    best = scorer.history.best
+    if not scorer.is_over or step >= job.total_steps or best is None:
+        return False
+    if dist.get_rank() == 0:
+        journal.record(EarlyStopEvent(job.role, step, *best))
+        link.stepped(step, job.order.chunks_finished(job.total_steps))
+        with suppress(StoreUnavailable, StoreForbidden):
+            done = replace(job.consumer(step), total_steps=step)
+            consumers.commit(ChunkStore(job.store_url, job.recipe), done)
+    return True
 
 
 def _outage_teller(job: TrainJob, journal: Tracker) -> Tell:
@@ -223,7 +238,7 @@ def _reader(
     )
 
 
-def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
+def _writer(job: TrainJob, journal: Tracker, scorer: HeldoutScorer) -> CheckpointWriter:
     rank, root = dist.get_rank(), Blobs(job.checkpoints_root)
 
     def on_commit(commit: Commit, seconds: float, blocking_s: float) -> None:
@@ -249,6 +264,7 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
         on_commit=on_commit,
         on_delay=on_delay,
         require_owner=require_own_command,
+        best_until=scorer.best_until,
     )
 
 

@@ -277,6 +277,17 @@ class HeldoutEvent(RunEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class EarlyStopEvent(RunEvent):
+    """A student stops before its last step, because its held-out KL fell no more."""
+
+    kind: ClassVar[str] = "early_stop"
+    role: Role
+    step: int  # the last one
+    best_step: int  # with the lowest held-out KL
+    best_kl: float  # nats
+
+
+@dataclass(frozen=True, slots=True)
 class EndEvent(RunEvent):
     """An attempt ended by itself; a killed one has no such row."""
 
@@ -319,6 +330,7 @@ EVENT_TYPES: dict[str, type[RunEvent]] = {
         RepairEvent,
         EvalEvent,
         HeldoutEvent,
+        EarlyStopEvent,
         EndEvent,
     )
 }

@@ -16,6 +16,7 @@ from rich.text import Text
 from stillhouse.terminal import one_line
 from stillhouse.tracking.events import (
     DelayEvent,
+    EarlyStopEvent,
     HeldoutEvent,
     OutageEvent,
     PoolEvent,
@@ -198,12 +199,18 @@ def _student_side(latest: _Latest) -> _Side:
 
 
 def _incident_line(event: RunEvent) -> str | None:
-    """The line for an event that stops a process or makes it wait; None for all others."""
+    """The line for an event that ends a training early, stops a process or makes it wait; None for
+    all others."""
     match event:
         case DelayEvent():
             return (
                 f"the {event.role}'s checkpoint of step {event.step} cannot be written yet: "
                 f"{event.why}"
+            )
+        case EarlyStopEvent():
+            return (
+                f"the {event.role} stops early, after step {event.step}: its held-out KL was "
+                f"lowest after step {event.best_step}, {event.best_kl:.3f}"
             )
         case OutageEvent():
             return f"{event.who} has waited for {event.seconds:.0f} s: {event.why}"
