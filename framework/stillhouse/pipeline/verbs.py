@@ -34,7 +34,7 @@ from stillhouse.pipeline.students import students_at_work
 from stillhouse.pipeline.teachers import teacher_pool
 from stillhouse.report import write_report
 from stillhouse.retry import insist
-from stillhouse.tracking import ROOM_PATIENCE, Tracker
+from stillhouse.tracking import ROOM_PATIENCE, EarlyStopEvent, Tracker, read_journal
 from stillhouse.tracking.log import terminal_log
 
 
@@ -132,7 +132,12 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
                         machines.require_driver()
                     return done
 
-                pool.run(readers=("student",), coordinator=session.coordinator, finished=finished)
+                pool.run(
+                    readers=("student",),
+                    coordinator=session.coordinator,
+                    finished=finished,
+                    enough=lambda: _stopped_early(plan.run_dir),
+                )
 
         # what came of it
         scores = score(plan.evaluation, session)
@@ -152,6 +157,13 @@ def evaluate_run(plan: Plan, *, command: str = "stillhouse eval") -> dict[ModelN
 def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
     """The plan of a run directory that exists already. Raises RecipeError where it is none."""
     return resolved(config_of(run_dir), run_dir=run_dir, cache_dir=cache_dir)
+
+
+def _stopped_early(run_dir: Path) -> bool:
+    """Whether a student of the run has stopped before its last step: chunks that it would have read
+    later need not be made."""
+    events = read_journal(run_dir / "journal.jsonl")
+    return any(isinstance(event, EarlyStopEvent) for event in events)
 
 
 def _report(run_dir: Path) -> None:

@@ -141,6 +141,7 @@ class StudentEngine:
                 sums_X += self._engine(batch, step=step)
         self._engine.train()
         dist.all_reduce(sums_X)
+        dist.broadcast(sums_X, src=0)  # ranks decide by it: not one bit may differ
         return scores_of(sums_X)
 
     def snapshot(self, step: int) -> Snapshot:

@@ -89,6 +89,9 @@ class HeldoutScorer:
     def _score(
         self, engine: StudentEngine, step: int, plan: HeldoutPlan, teacher: HeldoutTeacher
     ) -> None:
+        # rank 0 may still wait for the journal's disk
+        self.link.at(step, "commit")
+        dist.barrier()
         # every rank its own sequences
         began, rank = monotonic(), dist.get_rank()
         self.link.at(step, "evaluate")
