@@ -45,18 +45,16 @@ def publish(evaluation: Evaluation, session: Session) -> HeldoutPlan | None:
 def best_step(evaluation: Evaluation, job: TrainJob, *, tell: Tell) -> int:
     """The step after which a student's held-out KL was lowest. Raises ConfigError where it was not
     kept."""
-    plan = None
-    if evaluation.section.keep_best:
-        plan = _plan_of(evaluation, scored_sequences(evaluation))
-        root, key = Blobs(job.checkpoints_root), plan.history_key(job.role)
-        best = read_history(root, key, tell=tell).best
-    if plan is None or best is None:
-        found = "evaluate.keep_best is false" if plan is None else f"{key} holds no score"
+    key = _plan_of(evaluation, scored_sequences(evaluation)).history_key(job.role)
+    best = read_history(Blobs(job.checkpoints_root), key, tell=tell).best
+    if not evaluation.section.keep_best or best is None:
+        found = f"{key} holds no score" if best is None else "evaluate.keep_best is false"
         raise ConfigError(
             f"no best checkpoint of the {job.role} was kept: {found}; train with "
             "evaluate.every_steps and evaluate.keep_best = true, or leave --best out"
         )
-    return best[0]
+    step, _ = best
+    return step
 
 
 def scored_sequences(evaluation: Evaluation) -> Sequences:

@@ -20,8 +20,8 @@ from stillhouse.tracking import HeldoutEvent, Tracker
 @dataclass(slots=True)
 class HeldoutScorer:
     """Scores an engine's student beside what was published of its teacher, and decides by the
-    scores: the same on every rank. `begin`, `score_at_begin` and `score_if_due` are
-    collectives. Of a job without a plan for it, it scores nothing.
+    scores: the same on every rank. `begin`, `score_at_begin` and `score_if_due` are collectives.
+    Of a job without a plan for it, it scores nothing.
 
     The teacher's head is on the device only while it is used.
     """
@@ -32,7 +32,7 @@ class HeldoutScorer:
     journal: Tracker
     link: DriverLink
     on_outage: Tell
-    scoring: tuple[HeldoutPlan, HeldoutTeacher] | None
+    teacher: HeldoutTeacher | None
     history: History
 
     @classmethod
@@ -58,7 +58,7 @@ class HeldoutScorer:
             history = agreed_history(root, key, is_reader=is_reader, tell=on_outage).until(resumed)
         teacher = read_heldout(root, plan.key, tell=on_outage)
         link.at(0, "start")
-        return cls(job, resumed, device, journal, link, on_outage, (plan, teacher), history)
+        return cls(job, resumed, device, journal, link, on_outage, teacher, history)
 
     def score_at_begin(self, engine: StudentEngine) -> None:
         """Score a student before its first step."""
@@ -68,9 +68,9 @@ class HeldoutScorer:
     def score_if_due(self, engine: StudentEngine, step: int) -> bool:
         """Score the student after `step` optimiser steps, where the plan wants it then. Whether
         this state has to be committed: it is the best so far, and is kept, or the last."""
-        if self.scoring is None:
+        plan, teacher = self.job.heldout, self.teacher
+        if plan is None or teacher is None:
             return False
-        plan, teacher = self.scoring
         if plan.is_due(step, total_steps=self.job.total_steps):
             self._score(engine, step, plan, teacher)
         return self.is_over or self.best_until(step) == step
