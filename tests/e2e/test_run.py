@@ -122,12 +122,14 @@ def test_the_student_is_nearer_to_its_teacher_than_the_control(undisturbed: Plan
 
 
 def test_both_students_are_scored_while_they_learn(undisturbed: Plan) -> None:
+    """The student comes nearer to its teacher, the control to the text."""
     events = journal(undisturbed)
-    for role in ("student", "control"):
-        scores = latest_heldout_events(events, role)
+    student, control = (latest_heldout_events(events, role) for role in ("student", "control"))
+    for scores in (student, control):
         assert [score.step for score in scores] == [0, 25, 50, 60]
-        assert {score.num_tokens >= 64 for score in scores} == {True}
-        assert scores[-1].kl < scores[0].kl
+        assert all(score.num_tokens >= 64 for score in scores)
+    assert student[-1].kl < student[0].kl
+    assert control[-1].cross_entropy < control[0].cross_entropy
     report = (undisturbed.run_dir / "report.html").read_text(encoding="utf-8")
     assert "Held-out KL(teacher ‖ model)" in report
 
