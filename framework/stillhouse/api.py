@@ -20,7 +20,8 @@ from stillhouse.model_path import source_of
 
 if TYPE_CHECKING:
     from stillhouse.config import Config
-    from stillhouse.evaluation.scores import ModelName, Scores
+    from stillhouse.evaluation.scores import ModelName
+    from stillhouse.losses.score import Scores
     from stillhouse.pipeline import Plan
 
 
@@ -83,14 +84,17 @@ def evaluate(run: "Plan | str | Path") -> "dict[ModelName, Scores]":
     return pipeline.evaluate_run(plan, command="stillhouse.evaluate(plan)")
 
 
-def export(run: "Plan | str | Path", out: str | Path, *, adapter: bool = False) -> int:
+def export(
+    run: "Plan | str | Path", out: str | Path, *, best: bool = False, adapter: bool = False
+) -> int:
     """Write the student of a run as a plain Hugging Face directory with a model card. Returns the
     optimiser steps behind it.
 
-    `run` is a plan, or the directory of a run; `out` is a directory that is new or empty. `adapter`
-    writes the adapters of a student with LoRA alone, for peft; else they are merged. Raises
-    ConfigError where `out` is neither or there are no adapters, CheckpointError where the run has
-    no checkpoint.
+    `run` is a plan, or the directory of a run; `out` is a directory that is new or empty. `best`
+    writes the student of the step with the lowest held-out KL, which evaluate.keep_best keeps; else
+    the newest is written. `adapter` writes the adapters of a student with LoRA alone, for peft;
+    else they are merged. Raises ConfigError where `out` is neither, no best one was kept or there
+    are no adapters, CheckpointError where the run has no checkpoint.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -98,7 +102,7 @@ def export(run: "Plan | str | Path", out: str | Path, *, adapter: bool = False) 
     plan = _opened(run)
     from stillhouse import pipeline
 
-    return pipeline.export_run(plan, out, adapter=adapter)
+    return pipeline.export_run(plan, out, best=best, adapter=adapter)
 
 
 def push(run: "Plan | str | Path", name: str, *, private: bool = False) -> str:

@@ -28,6 +28,7 @@ from helpers.s3 import forbid_writing
 from helpers.world import TinyWorld
 from stillhouse import api, pipeline
 from stillhouse.checkpoint import choice
+from stillhouse.cli.closing import verdict_of
 from stillhouse.errors import RecipeError, StoreError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_that_matter, config_of
@@ -44,6 +45,7 @@ from stillhouse.tracking import (
     StartEvent,
     TeacherEvent,
     TrainEvent,
+    latest_heldout_events,
     latest_train_events,
     read_journal,
 )
@@ -71,7 +73,7 @@ def undisturbed(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory)
         store={"url": str(folder / "store")},
         teacher=TEACHERS,
         student=STUDENT,
-        evaluate={"control": True},
+        evaluate={"control": True, "every_steps": 25, "tokens_while_learning": 64},
     )
     pipeline.run(plan)
     return plan
@@ -99,7 +101,7 @@ def test_every_process_of_a_run_leaves_its_log_beside_the_journal_and_no_secret_
     roles = ("driver", "coordinator", "teacher-0", "teacher-1", "attempt-1-rank-0", "evaluation")
     assert Counter(
         path.name.partition(f"-{socket.gethostname()}-")[0] for path in paths
-    ) == Counter(roles)
+    ) == Counter((*roles, "heldout"))
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
     # each event of the journal, too
     assert text.count(" INFO ") > len(undisturbed.chunks) + 2 * undisturbed.total_steps
@@ -120,6 +122,19 @@ def test_the_student_is_nearer_to_its_teacher_than_the_control(undisturbed: Plan
     assert student.num_tokens == control.num_tokens == undisturbed.sources.heldout.num_targets
 
 
+def test_both_students_are_scored_while_they_learn(undisturbed: Plan) -> None:
+    """The student comes nearer to its teacher, the control to the text."""
+    events = journal(undisturbed)
+    student, control = (latest_heldout_events(events, role) for role in ("student", "control"))
+    for scores in (student, control):
+        assert [score.step for score in scores] == [0, 25, 50, 60]
+        assert all(score.num_tokens >= 64 for score in scores)
+    assert student[-1].kl < student[0].kl
+    assert control[-1].cross_entropy < control[0].cross_entropy
+    report = (undisturbed.run_dir / "report.html").read_text(encoding="utf-8")
+    assert "Held-out KL(teacher ‖ model)" in report
+
+
 def test_produce_then_train_through_s3_is_the_same_training_as_run(
     undisturbed: Plan,
     tiny_world: TinyWorld,
@@ -127,7 +142,8 @@ def test_produce_then_train_through_s3_is_the_same_training_as_run(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Who trains may only read the bucket. Who is refused has left nothing in it."""
+    """Who trains may only read the bucket. Who is refused has left nothing in it. This training is
+    not scored on the way, and `run`'s was."""
     client = boto3.client("s3", endpoint_url=s3_endpoint)
     client.create_bucket(Bucket="whisky")
     plan = tiny_world.plan(
@@ -383,6 +399,18 @@ def test_the_command_that_exports_the_student_can_be_typed_as_it_is_shown(
     plan, outcome = asked_again
     (shown,) = re.findall(r"`(stillhouse export .*) OUT`", outcome.out)
     assert shlex.split(shown) == ["stillhouse", "export", str(plan.run_dir)]
+
+
+def test_a_command_that_trains_ends_with_the_verdict_the_scores_and_where_everything_is(
+    asked_again: tuple[Plan, Outcome],
+) -> None:
+    plan, outcome = asked_again
+    out = outcome.out
+    verdict = out.index(verdict_of(plan.run_dir))
+    scores = out.index("KL from teacher")
+    assert verdict < scores < out.index(f"The report:      {plan.run_dir / 'report.html'}")
+    assert f"The targets:     {plan.store.url}\n" in out
+    assert f"The checkpoints: {plan.jobs[0].checkpoints_root}\n" in out
 
 
 def test_report_and_model_card_say_what_was_trained(

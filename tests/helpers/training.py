@@ -3,7 +3,7 @@ the journal kept in memory."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import BatchReader
 from stillhouse.student.train import train
 from stillhouse.student.universal import convert
-from stillhouse.tracking import RunEvent, TrainEvent
+from stillhouse.tracking import HeldoutEvent, RunEvent, TrainEvent
 
 CPU = torch.device("cpu")
 
@@ -110,9 +110,23 @@ def train_until_told(
 
 def train_and_tell(job: TrainJob) -> list[TrainEvent]:
     """Train the job; rank 0's training rows, in order."""
+    return [row for row in train_and_keep_rows(job) if isinstance(row, TrainEvent)]
+
+
+def train_and_keep_rows(job: TrainJob) -> list[RunEvent]:
+    """Train the job; all that this rank journals, in order."""
     tracker = ListTracker()
     train(job, device=CPU, journal=tracker, link=Alone())
-    return [row for row in tracker.rows if isinstance(row, TrainEvent)]
+    return list(tracker.rows)
+
+
+def heldout_of(rows: Sequence[RunEvent]) -> list[tuple[int, tuple[float, ...]]]:
+    """The held-out scores in a journal: each step, and all that was measured but its seconds."""
+    return [
+        (row.step, astuple(replace(row, seconds=0.0, time=0.0)))
+        for row in rows
+        if isinstance(row, HeldoutEvent)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ from stillhouse.bench.targets import (
     table,
 )
 from stillhouse.config import CorpusSection, TeacherSection
-from stillhouse.evaluation.scores import Scores
 from stillhouse.logits import TargetSpec, compress, token_seeds
+from stillhouse.losses.score import Scores
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest
 from stillhouse.pipeline.toy import Shape
 from stillhouse.sequences import Corpus, prepare_corpus

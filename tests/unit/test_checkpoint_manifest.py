@@ -361,6 +361,21 @@ def test_the_newest_are_kept_and_torn_ones_before_them_go(tmp_path: Path, keep: 
     assert step_of_newest(tmp_path) == 1000
 
 
+@pytest.mark.parametrize(("best", "kept"), [(5, [5, 1000]), (1000, [1000]), (7, [1000])])
+def test_the_best_commit_is_kept_beside_the_newest_and_is_found_by_its_step(
+    tmp_path: Path, best: int, kept: list[int]
+) -> None:
+    made = {commit.step: commit for commit in make(tmp_path, 5, 10, 100, 1000)}
+    retain(Blobs(str(tmp_path)), 1, best=best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        name for step in kept for name in (made[step].folder, made[step].manifest)
+    )
+    with newest_copy(
+        str(tmp_path), lambda commit: commit.files, step=best, tell=refuse_outage
+    ) as found:
+        assert (None if found is None else found[0]) == (made[best] if best in kept else None)
+
+
 def test_retaining_leaves_what_is_no_checkpoint_alone(tmp_path: Path) -> None:
     make(tmp_path, 10, 20)
     (tmp_path / "notes").mkdir()

@@ -126,6 +126,13 @@ def test_draws_alone_need_the_divergence_that_learns_from_them(least: Path) -> N
     assert load_config([least], (*draws, *unused)).target.k == 0
 
 
+@pytest.mark.parametrize("setting", ["patience = 3", "keep_best = true"])
+def test_what_held_out_scores_decide_needs_scores(least: Path, setting: str) -> None:
+    words = refusal(least, overrides=(f"evaluate.{setting}",))
+    assert f"{setting.split()[0]} is set, but every_steps is 0" in words
+    assert load_config([least], [f"evaluate.{setting}", "evaluate.every_steps = 5"])
+
+
 def test_what_has_no_default_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"teacher\.model: missing"):
         parse_config(LEAST | {"teacher": {}})

@@ -17,7 +17,8 @@ from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
 from stillhouse.cluster.processes import Secrets
 from stillhouse.config import EvaluateSection, ModelSection
-from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
+from stillhouse.evaluation.scores import EvaluationJob, evaluate
+from stillhouse.losses.score import Scores
 from stillhouse.sequence import Sequences
 
 RECIPE = small_recipe(num_sequences=7, sequence_length=24, chunk_sequences=7)

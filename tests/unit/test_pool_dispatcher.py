@@ -115,7 +115,7 @@ def require_same_version(first: WriterReady, other: WriterReady, worker: int) ->
         raise TeacherError(f"writer {worker} has version {other.version}, not {first.version}")
 
 
-def write_all(crew: Writers) -> list[RunEvent]:
+def write_all(crew: Writers, *, enough: Callable[[], bool] = lambda: False) -> list[RunEvent]:
     recipe, journal = (
         small_recipe(num_sequences=NUM_BLOCKS * NUM_ROWS, chunk_sequences=NUM_ROWS),
         Rows(),
@@ -136,7 +136,7 @@ def write_all(crew: Writers) -> list[RunEvent]:
         window_chunks=2,
         journal=journal,
     )
-    pool.run(readers=(), coordinator=Mailbox(), finished=lambda: True)
+    pool.run(readers=(), coordinator=Mailbox(), finished=lambda: True, enough=enough)
     return journal.rows
 
 
@@ -160,6 +160,19 @@ def test_a_row_that_none_of_them_can_make_is_set_aside_and_the_rest_of_its_block
     assert {row.block: row.rows for row in of(rows, WrittenEvent)} == {
         block: [0, 2, 3] if block == 2 else list(range(NUM_ROWS)) for block in range(NUM_BLOCKS)
     }
+
+
+def test_blocks_that_nobody_waits_for_are_not_made() -> None:
+    written: list[int] = []
+
+    @dataclass
+    class Counting(Writers):
+        def submit(self, worker: int, lease: int, item: Prompts, *, publish: bool) -> None:
+            written.append(item.block)
+            super().submit(worker, lease, item, publish=publish)
+
+    rows = write_all(Counting(), enough=lambda: len(written) >= 3)
+    assert 0 < len(of(rows, WrittenEvent)) < NUM_BLOCKS
 
 
 def test_a_worker_that_is_not_the_same_as_the_first_ends_the_run() -> None:

@@ -54,7 +54,8 @@ SIGNATURES = {
     "divergence_named": "(name: str, mix: float = 0.5) -> Divergence",
     "encode": "(compressed: CompressedLogits, spec: TargetSpec) -> Tensor",
     "evaluate": "(run: Plan | str | Path) -> dict[ModelName, Scores]",
-    "export": "(run: Plan | str | Path, out: str | Path, *, adapter: bool = False) -> int",
+    "export": "(run: Plan | str | Path, out: str | Path, *, best: bool = False, "
+    "adapter: bool = False) -> int",
     "list_recipes": "(url: str) -> list[StoredRecipe]",
     "load_config": "(paths: str | Path | Iterable[str | Path], "
     "overrides: str | Iterable[str] = ()) -> Config",

@@ -14,7 +14,7 @@ from helpers.damage import fill, small_disk
 from helpers.sealing import sealed_line
 from stillhouse.errors import StoreUnavailable, UserError
 from stillhouse.report import write_report
-from stillhouse.report.figures import pace_panels, training_panels
+from stillhouse.report.figures import heldout_panels, pace_panels, training_panels
 from stillhouse.report.summary import (
     Interval,
     Summary,
@@ -30,6 +30,7 @@ from stillhouse.tracking import (
     ChunkEvent,
     EndEvent,
     EvalEvent,
+    HeldoutEvent,
     Journal,
     PoolEvent,
     Role,
@@ -562,6 +563,48 @@ def test_the_size_of_a_figure_does_not_grow_with_the_run() -> None:
     panels = training_panels(long)
     assert all(len(panel.svg) < 40_000 for panel in panels)
     assert all("Each point is the mean of 67 steps." in panel.caption for panel in panels)
+
+
+@pytest.mark.parametrize(
+    ("constant", "title"),
+    [
+        (True, "Divergence from the teacher, with a constant, nats a token"),
+        (False, "Divergence from the teacher, nats a token"),
+    ],
+)
+def test_a_loss_with_a_constant_is_named_so(constant: bool, title: str) -> None:
+    summary = _summary(replace(START, loss_constant=constant), *TRAINED[:3])
+    panel = training_panels(summary)[0]
+    assert panel.title == title
+    assert ("does not fall to 0" in panel.caption) == constant
+    assert ("with a constant" in verdict(summary)) == constant
+
+
+def test_held_out_scores_are_curves_of_both_roles_and_of_one_text() -> None:
+    """Of the text that was scored last, and each step once."""
+
+    def scored(role: Role, step: int, kl: float, *, num_tokens: int = 4096) -> HeldoutEvent:
+        return HeldoutEvent(role, step, num_tokens, 3.0 + kl, kl, 0.5, 0.02, 0.6, 1.0)
+
+    summary = _summary(
+        *(START, *TRAINED),
+        scored("student", 0, 9.0, num_tokens=100),
+        *(scored("student", step, 1.0 / step) for step in (2, 4, 6)),
+        *(scored("student", 6, 0.125), scored("control", 2, 0.75)),
+    )
+    assert [(each.step, each.kl) for each in summary.heldout["student"]] == [
+        (2, 0.5),
+        (4, 0.25),
+        (6, 0.125),
+    ]
+    kl, cross_entropy = heldout_panels(summary)
+    assert kl.title.startswith("Held-out KL")
+    assert [name for name, _ in kl.legend] == ["student", "control"]
+    assert "4,096 held-out target tokens" in cross_entropy.caption
+    assert "nearest" not in kl.caption
+    worse = _summary(START, scored("student", 2, 0.25), scored("student", 4, 0.5))
+    assert "nearest to its teacher after step 2: 0.250." in heldout_panels(worse)[0].caption
+    assert heldout_panels(_summary(*WHOLE)) == []
 
 
 def test_a_loss_that_is_not_finite_does_not_spoil_the_figures(tmp_path: Path) -> None:

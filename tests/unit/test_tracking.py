@@ -30,8 +30,10 @@ from stillhouse.tracking import (
     ChunkEvent,
     DamagedEvent,
     DelayEvent,
+    EarlyStopEvent,
     EndEvent,
     EvalEvent,
+    HeldoutEvent,
     Journal,
     JournalReader,
     NewerEvent,
@@ -89,6 +91,7 @@ POOL = PoolEvent(
     failures=0,
     time=1011.0,
 )
+HELDOUT = HeldoutEvent("student", 4, 512, 4.25, 0.875, 0.5, 0.04, 0.625, 1.5, time=1015.0)
 ROWS = [
     START,
     TeacherEvent(0, 12.5, "cuda:0", "triton: its kernels passed", time=1001.0),
@@ -115,6 +118,8 @@ ROWS = [
     StallEvent("teacher", 1, 0, "work", 301.0, "", time=1022.5),
     SetAsideEvent(4, [33], "IndexError: index out of range", time=1023.0),
     RepairEvent(3, time=1024.0),
+    HELDOUT,
+    EarlyStopEvent("student", 8, 4, 0.875, time=1016.0),
     EvalEvent("teacher", 0, 4096, 3.05, None, 1.0, 0.02, 1.0, time=1030.0),
     EvalEvent("student", 10, 4096, 3.41, 0.31, 0.71, 0.03, 0.78, time=1031.0),
     EndEvent("done", 31.0, "", {"student": 6}, {"student": 10}, time=1032.0),
@@ -601,6 +606,8 @@ def test_the_wandb_file_holds_what_the_journal_holds(tmp_path: Path) -> None:
     assert {"teacher/seconds_to_ready", "student_checkpoint/num_bytes", "attempt"} <= {
         name for row in history for name in row
     }
+    [scored] = [row for row in history if "eval/student/kl" in row]
+    assert (scored["student/step"], scored["eval/student/kl"]) == (4, 0.875)
     summary = _summary(records)
     assert summary["eval/student/cross_entropy"] == 3.41
     assert summary["eval/teacher/cross_entropy"] == 3.05
@@ -610,7 +617,7 @@ def test_the_wandb_file_holds_what_the_journal_holds(tmp_path: Path) -> None:
         for record in records
         if record.metric.glob_name
     }
-    assert axes["student/*"] == "student/step"
+    assert axes["student/*"] == axes["eval/student/*"] == "student/step"
     assert axes["chunk/*"] == "pool/published"
 
 
@@ -894,6 +901,31 @@ def test_progress_tells_pace_and_waiting() -> None:
     last = text.getvalue().splitlines()[-1]
     assert "1,234 tokens/s, ETA 2:00" in last  # 4 of 8 chunks in 120 s
     assert "waiting 25%, ETA 1:10" in last  # 7 steps of 10 s
+
+
+def test_progress_says_when_the_students_loss_has_a_constant() -> None:
+    text = io.StringIO()
+    with ProgressView(Console(file=text), clock=_Clock(), every_s=0.0) as view:
+        for row in (replace(START, loss_constant=True), TRAIN, replace(TRAIN, role="control")):
+            view.record(row)
+    _, student, control = text.getvalue().splitlines()
+    assert "loss + constant 2.500, 250 tokens/s" in student
+    assert "loss 2.500, 250 tokens/s" in control
+
+
+def test_progress_tells_the_newest_held_out_score_of_the_role_that_trains() -> None:
+    clock, text = _Clock(), io.StringIO()
+    with ProgressView(Console(file=text), clock=clock, every_s=0.0) as view:
+        for row in (START, TRAIN, replace(HELDOUT, kl=0.9), replace(HELDOUT, kl=0.8)):
+            view.record(row)
+        view.record(replace(TRAIN, role="control"))
+    assert [line.partition(", loss 2.500")[2][:19] for line in text.getvalue().splitlines()] == [
+        "",
+        ", 250 tokens/s, wai",
+        ", held-out KL 0.900",
+        ", held-out KL 0.800",
+        ", 250 tokens/s, wai",
+    ]
 
 
 def test_progress_on_a_terminal_shows_both_bars_side_by_side() -> None:

@@ -26,8 +26,9 @@ from stillhouse.bench.trained import DEMO_TEACHER
 from stillhouse.cluster.processes import Secrets
 from stillhouse.config import EvaluateSection, ModelSection, TeacherSection
 from stillhouse.errors import ConfigError
-from stillhouse.evaluation.scores import EvaluationJob, Scores, evaluate
+from stillhouse.evaluation.scores import EvaluationJob, evaluate
 from stillhouse.logits import TargetSpec
+from stillhouse.losses.score import Scores
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest, vocab_size_of
 from stillhouse.pipeline.toy import Sizes, demo_config, make_models
 from stillhouse.sequences import Split, prepare_corpus

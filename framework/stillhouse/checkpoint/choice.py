@@ -19,6 +19,7 @@ from stillhouse.checkpoint.manifest import (
     Commit,
     commit_of,
     manifest_names,
+    manifest_of,
     read_commit,
 )
 from stillhouse.checkpoint.scratch import scratch_folder
@@ -49,14 +50,21 @@ def directly(call: Callable[[], _Answer], /) -> _Answer:
     return call()
 
 
-def choose(blobs: Blobs, problem_with: Callable[[Commit], str], *, ask: Ask = directly) -> Choice:
-    """The newest commit with which there is no problem ('').
+def choose(
+    blobs: Blobs,
+    problem_with: Callable[[Commit], str],
+    *,
+    step: int | None = None,
+    ask: Ask = directly,
+) -> Choice:
+    """The newest commit with which there is no problem (''); with `step`, the commit of that step.
 
-    Raises CheckpointError where there are commits and each has a problem.
+    Raises CheckpointError where there are such commits and each has a problem.
     """
     # newest first
     problems: dict[str, str] = {}
-    for name in reversed(ask(lambda: manifest_names(blobs))):
+    names = ask(lambda: manifest_names(blobs))
+    for name in reversed([name for name in names if step is None or name == manifest_of(step)]):
         found = ask(partial(_values_or_problem, blobs, name))
         if isinstance(found, str):
             problems[name] = found
@@ -107,11 +115,13 @@ def newest_copy(
     url: str,
     wanted: Callable[[Commit], Iterable[str]],
     *,
+    step: int | None = None,
     tell: Tell,
     patience: Patience = DEFAULT_PATIENCE,
 ) -> Iterator[tuple[Commit, Path] | None]:
-    """The newest commit whose `wanted` files verify, and a local folder with them: the commit's own
-    in a directory, a temporary one for an object store. None where there is no commit.
+    """The newest commit whose `wanted` files verify, or with `step` the commit of that step, and a
+    local folder with them: the commit's own in a directory, a temporary one for an object store.
+    None where there is no commit.
 
     Waits while the store is unavailable, and reports that to `tell`. Raises StoreUnavailable at the
     end of the patience.
@@ -126,7 +136,7 @@ def newest_copy(
             )
             return next(filter(None, problems), "")
 
-        found = choose(blobs, problem_with, ask=ask).commit
+        found = choose(blobs, problem_with, step=step, ask=ask).commit
         yield None if found is None else (found, local_folder(blobs, found, scratch))
 
 
@@ -142,8 +152,9 @@ def set_aside(blobs: Blobs, passed_over: Iterable[str]) -> None:
             blobs.move(name, name.removesuffix(".json") + ".damaged")
 
 
-def retain(blobs: Blobs, keep: int) -> None:
-    """Delete all commits but the `keep` newest, and the folders without a commit up to the newest.
+def retain(blobs: Blobs, keep: int, *, best: int | None = None) -> None:
+    """Delete all commits but the `keep` newest and that of step `best`, and the folders without a
+    commit up to the newest.
 
     Manifests are deleted first, so that half a commit is never one. Later folders stay: ranks may
     be writing them. A folder stays, too, that a damaged manifest may name.
@@ -151,8 +162,9 @@ def retain(blobs: Blobs, keep: int) -> None:
     manifests = manifest_names(blobs)
     if not manifests:
         return
-    blobs.delete(*manifests[:-keep])
-    kept = {name.removesuffix(".json"): _folder_named_by(blobs, name) for name in manifests[-keep:]}
+    stays = {*manifests[-keep:], *([] if best is None else [manifest_of(best)])} & {*manifests}
+    blobs.delete(*(name for name in manifests if name not in stays))
+    kept = {name.removesuffix(".json"): _folder_named_by(blobs, name) for name in stays}
     newest_tag = manifests[-1].removesuffix(".json")
     for folder in blobs.folders():
         match = _FOLDER.fullmatch(folder)

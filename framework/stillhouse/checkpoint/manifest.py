@@ -63,7 +63,7 @@ class Commit:
 
     @property
     def manifest(self) -> str:
-        return f"{tag_of(self.step)}.json"
+        return manifest_of(self.step)
 
     @property
     def num_bytes(self) -> int:
@@ -73,6 +73,11 @@ class Commit:
 def tag_of(step: int) -> str:
     """How the names of a checkpoint after `step` optimiser steps begin."""
     return f"step-{step:08d}"
+
+
+def manifest_of(step: int) -> str:
+    """The manifest that makes a checkpoint after `step` optimiser steps a commit."""
+    return f"{tag_of(step)}.json"
 
 
 def folder_of(step: int, attempt: str) -> str:

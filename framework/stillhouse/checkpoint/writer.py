@@ -51,6 +51,14 @@ OnDelay = Callable[[int, str], None]
 present."""
 
 
+BestUntil = Callable[[int], int | None]
+"""The step up to this one whose commit has to be kept, however old it is; None: none has to."""
+
+
+def _no_best(_step: int) -> None:
+    return None
+
+
 class _AbandonedError(Exception):
     """The checkpoint is not waited for any more."""
 
@@ -62,7 +70,7 @@ def attempt_name() -> str:
 
 class RankWriter:
     """Writes one rank's snapshots in the calling thread. On rank 0 it also commits them, and
-    deletes all commits but the `keep` newest.
+    deletes all commits but the `keep` newest and the best one.
 
     While the store is unavailable it tries again without an end; `pause` waits between two tries,
     and may raise to end it.
@@ -78,16 +86,18 @@ class RankWriter:
         on_commit: OnCommit,
         on_delay: OnDelay,
         require_owner: Callable[[], None],
+        best_until: BestUntil = _no_best,
         clock: Callable[[], float] = monotonic,
         pause: Callable[[float], None],
     ) -> None:
         """`template`: any commit of this attempt; step and files are replaced. `require_owner`
         raises where another command owns the checkpoints: then rank 0 commits, reports and deletes
-        nothing more."""
+        nothing more. `best_until`: the best step among those up to the one that it is given, if one
+        has to be kept."""
         self._blobs, self._template = blobs, template
         self._rank, self._keep = rank, keep
         self._on_commit, self._on_delay = on_commit, on_delay
-        self._require_owner = require_owner
+        self._require_owner, self._best_until = require_owner, best_until
         self._clock, self._pause = clock, pause
         self._undelayed_step: int | None = None  # being written, and no delay of it reported yet
         # since when the store is unavailable, and its error
@@ -118,7 +128,8 @@ class RankWriter:
         # what is older; a delay of this is not reported
         self._undelayed_step = None
         self._insist(self._require_owner)
-        self._insist(lambda: retain(self._blobs, self._keep))
+        best = self._best_until(snapshot.step)
+        self._insist(lambda: retain(self._blobs, self._keep, best=best))
 
     def _commit(self, commit: Commit, *, began: float, blocking_s: float) -> None:
         """Publish the commit, and report it."""
@@ -184,6 +195,7 @@ class CheckpointWriter:
         on_commit: OnCommit,
         on_delay: OnDelay,
         require_owner: Callable[[], None] = lambda: None,
+        best_until: BestUntil = _no_best,
         patience: Patience = DEFAULT_PATIENCE,
         files: FileLayer = DISK,
     ) -> None:
@@ -197,6 +209,7 @@ class CheckpointWriter:
             on_commit=on_commit,
             on_delay=on_delay,
             require_owner=require_owner,
+            best_until=best_until,
             pause=self._pause,
         )
         # the thread that it writes in, one for each snapshot

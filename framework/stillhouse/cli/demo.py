@@ -14,15 +14,14 @@ from rich.console import Console
 
 from stillhouse import pipeline
 from stillhouse.atomic import remove_tree, whole_directory
+from stillhouse.cli.closing import verdict_of
 from stillhouse.cluster.machine import require
 from stillhouse.cluster.session import lacks
 from stillhouse.config import Config
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
 from stillhouse.pipeline.toy import Sizes, demo_config, make_models
-from stillhouse.report.summary import summarise, verdict
 from stillhouse.terminal import printable
-from stillhouse.tracking import read_journal
 
 _MAX_THREADS = 4  # with more, matrices this small are slower
 
@@ -61,9 +60,7 @@ def run_demo(
     pipeline.export_run(plan, student)
 
     # what came of it
-    summary = summarise(read_journal(run_dir / "journal.jsonl"))
-    assert summary is not None
-    console.print(printable(f"\n{verdict(summary)}\n"))
+    console.print(printable(f"\n{verdict_of(run_dir)}\n"))
     where = f"The report:  {run_dir / 'report.html'}\nThe student: {student}"
     console.print(printable(where), soft_wrap=True)
 

@@ -1,8 +1,6 @@
 """The verbs of a run: demo, check, run, produce, train, eval, report, export, push."""
 
 import os
-import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +11,6 @@ from stillhouse.cluster import machine
 from stillhouse.cluster.environment import cache_dir, typed
 
 if TYPE_CHECKING:
-    from stillhouse.evaluation.scores import ModelName, Scores
     from stillhouse.pipeline import Plan
 
 Configs = Annotated[
@@ -61,9 +58,9 @@ def run(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -
     """Produce and train at the same time, evaluate, report. The same command resumes a run."""
     plan = planned(configs, overrides, run_dir)
     from stillhouse import pipeline
+    from stillhouse.cli.closing import say_what_came_of_it
 
-    pipeline.run(plan, command=typed())
-    _announce(plan.run_dir)
+    say_what_came_of_it(plan, pipeline.run(plan, command=typed()))
 
 
 def produce(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
@@ -78,17 +75,18 @@ def train(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None)
     """Train on a store that `produce` has filled, evaluate, report; no teacher pool."""
     plan = planned(configs, overrides, run_dir)
     from stillhouse import pipeline
+    from stillhouse.cli.closing import say_what_came_of_it
 
-    pipeline.train(plan, command=typed())
-    _announce(plan.run_dir)
+    say_what_came_of_it(plan, pipeline.train(plan, command=typed()))
 
 
 def evaluate(run_dir: ExistingRun) -> None:
     """Score teacher, student and control on the held-out split again."""
     plan = api.open_run(run_dir)
     from stillhouse import pipeline
+    from stillhouse.cli.closing import print_scores
 
-    _print_scores(pipeline.evaluate_run(plan, command=typed()))
+    print_scores(pipeline.evaluate_run(plan, command=typed()))
 
 
 def report(run_dir: ExistingRun) -> None:
@@ -101,12 +99,15 @@ def report(run_dir: ExistingRun) -> None:
 def export(
     run_dir: ExistingRun,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    best: Annotated[
+        bool, typer.Option("--best", help="The student with the lowest held-out KL, not the last.")
+    ] = False,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Of a student with LoRA: its adapter alone.")
     ] = False,
 ) -> None:
     """Write the student as a plain Hugging Face directory."""
-    steps = api.export(run_dir, out, adapter=adapter)
+    steps = api.export(run_dir, out, best=best, adapter=adapter)
     opener = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     print(f"{out}: the student after {steps} steps; {opener}.from_pretrained('{out}') opens it")
 
@@ -136,35 +137,3 @@ def planned(
     if starts_ray and config.cluster.address is None:
         machine.require(machine.for_ray(os.environ, num_cpus=config.cluster.num_cpus))
     return api.plan(config, run_dir=run_dir or Path("runs") / configs[-1].stem)
-
-
-def _announce(run_dir: Path) -> None:
-    named = shlex.quote(str(run_dir))
-    print(
-        f"{run_dir / 'report.html'} tells the whole run; `stillhouse export {named} OUT` writes "
-        "the student as a Hugging Face model"
-    )
-
-
-def _print_scores(scores: "Mapping[ModelName, Scores]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    num_tokens = max(score.num_tokens for score in scores.values())
-    table = Table(
-        box=None,
-        header_style="bold",
-        caption=f"means over {num_tokens:,} held-out tokens, both models dense; nats",
-    )
-    table.add_column("model")
-    for heading in ("cross-entropy", "KL from teacher", "agreement", "acceptance", "calibration"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, score in scores.items():
-        compared = [
-            f"{value:.4f}" if name != "teacher" else ""
-            for value in (score.kl, score.agreement, score.acceptance)
-        ]
-        table.add_row(
-            name, f"{score.cross_entropy:.4f}", *compared, f"{score.calibration_error:.4f}"
-        )
-    Console().print(table)

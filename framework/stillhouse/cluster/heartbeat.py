@@ -4,9 +4,9 @@ travel between processes."""
 from dataclasses import dataclass
 from typing import Literal
 
-# Loading, reading a chunk that is there, waiting for chunks, computing, copying its state, waiting
-# for the store.
-Phase = Literal["start", "reading", "data", "step", "snapshot", "commit"]
+# Loading, reading a chunk that is there, waiting for chunks, computing, scoring held-out text,
+# copying its state, waiting for the store.
+Phase = Literal["start", "reading", "data", "step", "evaluate", "snapshot", "commit"]
 Cause = Literal["died", "stalled", "notice", "grown", "stop"]
 
 

@@ -9,6 +9,7 @@ from stillhouse.config.fields import (
     BatchSize,
     BlockSize,
     Count,
+    CountOrZero,
     Name,
     NoticeSource,
     NumBytes,
@@ -145,7 +146,8 @@ class StoreSection(Section):
 
 
 class EvaluateSection(Section):
-    """The dense comparison of student and teacher on held-out text, at the end of a run."""
+    """The dense comparison of student and teacher on held-out text: at the end of a run, and, on
+    less text, while students learn."""
 
     control: bool = Field(
         False,
@@ -155,6 +157,35 @@ class EvaluateSection(Section):
     block_tokens: BlockSize = Field(
         512, description="tokens whose two dense distributions are in memory at one time"
     )
+    every_steps: CountOrZero = Field(
+        0,
+        description="optimiser steps between two evaluations while students learn, which draw the "
+        "held-out curves; 0: at the end alone",
+    )
+    tokens_while_learning: Count = Field(
+        4096,
+        description="held-out target tokens that every_steps scores, up to the next whole sequence",
+    )
+    patience: CountOrZero = Field(
+        0,
+        description="held-out scores in a row without a lower KL after which a student stops "
+        "early; 0: it takes all its steps",
+    )
+    keep_best: bool = Field(
+        False,
+        description="keep the checkpoint with the lowest held-out KL as well, for "
+        "`stillhouse export --best`",
+    )
+
+    @model_validator(mode="after")
+    def _there_are_scores_to_decide_by(self) -> "EvaluateSection":
+        if self.every_steps == 0 and (self.patience > 0 or self.keep_best):
+            name = "patience" if self.patience > 0 else "keep_best"
+            raise ValueError(
+                f"{name} is set, but every_steps is 0: nothing is scored while a student learns; "
+                "set every_steps, such as 100"
+            )
+        return self
 
 
 class TrackingSection(Section):

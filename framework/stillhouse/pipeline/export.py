@@ -13,6 +13,7 @@ from stillhouse.errors import CheckpointError
 from stillhouse.models.hub import licence_of, upload
 from stillhouse.models.identity import is_local
 from stillhouse.pipeline.console import say
+from stillhouse.pipeline.heldout import best_step
 from stillhouse.pipeline.plan import Plan
 from stillhouse.report.words import short_name
 from stillhouse.sequences.documents import looks_like_path
@@ -20,10 +21,15 @@ from stillhouse.store import Recipe
 from stillhouse.tracking import EvalEvent, Role, RunEvent, read_journal, stretches, words_of
 
 
-def export_run(plan: Plan, out: Path, *, role: Role = "student", adapter: bool = False) -> int:
-    """Write a trained model as a Hugging Face directory, or its adapters alone as one of peft's.
-    Returns its optimiser steps. Raises CheckpointError where the run has no such role, or no commit
-    of it; ConfigError where it has no adapters."""
+def export_run(
+    plan: Plan, out: Path, *, role: Role = "student", best: bool = False, adapter: bool = False
+) -> int:
+    """Write a trained model as a Hugging Face directory, or its adapters alone as one of peft's:
+    its newest commit, or the `best` one by held-out scores. Returns its optimiser steps.
+
+    Raises CheckpointError where the run has no such role, or no commit of it; ConfigError where the
+    best one was not kept, or there are no adapters.
+    """
     # late: DeepSpeed takes seconds to import, and only this function needs it here
     from stillhouse.student.export import export
 
@@ -31,6 +37,10 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student", adapter: bool =
     if job is None:
         raise CheckpointError(f"this run has no {role}: evaluate.control is false in its config")
     journal = plan.run_dir / "journal.jsonl"
+
+    def tell(seconds: float, why: str) -> None:
+        say(f"the export has waited for {seconds:.0f} s: {why}")
+
     return export(
         job.checkpoints,
         out,
@@ -40,7 +50,8 @@ def export_run(plan: Plan, out: Path, *, role: Role = "student", adapter: bool =
             plan.config, plan.recipe, read_journal(journal), role=role, steps=steps
         ),
         adapter=adapter,
-        tell=lambda seconds, why: say(f"the export has waited for {seconds:.0f} s: {why}"),
+        step=best_step(plan.evaluation, job, tell=tell) if best else None,
+        tell=tell,
     )
 
 

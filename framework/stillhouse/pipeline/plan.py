@@ -17,6 +17,7 @@ from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
 from stillhouse.student.optimiser import decay_steps_of
 from stillhouse.student.order import Order
+from stillhouse.student.pairing import has_loss_constant
 from stillhouse.tracking import StartEvent
 
 
@@ -180,6 +181,7 @@ class Plan:
             decay_steps=decay_steps_of(student, total_steps=self.total_steps)
             if student.schedule == "wsd"
             else None,
+            loss_constant=has_loss_constant(student, self.recipe.spec),
         )
         return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start)
 
@@ -191,4 +193,14 @@ def require_full_step(wanted: int, *, there: int) -> None:
             f"student.global_batch_sequences is {wanted:,}, but the corpus has {there:,} "
             "sequences to train on;"
             f" set it to {there:,} or less, or give more documents"
+        )
+
+
+def require_heldout(source: SequenceSource) -> None:
+    """Raise ConfigError where there is no held-out text to score a model on."""
+    if source.num_sequences == 0 or source.num_targets == 0:
+        raise ConfigError(
+            f"the held-out text has {source.num_sequences:,} sequences and {source.num_targets:,} "
+            "target tokens, wanted at least one of each: models are scored on it; let "
+            "corpus.source set some sequences apart"
         )

@@ -25,7 +25,7 @@ from stillhouse.models import (
     tokenizer_digest,
     vocab_size_of,
 )
-from stillhouse.pipeline.plan import Plan
+from stillhouse.pipeline.plan import Plan, require_heldout
 from stillhouse.sequences.source import open_sources
 from stillhouse.store import ChunkStore, Recipe, StoreForbidden, StoreUnavailable, parse_recipe
 from stillhouse.store.object_store import Blobs
@@ -47,7 +47,9 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         require_whole_weights(config.student.model)
     if has_frozen(config.student) or isinstance(config.student.init, CutSection):
         outline(config.student)
-    return resolved(config, run_dir=run_dir, cache_dir=cache_dir)
+    plan = resolved(config, run_dir=run_dir, cache_dir=cache_dir)
+    require_heldout(plan.sources.heldout)
+    return plan
 
 
 def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:

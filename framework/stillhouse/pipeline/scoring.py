@@ -1,23 +1,46 @@
 """The scores of a run: its teacher, student and control on the held-out split, in one process where
 a teacher fits."""
 
+from collections.abc import Mapping
 from functools import partial
 
 from stillhouse.checkpoint.choice import newest_step
+from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import call_remotely, local_secrets
+from stillhouse.config import ModelSection
 from stillhouse.evaluation.scores import (
     EvaluationJob,
     ModelName,
-    Scores,
     Trained,
     evaluate,
     outage_teller,
 )
+from stillhouse.losses.score import Scores
 from stillhouse.pipeline.plan import Evaluation
 from stillhouse.pipeline.session import Session
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.source import whole
 from stillhouse.tracking import EvalEvent, PhaseEvent
+
+
+def evaluation_job(
+    evaluation: Evaluation,
+    session: Session,
+    *,
+    where: Placement,
+    models: Mapping[ModelName, ModelSection | Trained],
+) -> EvaluationJob:
+    """The job of a process that has the teacher, and scores these models beside it."""
+    return EvaluationJob(
+        teacher=evaluation.teacher,
+        models=models,
+        vocab_size=evaluation.jobs[0].recipe.vocab_size,
+        section=evaluation.section,
+        device=where.device,
+        threads=session.cluster.threads,
+        secrets=local_secrets(),
+        log=session.coordinator.log,
+    )
 
 
 def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
@@ -26,18 +49,10 @@ def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
     jobs, where = evaluation.jobs, session.place_of(evaluation.teacher)
     ask = partial(insist, patience=DEFAULT_PATIENCE, tell=outage_teller(session.journal))
     steps = {job.role: newest_step(job.checkpoints, ask=ask) for job in jobs}
-    job = EvaluationJob(
-        teacher=evaluation.teacher,
-        models={
-            job.role: Trained(job.section, job.checkpoints, session.coordinator) for job in jobs
-        },
-        vocab_size=jobs[0].recipe.vocab_size,
-        section=evaluation.section,
-        device=where.device,
-        threads=session.cluster.threads,
-        secrets=local_secrets(),
-        log=session.coordinator.log,
-    )
+    trained: dict[ModelName, ModelSection | Trained] = {
+        job.role: Trained(job.section, job.checkpoints, session.coordinator) for job in jobs
+    }
+    job = evaluation_job(evaluation, session, where=where, models=trained)
 
     # in one process of the cluster
     session.journal.record(PhaseEvent("run", "evaluating"))

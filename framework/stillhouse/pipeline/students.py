@@ -8,7 +8,7 @@ from typing import Self
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.pipeline.machines import head_may_be_gone
 from stillhouse.pipeline.session import Session
-from stillhouse.student.job import TrainJob
+from stillhouse.student.job import HeldoutPlan, TrainJob
 from stillhouse.student.workers import fit, give_up
 
 _LOOK_EVERY_S = 1.0
@@ -16,17 +16,23 @@ _END_S, _GIVE_UP_EVERY_S = 20.0, 0.5  # for the call to end
 
 
 def students_at_work(
-    session: Session, jobs: Sequence[TrainJob], *, owner: int, with_teachers: bool = False
+    session: Session,
+    jobs: Sequence[TrainJob],
+    *,
+    owner: int,
+    heldout: HeldoutPlan | None,
+    with_teachers: bool = False,
 ) -> "Background":
     """Ranks that train the jobs, one after the other, for as long as the block lasts.
 
-    `owner`: the number under which the command owns their checkpoints. `with_teachers`: chunks that
+    `owner`: the number under which the command owns their checkpoints. `heldout`: how they are
+    scored meanwhile, None where they are not. `with_teachers`: chunks that
     are missing are being made.
     """
 
     def train() -> None:
         fit(
-            [replace(job, owner=owner) for job in jobs],
+            [replace(job, owner=owner, heldout=heldout) for job in jobs],
             where=session.place_of(jobs[0].section),
             threads=session.cluster.threads,
             secrets=local_secrets(),

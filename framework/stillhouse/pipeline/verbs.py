@@ -11,7 +11,9 @@ from pathlib import Path
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import student_needs, teacher_needs
 from stillhouse.cluster.session import attached
-from stillhouse.evaluation.scores import ModelName, Scores
+from stillhouse.evaluation.scores import ModelName
+from stillhouse.losses.score import Scores
+from stillhouse.pipeline import heldout
 from stillhouse.pipeline.attempt import attempt, learning_attempt, visit
 from stillhouse.pipeline.console import patient, tell_of_wait
 from stillhouse.pipeline.cuts import make_cut
@@ -34,7 +36,7 @@ from stillhouse.pipeline.students import students_at_work
 from stillhouse.pipeline.teachers import teacher_pool
 from stillhouse.report import write_report
 from stillhouse.retry import insist
-from stillhouse.tracking import ROOM_PATIENCE, Tracker
+from stillhouse.tracking import ROOM_PATIENCE, EarlyStopEvent, Tracker, read_journal
 from stillhouse.tracking.log import terminal_log
 
 
@@ -91,7 +93,8 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> dict[ModelName, S
             make_cut(plan, [teachers, ranks])
             register_if_allowed(store, jobs)
             require_chunks(store, plan.chunks)  # another run may have deleted some just before
-            with students_at_work(session, jobs, owner=owner.number) as students:
+            held = heldout.publish(plan.evaluation, session)
+            with students_at_work(session, jobs, owner=owner.number, heldout=held) as students:
                 students.join(unless=lambda: owner.is_lost() or machines.no_rank_commits())
             owner.require()
             machines.require_driver()
@@ -120,8 +123,11 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
             leave_label(plan)
 
             # teachers fill the store while students read it
+            held = heldout.publish(plan.evaluation, session)
             with (
-                students_at_work(session, jobs, owner=owner.number, with_teachers=True) as students,
+                students_at_work(
+                    session, jobs, owner=owner.number, heldout=held, with_teachers=True
+                ) as students,
                 teacher_pool(plan.targets, session, consumers=consumers) as pool,
             ):
 
@@ -132,7 +138,12 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
                         machines.require_driver()
                     return done
 
-                pool.run(readers=("student",), coordinator=session.coordinator, finished=finished)
+                pool.run(
+                    readers=("student",),
+                    coordinator=session.coordinator,
+                    finished=finished,
+                    enough=lambda: _stopped_early(plan.run_dir),
+                )
 
         # what came of it
         scores = score(plan.evaluation, session)
@@ -152,6 +163,13 @@ def evaluate_run(plan: Plan, *, command: str = "stillhouse eval") -> dict[ModelN
 def open_run(run_dir: Path, *, cache_dir: Path) -> Plan:
     """The plan of a run directory that exists already. Raises RecipeError where it is none."""
     return resolved(config_of(run_dir), run_dir=run_dir, cache_dir=cache_dir)
+
+
+def _stopped_early(run_dir: Path) -> bool:
+    """Whether a student of the run has stopped before its last step: chunks that it would have read
+    later need not be made."""
+    events = read_journal(run_dir / "journal.jsonl")
+    return any(isinstance(event, EarlyStopEvent) for event in events)
 
 
 def _report(run_dir: Path) -> None:

@@ -93,9 +93,15 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._next_news = -np.inf
 
     def run(
-        self, *, readers: Collection[str], coordinator: Inbox, finished: Callable[[], bool]
+        self,
+        *,
+        readers: Collection[str],
+        coordinator: Inbox,
+        finished: Callable[[], bool],
+        enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Produce until every wanted chunk is published and `finished()`.
+        """Produce until every wanted chunk is published and `finished()`; or until `finished()` and
+        `enough()`, since nobody waits for what is missing.
 
         `readers`: the students whose cursors on the coordinator move the window; without any,
         nothing holds the workers back. Raises TeacherError where chunks or start-up checks fail too
@@ -103,7 +109,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         """
         self._record_if_done()  # if there is nothing to make
         try:
-            while not (finished() and self._table.done):
+            while not (finished() and (self._table.done or enough())):
                 self._look_around(coordinator, self._clock())
                 self._advance(limit=self._limit(readers))
             self._stock.finish()

@@ -1,43 +1,41 @@
-"""The report's figures: inline SVG whose colours and fonts are the page's CSS variables, so that
-one drawing serves light and dark mode.
+"""The report's figures, as panels of the page: what training, targets and pace looked like.
 
-Stateless: each is drawn on a matplotlib Figure of its own, without pyplot.
+Each function takes the summary of a run; how a panel is drawn is in `drawing`.
 """
 
-import io
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from stillhouse.report import summary as numbers
+from stillhouse.report.drawing import (
+    BAD,
+    CONTROL,
+    CSS_VARIABLES,
+    FAINT,
+    GOOD,
+    INK,
+    MAX_POINTS,
+    STUDENT,
+    TEACHER,
+    Panel,
+    Points,
+    log_scale,
+    render,
+    thin,
+)
 from stillhouse.report.goodput import Part, student_time, teacher_time
 from stillhouse.report.summary import Summary
-from stillhouse.report.words import percent, same_power, scientific, small
+from stillhouse.report.words import percent, same_power
+from stillhouse.tracking import HeldoutEvent, TrainEvent
 
-_MAX_POINTS = 300
 _MAX_BINS = 60
 _VISIBLE_WAIT = 0.01  # of a bin's time: a bar below it is thinner than a line
 
-# Each stands for a CSS variable: matplotlib writes the colour, `_render` puts the variable there.
-INK, FAINT, TEACHER, STUDENT, CONTROL, GOOD, BAD = (f"#0{n}0{n}0{n}" for n in range(1, 8))
-_CSS_VARIABLES = {
-    INK: "--ink-soft",
-    FAINT: "--rule",
-    TEACHER: "--teacher",
-    STUDENT: "--student",
-    CONTROL: "--control",
-    GOOD: "--good",
-    BAD: "--bad",
-}
 # In the order of the bar. The rest of a bar is time after the side's processors were given back.
 _PARTS: dict[Part, tuple[str, str]] = {
     "useful": ("useful", GOOD),
@@ -49,88 +47,107 @@ _PARTS: dict[Part, tuple[str, str]] = {
     "other": ("other", FAINT),
 }
 
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "stillhouse",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.formatter.use_mathtext": False,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-}
-
-
-Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One drawing with its words. `legend` pairs a label with the CSS variable of its colour.
-
-    `svg` is empty where the caption alone is enough.
-    """
-
-    title: str
-    svg: str
-    caption: str
-    legend: list[tuple[str, str]] = field(default_factory=list)
-
 
 def training_panels(summary: Summary) -> list[Panel]:
     """What each step of student and control showed; panels without a single value are left out."""
+    steps = _curves_of(summary.student, summary.control)
+    constant = ", with a constant" if summary.start.loss_constant else ""
     panels = [
-        _training_panel(
-            summary,
+        _steps_panel(
+            steps,
             "divergence",
-            title="Divergence from the teacher, nats a token",
-            caption="Between the stored targets and the student, in training; with draws that have "
-            "no weights, the entropy of the teacher's tail comes on top, unless targets hold it.",
+            title=f"Divergence from the teacher{constant}, nats a token",
+            caption=f"Between the stored targets and the student, in training{_why(summary)}.",
         ),
-        _training_panel(
-            summary,
+        _steps_panel(
+            steps,
             "cross_entropy",
             title="Cross-entropy to the text, nats a token",
             caption="On the training batches; held-out values are in the table.",
         ),
-        _training_panel(
-            summary, "grad_norm", title="Gradient norm", caption="Before clipping.", log=True
+        _steps_panel(
+            steps, "grad_norm", title="Gradient norm", caption="Before clipping.", log=True
         ),
-        _training_panel(
-            summary, "learning_rate", title="Learning rate", caption="As the schedule set it."
+        _steps_panel(
+            steps, "learning_rate", title="Learning rate", caption="As the schedule set it."
         ),
     ]
     return [panel for panel in panels if panel is not None]
 
 
-def _training_panel(
-    summary: Summary, column: str, *, title: str, caption: str, log: bool = False
+def _why(summary: Summary) -> str:
+    """Why the divergence has a constant on top, or when it has."""
+    match summary.start.loss_constant:
+        case True:
+            return (
+                "; the entropy of the teacher's tail, which draws without weights bring in and the "
+                "targets do not hold, is on top, so it does not fall to 0"
+            )
+        case False:
+            return ""
+    return (
+        "; with draws that have no weights, the entropy of the teacher's tail comes on top, unless "
+        "targets hold it"
+    )
+
+
+def heldout_panels(summary: Summary) -> list[Panel]:
+    """How student and control did on held-out text while they learned; none where they were not
+    scored."""
+    scores = _curves_of(summary.heldout["student"], summary.heldout["control"])
+    tokens = max(
+        (each.num_tokens for found in summary.heldout.values() for each in found), default=0
+    )
+    text = (
+        f"On the same {tokens:,} held-out target tokens at every point, both distributions exact."
+    )
+    panels = [
+        _steps_panel(
+            scores,
+            "kl",
+            title="Held-out KL(teacher ‖ model), nats a token",
+            caption=f"{text}{_lowest(summary)}",
+        ),
+        _steps_panel(
+            scores, "cross_entropy", title="Held-out cross-entropy, nats a token", caption=text
+        ),
+    ]
+    return [panel for panel in panels if panel is not None]
+
+
+def _lowest(summary: Summary) -> str:
+    """Where the student was nearest to its teacher, where that was not at the last score."""
+    found = summary.heldout["student"]
+    best = min(found, key=lambda event: event.kl, default=None)
+    if best is None or best.kl == found[-1].kl:
+        return ""
+    return f" The student was nearest to its teacher after step {best.step:,}: {best.kl:.3f}."
+
+
+_Steps = Sequence[TrainEvent] | Sequence[HeldoutEvent]
+
+
+def _curves_of(student: _Steps, control: _Steps) -> dict[str, tuple[_Steps, str]]:
+    """The steps of both roles, each with its colour. The student's is drawn last, on top."""
+    return {"control": (control, CONTROL), "student": (student, STUDENT)}
+
+
+def _steps_panel(
+    roles: Mapping[str, tuple[_Steps, str]],
+    column: str,
+    *,
+    title: str,
+    caption: str,
+    log: bool = False,
 ) -> Panel | None:
     """One column of the steps of student and control; None where it has no value but zeros."""
-    # The curves. The student's is drawn last, on top.
-    roles = {"control": (summary.control, CONTROL), "student": (summary.student, STUDENT)}
+    # The curves.
     curves: dict[str, tuple[Points, str]] = {}
     for role, (steps, colour) in roles.items():
         values = [(step.step, getattr(step, column)) for step in steps]
         points = [(x, y) for x, y in values if y is not None and np.isfinite(y)]
         if any(y != 0.0 for _, y in points):
-            curves[role] = (_thin(points), colour)
+            curves[role] = (thin(points), colour)
     if not curves:
         return None
     values_N = np.concatenate([y for (_, y), _ in curves.values()])
@@ -139,7 +156,7 @@ def _training_panel(
         for (x, y), colour in curves.values():
             axes.plot(x, y, color=colour, marker="." if len(x) == 1 else "")
         if log:
-            _log_scale(axes, values_N)
+            log_scale(axes, values_N)
         elif 0.0 < (largest := float(values_N.max())) < 0.01:
             power = partial(same_power, largest=largest)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
@@ -147,10 +164,10 @@ def _training_panel(
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
     # The words.
-    per_point = -(-max(len(steps) for steps, _ in roles.values()) // _MAX_POINTS)
+    per_point = -(-max(len(steps) for steps, _ in roles.values()) // MAX_POINTS)
     mean = f" Each point is the mean of {per_point} steps." if per_point > 1 else ""
-    legend = [(role, _CSS_VARIABLES[colour]) for role, (_, colour) in reversed(curves.items())]
-    return Panel(title, _render(draw), caption + mean, legend)
+    legend = [(role, CSS_VARIABLES[colour]) for role, (_, colour) in reversed(curves.items())]
+    return Panel(title, render(draw), caption + mean, legend)
 
 
 def fidelity_panels(summary: Summary) -> list[Panel]:
@@ -160,9 +177,9 @@ def fidelity_panels(summary: Summary) -> list[Panel]:
 
     # The points.
     numbered = list(enumerate(summary.chunks, 1))
-    kept = _thin([(i, chunk.kept_mass) for i, chunk in numbered])
-    mean = _thin([(i, chunk.codec_kl) for i, chunk in numbered])
-    worst = _thin([(i, chunk.worst_kl) for i, chunk in numbered], reduce=np.max)
+    kept = thin([(i, chunk.kept_mass) for i, chunk in numbered])
+    mean = thin([(i, chunk.codec_kl) for i, chunk in numbered])
+    worst = thin([(i, chunk.worst_kl) for i, chunk in numbered], reduce=np.max)
 
     def draw_kept(axes: Axes) -> None:
         _dots(axes, kept, TEACHER)
@@ -171,20 +188,20 @@ def fidelity_panels(summary: Summary) -> list[Panel]:
     def draw_kl(axes: Axes) -> None:
         _dots(axes, worst, CONTROL)
         _dots(axes, mean, TEACHER)
-        _log_scale(axes, np.concatenate([mean[1], worst[1]]))
+        log_scale(axes, np.concatenate([mean[1], worst[1]]))
 
     # The words.
-    per_point = -(-len(numbered) // _MAX_POINTS)
+    per_point = -(-len(numbered) // MAX_POINTS)
     merged = f" Each point stands for {per_point} chunks." if per_point > 1 else ""
     share = "Mean share of the teacher's probability that lies on the kept entries."
     legend = [
-        ("mean over tokens", _CSS_VARIABLES[TEACHER]),
-        ("worst token", _CSS_VARIABLES[CONTROL]),
+        ("mean over tokens", CSS_VARIABLES[TEACHER]),
+        ("worst token", CSS_VARIABLES[CONTROL]),
     ]
     loss = "KL(exact ‖ decoded) of the records as stored."
     return [
-        Panel("Kept mass", _render(draw_kept), share + merged),
-        Panel("Codec KL, nats", _render(draw_kl), loss + merged, legend),
+        Panel("Kept mass", render(draw_kept), share + merged),
+        Panel("Codec KL, nats", render(draw_kl), loss + merged, legend),
     ]
 
 
@@ -215,8 +232,8 @@ def _rates_panel(summary: Summary) -> Panel | None:
 
     words = "Target tokens; the clock stops between attempts"
     meet = ", which meet at the dotted lines." if summary.resumed_at else "."
-    legend = [(name, _CSS_VARIABLES[colour]) for name, (_, _, colour) in lines.items()]
-    return Panel("Tokens a second", _render(draw), words + meet, legend)
+    legend = [(name, CSS_VARIABLES[colour]) for name, (_, _, colour) in lines.items()]
+    return Panel("Tokens a second", render(draw), words + meet, legend)
 
 
 def _waits_panel(summary: Summary) -> Panel | None:
@@ -245,10 +262,8 @@ def _waits_panel(summary: Summary) -> Panel | None:
         axes.set_yticks([-1, -0.5, 0, 0.5, 1], ["100 %", "50 %", "0", "50 %", "100 %"])
         _time_axis(axes, summary)
 
-    legend = [(name, _CSS_VARIABLES[colour]) for name, (_, _, colour) in sides.items()]
-    return Panel(
-        title, _render(draw), "Share of time: up, the student; down, the teachers.", legend
-    )
+    legend = [(name, CSS_VARIABLES[colour]) for name, (_, _, colour) in sides.items()]
+    return Panel(title, render(draw), "Share of time: up, the student; down, the teachers.", legend)
 
 
 def time_panel(summary: Summary) -> Panel | None:
@@ -278,8 +293,8 @@ def time_panel(summary: Summary) -> Panel | None:
     )
     words = f"Shares of the run's time; where a bar ends, the side's work was done. {useful}"
     keys = [_PARTS[part] for part in shown]
-    legend = [(label, _CSS_VARIABLES[colour]) for label, colour in keys]
-    svg = _render(draw, size_inches=(10.3, 0.55 + 0.5 * len(sides)))
+    legend = [(label, CSS_VARIABLES[colour]) for label, colour in keys]
+    svg = render(draw, size_inches=(10.3, 0.55 + 0.5 * len(sides)))
     return Panel("Share of time", svg, words, legend)
 
 
@@ -290,18 +305,6 @@ def _dots(axes: Axes, points: Points, colour: str) -> None:
     axes.plot(*points, color=colour, linestyle="none", marker="o", markersize=3, markeredgewidth=0)
     axes.set_xlabel("chunk, in order of publication")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-def _thin(
-    points: Sequence[tuple[int, float]],
-    *,
-    reduce: Callable[[NDArray[np.float64]], np.floating] = np.mean,
-) -> Points:
-    """At most _MAX_POINTS points: the mean x and the reduced y of as many equal runs of points."""
-    table = np.array(points, dtype=np.float64)
-    runs = np.array_split(table, min(len(table), _MAX_POINTS))
-    x = np.array([run[:, 0].mean() for run in runs])
-    return x, np.array([reduce(run[:, 1]) for run in runs])
 
 
 def _binned(
@@ -329,47 +332,8 @@ def _time_axis(axes: Axes, summary: Summary) -> None:
     axes.set_xlabel(f"{unit} of run time")
 
 
-def _log_scale(axes: Axes, values: NDArray[np.float64]) -> None:
-    """Logarithmic, where the values spread far enough to need it."""
-    positive = values[values > 0]
-    if not len(positive) or positive.max() < 4 * positive.min():
-        return
-    axes.set_yscale("log")
-    axes.set_ylim(positive.min() / 1.3, positive.max() * 1.3)
-    decades = np.log10(positive.max() / positive.min()) + 0.4
-    subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
-    axes.yaxis.set_minor_locator(NullLocator())
-    label = small if positive.min() > 1e-3 else scientific  # one notation on one axis
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
-
-
 def _short_count(value: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
-
-
-# ---- SVG
-
-
-def _render(draw: Callable[[Axes], None], *, size_inches: tuple[float, float] = (5.0, 2.5)) -> str:
-    """The drawing as SVG to be put into a page: five inches are half the page's width."""
-    # Draw it.
-    file = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size_inches, layout="constrained")
-        draw(figure.add_subplot())
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-
-    # Leave out what only a file of its own needs, and put the page's variables in.
-    opening, plain = r'^.*?<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">'
-    svg = re.sub(opening, plain, file.getvalue(), flags=re.DOTALL)
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)
-    for colour, variable in _CSS_VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg.strip()

@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 
 from stillhouse.redaction import scrub
-from stillhouse.report.figures import Panel
+from stillhouse.report.drawing import Panel
 
 ABSENT = "–"
 

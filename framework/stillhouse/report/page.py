@@ -10,7 +10,13 @@ from stillhouse.errors import UserError
 from stillhouse.redaction import scrub
 from stillhouse.report import summary as numbers
 from stillhouse.report.facts import Config, facts_list, num_ranks
-from stillhouse.report.figures import fidelity_panels, pace_panels, time_panel, training_panels
+from stillhouse.report.figures import (
+    fidelity_panels,
+    heldout_panels,
+    pace_panels,
+    time_panel,
+    training_panels,
+)
 from stillhouse.report.markup import ABSENT, escape, note, panel, panels
 from stillhouse.report.summary import Summary, summarise, verdict
 from stillhouse.report.tables import costs_table, evaluation_table, kept_of, recoveries_table
@@ -103,7 +109,7 @@ begun {date(summary.first_time)}</p>
 <h2>Held-out evaluation</h2>
 {evaluation_table(summary)}
 <h2>Training</h2>
-{panels(training_panels(summary), "No step was taken in this run.")}
+{panels(heldout_panels(summary) + training_panels(summary), "No step was taken in this run.")}
 <h2>Fidelity of the targets</h2>
 {panels(fidelity_panels(summary), no_chunks)}
 <h2>Pace</h2>

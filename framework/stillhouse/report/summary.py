@@ -15,12 +15,14 @@ from stillhouse.tracking import (
     ChunkEvent,
     EndEvent,
     EvalEvent,
+    HeldoutEvent,
     PoolEvent,
     Role,
     RunEvent,
     StartEvent,
     Stretch,
     TrainEvent,
+    latest_heldout_events,
     latest_train_events,
     stretches,
 )
@@ -48,6 +50,7 @@ class Summary:
     chunks: list[ChunkEvent]  # in the order in which they were published
     student: list[TrainEvent]
     control: list[TrainEvent]
+    heldout: dict[Role, list[HeldoutEvent]]  # scores while each role learned, by step
     trained: dict[Role, list[Stretch]]  # the schedules of each role that took a step
     evals: dict[str, EvalEvent]  # the last for each model
 
@@ -97,6 +100,7 @@ def summarise(events: Sequence[RunEvent]) -> Summary | None:
         chunks=sorted(chunks.values(), key=lambda event: event.time),
         student=latest_train_events(events, "student"),
         control=latest_train_events(events, "control"),
+        heldout={role: latest_heldout_events(events, role) for role in _ROLES},
         trained={role: found for role in _ROLES if (found := stretches(events, role))},
         evals={event.model: event for event in events if isinstance(event, EvalEvent)},
     )
@@ -264,10 +268,11 @@ def _without_evaluation(summary: Summary) -> str:
             "chunks came out of this run's teachers."
         )
     last = summary.student[-1]
+    constant = ", with a constant," if summary.start.loss_constant else ""
     how = (
         f"loss {last.loss:.2f}"
         if last.divergence is None
-        else f"divergence from the teacher {last.divergence:.2f}"
+        else f"divergence from the teacher{constant} {last.divergence:.2f}"
     )
     if summary.student_done:
         all_steps = max(total, last.step)  # fewer may be asked for than were taken

@@ -27,8 +27,10 @@ from stillhouse.checkpoint.unpickling import only_tensors, opened
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.losses.distillation import LossTerms
+from stillhouse.losses.score import Scores, no_sums, scores_of
 from stillhouse.student import _deepspeed_compat
 from stillhouse.student.adapters import FROZEN, frozen_digest, require_same_frozen
+from stillhouse.student.heldout import HeldoutBatch
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule, checkpoint_activations
 from stillhouse.student.optimiser import deepspeed_config, parameter_groups
@@ -130,6 +132,20 @@ class StudentEngine:
             max_log_ratio,
             max_draw_mass,
         )
+
+    def score(self, batches: Sequence[HeldoutBatch], *, step: int) -> Scores:
+        """The scores over the batches of all ranks, of which every rank has as many, after `step`
+        optimiser steps. Weights and gradients stay as they are; without dropout, no random number
+        is drawn."""
+        sums_X = no_sums(self.device)
+        self._engine.eval()
+        with torch.no_grad():
+            for batch in batches:
+                sums_X += self._engine(batch, step=step)
+        self._engine.train()
+        dist.all_reduce(sums_X)
+        dist.broadcast(sums_X, src=0)  # ranks decide by it: not one bit may differ
+        return scores_of(sums_X)
 
     def snapshot(self, step: int) -> Snapshot:
         """This rank's part of a checkpoint after `step` optimiser steps, copied to host memory;

@@ -38,10 +38,12 @@ def export(
     card: Callable[[int], str],
     tell: Tell,
     adapter: bool = False,
+    step: int | None = None,
     patience: Patience = DEFAULT_PATIENCE,
 ) -> int:
-    """Write the newest commit of `checkpoints` to `out`: safetensors in the student's dtype,
-    config, tokenizer and model card. Returns the optimiser steps behind the weights.
+    """Write the newest commit of `checkpoints`, or that of `step`, to `out`: safetensors in the
+    student's dtype, config, tokenizer and model card. Returns the optimiser steps behind the
+    weights.
 
     `adapter` writes the adapters of a student with LoRA alone, as peft reads them; else they are
     merged into the weights. `card(steps)` is the text of the card. Waits while the store is
@@ -54,7 +56,7 @@ def export(
             "this student was trained without student.lora, so it has no adapter; leave --adapter "
             "out, to write the whole model"
         )
-    model, steps = _committed(checkpoints, section, tell=tell, patience=patience)
+    model, steps = _committed(checkpoints, section, tell=tell, step=step, patience=patience)
     if adapter:
         write_adapter(model, tokenizer, out, card=card(steps), section=section)
         return steps
@@ -117,28 +119,35 @@ def _written(out: Path, files: FileLayer) -> Iterator[Path]:
 
 
 def load_trained(
-    checkpoints: str, section: StudentSection, *, tell: Tell, patience: Patience = DEFAULT_PATIENCE
+    checkpoints: str,
+    section: StudentSection,
+    *,
+    tell: Tell,
+    step: int | None = None,
+    patience: Patience = DEFAULT_PATIENCE,
 ) -> tuple[PreTrainedModel, int]:
-    """The model of the newest commit, on the CPU and in the student's dtype, with its adapters
-    merged, and the optimiser steps behind it. Waits and raises as `export` does."""
-    model, steps = _committed(checkpoints, section, tell=tell, patience=patience)
+    """The model of the newest commit, or of that of `step`, on the CPU and in the student's dtype,
+    with its adapters merged, and the optimiser steps behind it. Waits and raises as `export`
+    does."""
+    model, steps = _committed(checkpoints, section, tell=tell, step=step, patience=patience)
     if section.lora is not None:
         merge_adapters(model)
     return model, steps
 
 
 def _committed(
-    checkpoints: str, section: StudentSection, *, tell: Tell, patience: Patience
+    checkpoints: str, section: StudentSection, *, tell: Tell, step: int | None, patience: Patience
 ) -> tuple[PreTrainedModel, int]:
-    """The model of the newest commit in the student's dtype, and its adapters, where it has some,
-    in float32."""
+    """The model of the newest commit, or of that of `step`, in the student's dtype, and its
+    adapters, where it has some, in float32."""
     # the weights that were trained
-    with newest_copy(checkpoints, weight_files, tell=tell, patience=patience) as copy:
+    with newest_copy(checkpoints, weight_files, step=step, tell=tell, patience=patience) as copy:
         if copy is None:
+            of_step = "" if step is None else f"of step {step} "
             raise CheckpointError(
-                f"there is no checkpoint under {checkpoints}; train first, with `stillhouse run` "
-                "or `stillhouse train`. If that was on other machines, student.checkpoint_url has "
-                "to name a place that this one sees, too"
+                f"there is no checkpoint {of_step}under {checkpoints}; train first, with "
+                "`stillhouse run` or `stillhouse train`. If that was on other machines, "
+                "student.checkpoint_url has to name a place that this one sees, too"
             )
         found, folder = copy
         weights = consolidated_weights(folder, zero_stage=found.origin.zero_stage)

@@ -24,7 +24,12 @@ from stillhouse.student.job import TrainJob
 _log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 1.0
-_WITH_STACK = ("reading", "step", "snapshot")  # phases that no rank should be in for long
+_WITH_STACK = (
+    "reading",
+    "step",
+    "evaluate",
+    "snapshot",
+)  # phases that no rank should be in for long
 
 
 class DriverLink(Protocol):

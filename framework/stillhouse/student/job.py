@@ -21,6 +21,30 @@ _DECIDE_WEIGHTS = (
 
 
 @dataclass(frozen=True, slots=True)
+class HeldoutPlan:
+    """When students are scored while they learn, and beside what: see `student.heldout`."""
+
+    every_steps: int
+    key: str  # of the teacher's part, under the root of the checkpoints
+    block_tokens: int  # whose two dense distributions are in memory at one time
+    patience: int = 0  # scores in a row without a lower KL that end a training; 0: none do
+    keep_best: bool = False  # whether the checkpoint with the lowest KL is kept
+
+    def is_due(self, num_steps: int, *, total_steps: int) -> bool:
+        """Whether to score after `num_steps` steps; also before the first, and after the last."""
+        return num_steps % self.every_steps == 0 or num_steps == total_steps
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything follows from the scores."""
+        return self.patience > 0 or self.keep_best
+
+    def history_key(self, role: str) -> str:
+        """The key of a role's scores so far, beside the teacher's part: see `student.best`."""
+        return f"{self.key.removesuffix('.safetensors')}-{role}.json"
+
+
+@dataclass(frozen=True, slots=True)
 class TrainJob:
     """The training of one student."""
 
@@ -33,6 +57,7 @@ class TrainJob:
     # of the command that owns `checkpoints_root` (see checkpoint.fence); None: owned by none, as in
     # a bench
     owner: int | None = None
+    heldout: HeldoutPlan | None = None  # None: it is not scored while it learns
 
     @property
     def checkpoints_root(self) -> str:

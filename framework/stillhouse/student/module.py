@@ -17,6 +17,7 @@ from stillhouse.losses.divergences import divergence_named, forward_kl
 from stillhouse.models import head_of
 from stillhouse.models.batch import hidden_at
 from stillhouse.student.adapters import frozen_names
+from stillhouse.student.heldout import HeldoutBatch
 from stillhouse.student.loader import MicroBatch
 
 
@@ -37,13 +38,17 @@ class DistillationHead(nn.Module):
         self._divergence = divergence_named(section.divergence, section.mix)
         self._section = section
 
-    def forward(self, hidden_TH: Tensor, batch: MicroBatch, step: int) -> LossTerms:
-        is_near = step >= self._section.forward_kl_steps
+    def forward(
+        self, hidden_TH: Tensor, batch: MicroBatch | HeldoutBatch, step: int
+    ) -> LossTerms | Tensor:
         head = replace(
             self._head_without_weights,
             weight_VH=_first_rows(self.weight, self._vocab_size),
             bias_V=None if self.bias is None else _first_rows(self.bias, self._vocab_size),
         )
+        if isinstance(batch, HeldoutBatch):
+            return batch.score(hidden_TH, head)
+        is_near = step >= self._section.forward_kl_steps
         return distillation_loss(
             hidden_TH,
             head,
@@ -58,8 +63,9 @@ class DistillationHead(nn.Module):
 
 
 class StudentModule(nn.Module):
-    """A causal LM from a micro-batch, and the number of optimiser steps before it, to its loss.
-    Only positions that have a target reach the head. Its state dict holds no frozen weights."""
+    """A causal LM from a micro-batch, and the number of optimiser steps before it, to its loss; or
+    from a held-out batch to its score sums. Only positions that have a target reach the head. Its
+    state dict holds no frozen weights."""
 
     def __init__(self, lm: PreTrainedModel, *, section: StudentSection, vocab_size: int):
         super().__init__()
@@ -70,9 +76,9 @@ class StudentModule(nn.Module):
         nn.Module.register_state_dict_post_hook(self, _leave_out_frozen)
         nn.Module.register_load_state_dict_post_hook(self, _miss_no_frozen)
 
-    def forward(self, batch: MicroBatch, *, step: int) -> LossTerms:
-        terms: LossTerms = self.head(hidden_at(self.lm, batch.tokens), batch, step)
-        return terms
+    def forward(self, batch: MicroBatch | HeldoutBatch, *, step: int) -> LossTerms | Tensor:
+        found: LossTerms | Tensor = self.head(hidden_at(self.lm, batch.tokens), batch, step)
+        return found
 
 
 def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:

@@ -30,6 +30,19 @@ def depends_on_kept_mass(section: StudentSection, spec: TargetSpec) -> bool:
     return not is_unbiased_with_draws(divergence, weighted=spec.weighted)
 
 
+def has_loss_constant(section: StudentSection, spec: TargetSpec) -> bool:
+    """Whether the divergence that such a student minimises has the entropy of the teacher's tail on
+    top: a constant, so that it does not fall to 0.
+
+    Blind draws bring it into forward KL, and targets that hold the entropy take it off.
+    """
+    is_blind = spec.num_draws > 0 and not spec.weighted
+    if section.divergence_weight == 0.0 or not is_blind or spec.tail_entropy:
+        return False
+    divergence = divergence_named(section.divergence, section.mix)
+    return section.forward_kl_steps > 0 or divergence.forward_kl_share > 0.0
+
+
 def require_kept_mass(section: StudentSection, spec: TargetSpec, *, kept_mass: float) -> None:
     """Raise ConfigError where a student that `depends_on_kept_mass` has targets whose kept entries
     hold too little of the teacher's mass."""

@@ -7,7 +7,7 @@ newest commit of the job that verifies, with any number of ranks.
 
 import logging
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import monotonic
 
 import torch
@@ -31,11 +31,13 @@ from stillhouse.student.job import TrainJob
 from stillhouse.student.loader import Batch, BatchReader
 from stillhouse.student.optimiser import learning_rate_at
 from stillhouse.student.pairing import depends_on_kept_mass, require_kept_mass
+from stillhouse.student.scoring import HeldoutScorer
 from stillhouse.student.universal import convert
 from stillhouse.tracking import (
     CheckpointEvent,
     DamagedEvent,
     DelayEvent,
+    EarlyStopEvent,
     OutageEvent,
     PhaseEvent,
     RecoveryEvent,
@@ -47,8 +49,9 @@ _log = logging.getLogger(__name__)
 
 
 def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: DriverLink) -> bool:
-    """Train up to `job.total_steps` on every rank of the existing process group, and return True
-    once the last step is committed. False where the group left before, on a stop request.
+    """Train up to `job.total_steps` on every rank of the existing process group, or until held-out
+    scores end it; return True once the last step is committed, False where the group left before,
+    on a stop request.
 
     Rank 0 journals the steps. Raises on every rank: ConfigError before the first step, where the
     divergence cannot learn from such targets; StudentError where a loss is not finite.
@@ -62,14 +65,20 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
         previous = _begin(job, found, device=device, journal=journal, link=link)
         if resumed >= job.total_steps:
             return True
+        scorer = HeldoutScorer.begin(
+            job, resumed=resumed, device=device, journal=journal, link=link, on_outage=on_outage
+        )
+        if _stop_if_over(job, scorer, resumed, journal, link):
+            return True
         engine = _engine(job, found, device=device)
 
     with (
         closing(engine),
         _reader(job, link, start=resumed, device=device, on_outage=on_outage) as reader,
-        _writer(job, journal) as writer,
+        _writer(job, journal, scorer) as writer,
     ):
         last_checkpoint = resumed
+        scorer.score_at_begin(engine)
         for step in range(resumed, job.total_steps):
             # the batch of this step, or a stop request that comes while it is waited for
             began = monotonic()
@@ -77,34 +86,48 @@ def train(job: TrainJob, *, device: torch.device, journal: Tracker, link: Driver
             batch = reader.next_unless(lambda: link.stop_request is not None)
             is_busy, stop_request = _agreed(writer.busy, link.stop_request, device)
             if stop_request is not None:
-                _log.info("the group commits step %d and leaves: %s", step, stop_request)
-                deadline = monotonic() + stop_request.seconds_left
-                if last_checkpoint < step:
-                    _begin_checkpoint(writer, engine, step, link)
-                writer.wait(max(0.0, deadline - monotonic()))
-                if dist.get_rank() == 0:
-                    link.explain(stop_request.cause, stop_request.detail)
+                _leave(stop_request, writer, engine, step, link, must_commit=last_checkpoint < step)
                 return False
             assert batch is not None
             _require_learnable_targets(batch, job, device)
 
             # forward, backward and the optimiser step
             event = _train_step(engine, batch, job, link, began=began)
-
-            # rank 0 reports it
-            if dist.get_rank() == 0:
-                link.at(event.step, "commit")  # the journal's disk may be full
-                journal.record(event)
-                link.stepped(event.step, job.order.chunks_finished(event.step))
+            _report(event, job, journal, link)
             if previous is not None and step == resumed:
                 journal.record(_recovery(previous, event, since_begin_s=monotonic() - began_at))
 
-            # begin a checkpoint, which is written while training goes on
-            if job.is_checkpoint_due(event.step, last=last_checkpoint, is_busy=is_busy):
+            # score it; then begin a checkpoint, which is written while training goes on
+            must_commit = scorer.score_if_due(engine, event.step)
+            is_due = job.is_checkpoint_due(event.step, last=last_checkpoint, is_busy=is_busy)
+            if is_due or must_commit:
                 _begin_checkpoint(writer, engine, event.step, link)
                 last_checkpoint = event.step
+            if scorer.is_over:
+                break
         writer.wait()
+    _stop_if_over(job, scorer, last_checkpoint, journal, link)
     return True
+
+
+def _leave(
+    stop_request: StopRequest,
+    writer: CheckpointWriter,
+    engine: StudentEngine,
+    step: int,
+    link: DriverLink,
+    *,
+    must_commit: bool,
+) -> None:
+    """Commit the state after `step` steps, unless it is committed already, within the time that the
+    request leaves."""
+    _log.info("the group commits step %d and leaves: %s", step, stop_request)
+    deadline = monotonic() + stop_request.seconds_left
+    if must_commit:
+        _begin_checkpoint(writer, engine, step, link)
+    writer.wait(max(0.0, deadline - monotonic()))
+    if dist.get_rank() == 0:
+        link.explain(stop_request.cause, stop_request.detail)
 
 
 def _begin(
@@ -170,6 +193,31 @@ def _engine(job: TrainJob, found: Restored | None, *, device: torch.device) -> S
     return engine
 
 
+def _report(event: TrainEvent, job: TrainJob, journal: Tracker, link: DriverLink) -> None:
+    """Journal a step, and tell the driver of it. On rank 0 alone."""
+    if dist.get_rank() == 0:
+        link.at(event.step, "commit")  # the journal's disk may be full
+        journal.record(event)
+        link.stepped(event.step, job.order.chunks_finished(event.step))
+
+
+def _stop_if_over(
+    job: TrainJob, scorer: HeldoutScorer, step: int, journal: Tracker, link: DriverLink
+) -> bool:
+    """Whether training stops early after `step`, which is committed. Rank 0 then reports it, and
+    that nothing is read any more."""
+    best = scorer.history.best
+    if not scorer.is_over or step >= job.total_steps or best is None:
+        return False
+    if dist.get_rank() == 0:
+        journal.record(EarlyStopEvent(job.role, step, *best))
+        link.stepped(step, job.order.chunks_finished(job.total_steps))
+        with suppress(StoreUnavailable, StoreForbidden):
+            done = replace(job.consumer(step), total_steps=step)
+            consumers.commit(ChunkStore(job.store_url, job.recipe), done)
+    return True
+
+
 def _outage_teller(job: TrainJob, journal: Tracker) -> Tell:
     who = f"{job.role}, rank {dist.get_rank()}"
     return lambda seconds, why: journal.record(OutageEvent(who, seconds, why))
@@ -194,7 +242,7 @@ def _reader(
     )
 
 
-def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
+def _writer(job: TrainJob, journal: Tracker, scorer: HeldoutScorer) -> CheckpointWriter:
     rank, root = dist.get_rank(), Blobs(job.checkpoints_root)
 
     def on_commit(commit: Commit, seconds: float, blocking_s: float) -> None:
@@ -220,6 +268,7 @@ def _writer(job: TrainJob, journal: Tracker) -> CheckpointWriter:
         on_commit=on_commit,
         on_delay=on_delay,
         require_owner=require_own_command,
+        best_until=scorer.best_until,
     )
 
 

@@ -12,7 +12,7 @@ from stillhouse.cluster.heartbeat import Heard, Heartbeat
 
 _START_ALLOWANCE = 10.0  # loading a model may take this many times what a step may
 # how far a rank got in a step; one that has its chunks waits for the others in "data", too
-_ORDER = ("start", "reading", "data", "step", "snapshot", "commit")
+_ORDER = ("start", "reading", "data", "step", "evaluate", "snapshot", "commit")
 _PATIENT = ("data", "commit")  # teachers may need long, and so may the store
 
 

@@ -55,6 +55,8 @@ class StartEvent(RunEvent):
     committed_steps: dict[str, int] = field(default_factory=dict)  # role -> steps committed so far
     schedule: str = "cosine"  # what follows the warm-up
     decay_steps: int | None = None  # of "wsd"
+    # whether the student's divergence has the entropy of the teacher's tail on top, a constant
+    loss_constant: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,7 @@ class StallEvent(RunEvent):
     role: Literal["student", "control", "teacher"]
     rank: int  # of a teacher, its replica
     step: int  # during which it stalled; 0 for a teacher
-    phase: str  # data, reading, step, snapshot or start; of a teacher, start or work
+    phase: str  # data, reading, step, evaluate, snapshot or start; of a teacher, start or work
     seconds: float  # without a heartbeat
     stack: str  # of its threads, where it could be read
     chunk: int | None = None  # that a rank was reading, or a teacher was making
@@ -266,6 +268,34 @@ class EvalEvent(RunEvent):
     agreement: float | None  # share of tokens with the teacher's top-1, 0..1
     calibration_error: float | None  # expected calibration error of the top-1, 0..1
     acceptance: float | None  # speculative acceptance, the mean of sum_v min(p_v, q_v), 0..1
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutEvent(RunEvent):
+    """The dense scores of a student while it learns, on a few held-out sequences: the same ones at
+    every step. Means over target tokens, as in EvalEvent."""
+
+    kind: ClassVar[str] = "heldout"
+    role: Role
+    step: int  # steps taken; 0: before the first
+    num_tokens: int  # target tokens
+    cross_entropy: float
+    kl: float  # KL(teacher || model)
+    agreement: float
+    calibration_error: float
+    acceptance: float
+    seconds: float  # that training stood still
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStopEvent(RunEvent):
+    """A student stops before its last step, because its held-out KL fell no more."""
+
+    kind: ClassVar[str] = "early_stop"
+    role: Role
+    step: int  # the last one
+    best_step: int  # with the lowest held-out KL
+    best_kl: float  # nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +341,8 @@ EVENT_TYPES: dict[str, type[RunEvent]] = {
         SetAsideEvent,
         RepairEvent,
         EvalEvent,
+        HeldoutEvent,
+        EarlyStopEvent,
         EndEvent,
     )
 }
@@ -344,6 +376,14 @@ class Tracker(Protocol):
     """What events are recorded with: the journal, a view of it, or a test's list."""
 
     def record(self, event: RunEvent) -> None: ...
+
+
+def latest_heldout_events(events: Iterable[RunEvent], role: Role) -> list[HeldoutEvent]:
+    """The last scores of each step, in the order of steps; of the text that was scored last, where
+    an attempt asked for another number of tokens."""
+    scores = [event for event in events if isinstance(event, HeldoutEvent) and event.role == role]
+    latest = {event.step: event for event in scores if event.num_tokens == scores[-1].num_tokens}
+    return [latest[step] for step in sorted(latest)]
 
 
 def latest_train_events(events: Iterable[RunEvent], role: Role) -> list[TrainEvent]:

@@ -16,6 +16,8 @@ from rich.text import Text
 from stillhouse.terminal import one_line
 from stillhouse.tracking.events import (
     DelayEvent,
+    EarlyStopEvent,
+    HeldoutEvent,
     OutageEvent,
     PhaseEvent,
     PoolEvent,
@@ -108,9 +110,10 @@ class ProgressView:
             self._console.print(Text(one_line(line)), soft_wrap=True)
             return
         self._live.start()
-        drawn = _side_by_side if self._console.width >= _WIDE else _stacked
+        width = self._console.width
         shown = [Text(one_line(in_words), "bold")] if in_words else []
-        self._live.update(Group(*shown, drawn(sides)), refresh=True)
+        bars = _side_by_side(sides) if width >= _WIDE else _stacked(sides, width)
+        self._live.update(Group(*shown, bars), refresh=True)
 
     def _sides(self) -> "list[_Side]":
         """Of an attempt; a command that only evaluates has none."""
@@ -130,11 +133,14 @@ def _side_by_side(sides: Sequence["_Side"]) -> Table:
     return grid
 
 
-def _stacked(sides: Sequence["_Side"]) -> Table:
+def _stacked(sides: Sequence["_Side"], width: int) -> Table:
     grid = Table.grid(expand=True)
     grid.add_column(no_wrap=True)
     for side in sides:
-        grid.add_row(Text(one_line(side.title + side.details)))
+        fits = len(side.title + side.details) <= width
+        lines = [side.title + side.details] if fits else [side.title, side.details[2:]]
+        for line in lines:
+            grid.add_row(Text(one_line(line)))
         grid.add_row(side.bar)
     return grid
 
@@ -182,6 +188,7 @@ class _Latest:
     train: TrainEvent | None = None
     phases: dict[str, PhaseEvent] = field(default_factory=dict)  # of whom they are the phase
     num_ready: int = 0  # teachers so far
+    heldout: HeldoutEvent | None = None
     pool_pace: _Pace = field(default_factory=_Pace)
     train_pace: _Pace = field(default_factory=_Pace)
     pool_rate: _Rate = field(default_factory=_Rate)
@@ -209,6 +216,8 @@ class _Latest:
                 self.phases.pop(event.role, None)
                 self.train_pace.add(event.time, event.step)
                 self.train_rate.add(event.time, event.seconds, event.num_tokens)
+            case HeldoutEvent():
+                self.heldout = event
             case _:
                 return False
         return True
@@ -266,8 +275,13 @@ def _student_side(latest: _Latest, now: float) -> _Side:
     # its steps
     steps = latest.start.total_steps if latest.start else train.step
     waiting = train.data_wait_s / train.seconds if train.seconds else 0.0
+    has_constant = latest.start is not None and latest.start.loss_constant
+    loss = "loss + constant" if has_constant and train.role == "student" else "loss"
+    score, heldout = "", latest.heldout
+    if heldout is not None and heldout.role == train.role:
+        score = f", held-out KL {heldout.kl:.3f}"
     details = (
-        f", loss {train.loss:.3f}, {latest.train_rate}, waiting {waiting:.0%}, "
+        f", {loss} {train.loss:.3f}{score}, {latest.train_rate}, waiting {waiting:.0%}, "
         f"ETA {latest.train_pace.eta(steps)}"
     )
     bar = ProgressBar(total=max(steps, 1), completed=train.step)
@@ -287,12 +301,18 @@ def _clock_time(seconds: float) -> str:
 
 
 def _incident_line(event: RunEvent) -> str | None:
-    """The line for an event that stops a process or makes it wait; None for all others."""
+    """The line for an event that ends a training early, stops a process or makes it wait; None for
+    all others."""
     match event:
         case DelayEvent():
             return (
                 f"the {event.role}'s checkpoint of step {event.step} cannot be written yet: "
                 f"{event.why}"
+            )
+        case EarlyStopEvent():
+            return (
+                f"the {event.role} stops early, after step {event.step}: its held-out KL was "
+                f"lowest after step {event.best_step}, {event.best_kl:.3f}"
             )
         case OutageEvent():
             return f"{event.who} has waited for {event.seconds:.0f} s: {event.why}"

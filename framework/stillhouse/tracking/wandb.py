@@ -14,6 +14,7 @@ from stillhouse.tracking.events import (
     CheckpointEvent,
     EndEvent,
     EvalEvent,
+    HeldoutEvent,
     NewerEvent,
     RunEvent,
     StartEvent,
@@ -22,8 +23,8 @@ from stillhouse.tracking.events import (
 
 # What W&B draws its charts over: an axis, and the names of the values that belong to it.
 _WANDB_AXES = {
-    "student/step": ["student/*", "student_checkpoint/*"],
-    "control/step": ["control/*", "control_checkpoint/*"],
+    "student/step": ["student/*", "student_checkpoint/*", "eval/student/*"],
+    "control/step": ["control/*", "control_checkpoint/*", "eval/control/*"],
     "pool/published": ["pool/*", "chunk/*"],
 }
 
@@ -62,7 +63,9 @@ class WandbView:
         for axis, names in _WANDB_AXES.items():
             self._run.define_metric(axis)
             for name in names:
-                self._run.define_metric(name, step_metric=axis)
+                # the summary's scores are those of the evaluation, not the last of a curve
+                summary = "none" if name.startswith("eval/") else None
+                self._run.define_metric(name, step_metric=axis, summary=summary)
 
     def record(self, event: RunEvent) -> None:
         """Send an event to W&B."""
@@ -86,13 +89,7 @@ class WandbView:
                 self._exit_code = 0 if event.outcome == "done" else 1
                 self._run.summary.update({"outcome": event.outcome, "message": values["message"]})
             case _:
-                group = _group_of(event)
-                numbers = {
-                    f"{group}/{name}": value
-                    for name, value in values.items()
-                    if isinstance(value, int | float) and name != "time"
-                }
-                self._run.log(numbers | {"_timestamp": event.time}, step=step)
+                self._run.log(_numbers(event, values) | {"_timestamp": event.time}, step=step)
 
     def close(self) -> None:
         """Write out what is buffered and, online, send it. Without an EndEvent of outcome done, W&B
@@ -117,6 +114,19 @@ class WandbView:
         self.close()
 
 
+def _numbers(event: RunEvent, values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among an event's values, by their names in W&B."""
+    group = _group_of(event)
+    numbers = {
+        f"{group}/{name}": value
+        for name, value in values.items()
+        if isinstance(value, int | float) and name != "time"
+    }
+    if isinstance(event, HeldoutEvent):  # its axis is in another group
+        numbers[f"{event.role}/step"] = event.step
+    return numbers
+
+
 def _group_of(event: RunEvent) -> str:
     """The first part of the names of an event's values in W&B."""
     match event:
@@ -124,6 +134,8 @@ def _group_of(event: RunEvent) -> str:
             return event.role
         case CheckpointEvent():
             return f"{event.role}_checkpoint"
+        case HeldoutEvent():
+            return f"eval/{event.role}"
     return event.kind
 
 
