@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.conversions import converted_as_told
 from helpers.damage import small_disk
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError, UserError
@@ -105,6 +104,11 @@ def test_the_identity_follows_contents_and_not_the_seed_alone(tmp_path: Path) ->
 def test_a_missing_column_is_answered_with_the_columns_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"no column 'body'.*has text.*corpus\.column"):
         read_all(tmp_path, write_table(tmp_path, ".jsonl"), column="body")
+
+
+def test_a_data_set_without_conversations_is_answered_with_its_columns(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"no column 'messages'.*has text.*corpus\.column"):
+        read_all(tmp_path, write_table(tmp_path, ".jsonl"), format="chat")
 
 
 def test_streamed_and_empty_data_sets_are_refused() -> None:
@@ -221,31 +225,6 @@ def test_text_in_a_table_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) ->
         CorpusError, match=r"row 1 of .*a\.parquet: not UTF-8 text .*convert or remove it"
     ):
         read_all(tmp_path / "cache", tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize(
-    ("row", "asked"),
-    [
-        ({"prompt": "Why?", "completion": "So."}, "Why?"),
-        ({"prompt": "Why?", "response": "So."}, "Why?"),
-        ({"question": "Why?", "answer": "So."}, "Why?"),
-        ({"instruction": "Answer.", "input": "Why?", "output": "So."}, "Answer.\nWhy?"),
-        ({"instruction": "Why?", "input": "", "output": "So."}, "Why?"),
-    ],
-)
-def test_questions_and_answers_in_columns_come_with_a_conversion_that_works(
-    tmp_path: Path, row: dict[str, str], asked: str
-) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(
-        CorpusError, match=f"no column 'messages'.*make conversations of {next(iter(row))}"
-    ) as refusal:
-        read_all(tmp_path / "cache", file, format="chat")
-    converted = converted_as_told(refusal.value, file, cache_dir=tmp_path / "cache")
-    assert read_all(tmp_path / "cache", converted, format="chat") == [
-        [{"role": "user", "content": asked}, {"role": "assistant", "content": "So."}]
-    ]
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_another(tmp_path: Path) -> None:

@@ -36,10 +36,20 @@ class CorpusSection(Section):
     split: str = Field("train", description="the data set's split")
     revision: str | None = Field(None, description="a branch, tag or commit of a hub data set")
     format: Literal["text", "chat"] = Field(
-        "text", description="text: plain documents; chat: lists of {role, content} messages"
+        "text",
+        description="text: plain documents; chat: messages of {role, content} or {from, value}, "
+        "or a question and its answer in two columns",
     )
     column: str | None = Field(
-        None, description="the column to read; none: 'text' for text, 'messages' for chat"
+        None,
+        description="the column to read; none: 'text' for text; for chat the first there is of "
+        "messages, conversations, conversation, prompt with completion, instruction with output "
+        "(and input), prompt with response, question with answer",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="a Jinja file, or the template itself, in place of the tokenizer's chat "
+        "template; parts between {% generation %} and {% endgeneration %} are learnt",
     )
     packing: bool = Field(
         True,

@@ -1,7 +1,7 @@
 """Documents: from the hub, local tables, text files or the standard library, in a shuffled order.
 
 The same section over the same data gives the same order on every machine. A document is a text, or
-for chat a list of messages. No other module imports `datasets`.
+for chat a Conversation. No other module imports `datasets`.
 """
 
 import glob
@@ -24,7 +24,7 @@ from stillhouse.cache import is_no_room, unwritable, writing_cache
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
 from stillhouse.seeded import GOLDEN, splitmix64
-from stillhouse.sequences.conversations import cure_of_columns
+from stillhouse.sequences.conversations import Form, form_of
 from stillhouse.sequences.json_files import first_fault
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".py", ".md"})
@@ -97,29 +97,62 @@ def from_dataset(
             "not known; a fixed order needs a data set on disk: load it without streaming, with "
             "one split"
         )
-    column = section.text_column
-    if column not in dataset.column_names:
-        cure = section.format == "chat" and cure_of_columns(dataset.column_names)
-        columns = ", ".join(sorted(dataset.column_names))
-        raise CorpusError(
-            f"the data set {section.dataset} has no column '{column}'; it has {columns}: "
-            f"{cure or 'set corpus.column'}"
-        )
+    form = _form(dataset.column_names, section)
 
     # Read its rows one by one.
-    rows = dataset.select_columns([column])
+    rows = dataset.select_columns(list(form.columns))
 
     def read(row: int) -> Any:
         try:
-            return rows[row][column]
+            values = rows[row]
         except UnicodeDecodeError as error:  # a table's texts are bytes, decoded only here
             fault = first_fault(_json_of(files)) or (
                 f"row {row} of {section.dataset}: not UTF-8 text ({error.reason}); convert or "
                 "remove it"
             )
             raise CorpusError(f"the corpus cannot be read: {fault}") from None
+        return form.conversation({name: _as_in_its_file(each) for name, each in values.items()})
 
-    return _shuffled(len(rows), read, f"datasets:{dataset._fingerprint}:{column}", section)
+    return _shuffled(
+        len(rows), read, f"datasets:{dataset._fingerprint}:{','.join(form.columns)}", section
+    )
+
+
+def _form(columns: Sequence[str], section: CorpusSection) -> Form:
+    """Where in a row its document is. Raises CorpusError where there is no such column."""
+    column = section.text_column
+    form: Form | None = None
+    if section.format == "chat":
+        form = form_of(columns, section.column)
+    elif column in columns:
+        form = Form(f"column '{column}'", (column,), lambda row: row[column])
+    if form is None:
+        raise CorpusError(
+            f"the data set {section.dataset} has no column '{column}'; it has "
+            f"{', '.join(sorted(columns))}: set corpus.column"
+        )
+    return form
+
+
+def _as_in_its_file(column: Any) -> Any:
+    """A column's value without the empty fields that a table adds to objects that lack a field of
+    others. Those of a message itself are kept: they are told in errors."""
+    if isinstance(column, list):
+        return [
+            {name: _without_empty(each) for name, each in item.items()}
+            if isinstance(item, dict)
+            else item
+            for item in column
+        ]
+    return column
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_empty(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_without_empty(each) for each in value]
+    return value
 
 
 def looks_like_path(name: str) -> bool:
