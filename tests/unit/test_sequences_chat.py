@@ -79,7 +79,9 @@ def render(tokenizer: Any, conversation: Conversation, **settings: Any) -> Rende
 def masks(
     tokenizer: PreTrainedTokenizerFast, rows: Sequence[Conversation], account: Account
 ) -> list[list[bool]]:
-    documents = Documents("values", np.arange(len(rows)), lambda row: rows[row])
+    documents = Documents(
+        "values", np.arange(len(rows)), lambda row: rows[row], lambda row: ("somewhere", row)
+    )
     section = CorpusSection(dataset="somewhere", format="chat")
     return [
         one.is_label.tolist() for one in tokenise(documents, section, tokenizer, account=account)
@@ -173,7 +175,9 @@ def test_a_template_of_the_config_stands_in_for_the_tokenizers_own(
     file = tmp_path / "training.jinja"
     file.write_text(MARKED_CHATML.source)
     rows = [TALK[2]]
-    documents = Documents("values", np.arange(1), lambda row: rows[row])
+    documents = Documents(
+        "values", np.arange(1), lambda row: rows[row], lambda row: ("somewhere", row)
+    )
     for given in (str(file), MARKED_CHATML.source):
         section = CorpusSection(dataset="somewhere", format="chat", chat_template=given)
         account = Account()

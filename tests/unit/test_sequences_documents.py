@@ -13,14 +13,9 @@ import pytest
 from helpers.damage import small_disk
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError, UserError
-from stillhouse.sequences.documents import (
-    cure_of_hub,
-    from_dataset,
-    load_documents,
-    looks_like_path,
-    shuffled_order,
-)
-from stillhouse.sequences.json_files import first_fault
+from stillhouse.sequences.documents import from_table, load_documents
+from stillhouse.sequences.shuffle import shuffled_order
+from stillhouse.sequences.tables import cure_of_hub, looks_like_path, table_of_dataset
 
 TEXTS = [f"document number {number}" for number in range(20)]
 
@@ -115,9 +110,9 @@ def test_streamed_and_empty_data_sets_are_refused() -> None:
     section = CorpusSection(dataset="somewhere")
     rows = datasets.Dataset.from_dict({"text": ["a"]})
     with pytest.raises(CorpusError, match=r"IterableDataset.*without streaming"):
-        from_dataset(rows.to_iterable_dataset(), section)
+        table_of_dataset(rows.to_iterable_dataset(), section)
     with pytest.raises(CorpusError, match="somewhere is empty"):
-        from_dataset(rows.select([]), section)
+        from_table(table_of_dataset(rows.select([]), section), section)
 
 
 def test_a_path_is_told_from_a_hub_name() -> None:
@@ -171,7 +166,7 @@ def test_a_source_that_cannot_be_read_says_why(
     for name, data in contents[make].items():
         Path(name).write_bytes(data)
     with pytest.raises(CorpusError, match=f"(?s){message}"):
-        load_documents(CorpusSection.model_validate(settings), cache_dir=tmp_path / "cache").read(0)
+        list(load_documents(CorpusSection.model_validate(settings), cache_dir=tmp_path / "cache"))
 
 
 ROW = b'{"text": "a", "other": 1}\n'
@@ -209,13 +204,13 @@ def test_a_line_of_json_that_cannot_be_read_is_named_with_its_file_and_number(
         read_all(tmp_path / "cache", tmp_path)
 
 
-def test_an_object_over_many_lines_is_no_broken_line(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"text": TEXTS}, indent=1))
+def test_an_object_over_many_lines_is_one_row_and_no_broken_line(tmp_path: Path) -> None:
+    row = {"text": "a text\nof lines", "more": TEXTS}
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=1))
+    assert read_all(tmp_path / "cache", tmp_path / "a.json") == [row["text"]]
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{bad\n')
-    assert first_fault([tmp_path / "a.json"]) is None
-    assert "b.jsonl, line 2: not JSON" in str(
-        first_fault([tmp_path / "a.json", tmp_path / "b.jsonl"])
-    )
+    with pytest.raises(CorpusError, match=r"b\.jsonl, line 2: not JSON"):
+        read_all(tmp_path / "cache", tmp_path)
 
 
 def test_text_in_a_table_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) -> None:

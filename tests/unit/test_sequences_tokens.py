@@ -116,7 +116,12 @@ def test_a_conversation_that_is_cut_does_not_stay_in_memory_whole(tmp_path: Path
 
 
 def conversations(*rows: Any) -> Documents:
-    return Documents("values", np.arange(len(rows)), lambda row: Conversation(rows[row]))
+    return Documents(
+        "values",
+        np.arange(len(rows)),
+        lambda row: Conversation(rows[row]),
+        lambda row: ("somewhere", row),
+    )
 
 
 def test_a_template_that_does_not_end_is_stopped_and_named(tmp_path: Path) -> None:
@@ -321,7 +326,7 @@ def test_a_message_that_is_none_says_why(turn: dict[str, Any], message: str) -> 
     form = form_of(["messages"], None)
     assert form is not None
     with pytest.raises(CorpusError, match=message):
-        form.conversation({"messages": [QUESTION, {"role": "assistant", **turn}]})
+        form.document({"messages": [QUESTION, {"role": "assistant", **turn}]})
 
 
 def test_the_turn_at_fault_is_shown_however_long_those_before_it_are(

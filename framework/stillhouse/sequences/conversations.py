@@ -51,7 +51,7 @@ class Form(NamedTuple):
 
     words: str  # for people
     columns: tuple[str, ...]  # all that are read
-    conversation: Callable[[Mapping[str, Any]], Conversation]  # of a row; raises BadRowError
+    document: Callable[[Mapping[str, Any]], Any]  # of these columns of a row; raises BadRowError
 
 
 def form_of(columns: Collection[str], column: str | None) -> Form | None:

@@ -28,6 +28,7 @@ from stillhouse.errors import CorpusError
 from stillhouse.sealed import opened, sealed
 from stillhouse.sequence import Sequences
 from stillhouse.sequences.account import Account
+from stillhouse.sequences.bad_rows import BadRow
 from stillhouse.sequences.chat import template_text
 from stillhouse.sequences.corpus import (
     BLOCK_TOKENS,
@@ -37,7 +38,8 @@ from stillhouse.sequences.corpus import (
     write_corpus,
 )
 from stillhouse.sequences.documents import Documents, load_documents
-from stillhouse.sequences.tokens import Tokens, tokenise
+from stillhouse.sequences.ids import Tokens
+from stillhouse.sequences.tokens import tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -125,8 +127,8 @@ def _build(
     if account.num_tokens and not account.num_labels:
         raise CorpusError(
             f"nothing in the corpus {section.dataset} is learnt: of the {account.num_tokens} "
-            f"tokens of its {account.num_documents} documents, no mask has a one. Where the chat "
-            "template marks what is learnt with {% generation %}, look at what is between the marks"
+            f"tokens of its {account.num_documents} documents, no mask has a one. Look at what "
+            "the chat template has between its {% generation %} marks, or at the column of masks"
         )
     if train.num_sequences == 0:
         raise CorpusError(
@@ -262,6 +264,7 @@ def _read_split(directory: Path) -> Split | None:
             for name, values in written["corpora"].items()
         }
         account = Account(**written["account"])
+        account.bad_rows = [BadRow(**row) for row in written["account"]["bad_rows"]]
         is_whole = all(
             (directory / name).stat().st_size == size for name, size in written["num_bytes"].items()
         ) and all(

@@ -6,17 +6,19 @@ the chat template renders it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
+from stillhouse.models import vocab_size_of
 from stillhouse.sequences.account import Account
+from stillhouse.sequences.bad_rows import BadRow, BadRowError, require_few, where
 from stillhouse.sequences.chat import TEMPLATE_LIMIT_S, ChatTemplate, Rendered, template_text
 from stillhouse.sequences.documents import Documents
+from stillhouse.sequences.ids import Tokens, require_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,17 +31,6 @@ BATCH_DOCUMENTS = 256  # most documents tokenised at one time
 BATCH_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A document's ids, and which of them are labels."""
-
-    ids: NDArray[np.int32]
-    is_label: NDArray[np.bool_]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 def tokenise(
     documents: Documents,
     section: CorpusSection,
@@ -48,23 +39,47 @@ def tokenise(
     account: Account | None = None,
     template_limit_s: float = TEMPLATE_LIMIT_S,
 ) -> Iterator[Tokens]:
-    """Every document's tokens, in order. Memory is bounded by the longest document and a constant.
+    """Every document's tokens, in order, counted in the account. Memory is bounded by the longest
+    document and a constant.
 
-    They are counted in the account. Raises CorpusError: a tokenizer without EOS or chat template, a
-    row that is no text or conversation, a conversation without an answer, a template that drops
-    calls of tools, or takes longer than the limit for one conversation.
+    Raises CorpusError: a tokenizer without EOS or chat template, more bad rows than the section
+    allows, a template that drops calls of tools, or takes longer than the limit for a conversation.
     """
     account = Account() if account is None else account
+    account.form = documents.form
     if section.format == "text":
-        found = _tokenise_text(documents, section, tokenizer)
-    else:
+        found = _tokenise_text(_good(documents, section, account), tokenizer)
+    elif section.format == "chat":
         template = ChatTemplate(tokenizer, template_text(section), limit_s=template_limit_s)
-        found = _tokenise_chat(_rendered(documents, section, template, account), tokenizer)
+        conversations = _good(documents, section, account, template.rendered)
+        found = _tokenise_chat(conversations, tokenizer, account)
+    else:
+        in_vocabulary = partial(require_ids, vocab_size=vocab_size_of(tokenizer))
+        found = _good(documents, section, account, in_vocabulary)
     for tokens in found:
         account.num_documents += 1
         account.num_tokens += len(tokens)
         account.num_labels += int(tokens.is_label.sum())
         yield tokens
+
+
+def _good(
+    documents: Documents,
+    section: CorpusSection,
+    account: Account,
+    change: Callable[[Any], Any] = lambda document: document,
+) -> Iterator[Any]:
+    """The documents, changed. Bad rows are skipped, and told in the account."""
+    for row in map(int, documents.order):
+        try:
+            document = change(documents.read(row))
+        except BadRowError as error:
+            account.bad_rows.append(BadRow(*documents.place(row), str(error)))
+            require_few(account.bad_rows, num_rows=len(documents), max_share=section.max_bad_rows)
+            continue
+        except CorpusError as error:
+            raise CorpusError(f"{where(*documents.place(row))}: {error}") from error
+        yield document
 
 
 def batches(items: Iterable[_Item], *, num_bytes: Callable[[_Item], int]) -> Iterator[list[_Item]]:
@@ -83,9 +98,7 @@ def batches(items: Iterable[_Item], *, num_bytes: Callable[[_Item], int]) -> Ite
         yield batch
 
 
-def _tokenise_text(
-    documents: Documents, section: CorpusSection, tokenizer: "PreTrainedTokenizerFast"
-) -> Iterator[Tokens]:
+def _tokenise_text(texts: Iterable[str], tokenizer: "PreTrainedTokenizerFast") -> Iterator[Tokens]:
     """Each text as its tokenizer encodes it (with a beginning-of-sequence token where that adds
     one), and EOS. Empty texts are left out."""
     eos = tokenizer.eos_token_id
@@ -94,21 +107,10 @@ def _tokenise_text(
             f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token to put between "
             "documents; set its eos_token"
         )
-    for texts in batches(_texts(documents, section), num_bytes=_num_bytes):
-        for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+    for batch in batches(filter(None, texts), num_bytes=_num_bytes):
+        for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
             ended = np.array(ids if ids and ids[-1] == eos else [*ids, eos], dtype=np.int32)
             yield Tokens(ended, np.ones(len(ended), dtype=np.bool_))
-
-
-def _texts(documents: Documents, section: CorpusSection) -> Iterator[str]:
-    for row, text in documents:
-        if not isinstance(text, str):
-            raise CorpusError(
-                f"row {row} of {section.dataset} has {type(text).__name__} in column "
-                f"'{section.text_column}'; wanted: text. Convert such rows, or remove them"
-            )
-        if text:
-            yield text
 
 
 def _num_bytes(text: str) -> int:
@@ -116,7 +118,7 @@ def _num_bytes(text: str) -> int:
 
 
 def _tokenise_chat(
-    conversations: Iterable[Rendered], tokenizer: "PreTrainedTokenizerFast"
+    conversations: Iterable[Rendered], tokenizer: "PreTrainedTokenizerFast", account: Account
 ) -> Iterator[Tokens]:
     """Each conversation's tokens; one is a label iff its first character is in a span that is
     learnt."""
@@ -136,17 +138,5 @@ def _tokenise_chat(
             # borders before it is odd.
             borders = np.array(one.spans, dtype=np.int64).ravel()
             is_label = np.searchsorted(borders, first_chars, side="right") % 2 == 1
+            account.ways[one.way] = account.ways.get(one.way, 0) + 1
             yield Tokens(np.array(ids, dtype=np.int32), is_label)
-
-
-def _rendered(
-    documents: Documents, section: CorpusSection, template: ChatTemplate, account: Account
-) -> Iterator[Rendered]:
-    """Each conversation as text."""
-    for row in map(int, documents.order):
-        try:
-            rendered = template.rendered(documents.read(row))
-        except CorpusError as error:
-            raise CorpusError(f"row {row} of {section.dataset}: {error}") from error
-        account.ways[rendered.way] = account.ways.get(rendered.way, 0) + 1
-        yield rendered
