@@ -1,5 +1,6 @@
 """A run directory that is used again."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -26,8 +27,10 @@ from stillhouse.pipeline import Plan, make_plan, open_run, train
 from stillhouse.pipeline.attempt import OpenStore, attempt, learning_attempt
 from stillhouse.pipeline.export import model_card
 from stillhouse.pipeline.ownership import Owner
-from stillhouse.pipeline.run_dir import claim
+from stillhouse.pipeline.run_dir import claim, keep_account
 from stillhouse.pipeline.run_store import store_to_fill, store_to_read
+from stillhouse.sequences.account import Account
+from stillhouse.sequences.bad_rows import BadRow
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.consumers import join, registered
 from stillhouse.tracking import (
@@ -365,3 +368,17 @@ def test_the_model_card_tells_what_was_trained_and_not_what_was_asked_for_last(
     assert f"| AdamW | {schedule.format('0.003')} |" in halfway
     assert "| optimiser steps | 6 of 8 sequences |" in halfway
     assert "| AdamW | not in the run's journal |" in card_of("control", 10)
+
+
+def test_rows_that_were_skipped_are_listed_in_the_run_directory_as_long_as_there_are_any(
+    tmp_path: Path,
+) -> None:
+    account = Account(bad_rows=[BadRow("a.jsonl", 7, "it has int"), BadRow("b.jsonl", 0, "—")])
+    keep_account(tmp_path, account)
+    listed = (tmp_path / "bad_rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in listed] == [
+        {"file": "a.jsonl", "row": 7, "reason": "it has int"},
+        {"file": "b.jsonl", "row": 0, "reason": "—"},
+    ]
+    keep_account(tmp_path, Account())
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from stillhouse.config import Config, EvaluateSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.sequence import WorkItem
+from stillhouse.sequences.account import Account
 from stillhouse.sequences.source import SequenceSource, Sources
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.job import TrainJob, order_of
@@ -29,6 +30,7 @@ class Request:
     store: ChunkStore
     chunks: Sequence[int]  # that the command makes or reads
     start: StartEvent  # but for what the attempt adds: number, command, versions, committed steps
+    account: Account | None  # of the corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,8 @@ class Plan:
             epochs=student.epochs,
             max_steps=student.max_steps,
         )
-        return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start)
+        account = self.sources.account
+        return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start, account)
 
 
 def require_full_step(wanted: int, *, there: int) -> None:

@@ -2,11 +2,13 @@
 
 config.json  recipe.json     what was asked
 journal.jsonl  logs/  lock   what happened, and which command uses it now
+bad_rows.jsonl               rows of the corpus that were skipped; absent where there are none
 checkpoints/                 the commits, unless student.checkpoint_url names another place
 wandb/  report.html          views of the journal
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,10 +22,13 @@ from stillhouse.config import (
 )
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.sealed import opened, sealed
+from stillhouse.sequences.account import Account
 from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
 from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
 from stillhouse.student.job import resume_location
+
+_log = logging.getLogger(__name__)
 
 # The settings that may differ when a run directory is used again. All others decide a target, a
 # batch or a gradient.
@@ -118,6 +123,23 @@ def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
     except OSError as error:
         raise explain(error, doing="write config.json and recipe.json", url=str(run_dir)) from error
     return before
+
+
+def keep_account(run_dir: Path, account: Account | None) -> None:
+    """Log what became of the corpus, and write bad_rows.jsonl where rows of it were skipped. Raises
+    StoreError where that cannot be written."""
+    path = run_dir / "bad_rows.jsonl"
+    lines = account.lines() if account is not None else []
+    for line in lines:
+        _log.info("corpus: %s", line)
+    if account is None or not account.bad_rows:
+        path.unlink(missing_ok=True)
+        return
+    try:
+        atomic.replace(path, account.bad_rows_file())
+    except OSError as error:
+        raise explain(error, doing="write bad_rows.jsonl", url=str(run_dir)) from error
+    _log.warning("corpus: %s; %s lists them", lines[-1], path)
 
 
 def leave_former_place(

@@ -1,8 +1,10 @@
 """The account of a corpus: what became of its documents when they were tokenised."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 
-from stillhouse.sequences.bad_rows import BadRow
+from stillhouse.sequences.bad_rows import BadRow, where
+from stillhouse.sequences.chat import Way
 
 
 @dataclass(slots=True)
@@ -15,3 +17,19 @@ class Account:
     form: str = ""  # what was read of a row, in words
     bad_rows: list[BadRow] = field(default_factory=list)  # that were skipped
     ways: dict[str, int] = field(default_factory=dict)  # conversations told in each `Way`
+
+    def lines(self) -> list[str]:
+        """What people should know of it: what was read, what is learnt, what was skipped."""
+        lines = [f"{self.num_documents:,} documents: {self.form}"]
+        lines += [f"{Way(way).words}: in {count:,} of them" for way, count in self.ways.items()]
+        if self.bad_rows:
+            first = self.bad_rows[0]
+            lines.append(
+                f"{len(self.bad_rows):,} bad rows are skipped, the first: "
+                f"{where(first.file, first.row)}: {first.reason}"
+            )
+        return lines
+
+    def bad_rows_file(self) -> bytes:
+        """A JSON object of file, row and reason for each bad row, on a line of its own."""
+        return "".join(json.dumps(asdict(row)) + "\n" for row in self.bad_rows).encode()

@@ -9,7 +9,7 @@ names it as `corpus.source = "package.module:function"`; `open_sources` has the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from stillhouse.config import CorpusSection
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 from stillhouse.sequence import Sequences, joined
+from stillhouse.sequences.account import Account
 from stillhouse.sequences.corpus import Corpus
 from stillhouse.sequences.packing import prepare_corpus
 
@@ -66,6 +67,7 @@ class Sources:
 
     train: SequenceSource
     heldout: SequenceSource
+    account: Account | None = field(default=None, kw_only=True)  # of a corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,9 @@ def open_sources(
         on_progress=on_progress,
     )
     return Sources(
-        CorpusSource(split.train, block_sequences), CorpusSource(split.heldout, block_sequences)
+        CorpusSource(split.train, block_sequences),
+        CorpusSource(split.heldout, block_sequences),
+        account=split.account,
     )
 
 
