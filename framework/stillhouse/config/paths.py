@@ -20,6 +20,7 @@ from stillhouse.config.sections import Config
 
 _INPUTS = (
     ("corpus", "dataset"),
+    ("corpus", "chat_template"),
     ("teacher", "model"),
     ("student", "model"),
     ("student", "tokenizer"),
@@ -56,8 +57,15 @@ def _changed(
     return changed
 
 
+def is_template(value: str) -> bool:
+    """Whether `corpus.chat_template` is a template, and no path."""
+    return "{{" in value or "{%" in value
+
+
 def _input(value: str, folder: Path) -> str:
     """An absolute path where the value names something in `folder`; else the value."""
+    if is_template(value):
+        return value
     explicit = _explicit(value, folder)
     if explicit is not None:
         return explicit

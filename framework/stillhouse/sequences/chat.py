@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillhouse.config import CorpusSection
+from stillhouse.config.paths import is_template
 from stillhouse.errors import CorpusError
 from stillhouse.sequences.bad_rows import BadRowError
 from stillhouse.sequences.conversations import Conversation
@@ -63,7 +64,7 @@ def template_text(section: CorpusSection) -> str | None:
     """The template that a config gives, as a text or as the path of a file; None: the tokenizer's
     own. Raises CorpusError where the file cannot be read."""
     given = section.chat_template
-    if given is None or "{{" in given or "{%" in given:
+    if given is None or is_template(given):
         return given
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
