@@ -159,14 +159,34 @@ def test_tools_stand_where_the_template_writes_them_and_move_its_last_question(
 def test_a_template_that_drops_calls_of_tools_is_refused_by_name(
     tokenizers: dict[str, PreTrainedTokenizerFast],
 ) -> None:
-    with pytest.raises(CorpusError, match=r"Gemma drops calls of tools in silence: turn 1 .*grow"):
+    with pytest.raises(
+        CorpusError, match=r"Gemma drops calls of tools, such as that of grow, .*turn 1"
+    ):
         render(tokenizers["Gemma"], CALLS[0])
     forgets = CHATML.source.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]")
     row = Conversation([user("Grow."), answer("", "grow"), answer("", "grow", "fell")], [TOOL])
     with pytest.raises(
-        CorpusError, match=r"corpus\.chat_template drops calls .*turn 2 .*call of fell"
+        CorpusError, match=r"corpus\.chat_template drops calls .*that of fell, .*turn 2 "
     ):
         render(tokenizers["ChatML"], row, given=forgets)
+
+
+def test_a_template_that_drops_what_an_assistant_says_is_refused(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    """As those do that want the parts of a content, and are given a text."""
+    source = "{% for m in messages %}{{ m.role }}{{ m.content[0].text }}<|im_end|>{% endfor %}"
+    with pytest.raises(CorpusError, match="drops what an assistant says in silence: turn 1"):
+        render(tokenizers["ChatML"], TALK[0], given=source)
+
+
+def test_a_template_that_wants_arguments_as_text_is_given_text(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    source = CHATML.source.replace("call.function | tojson", "call.function.arguments")
+    found = render(tokenizers["ChatML"], CALLS[0], given=source)
+    (span,) = found.spans
+    assert '<tool_call>{"tree": "Eiche — 木"}</tool_call>' in found.text[slice(*span)]
 
 
 def test_a_template_of_the_config_stands_in_for_the_tokenizers_own(
@@ -195,7 +215,8 @@ def test_a_template_of_the_config_stands_in_for_the_tokenizers_own(
     [
         "{% for m in messages %}{% generation %}{% generation %}{{ m.content }}"
         "{% endgeneration %}{% endgeneration %}{% endfor %}",
-        "{% set t %}{% generation %} a {% endgeneration %}{% endset %}{{ t | trim }}",
+        "{% for m in messages %}{% set t %}{% generation %} {{ m.content }} {% endgeneration %}"
+        "{% endset %}{{ t | trim }}{% endfor %}",
     ],
 )
 def test_marks_that_cannot_be_followed_are_refused(
@@ -232,4 +253,4 @@ def test_templates_are_rendered_a_few_times_for_each_message() -> None:
     row = Conversation([user("a"), answer("b")] * 50)
     tokenizer: Any = Counting()
     assert len(render(tokenizer, row).spans) == 50
-    assert tokenizer.calls <= 2 * 50
+    assert tokenizer.calls <= 2 * 50 + 5

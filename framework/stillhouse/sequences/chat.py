@@ -82,8 +82,8 @@ class ChatTemplate:
     tokenizer: "PreTrainedTokenizerFast"
     given: str | None = None
     limit_s: float = TEMPLATE_LIMIT_S
-    # the kinds of messages whose calls of tools the template is known to write
-    _writes: set[tuple[bool, ...]] = field(default_factory=set)
+    # the kinds of an assistant's messages that the template is known to write
+    _written: set[tuple[int, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if not (self.given or self.tokenizer.chat_template):
@@ -102,7 +102,7 @@ class ChatTemplate:
         """The text of a conversation, and what is learnt of it.
 
         Raises BadRowError where the template refuses it, or nothing in it can be learnt;
-        CorpusError where the template drops calls of tools, or takes longer than the limit.
+        CorpusError where the template drops what is learnt, or takes longer than the limit.
         """
         # What there is to learn: a message before which nothing is asked answers nothing.
         messages = conversation.messages
@@ -112,8 +112,11 @@ class ChatTemplate:
                 "it has no assistant's turn that answers another, so nothing to learn from; remove "
                 "such rows"
             )
-        text = self._text(conversation)
-        self._require_calls_written(conversation, text)
+        text = self._text_or_none(conversation)
+        if text is None:  # perhaps for arguments of calls that are objects
+            conversation = conversation.with_texts_as_arguments()
+            messages, text = conversation.messages, self._text(conversation)
+        self._require_written(conversation, text)
 
         # In the first way that tells it.
         source = self._source(conversation)
@@ -173,34 +176,36 @@ class ChatTemplate:
             spans.append((len(prompt), end))
         return spans
 
-    def _require_calls_written(self, conversation: Conversation, text: str) -> None:
-        """Raise CorpusError where the text is the same without a message's last call of a tool.
+    def _require_written(self, conversation: Conversation, text: str) -> None:
+        """Raise CorpusError where the text is the same without the last call of an assistant's
+        message, or where it ends with one without calls, and is the same with another content.
 
         Templates decide by the kind of a message, so one of each kind is tried.
         """
-        messages = list(conversation.messages)
-        for number, message in enumerate(messages):
-            calls = message.get("tool_calls")
-            if not calls:
+        for number, message in enumerate(conversation.messages):
+            # Of a kind that was not tried yet.
+            calls = message.get("tool_calls", [])
+            is_last = number == len(conversation.messages) - 1
+            reasons = "reasoning_content" in message
+            kind = (min(len(calls), 2), bool(message["content"]), is_last, reasons)
+            if message["role"] != "assistant" or kind in self._written or not (calls or is_last):
                 continue
-            is_last, reasons = number == len(messages) - 1, "reasoning_content" in message
-            kind = (bool(message["content"]), len(calls) > 1, is_last, reasons)
-            if kind in self._writes:
-                continue
-            fewer = {**message, "tool_calls": calls[:-1]}
-            if not calls[1:]:
-                del fewer["tool_calls"]
-            without = Conversation(
-                [*messages[:number], fewer, *messages[number + 1 :]], conversation.tools
-            )
-            if text == self._text_or_none(without):
+
+            # Changed in what has to be written.
+            changed = {**message, "content": message["content"] + "a"}
+            what = "what an assistant says"
+            if calls:
+                changed = {**message, "tool_calls": calls[:-1] or None}
+                what = f"calls of tools, such as that of {calls[-1]['function']['name']},"
+            messages = [*conversation.messages]
+            messages[number] = {name: each for name, each in changed.items() if each is not None}
+            if text == self._text_or_none(Conversation(messages, conversation.tools)):
                 raise CorpusError(
-                    f"{self.name} drops calls of tools in silence: turn {number} is rendered the "
-                    f"same without its call of {calls[-1]['function']['name']}, so a student would "
-                    "learn to answer with nothing. Give a template that writes tool_calls as "
-                    "corpus.chat_template, or leave such rows out"
+                    f"{self.name} drops {what} in silence: turn {number} is rendered the same "
+                    "without it, so a student would learn to say nothing. Give a template that "
+                    "writes it as corpus.chat_template, or leave such rows out"
                 )
-            self._writes.add(kind)
+            self._written.add(kind)
 
     def _text_or_none(self, conversation: Conversation) -> str | None:
         """The text; None where the template refuses it."""

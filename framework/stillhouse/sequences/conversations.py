@@ -45,6 +45,18 @@ class Conversation:
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] = ()
 
+    def with_texts_as_arguments(self) -> "Conversation":
+        """The same for a template that wants the arguments of a call as a text of JSON."""
+        messages = []
+        for message in self.messages:
+            calls = [
+                {**call, "function": {**one, "arguments": _as_json(one["arguments"])}}
+                for call in message.get("tool_calls", [])
+                for one in [call["function"]]
+            ]
+            messages.append({**message, "tool_calls": calls} if calls else message)
+        return Conversation(messages, self.tools)
+
 
 class Form(NamedTuple):
     """How the rows of a data set hold conversations."""
@@ -191,6 +203,10 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
         function = {"name": name, "arguments": arguments}
         found.append({"type": "function", **identity, "function": function})
     return found
+
+
+def _as_json(arguments: Mapping[str, Any]) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def _tools(tools: Any) -> list[dict[str, Any]]:
