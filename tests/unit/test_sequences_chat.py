@@ -144,6 +144,24 @@ def test_a_template_that_rewrites_earlier_messages_teaches_the_last_one_alone(
         assert [each.count("hm") for each in learnt] == [1, 1]
 
 
+@pytest.mark.parametrize("by_default", ["true", "false"])
+def test_a_generation_prompt_that_begins_the_reasoning_is_as_the_answer_asks(
+    by_default: str, tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    source = (
+        "{% for m in messages %}{{ '[' + m.role + ']' }}{% if m.role == 'assistant' %}"
+        "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant]"
+        f"{{% if enable_thinking | default({by_default}) %}}<think>{{% else %}}<think></think>"
+        "{% endif %}{% endif %}"
+    )
+    thinking = answer("One") | {"reasoning_content": "hm"}
+    for said, learnt in ((answer("One"), "One<|im_end|>"), (thinking, "hm</think>One<|im_end|>")):
+        found = render(tokenizers["ChatML"], Conversation([user("a"), said]), given=source)
+        (span,) = found.spans
+        assert found.text[slice(*span)].removeprefix("</think>") == learnt
+
+
 def test_tools_stand_where_the_template_writes_them_and_move_its_last_question(
     tokenizers: dict[str, PreTrainedTokenizerFast],
 ) -> None:

@@ -7,12 +7,13 @@ drop earlier reasoning, only the last one can be told so.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from stillhouse.config import CorpusSection
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Span = tuple[int, int]  # half-open, of characters
 
 TEMPLATE_LIMIT_S = 10.0  # CPU time to render one conversation, which takes milliseconds
+# Generation prompts may begin, or skip, the reasoning of an answer that has none, or has some.
+_THINKING: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _BEGIN, _END = "\ue0f0", "\ue0f1"  # of a marked part; no standard gives these characters a meaning
 
@@ -166,10 +169,12 @@ class ChatTemplate:
         )
         spans = []
         for number in answers:
-            prompt = self._text(Conversation(messages[:number], tools), prompted=True)
+            before = Conversation(messages[:number], tools)
+            prompts = (self._text(before, prompted=True, settings=each) for each in _THINKING)
             is_last = number == len(messages) - 1
             through = text if is_last else self._text(Conversation(messages[: number + 1], tools))
-            if not (through.startswith(prompt) and text.startswith(through)):
+            prompt = next(filter(through.startswith, prompts), None)
+            if prompt is None or not text.startswith(through):
                 return None
             trimmed = through.rstrip()  # ChatML has a newline behind the end token: not a label
             end = len(trimmed) if trimmed.endswith(ends_of_turn) else len(through)
@@ -222,9 +227,15 @@ class ChatTemplate:
         return str(self.tokenizer.get_chat_template(tools=_tools_of(conversation)))
 
     def _text(
-        self, conversation: Conversation, *, template: str | None = None, prompted: bool = False
+        self,
+        conversation: Conversation,
+        *,
+        template: str | None = None,
+        prompted: bool = False,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """The conversation as text, with the generation prompt behind it if `prompted`."""
+        """The conversation as text, with the generation prompt behind it if `prompted`; `settings`
+        are the template's own."""
         with self._limited(len(conversation.messages)):
             return str(
                 self.tokenizer.apply_chat_template(
@@ -233,6 +244,7 @@ class ChatTemplate:
                     chat_template=template or self.given,
                     tokenize=False,
                     add_generation_prompt=prompted,
+                    **settings,
                 )
             )
 
