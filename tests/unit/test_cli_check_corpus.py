@@ -9,7 +9,7 @@ import pytest
 from helpers.command import as_toml, stillhouse
 from helpers.models import CHAT_TEMPLATE, make_model
 from helpers.world import TinyWorld, merged
-from stillhouse.cli.check_corpus import example_of
+from stillhouse.cli.check_corpus import check_corpus, example_of
 from stillhouse.cli.findings import Findings, Piece, print_findings
 from stillhouse.sequence import Sequences
 
@@ -40,6 +40,26 @@ def test_the_ways_of_conversations_bad_rows_and_an_example_are_told(
     assert f"1 bad rows are skipped, the first: row 40 of {chat}: it has no" in told
     assert "what is between « and » is learnt" in told
     assert "An oak.<|im_end|>»" in told
+
+
+def test_what_each_data_set_of_a_mixture_contributes_is_told_and_journalled(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"{n} words " * 20}) + "\n" for n in range(90)))
+    corpus = {"mixed_with": [{"dataset": str(other), "weight": 0.25}]}
+    plan = tiny_world.plan(tmp_path / "run", corpus=corpus)
+    found = Findings()
+    check_corpus(plan, found)
+    first, second = plan.sources.parts
+    told = [text for _, text in found.rows]
+    assert told[0].startswith("2 data sets: ")
+    assert any(text.startswith(f"{other}: {second.num_sequences} sequences, ") for text in told)
+    assert first.num_sequences == pytest.approx(4 * second.num_sequences, abs=2)
+    assert plan.request.start.corpus_targets == {
+        str(tiny_world.folder / "documents.jsonl"): first.num_targets,
+        str(other): second.num_targets,
+    }
 
 
 def sequences(*, ids: list[int], positions: list[int], mask: list[int]) -> Sequences:

@@ -31,6 +31,7 @@ from stillhouse.pipeline.run_dir import claim, keep_account
 from stillhouse.pipeline.run_store import store_to_fill, store_to_read
 from stillhouse.sequences.account import Account
 from stillhouse.sequences.bad_rows import BadRow
+from stillhouse.sequences.source import Part
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.consumers import join, registered
 from stillhouse.tracking import (
@@ -374,11 +375,11 @@ def test_rows_that_were_skipped_are_listed_in_the_run_directory_as_long_as_there
     tmp_path: Path,
 ) -> None:
     account = Account(bad_rows=[BadRow("a.jsonl", 7, "it has int"), BadRow("b.jsonl", 0, "—")])
-    keep_account(tmp_path, account)
+    keep_account(tmp_path, [Part("a", account, 1, 1)])
     listed = (tmp_path / "bad_rows.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in listed] == [
         {"file": "a.jsonl", "row": 7, "reason": "it has int"},
         {"file": "b.jsonl", "row": 0, "reason": "—"},
     ]
-    keep_account(tmp_path, Account())
+    keep_account(tmp_path, [Part("a", Account(), 1, 1)])
     assert list(tmp_path.iterdir()) == []

@@ -16,19 +16,25 @@ _BEFORE = 80  # of them in front of the first that is learnt, where there are mo
 
 def check_corpus(plan: Plan, found: Findings) -> None:
     """Describe the corpus."""
-    section = plan.config.corpus
-    corpus, heldout, account = plan.sources.train, plan.sources.heldout, plan.sources.account
+    section, parts = plan.config.corpus, plan.sources.parts
+    corpus, heldout = plan.sources.train, plan.sources.heldout
     found.add(
         "corpus",
-        f"{section.dataset}: {corpus.num_sequences:,} sequences of "
+        f"{section.dataset if len(parts) < 2 else f'{len(parts)} data sets'}: "
+        f"{corpus.num_sequences:,} sequences of "
         f"{corpus.sequence_length:,} tokens, {count_words(corpus.num_targets)} of them with a "
         f"target; {heldout.num_sequences:,} more are held out",
     )
-    if account is not None and section.format != "text":
-        found.add("", *account.lines())
+    for part in parts:
+        if len(parts) > 1:
+            share = part.num_targets / corpus.num_targets
+            found.add(
+                "",
+                f"{part.name}: {part.num_sequences:,} sequences, {share:.1%} of the targets",
+            )
+        found.add("", *part.account.lines())
+    if any(each.format != "text" for each in section.parts()) and section.source == "corpus":
         found.example = example_of(corpus.block(0), lambda ids: str(plan.tokenizer.decode(ids)))
-    elif account is not None and account.bad_rows:
-        found.add("", account.lines()[-1])
 
 
 def example_of(sequences: Sequences, decode: Callable[[list[int]], str]) -> list[Piece]:

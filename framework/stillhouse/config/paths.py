@@ -26,6 +26,7 @@ _INPUTS = (
     ("student", "tokenizer"),
 )
 _OUTPUTS = (("store", "url"), ("student", "checkpoint_url"))
+_TABLES = "mixed_with"  # tables of corpus that have the same settings
 _STDLIB = "stdlib"  # a name of `corpus.dataset`, and no path
 
 
@@ -52,9 +53,23 @@ def _changed(
     changed = dict(values)
     for section, name in settings:
         table = changed.get(section)
-        if isinstance(table, Mapping) and isinstance(table.get(name), str):
-            changed[section] = {**table, name: change(table[name])}
+        if not isinstance(table, Mapping):
+            continue
+        changed[section] = _with_changed(table, name, change)
+        more = table.get(_TABLES)
+        if isinstance(more, list | tuple):
+            changed[section][_TABLES] = [
+                _with_changed(each, name, change) if isinstance(each, Mapping) else each
+                for each in more
+            ]
     return changed
+
+
+def _with_changed(
+    table: Mapping[str, Any], name: str, change: Callable[[str], str]
+) -> dict[str, Any]:
+    is_text = isinstance(table.get(name), str)
+    return {**table, name: change(table[name])} if is_text else dict(table)
 
 
 def is_template(value: str) -> bool:

@@ -2,112 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from stillhouse.config.corpus import CorpusSection
 from stillhouse.config.fields import (
     DIVERGENCES,
     BatchSize,
     BlockSize,
-    Count,
-    Fraction,
-    Name,
     NoticeSource,
     NumBytes,
     Seconds,
     Section,
-    Seed,
 )
 from stillhouse.config.models import StudentSection, TeacherSection
-from stillhouse.extension import is_extension
-
-
-class CorpusSection(Section):
-    """The documents, and how they become sequences of one length."""
-
-    source: str = Field(
-        "corpus",
-        description="corpus: documents, tokenised and packed; 'package.module:name' opens Sources "
-        "of your own",
-    )
-    dataset: Name = Field(
-        description="a hub data set; local text, json(l) or csv (also .gz or .zst), parquet or "
-        "arrow files, a glob or a directory; or 'stdlib', the Python files of the standard library"
-    )
-    subset: str | None = Field(None, description="the hub data set's configuration name")
-    split: str = Field("train", description="the data set's split")
-    revision: str | None = Field(None, description="a branch, tag or commit of a hub data set")
-    format: Literal["text", "chat", "tokens"] = Field(
-        "text",
-        description="text: plain documents; chat: messages of {role, content} or {from, value}, "
-        "or a question and its answer in two columns; tokens: ids that are tokenised already",
-    )
-    column: str | None = Field(
-        None,
-        description="the column to read; none: 'text' for text, 'input_ids' for tokens, and for "
-        "chat the first there is of messages, conversations, conversation, prompt with completion, "
-        "instruction with output (and input), prompt with response, question with answer",
-    )
-    mask_column: str | None = Field(
-        None,
-        description="the column that says which ids are learnt, for tokens; none: the first there "
-        "is of loss_mask, assistant_masks, completion_mask (1 is learnt) and labels (-100 is not); "
-        "without any, all are learnt",
-    )
-    max_bad_rows: Fraction = Field(
-        0.001,
-        description="share of rows that may be skipped because nothing can be learnt from them; "
-        "bad_rows.jsonl in the run directory lists them; 0: the first one is an error",
-    )
-    chat_template: str | None = Field(
-        None,
-        description="a Jinja file, or the template itself, in place of the tokenizer's chat "
-        "template; parts between {% generation %} and {% endgeneration %} are learnt",
-    )
-    packing: bool = Field(
-        True,
-        description="pack documents end to end, none of which attends to another; false pads each "
-        "document to a sequence (not for text)",
-    )
-    sequence_length: Annotated[int, Field(ge=2, le=1 << 24)] = Field(
-        2048, description="tokens in one sequence"
-    )
-    max_documents: Annotated[int, Field(ge=1, le=10**12)] | None = Field(
-        None, description="documents to read at most, after the shuffle; none: all"
-    )
-    heldout_sequences: Count = Field(
-        64,
-        description="sequences set apart for evaluation, from documents that are never trained on",
-    )
-    seed: Seed = Field(0, description="seed of the shuffle of documents")
-
-    @model_validator(mode="after")
-    def _settings_fit_the_format(self) -> "CorpusSection":
-        for name, wanted in (("chat_template", "chat"), ("mask_column", "tokens")):
-            if getattr(self, name) is not None and self.format != wanted:
-                raise ValueError(
-                    f"{name} is set, but format is '{self.format}'; set format = \"{wanted}\", or "
-                    f"leave {name} out"
-                )
-        if self.format == "text" and not self.packing:
-            raise ValueError(
-                "packing = false pads conversations, but format is 'text'; set format = \"chat\" "
-                "or leave packing on"
-            )
-        return self
-
-    @field_validator("source")
-    @classmethod
-    def _is_a_source(cls, name: str) -> str:
-        if name == "corpus" or is_extension(name):
-            return name
-        raise ValueError(
-            f"no source {name!r}; known: corpus, or 'package.module:name' for one of your own"
-        )
-
-    @property
-    def text_column(self) -> str:
-        names = {"text": "text", "chat": "messages", "tokens": "input_ids"}
-        return self.column or names[self.format]
 
 
 class TargetSection(Section):

@@ -80,6 +80,8 @@ def _kind(schema: Mapping[str, Any]) -> str:
     """A JSON Schema's type and range in words."""
     if "anyOf" in schema:  # an optional setting; its default says none
         return " or ".join(_kind(each) for each in schema["anyOf"] if each.get("type") != "null")
+    if "$ref" in schema:
+        return "tables"
     if "enum" in schema:
         return ", ".join(json.dumps(value) for value in schema["enum"])
     if schema["type"] == "array" and "prefixItems" in schema:

@@ -145,7 +145,7 @@ def _journalled(
         committed_steps=dict(committed),
     )
     with driver_log(run_dir, attempt=start.attempt):
-        keep_account(run_dir, request.account)
+        keep_account(run_dir, request.parts)
         waiting.record(start)
         idle = nothing_left(earlier, start)
         if idle:

@@ -48,6 +48,7 @@ def model_card(
         else f"the top {recipe.k} log-probabilities of {short_name(config.teacher.model)} and "
         f"{_rest(recipe.num_draws)}"
     )
+    data = " and ".join(short_name(each.dataset) for each in config.corpus.parts())
     schedule = words_of(stretches(events, role, until=steps)) or "not in the run's journal"
 
     # the page
@@ -65,8 +66,7 @@ def model_card(
         "| --- | --- |",
         f"| student | {short_name(config.student.model)} (from {config.student.init}) |",
         f"| teacher | {short_name(config.teacher.model)}, {config.teacher.dtype} |",
-        f"| data | {short_name(config.corpus.dataset)}, {recipe.num_sequences:,} sequences of "
-        f"{recipe.sequence_length} tokens |",
+        f"| data | {data}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
         f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, plus "
         f"{config.student.ce_weight:g} of cross-entropy |",
         f"| optimiser steps | {steps:,} of {config.student.global_batch_sequences} sequences |",

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from stillhouse.config import Config, EvaluateSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.sequence import WorkItem
-from stillhouse.sequences.account import Account
-from stillhouse.sequences.source import SequenceSource, Sources
+from stillhouse.sequences.source import Part, SequenceSource, Sources
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
@@ -30,7 +29,7 @@ class Request:
     store: ChunkStore
     chunks: Sequence[int]  # that the command makes or reads
     start: StartEvent  # but for what the attempt adds: number, command, versions, committed steps
-    account: Account | None  # of the corpus
+    parts: Sequence[Part]  # of the corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +166,10 @@ class Plan:
             warmup_steps=student.warmup_steps,
             epochs=student.epochs,
             max_steps=student.max_steps,
+            corpus_targets={part.name: part.num_targets for part in self.sources.parts},
         )
-        account = self.sources.account
-        return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start, account)
+        parts = self.sources.parts
+        return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start, parts)
 
 
 def require_full_step(wanted: int, *, there: int) -> None:

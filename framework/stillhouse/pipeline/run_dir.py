@@ -9,7 +9,7 @@ wandb/  report.html          views of the journal
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stillhouse import atomic
@@ -22,7 +22,7 @@ from stillhouse.config import (
 )
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.sealed import opened, sealed
-from stillhouse.sequences.account import Account
+from stillhouse.sequences.source import Part
 from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
 from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
@@ -125,21 +125,22 @@ def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
     return before
 
 
-def keep_account(run_dir: Path, account: Account | None) -> None:
-    """Log what became of the corpus, and write bad_rows.jsonl where rows of it were skipped. Raises
-    StoreError where that cannot be written."""
+def keep_account(run_dir: Path, parts: Sequence[Part]) -> None:
+    """Log what became of the data sets of the corpus, and write bad_rows.jsonl where rows of them
+    were skipped. Raises StoreError where that cannot be written."""
+    for part in parts:
+        for line in part.account.lines():
+            _log.info("corpus: %s: %s", part.name, line)
     path = run_dir / "bad_rows.jsonl"
-    lines = account.lines() if account is not None else []
-    for line in lines:
-        _log.info("corpus: %s", line)
-    if account is None or not account.bad_rows:
+    num_bad = sum(len(part.account.bad_rows) for part in parts)
+    if not num_bad:
         path.unlink(missing_ok=True)
         return
     try:
-        atomic.replace(path, account.bad_rows_file())
+        atomic.replace(path, b"".join(part.account.bad_rows_file() for part in parts))
     except OSError as error:
         raise explain(error, doing="write bad_rows.jsonl", url=str(run_dir)) from error
-    _log.warning("corpus: %s; %s lists them", lines[-1], path)
+    _log.warning("rows of the corpus are skipped: %d, which %s lists", num_bad, path)
 
 
 def leave_former_place(

@@ -62,8 +62,8 @@ def prepare_corpus(
     cache_dir: str | Path,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Split:
-    """Tokenise and pack a corpus, or find it in `cache_dir` as made before from the same documents,
-    section and tokenizer. Raises CorpusError, CacheError.
+    """Tokenise and pack a corpus of one data set, or find it in `cache_dir` as made before from the
+    same documents, section and tokenizer. Raises CorpusError, CacheError.
 
     The first documents of the shuffle fill the held-out sequences; what is left of the last of them
     is not used. Left out are sequences without a target, and the last, partial one of packed
@@ -75,7 +75,7 @@ def prepare_corpus(
     key = {
         "version": CACHE_VERSION,
         "block_tokens": BLOCK_TOKENS,
-        "section": section.model_dump(mode="json", exclude={"source"})
+        "section": section.model_dump(mode="json", exclude={"source", "weight", "mixed_with"})
         | {"chat_template": template_text(section)},
         "tokenizer": tokenizer_digest,
         "documents": documents.identity,

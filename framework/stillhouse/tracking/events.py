@@ -53,6 +53,7 @@ class StartEvent(RunEvent):
     epochs: int | None = None
     max_steps: int | None = None  # None: not limited, too
     committed_steps: dict[str, int] = field(default_factory=dict)  # role -> steps committed so far
+    corpus_targets: dict[str, int] = field(default_factory=dict)  # data set -> its target tokens
 
 
 @dataclass(frozen=True, slots=True)
