@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from helpers.models import make_tokenizer
+from helpers.models import CHAT_TEMPLATE, make_tokenizer
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
 from stillhouse.sequences import Split, prepare_corpus
@@ -193,6 +193,15 @@ def test_bad_rows_are_skipped_and_told_and_the_others_are_as_without_them(
     assert "line 1: not JSON" in told[0].reason
     assert made.account.num_documents == 60
     assert made.account.form == "texts of column 'text'"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, chat: bool) -> None:
+    half = "\ud83d"
+    row = {"prompt": "Hi", "completion": half} if chat else {"text": half}
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", chat_template=CHAT_TEMPLATE)
+    with pytest.raises(CorpusError, match=r"row 0 of .*not UTF-8 text .*surrogates not allowed"):
+        prepare(written(tmp_path / "a.jsonl", [row]), tokenizer, format="chat" if chat else "text")
 
 
 def test_more_bad_rows_than_are_allowed_stop_the_run_with_the_first_three(

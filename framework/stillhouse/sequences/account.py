@@ -25,7 +25,7 @@ class Account:
         if self.bad_rows:
             first = self.bad_rows[0]
             lines.append(
-                f"{len(self.bad_rows):,} bad rows are skipped, the first: "
+                f"bad rows that are skipped: {len(self.bad_rows):,}, the first: "
                 f"{where(first.file, first.row)}: {first.reason}"
             )
         return lines

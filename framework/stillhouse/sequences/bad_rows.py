@@ -25,6 +25,16 @@ def where(file: str, row: int) -> str:
     return f"row {row} of {file}"
 
 
+def require_text(text: str) -> str:
+    """The text. Raises BadRowError where it cannot be written as UTF-8: JSON may hold half of a
+    surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"not UTF-8 text ({error.reason}); convert or remove it") from None
+    return text
+
+
 def require_few(bad: Sequence[BadRow], *, num_rows: int, max_share: float) -> None:
     """Raise CorpusError where there are more bad rows than a share of all."""
     most = int(max_share * num_rows)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stillhouse.config import CorpusSection
 from stillhouse.config.paths import is_template
 from stillhouse.errors import CorpusError
-from stillhouse.sequences.bad_rows import BadRowError
+from stillhouse.sequences.bad_rows import BadRowError, require_text
 from stillhouse.sequences.conversations import Conversation
 from stillhouse.sequences.cpu_limit import CpuLimitError, cpu_limit
 
@@ -119,6 +119,7 @@ class ChatTemplate:
         if text is None:  # perhaps for arguments of calls that are objects
             conversation = conversation.with_texts_as_arguments()
             messages, text = conversation.messages, self._text(conversation)
+        require_text(text)
         self._require_written(conversation, text)
 
         # In the first way that tells it.

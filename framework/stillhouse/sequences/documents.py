@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
-from stillhouse.sequences.bad_rows import BadRowError, where
+from stillhouse.sequences.bad_rows import BadRowError, require_text, where
 from stillhouse.sequences.conversations import Form, form_of
 from stillhouse.sequences.ids import form_of_ids
 from stillhouse.sequences.shuffle import shuffled_order
@@ -119,7 +119,7 @@ def _text(column: str, row: Mapping[str, Any]) -> str:
             f"it has {type(text).__name__} in column '{column}'; wanted: text. Convert such rows, "
             "or remove them"
         )
-    return text
+    return require_text(text)
 
 
 def _shuffled(
