@@ -36,7 +36,7 @@ def test_the_ways_of_conversations_bad_rows_and_an_example_are_told(
     assert outcome.code == 0, outcome
     told = " ".join(outcome.out.split())
     assert "40 documents: messages of column 'messages'" in told
-    assert "learnt is every assistant's message: in 40 of them" in told
+    assert "in 40 of them every assistant's message is learnt" in told
     assert f"bad rows that are skipped: 1, the first: row 40 of {chat}: it has no" in told
     assert "what is between « and » is learnt" in told
     assert "An oak.<|im_end|>»" in told

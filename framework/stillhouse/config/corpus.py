@@ -109,6 +109,13 @@ class CorpusSection(DataSection):
                 "the weights of all data sets are 0: there would be nothing to learn; set the "
                 "weight of one of them above 0"
             )
+        places = [(each.dataset, each.subset, each.split) for each in self.parts()]
+        again = next((each for each in places if places.count(each) > 1), None)
+        if again is not None:
+            raise ValueError(
+                f"{again[0]} is named twice: a document that one holds out could be trained on by "
+                "the other; name it once, with the sum of the weights"
+            )
         if self.heldout_sequences < len(self.parts()):
             raise ValueError(
                 f"heldout_sequences is {self.heldout_sequences}, but a mixture of "

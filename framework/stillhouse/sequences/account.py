@@ -21,7 +21,7 @@ class Account:
     def lines(self) -> list[str]:
         """What people should know of it: what was read, what is learnt, what was skipped."""
         lines = [f"{self.num_documents:,} documents: {self.form}"]
-        lines += [f"{Way(way).words}: in {count:,} of them" for way, count in self.ways.items()]
+        lines += [f"in {count:,} of them {Way(way).words}" for way, count in self.ways.items()]
         if self.bad_rows:
             first = self.bad_rows[0]
             lines.append(

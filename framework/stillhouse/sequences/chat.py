@@ -48,9 +48,9 @@ class Way(StrEnum):
 
 
 _WAYS = {
-    Way.MARKS: "learnt is what the template marks with {% generation %}",
-    Way.PREFIXES: "learnt is every assistant's message",
-    Way.LAST: "learnt is the last assistant's message alone: the template rewrites earlier ones",
+    Way.MARKS: "what the template marks with {% generation %} is learnt",
+    Way.PREFIXES: "every assistant's message is learnt",
+    Way.LAST: "the last assistant's message alone is learnt: the template rewrites earlier ones",
 }
 
 

@@ -8,7 +8,7 @@ To write a source of your own, read `SequenceSource`, then `CorpusSource` as the
 names it as `corpus.source = "package.module:function"`; `open_sources` has the function's contract.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -165,21 +165,16 @@ def open_sources(
         CorpusSource(train, block_sequences),
         CorpusSource(heldout, block_sequences),
         parts=tuple(
-            Part(name, split.account, *each)
-            for name, split, each in zip(_names(sections), splits, used, strict=True)
+            Part(_name(each), split.account, *counts)
+            for each, split, counts in zip(sections, splits, used, strict=True)
         ),
     )
 
 
-def _names(sections: Sequence[CorpusSection]) -> list[str]:
-    """A name for each data set, with its subset and split where they are given; no two are the
-    same."""
-    names: list[str] = []
-    for each in sections:
-        words = [each.dataset, each.subset, each.split if each.split != "train" else None]
-        name = " ".join(filter(None, words))
-        names.append(name if name not in names else f"{name} ({len(names) + 1})")
-    return names
+def _name(section: CorpusSection) -> str:
+    """A data set, with its subset and split where they are given."""
+    split = section.split if section.split != "train" else None
+    return " ".join(filter(None, (section.dataset, section.subset, split)))
 
 
 def _check(found: object, section: CorpusSection) -> None:
