@@ -131,7 +131,7 @@ ELSEWHERE: Mapping[str, str] = {
     "remove_unused_columns": "nothing: corpus.column alone is read",
     "group_by_length": "nothing: documents are packed into sequences of one length",
     "label_smoothing_factor": "nothing: the teacher's distribution is the target",
-    "chat_template": "nothing: the tokenizer's own chat template is used",
+    "chat_template": "corpus.chat_template",
     "lora_r": "student.lora.rank",
     "lora_alpha": "student.lora.alpha",
     "lora_dropout": "student.lora.dropout",

@@ -294,7 +294,9 @@ MISTAKES = {
     "a table of commas": setting("corpus.dataset = 'rows.csv'", "rows.csv"),
     "a compressed file": setting("corpus.dataset = 'rows.jsonl.gz'", "rows.jsonl.gz"),
     "a broken line": setting("corpus.dataset = 'broken.jsonl'", "broken.jsonl"),
-    "a row without text": setting("corpus.dataset = 'null.jsonl'", "null.jsonl"),
+    "a row without text": setting(
+        "corpus.dataset = 'null.jsonl'", "row 1 of", "null.jsonl", "or raise it to skip them"
+    ),
     "no row": setting("corpus.dataset = 'empty.jsonl'", "empty.jsonl"),
     "chat of a model without a template": Mistake(
         (
@@ -307,9 +309,9 @@ MISTAKES = {
         ),
         ("no chat template",),
     ),
-    "ShareGPT": chat("sharegpt.jsonl", "row 0 of sharegpt.jsonl"),
-    "content in parts": chat("content_parts.jsonl", "row 0 of content_parts.jsonl"),
-    "a call of a tool": chat("tool_call.jsonl", "row 0 of tool_call.jsonl"),
+    "an unknown role": chat("sharegpt.jsonl", "row 0 of", "sharegpt.jsonl", "'from' is none of"),
+    "an image": chat("content_parts.jsonl", "row 0 of", "content_parts.jsonl", "only text is read"),
+    "a call of a tool": chat("tool_call.jsonl", "row 0 of", "tool_call.jsonl", "drops calls of"),
     "no assistant": chat("no_assistant.jsonl", "no_assistant.jsonl", "no assistant's turn"),
     # places and machines
     "a scheme that is not read": setting(
@@ -436,7 +438,7 @@ def _write_rows(folder: Path) -> None:
         "null.jsonl": [{"text": "one"}, {"text": None}],
         "empty.jsonl": [],
         "sharegpt.jsonl": [
-            {"messages": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Why not?"}]}
+            {"messages": [{"from": "human", "value": "Why?"}, {"from": "me", "value": "Why not?"}]}
         ],
         "content_parts.jsonl": [
             {

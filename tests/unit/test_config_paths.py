@@ -64,6 +64,23 @@ def test_any_other_input_stays_as_it_is(project: Path, name: str) -> None:
     assert load("configs", dataset=name).corpus.dataset == name
 
 
+@pytest.mark.parametrize("given", ["../data/chat.jinja", "own.jinja", "{{ a }}", "./{% b %}"])
+def test_a_chat_template_is_a_path_as_others_are_unless_it_is_the_template(
+    project: Path, given: str
+) -> None:
+    (project / "configs" / "own.jinja").touch()
+    (project / "configs" / "run.toml").write_text(
+        f"[corpus]\ndataset = 'stdlib'\nformat = 'chat'\nchat_template = '{given}'\n"
+        "[teacher]\nmodel = 'owner/big'\n[student]\nmodel = 'owner/small'\n"
+    )
+    found = load_config(project / "configs" / "run.toml").corpus.chat_template
+    paths = {
+        "../data/chat.jinja": str(project / "data" / "chat.jinja"),
+        "own.jinja": str(project / "configs" / "own.jinja"),
+    }
+    assert found == paths.get(given, given)
+
+
 @pytest.mark.parametrize("url", ["runs/store", "s3://bucket/store", "/data/store"])
 def test_any_other_output_stays_as_it_is(project: Path, url: str) -> None:
     (project / "configs" / "runs" / "store").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """A run directory that is used again."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -27,8 +28,11 @@ from stillhouse.pipeline import Plan, make_plan, open_run, train
 from stillhouse.pipeline.attempt import OpenStore, attempt, learning_attempt
 from stillhouse.pipeline.export import card_data, model_card
 from stillhouse.pipeline.ownership import Owner
-from stillhouse.pipeline.run_dir import claim
+from stillhouse.pipeline.run_dir import claim, keep_account
 from stillhouse.pipeline.run_store import store_to_fill, store_to_read
+from stillhouse.sequences.account import Account
+from stillhouse.sequences.bad_rows import BadRow
+from stillhouse.sequences.source import Part
 from stillhouse.store import ChunkStore, StoreForbidden
 from stillhouse.store.consumers import join, registered
 from stillhouse.tracking import (
@@ -390,3 +394,17 @@ def test_the_model_cards_metadata_names_what_the_hub_has_and_no_path_of_this_mac
     from_config = on_hub.student.model_copy(update={"init": "config"})
     fresh = card_data(on_hub.model_copy(update={"student": from_config}))
     assert "base_model" not in yaml.safe_load(fresh.to_yaml())
+
+
+def test_rows_that_were_skipped_are_listed_in_the_run_directory_as_long_as_there_are_any(
+    tmp_path: Path,
+) -> None:
+    account = Account(bad_rows=[BadRow("a.jsonl", 7, "it has int"), BadRow("b.jsonl", 0, "—")])
+    keep_account(tmp_path, [Part("a", account, 1, 1)])
+    listed = (tmp_path / "bad_rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in listed] == [
+        {"file": "a.jsonl", "row": 7, "reason": "it has int"},
+        {"file": "b.jsonl", "row": 0, "reason": "—"},
+    ]
+    keep_account(tmp_path, [Part("a", Account(), 1, 1)])
+    assert list(tmp_path.iterdir()) == []

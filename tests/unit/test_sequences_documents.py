@@ -10,18 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.conversions import converted_as_told
 from helpers.damage import small_disk
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError, UserError
-from stillhouse.sequences.documents import (
-    cure_of_hub,
-    from_dataset,
-    load_documents,
-    looks_like_path,
-    shuffled_order,
-)
-from stillhouse.sequences.json_files import first_fault
+from stillhouse.sequences.documents import from_table, load_documents
+from stillhouse.sequences.shuffle import shuffled_order
+from stillhouse.sequences.tables import cure_of_hub, looks_like_path, table_of_dataset
 
 TEXTS = [f"document number {number}" for number in range(20)]
 
@@ -107,13 +101,18 @@ def test_a_missing_column_is_answered_with_the_columns_that_there_are(tmp_path: 
         read_all(tmp_path, write_table(tmp_path, ".jsonl"), column="body")
 
 
+def test_a_data_set_without_conversations_is_answered_with_its_columns(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"no column 'messages'.*has text.*corpus\.column"):
+        read_all(tmp_path, write_table(tmp_path, ".jsonl"), format="chat")
+
+
 def test_streamed_and_empty_data_sets_are_refused() -> None:
     section = CorpusSection(dataset="somewhere")
     rows = datasets.Dataset.from_dict({"text": ["a"]})
     with pytest.raises(CorpusError, match=r"IterableDataset.*without streaming"):
-        from_dataset(rows.to_iterable_dataset(), section)
+        table_of_dataset(rows.to_iterable_dataset(), section)
     with pytest.raises(CorpusError, match="somewhere is empty"):
-        from_dataset(rows.select([]), section)
+        from_table(table_of_dataset(rows.select([]), section), section)
 
 
 def test_a_path_is_told_from_a_hub_name() -> None:
@@ -167,7 +166,7 @@ def test_a_source_that_cannot_be_read_says_why(
     for name, data in contents[make].items():
         Path(name).write_bytes(data)
     with pytest.raises(CorpusError, match=f"(?s){message}"):
-        load_documents(CorpusSection.model_validate(settings), cache_dir=tmp_path / "cache").read(0)
+        list(load_documents(CorpusSection.model_validate(settings), cache_dir=tmp_path / "cache"))
 
 
 ROW = b'{"text": "a", "other": 1}\n'
@@ -205,13 +204,13 @@ def test_a_line_of_json_that_cannot_be_read_is_named_with_its_file_and_number(
         read_all(tmp_path / "cache", tmp_path)
 
 
-def test_an_object_over_many_lines_is_no_broken_line(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"text": TEXTS}, indent=1))
+def test_an_object_over_many_lines_is_one_row_and_no_broken_line(tmp_path: Path) -> None:
+    row = {"text": "a text\nof lines", "more": TEXTS}
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=1))
+    assert read_all(tmp_path / "cache", tmp_path / "a.json") == [row["text"]]
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{bad\n')
-    assert first_fault([tmp_path / "a.json"]) is None
-    assert "b.jsonl, line 2: not JSON" in str(
-        first_fault([tmp_path / "a.json", tmp_path / "b.jsonl"])
-    )
+    with pytest.raises(CorpusError, match=r"b\.jsonl, line 2: not JSON"):
+        read_all(tmp_path / "cache", tmp_path)
 
 
 def test_text_in_a_table_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) -> None:
@@ -221,31 +220,6 @@ def test_text_in_a_table_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) ->
         CorpusError, match=r"row 1 of .*a\.parquet: not UTF-8 text .*convert or remove it"
     ):
         read_all(tmp_path / "cache", tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize(
-    ("row", "asked"),
-    [
-        ({"prompt": "Why?", "completion": "So."}, "Why?"),
-        ({"prompt": "Why?", "response": "So."}, "Why?"),
-        ({"question": "Why?", "answer": "So."}, "Why?"),
-        ({"instruction": "Answer.", "input": "Why?", "output": "So."}, "Answer.\nWhy?"),
-        ({"instruction": "Why?", "input": "", "output": "So."}, "Why?"),
-    ],
-)
-def test_questions_and_answers_in_columns_come_with_a_conversion_that_works(
-    tmp_path: Path, row: dict[str, str], asked: str
-) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(
-        CorpusError, match=f"no column 'messages'.*make conversations of {next(iter(row))}"
-    ) as refusal:
-        read_all(tmp_path / "cache", file, format="chat")
-    converted = converted_as_told(refusal.value, file, cache_dir=tmp_path / "cache")
-    assert read_all(tmp_path / "cache", converted, format="chat") == [
-        [{"role": "user", "content": asked}, {"role": "assistant", "content": "So."}]
-    ]
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_to_another(tmp_path: Path) -> None:

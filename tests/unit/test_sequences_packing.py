@@ -30,6 +30,7 @@ FORGETFUL_TEMPLATE = (  # like templates that drop the reasoning of earlier turn
     "%}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+DECEITFUL_TEMPLATE = CHAT_TEMPLATE.replace("<|im_start|>assistant", "<|im_start|>somebody")
 
 
 @pytest.fixture(scope="module")
@@ -256,11 +257,7 @@ def test_sequences_without_a_target_are_left_out(
     ("rows", "template", "message"),
     [
         ([[QUESTION, ANSWER], [QUESTION]], CHAT_TEMPLATE, r"row 1 of .*no assistant's turn"),
-        (
-            [[QUESTION, ANSWER, QUESTION, ANSWER]],
-            FORGETFUL_TEMPLATE,
-            r"row 0 of .*not a prefix of the whole",
-        ),
+        ([[QUESTION, ANSWER]], DECEITFUL_TEMPLATE, r"row 0 of .*not a prefix of the whole"),
         (
             [[{"role": "user", "value": "no content"}]],
             CHAT_TEMPLATE,
@@ -299,6 +296,24 @@ def test_a_single_turn_is_learnt_under_a_template_that_rewrites_earlier_ones(
 
 
 # ---- refusals
+
+
+def test_masks_that_are_empty_everywhere_stop_the_preparation(tmp_path: Path) -> None:
+    silent = CHAT_TEMPLATE + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", chat_template=silent)
+    with pytest.raises(
+        CorpusError, match=r"nothing in the corpus .* is learnt: of the \d+ tokens of its 9 doc"
+    ):
+        prepare(tmp_path, [[QUESTION, ANSWER]] * 9, tokenizer, format="chat")
+
+
+def test_how_conversations_were_told_is_kept_with_the_corpus(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", chat_template=FORGETFUL_TEMPLATE)
+    rows = [[QUESTION, ANSWER]] * 20 + [[QUESTION, ANSWER] * 2] * 10
+    made, found = (prepare(tmp_path, rows, tokenizer, format="chat") for _ in range(2))
+    assert made == found
+    assert made.account.ways == {"prefixes": 20, "last": 10}
+    assert made.account.num_documents == 30
 
 
 def test_too_small_a_corpus_says_how_many_tokens_it_has(

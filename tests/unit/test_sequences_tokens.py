@@ -1,5 +1,4 @@
-"""Tokenising: bounded memory and time, and rows of another form refused with a way to convert
-them."""
+"""Tokenising: bounded memory and time, and rows in the forms in use."""
 
 import json
 import signal
@@ -11,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from helpers.conversions import converted_as_told
-from helpers.models import CHAT_TEMPLATE, make_tokenizer
+from helpers.models import CHAT_TEMPLATE, EOS, make_tokenizer
 from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
 from stillhouse.sequences import Split, prepare_corpus
-from stillhouse.sequences.documents import Documents
+from stillhouse.sequences.conversations import Conversation, form_of
+from stillhouse.sequences.documents import Documents, load_documents
 from stillhouse.sequences.tokens import tokenise
 
 QUESTION = {"role": "user", "content": "Which tree is it?"}
@@ -115,7 +116,12 @@ def test_a_conversation_that_is_cut_does_not_stay_in_memory_whole(tmp_path: Path
 
 
 def conversations(*rows: Any) -> Documents:
-    return Documents("values", np.arange(len(rows)), lambda row: rows[row])
+    return Documents(
+        "values",
+        np.arange(len(rows)),
+        lambda row: Conversation(rows[row]),
+        lambda row: ("somewhere", row),
+    )
 
 
 def test_a_template_that_does_not_end_is_stopped_and_named(tmp_path: Path) -> None:
@@ -191,8 +197,11 @@ def test_a_conversation_of_which_a_template_writes_nothing_is_left_out(
 # ---- rows of other forms
 
 
+IN_CHATML = "<|im_start|>{}\n{}<|im_end|>\n"
+
+
 @pytest.mark.parametrize(
-    ("row", "message", "expected"),
+    ("row", "expected"),
     [
         (
             {
@@ -202,37 +211,122 @@ def test_a_conversation_of_which_a_template_writes_nothing_is_left_out(
                     {"from": "gpt", "value": "Ho"},
                 ]
             },
-            "as turn 0: .*this is the ShareGPT form",
+            [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")],
+        ),
+        (
+            {
+                "system": "Be brief.",
+                "conversations": [{"from": "user", "value": "Hi"}, {"from": "gpt", "value": "Ho"}],
+            },
             [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")],
         ),
         (
             {
                 "messages": [
                     {"role": "user", "content": "Hi"},
-                    {"role": "assistant", "content": [{"type": "text", "text": "Ho"}]},
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "o"}],
+                    },
                 ]
             },
-            "as turn 1: .*these are OpenAI content parts",
+            [("user", "Hi"), ("assistant", "Ho")],
+        ),
+        ({"prompt": "Hi", "completion": "Ho"}, [("user", "Hi"), ("assistant", "Ho")]),
+        ({"prompt": "Hi", "response": "Ho"}, [("user", "Hi"), ("assistant", "Ho")]),
+        ({"question": "Hi", "answer": "Ho"}, [("user", "Hi"), ("assistant", "Ho")]),
+        (
+            {"instruction": "Answer.", "input": "Hi", "output": "Ho"},
+            [("user", "Answer.\nHi"), ("assistant", "Ho")],
+        ),
+        (
+            {"instruction": "Hi", "input": "", "output": "Ho"},
             [("user", "Hi"), ("assistant", "Ho")],
         ),
     ],
 )
-def test_rows_of_another_form_come_with_a_conversion_that_works(
+def test_every_form_of_a_conversation_is_read_by_the_names_of_its_columns(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,
     row: dict[str, Any],
-    message: str,
     expected: list[tuple[str, str]],
 ) -> None:
-    column = next(iter(row))
-    with pytest.raises(CorpusError, match=message) as refusal:
-        prepare(tmp_path, [row] * 3, tokenizer, format="chat", column=column)
-    converted = converted_as_told(
-        refusal.value, tmp_path / "corpus.jsonl", cache_dir=tmp_path / "cache"
+    split = prepare(
+        tmp_path, [row] * 3, tokenizer, format="chat", packing=False, sequence_length=128
     )
-    turns = json.loads(converted.read_text().splitlines()[0])["messages"]
-    assert [(turn["role"], turn["content"]) for turn in turns] == expected
-    prepare(converted.parent, [{"messages": turns}] * 9, tokenizer, format="chat")
+    rows = split.train.rows(0, 1)
+    text = str(tokenizer.decode(rows.token_ids_SL[0])).replace(EOS, "")
+    assert text == "".join(IN_CHATML.format(*turn) for turn in expected)
+    learnt = tokenizer.decode(rows.token_ids_SL[0, 1:][rows.loss_mask_SL[0, :-1] == 1])
+    assert learnt == "Ho<|im_end|>"
+
+
+GROW: dict[str, Any] = {"name": "grow", "arguments": {"tree": "oak", "by": None}}
+FELL: dict[str, Any] = {"name": "fell", "arguments": {"at": {"deep": True}}}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda call: {"id": "1", "type": "function", "function": call},
+        lambda call: {"function": {**call, "arguments": json.dumps(call["arguments"])}},
+        lambda call: call,
+    ],
+    ids=["objects", "texts", "flat"],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_calls_of_tools_are_read_as_they_were_written_in_rows_of_other_fields(
+    tmp_path: Path, written: Callable[[dict[str, Any]], dict[str, Any]], suffix: str
+) -> None:
+    """A table gives every object the fields of all others."""
+    turns = [
+        [QUESTION, {"role": "assistant", "content": None, "tool_calls": [written(call)]}]
+        for call in (GROW, FELL)
+    ]
+    tools = [[{"type": "function", "function": {"name": name}}] for name in ("grow", "fell")]
+    rows = [{"messages": turn, "tools": tool} for turn, tool in zip(turns, tools, strict=True)]
+    file = tmp_path / f"calls{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = load_documents(
+        CorpusSection(dataset=str(file), format="chat"), cache_dir=tmp_path / "cache"
+    )
+    for number, call in enumerate((GROW, FELL)):
+        found = documents.read(number)
+        function = found.messages[1]["tool_calls"][0]["function"]
+        assert function["name"] == call["name"]
+        assert {k: v for k, v in function["arguments"].items() if v is not None} == {
+            k: v for k, v in call["arguments"].items() if v is not None
+        }
+        assert found.messages[1]["content"] == ""
+        assert found.tools == tools[number]
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"content": None}, r"as turn 1: \{'role': 'assistant', 'content': None\}; give it a text"),
+        ({"content": 7}, "'content' is a int"),
+        ({"content": [{"type": "image_url", "image_url": {}}]}, "type 'image_url'; only text"),
+        ({"content": None, "tool_calls": [{"function": {}}]}, "no name of a function"),
+        (
+            {"content": None, "tool_calls": [{"name": "grow", "arguments": "{bad"}]},
+            "arguments of its call of grow are not JSON",
+        ),
+        (
+            {"content": None, "tool_calls": [{"name": "grow", "arguments": "[1]"}]},
+            "arguments of its call of grow are not an object",
+        ),
+        ({"content": None, "function_call": {"name": "grow"}}, "write it as 'tool_calls'"),
+    ],
+)
+def test_a_message_that_is_none_says_why(turn: dict[str, Any], message: str) -> None:
+    form = form_of(["messages"], None)
+    assert form is not None
+    with pytest.raises(CorpusError, match=message):
+        form.document({"messages": [QUESTION, {"role": "assistant", **turn}]})
 
 
 def test_the_turn_at_fault_is_shown_however_long_those_before_it_are(
@@ -241,7 +335,7 @@ def test_the_turn_at_fault_is_shown_however_long_those_before_it_are(
     call = {
         "role": "assistant",
         "content": None,
-        "tool_calls": [{"type": "function", "function": {"name": "grow", "arguments": "{}"}}],
+        "tool_calls": [{"type": "function", "function": {"name": "grow", "arguments": "oak"}}],
     }
     rows = [
         {
@@ -255,8 +349,8 @@ def test_the_turn_at_fault_is_shown_however_long_those_before_it_are(
     ]
     with pytest.raises(
         CorpusError,
-        match=r"as turn 1: .*'content': None, 'tool_calls'.*grow.*; calls of tools are not read: "
-        r"write the call",
+        match=r"as turn 1: .*'content': None, 'tool_calls'.*grow.*; the arguments of its call of "
+        r"grow are not JSON",
     ):
         prepare(tmp_path, rows, tokenizer, format="chat")
 

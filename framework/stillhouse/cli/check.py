@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from stillhouse.cli.check_cluster import check_cluster
+from stillhouse.cli.check_corpus import check_corpus
 from stillhouse.cli.check_store import check_store
 from stillhouse.cli.findings import (
     Findings,
@@ -42,7 +43,7 @@ def describe(plan: Plan) -> None:
     that would stop it."""
     found = Findings()
     _models(plan, found)
-    _corpus(plan, found)
+    check_corpus(plan, found)
     check_store(plan, found)
     _training(plan, found)
     check_cluster(plan, found)
@@ -112,16 +113,6 @@ def _student_memory(section: StudentSection, model: nn.Module) -> str:
     return (
         f"{start}{part}; weights, gradients and Adam take at least {size_words(num_bytes)} a rank"
         f" ({section.num_workers} with ZeRO stage {section.zero_stage}), activations not counted"
-    )
-
-
-def _corpus(plan: Plan, found: Findings) -> None:
-    corpus, heldout = plan.sources.train, plan.sources.heldout
-    found.add(
-        "corpus",
-        f"{plan.config.corpus.dataset}: {corpus.num_sequences:,} sequences of "
-        f"{corpus.sequence_length:,} tokens, {count_words(corpus.num_targets)} of them with a "
-        f"target; {heldout.num_sequences:,} more are held out",
     )
 
 

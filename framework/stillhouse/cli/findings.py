@@ -1,8 +1,9 @@
 """What `stillhouse check` collects, and how it writes numbers."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -15,15 +16,23 @@ from stillhouse.redaction import scrub
 from stillhouse.terminal import one_line, printable
 
 
+class Piece(NamedTuple):
+    """A part of an example's text, and whether it is learnt."""
+
+    text: str
+    is_learnt: bool
+
+
 @dataclass(slots=True)
 class Findings:
-    """Rows of a label and a text, notes that are worth knowing, and obstacles, which would stop
-    the run."""
+    """Rows of a label and a text, notes that are worth knowing, obstacles, which would stop the
+    run, and an example of the corpus."""
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
     num_parameters: dict[str, int] = field(default_factory=dict)  # by role
+    example: list[Piece] = field(default_factory=list)  # of the corpus
 
     def add(self, label: str, *texts: str) -> None:
         """A row, and rows without a label below it."""
@@ -39,10 +48,23 @@ def print_findings(found: Findings) -> None:
         table.add_row(label, Text(one_line(scrub(text))))
     console = Console(highlight=False)
     console.print(table)
+    if found.example:
+        console.print(_example(found.example, in_colour=console.color_system is not None))
     for note in found.notes:
         console.print(Text(printable(scrub(f"note: {note}"))))
     if not found.obstacles:
         console.print("\nNothing stands in the way of this run.", style="green")
+
+
+def _example(pieces: Sequence[Piece], *, in_colour: bool) -> Text:
+    """The text, with what is learnt in colour or between marks."""
+    begin, end, style = ("", "", "green") if in_colour else ("«", "»", "")
+    how = "in green" if in_colour else "between « and »"
+    text = Text.assemble("\n", (f"example; what is {how} is learnt", "bold"), "\n")
+    for piece in pieces:
+        shown = printable(scrub(piece.text))
+        text.append(f"{begin}{shown}{end}" if piece.is_learnt else shown, style * piece.is_learnt)
+    return text.append("\n")
 
 
 def require_writable(path: Path) -> None:

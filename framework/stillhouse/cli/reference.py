@@ -40,8 +40,8 @@ directory in which the command is started:
 
 | setting | value | is relative to |
 | --- | --- | --- |
-| inputs: `corpus.dataset`, `teacher.model`, `student.model`, `student.tokenizer` | `./data` or \
-`../data` | the directory of the config file |
+| inputs: `corpus.dataset`, `corpus.chat_template`, `teacher.model`, `student.model`, \
+`student.tokenizer` | `./data` or `../data` | the directory of the config file |
 | | `data`, where that exists beside the config file | the directory of the config file |
 | | `data`, where it does not | the current directory, or it is a hub name |
 | outputs: `store.url`, `student.checkpoint_url` | `./store` or `../store` | the directory of the \

@@ -1,11 +1,12 @@
 """The configuration of a run: typed, frozen, read from TOML. It imports nothing heavy.
 
-fields, models,
+fields, corpus, models,
 student, sections           what can be set: types and ranges, then the sections
 reading, paths              how a file becomes a Config, and what a relative path is relative to
 settings                    the same as a table and as a JSON Schema
 """
 
+from stillhouse.config.corpus import CorpusSection
 from stillhouse.config.fields import DIVERGENCES, NoticeSource, Section
 from stillhouse.config.models import ModelSection, TeacherSection
 from stillhouse.config.paths import with_absolute_inputs
@@ -13,7 +14,6 @@ from stillhouse.config.reading import load_config, parse_config, resolved_json
 from stillhouse.config.sections import (
     ClusterSection,
     Config,
-    CorpusSection,
     EvaluateSection,
     StoreSection,
     TargetSection,

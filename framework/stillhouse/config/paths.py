@@ -20,11 +20,13 @@ from stillhouse.config.sections import Config
 
 _INPUTS = (
     ("corpus", "dataset"),
+    ("corpus", "chat_template"),
     ("teacher", "model"),
     ("student", "model"),
     ("student", "tokenizer"),
 )
 _OUTPUTS = (("store", "url"), ("student", "checkpoint_url"))
+_TABLES = "mixed_with"  # tables of corpus that have the same settings
 _STDLIB = "stdlib"  # a name of `corpus.dataset`, and no path
 
 
@@ -51,13 +53,34 @@ def _changed(
     changed = dict(values)
     for section, name in settings:
         table = changed.get(section)
-        if isinstance(table, Mapping) and isinstance(table.get(name), str):
-            changed[section] = {**table, name: change(table[name])}
+        if not isinstance(table, Mapping):
+            continue
+        changed[section] = _with_changed(table, name, change)
+        more = table.get(_TABLES)
+        if isinstance(more, list | tuple):
+            changed[section][_TABLES] = [
+                _with_changed(each, name, change) if isinstance(each, Mapping) else each
+                for each in more
+            ]
     return changed
+
+
+def _with_changed(
+    table: Mapping[str, Any], name: str, change: Callable[[str], str]
+) -> dict[str, Any]:
+    is_text = isinstance(table.get(name), str)
+    return {**table, name: change(table[name])} if is_text else dict(table)
+
+
+def is_template(value: str) -> bool:
+    """Whether `corpus.chat_template` is a template, and no path."""
+    return "{{" in value or "{%" in value
 
 
 def _input(value: str, folder: Path) -> str:
     """An absolute path where the value names something in `folder`; else the value."""
+    if is_template(value):
+        return value
     explicit = _explicit(value, folder)
     if explicit is not None:
         return explicit

@@ -98,9 +98,8 @@ def _explain(detail: Mapping[str, Any]) -> str:
     kind, found = detail["type"], detail["input"]
     place = [str(part) for part in detail["loc"] if part not in (WORD, TABLE)]
     if kind == "extra_forbidden":
-        meant = suggestions.setting(
-            place[-1], section=".".join(place[:-1]), known=names_by_section()
-        )
+        section = place[0] if place[1:] else ""
+        meant = suggestions.setting(place[-1], section=section, known=names_by_section())
         return f"{'.'.join(place)[:200]}: no such setting; {meant}"
     if kind == "missing":
         return f"{'.'.join(place)}: missing; it has no default"

@@ -2,85 +2,22 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from stillhouse.config.corpus import CorpusSection
 from stillhouse.config.fields import (
     DIVERGENCES,
     BatchSize,
     BlockSize,
     Count,
     CountOrZero,
-    Name,
     NoticeSource,
     NumBytes,
     Seconds,
     Section,
-    Seed,
 )
 from stillhouse.config.models import TeacherSection
 from stillhouse.config.student import CutSection, LoraSection, StudentSection
-from stillhouse.extension import is_extension
-
-
-class CorpusSection(Section):
-    """The documents, and how they become sequences of one length."""
-
-    source: str = Field(
-        "corpus",
-        description="corpus: documents, tokenised and packed; 'package.module:name' opens Sources "
-        "of your own",
-    )
-    dataset: Name = Field(
-        description="a hub data set; local text, json(l), parquet or arrow files, a glob or a "
-        "directory; or 'stdlib', the Python files of the standard library"
-    )
-    subset: str | None = Field(None, description="the hub data set's configuration name")
-    split: str = Field("train", description="the data set's split")
-    revision: str | None = Field(None, description="a branch, tag or commit of a hub data set")
-    format: Literal["text", "chat"] = Field(
-        "text", description="text: plain documents; chat: lists of {role, content} messages"
-    )
-    column: str | None = Field(
-        None, description="the column to read; none: 'text' for text, 'messages' for chat"
-    )
-    packing: bool = Field(
-        True,
-        description="pack documents end to end, none of which attends to another; false pads each "
-        "conversation to a sequence (chat only)",
-    )
-    sequence_length: Annotated[int, Field(ge=2, le=1 << 24)] = Field(
-        2048, description="tokens in one sequence"
-    )
-    max_documents: Annotated[int, Field(ge=1, le=10**12)] | None = Field(
-        None, description="documents to read at most, after the shuffle; none: all"
-    )
-    heldout_sequences: Count = Field(
-        64,
-        description="sequences set apart for evaluation, from documents that are never trained on",
-    )
-    seed: Seed = Field(0, description="seed of the shuffle of documents")
-
-    @model_validator(mode="after")
-    def _padding_is_for_chat(self) -> "CorpusSection":
-        if self.format == "text" and not self.packing:
-            raise ValueError(
-                "packing = false pads conversations, but format is 'text'; set format = \"chat\" "
-                "or leave packing on"
-            )
-        return self
-
-    @field_validator("source")
-    @classmethod
-    def _is_a_source(cls, name: str) -> str:
-        if name == "corpus" or is_extension(name):
-            return name
-        raise ValueError(
-            f"no source {name!r}; known: corpus, or 'package.module:name' for one of your own"
-        )
-
-    @property
-    def text_column(self) -> str:
-        return self.column or ("text" if self.format == "text" else "messages")
 
 
 class TargetSection(Section):

@@ -18,7 +18,12 @@ from stillhouse.pipeline.console import patient, say
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import Owner, locked, owned
 from stillhouse.pipeline.plan import Request, require_full_step
-from stillhouse.pipeline.run_dir import claim, leave_former_place, require_same_run
+from stillhouse.pipeline.run_dir import (
+    claim,
+    keep_account,
+    leave_former_place,
+    require_same_run,
+)
 from stillhouse.pipeline.run_store import store_to_fill
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
@@ -140,6 +145,7 @@ def _journalled(
         committed_steps=dict(committed),
     )
     with driver_log(run_dir, attempt=start.attempt):
+        keep_account(run_dir, request.parts)
         waiting.record(start)
         idle = nothing_left(earlier, start)
         if idle:

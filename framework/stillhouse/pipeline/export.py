@@ -16,7 +16,7 @@ from stillhouse.pipeline.console import say
 from stillhouse.pipeline.heldout import best_step
 from stillhouse.pipeline.plan import Plan
 from stillhouse.report.words import short_name
-from stillhouse.sequences.documents import looks_like_path
+from stillhouse.sequences.tables import looks_like_path
 from stillhouse.store import Recipe
 from stillhouse.tracking import EvalEvent, Role, RunEvent, read_journal, stretches, words_of
 
@@ -76,6 +76,7 @@ def model_card(
         else f"the top {recipe.k} log-probabilities of {short_name(config.teacher.model)} and "
         f"{_rest(recipe.num_draws)}"
     )
+    data = " and ".join(short_name(each.dataset) for each in config.corpus.parts())
     schedule = words_of(stretches(events, role, until=steps)) or "not in the run's journal"
 
     # the page
@@ -91,8 +92,7 @@ def model_card(
         "| --- | --- |",
         f"| student | {short_name(config.student.model)} (from {_beginning(config.student)}) |",
         f"| teacher | {short_name(config.teacher.model)}, {config.teacher.dtype} |",
-        f"| data | {short_name(config.corpus.dataset)}, {recipe.num_sequences:,} sequences of "
-        f"{recipe.sequence_length} tokens |",
+        f"| data | {data}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
         f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, plus "
         f"{config.student.ce_weight:g} of cross-entropy |",
         f"| optimiser steps | {steps:,} of {config.student.global_batch_sequences} sequences |",
@@ -105,10 +105,11 @@ def model_card(
 def card_data(config: Config) -> ModelCardData:
     """The card's metadata, as the hub reads it: names of the hub alone, since a path of this
     machine means nothing there."""
-    student, corpus = config.student, config.corpus
+    student = config.student
     keeps_weights = student.init != "config"
     on_hub = keeps_weights and not is_local(student)
-    is_data_on_hub = corpus.dataset != "stdlib" and not looks_like_path(corpus.dataset)
+    names = [part.dataset for part in config.corpus.parts()]
+    of_the_hub = [name for name in names if name != "stdlib" and not looks_like_path(name)]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -117,7 +118,7 @@ def card_data(config: Config) -> ModelCardData:
         base_model_relation="finetune" if on_hub else None,
         teacher=None if is_local(config.teacher) else config.teacher.model,
         license=licence_of(student.model) if keeps_weights else None,
-        datasets=[corpus.dataset] if is_data_on_hub else None,
+        datasets=of_the_hub or None,
     )
 
 

@@ -19,6 +19,7 @@ from stillhouse.store import Recipe
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.best import read_history
 from stillhouse.student.job import HeldoutPlan, TrainJob
+from stillhouse.tracking import PhaseEvent
 
 _FOLDER, _DIGITS = "heldout", 16
 
@@ -34,6 +35,7 @@ def publish(evaluation: Evaluation, session: Session) -> HeldoutPlan | None:
     blobs = Blobs(evaluation.jobs[0].checkpoints_root)
     tell = outage_teller(session.journal)
     if insist(lambda: blobs.stat(plan.key), patience=DEFAULT_PATIENCE, tell=tell) is None:
+        session.journal.record(PhaseEvent("run", "scoring the held-out text with the teacher"))
         where = session.place_of(evaluation.teacher)
         own = evaluation_job(evaluation, session, where=where, models={})
         call_remotely(

@@ -37,7 +37,7 @@ def label_of(plan: Plan, first: StartEvent) -> Label:
         "teacher": config.teacher.model,
         "student": config.student.model,
         "tokenizer": tokenizer,
-        "dataset": config.corpus.dataset,
+        "dataset": ", ".join(_for_all_to_read(part.dataset) for part in config.corpus.parts()),
         "stillhouse": first.versions.get("stillhouse", ""),
     }
     return Label(

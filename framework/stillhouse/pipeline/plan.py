@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from stillhouse.config import Config, CutSection, EvaluateSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
 from stillhouse.sequence import WorkItem
-from stillhouse.sequences.source import SequenceSource, Sources
+from stillhouse.sequences.source import Part, SequenceSource, Sources
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.student.job import TrainJob, order_of
 from stillhouse.student.loader import chunks_read_ahead
@@ -31,6 +31,7 @@ class Request:
     store: ChunkStore
     chunks: Sequence[int]  # that the command makes or reads
     start: StartEvent  # but for what the attempt adds: number, command, versions, committed steps
+    parts: Sequence[Part]  # of the corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,10 @@ class Plan:
             if student.schedule == "wsd"
             else None,
             loss_constant=has_loss_constant(student, self.recipe.spec),
+            corpus_targets={part.name: part.num_targets for part in self.sources.parts},
         )
-        return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start)
+        parts = self.sources.parts
+        return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start, parts)
 
 
 def require_full_step(wanted: int, *, there: int) -> None:

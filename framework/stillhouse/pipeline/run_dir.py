@@ -3,12 +3,14 @@
 config.json  recipe.json     what was asked
 journal.jsonl  logs/  lock   what happened, and which command uses it now
 student/                     the model that a student is cut to, before its first step
+bad_rows.jsonl               rows of the corpus that were skipped; absent where there are none
 checkpoints/                 the commits, unless student.checkpoint_url names another place
 wandb/  report.html          views of the journal
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stillhouse import atomic
@@ -21,10 +23,13 @@ from stillhouse.config import (
 )
 from stillhouse.errors import ConfigError, RecipeError
 from stillhouse.sealed import opened, sealed
+from stillhouse.sequences.source import Part
 from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
 from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
 from stillhouse.student.job import resume_location
+
+_log = logging.getLogger(__name__)
 
 # The settings that may differ when a run directory is used again. All others decide a target, a
 # batch or a gradient.
@@ -120,6 +125,24 @@ def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
     except OSError as error:
         raise explain(error, doing="write config.json and recipe.json", url=str(run_dir)) from error
     return before
+
+
+def keep_account(run_dir: Path, parts: Sequence[Part]) -> None:
+    """Log what became of the data sets of the corpus, and write bad_rows.jsonl where rows of them
+    were skipped. Raises StoreError where that cannot be written."""
+    for part in parts:
+        for line in part.account.lines():
+            _log.info("corpus: %s: %s", part.name, line)
+    path = run_dir / "bad_rows.jsonl"
+    num_bad = sum(len(part.account.bad_rows) for part in parts)
+    if not num_bad:
+        path.unlink(missing_ok=True)
+        return
+    try:
+        atomic.replace(path, b"".join(part.account.bad_rows_file() for part in parts))
+    except OSError as error:
+        raise explain(error, doing="write bad_rows.jsonl", url=str(run_dir)) from error
+    _log.warning("rows of the corpus are skipped: %d, which %s lists", num_bad, path)
 
 
 def leave_former_place(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from stillhouse.errors import CorpusError
 from stillhouse.sequence import Sequences, joined
-from stillhouse.sequences.documents import shuffled_order
+from stillhouse.sequences.shuffle import shuffled_order
 
 Number = TypeVar("Number", np.int32, np.uint8)
 

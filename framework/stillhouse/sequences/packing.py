@@ -27,6 +27,9 @@ from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
 from stillhouse.sealed import opened, sealed
 from stillhouse.sequence import Sequences
+from stillhouse.sequences.account import Account
+from stillhouse.sequences.bad_rows import BadRow
+from stillhouse.sequences.chat import template_text
 from stillhouse.sequences.corpus import (
     BLOCK_TOKENS,
     CACHE_VERSION,
@@ -35,7 +38,8 @@ from stillhouse.sequences.corpus import (
     write_corpus,
 )
 from stillhouse.sequences.documents import Documents, load_documents
-from stillhouse.sequences.tokens import Tokens, tokenise
+from stillhouse.sequences.ids import Tokens
+from stillhouse.sequences.tokens import tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,14 +51,7 @@ class Split:
 
     train: Corpus
     heldout: Corpus
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What was tokenised so far."""
-
-    documents: int = 0
-    tokens: int = 0
+    account: Account
 
 
 def prepare_corpus(
@@ -65,20 +62,21 @@ def prepare_corpus(
     cache_dir: str | Path,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Split:
-    """Tokenise and pack a corpus, or find it in `cache_dir` as made before from the same documents,
-    section and tokenizer. Raises CorpusError, CacheError.
+    """Tokenise and pack a corpus of one data set, or find it in `cache_dir` as made before from the
+    same documents, section and tokenizer. Raises CorpusError, CacheError.
 
     The first documents of the shuffle fill the held-out sequences; what is left of the last of them
     is not used. Left out are sequences without a target, and the last, partial one of packed
     documents. `on_progress` is called after each document, with the numbers of documents and tokens
     so far.
     """
-    # All that decides the corpus names its directory.
+    # All that decides the corpus names its directory: of a template, its text.
     documents = load_documents(section, cache_dir=Path(cache_dir) / "tables")
     key = {
         "version": CACHE_VERSION,
         "block_tokens": BLOCK_TOKENS,
-        "section": section.model_dump(mode="json", exclude={"source"}),
+        "section": section.model_dump(mode="json", exclude={"source", "weight", "mixed_with"})
+        | {"chat_template": template_text(section)},
         "tokenizer": tokenizer_digest,
         "documents": documents.identity,
     }
@@ -111,8 +109,8 @@ def _build(
 ) -> None:
     """Write both corpora, and their description, into a directory."""
     # The corpora: held out first, from the same stream of documents.
-    tally = _Tally()
-    tokens = _counted(tokenise(documents, section, tokenizer), tally, on_progress)
+    account = Account()
+    tokens = _told(tokenise(documents, section, tokenizer, account=account), account, on_progress)
     length = section.sequence_length
 
     def sequences(limit: int) -> Iterator[Sequences]:
@@ -126,12 +124,18 @@ def _build(
     heldout = write_corpus(directory / "heldout.arrow", few, length)
     ordered = write_corpus(directory / "train.arrow", sequences(sys.maxsize), length)
     train = ordered.shuffled(seed=section.seed)
+    if account.num_tokens and not account.num_labels:
+        raise CorpusError(
+            f"nothing in the corpus {section.dataset} is learnt: of the {account.num_tokens} "
+            f"tokens of its {account.num_documents} documents, no mask has a one. Look at what "
+            "the chat template has between its {% generation %} marks, or at the column of masks"
+        )
     if train.num_sequences == 0:
         raise CorpusError(
-            f"the corpus {section.dataset} is too small: its {tally.documents} documents hold "
-            f"{tally.tokens} tokens, which make {heldout.num_sequences} sequences of {length} with "
-            f"a target in them; wanted: {section.heldout_sequences} held-out ones and at least 1 "
-            "to train on. Give more documents, or lower corpus.sequence_length or "
+            f"the corpus {section.dataset} is too small: its {account.num_documents} documents "
+            f"hold {account.num_tokens} tokens, which make {heldout.num_sequences} sequences of "
+            f"{length} with a target in them; wanted: {section.heldout_sequences} held-out ones "
+            "and at least 1 to train on. Give more documents, or lower corpus.sequence_length or "
             "corpus.heldout_sequences"
         )
 
@@ -141,20 +145,19 @@ def _build(
             name: _with_paths(asdict(corpus), lambda file: Path(file).name)
             for name, corpus in (("heldout", heldout), ("train", train))
         },
+        "account": asdict(account),
         "num_bytes": {file.name: file.stat().st_size for file in directory.iterdir()},
         "xxh3": {file.name: _file_hash(file) for file in directory.glob("*.npy")},
     }
     (directory / "corpus.json").write_text(json.dumps(sealed(values, name="check")))
 
 
-def _counted(
-    documents: Iterable[Tokens], tally: _Tally, on_progress: Callable[[int, int], None]
+def _told(
+    documents: Iterable[Tokens], account: Account, on_progress: Callable[[int, int], None]
 ) -> Iterator[Tokens]:
-    """The same documents, counted as they are taken."""
+    """The same documents; `on_progress` is told of each that is taken."""
     for document in documents:
-        tally.documents += 1
-        tally.tokens += len(document)
-        on_progress(tally.documents, tally.tokens)
+        on_progress(account.num_documents, account.num_tokens)
         yield document
 
 
@@ -260,6 +263,8 @@ def _read_split(directory: Path) -> Split | None:
             name: Corpus(**_with_paths(values, lambda file: str(directory / file)))
             for name, values in written["corpora"].items()
         }
+        account = Account(**written["account"])
+        account.bad_rows = [BadRow(**row) for row in written["account"]["bad_rows"]]
         is_whole = all(
             (directory / name).stat().st_size == size for name, size in written["num_bytes"].items()
         ) and all(
@@ -267,7 +272,7 @@ def _read_split(directory: Path) -> Split | None:
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Split(train=corpora["train"], heldout=corpora["heldout"]) if is_whole else None
+    return Split(**corpora, account=account) if is_whole else None
 
 
 def _with_paths(corpus: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

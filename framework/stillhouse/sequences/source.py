@@ -9,7 +9,7 @@ names it as `corpus.source = "package.module:function"`; `open_sources` has the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -17,7 +17,9 @@ from stillhouse.config import CorpusSection
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 from stillhouse.sequence import Sequences, joined
+from stillhouse.sequences.account import Account
 from stillhouse.sequences.corpus import Corpus
+from stillhouse.sequences.mixture import Mixture, end_to_end, mixed, shared_out
 from stillhouse.sequences.packing import prepare_corpus
 
 if TYPE_CHECKING:
@@ -61,18 +63,30 @@ class SequenceSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A data set of a corpus: all of it, or a part of a mixture."""
+
+    name: str
+    account: Account
+    num_sequences: int  # that are used to train on
+    num_targets: int  # in them
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
     """What to train on, and what to evaluate on; they share no document."""
 
     train: SequenceSource
     heldout: SequenceSource
+    parts: tuple[Part, ...] = field(default=(), kw_only=True)  # the data sets of a corpus
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusSource:
-    """The sequences of a prepared corpus, `block_sequences` in each block but the last."""
+    """The sequences of a prepared corpus, or of a mixture of them, `block_sequences` in each block
+    but the last."""
 
-    corpus: Corpus
+    corpus: Corpus | Mixture
     block_sequences: int
 
     @property
@@ -122,17 +136,45 @@ def open_sources(
         _check(found, section)
         return found
 
-    # The corpus.
-    split = prepare_corpus(
-        section,
-        tokenizer,
-        tokenizer_digest=tokenizer_digest,
-        cache_dir=cache_dir,
-        on_progress=on_progress,
-    )
+    # The corpus: each data set alone, then the mixture.
+    sections = section.parts()
+    held_out = shared_out(section.heldout_sequences, [each.weight for each in sections])
+    splits = [
+        prepare_corpus(
+            each.model_copy(update={"heldout_sequences": count}),
+            tokenizer,
+            tokenizer_digest=tokenizer_digest,
+            cache_dir=cache_dir,
+            on_progress=on_progress,
+        )
+        for each, count in zip(sections, held_out, strict=True)
+    ]
+    train: Corpus | Mixture = splits[0].train
+    heldout: Corpus | Mixture = splits[0].heldout
+    used = [(train.num_sequences, train.num_targets)]
+    if len(splits) > 1:
+        train = mixed(
+            [split.train for split in splits],
+            [each.weight for each in sections],
+            seed=section.seed,
+            cache_dir=cache_dir / "mixture",
+        )
+        heldout = end_to_end([split.heldout for split in splits])
+        used = list(zip(train.counts_P.tolist(), train.targets_P.tolist(), strict=True))
     return Sources(
-        CorpusSource(split.train, block_sequences), CorpusSource(split.heldout, block_sequences)
+        CorpusSource(train, block_sequences),
+        CorpusSource(heldout, block_sequences),
+        parts=tuple(
+            Part(_name(each), split.account, *counts)
+            for each, split, counts in zip(sections, splits, used, strict=True)
+        ),
     )
+
+
+def _name(section: CorpusSection) -> str:
+    """A data set, with its subset and split where they are given."""
+    split = section.split if section.split != "train" else None
+    return " ".join(filter(None, (section.dataset, section.subset, split)))
 
 
 def _check(found: object, section: CorpusSection) -> None:

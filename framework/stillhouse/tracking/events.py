@@ -57,6 +57,7 @@ class StartEvent(RunEvent):
     decay_steps: int | None = None  # of "wsd"
     # whether the student's divergence has the entropy of the teacher's tail on top, a constant
     loss_constant: bool | None = None
+    corpus_targets: dict[str, int] = field(default_factory=dict)  # data set -> its target tokens
 
 
 @dataclass(frozen=True, slots=True)
