@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.compiling import Kernel, machine_code
 from stillhouse.errors import ChunkError
@@ -255,6 +256,32 @@ def test_rows_that_are_strided_in_memory_are_the_same_rows() -> None:
     assert_same(
         codec_triton.decode(records.T.contiguous().T, spec), codec_numpy.decode(records, spec)
     )
+
+
+class Launches(TorchDispatchMode):
+    """What torch does beside the kernels; the interpreter makes and copies tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = operation.overloadpacket.__name__
+        if name not in ("empty", "new_empty", "set_", "copy_"):
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_device_is_waited_for_once_and_torch_launches_one_thing() -> None:
+    spec = TargetSpec(5, 2, num_draws=3, weighted=True, label_logprob=True, tail_entropy=True)
+    c = target_of(arrays_of(spec, 4, np.random.default_rng(0)), spec)
+    with Launches() as encoding:
+        records = codec_triton.encode(c, spec)
+    with Launches() as decoding:
+        codec_triton.decode(records, spec)
+    assert encoding.names == decoding.names == ["any", "_local_scalar_dense"]
 
 
 # Whether the kernels are taken

@@ -10,6 +10,7 @@ Backends (`backend_for` chooses, and gives the reason):
     torch   `codec_torch`   every other device
 """
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -22,6 +23,8 @@ from stillhouse.logits import codec_numpy, codec_torch
 from stillhouse.logits.backend import Backend
 from stillhouse.logits.compressed import CompressedLogits
 from stillhouse.logits.spec import TargetSpec
+
+_log = logging.getLogger(__name__)
 
 
 def encode(compressed: CompressedLogits, spec: TargetSpec) -> Tensor:
@@ -88,14 +91,19 @@ def backend_for(spec: TargetSpec, device: torch.device) -> Backend:
         return Backend("numpy", "the targets are on the CPU")
     if device.type != "cuda":
         return Backend("torch", f"there are no kernels for {device.type}")
-    if find_spec("triton") is None:
-        return Backend("torch", "triton is not installed")
-    from stillhouse.logits import codec_triton
-
-    why_not = codec_triton.too_many(spec) or codec_triton.self_test_failure(device, spec)
+    why_not = _why_no_kernels(spec, device)
     if why_not:
+        _log.warning("records are written and read by torch, not by one kernel: %s", why_not)
         return Backend("torch", why_not)
     return Backend("triton", f"its kernels passed their test on {device}")
+
+
+def _why_no_kernels(spec: TargetSpec, device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from stillhouse.logits import codec_triton
+
+    return codec_triton.too_many(spec) or codec_triton.self_test_failure(device, spec)
 
 
 def _library(backend: Backend) -> ModuleType:
