@@ -35,13 +35,13 @@ def random_target(spec: TargetSpec) -> CompressedLogits:
     """Targets of `spec` without logits: distinct ids, draws with repeats, some mass in the tail."""
     random = torch.Generator().manual_seed(0)
     first_K1 = torch.arange(spec.k + 1) * spec.vocab_size // max(1, spec.k)
-    shares_TK = torch.rand((T, spec.k), generator=random)
+    shares_TK = torch.rand((T, spec.k), generator=random).double()
     ids_TK = first_K1[:-1] + (shares_TK * first_K1.diff()).long()
     draws_TN = torch.randint(spec.vocab_size, (T, spec.num_draws), generator=random)
     draws_TN = draws_TN.sort(dim=1).values.int()
     tail_T = -4 * torch.rand(T, generator=random) - 0.01
     return CompressedLogits(
-        ids_TK.clamp(max=first_K1[1:] - 1).int(),
+        ids_TK.int(),
         -30 * torch.rand((T, spec.k), generator=random),
         torch.full((T,), -torch.inf) if spec.k == spec.vocab_size else tail_T,
         draws_TN,

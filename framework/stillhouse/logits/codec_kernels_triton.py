@@ -248,7 +248,8 @@ def encode(
     # the kept entries
     row = _rows(num_records, R)
     at = records + row * num_bytes
-    best, least, wrong = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32), row < 0
+    best, least = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
+    wrong = tl.zeros((R,), tl.int1)
     if K > 0:
         log_tail = tl.load(log_tails + row)
         best, least, wrong = _encode_kept(at, ids, logprobs, row * K, log_tail, V, K, BITS)
@@ -308,7 +309,7 @@ def decode(
     # the kept entries
     row = _rows(num_records, R)
     at = records + row * num_bytes
-    least, wrong = tl.zeros((R,), tl.float64), row < 0
+    least, wrong = tl.zeros((R,), tl.float64), tl.zeros((R,), tl.int1)
     if K > 0:
         to_tail = log_tails + row
         least, wrong = _decode_kept(at, ids, logprobs, row * K, to_tail, V, K, BITS)

@@ -170,9 +170,8 @@ def _sample(spec: TargetSpec) -> CompressedLogits:
 
     # distinct ids, one in each of K parts of the vocabulary; draws of any ids
     first_K1 = torch.arange(spec.k + 1) * spec.vocab_size // max(1, spec.k)
-    ids_TK = first_K1[:-1] + (uniform(spec.k) * first_K1.diff()).long()
-    draws_TN = (uniform(spec.num_draws) * spec.vocab_size).long().sort(dim=1).values
-    draws_TN = draws_TN.clamp(max=spec.vocab_size - 1)
+    ids_TK = first_K1[:-1] + (uniform(spec.k).double() * first_K1.diff()).long()
+    draws_TN = (uniform(spec.num_draws).double() * spec.vocab_size).long().sort(dim=1).values
 
     # their log-probabilities, one for each drawn id, and what else there may be
     whole = spec.k == spec.vocab_size
