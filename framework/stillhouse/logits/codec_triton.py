@@ -25,7 +25,6 @@ from stillhouse.logits.spec import TargetSpec
 # Of K and of N; for more, a program needs more registers than there are.
 MOST_IDS = 512
 _NUMBERS = 256  # of one program: the ids of several records, so that all lanes have work
-_MOST_RECORDS = 16  # of one program
 _SAMPLE_TOKENS = 4
 
 
@@ -107,7 +106,7 @@ def _launch(kernel: Any, records_TB: Tensor, c: CompressedLogits, spec: TargetSp
 
 def options_for(spec: TargetSpec) -> dict[str, Any]:
     """The kernels' constants, R records of one program among them, and how to compile them."""
-    room: int = triton.next_power_of_2(max(1, spec.k, spec.num_draws))
+    room: int = triton.next_power_of_2(max(2, spec.k, spec.num_draws))
     return {
         "V": spec.vocab_size,
         "K": spec.k,
@@ -116,7 +115,7 @@ def options_for(spec: TargetSpec) -> dict[str, Any]:
         "WEIGHTED": spec.weighted,
         "LABEL": spec.label_logprob,
         "ENTROPY": spec.tail_entropy,
-        "R": max(1, min(_MOST_RECORDS, _NUMBERS // room)),
+        "R": max(1, _NUMBERS // room),
         # `store_ids` compares each id with each word of their high bits, of which there are more
         # with the ids
         "num_warps": max(1, room * room >> 15),
