@@ -24,6 +24,7 @@ class Kernel:
     types: Mapping[str, str]
     constants: Mapping[str, object]
     num_warps: int = 4
+    enable_fp_fusion: bool = True  # a product and a sum may become one, rounded once
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,10 @@ class MachineCode:
     """What an H100 would run."""
 
     registers: int  # of each thread
-    stack_bytes: int  # of each thread: registers that did not suffice
+    stack_bytes: int  # of each thread: registers that did not suffice, and return addresses
+    num_spills: int  # loads and stores of registers that did not suffice
     loads: tuple[str, ...]  # from global memory, as LDG.E.128
+    inexact: tuple[str, ...]  # operations that do not round each result to nearest, as in PTX
 
     @property
     def num_wide_loads(self) -> int:
@@ -76,15 +79,23 @@ def _compile(kernels: Sequence[Kernel], cache: Path) -> list[MachineCode]:
         compiled = triton.compile(
             ASTSource(function, types, values, attributes),
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": kernel.num_warps},
+            options={
+                "num_warps": kernel.num_warps,
+                "enable_fp_fusion": kernel.enable_fp_fusion,
+            },
         )
         binary = cache / f"{number}.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         usage = _output(tools / "cuobjdump", "-res-usage", binary)
         registers, stack_bytes = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
-        loads = re.findall(r"\bLDG\.[\w.]+", _output(tools / "nvdisasm", "-c", binary))
-        found.append(MachineCode(int(registers), int(stack_bytes), tuple(loads)))
+        instructions = _output(tools / "nvdisasm", "-c", binary)
+        loads = re.findall(r"\bLDG\.[\w.]+", instructions)
+        num_spills = len(re.findall(r"\b(?:LDL|STL)\b", instructions))
+        inexact = re.findall(r"\b(?:fma|div\.full|\w+\.approx)\S*", compiled.asm["ptx"])
+        found.append(
+            MachineCode(int(registers), int(stack_bytes), num_spills, tuple(loads), tuple(inexact))
+        )
     return found
 
 

@@ -199,8 +199,14 @@ def test_each_test_that_needs_a_gpu_is_a_finding(tmp_path: Path) -> None:
     findings = read_findings(tmp_path / FINDINGS)
     assert done.returncode == 1
     assert {found.name.partition("[")[0] for found in findings} == {
-        "test_codec_on_gpu.py::test_a_gpus_records_are_the_cpus",
-        "test_codec_on_gpu.py::test_a_damaged_record_is_refused_by_its_row",
+        f"test_codec_on_gpu.py::{name}"
+        for name in (
+            "test_a_gpus_records_are_the_cpus",
+            "test_values_on_the_edge_between_two_codes_fall_on_the_cpus_side",
+            "test_records_straight_from_a_gpus_logits_hold_its_targets",
+            "test_a_damaged_record_is_refused_by_its_row",
+            "test_a_target_that_cannot_be_written_is_refused_by_its_row",
+        )
     }
     assert all(
         found.passed is False and "there is no GPU" in str(found.details["error"])

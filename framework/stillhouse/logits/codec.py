@@ -2,15 +2,29 @@
 
 `record` defines the bytes. The same target gives the same bytes on every device, and the same bytes
 decode to the same ids in the same order.
+
+Backends (`backend_for` chooses, and gives the reason):
+
+    numpy   `codec_numpy`   the CPU
+    triton  `codec_triton`  CUDA: one kernel each way, where there are not too many ids for it
+    torch   `codec_torch`   every other device
 """
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from stillhouse.errors import ChunkError, ConfigError
 from stillhouse.logits import codec_numpy, codec_torch
+from stillhouse.logits.backend import Backend
 from stillhouse.logits.compressed import CompressedLogits
 from stillhouse.logits.spec import TargetSpec
+
+_log = logging.getLogger(__name__)
 
 
 def encode(compressed: CompressedLogits, spec: TargetSpec) -> Tensor:
@@ -43,7 +57,7 @@ def encode(compressed: CompressedLogits, spec: TargetSpec) -> Tensor:
             f"a target with (draws' log-probabilities, label, tail entropy) = {held} meets a spec "
             f"of {asked}; build both from one recipe"
         )
-    library = codec_numpy if compressed.token_ids_TK.device.type == "cpu" else codec_torch
+    library = _library(backend_for(spec, compressed.tail_logmass_T.device))
     records_TB: Tensor = library.encode(compressed, spec)
     return records_TB
 
@@ -61,6 +75,40 @@ def decode(records_TB: Tensor, spec: TargetSpec) -> CompressedLogits:
             f"records are {records_TB.dtype} {list(shape)}, wanted uint8 [tokens, {num_bytes}] for "
             f"{spec}; read them with the spec of their recipe"
         )
-    library = codec_numpy if records_TB.device.type == "cpu" else codec_torch
+    library = _library(backend_for(spec, records_TB.device))
     compressed: CompressedLogits = library.decode(records_TB, spec)
     return compressed
+
+
+@cache  # looking for triton at every call would show
+def backend_for(spec: TargetSpec, device: torch.device) -> Backend:
+    """The backend that `encode` and `decode` take for such targets on this device, and the reason.
+
+    The first call for a GPU compiles the kernels and tests them, which takes seconds. Raises a
+    failure of that test which may pass, such as too little memory; the next call tries again.
+    """
+    if device.type == "cpu":
+        return Backend("numpy", "the targets are on the CPU")
+    if device.type != "cuda":
+        return Backend("torch", f"there are no kernels for {device.type}")
+    why_not = _why_no_kernels(spec, device)
+    if why_not:
+        _log.warning("records are written and read by torch, not by one kernel: %s", why_not)
+        return Backend("torch", why_not)
+    return Backend("triton", f"its kernels passed their test on {device}")
+
+
+def _why_no_kernels(spec: TargetSpec, device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from stillhouse.logits import codec_triton
+
+    return codec_triton.too_many(spec) or codec_triton.self_test_failure(device, spec)
+
+
+def _library(backend: Backend) -> ModuleType:
+    if backend.name == "triton":
+        from stillhouse.logits import codec_triton
+
+        return codec_triton
+    return codec_numpy if backend.name == "numpy" else codec_torch

@@ -81,8 +81,8 @@ MOST_LOG_TAIL = -(2.0**-24)  # binary16's negative number nearest to 0
 MOST_ENTROPY = 65504.0  # binary16's largest finite number
 MOST_DRAW_CODE = 255
 # r(40) as a float32, so that float32 and float64 arithmetic begin with one number
-_DRAW_RANGE_ROOT = 5.4031243324279785
-_ROUNDING = 1e-3  # a log tail mass above 0 by no more than this is the rounding of a full tail
+DRAW_RANGE_ROOT = 5.4031243324279785
+ROUNDING = 1e-3  # a log tail mass above 0 by no more than this is the rounding of a full tail
 
 Array = TypeVar("Array", npt.NDArray[Any], Tensor)
 # A rule in words, and the rows that break it: a boolean array or tensor [T]
@@ -105,13 +105,13 @@ def draw_codes_of(below_TN: Array, root_of: Callable[[Array], Array]) -> Array:
     `root_of` is r in float32.
     """
     roots_TN = root_of(below_TN.clip(0, MOST_RANGE))
-    codes_TN: Array = ((roots_TN / _DRAW_RANGE_ROOT).clip(max=1) * MOST_DRAW_CODE).round()
+    codes_TN: Array = ((roots_TN / DRAW_RANGE_ROOT).clip(max=1) * MOST_DRAW_CODE).round()
     return codes_TN
 
 
 def draw_drops_of(codes_TN: Array) -> Array:
     """Dequantise draws: nats below the least kept entry, float64 like the codes."""
-    roots_TN = codes_TN * (_DRAW_RANGE_ROOT / MOST_DRAW_CODE)
+    roots_TN = codes_TN * (DRAW_RANGE_ROOT / MOST_DRAW_CODE)
     return roots_TN * (2 + roots_TN)
 
 
@@ -130,7 +130,7 @@ def wrong_target(best_T: Array, log_tail_T: Array, spec: TargetSpec) -> Complain
     complaint = "would hold log-probabilities of no distribution"
     return [
         (complaint, ~(abs(best_T) < math.inf)),
-        (complaint, _wrong_tail(log_tail_T, spec, most=_ROUNDING)),
+        (complaint, _wrong_tail(log_tail_T, spec, most=ROUNDING)),
     ]
 
 
@@ -180,7 +180,7 @@ def wrong_draws(ids_TN: Any, logprobs_TN: Any) -> Complaints:
     """Before encoding: weighted draws and their log-probabilities."""
     torn_TN = (ids_TN[:, 1:] == ids_TN[:, :-1]) & (logprobs_TN[:, 1:] != logprobs_TN[:, :-1])
     return [
-        ("would hold log-probabilities of no distribution", ~(logprobs_TN <= _ROUNDING).all(1)),
+        ("would hold log-probabilities of no distribution", ~(logprobs_TN <= ROUNDING).all(1)),
         ("would hold one drawn id with two log-probabilities", torn_TN.any(1)),
     ]
 
@@ -203,7 +203,7 @@ def wrong_label(label_T: Array) -> Complaints:
 
 def wrong_new_label(label_T: Array) -> Complaints:
     """Before encoding: the label's log-probability, -inf where p is 0."""
-    return [("would hold a label's log-probability that is none", ~(label_T <= _ROUNDING))]
+    return [("would hold a label's log-probability that is none", ~(label_T <= ROUNDING))]
 
 
 def wrong_entropy(entropy_T: Array) -> Complaints:

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ from stillhouse.logits import (
     Head,
     TargetSpec,
     backend_for,
+    codec,
     codec_numpy,
     codec_torch,
+    codec_triton,
     compress,
     compress_reference,
 )
@@ -40,6 +43,7 @@ _FORMS = ((64, 0, 8), (12, 12, 6), (0, 50, 8))  # entries, draws and bits, besid
 # Shares of the reference's: sums in another order move a draw that is at a border, and a value that
 # is at the edge of a code.
 _SAME_DRAWS = _SAME_BYTES = 0.99
+_ROUNDING = {"rtol": 1e-6, "atol": 1e-6}  # of log-probabilities, which come from exponentials
 _SURE_ROWS = 0.9  # of such logits; the kernel leaves the others to the reference
 _GRADIENT_ERRORS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the norm; rounding takes 1e-2
 
@@ -154,21 +158,37 @@ def _check_target(name: str, spec: TargetSpec, scale: Scale, recorder: Recorder)
     same_TB = codec_numpy.encode(found, spec) == codec_numpy.encode(wanted, spec)
     share = float(same_TB.float().mean())
     recorder.tell(f"{name}: share of the reference's bytes", share, at_least=_SAME_BYTES)
-    same_bytes = _same_bytes(wanted, spec, torch.device(scale.device))
-    recorder.tell(f"{name}: the CPU's bytes and targets", same_bytes)
+    _check_records(name, wanted, spec, scale, recorder)
 
 
-def _same_bytes(target: CompressedLogits, spec: TargetSpec, device: torch.device) -> bool:
+def _check_records(
+    name: str, target: CompressedLogits, spec: TargetSpec, scale: Scale, recorder: Recorder
+) -> None:
+    """The codec that a device's targets take, and its kernels and torch's codec on the device."""
+    device = torch.device(scale.device)
+    backend = codec.backend_for(spec, device)
+    right = backend.name == "triton" or scale.device == "cpu"
+    recorder.tell(f"{name}: records take the path {backend.name}", right, why=backend.reason)
+    for library in (codec_triton, codec_torch):
+        same = _same_bytes(library, target, spec, device)
+        words = library.__name__.rpartition(".")[2]
+        recorder.tell(f"{name}: the CPU's bytes and targets by {words}", same)
+
+
+def _same_bytes(
+    library: ModuleType, target: CompressedLogits, spec: TargetSpec, device: torch.device
+) -> bool:
+    """Bit for bit, but for log-probabilities."""
     records_TB = codec_numpy.encode(target, spec)
-    on_device_TB = codec_torch.encode(target.map(lambda tensor: tensor.to(device)), spec)
-    found, wanted = codec_torch.decode(on_device_TB, spec), codec_numpy.decode(records_TB, spec)
-    exact = [
-        (on_device_TB, records_TB),
-        (found.token_ids_TK, wanted.token_ids_TK),
-        (found.tail_ids_TN, wanted.tail_ids_TN),
-    ]
-    same_values = torch.allclose(found.logprobs_TK.cpu(), wanted.logprobs_TK, rtol=1e-6, atol=1e-6)
-    return same_values and all(torch.equal(ours.cpu(), theirs) for ours, theirs in exact)
+    on_device_TB = library.encode(target.map(lambda tensor: tensor.to(device)), spec)
+    found = library.decode(on_device_TB, spec).map(Tensor.cpu).tensors
+    wanted = codec_numpy.decode(records_TB, spec).tensors
+    same = torch.equal(on_device_TB.cpu(), records_TB) and found.keys() == wanted.keys()
+    for name, theirs in wanted.items():
+        loose = name in ("logprobs_TK", "draw_logprobs_TN")
+        equal = torch.allclose if loose else torch.equal
+        same = same and equal(found[name], theirs, **(_ROUNDING if loose else {}))
+    return same
 
 
 def loss(scale: Scale, recorder: Recorder) -> None:
