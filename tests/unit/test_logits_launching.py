@@ -80,11 +80,15 @@ def test_no_kernel_is_launched_anywhere_else() -> None:
     assert {path.name for path in with_kernels} == {
         "blockmax_draw_triton.py",
         "blockmax_kernels_triton.py",
+        "codec_kernels_triton.py",
+        "codec_streams_triton.py",
         "head_passes_triton.py",
     }
     assert {path.name: launches_in(source) for path, source in with_kernels.items()} == {
         "blockmax_draw_triton.py": [],
         "blockmax_kernels_triton.py": [],
+        "codec_kernels_triton.py": [],
+        "codec_streams_triton.py": [],
         "head_passes_triton.py": [],
     }
     assert len(launches_in(THE_PLACE.read_text())) == 1

@@ -57,6 +57,7 @@ def export(
             "out, to write the whole model"
         )
     model, steps = _committed(checkpoints, section, tell=tell, step=step, patience=patience)
+    # the adapters alone, or a whole model
     if adapter:
         write_adapter(model, tokenizer, out, card=card(steps), section=section)
         return steps

@@ -196,6 +196,7 @@ class _Latest:
 
     def take(self, event: RunEvent) -> bool:
         """Keep an event; False where it is of a kind that the bars do not show."""
+        # what is waited for, the teachers, then the students
         match event:
             case WaitEvent():
                 self.wait = event if event.missing else None
