@@ -4,7 +4,7 @@ final hidden states and Head."""
 from stillhouse.models.files import require_whole_weights
 from stillhouse.models.heads import check_head, check_packing, compare_head, final_hidden, head_of
 from stillhouse.models.identity import ModelIdentity, digest_beside, forget_identity, model_identity
-from stillhouse.models.load import load_model, resolve_device
+from stillhouse.models.load import checkpoint_activations, load_model, resolve_device
 from stillhouse.models.tokenizers import (
     check_same_ids,
     load_tokenizer,
@@ -17,6 +17,7 @@ __all__ = [
     "check_head",
     "check_packing",
     "check_same_ids",
+    "checkpoint_activations",
     "compare_head",
     "digest_beside",
     "final_hidden",

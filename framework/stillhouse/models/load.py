@@ -18,6 +18,7 @@ from transformers import (
 from stillhouse.config import ModelSection
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.model_path import source_of
+from stillhouse.models.attention import attend_by_document
 from stillhouse.models.sources import from_hub
 
 
@@ -68,7 +69,7 @@ def load_model(
             section.model,
         )
         _check_loading(section.model, report)
-        model.eval()
+        attend_by_document(model.eval())
         return model
 
     # With random weights.
@@ -81,8 +82,15 @@ def load_model(
             "model",
             section.model,
         )
-    model.eval()
+    attend_by_document(model.eval())
     return model
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have a model compute its layers' activations again in the backward pass, instead of keeping
+    them. Older versions of transformers have another name for it."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _require_causal(name: str, config: PretrainedConfig) -> None:

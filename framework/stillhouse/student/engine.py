@@ -27,6 +27,7 @@ from stillhouse.checkpoint.unpickling import only_tensors, opened
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.losses.distillation import LossTerms
+from stillhouse.models import checkpoint_activations
 from stillhouse.student import _deepspeed_compat
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule
@@ -65,7 +66,7 @@ class StudentEngine:
         self._world_size = dist.get_world_size()
         # the plain module
         if section.activation_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(lm)
         lm.train()
         module = StudentModule(lm, section=section, vocab_size=vocab_size)
         # ZeRO round it; no code goes into its checkpoints
