@@ -57,7 +57,7 @@ PLAIN = [
     "qwen2",
     "qwen3",
 ]
-SEEING_PACKED_DOCUMENTS = ["bloom", "falcon_h1", "mamba", "mpt", "opt", "recurrent_gemma"]
+SEEING_PACKED_DOCUMENTS = ["bloom", "falcon_h1", "mamba", "mpt", "recurrent_gemma"]
 KEEPING_THEM_APART = sorted(
     {*WITH_SCALE, *WITH_SOFTCAP, *WITH_BIAS, *PLAIN} - {*SEEING_PACKED_DOCUMENTS}
 )

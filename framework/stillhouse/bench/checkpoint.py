@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -35,6 +36,7 @@ from stillhouse.cluster.processes import prepare_process
 from stillhouse.config import StudentSection
 from stillhouse.logits import TargetSpec, compress
 from stillhouse.models.batch import TokenBatch
+from stillhouse.sequence import Sequences
 from stillhouse.student.engine import StudentEngine
 from stillhouse.student.loader import MicroBatch
 
@@ -227,9 +229,13 @@ def _engine(setting: Setting) -> StudentEngine:
 
 
 def _batch() -> MicroBatch:
-    ids_T = torch.randint(_VOCAB_SIZE, (_NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
-    places_T = torch.arange(_NUM_TOKENS)
+    random = np.random.default_rng(0)
+    sequences = Sequences(
+        random.integers(_VOCAB_SIZE, size=(1, _NUM_TOKENS), dtype=np.int32),
+        np.arange(_NUM_TOKENS, dtype=np.int32)[None],
+        np.ones((1, _NUM_TOKENS), dtype=np.uint8),
+    )
     return MicroBatch(
-        TokenBatch(ids_T[None], places_T[None], places_T, ids_T),
+        TokenBatch.of(sequences),
         compress(torch.randn(_NUM_TOKENS, _VOCAB_SIZE), TargetSpec(_VOCAB_SIZE, k=8)),
     )

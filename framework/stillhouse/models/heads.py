@@ -3,17 +3,19 @@
 A config may be wrong or incomplete about the head. So a Head is compared with the model's own
 logits on a probe, and packing is tested, too.
 
-Shapes: B rows, L tokens in a row, H hidden, V vocabulary.
+Shapes: B rows, L tokens in a row, N tokens in a row of documents, H hidden, V vocabulary.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stillhouse.errors import ModelError
 from stillhouse.logits import Head
+from stillhouse.models.attention import Documents, attends_by_document
 
 # Names in the text configs of transformers for what happens between the head's matmul and the
 # logits.
@@ -34,16 +36,42 @@ INFLATED_LOGIT = 100.0  # above every soft cap in use, which are 15 to 50
 
 
 def final_hidden(model: PreTrainedModel, token_ids_BL: Tensor, positions_BL: Tensor) -> Tensor:
-    """[B, L, H]: the hidden states that the head reads.
+    """[B, L, H]: the hidden states that the head reads. A document begins where a position is 0,
+    and with each row.
 
     The model is called without a cache and a mask: with either, documents packed in a row would see
     each other.
     """
+    if attends_by_document(model):
+        begins_BL = (positions_BL == 0).cpu().numpy()
+        begins_BL[:, 0] = True
+        places = np.append(np.flatnonzero(begins_BL), begins_BL.size)
+        documents = Documents.of(np.diff(places))
+        hidden_NH = hidden_of_documents(
+            model, token_ids_BL.flatten(), positions_BL.flatten(), documents
+        )
+        return hidden_NH.reshape(*token_ids_BL.shape, -1)
     device = _input_device(model)
     ids_BL, positions_BL = token_ids_BL.to(device, torch.long), positions_BL.to(device, torch.long)
     output = _body(model)(input_ids=ids_BL, position_ids=positions_BL, use_cache=False)
     hidden_BLH: Tensor = output.last_hidden_state
     return hidden_BLH
+
+
+def hidden_of_documents(
+    model: PreTrainedModel, token_ids_N: Tensor, positions_N: Tensor, documents: Documents
+) -> Tensor:
+    """[N, H]: the hidden states that the head reads, of documents that lie one after the other, by
+    a model that attends by document."""
+    device = _input_device(model)
+    output = _body(model)(
+        input_ids=token_ids_N.to(device, torch.long)[None],
+        position_ids=positions_N.to(device, torch.long)[None],
+        use_cache=False,
+        **documents.map(lambda places: places.to(device)).arguments,
+    )
+    hidden_NH: Tensor = output.last_hidden_state[0]
+    return hidden_NH
 
 
 def head_of(model: PreTrainedModel, *, vocab_size: int) -> Head:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from stillhouse.config import ModelSection
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.model_path import source_of
+from stillhouse.models.attention import attend_by_document
 from stillhouse.models.sources import from_hub
 
 
@@ -70,7 +71,7 @@ def load_model(
             section.model,
         )
         _check_loading(section.model, report)
-        model.eval()
+        attend_by_document(model.eval())
         return model
 
     # With random weights.
@@ -83,7 +84,7 @@ def load_model(
             "model",
             section.model,
         )
-    model.eval()
+    attend_by_document(model.eval())
     return model
 
 
