@@ -189,17 +189,28 @@ def bench_targets(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps of one seed: to see that it runs.")
     ] = False,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="The targets and losses of DistillKit and TRL, where they are installed, beside "
+            "four sizes of ours.",
+        ),
+    ] = False,
     out: Out = None,
 ) -> None:
     """The forms of a target at equal bytes: exact entries, draws from the tail, or both, between
     the text alone and the whole teacher. A figure goes beside the file of --out."""
     quieten()
-    from stillhouse.bench.targets import QUICK, bench_targets, thorough
+    from stillhouse.bench.beside_peers import beside
+    from stillhouse.bench.peers import installed_peers
+    from stillhouse.bench.targets import QUICK, SPLITS, bench_targets, thorough
 
     effort = QUICK if quick else thorough(num_steps=num_steps, num_seeds=num_seeds)
     bench_targets(
         work_dir,
         teacher,
+        beside(installed_peers) if peers else SPLITS,
         effort=effort,
         threads=threads,
         cache_dir=cache_dir(),

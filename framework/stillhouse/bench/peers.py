@@ -1,0 +1,149 @@
+"""Targets and losses of other projects, taught beside ours where they are installed: DistillKit's
+compressed entries with its sparse KL, and TRL's entries of a served teacher with their tail.
+
+Each compresses, decompresses and computes its loss by its own code, at temperature 1 and with the
+settings that it documents.
+
+Shapes: T tokens, H hidden, V vocabulary, K entries.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stillhouse.logits import Head
+
+PeerLoss = Callable[[Tensor, Tensor, Head, Tensor], Tensor]
+"""(teacher's logits [T, V], student's hidden states [T, H], student's head, labels [T]) -> the sum
+over the tokens, nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A target of another project, and the loss that it trains with."""
+
+    name: str
+    project: str
+    num_bytes: Callable[[int], int]  # a token, at a vocabulary
+    loss: PeerLoss
+
+
+def installed_peers(vocab_size: int) -> list[Peer]:
+    """The targets of every other project that is installed here, at the students' vocabulary."""
+    peers: list[Peer] = []
+    if find_spec("distillkit"):
+        peers += _distillkit(vocab_size)
+    if find_spec("trl"):
+        peers += [_trl(k) for k in _TRL_KS]
+    return peers
+
+
+# DistillKit's README: its recommended configuration, its budget pick, and the one of its quick
+# start, which half of the loss is cross-entropy for.
+_RECOMMENDED: dict[str, object] = {
+    "k": 128,
+    "exact_k": 16,
+    "exact_dtype": "bfloat16",
+    "polynomial_terms": [0, 1, 2, 3, 4, "sqrt"],
+    "term_dtype": "float32",
+    "residual_bins": [],
+    "delta_encoding": False,
+    "error_diffusion": False,
+}
+_BUDGET = _RECOMMENDED | {"k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"]}
+_QUICK_START = _RECOMMENDED | {
+    "exact_k": 32,
+    "exact_dtype": "float32",
+    "polynomial_terms": [0, 1, 2],
+    "delta_encoding": True,
+}
+_SETTINGS: dict[str, dict[str, object]] = {
+    "recommended": _RECOMMENDED,
+    # the same terms over [0, 1] instead of [0, 112), whose fourth powers no float32 fit resolves
+    "recommended, normalize_t": _RECOMMENDED | {"normalize_t": True},
+    "budget": _BUDGET,
+}
+
+
+def _distillkit(vocab_size: int) -> Iterator[Peer]:
+    from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor
+    from distillkit.lossfuncs.kl import MissingProbabilityHandling, sparse_kl_div
+
+    def peer(name: str, settings: dict[str, object], entries: _Entries, missing: str) -> Peer:
+        """`missing`: what the loss makes of the mass that is not kept."""
+        handling = MissingProbabilityHandling(missing)
+        text_weight = 0.5 if settings is _QUICK_START else 0.0
+
+        def num_bytes(vocab_size: int) -> int:
+            return int(DistributionQuantizationConfig(d=vocab_size, **settings).total_bits() // 8)
+
+        def loss(teacher_TV: Tensor, hidden_TH: Tensor, head: Head, labels_T: Tensor) -> Tensor:
+            ids_1TK, logprobs_1TK = entries(teacher_TV)
+            logits_TV = head.logits(hidden_TH)
+            kl: Tensor = sparse_kl_div(logits_TV[None], ids_1TK, logprobs_1TK, missing=handling)
+            if text_weight == 0.0:
+                return kl
+            text = functional.cross_entropy(logits_TV, labels_T, reduction="sum")
+            return (1.0 - text_weight) * kl + text_weight * text
+
+        return Peer(f"{name}, {missing}", "DistillKit", num_bytes, loss)
+
+    def entries_of(settings: dict[str, object]) -> "_Entries":
+        """From a teacher's logits to what is decompressed from its record; the students of a step
+        ask in turn, so the last answer is kept."""
+        config = DistributionQuantizationConfig(d=vocab_size, **settings)
+        compressor = LogprobCompressor(config)
+
+        @lru_cache(maxsize=1)
+        def entries(teacher_TV: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                row = compressor.compress(teacher_TV.log_softmax(dim=-1)[None])
+                ids_1TK, logprobs_1TK = compressor.decompress_to_sparse(row)
+            return ids_1TK, logprobs_1TK
+
+        return entries
+
+    for name, settings in _SETTINGS.items():
+        entries = entries_of(settings)
+        for missing in ("zero", "symmetric_uniform"):
+            yield peer(f"DistillKit {name}", settings, entries, missing)
+    entries = entries_of(_QUICK_START)
+    yield peer("DistillKit quick start, half text", _QUICK_START, entries, "zero")
+
+
+_Entries = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+_TRL_KS = (8, 64)  # its default, and the end of the range that its documentation calls reasonable
+_TRL_ENTRY_BYTES = 8  # an int32 id and a float32 log-probability: TRL has no stored form
+
+
+def _trl(k: int) -> Peer:
+    """Forward KL (beta = 0) of the asynchronous trainer, on k entries and a bucket."""
+    from trl.experimental.async_distillation.async_distillation_trainer import _jsd_loss_chunk
+
+    def loss(teacher_TV: Tensor, hidden_TH: Tensor, head: Head, labels_T: Tensor) -> Tensor:
+        del labels_T
+        logprobs_TK, ids_TK = teacher_TV.log_softmax(dim=-1).topk(k, dim=1)
+        total: Tensor = _jsd_loss_chunk(
+            hidden_chunk=hidden_TH,
+            lm_head_weight=head.weight_VH,
+            lm_head_bias=head.bias_V,
+            logit_scale=head.scale,
+            final_logit_softcapping=head.softcap,
+            target_ids_chunk=ids_TK,
+            teacher_logps_chunk=logprobs_TK,
+            candidate_mask_chunk=torch.ones_like(ids_TK, dtype=torch.bool),
+            beta=0.0,
+            temperature=1.0,
+            add_tail_bucket=True,
+            teacher_id_idx_chunk=None,
+            num_teachers=1,
+        )[0]
+        return total
+
+    return Peer(f"TRL {k} + tail", "TRL", lambda _vocab_size: k * _TRL_ENTRY_BYTES, loss)
