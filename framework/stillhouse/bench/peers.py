@@ -7,9 +7,9 @@ settings that it documents.
 Shapes: T tokens, H hidden, V vocabulary, K entries.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -44,7 +44,8 @@ def installed_peers(vocab_size: int) -> list[Peer]:
 
 
 # DistillKit's README: its recommended configuration, its budget pick, and the one of its quick
-# start, which half of the loss is cross-entropy for.
+# start, in which half of the loss is cross-entropy.
+_Settings = Mapping[str, object]
 _RECOMMENDED: dict[str, object] = {
     "k": 128,
     "exact_k": 16,
@@ -62,7 +63,7 @@ _QUICK_START = _RECOMMENDED | {
     "polynomial_terms": [0, 1, 2],
     "delta_encoding": True,
 }
-_SETTINGS: dict[str, dict[str, object]] = {
+_SETTINGS: dict[str, _Settings] = {
     "recommended": _RECOMMENDED,
     # the same terms over [0, 1] instead of [0, 112), whose fourth powers no float32 fit resolves
     "recommended, normalize_t": _RECOMMENDED | {"normalize_t": True},
@@ -70,53 +71,62 @@ _SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
+_Entries = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 def _distillkit(vocab_size: int) -> Iterator[Peer]:
+    for name, settings in _SETTINGS.items():
+        entries = _entries_of(settings, vocab_size)
+        for missing in ("zero", "symmetric_uniform"):
+            loss = _sparse_kl(entries, missing=missing)
+            yield Peer(
+                f"DistillKit {name}, {missing}", "DistillKit", partial(_num_bytes, settings), loss
+            )
+    loss = _sparse_kl(_entries_of(_QUICK_START, vocab_size), missing="zero", text_weight=0.5)
+    num_bytes = partial(_num_bytes, _QUICK_START)
+    yield Peer("DistillKit quick start, half text, zero", "DistillKit", num_bytes, loss)
+
+
+def _num_bytes(settings: _Settings, vocab_size: int) -> int:
+    from distillkit.compression import DistributionQuantizationConfig
+
+    return int(DistributionQuantizationConfig(d=vocab_size, **settings).total_bits()) // 8
+
+
+def _entries_of(settings: _Settings, vocab_size: int) -> _Entries:
+    """From a teacher's logits to the ids and log-probabilities that are decompressed, [1, T, K].
+    The students of a step ask for the same in turn, so the last answer is kept."""
     from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor
+
+    compressor = LogprobCompressor(DistributionQuantizationConfig(d=vocab_size, **settings))
+
+    @lru_cache(maxsize=1)
+    def entries(teacher_TV: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            record = compressor.compress(teacher_TV.log_softmax(dim=-1)[None])
+            ids_1TK, logprobs_1TK = compressor.decompress_to_sparse(record)
+        return ids_1TK, logprobs_1TK
+
+    return entries
+
+
+def _sparse_kl(entries: _Entries, *, missing: str, text_weight: float = 0.0) -> PeerLoss:
+    """`missing`: what is made of the mass that is not kept."""
     from distillkit.lossfuncs.kl import MissingProbabilityHandling, sparse_kl_div
 
-    def peer(name: str, settings: dict[str, object], entries: _Entries, missing: str) -> Peer:
-        """`missing`: what the loss makes of the mass that is not kept."""
-        handling = MissingProbabilityHandling(missing)
-        text_weight = 0.5 if settings is _QUICK_START else 0.0
+    handling = MissingProbabilityHandling(missing)
 
-        def num_bytes(vocab_size: int) -> int:
-            return int(DistributionQuantizationConfig(d=vocab_size, **settings).total_bits() // 8)
+    def loss(teacher_TV: Tensor, hidden_TH: Tensor, head: Head, labels_T: Tensor) -> Tensor:
+        ids_1TK, logprobs_1TK = entries(teacher_TV)
+        logits_TV = head.logits(hidden_TH)
+        kl: Tensor = sparse_kl_div(logits_TV[None], ids_1TK, logprobs_1TK, missing=handling)
+        if text_weight == 0.0:
+            return kl
+        text = functional.cross_entropy(logits_TV, labels_T, reduction="sum")
+        return (1.0 - text_weight) * kl + text_weight * text
 
-        def loss(teacher_TV: Tensor, hidden_TH: Tensor, head: Head, labels_T: Tensor) -> Tensor:
-            ids_1TK, logprobs_1TK = entries(teacher_TV)
-            logits_TV = head.logits(hidden_TH)
-            kl: Tensor = sparse_kl_div(logits_TV[None], ids_1TK, logprobs_1TK, missing=handling)
-            if text_weight == 0.0:
-                return kl
-            text = functional.cross_entropy(logits_TV, labels_T, reduction="sum")
-            return (1.0 - text_weight) * kl + text_weight * text
+    return loss
 
-        return Peer(f"{name}, {missing}", "DistillKit", num_bytes, loss)
-
-    def entries_of(settings: dict[str, object]) -> "_Entries":
-        """From a teacher's logits to what is decompressed from its record; the students of a step
-        ask in turn, so the last answer is kept."""
-        config = DistributionQuantizationConfig(d=vocab_size, **settings)
-        compressor = LogprobCompressor(config)
-
-        @lru_cache(maxsize=1)
-        def entries(teacher_TV: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                row = compressor.compress(teacher_TV.log_softmax(dim=-1)[None])
-                ids_1TK, logprobs_1TK = compressor.decompress_to_sparse(row)
-            return ids_1TK, logprobs_1TK
-
-        return entries
-
-    for name, settings in _SETTINGS.items():
-        entries = entries_of(settings)
-        for missing in ("zero", "symmetric_uniform"):
-            yield peer(f"DistillKit {name}", settings, entries, missing)
-    entries = entries_of(_QUICK_START)
-    yield peer("DistillKit quick start, half text", _QUICK_START, entries, "zero")
-
-
-_Entries = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _TRL_KS = (8, 64)  # its default, and the end of the range that its documentation calls reasonable
 _TRL_ENTRY_BYTES = 8  # an int32 id and a float32 log-probability: TRL has no stored form

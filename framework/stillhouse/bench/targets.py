@@ -102,8 +102,7 @@ def bench_targets(
     digest, vocab_size = tokenizer_digest(tokenizer), vocab_size_of(tokenizer)
     split = prepare_corpus(corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir)
     forms = comparison.forms(vocab_size)
-    sizes = effort.num_steps, effort.batch_sequences, Sizes().student
-    lessons = Lessons(*sizes, learning_rate=2e-3, warmup_steps=20)
+    lessons = _lessons(effort)
     codings = codings_of(teacher, split.heldout, vocab_size)
 
     # the students of each seed
@@ -135,6 +134,11 @@ def bench_targets(
             comparison.figure(forms, rounds).savefig(out.with_suffix(".svg"))
     console.print(table(forms, rounds))
     console.print(coding_table(codings))
+
+
+def _lessons(effort: Effort) -> Lessons:
+    sizes = effort.num_steps, effort.batch_sequences, Sizes().student
+    return Lessons(*sizes, learning_rate=2e-3, warmup_steps=20)
 
 
 def forms_of(vocab_size: int) -> list[Form]:
@@ -226,6 +230,8 @@ def table(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Tabl
         "ECE",
     )
     found = figures_table(title, ["target", *headings])
+
+    # a row for each form
     for form in forms:
         median = {
             field.name: Spread.of(getattr(one[form.name], field.name) for one in rounds).median
