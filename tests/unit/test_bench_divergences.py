@@ -10,14 +10,13 @@ from torch import Tensor
 from stillhouse.bench.divergences import (
     BUDGET,
     DIVERGENCES,
-    REAL_VOCAB,
     Effort,
     Scope,
     bench_divergences,
     forms_of,
 )
 from stillhouse.bench.language import Language, LanguageStudent, language_scores
-from stillhouse.bench.peers import Peer
+from stillhouse.bench.peers import REAL_VOCAB, Peer
 from stillhouse.errors import ConfigError
 from stillhouse.logits import Head, TargetSpec
 from stillhouse.losses.divergences import forward_kl

@@ -7,14 +7,14 @@ from matplotlib.figure import Figure
 
 from stillhouse.bench.classroom import Form
 from stillhouse.bench.figures import Spread
-from stillhouse.bench.peers import Peer
-from stillhouse.bench.targets import BUDGETS, REAL_VOCAB, SHARES, Comparison, in_words, splits_of
+from stillhouse.bench.peers import REAL_VOCAB, Peer
+from stillhouse.bench.targets import BUDGETS, SHARES, Comparison, in_words, splits_of
 from stillhouse.config import TargetSection
 from stillhouse.errors import ConfigError
 from stillhouse.evaluation.scores import Scores
 from stillhouse.logits import TargetSpec
 
-_BEST_SPLIT = 1 + SHARES.index(0.25)  # where the default of k and draws comes from
+_BEST_SPLIT = 1 + SHARES.index(0.25)  # of `splits_of`; the default target has this share too
 _MARKERS = "ovs^Dv<>PX*"
 
 

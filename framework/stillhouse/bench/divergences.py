@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ from stillhouse.bench.language import (
     language_scores,
 )
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
-from stillhouse.bench.peers import Peer
+from stillhouse.bench.peers import REAL_VOCAB, Peer
 from stillhouse.bench.provenance import Provenance
 from stillhouse.errors import ConfigError
 from stillhouse.logits import CompressedLogits, TargetSpec, compress, decode, encode, token_seeds
@@ -46,7 +47,6 @@ DIVERGENCES = {
     "skew_reverse_kl": 0.1,
 }  # with the mix of each
 BUDGET = 100  # bytes a record, at the vocabulary of REAL_VOCAB
-REAL_VOCAB = 151_936
 _ENTRIES = 8
 
 STARTS = ("warm", "schedule", "far")
@@ -178,9 +178,10 @@ def targets_of(
 
 
 def learn(
-    language: Language,
     student: LanguageStudent,
     lesson: Lesson,
+    *,
+    language: Language,
     effort: Effort,
     batches: Sequence[Batch],
     targets: Sequence[CompressedLogits | None],
@@ -193,9 +194,8 @@ def learn(
         done = step / effort.num_steps
         warmed = min(1.0, (step + 1) / 10)
         optimiser.param_groups[0]["lr"] = peak * warmed * 0.5 * (1 + math.cos(math.pi * done))
-        loss = _loss(
-            lesson, language, student, batch, target, divergence=lesson.divergence_at(done)
-        )
+        divergence = lesson.divergence_at(done)
+        loss = _loss(student, lesson.form, language, batch, target, divergence=divergence)
         (loss / effort.batch_tokens).backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
         num_clipped += bool(norm > 1.0)
@@ -205,9 +205,9 @@ def learn(
 
 
 def _loss(
-    lesson: Lesson,
-    language: Language,
     student: LanguageStudent,
+    form: Form,
+    language: Language,
     batch: Batch,
     target: CompressedLogits | None,
     *,
@@ -217,12 +217,12 @@ def _loss(
     # of the whole distribution, and of another project
     hidden_TH = student.hidden_CH[batch.contexts_T]
     logp_TV = language.logp_CV[batch.contexts_T]
-    if lesson.form == "everything":
+    if form == "everything":
         return divergence.of(logp_TV, student.logq(batch.contexts_T)).sum()
-    if isinstance(lesson.form, Peer):
-        return lesson.form.loss(logp_TV, hidden_TH, student.head, batch.labels_T)
+    if isinstance(form, Peer):
+        return form.loss(logp_TV, hidden_TH, student.head, batch.labels_T)
     # of the text, and of a record
-    text_weight = 1.0 if lesson.form == "text" else 0.0
+    text_weight = 1.0 if form == "text" else 0.0
     return distillation_loss(
         hidden_TH,
         student.head,
@@ -313,7 +313,8 @@ def measured(
     warm = deepcopy(fresh)
     before = Lesson("forward_kl", "far", "everything", "everything")
     earlier = batches_of(language, effort, seed=10_000 + seed)
-    learn(language, warm, before, effort, earlier, [None] * len(earlier))
+    course = partial(learn, language=language, effort=effort)
+    course(warm, before, batches=earlier, targets=[None] * len(earlier))
     batches = batches_of(language, effort, seed=seed)
     targets = {name: targets_of(language, batches, form) for name, form in forms.items()}
 
@@ -324,8 +325,8 @@ def measured(
         found: dict[str, tuple[float, LanguageScores]] = {}
         for lesson in _lessons(name, start, forms):
             student = deepcopy(first)
-            target = targets[lesson.form_name]
-            clipped = learn(language, student, lesson, effort, batches, target)
+            here = targets[lesson.form_name]
+            clipped = course(student, lesson, batches=batches, targets=here)
             found[lesson.form_name] = clipped, language_scores(language, student, divergence)
         if not found:
             continue

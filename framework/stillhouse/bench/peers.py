@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stillhouse.logits import Head
 
+REAL_VOCAB = 151_936  # at which the bytes of all targets are told
 PeerLoss = Callable[[Tensor, Tensor, Head, Tensor], Tensor]
 """(teacher's logits [T, V], student's hidden states [T, H], student's head, labels [T]) -> the sum
 over the tokens, nats."""
@@ -65,12 +66,10 @@ _QUICK_START = _RECOMMENDED | {
 }
 _SETTINGS: dict[str, _Settings] = {
     "recommended": _RECOMMENDED,
-    # the same terms over [0, 1] instead of [0, 112), whose fourth powers no float32 fit resolves
+    # the same terms over [0, 1] instead of [0, 112): there the fit in float32 is ill-conditioned
     "recommended, normalize_t": _RECOMMENDED | {"normalize_t": True},
     "budget": _BUDGET,
 }
-
-
 _Entries = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 

@@ -22,6 +22,7 @@ from stillhouse.bench.classroom import Form, Lessons, teach
 from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.output import figures_table, terminal, write_record
+from stillhouse.bench.peers import REAL_VOCAB
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER
 from stillhouse.cluster.processes import Secrets
@@ -36,7 +37,6 @@ from stillhouse.sequences import Split, prepare_corpus
 BUDGETS = (24, 48, 128)  # bytes a record
 _PROPOSALS = (0.8, 1.25)  # powers of the teacher's distribution
 _BESIDE_TEXT = 48  # the budget of which two forms are tried beside the text too
-REAL_VOCAB = 151_936  # the tables say what a target takes at it
 SHARES = (0.5, 0.25, 0.0)  # exact entries, of as many as a budget affords without draws
 
 
