@@ -6,7 +6,7 @@ are the real ones. The dense gain of a divergence is how far its own value falls
 learns from the whole distribution: below its first value where forward KL has trained the student
 before (`warm`), and below what the text alone reaches where it begins with random weights (`far`,
 and `schedule`, whose first third of steps is forward KL). A form's figure is the share of that
-gain.
+gain. There is none where the whole distribution itself takes a student no nearer than the text.
 """
 
 import math
@@ -245,7 +245,8 @@ class Result:
     form: str
     share_clipped: float  # of the steps
     scores: LanguageScores
-    share_of_gain: float  # 1: as much as the whole distribution; 0: nothing
+    # 1: as much as the whole distribution; 0: nothing; None where that itself gains nothing
+    share_of_gain: float | None
 
 
 def bench_divergences(
@@ -334,7 +335,7 @@ def measured(
         if start == "warm":
             worst = language_scores(language, first, divergence).divergence
         for form_name, (clipped, scores) in found.items():
-            share = (worst - scores.divergence) / (worst - best)
+            share = (worst - scores.divergence) / (worst - best) if best < worst else None
             yield Result(teacher, seed, start, name, form_name, clipped, scores, share)
 
 
@@ -369,11 +370,13 @@ def table(results: Sequence[Result], start: str) -> Table:
             cells = []
             for form in forms:
                 shares = [
-                    100 * result.share_of_gain
+                    result.share_of_gain
                     for result in here
                     if (result.divergence, result.teacher, result.form) == (name, teacher, form)
                 ]
-                cells.append(shown(Spread.of(shares), ".0f") if shares else "")
+                gained = [100 * share for share in shares if share is not None]
+                nothing = "no gain" if shares else ""
+                cells.append(shown(Spread.of(gained), ".0f") if gained else nothing)
             if any(cells):
                 found.add_row(name, teacher, *cells)
     return found
