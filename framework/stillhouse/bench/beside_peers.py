@@ -2,6 +2,7 @@
 the same lessons, between the text alone and the teacher's whole distribution."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 
 from matplotlib.figure import Figure
 
@@ -15,7 +16,8 @@ from stillhouse.evaluation.scores import Scores
 from stillhouse.logits import TargetSpec
 
 _BEST_SPLIT = 1 + SHARES.index(0.25)  # of `splits_of`; the default target has this share too
-_MARKERS = "ovs^Dv<>PX*"
+_MARKERS = "os^vD<>PX*"  # of a project's targets
+_TICKS = (32, 64, 128, 256, 512)  # bytes
 
 
 def beside(peers_at: Callable[[int], Sequence[Peer]]) -> Comparison:
@@ -68,7 +70,7 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
     lines = [("Stillhouse: entries + draws", "C0", "o-", ours)]
     for number, project in enumerate(projects):
         of_project = [form for form in others if form.peer and form.peer.project == project]
-        for form, marker in zip(of_project, _MARKERS, strict=False):
+        for form, marker in zip(of_project, cycle(_MARKERS), strict=False):
             lines.append((in_words(form), f"C{number + 1}", marker, [form]))
     for label, color, style, within in lines:
         kls = [spread(form) for form in within]
@@ -81,6 +83,8 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
             label=label,
         )
     axes.set_xscale("log")
+    axes.set_xticks(_TICKS, [str(tick) for tick in _TICKS], minor=False)
+    axes.set_xticks([], minor=True)
     axes.set_xlabel(f"bytes a token at a vocabulary of {REAL_VOCAB:,}")
     axes.set_ylabel("held-out KL from the teacher, nats")
     drawn.legend(frameon=False, fontsize=8, loc="outside right center")
