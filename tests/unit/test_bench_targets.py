@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from helpers.models import make_model
-from stillhouse.bench.beside_peers import beside, forms_beside
 from stillhouse.bench.beside_peers import figure as figure_beside
+from stillhouse.bench.beside_peers import forms_beside
 from stillhouse.bench.classroom import Form, Lessons, target_of, teach
 from stillhouse.bench.coding import coding
-from stillhouse.bench.peers import Peer
+from stillhouse.bench.peers import Peer, require_a_peer
 from stillhouse.bench.targets import (
     BUDGETS,
     QUICK,
@@ -278,4 +278,4 @@ def test_ours_stand_beside_each_peer_in_record_table_and_figure(tmp_path: Path) 
 
 def test_without_a_peer_there_is_nothing_to_compare_with() -> None:
     with pytest.raises(ConfigError, match="neither DistillKit nor TRL is installed here"):
-        beside(lambda _vocab_size: []).forms(4096)
+        require_a_peer([])

@@ -11,7 +11,6 @@ from stillhouse.bench.figures import Spread
 from stillhouse.bench.peers import REAL_VOCAB, Peer
 from stillhouse.bench.targets import BUDGETS, SHARES, Comparison, in_words, splits_of
 from stillhouse.config import TargetSection
-from stillhouse.errors import ConfigError
 from stillhouse.evaluation.scores import Scores
 from stillhouse.logits import TargetSpec
 
@@ -21,17 +20,12 @@ _TICKS = (32, 64, 128, 256, 512)  # bytes
 
 
 def beside(peers_at: Callable[[int], Sequence[Peer]]) -> Comparison:
-    """The comparison with the peers at a vocabulary; it raises ConfigError where there are none."""
+    """The comparison with the peers at a vocabulary."""
     return Comparison(lambda vocab_size: forms_beside(vocab_size, peers_at(vocab_size)), figure)
 
 
 def forms_beside(vocab_size: int, peers: Sequence[Peer]) -> list[Form]:
     """The two bounds, ours from the least bytes to the most, and each peer's."""
-    if not peers:
-        raise ConfigError(
-            "neither DistillKit nor TRL is installed here; install one of them beside Stillhouse, "
-            "or leave --peers out"
-        )
     whole = TargetSpec(vocab_size, vocab_size)
     default = TargetSection()
     ours = [

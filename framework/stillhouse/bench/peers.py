@@ -7,7 +7,7 @@ settings that it documents.
 Shapes: T tokens, H hidden, V vocabulary, K entries.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stillhouse.errors import ConfigError
 from stillhouse.logits import Head
 
 REAL_VOCAB = 151_936  # at which the bytes of all targets are told
@@ -34,12 +35,25 @@ class Peer:
     loss: PeerLoss
 
 
+def installed_projects() -> list[str]:
+    return [name for name in ("distillkit", "trl") if find_spec(name)]
+
+
+def require_a_peer(projects: Sequence[str]) -> None:
+    """Raises ConfigError where no other project is installed."""
+    if not projects:
+        raise ConfigError(
+            "neither DistillKit nor TRL is installed here; install one of them beside Stillhouse, "
+            "or leave --peers out"
+        )
+
+
 def installed_peers(vocab_size: int) -> list[Peer]:
     """The targets of every other project that is installed here, at the students' vocabulary."""
-    peers: list[Peer] = []
-    if find_spec("distillkit"):
+    projects, peers = installed_projects(), list[Peer]()
+    if "distillkit" in projects:
         peers += _distillkit(vocab_size)
-    if find_spec("trl"):
+    if "trl" in projects:
         peers += [_trl(k) for k in _TRL_KS]
     return peers
 

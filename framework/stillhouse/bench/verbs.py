@@ -203,9 +203,11 @@ def bench_targets(
     the text alone and the whole teacher. A figure goes beside the file of --out."""
     quieten()
     from stillhouse.bench.beside_peers import beside
-    from stillhouse.bench.peers import installed_peers
+    from stillhouse.bench.peers import installed_peers, installed_projects, require_a_peer
     from stillhouse.bench.targets import QUICK, SPLITS, bench_targets, thorough
 
+    if peers:
+        require_a_peer(installed_projects())
     # how much, and of what
     effort = QUICK if quick else thorough(num_steps=num_steps, num_seeds=num_seeds)
     bench_targets(
@@ -250,8 +252,10 @@ def bench_divergences(
     teachers, students from random weights and warm ones."""
     quieten()
     from stillhouse.bench.divergences import DIVERGENCES, Effort, Scope, bench_divergences
-    from stillhouse.bench.peers import installed_peers
+    from stillhouse.bench.peers import installed_peers, installed_projects, require_a_peer
 
+    if peers:
+        require_a_peer(installed_projects())
     # how much of which pairings
     effort = Effort(num_seeds, num_steps, batch_tokens=num_tokens, first_seed=first_seed)
     scope = Scope(
