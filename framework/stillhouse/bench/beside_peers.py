@@ -11,8 +11,8 @@ from stillhouse.bench.figures import Spread
 from stillhouse.bench.peers import REAL_VOCAB, Peer
 from stillhouse.bench.targets import BUDGETS, SHARES, Comparison, in_words, splits_of
 from stillhouse.config import TargetSection
-from stillhouse.evaluation.scores import Scores
 from stillhouse.logits import TargetSpec
+from stillhouse.losses.score import Scores
 
 _BEST_SPLIT = 1 + SHARES.index(0.25)  # of `splits_of`; the default target has this share too
 _MARKERS = "os^vD<>PX*"  # of a project's targets
