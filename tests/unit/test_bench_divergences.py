@@ -5,19 +5,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from stillhouse.bench.divergences import (
     BUDGET,
     DIVERGENCES,
-    REAL_VOCAB,
     Effort,
+    Result,
+    Scope,
     bench_divergences,
     forms_of,
+    table,
 )
-from stillhouse.bench.language import Language, LanguageStudent, language_scores
-from stillhouse.logits import TargetSpec
+from stillhouse.bench.language import Language, LanguageScores, LanguageStudent, language_scores
+from stillhouse.bench.peers import REAL_VOCAB, Peer
+from stillhouse.errors import ConfigError
+from stillhouse.logits import Head, TargetSpec
 from stillhouse.losses.divergences import forward_kl
 
+
+def nothing_to_learn(teacher_TV: Tensor, hidden_TH: Tensor, head: Head, labels_T: Tensor) -> Tensor:
+    assert teacher_TV.shape == (len(hidden_TH), head.vocab_size)
+    assert labels_T.shape == hidden_TH.shape[:1]
+    return 0.0 * hidden_TH.sum()
+
+
+PEER = Peer("a peer", "Another", lambda vocab_size: vocab_size // 1000, nothing_to_learn)
 QUICK = Effort(num_seeds=1, num_steps=2, batch_tokens=8, num_contexts=6)
 
 
@@ -52,11 +65,59 @@ def test_scores_are_those_of_the_whole_distribution() -> None:
 
 def test_every_divergence_meets_every_form_and_a_bound_has_its_share(tmp_path: Path) -> None:
     out = tmp_path / "divergences.json"
-    bench_divergences(200, QUICK, threads=1, command="a test", out=out)
-    results = json.loads(out.read_text())["results"]
+    bench_divergences(
+        200, QUICK, Scope(), peers_at=lambda _: [PEER], threads=1, command="a test", out=out
+    )
+    record = json.loads(out.read_text())
+    results = record["results"]
     assert {each["teacher"] for each in results} == {"flat", "sharp"}
     weighted = {each["divergence"] for each in results if each["form"] == "8 + 25 weighted"}
     assert weighted == set(DIVERGENCES)
-    assert {each["share_of_gain"] for each in results if each["form"] == "everything"} == {1.0}
+    peers = [each for each in results if each["form"] == PEER.name]
+    assert {each["divergence"] for each in peers} == {"forward_kl"}
+    assert {each["share_of_gain"] for each in peers if each["start"] == "warm"} == {0.0}
+    assert record["bytes_at_real_vocab"][PEER.name] == 151
+    dense = {each["share_of_gain"] for each in results if each["form"] == "everything"}
+    assert dense <= {1.0, None}
     far = [each for each in results if each["form"] == "text" and each["start"] == "far"]
-    assert {each["share_of_gain"] for each in far} == {0.0}
+    assert {each["share_of_gain"] for each in far} <= {0.0, None}
+
+
+def test_a_part_of_the_pairings_is_measured_as_in_the_whole(tmp_path: Path) -> None:
+    found = {}
+    scopes = {
+        "all": Scope(starts=("warm", "far"), divergences=("jsd", "tvd")),
+        "part": Scope(("sharp",), ("warm",), ("tvd",)),
+    }
+    for name, scope in scopes.items():
+        bench_divergences(
+            100,
+            QUICK,
+            scope,
+            peers_at=lambda _: [],
+            threads=1,
+            command="a test",
+            out=tmp_path / f"{name}.json",
+        )
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["results"]
+    part = [
+        each
+        for each in found["all"]
+        if (each["teacher"], each["start"], each["divergence"]) == ("sharp", "warm", "tvd")
+    ]
+    assert found["part"] == part != []
+
+
+def test_where_the_whole_distribution_gains_nothing_there_is_no_share() -> None:
+    scores = LanguageScores(1.0, 1.0, 0.5)
+    results = [
+        Result("flat", 0, "far", "jsd", "8 + tail", 0.0, scores, None),
+        Result("sharp", 0, "far", "jsd", "8 + tail", 0.0, scores, 0.5),
+    ]
+    (column,) = list(table(results, "far").columns)[2:]
+    assert list(column.cells) == ["no gain", "50\n50–50"]
+
+
+def test_what_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="there is no 'hot'; wanted one of warm, schedule, far"):
+        Scope(starts=("warm", "hot")).check()

@@ -10,8 +10,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from helpers.models import make_model
+from stillhouse.bench.beside_peers import figure as figure_beside
+from stillhouse.bench.beside_peers import forms_beside
 from stillhouse.bench.classroom import Form, Lessons, target_of, teach
 from stillhouse.bench.coding import coding
+from stillhouse.bench.peers import Peer, require_a_peer
 from stillhouse.bench.targets import (
     BUDGETS,
     QUICK,
@@ -23,7 +26,8 @@ from stillhouse.bench.targets import (
     table,
 )
 from stillhouse.config import CorpusSection, TeacherSection
-from stillhouse.logits import TargetSpec, compress, token_seeds
+from stillhouse.errors import ConfigError
+from stillhouse.logits import Head, TargetSpec, compress, token_seeds
 from stillhouse.losses.score import Scores
 from stillhouse.models import load_model, load_tokenizer, tokenizer_digest
 from stillhouse.pipeline.toy import Shape
@@ -238,3 +242,40 @@ def test_compression_is_the_teachers_own() -> None:
     wanted = compress(logits, TargetSpec(logits.shape[1], 5, num_draws=4), seeds_T=seeds(6))
     assert torch.equal(found.tail_ids_TN, wanted.tail_ids_TN)
     assert torch.equal(found.token_ids_TK.sort().values, wanted.token_ids_TK.sort().values)
+
+
+def dense_loss(
+    teacher_TV: torch.Tensor, hidden_TH: torch.Tensor, head: Head, labels_T: torch.Tensor
+) -> torch.Tensor:
+    assert len(labels_T) == len(teacher_TV)
+    logp_TV, logq_TV = (each.log_softmax(dim=1) for each in (teacher_TV, head.logits(hidden_TH)))
+    return (logp_TV.exp() * (logp_TV - logq_TV)).sum()
+
+
+PEER = Peer("all of it", "Another", lambda vocab_size: 4 * vocab_size, dense_loss)
+
+
+def test_a_peer_teaches_in_the_same_lessons_by_its_own_loss(school: School) -> None:
+    peer = weights_of(Form(PEER.name, "peer", WHOLE, peer=PEER), school)
+    whole = weights_of(Form("everything", "everything", WHOLE), school)
+    text = weights_of(Form("text", "text", WHOLE), school)
+    assert (whole - peer).norm() < 1e-3 * (whole - text).norm()
+
+
+def test_ours_stand_beside_each_peer_in_record_table_and_figure(tmp_path: Path) -> None:
+    forms = forms_beside(4096, [PEER, replace(PEER, name="more of it")])
+    assert [form.name for form in forms[2:]] == [
+        "2+10", "5+26", "8+40", "15+97", "all of it", "more of it"
+    ]  # fmt: skip
+    rounds = [{form.name: scores(1.0 - 0.01 * index) for index, form in enumerate(forms)}]
+    found = json.loads(json.dumps(record_of(QUICK, LESSONS, forms, rounds, [])))["forms"]
+    assert [each["bytes_at_real_vocab"] for each in found[4:7]] == [99, 202, 4 * 151_936]
+    assert [each["peer"] for each in found[4:7]] == [None, None, "Another"]
+    assert table(forms, rounds).row_count == len(forms)
+    figure_beside(forms, rounds).savefig(tmp_path / "figure.svg")
+    assert "more of it" in (tmp_path / "figure.svg").read_text()
+
+
+def test_without_a_peer_there_is_nothing_to_compare_with() -> None:
+    with pytest.raises(ConfigError, match="neither DistillKit nor TRL is installed here"):
+        require_a_peer([])

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from stillhouse.bench.peers import Peer
 from stillhouse.logits import (
     CompressedLogits,
     Head,
@@ -35,12 +36,13 @@ from stillhouse.pipeline.toy import Shape, Sizes, learning_rate_share, llama_con
 from stillhouse.sequence import joined
 from stillhouse.sequences import Corpus
 
-Kind = Literal["text", "everything", "stored", "independent", "weighted"]
+Kind = Literal["text", "everything", "stored", "independent", "weighted", "peer"]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a student learns from: the text, the teacher's whole distribution, or a record.
+    """What a student learns from: the text, the teacher's whole distribution, a record, or what
+    another project has for one (`peer`).
 
     "independent" draws are those of RS-KD. "weighted" draws are from the teacher's distribution to
     the power `proposal` (arXiv 2503.16870, section 4.2); each has an importance weight of a byte.
@@ -51,14 +53,24 @@ class Form:
     spec: TargetSpec
     ce_weight: float = 0.0  # of the text, beside a record
     proposal: float = 1.0
+    peer: Peer | None = None
 
     @property
     def bytes_per_token(self) -> int | None:
+        """At the vocabulary that is taught; None for the text and the whole distribution."""
+        return self.bytes_at(self.spec.vocab_size)
+
+    def bytes_at(self, vocab_size: int) -> int | None:
+        """Of a token, at another vocabulary."""
         match self.kind:
             case "stored" | "independent":
-                return self.spec.bytes_per_token
+                return replace(self.spec, vocab_size=vocab_size).bytes_per_token
             case "weighted":
-                return self.spec.bytes_per_token + self.spec.num_draws
+                spec = replace(self.spec, vocab_size=vocab_size)
+                return spec.bytes_per_token + spec.num_draws
+            case "peer":
+                assert self.peer is not None
+                return self.peer.num_bytes(vocab_size)
         return None
 
 
@@ -150,6 +162,9 @@ def _loss(
             return _dense(hidden_TH, head, teacher_TV)
         case "weighted":
             return _weighted(form, hidden_TH, head, teacher_TV, step_seed=step_seed)
+        case "peer":
+            assert form.peer is not None
+            return form.peer.loss(teacher_TV, hidden_TH, head, batch.tokens.labels_T)
         case "stored" | "independent":
             target = target_of(form, teacher_TV, batch.seeds_T, step_seed=step_seed)
             return sparse(target, ce_weight=form.ce_weight).total

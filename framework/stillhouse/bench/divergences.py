@@ -6,13 +6,14 @@ are the real ones. The dense gain of a divergence is how far its own value falls
 learns from the whole distribution: below its first value where forward KL has trained the student
 before (`warm`), and below what the text alone reaches where it begins with random weights (`far`,
 and `schedule`, whose first third of steps is forward KL). A form's figure is the share of that
-gain.
+gain. There is none where the whole distribution itself takes a student no nearer than the text.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -30,8 +31,10 @@ from stillhouse.bench.language import (
     language_scores,
 )
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
+from stillhouse.bench.peers import REAL_VOCAB, Peer
 from stillhouse.bench.provenance import Provenance
-from stillhouse.logits import TargetSpec, compress, decode, encode, token_seeds
+from stillhouse.errors import ConfigError
+from stillhouse.logits import CompressedLogits, TargetSpec, compress, decode, encode, token_seeds
 from stillhouse.losses.distillation import distillation_loss
 from stillhouse.losses.divergences import Divergence, divergence_named, forward_kl
 
@@ -44,11 +47,9 @@ DIVERGENCES = {
     "skew_reverse_kl": 0.1,
 }  # with the mix of each
 BUDGET = 100  # bytes a record, at the vocabulary of REAL_VOCAB
-REAL_VOCAB = 151_936
 _ENTRIES = 8
 
-Start = Literal["warm", "schedule", "far"]
-STARTS: tuple[Start, ...] = ("warm", "schedule", "far")
+STARTS = ("warm", "schedule", "far")
 TOP8_MASSES = {"flat": 0.5, "sharp": 0.85}
 
 
@@ -61,13 +62,35 @@ class Effort:
     batch_tokens: int = 256
     num_contexts: int = 256
     learning_rate: float = 0.03
+    first_seed: int = 0  # of num_seeds
 
 
-Form = TargetSpec | Literal["text", "everything"]
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which of all pairings are measured."""
+
+    teachers: tuple[str, ...] = tuple(TOP8_MASSES)
+    starts: tuple[str, ...] = STARTS
+    divergences: tuple[str, ...] = tuple(DIVERGENCES)
+
+    def check(self) -> None:
+        """Raises ConfigError where it names something that there is not."""
+        for given, known in (
+            (self.teachers, TOP8_MASSES),
+            (self.starts, STARTS),
+            (self.divergences, DIVERGENCES),
+        ):
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise ConfigError(f"there is no {unknown[0]!r}; wanted one of {', '.join(known)}")
 
 
-def forms_of(vocab_size: int) -> dict[str, Form]:
-    """The two bounds, then the forms that a record of BUDGET bytes affords at REAL_VOCAB."""
+Form = TargetSpec | Peer | Literal["text", "everything"]
+
+
+def forms_of(vocab_size: int, peers: Sequence[Peer] = ()) -> dict[str, Form]:
+    """The two bounds, the forms that a record of BUDGET bytes affords at REAL_VOCAB, and those of
+    other projects."""
 
     def affordable(**fields: bool) -> int:
         """The most draws beside the entries."""
@@ -90,7 +113,18 @@ def forms_of(vocab_size: int) -> dict[str, Form]:
         f"{_ENTRIES} + {weighted} weighted": TargetSpec(
             vocab_size, _ENTRIES, num_draws=weighted, weighted=True
         ),
+        **{peer.name: peer for peer in peers},
     }
+
+
+def bytes_of(form: Form) -> int | None:
+    """Of a token at REAL_VOCAB; None for the bounds."""
+    match form:
+        case TargetSpec():
+            return replace(form, vocab_size=REAL_VOCAB).bytes_per_token
+        case Peer():
+            return form.num_bytes(REAL_VOCAB)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +132,7 @@ class Lesson:
     """What one student learns, from where."""
 
     name: str  # of the divergence
-    start: Start
+    start: str
     form_name: str
     form: Form
 
@@ -109,27 +143,60 @@ class Lesson:
         return divergence_named(self.name, DIVERGENCES[self.name])
 
 
-def learn(
-    language: Language, student: LanguageStudent, lesson: Lesson, effort: Effort, *, seed: int
-) -> float:
-    """Train the student in place; returns the share of its steps that were clipped.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step reads."""
 
-    All lessons of a seed read the same contexts and labels.
-    """
-    random = torch.Generator().manual_seed(seed)
+    contexts_T: Tensor
+    labels_T: Tensor
+    seeds_T: Tensor  # of the draws
+
+
+def batches_of(language: Language, effort: Effort, *, seed: int) -> list[Batch]:
+    """A batch for each step. All lessons of a seed read the same ones."""
+    random, batches = torch.Generator().manual_seed(seed), []
+    for step in range(effort.num_steps):
+        contexts_T = torch.randint(effort.num_contexts, (effort.batch_tokens,), generator=random)
+        labels_T = language.logp_CV[contexts_T].exp().multinomial(1, generator=random)[:, 0]
+        places_T = torch.arange(effort.batch_tokens)
+        seeds_T = token_seeds(seed, torch.full_like(contexts_T, step), places_T)
+        batches.append(Batch(contexts_T, labels_T, seeds_T))
+    return batches
+
+
+def targets_of(
+    language: Language, batches: Sequence[Batch], form: Form
+) -> Sequence[CompressedLogits | None]:
+    """What is decoded from the records of each batch; None where the form has no records."""
+    if not isinstance(form, TargetSpec):
+        return [None] * len(batches)
+    records = (
+        encode(compress(language.logp_CV[batch.contexts_T], form, seeds_T=batch.seeds_T), form)
+        for batch in batches
+    )
+    return [decode(record, form) for record in records]
+
+
+def learn(
+    student: LanguageStudent,
+    lesson: Lesson,
+    *,
+    language: Language,
+    effort: Effort,
+    batches: Sequence[Batch],
+    targets: Sequence[CompressedLogits | None],
+) -> float:
+    """Train the student in place; returns the share of its steps that were clipped."""
     optimiser = torch.optim.Adam(student.parameters(), betas=(0.9, 0.95))
     peak = effort.learning_rate / (3.0 if lesson.start == "warm" else 1.0)
     num_clipped = 0
-    for step in range(effort.num_steps):
+    for step, (batch, target) in enumerate(zip(batches, targets, strict=True)):
         done = step / effort.num_steps
         warmed = min(1.0, (step + 1) / 10)
         optimiser.param_groups[0]["lr"] = peak * warmed * 0.5 * (1 + math.cos(math.pi * done))
-        contexts_T = torch.randint(effort.num_contexts, (effort.batch_tokens,), generator=random)
-        logp_TV = language.logp_CV[contexts_T]
-        labels_T = logp_TV.exp().multinomial(1, generator=random)[:, 0]
-        seeds_T = token_seeds(seed, torch.full_like(contexts_T, step), torch.arange(len(logp_TV)))
-        loss = _loss(lesson, logp_TV, student, contexts_T, labels_T, seeds_T, done=done)
-        (loss / len(logp_TV)).backward()
+        divergence = lesson.divergence_at(done)
+        loss = _loss(student, lesson.form, language, batch, target, divergence=divergence)
+        (loss / effort.batch_tokens).backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
         num_clipped += bool(norm > 1.0)
         optimiser.step()
@@ -138,35 +205,33 @@ def learn(
 
 
 def _loss(
-    lesson: Lesson,
-    logp_TV: Tensor,
     student: LanguageStudent,
-    contexts_T: Tensor,
-    labels_T: Tensor,
-    seeds_T: Tensor,
+    form: Form,
+    language: Language,
+    batch: Batch,
+    target: CompressedLogits | None,
     *,
-    done: float,
+    divergence: Divergence,
 ) -> Tensor:
     """The sum over the batch's tokens."""
-    # the bounds
-    divergence = lesson.divergence_at(done)
-    if lesson.form == "everything":
-        return divergence.of(logp_TV, student.logq(contexts_T)).sum()
-    hidden_TH = student.hidden_CH[contexts_T]
-    if lesson.form == "text":
-        return distillation_loss(
-            hidden_TH,
-            student.head,
-            None,
-            divergence=divergence,
-            labels_T=labels_T,
-            ce_weight=1.0,
-            divergence_weight=0.0,
-        ).total
-    # a record
-    spec = lesson.form
-    target = decode(encode(compress(logp_TV, spec, seeds_T=seeds_T), spec), spec)
-    return distillation_loss(hidden_TH, student.head, target, divergence=divergence).total
+    # of the whole distribution, and of another project
+    hidden_TH = student.hidden_CH[batch.contexts_T]
+    logp_TV = language.logp_CV[batch.contexts_T]
+    if form == "everything":
+        return divergence.of(logp_TV, student.logq(batch.contexts_T)).sum()
+    if isinstance(form, Peer):
+        return form.loss(logp_TV, hidden_TH, student.head, batch.labels_T)
+    # of the text, and of a record
+    text_weight = 1.0 if form == "text" else 0.0
+    return distillation_loss(
+        hidden_TH,
+        student.head,
+        target,
+        divergence=divergence,
+        labels_T=batch.labels_T,
+        ce_weight=text_weight,
+        divergence_weight=1.0 - text_weight,
+    ).total
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,63 +240,94 @@ class Result:
 
     teacher: str  # flat or sharp
     seed: int
-    start: Start
+    start: str
     divergence: str
     form: str
     share_clipped: float  # of the steps
     scores: LanguageScores
-    share_of_gain: float  # 1: as much as the whole distribution; 0: nothing
+    # 1: as much as the whole distribution; 0: nothing; None where that itself gains nothing
+    share_of_gain: float | None
 
 
 def bench_divergences(
-    vocab_size: int, effort: Effort, *, threads: int, command: str, out: Path | None
+    vocab_size: int,
+    effort: Effort,
+    scope: Scope,
+    *,
+    peers_at: Callable[[int], Sequence[Peer]],
+    threads: int,
+    command: str,
+    out: Path | None,
 ) -> None:
-    """Measure, print the tables, and write all that was measured to `out`, after each language."""
+    """Measure, print the tables, and write all that was measured to `out`, after each language.
+    `peers_at`: the targets of other projects at a vocabulary, each with a forward KL of its own.
+    Raises ConfigError where `scope` names something that there is not."""
+    scope.check()
     torch.set_num_threads(threads)
+    forms = forms_of(vocab_size, peers_at(vocab_size))
     console, provenance, results = terminal(), Provenance.of(command), list[Result]()
-    for teacher, top8_mass in TOP8_MASSES.items():
-        for seed in range(effort.num_seeds):
-            with Progress(console=console, disable=not console.is_terminal) as bar:
-                task = bar.add_task(f"{teacher}, seed {seed}", total=_num_lessons(vocab_size))
-                for result in measured(teacher, top8_mass, vocab_size, effort, seed=seed):
-                    results.append(result)
-                    bar.advance(task)
-            write_record(
-                out,
-                "divergences",
-                provenance,
-                vocab_size=vocab_size,
-                effort=asdict(effort),
-                results=[asdict(result) for result in results],
-            )
-    for start in STARTS:
+
+    # written after each language, so that an interruption loses one at most
+    seeds = range(effort.first_seed, effort.first_seed + effort.num_seeds)
+    for teacher, seed in product(scope.teachers, seeds):
+        with Progress(console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task(f"{teacher}, seed {seed}", total=_num_lessons(forms, scope))
+            for result in measured(
+                teacher, forms, vocab_size=vocab_size, effort=effort, scope=scope, seed=seed
+            ):
+                results.append(result)
+                bar.advance(task)
+        write_record(
+            out,
+            "divergences",
+            provenance,
+            vocab_size=vocab_size,
+            effort=asdict(effort),
+            scope=asdict(scope),
+            bytes_at_real_vocab={name: bytes_of(form) for name, form in forms.items()},
+            results=[asdict(result) for result in results],
+        )
+
+    # the same in words
+    for start in scope.starts:
         console.print(table(results, start))
 
 
 def measured(
-    teacher: str, top8_mass: float, vocab_size: int, effort: Effort, *, seed: int
+    teacher: str,
+    forms: Mapping[str, Form],
+    *,
+    vocab_size: int,
+    effort: Effort,
+    scope: Scope,
+    seed: int,
 ) -> Iterator[Result]:
     """The students of one language. All of them begin with the same weights, but for those of
     `warm`, which forward KL on the whole distribution has trained before."""
     language = Language.of(
         num_contexts=effort.num_contexts,
         vocab_size=vocab_size,
-        top8_mass=top8_mass,
+        top8_mass=TOP8_MASSES[teacher],
         seed=1_000 + seed,
     )
     fresh = LanguageStudent(language, seed=seed)
     warm = deepcopy(fresh)
     before = Lesson("forward_kl", "far", "everything", "everything")
-    learn(language, warm, before, effort, seed=10_000 + seed)
+    earlier = batches_of(language, effort, seed=10_000 + seed)
+    course = partial(learn, language=language, effort=effort)
+    course(warm, before, batches=earlier, targets=[None] * len(earlier))
+    batches = batches_of(language, effort, seed=seed)
+    targets = {name: targets_of(language, batches, form) for name, form in forms.items()}
 
     # a divergence's students from one start, then their places between the bounds
-    for start, name in product(STARTS, DIVERGENCES):
+    for start, name in product(scope.starts, scope.divergences):
         divergence = divergence_named(name, DIVERGENCES[name])
         first = warm if start == "warm" else fresh
         found: dict[str, tuple[float, LanguageScores]] = {}
-        for lesson in _lessons(name, start, vocab_size):
+        for lesson in _lessons(name, start, forms):
             student = deepcopy(first)
-            clipped = learn(language, student, lesson, effort, seed=seed)
+            here = targets[lesson.form_name]
+            clipped = course(student, lesson, batches=batches, targets=here)
             found[lesson.form_name] = clipped, language_scores(language, student, divergence)
         if not found:
             continue
@@ -239,31 +335,31 @@ def measured(
         if start == "warm":
             worst = language_scores(language, first, divergence).divergence
         for form_name, (clipped, scores) in found.items():
-            share = (worst - scores.divergence) / (worst - best)
+            share = (worst - scores.divergence) / (worst - best) if best < worst else None
             yield Result(teacher, seed, start, name, form_name, clipped, scores, share)
 
 
-def _lessons(name: str, start: Start, vocab_size: int) -> list[Lesson]:
+def _lessons(name: str, start: str, forms: Mapping[str, Form]) -> list[Lesson]:
     """Every form from which this divergence can differ: forward KL needs no schedule, and blind
-    draws serve it alone."""
+    draws and other projects' targets serve it alone."""
     if start == "schedule" and name == "forward_kl":
         return []
     return [
         Lesson(name, start, form_name, form)
-        for form_name, form in forms_of(vocab_size).items()
-        if not (_is_blind(form) and name != "forward_kl")
+        for form_name, form in forms.items()
+        if name == "forward_kl" or not (_is_blind(form) or isinstance(form, Peer))
     ]
 
 
-def _num_lessons(vocab_size: int) -> int:
-    return sum(len(_lessons(*at, vocab_size)) for at in product(DIVERGENCES, STARTS))
+def _num_lessons(forms: Mapping[str, Form], scope: Scope) -> int:
+    return sum(len(_lessons(*at, forms)) for at in product(scope.divergences, scope.starts))
 
 
 def _is_blind(form: Form) -> bool:
     return isinstance(form, TargetSpec) and form.num_draws > 0 and not form.weighted
 
 
-def table(results: Sequence[Result], start: Start) -> Table:
+def table(results: Sequence[Result], start: str) -> Table:
     """The share of the dense gain by divergence and form: the median of the seeds, and from least
     to most."""
     here = [result for result in results if result.start == start]
@@ -274,11 +370,13 @@ def table(results: Sequence[Result], start: Start) -> Table:
             cells = []
             for form in forms:
                 shares = [
-                    100 * result.share_of_gain
+                    result.share_of_gain
                     for result in here
                     if (result.divergence, result.teacher, result.form) == (name, teacher, form)
                 ]
-                cells.append(shown(Spread.of(shares), ".0f") if shares else "")
+                gained = [100 * share for share in shares if share is not None]
+                nothing = "no gain" if shares else ""
+                cells.append(shown(Spread.of(gained), ".0f") if gained else nothing)
             if any(cells):
                 found.add_row(name, teacher, *cells)
     return found

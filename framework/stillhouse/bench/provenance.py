@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "numpy", "obstore")
+_OURS = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "numpy", "obstore")
+_VERSIONED = (*_OURS, "distillkit", "trl")
 
 
 @dataclass(frozen=True, slots=True)

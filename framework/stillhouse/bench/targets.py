@@ -1,8 +1,9 @@
 """`stillhouse bench targets`: which form of a target teaches best for its bytes.
 
-Budgets of bytes a record are split between exact entries (K) and draws from the tail (N), and set
-between two bounds: the text alone, and the teacher's whole distribution. Every student of a seed
-has the same weights at first and reads the same sequences.
+A comparison is a list of forms, the first two of which are its bounds: the text alone, and the
+teacher's whole distribution. `SPLITS` divides budgets of bytes a record between exact entries (K)
+and draws from the tail (N); `beside_peers` has the other comparison. Every student of a seed has
+the same weights at first and reads the same sequences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from stillhouse.bench.classroom import Form, Lessons, teach
 from stillhouse.bench.coding import Coding, coding_table, codings_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.output import figures_table, terminal, write_record
+from stillhouse.bench.peers import REAL_VOCAB
 from stillhouse.bench.provenance import Provenance
 from stillhouse.bench.trained import DEMO_TEACHER
 from stillhouse.cluster.processes import Secrets
@@ -64,9 +66,19 @@ def thorough(*, num_steps: int, num_seeds: int) -> Effort:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is compared: the forms at a vocabulary, the text and the whole distribution first, and
+    the figure of their scores, a mapping by name for each seed."""
+
+    forms: Callable[[int], list[Form]]
+    figure: Callable[[Sequence[Form], Sequence[Mapping[str, Scores]]], Figure]
+
+
 def bench_targets(
     work_dir: Path,
     teacher_dir: Path | None,
+    comparison: Comparison,
     *,
     effort: Effort,
     threads: int,
@@ -90,9 +102,8 @@ def bench_targets(
     )
     digest, vocab_size = tokenizer_digest(tokenizer), vocab_size_of(tokenizer)
     split = prepare_corpus(corpus, tokenizer, tokenizer_digest=digest, cache_dir=cache_dir)
-    forms = forms_of(vocab_size)
-    sizes = effort.num_steps, effort.batch_sequences, Sizes().student
-    lessons = Lessons(*sizes, learning_rate=2e-3, warmup_steps=20)
+    forms = comparison.forms(vocab_size)
+    lessons = _lessons(effort)
     codings = codings_of(teacher, split.heldout, vocab_size)
 
     # the students of each seed
@@ -121,9 +132,14 @@ def bench_targets(
         values = record_of(effort, lessons, forms, rounds, codings)
         write_record(out, "targets", provenance, **values)
         if out is not None:
-            figure(forms, rounds).savefig(out.with_suffix(".svg"))
+            comparison.figure(forms, rounds).savefig(out.with_suffix(".svg"))
     console.print(table(forms, rounds))
     console.print(coding_table(codings))
+
+
+def _lessons(effort: Effort) -> Lessons:
+    sizes = effort.num_steps, effort.batch_sequences, Sizes().student
+    return Lessons(*sizes, learning_rate=2e-3, warmup_steps=20)
 
 
 def forms_of(vocab_size: int) -> list[Form]:
@@ -134,12 +150,7 @@ def forms_of(vocab_size: int) -> list[Form]:
     forms = [Form("text", "text", whole), Form("everything", "everything", whole)]
     for budget in BUDGETS:
         # exact entries alone, their splits with draws, and draws alone
-        most = _most(lambda k: TargetSpec(vocab_size, k).bytes_per_token, budget)
-        ks = dict.fromkeys(round(share * most) for share in SHARES)
-        bucket, *splits = (
-            TargetSpec(vocab_size, most),
-            *(spec_within(budget, vocab_size, k) for k in ks),
-        )
+        bucket, *splits = splits_of(budget, vocab_size)
         for spec in (bucket, *splits):
             forms.append(Form(f"{spec.k}+{spec.num_draws}", "stored", spec))
         forms.append(Form(f"rs-{splits[-1].num_draws}", "independent", splits[-1]))
@@ -155,6 +166,13 @@ def forms_of(vocab_size: int) -> list[Form]:
         for power in _PROPOSALS:
             forms.append(Form(f"rs-{num}^{power}", "weighted", weighted, proposal=power))
     return forms
+
+
+def splits_of(budget: int, vocab_size: int) -> list[TargetSpec]:
+    """Exact entries alone, then a record for each of `SHARES`."""
+    most = _most(lambda k: TargetSpec(vocab_size, k).bytes_per_token, budget)
+    ks = dict.fromkeys(round(share * most) for share in SHARES)
+    return [TargetSpec(vocab_size, most), *(spec_within(budget, vocab_size, k) for k in ks)]
 
 
 def spec_within(budget: int, vocab_size: int, k: int) -> TargetSpec:
@@ -181,7 +199,7 @@ def record_of(
     return {
         "effort": asdict(effort),
         "lessons": asdict(lessons),
-        "forms": [asdict(form) | {"bytes_per_token": form.bytes_per_token} for form in forms],
+        "forms": [_plain(form) for form in forms],
         "rounds": [{name: asdict(scores) for name, scores in one.items()} for one in rounds],
         "share_of_the_gap": {
             form.name: asdict(Spread.of(share_of_the_gap(one, form.name) for one in rounds))
@@ -191,20 +209,40 @@ def record_of(
     }
 
 
+def _plain(form: Form) -> dict[str, object]:
+    return asdict(replace(form, peer=None)) | {
+        "peer": form.peer.project if form.peer else None,
+        "bytes_per_token": form.bytes_per_token,
+        "bytes_at_real_vocab": form.bytes_at(REAL_VOCAB),
+    }
+
+
 def table(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Table:
     """Medians over the seeds, and for the share of the gap the least and the most."""
     title = f"What a student learns from, {len(rounds)} seeds: held-out medians"
-    headings = "bytes", "loss", "KL", "of the gap, %", "top-1", "accepted", "ECE"
+    headings = (
+        "bytes",
+        f"at {REAL_VOCAB:,}",
+        "loss",
+        "KL",
+        "of the gap, %",
+        "top-1",
+        "accepted",
+        "ECE",
+    )
     found = figures_table(title, ["target", *headings])
+
+    # a row for each form
     for form in forms:
         median = {
             field.name: Spread.of(getattr(one[form.name], field.name) for one in rounds).median
             for field in fields(Scores)
         }
         gap = Spread.of(share_of_the_gap(one, form.name) for one in rounds)
+        sizes = form.bytes_per_token, form.bytes_at(REAL_VOCAB)
         found.add_row(
-            _in_words(form),
-            "" if form.bytes_per_token is None else str(form.bytes_per_token),
+            in_words(form),
+            *("" if num is None else str(num) for num in sizes),
             f"{median['cross_entropy']:.3f}",
             f"{median['kl']:.3f}",
             f"{100 * gap.median:.0f} ({100 * gap.least:.0f}..{100 * gap.most:.0f})",
@@ -226,7 +264,7 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
     # the two bounds
     text, everything, *others = forms
     for form, style in ((everything, "--"), (text, ":")):
-        label = _in_words(form)
+        label = in_words(form)
         axes.axhline(spread(form).median, color="0.5", linestyle=style, linewidth=1, label=label)
 
     # a line for each budget
@@ -251,8 +289,14 @@ def figure(forms: Sequence[Form], rounds: Sequence[Mapping[str, Scores]]) -> Fig
     return drawn
 
 
-def _in_words(form: Form) -> str:
+SPLITS = Comparison(forms_of, figure)
+
+
+def in_words(form: Form) -> str:
+    """As tables and figures name it."""
     match form.kind:
+        case "peer":
+            return form.name
         case "text":
             return "the text alone"
         case "everything":

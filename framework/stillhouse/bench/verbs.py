@@ -189,17 +189,31 @@ def bench_targets(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps of one seed: to see that it runs.")
     ] = False,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="The targets and losses of DistillKit and TRL, where they are installed, beside "
+            "four sizes of ours.",
+        ),
+    ] = False,
     out: Out = None,
 ) -> None:
     """The forms of a target at equal bytes: exact entries, draws from the tail, or both, between
     the text alone and the whole teacher. A figure goes beside the file of --out."""
     quieten()
-    from stillhouse.bench.targets import QUICK, bench_targets, thorough
+    from stillhouse.bench.beside_peers import beside
+    from stillhouse.bench.peers import installed_peers, installed_projects, require_a_peer
+    from stillhouse.bench.targets import QUICK, SPLITS, bench_targets, thorough
 
+    if peers:
+        require_a_peer(installed_projects())
+    # how much, and of what
     effort = QUICK if quick else thorough(num_steps=num_steps, num_seeds=num_seeds)
     bench_targets(
         work_dir,
         teacher,
+        beside(installed_peers) if peers else SPLITS,
         effort=effort,
         threads=threads,
         cache_dir=cache_dir(),
@@ -214,13 +228,47 @@ def bench_divergences(
     num_steps: Annotated[int, typer.Option("--steps", min=1, help="Of each student.")] = 120,
     num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Languages of each kind.")] = 3,
     num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of each step.")] = 256,
+    first_seed: Annotated[int, typer.Option("--first-seed", min=0, help="Of --seeds.")] = 0,
+    teachers: Annotated[
+        str, typer.Option("--teachers", help="With commas. flat: its best 8 ids hold half.")
+    ] = "flat,sharp",
+    starts: Annotated[
+        str, typer.Option("--starts", help="Of the students, with commas.")
+    ] = "warm,schedule,far",
+    divergences: Annotated[
+        str, typer.Option("--divergences", help="With commas. Default: all six.")
+    ] = "",
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Forward KL from the targets of DistillKit and TRL too, where they are installed.",
+        ),
+    ] = False,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
     out: Out = None,
 ) -> None:
     """Every divergence on every form of target at equal bytes, in an exact language: flat and sharp
     teachers, students from random weights and warm ones."""
     quieten()
-    from stillhouse.bench.divergences import Effort, bench_divergences
+    from stillhouse.bench.divergences import DIVERGENCES, Effort, Scope, bench_divergences
+    from stillhouse.bench.peers import installed_peers, installed_projects, require_a_peer
 
-    effort = Effort(num_seeds, num_steps, batch_tokens=num_tokens)
-    bench_divergences(vocab_size, effort, threads=threads, command=typed(), out=out)
+    if peers:
+        require_a_peer(installed_projects())
+    # how much of which pairings
+    effort = Effort(num_seeds, num_steps, batch_tokens=num_tokens, first_seed=first_seed)
+    scope = Scope(
+        tuple(teachers.split(",")),
+        tuple(starts.split(",")),
+        tuple(divergences.split(",") if divergences else DIVERGENCES),
+    )
+    bench_divergences(
+        vocab_size,
+        effort,
+        scope,
+        peers_at=installed_peers if peers else lambda _vocab_size: [],
+        threads=threads,
+        command=typed(),
+        out=out,
+    )

@@ -9,7 +9,7 @@ import typer
 
 from stillhouse.errors import ConfigError
 
-_PIPE_WIDTH = 400  # a line for each setting, for grep
+_PIPE_WIDTH = 1000  # a line for each setting, for grep
 
 
 def init(

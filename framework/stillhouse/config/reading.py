@@ -98,7 +98,7 @@ def _explain(detail: Mapping[str, Any]) -> str:
     kind, found = detail["type"], detail["input"]
     place = [str(part) for part in detail["loc"] if part not in (WORD, TABLE)]
     if kind == "extra_forbidden":
-        section = place[0] if place[1:] else ""
+        section = ".".join(part for part in place[:-1] if not part.isdigit())
         meant = suggestions.setting(place[-1], section=section, known=names_by_section())
         return f"{'.'.join(place)[:200]}: no such setting; {meant}"
     if kind == "missing":

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stillhouse.config.corpus import CorpusSection
+from stillhouse.config.corpus import CorpusSection, DataSection
 from stillhouse.config.fields import (
     DIVERGENCES,
     BatchSize,
@@ -203,7 +203,11 @@ def section_types() -> dict[str, type[Section]]:
 def names_by_section() -> dict[str, list[str]]:
     """The names in each section and in each table of one, and those of the sections under ''."""
     types = section_types()
-    tables: dict[str, type[Section]] = {"student.init": CutSection, "student.lora": LoraSection}
+    tables: dict[str, type[Section]] = {
+        "corpus.mixed_with": DataSection,
+        "student.init": CutSection,
+        "student.lora": LoraSection,
+    }
     return {"": list(types)} | {
         name: list(kind.model_fields) for name, kind in (types | tables).items()
     }
