@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from stillhouse.config import StudentSection, parse_config
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import load_model
 from stillhouse.models.batch import TokenBatch
+from stillhouse.sequence import Sequences
 from stillhouse.student.adapters import (
     frozen_digest,
     initial_student,
@@ -61,13 +63,9 @@ def with_nonzero_products(lm: PreTrainedModel) -> PreTrainedModel:
 def loss_of(lm: PreTrainedModel, section: StudentSection) -> Tensor:
     """The loss on one batch in which every token has a target."""
     generator = torch.Generator().manual_seed(4)
-    ids_BL = torch.randint(VOCAB_SIZE, (2, NUM_TOKENS // 2), generator=generator)
-    tokens = TokenBatch(
-        ids_BL,
-        torch.arange(NUM_TOKENS // 2).expand_as(ids_BL),
-        torch.arange(NUM_TOKENS),
-        ids_BL.flatten(),
-    )
+    ids_SL = torch.randint(VOCAB_SIZE, (2, NUM_TOKENS // 2), generator=generator).int().numpy()
+    positions_SL = np.broadcast_to(np.arange(NUM_TOKENS // 2, dtype=np.int32), ids_SL.shape)
+    tokens = TokenBatch.of(Sequences(ids_SL, positions_SL, np.ones_like(ids_SL, np.uint8)))
     target = bucketed(torch.randn(NUM_TOKENS, VOCAB_SIZE, generator=generator), 8)
     module = StudentModule(lm, section=section, vocab_size=VOCAB_SIZE)
     loss: Tensor = module(MicroBatch(tokens, target), step=0).total
