@@ -9,10 +9,12 @@ a document.
 Shapes: N tokens of D documents, A query heads, G key heads, E numbers of a head.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, Self
 
@@ -24,6 +26,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import dropout as dropped
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 NAME = "stillhouse"
 _OF_THE_KERNEL = (torch.float16, torch.bfloat16)
@@ -102,38 +106,124 @@ def by_document(
     scale = query_BANE.shape[-1] ** -0.5 if scaling is None else scaling
 
     # by the kernel
-    is_for_kernel = query_BANE.is_cuda and query_BANE.dtype in _OF_THE_KERNEL
-    if cu_seq_lens_q is not None and is_for_kernel and softcap is None and dropout == 0.0:
-        back = -1 if sliding_window is None else sliding_window - 1
-        found_NAE = varlen_attn(
-            query_BANE[0].transpose(0, 1),
-            key_BGNE[0].transpose(0, 1),
-            value_BGNE[0].transpose(0, 1),
-            cu_seq_q=cu_seq_lens_q,
-            cu_seq_k=cu_seq_lens_q,
-            max_q=max_length_q,
-            max_k=max_length_q,
-            scale=scale,
-            window_size=(back, 0),
-            enable_gqa=True,
-        )
-        assert isinstance(found_NAE, Tensor)
-        return found_NAE[None], None
+    is_for_kernel = cu_seq_lens_q is not None and softcap is None and dropout == 0.0
+    if is_for_kernel and query_BANE.is_cuda and query_BANE.dtype in _OF_THE_KERNEL:
+        assert cu_seq_lens_q is not None
+        _, num_heads, _, size = query_BANE.shape
+        if _is_right(query_BANE.device, query_BANE.dtype, (num_heads, key_BGNE.shape[1]), size):
+            found_NAE = _by_kernel(
+                query_BANE[0].transpose(0, 1),
+                key_BGNE[0].transpose(0, 1),
+                value_BGNE[0].transpose(0, 1),
+                documents=Documents(cu_seq_lens_q, max_length_q),
+                scale=scale,
+                window=sliding_window,
+            )
+            return found_NAE[None], None
 
     # one document after the other
     places = [0, query_BANE.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    found_BNAE = _one_by_one(
+        query_BANE.transpose(1, 2),
+        key_BGNE.transpose(1, 2),
+        value_BGNE.transpose(1, 2),
+        places=places,
+        scale=scale,
+        dropout=dropout,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return found_BNAE.contiguous(), None
+
+
+def _one_by_one(
+    query_BNAE: Tensor,
+    key_BNGE: Tensor,
+    value_BNGE: Tensor,
+    *,
+    places: Sequence[int],
+    scale: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """[B, N, A, E], or [N, A, E] of one row."""
     parts = [
         _attention(
-            *(x[:, :, begin:end] for x in (query_BANE, key_BGNE, value_BGNE)),
+            query_BNAE[..., begin:end, :, :].transpose(-3, -2),
+            key_BNGE[..., begin:end, :, :].transpose(-3, -2),
+            value_BNGE[..., begin:end, :, :].transpose(-3, -2),
             scale=scale,
             dropout=dropout,
-            window=sliding_window,
+            window=window,
             softcap=softcap,
-        )
+        ).transpose(-3, -2)
         for begin, end in pairwise(places)
     ]
-    found_BANE = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return found_BANE.transpose(1, 2).contiguous(), None
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-3)
+
+
+def _by_kernel(
+    query_NAE: Tensor,
+    key_NGE: Tensor,
+    value_NGE: Tensor,
+    *,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """[N, A, E], by FlashAttention."""
+    found_NAE = varlen_attn(
+        query_NAE,
+        key_NGE,
+        value_NGE,
+        documents.places_D1,
+        documents.places_D1,
+        documents.longest,
+        documents.longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(found_NAE, Tensor)
+    return found_NAE
+
+
+@cache
+def _is_right(
+    device: torch.device, dtype: torch.dtype, num_heads: tuple[int, int], size: int
+) -> bool:
+    """Whether the kernel has the values and gradients of one call a document, on two documents of
+    heads like these. A kernel that fails or differs is not used, and the log says so."""
+    # the heads of 5 and 3 tokens
+    generator = torch.Generator().manual_seed(0)
+    query_NAE, key_NGE, value_NGE = (
+        torch.randn(8, heads, size, generator=generator).to(device, dtype)
+        for heads in (*num_heads, num_heads[1])
+    )
+    documents = Documents.of(np.array([5, 3])).map(lambda places_D1: places_D1.to(device))
+
+    def with_gradients(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = [x.clone().requires_grad_() for x in (query_NAE, key_NGE, value_NGE)]
+            found_NAE = way(inputs[0], inputs[1], inputs[2])
+            loss = found_NAE.float().square().sum()
+            return [found_NAE, *torch.autograd.grad(loss, inputs, allow_unused=True)]
+
+    # both ways
+    wanted = with_gradients(partial(_one_by_one, places=[0, 5, 8], scale=0.3))
+    try:
+        found = with_gradients(partial(_by_kernel, documents=documents, scale=0.3, window=None))
+        is_right = all(
+            ours is not None and torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+            for ours, theirs in zip(found, wanted, strict=True)
+        )
+        why = "it differs"
+    except Exception as failure:  # of a driver or a device: there is another way
+        is_right, why = False, str(failure)
+    if not is_right:
+        _log.warning("torch's varlen attention is not used on %s: %s", device, why)
+    return is_right
 
 
 def _attention(
@@ -147,7 +237,7 @@ def _attention(
     softcap: float | None,
 ) -> Tensor:
     """[B, A, L, E]: causal attention within one document of L tokens."""
-    length, groups = query_BALE.shape[2], query_BALE.shape[1] // key_BGLE.shape[1]
+    length, groups = query_BALE.shape[-2], query_BALE.shape[-3] // key_BGLE.shape[-3]
     seen_LL = None
     if window is not None and window < length:
         seen_LL = torch.ones(length, length, dtype=torch.bool, device=query_BALE.device).tril()
@@ -167,8 +257,8 @@ def _attention(
     # no kernel of torch's has a soft cap
     if seen_LL is None:
         seen_LL = torch.ones(length, length, dtype=torch.bool, device=query_BALE.device).tril()
-    key_BALE, value_BALE = (x.repeat_interleave(groups, dim=1) for x in (key_BGLE, value_BGLE))
-    scores_BALL = softcap * torch.tanh(query_BALE @ key_BALE.transpose(2, 3) * scale / softcap)
+    key_BALE, value_BALE = (x.repeat_interleave(groups, dim=-3) for x in (key_BGLE, value_BGLE))
+    scores_BALL = softcap * torch.tanh(query_BALE @ key_BALE.transpose(-2, -1) * scale / softcap)
     scores_BALL = scores_BALL.masked_fill(~seen_LL, float("-inf"))
     shares_BALL = scores_BALL.softmax(dim=-1, dtype=torch.float32).to(query_BALE.dtype)
     return dropped(shares_BALL, dropout) @ value_BALE
