@@ -142,6 +142,18 @@ def test_it_says_what_one_bucket_asks_of_the_teacher_before_a_chunk_is_there(che
     assert "stops before its first step" not in forward.out
 
 
+def test_it_says_where_weighted_draws_are_noisy_and_what_to_do(check: Check) -> None:
+    weighted = {"weighted_draws": True, "tail_draws": 25}
+    assert "forward_kl learns more from blind draws" in check(target=weighted).out
+    fresh = {"divergence": "jsd", "init": "config"}
+    small = check(target=weighted, student=fresh).out
+    assert "set student.forward_kl_steps to about" in small
+    assert "take 2,048, or where the teacher is sharp, entries alone" in small
+    quiet = check(target=weighted, student={"divergence": "tvd"}).out
+    assert "forward_kl_steps" not in quiet
+    assert "take 2,048" not in quiet
+
+
 def test_one_bucket_of_a_flat_teacher_is_an_obstacle_once_the_first_batch_shows_it(
     check: Check, filled: Plan, tmp_path: Path
 ) -> None:

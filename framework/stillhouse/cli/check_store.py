@@ -17,6 +17,7 @@ from stillhouse.pipeline import Plan
 from stillhouse.store import StoredRecipe, differences, list_recipes, nearest
 from stillhouse.student.pairing import LEAST_KEPT_MASS, depends_on_kept_mass, require_kept_mass
 
+_QUIET_TARGETS = 2048  # of a step, with which weighted draws came to 75 % for reverse KL
 _MOST_DIFFERENCES = 4  # differing fields up to which another recipe is a near one
 
 
@@ -75,7 +76,10 @@ def _pairing(plan: Plan, present: Collection[int], found: Findings) -> None:
     divergence = divergence_named(student.divergence, student.mix)
     weighted = recipe.spec.weighted
     is_unbiased = recipe.num_draws and is_unbiased_with_draws(divergence, weighted=weighted)
-    if student.divergence_weight == 0.0 or is_unbiased:
+    if student.divergence_weight == 0.0:
+        return
+    if is_unbiased:
+        _noise(plan, found)
         return
 
     # what it does not use
@@ -112,6 +116,34 @@ def _pairing(plan: Plan, present: Collection[int], found: Findings) -> None:
             require_kept_mass(student, recipe.spec, kept_mass=mass)
     except (ConfigError, CheckpointError, StoreError) as error:
         found.obstacles.append(str(error))
+
+
+def _noise(plan: Plan, found: Findings) -> None:
+    """Note pairings that are right on average and noisy: docs/benchmarks.md, "What each divergence
+    learns"."""
+    student, sequences = plan.config.student, plan.sources.train
+    is_forward = student.divergence == "forward_kl"
+    if not plan.recipe.weighted:
+        return
+    if is_forward:
+        found.notes.append(
+            "forward_kl learns more from blind draws of the same bytes: unless another student "
+            "reads this store, target.weighted_draws = false, target.tail_draws = 40"
+        )
+    elif student.init == "config" and not student.forward_kl_steps:
+        found.notes.append(
+            f"weighted draws took students that began with random weights away from a flat "
+            f"teacher under {student.divergence}; set student.forward_kl_steps to about "
+            f"{max(1, plan.total_steps // 3):,}, a third of the steps"
+        )
+    per_step = student.global_batch_sequences * sequences.num_targets / sequences.num_sequences
+    if not is_forward and student.divergence != "tvd" and per_step < _QUIET_TARGETS:
+        found.notes.append(
+            f"a step has {per_step:,.0f} targets: of 256 a step, weighted draws brought "
+            f"{student.divergence} half of what the whole distribution gains under a flat teacher, "
+            f"larger batches bring more; take {_QUIET_TARGETS:,}, or where the teacher is sharp, "
+            "entries alone: target.k = 34, target.tail_draws = 0"
+        )
 
 
 def _has_begun(checkpoints: str) -> bool:
