@@ -14,7 +14,7 @@ USABLE_SHARE = 0.8
 # moments, and the sums and copies of gradients and weights that DeepSpeed keeps beside them
 OFFLOADED_BYTES = 22
 
-_GRADIENT_BYTES = 4  # added up in float32
+_GRADIENT_BYTES = 4  # its sum in float32
 _OPTIMISER_BYTES = 12  # in float32: a copy of the weight, and Adam's two moments
 _WITHOUT_ZERO_BYTES = 8  # the two moments: stage 0, for float32 alone, copies no weight
 
@@ -77,10 +77,12 @@ def _whole_and_divided(
     # an offloaded optimiser has its sums of gradients in the host's memory, too
     is_offloaded = section.offload == "cpu"
     gradient = weight if is_offloaded else _GRADIENT_BYTES
+    # stage 1 sums gradients in bfloat16 after the backward pass, and has all of them until then
+    unsummed = weight if stage == 1 and section.dtype == "bfloat16" else 0
     optimiser = _WITHOUT_ZERO_BYTES if stage == 0 else _OPTIMISER_BYTES
     parts = {
         1: size.num_trained * (0 if is_offloaded else optimiser),
-        2: size.num_trained * gradient,
+        2: size.num_trained * (gradient + unsummed),
         3: (size.num_trained + size.num_frozen) * weight,
     }
     whole = sum(num_bytes for divided_from, num_bytes in parts.items() if stage < divided_from)
