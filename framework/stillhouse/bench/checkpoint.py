@@ -181,7 +181,7 @@ class _Bench:
             committed_s.append(seconds)
             self.num_bytes = made.num_bytes
 
-        origin = Origin(self._engine.section.zero_stage, "", {})
+        origin = Origin(self._engine.section.chosen_stage, "", {})
         with CheckpointWriter(
             str(url),
             origin=origin,

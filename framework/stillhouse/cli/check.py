@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from stillhouse.cli.check_cluster import check_cluster
 from stillhouse.cli.check_corpus import check_corpus
@@ -18,6 +17,7 @@ from stillhouse.cli.findings import (
     require_writable,
     size_words,
 )
+from stillhouse.cluster.placement import student_needs
 from stillhouse.config import StudentSection
 from stillhouse.errors import ConfigError, ModelError, StoreError
 from stillhouse.models import head_of, load_model
@@ -25,11 +25,7 @@ from stillhouse.pipeline import Plan
 from stillhouse.pipeline.plan import require_full_step
 from stillhouse.pipeline.run_dir import changes_since
 from stillhouse.student.adapters import outline
-
-# bytes of a parameter's weight, gradient and Adam states in mixed precision or in float32, and how
-# many of them each ZeRO stage divides among the ranks (arXiv 1910.02054, section 3.1)
-_STATE_BYTES = 16
-_SPLIT_BYTES: Mapping[int, int] = {0: 0, 1: 12, 2: 14, 3: 16}
+from stillhouse.student.memory import StudentSize, size_of, state_bytes
 
 _STARTS: Mapping[str, str] = {
     "weights": "from its weights",
@@ -85,7 +81,8 @@ def _models(plan: Plan, found: Findings) -> None:
         parameters = f"{count_words(num_parameters)} parameters"
         found.add(role, f"{name}: {parameters}, {size} in {section.dtype}; {head}")
         if isinstance(section, StudentSection):
-            found.add("", _student_memory(section, model))
+            found.student_size = size_of(model)
+            found.add("", _student_memory(section, found.student_size))
 
         # its context
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -97,22 +94,15 @@ def _models(plan: Plan, found: Findings) -> None:
     found.add("tokenizer", f"the same {vocab_size:,} ids in teacher and student")
 
 
-def _student_memory(section: StudentSection, model: nn.Module) -> str:
-    num_trained, num_frozen = (
-        sum(each.numel() for each in model.parameters() if each.requires_grad is is_trained)
-        for is_trained in (True, False)
-    )
-    # what a rank has of each trained weight, and of each frozen one
-    split, elsewhere = _SPLIT_BYTES[section.zero_stage], 0 if section.offload == "none" else 12
-    per_trained = _STATE_BYTES - split + (split - elsewhere) / section.num_workers
-    num_bytes = num_trained * per_trained
-    parts = section.num_workers if section.zero_stage == 3 else 1
-    num_bytes += num_frozen * getattr(torch, section.dtype).itemsize / parts
+def _student_memory(section: StudentSection, size: StudentSize) -> str:
+    [(_, num_ranks)] = student_needs(section).values()
+    stage = section.chosen_stage
+    num_bytes = state_bytes(size, section, stage=stage, num_ranks=num_ranks)
     start = _STARTS[section.init if isinstance(section.init, str) else "layers"]
-    part = f", {count_words(num_trained)} parameters are trained" if num_frozen else ""
+    part = f", {count_words(size.num_trained)} parameters are trained" if size.num_frozen else ""
     return (
         f"{start}{part}; weights, gradients and Adam take at least {size_words(num_bytes)} a rank"
-        f" ({section.num_workers} with ZeRO stage {section.zero_stage}), activations not counted"
+        f" ({num_ranks} with ZeRO stage {stage}), activations not counted"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from stillhouse.cli import estimate
+from stillhouse.cli.check_memory import check_memory
 from stillhouse.cli.findings import Findings
 from stillhouse.cluster.placement import placement, shortages, student_needs, teacher_needs
 from stillhouse.cluster.session import attached, lacks, remarks
@@ -29,6 +30,7 @@ def check_cluster(plan: Plan, found: Findings) -> None:
     except ConfigError as error:
         found.obstacles.append(str(error))
         return
+    check_memory(plan.config, available, found)
     _hours(plan, available, found)
 
     # what to do about it

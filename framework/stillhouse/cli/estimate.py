@@ -1,5 +1,6 @@
-"""An estimate of a run's hours, by arithmetic alone: a forward pass is 2 operations a parameter and
-token, a training step 6 (Kaplan et al., arXiv 2001.08361, section 2.1).
+"""What a card can do and hold, and an estimate of a run's hours by arithmetic alone: a forward pass
+is 2 operations a parameter and token, a training step 6 (Kaplan et al., arXiv 2001.08361, section
+2.1).
 
 Nothing is measured, and attention over long sequences is not counted: the result tells hours from
 days, not minutes from hours.
@@ -15,6 +16,18 @@ PEAK_TFLOPS: Mapping[str, float] = {  # dense bfloat16, from NVIDIA's data sheet
     "A100": 312.0,
     "L4": 121.0,
 }
+CARD_GB: Mapping[str, float] = {  # memory, from NVIDIA's data sheets; the least where it varies
+    "B200": 180.0,
+    "H200": 141.0,
+    "H100": 80.0,
+    "L40S": 48.0,
+    "A100-80G": 80.0,
+    "A100": 40.0,
+    "L4": 24.0,
+    "A10G": 24.0,
+    "V100": 16.0,
+    "T4": 16.0,
+}
 ASSUMED = "H100"
 FORWARD_SHARE, TRAINING_SHARE = 0.4, 0.35  # of the peak: assumed
 FORWARD_OPERATIONS = 2  # a parameter and token
@@ -23,12 +36,19 @@ _RAY_PREFIX = "accelerator_type:"
 
 def card_of(available: Mapping[str, float]) -> str | None:
     """The slowest known card among the cluster's resources; None where they name none."""
-    named = {
-        name.removeprefix(_RAY_PREFIX).partition("-")[0]
-        for name in available
-        if name.startswith(_RAY_PREFIX)
-    }
+    named = {name.partition("-")[0] for name in _cards(available)}
     return min(named & PEAK_TFLOPS.keys(), key=PEAK_TFLOPS.__getitem__, default=None)
+
+
+def smallest_card(available: Mapping[str, float]) -> str | None:
+    """The card with the least memory, by its key in CARD_GB, among the cluster's resources; None
+    where they name no known one."""
+    named = {name if name in CARD_GB else name.partition("-")[0] for name in _cards(available)}
+    return min(named & CARD_GB.keys(), key=CARD_GB.__getitem__, default=None)
+
+
+def _cards(available: Mapping[str, float]) -> set[str]:
+    return {name.removeprefix(_RAY_PREFIX) for name in available if name.startswith(_RAY_PREFIX)}
 
 
 def scoring_hours(

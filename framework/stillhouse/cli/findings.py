@@ -13,6 +13,7 @@ from rich.text import Text
 from stillhouse.cluster.machine import why_not_writable
 from stillhouse.errors import StoreError
 from stillhouse.redaction import scrub
+from stillhouse.student.memory import StudentSize
 from stillhouse.terminal import one_line, printable
 
 
@@ -32,6 +33,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
     num_parameters: dict[str, int] = field(default_factory=dict)  # by role
+    student_size: StudentSize | None = None  # None: its model cannot be used
     example: list[Piece] = field(default_factory=list)  # of the corpus
 
     def add(self, label: str, *texts: str) -> None:

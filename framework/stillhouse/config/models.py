@@ -42,6 +42,11 @@ class ModelSection(Section):
     num_gpus: Annotated[float, Field(ge=0.0, le=1024.0)] | None = Field(
         None, description="GPUs that Ray reserves for each process; none: 1 on cuda, 0 on cpu"
     )
+    gpu_memory_gb: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
+        None,
+        description="memory of one of its GPUs in GB, such as 24 or 80; none: that of the card "
+        "which Ray names, or of this machine's, and only `check` asks for it",
+    )
     resources: dict[str, Amount] = Field(
         {}, description="custom Ray resources for each process, such as {spot = 1}"
     )

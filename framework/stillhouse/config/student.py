@@ -111,10 +111,11 @@ class StudentSection(ModelSection):
     regroup_s: Seconds = Field(
         60.0, description="seconds between attempts to bring back ranks that were lost"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = Field(
         1,
         description="what DeepSpeed ZeRO divides among the ranks: 0 nothing, 1 Adam's states, 2 "
-        "gradients too, 3 weights too",
+        "gradients too, 3 weights too; auto: the lowest from 1 that fits into 80 % of "
+        "gpu_memory_gb, and in a resume that of before",
     )
     overlap_comm: bool | None = Field(
         None,
@@ -283,7 +284,12 @@ class StudentSection(ModelSection):
                 f'decay_steps is {self.decay_steps}, but schedule is "{self.schedule}", which '
                 'falls from the warm-up on; leave decay_steps out, or set schedule = "wsd"'
             )
-        if self.offload == "cpu" and self.zero_stage < 2:
+        if self.zero_stage == "auto" and self.gpu_memory_gb is None:
+            raise ValueError(
+                'zero_stage is "auto", which is chosen by the memory of a GPU; set gpu_memory_gb, '
+                "such as 24 or 80, or zero_stage to 1, 2 or 3"
+            )
+        if self.offload == "cpu" and self.zero_stage in (0, 1):
             raise ValueError(
                 f'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is {self.zero_stage}'
             )
@@ -302,3 +308,9 @@ class StudentSection(ModelSection):
                 f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
             )
         return self
+
+    @property
+    def chosen_stage(self) -> int:
+        """`zero_stage` in a plan, where "auto" has become a number."""
+        assert self.zero_stage != "auto", "planning chooses it"
+        return self.zero_stage

@@ -169,7 +169,7 @@ class Plan:
             vocab_size=self.recipe.vocab_size,
             k=self.recipe.k,
             world_size=student.num_workers,
-            zero_stage=student.zero_stage,
+            zero_stage=student.chosen_stage,
             num_teachers=config.teacher.max_replicas,
             total_steps=self.total_steps,
             control=config.evaluate.control,

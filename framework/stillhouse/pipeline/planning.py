@@ -10,8 +10,17 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from stillhouse.checkpoint.choice import newest_manifest
 from stillhouse.cluster.machine import why_too_long
-from stillhouse.config import Config, CutSection, ModelSection, TargetSection, TeacherSection
+from stillhouse.cluster.placement import student_needs
+from stillhouse.config import (
+    Config,
+    CutSection,
+    ModelSection,
+    StudentSection,
+    TargetSection,
+    TeacherSection,
+)
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.errors import ConfigError, StoreError
 from stillhouse.logits import TargetSpec
@@ -26,10 +35,13 @@ from stillhouse.models import (
     vocab_size_of,
 )
 from stillhouse.pipeline.plan import Plan, require_heldout
+from stillhouse.pipeline.run_dir import config_of
 from stillhouse.sequences.source import open_sources
 from stillhouse.store import ChunkStore, Recipe, StoreForbidden, StoreUnavailable, parse_recipe
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.adapters import has_frozen, outline
+from stillhouse.student.job import checkpoints_root_of
+from stillhouse.student.memory import USABLE_SHARE, lowest_stage, memory_of_process, size_of
 from stillhouse.terminal import one_line
 
 _Section = TypeVar("_Section", bound=ModelSection)
@@ -103,10 +115,11 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     )
     recipe = _as_begun(recipe, run_dir=run_dir, url=config.store.url)
     url = ChunkStore(config.store.url, recipe).url
-    checkpoint_url = _absolute(student.checkpoint_url)
+    student = student.model_copy(update={"checkpoint_url": _absolute(student.checkpoint_url)})
+    stage = _zero_stage(student, run_dir=run_dir.absolute())
     sections = {
         "teacher": teacher,
-        "student": student.model_copy(update={"checkpoint_url": checkpoint_url}),
+        "student": student.model_copy(update={"zero_stage": stage}),
         "store": config.store.model_copy(update={"url": url}),
     }
     config = config.model_copy(update=sections)
@@ -175,6 +188,25 @@ def _number_format(teacher: TeacherSection) -> str:
     """The teacher's number format, and that of its logits where it is another."""
     is_one_format = teacher.logits == "fast" or teacher.dtype == "float32"
     return teacher.dtype if is_one_format else f"{teacher.dtype}+float32"
+
+
+def _zero_stage(section: StudentSection, *, run_dir: Path) -> int:
+    """The student's ZeRO stage. "auto" is that of the run, or of the checkpoints, that it goes on
+    from; and in a new run the lowest that the memory of its GPUs has room for."""
+    if section.zero_stage != "auto":
+        return section.zero_stage
+    # as it was begun
+    if (run_dir / "config.json").exists():
+        return config_of(run_dir).student.chosen_stage
+    newest = newest_manifest(f"{checkpoints_root_of(section, run_dir)}/student")
+    if newest is not None:
+        return newest.origin.zero_stage
+    # by arithmetic, for the fewest ranks that train
+    assert section.gpu_memory_gb is not None, "the config wants it with auto"
+    [(_, num_ranks)] = student_needs(section).values()
+    budget_bytes = USABLE_SHARE * memory_of_process(section, section.gpu_memory_gb * 1e9)
+    size = size_of(outline(section))
+    return lowest_stage(size, section, num_ranks=num_ranks, budget_bytes=budget_bytes)
 
 
 def _absolute(checkpoint_url: str | None) -> str | None:

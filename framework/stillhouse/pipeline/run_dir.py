@@ -33,7 +33,10 @@ _log = logging.getLogger(__name__)
 
 # The settings that may differ when a run directory is used again. All others decide a target, a
 # batch or a gradient.
-_PLACEMENT = {"device", "num_cpus", "num_gpus", "resources", "max_failures", "block_tokens"}
+_PLACEMENT = {
+    *("device", "num_cpus", "num_gpus", "gpu_memory_gb", "resources"),
+    *("max_failures", "block_tokens"),
+}
 _MAY_CHANGE: Mapping[str, set[str]] = {
     "student": _PLACEMENT
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}

@@ -202,7 +202,7 @@ class StudentEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         # stage 0 gives no norm, and writes NaN into the weights: look before the step
-        is_plain = self.section.zero_stage == 0
+        is_plain = self.section.chosen_stage == 0
         if is_plain:
             gradients = (parameter.grad for parameter in self._engine.module.parameters())
             squares = (g.double().square().sum().item() for g in gradients if g is not None)

@@ -82,7 +82,7 @@ class TrainJob:
             settings["lora"] = values["lora"]
         if self.section.freeze:
             settings["freeze"] = values["freeze"]
-        return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
+        return Origin(self.section.chosen_stage, self.recipe.fingerprint, settings)
 
     @property
     def journal(self) -> Path:

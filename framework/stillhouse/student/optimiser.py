@@ -52,7 +52,7 @@ def deepspeed_config(
         "betas": list(section.betas),
         "torch_adam": True,
     }
-    zero: dict[str, Any] = {"stage": section.zero_stage}
+    zero: dict[str, Any] = {"stage": section.chosen_stage}
     if section.fused_adamw or section.offload == "cpu":
         adamw["fused"] = True
     if section.overlap_comm is not None:

@@ -1,0 +1,212 @@
+"""`stillhouse check`, its part on memory: whether a teacher's weights, and a student's weights,
+gradients and optimiser, fit on their devices, and what it would take. By arithmetic: a fifth of a
+device is left for activations."""
+
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from stillhouse.cli import estimate
+from stillhouse.cli.findings import Findings, bullets, size_words
+from stillhouse.cluster.placement import placement, student_needs
+from stillhouse.config import Config, LoraSection, ModelSection, StudentSection
+from stillhouse.errors import ConfigError, ModelError
+from stillhouse.student.adapters import outline
+from stillhouse.student.memory import (
+    OFFLOADED_BYTES,
+    USABLE_SHARE,
+    StudentSize,
+    least_ranks,
+    memory_of_process,
+    size_of,
+    state_bytes,
+)
+
+
+class Memory(NamedTuple):
+    """The bytes of a device, or of a part of it, and what device that is."""
+
+    num_bytes: float
+    device: str
+
+
+class Need(NamedTuple):
+    """The bytes that a part of the run takes, what takes them, and whose section decides."""
+
+    section: str
+    what: str
+    num_bytes: float
+
+
+def check_memory(config: Config, available: Mapping[str, float], found: Findings) -> None:
+    """Compare what is known of both models with the memory of their devices, where it is known."""
+    on_cpu = {"teachers": 0.0, "student ranks": 0.0}
+    is_here = config.cluster.address is None
+
+    # a teacher
+    teacher = config.teacher
+    if "teacher" in found.num_parameters:
+        num_bytes = found.num_parameters["teacher"] * getattr(torch, teacher.dtype).itemsize
+        if placement(teacher, available).device == "cpu":
+            on_cpu["teachers"] = teacher.min_replicas * num_bytes
+        elif gpu := _gpu_of(teacher, available, is_here=is_here):
+            need = Need("teacher", "a teacher's weights", num_bytes)
+            _compare(need, _part_of(gpu, teacher), teacher_cures(num_bytes, gpu=gpu), found)
+
+    # a student's rank
+    student, size = config.student, found.student_size
+    if size is not None:
+        stage, all_ranks = student.chosen_stage, student.num_workers
+        if placement(student, available).device == "cpu":
+            a_rank = state_bytes(size, student, stage=stage, num_ranks=all_ranks)
+            on_cpu["student ranks"] = all_ranks * a_rank
+        elif gpu := _gpu_of(student, available, is_here=is_here):
+            [(_, ranks)] = student_needs(student).values()
+            a_rank = state_bytes(size, student, stage=stage, num_ranks=ranks)
+            need = Need("student", "a student rank's weights, gradients and Adam", a_rank)
+            cures = student_cures(student, size, num_ranks=ranks, gpu=gpu)
+            _compare(need, _part_of(gpu, student), cures, found)
+
+    # all that runs on the CPU of this machine
+    if is_here and any(on_cpu.values()):
+        machine = Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
+        what = " and ".join(name for name, num_bytes in on_cpu.items() if num_bytes)
+        need = Need("student", f"{what} on the CPU", sum(on_cpu.values()))
+        left = USABLE_SHARE * machine.num_bytes - on_cpu["teachers"]
+        cures = iter(())
+        if size is not None and on_cpu["student ranks"]:
+            cures = cpu_cures(student, size, budget_bytes=left)
+        _compare(need, machine, cures, found)
+
+
+def student_cures(
+    section: StudentSection, size: StudentSize, *, num_ranks: int, gpu: Memory
+) -> Iterator[str]:
+    """The settings with which a student's ranks would fit on such GPUs, the cheapest first: what is
+    free, what costs time, what costs GPUs, and what trains another student."""
+    budget = USABLE_SHARE * memory_of_process(section, gpu.num_bytes)
+    stages = [stage for stage in (2, 3) if stage > section.chosen_stage]
+
+    # the GPUs that there are
+    if 0 < (section.num_gpus or 1.0) < 1:
+        a_rank = state_bytes(size, section, stage=section.chosen_stage, num_ranks=num_ranks)
+        if a_rank <= USABLE_SHARE * gpu.num_bytes:
+            yield f"num_gpus = 1: {size_words(a_rank)} of a whole GPU"
+    yield from _by_stage(section, size, stages, num_ranks=num_ranks, budget_bytes=budget)
+
+    # the optimiser in the host's memory, which it needs from stage 2 on
+    if section.offload == "none":
+        offloaded = section.model_copy(update={"offload": "cpu"})
+        for stage in (2, 3):
+            a_rank = state_bytes(size, offloaded, stage=stage, num_ranks=num_ranks)
+            if stage >= section.chosen_stage and a_rank <= budget:
+                host = size_words(size.num_trained * OFFLOADED_BYTES / num_ranks)
+                yield (
+                    f'offload = "cpu", zero_stage = {stage}: {size_words(a_rank)} a rank, and '
+                    f"{host} of the host's memory"
+                )
+                break
+
+    # the fewest GPUs, at the lowest stage at which so few are enough
+    by_stage = {
+        stage: least_ranks(size, section, stage=stage, budget_bytes=budget)
+        for stage in [section.chosen_stage, *stages]
+    }
+    counts = [(count, stage) for stage, count in by_stage.items() if count is not None]
+    if counts and min(counts)[0] > num_ranks:
+        count, stage = min(counts)
+        changes = {"num_workers": count} if count > section.num_workers else {}
+        changes |= {} if section.min_workers is None else {"min_workers": count}
+        changes |= {} if stage == section.chosen_stage else {"zero_stage": stage}
+        a_rank = state_bytes(size, section, stage=stage, num_ranks=count)
+        settings = ", ".join(f"{name} = {value}" for name, value in changes.items())
+        yield f"{settings}: {size_words(a_rank)} a rank"
+    yield from _by_adapters(section, num_ranks=num_ranks, budget_bytes=budget)
+
+
+def cpu_cures(section: StudentSection, size: StudentSize, *, budget_bytes: float) -> Iterator[str]:
+    """As `student_cures`, for ranks that share the memory of one machine."""
+    ranks = section.num_workers
+    stages = [stage for stage in (2, 3) if stage > section.chosen_stage]
+    yield from _by_stage(section, size, stages, num_ranks=ranks, budget_bytes=budget_bytes / ranks)
+    yield from _by_adapters(section, num_ranks=ranks, budget_bytes=budget_bytes / ranks)
+
+
+def _by_stage(
+    section: StudentSection,
+    size: StudentSize,
+    stages: Collection[int],
+    *,
+    num_ranks: int,
+    budget_bytes: float,
+) -> Iterator[str]:
+    for stage in stages:
+        a_rank = state_bytes(size, section, stage=stage, num_ranks=num_ranks)
+        if a_rank <= budget_bytes:
+            yield f"zero_stage = {stage}: {size_words(a_rank)} a rank"
+
+
+def _by_adapters(section: StudentSection, *, num_ranks: int, budget_bytes: float) -> Iterator[str]:
+    if section.lora is not None or section.init == "config":
+        return
+    adapted = section.model_copy(update={"lora": LoraSection(), "freeze": ()})
+    try:
+        size = size_of(outline(adapted))
+    except (ConfigError, ModelError):  # peft is not installed, or it fits no layer
+        return
+    for stage in range(section.chosen_stage, 4):
+        a_rank = state_bytes(size, adapted, stage=stage, num_ranks=num_ranks)
+        if a_rank <= budget_bytes:
+            more = "" if stage == section.chosen_stage else f", zero_stage = {stage}"
+            yield f"lora = {{}}{more}: {size_words(a_rank)} a rank, and adapters alone are trained"
+            return
+
+
+def teacher_cures(weight_bytes: float, *, gpu: Memory) -> Iterator[str]:
+    """The fewest whole GPUs over which a teacher's layers have to be spread."""
+    num_gpus = math.ceil(weight_bytes / (USABLE_SHARE * gpu.num_bytes))
+    yield f"num_gpus = {num_gpus}: {size_words(num_gpus * gpu.num_bytes)} for each teacher"
+
+
+def _gpu_of(
+    section: ModelSection, available: Mapping[str, float], *, is_here: bool
+) -> Memory | None:
+    """The GPU of the section's processes; None where its memory is not known."""
+    if section.gpu_memory_gb is not None:
+        return Memory(section.gpu_memory_gb * 1e9, "gpu_memory_gb")
+    if (card := estimate.smallest_card(available)) is not None:
+        return Memory(estimate.CARD_GB[card] * 1e9, card)
+    if is_here and torch.cuda.is_available():
+        cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return min(Memory(float(card.total_memory), card.name) for card in cards)
+    return None
+
+
+def _part_of(gpu: Memory, section: ModelSection) -> Memory:
+    return Memory(memory_of_process(section, gpu.num_bytes), gpu.device)
+
+
+def _compare(need: Need, memory: Memory, cures: Iterator[str], found: Findings) -> None:
+    """A row of what is needed and there; a note, too, where that does not fit."""
+    usable = USABLE_SHARE * memory.num_bytes
+    there = f"{size_words(memory.num_bytes)} ({memory.device})"
+    does_fit = need.num_bytes <= usable
+    label = "" if any(label == "memory" for label, _ in found.rows) else "memory"
+    taken = f"{need.what} take {size_words(need.num_bytes)}"
+    found.add(label, f"{taken} of {there}: {'fits' if does_fit else 'does not fit'}")
+    if does_fit:
+        return
+    lines = [*cures]
+    found.notes.append(
+        f"{taken}, and {USABLE_SHARE:.0%} of {there} is {size_words(usable)}, which leaves the "
+        "rest for activations; "
+        + (
+            f"to make it fit, set one of these under [{need.section}], the cheapest first:\n"
+            + bullets(lines)
+            if lines
+            else "no setting makes it fit: take a smaller model, or devices with more memory"
+        )
+    )
