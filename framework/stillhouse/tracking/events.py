@@ -58,6 +58,7 @@ class StartEvent(RunEvent):
     # whether the student's divergence has the entropy of the teacher's tail on top, a constant
     loss_constant: bool | None = None
     corpus_targets: dict[str, int] = field(default_factory=dict)  # data set -> its target tokens
+    bad_rows: dict[str, int] = field(default_factory=dict)  # data set -> rows skipped, if any were
 
 
 @dataclass(frozen=True, slots=True)
