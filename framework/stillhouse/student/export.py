@@ -57,9 +57,11 @@ def export(
             "out, to write the whole model"
         )
     model, steps = _committed(checkpoints, section, tell=tell, step=step, patience=patience)
+    # the adapters alone
     if adapter:
         write_adapter(model, tokenizer, out, card=card(steps), section=section)
         return steps
+    # or the whole model
     if section.lora is not None:
         merge_adapters(model)
     model.generation_config = generation_config_of(section) or model.generation_config
