@@ -22,6 +22,7 @@ from stillhouse.tracking import (
     ChunkEvent,
     DelayEvent,
     EndEvent,
+    HeldoutEvent,
     NoticeEvent,
     OutageEvent,
     PoolEvent,
@@ -36,11 +37,20 @@ from stillhouse.tracking import (
 )
 
 Part = Literal[
-    "useful", "waiting", "checkpointing", "starting", "restarting", "redone", "other", "released"
+    "useful",
+    "waiting",
+    "scoring",  # held-out text, while a student learns
+    "checkpointing",
+    "starting",
+    "restarting",
+    "redone",
+    "other",
+    "released",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
 Span = tuple[float, float]
 Spent = dict[Part, float]
+_Claim = tuple[Part, NDArray[np.float64]]  # a part, and the spans that it took: [N, 2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,26 +136,30 @@ def _spend_attempt(
     `index` counts the steps of all attempts. `counts_at` has the index at which each step was taken
     for the last time: only then it was useful; the times before, it was redone.
     """
+    # What may be in the gaps between steps: a claim for each part, the first one first.
     total_steps = attempt.start.total_steps
-    saving = _spans(
-        _blocked(at, commit, total_steps) for at, commit in of_kind(attempt.events, CheckpointEvent)
+    commits = of_kind(attempt.events, CheckpointEvent)
+    scores = of_kind(attempt.events, HeldoutEvent)
+    recovered = of_kind(attempt.events, RecoveryEvent)
+    scoring: _Claim = "scoring", _spans((at - each.seconds, at) for at, each in scores)
+    saving: _Claim = (
+        "checkpointing",
+        _spans(_blocked(at, commit, total_steps) for at, commit in commits),
     )
-    standing = _spans(
-        (at - each.seconds, at) for at, each in of_kind(attempt.events, RecoveryEvent)
-    )
+    standing: _Claim = "restarting", _spans((at - each.seconds, at) for at, each in recovered)
     first_start: Part = "starting" if attempt.number == 0 else "restarting"
     cursor, before = attempt.begin, None
     for at, step in attempt.steps():
         # The gap before the step: a start, another role's start, a restart, or a commit.
         gap = cursor, max(at - step.seconds, cursor)
         if before is None:
-            spent[first_start] += gap[1] - gap[0]
+            _divide(spent, gap, [scoring], rest=first_start)
         elif step.role != before.role:
-            _divide(spent, gap, [("checkpointing", saving)], rest="starting")
+            _divide(spent, gap, [scoring, saving], rest="starting")
         elif step.step != before.step + 1:
-            spent["restarting"] += gap[1] - gap[0]
+            _divide(spent, gap, [scoring], rest="restarting")
         else:
-            _divide(spent, gap, [("restarting", standing), ("checkpointing", saving)], rest="other")
+            _divide(spent, gap, [scoring, standing, saving], rest="other")
 
         # The step itself.
         cursor = max(at, gap[1])
@@ -160,10 +174,11 @@ def _spend_attempt(
 
     # The time behind the last step.
     if before is None:
-        spent["released" if attempt.outcome == "done" else first_start] += attempt.end - cursor
+        only: Part = "released" if attempt.outcome == "done" else first_start
+        _divide(spent, (cursor, attempt.end), [scoring], rest=only)
     else:
         rest: Part = "released" if before.step >= total_steps else "other"
-        _divide(spent, (cursor, attempt.end), [("checkpointing", saving)], rest=rest)
+        _divide(spent, (cursor, attempt.end), [scoring, saving], rest=rest)
     return index
 
 
@@ -174,9 +189,7 @@ def _blocked(at: float, commit: CheckpointEvent, total_steps: int) -> Span:
     return begin, at if commit.step >= total_steps else begin + commit.blocking_s
 
 
-def _divide(
-    spent: Spent, span: Span, claims: Sequence[tuple[Part, NDArray[np.float64]]], *, rest: Part
-) -> None:
+def _divide(spent: Spent, span: Span, claims: Sequence[_Claim], *, rest: Part) -> None:
     """Give each part what it claims of a span, the first claim first, and `rest` what is left.
 
     A claim's spans are [N, 2], begin and end.
