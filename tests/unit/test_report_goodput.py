@@ -24,6 +24,7 @@ from stillhouse.tracking import (
     CheckpointEvent,
     ChunkEvent,
     DelayEvent,
+    EarlyStopEvent,
     EndEvent,
     HeldoutEvent,
     Journal,
@@ -272,6 +273,14 @@ def test_the_time_of_scoring_held_out_text_is_named_wherever_it_was_spent() -> N
                 "restarting": 50.0 - 41.0 - 0.5 - 1.0 - 4.0,
             }
         )
+    )
+
+
+def test_behind_an_early_stop_the_students_processors_are_given_back() -> None:
+    stop = EarlyStopEvent("student", 2, 1, 0.5, time=1020.0)
+    rows = [START, step(1, 14.0), step(2, 18.0), saved(2, 20.0, seconds=2.0, blocking=0.5), stop]
+    assert spent(student_time(summary_of(*rows, end(30.0)))) == pytest.approx(
+        {"starting": 10.0, "useful": 6.0, "waiting": 2.0, "checkpointing": 2.0, "released": 10.0}
     )
 
 

@@ -21,6 +21,7 @@ from stillhouse.tracking import (
     CheckpointEvent,
     ChunkEvent,
     DelayEvent,
+    EarlyStopEvent,
     EndEvent,
     HeldoutEvent,
     NoticeEvent,
@@ -108,6 +109,11 @@ class _Attempt:
         """How it ended; None where it was killed, or goes on."""
         return next((end.outcome for _, end in of_kind(self.events, EndEvent)), None)
 
+    def last_step(self, role: Role) -> int:
+        """The step with which a role was to end, or stopped early."""
+        stops = of_kind(self.events, EarlyStopEvent)
+        return next((stop.step for _, stop in stops if stop.role == role), self.start.total_steps)
+
     def steps(self) -> list[tuple[float, TrainEvent]]:
         return of_kind(self.events, TrainEvent)
 
@@ -137,14 +143,14 @@ def _spend_attempt(
     for the last time: only then it was useful; the times before, it was redone.
     """
     # What may be in the gaps between steps: a claim for each part, the first one first.
-    total_steps = attempt.start.total_steps
+    last_step = {role: attempt.last_step(role) for role in get_args(Role)}
     commits = of_kind(attempt.events, CheckpointEvent)
     scores = of_kind(attempt.events, HeldoutEvent)
     recovered = of_kind(attempt.events, RecoveryEvent)
     scoring: _Claim = "scoring", _spans((at - each.seconds, at) for at, each in scores)
     saving: _Claim = (
         "checkpointing",
-        _spans(_blocked(at, commit, total_steps) for at, commit in commits),
+        _spans(_blocked(at, each, last_step[each.role]) for at, each in commits),
     )
     standing: _Claim = "restarting", _spans((at - each.seconds, at) for at, each in recovered)
     first_start: Part = "starting" if attempt.number == 0 else "restarting"
@@ -177,16 +183,16 @@ def _spend_attempt(
         only: Part = "released" if attempt.outcome == "done" else first_start
         _divide(spent, (cursor, attempt.end), [scoring], rest=only)
     else:
-        rest: Part = "released" if before.step >= total_steps else "other"
+        rest: Part = "released" if before.step >= last_step[before.role] else "other"
         _divide(spent, (cursor, attempt.end), [scoring, saving], rest=rest)
     return index
 
 
-def _blocked(at: float, commit: CheckpointEvent, total_steps: int) -> Span:
+def _blocked(at: float, commit: CheckpointEvent, last_step: int) -> Span:
     """The span in which a checkpoint kept its ranks from going on: all of it where it was the last
     one."""
     begin = at - commit.seconds
-    return begin, at if commit.step >= total_steps else begin + commit.blocking_s
+    return begin, at if commit.step >= last_step else begin + commit.blocking_s
 
 
 def _divide(spent: Spent, span: Span, claims: Sequence[_Claim], *, rest: Part) -> None:
