@@ -1,7 +1,8 @@
 """A student is scored on held-out text while it learns, on real DeepSpeed engines: the scores are
 those of the evaluation, on any number of ranks, and training does not notice."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ from stillhouse.losses.score import Scores
 from stillhouse.models import load_tokenizer
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.heldout import first_sequences
+from stillhouse.sequence import Sequences
 from stillhouse.store.object_store import Blobs
 from stillhouse.student.export import export
-from stillhouse.student.heldout import write_heldout
+from stillhouse.student.heldout import HeldoutTeacher, write_heldout
 from stillhouse.student.job import HeldoutPlan, TrainJob
 from stillhouse.tracking import EarlyStopEvent, HeldoutEvent, RunEvent, TrainEvent
 
@@ -62,6 +64,43 @@ def plan(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pla
     return plan
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Jobs that are scored while they learn, and what was journalled of whole ones. Both the
+    teacher's part and a whole training are made once."""
+
+    plan: Plan
+    groups: Ranks
+    folder: Path
+    whole: dict[tuple[int, int], list[RunEvent]] = field(default_factory=dict)
+
+    @cached_property
+    def teacher(self) -> HeldoutTeacher:
+        return heldout_teacher(evaluation_of(self.plan), text_of(self.plan))
+
+    def job(self, run_dir: Path, **student: object) -> TrainJob:
+        """The student's job in a directory of its own, where its teacher's part is published."""
+        job = replace(with_student(self.plan.jobs[0], **student), run_dir=run_dir)
+        write_heldout(Blobs(job.checkpoints_root), KEY, self.teacher)
+        return replace(job, heldout=HeldoutPlan(every_steps=3, key=KEY, block_tokens=13))
+
+    def rows(self, *, stage: int, ranks: int) -> list[RunEvent]:
+        """The journal of a training that nothing stopped."""
+        if (stage, ranks) not in self.whole:
+            job = self.job(self.folder / f"{stage}-{ranks}", zero_stage=stage)
+            self.whole[stage, ranks] = self.groups[ranks].call(train_and_keep_rows, job)[0]
+        return self.whole[stage, ranks]
+
+
+@pytest.fixture(scope="module")
+def scored(plan: Plan, rank_groups: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    return Scored(plan, rank_groups, tmp_path_factory.mktemp("scored"))
+
+
+def text_of(plan: Plan) -> Sequences:
+    return first_sequences(plan.sources.heldout, num_targets=100)
+
+
 def evaluation_of(plan: Plan) -> EvaluationJob:
     return EvaluationJob(
         teacher=plan.config.teacher,
@@ -74,44 +113,36 @@ def evaluation_of(plan: Plan) -> EvaluationJob:
     )
 
 
-def scored(plan: Plan, run_dir: Path, **student: object) -> TrainJob:
-    """The student's job in a directory of its own, where its teacher's part is published."""
-    job = replace(with_student(plan.jobs[0], **student), run_dir=run_dir)
-    text = first_sequences(plan.sources.heldout, num_targets=100)
-    write_heldout(Blobs(job.checkpoints_root), KEY, heldout_teacher(evaluation_of(plan), text))
-    return replace(job, heldout=HeldoutPlan(every_steps=3, key=KEY, block_tokens=13))
-
-
 def scores_in(event: HeldoutEvent) -> list[float]:
     return [getattr(event, name) for name in Scores.__dataclass_fields__]
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
 def test_training_is_bit_identical_with_and_without_scores(
-    plan: Plan, rank_groups: Ranks, tmp_path: Path, stage: int, ranks: int
+    scored: Scored, rank_groups: Ranks, tmp_path: Path, stage: int, ranks: int
 ) -> None:
-    job = scored(plan, tmp_path / "scored", zero_stage=stage)
-    silent = replace(job, heldout=None, run_dir=tmp_path / "silent")
-    ours = rank_groups[ranks].call(train_and_tell, job)[0]
+    silent = replace(with_student(scored.plan.jobs[0], zero_stage=stage), run_dir=tmp_path)
+    ours = scored.rows(stage=stage, ranks=ranks)
     theirs = rank_groups[ranks].call(train_and_tell, silent)[0]
-    assert [(row.step, row.loss, row.grad_norm) for row in ours] == [
+    assert len(heldout_of(ours)) == 4
+    steps = [row for row in ours if isinstance(row, TrainEvent)]
+    assert [(row.step, row.loss, row.grad_norm) for row in steps] == [
         (row.step, row.loss, row.grad_norm) for row in theirs
     ]
 
 
 def test_scores_are_those_of_the_evaluation_whatever_the_ranks(
-    tiny_world: TinyWorld, plan: Plan, rank_groups: Ranks, tmp_path: Path
+    tiny_world: TinyWorld, plan: Plan, scored: Scored, rank_groups: Ranks, tmp_path: Path
 ) -> None:
     """Without dropout, which differs between ranks."""
     plain = {"model": tiny_world.values["student"]["model"]}
-    text = first_sequences(plan.sources.heldout, num_targets=100)
     student = plan.config.student.model_copy(update=plain)
-    found = evaluate(replace(evaluation_of(plan), models={"student": student}), text)
+    found = evaluate(replace(evaluation_of(plan), models={"student": student}), text_of(plan))
     wanted = found["student"]
     assert 100 <= wanted.num_tokens < 100 + plan.recipe.sequence_length
     events = {}
     for ranks, stage in ((1, 0), (2, 3)):
-        job = scored(plan, tmp_path / str(ranks), zero_stage=stage, **plain)
+        job = scored.job(tmp_path / str(ranks), zero_stage=stage, **plain)
         rows = rank_groups[ranks].call(train_and_keep_rows, job)[0]
         events[ranks] = [row for row in rows if isinstance(row, HeldoutEvent)]
         assert [event.step for event in events[ranks]] == [0, 3, 6, STEPS]
@@ -125,26 +156,25 @@ def test_scores_are_those_of_the_evaluation_whatever_the_ranks(
 
 
 def test_a_resumed_training_has_the_same_scores(
-    plan: Plan, rank_groups: Ranks, tmp_path: Path
+    scored: Scored, rank_groups: Ranks, tmp_path: Path
 ) -> None:
-    whole = rank_groups[2].call(train_and_keep_rows, scored(plan, tmp_path / "whole"))[0]
-    job = scored(plan, tmp_path / "stopped")
+    job = scored.job(tmp_path, zero_stage=1)
     first = rank_groups[2].call(
         train_until_told, job, StopRequest("notice", 60.0, "aws: terminate"), 4
     )[0][1]
     second = rank_groups[2].call(train_and_keep_rows, job)[0]
-    assert heldout_of(first + second) == heldout_of(whole)
+    assert heldout_of(first + second) == heldout_of(scored.rows(stage=1, ranks=2))
     assert [step for step, _ in heldout_of(second)] == [6, STEPS]
 
 
 def test_a_student_that_gets_worse_stops_early_and_its_best_is_kept_and_exported(
-    plan: Plan, rank_groups: Ranks, tmp_path: Path
+    plan: Plan, scored: Scored, rank_groups: Ranks, tmp_path: Path
 ) -> None:
     """A training that was stopped on the way decides the same, and one that is over takes no
     step."""
 
     def wild(run_dir: Path) -> TrainJob:
-        job = scored(plan, run_dir, learning_rate=0.3, warmup_steps=0, keep_checkpoints=1)
+        job = scored.job(run_dir, learning_rate=0.3, warmup_steps=0, keep_checkpoints=1)
         plan_of_scores = HeldoutPlan(1, KEY, block_tokens=13, patience=2, keep_best=True)
         return replace(job, heldout=plan_of_scores, total_steps=40)
 
@@ -181,6 +211,6 @@ def test_a_student_that_gets_worse_stops_early_and_its_best_is_kept_and_exported
     )
     assert found == end.best_step
     student = ModelSection(model=str(out), dtype="float32")
-    text = first_sequences(plan.sources.heldout, num_targets=100)
-    scores = evaluate(replace(evaluation_of(plan), models={"student": student}), text)["student"]
+    job_of_scores = replace(evaluation_of(plan), models={"student": student})
+    scores = evaluate(job_of_scores, text_of(plan))["student"]
     assert scores.kl == pytest.approx(end.best_kl, abs=1e-6)

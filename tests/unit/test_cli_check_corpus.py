@@ -46,8 +46,9 @@ def test_what_each_data_set_of_a_mixture_contributes_is_told_and_journalled(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"text": f"{n} words " * 20}) + "\n" for n in range(90)))
-    corpus = {"mixed_with": [{"dataset": str(other), "weight": 0.25}]}
+    texts = [*(f"{n} words " * 20 for n in range(90)), "half a surrogate: \ud800"]
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = {"mixed_with": [{"dataset": str(other), "weight": 0.25}], "max_bad_rows": 0.1}
     plan = tiny_world.plan(tmp_path / "run", corpus=corpus)
     found = Findings()
     check_corpus(plan, found)
@@ -60,6 +61,7 @@ def test_what_each_data_set_of_a_mixture_contributes_is_told_and_journalled(
         str(tiny_world.folder / "documents.jsonl"): first.num_targets,
         str(other): second.num_targets,
     }
+    assert plan.request.start.bad_rows == {str(other): 1}
 
 
 def sequences(*, ids: list[int], positions: list[int], mask: list[int]) -> Sequences:

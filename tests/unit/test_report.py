@@ -400,6 +400,22 @@ def test_before_the_first_step_the_page_tells_what_was_asked_for(tmp_path: Path)
     )
 
 
+def test_the_page_tells_each_data_sets_share_of_a_mixture_and_the_rows_that_were_skipped(
+    tmp_path: Path,
+) -> None:
+    one = replace(START, corpus_targets={"acme/chats": 2000})
+    assert "mixture" not in _facts(tmp_path / "one", one)
+    assert "Bad rows" not in _facts(tmp_path / "one", one)
+    two = replace(
+        START,
+        corpus_targets={"acme/chats": 1500, "/data/of/us/code.jsonl": 500},
+        bad_rows={"/data/of/us/code.jsonl": 1234},
+    )
+    text = _facts(tmp_path / "two", two).replace("\N{NARROW NO-BREAK SPACE}", " ")
+    assert "Share acme/chats 1,500 75.0 % us/code.jsonl 500 25.0 %" in text
+    assert "Bad rows 1,234 of us/code.jsonl; skipped, and listed in bad_rows.jsonl" in text
+
+
 def test_the_page_follows_the_readers_light_or_dark(tmp_path: Path) -> None:
     page = write_report(_run_dir(tmp_path, WHOLE)).read_text(encoding="utf-8")
     svgs = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)

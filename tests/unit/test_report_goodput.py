@@ -24,7 +24,9 @@ from stillhouse.tracking import (
     CheckpointEvent,
     ChunkEvent,
     DelayEvent,
+    EarlyStopEvent,
     EndEvent,
+    HeldoutEvent,
     Journal,
     NoticeEvent,
     OutageEvent,
@@ -232,6 +234,53 @@ def test_the_control_starts_anew_and_its_work_is_useful() -> None:
     rows += [step(1, 32.0, role="control", waited=0.0), end(32.0)]
     assert spent(student_time(summary_of(*rows))) == pytest.approx(
         {"starting": 6.0 + 4.0, "useful": 16.0, "waiting": 4.0, "checkpointing": 2.0}
+    )
+
+
+def scored(number: int, at: float, *, seconds: float, role: Role = "student") -> HeldoutEvent:
+    return HeldoutEvent(role, number, 400, 3.0, 0.5, 0.6, 0.1, 0.7, seconds, time=1000.0 + at)
+
+
+def test_the_time_of_scoring_held_out_text_is_named_wherever_it_was_spent() -> None:
+    rows = [
+        START,
+        scored(0, 9.0, seconds=2.0),  # before the first step, after ranks were there
+        step(1, 13.0),
+        step(2, 17.0),
+        scored(2, 19.0, seconds=2.0),
+        saved(2, 25.0, seconds=6.0, blocking=0.5),  # 19.0 to 19.5
+        step(3, 24.0),  # and half a second of nothing
+        step(4, 28.0),
+        scored(4, 31.0, seconds=3.0),
+        saved(4, 33.0, seconds=2.0, blocking=0.5),
+        scored(0, 37.0, seconds=1.0, role="control"),
+        step(1, 41.0, role="control", waited=0.0),
+        scored(1, 42.0, seconds=0.5, role="control"),  # the group was lost here, and came back
+        scored(0, 46.0, seconds=1.0, role="control"),
+        step(1, 50.0, role="control", waited=0.0),
+        end(50.0),
+    ]
+    assert spent(student_time(summary_of(*sorted(rows, key=lambda row: row.time)))) == (
+        pytest.approx(
+            {
+                "starting": 7.0 + 3.0,
+                "scoring": 2.0 + 2.0 + 3.0 + 1.0 + 0.5 + 1.0,
+                "useful": 4 * 3.0 + 4.0,
+                "waiting": 4.0,
+                "checkpointing": 0.5 + 2.0,
+                "other": 0.5,
+                "redone": 4.0,
+                "restarting": 50.0 - 41.0 - 0.5 - 1.0 - 4.0,
+            }
+        )
+    )
+
+
+def test_behind_an_early_stop_the_students_processors_are_given_back() -> None:
+    stop = EarlyStopEvent("student", 2, 1, 0.5, time=1020.0)
+    rows = [START, step(1, 14.0), step(2, 18.0), saved(2, 20.0, seconds=2.0, blocking=0.5), stop]
+    assert spent(student_time(summary_of(*rows, end(30.0)))) == pytest.approx(
+        {"starting": 10.0, "useful": 6.0, "waiting": 2.0, "checkpointing": 2.0, "released": 10.0}
     )
 
 

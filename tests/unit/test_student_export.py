@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.checkpoints import commit_weights
 from helpers.command import stillhouse
 from helpers.damage import small_disk
-from helpers.models import make_model
+from helpers.models import CHAT_TEMPLATE, make_model
 from helpers.world import TinyWorld
 from stillhouse.atomic import SystemFiles
 from stillhouse.config import StudentSection
 from stillhouse.errors import ConfigError
 from stillhouse.models import load_model, load_tokenizer
+from stillhouse.pipeline.export import export_run, trained_template
 from stillhouse.pipeline.run_dir import claim
 from stillhouse.student.export import generation_config_of, write_model
+
+TALK = [{"role": "user", "content": "Which tree?"}, {"role": "assistant", "content": "An oak."}]
 
 
 @pytest.fixture
@@ -144,3 +148,42 @@ def test_an_adapter_of_a_student_without_adapters_is_refused(
     assert outcome.code == 2
     assert "trained without student.lora, so it has no adapter" in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_exported_with_the_chat_template_that_it_was_trained_on(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """Of two data sets with conversations, that of the first. The plan's own tokenizer stays as it
+    was."""
+    template = CHAT_TEMPLATE + "{# of the corpus #}"
+    (tmp_path / "own.jinja").write_text(template)
+    model = make_model(tmp_path / "chat", vocab_size=300, chat_template=CHAT_TEMPLATE)
+    (tmp_path / "talks.jsonl").write_text(
+        "".join(json.dumps({"messages": TALK}) + "\n" for _ in range(40))
+    )
+    (tmp_path / "more.jsonl").symlink_to(tmp_path / "talks.jsonl")
+    chat = {"format": "chat", "weight": 1.0}
+    given = chat | {
+        "dataset": str(tmp_path / "talks.jsonl"),
+        "chat_template": str(tmp_path / "own.jinja"),
+    }
+    own = chat | {"dataset": str(tmp_path / "more.jsonl")}
+    plan = tiny_world.plan(
+        tmp_path / "run",
+        corpus={"sequence_length": 64, "heldout_sequences": 3, "mixed_with": [given, own]},
+        teacher={"model": str(model)},
+        student={"model": str(model)},
+    )
+    commit_weights(plan.jobs[0].checkpoints, load_model(plan.config.student), 7)
+    assert export_run(plan, tmp_path / "out") == 7
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+    assert plan.tokenizer.chat_template == CHAT_TEMPLATE
+
+    # without a template of the corpus, the tokenizer's own
+    plain = tiny_world.plan(
+        tmp_path / "run",
+        corpus={"sequence_length": 64, "heldout_sequences": 3, "mixed_with": [own]},
+        teacher={"model": str(model)},
+        student={"model": str(model)},
+    )
+    assert trained_template(plain.config.corpus) is None

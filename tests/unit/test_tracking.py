@@ -127,6 +127,17 @@ ROWS = [
 SECRET = "s3cr3t-do-not-print-this-0123456789"
 
 
+def test_an_early_stop_that_is_found_again_by_a_resumed_training_is_journalled_once(
+    tmp_path: Path,
+) -> None:
+    stop, path = EarlyStopEvent("student", 8, 4, 0.875), tmp_path / "journal.jsonl"
+    later, other = replace(stop, step=12), replace(stop, role="control")
+    for event in (stop, TRAIN, stop, later, other, later, stop, TRAIN):
+        Journal(path).record(event)
+    found = [replace(event, time=0.0) for event in read_journal(path)]
+    assert found == [replace(event, time=0.0) for event in (stop, TRAIN, later, other, TRAIN)]
+
+
 def test_every_row_comes_back_as_it_went_in_non_finite_numbers_included(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     for row in ROWS:

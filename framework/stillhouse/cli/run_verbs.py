@@ -86,7 +86,7 @@ def evaluate(run_dir: ExistingRun) -> None:
     from stillhouse import pipeline
     from stillhouse.cli.closing import print_scores
 
-    print_scores(pipeline.evaluate_run(plan, command=typed()))
+    print_scores(plan.run_dir, pipeline.evaluate_run(plan, command=typed()))
 
 
 def report(run_dir: ExistingRun) -> None:

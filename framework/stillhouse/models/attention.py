@@ -27,6 +27,8 @@ from torch.nn.functional import dropout as dropped
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from stillhouse.models import _transformers_compat
+
 _log = logging.getLogger(__name__)
 
 NAME = "stillhouse"
@@ -61,15 +63,14 @@ class Documents:
 
 
 def attends_by_document(model: PreTrainedModel) -> bool:
-    return bool(model.config.get_text_config()._attn_implementation == NAME)
+    return _transformers_compat.attention_of(model) == NAME
 
 
 def attend_by_document(model: PreTrainedModel) -> None:
     """Make a model attend by document, where attention alone mixes its tokens and can do so without
     a mask. Another model stays as it is, and makes a mask."""
-    before = model.config._attn_implementation
-    needs_no_mask = model._supports_flash_attn and model._can_set_attn_implementation()
-    if model._is_stateful or not needs_no_mask:
+    before = _transformers_compat.attention_of(model)
+    if not _transformers_compat.attends_without_mask(model):
         return
     model.set_attn_implementation(NAME)
     try:

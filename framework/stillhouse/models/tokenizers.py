@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from copy import deepcopy
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -29,6 +30,17 @@ def load_tokenizer(
             "ids"
         )
     return tokenizer
+
+
+def with_chat_template(
+    tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> PreTrainedTokenizerFast:
+    """A copy of the tokenizer with this chat template in place of its own; None: the tokenizer."""
+    if template is None:
+        return tokenizer
+    changed = deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -8,14 +8,16 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCardData
 
-from stillhouse.config import Config, StudentSection
+from stillhouse.config import Config, CorpusSection, StudentSection
 from stillhouse.errors import CheckpointError
 from stillhouse.models.hub import licence_of, upload
 from stillhouse.models.identity import is_local
+from stillhouse.models.tokenizers import with_chat_template
 from stillhouse.pipeline.console import say
 from stillhouse.pipeline.heldout import best_step
 from stillhouse.pipeline.plan import Plan
 from stillhouse.report.words import short_name
+from stillhouse.sequences.chat import template_text
 from stillhouse.sequences.tables import looks_like_path
 from stillhouse.store import Recipe
 from stillhouse.tracking import EvalEvent, Role, RunEvent, read_journal, stretches, words_of
@@ -45,7 +47,7 @@ def export_run(
         job.checkpoints,
         out,
         section=job.section,
-        tokenizer=plan.tokenizer,
+        tokenizer=with_chat_template(plan.tokenizer, trained_template(plan.config.corpus)),
         card=lambda steps: model_card(
             plan.config, plan.recipe, read_journal(journal), role=role, steps=steps
         ),
@@ -53,6 +55,13 @@ def export_run(
         step=best_step(plan.evaluation, job, tell=tell) if best else None,
         tell=tell,
     )
+
+
+def trained_template(corpus: CorpusSection) -> str | None:
+    """The chat template that a student learns and is served with, of several data sets that of the
+    first one with conversations; None: its tokenizer's own."""
+    chats = [part for part in corpus.parts() if part.format == "chat"]
+    return template_text(chats[0]) if chats else None
 
 
 def push_run(plan: Plan, name: str, *, private: bool) -> str:

@@ -44,13 +44,28 @@ def publish(evaluation: Evaluation, session: Session) -> HeldoutPlan | None:
     return plan
 
 
+def best_score(evaluation: Evaluation, job: TrainJob, *, tell: Tell) -> tuple[int, float] | None:
+    """The step after which a student's held-out KL was lowest, and that KL; None where
+    evaluate.keep_best is false, or there is no score. Waits while the store is unavailable, and
+    reports that to `tell`."""
+    if not evaluation.section.keep_best:
+        return None
+    key = history_key(evaluation, job)
+    return read_history(Blobs(job.checkpoints_root), key, tell=tell).best
+
+
+def history_key(evaluation: Evaluation, job: TrainJob) -> str:
+    """The key of a student's held-out scores so far, under the root of its checkpoints."""
+    return _plan_of(evaluation, scored_sequences(evaluation)).history_key(job.role)
+
+
 def best_step(evaluation: Evaluation, job: TrainJob, *, tell: Tell) -> int:
     """The step after which a student's held-out KL was lowest. Raises ConfigError where it was not
     kept."""
-    key = _plan_of(evaluation, scored_sequences(evaluation)).history_key(job.role)
-    best = read_history(Blobs(job.checkpoints_root), key, tell=tell).best
-    if not evaluation.section.keep_best or best is None:
-        found = f"{key} holds no score" if best is None else "evaluate.keep_best is false"
+    best = best_score(evaluation, job, tell=tell)
+    if best is None:
+        kept = evaluation.section.keep_best
+        found = "it has no score yet" if kept else "evaluate.keep_best is false"
         raise ConfigError(
             f"no best checkpoint of the {job.role} was kept: {found}; train with "
             "evaluate.every_steps and evaluate.keep_best = true, or leave --best out"

@@ -153,6 +153,7 @@ class Plan:
     def request(self) -> Request:
         # the values of the journal's `start` event that the plan knows; an attempt sets the others
         config, student, corpus = self.config, self.config.student, self.sources.train
+        parts = self.sources.parts
         start = StartEvent(
             attempt=0,
             command="",
@@ -183,9 +184,9 @@ class Plan:
             if student.schedule == "wsd"
             else None,
             loss_constant=has_loss_constant(student, self.recipe.spec),
-            corpus_targets={part.name: part.num_targets for part in self.sources.parts},
+            corpus_targets={part.name: part.num_targets for part in parts},
+            bad_rows={part.name: len(bad) for part in parts if (bad := part.account.bad_rows)},
         )
-        parts = self.sources.parts
         return Request(self.run_dir, config, self.recipe, self.store, self.chunks, start, parts)
 
 

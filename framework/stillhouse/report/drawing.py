@@ -22,7 +22,7 @@ from stillhouse.report.words import scientific, small
 MAX_POINTS = 300
 
 # Each stands for a CSS variable: matplotlib writes the colour, `render` puts the variable there.
-INK, FAINT, TEACHER, STUDENT, CONTROL, GOOD, BAD = (f"#0{n}0{n}0{n}" for n in range(1, 8))
+INK, FAINT, TEACHER, STUDENT, CONTROL, GOOD, BAD, HELDOUT = (f"#0{n}0{n}0{n}" for n in range(1, 9))
 CSS_VARIABLES = {
     INK: "--ink-soft",
     FAINT: "--rule",
@@ -31,6 +31,7 @@ CSS_VARIABLES = {
     CONTROL: "--control",
     GOOD: "--good",
     BAD: "--bad",
+    HELDOUT: "--heldout",
 }
 
 _STYLE: dict[Any, Any] = {

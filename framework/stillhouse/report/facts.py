@@ -47,10 +47,17 @@ def _of_the_targets(summary: Summary, config: Config) -> list[tuple[str, str]]:
         ("Teacher", short_name(start.teacher)),
         ("Student", short_name(start.student)),
         ("Corpus", corpus_words),
+        ("Bad rows", _bad_rows(start.bad_rows)),
         ("Sequences", f"{start.num_sequences:,} of {length}"),
         ("Chunks", f"{start.num_chunks:,}, of which this run computed {len(summary.chunks):,}"),
         ("Targets", target_words),
     ]
+
+
+def _bad_rows(counts: Mapping[str, int]) -> str:
+    """How many rows were skipped of which data set; empty where none were."""
+    found = ", ".join(f"{count:,} of {short_name(name)}" for name, count in counts.items())
+    return f"{found}; skipped, and listed in bad_rows.jsonl" if found else ""
 
 
 def _of_the_training(summary: Summary, config: Config) -> list[tuple[str, str]]:

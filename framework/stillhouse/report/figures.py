@@ -18,6 +18,7 @@ from stillhouse.report.drawing import (
     CSS_VARIABLES,
     FAINT,
     GOOD,
+    HELDOUT,
     INK,
     MAX_POINTS,
     STUDENT,
@@ -40,6 +41,7 @@ _VISIBLE_WAIT = 0.01  # of a bin's time: a bar below it is thinner than a line
 _PARTS: dict[Part, tuple[str, str]] = {
     "useful": ("useful", GOOD),
     "waiting": ("waiting for the other side", CONTROL),
+    "scoring": ("scoring held-out text", HELDOUT),
     "checkpointing": ("checkpointing", STUDENT),
     "starting": ("starting", INK),
     "restarting": ("restarting", TEACHER),

@@ -21,7 +21,9 @@ from stillhouse.tracking import (
     CheckpointEvent,
     ChunkEvent,
     DelayEvent,
+    EarlyStopEvent,
     EndEvent,
+    HeldoutEvent,
     NoticeEvent,
     OutageEvent,
     PoolEvent,
@@ -36,11 +38,20 @@ from stillhouse.tracking import (
 )
 
 Part = Literal[
-    "useful", "waiting", "checkpointing", "starting", "restarting", "redone", "other", "released"
+    "useful",
+    "waiting",
+    "scoring",  # held-out text, while a student learns
+    "checkpointing",
+    "starting",
+    "restarting",
+    "redone",
+    "other",
+    "released",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
 Span = tuple[float, float]
 Spent = dict[Part, float]
+_Claim = tuple[Part, NDArray[np.float64]]  # a part, and the spans that it took: [N, 2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,11 @@ class _Attempt:
         """How it ended; None where it was killed, or goes on."""
         return next((end.outcome for _, end in of_kind(self.events, EndEvent)), None)
 
+    def last_step(self, role: Role) -> int:
+        """The step with which a role was to end, or stopped early."""
+        stops = of_kind(self.events, EarlyStopEvent)
+        return next((stop.step for _, stop in stops if stop.role == role), self.start.total_steps)
+
     def steps(self) -> list[tuple[float, TrainEvent]]:
         return of_kind(self.events, TrainEvent)
 
@@ -126,26 +142,30 @@ def _spend_attempt(
     `index` counts the steps of all attempts. `counts_at` has the index at which each step was taken
     for the last time: only then it was useful; the times before, it was redone.
     """
-    total_steps = attempt.start.total_steps
-    saving = _spans(
-        _blocked(at, commit, total_steps) for at, commit in of_kind(attempt.events, CheckpointEvent)
+    # What may be in the gaps between steps: a claim for each part, the first one first.
+    last_step = {role: attempt.last_step(role) for role in get_args(Role)}
+    commits = of_kind(attempt.events, CheckpointEvent)
+    scores = of_kind(attempt.events, HeldoutEvent)
+    recovered = of_kind(attempt.events, RecoveryEvent)
+    scoring: _Claim = "scoring", _spans((at - each.seconds, at) for at, each in scores)
+    saving: _Claim = (
+        "checkpointing",
+        _spans(_blocked(at, each, last_step[each.role]) for at, each in commits),
     )
-    standing = _spans(
-        (at - each.seconds, at) for at, each in of_kind(attempt.events, RecoveryEvent)
-    )
+    standing: _Claim = "restarting", _spans((at - each.seconds, at) for at, each in recovered)
     first_start: Part = "starting" if attempt.number == 0 else "restarting"
     cursor, before = attempt.begin, None
     for at, step in attempt.steps():
         # The gap before the step: a start, another role's start, a restart, or a commit.
         gap = cursor, max(at - step.seconds, cursor)
         if before is None:
-            spent[first_start] += gap[1] - gap[0]
+            _divide(spent, gap, [scoring], rest=first_start)
         elif step.role != before.role:
-            _divide(spent, gap, [("checkpointing", saving)], rest="starting")
+            _divide(spent, gap, [scoring, saving], rest="starting")
         elif step.step != before.step + 1:
-            spent["restarting"] += gap[1] - gap[0]
+            _divide(spent, gap, [scoring], rest="restarting")
         else:
-            _divide(spent, gap, [("restarting", standing), ("checkpointing", saving)], rest="other")
+            _divide(spent, gap, [scoring, standing, saving], rest="other")
 
         # The step itself.
         cursor = max(at, gap[1])
@@ -160,23 +180,22 @@ def _spend_attempt(
 
     # The time behind the last step.
     if before is None:
-        spent["released" if attempt.outcome == "done" else first_start] += attempt.end - cursor
+        only: Part = "released" if attempt.outcome == "done" else first_start
+        _divide(spent, (cursor, attempt.end), [scoring], rest=only)
     else:
-        rest: Part = "released" if before.step >= total_steps else "other"
-        _divide(spent, (cursor, attempt.end), [("checkpointing", saving)], rest=rest)
+        rest: Part = "released" if before.step >= last_step[before.role] else "other"
+        _divide(spent, (cursor, attempt.end), [scoring, saving], rest=rest)
     return index
 
 
-def _blocked(at: float, commit: CheckpointEvent, total_steps: int) -> Span:
+def _blocked(at: float, commit: CheckpointEvent, last_step: int) -> Span:
     """The span in which a checkpoint kept its ranks from going on: all of it where it was the last
     one."""
     begin = at - commit.seconds
-    return begin, at if commit.step >= total_steps else begin + commit.blocking_s
+    return begin, at if commit.step >= last_step else begin + commit.blocking_s
 
 
-def _divide(
-    spent: Spent, span: Span, claims: Sequence[tuple[Part, NDArray[np.float64]]], *, rest: Part
-) -> None:
+def _divide(spent: Spent, span: Span, claims: Sequence[_Claim], *, rest: Part) -> None:
     """Give each part what it claims of a span, the first claim first, and `rest` what is left.
 
     A claim's spans are [N, 2], begin and end.

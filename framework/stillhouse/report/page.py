@@ -19,7 +19,13 @@ from stillhouse.report.figures import (
 )
 from stillhouse.report.markup import ABSENT, escape, note, panel, panels
 from stillhouse.report.summary import Summary, summarise, verdict
-from stillhouse.report.tables import costs_table, evaluation_table, kept_of, recoveries_table
+from stillhouse.report.tables import (
+    costs_table,
+    evaluation_table,
+    kept_of,
+    mixture_table,
+    recoveries_table,
+)
 from stillhouse.report.words import counted, date, duration, large, percent, short_name, small
 from stillhouse.store.explain import explain
 from stillhouse.terminal import say
@@ -115,6 +121,7 @@ begun {date(summary.first_time)}</p>
 <h2>Pace</h2>
 {panels(pace_panels(summary), no_pace)}
 {_time(summary)}
+{_mixture(summary)}
 <h2>What a target token costs</h2>
 {costs_table(summary)}
 <h2>Facts of the run</h2>
@@ -196,6 +203,12 @@ def _time(summary: Summary) -> str:
     if drawn is None:
         return ""
     return f"<h2>Where the time went</h2>\n{panel(drawn)}\n{recoveries_table(summary)}"
+
+
+def _mixture(summary: Summary) -> str:
+    """What was trained on, where that is several data sets."""
+    drawn = mixture_table(summary)
+    return f"<h2>The mixture that was trained on</h2>\n{drawn}" if drawn else ""
 
 
 def _resolved(config: Config) -> str:

@@ -1,4 +1,5 @@
-"""The report's three tables: held-out evaluation, recoveries, and what a target token costs."""
+"""The report's tables: held-out evaluation, recoveries, the parts of a mixture, and what a
+target token costs."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +7,7 @@ from collections.abc import Callable
 from stillhouse.report.goodput import incidents, recoveries
 from stillhouse.report.markup import ABSENT, escape, note, table
 from stillhouse.report.summary import Summary
-from stillhouse.report.words import duration, large, num_bytes, percent, times
+from stillhouse.report.words import duration, large, num_bytes, percent, short_name, times
 from stillhouse.tracking import EvalEvent, StartEvent
 
 _MODELS = {
@@ -77,6 +78,21 @@ def recoveries_table(summary: Summary) -> str:
     )
     words = "; ".join(incidents(summary))
     return (table("recoveries", names, body) if body else "") + (note(f"{words}.") if words else "")
+
+
+def mixture_table(summary: Summary) -> str:
+    """Each data set's share of the target tokens of an epoch; empty where there are not several."""
+    found = summary.start.corpus_targets
+    if len(found) < 2:
+        return ""
+    total = max(sum(found.values()), 1)
+    body = "".join(
+        f"<tr><th>{escape(short_name(name))}</th><td>{num_targets:,}</td>"
+        f'<td class="bar"><i style="width:{100 * num_targets / total:.1f}%"></i></td>'
+        f"<td>{percent(num_targets / total)}</td></tr>"
+        for name, num_targets in found.items()
+    )
+    return table("mixture", ("Data set", "Target tokens", "", "Share"), body)
 
 
 def costs_table(summary: Summary) -> str:

@@ -61,6 +61,7 @@ def export(
     if adapter:
         write_adapter(model, tokenizer, out, card=card(steps), section=section)
         return steps
+    # or the whole model
     if section.lora is not None:
         merge_adapters(model)
     model.generation_config = generation_config_of(section) or model.generation_config

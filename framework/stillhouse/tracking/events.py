@@ -19,6 +19,7 @@ class RunEvent:
     """One event. `time` is in unix seconds; 0 lets the journal fill it in."""
 
     kind: ClassVar[str]
+    is_once: ClassVar[bool] = False  # whether an equal one that comes later is not journalled
     time: float = field(default=0.0, kw_only=True)
 
 
@@ -58,6 +59,7 @@ class StartEvent(RunEvent):
     # whether the student's divergence has the entropy of the teacher's tail on top, a constant
     loss_constant: bool | None = None
     corpus_targets: dict[str, int] = field(default_factory=dict)  # data set -> its target tokens
+    bad_rows: dict[str, int] = field(default_factory=dict)  # data set -> rows skipped, if any were
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +292,11 @@ class HeldoutEvent(RunEvent):
 
 @dataclass(frozen=True, slots=True)
 class EarlyStopEvent(RunEvent):
-    """A student stops before its last step, because its held-out KL fell no more."""
+    """A student stops before its last step, because its held-out KL fell no more. A training that
+    resumes there finds it again."""
 
     kind: ClassVar[str] = "early_stop"
+    is_once: ClassVar[bool] = True
     role: Role
     step: int  # the last one
     best_step: int  # with the lowest held-out KL

@@ -50,13 +50,18 @@ class Journal:
     files: FileLayer = DISK
 
     def record(self, event: RunEvent) -> None:
-        """Append one event, scrubbed of secrets, and return when it is on disk.
+        """Append one event, scrubbed of secrets, and return when it is on disk. One that `is_once`
+        is left out where an equal one is there, of whatever time.
 
         Raises StoreUnavailable while the disk is full, and StoreError where the file cannot be
         written for another reason: then the journal is as before.
         """
         assert event.kind in EVENT_TYPES, f"{event} cannot be read back"
         stamped = scrubbed(event if event.time else replace(event, time=self.clock()))
+        if event.is_once and stamped in (
+            replace(each, time=stamped.time) for each in read_journal(self.path)
+        ):
+            return
         values = {"kind": event.kind, "time": stamped.time} | asdict(stamped)
         line = json.dumps(
             {name: _finite_or_text(value) for name, value in values.items()}, allow_nan=False

@@ -204,6 +204,7 @@ class _Latest:
                 self._enter(event)
             case TeacherEvent():
                 self.num_ready += 1
+            # both sides' latest numbers, and how fast they change
             case PoolEvent():
                 before = event.time if self.pool is None else self.pool.time
                 self.pool = event

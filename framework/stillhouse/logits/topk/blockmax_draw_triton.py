@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from stillhouse.logits.topk.blockmax_kernels_triton import (
-    _LEAST_SUM,
-    _below,
-    _capped,
-    _entries,
+    LEAST_SUM,
+    below,
+    capped,
+    entries,
 )
 
 # The whole numbers for the mass of a row's blocks, and for the greatest mass in a block.
@@ -81,7 +81,7 @@ def _blocks_of(
     groups = tl.arange(0, M // S)
     blocks = groups[:, None] * S + tl.arange(0, S)[None, :]
     rest = tl.load(sums + blocks, mask=blocks < num_blocks, other=0.0).to(tl.float64)
-    unit = _ROW_MASS / tl.maximum(tl.sum(tl.sum(rest, axis=1), axis=0), _LEAST_SUM)
+    unit = _ROW_MASS / tl.maximum(tl.sum(tl.sum(rest, axis=1), axis=0), LEAST_SUM)
     masses, _ = _masses(sums, num_kept, blocks, num_blocks, unit, each, vocab_size, B, WEIGHTED)
     up_to = tl.cumsum(tl.sum(masses, axis=1), axis=0)
     places = shares * tl.max(up_to, axis=0).to(tl.float64)
@@ -155,7 +155,7 @@ def draw(
     fractions = tl.minimum(tl.maximum(fractions, 0.0), below_one)
 
     # the block's entries that are not kept, as whole masses
-    z, ids, exist = _entries(
+    z, ids, exist = entries(
         products, row_stride, vocab_size, scale, softcap, row, blocks, index >= 0, B, HAS_SOFTCAP
     )
     if K > 0:
@@ -200,8 +200,8 @@ def look_up(
     at, exist = row * num_ids + places, places < num_ids
     ids = tl.load(ids_in + at, mask=exist, other=0)
     z = tl.load(products + row * row_stride + ids, mask=exist, other=0.0).to(tl.float32)
-    z = _capped(z * scale, softcap, HAS_SOFTCAP)
+    z = capped(z * scale, softcap, HAS_SOFTCAP)
     top = tl.load(tops + row)
-    below = _below(z, tl.where(top == -float("inf"), 0.0, top), inverse, inverse_low)
-    logprobs = (below - tl.load(log_sums + row)).to(tl.float32)
+    lower = below(z, tl.where(top == -float("inf"), 0.0, top), inverse, inverse_low)
+    logprobs = (lower - tl.load(log_sums + row)).to(tl.float32)
     tl.store(logprobs_out + at, logprobs, mask=exist)

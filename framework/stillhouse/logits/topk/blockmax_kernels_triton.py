@@ -16,14 +16,14 @@ import triton.language as tl
 # An id XOR this one counts from the end, so that ties go to the lowest id.
 _LAST_ID = tl.constexpr(2**31 - 1)
 _NO_KEY = tl.constexpr(-(2**63))
-_LEAST_SUM = tl.constexpr(1e-30)  # relative to a row's maximum: below, float32 loses the digits
+LEAST_SUM = tl.constexpr(1e-30)  # relative to a row's maximum: below, float32 loses the digits
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _NO_MASS = tl.constexpr(-1000.0)  # an exponent whose power is 0, of 2 and of e
 
 
 @triton.jit
-def _capped(z: tl.tensor, softcap: tl.tensor, HAS_SOFTCAP: tl.constexpr) -> tl.tensor:
+def capped(z: tl.tensor, softcap: tl.tensor, HAS_SOFTCAP: tl.constexpr) -> tl.tensor:
     """Logits of scaled products."""
     if HAS_SOFTCAP:
         z = (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0) * softcap
@@ -44,7 +44,7 @@ def _key(order: tl.tensor, ids: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _entries(
+def entries(
     products: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -60,7 +60,7 @@ def _entries(
     ids = blocks[:, None] * B + tl.arange(0, B)[None, :]
     exist = wanted[:, None] & (ids < vocab_size)
     z = tl.load(products + row * row_stride + ids, mask=exist, other=0.0).to(tl.float32)
-    z = tl.where(exist, _capped(z * scale, softcap, HAS_SOFTCAP), -float("inf"))
+    z = tl.where(exist, capped(z * scale, softcap, HAS_SOFTCAP), -float("inf"))
     return z, ids, exist
 
 
@@ -97,7 +97,7 @@ def read(
     z = z.to(tl.float32)
     factor = inverse * _LOG2_E
     if HAS_SOFTCAP:
-        z = _capped(z * scale, softcap, HAS_SOFTCAP)
+        z = capped(z * scale, softcap, HAS_SOFTCAP)
     else:
         factor *= scale
     if tile == tl.num_programs(1) - 1:
@@ -223,7 +223,7 @@ def gather(
     for start in range(0, K, CHUNK):
         which = start + tl.arange(0, CHUNK)
         blocks = tl.load(found + row * K + which, mask=which < K, other=0)
-        z, ids, exist = _entries(
+        z, ids, exist = entries(
             products, row_stride, vocab_size, scale, softcap, row, blocks, which < K, B, HAS_SOFTCAP
         )
         # each entry behind those that reach the threshold before it
@@ -258,11 +258,11 @@ def _rank(
 @triton.jit
 def _log(total: tl.tensor) -> tl.tensor:
     """Finite for no mass at all, for a row that will be in doubt."""
-    return tl.log(tl.maximum(total, _LEAST_SUM))
+    return tl.log(tl.maximum(total, LEAST_SUM))
 
 
 @triton.jit
-def _below(z: tl.tensor, base: tl.tensor, inverse: tl.tensor, inverse_low: tl.tensor) -> tl.tensor:
+def below(z: tl.tensor, base: tl.tensor, inverse: tl.tensor, inverse_low: tl.tensor) -> tl.tensor:
     """float64: (logit - base) / temperature."""
     return (z.to(tl.float64) - base) * (tl.zeros((), tl.float64) + inverse + inverse_low)
 
@@ -297,7 +297,7 @@ def _left(
         # some of the found blocks after the others
         which = start + tl.arange(0, CHUNK)
         blocks = tl.load(found + which, mask=which < K, other=0)
-        z, ids, _ = _entries(
+        z, ids, _ = entries(
             products, row_stride, vocab_size, scale, softcap, row, blocks, which < K, B, HAS_SOFTCAP
         )
         kept = _key(_ordered(z), ids) >= last
@@ -363,16 +363,16 @@ def finish(
     )  # fmt: skip
 
     # log-probabilities, relative to the greatest logit
-    below = _below(values, base, inverse, inverse_low)
-    kept_total = tl.sum(tl.where(places < K, tl.exp(below), 0.0), axis=0)
+    lower = below(values, base, inverse, inverse_low)
+    kept_total = tl.sum(tl.where(places < K, tl.exp(lower), 0.0), axis=0)
     log_sum = _log(kept_total + rest_total)
-    tl.store(logprobs_out + row * K + places, (below - log_sum).to(tl.float32), mask=places < K)
+    tl.store(logprobs_out + row * K + places, (lower - log_sum).to(tl.float32), mask=places < K)
     tl.store(tails_out + row, (_log(rest_total) - log_sum).to(tl.float32))
     tl.store(log_sums + row, log_sum)
     if HAS_ENTROPY:
-        entropy = _log(rest_total) - rest_moment / tl.maximum(rest_total, _LEAST_SUM)
+        entropy = _log(rest_total) - rest_moment / tl.maximum(rest_total, LEAST_SUM)
         tl.store(tails_out + tl.num_programs(0) + row, tl.maximum(entropy, 0.0).to(tl.float32))
 
     # sure: room for all, a tail that float32 can tell, and no NaN or infinity
     is_finite = (tl.abs(top) < float("inf")) & (kept_total + rest_total < float("inf"))
-    tl.store(doubtful + row, (is_finite & (count <= C) & (rest_total >= _LEAST_SUM)) == 0)
+    tl.store(doubtful + row, (is_finite & (count <= C) & (rest_total >= LEAST_SUM)) == 0)
