@@ -136,6 +136,11 @@ class StudentSection(ModelSection):
         description="with activation_checkpointing, the layers of which one is computed again: 2 "
         "for every other layer, which saves half the memory for half the time",
     )
+    liger: bool = Field(
+        False,
+        description="Liger's kernels for norms, rotary positions and gated MLPs, on a GPU; needs "
+        "the extra 'liger'",
+    )
     global_batch_sequences: BatchSize = Field(
         64, description="sequences in one optimiser step, over all ranks"
     )
@@ -293,6 +298,11 @@ class StudentSection(ModelSection):
                 "activation_checkpointing is false: nothing is computed again; set it to true"
             )
         # the engine and its ranks
+        if self.liger and self.device == "cpu":
+            raise ValueError(
+                'liger is true, but device is "cpu", for which its kernels are not compiled; leave '
+                "liger out, or train on a GPU"
+            )
         if self.zero_stage == 0 and self.dtype == "bfloat16":
             raise ValueError(
                 'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'

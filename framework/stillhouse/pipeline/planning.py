@@ -45,8 +45,9 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     require_whole_weights(config.teacher.model)
     if config.student.init != "config":
         require_whole_weights(config.student.model)
-    if has_frozen(config.student) or isinstance(config.student.init, CutSection):
-        outline(config.student)
+    student = config.student
+    if has_frozen(student) or student.liger or isinstance(student.init, CutSection):
+        outline(student)
     plan = resolved(config, run_dir=run_dir, cache_dir=cache_dir)
     require_heldout(plan.sources.heldout)
     return plan

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from stillhouse.config import CutSection, LoraSection, StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import cut_layers, load_model
+from stillhouse.student.liger import require_liger
 
 FROZEN = "frozen_digest"  # in the files of a checkpoint
 
@@ -34,11 +35,14 @@ def initial_student(section: StudentSection) -> PreTrainedModel:
 
 def outline(section: StudentSection) -> PreTrainedModel:
     """The student as it will be trained, on the meta device: shapes without values. Nothing is
-    loaded but its model's config. Raises as `initial_student` and `cut_layers` do."""
+    loaded but its model's config. Raises as `initial_student`, `cut_layers` and `require_liger`
+    do."""
     with torch.device("meta"):
         lm = load_model(section, random_init_seed=0)
         if isinstance(section.init, CutSection):
             cut_layers(lm, section.init.layers, model=section.model)
+        if section.liger:
+            require_liger(lm, model=section.model)
         return make_trainable(lm, section)
 
 

@@ -31,6 +31,7 @@ from stillhouse.losses.score import Scores, no_sums, scores_of
 from stillhouse.student import _deepspeed_compat
 from stillhouse.student.adapters import FROZEN, frozen_digest, require_same_frozen
 from stillhouse.student.heldout import HeldoutBatch
+from stillhouse.student.liger import apply_liger
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule, checkpoint_activations
 from stillhouse.student.optimiser import deepspeed_config, parameter_groups
@@ -68,6 +69,8 @@ class StudentEngine:
         self.device = device
         self._world_size = dist.get_world_size()
         # the plain module
+        if section.liger:
+            apply_liger(lm, model=section.model, device=device)
         if section.activation_checkpointing:
             checkpoint_activations(lm, every=section.activation_checkpointing_every)
         lm.train()
