@@ -52,6 +52,18 @@ def test_a_checkpoint_that_is_due_while_a_rank_is_busy_begins_as_soon_as_none_is
     assert checkpoints_of(resumed=0, every=4, busy_steps=busy_steps) == wanted
 
 
+def test_a_checkpoint_of_one_optimiser_is_not_one_of_another() -> None:
+    plain, eight_bit = (
+        TrainJob("student", section, small_recipe(), "store", Path("run"), TOTAL_STEPS).origin
+        for section in (
+            StudentSection(model="student"),
+            StudentSection(model="student", optimiser="adamw_8bit"),
+        )
+    )
+    assert "optimiser" not in plain.settings  # as in checkpoints of earlier versions
+    assert eight_bit.settings == {**plain.settings, "optimiser": "adamw_8bit"}
+
+
 def test_a_schedule_of_divergences_is_a_part_of_what_a_checkpoint_is_of_where_there_is_one() -> (
     None
 ):

@@ -27,10 +27,11 @@ def section(tmp_path: Path) -> StudentSection:
 def install_liger(monkeypatch: pytest.MonkeyPatch, *types: str) -> list[dict[str, Any]]:
     """A Liger that knows these types of models; returns what it is asked to leave out and apply."""
     asked: list[dict[str, Any]] = []
-    patching = SimpleNamespace(
-        MODEL_TYPE_TO_APPLY_LIGER_FN=dict.fromkeys(types),
-        _apply_liger_kernel_to_instance=lambda _lm, **options: asked.append(options),
-    )
+
+    def apply(*, rope: bool = True, cross_entropy: bool = True, model: object = None) -> None:
+        asked.append({"rope": rope, "cross_entropy": cross_entropy, "model": model})
+
+    patching = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN=dict.fromkeys(types, apply))
     package = SimpleNamespace(monkey_patch=patching)
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, package)
@@ -61,7 +62,7 @@ def test_liger_leaves_out_its_losses_and_runs_on_a_gpu_alone(
 ) -> None:
     asked, lm = install_liger(monkeypatch, "llama"), load_model(section)
     apply_liger(lm, model=section.model, device=CUDA)
-    assert asked == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
+    assert asked == [{"rope": True, "cross_entropy": False, "model": lm}]
     with pytest.raises(ConfigError, match="this rank trains on the CPU"):
         apply_liger(lm, model=section.model, device=CPU)
     values = {"corpus": {"dataset": "d"}, "teacher": {"model": "t"}}

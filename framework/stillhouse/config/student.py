@@ -174,6 +174,11 @@ class StudentSection(ModelSection):
         0.1, description="AdamW's weight decay, of matrices only"
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's beta1 and beta2")
+    optimiser: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit: both of AdamW's states in 8 bits, for 6 bytes a parameter less; "
+        "needs the extra 'bits', and as many ranks at the end as at the beginning",
+    )
     fused_adamw: bool = Field(
         False, description="AdamW's step in one kernel: faster, and rounded in another way"
     )
@@ -282,33 +287,54 @@ class StudentSection(ModelSection):
 
     @model_validator(mode="after")
     def _optimiser_and_ranks_go_together(self) -> "StudentSection":
-        # the optimiser
-        if self.decay_steps is not None and self.schedule != "wsd":
-            raise ValueError(
-                f'decay_steps is {self.decay_steps}, but schedule is "{self.schedule}", which '
-                'falls from the warm-up on; leave decay_steps out, or set schedule = "wsd"'
-            )
-        if self.offload == "cpu" and self.zero_stage < 2:
-            raise ValueError(
-                f'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is {self.zero_stage}'
-            )
-        if self.activation_checkpointing_every > 1 and not self.activation_checkpointing:
-            raise ValueError(
-                f"activation_checkpointing_every is {self.activation_checkpointing_every}, but "
-                "activation_checkpointing is false: nothing is computed again; set it to true"
-            )
-        # the engine and its ranks
-        if self.liger and self.device == "cpu":
-            raise ValueError(
-                'liger is true, but device is "cpu", for which its kernels are not compiled; leave '
-                "liger out, or train on a GPU"
-            )
-        if self.zero_stage == 0 and self.dtype == "bfloat16":
-            raise ValueError(
-                'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
-            )
-        if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(
-                f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
-            )
+        _require_possible_optimiser(self)
+        _require_possible_ranks(self)
         return self
+
+
+def _require_possible_optimiser(section: StudentSection) -> None:
+    if section.decay_steps is not None and section.schedule != "wsd":
+        raise ValueError(
+            f'decay_steps is {section.decay_steps}, but schedule is "{section.schedule}", which '
+            'falls from the warm-up on; leave decay_steps out, or set schedule = "wsd"'
+        )
+    if section.offload == "cpu" and section.zero_stage < 2:
+        raise ValueError(
+            f'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is {section.zero_stage}'
+        )
+    if section.activation_checkpointing_every > 1 and not section.activation_checkpointing:
+        raise ValueError(
+            f"activation_checkpointing_every is {section.activation_checkpointing_every}, but "
+            "activation_checkpointing is false: nothing is computed again; set it to true"
+        )
+    is_8bit, fewest = section.optimiser == "adamw_8bit", section.min_workers
+    if is_8bit and (section.fused_adamw or section.offload == "cpu"):
+        setting = "fused_adamw = true" if section.fused_adamw else 'offload = "cpu"'
+        raise ValueError(
+            f'{setting} is a form of the optimiser "adamw"; leave it out, or set optimiser = '
+            '"adamw"'
+        )
+    is_cut = section.zero_stage > 0 and fewest is not None and fewest < section.num_workers
+    if is_8bit and is_cut:
+        raise ValueError(
+            f"min_workers is {fewest}, below num_workers, which is "
+            f'{section.num_workers}, but the states of the optimiser "adamw_8bit" cannot be cut '
+            'for fewer ranks; leave min_workers out, or set optimiser = "adamw"'
+        )
+
+
+def _require_possible_ranks(section: StudentSection) -> None:
+    if section.liger and section.device == "cpu":
+        raise ValueError(
+            'liger is true, but device is "cpu", for which its kernels are not compiled; leave '
+            "liger out, or train on a GPU"
+        )
+    if section.zero_stage == 0 and section.dtype == "bfloat16":
+        raise ValueError(
+            'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
+        )
+    if section.min_workers is not None and section.min_workers > section.num_workers:
+        raise ValueError(
+            f"min_workers is {section.min_workers}, above num_workers, which is "
+            f"{section.num_workers}"
+        )

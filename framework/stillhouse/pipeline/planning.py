@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.cluster.machine import why_too_long
-from stillhouse.config import Config, CutSection, ModelSection, TargetSection, TeacherSection
+from stillhouse.config import Config, ModelSection, TargetSection, TeacherSection
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.errors import ConfigError, StoreError
 from stillhouse.logits import TargetSpec
@@ -29,7 +29,7 @@ from stillhouse.pipeline.plan import Plan, require_heldout
 from stillhouse.sequences.source import open_sources
 from stillhouse.store import ChunkStore, Recipe, StoreForbidden, StoreUnavailable, parse_recipe
 from stillhouse.store.object_store import Blobs
-from stillhouse.student.adapters import has_frozen, outline
+from stillhouse.student.adapters import needs_outline, outline
 from stillhouse.terminal import one_line
 
 _Section = TypeVar("_Section", bound=ModelSection)
@@ -45,9 +45,8 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     require_whole_weights(config.teacher.model)
     if config.student.init != "config":
         require_whole_weights(config.student.model)
-    student = config.student
-    if has_frozen(student) or student.liger or isinstance(student.init, CutSection):
-        outline(student)
+    if needs_outline(config.student):
+        outline(config.student)
     plan = resolved(config, run_dir=run_dir, cache_dir=cache_dir)
     require_heldout(plan.sources.heldout)
     return plan

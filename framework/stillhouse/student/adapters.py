@@ -20,6 +20,7 @@ from stillhouse.config import CutSection, LoraSection, StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import cut_layers, load_model
 from stillhouse.student.liger import require_liger
+from stillhouse.student.optimiser import client_optimiser
 
 FROZEN = "frozen_digest"  # in the files of a checkpoint
 
@@ -35,14 +36,15 @@ def initial_student(section: StudentSection) -> PreTrainedModel:
 
 def outline(section: StudentSection) -> PreTrainedModel:
     """The student as it will be trained, on the meta device: shapes without values. Nothing is
-    loaded but its model's config. Raises as `initial_student`, `cut_layers` and `require_liger`
-    do."""
+    loaded but its model's config. Raises as `initial_student`, `cut_layers`, `require_liger`
+    and `client_optimiser` do."""
     with torch.device("meta"):
         lm = load_model(section, random_init_seed=0)
         if isinstance(section.init, CutSection):
             cut_layers(lm, section.init.layers, model=section.model)
         if section.liger:
             require_liger(lm, model=section.model)
+        client_optimiser(section)
         return make_trainable(lm, section)
 
 
@@ -61,6 +63,12 @@ def make_trainable(lm: PreTrainedModel, section: StudentSection) -> PreTrainedMo
 def has_frozen(section: StudentSection) -> bool:
     """Whether some weights of the student are not trained."""
     return section.lora is not None or bool(section.freeze)
+
+
+def needs_outline(section: StudentSection) -> bool:
+    """Whether `outline` may refuse more than the section shows: layers, names, missing packages."""
+    has_extras = section.liger or section.optimiser != "adamw"
+    return has_frozen(section) or has_extras or isinstance(section.init, CutSection)
 
 
 def _freeze(lm: PreTrainedModel, patterns: Sequence[str], *, model: str) -> None:

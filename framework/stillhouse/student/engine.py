@@ -34,7 +34,7 @@ from stillhouse.student.heldout import HeldoutBatch
 from stillhouse.student.liger import apply_liger
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule, checkpoint_activations
-from stillhouse.student.optimiser import deepspeed_config, parameter_groups
+from stillhouse.student.optimiser import client_optimiser, deepspeed_config, parameter_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ class StudentEngine:
         # ZeRO round it; no code goes into its checkpoints
         self._engine = _deepspeed_compat.initialize(
             model=module,
+            optimizer=client_optimiser(section),
             model_parameters=parameter_groups(module, section.weight_decay),
             config=deepspeed_config(section, num_micro_batches, device=device),
             dist_init_required=False,

@@ -82,6 +82,8 @@ class TrainJob:
             settings["lora"] = values["lora"]
         if self.section.freeze:
             settings["freeze"] = values["freeze"]
+        if self.section.optimiser != "adamw":
+            settings["optimiser"] = self.section.optimiser
         return Origin(self.section.zero_stage, self.recipe.fingerprint, settings)
 
     @property

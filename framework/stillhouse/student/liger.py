@@ -1,7 +1,8 @@
 """Liger's Triton kernels (arXiv 2410.10989) for a student's layers: norms, rotary positions and
 gated MLPs, each one pass over memory. Its losses are left out: the student's head has its own."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from inspect import signature
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +15,7 @@ _SHOWN_TYPES = 12
 def require_liger(lm: PreTrainedModel, *, model: str) -> None:
     """Raise ConfigError unless liger-kernel is installed and has kernels for the model's layers,
     which may be on the meta device."""
-    known, _ = _kernels()
+    known = _appliers()
     model_type = lm.config.model_type
     is_own = not type(lm).__module__.startswith("transformers.")
     if is_own or model_type not in known:
@@ -40,13 +41,14 @@ def apply_liger(lm: PreTrainedModel, *, model: str, device: torch.device) -> Non
             "not compiled; set it to false, or train on a GPU"
         )
     require_liger(lm, model=model)
-    _, apply = _kernels()
-    apply(lm, cross_entropy=False, fused_linear_cross_entropy=False)
+    # some types have no loss of Liger's to leave out
+    apply = _appliers()[lm.config.model_type]
+    losses = {"cross_entropy", "fused_linear_cross_entropy"}
+    apply(model=lm, **dict.fromkeys(losses.intersection(signature(apply).parameters), False))
 
 
-def _kernels() -> tuple[Any, Any]:
-    """The table of the types of models that Liger knows, and the function that applies its kernels
-    to a model that is loaded."""
+def _appliers() -> Mapping[str, Callable[..., None]]:
+    """The functions that apply Liger's kernels to a model, by its type."""
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError as error:
@@ -54,4 +56,5 @@ def _kernels() -> tuple[Any, Any]:
             f"student.liger needs liger-kernel, which cannot be imported ({error}); install it "
             "with `pip install 'stillhouse[liger]'`, on every machine"
         ) from None
-    return monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, monkey_patch._apply_liger_kernel_to_instance
+    appliers: Mapping[str, Callable[..., None]] = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    return appliers
