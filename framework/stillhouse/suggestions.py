@@ -141,7 +141,7 @@ ELSEWHERE: Mapping[str, str] = {
     "use_peft": "student.lora",
     "unfrozen_parameters": "student.freeze, the names of what is not trained",
     "adapter": "student.lora",
-    "load_in_4bit": "teacher.dtype and student.dtype, of which none is quantised",
+    "load_in_4bit": "student.lora.quantise, of the weights beside adapters",
     "load_in_8bit": "teacher.dtype and student.dtype, of which none is quantised",
 }
 

@@ -30,7 +30,7 @@ from stillhouse.student.adapters import outline
 # many of them each ZeRO stage divides among the ranks (arXiv 1910.02054, section 3.1)
 _STATE_BYTES = 16
 _SPLIT_BYTES: Mapping[int, int] = {0: 0, 1: 12, 2: 14, 3: 16}
-_8BIT_SAVES = 6  # of two states in float32
+_8BIT_SAVES = 6.0  # of two states in float32
 
 _STARTS: Mapping[str, str] = {
     "weights": "from its weights",
@@ -105,9 +105,9 @@ def _student_memory(section: StudentSection, model: nn.Module) -> str:
     )
     # what a rank has of each trained weight, and of each frozen one
     split, elsewhere = _SPLIT_BYTES[section.zero_stage], 0 if section.offload == "none" else 12
-    saved = _8BIT_SAVES if section.optimiser == "adamw_8bit" else 0
-    parts = section.num_workers if section.zero_stage else 1
-    per_trained = _STATE_BYTES - split + (split - elsewhere) / section.num_workers - saved / parts
+    saved = _8BIT_SAVES if section.optimiser == "adamw_8bit" else 0.0
+    saved /= section.num_workers if section.zero_stage else 1
+    per_trained = _STATE_BYTES - split + (split - elsewhere) / section.num_workers - saved
     num_bytes = num_trained * per_trained
     parts = section.num_workers if section.zero_stage == 3 else 1
     num_bytes += num_frozen * getattr(torch, section.dtype).itemsize / parts

@@ -64,6 +64,11 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="share of an adapter's inputs that a training step leaves out"
     )
+    quantise: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: the frozen linear layers but the head in 4.5 bits a weight (QLoRA, arXiv "
+        "2305.14314); needs the extra 'bits'",
+    )
 
 
 class StudentSection(ModelSection):
@@ -293,6 +298,7 @@ class StudentSection(ModelSection):
 
 
 def _require_possible_optimiser(section: StudentSection) -> None:
+    # its schedule, and where its states are
     if section.decay_steps is not None and section.schedule != "wsd":
         raise ValueError(
             f'decay_steps is {section.decay_steps}, but schedule is "{section.schedule}", which '
@@ -307,6 +313,7 @@ def _require_possible_optimiser(section: StudentSection) -> None:
             f"activation_checkpointing_every is {section.activation_checkpointing_every}, but "
             "activation_checkpointing is false: nothing is computed again; set it to true"
         )
+    # states in 8 bits
     is_8bit, fewest = section.optimiser == "adamw_8bit", section.min_workers
     if is_8bit and (section.fused_adamw or section.offload == "cpu"):
         setting = "fused_adamw = true" if section.fused_adamw else 'offload = "cpu"'
@@ -324,6 +331,11 @@ def _require_possible_optimiser(section: StudentSection) -> None:
 
 
 def _require_possible_ranks(section: StudentSection) -> None:
+    if section.lora is not None and section.lora.quantise != "none" and section.zero_stage == 3:
+        raise ValueError(
+            f'lora.quantise is "{section.lora.quantise}", and zero_stage is 3, which cannot divide '
+            "quantised weights among the ranks; set zero_stage = 2, or leave lora.quantise out"
+        )
     if section.liger and section.device == "cpu":
         raise ValueError(
             'liger is true, but device is "cpu", for which its kernels are not compiled; leave '
