@@ -3,6 +3,7 @@ loaded and nothing is written."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +25,14 @@ from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.plan import require_full_step
 from stillhouse.pipeline.run_dir import changes_since
-from stillhouse.student.adapters import outline
+from stillhouse.student.adapters import is_quantised, outline
 
 # bytes of a parameter's weight, gradient and Adam states in mixed precision or in float32, and how
 # many of them each ZeRO stage divides among the ranks (arXiv 1910.02054, section 3.1)
 _STATE_BYTES = 16
 _SPLIT_BYTES: Mapping[int, int] = {0: 0, 1: 12, 2: 14, 3: 16}
 _8BIT_SAVES = 6.0  # of two states in float32
+_NF4_BYTES = 0.5 + 4 / 64  # with the scale of each 64 weights
 
 _STARTS: Mapping[str, str] = {
     "weights": "from its weights",
@@ -98,7 +100,7 @@ def _models(plan: Plan, found: Findings) -> None:
     found.add("tokenizer", f"the same {vocab_size:,} ids in teacher and student")
 
 
-def _student_memory(section: StudentSection, model: nn.Module) -> str:
+def _student_memory(section: StudentSection, model: Any) -> str:
     num_trained, num_frozen = (
         sum(each.numel() for each in model.parameters() if each.requires_grad is is_trained)
         for is_trained in (True, False)
@@ -110,13 +112,23 @@ def _student_memory(section: StudentSection, model: nn.Module) -> str:
     per_trained = _STATE_BYTES - split + (split - elsewhere) / section.num_workers - saved
     num_bytes = num_trained * per_trained
     parts = section.num_workers if section.zero_stage == 3 else 1
-    num_bytes += num_frozen * getattr(torch, section.dtype).itemsize / parts
+    itemsize = getattr(torch, section.dtype).itemsize
+    num_bytes += num_frozen * itemsize / parts
+    if is_quantised(section):  # at stage 3 it is refused
+        num_bytes -= _num_quantised(model) * (itemsize - _NF4_BYTES)
     start = _STARTS[section.init if isinstance(section.init, str) else "layers"]
     part = f", {count_words(num_trained)} parameters are trained" if num_frozen else ""
     return (
         f"{start}{part}; weights, gradients and Adam take at least {size_words(num_bytes)} a rank"
         f" ({section.num_workers} with ZeRO stage {section.zero_stage}), activations not counted"
     )
+
+
+def _num_quantised(model: Any) -> int:
+    """The weights that `quantise` is for: frozen ones of linear layers, but the head's."""
+    head = model.get_output_embeddings()
+    linear = (each for each in model.modules() if isinstance(each, nn.Linear) and each is not head)
+    return sum(each.weight.numel() for each in linear if not each.weight.requires_grad)
 
 
 def _training(plan: Plan, found: Findings) -> None:
