@@ -80,8 +80,8 @@ ELSEWHERE: Mapping[str, str] = {
     "wandb_watch": "nothing: loss and gradient norm of every step are tracked",
     "wandb_mode": "tracking.wandb",
     # the optimiser and its schedule
-    "optim": "AdamW, always; student.fused_adamw and student.offload choose its form",
-    "optimizer": "AdamW, always; student.fused_adamw and student.offload choose its form",
+    "optim": "student.optimiser; student.fused_adamw and student.offload choose AdamW's form",
+    "optimizer": "student.optimiser; student.fused_adamw and student.offload choose AdamW's form",
     "offload_optimizer": "student.offload",
     "adam_epsilon": "nothing: AdamW's epsilon is 1e-8",
     "lr_scheduler": "student.schedule",
@@ -93,7 +93,7 @@ ELSEWHERE: Mapping[str, str] = {
     "activation_checkpointing_kwargs": "student.activation_checkpointing",
     "gradient_checkpointing_kwargs": "student.activation_checkpointing",
     "ddp_timeout": "student.watchdog_s",
-    "use_liger_kernel": "nothing: the student's head and loss are fused, always",
+    "use_liger_kernel": "student.liger; the head and the loss are fused in any case",
     "attn_implementation": "nothing: the fastest attention that keeps packed documents apart",
     "flash_attention": "nothing: the fastest attention that keeps packed documents apart",
     # models and their processes
@@ -141,7 +141,7 @@ ELSEWHERE: Mapping[str, str] = {
     "use_peft": "student.lora",
     "unfrozen_parameters": "student.freeze, the names of what is not trained",
     "adapter": "student.lora",
-    "load_in_4bit": "teacher.dtype and student.dtype, of which none is quantised",
+    "load_in_4bit": "student.lora.quantise, of the weights beside adapters",
     "load_in_8bit": "teacher.dtype and student.dtype, of which none is quantised",
 }
 

@@ -1,11 +1,20 @@
 """These tests need a GPU: `make test` leaves them out, `make gpu` runs them."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from stillhouse.bench.gpu.findings import Recorder
+
+# files of tests that need a package of an extra
+_NEEDS = {
+    "test_liger_on_gpu.py": "liger_kernel",
+    "test_bits_on_gpu.py": "bitsandbytes",
+    "test_qlora_on_gpu.py": "bitsandbytes",
+}
+collect_ignore = [file for file, package in _NEEDS.items() if find_spec(package) is None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -238,6 +238,19 @@ def test_without_peft_the_extra_that_brings_it_is_named(
         outline(section_of(tied))
 
 
+def test_quantised_weights_need_their_package_and_a_stage_that_leaves_them_whole(
+    tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = section_of(tied, quantise="nf4")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for begin in (outline, initial_student):
+        with pytest.raises(ConfigError, match=r"quantise = .nf4. .*'stillhouse\[bits\]'"):
+            begin(section)
+    values = section.model_dump(exclude={"mix"}) | {"zero_stage": 3}
+    with pytest.raises(ValueError, match=r'lora.quantise is "nf4", and zero_stage is 3, .*'):
+        StudentSection.model_validate(values)
+
+
 def test_frozen_weights_are_told_from_others_by_their_digest(tied: Path) -> None:
     assert frozen_digest(load_model(section_of(tied))) is None
     lm = initial_student(section_of(tied))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from helpers.chunks import small_recipe
-from stillhouse.config import StudentSection
+from stillhouse.config import LoraSection, StudentSection
 from stillhouse.student.job import TrainJob
 
 TOTAL_STEPS = 10
@@ -50,6 +50,30 @@ def test_a_checkpoint_that_is_due_while_a_rank_is_busy_begins_as_soon_as_none_is
     busy_steps: set[int], wanted: list[int]
 ) -> None:
     assert checkpoints_of(resumed=0, every=4, busy_steps=busy_steps) == wanted
+
+
+def test_a_checkpoint_of_one_optimiser_is_not_one_of_another() -> None:
+    plain, eight_bit = (
+        TrainJob("student", section, small_recipe(), "store", Path("run"), TOTAL_STEPS).origin
+        for section in (
+            StudentSection(model="student"),
+            StudentSection(model="student", optimiser="adamw_8bit"),
+        )
+    )
+    assert "optimiser" not in plain.settings  # as in checkpoints of earlier versions
+    assert eight_bit.settings == {**plain.settings, "optimiser": "adamw_8bit"}
+
+
+def test_quantised_weights_are_a_part_of_what_a_checkpoint_is_of_where_there_are_some() -> None:
+    plain, quantised = (
+        TrainJob("student", section, small_recipe(), "store", Path("run"), TOTAL_STEPS).origin
+        for section in (
+            StudentSection(model="student", lora=LoraSection()),
+            StudentSection(model="student", lora=LoraSection(quantise="nf4")),
+        )
+    )
+    assert plain.settings["lora"].keys() == {"rank", "alpha", "targets", "dropout"}
+    assert quantised.settings["lora"] == {**plain.settings["lora"], "quantise": "nf4"}
 
 
 def test_a_schedule_of_divergences_is_a_part_of_what_a_checkpoint_is_of_where_there_is_one() -> (

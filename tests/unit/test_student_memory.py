@@ -49,6 +49,7 @@ def section_of(**changes: Any) -> StudentSection:
         ({"dtype": "float32"}, 1, 20, 4 + 4 + 12 / 4),
         ({"dtype": "float32"}, 3, 20, 20 / 4),
         ({"offload": "cpu", "zero_stage": 2}, 2, 4, 2 + 2 / 4),
+        ({"optimiser": "adamw_8bit"}, 1, 14, 2 + 2 + 4 + 6 / 4),
     ],
 )
 def test_bytes_of_a_trained_parameter(
@@ -57,6 +58,16 @@ def test_bytes_of_a_trained_parameter(
     section, size = section_of(**changes), StudentSize(1000, 0)
     found = [state_bytes(size, section, stage=stage, num_ranks=ranks) / 1000 for ranks in (1, 4)]
     assert found == [on_one, on_four]
+
+
+def test_frozen_layers_take_four_bits_and_a_share_of_their_scale_where_they_are_quantised() -> None:
+    size = StudentSize(num_trained=0, num_frozen=1000, num_in_frozen_layers=640)
+    plain, nf4 = (
+        state_bytes(size, section_of(lora={"quantise": kind}), stage=1, num_ranks=1)
+        for kind in ("none", "nf4")
+    )
+    assert plain == 2000
+    assert nf4 == 360 * 2 + 640 / 2 + 10 * 4
 
 
 def test_a_frozen_parameter_is_a_weight_alone() -> None:

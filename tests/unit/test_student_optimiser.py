@@ -1,5 +1,6 @@
 """The learning rate of each step, what DeepSpeed is told, and which layers are computed again."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from helpers.models import make_model
 from stillhouse.config import StudentSection, parse_config
 from stillhouse.errors import ConfigError
 from stillhouse.models import final_hidden, load_model
+from stillhouse.student.adapters import needs_outline, outline
 from stillhouse.student.module import checkpoint_activations
-from stillhouse.student.optimiser import deepspeed_config, learning_rate_at
+from stillhouse.student.optimiser import client_optimiser, deepspeed_config, learning_rate_at
 
 TOTAL_STEPS = 20
 
@@ -60,6 +62,15 @@ def test_a_decay_that_would_begin_in_the_warm_up_begins_after_it() -> None:
         ({"decay_steps": 5}, 'decay_steps is 5, but schedule is "cosine"'),
         ({"offload": "cpu"}, 'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is 1'),
         ({"activation_checkpointing_every": 2}, "activation_checkpointing is false"),
+        ({"optimiser": "adamw_8bit", "fused_adamw": True}, 'is a form of the optimiser "adamw"'),
+        (
+            {"optimiser": "adamw_8bit", "offload": "cpu", "zero_stage": 2},
+            'offload = "cpu" is a form of the optimiser "adamw"',
+        ),
+        (
+            {"optimiser": "adamw_8bit", "num_workers": 4, "min_workers": 3},
+            "min_workers is 3, below num_workers, which is 4, .* leave min_workers out",
+        ),
         ({"schedule": "cosin"}, "student.schedule: .* did you mean 'cosine'"),
     ],
 )
@@ -80,9 +91,27 @@ def test_deepspeed_is_told_only_what_is_set() -> None:
     assert told()["optimizer"]["params"].keys() == {"lr", "betas", "torch_adam"}
     assert told(fused_adamw=True)["optimizer"]["params"]["fused"] is True
     assert told(overlap_comm=False)["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    assert "zero_allow_untested_optimizer" not in told()
+    eight_bit = told(optimiser="adamw_8bit")
+    assert eight_bit["zero_allow_untested_optimizer"] is True
+    assert "optimizer" not in eight_bit
     offloaded = told(offload="cpu", zero_stage=2)
     assert offloaded["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert offloaded["optimizer"]["params"]["fused"] is True
+
+
+def test_eight_bit_states_need_the_package_that_has_them_when_a_run_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path / "student")
+    plain = StudentSection(model=str(folder), dtype="float32")
+    assert client_optimiser(plain) is None
+    assert not needs_outline(plain)
+    section = plain.model_copy(update={"optimiser": "adamw_8bit"})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert needs_outline(section)
+    with pytest.raises(ConfigError, match=r"adamw_8bit.*pip install 'stillhouse\[bits\]'"):
+        outline(section)
 
 
 @pytest.mark.parametrize(("every", "num_computed_again"), [(1, 5), (2, 3), (9, 1)])

@@ -64,6 +64,11 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="share of an adapter's inputs that a training step leaves out"
     )
+    quantise: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: the frozen linear layers but the head in 4.5 bits a weight (QLoRA, arXiv "
+        "2305.14314); needs the extra 'bits'",
+    )
 
 
 class StudentSection(ModelSection):
@@ -137,6 +142,11 @@ class StudentSection(ModelSection):
         description="with activation_checkpointing, the layers of which one is computed again: 2 "
         "for every other layer, which saves half the memory for half the time",
     )
+    liger: bool = Field(
+        False,
+        description="Liger's kernels for norms, rotary positions and gated MLPs, on a GPU; needs "
+        "the extra 'liger'",
+    )
     global_batch_sequences: BatchSize = Field(
         64, description="sequences in one optimiser step, over all ranks"
     )
@@ -170,6 +180,11 @@ class StudentSection(ModelSection):
         0.1, description="AdamW's weight decay, of matrices only"
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's beta1 and beta2")
+    optimiser: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit: both of AdamW's states in 8 bits, for 6 bytes a parameter less; "
+        "needs the extra 'bits', and as many ranks at the end as at the beginning",
+    )
     fused_adamw: bool = Field(
         False, description="AdamW's step in one kernel: faster, and rounded in another way"
     )
@@ -278,35 +293,8 @@ class StudentSection(ModelSection):
 
     @model_validator(mode="after")
     def _optimiser_and_ranks_go_together(self) -> "StudentSection":
-        # the optimiser
-        if self.decay_steps is not None and self.schedule != "wsd":
-            raise ValueError(
-                f'decay_steps is {self.decay_steps}, but schedule is "{self.schedule}", which '
-                'falls from the warm-up on; leave decay_steps out, or set schedule = "wsd"'
-            )
-        if self.zero_stage == "auto" and self.gpu_memory_gb is None:
-            raise ValueError(
-                'zero_stage is "auto", which is chosen by the memory of a GPU; set gpu_memory_gb, '
-                "such as 24 or 80, or zero_stage to 1, 2 or 3"
-            )
-        if self.offload == "cpu" and self.zero_stage in (0, 1):
-            raise ValueError(
-                f'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is {self.zero_stage}'
-            )
-        if self.activation_checkpointing_every > 1 and not self.activation_checkpointing:
-            raise ValueError(
-                f"activation_checkpointing_every is {self.activation_checkpointing_every}, but "
-                "activation_checkpointing is false: nothing is computed again; set it to true"
-            )
-        # the engine and its ranks
-        if self.zero_stage == 0 and self.dtype == "bfloat16":
-            raise ValueError(
-                'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
-            )
-        if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(
-                f"min_workers is {self.min_workers}, above num_workers, which is {self.num_workers}"
-            )
+        _require_possible_optimiser(self)
+        _require_possible_ranks(self)
         return self
 
     @property
@@ -314,3 +302,65 @@ class StudentSection(ModelSection):
         """`zero_stage` in a plan, where "auto" has become a number."""
         assert self.zero_stage != "auto", "planning chooses it"
         return self.zero_stage
+
+
+def _require_possible_optimiser(section: StudentSection) -> None:
+    # its schedule, and where its states are
+    if section.decay_steps is not None and section.schedule != "wsd":
+        raise ValueError(
+            f'decay_steps is {section.decay_steps}, but schedule is "{section.schedule}", which '
+            'falls from the warm-up on; leave decay_steps out, or set schedule = "wsd"'
+        )
+    if section.zero_stage == "auto" and section.gpu_memory_gb is None:
+        raise ValueError(
+            'zero_stage is "auto", which is chosen by the memory of a GPU; set gpu_memory_gb, '
+            "such as 24 or 80, or zero_stage to 1, 2 or 3"
+        )
+    if section.offload == "cpu" and section.zero_stage in (0, 1):
+        raise ValueError(
+            f'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is {section.zero_stage}'
+        )
+    if section.activation_checkpointing_every > 1 and not section.activation_checkpointing:
+        raise ValueError(
+            f"activation_checkpointing_every is {section.activation_checkpointing_every}, but "
+            "activation_checkpointing is false: nothing is computed again; set it to true"
+        )
+    # states in 8 bits
+    is_8bit, fewest = section.optimiser == "adamw_8bit", section.min_workers
+    if is_8bit and (section.fused_adamw or section.offload == "cpu"):
+        setting = "fused_adamw = true" if section.fused_adamw else 'offload = "cpu"'
+        raise ValueError(
+            f'{setting} is a form of the optimiser "adamw"; leave it out, or set optimiser = '
+            '"adamw"'
+        )
+    is_cut = section.zero_stage != 0 and fewest is not None and fewest < section.num_workers
+    if is_8bit and is_cut:
+        raise ValueError(
+            f"min_workers is {fewest}, below num_workers, which is "
+            f'{section.num_workers}, but the states of the optimiser "adamw_8bit" cannot be cut '
+            'for fewer ranks; leave min_workers out, or set optimiser = "adamw"'
+        )
+
+
+def _require_possible_ranks(section: StudentSection) -> None:
+    quantise = "none" if section.lora is None else section.lora.quantise
+    if quantise != "none" and section.zero_stage in (3, "auto"):
+        raise ValueError(
+            f'lora.quantise is "{quantise}", and zero_stage is {section.zero_stage}, but stage 3 '
+            "cannot divide quantised weights among the ranks; set zero_stage = 2, or leave "
+            "lora.quantise out"
+        )
+    if section.liger and section.device == "cpu":
+        raise ValueError(
+            'liger is true, but device is "cpu", for which its kernels are not compiled; leave '
+            "liger out, or train on a GPU"
+        )
+    if section.zero_stage == 0 and section.dtype == "bfloat16":
+        raise ValueError(
+            'DeepSpeed trains bfloat16 only with ZeRO; set zero_stage = 1, or dtype = "float32"'
+        )
+    if section.min_workers is not None and section.min_workers > section.num_workers:
+        raise ValueError(
+            f"min_workers is {section.min_workers}, above num_workers, which is "
+            f"{section.num_workers}"
+        )

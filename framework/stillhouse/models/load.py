@@ -12,6 +12,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -42,9 +43,11 @@ def load_model(
     *,
     device_map: str | torch.device | Mapping[str, Any] | None = None,
     random_init_seed: int | None = None,
+    nf4: bool = False,
 ) -> PreTrainedModel:
     """A model in the section's dtype and in eval mode: with its weights, placed by `device_map`
-    (None: CPU), or with random ones on the CPU, by seed.
+    (None: CPU), or with random ones on the CPU, by seed. `nf4` holds the weights of its linear
+    layers but the head in 4 bits; bitsandbytes has to be installed.
 
     Raises ModelError: absent, gated, of an unknown architecture, or with weights that are not in
     its files.
@@ -64,6 +67,7 @@ def load_model(
                 **pinned,
                 dtype=dtype,
                 device_map=device_map,
+                quantization_config=_nf4_config(dtype) if nf4 else None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported, and refused below by name
             ),
@@ -86,6 +90,17 @@ def load_model(
         )
     attend_by_document(model.eval())
     return model
+
+
+def _nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Each block of 64 weights has a scale in float32, its largest magnitude. Scales are not
+    quantised once more: that takes their mean, whose last bits are another machine's."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:

@@ -15,7 +15,6 @@ from stillhouse.cluster.machine import why_too_long
 from stillhouse.cluster.placement import student_needs
 from stillhouse.config import (
     Config,
-    CutSection,
     ModelSection,
     StudentSection,
     TargetSection,
@@ -39,7 +38,7 @@ from stillhouse.pipeline.run_dir import config_of
 from stillhouse.sequences.source import open_sources
 from stillhouse.store import ChunkStore, Recipe, StoreForbidden, StoreUnavailable, parse_recipe
 from stillhouse.store.object_store import Blobs
-from stillhouse.student.adapters import has_frozen, outline
+from stillhouse.student.adapters import needs_outline, outline
 from stillhouse.student.job import checkpoints_root_of
 from stillhouse.student.memory import USABLE_SHARE, lowest_stage, memory_of_process, size_of
 from stillhouse.terminal import one_line
@@ -57,7 +56,7 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     require_whole_weights(config.teacher.model)
     if config.student.init != "config":
         require_whole_weights(config.student.model)
-    if has_frozen(config.student) or isinstance(config.student.init, CutSection):
+    if needs_outline(config.student):
         outline(config.student)
     plan = resolved(config, run_dir=run_dir, cache_dir=cache_dir)
     require_heldout(plan.sources.heldout)

@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 from stillhouse.config import CutSection, LoraSection, StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
 from stillhouse.models import cut_layers, load_model
+from stillhouse.student.bits import bitsandbytes_for, dequantise, scales_of
+from stillhouse.student.liger import require_liger
+from stillhouse.student.optimiser import client_optimiser
 
 FROZEN = "frozen_digest"  # in the files of a checkpoint
 
@@ -26,19 +29,29 @@ _SHOWN_NAMES = 12
 
 
 def initial_student(section: StudentSection) -> PreTrainedModel:
-    """The student before its first step, on the CPU. Raises as `load_model` and `make_trainable`
-    do."""
+    """The student before its first step, on the CPU, where it is quantised, too, so that its
+    frozen weights have the same bits everywhere. Raises as `load_model` and `make_trainable` do,
+    and ConfigError where bitsandbytes is wanted and not installed."""
+    if is_quantised(section):
+        _require_bitsandbytes()
+        return make_trainable(load_model(section, device_map="cpu", nf4=True), section)
     seed = section.seed if section.init == "config" else None
     return make_trainable(load_model(section, random_init_seed=seed), section)
 
 
 def outline(section: StudentSection) -> PreTrainedModel:
-    """The student as it will be trained, on the meta device: shapes without values. Nothing is
-    loaded but its model's config. Raises as `initial_student` and `cut_layers` do."""
+    """The student as it will be trained, on the meta device: shapes without values, and what will
+    be quantised as if it were not. Nothing is loaded but its model's config. Raises as
+    `initial_student`, `cut_layers`, `require_liger` and `client_optimiser` do."""
     with torch.device("meta"):
         lm = load_model(section, random_init_seed=0)
         if isinstance(section.init, CutSection):
             cut_layers(lm, section.init.layers, model=section.model)
+        if section.liger:
+            require_liger(lm, model=section.model)
+        client_optimiser(section)
+        if is_quantised(section):
+            _require_bitsandbytes()
         return make_trainable(lm, section)
 
 
@@ -57,6 +70,17 @@ def make_trainable(lm: PreTrainedModel, section: StudentSection) -> PreTrainedMo
 def has_frozen(section: StudentSection) -> bool:
     """Whether some weights of the student are not trained."""
     return section.lora is not None or bool(section.freeze)
+
+
+def is_quantised(section: StudentSection) -> bool:
+    """Whether the frozen weights beside adapters are quantised."""
+    return section.lora is not None and section.lora.quantise != "none"
+
+
+def needs_outline(section: StudentSection) -> bool:
+    """Whether `outline` may refuse more than the section shows: layers, names, missing packages."""
+    has_extras = section.liger or section.optimiser != "adamw"
+    return has_frozen(section) or has_extras or isinstance(section.init, CutSection)
 
 
 def _freeze(lm: PreTrainedModel, patterns: Sequence[str], *, model: str) -> None:
@@ -136,14 +160,16 @@ def widen_adapters(lm: PreTrainedModel) -> None:
 
 
 def merge_adapters(lm: PreTrainedModel) -> None:
-    """Add each adapter's product to its matrix: a plain model, with the same logits. Added in
-    float32, and rounded once to the matrix's dtype."""
+    """Add each adapter's product to its matrix, dequantised where it is quantised: a plain model,
+    with the same logits. Added in float32, and rounded once to the matrix's dtype."""
+    dequantise(lm)
     layer_type: Any = _peft().tuners.tuners_utils.BaseTunerLayer
     adapted = [(path, each) for path, each in lm.named_modules() if isinstance(each, layer_type)]
     for path, layer in adapted:
         dtype = layer.get_base_layer().weight.dtype
-        layer.float().merge(safe_merge=True)
-        lm.set_submodule(path, layer.get_base_layer().to(dtype))
+        base = layer.float().get_base_layer()
+        base.weight.data += layer.get_delta_weight("default")
+        lm.set_submodule(path, base.to(dtype))
     del lm.peft_config
 
 
@@ -169,9 +195,9 @@ def frozen_digest(lm: nn.Module) -> str | None:
     hasher = xxhash.xxh3_128()
     for name, parameter in sorted(frozen, key=lambda each: each[0]):
         hasher.update(name.encode())
-        hasher.update(
-            parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        )
+        for values in (parameter, *scales_of(parameter)):
+            values = values.detach().cpu().contiguous().flatten()
+            hasher.update(values.view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
@@ -183,6 +209,10 @@ def require_same_frozen(found: object, *, wanted: object, model: str) -> None:
             f"its frozen weights have the digest {found}, the training began with {wanted}. Give "
             "the model that it began with: student.model, and student.revision for one of the hub"
         )
+
+
+def _require_bitsandbytes() -> None:
+    bitsandbytes_for('student.lora.quantise = "nf4"')
 
 
 def _peft() -> ModuleType:

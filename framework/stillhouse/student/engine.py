@@ -31,9 +31,10 @@ from stillhouse.losses.score import Scores, no_sums, scores_of
 from stillhouse.student import _deepspeed_compat
 from stillhouse.student.adapters import FROZEN, frozen_digest, require_same_frozen
 from stillhouse.student.heldout import HeldoutBatch
+from stillhouse.student.liger import apply_liger
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule, checkpoint_activations
-from stillhouse.student.optimiser import deepspeed_config, parameter_groups
+from stillhouse.student.optimiser import client_optimiser, deepspeed_config, parameter_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class StudentEngine:
         self.device = device
         self._world_size = dist.get_world_size()
         # the plain module
+        if section.liger:
+            apply_liger(lm, model=section.model, device=device)
         if section.activation_checkpointing:
             checkpoint_activations(lm, every=section.activation_checkpointing_every)
         lm.train()
@@ -76,6 +79,7 @@ class StudentEngine:
         # ZeRO round it; no code goes into its checkpoints
         self._engine = _deepspeed_compat.initialize(
             model=module,
+            optimizer=client_optimiser(section),
             model_parameters=parameter_groups(module, section.weight_decay),
             config=deepspeed_config(section, num_micro_batches, device=device),
             dist_init_required=False,

@@ -56,6 +56,7 @@ def export(
             "this student was trained without student.lora, so it has no adapter; leave --adapter "
             "out, to write the whole model"
         )
+    # the weights that were trained, and the files that are made of them
     model, steps = _committed(checkpoints, section, tell=tell, step=step, patience=patience)
     # the adapters alone, or a whole model
     if adapter:

@@ -79,9 +79,14 @@ class TrainJob:
         if self.section.forward_kl_steps:  # left out at 0: checkpoints from before it was known
             settings["forward_kl_steps"] = self.section.forward_kl_steps
         if self.section.lora is not None:
-            settings["lora"] = values["lora"]
+            lora = values["lora"]
+            if lora["quantise"] == "none":
+                del lora["quantise"]
+            settings["lora"] = lora
         if self.section.freeze:
             settings["freeze"] = values["freeze"]
+        if self.section.optimiser != "adamw":
+            settings["optimiser"] = self.section.optimiser
         return Origin(self.section.chosen_stage, self.recipe.fingerprint, settings)
 
     @property

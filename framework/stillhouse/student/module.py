@@ -99,7 +99,9 @@ def _leave_out_frozen(
     module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: object
 ) -> None:
     for name in frozen_names(module):
-        state.pop(name, None)
+        # with what Linear4bit adds: the scales of a quantised weight, by names below the weight's
+        for each in [key for key in state if key == name or key.startswith(f"{name}.")]:
+            del state[each]
 
 
 def _miss_no_frozen(module: nn.Module, keys: Any) -> None:

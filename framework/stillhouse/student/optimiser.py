@@ -2,12 +2,16 @@
 of each step."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from stillhouse.config import StudentSection
+from stillhouse.student.bits import bitsandbytes_for
 
 
 def learning_rate_at(step: int, *, section: StudentSection, total_steps: int) -> float:
@@ -42,11 +46,21 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
+def client_optimiser(section: StudentSection) -> Callable[..., Optimizer] | None:
+    """What makes the optimiser of parameter groups, where DeepSpeed does not: bitsandbytes' AdamW,
+    with both states in 8 bits, quantised in blocks of 256 (arXiv 2110.02861). None: DeepSpeed
+    makes it from its config. Raises ConfigError where bitsandbytes is not installed."""
+    if section.optimiser == "adamw":
+        return None
+    make: Any = bitsandbytes_for('student.optimiser = "adamw_8bit"').optim.AdamW8bit
+    return partial(make, lr=section.learning_rate, betas=section.betas)
+
+
 def deepspeed_config(
     section: StudentSection, num_micro_batches: int, *, device: torch.device
 ) -> dict[str, Any]:
-    """DeepSpeed's config. The optimiser is torch's own AdamW: it needs no compiler, and its fused
-    form steps on the CPU too."""
+    """DeepSpeed's config. The optimiser, unless it is a client's, is torch's own AdamW: it needs no
+    compiler, and its fused form steps on the CPU too."""
     adamw: dict[str, Any] = {
         "lr": section.learning_rate,
         "betas": list(section.betas),
@@ -63,12 +77,15 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": section.micro_batch_sequences,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": section.gradient_clip,
-        "optimizer": {"type": "AdamW", "params": adamw},
         "zero_optimization": zero,
         "checkpoint": {"tag_validation": "Ignore"},  # all ranks have the same tag
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+    if section.optimiser == "adamw":
+        config["optimizer"] = {"type": "AdamW", "params": adamw}
+    else:
+        config["zero_allow_untested_optimizer"] = True  # by DeepSpeed's authors
     if section.dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
         # 64 bf16 accumulations lose 25 times the precision
