@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.models import make_model
-from stillhouse.config import ModelSection, StudentSection, parse_config
+from stillhouse.config import CutSection, ModelSection, StudentSection, parse_config
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.models import check_head, load_model, write_cut
 from stillhouse.student.adapters import outline
@@ -43,7 +43,7 @@ def test_a_cut_model_has_the_weights_and_the_kinds_of_its_layers_and_all_that_is
         weight_std=0.2,
         **KINDS[architecture],
     )
-    write_cut(whole_section, KEPT, tmp_path / "cut")
+    write_cut(whole_section, CutSection(layers=KEPT), tmp_path / "cut")
     whole, cut = load_model(whole_section), load_model(cut_section)
     # every weight
     expected = whole.state_dict()
@@ -68,11 +68,45 @@ def test_a_cut_model_has_the_weights_and_the_kinds_of_its_layers_and_all_that_is
     check_head(cut, vocab_size=320)
 
 
+def test_channels_without_weights_are_cut_first_and_change_no_logit(tmp_path: Path) -> None:
+    section = ModelSection(
+        model=str(make_model(tmp_path / "whole", weight_std=0.2)), dtype="float32"
+    )
+    whole = load_model(section)
+    num_channels = whole.config.intermediate_size
+    idle_I = torch.randperm(num_channels, generator=torch.Generator().manual_seed(0))[::2]
+    for layer in whole.model.layers:
+        layer.mlp.up_proj.weight.data[idle_I] = 0.0
+    whole.save_pretrained(tmp_path / "whole")
+    num_kept = num_channels - len(idle_I)
+    write_cut(section, CutSection(layers=(0, 1), intermediate_size=num_kept), tmp_path / "cut")
+    cut = load_model(ModelSection(model=str(tmp_path / "cut"), dtype="float32"))
+    assert cut.model.layers[1].mlp.down_proj.weight.shape[1] == num_kept
+    ids_BL = torch.arange(1, 25).view(2, 12)
+    with torch.inference_mode():
+        logits = [lm(ids_BL, use_cache=False).logits for lm in (cut, whole)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "num_kept", "error"),
+    [("llama", 10**6, "give fewer, or leave it out"), ("gpt2", 4, "0 have a gated MLP")],
+)
+def test_channels_that_cannot_be_cut_are_refused_from_the_config_alone(
+    tmp_path: Path, architecture: str, num_kept: int, error: str
+) -> None:
+    make_model(tmp_path / "teacher", architecture=architecture)
+    init = {"layers": [0], "intermediate_size": num_kept}
+    values = {"model": str(tmp_path / "teacher"), "init": init}
+    with pytest.raises((ConfigError, ModelError), match=error):
+        outline(StudentSection.model_validate(values))
+
+
 def test_a_cut_is_written_once_and_opens_in_transformers_alone(tmp_path: Path) -> None:
     section = ModelSection(model=str(make_model(tmp_path / "whole")), dtype="bfloat16")
-    write_cut(section, [1], tmp_path / "cut")
+    write_cut(section, CutSection(layers=(1,)), tmp_path / "cut")
     written = (tmp_path / "cut" / "model.safetensors").stat().st_mtime_ns
-    write_cut(section, [1], tmp_path / "cut")
+    write_cut(section, CutSection(layers=(1,)), tmp_path / "cut")
     assert (tmp_path / "cut" / "model.safetensors").stat().st_mtime_ns == written
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "cut").dtype == torch.bfloat16
 
@@ -96,7 +130,9 @@ def test_a_model_whose_config_tells_kinds_of_layers_by_number_is_refused(tmp_pat
     experts = {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
     make_model(tmp_path / "moe", architecture="qwen3_moe", num_layers=3, config=experts)
     with pytest.raises(ModelError, match="Qwen3MoeForCausalLM cannot be cut"):
-        write_cut(ModelSection(model=str(tmp_path / "moe")), [1, 2], tmp_path / "cut")
+        write_cut(
+            ModelSection(model=str(tmp_path / "moe")), CutSection(layers=(1, 2)), tmp_path / "cut"
+        )
     assert not (tmp_path / "cut").exists()
 
 

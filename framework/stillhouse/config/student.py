@@ -34,6 +34,11 @@ class CutSection(Section):
     layers: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = Field(
         description="the layers of student.model to begin with, numbered from 0, in their order"
     )
+    intermediate_size: Count | None = Field(
+        None,
+        description="the channels that each gated MLP keeps, those of the greatest weights; none: "
+        "all of them",
+    )
 
     @field_validator("layers")
     @classmethod

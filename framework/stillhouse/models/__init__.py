@@ -1,7 +1,7 @@
 """Hugging Face causal language models, of teachers and students: tokenizer, identity, weights,
 final hidden states and Head."""
 
-from stillhouse.models.cuts import cut_layers, write_cut
+from stillhouse.models.cuts import cut_model, write_cut
 from stillhouse.models.files import require_whole_weights
 from stillhouse.models.heads import check_head, check_packing, compare_head, final_hidden, head_of
 from stillhouse.models.identity import ModelIdentity, digest_beside, forget_identity, model_identity
@@ -19,7 +19,7 @@ __all__ = [
     "check_packing",
     "check_same_ids",
     "compare_head",
-    "cut_layers",
+    "cut_model",
     "digest_beside",
     "final_hidden",
     "forget_identity",

@@ -22,4 +22,4 @@ def make_cut(plan: Plan, workers: Collection[Placement]) -> None:
     )
     if not folder.is_dir():
         say(f"cutting the student's {len(section.init.layers)} layers out of {section.model}")
-        write_cut(section, section.init.layers, folder)
+        write_cut(section, section.init, folder)

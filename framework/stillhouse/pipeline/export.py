@@ -134,6 +134,8 @@ def card_data(config: Config) -> ModelCardData:
 def _beginning(student: StudentSection) -> str:
     start, lora = student.init, student.lora
     words = start if isinstance(start, str) else f"its layers {', '.join(map(str, start.layers))}"
+    if not isinstance(start, str) and start.intermediate_size is not None:
+        words += f" with {start.intermediate_size:,} channels of their MLPs"
     return words + (f", LoRA of rank {lora.rank}" if lora is not None else "")
 
 

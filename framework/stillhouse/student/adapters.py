@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from stillhouse.config import CutSection, LoraSection, StudentSection
 from stillhouse.errors import CheckpointError, ConfigError
-from stillhouse.models import cut_layers, load_model
+from stillhouse.models import cut_model, load_model
 from stillhouse.student.bits import bitsandbytes_for, dequantise, scales_of
 from stillhouse.student.liger import require_liger
 from stillhouse.student.optimiser import client_optimiser
@@ -42,11 +42,11 @@ def initial_student(section: StudentSection) -> PreTrainedModel:
 def outline(section: StudentSection) -> PreTrainedModel:
     """The student as it will be trained, on the meta device: shapes without values, and what will
     be quantised as if it were not. Nothing is loaded but its model's config. Raises as
-    `initial_student`, `cut_layers`, `require_liger` and `client_optimiser` do."""
+    `initial_student`, `cut_model`, `require_liger` and `client_optimiser` do."""
     with torch.device("meta"):
         lm = load_model(section, random_init_seed=0)
         if isinstance(section.init, CutSection):
-            cut_layers(lm, section.init.layers, model=section.model)
+            cut_model(lm, section.init, model=section.model)
         if section.liger:
             require_liger(lm, model=section.model)
         client_optimiser(section)
