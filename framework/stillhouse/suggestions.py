@@ -80,8 +80,8 @@ ELSEWHERE: Mapping[str, str] = {
     "wandb_watch": "nothing: loss and gradient norm of every step are tracked",
     "wandb_mode": "tracking.wandb",
     # the optimiser and its schedule
-    "optim": "student.optimiser; student.fused_adamw and student.offload choose AdamW's form",
-    "optimizer": "student.optimiser; student.fused_adamw and student.offload choose AdamW's form",
+    "optim": "student.optimiser, whose form student.fused_adamw and student.offload choose",
+    "optimizer": "student.optimiser, whose form student.fused_adamw and student.offload choose",
     "offload_optimizer": "student.offload",
     "adam_epsilon": "nothing: AdamW's epsilon is 1e-8",
     "lr_scheduler": "student.schedule",
