@@ -93,7 +93,7 @@ ELSEWHERE: Mapping[str, str] = {
     "activation_checkpointing_kwargs": "student.activation_checkpointing",
     "gradient_checkpointing_kwargs": "student.activation_checkpointing",
     "ddp_timeout": "student.watchdog_s",
-    "use_liger_kernel": "student.liger; the head and the loss are fused in any case",
+    "use_liger_kernel": "student.liger, the head and the loss are fused in any case",
     "attn_implementation": "nothing: the fastest attention that keeps packed documents apart",
     "flash_attention": "nothing: the fastest attention that keeps packed documents apart",
     # models and their processes
