@@ -22,6 +22,7 @@ from helpers.command import as_toml, stillhouse
 from helpers.models import CHAT_TEMPLATE, make_model, make_tokenizer
 from helpers.world import TinyWorld
 from stillhouse.config import Config
+from stillhouse.config.sections import names_by_section
 from stillhouse.suggestions import ELSEWHERE
 
 ASK_THE_HUB_TWICE = """
@@ -516,5 +517,8 @@ def test_what_takes_the_place_of_another_trainers_setting_exists() -> None:
     for name, words in ELSEWHERE.items():
         for word in words.replace(",", " ").split():
             section, _, key = word.partition(".")
+            key, _, inner = key.partition(".")  # of a table, such as student.lora
             if section in sections and key:
                 assert key in sections[section].model_fields, name
+            if inner:
+                assert inner in names_by_section()[f"{section}.{key}"], name
