@@ -28,7 +28,7 @@ def test_a_student_cut_from_its_teacher_begins_as_that_part_of_it_and_learns(
     plan = tiny_world.plan(tmp_path / "run", student=student)
     tiny_world.fill_store(plan)
     job = plan.jobs[0]
-    assert job.origin.settings["init"] == {"layers": [1]}
+    assert job.origin.settings["init"] == {"layers": [1], "intermediate_size": None}
     assert job.origin.settings["model"] == Path(teacher).name
     # made, and begun with
     make_cut(plan, workers=())
