@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse.models.attention import _is_right, attend_by_document, attends_by_document
+from stillhouse.models.attention import attend_by_document, attends_by_document, kernel_is_right
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.sequence import Sequences
 
@@ -48,6 +48,7 @@ def test_a_model_has_the_hidden_states_and_gradients_of_the_cpu(
 
     wanted = hidden_and_gradient()
     model.to(gpu, torch.bfloat16)
-    assert _is_right(gpu, torch.bfloat16, (4, num_key_heads), 64)
+    for has_window in (False, True):
+        assert kernel_is_right(gpu, torch.bfloat16, (4, num_key_heads), 64, has_window)
     for ours, theirs in zip(hidden_and_gradient(), wanted, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 0.05

@@ -841,7 +841,7 @@ def test_what_is_begun_and_counts_nothing_is_told_with_its_time() -> None:
     ]
     assert beginnings == [
         "teachers: starting | student: waiting for its first step",
-        "starting Ray, 0:00",
+        "starting Ray, 0:00 | teachers: starting | student: waiting for its first step",
         "teachers: loading, 0:32, 0 of 2 ready | student: waiting for its first step",
         "teachers: proving, 0:02, 0 of 2 ready | student: waiting for its first step",
         "teachers: proving, 0:12, 1 of 2 ready | student: waiting for its first step",
@@ -850,8 +850,9 @@ def test_what_is_begun_and_counts_nothing_is_told_with_its_time() -> None:
         "teachers 2/8 chunks, 3 in flight",
         "teachers 2/8 chunks, 3 in flight",
         "teachers 2/8 chunks, 3 in flight",
-        "evaluating, 0:00",
+        "evaluating, 0:00 | teachers 2/8 chunks, 3 in flight",
     ]
+    assert "control 1/10 steps" in text.getvalue().splitlines()[-1]  # what there was at the end
 
 
 def test_on_a_terminal_the_time_of_a_phase_goes_on_between_events() -> None:

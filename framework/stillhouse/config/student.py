@@ -90,7 +90,7 @@ class StudentSection(ModelSection):
         "weights",
         description="weights: start from the model's weights; config: from random ones of its "
         "config; { layers = [0, 2, 4] }: from these layers of the model, such as the teacher, and "
-        "all that is outside of its layers",
+        "all that is outside of its layers; with intermediate_size = 1024, of narrower MLPs",
     )
     lora: LoraSection | None = Field(
         None,
@@ -134,8 +134,8 @@ class StudentSection(ModelSection):
     )
     offload: Literal["none", "cpu"] = Field(
         "none",
-        description="cpu: Adam's states, and its step, in the host's memory, for 12 bytes a "
-        "parameter less on a GPU; needs zero_stage 2 or 3",
+        description="cpu: Adam's states, and its step, in the host's memory: 4 bytes a parameter "
+        "are left on a GPU of one rank; needs zero_stage 2 or 3",
     )
     activation_checkpointing: bool = Field(
         False,

@@ -74,7 +74,7 @@ def attend_by_document(model: PreTrainedModel) -> None:
         return
     model.set_attn_implementation(NAME)
     try:
-        with torch.inference_mode(), _probing():
+        with torch.no_grad(), _probing():
             _call_on_two_documents(model)
     except Exception:  # of any architecture, which may not take these arguments
         model.set_attn_implementation(before)
@@ -111,7 +111,8 @@ def by_document(
     if is_for_kernel and query_BANE.is_cuda and query_BANE.dtype in _OF_THE_KERNEL:
         assert cu_seq_lens_q is not None
         _, num_heads, _, size = query_BANE.shape
-        if _is_right(query_BANE.device, query_BANE.dtype, (num_heads, key_BGNE.shape[1]), size):
+        heads, has_window = (num_heads, key_BGNE.shape[1]), sliding_window is not None
+        if kernel_is_right(query_BANE.device, query_BANE.dtype, heads, size, has_window):
             found_NAE = _by_kernel(
                 query_BANE[0].transpose(0, 1),
                 key_BGNE[0].transpose(0, 1),
@@ -191,8 +192,12 @@ def _by_kernel(
 
 
 @cache
-def _is_right(
-    device: torch.device, dtype: torch.dtype, num_heads: tuple[int, int], size: int
+def kernel_is_right(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: tuple[int, int],
+    size: int,
+    has_window: bool,
 ) -> bool:
     """Whether the kernel has the values and gradients of one call a document, on two documents of
     heads like these. A kernel that fails or differs is not used, and the log says so."""
@@ -203,6 +208,7 @@ def _is_right(
         for heads in (*num_heads, num_heads[1])
     )
     documents = Documents.of(np.array([5, 3])).map(lambda places_D1: places_D1.to(device))
+    window = 2 if has_window else None
 
     def with_gradients(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
@@ -212,9 +218,9 @@ def _is_right(
             return [found_NAE, *torch.autograd.grad(loss, inputs, allow_unused=True)]
 
     # both ways
-    wanted = with_gradients(partial(_one_by_one, places=[0, 5, 8], scale=0.3))
+    wanted = with_gradients(partial(_one_by_one, places=[0, 5, 8], scale=0.3, window=window))
     try:
-        found = with_gradients(partial(_by_kernel, documents=documents, scale=0.3, window=None))
+        found = with_gradients(partial(_by_kernel, documents=documents, scale=0.3, window=window))
         is_right = all(
             ours is not None and torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
             for ours, theirs in zip(found, wanted, strict=True)

@@ -105,9 +105,8 @@ class ProgressView:
         in_words = "" if phase is None else _since(phase.phase, phase.time, self._clock())
         sides = self._sides()
         if self._live is None:
-            parts = [f"{side.title}{side.details}" for side in sides]
-            line = " | ".join([in_words] if in_words else parts)
-            self._console.print(Text(one_line(line)), soft_wrap=True)
+            parts = [in_words] * bool(in_words) + [f"{side.title}{side.details}" for side in sides]
+            self._console.print(Text(one_line(" | ".join(parts))), soft_wrap=True)
             return
         self._live.start()
         width = self._console.width
@@ -196,7 +195,7 @@ class _Latest:
 
     def take(self, event: RunEvent) -> bool:
         """Keep an event; False where it is of a kind that the bars do not show."""
-        # what is waited for, the teachers, then the students
+        # what is waited for, and who is ready
         match event:
             case WaitEvent():
                 self.wait = event if event.missing else None
