@@ -1,7 +1,7 @@
 """The configuration of a run: typed, frozen, read from TOML. It imports nothing heavy.
 
 fields, corpus, models,
-student, sections           what can be set: types and ranges, then the sections
+student, vllm, sections    what can be set: types and ranges, then the sections
 reading, paths              how a file becomes a Config, and what a relative path is relative to
 settings                    the same as a table and as a JSON Schema
 """
@@ -20,6 +20,7 @@ from stillhouse.config.sections import (
     TrackingSection,
 )
 from stillhouse.config.student import CutSection, LoraSection, StudentSection
+from stillhouse.config.vllm import VllmSection
 
 __all__ = [
     "DIVERGENCES",
@@ -37,6 +38,7 @@ __all__ = [
     "TargetSection",
     "TeacherSection",
     "TrackingSection",
+    "VllmSection",
     "load_config",
     "parse_config",
     "resolved_json",

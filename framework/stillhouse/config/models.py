@@ -16,7 +16,10 @@ from stillhouse.config.fields import (
     Seconds,
     Section,
 )
+from stillhouse.config.vllm import VllmSection
 from stillhouse.extension import is_extension
+
+ENGINES = ("transformers", "vllm")
 
 
 class ModelSection(Section):
@@ -57,9 +60,10 @@ class TeacherSection(ModelSection):
 
     engine: str = Field(
         "transformers",
-        description="what runs the teacher: transformers, or 'package.module:name', a "
+        description="what runs the teacher: transformers, vllm, or 'package.module:name', a "
         "TeacherEngine of your own",
     )
+    vllm: VllmSection = Field(VllmSection(), description="settings of the engine vllm alone")
     min_replicas: NumProcesses = Field(1, description="actors that must be up before a run begins")
     max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
     batch_sequences: BatchSize = Field(4, description="sequences in one forward pass")
@@ -91,11 +95,21 @@ class TeacherSection(ModelSection):
     @field_validator("engine")
     @classmethod
     def _is_an_engine(cls, name: str) -> str:
-        if name == "transformers" or is_extension(name):
+        if name in ENGINES or is_extension(name):
             return name
         raise ValueError(
-            f"no engine {name!r}; known: transformers, or 'package.module:name' for one of your own"
+            f"no engine {name!r}; known: {', '.join(ENGINES)}, or 'package.module:name' for one of "
+            "your own"
         )
+
+    @model_validator(mode="after")
+    def _tables_are_of_the_engine(self) -> "TeacherSection":
+        if self.vllm != VllmSection() and self.engine != "vllm":
+            raise ValueError(
+                f'vllm has settings, but engine is "{self.engine}", which does not read them; set '
+                'engine = "vllm", or leave the table out'
+            )
+        return self
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> "TeacherSection":

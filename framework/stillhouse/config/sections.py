@@ -18,6 +18,7 @@ from stillhouse.config.fields import (
 )
 from stillhouse.config.models import TeacherSection
 from stillhouse.config.student import CutSection, LoraSection, StudentSection
+from stillhouse.config.vllm import VllmSection
 
 
 class TargetSection(Section):
@@ -205,6 +206,7 @@ def names_by_section() -> dict[str, list[str]]:
     types = section_types()
     tables: dict[str, type[Section]] = {
         "corpus.mixed_with": DataSection,
+        "teacher.vllm": VllmSection,
         "student.init": CutSection,
         "student.lora": LoraSection,
     }

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from stillhouse import suggestions
+from stillhouse.config.fields import Section
 from stillhouse.config.sections import Config, section_types
 from stillhouse.errors import ConfigError
 
@@ -120,7 +121,7 @@ def _number(value: float) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    if field.default is None:
+    if field.default is None or isinstance(field.default, Section):
         return "none"
     if type(field.default) is int:
         return f"{field.default:_}" if field.default >= 10_000 else f"{field.default}"

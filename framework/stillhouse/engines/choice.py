@@ -3,6 +3,7 @@
 from stillhouse.config import TargetSection
 from stillhouse.engines.base import Capabilities, TeacherEngine
 from stillhouse.engines.transformers import TransformersEngine
+from stillhouse.engines.vllm import VllmEngine
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 
@@ -37,6 +38,8 @@ def engine_named(name: str) -> type[TeacherEngine]:
     """
     if name == "transformers":
         return TransformersEngine
+    if name == "vllm":
+        return VllmEngine
     found: type[TeacherEngine] = load_extension(name, setting="teacher.engine")
     missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
     if missing:

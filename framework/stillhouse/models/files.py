@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from stillhouse.errors import ModelError
 from stillhouse.model_path import source_of
 
-_WHOLE, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin*"
+WHOLE, INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin*"
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -26,7 +26,7 @@ def require_whole_weights(model: str) -> None:
     files = list(_weight_files(folder))
     if not files and not any(folder.glob(_PICKLED)):
         raise ModelError(
-            f"{model} has a config.json and no weights; put {_WHOLE}, or {_INDEX} and the files "
+            f"{model} has a config.json and no weights; put {WHOLE}, or {INDEX} and the files "
             'that it names, beside it (a student may start without: student.init = "config")'
         )
     for file in files:
@@ -35,9 +35,9 @@ def require_whole_weights(model: str) -> None:
 
 def _weight_files(folder: Path) -> Iterable[Path]:
     """The files that are loaded: one, or those that an index names."""
-    if (folder / _WHOLE).is_file():
-        return [folder / _WHOLE]
-    index = folder / _INDEX
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    index = folder / INDEX
     if not index.is_file():
         return []
     try:
@@ -53,9 +53,7 @@ def _require_whole(file: Path) -> None:
         with safe_open(file, framework="np"):  # compares the header with the file's size
             return
     except FileNotFoundError:
-        raise ModelError(
-            f"{file} is absent, but {_INDEX} names it; fetch the whole model"
-        ) from None
+        raise ModelError(f"{file} is absent, but {INDEX} names it; fetch the whole model") from None
     except (OSError, SafetensorError) as error:
         if _begins_as_pointer(file):
             raise ModelError(

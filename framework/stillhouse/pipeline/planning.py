@@ -184,9 +184,15 @@ def _as_begun(recipe: Recipe, *, run_dir: Path, url: str) -> Recipe:
 
 
 def _number_format(teacher: TeacherSection) -> str:
-    """The teacher's number format, and that of its logits where it is another."""
+    """The teacher's number format, that of its logits where it is another, and what else moves its
+    distribution by more than rounding: weights quantised as they are loaded, a narrow cache."""
     is_one_format = teacher.logits == "fast" or teacher.dtype == "float32"
-    return teacher.dtype if is_one_format else f"{teacher.dtype}+float32"
+    parts: list[str] = [teacher.dtype] if is_one_format else [teacher.dtype, "float32"]
+    if teacher.vllm.quantization is not None:
+        parts.append(f"{teacher.vllm.quantization} weights")
+    if teacher.vllm.kv_cache_dtype != "auto":
+        parts.append(f"{teacher.vllm.kv_cache_dtype} cache")
+    return "+".join(parts)
 
 
 def _zero_stage(section: StudentSection, *, run_dir: Path) -> int:

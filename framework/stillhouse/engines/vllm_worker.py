@@ -1,0 +1,54 @@
+"""vLLM's worker with our pooler: the class that vLLM itself makes, in the actor's process or, under
+tensor parallelism, in processes of its own.
+
+It ends with the process that owns the engine. And it loads its rows of the head together with the
+model, so that what is left of the memory, which vLLM measures then, is what really is left.
+"""
+
+import os
+import signal
+import threading
+from dataclasses import replace
+from multiprocessing import connection, parent_process
+from typing import Any
+
+from stillhouse.engines import _vllm_compat
+from stillhouse.engines.vllm_pooler import PoolerPlan, RecordsPooler
+from stillhouse.models.head_files import read_head
+
+
+class RecordsWorker(_vllm_compat.worker_class()):  # type: ignore[misc]
+    """A worker whose model's pooler makes records. The plan is vLLM's `additional_config`."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        _end_with_owner()  # before anything is loaded, which takes minutes
+        super().__init__(*arguments, **named)
+
+    def load_model(self, *arguments: Any, **named: Any) -> None:
+        super().load_model(*arguments, **named)
+        plan: PoolerPlan = self.vllm_config.additional_config
+        ranks = _vllm_compat.tensor_ranks()
+        each = -(-plan.head.vocab_size // ranks.world)
+        first = min(ranks.rank * each, plan.head.vocab_size)
+        rows = slice(first, min(first + each, plan.head.vocab_size))
+        head = read_head(plan.section, plan.head, rows=rows, device=self.device)
+        head = replace(head, float32_logits=plan.section.logits == "exact")
+        self.get_model().pooler = RecordsPooler(plan, head, first_id=first, group=ranks.group)
+
+
+def _end_with_owner() -> None:
+    """End this process when the one that started it is gone, however that ended.
+
+    A killed owner cannot tell its workers, and one that loads or waits for the others does not
+    look: they would keep a GPU's memory. The parent's sentinel is a pipe that the kernel closes.
+    Nothing is done in the owner's own process.
+    """
+    owner = parent_process()
+    if owner is None:
+        return
+
+    def watch() -> None:
+        connection.wait([owner.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
