@@ -16,6 +16,7 @@ from stillhouse.config.fields import (
     Seconds,
     Section,
 )
+from stillhouse.config.openai import OpenAISection
 from stillhouse.extension import is_extension
 
 
@@ -57,8 +58,13 @@ class TeacherSection(ModelSection):
 
     engine: str = Field(
         "transformers",
-        description="what runs the teacher: transformers, or 'package.module:name', a "
-        "TeacherEngine of your own",
+        description="what runs the teacher: transformers, openai (a server that scores prompts), "
+        "or 'package.module:name', a TeacherEngine of your own",
+    )
+    openai: OpenAISection | None = Field(
+        None,
+        description='the server of engine = "openai"; `model` then has the tokenizer, and names '
+        "the teacher together with `revision` and served_model",
     )
     min_replicas: NumProcesses = Field(1, description="actors that must be up before a run begins")
     max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
@@ -91,11 +97,26 @@ class TeacherSection(ModelSection):
     @field_validator("engine")
     @classmethod
     def _is_an_engine(cls, name: str) -> str:
-        if name == "transformers" or is_extension(name):
+        if name in ("transformers", "openai") or is_extension(name):
             return name
         raise ValueError(
-            f"no engine {name!r}; known: transformers, or 'package.module:name' for one of your own"
+            f"no engine {name!r}; known: transformers, openai, or 'package.module:name' for one of "
+            "your own"
         )
+
+    @model_validator(mode="after")
+    def _a_server_is_for_its_engine(self) -> "TeacherSection":
+        if self.engine == "openai" and self.openai is None:
+            raise ValueError(
+                'engine is "openai", but openai is missing; say where the server is: '
+                '[teacher.openai] base_url = "http://10.0.0.5:8000/v1"'
+            )
+        if self.engine != "openai" and self.openai is not None:
+            raise ValueError(
+                f'openai is set, but engine is "{self.engine}"; set engine = "openai", or leave '
+                "the table out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> "TeacherSection":

@@ -17,6 +17,7 @@ from stillhouse.config.fields import (
     Section,
 )
 from stillhouse.config.models import TeacherSection
+from stillhouse.config.openai import OpenAISection
 from stillhouse.config.student import CutSection, LoraSection, StudentSection
 
 
@@ -207,6 +208,7 @@ def names_by_section() -> dict[str, list[str]]:
         "corpus.mixed_with": DataSection,
         "student.init": CutSection,
         "student.lora": LoraSection,
+        "teacher.openai": OpenAISection,
     }
     return {"": list(types)} | {
         name: list(kind.model_fields) for name, kind in (types | tables).items()

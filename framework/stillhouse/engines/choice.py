@@ -2,6 +2,7 @@
 
 from stillhouse.config import TargetSection
 from stillhouse.engines.base import Capabilities, TeacherEngine
+from stillhouse.engines.openai import OpenAIEngine
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
@@ -22,6 +23,11 @@ def require_capable(capabilities: Capabilities, target: TargetSection, *, engine
             f'target.tail_draws is {target.tail_draws}, but the engine "{engine}" cannot draw '
             "from the tail; set it to 0"
         )
+    if target.temperature != 1.0 and not capabilities.temperatures:
+        raise ConfigError(
+            f'target.temperature is {target.temperature:g}, but the engine "{engine}" scores at 1 '
+            "alone; set it to 1"
+        )
     for name in ("weighted_draws", "label_logprob", "tail_entropy"):
         if getattr(target, name) and not getattr(capabilities, name):
             raise ConfigError(
@@ -37,6 +43,8 @@ def engine_named(name: str) -> type[TeacherEngine]:
     """
     if name == "transformers":
         return TransformersEngine
+    if name == "openai":
+        return OpenAIEngine
     found: type[TeacherEngine] = load_extension(name, setting="teacher.engine")
     missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
     if missing:
