@@ -48,6 +48,11 @@ class StoreUnavailable(StoreError):
     try."""
 
 
+class ServerError(UserError):
+    """A teacher's server cannot be used as it is: it does not answer, refuses, gives something
+    else than was planned with, or would cost more than it may."""
+
+
 class RunError(StillhouseError):
     """The run failed although its configuration was right."""
 

@@ -55,8 +55,14 @@ def recipe(section: TeacherSection, engine_name: str, tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def engine(section: TeacherSection, recipe: Recipe) -> TeacherEngine:
-    return engine_named(section.engine)(section, recipe, device="cpu")
+def engine(section: TeacherSection, recipe: Recipe, tmp_path: Path) -> TeacherEngine:
+    return built(section, recipe, tmp_path)
+
+
+def built(section: TeacherSection, recipe: Recipe, folder: Path) -> TeacherEngine:
+    return engine_named(section.engine)(
+        section, recipe, device="cpu", store_url=str(folder / "store")
+    )
 
 
 def item_of(recipe: Recipe, number: int = 2) -> WorkItem:
@@ -168,9 +174,9 @@ def test_every_part_brings_a_sample_of_its_first_targets(
 
 
 def test_two_of_its_replicas_are_the_same_teacher(
-    engine: TeacherEngine, recipe: Recipe, section: TeacherSection
+    engine: TeacherEngine, recipe: Recipe, section: TeacherSection, tmp_path: Path
 ) -> None:
-    other = engine_named(section.engine)(section, recipe, device="cpu")
+    other = built(section, recipe, tmp_path)
     require_same_teacher(engine.probe(), other.probe(), replica=1)
 
 

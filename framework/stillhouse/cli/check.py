@@ -18,7 +18,7 @@ from stillhouse.cli.findings import (
     size_words,
 )
 from stillhouse.cluster.placement import student_needs
-from stillhouse.config import StudentSection
+from stillhouse.config import StudentSection, TeacherSection
 from stillhouse.errors import ConfigError, ModelError, StoreError
 from stillhouse.models import head_of, load_model
 from stillhouse.pipeline import Plan
@@ -53,6 +53,10 @@ def _models(plan: Plan, found: Findings) -> None:
     vocab_size, sequence_length = plan.recipe.vocab_size, plan.recipe.sequence_length
     for role, section in (("teacher", plan.config.teacher), ("student", plan.config.student)):
         name = section.model + (f" at {section.revision[:12]}" if section.revision else "")
+        if isinstance(section, TeacherSection) and section.openai is not None:
+            server = section.openai
+            found.add(role, f"{name}: served as {server.served_model} by {server.base_url}")
+            continue
 
         # the model, without memory for its weights
         try:

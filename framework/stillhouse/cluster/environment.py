@@ -20,6 +20,14 @@ def learn_secrets() -> None:
     know(secrets_of(os.environ, home=Path(os.path.expanduser("~"))))
 
 
+def secret_in(variable: str) -> str | None:
+    """The secret in a variable of this process's environment, registered for redaction; None where
+    there is none."""
+    value = os.environ.get(variable, "").strip()
+    know([value])
+    return value or None
+
+
 def quieten() -> None:
     """Set how the libraries log and wait, before they are imported. The user's own settings
     stay."""

@@ -4,7 +4,7 @@ dumps, kills."""
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stillhouse.cluster.environment import forbid_pickled_code, learn_secrets
+from stillhouse.cluster.environment import forbid_pickled_code, learn_secrets, secret_in
 from stillhouse.cluster.placement import Placement
 from stillhouse.errors import RunError, StillhouseError
 from stillhouse.redaction import know
@@ -22,23 +22,28 @@ _END_S, _STACK_S = 30.0, 10.0
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """The credentials of a process for gated models. They are not in the repr, and travel as an
-    argument, never in a config."""
+    """The credentials of a process, for gated models and for a teacher's server. They are not in
+    the repr, and travel as an argument, never in a config."""
 
     hub_token: str | None = field(repr=False)
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)  # by variable
 
     def adopt(self) -> None:
-        """Set the secrets in this process's environment, where Hugging Face looks for them."""
-        if self.hub_token is not None:
-            os.environ["HF_TOKEN"] = self.hub_token
-            know([self.hub_token])
+        """Set the secrets in this process's environment, where libraries look for them."""
+        found = (
+            {**self.keys} if self.hub_token is None else {**self.keys, "HF_TOKEN": self.hub_token}
+        )
+        os.environ.update(found)
+        know(found.values())
 
 
-def local_secrets() -> Secrets:
-    """The hub token of the user who starts the run: HF_TOKEN, or what `hf auth login` stored."""
+def local_secrets(*variables: str) -> Secrets:
+    """Those of the user who starts the run: the hub token, in HF_TOKEN or where `hf auth login`
+    stored it, and what these variables hold."""
     from huggingface_hub import get_token
 
-    return Secrets(hub_token=get_token())
+    keys = {name: key for name in variables if (key := secret_in(name)) is not None}
+    return Secrets(hub_token=get_token(), keys=keys)
 
 
 def prepare_process(device: str, threads: int) -> None:

@@ -1,7 +1,7 @@
 """The configuration of a run: typed, frozen, read from TOML. It imports nothing heavy.
 
-fields, corpus, models,
-student, vllm, sections    what can be set: types and ranges, then the sections
+fields, corpus, models, openai,
+student, vllm, sections     what can be set: types and ranges, then the sections
 reading, paths              how a file becomes a Config, and what a relative path is relative to
 settings                    the same as a table and as a JSON Schema
 """
@@ -9,6 +9,7 @@ settings                    the same as a table and as a JSON Schema
 from stillhouse.config.corpus import CorpusSection
 from stillhouse.config.fields import DIVERGENCES, NoticeSource, Section
 from stillhouse.config.models import ModelSection, TeacherSection
+from stillhouse.config.openai import OpenAISection
 from stillhouse.config.paths import with_absolute_inputs
 from stillhouse.config.reading import load_config, parse_config, resolved_json
 from stillhouse.config.sections import (
@@ -32,6 +33,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "NoticeSource",
+    "OpenAISection",
     "Section",
     "StoreSection",
     "StudentSection",

@@ -16,10 +16,11 @@ from stillhouse.config.fields import (
     Seconds,
     Section,
 )
+from stillhouse.config.openai import OpenAISection
 from stillhouse.config.vllm import VllmSection
 from stillhouse.extension import is_extension
 
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "openai")
 
 
 class ModelSection(Section):
@@ -60,8 +61,13 @@ class TeacherSection(ModelSection):
 
     engine: str = Field(
         "transformers",
-        description="what runs the teacher: transformers, vllm, or 'package.module:name', a "
-        "TeacherEngine of your own",
+        description="what runs the teacher: transformers, vllm, openai (a server that scores "
+        "prompts), or 'package.module:name', a TeacherEngine of your own",
+    )
+    openai: OpenAISection | None = Field(
+        None,
+        description='the server of engine = "openai"; `model` then has the tokenizer, and names '
+        "the teacher together with `revision` and served_model",
     )
     vllm: VllmSection = Field(VllmSection(), description="settings of the engine vllm alone")
     min_replicas: NumProcesses = Field(1, description="actors that must be up before a run begins")
@@ -104,6 +110,16 @@ class TeacherSection(ModelSection):
 
     @model_validator(mode="after")
     def _tables_are_of_the_engine(self) -> "TeacherSection":
+        if self.engine == "openai" and self.openai is None:
+            raise ValueError(
+                'engine is "openai", but openai is missing; say where the server is: '
+                '[teacher.openai] base_url = "http://10.0.0.5:8000/v1"'
+            )
+        if self.engine != "openai" and self.openai is not None:
+            raise ValueError(
+                f'openai is set, but engine is "{self.engine}"; set engine = "openai", or leave '
+                "the table out"
+            )
         if self.vllm != VllmSection() and self.engine != "vllm":
             raise ValueError(
                 f'vllm has settings, but engine is "{self.engine}", which does not read them; set '

@@ -17,6 +17,7 @@ from stillhouse.config.fields import (
     Section,
 )
 from stillhouse.config.models import TeacherSection
+from stillhouse.config.openai import OpenAISection
 from stillhouse.config.student import CutSection, LoraSection, StudentSection
 from stillhouse.config.vllm import VllmSection
 
@@ -209,6 +210,7 @@ def names_by_section() -> dict[str, list[str]]:
         "teacher.vllm": VllmSection,
         "student.init": CutSection,
         "student.lora": LoraSection,
+        "teacher.openai": OpenAISection,
     }
     return {"": list(types)} | {
         name: list(kind.model_fields) for name, kind in (types | tables).items()

@@ -35,6 +35,7 @@ class Capabilities:
     weighted_draws: bool = False
     label_logprob: bool = False
     tail_entropy: bool = False
+    temperatures: bool = True  # whether it can score at another temperature than 1
 
 
 class Records(NamedTuple):
@@ -51,8 +52,11 @@ class TeacherEngine(Protocol):
     time.
     """
 
-    def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str) -> None:
-        """Load the teacher. Raises ModelError or TeacherError for one that cannot be used."""
+    def __init__(
+        self, section: TeacherSection, recipe: Recipe, *, device: str, store_url: str
+    ) -> None:
+        """Load the teacher. `store_url`: where chunks will be published. Raises ModelError or
+        TeacherError for one that cannot be used."""
 
     @property
     def digest(self) -> str | None:

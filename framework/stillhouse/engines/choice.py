@@ -1,12 +1,20 @@
 """Choosing the teacher engine that a config names, and checking it against the config's target."""
 
+from collections.abc import Mapping
+
 from stillhouse.config import TargetSection
 from stillhouse.engines.base import Capabilities, TeacherEngine
+from stillhouse.engines.openai import OpenAIEngine
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.engines.vllm import VllmEngine
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 
+_BUILT_IN: Mapping[str, type[TeacherEngine]] = {
+    "transformers": TransformersEngine,
+    "vllm": VllmEngine,
+    "openai": OpenAIEngine,
+}
 _MEMBERS = ("describe", "identity", "records", "probe", "backend")
 
 
@@ -23,6 +31,11 @@ def require_capable(capabilities: Capabilities, target: TargetSection, *, engine
             f'target.tail_draws is {target.tail_draws}, but the engine "{engine}" cannot draw '
             "from the tail; set it to 0"
         )
+    if target.temperature != 1.0 and not capabilities.temperatures:
+        raise ConfigError(
+            f'target.temperature is {target.temperature:g}, but the engine "{engine}" scores at 1 '
+            "alone; set it to 1"
+        )
     for name in ("weighted_draws", "label_logprob", "tail_entropy"):
         if getattr(target, name) and not getattr(capabilities, name):
             raise ConfigError(
@@ -36,10 +49,8 @@ def engine_named(name: str) -> type[TeacherEngine]:
 
     Raises ConfigError where the user's own cannot be imported or lacks members of TeacherEngine.
     """
-    if name == "transformers":
-        return TransformersEngine
-    if name == "vllm":
-        return VllmEngine
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
     found: type[TeacherEngine] = load_extension(name, setting="teacher.engine")
     missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
     if missing:

@@ -44,7 +44,10 @@ class TransformersEngine:
     Construction loads the model and checks its head and its packing on a probe batch.
     """
 
-    def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str):
+    def __init__(
+        self, section: TeacherSection, recipe: Recipe, *, device: str, store_url: str = ""
+    ):
+        del store_url  # all that it needs of it is in the recipe
         self._section, self._recipe = section, recipe
         many_gpus = device == "cuda" and torch.cuda.device_count() > 1
         self._model, self.digest = digest_beside(

@@ -40,7 +40,10 @@ class VllmEngine:
     """A causal LM in vLLM. On one device it runs in this process; spread over several, each has a
     process that ends with this one."""
 
-    def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str):
+    def __init__(
+        self, section: TeacherSection, recipe: Recipe, *, device: str, store_url: str = ""
+    ):
+        del store_url  # all that it needs of it is in the recipe
         _vllm_compat.require_version()
         self._recipe = recipe
         probe_spec = TargetSpec(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -30,10 +30,13 @@ WEIGHT_FILES = ("config.json", "*.safetensors", "*.bin")
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Of a model from the hub its commit, of a local one the hash of its files."""
+    """Of a model from the hub its commit, of a local one the hash of its files, of one behind an
+    API that of its names."""
 
     digest: str
     revision: str | None  # the commit to load; None for a local model
+    kind: Literal["weights", "api"] = "weights"
+    served_model: str | None = None  # the name under which an API has it
 
 
 def model_identity(section: ModelSection, *, cache_dir: Path) -> ModelIdentity:

@@ -53,7 +53,8 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     for what cannot be used, weights that are not whole included, before anything heavy starts."""
     if (reason := why_too_long(run_dir)) is not None:
         raise ConfigError(f"--run-dir: {reason}; choose shorter names")
-    require_whole_weights(config.teacher.model)
+    if config.teacher.openai is None:
+        require_whole_weights(config.teacher.model)
     if config.student.init != "config":
         require_whole_weights(config.student.model)
     if needs_outline(config.student):
@@ -101,6 +102,7 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         packing="packed" if config.corpus.packing else "padded",
         chunk_sequences=config.store.chunk_sequences,
         tokenizer_digest=digest,
+        teacher_kind=identity.kind,
         teacher_digest=identity.digest,
         teacher_dtype=_number_format(config.teacher),
         vocab_size=spec.vocab_size,
@@ -113,24 +115,27 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         tail_entropy=spec.tail_entropy,
     )
     recipe = _as_begun(recipe, run_dir=run_dir, url=config.store.url)
-    url = ChunkStore(config.store.url, recipe).url
     student = student.model_copy(update={"checkpoint_url": _absolute(student.checkpoint_url)})
     stage = _zero_stage(student, run_dir=run_dir.absolute())
     sections = {
         "teacher": teacher,
         "student": student.model_copy(update={"zero_stage": stage}),
-        "store": config.store.model_copy(update={"url": url}),
+        "store": config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url}),
     }
     config = config.model_copy(update=sections)
     return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
 
 
 def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
-    """The section with its revision resolved and a local directory absolute: a worker's working
-    directory is another one."""
+    """The section with its revision resolved, and a server's model named, and a local directory
+    absolute: a worker's working directory is another one."""
     path = Path(section.model).expanduser()
     model = str(path.resolve()) if path.is_dir() else section.model
-    return section.model_copy(update={"model": model, "revision": identity.revision})
+    pinned: dict[str, object] = {"model": model, "revision": identity.revision}
+    if isinstance(section, TeacherSection) and section.openai is not None:
+        served = {"served_model": identity.served_model}
+        pinned["openai"] = section.openai.model_copy(update=served)
+    return section.model_copy(update=pinned)
 
 
 def _tokenizer_of(section: ModelSection) -> PreTrainedTokenizerFast:
@@ -185,7 +190,10 @@ def _as_begun(recipe: Recipe, *, run_dir: Path, url: str) -> Recipe:
 
 def _number_format(teacher: TeacherSection) -> str:
     """The teacher's number format, that of its logits where it is another, and what else moves its
-    distribution by more than rounding: weights quantised as they are loaded, a narrow cache."""
+    distribution by more than rounding: weights quantised as they are loaded, a narrow cache. That
+    of a server is not known."""
+    if teacher.openai is not None:
+        return "as served"
     is_one_format = teacher.logits == "fast" or teacher.dtype == "float32"
     parts: list[str] = [teacher.dtype] if is_one_format else [teacher.dtype, "float32"]
     if teacher.vllm.quantization is not None:

@@ -1,9 +1,11 @@
-"""The teachers of a run: a pool of Ray actors that make targets."""
+"""The teachers of a run: a pool of Ray actors that make targets, and the server that some ask."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stillhouse.cluster.processes import local_secrets
+from stillhouse.config import TeacherSection
+from stillhouse.engines.openai import OpenAIEngine
 from stillhouse.errors import ChangedWeightsError
 from stillhouse.models import forget_identity
 from stillhouse.pipeline.plan import Targets
@@ -17,6 +19,16 @@ from stillhouse.teacher.ray_backend import RayBackend
 
 
 @contextmanager
+def answering(targets: Targets) -> Iterator[None]:
+    """Ask a teacher behind a server for a probe, where there are targets to make, before anything
+    starts. Raises ServerError where it cannot be used."""
+    section, store = targets.teacher, targets.store
+    if section.engine == "openai" and not store.published().issuperset(targets.chunks):
+        OpenAIEngine(section, store.recipe, device="cpu", store_url=store.url).prove()
+    yield
+
+
+@contextmanager
 def teacher_pool(
     targets: Targets, session: Session, *, consumers: Retention | None = None
 ) -> Iterator[Dispatcher[WorkItem, Ready]]:
@@ -26,7 +38,7 @@ def teacher_pool(
     backend = RayBackend(
         TeacherJob(section, store.recipe, store.url, cluster.threads, cluster.notices),
         where=session.place_of(section),
-        secrets=local_secrets(),
+        secrets=local_secrets(*_variables_of(section)),
         coordinator=session.coordinator,
     )
     try:
@@ -44,3 +56,8 @@ def teacher_pool(
     except ChangedWeightsError:  # the next plan looks at the weights themselves
         forget_identity(section, cache_dir=targets.cache_dir)
         raise
+
+
+def _variables_of(section: TeacherSection) -> list[str]:
+    """The environment variables with keys that teachers need."""
+    return [] if section.openai is None else [section.openai.api_key_env]

@@ -33,7 +33,7 @@ from stillhouse.pipeline.scoring import score
 from stillhouse.pipeline.session import Session, at_work, enough_room, on_ray
 from stillhouse.pipeline.shared_dirs import require_shared_checkpoints, require_shared_store
 from stillhouse.pipeline.students import students_at_work
-from stillhouse.pipeline.teachers import teacher_pool
+from stillhouse.pipeline.teachers import answering, teacher_pool
 from stillhouse.report import write_report
 from stillhouse.retry import insist
 from stillhouse.tracking import ROOM_PATIENCE, EarlyStopEvent, Tracker, read_journal
@@ -45,6 +45,7 @@ def produce(plan: Plan, *, command: str = "stillhouse produce") -> None:
     config, store = plan.config, plan.store
     with (
         attempt(plan.request, command) as journal,
+        answering(plan.targets),
         on_ray(config.cluster, journal),
         at_work(config.cluster, journal, teacher_needs(config.teacher)) as (session, machines),
     ):
@@ -110,6 +111,7 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
     needs = teacher_needs(config.teacher) | student_needs(config.student)
     with (
         learning_attempt(plan.request, command, jobs=jobs) as (journal, owner),
+        answering(plan.targets),
         on_ray(config.cluster, journal),
     ):
         with at_work(config.cluster, journal, needs) as (session, machines):

@@ -112,7 +112,10 @@ class _TeacherActor:
         began = monotonic()
         self._coordinator.mention(PhaseEvent("teacher", "loading"))
         self._engine = engine_named(self._job.section.engine)(
-            self._job.section, self._job.recipe, device=self._device
+            self._job.section,
+            self._job.recipe,
+            device=self._device,
+            store_url=self._job.store_url,
         )
         self._store = ChunkStore(self._job.store_url, self._job.recipe)
         self._coordinator.mention(PhaseEvent("teacher", "proving"))

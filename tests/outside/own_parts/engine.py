@@ -24,7 +24,10 @@ from stillhouse.store import Recipe
 class PlainEngine:
     """Slow and short: no packing, no fused head, no batches."""
 
-    def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str) -> None:
+    def __init__(
+        self, section: TeacherSection, recipe: Recipe, *, device: str, store_url: str
+    ) -> None:
+        del store_url  # nothing is kept
         self._recipe, self._device = recipe, device
         model: Any = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32)
         self._model = model.to(device).eval()

@@ -1,0 +1,159 @@
+"""A server of the tests' own that scores prompts by their ids, as vLLM's does, on loopback.
+
+It keeps a book of what it charges. It is busy, fails, is silent, breaks off, or changes its answers
+where a test says so.
+
+Shapes: D tokens of a prompt, V vocabulary.
+"""
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Answer = dict[str, Any]
+
+
+class Fault(NamedTuple):
+    """What is done with one request instead of an answer."""
+
+    kind: Literal["status", "silent", "cut"]
+    status: int = 500
+    retry_after: str | None = None
+    is_charged: bool = True
+
+
+def busy(retry_after: str | None = None) -> Fault:
+    return Fault("status", 429, retry_after, is_charged=False)
+
+
+@dataclass(eq=False)
+class PromptServer:
+    """`logprobs_of`: the log-probabilities after each token of a prompt, [D, V]."""
+
+    logprobs_of: Callable[[list[int]], Tensor]
+    names: tuple[str, ...] = ("toy",)
+    max_model_len: int | None = None
+    key: str | None = None  # that a request must have
+    # of the next requests, one each; None is an answer
+    faults: deque[Fault | None] = field(default_factory=deque)
+    # of an answer, before it is sent; and what happens before a request is looked at
+    changed: Callable[[Answer], Answer] = lambda answer: answer
+    arrived: Callable[[list[int]], None] = lambda _prompt: None
+    prompts: list[list[int]] = field(default_factory=list)  # of all requests
+    num_charged: int = 0  # tokens
+    num_now: int = 0  # requests that are being answered, and the most that ever were
+    num_most: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    released: threading.Event = field(default_factory=threading.Event)  # at its end
+    base_url: str = ""
+
+    @contextmanager
+    def running(self) -> Iterator["PromptServer"]:
+        server = _Server(("127.0.0.1", 0), _Handler)
+        server.behaviour = self
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        self.base_url = f"http://127.0.0.1:{server.server_port}/v1"
+        try:
+            yield self
+        finally:
+            self.released.set()
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    def scored(self, request: Answer) -> Answer:
+        """vLLM's answer."""
+        prompt, num_entries = request["prompt"], request["prompt_logprobs"]
+        with self.lock:
+            logprobs_DV = self.logprobs_of(prompt)
+        top = logprobs_DV.topk(num_entries, dim=1)
+        listed: list[Answer | None] = [None]
+        for at, token in enumerate(prompt[1:]):
+            ids = {token: float(logprobs_DV[at, token])}
+            ids |= dict(zip(top.indices[at].tolist(), top.values[at].tolist(), strict=True))
+            listed.append({str(each): {"logprob": value} for each, value in ids.items()})
+        num_tokens = len(prompt) + 1
+        usage = {"prompt_tokens": len(prompt), "total_tokens": num_tokens}
+        return {
+            "model": request["model"],
+            "choices": [{"index": 0, "text": "", "prompt_logprobs": listed}],
+            "usage": usage,
+        }
+
+
+def flat(prompt: list[int], *, vocab_size: int = 300) -> Tensor:
+    """A distribution that depends on the token alone; no model has to be loaded for it."""
+    ids_DV = torch.tensor(prompt)[:, None] * 31 + torch.arange(vocab_size) * 17
+    return ((ids_DV % 101) / 25.0).log_softmax(dim=1)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+    behaviour: PromptServer
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no error here."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def do_GET(self) -> None:
+        here = self.server.behaviour
+        cards = [{"id": name, "max_model_len": here.max_model_len} for name in here.names]
+        self._answer(200, {"object": "list", "data": cards})
+
+    def do_POST(self) -> None:
+        here = self.server.behaviour
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if here.key is not None and self.headers["Authorization"] != f"Bearer {here.key}":
+            return self._answer(401, {"error": "this key is not known"})
+        with here.lock:
+            here.prompts.append(request["prompt"])
+            fault = here.faults.popleft() if here.faults else None
+            here.num_now += 1
+            here.num_most = max(here.num_most, here.num_now)
+            if fault is None or fault.is_charged:
+                here.num_charged += len(request["prompt"]) + 1
+        try:
+            here.arrived(request["prompt"])
+            return self._misbehave(fault) if fault else self._score(request)
+        finally:
+            with here.lock:
+                here.num_now -= 1
+
+    def _score(self, request: Answer) -> None:
+        here = self.server.behaviour
+        self._answer(200, here.changed(here.scored(request)))
+
+    def _misbehave(self, fault: Fault) -> None:
+        if fault.kind == "silent":
+            self.server.behaviour.released.wait()
+        if fault.kind != "status":
+            self.close_connection = True
+            return
+        headers = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
+        self._answer(fault.status, {"error": "not now"}, headers)
+
+    def _answer(self, status: int, body: Answer, headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Quietly."""
