@@ -28,8 +28,7 @@ LOCK_DEV := printf "torch; sys_platform == 'never'\ntriton; sys_platform == 'nev
 	--overrides - --no-emit-package torch --no-emit-package triton --no-emit-package setuptools
 # vLLM's image libraries come as CUDA builds, beside which a CPU build of torch breaks Transformers; text needs none of them.
 LOCK_VLLM := printf "$(foreach part,torch torchvision torchaudio torchcodec triton,$(part); sys_platform == 'never'\n)" \
-	| $(COMPILE) --group test-vllm --universal --overrides - \
-	$(foreach part,torch torchvision torchaudio torchcodec triton,--no-emit-package $(part))
+	| $(COMPILE) --group test-vllm --python-platform x86_64-manylinux_2_28 --overrides -
 PYTORCH_CPU := --extra-index-url https://download.pytorch.org/whl/cpu
 TORCH_CPU ?= $(PYTORCH_CPU) --index-strategy unsafe-best-match
 UPGRADE ?= --upgrade
@@ -104,6 +103,7 @@ format: $(INSTALLED)  ## format, and fix what the linter can
 
 lock: lock-dev lock-vllm  ## all locks, by hash, anew from pyproject.toml: what the images install, and this checkout
 	$(LOCK) $(UPGRADE) --output-file docker/gpu.lock
+	$(LOCK) $(UPGRADE) --extra vllm --output-file docker/vllm.lock
 	$(LOCK) $(UPGRADE) --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
 
 lock-dev: $(INSTALLED)  ## the lock of this checkout alone; UPGRADE= keeps the versions that still fit

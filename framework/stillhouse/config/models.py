@@ -15,6 +15,7 @@ from stillhouse.config.fields import (
     NumProcesses,
     Seconds,
     Section,
+    shown,
 )
 from stillhouse.extension import is_extension
 
@@ -60,6 +61,11 @@ class TeacherSection(ModelSection):
         description="what runs the teacher: transformers, or 'package.module:name', a "
         "TeacherEngine of your own",
     )
+    python: Name | None = Field(
+        None,
+        description="the absolute path of an interpreter of its own for teachers, on every machine "
+        "that has them, such as /opt/vllm/bin/python; none: the one that runs the rest",
+    )
     min_replicas: NumProcesses = Field(1, description="actors that must be up before a run begins")
     max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
     batch_sequences: BatchSize = Field(4, description="sequences in one forward pass")
@@ -95,6 +101,16 @@ class TeacherSection(ModelSection):
             return name
         raise ValueError(
             f"no engine {name!r}; known: transformers, or 'package.module:name' for one of your own"
+        )
+
+    @field_validator("python")
+    @classmethod
+    def _is_an_absolute_path(cls, python: str | None) -> str | None:
+        if python is None or python.startswith("/"):
+            return python
+        raise ValueError(
+            f"{shown(python)} is no absolute path; give one, since teachers run on machines with "
+            "other directories"
         )
 
     @model_validator(mode="after")
