@@ -5,6 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # SkyPilot has an environment of its own, because it needs other versions of our packages.
 SKYPILOT := .venv-sky/.installed
+# So has vLLM, which pins torch and holds Transformers and NumPy back.
+VLLM := .venv-vllm/.installed
 # Some tests make networks and mounts. Without root, they run as root of namespaces of their own, from which no other network is reached.
 # Root of a namespace can mount no image and become no other user: tests that do are left out, and named at the end.
 ifneq ($(shell id -u),0)
@@ -24,6 +26,9 @@ LOCK := $(COMPILE) docker/build.in --python-platform x86_64-manylinux_2_28
 # torch comes before the lock, with CUDA or without, and brings triton where it has CUDA.
 LOCK_DEV := printf "torch; sys_platform == 'never'\ntriton; sys_platform == 'never'\n" | $(COMPILE) --extra dev --universal \
 	--overrides - --no-emit-package torch --no-emit-package triton --no-emit-package setuptools
+# vLLM's image libraries come as CUDA builds, beside which a CPU build of torch breaks Transformers; text needs none of them.
+LOCK_VLLM := printf "$(foreach part,torch torchvision torchaudio torchcodec triton,$(part); sys_platform == 'never'\n)" \
+	| $(COMPILE) --group test-vllm --python-platform x86_64-manylinux_2_28 --overrides -
 PYTORCH_CPU := --extra-index-url https://download.pytorch.org/whl/cpu
 TORCH_CPU ?= $(PYTORCH_CPU) --index-strategy unsafe-best-match
 UPGRADE ?= --upgrade
@@ -36,8 +41,11 @@ done; \
 if [ -n "$$missing" ]; then apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; fi
 endef
 
-.PHONY: help system system-slurm demo test test-whole test-parts chaos slurm gpu gpu-dry check lint launch-files format lock lock-dev \
-	package docs bench clean
+# Run a command, and print what it says when it has ended, so that the progress of a job beside it can be read.
+told_at_its_end = @log=$$(mktemp); $(1) >$$log 2>&1; code=$$?; echo; cat $$log; rm $$log; exit $$code
+
+.PHONY: help system system-slurm demo test test-whole test-parts test-vllm chaos slurm gpu gpu-dry check lint launch-files format lock \
+	lock-dev lock-vllm package docs bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -51,16 +59,17 @@ system-slurm:  ## Debian's packages that `make slurm` needs, where they are miss
 demo: $(INSTALLED)  ## distil a small model on this machine, and write runs/demo/report.html
 	$(BIN)/stillhouse demo
 
-test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes; two halves in parallel, for two cores
-	@$(MAKE) --no-print-directory --jobs=2 test-whole test-parts
+test: $(INSTALLED) launch-files  ## the tests: real Ray, DeepSpeed, S3 protocol and models, small sizes; in parallel, for two cores
+	@$(MAKE) --no-print-directory --jobs=2 test-whole test-parts test-vllm
 
 test-whole: $(INSTALLED)
 	$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/chaos tests/e2e
 
-# Its output is printed when it has ended, so that the progress of the other half can be read.
 test-parts: $(INSTALLED)
-	@log=$$(mktemp); $(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/conformance tests/fuzz tests/integration tests/unit >$$log 2>&1; code=$$?; \
-	echo; cat $$log; rm $$log; exit $$code
+	$(call told_at_its_end,$(AS_ROOT) $(BIN)/pytest $(LEAVE_OUT) tests/attacks tests/conformance tests/fuzz tests/integration tests/unit)
+
+test-vllm: $(INSTALLED) $(VLLM)  ## the tests that need vLLM, on the CPU, in an environment of its own
+	$(call told_at_its_end,.venv-vllm/bin/pytest tests/vllm)
 
 chaos: $(INSTALLED)  ## the long form: parsers fuzzed for FUZZ_ROUNDS (20), disasters in SEEDS (3) courses, random faults for MINUTES (20), and half as long for teachers alone
 	$(BIN)/pytest tests/fuzz --fuzz-rounds=$(FUZZ_ROUNDS)
@@ -92,12 +101,16 @@ format: $(INSTALLED)  ## format, and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: lock-dev  ## all locks, by hash, anew from pyproject.toml: what the images install, and this checkout
+lock: lock-dev lock-vllm  ## all locks, by hash, anew from pyproject.toml: what the images install, and this checkout
 	$(LOCK) $(UPGRADE) --output-file docker/gpu.lock
+	$(LOCK) $(UPGRADE) --extra vllm --output-file docker/vllm.lock
 	$(LOCK) $(UPGRADE) --override docker/cpu.in $(TORCH_CPU) --output-file docker/cpu.lock
 
 lock-dev: $(INSTALLED)  ## the lock of this checkout alone; UPGRADE= keeps the versions that still fit
 	$(LOCK_DEV) $(UPGRADE) --output-file requirements-dev.lock
+
+lock-vllm: $(INSTALLED)  ## the lock of .venv-vllm alone; UPGRADE= keeps the versions that still fit
+	$(LOCK_VLLM) $(UPGRADE) --output-file requirements-vllm.lock
 
 package: $(INSTALLED)  ## the sdist and the wheel, in dist/
 	rm -rf dist
@@ -110,7 +123,7 @@ bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 	$(BIN)/stillhouse bench pipeline
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf .venv .venv-sky .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-sky .venv-vllm .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 
 # torch comes first and alone, so that a CPU build that is at hand satisfies everything after it. Then the lock, by its hashes;
 # the last line adds what the lock leaves to the machine (triton), and checks the rest against pyproject.toml.
@@ -125,4 +138,13 @@ $(INSTALLED): pyproject.toml requirements-dev.lock
 $(SKYPILOT):
 	test -x .venv-sky/bin/python || $(PYTHON) -m venv .venv-sky
 	.venv-sky/bin/pip install --quiet --disable-pip-version-check 'skypilot==0.14.1'
+	@touch $@
+
+# torch comes first, as above, in the one version that vLLM 0.29 to 0.32 pin. `pip check` misses torchvision, torchaudio, torchcodec and
+# triton, which are left out.
+$(VLLM): pyproject.toml requirements-vllm.lock
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check $(if $(CPU),$(PYTORCH_CPU)) 'torch==2.13.0'
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement requirements-vllm.lock
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@

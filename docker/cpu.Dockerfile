@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # Stillhouse on CPUs: the demo, the tests and compose.yaml. `docker build -f docker/cpu.Dockerfile -t stillhouse:cpu .`
 #
-# The base is pinned. To take a newer one: `docker buildx imagetools inspect python:3.11-slim-bookworm`, its digest here and in gpu.Dockerfile.
+# The base is pinned. To take a newer one: `docker buildx imagetools inspect python:3.11-slim-bookworm`, its digest here and in the others.
 # What is installed is docker/cpu.lock, by its hashes; `make lock` makes it anew from pyproject.toml.
 ARG BASE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 

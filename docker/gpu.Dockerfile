@@ -2,7 +2,7 @@
 # Stillhouse on NVIDIA GPUs: teachers and students. `docker build -f docker/gpu.Dockerfile -t stillhouse:gpu .`
 # CUDA's libraries come with torch's wheels; the machine has to bring its driver (nvidia-container-toolkit).
 #
-# The base is pinned. To take a newer one: `docker buildx imagetools inspect python:3.11-slim-bookworm`, its digest here and in cpu.Dockerfile.
+# The base is pinned. To take a newer one: `docker buildx imagetools inspect python:3.11-slim-bookworm`, its digest here and in the others.
 # What is installed is docker/gpu.lock, by its hashes; `make lock` makes it anew from pyproject.toml.
 ARG BASE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 

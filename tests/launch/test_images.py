@@ -13,7 +13,7 @@ from stillhouse.cluster import node
 from stillhouse.cluster.ray_directory import machine_directory, ray_directory
 from stillhouse.errors import RunError
 
-IMAGES = ("cpu", "gpu")
+IMAGES = ("cpu", "gpu", "vllm")
 
 
 def locked(image: str) -> dict[str, str]:
@@ -37,9 +37,24 @@ def test_a_lock_has_all_that_stillhouse_asks_for_and_a_hash_of_everything(image:
     assert all("--hash=sha256:" in entry for entry in entries[1:])
 
 
-def test_only_the_gpu_image_has_cuda() -> None:
+def test_only_the_cpu_image_has_no_cuda() -> None:
     assert not any(name.startswith("nvidia-") for name in locked("cpu"))
-    assert any(name.startswith("nvidia-cudnn") for name in locked("gpu"))
+    for image in ("gpu", "vllm"):
+        assert any(name.startswith("nvidia-cudnn") for name in locked(image))
+
+
+def test_the_two_environments_of_the_image_for_vllm_can_work_together() -> None:
+    """As `teacher.python` asks for it: one Ray; and the vLLM that the extra allows."""
+    assert locked("vllm")["ray"] == locked("gpu")["ray"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    [asked] = map(Requirement, extras["vllm"])
+    assert asked.specifier.contains(locked("vllm")[asked.name])
+    text = (ROOT / "docker/vllm.Dockerfile").read_text()
+    for place in ("/opt/stillhouse", "/opt/vllm"):
+        assert f"{place}/bin/pip install --no-deps --no-build-isolation /src" in text
+        assert f"COPY --from=build {place} {place}" in text
 
 
 @pytest.mark.parametrize("image", IMAGES)

@@ -33,6 +33,7 @@ SKY = "launch/sky/run.yaml"
 TEXT: dict[str, Validator] = {
     "docker/cpu.Dockerfile": dockerfile,
     "docker/gpu.Dockerfile": dockerfile,
+    "docker/vllm.Dockerfile": dockerfile,
     "launch/slurm/run.sbatch": sbatch,
 }
 FREE = {  # mappings whose keys are the writer's own
@@ -82,6 +83,7 @@ def test_each_misspelt_field_is_refused(name: str) -> None:
 WORDS = {
     "docker/cpu.Dockerfile": r"^([A-Z]+)\b",
     "docker/gpu.Dockerfile": r"^([A-Z]+)\b",
+    "docker/vllm.Dockerfile": r"^([A-Z]+)\b",
     "launch/slurm/run.sbatch": r"^#SBATCH --([\w-]+)",
 }
 
@@ -117,6 +119,7 @@ VARIABLES: dict[str, tuple[Validator, str]] = {
     "docker/compose.yaml": (compose, r"\$\{(\w+)|^ {4,6}([A-Z]\w+):"),
     "docker/cpu.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
     "docker/gpu.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
+    "docker/vllm.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
     "launch/ray/aws.yaml": (ray_up, r"\$(\w+)"),
     "launch/ray/gcp.yaml": (ray_up, r"\$(\w+)"),
     "launch/sky/run.yaml": (variables_of_sky, r"\$([A-Z]\w+)|^  ([A-Z]\w+):"),

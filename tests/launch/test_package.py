@@ -106,7 +106,7 @@ def test_the_sdist_builds_the_same_wheel(built: Built, tmp_path: Path) -> None:
     assert (tmp_path / built.wheel.name).read_bytes() == built.wheel.read_bytes()
 
 
-@pytest.mark.parametrize("image", ["cpu", "gpu"])
+@pytest.mark.parametrize("image", ["cpu", "gpu", "vllm"])
 def test_an_image_builds_the_same_wheel(built: Built, tmp_path: Path, image: str) -> None:
     text = (ROOT / f"docker/{image}.Dockerfile").read_text()
     for names, place in re.findall(r"^COPY (.+) (/src.*)$", text, flags=re.MULTILINE):

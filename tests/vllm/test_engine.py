@@ -6,21 +6,17 @@ Shapes: S sequences, L positions, T target tokens, B bytes of a record.
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.vllmtoys import ARCHITECTURES, S, make_toy, packed_item, recipe_of, section_of
-from stillhouse.config import TeacherSection
+from helpers.vllmtoys import ARCHITECTURES, make_toy, packed_item, recipe_of, section_of
 from stillhouse.engines.base import TeacherEngine
 from stillhouse.engines.probe import mean_kl, require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.engines.vllm import VllmEngine
-from stillhouse.errors import TeacherError
 from stillhouse.logits import CompressedLogits, concatenate, decode
 from stillhouse.sequence import WorkItem
-from stillhouse.store import Recipe
 
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own are many
 RECIPE = recipe_of()

@@ -130,18 +130,27 @@ def _room_in(resources_by_node: Mapping[str, Mapping[str, float]], where: Placem
     return sum(how_many_fit(there, where) for there in staying)
 
 
+def nodes_with_room(placements: Collection[Placement]) -> list[dict[str, Any]]:
+    """The live nodes, as Ray describes them, that have the resources for one of the placements."""
+    resources = _ray_compat.total_resources()
+
+    def fits(node: Mapping[str, Any]) -> bool:
+        there = resources.get(node["NodeID"], {})
+        return node["Alive"] and any(how_many_fit(there, where) for where in placements)
+
+    return [node for node in ray.nodes() if fits(node)]
+
+
 def machines_without(path: Path, placements: Collection[Placement]) -> list[str]:
     """The addresses of the other machines on which there is no such file, or that do not answer. Of
     those alone that have the resources for one of the placements."""
     # every machine that may run one of the processes is asked at once
-    resources, here = _ray_compat.total_resources(), this_node()
-    addresses: dict[Any, str] = {}  # by the reference to the answer
-    for node in ray.nodes():
-        there = resources.get(node["NodeID"], {})
-        fits = any(how_many_fit(there, where) for where in placements)
-        if node["Alive"] and node["NodeID"] != here and fits:
-            answer = ask_node(node["NodeID"], os.path.exists, path)
-            addresses[answer] = node["NodeManagerAddress"]
+    here = this_node()
+    addresses = {  # by the reference to the answer
+        ask_node(node["NodeID"], os.path.exists, path): node["NodeManagerAddress"]
+        for node in nodes_with_room(placements)
+        if node["NodeID"] != here
+    }
     if not addresses:
         return []
     # those without an answer in time, or with a bad one

@@ -93,10 +93,10 @@ def end_process(pid: int, *, node: str) -> None:
     _answer(ask_node(node, _end_process, pid))
 
 
-def ask_node(node: str, function: Callable[..., Any], argument: object) -> Any:
+def ask_node(node: str, function: Callable[..., Any], *arguments: object) -> Any:
     """Start a function on this node. Returns Ray's reference to its answer."""
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(argument)
+    return ray.remote(function).options(num_cpus=0, scheduling_strategy=there).remote(*arguments)
 
 
 def _answer(asked: Any) -> Any:

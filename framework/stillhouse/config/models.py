@@ -15,6 +15,7 @@ from stillhouse.config.fields import (
     NumProcesses,
     Seconds,
     Section,
+    shown,
 )
 from stillhouse.config.openai import OpenAISection
 from stillhouse.config.vllm import VllmSection
@@ -70,6 +71,11 @@ class TeacherSection(ModelSection):
         "the teacher together with `revision` and served_model",
     )
     vllm: VllmSection = Field(VllmSection(), description="settings of the engine vllm alone")
+    python: Name | None = Field(
+        None,
+        description="the absolute path of an interpreter of its own for teachers, on every machine "
+        "that has them, such as /opt/vllm/bin/python; none: the one that runs the rest",
+    )
     min_replicas: NumProcesses = Field(1, description="actors that must be up before a run begins")
     max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
     batch_sequences: BatchSize = Field(4, description="sequences in one forward pass")
@@ -106,6 +112,16 @@ class TeacherSection(ModelSection):
         raise ValueError(
             f"no engine {name!r}; known: {', '.join(ENGINES)}, or 'package.module:name' for one of "
             "your own"
+        )
+
+    @field_validator("python")
+    @classmethod
+    def _is_an_absolute_path(cls, python: str | None) -> str | None:
+        if python is None or python.startswith("/"):
+            return python
+        raise ValueError(
+            f"{shown(python)} is no absolute path; give one, since teachers run on machines with "
+            "other directories"
         )
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
 """Relative paths in a config file: they are relative to that file.
 
 - A path that begins with `./` or `../` is relative to the directory of its config file.
-- Another relative path of an input (a data set, a model, a tokenizer) is looked for in that
-  directory. Where it is not there, the value stays as it is: a hub name, or a path relative to the
-  current directory.
+- Another relative path of an input (a data set, a model, a tokenizer, an interpreter) is looked for
+  in that directory. Where it is not there, the value stays as it is: a hub name, or a path relative
+  to the current directory.
 - Another relative path of an output (`store.url`, `student.checkpoint_url`) is relative to the
   current directory, as --run-dir is.
 
@@ -22,6 +22,7 @@ _INPUTS = (
     ("corpus", "dataset"),
     ("corpus", "chat_template"),
     ("teacher", "model"),
+    ("teacher", "python"),
     ("student", "model"),
     ("student", "tokenizer"),
 )

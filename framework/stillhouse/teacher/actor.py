@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.interpreters import runtime_env_of
 from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, prepare_process
@@ -201,10 +202,12 @@ def spawn(
 
     Its `start` must have returned before it gets work.
     """
+    python = job.section.python
     options = {
         "num_cpus": where.num_cpus,
         "num_gpus": where.num_gpus,
         "resources": dict(where.resources) or None,
+        "runtime_env": None if python is None else runtime_env_of(python),
     }
     actor = ray.remote(_TeacherActor).options(**options)
     return actor.remote(job, number, where.device, secrets, coordinator)

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 import ray
 
 from stillhouse.cluster.coordinator import Coordinator
+from stillhouse.cluster.interpreters import Interpreters
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, cause_of
 from stillhouse.pool.events import Answered, Died, Event, Raised, Started
 from stillhouse.sequence import WorkItem
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 
+_ASKED_S = (
+    90.0  # for the answers of all machines about their interpreters, before the first teacher
+)
 _NODE_DIED = "its node has died"  # Ray's wording: its error has no attribute for it
 
 
@@ -24,8 +28,10 @@ class _Call(NamedTuple):
 
 
 class RayBackend:
-    """Starts a teacher of `job` under each worker number, where the cluster has resources for
-    it."""
+    """Starts a teacher of `job` under each worker number, where the cluster has resources for it.
+
+    Raises ConfigError, here and in `events`, where a machine cannot start `teacher.python`.
+    """
 
     def __init__(
         self, job: TeacherJob, *, where: Placement, secrets: Secrets, coordinator: Coordinator
@@ -33,6 +39,10 @@ class RayBackend:
         self._job, self._where, self._secrets, self._coordinator = job, where, secrets, coordinator
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, _Call] = {}
+        python = job.section.python
+        self._interpreters = None if python is None else Interpreters(python, where)
+        if self._interpreters is not None:
+            self._interpreters.require(timeout_s=_ASKED_S)
 
     def spawn(self, worker: int) -> None:
         actor = spawn(
@@ -60,6 +70,8 @@ class RayBackend:
             # no teacher works: the window is closed, or only students have work left
             sleep(timeout_s)
             return []
+        if self._interpreters is not None and any(c.lease is None for c in self._calls.values()):
+            self._interpreters.require(timeout_s=0.0)  # of machines that have joined since
         waiting = list(self._calls)
         done, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
         if done:
