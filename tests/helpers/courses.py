@@ -50,8 +50,8 @@ from stillhouse.pipeline.ownership import Lease, release, renew, take_over
 from stillhouse.pool.retention import Retention
 from stillhouse.retry import Patience, insist
 from stillhouse.store import Chunk, ChunkStore, Consumer, StoreUnavailable
-from stillhouse.store.chunk_store import ChunkMissing
 from stillhouse.store.consumers import commit, join, registered
+from stillhouse.store.numbered import ChunkMissing
 from stillhouse.store.object_layer import ObjectLayer
 from stillhouse.store.object_store import Blobs
 

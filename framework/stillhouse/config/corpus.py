@@ -1,5 +1,6 @@
 """The section [corpus]: data sets, how their rows are read, and how documents become sequences."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -7,13 +8,16 @@ from pydantic import Field, field_validator, model_validator
 from stillhouse.config.fields import Count, Fraction, Name, Section, Seed
 from stillhouse.extension import is_extension
 
+ROLLOUTS = "rollouts://"  # before the fingerprint of what `stillhouse generate` wrote
+
 
 class DataSection(Section):
     """A data set, and how its rows are read."""
 
     dataset: Name = Field(
         description="a hub data set; local text, json(l) or csv (also .gz or .zst), parquet or "
-        "arrow files, a glob or a directory; or 'stdlib', the Python files of the standard library"
+        "arrow files, a glob or a directory; 'stdlib', the Python files of the standard library; "
+        "or rollouts://FINGERPRINT, what `stillhouse generate` wrote into the store"
     )
     subset: str | None = Field(None, description="the hub data set's configuration name")
     split: str = Field("train", description="the data set's split")
@@ -48,6 +52,32 @@ class DataSection(Section):
         description="share of the sequences of a mixture, relative to the weights of mixed_with; "
         "0 leaves the data set out",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rollouts_are_tokens(cls, values: Any) -> Any:
+        """They need no format in a file."""
+        is_table = isinstance(values, dict)
+        if is_table and str(values.get("dataset", "")).startswith(ROLLOUTS):
+            return {"format": "tokens", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _rollouts_are_nothing_else(self) -> "DataSection":
+        if not self.dataset.startswith(ROLLOUTS):
+            return self
+        if not re.fullmatch(r"(.+/)?[0-9a-f]{16}", self.dataset.removeprefix(ROLLOUTS)):
+            raise ValueError(
+                f"dataset is {self.dataset}; wanted {ROLLOUTS} and the 16 digits that `stillhouse "
+                "generate` printed, before them the URL of the store and a slash where it is "
+                "another one than store.url"
+            )
+        if self.format != "tokens":
+            raise ValueError(
+                f"format is '{self.format}', but rollouts are ids of tokens already; leave format "
+                "out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _settings_fit_the_format(self) -> "DataSection":
@@ -132,6 +162,16 @@ class CorpusSection(DataSection):
             f"no source {name!r}; known: corpus, or 'package.module:name' for one of your own"
         )
 
+    def in_store(self, url: str) -> "CorpusSection":
+        """The same, where rollouts without a store of their own are those of the store `url`."""
+        mixed = tuple(
+            each.model_copy(update={"dataset": _in_store(each.dataset, url)})
+            for each in self.mixed_with
+        )
+        return self.model_copy(
+            update={"dataset": _in_store(self.dataset, url), "mixed_with": mixed}
+        )
+
     def parts(self) -> list["CorpusSection"]:
         """Each data set of a weight above 0 as a corpus of its own."""
         common: dict[str, Any] = {
@@ -145,3 +185,8 @@ class CorpusSection(DataSection):
             for each in (self, *self.mixed_with)
             if each.weight
         ]
+
+
+def _in_store(dataset: str, url: str) -> str:
+    digits = dataset.removeprefix(ROLLOUTS)
+    return f"{ROLLOUTS}{url}/{digits}" if digits != dataset and "/" not in digits else dataset

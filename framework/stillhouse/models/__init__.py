@@ -11,6 +11,7 @@ from stillhouse.models.tokenizers import (
     load_tokenizer,
     tokenizer_digest,
     vocab_size_of,
+    vocabulary_digest,
 )
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "save_model",
     "tokenizer_digest",
     "vocab_size_of",
+    "vocabulary_digest",
     "write_cut",
 ]

@@ -44,10 +44,12 @@ def load_model(
     device_map: str | torch.device | Mapping[str, Any] | None = None,
     random_init_seed: int | None = None,
     nf4: bool = False,
+    by_document: bool = True,
 ) -> PreTrainedModel:
     """A model in the section's dtype and in eval mode: with its weights, placed by `device_map`
     (None: CPU), or with random ones on the CPU, by seed. `nf4` holds the weights of its linear
-    layers but the head in 4 bits; bitsandbytes has to be installed.
+    layers but the head in 4 bits; bitsandbytes has to be installed. `by_document` is False for a
+    model that writes: it needs a cache, and so the attention that transformers chooses.
 
     Raises ModelError: absent, gated, of an unknown architecture, or with weights that are not in
     its files.
@@ -75,7 +77,9 @@ def load_model(
             section.model,
         )
         _check_loading(section.model, report)
-        attend_by_document(model.eval())
+        model.eval()
+        if by_document:
+            attend_by_document(model)
         return model
 
     # With random weights.

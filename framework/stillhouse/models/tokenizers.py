@@ -56,6 +56,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
+def vocabulary_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 over what each id stands for. Tokenizers that split texts otherwise, or have other
+    chat templates, may have equal vocabularies."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+
+
 def vocab_size_of(tokenizer: PreTrainedTokenizerFast) -> int:
     """V, the size of the vocabulary of every target: the highest id + 1."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -38,6 +38,7 @@ from stillhouse.pipeline.run_dir import config_of
 from stillhouse.sequences.source import open_sources
 from stillhouse.store import ChunkStore, Recipe, StoreForbidden, StoreUnavailable, parse_recipe
 from stillhouse.store.object_store import Blobs
+from stillhouse.store.url import absolute_url
 from stillhouse.student.adapters import needs_outline, outline
 from stillhouse.student.job import checkpoints_root_of
 from stillhouse.student.memory import USABLE_SHARE, lowest_stage, memory_of_process, size_of
@@ -67,6 +68,8 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
 def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     """As `make_plan`, for a run that may be finished: the weights that its student began with need
     not be there any more. A corpus is tokenised once, into `cache_dir`."""
+    config = _placed(config)
+
     # the models: what the engine can do, and the revisions that the run is pinned to
     engine = engine_named(config.teacher.engine)
     require_capable(engine.describe(config.teacher), config.target, engine=config.teacher.engine)
@@ -92,7 +95,7 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
             on_progress=on_progress,
         )
 
-    # the recipe, and the URLs as every worker sees them
+    # the recipe, and what else every worker sees
     corpus = sources.train.identity
     recipe = Recipe(
         source_kind=corpus.kind,
@@ -120,10 +123,19 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     sections = {
         "teacher": teacher,
         "student": student.model_copy(update={"zero_stage": stage}),
-        "store": config.store.model_copy(update={"url": ChunkStore(config.store.url, recipe).url}),
     }
     config = config.model_copy(update=sections)
     return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
+
+
+def _placed(config: Config) -> Config:
+    """The config with the store's URL as every worker sees it, and with rollouts of that store."""
+    url = absolute_url(config.store.url)
+    sections = {
+        "store": config.store.model_copy(update={"url": url}),
+        "corpus": config.corpus.in_store(url),
+    }
+    return config.model_copy(update=sections)
 
 
 def _pinned(section: _Section, identity: ModelIdentity) -> _Section:

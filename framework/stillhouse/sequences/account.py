@@ -17,11 +17,13 @@ class Account:
     form: str = ""  # what was read of a row, in words
     bad_rows: list[BadRow] = field(default_factory=list)  # that were skipped
     ways: dict[str, int] = field(default_factory=dict)  # conversations told in each `Way`
+    left_out: dict[str, int] = field(default_factory=dict)  # rows that are not wanted, by reason
 
     def lines(self) -> list[str]:
         """What people should know of it: what was read, what is learnt, what was skipped."""
         lines = [f"{self.num_documents:,} documents: {self.form}"]
         lines += [f"in {count:,} of them {Way(way).words}" for way, count in self.ways.items()]
+        lines += [f"left out: {count:,} {reason}" for reason, count in self.left_out.items()]
         if self.bad_rows:
             first = self.bad_rows[0]
             lines.append(

@@ -1,4 +1,5 @@
-"""Bad rows: rows of a corpus that cannot be learnt from, which are skipped up to a share of all."""
+"""Bad rows: rows of a corpus that cannot be learnt from, which are skipped up to a share of all;
+and rows that are not wanted, which are left out however many they are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ _SHOWN = 3
 
 class BadRowError(CorpusError):
     """A row cannot become tokens. Its message begins behind the words 'row 7 of a.jsonl: '."""
+
+
+class LeftOutError(CorpusError):
+    """A row is sound, and is not wanted. Its message is the reason, the same for all such rows."""
 
 
 @dataclass(frozen=True, slots=True)

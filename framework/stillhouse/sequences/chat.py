@@ -141,6 +141,14 @@ class ChatTemplate:
             )
         return Rendered(text, told, Way.LAST)
 
+    def prompt(self, conversation: Conversation) -> str:
+        """The text of a conversation up to where an assistant's turn begins. Raises as `rendered`
+        does."""
+        text = self._text_or_none(conversation, prompted=True)
+        if text is None:  # perhaps for arguments of calls that are objects
+            text = self._text(conversation.with_texts_as_arguments(), prompted=True)
+        return require_text(text)
+
     def _marked(self, conversation: Conversation, text: str, source: str) -> list[Span]:
         """The spans that a template marks: it is rendered with a character for each mark, which
         changes nothing else."""
@@ -213,10 +221,10 @@ class ChatTemplate:
                 )
             self._written.add(kind)
 
-    def _text_or_none(self, conversation: Conversation) -> str | None:
+    def _text_or_none(self, conversation: Conversation, *, prompted: bool = False) -> str | None:
         """The text; None where the template refuses it."""
         try:
-            return self._text(conversation)
+            return self._text(conversation, prompted=prompted)
         except BadRowError:
             return None
 

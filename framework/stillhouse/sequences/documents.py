@@ -69,11 +69,11 @@ def load_documents(section: CorpusSection, *, cache_dir: str | Path) -> Document
     that has no meaning for the source. Raises CacheError where `cache_dir` cannot be written.
     """
     if section.dataset == "stdlib":
-        _refuse_settings(section, "the standard library", ("subset", "revision"))
+        refuse_settings(section, "the standard library", ("subset", "revision"))
         return _from_files(_stdlib_files(), section)
     if not looks_like_path(section.dataset):
         return from_table(table_from_hub(section), section)
-    _refuse_settings(section, "local files", ("subset", "revision"))
+    refuse_settings(section, "local files", ("subset", "revision"))
     files = local_files(section.dataset)
     if files[0].suffix in TEXT_SUFFIXES:
         return _from_files(files, section)
@@ -200,7 +200,8 @@ def _is_utf8(file: Path) -> bool:
     return True
 
 
-def _refuse_settings(section: CorpusSection, source: str, names: Sequence[str]) -> None:
+def refuse_settings(section: CorpusSection, source: str, names: Sequence[str]) -> None:
+    """Raise CorpusError where one of these settings is given: it has no meaning for the source."""
     given = [f"corpus.{name}" for name in names if getattr(section, name) is not None]
     if given:
         raise CorpusError(

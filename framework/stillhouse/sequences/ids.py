@@ -22,6 +22,7 @@ class Tokens:
 
     ids: NDArray[np.int32]
     is_label: NDArray[np.bool_]
+    group: int | None = None  # documents of one group are held out together, or not at all
 
     def __len__(self) -> int:
         return len(self.ids)

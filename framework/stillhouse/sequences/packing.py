@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ import xxhash
 from stillhouse import atomic
 from stillhouse.cache import writing_cache
 from stillhouse.config import CorpusSection
+from stillhouse.config.corpus import ROLLOUTS
 from stillhouse.errors import CorpusError
 from stillhouse.sealed import opened, sealed
 from stillhouse.sequence import Sequences
@@ -39,6 +40,7 @@ from stillhouse.sequences.corpus import (
 )
 from stillhouse.sequences.documents import Documents, load_documents
 from stillhouse.sequences.ids import Tokens
+from stillhouse.sequences.rollouts import documents_of_rollouts
 from stillhouse.sequences.tokens import tokenise
 
 if TYPE_CHECKING:
@@ -71,7 +73,10 @@ def prepare_corpus(
     so far.
     """
     # All that decides the corpus names its directory: of a template, its text.
-    documents = load_documents(section, cache_dir=Path(cache_dir) / "tables")
+    if section.dataset.startswith(ROLLOUTS):
+        documents = documents_of_rollouts(section, tokenizer)
+    else:
+        documents = load_documents(section, cache_dir=Path(cache_dir) / "tables")
     key = {
         "version": CACHE_VERSION,
         "block_tokens": BLOCK_TOKENS,
@@ -110,7 +115,8 @@ def _build(
     """Write both corpora, and their description, into a directory."""
     # The corpora: held out first, from the same stream of documents.
     account = Account()
-    tokens = _told(tokenise(documents, section, tokenizer, account=account), account, on_progress)
+    found = tokenise(documents, section, tokenizer, account=account)
+    tokens = _Told(found, account, on_progress)
     length = section.sequence_length
 
     def sequences(limit: int) -> Iterator[Sequences]:
@@ -122,6 +128,7 @@ def _build(
 
     few = sequences(section.heldout_sequences)
     heldout = write_corpus(directory / "heldout.arrow", few, length)
+    tokens.end_group()
     ordered = write_corpus(directory / "train.arrow", sequences(sys.maxsize), length)
     train = ordered.shuffled(seed=section.seed)
     if account.num_tokens and not account.num_labels:
@@ -152,13 +159,31 @@ def _build(
     (directory / "corpus.json").write_text(json.dumps(sealed(values, name="check")))
 
 
-def _told(
-    documents: Iterable[Tokens], account: Account, on_progress: Callable[[int, int], None]
-) -> Iterator[Tokens]:
+class _Told(Iterator[Tokens]):
     """The same documents; `on_progress` is told of each that is taken."""
-    for document in documents:
-        on_progress(account.num_documents, account.num_tokens)
-        yield document
+
+    def __init__(
+        self,
+        documents: Iterator[Tokens],
+        account: Account,
+        on_progress: Callable[[int, int], None],
+    ):
+        self._documents = documents
+        self._account = account
+        self._on_progress = on_progress
+        self._last_group: int | None = None
+
+    def __next__(self) -> Tokens:
+        document = next(self._documents)
+        self._on_progress(self._account.num_documents, self._account.num_tokens)
+        self._last_group = document.group
+        return document
+
+    def end_group(self) -> None:
+        """Skip the rest of the group, if any, that the last document belongs to."""
+        group = self._last_group
+        if group is not None:
+            self._documents = itertools.dropwhile(lambda each: each.group == group, self._documents)
 
 
 # ---- tokens -> sequences

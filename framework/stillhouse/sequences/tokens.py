@@ -15,7 +15,7 @@ from stillhouse.config import CorpusSection
 from stillhouse.errors import CorpusError
 from stillhouse.models import vocab_size_of
 from stillhouse.sequences.account import Account
-from stillhouse.sequences.bad_rows import BadRow, BadRowError, require_few, where
+from stillhouse.sequences.bad_rows import BadRow, BadRowError, LeftOutError, require_few, where
 from stillhouse.sequences.chat import TEMPLATE_LIMIT_S, ChatTemplate, Rendered, template_text
 from stillhouse.sequences.documents import Documents
 from stillhouse.sequences.ids import Tokens, require_ids
@@ -69,10 +69,14 @@ def _good(
     account: Account,
     change: Callable[[Any], Any] = lambda document: document,
 ) -> Iterator[Any]:
-    """The documents, changed. Bad rows are skipped, and told in the account."""
+    """The documents, changed. Rows that are bad or not wanted are skipped, and told in the
+    account."""
     for row in map(int, documents.order):
         try:
             document = change(documents.read(row))
+        except LeftOutError as error:
+            account.left_out[str(error)] = account.left_out.get(str(error), 0) + 1
+            continue
         except BadRowError as error:
             account.bad_rows.append(BadRow(*documents.place(row), str(error)))
             require_few(account.bad_rows, num_rows=len(documents), max_share=section.max_bad_rows)

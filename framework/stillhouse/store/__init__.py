@@ -5,7 +5,6 @@ from stillhouse.errors import StoreUnavailable as StoreUnavailable
 from stillhouse.store.chunk import Chunk as Chunk
 from stillhouse.store.chunk import pack_chunk as pack_chunk
 from stillhouse.store.chunk import unpack_chunk as unpack_chunk
-from stillhouse.store.chunk_store import ChunkMissing as ChunkMissing
 from stillhouse.store.chunk_store import ChunkRef as ChunkRef
 from stillhouse.store.chunk_store import ChunkStore as ChunkStore
 from stillhouse.store.consumers import Consumer as Consumer
@@ -18,6 +17,7 @@ from stillhouse.store.maintenance import list_recipes as list_recipes
 from stillhouse.store.maintenance import sweep as sweep
 from stillhouse.store.maintenance import verify_chunks as verify_chunks
 from stillhouse.store.maintenance import verify_store as verify_store
+from stillhouse.store.numbered import ChunkMissing as ChunkMissing
 from stillhouse.store.recipe import Recipe as Recipe
 from stillhouse.store.recipe import differences as differences
 from stillhouse.store.recipe import nearest as nearest

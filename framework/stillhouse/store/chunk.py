@@ -35,6 +35,7 @@ from stillhouse.store.chunk_header import (
 )
 from stillhouse.store.ranges import Extent
 from stillhouse.store.recipe import Recipe
+from stillhouse.store.stored_sequences import check_sequences
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +89,7 @@ def pack_chunk(chunk: Chunk, recipe: Recipe) -> bytes:
     """The file of a chunk. Raises ChunkError, as `unpack_chunk` does, on values that are not of the
     recipe."""
     tensors = _tensors_of(chunk, recipe)
-    _check_rows(chunk, recipe)
+    _check(chunk, recipe)
     data = safetensors.numpy.save(tensors, blank_metadata(recipe, chunk.number))
     return with_checksum(data, len(chunk.sequences))
 
@@ -176,7 +177,7 @@ def unpack_rows(
             f"chunk {index.number} has rows whose loss_mask and row_starts disagree on their "
             "number of targets"
         )
-    _check_rows(chunk, index.recipe)
+    _check(chunk, index.recipe)
     return chunk
 
 
@@ -212,24 +213,5 @@ def _row_xxh3(pieces: Sequence[Buffer]) -> int:
     return digest.intdigest()
 
 
-def _check_rows(chunk: Chunk, recipe: Recipe) -> None:
-    """Raise ChunkError on values that are well hashed, and yet mean nothing."""
-    name = f"chunk {chunk.number}"
-    ids, positions, mask = chunk.sequences.arrays
-    if len(ids) and (ids.min() < 0 or ids.max() >= recipe.vocab_size):
-        raise ChunkError(
-            f"{name} has token ids from {ids.min()} to {ids.max()}, wanted 0 to "
-            f"{recipe.vocab_size - 1}"
-        )
-    if mask.any() and (mask.max() > 1 or mask[:, -1].any()):
-        raise ChunkError(
-            f"{name} has a loss_mask that is not 0 or 1, or that is not 0 in the last column"
-        )
-    restarts = positions[:, 1:] == 0
-    if positions[:, 0].any() or not (restarts | (positions[:, 1:] == positions[:, :-1] + 1)).all():
-        raise ChunkError(f"{name} has positions that neither count up nor restart at 0")
-    if (mask[:, :-1].astype(bool) & restarts).any():
-        raise ChunkError(
-            f"{name} has a loss_mask of 1 at the last token of a document, whose next token is of "
-            "another"
-        )
+def _check(chunk: Chunk, recipe: Recipe) -> None:
+    check_sequences(chunk.sequences, f"chunk {chunk.number}", vocab_size=recipe.vocab_size)

@@ -7,6 +7,7 @@ the row hashes and the row starts.
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -29,6 +30,7 @@ _CHECKSUM_DIGITS = 16
 _DTYPES: dict[str, np.dtype[Any]] = {
     "U64": np.dtype("<u8"),
     "I64": np.dtype("<i8"),
+    "F32": np.dtype("<f4"),
     "I32": np.dtype("<i4"),
     "U8": np.dtype("u1"),
 }
@@ -94,13 +96,13 @@ def checksum_of(data: bytes) -> str:
     return data[start : start + _CHECKSUM_DIGITS].decode("ascii")
 
 
-def is_whole(start: Buffer, *, num_bytes: int) -> bool:
-    """Whether a file of `num_bytes` is as long as its first `START_BYTES` say. A cheap check that
-    finds what was cut short; not all damage."""
+def is_whole(start: Buffer, *, num_bytes: int, last: str = "targets") -> bool:
+    """Whether a file of `num_bytes` is as long as its first `START_BYTES` say: up to the end of its
+    `last` tensor. A cheap check that finds what was cut short; not all damage."""
     header_bytes = header_length(start)
     try:
         header = json.loads(bytes(start[LENGTH_BYTES : LENGTH_BYTES + header_bytes]))
-        return bool(num_bytes == LENGTH_BYTES + header_bytes + header["targets"]["data_offsets"][1])
+        return bool(num_bytes == LENGTH_BYTES + header_bytes + header[last]["data_offsets"][1])
     except (ValueError, TypeError, LookupError, RecursionError):
         return False
 
@@ -109,16 +111,10 @@ def parse_header(text: bytes, recipe: Recipe, number: int) -> tuple[list[TensorS
     """Verify a header. Returns the tensors in the order of their bytes, and the checksum as it is
     claimed. Raises ChunkError."""
     name = f"chunk {number}"
-    header = _parse_object(text, f"the header of {name}")
+    header = parse_object(text, f"the header of {name}")
     # the metadata
-    match header.get("__metadata__"):
-        case {"stillhouse": str(inner), **others} if not others:
-            metadata = _parse_object(inner.encode("utf-8", "replace"), f"the metadata of {name}")
-            _check_metadata(metadata, recipe, number)
-        case found:
-            raise ChunkError(
-                f"{name} has the metadata {found!r}, wanted one key, 'stillhouse', with text"
-            )
+    metadata = metadata_of(header, name)
+    _check_metadata(metadata, recipe, number)
     # the number of targets, which decides the layout
     most_targets = len(recipe.chunk_rows(number)) * (recipe.sequence_length - 1)
     match header.get("targets"):
@@ -128,7 +124,24 @@ def parse_header(text: bytes, recipe: Recipe, number: int) -> tuple[list[TensorS
             raise ChunkError(
                 f"{name} has targets of {found!r}, wanted a shape of 0 to {most_targets} records"
             )
-    # every tensor, and no other
+    check_tensors(header, tensors, name)
+    return tensors, metadata.get("xxh3")
+
+
+def metadata_of(header: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a header says of its file. Raises ChunkError."""
+    match header.get("__metadata__"):
+        case {"stillhouse": str(inner), **others} if not others:
+            return parse_object(inner.encode("utf-8", "replace"), f"the metadata of {name}")
+        case found:
+            raise ChunkError(
+                f"{name} has the metadata {found!r}, wanted one key, 'stillhouse', with text"
+            )
+
+
+def check_tensors(header: Mapping[str, Any], tensors: Sequence[TensorSpec], name: str) -> None:
+    """Raise ChunkError unless a header has these tensors, one right after the other, and no
+    others."""
     offsets = pairwise(accumulate((tensor.num_bytes for tensor in tensors), initial=0))
     wanted = {
         tensor.name: {"dtype": tensor.dtype, "shape": [*tensor.shape], "data_offsets": [*span]}
@@ -139,7 +152,6 @@ def parse_header(text: bytes, recipe: Recipe, number: int) -> tuple[list[TensorS
             raise ChunkError(
                 f"{name} has the tensor {key} {header.get(key)}, wanted {wanted.get(key)}"
             )
-    return tensors, metadata.get("xxh3")
 
 
 def check_checksum(found: Any, index: bytes, number: int) -> None:
@@ -175,7 +187,8 @@ def _check_metadata(found: dict[str, Any], recipe: Recipe, number: int) -> None:
             )
 
 
-def _parse_object(text: bytes, what: str) -> dict[str, Any]:
+def parse_object(text: bytes, what: str) -> dict[str, Any]:
+    """The object that a text of JSON is. Raises ChunkError, naming `what`."""
     try:
         value = json.loads(text.decode("ascii"))
     except (ValueError, RecursionError) as error:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stillhouse.errors import ChunkError, RecipeError
-from stillhouse.store.chunk_store import ChunkMissing, ChunkStore, number_of, recipe_at
+from stillhouse.store.chunk_store import ChunkStore, number_of, recipe_at
 from stillhouse.store.explain import explained
+from stillhouse.store.numbered import ChunkMissing
 from stillhouse.store.object_store import Blobs
 from stillhouse.store.recipe import Recipe
 

@@ -1,0 +1,161 @@
+"""The configuration of `stillhouse generate`: prompts, the model that writes to them, and where its
+rollouts go."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stillhouse.config.fields import (
+    BatchSize,
+    Count,
+    CountOrZero,
+    Fraction,
+    Name,
+    NumProcesses,
+    Seconds,
+    Section,
+    Seed,
+)
+from stillhouse.config.models import ModelSection
+from stillhouse.config.sections import ClusterSection
+from stillhouse.extension import is_extension
+
+
+class PromptsSection(Section):
+    """The prompts: a data set, and how its rows are read."""
+
+    dataset: Name = Field(
+        description="a hub data set; or local json(l) or csv (also .gz or .zst), parquet or arrow "
+        "files, a glob or a directory"
+    )
+    subset: str | None = Field(None, description="the hub data set's configuration name")
+    split: str = Field("train", description="the data set's split")
+    revision: str | None = Field(None, description="a branch, tag or commit of a hub data set")
+    format: Literal["text", "chat"] = Field(
+        "chat",
+        description="chat: messages whose last turn is missing, rendered by the chat template up "
+        "to where an assistant's turn begins; text: a text, which the writer goes on with",
+    )
+    prompt_column: str | None = Field(
+        None,
+        description="the column to read; none: 'text' for text, and for chat the first there is of "
+        "messages, conversations and conversation",
+    )
+    reference_column: str | None = Field(
+        None, description="a column of texts that graders compare with, such as the right answer"
+    )
+    chat_template: str | None = Field(
+        None,
+        description="a Jinja file, or the template itself, in place of the tokenizer's chat "
+        "template",
+    )
+    max_prompts: Annotated[int, Field(ge=1, le=10**10)] | None = Field(
+        None, description="prompts to read at most, after the shuffle; none: all"
+    )
+    max_bad_rows: Fraction = Field(
+        0.001,
+        description="share of the rows that may be skipped because they are no prompts, or leave "
+        "no room for sampling.max_new_tokens; 0: the first one is an error",
+    )
+    seed: Seed = Field(0, description="seed of the shuffle of prompts")
+
+    @model_validator(mode="after")
+    def _a_template_is_for_chat(self) -> "PromptsSection":
+        if self.chat_template is not None and self.format != "chat":
+            raise ValueError(
+                f"chat_template is set, but format is '{self.format}'; set format = \"chat\", or "
+                "leave chat_template out"
+            )
+        return self
+
+
+class WriterSection(ModelSection):
+    """The model that writes, and its pool of actors."""
+
+    engine: str = Field(
+        "transformers",
+        description="what runs the writer: transformers, or 'package.module:name', a WriterEngine "
+        "of your own",
+    )
+    min_replicas: NumProcesses = Field(1, description="actors that must be up before it begins")
+    max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
+    batch_sequences: BatchSize = Field(16, description="samples that are written side by side")
+    max_failures: Count = Field(
+        3, description="failed attempts at a shard, or at one prompt of it, before it is given up"
+    )
+    max_set_aside: CountOrZero = Field(
+        8, description="prompts that no writer could answer before the command fails"
+    )
+    lease_timeout_s: Seconds = Field(
+        3600.0, description="seconds after which a shard is leased to a second writer as well"
+    )
+    watchdog_s: Seconds = Field(
+        300.0,
+        description="seconds without a heartbeat after which a writer is killed and replaced; a "
+        "shard may take longer than that",
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _is_an_engine(cls, name: str) -> str:
+        if name == "transformers" or is_extension(name):
+            return name
+        raise ValueError(
+            f"no writer's engine {name!r}; known: transformers, or 'package.module:name' for one "
+            "of your own"
+        )
+
+    @model_validator(mode="after")
+    def _replicas_are_a_range(self) -> "WriterSection":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, but max_replicas is {self.max_replicas}"
+            )
+        return self
+
+
+class SamplingSection(Section):
+    """How a sample is drawn, and when it ends."""
+
+    samples: Annotated[int, Field(ge=1, le=1 << 16)] = Field(1, description="of each prompt")
+    temperature: Annotated[float, Field(ge=0.01, le=100.0)] = Field(
+        1.0, description="samples are of softmax(logits / temperature)"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="of the likeliest tokens that have this mass together; 1: of all"
+    )
+    max_new_tokens: Count = Field(512, description="tokens after which a sample is cut")
+    sequence_length: Annotated[int, Field(ge=2, le=1 << 24)] = Field(
+        2048,
+        description="tokens that a prompt may have together with its sample; a longer prompt than "
+        "leaves room for max_new_tokens is a bad row",
+    )
+    seed: Seed = Field(0, description="seed of the samples")
+
+    @model_validator(mode="after")
+    def _a_prompt_has_room(self) -> "SamplingSection":
+        if self.max_new_tokens >= self.sequence_length:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a prompt: "
+                f"sequence_length is {self.sequence_length}; raise it, or lower max_new_tokens"
+            )
+        return self
+
+
+class RolloutStoreSection(Section):
+    """The store of rollouts."""
+
+    url: str = Field(
+        "runs/store", description="a directory, or s3://, gs:// or az:// with bucket and prefix"
+    )
+    shard_prompts: BatchSize = Field(64, description="prompts in one shard")
+
+
+class GenerateConfig(Section):
+    """The configuration of `stillhouse generate`."""
+
+    prompts: PromptsSection
+    writer: WriterSection
+    sampling: SamplingSection = SamplingSection()
+    store: RolloutStoreSection = RolloutStoreSection()
+    cluster: ClusterSection = ClusterSection()

@@ -1,0 +1,88 @@
+"""Rollouts as documents: what a model wrote to each prompt, of those samples that ended themselves.
+
+A data set `rollouts://<url>/<fingerprint16>` is the shards of that recipe in a store; a config may
+leave its own store's URL out.
+
+The samples of a prompt are one group: a prompt that is held out is never trained on. Shards are
+shuffled, not what is in one: the prompts of a shard are a random sample of all already.
+"""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stillhouse.config import CorpusSection
+from stillhouse.config.corpus import ROLLOUTS
+from stillhouse.errors import CorpusError
+from stillhouse.models import vocabulary_digest
+from stillhouse.sequences.bad_rows import LeftOutError
+from stillhouse.sequences.documents import Documents, refuse_settings
+from stillhouse.sequences.ids import Tokens
+from stillhouse.sequences.shuffle import shuffled_order
+from stillhouse.store.rollout_store import RolloutStore, open_rollouts
+from stillhouse.store.rollouts import CUT, SET_ASIDE, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_RULE = "ended"  # which samples are documents; part of what identifies them
+_LEFT_OUT = {
+    CUT: "samples that were cut before they ended",
+    SET_ASIDE: "samples of prompts that were set aside",
+}
+_SHARDS = 4  # in memory at one time
+
+
+def documents_of_rollouts(
+    section: CorpusSection, tokenizer: "PreTrainedTokenizerFast"
+) -> Documents:
+    """The samples of `section.dataset`, as tokens of which those that were sampled are labels.
+
+    Raises CorpusError where the tokenizer's ids stand for other tokens than the writer's, or a
+    setting has no meaning here; RecipeError, StoreError and ChunkError where the rollouts are
+    absent, incomplete or damaged.
+    """
+    # what is there
+    refuse_settings(section, "rollouts", ("subset", "revision", "column", "mask_column"))
+    store = _store_of(section)
+    recipe = store.recipe
+    if recipe.vocabulary_digest != vocabulary_digest(tokenizer):
+        raise CorpusError(
+            f"the rollouts of {section.dataset} are ids of another vocabulary than that of "
+            f"{tokenizer.name_or_path}; wanted: a teacher and a student with the writer's ids"
+        )
+    identity = f"rollouts:{recipe.fingerprint}:{store.digest()}:{_RULE}"
+
+    # its rows: each sample of each prompt, a shard after the other
+    size = recipe.shard_prompts * recipe.samples
+    shards = shuffled_order(recipe.num_shards, "corpus", seed=section.seed)
+    rows = (shards[:, None] * size + np.arange(size)).ravel()
+    order = rows[rows < recipe.num_prompts * recipe.samples][: section.max_documents]
+    shard = lru_cache(maxsize=_SHARDS)(store.fetch)
+    return Documents(
+        identity,
+        order,
+        read=lambda row: _tokens(shard(row // size), row % size),
+        place=lambda row: (f"{store.url}/{store.key(row // size)}", row % size),
+        form=f"samples of {recipe.num_prompts:,} prompts that ended themselves",
+    )
+
+
+def _store_of(section: CorpusSection) -> RolloutStore:
+    url, _, fingerprint16 = section.dataset.removeprefix(ROLLOUTS).rpartition("/")
+    assert url, "planning names the store"
+    return open_rollouts(url, fingerprint16)
+
+
+def _tokens(rollouts: Rollouts, row: int) -> Tokens:
+    """A sample with its prompt, without padding. Raises LeftOutError where it is not wanted."""
+    reason = _LEFT_OUT.get(int(rollouts.finish_S[row]))
+    if reason is not None:
+        raise LeftOutError(reason)
+    sampled = np.flatnonzero(rollouts.sequences.loss_mask_SL[row]) + 1
+    length = int(sampled[-1]) + 1
+    is_label = np.zeros(length, np.bool_)
+    is_label[sampled] = True
+    ids = rollouts.sequences.token_ids_SL[row, :length]
+    return Tokens(ids, is_label, group=int(rollouts.prompts_S[row]))

@@ -1,0 +1,192 @@
+"""One shard of rollouts as bytes: what a model wrote to a block of prompts, as a safetensors file
+whose checksum covers every byte after its header.
+
+Shapes: S rollouts of a shard, L tokens of one.
+
+docs/format.md, section 9, has the format.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import xxhash
+
+from stillhouse.errors import ChunkError
+from stillhouse.sequence import Sequences
+from stillhouse.store.chunk_header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    Buffer,
+    TensorSpec,
+    check_tensors,
+    header_length,
+    metadata_of,
+    parse_object,
+)
+from stillhouse.store.recipe import canonical_json
+from stillhouse.store.stored_sequences import check_sequences
+
+ENDED, CUT, SET_ASIDE = range(3)  # values of `finish`
+UNCHANGING = -1  # the version of weights that never change
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollouts:
+    """S rollouts, the samples of one prompt after another."""
+
+    number: int  # of the shard
+    sequences: Sequences  # loss mask: 1 before each token that was sampled
+    prompts_S: npt.NDArray[np.int64]
+    samples_S: npt.NDArray[np.int64]  # the number of each among those of its prompt
+    weights_version_S: npt.NDArray[np.int64]
+    # of the next token under the distribution that it was drawn from; 0 where the mask is 0
+    sampled_logprobs_SL: npt.NDArray[np.float32]
+    finish_S: npt.NDArray[np.uint8]  # ENDED, CUT or SET_ASIDE
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
+        """By their names in a file, in the order of their bytes."""
+        return {
+            "prompts": self.prompts_S,
+            "samples": self.samples_S,
+            "weights_version": self.weights_version_S,
+            "sampled_logprobs": self.sampled_logprobs_SL,
+            "positions": self.sequences.positions_SL,
+            "token_ids": self.sequences.token_ids_SL,
+            "finish": self.finish_S,
+            "loss_mask": self.sequences.loss_mask_SL,
+        }
+
+
+def pack_rollouts(rollouts: Rollouts, fingerprint: str) -> bytes:
+    """The file of a shard, of the recipe with this fingerprint. The same values are the same bytes.
+    Raises ChunkError, as `unpack_rollouts` does, on values that mean nothing."""
+    shape = rollouts.sequences.token_ids_SL.shape
+    for tensor in _layout(*shape):
+        array = rollouts.tensors[tensor.name]
+        if (array.dtype, array.shape) != (tensor.numpy_dtype, tensor.shape):
+            raise ChunkError(
+                f"shard {rollouts.number} has {tensor.name} of {array.dtype} {list(array.shape)}, "
+                f"wanted {tensor.numpy_dtype.name} {list(tensor.shape)}"
+            )
+    _check_values(rollouts)
+    tensors = {name: np.ascontiguousarray(each) for name, each in rollouts.tensors.items()}
+    body = b"".join(each.tobytes() for each in tensors.values())
+    about = {
+        "fingerprint": fingerprint,
+        "number": rollouts.number,
+        "xxh3": xxhash.xxh3_64_hexdigest(body),
+    }
+    data = safetensors.numpy.save(tensors, {"stillhouse": canonical_json(about).decode("ascii")})
+    assert data.endswith(body), "safetensors puts the widest tensors first, then goes by name"
+    return data
+
+
+def unpack_rollouts(data: Buffer, fingerprint: str, number: int) -> Rollouts:
+    """Read a whole shard. Raises ChunkError naming it unless every byte is what was published, and
+    means something."""
+    # the header, and the checksum of all behind it
+    view, name = memoryview(data), f"shard {number}"
+    header, checksum = _parse_start(view, fingerprint, number)
+    body = view[LENGTH_BYTES + header_length(view) :]
+    found = xxhash.xxh3_64_hexdigest(body)
+    if found != checksum:
+        raise ChunkError(f"{name} is damaged: it hashes to {found}, {checksum!r} was published")
+    # the tensors
+    match header.get("token_ids"):
+        case {"shape": [int(num_rows), int(length)]} if num_rows >= 0 and length >= 2:
+            layout = _layout(num_rows, length)
+        case strange:
+            raise ChunkError(f"{name} has token_ids of {strange!r}, wanted a shape of two numbers")
+    check_tensors(header, layout, name)
+    wanted = sum(tensor.num_bytes for tensor in layout)
+    if len(body) != wanted:
+        raise ChunkError(f"{name} has {len(body)} bytes of tensors, wanted {wanted}")
+    arrays, start = {}, 0
+    for tensor in layout:
+        piece = body[start : start + tensor.num_bytes]
+        arrays[tensor.name] = np.frombuffer(piece, tensor.numpy_dtype).reshape(tensor.shape)
+        start += tensor.num_bytes
+    # what they mean
+    rollouts = Rollouts(
+        number,
+        Sequences(arrays["token_ids"], arrays["positions"], arrays["loss_mask"]),
+        arrays["prompts"],
+        arrays["samples"],
+        arrays["weights_version"],
+        arrays["sampled_logprobs"],
+        arrays["finish"],
+    )
+    _check_values(rollouts)
+    return rollouts
+
+
+def checksum_in(start: Buffer, fingerprint: str, number: int) -> str:
+    """The checksum that a shard carries, by the first bytes of its file, in which its header ends.
+    What it is of is not looked at. Raises ChunkError."""
+    _, checksum = _parse_start(memoryview(start), fingerprint, number)
+    if type(checksum) is not str:
+        raise ChunkError(f"shard {number} carries the checksum {checksum!r}, wanted text")
+    return checksum
+
+
+def _layout(num_rows: int, length: int) -> list[TensorSpec]:
+    """The tensors of a shard in the order of their bytes."""
+    of_rollouts, of_tokens = (num_rows,), (num_rows, length)
+    return [
+        TensorSpec("prompts", "I64", of_rollouts),
+        TensorSpec("samples", "I64", of_rollouts),
+        TensorSpec("weights_version", "I64", of_rollouts),
+        TensorSpec("sampled_logprobs", "F32", of_tokens),
+        TensorSpec("positions", "I32", of_tokens),
+        TensorSpec("token_ids", "I32", of_tokens),
+        TensorSpec("finish", "U8", of_rollouts),
+        TensorSpec("loss_mask", "U8", of_tokens),
+    ]
+
+
+def _parse_start(view: memoryview, fingerprint: str, number: int) -> tuple[dict[str, Any], Any]:
+    """The header of a shard, and the checksum that it claims. Raises ChunkError."""
+    name, header_bytes = f"shard {number}", header_length(view)
+    if len(view) < LENGTH_BYTES or header_bytes > min(MAX_HEADER_BYTES, len(view) - LENGTH_BYTES):
+        raise ChunkError(
+            f"{name} claims a header of {header_bytes} bytes, of which {len(view)} bytes are "
+            f"there; the most is {MAX_HEADER_BYTES}"
+        )
+    text = bytes(view[LENGTH_BYTES : LENGTH_BYTES + header_bytes])
+    header = parse_object(text, f"the header of {name}")
+    about = metadata_of(header, name)
+    wanted = {"fingerprint": fingerprint, "number": number, "xxh3": about.get("xxh3")}
+    is_canonical = canonical_json(about).decode("ascii") == header["__metadata__"]["stillhouse"]
+    if about != wanted or not is_canonical:
+        raise ChunkError(f"{name} says that it is {about}, wanted {wanted}: damaged, or moved")
+    return header, about["xxh3"]
+
+
+def _check_values(rollouts: Rollouts) -> None:
+    """Raise ChunkError on values that are well hashed, and yet mean nothing."""
+    name, mask = f"shard {rollouts.number}", rollouts.sequences.loss_mask_SL
+    check_sequences(rollouts.sequences, name, vocab_size=1 << 31)
+    logprobs = rollouts.sampled_logprobs_SL
+    if not (np.isfinite(logprobs).all() and (logprobs <= 0).all()):
+        raise ChunkError(f"{name} has log-probabilities that are not finite, or above 0")
+    if logprobs[mask == 0].any():
+        raise ChunkError(f"{name} has log-probabilities of tokens that were not sampled")
+    for field, least, most in (
+        ("prompts", 0, None),
+        ("samples", 0, None),
+        ("weights_version", UNCHANGING, None),
+        ("finish", ENDED, SET_ASIDE),
+    ):
+        values = rollouts.tensors[field]
+        if (values < least).any() or (most is not None and (values > most).any()):
+            raise ChunkError(
+                f"{name} has {field} from {values.min()} to {values.max()}, wanted at least "
+                f"{least}" + ("" if most is None else f" and at most {most}")
+            )

@@ -1,0 +1,237 @@
+"""Shards of rollouts: their bytes are those of docs/format.md, whatever is wrong with one is found,
+and what is published stays."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.placereader import read_shard
+from helpers.rollouts import make_shard, small_rollout_recipe
+from stillhouse.errors import ChunkError, RecipeError, StoreError
+from stillhouse.sequence import Sequences
+from stillhouse.store import ChunkMissing
+from stillhouse.store.rollout_recipe import (
+    RolloutRecipe,
+    parse_rollout_recipe,
+    rollout_differences,
+)
+from stillhouse.store.rollout_store import RolloutStore, open_rollouts
+from stillhouse.store.rollouts import Rollouts, pack_rollouts, unpack_rollouts
+
+PLACES = Path(__file__).parents[1] / "golden" / "places" / "rollouts"
+(GOLDEN,) = PLACES.rglob("*.safetensors")
+FINGERPRINT = "776d667965c2f678"  # and more digits, which the file has
+RECIPE = small_rollout_recipe()
+
+
+def fingerprint() -> str:
+    data = GOLDEN.read_bytes()
+    start = data.index(FINGERPRINT.encode())
+    return data[start : start + 64].decode()
+
+
+def golden() -> Rollouts:
+    return unpack_rollouts(GOLDEN.read_bytes(), fingerprint(), 3)
+
+
+def path_of(store: RolloutStore, number: int) -> Path:
+    return Path(store.url) / store.key(number)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RolloutStore:
+    return RolloutStore.create(str(tmp_path), RECIPE)
+
+
+def test_stillhouse_reads_the_golden_shard_and_writes_its_bytes() -> None:
+    found = golden()
+    assert found.prompts_S.tolist() == [7, 7]
+    assert found.samples_S.tolist() == [0, 1]
+    assert found.weights_version_S.tolist() == [120, 120]
+    assert found.finish_S.tolist() == [0, 1]
+    assert found.sequences.token_ids_SL[0].tolist() == [11, 12, 30, 2, 0, 0]
+    assert found.sequences.num_targets == 6
+    assert found.sampled_logprobs_SL[1].tolist() == [0.0, -1.5, -0.125, -2.0, -0.75, 0.0]
+    assert pack_rollouts(found, fingerprint()) == GOLDEN.read_bytes()
+
+
+def test_what_stillhouse_writes_is_read_by_a_reader_written_from_the_page() -> None:
+    shard = make_shard(RECIPE, 1)
+    found = read_shard(pack_rollouts(shard, RECIPE.fingerprint), RECIPE.fingerprint, 1)
+    for name, array in shard.tensors.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_every_flipped_bit_and_every_cut_is_found() -> None:
+    data = GOLDEN.read_bytes()
+    wanted = fingerprint()
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 8)
+        for bad in (bytes(damaged), data[:place]):
+            with pytest.raises(ChunkError, match="shard 3"):
+                unpack_rollouts(bad, wanted, 3)
+
+
+@pytest.mark.parametrize(("other", "number"), [(fingerprint(), 4), ("0" * 64, 3)])
+def test_a_shard_in_anothers_place_is_refused(other: str, number: int) -> None:
+    with pytest.raises(ChunkError, match="damaged, or moved"):
+        unpack_rollouts(GOLDEN.read_bytes(), other, number)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("prompts", (0,), -1),
+        ("samples", (0,), -1),
+        ("weights_version", (1,), -2),
+        ("sampled_logprobs", (0, 1), 0.5),
+        ("sampled_logprobs", (0, 1), np.nan),
+        ("sampled_logprobs", (0, 0), -0.5),
+        ("positions", (0, 0), 1),
+        ("positions", (0, 2), 5),
+        ("token_ids", (0, 0), -1),
+        ("finish", (0,), 3),
+        ("loss_mask", (0, 1), 2),
+        ("loss_mask", (1, 5), 1),
+    ],
+)
+def test_values_that_the_page_does_not_have_are_never_written(
+    name: str, place: tuple[int, ...], value: float
+) -> None:
+    arrays: dict[str, Any] = {name: each.copy() for name, each in golden().tensors.items()}
+    arrays[name][place] = value
+    changed = Rollouts(
+        3,
+        Sequences(arrays["token_ids"], arrays["positions"], arrays["loss_mask"]),
+        *(arrays[each] for each in ("prompts", "samples", "weights_version")),
+        *(arrays[each] for each in ("sampled_logprobs", "finish")),
+    )
+    with pytest.raises(ChunkError, match="shard 3 has"):
+        pack_rollouts(changed, fingerprint())
+
+
+def test_the_first_publisher_wins_and_what_is_there_is_not_changed(store: RolloutStore) -> None:
+    first, second = make_shard(RECIPE, 2), make_shard(RECIPE, 2, salt=1)
+    ref = store.publish(first)
+    assert (ref.number, ref.num_rollouts, ref.num_tokens, ref.duplicate) == (2, 2, 13, False)
+    before = path_of(store, 2).read_bytes()
+    assert store.publish(second).duplicate
+    assert path_of(store, 2).read_bytes() == before
+    assert store.published() == {2}
+    assert store.fetch(2).sequences.token_ids_SL.tolist() == first.sequences.token_ids_SL.tolist()
+    assert path_of(store, 2).parent == Path(store.url) / "rollouts" / store.folder[-16:] / "shards"
+
+
+def test_what_a_power_cut_left_is_found_and_made_again(store: RolloutStore) -> None:
+    store.publish(make_shard(RECIPE, 0))
+    whole = path_of(store, 0).read_bytes()
+    path_of(store, 0).write_bytes(whole[:-1])
+    assert store.listing() == (set(), {0})
+    assert not store.publish(make_shard(RECIPE, 0)).duplicate
+    assert path_of(store, 0).read_bytes() == whole
+    assert len([*Path(store.url).rglob("quarantine/*")]) == 1
+
+
+def test_a_damaged_shard_goes_to_quarantine_and_a_sound_one_stays(store: RolloutStore) -> None:
+    for number in (0, 1):
+        store.publish(make_shard(RECIPE, number))
+    damaged = bytearray(path_of(store, 0).read_bytes())
+    damaged[-1] ^= 1
+    path_of(store, 0).write_bytes(damaged)
+    assert [store.quarantine(number) for number in range(3)] == [True, False, True]
+    assert store.published() == {1}
+    with pytest.raises(ChunkMissing, match="shard 0 is not in"):
+        store.fetch(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"samples": 1}, "other rollouts"),
+        ({"shard_prompts": 1}, "other rollouts"),
+        ({"sequence_length": 16}, "rollouts of 16 tokens, wanted 12"),
+        ({"vocab_size": 1000}, "wanted at most 299"),
+    ],
+)
+def test_a_shard_of_other_rules_is_not_published(
+    store: RolloutStore, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ChunkError, match=words):
+        store.publish(make_shard(small_rollout_recipe(**changes), 0))
+    assert store.published() == set()
+
+
+def test_rollouts_have_a_digest_once_all_shards_are_there(store: RolloutStore) -> None:
+    for number in (0, 1):
+        store.publish(make_shard(RECIPE, number))
+    with pytest.raises(StoreError, match=r"1 of 3 shards are not in .*`stillhouse generate`"):
+        store.digest()
+    store.publish(make_shard(RECIPE, 2))
+    before = store.digest()
+    assert store.digest() == before
+    path_of(store, 1).unlink()
+    store.publish(make_shard(RECIPE, 1, salt=1))
+    assert store.digest() != before
+
+
+def test_a_store_is_opened_by_its_fingerprint_and_travels(store: RolloutStore) -> None:
+    store.publish(make_shard(RECIPE, 0))
+    found = open_rollouts(store.url, RECIPE.fingerprint[:16])
+    assert found.recipe == RECIPE
+    assert pickle.loads(pickle.dumps(found)).published() == {0}
+    with pytest.raises(RecipeError, match="there are no rollouts 0123456789abcdef"):
+        open_rollouts(store.url, "0123456789abcdef")
+    other = small_rollout_recipe(seed=1)
+    Path(store.url, store.recipe_key).write_bytes(other.canonical_json())
+    with pytest.raises(RecipeError, match="moved or edited"):
+        open_rollouts(store.url, RECIPE.fingerprint[:16])
+    with pytest.raises(RecipeError, match="seed: 0 against 1"):
+        store.has_recipe()
+
+
+def test_a_recipe_is_read_back_and_every_field_is_in_its_fingerprint() -> None:
+    data = RECIPE.canonical_json()
+    assert parse_rollout_recipe(data, where="here") == RECIPE
+    changes: dict[str, Any] = {
+        name: 0.5 if type(value) is float else (1, 2) if name == "end_ids" else "api"
+        for name, value in small_values(RECIPE).items()
+        if type(value) is not int
+    } | {"seed": 1, "num_prompts": 6, "shard_prompts": 3, "samples": 3, "vocab_size": 400}
+    changes |= {"sequence_length": 16, "max_new_tokens": 5}
+    assert changes.keys() == small_values(RECIPE).keys()
+    for name, value in changes.items():
+        other = replace(RECIPE, **{name: value})
+        assert other.fingerprint != RECIPE.fingerprint
+        assert [each.split(":")[0] for each in rollout_differences(RECIPE, other)] == [name]
+
+
+def small_values(recipe: RolloutRecipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in RolloutRecipe.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (b'"version":1', b'"version":2', "another version than 1"),
+        (b'"version":1', b'"version": 1', "canonical form"),
+        (b'"samples":2', b'"samples":true', "samples is True, wanted int"),
+        (b'"samples":2', b'"samples":0', "samples is 0, wanted 1 to"),
+        (b'"samples":2,', b"", "not a recipe of rollouts"),
+        (b'"top_p":1.0', b'"top_p":1.5', "top_p is 1.5"),
+        (b'"temperature":1.0', b'"temperature":Infinity', "temperature is inf"),
+        (b'"end_ids":[0]', b'"end_ids":[0,300]', "ascending ids below 300"),
+        (b'"max_new_tokens":6', b'"max_new_tokens":12', "more than max_new_tokens"),
+        (b'"kind":"weights"', b'"kind":"magic"', "writer_kind is 'magic'"),
+        (b"{", b"[", "not a recipe of rollouts"),
+    ],
+)
+def test_a_recipe_that_nobody_wrote_so_is_refused(before: bytes, after: bytes, words: str) -> None:
+    data = RECIPE.canonical_json()
+    assert before in data
+    with pytest.raises(RecipeError, match=f"^here.*{words}"):
+        parse_rollout_recipe(data.replace(before, after, 1), where="here")
