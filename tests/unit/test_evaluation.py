@@ -4,6 +4,7 @@ cut into batches and blocks.
 Shapes: S sequences, L positions, T target tokens, V vocabulary.
 """
 
+import math
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -238,3 +239,15 @@ def test_a_certain_and_wrong_model_is_badly_calibrated(
     scores = evaluate(job, heldout)
     assert scores["student"].agreement == scores["control"].agreement
     assert scores["student"].calibration_error > 0.9 > scores["control"].calibration_error
+
+
+def test_without_a_teachers_weights_students_have_the_same_scores_that_need_none(
+    models: Models, heldout: Sequences
+) -> None:
+    beside = evaluate(models.job(), heldout)
+    alone = evaluate(replace(models.job(), teacher=None), heldout)
+    assert [*alone] == ["student", "control"]
+    for name, found in alone.items():
+        assert found.cross_entropy == beside[name].cross_entropy
+        assert found.calibration_error == beside[name].calibration_error
+        assert all(math.isnan(value) for value in (found.kl, found.agreement, found.acceptance))

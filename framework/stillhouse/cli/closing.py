@@ -1,5 +1,6 @@
 """The last words of a command that trained: the verdict, the scores, and where everything is."""
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ def print_scores(run_dir: Path, scores: Mapping[ModelName, Scores]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, score in scores.items():
         compared = [
-            f"{value:.4f}" if name != "teacher" else ""
+            f"{value:.4f}" if name != "teacher" and not math.isnan(value) else ""
             for value in (score.kl, score.agreement, score.acceptance)
         ]
         table.add_row(

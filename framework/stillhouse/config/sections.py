@@ -181,6 +181,16 @@ class Config(Section):
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
+    def _the_teacher_can_be_compared_with(self) -> "Config":
+        if self.teacher.openai is not None and self.evaluate.every_steps > 0:
+            raise ValueError(
+                "evaluate.every_steps compares a student with its teacher's whole distributions, "
+                'and teacher.engine is "openai", whose server gives a part of them; set it to 0, '
+                'or run the teacher here (teacher.engine = "vllm" or "transformers")'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_divergence_can_use_the_target(self) -> "Config":
         student = self.student
         uses_entries_only = student.divergence in DIVERGENCES[1:] and student.divergence_weight > 0

@@ -32,6 +32,7 @@ def publish_heldout(
 
 def heldout_teacher(job: EvaluationJob, heldout: Sequences) -> HeldoutTeacher:
     """The job's teacher on these sequences, without the teacher."""
+    assert job.teacher is not None, "the config wants its weights with every_steps"
     scorer, size = scorer_of(job.teacher, job), job.section.batch_sequences
     with torch.inference_mode():
         hidden = [

@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 from stillhouse.cluster.processes import Secrets, prepare_process
 from stillhouse.config import EvaluateSection, ModelSection, StudentSection
 from stillhouse.logits import Head
-from stillhouse.losses.score import Scores, head_logprobs, no_sums, score_sums, scores_of
+from stillhouse.losses.score import (
+    Scores,
+    head_logprobs,
+    no_sums,
+    score_sums,
+    scores_of,
+    without_teacher,
+)
 from stillhouse.models import head_of, load_model
 from stillhouse.models.batch import TokenBatch, hidden_at
 from stillhouse.retry import Tell
@@ -39,9 +46,10 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationJob:
-    """Which models to score, and how. All are compared with `teacher`, which is scored as well."""
+    """Which models to score, and how. All are compared with `teacher`, which is scored as well;
+    None: its weights are not at hand, and nothing is compared with it."""
 
-    teacher: ModelSection
+    teacher: ModelSection | None
     models: Mapping[ModelName, ModelSection | Trained]
     vocab_size: int
     section: EvaluateSection
@@ -52,8 +60,8 @@ class EvaluationJob:
 
 
 def evaluate(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
-    """Scores of the teacher and of each model, by name, on the target tokens of `heldout` (those of
-    its loss mask). Computed in the calling process."""
+    """Scores of the teacher, if there is one, and of each model, by name, on the target tokens of
+    `heldout` (those of its loss mask). Computed in the calling process."""
     prepare_process(job.device, job.threads)
     job.secrets.adopt()
     with process_log("evaluation", job.log):
@@ -62,7 +70,9 @@ def evaluate(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
 
 def _evaluated(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores]:
     """All models at the same time: no distribution is kept beyond its block of tokens."""
-    models: dict[ModelName, ModelSection | Trained] = {"teacher": job.teacher, **job.models}
+    models: dict[ModelName, ModelSection | Trained] = {**job.models}
+    if job.teacher is not None:
+        models = {"teacher": job.teacher, **models}
     scorers = {name: scorer_of(model, job) for name, model in models.items()}
     sums = {name: no_sums() for name in scorers}
     with torch.inference_mode():
@@ -75,9 +85,12 @@ def _evaluated(job: EvaluationJob, heldout: Sequences) -> dict[ModelName, Scores
                     name: scorer.logprobs(hidden[name][block]) for name, scorer in scorers.items()
                 }
                 for name, sums_X in sums.items():
-                    found = score_sums(logprobs["teacher"], logprobs[name], batch.labels_T[block])
-                    sums_X += found.cpu()
-    return {name: scores_of(sums_X) for name, sums_X in sums.items()}
+                    beside = logprobs.get("teacher", logprobs[name])
+                    sums_X += score_sums(beside, logprobs[name], batch.labels_T[block]).cpu()
+    scores = {name: scores_of(sums_X) for name, sums_X in sums.items()}
+    if job.teacher is None:
+        return {name: without_teacher(found) for name, found in scores.items()}
+    return scores
 
 
 @dataclass(frozen=True, slots=True)

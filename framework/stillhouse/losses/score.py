@@ -7,7 +7,8 @@ sums of blocks, or of ranks, are added up, and made into means at the end.
 Shapes: T tokens, H hidden, V vocabulary, X sums.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ NUM_SUMS = _NUM_MEANS + 3 * _NUM_BINS
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of one model: means over the held-out target tokens, in nats."""
+    """Scores of one model: means over the held-out target tokens, in nats. What compares it with
+    its teacher is NaN where no weights of the teacher are at hand."""
 
     num_tokens: int
     cross_entropy: float
@@ -83,3 +85,8 @@ def scores_of(sums_X: Tensor) -> Scores:
     _, confidence_B, correct_B = sums_X[_NUM_MEANS:].reshape(3, _NUM_BINS)
     calibration_error = float((confidence_B - correct_B).abs().sum()) / max(1, num_tokens)
     return Scores(num_tokens, cross_entropy, kl, agreement, calibration_error, acceptance)
+
+
+def without_teacher(scores: Scores) -> Scores:
+    """What of the scores needs no teacher."""
+    return replace(scores, kl=math.nan, agreement=math.nan, acceptance=math.nan)

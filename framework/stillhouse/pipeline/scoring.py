@@ -1,5 +1,5 @@
 """The scores of a run: its teacher, student and control on the held-out split, in one process where
-a teacher fits."""
+the largest of them fits."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -30,9 +30,10 @@ def evaluation_job(
     where: Placement,
     models: Mapping[ModelName, ModelSection | Trained],
 ) -> EvaluationJob:
-    """The job of a process that has the teacher, and scores these models beside it."""
+    """The job of a process that has the teacher, and scores these models beside it. A teacher on a
+    server is there alone: its whole distributions cannot be had."""
     return EvaluationJob(
-        teacher=evaluation.teacher,
+        teacher=None if is_served(evaluation) else evaluation.teacher,
         models=models,
         vocab_size=evaluation.jobs[0].recipe.vocab_size,
         section=evaluation.section,
@@ -43,10 +44,17 @@ def evaluation_job(
     )
 
 
+def is_served(evaluation: Evaluation) -> bool:
+    """Whether the teacher's weights are a server's alone."""
+    return evaluation.teacher.openai is not None
+
+
 def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
     """Score the newest commits, and journal the scores."""
     # what is scored, and where
-    jobs, where = evaluation.jobs, session.place_of(evaluation.teacher)
+    jobs = evaluation.jobs
+    largest = jobs[0].section if is_served(evaluation) else evaluation.teacher
+    where = session.place_of(largest)
     ask = partial(insist, patience=DEFAULT_PATIENCE, tell=outage_teller(session.journal))
     steps = {job.role: newest_step(job.checkpoints, ask=ask) for job in jobs}
     trained: dict[ModelName, ModelSection | Trained] = {
@@ -60,17 +68,17 @@ def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
         evaluate, job, whole(evaluation.heldout), where=where
     )
     for name, found in scores.items():
-        is_teacher = name == "teacher"  # which is compared with no other
+        is_compared = name != "teacher" and not is_served(evaluation)
         session.journal.record(
             EvalEvent(
                 model=name,
                 step=0 if name == "teacher" else steps[name],
                 num_tokens=found.num_tokens,
                 cross_entropy=found.cross_entropy,
-                kl=None if is_teacher else found.kl,
-                agreement=None if is_teacher else found.agreement,
+                kl=found.kl if is_compared else None,
+                agreement=found.agreement if is_compared else None,
                 calibration_error=found.calibration_error,
-                acceptance=None if is_teacher else found.acceptance,
+                acceptance=found.acceptance if is_compared else None,
             )
         )
     return scores
