@@ -5,6 +5,7 @@ Shapes: S sequences, L positions, T target tokens, V vocabulary.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from stillhouse.config import TeacherSection
 from stillhouse.engines.base import draw_seeds, probe_item
 from stillhouse.engines.probe import Probe, mean_kl, require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
-from stillhouse.errors import ModelError, TeacherError
+from stillhouse.errors import ConfigError, ModelError, TeacherError
 from stillhouse.logits import CompressedLogits, TargetSpec, backend_for, compress, concatenate
+from stillhouse.models.sources import unusable
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 
@@ -195,6 +197,32 @@ def test_an_item_without_a_target_has_no_targets(section: TeacherSection) -> Non
 def test_a_head_with_too_few_rows_is_refused_before_any_work(section: TeacherSection) -> None:
     with pytest.raises(ModelError, match="320 rows, fewer than the tokenizer's 400 ids"):
         TransformersEngine(section, replace(RECIPE, vocab_size=400), device="cpu")
+
+
+SEVERAL = r'in \[teacher\] write engine = "vllm" and num_gpus = {}, .*; or pipeline = true and '
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_gpus": 4}, "num_gpus is 4, .* computes on one GPU: .*" + SEVERAL.format(4)),
+        ({"num_gpus": 1.5}, "num_gpus is 1.5, .*" + SEVERAL.format(2)),
+        ({"pipeline": True}, "teacher.pipeline is true, but num_gpus is 1; set num_gpus to the"),
+        ({"num_gpus": 2, "pipeline": True, "compile": True}, "leave one of them out"),
+    ],
+)
+def test_gpus_that_it_would_not_use_are_refused_from_the_config_alone(
+    settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TransformersEngine.describe(TeacherSection(model="absent", **settings))
+    for possible in ({"num_gpus": 4, "pipeline": True}, {"num_gpus": 1}, {"num_gpus": 0.5}, {}):
+        TransformersEngine.describe(TeacherSection.model_validate({"model": "absent"} | possible))
+
+
+def test_a_teacher_that_fits_on_no_gpu_is_told_what_to_write_for_several() -> None:
+    error = unusable("model", "a-lab/large", torch.OutOfMemoryError("out of memory"))
+    assert re.search("narrower dtype; or " + SEVERAL.format(2), str(error))
 
 
 @pytest.mark.parametrize("length", [2, 24, 500])

@@ -166,9 +166,10 @@ def _by_adapters(section: StudentSection, *, num_ranks: int, budget_bytes: float
 
 
 def teacher_cures(weight_bytes: float, *, gpu: Memory) -> Iterator[str]:
-    """The fewest whole GPUs over which a teacher's layers have to be spread."""
+    """The fewest whole GPUs that can hold a teacher, and what uses several."""
     num_gpus = math.ceil(weight_bytes / (USABLE_SHARE * gpu.num_bytes))
-    yield f"num_gpus = {num_gpus}: {size_words(num_gpus * gpu.num_bytes)} for each teacher"
+    size = size_words(num_gpus * gpu.num_bytes)
+    yield f'num_gpus = {num_gpus}, and engine = "vllm" or pipeline = true: {size} for each teacher'
 
 
 def _gpu_of(

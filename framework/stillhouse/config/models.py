@@ -71,6 +71,16 @@ class TeacherSection(ModelSection):
         description="exact: float32 logits; fast: in the teacher's dtype, which is faster at the "
         "head, and whose bfloat16 rounding loses more than the codec",
     )
+    compile: bool = Field(
+        False,
+        description="compile the layers when an actor starts (torch.compile), which takes a minute "
+        "and saves passes over memory; engine transformers",
+    )
+    pipeline: bool = Field(
+        False,
+        description="spread the layers over num_gpus GPUs, of which one works at a time; engine "
+        "transformers, for a teacher that one GPU cannot hold",
+    )
     max_failures: Count = Field(
         3,
         description="failed attempts at a chunk, or at one sequence of it, before it is given up",

@@ -63,7 +63,7 @@ class TeacherEngine(Protocol):
     @classmethod
     def describe(cls, section: TeacherSection, /) -> Capabilities:
         """Capabilities, from the config alone: nothing is loaded. A config whose target needs more
-        is refused at plan time."""
+        is refused at plan time. Raises ConfigError for a section that the engine cannot follow."""
         ...
 
     @classmethod

@@ -3,6 +3,7 @@
 Shapes: S sequences of a chunk, B of one forward pass, L positions, T target tokens, H hidden.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from stillhouse.config import TeacherSection
 from stillhouse.engines.base import Capabilities, Records, draw_seeds, encoded, probe_item
 from stillhouse.engines.probe import Probe, hashes_of_weights, mean_kl, rounded_otherwise
+from stillhouse.errors import ConfigError
 from stillhouse.logits import (
     Backend,
     CompressedLogits,
@@ -30,6 +32,8 @@ from stillhouse.models import (
     model_identity,
 )
 from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.models.compiling import as_written, check_compiled, compile_layers
+from stillhouse.models.sources import SEVERAL_GPUS
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 
@@ -39,26 +43,32 @@ _PROBE_ENTRIES = 128
 
 
 class TransformersEngine:
-    """A causal LM in this process, on one device or spread over its GPUs.
+    """A causal LM in this process, on one device; or, as a pipeline, its layers spread over several
+    GPUs, of which one works at a time.
 
     Construction loads the model and checks its head and its packing on a probe batch.
     """
 
     def __init__(self, section: TeacherSection, recipe: Recipe, *, device: str):
         self._section, self._recipe = section, recipe
-        many_gpus = device == "cuda" and torch.cuda.device_count() > 1
+        device_map = "auto" if section.pipeline and device == "cuda" else device
         self._model, self.digest = digest_beside(
-            section, lambda: load_model(section, device_map="auto" if many_gpus else device)
+            section, lambda: load_model(section, device_map=device_map)
         )
         check_head(self._model, vocab_size=recipe.vocab_size)
         check_packing(self._model, vocab_size=recipe.vocab_size)
+        if section.compile:
+            compile_layers(self._model)
+            with torch.inference_mode():
+                check_compiled(self._model, vocab_size=recipe.vocab_size)
         self._head = replace(
             head_of(self._model, vocab_size=recipe.vocab_size),
             float32_logits=section.logits == "exact",
         )
 
     @classmethod
-    def describe(cls, _section: TeacherSection, /) -> Capabilities:
+    def describe(cls, section: TeacherSection, /) -> Capabilities:
+        _require_possible_gpus(section)
         return Capabilities(weighted_draws=True, label_logprob=True, tail_entropy=True)
 
     @classmethod
@@ -75,7 +85,7 @@ class TransformersEngine:
     def probe(self) -> Probe:
         """The answer to `probe_item`, how far rounding moves it, and the weights' hashes."""
         answer = self._answer()
-        with rounded_otherwise(self._model):
+        with as_written(), rounded_otherwise(self._model):  # compiled layers call no hooks
             rounding_kl = mean_kl(answer, self._answer())
         return Probe(answer, rounding_kl, hashes_of_weights(self._model))
 
@@ -108,3 +118,22 @@ class TransformersEngine:
                 labels_T=batch.labels_T if spec.label_logprob else None,
                 block_tokens=self._section.block_tokens,
             )
+
+
+def _require_possible_gpus(section: TeacherSection) -> None:
+    num_gpus = 1.0 if section.num_gpus is None else section.num_gpus
+    if num_gpus > 1 and not section.pipeline:
+        raise ConfigError(
+            f'teacher.num_gpus is {num_gpus:g}, but the engine "transformers" computes on one GPU: '
+            f"set num_gpus = 1, or {SEVERAL_GPUS.format(num_gpus=math.ceil(num_gpus))}"
+        )
+    if section.pipeline and num_gpus <= 1:
+        raise ConfigError(
+            f"teacher.pipeline is true, but num_gpus is {num_gpus:g}; set num_gpus to the number "
+            "of GPUs that the layers are spread over, or leave pipeline out"
+        )
+    if section.pipeline and section.compile:
+        raise ConfigError(
+            "teacher.pipeline and teacher.compile are both true, but layers on several GPUs are "
+            "not compiled; leave one of them out"
+        )

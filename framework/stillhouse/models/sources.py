@@ -19,6 +19,13 @@ from safetensors import SafetensorError
 from stillhouse.errors import ModelError
 from stillhouse.model_path import where_it_was_looked_for
 
+# what to do about a teacher that is too large for one GPU
+SEVERAL_GPUS = (
+    'in [teacher] write engine = "vllm" and num_gpus = {num_gpus}, which computes on all of them '
+    "at once (tensor parallel); or pipeline = true and num_gpus = {num_gpus}, which spreads the "
+    "layers over them: one works at a time, so each does 1/{num_gpus} of what it could"
+)
+
 _ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
 _NO_ANSWER = (
     LocalEntryNotFoundError,
@@ -52,7 +59,7 @@ def unusable(what: str, model: str, error: BaseException) -> ModelError:
     if is_due_to(GatedRepoError):
         cure = "it is gated: accept its terms on its page, then run `hf auth login` or set HF_TOKEN"
     elif isinstance(error, torch.OutOfMemoryError):
-        cure = "give it more GPUs (num_gpus) or a narrower dtype"
+        cure = f"take a narrower dtype; or {SEVERAL_GPUS.format(num_gpus=2)}"
     elif Path(model).expanduser().is_dir():
         cure = (
             "check that the directory holds a whole saved model: config.json, *.safetensors "

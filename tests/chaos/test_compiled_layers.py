@@ -1,0 +1,76 @@
+"""Layers that a compiler has made have the hidden states and the gradients of those as written, and
+a teacher of compiled layers is the same teacher."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.chunks import make_chunk, small_recipe
+from helpers.models import make_model
+from stillhouse.config import ModelSection, TeacherSection
+from stillhouse.engines.probe import require_same_teacher
+from stillhouse.engines.transformers import TransformersEngine
+from stillhouse.logits import concatenate
+from stillhouse.models import load_model
+from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.models.compiling import check_compiled, compile_layers
+from stillhouse.sequence import Sequences, WorkItem
+
+VOCAB_SIZE = 259
+
+
+def batch_of(*rows: tuple[int, int]) -> TokenBatch:
+    """Rows of two documents of these lengths."""
+    positions_SL = np.stack([np.concatenate([np.arange(n) for n in row]) for row in rows])
+    ids_SL = np.random.default_rng(len(rows)).integers(70, 120, positions_SL.shape)
+    mask_SL = np.ones(positions_SL.shape, np.uint8)
+    return TokenBatch.of(Sequences(ids_SL.astype(np.int32), positions_SL.astype(np.int32), mask_SL))
+
+
+@pytest.mark.long_form
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_compiled_layers_are_the_layers_as_written(architecture: str, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    config = {"sliding_window": 8} if architecture == "gemma2" else {}
+    make_model(tmp_path, architecture=architecture, vocab_size=VOCAB_SIZE, config=config)
+    model = load_model(ModelSection(model=str(tmp_path), dtype="float32"))
+    batches = [batch_of((20, 12)), batch_of((3, 29), (31, 1)), batch_of((5, 6), (9, 2), (10, 1))]
+
+    def hidden_states() -> list[Tensor]:
+        with torch.inference_mode():
+            return [hidden_at(model, batch) for batch in batches]
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        for batch in batches:
+            hidden_at(model, batch).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    written, gradients_written = hidden_states(), gradients()
+    compile_layers(model)
+    check_compiled(model, vocab_size=VOCAB_SIZE)
+    for ours_TH, theirs_TH in zip(hidden_states(), written, strict=True):
+        torch.testing.assert_close(ours_TH, theirs_TH, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(gradients(), gradients_written, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.long_form
+def test_a_teacher_of_compiled_layers_is_the_same_teacher(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    recipe = small_recipe(num_sequences=5, sequence_length=24, chunk_sequences=5, k=6)
+    make_model(tmp_path, vocab_size=recipe.vocab_size, weight_std=0.4)
+    section = TeacherSection(model=str(tmp_path), dtype="float32", batch_sequences=2)
+    as_written = TransformersEngine(section, recipe, device="cpu")
+    compiled = TransformersEngine(
+        section.model_copy(update={"compile": True}), recipe, device="cpu"
+    )
+    item = WorkItem(0, make_chunk(recipe).sequences)
+    ours, theirs = (concatenate(engine.targets(item)) for engine in (compiled, as_written))
+    torch.testing.assert_close(ours.logprobs_TK, theirs.logprobs_TK, rtol=0, atol=2e-5)
+    first, other = as_written.probe(), compiled.probe()
+    require_same_teacher(first, other, replica=1)
+    assert other.rounding_kl == pytest.approx(first.rounding_kl, rel=0.5)
