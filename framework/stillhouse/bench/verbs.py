@@ -140,6 +140,32 @@ def bench_head(
     )
 
 
+@bench_app.command(name="engines")
+def bench_engines(
+    num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="In a block.")] = 16,
+    sequence_length: Annotated[int, typer.Option("--length", min=32, help="Of a sequence.")] = 512,
+    vocab_size: VocabSize = 4_096,
+    hidden_size: HiddenSize = 256,
+    num_layers: Annotated[int, typer.Option("--layers", min=1)] = 4,
+    dtype: TorchDtype = "float32",
+    device: TorchDevice = "cpu",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
+    repeats: Repeats = 5,
+    with_compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Also transformers' layers, compiled.")
+    ] = True,
+    out: Out = None,
+) -> None:
+    """A teacher of random weights on four kinds of blocks, by each engine that is installed and by
+    rows with a mask: targets a second, and how far apart they are."""
+    quieten()
+    from stillhouse.bench.engines import Setting, bench_engines
+
+    sizes = num_sequences, sequence_length, vocab_size, hidden_size, num_layers
+    setting = Setting(*sizes, dtype, device, threads)
+    bench_engines(setting, repeats=repeats, with_compile=with_compile, command=typed(), out=out)
+
+
 @bench_app.command(name="checkpoint")
 def bench_checkpoint(
     work_dir: Annotated[
