@@ -1,6 +1,7 @@
-"""Layers that a compiler has made have the hidden states and the gradients of those as written, and
-a teacher of compiled layers is the same teacher."""
+"""Layers that a compiler has made have the hidden states and the gradients of those as written; a
+teacher of compiled layers is the same teacher, and a student of them trains alike."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
+from helpers.ranks import RankGroup
+from helpers.training import train_and_tell, with_student
+from helpers.world import TinyWorld
 from stillhouse.config import ModelSection, TeacherSection
 from stillhouse.engines.probe import require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
@@ -74,3 +78,26 @@ def test_a_teacher_of_compiled_layers_is_the_same_teacher(tmp_path: Path) -> Non
     first, other = as_written.probe(), compiled.probe()
     require_same_teacher(first, other, replica=1)
     assert other.rounding_kl == pytest.approx(first.rounding_kl, rel=0.5)
+
+
+@pytest.mark.long_form
+def test_a_student_of_compiled_layers_trains_alike(
+    tiny_world: TinyWorld, rank_groups: dict[int, RankGroup], tmp_path: Path
+) -> None:
+    plan = tiny_world.plan(tmp_path / "run", student={"max_steps": 3, "warmup_steps": 0})
+    tiny_world.fill_store(plan)
+    losses = [
+        [
+            row.loss
+            for row in rank_groups[2].call(
+                train_and_tell,
+                replace(
+                    with_student(plan.jobs[0], zero_stage=2, compile=is_compiled),
+                    run_dir=tmp_path / str(is_compiled),
+                ),
+            )[0]
+        ]
+        for is_compiled in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(losses[1]) == 3

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse.models.attention import attend_by_document, attends_by_document, kernel_is_right
 from stillhouse.models.batch import TokenBatch, hidden_at
+from stillhouse.models.compiling import check_compiled, compile_layers
 from stillhouse.sequence import Sequences
 
 
@@ -52,3 +53,22 @@ def test_a_model_has_the_hidden_states_and_gradients_of_the_cpu(
         assert kernel_is_right(gpu, torch.bfloat16, (4, num_key_heads), 64, has_window)
     for ours, theirs in zip(hidden_and_gradient(), wanted, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+def test_compiled_layers_have_the_hidden_states_of_the_layers_as_written(gpu: torch.device) -> None:
+    torch.compiler.reset()
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().to(gpu, torch.bfloat16)
+    attend_by_document(model)
+    compile_layers(model)
+    check_compiled(model, vocab_size=512)  # with gradients
+    with torch.inference_mode():
+        check_compiled(model, vocab_size=512)

@@ -2,8 +2,8 @@
 pool, on a clock of its own.
 
 A simulated teacher does its work in order, each piece in as long as `seconds` says, and publishes
-real chunks to a real store. `fate` says how a piece of work ends otherwise: with an error that it
-raises, or with the teacher's death.
+real chunks to a real store; where that takes `publish_s`, it computes the next meanwhile. `fate`
+says how a piece of work ends otherwise: with an error that it raises, or with the teacher's death.
 """
 
 import heapq
@@ -21,7 +21,7 @@ from stillhouse.cluster.coordinator import News
 from stillhouse.cluster.preemption import PreemptionNotice
 from stillhouse.engines.probe import Probe
 from stillhouse.logits import CompressedLogits, Fidelity
-from stillhouse.pool.events import Answered, Died, Event, Found, Passed, Raised, Started
+from stillhouse.pool.events import Answered, Computed, Died, Event, Found, Passed, Raised, Started
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.actor import Produced, Ready
@@ -77,6 +77,7 @@ class _Worker:
     node: str | None = None
     busy: bool = False
     queue: deque[_Job] = field(default_factory=deque)
+    publishing: deque[_Job] = field(default_factory=deque)
 
 
 @dataclass
@@ -89,6 +90,7 @@ class SimulatedCrew:
     nodes: dict[str, int] = field(default_factory=lambda: {"a": 10**6})
     seconds: Callable[[int, WorkItem], float] = lambda _teacher, _item: 10.0
     fate: Callable[[int, WorkItem], Exception | None] = lambda _teacher, _item: None
+    publish_s: float = 0.0
     start_s: float = 5.0
     starts: Callable[[int], bool] = lambda _teacher: True  # or it hangs
     # the digest of the files that a teacher loaded
@@ -123,7 +125,7 @@ class SimulatedCrew:
         self.num_submitted += 1
         worker = self._workers[teacher]
         worker.queue.append(_Job(lease, item, publish))
-        self.most_held = max(self.most_held, len(worker.queue))
+        self.most_held = max(self.most_held, len(worker.queue) + len(worker.publishing))
         self._work(worker)
 
     def kill(self, teacher: int) -> None:
@@ -229,12 +231,27 @@ class SimulatedCrew:
         if isinstance(fate, Death):
             self.die(worker.number, str(fate))
             return
+        if fate is None and job.publish and not job.found and self.publish_s > 0:
+            self._events.append(Computed(worker.number, job.lease))
+            worker.publishing.append(job)
+            if len(worker.publishing) == 1:
+                self.at(self.now + self.publish_s, partial(self._finish_publishing, worker))
+            self._work(worker)
+            return
         self._events.append(
             Raised(worker.number, job.lease, fate)
             if fate is not None
             else Answered(worker.number, job.lease, self._answer(job))
         )
         self._work(worker)
+
+    def _finish_publishing(self, worker: _Worker) -> None:
+        if self._workers.get(worker.number) is not worker:
+            return
+        job = worker.publishing.popleft()
+        self._events.append(Answered(worker.number, job.lease, self._answer(job)))
+        if worker.publishing:
+            self.at(self.now + self.publish_s, partial(self._finish_publishing, worker))
 
     def _answer(self, job: _Job) -> Produced | Found | Passed:
         if not job.publish:

@@ -337,7 +337,20 @@ MISTAKES = {
     "CPUs that are not there": setting(
         "student.num_cpus = 1000", "CPU: 1000.25 needed", "num_cpus"
     ),
-    "GPUs that are not there": setting("teacher.num_gpus = 64", "GPU: 64 needed", "num_gpus"),
+    "GPUs that are not there": Mistake(
+        (
+            "check",
+            "tiny.toml",
+            "--set",
+            "teacher.num_gpus = 64",
+            "--set",
+            "teacher.pipeline = true",
+        ),
+        ("GPU: 64 needed", "num_gpus"),
+    ),
+    "GPUs that the engine leaves idle": setting(
+        "teacher.num_gpus = 64", "teacher.num_gpus is 64", 'engine = "vllm" and num_gpus = 64'
+    ),
     "a resource that no machine has": setting(
         "teacher.resources = {still = 1}", "still: 1 needed", "0 in the cluster"
     ),

@@ -527,6 +527,51 @@ def test_teachers_wait_with_a_slow_or_full_store_and_hold_no_more_than_two_chunk
     assert Counter(world.crew.computed) == Counter(range(60))
 
 
+def test_one_chunk_is_published_while_the_next_is_computed() -> None:
+    world = World(teacher={"max_replicas": 1})
+    world.crew.publish_s = 9.0
+    world.run()
+    world.assert_all_is_there()
+    assert world.crew.now == 1000 + 5 + NUM_CHUNKS * 10 + 9
+
+
+def test_a_store_slower_than_the_teacher_sets_the_pace_and_two_chunks_are_held_at_most() -> None:
+    world = World(teacher={"max_replicas": 1})
+    world.crew.publish_s = 25.0
+    world.run()
+    world.assert_all_is_there()
+    assert world.crew.now == 1000 + 5 + 10 + NUM_CHUNKS * 25
+    assert world.crew.most_held == 2
+
+
+def test_what_kills_its_teacher_is_found_although_another_chunk_is_published_meanwhile() -> None:
+    """Uploads take longer than the work that kills, so one is under way at every death."""
+    world = World(num_chunks=6, teacher={"max_replicas": 1})
+    world.crew.publish_s = 15.0
+    world.crew.fate = lambda _teacher, item: Death("killed") if touches(item, 9) else None
+    world.run()
+    world.assert_all_is_there()
+    assert [row.sequences for row in world.of(SetAsideEvent)] == [[9]]
+    # the chunk and its sequence were tried six times each, all the others once or twice
+    assert Counter(world.crew.begun)[2] == 6 + 1
+    assert all(world.crew.begun.count(number) <= 2 for number in (0, 3, 4, 5))
+
+
+def test_a_teacher_on_a_draining_machine_ends_with_what_it_computes_and_what_it_publishes() -> None:
+    world = World(teacher={"max_replicas": 1})
+    world.crew.nodes = {"a": 1}
+    world.crew.publish_s = 9.0
+    # chunk 0 is computed from 1005 to 1015 and published until 1024, chunk 1 until 1025 and 1034
+    world.crew.at(1020.0, partial(world.notice, "a", seconds=60.0))
+    world.crew.at(1040.0, partial(world.crew.add_node, "b", 1))
+    published: list[set[int]] = []
+    world.crew.at(1039.0, lambda: published.append(world.store.published()))
+    world.run()
+    world.assert_all_is_there()
+    assert published == [{0, 1}]
+    assert Counter(world.crew.begun) == Counter(range(NUM_CHUNKS))
+
+
 def test_a_store_that_refuses_for_long_ends_the_run_in_its_own_words_and_blames_no_chunk() -> None:
     world = World()
     world.crew.fate = lambda _teacher, _item: StoreUnavailable("the disk is full")
@@ -556,13 +601,17 @@ events = st.lists(
 
 
 @given(
-    events=events, poison=st.sets(st.integers(0, 4 * 12 - 1), max_size=2), seed=st.integers(0, 9)
+    events=events,
+    poison=st.sets(st.integers(0, 4 * 12 - 1), max_size=2),
+    seed=st.integers(0, 9),
+    publish_s=st.sampled_from([0.0, 12.0]),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_happens_every_chunk_is_there_and_only_poison_is_set_aside(
-    events: list[tuple[float, str, int]], poison: set[int], seed: int
+    events: list[tuple[float, str, int]], poison: set[int], seed: int, publish_s: float
 ) -> None:
     world = World(num_chunks=12, teacher={"lease_timeout_s": 200.0})
+    world.crew.publish_s = publish_s
     world.crew.nodes = {"a": 2, "b": 1}
     random = np.random.default_rng(seed)
     hanging: set[int] = set()

@@ -71,6 +71,8 @@ def test_a_decay_that_would_begin_in_the_warm_up_begins_after_it() -> None:
             {"optimiser": "adamw_8bit", "num_workers": 4, "min_workers": 3},
             "min_workers is 3, below num_workers, which is 4, .* leave min_workers out",
         ),
+        ({"compile": True, "zero_stage": 3}, "zero_stage is 3, .* leave compile out"),
+        ({"compile": True, "activation_checkpointing": True}, "leave one of them out"),
         ({"schedule": "cosin"}, "student.schedule: .* did you mean 'cosine'"),
     ],
 )

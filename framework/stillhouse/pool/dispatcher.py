@@ -18,6 +18,7 @@ from stillhouse.errors import StillhouseError, StoreUnavailable, TeacherError, U
 from stillhouse.pool.events import (
     Answer,
     Answered,
+    Computed,
     Died,
     Event,
     Found,
@@ -182,7 +183,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
     def _replace_the_silent(self, now: float) -> None:
         """End workers without heartbeats: the fleet starts others."""
         for worker, silent_s in self._fleet.silent(now):
-            lease = next(iter(worker.leases.values()), None)
+            lease = worker.in_work
             phase = "start" if worker.node is None else "work"
             chunk = None if lease is None else lease.chunk
             self._journal.record(
@@ -195,6 +196,8 @@ class Dispatcher(Generic[ItemT, ReadyT]):
             case Started(ready=ready):
                 self._fleet.welcome(worker, ready, self._clock())
                 self._journal.record(ready.journal_event(worker.number))
+            case Computed(lease=number):
+                self._fleet.note_computed(worker, number)
             case Answered(lease=number, answer=answer):
                 self._accept(worker, self._fleet.end(worker, number), answer)
             case Raised(lease=None, error=error):

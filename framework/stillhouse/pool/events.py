@@ -65,6 +65,15 @@ class Started(Generic[ReadyT]):
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A worker has computed a block, and goes on to the next while it publishes this one: its
+    answer is still to come."""
+
+    worker: int
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """A worker ended the work of a lease."""
 
@@ -92,13 +101,14 @@ class Died:
     preempted: bool = False  # and was taken away on purpose
 
 
-Event: TypeAlias = Started[ReadyT] | Answered | Raised | Died
+Event: TypeAlias = Started[ReadyT] | Computed | Answered | Raised | Died
 
 
 class WorkerBackend(Protocol[ItemT_contra, ReadyT]):
     """Starts workers, under numbers that the pool chooses, and passes work and events.
 
-    A worker does its work in the order of `submit`.
+    A worker does its work in the order of `submit`. One that computes the next block while it
+    publishes the one before has an event `Computed` for each.
     """
 
     def spawn(self, worker: int) -> None:

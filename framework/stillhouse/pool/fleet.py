@@ -15,7 +15,9 @@ from stillhouse.pool.heartbeats import Heartbeats
 from stillhouse.pool.leases import Lease
 from stillhouse.pool.poison import Budget
 
-ITEMS_PER_WORKER = 2  # one in work, one waiting, so that no worker is idle for a round trip
+# one in work, and one that waits for it or is being published meanwhile: so no worker is idle for
+# a round trip or an upload, and none has more than two computed blocks in memory
+ITEMS_PER_WORKER = 2
 
 _NOTICE_HOLDS_S = 300.0  # after its deadline: a machine that is still there stays after all
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 60.0  # between workers that are lost as they start
@@ -40,8 +42,23 @@ class Worker:
     number: int
     node: str | None = None  # None until it is ready
     leases: dict[int, Lease] = field(default_factory=dict)  # in the order in which it works on them
+    computed: set[int] = field(default_factory=set)  # those of which only publishing is left
     overdue_since: float | None = None
     leaves_at: float | None = None  # when its draining node ends; it gets no new leases
+
+    @property
+    def in_work(self) -> Lease | None:
+        """What it computes; or publishes, if it computes nothing."""
+        first = next(iter(self.leases.values()), None)
+        return next(self._to_compute(), first)
+
+    @property
+    def waiting(self) -> list[int]:
+        """The leases that it has not begun."""
+        return [lease.id for lease in self._to_compute()][1:]
+
+    def _to_compute(self) -> Iterator[Lease]:
+        return (lease for lease in self.leases.values() if lease.id not in self.computed)
 
 
 @dataclass(slots=True)
@@ -167,11 +184,18 @@ class Fleet(Generic[ItemT, ReadyT]):
         self._roster.file(worker)
         self._backend.submit(worker.number, lease.id, item, publish=lease.trial is None)
 
+    def note_computed(self, worker: Worker, number: int) -> None:
+        """Note that only publishing is left of a lease: the worker has begun its next one."""
+        if number in worker.leases:
+            worker.computed.add(number)
+
     def end(self, worker: Worker, number: int) -> Lease:
-        """Take the lease off a worker that has answered. A worker that leaves is ended now."""
+        """Take the lease off a worker that has answered. A worker that leaves is ended with its
+        last one."""
         lease = worker.leases.pop(number)
+        worker.computed.discard(number)
         worker.overdue_since = None
-        if worker.leaves_at is not None:
+        if worker.leaves_at is not None and not worker.leases:
             self.retire(worker)
         self._roster.file(worker)
         return lease
@@ -204,14 +228,14 @@ class Fleet(Generic[ItemT, ReadyT]):
 
     def take_notices(self, notices: Mapping[str, PreemptionNotice], now: float) -> None:
         """Take in preemption notices, by node. Workers on draining nodes get no new leases, give
-        back what they have not begun, and end with what they have in work."""
+        back what they have not begun, and end with what they compute or publish."""
         self._notices.update(notices)
         doomed = self._doomed_nodes()
         for worker in [*self._roster.workers.values()] if doomed else ():
             if worker.node is not None and worker.node in doomed and worker.leaves_at is None:
                 worker.leaves_at = now + self._notices[worker.node].deadline - self._wall()
                 self._roster.file(worker)
-                for number in [*worker.leases][1:]:
+                for number in worker.waiting:
                     self._give_back(worker.leases.pop(number))
         for worker in [*self._roster.leaving.values()]:
             if not worker.leases or (worker.leaves_at is not None and now >= worker.leaves_at):
@@ -220,8 +244,9 @@ class Fleet(Generic[ItemT, ReadyT]):
     def lose(self, worker: Worker) -> Lease | None:
         """End a worker that is lost. Returns the lease that it had in work, which alone may have
         killed it; the others are given back."""
-        in_work = next(iter(worker.leases), None)
-        lease = None if in_work is None else worker.leases.pop(in_work)
+        lease = worker.in_work
+        if lease is not None:
+            del worker.leases[lease.id]
         self.retire(worker)
         return lease
 

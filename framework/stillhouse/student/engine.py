@@ -28,6 +28,7 @@ from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
 from stillhouse.losses.distillation import LossTerms
 from stillhouse.losses.score import Scores, no_sums, scores_of
+from stillhouse.models.compiling import check_compiled, compile_layers
 from stillhouse.student import _deepspeed_compat
 from stillhouse.student.adapters import FROZEN, frozen_digest, require_same_frozen
 from stillhouse.student.heldout import HeldoutBatch
@@ -73,6 +74,8 @@ class StudentEngine:
             apply_liger(lm, model=section.model, device=device)
         if section.activation_checkpointing:
             checkpoint_activations(lm, every=section.activation_checkpointing_every)
+        if section.compile:
+            compile_layers(lm)
         lm.train()
         self._frozen_digest = frozen_digest(lm)
         module = StudentModule(lm, section=section, vocab_size=vocab_size)
@@ -84,6 +87,9 @@ class StudentEngine:
             config=deepspeed_config(section, num_micro_batches, device=device),
             dist_init_required=False,
         )
+        if section.compile:
+            check_compiled(lm.eval(), vocab_size=vocab_size)
+            lm.train()
         self._copies = _HostCopies(device)
         _deepspeed_compat.save_through(self._engine, self._copies)
 

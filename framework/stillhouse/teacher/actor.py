@@ -1,4 +1,5 @@
-"""The teacher actor: computes the targets of a work item and publishes them as a chunk.
+"""The teacher actor: computes the targets of a work item and publishes them as a chunk, while it
+computes those of the next item.
 
 Stateless: any actor can be killed, which re-runs at most the chunks that it had leased.
 """
@@ -7,7 +8,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -29,10 +30,13 @@ from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
 from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
+from stillhouse.teacher.stages import TwoStages
 from stillhouse.tracking import ChunkEvent, OutageEvent, PhaseEvent, TeacherEvent
 from stillhouse.tracking.log import failures_logged, process_log
 
 _log = logging.getLogger(__name__)
+
+_PUBLISHING = "publishing"  # Ray's name for the thread that publishes; another one computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class Produced:
 
     ref: ChunkRef
     fidelity: Fidelity
-    seconds: float
+    seconds: float  # from when its computing began
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +93,16 @@ class Produced:
         )
 
 
+class _Computed(NamedTuple):
+    chunk: Chunk
+    fidelity: Fidelity
+    began: float
+
+
 class _TeacherActor:
+    """For each chunk, `produce` and `publish` are called once. Ray has a thread for `publish`, and
+    another for all other calls; each does its calls in their order."""
+
     def __init__(
         self, job: TeacherJob, number: int, device: str, secrets: Secrets, coordinator: Coordinator
     ):
@@ -107,6 +120,7 @@ class _TeacherActor:
             job.notices, on_notice=lambda notice: coordinator.announce(self._node, notice)
         )
         self._watch.__enter__()
+        self._stages = TwoStages(self._computed, self._published)
 
     @failures_logged(_log, "start-up")
     def start(self) -> Ready:
@@ -128,26 +142,41 @@ class _TeacherActor:
         _log.info("%s is ready after %.1f s, on %s, by %s", model, seconds, name, topk)
         return Ready(probe, name, topk, seconds, self._node, self._engine.digest)
 
-    def produce(self, item: WorkItem) -> Produced | Found:
-        with failures_logged(_log, f"chunk {item.number}"):
-            return self._produce(item)
+    def produce(self, item: WorkItem) -> None:
+        """Compute the targets of a chunk, which `publish` then publishes."""
+        self._stages.first(item)
+
+    @ray.method(concurrency_group=_PUBLISHING)
+    def publish(self) -> Produced | Found:
+        """The answer for the next chunk in the order of `produce`, once it is in the store."""
+        return self._stages.second()
 
     def compute(self, item: WorkItem) -> Passed:
         with failures_logged(_log, f"a sequence of chunk {item.number}, on trial"):
             stored(self._engine.records(item), self._job.recipe.spec)
             return Passed()
 
-    def _produce(self, item: WorkItem) -> Produced | Found:
-        if is_there(self._store, item.number):  # published since it was leased
-            return Found()
-        began = monotonic()
-        records_NB, measured = stored(self._engine.records(item), self._job.recipe.spec)
-        chunk = Chunk(item.number, item.sequences, records_NB.numpy())
-        ref = publish_when_possible(
-            self._store, chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage
-        )
-        _log.debug("chunk %d is published after %.2f s", item.number, monotonic() - began)
-        return Produced(ref, measured, monotonic() - began)
+    def _computed(self, item: WorkItem) -> _Computed | Found:
+        with failures_logged(_log, f"chunk {item.number}"):
+            if is_there(self._store, item.number):  # published since it was leased
+                return Found()
+            began = monotonic()
+            records_NB, measured = stored(self._engine.records(item), self._job.recipe.spec)
+            return _Computed(
+                Chunk(item.number, item.sequences, records_NB.numpy()), measured, began
+            )
+
+    def _published(self, computed: _Computed | Found) -> Produced | Found:
+        if isinstance(computed, Found):
+            return computed
+        number = computed.chunk.number
+        with failures_logged(_log, f"chunk {number}"):
+            ref = publish_when_possible(
+                self._store, computed.chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage
+            )
+            seconds = monotonic() - computed.began
+            _log.debug("chunk %d is published after %.2f s", number, seconds)
+            return Produced(ref, computed.fidelity, seconds)
 
     def _tell_of_outage(self, seconds: float, why: str) -> None:
         self._coordinator.mention(OutageEvent(f"teacher on {self._node[:8]}", seconds, why))
@@ -209,5 +238,6 @@ def spawn(
         "resources": dict(where.resources) or None,
         "runtime_env": None if python is None else runtime_env_of(python),
     }
-    actor = ray.remote(_TeacherActor).options(**options)
+    threads: dict[str, Any] = {"concurrency_groups": {_PUBLISHING: 1}}
+    actor = ray.remote(**threads)(_TeacherActor).options(**options)
     return actor.remote(job, number, where.device, secrets, coordinator)

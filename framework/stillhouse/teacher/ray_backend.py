@@ -12,7 +12,7 @@ from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.interpreters import Interpreters
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, cause_of
-from stillhouse.pool.events import Answered, Died, Event, Raised, Started
+from stillhouse.pool.events import Answered, Computed, Died, Event, Raised, Started
 from stillhouse.sequence import WorkItem
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 
@@ -25,6 +25,7 @@ _NODE_DIED = "its node has died"  # Ray's wording: its error has no attribute fo
 class _Call(NamedTuple):
     worker: int
     lease: int | None  # None: the start-up check
+    is_first: bool = False  # the chunk is computed; the answer comes of the call that publishes it
 
 
 class RayBackend:
@@ -57,8 +58,11 @@ class RayBackend:
 
     def submit(self, worker: int, lease: int, item: WorkItem, *, publish: bool) -> None:
         actor = self._actors[worker]
-        method = actor.produce if publish else actor.compute
-        self._calls[method.remote(item)] = _Call(worker, lease)
+        if not publish:
+            self._calls[actor.compute.remote(item)] = _Call(worker, lease)
+            return
+        self._calls[actor.produce.remote(item)] = _Call(worker, lease, is_first=True)
+        self._calls[actor.publish.remote()] = _Call(worker, lease)
 
     def kill(self, worker: int) -> None:
         actor = self._actors.pop(worker, None)
@@ -95,4 +99,6 @@ class RayBackend:
             return Died(call.worker, str(error), with_machine=with_machine, preempted=preempted)
         if call.lease is None:
             return Started(call.worker, answer)
+        if call.is_first:
+            return Computed(call.worker, call.lease)
         return Answered(call.worker, call.lease, answer)
