@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from helpers.models import make_model
 from stillhouse.config import TeacherSection, VllmSection
+from stillhouse.engines.vllm import VllmEngine
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 
 VOCAB_SIZE = 300  # of the tokenizer; heads have 320 rows
 S, L = 5, 96
+_started: list[VllmEngine] = []  # one that is dropped would take the groups with it
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -32,7 +34,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def make_toy(folder: Path, architecture: str, **fields: Any) -> Path:
     """A random model with a head of 320 rows; a bias is not zero."""
-    given = {"hidden_size": 64, "weight_std": 0.3, "tied": architecture == "llama"} | fields
+    given = {
+        "hidden_size": 64,
+        "weight_std": 0.3,
+        "tied": architecture in ("llama", "gemma2"),
+    } | fields
     make_model(
         folder,
         architecture=architecture,
@@ -47,6 +53,17 @@ def make_toy(folder: Path, architecture: str, **fields: Any) -> Path:
         weights["lm_head.bias"].normal_(generator=torch.Generator().manual_seed(1))
         save_file(weights, file, metadata={"format": "pt"})
     return folder
+
+
+def started(section: TeacherSection, recipe: Recipe) -> VllmEngine:
+    """An engine in this process, beside those that were started before: vLLM's groups of ranks,
+    which a process has once, are made anew, since a mixture of experts needs one more."""
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    destroy_model_parallel()
+    engine = VllmEngine(section, recipe, device="cpu")
+    _started.append(engine)
+    return engine
 
 
 def section_of(folder: Path, *, dtype: str = "float32", **settings: Any) -> TeacherSection:

@@ -118,12 +118,20 @@ class Engine:
         self._engine = LLMEngine(
             config, Executor.get_class(config), log_stats=False, multiprocess_mode=False
         )
+        self._is_whole = True
 
     def answers(self, requests: Sequence[tuple[list[int], Mapping[str, Any]]]) -> list[Tensor]:
-        """What the pooler answers to requests of token ids and fields, in their order."""
+        """What the pooler answers to requests of token ids and fields, in their order.
+
+        An error of vLLM's own leaves requests behind that never end. So the next call raises
+        SystemExit, which ends an actor, and the pool starts another.
+        """
         from vllm.inputs import tokens_input
         from vllm.pooling_params import PoolingParams
 
+        if not self._is_whole:
+            raise SystemExit("vLLM failed at the item before, and is of no use any more")
+        self._is_whole = False
         for number, (ids, fields) in enumerate(requests):
             # a prefix that is read from the cache has no hidden states
             params = PoolingParams(
@@ -138,7 +146,19 @@ class Engine:
             for output in self._engine.step():
                 if output.finished:
                     found[int(output.request_id)] = output.outputs.data
+        self._is_whole = True
         return [found[number] for number in range(len(requests))]
+
+    def call_workers(self, method: str) -> None:
+        """Call a method of every worker, and wait for it."""
+        self._engine.collective_rpc(method)
+
+
+def clear_keys_and_values(worker: Any) -> None:
+    """Set a worker's cache of keys and values to zero, while no request is computed."""
+    for cache in worker.model_runner.kv_caches:
+        for tensor in cache if isinstance(cache, list | tuple) else [cache]:
+            tensor.zero_()
 
 
 def worker_class() -> Any:

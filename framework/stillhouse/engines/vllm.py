@@ -20,7 +20,7 @@ from stillhouse.engines import _vllm_compat
 from stillhouse.engines.base import Capabilities, Records, probe_item
 from stillhouse.engines.probe import Probe, mean_kl
 from stillhouse.engines.vllm_pooler import PoolerPlan, Question, read_answer, unpack
-from stillhouse.errors import ConfigError, ModelError
+from stillhouse.errors import ConfigError, ModelError, TeacherError
 from stillhouse.logits import Backend, TargetSpec, concatenate
 from stillhouse.model_path import source_of
 from stillhouse.models import ModelIdentity, digest_beside, model_identity
@@ -103,10 +103,14 @@ class VllmEngine:
             nothing_TB = torch.empty((0, spec.bytes_per_token), dtype=torch.uint8)
             return Records(nothing_TB, unpack(nothing_TB, spec))
         answers = self._engine.answers([(ids, question.fields) for ids, question in requests])
-        parts = [
-            read_answer(answer, question, spec)
-            for answer, (_, question) in zip(answers, requests, strict=True)
-        ]
+        try:
+            parts = [
+                read_answer(answer, question, spec)
+                for answer, (_, question) in zip(answers, requests, strict=True)
+            ]
+        except TeacherError:
+            self._engine.call_workers("forget")
+            raise
         sampled = [part.sample for part in parts if part.sample.num_tokens]
         return Records(torch.cat([part.records_TB for part in parts]), concatenate(sampled))
 

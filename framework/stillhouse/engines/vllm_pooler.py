@@ -274,7 +274,7 @@ def unpack(packed: Tensor, spec: TargetSpec) -> CompressedLogits:
     packed_TP = packed.view(-1, 4 * sum(width for width, _ in widths.values()))
     parts = packed_TP.split([4 * width for width, _ in widths.values()], dim=1)
     tensors: dict[str, Any] = {}
-    for (name, (_, dtype)), part in zip(widths.items(), parts, strict=True):
-        values_TW = part.clone(memory_format=torch.contiguous_format).view(dtype)
-        tensors[name] = values_TW[:, 0] if name.endswith("_T") else values_TW
+    for (name, (width, dtype)), part in zip(widths.items(), parts, strict=True):
+        values = part.flatten().clone().view(dtype)  # a clone, whose memory begins at a number
+        tensors[name] = values if name.endswith("_T") else values.view(len(part), width)
     return CompressedLogits(**tensors, vocab_size=spec.vocab_size, temperature=spec.temperature)

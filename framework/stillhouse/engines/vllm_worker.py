@@ -35,6 +35,11 @@ class RecordsWorker(_vllm_compat.worker_class()):  # type: ignore[misc]
         head = replace(head, float32_logits=plan.section.logits == "exact")
         self.get_model().pooler = RecordsPooler(plan, head, first_id=first, group=ranks.group)
 
+    def forget(self) -> None:
+        """Clear the cache of keys and values. A NaN in it would spread: attention multiplies what
+        lies behind a document's end with 0."""
+        _vllm_compat.clear_keys_and_values(self)
+
 
 def _end_with_owner() -> None:
     """End this process when the one that started it is gone, however that ended.
