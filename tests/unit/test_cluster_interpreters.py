@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.cluster.interpreters import Interpreters, Versions, refusal, runtime_env_of, told
+from stillhouse.cluster.interpreters import (
+    Interpreters,
+    Versions,
+    refusal,
+    require_here,
+    runtime_env_of,
+)
 from stillhouse.cluster.placement import Placement
 from stillhouse.errors import ConfigError
 
@@ -47,11 +53,12 @@ def test_one_with_another_python_or_ray_is_refused_with_what_was_found(
     assert refusal(script, found) is None
 
 
-def test_the_message_names_each_machine_what_is_wanted_and_what_to_do() -> None:
-    message = told("/opt/vllm/bin/python", ["10.0.0.3: it is no Python", "10.0.0.4: gone"])
-    assert "\n  - 10.0.0.3: it is no Python\n  - 10.0.0.4: gone\n" in message
-    assert str(HERE) in message
-    assert "leave teacher.python out" in message
+def test_the_message_says_what_was_found_what_is_wanted_and_what_to_do() -> None:
+    require_here(sys.executable)
+    with pytest.raises(ConfigError, match="it is no Python") as refused:
+        require_here("/bin/true")
+    assert str(HERE) in str(refused.value)
+    assert "leave teacher.python out" in str(refused.value)
 
 
 def test_a_path_is_one_word_for_the_shell_that_ray_starts_it_by() -> None:

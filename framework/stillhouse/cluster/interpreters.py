@@ -108,13 +108,19 @@ class Interpreters:
             if reason is not None
         ]
         if refused:
-            raise ConfigError(told(self._python, sorted(refused)))
+            raise _refused(self._python, sorted(refused))
 
 
-def told(python: str, refused: list[str]) -> str:
-    """The error's message: one line for each machine."""
-    machines = "".join(f"\n  - {line}" for line in refused)
-    return (
+def require_here(python: str) -> None:
+    """As `Interpreters.require`, for this machine alone, and without Ray."""
+    reason = refusal(python, Versions.here())
+    if reason is not None:
+        raise _refused(python, [f"this machine: {reason}"])
+
+
+def _refused(python: str, reasons: list[str]) -> ConfigError:
+    machines = "".join(f"\n  - {line}" for line in reasons)
+    return ConfigError(
         f"teacher.python is {python}, which cannot run teachers:{machines}\nWanted at this path of "
         f"every machine with teachers: {Versions.here()}, as the command itself has. Install them "
         "there, name another interpreter, or leave teacher.python out"
