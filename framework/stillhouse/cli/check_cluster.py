@@ -9,6 +9,7 @@ from stillhouse.cli import estimate
 from stillhouse.cli.check_memory import check_memory
 from stillhouse.cli.findings import Findings
 from stillhouse.cluster.interpreters import Interpreters, require_here
+from stillhouse.cluster.nodes import nodes_with_room
 from stillhouse.cluster.placement import placement, shortages, student_needs, teacher_needs
 from stillhouse.cluster.session import attached, lacks, remarks
 from stillhouse.config import Config, ModelSection
@@ -62,8 +63,8 @@ def _available(config: Config) -> Mapping[str, float]:
     if section.address is not None:
         with attached(section) as resources:
             if python is not None:
-                where = placement(config.teacher, resources)
-                Interpreters(python, where).require(timeout_s=_ASKED_S)
+                nodes = nodes_with_room([placement(config.teacher, resources)])
+                Interpreters(python, lambda: nodes).require(timeout_s=_ASKED_S)
             return dict(resources)
     if python is not None:
         require_here(python)
