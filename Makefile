@@ -19,6 +19,7 @@ MINUTES ?= 20
 SEEDS ?= 3
 FUZZ_ROUNDS ?= 20
 OUT ?= runs/gpu
+AT ?= /opt/vllm
 GPU = PYTHONPATH=framework $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m stillhouse.bench.gpu --out $(OUT)
 
 COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-annotate --python-version 3.11
@@ -45,7 +46,7 @@ endef
 told_at_its_end = @log=$$(mktemp); $(1) >$$log 2>&1; code=$$?; echo; cat $$log; rm $$log; exit $$code
 
 .PHONY: help system system-slurm demo test test-whole test-parts test-vllm chaos slurm gpu gpu-dry check lint launch-files format lock \
-	lock-dev lock-vllm package docs bench clean
+	lock-dev lock-vllm package docs vllm bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -118,6 +119,11 @@ package: $(INSTALLED)  ## the sdist and the wheel, in dist/
 
 docs: $(INSTALLED)  ## the pages of docs/ as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+vllm:  ## an environment for teachers on vLLM, on a machine with GPUs, at AT (/opt/vllm): teacher.python = "/opt/vllm/bin/python"
+	test -x $(AT)/bin/python || $(PYTHON) -m venv $(AT)
+	$(AT)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement docker/vllm.lock
+	$(AT)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
 bench: $(INSTALLED)  ## the pipeline against one process doing the same work
 	$(BIN)/stillhouse bench pipeline

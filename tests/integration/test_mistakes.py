@@ -135,6 +135,15 @@ MISTAKES = {
     "bf16": setting(
         "student.dtype = 'bf16'", "'float32' or 'bfloat16'; found 'bf16'; did you mean 'bfloat16'?"
     ),
+    "an interpreter that is not there": setting(
+        "teacher.python = '/nowhere/bin/python'",
+        "teacher.python is /nowhere/bin/python, which cannot run teachers",
+        "this machine: it cannot be started (No such file or directory)",
+        "leave teacher.python out",
+    ),
+    "an interpreter by a relative path": setting(
+        "teacher.python = 'bin/python'", "'bin/python' is no absolute path; give one"
+    ),
     "kl": setting("student.divergence = 'kl'", "found 'kl'; did you mean 'forward_kl'?"),
     "a list of data sets": setting(
         "corpus.dataset = ['a', 'b']", "corpus.dataset", "valid string", "found ['a', 'b']"

@@ -4,10 +4,18 @@ would start one that fails again and again."""
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from stillhouse.cluster.interpreters import Interpreters, Versions, refusal, runtime_env_of, told
+from stillhouse.cluster.interpreters import (
+    Interpreters,
+    Versions,
+    refusal,
+    require_here,
+    runtime_env_of,
+)
+from stillhouse.cluster.nodes import nodes_with_room
 from stillhouse.cluster.placement import Placement
 from stillhouse.errors import ConfigError
 
@@ -47,11 +55,12 @@ def test_one_with_another_python_or_ray_is_refused_with_what_was_found(
     assert refusal(script, found) is None
 
 
-def test_the_message_names_each_machine_what_is_wanted_and_what_to_do() -> None:
-    message = told("/opt/vllm/bin/python", ["10.0.0.3: it is no Python", "10.0.0.4: gone"])
-    assert "\n  - 10.0.0.3: it is no Python\n  - 10.0.0.4: gone\n" in message
-    assert str(HERE) in message
-    assert "leave teacher.python out" in message
+def test_the_message_says_what_was_found_what_is_wanted_and_what_to_do() -> None:
+    require_here(sys.executable)
+    with pytest.raises(ConfigError, match="it is no Python") as refused:
+        require_here("/bin/true")
+    assert str(HERE) in str(refused.value)
+    assert "leave teacher.python out" in str(refused.value)
 
 
 def test_a_path_is_one_word_for_the_shell_that_ray_starts_it_by() -> None:
@@ -62,8 +71,28 @@ def test_a_path_is_one_word_for_the_shell_that_ray_starts_it_by() -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_machines_on_which_a_teacher_fits_are_asked_and_no_others(tmp_path: Path) -> None:
+    def require(python: str, **resources: float) -> None:
+        where = Placement(0.25, 0.0, resources)
+        Interpreters(python, lambda: nodes_with_room([where])).require(timeout_s=60.0)
+
     absent = str(tmp_path / "python")
-    Interpreters(sys.executable, Placement(0.25, 0.0, {})).require(timeout_s=60.0)
-    Interpreters(absent, Placement(0.25, 0.0, {"elsewhere": 1.0})).require(timeout_s=60.0)
+    require(sys.executable)
+    require(absent, elsewhere=1.0)
     with pytest.raises(ConfigError, match=r"- [\d.]+: it cannot be started \(No such file"):
-        Interpreters(absent, Placement(0.25, 0.0, {})).require(timeout_s=60.0)
+        require(absent)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_machine_that_joins_later_is_asked_without_waiting_for_it(tmp_path: Path) -> None:
+    there: list[dict[str, Any]] = []
+    interpreters = Interpreters(str(tmp_path / "python"), lambda: there)
+    interpreters.require(timeout_s=0.0)
+    there += nodes_with_room([Placement(0.25, 0.0, {})])
+    with pytest.raises(ConfigError, match="No such file"):
+        look_again(interpreters)
+
+
+def look_again(interpreters: Interpreters) -> None:
+    """As the pool does between the events of its teachers."""
+    for _ in range(600):
+        interpreters.require(timeout_s=0.1)

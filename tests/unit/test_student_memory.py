@@ -153,8 +153,12 @@ def test_ranks_on_one_machine_are_told_what_makes_all_of_them_smaller() -> None:
 
 
 def test_a_teacher_is_told_the_fewest_gpus_that_hold_its_weights() -> None:
-    (line,) = teacher_cures(65.6e9, gpu=Memory(24e9, "L4"))
-    assert line.startswith("num_gpus = 4: ")
+    on_vllm, spread = teacher_cures(65.6e9, gpu=Memory(24e9, "L4"))
+    assert on_vllm.startswith('engine = "vllm", num_gpus = 4: 16.4 GB of each')
+    assert spread.startswith("num_gpus = 4: ")
+    on_vllm, spread = teacher_cures(65.6e9, gpu=Memory(16e9, "T4"))
+    assert on_vllm.startswith('engine = "vllm", num_gpus = 8: 8.2 GB of each')
+    assert spread.startswith("num_gpus = 6: ")
 
 
 @pytest.mark.parametrize(("gigabytes", "stage"), [(24.0, 1), (1e-6, 3)])

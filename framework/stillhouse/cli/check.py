@@ -9,6 +9,7 @@ import torch
 from stillhouse.cli.check_cluster import check_cluster
 from stillhouse.cli.check_corpus import check_corpus
 from stillhouse.cli.check_store import check_store
+from stillhouse.cli.check_weights import format_words, quantisation_of, weight_bytes
 from stillhouse.cli.findings import (
     Findings,
     bullets,
@@ -75,7 +76,11 @@ def _models(plan: Plan, found: Findings) -> None:
         # its size
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         found.num_parameters[role] = num_parameters
-        size = size_words(num_parameters * getattr(torch, section.dtype).itemsize)
+        quantised = quantisation_of(model)
+        num_bytes = weight_bytes(
+            model, quantised, dtype_bytes=getattr(torch, section.dtype).itemsize
+        )
+        size = f"{size_words(num_bytes)} in {format_words(quantised, section.dtype)}"
         padding = model.get_output_embeddings().weight.shape[0] - vocab_size
         head = (
             f"its head is padded by {padding:,}, which is cut off"
@@ -83,10 +88,12 @@ def _models(plan: Plan, found: Findings) -> None:
             else "its head has a row for each id"
         )
         parameters = f"{count_words(num_parameters)} parameters"
-        found.add(role, f"{name}: {parameters}, {size} in {section.dtype}; {head}")
+        found.add(role, f"{name}: {parameters}, {size}; {head}")
         if isinstance(section, StudentSection):
             found.student_size = size_of(model)
             found.add("", _student_memory(section, found.student_size))
+        else:
+            found.teacher_bytes = num_bytes
 
         # its context
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -8,11 +8,15 @@ import torch
 from stillhouse.cli import estimate
 from stillhouse.cli.check_memory import check_memory
 from stillhouse.cli.findings import Findings
+from stillhouse.cluster.interpreters import Interpreters, require_here
+from stillhouse.cluster.nodes import nodes_with_room
 from stillhouse.cluster.placement import placement, shortages, student_needs, teacher_needs
 from stillhouse.cluster.session import attached, lacks, remarks
-from stillhouse.config import ClusterSection, Config, ModelSection
+from stillhouse.config import Config, ModelSection
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan
+
+_ASKED_S = 90.0  # for the machines' answers about their interpreters
 
 
 def check_cluster(plan: Plan, found: Findings) -> None:
@@ -23,7 +27,7 @@ def check_cluster(plan: Plan, found: Findings) -> None:
 
     # what there is, and what is missing
     try:
-        available = _available(section)
+        available = _available(config)
         _processes(config, available, found)
         needs = teacher_needs(config.teacher) | student_needs(config.student)
         missing = shortages(needs, available)
@@ -50,11 +54,20 @@ def check_cluster(plan: Plan, found: Findings) -> None:
         )
 
 
-def _available(section: ClusterSection) -> Mapping[str, float]:
-    """The resources of the cluster, by name; of a cluster started here, those it would have."""
+def _available(config: Config) -> Mapping[str, float]:
+    """The resources of the cluster, by name; of a cluster started here, those it would have.
+
+    Raises ConfigError where a machine cannot start `teacher.python`.
+    """
+    section, python = config.cluster, config.teacher.python
     if section.address is not None:
         with attached(section) as resources:
+            if python is not None:
+                nodes = nodes_with_room([placement(config.teacher, resources)])
+                Interpreters(python, lambda: nodes).require(timeout_s=_ASKED_S)
             return dict(resources)
+    if python is not None:
+        require_here(python)
     return {
         "CPU": float(section.num_cpus or os.cpu_count() or 1),
         "GPU": float(torch.cuda.device_count()),

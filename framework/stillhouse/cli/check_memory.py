@@ -48,8 +48,7 @@ def check_memory(config: Config, available: Mapping[str, float], found: Findings
 
     # a teacher
     teacher = config.teacher
-    if "teacher" in found.num_parameters:
-        num_bytes = found.num_parameters["teacher"] * getattr(torch, teacher.dtype).itemsize
+    if (num_bytes := found.teacher_bytes) is not None:
         if placement(teacher, available).device == "cpu":
             on_cpu["teachers"] = teacher.min_replicas * num_bytes
         elif gpu := _gpu_of(teacher, available, is_here=is_here):
@@ -166,10 +165,18 @@ def _by_adapters(section: StudentSection, *, num_ranks: int, budget_bytes: float
 
 
 def teacher_cures(weight_bytes: float, *, gpu: Memory) -> Iterator[str]:
-    """The fewest whole GPUs that can hold a teacher, and what uses several."""
+    """The fewest whole GPUs among which vLLM has to divide a teacher's matrices, a power of two as
+    the numbers of heads are; and over which its layers have to be spread."""
     num_gpus = math.ceil(weight_bytes / (USABLE_SHARE * gpu.num_bytes))
-    size = size_words(num_gpus * gpu.num_bytes)
-    yield f'num_gpus = {num_gpus}, and engine = "vllm" or pipeline = true: {size} for each teacher'
+    together = 1 << (num_gpus - 1).bit_length()
+    yield (
+        f'engine = "vllm", num_gpus = {together}: {size_words(weight_bytes / together)} of each, '
+        "and all compute at once (docs/engines.md)"
+    )
+    yield (
+        f"pipeline = true, num_gpus = {num_gpus}: {size_words(num_gpus * gpu.num_bytes)} for each "
+        "teacher, of which one GPU computes at a time"
+    )
 
 
 def _gpu_of(

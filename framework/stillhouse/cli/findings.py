@@ -33,6 +33,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
     num_parameters: dict[str, int] = field(default_factory=dict)  # by role
+    teacher_bytes: float | None = None  # of its weights; None: its model cannot be used
     student_size: StudentSize | None = None  # None: its model cannot be used
     example: list[Piece] = field(default_factory=list)  # of the corpus
 

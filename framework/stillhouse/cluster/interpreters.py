@@ -9,14 +9,13 @@ import json
 import os
 import shlex
 import subprocess
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from platform import python_version_tuple
 from typing import Any, NamedTuple
 
 import ray
 
-from stillhouse.cluster.nodes import nodes_with_room
-from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import ask_node
 from stillhouse.errors import ConfigError
 
@@ -77,11 +76,11 @@ def refusal(python: str, wanted: Versions) -> str | None:
 
 
 class Interpreters:
-    """The interpreters of one path on the machines of a cluster. Each machine on which a process of
-    this placement fits is asked once."""
+    """The interpreters of one path on the machines of a cluster. `nodes` gives the machines that
+    there are, as Ray describes them; each is asked once."""
 
-    def __init__(self, python: str, where: Placement):
-        self._python, self._where = python, where
+    def __init__(self, python: str, nodes: Callable[[], Iterable[Mapping[str, Any]]]):
+        self._python, self._nodes = python, nodes
         self._asked: set[str] = set()  # nodes, by id
         self._waiting: dict[Any, str] = {}  # the address of its node, by the reference to an answer
 
@@ -91,7 +90,7 @@ class Interpreters:
         Machines that have joined since the last call are asked. Those that do not answer within the
         timeout are looked at again by the next call.
         """
-        for node in nodes_with_room([self._where]):
+        for node in self._nodes():
             if node["NodeID"] not in self._asked:
                 self._asked.add(node["NodeID"])
                 answer = ask_node(node["NodeID"], refusal, self._python, Versions.here())
@@ -108,13 +107,19 @@ class Interpreters:
             if reason is not None
         ]
         if refused:
-            raise ConfigError(told(self._python, sorted(refused)))
+            raise _refused(self._python, sorted(refused))
 
 
-def told(python: str, refused: list[str]) -> str:
-    """The error's message: one line for each machine."""
-    machines = "".join(f"\n  - {line}" for line in refused)
-    return (
+def require_here(python: str) -> None:
+    """As `Interpreters.require`, for this machine alone, and without Ray."""
+    reason = refusal(python, Versions.here())
+    if reason is not None:
+        raise _refused(python, [f"this machine: {reason}"])
+
+
+def _refused(python: str, reasons: list[str]) -> ConfigError:
+    machines = "".join(f"\n  - {line}" for line in reasons)
+    return ConfigError(
         f"teacher.python is {python}, which cannot run teachers:{machines}\nWanted at this path of "
         f"every machine with teachers: {Versions.here()}, as the command itself has. Install them "
         "there, name another interpreter, or leave teacher.python out"

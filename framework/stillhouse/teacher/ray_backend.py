@@ -3,6 +3,7 @@
 A dead actor is reported once, as `Died`, whatever it was doing; no call waits for it.
 """
 
+from functools import partial
 from time import sleep
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import ray
 
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.interpreters import Interpreters
+from stillhouse.cluster.nodes import nodes_with_room
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets, cause_of
 from stillhouse.pool.events import Answered, Computed, Died, Event, Raised, Started
@@ -41,8 +43,9 @@ class RayBackend:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, _Call] = {}
         python = job.section.python
-        self._interpreters = None if python is None else Interpreters(python, where)
-        if self._interpreters is not None:
+        self._interpreters: Interpreters | None = None
+        if python is not None:
+            self._interpreters = Interpreters(python, partial(nodes_with_room, [where]))
             self._interpreters.require(timeout_s=_ASKED_S)
 
     def spawn(self, worker: int) -> None:
