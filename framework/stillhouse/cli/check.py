@@ -83,6 +83,7 @@ def _models(plan: Plan, found: Findings) -> None:
         if isinstance(section, StudentSection):
             found.student_size = size_of(model)
             found.add("", _student_memory(section, found.student_size))
+            found.add("", f"ZeRO stage {section.chosen_stage}: {plan.why_zero_stage}")
 
         # its context
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
