@@ -11,7 +11,13 @@ from helpers.checkpoints import ORIGIN
 from helpers.checkpoints import make as make_checkpoints
 from helpers.models import make_model
 from helpers.world import TinyWorld
-from stillhouse.cli.check_memory import Memory, cpu_cures, student_cures, teacher_cures
+from stillhouse.cli.check_memory import (
+    Memory,
+    cpu_cures,
+    memory_here,
+    student_cures,
+    teacher_cures,
+)
 from stillhouse.config import StudentSection
 from stillhouse.pipeline.run_dir import claim
 from stillhouse.student.adapters import outline
@@ -196,3 +202,28 @@ def test_auto_stays_as_the_run_or_the_checkpoints_were_begun(
     plan = tiny_world.plan(tmp_path / "new", student=elsewhere)
     assert plan.why_zero_stage == "as its checkpoints were begun"
     assert plan.config.student.zero_stage == ORIGIN.zero_stage == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "file", "limit", "is_lower"),
+    [
+        ("0::/", "memory.max", "300000000", True),  # in a container
+        ("0::/", "memory.max", "max", False),
+        ("0::/slurm/job_7/step", "slurm/job_7/memory.max", "300000000", True),
+        ("4:memory:/docker/7\n1:cpu:/", "memory/memory.limit_in_bytes", "300000000", True),
+        ("4:memory:/job", "memory/job/memory.limit_in_bytes", "9223372036854771712", False),
+        ("1:cpu:/", "memory.max", "300000000", False),
+    ],
+)
+def test_the_memory_is_that_of_the_machine_or_a_lower_limit_of_its_process(
+    tmp_path: Path, lines: str, file: str, limit: str, is_lower: bool
+) -> None:
+    own, path = tmp_path / "own", tmp_path / "groups" / file
+    own.write_text(lines + "\n")
+    path.parent.mkdir(parents=True)
+    path.write_text(limit + "\n")
+    found = memory_here(groups=tmp_path / "groups", own=own)
+    machine = memory_here(groups=tmp_path / "none", own=tmp_path / "none")
+    assert machine.device == "this machine"
+    lower = Memory(3e8, "this process's limit")
+    assert found == (lower if is_lower else machine)
