@@ -84,18 +84,21 @@ def test_what_of_a_student_is_kept_and_trained_is_told_and_counted(
 
 def test_what_does_not_fit_on_a_gpu_is_told_with_what_it_would_take(check: Check) -> None:
     on_gpu = {"device": "cuda", "num_gpus": 1.0, "num_cpus": 0.25, "gpu_memory_gb": 1e-4}
-    outcome = check(teacher=on_gpu, student=on_gpu | {"num_workers": 8}, cluster={"num_cpus": 3})
+    student = on_gpu | {"num_workers": 8, "zero_stage": 1}
+    outcome = check(teacher=on_gpu, student=student, cluster={"num_cpus": 3})
     assert "a teacher's weights take" in rows_of(outcome)["memory"]
     notes = outcome.out.partition("note: a student rank's weights")[2]
     assert "zero_stage = 2" in notes
     assert "num_gpus = 2" in outcome.out
-    roomy = rows_of(check(teacher=on_gpu, student=on_gpu | {"gpu_memory_gb": 24}))["memory"]
-    assert "of 24.0 GB (gpu_memory_gb): fits" in roomy
+    roomy = rows_of(check(teacher=on_gpu, student=on_gpu | {"gpu_memory_gb": 24}))
+    assert "of 24.0 GB (gpu_memory_gb): fits" in roomy["memory"]
+    assert "ZeRO stage 1: the lowest that fits into 80% of 24 GB" in roomy["student"]
 
 
 def test_what_runs_on_the_cpu_is_compared_with_the_memory_of_this_machine(check: Check) -> None:
     row = rows_of(check())["memory"]
-    assert re.search(r"teachers and student ranks on the CPU take .* \(this machine\): fits", row)
+    there = r"\((this machine|this process's limit)\): fits"
+    assert re.search(rf"teachers and student ranks on the CPU take .* {there}", row)
 
 
 def test_a_run_on_gpus_has_its_hours_estimated_and_is_told_how(check: Check) -> None:

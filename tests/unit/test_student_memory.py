@@ -11,7 +11,13 @@ from helpers.checkpoints import ORIGIN
 from helpers.checkpoints import make as make_checkpoints
 from helpers.models import make_model
 from helpers.world import TinyWorld
-from stillhouse.cli.check_memory import Memory, cpu_cures, student_cures, teacher_cures
+from stillhouse.cli.check_memory import (
+    Memory,
+    cpu_cures,
+    memory_here,
+    student_cures,
+    teacher_cures,
+)
 from stillhouse.config import StudentSection
 from stillhouse.pipeline.run_dir import claim
 from stillhouse.student.adapters import outline
@@ -84,7 +90,8 @@ def test_a_frozen_parameter_is_a_weight_alone() -> None:
         (LARGE, 8, 80, {}, 2),
         (LARGE, 8, 24, {}, 3),
         (LARGE, 1, 24, {}, 3),  # it fits in none
-        (SMALL, 1, 24, {"offload": "cpu", "zero_stage": 2}, 2),
+        (SMALL, 1, 24, {"offload": "cpu"}, 2),
+        (LARGE, 1, 24, {"lora": {"quantise": "nf4"}}, 2),  # 3 cannot divide its weights
     ],
 )
 def test_the_lowest_stage_that_fits_is_chosen(
@@ -161,27 +168,66 @@ def test_a_teacher_is_told_the_fewest_gpus_that_hold_its_weights() -> None:
     assert spread.startswith("num_gpus = 6: ")
 
 
-@pytest.mark.parametrize(("gigabytes", "stage"), [(24.0, 1), (1e-6, 3)])
-def test_auto_is_a_number_in_a_plan(
-    tiny_world: TinyWorld, tmp_path: Path, gigabytes: float, stage: int
+@pytest.mark.parametrize(
+    ("student", "stage", "why"),
+    [
+        ({}, 1, "the lowest, for gpu_memory_gb is not set"),
+        ({"offload": "cpu"}, 2, "the lowest, for gpu_memory_gb is not set"),
+        ({"gpu_memory_gb": 24.0}, 1, "the lowest that fits into 80% of 24 GB"),
+        ({"gpu_memory_gb": 1e-6}, 3, "the highest, and none fits into 80% of 1e-06 GB"),
+        ({"gpu_memory_gb": 1e-6, "zero_stage": 2}, 2, "as zero_stage says"),
+    ],
+)
+def test_the_stage_is_by_memory_where_that_is_known_and_a_number_in_a_plan(
+    tiny_world: TinyWorld, tmp_path: Path, student: dict[str, Any], stage: int, why: str
 ) -> None:
-    student = {"zero_stage": "auto", "gpu_memory_gb": gigabytes}
     plan = tiny_world.plan(tmp_path / "run", student=student)
     assert plan.config.student.zero_stage == plan.jobs[0].origin.zero_stage == stage
+    assert plan.why_zero_stage == why
     assert not plan.run_dir.exists()
 
 
 def test_auto_stays_as_the_run_or_the_checkpoints_were_begun(
     tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
-    auto = {"zero_stage": "auto", "gpu_memory_gb": 24.0}
+    auto = {"gpu_memory_gb": 24.0}
     begun = tiny_world.plan(tmp_path / "begun", student={"zero_stage": 2})
     begun.run_dir.mkdir()
     claim(begun.run_dir, config=begun.config, recipe=begun.recipe)
-    assert tiny_world.plan(begun.run_dir, student=auto).config.student.zero_stage == 2
+    resumed = tiny_world.plan(begun.run_dir, student=auto)
+    assert (resumed.config.student.zero_stage, resumed.why_zero_stage) == (
+        2,
+        "as the run was begun",
+    )
 
     # every machine is lost, and the checkpoints are not
     make_checkpoints(tmp_path / "kept" / "student", 5)
     elsewhere = auto | {"checkpoint_url": str(tmp_path / "kept")}
     plan = tiny_world.plan(tmp_path / "new", student=elsewhere)
+    assert plan.why_zero_stage == "as its checkpoints were begun"
     assert plan.config.student.zero_stage == ORIGIN.zero_stage == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "file", "limit", "is_lower"),
+    [
+        ("0::/", "memory.max", "300000000", True),  # in a container
+        ("0::/", "memory.max", "max", False),
+        ("0::/slurm/job_7/step", "slurm/job_7/memory.max", "300000000", True),
+        ("4:memory:/docker/7\n1:cpu:/", "memory/memory.limit_in_bytes", "300000000", True),
+        ("4:memory:/job", "memory/job/memory.limit_in_bytes", "9223372036854771712", False),
+        ("1:cpu:/", "memory.max", "300000000", False),
+    ],
+)
+def test_the_memory_is_that_of_the_machine_or_a_lower_limit_of_its_process(
+    tmp_path: Path, lines: str, file: str, limit: str, is_lower: bool
+) -> None:
+    own, path = tmp_path / "own", tmp_path / "groups" / file
+    own.write_text(lines + "\n")
+    path.parent.mkdir(parents=True)
+    path.write_text(limit + "\n")
+    found = memory_here(groups=tmp_path / "groups", own=own)
+    machine = memory_here(groups=tmp_path / "none", own=tmp_path / "none")
+    assert machine.device == "this machine"
+    lower = Memory(3e8, "this process's limit")
+    assert found == (lower if is_lower else machine)

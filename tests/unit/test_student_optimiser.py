@@ -60,7 +60,10 @@ def test_a_decay_that_would_begin_in_the_warm_up_begins_after_it() -> None:
     ("student", "message"),
     [
         ({"decay_steps": 5}, 'decay_steps is 5, but schedule is "cosine"'),
-        ({"offload": "cpu"}, 'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is 1'),
+        (
+            {"offload": "cpu", "zero_stage": 1},
+            'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is 1',
+        ),
         ({"activation_checkpointing_every": 2}, "activation_checkpointing is false"),
         ({"optimiser": "adamw_8bit", "fused_adamw": True}, 'is a form of the optimiser "adamw"'),
         (

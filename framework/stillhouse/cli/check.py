@@ -92,6 +92,7 @@ def _models(plan: Plan, found: Findings) -> None:
         if isinstance(section, StudentSection):
             found.student_size = size_of(model)
             found.add("", _student_memory(section, found.student_size))
+            found.add("", f"ZeRO stage {section.chosen_stage}: {plan.why_zero_stage}")
         else:
             found.teacher_bytes = num_bytes
 

@@ -5,6 +5,8 @@ device is left for activations."""
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ from stillhouse.student.memory import (
     size_of,
     state_bytes,
 )
+
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 class Memory(NamedTuple):
@@ -71,7 +75,7 @@ def check_memory(config: Config, available: Mapping[str, float], found: Findings
 
     # all that runs on the CPU of this machine
     if is_here and any(on_cpu.values()):
-        machine = Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
+        machine = memory_here()
         what = " and ".join(name for name, num_bytes in on_cpu.items() if num_bytes)
         need = Need("student", f"{what} on the CPU", sum(on_cpu.values()))
         left = USABLE_SHARE * machine.num_bytes - on_cpu["teachers"]
@@ -79,6 +83,30 @@ def check_memory(config: Config, available: Mapping[str, float], found: Findings
         if size is not None and on_cpu["student ranks"]:
             cures = cpu_cures(student, size, budget_bytes=left)
         _compare(need, machine, cures, found)
+
+
+def memory_here(*, groups: Path = Path("/sys/fs/cgroup"), own: Path = _OWN_GROUPS) -> Memory:
+    """The memory of this machine, or the limit of this process's control group, such as that of a
+    container or of a Slurm job, where that is lower.
+
+    A group's limit holds for the groups in it, too; in both versions of control groups the file
+    that names this process's groups has lines of number:controllers:path (cgroups(7)).
+    """
+    machine = Memory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine")
+    limits = [machine.num_bytes]
+    lines = own.read_text().splitlines() if own.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        is_first_version = "memory" in controllers.split(",")
+        if controllers and not is_first_version:
+            continue
+        top = groups / "memory" if is_first_version else groups
+        name = "memory.limit_in_bytes" if is_first_version else "memory.max"
+        group = top / path.lstrip("/")
+        for each in (top, group, *group.parents):
+            with suppress(OSError, ValueError):  # not there, or "max"
+                limits.append(float((each / name).read_text()))
+    lowest = min(limits)
+    return machine if lowest == machine.num_bytes else Memory(lowest, "this process's limit")
 
 
 def student_cures(

@@ -122,10 +122,10 @@ class StudentSection(ModelSection):
         60.0, description="seconds between attempts to bring back ranks that were lost"
     )
     zero_stage: Literal[0, 1, 2, 3, "auto"] = Field(
-        1,
+        "auto",
         description="what DeepSpeed ZeRO divides among the ranks: 0 nothing, 1 Adam's states, 2 "
         "gradients too, 3 weights too; auto: the lowest from 1 that fits into 80 % of "
-        "gpu_memory_gb, and in a resume that of before",
+        "gpu_memory_gb, 1 without gpu_memory_gb, and in a resume that of before",
     )
     overlap_comm: bool | None = Field(
         None,
@@ -310,9 +310,11 @@ class StudentSection(ModelSection):
 
     @property
     def chosen_stage(self) -> int:
-        """`zero_stage` in a plan, where "auto" has become a number."""
-        assert self.zero_stage != "auto", "planning chooses it"
-        return self.zero_stage
+        """`zero_stage`. A plan makes a number of "auto", by the memory of a GPU where that is
+        known; where it is not, this is the lowest that "auto" can be."""
+        if self.zero_stage != "auto":
+            return self.zero_stage
+        return 1 if self.offload == "none" else 2
 
 
 def _require_possible_optimiser(section: StudentSection) -> None:
@@ -321,11 +323,6 @@ def _require_possible_optimiser(section: StudentSection) -> None:
         raise ValueError(
             f'decay_steps is {section.decay_steps}, but schedule is "{section.schedule}", which '
             'falls from the warm-up on; leave decay_steps out, or set schedule = "wsd"'
-        )
-    if section.zero_stage == "auto" and section.gpu_memory_gb is None:
-        raise ValueError(
-            'zero_stage is "auto", which is chosen by the memory of a GPU; set gpu_memory_gb, '
-            "such as 24 or 80, or zero_stage to 1, 2 or 3"
         )
     if section.offload == "cpu" and section.zero_stage in (0, 1):
         raise ValueError(
@@ -356,9 +353,9 @@ def _require_possible_optimiser(section: StudentSection) -> None:
 def _require_possible_ranks(section: StudentSection) -> None:
     # weights that cannot be divided, and layers that cannot be compiled
     quantise = "none" if section.lora is None else section.lora.quantise
-    if quantise != "none" and section.zero_stage in (3, "auto"):
+    if quantise != "none" and section.zero_stage == 3:
         raise ValueError(
-            f'lora.quantise is "{quantise}", and zero_stage is {section.zero_stage}, but stage 3 '
+            f'lora.quantise is "{quantise}", and zero_stage is 3, but stage 3 '
             "cannot divide quantised weights among the ranks; set zero_stage = 2, or leave "
             "lora.quantise out"
         )

@@ -4,10 +4,10 @@ card that says what it learned from, and how well."""
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCardData
 
+from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.config import Config, CorpusSection, StudentSection
 from stillhouse.errors import CheckpointError
 from stillhouse.models.hub import licence_of, upload
@@ -49,7 +49,12 @@ def export_run(
         section=job.section,
         tokenizer=with_chat_template(plan.tokenizer, trained_template(plan.config.corpus)),
         card=lambda steps: model_card(
-            plan.config, plan.recipe, read_journal(journal), role=role, steps=steps
+            plan.config,
+            plan.recipe,
+            read_journal(journal),
+            role=role,
+            steps=steps,
+            adapter=adapter,
         ),
         adapter=adapter,
         step=best_step(plan.evaluation, job, tell=tell) if best else None,
@@ -67,17 +72,24 @@ def trained_template(corpus: CorpusSection) -> str | None:
 def push_run(plan: Plan, name: str, *, private: bool) -> str:
     """Export the student and commit it to the hub's repository `owner/name`; returns its address.
     Raises what `export_run` does, and ModelError where the hub refuses it."""
-    with TemporaryDirectory(dir=plan.run_dir, prefix="push-") as folder:
-        out = Path(folder) / "model"
+    with scratch_folder() as folder:
+        out = folder / "model"
         steps = export_run(plan, out)
         message = f"The student after {steps} steps, recipe {plan.recipe.fingerprint[:16]}"
         return upload(out, name, private=private, message=message)
 
 
 def model_card(
-    config: Config, recipe: Recipe, events: Sequence[RunEvent], *, role: Role, steps: int
+    config: Config,
+    recipe: Recipe,
+    events: Sequence[RunEvent],
+    *,
+    role: Role,
+    steps: int,
+    adapter: bool = False,
 ) -> str:
-    """The README of a model after `steps` optimiser steps. `events`: of its run's journal."""
+    """The README of a model, or of its adapters alone, after `steps` optimiser steps. `events`: of
+    its run's journal."""
     # what it learned from, and how
     lesson = (
         "the text alone"
@@ -91,7 +103,7 @@ def model_card(
     # the page
     lines = [
         "---",
-        card_data(config).to_yaml(),
+        card_data(config, adapter=adapter).to_yaml(),
         "---",
         f"# {Path(config.student.model).name}, distilled from {Path(config.teacher.model).name}",
         "",
@@ -111,20 +123,24 @@ def model_card(
     return "\n".join(lines + _scores(events)) + "\n"
 
 
-def card_data(config: Config) -> ModelCardData:
+def card_data(config: Config, *, adapter: bool = False) -> ModelCardData:
     """The card's metadata, as the hub reads it: names of the hub alone, since a path of this
-    machine means nothing there."""
+    machine means nothing there. Adapters that were trained beside a part of a model are not the
+    model's."""
     student = config.student
     keeps_weights = student.init != "config"
     on_hub = keeps_weights and not is_local(student)
+    if adapter:
+        on_hub &= student.init == "weights"
+    relation = "adapter" if adapter else "finetune"
     names = [part.dataset for part in config.corpus.parts()]
     of_the_hub = [name for name in names if name != "stdlib" and not looks_like_path(name)]
     return ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["distillation", "stillhouse"],
         base_model=student.model if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
+        base_model_relation=relation if on_hub else None,
         teacher=None if is_local(config.teacher) else config.teacher.model,
         license=licence_of(student.model) if keeps_weights else None,
         datasets=of_the_hub or None,

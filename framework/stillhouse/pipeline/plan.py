@@ -58,8 +58,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, decided: `config` has its model revisions pinned, and everything else is a function of
-    these fields."""
+    """A run, decided: `config` has its model revisions pinned and its ZeRO stage chosen, and
+    everything else is a function of these fields."""
 
     config: Config
     run_dir: Path
@@ -67,6 +67,7 @@ class Plan:
     tokenizer: PreTrainedTokenizerFast
     sources: Sources
     recipe: Recipe
+    why_zero_stage: str  # for people
 
     @property
     def store(self) -> ChunkStore:

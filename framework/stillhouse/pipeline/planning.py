@@ -41,7 +41,13 @@ from stillhouse.store.object_store import Blobs
 from stillhouse.store.url import absolute_url
 from stillhouse.student.adapters import needs_outline, outline
 from stillhouse.student.job import checkpoints_root_of
-from stillhouse.student.memory import USABLE_SHARE, lowest_stage, memory_of_process, size_of
+from stillhouse.student.memory import (
+    USABLE_SHARE,
+    lowest_stage,
+    memory_of_process,
+    size_of,
+    state_bytes,
+)
 from stillhouse.terminal import one_line
 
 _Section = TypeVar("_Section", bound=ModelSection)
@@ -119,13 +125,13 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     )
     recipe = _as_begun(recipe, run_dir=run_dir, url=config.store.url)
     student = student.model_copy(update={"checkpoint_url": _absolute(student.checkpoint_url)})
-    stage = _zero_stage(student, run_dir=run_dir.absolute())
+    stage, why = _zero_stage(student, run_dir=run_dir.absolute())
     sections = {
         "teacher": teacher,
         "student": student.model_copy(update={"zero_stage": stage}),
     }
     config = config.model_copy(update=sections)
-    return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe)
+    return Plan(config, run_dir.absolute(), cache_dir, tokenizer, sources, recipe, why)
 
 
 def _placed(config: Config) -> Config:
@@ -215,23 +221,28 @@ def _number_format(teacher: TeacherSection) -> str:
     return "+".join(parts)
 
 
-def _zero_stage(section: StudentSection, *, run_dir: Path) -> int:
-    """The student's ZeRO stage. "auto" is that of the run, or of the checkpoints, that it goes on
-    from; and in a new run the lowest that the memory of its GPUs has room for."""
+def _zero_stage(section: StudentSection, *, run_dir: Path) -> tuple[int, str]:
+    """The student's ZeRO stage, and why it is that. "auto" is that of the run, or of the
+    checkpoints, that it goes on from; and in a new run the lowest that the memory of its GPUs has
+    room for."""
     if section.zero_stage != "auto":
-        return section.zero_stage
+        return section.zero_stage, "as zero_stage says"
     # as it was begun
     if (run_dir / "config.json").exists():
-        return config_of(run_dir).student.chosen_stage
+        return config_of(run_dir).student.chosen_stage, "as the run was begun"
     newest = newest_manifest(f"{checkpoints_root_of(section, run_dir)}/student")
     if newest is not None:
-        return newest.origin.zero_stage
+        return newest.origin.zero_stage, "as its checkpoints were begun"
     # by arithmetic, for the fewest ranks that train
-    assert section.gpu_memory_gb is not None, "the config wants it with auto"
+    if section.gpu_memory_gb is None:
+        return section.chosen_stage, "the lowest, for gpu_memory_gb is not set"
     [(_, num_ranks)] = student_needs(section).values()
-    budget_bytes = USABLE_SHARE * memory_of_process(section, section.gpu_memory_gb * 1e9)
-    size = size_of(outline(section))
-    return lowest_stage(size, section, num_ranks=num_ranks, budget_bytes=budget_bytes)
+    memory_bytes = memory_of_process(section, section.gpu_memory_gb * 1e9)
+    size, budget_bytes = size_of(outline(section)), USABLE_SHARE * memory_bytes
+    stage = lowest_stage(size, section, num_ranks=num_ranks, budget_bytes=budget_bytes)
+    a_rank = state_bytes(size, section, stage=stage, num_ranks=num_ranks)
+    kind = "the lowest that fits" if a_rank <= budget_bytes else "the highest, and none fits"
+    return stage, f"{kind} into {USABLE_SHARE:.0%} of {memory_bytes / 1e9:.3g} GB"
 
 
 def _absolute(checkpoint_url: str | None) -> str | None:

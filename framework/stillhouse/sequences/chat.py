@@ -1,13 +1,14 @@
 """Chat templates: a conversation becomes text, and the parts of it that an assistant wrote.
 
 There are three ways to tell these parts; `Way` names them. A template that marks them with
-`{% generation %}` is rendered twice, with its marks and without. Any other is rendered up to each
-assistant's message and through it; where a template rewrites earlier messages, as those do that
-drop earlier reasoning, only the last one can be told so.
+`{% generation %}` is rendered twice, with its marks and without. Any other is rendered up to an
+assistant's message and through it; in a long conversation some of them, from which `borders` tells
+the others. Where a template rewrites earlier messages, as those do that drop earlier reasoning,
+only the last one can be told so.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -20,14 +21,14 @@ from stillhouse.config import CorpusSection
 from stillhouse.config.paths import is_template
 from stillhouse.errors import CorpusError
 from stillhouse.sequences.bad_rows import BadRowError, require_text
+from stillhouse.sequences.borders import Answer, Borders, Span, anchors_of
 from stillhouse.sequences.conversations import Conversation
 from stillhouse.sequences.cpu_limit import CpuLimitError, cpu_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Span = tuple[int, int]  # half-open, of characters
-
+_FEW_ANSWERS = 4  # of which each is rendered
 TEMPLATE_LIMIT_S = 10.0  # CPU time to render one conversation, which takes milliseconds
 # Generation prompts may begin, or skip, the reasoning of an answer that has none, or has some.
 _THINKING: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
@@ -164,31 +165,54 @@ class ChatTemplate:
         return [span for span in zip(ends[:-1:2], ends[1::2], strict=False) if span[0] < span[1]]
 
     def _by_prefixes(
-        self, conversation: Conversation, text: str, answers: Iterable[int]
+        self, conversation: Conversation, text: str, answers: Sequence[int]
     ) -> list[Span] | None:
         """The span of each answer in the text of the conversation; None where the text before one
         of them is another without what follows.
 
-        Answer i begins at the end of `messages[:i]` with the generation prompt, and ends at the end
-        of `messages[:i + 1]`.
+        Of many answers the last, and every one whose count is a power of two, are rendered, which
+        takes time by the length of the text. So are those that `Borders` cannot tell from them.
         """
-        messages, tools = conversation.messages, conversation.tools
         ends_of_turn = tuple(
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
         )
+        is_long = len(answers) > _FEW_ANSWERS
+        anchors = anchors_of(conversation, text, self._text_or_none) if is_long else {}
+        borders = Borders(conversation, text, anchors=anchors, ends_of_turn=ends_of_turn)
         spans = []
-        for number in answers:
-            before = Conversation(messages[:number], tools)
-            prompts = (self._text(before, prompted=True, settings=each) for each in _THINKING)
-            is_last = number == len(messages) - 1
-            through = text if is_last else self._text(Conversation(messages[: number + 1], tools))
-            prompt = next(filter(through.startswith, prompts), None)
-            if prompt is None or not text.startswith(through):
-                return None
-            trimmed = through.rstrip()  # ChatML has a newline behind the end token: not a label
-            end = len(trimmed) if trimmed.endswith(ends_of_turn) else len(through)
-            spans.append((len(prompt), end))
+        for count, number in enumerate(answers, 1):
+            is_tried = count & (count - 1) == 0 or number == answers[-1]
+            span = None if is_tried else borders.span_of(number)
+            if span is None:
+                answer = self._answer(conversation, text, number, ends_of_turn=ends_of_turn)
+                if answer is None:
+                    return None
+                borders.learn(number, answer)
+                span = answer.span
+            spans.append(span)
         return spans
+
+    def _answer(
+        self, conversation: Conversation, text: str, number: int, *, ends_of_turn: tuple[str, ...]
+    ) -> Answer | None:
+        """The answer `messages[number]`. It begins at the end of `messages[:number]` with the
+        generation prompt, and ends at the end of `messages[:number + 1]`."""
+        messages, tools = conversation.messages, conversation.tools
+        before = Conversation(messages[:number], tools)
+        is_last = number == len(messages) - 1
+        through = text if is_last else self._text(Conversation(messages[: number + 1], tools))
+        prompts = []
+        for settings in _THINKING:
+            prompts.append(self._text(before, prompted=True, settings=settings))
+            if through.startswith(prompts[-1]):
+                break
+        else:
+            return None
+        if not text.startswith(through):
+            return None
+        trimmed = through.rstrip()  # ChatML has a newline behind the end token: not a label
+        end = len(trimmed) if trimmed.endswith(ends_of_turn) else len(through)
+        return Answer(prompts, (len(prompts[-1]), end))
 
     def _require_written(self, conversation: Conversation, text: str) -> None:
         """Raise CorpusError where the text is the same without the last call of an assistant's

@@ -71,12 +71,12 @@ def lowest_stage(
     size: StudentSize, section: StudentSection, *, num_ranks: int, budget_bytes: float
 ) -> int:
     """The lowest ZeRO stage from 1, or from 2 with an offloaded optimiser, whose `state_bytes` are
-    within the budget; 3 where none is."""
-    stages = (1, 2) if section.offload == "none" else (2,)
-    for stage in stages:
+    within the budget; the highest where none is, which is 3, or 2 with quantised weights."""
+    first, last = (1 if section.offload == "none" else 2), (2 if is_quantised(section) else 3)
+    for stage in range(first, last):
         if state_bytes(size, section, stage=stage, num_ranks=num_ranks) <= budget_bytes:
             return stage
-    return 3
+    return last
 
 
 def _whole_and_divided(
