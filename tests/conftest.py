@@ -1,6 +1,7 @@
 """Shared by every test: one torch thread, no way to a model hub, one Ray cluster, one tiny world to
 train in."""
 
+import gc
 import os
 import secrets
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(10_000)  # as sitecustomize.py has it in the processes of the tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

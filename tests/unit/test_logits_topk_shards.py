@@ -2,6 +2,7 @@
 whatever the split."""
 
 import math
+import multiprocessing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.multiprocessing.spawn import spawn
 
 from stillhouse.errors import TeacherError
 from stillhouse.logits import (
@@ -190,7 +190,15 @@ def compress_the_shard_of(
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("ranks")
-    spawn(on_a_rank, args=(str(directory),), nprocs=4)
+    # one import of torch for all ranks
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["helpers.chunks"])
+    ranks = [forks.Process(target=on_a_rank, args=(rank, str(directory))) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0] * 4
     return [torch.load(Path(directory) / f"{rank}.pt") for rank in range(4)]
 
 
