@@ -124,7 +124,6 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         tail_entropy=spec.tail_entropy,
     )
     recipe = _as_begun(recipe, run_dir=run_dir, url=config.store.url)
-    student = student.model_copy(update={"checkpoint_url": _absolute(student.checkpoint_url)})
     stage, why = _zero_stage(student, run_dir=run_dir.absolute())
     sections = {
         "teacher": teacher,
@@ -135,11 +134,12 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
 
 
 def _placed(config: Config) -> Config:
-    """The config with the store's URL as every worker sees it, and with rollouts of that store."""
-    url = absolute_url(config.store.url)
+    """The config with its places as every worker sees them, and with rollouts of its store."""
+    url, checkpoint_url = absolute_url(config.store.url), _absolute(config.student.checkpoint_url)
     sections = {
         "store": config.store.model_copy(update={"url": url}),
         "corpus": config.corpus.in_store(url),
+        "student": config.student.model_copy(update={"checkpoint_url": checkpoint_url}),
     }
     return config.model_copy(update=sections)
 
