@@ -28,7 +28,7 @@ from stillhouse.config import OpenAISection, TargetSection, TeacherSection, pars
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.engines.openai import OpenAIEngine
 from stillhouse.engines.openai_client import Free, Server
-from stillhouse.engines.openai_scores import Document, documents_of
+from stillhouse.engines.openai_scores import Document, Scores, documents_of
 from stillhouse.engines.probe import require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.errors import ConfigError, ServerError, StillhouseError, TeacherError
@@ -77,8 +77,9 @@ def client_of(server: PromptServer, patience: Patience = SHORT, **options: Any) 
     return Server(openai, api_key=None, patience=patience)
 
 
-def asked(client: Server, document: Document = DOCUMENT) -> Any:
-    return client.score(document, num_entries=8, money=Free(), stop=threading.Event())
+def asked(client: Server, document: Document = DOCUMENT) -> Scores:
+    stop = threading.Event()
+    return client.score(document, num_entries=8, vocab_size=V, money=Free(), stop=stop)
 
 
 # --- targets ---
@@ -293,7 +294,7 @@ def test_what_another_request_may_mend_is_asked_again(
 ) -> None:
     server.faults.extend(faults)
     began = monotonic()
-    assert asked(client_of(server, timeout_s=0.3))["model"] == "toy"
+    assert len(asked(client_of(server, timeout_s=0.3)).label_logprob_T)
     assert len(server.prompts) == len(faults) + 1
     if faults[-1].retry_after is not None:
         assert monotonic() - began >= 0.2

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.config import TeacherSection
-from stillhouse.engines.openai import OpenAIEngine
+from stillhouse.engines.openai import BEFORE_A_RUN, OpenAIEngine
 from stillhouse.errors import ChangedWeightsError
 from stillhouse.models import forget_identity
+from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Targets
 from stillhouse.pipeline.session import Session
 from stillhouse.pool.dispatcher import Dispatcher
@@ -21,11 +22,20 @@ from stillhouse.teacher.ray_backend import RayBackend
 @contextmanager
 def answering(targets: Targets) -> Iterator[None]:
     """Ask a teacher behind a server for a probe, where there are targets to make, before anything
-    starts. Raises ServerError where it cannot be used."""
+    starts; say what they came to at the end. Raises ServerError where it cannot be used."""
     section, store = targets.teacher, targets.store
-    if section.engine == "openai" and not store.published().issuperset(targets.chunks):
-        OpenAIEngine(section, store.recipe, device="cpu", store_url=store.url).prove()
+    if section.openai is None or store.published().issuperset(targets.chunks):
+        yield
+        return
+    engine = OpenAIEngine(
+        section, store.recipe, device="cpu", store_url=store.url, patience=BEFORE_A_RUN
+    )
+    engine.prove()
     yield
+    engine.tidy()
+    limit = section.openai.max_cost_usd
+    if limit is not None:
+        say(f"the teacher's server: {engine.granted_usd():.4g} of {limit:g} USD spent or reserved")
 
 
 @contextmanager
