@@ -62,7 +62,7 @@ def test_a_limit_is_granted_once_whoever_asks(tmp_path: Path) -> None:
         thread.join()
     assert sum(taken) == 98
     assert len(refused) == len(ledgers)
-    assert "the next request may cost 7 USD" in refused[0]
+    assert "the next request needs 7 USD more" in refused[0]
     assert "is 100, 98 are spent or reserved" in refused[0]
     assert Ledger(Blobs(str(tmp_path)), "f", limit_usd=1.0).granted_usd() == 98
 

@@ -5,6 +5,7 @@ Shapes: D tokens of a document, V vocabulary.
 """
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from helpers.models import make_model
 from helpers.promptserver import Answer, Fault, PromptServer, busy, flat
 from helpers.world import TinyWorld
 from stillhouse import pipeline
+from stillhouse.cluster.processes import local_secrets
 from stillhouse.config import OpenAISection, TargetSection, TeacherSection, parse_config
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.engines.openai import OpenAIEngine
@@ -400,6 +402,19 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     with pytest.raises(ServerError, match="holds no key") as caught:
         Server(openai, api_key=f"{server.key}\n")
     assert server.key not in str(caught.value)
+
+
+def test_the_key_travels_to_another_process_and_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_SERVER", "a-key-of-0987654321\n")
+    secrets = local_secrets("MY_SERVER", "NOT_SET_ANYWHERE")
+    assert secrets.keys == {"MY_SERVER": "a-key-of-0987654321"}
+    assert "0987654321" not in repr(secrets)
+    monkeypatch.delenv("MY_SERVER")  # as in the other process
+    replace(secrets, hub_token=None).adopt()
+    assert os.environ["MY_SERVER"] == "a-key-of-0987654321"
+    assert scrub("a-key-of-0987654321") == "(redacted)"
 
 
 def test_the_identity_is_of_names_and_not_of_addresses(

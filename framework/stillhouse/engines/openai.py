@@ -5,6 +5,7 @@ Shapes: T target tokens, K kept entries.
 """
 
 import hashlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from stillhouse.engines.openai_scores import (
     targets_of,
 )
 from stillhouse.engines.probe import Probe, mean_kl
-from stillhouse.errors import ServerError
+from stillhouse.errors import ServerError, StoreError
 from stillhouse.logits import Backend, CompressedLogits
 from stillhouse.models import ModelIdentity
 from stillhouse.models.identity import is_local
@@ -32,6 +33,8 @@ from stillhouse.retry import DEFAULT_PATIENCE, Patience
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.recipe import canonical_json
+
+_log = logging.getLogger(__name__)
 
 BEFORE_A_RUN = Patience(end_after_s=30.0, last_pause_s=5.0)  # somebody waits for it
 
@@ -123,9 +126,13 @@ class OpenAIEngine:
         return self._answer()
 
     def tidy(self) -> None:
-        """Delete the answers that are kept of published chunks."""
-        if self._desk.answers is not None:
+        """Delete the answers that are kept of published chunks, if the store lets it."""
+        if self._desk.answers is None:
+            return
+        try:
             self._desk.answers.forget_published()
+        except StoreError as error:
+            _log.info("answers that are not needed any more stay in the store: %s", error)
 
     def granted_usd(self) -> float:
         """What is spent on the recipe's targets, or reserved; 0 where there is no limit."""

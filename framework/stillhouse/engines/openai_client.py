@@ -5,6 +5,7 @@ asked to, and does not say what a time-out may have cost.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -260,7 +261,7 @@ class Server:
 
     def _price(self, num_tokens: int) -> int:
         """Nanodollars, rounded up."""
-        return -int(-num_tokens * self._section.usd_per_million_tokens * 1000 // 1)
+        return math.ceil(num_tokens * self._section.usd_per_million_tokens * 1000)
 
     def _asks_for(self, reply: httpx.Response) -> float | None:
         """The seconds of Retry-After, which is a number or a date."""
@@ -287,7 +288,8 @@ def _json_of(reply: httpx.Response) -> Any:
 
 def _models(body: Any) -> list[Model]:
     try:
-        return [Model(str(card["id"]), card.get("max_model_len")) for card in body["data"]]
+        found = [(str(card["id"]), card.get("max_model_len")) for card in body["data"]]
+        return [Model(name, most if type(most) is int else None) for name, most in found]
     except (KeyError, TypeError, AttributeError):
         raise ServerError(
             f"the server lists no models: {_quoted(str(body))}; wanted the address of OpenAI's "
