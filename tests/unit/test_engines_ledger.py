@@ -177,7 +177,9 @@ def test_a_limit_is_kept_whatever_fails_and_in_whatever_order(
 
     def buy(moment: Moment, order: list[Document], num_grants: int) -> None:
         blobs = MortalBlobs(str(tmp_path), moment, kill)
-        desk = desk_of(blobs, server.base_url, limit_usd=limit, num_grants=num_grants)
+        desk = desk_of(
+            blobs, server.base_url, limit_usd=limit, num_grants=num_grants, timeout_s=0.5
+        )
         try:
             desk.scores_of_all(order, num_threads=3)
         except ServerError as error:
