@@ -60,7 +60,12 @@ def price_of(document: Document) -> int:
 
 
 def desk_of(
-    blobs: Blobs, base_url: str, *, limit_usd: float | None, num_grants: int = 1000
+    blobs: Blobs,
+    base_url: str,
+    *,
+    limit_usd: float | None,
+    num_grants: int = 1000,
+    timeout_s: float = 60.0,
 ) -> Desk:
     """A desk of one process, at the price of a dollar a token."""
     store = ChunkStore(blobs, RECIPE)
@@ -68,7 +73,7 @@ def desk_of(
         base_url=base_url,
         served_model="toy",
         usd_per_million_tokens=ONE_USD_A_TOKEN,
-        timeout_s=0.5,
+        timeout_s=timeout_s,
     )
     return Desk(
         Server(section, api_key=None, patience=BRIEF),

@@ -62,7 +62,7 @@ def test_a_limit_is_granted_once_whoever_asks(tmp_path: Path) -> None:
         thread.join()
     assert sum(taken) == 98
     assert len(refused) == len(ledgers)
-    assert "the next request may cost 7 USD" in refused[0]
+    assert "the next request needs 7 USD more" in refused[0]
     assert "is 100, 98 are spent or reserved" in refused[0]
     assert Ledger(Blobs(str(tmp_path)), "f", limit_usd=1.0).granted_usd() == 98
 
@@ -177,7 +177,9 @@ def test_a_limit_is_kept_whatever_fails_and_in_whatever_order(
 
     def buy(moment: Moment, order: list[Document], num_grants: int) -> None:
         blobs = MortalBlobs(str(tmp_path), moment, kill)
-        desk = desk_of(blobs, server.base_url, limit_usd=limit, num_grants=num_grants)
+        desk = desk_of(
+            blobs, server.base_url, limit_usd=limit, num_grants=num_grants, timeout_s=0.5
+        )
         try:
             desk.scores_of_all(order, num_threads=3)
         except ServerError as error:

@@ -88,7 +88,7 @@ class Ledger:
         room = limit - self._granted
         if least > room:
             raise ServerError(
-                f"the next request may cost {least / _NANO:.6g} USD, but of "
+                f"the next request needs {least / _NANO:.6g} USD more, but of "
                 f"teacher.openai.max_cost_usd, which is {limit / _NANO:.6g}, "
                 f"{self._granted / _NANO:.6g} are spent or reserved, as "
                 f"{self._blobs.url}/{self._prefix} says. All that was bought is kept: raise "

@@ -5,6 +5,7 @@ Shapes: T target tokens, K kept entries.
 """
 
 import hashlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +25,18 @@ from stillhouse.engines.openai_scores import (
     targets_of,
 )
 from stillhouse.engines.probe import Probe, mean_kl
-from stillhouse.errors import ServerError
+from stillhouse.errors import ServerError, StoreError
 from stillhouse.logits import Backend, CompressedLogits
 from stillhouse.models import ModelIdentity
 from stillhouse.models.identity import is_local
+from stillhouse.retry import DEFAULT_PATIENCE, Patience
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.recipe import canonical_json
+
+_log = logging.getLogger(__name__)
+
+BEFORE_A_RUN = Patience(end_after_s=30.0, last_pause_s=5.0)  # somebody waits for it
 
 _PROBES_AT_ONCE = 3  # in one batch of the server's, where the first probe was alone
 
@@ -42,16 +48,23 @@ class OpenAIEngine:
     digest: str | None = None  # nothing is loaded here
 
     def __init__(
-        self, section: TeacherSection, recipe: Recipe, *, device: str, store_url: str
+        self,
+        section: TeacherSection,
+        recipe: Recipe,
+        *,
+        device: str,
+        store_url: str,
+        patience: Patience = DEFAULT_PATIENCE,
     ) -> None:
         del device  # the server has its own
         self._recipe = recipe
         self._options = options = options_of(section)
         store = ChunkStore(store_url, recipe)
         is_paid = options.usd_per_million_tokens > 0
+        self._ledger = Ledger(store.blobs, store.folder, limit_usd=options.max_cost_usd)
         self._desk = Desk(
-            Server(options, api_key=secret_in(options.api_key_env)),
-            Ledger(store.blobs, store.folder, limit_usd=options.max_cost_usd),
+            Server(options, api_key=secret_in(options.api_key_env), patience=patience),
+            self._ledger,
             Answers(store) if is_paid else None,
             recipe.k,
             recipe.vocab_size,
@@ -93,8 +106,7 @@ class OpenAIEngine:
         pairs = zip(documents, scores, strict=True)
         for _, of_row in groupby(pairs, key=lambda pair: pair[0].row):
             yield self._targets([each for _, each in of_row], num_entries=self._recipe.k)
-        if self._desk.answers is not None:  # those of the chunks before, which are published now
-            self._desk.answers.forget_published()
+        self.tidy()  # the chunks before this one are published
 
     def probe(self) -> Probe:
         """The answer to `probe_item`, and how far it is from those to the same in one batch.
@@ -112,6 +124,19 @@ class OpenAIEngine:
         used: it does not score prompts of ids, or not as the recipe wants."""
         self._require_room()
         return self._answer()
+
+    def tidy(self) -> None:
+        """Delete the answers that are kept of published chunks, if the store lets it."""
+        if self._desk.answers is None:
+            return
+        try:
+            self._desk.answers.forget_published()
+        except StoreError as error:
+            _log.info("answers that are not needed any more stay in the store: %s", error)
+
+    def granted_usd(self) -> float:
+        """What is spent on the recipe's targets, or reserved; 0 where there is no limit."""
+        return self._ledger.granted_usd()
 
     def backend(self) -> Backend:
         return Backend("server", f"the likeliest {self._recipe.k} of {self._options.base_url}")
@@ -154,9 +179,9 @@ def options_of(section: TeacherSection) -> OpenAISection:
 
 def _only_model(options: OpenAISection) -> str:
     """The model that the server lists. Raises ServerError where there is not exactly one."""
-    names = [
-        model.name for model in Server(options, api_key=secret_in(options.api_key_env)).models()
-    ]
+    key = secret_in(options.api_key_env)
+    server = Server(options, api_key=key, patience=BEFORE_A_RUN)
+    names = [model.name for model in server.models()]
     if len(names) != 1:
         raise ServerError(
             f"{options.base_url} lists {len(names)} models: {', '.join(names[:20]) or 'none'}; "

@@ -5,21 +5,24 @@ asked to, and does not say what a time-out may have cost.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import monotonic, time
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
 from stillhouse.config import OpenAISection
-from stillhouse.engines.openai_scores import Document
+from stillhouse.engines.openai_scores import Document, Scores, scores_of
 from stillhouse.errors import ServerError, StillhouseError, TeacherError
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, pauses
 
 _log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 _CONNECT_S = 30.0
 _MOST_WORDS = 500  # characters of an answer that are quoted
@@ -91,33 +94,32 @@ class Server:
             # knows whether that is charged.
             limits=httpx.Limits(max_connections=section.max_in_flight, max_keepalive_connections=0),
         )
-        self._lock = threading.Lock()
+        self._reading = threading.Lock()
         self._answered_at = clock()  # the last time
         self._first: tuple[str, str | None] | None = None  # the model and system of its answers
 
     def models(self) -> list[Model]:
         """The models that the server lists. Raises ServerError."""
 
-        def send() -> Any:
-            return self._exchange("GET", "models", None, num_tokens=0, money=Free())
+        def send() -> list[Model] | _Later:
+            return self._exchange("GET", "models", None, num_tokens=0, money=Free(), read=_models)
 
-        body = self._insist(send, threading.Event())
-        try:
-            return [Model(str(card["id"]), card.get("max_model_len")) for card in body["data"]]
-        except (KeyError, TypeError, AttributeError):
-            raise ServerError(
-                f"{self._section.base_url}/models lists no models: {_quoted(str(body))}; wanted "
-                "the address of OpenAI's routes, such as http://10.0.0.5:8000/v1"
-            ) from None
+        return self._insist(send, threading.Event())
 
     def score(
-        self, document: Document, *, num_entries: int, money: Money, stop: threading.Event
-    ) -> Any:
-        """The server's answer to a document: see `openai_scores`.
+        self,
+        document: Document,
+        *,
+        num_entries: int,
+        vocab_size: int,
+        money: Money,
+        stop: threading.Event,
+    ) -> Scores:
+        """The scores of a document: see `openai_scores`.
 
-        It is asked again, and paid again where it may have been charged, for as long as that may
+        The server is asked again, and paid again where it may have charged, for as long as that may
         help and `stop` is not set. Raises ServerError where no request can succeed, TeacherError
-        where this document alone is refused.
+        where this document alone is at fault.
         """
         request = {
             "model": self._section.served_model,
@@ -126,22 +128,31 @@ class Server:
             "max_tokens": 1,  # none is not allowed
             "temperature": 1.0,
         }
-        num_tokens = len(document.token_ids_D) + 1
 
-        def send() -> Any:
+        def read(body: Any) -> Scores:
+            self._require_same_model(body)
+            return scores_of(body, document, num_entries=num_entries, vocab_size=vocab_size)
+
+        def send() -> Scores | _Later:
+            num_tokens = len(document.token_ids_D) + 1
             return self._exchange(
-                "POST", "completions", request, num_tokens=num_tokens, money=money
+                "POST", "completions", request, num_tokens=num_tokens, money=money, read=read
             )
 
-        body = self._insist(send, stop)
-        self._require_same_model(body)
-        return body
+        return self._insist(send, stop)
 
     def _exchange(
-        self, method: str, route: str, request: Any, *, num_tokens: int, money: Money
-    ) -> Any:
+        self,
+        method: str,
+        route: str,
+        request: Any,
+        *,
+        num_tokens: int,
+        money: Money,
+        read: Callable[[Any], _Answer],
+    ) -> _Answer | _Later:
         """One request, with its worst price set aside before it is sent, and what it did not cost
-        given back. Returns the answer's JSON, or a _Later."""
+        given back. Returns what `read` makes of the answer's JSON, or a _Later."""
         price = self._price(num_tokens)
         money.reserve(price)
         reply = self._reply(method, route, request)
@@ -155,17 +166,18 @@ class Server:
             money.give_back(price)
             raise self._refusal(reply)
 
-        # answered
-        body = _json_of(reply)
-        charged = _num_charged(body, otherwise=num_tokens)
-        money.give_back(price - self._price(charged))
-        if charged > num_tokens and price > 0:
-            raise ServerError(
-                f"the server charged {charged} tokens for a prompt of {num_tokens - 1} ids and one "
-                "token more, so no limit of costs can be kept; wanted one that adds nothing to a "
-                "prompt: take another server, or set usd_per_million_tokens to 0"
-            )
-        return body
+        # answered: parsed, a long prompt takes a hundred times its bytes, so one at a time
+        with self._reading:
+            body = _json_of(reply)
+            charged = _num_charged(body, otherwise=num_tokens)
+            money.give_back(price - self._price(charged))
+            if charged > num_tokens and price > 0:
+                raise ServerError(
+                    f"the server charged {charged} tokens for a prompt of {num_tokens - 1} ids and "
+                    "one token more, so no limit of costs can be kept; wanted one that adds "
+                    "nothing to a prompt: take another, or set usd_per_million_tokens to 0"
+                )
+            return read(body)
 
     def _reply(self, method: str, route: str, request: Any) -> httpx.Response | _Later:
         """The server's reply, or why there may be another one later."""
@@ -197,7 +209,7 @@ class Server:
             f"{self._section.api_key_env}"
         )
 
-    def _insist(self, send: Callable[[], Any], stop: threading.Event) -> Any:
+    def _insist(self, send: Callable[[], _Answer | _Later], stop: threading.Event) -> _Answer:
         """What `send` returns, which is repeated while it returns a _Later."""
         began, told = self._clock(), False
         pauses_s = pauses(self._patience.first_pause_s, last_s=self._patience.last_pause_s)
@@ -237,8 +249,7 @@ class Server:
         """Raise ServerError unless an answer is of the model that gave the first one."""
         values = body if isinstance(body, dict) else {}
         found = (str(values.get("model", "")), values.get("system_fingerprint"))
-        with self._lock:
-            first = self._first = self._first or found
+        first = self._first = self._first or found  # one answer is read at a time
         for name, before, now in zip(("model", "system_fingerprint"), first, found, strict=True):
             if now != before and None not in (now, before):
                 raise ServerError(
@@ -250,7 +261,7 @@ class Server:
 
     def _price(self, num_tokens: int) -> int:
         """Nanodollars, rounded up."""
-        return -int(-num_tokens * self._section.usd_per_million_tokens * 1000 // 1)
+        return math.ceil(num_tokens * self._section.usd_per_million_tokens * 1000)
 
     def _asks_for(self, reply: httpx.Response) -> float | None:
         """The seconds of Retry-After, which is a number or a date."""
@@ -272,6 +283,17 @@ def _json_of(reply: httpx.Response) -> Any:
         raise ServerError(
             f"{reply.request.url} answers no JSON: {_quoted(reply.text)}; wanted the address of "
             "OpenAI's routes, such as http://10.0.0.5:8000/v1"
+        ) from None
+
+
+def _models(body: Any) -> list[Model]:
+    try:
+        found = [(str(card["id"]), card.get("max_model_len")) for card in body["data"]]
+        return [Model(name, most if type(most) is int else None) for name, most in found]
+    except (KeyError, TypeError, AttributeError):
+        raise ServerError(
+            f"the server lists no models: {_quoted(str(body))}; wanted the address of OpenAI's "
+            "routes in teacher.openai.base_url, such as http://10.0.0.5:8000/v1"
         ) from None
 
 

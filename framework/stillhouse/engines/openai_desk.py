@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from stillhouse.engines.ledger import Answers
 from stillhouse.engines.openai_client import Money, Server
-from stillhouse.engines.openai_scores import Document, Scores, scores_of
+from stillhouse.engines.openai_scores import Document, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Desk:
     vocab_size: int
 
     def scores(self, document: Document, stop: threading.Event) -> Scores:
-        """The scores of a document. Raises what `Server.score` and `scores_of` raise."""
+        """The scores of a document. Raises what `Server.score` raises."""
         kept = None if self.answers is None else self.answers.read(document)
         if kept is not None:
             return kept
@@ -33,8 +33,13 @@ class Desk:
 
     def asked(self, document: Document, *, num_entries: int, stop: threading.Event) -> Scores:
         """The same, of the server, and not kept."""
-        body = self.server.score(document, num_entries=num_entries, money=self.money, stop=stop)
-        return scores_of(body, document, num_entries=num_entries, vocab_size=self.vocab_size)
+        return self.server.score(
+            document,
+            num_entries=num_entries,
+            vocab_size=self.vocab_size,
+            money=self.money,
+            stop=stop,
+        )
 
     def scores_of_all(self, documents: Sequence[Document], *, num_threads: int) -> list[Scores]:
         """The scores of all documents, in order, so many at once.
