@@ -99,13 +99,8 @@ class Interpreters:
             return
         waiting = [*self._waiting]
         answered, _ = ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s)
-        refused = [
-            f"{address}: {reason}"
-            for answer in answered
-            for address in [self._waiting.pop(answer)]
-            for reason in [_reason(answer)]
-            if reason is not None
-        ]
+        reasons = [(self._waiting.pop(answer), _reason(answer)) for answer in answered]
+        refused = [f"{address}: {reason}" for address, reason in reasons if reason is not None]
         if refused:
             raise _refused(self._python, sorted(refused))
 
