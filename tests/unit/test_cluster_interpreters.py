@@ -42,7 +42,7 @@ def test_one_that_is_not_there_or_is_no_python_or_has_no_stillhouse_is_refused(
     assert refusal(str(tmp_path), HERE) == "it cannot be started (Permission denied)"
     assert refusal("/bin/true", HERE) == "it is no Python"
     bare = program(tmp_path / "bare", f'exec {sys.executable} -S -I "$@"')
-    assert "No module named 'stillhouse'" in str(refusal(bare, HERE))
+    assert "No module named" in str(refusal(bare, HERE))
 
 
 @pytest.mark.parametrize("other", [("3.9", *HERE[1:]), (HERE[0], "2.59.0", HERE[2])])

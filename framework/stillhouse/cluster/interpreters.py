@@ -19,13 +19,13 @@ import ray
 from stillhouse.cluster.processes import ask_node
 from stillhouse.errors import ConfigError
 
-_ANSWER_S = 60.0  # for an interpreter to start and import Stillhouse, on a busy machine
+_ANSWER_S = 60.0  # for an interpreter to start and import both, on a busy machine
 _PROGRAM = """
 from importlib.metadata import version
 from json import dumps
 from platform import python_version_tuple
-import stillhouse
-print(dumps([".".join(python_version_tuple()[:2]), version("ray"), version("stillhouse")]))
+import ray, stillhouse
+print(dumps([".".join(python_version_tuple()[:2]), ray.__version__, version("stillhouse")]))
 """
 
 
@@ -64,7 +64,7 @@ def refusal(python: str, wanted: Versions) -> str | None:
     except OSError as error:
         return f"it cannot be started ({error.strerror})"
     except subprocess.TimeoutExpired:
-        return f"it did not import Stillhouse within {_ANSWER_S:g} s"
+        return f"it did not import Stillhouse and Ray within {_ANSWER_S:g} s"
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return f"it cannot import Stillhouse and Ray ({last})"
@@ -99,13 +99,8 @@ class Interpreters:
             return
         waiting = [*self._waiting]
         answered, _ = ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s)
-        refused = [
-            f"{address}: {reason}"
-            for answer in answered
-            for address in [self._waiting.pop(answer)]
-            for reason in [_reason(answer)]
-            if reason is not None
-        ]
+        reasons = [(self._waiting.pop(answer), _reason(answer)) for answer in answered]
+        refused = [f"{address}: {reason}" for address, reason in reasons if reason is not None]
         if refused:
             raise _refused(self._python, sorted(refused))
 

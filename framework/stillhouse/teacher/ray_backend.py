@@ -18,9 +18,7 @@ from stillhouse.pool.events import Answered, Computed, Died, Event, Raised, Star
 from stillhouse.sequence import WorkItem
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 
-_ASKED_S = (
-    90.0  # for the answers of all machines about their interpreters, before the first teacher
-)
+_ASKED_S = 90.0  # for the machines' answers about their interpreters, before the first teacher
 _NODE_DIED = "its node has died"  # Ray's wording: its error has no attribute for it
 
 
