@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -44,11 +45,10 @@ class Ranks(NamedTuple):
     group: ProcessGroup | None  # None for a world of one
 
 
-def require_version() -> None:
-    """Raise ConfigError unless a vLLM of the range that was tried is installed here. What it reads
-    from the environment, as soon as it is imported, is set."""
+def require_tried(found: str | None) -> None:
+    """Raise ConfigError unless a version of vLLM (None: there is none) is of the range that was
+    tried."""
     wanted = f"{_LEAST[0]}.{_LEAST[1]} to {_BEFORE[0]}.{_BEFORE[1] - 1}"
-    found = _version()
     if found is None:
         raise ConfigError(
             'teacher.engine is "vllm", but vLLM is not installed for this Python; wanted a version '
@@ -58,20 +58,25 @@ def require_version() -> None:
     if not _LEAST <= tuple(int(part) for part in found.split(".")[:2]) < _BEFORE:
         raise ConfigError(
             f'teacher.engine is "vllm", and vLLM {found} is installed; wanted a version from '
-            f"{wanted}, since later and earlier ones may hand hidden states on in another way: "
+            f"{wanted}, since others may hand hidden states on in another way: "
             "`pip install 'stillhouse[vllm]'`"
         )
-    os.environ.update(_SETTINGS)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-def _version() -> str | None:
+def installed_version() -> str | None:
+    """The version of the vLLM that is installed for this Python; None where there is none."""
     for package in _PACKAGES:
         try:
             return version(package)
         except PackageNotFoundError:
             continue
     return None
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment, as soon as it is imported."""
+    os.environ.update(_SETTINGS)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
 def engine_config(**arguments: Any) -> Any:
@@ -82,9 +87,13 @@ def engine_config(**arguments: Any) -> Any:
     from vllm.usage.usage_lib import UsageContext
 
     pooling = PoolerConfig(task="token_embed", use_activation=False)
-    return EngineArgs(
-        **arguments, runner="pooling", convert="embed", pooler_config=pooling
-    ).create_engine_config(UsageContext.LLM_CLASS)  # its defaults are for throughput
+    given = arguments | {"runner": "pooling", "convert": "embed", "pooler_config": pooling}
+    try:
+        # its defaults of this context are for throughput
+        return EngineArgs(**given).create_engine_config(UsageContext.LLM_CLASS)
+    except ValidationError as error:
+        reasons = [str(each["msg"]).removeprefix("Value error, ") for each in error.errors()]
+        raise ValueError("; ".join(reasons)) from error
 
 
 def unsupported_head_size(config: Any) -> int | None:

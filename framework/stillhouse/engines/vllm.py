@@ -29,7 +29,7 @@ from stillhouse.models.head_files import plan_head
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 
-_WORKER = "stillhouse.engines.vllm_worker.RecordsWorker"
+_WORKER = "stillhouse.engines.vllm_worker.records_worker"
 _PROBE_ENTRIES = 128  # kept by the probe, as many as other engines keep
 _SAMPLE_TOKENS = 64  # of an item: kept unencoded, to measure what compression and codec lose
 _BESIDE = 7  # other sequences in the batch that answers the probe a second time
@@ -44,7 +44,8 @@ class VllmEngine:
         self, section: TeacherSection, recipe: Recipe, *, device: str, store_url: str = ""
     ):
         del store_url  # all that it needs of it is in the recipe
-        _vllm_compat.require_version()
+        _vllm_compat.require_tried(_vllm_compat.installed_version())
+        _vllm_compat.prepare_environment()
         self._recipe = recipe
         probe_spec = TargetSpec(
             recipe.vocab_size,
