@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,24 +28,39 @@ class Kernel:
     enable_fp_fusion: bool = True  # a product and a sum may become one, rounded once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MachineCode:
-    """What an H100 would run."""
+    """What an H100 would run. Its instructions are read when one asks for them: to disassemble a
+    kernel takes as long as to compile it."""
 
+    binary: Path
+    disassembler: Path
     registers: int  # of each thread
     stack_bytes: int  # of each thread: registers that did not suffice, and return addresses
-    num_spills: int  # loads and stores of registers that did not suffice
-    loads: tuple[str, ...]  # from global memory, as LDG.E.128
     inexact: tuple[str, ...]  # operations that do not round each result to nearest, as in PTX
+
+    @cached_property
+    def instructions(self) -> str:
+        return _output(self.disassembler, "-c", self.binary)
+
+    @property
+    def num_spills(self) -> int:
+        """Loads and stores of registers that did not suffice."""
+        return len(re.findall(r"\b(?:LDL|STL)\b", self.instructions))
 
     @property
     def num_wide_loads(self) -> int:
-        return sum(".128" in load for load in self.loads)
+        """From global memory, of 16 bytes."""
+        return sum(".128" in load for load in self._loads)
 
     @property
     def num_narrow_loads(self) -> int:
-        """Of less than 4 bytes."""
-        return sum(re.search(r"\.[US](8|16)\b", load) is not None for load in self.loads)
+        """From global memory, of less than 4 bytes."""
+        return sum(re.search(r"\.[US](8|16)\b", load) is not None for load in self._loads)
+
+    @property
+    def _loads(self) -> list[str]:
+        return re.findall(r"\bLDG\.[\w.]+", self.instructions)
 
 
 def machine_code(kernels: Sequence[Kernel], *, cache: Path) -> list[MachineCode]:
@@ -89,12 +105,11 @@ def _compile(kernels: Sequence[Kernel], cache: Path) -> list[MachineCode]:
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         usage = _output(tools / "cuobjdump", "-res-usage", binary)
         registers, stack_bytes = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
-        instructions = _output(tools / "nvdisasm", "-c", binary)
-        loads = re.findall(r"\bLDG\.[\w.]+", instructions)
-        num_spills = len(re.findall(r"\b(?:LDL|STL)\b", instructions))
         inexact = re.findall(r"\b(?:fma|div\.full|\w+\.approx)\S*", compiled.asm["ptx"])
         found.append(
-            MachineCode(int(registers), int(stack_bytes), num_spills, tuple(loads), tuple(inexact))
+            MachineCode(
+                binary, tools / "nvdisasm", int(registers), int(stack_bytes), tuple(inexact)
+            )
         )
     return found
 
