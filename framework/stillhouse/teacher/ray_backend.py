@@ -1,86 +1,20 @@
-"""`RayBackend`: the pool's worker backend that runs teachers as Ray actors.
+"""`RayBackend`: the pool's worker backend that runs teachers as Ray actors."""
 
-A dead actor is reported once, as `Died`, whatever it was doing; no call waits for it.
-"""
-
-from time import sleep
-from typing import Any, NamedTuple
-
-import ray
+from functools import partial
 
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import Placement
-from stillhouse.cluster.processes import Secrets, cause_of
-from stillhouse.pool.events import Answered, Died, Event, Raised, Started
+from stillhouse.cluster.processes import Secrets
+from stillhouse.pool.actor_backend import ActorBackend
 from stillhouse.sequence import WorkItem
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 
-_NODE_DIED = "its node has died"  # Ray's wording: its error has no attribute for it
 
-
-class _Call(NamedTuple):
-    worker: int
-    lease: int | None  # None: the start-up check
-
-
-class RayBackend:
+class RayBackend(ActorBackend[WorkItem, Ready]):
     """Starts a teacher of `job` under each worker number, where the cluster has resources for
     it."""
 
     def __init__(
         self, job: TeacherJob, *, where: Placement, secrets: Secrets, coordinator: Coordinator
     ):
-        self._job, self._where, self._secrets, self._coordinator = job, where, secrets, coordinator
-        self._actors: dict[int, Any] = {}
-        self._calls: dict[Any, _Call] = {}
-
-    def spawn(self, worker: int) -> None:
-        actor = spawn(
-            self._job,
-            worker,
-            where=self._where,
-            secrets=self._secrets,
-            coordinator=self._coordinator,
-        )
-        self._actors[worker] = actor
-        self._calls[actor.start.remote()] = _Call(worker, None)
-
-    def submit(self, worker: int, lease: int, item: WorkItem, *, publish: bool) -> None:
-        actor = self._actors[worker]
-        method = actor.produce if publish else actor.compute
-        self._calls[method.remote(item)] = _Call(worker, lease)
-
-    def kill(self, worker: int) -> None:
-        actor = self._actors.pop(worker, None)
-        if actor is not None:
-            ray.kill(actor)
-
-    def events(self, *, timeout_s: float) -> list[Event[Ready]]:
-        if not self._calls:
-            # no teacher works: the window is closed, or only students have work left
-            sleep(timeout_s)
-            return []
-        waiting = list(self._calls)
-        done, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
-        if done:
-            # all other answers that have arrived by now
-            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        found = [self._event(reference, self._calls.pop(reference)) for reference in done]
-        return [event for event in found if event is not None]
-
-    def _event(self, reference: Any, call: _Call) -> Event[Ready] | None:
-        if call.worker not in self._actors:
-            return None  # killed by the pool, or reported as dead already
-        try:
-            answer = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            return Raised(call.worker, call.lease, cause_of(error))
-        except ray.exceptions.RayError as error:
-            # the actor or its node died, its answer was lost, or its machine ran out of memory
-            self.kill(call.worker)
-            preempted = isinstance(error, ray.exceptions.ActorDiedError) and error.preempted
-            with_machine = preempted or _NODE_DIED in str(error)
-            return Died(call.worker, str(error), with_machine=with_machine, preempted=preempted)
-        if call.lease is None:
-            return Started(call.worker, answer)
-        return Answered(call.worker, call.lease, answer)
+        super().__init__(partial(spawn, job, where=where, secrets=secrets, coordinator=coordinator))
