@@ -21,7 +21,10 @@ from stillhouse.config.sections import Config
 _INPUTS = (
     ("corpus", "dataset"),
     ("corpus", "chat_template"),
+    ("prompts", "dataset"),
+    ("prompts", "chat_template"),
     ("teacher", "model"),
+    ("writer", "model"),
     ("student", "model"),
     ("student", "tokenizer"),
 )

@@ -261,11 +261,8 @@ class Dispatcher(Generic[ItemT, ReadyT]):
     def _report(self, found: SetAside | None) -> None:
         if found is not None:
             num_rows, chunk, reason = len(found.rows), found.chunk, found.reason
-            rows, block = (
-                f"{num_rows} {self._budget.words.row}s",
-                f"{self._budget.words.block} {chunk}",
-            )
-            _log.warning("%s of %s are set aside: %s", rows, block, reason)
+            row, block = self._budget.words.row, self._budget.words.block
+            _log.warning("%d %ss of %s %d are set aside: %s", num_rows, row, block, chunk, reason)
             sequences = self._stock.sequences(chunk, found.rows)
             self._journal.record(SetAsideEvent(chunk, sequences, reason))
 
