@@ -6,7 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from stillhouse.cli.main import app
-from stillhouse.config.generate import load_generate_config
+from stillhouse.config import Section
+from stillhouse.config.generate import GenerateConfig, load_generate_config
 from stillhouse.errors import ConfigError
 
 WHOLE = """
@@ -61,6 +62,17 @@ def test_settings_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         load_generate_config(file_of(tmp_path, WHOLE), override)
+
+
+@pytest.mark.parametrize("section", ["prompts", "writer", "sampling"])
+def test_the_settings_of_a_section_are_listed(section: str) -> None:
+    result = CliRunner().invoke(app, ["settings", section])
+    assert result.exit_code == 0
+    fields = GenerateConfig.model_fields[section].annotation
+    assert isinstance(fields, type)
+    assert issubclass(fields, Section)
+    for name in fields.model_fields:
+        assert f"{section}.{name}" in result.output
 
 
 def test_a_model_that_is_not_there_ends_the_command_with_words(tmp_path: Path) -> None:

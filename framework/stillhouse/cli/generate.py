@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from stillhouse import api
-from stillhouse.cli.run_verbs import Configs, Overrides, RunDir
+from stillhouse.cli.run_verbs import Configs, RunDir
 from stillhouse.cluster import machine
 from stillhouse.cluster.environment import cache_dir, typed
 from stillhouse.model_path import source_of
@@ -14,6 +16,17 @@ from stillhouse.terminal import say
 
 if TYPE_CHECKING:
     from stillhouse.pipeline import Generation
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="'SECTION.KEY = VALUE'",
+        help="Override one setting: a line of TOML. `stillhouse settings writer` lists some; so do "
+        "prompts and sampling.",
+    ),
+]
 
 
 def generate(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
