@@ -17,8 +17,8 @@ from helpers.bounded import bounded
 from helpers.mutants import dumps, mutated_bytes, mutated_json
 from stillhouse.errors import RunError
 from stillhouse.tracking import Journal, NewerEvent, RunEvent, read_journal
-from stillhouse.tracking.events import EVENT_TYPES
 from stillhouse.tracking.journal import scrubbed
+from stillhouse.tracking.kinds import EVENT_TYPES
 
 MUTANTS = 800
 FEW_BYTES = 4096  # of all that is read

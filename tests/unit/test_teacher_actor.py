@@ -21,9 +21,10 @@ from stillhouse.logits import (
     encode,
     fidelity,
 )
+from stillhouse.pool.worker_process import is_there
 from stillhouse.retry import Patience
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, StoreUnavailable
-from stillhouse.teacher.actor import is_there, publish_when_possible, stored
+from stillhouse.teacher.actor import publish_when_possible, stored
 
 RECIPE = small_recipe()
 BRIEF = Patience(first_pause_s=0.01, last_pause_s=0.01)

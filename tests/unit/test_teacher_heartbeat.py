@@ -5,7 +5,7 @@ from time import monotonic
 
 import torch
 
-from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
+from stillhouse.pool.heartbeats import BEATS_PER_WATCH, begin_heartbeat
 
 WATCHDOG_S = 1.5
 

@@ -159,7 +159,7 @@ def _annotation(annotation: Any) -> Any:
     if annotation is inspect.Signature.empty:
         return annotation
     words = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", words)
+    words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)|~(?=\w)", "", words)  # nor a type variable's mark
     # which numpy spells out, in each release its own way
     return _Words(re.sub(r"ndarray\[tuple\[[^\]]*\], dtype\[(\w+)\]\]", r"NDArray[\1]", words))
 
@@ -185,10 +185,15 @@ def _entry(name: str, value: Any) -> Iterator[str]:
 
 
 def _methods(value: Any) -> Iterator[tuple[str, Any]]:
-    """The public methods and properties of a class of ours that have a docstring."""
+    """The public methods and properties of a class of ours that have a docstring; those that it
+    inherits from another one of ours come first."""
     if not isinstance(value, type) or issubclass(value, Exception):
         return
-    for name, member in vars(value).items():
+    members: dict[str, Any] = {}
+    for each in reversed(value.__mro__):
+        if each.__module__.startswith("stillhouse."):
+            members |= vars(each)
+    for name, member in members.items():
         plain = getattr(member, "__func__", member)
         is_method = inspect.isfunction(plain) or isinstance(plain, property)
         if is_method and not name.startswith("_") and plain.__doc__:

@@ -1,6 +1,8 @@
 """The configuration of `stillhouse generate`: prompts, the model that writes to them, and where its
 rollouts go."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -17,6 +19,7 @@ from stillhouse.config.fields import (
     Seed,
 )
 from stillhouse.config.models import ModelSection
+from stillhouse.config.reading import read_values, validated
 from stillhouse.config.sections import ClusterSection
 from stillhouse.extension import is_extension
 
@@ -159,3 +162,15 @@ class GenerateConfig(Section):
     sampling: SamplingSection = SamplingSection()
     store: RolloutStoreSection = RolloutStoreSection()
     cluster: ClusterSection = ClusterSection()
+
+
+def load_generate_config(
+    paths: str | Path | Iterable[str | Path], overrides: str | Iterable[str] = ()
+) -> GenerateConfig:
+    """Read TOML files and overrides, as `load_config` does for a run. Raises ConfigError."""
+    known = {"": list(GenerateConfig.model_fields)}
+    for name, field in GenerateConfig.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Section)
+        known[name] = list(field.annotation.model_fields)
+    return validated(GenerateConfig, read_values(paths, overrides), known=known)

@@ -21,8 +21,11 @@ from stillhouse.config.sections import Config
 _INPUTS = (
     ("corpus", "dataset"),
     ("corpus", "chat_template"),
+    ("prompts", "dataset"),
+    ("prompts", "chat_template"),
     ("teacher", "model"),
     ("teacher", "python"),
+    ("writer", "model"),
     ("student", "model"),
     ("student", "tokenizer"),
 )

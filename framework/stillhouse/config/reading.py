@@ -4,17 +4,19 @@ setting, what was found and what is wanted."""
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from stillhouse import suggestions
-from stillhouse.config.fields import TABLE, WORD, shown
+from stillhouse.config.fields import TABLE, WORD, Section, shown
 from stillhouse.config.paths import paths_from
 from stillhouse.config.sections import Config, names_by_section
 from stillhouse.errors import ConfigError
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 def load_config(
@@ -28,20 +30,35 @@ def load_config(
 
     Raises ConfigError that names the file, the setting and, for an unknown name, the nearest one.
     """
+    return parse_config(read_values(paths, overrides))
+
+
+def read_values(
+    paths: str | Path | Iterable[str | Path], overrides: str | Iterable[str]
+) -> dict[str, Any]:
+    """The values of files and overrides, merged as `load_config` does, and not validated yet."""
     merged: dict[str, Any] = {}
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         merged = _merge(merged, paths_from(_read(path), path.parent))
     for override in [overrides] if isinstance(overrides, str) else overrides:
         merged = _merge(merged, _parse(override, where=f"--set '{override[:200]}'"))
-    return parse_config(merged)
+    return merged
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Validate plain values, such as those of a resolved config. Raises ConfigError."""
+    return validated(Config, values, known=names_by_section())
+
+
+def validated(
+    kind: type[SectionT], values: Mapping[str, Any], *, known: Mapping[str, Sequence[str]]
+) -> SectionT:
+    """The values as a whole configuration. `known` has the names in each section. Raises
+    ConfigError."""
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [_explain(detail, known) for detail in error.errors()]
         raise ConfigError(
             "the configuration is not usable:\n" + "\n".join(f"  - {line}" for line in lines)
         ) from None
@@ -93,13 +110,13 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(detail: Mapping[str, Any]) -> str:
+def _explain(detail: Mapping[str, Any], known: Mapping[str, Sequence[str]]) -> str:
     """One mistake: the setting, what was found and what is wanted."""
     kind, found = detail["type"], detail["input"]
     place = [str(part) for part in detail["loc"] if part not in (WORD, TABLE)]
     if kind == "extra_forbidden":
         section = ".".join(part for part in place[:-1] if not part.isdigit())
-        meant = suggestions.setting(place[-1], section=section, known=names_by_section())
+        meant = suggestions.setting(place[-1], section=section, known=known)
         return f"{'.'.join(place)[:200]}: no such setting; {meant}"
     if kind == "missing":
         return f"{'.'.join(place)}: missing; it has no default"

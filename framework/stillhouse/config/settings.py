@@ -10,9 +10,15 @@ from pydantic.fields import FieldInfo
 
 from stillhouse import suggestions
 from stillhouse.config.fields import Section
+from stillhouse.config.generate import PromptsSection, SamplingSection, WriterSection
 from stillhouse.config.sections import Config, section_types
 from stillhouse.errors import ConfigError
 
+_OF_GENERATE: Mapping[str, type[Section]] = {
+    "prompts": PromptsSection,
+    "writer": WriterSection,
+    "sampling": SamplingSection,
+}
 _TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 
 
@@ -29,9 +35,13 @@ class Setting:
 
 
 def all_settings() -> list[Setting]:
-    """Every setting of every section, in order."""
+    """Every setting of every section of a run's config, in order."""
+    return _settings_of(section_types())
+
+
+def _settings_of(sections: Mapping[str, type[Section]]) -> list[Setting]:
     settings = []
-    for section, kind in section_types().items():
+    for section, kind in sections.items():
         schema = kind.model_json_schema()
         schemas, tables = schema["properties"], schema.get("$defs", {})
         settings += [
@@ -48,8 +58,11 @@ def all_settings() -> list[Setting]:
 
 
 def settings_matching(word: str) -> list[Setting]:
-    """The settings of the section `word`, or else those with the word in name or description; all
-    of them for ''. Raises ConfigError, with near names, where there is none."""
+    """The settings of the section `word`, which may be one of `stillhouse generate`, or else those
+    of a run's config with the word in name or description; all of these for ''. Raises ConfigError,
+    with near names, where there is none."""
+    if word in _OF_GENERATE:
+        return _settings_of({word: _OF_GENERATE[word]})
     settings = all_settings()
     if word in section_types():
         return [each for each in settings if each.section == word]

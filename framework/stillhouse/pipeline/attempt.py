@@ -43,7 +43,7 @@ from stillhouse.tracking.follow import followed
 from stillhouse.tracking.log import driver_log
 
 OpenStore = Callable[[ChunkStore, Collection[int]], ChunkStore]
-_Outcome = Literal["done", "interrupted", "failed"]
+Outcome = Literal["done", "interrupted", "failed"]
 
 _FOLLOW_EVERY_S = 0.5
 _VERSIONED = ("stillhouse", "torch", "deepspeed", "ray", "transformers", "datasets", "wandb")
@@ -96,7 +96,7 @@ def visit(run_dir: Path, command: str) -> Iterator[Journal]:
         journal = Journal(run_dir / "journal.jsonl")
         reader = JournalReader(journal.path)
         reader.new_events()
-        with _shown(reader, ProgressView()):
+        with shown(reader, ProgressView()):
             yield journal
 
 
@@ -152,7 +152,7 @@ def _journalled(
             say(idle)
 
         # the end event, whether views, the command or the machine fail
-        def end(outcome: _Outcome, message: str = "") -> None:
+        def end(outcome: Outcome, message: str = "") -> None:
             taken, done = _steps(reader, committed)
             seconds = monotonic() - began
             if outcome == "done":
@@ -161,17 +161,17 @@ def _journalled(
             with suppress(StoreError):  # a full disk neither hides nor delays another outcome
                 journal.record(EndEvent(outcome, seconds, message, taken, done))
 
-        with _failure_journalled(end):
+        with failure_journalled(end):
             wandb = _wandb_view(config, run_dir)
         others = [] if wandb is None else [wandb]
-        with _shown(JournalReader(journal.path), ProgressView(), *others):
-            with _failure_journalled(end):
+        with shown(JournalReader(journal.path), ProgressView(), *others):
+            with failure_journalled(end):
                 yield journal
             end("done")
 
 
 @contextmanager
-def _failure_journalled(end: Callable[[_Outcome, str], None]) -> Iterator[None]:
+def failure_journalled(end: Callable[[Outcome, str], None]) -> Iterator[None]:
     """Give `end` the outcome of a block that raises, and its reason."""
     try:
         yield
@@ -212,7 +212,7 @@ def _wandb_view(config: Config, run_dir: Path) -> WandbView | None:
 
 
 @contextmanager
-def _shown(reader: JournalReader, progress: ProgressView, *others: WandbView) -> Iterator[None]:
+def shown(reader: JournalReader, progress: ProgressView, *others: WandbView) -> Iterator[None]:
     """Show the views new events of the journal, whichever process on whichever machine writes
     it."""
     views: list[ProgressView | WandbView] = [progress, *others]

@@ -80,18 +80,18 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     engine = engine_named(config.teacher.engine)
     require_capable(engine.describe(config.teacher), config.target, engine=config.teacher.engine)
     identity = engine.identity(config.teacher, cache_dir=cache_dir)
-    teacher = _pinned(config.teacher, identity)
-    student = _pinned(config.student, model_identity(config.student, cache_dir=cache_dir))
+    teacher = pinned(config.teacher, identity)
+    student = pinned(config.student, model_identity(config.student, cache_dir=cache_dir))
 
     # one tokenizer for both, and a target and a divergence that fit it
-    tokenizer = _tokenizer_of(teacher)
+    tokenizer = tokenizer_of(teacher)
     own = student.tokenizer
-    check_same_ids(tokenizer, _tokenizer_of(student) if own is None else load_tokenizer(own))
+    check_same_ids(tokenizer, tokenizer_of(student) if own is None else load_tokenizer(own))
     digest, spec = tokenizer_digest(tokenizer), _spec(config.target, vocab_size_of(tokenizer))
     divergence_named(student.divergence, student.mix)  # a user's own is imported and tried
 
     # the sequences
-    with _tokenising(config.corpus.dataset) as on_progress:
+    with tokenising(config.corpus.dataset) as on_progress:
         sources = open_sources(
             config.corpus,
             tokenizer,
@@ -144,19 +144,19 @@ def _placed(config: Config) -> Config:
     return config.model_copy(update=sections)
 
 
-def _pinned(section: _Section, identity: ModelIdentity) -> _Section:
+def pinned(section: _Section, identity: ModelIdentity) -> _Section:
     """The section with its revision resolved, and a server's model named, and a local directory
     absolute: a worker's working directory is another one."""
     path = Path(section.model).expanduser()
     model = str(path.resolve()) if path.is_dir() else section.model
-    pinned: dict[str, object] = {"model": model, "revision": identity.revision}
+    values: dict[str, object] = {"model": model, "revision": identity.revision}
     if isinstance(section, TeacherSection) and section.openai is not None:
         served = {"served_model": identity.served_model}
-        pinned["openai"] = section.openai.model_copy(update=served)
-    return section.model_copy(update=pinned)
+        values["openai"] = section.openai.model_copy(update=served)
+    return section.model_copy(update=values)
 
 
-def _tokenizer_of(section: ModelSection) -> PreTrainedTokenizerFast:
+def tokenizer_of(section: ModelSection) -> PreTrainedTokenizerFast:
     return load_tokenizer(
         section.model, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
@@ -259,7 +259,7 @@ def _absolute(checkpoint_url: str | None) -> str | None:
 
 
 @contextmanager
-def _tokenising(dataset: str) -> Iterator[Callable[[int, int], None]]:
+def tokenising(dataset: str) -> Iterator[Callable[[int, int], None]]:
     """Show on the terminal how far tokenising is; nothing is shown for a corpus that is cached."""
     with Console(stderr=True).status(Text(one_line(f"reading {dataset}"))) as status:
 

@@ -35,8 +35,7 @@ from stillhouse.pool.leases import Lease, LeaseTable
 from stillhouse.pool.poison import SetAside
 from stillhouse.pool.progress import Progress
 from stillhouse.pool.retention import Retention
-from stillhouse.pool.stock import Stock
-from stillhouse.store import ChunkStore
+from stillhouse.pool.stock import BlockStore, Stock
 from stillhouse.tracking import SetAsideEvent, StallEvent, Tracker
 
 _log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         limits: Limits,
         *,
         compare: Callable[[ReadyT, ReadyT, int], None],
-        store: ChunkStore,
+        store: BlockStore,
         order: Sequence[int] | NDArray[np.int64],
         item_of: Callable[[int], ItemT],
         window_chunks: int,
@@ -72,7 +71,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._window_chunks = window_chunks
         self._journal = journal
         self._clock = clock
-        self._max_failures = limits.budget.max_failures
+        self._budget = limits.budget
 
         # the parts
         wanted = np.asarray(order, dtype=np.int64)
@@ -187,7 +186,7 @@ class Dispatcher(Generic[ItemT, ReadyT]):
             phase = "start" if worker.node is None else "work"
             chunk = None if lease is None else lease.chunk
             self._journal.record(
-                StallEvent("teacher", worker.number, 0, phase, silent_s, "", chunk)
+                StallEvent(self._budget.words.worker, worker.number, 0, phase, silent_s, "", chunk)
             )
             self._die(worker, Died(worker.number, f"it gave no heartbeat for {silent_s:.0f} s"))
 
@@ -223,10 +222,11 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         self._record_if_done()
 
     def _fail(self, worker: Worker, lease: Lease, cause: BaseException) -> None:
-        _log.info("teacher %d failed at chunk %d: %r", worker.number, lease.chunk, cause)
+        who, what = self._budget.words.worker, self._budget.words.block
+        _log.info("%s %d failed at %s %d: %r", who, worker.number, what, lease.chunk, cause)
         if isinstance(cause, StoreUnavailable):  # the worker waited for the store as long as it may
             self._num_refused += 1
-            if self._num_refused >= self._max_failures * max(1, self._fleet.num_ready):
+            if self._num_refused >= self._budget.max_failures * max(1, self._fleet.num_ready):
                 raise cause
             self._table.give_back(lease)
             return
@@ -241,12 +241,14 @@ class Dispatcher(Generic[ItemT, ReadyT]):
         if not self._fleet.begun:  # every other worker would most likely fail in the same way
             if isinstance(cause, StillhouseError):
                 raise cause
-            raise TeacherError(f"a teacher could not start: {cause!r}") from cause
+            raise TeacherError(
+                f"a {self._budget.words.worker} could not start: {cause!r}"
+            ) from cause
         self._die(worker, Died(worker.number, repr(cause)))
 
     def _die(self, worker: Worker, death: Died) -> None:
         """Take in that a worker is gone; the next round of the fleet replaces it."""
-        _log.info("teacher %d is gone: %s", worker.number, death.reason)
+        _log.info("%s %d is gone: %s", self._budget.words.worker, worker.number, death.reason)
         announced = death.preempted or worker.leaves_at is not None
         if worker.node is None and not announced and not death.with_machine:
             self._fleet.lose_at_start(self._clock())
@@ -262,7 +264,8 @@ class Dispatcher(Generic[ItemT, ReadyT]):
     def _report(self, found: SetAside | None) -> None:
         if found is not None:
             num_rows, chunk, reason = len(found.rows), found.chunk, found.reason
-            _log.warning("%d sequences of chunk %d are set aside: %s", num_rows, chunk, reason)
+            row, block = self._budget.words.row, self._budget.words.block
+            _log.warning("%d %ss of %s %d are set aside: %s", num_rows, row, block, chunk, reason)
             sequences = self._stock.sequences(chunk, found.rows)
             self._journal.record(SetAsideEvent(chunk, sequences, reason))
 

@@ -260,8 +260,9 @@ class Fleet(Generic[ItemT, ReadyT]):
         most = self._limits.budget.max_failures * self._limits.max_workers
         if self._pace.num_lost >= most and self.num_ready == 0:
             raise TeacherError(
-                f"{self._pace.num_lost} teachers died one after the other while they started, the "
-                f"last with: {reason}; does the model fit into the memory of their machines?"
+                f"{self._pace.num_lost} {self._limits.budget.words.worker}s died one after the "
+                f"other while they started, the last with: {reason}; does the model fit into the "
+                "memory of their machines?"
             )
 
     def retire(self, worker: Worker) -> None:

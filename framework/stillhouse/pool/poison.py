@@ -8,12 +8,26 @@ be done instead. A row is a sequence of a chunk.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from stillhouse.errors import TeacherError
 from stillhouse.pool.backlog import Work
 
 RAISED, DIED = 3, 1  # the weight of a failure: a lost machine is seldom the chunk's fault
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a pool's workers, their blocks and the rows of one are called in messages. The worker's
+    name is also that of its section in a config."""
+
+    worker: Literal["teacher", "writer"]
+    block: str
+    row: str
+    memory: str  # the settings that decide how much memory a worker takes
+
+
+OF_TEACHERS = Words("teacher", "chunk", "sequence", "teacher.batch_sequences, teacher.block_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +38,7 @@ class Budget:
     max_failures: int  # attempts at one chunk, and then at one of its rows
     max_set_aside: int  # rows, of all chunks together
     timeout_s: float  # for one lease
+    words: Words = OF_TEACHERS
 
     @property
     def weight(self) -> int:
@@ -114,11 +129,12 @@ class PoisonSearch:
     def _examine(self, work: Work, chunk: int, reason: str) -> Ruling:
         """Take the chunk apart: from now on its rows are leased, each alone."""
         if work.position in self._left_out:
+            words = self._budget.words
             raise TeacherError(
-                f"chunk {chunk} cannot be made although each of its sequences could be computed "
-                f"alone; the last attempt ended with: {reason}. Every other published chunk is "
-                "kept: see whether it exhausts the memory of its teacher (teacher.batch_sequences, "
-                "teacher.block_tokens), and run again to go on from here."
+                f"{words.block} {chunk} cannot be made although each of its {words.row}s could be "
+                f"computed alone; the last attempt ended with: {reason}. Every other published "
+                f"{words.block} is kept: see whether it exhausts the memory of its {words.worker} "
+                f"({words.memory}), and run again to go on from here."
             )
         rows = range(self._num_rows(chunk))
         self._examinations[work.position] = _Examination(set(rows), [], reason)
@@ -135,12 +151,13 @@ class PoisonSearch:
         ]
         if self.num_set_aside + len(doubtful) > self._budget.max_set_aside:
             shown = ", ".join(map(str, sorted([*examination.condemned, *doubtful])))
+            words = self._budget.words
             raise TeacherError(
-                f"chunk {chunk} failed {self._budget.max_failures} times, and then its sequences "
-                f"did one by one (rows {shown}), last with: {reason}. With {self.num_set_aside} "
-                "set aside that is more than teacher.max_set_aside, which is "
-                f"{self._budget.max_set_aside}. Every published chunk is kept: mend the cause and "
-                "run again to go on from here."
+                f"{words.block} {chunk} failed {self._budget.max_failures} times, and then its "
+                f"{words.row}s did one by one (rows {shown}), last with: {reason}. With "
+                f"{self.num_set_aside} set aside that is more than {words.worker}.max_set_aside, "
+                f"which is {self._budget.max_set_aside}. Every published {words.block} is kept: "
+                "mend the cause and run again to go on from here."
             )
 
     def _condemn(self, work: Work, chunk: int, reason: str) -> Ruling:

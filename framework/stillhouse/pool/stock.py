@@ -2,12 +2,13 @@
 again."""
 
 import logging
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.pool.retention import Retention
-from stillhouse.store import ChunkStore
+from stillhouse.store.numbered import Listing
 from stillhouse.tracking import RepairEvent, Tracker
 
 _log = logging.getLogger(__name__)
@@ -15,11 +16,28 @@ _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 5.0  # at the consumers, each an object in the store
 
 
+class BlockStore(Protocol):
+    """Where workers publish what they make of blocks; a ChunkStore is one, a RolloutStore
+    another."""
+
+    def listing(self) -> Listing: ...
+
+    def exists(self, number: int) -> bool: ...
+
+    def is_whole(self, number: int) -> bool: ...
+
+    def quarantine(self, number: int) -> bool: ...
+
+    def rows(self, number: int) -> range:
+        """The numbers, among those of all blocks, of what a block has."""
+        ...
+
+
 class Stock:
     """A store as a pool sees it. `retention` knows its registered consumers; None: there are none,
     and no chunk is deleted."""
 
-    def __init__(self, store: ChunkStore, *, retention: Retention | None, journal: Tracker):
+    def __init__(self, store: BlockStore, *, retention: Retention | None, journal: Tracker):
         self._store = store
         self._retention = retention
         self._journal = journal
@@ -39,11 +57,11 @@ class Stock:
         return settled
 
     def num_rows(self, number: int) -> int:
-        return len(self._store.recipe.chunk_rows(number))
+        return len(self._store.rows(number))
 
     def sequences(self, number: int, rows: tuple[int, ...]) -> list[int]:
         """The numbers of these rows of a chunk in the corpus."""
-        sequences = self._store.recipe.chunk_rows(number)
+        sequences = self._store.rows(number)
         return [sequences[row] for row in rows]
 
     def published(self, number: int) -> None:

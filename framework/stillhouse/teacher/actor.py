@@ -16,27 +16,23 @@ from torch import Tensor
 
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.interpreters import runtime_env_of
-from stillhouse.cluster.nodes import machine_notices, this_node
 from stillhouse.cluster.placement import Placement
-from stillhouse.cluster.processes import Secrets, prepare_process
+from stillhouse.cluster.processes import Secrets
 from stillhouse.config import NoticeSource, TeacherSection
 from stillhouse.engines.base import Records
 from stillhouse.engines.choice import engine_named
 from stillhouse.engines.probe import Probe
-from stillhouse.errors import StoreError
 from stillhouse.logits import Fidelity, TargetSpec, concatenate, decode, fidelity
 from stillhouse.pool.events import Found, Passed
+from stillhouse.pool.stages import PUBLISHING, TwoStages
+from stillhouse.pool.worker_process import WorkerProcess, is_there
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
-from stillhouse.teacher.heartbeat import BEATS_PER_WATCH, begin_heartbeat
-from stillhouse.teacher.stages import TwoStages
-from stillhouse.tracking import ChunkEvent, OutageEvent, PhaseEvent, TeacherEvent
-from stillhouse.tracking.log import failures_logged, process_log
+from stillhouse.tracking import ChunkEvent, PhaseEvent, TeacherEvent
+from stillhouse.tracking.log import failures_logged
 
 _log = logging.getLogger(__name__)
-
-_PUBLISHING = "publishing"  # Ray's name for the thread that publishes; another one computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +102,10 @@ class _TeacherActor:
     def __init__(
         self, job: TeacherJob, number: int, device: str, secrets: Secrets, coordinator: Coordinator
     ):
-        self._job, self._device, self._node = job, device, this_node()
-        begin_heartbeat(
-            lambda: coordinator.heartbeat_of_teacher(number),
-            every_s=job.section.watchdog_s / BEATS_PER_WATCH,
+        self._job, self._device, self._coordinator = job, device, coordinator
+        self._process = WorkerProcess(
+            "teacher", number, job, device=device, secrets=secrets, coordinator=coordinator
         )
-        prepare_process(device, job.threads)
-        secrets.adopt()
-        self._log = process_log(f"teacher-{number}", coordinator.log)
-        self._log.__enter__()
-        self._coordinator = coordinator
-        self._watch = machine_notices(
-            job.notices, on_notice=lambda notice: coordinator.announce(self._node, notice)
-        )
-        self._watch.__enter__()
         self._stages = TwoStages(self._computed, self._published)
 
     @failures_logged(_log, "start-up")
@@ -140,13 +126,13 @@ class _TeacherActor:
         topk, seconds = f"{backend.name}: {backend.reason}", monotonic() - began
         model = self._job.section.model
         _log.info("%s is ready after %.1f s, on %s, by %s", model, seconds, name, topk)
-        return Ready(probe, name, topk, seconds, self._node, self._engine.digest)
+        return Ready(probe, name, topk, seconds, self._process.node, self._engine.digest)
 
     def produce(self, item: WorkItem) -> None:
         """Compute the targets of a chunk, which `publish` then publishes."""
         self._stages.first(item)
 
-    @ray.method(concurrency_group=_PUBLISHING)
+    @ray.method(concurrency_group=PUBLISHING)
     def publish(self) -> Produced | Found:
         """The answer for the next chunk in the order of `produce`, once it is in the store."""
         return self._stages.second()
@@ -172,25 +158,14 @@ class _TeacherActor:
         number = computed.chunk.number
         with failures_logged(_log, f"chunk {number}"):
             ref = publish_when_possible(
-                self._store, computed.chunk, patience=DEFAULT_PATIENCE, tell=self._tell_of_outage
+                self._store,
+                computed.chunk,
+                patience=DEFAULT_PATIENCE,
+                tell=self._process.tell_of_outage,
             )
             seconds = monotonic() - computed.began
             _log.debug("chunk %d is published after %.2f s", number, seconds)
             return Produced(ref, computed.fidelity, seconds)
-
-    def _tell_of_outage(self, seconds: float, why: str) -> None:
-        self._coordinator.mention(OutageEvent(f"teacher on {self._node[:8]}", seconds, why))
-
-
-def is_there(store: ChunkStore, number: int) -> bool:
-    """Whether the chunk is known to be published; False while the store does not answer.
-
-    Publishing tries such a store again.
-    """
-    try:
-        return store.is_whole(number)
-    except StoreError:
-        return False
 
 
 def stored(parts: Iterable[Records], spec: TargetSpec) -> tuple[Tensor, Fidelity]:
@@ -238,6 +213,6 @@ def spawn(
         "resources": dict(where.resources) or None,
         "runtime_env": None if python is None else runtime_env_of(python),
     }
-    threads: dict[str, Any] = {"concurrency_groups": {_PUBLISHING: 1}}
+    threads: dict[str, Any] = {"concurrency_groups": {PUBLISHING: 1}}
     actor = ray.remote(**threads)(_TeacherActor).options(**options)
     return actor.remote(job, number, where.device, secrets, coordinator)

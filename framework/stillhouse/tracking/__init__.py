@@ -31,6 +31,7 @@ from stillhouse.tracking.events import (
     latest_heldout_events,
     latest_train_events,
 )
+from stillhouse.tracking.generation import GenerationEvent, ShardEvent, WriterEvent
 from stillhouse.tracking.journal import Journal, JournalReader, read_journal, scrubbed
 from stillhouse.tracking.progress import ProgressView
 from stillhouse.tracking.room import ROOM_PATIENCE, PatientTracker
@@ -46,6 +47,7 @@ __all__ = [
     "EarlyStopEvent",
     "EndEvent",
     "EvalEvent",
+    "GenerationEvent",
     "HeldoutEvent",
     "Journal",
     "JournalReader",
@@ -61,6 +63,7 @@ __all__ = [
     "Role",
     "RunEvent",
     "SetAsideEvent",
+    "ShardEvent",
     "StallEvent",
     "StartEvent",
     "Stretch",
@@ -69,6 +72,7 @@ __all__ = [
     "TrainEvent",
     "WaitEvent",
     "WandbView",
+    "WriterEvent",
     "latest_heldout_events",
     "latest_train_events",
     "nothing_left",

@@ -5,11 +5,9 @@ An event holds plain values only, so that its row of JSON can be read in any lan
 a later version added have a default, so that older journals stay readable.
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin
+from typing import ClassVar, Literal, Protocol
 
 Role = Literal["student", "control"]
 
@@ -215,7 +213,7 @@ class PhaseEvent(RunEvent):
     """A part of the run begins a phase that may take long and in which nothing is counted."""
 
     kind: ClassVar[str] = "phase"
-    who: Literal["run", "teacher", "student", "control"]
+    who: Literal["run", "teacher", "writer", "student", "control"]
     phase: str  # such as "starting Ray", "loading", "proving" or "evaluating"
 
 
@@ -223,17 +221,19 @@ class PhaseEvent(RunEvent):
 class StallEvent(RunEvent):
     """A process sent no heartbeat for longer than the watchdog allows, and is killed.
 
-    A teacher is replaced, the group of a rank is started again.
+    A teacher or a writer is replaced, the group of a rank is started again.
     """
 
     kind: ClassVar[str] = "stall"
-    role: Literal["student", "control", "teacher"]
-    rank: int  # of a teacher, its replica
-    step: int  # during which it stalled; 0 for a teacher
-    phase: str  # data, reading, step, evaluate, snapshot or start; of a teacher, start or work
+    role: Literal["student", "control", "teacher", "writer"]
+    rank: int  # of a teacher or a writer, its replica
+    step: int  # during which it stalled; 0 for a teacher or a writer
+    # data, reading, step, evaluate, snapshot or start; of a teacher or a writer, start or work
+    phase: str
     seconds: float  # without a heartbeat
     stack: str  # of its threads, where it could be read
-    chunk: int | None = None  # that a rank was reading, or a teacher was making
+    # that a rank was reading, or a teacher was making; the shard that a writer was making
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,57 +324,6 @@ class NewerEvent(RunEvent):
 
     kind: ClassVar[str] = "newer"
     name: str  # the row's kind
-
-
-EVENT_TYPES: dict[str, type[RunEvent]] = {
-    event.kind: event
-    for event in (
-        StartEvent,
-        TeacherEvent,
-        ChunkEvent,
-        PoolEvent,
-        TrainEvent,
-        CheckpointEvent,
-        DelayEvent,
-        OutageEvent,
-        DamagedEvent,
-        RecoveryEvent,
-        NoticeEvent,
-        WaitEvent,
-        PhaseEvent,
-        StallEvent,
-        SetAsideEvent,
-        RepairEvent,
-        EvalEvent,
-        HeldoutEvent,
-        EarlyStopEvent,
-        EndEvent,
-    )
-}
-
-
-def is_of(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is valid for a field of this type.
-
-    An integer is valid for a float. Any text is valid for a Literal of texts, for a later version
-    may know more of them.
-    """
-    if type(value) is kind:
-        return True
-    if kind is float:
-        return type(value) is int and abs(value) <= sys.float_info.max
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return type(value) is str
-    if origin is UnionType:
-        return any(is_of(value, each) for each in arguments)
-    if origin is list:
-        return type(value) is list and all(is_of(each, arguments[0]) for each in value)
-    if origin is dict:
-        return type(value) is dict and all(
-            is_of(key, arguments[0]) and is_of(each, arguments[1]) for key, each in value.items()
-        )
-    return False
 
 
 class Tracker(Protocol):

@@ -28,7 +28,8 @@ from typing import Any
 from stillhouse.atomic import DISK, FileLayer
 from stillhouse.errors import RunError, StoreError, StoreUnavailable
 from stillhouse.redaction import scrub
-from stillhouse.tracking.events import EVENT_TYPES, NewerEvent, RunEvent, is_of
+from stillhouse.tracking.events import NewerEvent, RunEvent
+from stillhouse.tracking.kinds import EVENT_TYPES, is_of
 from stillhouse.tracking.log import SCRUBBED
 
 _log = logging.getLogger(__name__)

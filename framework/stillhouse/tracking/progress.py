@@ -28,6 +28,7 @@ from stillhouse.tracking.events import (
     TrainEvent,
     WaitEvent,
 )
+from stillhouse.tracking.generation import GenerationEvent, WriterEvent
 
 _SAY_EVERY_S = 60.0
 _RATE_OVER_S = 60.0
@@ -68,6 +69,8 @@ class ProgressView:
         # The bars.
         if isinstance(event, StartEvent):
             self._latest = _Latest(start=event)
+        elif isinstance(event, GenerationEvent):
+            self._latest = _Latest(generation=event)
         elif not self._latest.take(event):
             return
         self._is_stale = True
@@ -115,11 +118,13 @@ class ProgressView:
         self._live.update(Group(*shown, bars), refresh=True)
 
     def _sides(self) -> "list[_Side]":
-        """Of an attempt; a command that only evaluates has none."""
+        """Of an attempt; a command that only evaluates has none, and one that generates has one."""
         latest, now = self._latest, self._clock()
+        if latest.generation is not None:
+            return [_workers_side(latest, now)]
         if latest.start is None and latest.phases:
             return []
-        return [_teachers_side(latest, now), _student_side(latest, now)]
+        return [_workers_side(latest, now), _student_side(latest, now)]
 
 
 def _side_by_side(sides: Sequence["_Side"]) -> Table:
@@ -182,16 +187,22 @@ class _Latest:
     """The newest events of an attempt, and how fast its counts grow."""
 
     start: StartEvent | None = None
+    generation: GenerationEvent | None = None
     wait: WaitEvent | None = None
     pool: PoolEvent | None = None
     train: TrainEvent | None = None
     phases: dict[str, PhaseEvent] = field(default_factory=dict)  # of whom they are the phase
-    num_ready: int = 0  # teachers so far
+    num_ready: int = 0  # teachers, or writers, so far
     heldout: HeldoutEvent | None = None
     pool_pace: _Pace = field(default_factory=_Pace)
     train_pace: _Pace = field(default_factory=_Pace)
     pool_rate: _Rate = field(default_factory=_Rate)
     train_rate: _Rate = field(default_factory=_Rate)
+
+    @property
+    def worker(self) -> str:
+        """What the workers of the pool are called."""
+        return "teacher" if self.generation is None else "writer"
 
     def take(self, event: RunEvent) -> bool:
         """Keep an event; False where it is of a kind that the bars do not show."""
@@ -201,7 +212,7 @@ class _Latest:
                 self.wait = event if event.missing else None
             case PhaseEvent():
                 self._enter(event)
-            case TeacherEvent():
+            case TeacherEvent() | WriterEvent():
                 self.num_ready += 1
             # both sides' latest numbers, and how fast they change
             case PoolEvent():
@@ -239,29 +250,32 @@ class _Side:
     bar: ProgressBar
 
 
-def _teachers_side(latest: _Latest, now: float) -> _Side:
+def _workers_side(latest: _Latest, now: float) -> _Side:
     pool = latest.pool
     if pool is None or (pool.published == 0 and pool.replicas == 0):
-        return _Side(_teachers_to_come(latest, now), "", ProgressBar(total=1, completed=0))
+        return _Side(_workers_to_come(latest, now), "", ProgressBar(total=1, completed=0))
+    window = f"window {pool.window_chunks}, " if latest.generation is None else ""
     details = (
-        f", {pool.in_flight} in flight, window {pool.window_chunks}, {latest.pool_rate}, "
+        f", {pool.in_flight} in flight, {window}{latest.pool_rate}, "
         f"ETA {latest.pool_pace.eta(pool.needed)}"
     )
     bar = ProgressBar(total=max(pool.needed, 1), completed=pool.published)
-    return _Side(f"teachers {pool.published}/{pool.needed} chunks", details, bar)
+    blocks = "chunks" if latest.generation is None else "shards"
+    return _Side(f"{latest.worker}s {pool.published}/{pool.needed} {blocks}", details, bar)
 
 
-def _teachers_to_come(latest: _Latest, now: float) -> str:
+def _workers_to_come(latest: _Latest, now: float) -> str:
     if latest.train is not None:
         return "no teachers at work"
     if latest.wait is not None:
         return f"waiting for machines to join the cluster: {latest.wait.missing}"
-    if (phase := latest.phases.get("teacher")) is None:
-        return "teachers: starting"
-    ready = (
-        "" if latest.start is None else f", {latest.num_ready} of {latest.start.num_teachers} ready"
-    )
-    return f"teachers: {_since(phase.phase, phase.time, now)}{ready}"
+    if (phase := latest.phases.get(latest.worker)) is None:
+        return f"{latest.worker}s: starting"
+    asked = None if latest.start is None else latest.start.num_teachers
+    if latest.generation is not None:
+        asked = latest.generation.num_writers
+    ready = "" if asked is None else f", {latest.num_ready} of {asked} ready"
+    return f"{latest.worker}s: {_since(phase.phase, phase.time, now)}{ready}"
 
 
 def _student_side(latest: _Latest, now: float) -> _Side:
@@ -318,10 +332,11 @@ def _incident_line(event: RunEvent) -> str | None:
         case OutageEvent():
             return f"{event.who} has waited for {event.seconds:.0f} s: {event.why}"
         case StallEvent():
-            is_teacher = event.role == "teacher"
-            rank = "" if is_teacher else f", rank {event.rank}, step {event.step},"
-            who = f"teacher {event.rank}" if is_teacher else f"{event.role}{rank}"
-            chunk = "" if event.chunk is None else f", chunk {event.chunk}"
+            is_worker = event.role in ("teacher", "writer")
+            rank = "" if is_worker else f", rank {event.rank}, step {event.step},"
+            who = f"{event.role} {event.rank}" if is_worker else f"{event.role}{rank}"
+            block = "shard" if event.role == "writer" else "chunk"
+            chunk = "" if event.chunk is None else f", {block} {event.chunk}"
             return (
                 f"{who} stood still for {event.seconds:.0f} s ({event.phase}{chunk}): it is killed "
                 "and replaced"

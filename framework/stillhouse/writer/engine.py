@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stillhouse.config.generate import WriterSection
 from stillhouse.models import ModelIdentity
+from stillhouse.store.rollout_recipe import RolloutRecipe
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,9 +28,11 @@ class Sample:
 class WriterEngine(Protocol):
     """Writes samples to prompts.
 
-    Constructed as `Engine(section, recipe, device=...)` in the process of an actor, which loads the
-    model. Two actors that load the same weights write the same samples, up to rounding.
+    Construction, in the process of an actor, loads the model. Two actors that load the same weights
+    write the same samples, up to rounding.
     """
+
+    def __init__(self, section: WriterSection, recipe: RolloutRecipe, /, *, device: str): ...
 
     @classmethod
     def identity(cls, section: WriterSection, /, *, cache_dir: Path) -> ModelIdentity:

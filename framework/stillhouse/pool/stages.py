@@ -11,6 +11,8 @@ _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 _Answer = TypeVar("_Answer")
 
+PUBLISHING = "publishing"  # Ray's name for an actor's second thread
+
 _MOST_IN_MEMORY = 2  # one is being published; one is computed, or waits
 
 

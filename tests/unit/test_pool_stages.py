@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from stillhouse.teacher.stages import TwoStages
+from stillhouse.pool.stages import TwoStages
 
 PATIENCE_S = 60
 

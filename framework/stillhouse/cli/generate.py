@@ -1,0 +1,79 @@
+"""The verb `generate`: a model writes to prompts, and its rollouts fill a store."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stillhouse import api
+from stillhouse.cli.run_verbs import Configs, RunDir
+from stillhouse.cluster import machine
+from stillhouse.cluster.environment import cache_dir, typed
+from stillhouse.model_path import source_of
+from stillhouse.redaction import scrub
+from stillhouse.terminal import say
+
+if TYPE_CHECKING:
+    from stillhouse.pipeline import Generation
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="'SECTION.KEY = VALUE'",
+        help="Override one setting: a line of TOML. `stillhouse settings writer` lists some; so do "
+        "prompts and sampling.",
+    ),
+]
+
+
+def generate(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+    """Have a model write to prompts, to train on. The same command goes on where it stopped."""
+    # mistakes that cost no import are found first
+    from stillhouse.config.generate import load_generate_config
+
+    config = load_generate_config(configs, overrides or ())
+    if config.cluster.address is None:
+        machine.require(machine.for_ray(os.environ, num_cpus=config.cluster.num_cpus))
+    source_of(config.writer.model)
+    cache = cache_dir()
+    api.prepare_process(cache)
+
+    # the rollouts
+    from stillhouse import pipeline
+
+    directory = run_dir or Path("runs") / configs[-1].stem
+    plan = pipeline.plan_generation(config, run_dir=directory, cache_dir=cache)
+    for line in plan.prompts.account.lines():
+        say(f"prompts: {line}")
+    pipeline.generate(plan, command=typed())
+    say("\n" + "\n".join(_last_words(plan)))
+
+
+def _last_words(plan: "Generation") -> list[str]:
+    """What lies where, how the samples ended, and how to train on them."""
+    from stillhouse.tracking import ShardEvent, read_journal
+
+    recipe, store = plan.recipe, plan.store
+    events = read_journal(plan.run_dir / "journal.jsonl")
+    shards = [each for each in events if isinstance(each, ShardEvent) and not each.duplicate]
+    ended, cut, aside = (
+        sum(getattr(each, name) for each in shards)
+        for name in ("num_ended", "num_cut", "num_set_aside")
+    )
+    return [
+        scrub(
+            f"{recipe.num_shards:,} shards lie in {store.url}/{store.folder}: {recipe.samples:,} "
+            f"samples of each of {recipe.num_prompts:,} prompts."
+        ),
+        f"Of those that were written from {scrub(str(plan.run_dir))}, {ended:,} ended themselves, "
+        f"{cut:,} were cut, and {aside:,} were set aside.",
+        "To train on those that ended themselves, in a config of a run:",
+        "",
+        "[corpus]",
+        f'dataset = "rollouts://{recipe.fingerprint[:16]}"',
+        "[store]",
+        scrub(f'url = "{store.url}"'),
+    ]

@@ -1,0 +1,25 @@
+"""Choosing the writer engine that a config names."""
+
+from stillhouse.errors import ConfigError
+from stillhouse.extension import load_extension
+from stillhouse.writer.engine import WriterEngine
+from stillhouse.writer.transformers import TransformersWriter
+
+_MEMBERS = ("identity", "weight_hashes", "write")
+
+
+def writer_named(name: str) -> type[WriterEngine]:
+    """The engine class of `writer.engine`: a built-in one, or the user's `package.module:name`.
+
+    Raises ConfigError where the user's own cannot be imported or lacks members of WriterEngine.
+    """
+    if name == "transformers":
+        return TransformersWriter
+    found: type[WriterEngine] = load_extension(name, setting="writer.engine")
+    missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
+    if missing:
+        raise ConfigError(
+            f'writer.engine is "{name}", which has no {", ".join(missing)}; wanted a class with '
+            "all members of WriterEngine"
+        )
+    return found

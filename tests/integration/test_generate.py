@@ -1,0 +1,162 @@
+"""Generated data on real actors: a writer is killed in the middle of its work, and each prompt has
+its samples once all the same; what is published is never changed; and a student trains on it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import GenerationConfig
+
+from helpers.models import CHAT_TEMPLATE, make_model
+from helpers.world import TinyWorld
+from stillhouse import pipeline
+from stillhouse.config.generate import GenerateConfig
+from stillhouse.pipeline import Generation
+from stillhouse.sequences.source import whole
+from stillhouse.store.rollouts import ENDED, Rollouts, pack_rollouts
+from stillhouse.tracking import (
+    EndEvent,
+    GenerationEvent,
+    PoolEvent,
+    RunEvent,
+    ShardEvent,
+    WriterEvent,
+    read_journal,
+)
+from stillhouse.writer.block import written
+from stillhouse.writer.transformers import TransformersWriter
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUM_PROMPTS, SAMPLES, SHARD_PROMPTS = 30, 3, 4
+LOST = 5  # the shard that is deleted, and written again
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What two commands left: one in which a writer was killed, and one that found a shard
+    missing."""
+
+    plan: Generation
+    bytes_before: dict[int, bytes]  # by shard, after the first command
+    events: list[RunEvent]  # of both
+
+    def path(self, number: int) -> Path:
+        return Path(self.plan.store.url) / self.plan.store.key(number)
+
+    @property
+    def shards(self) -> list[Rollouts]:
+        return [self.plan.store.fetch(number) for number in range(self.plan.recipe.num_shards)]
+
+    def of_attempt(self, number: int) -> list[RunEvent]:
+        starts = [n for n, each in enumerate(self.events) if isinstance(each, GenerationEvent)]
+        return self.events[starts[number] : [*starts, len(self.events)][number + 1]]
+
+
+def plan_in(folder: Path, **writer: Any) -> Generation:
+    values = {
+        "prompts": {"dataset": str(folder / "prompts.jsonl")},
+        "writer": {
+            "model": str(folder / "writer"),
+            "engine": "helpers.writers:MortalWriter",
+            "dtype": "float32",
+            "num_cpus": 0.25,
+            "batch_sequences": 4,
+        }
+        | writer,
+        "sampling": {"samples": SAMPLES, "max_new_tokens": 20, "sequence_length": 80},
+        "store": {"url": str(folder / "store"), "shard_prompts": SHARD_PROMPTS},
+        "cluster": {"notices": "off"},
+    }
+    config = GenerateConfig.model_validate(values)
+    return pipeline.plan_generation(config, run_dir=folder / "run", cache_dir=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Generated:
+    # a writer with many tokens that end a sample, and prompts
+    folder = tmp_path_factory.mktemp("generated")
+    make_model(
+        folder / "writer", vocab_size=300, weight_std=0.3, seed=1, chat_template=CHAT_TEMPLATE
+    )
+    GenerationConfig(eos_token_id=[*range(0, 300, 12)]).save_pretrained(folder / "writer")
+    rows = [
+        {"messages": [{"role": "user", "content": f"Count to {number}."}]}
+        for number in range(NUM_PROMPTS)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    # the same command twice, but for the number of writers
+    plan = plan_in(folder, min_replicas=2, max_replicas=2)
+    pipeline.generate(plan)
+    found = Generated(plan, {}, [])
+    for number in range(plan.recipe.num_shards):
+        found.bytes_before[number] = found.path(number).read_bytes()
+    found.path(LOST).unlink()
+    again = plan_in(folder)
+    assert again.recipe == plan.recipe
+    pipeline.generate(again)
+    found.events.extend(read_journal(folder / "run" / "journal.jsonl"))
+    return found
+
+
+def test_each_prompt_has_its_samples_once_though_a_writer_was_killed(generated: Generated) -> None:
+    events = generated.of_attempt(0)
+    assert len([each for each in events if isinstance(each, WriterEvent)]) >= 2
+    assert [each.losses for each in events if isinstance(each, PoolEvent)][-1] == 1
+    shards = [each.shard for each in events if isinstance(each, ShardEvent) and not each.duplicate]
+    assert sorted(shards) == list(range(generated.plan.recipe.num_shards))
+    numbers = [
+        (int(prompt), int(sample))
+        for shard in generated.shards
+        for prompt, sample in zip(shard.prompts_S, shard.samples_S, strict=True)
+    ]
+    assert numbers == [(prompt, n) for prompt in range(NUM_PROMPTS) for n in range(SAMPLES)]
+
+
+def test_a_shard_is_the_same_whoever_writes_it(generated: Generated) -> None:
+    plan = generated.plan
+    writer = TransformersWriter(plan.config.writer, plan.recipe, device="cpu")
+    for number, published in generated.bytes_before.items():
+        rollouts = written(plan.block(number), writer, plan.recipe)
+        assert pack_rollouts(rollouts, plan.recipe.fingerprint) == published
+
+
+def test_the_same_command_writes_what_is_missing_and_changes_nothing(generated: Generated) -> None:
+    events = generated.of_attempt(1)
+    assert [each.shard for each in events if isinstance(each, ShardEvent)] == [LOST]
+    assert isinstance(events[-1], EndEvent)
+    assert events[-1].outcome == "done"
+    for number, published in generated.bytes_before.items():
+        assert generated.path(number).read_bytes() == published
+
+
+def test_a_student_trains_on_the_samples_that_ended_themselves(
+    generated: Generated, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    store, fingerprint = generated.plan.store, generated.plan.recipe.fingerprint
+    plan = tiny_world.plan(
+        tmp_path / "run",
+        corpus={"dataset": f"rollouts://{fingerprint[:16]}", "heldout_sequences": 2},
+        teacher={"model": str(Path(generated.plan.config.writer.model))},
+        student={"max_steps": 2, "checkpoint_every_steps": 2, "global_batch_sequences": 4},
+        store={"url": store.url},
+    )
+    scores = pipeline.run(plan)
+    assert scores["student"].num_tokens > 0
+
+    # what it learnt is what was sampled of them, and no more
+    ended = [
+        shard.sequences.token_ids_SL[row, 1:][shard.sequences.loss_mask_SL[row, :-1] == 1]
+        for shard in generated.shards
+        for row in np.flatnonzero(shard.finish_S == ENDED)
+    ]
+    labels = []
+    for source in (plan.sources.heldout, plan.sources.train):
+        rows = whole(source)
+        labels += rows.token_ids_SL[:, 1:][rows.loss_mask_SL[:, :-1] == 1].tolist()
+    assert 0 < len(labels) <= sum(map(len, ended))
+    assert set(labels) <= set(np.concatenate(ended).tolist())
