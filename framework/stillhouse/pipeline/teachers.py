@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.config import TeacherSection
 from stillhouse.engines.openai import BEFORE_A_RUN, OpenAIEngine
-from stillhouse.errors import ChangedWeightsError, ModelError
-from stillhouse.models import forget_identity, require_whole_weights
-from stillhouse.models.identity import is_local
+from stillhouse.errors import ChangedWeightsError
+from stillhouse.models import forget_identity
 from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Targets
 from stillhouse.pipeline.session import Session
@@ -19,11 +17,6 @@ from stillhouse.sequence import WorkItem
 from stillhouse.teacher.actor import Ready, TeacherJob
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.teacher.ray_backend import RayBackend
-
-_SCORES_NEED_WEIGHTS = (
-    "the evaluation at the end loads the teacher's weights: put them there, or make the targets "
-    "alone, with `stillhouse produce`"
-)
 
 
 @contextmanager
@@ -43,19 +36,6 @@ def answering(targets: Targets) -> Iterator[None]:
     limit = section.openai.max_cost_usd
     if limit is not None:
         say(f"the teacher's server: {engine.granted_usd():.4g} of {limit:g} USD spent or reserved")
-
-
-def require_scorable(section: TeacherSection) -> None:
-    """Raise ModelError where a served teacher's own directory has no weights: the scores at the end
-    are dense, and load them."""
-    if section.openai is None or not is_local(section):
-        return
-    if not Path(section.model, "config.json").is_file():
-        raise ModelError(f"{section.model} has no config.json; {_SCORES_NEED_WEIGHTS}")
-    try:
-        require_whole_weights(section.model)
-    except ModelError as error:
-        raise ModelError(f"{error}; {_SCORES_NEED_WEIGHTS}") from None
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from stillhouse.pipeline.scoring import score
 from stillhouse.pipeline.session import Session, at_work, enough_room, on_ray
 from stillhouse.pipeline.shared_dirs import require_shared_checkpoints, require_shared_store
 from stillhouse.pipeline.students import students_at_work
-from stillhouse.pipeline.teachers import answering, require_scorable, teacher_pool
+from stillhouse.pipeline.teachers import answering, teacher_pool
 from stillhouse.report import write_report
 from stillhouse.retry import insist
 from stillhouse.tracking import ROOM_PATIENCE, EarlyStopEvent, Tracker, read_journal
@@ -80,7 +80,6 @@ def train(plan: Plan, *, command: str = "stillhouse train") -> dict[ModelName, S
     """Train on a store that already holds what is needed, then evaluate and report. Raises
     StoreError where chunks are missing."""
     config, store, jobs = plan.config, plan.store, plan.jobs
-    require_scorable(config.teacher)
     with (
         learning_attempt(plan.request, command, jobs=jobs, open_store=store_to_read) as (
             journal,
@@ -109,7 +108,6 @@ def run(plan: Plan, *, command: str = "stillhouse run") -> dict[ModelName, Score
     """Produce and train at the same time, then evaluate and report. On an existing run directory it
     goes on where it stopped."""
     config, store, jobs = plan.config, plan.store, plan.jobs
-    require_scorable(config.teacher)
     needs = teacher_needs(config.teacher) | student_needs(config.student)
     with (
         learning_attempt(plan.request, command, jobs=jobs) as (journal, owner),
