@@ -322,7 +322,7 @@ def test_a_user_is_found_whom_nobody_else_is() -> None:
 
 
 def test_a_run_has_control_groups_of_its_own_where_they_can_be_made(tmp_path: Path) -> None:
-    limits = {"num_tasks": 18, "memory_bytes": 1 << 20, "name": "test", "root": tmp_path}
+    limits = {"num_tasks": 18, "memory_bytes": 1 << 20, "root": tmp_path}
 
     def made() -> dict[str, str]:
         with groups_of_one_run(**limits) as groups:  # type: ignore[arg-type]
@@ -341,7 +341,6 @@ def test_a_run_has_control_groups_of_its_own_where_they_can_be_made(tmp_path: Pa
     for controller in ("pids", "memory"):
         (tmp_path / controller).mkdir()
     assert made() == {"pids/pids.max": "18\n", "memory/memory.limit_in_bytes": "1048576\n"}
-    (tmp_path / "cgroup.controllers").write_text("cpu memory pids\n")
     (tmp_path / "cgroup.subtree_control").write_text("cpu\n")
     assert made() == {}
     (tmp_path / "cgroup.subtree_control").write_text("memory pids\n")

@@ -5,6 +5,7 @@ It says `+` when it begins, and at the end a line with the word that only it was
 programs ended. So a program that leaves early, whatever its exit code, has not passed.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -22,7 +23,8 @@ def main() -> None:
     os.dup2(nothing, 2)
     os.write(said, b"+")
     ending = ended(job["programs"])
-    sys.stdout.flush()
+    with contextlib.suppress(Exception):  # the programs may have closed it
+        sys.stdout.flush()
     os.write(said, f"\n{job['word']} {ending}\n".encode())
     os._exit(0)
 

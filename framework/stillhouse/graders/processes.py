@@ -117,14 +117,17 @@ class _Process:
         self._line, theirs = socket.socketpair()
         command = [sys.executable, "-m", "stillhouse.graders.child", str(theirs.fileno())]
         with theirs:
-            self._child = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            try:
+                self._child = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except OSError as error:  # no process is left on this machine
+                raise self._not_started(str(error)) from None
         # what it is
         begin = {
             **asdict(self._scorer),
@@ -135,11 +138,13 @@ class _Process:
         if answer is None or "ready" not in answer:
             self.end()
             found = answer or {"found": f"no answer in {_START_S:.0f} s"}
-            raise GraderError(
-                f"the process of the grader {self._scorer.module}:{self._scorer.function} cannot "
-                f"be started: {' '.join(found.values())}; install what it needs on every machine, "
-                "or raise its memory_bytes"
-            )
+            raise self._not_started(" ".join(found.values()))
+
+    def _not_started(self, found: str) -> GraderError:
+        return GraderError(
+            f"the process of the grader {self._scorer.module}:{self._scorer.function} cannot be "
+            f"started: {found}; install what it needs on every machine, or raise its memory_bytes"
+        )
 
     def _asked(self, values: Mapping[str, Any], *, within_s: float) -> dict[str, Any] | None:
         """Its answer, a line of JSON. None, and the process is killed, where it gives none in
@@ -147,13 +152,12 @@ class _Process:
         assert self._line is not None
         try:
             data = _exchanged(self._line, json.dumps(values).encode() + b"\n", within_s)
-            answer = json.loads(data)
-            assert isinstance(answer, dict)
+            answer: dict[str, Any] = json.loads(data)
             return answer
         except TimeoutError:
             self.end()
             return None
-        except (OSError, ValueError, AssertionError):
+        except (OSError, ValueError):
             self.end()
             return {"ended": "without an answer"}
 
@@ -178,6 +182,6 @@ def _exchanged(line: socket.socket, data: bytes, within_s: float) -> bytes:
 
 
 def _kill_group(child: "subprocess.Popen[bytes]") -> None:
-    with suppress(ProcessLookupError, PermissionError):
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

@@ -54,6 +54,8 @@ def _score(sandbox: Sandbox, sample: Sample) -> float:
     if sample.reference is None:
         return Failure("no test")
     ending = sandbox.run([last_block(sample.text), sample.reference]).ending
-    if ending in _CUT_OFF or ending.startswith("MemoryError"):
-        return Failure(ending.partition("Error")[0].lower(), is_graders=False)
+    if ending.startswith("MemoryError"):
+        return Failure("memory", is_graders=False)
+    if ending in _CUT_OFF:
+        return Failure(ending, is_graders=False)
     return float(ending == "passed")

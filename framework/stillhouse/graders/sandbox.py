@@ -125,15 +125,12 @@ class Sandbox:
         num_tasks = bounds.max_tasks + _OWN_TASKS
         limits = {
             **asdict(bounds),
-            "cpu_s": math.ceil(bounds.wall_s),
+            "cpu_s": math.ceil(bounds.wall_s) + 1,
             "num_tasks": num_tasks,
         }
         job = {"limits": limits, "programs": [*programs], "word": word}
         with groups_of_one_run(
-            num_tasks=num_tasks,
-            memory_bytes=bounds.memory_bytes,
-            name=str(os.getpid()),
-            root=self._cgroups,
+            num_tasks=num_tasks, memory_bytes=bounds.memory_bytes, root=self._cgroups
         ) as groups:
             said, cut_by = _said(
                 self._command(groups, bounds), json.dumps(job).encode(), bounds=bounds
@@ -232,15 +229,19 @@ def _files(python: Path) -> list[str]:
 def _said(command: Sequence[str], data: bytes, *, bounds: Bounds) -> tuple[bytes, str]:
     """What a command prints, given these bytes, and which limit cut it off, if one did. Its time
     begins with its first byte."""
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={},
-        cwd="/",
-        bufsize=0,
-    ) as process:
+    try:
+        started = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={},
+            cwd="/",
+            bufsize=0,
+        )
+    except OSError as error:  # no process is left on this machine
+        return str(error).encode(), ""
+    with started as process:
         try:
             return _exchanged(process, memoryview(data), bounds)
         finally:

@@ -4,9 +4,10 @@ A view is a function of the recorded values and the rule alone: it does not depe
 which shards arrive, on who asks, or on graders that the rule does not name.
 
 Letters of shapes: S samples, H hashes of a signature, G runs of five tokens, K kept samples,
-P prompts.
+P prompts; L samples that are left at a step, B bands of hashes, R hashes of a band.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -167,22 +168,32 @@ def _drop_near(
 
     Only such pairs are compared as have a band of hashes in common.
     """
-    signatures_SH, num_rows = fingerprints.signatures_SH, _rows_of_a_band(similarity)
-    bands_SB = np.ascontiguousarray(signatures_SH).view(f"V{4 * num_rows}")
-    kept_by_band: list[dict[bytes, list[int]]] = [{} for _ in range(bands_SB.shape[1])]
-    for place in order_S[reasons_S[order_S] == -1].tolist():
-        bands = [band.tobytes() for band in bands_SB[place]]
-        near = {
-            each
-            for kept, band in zip(kept_by_band, bands, strict=True)
-            for each in kept.get(band, ())
-        }
-        equal = signatures_SH[sorted(near)] == signatures_SH[place]
-        if near and equal.mean(axis=1).max() >= similarity:
-            reasons_S[place] = reason
+    left_L = order_S[reasons_S[order_S] == -1]
+    signatures_LH = fingerprints.signatures_SH[left_L]
+    groups_LB = _common_bands(signatures_LH, num_rows=_rows_of_a_band(similarity))
+    kept = defaultdict[tuple[int, int], list[int]](list)  # by band and group
+    for place in np.flatnonzero((groups_LB >= 0).any(axis=1)).tolist():
+        groups = [each for each in enumerate(groups_LB[place].tolist()) if each[1] >= 0]
+        others = sorted({other for group in groups for other in kept[group]})
+        equal = signatures_LH[others] == signatures_LH[place]
+        if others and equal.mean(axis=1).max() >= similarity:
+            reasons_S[left_L[place]] = reason
             continue
-        for kept, band in zip(kept_by_band, bands, strict=True):
-            kept.setdefault(band, []).append(place)
+        for group in groups:
+            kept[group].append(place)
+
+
+def _common_bands(signatures_LH: np.ndarray, *, num_rows: int) -> np.ndarray:
+    """int64 [L, B]: for each band of so many hashes a number that those share which have the same
+    hashes there; -1 where no other has them."""
+    groups_LB = np.empty((len(signatures_LH), NUM_HASHES // num_rows), np.int64)
+    for band in range(groups_LB.shape[1]):
+        rows_LR = np.ascontiguousarray(signatures_LH[:, band * num_rows : (band + 1) * num_rows])
+        _, of_group_L, num = np.unique(
+            rows_LR.view(f"V{4 * num_rows}")[:, 0], return_inverse=True, return_counts=True
+        )
+        groups_LB[:, band] = np.where(num[of_group_L] > 1, of_group_L, -1)
+    return groups_LB
 
 
 def _drop_beyond(
