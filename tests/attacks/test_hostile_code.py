@@ -18,7 +18,7 @@ import pytest
 from helpers.graders import section
 from stillhouse.errors import ConfigError
 from stillhouse.graders import Sample, graded, make_grader
-from stillhouse.graders.cgroups import groups_of_one_run
+from stillhouse.graders.cgroups import groups_of_one_run, remove_left_groups
 from stillhouse.graders.sandbox import Bounds, Sandbox, _unused_id
 
 BOUNDS = Bounds(
@@ -345,6 +345,21 @@ def test_a_run_has_control_groups_of_its_own_where_they_can_be_made(tmp_path: Pa
     assert made() == {}
     (tmp_path / "cgroup.subtree_control").write_text("memory pids\n")
     assert made() == {"pids.max": "18\n", "memory.max": "1048576\n"}
+
+
+def test_groups_that_a_killed_process_left_are_removed_once_no_run_can_be_about_to_enter_them(
+    tmp_path: Path,
+) -> None:
+    old, new, other = (
+        tmp_path / "pids" / name for name in ("stillhouse-run-1", "stillhouse-run-2", "x")
+    )
+    for path in (old, new, other):
+        path.mkdir(parents=True)
+    os.utime(old, (1000, 1000))
+    os.utime(other, (1000, 1000))
+    os.utime(new, (4000, 4000))
+    remove_left_groups(tmp_path, now=4100)
+    assert [path.exists() for path in (old, new, other)] == [False, True, True]
 
 
 # ---- the grader

@@ -9,7 +9,9 @@ from time import monotonic, sleep
 
 ROOT = Path("/sys/fs/cgroup")
 
+_PREFIX = "stillhouse-run-"
 _END_S, _PAUSE_S = 5.0, 0.01
+_LEFT_S = 600.0
 
 
 @contextmanager
@@ -27,10 +29,19 @@ def groups_of_one_run(*, num_tasks: int, memory_bytes: int, root: Path) -> Itera
             _remove(path)
 
 
+def remove_left_groups(root: Path, *, now: float) -> None:
+    """Remove groups of killed processes, at `now` in seconds since 1970: empty ones of an age at
+    which no run is about to enter its own."""
+    for path in (*root.glob(f"{_PREFIX}*"), *root.glob(f"*/{_PREFIX}*")):
+        with suppress(OSError):  # one that is not empty is busy
+            if path.stat().st_mtime < now - _LEFT_S:
+                path.rmdir()
+
+
 def _wanted(root: Path, *, num_tasks: int, memory_bytes: int) -> list[tuple[Path, dict[str, int]]]:
     """Groups to make, each with its files: one of version 2 with both limits where the root allows
     its groups to have them, or one of version 1 a limit."""
-    own = f"stillhouse-{secrets.token_hex(8)}"
+    own = f"{_PREFIX}{secrets.token_hex(8)}"
     allowed = root / "cgroup.subtree_control"
     if allowed.is_file():
         both = {"pids.max": num_tasks, "memory.max": memory_bytes}

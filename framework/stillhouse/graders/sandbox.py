@@ -22,11 +22,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import NamedTuple
 
 from stillhouse.errors import ConfigError, GraderError
-from stillhouse.graders.cgroups import ROOT, groups_of_one_run
+from stillhouse.graders.cgroups import ROOT, groups_of_one_run, remove_left_groups
 
 _START_S = 60.0
 _OWN_TASKS = 2  # of bubblewrap and the interpreter itself
@@ -113,6 +113,7 @@ class Sandbox:
         self.bounds, self._cgroups = bounds, cgroups
         self._python = Path(interpreter or sys.executable).resolve()
         self._bwrap, self._enter = _found("bwrap"), _own_user()
+        remove_left_groups(cgroups, now=time())
         self._require_limits()
 
     def run(self, programs: Sequence[str], *, bounds: Bounds | None = None) -> Ran:
