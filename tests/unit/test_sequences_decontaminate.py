@@ -1,18 +1,22 @@
 """No passage of a test set that a model's text repeats is missed, and honest texts are kept."""
 
+import json
 import random
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.config.graders import DecontaminateSection
+from stillhouse.config.graders import DecontaminateSection, TestSetSection
+from stillhouse.errors import CorpusError
 from stillhouse.sequences.decontaminate import (
     Decontamination,
     index_of,
     overlap_of,
 )
+from stillhouse.sequences.testsets import passages_of
 
 RULE = DecontaminateSection()
 VOCABULARY = [f"w{number}" for number in range(5000)]
@@ -22,12 +26,12 @@ def words(rng: random.Random, num: int) -> list[str]:
     return rng.choices(VOCABULARY, k=num)
 
 
-def texts_of(seed: int, num: int, *, num_words: int) -> list[list[str]]:
+def random_texts(seed: int, num: int, *, num_words: int) -> list[list[str]]:
     rng = random.Random(seed)
     return [words(rng, num_words) for _ in range(num)]
 
 
-TEST_SET = texts_of(0, 40, num_words=200)
+TEST_SET = random_texts(0, 40, num_words=200)
 KNOWN = {"exam": index_of(" ".join(text) for text in TEST_SET)}
 
 
@@ -54,7 +58,7 @@ def test_every_planted_passage_of_50_words_is_found(
 
 def test_a_text_with_nothing_of_a_test_set_is_clean() -> None:
     clean = Decontamination(RULE, KNOWN)
-    for text in ("", "word", "...", *map(" ".join, texts_of(1, 50, num_words=500))):
+    for text in ("", "word", "...", *map(" ".join, random_texts(1, 50, num_words=500))):
         assert clean.found_in(text) is None
     shuffled = random.Random(0).sample(TEST_SET[0], k=200)
     assert clean.found_in(" ".join(shuffled)) is None
@@ -87,7 +91,7 @@ def test_a_common_idiom_is_let_pass_and_a_passage_or_a_large_share_is_not(
 def test_a_whole_question_is_found_however_short_and_in_however_long_a_text(
     num_words: int,
 ) -> None:
-    questions = texts_of(3, 20, num_words=num_words)
+    questions = random_texts(3, 20, num_words=num_words)
     known = index_of(" ".join(question) for question in questions)
     clean = Decontamination(RULE, {"short": known})
     own = words(random.Random(4), 5000)
@@ -132,3 +136,24 @@ def test_a_rule_decides_how_much_is_too_much() -> None:
     assert found(max_share=0.5) is None
     assert found(max_share=0.1) == "exam"
     assert found(max_share=0.5, passage_words=40) == "exam"
+
+
+def test_every_text_of_a_test_set_is_looked_for(tmp_path: Path) -> None:
+    question, choice, turn, essay = (" ".join(text) for text in TEST_SET[:4])
+    row = {"question": question, "n": 3, "choices": [choice], "turns": [{"content": turn}]}
+    (tmp_path / "exam.jsonl").write_text(json.dumps(row) + "\nnot JSON\n")
+    (tmp_path / "essay.txt").write_text(essay)
+
+    def found(name: str, *texts: str) -> list[str | None]:
+        section = TestSetSection(dataset=str(tmp_path / name))
+        known = passages_of(section, cache_dir=tmp_path / "cache")
+        clean = Decontamination(RULE, {"set": known})
+        return [*map(clean.found_in, texts)]
+
+    assert found("exam.jsonl", question, choice, turn, essay) == ["set", "set", "set", None]
+    assert found("essay.txt", essay, question) == ["set", None]
+    with pytest.raises(CorpusError, match="does not exist"):
+        found("absent.jsonl")
+    (tmp_path / "short.jsonl").write_text('{"question": "What is 2 + 2?"}\n')
+    with pytest.raises(CorpusError, match="1 texts, and none of 8 words or more"):
+        found("short.jsonl")

@@ -231,11 +231,27 @@ class AcceptSection(Section):
         return 1 if self.most_a_prompt is None and self.best_of is not None else self.most_a_prompt
 
 
+class TestSetSection(Section):
+    """A test set: every text in every row of a data set."""
+
+    __test__ = False  # it is none of pytest's
+
+    dataset: Name = Field(
+        description="a hub data set; or local text, json(l), csv, parquet or arrow files, a glob "
+        "or a directory"
+    )
+    subset: str | None = Field(None, description="the hub data set's configuration name")
+    split: str = Field("test", description="the hub data set's split; of local files all is read")
+    revision: str | None = Field(None, description="a branch, tag or commit of a hub data set")
+
+
 class DecontaminateSection(Section):
     """Test sets of which samples must not hold passages."""
 
-    test_sets: dict[Name, Name] = Field(
-        {}, description="local text, json(l), csv or parquet files by a name for each"
+    test_sets: dict[Name, TestSetSection] = Field(
+        {},
+        description="data sets by a name for each, such as gsm8k = {dataset = 'openai/gsm8k', "
+        "subset = 'main'}",
     )
     max_share: Fraction = Field(
         0.1,
