@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
@@ -24,9 +25,7 @@ from stillhouse.graders.sandbox import Bounds, Sandbox, _unused_id
 BOUNDS = Bounds(
     wall_s=20, memory_bytes=128 << 20, file_bytes=4 << 20, output_bytes=1 << 16, max_tasks=16
 )
-SHORT = Bounds(
-    wall_s=0.5, memory_bytes=128 << 20, file_bytes=4 << 20, output_bytes=1 << 16, max_tasks=16
-)
+SHORT = replace(BOUNDS, wall_s=0.5)
 
 
 def readable_python() -> str:
@@ -122,6 +121,11 @@ def test_limits_hold_without_control_groups(without_groups: Sandbox, attack: str
     assert without_groups.run([program]).ending.split()[0] == held
 
 
+def test_one_task_is_enough_for_a_program_that_starts_none(sandbox: Sandbox) -> None:
+    bounds = replace(BOUNDS, max_tasks=1)
+    assert sandbox.run(["x = 1", "assert x == 1"], bounds=bounds).ending == "passed"
+
+
 def test_a_server_of_this_machine_is_not_reached(sandbox: Sandbox) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -145,6 +149,7 @@ def test_a_process_of_this_machine_gets_no_signal(sandbox: Sandbox) -> None:
     [
         ("while True: pass", "time"),
         ("import time; time.sleep(600)", "time"),
+        ("import time\nwhile True: print(1, flush=True); time.sleep(0.01)", "time"),
         ("import signal\nfor n in (2, 15): signal.signal(n, lambda *_: 0)\nwhile 1: pass", "time"),
         ("while True: print('x' * 1000)", "output"),
         ("import os\nwhile True: os.write(1, bytes(4096))", "output"),

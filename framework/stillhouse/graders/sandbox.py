@@ -1,10 +1,11 @@
 """The sandbox of code that a model wrote: bubblewrap, with nothing of this machine but Python.
 
-No network, no files but Python's (read-only) and a small /tmp, no environment, no other processes,
-no new user namespaces, no devices. Limits on time, memory, files, output, and on processes: these
-bind no process of the machine's root, so there the sandbox is another user's. Where a control group
-can be made, memory and processes are limited in sum as well; where none can, a run may take
-`memory_bytes` in each of `max_tasks` processes.
+It has no network, no files but Python's (to read) and a small /tmp, no environment, no other
+processes, no right to user namespaces, and no devices but null, zero and urandom. Time, memory,
+files, output and processes are limited. The kernel does not apply the limit on processes to the
+machine's root, so there the sandbox is another user's. Where a control group can be made, memory
+and processes are limited in sum as well; where none can, a run may take `memory_bytes` in each of
+`max_tasks` processes.
 
 What cannot be limited is refused. The sandbox protects the machine; a program that was written
 against a test can still deceive that test, since both run in one interpreter.
@@ -259,11 +260,8 @@ def _exchanged(
         os.set_blocking(process.stdin.fileno(), False)
         ready.register(process.stdin, selectors.EVENT_WRITE)
         ready.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            events = ready.select(max(0.0, end - monotonic()))
-            if not events and monotonic() >= end:
-                return bytes(said), "time"
-            for key, _ in events:
+        while (left_s := end - monotonic()) > 0:
+            for key, _ in ready.select(left_s):
                 # to it
                 if key.fileobj is process.stdin:
                     try:
@@ -283,3 +281,4 @@ def _exchanged(
                     return bytes(said), ""
                 if len(said) > bounds.output_bytes:
                     return bytes(said), "output"
+    return bytes(said), "time"
