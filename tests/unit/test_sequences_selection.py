@@ -4,6 +4,7 @@ one reason, and does not depend on the order in which shards arrive."""
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from stillhouse.sequences.selection import (
     Samples,
     Selection,
     fingerprints_of,
+    joined,
     select,
 )
 
@@ -99,26 +101,30 @@ def test_each_sample_is_kept_or_dropped_for_one_reason(
 
 @settings(max_examples=50, deadline=None)
 @given(recorded(), RULES, st.randoms(use_true_random=False))
-def test_the_order_in_which_samples_arrive_changes_nothing(
+def test_the_order_in_which_shards_arrive_changes_nothing(
     samples: Samples, rule: AcceptSection, rng: Any
 ) -> None:
     order = [*range(len(samples.prompts_S))]
     rng.shuffle(order)
-    shuffled = Samples(
-        prompts_S=samples.prompts_S[order],
-        numbers_S=samples.numbers_S[order],
-        finish_S=samples.finish_S[order],
-        scores={name: each[order] for name, each in samples.scores.items()},
-        fingerprints=Fingerprints(
-            samples.fingerprints.digests_S[order], samples.fingerprints.signatures_SH[order]
-        ),
-        contaminated_S=samples.contaminated_S[order],
-    )
-    one, other = select(samples, rule), select(shuffled, rule)
-    assert named(samples, one) == named(shuffled, other)
+    arrived = joined([shard_of(samples, place) for place in order])
+    one, other = select(samples, rule), select(arrived, rule)
+    assert named(samples, one) == named(arrived, other)
     assert [*one.drops.items()] == [*other.drops.items()]
     assert one.reasons_S[order].tolist() == other.reasons_S.tolist()
     assert one.rejection_P.tolist() == other.rejection_P.tolist()
+
+
+def shard_of(samples: Samples, place: int) -> Samples:
+    """A shard with one of the samples."""
+    one, prints = slice(place, place + 1), samples.fingerprints
+    return Samples(
+        prompts_S=samples.prompts_S[one],
+        numbers_S=samples.numbers_S[one],
+        finish_S=samples.finish_S[one],
+        scores={name: each[one] for name, each in samples.scores.items()},
+        fingerprints=Fingerprints(prints.digests_S[one], prints.signatures_SH[one]),
+        contaminated_S=samples.contaminated_S[one],
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -128,14 +134,7 @@ def test_a_grader_that_the_rule_does_not_name_changes_nothing(
 ) -> None:
     num = len(samples.prompts_S)
     scores = data.draw(st.lists(st.floats(0, 1), min_size=num, max_size=num))
-    more = Samples(
-        prompts_S=samples.prompts_S,
-        numbers_S=samples.numbers_S,
-        finish_S=samples.finish_S,
-        scores={"another": np.array(scores), **samples.scores},
-        fingerprints=samples.fingerprints,
-        contaminated_S=samples.contaminated_S,
-    )
+    more = replace(samples, scores={"another": np.array(scores), **samples.scores})
     one, other = select(samples, rule), select(more, rule)
     assert one.reasons_S.tolist() == other.reasons_S.tolist()
     assert one.kept_K.tolist() == other.kept_K.tolist()

@@ -73,6 +73,25 @@ class Selection:
     rejection_P: np.ndarray  # float64: share of a prompt's samples dropped for finish or score
 
 
+def joined(shards: Sequence[Samples]) -> Samples:
+    """The samples of one or more shards, which have scores by the same graders."""
+    prints = [shard.fingerprints for shard in shards]
+    return Samples(
+        prompts_S=np.concatenate([shard.prompts_S for shard in shards]),
+        numbers_S=np.concatenate([shard.numbers_S for shard in shards]),
+        finish_S=np.concatenate([shard.finish_S for shard in shards]),
+        scores={
+            name: np.concatenate([shard.scores[name] for shard in shards])
+            for name in shards[0].scores
+        },
+        fingerprints=Fingerprints(
+            np.concatenate([each.digests_S for each in prints]),
+            np.concatenate([each.signatures_SH for each in prints]),
+        ),
+        contaminated_S=np.concatenate([shard.contaminated_S for shard in shards]),
+    )
+
+
 def fingerprints_of(sequences: Sequence[np.ndarray]) -> Fingerprints:
     """Of sequences of token ids, prompts included."""
     ids = [np.ascontiguousarray(sequence, "<i4") for sequence in sequences]
