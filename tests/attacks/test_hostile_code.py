@@ -387,7 +387,7 @@ def test_the_grader_runs_a_test_against_the_code_of_a_text() -> None:
         section(
             kind="python",
             interpreter=readable_python(),
-            wall_s=1.0,
+            wall_s=2.0,
             memory_bytes=128 << 20,
             num_processes=2,
         )

@@ -35,12 +35,12 @@ TEST_SET = random_texts(0, 40, num_words=200)
 KNOWN = {"exam": index_of(" ".join(text) for text in TEST_SET)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.randoms(use_true_random=False),
     st.integers(0, len(TEST_SET) - 1),
     st.integers(0, 150),
-    st.integers(0, 20_000),
+    st.integers(0, 5000),
     st.integers(0, 1000),
 )
 def test_every_planted_passage_of_50_words_is_found(
@@ -91,10 +91,10 @@ def test_a_common_idiom_is_let_pass_and_a_passage_or_a_large_share_is_not(
 def test_a_whole_question_is_found_however_short_and_in_however_long_a_text(
     num_words: int,
 ) -> None:
-    questions = random_texts(3, 20, num_words=num_words)
+    questions = random_texts(3, 10, num_words=num_words)
     known = index_of(" ".join(question) for question in questions)
     clean = Decontamination(RULE, {"short": known})
-    own = words(random.Random(4), 5000)
+    own = words(random.Random(4), 1000)
     for question in questions:
         assert clean.found_in(" ".join([*own, *question, *own])) == "short"
         assert clean.found_in(" ".join([*own, *question[1:], *own])) is None

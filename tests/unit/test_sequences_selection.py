@@ -85,7 +85,7 @@ def named(samples: Samples, selection: Selection) -> list[tuple[int, int]]:
     return [*zip(samples.prompts_S[kept].tolist(), samples.numbers_S[kept].tolist(), strict=True)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(recorded(), RULES)
 def test_each_sample_is_kept_or_dropped_for_one_reason(
     samples: Samples, rule: AcceptSection
@@ -99,7 +99,7 @@ def test_each_sample_is_kept_or_dropped_for_one_reason(
     assert counts == Counter({name: count for name, count in found.drops.items() if count})
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(recorded(), RULES, st.randoms(use_true_random=False))
 def test_the_order_in_which_shards_arrive_changes_nothing(
     samples: Samples, rule: AcceptSection, rng: Any
@@ -127,7 +127,7 @@ def shard_of(samples: Samples, place: int) -> Samples:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(recorded(), RULES, st.data())
 def test_a_grader_that_the_rule_does_not_name_changes_nothing(
     samples: Samples, rule: AcceptSection, data: st.DataObject
@@ -141,7 +141,7 @@ def test_a_grader_that_the_rule_does_not_name_changes_nothing(
     assert one.drops == other.drops
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(recorded(), RULES)
 def test_what_is_kept_is_what_the_rule_allows(samples: Samples, rule: AcceptSection) -> None:
     found = select(samples, rule)

@@ -124,8 +124,8 @@ class Judge:
 def asked(template: str, sample: Sample) -> str:
     """A template with the sample's texts in its blanks. A blank within such a text stays as it
     is."""
-    texts = sample._asdict()
-    return _BLANK.sub(lambda blank: texts[blank[1]] or "", template)
+    texts = {"prompt": sample.prompt, "text": sample.text, "reference": sample.reference or ""}
+    return _BLANK.sub(lambda blank: texts[blank[1]], template)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -93,7 +93,7 @@ class _Process:
     def score(self, sample: Sample) -> float:
         if self._child is None:
             self._start()
-        answer = self._asked(sample._asdict(), within_s=self._limits.wall_s)
+        answer = self._asked([*sample], within_s=self._limits.wall_s)
         if answer is None:
             return Failure("time", f"no score within {self._limits.wall_s:g} s")
         match answer:
@@ -146,7 +146,7 @@ class _Process:
             f"started: {found}; install what it needs on every machine, or raise its memory_bytes"
         )
 
-    def _asked(self, values: Mapping[str, Any], *, within_s: float) -> dict[str, Any] | None:
+    def _asked(self, values: Any, *, within_s: float) -> dict[str, Any] | None:
         """Its answer, a line of JSON. None, and the process is killed, where it gives none in
         time."""
         assert self._line is not None
