@@ -51,7 +51,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             "left out, for want of the machine's own root: the power cut of a real file system "
             "(tests/chaos/test_power_cut.py),"
-            " attacks by another user (tests/attacks/test_hostile_clusters.py)"
+            " attacks by another user (tests/attacks/test_hostile_clusters.py),"
+            " sandboxes of another user (tests/attacks/test_hostile_code.py)"
         )
 
 

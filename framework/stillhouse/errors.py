@@ -73,6 +73,10 @@ class TeacherError(RunError):
     """A teacher failed its start-up check, or failed too often at one chunk."""
 
 
+class GraderError(RunError):
+    """A grader failed on every sample, cannot be started, or gets no answer from its server."""
+
+
 class StudentError(RunError):
     """A student rank failed, or met a loss or gradient that is not finite."""
 
