@@ -132,10 +132,16 @@ class StudentSection(ModelSection):
         description="reduce gradients among the ranks while the backward pass goes on; none: "
         "DeepSpeed's choice, which is true with zero_stage = 3 alone",
     )
-    offload: Literal["none", "cpu"] = Field(
+    offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
         description="cpu: Adam's states, and its step, in the host's memory: 4 bytes a parameter "
-        "are left on a GPU of one rank; needs zero_stage 2 or 3",
+        "are left on a GPU of one rank; needs zero_stage 2 or 3; nvme: those states on a disk, in "
+        "offload_path; needs zero_stage 3",
+    )
+    offload_path: Name | None = Field(
+        None,
+        description="with nvme, a directory on a local disk of each machine: 16 bytes for each "
+        "parameter of its ranks, and 12 more while a checkpoint is written",
     )
     activation_checkpointing: bool = Field(
         False,
@@ -314,7 +320,7 @@ class StudentSection(ModelSection):
         known; where it is not, this is the lowest that "auto" can be."""
         if self.zero_stage != "auto":
             return self.zero_stage
-        return 1 if self.offload == "none" else 2
+        return {"none": 1, "cpu": 2, "nvme": 3}[self.offload]
 
 
 def _require_possible_optimiser(section: StudentSection) -> None:
@@ -328,6 +334,7 @@ def _require_possible_optimiser(section: StudentSection) -> None:
         raise ValueError(
             f'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is {section.zero_stage}'
         )
+    _require_possible_swapping(section)
     if section.activation_checkpointing_every > 1 and not section.activation_checkpointing:
         raise ValueError(
             f"activation_checkpointing_every is {section.activation_checkpointing_every}, but "
@@ -335,8 +342,8 @@ def _require_possible_optimiser(section: StudentSection) -> None:
         )
     # states in 8 bits
     is_8bit, fewest = section.optimiser == "adamw_8bit", section.min_workers
-    if is_8bit and (section.fused_adamw or section.offload == "cpu"):
-        setting = "fused_adamw = true" if section.fused_adamw else 'offload = "cpu"'
+    if is_8bit and (section.fused_adamw or section.offload != "none"):
+        setting = "fused_adamw = true" if section.fused_adamw else f'offload = "{section.offload}"'
         raise ValueError(
             f'{setting} is a form of the optimiser "adamw"; leave it out, or set optimiser = '
             '"adamw"'
@@ -350,14 +357,34 @@ def _require_possible_optimiser(section: StudentSection) -> None:
         )
 
 
+def _require_possible_swapping(section: StudentSection) -> None:
+    is_swapped, path = section.offload == "nvme", section.offload_path
+    if is_swapped != (path is not None):
+        raise ValueError(
+            'offload is "nvme", and offload_path is not set; name a directory on a local disk'
+            if is_swapped
+            else f'offload_path is {path!r}, but offload is "{section.offload}"; leave it out, or '
+            'set offload = "nvme"'
+        )
+    if path is not None and not path.startswith(("/", "~")):
+        raise ValueError(
+            f"offload_path is {path!r}, which is relative, and ranks run in directories of their "
+            "own; give it from / on"
+        )
+    if is_swapped and section.zero_stage not in (3, "auto"):
+        raise ValueError(
+            f'offload is "nvme", which needs zero_stage 3; zero_stage is {section.zero_stage}'
+        )
+
+
 def _require_possible_ranks(section: StudentSection) -> None:
     # weights that cannot be divided, and layers that cannot be compiled
     quantise = "none" if section.lora is None else section.lora.quantise
-    if quantise != "none" and section.zero_stage == 3:
+    if quantise != "none" and (section.zero_stage == 3 or section.offload == "nvme"):
+        found = "zero_stage is 3" if section.zero_stage == 3 else 'offload is "nvme"'
         raise ValueError(
-            f'lora.quantise is "{quantise}", and zero_stage is 3, but stage 3 '
-            "cannot divide quantised weights among the ranks; set zero_stage = 2, or leave "
-            "lora.quantise out"
+            f'lora.quantise is "{quantise}", and {found}, but stage 3 cannot divide quantised '
+            "weights among the ranks; set zero_stage = 2 without it, or leave lora.quantise out"
         )
     if section.compile and section.zero_stage in (3, "auto"):
         raise ValueError(
