@@ -84,6 +84,7 @@ def engine_config(**arguments: Any) -> Any:
     run; nothing is loaded yet."""
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMValidationError
     from vllm.usage.usage_lib import UsageContext
 
     pooling = PoolerConfig(task="token_embed", use_activation=False)
@@ -94,6 +95,8 @@ def engine_config(**arguments: Any) -> Any:
     except ValidationError as error:
         reasons = [str(each["msg"]).removeprefix("Value error, ") for each in error.errors()]
         raise ValueError("; ".join(reasons)) from error
+    except VLLMValidationError as error:
+        raise ValueError(str(error)) from error
 
 
 def unsupported_head_size(config: Any) -> int | None:
