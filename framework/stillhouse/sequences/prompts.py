@@ -85,7 +85,7 @@ def prepare_prompts(
             "most_tokens": most_tokens,
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        path = cache_dir / "prompts" / f"{digest[:32]}.npz"
+        path = cache_dir / "prompts" / f"{digest[:32]}.prompts"
 
         # found there, or made
         with writing_cache(cache_dir):
