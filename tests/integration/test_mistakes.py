@@ -123,7 +123,7 @@ MISTAKES = {
         "student.sequence_length = 64", "did you mean 'corpus.sequence_length'?"
     ),
     "a name that is like no other": setting(
-        "student.xyzzy = 1", "the nearest of 52 that are known here: "
+        "student.xyzzy = 1", "the nearest of 54 that are known here: "
     ),
     # values
     "text for a number": setting(
