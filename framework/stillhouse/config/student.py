@@ -20,60 +20,16 @@ from stillhouse.config.fields import (
     Name,
     NumProcesses,
     Seconds,
-    Section,
     Seed,
     shown,
 )
 from stillhouse.config.models import ModelSection
+from stillhouse.config.weights import CutSection, LoraSection
 from stillhouse.extension import is_extension
-
-
-class CutSection(Section):
-    """A student that begins as a part of another model."""
-
-    layers: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = Field(
-        description="the layers of student.model to begin with, numbered from 0, in their order"
-    )
-    intermediate_size: Count | None = Field(
-        None,
-        description="the channels that each gated MLP keeps, those of the greatest weights; none: "
-        "all of them",
-    )
-
-    @field_validator("layers")
-    @classmethod
-    def _are_in_order(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if list(layers) != sorted(set(layers)):
-            raise ValueError(f"wanted each layer once, in ascending order; found {shown(layers)}")
-        return layers
 
 
 def _init_is(value: object) -> str:
     return TABLE if isinstance(value, dict | CutSection) else WORD
-
-
-class LoraSection(Section):
-    """Low-rank adapters, trained in place of the student's weights (LoRA, arXiv 2106.09685)."""
-
-    rank: Annotated[int, Field(ge=1, le=1 << 14)] = Field(
-        16, description="rank of the product that is added to each adapted matrix"
-    )
-    alpha: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
-        None, description="that product is scaled by alpha / rank; none: alpha is twice the rank"
-    )
-    targets: tuple[Name, ...] = Field(
-        (),
-        description="names of the linear layers to adapt, or the last parts of their names; none: "
-        "all but the head",
-    )
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="share of an adapter's inputs that a training step leaves out"
-    )
-    quantise: Literal["none", "nf4"] = Field(
-        "none",
-        description="nf4: the frozen linear layers but the head in 4.5 bits a weight (QLoRA, arXiv "
-        "2305.14314); needs the extra 'bits'",
-    )
 
 
 class StudentSection(ModelSection):
@@ -386,10 +342,11 @@ def _require_possible_ranks(section: StudentSection) -> None:
             f'lora.quantise is "{quantise}", and {found}, but stage 3 cannot divide quantised '
             "weights among the ranks; set zero_stage = 2 without it, or leave lora.quantise out"
         )
-    if section.compile and section.zero_stage in (3, "auto"):
+    if section.compile and (section.zero_stage == 3 or section.offload == "nvme"):
+        found = "zero_stage is 3" if section.zero_stage == 3 else 'offload is "nvme"'
         raise ValueError(
-            f"compile is true, and zero_stage is {section.zero_stage}, but the weights that stage "
-            "3 gathers for each layer cannot be compiled; set zero_stage = 2, or leave compile out"
+            f"compile is true, and {found}, but the weights that stage 3 gathers for each layer "
+            "cannot be compiled; set zero_stage = 2 without it, or leave compile out"
         )
     if section.compile and section.activation_checkpointing:
         raise ValueError(

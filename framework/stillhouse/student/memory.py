@@ -71,8 +71,8 @@ def lowest_stage(
     size: StudentSize, section: StudentSection, *, num_ranks: int, budget_bytes: float
 ) -> int:
     """The lowest ZeRO stage, from `chosen_stage` on, whose `state_bytes` are within the budget; the
-    highest where none is, which is 3, or 2 with quantised weights."""
-    last = 2 if is_quantised(section) else 3
+    highest where none is, which is 3, or 2 with weights that stage 3 cannot divide."""
+    last = 2 if is_quantised(section) or section.compile else 3
     for stage in range(section.chosen_stage, last):
         if state_bytes(size, section, stage=stage, num_ranks=num_ranks) <= budget_bytes:
             return stage
