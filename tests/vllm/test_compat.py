@@ -1,5 +1,5 @@
 """What engines/_vllm_compat.py relies on, asked of the vLLM that is installed. All has to hold
-before its range of versions is widened; tests/vllm/test_engine.py holds that it works."""
+before another version is added; tests/vllm/test_engine.py holds that it works."""
 
 import inspect
 from dataclasses import fields
@@ -11,7 +11,7 @@ import torch
 from stillhouse.engines import _vllm_compat
 
 pytestmark = pytest.mark.filterwarnings("default")
-REMEDY = "see to engines/_vllm_compat.py before its range of versions is widened"
+REMEDY = "see to engines/_vllm_compat.py before this version is added"
 
 
 @pytest.fixture(autouse=True, scope="module")
