@@ -147,7 +147,7 @@ $(SKYPILOT):
 	.venv-sky/bin/pip install --quiet --disable-pip-version-check 'skypilot==0.14.1'
 	@touch $@
 
-# torch comes first, as above, in the one version that vLLM 0.29 to 0.32 pin. `pip check` misses torchvision, torchaudio, torchcodec and
+# torch comes first, as above, in the one version that vLLM 0.32 pins. `pip check` misses torchvision, torchaudio, torchcodec and
 # triton, which are left out.
 $(VLLM): pyproject.toml requirements-vllm.lock
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
