@@ -55,10 +55,8 @@ def _models(plan: Plan, found: Findings) -> None:
     for role, section in (("teacher", plan.config.teacher), ("student", plan.config.student)):
         name = section.model + (f" at {section.revision[:12]}" if section.revision else "")
         if isinstance(section, TeacherSection) and section.openai is not None:
-            server = section.openai
-            found.add(
-                role, f"{name}: {server.served_model} of {server.base_url}, which has the weights"
-            )
+            server = section.openai.base_url
+            found.add(role, f"{name}: scored by the server at {server}, which has the weights")
             continue
 
         # the model, without memory for its weights
