@@ -235,7 +235,7 @@ def _read(path: Path) -> Prompts | None:
     check, data = whole[:_CHECK_BYTES], whole[_CHECK_BYTES:]
     if xxhash.xxh3_64_digest(data) != check:
         return None
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(data)) as arrays:
         ids, starts_P1 = arrays["ids"], arrays["starts"]
         about = json.loads(arrays["about"].tobytes())
     account = Account(
