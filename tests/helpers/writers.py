@@ -1,4 +1,5 @@
-"""A writer that is killed once, at a point of its work that is always the same."""
+"""A writer that is killed once, at a point of its work that is always the same; and a pupil, who
+adds."""
 
 import os
 import signal
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.config.generate import WriterSection
+from stillhouse.models import load_tokenizer
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.writer.engine import Sample
 from stillhouse.writer.transformers import TransformersWriter
@@ -30,3 +32,23 @@ class MortalWriter(TransformersWriter):
             return samples
         os.kill(os.getpid(), signal.SIGKILL)
         return samples
+
+
+class Pupil(TransformersWriter):
+    """Answers questions such as "12+34=". By its seed an answer is wrong, or is cut before its
+    end."""
+
+    def __init__(self, section: WriterSection, _recipe: RolloutRecipe, *, device: str):
+        assert device == "cpu"
+        self._tokenizer = load_tokenizer(section.model)
+
+    def write(self, prompts: Sequence[NDArray[np.int32]], seeds: Sequence[int]) -> list[Sample]:
+        return [self._answer(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def _answer(self, prompt: NDArray[np.int32], seed: int) -> Sample:
+        question = str(self._tokenizer.decode(prompt.tolist())).rstrip("=")
+        total = sum(map(int, question.split("+")))
+        is_wrong, is_cut = seed % 3 == 0, seed % 5 == 0
+        ids = self._tokenizer.encode(f"that is {total + is_wrong}")
+        ids += [] if is_cut else [self._tokenizer.eos_token_id]
+        return Sample(np.array(ids, np.int32), np.zeros(len(ids), np.float32), ended=not is_cut)

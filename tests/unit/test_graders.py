@@ -13,7 +13,11 @@ import pytest
 from pydantic import ValidationError
 
 from helpers.graders import samples, section
-from stillhouse.config.graders import AcceptSection, require_graders_go_together
+from stillhouse.config.graders import (
+    AcceptSection,
+    require_known,
+    require_names_of_their_own,
+)
 from stillhouse.errors import ConfigError, GraderError
 from stillhouse.graders import Failure, Graded, Sample, graded, identity_of, make_grader
 from stillhouse.graders.fences import last_block
@@ -228,10 +232,11 @@ def test_a_section_that_cannot_be_meant_is_refused(values: dict[str, Any], words
 
 def test_graders_have_names_of_their_own_and_acceptance_names_those_alone() -> None:
     exact, sums = section(kind="exact"), section(kind="number", name="sums")
-    require_graders_go_together([exact, sums], AcceptSection(min_score={"sums": 1.0}))
+    require_names_of_their_own([exact, sums])
+    require_known(AcceptSection(min_score={"sums": 1.0}), ["exact", "sums"])
     with pytest.raises(ValueError, match="two graders are called 'exact'"):
-        require_graders_go_together([exact, exact], AcceptSection())
+        require_names_of_their_own([exact, exact])
     with pytest.raises(ValueError, match="names the grader 'sum', which is none of exact, sums"):
-        require_graders_go_together([exact, sums], AcceptSection(min_score={"sum": 1.0}))
+        require_known(AcceptSection(min_score={"sum": 1.0}), ["exact", "sums"])
     with pytest.raises(ValidationError, match="names no grader to choose by"):
         AcceptSection(best_of=4)

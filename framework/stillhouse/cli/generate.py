@@ -1,5 +1,6 @@
 """The verb `generate`: a model writes to prompts, and its rollouts fill a store."""
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -52,6 +53,20 @@ def generate(configs: Configs, overrides: Overrides = None, run_dir: RunDir = No
     say("\n" + "\n".join(_last_words(plan)))
 
 
+def lines_for_a_run(plan: "Generation") -> list[str]:
+    """How to train on the rollouts, in a config of a run."""
+    names = [json.dumps(grader.title) for grader in plan.config.graders]
+    scores = ", ".join(f"{name} = 1.0" for name in names)
+    accepted = ["[corpus.accept]", f"min_score = {{{scores}}}"] if names else []
+    return [
+        "[corpus]",
+        f'dataset = "rollouts://{plan.recipe.fingerprint[:16]}"',
+        *accepted,
+        "[store]",
+        scrub(f'url = "{plan.store.url}"'),
+    ]
+
+
 def _last_words(plan: "Generation") -> list[str]:
     """What lies where, how the samples ended, and how to train on them."""
     from stillhouse.tracking import ShardEvent, read_journal
@@ -70,10 +85,16 @@ def _last_words(plan: "Generation") -> list[str]:
         ),
         f"Of those that were written from {scrub(str(plan.run_dir))}, {ended:,} ended themselves, "
         f"{cut:,} were cut, and {aside:,} were set aside.",
+        *_next(plan),
+    ]
+
+
+def _next(plan: "Generation") -> list[str]:
+    names = ", ".join(grader.title for grader in plan.config.graders)
+    if names:
+        return [f"Next: `stillhouse grade`, given the same file, scores them by {names}."]
+    return [
         "To train on those that ended themselves, in a config of a run:",
         "",
-        "[corpus]",
-        f'dataset = "rollouts://{recipe.fingerprint[:16]}"',
-        "[store]",
-        scrub(f'url = "{store.url}"'),
+        *lines_for_a_run(plan),
     ]

@@ -18,6 +18,7 @@ from stillhouse import suggestions
 from stillhouse.bench.verbs import bench_app
 from stillhouse.cli import config_verbs, run_verbs
 from stillhouse.cli.generate import generate
+from stillhouse.cli.grade import grade
 from stillhouse.cli.node_verbs import node_app
 from stillhouse.cli.store_verbs import store_app
 from stillhouse.cluster.environment import forbid_pickled_code, learn_secrets
@@ -99,6 +100,7 @@ app.command()(run_verbs.demo)
 app.command()(run_verbs.check)
 app.command()(run_verbs.run)
 app.command()(generate)
+app.command()(grade)
 app.command()(run_verbs.produce)
 app.command()(run_verbs.train)
 app.command(name="eval")(run_verbs.evaluate)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stillhouse.config.fields import Count, Fraction, Name, Section, Seed
+from stillhouse.config.graders import AcceptSection, DecontaminateSection
 from stillhouse.extension import is_extension
 
 ROLLOUTS = "rollouts://"  # before the fingerprint of what `stillhouse generate` wrote
@@ -47,6 +48,14 @@ class DataSection(Section):
     max_documents: Annotated[int, Field(ge=1, le=10**12)] | None = Field(
         None, description="documents to read at most, after the shuffle; none: all"
     )
+    accept: AcceptSection | None = Field(
+        None,
+        description="which samples of rollouts are trained on, by what `stillhouse grade` found; "
+        "none: all that ended themselves",
+    )
+    decontaminate: DecontaminateSection | None = Field(
+        None, description="test sets of which samples of rollouts must not hold passages"
+    )
     weight: Annotated[float, Field(ge=0.0, le=1e9)] = Field(
         1.0,
         description="share of the sequences of a mixture, relative to the weights of mixed_with; "
@@ -65,6 +74,13 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _rollouts_are_nothing_else(self) -> "DataSection":
         if not self.dataset.startswith(ROLLOUTS):
+            for name in ("accept", "decontaminate"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is set, but dataset is {self.dataset}; only samples that "
+                        f"`stillhouse generate` wrote ({ROLLOUTS}...) are chosen by it: leave "
+                        f"{name} out"
+                    )
             return self
         if not re.fullmatch(r"(.+/)?[0-9a-f]{16}", self.dataset.removeprefix(ROLLOUTS)):
             raise ValueError(

@@ -1,5 +1,5 @@
-"""The configuration of `stillhouse generate`: prompts, the model that writes to them, and where its
-rollouts go."""
+"""The configuration of `stillhouse generate` and `stillhouse grade`: prompts, the model that writes
+to them, where its rollouts go, and what grades them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +17,12 @@ from stillhouse.config.fields import (
     Seconds,
     Section,
     Seed,
+)
+from stillhouse.config.graders import (
+    SECTIONS_BY_KIND,
+    GraderSection,
+    require_names_of_their_own,
+    require_no_references,
 )
 from stillhouse.config.models import ModelSection
 from stillhouse.config.reading import read_values, validated
@@ -155,13 +161,21 @@ class RolloutStoreSection(Section):
 
 
 class GenerateConfig(Section):
-    """The configuration of `stillhouse generate`."""
+    """The configuration of `stillhouse generate` and `stillhouse grade`."""
 
     prompts: PromptsSection
     writer: WriterSection
     sampling: SamplingSection = SamplingSection()
     store: RolloutStoreSection = RolloutStoreSection()
+    graders: tuple[GraderSection, ...] = ()
     cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def _graders_have_what_they_need(self) -> "GenerateConfig":
+        require_names_of_their_own(self.graders)
+        if self.prompts.reference_column is None:
+            require_no_references(self.graders)
+        return self
 
 
 def load_generate_config(
@@ -170,7 +184,8 @@ def load_generate_config(
     """Read TOML files and overrides, as `load_config` does for a run. Raises ConfigError."""
     known = {"": list(GenerateConfig.model_fields)}
     for name, field in GenerateConfig.model_fields.items():
-        assert isinstance(field.annotation, type)
-        assert issubclass(field.annotation, Section)
-        known[name] = list(field.annotation.model_fields)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            known[name] = list(field.annotation.model_fields)
+    for kind, section in SECTIONS_BY_KIND.items():
+        known[f"graders.{kind}"] = list(section.model_fields)
     return validated(GenerateConfig, read_values(paths, overrides), known=known)

@@ -3,7 +3,7 @@ sections [accept] and [decontaminate]."""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -33,6 +33,11 @@ class _GraderSection(Section):
     @property
     def title(self) -> str:
         return self.name or self.kind
+
+    @property
+    def compares(self) -> bool:
+        """Whether it needs the reference of each prompt."""
+        return self.kind in ("exact", "number", "maths", "python")
 
 
 class ChildSection(_GraderSection):
@@ -139,6 +144,10 @@ class JudgeSection(_GraderSection):
         600.0, description="seconds for which a server that does not answer is asked again"
     )
 
+    @property
+    def compares(self) -> bool:
+        return "{reference}" in self.template
+
     @field_validator("template")
     @classmethod
     def _shows_the_text(cls, template: str) -> str:
@@ -165,18 +174,25 @@ class OwnSection(ChildSection):
         if is_extension(name):
             return name
         raise ValueError(
-            f"wanted {', '.join(KINDS)}, or 'package.module:name' of your own; found "
-            f"{shown(name)}{suggestions.value(name, KINDS)}"
+            f"wanted {', '.join(SECTIONS_BY_KIND)}, or 'package.module:name' of your own; found "
+            f"{shown(name)}{suggestions.value(name, [*SECTIONS_BY_KIND])}"
         )
 
 
-KINDS = ("exact", "number", "maths", "json_schema", "python", "judge")
+SECTIONS_BY_KIND: Mapping[str, type[_GraderSection]] = {
+    "exact": ExactSection,
+    "number": NumberSection,
+    "maths": MathsSection,
+    "json_schema": JsonSchemaSection,
+    "python": PythonSection,
+    "judge": JudgeSection,
+}
 _OWN = "own"
 
 
 def _kind_of(value: object) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in KINDS else _OWN
+    return kind if isinstance(kind, str) and kind in SECTIONS_BY_KIND else _OWN
 
 
 GraderSection = Annotated[
@@ -263,15 +279,28 @@ class DecontaminateSection(Section):
     )
 
 
-def require_graders_go_together(graders: Sequence[_GraderSection], accept: AcceptSection) -> None:
-    """Raises ValueError where two graders have one name, or [accept] names one that is not
-    there."""
-    titles = [grader.title for grader in graders]
-    twice = [title for title, count in Counter(titles).items() if count > 1]
+def require_names_of_their_own(graders: Sequence[_GraderSection]) -> None:
+    """Raises ValueError where two graders have one name."""
+    counts = Counter(grader.title for grader in graders)
+    twice = [title for title, count in counts.items() if count > 1]
     if twice:
         raise ValueError(
             f"two graders are called {shown(twice[0])}; give each of them a name of its own"
         )
+
+
+def require_no_references(graders: Sequence[_GraderSection]) -> None:
+    """Raises ValueError where a grader compares with references: there are none."""
+    for grader in graders:
+        if grader.compares:
+            raise ValueError(
+                f"the grader {shown(grader.title)} compares with references, but "
+                "prompts.reference_column is not set; name the column of right answers, or of tests"
+            )
+
+
+def require_known(accept: AcceptSection, titles: Sequence[str]) -> None:
+    """Raises ValueError where [accept] names a grader that is none of these."""
     for name in accept.min_score:
         if name not in titles:
             raise ValueError(

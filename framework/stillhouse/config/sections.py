@@ -16,6 +16,7 @@ from stillhouse.config.fields import (
     Seconds,
     Section,
 )
+from stillhouse.config.graders import AcceptSection, DecontaminateSection
 from stillhouse.config.models import TeacherSection
 from stillhouse.config.openai import OpenAISection
 from stillhouse.config.student import StudentSection
@@ -218,6 +219,10 @@ def names_by_section() -> dict[str, list[str]]:
     types = section_types()
     tables: dict[str, type[Section]] = {
         "corpus.mixed_with": DataSection,
+        "corpus.accept": AcceptSection,
+        "corpus.decontaminate": DecontaminateSection,
+        "corpus.mixed_with.accept": AcceptSection,
+        "corpus.mixed_with.decontaminate": DecontaminateSection,
         "teacher.vllm": VllmSection,
         "student.init": CutSection,
         "student.lora": LoraSection,

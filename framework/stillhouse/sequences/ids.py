@@ -1,9 +1,10 @@
-"""Rows that are tokenised already: ids, and a mask that says which of them are learnt."""
+"""Rows that are tokenised already: ids, and a mask that says which of them are learnt; and ids as
+texts."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from stillhouse.errors import CorpusError
 from stillhouse.sequences.bad_rows import BadRowError
 from stillhouse.sequences.conversations import Form
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _MASKS = ("loss_mask", "assistant_masks", "completion_mask", "labels")  # by other libraries' names
 _NO_LABEL = -100  # in Hugging Face's `labels`
@@ -56,6 +60,20 @@ def require_ids(tokens: Tokens, vocab_size: int) -> Tokens:
             "tokenised by another?"
         )
     return tokens
+
+
+def texts_of(
+    sequences: Sequence[NDArray[np.int32]], tokenizer: "PreTrainedTokenizerFast"
+) -> list[str]:
+    """The texts that the ids of each sequence stand for, without special tokens."""
+    return [
+        str(
+            tokenizer.decode(
+                ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+        for ids in sequences
+    ]
 
 
 def _tokens(ids_column: str, mask_column: str | None, row: Mapping[str, Any]) -> Tokens:

@@ -46,6 +46,9 @@ from stillhouse.sequences.tokens import tokenise
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# settings that do not decide a corpus of one data set, or whose effect the documents' identity has
+_NOT_IN_KEY = {"source", "weight", "mixed_with", "accept", "decontaminate"}
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -72,15 +75,17 @@ def prepare_corpus(
     documents. `on_progress` is called after each document, with the numbers of documents and tokens
     so far.
     """
-    # All that decides the corpus names its directory: of a template, its text.
+    # All that decides the corpus names its directory: of a template its text, of rollouts what is
+    # accepted.
+    tables = Path(cache_dir) / "tables"
     if section.dataset.startswith(ROLLOUTS):
-        documents = documents_of_rollouts(section, tokenizer)
+        documents = documents_of_rollouts(section, tokenizer, cache_dir=tables)
     else:
-        documents = load_documents(section, cache_dir=Path(cache_dir) / "tables")
+        documents = load_documents(section, cache_dir=tables)
     key = {
         "version": CACHE_VERSION,
         "block_tokens": BLOCK_TOKENS,
-        "section": section.model_dump(mode="json", exclude={"source", "weight", "mixed_with"})
+        "section": section.model_dump(mode="json", exclude=_NOT_IN_KEY)
         | {"chat_template": template_text(section)},
         "tokenizer": tokenizer_digest,
         "documents": documents.identity,

@@ -1,4 +1,5 @@
-"""Rollouts as documents: what a model wrote to each prompt, of those samples that ended themselves.
+"""Rollouts as documents: what a model wrote to each prompt, of those samples that ended themselves,
+or of those that [corpus.accept] keeps.
 
 A data set `rollouts://<url>/<fingerprint16>` is the shards of that recipe in a store; a config may
 leave its own store's URL out.
@@ -8,6 +9,7 @@ shuffled, not what is in one: the prompts of a shard are a random sample of all 
 """
 
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,7 @@ from stillhouse.config import CorpusSection
 from stillhouse.config.corpus import ROLLOUTS
 from stillhouse.errors import CorpusError
 from stillhouse.models import vocabulary_digest
+from stillhouse.sequences.accepted import accepted
 from stillhouse.sequences.bad_rows import LeftOutError
 from stillhouse.sequences.documents import Documents, refuse_settings
 from stillhouse.sequences.ids import Tokens
@@ -35,13 +38,14 @@ _SHARDS = 4  # in memory at one time
 
 
 def documents_of_rollouts(
-    section: CorpusSection, tokenizer: "PreTrainedTokenizerFast"
+    section: CorpusSection, tokenizer: "PreTrainedTokenizerFast", *, cache_dir: Path
 ) -> Documents:
     """The samples of `section.dataset`, as tokens of which those that were sampled are labels.
+    `cache_dir` holds copies of test sets.
 
-    Raises CorpusError where the tokenizer's ids stand for other tokens than the writer's, or a
-    setting has no meaning here; RecipeError, StoreError and ChunkError where the rollouts are
-    absent, incomplete or damaged.
+    Raises CorpusError where the tokenizer's ids stand for other tokens than the writer's, a setting
+    has no meaning here, or a shard has not been graded; RecipeError, StoreError and ChunkError
+    where the rollouts are absent, incomplete or damaged.
     """
     # what is there
     refuse_settings(section, "rollouts", ("subset", "revision", "column", "mask_column"))
@@ -52,7 +56,11 @@ def documents_of_rollouts(
             f"the rollouts of {section.dataset} are ids of another vocabulary than that of "
             f"{tokenizer.name_or_path}; wanted: a teacher and a student with the writer's ids"
         )
-    identity = f"rollouts:{recipe.fingerprint}:{store.digest()}:{_RULE}"
+    rule, reasons, words = _RULE, None, "that ended themselves"
+    if section.accept is not None or section.decontaminate is not None:
+        view = accepted(store, section, tokenizer, cache_dir=cache_dir)
+        rule, reasons, words = view.identity, view.reasons, "that are accepted"
+    identity = f"rollouts:{recipe.fingerprint}:{store.digest()}:{rule}"
 
     # its rows: each sample of each prompt, a shard after the other
     size = recipe.shard_prompts * recipe.samples
@@ -60,12 +68,21 @@ def documents_of_rollouts(
     rows = (shards[:, None] * size + np.arange(size)).ravel()
     order = rows[rows < recipe.num_prompts * recipe.samples][: section.max_documents]
     shard = lru_cache(maxsize=_SHARDS)(store.fetch)
+
+    def read(row: int) -> Tokens:
+        rollouts, place = shard(row // size), row % size
+        finish = int(rollouts.finish_S[place])
+        reason = _LEFT_OUT.get(finish) if reasons is None else reasons()[row]
+        if reason is not None:
+            raise LeftOutError(reason)
+        return _tokens(rollouts, place)
+
     return Documents(
         identity,
         order,
-        read=lambda row: _tokens(shard(row // size), row % size),
+        read=read,
         place=lambda row: (f"{store.url}/{store.key(row // size)}", row % size),
-        form=f"samples of {recipe.num_prompts:,} prompts that ended themselves",
+        form=f"samples of {recipe.num_prompts:,} prompts {words}",
     )
 
 
@@ -76,13 +93,8 @@ def _store_of(section: CorpusSection) -> RolloutStore:
 
 
 def _tokens(rollouts: Rollouts, row: int) -> Tokens:
-    """A sample with its prompt, without padding. Raises LeftOutError where it is not wanted."""
-    reason = _LEFT_OUT.get(int(rollouts.finish_S[row]))
-    if reason is not None:
-        raise LeftOutError(reason)
-    sampled = np.flatnonzero(rollouts.sequences.loss_mask_SL[row]) + 1
-    length = int(sampled[-1]) + 1
-    is_label = np.zeros(length, np.bool_)
-    is_label[sampled] = True
-    ids = rollouts.sequences.token_ids_SL[row, :length]
+    """A sample with its prompt, without padding."""
+    ids = rollouts.ids(row)
+    is_label = np.zeros(len(ids), np.bool_)
+    is_label[1:] = rollouts.sequences.loss_mask_SL[row, : len(ids) - 1]
     return Tokens(ids, is_label, group=int(rollouts.prompts_S[row]))

@@ -94,12 +94,16 @@ def joined(shards: Sequence[Samples]) -> Samples:
 
 def fingerprints_of(sequences: Sequence[np.ndarray]) -> Fingerprints:
     """Of sequences of token ids, prompts included."""
+    signatures_SH = np.empty((len(sequences), NUM_HASHES), np.uint32)
+    for signature_H, each in zip(signatures_SH, sequences, strict=True):
+        signature_H[:] = _signature(np.ascontiguousarray(each, "<i4"))
+    return Fingerprints(digests_of(sequences), signatures_SH)
+
+
+def digests_of(sequences: Sequence[np.ndarray]) -> np.ndarray:
+    """uint64 [S]: by which exact repeats alone are found, in a hundredth of the time."""
     ids = [np.ascontiguousarray(sequence, "<i4") for sequence in sequences]
-    digests = [xxhash.xxh3_64_intdigest(each.tobytes()) for each in ids]
-    signatures_SH = np.empty((len(ids), NUM_HASHES), np.uint32)
-    for signature_H, each in zip(signatures_SH, ids, strict=True):
-        signature_H[:] = _signature(each)
-    return Fingerprints(np.array(digests, np.uint64), signatures_SH)
+    return np.array([xxhash.xxh3_64_intdigest(each.tobytes()) for each in ids], np.uint64)
 
 
 def select(samples: Samples, rule: AcceptSection) -> Selection:

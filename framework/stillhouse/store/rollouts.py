@@ -49,6 +49,18 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    def ids(self, row: int) -> npt.NDArray[np.int32]:
+        """Of a prompt and its sample, without padding; none where it was set aside."""
+        sampled = np.flatnonzero(self.sequences.loss_mask_SL[row])
+        end = int(sampled[-1]) + 2 if len(sampled) else 0
+        return self.sequences.token_ids_SL[row, :end]
+
+    def sampled_ids(self, row: int) -> npt.NDArray[np.int32]:
+        """Those that were sampled."""
+        sampled = np.flatnonzero(self.sequences.loss_mask_SL[row]) + 1
+        ids: npt.NDArray[np.int32] = self.sequences.token_ids_SL[row, sampled]
+        return ids
+
     @property
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """By their names in a file, in the order of their bytes."""

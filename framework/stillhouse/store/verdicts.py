@@ -7,20 +7,25 @@ generation, and changes no verdict of another.
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stillhouse.errors import ChunkError
 from stillhouse.store.explain import NotAFileError
 from stillhouse.store.object_store import Blobs
 from stillhouse.store.recipe import canonical_json
+from stillhouse.store.rollout_store import RolloutStore
 
 VERDICT_VERSION = 1
 
 _NAME_DIGITS = 16
 _KEYS = {"grader", "scores", "version"}
 _MOST = sys.float_info.max
+_NUMBER = re.compile(r"/([0-9]{10})\.json")
+_REQUESTS = 16  # at the same time
 
 
 def grader_name(identity: Mapping[str, Any]) -> str:
@@ -63,6 +68,31 @@ def read_verdict(
         raise ChunkError(
             f"{blobs.url}/{key} is damaged: {error}; delete it, and the shard is graded again"
         ) from None
+
+
+def verdicts_of(
+    store: RolloutStore, grader: str, numbers: Iterable[int]
+) -> list[tuple[float, ...] | None]:
+    """The scores of each of these shards by the grader of this name, as `read_verdict` has them."""
+
+    def verdict(number: int) -> tuple[float, ...] | None:
+        return read_verdict(
+            store.blobs,
+            store.recipe.fingerprint,
+            number=number,
+            grader=grader,
+            num_rollouts=len(store.rows(number)) * store.recipe.samples,
+        )
+
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        return [*threads.map(verdict, numbers)]
+
+
+def graded_shards(store: RolloutStore, grader: str) -> set[int]:
+    """The shards on which the grader of this name has given a verdict, by a listing."""
+    folder = verdict_key(store.recipe.fingerprint, grader, 0).rpartition("/")[0]
+    keys = [blob.key.removeprefix(folder) for blob in store.blobs.under(folder)]
+    return {int(match[1]) for key in keys if (match := _NUMBER.fullmatch(key))}
 
 
 def verdict_key(rollouts: str, grader: str, number: int) -> str:

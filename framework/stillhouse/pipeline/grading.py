@@ -1,0 +1,199 @@
+"""The command `grade` as a function of a generation's plan: graders give verdicts on the rollouts
+that lie in its store.
+
+It works in this process, and in those of the graders. A verdict is one create-only put a shard, so
+the command can be stopped at any moment and given again, also while `generate` is at work.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.cluster.environment import secret_in
+from stillhouse.config.graders import GraderSection, JudgeSection
+from stillhouse.errors import ConfigError, StoreError
+from stillhouse.graders import Grader, Sample, graded, make_grader
+from stillhouse.pipeline.console import tell_of_wait
+from stillhouse.pipeline.generation import Generation
+from stillhouse.pipeline.planning import tokenizer_of
+from stillhouse.retry import DEFAULT_PATIENCE, insist
+from stillhouse.sequences.ids import texts_of
+from stillhouse.store.grader_names import claim_name
+from stillhouse.store.rollout_store import RolloutStore
+from stillhouse.store.rollouts import ENDED, SET_ASIDE, Rollouts
+from stillhouse.store.verdicts import graded_shards, grader_name, put_verdict, verdicts_of
+
+NO_TEXT = "set aside by its writer"  # a sample that is not asked of any grader
+
+
+@dataclass(frozen=True, slots=True)
+class Grades:
+    """What lies in the store of one grader's verdicts, and what this call has added."""
+
+    name: str
+    num_shards: int  # of which it has graded so many by now
+    num_new: int  # in this call
+    num_samples: int
+    mean_score: float  # nan where nothing is graded
+    full_share: float  # of the samples, that have the score 1; nan where nothing is graded
+    without_score: Mapping[str, int]  # samples of this call that count as 0, by reason
+
+
+def grade(
+    plan: Generation, *, on_progress: Callable[[int, int], None] = lambda *_: None
+) -> list[Grades]:
+    """Grade each shard that is in the store, by each of the config's graders that has not graded it
+    yet. `on_progress` is told how many of how many verdicts are there.
+
+    Raises ConfigError where a grader cannot be made, or its name stands for another one;
+    GraderError where one fails on all samples of a shard; ChunkError where a shard is damaged.
+    """
+    with graders_of(plan.config.graders) as graders:
+        return grade_with(graders, plan, on_progress=on_progress)
+
+
+@contextmanager
+def graders_of(sections: Sequence[GraderSection]) -> Iterator[dict[str, Grader]]:
+    """The graders by their names, until the end of the block. Raises ConfigError."""
+    graders: dict[str, Grader] = {}
+    try:
+        for section in sections:
+            graders[section.title] = make_grader(section, api_key=_key_of(section))
+        yield graders
+    finally:
+        for grader in graders.values():
+            grader.close()
+
+
+def grade_with(
+    graders: Mapping[str, Grader],
+    plan: Generation,
+    *,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Grades]:
+    """As `grade`, with these graders, which are not closed."""
+    # the names, which a run refers to, before any work
+    store, fingerprint = plan.store, plan.recipe.fingerprint
+    if not store.has_recipe():
+        raise StoreError(
+            f"there are no rollouts of these settings in {store.url}; `stillhouse generate`, given "
+            "the same file, writes them"
+        )
+    for name, grader in graders.items():
+        claim_name(store.blobs, fingerprint, name=name, grader=grader.identity)
+
+    # what is there, and what is missing
+    published = sorted(store.published())
+    done = {
+        name: graded_shards(store, grader_name(grader.identity)) for name, grader in graders.items()
+    }
+    num_done = sum(len(numbers & {*published}) for numbers in done.values())
+    failures = {name: Counter[str]() for name in graders}
+    num_new = dict.fromkeys(graders, 0)
+    texts = _Texts(plan)
+    for number in published:
+        missing = [name for name in graders if number not in done[name]]
+        samples = texts.of_shard(number) if missing else []
+        for name in missing:
+            scores = _scores(graders[name], samples, failures[name])
+            _put(store, number, graders[name].identity, scores)
+            num_new[name] += 1
+            num_done += 1
+            on_progress(num_done, len(published) * len(graders))
+    return [
+        _summary(name, grader, store, num_new[name], failures[name])
+        for name, grader in graders.items()
+    ]
+
+
+class _Texts:
+    """The samples of a shard as graders see them: prompt and text without special tokens."""
+
+    def __init__(self, plan: Generation) -> None:
+        self._prompts, self._store = plan.prompts, plan.store
+        self._tokenizer = tokenizer_of(plan.config.writer)
+
+    def of_shard(self, number: int) -> list[Sample | None]:
+        """In order; None for one that was set aside."""
+        rollouts, references = self._store.fetch(number), self._prompts.references
+        rows = self._store.rows(number)
+        prompts = dict(
+            zip(rows, texts_of([self._prompts[row] for row in rows], self._tokenizer), strict=True)
+        )
+        written = [_written(rollouts, row) for row in range(len(rollouts))]
+        texts = texts_of(written, self._tokenizer)
+        return [
+            None
+            if finish == SET_ASIDE
+            else Sample(prompts[prompt], text, references[prompt] if references else None)
+            for prompt, text, finish in zip(
+                rollouts.prompts_S.tolist(), texts, rollouts.finish_S.tolist(), strict=True
+            )
+        ]
+
+
+def _written(rollouts: Rollouts, row: int) -> NDArray[np.int32]:
+    """The ids of a sample's text: without the one with which it ended itself."""
+    ids = rollouts.sampled_ids(row)
+    return ids[:-1] if rollouts.finish_S[row] == ENDED else ids
+
+
+def _scores(
+    grader: Grader, samples: Sequence[Sample | None], failures: Counter[str]
+) -> list[float]:
+    """Of each sample; those that have none are counted by reason, and have 0."""
+    found = graded(grader, [each for each in samples if each is not None])
+    failures.update(found.failures)
+    failures.update({NO_TEXT: samples.count(None)})
+    scores = iter(found.scores)
+    return [0.0 if each is None else next(scores) for each in samples]
+
+
+def _put(
+    store: RolloutStore, number: int, identity: Mapping[str, Any], scores: Sequence[float]
+) -> None:
+    """A store that is full or does not answer is waited for."""
+    insist(
+        lambda: put_verdict(
+            store.blobs, store.recipe.fingerprint, number=number, grader=identity, scores=scores
+        ),
+        patience=DEFAULT_PATIENCE,
+        tell=tell_of_wait,
+    )
+
+
+def _summary(
+    name: str, grader: Grader, store: RolloutStore, num_new: int, failures: Mapping[str, int]
+) -> Grades:
+    """What all verdicts of a grader say together."""
+    digits = grader_name(grader.identity)
+    verdicts = verdicts_of(store, digits, sorted(graded_shards(store, digits)))
+    scores = np.array([score for each in verdicts for score in each or ()])
+    return Grades(
+        name,
+        len(verdicts),
+        num_new,
+        len(scores),
+        float(scores.mean()) if len(scores) else math.nan,
+        float((scores == 1.0).mean()) if len(scores) else math.nan,
+        {reason: count for reason, count in failures.items() if count},
+    )
+
+
+def _key_of(section: GraderSection) -> str | None:
+    """The judge's API key. Raises ConfigError where the variable that is to have it is not set."""
+    if not isinstance(section, JudgeSection) or section.api_key_env is None:
+        return None
+    key = secret_in(section.api_key_env)
+    if key is None:
+        raise ConfigError(
+            f"the grader {section.title} sends the API key in {section.api_key_env}, which is not "
+            "set; set it, or leave api_key_env out"
+        )
+    return key
