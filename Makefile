@@ -51,8 +51,8 @@ told_at_its_end = @log=$$(mktemp); $(1) >$$log 2>&1; code=$$?; echo; cat $$log; 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
-system:  ## Debian's packages that the tests need, where they are missing: network namespaces, mounts and a file system
-	$(call where_missing,ip:iproute2 unshare:util-linux mount:mount mkfs.ext4:e2fsprogs)
+system:  ## Debian's packages that the tests need, where they are missing: network namespaces, mounts, a file system and a sandbox
+	$(call where_missing,ip:iproute2 unshare:util-linux mount:mount mkfs.ext4:e2fsprogs bwrap:bubblewrap)
 
 system-slurm:  ## Debian's packages that `make slurm` needs, where they are missing
 	$(call where_missing,slurmctld:slurm-wlm slurmd:slurm-wlm munged:munge)
