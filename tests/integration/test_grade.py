@@ -256,6 +256,14 @@ def test_a_name_stands_for_one_grader(folder: Path) -> None:
     assert same.num_new == 0
     assert verdicts(plan) == before
 
+    # another reference makes other scores, and so another grader
+    (folder / "sums.jsonl").write_text((folder / "sums.jsonl").read_text().replace('"10"', '"11"'))
+    with pytest.raises(ConfigError, match=r"name 'number' .references: "):
+        grade(planned(folder))
+    (mended,) = grade(planned(folder, "graders = [{kind = 'number', name = 'mended'}]"))
+    assert mended.num_new == 1
+    assert verdicts(plan).items() > before.items()
+
 
 def test_what_a_run_cannot_accept_by_is_refused(
     folder: Path, tiny_world: TinyWorld, tmp_path: Path
@@ -272,7 +280,7 @@ def test_what_a_run_cannot_accept_by_is_refused(
     grade(plan)
     with pytest.raises(CorpusError, match="'numbers', which is none of number, word for word"):
         accepting(min_score={"numbers": 1.0})
-    with pytest.raises(CorpusError, match=r"keeps no sample of .*below the least score of word"):
+    with pytest.raises(CorpusError, match=r"no sample of .* is accepted: .*least score of word"):
         accepting(min_score={"word for word": 1.0})
     damaged = verdict_of(plan, "number", 3)
     damaged.write_bytes(b"")
