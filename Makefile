@@ -51,8 +51,8 @@ told_at_its_end = @log=$$(mktemp); $(1) >$$log 2>&1; code=$$?; echo; cat $$log; 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
-system:  ## Debian's packages that the tests need, where they are missing: network namespaces, mounts, a file system and a sandbox
-	$(call where_missing,ip:iproute2 unshare:util-linux mount:mount mkfs.ext4:e2fsprogs bwrap:bubblewrap)
+system:  ## Debian's packages that the tests need, where they are missing: namespaces, mounts, a file system and a sandbox
+	$(call where_missing,ip:iproute2 unshare:util-linux setpriv:util-linux mount:mount mkfs.ext4:e2fsprogs bwrap:bubblewrap)
 
 system-slurm:  ## Debian's packages that `make slurm` needs, where they are missing
 	$(call where_missing,slurmctld:slurm-wlm slurmd:slurm-wlm munged:munge)
@@ -147,7 +147,7 @@ $(SKYPILOT):
 	.venv-sky/bin/pip install --quiet --disable-pip-version-check 'skypilot==0.14.1'
 	@touch $@
 
-# torch comes first, as above, in the one version that vLLM 0.29 to 0.32 pin. `pip check` misses torchvision, torchaudio, torchcodec and
+# torch comes first, as above, in the one version that vLLM 0.32 pins. `pip check` misses torchvision, torchaudio, torchcodec and
 # triton, which are left out.
 $(VLLM): pyproject.toml requirements-vllm.lock
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

@@ -83,6 +83,7 @@ ELSEWHERE: Mapping[str, str] = {
     "optim": "student.optimiser, whose form student.fused_adamw and student.offload choose",
     "optimizer": "student.optimiser, whose form student.fused_adamw and student.offload choose",
     "offload_optimizer": "student.offload",
+    "nvme_path": "student.offload_path",
     "adam_epsilon": "nothing: AdamW's epsilon is 1e-8",
     "lr_scheduler": "student.schedule",
     "lr_scheduler_kwargs": "student.min_learning_rate and student.decay_steps",

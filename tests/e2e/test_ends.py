@@ -77,46 +77,47 @@ def faulty_s3(s3_endpoint: str) -> Iterator[FaultyS3]:
 
 @pytest.mark.timeout(600)
 def test_a_command_whose_head_or_raylet_dies_ends_in_one_line_and_a_row(
-    tiny_world: TinyWorld, faulty_s3: FaultyS3, s3_endpoint: str, rays_place: Path, tmp_path: Path
+    tiny_world: TinyWorld,
+    commands: CommandServer,
+    faulty_s3: FaultyS3,
+    s3_endpoint: str,
+    rays_place: Path,
+    tmp_path: Path,
 ) -> None:
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="cognac")
     faulty_s3.hold(publications())  # so that neither is done before its end
-    server = CommandServer(
-        {
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-            "AWS_ENDPOINT_URL": faulty_s3.url,
-            "RAY_TMPDIR": str(rays_place),
-        }
-    )
-    try:
-        victims = {"gcs_server": "/gcs_server", "raylet": "/raylet"}
-        plans = {
-            name: tiny_world.plan(
-                tmp_path / name, store={"url": f"s3://cognac/{name}"}, cluster={"num_cpus": 2}
-            )
-            for name in victims
-        }
-        commands = {
-            name: server.start(
-                "produce", config_of(plan), "--run-dir", plan.run_dir, log=tmp_path / f"{name}.log"
-            )
-            for name, plan in plans.items()
-        }
-        for name, command in commands.items():
-            until(partial(is_held, faulty_s3, name), words=command.words)
-            kill(command.pid, victims[name])
-        for name, plan in plans.items():
-            command = commands[name]
-            assert command.wait(timeout_s=45.0) == 1, command.words()
-            last = rows_of(plan)[-1]
-            assert isinstance(last, EndEvent), command.words()
-            assert last.outcome == "failed"
-            assert "the cluster's head is gone" in last.message
-            assert command.words().splitlines()[-1] == f"error: {last.message}"
-            assert "Traceback" not in command.words()
-        assert list(rays_place.iterdir()) == []
-    finally:
-        server.close()
+    surroundings = {"AWS_ENDPOINT_URL": faulty_s3.url, "RAY_TMPDIR": str(rays_place)}
+    victims = {"gcs_server": "/gcs_server", "raylet": "/raylet"}
+    plans = {
+        name: tiny_world.plan(
+            tmp_path / name, store={"url": f"s3://cognac/{name}"}, cluster={"num_cpus": 2}
+        )
+        for name in victims
+    }
+    started = {
+        name: commands.start(
+            "produce",
+            config_of(plan),
+            "--run-dir",
+            plan.run_dir,
+            log=tmp_path / f"{name}.log",
+            environment=surroundings,
+        )
+        for name, plan in plans.items()
+    }
+    for name, command in started.items():
+        until(partial(is_held, faulty_s3, name), words=command.words)
+        kill(command.pid, victims[name])
+    for name, plan in plans.items():
+        command = started[name]
+        assert command.wait(timeout_s=45.0) == 1, command.words()
+        last = rows_of(plan)[-1]
+        assert isinstance(last, EndEvent), command.words()
+        assert last.outcome == "failed"
+        assert "the cluster's head is gone" in last.message
+        assert command.words().splitlines()[-1] == f"error: {last.message}"
+        assert "Traceback" not in command.words()
+    assert list(rays_place.iterdir()) == []
 
 
 @dataclass

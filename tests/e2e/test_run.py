@@ -8,11 +8,10 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.command import Outcome, stillhouse
+from helpers.commands import CommandServer
 from helpers.faults import FaultyS3, publications
 from helpers.s3 import forbid_writing
 from helpers.world import TinyWorld
@@ -181,39 +181,31 @@ def run_until(
     stop: signal.Signals,
     *,
     reached: Callable[[list[RunEvent]], bool],
+    commands: CommandServer,
     s3: FaultyS3,
     meanwhile: Callable[[int], None] = lambda _pid: None,
 ) -> int:
     """Start the command on its own cluster, send the signal once the journal says so and
     `meanwhile` is done; return the exit code."""
-    command = [
-        str(Path(sys.executable).parent / "stillhouse"),
+    command = commands.start(
         "run",
-        str(config),
+        config,
         "--run-dir",
-        str(plan.run_dir),
-    ]
-    environment = os.environ | {
-        "XDG_CACHE_HOME": str(plan.run_dir.parent / "cache"),
-        "AWS_ENDPOINT_URL": s3.url,
-    }
-    path = plan.run_dir / "journal.jsonl"
-    # a shell has what it starts in the background ignore it, and that is inherited
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with (plan.run_dir.parent / f"{stop.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            deadline = monotonic() + 240
-            while process.poll() is None and not reached(read_journal(path)):
-                assert monotonic() < deadline, Path(log.name).read_text()
-                sleep(0.2)
-            meanwhile(process.pid)
-            process.send_signal(stop)
-            return process.wait(timeout=60)
-        finally:
-            process.kill()
+        plan.run_dir,
+        log=plan.run_dir.parent / f"{stop.name}.log",
+        environment={"AWS_ENDPOINT_URL": s3.url},
+    )
+    path, deadline = plan.run_dir / "journal.jsonl", monotonic() + 240
+    try:
+        while not command.has_ended() and not reached(read_journal(path)):
+            assert monotonic() < deadline, command.words()
+            sleep(0.2)
+        meanwhile(command.pid)
+        os.kill(command.pid, stop)
+        return command.wait(timeout_s=60)
+    except BaseException:
+        os.kill(command.pid, signal.SIGKILL)
+        raise
 
 
 def attempt_has_trained(number: int) -> Callable[[list[RunEvent]], bool]:
@@ -243,7 +235,10 @@ class Disturbed:
 
 @pytest.fixture(scope="module")
 def disturbed(
-    tiny_world: TinyWorld, s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory
+    tiny_world: TinyWorld,
+    commands: CommandServer,
+    s3_endpoint: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Disturbed]:
     """With its checkpoints in a bucket, too, so that another run directory can name them."""
     folder = tmp_path_factory.mktemp("disturbed")
@@ -278,19 +273,12 @@ def disturbed(
     with FaultyS3(s3_endpoint) as faulty_s3:
         # a step reads one chunk: no attempt is done before its signal comes
         first = faulty_s3.hold(publications(but=plan.chunks[:12]))
-        reached = attempt_has_trained(1)
-        assert (
-            run_until(
-                plan, config, signal.SIGKILL, reached=reached, s3=faulty_s3, meanwhile=try_others
-            )
-            == -signal.SIGKILL
-        )
+        stopped = partial(run_until, plan, config, commands=commands, s3=faulty_s3)
+        code = stopped(signal.SIGKILL, reached=attempt_has_trained(1), meanwhile=try_others)
+        assert code == -signal.SIGKILL
         second = faulty_s3.hold(publications(but=plan.chunks[:24]))
         faulty_s3.end(first)
-        assert (
-            run_until(plan, config, signal.SIGINT, reached=attempt_has_trained(2), s3=faulty_s3)
-            == 130
-        )
+        assert stopped(signal.SIGINT, reached=attempt_has_trained(2)) == 130
         faulty_s3.end(second)
         pipeline.run(
             tiny_world.plan(

@@ -49,7 +49,8 @@ class Command:
 
 
 class CommandServer:
-    """Commands run in the network namespace, and with the environment, in which this was made."""
+    """Commands run in the network namespace in which this was made; its environment is theirs, but
+    for what they are given."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -60,13 +61,16 @@ class CommandServer:
             text=True,
         )
 
-    def start(self, *arguments: str | Path, log: Path) -> Command:
+    def start(
+        self, *arguments: str | Path, log: Path, environment: Mapping[str, str] | None = None
+    ) -> Command:
         """Begin `stillhouse ARGUMENTS`; returns at once."""
-        return Command(
-            self.ask({"start": [str(argument) for argument in arguments], "log": str(log)})["pid"],
-            log,
-            self,
-        )
+        request = {
+            "start": [str(argument) for argument in arguments],
+            "log": str(log),
+            "environment": dict(environment or {}),
+        }
+        return Command(self.ask(request)["pid"], log, self)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         return answer_of(self._process, request)
@@ -134,6 +138,7 @@ def _start(request: dict[str, Any], running: set[int]) -> dict[str, Any]:
     pid = os.fork()
     if pid == 0:
         try:
+            os.environ |= request["environment"]
             _become(request["start"], Path(request["log"]))
         finally:
             os._exit(99)  # never back into the server's loop

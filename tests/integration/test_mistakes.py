@@ -123,7 +123,7 @@ MISTAKES = {
         "student.sequence_length = 64", "did you mean 'corpus.sequence_length'?"
     ),
     "a name that is like no other": setting(
-        "student.xyzzy = 1", "the nearest of 52 that are known here: "
+        "student.xyzzy = 1", "the nearest of 54 that are known here: "
     ),
     # values
     "text for a number": setting(
@@ -220,7 +220,7 @@ MISTAKES = {
     ),
     "a misspelt verb": Mistake(("chekc", "tiny.toml"), ("Did you mean 'check'?",)),
     "a verb that is like no other": Mistake(
-        ("zzz",), ("Known are init, demo, check, run, produce, train",)
+        ("zzz",), ("Known are init, demo, check, run, generate, produce",)
     ),
     # models
     "no such directory": setting(

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
+from helpers.models import make_model
 from helpers.ranks import RankGroup
+from helpers.swapping import train_swapped
 from helpers.training import train_and_tell, with_student
 from helpers.world import TinyWorld
 from stillhouse.student.job import TrainJob
@@ -52,3 +55,28 @@ def test_fused_overlapped_and_offloaded_optimisers_train_alike_and_resume_bit_fo
     second = rank_groups[2].call(train_and_tell, parts)[0]
     assert [row.step for row in second] == [3, 4]
     assert [row.loss for row in first + second] == [row.loss for row in whole]
+
+
+def test_states_on_a_disk_are_in_checkpoints_and_resume_bit_for_bit(
+    tiny_world: TinyWorld, rank_groups: Ranks, tmp_path: Path
+) -> None:
+    """Of a student whose matrices are swapped, and whose gains are too small to be."""
+    like = AutoConfig.from_pretrained(tiny_world.folder / "student")
+    model = make_model(tmp_path / "student", vocab_size=like.vocab_size, hidden_size=256)
+    plan = tiny_world.plan(tmp_path / "run", student=STUDENT | {"model": str(model)})
+    tiny_world.fill_store(plan)
+    disk = tmp_path / "disk"
+    swapped: dict[str, Any] = {"zero_stage": 3, "offload": "nvme", "offload_path": str(disk)}
+
+    def trained(name: str, num_ranks: int = 2, num_steps: int = 4, **changes: Any) -> list[float]:
+        job = with_student(plan.jobs[0], **changes)
+        job = replace(job, run_dir=tmp_path / name, total_steps=num_steps)
+        rows: list[TrainEvent] = rank_groups[num_ranks].call(train_swapped, job)[0]
+        return [row.loss for row in rows]
+
+    whole = trained("whole", **swapped)
+    assert whole == trained("memory", zero_stage=3, offload="cpu")
+    assert trained("parts", num_steps=2, **swapped) == whole[:2]
+    assert trained("parts", num_steps=3, **swapped) == whole[2:3]
+    assert trained("parts", num_ranks=1, **swapped) == pytest.approx(whole[3:], rel=1e-5)
+    assert not any(disk.iterdir())

@@ -16,7 +16,7 @@ from helpers.rangeserver import RangeServer, Refusal
 from helpers.s3 import s3_environment
 from stillhouse.checkpoint.choice import newest
 from stillhouse.checkpoint.manifest import Commit, Origin, folder_of, part_of
-from stillhouse.checkpoint.snapshot import HostMemory, Snapshot
+from stillhouse.checkpoint.snapshot import HostMemory, OnDisk, Snapshot
 from stillhouse.checkpoint.writer import CheckpointWriter
 from stillhouse.errors import CheckpointError, StoreError
 from stillhouse.retry import Patience
@@ -279,3 +279,16 @@ def test_the_writer_gives_the_memory_back(tmp_path: Path) -> None:
         own.submit(Snapshot(1, {"x": torch.ones(1)}, 0.0, 0.0, released.set))
         own.wait()
     assert released.is_set()
+
+
+def test_swapped_tensors_are_copied_on_their_disk(tmp_path: Path) -> None:
+    path, values = tmp_path / "1.tensor.swp", torch.arange(8, dtype=torch.float32)
+    path.write_bytes(values.numpy().tobytes())  # longer than the tensor, as DeepSpeed's are
+    swapped, kept = torch.empty(0), torch.ones(2)
+    on_disk = {id(swapped): OnDisk(path, 5)}
+    copied, release = HostMemory(CPU).snapshot_of("f", [swapped, kept], on_disk=on_disk)
+    path.write_bytes(bytes(32))
+    assert list(tmp_path.iterdir()) == [path]
+    release()
+    assert copied[0].tolist() == values[:5].tolist()
+    assert copied[1].tolist() == [1.0, 1.0]

@@ -16,6 +16,8 @@ from helpers.command import Outcome, as_toml, stillhouse
 from helpers.damage import read_only
 from helpers.models import make_model
 from helpers.world import TinyWorld, merged
+from stillhouse.cli.check import describe
+from stillhouse.config import TeacherSection
 from stillhouse.errors import StoreError
 from stillhouse.pipeline import Plan, train
 from stillhouse.store import ChunkStore
@@ -93,6 +95,30 @@ def test_what_does_not_fit_on_a_gpu_is_told_with_what_it_would_take(check: Check
     roomy = rows_of(check(teacher=on_gpu, student=on_gpu | {"gpu_memory_gb": 24}))
     assert "of 24.0 GB (gpu_memory_gb): fits" in roomy["memory"]
     assert "ZeRO stage 1: the lowest that fits into 80% of 24 GB" in roomy["student"]
+
+
+def test_a_teacher_on_vllm_is_divided_among_its_gpus(check: Check) -> None:
+    on_gpu = {"device": "cuda", "num_gpus": 4.0, "num_cpus": 0.25, "engine": "vllm"}
+    small = check(teacher=on_gpu | {"gpu_memory_gb": 24})
+    row = rows_of(small)["memory"]
+    assert "a teacher's weights, divided among 4 GPUs, take" in row
+    assert "of 24.0 GB (gpu_memory_gb): fits" in row
+    assert "are left for its cache" in row
+    assert "has not been run on a GPU yet" in row
+    large = check(teacher=on_gpu | {"gpu_memory_gb": 1e-6})
+    assert "  - num_gpus = " in large.out
+
+
+def test_the_weights_of_a_server_are_not_counted(
+    tiny_world: TinyWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tiny_world.plan(tmp_path / "run")
+    served = {"engine": "openai", "openai": {"base_url": "http://10.0.0.5:8000/v1"}}
+    teacher = TeacherSection.model_validate({"model": plan.config.teacher.model, **served})
+    describe(replace(plan, config=plan.config.model_copy(update={"teacher": teacher})))
+    told = capsys.readouterr().out
+    assert "scored by the server at http://10.0.0.5:8000/v1" in " ".join(told.split())
+    assert "student ranks on the CPU take" in " ".join(told.split())
 
 
 def test_what_runs_on_the_cpu_is_compared_with_the_memory_of_this_machine(check: Check) -> None:

@@ -41,6 +41,11 @@ def student(**values: Any) -> StudentSection:
             (1.0, 1.0, "cuda"),
         ),  # the cluster may not have it: then it is a shortage
         ({"num_gpus": 2, "num_cpus": 0.25}, CPUS_ONLY, (0.25, 2.0, "cuda")),
+        (
+            {"engine": "openai", "openai": {"base_url": "http://10.0.0.5:8000/v1"}},
+            WITH_GPUS,
+            (1.0, 0.0, "cpu"),
+        ),
     ],
 )
 def test_a_process_goes_where_its_section_says(

@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import random
 import signal
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from helpers.buying import (
     RECIPE,
@@ -22,6 +24,7 @@ from helpers.buying import (
     price_of,
 )
 from helpers.chunks import make_chunk
+from helpers.placereader import canonical
 from helpers.promptserver import Fault, PromptServer, busy, flat
 from stillhouse.engines.ledger import Answers, Ledger
 from stillhouse.engines.openai_scores import Document, Scores
@@ -212,6 +215,27 @@ def test_answers_go_once_their_chunk_is_published(tmp_path: Path, server: Prompt
     Answers(store).forget_published()
     kept = {path.parent.name for path in tmp_path.glob(f"{PURCHASES}/answers/*/*")}
     assert kept == {"0000000000"}
+
+
+def test_purchases_are_as_the_page_on_the_format_says(tmp_path: Path, server: PromptServer) -> None:
+    document = documents(0)[0]
+    desk = desk_of(Blobs(str(tmp_path)), server.base_url, limit_usd=500.0)
+    (scores,) = desk.scores_of_all([document], num_threads=1)
+    ids, places = document.token_ids_D.tolist(), document.targets_T.tolist()
+    numbers = [len(ids), *ids, len(places), *places]
+    digest = xxhash.xxh3_128_hexdigest(struct.pack(f"<{len(numbers)}i", *numbers))
+    for key, names in {
+        f"answers/0000000000/{digest}.json": ("label_logprobs", "logprobs", "token_ids"),
+        "grants/0000000000.json": ("nanodollars",),
+    }.items():
+        values = json.loads(data := (tmp_path / PURCHASES / key).read_bytes())
+        assert data == canonical(values)
+        assert values.pop("xxh3") == xxhash.xxh3_64_hexdigest(canonical(values))
+        assert (set(values), values["version"]) == ({*names, "version"}, 1)
+        if "token_ids" in values:
+            assert values["token_ids"] == scores.token_ids_TK.tolist()
+        else:
+            assert values["nanodollars"] == price_of(document) * USD
 
 
 def test_a_damaged_answer_is_bought_again(tmp_path: Path, server: PromptServer) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.spawn import start_processes
 
 from stillhouse.errors import TeacherError
 from stillhouse.logits import (
@@ -190,15 +191,8 @@ def compress_the_shard_of(
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("ranks")
-    # one import of torch for all ranks
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["helpers.chunks"])
-    ranks = [forks.Process(target=on_a_rank, args=(rank, str(directory))) for rank in range(4)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    assert [process.exitcode for process in ranks] == [0] * 4
+    multiprocessing.set_forkserver_preload(["helpers.chunks"])  # one import of torch for all
+    start_processes(on_a_rank, args=(str(directory),), nprocs=4, start_method="forkserver")
     return [torch.load(Path(directory) / f"{rank}.pt") for rank in range(4)]
 
 

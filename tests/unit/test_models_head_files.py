@@ -1,5 +1,6 @@
 """A head that is read from files is the head of the loaded model, row for row."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def test_a_head_is_found_in_the_file_of_many_that_holds_it(tmp_path: Path) -> No
     plan = plan_head(cut, vocab_size=VOCAB_SIZE)
     found = read_head(cut, plan, rows=slice(3, 8), device=CPU)
     assert torch.equal(found.weight_VH, model.lm_head.weight[3:8].bfloat16())
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq", "compressed-tensors"])
+def test_a_body_that_is_quantised_does_not_matter(tmp_path: Path, method: str) -> None:
+    section = saved(tmp_path, "llama")
+    wanted = load_model(section).lm_head.weight
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = plan_head(section, vocab_size=VOCAB_SIZE)
+    found = read_head(section, plan, rows=slice(0, 5), device=CPU)
+    assert torch.equal(found.weight_VH, wanted[:5])
 
 
 def test_a_head_with_fewer_rows_than_the_tokenizer_has_ids_is_refused(tmp_path: Path) -> None:

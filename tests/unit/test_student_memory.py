@@ -162,10 +162,10 @@ def test_ranks_on_one_machine_are_told_what_makes_all_of_them_smaller() -> None:
 def test_a_teacher_is_told_the_fewest_gpus_that_hold_its_weights() -> None:
     on_vllm, spread = teacher_cures(65.6e9, gpu=Memory(24e9, "L4"))
     assert on_vllm.startswith('engine = "vllm", num_gpus = 4: 16.4 GB of each')
-    assert spread.startswith("num_gpus = 4: ")
+    assert spread.startswith("pipeline = true, num_gpus = 4: ")
     on_vllm, spread = teacher_cures(65.6e9, gpu=Memory(16e9, "T4"))
     assert on_vllm.startswith('engine = "vllm", num_gpus = 8: 8.2 GB of each')
-    assert spread.startswith("num_gpus = 6: ")
+    assert spread.startswith("pipeline = true, num_gpus = 6: ")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,11 @@ def test_a_teacher_is_told_the_fewest_gpus_that_hold_its_weights() -> None:
         ({"offload": "cpu"}, 2, "the lowest, for gpu_memory_gb is not set"),
         ({"gpu_memory_gb": 24.0}, 1, "the lowest that fits into 80% of 24 GB"),
         ({"gpu_memory_gb": 1e-6}, 3, "the highest, and none fits into 80% of 1e-06 GB"),
+        (
+            {"gpu_memory_gb": 1e-6, "compile": True},
+            2,
+            "the highest, and none fits into 80% of 1e-06 GB",
+        ),
         ({"gpu_memory_gb": 1e-6, "zero_stage": 2}, 2, "as zero_stage says"),
     ],
 )

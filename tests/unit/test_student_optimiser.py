@@ -15,7 +15,12 @@ from stillhouse.errors import ConfigError
 from stillhouse.models import final_hidden, load_model
 from stillhouse.student.adapters import needs_outline, outline
 from stillhouse.student.module import checkpoint_activations
-from stillhouse.student.optimiser import client_optimiser, deepspeed_config, learning_rate_at
+from stillhouse.student.optimiser import (
+    client_optimiser,
+    deepspeed_config,
+    learning_rate_at,
+    swap_folder,
+)
 
 TOTAL_STEPS = 20
 
@@ -64,6 +69,17 @@ def test_a_decay_that_would_begin_in_the_warm_up_begins_after_it() -> None:
             {"offload": "cpu", "zero_stage": 1},
             'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is 1',
         ),
+        ({"offload": "nvme"}, "offload_path is not set; name a directory"),
+        ({"offload_path": "/disk"}, "offload_path is '/disk', but offload is \"none\""),
+        ({"offload": "nvme", "offload_path": "disk"}, "offload_path is 'disk', which is relative"),
+        (
+            {"offload": "nvme", "offload_path": "/disk", "zero_stage": 2},
+            'offload is "nvme", which needs zero_stage 3; zero_stage is 2',
+        ),
+        (
+            {"offload": "nvme", "offload_path": "/disk", "lora": {"quantise": "nf4"}},
+            'lora.quantise is "nf4", and offload is "nvme"',
+        ),
         ({"activation_checkpointing_every": 2}, "activation_checkpointing is false"),
         ({"optimiser": "adamw_8bit", "fused_adamw": True}, 'is a form of the optimiser "adamw"'),
         (
@@ -103,6 +119,8 @@ def test_deepspeed_is_told_only_what_is_set() -> None:
     offloaded = told(offload="cpu", zero_stage=2)
     assert offloaded["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert offloaded["optimizer"]["params"]["fused"] is True
+    swapped = told(offload="nvme", offload_path="/disk")["zero_optimization"]
+    assert (swapped["stage"], swapped["offload_optimizer"]["nvme_path"]) == (3, "/disk")
 
 
 def test_eight_bit_states_need_the_package_that_has_them_when_a_run_is_planned(
@@ -138,3 +156,22 @@ def test_one_in_so_many_layers_is_computed_again_and_gradients_are_the_same(
     assert len(calls) == 5 + num_computed_again
     for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def swapped_to(path: Path) -> StudentSection:
+    values = {"model": "s", "offload": "nvme", "offload_path": str(path)}
+    return StudentSection.model_validate(values)
+
+
+def test_a_folder_for_swapped_states_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        section = swapped_to(tmp_path / name)
+        with (
+            pytest.raises(ConfigError, match=r"offload_path is .*, where no folder can be made"),
+            swap_folder(section),
+        ):
+            pass
+    with swap_folder(swapped_to(tmp_path / "new")) as folder:
+        assert folder.parent == tmp_path / "new"
+    assert not any((tmp_path / "new").iterdir())

@@ -12,7 +12,7 @@ import torch
 from helpers.models import make_model
 from helpers.rollouts import small_rollout_recipe
 from stillhouse.config.generate import WriterSection
-from stillhouse.errors import TeacherError
+from stillhouse.errors import ModelError, TeacherError
 from stillhouse.models import load_model
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE, pack_rollouts
@@ -104,6 +104,37 @@ def reference(logits_V: torch.Tensor, token: int, temperature: float, top_p: flo
             break
         kept[each] = masses[each]
     return float(np.log(kept[token] / sum(kept.values())))
+
+
+SMALL_STATES = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("gemma2", {"sliding_window": 8}), ("falcon_h1", SMALL_STATES)]
+)
+def test_other_architectures_write_side_by_side_what_they_write_alone(
+    tmp_path: Path, architecture: str, config: dict[str, Any]
+) -> None:
+    make_model(
+        tmp_path, architecture=architecture, vocab_size=VOCAB_SIZE, weight_std=0.3, config=config
+    )
+    recipe = recipe_of(samples=1)
+    together, alone = (
+        written(BLOCK, writer_of(tmp_path, recipe, batch_sequences=size), recipe) for size in (4, 1)
+    )
+    assert together.sequences.token_ids_SL.tolist() == alone.sequences.token_ids_SL.tolist()
+
+
+def test_a_model_whose_cache_is_not_used_is_refused(tmp_path: Path) -> None:
+    make_model(tmp_path, architecture="mamba", vocab_size=VOCAB_SIZE, weight_std=0.3)
+    with pytest.raises(ModelError, match="MambaForCausalLM does not write as it reads"):
+        writer_of(tmp_path, recipe_of())
 
 
 def test_samples_end_with_the_first_token_that_ends_one_or_are_cut(model: Path) -> None:

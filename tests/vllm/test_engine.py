@@ -117,19 +117,6 @@ def test_a_row_gives_the_same_bytes_alone_and_among_others(
     assert torch.equal(torch.cat(alone), together)
 
 
-def test_documents_that_lose_their_memory_on_the_way_are_computed_anew(
-    toy: Callable[[str], Path], llama: VllmEngine, item: WorkItem
-) -> None:
-    """With room for fewer keys and values than the item has tokens, vLLM drops some of a request's
-    and begins it again."""
-    blocks_of_128_tokens = 2 * 2 * 128 * 64 * 4 / 1e9  # layers, keys and values, tokens, width
-    tight = started(
-        section_of(toy("llama"), max_batched_tokens=64, kv_cache_gb=3 * blocks_of_128_tokens),
-        RECIPE,
-    )
-    assert torch.equal(records_of(tight, item), records_of(llama, item))
-
-
 def test_an_item_without_a_target_is_one_part_of_no_records(
     llama: VllmEngine, item: WorkItem
 ) -> None:
@@ -157,6 +144,18 @@ def test_a_teacher_without_a_distribution_is_named_and_the_engine_goes_on(
     with pytest.raises(TeacherError, match="no distribution"):
         records_of(engine, ill)
     assert torch.equal(records_of(engine, healthy), before)
+
+
+def test_an_engine_that_vllm_left_unfinished_ends_its_process(
+    toy: Callable[[str], Path], item: WorkItem
+) -> None:
+    engine = started(section_of(toy("llama")), RECIPE)
+    ids_SL = item.sequences.token_ids_SL.copy()
+    ids_SL[2, 0] = 10**6
+    with pytest.raises(Exception, match="out of vocabulary"):
+        records_of(engine, replace(item, sequences=replace(item.sequences, token_ids_SL=ids_SL)))
+    with pytest.raises(SystemExit):
+        records_of(engine, item)
 
 
 @pytest.mark.parametrize(

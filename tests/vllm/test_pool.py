@@ -19,7 +19,7 @@ from helpers.world import write_documents
 from stillhouse.store import ChunkStore, list_recipes
 from stillhouse.tracking import ChunkEvent, EndEvent, RunEvent, TeacherEvent, read_journal
 
-ENGINE = "transformers"
+ENGINE = "vllm"
 PATIENCE_S = 200.0
 LOOK_EVERY_S = 0.05
 

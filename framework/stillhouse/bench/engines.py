@@ -198,7 +198,7 @@ def _save_teacher(setting: Setting, folder: Path) -> None:
 def _engines(
     setting: Setting, recipe: Recipe, folder: Path, *, with_compile: bool
 ) -> dict[str, TeacherEngine]:
-    """Each way, loaded; the compiled one last, since compiling changes how attention is called."""
+    """Each way, loaded."""
     section = TeacherSection(model=str(folder), dtype=setting.dtype, device=setting.device)
     load = {"device": setting.device}
     engines: dict[str, TeacherEngine] = {

@@ -6,9 +6,12 @@ more than the copying.
 """
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +29,13 @@ class Snapshot:
     release: Callable[[], None]
 
 
+class OnDisk(NamedTuple):
+    """Where the values of a tensor in float32 are, while it is swapped out."""
+
+    path: Path
+    num_values: int
+
+
 class HostMemory:
     """Host tensors that are kept for the next snapshot: at most one snapshot's worth of them."""
 
@@ -33,10 +43,12 @@ class HostMemory:
         self._device = device
         self._free: dict[tuple[str, int], Tensor] = {}
 
-    def snapshot_of(self, name: str, state: Any) -> tuple[Any, Callable[[], None]]:
-        """A deep copy of one file's state, and what releases it. Call `settle` before it is
-        read."""
-        copier = _Copier(self, name)
+    def snapshot_of(
+        self, name: str, state: Any, *, on_disk: Mapping[int, OnDisk] = MappingProxyType({})
+    ) -> tuple[Any, Callable[[], None]]:
+        """A deep copy of one file's state, and what releases it. Call `settle` before it is read.
+        Tensors whose ids are in `on_disk` are copied there, and not into memory."""
+        copier = _Copier(self, name, on_disk)
         return copier.copy(state), copier.release
 
     def settle(self) -> None:
@@ -58,12 +70,15 @@ class HostMemory:
 class _Copier:
     """Copies one state. Tensors that share memory, such as tied weights, share it in the copy."""
 
-    def __init__(self, memory: HostMemory, name: str) -> None:
+    def __init__(self, memory: HostMemory, name: str, on_disk: Mapping[int, OnDisk]) -> None:
         self._memory = memory
         self._name = name
+        self._on_disk = on_disk
         self._tensors: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(self, value: Any) -> Any:
+        if id(value) in self._on_disk:
+            return _copied_on_disk(self._on_disk[id(value)])
         if isinstance(value, Tensor):
             return self._copy_tensor(value.detach())
         if isinstance(value, dict):
@@ -86,3 +101,13 @@ class _Copier:
             host = self._memory.take((self._name, len(self._tensors)), value)
             self._tensors[key] = host.copy_(value, non_blocking=True)
         return self._tensors[key]
+
+
+def _copied_on_disk(values: OnDisk) -> Tensor:
+    """A copy of the values beside their file, whose pages are in memory while they are read. It has
+    no name, so its space is free again when the tensor is, or the process."""
+    copied = values.path.with_suffix(".copy")
+    shutil.copyfile(values.path, copied)
+    tensor = torch.from_file(str(copied), size=values.num_values, dtype=torch.float32)
+    copied.unlink()
+    return tensor

@@ -55,8 +55,8 @@ def _models(plan: Plan, found: Findings) -> None:
     for role, section in (("teacher", plan.config.teacher), ("student", plan.config.student)):
         name = section.model + (f" at {section.revision[:12]}" if section.revision else "")
         if isinstance(section, TeacherSection) and section.openai is not None:
-            server = section.openai
-            found.add(role, f"{name}: served as {server.served_model} by {server.base_url}")
+            server = section.openai.base_url
+            found.add(role, f"{name}: scored by the server at {server}, which has the weights")
             continue
 
         # the model, without memory for its weights
@@ -77,6 +77,8 @@ def _models(plan: Plan, found: Findings) -> None:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         found.num_parameters[role] = num_parameters
         quantised = quantisation_of(model)
+        if isinstance(section, TeacherSection) and section.vllm.quantization is not None:
+            quantised = {"quant_method": section.vllm.quantization}  # while they are loaded
         num_bytes = weight_bytes(
             model, quantised, dtype_bytes=getattr(torch, section.dtype).itemsize
         )

@@ -13,8 +13,8 @@ import torch
 
 from stillhouse.cli import estimate
 from stillhouse.cli.findings import Findings, bullets, size_words
-from stillhouse.cluster.placement import placement, student_needs
-from stillhouse.config import Config, LoraSection, ModelSection, StudentSection
+from stillhouse.cluster.placement import Placement, placement, student_needs
+from stillhouse.config import Config, LoraSection, ModelSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.student.adapters import outline
 from stillhouse.student.memory import (
@@ -55,7 +55,9 @@ def check_memory(config: Config, available: Mapping[str, float], found: Findings
     if (num_bytes := found.teacher_bytes) is not None:
         if placement(teacher, available).device == "cpu":
             on_cpu["teachers"] = teacher.min_replicas * num_bytes
-        elif gpu := _gpu_of(teacher, available, is_here=is_here):
+        elif (gpu := _gpu_of(teacher, available, is_here=is_here)) and teacher.engine == "vllm":
+            _divided_by_vllm(teacher, num_bytes, placement(teacher, available), gpu, found)
+        elif gpu:
             need = Need("teacher", "a teacher's weights", num_bytes)
             _compare(need, _part_of(gpu, teacher), teacher_cures(num_bytes, gpu=gpu), found)
 
@@ -204,6 +206,28 @@ def teacher_cures(weight_bytes: float, *, gpu: Memory) -> Iterator[str]:
     yield (
         f"pipeline = true, num_gpus = {num_gpus}: {size_words(num_gpus * gpu.num_bytes)} for each "
         "teacher, of which one GPU computes at a time"
+    )
+
+
+def _divided_by_vllm(
+    teacher: TeacherSection, weight_bytes: float, where: Placement, gpu: Memory, found: Findings
+) -> None:
+    """A row of a GPU's part of the weights, one of what vLLM then has for its cache, and what was
+    never seen."""
+    num_gpus = teacher.vllm.tensor_parallel or max(1, round(where.num_gpus))
+    a_gpu = weight_bytes / num_gpus
+    need = Need("teacher", f"a teacher's weights, divided among {num_gpus} GPUs,", a_gpu)
+    least = math.ceil(weight_bytes / (USABLE_SHARE * gpu.num_bytes))
+    together = 1 << (least - 1).bit_length()
+    cure = f"num_gpus = {together}: {size_words(weight_bytes / together)} of each"
+    _compare(need, gpu, iter((cure,)), found)
+    share = teacher.vllm.memory_share
+    left = max(0.0, share * gpu.num_bytes - a_gpu)
+    found.add(
+        "",
+        f"vLLM takes {share:.0%} of a GPU (teacher.vllm.memory_share): {size_words(left)} are left "
+        "for its cache and activations",
+        "the engine vllm was run on CPUs; it has not been run on a GPU yet (docs/engines.md)",
     )
 
 

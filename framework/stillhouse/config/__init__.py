@@ -1,7 +1,8 @@
 """The configuration of a run: typed, frozen, read from TOML. It imports nothing heavy.
 
 fields, corpus, models, openai,
-student, vllm, sections     what can be set: types and ranges, then the sections
+student, vllm, weights,
+sections                    what can be set: types and ranges, then the sections
 reading, paths              how a file becomes a Config, and what a relative path is relative to
 settings                    the same as a table and as a JSON Schema
 """
@@ -20,8 +21,9 @@ from stillhouse.config.sections import (
     TargetSection,
     TrackingSection,
 )
-from stillhouse.config.student import CutSection, LoraSection, StudentSection
+from stillhouse.config.student import StudentSection
 from stillhouse.config.vllm import VllmSection
+from stillhouse.config.weights import CutSection, LoraSection
 
 __all__ = [
     "DIVERGENCES",

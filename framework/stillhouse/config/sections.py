@@ -19,8 +19,9 @@ from stillhouse.config.fields import (
 from stillhouse.config.graders import AcceptSection, DecontaminateSection
 from stillhouse.config.models import TeacherSection
 from stillhouse.config.openai import OpenAISection
-from stillhouse.config.student import CutSection, LoraSection, StudentSection
+from stillhouse.config.student import StudentSection
 from stillhouse.config.vllm import VllmSection
+from stillhouse.config.weights import CutSection, LoraSection
 
 
 class TargetSection(Section):

@@ -20,60 +20,16 @@ from stillhouse.config.fields import (
     Name,
     NumProcesses,
     Seconds,
-    Section,
     Seed,
     shown,
 )
 from stillhouse.config.models import ModelSection
+from stillhouse.config.weights import CutSection, LoraSection
 from stillhouse.extension import is_extension
-
-
-class CutSection(Section):
-    """A student that begins as a part of another model."""
-
-    layers: Annotated[tuple[CountOrZero, ...], Field(min_length=1)] = Field(
-        description="the layers of student.model to begin with, numbered from 0, in their order"
-    )
-    intermediate_size: Count | None = Field(
-        None,
-        description="the channels that each gated MLP keeps, those of the greatest weights; none: "
-        "all of them",
-    )
-
-    @field_validator("layers")
-    @classmethod
-    def _are_in_order(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if list(layers) != sorted(set(layers)):
-            raise ValueError(f"wanted each layer once, in ascending order; found {shown(layers)}")
-        return layers
 
 
 def _init_is(value: object) -> str:
     return TABLE if isinstance(value, dict | CutSection) else WORD
-
-
-class LoraSection(Section):
-    """Low-rank adapters, trained in place of the student's weights (LoRA, arXiv 2106.09685)."""
-
-    rank: Annotated[int, Field(ge=1, le=1 << 14)] = Field(
-        16, description="rank of the product that is added to each adapted matrix"
-    )
-    alpha: Annotated[float, Field(gt=0.0, le=1e6)] | None = Field(
-        None, description="that product is scaled by alpha / rank; none: alpha is twice the rank"
-    )
-    targets: tuple[Name, ...] = Field(
-        (),
-        description="names of the linear layers to adapt, or the last parts of their names; none: "
-        "all but the head",
-    )
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="share of an adapter's inputs that a training step leaves out"
-    )
-    quantise: Literal["none", "nf4"] = Field(
-        "none",
-        description="nf4: the frozen linear layers but the head in 4.5 bits a weight (QLoRA, arXiv "
-        "2305.14314); needs the extra 'bits'",
-    )
 
 
 class StudentSection(ModelSection):
@@ -132,10 +88,16 @@ class StudentSection(ModelSection):
         description="reduce gradients among the ranks while the backward pass goes on; none: "
         "DeepSpeed's choice, which is true with zero_stage = 3 alone",
     )
-    offload: Literal["none", "cpu"] = Field(
+    offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
         description="cpu: Adam's states, and its step, in the host's memory: 4 bytes a parameter "
-        "are left on a GPU of one rank; needs zero_stage 2 or 3",
+        "are left on a GPU of one rank; needs zero_stage 2 or 3; nvme: those states on a disk, in "
+        "offload_path; needs zero_stage 3",
+    )
+    offload_path: Name | None = Field(
+        None,
+        description="with nvme, a directory on a local disk of each machine: 16 bytes for each "
+        "parameter of its ranks, and 12 more while a checkpoint is written",
     )
     activation_checkpointing: bool = Field(
         False,
@@ -314,7 +276,7 @@ class StudentSection(ModelSection):
         known; where it is not, this is the lowest that "auto" can be."""
         if self.zero_stage != "auto":
             return self.zero_stage
-        return 1 if self.offload == "none" else 2
+        return {"none": 1, "cpu": 2, "nvme": 3}[self.offload]
 
 
 def _require_possible_optimiser(section: StudentSection) -> None:
@@ -328,6 +290,7 @@ def _require_possible_optimiser(section: StudentSection) -> None:
         raise ValueError(
             f'offload is "cpu", which needs zero_stage 2 or 3; zero_stage is {section.zero_stage}'
         )
+    _require_possible_swapping(section)
     if section.activation_checkpointing_every > 1 and not section.activation_checkpointing:
         raise ValueError(
             f"activation_checkpointing_every is {section.activation_checkpointing_every}, but "
@@ -335,8 +298,8 @@ def _require_possible_optimiser(section: StudentSection) -> None:
         )
     # states in 8 bits
     is_8bit, fewest = section.optimiser == "adamw_8bit", section.min_workers
-    if is_8bit and (section.fused_adamw or section.offload == "cpu"):
-        setting = "fused_adamw = true" if section.fused_adamw else 'offload = "cpu"'
+    if is_8bit and (section.fused_adamw or section.offload != "none"):
+        setting = "fused_adamw = true" if section.fused_adamw else f'offload = "{section.offload}"'
         raise ValueError(
             f'{setting} is a form of the optimiser "adamw"; leave it out, or set optimiser = '
             '"adamw"'
@@ -350,19 +313,40 @@ def _require_possible_optimiser(section: StudentSection) -> None:
         )
 
 
+def _require_possible_swapping(section: StudentSection) -> None:
+    is_swapped, path = section.offload == "nvme", section.offload_path
+    if is_swapped != (path is not None):
+        raise ValueError(
+            'offload is "nvme", and offload_path is not set; name a directory on a local disk'
+            if is_swapped
+            else f'offload_path is {path!r}, but offload is "{section.offload}"; leave it out, or '
+            'set offload = "nvme"'
+        )
+    if path is not None and not path.startswith(("/", "~")):
+        raise ValueError(
+            f"offload_path is {path!r}, which is relative, and ranks run in directories of their "
+            "own; give it from / on"
+        )
+    if is_swapped and section.zero_stage not in (3, "auto"):
+        raise ValueError(
+            f'offload is "nvme", which needs zero_stage 3; zero_stage is {section.zero_stage}'
+        )
+
+
 def _require_possible_ranks(section: StudentSection) -> None:
     # weights that cannot be divided, and layers that cannot be compiled
     quantise = "none" if section.lora is None else section.lora.quantise
-    if quantise != "none" and section.zero_stage == 3:
+    if quantise != "none" and (section.zero_stage == 3 or section.offload == "nvme"):
+        found = "zero_stage is 3" if section.zero_stage == 3 else 'offload is "nvme"'
         raise ValueError(
-            f'lora.quantise is "{quantise}", and zero_stage is 3, but stage 3 '
-            "cannot divide quantised weights among the ranks; set zero_stage = 2, or leave "
-            "lora.quantise out"
+            f'lora.quantise is "{quantise}", and {found}, but stage 3 cannot divide quantised '
+            "weights among the ranks; set zero_stage = 2 without it, or leave lora.quantise out"
         )
-    if section.compile and section.zero_stage in (3, "auto"):
+    if section.compile and (section.zero_stage == 3 or section.offload == "nvme"):
+        found = "zero_stage is 3" if section.zero_stage == 3 else 'offload is "nvme"'
         raise ValueError(
-            f"compile is true, and zero_stage is {section.zero_stage}, but the weights that stage "
-            "3 gathers for each layer cannot be compiled; set zero_stage = 2, or leave compile out"
+            f"compile is true, and {found}, but the weights that stage 3 gathers for each layer "
+            "cannot be compiled; set zero_stage = 2 without it, or leave compile out"
         )
     if section.compile and section.activation_checkpointing:
         raise ValueError(

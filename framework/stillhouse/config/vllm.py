@@ -27,8 +27,8 @@ class VllmSection(Section):
     max_batched_tokens: Count | None = Field(
         None, description="tokens in one forward pass; none: vLLM's own choice"
     )
-    memory_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
-        None, description="share of each GPU's memory that vLLM may fill; none: vLLM's own, 0.92"
+    memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.92, description="share of each GPU's memory that vLLM may fill"
     )
     kv_cache_gb: Amount | None = Field(
         None,

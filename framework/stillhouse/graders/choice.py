@@ -37,13 +37,13 @@ def make_grader(section: GraderSection, *, api_key: str | None = None) -> Grader
         # in processes, a sandbox, or at a server
         case MathsSection():
             _require_math_verify()
-            return InProcesses(section, Scorer("stillhouse.graders.maths", "score"))
+            return InProcesses(section, Scorer("stillhouse.graders.maths", "scorer", {}))
         case JsonSchemaSection():
             from stillhouse.graders import json_schema
 
-            json_schema.validator(section.schema_text)
+            json_schema.scorer(section.schema_text)
             settings = {"schema_text": section.schema_text}
-            return InProcesses(section, Scorer(json_schema.__name__, "score", settings))
+            return InProcesses(section, Scorer(json_schema.__name__, "scorer", settings))
         case PythonSection():
             from stillhouse.graders.python import Python
 
@@ -55,7 +55,7 @@ def make_grader(section: GraderSection, *, api_key: str | None = None) -> Grader
         case OwnSection():
             _require_function(section.kind)
             module, _, name = section.kind.partition(":")
-            return InProcesses(section, Scorer(module, name))
+            return InProcesses(section, Scorer(module, name, None))
         case _:
             assert_never(section)
 

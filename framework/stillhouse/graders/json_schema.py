@@ -3,9 +3,8 @@
 Where the text has a fenced block (```), its last one is read, else all of it.
 """
 
-import functools
 import json
-from typing import Any
+from collections.abc import Callable
 
 import jsonschema
 import referencing
@@ -15,20 +14,13 @@ from stillhouse.graders.base import Sample
 from stillhouse.graders.fences import last_block
 
 
-def score(sample: Sample, *, schema_text: str) -> float:
-    """See `JsonSchemaSection`. A pattern of the schema may take for ever on some text: for a
-    grader's process."""
-    try:
-        value = json.loads(last_block(sample.text), parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return 0.0
-    return float(validator(schema_text).is_valid(value))
+def scorer(schema_text: str) -> Callable[[Sample], float]:
+    """See `JsonSchemaSection`. For a grader's process: a pattern of the schema may take for ever on
+    some text.
 
-
-@functools.cache
-def validator(schema_text: str) -> Any:
-    """Of the schema's own draft, 2020-12 where it names none. A reference to another document is
-    not fetched. Raises ConfigError where it is no schema."""
+    The schema is of the draft that it names, or else of 2020-12. A reference to another document is
+    not fetched. Raises ConfigError where it is no schema.
+    """
     schema = json.loads(schema_text)
     kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     try:
@@ -37,7 +29,16 @@ def validator(schema_text: str) -> Any:
         raise ConfigError(
             f"a grader's schema_text is no JSON Schema: {error.message}; correct it"
         ) from None
-    return kind(schema, registry=referencing.Registry())
+    validator = kind(schema, registry=referencing.Registry())
+
+    def score(sample: Sample) -> float:
+        try:
+            value = json.loads(last_block(sample.text), parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            return 0.0
+        return float(validator.is_valid(value))
+
+    return score
 
 
 def _refuse(name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic, sleep
@@ -17,6 +18,7 @@ from stillhouse.retry import pauses
 
 _BLANK = re.compile(r"\{(prompt|text|reference)\}")
 _MOST_ANSWER_BYTES = 4 << 20
+_IS_JSON = {"Content-Type": "application/json"}
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 30.0
 _NOT_YET = {408, 409, 425, 429, *range(500, 600)}
 _WRONG_SETTINGS = {401, 403, 404, 405}
@@ -42,6 +44,7 @@ class Judge:
             timeout=section.answer_s,
             transport=transport,
         )
+        self._is_given_up = threading.Event()  # by one request, and so by all
         self._threads = ThreadPoolExecutor(section.max_in_flight, thread_name_prefix="judge")
 
     @property
@@ -51,6 +54,7 @@ class Judge:
     def grade(self, samples: Sequence[Sample]) -> list[float]:
         """Raises GraderError where the server gives no answer for as long as patience lasts, and
         ConfigError where it refuses the key, the model or the URL: no sample is at fault then."""
+        self._is_given_up.clear()
         return list(self._threads.map(self._score, samples))
 
     def close(self) -> None:
@@ -99,7 +103,8 @@ class Judge:
             except httpx.HTTPError as error:
                 found = f"{type(error).__name__}: {error}"
             # again
-            if self._clock() + wait_s > end:
+            if self._is_given_up.is_set() or self._clock() + wait_s > end:
+                self._is_given_up.set()
                 raise GraderError(
                     f"the judge's server {self._section.url} gave no answer in "
                     f"{self._section.patience_s:.0f} s ({found}); start it, or raise patience_s, "
@@ -110,7 +115,8 @@ class Judge:
     def _posted(self, url: str, request: Mapping[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         """An answer of a bounded length, in a bounded time."""
         end = self._clock() + self._section.answer_s
-        with self._client.stream("POST", url, json=request) as answer:
+        data = json.dumps(request).encode("ascii")  # a text may have halves of surrogate pairs
+        with self._client.stream("POST", url, content=data, headers=_IS_JSON) as answer:
             body = bytearray()
             for part in answer.iter_bytes():
                 body += part

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any
 
@@ -39,11 +39,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """What a process does: a function of a module, called with a sample and the settings."""
+    """What a process does: a function of a sample, or one that returns such a function when it is
+    called with settings."""
 
     module: str
     function: str
-    settings: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] | None  # None: of a sample
 
 
 class InProcesses:

@@ -42,7 +42,7 @@ _MAY_CHANGE: Mapping[str, set[str]] = {
     | {"learning_rate", "min_learning_rate", "warmup_steps", "epochs", "max_steps"}
     | {"schedule", "decay_steps", "overlap_comm", "activation_checkpointing_every"}
     | {"tail_as_bucket"}  # it lets a training begin, and decides no weight
-    | {"num_workers", "min_workers", "watchdog_s", "regroup_s", "prefetch_batches"}
+    | {"num_workers", "min_workers", "watchdog_s", "regroup_s", "prefetch_batches", "offload_path"}
     | {"checkpoint_every_steps", "checkpoint_url", "keep_checkpoints", "activation_checkpointing"},
     "teacher": _PLACEMENT
     | {"engine", "python", "vllm", "openai", "compile", "pipeline"}

@@ -90,7 +90,7 @@ def prepare_prompts(
             "most_tokens": most_tokens,
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        path = cache_dir / "prompts" / f"{digest[:32]}.npz"
+        path = cache_dir / "prompts" / f"{digest[:32]}.prompts"
 
         # found there, or made
         with writing_cache(cache_dir):
@@ -240,7 +240,7 @@ def _read(path: Path) -> Prompts | None:
     check, data = whole[:_CHECK_BYTES], whole[_CHECK_BYTES:]
     if xxhash.xxh3_64_digest(data) != check:
         return None
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(data)) as arrays:
         ids, starts_P1 = arrays["ids"], arrays["starts"]
         about = json.loads(arrays["about"].tobytes())
     account = Account(

@@ -6,6 +6,7 @@ depend on how its batch is cut into ranks and micro-batches.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillhouse.checkpoint.restore import Restored
-from stillhouse.checkpoint.snapshot import HostMemory, Snapshot
+from stillhouse.checkpoint.snapshot import HostMemory, OnDisk, Snapshot
 from stillhouse.checkpoint.unpickling import only_tensors, opened
 from stillhouse.config import StudentSection
 from stillhouse.errors import CheckpointError, StudentError
@@ -35,7 +36,12 @@ from stillhouse.student.heldout import HeldoutBatch
 from stillhouse.student.liger import apply_liger
 from stillhouse.student.loader import MicroBatch
 from stillhouse.student.module import StudentModule, checkpoint_activations
-from stillhouse.student.optimiser import client_optimiser, deepspeed_config, parameter_groups
+from stillhouse.student.optimiser import (
+    client_optimiser,
+    deepspeed_config,
+    parameter_groups,
+    swap_folder,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +86,22 @@ class StudentEngine:
         self._frozen_digest = frozen_digest(lm)
         module = StudentModule(lm, section=section, vocab_size=vocab_size)
         # ZeRO round it; no code goes into its checkpoints
+        self._swap_folder = ExitStack()
         self._engine = _deepspeed_compat.initialize(
             model=module,
             optimizer=client_optimiser(section),
             model_parameters=parameter_groups(module, section.weight_decay),
-            config=deepspeed_config(section, num_micro_batches, device=device),
+            config=deepspeed_config(
+                self._with_swap_folder(section), num_micro_batches, device=device
+            ),
             dist_init_required=False,
         )
         if section.compile:
             check_compiled(lm.eval(), vocab_size=vocab_size)
             lm.train()
-        self._copies = _HostCopies(device)
+        if section.offload == "nvme":
+            _deepspeed_compat.forget_swap_folder(self._engine)
+        self._copies = _HostCopies(device, maps_files=section.offload == "nvme")
         _deepspeed_compat.save_through(self._engine, self._copies)
 
     def train_step(
@@ -164,13 +175,15 @@ class StudentEngine:
         state: dict[str, object] = {"step": step}
         if self._frozen_digest is not None:
             state[FROZEN] = self._frozen_digest
-        self._engine.save_checkpoint(
-            "snapshot",
-            tag=str(step),
-            client_state=state,
-            save_latest=False,
-            exclude_frozen_parameters=self._frozen_digest is not None,
-        )
+        self._copies.on_disk = _deepspeed_compat.swapped_states(self._engine)
+        with _deepspeed_compat.as_if_in_memory(self._engine):
+            self._engine.save_checkpoint(
+                "snapshot",
+                tag=str(step),
+                client_state=state,
+                save_latest=False,
+                exclude_frozen_parameters=self._frozen_digest is not None,
+            )
         files, release = self._copies.taken()
         return Snapshot(step, files, began, monotonic() - began, release)
 
@@ -206,6 +219,15 @@ class StudentEngine:
     def close(self) -> None:
         """Free hooks and buffers, so that the process can build another engine."""
         self._engine.destroy()
+        self._swap_folder.close()
+
+    def _with_swap_folder(self, section: StudentSection) -> StudentSection:
+        """The section, with a folder of this rank's own as the one for swapped states."""
+        if section.offload != "nvme":
+            return section
+        _deepspeed_compat.load_async_io()
+        folder = self._swap_folder.enter_context(swap_folder(section))
+        return section.model_copy(update={"offload_path": str(folder)})
 
     def _optimiser_step(self, learning_rate: float) -> float:
         """Returns the gradient's norm."""
@@ -239,8 +261,11 @@ class _HostCopies(CheckpointEngine):
     """DeepSpeed's writer of checkpoint files. It writes nothing, and keeps copies in host memory,
     by file name."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, maps_files: bool) -> None:
+        """`maps_files`: whether tensors of a file are read as they are used, and not at once."""
         super().__init__()
+        self.on_disk: dict[int, OnDisk] = {}
+        self._maps_files = maps_files
         self._memory = HostMemory(device)
         self._files: dict[str, Any] = {}
         self._releases: list[Callable[[], None]] = []
@@ -266,11 +291,13 @@ class _HostCopies(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         name = Path(path).name
-        self._files[name], release = self._memory.snapshot_of(name, state_dict)
+        self._files[name], release = self._memory.snapshot_of(
+            name, state_dict, on_disk=self.on_disk
+        )
         self._releases.append(release)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return opened(path, map_location)
+        return opened(path, map_location, mmap=self._maps_files)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return bool(info.tag)

@@ -87,6 +87,8 @@ class TrainJob:
             settings["freeze"] = values["freeze"]
         if self.section.optimiser != "adamw":
             settings["optimiser"] = self.section.optimiser
+        if self.section.offload == "nvme":  # its states are in smaller groups
+            settings["offload"] = self.section.offload
         return Origin(self.section.chosen_stage, self.recipe.fingerprint, settings)
 
     @property

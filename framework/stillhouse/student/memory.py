@@ -70,10 +70,10 @@ def least_ranks(
 def lowest_stage(
     size: StudentSize, section: StudentSection, *, num_ranks: int, budget_bytes: float
 ) -> int:
-    """The lowest ZeRO stage from 1, or from 2 with an offloaded optimiser, whose `state_bytes` are
-    within the budget; the highest where none is, which is 3, or 2 with quantised weights."""
-    first, last = (1 if section.offload == "none" else 2), (2 if is_quantised(section) else 3)
-    for stage in range(first, last):
+    """The lowest ZeRO stage, from `chosen_stage` on, whose `state_bytes` are within the budget; the
+    highest where none is, which is 3, or 2 with weights that stage 3 cannot divide."""
+    last = 2 if is_quantised(section) or section.compile else 3
+    for stage in range(section.chosen_stage, last):
         if state_bytes(size, section, stage=stage, num_ranks=num_ranks) <= budget_bytes:
             return stage
     return last
@@ -85,7 +85,7 @@ def _whole_and_divided(
     """The bytes that every rank has, and those that the ranks share."""
     weight = getattr(torch, section.dtype).itemsize
     # an offloaded optimiser has its sums of gradients in the host's memory, too
-    is_offloaded = section.offload == "cpu"
+    is_offloaded = section.offload != "none"
     gradient = weight if is_offloaded else _GRADIENT_BYTES
     # stage 1 sums gradients in bfloat16 after the backward pass, and has all of them until then
     unsummed = weight if stage == 1 and section.dtype == "bfloat16" else 0

@@ -2,16 +2,24 @@
 of each step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from stillhouse.checkpoint.scratch import scratch_folder
 from stillhouse.config import StudentSection
+from stillhouse.errors import ConfigError
 from stillhouse.student.bits import bitsandbytes_for
+
+# parameters of a rank whose states are in memory at one time, in four buffers of 4 bytes each; or
+# those of its largest matrix, where that has more
+SWAPPED_AT_ONCE = 50_000_000
 
 
 def learning_rate_at(step: int, *, section: StudentSection, total_steps: int) -> float:
@@ -56,6 +64,23 @@ def client_optimiser(section: StudentSection) -> Callable[..., Optimizer] | None
     return partial(make, lr=section.learning_rate, betas=section.betas)
 
 
+@contextmanager
+def swap_folder(section: StudentSection) -> Iterator[Path]:
+    """A folder of this rank's own in `offload_path`. Raises ConfigError where there can be none."""
+    assert section.offload_path is not None, "the config wants it with nvme"
+    parent = Path(section.offload_path).expanduser()
+    with ExitStack() as stack:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(scratch_folder(parent))
+        except OSError as error:
+            raise ConfigError(
+                f"student.offload_path is {section.offload_path!r}, where no folder can be made "
+                f"({error}); name a directory on a local disk of every machine"
+            ) from None
+        yield folder
+
+
 def deepspeed_config(
     section: StudentSection, num_micro_batches: int, *, device: torch.device
 ) -> dict[str, Any]:
@@ -67,12 +92,18 @@ def deepspeed_config(
         "torch_adam": True,
     }
     zero: dict[str, Any] = {"stage": section.chosen_stage}
-    if section.fused_adamw or section.offload == "cpu":
+    if section.fused_adamw or section.offload != "none":
         adamw["fused"] = True
     if section.overlap_comm is not None:
         zero["overlap_comm"] = section.overlap_comm
-    if section.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if section.offload != "none":
+        zero["offload_optimizer"] = {
+            "device": section.offload,
+            "pin_memory": device.type == "cuda",
+        }
+    if section.offload == "nvme":
+        zero["offload_optimizer"]["nvme_path"] = section.offload_path
+        zero["sub_group_size"] = SWAPPED_AT_ONCE
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": section.micro_batch_sequences,
         "gradient_accumulation_steps": num_micro_batches,
