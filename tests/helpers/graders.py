@@ -1,8 +1,10 @@
 """Sections of graders, and graders of a user's own, which do whatever the text says."""
 
 import os
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -36,6 +38,16 @@ def obedient(sample: Sample) -> float:
             print("{}\n" * 100_000)
             return 1.0
     return float(sample.text)
+
+
+def deadly(sample: Sample) -> float:
+    """A user's grader, which kills the command once: where the reference names a file that is not
+    there yet."""
+    mark = Path(sample.reference or "/")
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+    return 1.0
 
 
 not_a_function = 3

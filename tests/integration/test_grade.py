@@ -2,27 +2,34 @@
 store, graders score it, and a run's plan takes what its rule accepts."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from helpers.calls import must_not_be_called
+from helpers.command import stillhouse
 from helpers.models import make_model
 from helpers.world import TinyWorld
 from helpers.writers import Pupil
-from stillhouse.cli.main import app
 from stillhouse.config.generate import load_generate_config
-from stillhouse.errors import CorpusError
+from stillhouse.errors import ChunkError, ConfigError, CorpusError, GraderError
 from stillhouse.graders import Sample
-from stillhouse.pipeline import Generation, plan_generation
+from stillhouse.pipeline import Generation, grade, plan_generation
 from stillhouse.pipeline.grading import grade_with
 from stillhouse.sequences.account import Account
+from stillhouse.store.grader_names import named_graders
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import CUT, ENDED
+from stillhouse.store.verdicts import verdict_key
 from stillhouse.writer.actor import computed, published
 
 NUM_PROMPTS, SAMPLES, SHARD_PROMPTS = 30, 4, 7
@@ -108,6 +115,11 @@ def verdicts(plan: Generation) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.json")}
 
 
+def verdict_of(plan: Generation, name: str, number: int) -> Path:
+    grader = named_graders(plan.store.blobs, plan.recipe.fingerprint)[name]
+    return Path(plan.store.url) / verdict_key(plan.recipe.fingerprint, grader, number)
+
+
 def account_of(plan: Generation, world: TinyWorld, run_dir: Path, **corpus: Any) -> Account:
     """What a run's plan says of these rollouts."""
     run = world.plan(
@@ -131,10 +143,10 @@ def test_the_verbs_lead_from_rollouts_to_a_run_of_what_is_accepted(
     plan = planned(folder)
     assert plan.recipe.num_shards == 5
     write_shards(plan, [0, 2])
-    command = ["grade", str(folder / "maths.toml")]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
-    assert "3 of 5 shards are not written yet" in result.output
+    command, cache = ("grade", folder / "maths.toml"), tmp_path / "caches"
+    first = stillhouse(*command, cache=cache)
+    assert first.code == 0, first.err
+    assert "3 of 5 shards are not written yet" in first.out
     before = verdicts(plan)
     assert len(before) == 2 * 2
 
@@ -145,15 +157,28 @@ def test_the_verbs_lead_from_rollouts_to_a_run_of_what_is_accepted(
         account_of(plan, tiny_world, tmp_path / "run", accept=rule)
 
     # the same command grades the rest, and shows the lines of a config
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
+    second = stillhouse(*command, cache=cache)
+    assert second.code == 0, second.err
     assert verdicts(plan).items() > before.items()
     shards = [plan.store.fetch(number) for number in range(5)]
     finish = Counter(int(each) for shard in shards for each in shard.finish_S)
-    (row,) = [line.split() for line in result.output.splitlines() if line.startswith("number")]
-    assert row[:2] == ["number", "120"]
-    assert f'dataset = "rollouts://{plan.recipe.fingerprint[:16]}"' in result.output
-    assert 'min_score = {"number" = 1.0, "word for word" = 1.0}' in result.output
+    rows = [line.split() for line in second.out.splitlines()]
+    (row,) = [row for row in rows if row[:1] == ["number"]]
+    is_right = [
+        score == 1.0
+        for number in range(5)
+        for score in json.loads(verdict_of(plan, "number", number).read_bytes())["scores"]
+    ]
+    mean = sum(is_right) / len(is_right)
+    assert row == ["number", "120", f"{mean:.3f}", f"{mean:.1%}"]
+    (lines,) = re.findall(r"(?ms)^\[corpus\].*", second.out)
+    assert tomllib.loads(lines) == {
+        "corpus": {
+            "dataset": f"rollouts://{plan.recipe.fingerprint[:16]}",
+            "accept": {"min_score": {"number": 1.0, "word for word": 1.0}},
+        },
+        "store": {"url": plan.store.url},
+    }
 
     # each sample is kept, or counted by the reason why it is not
     account = account_of(plan, tiny_world, tmp_path / "run", accept=rule)
@@ -166,6 +191,8 @@ def test_the_verbs_lead_from_rollouts_to_a_run_of_what_is_accepted(
         "samples: the tokens of another",
     }
     assert 20 < account.num_documents <= NUM_PROMPTS  # all right answers to a question are equal
+    repeats = account_of(plan, tiny_world, tmp_path / "run", accept={**rule, "keep_repeats": True})
+    assert repeats.left_out.keys() == account.left_out.keys() - {"samples: the tokens of another"}
     assert account_of(plan, tiny_world, tmp_path / "run").num_documents == finish[ENDED]
 
 
@@ -189,3 +216,109 @@ def test_killed_between_two_verdicts_the_same_command_goes_on(folder: Path, call
     again, after = Counting(), verdicts(plan)
     assert grade_with({"counting": again}, plan)[0].mean_score == grades.mean_score
     assert (again.asked, verdicts(plan)) == ([], after)
+
+
+def test_a_command_that_is_killed_by_a_signal_has_published_whole_verdicts(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"question": f"{n}+1=", "answer": str(tmp_path / ("mark" if n == 9 else ""))}
+        for n in range(30)
+    ]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = folder / "maths.toml"
+    config.write_text(
+        CONFIG.partition("[[graders]]")[0] + "[[graders]]\nkind = 'helpers.graders:deadly'\n"
+    )
+    plan = planned(folder)
+    write_shards(plan, range(5))
+    command = [sys.executable, "-m", "stillhouse", "grade", str(config)]
+    ended = subprocess.run(
+        command, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "caches")}, capture_output=True
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    before = verdicts(plan)
+    assert len(before) < 5
+    (grades,) = grade(plan)
+    assert (grades.num_new, grades.mean_score) == (5 - len(before), 1.0)
+    assert verdicts(plan).items() >= before.items()
+
+
+def test_a_name_stands_for_one_grader(folder: Path) -> None:
+    plan = planned(folder)
+    write_shards(plan, [0])
+    grade(plan)
+    before = verdicts(plan)
+    other = planned(folder, "graders = [{kind = 'exact', name = 'number'}]")
+    with pytest.raises(ConfigError, match=r"name 'number' .kind: 'number' against 'exact'"):
+        grade(other)
+    (same,) = grade(planned(folder, "graders = [{kind = 'number', name = 'last number'}]"))
+    assert same.num_new == 0
+    assert verdicts(plan) == before
+
+    # another reference makes other scores, and so another grader
+    (folder / "sums.jsonl").write_text((folder / "sums.jsonl").read_text().replace('"10"', '"11"'))
+    with pytest.raises(ConfigError, match=r"name 'number' .references: "):
+        grade(planned(folder))
+    (mended,) = grade(planned(folder, "graders = [{kind = 'number', name = 'mended'}]"))
+    assert mended.num_new == 1
+    assert verdicts(plan).items() > before.items()
+
+
+def test_what_a_run_cannot_accept_by_is_refused(
+    folder: Path, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    plan = planned(folder)
+    write_shards(plan, range(5))
+
+    def accepting(**rule: Any) -> Account:
+        return account_of(plan, tiny_world, tmp_path / "run", accept=rule)
+
+    assert accepting().num_documents > 0  # by no grader
+    with pytest.raises(CorpusError, match="'number', which is none of the graders: there are none"):
+        accepting(min_score={"number": 1.0})
+    grade(plan)
+    with pytest.raises(CorpusError, match="'numbers', which is none of number, word for word"):
+        accepting(min_score={"numbers": 1.0})
+    with pytest.raises(CorpusError, match=r"no sample of .* is accepted: .*least score of word"):
+        accepting(min_score={"word for word": 1.0})
+    damaged = verdict_of(plan, "number", 3)
+    damaged.write_bytes(b"")
+    with pytest.raises(ChunkError, match="is damaged"):
+        accepting(min_score={"number": 1.0})
+    damaged.unlink()
+    with pytest.raises(CorpusError, match=r"1 of 5 shards .* have no verdict of number"):
+        accepting(min_score={"number": 1.0})
+
+
+def test_a_grader_that_fails_on_a_whole_shard_ends_the_command_without_a_verdict(
+    folder: Path,
+) -> None:
+    plan = planned(folder, "graders = [{kind = 'helpers.graders:obedient'}]")
+    write_shards(plan, [0])
+    with pytest.raises(GraderError, match="failed on all 28 samples: 28 x ValueError"):
+        grade(plan)
+    assert verdicts(plan) == {}
+
+
+def test_samples_with_passages_of_a_test_set_are_dropped(
+    folder: Path, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    # a question of a test set is among the prompts
+    known = "+".join(map(str, range(14)))
+    rows = [{"question": f"{n}+1=", "answer": ""} for n in range(NUM_PROMPTS)]
+    rows[4]["question"] = f"{known}="
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text(json.dumps({"q": f"What is {known}?", "a": "91"}) + "\n")
+    plan = planned(folder)
+    write_shards(plan, range(5))
+    (number,) = [n for n in range(NUM_PROMPTS) if len(plan.prompts[n]) > 12]
+    finish = Counter[bool]()
+    for shard in map(plan.store.fetch, range(5)):
+        finish.update((shard.prompts_S[shard.finish_S == ENDED] == number).tolist())
+
+    # its samples are dropped, and no other one for it; repeats stay, as they do without a rule
+    rule = {"test_sets": {"sums": {"dataset": str(folder / "test.jsonl")}}}
+    account = account_of(plan, tiny_world, tmp_path / "run", decontaminate=rule)
+    assert account.left_out["samples: a passage of a test set"] == finish[True] > 0
+    assert account.num_documents == finish[False]

@@ -94,6 +94,22 @@ def test_the_parent_of_a_linked_folder_is_that_of_the_folder(project: Path) -> N
     assert config.corpus.dataset == str(project / "data" / "a.jsonl")
 
 
+def test_a_test_set_is_an_input_as_a_data_set_is(project: Path) -> None:
+    path = project / "configs" / "run.toml"
+    path.write_text(
+        TOML.format(dataset="rollouts://0123456789abcdef", teacher="owner/big")
+        + "[corpus.decontaminate.test_sets]\na = {dataset = 'own.jsonl'}\n"
+        "b = {dataset = '../data/b.jsonl'}\nc = {dataset = 'owner/name'}\n"
+    )
+    rule = load_config(path).corpus.decontaminate
+    assert rule is not None
+    assert {name: each.dataset for name, each in rule.test_sets.items()} == {
+        "a": str(project / "configs" / "own.jsonl"),
+        "b": str(project / "data" / "b.jsonl"),
+        "c": "owner/name",
+    }
+
+
 def test_an_override_is_relative_to_the_current_directory(project: Path) -> None:
     path = project / "configs" / "run.toml"
     path.write_text(TOML.format(dataset="stdlib", teacher="owner/big"))

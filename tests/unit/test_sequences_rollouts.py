@@ -148,6 +148,14 @@ def test_a_setting_that_has_no_meaning_is_refused(
         ({"dataset": "rollouts://"}, "the 16 digits"),
         ({"dataset": "rollouts://0123456789ABCDEF"}, "the 16 digits"),
         ({"dataset": "rollouts:///store/0123456789abcdef", "format": "chat"}, "leave format out"),
+        (
+            {"dataset": "a.jsonl", "accept": {}},
+            "accept is set, but dataset is a.jsonl; only samples",
+        ),
+        (
+            {"dataset": "a.jsonl", "decontaminate": {}},
+            "decontaminate is set, but dataset is a.jsonl",
+        ),
     ],
 )
 def test_a_name_of_rollouts_that_is_none_is_refused(settings: Any, words: str) -> None:

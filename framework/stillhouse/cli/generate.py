@@ -55,7 +55,7 @@ def generate(configs: Configs, overrides: Overrides = None, run_dir: RunDir = No
 
 def lines_for_a_run(plan: "Generation") -> list[str]:
     """How to train on the rollouts, in a config of a run."""
-    names = [json.dumps(grader.title) for grader in plan.config.graders]
+    names = [json.dumps(grader.title, ensure_ascii=False) for grader in plan.config.graders]
     scores = ", ".join(f"{name} = 1.0" for name in names)
     accepted = ["[corpus.accept]", f"min_score = {{{scores}}}"] if names else []
     return [

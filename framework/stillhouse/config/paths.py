@@ -31,6 +31,7 @@ _INPUTS = (
 )
 _OUTPUTS = (("store", "url"), ("student", "checkpoint_url"))
 _TABLES = "mixed_with"  # tables of corpus that have the same settings
+_RULE, _TEST_SETS = "decontaminate", "test_sets"  # tables of one that name data sets
 _STDLIB = "stdlib"  # a name of `corpus.dataset`, and no path
 
 
@@ -72,8 +73,19 @@ def _changed(
 def _with_changed(
     table: Mapping[str, Any], name: str, change: Callable[[str], str]
 ) -> dict[str, Any]:
-    is_text = isinstance(table.get(name), str)
-    return {**table, name: change(table[name])} if is_text else dict(table)
+    changed = dict(table)
+    if isinstance(table.get(name), str):
+        changed[name] = change(table[name])
+    # a data set may be held against others
+    rule = table.get(_RULE) if name == "dataset" else None
+    test_sets = rule.get(_TEST_SETS) if isinstance(rule, Mapping) else None
+    if isinstance(rule, Mapping) and isinstance(test_sets, Mapping):
+        placed = {
+            key: _with_changed(each, name, change) if isinstance(each, Mapping) else each
+            for key, each in test_sets.items()
+        }
+        changed[_RULE] = {**rule, _TEST_SETS: placed}
+    return changed
 
 
 def is_template(value: str) -> bool:

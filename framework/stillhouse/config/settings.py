@@ -11,13 +11,17 @@ from pydantic.fields import FieldInfo
 from stillhouse import suggestions
 from stillhouse.config.fields import Section
 from stillhouse.config.generate import PromptsSection, SamplingSection, WriterSection
+from stillhouse.config.graders import SECTIONS_BY_KIND, AcceptSection, DecontaminateSection
 from stillhouse.config.sections import Config, section_types
 from stillhouse.errors import ConfigError
 
-_OF_GENERATE: Mapping[str, type[Section]] = {
-    "prompts": PromptsSection,
-    "writer": WriterSection,
-    "sampling": SamplingSection,
+_ALONE: Mapping[str, Mapping[str, type[Section]]] = {  # that are listed for their own word alone
+    "prompts": {"prompts": PromptsSection},
+    "writer": {"writer": WriterSection},
+    "sampling": {"sampling": SamplingSection},
+    "graders": {f"graders ({kind})": section for kind, section in SECTIONS_BY_KIND.items()},
+    "accept": {"corpus.accept": AcceptSection},
+    "decontaminate": {"corpus.decontaminate": DecontaminateSection},
 }
 _TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 
@@ -58,11 +62,11 @@ def _settings_of(sections: Mapping[str, type[Section]]) -> list[Setting]:
 
 
 def settings_matching(word: str) -> list[Setting]:
-    """The settings of the section `word`, which may be one of `stillhouse generate`, or else those
-    of a run's config with the word in name or description; all of these for ''. Raises ConfigError,
-    with near names, where there is none."""
-    if word in _OF_GENERATE:
-        return _settings_of({word: _OF_GENERATE[word]})
+    """The settings of the section `word`, which may be one of `stillhouse generate`, or a table of
+    corpus, or else those of a run's config with the word in name or description; all of these for
+    ''. Raises ConfigError, with near names, where there is none."""
+    if word in _ALONE:
+        return _settings_of(_ALONE[word])
     settings = all_settings()
     if word in section_types():
         return [each for each in settings if each.section == word]

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,15 @@ from stillhouse.pipeline.generation import Generation
 from stillhouse.pipeline.planning import tokenizer_of
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.ids import texts_of
+from stillhouse.sequences.prompts import Prompts
 from stillhouse.store.grader_names import claim_name
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, SET_ASIDE, Rollouts
 from stillhouse.store.verdicts import graded_shards, grader_name, put_verdict, verdicts_of
 
-NO_TEXT = "set aside by its writer"  # a sample that is not asked of any grader
+NO_TEXT = "set aside by its writer"  # a sample that no grader is asked for
+
+_Texts = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,57 +89,52 @@ def grade_with(
             f"there are no rollouts of these settings in {store.url}; `stillhouse generate`, given "
             "the same file, writes them"
         )
-    for name, grader in graders.items():
-        claim_name(store.blobs, fingerprint, name=name, grader=grader.identity)
+    identities = {name: _identity(grader, plan.prompts) for name, grader in graders.items()}
+    for name, identity in identities.items():
+        claim_name(store.blobs, fingerprint, name=name, grader=identity)
 
     # what is there, and what is missing
     published = sorted(store.published())
-    done = {
-        name: graded_shards(store, grader_name(grader.identity)) for name, grader in graders.items()
-    }
+    done = {name: graded_shards(store, grader_name(each)) for name, each in identities.items()}
     num_done = sum(len(numbers & {*published}) for numbers in done.values())
     failures = {name: Counter[str]() for name in graders}
     num_new = dict.fromkeys(graders, 0)
-    texts = _Texts(plan)
+    texts = partial(texts_of, tokenizer=tokenizer_of(plan.config.writer))
     for number in published:
         missing = [name for name in graders if number not in done[name]]
-        samples = texts.of_shard(number) if missing else []
+        samples = _samples(plan, number, texts) if missing else []
         for name in missing:
             scores = _scores(graders[name], samples, failures[name])
-            _put(store, number, graders[name].identity, scores)
+            _put(store, number, identities[name], scores)
             num_new[name] += 1
             num_done += 1
             on_progress(num_done, len(published) * len(graders))
     return [
-        _summary(name, grader, store, num_new[name], failures[name])
-        for name, grader in graders.items()
+        _summary(name, store, grader_name(identity), num_new[name], failures[name])
+        for name, identity in identities.items()
     ]
 
 
-class _Texts:
-    """The samples of a shard as graders see them: prompt and text without special tokens."""
+def _identity(grader: Grader, prompts: Prompts) -> dict[str, Any]:
+    """What decides the scores of these prompts' samples: the grader, and the references."""
+    own = {"references": prompts.references_digest} if prompts.references else {}
+    return {**grader.identity, **own}
 
-    def __init__(self, plan: Generation) -> None:
-        self._prompts, self._store = plan.prompts, plan.store
-        self._tokenizer = tokenizer_of(plan.config.writer)
 
-    def of_shard(self, number: int) -> list[Sample | None]:
-        """In order; None for one that was set aside."""
-        rollouts, references = self._store.fetch(number), self._prompts.references
-        rows = self._store.rows(number)
-        prompts = dict(
-            zip(rows, texts_of([self._prompts[row] for row in rows], self._tokenizer), strict=True)
+def _samples(plan: Generation, number: int, texts: _Texts) -> list[Sample | None]:
+    """The samples of a shard as graders see them, in order; None for one that was set aside."""
+    rollouts, references = plan.store.fetch(number), plan.prompts.references
+    rows = plan.store.rows(number)
+    prompts = dict(zip(rows, texts([plan.prompts[row] for row in rows]), strict=True))
+    written = texts([_written(rollouts, row) for row in range(len(rollouts))])
+    return [
+        None
+        if finish == SET_ASIDE
+        else Sample(prompts[prompt], text, references[prompt] if references else None)
+        for prompt, text, finish in zip(
+            rollouts.prompts_S.tolist(), written, rollouts.finish_S.tolist(), strict=True
         )
-        written = [_written(rollouts, row) for row in range(len(rollouts))]
-        texts = texts_of(written, self._tokenizer)
-        return [
-            None
-            if finish == SET_ASIDE
-            else Sample(prompts[prompt], text, references[prompt] if references else None)
-            for prompt, text, finish in zip(
-                rollouts.prompts_S.tolist(), texts, rollouts.finish_S.tolist(), strict=True
-            )
-        ]
+    ]
 
 
 def _written(rollouts: Rollouts, row: int) -> NDArray[np.int32]:
@@ -169,11 +168,10 @@ def _put(
 
 
 def _summary(
-    name: str, grader: Grader, store: RolloutStore, num_new: int, failures: Mapping[str, int]
+    name: str, store: RolloutStore, grader: str, num_new: int, failures: Mapping[str, int]
 ) -> Grades:
     """What all verdicts of a grader say together."""
-    digits = grader_name(grader.identity)
-    verdicts = verdicts_of(store, digits, sorted(graded_shards(store, digits)))
+    verdicts = verdicts_of(store, grader, sorted(graded_shards(store, grader)))
     scores = np.array([score for each in verdicts for score in each or ()])
     return Grades(
         name,

@@ -99,7 +99,7 @@ def _scores(store: RolloutStore, rule: AcceptSection, *, dataset: str) -> Scores
         require_known(rule, [*graders])
     except ValueError as error:
         raise CorpusError(
-            f"corpus.{error}, of {dataset}; correct it, or run `stillhouse grade` with a grader of "
+            f"{dataset}: corpus.{error}; correct it, or run `stillhouse grade` with a grader of "
             "this name"
         ) from None
 
@@ -157,7 +157,7 @@ def _in_words(selection: Selection, *, dataset: str) -> list[str | None]:
             f"{count:,} {reason}" for reason, count in selection.drops.items() if count
         )
         raise CorpusError(
-            f"corpus.accept keeps no sample of {dataset}: {counts}; lower what it asks for, or "
+            f"no sample of {dataset} is accepted: {counts}; lower what corpus.accept asks for, or "
             "generate more samples"
         )
     words = [*(f"samples: {reason}" for reason in selection.drops), None]  # -1 is the last

@@ -56,6 +56,11 @@ class Prompts:
         digest.update(self.ids.astype("<i4").tobytes())
         return digest.hexdigest()
 
+    @property
+    def references_digest(self) -> str:
+        """16 digits: sha256 over all references."""
+        return hashlib.sha256(json.dumps(self.references).encode()).hexdigest()[:16]
+
 
 def prepare_prompts(
     section: PromptsSection,
