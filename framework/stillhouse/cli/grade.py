@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def grade(configs: Configs, overrides: Overrides = None) -> None:
-    """Score what a model wrote, by [[graders]]. The same command goes on where it stopped, and a
-    grader more scores anew what is there."""
+    """Score what a model wrote, by the config's graders. The same command goes on where it stopped;
+    a new grader scores what is there already."""
     # mistakes that cost no import are found first
     from stillhouse.config.generate import load_generate_config
 
