@@ -220,7 +220,7 @@ MISTAKES = {
     ),
     "a misspelt verb": Mistake(("chekc", "tiny.toml"), ("Did you mean 'check'?",)),
     "a verb that is like no other": Mistake(
-        ("zzz",), ("Known are init, demo, check, run, generate, produce",)
+        ("zzz",), ("Known are init, demo, check, run, generate, grade",)
     ),
     # models
     "no such directory": setting(

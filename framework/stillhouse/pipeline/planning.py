@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.checkpoint.choice import newest_manifest
+from stillhouse.checkpoint.manifest import Manifest
 from stillhouse.cluster.machine import why_too_long
 from stillhouse.cluster.placement import student_needs
 from stillhouse.config import (
@@ -230,7 +231,7 @@ def _zero_stage(section: StudentSection, *, run_dir: Path) -> tuple[int, str]:
     # as it was begun
     if (run_dir / "config.json").exists():
         return config_of(run_dir).student.chosen_stage, "as the run was begun"
-    newest = newest_manifest(f"{checkpoints_root_of(section, run_dir)}/student")
+    newest = _newest_manifest(f"{checkpoints_root_of(section, run_dir)}/student")
     if newest is not None:
         return newest.origin.zero_stage, "as its checkpoints were begun"
     # by arithmetic, for the fewest ranks that train
@@ -243,6 +244,17 @@ def _zero_stage(section: StudentSection, *, run_dir: Path) -> tuple[int, str]:
     a_rank = state_bytes(size, section, stage=stage, num_ranks=num_ranks)
     kind = "the lowest that fits" if a_rank <= budget_bytes else "the highest, and none fits"
     return stage, f"{kind} into {USABLE_SHARE:.0%} of {memory_bytes / 1e9:.3g} GB"
+
+
+def _newest_manifest(url: str) -> Manifest | None:
+    """The newest commit there. Raises StoreUnavailable or StoreForbidden where the store cannot be
+    asked."""
+    try:
+        return newest_manifest(url)
+    except (StoreUnavailable, StoreForbidden):
+        raise
+    except StoreError:  # there is none, nor can there be: what uses it next says why
+        return None
 
 
 def _absolute(checkpoint_url: str | None) -> str | None:
