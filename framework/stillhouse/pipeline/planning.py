@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.checkpoint.choice import newest_manifest
-from stillhouse.checkpoint.manifest import Manifest
+from stillhouse.checkpoint.manifest import Commit
 from stillhouse.cluster.machine import why_too_long
 from stillhouse.cluster.placement import student_needs
 from stillhouse.config import (
@@ -246,7 +246,7 @@ def _zero_stage(section: StudentSection, *, run_dir: Path) -> tuple[int, str]:
     return stage, f"{kind} into {USABLE_SHARE:.0%} of {memory_bytes / 1e9:.3g} GB"
 
 
-def _newest_manifest(url: str) -> Manifest | None:
+def _newest_manifest(url: str) -> Commit | None:
     """The newest commit there. Raises StoreUnavailable or StoreForbidden where the store cannot be
     asked."""
     try:
