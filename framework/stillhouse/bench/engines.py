@@ -7,7 +7,6 @@ records are compared between the ways.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
@@ -26,6 +25,7 @@ from stillhouse.bench.figures import Spread
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.config import TeacherSection
+from stillhouse.engines._vllm_compat import installed_version
 from stillhouse.engines.base import TeacherEngine
 from stillhouse.engines.choice import engine_named
 from stillhouse.engines.probe import mean_kl
@@ -205,7 +205,7 @@ def _engines(
         ROWS: RowsEngine(section, recipe, **load),
         DOCUMENTS: TransformersEngine(section, recipe, **load),
     }
-    if find_spec("vllm"):
+    if installed_version() is not None:
         in_vllm = TeacherSection.model_validate(section.model_dump() | {"engine": VLLM})
         engines[VLLM] = engine_named(VLLM)(in_vllm, recipe, **load)
     if with_compile:
