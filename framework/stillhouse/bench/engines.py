@@ -25,11 +25,11 @@ from stillhouse.bench.figures import Spread
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
 from stillhouse.config import TeacherSection
-from stillhouse.engines._vllm_compat import installed_version
 from stillhouse.engines.base import TeacherEngine
 from stillhouse.engines.choice import engine_named
 from stillhouse.engines.probe import mean_kl
 from stillhouse.engines.transformers import TransformersEngine
+from stillhouse.engines.vllm import is_installed
 from stillhouse.errors import ConfigError
 from stillhouse.logits import decode
 from stillhouse.models import save_model
@@ -205,7 +205,7 @@ def _engines(
         ROWS: RowsEngine(section, recipe, **load),
         DOCUMENTS: TransformersEngine(section, recipe, **load),
     }
-    if installed_version() is not None:
+    if is_installed():
         in_vllm = TeacherSection.model_validate(section.model_dump() | {"engine": VLLM})
         engines[VLLM] = engine_named(VLLM)(in_vllm, recipe, **load)
     if with_compile:

@@ -116,6 +116,11 @@ class VllmEngine:
         return Records(torch.cat([part.records_TB for part in parts]), concatenate(sampled))
 
 
+def is_installed() -> bool:
+    """Whether this Python has a vLLM, of whatever version."""
+    return _vllm_compat.installed_version() is not None
+
+
 def requests_of(
     item: WorkItem, recipe: Recipe, *, num_sampled: int, is_probe: bool = False
 ) -> list[tuple[list[int], Question]]:
