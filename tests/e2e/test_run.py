@@ -336,7 +336,11 @@ def as_toml(plan: Plan) -> str:
 
 
 def as_toml_value(value: object) -> str:
-    return "{}" if value == {} else json.dumps(value)
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{key} = {as_toml_value(each)}" for key, each in value.items()) + "}"
+        )
+    return json.dumps(value)
 
 
 @pytest.fixture(scope="module")
