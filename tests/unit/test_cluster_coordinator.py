@@ -49,7 +49,7 @@ def test_the_coordinator_keeps_cursors_and_hands_out_each_report_once(
 
 def test_each_heartbeat_of_a_teacher_is_handed_out_once(coordinator: Coordinator) -> None:
     for number in (3, 3, 9):
-        coordinator.heartbeat_of_teacher(number)
+        coordinator.heartbeat_of_worker(number)
     assert coordinator.read().heard_teachers == {3, 9}
     assert coordinator.read().heard_teachers == frozenset()
 

@@ -86,7 +86,7 @@ class Coordinator:
     # For consumers and teachers
     move_cursor = _one_way(CoordinatorActor.move_cursor)
     report_bad_chunk = _one_way(CoordinatorActor.report_bad_chunk)
-    heartbeat_of_teacher = _one_way(CoordinatorActor.heartbeat_of_teacher)
+    heartbeat_of_worker = _one_way(CoordinatorActor.heartbeat_of_worker)
 
     # For groups of ranks, and those who watch them
     begin = _answered(CoordinatorActor.begin, once=True)

@@ -109,8 +109,8 @@ class CoordinatorActor:
         """A consumer found chunk `number` damaged."""
         self._bad_chunks.add(number)
 
-    def heartbeat_of_teacher(self, number: int) -> None:
-        """A teacher's heartbeat, under the number that the pool gave it."""
+    def heartbeat_of_worker(self, number: int) -> None:
+        """A heartbeat of a teacher or a writer, under the number that the pool gave it."""
         self._heard_teachers.add(number)
 
     def read(

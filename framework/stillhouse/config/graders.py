@@ -1,5 +1,5 @@
 """Graders of what a model writes, a table [[graders]] each, and which samples are accepted: the
-sections [accept] and [decontaminate]."""
+sections [corpus.accept] and [corpus.decontaminate]."""
 
 import json
 from collections import Counter

@@ -21,7 +21,10 @@ from stillhouse.models import ModelIdentity
 from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 
-_SAMPLE_TOKENS = 64  # of each part: kept unencoded, to measure what compression and codec lose
+SAMPLE_TOKENS = 64  # of each part: kept unencoded, to measure what compression and codec lose
+# Kept by the probe, whatever the recipe keeps: the few likeliest entries of a flat distribution may
+# agree in models that differ.
+_PROBE_ENTRIES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ def encoded(parts: Iterable[CompressedLogits], spec: TargetSpec) -> Iterator[Rec
     """Records of targets that are tensors of this process, encoded on their device."""
     for targets in parts:
         # a clone, since a view would keep the whole part in memory
-        sample = targets.map(lambda tensor: tensor[:_SAMPLE_TOKENS].clone())
+        sample = targets.map(lambda tensor: tensor[:SAMPLE_TOKENS].clone())
         yield Records(encode(targets, spec), sample)
 
 
@@ -112,6 +115,12 @@ def draw_seeds(item: WorkItem, recipe: Recipe) -> Tensor:
         torch.arange(length).repeat(num_sequences),
     )
     return seeds.view(num_sequences, length)
+
+
+def probe_spec(recipe: Recipe) -> TargetSpec:
+    """What is kept of the answer to `probe_item`: as many entries by every engine."""
+    num_entries = min(_PROBE_ENTRIES, recipe.vocab_size)
+    return TargetSpec(recipe.vocab_size, num_entries, temperature=recipe.temperature)
 
 
 def probe_item(recipe: Recipe, *, num_tokens: int = 64) -> WorkItem:

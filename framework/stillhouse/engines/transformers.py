@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 
 from stillhouse.config import TeacherSection
-from stillhouse.engines.base import Capabilities, Records, draw_seeds, encoded, probe_item
+from stillhouse.engines.base import (
+    Capabilities,
+    Records,
+    draw_seeds,
+    encoded,
+    probe_item,
+    probe_spec,
+)
 from stillhouse.engines.probe import Probe, hashes_of_weights, mean_kl, rounded_otherwise
 from stillhouse.errors import ConfigError
 from stillhouse.logits import (
@@ -36,10 +43,6 @@ from stillhouse.models.compiling import as_written, check_compiled, compile_laye
 from stillhouse.models.sources import SEVERAL_GPUS
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
-
-# Kept by the probe, whatever the recipe keeps: the few likeliest entries of a flat distribution may
-# agree in models that differ.
-_PROBE_ENTRIES = 128
 
 
 class TransformersEngine:
@@ -93,11 +96,7 @@ class TransformersEngine:
         return Probe(answer, rounding_kl, hashes_of_weights(self._model))
 
     def _answer(self) -> CompressedLogits:
-        num_entries = min(_PROBE_ENTRIES, self._recipe.vocab_size)
-        spec = TargetSpec(
-            self._recipe.vocab_size, num_entries, temperature=self._recipe.temperature
-        )
-        parts = self._compress(probe_item(self._recipe), spec)
+        parts = self._compress(probe_item(self._recipe), probe_spec(self._recipe))
         return concatenate(parts).map(torch.Tensor.cpu)
 
     def backend(self) -> Backend:

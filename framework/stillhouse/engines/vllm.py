@@ -17,11 +17,11 @@ import torch
 
 from stillhouse.config import TeacherSection
 from stillhouse.engines import _vllm_compat
-from stillhouse.engines.base import Capabilities, Records, probe_item
+from stillhouse.engines.base import SAMPLE_TOKENS, Capabilities, Records, probe_item, probe_spec
 from stillhouse.engines.probe import Probe, mean_kl
 from stillhouse.engines.vllm_pooler import PoolerPlan, Question, read_answer, unpack
 from stillhouse.errors import ConfigError, ModelError, TeacherError
-from stillhouse.logits import Backend, TargetSpec, concatenate
+from stillhouse.logits import Backend, concatenate
 from stillhouse.model_path import source_of
 from stillhouse.models import ModelIdentity, digest_beside, model_identity
 from stillhouse.models.batch import TokenBatch
@@ -30,8 +30,6 @@ from stillhouse.sequence import Sequences, WorkItem
 from stillhouse.store import Recipe
 
 _WORKER = "stillhouse.engines.vllm_worker.records_worker"
-_PROBE_ENTRIES = 128  # kept by the probe, as many as other engines keep
-_SAMPLE_TOKENS = 64  # of an item: kept unencoded, to measure what compression and codec lose
 _BESIDE = 7  # other sequences in the batch that answers the probe a second time
 _CACHE_GB_ON_CPU = 1.0
 
@@ -47,13 +45,8 @@ class VllmEngine:
         _vllm_compat.require_tried(_vllm_compat.installed_version())
         _vllm_compat.prepare_environment()
         self._recipe = recipe
-        probe_spec = TargetSpec(
-            recipe.vocab_size,
-            min(_PROBE_ENTRIES, recipe.vocab_size),
-            temperature=recipe.temperature,
-        )
         head = plan_head(section, vocab_size=recipe.vocab_size)
-        self._plan = PoolerPlan(section, recipe, head, probe_spec)
+        self._plan = PoolerPlan(section, recipe, head, probe_spec(recipe))
         self._world = tensor_parallel(section, device=device)
         config = _config(self._plan, device=device)
         self._engine, self.digest = digest_beside(section, lambda: _vllm_compat.Engine(config))
@@ -98,7 +91,7 @@ class VllmEngine:
     def _ask(self, item: WorkItem, *, is_probe: bool = False) -> Records:
         """The records of an item, and a sample of them: of the probe, all."""
         spec = self._plan.spec(is_probe=is_probe)
-        most = item.sequences.num_targets if is_probe else _SAMPLE_TOKENS
+        most = item.sequences.num_targets if is_probe else SAMPLE_TOKENS
         requests = requests_of(item, self._recipe, num_sampled=most, is_probe=is_probe)
         if not requests:
             nothing_TB = torch.empty((0, spec.bytes_per_token), dtype=torch.uint8)

@@ -26,12 +26,11 @@ from stillhouse.pipeline.planning import tokenizer_of
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.ids import texts_of
 from stillhouse.sequences.prompts import Prompts
+from stillhouse.sequences.selection import SET_ASIDE_REASON
 from stillhouse.store.grader_names import claim_name
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, SET_ASIDE, Rollouts
 from stillhouse.store.verdicts import graded_shards, grader_name, put_verdict, verdicts_of
-
-NO_TEXT = "set aside by its writer"  # a sample that no grader is asked for
 
 _Texts = Callable[[Sequence[NDArray[np.int32]]], list[str]]
 
@@ -149,7 +148,7 @@ def _scores(
     """Of each sample; those that have none are counted by reason, and have 0."""
     found = graded(grader, [each for each in samples if each is not None])
     failures.update(found.failures)
-    failures.update({NO_TEXT: samples.count(None)})
+    failures.update({SET_ASIDE_REASON: samples.count(None)})
     scores = iter(found.scores)
     return [0.0 if each is None else next(scores) for each in samples]
 

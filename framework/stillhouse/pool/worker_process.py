@@ -54,7 +54,7 @@ class WorkerProcess:
         self.node = this_node()  # Ray's id of the machine's node
         self._role, self._coordinator = role, coordinator
         begin_heartbeat(
-            lambda: coordinator.heartbeat_of_teacher(number),
+            lambda: coordinator.heartbeat_of_worker(number),
             every_s=job.section.watchdog_s / BEATS_PER_WATCH,
         )
         prepare_process(device, job.threads)

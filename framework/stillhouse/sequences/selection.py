@@ -16,11 +16,10 @@ import xxhash
 
 from stillhouse.config.graders import AcceptSection
 from stillhouse.seeded import GOLDEN, splitmix64
+from stillhouse.store.rollouts import CUT, SET_ASIDE
 
 NUM_HASHES = 64
 RUN_TOKENS = 5
-
-FINISHED, CUT, SET_ASIDE = 0, 1, 2  # of a shard's `finish`
 
 SET_ASIDE_REASON = "set aside by its writer"
 UNFINISHED = "cut at the longest length"

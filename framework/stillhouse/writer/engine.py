@@ -1,4 +1,4 @@
-"""`WriterEngine`: the protocol for what runs a writer; and the choice of one by its name.
+"""`WriterEngine`: the protocol for what runs a writer.
 
 `TransformersWriter` (`writer/transformers.py`) is the example to read.
 """
