@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -22,13 +23,13 @@ from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.pipeline import Plan
+from stillhouse.pool.actor_backend import ActorBackend
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.student.workers import watched
-from stillhouse.teacher.actor import TeacherJob
+from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 from stillhouse.teacher.pool import comparison, limits_of
-from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import (
     Journal,
     RunEvent,
@@ -88,12 +89,15 @@ def test_the_only_teacher_is_stopped_and_within_the_watchdogs_time_another_makes
         return plan.item(number)
 
     job = TeacherJob(config.teacher, plan.recipe, config.store.url, threads=1, notices="off")
-    pool = Dispatcher(
-        RayBackend(
-            job,
-            where=placement(config.teacher, ray_cluster),
-            secrets=Secrets(None),
-            coordinator=coordinator,
+    pool: Dispatcher[WorkItem, Ready] = Dispatcher(
+        ActorBackend(
+            partial(
+                spawn,
+                job,
+                where=placement(config.teacher, ray_cluster),
+                secrets=Secrets(None),
+                coordinator=coordinator,
+            )
         ),
         limits_of(config.teacher),
         compare=comparison(plan.recipe),

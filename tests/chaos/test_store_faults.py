@@ -38,15 +38,15 @@ from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChunkError, RecipeError, StillhouseError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.run_dir import changes_since, config_of
+from stillhouse.pool.actor_backend import ActorBackend
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.retry import Patience
 from stillhouse.sequence import WorkItem
 from stillhouse.sequences import Corpus, prepare_corpus
 from stillhouse.store import Chunk, ChunkStore, Consumer, consumers, verify_store
 from stillhouse.student.loader import BatchReader
-from stillhouse.teacher.actor import Ready, TeacherJob, publish_when_possible
+from stillhouse.teacher.actor import Ready, TeacherJob, publish_when_possible, spawn
 from stillhouse.teacher.pool import comparison, limits_of
-from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import (
     ChunkEvent,
     EndEvent,
@@ -460,8 +460,14 @@ def pool_of(
     section = plan.config.teacher
     store = ChunkStore(plan.config.store.url, plan.recipe)
     job = TeacherJob(section, plan.recipe, store.url, threads=1, notices="off")
-    crew = RayBackend(
-        job, where=placement(section, {"CPU": 4.0}), secrets=Secrets(None), coordinator=coordinator
+    crew: ActorBackend[WorkItem, Ready] = ActorBackend(
+        partial(
+            spawn,
+            job,
+            where=placement(section, {"CPU": 4.0}),
+            secrets=Secrets(None),
+            coordinator=coordinator,
+        )
     )
     return Dispatcher(
         crew,

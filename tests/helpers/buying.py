@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from helpers.chunks import make_chunk, small_recipe
-from stillhouse.config import OpenAISection
+from stillhouse.config import ScoringSection
 from stillhouse.engines.ledger import Answers, Ledger
 from stillhouse.engines.openai_client import Server
 from stillhouse.engines.openai_desk import Desk
@@ -69,7 +69,7 @@ def desk_of(
 ) -> Desk:
     """A desk of one process, at the price of a dollar a token."""
     store = ChunkStore(blobs, RECIPE)
-    section = OpenAISection(
+    section = ScoringSection(
         base_url=base_url,
         served_model="toy",
         usd_per_million_tokens=ONE_USD_A_TOKEN,

@@ -29,12 +29,12 @@ from stillhouse.cluster.processes import Secrets
 from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt
+from stillhouse.pool.actor_backend import ActorBackend
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
-from stillhouse.teacher.actor import Ready, TeacherJob
+from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 from stillhouse.teacher.pool import comparison, limits_of
-from stillhouse.teacher.ray_backend import RayBackend
 from stillhouse.tracking import (
     ChunkEvent,
     PoolEvent,
@@ -99,11 +99,14 @@ def pool_of(
     section = plan.config.teacher.model_copy(update=teacher)
     job = TeacherJob(section, plan.recipe, plan.config.store.url, threads=1, notices="off")
     return Dispatcher(
-        RayBackend(
-            job,
-            where=placement(section, {"CPU": 4.0}),
-            secrets=Secrets(None),
-            coordinator=coordinator,
+        ActorBackend(
+            partial(
+                spawn,
+                job,
+                where=placement(section, {"CPU": 4.0}),
+                secrets=Secrets(None),
+                coordinator=coordinator,
+            )
         ),
         limits_of(section),
         compare=comparison(plan.recipe),

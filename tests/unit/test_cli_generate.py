@@ -60,8 +60,10 @@ def test_a_mistake_is_told_by_its_setting(tmp_path: Path, more: str, words: str)
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ('writer.engine = "vllm"', "no writer's engine 'vllm'"),
-        ("writer.min_replicas = 2", "min_replicas is 2, but max_replicas is 1"),
+        ('writer.engine = "vlm"', "no engine 'vlm'; known: transformers, vllm, openai"),
+        ("writer.vllm.kv_cache_gb = 2", 'vllm has settings, but engine is "transformers"'),
+        ('writer.engine = "openai"', r"\[writer\.openai\] base_url"),
+        ("writer.min_replicas = 2", "min_replicas is 2, above max_replicas, which is 1"),
         ("graders = [{kind = 'a:b'}, {kind = 'a:b'}]", "two graders are called 'a:b'"),
         ('prompts.format = "text"\nprompts.chat_template = "{{ a }}"', 'set format = "chat"'),
     ],

@@ -56,9 +56,9 @@ def test_one_with_another_python_or_ray_is_refused_with_what_was_found(
 
 
 def test_the_message_says_what_was_found_what_is_wanted_and_what_to_do() -> None:
-    require_here(sys.executable)
+    require_here(sys.executable, table="teacher")
     with pytest.raises(ConfigError, match="it is no Python") as refused:
-        require_here("/bin/true")
+        require_here("/bin/true", table="teacher")
     assert str(HERE) in str(refused.value)
     assert "leave teacher.python out" in str(refused.value)
 
@@ -73,7 +73,9 @@ def test_a_path_is_one_word_for_the_shell_that_ray_starts_it_by() -> None:
 def test_machines_on_which_a_teacher_fits_are_asked_and_no_others(tmp_path: Path) -> None:
     def require(python: str, **resources: float) -> None:
         where = Placement(0.25, 0.0, resources)
-        Interpreters(python, lambda: nodes_with_room([where])).require(timeout_s=60.0)
+        Interpreters(python, lambda: nodes_with_room([where]), table="teacher").require(
+            timeout_s=60.0
+        )
 
     absent = str(tmp_path / "python")
     require(sys.executable)
@@ -85,7 +87,7 @@ def test_machines_on_which_a_teacher_fits_are_asked_and_no_others(tmp_path: Path
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_machine_that_joins_later_is_asked_without_waiting_for_it(tmp_path: Path) -> None:
     there: list[dict[str, Any]] = []
-    interpreters = Interpreters(str(tmp_path / "python"), lambda: there)
+    interpreters = Interpreters(str(tmp_path / "python"), lambda: there, table="teacher")
     interpreters.require(timeout_s=0.0)
     there += nodes_with_room([Placement(0.25, 0.0, {})])
     with pytest.raises(ConfigError, match="No such file"):

@@ -26,7 +26,7 @@ from helpers.models import make_model
 from helpers.promptserver import Answer, Fault, PromptServer, busy, flat
 from helpers.world import TinyWorld
 from stillhouse.cluster.processes import local_secrets
-from stillhouse.config import OpenAISection, TargetSection, TeacherSection, parse_config
+from stillhouse.config import ScoringSection, TargetSection, TeacherSection, parse_config
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.engines.openai import OpenAIEngine
 from stillhouse.engines.openai_client import Free, Server
@@ -65,7 +65,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def section_of(server: PromptServer, model: Path | str = "toy", **options: Any) -> TeacherSection:
     values = {"base_url": server.base_url, "served_model": "toy", **options}
     return TeacherSection(
-        model=str(model), dtype="float32", engine="openai", openai=OpenAISection(**values)
+        model=str(model), dtype="float32", engine="openai", openai=ScoringSection(**values)
     )
 
 

@@ -18,7 +18,8 @@ from stillhouse.config import TeacherSection, parse_config
 from stillhouse.engines import _vllm_compat
 from stillhouse.engines.base import draw_seeds
 from stillhouse.engines.choice import engine_named
-from stillhouse.engines.vllm import VllmEngine, arguments_of, requests_of
+from stillhouse.engines.vllm import VllmEngine, requests_of
+from stillhouse.engines.vllm_config import arguments_of
 from stillhouse.engines.vllm_pooler import (
     PoolerPlan,
     Question,
@@ -31,7 +32,7 @@ from stillhouse.errors import ConfigError, TeacherError
 from stillhouse.logits import Head, TargetSpec, compress_hidden, encode
 from stillhouse.models.batch import TokenBatch
 from stillhouse.models.head_files import HeadPlan
-from stillhouse.pipeline.planning import _number_format
+from stillhouse.pipeline.planning import number_format
 from stillhouse.sequence import WorkItem
 
 RECIPE = small_recipe(
@@ -89,17 +90,17 @@ def test_vllms_settings_with_another_engine_are_refused() -> None:
 @pytest.mark.parametrize("found", ["0.29.0", "0.33.0", "1.32", "0.3.2"])
 def test_another_version_than_those_tried_is_refused(found: str) -> None:
     with pytest.raises(ConfigError, match=f"vLLM {found} is installed; wanted version 0.32"):
-        _vllm_compat.require_tried(found)
+        _vllm_compat.require_tried(found, table="teacher")
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.32.0rc1", "0.32.0+cpu"])
 def test_the_versions_tried_are_accepted(found: str) -> None:
-    _vllm_compat.require_tried(found)
+    _vllm_compat.require_tried(found, table="teacher")
 
 
 def test_an_absent_vllm_is_named_with_two_ways_to_have_it() -> None:
     with pytest.raises(ConfigError, match=r"stillhouse\[vllm\].*teacher\.python"):
-        _vllm_compat.require_tried(None)
+        _vllm_compat.require_tried(None, table="teacher")
 
 
 @pytest.mark.parametrize(
@@ -115,10 +116,10 @@ def test_an_absent_vllm_is_named_with_two_ways_to_have_it() -> None:
         ),
     ],
 )
-def test_the_number_format_says_what_moves_the_distribution(
+def test_thenumber_format_says_what_moves_the_distribution(
     settings: Mapping[str, Any], wanted: str
 ) -> None:
-    assert _number_format(teacher(**({"dtype": "bfloat16"} | dict(settings)))) == wanted
+    assert number_format(teacher(**({"dtype": "bfloat16"} | dict(settings)))) == wanted
 
 
 # requests

@@ -198,7 +198,7 @@ def test_logits_that_are_no_distribution_are_refused() -> None:
 
 def test_random_numbers_are_even_and_differ_between_samples_and_places() -> None:
     seeds_B = torch.tensor([seed_of("recipe", 0, n, 0) for n in range(2000)])
-    first_B, second_B = uniforms(seeds_B, 0), uniforms(seeds_B, 1)
+    first_B, second_B = (uniforms(seeds_B, torch.full_like(seeds_B, n)) for n in range(2))
     assert 0 <= float(first_B.min()) < 0.01
     assert 0.99 < float(first_B.max()) < 1
     assert float(first_B.mean()) == pytest.approx(0.5, abs=0.03)

@@ -20,7 +20,7 @@ def environment() -> None:
 
 
 def test_the_installed_version_is_one_that_was_tried() -> None:
-    _vllm_compat.require_tried(_vllm_compat.installed_version())
+    _vllm_compat.require_tried(_vllm_compat.installed_version(), table="teacher")
 
 
 def test_a_batch_tells_the_tokens_of_each_request_and_keeps_our_parts() -> None:

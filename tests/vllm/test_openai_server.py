@@ -16,7 +16,7 @@ import torch
 
 from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
-from stillhouse.config import OpenAISection, TeacherSection
+from stillhouse.config import ScoringSection, TeacherSection
 from stillhouse.engines.openai import OpenAIEngine
 from stillhouse.engines.probe import mean_kl, require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
@@ -85,7 +85,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 def engine_of(base_url: str, teacher: Path, folder: Path, **options: int) -> OpenAIEngine:
     values = {"base_url": base_url, "served_model": "toy", "max_logprobs": MOST_ENTRIES, **options}
     section = TeacherSection(
-        model=str(teacher), engine="openai", openai=OpenAISection.model_validate(values)
+        model=str(teacher), engine="openai", openai=ScoringSection.model_validate(values)
     )
     return OpenAIEngine(section, RECIPE, device="cpu", store_url=str(folder / "store"))
 
@@ -122,10 +122,10 @@ def test_more_entries_than_it_gives_are_refused_in_its_own_words(
 
 def test_the_only_model_that_it_lists_is_the_teacher(base_url: str, teacher: Path) -> None:
     section = TeacherSection(
-        model=str(teacher), engine="openai", openai=OpenAISection(base_url=base_url)
+        model=str(teacher), engine="openai", openai=ScoringSection(base_url=base_url)
     )
     found = OpenAIEngine.identity(section, cache_dir=teacher)
     assert found.served_model == "toy"
-    nowhere = OpenAISection(base_url=base_url.replace("/v1", "/v2"))
+    nowhere = ScoringSection(base_url=base_url.replace("/v1", "/v2"))
     with pytest.raises(ServerError, match="status 404"):
         OpenAIEngine.identity(section.model_copy(update={"openai": nowhere}), cache_dir=teacher)

@@ -11,7 +11,8 @@ import pytest
 from helpers.vllmtoys import make_toy, recipe_of, section_of
 from stillhouse.config import TeacherSection
 from stillhouse.engines import _vllm_compat
-from stillhouse.engines.vllm import VllmEngine, arguments_of
+from stillhouse.engines.vllm import VllmEngine
+from stillhouse.engines.vllm_config import arguments_of
 from stillhouse.errors import ConfigError, ModelError
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -55,7 +56,8 @@ def test_vllms_config_holds_our_settings(
     _vllm_compat.prepare_environment()
     section = on_gpus(mixture, **settings)
     config = _vllm_compat.engine_config(
-        **arguments_of(section, sequence_length=96, device="cuda") | {"enforce_eager": True}
+        writes=False,
+        **arguments_of(section, sequence_length=96, device="cuda") | {"enforce_eager": True},
     )
     for name, value in wanted.items():
         part, _, field = name.partition(".")
@@ -77,7 +79,7 @@ def test_a_model_that_was_quantised_runs_as_its_files_say(mixture: Path, tmp_pat
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
     arguments = arguments_of(on_gpus(tmp_path), sequence_length=96, device="cuda")
-    config = _vllm_compat.engine_config(**arguments)
+    config = _vllm_compat.engine_config(writes=False, **arguments)
     assert "awq" in config.model_config.quantization
 
 

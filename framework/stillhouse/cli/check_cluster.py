@@ -64,10 +64,10 @@ def _available(config: Config) -> Mapping[str, float]:
         with attached(section) as resources:
             if python is not None:
                 nodes = nodes_with_room([placement(config.teacher, resources)])
-                Interpreters(python, lambda: nodes).require(timeout_s=_ASKED_S)
+                Interpreters(python, lambda: nodes, table="teacher").require(timeout_s=_ASKED_S)
             return dict(resources)
     if python is not None:
-        require_here(python)
+        require_here(python, table="teacher")
     return {
         "CPU": float(section.num_cpus or os.cpu_count() or 1),
         "GPU": float(torch.cuda.device_count()),

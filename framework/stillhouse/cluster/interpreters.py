@@ -1,5 +1,5 @@
-"""A Python interpreter of its own for workers (`teacher.python`): what Ray is told, and which
-machines have it.
+"""A Python interpreter of its own for a pool (`teacher.python`, `writer.python`): what Ray is told,
+and which machines have it.
 
 Ray starts an interpreter that is missing, or whose Ray or Python is another, again and again
 without end and without a word. So each machine is asked first, by a small task.
@@ -77,10 +77,12 @@ def refusal(python: str, wanted: Versions) -> str | None:
 
 class Interpreters:
     """The interpreters of one path on the machines of a cluster. `nodes` gives the machines that
-    there are, as Ray describes them; each is asked once."""
+    there are, as Ray describes them; each is asked once. `table`: the config's that names it."""
 
-    def __init__(self, python: str, nodes: Callable[[], Iterable[Mapping[str, Any]]]):
-        self._python, self._nodes = python, nodes
+    def __init__(
+        self, python: str, nodes: Callable[[], Iterable[Mapping[str, Any]]], *, table: str
+    ):
+        self._python, self._nodes, self._table = python, nodes, table
         self._asked: set[str] = set()  # nodes, by id
         self._waiting: dict[Any, str] = {}  # the address of its node, by the reference to an answer
 
@@ -102,22 +104,22 @@ class Interpreters:
         reasons = [(self._waiting.pop(answer), _reason(answer)) for answer in answered]
         refused = [f"{address}: {reason}" for address, reason in reasons if reason is not None]
         if refused:
-            raise _refused(self._python, sorted(refused))
+            raise _refused(self._python, sorted(refused), table=self._table)
 
 
-def require_here(python: str) -> None:
+def require_here(python: str, *, table: str) -> None:
     """As `Interpreters.require`, for this machine alone, and without Ray."""
     reason = refusal(python, Versions.here())
     if reason is not None:
-        raise _refused(python, [f"this machine: {reason}"])
+        raise _refused(python, [f"this machine: {reason}"], table=table)
 
 
-def _refused(python: str, reasons: list[str]) -> ConfigError:
+def _refused(python: str, reasons: list[str], *, table: str) -> ConfigError:
     machines = "".join(f"\n  - {line}" for line in reasons)
     return ConfigError(
-        f"teacher.python is {python}, which cannot run teachers:{machines}\nWanted at this path of "
-        f"every machine with teachers: {Versions.here()}, as the command itself has. Install them "
-        "there, name another interpreter, or leave teacher.python out"
+        f"{table}.python is {python}, which cannot run {table}s:{machines}\nWanted at this path of "
+        f"every machine with {table}s: {Versions.here()}, as the command itself has. Install them "
+        f"there, name another interpreter, or leave {table}.python out"
     )
 
 

@@ -4,7 +4,7 @@ Values and arithmetic, without Ray."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stillhouse.config import ModelSection, StudentSection, TeacherSection
+from stillhouse.config import ModelSection, PoolSection, StudentSection, TeacherSection
 from stillhouse.errors import ConfigError
 
 # by the name of the processes: the section with the needs of one, and how many
@@ -31,9 +31,9 @@ class Placement:
 
 def placement(section: ModelSection, available: Mapping[str, float]) -> Placement:
     """The placement of a process of this section: on a GPU where `device` says so or the cluster
-    has one, otherwise on the CPU, as a teacher behind a server is. Raises ConfigError where
+    has one, otherwise on the CPU, as what asks a server is. Raises ConfigError where
     `device` and `num_gpus` contradict."""
-    is_served = isinstance(section, TeacherSection) and section.openai is not None
+    is_served = isinstance(section, PoolSection) and section.openai is not None
     finds_gpu = section.device == "auto" and not is_served and available.get("GPU", 0.0) > 0
     default_gpus = 1.0 if section.device == "cuda" or finds_gpu else 0.0
     num_gpus = default_gpus if section.num_gpus is None else section.num_gpus

@@ -1,6 +1,6 @@
 """The configuration of a run: typed, frozen, read from TOML. It imports nothing heavy.
 
-fields, corpus, models, openai,
+fields, corpus, models, servers,
 student, vllm, weights,
 sections                    what can be set: types and ranges, then the sections
 reading, paths              how a file becomes a Config, and what a relative path is relative to
@@ -9,8 +9,7 @@ settings                    the same as a table and as a JSON Schema
 
 from stillhouse.config.corpus import CorpusSection
 from stillhouse.config.fields import DIVERGENCES, NoticeSource, Section
-from stillhouse.config.models import ModelSection, TeacherSection
-from stillhouse.config.openai import OpenAISection
+from stillhouse.config.models import ModelSection, PoolSection, TeacherSection
 from stillhouse.config.paths import with_absolute_inputs
 from stillhouse.config.reading import load_config, parse_config, resolved_json
 from stillhouse.config.sections import (
@@ -21,12 +20,14 @@ from stillhouse.config.sections import (
     TargetSection,
     TrackingSection,
 )
+from stillhouse.config.servers import ChatSection, ScoringSection, ServerSection
 from stillhouse.config.student import StudentSection
 from stillhouse.config.vllm import VllmSection
 from stillhouse.config.weights import CutSection, LoraSection
 
 __all__ = [
     "DIVERGENCES",
+    "ChatSection",
     "ClusterSection",
     "Config",
     "CorpusSection",
@@ -35,8 +36,10 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "NoticeSource",
-    "OpenAISection",
+    "PoolSection",
+    "ScoringSection",
     "Section",
+    "ServerSection",
     "StoreSection",
     "StudentSection",
     "TargetSection",

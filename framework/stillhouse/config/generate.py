@@ -5,16 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from stillhouse.config.fields import (
     BatchSize,
     Count,
-    CountOrZero,
     Fraction,
     Name,
-    NumProcesses,
-    Seconds,
     Section,
     Seed,
 )
@@ -24,10 +21,11 @@ from stillhouse.config.graders import (
     require_names_of_their_own,
     require_no_references,
 )
-from stillhouse.config.models import ModelSection
+from stillhouse.config.models import PoolSection
 from stillhouse.config.reading import read_values, validated
 from stillhouse.config.sections import ClusterSection
-from stillhouse.extension import is_extension
+from stillhouse.config.servers import ChatSection
+from stillhouse.config.vllm import VllmSection
 
 
 class PromptsSection(Section):
@@ -78,49 +76,24 @@ class PromptsSection(Section):
         return self
 
 
-class WriterSection(ModelSection):
+class WriterSection(PoolSection):
     """The model that writes, and its pool of actors."""
+
+    table = "writer"
 
     engine: str = Field(
         "transformers",
-        description="what runs the writer: transformers, or 'package.module:name', a WriterEngine "
-        "of your own",
+        description="what runs the writer: transformers, vllm, openai (a server with OpenAI's chat "
+        "API), or 'package.module:name', a WriterEngine of your own",
     )
-    min_replicas: NumProcesses = Field(1, description="actors that must be up before it begins")
-    max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
-    batch_sequences: BatchSize = Field(16, description="samples that are written side by side")
-    max_failures: Count = Field(
-        3, description="failed attempts at a shard, or at one prompt of it, before it is given up"
+    openai: ChatSection | None = Field(
+        None,
+        description='the server of engine = "openai"; `model` then has the tokenizer of those who '
+        "will learn from it",
     )
-    max_set_aside: CountOrZero = Field(
-        8, description="prompts that no writer could answer before the command fails"
+    batch_sequences: BatchSize = Field(
+        16, description="samples that are written side by side; engine transformers"
     )
-    lease_timeout_s: Seconds = Field(
-        3600.0, description="seconds after which a shard is leased to a second writer as well"
-    )
-    watchdog_s: Seconds = Field(
-        300.0,
-        description="seconds without a heartbeat after which a writer is killed and replaced; a "
-        "shard may take longer than that",
-    )
-
-    @field_validator("engine")
-    @classmethod
-    def _is_an_engine(cls, name: str) -> str:
-        if name == "transformers" or is_extension(name):
-            return name
-        raise ValueError(
-            f"no writer's engine {name!r}; known: transformers, or 'package.module:name' for one "
-            "of your own"
-        )
-
-    @model_validator(mode="after")
-    def _replicas_are_a_range(self) -> "WriterSection":
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas is {self.min_replicas}, but max_replicas is {self.max_replicas}"
-            )
-        return self
 
 
 class SamplingSection(Section):
@@ -186,6 +159,8 @@ def load_generate_config(
     for name, field in GenerateConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             known[name] = list(field.annotation.model_fields)
+    tables: dict[str, type[Section]] = {"writer.vllm": VllmSection, "writer.openai": ChatSection}
+    known |= {name: list(section.model_fields) for name, section in tables.items()}
     for kind, section in SECTIONS_BY_KIND.items():
         known[f"graders.{kind}"] = list(section.model_fields)
     return validated(GenerateConfig, read_values(paths, overrides), known=known)

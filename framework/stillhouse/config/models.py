@@ -1,6 +1,6 @@
 """A model and the resources of its processes, and the section [teacher]."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from stillhouse.config.fields import (
     Section,
     shown,
 )
-from stillhouse.config.openai import OpenAISection
+from stillhouse.config.servers import ScoringSection, ServerSection
 from stillhouse.config.vllm import VllmSection
 from stillhouse.extension import is_extension
 
@@ -57,27 +57,102 @@ class ModelSection(Section):
     )
 
 
-class TeacherSection(ModelSection):
+class PoolSection(ModelSection):
+    """A model that an engine runs, in a pool of actors."""
+
+    table: ClassVar[str]  # its name in a config
+
+    engine: str = "transformers"
+    openai: ServerSection | None = None
+    vllm: VllmSection = Field(VllmSection(), description="settings of the engine vllm alone")
+    python: Name | None = Field(
+        None,
+        description="the absolute path of an interpreter of its own for these actors, on every "
+        "machine that has them, such as /opt/vllm/bin/python; none: the one that runs the rest",
+    )
+    min_replicas: NumProcesses = Field(1, description="actors that must be up before it begins")
+    max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
+    max_failures: Count = Field(
+        3,
+        description="failed attempts at a block (a chunk, or a shard of rollouts), or at one "
+        "sequence or prompt of it, before it is given up",
+    )
+    max_set_aside: CountOrZero = Field(
+        8, description="sequences or prompts that no actor could do before the command fails"
+    )
+    lease_timeout_s: Seconds = Field(
+        3600.0, description="seconds after which a block is leased to a second actor as well"
+    )
+    watchdog_s: Seconds = Field(
+        300.0,
+        description="seconds without a heartbeat after which an actor is killed and replaced; a "
+        "block may take longer than that",
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _is_an_engine(cls, name: str) -> str:
+        if name in ENGINES or is_extension(name):
+            return name
+        raise ValueError(
+            f"no engine {name!r}; known: {', '.join(ENGINES)}, or 'package.module:name' for one of "
+            "your own"
+        )
+
+    @field_validator("python")
+    @classmethod
+    def _is_an_absolute_path(cls, python: str | None) -> str | None:
+        if python is None or python.startswith("/"):
+            return python
+        raise ValueError(
+            f"{shown(python)} is no absolute path; give one, since these actors run on machines "
+            "with other directories"
+        )
+
+    @model_validator(mode="after")
+    def _tables_are_of_the_engine(self) -> Self:
+        if self.engine == "openai" and self.openai is None:
+            raise ValueError(
+                'engine is "openai", but openai is missing; say where the server is: '
+                f'[{self.table}.openai] base_url = "http://10.0.0.5:8000/v1"'
+            )
+        if self.engine != "openai" and self.openai is not None:
+            raise ValueError(
+                f'openai is set, but engine is "{self.engine}"; set engine = "openai", or leave '
+                "the table out"
+            )
+        if self.vllm != VllmSection() and self.engine != "vllm":
+            raise ValueError(
+                f'vllm has settings, but engine is "{self.engine}", which does not read them; set '
+                'engine = "vllm", or leave the table out'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_are_a_range(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, above max_replicas, which is "
+                f"{self.max_replicas}"
+            )
+        return self
+
+
+class TeacherSection(PoolSection):
     """The teacher and its pool of actors."""
+
+    table = "teacher"
 
     engine: str = Field(
         "transformers",
         description="what runs the teacher: transformers, vllm, openai (a server that scores "
         "prompts), or 'package.module:name', a TeacherEngine of your own",
     )
-    openai: OpenAISection | None = Field(
+    openai: ScoringSection | None = Field(
         None,
         description='the server of engine = "openai"; `model` then has the tokenizer, and names '
         "the teacher together with `revision` and served_model",
     )
-    vllm: VllmSection = Field(VllmSection(), description="settings of the engine vllm alone")
-    python: Name | None = Field(
-        None,
-        description="the absolute path of an interpreter of its own for teachers, on every machine "
-        "that has them, such as /opt/vllm/bin/python; none: the one that runs the rest",
-    )
-    min_replicas: NumProcesses = Field(1, description="actors that must be up before a run begins")
-    max_replicas: NumProcesses = Field(1, description="actors to request from Ray")
     batch_sequences: BatchSize = Field(4, description="sequences in one forward pass")
     block_tokens: BlockSize = Field(
         1024, description="tokens whose logits are in memory at one time"
@@ -97,67 +172,3 @@ class TeacherSection(ModelSection):
         description="spread the layers over num_gpus GPUs, of which one works at a time; engine "
         "transformers, for a teacher that one GPU cannot hold",
     )
-    max_failures: Count = Field(
-        3,
-        description="failed attempts at a chunk, or at one sequence of it, before it is given up",
-    )
-    max_set_aside: CountOrZero = Field(
-        8, description="sequences that no teacher could compute before the run fails"
-    )
-    lease_timeout_s: Seconds = Field(
-        3600.0,
-        description="seconds after which a chunk is leased to a second teacher as well",
-    )
-    watchdog_s: Seconds = Field(
-        300.0,
-        description="seconds without a heartbeat after which an actor is killed and replaced; a "
-        "chunk may take longer than that",
-    )
-
-    @field_validator("engine")
-    @classmethod
-    def _is_an_engine(cls, name: str) -> str:
-        if name in ENGINES or is_extension(name):
-            return name
-        raise ValueError(
-            f"no engine {name!r}; known: {', '.join(ENGINES)}, or 'package.module:name' for one of "
-            "your own"
-        )
-
-    @field_validator("python")
-    @classmethod
-    def _is_an_absolute_path(cls, python: str | None) -> str | None:
-        if python is None or python.startswith("/"):
-            return python
-        raise ValueError(
-            f"{shown(python)} is no absolute path; give one, since teachers run on machines with "
-            "other directories"
-        )
-
-    @model_validator(mode="after")
-    def _tables_are_of_the_engine(self) -> "TeacherSection":
-        if self.engine == "openai" and self.openai is None:
-            raise ValueError(
-                'engine is "openai", but openai is missing; say where the server is: '
-                '[teacher.openai] base_url = "http://10.0.0.5:8000/v1"'
-            )
-        if self.engine != "openai" and self.openai is not None:
-            raise ValueError(
-                f'openai is set, but engine is "{self.engine}"; set engine = "openai", or leave '
-                "the table out"
-            )
-        if self.vllm != VllmSection() and self.engine != "vllm":
-            raise ValueError(
-                f'vllm has settings, but engine is "{self.engine}", which does not read them; set '
-                'engine = "vllm", or leave the table out'
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _replicas_are_a_range(self) -> "TeacherSection":
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas is {self.min_replicas}, above max_replicas, which is "
-                f"{self.max_replicas}"
-            )
-        return self

@@ -18,7 +18,7 @@ from stillhouse.config.fields import (
 )
 from stillhouse.config.graders import AcceptSection, DecontaminateSection
 from stillhouse.config.models import TeacherSection
-from stillhouse.config.openai import OpenAISection
+from stillhouse.config.servers import ScoringSection
 from stillhouse.config.student import StudentSection
 from stillhouse.config.vllm import VllmSection
 from stillhouse.config.weights import CutSection, LoraSection
@@ -226,7 +226,7 @@ def names_by_section() -> dict[str, list[str]]:
         "teacher.vllm": VllmSection,
         "student.init": CutSection,
         "student.lora": LoraSection,
-        "teacher.openai": OpenAISection,
+        "teacher.openai": ScoringSection,
     }
     return {"": list(types)} | {
         name: list(kind.model_fields) for name, kind in (types | tables).items()

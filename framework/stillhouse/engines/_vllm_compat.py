@@ -24,7 +24,11 @@ _SETTINGS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the actor has torch's threads set
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one has processors of another form
 }
+
+
+SEED = "seed"  # the name of a request's seed among the values that vLLM hands on
 
 
 class Request(NamedTuple):
@@ -45,18 +49,27 @@ class Ranks(NamedTuple):
     group: ProcessGroup | None  # None for a world of one
 
 
-def require_tried(found: str | None) -> None:
-    """Raise ConfigError unless a version of vLLM (None: there is none) is one that was tried."""
+class Sampled(NamedTuple):
+    """What was written to a prompt, with what our processor said of each id."""
+
+    ids: list[int]
+    logits: list[float]
+    ended: bool  # by itself; False: it was cut
+
+
+def require_tried(found: str | None, *, table: str) -> None:
+    """Raise ConfigError unless a version of vLLM (None: there is none) is one that was tried.
+    `table`: the config's, which names the engine."""
     wanted = " or ".join(_TRIED)
     if found is None:
         raise ConfigError(
-            'teacher.engine is "vllm", but vLLM is not installed for this Python; wanted version '
+            f'{table}.engine is "vllm", but vLLM is not installed for this Python; wanted version '
             f"{wanted}: `pip install 'stillhouse[vllm]'` on every machine, or name the interpreter "
-            "of an environment that has it (teacher.python)"
+            f"of an environment that has it ({table}.python)"
         )
     if ".".join(found.split(".")[:2]) not in _TRIED:
         raise ConfigError(
-            f'teacher.engine is "vllm", and vLLM {found} is installed; wanted version {wanted}, '
+            f'{table}.engine is "vllm", and vLLM {found} is installed; wanted version {wanted}, '
             "since others hand hidden states on, or cut documents, in another way: "
             "`pip install 'stillhouse[vllm]'`"
         )
@@ -78,19 +91,26 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-def engine_config(**arguments: Any) -> Any:
-    """vLLM's whole config, from arguments of its EngineArgs. Raises ValueError for what it does not
-    run; nothing is loaded yet."""
+def engine_config(*, writes: bool, **arguments: Any) -> Any:
+    """vLLM's whole config, from arguments of its EngineArgs, for an engine that writes, or else one
+    whose pooler is ours. Raises ValueError for what it does not run; nothing is loaded yet."""
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.exceptions import VLLMValidationError
     from vllm.usage.usage_lib import UsageContext
 
-    pooling = PoolerConfig(task="token_embed", use_activation=False)
-    given = arguments | {"runner": "pooling", "convert": "embed", "pooler_config": pooling}
+    if writes:  # ids alone go in and out; a processor of ours draws them
+        own = {
+            "runner": "generate",
+            "logprobs_mode": "processed_logits",
+            "skip_tokenizer_init": True,
+        }
+    else:
+        pooling = PoolerConfig(task="token_embed", use_activation=False)
+        own = {"runner": "pooling", "convert": "embed", "pooler_config": pooling}
     try:
         # its defaults of this context are for throughput
-        return EngineArgs(**given).create_engine_config(UsageContext.LLM_CLASS)
+        return EngineArgs(**arguments, **own).create_engine_config(UsageContext.LLM_CLASS)
     except ValidationError as error:
         reasons = [str(each["msg"]).removeprefix("Value error, ") for each in error.errors()]
         raise ValueError("; ".join(reasons)) from error
@@ -132,37 +152,78 @@ class Engine:
         self._is_whole = True
 
     def answers(self, requests: Sequence[tuple[list[int], Mapping[str, Any]]]) -> list[Tensor]:
-        """What the pooler answers to requests of token ids and fields, in their order.
-
-        An error of vLLM's own leaves requests behind that never end. So the next call raises
-        SystemExit, which ends an actor, and the pool starts another.
-        """
-        from vllm.inputs import tokens_input
+        """What the pooler answers to requests of token ids and fields, in their order."""
         from vllm.pooling_params import PoolingParams
 
-        if not self._is_whole:
-            raise SystemExit("vLLM failed at the item before, and is of no use any more")
-        self._is_whole = False
-        for number, (ids, fields) in enumerate(requests):
-            # a prefix that is read from the cache has no hidden states
-            params = PoolingParams(
+        # a prefix that is read from the cache has no hidden states
+        asked = [
+            PoolingParams(
                 task="token_embed",
                 use_activation=False,
                 skip_reading_prefix_cache=True,
                 extra_kwargs=dict(fields),
             )
+            for _, fields in requests
+        ]
+        return [each.outputs.data for each in self._outputs([ids for ids, _ in requests], asked)]
+
+    def samples(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+    ) -> list[Sampled]:
+        """What is written to each prompt: the tokens to which our processor gives the highest
+        logits, and these logits. It knows the seed at the same place."""
+        from vllm.sampling_params import SamplingParams
+
+        asked = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=max_new_tokens,
+                stop_token_ids=list(end_ids),
+                ignore_eos=True,  # those of the recipe alone end a sample
+                logprobs=0,  # that of the token which was drawn
+                extra_args={SEED: seed},
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        return [_sampled(each.outputs[0]) for each in self._outputs(prompts, asked)]
+
+    def _outputs(self, prompts: Sequence[list[int]], asked: Sequence[Any]) -> list[Any]:
+        """The last output to each prompt, in their order.
+
+        An error of vLLM's own leaves requests behind that never end. So the next call raises
+        SystemExit, which ends an actor, and the pool starts another.
+        """
+        from vllm.inputs import tokens_input
+
+        if not self._is_whole:
+            raise SystemExit("vLLM failed at the item before, and is of no use any more")
+        self._is_whole = False
+        for number, (ids, params) in enumerate(zip(prompts, asked, strict=True)):
             self._engine.add_request(str(number), tokens_input(ids), params)
-        found: dict[int, Tensor] = {}
+        found: dict[int, Any] = {}
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if output.finished:
-                    found[int(output.request_id)] = output.outputs.data
+                    found[int(output.request_id)] = output
         self._is_whole = True
-        return [found[number] for number in range(len(requests))]
+        return [found[number] for number in range(len(prompts))]
 
     def call_workers(self, method: str) -> None:
         """Call a method of every worker, and wait for it."""
         self._engine.collective_rpc(method)
+
+
+def _sampled(completion: Any) -> Sampled:
+    ids = list(completion.token_ids)
+    places = zip(ids, completion.logprobs, strict=True)
+    logits = [at_place[token].logprob for token, at_place in places]
+    return Sampled(ids, logits, ended=completion.finish_reason == "stop")
 
 
 def clear_keys_and_values(worker: Any) -> None:
@@ -181,6 +242,13 @@ def worker_class() -> Any:
     from vllm.v1.worker.gpu_worker import Worker
 
     return Worker
+
+
+def accept_processor(processor: type) -> None:
+    """Have vLLM take a class with the methods of its logits processors for one of them."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    LogitsProcessor.register(processor)
 
 
 def tensor_ranks() -> Ranks:

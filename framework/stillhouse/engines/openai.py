@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from stillhouse.cluster.environment import secret_in
-from stillhouse.config import OpenAISection, TeacherSection
+from stillhouse.config import ScoringSection, TeacherSection
 from stillhouse.engines.base import Capabilities, Records, encoded, probe_item
 from stillhouse.engines.ledger import Answers, Ledger
 from stillhouse.engines.openai_client import Server
@@ -172,12 +172,12 @@ class OpenAIEngine:
                 )
 
 
-def options_of(section: TeacherSection) -> OpenAISection:
+def options_of(section: TeacherSection) -> ScoringSection:
     assert section.openai is not None, "the config wants it with this engine"
     return section.openai
 
 
-def _only_model(options: OpenAISection) -> str:
+def _only_model(options: ScoringSection) -> str:
     """The model that the server lists. Raises ServerError where there is not exactly one."""
     key = secret_in(options.api_key_env)
     server = Server(options, api_key=key, patience=BEFORE_A_RUN)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 
-from stillhouse.config import OpenAISection
+from stillhouse.config import ScoringSection
 from stillhouse.engines.openai_scores import Document, Scores, scores_of
 from stillhouse.errors import ServerError, StillhouseError, TeacherError
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, pauses
@@ -73,7 +73,7 @@ class Server:
 
     def __init__(
         self,
-        section: OpenAISection,
+        section: ScoringSection,
         *,
         api_key: str | None,
         patience: Patience = DEFAULT_PATIENCE,

@@ -10,7 +10,6 @@ Shapes: T target tokens, B bytes of a record.
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,10 @@ from stillhouse.config import TeacherSection
 from stillhouse.engines import _vllm_compat
 from stillhouse.engines.base import SAMPLE_TOKENS, Capabilities, Records, probe_item, probe_spec
 from stillhouse.engines.probe import Probe, mean_kl
+from stillhouse.engines.vllm_config import tensor_parallel, vllm_config
 from stillhouse.engines.vllm_pooler import PoolerPlan, Question, read_answer, unpack
-from stillhouse.errors import ConfigError, ModelError, TeacherError
+from stillhouse.errors import TeacherError
 from stillhouse.logits import Backend, concatenate
-from stillhouse.model_path import source_of
 from stillhouse.models import ModelIdentity, digest_beside, model_identity
 from stillhouse.models.batch import TokenBatch
 from stillhouse.models.head_files import plan_head
@@ -31,7 +30,6 @@ from stillhouse.store import Recipe
 
 _WORKER = "stillhouse.engines.vllm_worker.records_worker"
 _BESIDE = 7  # other sequences in the batch that answers the probe a second time
-_CACHE_GB_ON_CPU = 1.0
 
 
 class VllmEngine:
@@ -42,13 +40,19 @@ class VllmEngine:
         self, section: TeacherSection, recipe: Recipe, *, device: str, store_url: str = ""
     ):
         del store_url  # all that it needs of it is in the recipe
-        _vllm_compat.require_tried(_vllm_compat.installed_version())
-        _vllm_compat.prepare_environment()
         self._recipe = recipe
         head = plan_head(section, vocab_size=recipe.vocab_size)
         self._plan = PoolerPlan(section, recipe, head, probe_spec(recipe))
         self._world = tensor_parallel(section, device=device)
-        config = _config(self._plan, device=device)
+        config = vllm_config(
+            section,
+            sequence_length=recipe.sequence_length,
+            length_setting="corpus.sequence_length",
+            device=device,
+            writes=False,
+            worker_cls=_WORKER,
+            additional_config=self._plan,
+        )
         self._engine, self.digest = digest_beside(section, lambda: _vllm_compat.Engine(config))
 
     @classmethod
@@ -140,67 +144,3 @@ def requests_of(
         )
         requests.append((ids_N[begin:end].tolist(), question))
     return requests
-
-
-def arguments_of(section: TeacherSection, *, sequence_length: int, device: str) -> dict[str, Any]:
-    """The settings as vLLM's EngineArgs names them."""
-    settings, on_cpu = section.vllm, device == "cpu"
-    cache_gb = _CACHE_GB_ON_CPU if on_cpu and settings.kv_cache_gb is None else settings.kv_cache_gb
-    world = tensor_parallel(section, device=device)
-    given = {
-        "quantization": settings.quantization,
-        "max_num_batched_tokens": settings.max_batched_tokens,
-        "kv_cache_memory_bytes": None if cache_gb is None else int(cache_gb * 1e9),
-    }
-    return {
-        "model": source_of(section.model),
-        "revision": section.revision,
-        "tokenizer_revision": section.revision,
-        "trust_remote_code": section.trust_remote_code,
-        "dtype": section.dtype,
-        "max_model_len": sequence_length,
-        "tensor_parallel_size": world,
-        "enable_expert_parallel": settings.expert_parallel,
-        "kv_cache_dtype": settings.kv_cache_dtype,
-        "gpu_memory_utilization": settings.memory_share,
-        "distributed_executor_backend": "uni" if world == 1 else "mp",
-        "enforce_eager": on_cpu,  # compiling takes minutes there, and gains little
-        "worker_cls": _WORKER,
-    } | {name: value for name, value in given.items() if value is not None}
-
-
-def tensor_parallel(section: TeacherSection, *, device: str) -> int:
-    """The number of devices that share each layer."""
-    if section.vllm.tensor_parallel is not None:
-        return section.vllm.tensor_parallel
-    return max(1, int(section.num_gpus or 1)) if device == "cuda" else 1
-
-
-def _config(plan: PoolerPlan, *, device: str) -> Any:
-    """vLLM's config of a teacher. Raises ConfigError or ModelError for what vLLM does not run."""
-    # vLLM is built for one kind of device
-    section, length = plan.section, plan.recipe.sequence_length
-    built_for = "cpu" if _vllm_compat.is_cpu() else "cuda"
-    if built_for != device:
-        raise ConfigError(
-            f"the teacher is placed on {device}, but the vLLM that is installed here runs on "
-            f'{built_for}; set teacher.device = "{built_for}", or install the vLLM for {device}'
-        )
-
-    # its own refusals, and one that it makes too late
-    arguments = arguments_of(section, sequence_length=length, device=device)
-    try:
-        config = _vllm_compat.engine_config(**arguments, additional_config=plan)
-    except (ValueError, NotImplementedError) as error:
-        raise ModelError(
-            f"vLLM does not run {section.model} with sequences of {length} tokens and these "
-            f"settings: {error}; change corpus.sequence_length, [teacher] or [teacher.vllm], or "
-            "take another model"
-        ) from error
-    size = _vllm_compat.unsupported_head_size(config)
-    if size is not None:
-        raise ModelError(
-            f"the attention of {section.model} has heads of {size} numbers, for which vLLM has no "
-            'kernel on the CPU; run it on a GPU, or set teacher.engine = "transformers"'
-        )
-    return config

@@ -20,7 +20,7 @@ from stillhouse.models.head_files import read_head
 def records_worker(**arguments: Any) -> Any:
     """A worker of this platform whose model's pooler makes records. vLLM calls this by its name, as
     it calls the class of its own workers; the plan is its `additional_config`."""
-    _end_with_owner()  # before anything is loaded, which takes minutes
+    end_with_owner()  # before anything is loaded, which takes minutes
     base = _vllm_compat.worker_class()
 
     class RecordsWorker(base):  # type: ignore[misc, valid-type]
@@ -49,7 +49,7 @@ def _pooler(plan: PoolerPlan, *, device: Any) -> RecordsPooler:
     return RecordsPooler(plan, head, first_id=first, group=ranks.group)
 
 
-def _end_with_owner() -> None:
+def end_with_owner() -> None:
     """End this process when the one that started it is gone, however that ended.
 
     A killed owner cannot tell its workers, and one that loads, or waits for the others, does not

@@ -22,7 +22,7 @@ from stillhouse.pipeline.ownership import locked
 from stillhouse.pipeline.run_store import require_shareable
 from stillhouse.pipeline.session import Session, at_work, on_ray
 from stillhouse.pipeline.shared_dirs import require_shared
-from stillhouse.pool.actor_backend import ActorBackend
+from stillhouse.pool.actor_backend import ActorBackend, interpreters_of
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.store.explain import explain
 from stillhouse.store.rollout_store import RolloutStore
@@ -64,15 +64,21 @@ def generate(plan: Generation, *, command: str = "stillhouse generate") -> None:
 @contextmanager
 def _writers(plan: Generation, session: Session) -> Iterator[Dispatcher[PromptBlock, Ready]]:
     """A pool of writers that makes every shard, to be run."""
+    # the actors
     section, recipe, cluster = plan.config.writer, plan.recipe, session.cluster
+    where = session.place_of(section)
     start_actor = partial(
         spawn,
         WriterJob(section, recipe, plan.store.url, cluster.threads, cluster.notices),
-        where=session.place_of(section),
+        where=where,
         secrets=local_secrets(),
         coordinator=session.coordinator,
     )
-    backend: ActorBackend[PromptBlock, Ready] = ActorBackend(start_actor)
+    backend: ActorBackend[PromptBlock, Ready] = ActorBackend(
+        start_actor, interpreters=interpreters_of(section, where)
+    )
+
+    # and what they are given
     try:
         yield Dispatcher(
             backend,

@@ -14,7 +14,7 @@ from stillhouse.models import (
     vocabulary_digest,
 )
 from stillhouse.models.generation import context_length, end_ids
-from stillhouse.pipeline.planning import pinned, tokenising, tokenizer_of
+from stillhouse.pipeline.planning import number_format, pinned, tokenising, tokenizer_of
 from stillhouse.sequences.prompts import Prompts, prepare_prompts
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore
@@ -90,7 +90,7 @@ def plan_generation(config: GenerateConfig, *, run_dir: Path, cache_dir: Path) -
         vocabulary_digest=vocabulary_digest(tokenizer),
         writer_kind="weights",
         writer_digest=identity.digest,
-        writer_numerics=writer.dtype,
+        writer_numerics=number_format(config.writer),
     )
     store = config.store.model_copy(update={"url": absolute_url(config.store.url)})
     config = config.model_copy(update={"writer": writer, "store": store})

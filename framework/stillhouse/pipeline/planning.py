@@ -17,6 +17,7 @@ from stillhouse.cluster.placement import student_needs
 from stillhouse.config import (
     Config,
     ModelSection,
+    PoolSection,
     StudentSection,
     TargetSection,
     TeacherSection,
@@ -114,7 +115,7 @@ def resolved(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
         tokenizer_digest=digest,
         teacher_kind=identity.kind,
         teacher_digest=identity.digest,
-        teacher_dtype=_number_format(config.teacher),
+        teacher_dtype=number_format(config.teacher),
         vocab_size=spec.vocab_size,
         k=spec.k,
         num_draws=spec.num_draws,
@@ -151,7 +152,7 @@ def pinned(section: _Section, identity: ModelIdentity) -> _Section:
     path = Path(section.model).expanduser()
     model = str(path.resolve()) if path.is_dir() else section.model
     values: dict[str, object] = {"model": model, "revision": identity.revision}
-    if isinstance(section, TeacherSection) and section.openai is not None:
+    if isinstance(section, PoolSection) and section.openai is not None:
         served = {"served_model": identity.served_model}
         values["openai"] = section.openai.model_copy(update=served)
     return section.model_copy(update=values)
@@ -207,18 +208,20 @@ def _as_begun(recipe: Recipe, *, run_dir: Path, url: str) -> Recipe:
     return earlier if is_there == [False, True] else recipe
 
 
-def _number_format(teacher: TeacherSection) -> str:
-    """The teacher's number format, that of its logits where it is another, and what else moves its
+def number_format(section: PoolSection) -> str:
+    """A model's number format, that of its logits where it is another, and what else moves its
     distribution by more than rounding: weights quantised as they are loaded, a narrow cache. That
     of a server is not known."""
-    if teacher.openai is not None:
+    if section.openai is not None:
         return "as served"
-    is_one_format = teacher.logits == "fast" or teacher.dtype == "float32"
-    parts: list[str] = [teacher.dtype] if is_one_format else [teacher.dtype, "float32"]
-    if teacher.vllm.quantization is not None:
-        parts.append(f"{teacher.vllm.quantization} weights")
-    if teacher.vllm.kv_cache_dtype != "auto":
-        parts.append(f"{teacher.vllm.kv_cache_dtype} cache")
+    parts: list[str] = [section.dtype]
+    is_exact = isinstance(section, TeacherSection) and section.logits == "exact"
+    if is_exact and section.dtype != "float32":
+        parts.append("float32")
+    if section.vllm.quantization is not None:
+        parts.append(f"{section.vllm.quantization} weights")
+    if section.vllm.kv_cache_dtype != "auto":
+        parts.append(f"{section.vllm.kv_cache_dtype} cache")
     return "+".join(parts)
 
 

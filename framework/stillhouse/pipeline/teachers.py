@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.config import TeacherSection
@@ -11,12 +12,12 @@ from stillhouse.models import forget_identity
 from stillhouse.pipeline.console import say
 from stillhouse.pipeline.plan import Targets
 from stillhouse.pipeline.session import Session
+from stillhouse.pool.actor_backend import ActorBackend, interpreters_of
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.pool.retention import Retention
 from stillhouse.sequence import WorkItem
-from stillhouse.teacher.actor import Ready, TeacherJob
+from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 from stillhouse.teacher.pool import comparison, limits_of
-from stillhouse.teacher.ray_backend import RayBackend
 
 
 @contextmanager
@@ -44,13 +45,21 @@ def teacher_pool(
 ) -> Iterator[Dispatcher[WorkItem, Ready]]:
     """A pool of teachers that makes the targets, to be run. `consumers` of the store keep it within
     the window ahead of them; without them nothing holds it back."""
+    # the actors
     section, store, cluster = targets.teacher, targets.store, session.cluster
-    backend = RayBackend(
+    where = session.place_of(section)
+    start_actor = partial(
+        spawn,
         TeacherJob(section, store.recipe, store.url, cluster.threads, cluster.notices),
-        where=session.place_of(section),
+        where=where,
         secrets=local_secrets(*_variables_of(section)),
         coordinator=session.coordinator,
     )
+    backend: ActorBackend[WorkItem, Ready] = ActorBackend(
+        start_actor, interpreters=interpreters_of(section, where)
+    )
+
+    # and what they are given
     try:
         yield Dispatcher(
             backend,

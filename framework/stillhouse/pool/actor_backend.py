@@ -4,12 +4,17 @@ A dead actor is reported once, as `Died`, whatever it was doing; no call waits f
 """
 
 from collections.abc import Callable
+from functools import partial
 from time import sleep
 from typing import Any, Generic, NamedTuple
 
 import ray
 
+from stillhouse.cluster.interpreters import Interpreters, runtime_env_of
+from stillhouse.cluster.nodes import nodes_with_room
+from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import cause_of
+from stillhouse.config import PoolSection
 from stillhouse.pool.events import (
     Answered,
     Computed,
@@ -21,7 +26,26 @@ from stillhouse.pool.events import (
     Started,
 )
 
+_ASKED_S = 90.0  # for the machines' answers about their interpreters, before the first actor
 _NODE_DIED = "its node has died"  # Ray's wording: its error has no attribute for it
+
+
+def interpreters_of(section: PoolSection, where: Placement) -> Interpreters | None:
+    """The interpreters of a pool's own on the machines that have room for its actors, if the config
+    names one."""
+    if section.python is None:
+        return None
+    return Interpreters(section.python, partial(nodes_with_room, [where]), table=section.table)
+
+
+def actor_options(section: PoolSection, where: Placement) -> dict[str, Any]:
+    """What Ray is told of an actor of a pool."""
+    return {
+        "num_cpus": where.num_cpus,
+        "num_gpus": where.num_gpus,
+        "resources": dict(where.resources) or None,
+        "runtime_env": None if section.python is None else runtime_env_of(section.python),
+    }
 
 
 class _Call(NamedTuple):
@@ -35,11 +59,17 @@ class ActorBackend(Generic[ItemT_contra, ReadyT]):
 
     `start_actor(number)` gives a new actor at once, with the methods `start`, its start-up check;
     `produce` and `publish`, called once each for a block, in two threads, as `TwoStages` wants it;
-    and `compute`, a trial.
+    and `compute`, a trial. `interpreters`: of the actors, where they have one of their own.
+
+    Raises ConfigError, here and in `events`, where a machine cannot start its interpreter.
     """
 
-    def __init__(self, start_actor: Callable[[int], Any]):
-        self._start_actor = start_actor
+    def __init__(
+        self, start_actor: Callable[[int], Any], *, interpreters: Interpreters | None = None
+    ):
+        self._start_actor, self._interpreters = start_actor, interpreters
+        if interpreters is not None:
+            interpreters.require(timeout_s=_ASKED_S)
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, _Call] = {}
 
@@ -55,16 +85,14 @@ class ActorBackend(Generic[ItemT_contra, ReadyT]):
         self._calls[actor.produce.remote(item)] = _Call(worker, lease, is_first=True)
         self._calls[actor.publish.remote()] = _Call(worker, lease)
 
-    @property
-    def is_starting_one(self) -> bool:
-        return any(call.lease is None for call in self._calls.values())
-
     def kill(self, worker: int) -> None:
         actor = self._actors.pop(worker, None)
         if actor is not None:
             ray.kill(actor)
 
     def events(self, *, timeout_s: float) -> list[Event[ReadyT]]:
+        if self._interpreters is not None and self._is_starting_one:
+            self._interpreters.require(timeout_s=0.0)  # of machines that have joined since
         if not self._calls:
             # no worker has work: the window is closed, or only students have work left
             sleep(timeout_s)
@@ -76,6 +104,10 @@ class ActorBackend(Generic[ItemT_contra, ReadyT]):
             done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         found = [self._event(reference, self._calls.pop(reference)) for reference in done]
         return [event for event in found if event is not None]
+
+    @property
+    def _is_starting_one(self) -> bool:
+        return any(call.lease is None for call in self._calls.values())
 
     def _event(self, reference: Any, call: _Call) -> Event[ReadyT] | None:
         if call.worker not in self._actors:

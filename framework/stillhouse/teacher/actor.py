@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from stillhouse.cluster.coordinator import Coordinator
-from stillhouse.cluster.interpreters import runtime_env_of
 from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.config import NoticeSource, TeacherSection
@@ -23,6 +22,7 @@ from stillhouse.engines.base import Records
 from stillhouse.engines.choice import engine_named
 from stillhouse.engines.probe import Probe
 from stillhouse.logits import Fidelity, TargetSpec, concatenate, decode, fidelity
+from stillhouse.pool.actor_backend import actor_options
 from stillhouse.pool.events import Found, Passed
 from stillhouse.pool.stages import PUBLISHING, TwoStages
 from stillhouse.pool.worker_process import WorkerProcess, is_there
@@ -206,13 +206,6 @@ def spawn(
 
     Its `start` must have returned before it gets work.
     """
-    python = job.section.python
-    options = {
-        "num_cpus": where.num_cpus,
-        "num_gpus": where.num_gpus,
-        "resources": dict(where.resources) or None,
-        "runtime_env": None if python is None else runtime_env_of(python),
-    }
     threads: dict[str, Any] = {"concurrency_groups": {PUBLISHING: 1}}
-    actor = ray.remote(**threads)(_TeacherActor).options(**options)
+    actor = ray.remote(**threads)(_TeacherActor).options(**actor_options(job.section, where))
     return actor.remote(job, number, where.device, secrets, coordinator)

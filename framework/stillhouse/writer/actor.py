@@ -20,6 +20,7 @@ from stillhouse.cluster.placement import Placement
 from stillhouse.cluster.processes import Secrets
 from stillhouse.config import NoticeSource
 from stillhouse.config.generate import WriterSection
+from stillhouse.pool.actor_backend import actor_options
 from stillhouse.pool.events import Found, Passed
 from stillhouse.pool.stages import PUBLISHING, TwoStages
 from stillhouse.pool.worker_process import WorkerProcess, is_there
@@ -176,9 +177,5 @@ def spawn(
     Its `start` must have returned before it gets work.
     """
     threads: dict[str, Any] = {"concurrency_groups": {PUBLISHING: 1}}
-    actor = ray.remote(**threads)(_WriterActor).options(
-        num_cpus=where.num_cpus,
-        num_gpus=where.num_gpus,
-        resources=dict(where.resources) or None,
-    )
+    actor = ray.remote(**threads)(_WriterActor).options(**actor_options(job.section, where))
     return actor.remote(job, number, where.device, secrets, coordinator)

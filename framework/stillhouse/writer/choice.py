@@ -1,10 +1,17 @@
 """Choosing the writer engine that a config names."""
 
+from collections.abc import Mapping
+
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 from stillhouse.writer.engine import WriterEngine
 from stillhouse.writer.transformers import TransformersWriter
+from stillhouse.writer.vllm import VllmWriter
 
+_BUILT_IN: Mapping[str, type[WriterEngine]] = {
+    "transformers": TransformersWriter,
+    "vllm": VllmWriter,
+}
 _MEMBERS = ("identity", "weight_hashes", "write")
 
 
@@ -13,8 +20,8 @@ def writer_named(name: str) -> type[WriterEngine]:
 
     Raises ConfigError where the user's own cannot be imported or lacks members of WriterEngine.
     """
-    if name == "transformers":
-        return TransformersWriter
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
     found: type[WriterEngine] = load_extension(name, setting="writer.engine")
     missing = [member for member in _MEMBERS if not callable(getattr(found, member, None))]
     if missing:

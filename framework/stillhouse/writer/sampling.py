@@ -30,9 +30,10 @@ def seed_of(fingerprint: str, shard: int, prompt: int, sample: int) -> int:
     return xxhash.xxh3_64_intdigest(name.encode("ascii")) - (1 << 63)
 
 
-def uniforms(seeds_B: Tensor, place: int) -> Tensor:
-    """Numbers from 0 to below 1, float64 [B], for the token at this place of each sample."""
-    bits_B = splitmix64(seeds_B + torch.tensor(place + 1, device=seeds_B.device) * GOLDEN)
+def uniforms(seeds_B: Tensor, places_B: Tensor) -> Tensor:
+    """Numbers from 0 to below 1, float64 [B], for the token at this place of each sample; all
+    int64."""
+    bits_B = splitmix64(seeds_B + (places_B + 1) * GOLDEN)
     return shifted(bits_B, 64 - _FRACTION_BITS).double() * 2.0**-_FRACTION_BITS
 
 

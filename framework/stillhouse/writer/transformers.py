@@ -91,7 +91,7 @@ class TransformersWriter:
             # one token of each
             logits_BV = next_logits(self._model, ids_BP, positions_BP, mask_BP, cache)
             logits_BV = logits_BV[:, : recipe.vocab_size]
-            uniforms_B = uniforms(seeds_B, place).to(logits_BV.device)
+            uniforms_B = uniforms(seeds_B, torch.full_like(seeds_B, place)).to(logits_BV.device)
             drawn = draw(logits_BV, uniforms_B, temperature=recipe.temperature, top_p=recipe.top_p)
             ids_BP = drawn.ids_B.to(device)[:, None]
             ends_B = torch.isin(ids_BP[:, 0], self._ends).cpu()
