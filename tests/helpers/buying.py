@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from helpers.chunks import make_chunk, small_recipe
 from stillhouse.config import ScoringSection
-from stillhouse.engines.ledger import Answers, Ledger
-from stillhouse.engines.openai_client import Server
+from stillhouse.engines.openai import TABLE, answers_of
 from stillhouse.engines.openai_desk import Desk
 from stillhouse.engines.openai_scores import Document, documents_of
 from stillhouse.retry import Patience
 from stillhouse.sequence import WorkItem
+from stillhouse.servers.client import Server
+from stillhouse.servers.ledger import Ledger
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
 
@@ -76,9 +77,11 @@ def desk_of(
         timeout_s=timeout_s,
     )
     return Desk(
-        Server(section, api_key=None, patience=BRIEF),
-        Ledger(blobs, store.folder, limit_usd=limit_usd, num_grants=num_grants),
-        Answers(store),
+        Server(section, table=TABLE, api_key=None, patience=BRIEF),
+        Ledger(
+            blobs, store.folder, limit_usd=limit_usd, setting="limit_usd", num_grants=num_grants
+        ),
+        answers_of(store),
         RECIPE.k,
         RECIPE.vocab_size,
     )

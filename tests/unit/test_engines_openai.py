@@ -28,8 +28,8 @@ from helpers.world import TinyWorld
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.config import ScoringSection, TargetSection, TeacherSection, parse_config
 from stillhouse.engines.choice import engine_named, require_capable
-from stillhouse.engines.openai import OpenAIEngine
-from stillhouse.engines.openai_client import Free, Server
+from stillhouse.engines.openai import TABLE, OpenAIEngine
+from stillhouse.engines.openai_desk import Desk
 from stillhouse.engines.openai_scores import Document, Scores, documents_of
 from stillhouse.engines.probe import require_same_teacher
 from stillhouse.engines.transformers import TransformersEngine
@@ -40,6 +40,7 @@ from stillhouse.pipeline.run_dir import changes_that_matter
 from stillhouse.redaction import scrub
 from stillhouse.retry import Patience
 from stillhouse.sequence import WorkItem
+from stillhouse.servers.client import Free, Server
 
 V = 300
 RECIPE = small_recipe(
@@ -77,12 +78,12 @@ def engine_of(server: PromptServer, folder: Path, **options: Any) -> OpenAIEngin
 def client_of(server: PromptServer, patience: Patience = SHORT, **options: Any) -> Server:
     openai = section_of(server, **options).openai
     assert openai is not None
-    return Server(openai, api_key=None, patience=patience)
+    return Server(openai, table=TABLE, api_key=None, patience=patience)
 
 
 def asked(client: Server, document: Document = DOCUMENT) -> Scores:
-    stop = threading.Event()
-    return client.score(document, num_entries=8, vocab_size=V, money=Free(), stop=stop)
+    desk = Desk(client, Free(), None, num_entries=8, vocab_size=V)
+    return desk.scores(document, threading.Event())
 
 
 # --- targets ---
@@ -311,7 +312,7 @@ def test_a_date_to_wait_for_is_heeded_too(server: PromptServer) -> None:
     openai = section_of(server).openai
     assert openai is not None
     began = monotonic()
-    asked(Server(openai, api_key=None, patience=LONG, wall=lambda: wall))
+    asked(Server(openai, table=TABLE, api_key=None, patience=LONG, wall=lambda: wall))
     assert monotonic() - began >= 0.3
 
 
@@ -396,12 +397,12 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert scrub(f"it is {server.key}") == "it is (redacted)"
     openai = section_of(server).openai
     assert openai is not None
-    client = Server(openai, api_key=server.key)
+    client = Server(openai, table=TABLE, api_key=server.key)
     assert server.key not in repr(vars(client)) + repr(vars(engine))
     with pytest.raises(ServerError, match=r"status 401: .*the variable OPENAI_API_KEY"):
         engine_of(server, tmp_path).prove()
     with pytest.raises(ServerError, match="holds no key") as caught:
-        Server(openai, api_key=f"{server.key}\n")
+        Server(openai, table=TABLE, api_key=f"{server.key}\n")
     assert server.key not in str(caught.value)
 
 

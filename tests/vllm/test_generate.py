@@ -1,5 +1,5 @@
-"""`stillhouse generate` with a writer on vLLM, in an environment of its own (`writer.python`), spread
-over two ranks: its shards hold what Transformers writes."""
+"""`stillhouse generate` with a writer on vLLM, spread over two ranks, in an environment of its own
+(`writer.python`): its shards hold what Transformers writes."""
 
 import json
 import subprocess

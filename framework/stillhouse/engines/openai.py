@@ -15,8 +15,6 @@ from pathlib import Path
 from stillhouse.cluster.environment import secret_in
 from stillhouse.config import ScoringSection, TeacherSection
 from stillhouse.engines.base import Capabilities, Records, encoded, probe_item
-from stillhouse.engines.ledger import Answers, Ledger
-from stillhouse.engines.openai_client import Server
 from stillhouse.engines.openai_desk import Desk
 from stillhouse.engines.openai_scores import (
     Scores,
@@ -31,13 +29,15 @@ from stillhouse.models import ModelIdentity
 from stillhouse.models.identity import is_local
 from stillhouse.retry import DEFAULT_PATIENCE, Patience
 from stillhouse.sequence import WorkItem
+from stillhouse.servers.answers import Answers
+from stillhouse.servers.client import BEFORE_A_RUN, Server
+from stillhouse.servers.ledger import Ledger
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.recipe import canonical_json
 
 _log = logging.getLogger(__name__)
 
-BEFORE_A_RUN = Patience(end_after_s=30.0, last_pause_s=5.0)  # somebody waits for it
-
+TABLE = "teacher.openai"
 _PROBES_AT_ONCE = 3  # in one batch of the server's, where the first probe was alone
 
 
@@ -60,12 +60,19 @@ class OpenAIEngine:
         self._recipe = recipe
         self._options = options = options_of(section)
         store = ChunkStore(store_url, recipe)
-        is_paid = options.usd_per_million_tokens > 0
-        self._ledger = Ledger(store.blobs, store.folder, limit_usd=options.max_cost_usd)
+        self._ledger = Ledger(
+            store.blobs,
+            store.folder,
+            limit_usd=options.max_cost_usd,
+            setting=f"{TABLE}.max_cost_usd",
+        )
+
+        # what costs nothing is not kept
+        key = secret_in(options.api_key_env)
         self._desk = Desk(
-            Server(options, api_key=secret_in(options.api_key_env), patience=patience),
+            Server(options, table=TABLE, api_key=key, patience=patience),
             self._ledger,
-            Answers(store) if is_paid else None,
+            answers_of(store) if options.is_paid else None,
             recipe.k,
             recipe.vocab_size,
         )
@@ -85,7 +92,11 @@ class OpenAIEngine:
         read: see docs/format.md. Asks the server only where `served_model` is not set."""
         del cache_dir  # nothing is computed
         options = options_of(section)
-        served_model = options.served_model or _only_model(options)
+        served_model = options.served_model
+        if served_model is None:
+            key = secret_in(options.api_key_env)
+            server = Server(options, table=TABLE, api_key=key, patience=BEFORE_A_RUN)
+            served_model = server.only_model()
         names = {
             "model": None if is_local(section) else section.model,
             "revision": section.revision,
@@ -177,14 +188,10 @@ def options_of(section: TeacherSection) -> ScoringSection:
     return section.openai
 
 
-def _only_model(options: ScoringSection) -> str:
-    """The model that the server lists. Raises ServerError where there is not exactly one."""
-    key = secret_in(options.api_key_env)
-    server = Server(options, api_key=key, patience=BEFORE_A_RUN)
-    names = [model.name for model in server.models()]
-    if len(names) != 1:
-        raise ServerError(
-            f"{options.base_url} lists {len(names)} models: {', '.join(names[:20]) or 'none'}; "
-            "wanted one: name it in teacher.openai.served_model"
-        )
-    return names[0]
+def answers_of(store: ChunkStore) -> Answers:
+    """The answers that are kept for the chunks of a store."""
+
+    def is_published(chunk: int) -> bool:
+        return chunk < store.recipe.num_chunks and store.is_whole(chunk)
+
+    return Answers(store.blobs, store.folder, is_published=is_published)

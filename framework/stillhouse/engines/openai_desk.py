@@ -1,13 +1,18 @@
 """The desk where scores are bought: what is kept already is not bought again."""
 
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from stillhouse.engines.ledger import Answers
-from stillhouse.engines.openai_client import Money, Server
-from stillhouse.engines.openai_scores import Document, Scores
+import numpy as np
+
+from stillhouse.engines.openai_scores import Document, Scores, scores_of
+from stillhouse.servers.answers import Answers
+from stillhouse.servers.client import Money, Question, Server, Tokens
+from stillhouse.servers.desk import all_answers
+
+_ENTRY_BYTES, _OTHER_BYTES = 512, 1 << 20  # of an answer's JSON at most: an entry, all around them
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,43 +27,65 @@ class Desk:
     vocab_size: int
 
     def scores(self, document: Document, stop: threading.Event) -> Scores:
-        """The scores of a document. Raises what `Server.score` raises."""
-        kept = None if self.answers is None else self.answers.read(document)
+        """The scores of a document. Raises what `Server.ask` raises."""
+        kept = None if self.answers is None else self._kept(self.answers, document)
         if kept is not None:
             return kept
         bought = self.asked(document, num_entries=self.num_entries, stop=stop)
         if self.answers is not None:
-            self.answers.keep(document, bought)
+            self.answers.keep(document.chunk, document.digest, _values_of(bought))
         return bought
 
     def asked(self, document: Document, *, num_entries: int, stop: threading.Event) -> Scores:
         """The same, of the server, and not kept."""
-        return self.server.score(
-            document,
-            num_entries=num_entries,
-            vocab_size=self.vocab_size,
+        return self.server.ask(
+            question_of(document, num_entries=num_entries),
+            read=lambda body: scores_of(
+                body, document, num_entries=num_entries, vocab_size=self.vocab_size
+            ),
             money=self.money,
             stop=stop,
         )
 
     def scores_of_all(self, documents: Sequence[Document], *, num_threads: int) -> list[Scores]:
-        """The scores of all documents, in order, so many at once.
+        """The scores of all documents, in order, so many at once, as `all_answers` asks."""
+        return all_answers(self.scores, documents, num_threads=num_threads)
 
-        Raises the first error. What is on its way then is waited for and kept, since it is paid;
-        nothing more is sent.
-        """
-        stop, errors = threading.Event(), list[BaseException]()
+    def _kept(self, answers: Answers, document: Document) -> Scores | None:
+        values = answers.read(document.chunk, document.digest)
+        shape = (len(document.targets_T), self.num_entries)
+        try:
+            return Scores(
+                np.array(values["token_ids"], np.int32).reshape(shape),
+                np.array(values["logprobs"], np.float32).reshape(shape),
+                np.array(values["label_logprobs"], np.float32).reshape(shape[:1]),
+            )
+        except (KeyError, ValueError, TypeError, OverflowError):
+            return None
 
-        def buy(document: Document) -> Scores | None:
-            try:
-                return None if stop.is_set() else self.scores(document, stop)
-            except BaseException as error:
-                errors.append(error)
-                stop.set()
-                return None
 
-        with ThreadPoolExecutor(num_threads) as threads:
-            found = [*threads.map(buy, documents)]
-        if errors:
-            raise errors[0]
-        return [scores for scores in found if scores is not None]
+def question_of(document: Document, *, num_entries: int) -> Question:
+    """What is asked of a document: the scores of its tokens, and one more token, for none is not
+    allowed."""
+    num_tokens = len(document.token_ids_D)
+    fields = {
+        "prompt": document.token_ids_D.tolist(),
+        "prompt_logprobs": num_entries,
+        "max_tokens": 1,
+        "temperature": 1.0,
+    }
+    return Question(
+        "completions",
+        fields,
+        Tokens(num_tokens, 1),
+        most_bytes=_OTHER_BYTES + _ENTRY_BYTES * num_tokens * (num_entries + 1),
+        wanted="log-probabilities for a prompt of token ids",
+    )
+
+
+def _values_of(scores: Scores) -> Mapping[str, Any]:
+    return {
+        "label_logprobs": scores.label_logprob_T.tolist(),
+        "logprobs": scores.logprobs_TK.tolist(),
+        "token_ids": scores.token_ids_TK.tolist(),
+    }

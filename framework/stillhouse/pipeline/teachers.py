@@ -6,7 +6,7 @@ from functools import partial
 
 from stillhouse.cluster.processes import local_secrets
 from stillhouse.config import TeacherSection
-from stillhouse.engines.openai import BEFORE_A_RUN, OpenAIEngine
+from stillhouse.engines.openai import OpenAIEngine
 from stillhouse.errors import ChangedWeightsError
 from stillhouse.models import forget_identity
 from stillhouse.pipeline.console import say
@@ -16,6 +16,7 @@ from stillhouse.pool.actor_backend import ActorBackend, interpreters_of
 from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.pool.retention import Retention
 from stillhouse.sequence import WorkItem
+from stillhouse.servers.client import BEFORE_A_RUN
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
 from stillhouse.teacher.pool import comparison, limits_of
 

@@ -1,28 +1,23 @@
-"""What was bought of a server, in the store: a ledger of money, and the answers that were paid for.
+"""A ledger of money for a server's answers, in the store.
 
-<root>/<f>/purchases/grants/0000000007.json                 money that one process may spend
-<root>/<f>/purchases/answers/0000000012/<digest>.json       what a server said of a document
+<folder>/purchases/grants/0000000007.json        money that one process may spend
 
-Both are written by create-only puts alone, so all processes on all machines share them, and any of
-them may be killed. Grants are a log: number n is written by a process that has read those before
-it, and fails where another has written n meanwhile. So their sum never exceeds the limit. Money is
-spent out of grants in memory; what a lost process had left of its own counts as spent.
+It is written by create-only puts alone, so all processes on all machines share it, and any of them
+may be killed. Grants are a log: number n is written by a process that has read those before it, and
+fails where another has written n meanwhile. So their sum never exceeds the limit. Money is spent
+out of grants in memory; what a lost process had left of its own counts as spent.
 """
 
 import json
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from stillhouse.engines.openai_scores import Document, Scores
 from stillhouse.errors import ServerError, StoreError
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sealed import opened, sealed
-from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
 from stillhouse.store.recipe import canonical_json
 
@@ -36,10 +31,10 @@ _VERSION = 1
 class Ledger:
     """Money for the requests of one process. Safe to share among threads.
 
-    `folder`: the recipe's, in `blobs`. `limit_usd`: of all processes that ever bought for this
-    recipe, together; None: nothing is limited, and no grant is written. The first grant is of one
-    request, such as the probe; each later one is of many, and what is left of it is lost with the
-    process.
+    `folder`: in `blobs`, of what is bought. `limit_usd`: of all processes that ever bought for it,
+    together, as the setting says; None: nothing is limited, and no grant is written. The first
+    grant is of one request, such as a probe; each later one is of many, and what is left of it is
+    lost with the process.
     """
 
     def __init__(
@@ -48,11 +43,12 @@ class Ledger:
         folder: str,
         *,
         limit_usd: float | None,
+        setting: str,
         num_grants: int = _NUM_GRANTS,
     ) -> None:
         self._blobs, self._prefix = blobs, f"{folder}/purchases/grants"
         self._limit = None if limit_usd is None else math.floor(limit_usd * _NANO)
-        self._num_grants = num_grants
+        self._setting, self._num_grants = setting, num_grants
         self._lock = threading.Lock()
         self._share = 0  # of the limit, of which the next grant is at least
         self._left = 0  # of the own grants
@@ -89,14 +85,14 @@ class Ledger:
         if least > room:
             raise ServerError(
                 f"the next request needs {least / _NANO:.6g} USD more, but of "
-                f"teacher.openai.max_cost_usd, which is {limit / _NANO:.6g}, "
+                f"{self._setting}, which is {limit / _NANO:.6g}, "
                 f"{self._granted / _NANO:.6g} are spent or reserved, as "
                 f"{self._blobs.url}/{self._prefix} says. All that was bought is kept: raise "
                 "max_cost_usd, and run again to go on from here"
             )
         amount = max(least, min(self._share, room))
-        data = canonical_json(sealed({"nanodollars": amount, "version": _VERSION}, compact=True))
-        if not _patiently(lambda: self._blobs.create(self._key(), data)):
+        data = sealed_values({"nanodollars": amount})
+        if not patiently(lambda: self._blobs.create(self._key(), data)):
             return 0
         self._granted += amount
         self._next += 1
@@ -108,15 +104,15 @@ class Ledger:
         """Read the grants that were written since, by whomever."""
         while True:
             try:
-                data = bytes(_patiently(lambda: self._blobs.read(self._key())))
+                data = bytes(patiently(lambda: self._blobs.read(self._key())))
             except FileNotFoundError:
                 return
-            amount = _opened(data).get("nanodollars")
+            amount = opened_values(data).get("nanodollars")
             if type(amount) is not int or amount < 0:
                 raise StoreError(
                     f"{self._blobs.url}/{self._key()} is damaged, so it is unknown how much money "
                     "is spent; wanted what docs/format.md says of it: write it anew with the "
-                    "amount that is known, or with all of teacher.openai.max_cost_usd"
+                    f"amount that is known, or with all of {self._setting}"
                 )
             self._granted += amount
             self._next += 1
@@ -125,55 +121,12 @@ class Ledger:
         return f"{self._prefix}/{self._next:010d}.json"
 
 
-class Answers:
-    """Answers that were paid for, until their chunk is published. Safe to share among threads."""
-
-    def __init__(self, store: ChunkStore) -> None:
-        self._store, self._blobs = store, store.blobs
-        self._prefix = f"{store.folder}/purchases/answers"
-
-    def read(self, document: Document) -> Scores | None:
-        """What a server said of a document; None where that is not kept, or is damaged."""
-        try:
-            values = _opened(bytes(_patiently(lambda: self._blobs.read(self._key(document)))))
-        except FileNotFoundError:
-            return None
-        shape = (len(document.targets_T), self._store.recipe.k)
-        try:
-            scores = Scores(
-                np.array(values["token_ids"], np.int32).reshape(shape),
-                np.array(values["logprobs"], np.float32).reshape(shape),
-                np.array(values["label_logprobs"], np.float32).reshape(shape[:1]),
-            )
-        except (KeyError, ValueError, TypeError, OverflowError):
-            return None
-        return scores
-
-    def keep(self, document: Document, scores: Scores) -> None:
-        """Keep an answer. One that is there already stays."""
-        values = {
-            "label_logprobs": scores.label_logprob_T.tolist(),
-            "logprobs": scores.logprobs_TK.tolist(),
-            "token_ids": scores.token_ids_TK.tolist(),
-            "version": _VERSION,
-        }
-        data = canonical_json(sealed(values, compact=True))
-        _patiently(lambda: self._blobs.create(self._key(document), data))
-
-    def forget_published(self) -> None:
-        """Delete the answers of chunks that are published: the chunk is their record now."""
-        kept = [blob.key for blob in self._blobs.under(self._prefix)]
-        chunks = {key.removeprefix(f"{self._prefix}/").partition("/")[0] for key in kept}
-        for digits in sorted(chunks):
-            number = int(digits) if digits.isdecimal() else self._store.recipe.num_chunks
-            if number < self._store.recipe.num_chunks and self._store.is_whole(number):
-                self._blobs.delete_under(f"{self._prefix}/{digits}")
-
-    def _key(self, document: Document) -> str:
-        return f"{self._prefix}/{document.chunk:010d}/{document.digest}.json"
+def sealed_values(values: Mapping[str, Any]) -> bytes:
+    """An object of a purchase: values with a version, sealed."""
+    return canonical_json(sealed({**values, "version": _VERSION}, compact=True))
 
 
-def _opened(data: bytes) -> dict[str, Any]:
+def opened_values(data: bytes) -> dict[str, Any]:
     """The values of a sealed object of this version; nothing where it is damaged, or another."""
     try:
         values = opened(json.loads(data), compact=True)
@@ -182,7 +135,7 @@ def _opened(data: bytes) -> dict[str, Any]:
     return values if values.get("version") == _VERSION else {}
 
 
-def _patiently(call: Callable[[], Any]) -> Any:
+def patiently(call: Callable[[], Any]) -> Any:
     """What `call` returns, which is repeated while the store is unavailable."""
 
     def tell(seconds: float, why: str) -> None:

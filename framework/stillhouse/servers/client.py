@@ -1,22 +1,22 @@
-"""The client of a server that scores prompts: its requests, their price, and patience.
+"""The client of a server with OpenAI's routes: its requests, their price, and patience.
 
 It is not OpenAI's own client, which gives up after a few tries, does not wait for as long as it is
 asked to, and does not say what a time-out may have cost.
 """
 
+import json
 import logging
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from time import monotonic, time
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import httpx
 
-from stillhouse.config import ScoringSection
-from stillhouse.engines.openai_scores import Document, Scores, scores_of
+from stillhouse.config import ServerSection
 from stillhouse.errors import ServerError, StillhouseError, TeacherError
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, pauses
 
@@ -24,12 +24,16 @@ _log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
+BEFORE_A_RUN = Patience(end_after_s=30.0, last_pause_s=5.0)  # somebody waits for it
 _CONNECT_S = 30.0
 _MOST_WORDS = 500  # characters of an answer that are quoted
+_LIST_BYTES = 64 << 20  # of a list of models at most
 _BUSY = (429, 503)  # answered before any work, so not charged
-_OF_THE_PROMPT = (400, 413, 422)  # what one document may be at fault for
+_LATER = (408, 409, 425)  # another try may do, as after any 5xx
+_OF_THE_PROMPT = (400, 413, 422)  # what one prompt may be at fault for
 # of which no part can have reached a server
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_IS_JSON = {"Content-Type": "application/json"}
 
 
 class Money(Protocol):
@@ -46,6 +50,24 @@ class Free:
     def reserve(self, price: int) -> None: ...
 
     def give_back(self, price: int) -> None: ...
+
+
+class Tokens(NamedTuple):
+    """Numbers of tokens that are charged: of a prompt, and of what is written to it."""
+
+    prompt: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request, and the most that its answer may be."""
+
+    route: str
+    fields: dict[str, Any]
+    most_tokens: Tokens
+    most_bytes: int
+    wanted: str  # what the server must be able to, for a refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +90,15 @@ class _Later:
 class Server:
     """A server, asked by many threads of one process. Its key is in no repr and in no message.
 
-    `clock` is in seconds from any beginning, `wall` in unix seconds.
+    `table`: the config's that names it. `clock` is in seconds from any beginning, `wall` in unix
+    seconds.
     """
 
     def __init__(
         self,
-        section: ScoringSection,
+        section: ServerSection,
         *,
+        table: str,
         api_key: str | None,
         patience: Patience = DEFAULT_PATIENCE,
         clock: Callable[[], float] = monotonic,
@@ -85,7 +109,7 @@ class Server:
                 f"the variable {section.api_key_env} holds no key: it has characters that no "
                 "header may have; set it to the key alone, without a line's end"
             )
-        self._section, self._patience = section, patience
+        self._section, self._table, self._patience = section, table, patience
         self._clock, self._wall = clock, wall
         self._client = httpx.Client(
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
@@ -100,62 +124,59 @@ class Server:
 
     def models(self) -> list[Model]:
         """The models that the server lists. Raises ServerError."""
+        question = Question("models", {}, Tokens(0, 0), _LIST_BYTES, "a list of models")
+        return self._insist(
+            lambda: self._exchange("GET", question, money=Free(), read=self._models_of),
+            threading.Event(),
+        )
 
-        def send() -> list[Model] | _Later:
-            return self._exchange("GET", "models", None, num_tokens=0, money=Free(), read=_models)
+    def only_model(self) -> str:
+        """The model that the server lists. Raises ServerError where there is not exactly one."""
+        names = [model.name for model in self.models()]
+        if len(names) != 1:
+            raise ServerError(
+                f"{self._section.base_url} lists {len(names)} models: "
+                f"{', '.join(names[:20]) or 'none'}; wanted one: name it in "
+                f"{self._table}.served_model"
+            )
+        return names[0]
 
-        return self._insist(send, threading.Event())
-
-    def score(
+    def ask(
         self,
-        document: Document,
+        question: Question,
         *,
-        num_entries: int,
-        vocab_size: int,
+        read: Callable[[Any], _Answer],
         money: Money,
         stop: threading.Event,
-    ) -> Scores:
-        """The scores of a document: see `openai_scores`.
+    ) -> _Answer:
+        """What `read` makes of the JSON of an answer by the section's model.
 
         The server is asked again, and paid again where it may have charged, for as long as that may
         help and `stop` is not set. Raises ServerError where no request can succeed, TeacherError
-        where this document alone is at fault.
+        where this one alone is at fault, and what `read` raises.
         """
-        request = {
-            "model": self._section.served_model,
-            "prompt": document.token_ids_D.tolist(),
-            "prompt_logprobs": num_entries,
-            "max_tokens": 1,  # none is not allowed
-            "temperature": 1.0,
-        }
+        fields = {"model": self._section.served_model} | question.fields
 
-        def read(body: Any) -> Scores:
+        def of_the_same_model(body: Any) -> _Answer:
             self._require_same_model(body)
-            return scores_of(body, document, num_entries=num_entries, vocab_size=vocab_size)
+            return read(body)
 
-        def send() -> Scores | _Later:
-            num_tokens = len(document.token_ids_D) + 1
-            return self._exchange(
-                "POST", "completions", request, num_tokens=num_tokens, money=money, read=read
-            )
+        asked = replace(question, fields=fields)
+        return self._insist(
+            lambda: self._exchange("POST", asked, money=money, read=of_the_same_model), stop
+        )
 
-        return self._insist(send, stop)
+    def close(self) -> None:
+        self._client.close()
 
     def _exchange(
-        self,
-        method: str,
-        route: str,
-        request: Any,
-        *,
-        num_tokens: int,
-        money: Money,
-        read: Callable[[Any], _Answer],
+        self, method: str, question: Question, *, money: Money, read: Callable[[Any], _Answer]
     ) -> _Answer | _Later:
         """One request, with its worst price set aside before it is sent, and what it did not cost
         given back. Returns what `read` makes of the answer's JSON, or a _Later."""
-        price = self._price(num_tokens)
+        price = self._price(question.most_tokens)
         money.reserve(price)
-        reply = self._reply(method, route, request)
+        reply = self._reply(method, question)
 
         # not answered, or refused
         if isinstance(reply, _Later):
@@ -164,26 +185,45 @@ class Server:
             return reply
         if reply.status_code != httpx.codes.OK:
             money.give_back(price)
-            raise self._refusal(reply)
+            raise self._refusal(reply, wanted=question.wanted)
 
-        # answered: parsed, a long prompt takes a hundred times its bytes, so one at a time
+        # answered: parsed, a long answer takes a hundred times its bytes, so one at a time
         with self._reading:
             body = _json_of(reply)
-            charged = _num_charged(body, otherwise=num_tokens)
-            money.give_back(price - self._price(charged))
-            if charged > num_tokens and price > 0:
+            charged = _charged(body, otherwise=question.most_tokens)
+            cost = self._price(charged)
+            money.give_back(price - cost)
+            if cost > price:
                 raise ServerError(
-                    f"the server charged {charged} tokens for a prompt of {num_tokens - 1} ids and "
-                    "one token more, so no limit of costs can be kept; wanted one that adds "
-                    "nothing to a prompt: take another, or set usd_per_million_tokens to 0"
+                    f"the server charged {charged.prompt} tokens for a prompt and "
+                    f"{charged.written} for what it wrote, where at most "
+                    f"{question.most_tokens.prompt} and {question.most_tokens.written} were "
+                    "possible, so no limit of costs can be kept; wanted one that adds nothing to a "
+                    f"prompt: take another, or set the prices of {self._table} to 0"
                 )
             return read(body)
 
-    def _reply(self, method: str, route: str, request: Any) -> httpx.Response | _Later:
-        """The server's reply, or why there may be another one later."""
-        url = f"{self._section.base_url}/{route}"
+    def _reply(self, method: str, question: Question) -> httpx.Response | _Later:
+        """The server's reply, whole, or why there may be another one later."""
+        url = f"{self._section.base_url}/{question.route}"
+        # JSON in ASCII: a text may have halves of surrogate pairs
+        data = json.dumps(question.fields).encode("ascii") if method == "POST" else None
+        end = self._clock() + self._section.timeout_s
         try:
-            reply = self._client.request(method, url, json=request)
+            with self._client.stream(method, url, content=data, headers=_IS_JSON) as reply:
+                body = bytearray()
+                for part in reply.iter_bytes():
+                    body += part
+                    if len(body) > question.most_bytes:
+                        raise httpx.DecodingError(f"more than {question.most_bytes:,} bytes")
+                    if self._clock() > end:
+                        raise httpx.ReadTimeout("the answer takes too long")
+            reply = httpx.Response(
+                reply.status_code,
+                headers={"Retry-After": reply.headers.get("Retry-After", "")},
+                content=bytes(body),
+                request=reply.request,
+            )
         except httpx.InvalidURL as error:
             raise ServerError(f"{url} is no address ({error}); mend base_url") from None
         except _NOT_SENT as error:
@@ -191,21 +231,21 @@ class Server:
         except httpx.RequestError as error:
             return _Later(_words_of(error), is_charged=True)
         status = reply.status_code
-        if status in _BUSY or status == httpx.codes.REQUEST_TIMEOUT or status >= 500:
+        if status in _BUSY or status in _LATER or status >= 500:
             reason = f"status {status}: {_quoted(reply.text)}"
             return _Later(reason, is_charged=status not in _BUSY, after_s=self._asks_for(reply))
         return reply
 
-    def _refusal(self, reply: httpx.Response) -> StillhouseError:
+    def _refusal(self, reply: httpx.Response, *, wanted: str) -> StillhouseError:
         """What a reply means that no other try can mend."""
         words = (
             f"the server refuses {reply.request.url}: status {reply.status_code}: "
             f"{_quoted(reply.text)}"
         )
         if reply.status_code in _OF_THE_PROMPT:
-            return TeacherError(f"{words}; wanted log-probabilities for a prompt of token ids")
+            return TeacherError(f"{words}; wanted {wanted}")
         return ServerError(
-            f"{words}; check teacher.openai: base_url, served_model, and the key in the variable "
+            f"{words}; check {self._table}: base_url, served_model, and the key in the variable "
             f"{self._section.api_key_env}"
         )
 
@@ -255,13 +295,24 @@ class Server:
                 raise ServerError(
                     f"the server has changed under the run: its answers' {name} is {now!r}, but it "
                     f"was {before!r}; what it said before stays. Serve that one again to go on, or "
-                    "name the new one in teacher.openai.served_model or teacher.revision: it is "
-                    "another teacher"
+                    f"name the new one in {self._table}.served_model or "
+                    f"{self._table.split('.')[0]}.revision: it is another model"
                 )
 
-    def _price(self, num_tokens: int) -> int:
+    def _models_of(self, body: Any) -> list[Model]:
+        try:
+            found = [(str(card["id"]), card.get("max_model_len")) for card in body["data"]]
+            return [Model(name, most if type(most) is int else None) for name, most in found]
+        except (KeyError, TypeError, AttributeError):
+            raise ServerError(
+                f"the server lists no models: {_quoted(str(body))}; wanted the address of OpenAI's "
+                f"routes in {self._table}.base_url, such as http://10.0.0.5:8000/v1"
+            ) from None
+
+    def _price(self, tokens: Tokens) -> int:
         """Nanodollars, rounded up."""
-        return math.ceil(num_tokens * self._section.usd_per_million_tokens * 1000)
+        prompt_usd, written_usd = self._section.usd_in_and_out
+        return math.ceil((tokens.prompt * prompt_usd + tokens.written * written_usd) * 1000)
 
     def _asks_for(self, reply: httpx.Response) -> float | None:
         """The seconds of Retry-After, which is a number or a date."""
@@ -286,21 +337,18 @@ def _json_of(reply: httpx.Response) -> Any:
         ) from None
 
 
-def _models(body: Any) -> list[Model]:
-    try:
-        found = [(str(card["id"]), card.get("max_model_len")) for card in body["data"]]
-        return [Model(name, most if type(most) is int else None) for name, most in found]
-    except (KeyError, TypeError, AttributeError):
-        raise ServerError(
-            f"the server lists no models: {_quoted(str(body))}; wanted the address of OpenAI's "
-            "routes in teacher.openai.base_url, such as http://10.0.0.5:8000/v1"
-        ) from None
-
-
-def _num_charged(body: Any, *, otherwise: int) -> int:
+def _charged(body: Any, *, otherwise: Tokens) -> Tokens:
+    """What an answer says that it costs; where it does not, the most that it can. A mere sum counts
+    as written, which is dearer than a prompt."""
     usage = body.get("usage") if isinstance(body, dict) else None
-    found = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return found if type(found) is int and found >= 0 else otherwise
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    told = [usage.get(name) if isinstance(usage, dict) else None for name in names]
+    prompt, written, total = (each if type(each) is int and each >= 0 else None for each in told)
+    if prompt is not None and written is not None:
+        return Tokens(prompt, written)
+    if total is not None:
+        return Tokens(prompt or 0, max(0, total - (prompt or 0)))
+    return otherwise
 
 
 def _words_of(error: httpx.RequestError) -> str:

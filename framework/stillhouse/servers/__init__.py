@@ -1,0 +1,9 @@
+"""Models behind servers with OpenAI's routes: how they are asked, what that may cost, and what was
+bought.
+
+client     requests, their price, and patience
+ledger     money that all processes share
+answers    what was paid for, until it is published
+desk       many requests at one time
+chat       what a chat completion or a completion says
+"""
