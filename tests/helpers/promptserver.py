@@ -1,4 +1,5 @@
-"""A server of the tests' own that scores prompts by their ids, as vLLM's does, on loopback.
+"""A server of the tests' own that scores prompts by their ids, as vLLM's does, and writes, as any
+with OpenAI's API does, on loopback.
 
 It keeps a book of what it charges. It is busy, fails, is silent, breaks off, or changes its answers
 where a test says so.
@@ -36,9 +37,11 @@ def busy(retry_after: str | None = None) -> Fault:
 
 @dataclass(eq=False)
 class PromptServer:
-    """`logprobs_of`: the log-probabilities after each token of a prompt, [D, V]."""
+    """`logprobs_of`: the log-probabilities after each token of a prompt, [D, V]. `reply`: what is
+    written to a request without `prompt_logprobs`, and why it ends."""
 
     logprobs_of: Callable[[list[int]], Tensor]
+    reply: Callable[[Answer], tuple[str, str]] = lambda _request: ("", "stop")
     names: tuple[str, ...] = ("toy",)
     max_model_len: int | None = None
     key: str | None = None  # that a request must have
@@ -47,13 +50,18 @@ class PromptServer:
     # of an answer, before it is sent; and what happens before a request is looked at
     changed: Callable[[Answer], Answer] = lambda answer: answer
     arrived: Callable[[list[int]], None] = lambda _prompt: None
-    prompts: list[list[int]] = field(default_factory=list)  # of all requests
+    requests: list[Answer] = field(default_factory=list)  # all, with their route
     num_charged: int = 0  # tokens
     num_now: int = 0  # requests that are being answered, and the most that ever were
     num_most: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     released: threading.Event = field(default_factory=threading.Event)  # at its end
     base_url: str = ""
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Of all requests."""
+        return [request["prompt"] for request in self.requests]
 
     @contextmanager
     def running(self) -> Iterator["PromptServer"]:
@@ -89,6 +97,24 @@ class PromptServer:
             "usage": usage,
         }
 
+    def written(self, request: Answer) -> Answer:
+        """An answer that costs a token for each byte of its JSON, and ten around a prompt."""
+        text, finish = self.reply(request)
+        choice = {"index": 0, "finish_reason": finish}
+        is_chat = "messages" in request
+        said = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+        num_asked, num_written = num_tokens_of(request), len(text.encode(errors="replace"))
+        usage = {"prompt_tokens": num_asked, "completion_tokens": num_written}
+        return {"model": request["model"], "choices": [choice | said], "usage": usage}
+
+
+def num_tokens_of(request: Answer) -> int:
+    """Of a prompt, as this server counts them."""
+    if "prompt_logprobs" in request:
+        return len(request["prompt"]) + 1
+    asked = [message["content"] for message in request.get("messages", [])]
+    return 10 + len("".join(asked or [request["prompt"]]).encode(errors="replace"))
+
 
 def flat(prompt: list[int], *, vocab_size: int = 300) -> Tensor:
     """A distribution that depends on the token alone; no model has to be loaded for it."""
@@ -121,22 +147,23 @@ class _Handler(BaseHTTPRequestHandler):
         if here.key is not None and self.headers["Authorization"] != f"Bearer {here.key}":
             return self._answer(401, {"error": "this key is not known"})
         with here.lock:
-            here.prompts.append(request["prompt"])
+            here.requests.append(request | {"route": self.path})
             fault = here.faults.popleft() if here.faults else None
             here.num_now += 1
             here.num_most = max(here.num_most, here.num_now)
             if fault is None or fault.is_charged:
-                here.num_charged += len(request["prompt"]) + 1
+                here.num_charged += num_tokens_of(request)
         try:
-            here.arrived(request["prompt"])
-            return self._misbehave(fault) if fault else self._score(request)
+            here.arrived(request.get("prompt", []))
+            return self._misbehave(fault) if fault else self._reply(request)
         finally:
             with here.lock:
                 here.num_now -= 1
 
-    def _score(self, request: Answer) -> None:
+    def _reply(self, request: Answer) -> None:
         here = self.server.behaviour
-        self._answer(200, here.changed(here.scored(request)))
+        answer = here.scored if "prompt_logprobs" in request else here.written
+        self._answer(200, here.changed(answer(request)))
 
     def _misbehave(self, fault: Fault) -> None:
         if fault.kind == "silent":

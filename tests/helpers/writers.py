@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stillhouse.config.generate import WriterSection
 from stillhouse.models import load_tokenizer
 from stillhouse.store.rollout_recipe import RolloutRecipe
-from stillhouse.writer.engine import Sample
+from stillhouse.writer.engine import Prompt, Sample
 from stillhouse.writer.transformers import TransformersWriter
 
 
@@ -20,11 +19,13 @@ class MortalWriter(TransformersWriter):
     """Of all writers of a model, the first one that has written a block is killed before it is
     published."""
 
-    def __init__(self, section: WriterSection, recipe: RolloutRecipe, *, device: str):
-        super().__init__(section, recipe, device=device)
+    def __init__(
+        self, section: WriterSection, recipe: RolloutRecipe, *, device: str, store_url: str = ""
+    ):
+        super().__init__(section, recipe, device=device, store_url=store_url)
         self._killed = Path(section.model) / "killed"
 
-    def write(self, prompts: Sequence[NDArray[np.int32]], seeds: Sequence[int]) -> list[Sample]:
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Sample]:
         samples = super().write(prompts, seeds)
         try:
             self._killed.touch(exist_ok=False)
@@ -38,15 +39,18 @@ class Pupil(TransformersWriter):
     """Answers questions such as "12+34=". By its seed an answer is wrong, or is cut before its
     end."""
 
-    def __init__(self, section: WriterSection, _recipe: RolloutRecipe, *, device: str):
+    def __init__(
+        self, section: WriterSection, _recipe: RolloutRecipe, *, device: str, store_url: str = ""
+    ):
+        del store_url
         assert device == "cpu"
         self._tokenizer = load_tokenizer(section.model)
 
-    def write(self, prompts: Sequence[NDArray[np.int32]], seeds: Sequence[int]) -> list[Sample]:
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Sample]:
         return [self._answer(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
-    def _answer(self, prompt: NDArray[np.int32], seed: int) -> Sample:
-        question = str(self._tokenizer.decode(prompt.tolist())).rstrip("=")
+    def _answer(self, prompt: Prompt, seed: int) -> Sample:
+        question = str(self._tokenizer.decode(prompt.ids.tolist())).rstrip("=")
         total = sum(map(int, question.split("+")))
         is_wrong, is_cut = seed % 3 == 0, seed % 5 == 0
         ids = self._tokenizer.encode(f"that is {total + is_wrong}")

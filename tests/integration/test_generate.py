@@ -2,7 +2,7 @@
 its samples once all the same; what is published is never changed; and a student trains on it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from helpers.models import CHAT_TEMPLATE, make_model
+from helpers.promptserver import PromptServer, flat
 from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.config.generate import GenerateConfig
@@ -166,3 +167,38 @@ def test_a_student_trains_on_the_samples_that_ended_themselves(
         labels += rows.token_ids_SL[:, 1:][rows.loss_mask_SL[:, :-1] == 1].tolist()
     assert 0 < len(labels) <= sum(map(len, ended))
     assert set(labels) <= set(np.concatenate(ended).tolist())
+
+
+def test_writers_that_ask_a_server_pay_for_each_sample_once(
+    generated: Generated,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("A_KEY", "secret")
+    folder = Path(generated.plan.config.writer.model).parent
+    with PromptServer(flat, reply=lambda request: (str(request["seed"]), "stop")).running() as at:
+        at.key = "secret"
+        table = {
+            "base_url": at.base_url,
+            "api_key_env": "A_KEY",
+            "usd_per_million_output_tokens": 1e6,
+            "max_cost_usd": 20_000,
+        }
+        plan = plan_in(folder, engine="openai", openai=table, min_replicas=2, max_replicas=2)
+        config = plan.config.model_copy(
+            update={"store": plan.config.store.model_copy(update={"url": str(tmp_path / "store")})}
+        )
+        plan = replace(plan, config=config, run_dir=tmp_path / "run")
+        pipeline.generate(plan)
+        pipeline.generate(plan)  # nothing is left to ask
+
+        # each question once, beside one that proved the server
+        assert len(at.requests) == 1 + NUM_PROMPTS * SAMPLES
+        seeds = {request["seed"] for request in at.requests}
+        assert len(seeds) == len(at.requests)
+    assert plan.recipe.writer_kind == "api"
+    for number in range(plan.recipe.num_shards):
+        assert set(plan.store.fetch(number).finish_S.tolist()) == {ENDED}
+    assert not [*tmp_path.glob("store/rollouts/*/purchases/answers/*")]
+    assert "of 20000 USD spent or reserved" in capsys.readouterr().err

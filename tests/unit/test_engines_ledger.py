@@ -217,7 +217,7 @@ def test_answers_go_once_their_chunk_is_published(tmp_path: Path, server: Prompt
     desk_of(blobs, server.base_url, limit_usd=None).scores_of_all(documents(0, 1), num_threads=2)
     store = ChunkStore(blobs, RECIPE)
     store.publish(make_chunk(RECIPE, 1))
-    answers_of(store).forget_published()
+    answers_of(store).tidy()
     kept = {path.parent.name for path in tmp_path.glob(f"{PURCHASES}/answers/*/*")}
     assert kept == {"0000000000"}
 

@@ -51,7 +51,7 @@ def test_the_plan_names_all_that_decides_a_sample(folder: Path) -> None:
     assert recipe.end_ids == (0, *range(7, 300, 12))  # the tokenizer's, and those below its size
     assert recipe.writer_numerics == "float32"
     assert [len(plan.block(number).prompts) for number in range(3)] == [4, 4, 2]
-    assert plan.block(2).first_prompt == 8
+    assert [prompt.number for prompt in plan.block(2).prompts] == [8, 9]
     assert planned(folder).recipe == recipe
     for changes in (
         {"prompts": {"seed": 1}},

@@ -27,6 +27,7 @@ def prompts_of(
     rows: list[dict[str, Any]],
     *,
     most_tokens: int = 100,
+    with_sources: bool = False,
     **settings: Any,
 ) -> Prompts:
     file = folder / "prompts.jsonl"
@@ -37,6 +38,7 @@ def prompts_of(
         tokenizer,
         tokenizer_digest="digest",
         most_tokens=most_tokens,
+        with_sources=with_sources,
         cache_dir=folder / "cache",
     )
 
@@ -47,6 +49,22 @@ def texts(prompts: Prompts, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 def asked(question: str, *more: dict[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, *more]}
+
+
+def test_a_source_is_what_a_server_is_asked_and_part_of_the_digest(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chats = [asked("One?"), asked("Two?") | {"tools": [{"type": "function", "function": {}}]}]
+    found = prompts_of(tmp_path, tokenizer, chats, with_sources=True)
+    assert sorted(found.sources) == sorted(json.dumps(chat) for chat in chats)
+    again = prompts_of(tmp_path, tokenizer, chats, with_sources=True)
+    without = prompts_of(tmp_path, tokenizer, chats)
+    assert (again.sources, without.sources) == (found.sources, ())
+    assert again.digest == found.digest != without.digest
+    (tmp_path / "texts").mkdir()
+    rows = [{"text": "One"}]
+    texts = prompts_of(tmp_path / "texts", tokenizer, rows, with_sources=True, format="text")
+    assert texts.sources == ('{"text": "One"}',)
 
 
 def test_a_chat_ends_where_the_assistants_turn_begins(

@@ -90,8 +90,9 @@ def test_a_shard_in_anothers_place_is_refused(other: str, number: int) -> None:
         ("samples", (0,), -1),
         ("weights_version", (1,), -2),
         ("sampled_logprobs", (0, 1), 0.5),
-        ("sampled_logprobs", (0, 1), np.nan),
+        ("sampled_logprobs", (0, 1), -np.inf),
         ("sampled_logprobs", (0, 0), -0.5),
+        ("sampled_logprobs", (0, 0), np.nan),
         ("positions", (0, 0), 1),
         ("positions", (0, 2), 5),
         ("token_ids", (0, 0), -1),
@@ -113,6 +114,19 @@ def test_values_that_the_page_does_not_have_are_never_written(
     )
     with pytest.raises(ChunkError, match="shard 3 has"):
         pack_rollouts(changed, fingerprint())
+
+
+def test_a_server_alone_may_keep_log_probabilities_to_itself(tmp_path: Path) -> None:
+    shard = make_shard(RECIPE, 0)
+    mask_SL = shard.sequences.loss_mask_SL
+    shard.sampled_logprobs_SL[mask_SL == 1] = np.nan
+    weights = RolloutStore.create(str(tmp_path), RECIPE)
+    with pytest.raises(ChunkError, match="that are no number"):
+        weights.publish(shard)
+    served = RolloutStore.create(str(tmp_path), replace(RECIPE, writer_kind="api"))
+    served.publish(shard)
+    found = served.fetch(0).sampled_logprobs_SL
+    np.testing.assert_array_equal(np.isnan(found), mask_SL == 1)
 
 
 def test_the_first_publisher_wins_and_what_is_there_is_not_changed(store: RolloutStore) -> None:

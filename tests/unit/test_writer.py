@@ -17,11 +17,14 @@ from stillhouse.models import load_model
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE, pack_rollouts
 from stillhouse.writer.block import PromptBlock, written
+from stillhouse.writer.engine import Prompt
 from stillhouse.writer.sampling import draw, seed_of, uniforms
 from stillhouse.writer.transformers import TransformersWriter
 
 VOCAB_SIZE, LENGTH = 300, 40
-PROMPTS = [np.arange(30, 30 + n, dtype=np.int32) for n in (3, 9, 1, 5)]
+PROMPTS = [
+    Prompt(number, np.arange(30, 30 + n, dtype=np.int32)) for number, n in enumerate((3, 9, 1, 5))
+]
 # of a model whose distributions are far from uniform, one token in ten ends a sample
 END_IDS = tuple(range(0, VOCAB_SIZE, 10))
 
@@ -39,7 +42,7 @@ def recipe_of(**changes: Any) -> RolloutRecipe:
     return small_rollout_recipe(**values | changes)
 
 
-BLOCK = PromptBlock(0, 0, PROMPTS, frozenset(range(len(PROMPTS))))
+BLOCK = PromptBlock(0, PROMPTS, frozenset(range(len(PROMPTS))))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,7 @@ def test_samples_end_with_the_first_token_that_ends_one_or_are_cut(model: Path) 
     rollouts = written(BLOCK, writer_of(model, recipe), recipe)
     assert set(rollouts.finish_S.tolist()) == {ENDED, CUT}
     for row in range(len(rollouts)):
-        prompt = PROMPTS[rollouts.prompts_S[row]]
+        prompt = PROMPTS[rollouts.prompts_S[row]].ids
         ids = rollouts.sequences.token_ids_SL[row]
         sampled = ids[np.flatnonzero(rollouts.sequences.loss_mask_SL[row]) + 1]
         assert ids[: len(prompt)].tolist() == prompt.tolist()

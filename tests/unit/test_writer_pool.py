@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from helpers.calls import must_not_be_called
 from helpers.rollouts import small_rollout_recipe
@@ -23,7 +22,7 @@ from stillhouse.store.rollouts import SET_ASIDE, Rollouts
 from stillhouse.tracking import RunEvent, SetAsideEvent, ShardEvent
 from stillhouse.writer.actor import Ready, computed, published
 from stillhouse.writer.block import PromptBlock, written
-from stillhouse.writer.engine import Sample
+from stillhouse.writer.engine import Prompt, Sample
 from stillhouse.writer.pool import comparison, limits_of
 
 RECIPE = small_rollout_recipe(num_prompts=7, samples=3)
@@ -41,8 +40,10 @@ class Clerk:
 
     digest = None
 
-    def __init__(self, _section: WriterSection, _recipe: RolloutRecipe, *, device: str) -> None:
-        assert device == "cpu"
+    def __init__(
+        self, _section: WriterSection, _recipe: RolloutRecipe, *, device: str, store_url: str
+    ) -> None:
+        assert (device, store_url) == ("cpu", "memory:")
 
     @classmethod
     def identity(cls, _section: WriterSection, *, cache_dir: Path) -> ModelIdentity:
@@ -51,8 +52,8 @@ class Clerk:
     def weight_hashes(self) -> Mapping[str, int]:
         return {}
 
-    def write(self, prompts: Sequence[NDArray[np.int32]], seeds: Sequence[int]) -> list[Sample]:
-        if any(prompt[0] == 13 for prompt in prompts):
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Sample]:
+        if any(prompt.ids[0] == 13 for prompt in prompts):
             raise TeacherError("out of memory")
         return [
             Sample(
@@ -64,7 +65,7 @@ class Clerk:
         ]
 
 
-CLERK = Clerk(SECTION, RECIPE, device="cpu")
+CLERK = Clerk(SECTION, RECIPE, device="cpu", store_url="memory:")
 
 
 class Backend:
@@ -105,8 +106,10 @@ class Backend:
 
 def prompts_of(recipe: RolloutRecipe, number: int, *, poison: int | None = None) -> PromptBlock:
     rows = recipe.shard_rows(number)
-    prompts = [np.array([13 if row == poison else 20 + row, 5], np.int32) for row in rows]
-    return PromptBlock(number, rows[0], prompts, frozenset(range(len(rows))))
+    prompts = [
+        Prompt(row, np.array([13 if row == poison else 20 + row, 5], np.int32)) for row in rows
+    ]
+    return PromptBlock(number, prompts, frozenset(range(len(rows))))
 
 
 def fill(

@@ -21,12 +21,15 @@ from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollouts import CUT, ENDED, Rollouts
 from stillhouse.writer.block import PromptBlock, written
 from stillhouse.writer.choice import writer_named
+from stillhouse.writer.engine import Prompt
 from stillhouse.writer.transformers import TransformersWriter
 from stillhouse.writer.vllm import VllmWriter
 
 pytestmark = pytest.mark.filterwarnings("default")
-PROMPTS = [np.arange(30, 30 + n, dtype=np.int32) for n in (3, 40, 1, 5)]
-BLOCK = PromptBlock(0, 0, PROMPTS, frozenset(range(len(PROMPTS))))
+PROMPTS = [
+    Prompt(number, np.arange(30, 30 + n, dtype=np.int32)) for number, n in enumerate((3, 40, 1, 5))
+]
+BLOCK = PromptBlock(0, PROMPTS, frozenset(range(len(PROMPTS))))
 END_IDS = tuple(range(0, VOCAB_SIZE, 10))  # one token in ten
 
 
@@ -160,8 +163,8 @@ def test_damaged_weights_are_found_and_the_writer_stays_of_use(model: Path, tmp_
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     damaged = started(folder, recipe_of(samples=1))
     with pytest.raises(TeacherError, match="not finite"):
-        damaged.write([np.array([77], np.int32)], [1])
-    assert damaged.write([np.array([78], np.int32)], [1])
+        damaged.write([Prompt(0, np.array([77], np.int32))], [1])
+    assert damaged.write([Prompt(0, np.array([78], np.int32))], [1])
 
 
 def test_heads_without_a_kernel_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ class ScoringSection(ServerSection):
 class ChatSection(ServerSection):
     """A server that writes: its chat completions for conversations, its completions for texts."""
 
+    request: dict[str, str | bool | int | float] = Field(
+        {},
+        description="more fields of each request, or others in place of ours, such as "
+        '{reasoning_effort = "low"}; they are part of what identifies the writer',
+    )
+
     usd_per_million_input_tokens: Price = Field(
         0.0, description="the price of prompts; above 0, answers are kept until they are published"
     )

@@ -5,7 +5,6 @@ Shapes: T target tokens, K kept entries.
 """
 
 import hashlib
-import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from stillhouse.engines.openai_scores import (
     targets_of,
 )
 from stillhouse.engines.probe import Probe, mean_kl
-from stillhouse.errors import ServerError, StoreError
+from stillhouse.errors import ServerError
 from stillhouse.logits import Backend, CompressedLogits
 from stillhouse.models import ModelIdentity
 from stillhouse.models.identity import is_local
@@ -34,8 +33,6 @@ from stillhouse.servers.client import BEFORE_A_RUN, Server
 from stillhouse.servers.ledger import Ledger
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.recipe import canonical_json
-
-_log = logging.getLogger(__name__)
 
 TABLE = "teacher.openai"
 _PROBES_AT_ONCE = 3  # in one batch of the server's, where the first probe was alone
@@ -138,12 +135,8 @@ class OpenAIEngine:
 
     def tidy(self) -> None:
         """Delete the answers that are kept of published chunks, if the store lets it."""
-        if self._desk.answers is None:
-            return
-        try:
-            self._desk.answers.forget_published()
-        except StoreError as error:
-            _log.info("answers that are not needed any more stay in the store: %s", error)
+        if self._desk.answers is not None:
+            self._desk.answers.tidy()
 
     def granted_usd(self) -> float:
         """What is spent on the recipe's targets, or reserved; 0 where there is no limit."""

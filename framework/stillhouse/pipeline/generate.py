@@ -12,10 +12,11 @@ from time import monotonic, time
 
 from stillhouse import atomic
 from stillhouse.cluster.processes import local_secrets
+from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ChangedWeightsError, RecipeError, StoreError
 from stillhouse.models import forget_identity
 from stillhouse.pipeline.attempt import Outcome, failure_journalled, shown
-from stillhouse.pipeline.console import patient
+from stillhouse.pipeline.console import patient, say
 from stillhouse.pipeline.generation import Generation
 from stillhouse.pipeline.holder import Holder
 from stillhouse.pipeline.ownership import locked
@@ -24,6 +25,7 @@ from stillhouse.pipeline.session import Session, at_work, on_ray
 from stillhouse.pipeline.shared_dirs import require_shared
 from stillhouse.pool.actor_backend import ActorBackend, interpreters_of
 from stillhouse.pool.dispatcher import Dispatcher
+from stillhouse.servers.client import BEFORE_A_RUN
 from stillhouse.store.explain import explain
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.tracking import (
@@ -36,6 +38,7 @@ from stillhouse.tracking import (
 from stillhouse.tracking.log import driver_log
 from stillhouse.writer.actor import Ready, WriterJob, spawn
 from stillhouse.writer.block import PromptBlock
+from stillhouse.writer.openai import OpenAIWriter
 from stillhouse.writer.pool import comparison, limits_of
 
 _VERSIONED = ("stillhouse", "torch", "ray", "transformers", "datasets")
@@ -47,6 +50,7 @@ def generate(plan: Generation, *, command: str = "stillhouse generate") -> None:
     needs = {"writers": (config.writer, config.writer.min_replicas)}
     with (
         _attempt(plan, command) as journal,
+        _answering(plan),
         on_ray(config.cluster, journal),
         at_work(config.cluster, journal, needs) as (session, machines),
     ):
@@ -62,6 +66,24 @@ def generate(plan: Generation, *, command: str = "stillhouse generate") -> None:
 
 
 @contextmanager
+def _answering(plan: Generation) -> Iterator[None]:
+    """Ask a writer behind a server for one token, where there is something to write, before
+    anything starts; say what all came to at the end. Raises ServerError where it cannot be used."""
+    section, store, recipe = plan.config.writer, plan.store, plan.recipe
+    num_missing = recipe.num_shards - len(store.published())
+    if section.openai is None or not num_missing:
+        yield
+        return
+    writer = OpenAIWriter(section, recipe, device="cpu", store_url=store.url, patience=BEFORE_A_RUN)
+    writer.prove(plan.block(0).prompts[0])
+    yield
+    writer.tidy()
+    limit = section.openai.max_cost_usd
+    if limit is not None:
+        say(f"the writer's server: {writer.granted_usd():.4g} of {limit:g} USD spent or reserved")
+
+
+@contextmanager
 def _writers(plan: Generation, session: Session) -> Iterator[Dispatcher[PromptBlock, Ready]]:
     """A pool of writers that makes every shard, to be run."""
     # the actors
@@ -71,7 +93,7 @@ def _writers(plan: Generation, session: Session) -> Iterator[Dispatcher[PromptBl
         spawn,
         WriterJob(section, recipe, plan.store.url, cluster.threads, cluster.notices),
         where=where,
-        secrets=local_secrets(),
+        secrets=local_secrets(*_variables_of(section)),
         coordinator=session.coordinator,
     )
     backend: ActorBackend[PromptBlock, Ready] = ActorBackend(
@@ -93,6 +115,11 @@ def _writers(plan: Generation, session: Session) -> Iterator[Dispatcher[PromptBl
     except ChangedWeightsError:  # the next plan looks at the weights themselves
         forget_identity(section, cache_dir=plan.cache_dir)
         raise
+
+
+def _variables_of(section: WriterSection) -> list[str]:
+    """The environment variables with keys that writers need."""
+    return [] if section.openai is None else [section.openai.api_key_env]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.url import absolute_url
 from stillhouse.writer.block import PromptBlock
 from stillhouse.writer.choice import writer_named
+from stillhouse.writer.engine import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,11 @@ class Generation:
 
     def block(self, number: int) -> PromptBlock:
         """What a writer needs to make shard `number`."""
-        rows = self.recipe.shard_rows(number)
-        prompts = [self.prompts[each] for each in rows]
-        return PromptBlock(number, rows[0], prompts, frozenset(range(len(rows))))
+        rows, sources = self.recipe.shard_rows(number), self.prompts.sources
+        prompts = [
+            Prompt(each, self.prompts[each], sources[each] if sources else "") for each in rows
+        ]
+        return PromptBlock(number, prompts, frozenset(range(len(rows))))
 
 
 def plan_generation(config: GenerateConfig, *, run_dir: Path, cache_dir: Path) -> Generation:
@@ -52,11 +55,13 @@ def plan_generation(config: GenerateConfig, *, run_dir: Path, cache_dir: Path) -
     # the writer, and what it can do
     if (reason := why_too_long(run_dir)) is not None:
         raise ConfigError(f"--run-dir: {reason}; choose shorter names")
-    require_whole_weights(config.writer.model)
+    is_served = config.writer.openai is not None
+    if not is_served:
+        require_whole_weights(config.writer.model)
     identity = writer_named(config.writer.engine).identity(config.writer, cache_dir=cache_dir)
     writer, sampling = pinned(config.writer, identity), config.sampling
     tokenizer = tokenizer_of(writer)
-    longest = context_length(writer)
+    longest = None if is_served else context_length(writer)
     if longest is not None and sampling.sequence_length > longest:
         raise ConfigError(
             f"sampling.sequence_length is {sampling.sequence_length:,}, but {writer.model} is made "
@@ -70,6 +75,7 @@ def plan_generation(config: GenerateConfig, *, run_dir: Path, cache_dir: Path) -
             tokenizer,
             tokenizer_digest=tokenizer_digest(tokenizer),
             most_tokens=sampling.sequence_length - sampling.max_new_tokens,
+            with_sources=is_served,
             cache_dir=cache_dir,
             on_progress=on_progress,
         )
@@ -88,7 +94,7 @@ def plan_generation(config: GenerateConfig, *, run_dir: Path, cache_dir: Path) -
         end_ids=end_ids(writer, tokenizer),
         vocab_size=vocab_size_of(tokenizer),
         vocabulary_digest=vocabulary_digest(tokenizer),
-        writer_kind="weights",
+        writer_kind=identity.kind,
         writer_digest=identity.digest,
         writer_numerics=number_format(config.writer),
     )

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -30,7 +30,7 @@ from stillhouse.sequences.documents import Documents, load_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_VERSION = 1  # a change to rendering, tokenising or order raises it
+_VERSION = 2  # a change to rendering, tokenising or order raises it
 _CHECK_BYTES = 8  # xxh3 of all behind it, at the beginning of a file
 
 
@@ -41,6 +41,9 @@ class Prompts:
     ids: NDArray[np.int32]
     starts_P1: NDArray[np.int64]  # prompt p is ids[starts_P1[p] : starts_P1[p + 1]]
     references: tuple[str, ...]  # of each prompt, for graders; empty where the data set has none
+    # of each prompt, for a writer behind a server: JSON of its `text`, or of its `messages` and
+    # `tools`, as OpenAI's API has them; empty where they were not asked for
+    sources: tuple[str, ...]
     account: Account
 
     def __len__(self) -> int:
@@ -51,9 +54,11 @@ class Prompts:
 
     @property
     def digest(self) -> str:
-        """sha256 over all ids, and where each prompt begins."""
+        """sha256 over all ids, where each prompt begins, and the sources."""
         digest = hashlib.sha256(self.starts_P1.astype("<i8").tobytes())
         digest.update(self.ids.astype("<i4").tobytes())
+        if self.sources:
+            digest.update(json.dumps(self.sources).encode())
         return digest.hexdigest()
 
     @property
@@ -68,6 +73,7 @@ def prepare_prompts(
     *,
     tokenizer_digest: str,
     most_tokens: int,
+    with_sources: bool,
     cache_dir: Path,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Prompts:
@@ -88,6 +94,7 @@ def prepare_prompts(
             "tokenizer": tokenizer_digest,
             "documents": [documents.identity, None if references is None else references.identity],
             "most_tokens": most_tokens,
+            "with_sources": with_sources,
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path = cache_dir / "prompts" / f"{digest[:32]}.prompts"
@@ -97,12 +104,18 @@ def prepare_prompts(
             found = _read(path)
             if found is None:
                 rows = _Rows(documents, references, tokenizer, corpus, most_tokens)
-                found = _tokenised(rows, section, on_progress)
+                found = _tokenised(rows, section, on_progress, with_sources=with_sources)
                 atomic.make_directory(path.parent)
                 atomic.replace(path, _packed(found))
     except CorpusError as error:
         raise CorpusError(_in_prompts(str(error))) from error
     return found
+
+
+class _Row(NamedTuple):
+    ids: NDArray[np.int32]
+    reference: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +128,8 @@ class _Rows:
     corpus: CorpusSection
     most_tokens: int
 
-    def __iter__(self) -> Iterator[tuple[NDArray[np.int32], str] | BadRow]:
-        """Each row's ids and reference, or why it has none."""
+    def __iter__(self) -> Iterator[_Row | BadRow]:
+        """Each row as a prompt, or why it is none."""
         is_chat = self.corpus.format == "chat"
         template = ChatTemplate(self.tokenizer, template_text(self.corpus)) if is_chat else None
         for row in map(int, self.documents.order):
@@ -124,7 +137,8 @@ class _Rows:
                 document = self.documents.read(row)
                 text = document if template is None else _asked(document, template)
                 reference = "" if self.references is None else self.references.read(row)
-                yield self._ids(text, is_text=template is None), reference
+                ids = self._ids(text, is_text=template is None)
+                yield _Row(ids, reference, _as_json(document))
             except BadRowError as error:
                 yield BadRow(*self.documents.place(row), str(error))
 
@@ -150,30 +164,46 @@ def _asked(document: Conversation, template: ChatTemplate) -> str:
     return template.prompt(document)
 
 
+def _as_json(document: str | Conversation) -> str:
+    if isinstance(document, str):
+        return json.dumps({"text": document})
+    tools = {"tools": [*document.tools]} if document.tools else {}
+    return json.dumps({"messages": [*document.messages], **tools})
+
+
 def _tokenised(
-    rows: _Rows, section: PromptsSection, on_progress: Callable[[int, int], None]
+    rows: _Rows,
+    section: PromptsSection,
+    on_progress: Callable[[int, int], None],
+    *,
+    with_sources: bool,
 ) -> Prompts:
     """All prompts, in order. Raises CorpusError where more rows are bad than the section allows."""
+    # each row
     account = Account(form=rows.documents.form)
-    found: list[NDArray[np.int32]] = []
-    references: list[str] = []
+    found: list[_Row] = []
     for each in rows:
         if isinstance(each, BadRow):
             account.bad_rows.append(each)
             most = section.max_bad_rows
             require_few(account.bad_rows, num_rows=len(rows.documents), max_share=most)
             continue
-        ids, reference = each
-        found.append(ids)
-        references.append(reference)
+        found.append(each if with_sources else each._replace(source=""))
         account.num_documents += 1
-        account.num_tokens += len(ids)
+        account.num_tokens += len(each.ids)
         on_progress(account.num_documents, account.num_tokens)
     if not found:
         raise CorpusError(f"no row of {section.dataset} is a prompt; give one at least")
-    starts_P1 = np.cumsum([0, *map(len, found)], dtype=np.int64)
-    given = () if rows.references is None else tuple(references)
-    return Prompts(np.concatenate(found), starts_P1, given, account)
+
+    # as one value
+    starts_P1 = np.cumsum([0, *(len(each.ids) for each in found)], dtype=np.int64)
+    return Prompts(
+        np.concatenate([each.ids for each in found]),
+        starts_P1,
+        () if rows.references is None else tuple(each.reference for each in found),
+        tuple(each.source for each in found) if with_sources else (),
+        account,
+    )
 
 
 def _as_corpus(section: PromptsSection, **changes: Any) -> CorpusSection:
@@ -221,6 +251,7 @@ def _in_prompts(message: str) -> str:
 def _packed(prompts: Prompts) -> bytes:
     about = {
         "references": prompts.references,
+        "sources": prompts.sources,
         "form": prompts.account.form,
         "bad_rows": [[each.file, each.row, each.reason] for each in prompts.account.bad_rows],
     }
@@ -249,4 +280,5 @@ def _read(path: Path) -> Prompts | None:
         form=about["form"],
         bad_rows=[BadRow(*each) for each in about["bad_rows"]],
     )
-    return Prompts(ids, starts_P1, tuple(about["references"]), account)
+    references, sources = (tuple(about[name]) for name in ("references", "sources"))
+    return Prompts(ids, starts_P1, references, sources, account)

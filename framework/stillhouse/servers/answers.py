@@ -5,11 +5,15 @@
 They are written by create-only puts, so no process buys what another has bought and kept.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from stillhouse.errors import StoreError
 from stillhouse.servers.ledger import opened_values, patiently, sealed_values
 from stillhouse.store.object_store import Blobs
+
+_log = logging.getLogger(__name__)
 
 
 class Answers:
@@ -35,8 +39,15 @@ class Answers:
         data, key = sealed_values(values), self._key(block, digest)
         patiently(lambda: self._blobs.create(key, data))
 
-    def forget_published(self) -> None:
-        """Delete the answers of blocks that are published: those are their record now."""
+    def tidy(self) -> None:
+        """Delete the answers of blocks that are published, if the store lets it: those are their
+        record now."""
+        try:
+            self._forget_published()
+        except StoreError as error:
+            _log.info("answers that are not needed any more stay in the store: %s", error)
+
+    def _forget_published(self) -> None:
         kept = [blob.key for blob in self._blobs.under(self._prefix)]
         for digits in sorted({key[len(self._prefix) + 1 :].partition("/")[0] for key in kept}):
             if digits.isdecimal() and self._is_published(int(digits)):

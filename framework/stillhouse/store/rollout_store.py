@@ -109,6 +109,7 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
 
     def _check(self, rollouts: Rollouts) -> None:
         """Raise ChunkError unless these are the rollouts that the recipe wants of the shard."""
+        # of the prompts of this block, in their order
         recipe, name = self.recipe, f"shard {rollouts.number}"
         prompts, samples = np.array(self.rows(rollouts.number)), np.arange(recipe.samples)
         if not (
@@ -119,6 +120,8 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
                 f"{name} has other rollouts than {recipe.samples} of each of the prompts "
                 f"{prompts[0]} to {prompts[-1]}, in this order"
             )
+
+        # and with values that the recipe allows
         length = rollouts.sequences.token_ids_SL.shape[1]
         if length != recipe.sequence_length:
             raise ChunkError(
@@ -129,6 +132,8 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
             raise ChunkError(
                 f"{name} has the token id {highest}, wanted at most {recipe.vocab_size - 1}"
             )
+        if recipe.writer_kind == "weights" and np.isnan(rollouts.sampled_logprobs_SL).any():
+            raise ChunkError(f"{name} has log-probabilities that are no number")
         has_none_S = ~rollouts.sequences.loss_mask_SL.any(axis=1)
         if not np.array_equal(has_none_S, rollouts.finish_S == SET_ASIDE):
             raise ChunkError(f"{name} has rollouts without a sampled token that are not set aside")

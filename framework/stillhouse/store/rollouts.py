@@ -42,7 +42,8 @@ class Rollouts:
     prompts_S: npt.NDArray[np.int64]
     samples_S: npt.NDArray[np.int64]  # the number of each among those of its prompt
     weights_version_S: npt.NDArray[np.int64]
-    # of the next token under the distribution that it was drawn from; 0 where the mask is 0
+    # of the next token under the distribution that it was drawn from, NaN where that is not known;
+    # 0 where the mask is 0
     sampled_logprobs_SL: npt.NDArray[np.float32]
     finish_S: npt.NDArray[np.uint8]  # ENDED, CUT or SET_ASIDE
 
@@ -186,8 +187,8 @@ def _check_values(rollouts: Rollouts) -> None:
     name, mask = f"shard {rollouts.number}", rollouts.sequences.loss_mask_SL
     check_sequences(rollouts.sequences, name, vocab_size=1 << 31)
     logprobs = rollouts.sampled_logprobs_SL
-    if not (np.isfinite(logprobs).all() and (logprobs <= 0).all()):
-        raise ChunkError(f"{name} has log-probabilities that are not finite, or above 0")
+    if not (np.isnan(logprobs) | (np.isfinite(logprobs) & (logprobs <= 0))).all():
+        raise ChunkError(f"{name} has log-probabilities that are infinite, or above 0")
     if logprobs[mask == 0].any():
         raise ChunkError(f"{name} has log-probabilities of tokens that were not sampled")
     for field, least, most in (

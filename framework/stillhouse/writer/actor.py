@@ -116,7 +116,10 @@ class _WriterActor:
         began = monotonic()
         self._coordinator.mention(PhaseEvent("writer", "loading"))
         self._engine = writer_named(self._job.section.engine)(
-            self._job.section, self._job.recipe, device=self._device
+            self._job.section,
+            self._job.recipe,
+            device=self._device,
+            store_url=self._job.store_url,
         )
         self._store = RolloutStore(self._job.store_url, self._job.recipe)
         hashes = self._engine.weight_hashes()

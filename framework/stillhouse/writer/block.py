@@ -4,12 +4,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stillhouse.sequence import Sequences
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE, UNCHANGING, Rollouts
-from stillhouse.writer.engine import Sample, WriterEngine
+from stillhouse.writer.engine import Prompt, Sample, WriterEngine
 from stillhouse.writer.sampling import seed_of
 
 
@@ -19,8 +18,7 @@ class PromptBlock:
     aside."""
 
     number: int
-    first_prompt: int
-    prompts: Sequence[NDArray[np.int32]]
+    prompts: Sequence[Prompt]
     wanted: frozenset[int]  # by their place in the block
 
     def only(self, row: int) -> "PromptBlock":
@@ -38,7 +36,7 @@ def written(block: PromptBlock, engine: WriterEngine, recipe: RolloutRecipe) -> 
     ]
     wanted = [place for place in places if place[0] in block.wanted]
     seeds = [
-        seed_of(recipe.fingerprint, block.number, block.first_prompt + row, sample)
+        seed_of(recipe.fingerprint, block.number, block.prompts[row].number, sample)
         for row, sample in wanted
     ]
     samples = engine.write([block.prompts[row] for row, _ in wanted], seeds)
@@ -60,14 +58,14 @@ def _rollouts(
     for number, (row, sample) in enumerate(samples):
         if sample is None:
             continue
-        prompt = block.prompts[row]
+        prompt = block.prompts[row].ids
         end = len(prompt) + len(sample.ids)
         ids_SL[number, :end] = np.concatenate([prompt, sample.ids])
         mask_SL[number, len(prompt) - 1 : end - 1] = 1
         logprobs_SL[number, len(prompt) - 1 : end - 1] = sample.logprobs
         finish_S[number] = ENDED if sample.ended else CUT
     positions_SL = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
-    prompts_S = block.first_prompt + np.array([row for row, _ in samples], np.int64)
+    prompts_S = np.array([block.prompts[row].number for row, _ in samples], np.int64)
     return Rollouts(
         number=block.number,
         sequences=Sequences(ids_SL, positions_SL, mask_SL),

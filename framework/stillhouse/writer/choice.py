@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from stillhouse.errors import ConfigError
 from stillhouse.extension import load_extension
 from stillhouse.writer.engine import WriterEngine
+from stillhouse.writer.openai import OpenAIWriter
 from stillhouse.writer.transformers import TransformersWriter
 from stillhouse.writer.vllm import VllmWriter
 
 _BUILT_IN: Mapping[str, type[WriterEngine]] = {
     "transformers": TransformersWriter,
     "vllm": VllmWriter,
+    "openai": OpenAIWriter,
 }
 _MEMBERS = ("identity", "weight_hashes", "write")
 

@@ -17,11 +17,21 @@ from stillhouse.store.rollout_recipe import RolloutRecipe
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What a sample goes on with."""
+
+    number: int  # among all prompts of the recipe
+    ids: NDArray[np.int32]
+    source: str = ""  # as `Prompts.sources` has it, for a writer behind a server
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """What a writer wrote to a prompt: at least one token."""
 
     ids: NDArray[np.int32]  # the one with which it ended itself included
-    logprobs: NDArray[np.float32]  # of each, under the distribution that it was drawn from
+    # of each, under the distribution that it was drawn from; NaN where a server does not tell
+    logprobs: NDArray[np.float32]
     ended: bool  # False: it was cut at max_new_tokens
 
 
@@ -32,7 +42,11 @@ class WriterEngine(Protocol):
     write the same samples, up to rounding.
     """
 
-    def __init__(self, section: WriterSection, recipe: RolloutRecipe, /, *, device: str): ...
+    def __init__(
+        self, section: WriterSection, recipe: RolloutRecipe, /, *, device: str, store_url: str
+    ) -> None:
+        """Load the model. `store_url`: where rollouts will be published. Raises ModelError or
+        TeacherError for one that cannot be used."""
 
     @classmethod
     def identity(cls, section: WriterSection, /, *, cache_dir: Path) -> ModelIdentity:
@@ -48,7 +62,7 @@ class WriterEngine(Protocol):
         """A hash of each parameter, by its name: compared between the writers of a pool."""
         ...
 
-    def write(self, prompts: Sequence[NDArray[np.int32]], seeds: Sequence[int]) -> list[Sample]:
-        """A sample for each prompt, by the seed at the same place: int64, as `seed_of` gives
-        them."""
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sample | None]:
+        """A sample for each prompt, by the seed at the same place: int64, as `seed_of` gives them.
+        None is set aside: nothing was written that can be learnt from."""
         ...

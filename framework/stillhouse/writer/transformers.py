@@ -16,7 +16,7 @@ from stillhouse.engines.probe import hashes_of_weights
 from stillhouse.models import ModelIdentity, digest_beside, load_model, model_identity
 from stillhouse.models.caches import WritersCache, check_cache, left_padded, next_logits
 from stillhouse.store.rollout_recipe import RolloutRecipe
-from stillhouse.writer.engine import Sample
+from stillhouse.writer.engine import Prompt, Sample
 from stillhouse.writer.sampling import Drawn, draw, uniforms
 
 
@@ -26,7 +26,10 @@ class TransformersWriter:
     Construction loads the model, and checks its cache on a probe batch.
     """
 
-    def __init__(self, section: WriterSection, recipe: RolloutRecipe, *, device: str):
+    def __init__(
+        self, section: WriterSection, recipe: RolloutRecipe, *, device: str, store_url: str = ""
+    ) -> None:
+        del store_url  # all that it needs of it is in the recipe
         self._section, self._recipe = section, recipe
         many_gpus = device == "cuda" and torch.cuda.device_count() > 1
         self._model, self.digest = digest_beside(
@@ -45,13 +48,13 @@ class TransformersWriter:
     def weight_hashes(self) -> Mapping[str, int]:
         return hashes_of_weights(self._model)
 
-    def write(self, prompts: Sequence[NDArray[np.int32]], seeds: Sequence[int]) -> list[Sample]:
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Sample]:
         # prompts of about the same length side by side: the rest is padding
-        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+        order = np.argsort([len(prompt.ids) for prompt in prompts], kind="stable")
         written: dict[int, Sample] = {}
         for start in range(0, len(order), self._section.batch_sequences):
             batch = order[start : start + self._section.batch_sequences].tolist()
-            samples = self._write([prompts[i] for i in batch], [seeds[i] for i in batch])
+            samples = self._write([prompts[i].ids for i in batch], [seeds[i] for i in batch])
             written |= dict(zip(batch, samples, strict=True))
         return [written[i] for i in range(len(prompts))]
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stillhouse.config.generate import WriterSection
 from stillhouse.engines import _vllm_compat
@@ -16,7 +15,7 @@ from stillhouse.engines.vllm_config import vllm_config
 from stillhouse.errors import TeacherError
 from stillhouse.models import ModelIdentity, digest_beside, model_identity
 from stillhouse.store.rollout_recipe import RolloutRecipe
-from stillhouse.writer.engine import Sample
+from stillhouse.writer.engine import Prompt, Sample
 from stillhouse.writer.vllm_worker import SeededDraws, WriterPlan
 
 _WORKER = "stillhouse.writer.vllm_worker.writers_worker"
@@ -28,7 +27,10 @@ class VllmWriter:
     process that ends with this one. Its samples are those of `TransformersWriter`, up to
     rounding."""
 
-    def __init__(self, section: WriterSection, recipe: RolloutRecipe, *, device: str):
+    def __init__(
+        self, section: WriterSection, recipe: RolloutRecipe, *, device: str, store_url: str = ""
+    ) -> None:
+        del store_url  # all that it needs of it is in the recipe
         self._recipe = recipe
         config = vllm_config(
             section,
@@ -52,9 +54,9 @@ class VllmWriter:
         the files, or the hub's commit, holds them."""
         return {}
 
-    def write(self, prompts: Sequence[NDArray[np.int32]], seeds: Sequence[int]) -> list[Sample]:
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Sample]:
         found = self._engine.samples(
-            [prompt.tolist() for prompt in prompts],
+            [prompt.ids.tolist() for prompt in prompts],
             seeds,
             max_new_tokens=self._recipe.max_new_tokens,
             end_ids=self._recipe.end_ids,

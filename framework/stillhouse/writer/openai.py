@@ -1,0 +1,189 @@
+"""`OpenAIWriter`: a model behind a server with OpenAI's API writes; its text is tokenised for those
+who learn from it.
+
+A chat's messages go to /chat/completions, a text to /completions. What was paid for is kept in the
+store until its shard is published.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from stillhouse.cluster.environment import secret_in
+from stillhouse.config.generate import WriterSection
+from stillhouse.config.servers import ChatSection
+from stillhouse.models import ModelIdentity, load_tokenizer
+from stillhouse.models.identity import is_local
+from stillhouse.retry import DEFAULT_PATIENCE, Patience
+from stillhouse.servers.answers import Answers
+from stillhouse.servers.chat import Reply, chat_question, reply_of, text_question
+from stillhouse.servers.client import BEFORE_A_RUN, Question, Server
+from stillhouse.servers.desk import all_answers
+from stillhouse.servers.ledger import Ledger
+from stillhouse.store.recipe import canonical_json
+from stillhouse.store.rollout_recipe import RolloutRecipe
+from stillhouse.store.rollout_store import RolloutStore
+from stillhouse.writer.engine import Prompt, Sample
+
+_TABLE = "writer.openai"
+_MOST_SEED = 2**31 - 1  # what all servers take
+
+
+class OpenAIWriter:
+    """A writer on a server. Construction sends no request.
+
+    Log-probabilities are not known: the server's tokens are not those of the student's tokenizer.
+    """
+
+    digest: str | None = None  # nothing is loaded here
+
+    def __init__(
+        self,
+        section: WriterSection,
+        recipe: RolloutRecipe,
+        *,
+        device: str,
+        store_url: str,
+        patience: Patience = DEFAULT_PATIENCE,
+    ) -> None:
+        # the tokenizer of the student
+        del device  # the server has its own
+        self._recipe, self._options = recipe, options_of(section)
+        self._tokenizer = load_tokenizer(
+            section.model,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+        own = self._tokenizer.eos_token_id
+        self._end_id = own if own in recipe.end_ids else recipe.end_ids[0]
+
+        # the server, and what is paid and kept; what costs nothing is not kept
+        options, store = self._options, RolloutStore(store_url, recipe)
+        key = secret_in(options.api_key_env)
+        self._server = Server(options, table=_TABLE, api_key=key, patience=patience)
+        self._ledger = Ledger(
+            store.blobs,
+            store.folder,
+            limit_usd=options.max_cost_usd,
+            setting=f"{_TABLE}.max_cost_usd",
+        )
+        self._answers = _answers_of(store) if options.is_paid else None
+
+    @classmethod
+    def identity(cls, section: WriterSection, *, cache_dir: Path) -> ModelIdentity:
+        """Of the names that the user and the server give the model, and of what is added to each
+        request, since no file of it can be read. Asks the server only where `served_model` is not
+        set."""
+        del cache_dir  # nothing is computed
+        options = options_of(section)
+        served_model = options.served_model
+        if served_model is None:
+            key = secret_in(options.api_key_env)
+            server = Server(options, table=_TABLE, api_key=key, patience=BEFORE_A_RUN)
+            served_model = server.only_model()
+        names = {
+            "model": None if is_local(section) else section.model,
+            "request": options.request,
+            "revision": section.revision,
+            "served_model": served_model,
+        }
+        digest = hashlib.sha256(canonical_json(names)).hexdigest()
+        return ModelIdentity(digest, section.revision, kind="api", served_model=served_model)
+
+    def weight_hashes(self) -> Mapping[str, int]:
+        """None: they are elsewhere."""
+        return {}
+
+    def write(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Sample | None]:
+        """A sample is None where the server gives no text, or withholds it."""
+        asked = [
+            (prompt.number // self._recipe.shard_prompts, self._question(prompt, seed))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        replies = all_answers(self._reply, asked, num_threads=self._options.max_in_flight)
+        self.tidy()  # the shards before this one are published
+        return [self._sample(reply) for reply in replies]
+
+    def prove(self, prompt: Prompt) -> None:
+        """Ask for one token. Raises ServerError where the server cannot be used."""
+        question = self._question(prompt, 0, max_new_tokens=1)
+        self._server.ask(question, read=reply_of, money=self._ledger, stop=threading.Event())
+
+    def tidy(self) -> None:
+        """Delete the answers that are kept of published shards, if the store lets it."""
+        if self._answers is not None:
+            self._answers.tidy()
+
+    def granted_usd(self) -> float:
+        """What is spent on the recipe's rollouts, or reserved; 0 where there is no limit."""
+        return self._ledger.granted_usd()
+
+    def _question(
+        self, prompt: Prompt, seed: int, *, max_new_tokens: int | None = None
+    ) -> Question:
+        recipe = self._recipe
+        fields: dict[str, Any] = {
+            "max_tokens": max_new_tokens or recipe.max_new_tokens,
+            "temperature": recipe.temperature,
+            "top_p": recipe.top_p,
+            "seed": seed & _MOST_SEED,
+        }
+        source = json.loads(prompt.source)
+        ask = text_question if "text" in source else chat_question
+        return ask(**source, **(fields | self._options.request))
+
+    def _reply(self, asked: tuple[int, Question], stop: threading.Event) -> Reply:
+        """The reply to a question of a shard, bought unless it was bought before."""
+        # kept?
+        shard, question = asked
+        digest = _digest_of(question)
+        if self._answers is not None:
+            kept = self._answers.read(shard, digest)
+            if isinstance(kept.get("text"), str) and isinstance(kept.get("finish"), str):
+                return Reply(kept["text"], kept["finish"])
+
+        # bought, and kept where it was paid for
+        reply = self._server.ask(question, read=reply_of, money=self._ledger, stop=stop)
+        if self._answers is not None:
+            self._answers.keep(shard, digest, reply._asdict())
+        return reply
+
+    def _sample(self, reply: Reply) -> Sample | None:
+        """A reply as ids; what says that it is special stays text."""
+        if reply.finish not in ("stop", "length"):
+            return None  # withheld, or a call of a tool
+        encoded = self._tokenizer(
+            reply.text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        ids = np.array(encoded["input_ids"], np.int32)
+        ended = reply.finish == "stop" and len(ids) < self._recipe.max_new_tokens
+        ids = (
+            np.append(ids, np.int32(self._end_id)) if ended else ids[: self._recipe.max_new_tokens]
+        )
+        if not len(ids):
+            return None
+        return Sample(ids, np.full(len(ids), np.nan, np.float32), ended)
+
+
+def options_of(section: WriterSection) -> ChatSection:
+    assert section.openai is not None, "the config wants it with this engine"
+    return section.openai
+
+
+def _digest_of(question: Question) -> str:
+    """32 hexadecimal digits: XXH3-128 of its route and its fields, in canonical JSON."""
+    values = {"fields": question.fields, "route": question.route}
+    return xxhash.xxh3_128_hexdigest(canonical_json(values))
+
+
+def _answers_of(store: RolloutStore) -> Answers:
+    def is_published(shard: int) -> bool:
+        return shard < store.recipe.num_shards and store.is_whole(shard)
+
+    return Answers(store.blobs, store.folder, is_published=is_published)
