@@ -219,7 +219,8 @@ def test_what_was_paid_for_is_kept_until_its_shard_is_published(
 
 def test_what_costs_nothing_is_not_kept(model: Path, server: PromptServer, tmp_path: Path) -> None:
     written(block_of(0), writer_of(model, server, tmp_path), RECIPE)
-    assert not [*tmp_path.glob("rollouts/*/purchases")]
+    kept = [*tmp_path.glob("rollouts/*/purchases/*")]
+    assert [path.name for path in kept] == ["served.json"]
 
 
 FAULTS = [
@@ -298,8 +299,9 @@ def test_another_model_under_the_command_is_noticed(
     writer = writer_of(model, server, tmp_path)
     written(block_of(0), writer, RECIPE)
     server.changed = lambda answer: answer | {"model": "another"}
-    with pytest.raises(ServerError, match=r"model is 'another'.*writer\.openai\.served_model"):
-        written(block_of(1), writer, RECIPE)
+    for each in (writer, writer_of(model, server, tmp_path)):  # and by a process that begins later
+        with pytest.raises(ServerError, match=r"model is 'another'.*writer\.openai\.served_model"):
+            written(block_of(1), each, RECIPE)
 
 
 def test_a_prompt_that_the_server_refuses_is_at_fault_itself(

@@ -13,11 +13,17 @@ from stillhouse.config.fields import Section
 from stillhouse.config.generate import PromptsSection, SamplingSection, WriterSection
 from stillhouse.config.graders import SECTIONS_BY_KIND, AcceptSection, DecontaminateSection
 from stillhouse.config.sections import Config, section_types
+from stillhouse.config.servers import ChatSection
+from stillhouse.config.vllm import VllmSection
 from stillhouse.errors import ConfigError
 
 _ALONE: Mapping[str, Mapping[str, type[Section]]] = {  # that are listed for their own word alone
     "prompts": {"prompts": PromptsSection},
-    "writer": {"writer": WriterSection},
+    "writer": {
+        "writer": WriterSection,
+        "writer.openai": ChatSection,
+        "writer.vllm": VllmSection,
+    },
     "sampling": {"sampling": SamplingSection},
     "graders": {f"graders ({kind})": section for kind, section in SECTIONS_BY_KIND.items()},
     "accept": {"corpus.accept": AcceptSection},

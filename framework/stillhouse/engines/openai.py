@@ -31,6 +31,7 @@ from stillhouse.sequence import WorkItem
 from stillhouse.servers.answers import Answers
 from stillhouse.servers.client import BEFORE_A_RUN, Server
 from stillhouse.servers.ledger import Ledger
+from stillhouse.servers.served import first_in_store
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.recipe import canonical_json
 
@@ -67,7 +68,13 @@ class OpenAIEngine:
         # what costs nothing is not kept
         key = secret_in(options.api_key_env)
         self._desk = Desk(
-            Server(options, table=TABLE, api_key=key, patience=patience),
+            Server(
+                options,
+                table=TABLE,
+                api_key=key,
+                first=first_in_store(store.blobs, store.folder),
+                patience=patience,
+            ),
             self._ledger,
             answers_of(store) if options.is_paid else None,
             recipe.k,

@@ -103,8 +103,8 @@ def prepare_prompts(
         with writing_cache(cache_dir):
             found = _read(path)
             if found is None:
-                rows = _Rows(documents, references, tokenizer, corpus, most_tokens)
-                found = _tokenised(rows, section, on_progress, with_sources=with_sources)
+                rows = _Rows(documents, references, tokenizer, corpus, most_tokens, with_sources)
+                found = _tokenised(rows, section, on_progress)
                 atomic.make_directory(path.parent)
                 atomic.replace(path, _packed(found))
     except CorpusError as error:
@@ -127,6 +127,7 @@ class _Rows:
     tokenizer: "PreTrainedTokenizerFast"
     corpus: CorpusSection
     most_tokens: int
+    with_sources: bool
 
     def __iter__(self) -> Iterator[_Row | BadRow]:
         """Each row as a prompt, or why it is none."""
@@ -138,7 +139,8 @@ class _Rows:
                 text = document if template is None else _asked(document, template)
                 reference = "" if self.references is None else self.references.read(row)
                 ids = self._ids(text, is_text=template is None)
-                yield _Row(ids, reference, _as_json(document))
+                source = _as_json(document) if self.with_sources else ""
+                yield _Row(ids, reference, source)
             except BadRowError as error:
                 yield BadRow(*self.documents.place(row), str(error))
 
@@ -172,11 +174,7 @@ def _as_json(document: str | Conversation) -> str:
 
 
 def _tokenised(
-    rows: _Rows,
-    section: PromptsSection,
-    on_progress: Callable[[int, int], None],
-    *,
-    with_sources: bool,
+    rows: _Rows, section: PromptsSection, on_progress: Callable[[int, int], None]
 ) -> Prompts:
     """All prompts, in order. Raises CorpusError where more rows are bad than the section allows."""
     # each row
@@ -188,7 +186,7 @@ def _tokenised(
             most = section.max_bad_rows
             require_few(account.bad_rows, num_rows=len(rows.documents), max_share=most)
             continue
-        found.append(each if with_sources else each._replace(source=""))
+        found.append(each)
         account.num_documents += 1
         account.num_tokens += len(each.ids)
         on_progress(account.num_documents, account.num_tokens)
@@ -201,7 +199,7 @@ def _tokenised(
         np.concatenate([each.ids for each in found]),
         starts_P1,
         () if rows.references is None else tuple(each.reference for each in found),
-        tuple(each.source for each in found) if with_sources else (),
+        tuple(each.source for each in found) if rows.with_sources else (),
         account,
     )
 

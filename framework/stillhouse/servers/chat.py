@@ -2,7 +2,8 @@
 text."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from stillhouse.errors import ServerError
 from stillhouse.servers.client import Question, Tokens
@@ -12,7 +13,8 @@ _TOKENS_A_MESSAGE, _TOKENS_AROUND = 32, 256
 _BYTES_A_TOKEN, _OTHER_BYTES = 64, 4 << 20  # of an answer at most, in JSON
 
 
-class Reply(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reply:
     """What a server wrote."""
 
     text: str  # empty where it gives none, such as a call of a tool alone

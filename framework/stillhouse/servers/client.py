@@ -9,16 +9,17 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
 from time import monotonic, time
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import httpx
 
 from stillhouse.config import ServerSection
 from stillhouse.errors import ServerError, StillhouseError, TeacherError
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, pauses
+from stillhouse.servers.served import Served
 
 _log = logging.getLogger(__name__)
 
@@ -90,8 +91,9 @@ class _Later:
 class Server:
     """A server, asked by many threads of one process. Its key is in no repr and in no message.
 
-    `table`: the config's that names it. `clock` is in seconds from any beginning, `wall` in unix
-    seconds.
+    `table`: the config's that names it. `first`: gives the model of the first answer of all, when
+    it is told that of this process's first. `clock` is in seconds from any beginning, `wall` in
+    unix seconds.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Server:
         *,
         table: str,
         api_key: str | None,
+        first: Callable[[Served], Served] = lambda found: found,
         patience: Patience = DEFAULT_PATIENCE,
         clock: Callable[[], float] = monotonic,
         wall: Callable[[], float] = time,
@@ -120,7 +123,7 @@ class Server:
         )
         self._reading = threading.Lock()
         self._answered_at = clock()  # the last time
-        self._first: tuple[str, str | None] | None = None  # the model and system of its answers
+        self._first_of, self._first = first, cast(Served | None, None)
 
     def models(self) -> list[Model]:
         """The models that the server lists. Raises ServerError."""
@@ -287,10 +290,10 @@ class Server:
 
     def _require_same_model(self, body: Any) -> None:
         """Raise ServerError unless an answer is of the model that gave the first one."""
-        values = body if isinstance(body, dict) else {}
-        found = (str(values.get("model", "")), values.get("system_fingerprint"))
-        first = self._first = self._first or found  # one answer is read at a time
-        for name, before, now in zip(("model", "system_fingerprint"), first, found, strict=True):
+        found = Served.by(body)
+        first = self._first = self._first or self._first_of(found)  # one answer is read at a time
+        for name, before in asdict(first).items():
+            now = getattr(found, name)
             if now != before and None not in (now, before):
                 raise ServerError(
                     f"the server has changed under the run: its answers' {name} is {now!r}, but it "

@@ -9,6 +9,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from stillhouse.servers.chat import Reply, chat_question, reply_of, text_questio
 from stillhouse.servers.client import BEFORE_A_RUN, Question, Server
 from stillhouse.servers.desk import all_answers
 from stillhouse.servers.ledger import Ledger
+from stillhouse.servers.served import first_in_store
 from stillhouse.store.recipe import canonical_json
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore
@@ -66,7 +68,13 @@ class OpenAIWriter:
         # the server, and what is paid and kept; what costs nothing is not kept
         options, store = self._options, RolloutStore(store_url, recipe)
         key = secret_in(options.api_key_env)
-        self._server = Server(options, table=_TABLE, api_key=key, patience=patience)
+        self._server = Server(
+            options,
+            table=_TABLE,
+            api_key=key,
+            first=first_in_store(store.blobs, store.folder),
+            patience=patience,
+        )
         self._ledger = Ledger(
             store.blobs,
             store.folder,
@@ -151,7 +159,7 @@ class OpenAIWriter:
         # bought, and kept where it was paid for
         reply = self._server.ask(question, read=reply_of, money=self._ledger, stop=stop)
         if self._answers is not None:
-            self._answers.keep(shard, digest, reply._asdict())
+            self._answers.keep(shard, digest, asdict(reply))
         return reply
 
     def _sample(self, reply: Reply) -> Sample | None:
