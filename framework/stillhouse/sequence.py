@@ -1,7 +1,7 @@
 """Sequences of tokens as one value: a source makes it, a teacher scores it, a chunk stores it with
 its targets, and a student trains on it.
 
-Shapes: S sequences, L tokens in a sequence.
+Shapes: S sequences, L tokens in a sequence, T targets.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,6 +30,13 @@ class Sequences:
     def num_targets(self) -> int:
         """Ones of the loss mask."""
         return int(self.loss_mask_SL.sum(dtype=np.int64))
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """int32 [T]: the token that follows each target position, in row-major order."""
+        is_target_SL = self.loss_mask_SL != 0
+        labels_T: NDArray[np.int32] = np.roll(self.token_ids_SL, -1, axis=1)[is_target_SL]
+        return labels_T
 
     def select(self, rows: slice | NDArray[np.bool_] | NDArray[np.int64]) -> "Sequences":
         """Some of the sequences, in the order of `rows`; views where `rows` is a slice."""

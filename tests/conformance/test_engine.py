@@ -36,6 +36,7 @@ def recipe(section: TeacherSection, engine_name: str, tmp_path: Path) -> Recipe:
     tokenizer = load_tokenizer(section.model)
     capabilities = engine_named(engine_name).describe(section)
     vocab_size = vocab_size_of(tokenizer)
+    identity = engine_named(engine_name).identity(section, cache_dir=tmp_path)
     return Recipe(
         corpus_digest="0" * 64,
         num_sequences=10 * S,
@@ -44,7 +45,8 @@ def recipe(section: TeacherSection, engine_name: str, tmp_path: Path) -> Recipe:
         chunk_sequences=S,
         tokenizer_digest=tokenizer_digest(tokenizer),
         vocab_size=vocab_size,
-        teacher_digest=engine_named(engine_name).identity(section, cache_dir=tmp_path).digest,
+        teacher_kind=identity.kind,
+        teacher_digest=identity.digest,
         teacher_dtype=section.dtype,
         k=min(8, capabilities.most_entries or 8),
         num_draws=12 if capabilities.draws else 0,
@@ -83,6 +85,27 @@ def targets_of(engine: TeacherEngine, item: WorkItem, recipe: Recipe) -> Compres
     return decode(records_of(engine, item), recipe.spec)
 
 
+def distributions_of(item: WorkItem, section: TeacherSection, *, vocab_size: int) -> torch.Tensor:
+    """[T, V]: the model's log-probabilities after each target, of each document alone."""
+    model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
+    found = []
+    with torch.no_grad():
+        for ids_L, mask_L in zip(
+            item.sequences.token_ids_SL, item.sequences.loss_mask_SL, strict=True
+        ):
+            for part in (slice(L // 3), slice(L // 3, L)):
+                ids_D = torch.from_numpy(ids_L[part].astype(np.int64))
+                logits_DV = model(ids_D[None]).logits[0, :, :vocab_size]
+                found.append(logits_DV[np.flatnonzero(mask_L[part])].log_softmax(dim=-1))
+    return torch.cat(found)
+
+
+def one_hot(labels_T: torch.Tensor, *, vocab_size: int) -> torch.Tensor:
+    """[T, V]: log-probability 0 of each label, and no mass elsewhere."""
+    nothing_TV = torch.full((len(labels_T), vocab_size), -torch.inf)
+    return nothing_TV.scatter(1, labels_T[:, None], 0.0)
+
+
 def test_there_is_one_record_for_each_target_in_row_major_order(
     engine: TeacherEngine, recipe: Recipe
 ) -> None:
@@ -106,18 +129,13 @@ def test_the_targets_are_the_teachers_distribution_of_each_document_alone(
     engine: TeacherEngine, recipe: Recipe, section: TeacherSection
 ) -> None:
     item = item_of(recipe)
-    model = AutoModelForCausalLM.from_pretrained(section.model, dtype=torch.float32).eval()
-    wanted = []
-    with torch.no_grad():
-        for ids_L, mask_L in zip(
-            item.sequences.token_ids_SL, item.sequences.loss_mask_SL, strict=True
-        ):
-            for part in (slice(L // 3), slice(L // 3, L)):
-                logits_DV = model(torch.from_numpy(ids_L[part].astype(np.int64))[None]).logits[
-                    0, :, : recipe.vocab_size
-                ]
-                wanted.append(logits_DV[np.flatnonzero(mask_L[part])].log_softmax(dim=-1))
-    wanted_TV = torch.cat(wanted)
+    labels_SL = np.roll(item.sequences.token_ids_SL, -1, axis=1).astype(np.int64)
+    labels_T = torch.from_numpy(labels_SL[item.sequences.loss_mask_SL == 1])
+    wanted_TV = (
+        distributions_of(item, section, vocab_size=recipe.vocab_size)
+        if section.has_weights
+        else one_hot(labels_T, vocab_size=recipe.vocab_size)
+    )
     found = targets_of(engine, item, recipe)
     torch.testing.assert_close(
         found.logprobs_TK, wanted_TV.gather(1, found.token_ids_TK.long()), atol=0.1, rtol=0.01
@@ -131,8 +149,6 @@ def test_the_targets_are_the_teachers_distribution_of_each_document_alone(
         wanted_TN = wanted_TV.gather(1, found.tail_ids_TN.long())
         torch.testing.assert_close(found.draw_logprobs_TN, wanted_TN, atol=0.3, rtol=0.01)
     if found.label_logprob_T is not None:
-        labels_SL = np.roll(item.sequences.token_ids_SL, -1, axis=1).astype(np.int64)
-        labels_T = torch.from_numpy(labels_SL[item.sequences.loss_mask_SL == 1])
         wanted_T = wanted_TV.gather(1, labels_T[:, None])[:, 0]
         torch.testing.assert_close(found.label_logprob_T, wanted_T, atol=0.01, rtol=0.01)
     if found.tail_entropy_T is not None:

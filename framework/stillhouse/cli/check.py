@@ -54,9 +54,8 @@ def _models(plan: Plan, found: Findings) -> None:
     vocab_size, sequence_length = plan.recipe.vocab_size, plan.recipe.sequence_length
     for role, section in (("teacher", plan.config.teacher), ("student", plan.config.student)):
         name = section.model + (f" at {section.revision[:12]}" if section.revision else "")
-        if isinstance(section, TeacherSection) and section.openai is not None:
-            server = section.openai.base_url
-            found.add(role, f"{name}: scored by the server at {server}, which has the weights")
+        if isinstance(section, TeacherSection) and not section.has_weights:
+            found.add(role, _without_weights(section, name))
             continue
 
         # the model, without memory for its weights
@@ -106,6 +105,12 @@ def _models(plan: Plan, found: Findings) -> None:
                 f"{limit:,} positions at most"
             )
     found.add("tokenizer", f"the same {vocab_size:,} ids in teacher and student")
+
+
+def _without_weights(section: TeacherSection, name: str) -> str:
+    if section.openai is not None:
+        return f"{name}: scored by the server at {section.openai.base_url}, which has the weights"
+    return f"none: the target is the next token of the text; {name} has the tokenizer"
 
 
 def _student_memory(section: StudentSection, size: StudentSize) -> str:

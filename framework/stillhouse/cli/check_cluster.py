@@ -109,44 +109,56 @@ def _replicas_that_fit(config: Config, available: Mapping[str, float], found: Fi
 
 
 def _hours(plan: Plan, available: Mapping[str, float], found: Findings) -> None:
-    """Estimate the hours where the size of both models is known and both run on GPUs."""
-    config, corpus, recipe = plan.config, plan.sources.train, plan.recipe
-    teacher_place = placement(config.teacher, available)
-    student_place = placement(config.student, available)
-    on_cpu = "cpu" in (teacher_place.device, student_place.device)
-    if on_cpu or found.num_parameters.keys() != {"teacher", "student"}:
+    """Estimate the hours where the size of each model is known and all run on GPUs. A teacher
+    without weights takes none of them."""
+    config, corpus = plan.config, plan.sources.train
+    sections: dict[str, ModelSection] = {"student": config.student}
+    if config.teacher.has_weights:
+        sections["teacher"] = config.teacher
+    places = {role: placement(section, available) for role, section in sections.items()}
+    on_cpu = any(where.device == "cpu" for where in places.values())
+    if on_cpu or found.num_parameters.keys() != sections.keys():
         return
-
-    # targets of every sequence that is read, once; training on each as often as it is read
     card = estimate.card_of(available) or estimate.ASSUMED
-    num_scored = min(len(plan.chunks) * recipe.chunk_sequences, corpus.num_sequences)
+    hours, operations = [], []
+
+    # targets of every sequence that is read, once
+    if "teacher" in places:
+        num_scored = min(len(plan.chunks) * plan.recipe.chunk_sequences, corpus.num_sequences)
+        num_cards = config.teacher.max_replicas * places["teacher"].num_gpus
+        scoring = estimate.scoring_hours(
+            found.num_parameters["teacher"],
+            num_scored * corpus.sequence_length,
+            card=card,
+            num_cards=num_cards,
+        )
+        hours.append(f"targets {_hours_words(scoring)} on {num_cards:g} {card}")
+        operations.append(
+            f"{estimate.FORWARD_OPERATIONS} for targets at {estimate.FORWARD_SHARE:.0%}"
+        )
+
+    # training on each as often as it is read
     num_trained = plan.total_steps * config.student.global_batch_sequences
     checkpointing = config.student.activation_checkpointing
-    teacher_cards = config.teacher.max_replicas * teacher_place.num_gpus
-    student_cards = config.student.num_workers * student_place.num_gpus
-    scoring = estimate.scoring_hours(
-        found.num_parameters["teacher"],
-        num_scored * corpus.sequence_length,
-        card=card,
-        num_cards=teacher_cards,
-    )
+    num_cards = config.student.num_workers * places["student"].num_gpus
     training = estimate.training_hours(
         found.num_parameters["student"],
         num_trained * corpus.sequence_length,
         checkpointing=checkpointing,
         card=card,
-        num_cards=student_cards,
+        num_cards=num_cards,
     )
-
     again = ", and as much again for the control" if config.evaluate.control else ""
+    hours.append(f"training {_hours_words(training)} on {num_cards:g} {card}{again}")
+    operations.append(
+        f"{estimate.training_operations(checkpointing)} for training at "
+        f"{estimate.TRAINING_SHARE:.0%}"
+    )
     found.add(
         "hours",
-        f"targets {_hours_words(scoring)} on {teacher_cards:g} {card},"
-        f" training {_hours_words(training)} on {student_cards:g} {card}{again}",
-        f"by arithmetic: {estimate.FORWARD_OPERATIONS} operations a parameter and token for "
-        f"targets, {estimate.training_operations(checkpointing)} for training, at"
-        f" {estimate.FORWARD_SHARE:.0%} and {estimate.TRAINING_SHARE:.0%} of its data sheet's "
-        f"{estimate.PEAK_TFLOPS[card]:g} TFLOP/s",
+        ", ".join(hours),
+        f"by arithmetic: operations a parameter and token are {', '.join(operations)} of its data "
+        f"sheet's {estimate.PEAK_TFLOPS[card]:g} TFLOP/s",
     )
 
 

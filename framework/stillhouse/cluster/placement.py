@@ -31,10 +31,10 @@ class Placement:
 
 def placement(section: ModelSection, available: Mapping[str, float]) -> Placement:
     """The placement of a process of this section: on a GPU where `device` says so or the cluster
-    has one, otherwise on the CPU, as what asks a server is. Raises ConfigError where
+    has one, otherwise on the CPU, as a process that loads no weights is. Raises ConfigError where
     `device` and `num_gpus` contradict."""
-    is_served = isinstance(section, PoolSection) and section.openai is not None
-    finds_gpu = section.device == "auto" and not is_served and available.get("GPU", 0.0) > 0
+    uses_gpu = not isinstance(section, PoolSection) or section.has_weights
+    finds_gpu = section.device == "auto" and uses_gpu and available.get("GPU", 0.0) > 0
     default_gpus = 1.0 if section.device == "cuda" or finds_gpu else 0.0
     num_gpus = default_gpus if section.num_gpus is None else section.num_gpus
     if section.device == "cpu" and num_gpus > 0:

@@ -21,7 +21,7 @@ from stillhouse.config.servers import ScoringSection, ServerSection
 from stillhouse.config.vllm import VllmSection
 from stillhouse.extension import is_extension
 
-ENGINES = ("transformers", "vllm", "openai")
+_ENGINES = ("transformers", "vllm", "openai")
 
 
 class ModelSection(Section):
@@ -61,6 +61,7 @@ class PoolSection(ModelSection):
     """A model that an engine runs, in a pool of actors."""
 
     table: ClassVar[str]  # its name in a config
+    engines: ClassVar[tuple[str, ...]] = _ENGINES  # by their names; others are of the user's own
 
     engine: str = "transformers"
     openai: ServerSection | None = None
@@ -89,14 +90,19 @@ class PoolSection(ModelSection):
         "block may take longer than that",
     )
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights of `model` are loaded; without, it has the tokenizer alone."""
+        return self.engine not in ("openai", "text")
+
     @field_validator("engine")
     @classmethod
     def _is_an_engine(cls, name: str) -> str:
-        if name in ENGINES or is_extension(name):
+        if name in cls.engines or is_extension(name):
             return name
         raise ValueError(
-            f"no engine {name!r}; known: {', '.join(ENGINES)}, or 'package.module:name' for one of "
-            "your own"
+            f"no engine {name!r}; known: {', '.join(cls.engines)}, or 'package.module:name' for "
+            "one of your own"
         )
 
     @field_validator("python")
@@ -142,11 +148,13 @@ class TeacherSection(PoolSection):
     """The teacher and its pool of actors."""
 
     table = "teacher"
+    engines = (*_ENGINES, "text")
 
     engine: str = Field(
         "transformers",
         description="what runs the teacher: transformers, vllm, openai (a server that scores "
-        "prompts), or 'package.module:name', a TeacherEngine of your own",
+        "prompts), text (no model: the target is the next token of the text, and `model` has the "
+        "tokenizer), or 'package.module:name', a TeacherEngine of your own",
     )
     openai: ScoringSection | None = Field(
         None,
@@ -172,3 +180,8 @@ class TeacherSection(PoolSection):
         description="spread the layers over num_gpus GPUs, of which one works at a time; engine "
         "transformers, for a teacher that one GPU cannot hold",
     )
+
+    @property
+    def scored_by(self) -> str | None:
+        """The model whose distributions are the targets; None: the text itself is the target."""
+        return None if self.engine == "text" else self.model

@@ -184,12 +184,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _the_teacher_can_be_compared_with(self) -> "Config":
-        if self.teacher.openai is not None and self.evaluate.every_steps > 0:
+        if not self.teacher.has_weights and self.evaluate.every_steps > 0:
             raise ValueError(
                 "evaluate.every_steps compares a student with its teacher's whole distributions, "
-                'and teacher.engine is "openai", whose server gives a part of them; set it to 0, '
-                'or run the teacher here (teacher.engine = "vllm" or "transformers")'
+                f'and with teacher.engine = "{self.teacher.engine}" there are none here; set it to '
+                '0, or run the teacher here (teacher.engine = "vllm" or "transformers")'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _text_alone_is_learnt_by_cross_entropy(self) -> "Config":
+        if self.teacher.scored_by is None:
+            _require_text_alone(self)
         return self
 
     @model_validator(mode="after")
@@ -203,6 +209,29 @@ class Config(Section):
                 "give draws weights (target.weighted_draws = true)"
             )
         return self
+
+
+def _require_text_alone(config: Config) -> None:
+    target, student, found, wanted = config.target, config.student, list[str](), list[str]()
+    # one entry is all that the text holds, and a divergence from it is cross-entropy or infinite
+    if (target.k, target.tail_draws) != (1, 0):
+        found.append(f"target.k is {target.k}, target.tail_draws is {target.tail_draws}")
+        wanted += ["[target]", "k = 1", "tail_draws = 0"]
+    if student.divergence_weight > 0.0:
+        found.append(f"student.divergence_weight is {student.divergence_weight:g}")
+        wanted += ["[student]", "divergence_weight = 0.0", "ce_weight = 1.0"]
+    if found:
+        lines = "".join(f"\n      {line}" for line in wanted)
+        raise ValueError(
+            'teacher.engine is "text", whose target is the next token alone, for cross-entropy to '
+            f"learn; {', '.join(found)}; write{lines}"
+        )
+    # the same student twice
+    if config.evaluate.control:
+        raise ValueError(
+            "evaluate.control trains a second student on the text alone, and with "
+            'teacher.engine = "text" the student is that one; leave it out'
+        )
 
 
 def section_types() -> dict[str, type[Section]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from stillhouse.config import TargetSection
 from stillhouse.engines.base import Capabilities, TeacherEngine
 from stillhouse.engines.openai import OpenAIEngine
+from stillhouse.engines.text import TextEngine
 from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.engines.vllm import VllmEngine
 from stillhouse.errors import ConfigError
@@ -14,6 +15,7 @@ _BUILT_IN: Mapping[str, type[TeacherEngine]] = {
     "transformers": TransformersEngine,
     "vllm": VllmEngine,
     "openai": OpenAIEngine,
+    "text": TextEngine,
 }
 _MEMBERS = ("describe", "identity", "records", "probe", "backend")
 

@@ -37,7 +37,7 @@ class TokenBatch:
             torch.from_numpy(token_ids_BL),
             torch.from_numpy(sequences.positions_SL.astype(np.int64)),
             torch.from_numpy(target_positions_T),
-            torch.from_numpy(np.roll(token_ids_BL, -1, axis=1).ravel()[target_positions_T]),
+            torch.from_numpy(sequences.labels.astype(np.int64)),
             Needed.of(sequences.positions_SL, target_positions_T),
         )
 

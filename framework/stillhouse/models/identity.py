@@ -31,11 +31,11 @@ WEIGHT_FILES = ("config.json", "*.safetensors", "*.bin")
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
     """Of a model from the hub its commit, of a local one the hash of its files, of one behind an
-    API that of its names."""
+    API that of its names; where no model is asked, that of the rule for a target."""
 
     digest: str
     revision: str | None  # the commit to load; None for a local model
-    kind: Literal["weights", "api"] = "weights"
+    kind: Literal["weights", "api", "text"] = "weights"
     served_model: str | None = None  # the name under which an API has it
 
 

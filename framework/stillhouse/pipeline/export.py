@@ -91,34 +91,38 @@ def model_card(
     """The README of a model, or of its adapters alone, after `steps` optimiser steps. `events`: of
     its run's journal."""
     # what it learned from, and how
+    teacher = config.teacher.scored_by
     lesson = (
         "the text alone"
-        if role == "control"
-        else f"the top {recipe.k} log-probabilities of {short_name(config.teacher.model)} and "
+        if role == "control" or teacher is None
+        else f"the top {recipe.k} log-probabilities of {short_name(teacher)} and "
         f"{_rest(recipe.num_draws)}"
     )
     data = " and ".join(short_name(each.dataset) for each in config.corpus.parts())
     schedule = words_of(stretches(events, role, until=steps)) or "not in the run's journal"
+    taught_by = "" if teacher is None else f", distilled from {Path(teacher).name}"
+    facts = {
+        "student": f"{short_name(config.student.model)} (from {_beginning(config.student)})",
+        "teacher": teacher and f"{short_name(teacher)}, {config.teacher.dtype}",
+        "data": f"{data}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens",
+        "loss": _loss(config.student, recipe),
+        "optimiser steps": f"{steps:,} of {config.student.global_batch_sequences} sequences",
+        "AdamW": schedule,
+        "recipe": f"`{recipe.fingerprint}`",
+    }
 
     # the page
     lines = [
         "---",
         card_data(config, adapter=adapter).to_yaml(),
         "---",
-        f"# {Path(config.student.model).name}, distilled from {Path(config.teacher.model).name}",
+        f"# {Path(config.student.model).name}{taught_by}",
         "",
         f"Trained by Stillhouse {version('stillhouse')} on {lesson}.",
         "",
         "| | |",
         "| --- | --- |",
-        f"| student | {short_name(config.student.model)} (from {_beginning(config.student)}) |",
-        f"| teacher | {short_name(config.teacher.model)}, {config.teacher.dtype} |",
-        f"| data | {data}, {recipe.num_sequences:,} sequences of {recipe.sequence_length} tokens |",
-        f"| loss | {config.student.divergence} at temperature {recipe.temperature:g}, plus "
-        f"{config.student.ce_weight:g} of cross-entropy |",
-        f"| optimiser steps | {steps:,} of {config.student.global_batch_sequences} sequences |",
-        f"| AdamW | {schedule} |",
-        f"| recipe | `{recipe.fingerprint}` |",
+        *(f"| {name} | {words} |" for name, words in facts.items() if words),
     ]
     return "\n".join(lines + _scores(events)) + "\n"
 
@@ -141,7 +145,7 @@ def card_data(config: Config, *, adapter: bool = False) -> ModelCardData:
         tags=["distillation", "stillhouse"],
         base_model=student.model if on_hub else None,
         base_model_relation=relation if on_hub else None,
-        teacher=None if is_local(config.teacher) else config.teacher.model,
+        teacher=None if is_local(config.teacher) else config.teacher.scored_by,
         license=licence_of(student.model) if keeps_weights else None,
         datasets=of_the_hub or None,
     )
@@ -153,6 +157,15 @@ def _beginning(student: StudentSection) -> str:
     if not isinstance(start, str) and start.intermediate_size is not None:
         words += f" with {start.intermediate_size:,} channels of their MLPs"
     return words + (f", LoRA of rank {lora.rank}" if lora is not None else "")
+
+
+def _loss(student: StudentSection, recipe: Recipe) -> str:
+    if student.divergence_weight == 0.0:
+        return f"{student.ce_weight:g} of cross-entropy"
+    return (
+        f"{student.divergence} at temperature {recipe.temperature:g}, plus {student.ce_weight:g} "
+        "of cross-entropy"
+    )
 
 
 def _rest(num_draws: int) -> str:

@@ -34,7 +34,7 @@ def label_of(plan: Plan, first: StartEvent) -> Label:
     config = plan.config
     tokenizer = config.student.tokenizer or config.teacher.model
     names = {
-        "teacher": config.teacher.model,
+        "teacher": config.teacher.scored_by or "the text itself",
         "student": config.student.model,
         "tokenizer": tokenizer,
         "dataset": ", ".join(_for_all_to_read(part.dataset) for part in config.corpus.parts()),

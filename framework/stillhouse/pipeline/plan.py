@@ -159,7 +159,7 @@ class Plan:
             attempt=0,
             command="",
             versions={},
-            teacher=config.teacher.model,
+            teacher=config.teacher.scored_by,
             student=student.model,
             recipe_fingerprint=self.recipe.fingerprint,
             num_chunks=len(self.chunks),

@@ -62,7 +62,7 @@ def make_plan(config: Config, *, run_dir: Path, cache_dir: Path) -> Plan:
     for what cannot be used, weights that are not whole included, before anything heavy starts."""
     if (reason := why_too_long(run_dir)) is not None:
         raise ConfigError(f"--run-dir: {reason}; choose shorter names")
-    if config.teacher.openai is None:
+    if config.teacher.has_weights:
         require_whole_weights(config.teacher.model)
     if config.student.init != "config":
         require_whole_weights(config.student.model)
@@ -211,9 +211,11 @@ def _as_begun(recipe: Recipe, *, run_dir: Path, url: str) -> Recipe:
 def number_format(section: PoolSection) -> str:
     """A model's number format, that of its logits where it is another, and what else moves its
     distribution by more than rounding: weights quantised as they are loaded, a narrow cache. That
-    of a server is not known."""
+    of a server is not known, and the text has none."""
     if section.openai is not None:
         return "as served"
+    if isinstance(section, TeacherSection) and section.scored_by is None:
+        return "one-hot"
     parts: list[str] = [section.dtype]
     is_exact = isinstance(section, TeacherSection) and section.logits == "exact"
     if is_exact and section.dtype != "float32":

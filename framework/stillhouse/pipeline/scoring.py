@@ -30,10 +30,10 @@ def evaluation_job(
     where: Placement,
     models: Mapping[ModelName, ModelSection | Trained],
 ) -> EvaluationJob:
-    """The job of a process that has the teacher, and scores these models beside it. A teacher on a
-    server is there alone: its whole distributions cannot be had."""
+    """The job of a process that has the teacher, and scores these models beside it. A teacher
+    without weights has no whole distributions to compare with."""
     return EvaluationJob(
-        teacher=None if is_served(evaluation) else evaluation.teacher,
+        teacher=evaluation.teacher if evaluation.teacher.has_weights else None,
         models=models,
         vocab_size=evaluation.jobs[0].recipe.vocab_size,
         section=evaluation.section,
@@ -44,16 +44,11 @@ def evaluation_job(
     )
 
 
-def is_served(evaluation: Evaluation) -> bool:
-    """Whether the teacher's weights are a server's alone."""
-    return evaluation.teacher.openai is not None
-
-
 def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
     """Score the newest commits, and journal the scores."""
     # what is scored, and where
-    jobs = evaluation.jobs
-    largest = jobs[0].section if is_served(evaluation) else evaluation.teacher
+    jobs, has_teacher = evaluation.jobs, evaluation.teacher.has_weights
+    largest = evaluation.teacher if has_teacher else jobs[0].section
     where = session.place_of(largest)
     ask = partial(insist, patience=DEFAULT_PATIENCE, tell=outage_teller(session.journal))
     steps = {job.role: newest_step(job.checkpoints, ask=ask) for job in jobs}
@@ -68,7 +63,7 @@ def score(evaluation: Evaluation, session: Session) -> dict[ModelName, Scores]:
         evaluate, job, whole(evaluation.heldout), where=where
     )
     for name, found in scores.items():
-        is_compared = name != "teacher" and not is_served(evaluation)
+        is_compared = name != "teacher" and has_teacher
         session.journal.record(
             EvalEvent(
                 model=name,

@@ -44,7 +44,7 @@ def _of_the_targets(summary: Summary, config: Config) -> list[tuple[str, str]]:
     )
     length = f"{start.sequence_length:,} tokens, {start.num_targets:,} target tokens"
     return [
-        ("Teacher", short_name(start.teacher)),
+        ("Teacher", short_name(start.teacher) if start.teacher else "none: the text itself"),
         ("Student", short_name(start.student)),
         ("Corpus", corpus_words),
         ("Bad rows", _bad_rows(start.bad_rows)),

@@ -85,9 +85,9 @@ def _config(path: Path) -> Config:
 def _page(summary: Summary, config: Config, newer: str) -> str:
     """The whole page; `newer` says what was left out of the journal, if anything."""
     # Names and style, and sentences for empty sections.
-    student, teacher = (
-        escape(short_name(name)) for name in (summary.start.student, summary.start.teacher)
-    )
+    start = summary.start
+    student = escape(short_name(start.student))
+    teacher = escape(short_name(start.teacher)) if start.teacher else "the text itself"
     style = (files("stillhouse.report") / "report.css").read_text(encoding="utf-8")
     no_chunks = "No chunk was computed in this run: every target came from the store."
     no_pace = "Nothing was produced and nothing trained in this run, so there is no pace to show."
@@ -107,7 +107,7 @@ def _page(summary: Summary, config: Config, newer: str) -> str:
 <header>
 <p class="kicker">Stillhouse report · {_status(summary)}</p>
 <h1>{escape(verdict(summary))}</h1>
-<p class="models">Teacher <b>{teacher}</b> → student <b>{student}</b> ·
+<p class="models">{"Teacher " if start.teacher else ""}<b>{teacher}</b> → student <b>{student}</b> ·
 begun {date(summary.first_time)}</p>
 {_last_words(summary)}
 </header>

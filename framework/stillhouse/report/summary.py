@@ -204,7 +204,12 @@ def verdict(summary: Summary) -> str:
     )
     reached = f"{student.cross_entropy:.2f}"
 
-    # Without a control, the gain of distillation is not known.
+    # Without a teacher there is no gain to ask for; without a control it is not known.
+    if summary.start.teacher is None:
+        return (
+            f"The student{short}, trained on the text alone, reaches a held-out cross-entropy of "
+            f"{reached} nats a token."
+        )
     if control is None:
         kl = "" if student.kl is None else f", and KL(teacher ‖ student) is {student.kl:.2f}"
         return (

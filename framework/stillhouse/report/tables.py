@@ -44,18 +44,24 @@ def evaluation_table(summary: Summary) -> str:
     found = [summary.evals[model] for model in _MODELS if model in summary.evals]
     if not found:
         return "<p>Nothing was evaluated yet.</p>"
+    has_teacher = summary.start.teacher is not None
     sizes = " or ".join(f"{size:,}" for size in sorted({each.num_tokens for each in found}))
-    no_control = "" if "control" in summary.evals else " No control was evaluated."
-    words = (
-        f"On {sizes} held-out target tokens, both distributions exact over the whole vocabulary."
-        f"{no_control} Calibration is of the top-1 choice against the text. Acceptance is the "
-        "share of the model’s drafts that the teacher would take in speculative decoding."
-    )
+    words = f"On {sizes} held-out target tokens, over the whole vocabulary."
+    if has_teacher and "control" not in summary.evals:
+        words += " No control was evaluated."
+    words += " Calibration is of the top-1 choice against the text."
+    if has_teacher:
+        words += (
+            " Acceptance is the share of the model’s drafts that the teacher would take in "
+            "speculative decoding."
+        )
     names = ("Model", "Step", *(name for name, _, _ in _SCORES))
-    return table("scores", names, "".join(map(_scores_of, found))) + note(words)
+    of_models = _MODELS if has_teacher else _MODELS | {"student": "Student, text alone"}
+    body = "".join(_scores_of(scores, of_models[scores.model]) for scores in found)
+    return table("scores", names, body) + note(words)
 
 
-def _scores_of(scores: EvalEvent) -> str:
+def _scores_of(scores: EvalEvent, name: str) -> str:
     """A model's line of the evaluation table."""
     values = [(read(scores), show) for _, read, show in _SCORES]
     cells = "".join(
@@ -64,7 +70,7 @@ def _scores_of(scores: EvalEvent) -> str:
     step = ABSENT if scores.model == "teacher" else f"{scores.step:,}"
     key = f'<span class="key" style="background:var(--{escape(scores.model)})"></span>'
     strong = ' class="strong"' if scores.model == "student" else ""
-    return f"<tr{strong}><th>{key}{_MODELS[scores.model]}</th><td>{step}</td>{cells}</tr>"
+    return f"<tr{strong}><th>{key}{name}</th><td>{step}</td>{cells}</tr>"
 
 
 def recoveries_table(summary: Summary) -> str:

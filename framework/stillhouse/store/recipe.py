@@ -30,7 +30,7 @@ _IN_WORDS = {
     "chunk_sequences": "sequences in a chunk",
     "tokenizer_digest": "the tokenizer",
     "vocab_size": "the vocabulary",
-    "teacher_kind": "how the teacher is named: by its weights or as an API",
+    "teacher_kind": "what a target comes from: weights, an API or the text itself",
     "teacher_digest": "the teacher's weights",
     "teacher_dtype": "the teacher's number format",
     "k": "exact entries a token",
@@ -338,8 +338,8 @@ def _wrong_values(recipe: Recipe) -> Iterable[str]:
     for name in ("sequence_length", "chunk_sequences"):
         if getattr(recipe, name) > _MOST_COUNT:
             yield f"{name} is {getattr(recipe, name)}, wanted at most {_MOST_COUNT}"
-    if recipe.teacher_kind not in ("weights", "api"):
-        yield f"teacher_kind is {recipe.teacher_kind!r}, wanted 'weights' or 'api'"
+    if recipe.teacher_kind not in ("weights", "api", "text"):
+        yield f"teacher_kind is {recipe.teacher_kind!r}, wanted 'weights', 'api' or 'text'"
     # what the format has a place for
     if not 1 <= recipe.format <= NEWEST_FORMAT:
         yield f"format is {recipe.format}, wanted 1 to {NEWEST_FORMAT}"

@@ -29,7 +29,7 @@ class StartEvent(RunEvent):
     attempt: int  # counts from 1
     command: str  # as the user typed it
     versions: dict[str, str]  # package -> version
-    teacher: str
+    teacher: str | None  # None: no model, the target is the next token of the text
     student: str
     recipe_fingerprint: str  # 64 hex digits
     num_chunks: int
