@@ -121,6 +121,22 @@ def test_the_weights_of_a_server_are_not_counted(
     assert "student ranks on the CPU take" in " ".join(told.split())
 
 
+def test_the_text_as_a_teacher_takes_neither_memory_nor_hours(check: Check) -> None:
+    on_gpu = {"device": "cuda", "num_gpus": 1.0, "num_cpus": 0.25, "gpu_memory_gb": 24}
+    outcome = check(
+        teacher={"engine": "text"},
+        target={"k": 1, "tail_draws": 0},
+        student=on_gpu | {"divergence_weight": 0.0, "ce_weight": 1.0},
+    )
+    rows = rows_of(outcome)
+    assert rows["teacher"].startswith("none: the target is the next token of the text")
+    assert "teachers: 1, each with 0.25 CPU (on cpu)" in rows["cluster"]
+    assert "; cross-entropy, learning rate" in rows["training"]
+    assert "teacher" not in rows["memory"]
+    assert rows["hours"].startswith("training minutes on 1 H100")
+    assert "are 6 for training at 35%" in rows["hours"]
+
+
 def test_what_runs_on_the_cpu_is_compared_with_the_memory_of_this_machine(check: Check) -> None:
     row = rows_of(check())["memory"]
     there = r"\((this machine|this process's limit)\): fits"

@@ -46,6 +46,7 @@ def student(**values: Any) -> StudentSection:
             WITH_GPUS,
             (1.0, 0.0, "cpu"),
         ),
+        ({"engine": "text", "num_cpus": 0.1}, WITH_GPUS, (0.1, 0.0, "cpu")),
     ],
 )
 def test_a_process_goes_where_its_section_says(

@@ -210,6 +210,23 @@ def test_the_verdict_says_what_the_rows_show(rows: list[RunEvent], says: str) ->
     assert verdict(_summary(START, *rows)) == says
 
 
+def test_the_page_of_a_student_of_the_text_alone_names_no_teacher(tmp_path: Path) -> None:
+    scores = replace(STUDENT, kl=None, agreement=None, acceptance=None)
+    rows = [replace(START, teacher=None, control=False), *CHUNKS, *TRAINED[:10], scores]
+    summary = _summary(*rows)
+    said = verdict(summary)
+    assert said == (
+        "The student, trained on the text alone, reaches a held-out cross-entropy of 3.41 nats a "
+        "token."
+    )
+    page = _Text(write_report(_run_dir(tmp_path / "run", rows)).read_text()).text
+    assert said in page
+    assert "Student, text alone" in page
+    assert "Teacher none: the text itself" in page
+    for words in ("distilled", "No control", "speculative decoding"):
+        assert words not in page
+
+
 def test_the_verdict_never_calls_unequal_tokens_equal() -> None:
     unequal = [
         *_training("student", range(1, 11), 1050.0),

@@ -137,11 +137,12 @@ def _training(plan: Plan, found: Findings) -> None:
     epochs, more_steps = divmod(steps, plan.order.steps_per_epoch)
     num_sequences = epochs * corpus.num_sequences + min(more_steps * batch, corpus.num_sequences)
     num_tokens = num_sequences * corpus.sequence_length
+    loss = student.divergence if student.divergence_weight > 0.0 else "cross-entropy"
     found.add(
         "training",
         f"{steps:,} steps of {batch:,} sequences: {count_words(num_tokens)} tokens, "
         f"{num_sequences / corpus.num_sequences:.3g} epochs;"
-        f" {student.divergence}, learning rate {student.learning_rate:g}",
+        f" {loss}, learning rate {student.learning_rate:g}",
     )
     if plan.config.evaluate.control:
         found.add("", "and the same again for the control, on the text alone")
