@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from helpers.chunks import make_chunk, small_recipe
-from helpers.models import make_tokenizer
+from helpers.models import make_model
 from helpers.world import TinyWorld, merged
 from stillhouse.config import TargetSection, TeacherSection, parse_config
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.engines.text import TextEngine
 from stillhouse.errors import ConfigError
-from stillhouse.logits import decode
+from stillhouse.logits import Fidelity, decode
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.export import card_data, model_card
 from stillhouse.pipeline.labels import label_of
@@ -25,6 +25,7 @@ from stillhouse.pipeline.planning import resolved
 from stillhouse.pipeline.run_dir import changes_that_matter
 from stillhouse.sequence import WorkItem
 from stillhouse.store import parse_recipe
+from stillhouse.teacher.actor import stored
 
 RECIPE = small_recipe(
     format=2, k=1, num_draws=0, teacher_kind="text", teacher_dtype="one-hot", sequence_length=24
@@ -38,9 +39,9 @@ TEXT_ALONE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with a tokenizer and nothing else."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder, vocab_size=300)
+    """A directory with a model's tokenizer and config, and no weights."""
+    folder = make_model(tmp_path_factory.mktemp("tokenizer"), vocab_size=300)
+    (folder / "model.safetensors").unlink()
     return str(folder)
 
 
@@ -52,8 +53,9 @@ def plan_of(world: TinyWorld, run_dir: Path, tokenizer: str, **changes: Any) -> 
 def test_a_stored_target_is_the_next_token_and_nothing_is_lost() -> None:
     sequences = make_chunk(RECIPE, 1).sequences
     engine = TextEngine(TeacherSection(model="t", engine="text"), RECIPE, device="cpu")
-    (part,) = engine.records(WorkItem(1, sequences))
-    found = decode(part.records_TB, RECIPE.spec)
+    records_TB, measured = stored(engine.records(WorkItem(1, sequences)), RECIPE.spec)
+    assert measured == Fidelity(kept_mass=1.0, codec_kl=0.0, worst_kl=0.0)
+    found = decode(records_TB, RECIPE.spec)
     wanted = [
         int(ids_L[at + 1])
         for ids_L, mask_L in zip(sequences.token_ids_SL, sequences.loss_mask_SL, strict=True)
@@ -168,4 +170,5 @@ def test_card_and_label_name_no_teacher(
     assert "distilled from" not in card
     assert "| teacher |" not in card
     assert "teacher:" not in card_data(plan.config).to_yaml()
+    assert plan.request.start.teacher is None
     assert label_of(plan, plan.request.start).names["teacher"] == "the text itself"

@@ -46,7 +46,7 @@ def evaluation_table(summary: Summary) -> str:
         return "<p>Nothing was evaluated yet.</p>"
     has_teacher = summary.start.teacher is not None
     sizes = " or ".join(f"{size:,}" for size in sorted({each.num_tokens for each in found}))
-    words = f"On {sizes} held-out target tokens, over the whole vocabulary."
+    words = f"On {sizes} held-out target tokens, exact over the whole vocabulary."
     if has_teacher and "control" not in summary.evals:
         words += " No control was evaluated."
     words += " Calibration is of the top-1 choice against the text."
