@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from helpers.chunks import make_chunk, small_recipe
 from helpers.models import make_model
 from helpers.world import TinyWorld, merged
 from stillhouse.config import TargetSection, TeacherSection, parse_config
+from stillhouse.config.generate import WriterSection
 from stillhouse.engines.choice import engine_named, require_capable
 from stillhouse.engines.text import TextEngine
 from stillhouse.errors import ConfigError
@@ -158,6 +160,13 @@ def test_what_means_nothing_of_one_token_is_refused_by_name(name: str) -> None:
     asked = TargetSection.model_validate(only | {name: 2.0 if name == "temperature" else True})
     with pytest.raises(ConfigError, match=f'target.{name} is .*the engine "text"'):
         require_capable(capabilities, asked, engine="text")
+
+
+def test_a_writer_needs_a_model() -> None:
+    with pytest.raises(
+        ValidationError, match="no engine 'text'; known: transformers, vllm, openai"
+    ):
+        WriterSection.model_validate({"model": "m", "engine": "text"})
 
 
 def test_card_and_label_name_no_teacher(
