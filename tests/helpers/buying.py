@@ -12,7 +12,7 @@ from stillhouse.engines.openai_desk import Desk
 from stillhouse.engines.openai_scores import Document, documents_of
 from stillhouse.retry import Patience
 from stillhouse.sequence import WorkItem
-from stillhouse.servers.client import Server
+from stillhouse.servers.client import Access, Server
 from stillhouse.servers.ledger import Ledger
 from stillhouse.store import ChunkStore
 from stillhouse.store.object_store import Blobs
@@ -76,11 +76,11 @@ def desk_of(
         usd_per_million_tokens=ONE_USD_A_TOKEN,
         timeout_s=timeout_s,
     )
+    ledger = Ledger(
+        blobs, store.folder, limit_usd=limit_usd, setting="limit_usd", num_grants=num_grants
+    )
     return Desk(
-        Server(section, table=TABLE, api_key=None, patience=BRIEF),
-        Ledger(
-            blobs, store.folder, limit_usd=limit_usd, setting="limit_usd", num_grants=num_grants
-        ),
+        Server(section, table=TABLE, access=Access(None, ledger), patience=BRIEF),
         answers_of(store),
         RECIPE.k,
         RECIPE.vocab_size,

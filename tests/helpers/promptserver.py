@@ -11,7 +11,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
@@ -25,7 +25,7 @@ Answer = dict[str, Any]
 class Fault(NamedTuple):
     """What is done with one request instead of an answer."""
 
-    kind: Literal["status", "silent", "cut"]
+    kind: Literal["status", "silent", "cut", "endless"]
     status: int = 500
     retry_after: str | None = None
     is_charged: bool = True
@@ -168,6 +168,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _misbehave(self, fault: Fault) -> None:
         if fault.kind == "silent":
             self.server.behaviour.released.wait()
+        if fault.kind == "endless":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            with suppress(OSError):
+                while not self.server.behaviour.released.is_set():
+                    self.wfile.write(bytes(1 << 20))
         if fault.kind != "status":
             self.close_connection = True
             return

@@ -40,7 +40,7 @@ from stillhouse.pipeline.run_dir import changes_that_matter
 from stillhouse.redaction import scrub
 from stillhouse.retry import Patience
 from stillhouse.sequence import WorkItem
-from stillhouse.servers.client import Free, Server
+from stillhouse.servers.client import Access, Server
 
 V = 300
 RECIPE = small_recipe(
@@ -78,11 +78,11 @@ def engine_of(server: PromptServer, folder: Path, **options: Any) -> OpenAIEngin
 def client_of(server: PromptServer, patience: Patience = SHORT, **options: Any) -> Server:
     openai = section_of(server, **options).openai
     assert openai is not None
-    return Server(openai, table=TABLE, api_key=None, patience=patience)
+    return Server(openai, table=TABLE, access=Access(), patience=patience)
 
 
 def asked(client: Server, document: Document = DOCUMENT) -> Scores:
-    desk = Desk(client, Free(), None, num_entries=8, vocab_size=V)
+    desk = Desk(client, None, num_entries=8, vocab_size=V)
     return desk.scores(document, threading.Event())
 
 
@@ -312,7 +312,7 @@ def test_a_date_to_wait_for_is_heeded_too(server: PromptServer) -> None:
     openai = section_of(server).openai
     assert openai is not None
     began = monotonic()
-    asked(Server(openai, table=TABLE, api_key=None, patience=LONG, wall=lambda: wall))
+    asked(Server(openai, table=TABLE, access=Access(), patience=LONG, wall=lambda: wall))
     assert monotonic() - began >= 0.3
 
 
@@ -397,12 +397,12 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert scrub(f"it is {server.key}") == "it is (redacted)"
     openai = section_of(server).openai
     assert openai is not None
-    client = Server(openai, table=TABLE, api_key=server.key)
+    client = Server(openai, table=TABLE, access=Access(server.key))
     assert server.key not in repr(vars(client)) + repr(vars(engine))
     with pytest.raises(ServerError, match=r"status 401: .*the variable OPENAI_API_KEY"):
         engine_of(server, tmp_path).prove()
     with pytest.raises(ServerError, match="holds no key") as caught:
-        Server(openai, table=TABLE, api_key=f"{server.key}\n")
+        Server(openai, table=TABLE, access=Access(f"{server.key}\n"))
     assert server.key not in str(caught.value)
 
 

@@ -27,6 +27,14 @@ from stillhouse.store.verdicts import grader_name
 OWN = "helpers.graders:obedient"
 
 
+JUDGE: dict[str, Any] = {
+    "kind": "judge",
+    "base_url": "http://a/v1",
+    "served_model": "m",
+    "template": "{text}",
+}
+
+
 def scores_of(texts: Sequence[str], reference: str | None, **settings: Any) -> list[float]:
     with closing(make_grader(section(**settings))) as grader:
         return [*graded(grader, samples(texts, reference)).scores]
@@ -114,7 +122,7 @@ def test_the_last_fenced_block_is_read(text: str, block: str) -> None:
 
 
 def test_a_grader_of_ones_own_that_misbehaves_costs_those_samples_alone() -> None:
-    own = section(kind=OWN, wall_s=2.0, memory_bytes=256 << 20, num_processes=2)
+    own = section(kind=OWN, wall_s=4.0, memory_bytes=256 << 20, num_processes=2)
     texts = ["0.5", "raise", "hang", "leave", "eat", "1.5", "print", "1", "nan"]
     with closing(make_grader(own)) as grader:
         found = graded(grader, samples(texts))
@@ -206,9 +214,8 @@ def test_a_grader_is_named_by_what_decides_its_scores() -> None:
     other = section(kind="maths", wall_s=20)
     names = [grader_name(identity_of(each)) for each in (maths, same, other)]
     assert names[0] == names[1] != names[2]
-    judge = {"kind": "judge", "url": "http://a/v1", "model": "m", "template": "{text}"}
-    moved = judge | {"url": "http://b/v1/", "api_key_env": "KEY"}
-    assert identity_of(section(**judge)) == identity_of(section(**moved))
+    moved = JUDGE | {"base_url": "http://b/v1/", "api_key_env": "KEY", "timeout_s": 3}
+    assert identity_of(section(**JUDGE)) == identity_of(section(**moved))
     own = identity_of(section(kind=OWN))
     assert own["kind"] == OWN
     assert len(own["digest"]) == 16
@@ -220,8 +227,8 @@ def test_a_grader_is_named_by_what_decides_its_scores() -> None:
         ({"kind": "exakt"}, "wanted exact, number, .*did you mean 'exact'"),
         ({"kind": "json_schema", "schema_text": "{"}, "wanted a JSON Schema as JSON text"),
         ({"kind": "json_schema", "schema_text": "3"}, "wanted a JSON object; found 3"),
-        ({"kind": "judge", "url": "a", "model": "m", "template": "{text}"}, "http://"),
-        ({"kind": "judge", "url": "http://a", "model": "m", "template": "x"}, "{text} somewhere"),
+        (JUDGE | {"base_url": "a"}, "http://"),
+        (JUDGE | {"template": "x"}, "{text} somewhere"),
         ({"kind": "number", "after": "####"}, "Extra inputs"),
     ],
 )

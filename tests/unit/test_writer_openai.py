@@ -300,7 +300,9 @@ def test_another_model_under_the_command_is_noticed(
     written(block_of(0), writer, RECIPE)
     server.changed = lambda answer: answer | {"model": "another"}
     for each in (writer, writer_of(model, server, tmp_path)):  # and by a process that begins later
-        with pytest.raises(ServerError, match=r"model is 'another'.*writer\.openai\.served_model"):
+        with pytest.raises(
+            ServerError, match=r"model is 'another'.*served_model of writer\.openai"
+        ):
             written(block_of(1), each, RECIPE)
 
 

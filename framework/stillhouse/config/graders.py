@@ -19,6 +19,7 @@ from stillhouse.config.fields import (
     Section,
     shown,
 )
+from stillhouse.config.servers import ChatSection, MostCost
 from stillhouse.extension import is_extension
 
 
@@ -114,12 +115,17 @@ class PythonSection(_GraderSection):
     num_processes: NumProcesses = Field(1, description="tests that run at one time")
 
 
-class JudgeSection(_GraderSection):
-    """A score that a model gives, by any server with OpenAI's chat API."""
+class JudgeSection(_GraderSection, ChatSection):
+    """A score that a model gives, at any server with OpenAI's chat API."""
 
     kind: Literal["judge"]
-    url: Name = Field(description="the server's API, such as http://10.0.0.7:8000/v1")
-    model: Name = Field(description="the judge's name at the server")
+    served_model: Name = Field(description="the judge's name at the server")
+    max_in_flight: Annotated[int, Field(ge=1, le=4096)] = Field(
+        8, description="requests that are under way at one time"
+    )
+    max_cost_usd: MostCost | None = Field(
+        None, description="what all verdicts of this grader may cost; none: no limit"
+    )
     template: Name = Field(
         description="what the judge is asked; {prompt}, {text} and {reference} stand for those of "
         "the sample"
@@ -133,13 +139,6 @@ class JudgeSection(_GraderSection):
         10.0, description="the score that becomes 1; 0 becomes 0"
     )
     max_tokens: Count = Field(1024, description="tokens of an answer at most")
-    api_key_env: Name | None = Field(
-        None, description="the environment variable with the API key; none: no key is sent"
-    )
-    max_in_flight: Annotated[int, Field(ge=1, le=1024)] = Field(
-        8, description="requests that are under way at one time"
-    )
-    answer_s: Seconds = Field(120.0, description="seconds that one answer may take")
     patience_s: Seconds = Field(
         600.0, description="seconds for which a server that does not answer is asked again"
     )
@@ -154,13 +153,6 @@ class JudgeSection(_GraderSection):
         if "{text}" not in template:
             raise ValueError("wanted {text} somewhere, or the judge would not see what it judges")
         return template
-
-    @field_validator("url")
-    @classmethod
-    def _is_a_url(cls, url: str) -> str:
-        if url.startswith(("http://", "https://")):
-            return url.rstrip("/")
-        raise ValueError(f"wanted a URL that begins with http:// or https://; found {shown(url)}")
 
 
 class OwnSection(ChildSection):

@@ -28,10 +28,9 @@ from stillhouse.models import ModelIdentity
 from stillhouse.models.identity import is_local
 from stillhouse.retry import DEFAULT_PATIENCE, Patience
 from stillhouse.sequence import WorkItem
+from stillhouse.servers.access import access_of
 from stillhouse.servers.answers import Answers
-from stillhouse.servers.client import BEFORE_A_RUN, Server
-from stillhouse.servers.ledger import Ledger
-from stillhouse.servers.served import first_in_store
+from stillhouse.servers.client import BEFORE_A_RUN, Access, Server
 from stillhouse.store import ChunkStore, Recipe
 from stillhouse.store.recipe import canonical_json
 
@@ -58,25 +57,10 @@ class OpenAIEngine:
         self._recipe = recipe
         self._options = options = options_of(section)
         store = ChunkStore(store_url, recipe)
-        self._ledger = Ledger(
-            store.blobs,
-            store.folder,
-            limit_usd=options.max_cost_usd,
-            setting=f"{TABLE}.max_cost_usd",
-        )
-
-        # what costs nothing is not kept
-        key = secret_in(options.api_key_env)
+        self._access = access_of(options, store.blobs, store.folder, table=TABLE)
         self._desk = Desk(
-            Server(
-                options,
-                table=TABLE,
-                api_key=key,
-                first=first_in_store(store.blobs, store.folder),
-                patience=patience,
-            ),
-            self._ledger,
-            answers_of(store) if options.is_paid else None,
+            Server(options, table=TABLE, access=self._access, patience=patience),
+            answers_of(store) if options.is_paid else None,  # what costs nothing is not kept
             recipe.k,
             recipe.vocab_size,
         )
@@ -98,8 +82,8 @@ class OpenAIEngine:
         options = options_of(section)
         served_model = options.served_model
         if served_model is None:
-            key = secret_in(options.api_key_env)
-            server = Server(options, table=TABLE, api_key=key, patience=BEFORE_A_RUN)
+            access = Access(secret_in(options.api_key_env))
+            server = Server(options, table=TABLE, access=access, patience=BEFORE_A_RUN)
             served_model = server.only_model()
         names = {
             "model": None if is_local(section) else section.model,
@@ -147,7 +131,7 @@ class OpenAIEngine:
 
     def granted_usd(self) -> float:
         """What is spent on the recipe's targets, or reserved; 0 where there is no limit."""
-        return self._ledger.granted_usd()
+        return self._access.money.granted_usd()
 
     def backend(self) -> Backend:
         return Backend("server", f"the likeliest {self._recipe.k} of {self._options.base_url}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from stillhouse.engines.openai_scores import Document, Scores, scores_of
 from stillhouse.servers.answers import Answers
-from stillhouse.servers.client import Money, Question, Server, Tokens
+from stillhouse.servers.client import Question, Server, Tokens
 from stillhouse.servers.desk import all_answers
 
 _ENTRY_BYTES, _OTHER_BYTES = 512, 1 << 20  # of an answer's JSON at most: an entry, all around them
@@ -21,7 +21,6 @@ class Desk:
     threads."""
 
     server: Server
-    money: Money
     answers: Answers | None  # None: what costs nothing is not kept
     num_entries: int
     vocab_size: int
@@ -43,7 +42,6 @@ class Desk:
             read=lambda body: scores_of(
                 body, document, num_entries=num_entries, vocab_size=self.vocab_size
             ),
-            money=self.money,
             stop=stop,
         )
 

@@ -20,10 +20,11 @@ from stillhouse.graders import exact, number
 from stillhouse.graders.base import Grader
 from stillhouse.graders.plain import Plain
 from stillhouse.graders.processes import InProcesses, Scorer
+from stillhouse.servers.client import Access
 
 
-def make_grader(section: GraderSection, *, api_key: str | None = None) -> Grader:
-    """The grader of a section; `api_key` is the judge's.
+def make_grader(section: GraderSection, *, access: Access | None = None) -> Grader:
+    """The grader of a section; `access` is a judge's, to its server.
 
     Raises ConfigError where a part of it is not installed, or is not there.
     """
@@ -51,7 +52,7 @@ def make_grader(section: GraderSection, *, api_key: str | None = None) -> Grader
         case JudgeSection():
             from stillhouse.graders.judge import Judge
 
-            return Judge(section, api_key=api_key)
+            return Judge(section, Access() if access is None else access)
         case OwnSection():
             _require_function(section.kind)
             module, _, name = section.kind.partition(":")

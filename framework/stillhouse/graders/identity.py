@@ -3,6 +3,7 @@
 from typing import Any
 
 from stillhouse.config.graders import GraderSection, OwnSection
+from stillhouse.config.servers import ChatSection
 from stillhouse.extension import extension_digest
 
 VERSION = 1  # of what the graders of each kind do; another one where one gives other scores
@@ -12,12 +13,9 @@ _OUTSIDE = {
     "name",
     "num_processes",
     "interpreter",
-    "url",
-    "api_key_env",
-    "max_in_flight",
-    "answer_s",
     "patience_s",
-}
+    *ChatSection.model_fields,  # where a judge is, and what it may cost
+} - {"served_model", "request"}
 
 
 def identity_of(section: GraderSection) -> dict[str, Any]:

@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.cluster.environment import secret_in
 from stillhouse.config.graders import GraderSection, JudgeSection
-from stillhouse.errors import ConfigError, StoreError
-from stillhouse.graders import Grader, Sample, graded, make_grader
-from stillhouse.pipeline.console import tell_of_wait
+from stillhouse.errors import StoreError
+from stillhouse.graders import Grader, Sample, graded, identity_of, make_grader
+from stillhouse.pipeline.console import say, tell_of_wait
 from stillhouse.pipeline.generation import Generation
 from stillhouse.pipeline.planning import tokenizer_of
 from stillhouse.retry import DEFAULT_PATIENCE, insist
 from stillhouse.sequences.ids import texts_of
 from stillhouse.sequences.prompts import Prompts
 from stillhouse.sequences.selection import SET_ASIDE_REASON
+from stillhouse.servers.access import access_of
+from stillhouse.servers.client import Access
 from stillhouse.store.grader_names import claim_name
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, SET_ASIDE, Rollouts
@@ -57,21 +58,28 @@ def grade(
     Raises ConfigError where a grader cannot be made, or its name stands for another one;
     GraderError where one fails on all samples of a shard; ChunkError where a shard is damaged.
     """
-    with graders_of(plan.config.graders) as graders:
+    with graders_of(plan) as graders:
         return grade_with(graders, plan, on_progress=on_progress)
 
 
 @contextmanager
-def graders_of(sections: Sequence[GraderSection]) -> Iterator[dict[str, Grader]]:
-    """The graders by their names, until the end of the block. Raises ConfigError."""
+def graders_of(plan: Generation) -> Iterator[dict[str, Grader]]:
+    """The config's graders by their names, until the end of the block; then what judges came to is
+    said, where that is limited. Raises ConfigError."""
     graders: dict[str, Grader] = {}
+    accesses = {section.title: _access_of(section, plan) for section in plan.config.graders}
     try:
-        for section in sections:
-            graders[section.title] = make_grader(section, api_key=_key_of(section))
+        for section in plan.config.graders:
+            graders[section.title] = make_grader(section, access=accesses[section.title])
         yield graders
     finally:
         for grader in graders.values():
             grader.close()
+    for section in plan.config.graders:
+        access = accesses[section.title]
+        if isinstance(section, JudgeSection) and section.max_cost_usd is not None and access:
+            spent, limit = access.money.granted_usd(), section.max_cost_usd
+            say(f"the grader {section.title}: {spent:.4g} of {limit:g} USD spent or reserved")
 
 
 def grade_with(
@@ -88,7 +96,9 @@ def grade_with(
             f"there are no rollouts of these settings in {store.url}; `stillhouse generate`, given "
             "the same file, writes them"
         )
-    identities = {name: _identity(grader, plan.prompts) for name, grader in graders.items()}
+    identities = {
+        name: _with_references(grader.identity, plan.prompts) for name, grader in graders.items()
+    }
     for name, identity in identities.items():
         claim_name(store.blobs, fingerprint, name=name, grader=identity)
 
@@ -114,10 +124,10 @@ def grade_with(
     ]
 
 
-def _identity(grader: Grader, prompts: Prompts) -> dict[str, Any]:
+def _with_references(identity: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
     """What decides the scores of these prompts' samples: the grader, and the references."""
     own = {"references": prompts.references_digest} if prompts.references else {}
-    return {**grader.identity, **own}
+    return {**identity, **own}
 
 
 def _samples(plan: Generation, number: int, texts: _Texts) -> list[Sample | None]:
@@ -183,14 +193,11 @@ def _summary(
     )
 
 
-def _key_of(section: GraderSection) -> str | None:
-    """The judge's API key. Raises ConfigError where the variable that is to have it is not set."""
-    if not isinstance(section, JudgeSection) or section.api_key_env is None:
+def _access_of(section: GraderSection, plan: Generation) -> Access | None:
+    """A judge's access to its server. What it costs is counted for this grader of these
+    rollouts."""
+    if not isinstance(section, JudgeSection):
         return None
-    key = secret_in(section.api_key_env)
-    if key is None:
-        raise ConfigError(
-            f"the grader {section.title} sends the API key in {section.api_key_env}, which is not "
-            "set; set it, or leave api_key_env out"
-        )
-    return key
+    name = grader_name(_with_references(identity_of(section), plan.prompts))
+    folder = f"{plan.store.folder}/judges/{name}"
+    return access_of(section, plan.store.blobs, folder, table=f"the grader {section.title}")

@@ -9,10 +9,10 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from time import monotonic, time
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import httpx
 
@@ -44,6 +44,10 @@ class Money(Protocol):
 
     def give_back(self, price: int) -> None: ...
 
+    def granted_usd(self) -> float:
+        """What is spent, or reserved; 0 where there is no limit."""
+        ...
+
 
 class Free:
     """Money for requests that cost nothing."""
@@ -52,12 +56,25 @@ class Free:
 
     def give_back(self, price: int) -> None: ...
 
+    def granted_usd(self) -> float:
+        return 0.0
+
 
 class Tokens(NamedTuple):
     """Numbers of tokens that are charged: of a prompt, and of what is written to it."""
 
     prompt: int
     written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How one process may ask a server. Its key is in no repr."""
+
+    api_key: str | None = field(default=None, repr=False)
+    money: Money = field(default_factory=Free)
+    # the model of the first answer of all, when it is told that of this process's first
+    first: Callable[[Served], Served] = lambda found: found
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +108,8 @@ class _Later:
 class Server:
     """A server, asked by many threads of one process. Its key is in no repr and in no message.
 
-    `table`: the config's that names it. `first`: gives the model of the first answer of all, when
-    it is told that of this process's first. `clock` is in seconds from any beginning, `wall` in
-    unix seconds.
+    `table`: the config's that names it. `clock` is in seconds from any beginning, `wall` in unix
+    seconds.
     """
 
     def __init__(
@@ -101,12 +117,12 @@ class Server:
         section: ServerSection,
         *,
         table: str,
-        api_key: str | None,
-        first: Callable[[Served], Served] = lambda found: found,
+        access: Access,
         patience: Patience = DEFAULT_PATIENCE,
         clock: Callable[[], float] = monotonic,
         wall: Callable[[], float] = time,
     ) -> None:
+        api_key = access.api_key
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ServerError(
                 f"the variable {section.api_key_env} holds no key: it has characters that no "
@@ -123,13 +139,14 @@ class Server:
         )
         self._reading = threading.Lock()
         self._answered_at = clock()  # the last time
-        self._first_of, self._first = first, cast(Served | None, None)
+        self._money, self._first_of = access.money, access.first
+        self._first: Served | None = None
 
     def models(self) -> list[Model]:
         """The models that the server lists. Raises ServerError."""
         question = Question("models", {}, Tokens(0, 0), _LIST_BYTES, "a list of models")
         return self._insist(
-            lambda: self._exchange("GET", question, money=Free(), read=self._models_of),
+            lambda: self._exchange("GET", question, read=self._models_of),
             threading.Event(),
         )
 
@@ -145,12 +162,7 @@ class Server:
         return names[0]
 
     def ask(
-        self,
-        question: Question,
-        *,
-        read: Callable[[Any], _Answer],
-        money: Money,
-        stop: threading.Event,
+        self, question: Question, *, read: Callable[[Any], _Answer], stop: threading.Event
     ) -> _Answer:
         """What `read` makes of the JSON of an answer by the section's model.
 
@@ -165,29 +177,27 @@ class Server:
             return read(body)
 
         asked = replace(question, fields=fields)
-        return self._insist(
-            lambda: self._exchange("POST", asked, money=money, read=of_the_same_model), stop
-        )
+        return self._insist(lambda: self._exchange("POST", asked, read=of_the_same_model), stop)
 
     def close(self) -> None:
         self._client.close()
 
     def _exchange(
-        self, method: str, question: Question, *, money: Money, read: Callable[[Any], _Answer]
+        self, method: str, question: Question, *, read: Callable[[Any], _Answer]
     ) -> _Answer | _Later:
         """One request, with its worst price set aside before it is sent, and what it did not cost
         given back. Returns what `read` makes of the answer's JSON, or a _Later."""
         price = self._price(question.most_tokens)
-        money.reserve(price)
+        self._money.reserve(price)
         reply = self._reply(method, question)
 
         # not answered, or refused
         if isinstance(reply, _Later):
             if not reply.is_charged:
-                money.give_back(price)
+                self._money.give_back(price)
             return reply
         if reply.status_code != httpx.codes.OK:
-            money.give_back(price)
+            self._money.give_back(price)
             raise self._refusal(reply, wanted=question.wanted)
 
         # answered: parsed, a long answer takes a hundred times its bytes, so one at a time
@@ -195,7 +205,7 @@ class Server:
             body = _json_of(reply)
             charged = _charged(body, otherwise=question.most_tokens)
             cost = self._price(charged)
-            money.give_back(price - cost)
+            self._money.give_back(price - cost)
             if cost > price:
                 raise ServerError(
                     f"the server charged {charged.prompt} tokens for a prompt and "
@@ -298,8 +308,8 @@ class Server:
                 raise ServerError(
                     f"the server has changed under the run: its answers' {name} is {now!r}, but it "
                     f"was {before!r}; what it said before stays. Serve that one again to go on, or "
-                    f"name the new one in {self._table}.served_model or "
-                    f"{self._table.split('.')[0]}.revision: it is another model"
+                    f"name the new one, by served_model of {self._table} or by a revision: it is "
+                    "another model"
                 )
 
     def _models_of(self, body: Any) -> list[Model]:

@@ -22,12 +22,11 @@ from stillhouse.config.servers import ChatSection
 from stillhouse.models import ModelIdentity, load_tokenizer
 from stillhouse.models.identity import is_local
 from stillhouse.retry import DEFAULT_PATIENCE, Patience
+from stillhouse.servers.access import access_of
 from stillhouse.servers.answers import Answers
 from stillhouse.servers.chat import Reply, chat_question, reply_of, text_question
-from stillhouse.servers.client import BEFORE_A_RUN, Question, Server
+from stillhouse.servers.client import BEFORE_A_RUN, Access, Question, Server
 from stillhouse.servers.desk import all_answers
-from stillhouse.servers.ledger import Ledger
-from stillhouse.servers.served import first_in_store
 from stillhouse.store.recipe import canonical_json
 from stillhouse.store.rollout_recipe import RolloutRecipe
 from stillhouse.store.rollout_store import RolloutStore
@@ -65,23 +64,11 @@ class OpenAIWriter:
         own = self._tokenizer.eos_token_id
         self._end_id = own if own in recipe.end_ids else recipe.end_ids[0]
 
-        # the server, and what is paid and kept; what costs nothing is not kept
-        options, store = self._options, RolloutStore(store_url, recipe)
-        key = secret_in(options.api_key_env)
-        self._server = Server(
-            options,
-            table=_TABLE,
-            api_key=key,
-            first=first_in_store(store.blobs, store.folder),
-            patience=patience,
-        )
-        self._ledger = Ledger(
-            store.blobs,
-            store.folder,
-            limit_usd=options.max_cost_usd,
-            setting=f"{_TABLE}.max_cost_usd",
-        )
-        self._answers = _answers_of(store) if options.is_paid else None
+        # the server, and what is kept; what costs nothing is not
+        store = RolloutStore(store_url, recipe)
+        self._access = access_of(self._options, store.blobs, store.folder, table=_TABLE)
+        self._server = Server(self._options, table=_TABLE, access=self._access, patience=patience)
+        self._answers = _answers_of(store) if self._options.is_paid else None
 
     @classmethod
     def identity(cls, section: WriterSection, *, cache_dir: Path) -> ModelIdentity:
@@ -92,8 +79,8 @@ class OpenAIWriter:
         options = options_of(section)
         served_model = options.served_model
         if served_model is None:
-            key = secret_in(options.api_key_env)
-            server = Server(options, table=_TABLE, api_key=key, patience=BEFORE_A_RUN)
+            access = Access(secret_in(options.api_key_env))
+            server = Server(options, table=_TABLE, access=access, patience=BEFORE_A_RUN)
             served_model = server.only_model()
         names = {
             "model": None if is_local(section) else section.model,
@@ -121,7 +108,7 @@ class OpenAIWriter:
     def prove(self, prompt: Prompt) -> None:
         """Ask for one token. Raises ServerError where the server cannot be used."""
         question = self._question(prompt, 0, max_new_tokens=1)
-        self._server.ask(question, read=reply_of, money=self._ledger, stop=threading.Event())
+        self._server.ask(question, read=reply_of, stop=threading.Event())
 
     def tidy(self) -> None:
         """Delete the answers that are kept of published shards, if the store lets it."""
@@ -130,7 +117,7 @@ class OpenAIWriter:
 
     def granted_usd(self) -> float:
         """What is spent on the recipe's rollouts, or reserved; 0 where there is no limit."""
-        return self._ledger.granted_usd()
+        return self._access.money.granted_usd()
 
     def _question(
         self, prompt: Prompt, seed: int, *, max_new_tokens: int | None = None
@@ -157,7 +144,7 @@ class OpenAIWriter:
                 return Reply(kept["text"], kept["finish"])
 
         # bought, and kept where it was paid for
-        reply = self._server.ask(question, read=reply_of, money=self._ledger, stop=stop)
+        reply = self._server.ask(question, read=reply_of, stop=stop)
         if self._answers is not None:
             self._answers.keep(shard, digest, asdict(reply))
         return reply
