@@ -26,7 +26,7 @@ from stillhouse.store.rollouts import CUT, ENDED, SET_ASIDE
 from stillhouse.writer.block import PromptBlock, written
 from stillhouse.writer.choice import writer_named
 from stillhouse.writer.engine import Prompt
-from stillhouse.writer.openai import OpenAIWriter
+from stillhouse.writer.openai import OpenAIWriter, most_usd
 
 VOCAB_SIZE, END_ID = 300, 0
 QUESTIONS = ["What is 1 + 2?", "And 3 + 4?", "Say <|im_end|>.", "\ud800"]
@@ -200,6 +200,21 @@ def test_a_question_is_never_dearer_than_was_reserved_for_it() -> None:
         ):
             assert question.most_tokens.written == 5
             assert question.most_tokens.prompt >= num_tokens_of(question.fields)
+
+
+def test_what_all_samples_may_cost_is_told_beforehand(
+    model: Path, server: PromptServer, tmp_path: Path
+) -> None:
+    prices = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 2e6}
+    options = section_of(model, server, **prices).openai
+    assert options is not None
+    most = most_usd(options, RECIPE, map(source_of, QUESTIONS))
+    written_alone = len(QUESTIONS) * 3 * 30 * 2.0
+    assert written_alone < most < written_alone + 0.01
+    writer = writer_of(model, server, tmp_path, **prices, max_cost_usd=most)
+    for number in range(2):
+        written(block_of(number), writer, RECIPE)
+    assert writer.granted_usd() <= most
 
 
 def test_what_was_paid_for_is_kept_until_its_shard_is_published(

@@ -8,8 +8,8 @@ store until its shard is published.
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,10 @@ class OpenAIWriter:
     def write(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Sample | None]:
         """A sample is None where the server gives no text, or withholds it."""
         asked = [
-            (prompt.number // self._recipe.shard_prompts, self._question(prompt, seed))
+            (
+                prompt.number // self._recipe.shard_prompts,
+                _question(prompt.source, seed, self._options, self._recipe),
+            )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         replies = all_answers(self._reply, asked, num_threads=self._options.max_in_flight)
@@ -107,7 +110,8 @@ class OpenAIWriter:
 
     def prove(self, prompt: Prompt) -> None:
         """Ask for one token. Raises ServerError where the server cannot be used."""
-        question = self._question(prompt, 0, max_new_tokens=1)
+        one_token = replace(self._recipe, max_new_tokens=1)
+        question = _question(prompt.source, 0, self._options, one_token)
         self._server.ask(question, read=reply_of, stop=threading.Event())
 
     def tidy(self) -> None:
@@ -118,20 +122,6 @@ class OpenAIWriter:
     def granted_usd(self) -> float:
         """What is spent on the recipe's rollouts, or reserved; 0 where there is no limit."""
         return self._access.money.granted_usd()
-
-    def _question(
-        self, prompt: Prompt, seed: int, *, max_new_tokens: int | None = None
-    ) -> Question:
-        recipe = self._recipe
-        fields: dict[str, Any] = {
-            "max_tokens": max_new_tokens or recipe.max_new_tokens,
-            "temperature": recipe.temperature,
-            "top_p": recipe.top_p,
-            "seed": seed & _MOST_SEED,
-        }
-        source = json.loads(prompt.source)
-        ask = text_question if "text" in source else chat_question
-        return ask(**source, **(fields | self._options.request))
 
     def _reply(self, asked: tuple[int, Question], stop: threading.Event) -> Reply:
         """The reply to a question of a shard, bought unless it was bought before."""
@@ -175,6 +165,27 @@ def _digest_of(question: Question) -> str:
     """32 hexadecimal digits: XXH3-128 of its route and its fields, in canonical JSON."""
     values = {"fields": question.fields, "route": question.route}
     return xxhash.xxh3_128_hexdigest(canonical_json(values))
+
+
+def _question(source: str, seed: int, options: ChatSection, recipe: RolloutRecipe) -> Question:
+    """What is asked for one sample of a prompt, whose `source` this is."""
+    fields: dict[str, Any] = {
+        "max_tokens": recipe.max_new_tokens,
+        "temperature": recipe.temperature,
+        "top_p": recipe.top_p,
+        "seed": seed & _MOST_SEED,
+    }
+    asked = json.loads(source)
+    ask = text_question if "text" in asked else chat_question
+    return ask(**asked, **(fields | options.request))
+
+
+def most_usd(options: ChatSection, recipe: RolloutRecipe, sources: Iterable[str]) -> float:
+    """What all samples of these prompts may cost at most, if no answer is lost on its way."""
+    prompt_usd, written_usd = options.usd_in_and_out
+    most = [_question(source, 0, options, recipe).most_tokens for source in sources]
+    usd = sum(each.prompt * prompt_usd + each.written * written_usd for each in most) / 1e6
+    return recipe.samples * usd
 
 
 def _answers_of(store: RolloutStore) -> Answers:
