@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +206,14 @@ def test_a_question_is_never_dearer_than_was_reserved_for_it() -> None:
 def test_what_all_samples_may_cost_is_told_beforehand(
     model: Path, server: PromptServer, tmp_path: Path
 ) -> None:
-    prices = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 2e6}
+    prices: dict[str, Any] = {
+        "usd_per_million_input_tokens": 1.0,
+        "usd_per_million_output_tokens": 2e6,
+    }
     options = section_of(model, server, **prices).openai
     assert options is not None
     most = most_usd(options, RECIPE, map(source_of, QUESTIONS))
-    written_alone = len(QUESTIONS) * 3 * 30 * 2.0
+    written_alone = len(QUESTIONS) * 3 * 30
     assert written_alone < most < written_alone + 0.01
     writer = writer_of(model, server, tmp_path, **prices, max_cost_usd=most)
     for number in range(2):
@@ -290,10 +294,10 @@ def test_a_killed_writer_costs_a_request_and_what_is_kept_is_not_bought_again(
     )
 
     def arrived(_prompt: list[int]) -> None:
-        if len(server.requests) == num_requests and process.is_alive():
+        if len(server.requests) == num_requests:
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
-            process.join()
+            connection.wait([process.sentinel])
 
     server.arrived = arrived
     process.start()
