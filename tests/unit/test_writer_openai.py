@@ -208,7 +208,7 @@ def test_what_all_samples_may_cost_is_told_beforehand(
 ) -> None:
     prices: dict[str, Any] = {
         "usd_per_million_input_tokens": 1.0,
-        "usd_per_million_output_tokens": 2e6,
+        "usd_per_million_output_tokens": 1e6,
     }
     options = section_of(model, server, **prices).openai
     assert options is not None
