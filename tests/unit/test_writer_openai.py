@@ -203,6 +203,13 @@ def test_a_question_is_never_dearer_than_was_reserved_for_it() -> None:
             assert question.most_tokens.prompt >= num_tokens_of(question.fields)
 
 
+def test_the_newer_name_of_a_limit_stands_in_for_the_older() -> None:
+    messages = [{"role": "user", "content": "a"}]
+    question = chat_question(messages, max_tokens=5, max_completion_tokens=9)
+    assert question.most_tokens.written == 9
+    assert question.fields == {"messages": messages, "max_completion_tokens": 9}
+
+
 def test_what_all_samples_may_cost_is_told_beforehand(
     model: Path, server: PromptServer, tmp_path: Path
 ) -> None:

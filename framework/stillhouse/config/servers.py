@@ -96,7 +96,7 @@ class ChatSection(ServerSection):
     request: dict[str, str | bool | int | float] = Field(
         {},
         description="more fields of each request, or others in place of ours, such as "
-        '{reasoning_effort = "low"}; they are part of what identifies the writer',
+        '{reasoning_effort = "low", max_completion_tokens = 4096}; part of what identifies it',
     )
 
     usd_per_million_input_tokens: Price = Field(

@@ -24,11 +24,15 @@ class Reply:
 def chat_question(
     messages: Sequence[Mapping[str, Any]], *, max_tokens: int, **fields: Any
 ) -> Question:
-    """A reply to a conversation."""
+    """A reply to a conversation. `fields` may have `max_completion_tokens`, which then counts."""
     most = sum(_TOKENS_A_MESSAGE + _num_bytes(message) for message in messages)
     most += _num_bytes(fields)
-    asked = {"messages": [*messages], "max_tokens": max_tokens} | fields
-    return _question("chat/completions", asked, most_prompt=most, most_written=max_tokens)
+    # the newer name, which servers that have it take alone
+    newer = fields.get("max_completion_tokens")
+    named = {"max_tokens": max_tokens} if newer is None else {}
+    asked = {"messages": [*messages], **named} | fields
+    most_written = max_tokens if newer is None else int(newer)
+    return _question("chat/completions", asked, most_prompt=most, most_written=most_written)
 
 
 def text_question(text: str, *, max_tokens: int, **fields: Any) -> Question:
