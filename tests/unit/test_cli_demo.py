@@ -37,7 +37,7 @@ from stillhouse.pipeline.toy import (
     learning_rate_share,
     llama_config,
     make_models,
-    train_teacher,
+    train_on_text,
 )
 from stillhouse.report import write_report
 from stillhouse.sequence import Sequences
@@ -148,7 +148,7 @@ def test_the_teacher_learns_from_the_training_split_alone(made: Made) -> None:
     )
     torch.manual_seed(CORPUS.seed)
     again = LlamaForCausalLM(llama_config(SIZES.teacher, tokenizer, CORPUS.sequence_length))
-    train_teacher(again, split.train, SIZES, show=list[float]().append)
+    train_on_text(again, split.train, SIZES, show=list[float]().append)
     weights = AutoModelForCausalLM.from_pretrained(made.directory / "teacher").state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in again.state_dict().items())
 
@@ -158,7 +158,7 @@ def test_a_corpus_that_is_too_short_is_read_again(made: Made, heldout: Corpus) -
     tokenizer = load_tokenizer(str(made.directory / "teacher"))
     model = LlamaForCausalLM(llama_config(SIZES.student, tokenizer, CORPUS.sequence_length))
     losses: list[float] = []
-    train_teacher(
+    train_on_text(
         model, heldout, replace(SIZES, num_steps=60, batch_sequences=6), show=losses.append
     )
     assert len(losses) == 60

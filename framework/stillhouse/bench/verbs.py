@@ -298,3 +298,22 @@ def bench_divergences(
         command=typed(),
         out=out,
     )
+
+
+@bench_app.command(name="verified")
+def bench_verified(
+    num_prompts: Annotated[int, typer.Option("--prompts", min=64, help="Written to.")] = 24_000,
+    num_heldout: Annotated[int, typer.Option("--heldout", min=1, help="Prompts apart.")] = 500,
+    num_steps: Annotated[int, typer.Option("--steps", min=1, help="Of each student.")] = 2_000,
+    num_seeds: Annotated[int, typer.Option("--seeds", min=1, help="Students of each kind.")] = 3,
+    first_seed: Annotated[int, typer.Option("--first-seed", min=0, help="Of --seeds.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
+    out: Out = None,
+) -> None:
+    """A student of all that a fallible writer wrote against one of what a grader accepted: the
+    share of right answers, on sums that were held out."""
+    quieten()
+    from stillhouse.bench.verified import Effort, bench_verified
+
+    effort = Effort(num_seeds, num_prompts, num_steps, num_heldout, first_seed=first_seed)
+    bench_verified(effort, threads=threads, command=typed(), out=out)

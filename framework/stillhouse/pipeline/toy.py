@@ -96,7 +96,7 @@ def make_models(
         f"{num_tokens / 1e6:.1f} M tokens of them"
     )
     with _progress(console, sizes.num_steps) as show:
-        train_teacher(teacher, split.train, sizes, show=show)
+        train_on_text(teacher, split.train, sizes, show=show)
 
     # the directories
     save_model(teacher, directory / "teacher")
@@ -141,7 +141,7 @@ def llama_config(
     )
 
 
-def train_teacher(
+def train_on_text(
     model: LlamaForCausalLM, corpus: Corpus, sizes: Sizes, *, show: Callable[[float], None]
 ) -> None:
     """Train by next-token prediction over the corpus in its own order, which is shuffled already.
