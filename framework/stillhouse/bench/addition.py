@@ -98,7 +98,7 @@ class AdditionWriter:
 def _shifts(seeds: Sequence[int]) -> Iterator[list[int]]:
     """Of each sample's steps: 1 or -1 where it is wrong, which are as likely, and else 0."""
     seeds_B = torch.tensor(seeds, dtype=torch.long)
-    by_step = torch.stack([uniforms(seeds_B, step) for step in range(_DIGITS)], dim=1)
+    by_step = torch.stack([uniforms(seeds_B, torch.tensor(step)) for step in range(_DIGITS)], dim=1)
     for of_sample in by_step.tolist():
         yield [
             0 if share >= _SHARE_OF_WRONG_STEPS else 1 if share < _SHARE_OF_WRONG_STEPS / 2 else -1

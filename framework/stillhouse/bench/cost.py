@@ -16,15 +16,18 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from time import process_time
-from typing import Any
+from time import perf_counter, process_time
+from typing import Any, NamedTuple, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
 from stillhouse.bench.allocator import freed_memory_kept
 from stillhouse.bench.figures import Spread
 from stillhouse.errors import ConfigError
+
+_Made = TypeVar("_Made")
 
 Work = Callable[[], Sequence[Tensor]]
 """Does the work, and returns what comes of it."""
@@ -51,6 +54,26 @@ class Timings:
         """The ratio of the seconds of two ways, taken within each repeat."""
         pairs = zip(self.seconds[way], self.seconds[other], strict=True)
         return Spread.of(ours / theirs for ours, theirs in pairs)
+
+
+class Cost(NamedTuple):
+    """Processor time of this process and of all that it started, and wall clock."""
+
+    cpu_s: float
+    wall_s: float
+
+
+def cost_of(work: Callable[[], _Made]) -> tuple[_Made, Cost]:
+    """What comes of doing the work once, and its cost."""
+    cpu_s, began = _cpu_s(), perf_counter()
+    made = work()
+    return made, Cost(_cpu_s() - cpu_s, perf_counter() - began)
+
+
+def _cpu_s() -> float:
+    """Seconds of processor time of this process and its descendants, so far."""
+    others = [each.cpu_times() for each in psutil.Process().children(recursive=True)]
+    return process_time() + float(sum(each.user + each.system for each in others))
 
 
 def require_device(name: str) -> None:

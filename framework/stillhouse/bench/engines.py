@@ -7,23 +7,21 @@ records are compared between the ways.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter, process_time
-from typing import NamedTuple
 
-import psutil
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from stillhouse.bench.allocator import freed_memory_kept
-from stillhouse.bench.cost import require_device
+from stillhouse.bench.cost import Cost, cost_of, require_device
 from stillhouse.bench.engine_blocks import KINDS, block_of
 from stillhouse.bench.figures import Spread
 from stillhouse.bench.output import figures_table, shown, terminal, write_record
 from stillhouse.bench.provenance import Provenance
+from stillhouse.bench.random_model import require_heads, save_random_model
 from stillhouse.config import TeacherSection
 from stillhouse.engines.base import TeacherEngine
 from stillhouse.engines.choice import engine_named
@@ -32,14 +30,12 @@ from stillhouse.engines.transformers import TransformersEngine
 from stillhouse.engines.vllm import is_installed
 from stillhouse.errors import ConfigError
 from stillhouse.logits import decode
-from stillhouse.models import save_model
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Recipe
 
 ROWS, DOCUMENTS = "rows with a mask", "transformers"
 COMPILED, VLLM = "transformers, compiled", "vllm"
 _ENTRIES, _DRAWS = 8, 40
-_HEAD_SIZE = 32
 _UNTIMED_ROUNDS = 1
 
 
@@ -65,18 +61,9 @@ class Setting:
     def check(self) -> None:
         """Raises ConfigError where this cannot be measured here."""
         require_device(self.device)
-        if self.hidden_size % _HEAD_SIZE or self.vocab_size <= _ENTRIES:
-            raise ConfigError(
-                f"--hidden is {self.hidden_size} and --vocab {self.vocab_size}; wanted a multiple "
-                f"of {_HEAD_SIZE}, and more than {_ENTRIES} ids"
-            )
-
-
-class Cost(NamedTuple):
-    """Of one block: processor time of this process and of all that it started, and wall clock."""
-
-    cpu_s: float
-    wall_s: float
+        require_heads(self.hidden_size)
+        if self.vocab_size <= _ENTRIES:
+            raise ConfigError(f"--vocab is {self.vocab_size}; wanted more than {_ENTRIES} ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +107,14 @@ def bench_engines(
     provenance = Provenance.of(command)
     recipe = recipe_of(setting)
     with TemporaryDirectory() as folder, freed_memory_kept() as allocator:
-        _save_teacher(setting, Path(folder))
+        save_random_model(
+            Path(folder),
+            vocab_size=setting.vocab_size,
+            hidden_size=setting.hidden_size,
+            num_layers=setting.num_layers,
+            max_positions=setting.sequence_length,
+            dtype=setting.dtype,
+        )
         engines = _engines(setting, recipe, Path(folder), with_compile=with_compile)
         found = {kind: _measured(setting, recipe, kind, engines, repeats=repeats) for kind in KINDS}
 
@@ -176,25 +170,6 @@ def recipe_of(setting: Setting) -> Recipe:
     )
 
 
-def _save_teacher(setting: Setting, folder: Path) -> None:
-    num_heads = setting.hidden_size // _HEAD_SIZE
-    config = Qwen3Config(
-        vocab_size=setting.vocab_size,
-        hidden_size=setting.hidden_size,
-        intermediate_size=3 * setting.hidden_size,
-        num_hidden_layers=setting.num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=max(num_heads // 2, 1),
-        head_dim=_HEAD_SIZE,
-        max_position_embeddings=setting.sequence_length,
-        initializer_range=0.1,  # logits of random weights differ enough to be compared
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        dtype = getattr(torch, setting.dtype)
-        save_model(AutoModelForCausalLM.from_config(config, dtype=dtype), folder)
-
-
 def _engines(
     setting: Setting, recipe: Recipe, folder: Path, *, with_compile: bool
 ) -> dict[str, TeacherEngine]:
@@ -231,7 +206,8 @@ def _measured(
     costs: dict[str, list[Cost]] = {way: [] for way in engines}
     for item in items:
         for way, engine in engines.items():
-            costs[way].append(_cost(engine, item))
+            _, cost = cost_of(partial(records_of, engine, item))
+            costs[way].append(cost)
 
     # how far apart they are, on the last block
     records = {way: records_of(engine, items[-1]) for way, engine in engines.items()}
@@ -243,18 +219,6 @@ def _measured(
     )
 
 
-def _cost(engine: TeacherEngine, item: WorkItem) -> Cost:
-    cpu_s, began = _cpu_s(), perf_counter()
-    records_of(engine, item)
-    return Cost(_cpu_s() - cpu_s, perf_counter() - began)
-
-
 def records_of(engine: TeacherEngine, item: WorkItem) -> Tensor:
     """uint8 [T, B] on the CPU, where they have arrived."""
     return torch.cat([part.records_TB.cpu() for part in engine.records(item)])
-
-
-def _cpu_s() -> float:
-    """Seconds of processor time of this process and its descendants, so far."""
-    others = [each.cpu_times() for each in psutil.Process().children(recursive=True)]
-    return process_time() + float(sum(each.user + each.system for each in others))

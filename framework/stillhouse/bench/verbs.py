@@ -166,6 +166,37 @@ def bench_engines(
     bench_engines(setting, repeats=repeats, with_compile=with_compile, command=typed(), out=out)
 
 
+@bench_app.command(name="writing")
+def bench_writing(
+    num_prompts: Annotated[int, typer.Option("--prompts", min=1, help="In a round.")] = 64,
+    longest_prompt: Annotated[int, typer.Option("--longest-prompt", help="Tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 192,
+    mean_new_tokens: Annotated[int, typer.Option("--mean-new-tokens", min=1, help="About.")] = 64,
+    batch_sequences: Annotated[
+        int, typer.Option("--batch", min=1, help="Side by side; vLLM chooses itself.")
+    ] = 16,
+    vocab_size: VocabSize = 32_000,
+    hidden_size: HiddenSize = 512,
+    num_layers: Annotated[int, typer.Option("--layers", min=1)] = 8,
+    dtype: TorchDtype = "float32",
+    device: TorchDevice = "cpu",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch.")] = 1,
+    engines: Annotated[
+        str, typer.Option("--engines", help="Of writers, with commas.")
+    ] = "transformers,vllm",
+    repeats: Repeats = 5,
+    out: Out = None,
+) -> None:
+    """What writers of one model sample a second, by each engine that is installed and by `generate`
+    of Transformers; prompts and samples of mixed length."""
+    quieten()
+    from stillhouse.bench.writing import Setting, bench_writing
+
+    written = num_prompts, longest_prompt, max_new_tokens, mean_new_tokens, batch_sequences
+    setting = Setting(*written, vocab_size, hidden_size, num_layers, dtype, device, threads)
+    bench_writing(setting, engines.split(","), repeats=repeats, command=typed(), out=out)
+
+
 @bench_app.command(name="checkpoint")
 def bench_checkpoint(
     work_dir: Annotated[
