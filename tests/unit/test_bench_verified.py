@@ -26,6 +26,7 @@ from stillhouse.bench.verified import (
     planned,
     save_untrained,
     table,
+    teach,
 )
 from stillhouse.graders.number import last_number
 from stillhouse.models import load_tokenizer
@@ -111,19 +112,35 @@ def test_what_was_accepted_is_all_that_is_right_and_nothing_else(written: Genera
     assert dropped + accepted.account.num_documents == NUM_PROMPTS
 
 
-@pytest.mark.parametrize("num_steps", [0, 2])
-def test_students_begin_alike_and_learn_from_their_own_text(tmp_path: Path, num_steps: int) -> None:
-    effort = Effort(1, 100, num_steps, num_heldout=5, samples=2, batch_sequences=4)
+def test_students_differ_by_their_text_alone(tmp_path: Path) -> None:
+    """One is what it would be without the other, and what it is with another seed's weights is
+    another."""
+    effort = Effort(1, 100, num_steps=2, num_heldout=5, samples=2, batch_sequences=4)
     steps: list[None] = []
-    found = list(measured(tmp_path, effort, seed=0, on_step=lambda: steps.append(None)))
-    assert [result.corpus for result in found] == [ALL, ACCEPTED]
-    assert len(steps) == 2 * num_steps
-    weights = {(tmp_path / name / "model.safetensors").read_bytes() for name in (ALL, ACCEPTED)}
-    assert len(weights) == (1 if num_steps == 0 else 2)
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    together.mkdir()
+    found = list(measured(together, effort, seed=0, on_step=lambda: steps.append(None)))
+    assert len(steps) == 2 * effort.num_steps
+
+    # the second student again, in a directory without the first
+    plan = planned(together, "train.jsonl", "untrained", seed=0, engine=WRITER)
+    weights = {name: weights_of(together / name) for name in (ALL, ACCEPTED)}
+    for seed, is_same in ((0, True), (1, False)):
+        save_untrained(alone / "untrained", seed=seed)
+        teach(alone, ACCEPTED, corpus_of(plan, ACCEPTED), effort, on_step=lambda: None)
+        assert (weights_of(alone / ACCEPTED) == weights[ACCEPTED]) == is_same
+    assert weights[ALL] != weights[ACCEPTED]
+
+    # what is said of them
     everything, accepted = found
+    assert (everything.corpus, accepted.corpus) == (ALL, ACCEPTED)
     assert everything.share_dropped == 0
     assert accepted.share_dropped == pytest.approx(1 - accepted.writer_right)
     assert table(effort, found).row_count == 3
+
+
+def weights_of(model: Path) -> bytes:
+    return (model / "model.safetensors").read_bytes()
 
 
 def test_the_verb_writes_what_it_measured(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def bench_engines(
 
 @bench_app.command(name="writing")
 def bench_writing(
-    num_prompts: Annotated[int, typer.Option("--prompts", min=1, help="In a round.")] = 64,
+    num_prompts: Annotated[int, typer.Option("--prompts", min=1, help="In a round.")] = 32,
     longest_prompt: Annotated[int, typer.Option("--longest-prompt", help="Tokens.")] = 512,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 192,
     mean_new_tokens: Annotated[int, typer.Option("--mean-new-tokens", min=1, help="About.")] = 64,
