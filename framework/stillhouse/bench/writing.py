@@ -170,16 +170,16 @@ def measured(ways: Mapping[str, Way], rounds: Sequence[Round]) -> dict[str, Meas
 
 
 def table(setting: Setting, found: Mapping[str, Measured]) -> Table:
-    """Medians (least to most)."""
-    headings = "per CPU\nsecond", f"times\n{SORTED}", "per second", "new tokens"
-    rows = figures_table(setting.title, ["", *headings])
+    """Medians (least to most), beside the better `generate` and the first engine."""
+    engines = [way for way in found if way not in (GENERATE, SORTED)]
+    beside = [SORTED, *engines[:1]]
+    times = ["times\n" + way.replace(", ", ",\n") for way in beside]
+    rows = figures_table(setting.title, ["", "per CPU\nsecond", *times, "new tokens"])
     for way, each in found.items():
-        pairs = list(zip(each.num_tokens, each.costs, strict=True))
         rows.add_row(
             way,
             shown(Spread.of(each.per_cpu_s), ",.0f"),
-            shown(each.times(found[SORTED]), ".2f"),
-            shown(Spread.of(number / cost.wall_s for number, cost in pairs), ",.0f"),
+            *(shown(each.times(found[other]), ".2f") for other in beside),
             shown(Spread.of(each.num_tokens), ",.0f"),
         )
     return rows
