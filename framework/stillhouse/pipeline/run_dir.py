@@ -4,6 +4,7 @@ config.json  recipe.json     what was asked
 journal.jsonl  logs/  lock   what happened, and which command uses it now
 student/                     the model that a student is cut to, before its first step
 bad_rows.jsonl               rows of the corpus that were skipped; absent where there are none
+samples.json                 of a corpus that a model wrote: counts, and samples for the report
 checkpoints/                 the commits, unless student.checkpoint_url names another place
 wandb/  report.html          views of the journal
 """
@@ -28,6 +29,8 @@ from stillhouse.store import ChunkStore, Recipe, differences, parse_recipe
 from stillhouse.store.consumers import consumer_name, leave
 from stillhouse.store.explain import explain
 from stillhouse.student.job import resume_location
+from stillhouse.tracking.samples import FILE_NAME as SAMPLES_NAME
+from stillhouse.tracking.samples import samples_file
 
 _log = logging.getLogger(__name__)
 
@@ -132,21 +135,31 @@ def claim(run_dir: Path, *, config: Config, recipe: Recipe) -> Config | None:
 
 
 def keep_account(run_dir: Path, parts: Sequence[Part]) -> None:
-    """Log what became of the data sets of the corpus, and write bad_rows.jsonl where rows of them
-    were skipped. Raises StoreError where that cannot be written."""
+    """Log what became of the data sets of the corpus. Write bad_rows.jsonl where rows of them were
+    skipped, and samples.json where a model wrote them. Raises StoreError where these cannot be
+    written."""
     for part in parts:
         for line in part.account.lines():
             _log.info("corpus: %s: %s", part.name, line)
-    path = run_dir / "bad_rows.jsonl"
-    num_bad = sum(len(part.account.bad_rows) for part in parts)
-    if not num_bad:
+    bad = b"".join(part.account.bad_rows_file() for part in parts)
+    samples = {part.name: found for part in parts if (found := part.account.samples) is not None}
+    _keep(run_dir / "bad_rows.jsonl", bad)
+    _keep(run_dir / SAMPLES_NAME, samples_file(samples) if samples else b"")
+    if bad:
+        num_bad = sum(len(part.account.bad_rows) for part in parts)
+        path = run_dir / "bad_rows.jsonl"
+        _log.warning("rows of the corpus are skipped: %d, which %s lists", num_bad, path)
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """The file, or none where there is nothing to be in it."""
+    if not data:
         path.unlink(missing_ok=True)
         return
     try:
-        atomic.replace(path, b"".join(part.account.bad_rows_file() for part in parts))
+        atomic.replace(path, data)
     except OSError as error:
-        raise explain(error, doing="write bad_rows.jsonl", url=str(run_dir)) from error
-    _log.warning("rows of the corpus are skipped: %d, which %s lists", num_bad, path)
+        raise explain(error, doing=f"write {path.name}", url=str(path.parent)) from error
 
 
 def leave_former_place(

@@ -18,6 +18,7 @@ from stillhouse.report.figures import (
     training_panels,
 )
 from stillhouse.report.markup import ABSENT, escape, note, panel, panels
+from stillhouse.report.samples import samples_section
 from stillhouse.report.summary import Summary, summarise, verdict
 from stillhouse.report.tables import (
     costs_table,
@@ -30,11 +31,12 @@ from stillhouse.report.words import counted, date, duration, large, percent, sho
 from stillhouse.store.explain import explain
 from stillhouse.terminal import say
 from stillhouse.tracking import JournalReader, NewerEvent, RunEvent
+from stillhouse.tracking.samples import read_samples
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html into the run directory, from its journal.jsonl and config.json, and return
-    its path.
+    """Write report.html into the run directory, from its journal.jsonl, config.json and
+    samples.json, and return its path.
 
     Works on a run that still goes on, was interrupted, failed, or used cached chunks only. What a
     later version wrote to the journal is left out; the page and a line on standard error say so.
@@ -49,7 +51,8 @@ def write_report(run_dir: Path) -> Path:
             "directory of a run that has begun"
         )
     path, newer = run_dir / "report.html", _left_out(events, reader.num_shortened)
-    page = _page(summary, _config(run_dir / "config.json"), newer).encode()
+    samples = samples_section(summary, read_samples(run_dir))
+    page = _page(summary, _config(run_dir / "config.json"), newer, samples=samples).encode()
     try:
         atomic.replace(path, page)
     except OSError as error:
@@ -82,8 +85,9 @@ def _config(path: Path) -> Config:
     return scrubbed
 
 
-def _page(summary: Summary, config: Config, newer: str) -> str:
-    """The whole page; `newer` says what was left out of the journal, if anything."""
+def _page(summary: Summary, config: Config, newer: str, *, samples: str) -> str:
+    """The whole page; `newer` says what was left out of the journal, if anything. `samples` is its
+    section on rollouts, as HTML."""
     # Names and style, and sentences for empty sections.
     start = summary.start
     student = escape(short_name(start.student))
@@ -122,6 +126,7 @@ begun {date(summary.first_time)}</p>
 {panels(pace_panels(summary), no_pace)}
 {_time(summary)}
 {_mixture(summary)}
+{samples}
 <h2>What a target token costs</h2>
 {costs_table(summary)}
 <h2>Facts of the run</h2>
@@ -130,7 +135,7 @@ begun {date(summary.first_time)}</p>
 <pre class="command">{escape(chr(10).join(summary.commands))}</pre>
 {_resolved(config)}
 {note(f"Of the journal: {newer}.") if newer else ""}
-<footer>Written by Stillhouse from journal.jsonl and config.json.
+<footer>Written by Stillhouse from what the run directory holds: journal, config and samples.
 Entropies and divergences are in nats, means over target tokens.</footer>
 </main>
 </body>

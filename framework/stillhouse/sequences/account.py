@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 from stillhouse.sequences.bad_rows import BadRow, where
 from stillhouse.sequences.chat import Way
+from stillhouse.tracking.samples import SampleAccount
 
 
 @dataclass(slots=True)
@@ -18,6 +19,7 @@ class Account:
     bad_rows: list[BadRow] = field(default_factory=list)  # that were skipped
     ways: dict[str, int] = field(default_factory=dict)  # conversations told in each `Way`
     left_out: dict[str, int] = field(default_factory=dict)  # rows that are not wanted, by reason
+    samples: SampleAccount | None = None  # where the documents are what a model wrote
 
     def lines(self) -> list[str]:
         """What people should know of it: what was read, what is learnt, what was skipped."""

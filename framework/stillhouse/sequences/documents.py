@@ -31,6 +31,7 @@ from stillhouse.sequences.tables import (
     table_from_hub,
     table_of_files,
 )
+from stillhouse.tracking.samples import SampleAccount
 
 NOT_STDLIB = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -46,6 +47,8 @@ class Documents:
     read: Callable[[int], Any]  # the document in a row; raises BadRowError
     place: Callable[[int], tuple[str, int]]  # a row's file or data set, and its number there
     form: str = ""  # what is read of a row, in words
+    # what was seen of samples, once all rows are read; None: they are no samples of a model
+    samples: Callable[[], SampleAccount] | None = None
 
     def __len__(self) -> int:
         return len(self.order)

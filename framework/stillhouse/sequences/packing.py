@@ -42,6 +42,7 @@ from stillhouse.sequences.documents import Documents, load_documents
 from stillhouse.sequences.ids import Tokens
 from stillhouse.sequences.rollouts import documents_of_rollouts
 from stillhouse.sequences.tokens import tokenise
+from stillhouse.tracking.samples import SampleAccount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -136,6 +137,7 @@ def _build(
     tokens.end_group()
     ordered = write_corpus(directory / "train.arrow", sequences(sys.maxsize), length)
     train = ordered.shuffled(seed=section.seed)
+    account.samples = None if documents.samples is None else documents.samples()
     if account.num_tokens and not account.num_labels:
         raise CorpusError(
             f"nothing in the corpus {section.dataset} is learnt: of the {account.num_tokens} "
@@ -295,6 +297,8 @@ def _read_split(directory: Path) -> Split | None:
         }
         account = Account(**written["account"])
         account.bad_rows = [BadRow(**row) for row in written["account"]["bad_rows"]]
+        samples = written["account"].get("samples")
+        account.samples = None if samples is None else SampleAccount.from_json(samples)
         is_whole = all(
             (directory / name).stat().st_size == size for name, size in written["num_bytes"].items()
         ) and all(

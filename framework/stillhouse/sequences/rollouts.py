@@ -23,6 +23,7 @@ from stillhouse.sequences.bad_rows import LeftOutError
 from stillhouse.sequences.documents import Documents, refuse_settings
 from stillhouse.sequences.ids import Tokens
 from stillhouse.sequences.shuffle import shuffled_order
+from stillhouse.sequences.tally import Tally
 from stillhouse.store.rollout_store import RolloutStore, open_rollouts
 from stillhouse.store.rollouts import CUT, SET_ASIDE, Rollouts
 
@@ -67,12 +68,13 @@ def documents_of_rollouts(
     shards = shuffled_order(recipe.num_shards, "corpus", seed=section.seed)
     rows = (shards[:, None] * size + np.arange(size)).ravel()
     order = rows[rows < recipe.num_prompts * recipe.samples][: section.max_documents]
-    shard = lru_cache(maxsize=_SHARDS)(store.fetch)
+    shard, tally = lru_cache(maxsize=_SHARDS)(store.fetch), Tally(store)
 
     def read(row: int) -> Tokens:
         rollouts, place = shard(row // size), row % size
         finish = int(rollouts.finish_S[place])
         reason = _LEFT_OUT.get(finish) if reasons is None else reasons()[row]
+        tally.see(rollouts, place, reason)
         if reason is not None:
             raise LeftOutError(reason)
         return _tokens(rollouts, place)
@@ -83,6 +85,7 @@ def documents_of_rollouts(
         read=read,
         place=lambda row: (f"{store.url}/{store.key(row // size)}", row % size),
         form=f"samples of {recipe.num_prompts:,} prompts {words}",
+        samples=lambda: tally.account(tokenizer),
     )
 
 
