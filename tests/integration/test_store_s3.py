@@ -340,6 +340,7 @@ def test_a_stream_larger_than_a_part_is_put_in_parts_and_deleted_with_its_folder
         blobs.stream(key, lambda write: write(b"x"))
     assert b"".join(blobs.pieces("folder/large")) == data
     assert (blobs.names(), blobs.folders()) == (["top"], ["folder", "other"])
+    assert (blobs.folders("folder"), blobs.folders("fold")) == (["folder/deep"], [])
     for _ in range(2):
         blobs.delete_under("folder")
         blobs.delete("top")

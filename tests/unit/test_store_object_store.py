@@ -76,6 +76,10 @@ def test_names_are_those_at_the_top_and_a_directory_is_not_made_to_look(
     for key in ("b.json", "a.json", "folder/c.json"):
         assert blobs.create(key, b"")
     assert (blobs.names(), blobs.folders()) == (["a.json", "b.json"], ["folder"])
+    assert (blobs.folders("folder"), blobs.folders("absent")) == ([], [])
+    assert blobs.create("folder/deep/d.json", b"")
+    assert (blobs.folders("folder"), blobs.folders("fold")) == (["folder/deep"], [])
+    assert blobs.folders("a.json") == []
 
 
 def test_what_is_deleted_is_gone_and_may_be_deleted_again(blobs: Blobs) -> None:

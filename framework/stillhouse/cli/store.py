@@ -1,15 +1,14 @@
-"""`stillhouse store ls | stat | verify | sweep`: the contents of a chunk store, for people.
+"""`stillhouse store ls | stat | verify | sweep`: the contents of a store, for people.
 
-Only three options write to a store: `verify --quarantine` moves chunks aside, `verify --repair`
-makes them again, and `sweep` removes leftovers.
+Only three options write to a store: `verify --quarantine` moves what is damaged aside, `verify
+--repair` makes chunks again, and `sweep` removes leftovers.
 """
 
-import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stillhouse.cli.store_labels import lines_of_labels, print_runs
+from stillhouse.cli.store_missing import unreadable
+from stillhouse.cli.store_rollouts import print_rollouts, show_rollouts, words_of_moved
 from stillhouse.errors import ChunkError, RecipeError, StoreError
 from stillhouse.store import (
     ChunkStore,
@@ -32,6 +33,11 @@ from stillhouse.store import (
     verify_chunks,
     verify_store,
 )
+from stillhouse.store.rollout_maintenance import (
+    StoredRollouts,
+    list_rollouts,
+    quarantine_rollouts,
+)
 from stillhouse.terminal import one_line, say
 from stillhouse.tracking import ChunkEvent, RunEvent
 
@@ -39,19 +45,26 @@ if TYPE_CHECKING:
     from stillhouse.pipeline import Plan
 
 _DIGEST_DIGITS = 12
-_MOST_RANGES = 12
-_QUARANTINED = re.compile(r"/quarantine/(\d{10})-")
+_OF_ROLLOUTS = "rollouts/"  # their keys begin so
 _PIPE_WIDTH = 160  # rich would cut what a pipe receives at 80 columns
+_CURE_OF_CHUNKS = (
+    "`--repair RUN_DIR` makes damaged chunks again; `--quarantine` only moves them aside"
+)
+_CURE_OF_ROLLOUTS = (
+    "`--quarantine` moves damaged shards aside with the verdicts on them, and damaged verdicts: "
+    "`stillhouse generate` and `stillhouse grade` then make them anew"
+)
 
 
 def list_store(url: str) -> None:
-    """Print a line for each recipe in a store. Raises StoreError where there is none."""
+    """Print a line for each recipe in a store, of targets and of rollouts. Raises StoreError where
+    there is none."""
     table = Table(box=None, header_style="bold")
     for heading in ("recipe", "teacher", "codec"):
         table.add_column(heading, no_wrap=True)
     for heading in ("k", "sequences", "chunks", "bytes"):
         table.add_column(heading, justify="right")
-    recipes = _recipes(url)
+    recipes, rollouts = _everything(url)
     for fingerprint16, recipe, num_chunks, num_bytes in recipes:
         table.add_row(
             fingerprint16,
@@ -63,20 +76,32 @@ def list_store(url: str) -> None:
             decimal(num_bytes),
         )
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-    console.print(table)
+    if recipes:
+        console.print(table)
+    if recipes and rollouts:
+        console.print()
+    print_rollouts(rollouts, console)
     print_runs([ChunkStore(url, stored.recipe) for stored in recipes], console)
 
 
 def show_recipes(url: str, fingerprint: str) -> None:
     """Print every field of the recipes whose fingerprint begins with `fingerprint`. Raises
     StoreError where none does."""
-    recipes, prefix = _recipes(url), fingerprint.lower()
+    # which
+    recipes, rollouts = _everything(url)
+    prefix = fingerprint.lower()
     chosen = [stored for stored in recipes if stored.recipe.fingerprint.startswith(prefix)]
-    if not chosen:
+    written = [each for each in rollouts if each.store.recipe.fingerprint.startswith(prefix)]
+    if not chosen and not written:
+        there = [
+            *(stored.fingerprint16 for stored in recipes),
+            *(each.store.recipe.fingerprint[:16] for each in rollouts),
+        ]
         raise StoreError(
-            f"no recipe in {url} begins with {fingerprint}; there are "
-            f"{', '.join(stored.fingerprint16 for stored in recipes)}"
+            f"no recipe in {url} begins with {fingerprint}; there are {', '.join(there)}"
         )
+
+    # of targets, and then of rollouts
     for stored in chosen:
         recipe = stored.recipe
         figures: dict[str, object] = {
@@ -86,32 +111,47 @@ def show_recipes(url: str, fingerprint: str) -> None:
             "bytes a target": recipe.spec.bytes_per_token,
             "chunks": f"{stored.num_chunks:,} of {recipe.num_chunks:,}",
             "bytes": f"{stored.num_bytes:,}",
-            **_unreadable(ChunkStore(url, recipe)),
+            **unreadable(
+                ChunkStore(url, recipe),
+                recipe.num_chunks,
+                why_missing="not made yet, never needed, or deleted once read",
+                cure="`--repair RUN_DIR` of `stillhouse store verify` has them made again",
+            ),
         }
         say(f"{url}/{stored.fingerprint16}")
         labels = lines_of_labels(ChunkStore(url, recipe))
         for name, value in [*figures.items(), *labels]:
             say(f"  {name:<16}  {one_line(str(value))}")
+    for each in written:
+        show_rollouts(each)
 
 
 def verify(url: str, *, quarantine: bool) -> None:
     """Check every object and print the damaged ones. Raises ChunkError where any is damaged; with
-    `quarantine` damaged chunks are moved aside first."""
+    `quarantine` damaged chunks, shards, verdicts and names of graders are moved aside first."""
+    # read everything
     recipes = {stored.fingerprint16: stored for stored in list_recipes(url)}
     total = len(recipes) + sum(stored.num_chunks for stored in recipes.values())
+    total += sum(stored.num_objects for stored in list_rollouts(url))
     num_objects, damaged = _checked(verify_store(url), total)
     if not num_objects:
         raise _nothing_at(url)
     if not damaged:
         say(f"{num_objects} objects in {url}: all are good")
         return
-    moved = sum(_moved_aside(url, finding, recipes) for finding in damaged) if quarantine else 0
-    cure = (
-        f"{moved} chunks were moved to quarantine/: `stillhouse produce` makes them again"
-        if quarantine
-        else "`--repair RUN_DIR` makes damaged chunks again; `--quarantine` only moves them aside"
+
+    # what to do, of targets and of rollouts
+    written = [finding for finding in damaged if finding.key.startswith(_OF_ROLLOUTS)]
+    chunks = [finding for finding in damaged if finding not in written]
+    if quarantine:
+        cures = [_chunks_moved(url, chunks, recipes)] if chunks else []
+        cures += [_rollouts_moved(url, written)] if written else []
+    else:
+        cures = [_CURE_OF_CHUNKS] if chunks else []
+        cures += [_CURE_OF_ROLLOUTS] if written else []
+    raise ChunkError(
+        f"{len(damaged)} of {num_objects} objects in {url} are damaged; {'; '.join(cures)}"
     )
-    raise ChunkError(f"{len(damaged)} of {num_objects} objects in {url} are damaged; {cure}")
 
 
 def repair(url: str, plan: "Plan") -> None:
@@ -212,7 +252,15 @@ def tidy(url: str, *, older_than_s: float) -> None:
         say(f"removed {one_line(str(path))}")
     for key in swept.quarantined:
         say(f"in quarantine: {one_line(key)}")
-    say(f"{len(swept.removed)} leftovers removed, {len(swept.quarantined)} chunks in quarantine")
+    say(f"{len(swept.removed)} leftovers removed, {len(swept.quarantined)} objects in quarantine")
+
+
+def _everything(url: str) -> tuple[list[StoredRecipe], list[StoredRollouts]]:
+    """The recipes of targets and those of rollouts. Raises StoreError where there is neither."""
+    recipes, rollouts = list_recipes(url), list_rollouts(url)
+    if not recipes and not rollouts:
+        raise _nothing_at(url)
+    return recipes, rollouts
 
 
 def _recipes(url: str) -> list[StoredRecipe]:
@@ -225,8 +273,20 @@ def _recipes(url: str) -> list[StoredRecipe]:
 def _nothing_at(url: str) -> StoreError:
     return StoreError(
         f"there is no recipe in {url}; give the store.url of a config whose chunks have been "
-        "produced"
+        "produced, or whose rollouts generated"
     )
+
+
+def _chunks_moved(url: str, damaged: Sequence[Finding], recipes: dict[str, StoredRecipe]) -> str:
+    moved = sum(_moved_aside(url, finding, recipes) for finding in damaged)
+    return f"{moved} chunks were moved to quarantine/: `stillhouse produce` makes them again"
+
+
+def _rollouts_moved(url: str, damaged: Sequence[Finding]) -> str:
+    moved = Counter(
+        key.split("/")[2] for finding in damaged for key in quarantine_rollouts(url, finding)
+    )
+    return words_of_moved(moved)
 
 
 def _moved_aside(url: str, finding: Finding, recipes: dict[str, StoredRecipe]) -> bool:
@@ -237,62 +297,3 @@ def _moved_aside(url: str, finding: Finding, recipes: dict[str, StoredRecipe]) -
         return ChunkStore(url, stored.recipe).quarantine(finding.number)
     except RecipeError:  # the recipe has no such number, so it is never read
         return False
-
-
-def _unreadable(store: ChunkStore) -> dict[str, str]:
-    """The chunks that cannot be read, in words: those known to be damaged, and those not there."""
-    listing, num_chunks = store.listing(), store.recipe.num_chunks
-    damaged = sorted(
-        number
-        for number in (listing.cut | _quarantined(store)) - listing.published
-        if number < num_chunks
-    )
-    known = sorted(number for number in listing.published.union(damaged) if number < num_chunks)
-    num_others = num_chunks - len(known)
-    words = {
-        "not there": "none",
-        "damaged": "none known: `stillhouse store verify` reads every byte",
-    }
-    if num_others:
-        words["not there"] = (
-            f"{_ranges(_gaps(known, num_chunks), num_others)}: not made yet, never needed, or "
-            "deleted once read"
-        )
-    if damaged:
-        cure = "`--repair RUN_DIR` of `stillhouse store verify` has them made again"
-        words["damaged"] = f"{_ranges(_runs(damaged), len(damaged))}: {cure}"
-    return words
-
-
-def _quarantined(store: ChunkStore) -> set[int]:
-    """The numbers of the chunks that were moved aside."""
-    matches = (
-        _QUARANTINED.search(blob.key) for blob in store.blobs.under(f"{store.folder}/quarantine")
-    )
-    return {int(match[1]) for match in matches if match}
-
-
-def _gaps(numbers: Sequence[int], end: int) -> Iterator[tuple[int, int]]:
-    """The runs of numbers from 0 to `end` that are not among these ascending ones, each as its
-    first and last."""
-    for before, after in pairwise((-1, *numbers, end)):
-        if before + 1 < after:
-            yield before + 1, after - 1
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The runs of ascending numbers, each as its first and last."""
-    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        yield run[0], run[-1]
-
-
-def _ranges(runs: Iterable[tuple[int, int]], num_all: int) -> str:
-    """Runs of numbers as '3, 7-9', cut after some. `num_all` is how many numbers they hold."""
-    shown = [
-        str(first) if first == last else f"{first}-{last}"
-        for first, last in islice(runs, _MOST_RANGES + 1)
-    ]
-    return ", ".join(shown[:_MOST_RANGES]) + (
-        f" and more: {num_all:,} in all" if len(shown) > _MOST_RANGES else ""
-    )

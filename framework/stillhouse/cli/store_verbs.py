@@ -12,7 +12,7 @@ from stillhouse.cli.run_verbs import planned
 if TYPE_CHECKING:
     from stillhouse.pipeline import Plan
 
-store_app = typer.Typer(help="Look at, verify and tidy a chunk store.", no_args_is_help=True)
+store_app = typer.Typer(help="Look at, verify and tidy a store.", no_args_is_help=True)
 
 StoreUrl = Annotated[
     str,
@@ -31,7 +31,7 @@ RecipePlace = Annotated[
 
 @store_app.command(name="ls")
 def store_ls(url: StoreUrl) -> None:
-    """The recipes in a store, and how much of each is there."""
+    """The recipes of targets and of rollouts in a store, and how much of each is there."""
     from stillhouse.cli import store
 
     store.list_store(url)
@@ -45,7 +45,7 @@ def store_stat(
         typer.Argument(metavar="[FINGERPRINT]", help="Its first digits; default: every recipe."),
     ] = "",
 ) -> None:
-    """Every field of a recipe, and which of its chunks are missing."""
+    """Every field of a recipe, and which of its chunks or shards are missing."""
     from stillhouse.cli import store
 
     store.show_recipes(url, fingerprint)
@@ -66,7 +66,9 @@ def store_verify(
     quarantine: Annotated[
         bool,
         typer.Option(
-            "--quarantine", help="Move damaged chunks away: `produce` then makes them again."
+            "--quarantine",
+            help="Move what is damaged away: `produce` then makes chunks again, `generate` shards, "
+            "with other words perhaps, and `grade` verdicts.",
         ),
     ] = False,
     repair: Annotated[
@@ -78,8 +80,8 @@ def store_verify(
         ),
     ] = None,
 ) -> None:
-    """Read every chunk and check every bit of it; exit code 1 where any is damaged, and was not
-    repaired."""
+    """Read every chunk, shard and verdict, and check every bit of it; exit code 1 where any is
+    damaged, and was not repaired."""
     from stillhouse.cli import store
 
     if repair is None:

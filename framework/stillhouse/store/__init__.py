@@ -10,7 +10,7 @@ from stillhouse.store.chunk_store import ChunkStore as ChunkStore
 from stillhouse.store.consumers import Consumer as Consumer
 from stillhouse.store.consumers import Registered as Registered
 from stillhouse.store.explain import StoreForbidden as StoreForbidden
-from stillhouse.store.maintenance import Finding as Finding
+from stillhouse.store.finding import Finding as Finding
 from stillhouse.store.maintenance import StoredRecipe as StoredRecipe
 from stillhouse.store.maintenance import Swept as Swept
 from stillhouse.store.maintenance import list_recipes as list_recipes

@@ -52,6 +52,11 @@ def named_graders(blobs: Blobs, rollouts: str) -> dict[str, str]:
     return {each["name"]: grader_name(each["grader"]) for each in sorted(found, key=_name_of)}
 
 
+def check_name(blobs: Blobs, key: str) -> None:
+    """Raise ChunkError where an object is not the name of a grader in its place."""
+    _read(blobs, key)
+
+
 def _name_of(values: Mapping[str, Any]) -> str:
     return str(values["name"])
 

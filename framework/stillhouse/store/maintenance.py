@@ -10,9 +10,11 @@ from typing import NamedTuple
 from stillhouse.errors import ChunkError, RecipeError
 from stillhouse.store.chunk_store import ChunkStore, number_of, recipe_at
 from stillhouse.store.explain import explained
+from stillhouse.store.finding import Finding
 from stillhouse.store.numbered import ChunkMissing
 from stillhouse.store.object_store import Blobs
 from stillhouse.store.recipe import Recipe
+from stillhouse.store.rollout_maintenance import rollout_folders, verify_rollouts
 
 _FINGERPRINT16 = re.compile(r"[0-9a-f]{16}")
 _STAGING_FILE = re.compile(r".+#\d+")  # what a killed writer leaves in a directory
@@ -25,14 +27,6 @@ class StoredRecipe(NamedTuple):
     recipe: Recipe
     num_chunks: int
     num_bytes: int
-
-
-class Finding(NamedTuple):
-    """What verification found of one object: `problem` is None where all is well."""
-
-    key: str
-    number: int | None  # of the chunk, where it is one
-    problem: str | None
 
 
 class Swept(NamedTuple):
@@ -66,7 +60,7 @@ def find_recipes(url: str) -> list[Recipe]:
 
 
 def verify_store(url: str) -> Iterator[Finding]:
-    """Read everything under a root: a finding for each object. Changes nothing."""
+    """Read all chunks and all rollouts under a root: a finding for each object. Changes nothing."""
     blobs = Blobs(url)
     for folder in _recipe_folders(blobs):
         key = f"{folder}/recipe.json"
@@ -77,6 +71,7 @@ def verify_store(url: str) -> Iterator[Finding]:
             continue
         yield Finding(key, None, None)
         yield from verify_chunks(store)
+    yield from verify_rollouts(blobs)
 
 
 def verify_chunks(store: ChunkStore) -> Iterator[Finding]:
@@ -93,7 +88,7 @@ def sweep(url: str, *, older_than_s: float, now: float) -> Swept:
     belong to a writer that is still at work.
     """
     blobs = Blobs(url)
-    folders, removed = _recipe_folders(blobs), []
+    folders, removed = [*_recipe_folders(blobs), *rollout_folders(blobs)], []
     for path in _staging_files(blobs, folders):
         doing = f"remove {path.relative_to(blobs.url).parts[0]}/{path.name}"
         # it is gone where its writer is at work, and has just given it its name

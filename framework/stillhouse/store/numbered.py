@@ -162,11 +162,7 @@ class NumberedStore(ABC, Generic[RecipeT]):
         except ChunkMissing:
             return True
         except ChunkError:
-            blob = self.blobs.stat(self.key(number))
-        if blob is not None:
-            name = f"{number:010d}-{_moment(blob)}.safetensors"
-            with suppress(FileNotFoundError):  # another process was first
-                self.blobs.move(blob.key, f"{self.folder}/quarantine/{name}")
+            self._move_aside(number)
         return True
 
     def delete(self, *numbers: int) -> None:
@@ -181,9 +177,18 @@ class NumberedStore(ABC, Generic[RecipeT]):
         if blob is not None:
             if data in (bytes(self.blobs.read(key)), b"".join(self.blobs.pieces(key))):
                 return False
-            self.blobs.move(key, f"{self.folder}/quarantine/recipe-{_moment(blob)}.json")
+            self.blobs.move(key, quarantine_key(self.folder, blob))
         self.blobs.create(key, data)
         return True
+
+    def _move_aside(self, number: int) -> None:
+        self._move_into_quarantine(self.key(number))
+
+    def _move_into_quarantine(self, key: str) -> None:
+        blob = self.blobs.stat(key)
+        if blob is not None:
+            with suppress(FileNotFoundError):  # another process was first
+                self.blobs.move(key, quarantine_key(self.folder, blob))
 
     def _put(self, number: int, data: bytes) -> bool:
         """One create-only put, so it is there whole or not at all, and the first publisher wins:
@@ -227,6 +232,11 @@ class NumberedStore(ABC, Generic[RecipeT]):
             raise ChunkError(f"{self.noun} {number} is damaged: {error}") from None
 
 
-def _moment(blob: Blob) -> str:
-    """When an object was published, as a part of a name."""
-    return blob.modified.strftime("%Y%m%dT%H%M%S.%f")
+def quarantine_key(folder: str, blob: Blob) -> str:
+    """Where an object of a recipe's folder is moved to: its name, with the moment at which it was
+    published. What lies deeper than the objects keeps the names of its folders."""
+    *folders, name = blob.key.removeprefix(f"{folder}/").split("/")
+    kept = folders if folders[:1] in (["verdicts"], ["graders"]) else []
+    stem, dot, suffix = name.partition(".")
+    moment = blob.modified.strftime("%Y%m%dT%H%M%S.%f")
+    return "/".join((folder, "quarantine", *kept, f"{stem}-{moment}{dot}{suffix}"))

@@ -207,13 +207,14 @@ class Blobs:
             sorted(Blob(meta["path"], meta["size"], meta["last_modified"]) for meta in metas)
         )
 
-    def folders(self) -> list[str]:
-        """The first parts of all keys, sorted. An absent directory has none, and is not made."""
-        return sorted(self._list_top()["common_prefixes"])
+    def folders(self, under: str = "") -> list[str]:
+        """The first parts of all keys, sorted; of those under a folder, what follows it, too. An
+        absent directory has none, and is not made."""
+        return sorted(self._list_level(under)["common_prefixes"])
 
     def names(self) -> list[str]:
         """The keys without a slash, sorted. An absent directory has none, and is not made."""
-        return sorted(meta["path"] for meta in self._list_top()["objects"])
+        return sorted(meta["path"] for meta in self._list_level("")["objects"])
 
     def delete(self, *keys: str) -> None:
         """Delete objects, for good; one that is gone already is no error."""
@@ -278,11 +279,11 @@ class Blobs:
         starts, ends = zip(*spans, strict=True)
         return self._objects.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0)
 
-    def _list_top(self) -> Any:
-        with explained("list the store", url=self.url):
-            if self.directory is not None and not self.directory.is_dir():
+    def _list_level(self, folder: str) -> Any:
+        with explained(f"list {folder or 'the store'}", url=self.url):
+            if self.directory is not None and not (self.directory / folder).is_dir():
                 return {"common_prefixes": [], "objects": []}
-            return self._objects.list_with_delimiter(self._store)
+            return self._objects.list_with_delimiter(self._store, folder or None)
 
     def _writing(self, key: str) -> AbstractContextManager[None]:
         """For a write, to which an absent object is no answer: the bucket or directory is

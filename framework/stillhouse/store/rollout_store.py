@@ -2,7 +2,7 @@
 
 <root>/rollouts/<first 16 digits of the fingerprint>/recipe.json
 <root>/rollouts/<the same>/shards/0000000012.safetensors      created once, never changed
-<root>/rollouts/<the same>/quarantine/                        shards that were found bad; never read
+<root>/rollouts/<the same>/quarantine/       what was found bad, with verdicts on it; never read
 """
 
 import re
@@ -107,6 +107,22 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
             checksums = threads.map(checksum, range(self.recipe.num_shards))
             return xxhash.xxh3_64_hexdigest("".join(checksums).encode())
 
+    def number_of(self, key: str) -> int | None:
+        """The number of the shard with this key; None where it is no shard's key."""
+        return self._number_of(key)
+
+    def verdict_keys(self, number: int) -> list[str]:
+        """The keys of all verdicts on a shard, by a listing."""
+        blobs = self.blobs.under(f"{self.folder}/verdicts")
+        return [blob.key for blob in blobs if blob.key.endswith(f"/{number:010d}.json")]
+
+    def _move_aside(self, number: int) -> None:
+        """A shard's verdicts go with it, and before it: they are on its samples, and must not be
+        taken for verdicts on those that are written in its place."""
+        for key in self.verdict_keys(number):
+            self._move_into_quarantine(key)
+        self._move_into_quarantine(self.key(number))
+
     def _check(self, rollouts: Rollouts) -> None:
         """Raise ChunkError unless these are the rollouts that the recipe wants of the shard."""
         # of the prompts of this block, in their order
@@ -150,10 +166,11 @@ class RolloutStore(NumberedStore[RolloutRecipe]):
         return self.recipe.num_shards
 
 
-def open_rollouts(url: str, fingerprint16: str) -> RolloutStore:
+def open_rollouts(root: str | Blobs, fingerprint16: str) -> RolloutStore:
     """The rollouts of a recipe that is in a store. Raises RecipeError where there is none, or it is
     damaged."""
-    blobs, key = Blobs(url), f"rollouts/{fingerprint16}/recipe.json"
+    blobs = root if isinstance(root, Blobs) else Blobs(root)
+    key = f"rollouts/{fingerprint16}/recipe.json"
     try:
         recipe = _recipe_at(blobs, key)
     except FileNotFoundError:

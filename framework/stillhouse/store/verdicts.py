@@ -25,6 +25,7 @@ _NAME_DIGITS = 16
 _KEYS = {"grader", "scores", "version"}
 _MOST = sys.float_info.max
 _NUMBER = re.compile(r"/([0-9]{10})\.json")
+_KEY = re.compile(r"rollouts/[0-9a-f]{16}/verdicts/([0-9a-f]{16})/([0-9]{10})\.json")
 _REQUESTS = 16  # at the same time
 
 
@@ -98,6 +99,13 @@ def graded_shards(store: RolloutStore, grader: str) -> set[int]:
 def verdict_key(rollouts: str, grader: str, number: int) -> str:
     """A verdict's key under the root."""
     return f"rollouts/{rollouts[:_NAME_DIGITS]}/verdicts/{grader}/{number:010d}.json"
+
+
+def grader_and_number(key: str) -> tuple[str, int] | None:
+    """Of a verdict's key: the 16 digits of the grader, and the shard's number. None where it is no
+    verdict's key."""
+    match = _KEY.fullmatch(key)
+    return (match[1], int(match[2])) if match else None
 
 
 class _Bad(ValueError):
