@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from helpers.calls import must_not_be_called
-from helpers.command import stillhouse
+from helpers.command import Outcome, as_toml, stillhouse
 from helpers.models import make_model
-from helpers.world import TinyWorld
+from helpers.world import TinyWorld, merged
 from helpers.writers import Pupil
 from stillhouse.config.generate import load_generate_config
 from stillhouse.errors import ChunkError, ConfigError, CorpusError, GraderError
@@ -289,6 +289,48 @@ def test_what_a_run_cannot_accept_by_is_refused(
     damaged.unlink()
     with pytest.raises(CorpusError, match=r"1 of 5 shards .* have no verdict of number"):
         accepting(min_score={"number": 1.0})
+
+
+def test_check_of_a_run_tells_what_is_missing_and_then_what_is_kept_and_why_the_rest_is_not(
+    folder: Path, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    plan = planned(folder)
+    rollouts = f"rollouts://{plan.recipe.fingerprint[:16]}"
+    corpus = {"dataset": rollouts, "heldout_sequences": 1, "sequence_length": 16}
+    accept = {"accept": {"min_score": {"number": 1.0}}}
+    changes = {"corpus": {**corpus, **accept}, "store": {"url": plan.store.url}}
+    config = tmp_path / "run.toml"
+    config.write_text(as_toml(merged(tiny_world.values, changes)))
+
+    def check() -> Outcome:
+        return stillhouse("check", config, "--run-dir", tmp_path / "run", cache=tmp_path / "caches")
+
+    # what is missing, in the order in which it can be made
+    write_shards(plan, [0, 2, 3])
+    incomplete = check()
+    assert incomplete.code == 2
+    assert "2 of 5 shards are not in" in incomplete.err
+    write_shards(plan, [1, 4])
+    grade(plan)
+    verdict_of(plan, "number", 3).unlink()
+    ungraded = check()
+    assert ungraded.code == 2
+    assert "1 of 5 shards of" in ungraded.err
+    assert "have no verdict of number" in ungraded.err
+
+    # all is there
+    grade(plan)
+    outcome = check()
+    assert outcome.code == 0, outcome.err
+    told = " ".join(outcome.out.split())
+    account = account_of(plan, tiny_world, tmp_path / "run", **accept)
+    assert account.samples is not None
+    for reason, count in account.left_out.items():
+        assert f"left out: {count} {reason}" in told
+    assert f"of 120 samples of 30 prompts {account.samples.num_ended} ended" in told
+    assert f"{account.num_documents} are kept" in told
+    mean = account.samples.gradings["number"].mean_score
+    assert f"grader number: mean score {mean:.3f}, {mean:.1%} of score 1, of 120" in told
 
 
 def test_a_grader_that_fails_on_a_whole_shard_ends_the_command_without_a_verdict(

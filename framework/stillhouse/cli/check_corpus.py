@@ -9,6 +9,7 @@ import numpy as np
 from stillhouse.cli.findings import Findings, Piece, count_words
 from stillhouse.pipeline import Plan
 from stillhouse.sequence import Sequences
+from stillhouse.tracking.samples import SampleAccount
 
 _MOST_TOKENS = 200  # of an example
 _BEFORE = 80  # of them in front of the first that is learnt, where there are more
@@ -32,9 +33,25 @@ def check_corpus(plan: Plan, found: Findings) -> None:
                 "",
                 f"{part.name}: {part.num_sequences:,} sequences, {share:.1%} of the targets",
             )
-        found.add("", *part.account.lines())
+        found.add("", *part.account.lines(), *_of_samples(part.account.samples))
     if any(each.format != "text" for each in section.parts()) and section.source == "corpus":
         found.example = example_of(corpus.block(0), lambda ids: str(plan.tokenizer.decode(ids)))
+
+
+def _of_samples(account: SampleAccount | None) -> list[str]:
+    """What a model wrote, and the scores by grader; nothing where no model wrote the data set."""
+    if account is None:
+        return []
+    lines = [
+        f"of {account.num_samples:,} samples of {account.num_prompts:,} prompts "
+        f"{account.num_ended:,} ended themselves, {account.num_cut:,} were cut, "
+        f"{account.num_set_aside:,} were set aside; {account.num_kept:,} are kept"
+    ]
+    return lines + [
+        f"grader {name}: mean score {each.mean_score:.3f}, {each.num_full / each.num_samples:.1%} "
+        f"of score 1, of {each.num_samples:,} samples"
+        for name, each in account.gradings.items()
+    ]
 
 
 def example_of(sequences: Sequences, decode: Callable[[list[int]], str]) -> list[Piece]:

@@ -15,6 +15,7 @@ from stillhouse.cli import estimate
 from stillhouse.cli.findings import Findings, bullets, size_words
 from stillhouse.cluster.placement import Placement, placement, student_needs
 from stillhouse.config import Config, LoraSection, ModelSection, StudentSection, TeacherSection
+from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.student.adapters import outline
 from stillhouse.student.memory import (
@@ -35,6 +36,19 @@ class Memory(NamedTuple):
 
     num_bytes: float
     device: str
+
+
+class WriterSize(NamedTuple):
+    """The bytes of a writer's weights, and of what it writes: so many samples side by side, each
+    with its keys and values; 0 where their size is not known."""
+
+    weight_bytes: float
+    side_by_side: int
+    bytes_of_sample: float
+
+    @property
+    def num_bytes(self) -> float:
+        return self.weight_bytes + self.side_by_side * self.bytes_of_sample
 
 
 class Need(NamedTuple):
@@ -85,6 +99,44 @@ def check_memory(config: Config, available: Mapping[str, float], found: Findings
         if size is not None and on_cpu["student ranks"]:
             cures = cpu_cures(student, size, budget_bytes=left)
         _compare(need, machine, cures, found)
+
+
+def check_writer(
+    writer: WriterSection,
+    size: WriterSize,
+    available: Mapping[str, float],
+    found: Findings,
+    *,
+    is_here: bool,
+) -> None:
+    """Compare a writer's weights, and the keys and values of what it writes side by side, with the
+    memory of its device, where it is known."""
+    # on GPUs
+    if placement(writer, available).device == "cuda":
+        gpu = _gpu_of(writer, available, is_here=is_here)
+        if gpu is not None:
+            need = Need("writer", "a writer's weights, keys and values", size.num_bytes)
+            cures = _writer_cures(writer, size, gpu=gpu)
+            _compare(need, _part_of(gpu, writer), cures, found)
+        return
+
+    # on the CPU of this machine
+    if is_here:
+        what = f"weights, keys and values of {writer.min_replicas:,} writers on the CPU"
+        need = Need("writer", what, writer.min_replicas * size.num_bytes)
+        _compare(need, memory_here(), iter(()), found)
+
+
+def _writer_cures(writer: WriterSection, size: WriterSize, *, gpu: Memory) -> Iterator[str]:
+    """Fewer samples side by side, and the fewest whole GPUs over which its layers fit."""
+    left = USABLE_SHARE * memory_of_process(writer, gpu.num_bytes) - size.weight_bytes
+    batch = int(left // size.bytes_of_sample) if size.bytes_of_sample else 0
+    if 0 < batch < size.side_by_side:
+        taken = size_words(batch * size.bytes_of_sample)
+        yield f"batch_sequences = {batch}: {taken} of keys and values"
+    num_gpus = math.ceil(size.num_bytes / (USABLE_SHARE * gpu.num_bytes))
+    if num_gpus > max(1.0, writer.num_gpus or 1.0):
+        yield f"num_gpus = {num_gpus}: its layers are spread over them"
 
 
 def memory_here(*, groups: Path = Path("/sys/fs/cgroup"), own: Path = _OWN_GROUPS) -> Memory:

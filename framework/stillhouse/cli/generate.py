@@ -32,25 +32,35 @@ Overrides = Annotated[
 
 def generate(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
     """Have a model write to prompts, to train on. The same command goes on where it stopped."""
-    # mistakes that cost no import are found first
-    from stillhouse.config.generate import load_generate_config
-
-    config = load_generate_config(configs, overrides or ())
-    if config.cluster.address is None:
-        machine.require(machine.for_ray(os.environ, num_cpus=config.cluster.num_cpus))
-    source_of(config.writer.model)
-    cache = cache_dir()
-    api.prepare_process(cache)
-
-    # the rollouts
+    plan = planned_generation(configs, overrides, run_dir)
     from stillhouse import pipeline
 
-    directory = run_dir or Path("runs") / configs[-1].stem
-    plan = pipeline.plan_generation(config, run_dir=directory, cache_dir=cache)
     for line in plan.prompts.account.lines():
         say(f"prompts: {line}")
     pipeline.generate(plan, command=typed())
     say("\n" + "\n".join(_last_words(plan)))
+
+
+def planned_generation(
+    configs: list[Path],
+    overrides: list[str] | None = None,
+    run_dir: Path | None = None,
+    *,
+    starts_ray: bool = True,
+) -> "Generation":
+    """The plan of config files and --set values. Mistakes that cost no import are found first."""
+    from stillhouse.config.generate import load_generate_config
+
+    config = load_generate_config(configs, overrides or ())
+    if starts_ray and config.cluster.address is None:
+        machine.require(machine.for_ray(os.environ, num_cpus=config.cluster.num_cpus))
+    source_of(config.writer.model)
+    cache = cache_dir()
+    api.prepare_process(cache)
+    from stillhouse import pipeline
+
+    directory = run_dir or Path("runs") / configs[-1].stem
+    return pipeline.plan_generation(config, run_dir=directory, cache_dir=cache)
 
 
 def lines_for_a_run(plan: "Generation") -> list[str]:

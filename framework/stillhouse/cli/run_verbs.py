@@ -47,7 +47,19 @@ def demo(
 
 
 def check(configs: Configs, overrides: Overrides = None, run_dir: RunDir = None) -> None:
-    """Validate everything that can be validated without a GPU, and say what a run would need."""
+    """Validate everything that can be validated without a GPU, and say what a run, or `generate` of
+    a config with prompts and a writer, would need."""
+    from stillhouse.config.generate import is_of_generate
+    from stillhouse.config.reading import read_values
+
+    if is_of_generate(read_values(configs, overrides or ())):
+        from stillhouse.cli.generate import planned_generation
+
+        generation = planned_generation(configs, overrides, run_dir, starts_ray=False)
+        from stillhouse.cli.check_generation import describe_generation
+
+        describe_generation(generation)
+        return
     plan = planned(configs, overrides, run_dir, starts_ray=False)
     from stillhouse.cli.check import describe
 

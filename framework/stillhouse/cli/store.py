@@ -273,7 +273,7 @@ def _recipes(url: str) -> list[StoredRecipe]:
 def _nothing_at(url: str) -> StoreError:
     return StoreError(
         f"there is no recipe in {url}; give the store.url of a config whose chunks have been "
-        "produced, or whose rollouts generated"
+        "produced, or whose rollouts have been generated"
     )
 
 

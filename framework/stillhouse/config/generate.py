@@ -1,9 +1,9 @@
 """The configuration of `stillhouse generate` and `stillhouse grade`: prompts, the model that writes
 to them, where its rollouts go, and what grades them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -149,6 +149,12 @@ class GenerateConfig(Section):
         if self.prompts.reference_column is None:
             require_no_references(self.graders)
         return self
+
+
+def is_of_generate(values: Mapping[str, Any]) -> bool:
+    """Whether plain values are a config of `generate`, not of a run: these two sections are no
+    run's."""
+    return "prompts" in values or "writer" in values
 
 
 def load_generate_config(

@@ -133,7 +133,7 @@ def _attempt(plan: Generation, command: str) -> Iterator[Journal]:
     run_dir = plan.run_dir
     with locked(Holder.here(command, run_dir, now=time())):
         # what is asked, unless something refuses it
-        _require_same(plan)
+        require_same(plan)
         require_shareable(plan.store.url)
         RolloutStore.create(plan.store.url, plan.recipe)
         _claim(plan)
@@ -177,7 +177,7 @@ def _start_event(plan: Generation, command: str, earlier: JournalReader) -> Gene
     )
 
 
-def _require_same(plan: Generation) -> None:
+def require_same(plan: Generation) -> None:
     """Raise RecipeError where the run directory belongs to something else. Nothing is written."""
     path = plan.run_dir / "recipe.json"
     if path.exists() and path.read_bytes() != plan.recipe.canonical_json():

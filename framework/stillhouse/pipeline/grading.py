@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.config.graders import GraderSection, JudgeSection
-from stillhouse.errors import StoreError
+from stillhouse.cluster.environment import secret_in
+from stillhouse.config import ServerSection
+from stillhouse.config.graders import GraderSection, JudgeSection, OwnSection, PythonSection
+from stillhouse.errors import ChunkError, ConfigError, StoreError
 from stillhouse.graders import Grader, Sample, graded, identity_of, make_grader
+from stillhouse.graders.python import sandbox_of
 from stillhouse.pipeline.console import say, tell_of_wait
 from stillhouse.pipeline.generation import Generation
 from stillhouse.pipeline.planning import tokenizer_of
@@ -28,7 +31,8 @@ from stillhouse.sequences.prompts import Prompts
 from stillhouse.sequences.selection import SET_ASIDE_REASON
 from stillhouse.servers.access import access_of
 from stillhouse.servers.client import Access
-from stillhouse.store.grader_names import claim_name
+from stillhouse.store.grader_names import claim_name, named_graders
+from stillhouse.store.rollout_maintenance import is_begun
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, SET_ASIDE, Rollouts
 from stillhouse.store.verdicts import graded_shards, grader_name, put_verdict, verdicts_of
@@ -47,6 +51,60 @@ class Grades:
     mean_score: float  # nan where nothing is graded
     full_share: float  # of the samples, that have the score 1; nan where nothing is graded
     without_score: Mapping[str, int]  # samples of this call that count as 0, by reason
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Of a grader of a config: how many shards it has graded, and why it cannot grade more here;
+    None where it can."""
+
+    name: str
+    num_graded: int
+    problem: str | None
+
+
+def standings(plan: Generation) -> list[Standing]:
+    """Of each grader of the config. Nothing is written, and no server is asked."""
+    return [_standing(plan, section) for section in plan.config.graders]
+
+
+def _standing(plan: Generation, section: GraderSection) -> Standing:
+    # whether it can be made
+    try:
+        make_grader(section, access=_access_of(section, plan)).close()
+        if isinstance(section, PythonSection):
+            sandbox_of(section)
+        problem = missing_key(section) if isinstance(section, JudgeSection) else None
+    except ConfigError as error:
+        problem = str(error)
+        if isinstance(section, OwnSection):  # its verdicts go by the digest of its file
+            return Standing(section.title, 0, problem)
+
+    # its verdicts, and what its name stands for
+    digits = grader_name(_with_references(identity_of(section), plan.prompts))
+    try:
+        if not is_begun(plan.store):
+            return Standing(section.title, 0, problem)
+        num_graded = len(graded_shards(plan.store, digits))
+        named = named_graders(plan.store.blobs, plan.recipe.fingerprint)
+    except (ChunkError, StoreError) as error:
+        return Standing(section.title, 0, problem or str(error))
+    if named.get(section.title, digits) != digits:
+        problem = (
+            "in the store this name stands for one of other settings or references, and its "
+            "verdicts stay; set them back, or give this one a `name` of its own"
+        )
+    return Standing(section.title, num_graded, problem)
+
+
+def missing_key(section: ServerSection) -> str | None:
+    """What is missing where a config names the variable of a server's key, and it is not set."""
+    name = section.api_key_env
+    if "api_key_env" not in section.model_fields_set or secret_in(name) is not None:
+        return None
+    return (
+        f"api_key_env names {name}, which is not set: set it to the key, or leave api_key_env out"
+    )
 
 
 def grade(

@@ -57,11 +57,12 @@ def documents_of_rollouts(
             f"the rollouts of {section.dataset} are ids of another vocabulary than that of "
             f"{tokenizer.name_or_path}; wanted: a teacher and a student with the writer's ids"
         )
+    digest = store.digest()  # all shards are there
     rule, reasons, words = _RULE, None, "that ended themselves"
     if section.accept is not None or section.decontaminate is not None:
         view = accepted(store, section, tokenizer, cache_dir=cache_dir)
         rule, reasons, words = view.identity, view.reasons, "that are accepted"
-    identity = f"rollouts:{recipe.fingerprint}:{store.digest()}:{rule}"
+    identity = f"rollouts:{recipe.fingerprint}:{digest}:{rule}"
 
     # its rows: each sample of each prompt, a shard after the other
     size = recipe.shard_prompts * recipe.samples

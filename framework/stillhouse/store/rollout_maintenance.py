@@ -56,6 +56,12 @@ def rollout_folders(blobs: Blobs) -> list[str]:
     ]
 
 
+def is_begun(store: RolloutStore) -> bool:
+    """Whether anything of these rollouts is there. A directory that is not there is not made to
+    look."""
+    return store.folder in rollout_folders(store.blobs)
+
+
 def find_rollouts(url: str) -> list[RolloutStore]:
     """The rollouts of each recipe under a root. One whose recipe cannot be read is left out:
     `verify_rollouts` names it."""

@@ -77,6 +77,11 @@ class Rollouts:
         }
 
 
+def bytes_of_rollout(length: int) -> int:
+    """Of the tensors of one rollout of so many tokens."""
+    return sum(tensor.num_bytes for tensor in _layout(1, length))
+
+
 def pack_rollouts(rollouts: Rollouts, fingerprint: str) -> bytes:
     """The file of a shard, of the recipe with this fingerprint. The same values are the same bytes.
     Raises ChunkError, as `unpack_rollouts` does, on values that mean nothing."""
