@@ -102,7 +102,7 @@ def evaluate(run_dir: ExistingRun) -> None:
 
 
 def report(run_dir: ExistingRun) -> None:
-    """Write report.html from the run's journal."""
+    """Write report.html from the journal of a run, or of `generate`."""
     from stillhouse.report import write_report
 
     print(write_report(run_dir))

@@ -6,12 +6,11 @@ They are taken from the journal where it has them: a config holds only what was 
 from collections.abc import Mapping
 from typing import Any
 
+from stillhouse.report.frame import Config
 from stillhouse.report.markup import escape
 from stillhouse.report.summary import Summary
 from stillhouse.report.words import date, short_name
 from stillhouse.tracking import schedule_of, words_of
-
-Config = Mapping[str, Mapping[str, Any]]  # section -> setting -> value
 
 
 def facts_list(summary: Summary, config: Config) -> str:

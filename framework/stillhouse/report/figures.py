@@ -5,6 +5,7 @@ Each function takes the summary of a run; how a panel is drawn is in `drawing`.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ from stillhouse.report.drawing import (
     render,
     thin,
 )
+from stillhouse.report.generation import GenerationSummary, samples_of
 from stillhouse.report.goodput import Part, student_time, teacher_time
 from stillhouse.report.summary import Summary
 from stillhouse.report.words import percent, same_power
@@ -48,6 +50,16 @@ _PARTS: dict[Part, tuple[str, str]] = {
     "redone": ("redone", BAD),
     "other": ("other", FAINT),
 }
+
+
+class _Clock(Protocol):
+    """A run's own clock: how long it ran, and where attempts meet."""
+
+    @property
+    def run_s(self) -> float: ...
+
+    @property
+    def resumed_at(self) -> list[float]: ...
 
 
 def training_panels(summary: Summary) -> list[Panel]:
@@ -220,7 +232,41 @@ def _rates_panel(summary: Summary) -> Panel | None:
         "student": (numbers.train_tokens(summary, "student"), STUDENT),
         "control": (numbers.train_tokens(summary, "control"), CONTROL),
     }
-    lines = {name: _binned(summary, *line) for name, line in found.items() if line[0]}
+    return _rates_of(summary, found, words="Target tokens; the clock stops between attempts")
+
+
+def writing_panels(generation: GenerationSummary) -> list[Panel]:
+    """The writers' speed over time, and how the samples of each shard ended; none without a
+    shard."""
+    if not generation.shards:
+        return []
+    found = {"writers": (generation.tokens, TEACHER)}
+    rates = _rates_of(generation, found, words="Sampled tokens; the clock stops between attempts")
+
+    # of each shard
+    shares = [
+        (number, shard.num_ended / max(samples_of(shard), 1))
+        for number, shard in enumerate(generation.shards, 1)
+    ]
+    ended = thin(shares)
+
+    def draw(axes: Axes) -> None:
+        _dots(axes, ended, GOOD, of="shard")
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+    per_point = -(-len(shares) // MAX_POINTS)
+    merged = f" Each point stands for {per_point} shards." if per_point > 1 else ""
+    words = f"Of each shard's samples; the others were cut or set aside.{merged}"
+    drawn = Panel("Samples that ended themselves", render(draw), words)
+    return [drawn] if rates is None else [rates, drawn]
+
+
+def _rates_of(
+    clock: _Clock, found: Mapping[str, tuple[Sequence[numbers.Interval], str]], *, words: str
+) -> Panel | None:
+    """Tokens a second by name, each in its colour; None where there are none."""
+    lines = {name: _binned(clock, *line) for name, line in found.items() if line[0]}
     if not lines:
         return None
 
@@ -230,10 +276,9 @@ def _rates_panel(summary: Summary) -> Panel | None:
             axes.stairs(shown, edges, color=colour, linewidth=1.6, baseline=None)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_count(value)))
-        _time_axis(axes, summary)
+        _time_axis(axes, clock)
 
-    words = "Target tokens; the clock stops between attempts"
-    meet = ", which meet at the dotted lines." if summary.resumed_at else "."
+    meet = ", which meet at the dotted lines." if clock.resumed_at else "."
     legend = [(name, CSS_VARIABLES[colour]) for name, (_, _, colour) in lines.items()]
     return Panel("Tokens a second", render(draw), words + meet, legend)
 
@@ -303,34 +348,34 @@ def time_panel(summary: Summary) -> Panel | None:
 # ---- Points, bins and axes
 
 
-def _dots(axes: Axes, points: Points, colour: str) -> None:
+def _dots(axes: Axes, points: Points, colour: str, *, of: str = "chunk") -> None:
     axes.plot(*points, color=colour, linestyle="none", marker="o", markersize=3, markeredgewidth=0)
-    axes.set_xlabel("chunk, in order of publication")
+    axes.set_xlabel(f"{of}, in order of publication")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def _binned(
-    summary: Summary, intervals: Sequence[numbers.Interval], colour: str
+    clock: _Clock, intervals: Sequence[numbers.Interval], colour: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
     """The rate in each of B bins over the whole run, their B + 1 edges on the time axis, and the
     colour. Bins are wide enough that most hold a few events."""
     num_bins = int(np.clip(len(intervals) // 3, 1, _MAX_BINS))
-    edges_s = np.linspace(0.0, max(summary.run_s, 1e-9), num_bins + 1)
-    return numbers.per_second(intervals, edges_s), edges_s / _time_unit(summary)[0], colour
+    edges_s = np.linspace(0.0, max(clock.run_s, 1e-9), num_bins + 1)
+    return numbers.per_second(intervals, edges_s), edges_s / _time_unit(clock)[0], colour
 
 
-def _time_unit(summary: Summary) -> tuple[float, str]:
+def _time_unit(clock: _Clock) -> tuple[float, str]:
     """The unit of the time axis: its seconds and its name."""
-    if summary.run_s > 3 * 3600:
+    if clock.run_s > 3 * 3600:
         return 3600.0, "hours"
-    return (60.0, "minutes") if summary.run_s > 180 else (1.0, "seconds")
+    return (60.0, "minutes") if clock.run_s > 180 else (1.0, "seconds")
 
 
-def _time_axis(axes: Axes, summary: Summary) -> None:
-    unit_s, unit = _time_unit(summary)
-    for at in summary.resumed_at:
+def _time_axis(axes: Axes, clock: _Clock) -> None:
+    unit_s, unit = _time_unit(clock)
+    for at in clock.resumed_at:
         axes.axvline(at / unit_s, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
-    axes.set_xlim(0, max(summary.run_s, 1e-9) / unit_s)
+    axes.set_xlim(0, max(clock.run_s, 1e-9) / unit_s)
     axes.set_xlabel(f"{unit} of run time")
 
 

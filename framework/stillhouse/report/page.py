@@ -1,15 +1,13 @@
-"""The report's page: its frame, headline and tiles, as one HTML file that needs no network."""
+"""The report's page of a run: its headline, tiles and sections. That of a directory of `generate`
+is in generation_page.py."""
 
-import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from stillhouse import atomic
 from stillhouse.errors import UserError
-from stillhouse.redaction import scrub
 from stillhouse.report import summary as numbers
-from stillhouse.report.facts import Config, facts_list, num_ranks
+from stillhouse.report.facts import facts_list, num_ranks
 from stillhouse.report.figures import (
     fidelity_panels,
     heldout_panels,
@@ -17,6 +15,17 @@ from stillhouse.report.figures import (
     time_panel,
     training_panels,
 )
+from stillhouse.report.frame import (
+    Config,
+    config_in,
+    framed,
+    last_words,
+    resolved,
+    status,
+    tiles,
+)
+from stillhouse.report.generation import summarise_generation
+from stillhouse.report.generation_page import generation_page
 from stillhouse.report.markup import ABSENT, escape, note, panel, panels
 from stillhouse.report.samples import samples_section
 from stillhouse.report.summary import Summary, summarise, verdict
@@ -35,26 +44,32 @@ from stillhouse.tracking.samples import read_samples
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html into the run directory, from its journal.jsonl, config.json and
-    samples.json, and return its path.
+    """Write report.html into the directory of a run or of `generate`, from what is in it, and
+    return its path.
 
     Works on a run that still goes on, was interrupted, failed, or used cached chunks only. What a
     later version wrote to the journal is left out; the page and a line on standard error say so.
     Raises UserError where no attempt has begun, and StoreError where the page cannot be written.
     """
+    # what the directory is of
     reader = JournalReader(run_dir / "journal.jsonl")
     events = reader.new_events()
-    summary = summarise(events)
-    if summary is None:
+    newer = _left_out(events, reader.num_shortened)
+    if (summary := summarise(events)) is not None:
+        samples = samples_section(summary, read_samples(run_dir))
+        page = _page(summary, config_in(run_dir / "config.json"), newer, samples=samples)
+    elif (generation := summarise_generation(events)) is not None:
+        page = generation_page(generation, config_in(run_dir / "generate.json"), newer)
+    else:
         raise UserError(
             f"{run_dir} has no run to report: its journal.jsonl is absent or empty; give the "
-            "directory of a run that has begun"
+            "directory of a run, or of `stillhouse generate`, that has begun"
         )
-    path, newer = run_dir / "report.html", _left_out(events, reader.num_shortened)
-    samples = samples_section(summary, read_samples(run_dir))
-    page = _page(summary, _config(run_dir / "config.json"), newer, samples=samples).encode()
+
+    # its page
+    path = run_dir / "report.html"
     try:
-        atomic.replace(path, page)
+        atomic.replace(path, page.encode())
     except OSError as error:
         raise explain(error, doing="write report.html", url=str(run_dir)) from error
     if newer:
@@ -71,49 +86,23 @@ def _left_out(events: Sequence[RunEvent], num_shortened: int) -> str:
     return "; ".join(f"{counted(number, 'row')} {words}" for number, words in found if number)
 
 
-def _config(path: Path) -> Config:
-    """The sections of the resolved configuration, scrubbed; empty where the file is absent or
-    unreadable, for the journal is enough for a report."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(values, dict):
-        return {}
-    sections = {name: value for name, value in values.items() if isinstance(value, dict)}
-    scrubbed: Config = scrub(sections)
-    return scrubbed
-
-
 def _page(summary: Summary, config: Config, newer: str, *, samples: str) -> str:
     """The whole page; `newer` says what was left out of the journal, if anything. `samples` is its
     section on rollouts, as HTML."""
-    # Names and style, and sentences for empty sections.
+    # Names, and sentences for empty sections.
     start = summary.start
     student = escape(short_name(start.student))
     teacher = escape(short_name(start.teacher)) if start.teacher else "the text itself"
-    style = (files("stillhouse.report") / "report.css").read_text(encoding="utf-8")
     no_chunks = "No chunk was computed in this run: every target came from the store."
     no_pace = "Nothing was produced and nothing trained in this run, so there is no pace to show."
 
-    # The frame.
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{student} from {teacher} · Stillhouse report</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">Stillhouse report · {_status(summary)}</p>
+    # From top to bottom.
+    body = f"""<header>
+<p class="kicker">Stillhouse report · {status(summary.end, summary.num_attempts)}</p>
 <h1>{escape(verdict(summary))}</h1>
 <p class="models">{"Teacher " if start.teacher else ""}<b>{teacher}</b> → student <b>{student}</b> ·
 begun {date(summary.first_time)}</p>
-{_last_words(summary)}
+{last_words(summary.end)}
 </header>
 {_tiles(summary)}
 <h2>Held-out evaluation</h2>
@@ -133,29 +122,11 @@ begun {date(summary.first_time)}</p>
 {facts_list(summary, config)}
 <h2>Run it again</h2>
 <pre class="command">{escape(chr(10).join(summary.commands))}</pre>
-{_resolved(config)}
+{resolved(config, name="config.json")}
 {note(f"Of the journal: {newer}.") if newer else ""}
 <footer>Written by Stillhouse from what the run directory holds: journal, config and samples.
-Entropies and divergences are in nats, means over target tokens.</footer>
-</main>
-</body>
-</html>
-"""
-
-
-def _status(summary: Summary) -> str:
-    """How the last attempt ended."""
-    if summary.end is None:
-        state, words = "open", f"attempt {summary.num_attempts} has no end: running, or killed"
-    else:
-        state = words = summary.end.outcome
-    return f'<span class="status-{escape(state)}">{escape(words)}</span>'
-
-
-def _last_words(summary: Summary) -> str:
-    if summary.end is None or not summary.end.message:
-        return ""
-    return note(f"The last attempt ended with: {summary.end.message}")
+Entropies and divergences are in nats, means over target tokens.</footer>"""
+    return framed(body, title=f"{student} from {teacher}")
 
 
 def _tiles(summary: Summary) -> str:
@@ -185,7 +156,7 @@ def _tiles(summary: Summary) -> str:
 
     # The tiles themselves: label, value, detail.
     of_vocabulary = f"{kept_of(start)} of {start.vocab_size:,}"
-    tiles = [
+    found = [
         ("Bytes a target token", f"{start.bytes_per_token:,}", of_vocabulary),
         ("Kept mass", kept, kept_detail),
         ("Codec KL", codec_kl, kl_detail),
@@ -193,13 +164,7 @@ def _tiles(summary: Summary) -> str:
         ("Student, tokens/s", student_rate, student_detail),
         ("Run time", duration(summary.run_s), attempts),
     ]
-    cells = (
-        f'<div class="tile"><div class="label">{escape(label)}</div>'
-        f'<div class="value">{escape(value)}</div>'
-        f'<div class="detail">{escape(detail)}</div></div>'
-        for label, value, detail in tiles
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    return tiles(found)
 
 
 def _time(summary: Summary) -> str:
@@ -214,10 +179,3 @@ def _mixture(summary: Summary) -> str:
     """What was trained on, where that is several data sets."""
     drawn = mixture_table(summary)
     return f"<h2>The mixture that was trained on</h2>\n{drawn}" if drawn else ""
-
-
-def _resolved(config: Config) -> str:
-    if not config:
-        return "<p>The run directory has no readable config.json.</p>"
-    summary = "<summary>Resolved configuration, as it was last asked for</summary>"
-    return f"<details>{summary}<pre>{escape(json.dumps(config, indent=2))}</pre></details>"

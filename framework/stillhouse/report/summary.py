@@ -83,7 +83,7 @@ def summarise(events: Sequence[RunEvent]) -> Summary | None:
     starts = [event for event in events if isinstance(event, StartEvent)]
     if not starts:
         return None
-    timeline, idle_s = _timeline(events)
+    timeline, idle_s = timeline_of(events, begins=StartEvent)
     last_attempt = events[events.index(starts[-1]) :]
     chunks = {
         event.chunk: event
@@ -106,12 +106,13 @@ def summarise(events: Sequence[RunEvent]) -> Summary | None:
     )
 
 
-def _timeline(events: Sequence[RunEvent]) -> tuple[Timeline, float]:
-    """The events on the run's clock, and the seconds between attempts that it leaves out."""
+def timeline_of(events: Sequence[RunEvent], *, begins: type[RunEvent]) -> tuple[Timeline, float]:
+    """The events on the run's clock, and the seconds between attempts that it leaves out. An
+    attempt begins with an event of the kind `begins`."""
     timeline: list[tuple[float, RunEvent]] = []
     shift, elapsed = events[0].time, 0.0
     for event in events:
-        if isinstance(event, StartEvent):
+        if isinstance(event, begins):
             shift = event.time - elapsed
         elapsed = max(elapsed, event.time - shift)  # two machines' clocks may differ a little
         timeline.append((elapsed, event))
