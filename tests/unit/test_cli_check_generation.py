@@ -94,6 +94,7 @@ def test_it_says_what_generate_makes_and_needs_and_that_nothing_is_there(
         "30 prompts of 5 to 6 tokens",
         "bad rows that are skipped: 1, the first: row 30 of",
         "each with a reference, from column 'answer'",
+        "the first: ",
         f"{parameters:,} parameters, {4 * parameters / 1000:.1f} kB in float32",
         "4 of each prompt, 120 in all; temperature 1, top_p 1",
         "at most 2,400 tokens: up to 20 each",
@@ -191,7 +192,7 @@ def test_a_store_that_may_only_be_read_is_an_obstacle_while_shards_are_missing(
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ('store.url = "memory://x"', "cannot be shared between processes"),
+        ('store.url = "memory://x"', "a memory:// store cannot be shared"),
         ("prompts.max_bad_rows = 0.0", "prompts.max_bad_rows = 0 allows 0 of 31 rows"),
         ('prompts.prompt_column = "no"', "has no column 'no'"),
         ("sampling.sequence_length = 100000", "is made for"),

@@ -3,11 +3,11 @@ lost; a resumed command counts nothing twice."""
 
 import json
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from helpers.htmlpages import Page
 from stillhouse.errors import UserError
 from stillhouse.report import write_report
 from stillhouse.report.generation import headline, summarise_generation, work_of_writers
@@ -67,28 +67,13 @@ SECOND = [
 ]
 
 
-class _Page(HTMLParser):
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(path.read_text(encoding="utf-8"))
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, _attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def _page(folder: Path, events: list[RunEvent], config: object = None) -> _Page:
+def _page(folder: Path, events: list[RunEvent], config: object = None) -> Page:
     folder.mkdir(exist_ok=True)
     for event in events:
         Journal(folder / "journal.jsonl").record(event)
     if config is not None:
         (folder / "generate.json").write_text(json.dumps(config))
-    return _Page(write_report(folder))
+    return Page(write_report(folder))
 
 
 @pytest.mark.parametrize(

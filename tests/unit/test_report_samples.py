@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from helpers.htmlpages import Page
 from stillhouse.pipeline.run_dir import keep_account
 from stillhouse.report import write_report
 from stillhouse.sequences.account import Account
@@ -58,23 +58,6 @@ ACCOUNT = SampleAccount(
 )
 
 
-class Page(HTMLParser):
-    """The words of a page as a reader sees them, and its tags."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(path.read_text(encoding="utf-8"))
-        self.text = " ".join(" ".join(self.words).split()).replace(" %", "%")
-
-    def handle_starttag(self, tag: str, _attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
 def page_of(run_dir: Path, accounts: Mapping[str, SampleAccount | None]) -> Page:
     run_dir.mkdir(exist_ok=True)
     Journal(run_dir / "journal.jsonl").record(START)
@@ -91,8 +74,8 @@ def test_the_page_tells_what_was_written_what_is_kept_and_why_the_rest_is_not(
     for words in (
         "2,100 samples of 700 prompts, 65,432 sampled tokens: 1,500 ended themselves, 500 were "
         "cut, and 100 were set aside. 1,050 are kept",
-        "Share Kept 1,050 50.0% a low score 840 40.0% cut 210 10.0%",
-        "number 2,100 0.512 50.0%",
+        "Share Kept 1,050 50.0 % a low score 840 40.0 % cut 210 10.0 %",
+        "number 2,100 0.512 50.0 %",
         "Kept Prompt 12, sample 0: ended number 1.00 how much is 2 + 2? It is 4",
         "Dropped Prompt 12, sample 1: ended number 0.25 a low score how much is 2 + 2? It is 5",
     ):

@@ -1,7 +1,7 @@
 """`stillhouse check`, its third part: room in the cluster, and an estimate of the hours."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from stillhouse.cluster.interpreters import Interpreters, require_here
 from stillhouse.cluster.nodes import nodes_with_room
 from stillhouse.cluster.placement import placement, shortages, student_needs, teacher_needs
 from stillhouse.cluster.session import attached, lacks, remarks
-from stillhouse.config import Config, ModelSection
+from stillhouse.config import ClusterSection, Config, ModelSection, PoolSection
 from stillhouse.errors import ConfigError
 from stillhouse.pipeline import Plan
 
@@ -27,7 +27,7 @@ def check_cluster(plan: Plan, found: Findings) -> None:
 
     # what there is, and what is missing
     try:
-        available = _available(config)
+        available = resources_for(section, config.teacher)
         _processes(config, available, found)
         needs = teacher_needs(config.teacher) | student_needs(config.student)
         missing = shortages(needs, available)
@@ -38,36 +38,46 @@ def check_cluster(plan: Plan, found: Findings) -> None:
     _hours(plan, available, found)
 
     # what to do about it
-    cure = (
-        "name a larger cluster in cluster.address"
-        if section.address is None
-        else "add machines to the cluster"
-    )
     lower = "lower min_replicas, num_workers, num_cpus or num_gpus (fractions share one)"
-    found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
+    tell_shortages(section, missing, found, lower=lower, store_url=config.store.url)
     if not missing:
         _replicas_that_fit(config, available, found)
-    if section.address is not None and "://" not in config.store.url:
+
+
+def tell_shortages(
+    section: ClusterSection,
+    missing: Sequence[str],
+    found: Findings,
+    *,
+    lower: str,
+    store_url: str,
+) -> None:
+    """An obstacle for each resource that is missing, which `lower` may mend; and a note on a store
+    that each machine has to see."""
+    is_here = section.address is None
+    cure = "name a larger cluster in cluster.address" if is_here else "add machines to the cluster"
+    found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
+    if not is_here and "://" not in store_url:
         found.notes.append(
-            f"store.url is a directory, {config.store.url}: every machine of the cluster has "
-            "to see the same one"
+            f"store.url is a directory, {store_url}: every machine of the cluster has to see the "
+            "same one"
         )
 
 
-def _available(config: Config) -> Mapping[str, float]:
+def resources_for(section: ClusterSection, pool: PoolSection) -> Mapping[str, float]:
     """The resources of the cluster, by name; of a cluster started here, those it would have.
 
-    Raises ConfigError where a machine cannot start `teacher.python`.
+    Raises ConfigError where a machine cannot start the pool's `python`.
     """
-    section, python = config.cluster, config.teacher.python
+    python, table = pool.python, pool.table
     if section.address is not None:
         with attached(section) as resources:
             if python is not None:
-                nodes = nodes_with_room([placement(config.teacher, resources)])
-                Interpreters(python, lambda: nodes, table="teacher").require(timeout_s=_ASKED_S)
+                nodes = nodes_with_room([placement(pool, resources)])
+                Interpreters(python, lambda: nodes, table=table).require(timeout_s=_ASKED_S)
             return dict(resources)
     if python is not None:
-        require_here(python, table="teacher")
+        require_here(python, table=table)
     return {
         "CPU": float(section.num_cpus or os.cpu_count() or 1),
         "GPU": float(torch.cuda.device_count()),
@@ -76,19 +86,28 @@ def _available(config: Config) -> Mapping[str, float]:
 
 def _processes(config: Config, available: Mapping[str, float], found: Findings) -> None:
     teacher, student = config.teacher, config.student
-    replicas = f"{teacher.min_replicas:,}"
-    if teacher.max_replicas > teacher.min_replicas:
-        replicas += f" to {teacher.max_replicas:,}"
     found.add(
         "cluster",
-        f"{config.cluster.address or 'this machine'}: {available.get('CPU', 0):g} CPUs, "
-        f"{available.get('GPU', 0):g} GPUs",
-        f"teachers: {replicas}, each with {_needs(teacher, available)}",
-        f"student ranks: {student.num_workers:,}, each with {_needs(student, available)}",
+        cluster_words(config.cluster, available),
+        f"teachers: {replicas_words(teacher)}, each with {needs_words(teacher, available)}",
+        f"student ranks: {student.num_workers:,}, each with {needs_words(student, available)}",
     )
 
 
-def _needs(section: ModelSection, available: Mapping[str, float]) -> str:
+def cluster_words(section: ClusterSection, available: Mapping[str, float]) -> str:
+    """Which cluster it is, and what it has."""
+    name = section.address or "this machine"
+    return f"{name}: {available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs"
+
+
+def replicas_words(section: PoolSection) -> str:
+    """How many replicas are asked for: 1, or 1 to 4."""
+    fewest, most = section.min_replicas, section.max_replicas
+    return f"{fewest:,}" if most == fewest else f"{fewest:,} to {most:,}"
+
+
+def needs_words(section: ModelSection, available: Mapping[str, float]) -> str:
+    """What one process of a section needs, and where it is."""
     where = placement(section, available)
     amounts = ", ".join(f"{amount:g} {name}" for name, amount in where.times(1).items())
     return f"{amounts} (on {where.device})"

@@ -1,14 +1,19 @@
 """`stillhouse check` of a config of `generate`: all that follows from its plan, and what would stop
 `generate` and `grade`. No weights are loaded, no server is asked and nothing is written."""
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from stillhouse.cli.check_cluster import (
+    cluster_words,
+    needs_words,
+    replicas_words,
+    resources_for,
+    tell_shortages,
+)
 from stillhouse.cli.check_memory import WriterSize, check_writer
 from stillhouse.cli.check_weights import format_words, quantisation_of, weight_bytes
 from stillhouse.cli.findings import (
@@ -20,18 +25,20 @@ from stillhouse.cli.findings import (
     size_words,
 )
 from stillhouse.cluster.machine import why_not_writable
-from stillhouse.cluster.placement import placement, shortages
-from stillhouse.cluster.session import attached, lacks, remarks
-from stillhouse.config import ClusterSection
+from stillhouse.cluster.placement import shortages
+from stillhouse.cluster.session import lacks, remarks
 from stillhouse.errors import ConfigError, ModelError, RecipeError, StoreError
 from stillhouse.models import load_model
 from stillhouse.pipeline import Generation
 from stillhouse.pipeline.generate import require_same
 from stillhouse.pipeline.grading import standings
+from stillhouse.pipeline.planning import tokenizer_of
+from stillhouse.pipeline.run_store import require_shareable
 from stillhouse.store.rollout_maintenance import find_rollouts, is_begun
 from stillhouse.store.rollout_recipe import rollout_differences
 from stillhouse.store.rollouts import bytes_of_rollout
 
+_MOST_OF_A_PROMPT = 200  # characters
 _MOST_DIFFERENCES = 4  # differing fields up to which another recipe is a near one
 
 
@@ -52,7 +59,7 @@ def describe_generation(plan: Generation) -> None:
 
 
 def _prompts(plan: Generation, found: Findings) -> None:
-    """Their number and lengths, how their rows were read, and one of them."""
+    """Their number and lengths, how their rows were read, and the beginning of one."""
     lengths = np.diff(plan.prompts.starts_P1)
     found.add(
         "prompts",
@@ -60,6 +67,8 @@ def _prompts(plan: Generation, found: Findings) -> None:
         f"{lengths.max():,} tokens, {lengths.mean():,.0f} on average",
         *plan.prompts.account.lines(),
     )
+    first = str(tokenizer_of(plan.config.writer).decode(plan.prompts[0].tolist()))
+    found.add("", f"the first: {first[:_MOST_OF_A_PROMPT]}")
     references = plan.prompts.references
     if references:
         column = plan.config.prompts.reference_column
@@ -137,10 +146,7 @@ def _store(plan: Generation, found: Findings) -> int:
 
     # what is
     try:
-        if store.url.startswith("memory:"):
-            raise StoreError(
-                f"{store.url} cannot be shared between processes; give a directory or a bucket"
-            )
+        require_shareable(store.url)
         if is_begun(plan.store) and plan.store.has_recipe():
             present = plan.store.published()
         else:
@@ -193,49 +199,23 @@ def _cluster(plan: Generation, found: Findings, size: WriterSize | None) -> None
     found.notes += remarks(section)
 
     # what there is, and what is missing
-    writer, here = config.writer, section.address is None
+    writer = config.writer
     try:
-        available = _available(section)
-        where = placement(writer, available)
+        available = resources_for(section, writer)
         missing = shortages({"writers": (writer, writer.min_replicas)}, available)
+        needs = needs_words(writer, available)
     except ConfigError as error:
         found.obstacles.append(str(error))
         return
-
-    # what each process needs
-    amounts = ", ".join(f"{amount:g} {name}" for name, amount in where.times(1).items())
-    replicas = f"{writer.min_replicas:,}"
-    if writer.max_replicas > writer.min_replicas:
-        replicas += f" to {writer.max_replicas:,}"
     found.add(
         "cluster",
-        f"{section.address or 'this machine'}: {available.get('CPU', 0):g} CPUs, "
-        f"{available.get('GPU', 0):g} GPUs",
-        f"writers: {replicas}, each with {amounts} (on {where.device})",
+        cluster_words(section, available),
+        f"writers: {replicas_words(writer)}, each with {needs}",
     )
     if size is not None:
-        check_writer(writer, size, available, found, is_here=here)
-
-    # what to do about it
-    cure = "name a larger cluster in cluster.address" if here else "add machines to the cluster"
+        check_writer(writer, size, available, found, is_here=section.address is None)
     lower = "lower min_replicas, num_cpus or num_gpus (fractions share one)"
-    found.obstacles += [f"{line}; {cure}, or {lower}" for line in missing]
-    if not here and "://" not in config.store.url:
-        found.notes.append(
-            f"store.url is a directory, {config.store.url}: every machine of the cluster has "
-            "to see the same one"
-        )
-
-
-def _available(section: ClusterSection) -> Mapping[str, float]:
-    """The resources of the cluster, by name; of a cluster started here, those it would have."""
-    if section.address is not None:
-        with attached(section) as resources:
-            return dict(resources)
-    return {
-        "CPU": float(section.num_cpus or os.cpu_count() or 1),
-        "GPU": float(torch.cuda.device_count()),
-    }
+    tell_shortages(section, missing, found, lower=lower, store_url=config.store.url)
 
 
 def _run_directory(plan: Generation, found: Findings) -> None:

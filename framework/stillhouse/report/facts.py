@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stillhouse.report.frame import Config
-from stillhouse.report.markup import escape
+from stillhouse.report.markup import facts
 from stillhouse.report.summary import Summary
 from stillhouse.report.words import date, short_name
 from stillhouse.tracking import schedule_of, words_of
@@ -15,15 +15,8 @@ from stillhouse.tracking import schedule_of, words_of
 
 def facts_list(summary: Summary, config: Config) -> str:
     """The facts as a table of two columns; one that is not known is left out."""
-    start = summary.start
     found = [*_of_the_targets(summary, config), *_of_the_training(summary, config)]
-    body = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
-        for name, value in found
-        if value
-    )
-    recipe = f"<tr><th>Recipe</th><td><code>{escape(start.recipe_fingerprint)}</code></td></tr>"
-    return f'<table class="facts"><tbody>{body}{recipe}</tbody></table>'
+    return facts(found, fingerprint=summary.start.recipe_fingerprint)
 
 
 def _of_the_targets(summary: Summary, config: Config) -> list[tuple[str, str]]:

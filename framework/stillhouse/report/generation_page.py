@@ -10,7 +10,7 @@ from stillhouse.report.generation import (
     samples_of,
     work_of_writers,
 )
-from stillhouse.report.markup import ABSENT, escape, note, panels, table
+from stillhouse.report.markup import ABSENT, escape, facts, note, panels, table
 from stillhouse.report.summary import mean_rate
 from stillhouse.report.words import counted, date, duration, large, num_bytes, percent, short_name
 
@@ -120,10 +120,4 @@ def _facts(summary: GenerationSummary, config: Config) -> str:
         ),
         ("Data set of a run", f"rollouts://{start.recipe_fingerprint[:16]}"),
     ]
-    body = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
-        for name, value in found
-        if value
-    )
-    recipe = f"<tr><th>Recipe</th><td><code>{escape(start.recipe_fingerprint)}</code></td></tr>"
-    return f'<table class="facts"><tbody>{body}{recipe}</tbody></table>'
+    return facts(found, fingerprint=start.recipe_fingerprint)

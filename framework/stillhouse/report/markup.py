@@ -26,6 +26,18 @@ def table(css_class: str, names: Sequence[str], body: str) -> str:
     )
 
 
+def facts(found: Sequence[tuple[str, str]], *, fingerprint: str) -> str:
+    """Names and values as a table of two columns, and the recipe's fingerprint; a value that is
+    empty is not known, and left out."""
+    body = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+        for name, value in found
+        if value
+    )
+    recipe = f"<tr><th>Recipe</th><td><code>{escape(fingerprint)}</code></td></tr>"
+    return f'<table class="facts"><tbody>{body}{recipe}</tbody></table>'
+
+
 def note(words: str) -> str:
     return f'<p class="note">{escape(words)}</p>'
 
