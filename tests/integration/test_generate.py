@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
+from helpers.htmlpages import Page
 from helpers.models import CHAT_TEMPLATE, make_model
 from helpers.promptserver import PromptServer, flat
 from helpers.world import TinyWorld
 from stillhouse import pipeline
 from stillhouse.config.generate import GenerateConfig
 from stillhouse.pipeline import Generation
+from stillhouse.report import write_report
 from stillhouse.sequences.source import whole
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, Rollouts, pack_rollouts
@@ -28,6 +30,7 @@ from stillhouse.tracking import (
     WriterEvent,
     read_journal,
 )
+from stillhouse.tracking.samples import read_samples
 from stillhouse.writer.block import written
 from stillhouse.writer.transformers import TransformersWriter
 
@@ -141,6 +144,14 @@ def test_the_same_command_again_starts_no_writer_and_changes_nothing(generated: 
         assert generated.path(number).read_bytes() == published
 
 
+def test_the_report_tells_what_was_written_and_the_writer_that_was_lost(
+    generated: Generated,
+) -> None:
+    text = Page(write_report(generated.plan.run_dir)).text
+    assert "All shards are in the store" in text  # one was there already
+    assert "1 lease lost with a writer" in text
+
+
 def test_a_student_trains_on_the_samples_that_ended_themselves(
     generated: Generated, tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
@@ -154,6 +165,18 @@ def test_a_student_trains_on_the_samples_that_ended_themselves(
     )
     scores = pipeline.run(plan)
     assert scores["student"].num_tokens > 0
+
+    # its report shows samples though the store is out of reach
+    before = Page(tmp_path / "run" / "report.html").text
+    (account,) = read_samples(tmp_path / "run").values()
+    assert account.num_samples == NUM_PROMPTS * SAMPLES
+    assert {each.finish for each in account.kept} == {"ended"}
+    assert " ".join(account.kept[0].prompt.split()) in before
+    Path(store.url).rename(tmp_path / "elsewhere")
+    try:
+        assert Page(write_report(tmp_path / "run")).text == before
+    finally:
+        (tmp_path / "elsewhere").rename(store.url)
 
     # what it learnt is what was sampled of them, and no more
     ended = [
