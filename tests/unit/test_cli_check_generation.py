@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.command import Outcome, stillhouse
+from helpers.command import Outcome, stillhouse, toml_value
 from helpers.damage import read_only
 from helpers.models import make_model
 from helpers.rollouts import make_shard
@@ -18,6 +18,7 @@ from stillhouse.pipeline import Generation, plan_generation
 from stillhouse.store.grader_names import claim_name
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.verdicts import put_verdict
+from stillhouse.writer.openai import most_usd
 
 Check = Callable[..., Outcome]
 NUM_PROMPTS, SAMPLES = 30, 4
@@ -148,7 +149,7 @@ def test_every_obstacle_is_named_at_once(check: Check, folder: Path) -> None:
     (folder / "run").mkdir()
     (folder / "run" / "recipe.json").write_bytes(plan.recipe.canonical_json())
     (folder / "store").write_text("a file")
-    judge = 'kind = "judge", url = "http://a/v1", model = "m", template = "{text}"'
+    judge = 'kind = "judge", base_url = "http://a/v1", served_model = "m", template = "{text}"'
     outcome = check(
         "sampling.seed = 1",
         "writer.num_cpus = 64",
@@ -158,7 +159,7 @@ def test_every_obstacle_is_named_at_once(check: Check, folder: Path) -> None:
     for words in (
         "generate or grade would stop:",
         "store.url: ",
-        "API key in NO_SUCH, which is not set",
+        "grader judge: NO_SUCH, which api_key_env names, is not set",
         "no_such_module",
         "CPU: 64 needed (1 writers), 2 in the cluster",
         "belongs to a run, or to prompts, a writer or sampling of other settings",
@@ -213,6 +214,45 @@ def test_a_writer_that_does_not_fit_on_its_gpu_is_told_with_what_it_would_take(
     assert "does not fit" in outcome.out
     assert "under [writer], the cheapest first" in outcome.out
     assert "batch_sequences = 8" in outcome.out
+
+
+def test_a_writer_on_vllm_is_divided_among_its_gpus(check: Check) -> None:
+    outcome = check(
+        'writer.engine = "vllm"', "writer.num_gpus = 2", "writer.gpu_memory_gb = 0.00001"
+    )
+    told = " ".join(outcome.out.split())
+    assert "a writer's weights, divided among 2 GPUs, take 60.5 kB of 10.0 kB" in told
+    assert "(writer.vllm.memory_share)" in told
+    assert "keys and values" not in told
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "NO_SUCH_KEY, which api_key_env names, is not set"),
+        ({"max_cost_usd": 0.5}, "writer.openai.max_cost_usd is 0.5, and the samples may cost"),
+    ],
+)
+def test_what_a_server_wants_for_the_samples_is_told_and_a_key_that_is_missing(
+    check: Check, folder: Path, more: dict[str, float], words: str
+) -> None:
+    server = {
+        "base_url": "http://127.0.0.1:9/v1",  # where nothing answers
+        "served_model": "large",
+        "api_key_env": "NO_SUCH_KEY",
+        "usd_per_million_input_tokens": 1000.0,
+        "usd_per_million_output_tokens": 1000.0,
+        **more,
+    }
+    overrides = ['writer.engine = "openai"', f"writer.openai = {toml_value(server)}"]
+    plan = planned(folder, *overrides)
+    assert plan.config.writer.openai is not None
+    usd = most_usd(plan.config.writer.openai, plan.recipe, plan.prompts.sources)
+    outcome = check(*overrides)
+    assert outcome.code == 2
+    assert "the server at http://127.0.0.1:9/v1" in outcome.out
+    assert f"they cost {usd:.4g} USD at most" in outcome.out
+    assert words in " ".join((outcome.out + outcome.err).split())
 
 
 def test_a_writer_of_ones_own_has_no_size(check: Check) -> None:

@@ -27,16 +27,18 @@ from stillhouse.cli.findings import (
 from stillhouse.cluster.machine import why_not_writable
 from stillhouse.cluster.placement import shortages
 from stillhouse.cluster.session import lacks, remarks
+from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ConfigError, ModelError, RecipeError, StoreError
 from stillhouse.models import load_model
 from stillhouse.pipeline import Generation
 from stillhouse.pipeline.generate import require_same
-from stillhouse.pipeline.grading import standings
+from stillhouse.pipeline.grading import missing_key, standings
 from stillhouse.pipeline.planning import tokenizer_of
 from stillhouse.pipeline.run_store import require_shareable
 from stillhouse.store.rollout_maintenance import find_rollouts, is_begun
 from stillhouse.store.rollout_recipe import rollout_differences
 from stillhouse.store.rollouts import bytes_of_rollout
+from stillhouse.writer.openai import most_usd
 
 _MOST_OF_A_PROMPT = 200  # characters
 _MOST_DIFFERENCES = 4  # differing fields up to which another recipe is a near one
@@ -80,7 +82,12 @@ def _writer(plan: Generation, found: Findings) -> WriterSize | None:
     # the model, without memory for its weights
     section, recipe = plan.config.writer, plan.recipe
     name = section.model + (f" at {section.revision[:12]}" if section.revision else "")
-    if section.engine != "transformers":
+    if section.openai is not None:
+        found.add("writer", f"the server at {section.openai.base_url}; {name} has the tokenizer")
+        if (problem := missing_key(section.openai)) is not None:
+            found.obstacles.append(f"writer.openai: {problem}")
+        return None
+    if section.engine not in WriterSection.engines:
         found.add("writer", f"{name}, by {section.engine}, whose memory is not known")
         return None
     try:
@@ -94,7 +101,11 @@ def _writer(plan: Generation, found: Findings) -> WriterSize | None:
     # its weights, and what it holds of the samples that it writes side by side
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype_bytes, quantised = getattr(torch, section.dtype).itemsize, quantisation_of(model)
+    if section.vllm.quantization is not None:
+        quantised = {"quant_method": section.vllm.quantization}  # while they are loaded
     a_token = _cache_bytes_of_token(model.config.get_text_config(), dtype_bytes=dtype_bytes)
+    if section.engine == "vllm":  # which takes what is left of a device, and no more
+        a_token = 0.0
     size = WriterSize(
         weight_bytes(model, quantised, dtype_bytes=dtype_bytes),
         min(section.batch_sequences, recipe.shard_prompts * recipe.samples),
@@ -133,6 +144,19 @@ def _samples(plan: Generation, found: Findings) -> None:
         f"at most {count_words(num_samples * recipe.max_new_tokens)} tokens: up to "
         f"{recipe.max_new_tokens:,} each",
     )
+
+    # what a server wants for them
+    options = plan.config.writer.openai
+    if options is None or not options.is_paid:
+        return
+    usd, limit = most_usd(options, recipe, plan.prompts.sources), options.max_cost_usd
+    limited = "no limit (max_cost_usd)" if limit is None else f"max_cost_usd is {limit:g}"
+    found.add("", f"they cost {usd:.4g} USD at most; {limited}")
+    if limit is not None and usd > limit:
+        found.notes.append(
+            f"writer.openai.max_cost_usd is {limit:g}, and the samples may cost {usd:.4g} USD: "
+            "where they come to more than the limit, generate ends before they are all written"
+        )
 
 
 def _store(plan: Generation, found: Findings) -> int:

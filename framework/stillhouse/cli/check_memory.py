@@ -14,7 +14,7 @@ import torch
 from stillhouse.cli import estimate
 from stillhouse.cli.findings import Findings, bullets, size_words
 from stillhouse.cluster.placement import Placement, placement, student_needs
-from stillhouse.config import Config, LoraSection, ModelSection, StudentSection, TeacherSection
+from stillhouse.config import Config, LoraSection, ModelSection, PoolSection, StudentSection
 from stillhouse.config.generate import WriterSection
 from stillhouse.errors import ConfigError, ModelError
 from stillhouse.student.adapters import outline
@@ -114,7 +114,10 @@ def check_writer(
     # on GPUs
     if placement(writer, available).device == "cuda":
         gpu = _gpu_of(writer, available, is_here=is_here)
-        if gpu is not None:
+        if gpu is not None and writer.engine == "vllm":
+            where = placement(writer, available)
+            _divided_by_vllm(writer, size.weight_bytes, where, gpu, found)
+        elif gpu is not None:
             need = Need("writer", "a writer's weights, keys and values", size.num_bytes)
             cures = _writer_cures(writer, size, gpu=gpu)
             _compare(need, _part_of(gpu, writer), cures, found)
@@ -262,22 +265,24 @@ def teacher_cures(weight_bytes: float, *, gpu: Memory) -> Iterator[str]:
 
 
 def _divided_by_vllm(
-    teacher: TeacherSection, weight_bytes: float, where: Placement, gpu: Memory, found: Findings
+    section: PoolSection, weight_bytes: float, where: Placement, gpu: Memory, found: Findings
 ) -> None:
     """A row of a GPU's part of the weights, one of what vLLM then has for its cache, and what was
     never seen."""
-    num_gpus = teacher.vllm.tensor_parallel or max(1, round(where.num_gpus))
+    num_gpus = section.vllm.tensor_parallel or max(1, round(where.num_gpus))
     a_gpu = weight_bytes / num_gpus
-    need = Need("teacher", f"a teacher's weights, divided among {num_gpus} GPUs,", a_gpu)
+    what = f"a {section.table}'s weights, divided among {num_gpus} GPUs,"
+    need = Need(section.table, what, a_gpu)
     least = math.ceil(weight_bytes / (USABLE_SHARE * gpu.num_bytes))
     together = 1 << (least - 1).bit_length()
     cure = f"num_gpus = {together}: {size_words(weight_bytes / together)} of each"
     _compare(need, gpu, iter((cure,)), found)
-    share = teacher.vllm.memory_share
+    share = section.vllm.memory_share
     left = max(0.0, share * gpu.num_bytes - a_gpu)
     found.add(
         "",
-        f"vLLM takes {share:.0%} of a GPU (teacher.vllm.memory_share): {size_words(left)} are left "
+        f"vLLM takes {share:.0%} of a GPU ({section.table}.vllm.memory_share): {size_words(left)} "
+        "are left "
         "for its cache and activations",
         "the engine vllm was run on CPUs; it has not been run on a GPU yet (docs/engines.md)",
     )

@@ -98,13 +98,12 @@ def _standing(plan: Generation, section: GraderSection) -> Standing:
 
 
 def missing_key(section: ServerSection) -> str | None:
-    """What is missing where a config names the variable of a server's key, and it is not set."""
-    name = section.api_key_env
-    if "api_key_env" not in section.model_fields_set or secret_in(name) is not None:
+    """What is missing where a server wants a key, since it costs money or a config names the key's
+    variable, and the variable is not set."""
+    wants_one = section.is_paid or "api_key_env" in section.model_fields_set
+    if not wants_one or secret_in(section.api_key_env) is not None:
         return None
-    return (
-        f"api_key_env names {name}, which is not set: set it to the key, or leave api_key_env out"
-    )
+    return f"{section.api_key_env}, which api_key_env names, is not set; set it to the server's key"
 
 
 def grade(
