@@ -67,7 +67,7 @@ class Tally:
     """Counts of the samples that were read so far, and the samples to be shown."""
 
     def __init__(self, store: RolloutStore) -> None:
-        self._store = store
+        self._store, self._fingerprint = store, store.recipe.fingerprint
         self._finish, self._drops = Counter[int](), Counter[str]()
         self._prompts = set[int]()
         self._num_tokens = self._num_kept = 0
@@ -96,7 +96,7 @@ class Tally:
             self._scores[name].add(score)
 
         # whether it is shown: one of each prompt, of the prompts of lowest rank
-        shown, rank = self._shown[reason], _rank(self._store.recipe.fingerprint, prompt)
+        shown, rank = self._shown[reason], _rank(self._fingerprint, prompt)
         if rank in shown or (len(shown) == _SHOWN and rank > max(shown)):
             return
         ids, text_ids = rollouts.ids(row), rollouts.sampled_ids(row)
