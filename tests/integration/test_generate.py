@@ -22,6 +22,7 @@ from stillhouse.sequences.source import whole
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.store.rollouts import ENDED, Rollouts, pack_rollouts
 from stillhouse.tracking import (
+    CostEvent,
     EndEvent,
     GenerationEvent,
     PoolEvent,
@@ -225,3 +226,9 @@ def test_writers_that_ask_a_server_pay_for_each_sample_once(
         assert set(plan.store.fetch(number).finish_S.tolist()) == {ENDED}
     assert not [*tmp_path.glob("store/rollouts/*/purchases/answers/*")]
     assert "of 20000 USD spent or reserved" in capsys.readouterr().err
+    [cost] = [
+        each
+        for each in read_journal(tmp_path / "run" / "journal.jsonl")
+        if isinstance(each, CostEvent)
+    ]
+    assert 0 < cost.granted_usd <= cost.limit_usd == 20_000

@@ -12,6 +12,7 @@ from stillhouse.errors import UserError
 from stillhouse.report import write_report
 from stillhouse.report.generation import headline, summarise_generation, work_of_writers
 from stillhouse.tracking import (
+    CostEvent,
     EndEvent,
     GenerationEvent,
     Journal,
@@ -63,6 +64,7 @@ SECOND = [
     _shard(2, 2010.0),
     _shard(3, 2015.0),
     _pool(2016.0, 1),
+    CostEvent(12.5, 100.0, time=2017.0),
     EndEvent("done", 20.0, "", time=2020.0),
 ]
 
@@ -124,6 +126,7 @@ def test_the_page_tells_pace_writers_losses_and_facts(tmp_path: Path) -> None:
         "1, attempt 1 cuda 3.5 1 500 100 0, attempt 2 cpu 1.0 2 1,000 100",
         "3 leases lost with a writer; 1 shard made twice; 1 prompt set aside.",
         "Prompts 40 of acme/sums Bad rows 7; skipped Sampling temperature 0.7, top_p 0.9",
+        "Cost 12.5 of 100 USD spent or reserved at its server",
         "Data set of a run rollouts://0f0f0f0f0f0f0f0f",
         "stillhouse generate maths.toml",
     ):

@@ -29,6 +29,7 @@ from stillhouse.servers.client import BEFORE_A_RUN
 from stillhouse.store.explain import explain
 from stillhouse.store.rollout_store import RolloutStore
 from stillhouse.tracking import (
+    CostEvent,
     EndEvent,
     GenerationEvent,
     Journal,
@@ -50,7 +51,7 @@ def generate(plan: Generation, *, command: str = "stillhouse generate") -> None:
     needs = {"writers": (config.writer, config.writer.min_replicas)}
     with (
         _attempt(plan, command) as journal,
-        _answering(plan),
+        _answering(plan, journal),
         on_ray(config.cluster, journal),
         at_work(config.cluster, journal, needs) as (session, machines),
     ):
@@ -66,9 +67,12 @@ def generate(plan: Generation, *, command: str = "stillhouse generate") -> None:
 
 
 @contextmanager
-def _answering(plan: Generation) -> Iterator[None]:
+def _answering(plan: Generation, journal: Journal) -> Iterator[None]:
     """Ask a writer behind a server for one token, where there is something to write, before
-    anything starts; say what all came to at the end. Raises ServerError where it cannot be used."""
+    anything starts; say and journal what all came to at the end.
+
+    Raises ServerError where the server cannot be used.
+    """
     section, store, recipe = plan.config.writer, plan.store, plan.recipe
     num_missing = recipe.num_shards - len(store.published())
     if section.openai is None or not num_missing:
@@ -80,7 +84,9 @@ def _answering(plan: Generation) -> Iterator[None]:
     writer.tidy()
     limit = section.openai.max_cost_usd
     if limit is not None:
-        say(f"the writer's server: {writer.granted_usd():.4g} of {limit:g} USD spent or reserved")
+        granted = writer.granted_usd()
+        patient(journal).record(CostEvent(granted, limit))
+        say(f"the writer's server: {granted:.4g} of {limit:g} USD spent or reserved")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from stillhouse.report.summary import Interval, Timeline, of_kind, timeline_of
 from stillhouse.report.words import counted
 from stillhouse.tracking import (
+    CostEvent,
     EndEvent,
     GenerationEvent,
     NoticeEvent,
@@ -31,6 +32,7 @@ class GenerationSummary:
     idle_s: float  # between attempts
     timeline: Timeline
     shards: list[ShardEvent]  # that it published, in this order
+    cost: CostEvent | None  # the last one; None where nothing was limited
 
     @property
     def run_s(self) -> float:
@@ -84,6 +86,7 @@ def summarise_generation(events: Sequence[RunEvent]) -> GenerationSummary | None
         idle_s=idle_s,
         timeline=timeline,
         shards=[event for event in events if isinstance(event, ShardEvent) and not event.duplicate],
+        cost=next((event for event in reversed(events) if isinstance(event, CostEvent)), None),
     )
 
 

@@ -13,6 +13,7 @@ from stillhouse.report.generation import (
 from stillhouse.report.markup import ABSENT, escape, facts, note, panels, table
 from stillhouse.report.summary import mean_rate
 from stillhouse.report.words import counted, date, duration, large, num_bytes, percent, short_name
+from stillhouse.tracking import CostEvent
 
 _MOST_WRITERS = 32  # of which there is a line
 
@@ -101,6 +102,10 @@ def _writers_line(work: WriterWork) -> str:
     )
 
 
+def _cost(cost: CostEvent) -> str:
+    return f"{cost.granted_usd:,.4g} of {cost.limit_usd:,g} USD spent or reserved at its server"
+
+
 def _facts(summary: GenerationSummary, config: Config) -> str:
     """Names and values, as a table of two columns; one that is not known is left out."""
     start, prompts = summary.start, config.get("prompts", {})
@@ -113,6 +118,7 @@ def _facts(summary: GenerationSummary, config: Config) -> str:
         ("Bad rows", bad),
         ("Sampling", ", ".join(f"{name} {sampling[name]}" for name in drawn if name in sampling)),
         ("Store", str(store.get("url", ""))),
+        ("Cost", "" if summary.cost is None else _cost(summary.cost)),
         ("Attempts", f"{summary.num_attempts}, the first begun {date(summary.first_time)}"),
         (
             "Versions",

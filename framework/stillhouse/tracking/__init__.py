@@ -31,7 +31,7 @@ from stillhouse.tracking.events import (
     latest_heldout_events,
     latest_train_events,
 )
-from stillhouse.tracking.generation import GenerationEvent, ShardEvent, WriterEvent
+from stillhouse.tracking.generation import CostEvent, GenerationEvent, ShardEvent, WriterEvent
 from stillhouse.tracking.journal import Journal, JournalReader, read_journal, scrubbed
 from stillhouse.tracking.progress import ProgressView
 from stillhouse.tracking.room import ROOM_PATIENCE, PatientTracker
@@ -42,6 +42,7 @@ __all__ = [
     "ROOM_PATIENCE",
     "CheckpointEvent",
     "ChunkEvent",
+    "CostEvent",
     "DamagedEvent",
     "DelayEvent",
     "EarlyStopEvent",

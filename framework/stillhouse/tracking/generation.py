@@ -48,3 +48,12 @@ class ShardEvent(RunEvent):
     seconds: float  # from the arrival of the prompts to the published shard
     replica: int
     duplicate: bool  # another publisher was there first
+
+
+@dataclass(frozen=True, slots=True)
+class CostEvent(RunEvent):
+    """What a server's answers came to, of all commands that wrote by the recipe."""
+
+    kind: ClassVar[str] = "cost"
+    granted_usd: float  # spent, or reserved by a process that was lost
+    limit_usd: float

@@ -27,7 +27,7 @@ from stillhouse.tracking.events import (
     TrainEvent,
     WaitEvent,
 )
-from stillhouse.tracking.generation import GenerationEvent, ShardEvent, WriterEvent
+from stillhouse.tracking.generation import CostEvent, GenerationEvent, ShardEvent, WriterEvent
 
 EVENT_TYPES: dict[str, type[RunEvent]] = {
     event.kind: event
@@ -55,6 +55,7 @@ EVENT_TYPES: dict[str, type[RunEvent]] = {
         GenerationEvent,
         WriterEvent,
         ShardEvent,
+        CostEvent,
     )
 }
 
