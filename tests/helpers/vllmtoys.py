@@ -118,6 +118,7 @@ def packed_item(number: int = 3) -> WorkItem:
         positions_SL[row] = np.concatenate([np.arange(length) for length in lengths])
         for start, length in zip(starts, lengths, strict=True):
             ids_SL[row, start : start + length] = ids_SL[0, :length]
+            mask_SL[row, start + length - 1] = 0  # what follows is of another document
     mask_SL[1] = 0
     mask_SL[3, positions_SL[3].argmax() :] = 0
     return WorkItem(number, Sequences(ids_SL, positions_SL, mask_SL))

@@ -22,6 +22,7 @@ from stillhouse.engines.vllm import VllmEngine
 from stillhouse.errors import TeacherError
 from stillhouse.logits import CompressedLogits, concatenate, decode
 from stillhouse.sequence import WorkItem
+from stillhouse.store import Chunk, ChunkStore
 
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own are many
 RECIPE = recipe_of()
@@ -151,7 +152,7 @@ def test_an_engine_that_vllm_left_unfinished_ends_its_process(
 ) -> None:
     engine = started(section_of(toy("llama")), RECIPE)
     ids_SL = item.sequences.token_ids_SL.copy()
-    ids_SL[2, 0] = 10**6
+    ids_SL[2, 1] = 10**6
     with pytest.raises(Exception, match="out of vocabulary"):
         records_of(engine, replace(item, sequences=replace(item.sequences, token_ids_SL=ids_SL)))
     with pytest.raises(SystemExit):
@@ -175,6 +176,26 @@ def test_every_form_of_target_is_made(
     assert found_TB.shape == wanted_TB.shape
     assert (found_TB == wanted_TB).all(dim=1).float().mean() > 0.9
     assert exact(ours, item).tensors.keys() == next(iter(theirs.targets(item))).tensors.keys()
+
+
+def test_a_store_of_format_1_gets_the_chunks_of_either_engine(
+    toy: Callable[[str], Path], item: WorkItem, tmp_path: Path
+) -> None:
+    """A blind draw is an id alone, whose seed is a hash of the recipe in its own format."""
+    recipe = recipe_of(format=1, weighted=False, label_logprob=False, tail_entropy=False)
+    section = section_of(toy("llama"))
+    engines = TransformersEngine(section, recipe, device="cpu"), started(section, recipe)
+    chunks = []
+    for name, engine in zip(("transformers", "vllm"), engines, strict=True):
+        store = ChunkStore.create(str(tmp_path / name), recipe)
+        store.publish(Chunk(item.number, item.sequences, records_of(engine, item).numpy()))
+        store.verify(item.number)
+        chunks.append(store.fetch(item.number))
+    wanted, found = (decode(torch.from_numpy(each.targets_NB), recipe.spec) for each in chunks)
+    assert torch.equal(found.token_ids_TK, wanted.token_ids_TK)
+    torch.testing.assert_close(found.logprobs_TK, wanted.logprobs_TK, atol=2e-2, rtol=2e-2)
+    assert (found.tail_ids_TN == wanted.tail_ids_TN).float().mean() > 0.999  # borders are rounded
+    assert (chunks[0].targets_NB == chunks[1].targets_NB).all(axis=1).mean() > 0.9
 
 
 def test_in_bfloat16_both_engines_are_one_teacher(toy: Callable[[str], Path]) -> None:
