@@ -184,9 +184,12 @@ def test_a_store_of_format_1_gets_the_chunks_of_either_engine(
     """A blind draw is an id alone, whose seed is a hash of the recipe in its own format."""
     recipe = recipe_of(format=1, weighted=False, label_logprob=False, tail_entropy=False)
     section = section_of(toy("llama"))
-    engines = TransformersEngine(section, recipe, device="cpu"), started(section, recipe)
+    engines: dict[str, TeacherEngine] = {
+        "transformers": TransformersEngine(section, recipe, device="cpu"),
+        "vllm": started(section, recipe),
+    }
     chunks = []
-    for name, engine in zip(("transformers", "vllm"), engines, strict=True):
+    for name, engine in engines.items():
         store = ChunkStore.create(str(tmp_path / name), recipe)
         store.publish(Chunk(item.number, item.sequences, records_of(engine, item).numpy()))
         store.verify(item.number)
