@@ -33,14 +33,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "disaster" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "disaster",
-            range(metafunc.config.getoption("--chaos-seeds", 0) or 1),
-            indirect=True,
-            scope="package",
-            ids="seed{}".format,
-        )
+    seeds = range(metafunc.config.getoption("--chaos-seeds", 0) or 1)
+    for name in {"disaster", "generating"}.intersection(metafunc.fixturenames):
+        metafunc.parametrize(name, seeds, indirect=True, scope="package", ids="seed{}".format)
 
 
 @pytest.fixture(scope="session")

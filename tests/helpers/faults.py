@@ -57,6 +57,7 @@ class Fault:
     seconds: float  # that it is kept before
     times: float  # that it still strikes
     truncates: bool = False  # what the server answers is handed on by half, well-formed
+    is_late: bool = False  # the answer is kept, and not the request
 
 
 class FaultyS3:
@@ -116,6 +117,10 @@ class FaultyS3:
         """Keep matching requests until the fault ends, or until their clients give up."""
         return self._begin(Fault(matches, None, float("inf"), float("inf")))
 
+    def hold_answers(self, matches: Matches) -> Fault:
+        """Pass matching requests on, and keep what the server answers, as `hold` keeps requests."""
+        return self._begin(Fault(matches, None, float("inf"), float("inf"), is_late=True))
+
     def slow(self, matches: Matches, *, seconds: float) -> Fault:
         """Keep each matching request for so long before it is passed on."""
         return self._begin(Fault(matches, None, seconds, float("inf")))
@@ -162,7 +167,8 @@ class FaultyS3:
         request = Request(handler.command, handler.path)
         body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
         fault = self._strike(request)
-        if fault is not None and not self._kept(request, fault, handler.connection):
+        is_late = fault is not None and fault.is_late
+        if fault is not None and not is_late and not self._kept(request, fault, handler.connection):
             handler.close_connection = True
             return
         if fault is not None and fault.status is not None:
@@ -177,6 +183,9 @@ class FaultyS3:
         try:
             answer = self._ask(handler, body)
         except OSError:  # the server has ended
+            handler.close_connection = True
+            return
+        if fault is not None and is_late and not self._kept(request, fault, handler.connection):
             handler.close_connection = True
             return
         _answer(handler, *(_halved(*answer) if fault is not None and fault.truncates else answer))

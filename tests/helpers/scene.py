@@ -213,6 +213,19 @@ def times_written(bucket: str) -> Counter[str]:
     return Counter(version["Key"] for page in pages for version in page.get("Versions", ()))
 
 
+def writes_in(bucket: str) -> dict[str, list[bytes | None]]:
+    """What each key of a bucket was given, each time; None where it was deleted."""
+    client, found = _s3(), dict[str, list[bytes | None]]()
+    for page in client.get_paginator("list_object_versions").paginate(Bucket=bucket):
+        for version in page.get("Versions", ()):
+            key = version["Key"]
+            body = client.get_object(Bucket=bucket, Key=key, VersionId=version["VersionId"])["Body"]
+            found.setdefault(key, []).append(body.read())
+        for marker in page.get("DeleteMarkers", ()):
+            found.setdefault(marker["Key"], []).append(None)
+    return found
+
+
 def published_in(bucket: str) -> list[Published]:
     """Every time that a chunk was written to the bucket, in turn, with what was written."""
     client = _s3()
