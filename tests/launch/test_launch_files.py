@@ -29,11 +29,12 @@ YAML: dict[str, Validator] = {
     "launch/ray/gcp.yaml": ray_up,
     "docker/compose.yaml": compose,
 }
-SKY = "launch/sky/run.yaml"
+SKY = ("launch/sky/generate.yaml", "launch/sky/run.yaml")
 TEXT: dict[str, Validator] = {
     "docker/cpu.Dockerfile": dockerfile,
     "docker/gpu.Dockerfile": dockerfile,
     "docker/vllm.Dockerfile": dockerfile,
+    "launch/slurm/generate.sbatch": sbatch,
     "launch/slurm/run.sbatch": sbatch,
 }
 FREE = {  # mappings whose keys are the writer's own
@@ -49,7 +50,7 @@ def test_no_file_is_left_out() -> None:
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
-    known = {ROOT / name for name in (*YAML, *TEXT, SKY)}
+    known = {ROOT / name for name in (*YAML, *TEXT, *SKY)}
     assert {path for path in written - known if path.suffix not in (".md", ".lock", ".in")} == set()
 
 
@@ -84,6 +85,7 @@ WORDS = {
     "docker/cpu.Dockerfile": r"^([A-Z]+)\b",
     "docker/gpu.Dockerfile": r"^([A-Z]+)\b",
     "docker/vllm.Dockerfile": r"^([A-Z]+)\b",
+    "launch/slurm/generate.sbatch": r"^#SBATCH --([\w-]+)",
     "launch/slurm/run.sbatch": r"^#SBATCH --([\w-]+)",
 }
 
@@ -98,9 +100,10 @@ def test_each_misspelt_instruction_or_option_is_refused(name: str) -> None:
         assert TEXT[name](changed) != [], word[0]
 
 
-def test_skypilot_understands_its_job_group_and_refuses_each_misspelt_field() -> None:
-    documents = documents_of(SKY)
-    paths, texts = list[tuple[object, ...]](), [(ROOT / SKY).read_text()]
+@pytest.mark.parametrize("name", SKY)
+def test_skypilot_understands_its_job_group_and_refuses_each_misspelt_field(name: str) -> None:
+    documents = documents_of(name)
+    paths, texts = list[tuple[object, ...]](), [(ROOT / name).read_text()]
     for index, document in enumerate(documents):
         for path in keys_of(document):
             if len(path) > 1 and path[-2] in ("envs", "secrets"):  # whose keys are the writer's own
@@ -122,7 +125,8 @@ VARIABLES: dict[str, tuple[Validator, str]] = {
     "docker/vllm.Dockerfile": (dockerfile, r"\b([A-Z_]+)=(?!python:3)"),
     "launch/ray/aws.yaml": (ray_up, r"\$(\w+)"),
     "launch/ray/gcp.yaml": (ray_up, r"\$(\w+)"),
-    "launch/sky/run.yaml": (variables_of_sky, r"\$([A-Z]\w+)|^  ([A-Z]\w+):"),
+    **dict.fromkeys(SKY, (variables_of_sky, r"\$([A-Z]\w+)|^  ([A-Z]\w+):")),
+    "launch/slurm/generate.sbatch": (sbatch, r"\$\{?([A-Z]\w+)"),
     "launch/slurm/run.sbatch": (sbatch, r"\$\{?([A-Z]\w+)"),
 }
 
@@ -188,6 +192,6 @@ def test_a_run_on_kubernetes_has_the_cluster_that_one_may_keep() -> None:
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", sorted({Path(name).parent for name in (*YAML, *TEXT, SKY)}))
+@pytest.mark.parametrize("name", sorted({Path(name).parent for name in (*YAML, *TEXT, *SKY)}))
 def test_a_page_beside_it_says_what_to_type(name: Path) -> None:
     assert (ROOT / name / "README.md").read_text().count("```") >= 2
