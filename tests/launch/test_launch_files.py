@@ -1,6 +1,7 @@
 """Every file under launch/ and docker/ is valid for the program that reads it, and a misspelt field
 in it is refused."""
 
+import json
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from helpers.launchfiles import (
     skypilot,
     variables_of_sky,
 )
+from stillhouse.config.generate import load_generate_config
 
 YAML: dict[str, Validator] = {
     "launch/k8s/raycluster.yaml": kubernetes,
@@ -190,6 +192,26 @@ def test_a_run_on_kubernetes_has_the_cluster_that_one_may_keep() -> None:
         documents_of("launch/k8s/raycluster.yaml"),
     )
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]  # type: ignore[index]
+
+
+def test_writers_are_spot_machines_that_offer_what_configs_ask_for_and_come_on_demand() -> None:
+    config = load_generate_config(ROOT / "configs/generated-maths.toml")
+    (cluster,) = documents_of("launch/k8s/raycluster.yaml")
+    (group,) = (
+        each
+        for each in cluster["spec"]["workerGroupSpecs"]  # type: ignore[index]
+        if each["groupName"] == "writers-on-spot"
+    )
+    assert json.loads(json.loads(group["rayStartParams"]["resources"])) == config.writer.resources
+    assert (group["minReplicas"], group["maxReplicas"]) == (0, config.writer.max_replicas)
+    for name in ("launch/ray/aws.yaml", "launch/ray/gcp.yaml"):
+        (launcher,) = documents_of(name)
+        kind = launcher["available_node_types"]["writers-on-spot"]  # type: ignore[index]
+        assert kind["resources"].items() >= config.writer.resources.items()
+        assert (kind["min_workers"], kind["max_workers"]) == (0, config.writer.max_replicas)
+    for name in ("launch/sky/generate.yaml", "launch/slurm/generate.sbatch"):
+        for resource in config.writer.resources:
+            assert f"{resource}=" in (ROOT / name).read_text()
 
 
 @pytest.mark.parametrize("name", sorted({Path(name).parent for name in (*YAML, *TEXT, *SKY)}))
