@@ -1,5 +1,5 @@
-"""A reader of labels, rollouts, verdicts and weights that was written from docs/format.md's section
-9 alone: nothing here imports stillhouse."""
+"""A reader of labels, probes, rollouts, verdicts and weights that was written from section 9 of
+docs/format.md alone: nothing here imports stillhouse."""
 
 import hashlib
 import itertools
@@ -63,6 +63,23 @@ def read_label(data: bytes, run: str) -> dict[str, Any]:
         raise Refused("a time") from error
     must(f"{created:%Y-%m-%dT%H:%M:%SZ}" == label["created"], "a time in this form")
     return label
+
+
+def read_probe(data: bytes, *, vocab_size: int, sequence_length: int) -> dict[str, Any]:
+    keys = ("logprobs", "rounding_kl", "tail_logmass", "token_ids", "xxh3")
+    probe = read_json(data, *keys)
+    checksum = probe.pop("xxh3")
+    must(checksum == xxhash.xxh3_64_hexdigest(canonical(probe)), "its checksum")
+    num_targets = min(sequence_length, 64) - 1
+    for name in ("logprobs", "tail_logmass", "token_ids"):
+        must(len(probe[name]) == num_targets, "one for each target")
+    for ids, logprobs in zip(probe["token_ids"], probe["logprobs"], strict=True):
+        must(len(ids) == len(logprobs) == len(set(ids)), "entries of their own")
+        must(all(0 <= token < vocab_size for token in ids), "ids of the vocabulary")
+        order = [(-logprob, token) for token, logprob in zip(ids, logprobs, strict=True)]
+        must(order == sorted(order), "the highest first, ties by id")
+    must(probe["rounding_kl"] is None or type(probe["rounding_kl"]) is float, "a rounding")
+    return probe
 
 
 def read_verdict(data: bytes, grader: str, *, num_rollouts: int) -> list[float]:

@@ -26,7 +26,14 @@ from stillhouse import pipeline
 from stillhouse.cluster.coordinator import Coordinator
 from stillhouse.cluster.placement import placement
 from stillhouse.cluster.processes import Secrets
-from stillhouse.errors import ChangedWeightsError, ModelError, StoreError, StudentError
+from stillhouse.engines.transformers import TransformersEngine
+from stillhouse.errors import (
+    ChangedWeightsError,
+    ModelError,
+    RecipeError,
+    StoreError,
+    StudentError,
+)
 from stillhouse.pipeline import Plan
 from stillhouse.pipeline.attempt import attempt
 from stillhouse.pool.actor_backend import ActorBackend
@@ -34,6 +41,7 @@ from stillhouse.pool.dispatcher import Dispatcher
 from stillhouse.sequence import WorkItem
 from stillhouse.store import ChunkStore
 from stillhouse.teacher.actor import Ready, TeacherJob, spawn
+from stillhouse.teacher.first_answer import require_first_teacher
 from stillhouse.teacher.pool import comparison, limits_of
 from stillhouse.tracking import (
     ChunkEvent,
@@ -436,6 +444,22 @@ def test_weights_that_the_cache_told_wrong_end_the_run_and_the_same_command_plan
         pipeline.produce(plan)
     assert ChunkStore(plan.config.store.url, plan.recipe).published() == set()
     assert planned().recipe == before.recipe
+
+
+def test_a_teacher_that_differs_from_the_one_that_filled_the_store_ends_the_run_at_once(
+    tiny_world: TinyWorld, coordinator: Coordinator, tmp_path: Path
+) -> None:
+    """As another engine with a fault would: all else about it is as planned."""
+    plan = new_plan(tiny_world, tmp_path)
+    store = ChunkStore.create(plan.config.store.url, plan.recipe)
+    section = plan.config.teacher.model_copy(update={"model": plan.config.student.model})
+    require_first_teacher(store, TransformersEngine(section, plan.recipe, device="cpu").probe())
+    pool = pool_of(
+        plan, coordinator, order=plan.chunks, journal=WatchedTracker(), item_of=plan.item
+    )
+    with pytest.raises(RecipeError, match="filled this store first"):
+        pool.run(readers=[], coordinator=coordinator, finished=lambda: True)
+    assert store.published() == set()
 
 
 def test_a_store_that_cannot_be_written_ends_the_run_at_once(

@@ -376,7 +376,7 @@ def test_a_replica_that_answers_with_not_a_number_is_refused(section: TeacherSec
         name: getattr(first.answer, name) * torch.nan for name in ("tail_logmass_T", "logprobs_TK")
     }
     broken = replace(first, answer=replace(first.answer, **nan), rounding_kl=torch.nan)
-    for one, other in ((first, broken), (broken, first)):
+    for one, other in ((first, broken), (broken, first), (broken, broken)):
         with pytest.raises(TeacherError, match="teacher replica 2 disagrees"):
             require_same_teacher(one, other, replica=2)
 

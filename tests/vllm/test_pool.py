@@ -18,6 +18,7 @@ import torch
 from helpers.command import as_toml
 from helpers.environments import ROOT
 from helpers.models import make_model
+from helpers.placereader import read_probe
 from helpers.world import write_documents
 from stillhouse.config import load_config
 from stillhouse.engines.transformers import TransformersEngine
@@ -131,6 +132,11 @@ def test_commands_of_both_engines_fill_one_store_of_format_1_at_once(
     assert not by_transformers & by_vllm
     assert store.published() == {there} | by_transformers | by_vllm == {*range(recipe.num_chunks)}
     assert store.blobs.read(store.key(there)) == before
+
+    # all were held to one answer of a probe
+    probe = store.blobs.read(f"{store.folder}/probe.json")
+    length = recipe.sequence_length
+    read_probe(bytes(probe), vocab_size=recipe.vocab_size, sequence_length=length)
 
     # its targets are those of either engine
     for number in (min(by_transformers), min(by_vllm)):

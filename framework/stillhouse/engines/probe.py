@@ -1,4 +1,4 @@
-"""Comparing teacher replicas: equal weights bit for bit, and answers that differ by rounding alone.
+"""Comparing teachers: equal weights bit for bit, and answers that differ by rounding alone.
 
 Shapes: T target tokens, K kept entries.
 
@@ -70,15 +70,22 @@ def require_same_teacher(first: Probe, other: Probe, *, replica: int) -> None:
         )
 
     # answers
-    roundings = [kl for kl in (first.rounding_kl, other.rounding_kl) if math.isfinite(kl)]
-    limit = max(_LEAST_LIMIT, *(_ROUNDINGS * kl for kl in roundings))
-    divergence = mean_kl(first.answer, other.answer)
-    if not divergence <= limit:
+    found = disagreement(first, other)
+    if found is not None:
         raise TeacherError(
-            f"teacher replica {replica} disagrees with the first on equal tokens: mean KL "
-            f"{divergence:.2e} nats, wanted at most {limit:.0e}, which rounding explains; do both "
+            f"teacher replica {replica} disagrees with the first on equal tokens: {found}; do both "
             "have the same dtype and library versions?"
         )
+
+
+def disagreement(first: Probe, other: Probe) -> str | None:
+    """How far two answers are apart, in words; None where rounding explains it."""
+    roundings = [kl for kl in (first.rounding_kl, other.rounding_kl) if math.isfinite(kl)]
+    limit = max([_LEAST_LIMIT, *(_ROUNDINGS * kl for kl in roundings)])
+    divergence = mean_kl(first.answer, other.answer)
+    if divergence <= limit:
+        return None
+    return f"mean KL {divergence:.2e} nats, wanted at most {limit:.0e}, which rounding explains"
 
 
 def hashes_of_weights(model: nn.Module) -> dict[str, int]:

@@ -29,6 +29,7 @@ from stillhouse.pool.worker_process import WorkerProcess, is_there
 from stillhouse.retry import DEFAULT_PATIENCE, Patience, Tell, insist
 from stillhouse.sequence import WorkItem
 from stillhouse.store import Chunk, ChunkRef, ChunkStore, Recipe
+from stillhouse.teacher.first_answer import require_first_teacher
 from stillhouse.tracking import ChunkEvent, PhaseEvent, TeacherEvent
 from stillhouse.tracking.log import failures_logged
 
@@ -107,6 +108,7 @@ class _TeacherActor:
             "teacher", number, job, device=device, secrets=secrets, coordinator=coordinator
         )
         self._stages = TwoStages(self._computed, self._published)
+        self._has_published = False
 
     @failures_logged(_log, "start-up")
     def start(self) -> Ready:
@@ -120,7 +122,7 @@ class _TeacherActor:
         )
         self._store = ChunkStore(self._job.store_url, self._job.recipe)
         self._coordinator.mention(PhaseEvent("teacher", "proving"))
-        probe = self._engine.probe()
+        probe = self._probe = self._engine.probe()
         name = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         backend = self._engine.backend()
         topk, seconds = f"{backend.name}: {backend.reason}", monotonic() - began
@@ -157,12 +159,19 @@ class _TeacherActor:
             return computed
         number = computed.chunk.number
         with failures_logged(_log, f"chunk {number}"):
+            if not self._has_published:
+                insist(
+                    lambda: require_first_teacher(self._store, self._probe),
+                    patience=DEFAULT_PATIENCE,
+                    tell=self._process.tell_of_outage,
+                )
             ref = publish_when_possible(
                 self._store,
                 computed.chunk,
                 patience=DEFAULT_PATIENCE,
                 tell=self._process.tell_of_outage,
             )
+            self._has_published = True
             seconds = monotonic() - computed.began
             _log.debug("chunk %d is published after %.2f s", number, seconds)
             return Produced(ref, computed.fidelity, seconds)
