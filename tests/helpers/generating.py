@@ -7,7 +7,7 @@ each key is all that it was ever given.
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ _WRITER = "ray::_WriterActor"
 _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _PATIENCE_S = 240.0
 _LOOK_EVERY_S = 0.05
-_SLOWLY_S = 0.2
+_SLOWLY_S, _VERY_SLOWLY_S = 0.2, 2.0
 _END_S = 30.0
 
 
@@ -136,8 +136,8 @@ class Generating:
     def kill_writer_at_its_put(self, command: Command, moment: Moment) -> None:
         fault = self._hold(SHARDS, moment)
         self.until(lambda: self.s3.held, command)
-        started = _titled(psutil.Process(command.pid))
-        (writer,) = (each for each, title in started if title.startswith(_WRITER))
+        started = psutil.Process(command.pid).children(recursive=True)
+        (writer,) = (each for each, title in _titled(started) if title.startswith(_WRITER))
         writer.kill()
         self.num_writers_killed += 1
         self.until(lambda: not self.s3.held, command)
@@ -148,23 +148,23 @@ class Generating:
 
         Ray's two agents look for their head for a minute before they end.
         """
-        started = _titled(psutil.Process(command.pid))
+        started = psutil.Process(command.pid).children(recursive=True)
         command.kill()
-        _, alive = psutil.wait_procs(
-            [each for each, title in started if title not in _AGENTS], timeout=_END_S
-        )
-        assert not alive
+        deadline = monotonic() + _END_S
+        while left := [title for _, title in _titled(started) if title not in _AGENTS]:
+            assert monotonic() < deadline, left
+            sleep(_LOOK_EVERY_S)
         self.s3.end()
 
     def _hold(self, matches: Matches, moment: Moment) -> Fault:
         return self.s3.hold(matches) if moment == "before" else self.s3.hold_answers(matches)
 
 
-def _titled(parent: psutil.Process) -> list[tuple[psutil.Process, str]]:
-    """The processes below one, each with its title."""
+def _titled(processes: Sequence[psutil.Process]) -> list[tuple[psutil.Process, str]]:
+    """Those that are there, each with its title."""
     found = []
-    for process in parent.children(recursive=True):
-        with suppress(psutil.Error):
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             found.append((process, "".join(process.cmdline()[:1])))
     return found
 
@@ -188,20 +188,20 @@ def live_through(work: Generating) -> None:
 
 
 def live_through_more(work: Generating, rng: random.Random) -> None:
-    """Deaths at moments that are drawn, of which none is at a certain point of the work."""
+    """Deaths of all kinds, which are drawn; of a command also somewhere on its way."""
     for _ in range(4):
+        if work.num_offered > NUM_PROMPTS // SHARD_PROMPTS // 2:
+            break  # a command might be done before its end comes
         command = work.begin("generate")
+        work.s3.slow(SHARDS, seconds=_VERY_SLOWLY_S)
+        if rng.random() < 0.5:
+            sleep(rng.uniform(0.0, 10.0))
+            work.kill(command)
+            continue
         for _ in range(rng.randint(0, 2)):
             work.kill_writer_at_its_put(command, rng.choice(MOMENTS))
-        if rng.random() < 0.5:
-            work.kill_at_a_put(command, SHARDS, rng.choice(MOMENTS))
-        else:
-            work.publish_some(command, 1)
-            sleep(rng.uniform(0.0, 2.0))
-            work.kill(command)
+        work.kill_at_a_put(command, SHARDS, rng.choice(MOMENTS))
     work.finish("generate")
-    for _ in range(4):
-        command = work.begin("grade")
-        sleep(rng.uniform(0.0, 3.0))
-        work.kill(command)
+    for _ in range(3):
+        work.kill_at_a_put(work.begin("grade"), VERDICTS, rng.choice(MOMENTS))
     work.finish("grade")
