@@ -22,12 +22,15 @@ SHARD = {
     "samples": "I64",
     "weights_version": "I64",
     "sampled_logprobs": "F32",
+    "top_logprobs": "F32",
     "positions": "I32",
     "token_ids": "I32",
+    "top_ids": "I32",
     "finish": "U8",
     "loss_mask": "U8",
 }
 OF_TOKENS = ("sampled_logprobs", "positions", "token_ids", "loss_mask")
+OF_ENTRIES = ("top_logprobs", "top_ids")
 
 
 def digest16(values: Any) -> str:
@@ -110,7 +113,8 @@ def read_shard(data: bytes, fingerprint: str, number: int) -> dict[str, np.ndarr
         header = json.loads(text.decode("ascii"))
         about = json.loads(header["__metadata__"]["stillhouse"])
         num_rows, length = (int(size) for size in header["token_ids"]["shape"])
-    except (ValueError, KeyError, TypeError) as error:
+        num_entries = int(header["top_ids"]["shape"][2]) if "top_ids" in header else 0
+    except (ValueError, LookupError, TypeError) as error:
         raise Refused("a header of the page's shape") from error
     wanted = {
         "fingerprint": fingerprint,
@@ -122,8 +126,13 @@ def read_shard(data: bytes, fingerprint: str, number: int) -> dict[str, np.ndarr
 
     # the tensors
     start, tensors, described = 0, {}, dict[str, Any]({"__metadata__": metadata})
+    must("top_ids" not in header or num_entries >= 1, "an entry at least")
     for name, dtype in SHARD.items():
         shape = [num_rows, length] if name in OF_TOKENS else [num_rows]
+        if name in OF_ENTRIES:
+            if not num_entries:
+                continue
+            shape = [num_rows, length, num_entries]
         end = start + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         must(end <= len(body), "no end before the last tensor's")
         described[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
@@ -161,3 +170,33 @@ def must_be_rollouts(tensors: dict[str, np.ndarray]) -> None:
     must(not logprobs[mask == 0].any(), "rollouts have log-probabilities of what was sampled alone")
     must(bool((tensors["finish"] <= 2).all()), "rollouts have an end")
     must(bool((tensors["weights_version"] >= -1).all()), "rollouts have a version of weights")
+    if "top_ids" in tensors:
+        must_be_told(tensors)
+
+
+def must_be_told(tensors: dict[str, np.ndarray]) -> None:
+    """The values of the two tensors of entries."""
+    for mask, finish, ids, logprobs in zip(
+        tensors["loss_mask"],
+        tensors["finish"],
+        tensors["top_ids"].tolist(),
+        tensors["top_logprobs"].tolist(),
+        strict=True,
+    ):
+        told = []
+        for at, (entries, values) in enumerate(zip(ids, logprobs, strict=True)):
+            if min(entries) < 0:
+                must(set(entries) == {-1}, "rollouts have all entries of a token or none")
+                must(all(map(math.isnan, values)), "rollouts have a log-probability of an id alone")
+                continue
+            told.append(at)
+            pairs = [*zip((-value for value in values), entries, strict=True)]
+            must(pairs == sorted(set(pairs)), "rollouts have entries in order")
+            must(len(set(entries)) == len(entries), "rollouts have an id once")
+            must(all(-math.inf < value <= 0 for value in values), "rollouts have log-probabilities")
+            must(sum(map(math.exp, values)) <= 1.001, "rollouts have probabilities")
+        sampled = np.flatnonzero(mask).tolist()
+        must(
+            told in ([], sampled) or (told == sampled[:-1] and finish == 0),
+            "rollouts have entries of all sampled tokens, or of all but the end",
+        )

@@ -2,13 +2,16 @@
 and what is published stays."""
 
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
+from helpers.pagereader import Refused
 from helpers.placereader import read_shard
 from helpers.rollouts import make_shard, small_rollout_recipe
 from stillhouse.errors import ChunkError, RecipeError, StoreError
@@ -129,6 +132,158 @@ def test_a_server_alone_may_keep_log_probabilities_to_itself(tmp_path: Path) -> 
     np.testing.assert_array_equal(np.isnan(found), mask_SL == 1)
 
 
+TOLD = small_rollout_recipe(writer_kind="api", top_logprobs=3)
+
+
+def test_what_a_server_told_is_stored_as_the_page_says_and_read_back(tmp_path: Path) -> None:
+    shard = make_shard(TOLD, 1)
+    assert shard.told is not None
+    assert 0 < shard.told_rows.sum() < len(shard)
+    data = pack_rollouts(shard, TOLD.fingerprint)
+    found = read_shard(data, TOLD.fingerprint, 1)
+    np.testing.assert_array_equal(found["top_ids"], shard.told.ids_SLK)
+    np.testing.assert_array_equal(found["top_logprobs"], shard.told.logprobs_SLK)
+    store = RolloutStore.create(str(tmp_path), TOLD)
+    store.publish(shard)
+    assert path_of(store, 1).read_bytes() == data
+    for name, array in store.fetch(1).tensors.items():
+        np.testing.assert_array_equal(array, shard.tensors[name])
+
+
+def test_every_cut_and_flipped_bit_of_what_was_told_is_found() -> None:
+    data = pack_rollouts(make_shard(TOLD, 2), TOLD.fingerprint)
+    for place in range(0, len(data), 3):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 8)
+        for bad in (bytes(damaged), data[:place]):
+            with pytest.raises(ChunkError, match="shard 2"):
+                unpack_rollouts(bad, TOLD.fingerprint, 2)
+
+
+def told_places(shard: Rollouts) -> tuple[int, np.ndarray]:
+    """A rollout of which something was told, and the places."""
+    assert shard.told is not None
+    row = int(np.flatnonzero(shard.told_rows)[0])
+    return row, np.flatnonzero(shard.told.mask[row])
+
+
+def without_one(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    shard.told.ids_SLK[row, at] = -1
+    shard.told.logprobs_SLK[row, at] = np.nan
+
+
+def without_an_entry(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    shard.told.ids_SLK[row, at, 1] = -1
+
+
+def without_a_number(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    shard.told.logprobs_SLK[row, at, 1] = np.nan
+
+
+def out_of_order(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    for array in (shard.told.ids_SLK, shard.told.logprobs_SLK):
+        array[row, at] = array[row, at, ::-1].copy()
+
+
+def tied_out_of_order(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    shard.told.ids_SLK[row, at], shard.told.logprobs_SLK[row, at] = [9, 8, 7], -2.0
+
+
+def one_twice(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    shard.told.ids_SLK[row, at, 2] = shard.told.ids_SLK[row, at, 0]
+
+
+def above_one(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    shard.told.ids_SLK[row, at], shard.told.logprobs_SLK[row, at] = [1, 2, 3], np.log(0.335)
+
+
+def positive(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    shard.told.logprobs_SLK[row, at] = [0.0005, -20.0, -21.0]
+
+
+def infinite(shard: Rollouts, row: int, at: int) -> None:
+    assert shard.told is not None
+    shard.told.logprobs_SLK[row, at, 2] = -np.inf
+
+
+def of_no_sample(shard: Rollouts, row: int, _at: int) -> None:
+    assert shard.told is not None
+    shard.told.ids_SLK[row, -1] = [1, 2, 3]
+    shard.told.logprobs_SLK[row, -1] = [-1.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_one, "for a part of a rollout"),
+        (of_no_sample, "a token that was not sampled"),
+        (without_an_entry, "for a part of a place"),
+        (without_a_number, "for a part of a place"),
+        (out_of_order, "not in their order"),
+        (tied_out_of_order, "not in their order"),
+        (one_twice, "with one of them twice"),
+        (above_one, r"probabilities sum to 1\.0050"),
+        (positive, "infinite, or above 0"),
+        (infinite, "infinite, or above 0"),
+    ],
+)
+def test_what_no_server_can_have_told_is_never_written_and_never_read(
+    spoil: Callable[[Rollouts, int, int], None], words: str
+) -> None:
+    shard = make_shard(TOLD, 0)
+    row, places = told_places(shard)
+    spoil(shard, row, int(places[1]))
+    with pytest.raises(ChunkError, match=words):
+        pack_rollouts(shard, TOLD.fingerprint)
+
+    # the same bytes, well hashed
+    layout = ["prompts", "samples", "weights_version", "sampled_logprobs", "top_logprobs"]
+    layout += ["positions", "token_ids", "top_ids", "finish", "loss_mask"]
+    body = b"".join(shard.tensors[name].tobytes() for name in layout)
+    data = pack_rollouts(make_shard(TOLD, 0), TOLD.fingerprint)
+    before, after = (xxhash.xxh3_64_hexdigest(each).encode() for each in (data[-len(body) :], body))
+    forged = data[: -len(body)].replace(before, after) + body
+    with pytest.raises(ChunkError, match=words):
+        unpack_rollouts(forged, TOLD.fingerprint, 0)
+    with pytest.raises(Refused, match="rollouts have"):
+        read_shard(forged, TOLD.fingerprint, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"top_logprobs": 0}, "top_logprobs of 0 entries, wanted 3"),
+        ({"top_logprobs": 2}, "top_logprobs of 2 entries, wanted 3"),
+    ],
+)
+def test_as_much_is_told_as_the_recipe_asks_for(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    store = RolloutStore.create(str(tmp_path), TOLD)
+    with pytest.raises(ChunkError, match=words):
+        store.publish(make_shard(replace(TOLD, **changes), 0))
+    shard = make_shard(TOLD, 0)
+    row, places = told_places(shard)
+    assert shard.told is not None
+    shard.told.ids_SLK[row, places[0], 0] = 300
+    with pytest.raises(ChunkError, match="the id 300 in top_ids, wanted at most 299"):
+        store.publish(shard)
+
+
+def test_a_recipe_that_asks_for_nothing_more_is_as_it_was() -> None:
+    assert b"top_logprobs" not in RECIPE.canonical_json()
+    assert replace(TOLD, top_logprobs=0) == replace(RECIPE, writer_kind="api")
+    assert parse_rollout_recipe(TOLD.canonical_json(), where="here") == TOLD
+
+
 def test_the_first_publisher_wins_and_what_is_there_is_not_changed(store: RolloutStore) -> None:
     first, second = make_shard(RECIPE, 2), make_shard(RECIPE, 2, salt=1)
     ref = store.publish(first)
@@ -216,7 +371,7 @@ def test_a_recipe_is_read_back_and_every_field_is_in_its_fingerprint() -> None:
         for name, value in small_values(RECIPE).items()
         if type(value) is not int
     } | {"seed": 1, "num_prompts": 6, "shard_prompts": 3, "samples": 3, "vocab_size": 400}
-    changes |= {"sequence_length": 16, "max_new_tokens": 5}
+    changes |= {"sequence_length": 16, "max_new_tokens": 5, "top_logprobs": 2}
     assert changes.keys() == small_values(RECIPE).keys()
     for name, value in changes.items():
         other = replace(RECIPE, **{name: value})
@@ -241,6 +396,8 @@ def small_values(recipe: RolloutRecipe) -> dict[str, Any]:
         (b'"end_ids":[0]', b'"end_ids":[0,300]', "ascending ids below 300"),
         (b'"max_new_tokens":6', b'"max_new_tokens":12', "more than max_new_tokens"),
         (b'"kind":"weights"', b'"kind":"magic"', "writer_kind is 'magic'"),
+        (b'"top_p":1.0', b'"top_logprobs":301,"top_p":1.0', "top_logprobs is 301, wanted 0 to 300"),
+        (b'"top_p":1.0', b'"top_logprobs":0,"top_p":1.0', "canonical form"),
         (b"{", b"[", "not a recipe of rollouts"),
     ],
 )

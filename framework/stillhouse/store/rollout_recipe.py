@@ -43,6 +43,7 @@ class RolloutRecipe:
     writer_kind: str
     writer_digest: str
     writer_numerics: str
+    top_logprobs: int = 0  # entries that a server is asked for with each sampled token
 
     def __post_init__(self) -> None:
         problems = [*_wrong_types(self)] or [*_wrong_values(self)]
@@ -65,8 +66,11 @@ class RolloutRecipe:
         return range(start, min(start + self.shard_prompts, self.num_prompts))
 
     def canonical_json(self) -> bytes:
-        """ASCII JSON of every field: sorted keys, no spaces. These are the bytes of recipe.json."""
+        """ASCII JSON of every field: sorted keys, no spaces. These are the bytes of recipe.json.
+        `top_logprobs` is absent where it is 0."""
         values = {_IN_JSON.get(name, name): value for name, value in asdict(self).items()}
+        if not self.top_logprobs:
+            del values["top_logprobs"]
         writer = {name: values.pop(f"writer_{name}") for name in _OF_WRITER}
         return canonical_json({**values, "version": _VERSION, "writer": writer})
 
@@ -138,6 +142,8 @@ def _wrong_values(recipe: RolloutRecipe) -> Iterable[str]:
         yield f"temperature is {recipe.temperature}, wanted a finite number above 0"
     if not 0 < recipe.top_p <= 1:
         yield f"top_p is {recipe.top_p}, wanted above 0 and at most 1"
+    if not 0 <= recipe.top_logprobs <= recipe.vocab_size:
+        yield f"top_logprobs is {recipe.top_logprobs}, wanted 0 to {recipe.vocab_size}"
 
     # of fields together
     if not recipe.max_new_tokens < recipe.sequence_length <= _MOST_COUNT:

@@ -1,11 +1,13 @@
 """One shard of rollouts as bytes: what a model wrote to a block of prompts, as a safetensors file
 whose checksum covers every byte after its header.
 
-Shapes: S rollouts of a shard, L tokens of one.
+Shapes: S rollouts of a shard, L tokens of one, K entries told of a token, T tokens that have them,
+J = K - 1.
 
 docs/format.md, section 9, has the format.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,29 @@ from stillhouse.store.stored_sequences import check_sequences
 
 ENDED, CUT, SET_ASIDE = range(3)  # values of `finish`
 UNCHANGING = -1  # the version of weights that never change
+NOT_TOLD = -1  # in place of an id
+ROUNDING = 1e-3  # by which the probabilities that an API tells of a token may exceed 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """What an API told of its own tokens: the likeliest K at each place, under its model's
+    softmax."""
+
+    # by logprob descending, ties by id ascending; where nothing was told all K are NaN and NOT_TOLD
+    logprobs_SLK: npt.NDArray[np.float32]
+    ids_SLK: npt.NDArray[np.int32]
+
+    @classmethod
+    def nothing(cls, num_rows: int, length: int, num_entries: int) -> "Told":
+        shape = (num_rows, length, num_entries)
+        return cls(np.full(shape, np.nan, np.float32), np.full(shape, NOT_TOLD, np.int32))
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """bool [S, L]: where something was told."""
+        is_told_SL: npt.NDArray[np.bool_] = self.ids_SLK[..., 0] != NOT_TOLD
+        return is_told_SL
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +71,7 @@ class Rollouts:
     # 0 where the mask is 0
     sampled_logprobs_SL: npt.NDArray[np.float32]
     finish_S: npt.NDArray[np.uint8]  # ENDED, CUT or SET_ASIDE
+    told: Told | None = None  # None where the recipe asks for none
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -63,9 +89,16 @@ class Rollouts:
         return ids
 
     @property
+    def told_rows(self) -> npt.NDArray[np.bool_]:
+        """bool [S]: of which the writer told the log-probabilities, but perhaps of the end."""
+        if self.told is None:
+            return np.zeros(len(self), np.bool_)
+        return np.asarray(self.told.mask.any(axis=1), np.bool_)
+
+    @property
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """By their names in a file, in the order of their bytes."""
-        return {
+        """By their names in a file."""
+        tensors: dict[str, npt.NDArray[Any]] = {
             "prompts": self.prompts_S,
             "samples": self.samples_S,
             "weights_version": self.weights_version_S,
@@ -75,6 +108,9 @@ class Rollouts:
             "finish": self.finish_S,
             "loss_mask": self.sequences.loss_mask_SL,
         }
+        if self.told is not None:
+            tensors |= {"top_logprobs": self.told.logprobs_SLK, "top_ids": self.told.ids_SLK}
+        return tensors
 
 
 def bytes_of_rollout(length: int) -> int:
@@ -85,8 +121,11 @@ def bytes_of_rollout(length: int) -> int:
 def pack_rollouts(rollouts: Rollouts, fingerprint: str) -> bytes:
     """The file of a shard, of the recipe with this fingerprint. The same values are the same bytes.
     Raises ChunkError, as `unpack_rollouts` does, on values that mean nothing."""
-    shape = rollouts.sequences.token_ids_SL.shape
-    for tensor in _layout(*shape):
+    told = rollouts.told
+    num_entries = 0 if told is None else told.ids_SLK.shape[-1]
+    num_rows, length = rollouts.sequences.token_ids_SL.shape
+    layout = _layout(num_rows, length, num_entries)
+    for tensor in layout:
         array = rollouts.tensors[tensor.name]
         if (array.dtype, array.shape) != (tensor.numpy_dtype, tensor.shape):
             raise ChunkError(
@@ -94,7 +133,7 @@ def pack_rollouts(rollouts: Rollouts, fingerprint: str) -> bytes:
                 f"wanted {tensor.numpy_dtype.name} {list(tensor.shape)}"
             )
     _check_values(rollouts)
-    tensors = {name: np.ascontiguousarray(each) for name, each in rollouts.tensors.items()}
+    tensors = {each.name: np.ascontiguousarray(rollouts.tensors[each.name]) for each in layout}
     body = b"".join(each.tobytes() for each in tensors.values())
     about = {
         "fingerprint": fingerprint,
@@ -117,11 +156,7 @@ def unpack_rollouts(data: Buffer, fingerprint: str, number: int) -> Rollouts:
     if found != checksum:
         raise ChunkError(f"{name} is damaged: it hashes to {found}, {checksum!r} was published")
     # the tensors
-    match header.get("token_ids"):
-        case {"shape": [int(num_rows), int(length)]} if num_rows >= 0 and length >= 2:
-            layout = _layout(num_rows, length)
-        case strange:
-            raise ChunkError(f"{name} has token_ids of {strange!r}, wanted a shape of two numbers")
+    layout = _layout_in(header, name)
     check_tensors(header, layout, name)
     wanted = sum(tensor.num_bytes for tensor in layout)
     if len(body) != wanted:
@@ -132,6 +167,7 @@ def unpack_rollouts(data: Buffer, fingerprint: str, number: int) -> Rollouts:
         arrays[tensor.name] = np.frombuffer(piece, tensor.numpy_dtype).reshape(tensor.shape)
         start += tensor.num_bytes
     # what they mean
+    told = Told(arrays["top_logprobs"], arrays["top_ids"]) if "top_ids" in arrays else None
     rollouts = Rollouts(
         number,
         Sequences(arrays["token_ids"], arrays["positions"], arrays["loss_mask"]),
@@ -140,6 +176,7 @@ def unpack_rollouts(data: Buffer, fingerprint: str, number: int) -> Rollouts:
         arrays["weights_version"],
         arrays["sampled_logprobs"],
         arrays["finish"],
+        told,
     )
     _check_values(rollouts)
     return rollouts
@@ -154,19 +191,40 @@ def checksum_in(start: Buffer, fingerprint: str, number: int) -> str:
     return checksum
 
 
-def _layout(num_rows: int, length: int) -> list[TensorSpec]:
-    """The tensors of a shard in the order of their bytes."""
+def _layout_in(header: Mapping[str, Any], name: str) -> list[TensorSpec]:
+    """The layout that a header's shapes ask for. Raises ChunkError where they are none."""
+    match header.get("token_ids"):
+        case {"shape": [int(num_rows), int(length)]} if num_rows >= 0 and length >= 2:
+            pass
+        case strange:
+            raise ChunkError(f"{name} has token_ids of {strange!r}, wanted a shape of two numbers")
+    match header.get("top_ids"):
+        case None:
+            return _layout(num_rows, length, 0)
+        case {"shape": [_, _, int(num_entries)]} if num_entries >= 1:
+            return _layout(num_rows, length, num_entries)
+        case strange:
+            raise ChunkError(f"{name} has top_ids of {strange!r}, wanted a shape of three numbers")
+
+
+def _layout(num_rows: int, length: int, num_entries: int) -> list[TensorSpec]:
+    """The tensors of a shard in the order of their bytes; two of them only where something was
+    asked of each token."""
     of_rollouts, of_tokens = (num_rows,), (num_rows, length)
-    return [
+    of_entries = (*of_tokens, num_entries)
+    tensors = [
         TensorSpec("prompts", "I64", of_rollouts),
         TensorSpec("samples", "I64", of_rollouts),
         TensorSpec("weights_version", "I64", of_rollouts),
         TensorSpec("sampled_logprobs", "F32", of_tokens),
+        TensorSpec("top_logprobs", "F32", of_entries),
         TensorSpec("positions", "I32", of_tokens),
         TensorSpec("token_ids", "I32", of_tokens),
+        TensorSpec("top_ids", "I32", of_entries),
         TensorSpec("finish", "U8", of_rollouts),
         TensorSpec("loss_mask", "U8", of_tokens),
     ]
+    return [each for each in tensors if num_entries or each.name not in ("top_logprobs", "top_ids")]
 
 
 def _parse_start(view: memoryview, fingerprint: str, number: int) -> tuple[dict[str, Any], Any]:
@@ -208,3 +266,36 @@ def _check_values(rollouts: Rollouts) -> None:
                 f"{name} has {field} from {values.min()} to {values.max()}, wanted at least "
                 f"{least}" + ("" if most is None else f" and at most {most}")
             )
+    if rollouts.told is not None:
+        _check_told(rollouts, rollouts.told)
+
+
+def _check_told(rollouts: Rollouts, told: Told) -> None:
+    """Raise ChunkError where what an API told means nothing."""
+    # at which places: all of K entries or none, and of a rollout all, but perhaps its end
+    name, ids_SLK, is_told_SL = f"shard {rollouts.number}", told.ids_SLK, told.mask
+    is_none_SLK = ids_SLK == NOT_TOLD
+    whole = (is_none_SLK == is_none_SLK[..., :1]).all() and (ids_SLK >= NOT_TOLD).all()
+    if not whole or not np.array_equal(is_none_SLK, np.isnan(told.logprobs_SLK)):
+        raise ChunkError(f"{name} has top_ids or top_logprobs for a part of a place")
+    mask_SL = rollouts.sequences.loss_mask_SL == 1
+    but_the_end_SL = mask_SL & (np.cumsum(mask_SL, axis=1) < mask_SL.sum(axis=1, keepdims=True))
+    is_whole_S = (is_told_SL == mask_SL).all(axis=1)
+    is_whole_S |= (is_told_SL == but_the_end_SL).all(axis=1) & (rollouts.finish_S == ENDED)
+    if not (is_whole_S | ~is_told_SL.any(axis=1)).all():
+        raise ChunkError(
+            f"{name} has top_ids for a part of a rollout, or for a token that was not sampled"
+        )
+
+    # and which: a distribution's likeliest, in their order
+    ids_TK, logprobs_TK = ids_SLK[is_told_SL], told.logprobs_SLK[is_told_SL].astype(np.float64)
+    falls_TJ, ids_fall_TJ = np.diff(logprobs_TK), np.diff(ids_TK.astype(np.int64))
+    if not ((falls_TJ < 0) | ((falls_TJ == 0) & (ids_fall_TJ > 0))).all():
+        raise ChunkError(f"{name} has top_logprobs that are not in their order")
+    if not np.diff(np.sort(ids_TK)).all():
+        raise ChunkError(f"{name} has top_ids with one of them twice")
+    mass_T = np.exp(logprobs_TK).sum(axis=1)
+    if not ((logprobs_TK <= 0).all() and np.isfinite(logprobs_TK).all()):
+        raise ChunkError(f"{name} has top_logprobs that are infinite, or above 0")
+    if not (mass_T <= 1 + ROUNDING).all():
+        raise ChunkError(f"{name} has top_logprobs whose probabilities sum to {mass_T.max():.4f}")
